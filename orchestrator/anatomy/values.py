@@ -1,0 +1,104 @@
+"""What the base is, and what a policy becomes on it: the values of this room."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from orchestrator.values import Value
+
+
+class TensorInfo(Value):
+    """One stored tensor. `file` is relative to the base's folder; empty when only the config is known."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    """safetensors spelling: BF16, F16, F32."""
+    file: str = ""
+    stored_name: str = ""
+    """The name in the file where it differs: some checkpoints leave the backbone's prefix out."""
+
+    @property
+    def num_elements(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_elements * {"F32": 4, "BF16": 2, "F16": 2, "F64": 8, "I8": 1, "U8": 1, "I64": 8, "I32": 4}[self.dtype]
+
+
+class ModelAnatomy(Value):
+    """The base, from config.json and safetensors headers alone.
+
+    Tensor names are those of the checkpoint, which are also the parameter names of the
+    transformers model (`model.layers.0.self_attn.q_proj.weight`).
+    """
+
+    model_type: str
+    kind: Literal["decoder", "encoder"]
+    folder: str
+    """Absolute path of the base's folder."""
+    has_weights: bool
+    """False when only config.json is there: enough to plan, not to train."""
+    num_blocks: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    tied: bool
+    """Whether the output projection shares the input embedding's tensor."""
+    block_prefix: str
+    """`model.layers.{}.`"""
+    blocks_module: str
+    """`model.layers`: the module list."""
+    backbone: str
+    """`model`: the attribute of the causal LM that returns hidden states."""
+    head_weight: str
+    """`lm_head.weight`: the output projection's name, stored or (when tied) not."""
+    classifier_weight: str
+    """`score.weight`: the name of the new head that `classify` adds."""
+    embeddings: tuple[str, ...]
+    final_norm: tuple[str, ...]
+    blocks: tuple[tuple[str, ...], ...]
+    """Parameter names of each block, block 0 at the input."""
+    linears: tuple[tuple[str, ...], ...]
+    """For each block the weights that are matrix products: what LoRA adapts and quantization compresses."""
+    tensors: dict[str, TensorInfo]
+    """Every stored tensor by name (a tied head is not in here)."""
+    config_sha256: str
+    classifier_bias: str = ""
+    """`classifier.bias`; empty where the new head of `classify` has none."""
+    new_tensors: tuple[TensorInfo, ...] = ()
+    """What `classify` needs beside the classifier and the checkpoint lacks (an encoder's pooler): made anew, learns with it."""
+
+    def num_parameters(self) -> int:
+        return sum(tensor.num_elements for tensor in self.tensors.values())
+
+
+class LayerSelection(Value):
+    """What a policy becomes on one base. The three sets are disjoint and cover every parameter.
+
+    Names are checkpoint names. `trainable` learns itself; `adapted` stays frozen and gets a LoRA
+    adapter beside it; `frozen` does neither. A new classification head is in `trainable` under
+    `ModelAnatomy.classifier_weight`; an untied output projection under `ModelAnatomy.head_weight`.
+    """
+
+    policy: str
+    tune: Literal["lora", "full"]
+    lora_rank: int | None
+    trainable: tuple[str, ...]
+    adapted: tuple[str, ...]
+    frozen: tuple[str, ...]
+    cut: int
+    """First block that holds anything that learns; `num_blocks` when only a head learns or nothing does."""
+    unties_head: bool = False
+    """The tied output projection is copied before training."""
+    new_classifier: bool = False
+    num_trainable_parameters: int
+    """Elements with a gradient: trainable tensors plus LoRA's A and B."""

@@ -1,0 +1,166 @@
+"""A job's inputs, looked at without running it: the plan, estimated from file sizes, and what becomes of the data."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from orchestrator.anatomy import read_anatomy, resolve_base
+from orchestrator.cli_machine import describe_this_machine
+from orchestrator.data import DataSummary, prepare_data
+from orchestrator.data.reading import BadRow, find_files, read_rows
+from orchestrator.errors import UsageError
+from orchestrator.plan import estimate_data_size, make_plan, read_cluster_file
+from orchestrator.plan.values import ClusterDescription, DataSize, RunPlan
+from orchestrator.spec import LoadedSpec, spec_sha256
+
+Job = Literal["sweep", "finetune"]
+WIDTH = 100
+
+
+def plan_of(loaded: LoadedSpec, *, job: str = "", cluster_file: Path | None = None, address: str | None = None) -> RunPlan:
+    """The plan of a spec's job on a described cluster, on a live one, or on this machine. Data is estimated from file sizes.
+
+    Raises:
+        UsageError: `job` is neither sweep nor finetune.
+        BaseError, SelectionError, DataError: the inputs cannot be used.
+        PlanError: it does not fit.
+    """
+    spec = loaded.spec
+    if job not in ("", "sweep", "finetune"):
+        raise UsageError(f"--job is {job!r}", expected="sweep or finetune", remedy="leave it out to plan what the spec has")
+    chosen = cast("Job", job or ("finetune" if spec.search is None else "sweep"))
+    anatomy = read_anatomy(resolve_base(spec.base.model, loaded.folder), need_weights=False)
+    size = measure_data(loaded)
+    cluster = _cluster(cluster_file, address)
+    return make_plan(loaded, anatomy, size, cluster, job=chosen, spec_sha256=spec_sha256(spec, chosen))
+
+
+def _cluster(cluster_file: Path | None, address: str | None) -> ClusterDescription:
+    if cluster_file is not None:
+        return read_cluster_file(cluster_file)
+    if address:
+        from orchestrator.runtime import probe_cluster
+
+        return probe_cluster(address)
+    return describe_this_machine()
+
+
+def measure_data(loaded: LoadedSpec) -> DataSize:
+    """Rows, bytes and, for `classify`, classes of the files that the spec names; nothing is tokenised.
+
+    Raises:
+        DataError: a path matches no file.
+    """
+    spec = loaded.spec
+    sources = [spec.data.train] if isinstance(spec.data.train, str) else [source.path for source in spec.data.train]
+    train = [path for source in sources for path in find_files(loaded.resolve(source))]
+    evaluation = find_files(loaded.resolve(spec.data.eval)) if isinstance(spec.data.eval, str) else None
+    if isinstance(spec.data.test, str):
+        find_files(loaded.resolve(spec.data.test))
+    classes = _classes(train, spec.data.columns.label) if spec.task == "classify" else []
+    estimate = estimate_data_size(
+        _num_bytes(train),
+        sum(map(_num_rows, train)),
+        spec,
+        eval_bytes=_num_bytes(evaluation) if evaluation is not None else None,
+        retain_bytes=_num_bytes(find_files(loaded.resolve(spec.data.retain))) if spec.data.retain else 0,
+        num_classes=len(classes),
+    )
+    return estimate.model_copy(update={"class_names": tuple(classes)})
+
+
+def _num_bytes(files: list[Path]) -> int:
+    return sum(path.stat().st_size for path in files)
+
+
+def _num_rows(path: Path) -> int:
+    if path.suffix == ".parquet":
+        from pyarrow import parquet
+
+        return parquet.read_metadata(path).num_rows
+    with path.open("rb") as file:
+        lines = sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
+    return max(1, lines - (path.suffix in (".csv", ".tsv")))
+
+
+def _classes(files: list[Path], column: str) -> list[str]:
+    """Labels that occur, sorted. A row that cannot be read is none of the plan's business: the run names it."""
+    rows = (row for path in files for row in read_rows(str(path)) if not isinstance(row, BadRow))
+    return sorted({str(row.values[column]) for row in rows if row.values.get(column) is not None})
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What became of the data of one spec."""
+
+    summary: DataSummary
+
+    def as_json(self) -> dict[str, Any]:
+        return self.summary.model_dump(mode="json")
+
+    def view(self) -> RenderableType:
+        """Counts, what was left out and why, and one example."""
+        summary = self.summary
+        parts: list[RenderableType] = [_splits_table(summary), Text()]
+        if summary.classes:
+            counted = zip(summary.classes, summary.class_counts, strict=True)
+            parts += [
+                Text("Classes in train", style="bold"),
+                Text(", ".join(f"{name} {count}" for name, count in counted)),
+                Text(),
+            ]
+        parts += [_dropped_table(summary) if summary.dropped else Text("No row was left out."), Text()]
+        parts += [
+            Text("One training example; what is between « and » is supervised", style="bold"),
+            _example(summary.one_example),
+        ]
+        return Group(*parts)
+
+
+def inspect_data(loaded: LoadedSpec) -> Inspection:
+    """Read, check, split and tokenise the data in a temporary folder.
+
+    Raises:
+        BaseError: the base has no tokenizer.
+        DataError: the data cannot be used.
+    """
+    base = resolve_base(loaded.spec.base.model, loaded.folder)
+    with tempfile.TemporaryDirectory(prefix="orchestrator-data-") as folder:
+        return Inspection(prepare_data(loaded, base, Path(folder)))
+
+
+def _splits_table(summary: DataSummary) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("split")
+    for name in ("documents", "tokens", "supervised", "longest"):
+        table.add_column(name, justify="right")
+    for name, split in summary.splits.items():
+        counts = (split.documents, split.tokens, split.supervised_tokens, split.longest_document_tokens)
+        table.add_row(name, *(f"{count:,}" for count in counts))
+    return table
+
+
+def _dropped_table(summary: DataSummary) -> Table:
+    table = Table(title="Left out", title_justify="left", title_style="bold", box=None, pad_edge=False, width=WIDTH)
+    table.add_column("split", no_wrap=True)
+    table.add_column("rows", justify="right", no_wrap=True)
+    table.add_column("reason", max_width=40)
+    table.add_column("where", ratio=1)
+    for entry in summary.dropped:
+        more = f" and {entry.count - len(entry.places)} more" if entry.count > len(entry.places) else ""
+        table.add_row(entry.split, f"{entry.count:,}", Text(entry.reason), Text(", ".join(entry.places) + more))
+    return table
+
+
+def _example(marked: str) -> Text:
+    """The text between the marks in green on a terminal; the marks stay, for logs."""
+    example = Text(marked)
+    example.highlight_regex(r"(?s)«.*?»", "green")
+    return example

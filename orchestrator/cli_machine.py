@@ -1,0 +1,209 @@
+"""This machine, described without torch, deepspeed or Ray: for `plan` and `doctor`."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from orchestrator.plan.values import ClusterDescription, NodeDescription
+from orchestrator.store import num_usable_cpus
+from orchestrator.units import GIB, MIB, format_bytes
+
+MIN_DISK_BYTES = 5 * GIB
+MIN_MEMORY_BYTES = 4 * GIB
+NEEDED = ("torch", "ray", "deepspeed", "transformers", "peft", "bitsandbytes", "optuna", "safetensors", "pydantic", "typer")
+CONSTRAINTS = Path(__file__).resolve().parent.parent / "constraints.txt"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    name: str
+    state: Literal["ok", "note", "wrong"]
+    found: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Examination:
+    findings: tuple[Finding, ...]
+
+    @property
+    def num_wrong(self) -> int:
+        return sum(finding.state == "wrong" for finding in self.findings)
+
+    def as_json(self) -> dict[str, Any]:
+        return {"ok": self.num_wrong == 0, "findings": [asdict(finding) for finding in self.findings]}
+
+    def view(self) -> RenderableType:
+        table = Table(box=None, pad_edge=False, show_header=False)
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True)
+        table.add_column(ratio=1)
+        style = {"ok": "green", "note": "yellow", "wrong": "bold red"}
+        for finding in self.findings:
+            said = f"{finding.found}\nto do: {finding.remedy}" if finding.remedy else finding.found
+            table.add_row(Text(finding.state, style=style[finding.state]), finding.name, Text(said))
+        verdict = "all is well" if not self.num_wrong else f"{self.num_wrong} wrong; mend what `to do` says"
+        return Group(table, Text(), Text(verdict, style="bold"))
+
+
+def describe_this_machine() -> ClusterDescription:
+    """One node: this machine's cores (as many as this process may use), memory and GPUs."""
+    gpus = find_gpus()
+    node = NodeDescription(
+        num_cpus=num_usable_cpus(),
+        num_gpus=len(gpus),
+        gpu_memory_bytes=min((gpu.memory_bytes for gpu in gpus), default=0),
+        gpu_name=gpus[0].name if gpus else "",
+        memory_bytes=memory_bytes(),
+    )
+    return ClusterDescription(nodes=(node,), source=f"this machine ({socket.gethostname()})")
+
+
+def memory_bytes(proc: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
+    """Host memory in bytes, or the container's limit where that is smaller."""
+    total = re.search(r"^MemTotal:\s+(\d+) kB", proc.read_text(), re.MULTILINE) if proc.exists() else None
+    sizes = [int(total[1]) * 1024] if total else [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    if cgroup.exists() and (limit := cgroup.read_text().strip()).isdigit():
+        sizes.append(int(limit))
+    return min(sizes)
+
+
+def find_gpus() -> list[Gpu]:
+    """The GPUs that nvidia-smi lists; none where it is missing or fails. CUDA is not touched."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        listed = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return parse_gpus(listed)
+
+
+def parse_gpus(listed: str) -> list[Gpu]:
+    """`NVIDIA H100 80GB HBM3, 81559` a line; the size is in MiB."""
+    rows = [line.rsplit(",", 1) for line in listed.splitlines() if "," in line]
+    return [Gpu(name.strip(), int(size) * MIB) for name, size in rows if size.strip().isdigit()]
+
+
+def examine(address: str | None = None) -> Examination:
+    """Everything that a run needs of this machine. Nothing is started and nothing is downloaded."""
+    return Examination(
+        (
+            _python(),
+            *_versions(),
+            Finding("cores", "ok", f"{num_usable_cpus()} usable"),
+            _memory(),
+            _disk(Path.cwd()),
+            _gpus(),
+            _compiler(),
+            _ray(address or os.environ.get("RAY_ADDRESS")),
+            _hub(),
+        )
+    )
+
+
+def _python() -> Finding:
+    version = ".".join(map(str, sys.version_info[:3]))
+    if (3, 11) <= sys.version_info < (3, 14):
+        return Finding("python", "ok", f"{version} at {sys.executable}")
+    return Finding("python", "wrong", version, "use Python 3.11, 3.12 or 3.13")
+
+
+def _versions() -> Iterator[Finding]:
+    tested = _tested_versions()
+    for name in NEEDED:
+        try:
+            installed = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            yield Finding(name, "wrong", "not installed", "scripts/quickstart sets everything up in .venv")
+            continue
+        wanted = tested.get(name)
+        if wanted is None or installed.split("+")[0] == wanted:
+            yield Finding(name, "ok", installed)
+        else:
+            yield Finding(name, "note", f"{installed}; tested with {wanted}", f"pip install {name}=={wanted}")
+
+
+def _tested_versions() -> dict[str, str]:
+    if not CONSTRAINTS.exists():
+        return {}
+    pairs = (line.split("==", 1) for line in CONSTRAINTS.read_text().splitlines() if "==" in line)
+    return {name.strip(): version.strip() for name, version in pairs}
+
+
+def _memory() -> Finding:
+    size = memory_bytes()
+    if size >= MIN_MEMORY_BYTES:
+        return Finding("memory", "ok", format_bytes(size))
+    return Finding("memory", "wrong", format_bytes(size), f"the quickstart needs {format_bytes(MIN_MEMORY_BYTES)}")
+
+
+def _disk(folder: Path) -> Finding:
+    free = shutil.disk_usage(folder).free
+    if free >= MIN_DISK_BYTES:
+        return Finding("disk", "ok", f"{format_bytes(free)} free in {folder}")
+    return Finding("disk", "wrong", f"{format_bytes(free)} free in {folder}", "free some, or give --output a folder with room")
+
+
+def _gpus() -> Finding:
+    gpus = find_gpus()
+    if gpus:
+        return Finding("GPUs", "ok", "; ".join(f"{gpu.name}, {format_bytes(gpu.memory_bytes)}" for gpu in gpus))
+    missing = shutil.which("nvidia-smi") is None
+    found = "none: nvidia-smi is not on PATH" if missing else "none: nvidia-smi lists none"
+    return Finding("GPUs", "note", f"{found}; training runs on the CPU")
+
+
+def _compiler() -> Finding:
+    """DeepSpeed builds its shared-memory op at first use where it can; without ninja and a compiler it goes without."""
+    missing = [
+        name for name, tools in (("ninja", ("ninja",)), ("a C++ compiler", ("c++", "g++"))) if not any(map(_on_path, tools))
+    ]
+    if not missing:
+        return Finding("compiler", "ok", "ninja and a C++ compiler")
+    return Finding("compiler", "note", f"missing: {' and '.join(missing)}; DeepSpeed goes without its compiled ops")
+
+
+def _on_path(tool: str) -> bool:
+    return shutil.which(tool) is not None or (Path(sys.executable).parent / tool).exists()
+
+
+def _ray(address: str | None) -> Finding:
+    if not address:
+        return Finding("Ray", "ok", "no address given: a run starts a private Ray on this machine")
+    target = re.fullmatch(r"(?:\w+://)?\[?([^\]/]+?)\]?:(\d+)/?", address)
+    if target is None:
+        return Finding("Ray", "note", f"{address}: not a host and port, so not tried")
+    try:
+        with socket.create_connection((target[1], int(target[2])), timeout=5):
+            return Finding("Ray", "ok", f"{address} answers")
+    except OSError as error:
+        return Finding("Ray", "wrong", f"{address}: {error}", "start it (see cluster/), or unset RAY_ADDRESS")
+
+
+def _hub() -> Finding:
+    offline = [name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if os.environ.get(name, "0") not in ("", "0")]
+    return Finding("hub", "ok", f"offline by {', '.join(offline)}" if offline else "runs read local folders only")

@@ -1,0 +1,150 @@
+"""From a spec to the examples of every split: files found, rows read, shares taken, duplicates removed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from orchestrator.data.reading import BadRow, find_files, read_rows
+from orchestrator.data.rows import Example, to_example
+from orchestrator.data.seeded import WEIGHTS, generator
+from orchestrator.data.splits import remove_shared, split_by_share
+from orchestrator.data.summary import LeftOut, listed
+from orchestrator.errors import DataError
+from orchestrator.spec import LoadedSpec
+from orchestrator.spec.models import DataSpec, JobSpec
+
+
+@dataclass(frozen=True)
+class Source:
+    """A path of the spec and what it stands for."""
+
+    path: str
+    weight: float
+    files: tuple[Path, ...]
+
+
+Sources = dict[str, list[Source]]
+"""By split; a split that is a share of train has none."""
+
+
+def find_sources(loaded: LoadedSpec) -> Sources:
+    """Every file that the spec's data section names.
+
+    Raises:
+        DataError: paths without a file, all of them.
+    """
+    sources: Sources = {}
+    missing: list[tuple[str, DataError]] = []
+    for name, key, path, weight in _named_paths(loaded.spec.data):
+        entries = sources.setdefault(name, [])
+        absolute = loaded.resolve(path)
+        try:
+            entries.append(Source(absolute, weight, tuple(find_files(absolute))))
+        except DataError as error:
+            missing.append((loaded.where(key), error))
+    if len(missing) == 1:
+        where, error = missing[0]
+        raise DataError(f"{error.where}: {error.what}", where=where, expected=error.expected, remedy=error.remedy)
+    if missing:
+        lines = listed(f"{where}: {error.where}: {error.what}. {error.remedy}" for where, error in missing)
+        raise DataError(f"{len(missing)} data paths without a file:\n  {lines}", remedy="mend the paths under `data`")
+    return sources
+
+
+def _named_paths(data: DataSpec) -> list[tuple[str, str, str, float]]:
+    """(split, key in the spec, path, weight) of every path that the data section names."""
+    if isinstance(data.train, str):
+        named = [("train", "data.train", data.train, 1.0)]
+    else:
+        named = [("train", f"data.train[{index}].path", source.path, source.weight) for index, source in enumerate(data.train)]
+    others = (("eval", data.eval), ("test", data.test), ("retain", data.retain))
+    return named + [(name, f"data.{name}", path, 1.0) for name, path in others if isinstance(path, str)]
+
+
+def read_examples(spec: JobSpec, sources: Sources, left_out: LeftOut) -> dict[str, list[Example]]:
+    """Examples of every split that has files; malformed rows stop the run together, or are counted with `skip_bad_rows`.
+
+    Raises:
+        DataError: rows that cannot be used, or a split without one that can.
+    """
+    found: dict[str, list[Example]] = {}
+    bad: list[BadRow] = []
+    for name, entries in sources.items():
+        found[name] = []
+        for number, source in enumerate(entries):
+            for example in _read(spec, name, source.path):
+                if isinstance(example, Example):
+                    found[name].append(replace(example, source=number, weight=source.weight))
+                else:
+                    bad.append(example)
+                    left_out.add(name, f"malformed: {example.reason}", example.place)
+    if bad and not spec.data.skip_bad_rows:
+        raise bad_rows_error(bad)
+    for name, examples in found.items():
+        if not examples:
+            where = ", ".join(source.path for source in sources[name])
+            raise DataError(f"no row of {name} can be used", where=where, expected="at least one", remedy="mend the file")
+    return found
+
+
+def bad_rows_error(bad: list[BadRow]) -> DataError:
+    """All of them, in one error."""
+    return DataError(
+        f"{len(bad)} row{'s' if len(bad) != 1 else ''} cannot be used:\n  {listed(bad)}",
+        remedy="mend them, or set data.skip_bad_rows: true to leave them out (they are counted and listed)",
+    )
+
+
+def make_splits(loaded: LoadedSpec, found: dict[str, list[Example]], left_out: LeftOut) -> dict[str, list[Example]]:
+    """train, eval and test: shares taken off train, duplicates removed, train's sources weighted.
+
+    Raises:
+        DataError: a split has no row left.
+    """
+    data, seed = loaded.spec.data, loaded.spec.train.seed
+    eval_share, test_share = (value if isinstance(value, float) else 0.0 for value in (data.eval, data.test))
+    parts = split_by_share(found["train"], eval_share, test_share, seed)
+    parts |= {name: found[name] for name in ("eval", "test") if name in found}
+    splits = remove_shared(parts["train"], parts["eval"], parts["test"])
+    for example, split, keeper in splits.duplicates:
+        left_out.add(split, f"also stands in {keeper}", example.place)
+    result = {"train": _weighted(splits.train, seed, left_out), "eval": splits.eval, "test": splits.test}
+    for name, part in result.items():
+        if not part:
+            gone = "; ".join(f"{count} {reason}" for reason, count in left_out.of(name).items())
+            raise DataError(
+                f"no row is left for {name}" + (f" ({gone})" if gone else ""),
+                where=loaded.where(f"data.{name}"),
+                expected="at least one",
+                remedy="give more rows, or another share or path",
+            )
+    return result
+
+
+def _read(spec: JobSpec, split: str, path: str) -> list[Example | BadRow]:
+    retain = split == "retain"
+    task = "text" if retain else spec.task
+    group = spec.data.group if split == "train" else None
+    return [
+        row if isinstance(row, BadRow) else to_example(row, task, spec.data.columns, group=group, plain_text=retain)
+        for row in read_rows(path)
+    ]
+
+
+def _weighted(examples: list[Example], seed: int, left_out: LeftOut) -> list[Example]:
+    """Rows repeated or thinned by their source's weight: 2.5 gives every row twice and a seeded half of them once more."""
+    by_source: dict[int, list[Example]] = {}
+    for example in examples:
+        by_source.setdefault(example.source, []).append(example)
+    result: list[Example] = []
+    for source, rows in sorted(by_source.items()):
+        whole, part = divmod(rows[0].weight, 1.0)
+        order = generator(seed, WEIGHTS + source).permutation(len(rows))
+        once_more = set(order[: round(part * len(rows))].tolist())
+        for index, row in enumerate(rows):
+            times = int(whole) + (index in once_more)
+            result += [row] * times
+            if not times:
+                left_out.add("train", f"thinned by the source's weight {row.weight:g}", row.place)
+    return result

@@ -1,0 +1,163 @@
+"""Every error that a user may meet, in one picklable tree.
+
+    OrchestratorError             exit code
+    ├── SpecError                 2   the spec; carries one SpecProblem per mistake, all at once
+    ├── DataError                 2   a data file, a row, a split
+    ├── BaseError                 2   the base: files, headers, layout, what it would execute
+    ├── SelectionError            2   a layer policy that matches nothing or does not fit the base
+    ├── UsageError                2   a command's arguments
+    ├── RunConflictError          2   the run folder belongs to another run
+    ├── IntegrityError            4   a file is not what its manifest says
+    ├── PlanError                 3   the plan does not fit the cluster
+    ├── TrainingError             4   training failed for a reason of its own
+    │   ├── NonFiniteLossError    4   the loss or the gradient became NaN or infinite
+    │   └── OutOfMemoryError      4   no memory left at the smallest micro-batch
+    ├── NothingPromotedError      5   `--require-promotion`, and no trial was worth promoting
+    └── VerificationError         6   the bundle does not reproduce the trained model
+
+A message says what was found, where, what was expected and what to do; the remedy is the last line,
+where Ray's job view shows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class OrchestratorError(Exception):
+    """Base of the tree.
+
+    Args:
+        what: What is wrong, with the value that was found.
+        where: The place: `file:line:column`, a tensor's name, a folder. Empty when there is none.
+        expected: What would have been right. Empty when `what` says it.
+        remedy: What to do next; printed last.
+    """
+
+    exit_code = 4
+
+    def __init__(self, what: str, *, where: str = "", expected: str = "", remedy: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = where
+        self.expected = expected
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        head = f"{self.where}: {self.what}" if self.where else self.what
+        lines = [head]
+        if self.expected:
+            lines.append(f"  expected: {self.expected}")
+        if self.remedy:
+            lines.append(f"  to do: {self.remedy}")
+        return "\n".join(lines)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (type(self), self.__dict__.copy()))
+
+
+def _rebuild(kind: type[OrchestratorError], state: dict[str, object]) -> OrchestratorError:
+    error = kind.__new__(kind)
+    Exception.__init__(error, str(state.get("what", "")))
+    error.__dict__.update(state)
+    return error
+
+
+@dataclass(frozen=True)
+class SpecProblem:
+    """One mistake in a spec. `line` and `column` count from 1; 0 when the file has no such place."""
+
+    path: str
+    message: str
+    file: str = ""
+    line: int = 0
+    column: int = 0
+    hint: str = ""
+
+    def __str__(self) -> str:
+        place = f"{self.file}:{self.line}:{self.column}: " if self.line else f"{self.file}: " if self.file else ""
+        name = f"{self.path}: " if self.path else ""
+        hint = f" ({self.hint})" if self.hint else ""
+        return f"{place}{name}{self.message}{hint}"
+
+
+class SpecError(OrchestratorError, ValueError):
+    """The spec is wrong; `problems` holds every mistake found in one reading."""
+
+    exit_code = 2
+
+    def __init__(self, problems: Sequence[SpecProblem]) -> None:
+        count = len(problems)
+        super().__init__(
+            f"{count} problem{'s' if count != 1 else ''} in the spec",
+            remedy="mend the lines above; `orchestrator render --schema` prints every key",
+        )
+        self.problems = tuple(problems)
+
+    def __str__(self) -> str:
+        return "\n".join([*map(str, self.problems), f"{self.what}; nothing was started", f"  to do: {self.remedy}"])
+
+
+class DataError(OrchestratorError, ValueError):
+    """A data file, row or split cannot be used."""
+
+    exit_code = 2
+
+
+class BaseError(OrchestratorError, ValueError):
+    """The base cannot be used: missing or damaged weights, unsafe format, unknown layout."""
+
+    exit_code = 2
+
+
+class SelectionError(OrchestratorError, ValueError):
+    """A layer policy or pattern matches nothing, or names what the base does not have."""
+
+    exit_code = 2
+
+
+class UsageError(OrchestratorError, ValueError):
+    """A command was called with arguments that it cannot use."""
+
+    exit_code = 2
+
+
+class RunConflictError(OrchestratorError, FileExistsError):
+    """The run's folder holds another run; nothing was overwritten."""
+
+    exit_code = 2
+
+
+class IntegrityError(OrchestratorError, OSError):
+    """A file differs from its manifest: truncated, changed, or missing."""
+
+
+class PlanError(OrchestratorError, RuntimeError):
+    """No way to run the spec on the described cluster."""
+
+    exit_code = 3
+
+
+class TrainingError(OrchestratorError, RuntimeError):
+    """Training failed."""
+
+
+class NonFiniteLossError(TrainingError):
+    """The loss or the gradient norm became NaN or infinite."""
+
+
+class OutOfMemoryError(TrainingError, MemoryError):
+    """Memory ran out at the smallest micro-batch."""
+
+
+class NothingPromotedError(OrchestratorError):
+    """No trial was worth promoting, and `--require-promotion` asked for one."""
+
+    exit_code = 5
+
+
+class VerificationError(OrchestratorError, RuntimeError):
+    """The bundle failed its verification."""
+
+    exit_code = 6

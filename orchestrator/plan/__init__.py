@@ -1,0 +1,33 @@
+"""What will be done: every number that a run uses, derived before anything runs.
+
+    plan = make_plan(loaded, anatomy, data_size, cluster, job="sweep", spec_sha256=...)
+    print("\\n".join(plan_lines(plan)))
+    trial = make_trial(plan, plan.search.options[0], 3e-4, number=0, seed=0)
+    assignment = make_assignment(plan, trial, plan.search.options[0].selection, ...)
+
+`memory.py` estimates a rank's memory term by term, `ladder.py` orders the ways to run a gang by cost,
+`arrange.py` picks the first that fits, `cost.py` says what it takes. Nothing here does I/O but
+`read_cluster_file`, and nothing imports torch or ray.
+"""
+
+from orchestrator.plan.build import make_plan
+from orchestrator.plan.cluster import read_cluster_file
+from orchestrator.plan.options import grid_points
+from orchestrator.plan.size import estimate_data_size
+from orchestrator.plan.steps import rung_steps
+from orchestrator.plan.trials import head_control, make_assignment, make_trial, none_control, shuffled_control
+from orchestrator.plan.view import plan_lines
+
+__all__ = [
+    "estimate_data_size",
+    "grid_points",
+    "head_control",
+    "make_assignment",
+    "make_plan",
+    "make_trial",
+    "none_control",
+    "plan_lines",
+    "read_cluster_file",
+    "rung_steps",
+    "shuffled_control",
+]

@@ -1,0 +1,153 @@
+"""Gangs and their way: how many, how many ranks each, and what to say when nothing fits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from orchestrator.errors import PlanError
+from orchestrator.plan.ladder import Load, RankRoom, cheapest, heaviest, leanest, misfit, ways
+from orchestrator.plan.memory import Way
+from orchestrator.plan.placement import Machines
+from orchestrator.plan.values import ExecutionPlan, RejectedWay
+from orchestrator.spec.models import JobSpec, ResourcesSpec
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """The gangs, and the cheaper ways that were turned down."""
+
+    way: Way
+    num_gangs: int
+    rejected: tuple[RejectedWay, ...]
+
+
+def arrange_sweep(found: Machines, spec: JobSpec, load: Load, num_trials: int) -> Arrangement:
+    """Gangs as small as possible, and as many as there is room and work for.
+
+    Raises:
+        PlanError: nothing fits.
+    """
+    if found.device == "cpu":
+        return _arrange_cores(found, spec, load, num_trials)
+    resources = spec.resources
+    asked = 1 if resources.gangs == "auto" else resources.gangs
+    counts = [n for n in found.rank_counts() if n * asked <= found.num_units]
+    if resources.ranks_per_gang != "auto":
+        counts = [resources.ranks_per_gang]
+    room = found.room(found.num_units)
+    way, rejected = cheapest(ways(resources, "cuda", counts, load.row_tokens), load, room)
+    if way is None:
+        raise _nothing_fits(found, spec, load, counts, room)
+    gangs = min(num_trials, found.max_gangs(way.ranks)) if resources.gangs == "auto" else resources.gangs
+    return Arrangement(way, max(1, gangs), tuple(rejected))
+
+
+def arrange_one(found: Machines, spec: JobSpec, load: Load) -> Arrangement:
+    """One gang for one trial: on GPUs as many ranks as a step has rows for, on a CPU one process with every core.
+
+    Raises:
+        PlanError: nothing fits.
+    """
+    resources = spec.resources
+    if resources.ranks_per_gang != "auto":
+        counts = [resources.ranks_per_gang]
+    elif found.device == "cpu":
+        counts = [1]
+    else:
+        useful = max(1, load.tokens_per_step // load.row_tokens)
+        all_counts = found.rank_counts()
+        most = max((n for n in all_counts if n <= useful), default=1)
+        counts = [n for n in all_counts if n >= most]
+    room = found.room(counts[0])
+    way, rejected = cheapest(ways(resources, found.device, counts, load.row_tokens), load, room)
+    if way is None:
+        raise _nothing_fits(found, spec, load, counts, room)
+    return Arrangement(way, 1, tuple(rejected))
+
+
+def refit_way(found: Machines, spec: JobSpec, load: Load, sweep: Arrangement) -> Way:
+    """All the sweep's ranks in one gang, as far as a step has rows for them; else the sweep's own way."""
+    useful = load.tokens_per_step // load.row_tokens
+    gangs = max(1, min(sweep.num_gangs, useful // sweep.way.ranks))
+    ranks = sweep.way.ranks * gangs
+    if ranks == sweep.way.ranks:
+        return sweep.way
+    way, _ = cheapest(ways(spec.resources, found.device, [ranks], load.row_tokens), load, found.room(ranks))
+    return way or sweep.way
+
+
+def execution_plan(way: Way, found: Machines, num_gangs: int, spec: JobSpec, *, pack: bool) -> ExecutionPlan:
+    """The way as the value that gangs receive."""
+    return ExecutionPlan(
+        device=way.device,
+        ranks=way.ranks,
+        threads_per_rank=found.threads(way.ranks * num_gangs),
+        executor=way.executor,
+        zero_stage=way.zero_stage,
+        offload=way.offload,
+        checkpointing=way.checkpointing,
+        dtype=spec.train.dtype,
+        row_tokens=way.row_tokens,
+        micro_batch_rows=way.micro_batch_rows,
+        pack=pack,
+        backend="nccl" if way.device == "cuda" else "gloo",
+    )
+
+
+def check_resources(resources: ResourcesSpec) -> None:
+    """Refuse a ZeRO stage that cannot offload what is asked.
+
+    Raises:
+        PlanError: `offload: parameters` below stage 3, `offload: optimizer` at stage 0.
+    """
+    least = {"auto": 0, "none": 0, "optimizer": 1, "parameters": 3}[resources.offload]
+    if resources.zero != "auto" and resources.zero < least:
+        raise PlanError(
+            f"zero: {resources.zero} cannot offload the {resources.offload}",
+            where="resources.offload",
+            expected=f"a stage from {least} up",
+            remedy="resources.zero: auto",
+        )
+
+
+def _arrange_cores(found: Machines, spec: JobSpec, load: Load, num_trials: int) -> Arrangement:
+    """On a CPU every rank takes its part of one memory, so that fewer gangs is what makes room."""
+    resources = spec.resources
+    ranks = 1 if resources.ranks_per_gang == "auto" else resources.ranks_per_gang
+    most = max(1, min(num_trials, found.max_gangs(ranks)))
+    choices = range(most, 0, -1) if resources.gangs == "auto" else [resources.gangs]
+    reason = ""
+    for gangs in choices:
+        room = found.room(gangs * ranks)
+        way, rejected = cheapest(ways(resources, "cpu", [ranks], load.row_tokens), load, room)
+        if way is not None:
+            fewer = (RejectedWay(way=_gangs(most, gangs + 1), reason=reason),) if gangs < choices[0] else ()
+            return Arrangement(way, gangs, (*fewer, *rejected))
+        reason = rejected[-1].reason if rejected else ""
+    raise _nothing_fits(found, spec, load, [ranks], found.room(choices[-1] * ranks))
+
+
+def _gangs(most: int, least: int) -> str:
+    return f"{most} gangs" if most == least else f"{most} to {least} gangs"
+
+
+def _nothing_fits(found: Machines, spec: JobSpec, load: Load, counts: Sequence[int], room: RankRoom) -> PlanError:
+    """What the leanest way lacks, and what would help."""
+    tried = list(ways(spec.resources, found.device, counts, load.row_tokens))
+    on_device = [way for way in tried if heaviest(way, load.footprints)[0].total_bytes <= room.device_bytes]
+    way = on_device[0] if on_device else leanest(tried, load)
+    remedies: list[str] = []
+    if spec.base.quantize == "none":
+        remedies.append("base.quantize: nf4")
+    if any(footprint.learning_blocks for footprint in load.footprints):
+        remedies.append("fewer layers (last:2), or tune: [lora]")
+    if spec.resources.zero != "auto" or spec.resources.offload != "auto":
+        remedies.append("resources.zero and resources.offload: auto")
+    remedies += ["a smaller data.max_tokens", f"more or larger {found.unit}s" if found.device == "cuda" else "more memory"]
+    return PlanError(
+        f"nothing fits on {found.num_units} {found.unit}{'s' if found.num_units > 1 else ''}; "
+        f"the leanest way ({way}) {misfit(way, load, room)}",
+        where="resources",
+        remedy="; ".join(remedies),
+    )

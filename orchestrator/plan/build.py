@@ -1,0 +1,196 @@
+"""From spec, base, data and machines to the plan: every number that a run uses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from orchestrator.anatomy import LayerSelection, ModelAnatomy, select
+from orchestrator.errors import PlanError
+from orchestrator.plan import cost, steps
+from orchestrator.plan.arrange import Arrangement, arrange_one, arrange_sweep, check_resources, execution_plan, refit_way
+from orchestrator.plan.ladder import Load
+from orchestrator.plan.memory import Footprint, Way, estimate, weigh
+from orchestrator.plan.options import Choice, search_choices
+from orchestrator.plan.placement import Machines, machines
+from orchestrator.plan.values import BaseLoad, ClusterDescription, DataSize, RunPlan, SearchPlan, TrialOption
+from orchestrator.plan.view import derivations
+from orchestrator.spec import LoadedSpec, require_section
+from orchestrator.spec.models import JobSpec
+
+TRIALS_PER_GANG = 2
+"""Trials kept open per gang: starting one takes Tune about a second, in which its gang works for another."""
+
+
+def make_plan(
+    loaded: LoadedSpec,
+    anatomy: ModelAnatomy,
+    data: DataSize,
+    cluster: ClusterDescription,
+    *,
+    job: Literal["sweep", "finetune"],
+    spec_sha256: str,
+) -> RunPlan:
+    """Decide everything before anything runs.
+
+    Raises:
+        SpecError: the spec has no section for the job.
+        SelectionError: a policy that matches nothing.
+        PlanError: the job does not fit the cluster, or would use more GPU-hours than it may.
+    """
+    require_section(loaded, job)
+    spec = loaded.spec
+    choices = _choices(spec, anatomy, data, job)
+    check_resources(spec.resources)
+    found = machines(cluster, spec.resources)
+    untouched = select(anatomy, "none", "full", None, task=spec.task, num_classes=data.num_classes)
+    load = Load(
+        footprints=tuple(_weigh(spec, anatomy, data, choice.selection) for choice in choices),
+        row_tokens=steps.row_tokens(spec, anatomy, data),
+        tokens_per_step=spec.train.tokens_per_step,
+    )
+    num_trials = spec.search.trials if job == "sweep" and spec.search is not None else 1
+    gangs = arrange_sweep(found, spec, load, num_trials) if job == "sweep" else arrange_one(found, spec, load)
+    refit = refit_way(found, spec, load, gangs)
+    options = _options(choices, load.footprints, gangs.way)
+    pack = steps.packs(spec)
+    plan = RunPlan(
+        name=spec.name,
+        spec_sha256=spec_sha256,
+        base=_base_load(spec, anatomy, data),
+        num_parameters=anatomy.num_parameters(),
+        data=data,
+        execution=execution_plan(gangs.way, found, gangs.num_gangs, spec, pack=pack),
+        refit_execution=execution_plan(refit, found, 1, spec, pack=pack),
+        num_gangs=gangs.num_gangs,
+        base_memory=estimate(_weigh(spec, anatomy, data, untouched), gangs.way)[0],
+        search=_search_plan(spec, options, gangs, steps.total_steps(spec, data)) if job == "sweep" else None,
+        finetune=options[0] if job == "finetune" else None,
+        total_steps=steps.total_steps(spec, data),
+        total_tokens=steps.total_tokens(spec, data),
+        disk_bytes=0,
+        gpu_hours=None,
+        reasons=(),
+        rejected=gangs.rejected,
+    )
+    plan = _with_costs(plan, anatomy, found, [choice.selection for choice in choices])
+    _check_gpu_hours(plan, spec)
+    return plan.model_copy(
+        update={"reasons": derivations(plan, spec), "notes": (*plan.notes, *_notes(plan, spec, found, cluster))}
+    )
+
+
+def _choices(spec: JobSpec, anatomy: ModelAnatomy, data: DataSize, job: Literal["sweep", "finetune"]) -> list[Choice]:
+    if job == "sweep":
+        return search_choices(spec, anatomy, data.num_classes)
+    asked = spec.finetune
+    assert asked is not None, "the section was required"
+    lora_rank = asked.lora_rank if asked.tune == "lora" else None
+    selection = select(anatomy, asked.layers, asked.tune, lora_rank, task=spec.task, num_classes=data.num_classes)
+    return [Choice(selection, (asked.learning_rate, asked.learning_rate))]
+
+
+def _weigh(spec: JobSpec, anatomy: ModelAnatomy, data: DataSize, selection: LayerSelection) -> Footprint:
+    element_bytes = 2 if spec.train.dtype == "bfloat16" else 4
+    return weigh(anatomy, selection, spec.base.quantize, element_bytes, num_classes=data.num_classes)
+
+
+def _options(choices: Sequence[Choice], footprints: Sequence[Footprint], way: Way) -> tuple[TrialOption, ...]:
+    return tuple(
+        TrialOption(
+            layers=selection.policy,
+            tune=selection.tune,
+            lora_rank=selection.lora_rank,
+            selection=selection,
+            memory=estimate(footprint, way)[0],
+            learning_rate_low=low,
+            learning_rate_high=high,
+        )
+        for (selection, (low, high)), footprint in zip(choices, footprints, strict=True)
+    )
+
+
+def _base_load(spec: JobSpec, anatomy: ModelAnatomy, data: DataSize) -> BaseLoad:
+    return BaseLoad(
+        folder=anatomy.folder,
+        model_type=anatomy.model_type,
+        quantize=spec.base.quantize,
+        task=spec.task,
+        num_classes=data.num_classes,
+        class_names=data.class_names,
+        revision=spec.base.revision,
+    )
+
+
+def _search_plan(spec: JobSpec, options: tuple[TrialOption, ...], gangs: Arrangement, total_steps: int) -> SearchPlan:
+    search = spec.search
+    assert search is not None
+    return SearchPlan(
+        options=options,
+        num_trials=search.trials,
+        algorithm=search.algorithm,
+        scheduler=search.scheduler,
+        rung_steps=steps.rung_steps(total_steps, budget=search.budget, scheduler=search.scheduler),
+        total_steps=total_steps,
+        reduction_factor=steps.REDUCTION_FACTOR,
+        concurrent_trials=min(search.trials, TRIALS_PER_GANG * gangs.num_gangs),
+    )
+
+
+def _with_costs(plan: RunPlan, anatomy: ModelAnatomy, found: Machines, selections: list[LayerSelection]) -> RunPlan:
+    trainable = [selection.num_trainable_parameters for selection in selections]
+    search = plan.search
+    disk = cost.disk_bytes(
+        plan.num_parameters,
+        plan.data,
+        trainable,
+        num_trials=search.num_trials if search else 1,
+        concurrent_trials=search.concurrent_trials if search else 1,
+    )
+    flops = cost.run_flops(plan, anatomy)
+    if found.device == "cpu":
+        hours = flops / (cost.CPU_FLOPS_PER_CORE * 3600)
+        note = f"about {hours:.2g} core-hours of arithmetic, at {cost.CPU_FLOPS_PER_CORE / 1e9:.0f} GFLOP/s a core"
+        return plan.model_copy(update={"disk_bytes": disk, "notes": (note,)})
+    peaks = [cost.peak_flops(node.gpu_name) for node in found.nodes]
+    slowest = min((peak for peak in peaks if peak is not None), default=None)
+    if slowest is None or None in peaks:
+        names = ", ".join(sorted({node.gpu_name or "unnamed" for node in found.nodes}))
+        note = f"no GPU-hours: the peak rate of {names} is not in the table"
+        return plan.model_copy(update={"disk_bytes": disk, "notes": (note,)})
+    hours = flops / (slowest * cost.ACHIEVED_SHARE * 3600)
+    note = f"GPU-hours assume {cost.ACHIEVED_SHARE:.0%} of {slowest / 1e12:.0f} TFLOP/s, and no time for starting or saving"
+    return plan.model_copy(update={"disk_bytes": disk, "gpu_hours": hours, "notes": (note,)})
+
+
+def _check_gpu_hours(plan: RunPlan, spec: JobSpec) -> None:
+    allowed = spec.resources.max_gpu_hours
+    if allowed is None or plan.gpu_hours is None or plan.gpu_hours <= allowed:
+        return
+    trials = spec.search.trials if plan.search is not None and spec.search is not None else 0
+    fewer = f"search.trials: {max(1, math.floor(trials * allowed / plan.gpu_hours))}, or " if trials > 1 else ""
+    raise PlanError(
+        f"the run would take about {plan.gpu_hours:.3g} GPU-hours, and max_gpu_hours allows {allowed:g}",
+        where="resources.max_gpu_hours",
+        expected=f"at most {allowed:g}",
+        remedy=f"{fewer}fewer epochs, or a higher bound",
+    )
+
+
+def _notes(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDescription) -> list[str]:
+    notes: list[str] = []
+    if not plan.data.exact:
+        notes.append("token counts are guessed from file sizes, at 4 bytes a token")
+    available = cluster.num_gpus if found.device == "cuda" else cluster.num_cpus
+    if spec.resources.max_gpus is not None and spec.resources.max_gpus > available:
+        notes.append(f"max_gpus: {spec.resources.max_gpus} is a bound; the cluster has {available} {found.unit}s")
+    if found.device == "cuda" and len({node.gpu_memory_bytes for node in found.nodes}) > 1:
+        notes.append("nodes have unlike GPUs: every rank is planned for the one with the least memory")
+    if plan.search is not None and spec.search is not None:
+        points = len(spec.search.layers) * sum(len(spec.search.lora_rank) if t == "lora" else 1 for t in spec.search.tune)
+        if points > len(plan.search.options):
+            notes.append(f"{points} combinations come to {len(plan.search.options)} different selections")
+    if plan.search is None and spec.resources.gangs not in ("auto", 1):
+        notes.append("one trial runs in one gang: resources.gangs counts for sweeps")
+    return notes

@@ -1,0 +1,98 @@
+"""A cluster described by a file, to plan for machines that one does not stand on.
+
+nodes:
+  - {count: 4, cpus: 96, gpus: 8, gpu: H100-80GB, gpu_memory: 80GiB, memory: 1000GiB}
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from orchestrator.errors import UsageError
+from orchestrator.plan.values import ClusterDescription, NodeDescription
+
+NODE_KEYS = ("count", "cpus", "gpus", "gpu", "gpu_memory", "memory")
+_DECIMAL = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS = {**_DECIMAL, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_EXAMPLE = "nodes: [{count: 1, cpus: 96, gpus: 8, gpu: H100-80GB, gpu_memory: 80GiB, memory: 1000GiB}]"
+
+
+def read_cluster_file(path: str | Path) -> ClusterDescription:
+    """Read a cluster file.
+
+    Raises:
+        UsageError: the file is missing or not YAML, a key is unknown or missing, a number or size cannot be read;
+            the message names the key.
+    """
+    path = Path(path)
+    try:
+        yaml: Any = YAML(typ="safe", pure=True)
+        content: Any = yaml.load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        raise UsageError(f"cannot be read: {error}", where=str(path), expected="a YAML file", remedy=_EXAMPLE) from error
+    nodes = cast("Mapping[str, Any]", content).get("nodes") if isinstance(content, Mapping) else None
+    if not isinstance(nodes, list) or not nodes or set(cast("Mapping[str, Any]", content)) != {"nodes"}:
+        raise UsageError("not a cluster", where=str(path), expected="one key, `nodes`, with a list of nodes", remedy=_EXAMPLE)
+    entries = cast("list[Any]", nodes)
+    return ClusterDescription(
+        nodes=tuple(_node(entry, f"{path}: nodes[{i}]") for i, entry in enumerate(entries)), source=str(path)
+    )
+
+
+def parse_size(text: str) -> int:
+    """`80GiB` -> 85899345920; `1.5 TB` -> 1500000000000; a bare number is bytes. ValueError otherwise."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNITS:
+        raise ValueError(text)
+    return round(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _node(entry: Any, where: str) -> NodeDescription:
+    if not isinstance(entry, Mapping):
+        raise UsageError(f"a node is a mapping, not {entry!r}", where=where, remedy=_EXAMPLE)
+    values = cast("Mapping[str, Any]", entry)
+    for key in values:
+        if key not in NODE_KEYS:
+            near = difflib.get_close_matches(str(key), NODE_KEYS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UsageError(f"unknown key {key!r}{hint}", where=where, expected=", ".join(NODE_KEYS), remedy=_EXAMPLE)
+    num_gpus = _whole(values, "gpus", where, default=0, least=0)
+    if num_gpus and "gpu_memory" not in values:
+        raise UsageError("gpus without gpu_memory", where=where, expected="gpu_memory: 80GiB", remedy="say how much each GPU has")
+    return NodeDescription(
+        count=_whole(values, "count", where, default=1, least=1),
+        num_cpus=_whole(values, "cpus", where, default=None, least=1),
+        num_gpus=num_gpus,
+        gpu_memory_bytes=_size(values, "gpu_memory", where) if num_gpus else 0,
+        gpu_name=str(values.get("gpu", "")),
+        memory_bytes=_size(values, "memory", where),
+    )
+
+
+def _whole(values: Mapping[str, Any], key: str, where: str, *, default: int | None, least: int) -> int:
+    value = values.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        found = "is missing" if value is None else f"is {value!r}"
+        raise UsageError(f"{key} {found}", where=f"{where}.{key}", expected=f"a whole number from {least} up", remedy=_EXAMPLE)
+    return value
+
+
+def _size(values: Mapping[str, Any], key: str, where: str) -> int:
+    value = values.get(key)
+    try:
+        if value is None or isinstance(value, bool):
+            raise ValueError
+        size = parse_size(str(value))
+    except ValueError:
+        found = "is missing" if value is None else f"is {value!r}"
+        raise UsageError(f"{key} {found}", where=f"{where}.{key}", expected="a size such as 80GiB", remedy=_EXAMPLE) from None
+    if size <= 0:
+        raise UsageError(f"{key} is {value!r}", where=f"{where}.{key}", expected="a size above zero", remedy=_EXAMPLE)
+    return size

@@ -1,0 +1,103 @@
+"""How many ranks and gangs there can be, and what room each rank has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from orchestrator.errors import PlanError
+from orchestrator.plan.ladder import RankRoom
+from orchestrator.plan.memory import Device
+from orchestrator.plan.values import ClusterDescription, NodeDescription
+from orchestrator.spec.models import ResourcesSpec
+
+MAX_GPU_RANK_THREADS = 8
+"""A rank's CPU work beside a GPU is data and launches: more threads gain nothing."""
+
+
+@dataclass(frozen=True)
+class Machines:
+    """The part of a cluster that a job may use. A unit is a GPU, or on a cluster without GPUs a core."""
+
+    device: Device
+    nodes: tuple[NodeDescription, ...]
+    num_units: int
+    """After `max_gpus`."""
+
+    @property
+    def unit(self) -> str:
+        return "GPU" if self.device == "cuda" else "core"
+
+    def units_of(self, node: NodeDescription) -> int:
+        return node.num_gpus if self.device == "cuda" else node.num_cpus
+
+    @property
+    def units_per_node(self) -> int:
+        """Of the largest node."""
+        return max(self.units_of(node) for node in self.nodes)
+
+    def room(self, num_ranks: int) -> RankRoom:
+        """What each of `num_ranks` ranks may fill; of unlike nodes the poorest counts."""
+        if self.device == "cuda":
+            return RankRoom(
+                device_bytes=min(node.gpu_memory_bytes for node in self.nodes),
+                host_bytes=min(node.memory_bytes // node.num_gpus for node in self.nodes),
+            )
+        share = min(node.memory_bytes // min(num_ranks, node.num_cpus) for node in self.nodes)
+        return RankRoom(device_bytes=share, host_bytes=share)
+
+    def threads(self, num_ranks: int) -> int:
+        """Threads of each rank when `num_ranks` run at once."""
+        if self.device == "cuda":
+            return max(1, min(MAX_GPU_RANK_THREADS, min(node.num_cpus // node.num_gpus for node in self.nodes)))
+        return max(1, min(node.num_cpus // min(num_ranks, node.num_cpus) for node in self.nodes))
+
+    def rank_counts(self) -> list[int]:
+        """Sizes that a gang may have, rising: powers of two inside a node, then whole nodes, then everything."""
+        per_node = self.units_per_node
+        inside = [2**power for power in range(per_node.bit_length()) if 2**power < per_node]
+        return sorted(
+            {n for n in (*inside, *range(per_node, self.num_units + 1, per_node), self.num_units) if n <= self.num_units}
+        )
+
+    def max_gangs(self, ranks: int) -> int:
+        """Gangs of `ranks` that there is room for: inside nodes where a gang fits into one."""
+        inside = sum(node.count * (self.units_of(node) // ranks) for node in self.nodes)
+        return min(inside or self.num_units // ranks, self.num_units // ranks)
+
+
+def machines(cluster: ClusterDescription, resources: ResourcesSpec) -> Machines:
+    """What the job may use.
+
+    Raises:
+        PlanError: `accelerator: gpu` on a cluster without GPUs; a cluster without nodes; more ranks than units.
+    """
+    if not cluster.nodes:
+        raise PlanError("the cluster has no nodes", where=cluster.source, remedy="start one, or describe one in a file")
+    wants_gpu = resources.accelerator == "gpu" or (resources.accelerator == "auto" and cluster.num_gpus > 0)
+    if wants_gpu and not cluster.num_gpus:
+        raise PlanError(
+            f"a GPU is asked for, and {cluster.source or 'the cluster'} has none",
+            where="resources.accelerator",
+            expected="accelerator: auto or cpu",
+            remedy="resources.accelerator: auto, or a cluster with GPUs",
+        )
+    nodes = tuple(node for node in cluster.nodes if node.num_gpus) if wants_gpu else cluster.nodes
+    total = cluster.num_gpus if wants_gpu else cluster.num_cpus
+    found = Machines(device="cuda" if wants_gpu else "cpu", nodes=nodes, num_units=min(total, resources.max_gpus or total))
+    _check_asked_ranks(found, resources, total)
+    return found
+
+
+def _check_asked_ranks(found: Machines, resources: ResourcesSpec, total: int) -> None:
+    ranks = 1 if resources.ranks_per_gang == "auto" else resources.ranks_per_gang
+    gangs = 1 if resources.gangs == "auto" else resources.gangs
+    if ranks * gangs <= found.num_units:
+        return
+    bound = f"max_gpus: {resources.max_gpus} allows {found.num_units}" if found.num_units < total else f"the cluster has {total}"
+    raise PlanError(
+        f"{gangs} gang{'s' if gangs > 1 else ''} of {ranks} rank{'s' if ranks > 1 else ''} need{'s' if gangs == 1 else ''} "
+        f"{ranks * gangs} {found.unit}s, and {bound}",
+        where="resources",
+        expected=f"ranks_per_gang x gangs of at most {found.num_units}",
+        remedy="leave gangs and ranks_per_gang to `auto`, or lower them",
+    )

@@ -1,0 +1,48 @@
+"""How much data there is, guessed from file sizes: enough to plan before anything is tokenised."""
+
+from __future__ import annotations
+
+import math
+
+from orchestrator.plan.values import DataSize
+from orchestrator.spec.models import JobSpec
+
+BYTES_PER_TOKEN = 4
+"""English text under the usual vocabularies of 32k to 128k entries; other text differs by a factor of two and more."""
+
+
+def estimate_data_size(
+    num_bytes: int,
+    num_rows: int,
+    spec: JobSpec,
+    *,
+    eval_bytes: int | None = None,
+    retain_bytes: int = 0,
+    num_classes: int = 0,
+) -> DataSize:
+    """A DataSize with `exact=False`.
+
+    Args:
+        num_bytes: Of the training files, before the splits are taken off.
+        num_rows: Of the training files.
+        eval_bytes: Of the eval file, where eval is a path.
+        retain_bytes: Of the retention files.
+    """
+    share = 1.0 - sum(part for part in (spec.data.eval, spec.data.test) if isinstance(part, float))
+    tokens = max(1, round(num_bytes / BYTES_PER_TOKEN))
+    rows = max(1, num_rows)
+    train_tokens = max(1, round(share * tokens))
+    if isinstance(spec.data.eval, float):
+        eval_tokens = round(min(spec.data.eval * rows, spec.data.eval_rows) * tokens / rows)
+    else:
+        eval_tokens = min(round((eval_bytes or 0) / BYTES_PER_TOKEN), spec.data.eval_rows * spec.data.max_tokens)
+    return DataSize(
+        train_documents=max(1, round(share * rows)),
+        train_tokens=train_tokens,
+        steps_per_epoch=max(1, math.ceil(train_tokens / spec.train.tokens_per_step)),
+        eval_tokens=eval_tokens,
+        retain_tokens=min(round(retain_bytes / BYTES_PER_TOKEN), spec.data.retain_tokens),
+        longest_document_tokens=spec.data.max_tokens,
+        num_classes=num_classes,
+        exact=False,
+    )

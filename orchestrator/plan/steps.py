@@ -1,0 +1,81 @@
+"""Steps, rungs and rows: how the training budget is cut."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from orchestrator.anatomy.values import ModelAnatomy
+from orchestrator.errors import PlanError
+from orchestrator.plan.values import DataSize
+from orchestrator.spec.models import JobSpec
+
+REDUCTION_FACTOR = 3
+"""ASHA keeps one trial in three at a rung: the default of Li et al. 2020 is 4, 3 spares more of a small sweep."""
+MIN_RUNG_STEPS = 4
+"""A rung of fewer steps compares warm-ups, not trials."""
+MAX_RUNGS = 3
+MAX_CPU_MICRO_BATCH_TOKENS = 4096
+"""Past a few thousand tokens a CPU's matrix products gain nothing, and memory is all that grows."""
+
+
+def total_steps(spec: JobSpec, data: DataSize) -> int:
+    """Steps of the full budget, at least one."""
+    return max(1, math.ceil(spec.train.epochs * data.steps_per_epoch))
+
+
+def total_tokens(spec: JobSpec, data: DataSize) -> int:
+    """Training tokens of the full budget, at least one."""
+    return max(1, math.ceil(spec.train.epochs * data.train_tokens))
+
+
+def rung_steps(
+    total_steps: int,
+    *,
+    budget: float = 1.0,
+    scheduler: Literal["asha", "none"] = "asha",
+    reduction_factor: int = REDUCTION_FACTOR,
+    min_steps: int = MIN_RUNG_STEPS,
+) -> tuple[int, ...]:
+    """Steps at which trials are compared, rising; the last is a trial's whole budget.
+
+    S/9, S/3, S for a budget of S steps, without those that would come before `min_steps`. 90 -> (10, 30, 90).
+    """
+    last = max(1, math.ceil(budget * total_steps))
+    if scheduler == "none":
+        return (last,)
+    rungs = [math.ceil(last / reduction_factor**power) for power in range(MAX_RUNGS - 1, 0, -1)]
+    return (*(step for step in rungs if min_steps <= step < last), last)
+
+
+def packs(spec: JobSpec) -> bool:
+    """Whether documents share rows: `classify` reads one document a row."""
+    return spec.data.pack and spec.task != "classify"
+
+
+def row_tokens(spec: JobSpec, anatomy: ModelAnatomy, data: DataSize) -> int:
+    """Width of a row: `max_tokens` when packing, else the longest document; a multiple of 8 for the tensor cores.
+
+    Raises:
+        PlanError: the longest document has more tokens than the base has positions.
+    """
+    longest = min(data.longest_document_tokens, spec.data.max_tokens) or 1
+    if longest > anatomy.max_positions:
+        raise PlanError(
+            f"documents of up to {longest} tokens, and the base has {anatomy.max_positions} positions",
+            where="data.max_tokens",
+            remedy=f"data.max_tokens: {anatomy.max_positions}",
+        )
+    width = max(longest, min(spec.data.max_tokens, spec.train.tokens_per_step)) if packs(spec) else longest
+    return -(-width // 8) * 8
+
+
+def max_rows(row_tokens: int, ranks: int, tokens_per_step: int, device: Literal["cpu", "cuda"]) -> int:
+    """The most rows that a rank can use at once: a step's share, and on a CPU a few thousand tokens."""
+    rows = max(1, tokens_per_step // (row_tokens * ranks))
+    return min(rows, max(1, MAX_CPU_MICRO_BATCH_TOKENS // row_tokens)) if device == "cpu" else rows
+
+
+def accumulation(rows: int, row_tokens: int, ranks: int, tokens_per_step: int) -> int:
+    """Rounds of micro-batches that a full step takes."""
+    return max(1, math.ceil(tokens_per_step / (rows * row_tokens * ranks)))

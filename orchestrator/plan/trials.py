@@ -1,0 +1,136 @@
+"""Trials, controls and the assignments that carry them."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from orchestrator.anatomy import LayerSelection, ModelAnatomy, select
+from orchestrator.plan.options import head_rates
+from orchestrator.plan.values import (
+    Assignment,
+    DataPaths,
+    ExecutionPlan,
+    RunPlan,
+    TrainSettings,
+    TrialOption,
+    TrialSpec,
+)
+from orchestrator.spec.models import JobSpec, SearchSpec
+from orchestrator.values import content_hash
+
+CONTROL_NUMBERS = {"none": -3, "head": -2, "shuffled": -1}
+"""Controls stand before the searched trials, which count from 0."""
+
+
+def make_trial(
+    plan: RunPlan,
+    option: TrialOption,
+    learning_rate: float,
+    number: int,
+    seed: int,
+    control: Literal["none", "head", "shuffled"] | None = None,
+) -> TrialSpec:
+    """A point of the search. Its id, `t007-3fa2c1`, ends in a hash over all that decides its numbers but the data."""
+    identity = {
+        "layers": option.layers,
+        "tune": option.tune,
+        "lora_rank": option.lora_rank,
+        "learning_rate": learning_rate.hex(),
+        "seed": seed,
+        "total_steps": plan.total_steps,
+    }
+    return TrialSpec(
+        trial_id=control or f"t{number:03d}-{content_hash(identity)[:6]}",
+        number=number,
+        control=control,
+        layers=option.layers,
+        tune=option.tune,
+        learning_rate=learning_rate,
+        lora_rank=option.lora_rank,
+        total_steps=plan.total_steps,
+        total_tokens=plan.total_tokens,
+        seed=seed,
+    )
+
+
+def none_control(plan: RunPlan, anatomy: ModelAnatomy, seed: int) -> tuple[TrialSpec, LayerSelection]:
+    """The untouched base; to classify, the class prior. It is only evaluated."""
+    selection = _select(plan, anatomy, "none")
+    return _control(plan, "none", selection, 0.0, seed), selection
+
+
+def head_control(plan: RunPlan, anatomy: ModelAnatomy, spec: JobSpec, seed: int) -> tuple[TrialSpec, LayerSelection]:
+    """Feature extraction: only the head learns, at the middle (geometric mean) of its learning-rate range."""
+    selection = _select(plan, anatomy, "head")
+    low, high = head_rates(spec.search or SearchSpec(), spec.task)
+    return _control(plan, "head", selection, math.sqrt(low * high), seed), selection
+
+
+def shuffled_control(winner: TrialSpec) -> TrialSpec:
+    """The winner once more, to be trained on answers permuted among the prompts: what style alone buys.
+
+    Its id names the winner, since an extended sweep may have another one.
+    """
+    update = {"trial_id": f"shuffled-{winner.trial_id}", "number": CONTROL_NUMBERS["shuffled"], "control": "shuffled"}
+    return winner.model_copy(update=update)
+
+
+def make_assignment(
+    plan: RunPlan,
+    trial: TrialSpec,
+    selection: LayerSelection,
+    *,
+    settings: TrainSettings,
+    data: DataPaths,
+    metric: str,
+    folder: str,
+    rung: int,
+    start: str | None,
+    stop_step: int,
+    execution: ExecutionPlan | None = None,
+    keep_optimizer: bool = True,
+    checkpoint_every_steps: int = 0,
+    evaluate: bool = True,
+) -> Assignment:
+    """All that a gang needs to carry `trial` to `stop_step`, by the plan's execution unless another is given.
+
+    Args:
+        folder: The trial's folder.
+        start: The rung's folder to go on from; None starts at step 0.
+    """
+    return Assignment(
+        trial=trial,
+        selection=selection,
+        execution=execution or plan.execution,
+        settings=settings,
+        data=data,
+        metric=metric,
+        folder=folder,
+        rung=rung,
+        start=start,
+        stop_step=stop_step,
+        keep_optimizer=keep_optimizer,
+        checkpoint_every_steps=checkpoint_every_steps,
+        evaluate=evaluate,
+    )
+
+
+def _select(plan: RunPlan, anatomy: ModelAnatomy, policy: str) -> LayerSelection:
+    return select(anatomy, policy, "full", None, task=plan.base.task, num_classes=plan.base.num_classes)
+
+
+def _control(
+    plan: RunPlan, name: Literal["none", "head"], selection: LayerSelection, learning_rate: float, seed: int
+) -> TrialSpec:
+    return TrialSpec(
+        trial_id=name,
+        number=CONTROL_NUMBERS[name],
+        control=name,
+        layers=selection.policy,
+        tune=selection.tune,
+        learning_rate=learning_rate,
+        total_steps=plan.total_steps,
+        total_tokens=plan.total_tokens,
+        seed=seed,
+    )

@@ -1,0 +1,283 @@
+"""What will be done: decisions as values, with the reasons and the rejected alternatives."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from orchestrator.anatomy.values import LayerSelection
+from orchestrator.spec.models import Quantize, Task, Tune
+from orchestrator.values import Value
+
+
+class NodeDescription(Value):
+    """One node (or `count` equal ones) of a cluster."""
+
+    count: int = 1
+    num_cpus: int
+    num_gpus: int = 0
+    gpu_memory_bytes: int = 0
+    gpu_name: str = ""
+    memory_bytes: int
+    """Host memory."""
+
+
+class ClusterDescription(Value):
+    """The machines a plan is for, live or described by a file."""
+
+    nodes: tuple[NodeDescription, ...]
+    source: str = ""
+
+    @property
+    def num_gpus(self) -> int:
+        return sum(node.count * node.num_gpus for node in self.nodes)
+
+    @property
+    def num_cpus(self) -> int:
+        return sum(node.count * node.num_cpus for node in self.nodes)
+
+
+class DataSize(Value):
+    """What the plan needs to know of the tokenised data. Estimated from file sizes where nothing was tokenised yet."""
+
+    train_documents: int
+    train_tokens: int
+    steps_per_epoch: int
+    eval_tokens: int
+    retain_tokens: int
+    longest_document_tokens: int
+    num_classes: int = 0
+    class_names: tuple[str, ...] = ()
+    sets_sha256: str = ""
+    """Over every split's tokens, masks and classes."""
+    exact: bool = True
+    """False when estimated from file sizes."""
+
+
+class MemoryTerm(Value):
+    name: str
+    num_bytes: int
+    reason: str
+
+
+class MemoryEstimate(Value):
+    """Memory of one rank, term by term."""
+
+    terms: tuple[MemoryTerm, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(term.num_bytes for term in self.terms)
+
+
+class RejectedWay(Value):
+    """A cheaper way that did not fit, and the term that broke it."""
+
+    way: str
+    reason: str
+
+
+class ExecutionPlan(Value):
+    """How one gang trains a trial. The same for every trial of a sweep."""
+
+    device: Literal["cpu", "cuda"]
+    ranks: int
+    threads_per_rank: int
+    executor: Literal["torch", "deepspeed"]
+    """`torch` on one rank; `deepspeed` on several, or where a ZeRO stage was asked for."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    checkpointing: bool = False
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    row_tokens: int
+    """Width of a row: documents are packed into rows of so many tokens."""
+    micro_batch_rows: int
+    """Rows that a rank computes at once."""
+    pack: bool = True
+    backend: Literal["gloo", "nccl"] = "gloo"
+
+
+class TrialSpec(Value):
+    """One point of the search, or a control. Nothing of the cluster is in here."""
+
+    trial_id: str
+    number: int
+    control: Literal["none", "head", "shuffled"] | None = None
+    layers: str
+    tune: Tune
+    learning_rate: float
+    lora_rank: int | None = None
+    total_steps: int
+    """Steps of the full budget: the learning-rate schedule ends there."""
+    total_tokens: int
+    """Training tokens (with prompts, without padding) of the full budget."""
+    seed: int
+
+    @property
+    def lora_alpha(self) -> int:
+        """LoRA's scale is alpha / rank; twice the rank is the field's usual choice (Hu et al. 2021 keep it fixed)."""
+        return 2 * (self.lora_rank or 0)
+
+
+class BaseLoad(Value):
+    """How a rank loads the base."""
+
+    folder: str
+    model_type: str
+    quantize: Quantize
+    task: Task
+    num_classes: int = 0
+    class_names: tuple[str, ...] = ()
+    revision: str | None = None
+
+
+class TrainSettings(Value):
+    """The part of the spec's `train` that the loop needs."""
+
+    warmup: float
+    schedule: Literal["cosine", "linear", "constant"]
+    weight_decay: float
+    grad_clip: float
+    tokens_per_step: int
+
+
+class DataPaths(Value):
+    """Tokenised sets, as written by `data.TokenizedSet.save`. Absolute or store paths."""
+
+    train: str
+    eval: str
+    retain: str | None = None
+
+
+class Assignment(Value):
+    """All that a gang receives: carry this trial from `start` to `stop_step`, evaluate, save."""
+
+    trial: TrialSpec
+    selection: LayerSelection
+    execution: ExecutionPlan
+    settings: TrainSettings
+    data: DataPaths
+    metric: str
+    folder: str
+    """The trial's folder: steps.jsonl and rung-<n>/ are written here."""
+    rung: int
+    start: str | None = None
+    """Folder of the rung or checkpoint to continue from; None starts at step 0."""
+    stop_step: int
+    """Train up to and including this step; 0 only evaluates."""
+    keep_optimizer: bool = True
+    """Whether the trial may be continued from the checkpoint written at the end."""
+    checkpoint_every_steps: int = 0
+    """0: only at the end. The refit checkpoints in between."""
+    evaluate: bool = True
+
+
+class EngineRecord(Value):
+    """Which machinery served a trial; law 9 and the sweep's proof that ZeRO was real."""
+
+    executor: Literal["torch", "deepspeed", "none"]
+    engine_class: str
+    zero_stage: int
+    ranks: int
+    partitioned_bytes: int
+    """Bytes of optimizer state and master weights that rank 0 holds of the partitioned whole."""
+    trainable_parameters: int
+    peak_memory_bytes: int
+    live_engines: int
+    base_loads: int
+    """How often this process has loaded the base; always 1."""
+    ordinal: int
+    """How many assignments this gang had run before."""
+
+
+class RungResult(Value):
+    """What a gang answers."""
+
+    trial_id: str
+    rung: int
+    step: int
+    tokens: int
+    state: Literal["done", "failed"]
+    reason: str = ""
+    train_loss: float | None = None
+    """Loss of the last step, nats per supervised token."""
+    eval_loss: float | None = None
+    metrics: dict[str, float] = {}
+    """Every metric that was computed, by name (`loss`, `accuracy`, `macro_f1`, `exact_match`)."""
+    retain_loss: float | None = None
+    checkpoint: str | None = None
+    """The rung's folder; None when nothing was trained (the control `none`)."""
+    engine: EngineRecord | None = None
+    train_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    started_at: float = 0.0
+    finished_at: float = 0.0
+    gang: int = -1
+    notes: tuple[str, ...] = ()
+    """What happened by itself on the way (law 9): a micro-batch halved, a damaged checkpoint passed over."""
+
+
+class StepReport(Value):
+    """One optimizer step, a line of steps.jsonl."""
+
+    step: int
+    epoch: int
+    tokens: int
+    """Tokens seen so far."""
+    supervised_tokens: int
+    """Supervised tokens of this step."""
+    loss: float
+    loss_hex: str
+    """The same loss, exactly (`float.hex`)."""
+    learning_rate: float
+    grad_norm: float
+    tokens_per_s: float
+    memory_bytes: int
+
+
+class TrialOption(Value):
+    """One discrete choice of the search with its selection, memory and cost."""
+
+    layers: str
+    tune: Tune
+    lora_rank: int | None
+    selection: LayerSelection
+    memory: MemoryEstimate
+    learning_rate_low: float
+    learning_rate_high: float
+
+
+class SearchPlan(Value):
+    options: tuple[TrialOption, ...]
+    num_trials: int
+    algorithm: Literal["optuna", "random", "grid"]
+    scheduler: Literal["asha", "none"]
+    rung_steps: tuple[int, ...]
+    """Steps at which trials are compared; the last is the trial's whole budget."""
+    total_steps: int
+    """Steps of the full budget (`train.epochs`)."""
+    reduction_factor: int
+    concurrent_trials: int
+
+
+class RunPlan(Value):
+    """Everything derived before anything runs."""
+
+    name: str
+    spec_sha256: str
+    base: BaseLoad
+    num_parameters: int
+    data: DataSize
+    execution: ExecutionPlan
+    refit_execution: ExecutionPlan
+    num_gangs: int
+    base_memory: MemoryEstimate
+    search: SearchPlan | None
+    finetune: TrialOption | None
+    total_steps: int
+    total_tokens: int
+    disk_bytes: int
+    gpu_hours: float | None
+    reasons: tuple[str, ...]
+    """Derivations in sentences: batch x accumulation x ranks = tokens per step, why this stage, ..."""
+    rejected: tuple[RejectedWay, ...]
+    notes: tuple[str, ...] = ()

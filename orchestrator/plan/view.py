@@ -1,0 +1,124 @@
+"""The plan in sentences and plain lines."""
+
+from __future__ import annotations
+
+from orchestrator.plan.steps import accumulation
+from orchestrator.plan.values import ExecutionPlan, MemoryEstimate, RunPlan, TrialOption
+from orchestrator.spec.models import JobSpec
+from orchestrator.units import format_bytes, format_count
+
+
+def derivations(plan: RunPlan, spec: JobSpec) -> tuple[str, ...]:
+    """How the plan's numbers follow from each other, one sentence each."""
+    tokens_per_step = spec.train.tokens_per_step
+    lines = [
+        batch_line(plan.execution, tokens_per_step),
+        f"{spec.train.epochs:g} epochs x {_count(plan.data.steps_per_epoch, 'step')} = {_count(plan.total_steps, 'step')}, "
+        f"{format_count(plan.total_tokens)} tokens",
+        _gangs_line(plan),
+        _stage_line(plan.execution),
+    ]
+    if plan.search is None:
+        return tuple(lines)
+    *earlier, last = plan.search.rung_steps
+    kept = f"; one trial in {plan.search.reduction_factor} goes on" if earlier else ""
+    lines.append(f"trials are compared after {', '.join(map(str, (*earlier, last)))} steps{kept}")
+    if last < plan.total_steps:
+        again = batch_line(plan.refit_execution, tokens_per_step)
+        lines.append(f"the winner is trained again to {plan.total_steps} steps: {again}")
+    else:
+        lines.append("a winner at the last rung has had the full budget and is not trained again")
+    return tuple(lines)
+
+
+def batch_line(execution: ExecutionPlan, tokens_per_step: int) -> str:
+    """`8 rows x 512 tokens x 1 rank x 2 rounds = 8192 tokens per step`."""
+    rows, width, ranks = execution.micro_batch_rows, execution.row_tokens, execution.ranks
+    rounds = accumulation(rows, width, ranks, tokens_per_step)
+    product = rows * width * ranks * rounds
+    end = f"{product} tokens per step" if product == tokens_per_step else f"{product}, room for {tokens_per_step} tokens per step"
+    return f"{_count(rows, 'row')} x {width} tokens x {_count(ranks, 'rank')} x {_count(rounds, 'round')} = {end}"
+
+
+def plan_lines(plan: RunPlan) -> list[str]:
+    """The whole plan as plain text, for a log."""
+    execution = plan.execution
+    lines = [
+        f"plan {plan.name} ({plan.spec_sha256[:12]})",
+        f"  base        {plan.base.folder} · {plan.base.model_type} · {format_count(plan.num_parameters)} parameters"
+        + (f" · {plan.base.quantize}" if plan.base.quantize != "none" else ""),
+        f"  data        {plan.data.train_documents} documents, {format_count(plan.data.train_tokens)} tokens; "
+        f"eval {format_count(plan.data.eval_tokens)}, retain {format_count(plan.data.retain_tokens)}"
+        + ("" if plan.data.exact else " (estimated)"),
+        f"  gangs       {plan.num_gangs} of {_count(execution.ranks, 'rank')} on {execution.device}, "
+        f"{_count(execution.threads_per_rank, 'thread')} a rank",
+        f"  execution   {way_line(execution)}",
+        f"  refit       {way_line(plan.refit_execution)}",
+    ]
+    if plan.search is not None:
+        search = plan.search
+        lines.append(
+            f"  search      {search.num_trials} trials of {len(search.options)} options · {search.algorithm} · {search.scheduler}"
+        )
+        lines += [f"    {option_line(option)}" for option in search.options]
+    if plan.finetune is not None:
+        lines.append(f"  finetune    {option_line(plan.finetune)}")
+    heaviest = heaviest_option(plan)
+    lines.append(f"  memory of a rank, {heaviest.layers} {heaviest.tune}: {format_bytes(heaviest.memory.total_bytes)}")
+    lines += [f"    {line}" for line in memory_lines(heaviest.memory)]
+    hours = f"{plan.gpu_hours:.3g} GPU-hours" if plan.gpu_hours is not None else "GPU-hours unknown"
+    lines.append(f"  cost        {hours} · {format_bytes(plan.disk_bytes)} of disk")
+    lines += [f"  because     {reason}" for reason in plan.reasons]
+    lines += [f"  rejected    {rejected.way}: {rejected.reason}" for rejected in plan.rejected]
+    return lines + [f"  note        {note}" for note in plan.notes]
+
+
+def way_line(execution: ExecutionPlan) -> str:
+    """`deepspeed ZeRO-2 · 2 ranks · checkpointing · bfloat16`."""
+    parts = [
+        "torch" if execution.executor == "torch" else f"deepspeed ZeRO-{execution.zero_stage}",
+        _count(execution.ranks, "rank"),
+    ]
+    parts += [f"{execution.offload} offloaded"] if execution.offload != "none" else []
+    parts += ["checkpointing"] if execution.checkpointing else []
+    return " · ".join([*parts, f"{execution.micro_batch_rows} x {execution.row_tokens} tokens at once", execution.dtype])
+
+
+def option_line(option: TrialOption) -> str:
+    """`last:4 · lora r16 · 1.05M learn · lr 1.0e-04 to 5.0e-03 · 2.1 GiB`."""
+    tune = f"lora r{option.lora_rank}" if option.lora_rank else option.tune
+    low, high = option.learning_rate_low, option.learning_rate_high
+    rates = f"lr {low:.1e}" if low == high else f"lr {low:.1e} to {high:.1e}"
+    learn = format_count(option.selection.num_trainable_parameters)
+    return f"{option.layers} · {tune} · {learn} learn · {rates} · {format_bytes(option.memory.total_bytes)}"
+
+
+def heaviest_option(plan: RunPlan) -> TrialOption:
+    """The option that needs most memory: the one the way was chosen for."""
+    options = plan.search.options if plan.search is not None else (plan.finetune,)
+    return max((option for option in options if option is not None), key=lambda option: option.memory.total_bytes)
+
+
+def memory_lines(memory: MemoryEstimate) -> list[str]:
+    """A line per term, largest first."""
+    ordered = sorted(memory.terms, key=lambda term: -term.num_bytes)
+    return [f"{term.name:<18} {format_bytes(term.num_bytes):>10}  {term.reason}" for term in ordered]
+
+
+def _gangs_line(plan: RunPlan) -> str:
+    ranks = plan.execution.ranks
+    if plan.search is None:
+        return f"one trial: one gang of {_count(ranks, 'rank')}"
+    each = "the base and a trial fit one rank" if ranks == 1 else f"a gang needs {ranks} ranks"
+    return f"{each}: {_count(plan.num_gangs, 'gang')}, each running trials one after another"
+
+
+def _stage_line(execution: ExecutionPlan) -> str:
+    if execution.executor == "torch":
+        return "one rank has nobody to share with: plain torch"
+    alone = "as asked" if execution.ranks == 1 else "the first stage that is allowed and fits"
+    return f"ZeRO-{execution.zero_stage}: {alone}"
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"

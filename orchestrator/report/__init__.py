@@ -1,0 +1,12 @@
+"""What people see: the HTML report of a run directory, and the terminal's screens.
+
+    from orchestrator.report.page import write_report            # draws with matplotlib, so it is imported where it is used
+    from orchestrator.report import SweepView, final_screen, plan_view
+
+Reads run directories and records; knows neither Ray nor torch.
+"""
+
+from orchestrator.report.screens import final_screen, plan_view
+from orchestrator.report.terminal import LogView, SweepView, open_view
+
+__all__ = ["LogView", "SweepView", "final_screen", "open_view", "plan_view"]

@@ -1,0 +1,268 @@
+"""What stands behind the verdict: the test set, answers, the plan against what was measured, data, events, versions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from orchestrator.report import figures, html
+from orchestrator.report.figures import PlannedBar
+from orchestrator.report.html import Html
+from orchestrator.report.reading import RunRecords
+from orchestrator.report.wording import CONTROL_NAMES, MISSING, amount, engine_text, metric_text, number, plural, ratio, signed
+from orchestrator.transfer.records import SweepResult, TransferReport
+from orchestrator.units import GIB, MIB, format_bytes, format_count, format_seconds
+
+MAX_EVENTS = 400
+MAX_BARS = 16
+LONG_TEXT = 600
+METHOD = {"bootstrap": "bootstrap", "sign_flip": "sign-flip test"}
+
+
+def gains(transfer: TransferReport) -> Html:
+    """Gain over the controls, on the test set."""
+    parts: list[object] = []
+    shown = [c for c in transfer.comparisons if math.isfinite(c.mean) and math.isfinite(c.low) and math.isfinite(c.high)]
+    rows = [
+        [
+            f"over {CONTROL_NAMES[c.against]}",
+            *map(signed, (c.mean, c.low, c.high)),
+            c.unit,
+            METHOD[c.method],
+            c.num_examples,
+            number(c.p_value),
+        ]
+        for c in transfer.comparisons
+    ]
+    headers = ["gain", "mean", "low", "high", "unit", "method", "examples", "p"]
+    data = html.table(headers, rows, numeric=(1, 2, 3, 6, 7))
+    if shown:
+        caption = (
+            "Paired per-example differences on the test set, which was read once, on the bundle. Bars are 95% intervals. "
+            "Gain over the base is mostly style; only gain over shuffled answers, where that control ran, is the task."
+        )
+        parts.append(html.picture(figures.gains(shown), caption, data))
+    elif rows:
+        parts.append(data)
+    else:
+        parts.append(html.tag("p", "Nothing was tested: the test set is read only for a bundle."))
+    parts.append(_scores(transfer))
+    return html.join(parts)
+
+
+def _scores(transfer: TransferReport) -> Html:
+    if not transfer.scores:
+        return Html()
+    names = list(dict.fromkeys(name for score in transfer.scores for name in score.metrics))
+    rows = [
+        [
+            CONTROL_NAMES.get(score.model, score.model),
+            *(metric_text(score.metrics.get(name), name) for name in names),
+            number(score.retain_loss),
+            signed(score.forgetting),
+        ]
+        for score in transfer.scores
+    ]
+    return html.table(["model", *names, "retention loss", "forgetting"], rows, numeric=range(1, len(names) + 3))
+
+
+def prompts(transfer: TransferReport) -> Html:
+    """Held-out prompts, answered by base and by bundle."""
+    shown = [
+        html.tag(
+            "div",
+            html.tag("h3", "prompt"),
+            html.tag("pre", _shorten(pair.prompt)),
+            html.tag(
+                "div",
+                html.tag("div", html.tag("h3", "untouched base"), html.tag("pre", _shorten(pair.base_answer) or MISSING)),
+                html.tag("div", html.tag("h3", "tuned"), html.tag("pre", _shorten(pair.tuned_answer) or MISSING)),
+                css="answers",
+            ),
+            *((html.tag("h3", "expected"), html.tag("pre", _shorten(pair.expected))) if pair.expected else ()),
+            css="prompt",
+        )
+        for pair in transfer.prompts
+    ]
+    return html.join(shown or [html.paragraph("No prompt was answered.")])
+
+
+def _shorten(written: str) -> str:
+    left_out = len(written) - LONG_TEXT
+    return written if left_out <= 0 else f"{written[:LONG_TEXT]}… ({left_out} more characters)"
+
+
+def bundle(run: RunRecords, transfer: TransferReport) -> Html:
+    """Where the bundle is, and that it is what was trained."""
+    if transfer.bundle is None:
+        return html.paragraph("There is none: nothing was promoted.")
+    rows: list[tuple[object, object]] = [("folder", transfer.bundle)]
+    check = transfer.verification
+    if check is not None:
+        outcome = "passed" if check.passed else "FAILED"
+        rows += [
+            ("verification", f"{outcome} on {check.num_prompts} held-out prompts in {format_seconds(check.seconds)}"),
+            ("KL(trained || bundle)", f"{number(check.kl_bundle)} nats per token, at most {number(check.limit)} allowed"),
+            ("KL(trained || base)", f"{number(check.kl_base)} nats per token"),
+            ("merged into", f"the {check.merged_into} base" if check.merged_into else MISSING),
+        ]
+    if transfer.refit is not None:
+        rows.append(("refit", _refit(transfer)))
+    files = run.bundle_manifest.get("files")
+    if files:
+        rows.append(("files in its manifest", len(files)))
+    commands = html.join(html.tag("pre", command) for command in transfer.serve_commands)
+    return html.join([html.facts(rows), *((html.tag("h3", "Serve it"), commands) if transfer.serve_commands else ())])
+
+
+def _refit(transfer: TransferReport) -> str:
+    refit = transfer.refit
+    assert refit is not None
+    if not refit.ran:
+        return f"not needed: {refit.reason}"
+    restarts = f", restarted {plural(refit.restarts, 'time')}" if refit.restarts else ""
+    engine = engine_text(refit.executor, refit.zero_stage, refit.ranks)
+    return f"{refit.reason}: steps {refit.from_step} to {refit.to_step} in {format_seconds(refit.seconds)} on {engine}{restarts}"
+
+
+def plan_against_measured(run: RunRecords) -> Html:
+    """Memory and time as planned and as measured, and why the plan is what it is."""
+    parts: list[object] = []
+    bars = _memory_bars(run)
+    if bars:
+        scale, unit = (GIB, "GiB") if max(sum(size for _, size in bar.terms) for bar in bars) > 2 * GIB else (MIB, "MiB")
+        names = list(dict.fromkeys(name for bar in bars for name, _ in bar.terms))
+        rows = [
+            [
+                bar.label,
+                *(format_bytes(dict(bar.terms).get(name, 0.0)) for name in names),
+                format_bytes(sum(size for _, size in bar.terms)),
+                format_bytes(bar.measured) if bar.measured else MISSING,
+            ]
+            for bar in bars
+        ]
+        data = html.table(["choice", *names, "planned", "measured peak"], rows, numeric=range(1, len(names) + 3))
+        parts.append(
+            html.picture(
+                figures.memory(bars, scale, unit), "Memory of one rank as planned, term by term, and the measured peak.", data
+            )
+        )
+    measured = run.transfer.plan_against_measured if run.transfer else ()
+    if measured:
+        rows = [[row.name, amount(row.planned, row.unit), amount(row.measured, row.unit), ratio(row)] for row in measured]
+        parts.append(html.table(["", "planned", "measured", "measured / planned"], rows, numeric=(1, 2, 3)))
+    if run.sweep is not None:
+        parts.append(html.facts(_gang_facts(run.sweep)))
+    if run.plan is not None:
+        parts.append(html.tag("h3", "Why this plan"))
+        parts.append(html.bullets((*run.plan.reasons, *run.plan.notes)))
+        if run.plan.rejected:
+            rows = [[way.way, way.reason] for way in run.plan.rejected]
+            parts.append(html.table(["rejected", "because"], rows))
+    return html.join(parts or [html.paragraph("The run has no plan yet.")])
+
+
+def _memory_bars(run: RunRecords) -> list[PlannedBar]:
+    plan = run.plan
+    if plan is None:
+        return []
+    options = plan.search.options if plan.search else (plan.finetune,) if plan.finetune else ()
+    bars = []
+    for option in options[:MAX_BARS]:
+        peaks = [
+            trial.engine.peak_memory_bytes
+            for trial in (run.sweep.trials if run.sweep else ())
+            if trial.engine and (trial.layers, trial.tune, trial.lora_rank) == (option.layers, option.tune, option.lora_rank)
+        ]
+        tune = f"lora r{option.lora_rank}" if option.tune == "lora" else "full"
+        terms = tuple((term.name, float(term.num_bytes)) for term in option.memory.terms)
+        bars.append(PlannedBar(f"{option.layers} · {tune}", terms, max(peaks, default=0) or None))
+    return bars
+
+
+def _gang_facts(sweep: SweepResult) -> list[tuple[object, object]]:
+    ranks = f"{sweep.num_gangs} of {plural(sweep.ranks_per_gang, 'rank')} each"
+    engines = sorted({engine_text(t.engine.executor, t.engine.zero_stage, t.engine.ranks) for t in sweep.trials if t.engine})
+    first = format_seconds(sweep.first_trial_seconds) if sweep.first_trial_seconds is not None else MISSING
+    return [
+        ("gangs", ranks + (f", {sweep.gangs_replaced} replaced" if sweep.gangs_replaced else "")),
+        ("base loads", sweep.base_loads),
+        ("engines that served", "; ".join(engines) or MISSING),
+        ("first trial's first step after", first),
+        ("gangs idle between trials", format_seconds(sweep.gang_idle_seconds)),
+        ("submissions", sweep.num_submissions),
+    ]
+
+
+def data_summary(run: RunRecords) -> Html:
+    if not run.data_summary:
+        return html.paragraph("The data has no summary yet.")
+    return _tree(run.data_summary)
+
+
+def _tree(values: Mapping[str, Any]) -> Html:
+    """Nested records as nested lists of facts; long lists are folded."""
+    return html.facts((name.replace("_", " "), _leaf(value)) for name, value in values.items())
+
+
+def _leaf(value: Any) -> object:
+    if isinstance(value, Mapping):
+        return _tree(value) if value else MISSING
+    if isinstance(value, list | tuple):
+        if not value:
+            return MISSING
+        if all(isinstance(item, Mapping) for item in value) and len({tuple(item) for item in value}) == 1:
+            written = html.table(list(value[0]), [[_leaf(cell) for cell in item.values()] for item in value])
+        else:
+            written = html.bullets(_leaf(item) for item in value)
+        return written if len(value) <= 8 else html.details(f"{len(value)} entries", written)
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: MISSING}[value]
+    if isinstance(value, float):
+        return number(value)
+    return f"{value:,}" if isinstance(value, int) else value
+
+
+def events(run: RunRecords) -> Html:
+    """Everything automatic, as the run record has it."""
+    if not run.events:
+        return html.paragraph("Nothing was recorded.")
+    rows = []
+    for event in run.events[-MAX_EVENTS:]:
+        rest = {key: value for key, value in event.items() if key not in ("time", "at", "kind", "message")}
+        said = [str(event["message"])] if event.get("message") else []
+        said += [f"{key} {value}" for key, value in rest.items() if value not in (None, "", [], {})]
+        rows.append([_clock(event.get("time", event.get("at"))), event.get("kind", ""), "; ".join(said)])
+    kept = html.table(["time (UTC)", "event", "what"], rows)
+    if len(run.events) <= 25:
+        return kept
+    cut = f", the last {MAX_EVENTS} of {len(run.events)}" if len(run.events) > MAX_EVENTS else ""
+    return html.details(f"{len(rows)} events{cut}", kept)
+
+
+def _clock(value: object) -> str:
+    if isinstance(value, int | float):
+        return datetime.fromtimestamp(value, UTC).strftime("%H:%M:%S")
+    return str(value or "")
+
+
+def origin(run: RunRecords) -> Html:
+    """What the run was made from: base, spec, versions."""
+    rows: list[tuple[object, object]] = [("run folder", run.folder)]
+    if run.plan is not None:
+        base = run.plan.base
+        rows += [
+            ("base", f"{base.folder} ({base.model_type}, {format_count(run.plan.num_parameters)} parameters, {base.quantize})"),
+            ("revision", base.revision or MISSING),
+            ("spec hash", run.plan.spec_sha256),
+            ("data", f"{run.plan.data.train_documents:,} training documents, {run.plan.data.train_tokens:,} tokens"),
+        ]
+    versions = run.transfer.versions if run.transfer else {}
+    parts = [html.facts(rows)]
+    if versions:
+        parts.append(html.table(["package", "version"], sorted(versions.items())))
+    if run.spec_text:
+        parts.append(html.details("The spec", html.tag("pre", run.spec_text)))
+    return html.join(parts)

@@ -1,0 +1,89 @@
+"""HTML in small pieces. Text is escaped by default: only an `Html` goes into a page as it is."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+
+
+class Html(str):
+    """Markup that is safe to put into a page."""
+
+    __slots__ = ()
+
+
+def text(value: object) -> Html:
+    """`value` as page text: an `Html` unchanged, anything else escaped."""
+    return value if isinstance(value, Html) else Html(html.escape(str(value), quote=True))
+
+
+def join(parts: Iterable[object], between: str = "") -> Html:
+    return Html(html.escape(between).join(text(part) for part in parts))
+
+
+def tag(name: str, *content: object, **attributes: str) -> Html:
+    """`tag("p", "a < b", css="note")` -> `<p class="note">a &lt; b</p>`."""
+    written = "".join(
+        f' {"class" if key == "css" else key}="{html.escape(value, quote=True)}"' for key, value in attributes.items()
+    )
+    return Html(f"<{name}{written}>{join(content)}</{name}>")
+
+
+def table(
+    headers: Sequence[object], rows: Iterable[Sequence[object]], *, numeric: Sequence[int] = (), marked: Sequence[int] = ()
+) -> Html:
+    """A table in a box that scrolls sideways where it is wider than the page.
+
+    Args:
+        headers: One per column.
+        rows: Cells, as many as headers.
+        numeric: Indices of the columns that are set to the right.
+        marked: Indices of the rows that stand out.
+    """
+    right = set(numeric)
+    head = join(tag("th", cell, css="number" if index in right else "") for index, cell in enumerate(headers))
+    body = join(
+        tag(
+            "tr",
+            *(tag("td", cell, css="number" if index in right else "") for index, cell in enumerate(row)),
+            css="marked" if number in marked else "",
+        )
+        for number, row in enumerate(rows)
+    )
+    filled = tag("table", tag("thead", tag("tr", head)), tag("tbody", body))
+    return tag("div", Html(filled.replace(' class=""', "")), css="scroll")
+
+
+def facts(pairs: Iterable[tuple[object, object]]) -> Html:
+    """Name and value, a line each."""
+    return tag("dl", *(join((tag("dt", name), tag("dd", value))) for name, value in pairs))
+
+
+def details(summary: object, content: object) -> Html:
+    return tag("details", tag("summary", summary), content)
+
+
+def picture(svg: str, caption: object, data: Html) -> Html:
+    """An inline picture, what it shows in words, and its figures as a plain table."""
+    return tag("figure", Html(svg), tag("figcaption", caption), details("The same as a table", data))
+
+
+def section(title: str, content: Html) -> Html:
+    return tag("section", tag("h2", title), content, id=_anchor(title))
+
+
+def link(title: str) -> Html:
+    """To the section of that title."""
+    return tag("a", title, href=f"#{_anchor(title)}")
+
+
+def _anchor(title: str) -> str:
+    return "-".join("".join(c if c.isalnum() else " " for c in title.lower()).split())
+
+
+def paragraph(written: object) -> Html:
+    return tag("p", written)
+
+
+def bullets(items: Iterable[object], *, ordered: bool = False) -> Html:
+    return tag("ol" if ordered else "ul", *(tag("li", item) for item in items))

@@ -1,0 +1,68 @@
+"""The report: one HTML file that needs no network, no script and no other file."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+from orchestrator.report import evidence, html, sections
+from orchestrator.report.html import Html
+from orchestrator.report.reading import RunRecords, read_run
+from orchestrator.store import write_atomic
+
+
+def write_report(run_folder: Path) -> Path:
+    """Write `report.html` into a run directory, finished or not, and return its path.
+
+    Raises:
+        UsageError: `run_folder` is not a run directory.
+    """
+    path = Path(run_folder) / "report.html"
+    write_atomic(path, render_page(read_run(run_folder)))
+    return path
+
+
+def render_page(run: RunRecords) -> str:
+    """The whole page as text."""
+    found = _sections(run)
+    style = resources.files("orchestrator.report").joinpath("style.css").read_text(encoding="utf-8")
+    page = html.tag(
+        "html",
+        html.tag(
+            "head",
+            Html('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
+            html.tag("title", f"{run.name}: report"),
+            html.tag("style", Html(style)),
+        ),
+        html.tag(
+            "body",
+            sections.head(run),
+            html.tag("nav", *(html.link(title) for title, _ in found)),
+            *(html.section(title, content) for title, content in found),
+        ),
+        lang="en",
+    )
+    return f"<!DOCTYPE html>\n{page}\n"
+
+
+def _sections(run: RunRecords) -> list[tuple[str, Html]]:
+    """Titles and contents, what matters most first."""
+    sweep, transfer = run.sweep, run.transfer
+    found: list[tuple[str, Html]] = []
+    if transfer is not None:
+        found.append(("Gain on the test set", evidence.gains(transfer)))
+    if sweep is not None:
+        found.append(("Layers and learning rate", sections.search_map(run, sweep)))
+        found.append(("Target against retention", sections.trade_off(sweep)))
+    if transfer is not None:
+        found.append(("Prompts, before and after", evidence.prompts(transfer)))
+        found.append(("Bundle", evidence.bundle(run, transfer)))
+    if sweep is not None:
+        found.append(("What to try next", sections.next_steps(sweep)))
+        found.append(("Loss curves", sections.loss_curves(run, sweep)))
+        found.append(("Trials", sections.trial_table(sweep)))
+    found.append(("Plan against measured", evidence.plan_against_measured(run)))
+    found.append(("Data", evidence.data_summary(run)))
+    found.append(("Events", evidence.events(run)))
+    found.append(("Origin", evidence.origin(run)))
+    return found

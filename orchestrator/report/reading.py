@@ -1,0 +1,241 @@
+"""A run directory, read as far as it goes: a run that is still going, was killed, or failed has a report too."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from orchestrator.errors import UsageError
+from orchestrator.plan.values import EngineRecord, RungResult, RunPlan, StepReport, TrialSpec
+from orchestrator.transfer.records import EngineFigures, RungRecord, SweepResult, TransferReport, TrialRecord
+from orchestrator.values import Value
+
+Read = TypeVar("Read", bound=Value)
+
+
+@dataclass(frozen=True)
+class RunRecords:
+    """What a run directory says. Whatever is not there yet is None or empty; `gaps` says in words what could not be read."""
+
+    folder: Path
+    name: str
+    spec_text: str
+    plan: RunPlan | None
+    sweep: SweepResult | None
+    """Put together from the trials' folders where the run has not written one yet."""
+    transfer: TransferReport | None
+    complete: bool
+    """Whether the run came to its end."""
+    steps: dict[str, tuple[StepReport, ...]] = field(default_factory=dict)
+    """By trial id, in order of steps."""
+    events: tuple[dict[str, Any], ...] = ()
+    data_summary: dict[str, Any] = field(default_factory=dict)
+    bundle_manifest: dict[str, Any] = field(default_factory=dict)
+    gaps: tuple[str, ...] = ()
+
+
+def read_run(folder: Path) -> RunRecords:
+    """Read a run directory.
+
+    Raises:
+        UsageError: `folder` is not a run directory.
+    """
+    folder = Path(folder)
+    if not any((folder / name).exists() for name in ("plan.json", "sweep.json", "trials", "spec.yaml")):
+        raise UsageError(
+            "not a run directory: neither plan.json nor sweep.json nor trials/ is in it",
+            where=str(folder),
+            expected="a folder that a sweep or finetune wrote, such as runs/quickstart",
+            remedy="give the run's folder; `orchestrator sweep SPEC` makes one",
+        )
+    gaps: list[str] = []
+    spec_text = _text(folder / "spec.yaml", gaps)
+    plan = _value(folder / "plan.json", RunPlan, gaps)
+    steps = {trial.name: _steps(trial / "steps.jsonl", gaps) for trial in _folders(folder / "trials")}
+    if (folder / "refit" / "steps.jsonl").exists():
+        steps["refit"] = _steps(folder / "refit" / "steps.jsonl", gaps)
+    finished = _value(folder / "sweep.json", SweepResult, gaps)
+    return RunRecords(
+        folder=folder,
+        name=finished.name if finished else plan.name if plan else folder.name,
+        spec_text=spec_text,
+        plan=plan,
+        sweep=finished or _sweep_so_far(folder, plan, spec_text, gaps),
+        transfer=_value(folder / "transfer.json", TransferReport, gaps),
+        complete=finished is not None and finished.finished_at is not None,
+        steps=steps,
+        events=tuple(_lines(folder / "events.jsonl", gaps, dict)),
+        data_summary=_object(folder / "data" / "summary.json", gaps),
+        bundle_manifest=_object(folder / "bundle" / "manifest.json", gaps),
+        gaps=tuple(gaps),
+    )
+
+
+def _folders(parent: Path) -> list[Path]:
+    return sorted(child for child in parent.iterdir() if child.is_dir()) if parent.is_dir() else []
+
+
+def _text(path: Path, gaps: list[str]) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    except OSError as error:
+        gaps.append(f"{path.name}: {error}")
+        return ""
+
+
+def _value(path: Path, kind: type[Read], gaps: list[str]) -> Read | None:
+    text = _text(path, gaps)
+    if not text:
+        return None
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        gaps.append(f"{path.parent.name}/{path.name}: {'.'.join(map(str, first['loc']))}: {first['msg']}")
+        return None
+
+
+def _object(path: Path, gaps: list[str]) -> dict[str, Any]:
+    text = _text(path, gaps)
+    if not text:
+        return {}
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        gaps.append(f"{path.parent.name}/{path.name}: {error}")
+        return {}
+    return value if isinstance(value, dict) else {"content": value}
+
+
+def _lines(path: Path, gaps: list[str], read: Callable[[dict[str, Any]], Any]) -> list[Any]:
+    """Lines of a JSONL file. A last line that was torn by a kill is left out; another bad line is a gap."""
+    lines = _text(path, gaps).split("\n")
+    found: list[Any] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            found.append(read(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            if number < len(lines):
+                gaps.append(f"{path.parent.name}/{path.name}:{number}: {str(error).splitlines()[0]}")
+    return found
+
+
+def _steps(path: Path, gaps: list[str]) -> tuple[StepReport, ...]:
+    """Steps in order; where a resumed trial wrote a step again, the later line counts."""
+    by_step = {report.step: report for report in _lines(path, gaps, StepReport.model_validate)}
+    return tuple(by_step[step] for step in sorted(by_step))
+
+
+def _sweep_so_far(folder: Path, plan: RunPlan | None, spec_text: str, gaps: list[str]) -> SweepResult | None:
+    search = _search_section(spec_text)
+    metric = str(search.get("metric", "loss"))
+    options = {} if plan is None or plan.search is None else {(o.layers, o.tune, o.lora_rank): o for o in plan.search.options}
+    trials: list[TrialRecord] = []
+    for trial_folder in _folders(folder / "trials"):
+        trial = _trial(trial_folder / "trial.json", gaps)
+        if trial is None:
+            continue
+        end = _object(trial_folder / "end.json", gaps)
+        option = options.get((trial.layers, trial.tune, trial.lora_rank))
+        results = [_value(path, RungResult, gaps) for path in trial_folder.glob("result-*.json")]
+        learns = option.selection.num_trainable_parameters if option else 0
+        trials.append(_trial_record(trial, [result for result in results if result], end, metric, learns))
+    if not trials and plan is None:
+        return None
+    base = next((trial.retain_loss for trial in trials if trial.control == "none"), None)
+    return SweepResult(
+        name=plan.name if plan else folder.name,
+        job="finetune" if plan is not None and plan.search is None else "sweep",
+        task=plan.base.task if plan else "completion",
+        metric=metric,
+        higher_is_better=metric != "loss",
+        max_forgetting=float(search.get("max_forgetting", 0.10)),
+        trials=tuple(_with_forgetting(trial, base) for trial in sorted(trials, key=lambda trial: trial.number)),
+        winner_id=None,
+        promotion_reason="the run has not ended",
+        num_gangs=plan.num_gangs if plan else 1,
+    )
+
+
+def _search_section(spec_text: str) -> dict[str, Any]:
+    try:
+        spec = YAML(typ="safe", pure=True).load(spec_text) if spec_text else {}
+    except YAMLError:
+        return {}
+    section = spec.get("search") if isinstance(spec, dict) else None
+    return section if isinstance(section, dict) else {}
+
+
+def _trial(path: Path, gaps: list[str]) -> TrialSpec | None:
+    written = _object(path, gaps)
+    if not written:
+        return None
+    try:
+        return TrialSpec.model_validate(written.get("trial", written))
+    except ValidationError as error:
+        gaps.append(f"{path.parent.name}/{path.name}: {error.errors()[0]['msg']}")
+        return None
+
+
+def _trial_record(
+    trial: TrialSpec, results: Iterable[RungResult], end: dict[str, Any], metric: str, trainable_parameters: int
+) -> TrialRecord:
+    ordered = sorted(results, key=lambda result: result.rung)
+    failed = next((result.reason for result in ordered if result.state == "failed"), "")
+    done = [result for result in ordered if result.state == "done"]
+    engine = next((result.engine for result in reversed(ordered) if result.engine), None)
+    return TrialRecord(
+        trial_id=trial.trial_id,
+        number=trial.number,
+        control=trial.control,
+        layers=trial.layers,
+        tune=trial.tune,
+        lora_rank=trial.lora_rank,
+        learning_rate=trial.learning_rate,
+        seed=trial.seed,
+        state="failed" if failed else end.get("state", "running"),
+        reason=failed or str(end.get("reason", "")),
+        rungs=tuple(_rung_record(result, metric) for result in done),
+        total_steps=trial.total_steps,
+        trainable_parameters=engine.trainable_parameters if engine else trainable_parameters,
+        gang=ordered[-1].gang if ordered else -1,
+        engine=engine_figures(engine) if engine else None,
+    )
+
+
+def _rung_record(result: RungResult, metric: str) -> RungRecord:
+    return RungRecord(
+        rung=result.rung,
+        step=result.step,
+        tokens=result.tokens,
+        train_loss=result.train_loss,
+        eval_loss=result.eval_loss,
+        metric=result.metrics.get(metric, result.eval_loss if metric == "loss" else None),
+        retain_loss=result.retain_loss,
+        seconds=result.train_seconds + result.eval_seconds,
+    )
+
+
+def engine_figures(engine: EngineRecord) -> EngineFigures:
+    """The figures of an engine's record that reports show."""
+    shown = {name: getattr(engine, name) for name in EngineFigures.model_fields}
+    return EngineFigures.model_validate(shown)
+
+
+def _with_forgetting(trial: TrialRecord, base_retain_loss: float | None) -> TrialRecord:
+    if base_retain_loss is None:
+        return trial
+    rungs = tuple(
+        rung if rung.retain_loss is None else rung.model_copy(update={"forgetting": rung.retain_loss - base_retain_loss})
+        for rung in trial.rungs
+    )
+    return trial.model_copy(update={"rungs": rungs})

@@ -1,0 +1,282 @@
+"""What a person wants to know first: the verdict, the search, its trade-off, and what to do next."""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime
+
+from orchestrator.report import figures, html
+from orchestrator.report.figures import Curve, TradeOff
+from orchestrator.report.html import Html
+from orchestrator.report.matrix import RateMatrix, rate_matrices
+from orchestrator.report.reading import RunRecords
+from orchestrator.report.wording import (
+    CONTROL_NAMES,
+    MISSING,
+    best_trial,
+    counts,
+    metric_text,
+    number,
+    plural,
+    signed,
+    sort_trials,
+    summary_sentence,
+    verdict_sentence,
+)
+from orchestrator.transfer import pareto_front
+from orchestrator.transfer.records import SweepResult, TrialRecord
+from orchestrator.units import format_count, format_seconds
+
+SMOOTHING = 0.15
+"""Weight of the newest step in the smoothed training loss."""
+
+
+def head(run: RunRecords) -> Html:
+    """Title, verdict and the figures that matter."""
+    parts = [html.tag("h1", run.name), html.tag("p", _under_title(run), css="under")]
+    kind = run.transfer.verdict if run.transfer else None
+    tone = "good" if kind == "positive" else "bad" if kind == "negative" else ""
+    parts.append(html.tag("p", _capital(verdict_sentence(run.sweep, run.transfer)), css=f"headline {tone}".strip()))
+    if run.sweep is not None:
+        parts.append(_cards(run, run.sweep))
+    if not run.complete:
+        parts.append(html.tag("p", "This run has not written its result: it is still going or was interrupted.", css="warning"))
+    if run.gaps:
+        parts.append(html.tag("div", html.tag("strong", "Could not be read:"), html.bullets(run.gaps), css="warning"))
+    return html.join(parts)
+
+
+def _capital(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]
+
+
+def _under_title(run: RunRecords) -> str:
+    sweep = run.sweep
+    if sweep is None:
+        return "no trial yet"
+    said = [f"{sweep.job} · {sweep.task}", summary_sentence(sweep)]
+    if sweep.started_at:
+        said.append(datetime.fromtimestamp(sweep.started_at, UTC).strftime("%Y-%m-%d %H:%M UTC"))
+    return " · ".join(said)
+
+
+def _cards(run: RunRecords, sweep: SweepResult) -> Html:
+    promoted = sweep.winner or best_trial(sweep.searched, sweep.higher_is_better)
+    base, extraction = sweep.control("none"), sweep.control("head")
+    title = "promoted" if sweep.winner else "best trial" if sweep.finished_at else "best so far"
+    cards = [
+        (title, promoted.layers if promoted else MISSING, _point(promoted)),
+        (f"{sweep.metric}, eval set", metric_text(promoted.metric, sweep.metric) if promoted else MISSING, "of that trial"),
+        ("untouched base", metric_text(base.metric, sweep.metric) if base else MISSING, f"{sweep.metric}, eval set"),
+        ("head only", metric_text(extraction.metric, sweep.metric) if extraction else MISSING, f"{sweep.metric}, eval set"),
+        ("forgetting", signed(promoted.forgetting) if promoted else MISSING, f"bound {sweep.max_forgetting:g} nats per token"),
+    ]
+    return html.tag(
+        "div",
+        *(
+            html.tag(
+                "div",
+                html.tag("div", name, css="name"),
+                html.tag("div", value, css="value"),
+                html.tag("div", note, css="note"),
+                css="card",
+            )
+            for name, value, note in cards
+        ),
+        css="cards",
+    )
+
+
+def _point(trial: TrialRecord | None) -> str:
+    if trial is None:
+        return "no trial has a figure yet"
+    tune = f"lora r{trial.lora_rank}" if trial.tune == "lora" else "full"
+    return f"{tune} · lr {trial.learning_rate:.1e} · {format_count(trial.trainable_parameters)} parameters"
+
+
+def search_map(run: RunRecords, sweep: SweepResult) -> Html:
+    """Layers by learning rate."""
+    order = [option.layers for option in run.plan.search.options] if run.plan and run.plan.search else []
+    panels = rate_matrices(sweep.searched, sweep.higher_is_better, order)
+    shown = figures.finite([value for panel in panels for row in panel.values for value in row])
+    if not shown:
+        return html.paragraph("No trial has a figure yet.")
+    caption = (
+        f"The best {sweep.metric} on the eval set of each choice of layers at each learning rate, over all lora ranks; "
+        "empty cells were not tried. Trials that were stopped early count with their last rung."
+    )
+    data = html.join(html.join((html.tag("h3", panel.title), _matrix_table(panel, sweep.metric))) for panel in panels)
+    return html.picture(figures.heatmap(panels, sweep.metric, sweep.higher_is_better), caption, data)
+
+
+def _matrix_table(panel: RateMatrix, metric: str) -> Html:
+    rows = [
+        [layers, *(_cell(value, count, metric) for value, count in zip(values, amounts, strict=True))]
+        for layers, values, amounts in zip(panel.rows, panel.values, panel.counts, strict=True)
+    ]
+    return html.table(["layers", *panel.ranges], rows, numeric=range(1, len(panel.columns) + 1))
+
+
+def _cell(value: float | None, count: int, metric: str) -> str:
+    if value is None:
+        return MISSING if not count else "running"
+    return ("failed" if math.isnan(value) else metric_text(value, metric)) + (f" ({count})" if count > 1 else "")
+
+
+def loss_curves(run: RunRecords, sweep: SweepResult) -> Html:
+    """The metric at the rungs and the training loss, over training tokens."""
+    best = sweep.winner or best_trial(sweep.searched, sweep.higher_is_better)
+    at_rungs = [curve for trial in sweep.trials if (curve := _rung_curve(trial, sweep, trial is best)) is not None]
+    training = [curve for trial in sweep.searched if (curve := _training_curve(run, trial, trial is best)) is not None]
+    panels = [
+        (f"{sweep.metric} on the eval set", sweep.metric, at_rungs),
+        ("training loss, smoothed", "nats per supervised token", training),
+    ]
+    drawn = [panel for panel in panels if any(curve.emphasis not in ("base", "head") for curve in panel[2])]
+    if not drawn:
+        return html.paragraph("No trial has reached a rung yet.")
+    rows = [
+        [
+            trial.number,
+            trial.label,
+            rung.rung,
+            rung.step,
+            format_count(rung.tokens),
+            number(rung.train_loss),
+            number(rung.eval_loss),
+            metric_text(rung.metric, sweep.metric),
+            number(rung.retain_loss),
+            format_seconds(rung.seconds),
+        ]
+        for trial in sweep.trials
+        for rung in trial.rungs
+    ]
+    headers = ["trial", "what", "rung", "step", "tokens", "train loss", "eval loss", sweep.metric, "retention loss", "time"]
+    caption = "Dots are rungs, where trials are compared and those without promise are stopped. Diverged trials leave the frame."
+    return html.picture(figures.curves(drawn), caption, html.table(headers, rows, numeric=(0, *range(2, len(headers)))))
+
+
+def _rung_curve(trial: TrialRecord, sweep: SweepResult, promoted: bool) -> Curve | None:
+    points = [(rung.tokens, rung.metric) for rung in trial.rungs if rung.metric is not None and math.isfinite(rung.metric)]
+    if not points or trial.control not in (None, "none", "head"):
+        return None
+    emphasis = {"none": "base", "head": "head"}.get(trial.control or "", "promoted" if promoted else "")
+    label = CONTROL_NAMES.get(trial.control or "", trial.label)
+    return Curve(label, tuple(float(x) for x, _ in points), tuple(y for _, y in points), emphasis, marked=True)
+
+
+def _training_curve(run: RunRecords, trial: TrialRecord, promoted: bool) -> Curve | None:
+    steps = [step for step in run.steps.get(trial.trial_id, ()) if math.isfinite(step.loss)]
+    if not steps:
+        return None
+    smooth, values = steps[0].loss, []
+    for step in steps:
+        smooth += SMOOTHING * (step.loss - smooth)
+        values.append(smooth)
+    return Curve(trial.label, tuple(float(step.tokens) for step in steps), tuple(values), "promoted" if promoted else "")
+
+
+def trade_off(sweep: SweepResult) -> Html:
+    """Target against retention."""
+    measured = [
+        trial
+        for trial in sweep.trials
+        if trial.metric is not None
+        and math.isfinite(trial.metric)
+        and trial.forgetting is not None
+        and math.isfinite(trial.forgetting)
+    ]
+    if all(trial.control is not None for trial in measured):
+        return html.paragraph("Retention was not measured: the spec names no `data.retain`, or no trial got that far.")
+    front = set(sweep.front) or _front(measured, sweep.higher_is_better)
+    points = [
+        TradeOff(
+            CONTROL_NAMES[trial.control] if trial.control in ("none", "head") else trial.tune,
+            trial.forgetting or 0.0,
+            trial.metric or 0.0,
+            trial.trial_id in front,
+            trial.trial_id == sweep.winner_id,
+        )
+        for trial in measured
+    ]
+    svg = figures.front(points, sweep.max_forgetting, sweep.metric, sweep.higher_is_better)
+    rows = [
+        [
+            trial.number,
+            trial.label,
+            metric_text(trial.metric, sweep.metric),
+            signed(trial.forgetting),
+            "yes" if trial.trial_id in front else "",
+            "yes" if (trial.forgetting or 0.0) <= sweep.max_forgetting else "no",
+        ]
+        for trial in sort_trials(measured, sweep.higher_is_better)
+    ]
+    data = html.table(["trial", "what", sweep.metric, "forgetting", "on the front", "within the bound"], rows, numeric=(0, 2, 3))
+    caption = (
+        "No trial is both better on the target and kinder to what the base knew than one on the front. "
+        "The grey area is beyond the bound."
+    )
+    return html.picture(svg, caption, data)
+
+
+def _front(trials: list[TrialRecord], higher_is_better: bool) -> set[str]:
+    """Ids on the front; both coordinates turned so that less is better."""
+    sign = -1.0 if higher_is_better else 1.0
+    points = [(sign * (trial.metric or 0.0), trial.forgetting or 0.0) for trial in trials]
+    return {trials[index].trial_id for index in pareto_front(points)}
+
+
+def trial_table(sweep: SweepResult) -> Html:
+    """Every trial, best first, failed ones with their reason."""
+    controls = [trial for trial in sweep.trials if trial.control is not None]
+    ordered = [*controls, *sort_trials(sweep.searched, sweep.higher_is_better)]
+    promoted = [index for index, trial in enumerate(ordered) if trial.trial_id == sweep.winner_id]
+    losses = [] if sweep.metric == "loss" else ["eval loss"]
+    headers = [
+        "trial",
+        "layers",
+        "tune",
+        "rate",
+        "learns",
+        "state",
+        "step",
+        sweep.metric,
+        *losses,
+        "forgetting",
+        "time",
+        "reason",
+    ]
+    by_state = ", ".join(f"{amount} {state}" for state, amount in counts(sweep.searched).items() if amount)
+    rows = [_trial_row(trial, sweep) for trial in ordered]
+    said = f"{plural(len(sweep.searched), 'trial')} ({by_state or 'none yet'}), best first; controls stand on top."
+    numeric = (0, 3, 4, *range(6, len(headers) - 1))
+    return html.join([html.paragraph(said), html.table(headers, rows, numeric=numeric, marked=promoted)])
+
+
+def _trial_row(trial: TrialRecord, sweep: SweepResult) -> list[object]:
+    last = trial.last
+    untouched = trial.control == "none"
+    tune = MISSING if untouched else f"lora r{trial.lora_rank}" if trial.tune == "lora" else "full"
+    row: list[object] = [
+        "" if trial.control else trial.number,
+        CONTROL_NAMES[trial.control] if trial.control else trial.layers,
+        html.tag("span", tune, css="state"),
+        MISSING if untouched else f"{trial.learning_rate:.1e}",
+        format_count(trial.trainable_parameters),
+        html.tag("span", trial.state, css=f"state {trial.state}"),
+        f"{last.step if last else 0}/{trial.total_steps}",
+        metric_text(trial.metric, sweep.metric),
+    ]
+    if sweep.metric != "loss":
+        row.append(number(last.eval_loss) if last else MISSING)
+    return [*row, signed(trial.forgetting), format_seconds(trial.seconds) if trial.seconds else MISSING, trial.reason]
+
+
+def next_steps(sweep: SweepResult) -> Html:
+    advice = (
+        html.bullets(sweep.advice, ordered=True)
+        if sweep.advice
+        else html.tag("p", "No advice: nothing in the records asks for it.")
+    )
+    decision = html.tag("p", ("Promoted by hand: " if sweep.promoted_by_hand else "") + sweep.promotion_reason)
+    return html.join([decision, advice])

@@ -1,0 +1,219 @@
+"""Watching a run: a live table in a terminal, a line per event in a log, JSON lines for a script."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import TextIO
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from orchestrator.report.wording import MISSING, best_trial, counts, metric_text, plural, signed, sort_trials
+from orchestrator.transfer.records import RunView, TrialRecord
+from orchestrator.units import format_seconds
+
+WIDTH = 100
+MAX_ROWS = 12
+MAX_EVENTS = 3
+
+
+class Board:
+    """What is known of the run so far; every view reads from one."""
+
+    def __init__(self) -> None:
+        self.name = ""
+        self.metric = "loss"
+        self.higher_is_better = False
+        self.max_forgetting = 0.0
+        self.num_trials = 0
+        self.phase = ""
+        self.trials: dict[str, TrialRecord] = {}
+        self.started = time.monotonic()
+
+    @property
+    def searched(self) -> list[TrialRecord]:
+        return [trial for trial in self.trials.values() if trial.control is None]
+
+    @property
+    def best(self) -> TrialRecord | None:
+        return best_trial(self.searched, self.higher_is_better)
+
+    def value_of(self, control: str) -> float | None:
+        return next((trial.metric for trial in self.trials.values() if trial.control == control), None)
+
+    def counted(self) -> str:
+        """`7 of 16 trials: 2 running, 3 finished, 2 stopped`."""
+        by_state = [f"{count} {state}" for state, count in counts(self.searched).items() if count]
+        total = max(self.num_trials, len(self.searched))
+        return f"{len(self.searched)} of {plural(total, 'trial')}" + (": " + ", ".join(by_state) if by_state else "")
+
+    def against_base(self, trial: TrialRecord | None) -> str:
+        """`loss 1.830, base 3.920, head 3.100, retention +0.040 (bound 0.1)`."""
+        said = [f"{self.metric} {metric_text(trial.metric if trial else None, self.metric)}"]
+        said += [
+            f"{control} {metric_text(value, self.metric)}"
+            for control, value in (("base", self.value_of("none")), ("head", self.value_of("head")))
+            if value is not None
+        ]
+        if trial is not None and trial.forgetting is not None:
+            said.append(f"retention {signed(trial.forgetting)} (bound {self.max_forgetting:g})")
+        return ", ".join(said)
+
+
+class LogView:
+    """A line per event, without control codes."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._board = Board()
+
+    def _say(self, line: str) -> None:
+        print(line.replace("\n", " "), file=self._stream, flush=True)
+
+    def start(self, *, name: str, metric: str, higher_is_better: bool, max_forgetting: float, num_trials: int) -> None:
+        _begin(self._board, name, metric, higher_is_better, max_forgetting, num_trials)
+        self._say(f"{name}: {plural(num_trials, 'trial')}, compared by {metric}")
+
+    def phase(self, name: str, detail: str = "") -> None:
+        self._board.phase = name
+        self._say(f"{self._clock()} {name}{': ' + detail if detail else ''}")
+
+    def trial(self, record: TrialRecord) -> None:
+        before = self._board.best
+        self._board.trials[record.trial_id] = record
+        last = record.last
+        at = f" at step {last.step}/{record.total_steps}" if last and record.total_steps else ""
+        reason = f": {record.reason}" if record.reason else ""
+        figures = f"  {self._board.metric} {metric_text(last.metric, self._board.metric)}" if last else ""
+        figures += f"  retention {signed(last.forgetting)}" if last and last.forgetting is not None else ""
+        name = record.control or f"trial {record.number}"
+        self._say(f"{self._clock()} {name} {record.state}{at}  {record.label}{figures}{reason}")
+        best = self._board.best
+        if best is not None and record.trial_id == best.trial_id and (before is None or before.metric != best.metric):
+            self._say(f"{self._clock()} best so far: {best.label}  {self._board.against_base(best)}")
+
+    def event(self, kind: str, message: str, **fields: object) -> None:
+        self._say(f"{self._clock()} {kind}: {message}")
+
+    def close(self) -> None:
+        self._say(f"{self._clock()} {self._board.counted()}")
+
+    def _clock(self) -> str:
+        return f"[{time.monotonic() - self._board.started:7.1f}s]"
+
+
+class JsonView:
+    """A JSON object per line: `kind` and the event's fields."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def _say(self, kind: str, **fields: object) -> None:
+        line = json.dumps({"kind": kind, "at": round(time.time(), 3), **fields}, default=str, ensure_ascii=False)
+        print(line, file=self._stream, flush=True)
+
+    def start(self, *, name: str, metric: str, higher_is_better: bool, max_forgetting: float, num_trials: int) -> None:
+        settings = {"metric": metric, "higher_is_better": higher_is_better, "max_forgetting": max_forgetting}
+        self._say("start", name=name, num_trials=num_trials, **settings)
+
+    def phase(self, name: str, detail: str = "") -> None:
+        self._say("phase", phase=name, detail=detail)
+
+    def trial(self, record: TrialRecord) -> None:
+        self._say("trial", trial=json.loads(record.model_dump_json()))
+
+    def event(self, kind: str, message: str, **fields: object) -> None:
+        self._say("event", event=kind, message=message, fields=fields)
+
+    def close(self) -> None:
+        self._say("end")
+
+
+class SweepView:
+    """The live table of a terminal: the best trial so far against the untouched base, and the trials; at most 100 columns."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
+        self._board = Board()
+        self._events: list[str] = []
+        self._live = Live(console=self._console, get_renderable=self.render, refresh_per_second=4, transient=True)
+
+    def start(self, *, name: str, metric: str, higher_is_better: bool, max_forgetting: float, num_trials: int) -> None:
+        _begin(self._board, name, metric, higher_is_better, max_forgetting, num_trials)
+        self._live.start()
+
+    def phase(self, name: str, detail: str = "") -> None:
+        self._board.phase = f"{name}: {detail}" if detail else name
+
+    def trial(self, record: TrialRecord) -> None:
+        self._board.trials[record.trial_id] = record
+
+    def event(self, kind: str, message: str, **fields: object) -> None:
+        self._events = [*self._events, f"{kind}: {message}"][-MAX_EVENTS:]
+
+    def close(self) -> None:
+        self._live.stop()
+
+    def render(self) -> RenderableType:
+        """The table as it stands now."""
+        board, best = self._board, self._board.best
+        elapsed = format_seconds(time.monotonic() - board.started)
+        parts: list[RenderableType] = [
+            _line(f"{board.name} · {board.phase or 'starting'} · {elapsed} · {board.counted()}", "bold")
+        ]
+        if best is not None:
+            parts += [_line(f"best  {best.label}", "green"), _line(f"      {board.against_base(best)}", "green")]
+        parts.append(self._table(best))
+        parts += [_line(event, "dim") for event in self._events]
+        return Group(*parts)
+
+    def _table(self, best: TrialRecord | None) -> Table:
+        board = self._board
+        table = Table(box=None, pad_edge=False, width=min(WIDTH, self._console.width), header_style="dim")
+        table.add_column("#", justify="right", width=4)
+        table.add_column("trial", no_wrap=True, ratio=1)
+        for name, width in (("step", 11), (board.metric[:12], 12), ("forgetting", 10), ("state", 9)):
+            table.add_column(name, justify="right" if name != "state" else "left", width=width, no_wrap=True)
+        running = [trial for trial in board.trials.values() if trial.state == "running"]
+        ended = sort_trials([trial for trial in board.trials.values() if trial.state != "running"], board.higher_is_better)
+        for trial in [*running, *ended][:MAX_ROWS]:
+            last = trial.last
+            style = "green" if best and trial.trial_id == best.trial_id else "red" if trial.state == "failed" else ""
+            what = f"{trial.label}  {trial.reason}" if trial.state == "failed" else trial.label
+            step = f"{last.step if last else 0}/{trial.total_steps}"
+            number = "" if trial.control else str(trial.number)
+            figures = (step, metric_text(trial.metric, board.metric), signed(trial.forgetting), trial.state)
+            table.add_row(number, *(Text(cell, overflow="ellipsis", no_wrap=True) for cell in (what, *figures)), style=style)
+        hidden = len(board.trials) - MAX_ROWS
+        if hidden > 0:
+            table.add_row("", Text(f"and {hidden} more"), MISSING, MISSING, MISSING, "", style="dim")
+        return table
+
+
+def _line(written: str, style: str) -> Text:
+    line = Text(written.replace("\n", " "), style=style, no_wrap=True, overflow="ellipsis")
+    line.truncate(WIDTH, overflow="ellipsis")
+    return line
+
+
+def _begin(board: Board, name: str, metric: str, higher_is_better: bool, max_forgetting: float, num_trials: int) -> None:
+    board.name, board.metric, board.num_trials = name, metric, num_trials
+    board.higher_is_better, board.max_forgetting = higher_is_better, max_forgetting
+
+
+def open_view(*, json_lines: bool = False, stream: TextIO | None = None) -> RunView:
+    """The view for where the output goes: JSON lines where asked for, a live table on a terminal, else a log.
+
+    Args:
+        stream: stderr unless given, so that stdout carries only results.
+    """
+    target = stream or sys.stderr
+    if json_lines:
+        return JsonView(target)
+    if target.isatty():
+        return SweepView(Console(file=target))
+    return LogView(target)

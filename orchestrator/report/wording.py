@@ -1,0 +1,114 @@
+"""Figures in words, the same on the page and in the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from orchestrator.transfer.records import PlanAgainstMeasured, SweepResult, TransferReport, TrialRecord
+from orchestrator.units import format_bytes, format_count, format_seconds
+
+MISSING = "-"
+
+CONTROL_NAMES = {
+    "none": "untouched base",
+    "head": "head only",
+    "shuffled": "shuffled answers",
+    "scratch": "random weights",
+    "k_shot": "examples in the prompt",
+}
+PERCENT = ("accuracy", "macro_f1", "exact_match")
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """`1.8304` -> `1.830`; NaN says so; what was not measured is a dash."""
+    if value is None:
+        return MISSING
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "infinite"
+    return f"{value:.{digits}f}" if value == 0 or 0.001 <= abs(value) < 1e5 else f"{value:.2e}"
+
+
+def signed(value: float | None, digits: int = 3) -> str:
+    if value is None or not math.isfinite(value):
+        return number(value, digits)
+    return f"{value:+.{digits}f}"
+
+
+def metric_text(value: float | None, metric: str) -> str:
+    """Shares as per cent, losses with three digits."""
+    if value is not None and math.isfinite(value) and metric in PERCENT:
+        return f"{100 * value:.1f}%"
+    return number(value)
+
+
+def amount(value: float | None, unit: str) -> str:
+    """A figure of `PlanAgainstMeasured` with its unit."""
+    if value is None or not math.isfinite(value):
+        return number(value)
+    written = {"bytes": format_bytes, "seconds": format_seconds, "count": format_count}
+    return written[unit](value) if unit in written else f"{format_count(round(value))} {unit}"
+
+
+def ratio(row: PlanAgainstMeasured) -> str:
+    if not row.planned or row.measured is None:
+        return MISSING
+    return f"{row.measured / row.planned:.2f}x"
+
+
+def sort_trials(trials: Iterable[TrialRecord], higher_is_better: bool) -> list[TrialRecord]:
+    """Best score first; then those without one; failed ones last."""
+
+    def key(trial: TrialRecord) -> tuple[int, float]:
+        value = trial.score
+        if value is None and trial.metric is not None:
+            value = -trial.metric if higher_is_better else trial.metric
+        ranked = value is not None and math.isfinite(value)
+        return (2 if trial.state == "failed" else 0 if ranked else 1, value if ranked and value is not None else trial.number)
+
+    return sorted(trials, key=key)
+
+
+def best_trial(trials: Sequence[TrialRecord], higher_is_better: bool) -> TrialRecord | None:
+    """The best trial so far; None when none has a figure."""
+    measured = [trial for trial in trials if trial.state != "failed" and trial.metric is not None and math.isfinite(trial.metric)]
+    return sort_trials(measured, higher_is_better)[0] if measured else None
+
+
+def counts(trials: Sequence[TrialRecord]) -> dict[str, int]:
+    """How many trials are in each state."""
+    return {state: sum(trial.state == state for trial in trials) for state in ("running", "finished", "stopped", "failed")}
+
+
+def engine_text(executor: str, zero_stage: int, ranks: int) -> str:
+    """`deepspeed, ZeRO 2, 2 ranks`."""
+    stage = f", ZeRO {zero_stage}" if executor == "deepspeed" else ""
+    return f"{executor}{stage}, {plural(ranks, 'rank')}"
+
+
+def plural(count: int, word: str) -> str:
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+
+
+def summary_sentence(sweep: SweepResult) -> str:
+    """`16 trials in 1m14s on 2 gangs, 9 stopped early, 1 failed`."""
+    by_state = counts(sweep.searched)
+    said = [
+        f"{plural(len(sweep.searched), 'trial')} in {format_seconds(sweep.wall_seconds)} on {plural(sweep.num_gangs, 'gang')}"
+    ]
+    if by_state["stopped"]:
+        said.append(f"{by_state['stopped']} stopped early")
+    if by_state["failed"]:
+        said.append(f"{by_state['failed']} failed")
+    return ", ".join(said)
+
+
+def verdict_sentence(sweep: SweepResult | None, transfer: TransferReport | None) -> str:
+    """The verdict, or why there is none."""
+    if transfer is not None and transfer.sentence:
+        return transfer.sentence if transfer.verdict is None else f"{transfer.verdict}: {transfer.sentence}"
+    if sweep is None:
+        return "The run has not measured anything yet."
+    if sweep.finished_at is None:
+        return "The run has not ended: what follows is as far as it came."
+    return f"Nothing was promoted: {sweep.promotion_reason}" if sweep.winner_id is None else sweep.promotion_reason

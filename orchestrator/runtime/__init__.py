@@ -1,0 +1,16 @@
+"""The only room with Ray: gangs, the exchange, the search, the refit, and the jobs that put them together.
+
+outcome = run_sweep(load_spec("spec.yaml"), view=view)        # search, refit, merge, verify, bundle
+outcome = run_finetune(load_spec("spec.yaml"), view=view)     # the spec's one trial
+outcome = merge_trial(run_folder, trial_id, view=view)        # another trial of a finished run
+probe_cluster()                                               # what the live cluster has
+"""
+
+from orchestrator.runtime import private_token  # isort: skip - before ray is imported
+from orchestrator.runtime.cluster import probe_cluster
+from orchestrator.runtime.finetune import run_finetune
+from orchestrator.runtime.merging import merge_trial
+from orchestrator.runtime.outcome import RunOutcome, read_outcome
+from orchestrator.runtime.sweep import run_sweep
+
+__all__ = ["RunOutcome", "merge_trial", "private_token", "probe_cluster", "read_outcome", "run_finetune", "run_sweep"]

@@ -1,0 +1,83 @@
+"""Runs on a worker: merge, verify, read the test set once, judge, write the bundle down. No Ray in here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from orchestrator.data import TokenizedSet
+from orchestrator.serve import (
+    BundleInputs,
+    HeldOutScores,
+    commit_bundle,
+    document_scores,
+    require_passed,
+    score_test,
+    serve_commands,
+    stage_bundle,
+    trained_model,
+    verify,
+)
+from orchestrator.store import versions
+from orchestrator.transfer import Comparison, paired_comparison, verdict
+from orchestrator.transfer.records import Control, TransferReport
+
+PROMOTED = "promoted"
+
+
+def bundle_and_judge(inputs: BundleInputs, bundle: str, metric: str, seed: int) -> TransferReport:
+    """The verdict is spoken on the test set, on the bundle as anybody would load it.
+
+    Args:
+        bundle: Where the finished bundle will stand.
+        metric: The search's metric; to classify by anything but the loss compares right and wrong answers.
+        seed: Of the intervals' resampling.
+
+    Raises:
+        VerificationError: the bundle does not reproduce the trained model; it stays `bundle.partial`.
+    """
+    final = Path(bundle)
+    staged = stage_bundle(inputs, final)
+    figures = verify(staged.folder, trained_model(inputs, staged.plan))
+    require_passed(figures, staged.folder)
+    scores = score_test(staged.folder, inputs, final.parent / "test")
+    comparisons = _comparisons(inputs, scores, metric, seed)
+    found = verdict(comparisons["none"], others={name: found for name, found in comparisons.items() if name != "none"})
+    transfer = TransferReport(
+        verdict=found.kind,
+        sentence=found.sentence.removeprefix(f"{found.kind}: "),
+        trial_id=inputs.trial.trial_id,
+        comparisons=tuple(comparison.record(name) for name, comparison in comparisons.items()),
+        scores=scores.models,
+        prompts=scores.prompts,
+        bundle=bundle,
+        verification=figures,
+        serve_commands=serve_commands(final, inputs.base.task),
+        versions=versions(),
+    )
+    commit_bundle(staged, inputs, transfer)
+    return transfer
+
+
+def _comparisons(inputs: BundleInputs, scores: HeldOutScores, metric: str, seed: int) -> dict[Control, Comparison]:
+    """The bundle against every model that was scored beside it, document by document."""
+    by_answer = inputs.base.task == "classify" and metric != "loss"
+    labels = TokenizedSet.load(inputs.test_set).labels
+    own, weights = _losses(scores, PROMOTED, labels, by_answer)
+    others: tuple[Control, ...] = ("none", "head", "shuffled")
+    ran = {model.model for model in scores.models}
+    unit = "accuracy" if by_answer else "nats per token"
+    return {
+        name: paired_comparison(own, _losses(scores, name, labels, by_answer)[0], weights, seed, unit=unit)
+        for name in others
+        if name in ran
+    }
+
+
+def _losses(scores: HeldOutScores, model: str, labels: np.ndarray, by_answer: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(loss, weight) of every document: mean nats per token and tokens, or 1 for a wrong class and 0 for the right one."""
+    found = document_scores(scores.folder, model)
+    if by_answer and found.predictions is not None:
+        return (found.predictions != labels).astype(float), np.ones(len(labels))
+    return found.loss_sums / found.num_tokens, found.num_tokens.astype(float)

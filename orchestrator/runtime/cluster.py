@@ -1,0 +1,126 @@
+"""Connecting to Ray, and reading what the cluster has."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from orchestrator.errors import UsageError
+from orchestrator.plan.values import ClusterDescription, ExecutionPlan, NodeDescription
+from orchestrator.store import num_usable_cpus
+
+RANK_CPUS = 0.9
+"""Logical CPUs of a rank on a cluster without GPUs: what is left of each core carries Tune's thin trials."""
+GPU_RANK_CPUS = 0.5
+"""Of a rank with a GPU; the thin trials must find room beside it."""
+THIN_TRIAL_CPUS = 0.01
+
+WORKER_ENV = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "1",
+}
+"""Environment of every worker; thread counts come from the plan (`worker_env`)."""
+
+
+def fetch(call: Any, timeout_s: float | None = None) -> Any:
+    """`ray.get`, whose stubs cannot tell one answer from a list of them."""
+    return ray.get(call, timeout=timeout_s)
+
+
+def worker_env(execution: ExecutionPlan) -> dict[str, str]:
+    """Environment variables of a rank: fixed settings and the plan's threads.
+
+    Two processes with two OpenMP threads each on two cores made a 0.5 s step take 13 s.
+    """
+    threads = str(execution.threads_per_rank)
+    offline = {name: os.environ[name] for name in ("HF_HUB_OFFLINE",) if name in os.environ}
+    return {**WORKER_ENV, **offline, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+
+
+def rank_resources(execution: ExecutionPlan) -> dict[str, float]:
+    """Ray resources of one rank."""
+    return {"GPU": 1.0, "CPU": GPU_RANK_CPUS} if execution.device == "cuda" else {"CPU": RANK_CPUS}
+
+
+@contextlib.contextmanager
+def connected(address: str | None = None) -> Iterator[None]:
+    """Be connected to Ray: to `address`, to RAY_ADDRESS, or to a private Ray on this machine.
+
+    A connection that stood before is used and left standing.
+
+    Raises:
+        UsageError: no Ray answers at that address, or it asks for another token.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    target = address or os.environ.get("RAY_ADDRESS")
+    os.environ.update({name: value for name, value in WORKER_ENV.items() if name not in os.environ})
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    options: dict[str, Any] = {"address": target} if target else {"include_dashboard": False, "num_cpus": num_usable_cpus()}
+    try:
+        ray.init(logging_level=logging.WARNING, log_to_driver=False, **options)
+    except (ConnectionError, ValueError, RayError) as error:
+        raise UsageError(
+            f"no Ray that lets this process in: {str(error).strip().splitlines()[0]}",
+            where=target or "this machine",
+            remedy="check --address or RAY_ADDRESS, and RAY_AUTH_MODE with RAY_AUTH_TOKEN_PATH for a cluster with tokens",
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def probe_cluster(address: str | None = None) -> ClusterDescription:
+    """Describe the live cluster. GPUs are looked at on the nodes that have them, since the driver may have none."""
+    with connected(address):
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        gpus = _probe_gpus([node for node in alive if node["Resources"].get("GPU", 0) >= 1])
+        kinds = Counter(
+            NodeDescription(
+                num_cpus=max(1, int(node["Resources"].get("CPU", 0))),
+                num_gpus=int(node["Resources"].get("GPU", 0)),
+                gpu_memory_bytes=gpus.get(node["NodeID"], ("", 0))[1],
+                gpu_name=gpus.get(node["NodeID"], ("", 0))[0],
+                memory_bytes=int(node["Resources"].get("memory", 0)),
+            )
+            for node in alive
+            if node["Resources"].get("CPU", 0) >= 1 or node["Resources"].get("GPU", 0) >= 1
+        )
+        nodes = tuple(kind.model_copy(update={"count": count}) for kind, count in kinds.items())
+        return ClusterDescription(nodes=nodes, source="the live Ray cluster")
+
+
+def _probe_gpus(nodes: list[dict]) -> dict[str, tuple[str, int]]:
+    """Name and memory of the smallest GPU of each node, by node id."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    probes = {
+        node["NodeID"]: _describe_gpu.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False), num_cpus=0, num_gpus=0
+        ).remote()
+        for node in nodes
+    }
+    return {node_id: fetch(probe, 60) for node_id, probe in probes.items()}
+
+
+@ray.remote
+def _describe_gpu() -> tuple[str, int]:
+    """Ask the driver tool, not torch: a CUDA context here would take memory from the gangs."""
+    import subprocess
+
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=True)
+    rows = [line.rsplit(",", 1) for line in answer.stdout.strip().splitlines()]
+    name, mebibytes = min(((row[0].strip(), int(row[1])) for row in rows), key=lambda row: row[1])
+    return name, mebibytes * 1024**2

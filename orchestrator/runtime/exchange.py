@@ -1,0 +1,299 @@
+"""The exchange: where Tune's thin trials bring their branches, and gangs take them up.
+
+One actor. It owns the gangs, the queue between trials and gangs, and the ledger. An assignment is in exactly one
+place: in the queue, or with one gang. When a gang dies it is replaced, and what it was doing goes back to the
+queue, to start again from the trial's last rung.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from orchestrator.anatomy import LayerSelection, ModelAnatomy
+from orchestrator.errors import OrchestratorError, TrainingError
+from orchestrator.plan import make_assignment
+from orchestrator.plan.values import Assignment, DataPaths, RungResult, RunPlan, TrainSettings, TrialSpec
+from orchestrator.runtime.gang import Gang
+from orchestrator.runtime.ledger import Ledger, TrialState, drop_optimizer_state
+from orchestrator.runtime.records import base_result, trial_record
+from orchestrator.runtime.scoring import FAILED_SCORE, Scoring
+from orchestrator.values import Value
+
+MAX_ATTEMPTS = 3
+"""How often an assignment is tried on a new gang, and how often a gang is started, before giving up."""
+
+
+class Orders(Value):
+    """What the exchange needs to know of the run."""
+
+    plan: RunPlan
+    anatomy: ModelAnatomy
+    settings: TrainSettings
+    data: DataPaths
+    scoring: Scoring
+    trials_folder: str
+    num_gangs: int
+
+
+class Answer(Value):
+    """What a thin trial gets back for one rung."""
+
+    score: float
+    step: int
+    tokens: int
+    ended: bool
+    """True when the trial must not ask for another rung."""
+    state: str = ""
+    metric: float | None = None
+    eval_loss: float | None = None
+    retain_loss: float | None = None
+
+
+@dataclass(order=True)
+class _Work:
+    """One assignment on its way; smaller is served first."""
+
+    priority: tuple[int, int, int]
+    """The untouched base first, since every score needs it; then the higher rung; then who came first."""
+    assignment: Assignment = field(compare=False)
+    future: asyncio.Future[RungResult] = field(compare=False)
+    attempts: int = field(default=0, compare=False)
+
+
+@dataclass
+class GangFigures:
+    """How a gang spent its time, seconds."""
+
+    idle_s: list[float] = field(default_factory=list)
+    """Each gap between the end of an assignment and the start of the next."""
+    busy_s: float = 0.0
+    start_s: list[float] = field(default_factory=list)
+    base_loads: int = 0
+    replaced: int = 0
+
+
+class Exchange:
+    """Runs inside one Ray actor (`ray.remote(Exchange)`), on its asyncio loop."""
+
+    def __init__(self, orders: Orders) -> None:
+        self._orders = orders
+        self._ledger = Ledger(Path(orders.trials_folder))
+        self._queue: asyncio.PriorityQueue[_Work] = asyncio.PriorityQueue()
+        self._sequence = itertools.count()
+        self._needed = asyncio.Event()
+        self._inflight: dict[str, _Work] = {}
+        self._news: list[dict] = []
+        self._figures = [GangFigures() for _ in range(orders.num_gangs)]
+        self._supervisors: list[asyncio.Task] = []
+        self._gangs: list[Gang] = []
+        self._broken: OrchestratorError | None = None
+
+    async def open(self) -> None:
+        """Make the gangs ready to start; they do when the first work comes, for a finished search needs none."""
+        for entry in self._ledger.entries():
+            self._tell_trial(entry.trial.trial_id)
+        plan = self._orders.plan
+        for index in range(self._orders.num_gangs):
+            gang = Gang(index, plan.base, self._orders.anatomy, plan.execution)
+            self._gangs.append(gang)
+            self._supervisors.append(asyncio.create_task(self._serve(gang)))
+
+    async def advance(self, trial: TrialSpec, selection: LayerSelection, option: int | None, rung: int, stop_step: int) -> Answer:
+        """Carry a trial to a rung, or answer from the ledger where that has been done.
+
+        Args:
+            selection: What learns.
+            option: Index in the plan's options; None for a control.
+            rung: 0, 1, ...; the rung before must have been reached.
+            stop_step: The rung's step.
+        """
+        entry = self._ledger.register(trial, option)
+        known = next((result for result in entry.results if result.rung == rung), None)
+        if known is None and entry.end is not None:
+            return self._answer(entry.results[-1], ended=True) if entry.results else _failed_answer()
+        if known is None:
+            known = await self._train(trial, selection, rung, stop_step)
+        entry = self._ledger.register(trial, option)
+        over = entry.end is not None and all(known.rung >= other.rung for other in entry.results)
+        return self._answer(known, ended=over or known.state == "failed")
+
+    async def finish(self, trial_id: str, state: TrialState, reason: str = "") -> None:
+        """A trial has ended: free its place at once, write its end down, drop what only a continuation needs."""
+        work = self._inflight.pop(trial_id, None)
+        if work is not None and not work.future.done():
+            work.future.set_result(_failed_result(work.assignment, f"{state} before it ran"))
+        entry = self._ledger.get(trial_id)
+        if entry is not None and entry.end is None:
+            self._ledger.end(trial_id, state, reason)
+            self._tell_trial(trial_id)
+            await self._drop_optimizer_states(entry.results)
+
+    async def news(self, since: int) -> list[dict]:
+        """Events from number `since` on, in order."""
+        return self._news[since:]
+
+    async def figures(self) -> list[GangFigures]:
+        return self._figures
+
+    async def gang_pids(self) -> list[tuple[int, ...]]:
+        return [gang.pids for gang in self._gangs]
+
+    async def close(self) -> None:
+        """Release the gangs, in order, with their placement groups."""
+        for supervisor in self._supervisors:
+            supervisor.cancel()
+        await asyncio.gather(*self._supervisors, return_exceptions=True)
+        await asyncio.gather(*(gang.close() for gang in self._gangs))
+
+    # -- inside ---------------------------------------------------------------------------------------------------
+
+    async def _train(self, trial: TrialSpec, selection: LayerSelection, rung: int, stop_step: int) -> RungResult:
+        if self._broken is not None:
+            raise self._broken
+        entry = self._ledger.get(trial.trial_id)
+        assert entry is not None
+        before = entry.results[-1] if entry.results else None
+        assignment = make_assignment(
+            self._orders.plan,
+            trial,
+            selection,
+            settings=self._orders.settings,
+            data=self._orders.data,
+            metric=self._orders.scoring.metric,
+            folder=str(self._ledger.folder(trial.trial_id)),
+            rung=rung,
+            start=before.checkpoint if before else None,
+            stop_step=stop_step,
+            keep_optimizer=stop_step < trial.total_steps,
+        )
+        first = 0 if trial.control == "none" else 1
+        priority = (first, -rung, next(self._sequence))
+        work = _Work(priority, assignment, asyncio.get_running_loop().create_future())
+        self._inflight[trial.trial_id] = work
+        self._queue.put_nowait(work)
+        self._needed.set()
+        try:
+            result = await work.future
+        finally:
+            self._inflight.pop(trial.trial_id, None)
+        return result
+
+    async def _serve(self, gang: Gang) -> None:
+        """One gang's life: start, take work, answer; start again when it dies."""
+        figures = self._figures[gang.index]
+        failures = 0
+        idle_since: float | None = None
+        await self._needed.wait()
+        while True:
+            if not gang.pids:
+                try:
+                    await gang.start()
+                except (TimeoutError, Exception) as error:
+                    failures += 1
+                    gang.kill()
+                    self._tell("gang_failed_to_start", f"gang {gang.index} could not start: {error}", gang=gang.index)
+                    if failures >= MAX_ATTEMPTS:
+                        self._give_up(error)
+                        return
+                    continue
+                failures = 0
+                figures.base_loads = gang.base_loads
+                figures.start_s.append(gang.start_seconds)
+                seconds = gang.start_seconds
+                self._tell("gang_ready", f"gang {gang.index} ready in {seconds:.1f} s", gang=gang.index, pids=list(gang.pids))
+            work = await self._queue.get()
+            if work.future.done():
+                continue
+            if idle_since is not None:
+                figures.idle_s.append(time.monotonic() - idle_since)
+            started = time.monotonic()
+            await self._run(gang, work)
+            figures.busy_s += time.monotonic() - started
+            idle_since = time.monotonic() if gang.pids else None
+
+    async def _run(self, gang: Gang, work: _Work) -> None:
+        """Run one piece of work; on a dead gang, put it back and leave the gang to be replaced."""
+        assignment = work.assignment
+        try:
+            result = await gang.run(assignment)
+        except TrainingError as error:
+            work.attempts += 1
+            gang.kill()
+            gang.pids = ()
+            self._figures[gang.index].replaced += 1
+            self._tell("gang_died", f"{error}; its assignment goes back", gang=gang.index, trial_id=assignment.trial.trial_id)
+            if work.attempts < MAX_ATTEMPTS:
+                self._queue.put_nowait(work)
+                return
+            result = _failed_result(assignment, f"{MAX_ATTEMPTS} gangs died while running it, the last: {error}")
+        try:
+            self._record(result)
+        except Exception as error:  # a full disk, say: whoever waits must hear of it
+            if not work.future.done():
+                work.future.set_exception(error)
+            return
+        if not work.future.done():
+            work.future.set_result(result)
+        entry = self._ledger.get(result.trial_id)
+        assert entry is not None
+        await self._drop_optimizer_states([other for other in entry.results if other.rung < result.rung])
+
+    async def _drop_optimizer_states(self, results: Iterable[RungResult]) -> None:
+        """Rungs that no trial goes on from keep their adapter or delta alone."""
+        for result in results:
+            if result.checkpoint is not None:
+                await asyncio.to_thread(drop_optimizer_state, Path(result.checkpoint))
+
+    def _record(self, result: RungResult) -> None:
+        self._ledger.add(result)
+        if result.state == "failed":
+            self._ledger.end(result.trial_id, "failed", result.reason)
+        for note in result.notes:
+            self._tell("trial_note", f"{result.trial_id}: {note}", trial_id=result.trial_id, rung=result.rung)
+        self._tell_trial(result.trial_id)
+
+    def _answer(self, result: RungResult, *, ended: bool) -> Answer:
+        return Answer(
+            score=self._orders.scoring.score(result, base_result(self._ledger)),
+            step=result.step,
+            tokens=result.tokens,
+            ended=ended,
+            state=result.state,
+            metric=self._orders.scoring.metric_of(result),
+            eval_loss=result.eval_loss,
+            retain_loss=result.retain_loss,
+        )
+
+    def _give_up(self, error: BaseException) -> None:
+        """No gang can be started: everybody who waits must hear of it."""
+        if any(not task.done() for task in self._supervisors if task is not asyncio.current_task()):
+            return
+        self._broken = TrainingError(
+            f"no gang could be started: {error}", remedy="see the gang_failed_to_start lines in events.jsonl"
+        )
+        while not self._queue.empty():
+            work = self._queue.get_nowait()
+            if not work.future.done():
+                work.future.set_exception(self._broken)
+
+    def _tell(self, kind: str, message: str, **fields: object) -> None:
+        self._news.append({"kind": kind, "message": message, **fields})
+
+    def _tell_trial(self, trial_id: str) -> None:
+        entry = self._ledger.get(trial_id)
+        assert entry is not None
+        record = trial_record(entry, self._orders.scoring, base_result(self._ledger))
+        self._news.append({"kind": "trial", "record": record})
+
+
+def _failed_answer() -> Answer:
+    return Answer(score=FAILED_SCORE, step=0, tokens=0, ended=True, state="failed")
+
+
+def _failed_result(assignment: Assignment, reason: str) -> RungResult:
+    return RungResult(trial_id=assignment.trial.trial_id, rung=assignment.rung, step=0, tokens=0, state="failed", reason=reason)

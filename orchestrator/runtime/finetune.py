@@ -1,0 +1,82 @@
+"""The one-trial job: no search, the refit is all there is."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from orchestrator.plan import make_assignment, make_trial, none_control
+from orchestrator.plan.values import ClusterDescription
+from orchestrator.runtime.cluster import connected, probe_cluster
+from orchestrator.runtime.finish import finish, refit_assignment, run_refit
+from orchestrator.runtime.ledger import Ledger
+from orchestrator.runtime.outcome import RunOutcome, read_outcome, summarise, write_outcome
+from orchestrator.runtime.places import output_root
+from orchestrator.runtime.prepare import Prepared, open_run, prepare
+from orchestrator.spec import LoadedSpec, require_section
+from orchestrator.transfer.records import RunView, SweepResult
+
+
+def run_finetune(loaded: LoadedSpec, *, view: RunView, address: str | None = None, output: Path | None = None) -> RunOutcome:
+    """Train the spec's one trial to the full budget, fault-tolerant, and bundle it; go on with one that was interrupted.
+
+    Raises:
+        OrchestratorError: whatever stops the run, see errors.py; what was done is on disk.
+    """
+    require_section(loaded, "finetune")
+    started_at = time.time()
+    with ExitStack() as stack:
+        run = stack.enter_context(open_run(loaded, "finetune", output_root(loaded, output, view)))
+
+        def cluster() -> ClusterDescription:
+            stack.enter_context(connected(address))
+            return probe_cluster()
+
+        known = read_outcome(run.path)
+        prepared = prepare(loaded, "finetune", run, view, None if known else cluster)
+        if known is not None:
+            return known
+        stack.callback(view.close)
+        view.start(
+            name=loaded.spec.name,
+            metric="loss",
+            higher_is_better=False,
+            max_forgetting=prepared.scoring.max_forgetting,
+            num_trials=1,
+        )
+        sweep = _train(prepared, view, started_at)
+        return write_outcome(finish(prepared, sweep, view))
+
+
+def _train(prepared: Prepared, view: RunView, started_at: float) -> SweepResult:
+    """The untouched base's scores and the trial, by one worker group."""
+    plan, seed = prepared.plan, prepared.spec.train.seed
+    assert plan.finetune is not None
+    none, nothing = none_control(plan, prepared.anatomy, seed)
+    trial = make_trial(plan, plan.finetune, plan.finetune.learning_rate_low, 0, seed)
+    ledger = Ledger(prepared.run.trials)
+    ledger.register(none, None)
+    ledger.register(trial, 0)
+    view.phase("training", f"{trial.total_steps} steps on {plan.refit_execution.ranks} rank(s)")
+    untouched = make_assignment(
+        plan,
+        none,
+        nothing,
+        settings=prepared.settings,
+        data=prepared.data_paths,
+        metric=prepared.scoring.metric,
+        folder=str(ledger.folder("none")),
+        rung=0,
+        start=None,
+        stop_step=0,
+        execution=plan.refit_execution,
+    )
+    results = run_refit(prepared, [untouched, refit_assignment(prepared, trial, plan.finetune.selection)])
+    for result in results:
+        ledger.add(result)
+        ledger.end(result.trial_id, "finished")
+    sweep = summarise(prepared, Ledger(prepared.run.trials), [], started_at)
+    for record in sweep.trials:
+        view.trial(record)
+    return sweep

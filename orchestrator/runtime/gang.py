@@ -1,0 +1,153 @@
+"""A gang: processes placed together that load the base once and run assignment after assignment."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from orchestrator.anatomy import ModelAnatomy
+from orchestrator.errors import TrainingError
+from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan, RungResult
+from orchestrator.runtime.cluster import rank_resources, worker_env
+
+START_TIMEOUT_S = 600.0
+
+
+class GangDiedError(TrainingError):
+    """A rank of the gang is gone or broken; the whole gang has to be replaced."""
+
+
+@ray.remote(max_restarts=0, max_task_retries=0)
+class RankActor:
+    """One process of a gang. Every rank receives the same calls in the same order."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._host = None
+
+    def address(self) -> tuple[str, int]:
+        """Where rank 0 can be met: its node's address and a port that is free now."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def start(self, base: BaseLoad, anatomy: ModelAnatomy, execution: ExecutionPlan, meeting: tuple[str, int]) -> int:
+        """Load the base. Returns the process id."""
+        from orchestrator.train import TrainHost
+
+        self._host = TrainHost.create(
+            base, anatomy, execution, self._rank, execution.ranks, init_method=f"tcp://{meeting[0]}:{meeting[1]}"
+        )
+        return os.getpid()
+
+    def run(self, assignment: Assignment) -> RungResult:
+        assert self._host is not None, "start() comes first"
+        return self._host.run(assignment)
+
+    def close(self) -> None:
+        if self._host is not None:
+            self._host.close()
+            self._host = None
+
+
+class Gang:
+    """The handle of one gang, used from one asyncio loop. `start` again after GangDiedError."""
+
+    def __init__(self, index: int, base: BaseLoad, anatomy: ModelAnatomy, execution: ExecutionPlan) -> None:
+        self.index = index
+        self.pids: tuple[int, ...] = ()
+        self.base_loads = 0
+        self.start_seconds = 0.0
+        self._base = base
+        self._anatomy = anatomy
+        self._execution = execution
+        self._ranks: list = []
+        self._placement: PlacementGroup | None = None
+
+    async def start(self) -> None:
+        """Place the ranks (inside one node where they fit) and load the base in each.
+
+        Raises:
+            GangDiedError: a rank could not start.
+        """
+        started = time.monotonic()
+        execution = self._execution
+        bundles = [rank_resources(execution) for _ in range(execution.ranks)]
+        self._placement = placement_group(bundles, strategy="PACK")
+        await asyncio.wait_for(_ready(self._placement), START_TIMEOUT_S)
+        resources = rank_resources(execution)
+        self._ranks = [
+            RankActor.options(  # type: ignore[attr-defined]
+                num_cpus=resources["CPU"],
+                num_gpus=resources.get("GPU", 0),
+                runtime_env={"env_vars": worker_env(execution)},
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=rank),
+            ).remote(rank)
+            for rank in range(execution.ranks)
+        ]
+        meeting = await self._ranks[0].address.remote()
+        calls = [rank.start.remote(self._base, self._anatomy, execution, meeting) for rank in self._ranks]
+        self.pids = tuple(await self._all(calls))
+        self.base_loads += 1
+        self.start_seconds = time.monotonic() - started
+
+    async def run(self, assignment: Assignment) -> RungResult:
+        """Run one assignment on every rank; rank 0's answer counts.
+
+        Raises:
+            GangDiedError: a rank died or broke. The trial's own failures are results, not exceptions.
+        """
+        results = await self._all([rank.run.remote(assignment) for rank in self._ranks])
+        return results[0].model_copy(update={"gang": self.index})
+
+    def kill(self) -> None:
+        """End the processes and give the places back."""
+        for rank in self._ranks:
+            ray.kill(rank)
+        self._ranks = []
+        if self._placement is not None:
+            remove_placement_group(self._placement)
+            self._placement = None
+
+    async def close(self) -> None:
+        """End in order: every rank leaves its process group first."""
+        if self._ranks:
+            await asyncio.wait([asyncio.ensure_future(_settled(rank.close.remote())) for rank in self._ranks], timeout=5)
+        self.kill()
+
+    async def _all(self, calls: list) -> list:
+        """Await every rank's answer; the first broken one ends the wait, since the others hang in a collective."""
+        waits = [asyncio.ensure_future(_settled(call)) for call in calls]
+        pending = set(waits)
+        while pending:
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            broken = [wait.result()[1] for wait in done if wait.result()[1] is not None]
+            if broken:
+                for wait in pending:
+                    wait.cancel()
+                raise GangDiedError(f"gang {self.index} broke: {_first_line(broken[0])}")
+        return [wait.result()[0] for wait in waits]
+
+
+async def _ready(placement: PlacementGroup) -> None:
+    await placement.ready()
+
+
+async def _settled(call) -> tuple:
+    """A call's (answer, None) or (None, error): errors are handled where all ranks are seen."""
+    try:
+        return await call, None
+    except Exception as error:
+        return None, error
+
+
+def _first_line(error: BaseException) -> str:
+    cause = getattr(error, "cause", None) or error
+    text = str(cause).strip().splitlines()
+    return f"{type(cause).__name__}: {text[0] if text else ''}"

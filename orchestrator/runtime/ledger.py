@@ -1,0 +1,106 @@
+"""What happened to every trial, on disk: trials/<id>/{trial,result-<rung>,end}.json.
+
+One process writes (the exchange); anybody may read. What stands here is never computed again: a sweep that is
+submitted a second time answers from here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from orchestrator.plan.values import RungResult, TrialSpec
+from orchestrator.store import commit_folder, read_json, write_json
+from orchestrator.values import Value
+
+MANIFEST = "manifest.json"
+OPTIMIZER_STATE = "state-rank"
+"""How the files begin that hold a rank's masters, moments and random state."""
+TrialState = Literal["finished", "stopped", "failed"]
+
+
+class TrialEnd(Value):
+    """How a trial ended. A trial without this file was interrupted and goes on from its last rung."""
+
+    state: TrialState
+    reason: str = ""
+
+
+class TrialEntry(Value):
+    """All that is known of one trial."""
+
+    trial: TrialSpec
+    option: int | None
+    """Index in the plan's options; None for a control."""
+    results: tuple[RungResult, ...] = ()
+    end: TrialEnd | None = None
+
+
+class Ledger:
+    """The folder `trials/` of a run."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._entries = {entry.trial.trial_id: entry for entry in map(_read_entry, sorted(folder.glob("*/trial.json")))}
+
+    def entries(self) -> list[TrialEntry]:
+        """Every trial and control, by number, controls first."""
+        return sorted(self._entries.values(), key=lambda entry: (entry.trial.number, entry.trial.trial_id))
+
+    def get(self, trial_id: str) -> TrialEntry | None:
+        return self._entries.get(trial_id)
+
+    def folder(self, trial_id: str) -> Path:
+        return self._folder / trial_id
+
+    def register(self, trial: TrialSpec, option: int | None) -> TrialEntry:
+        """Write the trial down before it starts. A trial that stands already is returned as it stands."""
+        entry = self._entries.get(trial.trial_id)
+        if entry is None:
+            entry = TrialEntry(trial=trial, option=option)
+            self.folder(trial.trial_id).mkdir(parents=True, exist_ok=True)
+            write_json(self.folder(trial.trial_id) / "trial.json", {"trial": trial.model_dump(mode="json"), "option": option})
+            self._entries[trial.trial_id] = entry
+        return entry
+
+    def add(self, result: RungResult) -> None:
+        """Write a rung's result down."""
+        entry = self._entries[result.trial_id]
+        write_json(self.folder(result.trial_id) / f"result-{result.rung}.json", result)
+        results = (*(known for known in entry.results if known.rung != result.rung), result)
+        self._entries[result.trial_id] = entry.model_copy(update={"results": tuple(sorted(results, key=lambda r: r.rung))})
+
+    def end(self, trial_id: str, state: TrialState, reason: str = "") -> None:
+        """Write a trial's end down; the first end counts."""
+        entry = self._entries[trial_id]
+        if entry.end is None:
+            end = TrialEnd(state=state, reason=reason)
+            write_json(self.folder(trial_id) / "end.json", end)
+            self._entries[trial_id] = entry.model_copy(update={"end": end})
+
+
+def drop_optimizer_state(checkpoint: Path) -> None:
+    """Rewrite a checkpoint without what only a continuation needs; a reader sees the old folder or the new one."""
+    state_file = checkpoint / "state.json"
+    if not state_file.exists() or not read_json(state_file)["has_optimizer"]:
+        return
+    with commit_folder(checkpoint) as folder:
+        for source in (path for path in checkpoint.rglob("*") if path.is_file()):
+            name = source.relative_to(checkpoint)
+            if source.name == MANIFEST or source.name.startswith(OPTIMIZER_STATE):
+                continue
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).hardlink_to(source)
+        write_json(folder / "state.json", read_json(state_file) | {"has_optimizer": False})
+
+
+def _read_entry(path: Path) -> TrialEntry:
+    head = read_json(path)
+    results = [RungResult.model_validate(read_json(file)) for file in path.parent.glob("result-*.json")]
+    end = path.parent / "end.json"
+    return TrialEntry(
+        trial=TrialSpec.model_validate(head["trial"]),
+        option=head["option"],
+        results=tuple(sorted(results, key=lambda result: result.rung)),
+        end=TrialEnd.model_validate(read_json(end)) if end.exists() else None,
+    )

@@ -1,0 +1,148 @@
+"""What a run leaves: sweep.json, transfer.json, and the words for them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from orchestrator.plan.values import RungResult
+from orchestrator.runtime.exchange import GangFigures
+from orchestrator.runtime.ledger import Ledger, TrialEntry
+from orchestrator.runtime.prepare import Prepared
+from orchestrator.runtime.records import trial_records
+from orchestrator.store import read_json, write_json
+from orchestrator.transfer import Comparison, Promotion, paired_comparison, pareto_front, promote
+from orchestrator.transfer.records import SweepResult, TransferReport, TrialRecord
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """A finished run: where it lies, what was found, and what it is worth."""
+
+    run_folder: Path
+    sweep: SweepResult
+    transfer: TransferReport
+
+
+def read_outcome(run_folder: Path) -> RunOutcome | None:
+    """The outcome of a run that came to its end; None for any other."""
+    sweep, transfer_file = read_sweep(run_folder), run_folder / "transfer.json"
+    if sweep is None or sweep.finished_at is None or not transfer_file.exists():
+        return None
+    return RunOutcome(run_folder, sweep, TransferReport.model_validate(read_json(transfer_file)))
+
+
+def write_outcome(outcome: RunOutcome) -> RunOutcome:
+    """transfer.json first: sweep.json with its end time says that both stand."""
+    write_json(outcome.run_folder / "transfer.json", outcome.transfer)
+    sweep = outcome.sweep.model_copy(update={"finished_at": time.time()})
+    write_json(outcome.run_folder / "sweep.json", sweep)
+    return RunOutcome(outcome.run_folder, sweep, outcome.transfer)
+
+
+def read_sweep(run_folder: Path) -> SweepResult | None:
+    """What an earlier submission left in sweep.json."""
+    file = run_folder / "sweep.json"
+    return SweepResult.model_validate(read_json(file)) if file.exists() else None
+
+
+def summarise(
+    prepared: Prepared,
+    ledger: Ledger,
+    figures: Sequence[GangFigures],
+    started_at: float,
+    earlier: SweepResult | None = None,
+) -> SweepResult:
+    """The search as a record, with the promotion decided; also written to sweep.json, unfinished.
+
+    Args:
+        figures: How each gang spent its time in this submission.
+        started_at: Unix time of this submission.
+        earlier: What earlier submissions of the run left; their time counts.
+    """
+    scoring = prepared.scoring
+    trials = trial_records(ledger, scoring)
+    promotion = decide(prepared, ledger, trials)
+    searched = [trial for trial in trials if trial.control is None and trial.metric is not None]
+    front = pareto_front([(_target(trial, scoring.higher_is_better), trial.forgetting or 0.0) for trial in searched])
+    result = SweepResult(
+        name=prepared.spec.name,
+        job="sweep" if prepared.plan.search is not None else "finetune",
+        task=prepared.spec.task,
+        metric=scoring.metric,
+        higher_is_better=scoring.higher_is_better,
+        max_forgetting=scoring.max_forgetting,
+        trials=tuple(
+            trial for trial in trials if trial.control != "shuffled" or trial.trial_id.endswith(f"{promotion.trial_id}")
+        ),
+        winner_id=promotion.trial_id,
+        promotion_reason=promotion.reason,
+        advice=promotion.advice,
+        front=tuple(searched[index].trial_id for index in front),
+        num_gangs=prepared.plan.num_gangs,
+        ranks_per_gang=prepared.plan.execution.ranks,
+        base_loads=sum(gang.base_loads for gang in figures),
+        gangs_replaced=sum(gang.replaced for gang in figures),
+        gang_idle_seconds=sum(sum(gang.idle_s) for gang in figures),
+        first_trial_seconds=_first_trial_seconds(ledger, started_at),
+        wall_seconds=time.time() - started_at + (earlier.wall_seconds if earlier else 0.0),
+        started_at=earlier.started_at if earlier else started_at,
+        num_submissions=len(prepared.run.identity["submissions"]),
+    )
+    write_json(prepared.run.sweep, result)
+    return result
+
+
+def decide(prepared: Prepared, ledger: Ledger, trials: Sequence[TrialRecord]) -> Promotion:
+    """Which trial is promoted, from the paired differences to the untouched base on the eval set."""
+    base = next((trial for trial in trials if trial.control == "none"), None)
+    return promote(
+        trials,
+        base,
+        prepared.scoring.max_forgetting,
+        higher_is_better=prepared.scoring.higher_is_better,
+        metric=prepared.scoring.metric,
+        comparisons=_eval_comparisons(prepared, ledger),
+    )
+
+
+def _eval_comparisons(prepared: Prepared, ledger: Ledger) -> dict[str, Comparison]:
+    """Of every trial with the base, by per-document losses on the eval set; only where the metric is the loss."""
+    none = ledger.get("none")
+    if prepared.scoring.metric != "loss" or none is None or not none.results:
+        return {}
+    base = _document_losses(ledger, none, none.results[-1])
+    compared: dict[str, Comparison] = {}
+    for entry in ledger.entries():
+        result = entry.results[-1] if entry.results else None
+        if base is None or result is None or result.state != "done" or entry is none:
+            continue
+        own = _document_losses(ledger, entry, result)
+        if own is not None and np.isfinite(own[0]).all():
+            seed = prepared.spec.train.seed
+            compared[entry.trial.trial_id] = paired_comparison(own[0], base[0], base[1], seed, num_resamples=2000)
+    return compared
+
+
+def _document_losses(ledger: Ledger, entry: TrialEntry, result: RungResult) -> tuple[np.ndarray, np.ndarray] | None:
+    """(mean loss, supervised tokens) of every eval document."""
+    folder = Path(result.checkpoint) if result.checkpoint else ledger.folder(entry.trial.trial_id)
+    file = folder / "eval.npz"
+    if not file.exists():
+        return None
+    with np.load(file, allow_pickle=False) as arrays:
+        return arrays["loss_sums"] / arrays["num_tokens"], arrays["num_tokens"].astype(float)
+
+
+def _target(trial: TrialRecord, higher_is_better: bool) -> float:
+    value = trial.metric if trial.metric is not None else float("nan")
+    return -value if higher_is_better else value
+
+
+def _first_trial_seconds(ledger: Ledger, started_at: float) -> float | None:
+    starts = [result.started_at for entry in ledger.entries() for result in entry.results if result.started_at > started_at]
+    return min(starts) - started_at if starts else None

@@ -1,0 +1,116 @@
+"""From a spec to a plan: everything that is decided before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from orchestrator.anatomy import ModelAnatomy, read_anatomy, resolve_base
+from orchestrator.data import DataSummary, data_size, prepare_data
+from orchestrator.errors import UsageError
+from orchestrator.plan import make_plan
+from orchestrator.plan.values import ClusterDescription, DataPaths, RunPlan, TrainSettings
+from orchestrator.runtime.scoring import Scoring
+from orchestrator.spec import JobSpec, LoadedSpec, spec_sha256
+from orchestrator.store import RunDirectory, read_json, write_json
+from orchestrator.transfer.records import RunView
+
+Job = Literal["sweep", "finetune"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is ready to start."""
+
+    spec: JobSpec
+    run: RunDirectory
+    anatomy: ModelAnatomy
+    data: DataSummary
+    plan: RunPlan
+
+    @property
+    def data_paths(self) -> DataPaths:
+        folder = self.run.data
+        retain = folder / "retain.npz"
+        return DataPaths(
+            train=str(folder / "train.npz"), eval=str(folder / "eval.npz"), retain=str(retain) if retain.exists() else None
+        )
+
+    @property
+    def settings(self) -> TrainSettings:
+        train = self.spec.train
+        return TrainSettings(
+            warmup=train.warmup,
+            schedule=train.schedule,
+            weight_decay=train.weight_decay,
+            grad_clip=train.grad_clip,
+            tokens_per_step=train.tokens_per_step,
+        )
+
+    @property
+    def scoring(self) -> Scoring:
+        search = self.spec.search
+        if search is None or self.plan.search is None:
+            return Scoring(metric="loss", max_forgetting=float("inf"))
+        return Scoring(metric=search.metric, max_forgetting=search.max_forgetting)
+
+
+def open_run(loaded: LoadedSpec, job: Job, root: Path) -> RunDirectory:
+    """The run's folder under `root`, locked.
+
+    Raises:
+        RunConflictError: it holds another run, or another driver works in it.
+    """
+    return RunDirectory.open(root, loaded.spec.name, loaded, spec_sha256(loaded.spec, job))
+
+
+def prepare(
+    loaded: LoadedSpec, job: Job, run: RunDirectory, view: RunView, cluster: Callable[[], ClusterDescription] | None
+) -> Prepared:
+    """Read the base, tokenise, plan; write plan.json.
+
+    Args:
+        cluster: Describes the cluster; called once the input has been found good, so that a bad one starts nothing.
+            None for a run that has come to its end: its plan stands.
+
+    Raises:
+        BaseError, SelectionError, DataError: the input cannot be used.
+        RunConflictError: the data is not what earlier trials of this run were trained on.
+        PlanError: it does not fit the cluster.
+    """
+    spec = loaded.spec
+    anatomy = read_anatomy(resolve_base(spec.base.model, loaded.folder), need_weights=True)
+    known = RunPlan.model_validate(read_json(run.plan)) if run.plan.exists() else None
+    view.phase("data")
+    data = prepare_data(loaded, Path(anatomy.folder), run.data, keep=known is not None)
+    size = data_size(data, spec, run.data)
+    if cluster is None:
+        assert known is not None, "a run that ended was planned"
+        return Prepared(spec, run, anatomy, data, known)
+    plan = make_plan(loaded, anatomy, size, cluster(), job=job, spec_sha256=spec_sha256(spec, job))
+    write_json(run.plan, plan)
+    return Prepared(spec, run, anatomy, data, plan)
+
+
+def reopen(run_folder: Path) -> Prepared:
+    """A run that was prepared before, from its own folder.
+
+    Raises:
+        UsageError: the folder holds no planned run.
+        BaseError: the base is no longer where the plan says.
+        RunConflictError: a driver works in it.
+    """
+    if not (run_folder / "plan.json").exists():
+        raise UsageError("no planned run", where=str(run_folder), expected="a folder with plan.json, as a sweep leaves it")
+    run = RunDirectory.reopen(run_folder)
+    try:
+        plan = RunPlan.model_validate(read_json(run.plan))
+        spec = JobSpec.model_validate(run.identity["values"])
+        anatomy = read_anatomy(Path(plan.base.folder), need_weights=True)
+        data = DataSummary.model_validate(read_json(run.data / "summary.json"))
+    except BaseException:
+        run.close()
+        raise
+    return Prepared(spec, run, anatomy, data, plan)

@@ -1,0 +1,140 @@
+"""What to try next: proposal n is a pure function of the plan, the seed, n, and the results known so far.
+
+So a sweep that was stopped proposes the same trials again when the same results are known, and a trial that
+stands in the record is never drawn twice. Tune asks through `RecordedSearch` in search.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from dataclasses import dataclass
+
+from orchestrator.plan import grid_points
+from orchestrator.plan.values import SearchPlan, TrialOption
+
+NUM_CANDIDATES = 8
+"""Optuna's default of 24 is for hundreds of trials: with a dozen it copies the single best."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """An option of the plan (by index) and a learning rate."""
+
+    option: int
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Known:
+    """A finished, stopped or failed trial: what was proposed and how it scored (lower is better)."""
+
+    proposal: Proposal
+    score: float
+
+
+def propose(search: SearchPlan, seed: int, number: int, known: list[Known]) -> Proposal:
+    """The proposal of this number.
+
+    `grid` walks log-spaced rates of every option. `random` draws an option and a log-uniform rate. `optuna` first
+    visits every option once, with rates spread evenly over its range (so that no layer policy is left untried by
+    chance), then asks Optuna's TPE sampler (Bergstra et al. 2011) with all that is known.
+    """
+    if search.algorithm == "grid":
+        option, rate = grid_points(search)[number]
+        return Proposal(option, rate)
+    if search.algorithm == "random":
+        return _random(search, seed, number)
+    if number < num_initial(search):
+        return _initial(search, seed, number)
+    return _tpe(search, seed, number, known)
+
+
+def num_initial(search: SearchPlan) -> int:
+    """How many proposals cover the space before the sampler learns: every option once, at most half of the trials."""
+    return min(max(len(search.options), 4), math.ceil(search.num_trials / 2))
+
+
+def _uniform(seed: int, number: int, purpose: str) -> float:
+    digest = hashlib.sha256(f"{seed}/{number}/{purpose}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _between(option: TrialOption, share: float) -> float:
+    """The rate at `share` of the way from low to high, on a log scale."""
+    low, high = math.log(option.learning_rate_low), math.log(option.learning_rate_high)
+    return math.exp(low + share * (high - low))
+
+
+def _random(search: SearchPlan, seed: int, number: int) -> Proposal:
+    option = int(_uniform(seed, number, "option") * len(search.options))
+    return Proposal(option, _between(search.options[option], _uniform(seed, number, "rate")))
+
+
+def _initial(search: SearchPlan, seed: int, number: int) -> Proposal:
+    """Options in a seeded order; rates by van der Corput's sequence in base 2, turned by the seed."""
+    order = sorted(range(len(search.options)), key=lambda index: _uniform(seed, index, "order"))
+    option = order[number % len(order)]
+    share = (_van_der_corput(number + 1) + _uniform(seed, 0, "turn")) % 1.0
+    return Proposal(option, _between(search.options[option], share))
+
+
+def _van_der_corput(number: int) -> float:
+    value, scale = 0.0, 0.5
+    while number:
+        value += scale * (number & 1)
+        number >>= 1
+        scale /= 2
+    return value
+
+
+def _tpe(search: SearchPlan, seed: int, number: int, known: list[Known]) -> Proposal:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler = optuna.samplers.TPESampler(
+            seed=_sampler_seed(seed, number),
+            n_startup_trials=0,
+            multivariate=True,
+            group=True,
+            n_ei_candidates=NUM_CANDIDATES,
+        )
+    study = optuna.create_study(sampler=sampler)
+    for entry in known:
+        study.add_trial(_as_optuna(search, entry))
+    trial = study.ask()
+    names = list(dict.fromkeys(option.layers for option in search.options))
+    layers = trial.suggest_categorical("layers", names)
+    indices = [index for index, option in enumerate(search.options) if option.layers == layers]
+    index = indices[0]
+    if len(indices) > 1:
+        index = trial.suggest_categorical(f"way/{layers}", indices)
+    option = search.options[index]
+    rate = trial.suggest_float(f"rate/{option.tune}", option.learning_rate_low, option.learning_rate_high, log=True)
+    return Proposal(index, rate)
+
+
+def _as_optuna(search: SearchPlan, entry: Known):
+    import optuna
+
+    option = search.options[entry.proposal.option]
+    names = list(dict.fromkeys(other.layers for other in search.options))
+    indices = [index for index, other in enumerate(search.options) if other.layers == option.layers]
+    parameters: dict[str, object] = {"layers": option.layers, f"rate/{option.tune}": entry.proposal.learning_rate}
+    spaces: dict[str, optuna.distributions.BaseDistribution] = {
+        "layers": optuna.distributions.CategoricalDistribution(names),
+        f"rate/{option.tune}": optuna.distributions.FloatDistribution(
+            option.learning_rate_low, option.learning_rate_high, log=True
+        ),
+    }
+    if len(indices) > 1:
+        parameters[f"way/{option.layers}"] = entry.proposal.option
+        spaces[f"way/{option.layers}"] = optuna.distributions.CategoricalDistribution(indices)
+    return optuna.trial.create_trial(params=parameters, distributions=spaces, value=entry.score)
+
+
+def _sampler_seed(seed: int, number: int) -> int:
+    return int(_uniform(seed, number, "sampler") * 2**31)

@@ -1,0 +1,161 @@
+"""The search: Tune decides which trial goes on, gangs do the work.
+
+A Tune trial here is thin: it asks the exchange to carry its branch to the next rung, awaits the answer, and
+reports it. It holds no GPU and a hundredth of a core.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from orchestrator.errors import TrainingError
+from orchestrator.plan import make_trial
+from orchestrator.plan.values import RunPlan, TrialSpec
+from orchestrator.runtime.cluster import THIN_TRIAL_CPUS, fetch
+from orchestrator.runtime.ledger import TrialEntry
+from orchestrator.runtime.proposals import Known, Proposal, propose
+
+OnEnd = Callable[[str, str], None]
+
+
+class RecordedSearch(Searcher):
+    """Tune's search algorithm: what stands in the record is proposed again first, then `propose` goes on.
+
+    Recorded trials cost nothing, since the exchange answers them from the ledger; they fill the scheduler's rungs
+    and the sampler's memory. With `in_batches`, proposals wait for the whole batch before them, so that they do not
+    depend on who finished first.
+    """
+
+    def __init__(self, plan: RunPlan, seed: int, recorded: list[TrialEntry], *, in_batches: bool) -> None:
+        super().__init__(metric="score", mode="min")
+        assert plan.search is not None
+        self._plan = plan
+        self._search = plan.search
+        self._seed = seed
+        self._batch = plan.search.concurrent_trials if in_batches else None
+        self._recorded = {entry.trial.number: entry for entry in recorded}
+        self._number = 0
+        self._open: dict[str, tuple[int, Proposal]] = {}
+        self._known: dict[int, Known] = {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        number = self._number
+        if self._batch and self._open and number % self._batch == 0:
+            return None
+        entry = self._recorded.get(number)
+        if entry is not None and entry.option is not None:
+            proposal, trial = Proposal(entry.option, entry.trial.learning_rate), entry.trial
+        else:
+            proposal = propose(self._search, self._seed, number, self._known_to(number))
+            trial = make_trial(self._plan, self._search.options[proposal.option], proposal.learning_rate, number, self._seed)
+        self._number += 1
+        self._open[trial_id] = (number, proposal)
+        return {"trial": trial.model_dump(mode="json"), "option": proposal.option}
+
+    def _known_to(self, number: int) -> list[Known]:
+        """What counts for a proposal; in batches, what was known when its batch began."""
+        first = number - number % self._batch if self._batch else number
+        return [self._known[other] for other in sorted(self._known) if other < first]
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        number, proposal = self._open.pop(trial_id)
+        if result is not None and "score" in result and not error:
+            self._known[number] = Known(proposal, float(result["score"]))
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the ledger is the memory."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: the ledger is the memory."""
+
+
+def thin_trial(config: dict[str, Any], exchange: Any, plan: RunPlan) -> None:
+    """Carry one trial from rung to rung, for as long as the scheduler lets it."""
+    assert plan.search is not None
+    trial = TrialSpec.model_validate(config["trial"])
+    option = plan.search.options[config["option"]]
+    for rung, stop_step in enumerate(plan.search.rung_steps):
+        answer = fetch(exchange.advance.remote(trial, option.selection, config["option"], rung, stop_step))
+        pace = plan.search.reduction_factor**rung
+        tune.report({"score": answer.score, "pace": pace, "step": answer.step, "metric": answer.metric, "state": answer.state})
+        if answer.ended:
+            return
+
+
+class EndOfTrial(tune.Callback):
+    """Tells the exchange at once when a trial has ended, so that its place is free."""
+
+    def __init__(self, exchange: Any, last_pace: int) -> None:
+        self._exchange = exchange
+        self._last_pace = last_pace
+
+    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        result = trial.last_result or {}
+        finished = result.get("pace", 0) >= self._last_pace
+        state = "failed" if result.get("state") == "failed" else "finished" if finished else "stopped"
+        self._exchange.finish.remote(trial.config["trial"]["trial_id"], state)
+
+
+def run_search(plan: RunPlan, exchange: Any, recorded: list[TrialEntry], folder: Path, seed: int) -> None:
+    """Run Tune until every trial has ended. Results are in the ledger, not in Tune's own folder.
+
+    Args:
+        exchange: Handle of the Exchange actor.
+        recorded: Searched trials of earlier submissions.
+        folder: Where Tune keeps its own experiment.
+    """
+    assert plan.search is not None
+    search = plan.search
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    # Tune's own handler makes an interrupted search look finished.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    in_batches = search.scheduler == "none" and search.algorithm == "optuna"
+    trainable = tune.with_resources(tune.with_parameters(thin_trial, exchange=exchange, plan=plan), {"CPU": THIN_TRIAL_CPUS})
+    tuner = tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            metric="score",
+            mode="min",
+            num_samples=search.num_trials,
+            search_alg=RecordedSearch(plan, seed, recorded, in_batches=in_batches),
+            scheduler=_scheduler(plan),
+            max_concurrent_trials=search.concurrent_trials,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            name="search",
+            storage_path=str(folder),
+            verbose=0,
+            callbacks=[EndOfTrial(exchange, _last_pace(plan))],
+            failure_config=tune.FailureConfig(max_failures=0),
+        ),
+    )
+    results = tuner.fit()
+    if results.num_errors:
+        # A trial's own failure is a result; what raises here is the machinery, and nothing was written down as failed.
+        raise TrainingError(
+            f"the search broke: {results.errors[0]}", where=str(folder), remedy="submit the same spec again: it goes on from here"
+        ) from results.errors[0]
+
+
+def _last_pace(plan: RunPlan) -> int:
+    """Tune's clock counts rungs in powers of the reduction factor, so that ASHA's milestones fall on the plan's rungs."""
+    assert plan.search is not None
+    return plan.search.reduction_factor ** (len(plan.search.rung_steps) - 1)
+
+
+def _scheduler(plan: RunPlan) -> TrialScheduler:
+    """ASHA (Li et al. 2020) over the plan's rungs; every trial to its end without it."""
+    assert plan.search is not None
+    if plan.search.scheduler == "none" or len(plan.search.rung_steps) == 1:
+        return FIFOScheduler()
+    return AsyncHyperBandScheduler(
+        time_attr="pace", grace_period=1, max_t=_last_pace(plan), reduction_factor=plan.search.reduction_factor
+    )

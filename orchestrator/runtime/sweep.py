@@ -1,0 +1,148 @@
+"""The sweep: plan, controls, search, promotion, refit, bundle, verdict."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from orchestrator.anatomy import LayerSelection
+from orchestrator.errors import TrainingError
+from orchestrator.plan import head_control, none_control, shuffled_control
+from orchestrator.plan.values import TrialSpec
+from orchestrator.runtime.cluster import connected, fetch, probe_cluster
+from orchestrator.runtime.exchange import Answer, Exchange, Orders
+from orchestrator.runtime.finish import finish, selection_of
+from orchestrator.runtime.ledger import Ledger
+from orchestrator.runtime.outcome import RunOutcome, read_outcome, read_sweep, summarise, write_outcome
+from orchestrator.runtime.places import output_root
+from orchestrator.runtime.prepare import Prepared, open_run, prepare
+from orchestrator.runtime.search import run_search
+from orchestrator.runtime.watch import Watcher
+from orchestrator.spec import LoadedSpec, require_section
+from orchestrator.store import RunDirectory
+from orchestrator.transfer.records import RunView, SweepResult
+
+
+def run_sweep(loaded: LoadedSpec, *, view: RunView, address: str | None = None, output: Path | None = None) -> RunOutcome:
+    """Run a sweep to its end, or go on with one that was interrupted, or show one that is finished.
+
+    Args:
+        view: Whoever watches.
+        address: Ray to run on; RAY_ADDRESS or a private one without it.
+        output: Folder of the runs, instead of the spec's.
+
+    Raises:
+        OrchestratorError: whatever stops the run, see errors.py; what was done is on disk.
+    """
+    require_section(loaded, "sweep")
+    started_at = time.time()
+    with ExitStack() as stack:
+        run = stack.enter_context(open_run(loaded, "sweep", output_root(loaded, output, view)))
+
+        def cluster():
+            stack.enter_context(connected(address))
+            return probe_cluster()
+
+        finished = _finished(run, loaded)
+        prepared = prepare(loaded, "sweep", run, view, None if finished else cluster)
+        if finished is not None:
+            return finished
+        stack.callback(view.close)
+        sweep = _search(prepared, view, started_at)
+        outcome = finish(prepared, sweep, view)
+        return write_outcome(outcome)
+
+
+def _finished(run: RunDirectory, loaded: LoadedSpec) -> RunOutcome | None:
+    """The outcome, where this very sweep has come to its end and no more trials are asked for."""
+    assert loaded.spec.search is not None
+    outcome = read_outcome(run.path)
+    if outcome is None or len(outcome.sweep.searched) < loaded.spec.search.trials:
+        return None
+    return outcome
+
+
+def _search(prepared: Prepared, view: RunView, started_at: float) -> SweepResult:
+    """Controls, trials, promotion, and the shuffled control of the promoted trial. The gangs are released at the end."""
+    spec, plan = prepared.spec, prepared.plan
+    assert spec.search is not None
+    assert plan.search is not None
+    view.start(
+        name=spec.name,
+        metric=prepared.scoring.metric,
+        higher_is_better=prepared.scoring.higher_is_better,
+        max_forgetting=prepared.scoring.max_forgetting,
+        num_trials=plan.search.num_trials,
+    )
+    seed = spec.train.seed
+    earlier = read_sweep(prepared.run.path)
+    with _exchange(prepared) as exchange, Watcher(exchange, view, prepared.run):
+        view.phase("gangs", f"{plan.num_gangs} x {plan.execution.ranks} rank(s)")
+        base = _advance(exchange, *none_control(plan, prepared.anatomy, seed), stop_step=0)
+        if _wait(exchange, "none", base).state == "failed":
+            raise TrainingError("the untouched base could not be evaluated", remedy="see trials/none/result-0.json")
+        view.phase("search", f"{plan.search.num_trials} trials")
+        last_step = plan.search.rung_steps[-1]
+        head = _advance(exchange, *head_control(plan, prepared.anatomy, spec, seed), stop_step=last_step)
+        recorded = [entry for entry in Ledger(prepared.run.trials).entries() if entry.trial.control is None]
+        run_search(plan, exchange, recorded, prepared.run.path / "tune", seed)
+        _wait(exchange, "head", head)
+        figures = fetch(exchange.figures.remote())
+        sweep = summarise(prepared, Ledger(prepared.run.trials), figures, started_at, earlier)
+        if "shuffled" in spec.search.controls and sweep.winner_id is not None:
+            _run_shuffled(prepared, exchange, sweep.winner_id)
+            sweep = summarise(prepared, Ledger(prepared.run.trials), figures, started_at, earlier)
+    return sweep
+
+
+def _run_shuffled(prepared: Prepared, exchange: Any, winner_id: str) -> None:
+    """Train the promoted trial once more, to the same step, on answers permuted among the prompts."""
+    winner = Ledger(prepared.run.trials).get(winner_id)
+    assert winner is not None
+    trial = shuffled_control(winner.trial)
+    call = _advance(exchange, trial, selection_of(prepared, winner), stop_step=winner.results[-1].step)
+    _wait(exchange, trial.trial_id, call)
+
+
+@contextmanager
+def _exchange(prepared: Prepared) -> Iterator[Any]:
+    """The exchange actor with its gangs, on the driver's own node; closed in order whatever happens."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    orders = Orders(
+        plan=prepared.plan,
+        anatomy=prepared.anatomy,
+        settings=prepared.settings,
+        data=prepared.data_paths,
+        scoring=prepared.scoring,
+        trials_folder=str(prepared.run.trials),
+        num_gangs=prepared.plan.num_gangs,
+    )
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor: Any = ray.remote(Exchange)
+    exchange = actor.options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here).remote(orders)
+    try:
+        fetch(exchange.open.remote())
+        yield exchange
+    finally:
+        with contextlib.suppress(RayError):  # what went wrong before is what the user must hear of
+            fetch(exchange.close.remote(), 60)
+        ray.kill(exchange)
+
+
+def _advance(exchange: Any, trial: TrialSpec, selection: LayerSelection, *, stop_step: int) -> Any:
+    """Hand a control in; it has one rung."""
+    return exchange.advance.remote(trial, selection, None, 0, stop_step)
+
+
+def _wait(exchange: Any, trial_id: str, call: Any) -> Answer:
+    answer = fetch(call)
+    fetch(exchange.finish.remote(trial_id, "failed" if answer.state == "failed" else "finished"))
+    return answer

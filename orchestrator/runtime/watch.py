@@ -1,0 +1,61 @@
+"""Passing on what happens in the exchange: to the view, and to the run's own record."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from ray.exceptions import RayError
+
+from orchestrator.runtime.cluster import fetch
+from orchestrator.store import RunDirectory
+from orchestrator.transfer.records import RunView, TrialRecord
+
+POLL_S = 0.3
+
+
+class Watcher:
+    """Polls the exchange's news from a thread of its own until closed; nothing is told twice."""
+
+    def __init__(self, exchange: Any, view: RunView, run: RunDirectory) -> None:
+        self._exchange = exchange
+        self._view = view
+        self._run = run
+        self._seen = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="watcher", daemon=True)
+
+    def __enter__(self) -> Watcher:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _follow(self) -> None:
+        while not self._done.wait(POLL_S):
+            self._drain()
+        self._drain()
+
+    def _drain(self) -> None:
+        try:
+            news = fetch(self._exchange.news.remote(self._seen), 30)
+        except RayError:
+            return  # the exchange is gone; whoever works with it hears of that
+        self._seen += len(news)
+        for item in news:
+            self._tell(item)
+
+    def _tell(self, item: dict[str, Any]) -> None:
+        record = item.get("record")
+        if isinstance(record, TrialRecord):
+            self._view.trial(record)
+            last = record.last
+            self._run.event(
+                "trial", trial_id=record.trial_id, state=record.state, rung=last.rung if last else None, reason=record.reason
+            )
+            return
+        fields = {key: value for key, value in item.items() if key not in ("kind", "message")}
+        self._view.event(item["kind"], item["message"], **fields)
+        self._run.event(item["kind"], message=item["message"], **fields)

@@ -1,0 +1,258 @@
+"""The bundle: a folder that goes to serving, whole or not there at all.
+
+    staged = stage_bundle(inputs, final)                     # merged weights, config, tokenizer, adapter or delta
+    figures = verify(staged.folder, trained_model(inputs, staged.plan))
+    ...                                                      # the test set, the verdict
+    commit_bundle(staged, inputs, transfer)                  # card, spec, manifest, rename
+
+Until the last step everything lies in `<bundle>.partial`, without a manifest; a bundle that fails its verification
+stays there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+from orchestrator.errors import VerificationError
+from orchestrator.plan.artifact import ADAPTER, ADAPTER_CONFIG, DELTA
+from orchestrator.plan.merge import LinkShard, MergedInto, MergePlan, make_merge_plan
+from orchestrator.plan.values import BaseLoad, TrialSpec
+from orchestrator.serve.card import model_card
+from orchestrator.serve.inputs import BundleInputs, shown_base
+from orchestrator.serve.merging import MergeRecord, merge
+from orchestrator.serve.shards import link_or_copy
+from orchestrator.serve.verifying import TrainedModel, require_passed
+from orchestrator.spec.models import Task
+from orchestrator.store import commit_folder, read_json, sha256_file, versions, write_json
+from orchestrator.transfer.records import TransferReport, VerificationFigures
+from orchestrator.values import Value, content_hash
+
+SIDE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "generation_config.json",
+    "LICENSE*",
+)
+"""What of the base's folder a served model needs beside weights and config."""
+CARD, SPEC = "README.md", "spec.json"
+
+
+class BaseRecord(Value):
+    """Which base the bundle was made from."""
+
+    name: str
+    path: str
+    """Relative to the bundle's folder."""
+    revision: str | None
+    config_sha256: str
+    weights_sha256: str
+    """Over the names and hashes of its weight files."""
+    load: BaseLoad
+    """How training loaded it; its `folder` is left empty."""
+
+
+class BundleRecord(Value):
+    """The bundle's own part of manifest.json: where it comes from, and what was proved of it."""
+
+    format: Literal[1] = 1
+    name: str
+    created_at: float
+    """Unix time."""
+    base: BaseRecord
+    trial: TrialSpec
+    layers: str
+    artifact: Literal["adapter", "delta"]
+    merged_into: MergedInto
+    held_dtype: Literal["bfloat16", "float32"]
+    drift: float
+    """KL(trained || bundle), nats per token: what merging and rounding changed."""
+    verification: VerificationFigures
+    held_out: str
+    """The documents of the verification, relative to the bundle's folder."""
+    data_sha256: str
+    verdict: str | None = None
+    versions: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class StagedBundle:
+    """A bundle on its way: complete but for card and manifest, and not yet verified."""
+
+    folder: Path
+    """`<bundle>.partial`."""
+    final: Path
+    plan: MergePlan
+    merged: MergeRecord
+
+
+def stage_bundle(inputs: BundleInputs, final: Path) -> StagedBundle:
+    """Merge the promoted trial and put beside it what serving needs.
+
+    An earlier, unfinished try in the same place is removed.
+
+    Raises:
+        SelectionError: what was trained does not fit the base.
+        BaseError: the base's files changed or are gone.
+    """
+    plan = make_merge_plan(
+        inputs.anatomy,
+        inputs.artifact,
+        inputs.base,
+        inputs.selection,
+        merge_into=inputs.merge_into,
+        held_dtype=inputs.held_dtype,
+    )
+    folder = final.with_name(f"{final.name}.partial")
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    merged = merge(plan, folder)
+    base = Path(inputs.base.folder)
+    write_json(folder / "config.json", bundle_config(json.loads((base / "config.json").read_bytes()), plan))
+    _copy_side_files(base, folder, classify=inputs.base.task == "classify")
+    _put_artifact(Path(inputs.artifact), folder, inputs.base_name)
+    return StagedBundle(folder, final, plan, merged)
+
+
+def bundle_config(config: dict[str, Any], plan: MergePlan) -> dict[str, Any]:
+    """The base's config.json, changed where the merged model is another."""
+    config = dict(config)
+    if plan.unties_head:
+        config["tie_word_embeddings"] = False
+    if plan.task == "classify":
+        config["architectures"] = [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[config["model_type"]]]
+        config["id2label"] = {str(number): name for number, name in enumerate(plan.class_names)}
+        config["label2id"] = {name: number for number, name in enumerate(plan.class_names)}
+        config["problem_type"] = "single_label_classification"
+        if config.get("pad_token_id") is None:
+            eos = config.get("eos_token_id")
+            config["pad_token_id"] = eos if isinstance(eos, int) else 0
+    return config
+
+
+def trained_model(inputs: BundleInputs, plan: MergePlan) -> TrainedModel:
+    """What the staged bundle must reproduce."""
+    return TrainedModel(
+        base=inputs.base,
+        anatomy=inputs.anatomy,
+        artifact=inputs.artifact,
+        held_dtype=inputs.held_dtype,
+        merged_into=plan.merged_into,
+        documents=inputs.eval_set,
+    )
+
+
+def commit_bundle(staged: StagedBundle, inputs: BundleInputs, transfer: TransferReport) -> Path:
+    """Write card, spec and manifest, and give the bundle its name.
+
+    Args:
+        transfer: With `verification`; verdict, scores and prompts go into the card.
+
+    Raises:
+        VerificationError: not verified, or failed; the folder stays `.partial`.
+    """
+    if transfer.verification is None:
+        raise VerificationError("the bundle was not verified", where=str(staged.folder), remedy="verify it first")
+    require_passed(transfer.verification, staged.folder)
+    about = _record(staged, inputs, transfer)
+    (staged.folder / CARD).write_text(model_card(inputs, transfer, about.versions), encoding="utf-8")
+    write_json(staged.folder / SPEC, _without_folders(inputs.spec))
+    hashes = staged.merged.hashes
+    with commit_folder(staged.final, known_sha256=hashes, about=about.model_dump(mode="json")) as folder:
+        for path in list(staged.folder.iterdir()):
+            path.rename(folder / path.name)
+    staged.folder.rmdir()
+    return staged.final
+
+
+def serve_commands(bundle: Path | str, task: Task) -> tuple[str, ...]:
+    """How the bundle is served; `transformers serve` generates text only."""
+    if task == "classify":
+        return (f"vllm serve {bundle} --runner pooling",)
+    return f"transformers serve {bundle}", f"vllm serve {bundle}"
+
+
+def base_weights_sha256(anatomy_files: set[str], folder: Path, known: dict[str, str]) -> str:
+    """One hash over the base's weight files; those in `known` are not read again."""
+    return content_hash({file: known.get(file) or sha256_file(folder / file) for file in sorted(anatomy_files)})
+
+
+def _record(staged: StagedBundle, inputs: BundleInputs, transfer: TransferReport) -> BundleRecord:
+    assert transfer.verification is not None
+    base, plan = Path(inputs.base.folder), staged.plan
+    known = {s.base_file: staged.merged.hashes[s.file] for s in plan.shards if isinstance(s, LinkShard)}
+    return BundleRecord(
+        name=inputs.name,
+        created_at=time.time(),
+        base=BaseRecord(
+            name=shown_base(inputs.base_name),
+            path=os.path.relpath(base, staged.final),
+            revision=inputs.base.revision,
+            config_sha256=inputs.anatomy.config_sha256,
+            weights_sha256=base_weights_sha256({t.file for t in inputs.anatomy.tensors.values()}, base, known),
+            load=inputs.base.model_copy(update={"folder": ""}),
+        ),
+        trial=inputs.trial,
+        layers=inputs.selection.policy,
+        artifact="adapter" if (staged.folder / ADAPTER).is_dir() else "delta",
+        merged_into=plan.merged_into,
+        held_dtype=inputs.held_dtype,
+        drift=transfer.verification.kl_bundle,
+        verification=transfer.verification,
+        held_out=os.path.relpath(inputs.eval_set, staged.final),
+        data_sha256=inputs.data_sha256,
+        verdict=transfer.verdict,
+        versions=versions(),
+    )
+
+
+def _without_folders(value: Any) -> Any:
+    """Absolute paths in the spec say where somebody's files lie; only their last part goes out."""
+    if isinstance(value, dict):
+        return {key: _without_folders(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_folders(inner) for inner in value]
+    if isinstance(value, str) and value.startswith(("/", "~/")):
+        return Path(value).name
+    return value
+
+
+def _copy_side_files(base: Path, folder: Path, *, classify: bool) -> None:
+    for pattern in SIDE_FILES:
+        for source in sorted(base.glob(pattern)):
+            if classify and source.name == "generation_config.json":
+                continue
+            target = folder / source.relative_to(base)
+            target.parent.mkdir(exist_ok=True)
+            target.write_bytes(source.read_bytes())
+
+
+def _put_artifact(artifact: Path, folder: Path, base_name: str) -> None:
+    """The adapter or delta itself, linked where possible: the live model can be put together from it again."""
+    for name in (ADAPTER, DELTA):
+        if not (artifact / name).is_dir():
+            continue
+        (folder / name).mkdir()
+        for source in sorted((artifact / name).iterdir()):
+            link_or_copy(source, folder / name / source.name)
+    config_file = folder / ADAPTER / ADAPTER_CONFIG
+    if config_file.exists():
+        config = read_json(config_file) | {"base_model_name_or_path": shown_base(base_name)}
+        write_json(config_file, config)

@@ -1,0 +1,155 @@
+"""The model card: what the bundle is, how it was made, what was measured, how it is served."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from orchestrator.serve.inputs import BundleInputs, shown_base
+from orchestrator.transfer.records import ModelScores, PromptComparison, TransferReport, VerificationFigures
+from orchestrator.units import format_count
+
+NAMES = {"promoted": "this model", "none": "untouched base", "head": "head only", "shuffled": "shuffled answers"}
+MERGED_INTO = {
+    "dequantized": "the base's 4-bit weights as training held them, written out in 16 bits",
+    "original": "the base's stored weights",
+}
+PROMPTS = {
+    "completion": "A prompt is followed by the separator {separator}; the answer ends with the tokenizer's end token.",
+    "chat": "Prompts go through the tokenizer's chat template.",
+}
+"""How a prompt must be put, by task."""
+CELL = 240
+"""Characters of a prompt or an answer that a card shows."""
+
+
+def model_card(inputs: BundleInputs, transfer: TransferReport, versions: Mapping[str, str]) -> str:
+    """The text of README.md. Nothing of this machine's folders is in it."""
+    assert transfer.verification is not None
+    sections = [
+        _front_matter(inputs),
+        f"# {inputs.name}\n\n{_summary(inputs, transfer)}",
+        _how_it_was_made(inputs, versions),
+        _results(transfer),
+        _prompts(transfer.prompts),
+        _verification(transfer.verification),
+        _serving(inputs),
+        _limitations(inputs, transfer),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _front_matter(inputs: BundleInputs) -> str:
+    pipeline = "text-classification" if inputs.base.task == "classify" else "text-generation"
+    return f"---\nlibrary_name: transformers\npipeline_tag: {pipeline}\ntags: [fine-tuned, {inputs.trial.tune}]\n---"
+
+
+def _summary(inputs: BundleInputs, transfer: TransferReport) -> str:
+    said = f" {transfer.sentence[:1].upper()}{transfer.sentence[1:]}" if transfer.sentence else ""
+    return f"`{shown_base(inputs.base_name)}`, tuned for the task `{inputs.base.task}`.{said}"
+
+
+def _how_it_was_made(inputs: BundleInputs, versions: Mapping[str, str]) -> str:
+    trial, selection = inputs.trial, inputs.selection
+    method = f"LoRA, rank {trial.lora_rank}, alpha {trial.lora_alpha}" if trial.tune == "lora" else "whole weights"
+    rows = [
+        ("base", f"{shown_base(inputs.base_name)}, revision {inputs.base.revision or 'not given'}"),
+        ("base held as", "nf4, double quantization" if inputs.base.quantize == "nf4" else inputs.held_dtype),
+        ("layers that learned", f"`{trial.layers}`: {format_count(selection.num_trainable_parameters)} parameters"),
+        ("method", method),
+        ("learning rate", f"{trial.learning_rate:.3g}"),
+        ("training", f"{trial.total_steps} steps, {format_count(trial.total_tokens)} tokens, seed {trial.seed}"),
+        ("data", f"SHA-256 {inputs.data_sha256}"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+    ]
+    return "## How it was made\n\n" + _table(("what", "value"), rows)
+
+
+def _results(transfer: TransferReport) -> str:
+    if not transfer.scores:
+        return ""
+    metrics = list(dict.fromkeys(name for scores in transfer.scores for name in scores.metrics))
+    has_retention = any(scores.retain_loss is not None for scores in transfer.scores)
+    header = ["model", *metrics, *(["retention loss", "forgetting"] if has_retention else [])]
+    rows = [_score_row(scores, metrics, has_retention) for scores in transfer.scores]
+    lines = [
+        "## Results on the test set",
+        "",
+        "The test set was read once, after everything was decided.",
+        "",
+        _table(header, rows),
+    ]
+    for comparison in transfer.comparisons:
+        against = NAMES.get(comparison.against, comparison.against)
+        interval = f"[{comparison.low:+.3f}, {comparison.high:+.3f}]"
+        lines.append(
+            f"\nGain over {against}: {comparison.mean:+.3f} {comparison.unit}, 95% interval {interval}, "
+            f"{comparison.num_examples} examples ({comparison.method.replace('_', ' ')})."
+        )
+    return "\n".join(lines)
+
+
+def _score_row(scores: ModelScores, metrics: list[str], has_retention: bool) -> list[str]:
+    row = [NAMES.get(scores.model, scores.model), *(_number(scores.metrics.get(name)) for name in metrics)]
+    if has_retention:
+        row += [_number(scores.retain_loss), "-" if scores.forgetting is None else f"{scores.forgetting:+.3f}"]
+    return row
+
+
+def _prompts(prompts: tuple[PromptComparison, ...]) -> str:
+    if not prompts:
+        return ""
+    rows = [(_cell(p.prompt), _cell(p.expected), _cell(p.base_answer), _cell(p.tuned_answer)) for p in prompts]
+    return "## Answers\n\nThe first documents of the test set.\n\n" + _table(("prompt", "expected", "base", "this model"), rows)
+
+
+def _verification(figures: VerificationFigures) -> str:
+    merged_into = MERGED_INTO.get(figures.merged_into, figures.merged_into)
+    return (
+        f"## Verification\n\nMerged into {merged_into}. Loaded by plain transformers in a fresh process, the merged model "
+        f"differs from the trained one by KL {figures.kl_bundle:.2g} nats a token (the untouched base: {figures.kl_base:.2g}; "
+        f"limit {figures.limit:.2g}), on {figures.num_prompts} held-out documents. `manifest.json` has the SHA-256 of every "
+        "file; `orchestrator verify .` repeats the check."
+    )
+
+
+def _serving(inputs: BundleInputs) -> str:
+    task = inputs.base.task
+    if task == "classify":
+        commands = ["vllm serve . --runner pooling"]
+        said = ['In transformers: `pipeline("text-classification", ".")`; the class names are in config.json.']
+    else:
+        commands = ["transformers serve .     # pip install 'transformers[serving]'", "vllm serve ."]
+        said = [PROMPTS[task].format(separator=repr(inputs.separator))] if task in PROMPTS else []
+    if inputs.trial.tune == "lora":
+        said.append("The LoRA adapter alone is in `adapter/`; `peft.PeftModel.from_pretrained` loads it on the base.")
+    else:
+        said.append("The changed tensors alone are in `delta/`.")
+    shown = "\n".join(f"    {command}" for command in commands)
+    return f"## Serving\n\nIn this folder:\n\n{shown}\n\n" + "\n\n".join(said)
+
+
+def _limitations(inputs: BundleInputs, transfer: TransferReport) -> str:
+    said = [
+        "The figures hold for data like the test set; nothing was measured beyond it"
+        + (" and the retention set." if inputs.retain_set else "."),
+        "What the base gets wrong or says out of place, this model may too; the base's licence and terms apply.",
+    ]
+    if not inputs.retain_set:
+        said.append("No retention set was given: what the base has forgotten was not measured.")
+    if transfer.verdict not in (None, "positive"):
+        said.append(f"The verdict is `{transfer.verdict}`: a gain over the base was not shown.")
+    return "## Limitations\n\n" + "\n".join(f"* {line}" for line in said)
+
+
+def _table(header: tuple[str, ...] | list[str], rows: list) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _cell(text: str) -> str:
+    short = text if len(text) <= CELL else text[: CELL - 1] + "…"
+    return short.replace("|", "\\|").replace("\n", "<br>")

@@ -1,0 +1,165 @@
+"""Carrying a MergePlan out, tensor by tensor: one mapped from the base, a few rows of it in float32 at a time.
+
+Memory beside mapped files is a few pieces of PIECE_BYTES, a low-rank pair, and the scales of one quantized tensor.
+Sums are made in float32 and rounded once, to the base's type.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from orchestrator.anatomy.values import TensorInfo
+from orchestrator.errors import BaseError
+from orchestrator.plan.artifact import LowRank
+from orchestrator.plan.merge import (
+    AddLowRank,
+    Dequantize,
+    Keep,
+    LinkShard,
+    MergePlan,
+    NewTensor,
+    Replace,
+    WriteShard,
+    WriteTensor,
+)
+from orchestrator.serve.dequantize import HeldWeight, hold_quantized
+from orchestrator.serve.shards import ShardWriter, link_or_copy, write_order
+from orchestrator.store import sha256_file
+from orchestrator.units import MIB
+from orchestrator.values import Value
+
+PIECE_BYTES = MIB
+"""float32 bytes of one piece: what stays in a core's own cache is several times as fast as what does not."""
+COPY_BYTES = 8 * MIB
+INDEX_FILE = "model.safetensors.index.json"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class MergedFile(Value):
+    file: str
+    sha256: str
+    num_bytes: int
+    linked: bool = False
+    """Shares its bytes on the disk with the base's own shard."""
+
+
+class MergeRecord(Value):
+    """What the merge wrote; hashes were taken while the bytes went by."""
+
+    files: tuple[MergedFile, ...]
+    seconds: float
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(file.num_bytes for file in self.files)
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        return {file.file: file.sha256 for file in self.files}
+
+
+def merge(plan: MergePlan, folder: Path) -> MergeRecord:
+    """Write the merged weights, and the index where there are several shards, into `folder`.
+
+    Args:
+        folder: Exists, holds none of the output files, and is not yet what anybody reads.
+
+    Raises:
+        BaseError: a file of the base is no longer what the plan saw.
+        OSError: the disk is full, or a file of that name exists.
+    """
+    started = time.monotonic()
+    files = [_link(plan, shard, folder) if isinstance(shard, LinkShard) else _write(plan, shard, folder) for shard in plan.shards]
+    if len(plan.shards) > 1:
+        index = {"metadata": {"total_size": plan.total_bytes}, "weight_map": dict(sorted(plan.weight_map.items()))}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    return MergeRecord(files=tuple(files), seconds=time.monotonic() - started)
+
+
+def _link(plan: MergePlan, shard: LinkShard, folder: Path) -> MergedFile:
+    target = folder / shard.file
+    linked = link_or_copy(Path(plan.base_folder) / shard.base_file, target)
+    return MergedFile(file=shard.file, sha256=sha256_file(target), num_bytes=target.stat().st_size, linked=linked)
+
+
+def _write(plan: MergePlan, shard: WriteShard, folder: Path) -> MergedFile:
+    tensors = write_order(shard.tensors)
+    with ShardWriter(folder / shard.file, tensors) as writer:
+        for tensor in tensors:
+            for piece in _pieces(plan, tensor):
+                writer.write(piece)
+        sha256, size = writer.finish()
+    return MergedFile(file=shard.file, sha256=sha256, num_bytes=size)
+
+
+def _pieces(plan: MergePlan, tensor: WriteTensor) -> Iterator[torch.Tensor]:
+    """The output tensor's rows in order, in its own type, a piece at a time."""
+    base, trained = Path(plan.base_folder), Path(plan.artifact_folder)
+    match tensor.operation:
+        case Replace(trained=info) | NewTensor(trained=info):
+            yield from _stored_pieces(trained, info, tensor)
+        case Keep():
+            assert tensor.source is not None
+            yield from _stored_pieces(base, tensor.source, tensor)
+        case AddLowRank(low_rank=low_rank):
+            assert tensor.source is not None
+            yield from _low_rank_pieces(plan, _mapped(base, tensor.source), low_rank, tensor)
+        case Dequantize(low_rank=low_rank):
+            assert tensor.source is not None
+            held = hold_quantized(_mapped(base, tensor.source), getattr(torch, plan.held_dtype))
+            yield from _low_rank_pieces(plan, held, low_rank, tensor)
+
+
+def _stored_pieces(folder: Path, info: TensorInfo, tensor: WriteTensor) -> Iterator[torch.Tensor]:
+    stored = _mapped(folder, info)
+    if stored.dtype == DTYPES[tensor.dtype]:
+        yield from stored.reshape(-1).split(COPY_BYTES // stored.element_size())
+    else:
+        for piece in stored.reshape(-1).split(PIECE_BYTES // 4):
+            yield piece.to(DTYPES[tensor.dtype])
+
+
+def _low_rank_pieces(
+    plan: MergePlan, weight: torch.Tensor | HeldWeight, low_rank: LowRank | None, tensor: WriteTensor
+) -> Iterator[torch.Tensor]:
+    """Rows of W + scale * B @ A: W[out, in], B[out, rank], A[rank, in]."""
+    num_rows, width = tensor.shape
+    step = max(1, PIECE_BYTES // (4 * width))
+    a = b = torch.empty(0)
+    if low_rank is not None:
+        trained = Path(plan.artifact_folder)
+        a, b = _mapped(trained, low_rank.a).float(), _mapped(trained, low_rank.b)
+    for start in range(0, num_rows, step):
+        stop = min(start + step, num_rows)
+        rows = weight.rows(start, stop) if isinstance(weight, HeldWeight) else weight[start:stop]
+        if low_rank is not None:
+            rows = torch.addmm(rows.float(), b[start:stop].float(), a, alpha=low_rank.scale)
+        yield rows.to(DTYPES[tensor.dtype])
+
+
+def _mapped(folder: Path, info: TensorInfo) -> torch.Tensor:
+    """A stored tensor, mapped from its file: its pages are the page cache's, not this process's own.
+
+    Raises:
+        BaseError: the file or the tensor is gone, or it has changed since the plan was made.
+    """
+    path = folder / info.file
+    try:
+        with safe_open(path, framework="pt", device="cpu") as reader:
+            tensor = reader.get_tensor(info.stored_name or info.name)
+    except Exception as error:
+        raise BaseError(f"{info.name} cannot be read: {error}", where=str(path), remedy="make the merge plan again") from error
+    if tuple(tensor.shape) != info.shape or tensor.dtype != DTYPES[info.dtype]:
+        raise BaseError(
+            f"{info.name} is now {tensor.dtype} {list(tensor.shape)}",
+            where=str(path),
+            expected=f"{info.dtype} {list(info.shape)}, as when the merge was planned",
+            remedy="make the merge plan again",
+        )
+    return tensor

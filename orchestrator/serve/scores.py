@@ -1,0 +1,213 @@
+"""The test set, read once: the bundle as anybody would load it, beside the untouched base and the controls."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from orchestrator.data import TokenizedSet, load_tokenizer
+from orchestrator.serve.inputs import BundleInputs
+from orchestrator.train.artifacts import attach_artifact
+from orchestrator.train.base import LoadedBase, load_base
+from orchestrator.train.batches import RowPlan
+from orchestrator.train.evaluate import Evaluation, class_prior, evaluate, exact_match
+from orchestrator.train.generate import generate_answers, wanted_answers
+from orchestrator.train.objective import Objective
+from orchestrator.train.ranks import Ranks
+from orchestrator.transfer import forgetting
+from orchestrator.transfer.records import ModelScores, PromptComparison
+from orchestrator.values import Value
+
+PROMOTED, UNTOUCHED = "promoted", "none"
+NUM_PROMPTS = 4
+GENERATED_TOKENS = 8192
+"""Answers are generated for the first documents of the test set, as many as fit in this budget of new tokens."""
+ROW_TOKENS, PROMPTS_AT_ONCE = 1024, 32
+
+
+class HeldOutScores(Value):
+    """What the test set said."""
+
+    models: tuple[ModelScores, ...]
+    """`promoted` first, then `none`, then the controls that ran."""
+    prompts: tuple[PromptComparison, ...]
+    folder: str
+    """Holds <model>.npz: per-document losses, see `document_scores`."""
+    generated_rows: int
+    """Documents that were answered: what exact match was measured on."""
+    seconds: float
+
+
+def score_test(
+    bundle: Path,
+    inputs: BundleInputs,
+    folder: Path,
+    *,
+    device: str | None = None,
+    num_prompts: int = NUM_PROMPTS,
+    generated_tokens: int | None = GENERATED_TOKENS,
+) -> HeldOutScores:
+    """Score bundle, untouched base and controls on the test set, and the retention set where there is one.
+
+    Losses are teacher-forced; a `completion` or `chat` is also answered greedily by bundle and base.
+
+    Args:
+        bundle: A folder that transformers can load; need not be finished.
+        folder: Where the per-document scores go; made if need be.
+        num_prompts: So many prompts are answered for people to read.
+        generated_tokens: Budget of greedy answers by each of the two models; None answers every document.
+    """
+    started = time.monotonic()
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    scorer = _Scorer(inputs, place, num_prompts, generated_tokens)
+    scorer.score_bundle(bundle)
+    base = load_base(inputs.base, inputs.anatomy, dtype=scorer.dtype, device=scorer.device)
+    scorer.score_untouched(base)
+    for control, artifact in inputs.controls.items():
+        with attach_artifact(base, Path(artifact)) as branch:
+            scorer.score(control, branch.model, generate=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, evaluation in scorer.test.items():
+        evaluation.save(folder / f"{name}.npz")
+    return HeldOutScores(
+        models=tuple(scorer.model_scores(name) for name in scorer.test),
+        prompts=scorer.prompts(num_prompts),
+        folder=str(folder),
+        generated_rows=scorer.generated_rows,
+        seconds=time.monotonic() - started,
+    )
+
+
+def document_scores(folder: Path | str, model: str) -> Evaluation:
+    """The per-document losses that `score_test` wrote: `promoted`, `none`, or a control."""
+    return Evaluation.load(Path(folder) / f"{model}.npz")
+
+
+class _Scorer:
+    def __init__(self, inputs: BundleInputs, device: torch.device, num_prompts: int, generated_tokens: int | None) -> None:
+        self._inputs = inputs
+        self._ranks = Ranks(device=device)
+        self._tokenizer = load_tokenizer(Path(inputs.base.folder))
+        self._data = TokenizedSet.load(inputs.test_set)
+        self._classify = inputs.base.task == "classify"
+        retained = inputs.retain_set if not self._classify else None
+        self._retained = TokenizedSet.load(retained) if retained else None
+        answered = _affordable(self._data, num_prompts, generated_tokens) if inputs.base.task in ("completion", "chat") else 0
+        self._generated = self._data.select(np.arange(answered))
+        self.device, self.dtype = device, getattr(torch, inputs.held_dtype)
+        self.test: dict[str, Evaluation] = {}
+        self._retain: dict[str, float] = {}
+        self._answers: dict[str, list[str]] = {}
+
+    @property
+    def generated_rows(self) -> int:
+        return len(self._generated)
+
+    def score_bundle(self, bundle: Path) -> None:
+        kind = AutoModelForSequenceClassification if self._classify else AutoModelForCausalLM
+        model = kind.from_pretrained(bundle, dtype=self.dtype, local_files_only=True, device_map={"": str(self.device)})
+        self.score(PROMOTED, model, generate=True)
+        del model
+        gc.collect()
+
+    def score_untouched(self, base: LoadedBase) -> None:
+        if self._classify:
+            train = TokenizedSet.load(self._inputs.train_set)
+            self.test[UNTOUCHED] = class_prior(self._data, train, self._inputs.base.num_classes)
+        else:
+            self.score(UNTOUCHED, base.model, generate=True)
+
+    @torch.no_grad()
+    def score(self, name: str, model: nn.Module, *, generate: bool) -> None:
+        anatomy = self._inputs.anatomy
+        head = anatomy.classifier_weight if self._classify else anatomy.head_weight
+        objective = Objective(
+            model,
+            model.get_submodule(anatomy.backbone),
+            model.get_submodule(head.rpartition(".")[0]),
+            self._inputs.base.task,
+            encoder=anatomy.kind == "encoder",
+        )
+        with _evaluating(model):
+            self.test[name] = self._evaluate(objective, self._data)
+            if self._retained is not None:
+                self._retain[name] = self._evaluate(objective, self._retained).loss
+            if generate and len(self._generated):
+                self._answers[name] = generate_answers(model, self._tokenizer, self._generated, self._ranks, rows=PROMPTS_AT_ONCE)
+
+    def _evaluate(self, objective: Objective, data: TokenizedSet) -> Evaluation:
+        longest = int(data.lengths.max())
+        if self._classify:
+            return evaluate(objective, data, RowPlan(longest, 16, pack=False), self._ranks)
+        return evaluate(objective, data, RowPlan(max(longest, ROW_TOKENS), 2, pack=True), self._ranks)
+
+    def model_scores(self, name: str) -> ModelScores:
+        metrics = dict(self.test[name].metrics)
+        if name in self._answers:
+            metrics["exact_match"] = exact_match(self._answers[name], wanted_answers(self._generated, self._tokenizer))
+        retain, before = self._retain.get(name), self._retain.get(UNTOUCHED)
+        lost = forgetting(retain, before) if retain is not None and before is not None else None
+        return ModelScores(model=name, metrics=metrics, retain_loss=retain, forgetting=lost)
+
+    def prompts(self, count: int) -> tuple[PromptComparison, ...]:
+        """The first `count` test documents, as base and bundle answer them."""
+        if self._classify:
+            return tuple(self._classified(index) for index in range(min(count, len(self._data))))
+        wanted = wanted_answers(self._generated, self._tokenizer) if self._answers else []
+        return tuple(
+            PromptComparison(
+                prompt=self._prompt(index),
+                expected=wanted[index].strip(),
+                base_answer=self._answers[UNTOUCHED][index].strip(),
+                tuned_answer=self._answers[PROMOTED][index].strip(),
+            )
+            for index in range(min(count, len(wanted)))
+        )
+
+    def _prompt(self, index: int) -> str:
+        if self._generated.prompts:
+            return self._generated.prompts[index].strip()
+        ids, supervised = self._generated.document(index)
+        return self._tokenizer.decode(ids[: int(np.argmax(supervised))], skip_special_tokens=True).strip()
+
+    def _classified(self, index: int) -> PromptComparison:
+        names = _names(self._inputs)
+        base, tuned = self.test[UNTOUCHED].predictions, self.test[PROMOTED].predictions
+        assert base is not None
+        assert tuned is not None
+        return PromptComparison(
+            prompt=self._tokenizer.decode(self._data.document(index)[0], skip_special_tokens=True).strip(),
+            expected=names[int(self._data.labels[index])],
+            base_answer=names[int(base[index])],
+            tuned_answer=names[int(tuned[index])],
+        )
+
+
+def _affordable(data: TokenizedSet, at_least: int, tokens: int | None) -> int:
+    """How many documents can be answered when each answer takes as long as the longest expected one."""
+    if tokens is None:
+        return len(data)
+    return min(len(data), max(at_least, tokens // max(1, int(data.num_supervised.max()))))
+
+
+def _names(inputs: BundleInputs) -> list[str]:
+    return list(inputs.base.class_names) or [str(number) for number in range(inputs.base.num_classes)]
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,106 @@
+"""Putting files of weights in place: linked, or written front to back, hashed and synced on the way."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from orchestrator.plan.merge import WriteTensor
+from orchestrator.units import MIB
+
+SYNC_BYTES = 256 * MIB
+"""Dirty pages that may pile up before they are forced out."""
+CHUNKS_IN_FLIGHT = 2
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+
+def write_order(tensors: Sequence[WriteTensor]) -> list[WriteTensor]:
+    """Wide types first, so that every tensor starts at a multiple of its item size, as the format's own writer does."""
+    return sorted(tensors, key=lambda tensor: -ITEM_BYTES[tensor.dtype])
+
+
+class ShardWriter:
+    """Takes the tensors' bytes in `write_order` and puts them into one file.
+
+    A second thread hashes and writes while the caller computes the next piece; at most CHUNKS_IN_FLIGHT pieces wait.
+    """
+
+    def __init__(self, path: Path, tensors: Sequence[WriteTensor]) -> None:
+        self.path = path
+        self._left = sum(tensor.num_bytes for tensor in tensors)
+        self._hash = hashlib.sha256()
+        self._dirty_bytes = 0
+        self._size = 0
+        self._file = path.open("xb", buffering=0)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard-writer")
+        self._pending: deque[Future[None]] = deque()
+        self._put(memoryview(_header(tensors)))
+
+    def write(self, piece: torch.Tensor) -> None:
+        """Append a piece's bytes; it must not change afterwards."""
+        flat = piece.detach().contiguous().reshape(-1).view(torch.uint8)
+        self._left -= flat.numel()
+        self._pending.append(self._thread.submit(self._put, memoryview(flat.numpy().data)))
+        while len(self._pending) > CHUNKS_IN_FLIGHT:
+            self._pending.popleft().result()
+
+    def finish(self) -> tuple[str, int]:
+        """SHA-256 and size of the file, which is on the disk when this returns."""
+        while self._pending:
+            self._pending.popleft().result()
+        assert self._left == 0, f"{self.path.name}: {self._left} bytes of its tensors were not written"
+        os.fsync(self._file.fileno())
+        return self._hash.hexdigest(), self._size
+
+    def _put(self, data: memoryview) -> None:
+        self._hash.update(data)
+        self._size += len(data)
+        self._dirty_bytes += len(data)
+        while data:
+            data = data[self._file.write(data) :]
+        if self._dirty_bytes >= SYNC_BYTES:
+            os.fdatasync(self._file.fileno())
+            self._dirty_bytes = 0
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._file.close()
+
+
+def _header(tensors: Sequence[WriteTensor]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for tensor in tensors:
+        end = begin + tensor.num_bytes
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def link_or_copy(source: Path, target: Path) -> bool:
+    """A hard link, or a copy where the file systems do not allow one; whether it is a link."""
+    source = source.resolve()
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EACCES, errno.ENOTSUP):
+            raise
+        shutil.copyfile(source, target)
+        return False
+    return True

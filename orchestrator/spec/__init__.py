@@ -1,0 +1,32 @@
+"""What the user asked: one YAML file as frozen values.
+
+    loaded = load_spec("jobs/specs/quickstart.yaml")    # or SpecError: every mistake with file:line:column
+    loaded.spec.train.epochs                            # the spec, nothing derived in it
+    loaded.resolve(loaded.spec.output)                  # paths are relative to the spec's file
+    spec_sha256(loaded.spec, "sweep")                   # the run's identity
+
+`json_schema()` describes every key, `dump_yaml` prints the resolved spec, `parse_policy` reads a layer policy,
+`UNSUPPORTED` lists what is refused as not built yet.
+"""
+
+from orchestrator.spec.loader import LoadedSpec, load_spec, require_section
+from orchestrator.spec.models import JobSpec
+from orchestrator.spec.policy import Policy, normal_form, parse_policy
+from orchestrator.spec.render import describe_difference, dump_yaml, json_schema, learning_rate_range, spec_sha256
+from orchestrator.spec.unsupported import UNSUPPORTED
+
+__all__ = [
+    "UNSUPPORTED",
+    "JobSpec",
+    "LoadedSpec",
+    "Policy",
+    "describe_difference",
+    "dump_yaml",
+    "json_schema",
+    "learning_rate_range",
+    "load_spec",
+    "normal_form",
+    "parse_policy",
+    "require_section",
+    "spec_sha256",
+]

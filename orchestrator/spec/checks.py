@@ -1,0 +1,192 @@
+"""What only the whole spec can tell: keys that are right alone and wrong together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.errors import SelectionError
+from orchestrator.spec.models import ColumnsSpec, JobSpec
+from orchestrator.spec.policy import Policy, parse_policy
+from orchestrator.spec.source import KeyPath
+from orchestrator.spec.unsupported import UNSUPPORTED, policies_of
+from orchestrator.spec.wording import is_number, near_names
+
+METRICS_BY_TASK = {
+    "classify": ("loss", "accuracy", "macro_f1"),
+    "completion": ("loss", "exact_match"),
+    "chat": ("loss", "exact_match"),
+    "text": ("loss",),
+}
+COLUMNS_BY_TASK = {
+    "classify": ("text", "label"),
+    "completion": ("prompt", "completion"),
+    "chat": ("messages",),
+    "text": ("text",),
+}
+BUILT_IN_METRICS = ("loss", "exact_match", "accuracy", "macro_f1")
+FUNCTION = re.compile(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A mistake, where it stands, and which places it was judged by (none of which may be broken itself)."""
+
+    path: KeyPath
+    message: str
+    hint: str = ""
+    needs: tuple[KeyPath, ...] = ()
+
+
+def find_mistakes(spec: JobSpec, folder: Path) -> Iterator[Finding]:
+    """All findings of all checks. `folder` is where the spec's relative paths start."""
+    for check in CHECKS:
+        yield from check(spec)
+    for row in UNSUPPORTED:
+        for path, value in row.find(spec, folder):
+            yield Finding(path, f"{row.verdict}: {row.title}; found {value!r}", _hub_hint(path, value) or row.remedy)
+
+
+def _hub_hint(path: KeyPath, value: str) -> str:
+    return "did you mean sample?" if path == ("base", "model") and near_names(value, ["sample"]) else ""
+
+
+def _step_size(spec: JobSpec) -> Iterator[Finding]:
+    longest, step = spec.data.max_tokens, spec.train.tokens_per_step
+    if longest > step:
+        written = "max_tokens" in spec.data.model_fields_set
+        path = ("data", "max_tokens") if written else ("train", "tokens_per_step")
+        yield Finding(
+            path,
+            f"data.max_tokens ({longest}) is more than train.tokens_per_step ({step}); a step must hold the longest document",
+            f"lower data.max_tokens to {step} or raise train.tokens_per_step to {longest}",
+            needs=(("data", "max_tokens"), ("train", "tokens_per_step")),
+        )
+
+
+def _ranges(spec: JobSpec) -> Iterator[Finding]:
+    if spec.search is None:
+        return
+    for tune in ("lora", "full"):
+        pair = spec.search.learning_rate.lora if tune == "lora" else spec.search.learning_rate.full
+        if pair is not None and pair[0] > pair[1]:
+            path = ("search", "learning_rate", tune)
+            yield Finding(
+                path, f"the range runs backwards: {pair[0]:g} to {pair[1]:g}", f"write [{pair[1]:g}, {pair[0]:g}]", (path,)
+            )
+
+
+def _shares(spec: JobSpec) -> Iterator[Finding]:
+    held_out = [value for value in (spec.data.eval, spec.data.test) if isinstance(value, float)]
+    if sum(held_out) >= 1.0:
+        path = ("data", "eval") if "eval" in spec.data.model_fields_set else ("data", "test")
+        yield Finding(
+            path,
+            f"eval and test take {sum(held_out):g} of the rows; nothing is left to train on",
+            "let the shares add up to less than 1",
+            needs=(("data", "eval"), ("data", "test")),
+        )
+
+
+def _columns(spec: JobSpec) -> Iterator[Finding]:
+    used = COLUMNS_BY_TASK[spec.task]
+    read = {*used, "text"} if spec.data.retain is not None else {*used}
+    roles: dict[str, str] = {}
+    for role, default in ColumnsSpec().model_dump().items():
+        path, column = ("data", "columns", role), getattr(spec.data.columns, role)
+        if not column.strip():
+            yield Finding(path, "the column's name is empty")
+        elif column != default and role not in read:
+            yield Finding(path, f"task {spec.task} reads no such column", f"it reads {' and '.join(used)}", (("task",), path))
+    for role in used:
+        column = getattr(spec.data.columns, role)
+        if column in roles:
+            path = ("data", "columns", role)
+            yield Finding(path, f"{column!r} is already the column of {roles[column]}", "", (("task",), ("data", "columns")))
+        roles[column] = role
+
+
+def _metric(spec: JobSpec) -> Iterator[Finding]:
+    if spec.search is None:
+        return
+    metric, path = spec.search.metric, ("search", "metric")
+    fitting = METRICS_BY_TASK[spec.task]
+    if metric in BUILT_IN_METRICS:
+        if metric not in fitting:
+            yield Finding(path, f"{metric} does not fit task {spec.task}", f"fitting: {' | '.join(fitting)}", (("task",), path))
+    elif FUNCTION.match(metric) is None:
+        near = near_names(metric, BUILT_IN_METRICS)
+        hint = f"did you mean {near[0]}?" if near else ""
+        yield Finding(path, f"{metric!r} is no metric; expected {' | '.join(BUILT_IN_METRICS)} | package.module:function", hint)
+
+
+def _policies(spec: JobSpec) -> Iterator[Finding]:
+    for path, text in policies_of(spec):
+        try:
+            policy = parse_policy(text)
+        except SelectionError as error:
+            yield Finding(path, f"{error.what}; expected {error.expected}", error.remedy)
+            continue
+        if policy.kind == "none":
+            hint = "leave it out" if path[0] == "search" else "write for example last:2"
+            yield Finding(path, "`none` trains nothing; as a control it always runs", hint)
+
+
+def _duplicates(spec: JobSpec) -> Iterator[Finding]:
+    if spec.search is None:
+        return
+    lists = {
+        "layers": spec.search.layers,
+        "tune": spec.search.tune,
+        "lora_rank": spec.search.lora_rank,
+        "controls": spec.search.controls,
+    }
+    for name, options in lists.items():
+        first: dict[str, str] = {}
+        for number, option in enumerate(options):
+            normal = _normal(str(option), spec) if name == "layers" else str(option)
+            if normal in first:
+                yield Finding(
+                    ("search", name, number), f"the option {option!r} is there already, as {first[normal]!r}", "remove one"
+                )
+            first.setdefault(normal, str(option))
+
+
+def _normal(text: str, spec: JobSpec) -> str:
+    try:
+        policy = parse_policy(text)
+    except SelectionError:
+        return text
+    if spec.task == "classify":
+        policy = Policy(policy.kind, policy.count, policy.ranges, policy.fraction)
+    return str(policy)
+
+
+def _paths(spec: JobSpec) -> Iterator[Finding]:
+    sources = () if isinstance(spec.data.train, str) else spec.data.train
+    if not isinstance(spec.data.train, str) and not sources:
+        yield Finding(("data", "train"), "the list of sources is empty", "give at least one {path: ...}")
+    texts = {("base", "model"): spec.base.model, ("data", "train"): spec.data.train, ("output",): spec.output}
+    texts |= {("data", name): getattr(spec.data, name) for name in ("eval", "test", "retain")}
+    texts |= {("data", "train", number, "path"): source.path for number, source in enumerate(sources)}
+    for path, text in texts.items():
+        if isinstance(text, str) and not text.strip():
+            yield Finding(path, "the path is empty")
+    for name in ("eval", "test"):
+        text = getattr(spec.data, name)
+        if isinstance(text, str) and is_number(text):
+            yield Finding(("data", name), f"found the text {text!r}; a share is a number", "drop the quotes")
+
+
+CHECKS: tuple[Callable[[JobSpec], Iterator[Finding]], ...] = (
+    _step_size,
+    _ranges,
+    _shares,
+    _columns,
+    _metric,
+    _policies,
+    _duplicates,
+    _paths,
+)

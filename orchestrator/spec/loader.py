@@ -1,0 +1,151 @@
+"""From a YAML file to a spec, or to all that is wrong with it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from pydantic import ValidationError
+
+from orchestrator.errors import SpecError, SpecProblem
+from orchestrator.spec.checks import find_mistakes
+from orchestrator.spec.models import FinetuneSpec, JobSpec, SearchSpec
+from orchestrator.spec.source import KeyPath, Place, Source, read_source, spell_path
+from orchestrator.spec.unsupported import is_url
+from orchestrator.spec.wording import explain, found
+
+PLACEHOLDERS: dict[KeyPath, Any] = {
+    ("name",): "unnamed",
+    ("base", "model"): "sample",
+    ("task",): "text",
+    ("data", "train"): "x.txt",
+}
+"""Stand in for required keys that are broken, so that the rest can still be judged."""
+
+
+@dataclass(frozen=True)
+class LoadedSpec:
+    """A spec and where it came from."""
+
+    spec: JobSpec
+    path: Path
+    """Absolute path of the spec's file."""
+    text: str
+    places: Mapping[str, Place] = field(default_factory=dict[str, Place])
+    """Line and column of every value that the file gives, by dotted path (`search.layers[1]`)."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the spec's relative paths start."""
+        return self.path.parent
+
+    @property
+    def output_root(self) -> Path:
+        return Path(self.resolve(self.spec.output))
+
+    def resolve(self, path: str) -> str:
+        """Absolute form of a path in the spec (a glob keeps its stars); an object store's URL stays as it is."""
+        if is_url(path):
+            return path
+        return os.path.normpath(self.folder / Path(path).expanduser())
+
+    def where(self, path: str) -> str:
+        """`file:line:column` of a value, for errors that are found later; the file alone when it does not have it."""
+        line, column = self.places.get(path, (0, 0))
+        return f"{self.path}:{line}:{column}" if line else str(self.path)
+
+
+def load_spec(path: Path | str) -> LoadedSpec:
+    """Read, validate and judge a spec.
+
+    Numbers are strict: a quoted number, or true where a number is due, is an error.
+
+    Raises:
+        SpecError: everything that is wrong, each with file:line:column.
+    """
+    path = Path(path).expanduser()
+    source = read_source(path)
+    problems = list(source.problems)
+    data = _mapping(source.data)
+    if data is None:
+        problems.append(
+            source.problem((), f"{found(source.data)}; expected a mapping with the keys {', '.join(JobSpec.model_fields)}")
+        )
+        raise SpecError(problems)
+    spec, broken = _validate(source)
+    problems += broken.values()
+    judged = spec or _salvage(data, list(broken))
+    if judged is not None:
+        for finding in find_mistakes(judged, path.absolute().parent):
+            if not any(_related(place, bad) for place in (finding.path, *finding.needs) for bad in broken):
+                problems.append(source.problem(finding.path, finding.message, finding.hint))
+    if problems or spec is None:
+        raise SpecError(sorted(problems, key=lambda problem: (problem.line, problem.column)))
+    places = {spell_path(place): source.values[place] for place in source.values if place}
+    return LoadedSpec(spec, path.absolute(), source.text, places)
+
+
+def require_section(loaded: LoadedSpec, job: Literal["sweep", "finetune"]) -> SearchSpec | FinetuneSpec:
+    """The section that a job needs.
+
+    Raises:
+        SpecError: the spec does not have it.
+    """
+    section = loaded.spec.search if job == "sweep" else loaded.spec.finetune
+    if section is None:
+        name, other = ("search", "finetune") if job == "sweep" else ("finetune", "search")
+        has_other = getattr(loaded.spec, other) is not None
+        hint = f"add `{name}:`, or run `{'finetune' if job == 'sweep' else 'sweep'}`" if has_other else f"add `{name}:`"
+        raise SpecError([SpecProblem(name, f"is missing; the job `{job}` needs this section", str(loaded.path), 1, 1, hint)])
+    return section
+
+
+def _mapping(data: Any) -> dict[str, Any] | None:
+    return cast("dict[str, Any]", data) if isinstance(data, dict) else None
+
+
+def _validate(source: Source) -> tuple[JobSpec | None, dict[KeyPath, SpecProblem]]:
+    try:
+        return JobSpec.model_validate_json(json.dumps(source.data), strict=True), {}
+    except ValidationError as error:
+        return None, explain(error.errors(include_url=False, include_context=False), source)
+
+
+def _salvage(data: dict[str, Any], broken: list[KeyPath]) -> JobSpec | None:
+    """The spec without its broken places, so that the others are judged in the same reading."""
+    rest = copy.deepcopy(data)
+    for path in broken:
+        _remove(rest, path)
+    for path, value in PLACEHOLDERS.items():
+        *parents, key = path
+        section = rest
+        for parent in parents:
+            section = section.setdefault(str(parent), {})
+        section.setdefault(str(key), value)
+    try:
+        return JobSpec.model_validate_json(json.dumps(rest), strict=True)
+    except ValidationError:
+        return None
+
+
+def _remove(data: dict[str, Any], path: KeyPath) -> None:
+    """Take a value out. A broken policy is replaced, so that the others keep their numbers; other lists go whole."""
+    if path[:2] == ("search", "layers") and len(path) == 3 and isinstance(path[2], int):
+        data["search"]["layers"][path[2]] = f"blocks:{9000 + path[2]}"
+        return
+    depth = next((number for number, step in enumerate(path) if isinstance(step, int)), len(path))
+    section: Any = data
+    for key in path[: depth - 1]:
+        section = cast("dict[str, Any]", section).get(str(key)) if isinstance(section, dict) else None
+    if isinstance(section, dict):
+        cast("dict[str, Any]", section).pop(str(path[depth - 1]), None)
+
+
+def _related(one: KeyPath, other: KeyPath) -> bool:
+    depth = min(len(one), len(other))
+    return one[:depth] == other[:depth]

@@ -1,0 +1,177 @@
+"""What the user asked: the spec as frozen values. Nothing derived is stored here."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt
+
+from orchestrator.values import Value
+
+Task = Literal["chat", "completion", "text", "classify"]
+Tune = Literal["lora", "full"]
+Quantize = Literal["none", "nf4", "int8"]
+Share = Annotated[float, Field(gt=0.0, lt=1.0)]
+LearningRate = Annotated[float, Field(gt=0.0, le=10.0)]
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+
+
+def _refuse_bool(value: object) -> object:
+    """Keep `true` from passing as the 1 of a choice."""
+    if isinstance(value, bool):
+        raise ValueError("a choice, not true or false")
+    return value
+
+
+class Section(Value):
+    """A section of the spec: frozen, numbers finite, the line under each key its description in the JSON Schema."""
+
+    model_config = ConfigDict(allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class BaseSpec(Section):
+    """The pretrained model."""
+
+    model: str
+    """A hub id, a folder, or `sample`."""
+    revision: str | None = None
+    """A hub revision; recorded in the bundle."""
+    quantize: Quantize = "none"
+    """How the frozen weights are held in memory."""
+    trust_remote_code: bool = False
+    """Whether code that comes with the model may run."""
+    merge_into: Literal["auto", "original"] = "auto"
+    """What the winner is merged into: `auto` is what was trained (the dequantized base if quantized), `original` 16 bit."""
+
+
+class DataSource(Section):
+    """One training source; `weight` repeats or thins its rows relative to the others."""
+
+    path: str
+    weight: PositiveFloat = 1.0
+
+
+class ColumnsSpec(Section):
+    """Which columns of the files play which part; the defaults are the field's usual names."""
+
+    prompt: str = "prompt"
+    completion: str = "completion"
+    messages: str = "messages"
+    text: str = "text"
+    label: str = "label"
+
+
+class DataSpec(Section):
+    """What is learned from, compared on, judged by, and not to be forgotten."""
+
+    train: str | tuple[DataSource, ...]
+    """A file, a glob, a folder, or a list of weighted sources (JSONL, CSV, Parquet, text)."""
+    eval: Share | str = 0.1
+    """A share of train, or a path: trials are compared on it."""
+    test: Share | str = 0.1
+    """A share of train, or a path: read once, at the end, for the verdict."""
+    retain: str | None = None
+    """Text that stands for what the base must not forget."""
+    columns: ColumnsSpec = ColumnsSpec()
+    separator: str = "\n"
+    """Stands between prompt and completion."""
+    max_tokens: Annotated[int, Field(ge=8)] = 512
+    """The longest document."""
+    pack: bool = True
+    """Whether several documents share a row, kept apart by the attention mask."""
+    long_rows: Literal["error", "drop", "truncate_prompt"] = "drop"
+    """What happens to a row of more than `max_tokens` tokens; `text` is cut into chunks instead."""
+    group: str | None = None
+    """A column whose rows stay in one split."""
+    skip_bad_rows: bool = False
+    """Malformed rows are counted and listed instead of stopping the run."""
+    retain_tokens: PositiveInt = 16384
+    """At most so many tokens of the retention set are scored, the same ones for every trial."""
+    eval_rows: PositiveInt = 500
+    """At most so many rows of the eval set are scored, the same ones for every trial."""
+    test_rows: PositiveInt = 500
+    """At most so many rows of the test set are scored."""
+
+
+class TrainSpec(Section):
+    """How a trial learns."""
+
+    epochs: PositiveFloat = 2
+    tokens_per_step: PositiveInt = 8192
+    """A step is a fixed list of documents of at most so many tokens."""
+    warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    """Share of the training tokens over which the learning rate rises."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    grad_clip: Annotated[float, Field(ge=0.0)] = 1.0
+    """Largest gradient norm; 0 turns clipping off."""
+    seed: int = 0
+    replay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of retention tokens mixed into training."""
+    anchor: Literal["none", "l2sp", "ewc", "product"] = "none"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """What the forward and backward pass compute in; master weights and optimizer states are float32."""
+
+
+class RateRanges(Section):
+    """Learning-rate ranges by tuning method; `full` is a tenth of `lora` unless given."""
+
+    lora: tuple[LearningRate, LearningRate] = (1e-4, 5e-3)
+    full: tuple[LearningRate, LearningRate] | None = None
+
+
+class SearchSpec(Section):
+    """What the sweep tries."""
+
+    layers: Annotated[tuple[str, ...], Field(min_length=1)] = ("last:2", "last:4", "all")
+    tune: Annotated[tuple[Tune, ...], Field(min_length=1)] = ("lora",)
+    learning_rate: RateRanges = RateRanges()
+    lora_rank: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (16,)
+    metric: str = "loss"
+    """`loss`, `exact_match`, `accuracy`, `macro_f1` or `package.module:function`."""
+    trials: PositiveInt = 24
+    algorithm: Literal["optuna", "random", "grid"] = "optuna"
+    scheduler: Literal["asha", "none"] = "asha"
+    max_forgetting: Annotated[float, Field(ge=0.0)] = 0.10
+    """Largest accepted rise of the retention loss, nats per token."""
+    budget: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of `train` that a trial gets at most; below 1 the winner is trained again to the full budget."""
+    controls: tuple[Literal["shuffled", "scratch", "k_shot"], ...] = ()
+    """Controls beyond `none` and `head`, which always run."""
+
+
+class FinetuneSpec(Section):
+    """The one trial of the `finetune` job."""
+
+    layers: str = "all"
+    tune: Tune = "lora"
+    learning_rate: LearningRate = 2e-4
+    lora_rank: PositiveInt = 16
+
+
+class ResourcesSpec(Section):
+    """What the job may use; `auto` leaves it to the plan."""
+
+    gangs: PositiveInt | Literal["auto"] = "auto"
+    ranks_per_gang: PositiveInt | Literal["auto"] = "auto"
+    max_gpus: PositiveInt | None = None
+    max_gpu_hours: PositiveFloat | None = None
+    zero: Annotated[Literal[0, 1, 2, 3, "auto"], BeforeValidator(_refuse_bool)] = "auto"
+    offload: Literal["none", "optimizer", "parameters", "auto"] = "auto"
+    accelerator: Literal["auto", "gpu", "cpu"] = "auto"
+    """`gpu` refuses to start without one; `auto` takes GPUs where the cluster has them."""
+
+
+class JobSpec(Section):
+    """One YAML file."""
+
+    name: Annotated[str, Field(pattern=NAME_PATTERN)]
+    """The run's folder."""
+    base: BaseSpec
+    task: Task
+    data: DataSpec
+    train: TrainSpec = TrainSpec()
+    search: SearchSpec | None = None
+    finetune: FinetuneSpec | None = None
+    resources: ResourcesSpec = ResourcesSpec()
+    output: str = "runs"

@@ -1,0 +1,138 @@
+"""The grammar of layer policies: `none`, `head`, `last:N`, `first:N`, `blocks:0-3,8`, `all`, `top:F`, most with `+head`.
+
+What a policy means on one base is `anatomy.select`'s business.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from orchestrator.errors import SelectionError
+
+Kind = Literal["none", "head", "last", "first", "blocks", "all", "top"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+FORMS = "none | head | last:N | first:N | blocks:0-3,8 | all | top:0.25, each with blocks also +head"
+EXAMPLES: dict[str, str] = {
+    "none": "none",
+    "head": "head",
+    "last": "last:2",
+    "first": "first:2",
+    "blocks": "blocks:0-3,8",
+    "all": "all",
+    "top": "top:0.25",
+}
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A policy that was understood."""
+
+    kind: Kind
+    count: int = 0
+    """Blocks of `last` and `first`."""
+    ranges: tuple[tuple[int, int], ...] = ()
+    """First and last block of each run of `blocks`, ascending, apart from each other."""
+    fraction: float = 0.0
+    """Share of `top`."""
+    with_head: bool = False
+
+    def __str__(self) -> str:
+        """The normal form: `parse_policy(str(policy)) == policy`."""
+        match self.kind:
+            case "last" | "first":
+                text = f"{self.kind}:{self.count}"
+            case "blocks":
+                text = "blocks:" + ",".join(str(low) if low == high else f"{low}-{high}" for low, high in self.ranges)
+            case "top":
+                text = f"top:{self.fraction:g}"
+            case _:
+                text = self.kind
+        return text + ("+head" if self.with_head else "")
+
+
+def parse_policy(text: str) -> Policy:
+    """Understand a policy, generous about spaces and case.
+
+    Raises:
+        SelectionError: no policy; `expected` lists the forms, `remedy` the near one.
+    """
+    compact = re.sub(r"\s+", "", text).lower()
+    body, plus, extra = compact.partition("+")
+    word, colon, argument = body.partition(":")
+    kind: Kind | None = next((kind for kind in KINDS if kind == word), None)
+    if kind is None or (plus and extra != "head"):
+        raise _unknown(text, compact)
+    if kind in ("none", "head", "all") and colon:
+        raise _wrong(text, f"`{kind}` takes no argument", f"write {kind}")
+    if kind in ("none", "head") and plus:
+        raise _wrong(text, "`+head` goes with blocks", "write head")
+    with_head = bool(plus)
+    match kind:
+        case "last" | "first":
+            if not re.fullmatch(r"[0-9]{1,4}", argument) or int(argument) < 1:
+                remedy = "write none" if argument == "0" else f"write {kind}:2"
+                raise _wrong(text, f"`{kind}` wants a number of blocks, at least 1", remedy)
+            return Policy(kind, count=int(argument), with_head=with_head)
+        case "blocks":
+            return Policy(kind, ranges=_parse_ranges(text, argument), with_head=with_head)
+        case "top":
+            return Policy(kind, fraction=_parse_fraction(text, argument), with_head=with_head)
+        case _:
+            return Policy(kind, with_head=with_head)
+
+
+def normal_form(text: str) -> str:
+    """`last: 2` -> `last:2`, `blocks:8,0-3` -> `blocks:0-3,8`. Raises SelectionError like `parse_policy`."""
+    return str(parse_policy(text))
+
+
+def _parse_ranges(text: str, argument: str) -> tuple[tuple[int, int], ...]:
+    blocks: set[int] = set()
+    for part in argument.split(","):
+        match = re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", part)
+        if match is None:
+            raise _wrong(text, f"{part!r} is no block and no range of blocks", "write blocks:0-3,8")
+        low, high = int(match[1]), int(match[2] or match[1])
+        if low > high:
+            raise _wrong(text, f"the range {part} runs backwards", f"write blocks:{high}-{low}")
+        blocks.update(range(low, high + 1))
+    runs: list[tuple[int, int]] = []
+    for block in sorted(blocks):
+        if runs and runs[-1][1] == block - 1:
+            runs[-1] = (runs[-1][0], block)
+        else:
+            runs.append((block, block))
+    return tuple(runs)
+
+
+def _parse_fraction(text: str, argument: str) -> float:
+    try:
+        fraction = float(argument)
+    except ValueError:
+        fraction = 0.0
+    if not 0.0 < fraction <= 1.0:
+        raise _wrong(text, "`top` wants a share of the blocks between 0 and 1", "write top:0.25")
+    return fraction
+
+
+def _unknown(text: str, compact: str) -> SelectionError:
+    """`lst:2`, `last2`, `last=2`, `4`: name the policy that was probably meant."""
+    match = re.fullmatch(r"([a-z]*)[^a-z0-9+]*([0-9.,-]*)((?:\+.*)?)", compact)
+    word, argument, extra = match.groups() if match else (compact, "", "")
+    near = difflib.get_close_matches(word, EXAMPLES, n=1, cutoff=0.5)
+    if not word and re.fullmatch("[0-9]+", argument):
+        remedy = f"did you mean last:{argument}?"
+    elif near:
+        argument = argument.lstrip("-")
+        meant = near[0] if ":" not in EXAMPLES[near[0]] else f"{near[0]}:{argument}" if argument else EXAMPLES[near[0]]
+        remedy = f"did you mean {meant}{'+head' if extra else ''}?"
+    else:
+        remedy = "write for example last:2"
+    return _wrong(text, "no layer policy", remedy)
+
+
+def _wrong(text: str, what: str, remedy: str) -> SelectionError:
+    return SelectionError(f"{text!r}: {what}", expected=FORMS, remedy=remedy)

@@ -1,0 +1,79 @@
+"""The spec's other forms: its identity, its difference to another, its JSON Schema, and the resolved YAML."""
+
+from __future__ import annotations
+
+from io import StringIO
+from typing import Any, Literal, cast
+
+from ruamel.yaml import YAML
+
+from orchestrator.spec.loader import LoadedSpec
+from orchestrator.spec.models import JobSpec, SearchSpec, Tune
+from orchestrator.values import content_hash
+
+Job = Literal["sweep", "finetune"]
+ABSENT = "(absent)"
+
+
+def spec_sha256(spec: JobSpec, job: Job) -> str:
+    """The identity of a run: the spec with its defaults, without what may change between two submissions of one run.
+
+    Left out: `output`, `resources`, `search.trials` (raising it extends a finished sweep) and the other job's section.
+    """
+    values = spec.model_dump(mode="json", exclude={"output", "resources", "finetune" if job == "sweep" else "search"})
+    if job == "sweep" and values["search"] is not None:
+        del values["search"]["trials"]
+    return content_hash({"job": job, **values})
+
+
+def describe_difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """`train.epochs: 2 -> 3`, a line for each value that differs, in the order of `new`."""
+    before, after = _flatten(old), _flatten(new)
+    paths = [*after, *(path for path in before if path not in after)]
+    return [
+        f"{path}: {_spell(before.get(path, ABSENT))} -> {_spell(after.get(path, ABSENT))}"
+        for path in paths
+        if before.get(path, ABSENT) != after.get(path, ABSENT)
+    ]
+
+
+def json_schema() -> dict[str, Any]:
+    """The spec's JSON Schema, for editors and checks."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **JobSpec.model_json_schema()}
+
+
+def dump_yaml(loaded: LoadedSpec) -> str:
+    """The resolved spec, defaults filled in, its hashes on top as comments; itself a spec that loads."""
+    jobs: list[Job] = []
+    if loaded.spec.search is not None:
+        jobs.append("sweep")
+    if loaded.spec.finetune is not None:
+        jobs.append("finetune")
+    head = "".join(f"# sha256 ({job}): {spec_sha256(loaded.spec, job)}\n" for job in jobs)
+    yaml: Any = YAML()
+    yaml.width = 120
+    stream = StringIO()
+    yaml.dump(loaded.spec.model_dump(mode="json"), stream)
+    return head + stream.getvalue()
+
+
+def learning_rate_range(search: SearchSpec, tune: Tune) -> tuple[float, float]:
+    """The range to search; for `full` a tenth of LoRA's unless given."""
+    low, high = search.learning_rate.lora
+    if tune == "lora":
+        return low, high
+    return search.learning_rate.full or (low / 10, high / 10)
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= _flatten(cast("dict[str, Any]", value), f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(cast("tuple[Any, ...]", value)) if isinstance(value, tuple) else value
+    return flat
+
+
+def _spell(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)

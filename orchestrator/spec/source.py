@@ -1,0 +1,203 @@
+"""A YAML file as plain values, with the line and column of every key and value.
+
+YAML 1.2 by ruamel.yaml: `1e-4` is a number, `no` is text, dates are text. The node tree is walked here and
+not constructed by the library, so that all mistakes are reported at once and every value keeps its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.reader import ReaderError
+
+from orchestrator.errors import SpecError, SpecProblem
+
+KeyPath = tuple[str | int, ...]
+Place = tuple[int, int]
+"""Line and column, both from 1."""
+
+MOST_BYTES = 1_000_000
+MOST_VALUES = 100_000
+DEEPEST = 40
+TAG = "tag:yaml.org,2002:"
+MERGE_KEY = "<<"
+
+
+def spell_path(path: KeyPath) -> str:
+    """`("search", "layers", 1)` -> `search.layers[1]`."""
+    text = ""
+    for step in path:
+        text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step
+    return text
+
+
+@dataclass
+class Source:
+    """What a YAML file says and where it says it."""
+
+    file: str
+    text: str
+    data: Any = None
+    keys: dict[KeyPath, Place] = field(default_factory=dict[KeyPath, Place])
+    values: dict[KeyPath, Place] = field(default_factory=dict[KeyPath, Place])
+    problems: list[SpecProblem] = field(default_factory=list[SpecProblem])
+
+    def place(self, path: KeyPath, *, key: bool = False) -> Place:
+        """Where a value (or its key) stands; for what the file does not have, where the nearest thing around it begins."""
+        if path in self.values and not (key and path in self.keys):
+            return self.values[path]
+        while path and path not in self.values:
+            path = path[:-1]
+        return self.keys.get(path) or self.values.get(path, (1, 1))
+
+    def problem(self, path: KeyPath, message: str, hint: str = "", *, key: bool = False) -> SpecProblem:
+        line, column = self.place(path, key=key)
+        return SpecProblem(spell_path(path), message, self.file, line, column, hint)
+
+
+def read_source(path: Path) -> Source:
+    """Read and walk a YAML file; duplicate keys, custom tags and keys that are no text go to `problems`.
+
+    Raises:
+        SpecError: the file is missing, no file, not UTF-8, too long, empty, or no YAML.
+    """
+    text = _read_text(path)
+    source = Source(str(path), text)
+    try:
+        reader: Any = YAML(typ="safe", pure=True)
+        root = reader.compose(text)
+    except MarkedYAMLError as error:
+        raise SpecError([_syntax(source.file, error)]) from None
+    except ReaderError as error:
+        raise SpecError([_forbidden(source, error)]) from None
+    except (YAMLError, RecursionError) as error:
+        raise SpecError([SpecProblem("", f"no YAML: {str(error).splitlines()[0]}", source.file)]) from None
+    if root is None:
+        raise SpecError([SpecProblem("", "the file is empty", source.file, 1, 1, "start from jobs/specs/quickstart.yaml")])
+    source.data = _Walk(source).value(root, ())
+    return source
+
+
+def _read_text(path: Path) -> str:
+    try:
+        if path.is_dir():
+            raise SpecError([SpecProblem("", "is a folder; a spec is a YAML file", str(path))])
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        near = sorted(other.name for other in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        hint = f"beside it: {', '.join(near[:5])}" if near else "check the path"
+        raise SpecError([SpecProblem("", "there is no such file", str(path), hint=hint)]) from None
+    except OSError as error:
+        raise SpecError([SpecProblem("", f"cannot be read: {error.strerror}", str(path))]) from None
+    if len(raw) > MOST_BYTES:
+        raise SpecError(
+            [SpecProblem("", f"{len(raw)} bytes; a spec has at most {MOST_BYTES}", str(path), hint="is this the data?")]
+        )
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = raw[: error.start]
+        line = before.count(b"\n") + 1
+        column = len(before[before.rfind(b"\n") + 1 :].decode("utf-8", "replace")) + 1
+        message = f"not UTF-8: byte 0x{raw[error.start]:02x}"
+        raise SpecError([SpecProblem("", message, str(path), line, column, "save the file as UTF-8")]) from None
+
+
+def _forbidden(source: Source, error: Any) -> SpecProblem:
+    before = source.text[: error.position]
+    line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
+    code = ord(source.text[error.position])
+    return SpecProblem("", f"the character U+{code:04X} is not allowed in YAML", source.file, line, column, "remove it")
+
+
+def _syntax(file: str, error: Any) -> SpecProblem:
+    mark = error.problem_mark or error.context_mark
+    line, column = (mark.line + 1, mark.column + 1) if mark else (0, 0)
+    problem = str(error.problem or error.context or "unknown reason").splitlines()[0]
+    hint = ""
+    if "\\t" in problem:
+        hint = "indent with spaces, YAML allows no tabs there"
+    elif "mapping values are not allowed" in problem:
+        hint = "check the indentation, and put text with a colon and a space in quotes"
+    elif "block end" in problem:
+        hint = "check the indentation"
+    elif "expected a single document" in (error.context or ""):
+        hint = "one file holds one spec: remove what follows `---`"
+    return SpecProblem("", f"no valid YAML: {problem}", file, line, column, hint)
+
+
+class _Walk:
+    """Turns ruamel's nodes (untyped: `id`, `tag`, `value`, `start_mark`) into plain values and notes their places."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.constructor: Any = YAML(typ="safe", pure=True).constructor
+        self.count = 0
+
+    def value(self, node: Any, path: KeyPath) -> Any:
+        self.count += 1
+        place = _start(node)
+        if self.count > MOST_VALUES or len(path) > DEEPEST:
+            problem = SpecProblem(spell_path(path[:4]), "too many or too deeply nested values", self.source.file, *place)
+            raise SpecError([problem])
+        nothing = node.id == "scalar" and not node.value and not node.style
+        self.source.values[path] = self.source.keys.get(path, place) if nothing else place
+        if node.id == "mapping":
+            return self.mapping(node, path)
+        if node.id == "sequence":
+            return [self.value(child, (*path, number)) for number, child in enumerate(node.value)]
+        return self.scalar(node, path)
+
+    def scalar(self, node: Any, path: KeyPath) -> Any:
+        kind = str(node.tag).removeprefix(TAG)
+        if kind in ("int", "float", "bool", "null"):
+            try:
+                return self.constructor.construct_object(node)
+            except (ValueError, YAMLError):
+                return str(node.value)
+        if kind not in ("str", "timestamp"):
+            self.source.problems.append(self.source.problem(path, f"the tag {node.tag} means nothing here", "leave the tag out"))
+        return str(node.value)
+
+    def mapping(self, node: Any, path: KeyPath) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key_node, value_node in self.pairs(node):
+            place = _start(key_node)
+            if key_node.id != "scalar":
+                self.source.problems.append(SpecProblem(spell_path(path), "a key must be text", self.source.file, *place))
+                continue
+            key = str(key_node.value)
+            inner = (*path, key)
+            if key in result:
+                message = f"the key occurs twice, first in line {self.source.keys[inner][0]}"
+                self.source.problems.append(SpecProblem(spell_path(inner), message, self.source.file, *place, "keep one"))
+                continue
+            self.source.keys[inner] = place
+            result[key] = self.value(value_node, inner)
+        return result
+
+    def pairs(self, node: Any) -> Iterator[tuple[Any, Any]]:
+        """Own pairs; then those of mappings merged by `<<` whose keys are not among them."""
+        own: set[str] = set()
+        merged: list[Any] = []
+        for key_node, value_node in node.value:
+            if key_node.id == "scalar" and key_node.value == MERGE_KEY and not key_node.style:
+                children = value_node.value if value_node.id == "sequence" else [value_node]
+                merged += [child for child in children if child.id == "mapping"]
+                continue
+            own.add(str(key_node.value))
+            yield key_node, value_node
+        for mapping in merged:
+            for key_node, value_node in self.pairs(mapping):
+                if str(key_node.value) not in own:
+                    own.add(str(key_node.value))
+                    yield key_node, value_node
+
+
+def _start(node: Any) -> Place:
+    return node.start_mark.line + 1, node.start_mark.column + 1

@@ -1,0 +1,125 @@
+"""What the spec allows and this version does not do yet, refused at its position. The README lists the same rows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.errors import SelectionError
+from orchestrator.spec.models import JobSpec
+from orchestrator.spec.policy import parse_policy
+from orchestrator.spec.source import KeyPath
+
+Found = Iterator[tuple[KeyPath, str]]
+"""Where it stands and the value found there."""
+STORE_URL = re.compile(r"^(hub:|[A-Za-z][A-Za-z0-9+.-]*://)")
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """One row: `title` as the README prints it, `remedy` as the error ends."""
+
+    title: str
+    remedy: str
+    find: Callable[[JobSpec, Path], Found]
+    verdict: str = "not supported yet"
+
+
+def is_url(path: str) -> bool:
+    """Whether a path names an object store or a hub and no local file."""
+    return STORE_URL.match(path) is not None
+
+
+def policies_of(spec: JobSpec) -> Iterator[tuple[KeyPath, str]]:
+    """Every layer policy with its place."""
+    if spec.search is not None:
+        for number, policy in enumerate(spec.search.layers):
+            yield ("search", "layers", number), policy
+    if spec.finetune is not None:
+        yield ("finetune", "layers"), spec.finetune.layers
+
+
+def data_paths_of(spec: JobSpec) -> Iterator[tuple[KeyPath, str]]:
+    """Every data path with its place."""
+    if isinstance(spec.data.train, str):
+        yield ("data", "train"), spec.data.train
+    else:
+        for number, source in enumerate(spec.data.train):
+            yield ("data", "train", number, "path"), source.path
+    for name, value in (("eval", spec.data.eval), ("test", spec.data.test), ("retain", spec.data.retain)):
+        if isinstance(value, str):
+            yield ("data", name), value
+
+
+def _hub_base(spec: JobSpec, folder: Path) -> Found:
+    model = spec.base.model
+    path_like = model == "sample" or model.startswith((".", "/", "~")) or (folder / model).exists()
+    if not path_like:
+        yield ("base", "model"), model
+
+
+def _hub_data(spec: JobSpec, folder: Path) -> Found:
+    return ((place, path) for place, path in data_paths_of(spec) if is_url(path))
+
+
+def _remote_output(spec: JobSpec, folder: Path) -> Found:
+    if is_url(spec.output):
+        yield ("output",), spec.output
+
+
+def _int8(spec: JobSpec, folder: Path) -> Found:
+    if spec.base.quantize == "int8":
+        yield ("base", "quantize"), "int8"
+
+
+def _remote_code(spec: JobSpec, folder: Path) -> Found:
+    if spec.base.trust_remote_code:
+        yield ("base", "trust_remote_code"), "true"
+
+
+def _top(spec: JobSpec, folder: Path) -> Found:
+    for place, policy in policies_of(spec):
+        try:
+            if parse_policy(policy).kind == "top":
+                yield place, policy
+        except SelectionError:
+            continue
+
+
+def _replay(spec: JobSpec, folder: Path) -> Found:
+    if spec.train.replay > 0:
+        yield ("train", "replay"), f"{spec.train.replay:g}"
+
+
+def _anchor(spec: JobSpec, folder: Path) -> Found:
+    if spec.train.anchor != "none":
+        yield ("train", "anchor"), spec.train.anchor
+
+
+def _controls(spec: JobSpec, folder: Path) -> Found:
+    controls = spec.search.controls if spec.search else ()
+    for number, control in enumerate(controls):
+        if control != "shuffled":
+            yield ("search", "controls", number), control
+
+
+UNSUPPORTED = (
+    Unsupported(
+        "hub ids as `base.model`", "download the base and give its folder, for example ./models/base, or write sample", _hub_base
+    ),
+    Unsupported("`hub:` and object-store paths under `data`", "copy the data to a local file and give its path", _hub_data),
+    Unsupported("object-store paths as `output`", "give a local or mounted folder", _remote_output),
+    Unsupported("`base.quantize: int8`", "write nf4 or none", _int8),
+    Unsupported("layer policies `top:`", "name blocks, for example last:2", _top),
+    Unsupported("`train.replay` above 0", "leave it at 0", _replay),
+    Unsupported("`train.anchor` other than `none`", "leave it at none", _anchor),
+    Unsupported("`search.controls`: `scratch` and `k_shot`", "keep `shuffled`; `none` and `head` always run", _controls),
+    Unsupported(
+        "`base.trust_remote_code: true`",
+        "take a base of a layout that transformers itself knows",
+        _remote_code,
+        verdict="refused, code that comes with a model never runs",
+    ),
+)

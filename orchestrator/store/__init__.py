@@ -1,0 +1,41 @@
+"""Files and folders that are whole or absent, and the run's own folder.
+
+write_json(path, value); read_json(path); append_jsonl(path, event); read_jsonl(path)
+with commit_folder(run.bundle) as folder: ...      # hashed into manifest.json, renamed at the end
+check_folder(run.bundle)                           # IntegrityError where a file is not what the manifest says
+run = RunDirectory.open(root, name, loaded, identity)
+"""
+
+from orchestrator.store.files import append_jsonl, read_json, read_jsonl, sha256_file, write_atomic, write_json
+from orchestrator.store.folders import (
+    FileRecord,
+    Manifest,
+    check_folder,
+    commit_folder,
+    read_manifest,
+    recover_folder,
+    restore_folder,
+    write_manifest,
+)
+from orchestrator.store.machine import num_usable_cpus
+from orchestrator.store.run_directory import RunDirectory, versions
+
+__all__ = [
+    "FileRecord",
+    "Manifest",
+    "RunDirectory",
+    "append_jsonl",
+    "check_folder",
+    "commit_folder",
+    "num_usable_cpus",
+    "read_json",
+    "read_jsonl",
+    "read_manifest",
+    "recover_folder",
+    "restore_folder",
+    "sha256_file",
+    "versions",
+    "write_atomic",
+    "write_json",
+    "write_manifest",
+]

@@ -1,0 +1,115 @@
+"""Files that are old or new, never half: temporary name, flush, fsync, rename, fsync of the folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from orchestrator.errors import IntegrityError
+
+CHUNK_BYTES = 4 * 1024**2
+PARTIAL = ".partial-"
+"""Stands in the names of files and folders that somebody is still writing, or died over."""
+
+
+def partial_path(final: Path) -> Path:
+    """A new temporary name in the folder of `final`, so that a rename puts it there."""
+    return final.with_name(f".{final.name}{PARTIAL}{secrets.token_hex(4)}")
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Replace `path` with `content`; a reader sees the old file or the new one."""
+    data = content.encode() if isinstance(content, str) else content
+    temporary = partial_path(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def write_json(path: Path, value: BaseModel | dict[str, Any] | list[Any]) -> None:
+    """Write a value as indented JSON, atomically. NaN and infinities keep their Python spelling."""
+    plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+    write_atomic(path, json.dumps(plain, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        IntegrityError: the file is not JSON.
+        FileNotFoundError: there is none.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise IntegrityError(f"no JSON: {error}", where=str(path), remedy="restore the file or remove its folder") from None
+    except RecursionError:
+        raise IntegrityError("JSON nested too deeply", where=str(path), remedy="restore the file or remove its folder") from None
+
+
+def append_jsonl(path: Path, value: BaseModel | dict[str, Any]) -> None:
+    """Add one line, in one write, after mending a torn last line of a writer that was killed."""
+    plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+    line = json.dumps(plain, ensure_ascii=False).encode() + b"\n"
+    with path.open("ab+") as file:
+        if file.tell() and not _ends_with_newline(file):
+            line = b"\n" + line
+        file.write(line)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Every whole line; one that was torn by a killed writer is left out. A missing file has no lines.
+
+    Lines end at line feeds alone: JSON strings may hold the other separators of Unicode.
+    """
+    if not path.exists():
+        return []
+    rows: list[dict[str, Any]] = []
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal, read in chunks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def fsync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def fsync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _ends_with_newline(file: Any) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"

@@ -1,0 +1,180 @@
+"""Folders that are whole or absent, each with a manifest of its files' hashes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import glob
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from orchestrator.errors import IntegrityError
+from orchestrator.store.files import PARTIAL, fsync_file, fsync_folder, partial_path, read_json, sha256_file, write_json
+from orchestrator.values import Value
+
+MANIFEST = "manifest.json"
+REMEDY = "restore the folder from a copy, or remove it and let it be made again"
+
+
+class FileRecord(Value):
+    """One file of a folder. The path is relative, with forward slashes."""
+
+    path: str
+    num_bytes: int
+    sha256: str
+
+
+class Manifest(Value):
+    """What a folder holds; `about` is the writer's own."""
+
+    files: tuple[FileRecord, ...]
+    about: dict[str, object] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(file.num_bytes for file in self.files)
+
+
+@contextmanager
+def commit_folder(
+    final: Path, *, known_sha256: Mapping[str, str] | None = None, about: dict[str, object] | None = None
+) -> Iterator[Path]:
+    """A temporary folder beside `final`, which takes its place when the block ends without an error.
+
+    Every file is synced and hashed into manifest.json first. A folder that stood at `final` is moved aside and
+    removed only after the new one has its name; `recover_folder` finishes what a crash in between left.
+
+    Args:
+        final: Where the folder will stand.
+        known_sha256: Hashes that the writer computed while writing, by relative path: those files are not read again.
+        about: Goes into the manifest.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    recover_folder(final)
+    temporary = partial_path(final)
+    temporary.mkdir()
+    try:
+        yield temporary
+        write_manifest(temporary, known_sha256=known_sha256, about=about)
+        _put_in_place(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        restore_folder(final)
+        raise
+    _remove_replaced(final)
+
+
+def restore_folder(final: Path) -> None:
+    """Put back what `commit_folder` had moved aside when it was killed before the new folder had its name.
+
+    Every reader may call it, also while a writer works: that one then moves the folder aside again.
+    """
+    replaced = _aside(final)
+    if not final.exists() and replaced.exists():
+        with contextlib.suppress(OSError):
+            replaced.rename(final)
+
+
+def recover_folder(final: Path) -> None:
+    """Finish an exchange of folders that a crash cut short, and clear unfinished ones away. Not while somebody writes there."""
+    restore_folder(final)
+    _remove_replaced(final)
+    for partial in final.parent.glob(f".{glob.escape(final.name)}{PARTIAL}*"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _put_in_place(temporary: Path, final: Path) -> None:
+    while True:
+        if final.exists():
+            _remove_replaced(final)
+            final.rename(_aside(final))
+        try:
+            temporary.rename(final)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            continue
+        fsync_folder(final.parent)
+        return
+
+
+def _remove_replaced(final: Path) -> None:
+    """Remove what the folder at `final` has replaced; under another name, so that a half-removed one is never restored."""
+    replaced = _aside(final)
+    if final.exists() and replaced.exists():
+        doomed = partial_path(final)
+        replaced.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def write_manifest(
+    folder: Path, *, known_sha256: Mapping[str, str] | None = None, about: dict[str, object] | None = None
+) -> Manifest:
+    """Sync and hash every file of `folder` into its manifest.json."""
+    known = known_sha256 or {}
+    records: list[FileRecord] = []
+    for path in _files(folder):
+        name = path.relative_to(folder).as_posix()
+        fsync_file(path)
+        records.append(FileRecord(path=name, num_bytes=path.stat().st_size, sha256=known.get(name) or sha256_file(path)))
+    for inner, _, _ in os.walk(folder):
+        fsync_folder(Path(inner))
+    manifest = Manifest(files=tuple(records), about=about or {})
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest alone, unchecked against the files.
+
+    Raises:
+        IntegrityError: missing or damaged.
+    """
+    restore_folder(folder)
+    try:
+        return Manifest.model_validate(read_json(folder / MANIFEST))
+    except (FileNotFoundError, NotADirectoryError):
+        what = "no manifest.json: the folder was never finished" if folder.is_dir() else "no such folder"
+        raise IntegrityError(what, where=str(folder), remedy=REMEDY) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise IntegrityError(f"damaged manifest: {first['msg']}", where=str(folder / MANIFEST), remedy=REMEDY) from None
+
+
+def check_folder(folder: Path) -> Manifest:
+    """Read the manifest and compare every file with it.
+
+    Raises:
+        IntegrityError: a file is missing, truncated, changed, or not listed.
+    """
+    manifest = read_manifest(folder)
+    found = {path.relative_to(folder).as_posix() for path in _files(folder)}
+    listed = {record.path for record in manifest.files}
+    for name in sorted(found - listed):
+        raise IntegrityError("a file that the manifest does not list", where=str(folder / name), remedy="move it elsewhere")
+    for record in manifest.files:
+        path = folder / record.path
+        if record.path not in found:
+            raise IntegrityError("a file of the manifest is missing", where=str(path), remedy=REMEDY)
+        size = path.stat().st_size
+        if size != record.num_bytes:
+            expected = f"{record.num_bytes} bytes, as its manifest says"
+            raise IntegrityError(f"{size} bytes", where=str(path), expected=expected, remedy=REMEDY)
+        if (found_sha256 := sha256_file(path)) != record.sha256:
+            what = f"the content changed after it was written: sha256 {found_sha256}"
+            raise IntegrityError(what, where=str(path), expected=record.sha256, remedy=REMEDY)
+    return manifest
+
+
+def _files(folder: Path) -> list[Path]:
+    found = (Path(root) / name for root, _, names in os.walk(folder) for name in names)
+    return sorted(path for path in found if path != folder / MANIFEST)
+
+
+def _aside(final: Path) -> Path:
+    return final.with_name(f".{final.name}.replaced")

@@ -1,0 +1,213 @@
+"""The folder of one run: whose it is, who works in it, and where everything stands."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+from orchestrator.errors import RunConflictError
+from orchestrator.spec import LoadedSpec, describe_difference
+from orchestrator.store.files import PARTIAL, append_jsonl, read_json, write_atomic, write_json
+
+PACKAGES = ("orchestrator", "torch", "ray", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "optuna")
+IDENTITY = "run.json"
+LOCK = ".lock"
+FREE_TO_CHANGE = ("output:", "resources.", "search.trials:")
+"""What may differ between two submissions of one run."""
+LISTED = 20
+
+
+class RunDirectory:
+    """`runs/<name>/`, held by one driver at a time; see `open`.
+
+    Layout: spec.yaml run.json plan.json events.jsonl data/ trials/<id>/ tune/ refit/ bundle/ sweep.json
+    transfer.json report.html
+    """
+
+    def __init__(self, path: Path, lock: TextIO) -> None:
+        self.path = path
+        self._lock = lock
+
+    @classmethod
+    def open(cls, root: Path, name: str, loaded: LoadedSpec, spec_sha256: str) -> RunDirectory:
+        """Make the run's folder, or take up the one that an earlier submission of the same spec left.
+
+        A folder of another spec in which nothing was ever planned (its data was refused, say) is taken over. What a
+        killed driver was still writing is cleared away; a change of versions between submissions is an event.
+
+        Raises:
+            RunConflictError: another run, something that is no run, or a run that another driver works in.
+        """
+        path = root / name
+        _refuse_foreign(path)
+        path.mkdir(parents=True, exist_ok=True)
+        lock = _lock(path)
+        try:
+            _clear_partial(path)
+            run = cls(path, lock)
+            known = _read_identity(path)
+            same = known is not None and known["spec_sha256"] == spec_sha256
+            if known is not None and not same and run.plan.exists():
+                raise _conflict(path, known["values"], loaded.spec.model_dump(mode="json"))
+            identity = _identity(loaded, spec_sha256, known if same else None)
+            write_json(path / IDENTITY, identity)
+            write_atomic(path / "spec.yaml", loaded.text)
+            if known is not None and same and known["versions"] != identity["versions"]:
+                run.event("versions_changed", changes=describe_difference(known["versions"], identity["versions"]))
+        except BaseException:
+            lock.close()
+            raise
+        return run
+
+    @classmethod
+    def reopen(cls, path: Path) -> RunDirectory:
+        """Take up a run by its folder, without its spec.
+
+        Raises:
+            RunConflictError: no run, or one that another driver works in.
+        """
+        if _read_identity(path) is None:
+            raise RunConflictError("the folder holds no run", where=str(path), remedy="give the folder of a run")
+        return cls(path, _lock(path))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What run.json says: name, spec_sha256, created, submissions, seed, versions, values (the resolved spec)."""
+        return read_json(self.path / IDENTITY)
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def data(self) -> Path:
+        return self.path / "data"
+
+    @property
+    def trials(self) -> Path:
+        return self.path / "trials"
+
+    @property
+    def refit(self) -> Path:
+        return self.path / "refit"
+
+    @property
+    def bundle(self) -> Path:
+        return self.path / "bundle"
+
+    @property
+    def sweep(self) -> Path:
+        return self.path / "sweep.json"
+
+    @property
+    def transfer(self) -> Path:
+        return self.path / "transfer.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """A line in events.jsonl: everything that happened by itself (micro-batch halved, gang replaced, trial retried)."""
+        append_jsonl(self.path / "events.jsonl", {"time": time.time(), "kind": kind, **fields})
+
+    def close(self) -> None:
+        """Let another driver work here."""
+        self._lock.close()
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a run's numbers; a package that is not installed is left out."""
+    found: dict[str, str] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _identity(loaded: LoadedSpec, spec_sha256: str, known: dict[str, Any] | None) -> dict[str, Any]:
+    now = time.time()
+    return {
+        "name": loaded.spec.name,
+        "spec_sha256": spec_sha256,
+        "created": known["created"] if known else now,
+        "submissions": [*(known["submissions"] if known else []), now],
+        "seed": loaded.spec.train.seed,
+        "versions": versions(),
+        "values": loaded.spec.model_dump(mode="json"),
+    }
+
+
+def _refuse_foreign(path: Path) -> None:
+    """A folder without run.json is only taken where nothing but a lock, or the beginning of a run.json, lies in it."""
+    remedy = "choose another `name` or `output`; nothing was touched"
+    if path.exists() and not path.is_dir():
+        raise RunConflictError("a file stands where the run's folder would be", where=str(path), remedy=remedy)
+    if not path.is_dir() or _read_identity(path) is not None:
+        return
+    foreign = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK and PARTIAL not in entry.name)
+    if foreign:
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        what = f"the folder holds files and is no run: {', '.join(foreign[:3])}{more}"
+        raise RunConflictError(what, where=str(path), remedy=remedy)
+
+
+def _read_identity(path: Path) -> dict[str, Any] | None:
+    """What an earlier submission wrote, or None."""
+    file = path / IDENTITY
+    if not file.exists():
+        return None
+    known = read_json(file)
+    if not isinstance(known, dict) or not known.keys() >= {"spec_sha256", "created", "submissions", "versions", "values"}:
+        remedy = "choose another `name` or `output`; nothing was overwritten"
+        raise RunConflictError("this run.json was not written by this program", where=str(file), remedy=remedy)
+    return known
+
+
+def _clear_partial(path: Path) -> None:
+    """Remove files that a killed driver had not finished; folders are left to `commit_folder`, which knows their story."""
+    for partial in (*path.glob(f".*{PARTIAL}*"), *path.glob(f"data/.*{PARTIAL}*")):
+        if partial.is_file():
+            partial.unlink(missing_ok=True)
+
+
+def _lock(path: Path) -> TextIO:
+    """The lock of a driver that died is free: the operating system gave it back."""
+    lock = (path / LOCK).open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        holder = lock.read().strip() or "another process"
+        lock.close()
+        raise RunConflictError(
+            f"{holder} works in this run", where=str(path), remedy="wait for it, stop it, or choose another `name`"
+        ) from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {platform.node()}")
+    lock.flush()
+    return lock
+
+
+def _conflict(path: Path, old: dict[str, Any], new: dict[str, Any]) -> RunConflictError:
+    differences = [line for line in describe_difference(old, new) if not line.startswith(FREE_TO_CHANGE)]
+    more = [f"and {len(differences) - LISTED} more"] if len(differences) > LISTED else []
+    shown = "\n  ".join(differences[:LISTED] + more) or "none in the spec: it was submitted as the other job (sweep, finetune)"
+    return RunConflictError(
+        f"the folder holds another run; the difference (there -> here):\n  {shown}",
+        where=str(path),
+        remedy="choose another `name` or `output`, or put the spec back; nothing was overwritten",
+    )

@@ -1,0 +1,204 @@
+"""What a trial leaves behind: an adapter in PEFT's own format, or a delta of the changed tensors only.
+
+adapter/  adapter_config.json  adapter_model.safetensors     `peft.PeftModel.from_pretrained` loads it
+delta/    delta.json           delta.safetensors             tensors under their checkpoint names
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, TaskType
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from orchestrator.anatomy.values import LayerSelection, TensorInfo
+from orchestrator.errors import IntegrityError, OrchestratorError, TrainingError
+from orchestrator.plan.artifact import ADAPTER, ADAPTER_FILE, DELTA, DELTA_FILE, PEFT_PREFIX, Artifact, read_artifact
+from orchestrator.train.base import LoadedBase
+from orchestrator.train.branch import Branch, full_shape, open_branch
+
+
+def save_artifact(branch: Branch, folder: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
+    """Write what the branch learned to `folder/adapter` or `folder/delta`; the caller makes the write atomic.
+
+    Args:
+        branch: Says what was planned: names and shapes.
+        folder: Exists.
+        tensors: Every learning parameter, whole, by its stable name (gathered by the engine), on any device.
+
+    Returns:
+        The folder that was written.
+
+    Raises:
+        TrainingError: A tensor is missing, empty, of another shape than planned, or not finite (law 4). Nothing is written.
+    """
+    whole = _checked(branch, tensors)
+    metadata = _metadata(branch)
+    if branch.selection.adapted:
+        target = folder / ADAPTER
+        target.mkdir(parents=True)
+        _peft_config(branch).save_pretrained(str(target))
+        save_file({PEFT_PREFIX + name: tensor for name, tensor in whole.items()}, target / ADAPTER_FILE, metadata)
+        return target
+    target = folder / DELTA
+    target.mkdir(parents=True)
+    save_file(whole, target / DELTA_FILE, metadata)
+    selection = branch.selection
+    description = {
+        "format": 1,
+        "policy": selection.policy,
+        "base_config_sha256": branch.base.anatomy.config_sha256,
+        "trainable": sorted(whole),
+        "unties_head": selection.unties_head,
+        "new_classifier": selection.new_classifier,
+        "task": branch.base.load.task,
+        "class_names": list(branch.base.load.class_names),
+    }
+    (target / "delta.json").write_text(json.dumps(description, indent=2) + "\n")
+    return target
+
+
+def _metadata(branch: Branch) -> dict[str, str]:
+    return {
+        "format": "pt",
+        "policy": branch.selection.policy,
+        "base_config_sha256": branch.base.anatomy.config_sha256,
+    }
+
+
+def _checked(branch: Branch, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    planned = {name: tuple(full_shape(parameter)) for name, parameter in branch.learning_parameters()}
+    for name in sorted(planned.keys() ^ tensors.keys()):
+        raise TrainingError(
+            "was planned and is not there" if name in planned else "was not planned and is there",
+            where=name,
+            expected=f"exactly the {len(planned)} tensors that learn",
+            remedy="nothing was saved; gather every learning parameter before saving",
+        )
+    for name, shape in planned.items():
+        found = tuple(tensors[name].shape)
+        if found != shape or tensors[name].numel() == 0:
+            raise TrainingError(
+                f"has shape {list(found)}",
+                where=name,
+                expected=f"{list(shape)}",
+                remedy="nothing was saved; a partitioned parameter must be gathered first",
+            )
+        if not bool(torch.isfinite(tensors[name]).all()):
+            raise TrainingError("holds NaN or infinity", where=name, remedy="nothing was saved; lower the learning rate")
+    return {name: _own_bytes(tensors[name]) for name in planned}
+
+
+def _own_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """On the CPU, contiguous, and no view of a larger buffer, which safetensors would refuse."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _peft_config(branch: Branch) -> LoraConfig:
+    selection = branch.selection
+    modules = sorted({name.rpartition(".")[0] for name in selection.trainable})
+    return LoraConfig(
+        task_type=TaskType.SEQ_CLS if branch.base.load.task == "classify" else TaskType.CAUSAL_LM,
+        base_model_name_or_path=branch.base.load.folder,
+        revision=branch.base.load.revision,
+        inference_mode=True,
+        r=selection.lora_rank or 0,
+        lora_alpha=branch.lora_alpha,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=sorted(name.rpartition(".")[0] for name in selection.adapted),
+        modules_to_save=modules or None,
+    )
+
+
+def _copy(parameter: nn.Parameter, value: torch.Tensor) -> None:
+    parameter.data.copy_(value)
+
+
+def load_artifact(branch: Branch, folder: Path, assign: Callable[[nn.Parameter, torch.Tensor], None] = _copy) -> None:
+    """Put a saved adapter or delta back into a branch of the same selection, before an engine takes its parameters.
+
+    Args:
+        branch: Freshly opened.
+        folder: Holds `adapter/` or `delta/`.
+        assign: Gives a parameter a whole value; another one where parameters are partitioned.
+
+    Raises:
+        IntegrityError: Damaged, or names or shapes differ from what learns in this branch; nothing was changed.
+    """
+    stored = _stored_tensors(_read(folder))
+    learning = dict(branch.learning_parameters())
+    for name in sorted(learning.keys() ^ stored.keys()):
+        state = "is not in the artifact" if name in learning else "does not learn in this trial"
+        raise IntegrityError(f"{name} {state}", where=str(folder))
+    for name, parameter in learning.items():
+        planned = tuple(full_shape(parameter))
+        if stored[name].shape != planned:
+            raise IntegrityError(f"{name} has shape {list(stored[name].shape)}", where=str(folder), expected=str(list(planned)))
+    for file in {info.file for info in stored.values()}:
+        with safe_open(folder / file, framework="pt", device="cpu") as reader:
+            for name, parameter in learning.items():
+                if stored[name].file == file:
+                    assign(parameter, reader.get_tensor(stored[name].name))
+
+
+@contextmanager
+def attach_artifact(base: LoadedBase, folder: Path) -> Iterator[Branch]:
+    """The live trained model: the base with a saved artifact on it, as long as the context lasts.
+
+    Raises:
+        IntegrityError: The artifact is damaged or belongs to another base.
+    """
+    selection, lora_alpha = selection_of(base, folder)
+    with open_branch(base, selection, lora_alpha=lora_alpha, seed=0) as branch:
+        load_artifact(branch, folder)
+        yield branch
+
+
+def selection_of(base: LoadedBase, folder: Path) -> tuple[LayerSelection, int]:
+    """What the artifact's trial had learning, on this base; and its lora_alpha."""
+    artifact, anatomy = _read(folder), base.anatomy
+    stored = _stored_tensors(artifact)
+    with safe_open(folder / next(iter(stored.values())).file, framework="pt", device="cpu") as reader:
+        metadata = reader.metadata() or {}
+    if metadata.get("base_config_sha256", anatomy.config_sha256) != anatomy.config_sha256:
+        raise IntegrityError("the artifact belongs to another base", where=str(folder), expected=base.load.folder)
+    learns = {*artifact.low_rank, *artifact.whole}
+    pair = next(iter(artifact.low_rank.values()), None)
+    blocks = [number for number, block in enumerate(anatomy.blocks) if learns & set(block)]
+    selection = LayerSelection(
+        policy=metadata.get("policy", ""),
+        tune="lora" if artifact.low_rank else "full",
+        lora_rank=pair.a.shape[0] if pair else None,
+        trainable=tuple(artifact.whole),
+        adapted=tuple(artifact.low_rank),
+        frozen=tuple(name for name, _ in base.model.named_parameters() if name not in learns),
+        cut=min(blocks, default=anatomy.num_blocks),
+        unties_head=anatomy.tied and anatomy.head_weight in learns,
+        new_classifier=anatomy.classifier_weight in learns,
+        num_trainable_parameters=sum(info.num_elements for info in stored.values()),
+    )
+    return selection, round(pair.scale * pair.a.shape[0]) if pair else 0
+
+
+def _read(folder: Path) -> Artifact:
+    try:
+        return read_artifact(folder)
+    except (OrchestratorError, OSError, ValueError, KeyError) as error:
+        raise IntegrityError(f"the artifact is damaged or missing: {error}", where=str(folder)) from error
+
+
+def _stored_tensors(artifact: Artifact) -> dict[str, TensorInfo]:
+    """By the names that `Branch.learning_parameters` gives them; `TensorInfo.name` is the key in the file."""
+    tensors = dict(artifact.whole)
+    for weight, pair in artifact.low_rank.items():
+        module = weight.rpartition(".")[0]
+        tensors |= {f"{module}.lora_A.weight": pair.a, f"{module}.lora_B.weight": pair.b}
+    return tensors

@@ -1,0 +1,73 @@
+"""From tokenised sets to the micro-batches of a step: the same documents whatever the number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from orchestrator.data import MicroBatch, TokenizedSet, documents_of_steps, micro_batches, pack_rows
+from orchestrator.plan.values import ExecutionPlan
+
+
+@dataclass
+class StepPlan:
+    """The steps of a trial: which documents each holds. A pure function of the set, the step size and the seed."""
+
+    data: TokenizedSet
+    tokens_per_step: int
+    seed: int
+    _epochs: dict[int, list[np.ndarray]] = field(default_factory=dict, init=False, repr=False)
+
+    def epoch(self, number: int) -> list[np.ndarray]:
+        if number not in self._epochs:
+            self._epochs[number] = documents_of_steps(self.data.offsets, self.tokens_per_step, self.seed, number)
+        return self._epochs[number]
+
+    def steps_from(self, step: int) -> Iterator[tuple[int, np.ndarray]]:
+        """(epoch, documents) of every step after the first `step` ones, without end."""
+        epoch = 0
+        while step >= len(self.epoch(epoch)):
+            step -= len(self.epoch(epoch))
+            epoch += 1
+        while True:
+            for documents in self.epoch(epoch)[step:]:
+                yield epoch, documents
+            step, epoch = 0, epoch + 1
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """How documents become rows and rows become the micro-batches of one rank."""
+
+    row_tokens: int
+    rows_per_micro_batch: int
+    pack: bool
+    rank: int = 0
+    num_ranks: int = 1
+
+    @classmethod
+    def of(cls, execution: ExecutionPlan, rank: int, *, classify: bool) -> RowPlan:
+        """Documents that are classified stand alone in their rows."""
+        pack = execution.pack and not classify
+        return cls(execution.row_tokens, execution.micro_batch_rows, pack, rank, execution.ranks)
+
+    def batches(self, data: TokenizedSet, documents: np.ndarray) -> list[MicroBatch]:
+        """This rank's share, the same number of micro-batches on every rank."""
+        rows = pack_rows(data.lengths, documents, self.row_tokens, self.pack)
+        return micro_batches(data, rows, self.rank, self.num_ranks, self.rows_per_micro_batch, self.row_tokens)
+
+
+def to_tensors(batch: MicroBatch, device: torch.device) -> dict[str, torch.Tensor]:
+    """The arguments of `Objective.forward`, on `device`."""
+    arrays = {
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        "labels": batch.labels,
+        "document_ids": batch.document_ids,
+        "class_labels": batch.class_labels,
+        "lengths": batch.lengths,
+    }
+    return {name: torch.as_tensor(np.asarray(array, dtype=np.int64)).to(device) for name, array in arrays.items()}

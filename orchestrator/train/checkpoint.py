@@ -1,0 +1,187 @@
+"""Checkpoints that are committed whole or not at all, and checked before anything of them is read.
+
+A checkpoint is a folder with a manifest: the artifact (adapter/ or delta/), each rank's float32 masters and Adam
+moments (state-rank<k>.safetensors) and random state, state.json, and eval.npz where the trial was evaluated there.
+Nothing in it is pickled.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from orchestrator.errors import IntegrityError, OrchestratorError, TrainingError
+from orchestrator.store import check_folder, commit_folder, read_json, write_json
+from orchestrator.train.artifacts import save_artifact
+from orchestrator.train.branch import Branch
+from orchestrator.train.engine import Engine
+from orchestrator.train.evaluate import Evaluation
+from orchestrator.train.loop import LoopState
+from orchestrator.train.ranks import Ranks
+
+KEPT_CHECKPOINTS = 2
+_RANDOM = "random."
+logger = logging.getLogger(__name__)
+
+
+def save_checkpoint(
+    final: Path,
+    branch: Branch,
+    engine: Engine,
+    state: LoopState,
+    ranks: Ranks,
+    *,
+    seed: int,
+    layout: str,
+    keep_optimizer: bool,
+    evaluations: dict[str, Evaluation] | None = None,
+) -> None:
+    """Write `final`, together: every rank its own state, rank 0 the rest. Called on every rank.
+
+    Raises:
+        TrainingError: what was learned cannot be saved (law 4). Every rank raises it, and nothing was written.
+    """
+    tensors = engine.full_tensors()
+    with ExitStack() as commit:
+        folder = Path(ranks.broadcast(str(commit.enter_context(commit_folder(final))) if ranks.first else None))
+        failure: OrchestratorError | None = None
+        try:
+            if keep_optimizer:
+                _save_rank_state(folder, engine, ranks)
+            if ranks.first:
+                save_artifact(branch, folder, tensors)
+                for name, evaluation in (evaluations or {}).items():
+                    evaluation.save(folder / f"{name}.npz")
+                write_json(folder / "state.json", _record(state, ranks, seed, layout, has_optimizer=keep_optimizer))
+        except OrchestratorError as error:
+            failure = error
+        for error in ranks.gather(failure):
+            if error is not None:
+                raise error
+    ranks.barrier()
+
+
+def _record(state: LoopState, ranks: Ranks, seed: int, layout: str, *, has_optimizer: bool) -> dict[str, object]:
+    return {
+        "step": state.step,
+        "tokens": state.tokens,
+        "loss": state.loss,
+        "loss_hex": None if state.loss is None else state.loss.hex(),
+        "seed": seed,
+        "ranks": ranks.count,
+        "layout": layout,
+        "has_optimizer": has_optimizer,
+    }
+
+
+@dataclass(frozen=True)
+class StartPoint:
+    """A checkpoint whose hashes were right, before its tensors are read."""
+
+    folder: Path
+    state: LoopState
+    exact: bool
+    """Whether masters, moments and random state can be taken over bit for bit; else only the weights can."""
+
+    def resume(self, engine: Engine, ranks: Ranks) -> None:
+        """Masters, moments and random state as they were when the checkpoint was written."""
+        tensors = load_file(self.folder / f"state-rank{ranks.rank}.safetensors")
+        engine.load_state_dict({name: tensor for name, tensor in tensors.items() if not name.startswith(_RANDOM)})
+        torch.set_rng_state(tensors[_RANDOM + "cpu"])
+        if _RANDOM + "cuda" in tensors:
+            torch.cuda.set_rng_state(tensors[_RANDOM + "cuda"], ranks.device)
+
+
+def open_checkpoint(
+    start: Path, trial_folder: Path, ranks: Ranks, *, seed: int, layout: str, note: Callable[[str], None]
+) -> StartPoint | None:
+    """Check `start`'s hashes (rank 0 does) and say what it holds. Called on every rank.
+
+    A damaged one gives way to the trial's newest whole checkpoint, or to None (step 0), and `note` says so.
+
+    Raises:
+        TrainingError: a checkpoint of another seed, or one without optimizer state.
+    """
+    folder = ranks.broadcast((start if is_whole(start) else find_latest(trial_folder)) if ranks.first else None)
+    if folder != start:
+        note(f"{start.name} is damaged: " + (f"goes on from {folder.name}" if folder else "starts again from step 0"))
+    if folder is None:
+        return None
+    record = read_json(folder / "state.json")
+    newer = [path.name for path in _on_the_way(trial_folder) if _step_of(path) > max(record["step"], _step_of(start))]
+    if newer:
+        note(f"passed over as damaged or of a later attempt: {', '.join(newer)}")
+    if record["seed"] != seed:
+        raise TrainingError(f"the checkpoint was made with seed {record['seed']}", where=str(folder), expected=f"seed {seed}")
+    if not record["has_optimizer"]:
+        raise TrainingError("the checkpoint holds no optimizer state", where=str(folder), remedy="start again from step 0")
+    exact = (record["ranks"], record["layout"]) == (ranks.count, layout)
+    if not exact:
+        note(f"{folder.name} is of another gang: weights taken over, Adam's moments start anew")
+    return StartPoint(folder, LoopState(record["step"], record["tokens"], record["loss"]), exact)
+
+
+def rung_folder(trial_folder: Path, rung: int) -> Path:
+    return trial_folder / f"rung-{rung}"
+
+
+def checkpoint_folder(trial_folder: Path, step: int) -> Path:
+    return trial_folder / f"checkpoint-{step}"
+
+
+def find_latest(folder: Path) -> Path | None:
+    """The checkpoint of a trial's folder (rung-<n>/ or checkpoint-<step>/) with the most steps among those that are whole.
+
+    A damaged one is passed over with a warning; None when there is none.
+    """
+    found: list[tuple[int, Path]] = []
+    for candidate in sorted(folder.glob("rung-*")) + sorted(folder.glob("checkpoint-*")):
+        try:
+            record = read_json(candidate / "state.json")
+            if record["has_optimizer"]:
+                found.append((int(record["step"]), candidate))
+        except (OSError, ValueError, KeyError) as error:
+            logger.warning("checkpoint %s is passed over: %s", candidate, error)
+    return next((path for _, path in sorted(found, key=lambda item: item[0], reverse=True) if is_whole(path)), None)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether every file is what the manifest says; a warning says what is not."""
+    try:
+        check_folder(folder)
+    except IntegrityError as error:
+        logger.warning("checkpoint %s is passed over: %s", folder, error)
+        return False
+    return True
+
+
+def drop_old_checkpoints(trial_folder: Path, newest_step: int) -> None:
+    """Keep the newest KEPT_CHECKPOINTS checkpoints up to `newest_step`; the new one stands before an old one goes."""
+    for path in [path for path in _on_the_way(trial_folder) if _step_of(path) <= newest_step][:-KEPT_CHECKPOINTS]:
+        shutil.rmtree(path)
+
+
+def _on_the_way(trial_folder: Path) -> list[Path]:
+    """The folders checkpoint-<step>, by step."""
+    return sorted(trial_folder.glob("checkpoint-*"), key=_step_of)
+
+
+def _step_of(folder: Path) -> int:
+    """The step in a checkpoint's name; -1 for a rung."""
+    kind, _, number = folder.name.rpartition("-")
+    return int(number) if kind == "checkpoint" and number.isdigit() else -1
+
+
+def _save_rank_state(folder: Path, engine: Engine, ranks: Ranks) -> None:
+    tensors = dict(engine.state_dict())
+    tensors[_RANDOM + "cpu"] = torch.get_rng_state()
+    if ranks.device.type == "cuda":
+        tensors[_RANDOM + "cuda"] = torch.cuda.get_rng_state(ranks.device)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / f"state-rank{ranks.rank}.safetensors")

@@ -1,0 +1,210 @@
+"""The engine over several ranks: DeepSpeed, ZeRO 0 to 3. The only file that imports deepspeed at large.
+
+Checked against deepspeed 0.19.8. How it is used here:
+
+* `managed_gradient_accumulation: false`: `backward` adds up, `step` is the boundary, so a step may have any number
+  of rounds. DeepSpeed averages gradients over the ranks; `backward` multiplies by their number to get the sum.
+* Gradients are summed and sent in float32 (`grad_accum_dtype`, `communication_data_type`), masters and moments are
+  float32. Only ZeRO 0 in bf16 sums rounds in bf16, for DeepSpeed has nothing else there.
+* torch's AdamW, for DeepSpeed's own is compiled at first use.
+* Small buckets: what learns is small, and a new engine per trial would pay for big ones.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+
+from orchestrator.plan.values import ExecutionPlan, TrainSettings
+from orchestrator.train import zero3_warm, zero_state
+from orchestrator.train.engine import ADAM_BETAS, ADAM_EPSILON, check_norm, register_engine
+from orchestrator.train.ranks import Ranks
+
+BUCKET_ELEMENTS = 2**22
+"""Gradients are sent in pieces of so many elements."""
+
+
+def deepspeed_config(execution: ExecutionPlan, *, grad_clip: float) -> dict[str, Any]:
+    """The configuration of one engine. Nothing else in this project writes one."""
+    bf16 = execution.dtype == "bfloat16"
+    accumulate_bf16 = bf16 and execution.zero_stage == 0
+    zero: dict[str, Any] = {
+        "stage": execution.zero_stage,
+        "reduce_bucket_size": BUCKET_ELEMENTS,
+        "allgather_bucket_size": BUCKET_ELEMENTS,
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+    }
+    if execution.zero_stage == 3:
+        zero |= {
+            "stage3_param_persistence_threshold": 0,
+            "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
+            "sub_group_size": 10**9,
+        }
+        pin = execution.device == "cuda"
+        if execution.offload in ("optimizer", "parameters"):
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pin}
+        if execution.offload == "parameters":
+            zero["offload_param"] = {"device": "cpu", "pin_memory": pin}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": grad_clip,
+        "bf16": {"enabled": bf16, "check_grad_overflow": True},
+        "data_types": {"grad_accum_dtype": "bf16" if accumulate_bf16 else "fp32"},
+        "communication_data_type": "fp32",
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+
+
+class DeepSpeedTrainer:
+    """One trial's DeepSpeed engine; see `orchestrator.train.engine.Engine`."""
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        learning_parameters: Sequence[tuple[str, nn.Parameter]],
+        execution: ExecutionPlan,
+        settings: TrainSettings,
+        ranks: Ranks,
+    ) -> None:
+        self.objective = objective
+        self.communicates_in_backward = execution.zero_stage >= 2
+        self._learning = list(learning_parameters)
+        self._stage = execution.zero_stage
+        self._ranks = ranks
+        optimizer = torch.optim.AdamW(
+            [parameter for _, parameter in self._learning],
+            lr=0.0,
+            betas=ADAM_BETAS,
+            eps=ADAM_EPSILON,
+            weight_decay=settings.weight_decay,
+        )
+        self._engine: Any = _initialize(objective, deepspeed_config(execution, grad_clip=settings.grad_clip), optimizer)
+        self.name = f"{type(self._engine).__name__}/{type(self._engine.optimizer).__name__}"
+        coordinator = [self._engine.optimizer.parameter_offload.param_coordinator] if self._stage == 3 else []
+        register_engine(self._engine, self._engine.optimizer, *coordinator)
+
+    def loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return self._engine(**batch)
+
+    def backward(self, loss_sum: torch.Tensor, scale: float) -> None:
+        self._engine.backward(loss_sum * (scale * self._ranks.count), scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> float:
+        for group in self._engine.basic_optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self._engine.optimizer is self._engine.basic_optimizer:
+            return self._step_without_wrapper()
+        self._engine.step()
+        overflow = bool(getattr(self._engine.optimizer, "overflow", False))
+        return check_norm(float("nan") if overflow else float(self._engine.get_global_grad_norm()))
+
+    def full_tensors(self) -> dict[str, torch.Tensor]:
+        if self._stage == 3:
+            return zero3_warm.gather(self._learning, self._ranks)
+        return {name: parameter.detach().cpu().clone() for name, parameter in self._learning}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return zero_state.save(self._engine)
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        zero_state.load(self._engine, state)
+
+    @property
+    def state_bytes(self) -> int:
+        return zero_state.num_bytes(self._engine)
+
+    def close(self) -> None:
+        engine, self._engine = self._engine, None
+        _release(engine, self.objective, self._stage)
+
+    def _step_without_wrapper(self) -> float:
+        """ZeRO 0 in float32, where DeepSpeed steps torch's own optimizer: reduce, and look at the norm, before it does."""
+        self._engine._running_engine_step = True
+        self._engine.allreduce_gradients()
+        gradients = [parameter.grad for _, parameter in self._learning if parameter.grad is not None]
+        norm = check_norm(float(nn.utils.get_total_norm(gradients)))
+        clip = self._engine.gradient_clipping()
+        if 0 < clip < norm:
+            for gradient in gradients:
+                gradient.mul_(clip / (norm + 1e-6))
+        self._engine.optimizer.step()
+        self._engine.zero_grad()
+        self._engine._running_engine_step = False
+        return norm
+
+
+def prepare_base(model: nn.Module, execution: ExecutionPlan) -> None:
+    """Start DeepSpeed's communication, and for ZeRO-3 partition the base; it stays so until the process ends."""
+    deepspeed = _deepspeed(execution.device)
+    deepspeed.init_distributed(dist_backend=execution.backend, auto_mpi_discovery=False, verbose=False)
+    if execution.zero_stage == 3:
+        zero3_warm.partition(model, deepspeed_config(execution, grad_clip=0.0), offload=execution.offload)
+
+
+@contextmanager
+def forward_only(objective: nn.Module, execution: ExecutionPlan) -> Iterator[None]:
+    """Let a partitioned base compute without anything that learns: its parts are gathered module by module."""
+    engine = _initialize(objective, deepspeed_config(execution, grad_clip=0.0), None)
+    try:
+        yield
+    finally:
+        _release(engine, objective, 3)
+
+
+def _initialize(objective: nn.Module, config: dict[str, Any], optimizer: torch.optim.Optimizer | None) -> Any:
+    """A DeepSpeed engine around `objective`, without the broadcast of what is frozen: every rank loaded the same files."""
+    deepspeed = _deepspeed("")
+    engine_class = deepspeed.DeepSpeedEngine
+    broadcast = engine_class._broadcast_model
+    engine_class._broadcast_model = _broadcast_learning
+    try:
+        with redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory, whatever the log level
+            return deepspeed.initialize(model=objective, optimizer=optimizer, config=config, dist_init_required=False)[0]
+    finally:
+        engine_class._broadcast_model = broadcast
+
+
+def _broadcast_learning(engine: Any) -> None:
+    """Rank 0's learning parameters to all: they were made from one seed, so this only makes sure."""
+    for parameter in engine.module.parameters():
+        if parameter.requires_grad and not hasattr(parameter, "ds_status"):
+            torch.distributed.broadcast(parameter.data, 0, group=engine.seq_data_parallel_group)
+
+
+def _release(engine: Any, objective: nn.Module, stage: int) -> None:
+    """Take the engine off the model, so that neither holds the other."""
+    engine.destroy()
+    engine.module_forward_pre_hook.remove()
+    engine.module_forward_post_hook.remove()
+    if stage == 3:
+        zero3_warm.release(objective)
+    for parameter in objective.parameters():
+        parameter.grad = None
+    engine.optimizer = engine.basic_optimizer = None
+
+
+def _deepspeed(device: str) -> Any:
+    """The library, quiet, on the planned device, and without compiling its shared-memory operator on a CPU."""
+    if device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    if device == "cpu":
+        import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return deepspeed

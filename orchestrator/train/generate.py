@@ -1,0 +1,100 @@
+"""Greedy answers to the prompts of a set, for exact match and for the prompts that a person reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from orchestrator.data import TokenizedSet
+from orchestrator.train.ranks import Ranks
+
+SPARE_TOKENS = 8
+"""An answer may be so much longer than the longest wanted one."""
+
+
+def prompt_and_answer(data: TokenizedSet, index: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids before the last supervised run of a document, and that run."""
+    span = slice(int(data.offsets[index]), int(data.offsets[index + 1]))
+    ids, supervised = np.asarray(data.ids[span]), np.asarray(data.supervised[span])
+    end = int(np.flatnonzero(supervised)[-1]) + 1
+    before = np.flatnonzero(~supervised[:end])
+    start = int(before[-1]) + 1 if before.size else 0
+    return ids[:start], ids[start:end]
+
+
+def wanted_answers(data: TokenizedSet, tokenizer: Any) -> list[str]:
+    """The texts that exact match compares with: the set's own answers, or its supervised tokens decoded."""
+    if len(data.answers) == len(data):
+        return list(data.answers)
+    return [tokenizer.decode(prompt_and_answer(data, i)[1], skip_special_tokens=True) for i in range(len(data))]
+
+
+def generate_answers(
+    model: Any, tokenizer: Any, data: TokenizedSet, ranks: Ranks, *, rows: int = 16, synced: bool = False
+) -> list[str]:
+    """Each document's greedy continuation of its prompt, in document order, on every rank.
+
+    Args:
+        model: A whole causal language model (one that can `generate`).
+        tokenizer: Its tokenizer.
+        data: Documents with supervised answers.
+        ranks: The documents are dealt over them.
+        rows: Prompts computed at once.
+        synced: Whether the ranks must make the same forward passes, as ZeRO-3 needs.
+    """
+    pairs = [prompt_and_answer(data, index) for index in range(len(data))]
+    longest = max(len(answer) for _, answer in pairs) + SPARE_TOKENS
+    by_length = sorted(range(len(pairs)), key=lambda index: (len(pairs[index][0]), index))
+    batches = [by_length[start : start + rows] for start in range(0, len(by_length), rows)]
+    num_rounds = -(-len(batches) // ranks.count)
+    mine: dict[int, str] = {}
+    for turn in range(num_rounds):
+        number = turn * ranks.count + ranks.rank
+        documents = batches[number] if number < len(batches) else batches[0] if synced else []
+        if documents:
+            texts = continue_prompts(model, tokenizer, [pairs[i][0] for i in documents], longest, ranks.device, synced=synced)
+            mine |= dict(zip(documents, texts, strict=True))
+    found: dict[int, str] = {}
+    for part in reversed(ranks.gather(mine)):
+        found |= part
+    return [found[index] for index in range(len(pairs))]
+
+
+@torch.no_grad()
+def continue_prompts(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[np.ndarray],
+    max_new_tokens: int,
+    device: torch.device,
+    *,
+    synced: bool = False,
+) -> list[str]:
+    """Greedy continuations of token-id prompts, padded on the left, up to the tokenizer's end token."""
+    width = max(1, *(len(prompt) for prompt in prompts))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ids = np.full((len(prompts), width), pad, dtype=np.int64)
+    mask = np.zeros((len(prompts), width), dtype=np.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = prompt
+        mask[row, width - len(prompt) :] = 1
+    was_training = model.training
+    model.eval()
+    try:
+        output = model.generate(
+            input_ids=torch.from_numpy(ids).to(device),
+            attention_mask=torch.from_numpy(mask).to(device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            pad_token_id=pad,
+            eos_token_id=tokenizer.eos_token_id,
+            synced_gpus=synced,
+        )
+    finally:
+        model.train(was_training)
+    return [tokenizer.decode(row[width:], skip_special_tokens=True) for row in output]

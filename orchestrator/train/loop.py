@@ -1,0 +1,105 @@
+"""The one training loop: every trial, every engine, every stage."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from orchestrator.data import MicroBatch
+from orchestrator.errors import NonFiniteLossError, OutOfMemoryError
+from orchestrator.plan.values import StepReport, TrainSettings, TrialSpec
+from orchestrator.train.batches import RowPlan, StepPlan, to_tensors
+from orchestrator.train.engine import Engine
+from orchestrator.train.memory import is_out_of_memory, memory_in_use
+from orchestrator.train.ranks import Ranks
+from orchestrator.train.schedule import step_learning_rate
+
+
+@dataclass(frozen=True)
+class LoopState:
+    """Where a trial stands: steps done, training tokens seen, the loss of the last step."""
+
+    step: int = 0
+    tokens: int = 0
+    loss: float | None = None
+
+
+def train_steps(
+    engine: Engine,
+    steps: StepPlan,
+    rows: RowPlan,
+    trial: TrialSpec,
+    settings: TrainSettings,
+    ranks: Ranks,
+    state: LoopState,
+    stop_step: int,
+    on_step: Callable[[StepReport, LoopState], None],
+) -> LoopState:
+    """Train from `state` up to and including `stop_step`; `on_step` is called on every rank after each step.
+
+    A step's loss is the sum over its supervised tokens, on all ranks and in all rounds, divided by their number, so
+    that ranks with unequal shares weigh right. To classify, a document counts as one token.
+
+    Raises:
+        NonFiniteLossError: on every rank alike, before the update is applied.
+        OutOfMemoryError: on every rank alike, where no collective was under way (see `_accumulate`).
+    """
+    upcoming = steps.steps_from(state.step)
+    while state.step < stop_step:
+        started = time.perf_counter()
+        epoch, documents = next(upcoming)
+        batches = rows.batches(steps.data, documents)
+        tokens, supervised = ranks.sum([sum(b.num_tokens for b in batches), sum(b.num_supervised for b in batches)])
+        loss = _accumulate(engine, batches, int(supervised), ranks)
+        rate = step_learning_rate(
+            state.tokens, int(tokens), total_tokens=trial.total_tokens, peak=trial.learning_rate, settings=settings
+        )
+        norm = engine.step(rate)
+        state = replace(state, step=state.step + 1, tokens=state.tokens + int(tokens), loss=loss)
+        report = StepReport(
+            step=state.step,
+            epoch=epoch,
+            tokens=state.tokens,
+            supervised_tokens=int(supervised),
+            loss=loss,
+            loss_hex=loss.hex(),
+            learning_rate=rate,
+            grad_norm=norm,
+            tokens_per_s=tokens / (time.perf_counter() - started),
+            memory_bytes=memory_in_use(ranks.device),
+        )
+        on_step(report, state)
+    return state
+
+
+def _accumulate(engine: Engine, batches: list[MicroBatch], supervised: int, ranks: Ranks) -> float:
+    """Forward and backward over this rank's rounds; the step's loss, the same bits on every rank.
+
+    Memory that runs out on one rank is made known to the others here. That works where the rounds hold no
+    collective (one rank, ZeRO 0 and 1); under ZeRO 2 and 3 the error leaves the others waiting and ends the gang.
+    """
+    loss_sum = torch.zeros((), dtype=torch.float64)
+    out_of_memory: BaseException | None = None
+    try:
+        for batch in batches:
+            loss = engine.loss(to_tensors(batch, ranks.device))
+            loss_sum += loss.detach().double().cpu()
+            engine.backward(loss, 1.0 / supervised)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or (ranks.count > 1 and engine.communicates_in_backward):
+            raise
+        out_of_memory = error
+    total, num_out = ranks.sum([loss_sum.item(), float(out_of_memory is not None)])
+    if num_out:
+        raise OutOfMemoryError(
+            f"out of memory on {num_out:.0f} of {ranks.count} ranks in a micro-batch of {batches[0].input_ids.shape[0]} rows",
+            remedy="fewer rows in a micro-batch, a higher ZeRO stage, or shorter documents",
+        ) from out_of_memory
+    loss = total / supervised
+    if not math.isfinite(loss):
+        raise NonFiniteLossError(f"the training loss became {loss}", expected="a finite number", remedy="lower the learning rate")
+    return loss

@@ -1,0 +1,28 @@
+"""How much memory this process uses, and whether an error says that there was none left."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: torch's own error on a GPU, a RuntimeError with its allocator's words on a CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    words = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in words or "can't allocate memory" in words)
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: on a GPU the most that torch held since `reset_peak`, on a CPU the process's resident memory now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
+def reset_peak(device: torch.device) -> None:
+    """Start a new peak, and give cached GPU blocks back."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)

@@ -1,0 +1,301 @@
+"""One assignment on one rank: open the branch, train, evaluate, prove that nothing frozen moved, save, close."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from orchestrator.data import TokenizedSet, shuffled
+from orchestrator.errors import TrainingError
+from orchestrator.plan.values import Assignment, EngineRecord, ExecutionPlan, StepReport
+from orchestrator.store import append_jsonl, read_jsonl, write_atomic
+from orchestrator.train.artifacts import load_artifact
+from orchestrator.train.base import LoadedBase
+from orchestrator.train.batches import RowPlan, StepPlan
+from orchestrator.train.branch import Branch, WeightKeeper, open_branch
+from orchestrator.train.checkpoint import (
+    StartPoint,
+    checkpoint_folder,
+    drop_old_checkpoints,
+    open_checkpoint,
+    rung_folder,
+    save_checkpoint,
+)
+from orchestrator.train.engine import Engine, layout_of, num_live_engines
+from orchestrator.train.evaluate import Evaluation, class_prior, evaluate, score_texts
+from orchestrator.train.generate import generate_answers, wanted_answers
+from orchestrator.train.integrity import changed_frozen
+from orchestrator.train.loop import LoopState, train_steps
+from orchestrator.train.objective import Objective
+from orchestrator.train.ranks import Ranks
+from orchestrator.train.recompute import recomputed_from
+from orchestrator.train.torch_engine import TorchEngine
+
+
+@dataclass
+class TrialOutcome:
+    """What became of an assignment on this rank."""
+
+    state: LoopState = field(default_factory=LoopState)
+    evaluation: Evaluation | None = None
+    retain: Evaluation | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    checkpoint: Path | None = None
+    train_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    engine: EngineRecord | None = None
+
+
+class TrialRun:
+    """An assignment under way. Every rank builds one and calls the same methods in the same order."""
+
+    def __init__(
+        self,
+        base: LoadedBase,
+        assignment: Assignment,
+        execution: ExecutionPlan,
+        ranks: Ranks,
+        load_set: Callable[[str], TokenizedSet],
+        base_fingerprint: Mapping[str, str],
+        ordinal: int,
+        note: Callable[[str], None],
+        outcome: TrialOutcome,
+    ) -> None:
+        self.base = base
+        self.assignment = assignment
+        self.execution = execution
+        self.ranks = ranks
+        self.outcome = outcome
+        self._load_set = load_set
+        self._base_fingerprint = base_fingerprint
+        self._ordinal = ordinal
+        self._note = note
+        self._rows = RowPlan.of(execution, ranks.rank, classify=base.load.task == "classify")
+
+    def run(self, on_step: Callable[[StepReport], None] | None) -> None:
+        """Fill `outcome`; what stands in it after an error is how far the trial came."""
+        assignment, trial = self.assignment, self.assignment.trial
+        torch.manual_seed(trial.seed)
+        with ExitStack() as stack:
+            branch = stack.enter_context(
+                open_branch(self.base, assignment.selection, lora_alpha=trial.lora_alpha, seed=trial.seed, keeper=self._keeper())
+            )
+            objective = Objective(
+                branch.model, branch.backbone(), branch.head(), self.base.load.task, encoder=self.base.anatomy.kind == "encoder"
+            )
+            if trial.control == "none" or assignment.stop_step == 0:
+                self._score_untrained(objective, stack)
+                return
+            start = self._start_point()
+            if start is not None and not start.exact:
+                self._take_weights(branch, start.folder)
+            engine = self._build_engine(objective, branch)
+            stack.callback(engine.close)
+            if self.execution.checkpointing:
+                blocks = branch.model.get_submodule(self.base.anatomy.blocks_module)
+                stack.enter_context(recomputed_from(branch.model, blocks, assignment.selection.cut))
+            if start is not None and start.exact:
+                start.resume(engine, self.ranks)
+            self.outcome.state = start.state if start is not None else LoopState()
+            self._record_engine(engine, 0)
+            self._train(engine, branch, on_step)
+            self._evaluate(objective)
+            self._prove_frozen(branch)
+            self._save(rung_folder(Path(assignment.folder), assignment.rung), engine, branch, final=True)
+
+    def _keeper(self) -> WeightKeeper | None:
+        if not self._partitioned:
+            return None
+        from orchestrator.train.zero3_warm import PartitionKeeper
+
+        return PartitionKeeper()
+
+    def _take_weights(self, branch: Branch, folder: Path) -> None:
+        if not self._partitioned:
+            load_artifact(branch, folder)
+            return
+        from orchestrator.train.zero3_warm import assign_whole
+
+        load_artifact(branch, folder, assign_whole)
+
+    @property
+    def _partitioned(self) -> bool:
+        """Whether ZeRO-3 holds the base in parts."""
+        return self.execution.executor == "deepspeed" and self.execution.zero_stage == 3
+
+    def _start_point(self) -> StartPoint | None:
+        if self.assignment.start is None:
+            return None
+        return open_checkpoint(
+            Path(self.assignment.start),
+            Path(self.assignment.folder),
+            self.ranks,
+            seed=self.assignment.trial.seed,
+            layout=layout_of(self.execution),
+            note=self._note,
+        )
+
+    def _build_engine(self, objective: Objective, branch: Branch) -> Engine:
+        settings = self.assignment.settings
+        if self.execution.executor == "torch":
+            return TorchEngine(
+                objective,
+                branch.learning_parameters(),
+                weight_decay=settings.weight_decay,
+                grad_clip=settings.grad_clip,
+            )
+        from orchestrator.train.deepspeed_engine import DeepSpeedTrainer
+
+        return DeepSpeedTrainer(objective, branch.learning_parameters(), self.execution, settings, self.ranks)
+
+    def _train(self, engine: Engine, branch: Branch, on_step: Callable[[StepReport], None] | None) -> None:
+        assignment, trial = self.assignment, self.assignment.trial
+        data = self._train_set()
+        steps_file = Path(assignment.folder) / "steps.jsonl"
+        every = assignment.checkpoint_every_steps
+        peak = 0
+
+        def after_step(report: StepReport, state: LoopState) -> None:
+            nonlocal peak
+            peak = max(peak, report.memory_bytes)
+            self.outcome.state = state
+            if self.ranks.first:
+                append_jsonl(steps_file, report)
+            if on_step is not None:
+                on_step(report)
+            if every and state.step % every == 0 and state.step < assignment.stop_step:
+                self._save(checkpoint_folder(Path(assignment.folder), state.step), engine, branch, final=False)
+                if self.ranks.first:
+                    drop_old_checkpoints(Path(assignment.folder), state.step)
+
+        if self.ranks.first:
+            forget_steps_after(self.outcome.state.step, steps_file)
+        started = time.perf_counter()
+        engine.objective.train()
+        self.outcome.state = train_steps(
+            engine,
+            StepPlan(data, assignment.settings.tokens_per_step, trial.seed),
+            self._rows,
+            trial,
+            assignment.settings,
+            self.ranks,
+            self.outcome.state,
+            assignment.stop_step,
+            after_step,
+        )
+        self.outcome.train_seconds = time.perf_counter() - started
+        self._record_engine(engine, peak)
+
+    def _train_set(self) -> TokenizedSet:
+        data = self._load_set(self.assignment.data.train)
+        return shuffled(data, self.assignment.trial.seed) if self.assignment.trial.control == "shuffled" else data
+
+    def _score_untrained(self, objective: Objective, stack: ExitStack) -> None:
+        """The untouched base; a classifier that nobody trained is the class prior."""
+        if self.base.load.task == "classify":
+            data, train = self._load_set(self.assignment.data.eval), self._load_set(self.assignment.data.train)
+            self.outcome.evaluation = class_prior(data, train, self.base.load.num_classes)
+            self._finish_metrics(objective, data)
+        else:
+            if self._partitioned:
+                from orchestrator.train.deepspeed_engine import forward_only
+
+                stack.enter_context(forward_only(objective, self.execution))
+            self._evaluate(objective)
+        self.outcome.engine = EngineRecord(
+            executor="none",
+            engine_class="",
+            zero_stage=self.execution.zero_stage,
+            ranks=self.ranks.count,
+            partitioned_bytes=0,
+            trainable_parameters=0,
+            peak_memory_bytes=0,
+            live_engines=num_live_engines(),
+            base_loads=self.base.num_loads,
+            ordinal=self._ordinal,
+        )
+        if self.ranks.first:
+            folder = Path(self.assignment.folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, evaluation in self._evaluations().items():
+                evaluation.save(folder / f"{name}.npz")
+
+    def _evaluate(self, objective: Objective) -> None:
+        if not self.assignment.evaluate:
+            return
+        started = time.perf_counter()
+        data = self._load_set(self.assignment.data.eval)
+        self.outcome.evaluation = evaluate(objective, data, self._rows, self.ranks)
+        self._finish_metrics(objective, data)
+        if self.assignment.data.retain and self.base.load.task != "classify":
+            self.outcome.retain = evaluate(objective, self._load_set(self.assignment.data.retain), self._rows, self.ranks)
+        self.outcome.eval_seconds = time.perf_counter() - started
+
+    def _finish_metrics(self, objective: Objective, data: TokenizedSet) -> None:
+        assert self.outcome.evaluation is not None
+        metric = self.assignment.metric
+        self.outcome.metrics = dict(self.outcome.evaluation.metrics)
+
+        def generate() -> tuple[list[str], list[str]]:
+            tokenizer = self.base.tokenizer
+            made = generate_answers(objective.model, tokenizer, data, self.ranks, synced=self._partitioned)
+            return made, wanted_answers(data, tokenizer)
+
+        value = score_texts(metric, self.outcome.evaluation, data, self.base.load.class_names, generate)
+        if value is not None:
+            self.outcome.metrics[metric] = value
+
+    def _prove_frozen(self, branch: Branch) -> None:
+        """Law 2: what did not learn is bit for bit what was loaded; every rank hears of a difference on any."""
+        moved = changed_frozen(branch.model, self._base_fingerprint)
+        (count,) = self.ranks.sum([len(moved)])
+        if count:
+            where = moved[0] if moved else "on another rank"
+            raise TrainingError(f"{count:.0f} frozen tensors changed while the trial learned", where=where)
+
+    def _save(self, folder: Path, engine: Engine, branch: Branch, *, final: bool) -> None:
+        save_checkpoint(
+            folder,
+            branch,
+            engine,
+            self.outcome.state,
+            self.ranks,
+            seed=self.assignment.trial.seed,
+            layout=layout_of(self.execution),
+            keep_optimizer=self.assignment.keep_optimizer or not final,
+            evaluations=self._evaluations() if final else {},
+        )
+        if final:
+            self.outcome.checkpoint = folder
+
+    def _evaluations(self) -> dict[str, Evaluation]:
+        both = {"eval": self.outcome.evaluation, "retain": self.outcome.retain}
+        return {name: evaluation for name, evaluation in both.items() if evaluation is not None}
+
+    def _record_engine(self, engine: Engine, peak_memory_bytes: int) -> None:
+        self.outcome.engine = EngineRecord(
+            executor=self.execution.executor,
+            engine_class=engine.name,
+            zero_stage=self.execution.zero_stage,
+            ranks=self.ranks.count,
+            partitioned_bytes=engine.state_bytes,
+            trainable_parameters=self.assignment.selection.num_trainable_parameters,
+            peak_memory_bytes=peak_memory_bytes,
+            live_engines=num_live_engines(),
+            base_loads=self.base.num_loads,
+            ordinal=self._ordinal,
+        )
+
+
+def forget_steps_after(step: int, steps_file: Path) -> None:
+    """Take the lines of later steps out of steps.jsonl: they are about to be written again."""
+    steps_file.parent.mkdir(parents=True, exist_ok=True)
+    if steps_file.exists():
+        kept = [line for line in read_jsonl(steps_file) if line["step"] <= step]
+        write_atomic(steps_file, "".join(json.dumps(line) + "\n" for line in kept))

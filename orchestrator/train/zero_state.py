@@ -1,0 +1,79 @@
+"""Where each ZeRO stage of deepspeed 0.19.8 keeps its float32 masters, and how they get back into the model.
+
+A rank's state is `master.<i>` and `<moment>.<i>` of its i-th flat master: whole tensors at stage 0, this rank's
+partition above. `engine.save_checkpoint` is not used: it pickles, and it fails on 4-bit weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+
+def masters(engine: Any) -> list[torch.Tensor]:
+    """The tensors that AdamW updates on this rank."""
+    optimizer = engine.optimizer
+    match type(optimizer).__name__:
+        case "BF16_Optimizer":
+            return list(optimizer.fp32_groups_flat_partition)
+        case "DeepSpeedZeroOptimizer":
+            return list(optimizer.single_partition_of_fp32_groups)
+        case "DeepSpeedZeroOptimizer_Stage3":
+            return list(optimizer.fp32_partitioned_groups_flat)
+        case "FP16_UnfusedOptimizer":
+            return [master for group in optimizer.fp32_groups for master in group]
+        case "AdamW":
+            return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        case other:
+            raise NotImplementedError(f"where does {other} keep its masters?")
+
+
+def save(engine: Any) -> dict[str, torch.Tensor]:
+    """Copies of this rank's masters and moments, on the CPU."""
+    state: dict[str, torch.Tensor] = {}
+    for index, master in enumerate(masters(engine)):
+        state[f"master.{index}"] = master.detach().cpu().clone()
+        for key, value in engine.basic_optimizer.state.get(master, {}).items():
+            if torch.is_tensor(value):
+                state[f"{key}.{index}"] = value.detach().cpu().clone()
+    return state
+
+
+@torch.no_grad()
+def load(engine: Any, state: Mapping[str, torch.Tensor]) -> None:
+    """Masters and moments from `state`, and the masters rounded into the model's own tensors."""
+    for index, master in enumerate(masters(engine)):
+        master.data.copy_(state[f"master.{index}"])
+        moments = {key.rpartition(".")[0]: value for key, value in state.items() if key.endswith(f".{index}")}
+        del moments["master"]
+        if moments:
+            engine.basic_optimizer.state[master] = {
+                key: value.clone() if key == "step" else value.to(master.device, copy=True) for key, value in moments.items()
+            }
+    _write_back(engine.optimizer)
+
+
+def num_bytes(engine: Any) -> int:
+    """Bytes of masters and moments on this rank."""
+    tensors = [
+        tensor
+        for master in masters(engine)
+        for tensor in (master, *engine.basic_optimizer.state.get(master, {}).values())
+        if torch.is_tensor(tensor)
+    ]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _write_back(optimizer: Any) -> None:
+    match type(optimizer).__name__:
+        case "BF16_Optimizer" | "DeepSpeedZeroOptimizer":
+            optimizer.update_lp_params()
+        case "DeepSpeedZeroOptimizer_Stage3":
+            for index in range(len(optimizer.fp16_groups)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(index)
+        case "FP16_UnfusedOptimizer":
+            for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+                for parameter, master in zip(low, high, strict=True):
+                    parameter.copy_(master)

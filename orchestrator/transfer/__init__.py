@@ -1,0 +1,29 @@
+"""What the figures mean: scores, paired comparisons, the verdict, the front and the promotion.
+
+    score(metric, higher_is_better, forgetting(retain, base_retain), bound)     what the search minimises
+    vs_none = paired_comparison(tuned_losses, base_losses, tokens, seed)        positive: tuned is better
+    verdict(vs_none, others={"head": vs_head}).sentence
+    promote(trials, base, max_forgetting).trial_id
+
+Pure functions of numbers; `records.py` holds what is written to sweep.json and transfer.json.
+"""
+
+from orchestrator.transfer.comparison import Comparison, paired_comparison
+from orchestrator.transfer.promotion import Promotion, pareto_front, promote
+from orchestrator.transfer.scoring import FORGETTING_WEIGHT, WORST_SCORE, forgetting, score
+from orchestrator.transfer.verdicts import SMALLEST_GAIN, Verdict, verdict
+
+__all__ = [
+    "FORGETTING_WEIGHT",
+    "SMALLEST_GAIN",
+    "WORST_SCORE",
+    "Comparison",
+    "Promotion",
+    "Verdict",
+    "forgetting",
+    "paired_comparison",
+    "pareto_front",
+    "promote",
+    "score",
+    "verdict",
+]

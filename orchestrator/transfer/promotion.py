@@ -1,0 +1,170 @@
+"""Which trial is promoted, the front of target against retention, and what to try when nothing is."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from orchestrator.transfer.comparison import Comparison
+from orchestrator.transfer.records import TrialRecord
+from orchestrator.values import Value
+
+PROMOTABLE_CONTROLS = (None, "head")
+"""A `head` winner is a success: feature extraction was enough."""
+EDGE_SHARE = 0.15
+"""A best rate within this share of the tried range's log width counts as lying at its edge."""
+
+
+class Promotion(Value):
+    """The promoted trial, or None, with the reason and what to try next, in order."""
+
+    trial_id: str | None
+    reason: str
+    advice: tuple[str, ...] = ()
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points (target, forgetting), lower is better in both, that no other point beats; by rising target.
+
+    A point is beaten by one that is no worse in both and better in one; equal points stay together. A point with
+    NaN is never on the front.
+    """
+    finite = [index for index, point in enumerate(points) if not any(math.isnan(value) for value in point)]
+
+    def beaten(index: int) -> bool:
+        x, y = points[index]
+        return any(points[o][0] <= x and points[o][1] <= y and points[o] != points[index] for o in finite)
+
+    return sorted((index for index in finite if not beaten(index)), key=lambda index: points[index])
+
+
+def promote(
+    candidates: Sequence[TrialRecord],
+    base: TrialRecord | None,
+    max_forgetting: float,
+    *,
+    higher_is_better: bool = False,
+    metric: str = "loss",
+    comparisons: Mapping[str, Comparison] | None = None,
+) -> Promotion:
+    """The best-scored trial that is not negative and within `max_forgetting`; the control `head` may win.
+
+    Args:
+        candidates: Trials and controls, any state; failed ones and other controls than `head` are passed over.
+        base: The control `none`; without it every trial counts as not negative.
+        max_forgetting: Bound on the rise of the retention loss, nats per token.
+        comparisons: Against the base on the eval set, by trial id. A trial is negative when its whole interval is
+            below zero; where there is no comparison, when its metric is worse than the base's.
+    """
+    scored = sorted((t for t in candidates if _measured(t)), key=lambda trial: (_score(trial), trial.number))
+    known = comparisons or {}
+    better = [t for t in scored if not _negative(t, base, higher_is_better, known.get(t.trial_id))]
+    kept = [trial for trial in better if (trial.forgetting or 0.0) <= max_forgetting]
+    if kept:
+        best = kept[0]
+        passed = "" if best is scored[0] else f"; {_passed_over(scored, best, better, max_forgetting)}"
+        return Promotion(trial_id=best.trial_id, reason=f"{best.label}: {_figures(best, base, metric)}{passed}")
+    if not scored:
+        return Promotion(trial_id=None, reason="no trial came to a measurement", advice=_advice_on_failures(candidates))
+    if not better:
+        reason = f"no trial is as good as the untouched base; the best, {scored[0].label}: {_figures(scored[0], base, metric)}"
+        return Promotion(trial_id=None, reason=reason, advice=_advice_on_negative(scored, base, metric))
+    closest = min(better, key=lambda trial: trial.forgetting or 0.0)
+    reason = (
+        f"every trial that gains forgets more than {max_forgetting:g}; "
+        f"the least, {closest.label}: {_figures(closest, base, metric)}"
+    )
+    return Promotion(trial_id=None, reason=reason, advice=_advice_on_forgetting(better, closest, max_forgetting))
+
+
+def _measured(trial: TrialRecord) -> bool:
+    if trial.control not in PROMOTABLE_CONTROLS or trial.state not in ("finished", "stopped"):
+        return False
+    return trial.metric is not None and math.isfinite(trial.metric) and not math.isnan(trial.forgetting or 0.0)
+
+
+def _score(trial: TrialRecord) -> float:
+    return trial.score if trial.score is not None else math.inf
+
+
+def _negative(trial: TrialRecord, base: TrialRecord | None, higher_is_better: bool, comparison: Comparison | None) -> bool:
+    if comparison is not None:
+        return comparison.high < 0
+    if base is None or base.metric is None or trial.metric is None:
+        return False
+    return trial.metric < base.metric if higher_is_better else trial.metric > base.metric
+
+
+def _figures(trial: TrialRecord, base: TrialRecord | None, metric: str) -> str:
+    """`loss 1.83 against the base's 3.92, retention +0.04`."""
+    against = f" against the base's {base.metric:.4g}" if base is not None and base.metric is not None else ""
+    kept = f", retention {trial.forgetting:+.3f}" if trial.forgetting is not None else ""
+    return f"{metric} {trial.metric:.4g}{against}{kept}"
+
+
+def _passed_over(scored: Sequence[TrialRecord], best: TrialRecord, better: Sequence[TrialRecord], max_forgetting: float) -> str:
+    ahead = scored[: scored.index(best)]
+    forgot = sum(trial in better for trial in ahead)
+    parts = [f"{forgot} forgot more than {max_forgetting:g}"] if forgot else []
+    parts += [f"{len(ahead) - forgot} worse than the base"] if forgot < len(ahead) else []
+    return f"better-scored and passed over: {', '.join(parts)}"
+
+
+def _advice_on_failures(candidates: Sequence[TrialRecord]) -> tuple[str, ...]:
+    failed = [trial for trial in candidates if trial.state == "failed"]
+    if not failed:
+        return ("submit the same spec again: it goes on where it stopped, and no trial has ended yet",)
+    reason, count = Counter(trial.reason for trial in failed).most_common(1)[0]
+    lowest = min(trial.learning_rate for trial in failed)
+    return (
+        f"mend what {count} of {len(failed)} failed trials died of: {reason or 'no reason given'}",
+        f"lower search.learning_rate: the lowest rate that failed is {lowest:.1e}",
+        "look at the rows that are learned from: `orchestrator data SPEC`",
+    )
+
+
+def _advice_on_negative(scored: Sequence[TrialRecord], base: TrialRecord | None, metric: str) -> tuple[str, ...]:
+    best, advice = scored[0], list[str]()
+    edge = _edge(best, scored)
+    if edge:
+        advice.append(edge)
+    last = [rung.metric for rung in best.rungs if rung.metric is not None][-2:]
+    if len(last) == 2 and last[0] != last[1]:
+        advice.append(f"raise train.epochs: {best.label} still moved from {last[0]:.4g} to {last[1]:.4g} in its last stretch")
+    advice.append("look at the rows that are learned from, and at which tokens are supervised: `orchestrator data SPEC`")
+    deepest = Counter(trial.layers for trial in scored).most_common()
+    advice.append(f"try other layers: {', '.join(layers for layers, _ in deepest)} were tried; fewer blocks change less")
+    if base is not None and base.metric is not None:
+        advice.append(f"serve the untouched base: its {metric} of {base.metric:.4g} is the best known")
+    return tuple(advice)
+
+
+def _advice_on_forgetting(better: Sequence[TrialRecord], closest: TrialRecord, max_forgetting: float) -> tuple[str, ...]:
+    lost = closest.forgetting or 0.0
+    fastest = max(trial.learning_rate for trial in better)
+    enough = math.ceil(lost * 100) / 100
+    return (
+        f"lower search.learning_rate below {closest.learning_rate:.1e}: the trial that forgets least, {closest.label}, "
+        f"forgets {lost:.3f}, and rates went up to {fastest:.1e}",
+        f"unfreeze less than {closest.layers}: head, last:1 or last:2, with lora",
+        f"train for fewer epochs: forgetting grows with steps, and {closest.label} took {_steps(closest)}",
+        "mix retention text into training (train.replay), once it is supported",
+        f"accept it: search.max_forgetting: {enough:g} instead of {max_forgetting:g} would let {closest.trial_id} pass",
+    )
+
+
+def _steps(trial: TrialRecord) -> int:
+    return trial.last.step if trial.last is not None else trial.total_steps
+
+
+def _edge(best: TrialRecord, scored: Sequence[TrialRecord]) -> str | None:
+    """Advice when the best rate lies at the edge of those tried with the same method."""
+    rates = [trial.learning_rate for trial in scored if trial.tune == best.tune and trial.learning_rate > 0]
+    if len(rates) < 3 or max(rates) == min(rates):
+        return None
+    position = math.log(best.learning_rate / min(rates)) / math.log(max(rates) / min(rates))
+    tried = f"the best rate, {best.learning_rate:.1e}, lies at the edge of {min(rates):.1e} to {max(rates):.1e}"
+    if position <= EDGE_SHARE:
+        return f"lower search.learning_rate for {best.tune}: {tried}"
+    return f"raise search.learning_rate for {best.tune}: {tried}" if position >= 1 - EDGE_SHARE else None

@@ -1,0 +1,272 @@
+"""What a sweep found and what it is worth, as records that outlast the process: sweep.json and transfer.json.
+
+Losses are nats per supervised token (retention: nats per token), times are seconds, sizes are bytes. A
+figure that was not measured is None; one that broke is NaN.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+from orchestrator.values import Value
+
+Control = Literal["none", "head", "shuffled", "scratch", "k_shot"]
+VerdictKind = Literal["positive", "no gain", "negative", "inconclusive"]
+
+
+class RungRecord(Value):
+    """One comparison point of a trial."""
+
+    rung: int = 0
+    step: int
+    tokens: int
+    train_loss: float | None = None
+    eval_loss: float | None = None
+    metric: float | None = None
+    """The search's metric on the eval set."""
+    retain_loss: float | None = None
+    forgetting: float | None = None
+    """Rise of the retention loss over the base's."""
+    score: float | None = None
+    """What the search minimises: the metric (turned round when higher is better) plus the penalty beyond the bound."""
+    seconds: float = 0.0
+    """Training and evaluation since the rung before."""
+
+
+class EngineFigures(Value):
+    """Which machinery served a trial, in figures."""
+
+    executor: str
+    engine_class: str = ""
+    zero_stage: int = 0
+    ranks: int = 1
+    partitioned_bytes: int = 0
+    peak_memory_bytes: int = 0
+    base_loads: int = 1
+    ordinal: int = 0
+    """How many assignments the gang had run before."""
+
+
+class TrialRecord(Value):
+    """One trial or control, from its first rung to its end."""
+
+    trial_id: str
+    number: int
+    control: Control | None = None
+    layers: str
+    tune: Literal["lora", "full"]
+    lora_rank: int | None = None
+    learning_rate: float
+    seed: int = 0
+    state: Literal["running", "finished", "stopped", "failed"]
+    """`stopped`: the scheduler saw no promise in it; `failed`: for a reason of its own."""
+    reason: str = ""
+    rungs: tuple[RungRecord, ...] = ()
+    total_steps: int = 0
+    trainable_parameters: int = 0
+    gang: int = -1
+    engine: EngineFigures | None = None
+    resumed: bool = False
+    """Taken over from an earlier submission of the same run."""
+
+    @property
+    def last(self) -> RungRecord | None:
+        return self.rungs[-1] if self.rungs else None
+
+    @property
+    def metric(self) -> float | None:
+        """The metric at the last rung: what the trial is compared by."""
+        return self.rungs[-1].metric if self.rungs else None
+
+    @property
+    def score(self) -> float | None:
+        return self.rungs[-1].score if self.rungs else None
+
+    @property
+    def forgetting(self) -> float | None:
+        return self.rungs[-1].forgetting if self.rungs else None
+
+    @property
+    def retain_loss(self) -> float | None:
+        return self.rungs[-1].retain_loss if self.rungs else None
+
+    @property
+    def seconds(self) -> float:
+        return sum(rung.seconds for rung in self.rungs)
+
+    @property
+    def label(self) -> str:
+        """`last:4 · lora r16 · lr 3.1e-03`; a control is called by its name."""
+        if self.control == "none":
+            return "untouched base"
+        tune = f"lora r{self.lora_rank}" if self.tune == "lora" else "full"
+        point = f"{self.layers} · {tune} · lr {self.learning_rate:.1e}"
+        return f"{self.control} control · {point}" if self.control else point
+
+
+class SweepResult(Value):
+    """What the search found; also written by the one-trial job, with one trial in it."""
+
+    name: str
+    job: Literal["sweep", "finetune"] = "sweep"
+    task: str = "completion"
+    metric: str
+    higher_is_better: bool
+    max_forgetting: float
+    trials: tuple[TrialRecord, ...]
+    """Every trial and control by number; controls have `control` set."""
+    winner_id: str | None
+    """The promoted trial; None when nothing was worth promoting."""
+    promotion_reason: str
+    promoted_by_hand: bool = False
+    advice: tuple[str, ...] = ()
+    """What to try next, in order."""
+    front: tuple[str, ...] = ()
+    """Trial ids on the Pareto front of target against retention; empty lets a reader compute it."""
+    num_gangs: int = 1
+    ranks_per_gang: int = 1
+    base_loads: int = 0
+    """How often the base was loaded; law 11 wants it equal to the number of gangs, plus one for each that was replaced."""
+    gangs_replaced: int = 0
+    gang_idle_seconds: float = 0.0
+    """Summed over the gangs, from the first trial's start to the last one's end."""
+    first_trial_seconds: float | None = None
+    """From submission to the first trial's first step."""
+    wall_seconds: float = 0.0
+    started_at: float = 0.0
+    """Unix time."""
+    finished_at: float | None = None
+    """None while it runs."""
+    num_submissions: int = 1
+
+    @property
+    def searched(self) -> tuple[TrialRecord, ...]:
+        """The trials without the controls."""
+        return tuple(trial for trial in self.trials if trial.control is None)
+
+    @property
+    def num_stopped_early(self) -> int:
+        return sum(trial.state == "stopped" for trial in self.searched)
+
+    @property
+    def winner(self) -> TrialRecord | None:
+        return next((trial for trial in self.trials if trial.trial_id == self.winner_id), None)
+
+    def control(self, name: Control) -> TrialRecord | None:
+        return next((trial for trial in self.trials if trial.control == name), None)
+
+
+class ComparisonRecord(Value):
+    """Paired per-example difference on the test set; positive means that the promoted model is better."""
+
+    against: Control
+    mean: float
+    low: float
+    """Lower end of the 95% interval."""
+    high: float
+    method: Literal["bootstrap", "sign_flip"]
+    num_examples: int
+    p_value: float | None = None
+    unit: str = "nats per token"
+
+
+class ModelScores(Value):
+    """One model on the test set and on the retention set."""
+
+    model: str
+    """`promoted`, or a control's name."""
+    metrics: dict[str, float] = {}
+    retain_loss: float | None = None
+    forgetting: float | None = None
+
+
+class PromptComparison(Value):
+    """One held-out prompt, answered by base and by bundle."""
+
+    prompt: str
+    expected: str = ""
+    base_answer: str
+    tuned_answer: str
+
+
+class VerificationFigures(Value):
+    """The bundle against the trained model (law 5). KL divergences are means, nats per token."""
+
+    passed: bool
+    kl_bundle: float
+    """KL(trained || bundle)."""
+    kl_base: float
+    """KL(trained || base)."""
+    limit: float
+    num_prompts: int
+    num_tokens: int = 0
+    seconds: float = 0.0
+    merged_into: str = ""
+    """`dequantized` or `original`: which base the adapter was merged into."""
+
+
+class PlanAgainstMeasured(Value):
+    """One planned figure beside the measured one."""
+
+    name: str
+    planned: float | None
+    measured: float | None
+    unit: Literal["bytes", "seconds", "count", "tokens/s"]
+
+
+class RefitRecord(Value):
+    """How the winner came to the full budget."""
+
+    ran: bool
+    reason: str
+    """Why it ran, or why it was not needed."""
+    from_step: int = 0
+    to_step: int = 0
+    seconds: float = 0.0
+    restarts: int = 0
+    executor: str = ""
+    zero_stage: int = 0
+    ranks: int = 1
+
+
+class TransferReport(Value):
+    """The verdict, spoken on the test set, which was read once, on the bundle."""
+
+    verdict: VerdictKind | None = None
+    """None when nothing was promoted and so nothing was tested."""
+    sentence: str = ""
+    trial_id: str | None = None
+    comparisons: tuple[ComparisonRecord, ...] = ()
+    scores: tuple[ModelScores, ...] = ()
+    prompts: tuple[PromptComparison, ...] = ()
+    bundle: str | None = None
+    verification: VerificationFigures | None = None
+    refit: RefitRecord | None = None
+    plan_against_measured: tuple[PlanAgainstMeasured, ...] = ()
+    serve_commands: tuple[str, ...] = ()
+    report: str | None = None
+    versions: dict[str, str] = {}
+
+
+class RunView(Protocol):
+    """Whoever watches a run: a terminal, a log, a script. The run calls, the view shows; a view never raises."""
+
+    def start(self, *, name: str, metric: str, higher_is_better: bool, max_forgetting: float, num_trials: int) -> None:
+        """The run is planned and begins; `num_trials` counts the searched trials, without controls."""
+        ...
+
+    def phase(self, name: str, detail: str = "") -> None:
+        """A new stretch of the run: `data`, `gangs`, `search`, `refit`, `merge`, `verify`, `test`, `report`."""
+        ...
+
+    def trial(self, record: TrialRecord) -> None:
+        """A trial started, reached a rung, or ended; the whole record, every time."""
+        ...
+
+    def event(self, kind: str, message: str, **fields: object) -> None:
+        """Anything automatic that the run record also gets: a micro-batch halved, a gang replaced, a trial retried."""
+        ...
+
+    def close(self) -> None:
+        """The run has ended, well or not."""
+        ...

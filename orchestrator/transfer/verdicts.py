@@ -1,0 +1,79 @@
+"""The verdict: what the paired comparisons on the test set allow to be said."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from orchestrator.transfer.comparison import Comparison
+from orchestrator.transfer.records import Control, VerdictKind
+from orchestrator.values import Value
+
+SMALLEST_GAIN = 0.01
+"""A gain that matters: a hundredth of a nat per token, one point of an accuracy. Where the interval holds zero,
+it parts `no gain` (a gain that matters is excluded) from `inconclusive` (it is not)."""
+_WORST_FIRST: tuple[VerdictKind, ...] = ("negative", "no gain", "inconclusive", "positive")
+_NAMES: dict[Control, str] = {
+    "none": "the base",
+    "head": "head",
+    "scratch": "training from scratch",
+    "shuffled": "shuffled answers",
+    "k_shot": "the base with examples in its prompt",
+}
+
+
+class Verdict(Value):
+    """What was found, and the sentence that says it with its figures."""
+
+    kind: VerdictKind
+    sentence: str
+
+
+def verdict(
+    vs_none: Comparison, vs_scratch: Comparison | None = None, *, others: Mapping[Control, Comparison] | None = None
+) -> Verdict:
+    """Judge the promoted model.
+
+    `negative` when it is worse than the base or than training from scratch; `positive` when it is better than both
+    (than the one that ran); else `no gain` when no gain that matters is possible against one of them, and
+    `inconclusive` when the data cannot tell.
+
+    Args:
+        vs_none: Against the untouched base, on the test set.
+        vs_scratch: Against random weights trained on the same budget.
+        others: Comparisons that the sentence reports and the verdict does not depend on (`head`, `shuffled`).
+    """
+    judged = [vs_none] if vs_scratch is None else [vs_none, vs_scratch]
+    kinds: list[VerdictKind] = [_kind(comparison) for comparison in judged]
+    kind: VerdictKind = min(kinds, key=_WORST_FIRST.index)
+    told: dict[Control, Comparison] = {"none": vs_none}
+    if vs_scratch is not None:
+        told["scratch"] = vs_scratch
+    return Verdict(kind=kind, sentence=f"{kind}: {_sentence({**told, **(others or {})})}")
+
+
+def _kind(comparison: Comparison) -> VerdictKind:
+    """What one comparison says by itself."""
+    if comparison.low > 0:
+        return "positive"
+    if comparison.high < 0:
+        return "negative"
+    return "no gain" if comparison.high < SMALLEST_GAIN else "inconclusive"
+
+
+def _sentence(comparisons: Mapping[Control, Comparison]) -> str:
+    """`2.09 ± 0.05 nats better than the base, 1.27 ± 0.04 better than head, on 180 test examples`."""
+    parts: list[str] = []
+    for against, comparison in comparisons.items():
+        scale, unit, digits = _unit(comparison.unit)
+        margin = max(comparison.high - comparison.mean, comparison.mean - comparison.low) * scale
+        figure = f"{abs(comparison.mean) * scale:.{digits}f} ± {margin:.{digits}f}"
+        named = "" if parts else f" {unit}"
+        parts.append(f"{figure}{named} {'better' if comparison.mean >= 0 else 'worse'} than {_NAMES[against]}")
+    num_examples = next(iter(comparisons.values())).num_examples
+    few = "; too few for an interval" if any(c.low == float("-inf") for c in comparisons.values()) else ""
+    return f"{', '.join(parts)}, on {num_examples} test example{'s' if num_examples != 1 else ''}{few}"
+
+
+def _unit(unit: str) -> tuple[float, str, int]:
+    """Factor, word and digits: losses in nats, shares in percentage points."""
+    return (1.0, "nats", 2) if unit.startswith("nats") else (100.0, f"points of {unit}", 1)

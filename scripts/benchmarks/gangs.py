@@ -1,0 +1,70 @@
+"""How long until the first step of a sweep's first trial, and how long gangs stand idle between trials.
+
+Runs a sweep of six trials over two rungs on the sample, or reads a finished run: scripts/bench gangs [RUN]
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+from itertools import pairwise
+from pathlib import Path
+
+from orchestrator.plan.values import RungResult
+from orchestrator.store import read_json
+
+SPEC = """
+name: gangs
+base: {{model: sample}}
+task: completion
+data:
+  train: {data}/train.jsonl
+  eval: {data}/eval.jsonl
+  test: {data}/test.jsonl
+  max_tokens: 64
+  eval_rows: 30
+  test_rows: 30
+train: {{epochs: 1, tokens_per_step: 2048}}
+search: {{layers: ["last:1", "last:2"], tune: [lora], lora_rank: [8], trials: 6}}
+output: {output}
+"""
+
+
+def run_sample_sweep(folder: Path) -> Path:
+    from orchestrator.report import open_view
+    from orchestrator.runtime import run_sweep
+    from orchestrator.samples import SAMPLE_DATA
+    from orchestrator.spec import load_spec
+
+    spec = folder / "spec.yaml"
+    spec.write_text(SPEC.format(data=SAMPLE_DATA, output=folder), encoding="utf-8")
+    return run_sweep(load_spec(spec), view=open_view(stream=sys.stderr)).run_folder
+
+
+def gaps_between_assignments(results: list[RungResult]) -> list[float]:
+    """Seconds from the end of an assignment to the start of the next on the same gang."""
+    gaps: list[float] = []
+    for gang in {result.gang for result in results}:
+        served = sorted((result for result in results if result.gang == gang), key=lambda result: result.started_at)
+        gaps += [after.started_at - before.finished_at for before, after in pairwise(served)]
+    return gaps
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        run = Path(sys.argv[1]) if len(sys.argv) > 1 else run_sample_sweep(Path(scratch))
+        submitted = read_json(run / "run.json")["submissions"][0]
+        results = [RungResult.model_validate(read_json(file)) for file in run.glob("trials/t*/result-*.json")]
+    first = min(results, key=lambda result: result.started_at)
+    first_step_s = first.started_at - submitted + first.train_seconds / max(1, first.step)
+    gaps = gaps_between_assignments(results)
+    print(f"time to the first step of the first trial   {first_step_s:8.2f} s")
+    print(f"gang idle between two assignments, median   {statistics.median(gaps):8.3f} s   ({len(gaps)} gaps)")
+    print(f"gang idle between two assignments, longest  {max(gaps):8.3f} s")
+    busy = sum(result.finished_at - result.started_at for result in results)
+    print(f"share of a gang's time that was idle        {sum(gaps) / (sum(gaps) + busy):8.1%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""The house stands as it was drawn: imports go strictly downward, heavy libraries stay in their rooms, files stay short."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PACKAGE = REPOSITORY / "orchestrator"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+FLOORS: dict[str, tuple[int, int]] = {
+    "": (0, 0),
+    "errors": (0, 0),
+    "units": (0, 0),
+    "values": (0, 0),
+    "samples": (0, 0),
+    "spec": (1, 0),
+    "anatomy": (2, 0),
+    "plan": (3, 0),
+    "transfer": (3, 0),
+    "store": (4, 1),
+    "data": (4, 2),
+    "train": (4, 3),
+    "serve": (4, 4),
+    "runtime": (5, 0),
+    "report": (5, 0),
+    "cli": (6, 0),
+}
+"""Room -> floor and, on floor 4 alone, the place in its order. The package itself is the room without a name."""
+PURE = [room for room, (floor, _) in FLOORS.items() if floor <= 3]
+HEAVY = ("ray", "torch", "deepspeed", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
+HOMES = {"ray": {"runtime"}, "deepspeed": {"train"}}
+LONGEST_FILE = 330
+LONGEST_FUNCTION = 60
+LONGEST_LOOP = 100
+"""What the training loop may take."""
+
+
+def room_of(path: Path) -> str:
+    """`orchestrator/plan/memory.py` -> `plan`; `orchestrator/errors.py` -> `errors`; `cli_machine.py` belongs to `cli`."""
+    first = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if first == "__init__":
+        return ""
+    return "cli" if first.startswith("cli_") else first
+
+
+def imports_of(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of everything that a file imports, at its top or inside a function."""
+    module = [*path.relative_to(REPOSITORY).with_suffix("").parts]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = module[: len(module) - node.level] if node.level else []
+            target = ".".join([*package, *([node.module] if node.module else [])])
+            yield node.lineno, target
+            yield from ((node.lineno, f"{target}.{alias.name}") for alias in node.names)
+
+
+def imported_rooms(path: Path) -> Iterator[tuple[int, str]]:
+    for line, name in imports_of(path):
+        parts = name.split(".")
+        if parts[0] == "orchestrator" and len(parts) > 1:
+            room = "cli" if parts[1].startswith("cli_") else parts[1]
+            if room in FLOORS:
+                yield line, room
+
+
+def may_import(room: str, other: str) -> bool:
+    if room == other:
+        return True
+    (floor, place), (below, other_place) = FLOORS[room], FLOORS[other]
+    return floor > below or (floor == below and place > other_place)
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(REPOSITORY))
+
+
+def test_every_room_has_its_floor() -> None:
+    assert {room_of(path) for path in FILES} <= set(FLOORS), "a new room needs a floor"
+
+
+def test_the_rule_itself() -> None:
+    assert may_import("cli", "runtime")
+    assert may_import("train", "data")
+    assert not may_import("data", "train")
+    assert not may_import("plan", "transfer")
+    assert not may_import("runtime", "report")
+    assert not may_import("spec", "anatomy")
+    assert not may_import("values", "errors")
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_imports_go_strictly_downward(path: Path) -> None:
+    room = room_of(path)
+    wrong = [f"{relative(path)}:{line} imports {other}" for line, other in imported_rooms(path) if not may_import(room, other)]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("library", HOMES)
+def test_a_library_is_imported_in_its_room_alone(library: str) -> None:
+    wrong = [
+        f"{relative(path)}:{line}"
+        for path in FILES
+        for line, name in imports_of(path)
+        if name.split(".")[0] == library and room_of(path) not in HOMES[library]
+    ]
+    assert not wrong, f"{library} belongs in {HOMES[library]}: {wrong}"
+
+
+def test_pure_floors_import_nothing_heavy() -> None:
+    modules = [
+        ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+        for path in FILES
+        if room_of(path) in PURE
+    ]
+    script = (
+        "import importlib, sys\n"
+        f"for name in {modules!r}: importlib.import_module(name)\n"
+        f"print(*(library for library in {HEAVY!r} if library in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
+
+
+def test_one_function_writes_the_deepspeed_config() -> None:
+    writers = [
+        f"{relative(path)}:{node.name}"
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and any(isinstance(part, ast.Constant) and part.value == "zero_optimization" for part in ast.walk(node))
+    ]
+    mentions = [relative(path) for path in FILES if "zero_optimization" in path.read_text()]
+    assert len(writers) <= 1, writers
+    assert len(mentions) == len(writers), mentions
+    assert all(mention.startswith("orchestrator/train/") for mention in mentions)
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_files_and_functions_stay_short(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= LONGEST_FILE, f"{relative(path)} has {len(text.splitlines())} lines"
+    limit = LONGEST_LOOP if path == PACKAGE / "train" / "loop.py" else LONGEST_FUNCTION
+    long = [
+        f"{relative(path)}:{node.lineno} {node.name} has {node.end_lineno - node.lineno + 1} lines"
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.end_lineno is not None
+        and node.end_lineno - node.lineno + 1 > limit
+    ]
+    assert not long, "\n".join(long)

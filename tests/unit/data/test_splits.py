@@ -1,0 +1,89 @@
+"""Shares and duplicates: properties over many sets of rows."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.data.rows import Example
+from orchestrator.data.splits import remove_shared, split_by_share
+
+
+def example(number: int, content: int | None = None, group: int | None = None, label: int | None = None) -> Example:
+    content = number if content is None else content
+    return Example(
+        file="f",
+        line=number,
+        content_key=f"c{content}",
+        group=None if group is None else f"group/{group}",
+        label=None if label is None else str(label),
+    )
+
+
+rows = st.lists(
+    st.tuples(st.integers(0, 30), st.none() | st.integers(0, 9), st.none() | st.integers(0, 3)), min_size=3, max_size=60
+).map(lambda rows: [example(number, *row) for number, row in enumerate(rows)])
+share = st.sampled_from([0.0, 0.1, 0.25, 0.4])
+
+
+@given(rows, share, share, st.integers(-3, 3))
+def test_shares_partition_the_rows_and_keep_groups_together(examples: list[Example], ev: float, te: float, seed: int) -> None:
+    parts = split_by_share(examples, ev, te, seed)
+    assert Counter(e.line for part in parts.values() for e in part) == Counter(e.line for e in examples)
+    assert all([e.line for e in part] == sorted(e.line for e in part) for part in parts.values())
+    home: dict[str, str] = {}
+    for name, part in parts.items():
+        for row in part:
+            assert home.setdefault(row.group or row.content_key, name) == name
+    assert {e.label for e in examples} <= {e.label for e in parts["train"]} | {None}
+    assert parts == split_by_share(examples, ev, te, seed)
+
+
+def test_shares_are_of_the_asked_size_and_another_seed_takes_others() -> None:
+    examples = [example(number) for number in range(1000)]
+    parts = split_by_share(examples, 0.1, 0.2, 0)
+    assert {name: len(part) for name, part in parts.items()} == {"train": 700, "eval": 100, "test": 200}
+    other = split_by_share(examples, 0.1, 0.2, 1)
+    assert other["test"] != parts["test"]
+    assert len(split_by_share(examples, 0.0, 0.0, 0)["train"]) == 1000
+
+
+def test_new_rows_leave_the_old_ones_in_their_splits() -> None:
+    old = [example(number) for number in range(500)]
+    more = [example(number) for number in range(520)]
+    before, after = (split_by_share(rows, 0.1, 0.1, 0) for rows in (old, more))
+    moved = {e.line for e in before["test"]} - {e.line for e in after["test"]}
+    assert len(moved) <= 4
+
+
+def test_a_share_of_few_rows_takes_one_and_a_big_group_does_not_take_all() -> None:
+    assert {name: len(part) for name, part in split_by_share([example(n) for n in range(4)], 0.1, 0.1, 0).items()} == {
+        "train": 2,
+        "eval": 1,
+        "test": 1,
+    }
+    grouped = [example(n, group=0) for n in range(90)] + [example(n, group=n) for n in range(90, 100)]
+    for seed in range(20):
+        assert len(split_by_share(grouped, 0.0, 0.1, seed)["test"]) == 10
+
+
+def test_a_rare_class_stays_in_train() -> None:
+    examples = [example(n, label=0) for n in range(50)] + [example(99, label=1)]
+    for seed in range(30):
+        assert any(e.label == "1" for e in split_by_share(examples, 0.3, 0.3, seed)["train"])
+
+
+@given(rows, rows, rows)
+def test_test_keeps_a_shared_row_before_eval_before_train(
+    train: list[Example], evaluation: list[Example], test: list[Example]
+) -> None:
+    splits = remove_shared(train, evaluation, test)
+    keys = {name: {e.content_key for e in getattr(splits, name)} for name in ("train", "eval", "test")}
+    assert not keys["train"] & keys["eval"]
+    assert not keys["train"] & keys["test"]
+    assert not keys["eval"] & keys["test"]
+    assert splits.test == test
+    assert len(splits.duplicates) == len(train) + len(evaluation) - len(splits.train) - len(splits.eval)
+    assert all(keeper == "test" or (split, keeper) == ("train", "eval") for _, split, keeper in splits.duplicates)

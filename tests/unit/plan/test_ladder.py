@@ -1,0 +1,74 @@
+"""The order of ways, and the micro-batch that a way gets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from orchestrator.anatomy import select
+from orchestrator.errors import PlanError
+from orchestrator.plan import make_plan
+from orchestrator.plan.ladder import Load, RankRoom, cheapest, heaviest, ways
+from orchestrator.plan.memory import weigh
+from orchestrator.spec.models import ResourcesSpec
+from orchestrator.units import GIB
+
+
+def load(base: Any, policy: str = "all", tokens_per_step: int = 2**20) -> Load:
+    selection = select(base("8b"), policy, "lora", 16, task="completion")
+    return Load(footprints=(weigh(base("8b"), selection, "none", 2),), row_tokens=512, tokens_per_step=tokens_per_step)
+
+
+def test_cheaper_ways_come_first() -> None:
+    order = [str(way) for way in ways(ResourcesSpec(), "cuda", [1, 2], 512)]
+    assert order[:8] == [
+        "1 rank",
+        "1 rank, checkpointing",
+        "2 ranks, ZeRO-1",
+        "2 ranks, ZeRO-2",
+        "2 ranks, ZeRO-3",
+        "2 ranks, ZeRO-1, checkpointing",
+        "2 ranks, ZeRO-2, checkpointing",
+        "2 ranks, ZeRO-3, checkpointing",
+    ]
+    assert order[8] == "1 rank, ZeRO-1, optimizer offloaded"
+    assert order[-1] == "2 ranks, ZeRO-3, checkpointing, parameters offloaded"
+
+
+def test_cores_have_nowhere_to_offload_to() -> None:
+    assert [str(way) for way in ways(ResourcesSpec(), "cpu", [1], 512)] == ["1 rank", "1 rank, checkpointing"]
+
+
+@pytest.mark.parametrize("gib", [30, 40, 80])
+def test_the_micro_batch_is_the_largest_that_fits(base: Any, gib: int) -> None:
+    """With a step without end, one row more would be too much; rows spread evenly may leave out less than a round."""
+    work, room = load(base, tokens_per_step=512 * 10**6), RankRoom(gib * GIB, 0)
+    way, _ = cheapest(ways(ResourcesSpec(), "cuda", [1], 512), work, room)
+    assert way is not None
+    assert heaviest(way, work.footprints)[0].total_bytes <= room.device_bytes
+    more = replace(way, micro_batch_rows=way.micro_batch_rows + 1)
+    assert heaviest(more, work.footprints)[0].total_bytes > room.device_bytes
+
+
+def test_rows_are_spread_evenly_over_rounds(base: Any) -> None:
+    """Of 20 rows that a step has, 18 would fit at once: two rounds of 10, not one of 18 and one of 2."""
+    work = load(base, tokens_per_step=20 * 512)
+    rows = [18, 10]
+    per_row = [
+        heaviest(replace(next(ways(ResourcesSpec(), "cuda", [1], 512)), micro_batch_rows=n), work.footprints)[0] for n in rows
+    ]
+    way, _ = cheapest(ways(ResourcesSpec(), "cuda", [1], 512), work, RankRoom(per_row[0].total_bytes, 0))
+    assert way is not None
+    assert way.micro_batch_rows == 10
+
+
+def test_gangs_that_were_asked_for_leave_each_other_room(base: Any, job: Any, gpus: Any, data: Any) -> None:
+    """Four ranks would hold it, but eight gangs on eight GPUs leave one each."""
+    sections: dict[str, Any] = {"search": {"layers": ["all"], "tune": ["full"]}}
+    free = job(**sections, resources={"offload": "none"})
+    assert make_plan(free, base("8b"), data(), gpus(), job="sweep", spec_sha256="0" * 64).execution.ranks > 1
+    crowded = job(**sections, resources={"offload": "none", "gangs": 8})
+    with pytest.raises(PlanError, match="nothing fits on 8 GPUs"):
+        make_plan(crowded, base("8b"), data(), gpus(), job="sweep", spec_sha256="0" * 64)

@@ -1,0 +1,82 @@
+"""Options: the cross product without its doubles, with rates; the grid over them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from orchestrator.plan import grid_points, make_plan
+from orchestrator.plan.options import search_choices
+from orchestrator.plan.values import SearchPlan
+
+
+def names(choices: list[Any]) -> list[tuple[str, str, int | None]]:
+    return [(c.selection.policy, c.selection.tune, c.selection.lora_rank) for c in choices]
+
+
+def test_cross_product_with_ranks_for_lora_alone(base: Any, job: Any) -> None:
+    spec = job(search={"layers": ["last:1", "last:2"], "tune": ["lora", "full"], "lora_rank": [4, 8]}).spec
+    assert names(search_choices(spec, base("tiny"), 0)) == [
+        ("last:1", "lora", 4),
+        ("last:1", "lora", 8),
+        ("last:1", "full", None),
+        ("last:2", "lora", 4),
+        ("last:2", "lora", 8),
+        ("last:2", "full", None),
+    ]
+
+
+def test_policies_that_mean_the_same_are_one_option(base: Any, job: Any) -> None:
+    spec = job(search={"layers": ["last:4", "all", "blocks:0-3"], "tune": ["lora"], "lora_rank": [8]}).spec
+    assert len(search_choices(spec, base("tiny"), 0)) == 1
+
+
+def test_a_classifier_alone_is_the_same_for_lora_and_full(base: Any, job: Any) -> None:
+    spec = job(task="classify", search={"layers": ["head", "last:1"], "tune": ["lora", "full"], "lora_rank": [4, 8]}).spec
+    choices = search_choices(spec, base("tiny"), 3)
+    assert names(choices) == [("head", "full", None), ("last:1", "lora", 4), ("last:1", "lora", 8), ("last:1", "full", None)]
+
+
+def test_a_language_head_differs_for_lora_and_full(base: Any, job: Any) -> None:
+    spec = job(search={"layers": ["head"], "tune": ["lora", "full"], "lora_rank": [8]}).spec
+    assert names(search_choices(spec, base("tiny"), 0)) == [("head", "lora", 8), ("head", "full", None)]
+
+
+def test_rates_by_method(base: Any, job: Any) -> None:
+    search: dict[str, Any] = {"layers": ["head", "last:1"], "tune": ["full", "lora"], "learning_rate": {"lora": [1e-3, 1e-1]}}
+    rates = [c.rates for c in search_choices(job(search=search).spec, base("tiny"), 0)]
+    assert rates == [pytest.approx(r) for r in ((1e-4, 1e-2), (1e-3, 1e-1), (1e-4, 1e-2), (1e-3, 1e-1))]
+    search["learning_rate"]["full"] = [3e-5, 3e-4]
+    fresh = search_choices(job(task="classify", search=search).spec, base("tiny"), 3)
+    assert fresh[0].rates == pytest.approx((3e-4, 3e-3)), "a new classifier alone takes ten times the rate"
+    assert fresh[1].rates == pytest.approx((3e-5, 3e-4))
+
+
+@pytest.fixture(scope="module")
+def search_plan(base: Any, job: Any, cores: Any, data: Any) -> SearchPlan:
+    spec = job(search={"layers": ["last:1", "all"], "tune": ["lora"], "trials": 14, "algorithm": "grid"})
+    search = make_plan(spec, base("tiny"), data(), cores(), job="sweep", spec_sha256="0" * 64).search
+    assert search is not None
+    return search
+
+
+def test_the_grid_has_as_many_points_as_trials(search_plan: SearchPlan) -> None:
+    points = grid_points(search_plan)
+    assert len(points) == len(set(points)) == 14
+    low, high = search_plan.options[0].learning_rate_low, search_plan.options[0].learning_rate_high
+    rates = sorted(rate for index, rate in points if index == 0)
+    assert rates == pytest.approx([low * (high / low) ** (k / 8) for k in range(1, 8)]), (
+        "seven rates, evenly spaced in the logarithm"
+    )
+
+
+def test_more_trials_move_no_grid_point(search_plan: SearchPlan) -> None:
+    fewer = search_plan.model_copy(update={"num_trials": 5})
+    assert grid_points(search_plan)[:5] == grid_points(fewer)
+
+
+def test_the_first_grid_point_is_the_middle(search_plan: SearchPlan) -> None:
+    option = search_plan.options[0]
+    assert grid_points(search_plan)[0] == (0, pytest.approx(math.sqrt(option.learning_rate_low * option.learning_rate_high)))

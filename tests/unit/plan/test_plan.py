@@ -1,0 +1,322 @@
+"""Whole plans: the shipped jobs, what `resources` asks for, and laws that hold on every cluster."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from orchestrator.anatomy import read_anatomy, resolve_base
+from orchestrator.errors import PlanError, SpecError
+from orchestrator.plan import make_plan
+from orchestrator.plan.ladder import OFFLOADS
+from orchestrator.plan.values import ClusterDescription, DataSize, RunPlan
+from orchestrator.spec import load_spec, spec_sha256
+from orchestrator.units import GIB
+
+SHA = "0" * 64
+
+
+@pytest.fixture(scope="session")
+def plan(base: Any, job: Any, data: Any) -> Any:
+    """A plan from a base's name, a cluster, and the sections of a spec."""
+
+    def build(
+        name: str, cluster: ClusterDescription, *, kind: str = "sweep", size: DataSize | None = None, **sections: Any
+    ) -> RunPlan:
+        loaded = job(**sections)
+        return make_plan(loaded, base(name), size or data(), cluster, job=kind, spec_sha256=SHA)  # type: ignore[arg-type]
+
+    return build
+
+
+# -- the shipped jobs -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[3] / "jobs" / "specs").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_shipped_spec_has_a_plan(path: Path, data: Any, gpus: Any, cores: Any) -> None:
+    loaded = load_spec(path)
+    spec = loaded.spec
+    anatomy = read_anatomy(resolve_base(spec.base.model, loaded.folder), need_weights=False)
+    cluster = gpus(4) if anatomy.num_parameters() > 1e9 else cores(2)
+    classes = 4 if spec.task == "classify" else 0
+    size = data(longest_document_tokens=spec.data.max_tokens, num_classes=classes)
+    for job in ("sweep", "finetune"):
+        if getattr(spec, {"sweep": "search", "finetune": "finetune"}[job]) is not None:
+            found = make_plan(loaded, anatomy, size, cluster, job=job, spec_sha256=spec_sha256(spec, job))  # type: ignore[arg-type]
+            assert RunPlan.model_validate_json(found.model_dump_json()) == found
+
+
+def test_an_8b_in_nf4_takes_one_rank_of_eight_gangs(plan: Any, gpus: Any) -> None:
+    found = plan("8b", gpus(), quantize="nf4", search={"tune": ["lora"]}, train={"tokens_per_step": 32768})
+    assert (found.num_gangs, found.execution.ranks, found.execution.executor) == (8, 1, "torch")
+    assert not found.execution.checkpointing
+    assert found.refit_execution.ranks == 8
+    assert (found.refit_execution.executor, found.refit_execution.zero_stage) == ("deepspeed", 1)
+
+
+def test_a_70b_in_16_bit_needs_stage_3_and_says_why(plan: Any, gpus: Any) -> None:
+    started = time.monotonic()
+    found = plan("70b", gpus(4), search={"tune": ["lora"]}, train={"tokens_per_step": 131072})
+    assert time.monotonic() - started < 1
+    assert found.execution.zero_stage == 3
+    assert found.execution.offload == "none"
+    assert found.num_gangs * found.execution.ranks == 32
+    refused = {rejected.way: rejected.reason for rejected in found.rejected}
+    assert "frozen weights: 131.4 GiB" in refused[f"{found.execution.ranks} ranks, ZeRO-2"]
+    assert any(way.startswith("1 rank") for way in refused)
+
+
+def test_full_tuning_of_an_8b_partitions_its_optimizer(plan: Any, gpus: Any) -> None:
+    found = plan("8b", gpus(), search={"layers": ["all"], "tune": ["full"]})
+    assert found.execution.ranks > 1
+    assert found.execution.zero_stage >= 1
+    assert "masters and Adam" in found.rejected[0].reason
+
+
+def test_parameters_are_offloaded_before_giving_up(plan: Any, gpus: Any) -> None:
+    found = plan("70b", gpus(each=1, memory=80, host=1000), search={"layers": ["last:2"], "tune": ["lora"]})
+    assert (found.execution.offload, found.execution.zero_stage, found.execution.executor) == ("parameters", 3, "deepspeed")
+
+
+def test_the_smallest_stage_that_fits_is_taken(plan: Any, gpus: Any) -> None:
+    """Two ranks of a base that one would hold: stage 1, which costs no more than stage 0."""
+    found = plan("tiny", gpus(), resources={"ranks_per_gang": 2})
+    assert (found.execution.executor, found.execution.zero_stage) == ("deepspeed", 1)
+    assert found.num_gangs == 4
+
+
+# -- cores ------------------------------------------------------------------------------------------------------------
+
+
+def test_cores_take_one_rank_each(plan: Any, cores: Any) -> None:
+    found = plan("tiny", cores(4, memory=16))
+    assert (found.num_gangs, found.execution.ranks, found.execution.threads_per_rank) == (4, 1, 1)
+    assert (found.execution.device, found.execution.backend, found.execution.executor) == ("cpu", "gloo", "torch")
+    assert found.execution.micro_batch_rows * found.execution.row_tokens <= 4096
+    assert found.refit_execution.ranks == 4
+    assert found.gpu_hours is None
+
+
+def test_fewer_trials_than_cores_get_more_threads(plan: Any, cores: Any) -> None:
+    found = plan("tiny", cores(8), search={"trials": 2})
+    assert (found.num_gangs, found.execution.threads_per_rank) == (2, 4)
+
+
+def test_little_memory_means_fewer_gangs(plan: Any, cores: Any) -> None:
+    found = plan("tiny", cores(8, memory=2.5))
+    assert 1 <= found.num_gangs < 8
+    assert "gangs" in found.rejected[0].way
+
+
+def test_one_trial_on_cores_is_one_process_with_every_thread(plan: Any, cores: Any) -> None:
+    found = plan("tiny", cores(4), kind="finetune", finetune={"layers": "last:1", "learning_rate": 3e-4})
+    assert (found.num_gangs, found.execution.ranks, found.execution.threads_per_rank) == (1, 1, 4)
+    assert found.search is None
+    assert found.finetune is not None
+    assert (found.finetune.learning_rate_low, found.finetune.learning_rate_high) == (3e-4, 3e-4)
+
+
+def test_one_trial_on_gpus_takes_as_many_ranks_as_a_step_has_rows(plan: Any, gpus: Any) -> None:
+    found = plan("tiny", gpus(), kind="finetune", finetune={}, train={"tokens_per_step": 2048})
+    assert found.execution.ranks == 4, "2048 tokens are four rows of 512"
+
+
+# -- what was asked ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("resources", "expected"),
+    [
+        ({"zero": 2}, {"ranks": 1, "executor": "deepspeed", "zero_stage": 2}),
+        ({"zero": 0}, {"ranks": 1, "executor": "deepspeed", "zero_stage": 0}),
+        ({"ranks_per_gang": 2, "zero": 0}, {"ranks": 2, "executor": "deepspeed", "zero_stage": 0}),
+        ({"ranks_per_gang": 4, "zero": 3}, {"ranks": 4, "zero_stage": 3}),
+        ({"offload": "optimizer"}, {"executor": "deepspeed", "zero_stage": 1, "offload": "optimizer"}),
+        ({"offload": "parameters"}, {"executor": "deepspeed", "zero_stage": 3, "offload": "parameters"}),
+        ({"accelerator": "cpu"}, {"device": "cpu", "executor": "torch"}),
+        ({"max_gpus": 3}, {"device": "cuda", "ranks": 1}),
+    ],
+)
+def test_resources_are_obeyed(plan: Any, gpus: Any, resources: dict[str, Any], expected: dict[str, Any]) -> None:
+    execution = plan("tiny", gpus(), resources=resources).execution
+    assert {name: getattr(execution, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("resources", "gangs"),
+    [({"gangs": 3}, 3), ({"max_gpus": 3}, 3), ({"ranks_per_gang": 3}, 2), ({"gangs": 2, "ranks_per_gang": 4}, 2)],
+)
+def test_gangs_are_obeyed(plan: Any, gpus: Any, resources: dict[str, Any], gangs: int) -> None:
+    assert plan("tiny", gpus(), resources=resources).num_gangs == gangs
+
+
+@pytest.mark.parametrize(
+    ("resources", "message"),
+    [
+        ({"ranks_per_gang": 4, "gangs": 3}, "3 gangs of 4 ranks need 12 GPUs, and the cluster has 8"),
+        ({"ranks_per_gang": 16}, "1 gang of 16 ranks needs 16 GPUs, and the cluster has 8"),
+        ({"gangs": 6, "max_gpus": 4}, "max_gpus: 4 allows 4"),
+        ({"zero": 2, "offload": "parameters"}, "zero: 2 cannot offload the parameters"),
+        ({"zero": 0, "offload": "optimizer"}, "zero: 0 cannot offload the optimizer"),
+    ],
+)
+def test_what_cannot_be_obeyed_is_said(plan: Any, gpus: Any, resources: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message) as caught:
+        plan("tiny", gpus(), resources=resources)
+    assert caught.value.exit_code == 3
+    assert caught.value.remedy
+
+
+def test_a_gpu_is_asked_for_where_there_is_none(plan: Any, cores: Any) -> None:
+    with pytest.raises(PlanError, match="a GPU is asked for") as caught:
+        plan("tiny", cores(), resources={"accelerator": "gpu"})
+    assert caught.value.where == "resources.accelerator"
+
+
+def test_more_cores_than_there_are(plan: Any, cores: Any) -> None:
+    with pytest.raises(PlanError, match="2 gangs of 2 ranks need 4 cores, and the cluster has 2"):
+        plan("tiny", cores(2), resources={"gangs": 2, "ranks_per_gang": 2})
+
+
+def test_what_does_not_fit_names_the_term_and_the_remedy(plan: Any, gpus: Any) -> None:
+    with pytest.raises(PlanError, match=r"frozen weights: 131\.4 GiB") as caught:
+        plan("70b", gpus(each=1), resources={"offload": "none", "zero": 2}, search={"tune": ["lora"]})
+    assert "base.quantize: nf4" in caught.value.remedy
+    assert "resources.zero and resources.offload: auto" in caught.value.remedy
+
+
+def test_a_small_host_cannot_take_what_is_offloaded(plan: Any, gpus: Any) -> None:
+    with pytest.raises(PlanError, match="host memory"):
+        plan("70b", gpus(each=1, host=64), search={"layers": ["last:2"], "tune": ["lora"]})
+
+
+def test_gpu_hours_are_bounded(plan: Any, gpus: Any) -> None:
+    free = plan("8b", gpus(), quantize="nf4")
+    assert free.gpu_hours > 0.01
+    with pytest.raises(PlanError, match="max_gpu_hours allows") as caught:
+        plan("8b", gpus(), quantize="nf4", resources={"max_gpu_hours": free.gpu_hours / 2})
+    assert "search.trials: 12" in caught.value.remedy
+
+
+def test_a_missing_section_is_a_mistake_in_the_spec(plan: Any, cores: Any) -> None:
+    with pytest.raises(SpecError, match="finetune"):
+        plan("tiny", cores(), kind="finetune")
+
+
+def test_no_nodes(plan: Any) -> None:
+    with pytest.raises(PlanError, match="no nodes"):
+        plan("tiny", ClusterDescription(nodes=()))
+
+
+# -- laws -------------------------------------------------------------------------------------------------------------
+
+MEMORY_GIB = st.sampled_from([3, 6, 10, 16, 24, 40, 80, 141])
+SECTIONS = st.fixed_dictionaries(
+    {
+        "quantize": st.sampled_from(["none", "nf4"]),
+        "search": st.fixed_dictionaries(
+            {
+                "layers": st.sampled_from([["head"], ["last:2"], ["last:2", "all"]]),
+                "tune": st.sampled_from([["lora"], ["full"], ["lora", "full"]]),
+                "trials": st.integers(1, 30),
+            }
+        ),
+        "train": st.fixed_dictionaries({"tokens_per_step": st.sampled_from([512, 4096, 65536])}),
+        "resources": st.fixed_dictionaries(
+            {},
+            optional={
+                "zero": st.sampled_from([0, 1, 2, 3, "auto"]),
+                "offload": st.sampled_from(["none", "auto"]),
+                "ranks_per_gang": st.sampled_from([1, 2, 3, 8, "auto"]),
+                "gangs": st.sampled_from([1, 2, "auto"]),
+                "max_gpus": st.sampled_from([1, 5, 100]),
+            },
+        ),
+    }
+)
+LAWS = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def estimates(found: RunPlan) -> Iterator[int]:
+    assert found.search is not None
+    yield from (option.memory.total_bytes for option in found.search.options)
+
+
+@LAWS
+@given(
+    name=st.sampled_from(["tiny", "8b", "70b"]),
+    nodes=st.integers(1, 4),
+    each=st.integers(1, 8),
+    memory=MEMORY_GIB,
+    sections=SECTIONS,
+)
+def test_a_plan_keeps_within_gpus_and_memory_and_more_memory_never_hurts(
+    plan: Any, gpus: Any, name: str, nodes: int, each: int, memory: int, sections: dict[str, Any]
+) -> None:
+    try:
+        found = plan(name, gpus(nodes, each, memory), **sections)
+    except PlanError:
+        return
+    used = found.num_gangs * found.execution.ranks
+    allowed = min(nodes * each, sections["resources"].get("max_gpus", 1000))
+    assert 1 <= used <= allowed
+    assert found.refit_execution.ranks <= allowed
+    assert max(estimates(found)) <= memory * GIB
+    assert found.execution.micro_batch_rows >= 1
+    richer = plan(name, gpus(nodes, each, memory * 2), **sections).execution
+    assert OFFLOADS.index(richer.offload) <= OFFLOADS.index(found.execution.offload)
+    if richer.offload == found.execution.offload:
+        assert richer.ranks <= found.execution.ranks
+
+
+@LAWS
+@given(
+    count=st.integers(1, 16),
+    memory=st.sampled_from([1, 2, 4, 16, 64, 256]),
+    name=st.sampled_from(["tiny", "8b"]),
+    sections=SECTIONS,
+)
+def test_ranks_on_cores_share_one_memory(
+    plan: Any, cores: Any, count: int, memory: int, name: str, sections: dict[str, Any]
+) -> None:
+    try:
+        found = plan(name, cores(count, memory), **sections)
+    except PlanError:
+        return
+    ranks = found.num_gangs * found.execution.ranks
+    assert ranks <= count
+    assert ranks * found.execution.threads_per_rank <= count
+    assert max(estimates(found)) * ranks <= memory * GIB
+    assert plan(name, cores(count, memory * 2), **sections).num_gangs >= found.num_gangs
+
+
+@LAWS
+@given(
+    tokens_per_step=st.integers(64, 100_000),
+    max_tokens=st.integers(8, 4000),
+    ranks=st.sampled_from([1, 2, 4]),
+    pack=st.booleans(),
+)
+def test_rows_hold_any_document_and_rounds_hold_a_step(
+    plan: Any, gpus: Any, data: Any, tokens_per_step: int, max_tokens: int, ranks: int, pack: bool
+) -> None:
+    longest = min(max_tokens, 700)
+    found = plan(
+        "tiny",
+        gpus(),
+        size=data(longest_document_tokens=longest),
+        data={"max_tokens": max_tokens, "pack": pack},
+        train={"tokens_per_step": tokens_per_step},
+        resources={"ranks_per_gang": ranks},
+    ).execution
+    assert found.row_tokens >= longest
+    assert found.row_tokens % 8 == 0
+    assert found.micro_batch_rows == 1 or found.micro_batch_rows * found.row_tokens * ranks <= tokens_per_step

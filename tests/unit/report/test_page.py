@@ -1,0 +1,215 @@
+"""The HTML report: self-contained, safe, and there for every state that a run can be in."""
+
+from __future__ import annotations
+
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from orchestrator.errors import UsageError
+from orchestrator.report.page import write_report
+
+SECTIONS = (
+    "Gain on the test set",
+    "Layers and learning rate",
+    "Target against retention",
+    "Prompts, before and after",
+    "Bundle",
+    "What to try next",
+    "Loss curves",
+    "Trials",
+    "Plan against measured",
+    "Data",
+    "Events",
+    "Origin",
+)
+VOID = {"meta", "br", "img", "link"}
+
+
+class Page(HTMLParser):
+    """Reads a page: its text, its tags with attributes, and whether every tag is closed in turn."""
+
+    def __init__(self, written: str) -> None:
+        super().__init__()
+        self.words: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(written)
+        self.close()
+        assert self.open == [], f"left open: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not self.open or self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.tags)
+
+
+def read(path) -> Page:
+    return Page(path.read_text())
+
+
+def test_a_finished_run_shows_every_section(fake_run):
+    page = read(write_report(fake_run()))
+    for title in SECTIONS:
+        assert title in page.text
+    assert "torch, 1 rank" in page.text
+    assert "Positive: 2.09 ± 0.05 nats better than the base" in page.text
+    assert page.count("svg") == 5
+    assert page.count("figure") == page.count("details") - 1 == 5, "each picture has its table, and the spec is folded too"
+
+
+def test_the_page_needs_nothing_but_itself(fake_run):
+    path = write_report(fake_run())
+    page = read(path)
+    assert path.name == "report.html"
+    assert page.count("script") == page.count("link") == page.count("img") == page.count("iframe") == 0
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "xlink:href"):
+            assert (attributes.get(name) or "#").startswith("#"), f"<{tag} {name}={attributes[name]}>"
+    assert "url(http" not in path.read_text()
+    assert "@import" not in path.read_text()
+
+
+def test_ids_are_unique_and_links_lead_somewhere(fake_run):
+    written = write_report(fake_run()).read_text()
+    page = Page(written)
+    ids = [attributes["id"] for _, attributes in page.tags if attributes.get("id")]
+    assert len(ids) == len(set(ids))
+    wanted = {attributes["href"] for tag, attributes in page.tags if tag == "a"} | set(re.findall(r"url\((#[^)]+)\)", written))
+    wanted |= {attributes["xlink:href"] for tag, attributes in page.tags if tag == "use"}
+    assert {link[1:] for link in wanted} <= set(ids)
+
+
+def test_what_models_and_files_say_is_never_markup(fake_run, make):
+    evil = "<script>alert('x')</script><img src=x onerror=alert(1)>"
+    trial = make.trial(0, "all", "lora", 8, 1e-3, state="failed").model_copy(update={"reason": evil})
+    prompt = (
+        make.transfer()
+        .prompts[0]
+        .model_copy(update={"prompt": evil, "tuned_answer": evil, "base_answer": evil, "expected": evil})
+    )
+    sweep = make.sweep(trials=(make.control("none"), trial), winner_id=None, promotion_reason=evil, advice=(evil,), name=evil)
+    folder = fake_run(
+        sweep=sweep,
+        transfer=make.transfer(prompts=(prompt,), sentence=evil, bundle=evil, versions={evil: evil}),
+        events=[{"time": 1.0, "kind": evil, "message": evil, evil: evil}],
+        summary={evil: evil, "nested": [{evil: evil}]},
+        spec_text=f"name: {evil}\n",
+    )
+    page = read(write_report(folder))
+    assert page.count("script") == page.count("img") == 0
+    assert evil in page.text
+
+
+@pytest.mark.parametrize("missing", ["plan", "sweep", "transfer", "summary"])
+def test_a_run_without_one_of_its_parts_is_reported(fake_run, missing):
+    page = read(write_report(fake_run(**{missing: None})))
+    assert "Trials" in page.text
+
+
+def test_a_run_without_a_bound_on_forgetting_is_drawn(fake_run, make):
+    """As the one-trial job leaves it."""
+    page = read(write_report(fake_run(sweep=make.sweep(max_forgetting=math.inf))))
+    assert "Target against retention" in page.text
+    assert page.count("svg") == 5
+
+
+def test_a_folder_with_a_spec_only_is_reported(fake_run):
+    page = read(write_report(fake_run(plan=None, sweep=None, transfer=None, summary=None, events=[])))
+    assert "has not measured anything yet" in page.text
+    assert page.count("svg") == 0
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    (tmp_path / "holiday.txt").write_text("sun")
+    with pytest.raises(UsageError, match="not a run directory"):
+        write_report(tmp_path)
+
+
+def test_all_trials_failed(fake_run, make):
+    trials = tuple(make.trial(number, "all", "full", None, 10.0 ** -(number + 2), state="failed") for number in range(3))
+    sweep = make.sweep(trials=(make.control("none"), *trials), winner_id=None, promotion_reason="every trial failed")
+    page = read(write_report(fake_run(sweep=sweep, transfer=None)))
+    assert "Nothing was promoted: every trial failed" in page.text
+    assert page.text.count("the loss became NaN") == 3
+
+
+def test_not_a_number_is_shown_as_such_and_not_drawn(fake_run, make):
+    sick = make.trial(1, "all", "full", None, 2e-4)
+    rungs = tuple(
+        rung.model_copy(update={"metric": math.nan, "eval_loss": math.inf, "forgetting": math.nan, "score": math.nan})
+        for rung in sick.rungs
+    )
+    sweep = make.sweep(
+        trials=(make.control("none"), make.trial(0, "last:2", "lora", 8, 1e-3), sick.model_copy(update={"rungs": rungs}))
+    )
+    transfer = make.transfer(comparisons=(make.transfer().comparisons[0].model_copy(update={"mean": math.nan, "low": math.nan}),))
+    path = write_report(fake_run(sweep=sweep, transfer=transfer))
+    assert "NaN" in read(path).text
+    assert not re.search(r'\bd="[^"]*nan', path.read_text())
+
+
+def test_one_trial_of_a_finetune(fake_run, make):
+    trial = make.trial(0, "last:4", "lora", 16, 2e-4)
+    sweep = make.sweep(job="finetune", trials=(make.control("none"), trial), winner_id=trial.trial_id)
+    page = read(write_report(fake_run(plan=make.plan(search=False), sweep=sweep)))
+    assert "finetune · completion" in page.text
+    assert "last:4" in page.text
+
+
+def test_shares_are_per_cent_and_more_is_better(fake_run, make):
+    def scored(trial, value):
+        rung = trial.rungs[-1].model_copy(update={"metric": value, "score": -value})
+        return trial.model_copy(update={"rungs": (rung,)})
+
+    worse, better = (scored(make.trial(n, "all", "full", None, 1e-4 * (n + 1)), value) for n, value in ((0, 0.41), (1, 0.73)))
+    trials = (scored(make.control("none"), 0.013), worse, better)
+    sweep = make.sweep(trials=trials, task="classify", metric="accuracy", higher_is_better=True, winner_id=better.trial_id)
+    page = read(write_report(fake_run(sweep=sweep, plan=make.plan(task="classify"))))
+    assert page.text.index("73.0%") < page.text.index("41.0%")
+    assert "1.3%" in page.text
+
+
+def test_the_promoted_trial_and_the_order_of_the_table(fake_run, make):
+    written = write_report(fake_run()).read_text()
+    table = written[written.index('id="trials"') :]
+    states = re.findall(r'class="state (\w+)"', table)
+    assert states[-1] == "failed", "failed trials come last"
+    marked = re.search(r'<tr class="marked"><td class="number">(\d+)</td>', table)
+    winner = make.sweep().winner
+    assert marked is not None
+    assert int(marked[1]) == winner.number
+
+
+def test_many_trials_and_long_text_stay_in_their_boxes(fake_run, make):
+    pair = make.transfer().prompts[0].model_copy(update={"prompt": "x" * 5000})
+    path = write_report(fake_run(sweep=make.sweep(120), transfer=make.transfer(prompts=(pair,))))
+    page = read(path)
+    assert "(4400 more characters)" in page.text
+    assert all("scroll" in written for written in re.findall(r"<div[^>]*>(?=<table)", path.read_text()))
+    assert path.stat().st_size < 1_500_000
+
+
+def test_the_same_run_gives_the_same_page(fake_run):
+    folder = fake_run()
+    assert write_report(folder).read_text() == write_report(folder).read_text()

@@ -1,0 +1,145 @@
+"""Reading run directories that are whole, unfinished, or damaged."""
+
+from __future__ import annotations
+
+import json
+
+from orchestrator.plan.values import EngineRecord, RungResult, TrialSpec
+from orchestrator.report.reading import read_run
+
+
+def write_trial(folder, trial, *, results, end=None):
+    """A trial's folder as the runtime writes it."""
+    trial_folder = folder / "trials" / trial.trial_id
+    trial_folder.mkdir(parents=True)
+    (trial_folder / "trial.json").write_text(json.dumps({"trial": trial.model_dump(mode="json"), "option": 3}))
+    for result in results:
+        (trial_folder / f"result-{result.rung}.json").write_text(result.model_dump_json())
+    if end is not None:
+        (trial_folder / "end.json").write_text(json.dumps(end))
+
+
+def trial_spec(number=0, control=None):
+    return TrialSpec(
+        trial_id=f"t{number:03d}" if control is None else control,
+        number=number,
+        control=control,
+        layers="last:4",
+        tune="lora",
+        lora_rank=16,
+        learning_rate=1e-3,
+        total_steps=54,
+        total_tokens=221184,
+        seed=0,
+    )
+
+
+def rung_result(trial_id, rung, loss, retain, **changes):
+    values = {
+        "trial_id": trial_id,
+        "rung": rung,
+        "step": (6, 18, 54)[rung],
+        "tokens": 1000,
+        "state": "done",
+        "eval_loss": loss,
+        "metrics": {"loss": loss},
+        "retain_loss": retain,
+        "train_seconds": 2.0,
+        "eval_seconds": 0.5,
+        "engine": EngineRecord(
+            executor="deepspeed",
+            engine_class="DeepSpeedEngine",
+            zero_stage=2,
+            ranks=2,
+            partitioned_bytes=1000,
+            trainable_parameters=4242,
+            peak_memory_bytes=2000,
+            live_engines=1,
+            base_loads=1,
+            ordinal=rung,
+        ),
+    }
+    return RungResult(**(values | changes))
+
+
+def test_everything_of_a_finished_run(fake_run):
+    run = read_run(fake_run())
+    assert run.complete
+    assert run.gaps == ()
+    assert run.plan is not None
+    assert run.transfer is not None
+    winner = run.sweep.winner
+    assert len(run.steps[winner.trial_id]) == 54
+    assert [event["kind"] for event in run.events] == ["micro_batch_halved", "gang_replaced"]
+
+
+def test_a_killed_sweep_is_put_together_from_its_trials(fake_run):
+    folder = fake_run(sweep=None, transfer=None)
+    write_trial(
+        folder, trial_spec(-2, "none"), results=[rung_result("none", 0, 3.9, 4.0)], end={"state": "finished", "reason": ""}
+    )
+    write_trial(folder, trial_spec(0), results=[rung_result("t000", 1, 2.2, 4.07), rung_result("t000", 0, 2.9, 4.02)])
+    failed = rung_result("t001", 0, None, None, state="failed", reason="NaN at step 3", metrics={})
+    write_trial(folder, trial_spec(1), results=[failed])
+    stopped = {"state": "stopped", "reason": "below the best third"}
+    write_trial(folder, trial_spec(2), results=[rung_result("t002", 0, 3.1, 4.0)], end=stopped)
+    run = read_run(folder)
+    assert not run.complete
+    assert run.gaps == ()
+    by_id = {trial.trial_id: trial for trial in run.sweep.trials}
+    assert [trial.state for trial in by_id.values()] == ["finished", "running", "failed", "stopped"]
+    assert [rung.step for rung in by_id["t000"].rungs] == [6, 18]
+    assert by_id["t000"].metric == 2.2
+    assert abs(by_id["t000"].forgetting - 0.07) < 1e-9
+    assert by_id["t000"].engine.zero_stage == 2
+    assert by_id["t000"].trainable_parameters == 4242
+    assert by_id["t001"].reason == "NaN at step 3"
+    assert by_id["t001"].rungs == ()
+
+
+def test_the_metric_comes_from_the_spec(fake_run):
+    folder = fake_run(sweep=None, transfer=None, spec_text="name: x\nsearch:\n  metric: accuracy\n  max_forgetting: 0.3\n")
+    write_trial(folder, trial_spec(0), results=[rung_result("t000", 0, 2.9, 4.0, metrics={"loss": 2.9, "accuracy": 0.61})])
+    sweep = read_run(folder).sweep
+    assert (sweep.metric, sweep.higher_is_better, sweep.max_forgetting) == ("accuracy", True, 0.3)
+    assert sweep.trials[0].metric == 0.61
+
+
+def test_a_torn_last_line_is_left_out_without_a_word(fake_run):
+    folder = fake_run()
+    with (folder / "events.jsonl").open("a") as file:
+        file.write('{"time": 17, "ki')
+    run = read_run(folder)
+    assert len(run.events) == 2
+    assert run.gaps == ()
+
+
+def test_damage_is_named(fake_run):
+    folder = fake_run()
+    (folder / "plan.json").write_text('{"name": "x"}')
+    (folder / "transfer.json").write_text("{")
+    (folder / "data" / "summary.json").write_text("not json")
+    (folder / "events.jsonl").write_text('{"kind": "a"}\nrubbish\n{"kind": "b"}\n')
+    run = read_run(folder)
+    assert run.plan is None
+    assert run.transfer is None
+    assert run.data_summary == {}
+    assert len(run.events) == 2
+    assert [gap.split(":")[0] for gap in run.gaps] == [
+        f"{folder.name}/plan.json",
+        f"{folder.name}/transfer.json",
+        f"{folder.name}/events.jsonl",
+        "data/summary.json",
+    ]
+
+
+def test_a_step_written_twice_counts_once(fake_run, make):
+    folder = fake_run()
+    winner = make.sweep().winner
+    path = folder / "trials" / winner.trial_id / "steps.jsonl"
+    again = make.steps(winner)[10].model_copy(update={"loss": 9.0})
+    with path.open("a") as file:
+        file.write(again.model_dump_json() + "\n")
+    steps = read_run(folder).steps[winner.trial_id]
+    assert [step.step for step in steps] == list(range(1, 55))
+    assert steps[10].loss == 9.0

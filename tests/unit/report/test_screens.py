@@ -1,0 +1,78 @@
+"""The plan's screen and the last screen."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from orchestrator.report import final_screen, plan_view
+
+
+def entry(screen: str, name: str) -> str:
+    return next(line for line in screen.splitlines() if line.startswith(f"{name} "))
+
+
+def test_the_last_screen_says_what_was_found(make):
+    sweep = make.sweep()
+    screen = final_screen(sweep, make.transfer())
+    assert max(map(len, screen.splitlines())) <= 100
+    assert sweep.winner.label in entry(screen, "best")
+    assert f"loss {sweep.winner.metric:.3f}   base 3.920   head 3.100" in screen
+    assert f"retention {sweep.winner.retain_loss:.3f} (base 4.081, +" in screen
+    assert entry(screen, "verdict").endswith("on 180 test")
+    assert entry(screen, "base").endswith("The house was by the river, and the")
+    assert entry(screen, "tuned").split() == ["tuned", "7"]
+    assert "runs/quickstart/bundle    verified: KL 3.1e-05 a token" in entry(screen, "bundle")
+    assert "16 trials in 1m14s on 2 gangs" in entry(screen, "report")
+    assert screen.splitlines()[-1] == "next      transformers serve runs/quickstart/bundle"
+
+
+def test_nothing_promoted_says_what_to_try(make):
+    sweep = make.sweep(winner_id=None, promotion_reason="no trial is within the bound of 0.1")
+    screen = final_screen(sweep, make.transfer(verdict=None, sentence="", bundle=None, prompts=()))
+    assert "it was not promoted" in screen
+    assert "Nothing was promoted: no trial is within the bound of 0.1" in screen
+    assert "bundle" not in screen
+    assert "try rates above 2e-3" in entry(screen, "next")
+
+
+def test_every_trial_failed(make):
+    trials = (make.control("none"), make.trial(0, "all", "full", None, 1e-2, state="failed"))
+    sweep = make.sweep(trials=trials, winner_id=None, promotion_reason="every trial failed", advice=())
+    screen = final_screen(sweep, make.transfer(verdict=None, sentence="", bundle=None, prompts=(), report=None))
+    assert "no trial has a figure" in screen
+    assert "1 failed" in screen
+
+
+def test_a_failed_verification_is_loud(make):
+    check = make.transfer().verification.model_copy(update={"passed": False, "kl_bundle": 0.4})
+    assert "VERIFICATION FAILED" in final_screen(make.sweep(), make.transfer(verification=check))
+
+
+def test_answers_take_one_line_and_hide_no_control_codes(make):
+    pair = make.transfer().prompts[0].model_copy(update={"base_answer": "a\n\n\x1b[31mred\x1b[0m " + "long " * 100})
+    screen = final_screen(make.sweep(), make.transfer(prompts=(pair,)))
+    assert "\x1b" not in screen
+    assert max(map(len, screen.splitlines())) <= 100
+
+
+def shown(plan) -> str:
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    console.print(plan_view(plan))
+    return console.export_text()
+
+
+def test_the_plan_names_everything_within_100_columns(make):
+    plan = make.plan()
+    screen = shown(plan)
+    assert max(map(len, screen.splitlines())) <= 100
+    for term in plan.search.options[0].memory.terms:
+        assert term.name in screen
+    for wanted in ("last:4", "lora r16", "2 of 1 rank each", "ZeRO 2", "4 gangs", "there are 2 cores", "220.0 MiB", "6, 18, 54"):
+        assert wanted in screen
+    assert "4.8M" in screen, "trainable parameters of the largest choice"
+
+
+def test_the_plan_of_one_trial(make):
+    screen = shown(make.plan(search=False))
+    assert "last:4" in screen
+    assert "compared at" not in screen

@@ -1,0 +1,99 @@
+"""The live table, the log and the JSON lines of a running job."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from orchestrator.report.terminal import JsonView, LogView, SweepView, open_view
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def run_through(view, make, num_trials=20):
+    """A whole run as the runtime tells it."""
+    sweep = make.sweep(num_trials)
+    view.start(name="quickstart", metric="loss", higher_is_better=False, max_forgetting=0.1, num_trials=num_trials)
+    view.phase("search")
+    for trial in sweep.trials:
+        view.trial(trial.model_copy(update={"state": "running", "rungs": ()}))
+        view.trial(trial)
+    view.event("gang_replaced", "gang 1 lost a rank\nand came back", gang=1)
+    return sweep
+
+
+def test_the_view_follows_where_the_output_goes():
+    assert isinstance(open_view(stream=io.StringIO()), LogView)
+    assert isinstance(open_view(stream=Terminal()), SweepView)
+    assert isinstance(open_view(json_lines=True, stream=Terminal()), JsonView)
+
+
+def test_a_log_has_a_line_per_event_and_no_control_codes(make):
+    stream = io.StringIO()
+    view = LogView(stream)
+    run_through(view, make)
+    view.close()
+    lines = stream.getvalue().splitlines()
+    assert "\x1b" not in stream.getvalue()
+    assert "\r" not in stream.getvalue()
+    assert lines[0] == "quickstart: 20 trials, compared by loss"
+    assert any("gang_replaced: gang 1 lost a rank and came back" in line for line in lines)
+    assert any("trial 9 failed" in line and "the loss became NaN" in line for line in lines)
+    best = [line for line in lines if "best so far" in line]
+    assert best, "the log says when there is a new best trial"
+    assert "base 3.920" in best[-1]
+    assert "head 3.100" in best[-1]
+    assert "20 of 20 trials" in lines[-1]
+
+
+def test_json_lines_are_one_object_each(make):
+    stream = io.StringIO()
+    view = JsonView(stream)
+    sweep = run_through(view, make)
+    view.close()
+    events = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [event["kind"] for event in events[:2]] == ["start", "phase"]
+    last = [event["trial"] for event in events if event["kind"] == "trial"][-1]
+    assert last["trial_id"] == sweep.trials[-1].trial_id
+    assert events[-1]["kind"] == "end"
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_the_live_table_is_at_most_100_columns_wide(make, width):
+    console = Console(file=Terminal(), width=width, force_terminal=True, color_system=None)
+    view = SweepView(console)
+    sweep = run_through(view, make)
+    long = sweep.trials[5].model_copy(update={"layers": "blocks:" + ",".join(map(str, range(0, 60, 2))), "state": "running"})
+    view.trial(long)
+    with console.capture() as captured:
+        console.print(view.render())
+    view.close()
+    lines = captured.get().splitlines()
+    assert max(map(len, lines)) <= min(width, 100)
+
+
+def test_the_live_table_shows_the_best_trial_against_the_base(make):
+    console = Console(file=Terminal(), width=100, force_terminal=True, color_system=None)
+    view = SweepView(console)
+    sweep = run_through(view, make)
+    with console.capture() as captured:
+        console.print(view.render())
+    view.close()
+    shown = captured.get()
+    best = min((t for t in sweep.searched if t.score is not None), key=lambda t: t.score)
+    assert f"best  {best.label}" in shown
+    assert f"loss {best.metric:.3f}, base 3.920, head 3.100" in shown
+    assert "(bound 0.1)" in shown
+    assert "20 of 20 trials" in shown
+    assert "1 failed" in shown
+    assert "gang 1 lost a rank" in shown
+
+
+def test_a_view_that_was_never_started_can_be_closed():
+    SweepView(Console(file=Terminal())).close()

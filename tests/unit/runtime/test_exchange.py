@@ -1,0 +1,244 @@
+"""The exchange's promises: work is never lost, nobody waits for ever, nothing known is computed again.
+
+The gangs are stand-ins without processes, whose deaths are written in a script; everything else is the real thing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.anatomy import ModelAnatomy
+from orchestrator.errors import TrainingError
+from orchestrator.plan import make_trial
+from orchestrator.plan.values import Assignment, DataPaths, RungResult, RunPlan, TrainSettings, TrialSpec
+from orchestrator.runtime import exchange as exchange_module
+from orchestrator.runtime.exchange import MAX_ATTEMPTS, Answer, Exchange, Orders
+from orchestrator.runtime.gang import GangDiedError
+from orchestrator.runtime.ledger import Ledger
+from orchestrator.runtime.scoring import Scoring
+
+DEADLINE_S = 20
+RUNGS = (4, 12, 36)
+
+
+class ScriptedGang:
+    """A gang without processes: `deaths` says how often it dies on each trial, `dead_starts` how often it cannot start."""
+
+    deaths: dict[str, int]
+    dead_starts: int
+    ran: list[Assignment]
+    gate: asyncio.Event
+
+    def __init__(self, index: int, *_: object) -> None:
+        self.index = index
+        self.pids: tuple[int, ...] = ()
+        self.base_loads = 0
+        self.start_seconds = 0.0
+
+    async def start(self) -> None:
+        await self.gate.wait()
+        if ScriptedGang.dead_starts:
+            ScriptedGang.dead_starts -= 1
+            raise GangDiedError("no room")
+        self.base_loads += 1
+        self.pids = (self.base_loads,)
+
+    async def run(self, assignment: Assignment) -> RungResult:
+        await asyncio.sleep(0)
+        self.ran.append(assignment)
+        trial_id = assignment.trial.trial_id
+        if self.deaths.get(trial_id, 0):
+            self.deaths[trial_id] -= 1
+            raise GangDiedError(f"gang {self.index} broke")
+        checkpoint = f"{assignment.folder}/rung-{assignment.rung}"
+        return RungResult(
+            trial_id=trial_id,
+            rung=assignment.rung,
+            step=assignment.stop_step,
+            tokens=1,
+            state="done",
+            eval_loss=2.0,
+            checkpoint=checkpoint,
+        )
+
+    def kill(self) -> None:
+        self.pids = ()
+
+    async def close(self) -> None:
+        self.kill()
+
+
+class Bench:
+    """An exchange over scripted gangs."""
+
+    def __init__(self, plan: RunPlan, anatomy: ModelAnatomy, folder: Path, num_gangs: int) -> None:
+        assert plan.search is not None
+        self.plan = plan
+        self.option = plan.search.options[0]
+        self.folder = folder
+        self.exchange = Exchange(
+            Orders(
+                plan=plan,
+                anatomy=anatomy,
+                settings=TrainSettings(warmup=0, schedule="constant", weight_decay=0, grad_clip=0, tokens_per_step=512),
+                data=DataPaths(train="train.npz", eval="eval.npz"),
+                scoring=Scoring(metric="loss", max_forgetting=1),
+                trials_folder=str(folder),
+                num_gangs=num_gangs,
+            )
+        )
+
+    def trial(self, number: int) -> TrialSpec:
+        return make_trial(self.plan, self.option, 1e-3, number, seed=0).model_copy(update={"trial_id": f"t{number}"})
+
+    def none(self) -> TrialSpec:
+        return self.trial(-3).model_copy(update={"trial_id": "none", "control": "none"})
+
+    def advance(self, trial: TrialSpec, rung: int = 0) -> Coroutine[Any, Any, Answer]:
+        return self.exchange.advance(trial, self.option.selection, 0, rung, RUNGS[rung])
+
+    def told(self) -> list[str]:
+        return [item["kind"] for item in self.exchange._news if item["kind"] != "trial"]
+
+
+Play = Callable[[Bench], Coroutine[Any, Any, None]]
+
+
+@pytest.fixture
+def on_bench(
+    plan: RunPlan, anatomy: ModelAnatomy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., list[Assignment]]:
+    """Play a scene with an open exchange; what the gangs were given to run."""
+    monkeypatch.setattr(exchange_module, "Gang", ScriptedGang)
+
+    def play(scene: Play, *, deaths: dict[str, int] | None = None, dead_starts: int = 0, gangs: int = 1) -> list[Assignment]:
+        ScriptedGang.deaths, ScriptedGang.dead_starts, ScriptedGang.ran = deaths or {}, dead_starts, []
+
+        async def run() -> None:
+            ScriptedGang.gate = asyncio.Event()
+            ScriptedGang.gate.set()
+            bench = Bench(plan, anatomy, tmp_path, gangs)
+            await bench.exchange.open()
+            try:
+                await asyncio.wait_for(scene(bench), DEADLINE_S)
+            finally:
+                await bench.exchange.close()
+
+        asyncio.run(run())
+        return ScriptedGang.ran
+
+    return play
+
+
+def test_what_a_dead_gang_was_doing_is_done_by_the_next(on_bench: Callable[..., list[Assignment]]) -> None:
+    async def scene(bench: Bench) -> None:
+        assert (await bench.advance(bench.trial(0))).state == "done"
+        (figures,) = await bench.exchange.figures()
+        assert (figures.replaced, figures.base_loads) == (1, 2)
+        assert bench.told() == ["gang_ready", "gang_died", "gang_ready"]
+
+    assert len(on_bench(scene, deaths={"t0": 1})) == 2
+
+
+def test_a_trial_that_kills_every_gang_fails_and_the_others_go_on(on_bench: Callable[..., list[Assignment]]) -> None:
+    async def scene(bench: Bench) -> None:
+        deadly, harmless = await asyncio.gather(bench.advance(bench.trial(0)), bench.advance(bench.trial(1)))
+        assert (deadly.state, deadly.ended, harmless.state) == ("failed", True, "done")
+        entry = Ledger(bench.folder).get("t0")
+        assert entry is not None
+        assert entry.end is not None
+        assert "gangs died" in entry.end.reason
+
+    ran = on_bench(scene, deaths={"t0": 99})
+    assert [assignment.trial.trial_id for assignment in ran].count("t0") == MAX_ATTEMPTS
+
+
+@pytest.mark.parametrize("gangs", [1, 2])
+def test_whoever_waits_hears_that_no_gang_can_be_started(on_bench: Callable[..., list[Assignment]], gangs: int) -> None:
+    async def scene(bench: Bench) -> None:
+        for number in (0, 1):
+            with pytest.raises(TrainingError, match="no room"):
+                await bench.advance(bench.trial(number))
+
+    assert on_bench(scene, dead_starts=99, gangs=gangs) == []
+
+
+def test_a_gang_that_starts_late_is_no_failure(on_bench: Callable[..., list[Assignment]]) -> None:
+    async def scene(bench: Bench) -> None:
+        assert (await bench.advance(bench.trial(0))).state == "done"
+
+    assert len(on_bench(scene, dead_starts=MAX_ATTEMPTS - 1)) == 1
+
+
+def test_what_is_known_is_answered_without_a_gang(on_bench: Callable[..., list[Assignment]]) -> None:
+    async def first(bench: Bench) -> None:
+        for rung in (0, 1):
+            await bench.advance(bench.trial(0), rung)
+        await bench.exchange.finish("t0", "stopped")
+
+    async def second(bench: Bench) -> None:
+        answers = [await bench.advance(bench.trial(0), rung) for rung in (0, 1, 2)]
+        assert [answer.step for answer in answers] == [4, 12, 12]
+        assert [answer.ended for answer in answers] == [False, True, True]
+        assert bench.told() == []
+
+    assert len(on_bench(first)) == 2
+    assert on_bench(second) == []
+
+
+def test_a_rung_starts_where_the_one_before_ended(on_bench: Callable[..., list[Assignment]]) -> None:
+    async def scene(bench: Bench) -> None:
+        for rung in range(len(RUNGS)):
+            await bench.advance(bench.trial(0), rung)
+
+    first, second, last = on_bench(scene)
+    assert first.start is None
+    assert second.start == f"{first.folder}/rung-0"
+    assert last.start == f"{first.folder}/rung-1"
+    assert [assignment.keep_optimizer for assignment in (first, second, last)] == [True, True, False]
+
+
+def test_the_base_is_served_first_then_the_higher_rungs(on_bench: Callable[..., list[Assignment]]) -> None:
+    async def scene(bench: Bench) -> None:
+        await bench.advance(bench.trial(0))
+        ScriptedGang.gate.clear()
+        ScriptedGang.deaths["t1"] = 1
+        calls = [asyncio.create_task(bench.advance(bench.trial(1)))]
+        while "gang_died" not in bench.told():
+            await asyncio.sleep(0)
+        calls += [asyncio.create_task(call) for call in (bench.advance(bench.trial(2)), bench.advance(bench.trial(0), 1))]
+        calls += [asyncio.create_task(bench.advance(bench.none()))]
+        await asyncio.sleep(0)
+        ScriptedGang.gate.set()
+        await asyncio.gather(*calls)
+
+    ran = on_bench(scene)
+    assert [assignment.trial.trial_id for assignment in ran] == ["t0", "t1", "none", "t0", "t1", "t2"]
+
+
+def test_a_result_that_cannot_be_written_is_heard_of(on_bench: Callable[..., list[Assignment]]) -> None:
+    async def scene(bench: Bench) -> None:
+        (bench.folder / "t0" / "result-0.json").mkdir(parents=True)
+        with pytest.raises(OSError, match="result-0"):
+            await bench.advance(bench.trial(0))
+        assert (await bench.advance(bench.trial(1))).state == "done"
+
+    assert len(on_bench(scene)) == 2
+
+
+def test_a_trial_that_is_ended_releases_its_caller(on_bench: Callable[..., list[Assignment]]) -> None:
+    async def scene(bench: Bench) -> None:
+        ScriptedGang.gate.clear()
+        call = asyncio.create_task(bench.advance(bench.trial(0)))
+        await asyncio.sleep(0.01)
+        await bench.exchange.finish("t0", "stopped", "not needed")
+        assert (await call).ended
+        ScriptedGang.gate.set()
+        assert (await bench.advance(bench.trial(1))).state == "done"
+
+    assert [assignment.trial.trial_id for assignment in on_bench(scene)] == ["t1"]

@@ -1,0 +1,82 @@
+"""What Tune is told to try: the record first, then proposals that no timing decides."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from orchestrator.plan.values import RunPlan, TrialSpec
+from orchestrator.runtime.ledger import TrialEntry
+from orchestrator.runtime.search import RecordedSearch
+
+SEED = 7
+
+
+def score_of(trial: TrialSpec) -> float:
+    return trial.learning_rate + len(trial.layers)
+
+
+class Tuner:
+    """Keeps `concurrent` trials open, as Tune does, and ends open trials in an order of its own."""
+
+    def __init__(self, plan: RunPlan, recorded: list[TrialEntry], order: int) -> None:
+        assert plan.search is not None
+        self.search = RecordedSearch(plan, SEED, recorded, in_batches=True)
+        self.num_trials = plan.search.num_trials
+        self.concurrent = plan.search.concurrent_trials
+        self.random = random.Random(order)
+        self.tried: list[tuple[TrialSpec, int]] = []
+        self.open: dict[str, TrialSpec] = {}
+
+    def run(self) -> list[TrialEntry]:
+        while len(self.tried) < self.num_trials or self.open:
+            while len(self.open) < self.concurrent and len(self.tried) < self.num_trials and self.start():
+                if self.random.random() < 0.3:
+                    self.end()
+            self.end()
+        return [TrialEntry(trial=trial, option=option) for trial, option in self.tried]
+
+    def start(self) -> bool:
+        name = f"tune-{len(self.tried)}"
+        config = self.search.suggest(name)
+        if config is None:
+            return False
+        self.open[name] = TrialSpec.model_validate(config["trial"])
+        self.tried.append((self.open[name], config["option"]))
+        return True
+
+    def end(self) -> None:
+        if self.open:
+            name = self.random.choice(sorted(self.open))
+            self.search.on_trial_complete(name, {"score": score_of(self.open.pop(name))})
+
+
+@pytest.fixture(scope="module")
+def whole(plan: RunPlan) -> list[TrialEntry]:
+    return Tuner(plan, [], order=0).run()
+
+
+@pytest.mark.parametrize("order", range(1, 5))
+def test_who_ends_first_decides_nothing(plan: RunPlan, whole: list[TrialEntry], order: int) -> None:
+    assert Tuner(plan, [], order).run() == whole
+
+
+@pytest.mark.parametrize("known", [1, 3, 5, 7])
+def test_an_interrupted_search_goes_on_with_the_same_trials(plan: RunPlan, whole: list[TrialEntry], known: int) -> None:
+    assert Tuner(plan, whole[:known], order=known).run() == whole
+
+
+def test_what_stands_in_the_record_is_tried_again_as_it_stands(plan: RunPlan, whole: list[TrialEntry]) -> None:
+    """Even if it would be drawn otherwise today."""
+    drawn = whole[1].trial
+    kept = TrialEntry(trial=drawn.model_copy(update={"trial_id": "t001-other", "learning_rate": 3e-4}), option=whole[1].option)
+    assert Tuner(plan, [kept], order=0).run()[1] == kept
+
+
+def test_more_trials_leave_the_earlier_ones_alone(plan: RunPlan, whole: list[TrialEntry]) -> None:
+    assert plan.search is not None
+    more = plan.model_copy(update={"search": plan.search.model_copy(update={"num_trials": plan.search.num_trials + 3})})
+    extended = Tuner(more, whole, order=0).run()
+    assert extended[: len(whole)] == whole
+    assert len({entry.trial.trial_id for entry in extended}) == len(whole) + 3

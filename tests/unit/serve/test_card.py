@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from orchestrator.anatomy import select
+from orchestrator.plan.merge import MergePlan
+from orchestrator.plan.values import TrialSpec
+from orchestrator.serve.bundle import bundle_config, serve_commands
+from orchestrator.serve.card import model_card
+from orchestrator.serve.inputs import BundleInputs, shown_base
+from orchestrator.transfer.records import (
+    ComparisonRecord,
+    ModelScores,
+    PromptComparison,
+    TransferReport,
+    VerificationFigures,
+)
+
+FIGURES = VerificationFigures(passed=True, kl_bundle=3e-6, kl_base=0.5, limit=0.01, num_prompts=9, merged_into="dequantized")
+
+
+@pytest.fixture
+def inputs_of(make_base: Callable, load_of: Callable) -> Callable[..., BundleInputs]:
+    def build(*, task: str = "completion", tune: str = "lora", **values: object) -> BundleInputs:
+        anatomy = make_base()
+        rank = 4 if tune == "lora" else None
+        classes = ("low", "high") if task == "classify" else ()
+        trial = TrialSpec(
+            trial_id="t007-abcdef",
+            number=7,
+            layers="last:2",
+            tune=tune,
+            learning_rate=3.1e-3,
+            lora_rank=rank,
+            total_steps=40,
+            total_tokens=12_000,
+            seed=3,
+        )
+        return BundleInputs.model_validate(
+            {
+                "name": "math-tutor",
+                "base_name": "/home/somebody/models/tiny",
+                "base": load_of(anatomy, quantize="nf4", task=task, classes=classes),
+                "anatomy": anatomy,
+                "trial": trial,
+                "selection": select(anatomy, "last:2", tune, rank, task=task, num_classes=len(classes)),
+                "artifact": "rung",
+                "data_sha256": "abc123",
+                "train_set": "train.npz",
+                "eval_set": "eval.npz",
+                "test_set": "test.npz",
+            }
+            | values
+        )
+
+    return build
+
+
+def test_the_card_says_what_was_done_and_found_and_not_where(inputs_of: Callable):
+    transfer = TransferReport(
+        verdict="negative",
+        sentence="negative: worse than the base",
+        verification=FIGURES,
+        comparisons=(ComparisonRecord(against="head", mean=-0.25, low=-0.3, high=-0.2, method="sign_flip", num_examples=180),),
+        scores=(ModelScores(model="promoted", metrics={"loss": 1.83}), ModelScores(model="none", metrics={"loss": 1.58})),
+        prompts=(PromptComparison(prompt="2 | 3\nwhat?", expected="5", base_answer="x" * 999, tuned_answer="five"),),
+    )
+    card = model_card(inputs_of(), transfer, {"torch": "2.13.0"})
+    for said in (
+        "# math-tutor",
+        "Negative: worse than the base",
+        "| base | tiny, revision not given |",
+        "nf4, double quantization",
+        "LoRA, rank 4, alpha 8",
+        "0.0031",
+        "40 steps, 12k tokens, seed 3",
+        "SHA-256 abc123",
+        "torch 2.13.0",
+        "| this model | 1.83 |",
+        "| untouched base | 1.58 |",
+        "Gain over head only: -0.250 nats per token, 95% interval [-0.300, -0.200], 180 examples (sign flip).",
+        "| 2 \\| 3<br>what? | 5 |",
+        "KL 3e-06",
+        "4-bit weights as training held them",
+        "'\\n'",
+        "what the base has forgotten was not measured",
+        "a gain over the base was not shown",
+    ):
+        assert said in card, said
+    assert "somebody" not in card
+    assert "x" * 300 not in card
+
+
+def test_a_card_without_scores_has_no_empty_tables(inputs_of: Callable):
+    card = model_card(inputs_of(tune="full", retain_set="retain.npz"), TransferReport(verification=FIGURES), {})
+    assert "Results" not in card
+    assert "Answers" not in card
+    assert "`delta/`" in card
+    assert "forgotten" not in card
+
+
+def test_a_classifiers_card_and_commands_do_not_generate(inputs_of: Callable):
+    card = model_card(inputs_of(task="classify"), TransferReport(verification=FIGURES), {})
+    assert "pipeline_tag: text-classification" in card
+    assert "transformers serve" not in card
+    assert serve_commands("b", "classify") == ("vllm serve b --runner pooling",)
+    assert serve_commands("b", "chat") == ("transformers serve b", "vllm serve b")
+
+
+def plan_of(**values: object) -> MergePlan:
+    fields = {"base_folder": "", "artifact_folder": "", "merged_into": "original", "held_dtype": "bfloat16", "shards": ()}
+    return MergePlan.model_validate({"task": "completion"} | fields | values)
+
+
+def test_the_config_changes_only_where_the_model_does():
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True, "eos_token_id": 2}
+    assert bundle_config(config, plan_of()) == config
+    assert bundle_config(config, plan_of(unties_head=True)) == config | {"tie_word_embeddings": False}
+    found = bundle_config(config, plan_of(task="classify", class_names=("low", "high")))
+    assert found["architectures"] == ["LlamaForSequenceClassification"]
+    assert found["id2label"] == {"0": "low", "1": "high"}
+    assert found["label2id"] == {"low": 0, "high": 1}
+    assert found["pad_token_id"] == 2
+    assert config["architectures"] == ["LlamaForCausalLM"], "the base's own stays as it is"
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("sample", "sample"),
+        ("/data/m/llama", "llama"),
+        ("../models/tiny", "tiny"),
+        ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B"),
+    ],
+)
+def test_a_base_is_shown_without_this_machines_folders(name: str, shown: str):
+    assert shown_base(name) == shown

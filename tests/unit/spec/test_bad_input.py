@@ -1,0 +1,221 @@
+"""Every kind of bad spec: the exact place, the message, the hint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import SpecError, SpecProblem
+from orchestrator.spec import load_spec
+
+GOOD = """\
+name: tutor
+base:
+  model: sample
+task: completion
+data:
+  train: train.jsonl
+  max_tokens: 512
+train:
+  epochs: 2
+search:
+  layers: [head, "last:2"]
+  learning_rate: {lora: [1e-4, 5e-3]}
+"""
+
+
+def problems_of(path: Path, text: str | bytes) -> list[SpecProblem]:
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(SpecError) as caught:
+        load_spec(path)
+    assert caught.value.exit_code == 2
+    return list(caught.value.problems)
+
+
+def one_problem(tmp_path: Path, old: str, new: str) -> SpecProblem:
+    assert old in GOOD
+    problems = problems_of(tmp_path / "spec.yaml", GOOD.replace(old, new, 1))
+    assert len(problems) == 1, problems
+    return problems[0]
+
+
+ROWS = [
+    # unknown keys: at the key
+    ("  epochs: 2", "  epoch: 2", "train.epoch", 9, 3, "unknown key", "did you mean epochs?"),
+    ("task: completion", "task: completion\nepochs: 3", "epochs", 5, 1, "unknown key", "it belongs under train"),
+    ("  epochs: 2", "  zebra: 2", "train.zebra", 9, 3, "unknown key", "known here: epochs"),
+    ("  learning_rate: {lora", "  learning-rate: {lora", "search.learning-rate", 12, 3, "unknown key", "learning_rate"),
+    # wrong types: at the value
+    ("epochs: 2", 'epochs: "2"', "train.epochs", 9, 11, "'2'", "drop the quotes"),
+    ("[1e-4, 5e-3]", '["1e-4", 5e-3]', "search.learning_rate.lora[0]", 12, 26, "'1e-4'", "drop the quotes"),
+    ("max_tokens: 512", "max_tokens: true", "data.max_tokens", 7, 15, "found true; expected a whole number", ""),
+    ("max_tokens: 512", "max_tokens: 51.5", "data.max_tokens", 7, 15, "found 51.5; expected a whole number", ""),
+    ("epochs: 2", "epochs: 0", "train.epochs", 9, 11, "expected a number above 0", ""),
+    ("epochs: 2", "epochs: .nan", "train.epochs", 9, 11, "expected a number above 0, finite", ""),
+    ("epochs: 2", "epochs: .inf", "train.epochs", 9, 11, "found inf; expected a number above 0, finite", ""),
+    ("epochs: 2", "warmup: 5%", "train.warmup", 9, 11, "'5%'", "write 0.05"),
+    ("max_tokens: 512", "pack: yes", "data.pack", 7, 9, "expected true or false", "write true"),
+    ("max_tokens: 512", "eval: 2", "data.eval", 7, 9, "above 0 and below 1", ""),
+    ("max_tokens: 512", 'eval: "0.1"', "data.eval", 7, 9, "a share is a number", "drop the quotes"),
+    ("train: train.jsonl", "train: [{path: 3}]", "data.train[0].path", 6, 18, "expected text", "put it in quotes"),
+    ("train: train.jsonl", "train: [{weight: 3}]", "data.train[0].path", 6, 11, "is missing", ""),
+    ("name: tutor", "name: my tutor", "name", 1, 7, "letters, digits", ""),
+    ("name: tutor", "name: 7", "name", 1, 7, "found 7", "put it in quotes"),
+    ("  epochs: 2", "", "train", 8, 1, "nothing is there", "leave the key out"),
+    ('[head, "last:2"]', "last:2", "search.layers", 11, 11, "expected a list", "write a list"),
+    ('[head, "last:2"]', "[]", "search.layers", 11, 11, "empty list; expected a list of at least one", ""),
+    ('[head, "last:2"]', "[head, {last: 2}]", "search.layers[1]", 11, 18, "mapping (last)", 'write "last:2"'),
+    ("{lora: [1e-4, 5e-3]}", "[1e-4, 5e-3]", "search.learning_rate", 12, 18, "keys lora, full", "{lora: ...}"),
+    ("[1e-4, 5e-3]", "[1e-4]", "search.learning_rate.lora", 12, 25, "a pair [low, high]", ""),
+    ("[1e-4, 5e-3]", "[1e-4, 5e-3, 1]", "search.learning_rate.lora", 12, 25, "a pair [low, high]", ""),
+    # choices
+    ("task: completion", "task: complete", "task", 4, 7, "chat | completion | text | classify", "did you mean completion?"),
+    ("model: sample", "model: sample\n  quantize: nf", "base.quantize", 4, 13, "none | nf4 | int8", "did you mean nf4?"),
+    ("train:\n", "resources: {zero: true}\ntrain:\n", "resources.zero", 8, 19, "0 | 1 | 2 | 3 | auto", ""),
+    ("train:\n", 'resources: {zero: "2"}\ntrain:\n', "resources.zero", 8, 19, "'2'", "drop the quotes"),
+    ("train:\n", "resources: {gangs: atuo}\ntrain:\n", "resources.gangs", 8, 20, "or auto", "did you mean auto?"),
+    # missing keys: at the parent
+    ("name: tutor\n", "", "name", 1, 1, "is missing", ""),
+    ("  model: sample", "  revision: main", "base.model", 2, 1, "is missing; expected text", ""),
+    ("  train: train.jsonl\n", "", "data.train", 5, 1, "is missing", ""),
+    # what only the whole spec can tell
+    ("max_tokens: 512", "max_tokens: 9000", "data.max_tokens", 7, 15, "tokens_per_step (8192)", "lower data.max_tokens"),
+    ("epochs: 2", "tokens_per_step: 100", "data.max_tokens", 7, 15, "max_tokens (512)", "lower data.max_tokens to 100"),
+    ("  max_tokens: 512\ntrain:\n", "train:\n  tokens_per_step: 100\n", "train.tokens_per_step", 8, 20, "max_tokens (512)", ""),
+    ("[1e-4, 5e-3]", "[5e-3, 1e-4]", "search.learning_rate.lora", 12, 25, "runs backwards", "write [0.0001, 0.005]"),
+    ("max_tokens: 512", "eval: 0.5\n  test: 0.5", "data.eval", 7, 9, "nothing is left", ""),
+    ("max_tokens: 512", "columns: {label: c}", "data.columns.label", 7, 20, "reads no such column", "prompt and completion"),
+    ("max_tokens: 512", "columns: {completion: prompt}", "data.columns.completion", 7, 25, "already the column of prompt", ""),
+    ("max_tokens: 512", "columns: {prompt: ''}", "data.columns.prompt", 7, 21, "empty", ""),
+    ("search:\n", "search:\n  metric: accuracy\n", "search.metric", 11, 11, "does not fit task completion", "loss | exact_match"),
+    ("search:\n", "search:\n  metric: exact_mach\n", "search.metric", 11, 11, "no metric", "did you mean exact_match?"),
+    ("search:\n", "search:\n  metric: 'a.b:c d'\n", "search.metric", 11, 11, "package.module:function", ""),
+    ("train: train.jsonl", "train: ''", "data.train", 6, 10, "the path is empty", ""),
+    ("train: train.jsonl", "train: []", "data.train", 6, 10, "list of sources is empty", ""),
+    # policies
+    ('"last:2"]', '"lst:2"]', "search.layers[1]", 11, 18, "no layer policy", "did you mean last:2?"),
+    ('"last:2"]', '"last:2+haed"]', "search.layers[1]", 11, 18, "no layer policy", "did you mean last:2+head?"),
+    ('"last:2"]', '"last:0"]', "search.layers[1]", 11, 18, "at least 1", ""),
+    ('"last:2"]', '"blocks:5-2"]', "search.layers[1]", 11, 18, "runs backwards", "blocks:2-5"),
+    ('"last:2"]', "none]", "search.layers[1]", 11, 18, "as a control it always runs", "leave it out"),
+    ('"last:2"]', '"last:2", "Last: 2"]', "search.layers[2]", 11, 28, "there already", "remove one"),
+    ("search:\n", "search:\n  tune: [lora, lora]\n", "search.tune[1]", 11, 16, "there already", "remove one"),
+    ("search:\n", "finetune: {layers: hed}\nsearch:\n", "finetune.layers", 10, 20, "no layer policy", "did you mean head?"),
+    # not built yet
+    ("model: sample", "model: meta-llama/Llama-3.1-8B", "base.model", 3, 10, "not supported yet: hub ids", "give its folder"),
+    ("model: sample", "model: smaple", "base.model", 3, 10, "not supported yet: hub ids", "did you mean sample?"),
+    ("train: train.jsonl", "train: s3://bucket/x", "data.train", 6, 10, "not supported yet", "local file"),
+    ("train: train.jsonl", "train: [{path: hub:a/b}]", "data.train[0].path", 6, 18, "not supported yet", "local file"),
+    ("max_tokens: 512", "retain: gs://x/y", "data.retain", 7, 11, "not supported yet", "local file"),
+    ("task:", "output: s3://x\ntask:", "output", 4, 9, "not supported yet", "local or mounted"),
+    ("model: sample", "model: sample\n  quantize: int8", "base.quantize", 4, 13, "not supported yet", "nf4 or none"),
+    ('"last:2"]', '"top:0.25"]', "search.layers[1]", 11, 18, "not supported yet", "last:2"),
+    ("epochs: 2", "replay: 0.1", "train.replay", 9, 11, "not supported yet", "leave it at 0"),
+    ("epochs: 2", "anchor: l2sp", "train.anchor", 9, 11, "not supported yet", "leave it at none"),
+    ("search:\n", "search:\n  controls: [shuffled, scratch]\n", "search.controls[1]", 11, 24, "not supported yet", "shuffled"),
+    ("model: sample", "model: sample\n  trust_remote_code: true", "base.trust_remote_code", 4, 22, "refused", "layout"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new", "path", "line", "column", "message", "hint"), ROWS, ids=lambda value: str(value)[:32])
+def test_place_message_and_hint(
+    tmp_path: Path, old: str, new: str, path: str, line: int, column: int, message: str, hint: str
+) -> None:
+    problem = one_problem(tmp_path, old, new)
+    assert (problem.path, problem.line, problem.column) == (path, line, column)
+    assert problem.file == str(tmp_path / "spec.yaml")
+    assert message in problem.message
+    assert hint in problem.hint
+    assert str(problem).startswith(f"{tmp_path / 'spec.yaml'}:{line}:{column}: {path}: ")
+
+
+def test_the_good_spec_is_good(tmp_path: Path) -> None:
+    (tmp_path / "spec.yaml").write_text(GOOD)
+    spec = load_spec(tmp_path / "spec.yaml").spec
+    assert spec.search is not None
+    assert spec.search.learning_rate.lora == (1e-4, 5e-3)
+
+
+def test_a_duplicate_key_is_refused_at_its_second_place(tmp_path: Path) -> None:
+    problem = one_problem(tmp_path, "  epochs: 2", "  epochs: 2\n  epochs: 3")
+    assert (problem.path, problem.line, problem.column) == ("train.epochs", 10, 3)
+    assert "twice, first in line 9" in problem.message
+
+
+def test_all_problems_come_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
+    text = (
+        GOOD.replace("model: sample", "model: org/model")
+        .replace("max_tokens: 512", 'max_tokens: "512"')
+        .replace("epochs: 2", "epochs: 2\n  epochs: 3\n  epoks: 2")
+        .replace('"last:2"', "4, lst:2")
+        .replace("[1e-4, 5e-3]", "[5e-3, 1e-4]")
+    )
+    problems = problems_of(tmp_path / "spec.yaml", text)
+    assert [(problem.path, problem.line) for problem in problems] == [
+        ("base.model", 3),
+        ("data.max_tokens", 7),
+        ("train.epochs", 10),
+        ("train.epoks", 11),
+        ("search.layers[1]", 13),
+        ("search.layers[2]", 13),
+        ("search.learning_rate.lora", 14),
+    ]
+
+
+def test_a_union_gives_one_line_without_jargon(tmp_path: Path) -> None:
+    problem = one_problem(tmp_path, "max_tokens: 512", "eval: [1]")
+    assert problem.message == "found a list of 1; expected a number above 0 and below 1 or text"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "column", "message", "hint"),
+    [
+        ("", 1, 1, "empty", "quickstart"),
+        ("# nothing but a comment\n", 1, 1, "empty", "quickstart"),
+        ("- a\n", 1, 1, "found a list of 1; expected a mapping", ""),
+        ("name: x\n\tbase: y\n", 2, 1, "no valid YAML", "spaces"),
+        ("name: a: b\n", 1, 8, "no valid YAML", "quotes"),
+        ("name: x\n---\nname: y\n", 2, 1, "no valid YAML", "one spec"),
+        ("name: [x\n", 2, 1, "no valid YAML", ""),
+        (b"name: x\nbase: caf\xe9\n", 2, 10, "not UTF-8: byte 0xe9", "save the file as UTF-8"),
+        (b"name: a\x07b\n", 1, 8, "U+0007", ""),
+        ("a: &a [*a]\n", 1, 4, "too deeply nested", ""),
+    ],
+)
+def test_what_is_no_yaml_mapping(tmp_path: Path, text: str | bytes, line: int, column: int, message: str, hint: str) -> None:
+    (problem,) = problems_of(tmp_path / "spec.yaml", text)
+    assert (problem.line, problem.column) == (line, column)
+    assert message in problem.message
+    assert hint in problem.hint
+
+
+def test_aliases_that_multiply_are_refused(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]
+    problems = problems_of(tmp_path / "spec.yaml", "\n".join(lines))
+    assert "too many" in problems[-1].message
+
+
+def test_a_custom_tag_is_refused_and_not_run(tmp_path: Path) -> None:
+    problem = one_problem(tmp_path, "name: tutor", "name: !!python/object/apply:os.getcwd tutor")
+    assert (problem.line, problem.column) == (1, 7)
+    assert "tag" in problem.message
+
+
+def test_a_missing_file_names_what_lies_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(GOOD)
+    with pytest.raises(SpecError, match="no such file") as caught:
+        load_spec(tmp_path / "main.yaml")
+    assert "mine.yaml" in str(caught.value)
+
+
+def test_a_folder_is_no_spec(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="is a folder"):
+        load_spec(tmp_path)
+
+
+def test_a_file_of_data_is_no_spec(tmp_path: Path) -> None:
+    (tmp_path / "big.yaml").write_text("x: 1\n" * 300_000)
+    with pytest.raises(SpecError, match="is this the data"):
+        load_spec(tmp_path / "big.yaml")

@@ -1,0 +1,304 @@
+"""The command line: what it prints where, its exit codes, and how fast it answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from orchestrator import cli, cli_machine
+from orchestrator.cli import app
+from orchestrator.errors import (
+    DataError,
+    NonFiniteLossError,
+    NothingPromotedError,
+    PlanError,
+    RunConflictError,
+    VerificationError,
+)
+from orchestrator.units import GIB, MIB
+
+HEAVY = ("torch", "ray", "transformers", "deepspeed", "matplotlib")
+
+
+@pytest.fixture
+def spec(repository: Path) -> str:
+    return str(repository / "jobs" / "specs" / "quickstart.yaml")
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, list(arguments))
+
+
+def in_a_process(code: str, *arguments: str, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["plan", "SPEC"], ["render", "SPEC"], ["render", "--schema"], ["sweep", "--help"], ["doctor"]]
+)
+def test_light_commands_import_nothing_heavy(arguments, spec):
+    code = f"""
+        import sys
+        from orchestrator.cli import app
+        app(args=sys.argv[1:], standalone_mode=False)
+        heavy = [name for name in {HEAVY} if name in sys.modules]
+        assert not heavy, heavy
+    """
+    done = in_a_process(code, *[spec if argument == "SPEC" else argument for argument in arguments])
+    assert done.returncode == 0, done.stderr
+
+
+def test_render_prints_a_spec_that_renders_to_itself(spec, tmp_path):
+    first = run("render", spec)
+    assert first.exit_code == 0
+    assert first.stdout.startswith("# sha256 (sweep): ")
+    again = tmp_path / "again.yaml"
+    rendered = first.stdout.replace("../../", str(Path(spec).parent.parent.parent) + "/")
+    again.write_text(rendered)
+    assert run("render", str(again)).stdout.splitlines()[1:] == rendered.splitlines()[1:]
+
+
+def test_render_schema_is_a_schema_that_the_shipped_spec_fits(spec):
+    import jsonschema
+
+    schema = json.loads(run("render", "--schema").stdout)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(json.loads(run("render", spec, "--json").stdout), schema)
+
+
+def test_plan_prints_tables_of_at_most_100_columns(spec):
+    result = run("plan", spec)
+    assert result.exit_code == 0, result.stderr
+    assert max(map(len, result.stdout.splitlines())) <= 100
+    assert "\x1b" not in result.stdout
+    for wanted in ("What is tried", "Memory of one rank", "masters and Adam", "How it is run", "GPU-hours", "disk"):
+        assert wanted in result.stdout
+
+
+def test_plan_json_is_the_plan(spec):
+    from orchestrator.plan.values import RunPlan
+
+    plan = RunPlan.model_validate_json(run("plan", spec, "--json").stdout)
+    assert plan.name == "quickstart"
+    assert plan.data.exact is False
+
+
+def test_plan_for_a_cluster_that_one_does_not_stand_on(repository):
+    big = repository / "jobs" / "specs" / "llama-70b-zero3.yaml"
+    cluster = repository / "cluster" / "examples" / "four-nodes-8xh100.yaml"
+    result = run("plan", str(big), "--cluster", str(cluster))
+    assert result.exit_code == 0, result.stderr
+    assert "ZeRO 3" in result.stdout
+    assert "rejected" in result.stdout
+
+
+def test_plan_that_does_not_fit_exits_with_3(repository, monkeypatch):
+    monkeypatch.setattr(cli_machine, "find_gpus", list)
+    result = run("plan", str(repository / "jobs" / "specs" / "llama-8b-qlora.yaml"))
+    assert result.exit_code == 3
+    assert "GPU" in result.stderr
+    assert result.stdout == ""
+
+
+def test_data_counts_and_shows_an_example(spec):
+    result = run("data", spec, "--json")
+    assert result.exit_code == 0, result.stderr
+    summary = json.loads(result.stdout)
+    assert set(summary["splits"]) == {"train", "eval", "test", "retain"}
+    assert "«" in summary["one_example"]
+
+
+def test_data_names_what_was_left_out(tmp_path):
+    rows = [{"prompt": f"say {n}", "completion": f"{n} and more"} for n in range(40)]
+    rows += [rows[0], {"prompt": "long " * 200, "completion": "x"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "spec.yaml").write_text(
+        "name: x\nbase: {model: sample}\ntask: completion\ndata: {train: rows.jsonl, max_tokens: 64}\nfinetune: {}\n"
+    )
+    result = run("data", str(tmp_path / "spec.yaml"))
+    assert result.exit_code == 0, result.stderr
+    assert "rows.jsonl:42" in result.stdout
+    assert "longer than data.max_tokens = 64" in " ".join(result.stdout.split())
+    assert max(map(len, result.stdout.splitlines())) <= 100
+
+
+def test_a_bad_spec_is_told_at_once_with_positions(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("name: x\nbase: {model: sample}\ntask: compleation\ndata: {train: rows.jsonl}\ntrain: {epoch: 2}\n")
+    result = run("plan", str(path))
+    assert result.exit_code == 2
+    assert f"{path}:3:" in result.stderr
+    assert f"{path}:5:" in result.stderr
+    assert result.stderr.strip().splitlines()[-1].strip().startswith("to do:")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nope"], "nope"),
+        (["plan"], "SPEC"),
+        (["plan", "x.yaml", "--wrong"], "--wrong"),
+        (["render"], "--schema"),
+        (["plan", "no-such-file.yaml"], "no-such-file.yaml"),
+        (["report", "no-such-folder"], "not a run directory"),
+        (["merge", "no-such-folder"], "not a run directory"),
+        (["verify", "no-such-folder"], "not a bundle"),
+    ],
+)
+def test_usage_errors_exit_with_2(arguments, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert said in result.stderr
+
+
+def test_plan_refuses_an_unknown_job(spec):
+    result = run("plan", spec, "--job", "bake")
+    assert result.exit_code == 2
+    assert "sweep or finetune" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (DataError("row 7 is empty"), 2),
+        (RunConflictError("another run"), 2),
+        (PlanError("does not fit"), 3),
+        (NonFiniteLossError("NaN at step 3"), 4),
+        (NothingPromotedError("nothing"), 5),
+        (VerificationError("KL 0.4"), 6),
+    ],
+)
+def test_every_error_has_its_exit_code_and_no_traceback(error, code, spec, monkeypatch):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "_run", fail)
+    result = run("sweep", spec)
+    assert result.exit_code == code
+    assert error.what in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_an_error_out_of_a_worker_speaks_for_itself(spec, monkeypatch):
+    class WorkerError(Exception):
+        cause = PlanError("no room", remedy="fewer ranks")
+
+    def fail(*_: object) -> None:
+        raise WorkerError("a long remote traceback")
+
+    monkeypatch.setattr(cli, "_run", fail)
+    result = run("sweep", spec)
+    assert result.exit_code == 3
+    assert result.stderr.splitlines() == ["error: no room", "  to do: fewer ranks"]
+
+
+def test_a_bug_shows_its_traceback_once_and_exits_with_4(spec, monkeypatch):
+    def fail(*_: object) -> None:
+        raise KeyError("surprise")
+
+    monkeypatch.setattr(cli, "_run", fail)
+    result = run("sweep", spec)
+    assert result.exit_code == 4
+    assert result.stderr.count("Traceback") == 1
+    assert "surprise" in result.stderr
+
+
+def test_an_interrupt_exits_with_130_and_one_line(spec):
+    code = """
+        import sys, time
+        from orchestrator import cli
+        def wait(*_):
+            print("ready", flush=True)
+            time.sleep(60)
+        cli._run = wait
+        cli.main(["sweep", sys.argv[1]])
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), spec], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert said.startswith("interrupted;")
+    assert len(said.splitlines()) == 1
+
+
+def test_help_and_plan_answer_soon(spec):
+    for arguments in (["--help"], ["plan", spec]):
+        started = os.times()
+        done = in_a_process("import sys; from orchestrator.cli import main; main(sys.argv[1:])", *arguments)
+        ended = os.times()
+        assert done.returncode == 0
+        seconds = ended.children_user - started.children_user + ended.children_system - started.children_system
+        assert seconds < 2.0, f"{arguments[0]} took {seconds:.1f} s of processor time"
+
+
+def test_the_jobs_are_the_same_calls(repository, spec):
+    for job in ("sweep", "finetune", "merge"):
+        done = subprocess.run(
+            [sys.executable, "-m", f"jobs.{job}", "--help"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            cwd=repository,
+            check=True,
+        )
+        assert f"orchestrator {job}" in done.stdout
+
+
+def test_doctor_names_what_is_wrong_and_how_to_mend_it(monkeypatch):
+    monkeypatch.setattr(cli_machine, "NEEDED", ("typer", "no-such-package"))
+    result = run("doctor", "--json", "--address", "127.0.0.1:1")
+    examination = json.loads(result.stdout)
+    wrong = {finding["name"]: finding["remedy"] for finding in examination["findings"] if finding["state"] == "wrong"}
+    assert set(wrong) == {"no-such-package", "Ray"}
+    assert all(wrong.values())
+    assert result.exit_code == 4
+
+
+def test_doctor_is_content_with_the_environment_of_the_tests():
+    result = run("doctor")
+    assert result.exit_code == 0, result.stdout
+    assert "all is well" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 100
+
+
+def test_gpus_as_nvidia_smi_lists_them():
+    listed = "NVIDIA H100 80GB HBM3, 81559\nNVIDIA H100 80GB HBM3, 81559\n"
+    assert [(gpu.name, gpu.memory_bytes) for gpu in cli_machine.parse_gpus(listed)] == [
+        ("NVIDIA H100 80GB HBM3", 81559 * MIB)
+    ] * 2
+    assert cli_machine.parse_gpus("No devices were found\n") == []
+
+
+def test_a_container_has_the_memory_of_its_limit(tmp_path):
+    (tmp_path / "meminfo").write_text("MemTotal:       67108864 kB\nMemFree: 1 kB\n")
+    (tmp_path / "max").write_text(f"{8 * GIB}\n")
+    (tmp_path / "unlimited").write_text("max\n")
+    assert cli_machine.memory_bytes(tmp_path / "meminfo", tmp_path / "max") == 8 * GIB
+    assert cli_machine.memory_bytes(tmp_path / "meminfo", tmp_path / "unlimited") == 64 * GIB
+    assert cli_machine.memory_bytes(tmp_path / "meminfo", tmp_path / "none") == 64 * GIB
+
+
+def test_this_machine_is_a_cluster_of_one_node():
+    cluster = cli_machine.describe_this_machine()
+    assert cluster.num_cpus == cli_machine.num_usable_cpus() >= 1
+    assert cluster.nodes[0].memory_bytes > GIB

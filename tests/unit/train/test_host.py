@@ -1,0 +1,286 @@
+"""A whole rank of a gang on small bases: trials one after another, resumed, failed, out of memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from orchestrator.anatomy import read_anatomy, select
+from orchestrator.data import build_set
+from orchestrator.errors import TrainingError
+from orchestrator.plan.values import Assignment, BaseLoad, DataPaths, ExecutionPlan, RungResult, TrainSettings, TrialSpec
+from orchestrator.store import check_folder, read_jsonl
+from orchestrator.train import TrainHost, find_latest
+from orchestrator.train.objective import Objective
+
+EXECUTION = ExecutionPlan(
+    device="cpu", ranks=1, threads_per_rank=1, executor="torch", dtype="float32", row_tokens=32, micro_batch_rows=2
+)
+STEPS = 4
+
+
+class Bench:
+    """A host, and assignments on it."""
+
+    def __init__(self, base_folder: Path, folder: Path, *, task: str = "completion") -> None:
+        self.folder = folder
+        self.task: Any = task
+        self.anatomy = read_anatomy(base_folder, need_weights=True)
+        self.num_classes = 3 if task == "classify" else 0
+        generator = np.random.default_rng(0)
+        for name, count in (("train", 24), ("eval", 6)):
+            lengths = generator.integers(8, 24, size=count)
+            pairs = [((np.arange(n) + generator.integers(90)) % 90 + 3, np.arange(n) >= n // 2) for n in lengths]
+            labels = generator.integers(3, size=count).tolist() if task == "classify" else None
+            build_set(pairs, labels=labels).save(folder / f"{name}.npz")
+        base = {"folder": str(base_folder), "model_type": self.anatomy.model_type, "quantize": "none", "task": task}
+        load = BaseLoad.model_validate(base | {"num_classes": self.num_classes})
+        self.host = TrainHost.create(load, self.anatomy, EXECUTION, 0, 1, None)
+
+    def assignment(
+        self,
+        name: str,
+        *,
+        policy: str = "last:1",
+        tune: Any = "lora",
+        rate: float = 1e-2,
+        stop: int = STEPS,
+        control: Any = None,
+        execution: ExecutionPlan = EXECUTION,
+        **values: Any,
+    ) -> Assignment:
+        rank = 4 if tune == "lora" else None
+        data = DataPaths(
+            train=str(self.folder / "train.npz"), eval=str(self.folder / "eval.npz"), retain=str(self.folder / "eval.npz")
+        )
+        return Assignment(
+            trial=TrialSpec(
+                trial_id=name,
+                number=0,
+                control=control,
+                layers=policy,
+                tune=tune,
+                learning_rate=rate,
+                lora_rank=rank,
+                total_steps=STEPS,
+                total_tokens=64 * STEPS,
+                seed=1,
+            ),
+            selection=select(self.anatomy, policy, tune, rank, task=self.task, num_classes=self.num_classes),
+            execution=execution,
+            settings=TrainSettings(warmup=0.1, schedule="cosine", weight_decay=0.0, grad_clip=1.0, tokens_per_step=64),
+            data=data,
+            folder=str(self.folder / name),
+            stop_step=stop,
+            **({"rung": 0, "metric": "loss"} | values),
+        )
+
+    def run(self, name: str, **values: Any) -> RungResult:
+        return self.host.run(self.assignment(name, **values))
+
+    def bits(self, name: str) -> list[str]:
+        return [line["loss_hex"] for line in read_jsonl(self.folder / name / "steps.jsonl")]
+
+
+@pytest.fixture
+def bench(llama_folder: Callable[..., Path], tmp_path: Path) -> Iterator[Bench]:
+    folder = tmp_path / "base"
+    shutil.copytree(llama_folder(), folder)
+    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(97)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="w2", unk_token="w0").save_pretrained(folder)
+    made = Bench(folder, tmp_path)
+    yield made
+    made.host.close()
+
+
+def test_a_trial_from_start_to_rung(bench: Bench) -> None:
+    seen: list[int] = []
+    result = bench.host.run(bench.assignment("a", metric="exact_match"), on_step=lambda report: seen.append(report.step))
+    assert result.state == "done", result.reason
+    assert seen == list(range(1, STEPS + 1))
+    assert result.step == STEPS
+    assert result.metrics.keys() == {"loss", "perplexity", "exact_match"}
+    assert result.retain_loss == pytest.approx(result.eval_loss)
+    assert result.train_loss == float.fromhex(bench.bits("a")[-1])
+    rung = Path(result.checkpoint or "")
+    assert rung == bench.folder / "a" / "rung-0"
+    files = {record.path for record in check_folder(rung).files}
+    assert files >= {"adapter/adapter_model.safetensors", "state-rank0.safetensors", "state.json", "eval.npz", "retain.npz"}
+    assert result.engine is not None
+    assert (result.engine.executor, result.engine.live_engines, result.engine.ordinal) == ("torch", 1, 0)
+    assert result.engine.partitioned_bytes == 12 * result.engine.trainable_parameters + 4
+
+
+def test_warm_is_as_cold(bench: Bench) -> None:
+    first = bench.run("first")
+    assert bench.run("full", policy="all+head", tune="full").state == "done"
+    failed = bench.run("failed", tune="full", rate=1e30)
+    assert failed.state == "failed"
+    assert 1 <= failed.step < STEPS
+    again = bench.run("again")
+    assert bench.bits("again") == bench.bits("first")
+    assert again.eval_loss == first.eval_loss
+    assert again.engine is not None
+    assert (again.engine.live_engines, again.engine.ordinal) == (1, 3)
+
+
+def test_the_untouched_base_is_only_evaluated(bench: Bench) -> None:
+    result = bench.run("none", policy="none", control="none", stop=0)
+    assert (result.state, result.checkpoint, result.train_loss) == ("done", None, None)
+    assert result.engine is not None
+    assert result.engine.executor == "none"
+    with np.load(bench.folder / "none" / "eval.npz") as arrays:
+        assert len(arrays["loss_sums"]) == 6
+    bench.run("tuned")
+    after = bench.run("none-again", policy="none", control="none", stop=0)
+    assert after.eval_loss == result.eval_loss
+
+
+def test_a_resumed_trial_is_the_straight_one(bench: Bench) -> None:
+    bench.run("straight", tune="full")
+    part = bench.run("parts", tune="full", stop=2)
+    bench.run("between")
+    whole = bench.run("parts", tune="full", start=part.checkpoint, rung=1)
+    assert bench.bits("parts") == bench.bits("straight")
+    assert whole.state == "done"
+
+
+def test_lines_that_will_be_written_again_are_taken_out(bench: Bench) -> None:
+    part = bench.run("a", stop=2)
+    whole = bench.run("a", start=part.checkpoint, rung=1)
+    bench.run("a", start=part.checkpoint, rung=1)
+    assert [line["step"] for line in read_jsonl(bench.folder / "a" / "steps.jsonl")] == list(range(1, STEPS + 1))
+    bench.run("a", stop=1)
+    assert len(bench.bits("a")) == 1
+    assert whole.step == STEPS
+
+
+def test_checkpoints_on_the_way_and_the_newest_whole_one(bench: Bench) -> None:
+    straight = bench.run("straight")
+    bench.run("a", checkpoint_every_steps=1, keep_optimizer=False)
+    folder = bench.folder / "a"
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    assert find_latest(folder) == folder / "checkpoint-3", "the last rung has no optimizer state"
+    damaged = folder / "checkpoint-3" / "state-rank0.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-9] ^= 1
+    damaged.write_bytes(content)
+    assert find_latest(folder) == folder / "checkpoint-2"
+    again = bench.run("a", start=str(folder / "checkpoint-3"))
+    assert again.state == "done"
+    assert again.notes == ("checkpoint-3 is damaged: goes on from checkpoint-2",)
+    assert again.eval_loss == straight.eval_loss
+    assert bench.bits("a") == bench.bits("straight")
+
+
+def test_without_a_whole_checkpoint_it_starts_again(bench: Bench) -> None:
+    straight = bench.run("straight")
+    part = bench.run("a", stop=2)
+    (Path(part.checkpoint or "") / "state.json").unlink()
+    again = bench.run("a", start=part.checkpoint, rung=1)
+    assert again.notes == ("rung-0 is damaged: starts again from step 0",)
+    assert again.eval_loss == straight.eval_loss
+
+
+def test_a_trial_without_optimizer_state_cannot_go_on(bench: Bench) -> None:
+    part = bench.run("a", stop=2, keep_optimizer=False)
+    again = bench.run("a", start=part.checkpoint, rung=1)
+    assert again.state == "failed"
+    assert "no optimizer state" in again.reason
+
+
+def test_weights_of_another_gang_are_taken_over(bench: Bench) -> None:
+    part = bench.run("a", stop=2)
+    folder = Path(part.checkpoint or "")
+    record = json.loads((folder / "state.json").read_text()) | {"ranks": 2}
+    (folder / "state.json").write_text(json.dumps(record))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"] = [file for file in manifest["files"] if file["path"] != "state.json"]
+    shutil.move(folder / "state.json", bench.folder / "state.json")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    check_folder(folder)
+    from orchestrator.store.folders import write_manifest
+
+    shutil.move(bench.folder / "state.json", folder / "state.json")
+    write_manifest(folder)
+    again = bench.run("a", start=part.checkpoint, rung=1)
+    assert (again.state, again.step) == ("done", STEPS)
+    assert "another gang" in again.notes[0]
+
+
+@pytest.mark.parametrize("fitting", [1, 0])
+def test_rows_are_halved_when_memory_runs_out(bench: Bench, monkeypatch: pytest.MonkeyPatch, fitting: int) -> None:
+    forward = Objective.forward
+
+    def cramped(self: Objective, **batch: Any) -> Any:
+        if self.training and len(batch["input_ids"]) > fitting:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(self, **batch)
+
+    monkeypatch.setattr(Objective, "forward", cramped)
+    wide = EXECUTION.model_copy(update={"micro_batch_rows": 4})
+    result = bench.run("a", execution=wide)
+    assert result.notes[:2] == tuple(
+        f"out of memory: started again with {rows} rows in a micro-batch and more rounds" for rows in (2, 1)
+    )
+    if fitting:
+        assert result.state == "done"
+        assert len(bench.bits("a")) == STEPS
+        monkeypatch.undo()
+        bench.run("b", execution=EXECUTION.model_copy(update={"micro_batch_rows": 1}))
+        assert bench.bits("a") == bench.bits("b")
+    else:
+        assert result.state == "failed"
+        assert "one row" in result.reason
+
+
+def test_frozen_weights_that_move_fail_the_trial(bench: Bench) -> None:
+    """Law 2, broken on purpose: a hook nudges a frozen norm while the trial learns."""
+    norm = bench.host._base.model.get_parameter("model.norm.weight")
+    before = norm.data.clone()
+    result = bench.host.run(bench.assignment("a"), on_step=lambda _: norm.data.add_(1e-3))
+    assert result.state == "failed"
+    assert "frozen tensors changed" in result.reason
+    assert "model.norm.weight" in result.reason
+    norm.data.copy_(before)
+    assert bench.run("b").state == "done"
+
+
+def test_a_plan_for_another_gang_is_refused(bench: Bench) -> None:
+    result = bench.run("a", execution=EXECUTION.model_copy(update={"dtype": "bfloat16"}))
+    assert result.state == "failed"
+    assert "cannot train" in result.reason
+    load = BaseLoad(folder="", model_type="llama", quantize="none", task="completion")
+    with pytest.raises(TrainingError, match="2 ranks and the gang 1"):
+        TrainHost.create(load, bench.anatomy, EXECUTION.model_copy(update={"ranks": 2}), 0, 1, None)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_classifiers(kind: str, llama_folder: Callable[..., Path], bert_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(llama_folder() if kind == "decoder" else bert_folder, folder)
+    bench = Bench(folder, tmp_path, task="classify")
+    prior = bench.run("none", policy="none", control="none", stop=0)
+    assert prior.state == "done", prior.reason
+    assert prior.metrics["accuracy"] <= 1
+    assert prior.eval_loss == pytest.approx(np.log(3), abs=0.5)
+    head = bench.run("head", policy="head", tune="full", control="head")
+    assert head.state == "done", head.reason
+    assert head.retain_loss is None
+    tuned = bench.run("tuned", metric="macro_f1")
+    bench.run("again")
+    assert tuned.metrics.keys() == {"loss", "accuracy", "macro_f1"}
+    assert bench.bits("tuned") == bench.bits("again"), "dropout must be drawn from the trial's own seed"
+    half = bench.run("half", stop=2)
+    bench.run("half", start=half.checkpoint, rung=1)
+    assert bench.bits("half") == bench.bits("tuned"), "a resumed trial must go on with the random numbers where it stopped"

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from orchestrator.anatomy import LayerSelection
+from orchestrator.data import TokenizedSet, build_set
+from orchestrator.train import objective as objective_module
+from orchestrator.train.base import LoadedBase
+from orchestrator.train.batches import RowPlan, to_tensors
+from orchestrator.train.branch import open_branch
+from orchestrator.train.objective import Objective
+
+CPU = torch.device("cpu")
+
+
+def documents(lengths: list[int], *, labels: list[int] | None = None, seed: int = 0) -> TokenizedSet:
+    """Random ids; the second half of each document is supervised."""
+    generator = np.random.default_rng(seed)
+    pairs = [(generator.integers(3, 97, size=n), np.arange(n) >= n // 2) for n in lengths]
+    return build_set(pairs, labels=labels)
+
+
+def objective_of(base: LoadedBase) -> Objective:
+    """The untouched base's objective, with gradients into the embeddings."""
+    head = base.anatomy.classifier_weight if base.load.task == "classify" else base.anatomy.head_weight
+    model = base.model
+    return Objective(
+        model,
+        model.get_submodule(base.anatomy.backbone),
+        model.get_submodule(head.rpartition(".")[0]),
+        base.load.task,
+        encoder=base.anatomy.kind == "encoder",
+    )
+
+
+def alone(base: LoadedBase, data: TokenizedSet, index: int) -> torch.Tensor:
+    """Token losses of one document by itself, through the model's own forward and all its logits."""
+    ids, supervised = data.document(index)
+    logits = base.model(input_ids=torch.from_numpy(ids.astype(np.int64))[None]).logits[0, :-1].float()
+    targets = torch.from_numpy(ids[1:].astype(np.int64))
+    return functional.cross_entropy(logits, targets, reduction="none")[torch.from_numpy(supervised[1:])]
+
+
+@pytest.fixture
+def base(llama_folder: Callable[..., Path], base_of: Callable[..., LoadedBase]) -> LoadedBase:
+    return base_of(llama_folder())
+
+
+def test_packed_documents_do_not_see_each_other(base: LoadedBase) -> None:
+    data = documents([9, 14, 7, 30, 5, 21])
+    (batch,) = RowPlan(48, 8, pack=True).batches(data, np.arange(len(data)))
+    assert len(batch.input_ids) < len(data), "nothing was packed"
+    scored = objective_of(base)(**to_tensors(batch, CPU), each=True)
+    for index in range(len(data)):
+        expected = alone(base, data, index)
+        torch.testing.assert_close(scored.losses[scored.document_ids == index], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_packed_documents_have_the_gradient_of_lone_ones(base: LoadedBase) -> None:
+    data = documents([9, 14, 7, 30])
+    weight = base.model.get_parameter(base.anatomy.embeddings[0])
+    weight.requires_grad_(True)
+    (batch,) = RowPlan(64, 8, pack=True).batches(data, np.arange(len(data)))
+    objective_of(base)(**to_tensors(batch, CPU)).backward()
+    packed, weight.grad = weight.grad, None
+    torch.cat([alone(base, data, index) for index in range(len(data))]).sum().backward()
+    torch.testing.assert_close(packed, weight.grad, rtol=1e-4, atol=1e-5)
+    weight.requires_grad_(False)
+
+
+def test_the_sum_is_that_of_the_losses_one_by_one(base: LoadedBase) -> None:
+    data = documents([20, 20, 9])
+    (batch,) = RowPlan(32, 4, pack=True).batches(data, np.arange(3))
+    tensors = to_tensors(batch, CPU)
+    objective = objective_of(base)
+    torch.testing.assert_close(objective(**tensors), objective(**tensors, each=True).losses.sum())
+    assert objective(**tensors).dtype == torch.float32
+
+
+def test_long_logits_in_pieces_change_nothing(base: LoadedBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = documents([40, 40, 33])
+    (batch,) = RowPlan(40, 4, pack=True).batches(data, np.arange(3))
+    weight = base.model.get_parameter(base.anatomy.embeddings[0])
+    weight.requires_grad_(True)
+
+    def loss_and_gradient() -> tuple[torch.Tensor, torch.Tensor]:
+        loss = objective_of(base)(**to_tensors(batch, CPU))
+        loss.backward()
+        gradient, weight.grad = weight.grad, None
+        assert gradient is not None
+        return loss.detach(), gradient
+
+    whole = loss_and_gradient()
+    monkeypatch.setattr(objective_module, "CHUNK_BYTES", 4 * 97 * 7)
+    pieces = loss_and_gradient()
+    torch.testing.assert_close(pieces[0], whole[0], rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(pieces[1], whole[1], rtol=1e-4, atol=1e-5)
+    weight.requires_grad_(False)
+
+
+@pytest.mark.parametrize("task", ["completion", "classify"])
+def test_an_empty_micro_batch_adds_nothing_and_has_a_gradient(
+    llama_folder: Callable[..., Path],
+    base_of: Callable[..., LoadedBase],
+    selection_on: Callable[..., LayerSelection],
+    task: str,
+) -> None:
+    base = base_of(llama_folder(), task=task)
+    with open_branch(base, selection_on(base, "last:1"), lora_alpha=8, seed=0) as branch:
+        objective = Objective(branch.model, branch.backbone(), branch.head(), base.load.task)
+        data = documents([12], labels=[1])
+        (batch,) = RowPlan(16, 2, pack=False, rank=1, num_ranks=2).batches(data, np.arange(1))
+        loss = objective(**to_tensors(batch, CPU))
+        assert loss.item() == 0.0
+        loss.backward()
+        assert all(p.grad is not None and not p.grad.any() for _, p in branch.learning_parameters())
+
+
+def test_a_decoder_classifies_by_its_last_token(llama_folder: Callable[..., Path], base_of: Callable[..., LoadedBase]) -> None:
+    base = base_of(llama_folder(), task="classify")
+    data = documents([12, 5, 30], labels=[2, 0, 1])
+    (batch,) = RowPlan(32, 3, pack=False).batches(data, np.arange(3))
+    objective = objective_of(base)
+    scored = objective(**to_tensors(batch, CPU), each=True)
+    for index in range(3):
+        ids = torch.from_numpy(data.document(index)[0].astype(np.int64))[None]
+        hidden = base.model.model(input_ids=ids).last_hidden_state[0, -1]
+        logits = base.model.get_submodule("score")(hidden).float()
+        mine = scored.document_ids == index
+        expected = functional.cross_entropy(logits, torch.tensor(int(data.labels[index])))
+        torch.testing.assert_close(scored.losses[mine][0], expected, rtol=1e-4, atol=1e-5)
+        assert scored.predictions[mine].item() == logits.argmax().item()
+    torch.testing.assert_close(objective(**to_tensors(batch, CPU)), scored.losses.sum())
+
+
+def test_an_encoder_classifies_without_looking_at_padding(bert_folder: Path, base_of: Callable[..., LoadedBase]) -> None:
+    base = base_of(bert_folder, task="classify")
+    base.model.eval()
+    data = documents([12, 5, 30], labels=[2, 0, 1])
+    (batch,) = RowPlan(32, 3, pack=False).batches(data, np.arange(3))
+    scored = objective_of(base)(**to_tensors(batch, CPU), each=True)
+    for index in range(3):
+        ids = torch.from_numpy(data.document(index)[0].astype(np.int64))[None]
+        logits = base.model(input_ids=ids).logits[0].float()
+        expected = functional.cross_entropy(logits, torch.tensor(int(data.labels[index])))
+        torch.testing.assert_close(scored.losses[scored.document_ids == index][0], expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,141 @@
+"""Intervals hold what they promise, and figures that cannot be compared are refused."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from orchestrator.transfer import paired_comparison
+from orchestrator.transfer.comparison import bootstrap_interval, sign_flip_interval
+
+
+def test_positive_means_that_the_candidate_is_better() -> None:
+    reference = np.linspace(3.0, 4.0, 250)
+    comparison = paired_comparison(reference - 0.5, reference, seed=1)
+    assert comparison.mean == pytest.approx(0.5)
+    assert comparison.low == pytest.approx(0.5)
+    assert comparison.method == "bootstrap"
+
+
+def test_weights_make_the_mean_a_difference_of_corpus_losses() -> None:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, 200, 300)
+    candidate_sums, reference_sums = rng.gamma(2.0, tokens), rng.gamma(3.0, tokens)
+    comparison = paired_comparison(candidate_sums / tokens, reference_sums / tokens, tokens, seed=0)
+    corpus = reference_sums.sum() / tokens.sum() - candidate_sums.sum() / tokens.sum()
+    assert comparison.mean == pytest.approx(corpus)
+    assert comparison.low < corpus < comparison.high
+
+
+@pytest.mark.parametrize(("num_examples", "method"), [(199, "sign_flip"), (200, "bootstrap")])
+def test_the_method_changes_at_200_examples(num_examples: int, method: str) -> None:
+    rng = np.random.default_rng(3)
+    comparison = paired_comparison(rng.normal(size=num_examples), rng.normal(size=num_examples), num_flips=500)
+    assert comparison.method == method
+    assert (comparison.p_value is None) == (method == "bootstrap")
+
+
+def test_the_same_seed_gives_the_same_interval() -> None:
+    rng = np.random.default_rng(4)
+    losses = rng.normal(size=(2, 220))
+    first, again, other = (paired_comparison(losses[0], losses[1], seed=seed) for seed in (7, 7, 8))
+    assert first == again
+    assert first.low != other.low
+
+
+def test_bootstrap_coverage_on_skewed_token_weighted_data() -> None:
+    """500 samples of 200 examples: a 95% interval that holds has between 455 and 490 hits, save once in a thousand."""
+    rng = np.random.default_rng(11)
+    hits = 0
+    for seed in range(500):
+        weight = rng.integers(5, 100, 200).astype(float)
+        difference = rng.gamma(2.0, 0.5, 200)
+        low, high = bootstrap_interval(difference, weight, seed, num_resamples=600)
+        hits += low <= 1.0 <= high
+    assert 455 <= hits <= 490
+
+
+def test_bootstrap_interval_shrinks_with_the_root_of_the_examples() -> None:
+    rng = np.random.default_rng(5)
+    widths = []
+    for num_examples in (400, 1600):
+        difference = rng.normal(0.3, 1.0, num_examples)
+        low, high = bootstrap_interval(difference, np.ones(num_examples), 0, num_resamples=2000)
+        widths.append(high - low)
+    assert widths[0] / widths[1] == pytest.approx(2.0, rel=0.15)
+
+
+def test_sign_flip_false_positives_stay_below_the_nominal_rate() -> None:
+    """12 symmetric examples, unequal weights, no difference: 1500 tests at 5% reject at most 5%, within 3 sigma."""
+    rng = np.random.default_rng(6)
+    num_tests, rejected, excluded = 1500, 0, 0
+    for _ in range(num_tests):
+        weight = rng.integers(1, 50, 12).astype(float)
+        low, high, p_value = sign_flip_interval(rng.standard_t(3, 12), weight, 0)
+        rejected += p_value <= 0.05
+        excluded += not low <= 0 <= high
+    bound = 0.05 * num_tests + 3 * math.sqrt(num_tests * 0.05 * 0.95)
+    assert rejected <= bound
+    assert excluded <= bound
+    assert rejected >= 0.02 * num_tests, "a test that never rejects is no test"
+
+
+def test_sign_flip_p_value_is_that_of_all_sign_patterns() -> None:
+    difference, weight = np.array([0.9, 0.4, -0.2, 1.1, 0.3, 0.6, -0.1]), np.array([3.0, 1.0, 2.0, 5.0, 1.0, 2.0, 4.0])
+    observed = abs(weight @ difference)
+    sums = [abs(np.array(signs) @ (weight * difference)) for signs in itertools.product((1, -1), repeat=7)]
+    expected = np.mean([s >= observed - 1e-12 for s in sums])
+    assert sign_flip_interval(difference, weight, 0)[2] == pytest.approx(expected)
+
+
+def test_sign_flip_interval_is_the_test_turned_round() -> None:
+    """Just inside an end the shifted data are not rejected, just outside they are."""
+    difference, weight = np.random.default_rng(9).normal(0.5, 1.0, 10), np.ones(10)
+    low, high, _ = sign_flip_interval(difference, weight, 0)
+    for end, outward in ((low, -1), (high, 1)):
+        assert sign_flip_interval(difference - end - outward * 1e-6, weight, 0)[2] <= 0.05
+        assert sign_flip_interval(difference - end + outward * 1e-6, weight, 0)[2] > 0.05
+
+
+def test_drawn_flips_agree_with_all_flips() -> None:
+    """15 examples are drawn; the p-value is that of the 2^15 patterns within the noise of 20,000 draws."""
+    difference, weight = np.random.default_rng(10).normal(0.35, 1.0, 15), np.ones(15)
+    patterns = 1.0 - 2.0 * ((np.arange(2**15)[:, None] >> np.arange(15)) & 1)
+    exact = np.mean(np.abs(patterns @ difference) >= abs(difference.sum()) - 1e-12)
+    assert sign_flip_interval(difference, weight, 0)[2] == pytest.approx(exact, abs=0.01)
+
+
+def test_five_examples_have_no_interval() -> None:
+    comparison = paired_comparison([1.0] * 5, [2.0] * 5)
+    assert (comparison.low, comparison.high) == (-math.inf, math.inf)
+    assert comparison.p_value == pytest.approx(2 / 32)
+
+
+def test_equal_models_have_a_difference_of_zero() -> None:
+    for num_examples in (12, 250):
+        comparison = paired_comparison([1.5] * num_examples, [1.5] * num_examples)
+        assert (comparison.mean, comparison.low, comparison.high) == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("candidate", "reference", "weights", "message"),
+    [
+        ([], [], None, "no example"),
+        ([1.0], [1.0, 2.0], None, "unequal lengths"),
+        ([1.0, math.nan], [1.0, 2.0], None, "candidate of example 1 is nan"),
+        ([1.0, 1.0], [1.0, 2.0], [1.0, 0.0], "weight of example 1"),
+    ],
+)
+def test_bad_figures_are_refused(
+    candidate: list[float], reference: list[float], weights: list[float] | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        paired_comparison(candidate, reference, weights)
+
+
+def test_a_comparison_becomes_its_record() -> None:
+    record = paired_comparison([1.0] * 8, [2.0] * 8).record("head")
+    assert (record.against, record.mean, record.num_examples) == ("head", 1.0, 8)

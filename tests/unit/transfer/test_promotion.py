@@ -1,0 +1,110 @@
+"""Who is promoted, who is not, and what is advised."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.transfer import Comparison, pareto_front, promote, score
+from orchestrator.transfer.records import Control, RungRecord, TrialRecord
+
+
+def trial(
+    name: str,
+    loss: float | None,
+    lost: float | None = 0.0,
+    *,
+    control: Control | None = None,
+    rate: float = 1e-3,
+    state: Literal["running", "finished", "stopped", "failed"] = "finished",
+    layers: str = "last:4",
+    reason: str = "",
+) -> TrialRecord:
+    rungs = ()
+    if loss is not None:
+        rungs = (RungRecord(step=90, tokens=1000, metric=loss, forgetting=lost, score=score(loss, False, lost, 0.1)),)
+    return TrialRecord(
+        trial_id=name, number=0, control=control, layers=layers, tune="lora", lora_rank=8, learning_rate=rate, state=state,
+        rungs=rungs, reason=reason, total_steps=90,
+    )  # fmt: skip
+
+
+BASE = trial("none", 3.0, control="none")
+
+
+def test_the_best_score_wins() -> None:
+    assert promote([BASE, trial("a", 2.0), trial("b", 1.8), trial("c", 2.5)], BASE, 0.1).trial_id == "b"
+
+
+def test_head_may_win_and_other_controls_may_not() -> None:
+    found = promote(
+        [BASE, trial("a", 2.0), trial("head", 1.9, control="head"), trial("shuffled", 1.5, control="shuffled")], BASE, 0.1
+    )
+    assert found.trial_id == "head"
+
+
+def test_a_trial_beyond_the_bound_is_passed_over_and_the_reason_says_so() -> None:
+    found = promote([BASE, trial("fast", 1.0, 0.15), trial("safe", 2.0, 0.1)], BASE, 0.1)
+    assert found.trial_id == "safe"
+    assert "1 forgot more than 0.1" in found.reason
+
+
+@pytest.mark.parametrize("state", ["failed", "running"])
+def test_only_measured_ends_count(state: Literal["failed", "running"]) -> None:
+    assert promote([trial("a", 1.0, state=state), trial("b", 2.0, state="stopped")], BASE, 0.1).trial_id == "b"
+    assert promote([trial("nan", math.nan), trial("b", 2.0)], BASE, 0.1).trial_id == "b"
+
+
+def test_higher_is_better_turns_the_comparison_with_the_base() -> None:
+    base = trial("none", 0.4, control="none")
+    assert promote([trial("a", 0.3)], base, 0.1, higher_is_better=True, metric="accuracy").trial_id is None
+    assert promote([trial("a", 0.6)], base, 0.1, higher_is_better=True, metric="accuracy").trial_id == "a"
+
+
+def test_an_interval_decides_where_there_is_one() -> None:
+    """A point estimate below the base is not negative while its interval holds zero."""
+    wide = Comparison(mean=-0.01, low=-0.2, high=0.18, method="bootstrap", num_examples=300)
+    below = Comparison(mean=-0.1, low=-0.2, high=-0.01, method="bootstrap", num_examples=300)
+    assert promote([trial("a", 3.01)], BASE, 0.1, comparisons={"a": wide}).trial_id == "a"
+    assert promote([trial("a", 3.1)], BASE, 0.1, comparisons={"a": below}).trial_id is None
+
+
+def test_nothing_as_good_as_the_base() -> None:
+    found = promote([trial(f"t{n}", 3.1 + n, rate=10.0**-n) for n in range(1, 5)], BASE, 0.1)
+    assert found.trial_id is None
+    assert "as good as the untouched base" in found.reason
+    assert found.advice[0].startswith("raise search.learning_rate for lora: the best rate, 1.0e-01")
+
+
+def test_all_forget_too_much() -> None:
+    found = promote([trial("a", 1.0, 0.5, rate=5e-3), trial("b", 1.5, 0.213, rate=1e-3)], BASE, 0.1)
+    assert found.trial_id is None
+    assert found.advice[0].startswith("lower search.learning_rate below 1.0e-03")
+    assert any("max_forgetting: 0.22" in line for line in found.advice)
+
+
+def test_all_failed() -> None:
+    found = promote([trial("a", None, state="failed", reason="the loss became nan") for _ in range(3)], BASE, 0.1)
+    assert found.trial_id is None
+    assert "3 of 3 failed trials died of: the loss became nan" in found.advice[0]
+
+
+def test_no_retention_set_bounds_nothing() -> None:
+    assert promote([trial("a", 2.0, None)], BASE, 0.0).trial_id == "a"
+
+
+def test_pareto_front_by_hand() -> None:
+    points = [(2.0, 0.0), (1.0, 0.2), (1.5, 0.1), (1.6, 0.1), (math.nan, 0.0), (1.5, 0.1)]
+    assert pareto_front(points) == [1, 2, 5, 0]
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=12))
+def test_pareto_front_is_what_nothing_beats(points: list[tuple[int, int]]) -> None:
+    front = pareto_front(points)
+    for index, (x, y) in enumerate(points):
+        beaten = any(a <= x and b <= y and (a, b) != (x, y) for a, b in points)
+        assert (index in front) == (not beaten)

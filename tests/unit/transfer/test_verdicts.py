@@ -1,0 +1,56 @@
+"""The verdict follows from the intervals, and its sentence carries the figures."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from orchestrator.transfer import Comparison, verdict
+from orchestrator.transfer.records import VerdictKind
+
+
+def comparison(low: float, high: float, *, num_examples: int = 180, unit: str = "nats per token") -> Comparison:
+    middle = (low + high) / 2
+    return Comparison(mean=middle, low=low, high=high, method="sign_flip", num_examples=num_examples, p_value=0.01, unit=unit)
+
+
+@pytest.mark.parametrize(
+    ("none", "scratch", "kind"),
+    [
+        ((0.1, 0.3), None, "positive"),
+        ((-0.3, -0.1), None, "negative"),
+        ((-0.004, 0.006), None, "no gain"),
+        ((-0.1, 0.3), None, "inconclusive"),
+        ((0.1, 0.3), (0.2, 0.4), "positive"),
+        ((0.1, 0.3), (-0.4, -0.2), "negative"),
+        ((0.1, 0.3), (-0.1, 0.2), "inconclusive"),
+        ((0.1, 0.3), (-0.001, 0.001), "no gain"),
+        ((-0.3, -0.1), (0.2, 0.4), "negative"),
+    ],
+)
+def test_kinds(none: tuple[float, float], scratch: tuple[float, float] | None, kind: VerdictKind) -> None:
+    assert verdict(comparison(*none), comparison(*scratch) if scratch else None).kind == kind
+
+
+def test_the_sentence() -> None:
+    found = verdict(comparison(2.04, 2.14), others={"head": comparison(1.23, 1.31)})
+    assert found.sentence == "positive: 2.09 ± 0.05 nats better than the base, 1.27 ± 0.04 better than head, on 180 test examples"
+
+
+def test_a_loss_is_said_as_worse() -> None:
+    assert "0.20 ± 0.10 nats worse than the base" in verdict(comparison(-0.3, -0.1)).sentence
+
+
+def test_an_accuracy_is_said_in_points() -> None:
+    assert "31.0 ± 2.0 points of accuracy better" in verdict(comparison(0.29, 0.33, unit="accuracy")).sentence
+
+
+def test_others_do_not_decide() -> None:
+    assert verdict(comparison(0.1, 0.3), others={"head": comparison(-0.5, -0.4)}).kind == "positive"
+
+
+def test_too_few_examples_are_inconclusive() -> None:
+    found = verdict(Comparison(mean=1.0, low=-math.inf, high=math.inf, method="sign_flip", num_examples=4))
+    assert found.kind == "inconclusive"
+    assert "too few" in found.sentence
