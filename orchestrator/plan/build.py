@@ -11,13 +11,14 @@ from orchestrator.errors import PlanError
 from orchestrator.plan import cost, steps
 from orchestrator.plan.arrange import Arrangement, arrange_one, arrange_sweep, check_resources, execution_plan, refit_way
 from orchestrator.plan.ladder import Load
-from orchestrator.plan.memory import Footprint, Way, estimate, weigh
+from orchestrator.plan.memory import RESIDENT_SHARE, Footprint, Way, estimate, weigh
 from orchestrator.plan.options import Choice, search_choices
 from orchestrator.plan.placement import Machines, machines
 from orchestrator.plan.values import BaseLoad, ClusterDescription, DataSize, RunPlan, SearchPlan, TrialOption
 from orchestrator.plan.view import derivations
 from orchestrator.spec import LoadedSpec, require_section
 from orchestrator.spec.models import JobSpec
+from orchestrator.units import format_bytes
 
 TRIALS_PER_GANG = 2
 """Trials kept open per gang: starting one takes Tune about a second, in which its gang works for another."""
@@ -191,6 +192,22 @@ def _notes(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDescri
         points = len(spec.search.layers) * sum(len(spec.search.lora_rank) if t == "lora" else 1 for t in spec.search.tune)
         if points > len(plan.search.options):
             notes.append(f"{points} combinations come to {len(plan.search.options)} different selections")
+    notes += _bundle_notes(plan, found)
     if plan.search is None and spec.resources.gangs not in ("auto", 1):
         notes.append("one trial runs in one gang: resources.gangs counts for sweeps")
     return notes
+
+
+def _bundle_notes(plan: RunPlan, found: Machines) -> list[str]:
+    """Where verification and the test set cannot have a GPU, since each takes the whole merged model at once."""
+    whole = plan.num_parameters * (2 if plan.execution.dtype == "bfloat16" else 4)
+    smallest = min(node.gpu_memory_bytes for node in found.nodes)
+    if found.device == "cpu" or whole <= RESIDENT_SHARE * smallest:
+        return []
+    host = min(node.memory_bytes for node in found.nodes)
+    short = f", more than the {format_bytes(host)} of host memory: expect the disk to be the limit" if whole > host else ""
+    return [
+        f"the merged model ({format_bytes(whole)}) is more than {RESIDENT_SHARE:.0%} of one GPU ({format_bytes(smallest)}): the "
+        f"bundle is verified and scored on the CPU, weights mapped from their files{short}; this takes hours at the end of "
+        "the run, and a smaller data.test_rows shortens it"
+    ]

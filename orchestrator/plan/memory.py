@@ -27,6 +27,9 @@ RUNTIME_BYTES = {"cuda": GIB, "cpu": GIB // 2}
 transformers, peft and deepspeed imported (0.41 GiB measured)."""
 COLLECTIVES_BYTES = {"nccl": GIB // 2, "gloo": 32 * MIB}
 """Buffers of a process group."""
+RESIDENT_SHARE = 0.7
+"""A whole model that needs more of a device's free memory than this is not put there: to verify and to score a bundle
+takes one forward pass at a time beside it. `serve.check_process`, which imports nothing of ours, has the same figure."""
 SLACK_SHARE = 0.05
 """What an allocator loses to rounding and fragmentation; assumed."""
 
@@ -82,6 +85,8 @@ class Footprint:
     """Vocabulary, or classes."""
     classify: bool
     element_bytes: int
+    converted_bytes: int = 0
+    """Of the base, in the compute dtype, where its files hold another: loading cannot map those and makes a copy."""
 
 
 def weigh(
@@ -119,6 +124,11 @@ def weigh(
         logit_width=num_classes or anatomy.vocab_size,
         classify=num_classes > 0,
         element_bytes=element_bytes,
+        converted_bytes=sum(
+            tensor.num_elements * element_bytes
+            for tensor in anatomy.tensors.values()
+            if tensor.dtype != {2: "BF16", 4: "F32"}[element_bytes]
+        ),
     )
 
 
@@ -147,7 +157,11 @@ def block_activation_bytes(anatomy: ModelAnatomy, selection: LayerSelection, ele
 
 
 def estimate(footprint: Footprint, way: Way) -> tuple[MemoryEstimate, int]:
-    """(memory of a rank on its device, bytes that it puts into host memory by offloading)."""
+    """(memory of a rank on its device, bytes that it puts into host memory).
+
+    Host memory takes what is offloaded. A 16-bit base is loaded there before ZeRO-3 partitions it: mapped from its files
+    (measured: no anonymous memory) or, where they hold another dtype, as a copy.
+    """
     terms = [
         *_weight_terms(footprint, way),
         *_state_terms(footprint, way),
@@ -164,6 +178,8 @@ def estimate(footprint: Footprint, way: Way) -> tuple[MemoryEstimate, int]:
     host_bytes = _offloaded_bytes(footprint, way)
     if way.device == "cpu" and host_bytes:
         terms.append(MemoryTerm(name="offloaded", num_bytes=host_bytes, reason="offloading stays in the same memory on a CPU"))
+    if way.zero_stage == 3 and not footprint.quantized:
+        host_bytes = max(host_bytes, footprint.converted_bytes)
     return MemoryEstimate(terms=tuple(term for term in terms if term.num_bytes)), host_bytes
 
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from orchestrator.data import TokenizedSet, load_tokenizer
 from orchestrator.serve.inputs import BundleInputs
+from orchestrator.serve.verifying import fitting_device
 from orchestrator.train.artifacts import attach_artifact
 from orchestrator.train.base import LoadedBase, load_base
 from orchestrator.train.batches import RowPlan
@@ -63,11 +64,12 @@ def score_test(
     Args:
         bundle: A folder that transformers can load; need not be finished.
         folder: Where the per-document scores go; made if need be.
+        device: As for `verify`.
         num_prompts: So many prompts are answered for people to read.
         generated_tokens: Budget of greedy answers by each of the two models; None answers every document.
     """
     started = time.monotonic()
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = torch.device(device or fitting_device(inputs.anatomy, inputs.held_dtype))
     scorer = _Scorer(inputs, place, num_prompts, generated_tokens)
     scorer.score_bundle(bundle)
     base = load_base(inputs.base, inputs.anatomy, dtype=scorer.dtype, device=scorer.device)

@@ -31,6 +31,7 @@ from torch.nn import functional
 from orchestrator.anatomy.values import ModelAnatomy
 from orchestrator.data import TokenizedSet
 from orchestrator.errors import DataError, VerificationError
+from orchestrator.plan.memory import RESIDENT_SHARE
 from orchestrator.plan.merge import MergedInto
 from orchestrator.plan.values import BaseLoad
 from orchestrator.serve import check_process
@@ -71,7 +72,7 @@ def verify(
     Args:
         bundle: A folder that transformers can load; need not be finished.
         trained: The model it must reproduce.
-        device: `cpu`, `cuda`, ...; by default a GPU where there is one.
+        device: `cpu`, `cuda`, ...; by default a GPU where there is one that holds the merged model.
         max_tokens: Of held-out documents, taken from the set's beginning.
 
     Returns:
@@ -83,7 +84,7 @@ def verify(
         DataError: no documents.
     """
     started = time.monotonic()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or fitting_device(trained.anatomy, trained.held_dtype)
     with tempfile.TemporaryDirectory(prefix="verify-") as name:
         probe = Path(name) / "probe.safetensors"
         dtype = _compute_dtype(trained, device)
@@ -178,10 +179,18 @@ def _held_out(trained: TrainedModel, max_tokens: int) -> tuple[torch.Tensor, tor
     return torch.from_numpy(ids), torch.from_numpy(offsets.astype(np.int64))
 
 
+def fitting_device(anatomy: ModelAnatomy, held_dtype: str) -> str:
+    """A GPU where there is one that holds the whole merged model; else the CPU, where weights are mapped from their files."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    whole = (2 if held_dtype == "bfloat16" else 4) * anatomy.num_parameters()
+    return "cuda" if whole <= RESIDENT_SHARE * free_bytes("cuda") else "cpu"
+
+
 def _compute_dtype(trained: TrainedModel, device: str) -> str:
     """float32 where the whole model fits in that beside what else is there; else what training computed in."""
     float32_bytes = 4 * trained.anatomy.num_parameters()
-    return "float32" if float32_bytes <= check_process.RESIDENT_SHARE * free_bytes(device) else trained.held_dtype
+    return "float32" if float32_bytes <= RESIDENT_SHARE * free_bytes(device) else trained.held_dtype
 
 
 def free_bytes(device: str) -> int:

@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from orchestrator.anatomy.values import ModelAnatomy
 from orchestrator.errors import BaseError
-from orchestrator.plan.values import BaseLoad
+from orchestrator.plan.values import BaseLoad, ExecutionPlan
 
 _num_loads = 0
 PACKING = "support_avx512bf16_for_cpu"
@@ -85,14 +85,20 @@ class LoadedBase:
         return tensors
 
 
-def load_base(load: BaseLoad, anatomy: ModelAnatomy, *, dtype: torch.dtype, device: torch.device) -> LoadedBase:
+def load_base(
+    load: BaseLoad, anatomy: ModelAnatomy, *, dtype: torch.dtype, device: torch.device, load_on: torch.device | None = None
+) -> LoadedBase:
     """Load the base from its local folder, for its task, as `load.quantize` says.
+
+    On a CPU, weights whose files hold `dtype` stay mapped into memory: processes of one machine share them, and what
+    is not touched takes none.
 
     Args:
         load: Folder, task and quantization. `classify` gets a new head of `num_classes`.
         anatomy: Of the same folder; the loaded model is checked against it.
         dtype: bfloat16 or float32.
-        device: Where the whole model is placed.
+        device: Where the model computes.
+        load_on: Where the weights are put for now, by default `device`; see `loading_device`.
 
     Raises:
         BaseError: No weights, pickle-only or damaged weights, remote code, or a model that is not what its headers say.
@@ -102,7 +108,7 @@ def load_base(load: BaseLoad, anatomy: ModelAnatomy, *, dtype: torch.dtype, devi
         raise BaseError("the folder has no weights", where=load.folder, remedy="put the model's *.safetensors beside config.json")
     if load.quantize == "int8":
         raise BaseError("quantize: int8 is not supported yet", where=load.folder, remedy="use none or nf4")
-    model = _from_folder(load, anatomy, dtype, device)
+    model = _from_folder(load, anatomy, dtype, load_on or device)
     model.train()
     model.config.use_cache = False
     for parameter in model.parameters():
@@ -112,6 +118,15 @@ def load_base(load: BaseLoad, anatomy: ModelAnatomy, *, dtype: torch.dtype, devi
     _check_is_what_headers_say(base)
     _num_loads += 1
     return base
+
+
+def loading_device(load: BaseLoad, execution: ExecutionPlan, device: torch.device) -> torch.device:
+    """Where a rank loads the base: under ZeRO-3 on the CPU, for it may be larger than the device that gets a part of it.
+
+    A quantized base is made on the device itself, whole; the plan's memory has a term for that.
+    """
+    partitioned = execution.executor == "deepspeed" and execution.zero_stage == 3
+    return torch.device("cpu") if partitioned and load.quantize == "none" else device
 
 
 def _from_folder(load: BaseLoad, anatomy: ModelAnatomy, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

@@ -148,12 +148,16 @@ class DeepSpeedTrainer:
         return norm
 
 
-def prepare_base(model: nn.Module, execution: ExecutionPlan) -> None:
-    """Start DeepSpeed's communication, and for ZeRO-3 partition the base; it stays so until the process ends."""
+def prepare_base(model: nn.Module, execution: ExecutionPlan, device: torch.device | None = None) -> None:
+    """Start DeepSpeed's communication, and for ZeRO-3 partition the base; it stays so until the process ends.
+
+    Args:
+        device: Where the model computes, if it was loaded elsewhere.
+    """
     deepspeed = _deepspeed(execution.device)
     deepspeed.init_distributed(dist_backend=execution.backend, auto_mpi_discovery=False, verbose=False)
     if execution.zero_stage == 3:
-        zero3_warm.partition(model, deepspeed_config(execution, grad_clip=0.0), offload=execution.offload)
+        zero3_warm.partition(model, deepspeed_config(execution, grad_clip=0.0), device, offload=execution.offload)
 
 
 @contextmanager

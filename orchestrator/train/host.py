@@ -25,7 +25,7 @@ from orchestrator.errors import (
     UsageError,
 )
 from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan, RungResult, StepReport
-from orchestrator.train.base import load_base
+from orchestrator.train.base import load_base, loading_device
 from orchestrator.train.integrity import base_fingerprint, changed_base
 from orchestrator.train.memory import is_out_of_memory, reset_peak
 from orchestrator.train.ranks import Ranks
@@ -43,11 +43,12 @@ class TrainHost:
         self._execution = execution
         self._ranks = ranks
         dtype = torch.bfloat16 if execution.dtype == "bfloat16" else torch.float32
-        self._base = load_base(base_load, anatomy, dtype=dtype, device=ranks.device)
+        load_on = loading_device(base_load, execution, ranks.device)
+        self._base = load_base(base_load, anatomy, dtype=dtype, device=ranks.device, load_on=load_on)
         if execution.executor == "deepspeed":
             from orchestrator.train import deepspeed_engine
 
-            deepspeed_engine.prepare_base(self._base.model, execution)
+            deepspeed_engine.prepare_base(self._base.model, execution, ranks.device)
         self._fingerprint = base_fingerprint(self._base.model)
         self._sets: dict[str, TokenizedSet] = {}
         self._ordinal = 0

@@ -45,12 +45,20 @@ class PartitionKeeper:
         self._saved = []
 
 
-def partition(model: nn.Module, config: dict[str, Any], *, offload: str) -> None:
-    """Leave each rank its part of every parameter; with `offload: parameters` on the CPU."""
+def partition(model: nn.Module, config: dict[str, Any], device: torch.device | None, *, offload: str) -> None:
+    """Leave each rank its part of every parameter ; with `offload: parameters` on the CPU.
+
+    A model that lies on the CPU passes through the device one parameter at a time; its buffers stay whole and go to
+    `device` where one is given.
+    """
     import deepspeed
 
     remote = "cpu" if offload == "parameters" else None
     deepspeed.zero.Init(module=model, config_dict_or_path=config, remote_device=remote)
+    for module in model.modules() if device is not None else ():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
 
 
 def gather(parameters: Sequence[tuple[str, nn.Parameter]], ranks: Ranks) -> dict[str, torch.Tensor]:

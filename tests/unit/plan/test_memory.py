@@ -146,3 +146,15 @@ def test_activations_agree_with_what_torch_keeps(base: Base, tune: str) -> None:
     selection = select(llama, "all", tune, 16 if tune == "lora" else None, task="completion")  # type: ignore[arg-type]
     mask = 2 * width
     assert block_activation_bytes(llama, selection, 2) + mask == pytest.approx(per_token, rel=0.01)
+
+
+def test_stage_3_loads_through_host_memory_only_what_cannot_be_mapped(base: Base) -> None:
+    """A base stored as it is computed with is mapped from its files; another dtype is a copy in every rank."""
+    way = replace(ONE_GPU, ranks=8, executor="deepspeed", zero_stage=3)
+    llama = base("8b")
+    other = {name: tensor.model_copy(update={"dtype": "F32"}) for name, tensor in llama.tensors.items()}
+    host = [
+        estimate(weigh(anatomy, select(anatomy, "all", "lora", 16, task="completion"), "none", 2), way)[1]
+        for anatomy in (llama, llama.model_copy(update={"tensors": other}))
+    ]
+    assert host == [0, 2 * llama.num_parameters()]

@@ -74,6 +74,14 @@ def test_a_70b_in_16_bit_needs_stage_3_and_says_why(plan: Any, gpus: Any) -> Non
     assert any(way.startswith("1 rank") for way in refused)
 
 
+def test_a_merged_model_larger_than_a_gpu_is_verified_on_the_cpu_and_the_plan_says_so(plan: Any, gpus: Any) -> None:
+    large = plan("70b", gpus(4), search={"tune": ["lora"]}, train={"tokens_per_step": 131072})
+    (note,) = [note for note in large.notes if "on the CPU" in note]
+    assert note.startswith("the merged model (131.4 GiB) is more than 70% of one GPU (80.0 GiB)")
+    assert "host memory" not in note
+    assert not any("on the CPU" in note for note in plan("8b", gpus(), search={"tune": ["lora"]}).notes)
+
+
 def test_full_tuning_of_an_8b_partitions_its_optimizer(plan: Any, gpus: Any) -> None:
     found = plan("8b", gpus(), search={"layers": ["all"], "tune": ["full"]})
     assert found.execution.ranks > 1

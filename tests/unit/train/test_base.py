@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -7,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from orchestrator.anatomy import read_anatomy
 from orchestrator.errors import BaseError
-from orchestrator.plan.values import BaseLoad
-from orchestrator.train.base import load_base, num_loads
+from orchestrator.plan.values import BaseLoad, ExecutionPlan
+from orchestrator.train.base import load_base, loading_device, num_loads
 from orchestrator.train.fingerprint import changed, fingerprint, tensors_of
 
 IDS = torch.arange(1, 17)[None]
@@ -134,3 +135,46 @@ def test_what_cannot_be_loaded_is_refused(llama_folder: Callable, tmp_path: Path
     weights.unlink()
     with pytest.raises(BaseError, match="cannot be loaded"):
         load_base(load, anatomy, dtype=torch.float32, device=cpu)
+
+
+@pytest.mark.parametrize(
+    ("stage", "quantize", "where"), [(3, "none", "cpu"), (2, "none", "cuda:0"), (0, "none", "cuda:0"), (3, "nf4", "cuda:0")]
+)
+def test_what_zero_3_partitions_is_loaded_beside_the_gpu(stage: int, quantize: str, where: str):
+    """A 70B in 16 bit is larger than any GPU that gets a part of it."""
+    execution = ExecutionPlan.model_validate(
+        {"device": "cuda", "ranks": 2, "threads_per_rank": 1, "executor": "deepspeed", "zero_stage": stage}
+        | {"row_tokens": 8, "micro_batch_rows": 1}
+    )
+    load = BaseLoad.model_validate({"folder": "", "model_type": "llama", "quantize": quantize, "task": "text"})
+    assert loading_device(load, execution, torch.device("cuda", 0)) == torch.device(where)
+
+
+def test_weights_are_put_where_loading_wants_them(llama_folder: Callable):
+    folder = llama_folder()
+    load = BaseLoad(folder=str(folder), model_type="llama", quantize="none", task="completion")
+    there, here = torch.device("meta"), torch.device("cpu")
+    base = load_base(load, read_anatomy(folder, need_weights=True), dtype=torch.bfloat16, device=there, load_on=here)
+    assert base.device == there
+    assert {parameter.device for parameter in base.model.parameters()} == {here}
+
+
+def test_a_base_on_the_cpu_is_mapped_and_not_copied(tmp_path: Path):
+    """What lets every rank of a node load a base that fits the node's memory once."""
+    config = LlamaConfig(
+        vocab_size=32_000, hidden_size=1024, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=8, pad_token_id=0
+    )
+    LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path)
+    stored = (tmp_path / "model.safetensors").stat().st_size
+    load = BaseLoad(folder=str(tmp_path), model_type="llama", quantize="none", task="completion")
+    anatomy = read_anatomy(tmp_path, need_weights=True)
+    before = _anonymous_bytes()
+    base = load_base(load, anatomy, dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert _anonymous_bytes() - before < 0.3 * stored
+    assert sum(parameter.numel() for parameter in base.model.parameters()) * 2 == pytest.approx(stored, rel=0.01)
+
+
+def _anonymous_bytes() -> int:
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
