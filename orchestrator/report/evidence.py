@@ -11,7 +11,18 @@ from orchestrator.report import figures, html
 from orchestrator.report.figures import PlannedBar
 from orchestrator.report.html import Html
 from orchestrator.report.reading import RunRecords
-from orchestrator.report.wording import CONTROL_NAMES, MISSING, amount, engine_text, metric_text, number, plural, ratio, signed
+from orchestrator.report.wording import (
+    CONTROL_NAMES,
+    MISSING,
+    amount,
+    engine_text,
+    metric_text,
+    number,
+    plural,
+    ratio,
+    score_text,
+    signed,
+)
 from orchestrator.transfer.records import SweepResult, TransferReport
 from orchestrator.units import GIB, MIB, format_bytes, format_count, format_seconds
 
@@ -40,7 +51,7 @@ def gains(transfer: TransferReport) -> Html:
     data = html.table(headers, rows, numeric=(1, 2, 3, 6, 7))
     if shown:
         caption = (
-            "Paired per-example differences on the test set, which was read once, on the bundle. Bars are 95% intervals. "
+            f"Paired per-example differences on the test set, which {_reads(transfer)}, on the bundle. Bars are 95% intervals. "
             "Gain over the base is mostly style; only gain over shuffled answers, where that control ran, is the task."
         )
         parts.append(html.picture(figures.gains(shown), caption, data))
@@ -52,6 +63,10 @@ def gains(transfer: TransferReport) -> Html:
     return html.join(parts)
 
 
+def _reads(transfer: TransferReport) -> str:
+    return "was read once" if transfer.test_set_reads < 2 else f"has been read {transfer.test_set_reads} times for this run"
+
+
 def _scores(transfer: TransferReport) -> Html:
     if not transfer.scores:
         return Html()
@@ -59,7 +74,7 @@ def _scores(transfer: TransferReport) -> Html:
     rows = [
         [
             CONTROL_NAMES.get(score.model, score.model),
-            *(metric_text(score.metrics.get(name), name) for name in names),
+            *(score_text(score, name) for name in names),
             number(score.retain_loss),
             signed(score.forgetting),
         ]

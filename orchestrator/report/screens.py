@@ -9,7 +9,17 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.plan.values import ExecutionPlan, MemoryEstimate, RunPlan, TrialOption
-from orchestrator.report.wording import best_trial, metric_text, number, plural, signed, summary_sentence, verdict_sentence
+from orchestrator.report.wording import (
+    best_trial,
+    metric_text,
+    number,
+    plural,
+    reads_sentence,
+    score_text,
+    signed,
+    summary_sentence,
+    verdict_sentence,
+)
 from orchestrator.transfer.records import PromptComparison, SweepResult, TransferReport, TrialRecord
 from orchestrator.units import format_bytes, format_count
 
@@ -22,6 +32,10 @@ def final_screen(sweep: SweepResult, transfer: TransferReport) -> str:
     """What was found, in at most 100 columns: best, verdict, one prompt, bundle, report, next."""
     best = sweep.winner or best_trial(sweep.searched, sweep.higher_is_better)
     lines = [*_best(sweep, best), *_entry("verdict", verdict_sentence(sweep, transfer))]
+    if answered := _answered(transfer):
+        lines += _entry("answers", answered)
+    if again := reads_sentence(transfer.test_set_reads):
+        lines += _entry("note", again)
     if transfer.prompts:
         lines += ["", *_answers(transfer.prompts[0]), ""]
     if transfer.bundle:
@@ -56,6 +70,15 @@ def _best(sweep: SweepResult, best: TrialRecord | None) -> list[str]:
     name = "best" if sweep.winner is not None or sweep.finished_at is None else "best*"
     lines = [*_entry(name, best.label), *_entry("", "   ".join(said))]
     return lines if name == "best" else [*lines, *_entry("", "* of the trials; it was not promoted")]
+
+
+def _answered(transfer: TransferReport) -> str:
+    """`exact match 62.0% on 200 of 200 test documents, base 4.0%`."""
+    scores = {score.model: score for score in transfer.scores if score.num_answered and "exact_match" in score.metrics}
+    if "promoted" not in scores:
+        return ""
+    base = f", base {metric_text(scores['none'].metrics['exact_match'], 'exact_match')}" if "none" in scores else ""
+    return f"exact match {score_text(scores['promoted'], 'exact_match')} test documents{base}"
 
 
 def _verified(transfer: TransferReport) -> str:

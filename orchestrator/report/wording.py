@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from orchestrator.transfer.records import PlanAgainstMeasured, SweepResult, TransferReport, TrialRecord
+from orchestrator.transfer.records import ModelScores, PlanAgainstMeasured, SweepResult, TransferReport, TrialRecord
 from orchestrator.units import format_bytes, format_count, format_seconds
 
 MISSING = "-"
@@ -40,6 +40,21 @@ def metric_text(value: float | None, metric: str) -> str:
     if value is not None and math.isfinite(value) and metric in PERCENT:
         return f"{100 * value:.1f}%"
     return number(value)
+
+
+def score_text(scores: ModelScores, metric: str) -> str:
+    """`41.2% on 200 of 500` for what was taken over fewer documents than the losses, or may be; else the metric alone."""
+    value = metric_text(scores.metrics.get(metric), metric)
+    if metric != "exact_match" or metric not in scores.metrics or not scores.num_answered:
+        return value
+    return f"{value} on {scores.num_answered} of {scores.num_documents}"
+
+
+def reads_sentence(reads: int) -> str:
+    """How often the test set was read, where that is more than the once that it should be."""
+    if reads < 2:
+        return ""
+    return f"the test set has been read {reads} times for this run: choose nothing by it, and take new rows for a fresh verdict"
 
 
 def amount(value: float | None, unit: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,13 @@ from orchestrator.serve import (
     trained_model,
     verify,
 )
-from orchestrator.store import versions
+from orchestrator.store import append_jsonl, read_jsonl, versions
 from orchestrator.transfer import Comparison, paired_comparison, verdict
 from orchestrator.transfer.records import Control, TransferReport
 
 PROMOTED = "promoted"
+READINGS = "readings.jsonl"
+"""In test/: a line for every time that the test set was read."""
 
 
 def bundle_and_judge(inputs: BundleInputs, bundle: str, metric: str, seed: int) -> TransferReport:
@@ -41,6 +44,7 @@ def bundle_and_judge(inputs: BundleInputs, bundle: str, metric: str, seed: int) 
     staged = stage_bundle(inputs, final)
     figures = verify(staged.folder, trained_model(inputs, staged.plan))
     require_passed(figures, staged.folder)
+    reads = count_reading(final.parent / "test", inputs.trial.trial_id)
     scores = score_test(staged.folder, inputs, final.parent / "test")
     comparisons = _comparisons(inputs, scores, metric, seed)
     found = verdict(comparisons["none"], others={name: found for name, found in comparisons.items() if name != "none"})
@@ -50,6 +54,7 @@ def bundle_and_judge(inputs: BundleInputs, bundle: str, metric: str, seed: int) 
         trial_id=inputs.trial.trial_id,
         comparisons=tuple(comparison.record(name) for name, comparison in comparisons.items()),
         scores=scores.models,
+        test_set_reads=reads,
         prompts=scores.prompts,
         bundle=bundle,
         verification=figures,
@@ -58,6 +63,14 @@ def bundle_and_judge(inputs: BundleInputs, bundle: str, metric: str, seed: int) 
     )
     commit_bundle(staged, inputs, transfer)
     return transfer
+
+
+def count_reading(folder: Path, trial_id: str) -> int:
+    """Write down that the test set is about to be read, and say how often that has happened in this run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / READINGS
+    append_jsonl(file, {"time": time.time(), "trial_id": trial_id})
+    return len(read_jsonl(file))
 
 
 def _comparisons(inputs: BundleInputs, scores: HeldOutScores, metric: str, seed: int) -> dict[Control, Comparison]:

@@ -25,7 +25,7 @@ from orchestrator.errors import VerificationError
 from orchestrator.plan.artifact import ADAPTER, ADAPTER_CONFIG, DELTA
 from orchestrator.plan.merge import LinkShard, MergedInto, MergePlan, make_merge_plan
 from orchestrator.plan.values import BaseLoad, TrialSpec
-from orchestrator.serve.card import model_card
+from orchestrator.serve.card import NEEDS_SERVING, model_card
 from orchestrator.serve.inputs import BundleInputs, shown_base
 from orchestrator.serve.merging import MergeRecord, merge
 from orchestrator.serve.shards import link_or_copy
@@ -186,7 +186,7 @@ def serve_commands(bundle: Path | str, task: Task) -> tuple[str, ...]:
     """How the bundle is served; `transformers serve` generates text only."""
     if task == "classify":
         return (f"vllm serve {bundle} --runner pooling",)
-    return f"transformers serve {bundle}", f"vllm serve {bundle}"
+    return f"transformers serve {bundle}    {NEEDS_SERVING}", f"vllm serve {bundle}"
 
 
 def base_weights_sha256(anatomy_files: set[str], folder: Path, known: dict[str, str]) -> str:

@@ -18,6 +18,8 @@ PROMPTS = {
     "chat": "Prompts go through the tokenizer's chat template.",
 }
 """How a prompt must be put, by task."""
+NEEDS_SERVING = "# pip install 'transformers[serving]'"
+"""Behind `transformers serve`, which the plain package refuses to do."""
 CELL = 240
 """Characters of a prompt or an answer that a card shows."""
 
@@ -74,7 +76,7 @@ def _results(transfer: TransferReport) -> str:
     lines = [
         "## Results on the test set",
         "",
-        "The test set was read once, after everything was decided.",
+        _reads(transfer),
         "",
         _table(header, rows),
     ]
@@ -88,8 +90,20 @@ def _results(transfer: TransferReport) -> str:
     return "\n".join(lines)
 
 
+def _reads(transfer: TransferReport) -> str:
+    if transfer.test_set_reads > 1:
+        return f"The test set has been read {transfer.test_set_reads} times for this run; from the second on it is not unseen."
+    return "The test set was read once, after everything was decided."
+
+
+def _score(scores: ModelScores, metric: str) -> str:
+    number = _number(scores.metrics.get(metric))
+    taken_over = metric == "exact_match" and metric in scores.metrics and scores.num_answered
+    return f"{number} on {scores.num_answered} of {scores.num_documents}" if taken_over else number
+
+
 def _score_row(scores: ModelScores, metrics: list[str], has_retention: bool) -> list[str]:
-    row = [NAMES.get(scores.model, scores.model), *(_number(scores.metrics.get(name)) for name in metrics)]
+    row = [NAMES.get(scores.model, scores.model), *(_score(scores, name) for name in metrics)]
     if has_retention:
         row += [_number(scores.retain_loss), "-" if scores.forgetting is None else f"{scores.forgetting:+.3f}"]
     return row
@@ -118,7 +132,7 @@ def _serving(inputs: BundleInputs) -> str:
         commands = ["vllm serve . --runner pooling"]
         said = ['In transformers: `pipeline("text-classification", ".")`; the class names are in config.json.']
     else:
-        commands = ["transformers serve .     # pip install 'transformers[serving]'", "vllm serve ."]
+        commands = [f"transformers serve .    {NEEDS_SERVING}", "vllm serve ."]
         said = [PROMPTS[task].format(separator=repr(inputs.separator))] if task in PROMPTS else []
     if inputs.trial.tune == "lora":
         said.append("The LoRA adapter alone is in `adapter/`; `peft.PeftModel.from_pretrained` loads it on the base.")

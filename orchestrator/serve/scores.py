@@ -43,8 +43,6 @@ class HeldOutScores(Value):
     prompts: tuple[PromptComparison, ...]
     folder: str
     """Holds <model>.npz: per-document losses, see `document_scores`."""
-    generated_rows: int
-    """Documents that were answered: what exact match was measured on."""
     seconds: float
 
 
@@ -84,7 +82,6 @@ def score_test(
         models=tuple(scorer.model_scores(name) for name in scorer.test),
         prompts=scorer.prompts(num_prompts),
         folder=str(folder),
-        generated_rows=scorer.generated_rows,
         seconds=time.monotonic() - started,
     )
 
@@ -109,10 +106,6 @@ class _Scorer:
         self.test: dict[str, Evaluation] = {}
         self._retain: dict[str, float] = {}
         self._answers: dict[str, list[str]] = {}
-
-    @property
-    def generated_rows(self) -> int:
-        return len(self._generated)
 
     def score_bundle(self, bundle: Path) -> None:
         kind = AutoModelForSequenceClassification if self._classify else AutoModelForCausalLM
@@ -158,7 +151,14 @@ class _Scorer:
             metrics["exact_match"] = exact_match(self._answers[name], wanted_answers(self._generated, self._tokenizer))
         retain, before = self._retain.get(name), self._retain.get(UNTOUCHED)
         lost = forgetting(retain, before) if retain is not None and before is not None else None
-        return ModelScores(model=name, metrics=metrics, retain_loss=retain, forgetting=lost)
+        return ModelScores(
+            model=name,
+            metrics=metrics,
+            num_documents=len(self._data),
+            num_answered=len(self._answers.get(name, ())),
+            retain_loss=retain,
+            forgetting=lost,
+        )
 
     def prompts(self, count: int) -> tuple[PromptComparison, ...]:
         """The first `count` test documents, as base and bundle answer them."""

@@ -176,6 +176,10 @@ class ModelScores(Value):
     model: str
     """`promoted`, or a control's name."""
     metrics: dict[str, float] = {}
+    num_documents: int = 0
+    """Documents of the test set that were scored."""
+    num_answered: int = 0
+    """Documents that were answered: what `exact_match` was taken over, the first ones of the test set."""
     retain_loss: float | None = None
     forgetting: float | None = None
 
@@ -230,7 +234,7 @@ class RefitRecord(Value):
 
 
 class TransferReport(Value):
-    """The verdict, spoken on the test set, which was read once, on the bundle."""
+    """The verdict, spoken on the test set, which is read once, on the bundle; who asks again is counted."""
 
     verdict: VerdictKind | None = None
     """None when nothing was promoted and so nothing was tested."""
@@ -238,6 +242,8 @@ class TransferReport(Value):
     trial_id: str | None = None
     comparisons: tuple[ComparisonRecord, ...] = ()
     scores: tuple[ModelScores, ...] = ()
+    test_set_reads: int = 0
+    """How often the test set has been read for this run, this reading included; from the second on it is no longer unseen."""
     prompts: tuple[PromptComparison, ...] = ()
     bundle: str | None = None
     verification: VerificationFigures | None = None

@@ -26,6 +26,19 @@ def test_the_last_screen_says_what_was_found(make):
     assert screen.splitlines()[-1] == "next      transformers serve runs/quickstart/bundle"
 
 
+def test_exact_match_says_over_how_many_documents_it_was_taken(make):
+    scores = [score.model_copy(update={"num_documents": 500, "num_answered": 0}) for score in make.transfer().scores]
+    scores[:2] = [score.model_copy(update={"num_answered": 200}) for score in scores[:2]]
+    screen = final_screen(make.sweep(), make.transfer(scores=tuple(scores)))
+    assert entry(screen, "answers").endswith("exact match 41.2% on 200 of 500 test documents, base 0.0%")
+    assert "exact match" not in final_screen(make.sweep(), make.transfer(scores=tuple(scores[2:])))
+
+
+def test_a_test_set_read_again_is_told(make):
+    assert "has been read" not in final_screen(make.sweep(), make.transfer(test_set_reads=1))
+    assert "has been read 3 times for this run" in entry(final_screen(make.sweep(), make.transfer(test_set_reads=3)), "note")
+
+
 def test_nothing_promoted_says_what_to_try(make):
     sweep = make.sweep(winner_id=None, promotion_reason="no trial is within the bound of 0.1")
     screen = final_screen(sweep, make.transfer(verdict=None, sentence="", bundle=None, prompts=()))

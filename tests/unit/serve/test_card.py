@@ -93,6 +93,14 @@ def test_the_card_says_what_was_done_and_found_and_not_where(inputs_of: Callable
     assert "x" * 300 not in card
 
 
+def test_the_card_says_what_exact_match_was_taken_over_and_who_read_the_test_set_before(inputs_of: Callable):
+    scores = (ModelScores(model="promoted", metrics={"loss": 1.83, "exact_match": 0.5}, num_documents=180, num_answered=40),)
+    card = model_card(inputs_of(), TransferReport(verification=FIGURES, scores=scores, test_set_reads=2), {})
+    assert "| this model | 1.83 | 0.5 on 40 of 180 |" in card
+    assert "has been read 2 times for this run" in card
+    assert "read once" not in card
+
+
 def test_a_card_without_scores_has_no_empty_tables(inputs_of: Callable):
     card = model_card(inputs_of(tune="full", retain_set="retain.npz"), TransferReport(verification=FIGURES), {})
     assert "Results" not in card
@@ -106,7 +114,7 @@ def test_a_classifiers_card_and_commands_do_not_generate(inputs_of: Callable):
     assert "pipeline_tag: text-classification" in card
     assert "transformers serve" not in card
     assert serve_commands("b", "classify") == ("vllm serve b --runner pooling",)
-    assert serve_commands("b", "chat") == ("transformers serve b", "vllm serve b")
+    assert serve_commands("b", "chat") == ("transformers serve b    # pip install 'transformers[serving]'", "vllm serve b")
 
 
 def plan_of(**values: object) -> MergePlan:
