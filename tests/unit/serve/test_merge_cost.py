@@ -1,4 +1,4 @@
-"""What a merge costs: memory beside mapped files, and time beside plainly copying the bytes."""
+"""What a merge costs in memory, beside mapped files. Its time is measured by `scripts/bench merge`."""
 
 from __future__ import annotations
 
@@ -28,8 +28,7 @@ def test_memory_grows_with_the_largest_tensor_and_not_with_the_model(repository:
 
 
 @pytest.mark.slow
-def test_a_gigabyte_is_merged_within_both_bounds(repository: Path, tmp_path: Path):
-    found = measured(repository, tmp_path, "--gigabytes", "1.1", "--rounds", "3")
+def test_a_gigabyte_is_merged_within_its_memory(repository: Path, tmp_path: Path):
+    found = measured(repository, tmp_path, "--gigabytes", "1.1", "--rounds", "1")
     assert found["num_bytes"] > 1e9
     assert found["peak_bytes"] <= found["peak_bytes_bound"]
-    assert found["time_ratio"] <= found["time_ratio_bound"]

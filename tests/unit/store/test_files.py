@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from orchestrator.errors import IntegrityError
 from orchestrator.store import append_jsonl, read_json, read_jsonl, sha256_file, write_atomic, write_json
+from orchestrator.values import Value
 
 OLD, NEW = b"old" * 1000, b"new" * 5000
 
@@ -57,12 +59,28 @@ def test_readers_never_see_half_a_file_while_a_writer_is_killed(tmp_path: Path) 
         assert set(value["filler"]) == {value["number"]}
 
 
-def test_json_keeps_values_that_are_no_json(tmp_path: Path) -> None:
-    write_json(tmp_path / "a.json", {"loss": math.nan, "best": math.inf, "name": "ü\u2028"})
-    value = read_json(tmp_path / "a.json")
-    assert math.isnan(value["loss"])
-    assert value["best"] == math.inf
-    assert value["name"] == "ü\u2028"
+class Figures(Value):
+    loss: float | None
+    best: float
+    metrics: dict[str, float]
+
+
+def refuse(constant: str) -> None:
+    raise AssertionError(f"{constant} is no JSON")
+
+
+def test_what_json_cannot_say_is_written_by_name_and_read_back(tmp_path: Path) -> None:
+    figures = Figures(loss=math.nan, best=-math.inf, metrics={"perplexity": math.inf})
+    write_json(tmp_path / "a.json", figures)
+    append_jsonl(tmp_path / "a.jsonl", {"name": "ü\u2028", **figures.model_dump()})
+    for file in ("a.json", "a.jsonl"):
+        json.loads((tmp_path / file).read_text(), parse_constant=refuse)
+    for found in (Figures.model_validate(read_json(tmp_path / "a.json")), read_jsonl(tmp_path / "a.jsonl")[0]):
+        plain = found.model_dump() if isinstance(found, Figures) else found
+        assert math.isnan(float(plain["loss"]))
+        assert float(plain["best"]) == -math.inf
+        assert float(plain["metrics"]["perplexity"]) == math.inf
+    assert read_jsonl(tmp_path / "a.jsonl")[0]["name"] == "ü\u2028"
 
 
 @pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\xff\xfe", b"[" * 100_000])
