@@ -145,7 +145,7 @@ def plan(
 
     planned = plan_of(load_spec(spec), job=job, cluster_file=cluster, address=address)
     if as_json:
-        _print_value(planned)
+        _print_json(planned)
         return
     from orchestrator.report import plan_view
 
@@ -206,7 +206,7 @@ def _show_outcome(outcome: RunOutcome, as_json: bool) -> None:
     transfer = outcome.transfer.model_copy(update={"report": str(report_path)})
     if as_json:
         result = {"sweep": outcome.sweep.model_dump(mode="json"), "transfer": transfer.model_dump(mode="json")}
-        print(json.dumps({"kind": "result", "run": str(outcome.run_folder), **result}), flush=True)
+        _print_json({"kind": "result", "run": str(outcome.run_folder), **result}, indent=None)
     else:
         print(final_screen(outcome.sweep, transfer), flush=True)
 
@@ -252,7 +252,7 @@ def verify(
 
     figures = verify_bundle(bundle, base=base, held_out=held_out)
     if as_json:
-        _print_value(figures)
+        _print_json(figures)
     else:
         _print_facts(figures)
 
@@ -283,12 +283,11 @@ def doctor(address: Address = None, as_json: AsJson = False) -> None:
         raise typer.Exit(UNEXPECTED)
 
 
-def _print_json(value: object) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+def _print_json(value: object, *, indent: int | None = 2) -> None:
+    """Strict JSON: what is not finite is null."""
+    from orchestrator.values import strict_json
 
-
-def _print_value(value: Value) -> None:
-    print(value.model_dump_json(indent=2))
+    print(json.dumps(strict_json(value), indent=indent, ensure_ascii=False, allow_nan=False), flush=True)
 
 
 def _print_facts(value: Value) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Mapping
+from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict
 
@@ -23,3 +26,23 @@ def canonical_json(value: object) -> str:
 def content_hash(value: object) -> str:
     """SHA-256 of the canonical JSON, in hexadecimal."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def strict_json(value: object, *, named: bool = False) -> Any:
+    """What strict JSON can say of a value, for `json.dumps(..., allow_nan=False)`.
+
+    Args:
+        value: A `Value`, or a tree of dictionaries and lists.
+        named: NaN and infinities become their names as text, which a `Value` reads back as the numbers that they were
+            (records on disk); without it they become null (what scripts read).
+    """
+    if isinstance(value, BaseModel):
+        return strict_json(value.model_dump(mode="json"), named=named)
+    if isinstance(value, float) and not math.isfinite(value):
+        return ("NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity") if named else None
+    if isinstance(value, Mapping):
+        items = cast("Mapping[Any, Any]", value).items()
+        return {key: strict_json(inner, named=named) for key, inner in items}
+    if isinstance(value, list | tuple):
+        return [strict_json(inner, named=named) for inner in cast("list[Any]", value)]
+    return value

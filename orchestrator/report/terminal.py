@@ -15,6 +15,7 @@ from rich.text import Text
 from orchestrator.report.wording import MISSING, best_trial, counts, metric_text, plural, signed, sort_trials
 from orchestrator.transfer.records import RunView, TrialRecord
 from orchestrator.units import format_seconds
+from orchestrator.values import strict_json
 
 WIDTH = 100
 MAX_ROWS = 12
@@ -113,7 +114,8 @@ class JsonView:
         self._stream = stream
 
     def _say(self, kind: str, **fields: object) -> None:
-        line = json.dumps({"kind": kind, "at": round(time.time(), 3), **fields}, default=str, ensure_ascii=False)
+        said = strict_json({"kind": kind, "at": round(time.time(), 3), **fields})
+        line = json.dumps(said, default=str, ensure_ascii=False, allow_nan=False)
         print(line, file=self._stream, flush=True)
 
     def start(self, *, name: str, metric: str, higher_is_better: bool, max_forgetting: float, num_trials: int) -> None:
@@ -124,7 +126,7 @@ class JsonView:
         self._say("phase", phase=name, detail=detail)
 
     def trial(self, record: TrialRecord) -> None:
-        self._say("trial", trial=json.loads(record.model_dump_json()))
+        self._say("trial", trial=record.model_dump(mode="json"))
 
     def event(self, kind: str, message: str, **fields: object) -> None:
         self._say("event", event=kind, message=message, fields=fields)

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from orchestrator.errors import IntegrityError
+from orchestrator.values import strict_json
 
 CHUNK_BYTES = 4 * 1024**2
 PARTIAL = ".partial-"
@@ -40,9 +41,9 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 
 def write_json(path: Path, value: BaseModel | dict[str, Any] | list[Any]) -> None:
-    """Write a value as indented JSON, atomically. NaN and infinities keep their Python spelling."""
-    plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
-    write_atomic(path, json.dumps(plain, indent=2, ensure_ascii=False) + "\n")
+    """Write a value as indented JSON, atomically: strict JSON, NaN and infinities by name."""
+    text = json.dumps(strict_json(value, named=True), indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomic(path, text + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -62,8 +63,7 @@ def read_json(path: Path) -> Any:
 
 def append_jsonl(path: Path, value: BaseModel | dict[str, Any]) -> None:
     """Add one line, in one write, after mending a torn last line of a writer that was killed."""
-    plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
-    line = json.dumps(plain, ensure_ascii=False).encode() + b"\n"
+    line = json.dumps(strict_json(value, named=True), ensure_ascii=False, allow_nan=False).encode() + b"\n"
     with path.open("ab+") as file:
         if file.tell() and not _ends_with_newline(file):
             line = b"\n" + line

@@ -125,7 +125,8 @@ def open_checkpoint(
     exact = (record["ranks"], record["layout"]) == (ranks.count, layout)
     if not exact:
         note(f"{folder.name} is of another gang: weights taken over, Adam's moments start anew")
-    return StartPoint(folder, LoopState(record["step"], record["tokens"], record["loss"]), exact)
+    loss = None if record["loss"] is None else float(record["loss"])
+    return StartPoint(folder, LoopState(record["step"], record["tokens"], loss), exact)
 
 
 def rung_folder(trial_folder: Path, rung: int) -> Path:

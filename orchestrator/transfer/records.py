@@ -113,6 +113,7 @@ class SweepResult(Value):
     metric: str
     higher_is_better: bool
     max_forgetting: float
+    """Infinite where there is no bound."""
     trials: tuple[TrialRecord, ...]
     """Every trial and control by number; controls have `control` set."""
     winner_id: str | None
