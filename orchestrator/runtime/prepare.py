@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from orchestrator.anatomy import ModelAnatomy, read_anatomy, resolve_base
 from orchestrator.data import DataSummary, data_size, prepare_data
@@ -14,7 +14,7 @@ from orchestrator.plan import make_plan
 from orchestrator.plan.values import ClusterDescription, DataPaths, RunPlan, TrainSettings
 from orchestrator.runtime.scoring import Scoring
 from orchestrator.spec import JobSpec, LoadedSpec, spec_sha256
-from orchestrator.store import RunDirectory, read_json, write_json
+from orchestrator.store import RunDirectory, read_json, sampled_sha256, write_json
 from orchestrator.transfer.records import RunView
 
 Job = Literal["sweep", "finetune"]
@@ -77,11 +77,12 @@ def prepare(
 
     Raises:
         BaseError, SelectionError, DataError: the input cannot be used.
-        RunConflictError: the data is not what earlier trials of this run were trained on.
+        RunConflictError: base or data are not what earlier trials of this run were trained on.
         PlanError: it does not fit the cluster.
     """
     spec = loaded.spec
     anatomy = read_anatomy(resolve_base(spec.base.model, loaded.folder), need_weights=True)
+    run.claim_base(_identity_of(anatomy))
     known = RunPlan.model_validate(read_json(run.plan)) if run.plan.exists() else None
     view.phase("data")
     data = prepare_data(loaded, Path(anatomy.folder), run.data, keep=known is not None)
@@ -100,7 +101,7 @@ def reopen(run_folder: Path) -> Prepared:
     Raises:
         UsageError: the folder holds no planned run.
         BaseError: the base is no longer where the plan says.
-        RunConflictError: a driver works in it.
+        RunConflictError: a driver works in it, or the base's folder holds another base now.
     """
     if not (run_folder / "plan.json").exists():
         raise UsageError("no planned run", where=str(run_folder), expected="a folder with plan.json, as a sweep leaves it")
@@ -109,8 +110,19 @@ def reopen(run_folder: Path) -> Prepared:
         plan = RunPlan.model_validate(read_json(run.plan))
         spec = JobSpec.model_validate(run.identity["values"])
         anatomy = read_anatomy(Path(plan.base.folder), need_weights=True)
+        run.claim_base(_identity_of(anatomy))
         data = DataSummary.model_validate(read_json(run.data / "summary.json"))
     except BaseException:
         run.close()
         raise
     return Prepared(spec, run, anatomy, data, plan)
+
+
+def _identity_of(anatomy: ModelAnatomy) -> dict[str, Any]:
+    """The base's config, and what its weight files hold; folders and times are left out, for copies are the same base."""
+    folder = Path(anatomy.folder)
+    files = sorted({tensor.file for tensor in anatomy.tensors.values()})
+    return {
+        "config": read_json(folder / "config.json"),
+        "weights": {file: f"{(folder / file).stat().st_size} bytes, {sampled_sha256(folder / file)[:16]}" for file in files},
+    }

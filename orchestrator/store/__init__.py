@@ -6,7 +6,7 @@ check_folder(run.bundle)                           # IntegrityError where a file
 run = RunDirectory.open(root, name, loaded, identity)
 """
 
-from orchestrator.store.files import append_jsonl, read_json, read_jsonl, sha256_file, write_atomic, write_json
+from orchestrator.store.files import append_jsonl, read_json, read_jsonl, sampled_sha256, sha256_file, write_atomic, write_json
 from orchestrator.store.folders import (
     FileRecord,
     Manifest,
@@ -33,6 +33,7 @@ __all__ = [
     "read_manifest",
     "recover_folder",
     "restore_folder",
+    "sampled_sha256",
     "sha256_file",
     "versions",
     "write_atomic",

@@ -25,7 +25,7 @@ LISTED = 20
 class RunDirectory:
     """`runs/<name>/`, held by one driver at a time; see `open`.
 
-    Layout: spec.yaml run.json plan.json events.jsonl data/ trials/<id>/ tune/ refit/ bundle/ sweep.json
+    Layout: spec.yaml run.json base.json plan.json events.jsonl data/ trials/<id>/ tune/ refit/ bundle/ sweep.json
     transfer.json report.html
     """
 
@@ -85,6 +85,11 @@ class RunDirectory:
         return self.path / "plan.json"
 
     @property
+    def base(self) -> Path:
+        """Which base the run trains: its config and the hashes of its weight files."""
+        return self.path / "base.json"
+
+    @property
     def data(self) -> Path:
         return self.path / "data"
 
@@ -111,6 +116,24 @@ class RunDirectory:
     @property
     def report(self) -> Path:
         return self.path / "report.html"
+
+    def claim_base(self, identity: dict[str, Any]) -> None:
+        """Write down which base this run trains; once it was planned, refuse another.
+
+        Raises:
+            RunConflictError: the base's folder holds another base than at the submission before; names what differs.
+        """
+        if not (self.plan.exists() and self.base.exists()):
+            write_json(self.base, identity)
+            return
+        differences = describe_difference(read_json(self.base), identity)
+        if differences:
+            raise RunConflictError(
+                "the base's folder holds another base than when this run began; the difference (there -> here):\n  "
+                + _shown(differences),
+                where=str(self.path),
+                remedy="put the base back, or choose another `name`; nothing was overwritten",
+            )
 
     def event(self, kind: str, **fields: Any) -> None:
         """A line in events.jsonl: everything that happened by itself (micro-batch halved, gang replaced, trial retried)."""
@@ -204,10 +227,14 @@ def _lock(path: Path) -> TextIO:
 
 def _conflict(path: Path, old: dict[str, Any], new: dict[str, Any]) -> RunConflictError:
     differences = [line for line in describe_difference(old, new) if not line.startswith(FREE_TO_CHANGE)]
-    more = [f"and {len(differences) - LISTED} more"] if len(differences) > LISTED else []
-    shown = "\n  ".join(differences[:LISTED] + more) or "none in the spec: it was submitted as the other job (sweep, finetune)"
+    shown = _shown(differences) or "none in the spec: it was submitted as the other job (sweep, finetune)"
     return RunConflictError(
         f"the folder holds another run; the difference (there -> here):\n  {shown}",
         where=str(path),
         remedy="choose another `name` or `output`, or put the spec back; nothing was overwritten",
     )
+
+
+def _shown(differences: list[str]) -> str:
+    more = [f"and {len(differences) - LISTED} more"] if len(differences) > LISTED else []
+    return "\n  ".join(differences[:LISTED] + more)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import IntegrityError
-from orchestrator.store import append_jsonl, read_json, read_jsonl, sha256_file, write_atomic, write_json
+from orchestrator.store import append_jsonl, files, read_json, read_jsonl, sampled_sha256, sha256_file, write_atomic, write_json
 from orchestrator.values import Value
 
 OLD, NEW = b"old" * 1000, b"new" * 5000
@@ -134,3 +134,17 @@ def test_the_hash_is_of_the_content(tmp_path: Path) -> None:
     assert sha256_file(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     (tmp_path / "big").write_bytes(b"x" * (9 * 1024**2 + 1))
     assert sha256_file(tmp_path / "big") != sha256_file(tmp_path / "a")
+
+
+def test_a_large_file_is_known_by_its_size_and_spread_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "NUM_SAMPLES", 4)
+    monkeypatch.setattr(files, "SAMPLE_BYTES", 10)
+    monkeypatch.setattr(files, "CHUNK_BYTES", 100)
+    contents = [bytes(1000), bytes(1001), b"x" + bytes(999), bytes(999) + b"x", bytes(335) + b"x" + bytes(664)]
+    hashes = set()
+    for number, content in enumerate(contents):
+        (tmp_path / f"{number}").write_bytes(content)
+        hashes.add(sampled_sha256(tmp_path / f"{number}"))
+    assert len(hashes) == len(contents)
+    (tmp_path / "small").write_bytes(bytes(300))
+    assert sampled_sha256(tmp_path / "small") == sha256_file(tmp_path / "small")
