@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from orchestrator.runtime import RunOutcome
     from orchestrator.spec import LoadedSpec
-    from orchestrator.transfer.records import RunView
     from orchestrator.values import Value
 
 INTERRUPTED = 130
@@ -187,7 +186,7 @@ def _run(job: str, spec: Path, output: Path | None, address: str | None, require
     try:
         outcome = (run_sweep if job == "sweep" else run_finetune)(loaded, view=view, address=address, output=output)
     except VerificationError:
-        _report_what_there_is(loaded, output, view)
+        _report_what_there_is(loaded, output)
         raise
     _show_outcome(outcome, as_json)
     if require_promotion and outcome.sweep.winner_id is None:
@@ -211,12 +210,12 @@ def _show_outcome(outcome: RunOutcome, as_json: bool) -> None:
         print(final_screen(outcome.sweep, transfer), flush=True)
 
 
-def _report_what_there_is(loaded: LoadedSpec, output: Path | None, view: RunView) -> None:
+def _report_what_there_is(loaded: LoadedSpec, output: Path | None) -> None:
     """A run that failed late has a report too; it says where the trouble is."""
     from orchestrator.report.page import write_report
     from orchestrator.runtime.places import output_root
 
-    folder = output_root(loaded, output, view) / loaded.spec.name
+    folder = output_root(loaded, output).path / loaded.spec.name
     if folder.is_dir():
         print(f"report: {write_report(folder)}", file=sys.stderr)
 

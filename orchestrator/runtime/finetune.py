@@ -12,7 +12,6 @@ from orchestrator.runtime.cluster import connected, probe_cluster
 from orchestrator.runtime.finish import finish, refit_assignment, run_refit
 from orchestrator.runtime.ledger import Ledger
 from orchestrator.runtime.outcome import RunOutcome, read_outcome, summarise, write_outcome
-from orchestrator.runtime.places import output_root
 from orchestrator.runtime.prepare import Prepared, open_run, prepare
 from orchestrator.spec import LoadedSpec, require_section
 from orchestrator.transfer.records import RunView, SweepResult
@@ -27,7 +26,7 @@ def run_finetune(loaded: LoadedSpec, *, view: RunView, address: str | None = Non
     require_section(loaded, "finetune")
     started_at = time.time()
     with ExitStack() as stack:
-        run = stack.enter_context(open_run(loaded, "finetune", output_root(loaded, output, view)))
+        run = stack.enter_context(open_run(loaded, "finetune", output, view))
 
         def cluster() -> ClusterDescription:
             stack.enter_context(connected(address))

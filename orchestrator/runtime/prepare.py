@@ -12,6 +12,7 @@ from orchestrator.data import DataSummary, data_size, prepare_data
 from orchestrator.errors import UsageError
 from orchestrator.plan import make_plan
 from orchestrator.plan.values import ClusterDescription, DataPaths, RunPlan, TrainSettings
+from orchestrator.runtime.places import output_root
 from orchestrator.runtime.scoring import Scoring
 from orchestrator.spec import JobSpec, LoadedSpec, spec_sha256
 from orchestrator.store import RunDirectory, read_json, sampled_sha256, write_json
@@ -57,13 +58,18 @@ class Prepared:
         return Scoring(metric=search.metric, max_forgetting=search.max_forgetting)
 
 
-def open_run(loaded: LoadedSpec, job: Job, root: Path) -> RunDirectory:
-    """The run's folder under `root`, locked.
+def open_run(loaded: LoadedSpec, job: Job, output: Path | None, view: RunView) -> RunDirectory:
+    """The run's folder under `output`, or under the spec's, locked.
 
     Raises:
         RunConflictError: it holds another run, or another driver works in it.
     """
-    return RunDirectory.open(root, loaded.spec.name, loaded, spec_sha256(loaded.spec, job))
+    root = output_root(loaded, output)
+    run = RunDirectory.open(root.path, loaded.spec.name, loaded, spec_sha256(loaded.spec, job))
+    if root.moved:
+        view.event("output_moved", root.moved)
+        run.event("output_moved", message=root.moved)
+    return run
 
 
 def prepare(

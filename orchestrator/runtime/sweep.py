@@ -21,7 +21,6 @@ from orchestrator.runtime.exchange import Answer, Exchange, Orders
 from orchestrator.runtime.finish import finish, selection_of
 from orchestrator.runtime.ledger import Ledger
 from orchestrator.runtime.outcome import RunOutcome, read_outcome, read_sweep, summarise, write_outcome
-from orchestrator.runtime.places import output_root
 from orchestrator.runtime.prepare import Prepared, open_run, prepare
 from orchestrator.runtime.search import run_search
 from orchestrator.runtime.watch import Watcher
@@ -44,7 +43,7 @@ def run_sweep(loaded: LoadedSpec, *, view: RunView, address: str | None = None, 
     require_section(loaded, "sweep")
     started_at = time.time()
     with ExitStack() as stack:
-        run = stack.enter_context(open_run(loaded, "sweep", output_root(loaded, output, view)))
+        run = stack.enter_context(open_run(loaded, "sweep", output, view))
 
         def cluster():
             stack.enter_context(connected(address))

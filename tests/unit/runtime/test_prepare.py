@@ -18,6 +18,7 @@ from orchestrator.report.terminal import LogView
 from orchestrator.runtime.prepare import Prepared, open_run, prepare, reopen
 from orchestrator.samples import SAMPLE_BASE
 from orchestrator.spec import load_spec
+from orchestrator.store import read_jsonl
 from orchestrator.units import GIB
 
 TWO_CORES = ClusterDescription(nodes=(NodeDescription(num_cpus=2, memory_bytes=8 * GIB),))
@@ -39,7 +40,7 @@ def submit(tmp_path: Path, base: Path) -> Callable[[], Prepared]:
     view = LogView(io.StringIO())
 
     def prepared() -> Prepared:
-        with open_run(loaded, "sweep", tmp_path / "runs") as run:
+        with open_run(loaded, "sweep", tmp_path / "runs", view) as run:
             return prepare(loaded, "sweep", run, view, lambda: TWO_CORES)
 
     return prepared
@@ -80,3 +81,20 @@ def test_before_the_first_plan_the_base_may_still_be_mended(submit: Callable[[],
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.25}))
     submit()
+
+
+def test_a_run_that_goes_elsewhere_than_asked_is_told_and_recorded(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploaded = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    uploaded.mkdir(parents=True)
+    spec = {"name": "run", "base": {"model": str(base)}, "task": "completion", "data": {"train": "train.jsonl"}, "search": {}}
+    YAML().dump(spec, uploaded / "spec.yaml")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home" / "orchestrator-runs").mkdir(parents=True)
+    shown = io.StringIO()
+    with open_run(load_spec(uploaded / "spec.yaml"), "sweep", None, LogView(shown)) as run:
+        assert run.path == tmp_path / "home" / "orchestrator-runs" / "run"
+        (event,) = read_jsonl(run.path / "events.jsonl")
+    assert event["kind"] == "output_moved"
+    assert event["message"] in shown.getvalue()
