@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, select
@@ -78,7 +78,11 @@ def make_plan(
     plan = _with_costs(plan, anatomy, found, [choice.selection for choice in choices])
     _check_gpu_hours(plan, spec)
     return plan.model_copy(
-        update={"reasons": derivations(plan, spec), "notes": (*plan.notes, *_notes(plan, spec, found, cluster))}
+        update={
+            "reasons": derivations(plan, spec),
+            "notes": (*plan.notes, *_notes(plan, spec, found, cluster)),
+            "warnings": tuple(_warnings(plan, spec, found)),
+        }
     )
 
 
@@ -192,22 +196,35 @@ def _notes(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDescri
         points = len(spec.search.layers) * sum(len(spec.search.lora_rank) if t == "lora" else 1 for t in spec.search.tune)
         if points > len(plan.search.options):
             notes.append(f"{points} combinations come to {len(plan.search.options)} different selections")
-    notes += _bundle_notes(plan, found)
     if plan.search is None and spec.resources.gangs not in ("auto", 1):
         notes.append("one trial runs in one gang: resources.gangs counts for sweeps")
     return notes
 
 
-def _bundle_notes(plan: RunPlan, found: Machines) -> list[str]:
+def _warnings(plan: RunPlan, spec: JobSpec, found: Machines) -> Iterator[str]:
+    if spec.task == "classify" and spec.data.retain is not None:
+        yield (
+            "data.retain is not used: a classifier has no output projection left to measure forgetting with; "
+            "leave it out, or search the base with task: text"
+        )
+    if sum(node.count for node in found.nodes) > 1:
+        yield (
+            f"the run's folder ({spec.output}) must lie on storage that every node sees under the same path: gangs on "
+            "other nodes read its data and write trials there; the run checks it before it starts"
+        )
+    yield from _bundle_warnings(plan, found)
+
+
+def _bundle_warnings(plan: RunPlan, found: Machines) -> Iterator[str]:
     """Where verification and the test set cannot have a GPU, since each takes the whole merged model at once."""
     whole = plan.num_parameters * (2 if plan.execution.dtype == "bfloat16" else 4)
     smallest = min(node.gpu_memory_bytes for node in found.nodes)
     if found.device == "cpu" or whole <= RESIDENT_SHARE * smallest:
-        return []
+        return
     host = min(node.memory_bytes for node in found.nodes)
     short = f", more than the {format_bytes(host)} of host memory: expect the disk to be the limit" if whole > host else ""
-    return [
+    yield (
         f"the merged model ({format_bytes(whole)}) is more than {RESIDENT_SHARE:.0%} of one GPU ({format_bytes(smallest)}): the "
         f"bundle is verified and scored on the CPU, weights mapped from their files{short}; this takes hours at the end of "
         "the run, and a smaller data.test_rows shortens it"
-    ]
+    )

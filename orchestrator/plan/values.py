@@ -281,3 +281,5 @@ class RunPlan(Value):
     """Derivations in sentences: batch x accumulation x ranks = tokens per step, why this stage, ..."""
     rejected: tuple[RejectedWay, ...]
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    """What a person should hear before the run, also where only a log is read."""

@@ -70,6 +70,7 @@ def plan_lines(plan: RunPlan) -> list[str]:
     lines.append(f"  cost        {hours} · {format_bytes(plan.disk_bytes)} of disk")
     lines += [f"  because     {reason}" for reason in plan.reasons]
     lines += [f"  rejected    {rejected.way}: {rejected.reason}" for rejected in plan.rejected]
+    lines += [f"  warning     {warning}" for warning in plan.warnings]
     return lines + [f"  note        {note}" for note in plan.notes]
 
 

@@ -118,7 +118,8 @@ def plan_view(plan: RunPlan) -> RenderableType:
     parts += [_execution_table(plan), Text()]
     if plan.rejected:
         parts += [_grid("Cheaper ways, rejected", [(way.way, way.reason) for way in plan.rejected]), Text()]
-    parts += [_grid("", [("because", reason) for reason in plan.reasons] + [("note", note) for note in plan.notes])]
+    said = [("warning", plan.warnings), ("because", plan.reasons), ("note", plan.notes)]
+    parts += [_grid("", [(name, line) for name, lines in said for line in lines])]
     return Group(*parts)
 
 

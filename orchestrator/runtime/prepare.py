@@ -98,6 +98,9 @@ def prepare(
         return Prepared(spec, run, anatomy, data, known)
     plan = make_plan(loaded, anatomy, size, cluster(), job=job, spec_sha256=spec_sha256(spec, job))
     write_json(run.plan, plan)
+    for warning in plan.warnings:
+        view.event("warning", warning)
+        run.event("warning", message=warning)
     return Prepared(spec, run, anatomy, data, plan)
 
 

@@ -76,10 +76,23 @@ def test_a_70b_in_16_bit_needs_stage_3_and_says_why(plan: Any, gpus: Any) -> Non
 
 def test_a_merged_model_larger_than_a_gpu_is_verified_on_the_cpu_and_the_plan_says_so(plan: Any, gpus: Any) -> None:
     large = plan("70b", gpus(4), search={"tune": ["lora"]}, train={"tokens_per_step": 131072})
-    (note,) = [note for note in large.notes if "on the CPU" in note]
-    assert note.startswith("the merged model (131.4 GiB) is more than 70% of one GPU (80.0 GiB)")
-    assert "host memory" not in note
-    assert not any("on the CPU" in note for note in plan("8b", gpus(), search={"tune": ["lora"]}).notes)
+    (said,) = [warning for warning in large.warnings if "on the CPU" in warning]
+    assert said.startswith("the merged model (131.4 GiB) is more than 70% of one GPU (80.0 GiB)")
+    assert "host memory" not in said
+    assert plan("8b", gpus(), search={"tune": ["lora"]}).warnings == ()
+
+
+def test_several_nodes_need_shared_storage(plan: Any, gpus: Any) -> None:
+    assert any("storage that every node sees" in warning for warning in plan("tiny", gpus(2)).warnings)
+    assert plan("tiny", gpus(1)).warnings == ()
+
+
+def test_a_retention_set_that_is_not_used_is_told(plan: Any, gpus: Any, data: Any) -> None:
+    size = data(num_classes=3)
+    ignored = plan("tiny", gpus(), size=size, task="classify", data={"retain": "general.jsonl"})
+    assert any(warning.startswith("data.retain is not used") for warning in ignored.warnings)
+    assert plan("tiny", gpus(), size=size, task="classify").warnings == ()
+    assert plan("tiny", gpus(), data={"retain": "general.jsonl"}).warnings == ()
 
 
 def test_full_tuning_of_an_8b_partitions_its_optimizer(plan: Any, gpus: Any) -> None:

@@ -30,18 +30,24 @@ def base(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def submit(tmp_path: Path, base: Path) -> Callable[[], Prepared]:
+def shown() -> io.StringIO:
+    """What the run's view has said."""
+    return io.StringIO()
+
+
+@pytest.fixture
+def submit(tmp_path: Path, base: Path, shown: io.StringIO) -> Callable[..., Prepared]:
     """Prepares the same small sweep, every time it is called."""
     rows = [{"prompt": f"Count to {number}.", "completion": f"{number} it is"} for number in range(40)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     spec = {"name": "run", "base": {"model": "base"}, "task": "completion", "data": {"train": "train.jsonl", "max_tokens": 64}}
     YAML().dump({**spec, "search": {"layers": ["last:1"], "trials": 2}}, tmp_path / "spec.yaml")
     loaded = load_spec(tmp_path / "spec.yaml")
-    view = LogView(io.StringIO())
+    view = LogView(shown)
 
-    def prepared() -> Prepared:
+    def prepared(cluster: ClusterDescription = TWO_CORES) -> Prepared:
         with open_run(loaded, "sweep", tmp_path / "runs", view) as run:
-            return prepare(loaded, "sweep", run, view, lambda: TWO_CORES)
+            return prepare(loaded, "sweep", run, view, lambda: cluster)
 
     return prepared
 
@@ -98,3 +104,11 @@ def test_a_run_that_goes_elsewhere_than_asked_is_told_and_recorded(
         (event,) = read_jsonl(run.path / "events.jsonl")
     assert event["kind"] == "output_moved"
     assert event["message"] in shown.getvalue()
+
+
+def test_the_plans_warnings_are_shown_and_recorded(submit: Callable[..., Prepared], shown: io.StringIO) -> None:
+    several = ClusterDescription(nodes=(NodeDescription(count=2, num_cpus=2, memory_bytes=8 * GIB),))
+    prepared = submit(several)
+    (warning,) = prepared.plan.warnings
+    assert f"warning: {warning}" in shown.getvalue()
+    assert [event["message"] for event in read_jsonl(prepared.run.path / "events.jsonl")] == [warning]
