@@ -5,22 +5,28 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
+import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrator.errors import UsageError
+from orchestrator.errors import PlanError, UsageError
 from orchestrator.plan.values import ClusterDescription, ExecutionPlan, NodeDescription
-from orchestrator.store import num_usable_cpus
+from orchestrator.store import num_usable_cpus, write_atomic
 
 RANK_CPUS = 0.9
 """Logical CPUs of a rank on a cluster without GPUs: what is left of each core carries Tune's thin trials."""
 GPU_RANK_CPUS = 0.5
 """Of a rank with a GPU; the thin trials must find room beside it."""
 THIN_TRIAL_CPUS = 0.01
+SIGHT_S = 5.0
+"""How long a file may take to be seen from another node."""
 
 WORKER_ENV = {
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -101,16 +107,55 @@ def probe_cluster(address: str | None = None) -> ClusterDescription:
         return ClusterDescription(nodes=nodes, source="the live Ray cluster")
 
 
+def require_shared_storage(folder: Path) -> None:
+    """On a cluster of several nodes, prove that those with gangs see what the driver writes into `folder`.
+
+    Raises:
+        PlanError: a node does not see it; nothing has been started.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    alive = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    with_gpus = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU", 0) >= 1]
+    others = [node for node in with_gpus or alive if node["NodeID"] != here]
+    if not others:
+        return
+    probe, token = folder / f".seen-{secrets.token_hex(8)}", secrets.token_hex(8)
+    write_atomic(probe, token)
+    try:
+        calls = [(node["NodeManagerAddress"], _on_node(_read_text, node["NodeID"]).remote(str(probe))) for node in others]
+        blind = [address for address, call in calls if fetch(call, 60) != token]
+    finally:
+        probe.unlink(missing_ok=True)
+    if blind:
+        raise PlanError(
+            f"{len(blind)} of {len(others)} other nodes do not see the run's folder: {', '.join(sorted(set(blind))[:3])}",
+            where=str(folder),
+            expected="a folder that every node with a gang sees under this path",
+            remedy="give `output` or --output a folder on storage that all nodes share (NFS, Lustre, a shared volume claim)",
+        )
+
+
+def _on_node(function: Any, node_id: str) -> Any:
+    """A remote function tied to a node, for nothing of its resources."""
+    place = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    return function.options(scheduling_strategy=place, num_cpus=0, num_gpus=0)
+
+
+@ray.remote
+def _read_text(path: str) -> str:
+    """The file's content, empty if it does not come into sight within SIGHT_S: network file systems may lag."""
+    deadline = time.monotonic() + SIGHT_S
+    while True:
+        with contextlib.suppress(OSError):
+            return Path(path).read_text()
+        if time.monotonic() > deadline:
+            return ""
+        time.sleep(0.2)
+
+
 def _probe_gpus(nodes: list[dict]) -> dict[str, tuple[str, int]]:
     """Name and memory of the smallest GPU of each node, by node id."""
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    probes = {
-        node["NodeID"]: _describe_gpu.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False), num_cpus=0, num_gpus=0
-        ).remote()
-        for node in nodes
-    }
+    probes = {node["NodeID"]: _on_node(_describe_gpu, node["NodeID"]).remote() for node in nodes}
     return {node_id: fetch(probe, 60) for node_id, probe in probes.items()}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from orchestrator.plan import make_assignment, make_trial, none_control
 from orchestrator.plan.values import ClusterDescription
-from orchestrator.runtime.cluster import connected, probe_cluster
+from orchestrator.runtime.cluster import connected, probe_cluster, require_shared_storage
 from orchestrator.runtime.finish import finish, refit_assignment, run_refit
 from orchestrator.runtime.ledger import Ledger
 from orchestrator.runtime.outcome import RunOutcome, read_outcome, summarise, write_outcome
@@ -30,6 +30,7 @@ def run_finetune(loaded: LoadedSpec, *, view: RunView, address: str | None = Non
 
         def cluster() -> ClusterDescription:
             stack.enter_context(connected(address))
+            require_shared_storage(run.path)
             return probe_cluster()
 
         known = read_outcome(run.path)

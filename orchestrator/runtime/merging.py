@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from orchestrator.errors import UsageError
-from orchestrator.runtime.cluster import connected
+from orchestrator.runtime.cluster import connected, require_shared_storage
 from orchestrator.runtime.finish import finish
 from orchestrator.runtime.ledger import Ledger
 from orchestrator.runtime.outcome import RunOutcome, write_outcome
@@ -20,6 +20,7 @@ def merge_trial(run_folder: Path, trial_id: str | None, *, view: RunView, addres
 
     Raises:
         UsageError: no such trial, nothing promoted, or nothing to merge.
+        PlanError: another node of the cluster does not see the run's folder.
     """
     prepared = reopen(run_folder.absolute())
     with prepared.run as run:
@@ -32,6 +33,7 @@ def merge_trial(run_folder: Path, trial_id: str | None, *, view: RunView, addres
             reason = f"promoted by hand; by the rule: {sweep.promotion_reason}"
             sweep = sweep.model_copy(update={"winner_id": chosen, "promoted_by_hand": True, "promotion_reason": reason})
         with connected(address):
+            require_shared_storage(run.path)
             return write_outcome(finish(prepared, sweep, view))
 
 

@@ -15,8 +15,8 @@ from ray.exceptions import RayError
 from orchestrator.anatomy import LayerSelection
 from orchestrator.errors import TrainingError
 from orchestrator.plan import head_control, none_control, shuffled_control
-from orchestrator.plan.values import TrialSpec
-from orchestrator.runtime.cluster import connected, fetch, probe_cluster
+from orchestrator.plan.values import ClusterDescription, TrialSpec
+from orchestrator.runtime.cluster import connected, fetch, probe_cluster, require_shared_storage
 from orchestrator.runtime.exchange import Answer, Exchange, Orders
 from orchestrator.runtime.finish import finish, selection_of
 from orchestrator.runtime.ledger import Ledger
@@ -45,8 +45,9 @@ def run_sweep(loaded: LoadedSpec, *, view: RunView, address: str | None = None, 
     with ExitStack() as stack:
         run = stack.enter_context(open_run(loaded, "sweep", output, view))
 
-        def cluster():
+        def cluster() -> ClusterDescription:
             stack.enter_context(connected(address))
+            require_shared_storage(run.path)
             return probe_cluster()
 
         finished = _finished(run, loaded)
