@@ -13,15 +13,12 @@ from orchestrator.plan.arrange import Arrangement, arrange_one, arrange_sweep, c
 from orchestrator.plan.ladder import Load
 from orchestrator.plan.memory import RESIDENT_SHARE, Footprint, Way, estimate, weigh
 from orchestrator.plan.options import Choice, search_choices
-from orchestrator.plan.placement import Machines, machines
+from orchestrator.plan.placement import TRIALS_PER_GANG, Machines, idle_gpus, machines
 from orchestrator.plan.values import BaseLoad, ClusterDescription, DataSize, RunPlan, SearchPlan, TrialOption
 from orchestrator.plan.view import derivations
 from orchestrator.spec import LoadedSpec, require_section
 from orchestrator.spec.models import JobSpec
 from orchestrator.units import format_bytes
-
-TRIALS_PER_GANG = 2
-"""Trials kept open per gang: starting one takes Tune about a second, in which its gang works for another."""
 
 
 def make_plan(
@@ -81,7 +78,7 @@ def make_plan(
         update={
             "reasons": derivations(plan, spec),
             "notes": (*plan.notes, *_notes(plan, spec, found, cluster)),
-            "warnings": tuple(_warnings(plan, spec, found)),
+            "warnings": tuple(_warnings(plan, spec, found, cluster)),
         }
     )
 
@@ -201,7 +198,9 @@ def _notes(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDescri
     return notes
 
 
-def _warnings(plan: RunPlan, spec: JobSpec, found: Machines) -> Iterator[str]:
+def _warnings(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDescription) -> Iterator[str]:
+    if found.device == "cuda" and idle_gpus(cluster):
+        yield f"{idle_gpus(cluster)} of {cluster.num_gpus} GPUs stay idle: their nodes have too few CPUs for a rank on each"
     if spec.task == "classify" and spec.data.retain is not None:
         yield (
             "data.retain is not used: a classifier has no output projection left to measure forgetting with; "

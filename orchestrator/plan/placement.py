@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from orchestrator.errors import PlanError
@@ -10,13 +11,20 @@ from orchestrator.plan.memory import Device
 from orchestrator.plan.values import ClusterDescription, NodeDescription
 from orchestrator.spec.models import ResourcesSpec
 
+RANK_CPUS = 0.9
+"""Logical CPUs of a rank on a cluster without GPUs: what is left of each core carries Tune's thin trials."""
+GPU_RANK_CPUS = 0.5
+"""Of a rank with a GPU; the thin trials must find room beside it."""
+THIN_TRIAL_CPUS = 0.01
+TRIALS_PER_GANG = 2
+"""Trials kept open per gang: starting one takes Tune about a second, in which its gang works for another."""
 MAX_GPU_RANK_THREADS = 8
 """A rank's CPU work beside a GPU is data and launches: more threads gain nothing."""
 
 
 @dataclass(frozen=True)
 class Machines:
-    """The part of a cluster that a job may use. A unit is a GPU, or on a cluster without GPUs a core."""
+    """The part of a cluster that a job may use. A unit is a GPU with CPUs for its rank, or without GPUs a core."""
 
     device: Device
     nodes: tuple[NodeDescription, ...]
@@ -28,7 +36,7 @@ class Machines:
         return "GPU" if self.device == "cuda" else "core"
 
     def units_of(self, node: NodeDescription) -> int:
-        return node.num_gpus if self.device == "cuda" else node.num_cpus
+        return num_places(node, self.device)
 
     @property
     def units_per_node(self) -> int:
@@ -65,11 +73,19 @@ class Machines:
         return min(inside or self.num_units // ranks, self.num_units // ranks)
 
 
+def num_places(node: NodeDescription, device: Device) -> int:
+    """Ranks that Ray can place on one node: each with a GPU takes some CPU too, and its trials a little."""
+    if device == "cpu":
+        return node.num_cpus
+    return min(node.num_gpus, math.floor(node.num_cpus / (GPU_RANK_CPUS + TRIALS_PER_GANG * THIN_TRIAL_CPUS)))
+
+
 def machines(cluster: ClusterDescription, resources: ResourcesSpec) -> Machines:
     """What the job may use.
 
     Raises:
-        PlanError: `accelerator: gpu` on a cluster without GPUs; a cluster without nodes; more ranks than units.
+        PlanError: `accelerator: gpu` on a cluster without GPUs; a cluster without nodes; more ranks than units; no CPU
+            for a rank.
     """
     if not cluster.nodes:
         raise PlanError("the cluster has no nodes", where=cluster.source, remedy="start one, or describe one in a file")
@@ -81,19 +97,35 @@ def machines(cluster: ClusterDescription, resources: ResourcesSpec) -> Machines:
             expected="accelerator: auto or cpu",
             remedy="resources.accelerator: auto, or a cluster with GPUs",
         )
-    nodes = tuple(node for node in cluster.nodes if node.num_gpus) if wants_gpu else cluster.nodes
-    total = cluster.num_gpus if wants_gpu else cluster.num_cpus
-    found = Machines(device="cuda" if wants_gpu else "cpu", nodes=nodes, num_units=min(total, resources.max_gpus or total))
-    _check_asked_ranks(found, resources, total)
+    device: Device = "cuda" if wants_gpu else "cpu"
+    nodes = tuple(node for node in cluster.nodes if num_places(node, device))
+    if not nodes:
+        raise PlanError(
+            f"no rank can be placed: the cluster has {cluster.num_gpus} GPUs and {cluster.num_cpus} CPUs",
+            where=cluster.source,
+            expected=f"{GPU_RANK_CPUS} CPUs of a node's own for each rank on its GPUs" if wants_gpu else "a CPU for each rank",
+            remedy="start Ray's nodes with their CPUs (--num-cpus)",
+        )
+    total = sum(node.count * num_places(node, device) for node in nodes)
+    found = Machines(device=device, nodes=nodes, num_units=min(total, resources.max_gpus or total))
+    _check_asked_ranks(found, resources, total, cluster)
     return found
 
 
-def _check_asked_ranks(found: Machines, resources: ResourcesSpec, total: int) -> None:
+def idle_gpus(cluster: ClusterDescription) -> int:
+    """GPUs that no rank can use, for their nodes have too few CPUs."""
+    return sum(node.count * (node.num_gpus - num_places(node, "cuda")) for node in cluster.nodes)
+
+
+def _check_asked_ranks(found: Machines, resources: ResourcesSpec, total: int, cluster: ClusterDescription) -> None:
     ranks = 1 if resources.ranks_per_gang == "auto" else resources.ranks_per_gang
     gangs = 1 if resources.gangs == "auto" else resources.gangs
     if ranks * gangs <= found.num_units:
         return
-    bound = f"max_gpus: {resources.max_gpus} allows {found.num_units}" if found.num_units < total else f"the cluster has {total}"
+    has = f"the cluster has {total}"
+    if found.device == "cuda" and idle_gpus(cluster):
+        has = f"the cluster's CPUs ({cluster.num_cpus}) place ranks on {total} of its {cluster.num_gpus}"
+    bound = f"max_gpus: {resources.max_gpus} allows {found.num_units}" if found.num_units < total else has
     raise PlanError(
         f"{gangs} gang{'s' if gangs > 1 else ''} of {ranks} rank{'s' if ranks > 1 else ''} need{'s' if gangs == 1 else ''} "
         f"{ranks * gangs} {found.unit}s, and {bound}",

@@ -16,7 +16,6 @@ from orchestrator.report.wording import (
     MISSING,
     amount,
     engine_text,
-    metric_text,
     number,
     plural,
     ratio,

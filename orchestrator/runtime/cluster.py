@@ -17,14 +17,10 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.errors import PlanError, UsageError
+from orchestrator.plan.placement import GPU_RANK_CPUS, RANK_CPUS
 from orchestrator.plan.values import ClusterDescription, ExecutionPlan, NodeDescription
 from orchestrator.store import num_usable_cpus, write_atomic
 
-RANK_CPUS = 0.9
-"""Logical CPUs of a rank on a cluster without GPUs: what is left of each core carries Tune's thin trials."""
-GPU_RANK_CPUS = 0.5
-"""Of a rank with a GPU; the thin trials must find room beside it."""
-THIN_TRIAL_CPUS = 0.01
 SIGHT_S = 5.0
 """How long a file may take to be seen from another node."""
 
@@ -52,7 +48,7 @@ def worker_env(execution: ExecutionPlan) -> dict[str, str]:
 
 
 def rank_resources(execution: ExecutionPlan) -> dict[str, float]:
-    """Ray resources of one rank."""
+    """Ray resources of one rank; the plan counts with the same."""
     return {"GPU": 1.0, "CPU": GPU_RANK_CPUS} if execution.device == "cuda" else {"CPU": RANK_CPUS}
 
 
@@ -94,7 +90,7 @@ def probe_cluster(address: str | None = None) -> ClusterDescription:
         gpus = _probe_gpus([node for node in alive if node["Resources"].get("GPU", 0) >= 1])
         kinds = Counter(
             NodeDescription(
-                num_cpus=max(1, int(node["Resources"].get("CPU", 0))),
+                num_cpus=int(node["Resources"].get("CPU", 0)),
                 num_gpus=int(node["Resources"].get("GPU", 0)),
                 gpu_memory_bytes=gpus.get(node["NodeID"], ("", 0))[1],
                 gpu_name=gpus.get(node["NodeID"], ("", 0))[0],

@@ -17,8 +17,9 @@ from ray.tune.search import Searcher
 
 from orchestrator.errors import TrainingError
 from orchestrator.plan import make_trial
+from orchestrator.plan.placement import THIN_TRIAL_CPUS
 from orchestrator.plan.values import RunPlan, TrialSpec
-from orchestrator.runtime.cluster import THIN_TRIAL_CPUS, fetch
+from orchestrator.runtime.cluster import fetch
 from orchestrator.runtime.ledger import TrialEntry
 from orchestrator.runtime.proposals import Known, Proposal, propose
 

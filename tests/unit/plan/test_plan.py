@@ -15,7 +15,7 @@ from orchestrator.anatomy import read_anatomy, resolve_base
 from orchestrator.errors import PlanError, SpecError
 from orchestrator.plan import make_plan
 from orchestrator.plan.ladder import OFFLOADS
-from orchestrator.plan.values import ClusterDescription, DataSize, RunPlan
+from orchestrator.plan.values import ClusterDescription, DataSize, NodeDescription, RunPlan
 from orchestrator.spec import load_spec, spec_sha256
 from orchestrator.units import GIB
 
@@ -205,6 +205,29 @@ def test_a_gpu_is_asked_for_where_there_is_none(plan: Any, cores: Any) -> None:
 def test_more_cores_than_there_are(plan: Any, cores: Any) -> None:
     with pytest.raises(PlanError, match="2 gangs of 2 ranks need 4 cores, and the cluster has 2"):
         plan("tiny", cores(2), resources={"gangs": 2, "ranks_per_gang": 2})
+
+
+def few_cpus(count: int) -> ClusterDescription:
+    node = NodeDescription(num_cpus=count, num_gpus=8, gpu_memory_bytes=80 * GIB, memory_bytes=1000 * GIB)
+    return ClusterDescription(nodes=(node,), source="test")
+
+
+def test_a_rank_takes_cpus_too_and_a_gpu_without_them_stays_idle(plan: Any) -> None:
+    """Half a CPU for a rank, and a hundredth for each of its gang's trials: four CPUs carry seven ranks."""
+    found = plan("tiny", few_cpus(4))
+    assert found.num_gangs * found.execution.ranks == 7
+    assert "1 of 8 GPUs stay idle" in found.warnings[0]
+    assert plan("tiny", few_cpus(5)).warnings == ()
+
+
+def test_more_ranks_than_the_cpus_carry_are_refused_before_anything_waits(plan: Any) -> None:
+    with pytest.raises(
+        PlanError, match=r"8 gangs of 1 rank need 8 GPUs, and the cluster's CPUs \(4\) place ranks on 7"
+    ) as caught:
+        plan("tiny", few_cpus(4), resources={"gangs": 8})
+    assert caught.value.exit_code == 3
+    with pytest.raises(PlanError, match="no rank can be placed: the cluster has 8 GPUs and 0 CPUs"):
+        plan("tiny", few_cpus(0))
 
 
 def test_what_does_not_fit_names_the_term_and_the_remedy(plan: Any, gpus: Any) -> None:
