@@ -20,7 +20,7 @@ from orchestrator.serve.verifying import fitting_device
 from orchestrator.train.artifacts import attach_artifact
 from orchestrator.train.base import LoadedBase, load_base
 from orchestrator.train.batches import RowPlan
-from orchestrator.train.evaluate import Evaluation, class_prior, evaluate, exact_match
+from orchestrator.train.evaluation import Evaluation, class_prior, evaluate, exact_match
 from orchestrator.train.generate import generate_answers, wanted_answers
 from orchestrator.train.objective import Objective
 from orchestrator.train.ranks import Ranks

@@ -15,19 +15,19 @@ if TYPE_CHECKING:
     from orchestrator.train.base import LoadedBase, load_base
     from orchestrator.train.branch import Branch, open_branch
     from orchestrator.train.checkpoint import find_latest
-    from orchestrator.train.evaluate import Evaluation, evaluate
+    from orchestrator.train.evaluation import Evaluation, evaluate
     from orchestrator.train.generate import continue_prompts, generate_answers
     from orchestrator.train.host import TrainHost
     from orchestrator.train.objective import Objective
 
 _HOMES = {
     "Branch": "branch",
-    "Evaluation": "evaluate",
+    "Evaluation": "evaluation",
     "LoadedBase": "base",
     "Objective": "objective",
     "TrainHost": "host",
     "continue_prompts": "generate",
-    "evaluate": "evaluate",
+    "evaluate": "evaluation",
     "find_latest": "checkpoint",
     "generate_answers": "generate",
     "load_artifact": "artifacts",

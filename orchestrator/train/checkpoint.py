@@ -22,7 +22,7 @@ from orchestrator.store import check_folder, commit_folder, read_json, write_jso
 from orchestrator.train.artifacts import save_artifact
 from orchestrator.train.branch import Branch
 from orchestrator.train.engine import Engine
-from orchestrator.train.evaluate import Evaluation
+from orchestrator.train.evaluation import Evaluation
 from orchestrator.train.loop import LoopState
 from orchestrator.train.ranks import Ranks
 

@@ -28,7 +28,7 @@ from orchestrator.train.checkpoint import (
     save_checkpoint,
 )
 from orchestrator.train.engine import Engine, layout_of, num_live_engines
-from orchestrator.train.evaluate import Evaluation, class_prior, evaluate, score_texts
+from orchestrator.train.evaluation import Evaluation, class_prior, evaluate, score_texts
 from orchestrator.train.generate import generate_answers, wanted_answers
 from orchestrator.train.integrity import changed_frozen
 from orchestrator.train.loop import LoopState, train_steps

@@ -13,7 +13,7 @@ from orchestrator.data import TokenizedSet, build_set
 from orchestrator.errors import TrainingError, UsageError
 from orchestrator.train.base import LoadedBase
 from orchestrator.train.batches import RowPlan
-from orchestrator.train.evaluate import Evaluation, class_prior, evaluate, exact_match, score_texts, text_metric
+from orchestrator.train.evaluation import Evaluation, class_prior, evaluate, exact_match, score_texts, text_metric
 from orchestrator.train.generate import generate_answers, prompt_and_answer, wanted_answers
 from orchestrator.train.objective import Objective
 from orchestrator.train.ranks import Ranks
