@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, select
-from orchestrator.errors import PlanError
+from orchestrator.errors import BaseError, PlanError
 from orchestrator.plan import cost, steps
 from orchestrator.plan.arrange import Arrangement, arrange_one, arrange_sweep, check_resources, execution_plan, refit_way
 from orchestrator.plan.ladder import Load
-from orchestrator.plan.memory import RESIDENT_SHARE, Footprint, Way, estimate, weigh
+from orchestrator.plan.memory import NF4_BLOCK, RESIDENT_SHARE, Footprint, Way, estimate, weigh
 from orchestrator.plan.options import Choice, search_choices
 from orchestrator.plan.placement import TRIALS_PER_GANG, Machines, idle_gpus, machines
 from orchestrator.plan.values import BaseLoad, ClusterDescription, DataSize, RunPlan, SearchPlan, TrialOption
@@ -35,6 +35,7 @@ def make_plan(
     Raises:
         SpecError: the spec has no section for the job.
         SelectionError: a policy that matches nothing.
+        BaseError: a base whose widths nf4 cannot hold on a CPU.
         PlanError: the job does not fit the cluster, or would use more GPU-hours than it may.
     """
     require_section(loaded, job)
@@ -42,6 +43,7 @@ def make_plan(
     choices = _choices(spec, anatomy, data, job)
     check_resources(spec.resources)
     found = machines(cluster, spec.resources)
+    _check_quantizable(spec, anatomy, found)
     untouched = select(anatomy, "none", "full", None, task=spec.task, num_classes=data.num_classes)
     load = Load(
         footprints=tuple(_weigh(spec, anatomy, data, choice.selection) for choice in choices),
@@ -81,6 +83,27 @@ def make_plan(
             "warnings": tuple(_warnings(plan, spec, found, cluster)),
         }
     )
+
+
+def _check_quantizable(spec: JobSpec, anatomy: ModelAnatomy, found: Machines) -> None:
+    """Refuse what bitsandbytes 0.50.2 gets wrong on a CPU, in silence: rows that end inside one of its blocks.
+
+    Measured there: matrices of 32, 96 or 160 columns dequantize to other weights than they had.
+
+    Raises:
+        BaseError: names the first such matrix.
+    """
+    if spec.base.quantize != "nf4" or found.device != "cpu":
+        return
+    for name in (name for block in anatomy.linears for name in block):
+        width = anatomy.tensors[name].shape[-1]
+        if width % NF4_BLOCK:
+            raise BaseError(
+                f"nf4 on a CPU cannot hold {name}: {width} columns",
+                where="base.quantize",
+                expected=f"a multiple of {NF4_BLOCK}, bitsandbytes' block; its CPU code gets other widths wrong",
+                remedy="base.quantize: none, or train on a GPU",
+            )
 
 
 def _choices(spec: JobSpec, anatomy: ModelAnatomy, data: DataSize, job: Literal["sweep", "finetune"]) -> list[Choice]:

@@ -14,7 +14,9 @@ from orchestrator.plan.values import MemoryEstimate, MemoryTerm
 from orchestrator.spec.models import Quantize
 from orchestrator.units import GIB, MIB, format_count
 
-NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
+NF4_BLOCK = 64
+"""Weights that share a scale in nf4."""
+NF4_BITS = 4 + 8 / NF4_BLOCK + 32 / (NF4_BLOCK * 256)
 """Bits of a weight in nf4 with double quantization: 4, an 8-bit scale per 64 weights, a float32 scale per 256 of
 those scales; 4.127 in all (Dettmers et al. 2023, QLoRA, section 3)."""
 INT8_BITS = 8

@@ -16,7 +16,8 @@ from orchestrator.spec import JobSpec, LoadedSpec
 from orchestrator.units import GIB
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {"hidden_size": 64, "intermediate_size": 160, "heads": 4, "kv": 2, "blocks": 4, "vocab": 512, "tied": True},
+    "tiny": {"hidden_size": 64, "intermediate_size": 192, "heads": 4, "kv": 2, "blocks": 4, "vocab": 512, "tied": True},
+    "narrow": {"hidden_size": 96, "intermediate_size": 192, "heads": 4, "kv": 2, "blocks": 4, "vocab": 512, "tied": True},
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "heads": 32, "kv": 8, "blocks": 32, "vocab": 128256, "tied": False},
     "70b": {"hidden_size": 8192, "intermediate_size": 28672, "heads": 64, "kv": 8, "blocks": 80, "vocab": 128256, "tied": False},
 }

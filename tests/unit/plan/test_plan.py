@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.anatomy import read_anatomy, resolve_base
-from orchestrator.errors import PlanError, SpecError
+from orchestrator.errors import BaseError, PlanError, SpecError
 from orchestrator.plan import make_plan
 from orchestrator.plan.ladder import OFFLOADS
 from orchestrator.plan.values import ClusterDescription, DataSize, NodeDescription, RunPlan
@@ -228,6 +228,14 @@ def test_more_ranks_than_the_cpus_carry_are_refused_before_anything_waits(plan: 
     assert caught.value.exit_code == 3
     with pytest.raises(PlanError, match="no rank can be placed: the cluster has 8 GPUs and 0 CPUs"):
         plan("tiny", few_cpus(0))
+
+
+def test_widths_that_nf4_gets_wrong_on_a_cpu_are_refused(plan: Any, cores: Any, gpus: Any) -> None:
+    with pytest.raises(BaseError, match=r"cannot hold model\.layers\.0\.self_attn\.q_proj\.weight: 96 columns") as caught:
+        plan("narrow", cores(), quantize="nf4")
+    assert caught.value.exit_code == 2
+    for name, cluster, quantize in (("narrow", cores(), "none"), ("narrow", gpus(), "nf4"), ("tiny", cores(), "nf4")):
+        assert plan(name, cluster, quantize=quantize).num_gangs
 
 
 def test_what_does_not_fit_names_the_term_and_the_remedy(plan: Any, gpus: Any) -> None:
