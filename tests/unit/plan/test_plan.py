@@ -20,6 +20,7 @@ from orchestrator.spec import load_spec, spec_sha256
 from orchestrator.units import GIB
 
 SHA = "0" * 64
+SPECS = Path(__file__).parents[3] / "jobs" / "specs"
 
 
 @pytest.fixture(scope="session")
@@ -38,9 +39,7 @@ def plan(base: Any, job: Any, data: Any) -> Any:
 # -- the shipped jobs -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parents[3] / "jobs" / "specs").glob("*.yaml")), ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("path", sorted(SPECS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_spec_has_a_plan(path: Path, data: Any, gpus: Any, cores: Any) -> None:
     loaded = load_spec(path)
     spec = loaded.spec
@@ -52,6 +51,16 @@ def test_every_shipped_spec_has_a_plan(path: Path, data: Any, gpus: Any, cores: 
         if getattr(spec, {"sweep": "search", "finetune": "finetune"}[job]) is not None:
             found = make_plan(loaded, anatomy, size, cluster, job=job, spec_sha256=spec_sha256(spec, job))  # type: ignore[arg-type]
             assert RunPlan.model_validate_json(found.model_dump_json()) == found
+
+
+def test_the_shipped_8b_fills_its_node_with_gangs_of_one_rank(data: Any, gpus: Any) -> None:
+    """As its comments say; with `full` on every layer the gangs would be half as many, of two ranks."""
+    loaded = load_spec(SPECS / "llama-8b-qlora.yaml")
+    anatomy = read_anatomy(resolve_base(loaded.spec.base.model, loaded.folder), need_weights=False)
+    size = data(longest_document_tokens=loaded.spec.data.max_tokens)
+    found = make_plan(loaded, anatomy, size, gpus(1), job="sweep", spec_sha256=SHA)
+    assert (found.num_gangs, found.execution.ranks, found.execution.executor) == (8, 1, "torch")
+    assert (found.rejected, found.warnings) == ((), ())
 
 
 def test_an_8b_in_nf4_takes_one_rank_of_eight_gangs(plan: Any, gpus: Any) -> None:
