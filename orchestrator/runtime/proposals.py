@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.plan import grid_points
@@ -34,12 +35,13 @@ class Known:
     score: float
 
 
-def propose(search: SearchPlan, seed: int, number: int, known: list[Known]) -> Proposal:
+def propose(search: SearchPlan, seed: int, number: int, known: Sequence[Known], pending: Sequence[Proposal] = ()) -> Proposal:
     """The proposal of this number.
 
     `grid` walks log-spaced rates of every option. `random` draws an option and a log-uniform rate. `optuna` first
     visits every option once, with rates spread evenly over its range (so that no layer policy is left untried by
-    chance), then asks Optuna's TPE sampler (Bergstra et al. 2011) with all that is known.
+    chance), then asks Optuna's TPE sampler (Bergstra et al. 2011) with all that is known. What is `pending`, proposed
+    without a score yet, counts as bad there ("constant liar"): proposals made at one time keep away from each other.
     """
     if search.algorithm == "grid":
         option, rate = grid_points(search)[number]
@@ -48,7 +50,7 @@ def propose(search: SearchPlan, seed: int, number: int, known: list[Known]) -> P
         return _random(search, seed, number)
     if number < num_initial(search):
         return _initial(search, seed, number)
-    return _tpe(search, seed, number, known)
+    return _tpe(search, seed, number, known, pending)
 
 
 def num_initial(search: SearchPlan) -> int:
@@ -89,7 +91,7 @@ def _van_der_corput(number: int) -> float:
     return value
 
 
-def _tpe(search: SearchPlan, seed: int, number: int, known: list[Known]) -> Proposal:
+def _tpe(search: SearchPlan, seed: int, number: int, known: Sequence[Known], pending: Sequence[Proposal]) -> Proposal:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -101,10 +103,13 @@ def _tpe(search: SearchPlan, seed: int, number: int, known: list[Known]) -> Prop
             multivariate=True,
             group=True,
             n_ei_candidates=NUM_CANDIDATES,
+            constant_liar=True,
         )
     study = optuna.create_study(sampler=sampler)
     for entry in known:
-        study.add_trial(_as_optuna(search, entry))
+        study.add_trial(_as_optuna(search, entry.proposal, entry.score))
+    for proposal in pending:
+        study.add_trial(_as_optuna(search, proposal, None))
     trial = study.ask()
     names = list(dict.fromkeys(option.layers for option in search.options))
     layers = trial.suggest_categorical("layers", names)
@@ -117,13 +122,14 @@ def _tpe(search: SearchPlan, seed: int, number: int, known: list[Known]) -> Prop
     return Proposal(index, rate)
 
 
-def _as_optuna(search: SearchPlan, entry: Known):
+def _as_optuna(search: SearchPlan, proposal: Proposal, score: float | None):
+    """A finished trial; one that still runs where there is no score."""
     import optuna
 
-    option = search.options[entry.proposal.option]
+    option = search.options[proposal.option]
     names = list(dict.fromkeys(other.layers for other in search.options))
     indices = [index for index, other in enumerate(search.options) if other.layers == option.layers]
-    parameters: dict[str, object] = {"layers": option.layers, f"rate/{option.tune}": entry.proposal.learning_rate}
+    parameters: dict[str, object] = {"layers": option.layers, f"rate/{option.tune}": proposal.learning_rate}
     spaces: dict[str, optuna.distributions.BaseDistribution] = {
         "layers": optuna.distributions.CategoricalDistribution(names),
         f"rate/{option.tune}": optuna.distributions.FloatDistribution(
@@ -131,9 +137,10 @@ def _as_optuna(search: SearchPlan, entry: Known):
         ),
     }
     if len(indices) > 1:
-        parameters[f"way/{option.layers}"] = entry.proposal.option
+        parameters[f"way/{option.layers}"] = proposal.option
         spaces[f"way/{option.layers}"] = optuna.distributions.CategoricalDistribution(indices)
-    return optuna.trial.create_trial(params=parameters, distributions=spaces, value=entry.score)
+    state = optuna.trial.TrialState.RUNNING if score is None else optuna.trial.TrialState.COMPLETE
+    return optuna.trial.create_trial(state=state, params=parameters, distributions=spaces, value=score)
 
 
 def _sampler_seed(seed: int, number: int) -> int:

@@ -43,6 +43,8 @@ class RecordedSearch(Searcher):
         self._batch = plan.search.concurrent_trials if in_batches else None
         self._recorded = {entry.trial.number: entry for entry in recorded}
         self._number = 0
+        self._proposed: list[Proposal] = []
+        """By number."""
         self._open: dict[str, tuple[int, Proposal]] = {}
         self._known: dict[int, Known] = {}
 
@@ -54,9 +56,10 @@ class RecordedSearch(Searcher):
         if entry is not None and entry.option is not None:
             proposal, trial = Proposal(entry.option, entry.trial.learning_rate), entry.trial
         else:
-            proposal = propose(self._search, self._seed, number, self._known_to(number))
+            proposal = propose(self._search, self._seed, number, self._known_to(number), self._pending_at(number))
             trial = make_trial(self._plan, self._search.options[proposal.option], proposal.learning_rate, number, self._seed)
         self._number += 1
+        self._proposed.append(proposal)
         self._open[trial_id] = (number, proposal)
         return {"trial": trial.model_dump(mode="json"), "option": proposal.option}
 
@@ -64,6 +67,12 @@ class RecordedSearch(Searcher):
         """What counts for a proposal; in batches, what was known when its batch began."""
         first = number - number % self._batch if self._batch else number
         return [self._known[other] for other in sorted(self._known) if other < first]
+
+    def _pending_at(self, number: int) -> list[Proposal]:
+        """What runs beside a proposal; in batches, the batch before it, also what of it has ended since."""
+        if self._batch:
+            return self._proposed[number - number % self._batch :]
+        return [proposal for _, proposal in sorted(self._open.values(), key=lambda pair: pair[0])]
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         number, proposal = self._open.pop(trial_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -98,3 +99,32 @@ def test_the_sampler_finds_what_random_search_finds_later() -> None:
         for algorithm in ("optuna", "random")
     }
     assert best["optuna"] < best["random"]
+
+
+def run_side_by_side(search: SearchPlan, seed: int, *, liar: bool) -> list[Proposal]:
+    """Four proposals at a time, none of which knows the others' scores."""
+    made: list[Proposal] = []
+    for number in range(search.num_trials):
+        first = number - number % 4
+        known = [Known(proposal, loss_of(proposal)) for proposal in made[:first]]
+        made.append(propose(search, seed, number, known, made[first:] if liar else ()))
+    return made
+
+
+def num_near_duplicates(made: list[Proposal]) -> int:
+    """Pairs of one batch, after the initial ones, with one option and rates within a tenth."""
+    batches = [made[first : first + 4] for first in range(8, len(made), 4)]
+    return sum(
+        one.option == other.option and abs(math.log(one.learning_rate / other.learning_rate)) < 0.1
+        for batch in batches
+        for one, other in itertools.combinations(batch, 2)
+    )
+
+
+def test_proposals_made_at_one_time_keep_away_from_each_other() -> None:
+    search, seeds = search_plan("optuna"), range(8)
+    alone, together = (
+        sum(num_near_duplicates(run_side_by_side(search, seed, liar=liar)) for seed in seeds) for liar in (False, True)
+    )
+    assert alone > 20
+    assert together < alone / 4

@@ -80,3 +80,14 @@ def test_more_trials_leave_the_earlier_ones_alone(plan: RunPlan, whole: list[Tri
     extended = Tuner(more, whole, order=0).run()
     assert extended[: len(whole)] == whole
     assert len({entry.trial.trial_id for entry in extended}) == len(whole) + 3
+
+
+def test_a_proposal_keeps_away_from_those_that_still_run(plan: RunPlan) -> None:
+    """With ASHA: whatever is open when it is made counts, in the order of numbers."""
+    search = RecordedSearch(plan, SEED, [], in_batches=False)
+    for name in "abc":
+        search.suggest(name)
+    search.on_trial_complete("a", {"score": 1.0})
+    assert [proposal.learning_rate for proposal in search._pending_at(3)] == [
+        search._open[name][1].learning_rate for name in "bc"
+    ]
