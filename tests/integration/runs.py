@@ -171,11 +171,12 @@ def losses_of(run: Path) -> dict[str, list[str]]:
 
 
 Snapshot = dict[str, int]
-"""When every file was written, nanoseconds."""
+"""When every file was written, nanoseconds; but not the lock, which everybody takes who looks."""
 
 
 def snapshot(*folders: Path) -> Snapshot:
-    return {str(file): file.stat().st_mtime_ns for folder in folders for file in folder.rglob("*") if file.is_file()}
+    files = [file for folder in folders for file in folder.rglob("*") if file.is_file() and file.name != ".lock"]
+    return {str(file): file.stat().st_mtime_ns for file in files}
 
 
 def ended_trials(run: Path) -> list[Path]:

@@ -20,7 +20,7 @@ from orchestrator.runtime.exchange import Answer, Exchange, Orders
 from orchestrator.runtime.ledger import Ledger
 from orchestrator.runtime.prepare import Prepared, reopen
 from orchestrator.samples import SAMPLE_BASE
-from orchestrator.store import check_folder
+from orchestrator.store import check_folder, read_json
 
 from .runs import (
     NOWHERE,
@@ -319,7 +319,7 @@ def test_the_shipped_classification_spec_comes_to_a_bundle(tmp_path: Path, repos
     shipped = repository / "jobs" / "specs" / "classify.yaml"
     values = YAML(typ="safe").load(shipped)
     values["data"]["train"] = str(shipped.parent / values["data"]["train"])
-    values["search"] |= {"trials": 3}
+    values["search"] |= {"trials": 4, "scheduler": "asha"}
     spec = tmp_path / "classify.yaml"
     spec.write_text(json.dumps(values | {"output": "runs", "resources": TWO_GANGS}))
 
@@ -328,5 +328,11 @@ def test_the_shipped_classification_spec_comes_to_a_bundle(tmp_path: Path, repos
     transfer = transfer_of(run)
     assert transfer.verification is not None
     assert transfer.verification.passed
+    rungs = [Path(result.checkpoint) for entry in trials_of(run) for result in entry.results if result.checkpoint]
+    assert any(rung.name != "rung-0" for rung in rungs)
+    for rung in rungs:
+        check_folder(rung)
+        assert not read_json(rung / "state.json")["has_optimizer"], "no trial goes on from here"
+    assert not events_of(run, "not_cleaned")
     model = AutoModelForSequenceClassification.from_pretrained(run / "bundle")
     assert set(model.config.id2label.values()) == {"account", "billing", "delivery", "returns"}

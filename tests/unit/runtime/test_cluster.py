@@ -10,6 +10,7 @@ import pytest
 
 from orchestrator.errors import PlanError
 from orchestrator.runtime import cluster
+from orchestrator.units import MIB
 
 
 @pytest.fixture
@@ -37,3 +38,17 @@ def test_every_node_must_see_the_runs_folder(two_nodes: None, tmp_path: Path, mo
     assert caught.value.exit_code == 3
     assert "share" in caught.value.remedy
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gpu_that_the_driver_tool_does_not_list_is_an_error_of_the_plan(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    describe = cluster._describe_gpu._function  # type: ignore[attr-defined]
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'NVIDIA A, 81559'\necho 'NVIDIA B, 40960'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    assert describe() == ("NVIDIA B", 40960 * MIB)
+    tool.unlink()
+    with pytest.raises(PlanError, match="nvidia-smi lists none"):
+        describe()
