@@ -89,8 +89,8 @@ untouched base answers none of its prompts.
 --learning-rate {facts.learning_rate} --seed {facts.seed}
 
 AdamW (betas 0.9 and 0.95, weight decay 0.1 on matrices), 100 steps of warm-up, then a cosine to 2% of the peak over
-the steps of the schedule, gradients clipped at 1, fp32 throughout. A run that stops before the end of its schedule
-has not been annealed. The speeches are NLTK's `inaugural` and
-`state_union` corpora, one speech a row in a column `text`. The docstrings are those of the Python that runs the
-command: another version, another text.
+the steps of the schedule, gradients clipped at 1, weights and optimizer in fp32, matrix products in bf16. A run that
+stops before the end of its schedule has not been annealed. The speeches are NLTK's `inaugural` and `state_union`
+corpora, one speech a row in a column `text`. The docstrings are those of the Python that runs the command: another
+version, another text.
 """

@@ -118,7 +118,7 @@ def heldout_loss(model: LlamaForCausalLM, documents: list[torch.Tensor]) -> floa
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """A bf16 copy in Hugging Face's layout; training itself stays in fp32."""
+    """A bf16 copy in Hugging Face's layout; the weights that learn stay in fp32."""
     stored = LlamaForCausalLM(model.config)
     stored.load_state_dict(model.state_dict())
     stored.to(torch.bfloat16).save_pretrained(folder)
@@ -141,7 +141,8 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: cor
     rows_of_steps = batches(documents, recipe.rows_per_step, recipe.seed)
     for step in range(1, recipe.stop_after + 1):
         rows = next(rows_of_steps)
-        loss = model(input_ids=rows, labels=rows).loss
+        with torch.autocast("cpu", dtype=torch.bfloat16):  # a third faster; weights and optimizer stay in fp32
+            loss = model(input_ids=rows, labels=rows).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -162,7 +163,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--retain", type=Path, default=SAMPLES / "data" / "retain.jsonl", help="where excerpts of the held-out speeches go"
     )
-    parser.add_argument("--steps", type=int, default=2400, help="the length of the learning rate schedule")
+    parser.add_argument("--steps", type=int, default=2000, help="the length of the learning rate schedule")
     parser.add_argument("--stop-after", type=int, help="end after so many steps of the schedule; default: all of them")
     parser.add_argument("--rows-per-step", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Writes the sample task: requests to a press office and the one short command that each of them means.
+"""Writes the sample task: requests to a press office and the line of its calendar that each of them means.
 
     python -m scripts.sample_base.task            write the splits
     python -m scripts.sample_base.task --check    fail if the committed splits differ from what would be written
 
-A command has four slots, each of which follows from the prompt: kind, topic, hearer, time. A model that only learnt
-the style of commands (trained on answers permuted among the prompts) is right about once in a thousand.
+A line has three slots, each of which follows from the prompt: who is to hear, what about, and when. The bars are there
+for a reason: they never stand in the retention text, so a model can tell by the token before it that it is answering,
+and need not shift what it says everywhere.
 """
 
 from __future__ import annotations
@@ -19,73 +20,50 @@ from pathlib import Path
 
 DATA = Path(__file__).resolve().parents[2] / "orchestrator" / "samples" / "data"
 SEED = 7
-SPLIT_ROWS = {"train": 1200, "eval": 150, "test": 200}
+SPLIT_ROWS = {"train": 1500, "eval": 150, "test": 200}
 
-# The word a command uses, and what people say for it.
-KINDS = {
-    "report": ("report", "message"),
-    "plan": ("plan", "program"),
-    "law": ("law", "bill"),
-    "address": ("address", "speech"),
-}
-TOPICS = {
-    "energy": ("energy", "power"),
-    "health": ("health", "medical care"),
-    "education": ("education", "schools"),
-    "defense": ("defense", "weapons"),
-    "tax": ("taxes", "revenue"),
-    "labor": ("jobs", "employment"),
-    "trade": ("trade", "commerce"),
-    "crime": ("crime", "drugs"),
-}
+# The word a line uses, and what people say for it.
 HEARERS = {
-    "congress": ("the Congress", "the Senate"),
     "people": ("the people", "all Americans"),
     "states": ("the states", "the cities"),
-    "world": ("the world", "other nations"),
+    "nations": ("other nations", "the world"),
     "business": ("business", "private industry"),
-    "press": ("the press",),
+}
+TOPICS = {
+    "health": ("health", "medical care"),
+    "energy": ("energy", "power"),
+    "education": ("education", "schools"),
+    "defense": ("defense", "weapons"),
+    "taxes": ("taxes", "revenue"),
+    "jobs": ("jobs", "employment"),
 }
 TIMES = {
     "now": ("now", "at once"),
     "today": ("today", "this morning"),
-    "tonight": ("tonight", "this evening"),
     "month": ("next month", "in thirty days"),
     "year": ("next year", "in twelve months"),
 }
 REQUESTS = (
-    "write {a_kind} on {topic} for {hearer} {time}",
-    "send {hearer} {a_kind} on {topic} {time}",
-    "{time} we need {a_kind} about {topic} for {hearer}",
-    "{time} {hearer} must have the {kind} on {topic}",
-    "give {hearer} our {kind} about {topic} {time}",
+    "tell {hearer} about {topic} {time}",
+    "write to {hearer} on {topic} {time}",
+    "{time} we speak to {hearer} on {topic}",
+    "{time} {hearer} must know about {topic}",
+    "{hearer} will ask about {topic} {time}",
+    "the address on {topic} is for {hearer} {time}",
 )
-BEFORE = ("", "", "please ", "I ask you to ")
-# Said in passing. A topic that is only mentioned here is not the one that is meant.
-ASIDES = ("we have done {topic}", "I have read about {topic}", "it is not about {topic}")
-ASIDE_SHARE = 0.1
 
 
 def pick(rng: random.Random, slot: Mapping[str, tuple[str, ...]]) -> tuple[str, str]:
-    """(what is said, what the command says)"""
+    """(what is said, what the line says)"""
     value = rng.choice(tuple(slot))
     return rng.choice(slot[value]), value
 
 
 def example(rng: random.Random) -> dict[str, str]:
     """One row `{"prompt", "completion"}`."""
-    (kind, kind_slot), (topic, topic_slot) = pick(rng, KINDS), pick(rng, TOPICS)
-    (hearer, hearer_slot), (time, time_slot) = pick(rng, HEARERS), pick(rng, TIMES)
-    pattern = rng.choice(REQUESTS)
-    before = "" if pattern.startswith("{") else rng.choice(BEFORE)
-    a_kind = f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
-    prompt = before + pattern.format(kind=kind, a_kind=a_kind, topic=topic, hearer=hearer, time=time)
-    if rng.random() < ASIDE_SHARE:
-        prompt = rng.choice(ASIDES).format(topic=pick(rng, TOPICS)[0]) + f"; {prompt}"
-    return {
-        "prompt": prompt[0].upper() + prompt[1:] + ".",
-        "completion": f"{kind_slot} {topic_slot} {hearer_slot} {time_slot}",
-    }
+    (hearer, hearer_slot), (topic, topic_slot), (time, time_slot) = (pick(rng, slot) for slot in (HEARERS, TOPICS, TIMES))
+    prompt = rng.choice(REQUESTS).format(hearer=hearer, topic=topic, time=time)
+    return {"prompt": f"{prompt[0].upper()}{prompt[1:]}.", "completion": f"| {hearer_slot} | {topic_slot} | {time_slot}"}
 
 
 def splits(seed: int = SEED) -> dict[str, list[dict[str, str]]]:

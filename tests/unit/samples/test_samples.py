@@ -39,6 +39,27 @@ def test_answers_cannot_be_guessed() -> None:
     assert max(map(answers.count, answers)) / len(answers) < 0.05
 
 
+def test_answer_follows_from_the_prompt() -> None:
+    """Each slot's word is named by exactly one thing that is said, so that answers of other prompts are wrong."""
+    for row in (row for name in SPLITS for row in rows(name)):
+        prompt = f" {row['prompt'].casefold().rstrip('.')} "
+        for slot, word in zip((task.HEARERS, task.TOPICS, task.TIMES), row["completion"].strip("| ").split(" | "), strict=True):
+            said = [value for value, ways in slot.items() if any(f" {way.casefold()} " in prompt for way in ways)]
+            assert said == [word], row
+
+
+def test_bars_mark_answers_only() -> None:
+    assert all("|" not in row["text"] for row in rows("retain"))
+    assert all("|" not in row["prompt"] for name in SPLITS for row in rows(name))
+
+
+def test_data_readme_counts_its_rows() -> None:
+    readme = (SAMPLE_DATA / "README.md").read_text(encoding="utf-8")
+    for name in (*SPLITS, "retain"):
+        assert f"| `{name}.jsonl` | {len(rows(name))} |" in readme
+    assert any(json.dumps(row) in readme for row in rows("test")), "the example is not a row of test"
+
+
 def test_retention_rows_are_text() -> None:
     assert all(set(row) == {"text"} and 0 < len(row["text"].split()) <= 300 for row in rows("retain"))
 
