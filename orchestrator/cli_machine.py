@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -19,19 +18,13 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.plan.values import ClusterDescription, NodeDescription
-from orchestrator.store import num_usable_cpus
-from orchestrator.units import GIB, MIB, format_bytes
+from orchestrator.store import find_gpus, num_usable_cpus
+from orchestrator.units import GIB, format_bytes
 
 MIN_DISK_BYTES = 5 * GIB
 MIN_MEMORY_BYTES = 4 * GIB
 NEEDED = ("torch", "ray", "deepspeed", "transformers", "peft", "bitsandbytes", "optuna", "safetensors", "pydantic", "typer")
 CONSTRAINTS = Path(__file__).resolve().parent.parent / "constraints.txt"
-
-
-@dataclass(frozen=True)
-class Gpu:
-    name: str
-    memory_bytes: int
 
 
 @dataclass(frozen=True)
@@ -88,24 +81,6 @@ def memory_bytes(proc: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/f
     if cgroup.exists() and (limit := cgroup.read_text().strip()).isdigit():
         sizes.append(int(limit))
     return min(sizes)
-
-
-def find_gpus() -> list[Gpu]:
-    """The GPUs that nvidia-smi lists; none where it is missing or fails. CUDA is not touched."""
-    if shutil.which("nvidia-smi") is None:
-        return []
-    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    try:
-        listed = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return parse_gpus(listed)
-
-
-def parse_gpus(listed: str) -> list[Gpu]:
-    """`NVIDIA H100 80GB HBM3, 81559` a line; the size is in MiB."""
-    rows = [line.rsplit(",", 1) for line in listed.splitlines() if "," in line]
-    return [Gpu(name.strip(), int(size) * MIB) for name, size in rows if size.strip().isdigit()]
 
 
 def examine(address: str | None = None) -> Examination:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, select
@@ -11,14 +11,13 @@ from orchestrator.errors import BaseError, PlanError
 from orchestrator.plan import cost, steps
 from orchestrator.plan.arrange import Arrangement, arrange_one, arrange_sweep, check_resources, execution_plan, refit_way
 from orchestrator.plan.ladder import Load
-from orchestrator.plan.memory import NF4_BLOCK, RESIDENT_SHARE, Footprint, Way, estimate, weigh
+from orchestrator.plan.memory import NF4_BLOCK, Footprint, Way, estimate, weigh
 from orchestrator.plan.options import Choice, search_choices
-from orchestrator.plan.placement import TRIALS_PER_GANG, Machines, idle_gpus, machines
+from orchestrator.plan.placement import TRIALS_PER_GANG, Machines, machines
+from orchestrator.plan.remarks import with_remarks
 from orchestrator.plan.values import BaseLoad, ClusterDescription, DataSize, RunPlan, SearchPlan, TrialOption
-from orchestrator.plan.view import derivations
 from orchestrator.spec import LoadedSpec, require_section
 from orchestrator.spec.models import JobSpec
-from orchestrator.units import format_bytes
 
 
 def make_plan(
@@ -76,13 +75,7 @@ def make_plan(
     )
     plan = _with_costs(plan, anatomy, found, [choice.selection for choice in choices])
     _check_gpu_hours(plan, spec)
-    return plan.model_copy(
-        update={
-            "reasons": derivations(plan, spec),
-            "notes": (*plan.notes, *_notes(plan, spec, found, cluster)),
-            "warnings": tuple(_warnings(plan, spec, found, cluster)),
-        }
-    )
+    return with_remarks(plan, spec, found, cluster)
 
 
 def _check_quantizable(spec: JobSpec, anatomy: ModelAnatomy, found: Machines) -> None:
@@ -200,53 +193,4 @@ def _check_gpu_hours(plan: RunPlan, spec: JobSpec) -> None:
         where="resources.max_gpu_hours",
         expected=f"at most {allowed:g}",
         remedy=f"{fewer}fewer epochs, or a higher bound",
-    )
-
-
-def _notes(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDescription) -> list[str]:
-    notes: list[str] = []
-    if not plan.data.exact:
-        notes.append("token counts are guessed from file sizes, at 4 bytes a token")
-    available = cluster.num_gpus if found.device == "cuda" else cluster.num_cpus
-    if spec.resources.max_gpus is not None and spec.resources.max_gpus > available:
-        notes.append(f"max_gpus: {spec.resources.max_gpus} is a bound; the cluster has {available} {found.unit}s")
-    if found.device == "cuda" and len({node.gpu_memory_bytes for node in found.nodes}) > 1:
-        notes.append("nodes have unlike GPUs: every rank is planned for the one with the least memory")
-    if plan.search is not None and spec.search is not None:
-        points = len(spec.search.layers) * sum(len(spec.search.lora_rank) if t == "lora" else 1 for t in spec.search.tune)
-        if points > len(plan.search.options):
-            notes.append(f"{points} combinations come to {len(plan.search.options)} different selections")
-    if plan.search is None and spec.resources.gangs not in ("auto", 1):
-        notes.append("one trial runs in one gang: resources.gangs counts for sweeps")
-    return notes
-
-
-def _warnings(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDescription) -> Iterator[str]:
-    if found.device == "cuda" and idle_gpus(cluster):
-        yield f"{idle_gpus(cluster)} of {cluster.num_gpus} GPUs stay idle: their nodes have too few CPUs for a rank on each"
-    if spec.task == "classify" and spec.data.retain is not None:
-        yield (
-            "data.retain is not used: a classifier has no output projection left to measure forgetting with; "
-            "leave it out, or search the base with task: text"
-        )
-    if sum(node.count for node in found.nodes) > 1:
-        yield (
-            f"the run's folder ({spec.output}) must lie on storage that every node sees under the same path: gangs on "
-            "other nodes read its data and write trials there; the run checks it before it starts"
-        )
-    yield from _bundle_warnings(plan, found)
-
-
-def _bundle_warnings(plan: RunPlan, found: Machines) -> Iterator[str]:
-    """Where verification and the test set cannot have a GPU, since each takes the whole merged model at once."""
-    whole = plan.num_parameters * (2 if plan.execution.dtype == "bfloat16" else 4)
-    smallest = min(node.gpu_memory_bytes for node in found.nodes)
-    if found.device == "cpu" or whole <= RESIDENT_SHARE * smallest:
-        return
-    host = min(node.memory_bytes for node in found.nodes)
-    short = f", more than the {format_bytes(host)} of host memory: expect the disk to be the limit" if whole > host else ""
-    yield (
-        f"the merged model ({format_bytes(whole)}) is more than {RESIDENT_SHARE:.0%} of one GPU ({format_bytes(smallest)}): the "
-        f"bundle is verified and scored on the CPU, weights mapped from their files{short}; this takes hours at the end of "
-        "the run, and a smaller data.test_rows shortens it"
     )

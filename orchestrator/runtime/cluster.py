@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from orchestrator.errors import PlanError, UsageError
 from orchestrator.plan.placement import GPU_RANK_CPUS, RANK_CPUS
 from orchestrator.plan.values import ClusterDescription, ExecutionPlan, NodeDescription
-from orchestrator.store import num_usable_cpus, write_atomic
+from orchestrator.store import find_gpus, num_usable_cpus, write_atomic
 
 SIGHT_S = 5.0
 """How long a file may take to be seen from another node."""
@@ -158,10 +158,11 @@ def _probe_gpus(nodes: list[dict]) -> dict[str, tuple[str, int]]:
 @ray.remote
 def _describe_gpu() -> tuple[str, int]:
     """Ask the driver tool, not torch: a CUDA context here would take memory from the gangs."""
-    import subprocess
-
-    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    answer = subprocess.run(query, capture_output=True, text=True, check=True)
-    rows = [line.rsplit(",", 1) for line in answer.stdout.strip().splitlines()]
-    name, mebibytes = min(((row[0].strip(), int(row[1])) for row in rows), key=lambda row: row[1])
-    return name, mebibytes * 1024**2
+    smallest = min(find_gpus(), key=lambda gpu: gpu.memory_bytes, default=None)
+    if smallest is None:
+        raise PlanError(
+            "Ray counts a GPU here and nvidia-smi lists none",
+            where=ray.util.get_node_ip_address(),
+            remedy="put nvidia-smi on the PATH of that node's Ray, or set resources.accelerator: cpu",
+        )
+    return smallest.name, smallest.memory_bytes

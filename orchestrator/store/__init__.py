@@ -17,7 +17,7 @@ from orchestrator.store.folders import (
     restore_folder,
     write_manifest,
 )
-from orchestrator.store.machine import num_usable_cpus
+from orchestrator.store.machine import find_gpus, num_usable_cpus, parse_gpus
 from orchestrator.store.run_directory import RunDirectory, versions
 
 __all__ = [
@@ -27,7 +27,9 @@ __all__ = [
     "append_jsonl",
     "check_folder",
     "commit_folder",
+    "find_gpus",
     "num_usable_cpus",
+    "parse_gpus",
     "read_json",
     "read_jsonl",
     "read_manifest",

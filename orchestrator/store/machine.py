@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+from dataclasses import dataclass
 from pathlib import Path
+
+from orchestrator.units import MIB
 
 CGROUP_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 
@@ -13,3 +18,27 @@ def num_usable_cpus(cpu_max: Path = CGROUP_CPU_MAX) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota, _, period = cpu_max.read_text().strip().partition(" ") if cpu_max.exists() else ("max", "", "")
     return max(1, min(cores, int(quota) // int(period))) if quota.isdigit() else cores
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    memory_bytes: int
+
+
+def find_gpus() -> list[Gpu]:
+    """The GPUs that nvidia-smi lists; none where it is missing or fails. CUDA is not touched."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        listed = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return parse_gpus(listed)
+
+
+def parse_gpus(listed: str) -> list[Gpu]:
+    """`NVIDIA H100 80GB HBM3, 81559` a line; the size is in MiB."""
+    rows = [line.rsplit(",", 1) for line in listed.splitlines() if "," in line]
+    return [Gpu(name.strip(), int(size) * MIB) for name, size in rows if size.strip().isdigit()]

@@ -19,7 +19,17 @@ from torch import nn
 
 from orchestrator.anatomy.values import LayerSelection, TensorInfo
 from orchestrator.errors import IntegrityError, OrchestratorError, TrainingError
-from orchestrator.plan.artifact import ADAPTER, ADAPTER_FILE, DELTA, DELTA_FILE, PEFT_PREFIX, Artifact, read_artifact
+from orchestrator.plan.artifact import (
+    ADAPTER,
+    ADAPTER_FILE,
+    DELTA,
+    DELTA_FILE,
+    PEFT_PREFIX,
+    SUFFIX_A,
+    SUFFIX_B,
+    Artifact,
+    read_artifact,
+)
 from orchestrator.train.base import LoadedBase
 from orchestrator.train.branch import Branch, full_shape, open_branch
 
@@ -200,5 +210,5 @@ def _stored_tensors(artifact: Artifact) -> dict[str, TensorInfo]:
     tensors = dict(artifact.whole)
     for weight, pair in artifact.low_rank.items():
         module = weight.rpartition(".")[0]
-        tensors |= {f"{module}.lora_A.weight": pair.a, f"{module}.lora_B.weight": pair.b}
+        tensors |= {module + SUFFIX_A: pair.a, module + SUFFIX_B: pair.b}
     return tensors

@@ -14,6 +14,7 @@ from torch import nn
 
 from orchestrator.anatomy.values import LayerSelection
 from orchestrator.errors import SelectionError, TrainingError
+from orchestrator.plan.artifact import SUFFIX_A, SUFFIX_B
 from orchestrator.train.adapters import adapt, stable_name
 from orchestrator.train.base import LoadedBase, initial_value, new_parameter_names
 from orchestrator.train.module_states import ModuleStates
@@ -241,7 +242,7 @@ def _check_learning(selection: LayerSelection, learning: Sequence[tuple[str, nn.
     """Law 1, both ways."""
     planned = set(selection.trainable)
     for name in selection.adapted:
-        planned |= {f"{_module_of(name)}.lora_A.weight", f"{_module_of(name)}.lora_B.weight"}
+        planned |= {_module_of(name) + SUFFIX_A, _module_of(name) + SUFFIX_B}
     actual = {name for name, _ in learning}
     if planned != actual:
         name = sorted(planned ^ actual)[0]

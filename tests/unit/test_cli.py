@@ -25,6 +25,7 @@ from orchestrator.errors import (
     RunConflictError,
     VerificationError,
 )
+from orchestrator.store import parse_gpus
 from orchestrator.units import GIB, MIB
 
 HEAVY = ("torch", "ray", "transformers", "deepspeed", "matplotlib")
@@ -286,10 +287,8 @@ def test_doctor_is_content_with_the_environment_of_the_tests():
 
 def test_gpus_as_nvidia_smi_lists_them():
     listed = "NVIDIA H100 80GB HBM3, 81559\nNVIDIA H100 80GB HBM3, 81559\n"
-    assert [(gpu.name, gpu.memory_bytes) for gpu in cli_machine.parse_gpus(listed)] == [
-        ("NVIDIA H100 80GB HBM3", 81559 * MIB)
-    ] * 2
-    assert cli_machine.parse_gpus("No devices were found\n") == []
+    assert [(gpu.name, gpu.memory_bytes) for gpu in parse_gpus(listed)] == [("NVIDIA H100 80GB HBM3", 81559 * MIB)] * 2
+    assert parse_gpus("No devices were found\n") == []
 
 
 def test_a_container_has_the_memory_of_its_limit(tmp_path):
