@@ -34,7 +34,7 @@ def write(folder: Path) -> Path:
         folder,
         "refit",
         finetune={"layers": "last:2", "tune": "full", "learning_rate": 2e-3},
-        train={"epochs": 6},
+        train={"epochs": 4},
         resources={"ranks_per_gang": 2},
     )
 
@@ -90,6 +90,7 @@ def test_a_killed_rank_goes_on_from_its_checkpoint(uninterrupted: Path, tmp_path
     assert_same_end(run, uninterrupted, restarts=1)
 
 
+@pytest.mark.slow
 def test_a_killed_driver_goes_on_from_the_newest_checkpoint(uninterrupted: Path, tmp_path: Path) -> None:
     spec = write(tmp_path)
     run = run_folder(spec)
