@@ -45,10 +45,7 @@ def _warnings(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDes
     if found.device == "cuda" and idle_gpus(cluster):
         yield f"{idle_gpus(cluster)} of {cluster.num_gpus} GPUs stay idle: their nodes have too few CPUs for a rank on each"
     if spec.task == "classify" and spec.data.retain is not None:
-        yield (
-            "data.retain is not used: a classifier has no output projection left to measure forgetting with; "
-            "leave it out, or search the base with task: text"
-        )
+        yield ("data.retain is not used: a classifier has no output projection left to measure forgetting with; leave it out")
     if sum(node.count for node in found.nodes) > 1:
         yield (
             f"the run's folder ({spec.output}) must lie on storage that every node sees under the same path: gangs on "
