@@ -9,6 +9,7 @@ needs it, so that `--help` and `plan` answer at once.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import traceback
@@ -92,6 +93,8 @@ RequirePromotion = Annotated[bool, typer.Option("--require-promotion", help="Exi
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit. The jobs call it too."""
+    # On some CPUs bitsandbytes asks at import for a kernel from a hub; nothing here uses it.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     app(args=arguments, prog_name="orchestrator")
     raise SystemExit(0)
 
