@@ -12,7 +12,7 @@ from orchestrator.plan import cost, steps
 from orchestrator.plan.arrange import Arrangement, arrange_one, arrange_sweep, check_resources, execution_plan, refit_way
 from orchestrator.plan.ladder import Load
 from orchestrator.plan.memory import NF4_BLOCK, Footprint, Way, estimate, weigh
-from orchestrator.plan.options import Choice, search_choices
+from orchestrator.plan.options import Choice, search_choices, told_at
 from orchestrator.plan.placement import TRIALS_PER_GANG, Machines, machines
 from orchestrator.plan.remarks import with_remarks
 from orchestrator.plan.values import BaseLoad, ClusterDescription, DataSize, RunPlan, SearchPlan, TrialOption
@@ -39,7 +39,7 @@ def make_plan(
     """
     require_section(loaded, job)
     spec = loaded.spec
-    choices = _choices(spec, anatomy, data, job)
+    choices = _choices(loaded, anatomy, data, job)
     check_resources(spec.resources)
     found = machines(cluster, spec.resources)
     _check_quantizable(spec, anatomy, found)
@@ -99,13 +99,14 @@ def _check_quantizable(spec: JobSpec, anatomy: ModelAnatomy, found: Machines) ->
             )
 
 
-def _choices(spec: JobSpec, anatomy: ModelAnatomy, data: DataSize, job: Literal["sweep", "finetune"]) -> list[Choice]:
+def _choices(loaded: LoadedSpec, anatomy: ModelAnatomy, data: DataSize, job: Literal["sweep", "finetune"]) -> list[Choice]:
     if job == "sweep":
-        return search_choices(spec, anatomy, data.num_classes)
-    asked = spec.finetune
+        return search_choices(loaded, anatomy, data.num_classes)
+    asked = loaded.spec.finetune
     assert asked is not None, "the section was required"
     lora_rank = asked.lora_rank if asked.tune == "lora" else None
-    selection = select(anatomy, asked.layers, asked.tune, lora_rank, task=spec.task, num_classes=data.num_classes)
+    with told_at(loaded.where("finetune.layers")):
+        selection = select(anatomy, asked.layers, asked.tune, lora_rank, task=loaded.spec.task, num_classes=data.num_classes)
     return [Choice(selection, (asked.learning_rate, asked.learning_rate))]
 
 

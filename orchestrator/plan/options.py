@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, select
+from orchestrator.errors import SelectionError
 from orchestrator.plan.values import SearchPlan
-from orchestrator.spec import learning_rate_range
-from orchestrator.spec.models import JobSpec, SearchSpec, Task, Tune
+from orchestrator.spec import LoadedSpec, learning_rate_range
+from orchestrator.spec.models import SearchSpec, Task, Tune
 
 FRESH_HEAD_FACTOR = 10.0
 """A classification head that starts from random numbers, alone, is a linear probe: a convex problem that takes a
@@ -30,7 +32,17 @@ def head_rates(search: SearchSpec, task: Task) -> tuple[float, float]:
     return low * factor, high * factor
 
 
-def search_choices(spec: JobSpec, anatomy: ModelAnatomy, num_classes: int) -> list[Choice]:
+@contextmanager
+def told_at(place: str) -> Iterator[None]:
+    """A policy that does not fit the base is told where the spec writes it."""
+    try:
+        yield
+    except SelectionError as error:
+        error.where = place
+        raise
+
+
+def search_choices(loaded: LoadedSpec, anatomy: ModelAnatomy, num_classes: int) -> list[Choice]:
     """Every different selection of `search`, in the order of the spec.
 
     Policies that come to the same selection (`last:8` and `all` on eight blocks; `head` to classify, with lora or
@@ -39,10 +51,13 @@ def search_choices(spec: JobSpec, anatomy: ModelAnatomy, num_classes: int) -> li
     Raises:
         SelectionError: a policy that matches nothing.
     """
+    spec = loaded.spec
     assert spec.search is not None, "the sweep needs `search`"
     found: dict[tuple[object, ...], Choice] = {}
-    for layers, tune, lora_rank in _points(spec):
-        selection = select(anatomy, layers, tune, lora_rank, task=spec.task, num_classes=num_classes)
+    for number, tune, lora_rank in _points(spec.search):
+        layers = spec.search.layers[number]
+        with told_at(loaded.where(f"search.layers[{number}]")):
+            selection = select(anatomy, layers, tune, lora_rank, task=spec.task, num_classes=num_classes)
         if tune == "lora" and not selection.adapted:
             selection = select(anatomy, layers, "full", None, task=spec.task, num_classes=num_classes)
         key = (selection.trainable, selection.adapted, selection.lora_rank if selection.adapted else None)
@@ -51,12 +66,12 @@ def search_choices(spec: JobSpec, anatomy: ModelAnatomy, num_classes: int) -> li
     return list(found.values())
 
 
-def _points(spec: JobSpec) -> Iterator[tuple[str, Tune, int | None]]:
-    assert spec.search is not None
-    for layers in spec.search.layers:
-        for tune in spec.search.tune:
-            for lora_rank in spec.search.lora_rank if tune == "lora" else (None,):
-                yield layers, tune, lora_rank
+def _points(search: SearchSpec) -> Iterator[tuple[int, Tune, int | None]]:
+    """Number of a policy, way of tuning, rank of LoRA."""
+    for number in range(len(search.layers)):
+        for tune in search.tune:
+            for lora_rank in search.lora_rank if tune == "lora" else (None,):
+                yield number, tune, lora_rank
 
 
 def _rates(search: SearchSpec, task: Task, selection: LayerSelection) -> tuple[float, float]:

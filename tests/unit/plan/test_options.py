@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from orchestrator.errors import SelectionError
 from orchestrator.plan import grid_points, make_plan
 from orchestrator.plan.options import search_choices
 from orchestrator.plan.values import SearchPlan
@@ -17,8 +19,8 @@ def names(choices: list[Any]) -> list[tuple[str, str, int | None]]:
 
 
 def test_cross_product_with_ranks_for_lora_alone(base: Any, job: Any) -> None:
-    spec = job(search={"layers": ["last:1", "last:2"], "tune": ["lora", "full"], "lora_rank": [4, 8]}).spec
-    assert names(search_choices(spec, base("tiny"), 0)) == [
+    loaded = job(search={"layers": ["last:1", "last:2"], "tune": ["lora", "full"], "lora_rank": [4, 8]})
+    assert names(search_choices(loaded, base("tiny"), 0)) == [
         ("last:1", "lora", 4),
         ("last:1", "lora", 8),
         ("last:1", "full", None),
@@ -29,29 +31,36 @@ def test_cross_product_with_ranks_for_lora_alone(base: Any, job: Any) -> None:
 
 
 def test_policies_that_mean_the_same_are_one_option(base: Any, job: Any) -> None:
-    spec = job(search={"layers": ["last:4", "all", "blocks:0-3"], "tune": ["lora"], "lora_rank": [8]}).spec
-    assert len(search_choices(spec, base("tiny"), 0)) == 1
+    loaded = job(search={"layers": ["last:4", "all", "blocks:0-3"], "tune": ["lora"], "lora_rank": [8]})
+    assert len(search_choices(loaded, base("tiny"), 0)) == 1
 
 
 def test_a_classifier_alone_is_the_same_for_lora_and_full(base: Any, job: Any) -> None:
-    spec = job(task="classify", search={"layers": ["head", "last:1"], "tune": ["lora", "full"], "lora_rank": [4, 8]}).spec
-    choices = search_choices(spec, base("tiny"), 3)
+    loaded = job(task="classify", search={"layers": ["head", "last:1"], "tune": ["lora", "full"], "lora_rank": [4, 8]})
+    choices = search_choices(loaded, base("tiny"), 3)
     assert names(choices) == [("head", "full", None), ("last:1", "lora", 4), ("last:1", "lora", 8), ("last:1", "full", None)]
 
 
 def test_a_language_head_differs_for_lora_and_full(base: Any, job: Any) -> None:
-    spec = job(search={"layers": ["head"], "tune": ["lora", "full"], "lora_rank": [8]}).spec
-    assert names(search_choices(spec, base("tiny"), 0)) == [("head", "lora", 8), ("head", "full", None)]
+    loaded = job(search={"layers": ["head"], "tune": ["lora", "full"], "lora_rank": [8]})
+    assert names(search_choices(loaded, base("tiny"), 0)) == [("head", "lora", 8), ("head", "full", None)]
 
 
 def test_rates_by_method(base: Any, job: Any) -> None:
     search: dict[str, Any] = {"layers": ["head", "last:1"], "tune": ["full", "lora"], "learning_rate": {"lora": [1e-3, 1e-1]}}
-    rates = [c.rates for c in search_choices(job(search=search).spec, base("tiny"), 0)]
+    rates = [c.rates for c in search_choices(job(search=search), base("tiny"), 0)]
     assert rates == [pytest.approx(r) for r in ((1e-4, 1e-2), (1e-3, 1e-1), (1e-4, 1e-2), (1e-3, 1e-1))]
     search["learning_rate"]["full"] = [3e-5, 3e-4]
-    fresh = search_choices(job(task="classify", search=search).spec, base("tiny"), 3)
+    fresh = search_choices(job(task="classify", search=search), base("tiny"), 3)
     assert fresh[0].rates == pytest.approx((3e-4, 3e-3)), "a new classifier alone takes ten times the rate"
     assert fresh[1].rates == pytest.approx((3e-5, 3e-4))
+
+
+def test_a_policy_beyond_the_base_is_told_where_it_is_written(base: Any, job: Any) -> None:
+    loaded = replace(job(search={"layers": ["head", "last:9"]}), places={"search.layers[1]": (7, 18)})
+    with pytest.raises(SelectionError, match="9 blocks; the base has 4") as told:
+        search_choices(loaded, base("tiny"), 0)
+    assert told.value.where.endswith("test.yaml:7:18")
 
 
 @pytest.fixture(scope="module")
