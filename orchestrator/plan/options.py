@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -33,7 +33,7 @@ def head_rates(search: SearchSpec, task: Task) -> tuple[float, float]:
 
 
 @contextmanager
-def told_at(place: str) -> Iterator[None]:
+def told_at(place: str) -> Generator[None]:
     """A policy that does not fit the base is told where the spec writes it."""
     try:
         yield
