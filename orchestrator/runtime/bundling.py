@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,19 +23,21 @@ from orchestrator.serve import (
 )
 from orchestrator.store import append_jsonl, read_jsonl, versions
 from orchestrator.transfer import Comparison, paired_comparison, verdict
-from orchestrator.transfer.records import Control, TransferReport
+from orchestrator.transfer.records import Control, ModelScores, TransferReport
 
 PROMOTED = "promoted"
 READINGS = "readings.jsonl"
 """In test/: a line for every time that the test set was read."""
 
 
-def bundle_and_judge(inputs: BundleInputs, bundle: str, metric: str, seed: int) -> TransferReport:
+def bundle_and_judge(inputs: BundleInputs, bundle: str, metric: str, max_forgetting: float, seed: int) -> TransferReport:
     """The verdict is spoken on the test set, on the bundle as anybody would load it.
 
     Args:
         bundle: Where the finished bundle will stand.
         metric: The search's metric; to classify by anything but the loss compares right and wrong answers.
+        max_forgetting: The search's bound, nats per token. A refit may pass it where the search had stopped before: that
+            is told with the verdict.
         seed: Of the intervals' resampling.
 
     Raises:
@@ -50,7 +53,7 @@ def bundle_and_judge(inputs: BundleInputs, bundle: str, metric: str, seed: int) 
     found = verdict(comparisons["none"], others={name: found for name, found in comparisons.items() if name != "none"})
     transfer = TransferReport(
         verdict=found.kind,
-        sentence=found.sentence.removeprefix(f"{found.kind}: "),
+        sentence=found.sentence.removeprefix(f"{found.kind}: ") + beyond_bound(scores.models, max_forgetting),
         trial_id=inputs.trial.trial_id,
         comparisons=tuple(comparison.record(name) for name, comparison in comparisons.items()),
         scores=scores.models,
@@ -71,6 +74,14 @@ def count_reading(folder: Path, trial_id: str) -> int:
     file = folder / READINGS
     append_jsonl(file, {"time": time.time(), "trial_id": trial_id})
     return len(read_jsonl(file))
+
+
+def beyond_bound(scores: Sequence[ModelScores], max_forgetting: float) -> str:
+    """What a verdict has to add where the bundle forgot more than the search allowed; else nothing."""
+    lost = next(model.forgetting for model in scores if model.model == PROMOTED)
+    if lost is None or lost <= max_forgetting:
+        return ""
+    return f"; but it forgot {lost:+.3f} nats per token, more than the bound of {max_forgetting:g}"
 
 
 def _comparisons(inputs: BundleInputs, scores: HeldOutScores, metric: str, seed: int) -> dict[Control, Comparison]:

@@ -203,7 +203,8 @@ def _bundle(prepared: Prepared, inputs: BundleInputs) -> TransferReport:
         max_retries=0,
         runtime_env={"env_vars": worker_env(execution)},
     )
-    call = task.remote(inputs, str(prepared.run.bundle), prepared.scoring.metric, prepared.spec.train.seed)
+    scoring = prepared.scoring
+    call = task.remote(inputs, str(prepared.run.bundle), scoring.metric, scoring.max_forgetting, prepared.spec.train.seed)
     return fetch(call)
 
 

@@ -103,11 +103,11 @@ def _search(prepared: Prepared, view: RunView, started_at: float) -> SweepResult
 
 
 def _run_shuffled(prepared: Prepared, exchange: Any, winner_id: str) -> None:
-    """Train the promoted trial once more, to the same step, on answers permuted among the prompts."""
+    """Train the promoted trial once more, to the full budget that its bundle has, on answers permuted among the prompts."""
     winner = Ledger(prepared.run.trials).get(winner_id)
     assert winner is not None
     trial = shuffled_control(winner.trial)
-    call = _advance(exchange, trial, selection_of(prepared, winner), stop_step=winner.results[-1].step)
+    call = _advance(exchange, trial, selection_of(prepared, winner), stop_step=trial.total_steps)
     _wait(exchange, trial.trial_id, call)
 
 

@@ -319,7 +319,7 @@ def test_the_shipped_classification_spec_comes_to_a_bundle(tmp_path: Path, repos
     shipped = repository / "jobs" / "specs" / "classify.yaml"
     values = YAML(typ="safe").load(shipped)
     values["data"]["train"] = str(shipped.parent / values["data"]["train"])
-    values["search"] |= {"trials": 4, "scheduler": "asha"}
+    values["search"] |= {"trials": 4, "scheduler": "asha", "controls": ["shuffled"]}
     spec = tmp_path / "classify.yaml"
     spec.write_text(json.dumps(values | {"output": "runs", "resources": TWO_GANGS}))
 
@@ -334,5 +334,9 @@ def test_the_shipped_classification_spec_comes_to_a_bundle(tmp_path: Path, repos
         check_folder(rung)
         assert not read_json(rung / "state.json")["has_optimizer"], "no trial goes on from here"
     assert not events_of(run, "not_cleaned")
+    (shuffled,) = [trial for trial in sweep_of(run).trials if trial.control == "shuffled"]
+    assert shuffled.last is not None
+    assert shuffled.last.step == shuffled.total_steps, "it has the bundle's budget, wherever the search had stopped"
+    assert {comparison.against for comparison in transfer.comparisons} == {"none", "head", "shuffled"}
     model = AutoModelForSequenceClassification.from_pretrained(run / "bundle")
     assert set(model.config.id2label.values()) == {"account", "billing", "delivery", "returns"}
