@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.errors import PlanError
-from orchestrator.plan.ladder import Load, RankRoom, cheapest, heaviest, leanest, misfit, ways
+from orchestrator.plan.ladder import OFFLOADING_STAGE, Load, RankRoom, cheapest, heaviest, leanest, misfit, ways
 from orchestrator.plan.memory import Way
 from orchestrator.plan.placement import Machines
 from orchestrator.plan.values import ExecutionPlan, RejectedWay
@@ -99,15 +99,15 @@ def check_resources(resources: ResourcesSpec) -> None:
     """Refuse a ZeRO stage that cannot offload what is asked.
 
     Raises:
-        PlanError: `offload: parameters` below stage 3, `offload: optimizer` at stage 0.
+        PlanError: `offload: optimizer` or `parameters` below stage 3.
     """
-    least = {"auto": 0, "none": 0, "optimizer": 1, "parameters": 3}[resources.offload]
-    if resources.zero != "auto" and resources.zero < least:
+    offloads = resources.offload not in ("auto", "none")
+    if offloads and resources.zero not in ("auto", OFFLOADING_STAGE):
         raise PlanError(
             f"zero: {resources.zero} cannot offload the {resources.offload}",
             where="resources.offload",
-            expected=f"a stage from {least} up",
-            remedy="resources.zero: auto",
+            expected=f"stage {OFFLOADING_STAGE}, the one that offloads",
+            remedy="resources.zero: auto, or offload: none",
         )
 
 

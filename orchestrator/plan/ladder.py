@@ -2,7 +2,8 @@
 
 Cost is GPU-seconds per trained token, and ways are tried in this order:
 
-1. nothing offloaded, then the optimizer offloaded, then the parameters: the bus is slower than any collective;
+1. nothing offloaded, then the optimizer offloaded, then the parameters: the bus is slower than any collective. The
+   engine offloads at ZeRO-3 alone;
 2. few ranks before many: ranks of one gang wait for each other, gangs do not;
 3. without checkpointing before with it: running the blocks again costs up to 2kN operations of 4 to 6N;
 4. ZeRO-1 before 2 before 3. Several ranks start at stage 1: it moves as many bytes as stage 0 (Rajbhandari et al.
@@ -26,6 +27,8 @@ from orchestrator.units import format_bytes
 
 OFFLOADS: tuple[Offload, ...] = ("none", "optimizer", "parameters")
 PARTITIONED: tuple[Stage, ...] = (1, 2, 3)
+OFFLOADING_STAGE: Stage = 3
+"""The one stage at which the engine offloads anything."""
 
 
 @dataclass(frozen=True)
@@ -128,15 +131,12 @@ def _with_rows(way: Way, load: Load, room: RankRoom) -> Way:
 def _offloads(resources: ResourcesSpec, device: Device) -> tuple[Offload, ...]:
     if resources.offload != "auto":
         return (resources.offload,)
-    return ("none",) if device == "cpu" or resources.zero == 0 else OFFLOADS
+    return ("none",) if device == "cpu" or resources.zero not in ("auto", OFFLOADING_STAGE) else OFFLOADS
 
 
 def _stages(resources: ResourcesSpec, ranks: int, offload: Offload) -> tuple[Stage, ...]:
     if resources.zero != "auto":
-        fits_offload = offload == "none" or (offload == "optimizer" and resources.zero >= 1) or resources.zero == 3
-        return (resources.zero,) if fits_offload else ()
-    if offload == "parameters":
-        return (3,)
-    if ranks == 1:
-        return (0,) if offload == "none" else (1,)
-    return PARTITIONED
+        return (resources.zero,) if offload == "none" or resources.zero == OFFLOADING_STAGE else ()
+    if offload != "none":
+        return (OFFLOADING_STAGE,)
+    return (0,) if ranks == 1 else PARTITIONED

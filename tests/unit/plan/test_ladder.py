@@ -33,8 +33,15 @@ def test_cheaper_ways_come_first() -> None:
         "2 ranks, ZeRO-2, checkpointing",
         "2 ranks, ZeRO-3, checkpointing",
     ]
-    assert order[8] == "1 rank, ZeRO-1, optimizer offloaded"
+    assert order[8] == "1 rank, ZeRO-3, optimizer offloaded"
     assert order[-1] == "2 ranks, ZeRO-3, checkpointing, parameters offloaded"
+
+
+@pytest.mark.parametrize("zero", ["auto", 0, 1, 2, 3])
+def test_only_what_the_engine_offloads_is_planned_to_be(zero: Any) -> None:
+    """`train.deepspeed_engine` offloads at stage 3 alone."""
+    offloading = [way for way in ways(ResourcesSpec(zero=zero), "cuda", [1, 2, 8], 512) if way.offload != "none"]
+    assert {way.zero_stage for way in offloading} == ({3} if zero in ("auto", 3) else set())
 
 
 def test_cores_have_nowhere_to_offload_to() -> None:

@@ -135,6 +135,13 @@ def test_cores_take_one_rank_each(plan: Any, cores: Any) -> None:
     assert found.gpu_hours is None
 
 
+def test_a_bound_on_gpus_does_not_bound_cores(plan: Any, cores: Any) -> None:
+    free = plan("tiny", cores(4))
+    for bound in (1, 100):
+        bounded = plan("tiny", cores(4), resources={"max_gpus": bound})
+        assert (bounded.num_gangs, bounded.notes) == (free.num_gangs, free.notes)
+
+
 def test_fewer_trials_than_cores_get_more_threads(plan: Any, cores: Any) -> None:
     found = plan("tiny", cores(8), search={"trials": 2})
     assert (found.num_gangs, found.execution.threads_per_rank) == (2, 4)
@@ -169,7 +176,7 @@ def test_one_trial_on_gpus_takes_as_many_ranks_as_a_step_has_rows(plan: Any, gpu
         ({"zero": 0}, {"ranks": 1, "executor": "deepspeed", "zero_stage": 0}),
         ({"ranks_per_gang": 2, "zero": 0}, {"ranks": 2, "executor": "deepspeed", "zero_stage": 0}),
         ({"ranks_per_gang": 4, "zero": 3}, {"ranks": 4, "zero_stage": 3}),
-        ({"offload": "optimizer"}, {"executor": "deepspeed", "zero_stage": 1, "offload": "optimizer"}),
+        ({"offload": "optimizer"}, {"executor": "deepspeed", "zero_stage": 3, "offload": "optimizer"}),
         ({"offload": "parameters"}, {"executor": "deepspeed", "zero_stage": 3, "offload": "parameters"}),
         ({"accelerator": "cpu"}, {"device": "cpu", "executor": "torch"}),
         ({"max_gpus": 3}, {"device": "cuda", "ranks": 1}),
@@ -195,6 +202,7 @@ def test_gangs_are_obeyed(plan: Any, gpus: Any, resources: dict[str, Any], gangs
         ({"ranks_per_gang": 16}, "1 gang of 16 ranks needs 16 GPUs, and the cluster has 8"),
         ({"gangs": 6, "max_gpus": 4}, "max_gpus: 4 allows 4"),
         ({"zero": 2, "offload": "parameters"}, "zero: 2 cannot offload the parameters"),
+        ({"zero": 2, "offload": "optimizer"}, "zero: 2 cannot offload the optimizer"),
         ({"zero": 0, "offload": "optimizer"}, "zero: 0 cannot offload the optimizer"),
     ],
 )
