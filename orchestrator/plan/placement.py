@@ -29,7 +29,7 @@ class Machines:
     device: Device
     nodes: tuple[NodeDescription, ...]
     num_units: int
-    """After `max_gpus`."""
+    """Of GPUs at most `max_gpus`."""
 
     @property
     def unit(self) -> str:
@@ -107,7 +107,8 @@ def machines(cluster: ClusterDescription, resources: ResourcesSpec) -> Machines:
             remedy="start Ray's nodes with their CPUs (--num-cpus)",
         )
     total = sum(node.count * num_places(node, device) for node in nodes)
-    found = Machines(device=device, nodes=nodes, num_units=min(total, resources.max_gpus or total))
+    most = resources.max_gpus if device == "cuda" else None
+    found = Machines(device=device, nodes=nodes, num_units=min(total, most or total))
     _check_asked_ranks(found, resources, total, cluster)
     return found
 

@@ -27,9 +27,9 @@ def _notes(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDescri
     notes: list[str] = []
     if not plan.data.exact:
         notes.append("token counts are guessed from file sizes, at 4 bytes a token")
-    available = cluster.num_gpus if found.device == "cuda" else cluster.num_cpus
-    if spec.resources.max_gpus is not None and spec.resources.max_gpus > available:
-        notes.append(f"max_gpus: {spec.resources.max_gpus} is a bound; the cluster has {available} {found.unit}s")
+    most = spec.resources.max_gpus
+    if found.device == "cuda" and most is not None and most > cluster.num_gpus:
+        notes.append(f"max_gpus: {most} is a bound; the cluster has {cluster.num_gpus} GPUs")
     if found.device == "cuda" and len({node.gpu_memory_bytes for node in found.nodes}) > 1:
         notes.append("nodes have unlike GPUs: every rank is planned for the one with the least memory")
     if plan.search is not None and spec.search is not None:
