@@ -21,11 +21,11 @@ from orchestrator.serve import (
     trained_model,
     verify,
 )
+from orchestrator.serve.scores import PROMOTED
 from orchestrator.store import append_jsonl, read_jsonl, versions
 from orchestrator.transfer import Comparison, paired_comparison, verdict
 from orchestrator.transfer.records import Control, ModelScores, TransferReport
 
-PROMOTED = "promoted"
 READINGS = "readings.jsonl"
 """In test/: a line for every time that the test set was read."""
 

@@ -11,70 +11,19 @@ import asyncio
 import itertools
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from orchestrator.anatomy import LayerSelection, ModelAnatomy
+from orchestrator.anatomy import LayerSelection
 from orchestrator.errors import OrchestratorError, TrainingError
 from orchestrator.plan import make_assignment
-from orchestrator.plan.values import Assignment, DataPaths, RungResult, RunPlan, TrainSettings, TrialSpec
-from orchestrator.runtime.gang import Gang
+from orchestrator.plan.values import RungResult, TrialSpec
+from orchestrator.runtime.assignments import Answer, GangFigures, Orders, Work, failed_answer, failed_result
+from orchestrator.runtime.gang import START_TIMEOUT_S, Gang
 from orchestrator.runtime.ledger import Ledger, TrialState, drop_optimizer_state
 from orchestrator.runtime.records import base_result, trial_record
-from orchestrator.runtime.scoring import FAILED_SCORE, Scoring
-from orchestrator.values import Value
 
 MAX_ATTEMPTS = 3
 """How often an assignment is tried on a new gang, and how often a gang is started, before giving up."""
-
-
-class Orders(Value):
-    """What the exchange needs to know of the run."""
-
-    plan: RunPlan
-    anatomy: ModelAnatomy
-    settings: TrainSettings
-    data: DataPaths
-    scoring: Scoring
-    trials_folder: str
-    num_gangs: int
-
-
-class Answer(Value):
-    """What a thin trial gets back for one rung."""
-
-    score: float
-    step: int
-    tokens: int
-    ended: bool
-    """True when the trial must not ask for another rung."""
-    state: str = ""
-    metric: float | None = None
-    eval_loss: float | None = None
-    retain_loss: float | None = None
-
-
-@dataclass(order=True)
-class _Work:
-    """One assignment on its way; smaller is served first."""
-
-    priority: tuple[int, int, int]
-    """The untouched base first, since every score needs it; then the higher rung; then who came first."""
-    assignment: Assignment = field(compare=False)
-    future: asyncio.Future[RungResult] = field(compare=False)
-    attempts: int = field(default=0, compare=False)
-
-
-@dataclass
-class GangFigures:
-    """How a gang spent its time, seconds."""
-
-    idle_s: list[float] = field(default_factory=list)
-    """Each gap between the end of an assignment and the start of the next."""
-    busy_s: float = 0.0
-    start_s: list[float] = field(default_factory=list)
-    base_loads: int = 0
-    replaced: int = 0
 
 
 class Exchange:
@@ -83,10 +32,10 @@ class Exchange:
     def __init__(self, orders: Orders) -> None:
         self._orders = orders
         self._ledger = Ledger(Path(orders.trials_folder))
-        self._queue: asyncio.PriorityQueue[_Work] = asyncio.PriorityQueue()
+        self._queue: asyncio.PriorityQueue[Work] = asyncio.PriorityQueue()
         self._sequence = itertools.count()
         self._needed = asyncio.Event()
-        self._inflight: dict[str, _Work] = {}
+        self._inflight: dict[str, Work] = {}
         self._news: list[dict] = []
         self._figures = [GangFigures() for _ in range(orders.num_gangs)]
         self._supervisors: list[asyncio.Task] = []
@@ -99,6 +48,8 @@ class Exchange:
         """Make the gangs ready to start; they do when the first work comes, for a finished search needs none."""
         for entry in self._ledger.entries():
             self._tell_trial(entry.trial.trial_id)
+            # A driver that was killed may have left some behind; what is clean already costs a look.
+            self._drop_optimizer_states(entry.results if entry.end is not None else entry.results[:-1])
         self._cleaner = asyncio.create_task(self._clean())
         plan = self._orders.plan
         for index in range(self._orders.num_gangs):
@@ -118,7 +69,7 @@ class Exchange:
         entry = self._ledger.register(trial, option)
         known = next((result for result in entry.results if result.rung == rung), None)
         if known is None and entry.end is not None:
-            return self._answer(entry.results[-1], ended=True) if entry.results else _failed_answer()
+            return self._answer(entry.results[-1], ended=True) if entry.results else failed_answer()
         if known is None:
             known = await self._train(trial, selection, rung, stop_step)
         entry = self._ledger.register(trial, option)
@@ -129,9 +80,9 @@ class Exchange:
         """A trial has ended: free its place at once, write its end down, drop what only a continuation needs."""
         work = self._inflight.pop(trial_id, None)
         if work is not None and not work.future.done():
-            work.future.set_result(_failed_result(work.assignment, f"{state} before it ran"))
+            work.future.set_result(failed_result(work.assignment, f"{state} before it ran"))
         entry = self._ledger.get(trial_id)
-        if entry is not None and entry.end is None:
+        if entry is not None and entry.end is None and not _is_tried_again(entry.trial, state):
             self._ledger.end(trial_id, state, reason)
             self._tell_trial(trial_id)
             self._drop_optimizer_states(entry.results)
@@ -179,7 +130,7 @@ class Exchange:
         )
         first = 0 if trial.control == "none" else 1
         priority = (first, -rung, next(self._sequence))
-        work = _Work(priority, assignment, asyncio.get_running_loop().create_future())
+        work = Work(priority, assignment, asyncio.get_running_loop().create_future())
         self._inflight[trial.trial_id] = work
         self._queue.put_nowait(work)
         self._needed.set()
@@ -208,10 +159,10 @@ class Exchange:
             if not gang.pids:
                 try:
                     await gang.start()
-                except (TimeoutError, Exception) as error:
+                except Exception as error:
                     failures += 1
                     gang.kill()
-                    self._tell("gang_failed_to_start", f"gang {gang.index} could not start: {error}", gang=gang.index)
+                    self._tell("gang_failed_to_start", f"gang {gang.index} could not start: {_why(error)}", gang=gang.index)
                     if failures >= MAX_ATTEMPTS:
                         raise
                     continue
@@ -235,7 +186,7 @@ class Exchange:
             figures.busy_s += time.monotonic() - started
             idle_since = time.monotonic() if gang.pids else None
 
-    async def _run(self, gang: Gang, work: _Work) -> None:
+    async def _run(self, gang: Gang, work: Work) -> None:
         """Run one piece of work; on a dead gang, put it back and leave the gang to be replaced."""
         assignment = work.assignment
         try:
@@ -249,7 +200,7 @@ class Exchange:
             if work.attempts < MAX_ATTEMPTS:
                 self._queue.put_nowait(work)
                 return
-            result = _failed_result(assignment, f"{MAX_ATTEMPTS} gangs died while running it, the last: {error}")
+            result = failed_result(assignment, f"{MAX_ATTEMPTS} gangs died while running it, the last: {error}")
         try:
             self._record(result)
         except Exception as error:  # a full disk, say: whoever waits must hear of it
@@ -280,9 +231,12 @@ class Exchange:
                 self._outdated.task_done()
 
     def _record(self, result: RungResult) -> None:
-        self._ledger.add(result)
-        if result.state == "failed":
-            self._ledger.end(result.trial_id, "failed", result.reason)
+        entry = self._ledger.get(result.trial_id)
+        assert entry is not None
+        if not _is_tried_again(entry.trial, result.state):
+            self._ledger.add(result)
+            if result.state == "failed":
+                self._ledger.end(result.trial_id, "failed", result.reason)
         for note in result.notes:
             self._tell("trial_note", f"{result.trial_id}: {note}", trial_id=result.trial_id, rung=result.rung)
         self._tell_trial(result.trial_id)
@@ -291,12 +245,10 @@ class Exchange:
         return Answer(
             score=self._orders.scoring.score(result, base_result(self._ledger)),
             step=result.step,
-            tokens=result.tokens,
             ended=ended,
             state=result.state,
+            reason=result.reason,
             metric=self._orders.scoring.metric_of(result),
-            eval_loss=result.eval_loss,
-            retain_loss=result.retain_loss,
         )
 
     def _give_up(self, error: BaseException) -> None:
@@ -304,7 +256,7 @@ class Exchange:
         if any(not task.done() for task in self._supervisors if task is not asyncio.current_task()):
             return
         self._broken = TrainingError(
-            f"no gang could be started: {error}", remedy="see the gang_failed_to_start lines in events.jsonl"
+            f"no gang could be started: {_why(error)}", remedy="see the gang_failed_to_start lines in events.jsonl"
         )
         while not self._queue.empty():
             work = self._queue.get_nowait()
@@ -321,9 +273,11 @@ class Exchange:
         self._news.append({"kind": "trial", "record": record})
 
 
-def _failed_answer() -> Answer:
-    return Answer(score=FAILED_SCORE, step=0, tokens=0, ended=True, state="failed")
+def _is_tried_again(trial: TrialSpec, state: str) -> bool:
+    """Whether a new submission tries it again: without the untouched base nothing can be compared, so its failure is not kept."""
+    return trial.control == "none" and state == "failed"
 
 
-def _failed_result(assignment: Assignment, reason: str) -> RungResult:
-    return RungResult(trial_id=assignment.trial.trial_id, rung=assignment.rung, step=0, tokens=0, state="failed", reason=reason)
+def _why(error: BaseException) -> str:
+    """What stopped a gang's start; a timeout says nothing itself."""
+    return f"no place within {START_TIMEOUT_S:g} s" if isinstance(error, TimeoutError) else str(error) or repr(error)

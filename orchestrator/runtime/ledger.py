@@ -11,9 +11,9 @@ from typing import Literal
 
 from orchestrator.plan.values import RungResult, TrialSpec
 from orchestrator.store import commit_folder, read_json, write_json
+from orchestrator.store.folders import MANIFEST
 from orchestrator.values import Value
 
-MANIFEST = "manifest.json"
 OPTIMIZER_STATE = "state-rank"
 """How the files begin that hold a rank's masters, moments and random state."""
 TrialState = Literal["finished", "stopped", "failed"]

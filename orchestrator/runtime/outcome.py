@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from orchestrator.plan.values import RungResult
-from orchestrator.runtime.exchange import GangFigures
+from orchestrator.runtime.assignments import GangFigures
 from orchestrator.runtime.ledger import Ledger, TrialEntry
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.runtime.records import trial_records

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.plan import grid_points
+from orchestrator.plan.options import _van_der_corput as van_der_corput
 from orchestrator.plan.values import SearchPlan, TrialOption
 
 NUM_CANDIDATES = 8
@@ -78,17 +79,8 @@ def _initial(search: SearchPlan, seed: int, number: int) -> Proposal:
     """Options in a seeded order; rates by van der Corput's sequence in base 2, turned by the seed."""
     order = sorted(range(len(search.options)), key=lambda index: _uniform(seed, index, "order"))
     option = order[number % len(order)]
-    share = (_van_der_corput(number + 1) + _uniform(seed, 0, "turn")) % 1.0
+    share = (van_der_corput(number + 1) + _uniform(seed, 0, "turn")) % 1.0
     return Proposal(option, _between(search.options[option], share))
-
-
-def _van_der_corput(number: int) -> float:
-    value, scale = 0.0, 0.5
-    while number:
-        value += scale * (number & 1)
-        number >>= 1
-        scale /= 2
-    return value
 
 
 def _tpe(search: SearchPlan, seed: int, number: int, known: Sequence[Known], pending: Sequence[Proposal]) -> Proposal:

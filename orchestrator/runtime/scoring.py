@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from orchestrator.plan.values import RungResult
-from orchestrator.transfer import forgetting, score
+from orchestrator.transfer import WORST_SCORE, forgetting, score
 from orchestrator.values import Value
-
-FAILED_SCORE = 1e9
-"""Score of a trial that failed: finite, since schedulers average, and worse than any that did not."""
 
 
 class Scoring(Value):
@@ -31,9 +28,9 @@ class Scoring(Value):
         return forgetting(result.retain_loss, base.retain_loss)
 
     def score(self, result: RungResult, base: RungResult | None) -> float:
-        """Lower is better; `FAILED_SCORE` for a trial that failed or could not be measured."""
+        """Lower is better; `WORST_SCORE` for a trial that failed or could not be measured."""
         value = self.metric_of(result)
         if result.state == "failed" or value is None:
-            return FAILED_SCORE
+            return WORST_SCORE
         lost = self.forgetting_of(result, base)
-        return min(FAILED_SCORE, score(value, self.higher_is_better, lost, self.max_forgetting))
+        return score(value, self.higher_is_better, lost, self.max_forgetting)

@@ -7,7 +7,6 @@ reports it. It holds no GPU and a hundredth of a core.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,6 @@ from orchestrator.plan.values import RunPlan, TrialSpec
 from orchestrator.runtime.cluster import fetch
 from orchestrator.runtime.ledger import TrialEntry
 from orchestrator.runtime.proposals import Known, Proposal, propose
-
-OnEnd = Callable[[str, str], None]
 
 
 class RecordedSearch(Searcher):

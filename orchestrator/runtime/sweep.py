@@ -16,8 +16,9 @@ from orchestrator.anatomy import LayerSelection
 from orchestrator.errors import TrainingError
 from orchestrator.plan import head_control, none_control, shuffled_control
 from orchestrator.plan.values import ClusterDescription, TrialSpec
+from orchestrator.runtime.assignments import Answer, Orders
 from orchestrator.runtime.cluster import connected, fetch, probe_cluster, require_shared_storage
-from orchestrator.runtime.exchange import Answer, Exchange, Orders
+from orchestrator.runtime.exchange import Exchange
 from orchestrator.runtime.finish import finish, selection_of
 from orchestrator.runtime.ledger import Ledger
 from orchestrator.runtime.outcome import RunOutcome, read_outcome, read_sweep, summarise, write_outcome
@@ -86,8 +87,12 @@ def _search(prepared: Prepared, view: RunView, started_at: float) -> SweepResult
     with _exchange(prepared) as exchange, Watcher(exchange, view, prepared.run):
         view.phase("gangs", f"{plan.num_gangs} x {plan.execution.ranks} rank(s)")
         base = _advance(exchange, *none_control(plan, prepared.anatomy, seed), stop_step=0)
-        if _wait(exchange, "none", base).state == "failed":
-            raise TrainingError("the untouched base could not be evaluated", remedy="see trials/none/result-0.json")
+        untouched = _wait(exchange, "none", base)
+        if untouched.state == "failed":
+            raise TrainingError(
+                f"the untouched base could not be evaluated: {untouched.reason}",
+                remedy="mend what it says and submit the same spec again: it is evaluated anew",
+            )
         view.phase("search", f"{plan.search.num_trials} trials")
         last_step = plan.search.rung_steps[-1]
         head = _advance(exchange, *head_control(plan, prepared.anatomy, spec, seed), stop_step=last_step)

@@ -66,8 +66,6 @@ class TrialRecord(Value):
     trainable_parameters: int = 0
     gang: int = -1
     engine: EngineFigures | None = None
-    resumed: bool = False
-    """Taken over from an earlier submission of the same run."""
 
     @property
     def last(self) -> RungRecord | None:
@@ -144,10 +142,6 @@ class SweepResult(Value):
     def searched(self) -> tuple[TrialRecord, ...]:
         """The trials without the controls."""
         return tuple(trial for trial in self.trials if trial.control is None)
-
-    @property
-    def num_stopped_early(self) -> int:
-        return sum(trial.state == "stopped" for trial in self.searched)
 
     @property
     def winner(self) -> TrialRecord | None:

@@ -9,7 +9,7 @@ FORGETTING_WEIGHT = 10.0
 accuracy: a tenth of a nat too much outweighs any gain that a search of sane rates brings, and the slope still
 tells the sampler which way is back."""
 WORST_SCORE = 1e9
-"""Stands for a score that is not a number; finite, since schedulers average."""
+"""Of what failed, or has a score that is not a number: finite, since schedulers average, and worse than any other."""
 
 
 def forgetting(retain_loss: float, base_retain_loss: float) -> float:

@@ -15,8 +15,9 @@ from ruamel.yaml import YAML
 
 from orchestrator.plan import make_trial
 from orchestrator.plan.values import TrialSpec
+from orchestrator.runtime.assignments import Answer, Orders
 from orchestrator.runtime.cluster import fetch
-from orchestrator.runtime.exchange import Answer, Exchange, Orders
+from orchestrator.runtime.exchange import Exchange
 from orchestrator.runtime.ledger import Ledger
 from orchestrator.runtime.prepare import Prepared, reopen
 from orchestrator.samples import SAMPLE_BASE

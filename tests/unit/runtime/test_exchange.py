@@ -17,20 +17,28 @@ from orchestrator.errors import TrainingError
 from orchestrator.plan import make_trial
 from orchestrator.plan.values import Assignment, DataPaths, RungResult, RunPlan, TrainSettings, TrialSpec
 from orchestrator.runtime import exchange as exchange_module
-from orchestrator.runtime.exchange import MAX_ATTEMPTS, Answer, Exchange, Orders
+from orchestrator.runtime.assignments import Answer, Orders, failed_result
+from orchestrator.runtime.exchange import MAX_ATTEMPTS, Exchange
 from orchestrator.runtime.gang import GangDiedError
 from orchestrator.runtime.ledger import Ledger
 from orchestrator.runtime.scoring import Scoring
+from orchestrator.store import check_folder, commit_folder, read_json, write_json
 
 DEADLINE_S = 20
 RUNGS = (4, 12, 36)
 
 
 class ScriptedGang:
-    """A gang without processes: `deaths` says how often it dies on each trial, `dead_starts` how often it cannot start."""
+    """A gang without processes.
+
+    `deaths` says how often it dies on each trial, `dead_starts` how often it cannot start and `refusal` why, `broken`
+    which trials fail for a reason of their own.
+    """
 
     deaths: dict[str, int]
     dead_starts: int
+    refusal: Exception
+    broken: set[str]
     ran: list[Assignment]
     gate: asyncio.Event
 
@@ -44,7 +52,7 @@ class ScriptedGang:
         await self.gate.wait()
         if ScriptedGang.dead_starts:
             ScriptedGang.dead_starts -= 1
-            raise GangDiedError("no room")
+            raise ScriptedGang.refusal
         self.base_loads += 1
         self.pids = (self.base_loads,)
 
@@ -55,6 +63,8 @@ class ScriptedGang:
         if self.deaths.get(trial_id, 0):
             self.deaths[trial_id] -= 1
             raise GangDiedError(f"gang {self.index} broke")
+        if trial_id in self.broken:
+            return failed_result(assignment, "it broke")
         checkpoint = f"{assignment.folder}/rung-{assignment.rung}"
         return RungResult(
             trial_id=trial_id,
@@ -118,6 +128,7 @@ def on_bench(
 
     def play(scene: Play, *, deaths: dict[str, int] | None = None, dead_starts: int = 0, gangs: int = 1) -> list[Assignment]:
         ScriptedGang.deaths, ScriptedGang.dead_starts, ScriptedGang.ran = deaths or {}, dead_starts, []
+        ScriptedGang.refusal, ScriptedGang.broken = GangDiedError("no room"), set()
 
         async def run() -> None:
             ScriptedGang.gate = asyncio.Event()
@@ -168,6 +179,19 @@ def test_whoever_waits_hears_that_no_gang_can_be_started(on_bench: Callable[...,
     assert on_bench(scene, dead_starts=99, gangs=gangs) == []
 
 
+def test_a_gang_that_finds_no_place_in_time_says_so(on_bench: Callable[..., list[Assignment]]) -> None:
+    """The text of a timeout is empty."""
+
+    async def scene(bench: Bench) -> None:
+        ScriptedGang.refusal = TimeoutError()
+        with pytest.raises(TrainingError, match="no gang could be started: no place within 600 s"):
+            await bench.advance(bench.trial(0))
+        said = [item["message"] for item in bench.exchange._news if item["kind"] == "gang_failed_to_start"]
+        assert said == ["gang 0 could not start: no place within 600 s"] * MAX_ATTEMPTS
+
+    assert on_bench(scene, dead_starts=99) == []
+
+
 def test_a_gang_that_starts_late_is_no_failure(on_bench: Callable[..., list[Assignment]]) -> None:
     async def scene(bench: Bench) -> None:
         assert (await bench.advance(bench.trial(0))).state == "done"
@@ -189,6 +213,51 @@ def test_what_is_known_is_answered_without_a_gang(on_bench: Callable[..., list[A
 
     assert len(on_bench(first)) == 2
     assert on_bench(second) == []
+
+
+def test_a_failure_of_the_untouched_base_is_not_kept(on_bench: Callable[..., list[Assignment]]) -> None:
+    """Nothing can be compared without it: whoever submits again has it evaluated again."""
+
+    async def broken(bench: Bench) -> None:
+        ScriptedGang.broken = {"none", "t0"}
+        answer = await bench.advance(bench.none())
+        assert (answer.state, answer.reason, answer.ended) == ("failed", "it broke", True)
+        await bench.exchange.finish("none", "failed")
+        assert (await bench.advance(bench.trial(0))).state == "failed"
+
+    async def mended(bench: Bench) -> None:
+        assert (await bench.advance(bench.none())).state == "done"
+        assert (await bench.advance(bench.trial(0))).state == "failed", "a trial's own failure is a result"
+
+    assert [assignment.trial.trial_id for assignment in on_bench(broken)] == ["none", "t0"]
+    assert [assignment.trial.trial_id for assignment in on_bench(mended)] == ["none"]
+
+
+def test_what_a_killed_driver_left_is_cleaned_by_the_next(on_bench: Callable[..., list[Assignment]]) -> None:
+    """Of a trial that ended, every rung; of one that goes on, all but the last."""
+
+    def rung(bench: Bench, trial_id: str, number: int) -> Path:
+        return bench.folder / trial_id / f"rung-{number}"
+
+    async def killed(bench: Bench) -> None:
+        for number in (0, 1):
+            for trial in (bench.trial(0), bench.trial(1)):
+                await bench.advance(trial, number)
+                with commit_folder(rung(bench, trial.trial_id, number)) as folder:
+                    write_json(folder / "state.json", {"has_optimizer": True})
+                    (folder / "state-rank0.safetensors").write_bytes(b"moments")
+        Ledger(bench.folder).end("t0", "stopped")
+
+    async def again(bench: Bench) -> None:
+        await bench.exchange._outdated.join()
+        for trial_id, number, kept in (("t0", 0, False), ("t0", 1, False), ("t1", 0, False), ("t1", 1, True)):
+            folder = rung(bench, trial_id, number)
+            check_folder(folder)
+            assert read_json(folder / "state.json")["has_optimizer"] is kept
+            assert (folder / "state-rank0.safetensors").exists() is kept
+
+    on_bench(killed)
+    assert on_bench(again) == []
 
 
 def test_a_rung_starts_where_the_one_before_ended(on_bench: Callable[..., list[Assignment]]) -> None:

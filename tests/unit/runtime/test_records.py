@@ -10,8 +10,9 @@ from orchestrator.plan.values import RungResult, TrialSpec
 from orchestrator.runtime.ledger import Ledger, TrialEnd, TrialEntry
 from orchestrator.runtime.outcome import RunOutcome, read_outcome, write_outcome
 from orchestrator.runtime.records import trial_record, trial_records
-from orchestrator.runtime.scoring import FAILED_SCORE, Scoring
+from orchestrator.runtime.scoring import Scoring
 from orchestrator.store import read_json
+from orchestrator.transfer import WORST_SCORE
 from orchestrator.transfer.records import SweepResult, TransferReport
 
 TRIAL = TrialSpec(
@@ -46,14 +47,14 @@ def test_forgetting_beyond_the_bound_costs() -> None:
     ids=["failed", "unmeasured", "late"],
 )
 def test_what_failed_scores_worst_and_finite(broken: dict[str, object]) -> None:
-    assert SCORING.score(result(**broken), BASE) == FAILED_SCORE
+    assert SCORING.score(result(**broken), BASE) == WORST_SCORE
 
 
 def test_a_metric_to_be_raised_is_turned_round() -> None:
     scoring = Scoring(metric="accuracy", max_forgetting=0.1)
     low, high = (scoring.score(result(metrics={"accuracy": value}), None) for value in (0.2, 0.9))
     assert high < low
-    assert scoring.score(result(), None) == FAILED_SCORE, "the loss does not stand in for another metric"
+    assert scoring.score(result(), None) == WORST_SCORE, "the loss does not stand in for another metric"
 
 
 def test_a_trial_that_failed_keeps_its_reason_and_the_rungs_before() -> None:
