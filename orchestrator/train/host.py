@@ -194,7 +194,7 @@ class TrainHost:
 
 def _result(assignment: Assignment, outcome: TrialOutcome, reason: str) -> RungResult:
     """What the gang answers; with a `reason`, how far the trial came before it failed."""
-    evaluation, retain = outcome.evaluation, outcome.retain
+    evaluation, retain = outcome.scores.evaluation, outcome.scores.retain
     return RungResult(
         trial_id=assignment.trial.trial_id,
         rung=assignment.rung,
@@ -204,12 +204,12 @@ def _result(assignment: Assignment, outcome: TrialOutcome, reason: str) -> RungR
         reason=reason,
         train_loss=outcome.state.loss,
         eval_loss=None if evaluation is None else evaluation.loss,
-        metrics=outcome.metrics,
+        metrics=outcome.scores.metrics,
         retain_loss=None if retain is None else retain.loss,
         checkpoint=None if outcome.checkpoint is None else str(outcome.checkpoint),
         engine=outcome.engine,
         train_seconds=outcome.train_seconds,
-        eval_seconds=outcome.eval_seconds,
+        eval_seconds=outcome.scores.seconds,
     )
 
 

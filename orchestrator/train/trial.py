@@ -28,13 +28,12 @@ from orchestrator.train.checkpoint import (
     save_checkpoint,
 )
 from orchestrator.train.engine import Engine, layout_of, num_live_engines
-from orchestrator.train.evaluation import Evaluation, class_prior, evaluate, score_texts
-from orchestrator.train.generate import generate_answers, wanted_answers
 from orchestrator.train.integrity import changed_frozen
 from orchestrator.train.loop import LoopState, train_steps
 from orchestrator.train.objective import Objective
 from orchestrator.train.ranks import Ranks
 from orchestrator.train.recompute import recomputed_from
+from orchestrator.train.scoring import Scorer, Scores
 from orchestrator.train.torch_engine import TorchEngine
 
 
@@ -43,12 +42,9 @@ class TrialOutcome:
     """What became of an assignment on this rank."""
 
     state: LoopState = field(default_factory=LoopState)
-    evaluation: Evaluation | None = None
-    retain: Evaluation | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
+    scores: Scores = field(default_factory=Scores)
     checkpoint: Path | None = None
     train_seconds: float = 0.0
-    eval_seconds: float = 0.0
     engine: EngineRecord | None = None
 
 
@@ -77,6 +73,7 @@ class TrialRun:
         self._ordinal = ordinal
         self._note = note
         self._rows = RowPlan.of(execution, ranks.rank, classify=base.load.task == "classify")
+        self._scorer = Scorer(base, assignment, self._rows, ranks, load_set, self._partitioned)
 
     def run(self, on_step: Callable[[StepReport], None] | None) -> None:
         """Fill `outcome`; what stands in it after an error is how far the trial came."""
@@ -105,7 +102,8 @@ class TrialRun:
             self.outcome.state = start.state if start is not None else LoopState()
             self._record_engine(engine, 0)
             self._train(engine, branch, on_step)
-            self._evaluate(objective)
+            if assignment.evaluate:
+                self.outcome.scores = self._scorer.score(objective)
             self._prove_frozen(branch)
             self._save(rung_folder(Path(assignment.folder), assignment.rung), engine, branch, final=True)
 
@@ -199,15 +197,13 @@ class TrialRun:
     def _score_untrained(self, objective: Objective, stack: ExitStack) -> None:
         """The untouched base; a classifier that nobody trained is the class prior."""
         if self.base.load.task == "classify":
-            data, train = self._load_set(self.assignment.data.eval), self._load_set(self.assignment.data.train)
-            self.outcome.evaluation = class_prior(data, train, self.base.load.num_classes)
-            self._finish_metrics(objective, data)
-        else:
+            self.outcome.scores = self._scorer.score_prior(objective)
+        elif self.assignment.evaluate:
             if self._partitioned:
                 from orchestrator.train.deepspeed_engine import forward_only
 
                 stack.enter_context(forward_only(objective, self.execution))
-            self._evaluate(objective)
+            self.outcome.scores = self._scorer.score(objective)
         self.outcome.engine = EngineRecord(
             executor="none",
             engine_class="",
@@ -223,33 +219,8 @@ class TrialRun:
         if self.ranks.first:
             folder = Path(self.assignment.folder)
             folder.mkdir(parents=True, exist_ok=True)
-            for name, evaluation in self._evaluations().items():
+            for name, evaluation in self.outcome.scores.by_set().items():
                 evaluation.save(folder / f"{name}.npz")
-
-    def _evaluate(self, objective: Objective) -> None:
-        if not self.assignment.evaluate:
-            return
-        started = time.perf_counter()
-        data = self._load_set(self.assignment.data.eval)
-        self.outcome.evaluation = evaluate(objective, data, self._rows, self.ranks)
-        self._finish_metrics(objective, data)
-        if self.assignment.data.retain and self.base.load.task != "classify":
-            self.outcome.retain = evaluate(objective, self._load_set(self.assignment.data.retain), self._rows, self.ranks)
-        self.outcome.eval_seconds = time.perf_counter() - started
-
-    def _finish_metrics(self, objective: Objective, data: TokenizedSet) -> None:
-        assert self.outcome.evaluation is not None
-        metric = self.assignment.metric
-        self.outcome.metrics = dict(self.outcome.evaluation.metrics)
-
-        def generate() -> tuple[list[str], list[str]]:
-            tokenizer = self.base.tokenizer
-            made = generate_answers(objective.model, tokenizer, data, self.ranks, synced=self._partitioned)
-            return made, wanted_answers(data, tokenizer)
-
-        value = score_texts(metric, self.outcome.evaluation, data, self.base.load.class_names, generate)
-        if value is not None:
-            self.outcome.metrics[metric] = value
 
     def _prove_frozen(self, branch: Branch) -> None:
         """Law 2: what did not learn is bit for bit what was loaded; every rank hears of a difference on any."""
@@ -269,14 +240,10 @@ class TrialRun:
             seed=self.assignment.trial.seed,
             layout=layout_of(self.execution),
             keep_optimizer=self.assignment.keep_optimizer or not final,
-            evaluations=self._evaluations() if final else {},
+            evaluations=self.outcome.scores.by_set() if final else {},
         )
         if final:
             self.outcome.checkpoint = folder
-
-    def _evaluations(self) -> dict[str, Evaluation]:
-        both = {"eval": self.outcome.evaluation, "retain": self.outcome.retain}
-        return {name: evaluation for name, evaluation in both.items() if evaluation is not None}
 
     def _record_engine(self, engine: Engine, peak_memory_bytes: int) -> None:
         self.outcome.engine = EngineRecord(

@@ -244,6 +244,37 @@ def test_rows_are_halved_when_memory_runs_out(bench: Bench, monkeypatch: pytest.
         assert "one row" in result.reason
 
 
+@pytest.mark.parametrize("name", ["eval", "retain"])
+def test_a_loss_that_is_not_finite_at_evaluation_fails_the_trial(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """One document of the set has a token that occurs nowhere else, and its losses are NaN."""
+    forward = Objective.forward
+
+    def poisoned(self: Objective, **batch: Any) -> Any:
+        found = forward(self, **batch)
+        return (
+            found._replace(losses=found.losses * torch.nan) if batch.get("each") and (batch["input_ids"] == 95).any() else found
+        )
+
+    monkeypatch.setattr(Objective, "forward", poisoned)
+    file = bench.folder / "poisoned.npz"
+    build_set([(np.full(8, 95), np.arange(8) >= 4)]).save(file)
+    assignment = bench.assignment("a")
+    result = bench.host.run(assignment.model_copy(update={"data": assignment.data.model_copy(update={name: str(file)})}))
+    assert result.state == "failed"
+    assert f"the loss on {name} became nan" in result.reason
+    assert (result.step, result.eval_loss, result.metrics, result.checkpoint) == (STEPS, None, {}, None)
+    assert bench.run("b").state == "done"
+
+
+def test_weights_that_blow_up_in_the_last_step_fail_the_trial(bench: Bench) -> None:
+    blown = bench.run("blown", tune="full", rate=1e30)
+    last = bench.run("last", tune="full", rate=1e30, stop=blown.step)
+    assert last.state == "failed"
+    assert "the loss on eval became" in last.reason
+
+
 def test_frozen_weights_that_move_fail_the_trial(bench: Bench) -> None:
     """Law 2, broken on purpose: a hook nudges a frozen norm while the trial learns."""
     norm = bench.host._base.model.get_parameter("model.norm.weight")

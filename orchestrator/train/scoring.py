@@ -1,0 +1,87 @@
+"""What a trial scores: losses on its sets, metrics, and what a model that nobody trained has instead."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from orchestrator.data import TokenizedSet
+from orchestrator.errors import NonFiniteLossError
+from orchestrator.plan.values import Assignment
+from orchestrator.train.base import LoadedBase
+from orchestrator.train.batches import RowPlan
+from orchestrator.train.evaluation import Evaluation, class_prior, evaluate, score_texts
+from orchestrator.train.generate import generate_answers, wanted_answers
+from orchestrator.train.objective import Objective
+from orchestrator.train.ranks import Ranks
+
+
+@dataclass
+class Scores:
+    """A trial's numbers on held-out data; empty until it was evaluated."""
+
+    evaluation: Evaluation | None = None
+    retain: Evaluation | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def by_set(self) -> dict[str, Evaluation]:
+        """The evaluations that there are, by the name of their set."""
+        both = {"eval": self.evaluation, "retain": self.retain}
+        return {name: evaluation for name, evaluation in both.items() if evaluation is not None}
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scores one assignment. Every rank calls the same methods and gets the same answers."""
+
+    base: LoadedBase
+    assignment: Assignment
+    rows: RowPlan
+    ranks: Ranks
+    load_set: Callable[[str], TokenizedSet]
+    partitioned: bool
+    """Whether ZeRO-3 holds the base in parts."""
+
+    def score(self, objective: Objective) -> Scores:
+        """Evaluate on `eval` and, where there is one, on `retain`.
+
+        Raises:
+            NonFiniteLossError: a loss that is not finite; on every rank alike.
+        """
+        started = time.perf_counter()
+        data = self.assignment.data
+        evaluation, retain = self._evaluate(objective, "eval", data.eval), None
+        metrics = self._metrics(objective, evaluation)
+        if data.retain and self.base.load.task != "classify":
+            retain = self._evaluate(objective, "retain", data.retain)
+        return Scores(evaluation, retain, metrics, time.perf_counter() - started)
+
+    def score_prior(self, objective: Objective) -> Scores:
+        """A classifier that nobody trained is the class prior."""
+        data, train = self.load_set(self.assignment.data.eval), self.load_set(self.assignment.data.train)
+        evaluation = class_prior(data, train, self.base.load.num_classes)
+        return Scores(evaluation, None, self._metrics(objective, evaluation))
+
+    def _evaluate(self, objective: Objective, name: str, path: str) -> Evaluation:
+        evaluation = evaluate(objective, self.load_set(path), self.rows, self.ranks)
+        if not math.isfinite(evaluation.loss):
+            raise NonFiniteLossError(
+                f"the loss on {name} became {evaluation.loss}",
+                expected="a finite number",
+                remedy="lower the learning rate; where the untouched base does it too, train.dtype: float32",
+            )
+        return evaluation
+
+    def _metrics(self, objective: Objective, evaluation: Evaluation) -> dict[str, float]:
+        data, metric = self.load_set(self.assignment.data.eval), self.assignment.metric
+
+        def generate() -> tuple[list[str], list[str]]:
+            tokenizer = self.base.tokenizer
+            made = generate_answers(objective.model, tokenizer, data, self.ranks, synced=self.partitioned)
+            return made, wanted_answers(data, tokenizer)
+
+        value = score_texts(metric, evaluation, data, self.base.load.class_names, generate)
+        return evaluation.metrics if value is None else evaluation.metrics | {metric: value}
