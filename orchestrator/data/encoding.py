@@ -71,6 +71,7 @@ class Encoder:
         self._data = data
         self._bos = _bos_ids(tokenizer)
         self._eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+        self._task = task
         if task == "chat" and not tokenizer.chat_template:
             raise BaseError(
                 "the tokenizer has no chat template",
@@ -94,16 +95,32 @@ class Encoder:
         """The document within `max_tokens`, or None where it has to be dropped.
 
         `truncate_prompt` cuts the prompt's beginning, after the begin token, and never the answer; where nothing of the
-        prompt would be left the document is dropped.
+        prompt would be left the document is dropped. Of a text to classify it cuts the end, before the special tokens
+        that the tokenizer puts there.
         """
         excess = len(document.ids) - self._data.max_tokens
         if excess <= 0:
             return document
+        if self._task == "classify":
+            return self._beginning(document)
         kept = len(self._bos) if document.ids[: len(self._bos)].tolist() == self._bos else 0
         prompt_end = int(np.argmax(document.supervised)) if document.supervised.any() else 0
         if self._data.long_rows != "truncate_prompt" or kept + excess >= prompt_end:
             return None
         cut = np.r_[0:kept, kept + excess : len(document.ids)]
+        return replace(document, ids=document.ids[cut], supervised=document.supervised[cut])
+
+    @property
+    def cut_part(self) -> str:
+        """What `truncate_prompt` takes away."""
+        return "text's end" if self._task == "classify" else "prompt's beginning"
+
+    def _beginning(self, document: Document) -> Document | None:
+        end = _num_end_tokens(self._tokenizer)
+        room = self._data.max_tokens - end
+        if self._data.long_rows != "truncate_prompt" or room <= len(self._bos):
+            return None
+        cut = np.r_[0:room, len(document.ids) - end : len(document.ids)]
         return replace(document, ids=document.ids[cut], supervised=document.supervised[cut])
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
@@ -214,3 +231,9 @@ def _bos_ids(tokenizer: Any) -> list[int]:
     ids = tokenizer("a")["input_ids"]
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and ids[:1] == [bos] else []
+
+
+def _num_end_tokens(tokenizer: Any) -> int:
+    """Special tokens that the tokenizer puts after a text by itself, as BERT's does."""
+    last = tokenizer("a", add_special_tokens=False)["input_ids"][-1]
+    return tokenizer("a")["input_ids"][::-1].index(last)

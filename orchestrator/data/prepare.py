@@ -216,7 +216,7 @@ def _fitting(
             left_out.add(name, f"longer than {limit}", place)
         else:
             if fitted is not document:
-                left_out.add(name, f"longer than {limit}: the prompt's beginning was cut, the row is kept", place)
+                left_out.add(name, f"longer than {limit}: the {encoder.cut_part} was cut, the row is kept", place)
             kept.append(fitted)
     return kept
 

@@ -193,3 +193,27 @@ def test_an_answer_is_never_cut(any_tokenizer: Any) -> None:
             assert len(fitted.ids) > len(begin(any_tokenizer)) + fitted.num_supervised
         else:
             assert max_tokens <= document.num_supervised + len(begin(any_tokenizer))
+
+
+class WithBothEnds(WithBegin):
+    """A tokenizer that puts one token before a text and another after it, as BERT's does."""
+
+    def __call__(self, text: Any, add_special_tokens: bool = True, **options: Any) -> Any:
+        encoded = super().__call__(text, add_special_tokens, **options)
+        if add_special_tokens:
+            ids, eos = encoded["input_ids"], [self._tokenizer.eos_token_id]
+            encoded["input_ids"] = ids + eos if isinstance(text, str) else [row + eos for row in ids]
+        return encoded
+
+
+@pytest.mark.parametrize("wrap", [lambda plain: plain, WithBegin, WithBothEnds])
+def test_a_long_text_to_classify_keeps_its_beginning(tokenizer: Any, wrap: Callable[[Any], Any]) -> None:
+    special = wrap(tokenizer)
+    (document,) = encode(special, "classify", example(text=" ".join(f"word{number}" for number in range(20)), label="x"))
+    data = DataSpec(train="x", max_tokens=10, long_rows="truncate_prompt")
+    fitted = Encoder(special, "classify", data).fit(document)
+    assert fitted is not None
+    end = [tokenizer.eos_token_id] if wrap is WithBothEnds else []
+    assert fitted.ids.tolist() == [*document.ids[: 10 - len(end)].tolist(), *end]
+    assert len(fitted.supervised) == 10
+    assert Encoder(special, "classify", DataSpec(train="x", max_tokens=10)).fit(document) is None

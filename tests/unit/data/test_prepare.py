@@ -89,7 +89,7 @@ def test_skipped_bad_rows_are_counted_whole_and_listed_in_part(prepare: Any, row
     assert (count, len(places), places[0]) == (25, 20, "train.jsonl:31")
     assert dropped["eval", "malformed: 3 fields, the header has 2 (prompt, completion)"] == (1, ("eval.csv:2",))
     assert summary.splits["eval"].documents == 1
-    assert summary.rows_dropped() == 26
+    assert sum(entry.count for entry in summary.dropped) == 26
 
 
 def test_a_split_of_bad_rows_only_is_refused_even_when_they_are_skipped(prepare: Any) -> None:
@@ -174,6 +174,17 @@ def test_long_rows(prepare: Any, rows_of_pairs: Any, how: str) -> None:
         }
         assert prepare.load("train").lengths[-1] == 32
     assert summary.splits["train"].longest_document_tokens <= 32
+
+
+def test_long_texts_to_classify_are_cut_at_their_end(prepare: Any) -> None:
+    rows = [{"text": f"short {number}", "label": "ab"[number % 2]} for number in range(20)]
+    for name, part in (("train", rows[:9]), ("eval", rows[9:13]), ("test", rows[13:])):
+        prepare.jsonl(f"{name}.jsonl", [*part, {"text": f"{name} " * 50, "label": "a"}])
+    paths = {name: f"{name}.jsonl" for name in ("eval", "test")}
+    summary = prepare.run("classify", **paths, max_tokens=32, long_rows="truncate_prompt")
+    reason = "longer than data.max_tokens = 32: the text's end was cut, the row is kept"
+    assert prepare.dropped(summary)["train", reason] == (1, ("train.jsonl:10",))
+    assert prepare.load("train").lengths.max() == 32
 
 
 def test_a_split_of_long_rows_only_is_refused(prepare: Any, rows_of_pairs: Any) -> None:
