@@ -4,7 +4,7 @@
     train = TokenizedSet.load(run.data / "train.npz")
     steps = documents_of_steps(train.offsets, tokens_per_step, seed, epoch)
     rows = pack_rows(train.lengths, steps[0], row_tokens, pack=True)
-    batches = micro_batches(train, rows, rank, num_ranks, rows_per_micro_batch, row_tokens)
+    batches = micro_batches(train, rows, rank, num_ranks, rows_per_micro_batch)
 
 Documents that share a row do not see each other: their positions start at 0, and from the restarts transformers makes a
 block-diagonal mask, provided that the model is called as

@@ -106,15 +106,12 @@ def micro_batches(
     rank: int,
     num_ranks: int,
     rows_per_micro_batch: int,
-    row_tokens: int,
 ) -> list[MicroBatch]:
     """One rank's share of `rows`, as micro-batches; every rank gets the same number of them.
 
     Rows are dealt longest first, to and fro over the ranks, so that the shares are of about equal tokens. A rank whose
-    share ends early gets empty micro-batches, since collectives wait for everybody.
-
-    Args:
-        row_tokens: Width that no row exceeds; a longer single document widens its micro-batch.
+    share ends early gets empty micro-batches, since collectives wait for everybody. The longest row of a micro-batch
+    is its width.
     """
     tokens = [int(sum(data.lengths[document] for document in row)) for row in rows]
     longest_first = sorted(range(len(rows)), key=lambda index: -tokens[index])

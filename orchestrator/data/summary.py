@@ -48,9 +48,6 @@ class DataSummary(Value):
     one_example: str
     """A training document; «» marks what is supervised."""
 
-    def rows_dropped(self) -> int:
-        return sum(entry.count for entry in self.dropped)
-
 
 @dataclass
 class LeftOut:

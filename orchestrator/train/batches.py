@@ -57,7 +57,7 @@ class RowPlan:
     def batches(self, data: TokenizedSet, documents: np.ndarray) -> list[MicroBatch]:
         """This rank's share, the same number of micro-batches on every rank."""
         rows = pack_rows(data.lengths, documents, self.row_tokens, self.pack)
-        return micro_batches(data, rows, self.rank, self.num_ranks, self.rows_per_micro_batch, self.row_tokens)
+        return micro_batches(data, rows, self.rank, self.num_ranks, self.rows_per_micro_batch)
 
 
 def to_tensors(batch: MicroBatch, device: torch.device) -> dict[str, torch.Tensor]:

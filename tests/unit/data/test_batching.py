@@ -29,7 +29,7 @@ rows_at_once = st.integers(1, 4)
 
 def batches_of_all(data: TokenizedSet, documents: np.ndarray, num_ranks: int, at_once: int, pack: bool) -> list[list[MicroBatch]]:
     rows = pack_rows(data.lengths, documents, 48, pack)
-    return [micro_batches(data, rows, rank, num_ranks, at_once, 48) for rank in range(num_ranks)]
+    return [micro_batches(data, rows, rank, num_ranks, at_once) for rank in range(num_ranks)]
 
 
 @given(sets(), st.integers(1, 200), st.integers(-5, 5), st.integers(0, 3))

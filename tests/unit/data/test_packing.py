@@ -42,7 +42,7 @@ def losses(model: Any, data: TokenizedSet, *, pack: bool, rows: int, **more: Any
     """(loss sum of each document, gradient of the whole sum)."""
     sums = torch.zeros(len(data))
     model.zero_grad()
-    for batch in micro_batches(data, pack_rows(data.lengths, range(len(data)), 64, pack), 0, 1, rows, 64):
+    for batch in micro_batches(data, pack_rows(data.lengths, range(len(data)), 64, pack), 0, 1, rows):
         ids, positions, labels = (torch.tensor(a) for a in (batch.input_ids, batch.position_ids, batch.labels))
         owners = torch.tensor(batch.document_ids)
         options = {"position_ids": positions, **{name: make(batch) for name, make in more.items()}}
