@@ -1,0 +1,53 @@
+"""What `scripts/results` runs: a run of docs/results.md again, from its corpora to its report."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+
+SPECS = Path(__file__).resolve().parent.parent / "docs" / "results"
+CUTS = {
+    "gsm8k-train.jsonl": ("gsm8k/train.jsonl", slice(0, 960)),
+    "gsm8k-test.jsonl": ("gsm8k/test.jsonl", slice(0, 200)),
+    "banking77-train.csv": ("banking77/train.csv", slice(0, None, 2)),
+}
+"""File -> (corpus, which of its rows): a two-core machine's share."""
+
+
+def main() -> None:
+    asked = arguments()
+    corpora, out = asked.corpora.resolve(), asked.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    for file, (source, rows) in CUTS.items():
+        cut(corpora / "data" / source, out / file, rows)
+    spec = out / f"{asked.name}.yaml"
+    text = (SPECS / f"{asked.name}.yaml").read_text(encoding="utf-8").replace("CORPORA", str(corpora))
+    spec.write_text(text, encoding="utf-8")
+    from orchestrator.cli import main as orchestrator
+
+    orchestrator(["finetune" if "\nfinetune:" in text else "sweep", str(spec)])
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="scripts/results", description="Repeat a run of docs/results.md.")
+    holds = "a folder with data/{gsm8k,banking77,general} and models/english-7m, which are not part of the project"
+    parser.add_argument("corpora", metavar="CORPORA", type=Path, help=holds)
+    parser.add_argument("out", metavar="OUT", type=Path, help="gets the cut data, the spec with its paths filled in, and the run")
+    names = sorted(path.stem for path in SPECS.glob("*.yaml"))
+    parser.add_argument("name", metavar="NAME", choices=names, help=f"one of docs/results/*.yaml: {', '.join(names)}")
+    return parser.parse_args()
+
+
+def cut(source: Path, target: Path, rows: slice) -> None:
+    """Write some rows of a JSONL or CSV file; a CSV's rows may run over several lines."""
+    with source.open(encoding="utf-8", newline="") as read, target.open("w", encoding="utf-8", newline="") as write:
+        if source.suffix == ".jsonl":
+            write.writelines(read.readlines()[rows])
+            return
+        header, *found = csv.reader(read)
+        csv.writer(write).writerows([header, *found[rows]])
+
+
+if __name__ == "__main__":
+    main()
