@@ -10,8 +10,9 @@ from orchestrator.anatomy import LayerSelection, ModelAnatomy, select
 from orchestrator.errors import BaseError, PlanError
 from orchestrator.plan import cost, steps
 from orchestrator.plan.arrange import Arrangement, arrange_one, arrange_sweep, check_resources, execution_plan, refit_way
+from orchestrator.plan.footprint import NF4_BLOCK, Footprint, weigh
 from orchestrator.plan.ladder import Load
-from orchestrator.plan.memory import NF4_BLOCK, Footprint, Way, estimate, weigh
+from orchestrator.plan.memory import Way, estimate
 from orchestrator.plan.options import Choice, search_choices, told_at
 from orchestrator.plan.placement import TRIALS_PER_GANG, Machines, machines
 from orchestrator.plan.remarks import with_remarks

@@ -27,7 +27,8 @@ ACHIEVED_SHARE = 0.35
 """Share of the peak that a step reaches: assumed, a common figure for training transformers of this size."""
 CPU_FLOPS_PER_CORE = 40e9
 """A core in float32 and bf16 at rows of 128 and more: measured, 35 to 42."""
-KEPT_REFIT_CHECKPOINTS = 2
+KEPT_CHECKPOINTS = 2
+"""Of a trial that saves on the way, the newest; the second is there for the case that the first is damaged."""
 
 
 def peak_flops(gpu_name: str) -> float | None:
@@ -109,7 +110,7 @@ def disk_bytes(num_parameters: int, data: DataSize, trainable: list[int], *, num
     mean = sum(trainable) / max(1, len(trainable))
     tokens = data.train_tokens + data.eval_tokens + data.retain_tokens
     trials = num_trials * 2 * mean + concurrent_trials * 12 * largest
-    return round(2 * num_parameters + trials + KEPT_REFIT_CHECKPOINTS * 16 * largest + 5 * tokens)
+    return round(2 * num_parameters + trials + KEPT_CHECKPOINTS * 16 * largest + 5 * tokens)
 
 
 def _elements(anatomy: ModelAnatomy, name: str, num_classes: int) -> int:

@@ -19,7 +19,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from orchestrator.plan.memory import Device, Footprint, Offload, Stage, Way, estimate
+from orchestrator.plan.footprint import Footprint
+from orchestrator.plan.memory import Device, Offload, Stage, Way, estimate
 from orchestrator.plan.steps import accumulation, max_rows
 from orchestrator.plan.values import MemoryEstimate, RejectedWay
 from orchestrator.spec.models import ResourcesSpec

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from orchestrator.errors import IntegrityError, OrchestratorError, TrainingError
+from orchestrator.plan.cost import KEPT_CHECKPOINTS
 from orchestrator.store import check_folder, commit_folder, read_json, write_json
 from orchestrator.train.artifacts import save_artifact
 from orchestrator.train.branch import Branch
@@ -26,7 +27,6 @@ from orchestrator.train.evaluation import Evaluation
 from orchestrator.train.loop import LoopState
 from orchestrator.train.ranks import Ranks
 
-KEPT_CHECKPOINTS = 2
 _RANDOM = "random."
 logger = logging.getLogger(__name__)
 

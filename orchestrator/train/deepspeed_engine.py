@@ -7,7 +7,7 @@ Checked against deepspeed 0.19.8. How it is used here:
 * Gradients are summed and sent in float32 (`grad_accum_dtype`, `communication_data_type`), masters and moments are
   float32. Only ZeRO 0 in bf16 sums rounds in bf16, for DeepSpeed has nothing else there.
 * torch's AdamW, for DeepSpeed's own is compiled at first use.
-* Small buckets: what learns is small, and a new engine per trial would pay for big ones.
+* Small buckets, as large as the plan counts them.
 """
 
 from __future__ import annotations
@@ -23,13 +23,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from orchestrator.plan.memory import REDUCE_BUCKET_ELEMENTS
 from orchestrator.plan.values import ExecutionPlan, TrainSettings
 from orchestrator.train import zero3_warm, zero_state
 from orchestrator.train.engine import ADAM_BETAS, ADAM_EPSILON, check_norm, register_engine
 from orchestrator.train.ranks import Ranks
-
-BUCKET_ELEMENTS = 2**22
-"""Gradients are sent in pieces of so many elements."""
 
 
 def deepspeed_config(execution: ExecutionPlan, *, grad_clip: float) -> dict[str, Any]:
@@ -38,15 +36,15 @@ def deepspeed_config(execution: ExecutionPlan, *, grad_clip: float) -> dict[str,
     accumulate_bf16 = bf16 and execution.zero_stage == 0
     zero: dict[str, Any] = {
         "stage": execution.zero_stage,
-        "reduce_bucket_size": BUCKET_ELEMENTS,
-        "allgather_bucket_size": BUCKET_ELEMENTS,
+        "reduce_bucket_size": REDUCE_BUCKET_ELEMENTS,
+        "allgather_bucket_size": REDUCE_BUCKET_ELEMENTS,
         "overlap_comm": False,
         "contiguous_gradients": True,
     }
     if execution.zero_stage == 3:
         zero |= {
             "stage3_param_persistence_threshold": 0,
-            "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
+            "stage3_prefetch_bucket_size": REDUCE_BUCKET_ELEMENTS,
             "sub_group_size": 10**9,
         }
         pin = execution.device == "cuda"

@@ -13,12 +13,11 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from orchestrator.plan.memory import LOGIT_CHUNK_BYTES
 from orchestrator.spec.models import Task
 
 IGNORED = -100
 """A label that stands for no label."""
-CHUNK_BYTES = 256 * 1024**2
-"""Logits (float32) of more bytes than this are computed piece by piece, and again in the backward pass."""
 
 
 class DocumentLosses(NamedTuple):
@@ -125,6 +124,6 @@ class Objective(nn.Module):
 
 
 def _chunks(hidden: torch.Tensor, targets: torch.Tensor, vocab_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Pieces of hidden[S, H] and targets[S] whose float32 logits stay within CHUNK_BYTES; at least one, maybe empty."""
-    rows = max(1, CHUNK_BYTES // (4 * vocab_size))
+    """Pieces of hidden[S, H] and targets[S] whose float32 logits stay within LOGIT_CHUNK_BYTES; at least one, maybe empty."""
+    rows = max(1, LOGIT_CHUNK_BYTES // (4 * vocab_size))
     return list(zip(hidden.split(rows), targets.split(rows), strict=True)) or [(hidden, targets)]

@@ -24,7 +24,7 @@ def main(jobs_file: str, rank: str, world_size: str, meeting: str, out_file: str
     results: dict[str, object] = {}
     host: TrainHost | None = None
     for job in json.loads(Path(jobs_file).read_text()):
-        objective.CHUNK_BYTES = job["chunk_bytes"]
+        objective.LOGIT_CHUNK_BYTES = job["chunk_bytes"]
         host = TrainHost.create(
             BaseLoad.model_validate(job["base"]),
             ModelAnatomy.model_validate(job["anatomy"]),

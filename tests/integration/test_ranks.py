@@ -23,10 +23,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from orchestrator.anatomy import read_anatomy, select
 from orchestrator.data import build_set
+from orchestrator.plan.memory import LOGIT_CHUNK_BYTES
 from orchestrator.plan.values import Assignment, BaseLoad, DataPaths, ExecutionPlan, RungResult, TrainSettings, TrialSpec
 from orchestrator.store import read_jsonl
 from orchestrator.train.batches import RowPlan, StepPlan
-from orchestrator.train.objective import CHUNK_BYTES
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1500)]
 
@@ -83,7 +83,7 @@ class Matrix:
     results: dict[str, RungResult] = field(default_factory=dict)
     every_rank: dict[str, list[RungResult]] = field(default_factory=dict)
 
-    def host(self, quantize: str, execution: ExecutionPlan, *, chunk_bytes: int = CHUNK_BYTES) -> None:
+    def host(self, quantize: str, execution: ExecutionPlan, *, chunk_bytes: int = LOGIT_CHUNK_BYTES) -> None:
         base = BaseLoad.model_validate(
             {"folder": str(self.folder / "base"), "model_type": "llama", "quantize": quantize, "task": "completion"}
         )

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from orchestrator.anatomy import ModelAnatomy, select
-from orchestrator.plan.memory import NF4_BITS, Way, block_activation_bytes, estimate, weigh
+from orchestrator.plan.footprint import NF4_BITS, block_activation_bytes, weigh
+from orchestrator.plan.memory import Way, estimate
 from orchestrator.units import GIB
 
 Base = Callable[[str], ModelAnatomy]

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from orchestrator.errors import NonFiniteLossError
+from orchestrator.plan.memory import REDUCE_BUCKET_ELEMENTS
 from orchestrator.plan.values import ExecutionPlan
 from orchestrator.train.deepspeed_engine import deepspeed_config
 from orchestrator.train.engine import layout_of, num_live_engines
@@ -138,6 +139,7 @@ def test_the_deepspeed_config_of_a_plan(stage: int) -> None:
     config = deepspeed_config(execution, grad_clip=0.7)
     zero = config["zero_optimization"]
     assert zero["stage"] == stage
+    assert zero["reduce_bucket_size"] == REDUCE_BUCKET_ELEMENTS, "what the plan counts"
     assert config["gradient_clipping"] == 0.7
     assert config["communication_data_type"] == "fp32"
     assert (zero.get("stage3_param_persistence_threshold") == 0) == (stage == 3)

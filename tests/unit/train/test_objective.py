@@ -97,7 +97,7 @@ def test_long_logits_in_pieces_change_nothing(base: LoadedBase, monkeypatch: pyt
         return loss.detach(), gradient
 
     whole = loss_and_gradient()
-    monkeypatch.setattr(objective_module, "CHUNK_BYTES", 4 * 97 * 7)
+    monkeypatch.setattr(objective_module, "LOGIT_CHUNK_BYTES", 4 * 97 * 7)
     pieces = loss_and_gradient()
     torch.testing.assert_close(pieces[0], whole[0], rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(pieces[1], whole[1], rtol=1e-4, atol=1e-5)
