@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from orchestrator.runtime.places import output_root
 from orchestrator.runtime.scoring import Scoring
 from orchestrator.spec import JobSpec, LoadedSpec, spec_sha256
 from orchestrator.store import RunDirectory, read_json, sampled_sha256, write_json
+from orchestrator.train.evaluation import text_metric
 from orchestrator.transfer.records import RunView
 
 Job = Literal["sweep", "finetune"]
@@ -83,10 +85,13 @@ def prepare(
 
     Raises:
         BaseError, SelectionError, DataError: the input cannot be used.
+        UsageError: the search's metric cannot be imported.
         RunConflictError: base or data are not what earlier trials of this run were trained on.
         PlanError: it does not fit the cluster.
     """
     spec = loaded.spec
+    if job == "sweep" and cluster is not None:
+        _require_metric(loaded)
     anatomy = read_anatomy(resolve_base(spec.base.model, loaded.folder), need_weights=True)
     run.claim_base(_identity_of(anatomy))
     known = RunPlan.model_validate(read_json(run.plan)) if run.plan.exists() else None
@@ -102,6 +107,28 @@ def prepare(
         view.event("warning", warning)
         run.event("warning", message=warning)
     return Prepared(spec, run, anatomy, data, plan)
+
+
+def _require_metric(loaded: LoadedSpec) -> None:
+    """Import the search's metric where it is a user's own function, from where the workers import it too.
+
+    Raises:
+        UsageError: there is no such module or function.
+    """
+    assert loaded.spec.search is not None
+    # Ray puts the driver's folder on its workers' path; a console script does not have it on its own.
+    here = str(Path.cwd())
+    added = here not in sys.path
+    if added:
+        sys.path.append(here)
+    try:
+        text_metric(loaded.spec.search.metric)
+    except UsageError as error:
+        error.where = loaded.where("search.metric")
+        raise
+    finally:
+        if added:
+            sys.path.remove(here)
 
 
 def reopen(run_folder: Path) -> Prepared:

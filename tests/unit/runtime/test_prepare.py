@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,44 +12,13 @@ import pytest
 from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
 
-from orchestrator.errors import RunConflictError
+from orchestrator.errors import RunConflictError, UsageError
 from orchestrator.plan.values import ClusterDescription, NodeDescription
 from orchestrator.report.terminal import LogView
 from orchestrator.runtime.prepare import Prepared, open_run, prepare, reopen
-from orchestrator.samples import SAMPLE_BASE
 from orchestrator.spec import load_spec
 from orchestrator.store import read_jsonl
 from orchestrator.units import GIB
-
-TWO_CORES = ClusterDescription(nodes=(NodeDescription(num_cpus=2, memory_bytes=8 * GIB),))
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(SAMPLE_BASE, tmp_path / "base"))
-
-
-@pytest.fixture
-def shown() -> io.StringIO:
-    """What the run's view has said."""
-    return io.StringIO()
-
-
-@pytest.fixture
-def submit(tmp_path: Path, base: Path, shown: io.StringIO) -> Callable[..., Prepared]:
-    """Prepares the same small sweep, every time it is called."""
-    rows = [{"prompt": f"Count to {number}.", "completion": f"{number} it is"} for number in range(40)]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    spec = {"name": "run", "base": {"model": "base"}, "task": "completion", "data": {"train": "train.jsonl", "max_tokens": 64}}
-    YAML().dump({**spec, "search": {"layers": ["last:1"], "trials": 2}}, tmp_path / "spec.yaml")
-    loaded = load_spec(tmp_path / "spec.yaml")
-    view = LogView(shown)
-
-    def prepared(cluster: ClusterDescription = TWO_CORES) -> Prepared:
-        with open_run(loaded, "sweep", tmp_path / "runs", view) as run:
-            return prepare(loaded, "sweep", run, view, lambda: cluster)
-
-    return prepared
 
 
 def test_a_copy_of_the_base_is_the_same_base(submit: Callable[[], Prepared], base: Path) -> None:
@@ -112,3 +81,33 @@ def test_the_plans_warnings_are_shown_and_recorded(submit: Callable[..., Prepare
     (warning,) = prepared.plan.warnings
     assert f"warning: {warning}" in shown.getvalue()
     assert [event["message"] for event in read_jsonl(prepared.run.path / "events.jsonl")] == [warning]
+
+
+@pytest.mark.parametrize("metric", ["nowhere:score", "house_metric:misspelt"])
+def test_a_metric_that_cannot_be_imported_is_refused_before_a_cluster_is_asked_for(
+    metric: str, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "house_metric.py").write_text("def score(predictions, answers):\n    return 1.0\n")
+    spec = {"name": "run", "base": {"model": str(base)}, "task": "completion", "data": {"train": "train.jsonl"}}
+    YAML().dump({**spec, "search": {"metric": metric}}, tmp_path / "spec.yaml")
+    loaded, view = load_spec(tmp_path / "spec.yaml"), LogView(io.StringIO())
+    with (
+        open_run(loaded, "sweep", tmp_path / "runs", view) as run,
+        pytest.raises(UsageError, match="cannot be imported") as caught,
+    ):
+        prepare(loaded, "sweep", run, view, lambda: pytest.fail("the cluster was asked for"))
+    assert caught.value.exit_code == 2
+    assert "spec.yaml:" in caught.value.where
+
+
+def test_a_metric_beside_the_job_is_found_as_its_workers_find_it(
+    submit: Callable[..., Prepared], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A console script has not the folder on its path where it is called."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    (tmp_path / "house_metric_beside.py").write_text("def score(predictions, answers):\n    return 1.0\n")
+    before = list(sys.path)
+    assert submit(search={"metric": "house_metric_beside:score"}).scoring.metric == "house_metric_beside:score"
+    assert sys.path == before
