@@ -20,6 +20,8 @@ from orchestrator.values import strict_json
 WIDTH = 100
 MAX_ROWS = 12
 MAX_EVENTS = 3
+LASTING = ("warning", "output_moved", "refit_passed_over", "control_left_out")
+"""Events that stay on a terminal, above the live table, which vanishes at the end."""
 
 
 class Board:
@@ -155,6 +157,9 @@ class SweepView:
         self._board.trials[record.trial_id] = record
 
     def event(self, kind: str, message: str, **fields: object) -> None:
+        if kind in LASTING:
+            self._console.print(Text(f"{kind}: {message}"), soft_wrap=True)
+            return
         self._events = [*self._events, f"{kind}: {message}"][-MAX_EVENTS:]
 
     def close(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from orchestrator.errors import UsageError
@@ -32,9 +34,28 @@ def merge_trial(run_folder: Path, trial_id: str | None, *, view: RunView, addres
             run.event("promoted_by_hand", trial_id=chosen, instead_of=sweep.winner_id)
             reason = f"promoted by hand; by the rule: {sweep.promotion_reason}"
             sweep = sweep.model_copy(update={"winner_id": chosen, "promoted_by_hand": True, "promotion_reason": reason})
-        with connected(address):
+        with connected(address), _shown(view, sweep, chosen):
             require_shared_storage(run.path)
             return write_outcome(finish(prepared, sweep, view))
+
+
+@contextmanager
+def _shown(view: RunView, sweep: SweepResult, chosen: str) -> Iterator[None]:
+    """The view, started on the one trial that is bundled, beside the untouched base; closed whatever happens."""
+    view.start(
+        name=sweep.name,
+        metric=sweep.metric,
+        higher_is_better=sweep.higher_is_better,
+        max_forgetting=sweep.max_forgetting,
+        num_trials=1,
+    )
+    try:
+        for record in sweep.trials:
+            if record.control == "none" or record.trial_id == chosen:
+                view.trial(record)
+        yield
+    finally:
+        view.close()
 
 
 def _chosen(sweep: SweepResult, ledger: Ledger, trial_id: str | None) -> str:

@@ -108,5 +108,17 @@ def test_the_live_table_shows_the_best_trial_against_the_base(make):
     assert "gang 1 lost a rank" in shown
 
 
+def test_what_a_person_should_still_read_afterwards_stays_above_the_live_table(make):
+    terminal = Terminal()
+    view = SweepView(Console(file=terminal, width=60, force_terminal=True, color_system=None))
+    view.event("output_moved", "the run goes to [elsewhere]")
+    view.start(name="quickstart", metric="loss", higher_is_better=False, max_forgetting=0.1, num_trials=2)
+    view.event("warning", "a warning of the plan that is longer than the terminal is wide, and is not cut")
+    assert not view._events
+    view.close()
+    assert "output_moved: the run goes to [elsewhere]\n" in terminal.getvalue()
+    assert "warning: a warning of the plan that is longer than the terminal is wide, and is not cut\n" in terminal.getvalue()
+
+
 def test_a_view_that_was_never_started_can_be_closed():
     SweepView(Console(file=Terminal())).close()
