@@ -138,7 +138,7 @@ def _refit(transfer: TransferReport) -> str:
         return f"not needed: {refit.reason}"
     restarts = f", restarted {plural(refit.restarts, 'time')}" if refit.restarts else ""
     engine = engine_text(refit.executor, refit.zero_stage, refit.ranks)
-    return f"{refit.reason}: steps {refit.from_step} to {refit.to_step} in {format_seconds(refit.seconds)} on {engine}{restarts}"
+    return f"to step {refit.to_step} in {format_seconds(refit.seconds)} on {engine}{restarts}: {refit.reason}"
 
 
 def plan_against_measured(run: RunRecords) -> Html:

@@ -11,6 +11,7 @@ from rich.text import Text
 from orchestrator.plan.values import ExecutionPlan, MemoryEstimate, RunPlan, TrialOption
 from orchestrator.report.wording import (
     best_trial,
+    measured_of,
     metric_text,
     number,
     plural,
@@ -31,7 +32,7 @@ ANSWER_CHARACTERS = 160
 def final_screen(sweep: SweepResult, transfer: TransferReport) -> str:
     """What was found, in at most 100 columns: best, verdict, one prompt, bundle, report, next."""
     best = sweep.winner or best_trial(sweep.searched, sweep.higher_is_better)
-    lines = [*_best(sweep, best), *_entry("verdict", verdict_sentence(sweep, transfer))]
+    lines = [*_best(sweep, best, transfer), *_entry("verdict", verdict_sentence(sweep, transfer))]
     if answered := _answered(transfer):
         lines += _entry("answers", answered)
     if again := reads_sentence(transfer.test_set_reads):
@@ -58,15 +59,15 @@ def _entry(name: str, written: str) -> list[str]:
     return [f"{name if index == 0 else '':<{INDENT}}{line}" for index, line in enumerate(wrapped or [""])]
 
 
-def _best(sweep: SweepResult, best: TrialRecord | None) -> list[str]:
+def _best(sweep: SweepResult, best: TrialRecord | None, transfer: TransferReport) -> list[str]:
     if best is None:
         return _entry("best", "no trial has a figure")
-    base, head = sweep.control("none"), sweep.control("head")
-    said = [f"{sweep.metric} {metric_text(best.metric, sweep.metric)}"]
+    base, head, found = sweep.control("none"), sweep.control("head"), measured_of(best, transfer)
+    said = [f"{sweep.metric} {metric_text(found.metric, sweep.metric)}"]
     said += [f"{name} {metric_text(trial.metric, sweep.metric)}" for name, trial in (("base", base), ("head", head)) if trial]
-    if best.retain_loss is not None:
+    if found.retain_loss is not None:
         before = f"base {number(base.retain_loss)}, " if base and base.retain_loss is not None else ""
-        said.append(f"retention {number(best.retain_loss)} ({before}{signed(best.forgetting)}, bound {sweep.max_forgetting:g})")
+        said.append(f"retention {number(found.retain_loss)} ({before}{signed(found.forgetting)}, bound {sweep.max_forgetting:g})")
     name = "best" if sweep.winner is not None or sweep.finished_at is None else "best*"
     lines = [*_entry(name, best.label), *_entry("", "   ".join(said))]
     return lines if name == "best" else [*lines, *_entry("", "* of the trials; it was not promoted")]

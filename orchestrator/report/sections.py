@@ -15,6 +15,7 @@ from orchestrator.report.wording import (
     MISSING,
     best_trial,
     counts,
+    measured_of,
     metric_text,
     number,
     plural,
@@ -62,14 +63,16 @@ def _under_title(run: RunRecords) -> str:
 
 def _cards(run: RunRecords, sweep: SweepResult) -> Html:
     promoted = sweep.winner or best_trial(sweep.searched, sweep.higher_is_better)
+    found = measured_of(promoted, run.transfer) if promoted else None
     base, extraction = sweep.control("none"), sweep.control("head")
+    whose = "of that trial" if found is promoted else "of its bundle"
     title = "promoted" if sweep.winner else "best trial" if sweep.finished_at else "best so far"
     cards = [
         (title, promoted.layers if promoted else MISSING, _point(promoted)),
-        (f"{sweep.metric}, eval set", metric_text(promoted.metric, sweep.metric) if promoted else MISSING, "of that trial"),
+        (f"{sweep.metric}, eval set", metric_text(found.metric, sweep.metric) if found else MISSING, whose),
         ("untouched base", metric_text(base.metric, sweep.metric) if base else MISSING, f"{sweep.metric}, eval set"),
         ("head only", metric_text(extraction.metric, sweep.metric) if extraction else MISSING, f"{sweep.metric}, eval set"),
-        ("forgetting", signed(promoted.forgetting) if promoted else MISSING, f"bound {sweep.max_forgetting:g} nats per token"),
+        ("forgetting", signed(found.forgetting) if found else MISSING, f"bound {sweep.max_forgetting:g} nats per token"),
     ]
     return html.tag(
         "div",

@@ -5,7 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from orchestrator.transfer.records import ModelScores, PlanAgainstMeasured, SweepResult, TransferReport, TrialRecord
+from orchestrator.transfer.records import (
+    BundledFigures,
+    ModelScores,
+    PlanAgainstMeasured,
+    SweepResult,
+    TransferReport,
+    TrialRecord,
+)
 from orchestrator.units import format_bytes, format_count, format_seconds
 
 MISSING = "-"
@@ -88,6 +95,13 @@ def best_trial(trials: Sequence[TrialRecord], higher_is_better: bool) -> TrialRe
     """The best trial so far; None when none has a figure."""
     measured = [trial for trial in trials if trial.state != "failed" and trial.metric is not None and math.isfinite(trial.metric)]
     return sort_trials(measured, higher_is_better)[0] if measured else None
+
+
+def measured_of(trial: TrialRecord, transfer: TransferReport | None) -> TrialRecord | BundledFigures:
+    """The trial's figures: what was measured of its bundle, or, where it has none, at its last rung."""
+    if transfer is not None and transfer.bundled is not None and transfer.trial_id == trial.trial_id:
+        return transfer.bundled
+    return trial
 
 
 def counts(trials: Sequence[TrialRecord]) -> dict[str, int]:

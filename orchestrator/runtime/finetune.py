@@ -7,9 +7,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from orchestrator.plan import make_assignment, make_trial, none_control
-from orchestrator.plan.values import ClusterDescription
-from orchestrator.runtime.cluster import connected, probe_cluster, require_shared_storage
-from orchestrator.runtime.finish import finish, refit_assignment, run_refit
+from orchestrator.runtime.budget import refit_assignment, run_refit
+from orchestrator.runtime.finish import finish
+from orchestrator.runtime.joining import joins
 from orchestrator.runtime.ledger import Ledger
 from orchestrator.runtime.outcome import RunOutcome, read_outcome, summarise, write_outcome
 from orchestrator.runtime.prepare import Prepared, open_run, prepare
@@ -27,14 +27,8 @@ def run_finetune(loaded: LoadedSpec, *, view: RunView, address: str | None = Non
     started_at = time.time()
     with ExitStack() as stack:
         run = stack.enter_context(open_run(loaded, "finetune", output, view))
-
-        def cluster() -> ClusterDescription:
-            stack.enter_context(connected(address))
-            require_shared_storage(run.path)
-            return probe_cluster()
-
         known = read_outcome(run.path)
-        prepared = prepare(loaded, "finetune", run, view, None if known else cluster)
+        prepared = prepare(loaded, "finetune", run, view, None if known else joins(stack, address, run.path))
         if known is not None:
             return known
         stack.callback(view.close)

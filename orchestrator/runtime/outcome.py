@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from orchestrator.plan import shuffled_control
 from orchestrator.plan.values import RungResult
 from orchestrator.runtime.assignments import GangFigures
 from orchestrator.runtime.ledger import Ledger, TrialEntry
@@ -67,6 +68,8 @@ def summarise(
     scoring = prepared.scoring
     trials = trial_records(ledger, scoring)
     promotion = decide(prepared, ledger, trials)
+    winner = ledger.get(promotion.trial_id) if promotion.trial_id is not None else None
+    shuffled_id = shuffled_control(winner.trial).trial_id if winner is not None else None
     searched = [trial for trial in trials if trial.control is None and trial.metric is not None]
     front = pareto_front([(_target(trial, scoring.higher_is_better), trial.forgetting or 0.0) for trial in searched])
     result = SweepResult(
@@ -76,9 +79,7 @@ def summarise(
         metric=scoring.metric,
         higher_is_better=scoring.higher_is_better,
         max_forgetting=scoring.max_forgetting,
-        trials=tuple(
-            trial for trial in trials if trial.control != "shuffled" or trial.trial_id.endswith(f"{promotion.trial_id}")
-        ),
+        trials=tuple(trial for trial in trials if trial.control != "shuffled" or trial.trial_id == shuffled_id),
         winner_id=promotion.trial_id,
         promotion_reason=promotion.reason,
         advice=promotion.advice,
@@ -144,5 +145,14 @@ def _target(trial: TrialRecord, higher_is_better: bool) -> float:
 
 
 def _first_trial_seconds(ledger: Ledger, started_at: float) -> float | None:
-    starts = [result.started_at for entry in ledger.entries() for result in entry.results if result.started_at > started_at]
-    return min(starts) - started_at if starts else None
+    """From the submission to the end of the first step that it made for a searched trial; None where it made none."""
+    stretches = [
+        (result, result.step - (entry.results[index - 1].step if index else 0))
+        for entry in ledger.entries()
+        for index, result in enumerate(entry.results)
+        if entry.trial.control is None and result.started_at > started_at
+    ]
+    if not stretches:
+        return None
+    first, num_steps = min(stretches, key=lambda stretch: stretch[0].started_at)
+    return first.started_at - started_at + first.train_seconds / max(1, num_steps)

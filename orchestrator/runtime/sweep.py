@@ -15,11 +15,13 @@ from ray.exceptions import RayError
 from orchestrator.anatomy import LayerSelection
 from orchestrator.errors import TrainingError
 from orchestrator.plan import head_control, none_control, shuffled_control
-from orchestrator.plan.values import ClusterDescription, TrialSpec
+from orchestrator.plan.values import TrialSpec
 from orchestrator.runtime.assignments import Answer, Orders
-from orchestrator.runtime.cluster import connected, fetch, probe_cluster, require_shared_storage
+from orchestrator.runtime.budget import selection_of
+from orchestrator.runtime.cluster import fetch
 from orchestrator.runtime.exchange import Exchange
-from orchestrator.runtime.finish import finish, selection_of
+from orchestrator.runtime.finish import finish
+from orchestrator.runtime.joining import joins
 from orchestrator.runtime.ledger import Ledger
 from orchestrator.runtime.outcome import RunOutcome, read_outcome, read_sweep, summarise, write_outcome
 from orchestrator.runtime.prepare import Prepared, open_run, prepare
@@ -45,14 +47,8 @@ def run_sweep(loaded: LoadedSpec, *, view: RunView, address: str | None = None, 
     started_at = time.time()
     with ExitStack() as stack:
         run = stack.enter_context(open_run(loaded, "sweep", output, view))
-
-        def cluster() -> ClusterDescription:
-            stack.enter_context(connected(address))
-            require_shared_storage(run.path)
-            return probe_cluster()
-
         finished = _finished(run, loaded)
-        prepared = prepare(loaded, "sweep", run, view, None if finished else cluster)
+        prepared = prepare(loaded, "sweep", run, view, None if finished else joins(stack, address, run.path))
         if finished is not None:
             return finished
         stack.callback(view.close)

@@ -218,14 +218,24 @@ class RefitRecord(Value):
 
     ran: bool
     reason: str
-    """Why it ran, or why it was not needed."""
-    from_step: int = 0
+    """Why it ran, or why it was not needed; and why it was passed over, where it was."""
     to_step: int = 0
     seconds: float = 0.0
     restarts: int = 0
     executor: str = ""
     zero_stage: int = 0
     ranks: int = 1
+
+
+class BundledFigures(Value):
+    """What was measured of the artifact that is bundled: the refit's result, or a rung's of the trial itself."""
+
+    step: int
+    metric: float | None = None
+    """The search's metric on the eval set."""
+    retain_loss: float | None = None
+    forgetting: float | None = None
+    """Rise of the retention loss over the base's."""
 
 
 class TransferReport(Value):
@@ -243,6 +253,7 @@ class TransferReport(Value):
     bundle: str | None = None
     verification: VerificationFigures | None = None
     refit: RefitRecord | None = None
+    bundled: BundledFigures | None = None
     plan_against_measured: tuple[PlanAgainstMeasured, ...] = ()
     serve_commands: tuple[str, ...] = ()
     report: str | None = None

@@ -10,6 +10,7 @@ import pytest
 
 from orchestrator.errors import UsageError
 from orchestrator.report.page import write_report
+from orchestrator.transfer.records import BundledFigures
 
 SECTIONS = (
     "Gain on the test set",
@@ -199,6 +200,16 @@ def test_the_promoted_trial_and_the_order_of_the_table(fake_run, make):
     winner = make.sweep().winner
     assert marked is not None
     assert int(marked[1]) == winner.number
+
+
+def test_the_cards_show_what_was_bundled(fake_run, make):
+    sweep = make.sweep()
+    bundled = BundledFigures(step=54, metric=1.234, retain_loss=4.171, forgetting=0.09)
+    refit = make.transfer().refit.model_copy(update={"ran": True, "to_step": 54, "reason": "it had 6 of 54 steps"})
+    page = read(write_report(fake_run(sweep=sweep, transfer=make.transfer(sweep.winner_id, bundled=bundled, refit=refit))))
+    assert "loss, eval set 1.234 of its bundle" in page.text
+    assert "forgetting +0.090 bound 0.1" in page.text
+    assert "to step 54 in" in page.text
 
 
 def test_many_trials_and_long_text_stay_in_their_boxes(fake_run, make):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from orchestrator.report import final_screen, plan_view
+from orchestrator.transfer.records import BundledFigures
 
 
 def entry(screen: str, name: str) -> str:
@@ -24,6 +25,15 @@ def test_the_last_screen_says_what_was_found(make):
     assert "runs/quickstart/bundle    verified: KL 3.1e-05 a token" in entry(screen, "bundle")
     assert "16 trials in 1m14s on 2 gangs" in entry(screen, "report")
     assert screen.splitlines()[-1] == "next      transformers serve runs/quickstart/bundle"
+
+
+def test_the_last_screen_shows_what_was_bundled_rather_than_the_rung(make):
+    sweep = make.sweep()
+    bundled = BundledFigures(step=54, metric=1.234, retain_loss=4.171, forgetting=0.09)
+    screen = final_screen(sweep, make.transfer(sweep.winner_id, bundled=bundled))
+    assert "loss 1.234   base 3.920   head 3.100   retention 4.171 (base 4.081, +0.090, bound 0.1)" in screen
+    other = final_screen(sweep, make.transfer("t999", bundled=bundled))
+    assert f"loss {sweep.winner.metric:.3f}" in other, "another trial's bundle says nothing of this one"
 
 
 def test_exact_match_says_over_how_many_documents_it_was_taken(make):

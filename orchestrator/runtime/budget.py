@@ -1,0 +1,157 @@
+"""Bringing the promoted trial to the full budget, and which of its results is bundled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from orchestrator.anatomy import LayerSelection
+from orchestrator.errors import TrainingError
+from orchestrator.plan import head_control, make_assignment
+from orchestrator.plan.values import Assignment, RungResult, TrialSpec
+from orchestrator.runtime.ledger import TrialEntry
+from orchestrator.runtime.prepare import Prepared
+from orchestrator.runtime.refit import num_restarts, refit, result_file
+from orchestrator.runtime.scoring import Scoring
+from orchestrator.store import read_json, write_json
+from orchestrator.transfer.records import RefitRecord, RunView
+
+OWNER = "trial.json"
+"""In refit/: whose it is."""
+REFIT_CHECKPOINTS = 4
+"""Checkpoints of a refit between its first and its last step."""
+
+
+def selection_of(prepared: Prepared, entry: TrialEntry) -> LayerSelection:
+    """What learns in a trial, or in the control `head`."""
+    plan = prepared.plan
+    if entry.option is not None and plan.search is not None:
+        return plan.search.options[entry.option].selection
+    if entry.option is not None and plan.finetune is not None:
+        return plan.finetune.selection
+    return head_control(plan, prepared.anatomy, prepared.spec, prepared.spec.train.seed)[1]
+
+
+def full_budget(prepared: Prepared, entry: TrialEntry, base: RungResult | None, view: RunView) -> tuple[RungResult, RefitRecord]:
+    """The result that is bundled: the trial's own last rung where that had the full budget, else the refit's.
+
+    A refit that forgot more than the bound, where the rung that was promoted had not, is passed over for that rung.
+
+    Args:
+        base: What the untouched base scored.
+
+    Raises:
+        TrainingError: the refit failed.
+    """
+    trial, last = entry.trial, entry.results[-1]
+    if prepared.plan.search is None:
+        return last, refit_record(prepared, last, "the job's one trial")
+    if last.step >= trial.total_steps:
+        return last, RefitRecord(ran=False, reason="the promoted trial had the full budget", to_step=last.step)
+    view.phase("refit", f"{trial.total_steps} steps on {prepared.plan.refit_execution.ranks} rank(s)")
+    assignment = refit_assignment(prepared, trial, selection_of(prepared, entry))
+    result = run_refit(prepared, [assignment])[0]
+    reason = f"the promoted trial had {last.step} of {trial.total_steps} steps"
+    passed_over = why_passed_over(result, last, base, prepared.scoring)
+    if not passed_over:
+        return result, refit_record(prepared, result, reason)
+    view.event("refit_passed_over", passed_over, trial_id=trial.trial_id)
+    prepared.run.event("refit_passed_over", message=passed_over, trial_id=trial.trial_id)
+    return last, refit_record(prepared, result, f"{reason}; {passed_over}")
+
+
+def why_passed_over(refitted: RungResult, rung: RungResult, base: RungResult | None, scoring: Scoring) -> str:
+    """Why a refit gives way to the rung that was promoted; nothing where it does not.
+
+    Where that rung is beyond the bound too (a person promoted it), the refit is bundled, and the verdict tells it.
+    """
+    lost, before = scoring.forgetting_of(refitted, base), scoring.forgetting_of(rung, base)
+    bound = scoring.max_forgetting
+    if lost is None or before is None or lost <= bound or before > bound:
+        return ""
+    return (
+        f"the refit to {refitted.step} steps forgot {lost:+.3f} nats per token, more than the bound of {bound:g}; "
+        f"the trial's own rung of {rung.step} steps, at {before:+.3f}, is bundled instead"
+    )
+
+
+def refit_assignment(prepared: Prepared, trial: TrialSpec, selection: LayerSelection) -> Assignment:
+    """The whole training of a trial, in refit/, with checkpoints in between."""
+    return make_assignment(
+        prepared.plan,
+        trial,
+        selection,
+        settings=prepared.settings,
+        data=prepared.data_paths,
+        metric=prepared.scoring.metric,
+        folder=str(prepared.run.refit),
+        rung=0,
+        start=None,
+        stop_step=trial.total_steps,
+        execution=prepared.plan.refit_execution,
+        keep_optimizer=False,
+        checkpoint_every_steps=max(1, trial.total_steps // (REFIT_CHECKPOINTS + 1)),
+    )
+
+
+def run_refit(prepared: Prepared, assignments: list[Assignment]) -> list[RungResult]:
+    """Run or go on with a refit; one of another trial is put aside, and found again when it is wanted.
+
+    Raises:
+        TrainingError: the training failed.
+    """
+    trial = assignments[-1].trial
+    _claim(prepared.run.refit, trial.trial_id)
+    results = _stored_results(assignments)
+    if results is None:
+        results = refit(prepared.plan.base, prepared.anatomy, assignments, prepared.run.path / "ray-train")
+        for note in (note for result in results for note in result.notes):
+            prepared.run.event("trial_note", message=f"{trial.trial_id}: {note}", trial_id=trial.trial_id)
+        if num_restarts(prepared.run.refit):
+            prepared.run.event("refit_restarted", message=f"{num_restarts(prepared.run.refit)} times", trial_id=trial.trial_id)
+    failed = next((result for result in results if result.state == "failed"), None)
+    if failed is not None:
+        raise TrainingError(
+            f"trial {failed.trial_id} failed: {failed.reason}",
+            where=str(prepared.run.refit),
+            remedy="a lower learning rate is the usual cure; submit under another `name`",
+        )
+    return results
+
+
+def _stored_results(assignments: list[Assignment]) -> list[RungResult] | None:
+    """What an earlier submission brought to its end; what failed in it is tried again."""
+    files = [result_file(assignment) for assignment in assignments]
+    if not all(file.exists() for file in files):
+        return None
+    results = [RungResult.model_validate(read_json(file)) for file in files]
+    return results if all(result.state == "done" for result in results) else None
+
+
+def _claim(folder: Path, trial_id: str) -> None:
+    """Have the refit's folder belong to this trial, so that no trial goes on from another's checkpoint."""
+    owner_file = folder / OWNER
+    owner = read_json(owner_file)["trial_id"] if owner_file.exists() else None
+    if owner == trial_id:
+        return
+    if folder.exists() and owner is not None:
+        folder.rename(folder.with_name(f"{folder.name}-{owner}"))
+    earlier = folder.with_name(f"{folder.name}-{trial_id}")
+    if earlier.exists():
+        earlier.rename(folder)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(owner_file, {"trial_id": trial_id})
+
+
+def refit_record(prepared: Prepared, result: RungResult, reason: str) -> RefitRecord:
+    engine = result.engine
+    return RefitRecord(
+        ran=True,
+        reason=reason,
+        to_step=result.step,
+        seconds=result.train_seconds + result.eval_seconds,
+        restarts=num_restarts(prepared.run.refit),
+        executor=engine.executor if engine else "",
+        zero_stage=engine.zero_stage if engine else 0,
+        ranks=engine.ranks if engine else 1,
+    )

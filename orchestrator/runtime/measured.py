@@ -1,0 +1,55 @@
+"""What the plan said beside what the run measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from orchestrator.plan.cost import CPU_FLOPS_PER_CORE, run_flops
+from orchestrator.runtime.prepare import Prepared
+from orchestrator.transfer.records import PlanAgainstMeasured, RefitRecord, SweepResult
+
+
+def plan_against_measured(
+    prepared: Prepared, sweep: SweepResult, refitted: RefitRecord | None
+) -> tuple[PlanAgainstMeasured, ...]:
+    """Memory, disk, base loads and computing time.
+
+    Args:
+        refitted: How the bundle's trial came to the full budget; None where there is no bundle.
+    """
+    plan = prepared.plan
+    options = plan.search.options if plan.search is not None else (plan.finetune,) if plan.finetune is not None else ()
+    planned = max((option.memory.total_bytes for option in options if option is not None), default=None)
+    peaks = [trial.engine.peak_memory_bytes for trial in sweep.trials if trial.engine is not None]
+    rows = [PlanAgainstMeasured(name="peak memory of a rank", planned=planned, measured=max(peaks, default=None), unit="bytes")]
+    if refitted is not None:  # the plan counts the bundle too
+        folder = sum(file.stat().st_size for file in Path(prepared.run.path).rglob("*") if file.is_file())
+        rows.append(PlanAgainstMeasured(name="disk, with the bundle", planned=plan.disk_bytes, measured=folder, unit="bytes"))
+    if plan.search is not None:
+        gangs, loads = float(plan.num_gangs), float(sweep.base_loads)
+        name = "base loads in the last submission's search"
+        rows.append(PlanAgainstMeasured(name=name, planned=gangs, measured=loads, unit="count"))
+    return (*rows, _computing_time(prepared, sweep, refitted))
+
+
+def _computing_time(prepared: Prepared, sweep: SweepResult, refitted: RefitRecord | None) -> PlanAgainstMeasured:
+    """Seconds of training and scoring, summed over GPUs, or over cores where there is none.
+
+    Planned is arithmetic alone at the rates of `plan.cost`; the control `shuffled` and a bundle's merge are in neither.
+    """
+    plan = prepared.plan
+    on_gpus = plan.execution.device == "cuda"
+    searching, refitting = (
+        execution.ranks * (1 if on_gpus else execution.threads_per_rank) for execution in (plan.execution, plan.refit_execution)
+    )
+    trials = sum(trial.seconds for trial in sweep.trials if trial.control != "shuffled")
+    if plan.search is None:
+        measured = trials * refitting
+    else:
+        measured = trials * searching + (refitted.seconds * refitting if refitted is not None else 0.0)
+    if on_gpus:
+        planned = plan.gpu_hours * 3600 if plan.gpu_hours is not None else None
+    else:
+        planned = run_flops(plan, prepared.anatomy) / CPU_FLOPS_PER_CORE
+    name = f"{'GPU' if on_gpus else 'core'} time of training and scoring"
+    return PlanAgainstMeasured(name=name, planned=planned, measured=measured, unit="seconds")

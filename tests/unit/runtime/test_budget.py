@@ -1,0 +1,105 @@
+"""Which of the promoted trial's results is bundled, and what an earlier submission's refit is worth."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import pytest
+
+from orchestrator.errors import TrainingError
+from orchestrator.plan import make_trial
+from orchestrator.plan.values import RungResult, TrialSpec
+from orchestrator.report.terminal import LogView
+from orchestrator.runtime import budget
+from orchestrator.runtime.budget import full_budget, refit_assignment, run_refit
+from orchestrator.runtime.ledger import TrialEntry
+from orchestrator.runtime.prepare import Prepared
+from orchestrator.store import read_jsonl, write_json
+
+TOTAL_STEPS = 54
+
+
+def result(trial_id: str, step: int, retain_loss: float | None, **fields: object) -> RungResult:
+    values = {"rung": 0, "tokens": 300, "state": "done", "eval_loss": 1.5, "checkpoint": f"/{trial_id}/{step}"}
+    return RungResult.model_validate({"trial_id": trial_id, "step": step, "retain_loss": retain_loss, **values, **fields})
+
+
+BASE = result("none", 0, 4.0)
+
+
+@pytest.fixture
+def prepared(submit: Callable[[], Prepared]) -> Prepared:
+    return submit()
+
+
+@pytest.fixture
+def trial(prepared: Prepared) -> TrialSpec:
+    """One that the scheduler may have stopped before its last step."""
+    assert prepared.plan.search is not None
+    drawn = make_trial(prepared.plan, prepared.plan.search.options[0], 1e-3, 0, seed=0)
+    return drawn.model_copy(update={"total_steps": TOTAL_STEPS})
+
+
+def store_refit(prepared: Prepared, stored: RungResult) -> None:
+    """As an earlier submission left it."""
+    prepared.run.refit.mkdir()
+    write_json(prepared.run.refit / "trial.json", {"trial_id": stored.trial_id})
+    write_json(prepared.run.refit / "result.json", stored)
+
+
+def chosen(prepared: Prepared, trial: TrialSpec, *, rung: float | None, refitted: float | None) -> tuple[int, str, str]:
+    """Step of what is bundled after a rung at step 6 and a refit, by their retention losses; the reason; what was said."""
+    store_refit(prepared, result(trial.trial_id, TOTAL_STEPS, refitted))
+    said = io.StringIO()
+    entry = TrialEntry(trial=trial, option=0, results=(result(trial.trial_id, 6, rung),))
+    bundled, record = full_budget(prepared, entry, BASE, LogView(said))
+    assert (record.ran, record.to_step) == (True, TOTAL_STEPS)
+    assert record.reason.startswith("the promoted trial had 6 of 54 steps")
+    return bundled.step, record.reason, said.getvalue()
+
+
+def test_a_refit_beyond_the_bound_gives_way_to_the_rung_that_was_promoted(prepared: Prepared, trial: TrialSpec) -> None:
+    step, reason, said = chosen(prepared, trial, rung=4.04, refitted=4.15)
+    assert step == 6
+    assert "forgot +0.150 nats per token, more than the bound of 0.1" in reason
+    assert "the trial's own rung of 6 steps, at +0.040, is bundled instead" in reason
+    assert "refit_passed_over: the refit to 54 steps forgot +0.150" in said
+    (event,) = [event for event in read_jsonl(prepared.run.path / "events.jsonl") if event["kind"] == "refit_passed_over"]
+    assert event["trial_id"] == trial.trial_id
+    assert event["message"] in reason
+
+
+@pytest.mark.parametrize(
+    ("rung", "refitted"), [(4.04, 4.09), (None, None), (4.2, 4.3)], ids=["within", "not measured", "promoted by hand"]
+)
+def test_any_other_refit_is_bundled(prepared: Prepared, trial: TrialSpec, rung: float | None, refitted: float | None) -> None:
+    step, reason, said = chosen(prepared, trial, rung=rung, refitted=refitted)
+    assert (step, reason) == (TOTAL_STEPS, "the promoted trial had 6 of 54 steps")
+    assert "refit_passed_over" not in said
+
+
+def test_a_refit_that_broke_is_not_a_number_within_the_bound(prepared: Prepared, trial: TrialSpec) -> None:
+    assert chosen(prepared, trial, rung=4.04, refitted=float("nan"))[0] == 6
+
+
+def test_a_refit_that_failed_is_tried_again_by_the_next_submission(
+    prepared: Prepared, trial: TrialSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert prepared.plan.search is not None
+    assignment = refit_assignment(prepared, trial, prepared.plan.search.options[0].selection)
+    answers = [
+        result(trial.trial_id, 3, None, state="failed", reason="the loss became nan", checkpoint=None),
+        result(trial.trial_id, TOTAL_STEPS, 4.0),
+    ]
+
+    def train(*_: object) -> list[RungResult]:
+        write_json(prepared.run.refit / "result.json", answers[0])
+        return [answers.pop(0)]
+
+    monkeypatch.setattr(budget, "refit", train)
+    with pytest.raises(TrainingError, match="the loss became nan"):
+        run_refit(prepared, [assignment])
+    assert [found.state for found in run_refit(prepared, [assignment])] == ["done"]
+    assert [found.step for found in run_refit(prepared, [assignment])] == [TOTAL_STEPS], "what is done is not done again"
+    assert answers == []

@@ -1,0 +1,89 @@
+"""What stands beside the bundle in the comparison, and what its plan is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from orchestrator.plan import shuffled_control
+from orchestrator.plan.cost import CPU_FLOPS_PER_CORE, run_flops
+from orchestrator.plan.values import RungResult, TrialSpec
+from orchestrator.runtime.assignments import GangFigures
+from orchestrator.runtime.finish import controls_beside
+from orchestrator.runtime.ledger import Ledger
+from orchestrator.runtime.measured import plan_against_measured
+from orchestrator.runtime.outcome import summarise
+from orchestrator.runtime.prepare import Prepared
+from orchestrator.transfer.records import RefitRecord
+
+TRIAL = TrialSpec(
+    trial_id="t000", number=0, layers="last:1", tune="full", learning_rate=1e-3, total_steps=9, total_tokens=900, seed=0
+)
+HEAD = TRIAL.model_copy(update={"trial_id": "head", "number": -2, "control": "head"})
+NONE = TRIAL.model_copy(update={"trial_id": "none", "number": -3, "control": "none"})
+
+
+def add(ledger: Ledger, trial: TrialSpec, step: int, **fields: object) -> None:
+    """A trial that ended there."""
+    values = {"trial_id": trial.trial_id, "rung": 0, "step": step, "tokens": 300, "state": "done", "eval_loss": 1.5}
+    ledger.register(trial, None if trial.control else 0)
+    ledger.add(RungResult.model_validate({**values, "checkpoint": f"/{trial.trial_id}", **fields}))
+    ledger.end(trial.trial_id, "finished")
+
+
+def test_only_a_control_of_the_same_budget_is_compared(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    add(ledger, HEAD, 3)
+    add(ledger, shuffled_control(TRIAL), 9)
+    same = controls_beside(ledger, TRIAL, bundled_step=9)
+    assert same.artifacts == {"head": "/head", "shuffled": "/shuffled-t000"}
+    assert same.left_out == ()
+    shorter = controls_beside(ledger, TRIAL, bundled_step=3)
+    assert shorter.artifacts == {"head": "/head"}
+    assert shorter.left_out == ("shuffled-t000 was trained to 9 steps and what is bundled to 3",)
+
+
+def test_a_bundled_head_is_not_compared_with_itself(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    add(ledger, HEAD, 9)
+    assert controls_beside(ledger, HEAD, bundled_step=9).artifacts == {}
+
+
+def test_the_first_step_of_the_first_trial_is_counted_and_no_controls(submit: Callable[[], Prepared]) -> None:
+    prepared = submit()
+    ledger = Ledger(prepared.run.trials)
+    add(ledger, NONE, 0, eval_loss=3.0, started_at=1001.0)
+    add(ledger, HEAD, 9, eval_loss=2.9, started_at=1002.0)
+    add(ledger, TRIAL.model_copy(update={"trial_id": "earlier", "number": 1}), 9, eval_loss=2.0, started_at=500.0)
+    add(ledger, TRIAL, 4, started_at=1010.0, train_seconds=6.0)
+    sweep = summarise(prepared, ledger, [GangFigures()], started_at=1000.0)
+    assert sweep.first_trial_seconds == 10.0 + 6.0 / 4
+
+
+def test_only_the_winners_own_shuffled_control_is_shown(submit: Callable[[], Prepared]) -> None:
+    prepared = submit()
+    ledger = Ledger(prepared.run.trials)
+    other = TRIAL.model_copy(update={"trial_id": "other-t000", "number": 1})
+    for trial, loss in ((NONE, 3.0), (TRIAL, 1.5), (other, 2.0), (shuffled_control(TRIAL), 2.5), (shuffled_control(other), 2.5)):
+        add(ledger, trial, 9, eval_loss=loss)
+    sweep = summarise(prepared, ledger, [], started_at=0.0)
+    assert sweep.winner_id == "t000"
+    assert [trial.trial_id for trial in sweep.trials if trial.control == "shuffled"] == ["shuffled-t000"]
+
+
+def test_time_and_disk_are_held_against_the_same_of_the_plan(submit: Callable[[], Prepared]) -> None:
+    prepared = submit()
+    ledger = Ledger(prepared.run.trials)
+    add(ledger, NONE, 0, eval_loss=3.0, eval_seconds=1.0)
+    add(ledger, TRIAL, 9, train_seconds=6.0, eval_seconds=1.0)
+    add(ledger, shuffled_control(TRIAL), 9, train_seconds=99.0)
+    sweep = summarise(prepared, ledger, [GangFigures(base_loads=1)], started_at=0.0)
+    plan = prepared.plan
+    rows = {row.name: row for row in plan_against_measured(prepared, sweep, RefitRecord(ran=True, reason="", seconds=5.0))}
+    time = rows["core time of training and scoring"]
+    assert time.planned == run_flops(plan, prepared.anatomy) / CPU_FLOPS_PER_CORE
+    searching, refitting = (e.ranks * e.threads_per_rank for e in (plan.execution, plan.refit_execution))
+    assert time.measured == 8.0 * searching + 5.0 * refitting
+    assert rows["disk, with the bundle"].planned == plan.disk_bytes
+    assert rows["base loads in the last submission's search"].measured == 1
+    assert not any("disk" in row.name for row in plan_against_measured(prepared, sweep, None)), "the plan counts a bundle"
