@@ -238,6 +238,7 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
     for stage in (1, 2):
         add_warm_trials(matrix, stage, "none")
         add_skewed(matrix, stage, f"z{stage}-skewed")
+    matrix.trial("z1-blown-at-the-end", plan(1), tune="full", rate=1e30, stop=1)
     matrix.trial("z0-lora", plan(0))
     add_resumed(matrix, 1)
     matrix.host("nf4", plan(1))
@@ -347,6 +348,12 @@ def test_a_failed_trial_is_a_result_on_every_rank(matrix: Matrix, stage: int, ki
     for result in matrix.every_rank[f"z{stage}-{kind}-failed"]:
         assert result.state == "failed"
         assert "nan" in result.reason.lower() or "inf" in result.reason.lower()
+
+
+def test_a_loss_that_is_not_finite_at_evaluation_is_told_on_every_rank(matrix: Matrix) -> None:
+    for result in matrix.every_rank["z1-blown-at-the-end"]:
+        assert (result.state, result.step, result.eval_loss) == ("failed", 1, None)
+        assert "the loss on eval became" in result.reason
 
 
 @pytest.mark.parametrize("kind", KINDS)
