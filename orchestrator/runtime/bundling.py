@@ -36,8 +36,8 @@ def bundle_and_judge(inputs: BundleInputs, bundle: str, metric: str, max_forgett
     Args:
         bundle: Where the finished bundle will stand.
         metric: The search's metric; to classify by anything but the loss compares right and wrong answers.
-        max_forgetting: The search's bound, nats per token. A refit may pass it where the search had stopped before: that
-            is told with the verdict.
+        max_forgetting: The search's bound, nats per token. What a person promoted may be beyond it: that is told with
+            the verdict.
         seed: Of the intervals' resampling.
 
     Raises:

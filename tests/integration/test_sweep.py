@@ -337,7 +337,8 @@ def test_the_shipped_classification_spec_comes_to_a_bundle(tmp_path: Path, repos
     assert not events_of(run, "not_cleaned")
     (shuffled,) = [trial for trial in sweep_of(run).trials if trial.control == "shuffled"]
     assert shuffled.last is not None
-    assert shuffled.last.step == shuffled.total_steps, "it has the bundle's budget, wherever the search had stopped"
+    assert transfer.bundled is not None
+    assert shuffled.last.step == transfer.bundled.step, "it has the bundle's budget, wherever the search had stopped"
     assert {comparison.against for comparison in transfer.comparisons} == {"none", "head", "shuffled"}
     model = AutoModelForSequenceClassification.from_pretrained(run / "bundle")
     assert set(model.config.id2label.values()) == {"account", "billing", "delivery", "returns"}
