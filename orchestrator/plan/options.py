@@ -90,11 +90,11 @@ def grid_points(search: SearchPlan) -> list[tuple[int, float]]:
         turn, index = divmod(number, len(search.options))
         option = search.options[index]
         low, high = math.log(option.learning_rate_low), math.log(option.learning_rate_high)
-        points.append((index, math.exp(low + _van_der_corput(turn + 1) * (high - low))))
+        points.append((index, math.exp(low + van_der_corput(turn + 1) * (high - low))))
     return points
 
 
-def _van_der_corput(number: int) -> float:
+def van_der_corput(number: int) -> float:
     value, scale = 0.0, 0.5
     while number:
         value += scale * (number & 1)
