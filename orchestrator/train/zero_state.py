@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from orchestrator.errors import TrainingError
+
 
 def masters(engine: Any) -> list[torch.Tensor]:
     """The tensors that AdamW updates on this rank."""
@@ -27,7 +29,10 @@ def masters(engine: Any) -> list[torch.Tensor]:
         case "AdamW":
             return [parameter for group in optimizer.param_groups for parameter in group["params"]]
         case other:
-            raise NotImplementedError(f"where does {other} keep its masters?")
+            raise TrainingError(
+                f"deepspeed's optimizer {other} keeps its masters where nobody knows",
+                remedy="install the versions of constraints.txt",
+            )
 
 
 def save(engine: Any) -> dict[str, torch.Tensor]:
