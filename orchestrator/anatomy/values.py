@@ -30,6 +30,17 @@ class TensorInfo(Value):
         return self.num_elements * {"F32": 4, "BF16": 2, "F16": 2, "F64": 8, "I8": 1, "U8": 1, "I64": 8, "I32": 4}[self.dtype]
 
 
+class Experts(Value):
+    """The mixture of experts of a base whose blocks have one."""
+
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int
+    """MLP width of one routed expert."""
+    shared_intermediate_size: int = 0
+    """MLP width of the expert that every token passes; 0 where there is none."""
+
+
 class ModelAnatomy(Value):
     """The base, from config.json and safetensors headers alone.
 
@@ -74,6 +85,17 @@ class ModelAnatomy(Value):
     config_sha256: str
     classifier_bias: str = ""
     """`classifier.bias`; empty where the new head of `classify` has none."""
+    norm: Literal["rms", "layer"] = "rms"
+    mlp: Literal["gated", "plain"] = "gated"
+    """`gated`: up and gate, multiplied; `plain`: one matrix up, a nonlinearity, one down."""
+    activation: str = "silu"
+    """transformers' name of the MLP's nonlinearity."""
+    experts: Experts | None = None
+    stacked: tuple[tuple[str, ...], ...] = ()
+    """For each block the weights [experts, out, in] of its routed experts, empty for a dense block. They are in `blocks` and
+    not in `linears`: LoRA does not adapt them and bitsandbytes does not quantize them."""
+    plan_only: str = ""
+    """Why a base of this layout can be planned with and not be trained; empty where it can."""
     new_tensors: tuple[TensorInfo, ...] = ()
     """What `classify` needs beside the classifier and the checkpoint lacks (an encoder's pooler): made anew, learns with it."""
 
