@@ -57,16 +57,32 @@ class MemoryTerm(Value):
     name: str
     num_bytes: int
     reason: str
+    outside: bool = False
+    """Whether torch's allocator does not count it: the GPU's context, a library's own buffers, fragmentation."""
+
+
+class MemoryPhase(Value):
+    """A moment of a step, and the most that is held in it."""
+
+    name: str
+    num_bytes: int
 
 
 class MemoryEstimate(Value):
-    """Memory of one rank, term by term."""
+    """Memory of one rank, term by term, in the phase that needs most."""
 
     terms: tuple[MemoryTerm, ...]
+    phases: tuple[MemoryPhase, ...] = ()
+    """Every phase, the largest first: its terms are those above."""
 
     @property
     def total_bytes(self) -> int:
         return sum(term.num_bytes for term in self.terms)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """What `torch.cuda.max_memory_allocated` would show."""
+        return sum(term.num_bytes for term in self.terms if not term.outside)
 
 
 class RejectedWay(Value):
