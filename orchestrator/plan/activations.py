@@ -47,14 +47,15 @@ def _block(
     names = anatomy.blocks[block]
     pairs = sum(name in adapted for name in names)
     needs_inputs = pairs > 0 or any(name in learning for name in names)
+    mlp, working = _mlp(anatomy, block, learning, element_bytes, needs_inputs=needs_inputs)
     kept = (
         _norms(anatomy, names, learning, element_bytes)
         + _attention(anatomy, element_bytes, needs_inputs=needs_inputs)
-        + _mlp(anatomy, block, element_bytes, needs_inputs=needs_inputs)
+        + mlp
         + element_bytes * lora_rank * pairs
     )
-    wide = _mlp_width(anatomy, block) * element_bytes
-    return BlockActivations(kept_bytes=kept, working_bytes=_working(anatomy, block, element_bytes), forward_bytes=4 * wide)
+    forward = 4 * element_bytes * _mlp_width(anatomy, block)
+    return BlockActivations(kept_bytes=kept, working_bytes=working, forward_bytes=forward)
 
 
 def _norms(anatomy: ModelAnatomy, names: tuple[str, ...], learning: frozenset[str], e: int) -> int:
@@ -65,7 +66,7 @@ def _norms(anatomy: ModelAnatomy, names: tuple[str, ...], learning: frozenset[st
     total = 0
     for name in names:
         shape = anatomy.tensors[name].shape
-        if "norm" not in name.lower() and "ln_" not in name or len(shape) != 1 or not name.endswith("weight"):
+        if ("norm" not in name.lower() and "ln_" not in name) or len(shape) != 1 or not name.endswith("weight"):
             continue
         if shape[0] == anatomy.head_dim and anatomy.head_dim != anatomy.hidden_size:
             heads = anatomy.num_heads if "q_norm" in name else anatomy.num_kv_heads
@@ -87,22 +88,30 @@ def _attention(anatomy: ModelAnatomy, e: int, *, needs_inputs: bool) -> int:
     return e * (h if needs_inputs else 0) + 4 * e * q + 4 * anatomy.num_heads
 
 
-def _mlp(anatomy: ModelAnatomy, block: int, e: int, *, needs_inputs: bool) -> int:
-    """Input e·h; what the nonlinearity keeps and its result; where gated, up; and the product, e·f each.
+def _mlp(anatomy: ModelAnatomy, block: int, learning: frozenset[str], e: int, *, needs_inputs: bool) -> tuple[int, int]:
+    """(kept, working).
 
-    With experts, each of the k that a token goes to has its own of these, its sorted copy of the input, and its result
-    before and after it is weighed.
+    Kept: what the nonlinearity keeps and its result, and where gated the other half: e·f each; where its matrices learn
+    their inputs too, e·h and, of the one down, e·f. The backward pass is widest between the two products, where six
+    tensors of a gated MLP's width are there in all, four of a plain one's.
+
+    With experts, each of the k that a token goes to has its own of these, beside its sorted copy of the input and its
+    result before it is weighed (e·h each, where experts learn); a shared expert is a gated MLP of its own width.
     """
-    h, f = anatomy.hidden_size, anatomy.intermediate_size
-    keeps = NONLINEARITY_KEEPS.get(anatomy.activation, 1)
+    h, experts = anatomy.hidden_size, anatomy.experts
     gated = anatomy.mlp == "gated"
-    experts = anatomy.experts
-    inner = keeps + 1 + gated  # nonlinearity, its result, up
+    inner = NONLINEARITY_KEEPS.get(anatomy.activation, 1) + 1 + gated
+    most = 6 if gated else inner + 2
     if experts is None or not anatomy.stacked[block]:
-        return e * ((h if needs_inputs else 0) + f * (inner + (gated and needs_inputs)))
-    routed = experts.experts_per_token * (e * (experts.intermediate_size * inner + h) + ROUTING_BYTES)
-    shared = e * experts.shared_intermediate_size * (inner + 1)
-    return e * h + routed + shared
+        tensors = inner + (needs_inputs if gated else 0)
+        return e * (h * needs_inputs + anatomy.intermediate_size * tensors), e * anatomy.intermediate_size * (most - tensors)
+    k, learns = experts.experts_per_token, any(name in learning for name in anatomy.stacked[block])
+    routed = k * (e * (experts.intermediate_size * (inner + learns) + 2 * h * learns) + ROUTING_BYTES)
+    shared = e * experts.shared_intermediate_size * (inner + needs_inputs)
+    wide = k * experts.intermediate_size * (most - inner - learns) + experts.shared_intermediate_size * (
+        most - inner - needs_inputs
+    )
+    return e * h * needs_inputs + routed + shared, e * wide
 
 
 def _mlp_width(anatomy: ModelAnatomy, block: int) -> int:
@@ -110,8 +119,3 @@ def _mlp_width(anatomy: ModelAnatomy, block: int) -> int:
     if experts is None or not anatomy.stacked[block]:
         return anatomy.intermediate_size
     return experts.experts_per_token * experts.intermediate_size + experts.shared_intermediate_size
-
-
-def _working(anatomy: ModelAnatomy, block: int, e: int) -> int:
-    """The backward pass is widest in the MLP: gradients of two tensors of its width are there beside what is kept."""
-    return 2 * e * _mlp_width(anatomy, block)

@@ -90,7 +90,8 @@ def estimate(footprint: Footprint, way: Way) -> RankMemory:
     slack = MemoryTerm(
         name="allocator slack", num_bytes=round(SLACK_SHARE * used), reason=f"{SLACK_SHARE:.0%} of the above", outside=True
     )
-    terms = (*steady, *phases[ordered[0]], slack, *_runtime_terms(way))
+    moving = [term.model_copy(update={"moving": True}) for term in phases[ordered[0]]]
+    terms = (*steady, *moving, slack, *_runtime_terms(way))
     return RankMemory(
         device=MemoryEstimate(
             terms=tuple(term for term in terms if term.num_bytes),
@@ -273,14 +274,15 @@ def _logit_term(footprint: Footprint, way: Way, *, learning: bool) -> MemoryTerm
 
     The backward pass of a position costs per vocabulary entry its log-softmax, that one's gradient, and the logit's
     gradient, in float32: 12. Evaluation has the logit (e), its float32 copy (4) and the log-softmax (4). A head that learns
-    has its gradient beside them (e·V·h), and where there are several pieces their sum while it is made: three in all.
+    has its gradient (e·V·h) beside the last of these; with several pieces it waits beside the next one's, and while two of them
+    are added up there are three.
     """
     positions = way.micro_batch_rows if footprint.classify else way.micro_batch_tokens
     piece = max(1, min(positions, LOGIT_CHUNK_BYTES // (4 * footprint.logit_width)))
     num_bytes = piece * footprint.logit_width * (12 if learning else 8 + footprint.element_bytes)
     if learning and footprint.head_learns and not footprint.classify:
-        gradient = footprint.head_bytes
-        num_bytes = max(num_bytes + gradient, 3 * gradient) if piece < positions else num_bytes + gradient
+        gradient, last = footprint.head_bytes, piece * footprint.logit_width * footprint.element_bytes
+        num_bytes = max(num_bytes + gradient, 3 * gradient) if piece < positions else max(num_bytes, last + gradient)
     reason = f"{piece} positions x {footprint.logit_width} entries, {'forward and backward' if learning else 'forward'}"
     return MemoryTerm(name="logits", num_bytes=num_bytes, reason=reason)
 

@@ -59,6 +59,8 @@ class MemoryTerm(Value):
     reason: str
     outside: bool = False
     """Whether torch's allocator does not count it: the GPU's context, a library's own buffers, fragmentation."""
+    moving: bool = False
+    """Whether it comes and goes within a step."""
 
 
 class MemoryPhase(Value):

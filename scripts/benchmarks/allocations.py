@@ -8,8 +8,7 @@ supervised, which is the most that a step can need.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +97,7 @@ class AllocationCounter(TorchDispatchMode):
 def count_step(
     anatomy: ModelAnatomy, selection: LayerSelection, *, rows: int, row_tokens: int, checkpointing: bool, num_rounds: int = 1
 ) -> Counted:
-    """Count two optimizer steps of one rank in bfloat16, the second with the moments that the first one made, and an evaluation."""
+    """Count two optimizer steps of one rank in bfloat16 (the first makes the moments), and an evaluation."""
     base = meta_base(anatomy)
     with open_branch(base, selection, lora_alpha=2 * (selection.lora_rank or 0), seed=0) as branch, ExitStack() as stack:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
