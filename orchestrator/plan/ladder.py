@@ -38,7 +38,9 @@ class RankRoom:
 
     device_bytes: int
     host_bytes: int
-    """For what is offloaded; on a CPU the device's own."""
+    """Its part of its node's memory, for what is offloaded, loaded and saved; on a CPU the device's own."""
+    ranks_per_node: int = 1
+    """Ranks that share a node's memory."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ def heaviest(way: Way, footprints: Sequence[Footprint]) -> RankMemory:
     return RankMemory(
         device=max((memory.device for memory in estimates), key=lambda memory: memory.total_bytes),
         host=max((memory.host for memory in estimates), key=lambda memory: memory.total_bytes),
+        first_rank_bytes=max(memory.first_rank_bytes for memory in estimates),
     )
 
 
@@ -104,11 +107,12 @@ def misfit(way: Way, load: Load, room: RankRoom) -> str | None:
             f"needs {format_bytes(memory.device.total_bytes)} of {format_bytes(room.device_bytes)} a rank, "
             f"most of it {worst.name}: {format_bytes(worst.num_bytes)} ({worst.reason})"
         )
-    if way.device == "cuda" and memory.host.total_bytes > room.host_bytes:
+    host_bytes = memory.host.total_bytes + memory.first_rank_bytes // min(way.ranks, room.ranks_per_node)
+    if way.device == "cuda" and host_bytes > room.host_bytes:
         worst = max(memory.host.terms, key=lambda term: term.num_bytes)
         return (
-            f"puts {format_bytes(memory.host.total_bytes)} into host memory, and a rank has {format_bytes(room.host_bytes)} "
-            f"there, most of it {worst.name}: {format_bytes(worst.num_bytes)} ({worst.reason})"
+            f"puts {format_bytes(host_bytes)} into host memory, and a rank has {format_bytes(room.host_bytes)} there; "
+            f"{worst.name}: {format_bytes(worst.num_bytes)} ({worst.reason})"
         )
     return None
 

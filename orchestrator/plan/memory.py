@@ -72,15 +72,19 @@ class RankMemory(NamedTuple):
     """Of its GPU; without one, of its part of the host's memory."""
     host: MemoryEstimate
     """Of the host, beside a GPU."""
+    first_rank_bytes: int
+    """Of the host, on the gang's first rank alone: what learns, gathered there to be saved."""
 
 
 def estimate(footprint: Footprint, way: Way) -> RankMemory:
     """The memory of one rank, on its device and on its host."""
     host = _host_terms(footprint, way)
     steady = [*_weight_terms(footprint, way), *_state_terms(footprint, way)]
-    if way.device == "cpu":
-        steady += [term.model_copy(update={"name": f"host: {term.name}"}) for term in host if term.name == "offloaded"]
     phases = _phases(footprint, way)
+    if way.device == "cpu":
+        offloaded, passing = (term.model_copy(update={"name": f"host: {term.name}"}) for term in host)
+        steady.append(offloaded)
+        phases["saving"] = [passing]
     if footprint.quantized and way.zero_stage == 3:
         phases["loading"] = [_loading_term(footprint, sum(term.num_bytes for term in steady))]
     sizes = {name: sum(term.num_bytes for term in terms) for name, terms in phases.items()}
@@ -98,6 +102,7 @@ def estimate(footprint: Footprint, way: Way) -> RankMemory:
             phases=tuple(MemoryPhase(name=name, num_bytes=held + sizes[name]) for name in ordered),
         ),
         host=MemoryEstimate(terms=tuple(term for term in host if term.num_bytes)),
+        first_rank_bytes=footprint.trainable_elements * footprint.element_bytes,
     )
 
 
@@ -159,20 +164,18 @@ def _offloaded(way: Way) -> tuple[str, ...]:
 def _host_terms(footprint: Footprint, way: Way) -> list[MemoryTerm]:
     """What a rank puts into host memory.
 
-    What is offloaded, all the time. A checkpoint's masters, moments and weights (12 + e an element) on their way to the
-    disk. A 16-bit base that ZeRO-3 partitions is loaded there before: mapped from its files (measured: no anonymous
+    What is offloaded, all the time. Its part of a checkpoint's masters and moments on their way to the disk. A 16-bit base that ZeRO-3 partitions is loaded there before: mapped from its files (measured: no anonymous
     memory) or, where they hold another dtype, as a copy; a quantized one is made on the device, matrix by matrix.
     """
     state = _state_bytes(footprint, way)
     frozen = _share(footprint.frozen_bytes, way, 3) if way.offload == "parameters" else 0
     offloaded = frozen + sum(state[name] for name in _offloaded(way))
     copied = footprint.converted_bytes if way.zero_stage == 3 and not footprint.quantized else 0
-    saved = state["masters and Adam"] + footprint.trainable_elements * footprint.element_bytes
     return [
         MemoryTerm(name="offloaded", num_bytes=offloaded, reason=f"{way.offload}, pinned"),
         MemoryTerm(
             name="loading or saving",
-            num_bytes=max(copied - offloaded, saved),
+            num_bytes=max(copied - offloaded, state["masters and Adam"]),
             reason="the larger of the base in the compute dtype, where its files hold another, and a checkpoint on its way",
         ),
     ]

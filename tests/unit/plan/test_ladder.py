@@ -51,7 +51,7 @@ def test_cores_have_nowhere_to_offload_to() -> None:
 @pytest.mark.parametrize("gib", [30, 40, 80])
 def test_the_micro_batch_is_the_largest_that_fits(base: Any, gib: int) -> None:
     """With a step without end, one row more would be too much; rows spread evenly may leave out less than a round."""
-    work, room = load(base, tokens_per_step=512 * 10**6), RankRoom(gib * GIB, 0)
+    work, room = load(base, tokens_per_step=512 * 10**6), RankRoom(gib * GIB, 100 * GIB)
     way, _ = cheapest(ways(ResourcesSpec(), "cuda", [1], 512), work, room)
     assert way is not None
     assert heaviest(way, work.footprints).device.total_bytes <= room.device_bytes
@@ -66,7 +66,7 @@ def test_rows_are_spread_evenly_over_rounds(base: Any) -> None:
     per_row = [
         heaviest(replace(next(ways(ResourcesSpec(), "cuda", [1], 512)), micro_batch_rows=n), work.footprints).device for n in rows
     ]
-    way, _ = cheapest(ways(ResourcesSpec(), "cuda", [1], 512), work, RankRoom(per_row[0].total_bytes, 0))
+    way, _ = cheapest(ways(ResourcesSpec(), "cuda", [1], 512), work, RankRoom(per_row[0].total_bytes, 100 * GIB))
     assert way is not None
     assert way.micro_batch_rows == 10
 
