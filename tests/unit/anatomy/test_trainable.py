@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from orchestrator.anatomy import known_layouts, read_anatomy, select, trainable_layouts
 from orchestrator.anatomy.layouts import LAYOUTS
 from orchestrator.data import TokenizedSet, build_set
+from orchestrator.plan.merge import make_merge_plan
 from orchestrator.plan.values import BaseLoad
+from orchestrator.serve.bundle import bundle_config
+from orchestrator.serve.merging import merge
 from orchestrator.spec.models import Task, Tune
+from orchestrator.train.artifacts import save_artifact
 from orchestrator.train.base import LoadedBase, load_base
 from orchestrator.train.batches import RowPlan, to_tensors
 from orchestrator.train.branch import open_branch
@@ -100,3 +105,39 @@ def test_a_branch_on_the_last_block_learns(folders: dict[str, Path], name: str, 
             trained = [key for key, parameter in learning if parameter.grad is not None and parameter.grad.any()]
             still = {key for key, _ in learning} - set(trained)
             assert all(key.endswith("lora_A.weight") or ".key" in key or "k_proj.bias" in key for key in still), still
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "policy", "tune"),
+    [
+        *((name, "text", "last:1+head", tune) for name in DECODERS for tune in ("lora", "full")),
+        *((name, "classify", "last:1", tune) for name in (*ENCODERS, "phi", "gpt_neox") for tune in ("lora", "full")),
+    ],
+)
+def test_the_merged_model_is_the_trained_one(
+    folders: dict[str, Path], tmp_path: Path, name: str, task: Task, policy: str, tune: Tune
+) -> None:
+    base = load(folders[name], task)
+    classes = 3 if task == "classify" else 0
+    selection = select(base.anatomy, policy, tune, 4 if tune == "lora" else None, task=task, num_classes=classes)
+    ids = torch.arange(3, 19)[None]
+    generator = torch.Generator().manual_seed(1)
+    base.model.eval()
+    with open_branch(base, selection, lora_alpha=8, seed=0) as branch, torch.no_grad():
+        before = branch.model(input_ids=ids).logits
+        for _, parameter in branch.learning_parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        trained = branch.model(input_ids=ids).logits
+        (tmp_path / "trial").mkdir()
+        save_artifact(branch, tmp_path / "trial", {key: value.detach() for key, value in branch.learning_parameters()})
+    assert (trained - before).abs().max() > 1e-2
+    plan = make_merge_plan(base.anatomy, tmp_path / "trial", base.load, selection, held_dtype="float32")
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    merge(plan, bundle)
+    config = bundle_config(json.loads((folders[name] / "config.json").read_bytes()), plan)
+    (bundle / "config.json").write_text(json.dumps(config))
+    kind = AutoModelForSequenceClassification if task == "classify" else AutoModelForCausalLM
+    with torch.no_grad():
+        merged = kind.from_pretrained(bundle, dtype=torch.float32).eval()(input_ids=ids).logits
+    torch.testing.assert_close(merged, trained, rtol=1e-4, atol=1e-4)
