@@ -55,6 +55,7 @@ def _recognise(folder: Path, path: Path, values: dict[str, Any], stored: Mapping
     if not widths:
         raise _UnrecognisedError(f"no matrix of a block gives {hidden} values, the width of {embedding}")
     prefix = f"{stack}.{{}}."
+    gated = any(word in name for name in matrices for word in ("gate", "mlp.w3", "feed_forward.w3"))
     return ModelAnatomy(
         model_type=str(values["model_type"]),
         kind=_kind(values),
@@ -80,8 +81,8 @@ def _recognise(folder: Path, path: Path, values: dict[str, Any], stored: Mapping
         linears=tuple(tuple(prefix.format(number) + name for name in matrices) for number in range(len(blocks))),
         stacked=tuple(() for _ in blocks),
         norm="layer" if any("norm" in name or "ln" in name for name in blocks[0] if name.endswith(".bias")) else "rms",
-        mlp="gated" if any(word in name for name in matrices for word in ("gate", "mlp.w3", "feed_forward.w3")) else "plain",
-        activation=next((value for key in ACTIVATIONS if isinstance(value := values.get(key), str)), "gelu"),
+        mlp="gated" if gated else "plain",
+        activation=next((value for key in ACTIVATIONS if isinstance(value := values.get(key), str)), "silu" if gated else "gelu"),
         plan_only=RECOGNISED,
         tensors=dict(stored),
         config_sha256=content_hash(values),

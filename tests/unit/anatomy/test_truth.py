@@ -35,21 +35,22 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("opt", {"enable_bias": False}),
     ("opt", {"layer_norm_elementwise_affine": False}),
     ("vit", {"qkv_bias": False}),
-    ("mixtral", {"num_key_value_heads": None, "head_dim": 2}),
+    ("mixtral", {"num_key_value_heads": 4, "head_dim": 2}),
     ("qwen2_moe", {"decoder_sparse_step": 2, "qkv_bias": False}),
     ("qwen2_moe", {"mlp_only_layers": [0, 2]}),
     ("qwen2_moe", {"decoder_sparse_step": 4}),
     ("qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [1], "head_dim": 8}),
     ("qwen3_moe", {"mlp_only_layers": [1], "attention_bias": True}),
 ]
+FEW = {"vocab_size": 40, "hidden_size": 128, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 32}
 LEAST = {
     "gpt2": {"vocab_size": 40, "n_embd": 128, "n_layer": 2, "n_head": 32},
     "distilbert": {"vocab_size": 40, "dim": 128, "n_layers": 2, "n_heads": 32},
     "vit": {"hidden_size": 128, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 32},
+    "phi3": {**FEW, "pad_token_id": 0},
     "opt": {"vocab_size": 40, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 32, "word_embed_proj_dim": 128},
 }
 """The keys without which there is no base; all others have a default."""
-FEW = {"vocab_size": 40, "hidden_size": 128, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 32}
 
 
 def model_of(config: dict[str, Any], *, classify: bool) -> nn.Module:
@@ -99,7 +100,8 @@ def test_linears_stacks_and_the_rest_are_what_the_modules_are(tmp_path: Path, mo
         kinds = {name: type(model.get_submodule(name.rpartition(".")[0])).__name__ for name in block}
         assert set(linears) == {name for name in block if kinds[name] in ("Linear", "Conv1D") and name.endswith("weight")}
         assert set(stacked) == {name for name in block if kinds[name].endswith("Experts")}
-        assert {anatomy.norm == "layer"} == {kinds[name] == "LayerNorm" for name in block if "norm" in kinds[name].lower()}
+        norms = {kind for kind in kinds.values() if "norm" in kind.lower()}
+        assert all((anatomy.norm == "layer") == (kind == "LayerNorm") for kind in norms)
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     assert (anatomy.mlp == "gated") == bool(names & {"gate_proj", "gate_up_proj", "experts"})
     activation: Any = ACT2FN[anatomy.activation]
