@@ -57,7 +57,7 @@ def model_of(config: dict[str, Any], *, classify: bool) -> nn.Module:
     values = {key: value for key, value in config.items() if key != "model_type"}
     kind: Any = AutoModelForSequenceClassification if classify else AutoModelForCausalLM
     with torch.device("meta"):
-        built = AutoConfig.for_model(config["model_type"], **values, num_labels=5)
+        built: Any = AutoConfig.for_model(config["model_type"], **values, num_labels=5)
         return ViTForImageClassification(built) if config["model_type"] == "vit" else kind.from_config(built)
 
 
