@@ -5,18 +5,22 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from orchestrator.anatomy.config import unknown_layout, whole_number
 from orchestrator.anatomy.values import ModelAnatomy, TensorInfo
 from orchestrator.values import content_hash
 
 RECOGNISED = "its layout is not in the table and was recognised from its tensors' names"
-NUMBERED = re.compile(r"(?P<stack>[^\d]*?)\.(?P<number>\d+)\.(?P<rest>.+)")
+NUMBERED = re.compile(r"(?P<stack>.+?)\.(?P<number>\d+)\.(?P<rest>.+)")
+BUFFERS = re.compile(r".*(inv_freq|masked_bias|position_ids|attn\.bias|attention\.bias)")
+"""Stored tensors that are no parameters: rotary frequencies and causal masks of older checkpoints."""
+HIDDEN = ("hidden_size", "n_embd", "d_model", "dim")
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 KV_HEADS = ("num_key_value_heads", "n_kv_heads", "num_kv_heads")
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")
+FLOATS = ("F64", "F32", "BF16", "F16")
 Block = dict[str, TensorInfo]
 """Name within the block -> tensor."""
 
@@ -43,6 +47,7 @@ def recognise(folder: Path, values: dict[str, Any], stored: Mapping[str, TensorI
 
 
 def _recognise(folder: Path, path: Path, values: dict[str, Any], stored: Mapping[str, TensorInfo]) -> ModelAnatomy:
+    stored = {name: tensor for name, tensor in stored.items() if not BUFFERS.fullmatch(name)}
     stack, blocks = _find_blocks(stored)
     outside = {name: tensor for name, tensor in stored.items() if not name.startswith(f"{stack}.")}
     embedding, head = _find_embedding(outside)
@@ -50,6 +55,9 @@ def _recognise(folder: Path, path: Path, values: dict[str, Any], stored: Mapping
     heads = _number(path, values, HEADS)
     if heads is None:
         raise _UnrecognisedError(f"config.json has none of {', '.join(HEADS)}")
+    if _number(path, values, HIDDEN) not in (None, hidden):
+        raise _UnrecognisedError(f"{embedding} is {hidden} wide, and config.json has another {' or '.join(HIDDEN)}")
+    head_dim = _number(path, values, ("head_dim",)) or hidden // heads
     matrices = {name: tensor for name, tensor in blocks[0].items() if _is_matrix(tensor)}
     widths = [tensor.shape[1] for tensor in matrices.values() if tensor.shape[0] == hidden]
     if not widths:
@@ -66,7 +74,7 @@ def _recognise(folder: Path, path: Path, values: dict[str, Any], stored: Mapping
         intermediate_size=max(widths),
         num_heads=heads,
         num_kv_heads=_number(path, values, KV_HEADS) or heads,
-        head_dim=_number(path, values, ("head_dim",)) or hidden // heads,
+        head_dim=head_dim,
         vocab_size=vocab,
         max_positions=_positions(path, values, outside, embedding),
         tied=not head,
@@ -75,7 +83,7 @@ def _recognise(folder: Path, path: Path, values: dict[str, Any], stored: Mapping
         backbone=stack.partition(".")[0],
         head_weight=head or "lm_head.weight",
         classifier_weight="score.weight",
-        embeddings=tuple(name for name in outside if _is_matrix(outside[name]) and name != head),
+        embeddings=(embedding, *(name for name in outside if _is_matrix(outside[name]) and name not in (embedding, head))),
         final_norm=tuple(name for name, tensor in outside.items() if tensor.shape == (hidden,)),
         blocks=tuple(tuple(prefix.format(number) + name for name in block) for number, block in enumerate(blocks)),
         linears=tuple(tuple(prefix.format(number) + name for name in matrices) for number in range(len(blocks))),
@@ -106,6 +114,9 @@ def _find_blocks(stored: Mapping[str, TensorInfo]) -> tuple[str, list[Block]]:
     for number, block in enumerate(blocks):
         if {name: tensor.shape for name, tensor in block.items()} != {name: tensor.shape for name, tensor in blocks[0].items()}:
             raise _UnrecognisedError(f"{stack}.{number}. has not the names and shapes of {stack}.0.")
+    packed = [name for name, tensor in blocks[0].items() if tensor.dtype not in FLOATS]
+    if packed:
+        raise _UnrecognisedError(f"{stack}.0.{packed[0]} is stored as {blocks[0][packed[0]].dtype}, so its shape may be another")
     experts = sorted(name for name, tensor in blocks[0].items() if "expert" in name or len(tensor.shape) > 2)
     if experts:
         raise _UnrecognisedError(
@@ -141,7 +152,7 @@ def _positions(path: Path, values: dict[str, Any], outside: Mapping[str, TensorI
     return number
 
 
-def _kind(values: dict[str, Any]) -> Any:
+def _kind(values: dict[str, Any]) -> Literal["decoder", "encoder"]:
     """By the class that the config names: a decoder unless it fills masks or classifies."""
     named = " ".join(map(str, values.get("architectures") or ()))
     return "encoder" if re.search(r"MaskedLM|ForSequenceClassification|ForImageClassification", named) else "decoder"

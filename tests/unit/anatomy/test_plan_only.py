@@ -37,10 +37,17 @@ def error_of(folder: Path, *, need_weights: bool) -> BaseError:
 
 def save(folder: Path, model_type: str, **changes: Any) -> Path:
     """A model as transformers writes it."""
-    config = AutoConfig.for_model(**config_of(model_type, **changes))
-    model = ViTForImageClassification(config) if model_type == "vit" else AutoModelForCausalLM.from_config(config)
+    config: Any = AutoConfig.for_model(**config_of(model_type, **changes))
+    model: Any = ViTForImageClassification(config) if model_type == "vit" else AutoModelForCausalLM.from_config(config)
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
+
+
+def test_the_reference_lists_every_layout(repository: Path) -> None:
+    bases = (repository / "docs" / "spec.md").read_text().split("\n## Bases\n")[1]
+    trained, planned = bases.rpartition("|\n")[0].split("| planned with only |")
+    assert {name for name in known_layouts() if f"`{name}`" in trained} == set(trainable_layouts())
+    assert {name for name in known_layouts() if f"`{name}`" in planned} == set(PLAN_ONLY)
 
 
 @pytest.mark.parametrize("model_type", PLAN_ONLY)
@@ -157,6 +164,21 @@ def test_a_recognised_layout_is_that_of_the_table_where_the_table_knows_it(tmp_p
     assert found.model_dump(exclude={"model_type", "folder", "has_weights", "plan_only", "config_sha256"}) == same
 
 
+def test_buffers_are_no_parameters(tmp_path: Path) -> None:
+    buffers = {f"net.h.{number}.attn.bias": (1, 1, 64, 64) for number in range(2)} | {"net.h.0.rotary.inv_freq": (2,)}
+    assert set(recognised(tmp_path / "a", {**stranger(), **buffers}).tensors) == set(stranger())
+    gpt2 = implied_tensors(config_of("gpt2"), tmp_path / "shape")
+    old = {name.removeprefix("transformer."): shape for name, shape in gpt2.items()}
+    old |= {f"h.{number}.attn.bias": (1, 1, 64, 64) for number in range(3)}
+    folder = write_base(tmp_path / "b", config_of("gpt2"), ("model.safetensors", old), dtype="F32")
+    assert set(read_anatomy(folder, need_weights=False).tensors) == set(gpt2)
+
+
+def test_quantized_matrices_do_not_tell_their_shapes(tmp_path: Path) -> None:
+    folder = write_base(tmp_path, STRANGER, ("model.safetensors", stranger()), dtype="U8")
+    assert "is stored as U8" in error_of(folder, need_weights=False).what
+
+
 def test_a_recognised_layout_is_not_trained(tmp_path: Path) -> None:
     recognised(tmp_path, stranger())
     assert "unknown layout: model_type 'stranger'" in error_of(tmp_path, need_weights=True).what
@@ -178,6 +200,7 @@ def test_a_recognised_layout_is_not_trained(tmp_path: Path) -> None:
             {},
             "belongs to a mixture of experts",
         ),
+        (stranger(), {"hidden_size": 32}, "net.tok_emb.weight is 16 wide"),
         (stranger(), {"num_attention_heads": "4"}, "num_attention_heads is '4'"),
     ],
 )

@@ -37,7 +37,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A random model of each layout, large enough in its weights that attention matters, as `save_pretrained` writes it."""
     folders: dict[str, Path] = {}
     for name in trainable_layouts():
-        config = AutoConfig.for_model(**config_of(name, initializer_range=0.3, dtype="float32"))
+        window = {"sliding_window": 8} if name in ("mistral", "phi3", "gemma3_text") else {}
+        config = AutoConfig.for_model(**config_of(name, initializer_range=0.3, dtype="float32", **window))
         kind = AutoModelForMaskedLM if LAYOUTS[name].kind == "encoder" else AutoModelForCausalLM
         torch.manual_seed(3)
         folders[name] = tmp_path_factory.mktemp(name)
@@ -45,10 +46,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-def load(folder: Path, task: Task) -> LoadedBase:
+def load(folder: Path, task: Task, quantize: str = "none") -> LoadedBase:
     anatomy = read_anatomy(folder, need_weights=True)
     classes = {"num_classes": 3, "class_names": ("low", "mid", "high")} if task == "classify" else {}
-    values = {"folder": str(folder), "model_type": anatomy.model_type, "quantize": "none", "task": task, **classes}
+    values = {"folder": str(folder), "model_type": anatomy.model_type, "quantize": quantize, "task": task, **classes}
     return load_base(BaseLoad.model_validate(values), anatomy, dtype=torch.float32, device=CPU)
 
 
@@ -83,6 +84,13 @@ def test_packed_documents_have_the_losses_of_lone_ones(folders: dict[str, Path],
         logits = base.model(input_ids=row[None]).logits[0, :-1].float()
         alone = functional.cross_entropy(logits, row[1:], reduction="none")[torch.from_numpy(supervised[1:])]
         torch.testing.assert_close(scored.losses[scored.document_ids == index], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", trainable_layouts())
+def test_the_linears_of_the_table_are_what_nf4_quantizes(folders: dict[str, Path], name: str) -> None:
+    base = load(folders[name], "text" if name in DECODERS else "classify", "nf4")
+    quantized = {key for key, parameter in base.model.named_parameters() if hasattr(parameter, "quant_state")}
+    assert quantized == {key for block in base.anatomy.linears for key in block}
 
 
 @pytest.mark.parametrize("tune", ["lora", "full"])

@@ -57,7 +57,7 @@ def model_of(config: dict[str, Any], *, classify: bool) -> nn.Module:
     values = {key: value for key, value in config.items() if key != "model_type"}
     kind: Any = AutoModelForSequenceClassification if classify else AutoModelForCausalLM
     with torch.device("meta"):
-        built = AutoConfig.for_model(config["model_type"], **values, num_labels=5)
+        built: Any = AutoConfig.for_model(config["model_type"], **values, num_labels=5)
         return ViTForImageClassification(built) if config["model_type"] == "vit" else kind.from_config(built)
 
 
@@ -135,6 +135,10 @@ def test_defaults_are_those_of_the_config_class(tmp_path: Path, model_type: str)
     keys = ("hidden_act", "hidden_activation", "activation_function", "activation")
     assert anatomy.activation == next(getattr(config, key) for key in keys if hasattr(config, key))
     assert {tensor.dtype for tensor in anatomy.tensors.values()} == {"F32"}
+    assert (anatomy.experts is not None) == hasattr(config, "num_experts_per_tok")
+    if anatomy.experts is not None:
+        found = (anatomy.experts.num_experts, anatomy.experts.experts_per_token)
+        assert found == (config.num_experts, config.num_experts_per_tok)
 
 
 @pytest.mark.parametrize(
