@@ -88,6 +88,8 @@ class ModelAnatomy(Value):
     """`classifier.bias`; empty where the new head of `classify` has none."""
     head_bias: str = ""
     """`lm_head.bias`; empty where the output projection has none."""
+    attention: Literal["fused", "eager"] = "fused"
+    """`eager`: transformers has no fused kernel for the layout, and the scores of every pair of positions are kept."""
     norm: Literal["rms", "layer"] = "rms"
     mlp: Literal["gated", "plain"] = "gated"
     """`gated`: up and gate, multiplied; `plain`: one matrix up, a nonlinearity, one down."""

@@ -21,12 +21,18 @@ ROUTING_BYTES = 64
 """Of a token in a block with experts, for each expert that it goes to: sort, permutation and weights, in int64 and float32."""
 
 
+FUSED_PROJECTIONS = ("qkv_proj", "query_key_value", "c_attn")
+"""Modules that make query, key and value in one product."""
+
+
 @dataclass(frozen=True)
 class BlockActivations:
     """One block, per token."""
 
     kept_bytes: int
     """From its forward to its backward pass."""
+    kept_pair_bytes: int
+    """Likewise, per token and position of its row."""
     working_bytes: int
     """Beside what is kept, at the largest moment of its backward pass."""
     forward_bytes: int
@@ -50,12 +56,12 @@ def _block(
     mlp, working = _mlp(anatomy, block, learning, element_bytes, needs_inputs=needs_inputs)
     kept = (
         _norms(anatomy, names, learning, element_bytes)
-        + _attention(anatomy, element_bytes, needs_inputs=needs_inputs)
+        + _attention(anatomy, block, element_bytes, needs_inputs=needs_inputs)
         + mlp
         + element_bytes * lora_rank * pairs
     )
     forward = 4 * element_bytes * _mlp_width(anatomy, block)
-    return BlockActivations(kept_bytes=kept, working_bytes=working, forward_bytes=forward)
+    return BlockActivations(kept, _pairs(anatomy, element_bytes), working, forward)
 
 
 def _norms(anatomy: ModelAnatomy, names: tuple[str, ...], learning: frozenset[str], e: int) -> int:
@@ -80,12 +86,22 @@ def _norms(anatomy: ModelAnatomy, names: tuple[str, ...], learning: frozenset[st
     return total
 
 
-def _attention(anatomy: ModelAnatomy, e: int, *, needs_inputs: bool) -> int:
+def _attention(anatomy: ModelAnatomy, block: int, e: int, *, needs_inputs: bool) -> int:
     """The input of the projections, e·h, where they learn; query, key and value as the kernel takes them (a mask has the
-    keys and values repeated to the query heads) and its result, e·4q; a float32 scale per head.
+    keys and values repeated to the query heads) and its result, e·4q; a float32 scale per head. Where one matrix makes query,
+    key and value, and no head shares a value, the value is a view of its product, which is kept whole: e·2q more.
     """
     h, q = anatomy.hidden_size, anatomy.num_heads * anatomy.head_dim
-    return e * (h if needs_inputs else 0) + 4 * e * q + 4 * anatomy.num_heads
+    whole = any(name.rpartition(".")[0].endswith(FUSED_PROJECTIONS) for name in anatomy.linears[block])
+    views = 2 * e * q if whole and anatomy.num_heads == anatomy.num_kv_heads else 0
+    return e * (h if needs_inputs else 0) + 4 * e * q + 4 * anatomy.num_heads + views
+
+
+def _pairs(anatomy: ModelAnatomy, e: int) -> int:
+    """Per pair of positions in a row. The fused kernel keeps the mask as numbers, e. Without it each head keeps its scores
+    before their cap (the tanh's result, e), their softmax in float32 (4), and that rounded (e).
+    """
+    return e if anatomy.attention == "fused" else anatomy.num_heads * (2 * e + 4)
 
 
 def _mlp(anatomy: ModelAnatomy, block: int, learning: frozenset[str], e: int, *, needs_inputs: bool) -> tuple[int, int]:
@@ -95,8 +111,8 @@ def _mlp(anatomy: ModelAnatomy, block: int, learning: frozenset[str], e: int, *,
     their inputs too, e·h and, of the one down, e·f. The backward pass is widest between the two products, where six
     tensors of a gated MLP's width are there in all, four of a plain one's.
 
-    With experts, each of the k that a token goes to has its own of these, beside its sorted copy of the input and its
-    result before it is weighed (e·h each, where experts learn); a shared expert is a gated MLP of its own width.
+    With experts, each of the k that a token goes to has its own of these, its result before it is weighed (e·h) and, where
+    experts learn, its sorted copy of the input (e·h); a shared expert is a gated MLP of its own width.
     """
     h, experts = anatomy.hidden_size, anatomy.experts
     gated = anatomy.mlp == "gated"
@@ -106,7 +122,7 @@ def _mlp(anatomy: ModelAnatomy, block: int, learning: frozenset[str], e: int, *,
         tensors = inner + (needs_inputs if gated else 0)
         return e * (h * needs_inputs + anatomy.intermediate_size * tensors), e * anatomy.intermediate_size * (most - tensors)
     k, learns = experts.experts_per_token, any(name in learning for name in anatomy.stacked[block])
-    routed = k * (e * (experts.intermediate_size * (inner + learns) + 2 * h * learns) + ROUTING_BYTES)
+    routed = k * (e * (experts.intermediate_size * (inner + learns) + h * (1 + learns)) + ROUTING_BYTES)
     shared = e * experts.shared_intermediate_size * (inner + needs_inputs)
     wide = k * experts.intermediate_size * (most - inner - learns) + experts.shared_intermediate_size * (
         most - inner - needs_inputs

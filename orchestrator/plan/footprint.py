@@ -35,6 +35,8 @@ class Footprint:
     """Activations that all of them keep for the backward pass, per token."""
     whole_token_bytes: int
     """What the largest of them keeps, per token."""
+    pair_bytes: int
+    """What one of them keeps per token and position of its row."""
     working_token_bytes: int
     """What the backward pass of one needs beside it, per token, at most."""
     forward_token_bytes: int
@@ -85,6 +87,7 @@ def weigh(
         learning_blocks=anatomy.num_blocks - selection.cut if learns else 0,
         kept_token_bytes=sum(block.kept_bytes for block in above),
         whole_token_bytes=max((block.kept_bytes for block in above), default=0),
+        pair_bytes=max((block.kept_pair_bytes for block in every), default=0),
         working_token_bytes=max((block.working_bytes for block in above), default=0),
         forward_token_bytes=max(block.forward_bytes for block in every),
         head_learns=anatomy.head_weight in (*selection.trainable, *selection.adapted),

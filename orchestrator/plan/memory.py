@@ -82,8 +82,8 @@ def estimate(footprint: Footprint, way: Way) -> RankMemory:
     steady = [*_weight_terms(footprint, way), *_state_terms(footprint, way)]
     phases = _phases(footprint, way)
     if way.device == "cpu":
-        offloaded, passing = (term.model_copy(update={"name": f"host: {term.name}"}) for term in host)
-        steady.append(offloaded)
+        *there, passing = (term.model_copy(update={"name": f"host: {term.name}"}) for term in host)
+        steady += there
         phases["saving"] = [passing]
     if footprint.quantized and way.zero_stage == 3:
         phases["loading"] = [_loading_term(footprint, sum(term.num_bytes for term in steady))]
@@ -120,11 +120,6 @@ def _weight_terms(footprint: Footprint, way: Way) -> list[MemoryTerm]:
             name="frozen weights",
             num_bytes=0 if away else _share(footprint.frozen_bytes, way, 3),
             reason=f"{dtype}, {held}",
-        ),
-        MemoryTerm(
-            name="copy to restore",
-            num_bytes=_share(footprint.restore_bytes, way, 3),
-            reason="unfrozen weights as the base has them, for the next trial",
         ),
     ]
     if way.zero_stage == 3:
@@ -164,8 +159,10 @@ def _offloaded(way: Way) -> tuple[str, ...]:
 def _host_terms(footprint: Footprint, way: Way) -> list[MemoryTerm]:
     """What a rank puts into host memory.
 
-    What is offloaded, all the time. Its part of a checkpoint's masters and moments on their way to the disk. A 16-bit base that ZeRO-3 partitions is loaded there before: mapped from its files (measured: no anonymous
-    memory) or, where they hold another dtype, as a copy; a quantized one is made on the device, matrix by matrix.
+    What is offloaded, and a copy of the weights that are unfrozen, all the time. Its part of a checkpoint's masters and
+    moments on their way to the disk. A 16-bit base that ZeRO-3 partitions is loaded there before: mapped from its files
+    (measured: no anonymous memory) or, where they hold another dtype, as a copy; a quantized one is made on the device,
+    matrix by matrix.
     """
     state = _state_bytes(footprint, way)
     frozen = _share(footprint.frozen_bytes, way, 3) if way.offload == "parameters" else 0
@@ -173,6 +170,11 @@ def _host_terms(footprint: Footprint, way: Way) -> list[MemoryTerm]:
     copied = footprint.converted_bytes if way.zero_stage == 3 and not footprint.quantized else 0
     return [
         MemoryTerm(name="offloaded", num_bytes=offloaded, reason=f"{way.offload}, pinned"),
+        MemoryTerm(
+            name="copy to restore",
+            num_bytes=_share(footprint.restore_bytes, way, 3),
+            reason="unfrozen weights as the base has them, for the next trial",
+        ),
         MemoryTerm(
             name="loading or saving",
             num_bytes=max(copied - offloaded, state["masters and Adam"]),
@@ -221,7 +223,7 @@ def _kept_terms(footprint: Footprint, way: Way) -> list[MemoryTerm]:
     """What blocks from the cut up keep for the backward pass; with checkpointing their inputs alone, h·e a token.
 
     The mask of packed documents is boolean, one byte per pair of positions in a row; each block that is whole
-    keeps it once more as numbers, e bytes a pair.
+    keeps it once more as numbers, or the scores of every head where no fused kernel serves its layout.
     """
     tokens, blocks, e = way.micro_batch_tokens, footprint.learning_blocks, footprint.element_bytes
     shape = f"{way.micro_batch_rows} x {way.row_tokens} tokens"
@@ -232,7 +234,7 @@ def _kept_terms(footprint: Footprint, way: Way) -> list[MemoryTerm]:
         num_bytes, mask = tokens * blocks * footprint.hidden_size * e, pairs
         reason = f"inputs of {blocks} blocks, {shape}"
     else:
-        num_bytes, mask = tokens * footprint.kept_token_bytes, pairs * e * blocks
+        num_bytes, mask = tokens * footprint.kept_token_bytes, pairs * footprint.pair_bytes * blocks
         reason = f"{blocks} blocks from the cut up, {shape}"
     where = "once" if way.checkpointing else f"in {blocks} blocks"
     return [
@@ -250,7 +252,7 @@ def _backward_terms(footprint: Footprint, way: Way) -> list[MemoryTerm]:
     working = max(wide, wide // 2 + weight) + tokens * 2 * e * footprint.hidden_size
     terms = [MemoryTerm(name="one block back", num_bytes=working, reason="gradients of its activations, or of a weight")]
     if way.checkpointing:
-        whole = tokens * footprint.whole_token_bytes + e * tokens * way.row_tokens
+        whole = tokens * (footprint.whole_token_bytes + footprint.pair_bytes * way.row_tokens)
         terms.append(MemoryTerm(name="one block again", num_bytes=whole, reason="what it keeps, computed again"))
     return terms
 
@@ -268,7 +270,9 @@ def _last_hidden_term(footprint: Footprint, way: Way, *, learning: bool) -> Memo
 def _forward_term(footprint: Footprint, way: Way) -> MemoryTerm:
     """One block's forward pass where nothing is kept, its mask as booleans and as numbers, and the states around it."""
     tokens, e = way.micro_batch_tokens, footprint.element_bytes
-    num_bytes = tokens * (footprint.forward_token_bytes + 4 * e * footprint.hidden_size + (1 + e) * way.row_tokens)
+    num_bytes = tokens * (
+        footprint.forward_token_bytes + 4 * e * footprint.hidden_size + (1 + footprint.pair_bytes) * way.row_tokens
+    )
     return MemoryTerm(name="one block", num_bytes=num_bytes, reason="its forward pass, nothing kept")
 
 

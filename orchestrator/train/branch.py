@@ -36,17 +36,17 @@ class WeightKeeper(Protocol):
 
 
 class PlainKeeper:
-    """Keeps copies of whole tensors; right for everything but ZeRO-3."""
+    """Keeps copies of whole tensors in host memory; right for everything but ZeRO-3."""
 
     def __init__(self) -> None:
         self._saved: list[tuple[nn.Parameter, torch.Tensor, dict[str, Any]]] = []
 
     def save(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> None:
-        self._saved = [(parameter, parameter.data.clone(), dict(vars(parameter))) for _, parameter in parameters]
+        self._saved = [(parameter, parameter.data.to("cpu", copy=True), dict(vars(parameter))) for _, parameter in parameters]
 
     def restore(self) -> None:
         for parameter, data, attributes in self._saved:
-            parameter.data = data
+            parameter.data = data.to(parameter.device)
             vars(parameter).clear()
             vars(parameter).update(attributes)
         self._saved = []

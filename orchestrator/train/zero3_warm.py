@@ -29,13 +29,16 @@ _MODULE_ATTRIBUTES = (
 
 
 class PartitionKeeper:
-    """Keeps this rank's part of the base's unfrozen tensors; see `orchestrator.train.branch.WeightKeeper`."""
+    """Keeps this rank's part of the base's unfrozen tensors in host memory; see `orchestrator.train.branch.WeightKeeper`."""
 
     def __init__(self) -> None:
         self._saved: list[tuple[Any, torch.Tensor, torch.Tensor]] = []
 
     def save(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> None:
-        self._saved = [(p, p.ds_tensor.data, p.ds_tensor.data.clone()) for _, p in parameters]  # type: ignore[attr-defined]
+        self._saved = [
+            (p, p.ds_tensor.data, p.ds_tensor.data.to("cpu", copy=True))  # type: ignore[attr-defined]
+            for _, p in parameters
+        ]
 
     def restore(self) -> None:
         for parameter, own, values in self._saved:

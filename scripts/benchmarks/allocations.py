@@ -8,6 +8,7 @@ supervised, which is the most that a step can need.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -99,15 +100,13 @@ def count_step(
 ) -> Counted:
     """Count two optimizer steps of one rank in bfloat16 (the first makes the moments), and an evaluation."""
     base = meta_base(anatomy)
-    with open_branch(base, selection, lora_alpha=2 * (selection.lora_rank or 0), seed=0) as branch, ExitStack() as stack:
+    lora_alpha = 2 * (selection.lora_rank or 0)
+    with open_branch(base, selection, lora_alpha=lora_alpha, seed=0, keeper=Forgetful()) as branch, ExitStack() as stack:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         fake_parameters(base.model, mode)
         counter = AllocationCounter()
         for tensor in (*base.model.parameters(), *base.model.buffers()):
             counter.add(tensor, "the base")
-        copies = [fake(parameter, mode) for parameter in base.model.parameters() if parameter.requires_grad]
-        for copy in copies if selection.tune == "full" and not selection.unties_head else ():
-            counter.add(copy, "what the branch keeps to restore")
         if checkpointing:
             blocks = list(base.model.get_submodule(anatomy.blocks_module).children())
             stack.enter_context(recomputed(blocks[selection.cut :]))
@@ -124,10 +123,18 @@ def count_step(
         return Counted(counter.peak_bytes, counter.peak_operator, counter.live_bytes)
 
 
+class Forgetful:
+    """A keeper that keeps nothing: there are no values to restore."""
+
+    def save(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> None: ...
+
+    def restore(self) -> None: ...
+
+
 def meta_base(anatomy: ModelAnatomy) -> LoadedBase:
     """The base as `load_base` makes it, without weights."""
     config = AutoConfig.from_pretrained(anatomy.folder, local_files_only=True)
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = "sdpa" if anatomy.attention == "fused" else "eager"
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.train()

@@ -1,11 +1,13 @@
 """The plan's memory against every allocation of a training step, on the published shapes of real models.
 
     scripts/bench memory [--bases NAME ...] [--policies POLICY ...] [--tokens N ...] [--blocks N] [--json]
+    scripts/bench memory --families
 
 Each case is one rank in bfloat16, one row a micro-batch, every position supervised: two optimizer steps and an evaluation,
 counted on tensors without memory (see allocations.py). `moving` leaves out what is there all the time, weights and
 states, which the plan knows to the byte: it is the harder figure, and no goal hangs on it. `--blocks` cuts the models
-down to so many blocks, in the plan and in the count alike, which is quicker.
+down to so many blocks, in the plan and in the count alike, which is quicker. `--families` takes four blocks of each other
+layout that the anatomy knows, at a width near that of a published model.
 """
 
 from __future__ import annotations
@@ -35,6 +37,24 @@ SHAPES = Path(__file__).resolve().parents[2] / "jobs" / "specs" / "shapes"
 BASES = ("llama-3.2-1b", "llama-3.1-8b", "qwen2.5-7b", "mistral-7b", "mixtral-8x7b", "llama-3.1-70b")
 POLICIES = ("lora all", "lora last:8", "full last:4", "full all")
 LORA_RANK = 16
+SMALL = {"num_hidden_layers": 4, "vocab_size": 50304, "dtype": "bfloat16"}
+EXPERTS = {"moe_intermediate_size": 1024, "num_experts": 32, "num_experts_per_tok": 8, "shared_expert_intermediate_size": 4096}
+FAMILIES: dict[str, dict[str, Any]] = {
+    name: SMALL | {"model_type": name} | sizes
+    for name, sizes in {
+        "gemma": {"hidden_size": 2048, "intermediate_size": 16384, "num_attention_heads": 8, "num_key_value_heads": 1},
+        "gemma2": {"hidden_size": 2304, "intermediate_size": 9216, "num_attention_heads": 8, "num_key_value_heads": 4},
+        "gemma3_text": {"hidden_size": 1152, "intermediate_size": 6912, "num_attention_heads": 4, "num_key_value_heads": 1},
+        "gpt_neox": {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16, "max_position_embeddings": 4096},
+        "opt": {"hidden_size": 2048, "ffn_dim": 8192, "num_attention_heads": 32, "max_position_embeddings": 4096},
+        "phi": {"hidden_size": 2560, "intermediate_size": 10240, "num_attention_heads": 32, "max_position_embeddings": 4096},
+        "phi3": {"hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 32, "pad_token_id": 0},
+        "qwen3": {"hidden_size": 2560, "intermediate_size": 9728, "num_attention_heads": 32, "num_key_value_heads": 8},
+        "qwen2_moe": {"hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 16} | EXPERTS,
+        "qwen3_moe": {"hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4} | EXPERTS,
+    }.items()
+}
+FAMILY_POLICIES = ["lora all", "full last:2"]
 
 
 def main() -> None:
@@ -42,7 +62,8 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     rows = []
-    for row in measure(options.bases, options.policies, options.tokens, options.blocks):
+    bases = FAMILIES if options.families else {name: _config(name, options.blocks) for name in options.bases}
+    for row in measure(bases, FAMILY_POLICIES if options.families else options.policies, options.tokens):
         rows.append(row)
         if not options.json:
             print(_line(row), flush=True)
@@ -53,12 +74,12 @@ def main() -> None:
     print(f"{len(rows)} cases; the worst is planned/counted {worst['ratio']:.3f}; goal within {GOAL:.0%}")
 
 
-def measure(bases: list[str], policies: list[str], tokens: list[int], blocks: int | None) -> Iterator[dict[str, Any]]:
+def measure(bases: dict[str, dict[str, Any]], policies: list[str], tokens: list[int]) -> Iterator[dict[str, Any]]:
     """A row for each case."""
     from allocations import count_step
 
-    for name in bases:
-        anatomy = _anatomy(SHAPES / name, blocks)
+    for name, config in bases.items():
+        anatomy = _anatomy(config)
         for policy, checkpointing, row_tokens in itertools.product(policies, (False, True), tokens):
             selection = _selection(anatomy, policy)
             started = time.perf_counter()
@@ -80,13 +101,15 @@ def measure(bases: list[str], policies: list[str], tokens: list[int], blocks: in
             }
 
 
-def _anatomy(folder: Path, blocks: int | None) -> ModelAnatomy:
-    if blocks is None:
-        return read_anatomy(folder, need_weights=False)
-    cut = Path(tempfile.mkdtemp(prefix="fewer-blocks-"))
-    config = json.loads((folder / "config.json").read_bytes())
-    (cut / "config.json").write_text(json.dumps(config | {"num_hidden_layers": blocks}))
-    return read_anatomy(cut, need_weights=False)
+def _config(name: str, blocks: int | None) -> dict[str, Any]:
+    config = json.loads((SHAPES / name / "config.json").read_bytes())
+    return config if blocks is None else config | {"num_hidden_layers": blocks}
+
+
+def _anatomy(config: dict[str, Any]) -> ModelAnatomy:
+    folder = Path(tempfile.mkdtemp(prefix="shape-"))
+    (folder / "config.json").write_text(json.dumps(config))
+    return read_anatomy(folder, need_weights=False)
 
 
 def _selection(anatomy: ModelAnatomy, policy: str) -> LayerSelection:
@@ -109,6 +132,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--policies", nargs="+", default=list(POLICIES))
     parser.add_argument("--tokens", nargs="+", type=int, default=[1024, 4096])
     parser.add_argument("--blocks", type=int)
+    parser.add_argument("--families", action="store_true")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
 

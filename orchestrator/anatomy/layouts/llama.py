@@ -128,6 +128,7 @@ DENSE = (
         {**GEMMA_DEFAULTS, "num_key_value_heads": 4, "max_position_embeddings": 8192},
         activation_key="hidden_activation",
         plan_only=NO_SDPA,
+        attention="eager",
     ),
     llama_like(
         "gemma3_text",

@@ -59,6 +59,7 @@ class Layout:
     head_bias: str = ""
     classifier_weight: str
     classifier_bias: str = ""
+    attention: Literal["fused", "eager"] = "fused"
     norm: Literal["rms", "layer"]
     mlp: Literal["gated", "plain"]
     activation_key: str = "hidden_act"

@@ -189,3 +189,10 @@ def test_the_peak_is_what_a_step_allocates(repository: Path, name: str) -> None:
     for case in found["cases"]:
         assert case["ratio"] == pytest.approx(1, abs=found["goal"]), case
         assert case["moving_ratio"] == pytest.approx(1, abs=0.25 if "mixtral" in name else 0.06), case
+
+
+def test_the_peak_is_right_for_every_other_layout(repository: Path) -> None:
+    found = measured(repository, "--families", "--tokens", "2048")
+    assert len({case["base"] for case in found["cases"]}) == 10
+    for case in found["cases"]:
+        assert case["ratio"] == pytest.approx(1, abs=0.03), case
