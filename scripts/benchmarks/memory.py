@@ -38,7 +38,13 @@ BASES = ("llama-3.2-1b", "llama-3.1-8b", "qwen2.5-7b", "mistral-7b", "mixtral-8x
 POLICIES = ("lora all", "lora last:8", "full last:4", "full all")
 LORA_RANK = 16
 SMALL = {"num_hidden_layers": 4, "vocab_size": 50304, "dtype": "bfloat16"}
-EXPERTS = {"moe_intermediate_size": 1024, "num_experts": 32, "num_experts_per_tok": 8, "shared_expert_intermediate_size": 4096}
+EXPERTS = {
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 1024,
+    "num_experts": 32,
+    "num_experts_per_tok": 8,
+    "shared_expert_intermediate_size": 4096,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     name: SMALL | {"model_type": name} | sizes
     for name, sizes in {
