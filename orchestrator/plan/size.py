@@ -20,7 +20,7 @@ def estimate_data_size(
     retain_bytes: int = 0,
     num_classes: int = 0,
 ) -> DataSize:
-    """A DataSize with `exact=False`.
+    """A DataSize with `exact=False`. How much of it is supervised is not known either: all of it, at most.
 
     Args:
         num_bytes: Of the training files, before the splits are taken off.
@@ -44,5 +44,6 @@ def estimate_data_size(
         retain_tokens=min(round(retain_bytes / BYTES_PER_TOKEN), spec.data.retain_tokens),
         longest_document_tokens=spec.data.max_tokens,
         num_classes=num_classes,
+        supervised_share=min(1.0, rows / tokens) if spec.task == "classify" else 1.0,
         exact=False,
     )

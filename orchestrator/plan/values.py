@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from orchestrator.anatomy.values import LayerSelection
+from orchestrator.plan.estimates import CostEstimate, Placement
 from orchestrator.spec.models import Quantize, Task, Tune
 from orchestrator.values import Value
 
@@ -17,6 +18,8 @@ class NodeDescription(Value):
     num_gpus: int = 0
     gpu_memory_bytes: int = 0
     gpu_name: str = ""
+    gpu_hour_price: float | None = None
+    """What an hour of one of its GPUs costs, in the currency of whoever wrote it down."""
     memory_bytes: int
     """Host memory."""
 
@@ -49,6 +52,8 @@ class DataSize(Value):
     class_names: tuple[str, ...] = ()
     sets_sha256: str = ""
     """Over every split's tokens, masks and classes."""
+    supervised_share: float = 1.0
+    """Positions that are predicted, of all; to classify, documents. The output projection is computed at these alone."""
     exact: bool = True
     """False when estimated from file sizes."""
 
@@ -277,6 +282,11 @@ class RunPlan(Value):
     total_tokens: int
     disk_bytes: int
     gpu_hours: float | None
+    """With early stopping; None without GPUs, and where their rate is unknown."""
+    cost: CostEstimate | None = None
+    """Where the two above come from, and what it costs beside them. None in plans of older versions."""
+    placement: Placement | None = None
+    refit_placement: Placement | None = None
     reasons: tuple[str, ...]
     """Derivations in sentences: batch x accumulation x ranks = tokens per step, why this stage, ..."""
     rejected: tuple[RejectedWay, ...]

@@ -110,7 +110,7 @@ def _gangs_line(plan: RunPlan) -> str:
     ranks = plan.execution.ranks
     if plan.search is None:
         return f"one trial: one gang of {_count(ranks, 'rank')}"
-    each = "the base and a trial fit one rank" if ranks == 1 else f"a gang needs {ranks} ranks"
+    each = "the base and a trial fit one rank" if ranks == 1 else f"a gang has {ranks} ranks"
     return f"{each}: {_count(plan.num_gangs, 'gang')}, each running trials one after another"
 
 

@@ -267,14 +267,6 @@ def test_a_small_host_cannot_take_what_is_offloaded(plan: Any, gpus: Any) -> Non
         plan("70b", gpus(each=1, host=64), search={"layers": ["last:2"], "tune": ["lora"]})
 
 
-def test_gpu_hours_are_bounded(plan: Any, gpus: Any) -> None:
-    free = plan("8b", gpus(), quantize="nf4")
-    assert free.gpu_hours > 0.01
-    with pytest.raises(PlanError, match="max_gpu_hours allows") as caught:
-        plan("8b", gpus(), quantize="nf4", resources={"max_gpu_hours": free.gpu_hours / 2})
-    assert "search.trials: 12" in caught.value.remedy
-
-
 def test_a_missing_section_is_a_mistake_in_the_spec(plan: Any, cores: Any) -> None:
     with pytest.raises(SpecError, match="finetune"):
         plan("tiny", cores(), kind="finetune")

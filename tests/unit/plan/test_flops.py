@@ -1,0 +1,204 @@
+"""Operations per token against torch's own count of real steps: the objective, branches and checkpointing that training uses.
+
+On a CPU attention runs in a kernel that `FlopCounterMode` does not know. On a GPU, packed rows run in the memory-efficient
+kernel and lone ones in the flash kernel, which it does count; the CPU's is counted here by the same formulas.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+
+from orchestrator.anatomy import LayerSelection, ModelAnatomy, read_anatomy, select
+from orchestrator.plan.flops import forward_flops_per_token, train_flops_per_token
+from orchestrator.plan.values import BaseLoad
+from orchestrator.train import objective as objective_module
+from orchestrator.train.base import LoadedBase, load_base
+from orchestrator.train.branch import open_branch
+from orchestrator.train.objective import IGNORED, Objective
+from orchestrator.train.recompute import recomputed_from
+
+aten = torch.ops.aten
+ROWS = 2
+TOLERANCE = 0.02
+"""The plan promises 5%."""
+SIZES = {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 6, "num_attention_heads": 8}
+BASES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", "num_key_value_heads": 2, **SIZES},
+    "qwen2": {"model_type": "qwen2", "num_key_value_heads": 4, **SIZES, "tie_word_embeddings": True},
+}
+CHOICES = {
+    "lora all": ("all", "lora"),
+    "lora last:2": ("last:2", "lora"),
+    "full last:2": ("last:2", "full"),
+    "full all": ("all", "full"),
+    "full all+head": ("all+head", "full"),
+    "lora blocks:1": ("blocks:1", "lora"),
+    "head": ("head", "full"),
+}
+
+
+def forward_formula(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def backward_formula(grad_out: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return sdpa_backward_flop_count(grad_out, query, key, value)
+
+
+COUNTED = {
+    aten._scaled_dot_product_flash_attention_for_cpu: forward_formula,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: backward_formula,
+}
+
+
+@cache
+def made_base(folder: Path, name: str) -> LoadedBase:
+    config = AutoConfig.for_model(**BASES[name], max_position_embeddings=2048)
+    set_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / name)
+    anatomy = read_anatomy(folder / name, need_weights=True)
+    description = BaseLoad(folder=anatomy.folder, model_type=anatomy.model_type, quantize="none", task="completion")
+    return load_base(description, anatomy, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def rows(width: int, vocab: int, supervised: float) -> dict[str, torch.Tensor]:
+    """Two documents a row, so that a mask is needed; the last `supervised` of each row is predicted."""
+    ids = torch.randint(3, vocab, (ROWS, width))
+    labels = ids.clone()
+    labels[:, : round(width * (1 - supervised))] = IGNORED
+    return {
+        "input_ids": ids,
+        "position_ids": (torch.arange(width) % (width // 2)).expand(ROWS, width),
+        "labels": labels,
+        "document_ids": torch.zeros_like(ids),
+        "class_labels": torch.full((ROWS,), -1),
+        "lengths": torch.full((ROWS,), width),
+    }
+
+
+def counted(base: LoadedBase, selection: LayerSelection, batch: dict[str, torch.Tensor], checkpointing: bool) -> float:
+    """Operations of one training step, per token.
+
+    A fake tensor has no values to select by. There every position is supervised, and nothing is selected.
+    """
+    with ExitStack() as stack:
+        branch = stack.enter_context(open_branch(base, selection, lora_alpha=16, seed=0))
+        objective = Objective(branch.model, branch.backbone(), branch.head(), "completion")
+        if checkpointing:
+            blocks = base.model.get_submodule(base.anatomy.blocks_module)
+            stack.enter_context(recomputed_from(base.model, blocks, selection.cut))
+        with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
+            if isinstance(batch["labels"], FakeTensor):
+                hidden = branch.backbone()(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).last_hidden_state
+                objective._token_loss_sum(branch.head(), hidden.flatten(0, 1), batch["labels"].flatten()).backward()
+            else:
+                objective(**batch).backward()
+        for _, parameter in branch.learning_parameters():
+            parameter.grad = None
+    return counter.get_total_flops() / batch["input_ids"].numel()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bases")
+
+
+def chosen(anatomy: ModelAnatomy, choice: str) -> LayerSelection:
+    policy, tune = CHOICES[choice]
+    return select(anatomy, policy, tune, 8 if tune == "lora" else None, task="completion")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("width", [128, 512])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("name", BASES)
+def test_a_training_step_takes_what_the_plan_says(folder: Path, name: str, choice: str, checkpointing: bool, width: int) -> None:
+    base = made_base(folder, name)
+    selection = chosen(base.anatomy, choice)
+    found = counted(base, selection, rows(width, base.anatomy.vocab_size, 0.5), checkpointing)
+    planned = train_flops_per_token(base.anatomy, selection, width, checkpointing=checkpointing, supervised_share=0.5)
+    assert planned == pytest.approx(found, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_scoring_takes_one_forward_pass(folder: Path, name: str) -> None:
+    base = made_base(folder, name)
+    batch = rows(256, base.anatomy.vocab_size, 0.25)
+    objective = Objective(
+        base.model, base.model.get_submodule(base.anatomy.backbone), base.model.get_submodule("lm_head"), "text"
+    )
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
+        objective(**batch, each=True)
+    planned = forward_flops_per_token(base.anatomy, 256, supervised_share=0.25)
+    assert planned == pytest.approx(counter.get_total_flops() / batch["input_ids"].numel(), rel=0.01)
+
+
+def test_a_head_in_several_chunks_is_computed_twice(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = made_base(folder, "llama")
+    selection, batch = chosen(base.anatomy, "lora last:2"), rows(256, base.anatomy.vocab_size, 1.0)
+    once = counted(base, selection, batch, False)
+    monkeypatch.setattr(objective_module, "LOGIT_CHUNK_BYTES", 4 * base.anatomy.vocab_size * 100)
+    twice = counted(base, selection, batch, False)
+    planned = [train_flops_per_token(base.anatomy, selection, 256, head_twice=head_twice) for head_twice in (False, True)]
+    assert planned[1] - planned[0] == pytest.approx(twice - once)
+    assert planned[1] == pytest.approx(twice, rel=TOLERANCE)
+
+
+# -- published shapes, without their memory ---------------------------------------------------------------------------
+
+SHAPES = {
+    "llama-3.1-8b": {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32},
+    "llama-3.1-70b": {"model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64},
+}
+BLOCKS = {"llama-3.1-8b": 32, "llama-3.1-70b": 80}
+
+
+def fake_base(folder: Path, name: str, num_blocks: int) -> LoadedBase:
+    """Right in every shape, with no memory behind it. Call it under FakeTensorMode."""
+    config = AutoConfig.for_model(
+        **SHAPES[name], num_hidden_layers=num_blocks, num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192
+    )
+    config.save_pretrained(folder / f"{name}-{num_blocks}")
+    anatomy = read_anatomy(folder / f"{name}-{num_blocks}", need_weights=False)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    model.train()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    description = BaseLoad(folder=anatomy.folder, model_type=anatomy.model_type, quantize="none", task="completion")
+    return LoadedBase(model=model, anatomy=anatomy, load=description, dtype=torch.float32, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("choice", ["lora all", "full all", "full all+head"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_published_shapes(folder: Path, name: str, choice: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted on two and on four blocks; each further block adds what those two added."""
+    # A fake module cannot be moved, and is where it should be.
+    monkeypatch.setattr(nn.Module, "to", lambda module, *_, **__: module)
+    width, counts = 2048, {}
+    for num_blocks in (2, 4):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            base = fake_base(folder, name, num_blocks)
+            counts[num_blocks] = counted(base, chosen(base.anatomy, choice), rows(width, 128256, 1.0), checkpointing)
+    whole = counts[2] + (BLOCKS[name] - 2) * (counts[4] - counts[2]) / 2
+    anatomy = read_anatomy(shape_folder(folder, name), need_weights=False)
+    planned = train_flops_per_token(anatomy, chosen(anatomy, choice), width, checkpointing=checkpointing, head_twice=True)
+    assert planned == pytest.approx(whole, rel=TOLERANCE)
+
+
+def shape_folder(folder: Path, name: str) -> Path:
+    config = AutoConfig.for_model(
+        **SHAPES[name], num_hidden_layers=BLOCKS[name], num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192
+    )
+    config.save_pretrained(folder / name)
+    return folder / name
