@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from orchestrator.anatomy.layouts import LAYOUTS, Layout, known_layouts
+from orchestrator.anatomy.layouts import LAYOUTS, Layout, axis_size, known_layouts, trainable_layouts
+from orchestrator.anatomy.values import Experts
 from orchestrator.errors import BaseError
 
-REQUIRED_SIZES = ("vocab", "hidden", "intermediate", "blocks", "heads")
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+COPY_AGAIN = "copy config.json from the base again"
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,30 @@ class BaseConfig:
     tied: bool
     dtype: str
     """safetensors spelling."""
+    activation: str
+    sparse: frozenset[int]
+    """Numbers of the blocks with a mixture of experts."""
+    plan_only: str
+    """Why this base cannot be trained; empty where it can."""
+
+    @property
+    def experts(self) -> Experts | None:
+        if not self.sparse:
+            return None
+        return Experts(
+            num_experts=self.sizes["experts"],
+            experts_per_token=self.sizes["experts_per_token"],
+            intermediate_size=self.sizes["expert_intermediate"],
+            shared_intermediate_size=self.sizes.get("shared_intermediate", 0),
+        )
 
 
-def read_config(folder: Path) -> BaseConfig:
-    """Read and judge `folder`/config.json.
+def read_values(folder: Path) -> dict[str, Any]:
+    """The keys of `folder`/config.json.
 
     Raises:
-        BaseError: the folder or file is missing, no JSON, of an unknown layout, or a size is missing or makes no
-            sense; the base would run its own code; its weights are quantized already.
+        BaseError: the folder or file is missing, or no JSON; the base would run its own code; its weights are quantized
+            already; it is more than a language model.
     """
     path = folder / "config.json"
     values = _read_json(folder, path)
@@ -48,12 +65,38 @@ def read_config(folder: Path) -> BaseConfig:
             expected="16-bit or 32-bit weights",
             remedy="give the original weights and let `base.quantize: nf4` quantize them in memory",
         )
-    layout = _find_layout(path, values)
+    if isinstance(inner := values.get("text_config"), dict):
+        text_type = cast("dict[str, Any]", inner).get("model_type")
+        raise BaseError(
+            f"a model of text and more: model_type {values.get('model_type')!r} around a text model {text_type!r}",
+            where=str(path),
+            expected="a text model alone",
+            remedy="take the text-only base, or save the text model alone (`AutoModelForCausalLM` and `save_pretrained`)",
+        )
+    return values
+
+
+def read_config(folder: Path, values: dict[str, Any], layout: Layout) -> BaseConfig:
+    """Judge the config of a known layout.
+
+    Raises:
+        BaseError: a size is missing or makes no sense, or a key makes another layout.
+    """
+    path = folder / "config.json"
     merged = {**layout.defaults, **values}
-    sizes = _sizes(path, layout, merged)
-    dtype = merged.get("dtype") or merged.get("torch_dtype") or "float32"
-    if dtype not in DTYPES:
-        raise BaseError(f"dtype {dtype!r}", where=str(path), expected=" | ".join(DTYPES), remedy="convert the weights")
+    for key, value in layout.fixed.items():
+        if key in values and values[key] != value:
+            raise BaseError(
+                f"{key} is {values[key]!r}",
+                where=str(path),
+                expected=f"{value!r}: other tensors would make another layout",
+                remedy="take another base",
+            )
+    sizes = _sizes(path, layout, values)
+    activation = merged.get(layout.activation_key)
+    if not isinstance(activation, str):
+        raise BaseError(f"{layout.activation_key} is {activation!r}", where=str(path), expected="a name", remedy=COPY_AGAIN)
+    reasons = [reason for key, reason in layout.plan_only_if.items() if merged.get(key) not in (None, False)]
     return BaseConfig(
         path=path,
         values=values,
@@ -61,8 +104,19 @@ def read_config(folder: Path) -> BaseConfig:
         sizes=sizes,
         flags={key: value for key, value in merged.items() if isinstance(value, bool)},
         tied=bool(merged["tie_word_embeddings"]),
-        dtype=DTYPES[dtype],
+        dtype=dtype_of(path, values),
+        activation=activation,
+        sparse=_sparse_blocks(path, layout, merged, sizes["blocks"]),
+        plan_only=layout.plan_only or next(iter(reasons), ""),
     )
+
+
+def dtype_of(path: Path, values: dict[str, Any]) -> str:
+    """The config's dtype in safetensors' spelling, float32 where it says none."""
+    dtype = values.get("dtype") or values.get("torch_dtype") or "float32"
+    if dtype not in DTYPES:
+        raise BaseError(f"dtype {dtype!r}", where=str(path), expected=" | ".join(DTYPES), remedy="convert the weights")
+    return DTYPES[dtype]
 
 
 def _read_json(folder: Path, path: Path) -> dict[str, Any]:
@@ -102,43 +156,85 @@ def _refuse_remote_code(folder: Path, values: dict[str, Any]) -> None:
         )
 
 
-def _find_layout(path: Path, values: dict[str, Any]) -> Layout:
+def find_layout(values: dict[str, Any]) -> Layout | None:
     model_type = values.get("model_type")
-    if isinstance(model_type, str) and model_type in LAYOUTS:
-        return LAYOUTS[model_type]
+    return LAYOUTS.get(model_type) if isinstance(model_type, str) else None
+
+
+def unknown_layout(path: Path, values: dict[str, Any], why: str = "") -> BaseError:
+    """A model type that the table does not have; `why` says what was looked for beside it and not found."""
+    model_type = values.get("model_type")
     found = "model_type is missing" if model_type is None else f"unknown layout: model_type {model_type!r}"
     near = difflib.get_close_matches(str(model_type).lower(), known_layouts(), n=3, cutoff=0.5)
-    raise BaseError(
-        found,
+    return BaseError(
+        f"{found}; {why}" if why else found,
         where=str(path),
         expected=f"one of {', '.join(known_layouts())}",
         remedy=f"did you mean {' or '.join(near)}?" if near else "take a base of a known layout",
     )
 
 
-def _sizes(path: Path, layout: Layout, merged: dict[str, Any]) -> dict[str, int]:
+def plan_only_error(path: Path, model_type: str, reason: str) -> BaseError:
+    return BaseError(
+        f"a base of model_type {model_type!r} can be planned with, not trained: {reason}",
+        where=str(path),
+        expected=f"to train, a base of one of {', '.join(trainable_layouts())}",
+        remedy="take a base of such a layout; `orchestrator plan` works with this one",
+    )
+
+
+def whole_number(path: Path, key: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise BaseError(
+            f"{key} is {value!r}",
+            where=str(path),
+            expected="a whole number of at least 1",
+            remedy=COPY_AGAIN,
+        )
+    return value
+
+
+def _sizes(path: Path, layout: Layout, values: dict[str, Any]) -> dict[str, int]:
     sizes: dict[str, int] = {}
-    for size, key in layout.keys.items():
-        value = merged.get(key)
+    missing: dict[str, str] = {}
+    for size, keys in layout.keys.items():
+        key = next((key for key in keys if key in values), keys[0])
+        value = values[key] if key in values else layout.defaults.get(key)
         if value is None:
-            if size in REQUIRED_SIZES:
-                raise BaseError(f"{key} is missing", where=str(path), remedy="copy config.json from the base again")
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise BaseError(
-                f"{key} is {value!r}",
-                where=str(path),
-                expected="a whole number of at least 1",
-                remedy="copy config.json from the base again",
-            )
-        sizes[size] = value
-    sizes.setdefault("kv_heads", sizes["heads"])
+            missing[size] = key
+        else:
+            sizes[size] = whole_number(path, key, value)
+    for size, key in missing.items():
+        if size not in layout.otherwise and size != "head_dim":
+            raise BaseError(f"{key} is missing", where=str(path), remedy=COPY_AGAIN)
+    for size, expression in layout.otherwise.items():
+        sizes.setdefault(size, axis_size(expression, sizes))
     if "head_dim" not in sizes and sizes["hidden"] % sizes["heads"]:
         raise BaseError(
             f"{sizes['heads']} attention heads do not divide a hidden size of {sizes['hidden']}",
             where=str(path),
             expected="num_attention_heads that divides hidden_size, or head_dim",
-            remedy="copy config.json from the base again",
+            remedy=COPY_AGAIN,
         )
     sizes.setdefault("head_dim", sizes["hidden"] // sizes["heads"])
+    if sizes.get("embedding", sizes["hidden"]) != sizes["hidden"]:
+        raise BaseError(
+            f"embeddings of {sizes['embedding']} in a model of hidden size {sizes['hidden']}",
+            where=str(path),
+            expected="embeddings as wide as the model, without projections between them",
+            remedy="take another size of this model",
+        )
+    if "patch" in sizes:
+        sizes["positions"] = 1 + (sizes["image"] // sizes["patch"]) ** 2
     return sizes
+
+
+def _sparse_blocks(path: Path, layout: Layout, merged: dict[str, Any], num_blocks: int) -> frozenset[int]:
+    """Every `decoder_sparse_step`-th block has experts, but for those in `mlp_only_layers` (transformers, Qwen2-MoE)."""
+    if not layout.sparse_block:
+        return frozenset()
+    step = whole_number(path, "decoder_sparse_step", merged["decoder_sparse_step"])
+    dense = merged["mlp_only_layers"] or ()
+    if not isinstance(dense, (list, tuple)):
+        raise BaseError(f"mlp_only_layers is {dense!r}", where=str(path), expected="a list of block numbers", remedy=COPY_AGAIN)
+    return frozenset(number for number in range(num_blocks) if number not in dense and (number + 1) % step == 0)

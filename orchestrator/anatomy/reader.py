@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import math
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, cast
 
-from orchestrator.anatomy.config import BaseConfig, read_config
-from orchestrator.anatomy.headers import read_header
+from orchestrator.anatomy.config import BaseConfig, find_layout, plan_only_error, read_config, read_values, unknown_layout
 from orchestrator.anatomy.layouts import TensorTemplate, axis_size, present
+from orchestrator.anatomy.recognise import recognise
 from orchestrator.anatomy.values import ModelAnatomy, TensorInfo
+from orchestrator.anatomy.weights import INDEX, SINGLE, read_weights
 from orchestrator.errors import BaseError
 from orchestrator.samples import SAMPLE_BASE
 from orchestrator.values import content_hash
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 TRAINABLE_DTYPES = ("F32", "BF16", "F16")
 
 
@@ -32,16 +29,30 @@ def read_anatomy(folder: Path | str, *, need_weights: bool) -> ModelAnatomy:
     """Blocks, names, shapes and types of a base, from config.json and safetensors headers alone.
 
     Without weights beside config.json the tensors are those that the config implies, in its dtype, and
-    `has_weights` is False: enough to plan.
+    `has_weights` is False: enough to plan. So it is with a layout that is `plan_only`, whose checkpoints may use other
+    names; of its weights only the number of elements is compared. A model type that the table does not have is
+    recognised from its tensors' names where weights are there and not needed.
+
+    Args:
+        folder: With config.json.
+        need_weights: Whether the base is to be trained.
 
     Raises:
-        BaseError: see `read_config` and `read_header`; weights missing though needed, pickled, quantized, or
-            not what the config implies.
+        BaseError: see `read_values`, `read_config` and `read_weights`; weights missing though needed, quantized, or
+            not what the config implies; a layout that cannot be trained, or is not known at all.
     """
     folder = Path(folder).resolve()
-    config = read_config(folder)
-    templates = _all_templates(config)
-    stored = _read_weights(folder)
+    values = read_values(folder)
+    layout = find_layout(values)
+    if layout is None:
+        stored = None if need_weights or "model_type" not in values else read_weights(folder)
+        if stored is None:
+            raise unknown_layout(folder / "config.json", values)
+        return recognise(folder, values, stored)
+    config = read_config(folder, values, layout)
+    if config.plan_only and need_weights:
+        raise plan_only_error(config.path, layout.model_type, config.plan_only)
+    stored = read_weights(folder)
     if stored is None and need_weights:
         raise BaseError(
             "the folder has a config but no weights: it can be planned with, not trained",
@@ -49,21 +60,28 @@ def read_anatomy(folder: Path | str, *, need_weights: bool) -> ModelAnatomy:
             expected=f"{SINGLE}, or shards with {INDEX}",
             remedy="put the base's safetensors files there, or point `base.model` at a folder that has them",
         )
-    expected = {name: _shape(template, config) for name, template in templates.items()}
-    pooler = {template.name for template in config.layout.pooler}
-    if stored is None:
-        tensors = {name: TensorInfo(name=name, shape=shape, dtype=config.dtype) for name, shape in expected.items()}
-    else:
+    expected = {name: _shape(template, config) for name, template in _all_templates(config).items()}
+    pooler = {template.name for template in layout.pooler}
+    if stored is not None and not config.plan_only:
         tensors = _match(folder, config, expected, optional=pooler, stored=stored)
-    new = tuple(TensorInfo(name=name, shape=shape, dtype=config.dtype) for name, shape in expected.items() if name not in tensors)
-    return _assemble(folder, config, tensors, new, has_weights=stored is not None)
+    else:
+        if stored is not None:
+            _check_count(folder, config, expected, stored)
+        new = pooler if layout.pooler_is_new else set[str]()
+        implied = {name: shape for name, shape in expected.items() if name not in new}
+        tensors = {name: TensorInfo(name=name, shape=shape, dtype=config.dtype) for name, shape in implied.items()}
+    return _assemble(config, expected, tensors, has_weights=stored is not None and not config.plan_only)
 
 
 def _blocks(config: BaseConfig) -> list[dict[str, TensorTemplate]]:
     """The tensors of each block by complete name."""
-    templates = present(config.layout.block, config.flags)
-    prefixes = [config.layout.block_prefix.format(number) for number in range(config.sizes["blocks"])]
-    return [{prefix + template.name: template for template in templates} for prefix in prefixes]
+    dense = present(config.layout.block, config.flags)
+    sparse = present(config.layout.sparse_block, config.flags)
+    blocks: list[dict[str, TensorTemplate]] = []
+    for number in range(config.sizes["blocks"]):
+        prefix = config.layout.block_prefix.format(number)
+        blocks.append({prefix + template.name: template for template in (sparse if number in config.sparse else dense)})
+    return blocks
 
 
 def _all_templates(config: BaseConfig) -> dict[str, TensorTemplate]:
@@ -72,9 +90,11 @@ def _all_templates(config: BaseConfig) -> dict[str, TensorTemplate]:
     templates = {template.name: template for template in layout.embeddings}
     for block in _blocks(config):
         templates |= block
-    templates |= {template.name: template for template in (*layout.final_norm, *layout.pooler)}
+    templates |= {template.name: template for template in present((*layout.final_norm, *layout.pooler), config.flags)}
     if layout.kind == "decoder" and not config.tied:
         templates[layout.head_weight] = TensorTemplate(layout.head_weight, ("vocab", "hidden"), linear=True)
+    if layout.head_bias:
+        templates[layout.head_bias] = TensorTemplate(layout.head_bias, ("vocab",))
     return templates
 
 
@@ -82,54 +102,23 @@ def _shape(template: TensorTemplate, config: BaseConfig) -> tuple[int, ...]:
     return tuple(axis_size(axis, config.sizes) for axis in template.shape)
 
 
-def _read_weights(folder: Path) -> dict[str, TensorInfo] | None:
-    """Stored tensors by stored name; None when the folder has no weights at all."""
-    if (folder / SINGLE).is_file():
-        return read_header(folder / SINGLE)
-    if (folder / INDEX).is_file():
-        return _read_shards(folder)
-    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
-    if pickles:
-        raise BaseError(
-            f"the only weights are pickles ({', '.join(pickles[:3])}), and pickle weights can run code when loaded",
-            where=str(folder),
-            expected=f"{SINGLE}, or shards with {INDEX}",
-            remedy="convert to safetensors in a place where running that code is safe (`save_pretrained` writes safetensors)",
-        )
-    others = sorted(path.name for path in folder.glob("*.safetensors"))
-    if others:
-        raise BaseError(
-            f"safetensors files without {INDEX}: {', '.join(others[:3])}",
-            where=str(folder),
-            expected=f"one {SINGLE}, or shards with {INDEX}",
-            remedy=f"copy {INDEX} from the base too",
-        )
-    return None
+def _tolerated(config: BaseConfig, name: str) -> bool:
+    """Whether a stored tensor is none of the model's parameters and does no harm."""
+    patterns = (*config.layout.ignored, *([config.layout.head_weight] if config.tied else []))
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _read_shards(folder: Path) -> dict[str, TensorInfo]:
-    index = folder / INDEX
-    try:
-        weight_map = cast("dict[str, Any]", json.loads(index.read_bytes()))["weight_map"]
-        places = {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise BaseError("no valid index: `weight_map` is missing", where=str(index), remedy="copy the index again") from None
-    files = sorted(set(places.values()))
-    outside = [file for file in files if Path(file).name != file]
-    if outside:
-        raise BaseError(f"a shard outside the folder: {outside[0]}", where=str(index), remedy="copy the index again")
-    missing = [file for file in files if not (folder / file).is_file()]
-    if missing:
+def _check_count(folder: Path, config: BaseConfig, expected: dict[str, tuple[int, ...]], stored: dict[str, TensorInfo]) -> None:
+    """For checkpoints under other names: as many elements as the config implies."""
+    found = sum(tensor.num_elements for name, tensor in stored.items() if not _tolerated(config, name))
+    implied = sum(math.prod(shape) for shape in expected.values())
+    if found != implied:
         raise BaseError(
-            f"{len(missing)} of {len(files)} shards missing: {', '.join(missing[:3])}",
+            f"{found:,} weights are stored",
             where=str(folder),
-            remedy="copy the missing shards into the folder",
+            expected=f"{implied:,} by config.json, for a {config.layout.model_type}",
+            remedy="config.json and weights must be of one model; copy both from one place",
         )
-    headers = {file: read_header(folder / file) for file in files}
-    for name, file in places.items():
-        if name not in headers[file]:
-            raise BaseError(f"{name} is not in {file}, where the index puts it", where=str(index), remedy="copy the base again")
-    return {name: headers[file][name] for name, file in places.items()}
 
 
 def _match(
@@ -144,8 +133,8 @@ def _match(
     prefix = config.layout.backbone + "."
     tensors: dict[str, TensorInfo] = {}
     for name, shape in expected.items():
-        bare = name.removeprefix(prefix)
-        tensor = stored.get(name) or stored.get(bare)
+        spellings = (name, config.layout.stored_as.get(name, name), name.removeprefix(prefix))
+        tensor = next((stored[spelling] for spelling in spellings if spelling in stored), None)
         if tensor is None:
             continue
         tensors[name] = tensor.model_copy(update={"name": name, "stored_name": "" if tensor.name == name else tensor.name})
@@ -186,8 +175,7 @@ def _check_names(
             remedy=hint.strip() or "copy the base again; config.json and weights must be of one model",
         )
     used = {tensor.stored_name or tensor.name for tensor in tensors.values()}
-    tolerated = (*config.layout.ignored, *([head] if config.tied else []))
-    extra = [name for name in stored if name not in used and not any(fnmatchcase(name, pattern) for pattern in tolerated)]
+    extra = [name for name in stored if name not in used and not _tolerated(config, name)]
     if extra:
         raise BaseError(
             f"{len(extra)} tensors that a {config.layout.model_type} does not have: {', '.join(sorted(extra)[:3])}",
@@ -197,14 +185,15 @@ def _check_names(
 
 
 def _assemble(
-    folder: Path, config: BaseConfig, tensors: dict[str, TensorInfo], new: tuple[TensorInfo, ...], *, has_weights: bool
+    config: BaseConfig, expected: dict[str, tuple[int, ...]], tensors: dict[str, TensorInfo], *, has_weights: bool
 ) -> ModelAnatomy:
     layout, sizes = config.layout, config.sizes
     blocks = _blocks(config)
+    new = [TensorInfo(name=name, shape=shape, dtype=config.dtype) for name, shape in expected.items() if name not in tensors]
     return ModelAnatomy(
         model_type=layout.model_type,
         kind=layout.kind,
-        folder=str(folder),
+        folder=str(config.path.parent),
         has_weights=has_weights,
         num_blocks=sizes["blocks"],
         hidden_size=sizes["hidden"],
@@ -212,20 +201,27 @@ def _assemble(
         num_heads=sizes["heads"],
         num_kv_heads=sizes["kv_heads"],
         head_dim=sizes["head_dim"],
-        vocab_size=sizes["vocab"],
-        max_positions=sizes["positions"],
+        vocab_size=sizes.get("vocab", 0),
+        max_positions=sizes["positions"] - layout.unused_positions,
         tied=config.tied,
         block_prefix=layout.block_prefix,
         blocks_module=layout.blocks_module,
         backbone=layout.backbone,
         head_weight=layout.head_weight,
+        head_bias=layout.head_bias,
         classifier_weight=layout.classifier_weight,
-        classifier_bias=layout.classifier_bias or "",
+        classifier_bias=layout.classifier_bias,
         embeddings=tuple(template.name for template in layout.embeddings),
-        final_norm=tuple(template.name for template in layout.final_norm),
+        final_norm=tuple(template.name for template in present(layout.final_norm, config.flags)),
         blocks=tuple(tuple(block) for block in blocks),
         linears=tuple(tuple(name for name, template in block.items() if template.linear) for block in blocks),
+        stacked=tuple(tuple(name for name, template in block.items() if template.stacked) for block in blocks),
+        norm=layout.norm,
+        mlp=layout.mlp,
+        activation=config.activation,
+        experts=config.experts,
+        plan_only=config.plan_only,
         tensors=tensors,
-        new_tensors=new,
+        new_tensors=tuple(new),
         config_sha256=content_hash(config.values),
     )

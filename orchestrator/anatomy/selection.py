@@ -16,11 +16,11 @@ def select(
 ) -> LayerSelection:
     """Sort every parameter into trainable, adapted and frozen, and find the cut.
 
-    Blocks mean all their parameters for `full` (norms and biases too) and all their matrix products for
-    `lora`. Embeddings and the final norm stay frozen. `+head` (or `head`) adds the output projection; a tied
-    one is untied first. `classify` has no output projection: it trains its own new classifier under every
-    policy but `none`, together with what else the checkpoint lacks (`ModelAnatomy.new_tensors`); there
-    `head` is that classifier alone, which `full` trains whatever `tune` says.
+    Blocks mean all their parameters for `full` (norms, biases, experts too) and all their linear layers for
+    `lora` (a router and routed experts are none). Embeddings and the final norm stay frozen. `+head` (or `head`)
+    adds the output projection, for `full` with its bias; a tied one is untied first. `classify` has no output
+    projection: it trains its own new classifier under every policy but `none`, together with what else the checkpoint
+    lacks (`ModelAnatomy.new_tensors`); there `head` is that classifier alone, which `full` trains whatever `tune` says.
 
     Raises:
         SelectionError: no policy, a block that the base does not have, LoRA without a rank, an encoder for a
@@ -37,7 +37,7 @@ def select(
         raise SelectionError(
             f"task {task!r} on {anatomy.model_type!r}, an encoder, which writes no text",
             expected="a decoder, or `task: classify`",
-            remedy="take a base of the llama, mistral or qwen layout",
+            remedy="take a base that writes text, of the llama, mistral or qwen layout for example",
         )
     blocks = _blocks(parsed, anatomy, policy)
     wants_head = parsed.with_head or parsed.kind == "head"
@@ -102,13 +102,15 @@ def _new_elements(anatomy: ModelAnatomy, task: Task, parsed: Policy, num_classes
 
 def _stored_names(anatomy: ModelAnatomy, task: Task) -> Iterable[str]:
     """Parameters of the model that is loaded for the task: `classify` loads no output projection."""
-    return (name for name in anatomy.tensors if task != "classify" or name != anatomy.head_weight)
+    head = (anatomy.head_weight, anatomy.head_bias) if task == "classify" else ()
+    return (name for name in anatomy.tensors if name not in head)
 
 
 def _full(
     anatomy: ModelAnatomy, parsed: Policy, blocks: list[int], head: list[str], task: Task, num_classes: int
 ) -> LayerSelection:
     learning = [name for block in blocks for name in anatomy.blocks[block]] + head
+    learning += [anatomy.head_bias] if head and anatomy.head_bias else []
     elements = sum(
         anatomy.tensors[name].num_elements if name in anatomy.tensors else _head_elements(anatomy) for name in learning
     )

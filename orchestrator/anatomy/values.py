@@ -44,8 +44,8 @@ class Experts(Value):
 class ModelAnatomy(Value):
     """The base, from config.json and safetensors headers alone.
 
-    Tensor names are those of the checkpoint, which are also the parameter names of the
-    transformers model (`model.layers.0.self_attn.q_proj.weight`).
+    Tensor names are the parameter names of the transformers model (`model.layers.0.self_attn.q_proj.weight`);
+    where the checkpoint has another, it is the tensor's `stored_name`.
     """
 
     model_type: str
@@ -53,7 +53,7 @@ class ModelAnatomy(Value):
     folder: str
     """Absolute path of the base's folder."""
     has_weights: bool
-    """False when only config.json is there: enough to plan, not to train."""
+    """False when only config.json is there, or where `plan_only`: enough to plan, not to train."""
     num_blocks: int
     hidden_size: int
     intermediate_size: int
@@ -61,6 +61,7 @@ class ModelAnatomy(Value):
     num_kv_heads: int
     head_dim: int
     vocab_size: int
+    """0 where there is none (a vision transformer)."""
     max_positions: int
     tied: bool
     """Whether the output projection shares the input embedding's tensor."""
@@ -85,6 +86,8 @@ class ModelAnatomy(Value):
     config_sha256: str
     classifier_bias: str = ""
     """`classifier.bias`; empty where the new head of `classify` has none."""
+    head_bias: str = ""
+    """`lm_head.bias`; empty where the output projection has none."""
     norm: Literal["rms", "layer"] = "rms"
     mlp: Literal["gated", "plain"] = "gated"
     """`gated`: up and gate, multiplied; `plain`: one matrix up, a nonlinearity, one down."""

@@ -12,33 +12,78 @@ from typing import Any
 DTYPE_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1}
 Stored = Mapping[str, tuple[int, ...]]
 
-LLAMA = {
-    "model_type": "llama",
+SIZES: dict[str, Any] = {
     "vocab_size": 40,
     "hidden_size": 16,
     "intermediate_size": 24,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "max_position_embeddings": 64,
-    "tie_word_embeddings": True,
-    "dtype": "bfloat16",
-}
-BERT = {
-    "model_type": "bert",
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 32,
     "dtype": "float32",
 }
+GROUPED: dict[str, Any] = {**SIZES, "num_key_value_heads": 2, "tie_word_embeddings": True, "dtype": "bfloat16"}
+SPARSE: dict[str, Any] = {**GROUPED, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+GEMMA: dict[str, Any] = {**GROUPED, "head_dim": 8}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": GROUPED,
+    "mistral": GROUPED,
+    "qwen2": GROUPED,
+    "qwen3": GROUPED,
+    "gemma": GEMMA,
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA,
+    "phi": {**GROUPED, "tie_word_embeddings": False},
+    "phi3": {**GROUPED, "pad_token_id": 0, "eos_token_id": 1},
+    "mixtral": {**GROUPED, "num_local_experts": 6},
+    "qwen2_moe": {**SPARSE, "shared_expert_intermediate_size": 12},
+    "qwen3_moe": SPARSE,
+    "gpt2": {
+        "vocab_size": 40,
+        "n_embd": 16,
+        "n_layer": 3,
+        "n_head": 4,
+        "n_positions": 64,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "dtype": "float32",
+    },
+    "gpt_neox": SIZES,
+    "opt": {
+        **{key: value for key, value in SIZES.items() if key != "intermediate_size"},
+        "ffn_dim": 24,
+        "word_embed_proj_dim": 16,
+    },
+    "bert": {**SIZES, "max_position_embeddings": 32},
+    "roberta": {**SIZES, "max_position_embeddings": 66},
+    "distilbert": {
+        "vocab_size": 40,
+        "dim": 16,
+        "hidden_dim": 24,
+        "n_layers": 3,
+        "n_heads": 4,
+        "max_position_embeddings": 64,
+        "dtype": "float32",
+    },
+    "vit": {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": 36,
+        "patch_size": 8,
+        "num_channels": 2,
+        "dtype": "float32",
+    },
+}
+"""A small config of every known layout, with three blocks of width 16."""
 
 
 def config_of(model_type: str, **changes: Any) -> dict[str, Any]:
-    base = BERT if model_type == "bert" else LLAMA
-    return {**base, "model_type": model_type, **changes}
+    return {"model_type": model_type, **CONFIGS[model_type], **changes}
+
+
+LLAMA = config_of("llama")
+BERT = config_of("bert")
 
 
 def write_base(folder: Path, config: Mapping[str, Any], *files: tuple[str, Stored], dtype: str = "BF16") -> Path:

@@ -124,7 +124,7 @@ def test_remote_code_is_refused(base: Path, name: str) -> None:
 def test_an_unknown_layout_names_the_near_one(base: Path) -> None:
     error = error_of(with_config(base, model_type="lama"))
     assert "'lama'" in error.what
-    assert "bert, llama, mistral, qwen2, qwen3" in error.expected
+    assert all(name in error.expected for name in ("bert", "llama", "mixtral", "gpt_neox"))
     assert "did you mean llama" in error.remedy
 
 

@@ -59,8 +59,9 @@ def test_the_three_sets_are_disjoint_and_cover_every_parameter(
     assert len(names) == len(set(names))
     model = set(anatomy.tensors)
     if task == "classify":
-        model -= {anatomy.head_weight}
-        model |= {anatomy.classifier_weight, anatomy.classifier_bias} - {""} if policy != "none" else set()
+        model -= {anatomy.head_weight, anatomy.head_bias}
+        new = {tensor.name for tensor in anatomy.new_tensors} | {anatomy.classifier_weight, anatomy.classifier_bias}
+        model |= new - {""} if policy != "none" else set()
     elif selection.unties_head:
         model |= {anatomy.head_weight}
     assert set(names) == model
@@ -136,6 +137,27 @@ def test_the_head_is_untied_only_where_it_is_tied(tied: bool) -> None:
     assert both.cut == 2
     assert "lm_head.weight" in both.trainable
     assert not pick("all", anatomy=anatomy).unties_head
+
+
+def test_the_heads_bias_learns_with_full_and_goes_with_the_head() -> None:
+    anatomy = anatomy_of("phi", tied=False)
+    assert pick("head", anatomy=anatomy).trainable == ("lm_head.weight", "lm_head.bias")
+    assert pick("head", anatomy=anatomy).num_trainable_parameters == 40 * 17
+    lora = pick("head", "lora", anatomy=anatomy)
+    assert (lora.adapted, lora.trainable) == (("lm_head.weight",), ())
+    assert "lm_head.bias" in lora.frozen
+    classify = pick("all", anatomy=anatomy, task="classify")
+    assert "lm_head.bias" not in {*classify.trainable, *classify.frozen}
+
+
+def test_full_trains_routers_and_experts_and_lora_neither() -> None:
+    anatomy = anatomy_of("qwen2_moe")
+    full, lora = pick("last:1", anatomy=anatomy), pick("last:1", "lora", anatomy=anatomy)
+    experts = ("model.layers.2.mlp.experts.gate_up_proj", "model.layers.2.mlp.experts.down_proj")
+    assert anatomy.stacked[2] == experts
+    assert {*experts, "model.layers.2.mlp.gate.weight"} <= set(full.trainable)
+    assert {*experts, "model.layers.2.mlp.gate.weight"} <= set(lora.frozen)
+    assert "model.layers.2.mlp.shared_expert.up_proj.weight" in lora.adapted
 
 
 def test_nothing_learns_under_none() -> None:
