@@ -18,6 +18,9 @@ BACKWARD_MATMULS, FORWARD_MATMULS = 5, 2
 the scores, of values, of queries and of keys (Dao et al. 2022, FlashAttention, algorithm 4; `sdpa_backward_flop_count`
 in torch.utils.flop_counter counts the same). Both for whole rows: a mask saves no counted operation."""
 
+ENDING_IN_DROPOUT = ("gpt2", "opt")
+"""Decoders that drop out a tenth of each block's output unless their config says otherwise (transformers' defaults)."""
+
 
 def forward_flops_per_token(
     anatomy: ModelAnatomy, row_tokens: int, num_classes: int = 0, *, supervised_share: float = 1.0
@@ -96,8 +99,8 @@ def train_terms(
       adapted (`_last_matrix`).
     - A head whose logits take several chunks is checkpointed too: 2 an element again (`train.objective`).
 
-    Two upper bounds, each under 1% of a model of 16 blocks and more: with LoRA the first matrices at the cut need no gradient
-    of their input, and are counted as if they did; the last matrix of checkpointed blocks of other designs is counted.
+    An upper bound, by under 1% for 16 blocks and more: with LoRA the first matrices at the cut need no gradient of their
+    input, and are counted as if they did.
     """
     forward = forward_terms(anatomy, row_tokens, num_classes, supervised_share=supervised_share)
     if not selection.trainable and not selection.adapted:
@@ -174,11 +177,12 @@ def _learning_elements(anatomy: ModelAnatomy, selection: LayerSelection, num_cla
 def _last_matrix(anatomy: ModelAnatomy, selection: LayerSelection, block: int) -> int:
     """Elements of a block's last matrix where nothing after it keeps anything for backward, so that it is not run again.
 
-    So in the blocks of Llama and its kin, which end in `x + down(...)`. An adapted matrix is run again: peft computes it
-    before the adapter, whose inputs backward needs.
+    So in decoders whose blocks end in `x + down(...)`; a norm after it, dropout, or experts that are weighed and summed
+    keep something. An adapted matrix is run again: peft computes it before the adapter, whose inputs backward needs.
     """
-    plain = anatomy.norm == "rms" and anatomy.mlp == "gated" and not (anatomy.stacked and anatomy.stacked[block])
-    if not plain or any("post_feedforward" in name for name in anatomy.blocks[block]):
+    sparse = bool(anatomy.stacked and anatomy.stacked[block])
+    norm_after = anatomy.kind == "encoder" or any("post_feedforward" in name for name in anatomy.blocks[block])
+    if sparse or norm_after or anatomy.model_type in ENDING_IN_DROPOUT:
         return 0
     last = anatomy.linears[block][-1]
     return 0 if last in selection.adapted else anatomy.tensors[last].num_elements

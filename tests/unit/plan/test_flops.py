@@ -36,6 +36,25 @@ BASES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "num_key_value_heads": 2, **SIZES},
     "qwen2": {"model_type": "qwen2", "num_key_value_heads": 4, **SIZES, "tie_word_embeddings": True},
 }
+OTHERS: dict[str, dict[str, Any]] = {
+    "qwen3": {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 32, **SIZES},
+    "gemma": {"model_type": "gemma", "num_key_value_heads": 1, "head_dim": 32, **SIZES},
+    "gemma3": {"model_type": "gemma3_text", "num_key_value_heads": 2, "head_dim": 16, **SIZES},
+    "phi": {"model_type": "phi", **SIZES},
+    "phi3": {"model_type": "phi3", "num_key_value_heads": 2, **SIZES, "pad_token_id": 0},
+    "gpt-neox": {"model_type": "gpt_neox", **SIZES},
+}
+EXPERTS = {"num_key_value_heads": 2, "num_experts_per_tok": 2, **SIZES}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 8, **EXPERTS},
+    "qwen2-moe": {
+        "model_type": "qwen2_moe",
+        "num_experts": 8,
+        "moe_intermediate_size": 96,
+        "shared_expert_intermediate_size": 192,
+        **EXPERTS,
+    },
+}
 CHOICES = {
     "lora all": ("all", "lora"),
     "lora last:2": ("last:2", "lora"),
@@ -63,7 +82,7 @@ COUNTED = {
 
 @cache
 def made_base(folder: Path, name: str) -> LoadedBase:
-    config = AutoConfig.for_model(**BASES[name], max_position_embeddings=2048)
+    config = AutoConfig.for_model(**{**BASES, **OTHERS}[name], max_position_embeddings=2048)
     set_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / name)
     anatomy = read_anatomy(folder / name, need_weights=True)
@@ -130,6 +149,44 @@ def test_a_training_step_takes_what_the_plan_says(folder: Path, name: str, choic
     assert planned == pytest.approx(found, rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("choice", ["lora all", "full last:2", "full all"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_designs(folder: Path, name: str, choice: str, checkpointing: bool) -> None:
+    """Norms on queries and keys, one key-value head, norms after the MLP, fused projections, parallel residuals."""
+    base = made_base(folder, name)
+    selection = chosen(base.anatomy, choice)
+    found = counted(base, selection, rows(128, base.anatomy.vocab_size, 0.5), checkpointing)
+    planned = train_flops_per_token(base.anatomy, selection, 128, checkpointing=checkpointing, supervised_share=0.5)
+    # Where attention and MLP both read the block's input, LoRA's upper bound is 3.4% of six blocks.
+    assert planned == pytest.approx(found, rel=0.04 if choice == "lora all" else 0.001)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("choice", ["lora all", "lora last:2", "full last:2", "full all"])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_token_passes_its_own_experts_alone(folder: Path, name: str, choice: str, checkpointing: bool) -> None:
+    config = AutoConfig.for_model(**MIXTURES[name], max_position_embeddings=2048)
+    config.save_pretrained(folder / name)
+    config._experts_implementation = "eager"
+    set_seed(0)
+    base = described(folder / name, AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    selection = chosen(base.anatomy, choice)
+    found = counted(base, selection, rows(128, base.anatomy.vocab_size, 0.5), checkpointing)
+    planned = train_flops_per_token(base.anatomy, selection, 128, checkpointing=checkpointing, supervised_share=0.5)
+    assert planned == pytest.approx(found, rel=TOLERANCE)
+
+
+def described(folder: Path, model: Any) -> LoadedBase:
+    """As `load_base` leaves it, for a base that has no weights on disk."""
+    anatomy = read_anatomy(folder, need_weights=False)
+    model.train()
+    model.config.use_cache = False
+    model.requires_grad_(False)
+    description = BaseLoad(folder=anatomy.folder, model_type=anatomy.model_type, quantize="none", task="completion")
+    return LoadedBase(model=model, anatomy=anatomy, load=description, dtype=torch.float32, device=torch.device("cpu"))
+
+
 @pytest.mark.parametrize("name", BASES)
 def test_scoring_takes_one_forward_pass(folder: Path, name: str) -> None:
     base = made_base(folder, name)
@@ -156,26 +213,24 @@ def test_a_head_in_several_chunks_is_computed_twice(folder: Path, monkeypatch: p
 
 # -- published shapes, without their memory ---------------------------------------------------------------------------
 
+LLAMA = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 8192}
 SHAPES = {
-    "llama-3.1-8b": {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32},
-    "llama-3.1-70b": {"model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64},
+    "llama-3.1-8b": (32, {**LLAMA, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}),
+    "llama-3.1-70b": (80, {**LLAMA, "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64}),
+    "mixtral-8x7b": (
+        32,
+        {**LLAMA, "model_type": "mixtral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336}
+        | {"num_attention_heads": 32, "num_local_experts": 8, "num_experts_per_tok": 2},
+    ),
 }
-BLOCKS = {"llama-3.1-8b": 32, "llama-3.1-70b": 80}
 
 
-def fake_base(folder: Path, name: str, num_blocks: int) -> LoadedBase:
-    """Right in every shape, with no memory behind it. Call it under FakeTensorMode."""
-    config = AutoConfig.for_model(
-        **SHAPES[name], num_hidden_layers=num_blocks, num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192
-    )
-    config.save_pretrained(folder / f"{name}-{num_blocks}")
-    anatomy = read_anatomy(folder / f"{name}-{num_blocks}", need_weights=False)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-    model.train()
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    description = BaseLoad(folder=anatomy.folder, model_type=anatomy.model_type, quantize="none", task="completion")
-    return LoadedBase(model=model, anatomy=anatomy, load=description, dtype=torch.float32, device=torch.device("cpu"))
+def shape_config(folder: Path, name: str, num_blocks: int) -> Any:
+    """The config, written to `folder`. Experts are multiplied as gathered stacks, whose shapes hang on no values."""
+    config = AutoConfig.for_model(**SHAPES[name][1], num_hidden_layers=num_blocks)
+    config.save_pretrained(folder)
+    config._experts_implementation = "batched_mm"
+    return config
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
@@ -185,20 +240,17 @@ def test_published_shapes(folder: Path, name: str, choice: str, checkpointing: b
     """Counted on two and on four blocks; each further block adds what those two added."""
     # A fake module cannot be moved, and is where it should be.
     monkeypatch.setattr(nn.Module, "to", lambda module, *_, **__: module)
-    width, counts = 2048, {}
-    for num_blocks in (2, 4):
+    num_blocks, shape = SHAPES[name]
+    width, vocab, counts = 2048, shape["vocab_size"], {}
+    for few in (2, 4):
         with FakeTensorMode(allow_non_fake_inputs=True):
-            base = fake_base(folder, name, num_blocks)
-            counts[num_blocks] = counted(base, chosen(base.anatomy, choice), rows(width, 128256, 1.0), checkpointing)
-    whole = counts[2] + (BLOCKS[name] - 2) * (counts[4] - counts[2]) / 2
-    anatomy = read_anatomy(shape_folder(folder, name), need_weights=False)
-    planned = train_flops_per_token(anatomy, chosen(anatomy, choice), width, checkpointing=checkpointing, head_twice=True)
+            config = shape_config(folder / f"{name}-{few}", name, few)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+            base = described(folder / f"{name}-{few}", model)
+            counts[few] = counted(base, chosen(base.anatomy, choice), rows(width, vocab, 1.0), checkpointing)
+    whole = counts[2] + (num_blocks - 2) * (counts[4] - counts[2]) / 2
+    shape_config(folder / name, name, num_blocks)
+    anatomy = read_anatomy(folder / name, need_weights=False)
+    twice = 4 * ROWS * width * vocab > objective_module.LOGIT_CHUNK_BYTES
+    planned = train_flops_per_token(anatomy, chosen(anatomy, choice), width, checkpointing=checkpointing, head_twice=twice)
     assert planned == pytest.approx(whole, rel=TOLERANCE)
-
-
-def shape_folder(folder: Path, name: str) -> Path:
-    config = AutoConfig.for_model(
-        **SHAPES[name], num_hidden_layers=BLOCKS[name], num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192
-    )
-    config.save_pretrained(folder / name)
-    return folder / name
