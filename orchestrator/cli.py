@@ -139,6 +139,7 @@ def plan(
     cluster: Annotated[Path | None, typer.Option("--cluster", metavar="FILE", help="Plan for the cluster in this file.")] = None,
     job: Annotated[str, typer.Option("--job", help="sweep or finetune; by default the one that the spec has, sweep first.")] = "",
     address: Address = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Print the derivation of every number too.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Say what would be done: trials, memory, ZeRO stage, gangs, disk, GPU-hours. Needs no GPU, no cluster, no weights."""
@@ -151,7 +152,7 @@ def plan(
         return
     from orchestrator.report import plan_view
 
-    _print_rich(plan_view(planned))
+    _print_rich(plan_view(planned, explain=explain))
 
 
 @app.command()

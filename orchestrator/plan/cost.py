@@ -15,7 +15,7 @@ from orchestrator.plan.estimates import CostEstimate, FlopTerm, OptionCost, Part
 from orchestrator.plan.flops import forward_flops_per_token, runs_head_twice, train_terms
 from orchestrator.plan.placement import Machines
 from orchestrator.plan.values import DataSize, ExecutionPlan, RunPlan, SearchPlan, TrialOption
-from orchestrator.units import format_count
+from orchestrator.units import format_count, format_flops
 
 ACHIEVED_SHARE = 0.35
 """Share of a GPU's peak that a training step reaches: assumed. Published runs of large dense models reach 0.38 to 0.43 on
@@ -158,7 +158,11 @@ def _operations(plan: RunPlan, anatomy: ModelAnatomy, terms: Sequence[Sequence[F
     of = f"{count} trials x {steps:.4g} of {search.rung_steps[-1]} steps"
     parts = [
         Part(name="trials", amount=count * mean * steps * per_step, reason=f"{of} x {per_step:.4g} tokens x {_rate(mean)}, mean"),
-        Part(name="scoring", amount=count * rungs * scored, reason=f"{count} trials x {rungs:.3g} rungs x one forward pass"),
+        Part(
+            name="scoring",
+            amount=count * rungs * scored,
+            reason=f"{count} trials x {rungs:.3g} rungs x {format_flops(scored)}, a forward pass",
+        ),
         Part(name="controls", amount=controls, reason="the untouched base, scored; the head alone, trained to the full budget"),
     ]
     if again:
@@ -172,7 +176,7 @@ def _head(plan: RunPlan, anatomy: ModelAnatomy) -> LayerSelection:
 
 
 def _rate(flops_per_token: float) -> str:
-    return f"{format_count(flops_per_token)} FLOP a token"
+    return f"{format_flops(flops_per_token)} a token"
 
 
 def _seconds(rate: Rate, operations: float) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from orchestrator.plan.steps import accumulation
 from orchestrator.plan.values import ExecutionPlan, MemoryEstimate, RunPlan, TrialOption
 from orchestrator.spec.models import JobSpec
-from orchestrator.units import format_bytes, format_count
+from orchestrator.units import format_bytes, format_count, format_seconds
 
 
 def derivations(plan: RunPlan, spec: JobSpec) -> tuple[str, ...]:
@@ -16,6 +16,7 @@ def derivations(plan: RunPlan, spec: JobSpec) -> tuple[str, ...]:
         f"{spec.train.epochs:g} epochs x {_count(plan.data.steps_per_epoch, 'step')} = {_count(plan.total_steps, 'step')}, "
         f"{format_count(plan.total_tokens)} tokens",
         _gangs_line(plan),
+        *(plan.placement.sentences if plan.placement is not None else ()),
         _stage_line(plan.execution),
     ]
     if plan.search is None:
@@ -66,8 +67,7 @@ def plan_lines(plan: RunPlan) -> list[str]:
     heaviest = heaviest_option(plan)
     lines.append(f"  memory of a rank, {heaviest.layers} {heaviest.tune}: {format_bytes(heaviest.memory.total_bytes)}")
     lines += [f"    {line}" for line in memory_lines(heaviest.memory)]
-    hours = f"{plan.gpu_hours:.3g} GPU-hours" if plan.gpu_hours is not None else "GPU-hours unknown"
-    lines.append(f"  cost        {hours} · {format_bytes(plan.disk_bytes)} of disk")
+    lines.append(f"  cost        {cost_line(plan)}")
     lines += [f"  because     {reason}" for reason in plan.reasons]
     lines += [f"  rejected    {rejected.way}: {rejected.reason}" for rejected in plan.rejected]
     lines += [f"  warning     {warning}" for warning in plan.warnings]
@@ -92,6 +92,22 @@ def option_line(option: TrialOption) -> str:
     rates = f"lr {low:.1e}" if low == high else f"lr {low:.1e} to {high:.1e}"
     learn = format_count(option.selection.num_trainable_parameters)
     return f"{option.layers} · {tune} · {learn} learn · {rates} · {format_bytes(option.memory.total_bytes)}"
+
+
+def cost_line(plan: RunPlan) -> str:
+    """`1.2 GPU-hours (3.1 without early stopping) · about 9m10s · 3.00 · 16.1 GiB of disk`."""
+    cost, disk = plan.cost, f"{format_bytes(plan.disk_bytes)} of disk"
+    if cost is None or (cost.gpu_hours is None and cost.core_hours is None):
+        return f"GPU-hours unknown · {disk}"
+    if cost.gpu_hours is None:
+        said = [f"{cost.core_hours:.3g} core-hours"]
+    else:
+        stops = plan.search is not None and len(plan.search.rung_steps) > 1
+        whole = f" ({cost.gpu_hours_without_stopping:.3g} without early stopping)" if stops else ""
+        said = [f"{cost.gpu_hours:.3g} GPU-hours{whole}"]
+    said += [f"about {format_seconds(3600 * cost.wall_hours)}"] if cost.wall_hours is not None else []
+    said += [f"{cost.price:,.2f} in money"] if cost.price is not None else []
+    return " · ".join([*said, disk])
 
 
 def heaviest_option(plan: RunPlan) -> TrialOption:
