@@ -53,7 +53,7 @@ def estimate_cost(plan: RunPlan, anatomy: ModelAnatomy, rate: Rate, *, price_per
     total = sum(part.amount for part in operations)
     refit = sum(part.amount for part in operations if part.name == REFIT)
     trial = [sum(term.flops for term in each) * plan.total_tokens * _budget(plan) for each in terms]
-    units, refit_units = _units(plan.execution), _units(plan.refit_execution)
+    units, refit_units = units_of_gang(plan.execution), units_of_gang(plan.refit_execution)
     search_seconds = _seconds(rate, max((total - refit) / (units * _busy_gangs(plan)), max(trial, default=0.0) / units))
     disk, checkpoint_bytes = _disk(plan, anatomy, options)
     on_gpus = plan.execution.device == "cuda"
@@ -113,6 +113,15 @@ def option_terms(plan: RunPlan, anatomy: ModelAnatomy, selection: LayerSelection
     )
 
 
+def scored_flops(plan: RunPlan, anatomy: ModelAnatomy) -> float:
+    """Operations of scoring the eval and retention sets once."""
+    data = plan.data
+    width, share = plan.execution.row_tokens, data.supervised_share
+    return (data.eval_tokens + data.retain_tokens) * forward_flops_per_token(
+        anatomy, width, data.num_classes, supervised_share=share
+    )
+
+
 def expected_rungs(search: SearchPlan) -> float:
     """Rungs that a trial reaches on average when one in `reduction_factor` goes on past each."""
     return sum(search.reduction_factor**-power for power in range(len(search.rung_steps)))
@@ -135,12 +144,8 @@ def run_flops(plan: RunPlan, anatomy: ModelAnatomy) -> float:
 
 def _operations(plan: RunPlan, anatomy: ModelAnatomy, terms: Sequence[Sequence[FlopTerm]]) -> tuple[tuple[Part, ...], float]:
     """(parts of the run as it is expected to go, operations when no trial is stopped)."""
-    data = plan.data
     per_token = [sum(term.flops for term in each) for each in terms]
-    forward = forward_flops_per_token(
-        anatomy, plan.execution.row_tokens, data.num_classes, supervised_share=data.supervised_share
-    )
-    scored = (data.eval_tokens + data.retain_tokens) * forward
+    scored = scored_flops(plan, anatomy)
     if plan.search is None:
         trained = per_token[0] * plan.total_tokens
         parts = (
@@ -191,7 +196,7 @@ def _times(hours: float | None, price: float | None) -> float | None:
     return None if hours is None or price is None else hours * price
 
 
-def _units(execution: ExecutionPlan) -> int:
+def units_of_gang(execution: ExecutionPlan) -> int:
     """GPUs, or cores, of one gang."""
     return execution.ranks * (1 if execution.device == "cuda" else execution.threads_per_rank)
 
