@@ -142,7 +142,7 @@ def _gangs(most: int, least: int) -> str:
 def _nothing_fits(found: Machines, spec: JobSpec, load: Load, counts: Sequence[int], room: RankRoom) -> PlanError:
     """What the leanest way lacks, and what would help."""
     tried = list(ways(spec.resources, found.device, counts, load.row_tokens))
-    on_device = [way for way in tried if heaviest(way, load.footprints)[0].total_bytes <= room.device_bytes]
+    on_device = [way for way in tried if heaviest(way, load.footprints).device.total_bytes <= room.device_bytes]
     way = on_device[0] if on_device else leanest(tried, load)
     remedies: list[str] = []
     if spec.base.quantize == "none":

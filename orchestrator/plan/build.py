@@ -71,7 +71,7 @@ def make_plan(
         execution=execution_plan(gangs.way, found, gangs.num_gangs, spec, pack=pack),
         refit_execution=execution_plan(refit, found, 1, spec, pack=pack),
         num_gangs=gangs.num_gangs,
-        base_memory=estimate(_weigh(spec, anatomy, data, untouched), gangs.way)[0],
+        base_memory=estimate(_weigh(spec, anatomy, data, untouched), gangs.way).device,
         search=_search_plan(spec, options, gangs, steps.total_steps(spec, data)) if job == "sweep" else None,
         finetune=options[0] if job == "finetune" else None,
         total_steps=steps.total_steps(spec, data),
@@ -132,7 +132,7 @@ def _options(choices: Sequence[Choice], footprints: Sequence[Footprint], way: Wa
             tune=selection.tune,
             lora_rank=selection.lora_rank,
             selection=selection,
-            memory=estimate(footprint, way)[0],
+            memory=estimate(footprint, way).device,
             learning_rate_low=low,
             learning_rate_high=high,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
+from orchestrator.plan.activations import activations
 from orchestrator.spec.models import Quantize
 
 NF4_BLOCK = 64
@@ -30,8 +31,17 @@ class Footprint:
     largest_linear_elements: int
     learning_blocks: int
     """Blocks from the cut up: those that a backward pass goes through."""
-    block_token_bytes: int
-    """Activations that one block keeps for the backward pass, per token."""
+    kept_token_bytes: int
+    """Activations that all of them keep for the backward pass, per token."""
+    whole_token_bytes: int
+    """What the largest of them keeps, per token."""
+    working_token_bytes: int
+    """What the backward pass of one needs beside it, per token, at most."""
+    forward_token_bytes: int
+    """What the forward pass of one block needs where nothing is kept, per token, at most."""
+    head_learns: bool
+    largest_learning_elements: int
+    """Of one tensor."""
     hidden_size: int
     logit_width: int
     """Vocabulary, or classes."""
@@ -59,6 +69,8 @@ def weigh(
     if selection.unties_head:
         loaded[anatomy.head_weight] = head_bytes
     learns = bool(selection.trainable or selection.adapted)
+    every = activations(anatomy, selection, element_bytes)
+    above = every[selection.cut :] if learns else []
     return Footprint(
         frozen_bytes=sum(loaded.get(name, 0) for name in (*selection.frozen, *selection.adapted)),
         trainable_elements=selection.num_trainable_parameters,
@@ -71,7 +83,12 @@ def weigh(
             default=0,
         ),
         learning_blocks=anatomy.num_blocks - selection.cut if learns else 0,
-        block_token_bytes=block_activation_bytes(anatomy, selection, element_bytes),
+        kept_token_bytes=sum(block.kept_bytes for block in above),
+        whole_token_bytes=max((block.kept_bytes for block in above), default=0),
+        working_token_bytes=max((block.working_bytes for block in above), default=0),
+        forward_token_bytes=max(block.forward_bytes for block in every),
+        head_learns=anatomy.head_weight in (*selection.trainable, *selection.adapted),
+        largest_learning_elements=max((_elements(anatomy, name) for name in selection.trainable), default=0),
         hidden_size=anatomy.hidden_size,
         logit_width=num_classes or anatomy.vocab_size,
         classify=num_classes > 0,
@@ -84,25 +101,7 @@ def weigh(
     )
 
 
-def block_activation_bytes(anatomy: ModelAnatomy, selection: LayerSelection, element_bytes: int) -> int:
-    """Bytes a token that one block keeps for its backward pass, without checkpointing.
-
-    With hidden size h, query width q, MLP width f and elements of e bytes:
-
-    - two norms, computed in float32, keep their inputs and scales: 2·(4h + 4); a norm that learns also keeps what it
-      scaled: e·h each
-    - input of the query, key and value projections, and of the MLP's two: 2·e·h
-    - query, key and value for the attention kernel (keys and values repeated to the query heads, which a mask asks
-      for), its output, and a float32 scale per head: 4·e·q + 4·heads
-    - MLP: gate before and after its nonlinearity, up, their product: 4·e·f
-    - LoRA: what A makes of the input, e·r for each of the block's matrices
-
-    The count follows Korthikanti et al. 2022 ("Reducing Activation Recomputation", section 4.1), redone for RMS norms
-    and a gated MLP; fused attention keeps no scores, so their 5·a·s/h term is absent, but it keeps the mask (see
-    `memory._activation_terms`). A test compares it with what torch keeps. A block above the cut that does not learn keeps
-    less: for it the count is an upper bound.
-    """
-    h, f, q = anatomy.hidden_size, anatomy.intermediate_size, anatomy.num_heads * anatomy.head_dim
-    norms = 2 * (4 * h + 4) + (2 * element_bytes * h if selection.tune == "full" else 0)
-    adapters = element_bytes * (selection.lora_rank or 0) * max((len(block) for block in anatomy.linears), default=0)
-    return norms + element_bytes * (2 * h + 4 * q + 4 * f) + 4 * anatomy.num_heads + adapters
+def _elements(anatomy: ModelAnatomy, name: str) -> int:
+    if name in anatomy.tensors:
+        return anatomy.tensors[name].num_elements
+    return anatomy.vocab_size * anatomy.hidden_size if name == anatomy.head_weight else 0

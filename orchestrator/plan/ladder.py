@@ -20,9 +20,9 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from orchestrator.plan.footprint import Footprint
-from orchestrator.plan.memory import Device, Offload, Stage, Way, estimate
+from orchestrator.plan.memory import Device, Offload, RankMemory, Stage, Way, estimate
 from orchestrator.plan.steps import accumulation, max_rows
-from orchestrator.plan.values import MemoryEstimate, RejectedWay
+from orchestrator.plan.values import RejectedWay
 from orchestrator.spec.models import ResourcesSpec
 from orchestrator.units import format_bytes
 
@@ -38,7 +38,9 @@ class RankRoom:
 
     device_bytes: int
     host_bytes: int
-    """For what is offloaded; on a CPU the device's own."""
+    """Its part of its node's memory, for what is offloaded, loaded and saved; on a CPU the device's own."""
+    ranks_per_node: int = 1
+    """Ranks that share a node's memory."""
 
 
 @dataclass(frozen=True)
@@ -83,27 +85,35 @@ def cheapest(candidates: Iterable[Way], load: Load, room: RankRoom) -> tuple[Way
 
 def leanest(candidates: Iterable[Way], load: Load) -> Way:
     """The way that needs least of a rank's device."""
-    return min(candidates, key=lambda way: heaviest(way, load.footprints)[0].total_bytes)
+    return min(candidates, key=lambda way: heaviest(way, load.footprints).device.total_bytes)
 
 
-def heaviest(way: Way, footprints: Sequence[Footprint]) -> tuple[MemoryEstimate, int]:
-    """Memory of the footprint that needs most of the device, and the most that any puts into host memory."""
+def heaviest(way: Way, footprints: Sequence[Footprint]) -> RankMemory:
+    """The most that any of these needs of the device, and the most that any needs of the host."""
     estimates = [estimate(footprint, way) for footprint in footprints]
-    memory, _ = max(estimates, key=lambda pair: pair[0].total_bytes)
-    return memory, max(host_bytes for _, host_bytes in estimates)
+    return RankMemory(
+        device=max((memory.device for memory in estimates), key=lambda memory: memory.total_bytes),
+        host=max((memory.host for memory in estimates), key=lambda memory: memory.total_bytes),
+        first_rank_bytes=max(memory.first_rank_bytes for memory in estimates),
+    )
 
 
 def misfit(way: Way, load: Load, room: RankRoom) -> str | None:
     """Why a way does not fit, or None when it does."""
-    memory, host_bytes = heaviest(way, load.footprints)
-    if memory.total_bytes > room.device_bytes:
-        worst = max(memory.terms, key=lambda term: term.num_bytes)
+    memory = heaviest(way, load.footprints)
+    if memory.device.total_bytes > room.device_bytes:
+        worst = max(memory.device.terms, key=lambda term: term.num_bytes)
         return (
-            f"needs {format_bytes(memory.total_bytes)} of {format_bytes(room.device_bytes)} a rank, "
+            f"needs {format_bytes(memory.device.total_bytes)} of {format_bytes(room.device_bytes)} a rank, "
             f"most of it {worst.name}: {format_bytes(worst.num_bytes)} ({worst.reason})"
         )
+    host_bytes = memory.host.total_bytes + memory.first_rank_bytes // min(way.ranks, room.ranks_per_node)
     if way.device == "cuda" and host_bytes > room.host_bytes:
-        return f"puts {format_bytes(host_bytes)} into host memory, and a rank has {format_bytes(room.host_bytes)} there"
+        worst = max(memory.host.terms, key=lambda term: term.num_bytes)
+        return (
+            f"puts {format_bytes(host_bytes)} into host memory, and a rank has {format_bytes(room.host_bytes)} there; "
+            f"{worst.name}: {format_bytes(worst.num_bytes)} ({worst.reason})"
+        )
     return None
 
 

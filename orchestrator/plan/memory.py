@@ -1,16 +1,22 @@
 """Memory of one rank, term by term. Every coefficient stands in a docstring with its source.
 
 Bytes throughout. T is the tokens of a micro-batch (rows x row width), W the ranks of a gang, P the elements
-that learn, and "element" the size of a number in the compute dtype (2 for bfloat16, 4 for float32).
+that learn, V the vocabulary, h the hidden size, and e the size of a number in the compute dtype (2 for bfloat16,
+4 for float32).
+
+Some of it is held all the time; the rest comes and goes. What a rank needs is the most that any phase of a step
+holds: the loss (every activation, and logits), the backward pass (activations, and one block's gradients), the update,
+the evaluation.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from orchestrator.plan.footprint import Footprint
-from orchestrator.plan.values import MemoryEstimate, MemoryTerm
+from orchestrator.plan.values import MemoryEstimate, MemoryPhase, MemoryTerm
 from orchestrator.units import GIB, MIB, format_count
 
 LOGIT_CHUNK_BYTES = 256 * MIB
@@ -59,31 +65,45 @@ class Way:
         return ", ".join(parts)
 
 
-def estimate(footprint: Footprint, way: Way) -> tuple[MemoryEstimate, int]:
-    """(memory of a rank on its device, bytes that it puts into host memory).
+class RankMemory(NamedTuple):
+    """What one rank needs."""
 
-    Host memory takes what is offloaded. A 16-bit base is loaded there before ZeRO-3 partitions it: mapped from its files
-    (measured: no anonymous memory) or, where they hold another dtype, as a copy.
-    """
-    terms = [
-        *_weight_terms(footprint, way),
-        *_state_terms(footprint, way),
-        *_activation_terms(footprint, way),
-        *_logit_terms(footprint, way),
-        *_runtime_terms(way),
-    ]
+    device: MemoryEstimate
+    """Of its GPU; without one, of its part of the host's memory."""
+    host: MemoryEstimate
+    """Of the host, beside a GPU."""
+    first_rank_bytes: int
+    """Of the host, on the gang's first rank alone: what learns, gathered there to be saved."""
+
+
+def estimate(footprint: Footprint, way: Way) -> RankMemory:
+    """The memory of one rank, on its device and on its host."""
+    host = _host_terms(footprint, way)
+    steady = [*_weight_terms(footprint, way), *_state_terms(footprint, way)]
+    phases = _phases(footprint, way)
+    if way.device == "cpu":
+        offloaded, passing = (term.model_copy(update={"name": f"host: {term.name}"}) for term in host)
+        steady.append(offloaded)
+        phases["saving"] = [passing]
     if footprint.quantized and way.zero_stage == 3:
-        terms.append(_loading_term(footprint, sum(term.num_bytes for term in terms)))
-    used = sum(term.num_bytes for term in terms)
-    terms.append(
-        MemoryTerm(name="allocator slack", num_bytes=round(SLACK_SHARE * used), reason=f"{SLACK_SHARE:.0%} of the above")
+        phases["loading"] = [_loading_term(footprint, sum(term.num_bytes for term in steady))]
+    sizes = {name: sum(term.num_bytes for term in terms) for name, terms in phases.items()}
+    ordered = sorted(sizes, key=lambda name: -sizes[name])
+    held = sum(term.num_bytes for term in steady)
+    used = held + sizes[ordered[0]]
+    slack = MemoryTerm(
+        name="allocator slack", num_bytes=round(SLACK_SHARE * used), reason=f"{SLACK_SHARE:.0%} of the above", outside=True
     )
-    host_bytes = _offloaded_bytes(footprint, way)
-    if way.device == "cpu" and host_bytes:
-        terms.append(MemoryTerm(name="offloaded", num_bytes=host_bytes, reason="offloading stays in the same memory on a CPU"))
-    if way.zero_stage == 3 and not footprint.quantized:
-        host_bytes = max(host_bytes, footprint.converted_bytes)
-    return MemoryEstimate(terms=tuple(term for term in terms if term.num_bytes)), host_bytes
+    moving = [term.model_copy(update={"moving": True}) for term in phases[ordered[0]]]
+    terms = (*steady, *moving, slack, *_runtime_terms(way))
+    return RankMemory(
+        device=MemoryEstimate(
+            terms=tuple(term for term in terms if term.num_bytes),
+            phases=tuple(MemoryPhase(name=name, num_bytes=held + sizes[name]) for name in ordered),
+        ),
+        host=MemoryEstimate(terms=tuple(term for term in host if term.num_bytes)),
+        first_rank_bytes=footprint.trainable_elements * footprint.element_bytes,
+    )
 
 
 def _share(num_bytes: int, way: Way, from_stage: int) -> int:
@@ -119,14 +139,15 @@ def _weight_terms(footprint: Footprint, way: Way) -> list[MemoryTerm]:
 def _state_bytes(footprint: Footprint, way: Way) -> dict[str, int]:
     """Bytes that what learns takes, by part, for one rank, before offloading.
 
-    An element that learns costs its weight and its gradient in the compute dtype, a float32 gradient sum over the
-    rounds of a step (4), a float32 master (4) and Adam's two moments (8); stage 1 partitions masters, moments and
-    the float32 sums, stage 2 also gradients, stage 3 also weights (ZeRO, section 5, with the float32 sum added).
+    An element that learns costs its weight in the compute dtype, a float32 gradient sum over the rounds of a step (4), a
+    float32 master (4) and Adam's two moments (8); with DeepSpeed also its gradient in the compute dtype, which the torch
+    engine adds to its sum tensor by tensor. Stage 1 partitions masters, moments and the float32 sums, stage 2 also
+    gradients, stage 3 also weights (ZeRO, section 5, with the float32 sum added).
     """
     elements, size = footprint.trainable_elements, footprint.element_bytes
     return {
         "learning weights": _share(elements * size, way, 3),
-        "gradients": _share(elements * size, way, 2),
+        "gradients": _share(elements * size, way, 2) if way.executor == "deepspeed" else 0,
         "gradient sums": _share(elements * 4, way, 1),
         "masters and Adam": _share(elements * 12, way, 1),
     }
@@ -140,10 +161,24 @@ def _offloaded(way: Way) -> tuple[str, ...]:
     }[way.offload]
 
 
-def _offloaded_bytes(footprint: Footprint, way: Way) -> int:
+def _host_terms(footprint: Footprint, way: Way) -> list[MemoryTerm]:
+    """What a rank puts into host memory.
+
+    What is offloaded, all the time. Its part of a checkpoint's masters and moments on their way to the disk. A 16-bit base that ZeRO-3 partitions is loaded there before: mapped from its files (measured: no anonymous
+    memory) or, where they hold another dtype, as a copy; a quantized one is made on the device, matrix by matrix.
+    """
     state = _state_bytes(footprint, way)
     frozen = _share(footprint.frozen_bytes, way, 3) if way.offload == "parameters" else 0
-    return frozen + sum(state[name] for name in _offloaded(way))
+    offloaded = frozen + sum(state[name] for name in _offloaded(way))
+    copied = footprint.converted_bytes if way.zero_stage == 3 and not footprint.quantized else 0
+    return [
+        MemoryTerm(name="offloaded", num_bytes=offloaded, reason=f"{way.offload}, pinned"),
+        MemoryTerm(
+            name="loading or saving",
+            num_bytes=max(copied - offloaded, state["masters and Adam"]),
+            reason="the larger of the base in the compute dtype, where its files hold another, and a checkpoint on its way",
+        ),
+    ]
 
 
 def _state_terms(footprint: Footprint, way: Way) -> list[MemoryTerm]:
@@ -167,56 +202,101 @@ def _state_terms(footprint: Footprint, way: Way) -> list[MemoryTerm]:
     return terms
 
 
-def _activation_terms(footprint: Footprint, way: Way) -> list[MemoryTerm]:
-    """What the backward pass needs, from the cut up; below it one block's working set comes and goes.
+def _phases(footprint: Footprint, way: Way) -> dict[str, list[MemoryTerm]]:
+    """What comes and goes, by phase of a step."""
+    phases = {
+        "one block forward": [_forward_term(footprint, way)],
+        "scores": [_last_hidden_term(footprint, way, learning=False), _logit_term(footprint, way, learning=False)],
+    }
+    if not footprint.trainable_elements:
+        return phases
+    kept, logits = _kept_terms(footprint, way), _logit_term(footprint, way, learning=True)
+    phases["loss"] = [*kept, _last_hidden_term(footprint, way, learning=True), logits]
+    if footprint.learning_blocks:
+        phases["backward"] = [*kept, *_backward_terms(footprint, way)]
+    return phases
 
-    With checkpointing a block keeps its input (one element per hidden unit) and one block at a time is whole.
-    The mask of packed documents is boolean, one byte per pair of positions in a row, and each block that is whole
-    keeps it once more as numbers.
+
+def _kept_terms(footprint: Footprint, way: Way) -> list[MemoryTerm]:
+    """What blocks from the cut up keep for the backward pass; with checkpointing their inputs alone, h·e a token.
+
+    The mask of packed documents is boolean, one byte per pair of positions in a row; each block that is whole
+    keeps it once more as numbers, e bytes a pair.
     """
-    tokens, blocks = way.micro_batch_tokens, footprint.learning_blocks
-    block = tokens * footprint.block_token_bytes
-    entry = tokens * footprint.hidden_size * footprint.element_bytes
-    whole = 1 if way.checkpointing else max(1, blocks)
-    mask = tokens * way.row_tokens * (1 + footprint.element_bytes * whole)
+    tokens, blocks, e = way.micro_batch_tokens, footprint.learning_blocks, footprint.element_bytes
     shape = f"{way.micro_batch_rows} x {way.row_tokens} tokens"
+    pairs = tokens * way.row_tokens
     if not blocks:
-        kept, reason = block + entry, f"one block's working set, {shape}; nothing is kept"
-    elif way.checkpointing:
-        kept, reason = blocks * entry + block, f"inputs of {blocks} blocks and one block whole, {shape}"
+        return []
+    if way.checkpointing:
+        num_bytes, mask = tokens * blocks * footprint.hidden_size * e, pairs
+        reason = f"inputs of {blocks} blocks, {shape}"
     else:
-        kept, reason = blocks * block + entry, f"{blocks} blocks from the cut up, {shape}"
-    pairs = f"{way.micro_batch_rows} x {way.row_tokens}² pairs, in {whole} block{'s' if whole > 1 else ''}"
+        num_bytes, mask = tokens * footprint.kept_token_bytes, pairs * e * blocks
+        reason = f"{blocks} blocks from the cut up, {shape}"
+    where = "once" if way.checkpointing else f"in {blocks} blocks"
     return [
-        MemoryTerm(name="activations", num_bytes=kept, reason=reason),
-        MemoryTerm(name="attention mask", num_bytes=mask, reason=pairs),
+        MemoryTerm(name="activations", num_bytes=num_bytes, reason=reason),
+        MemoryTerm(name="attention mask", num_bytes=mask, reason=f"{way.micro_batch_rows} x {way.row_tokens}² pairs, {where}"),
     ]
 
 
-def _logit_terms(footprint: Footprint, way: Way) -> list[MemoryTerm]:
+def _backward_terms(footprint: Footprint, way: Way) -> list[MemoryTerm]:
+    """One block on its way back: with checkpointing all that it keeps, and its mask; the gradients of its activations, and of
+    its input and output, e·2h. While a weight's own gradient is made, half of the former are there.
+    """
+    tokens, e = way.micro_batch_tokens, footprint.element_bytes
+    wide, weight = tokens * footprint.working_token_bytes, e * footprint.largest_learning_elements
+    working = max(wide, wide // 2 + weight) + tokens * 2 * e * footprint.hidden_size
+    terms = [MemoryTerm(name="one block back", num_bytes=working, reason="gradients of its activations, or of a weight")]
+    if way.checkpointing:
+        whole = tokens * footprint.whole_token_bytes + e * tokens * way.row_tokens
+        terms.append(MemoryTerm(name="one block again", num_bytes=whole, reason="what it keeps, computed again"))
+    return terms
+
+
+def _last_hidden_term(footprint: Footprint, way: Way, *, learning: bool) -> MemoryTerm:
+    """After the last block: its states and those at supervised positions (or, to learn, the latter with their gradient),
+    e·2h; and what the final norm keeps, 4h + 4, where a block learns."""
+    tokens, h, e = way.micro_batch_tokens, footprint.hidden_size, footprint.element_bytes
+    norm = 4 * h + 4 if learning and footprint.learning_blocks else 0
+    return MemoryTerm(
+        name="last hidden states", num_bytes=tokens * (norm + 2 * e * h), reason="states, and at supervised positions"
+    )
+
+
+def _forward_term(footprint: Footprint, way: Way) -> MemoryTerm:
+    """One block's forward pass where nothing is kept, its mask as booleans and as numbers, and the states around it."""
+    tokens, e = way.micro_batch_tokens, footprint.element_bytes
+    num_bytes = tokens * (footprint.forward_token_bytes + 4 * e * footprint.hidden_size + (1 + e) * way.row_tokens)
+    return MemoryTerm(name="one block", num_bytes=num_bytes, reason="its forward pass, nothing kept")
+
+
+def _logit_term(footprint: Footprint, way: Way, *, learning: bool) -> MemoryTerm:
     """Logits of the supervised positions, at most all of them, a piece at a time.
 
-    A position costs per vocabulary entry: the logit in the compute dtype, its float32 copy (4), the log-softmax (4),
-    that one's gradient (4), and the logit's gradient in the compute dtype. Evaluation keeps no gradient and costs less.
+    The backward pass of a position costs per vocabulary entry its log-softmax, that one's gradient, and the logit's
+    gradient, in float32: 12. Evaluation has the logit (e), its float32 copy (4) and the log-softmax (4). A head that learns
+    has its gradient (e·V·h) beside the last of these; with several pieces it waits beside the next one's, and while two of them
+    are added up there are three.
     """
     positions = way.micro_batch_rows if footprint.classify else way.micro_batch_tokens
     piece = max(1, min(positions, LOGIT_CHUNK_BYTES // (4 * footprint.logit_width)))
-    num_bytes = piece * footprint.logit_width * (12 + 2 * footprint.element_bytes)
-    return [
-        MemoryTerm(
-            name="logits",
-            num_bytes=num_bytes,
-            reason=f"{piece} positions x {footprint.logit_width} entries, forward and backward",
-        )
-    ]
+    num_bytes = piece * footprint.logit_width * (12 if learning else 8 + footprint.element_bytes)
+    if learning and footprint.head_learns and not footprint.classify:
+        gradient, last = footprint.head_bytes, piece * footprint.logit_width * footprint.element_bytes
+        num_bytes = max(num_bytes + gradient, 3 * gradient) if piece < positions else max(num_bytes, last + gradient)
+    reason = f"{piece} positions x {footprint.logit_width} entries, {'forward and backward' if learning else 'forward'}"
+    return MemoryTerm(name="logits", num_bytes=num_bytes, reason=reason)
 
 
-def _runtime_terms(way: Way) -> list[MemoryTerm]:
+def _runtime_terms(way: Way) -> Sequence[MemoryTerm]:
     what = "CUDA context and libraries" if way.device == "cuda" else "interpreter and libraries"
-    terms = [MemoryTerm(name="runtime", num_bytes=RUNTIME_BYTES[way.device], reason=what)]
+    terms = [MemoryTerm(name="runtime", num_bytes=RUNTIME_BYTES[way.device], reason=what, outside=True)]
     if way.ranks > 1:
         backend = "nccl" if way.device == "cuda" else "gloo"
-        terms.append(MemoryTerm(name="collectives", num_bytes=COLLECTIVES_BYTES[backend], reason=f"{backend} buffers"))
+        reason = f"{backend} buffers"
+        terms.append(MemoryTerm(name="collectives", num_bytes=COLLECTIVES_BYTES[backend], reason=reason, outside=True))
     return terms
 
 

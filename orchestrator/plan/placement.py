@@ -51,6 +51,7 @@ class Machines:
             return RankRoom(
                 device_bytes=min(node.gpu_memory_bytes for node in self.nodes),
                 host_bytes=min(node.memory_bytes // node.num_gpus for node in self.nodes),
+                ranks_per_node=min(node.num_gpus for node in self.nodes),
             )
         share = min(node.memory_bytes // min(num_ranks, node.num_cpus) for node in self.nodes)
         return RankRoom(device_bytes=share, host_bytes=share)

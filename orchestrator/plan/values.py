@@ -6,6 +6,7 @@ from typing import Literal
 
 from orchestrator.anatomy.values import LayerSelection
 from orchestrator.plan.estimates import CostEstimate, Placement
+from orchestrator.plan.size import DataSize
 from orchestrator.spec.models import Quantize, Task, Tune
 from orchestrator.values import Value
 
@@ -39,39 +40,38 @@ class ClusterDescription(Value):
         return sum(node.count * node.num_cpus for node in self.nodes)
 
 
-class DataSize(Value):
-    """What the plan needs to know of the tokenised data. Estimated from file sizes where nothing was tokenised yet."""
-
-    train_documents: int
-    train_tokens: int
-    steps_per_epoch: int
-    eval_tokens: int
-    retain_tokens: int
-    longest_document_tokens: int
-    num_classes: int = 0
-    class_names: tuple[str, ...] = ()
-    sets_sha256: str = ""
-    """Over every split's tokens, masks and classes."""
-    supervised_share: float = 1.0
-    """Positions that are predicted, of all; to classify, documents. The output projection is computed at these alone."""
-    exact: bool = True
-    """False when estimated from file sizes."""
-
-
 class MemoryTerm(Value):
     name: str
     num_bytes: int
     reason: str
+    outside: bool = False
+    """Whether torch's allocator does not count it: the GPU's context, a library's own buffers, fragmentation."""
+    moving: bool = False
+    """Whether it comes and goes within a step."""
+
+
+class MemoryPhase(Value):
+    """A moment of a step, and the most that is held in it."""
+
+    name: str
+    num_bytes: int
 
 
 class MemoryEstimate(Value):
-    """Memory of one rank, term by term."""
+    """Memory of one rank, term by term, in the phase that needs most."""
 
     terms: tuple[MemoryTerm, ...]
+    phases: tuple[MemoryPhase, ...] = ()
+    """Every phase, the largest first: its terms are those above."""
 
     @property
     def total_bytes(self) -> int:
         return sum(term.num_bytes for term in self.terms)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """What `torch.cuda.max_memory_allocated` would show."""
+        return sum(term.num_bytes for term in self.terms if not term.outside)
 
 
 class RejectedWay(Value):

@@ -6,7 +6,7 @@ Checked against deepspeed 0.19.8. How it is used here:
   of rounds. DeepSpeed averages gradients over the ranks; `backward` multiplies by their number to get the sum.
 * Gradients are summed and sent in float32 (`grad_accum_dtype`, `communication_data_type`), masters and moments are
   float32. Only ZeRO 0 in bf16 sums rounds in bf16, for DeepSpeed has nothing else there.
-* torch's AdamW, for DeepSpeed's own is compiled at first use.
+* torch's fused AdamW, for DeepSpeed's own is compiled at first use, and torch's others copy what they update, twice.
 * Small buckets, as large as the plan counts them.
 """
 
@@ -90,6 +90,7 @@ class DeepSpeedTrainer:
             betas=ADAM_BETAS,
             eps=ADAM_EPSILON,
             weight_decay=settings.weight_decay,
+            fused=True,
         )
         self._engine: Any = _initialize(objective, deepspeed_config(execution, grad_clip=settings.grad_clip), optimizer)
         self.name = f"{type(self._engine).__name__}/{type(self._engine.optimizer).__name__}"

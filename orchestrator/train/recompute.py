@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
+
+from torch.utils.checkpoint import checkpoint
 
 
 @contextmanager
-def recomputed_from(model: Any, blocks: Any, cut: int) -> Iterator[None]:
-    """Recompute the activations of the blocks from `cut` up in the backward pass, instead of keeping them.
+def recomputed(blocks: Iterable[Any]) -> Iterator[None]:
+    """Recompute the activations of these blocks in the backward pass, instead of keeping them.
+
+    The blocks' own switches are set, not the model's `gradient_checkpointing_enable`: that one makes the embeddings'
+    output require a gradient, so that every block below the cut keeps its activations and is run backwards. Measured
+    on a Llama-3.1-8B shape at 4096 tokens: 624 MiB more for each frozen block.
 
     Non-reentrant: the reentrant kind gives no gradient, silently, where a block's input needs none, which is so at
-    the cut. Below it nothing is kept anyway, once the hook is off again that transformers sets with it: a gradient on the
-    embeddings, which would drive the backward pass through every block below the cut and keep their activations.
+    the cut.
 
     Args:
-        model: A transformers model.
-        blocks: Its blocks, in order.
-        cut: The first block that holds anything that learns.
+        blocks: transformers' blocks (`GradientCheckpointingLayer`), from the cut up.
     """
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.disable_input_require_grads()
-    for block in blocks[:cut]:
-        block.gradient_checkpointing = False
+    switched = list(blocks)
+    for block in switched:
+        block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        block.gradient_checkpointing = True
     try:
         yield
     finally:
-        model.gradient_checkpointing_disable()
+        for block in switched:
+            block.gradient_checkpointing = False
+            del block._gradient_checkpointing_func

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -13,8 +14,10 @@ from orchestrator.train.engine import ADAM_BETAS, ADAM_EPSILON, check_norm, regi
 class TorchEngine:
     """The numerics of DeepSpeed's bf16 optimizer in one process.
 
-    The learning tensors are laid end to end in three flat float32 buffers (masters, gradients, and Adam's moments
-    inside torch's AdamW); the model keeps its own tensors, which the masters are rounded into after each step.
+    The learning tensors are laid end to end in flat float32 buffers (masters, gradient sums, and Adam's moments inside
+    torch's AdamW); the model keeps its own tensors, which the masters are rounded into after each step. A tensor's
+    gradient is added to its sum, and let go of, as soon as the backward pass has it: never are all of them there. The
+    fused AdamW makes no temporary copies; the others make two of everything that learns.
     """
 
     name = "TorchEngine"
@@ -35,7 +38,13 @@ class TorchEngine:
         with torch.no_grad():
             self._master = nn.Parameter(torch.cat([p.detach().reshape(-1).float() for p in self._parameters]))
         self._gradient = torch.zeros_like(self._master, requires_grad=False)
-        self._optimizer = torch.optim.AdamW([self._master], lr=0.0, betas=ADAM_BETAS, eps=ADAM_EPSILON, weight_decay=weight_decay)
+        self._optimizer = torch.optim.AdamW(
+            [self._master], lr=0.0, betas=ADAM_BETAS, eps=ADAM_EPSILON, weight_decay=weight_decay, fused=True
+        )
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(_adder(total))
+            for parameter, total in zip(self._parameters, self._views(self._gradient), strict=True)
+        ]
         register_engine(self)
 
     def loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -43,10 +52,6 @@ class TorchEngine:
 
     def backward(self, loss_sum: torch.Tensor, scale: float) -> None:
         (loss_sum * scale).backward()
-        for parameter, gradient in zip(self._parameters, self._views(self._gradient), strict=True):
-            if parameter.grad is not None:
-                gradient.add_(parameter.grad)
-                parameter.grad = None
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> float:
@@ -74,8 +79,7 @@ class TorchEngine:
         moments = {key: value for key, value in state.items() if key != "master"}
         if moments:
             self._optimizer.state[self._master] = {
-                key: value.clone() if key == "step" else value.to(self._master.device, copy=True)
-                for key, value in moments.items()
+                key: value.to(self._master.device, copy=True) for key, value in moments.items()
             }
         self._write_back()
 
@@ -85,6 +89,8 @@ class TorchEngine:
         return sum(tensor.numel() * tensor.element_size() for tensor in [self._master, *moments])
 
     def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
         for parameter in self._parameters:
             parameter.grad = None
         self._optimizer.state.clear()
@@ -97,3 +103,11 @@ class TorchEngine:
     def _write_back(self) -> None:
         for parameter, master in zip(self._parameters, self._views(self._master.detach()), strict=True):
             parameter.copy_(master)
+
+
+def _adder(total: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    def add(parameter: torch.Tensor) -> None:
+        total.add_(cast("torch.Tensor", parameter.grad))
+        parameter.grad = None
+
+    return add

@@ -32,7 +32,7 @@ from orchestrator.train.integrity import changed_frozen
 from orchestrator.train.loop import LoopState, train_steps
 from orchestrator.train.objective import Objective
 from orchestrator.train.ranks import Ranks
-from orchestrator.train.recompute import recomputed_from
+from orchestrator.train.recompute import recomputed
 from orchestrator.train.scoring import Scorer, Scores
 from orchestrator.train.torch_engine import TorchEngine
 
@@ -96,7 +96,7 @@ class TrialRun:
             stack.callback(engine.close)
             if self.execution.checkpointing:
                 blocks = branch.model.get_submodule(self.base.anatomy.blocks_module)
-                stack.enter_context(recomputed_from(branch.model, blocks, assignment.selection.cut))
+                stack.enter_context(recomputed(list(blocks.children())[assignment.selection.cut :]))
             if start is not None and start.exact:
                 start.resume(engine, self.ranks)
             self.outcome.state = start.state if start is not None else LoopState()

@@ -54,9 +54,7 @@ def load(engine: Any, state: Mapping[str, torch.Tensor]) -> None:
         moments = {key.rpartition(".")[0]: value for key, value in state.items() if key.endswith(f".{index}")}
         del moments["master"]
         if moments:
-            engine.basic_optimizer.state[master] = {
-                key: value.clone() if key == "step" else value.to(master.device, copy=True) for key, value in moments.items()
-            }
+            engine.basic_optimizer.state[master] = {key: value.to(master.device, copy=True) for key, value in moments.items()}
     _write_back(engine.optimizer)
 
 

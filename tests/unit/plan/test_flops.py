@@ -25,7 +25,7 @@ from orchestrator.train import objective as objective_module
 from orchestrator.train.base import LoadedBase, load_base
 from orchestrator.train.branch import open_branch
 from orchestrator.train.objective import IGNORED, Objective
-from orchestrator.train.recompute import recomputed_from
+from orchestrator.train.recompute import recomputed
 
 aten = torch.ops.aten
 ROWS = 2
@@ -114,8 +114,8 @@ def counted(base: LoadedBase, selection: LayerSelection, batch: dict[str, torch.
         branch = stack.enter_context(open_branch(base, selection, lora_alpha=16, seed=0))
         objective = Objective(branch.model, branch.backbone(), branch.head(), "completion")
         if checkpointing:
-            blocks = base.model.get_submodule(base.anatomy.blocks_module)
-            stack.enter_context(recomputed_from(base.model, blocks, selection.cut))
+            blocks: Any = base.model.get_submodule(base.anatomy.blocks_module)
+            stack.enter_context(recomputed(blocks[selection.cut :]))
         with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
             if isinstance(batch["labels"], FakeTensor):
                 hidden = branch.backbone()(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).last_hidden_state

@@ -51,12 +51,12 @@ def test_cores_have_nowhere_to_offload_to() -> None:
 @pytest.mark.parametrize("gib", [30, 40, 80])
 def test_the_micro_batch_is_the_largest_that_fits(base: Any, gib: int) -> None:
     """With a step without end, one row more would be too much; rows spread evenly may leave out less than a round."""
-    work, room = load(base, tokens_per_step=512 * 10**6), RankRoom(gib * GIB, 0)
+    work, room = load(base, tokens_per_step=512 * 10**6), RankRoom(gib * GIB, 100 * GIB)
     way, _ = cheapest(ways(ResourcesSpec(), "cuda", [1], 512), work, room)
     assert way is not None
-    assert heaviest(way, work.footprints)[0].total_bytes <= room.device_bytes
+    assert heaviest(way, work.footprints).device.total_bytes <= room.device_bytes
     more = replace(way, micro_batch_rows=way.micro_batch_rows + 1)
-    assert heaviest(more, work.footprints)[0].total_bytes > room.device_bytes
+    assert heaviest(more, work.footprints).device.total_bytes > room.device_bytes
 
 
 def test_rows_are_spread_evenly_over_rounds(base: Any) -> None:
@@ -64,9 +64,9 @@ def test_rows_are_spread_evenly_over_rounds(base: Any) -> None:
     work = load(base, tokens_per_step=20 * 512)
     rows = [18, 10]
     per_row = [
-        heaviest(replace(next(ways(ResourcesSpec(), "cuda", [1], 512)), micro_batch_rows=n), work.footprints)[0] for n in rows
+        heaviest(replace(next(ways(ResourcesSpec(), "cuda", [1], 512)), micro_batch_rows=n), work.footprints).device for n in rows
     ]
-    way, _ = cheapest(ways(ResourcesSpec(), "cuda", [1], 512), work, RankRoom(per_row[0].total_bytes, 0))
+    way, _ = cheapest(ways(ResourcesSpec(), "cuda", [1], 512), work, RankRoom(per_row[0].total_bytes, 100 * GIB))
     assert way is not None
     assert way.micro_batch_rows == 10
 

@@ -1,0 +1,121 @@
+"""What a block of the base keeps for its backward pass, and what that pass needs beside it. Bytes per token.
+
+The counts follow the operators that transformers' blocks run and what torch saves of each, after Korthikanti et al. 2022
+("Reducing Activation Recomputation", section 4.1), redone for RMS norms, gated MLPs, LoRA and experts; attention is
+fused and keeps no scores. `scripts/bench memory` compares them with every allocation of a step.
+
+h is the hidden size, q the width of all query heads, f the MLP width, r the LoRA rank, e the bytes of an element of the
+compute dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
+
+NONLINEARITY_KEEPS = {"relu": 0, "gelu_new": 4, "gelu_fast": 4, "quick_gelu": 3}
+"""Tensors of the MLP's width that a nonlinearity keeps beside its result. A kernel of torch's own keeps its input (1, the
+rule); ReLU keeps its result alone; those that transformers composes of several operators keep what each of these does."""
+ROUTING_BYTES = 64
+"""Of a token in a block with experts, for each expert that it goes to: sort, permutation and weights, in int64 and float32."""
+
+
+@dataclass(frozen=True)
+class BlockActivations:
+    """One block, per token."""
+
+    kept_bytes: int
+    """From its forward to its backward pass."""
+    working_bytes: int
+    """Beside what is kept, at the largest moment of its backward pass."""
+    forward_bytes: int
+    """At the largest moment of its forward pass, where nothing is kept."""
+
+
+def activations(anatomy: ModelAnatomy, selection: LayerSelection, element_bytes: int) -> list[BlockActivations]:
+    """Weigh every block, as if all were above the cut."""
+    learning, adapted = frozenset(selection.trainable), frozenset(selection.adapted)
+    return [
+        _block(anatomy, block, learning, adapted, selection.lora_rank or 0, element_bytes) for block in range(anatomy.num_blocks)
+    ]
+
+
+def _block(
+    anatomy: ModelAnatomy, block: int, learning: frozenset[str], adapted: frozenset[str], lora_rank: int, element_bytes: int
+) -> BlockActivations:
+    names = anatomy.blocks[block]
+    pairs = sum(name in adapted for name in names)
+    needs_inputs = pairs > 0 or any(name in learning for name in names)
+    mlp, working = _mlp(anatomy, block, learning, element_bytes, needs_inputs=needs_inputs)
+    kept = (
+        _norms(anatomy, names, learning, element_bytes)
+        + _attention(anatomy, element_bytes, needs_inputs=needs_inputs)
+        + mlp
+        + element_bytes * lora_rank * pairs
+    )
+    forward = 4 * element_bytes * _mlp_width(anatomy, block)
+    return BlockActivations(kept_bytes=kept, working_bytes=working, forward_bytes=forward)
+
+
+def _norms(anatomy: ModelAnatomy, names: tuple[str, ...], learning: frozenset[str], e: int) -> int:
+    """RMS norms compute in float32 and keep their input and its scale: 4h + 4, and what they scaled, e·h, where the
+    norm learns. torch's layer norm keeps its input in the compute dtype, a mean and a scale: e·h + 8. Norms of queries and
+    keys run over the heads' width instead of h.
+    """
+    total = 0
+    for name in names:
+        shape = anatomy.tensors[name].shape
+        if ("norm" not in name.lower() and "ln_" not in name) or len(shape) != 1 or not name.endswith("weight"):
+            continue
+        if shape[0] == anatomy.head_dim and anatomy.head_dim != anatomy.hidden_size:
+            heads = anatomy.num_heads if "q_norm" in name else anatomy.num_kv_heads
+            width, rows = heads * anatomy.head_dim, heads
+        else:
+            width, rows = shape[0], 1
+        if anatomy.norm == "rms":
+            total += 4 * width + 4 * rows + (e * width if name in learning else 0)
+        else:
+            total += e * width + 8 * rows
+    return total
+
+
+def _attention(anatomy: ModelAnatomy, e: int, *, needs_inputs: bool) -> int:
+    """The input of the projections, e·h, where they learn; query, key and value as the kernel takes them (a mask has the
+    keys and values repeated to the query heads) and its result, e·4q; a float32 scale per head.
+    """
+    h, q = anatomy.hidden_size, anatomy.num_heads * anatomy.head_dim
+    return e * (h if needs_inputs else 0) + 4 * e * q + 4 * anatomy.num_heads
+
+
+def _mlp(anatomy: ModelAnatomy, block: int, learning: frozenset[str], e: int, *, needs_inputs: bool) -> tuple[int, int]:
+    """(kept, working).
+
+    Kept: what the nonlinearity keeps and its result, and where gated the other half: e·f each; where its matrices learn
+    their inputs too, e·h and, of the one down, e·f. The backward pass is widest between the two products, where six
+    tensors of a gated MLP's width are there in all, four of a plain one's.
+
+    With experts, each of the k that a token goes to has its own of these, beside its sorted copy of the input and its
+    result before it is weighed (e·h each, where experts learn); a shared expert is a gated MLP of its own width.
+    """
+    h, experts = anatomy.hidden_size, anatomy.experts
+    gated = anatomy.mlp == "gated"
+    inner = NONLINEARITY_KEEPS.get(anatomy.activation, 1) + 1 + gated
+    most = 6 if gated else inner + 2
+    if experts is None or not anatomy.stacked[block]:
+        tensors = inner + (needs_inputs if gated else 0)
+        return e * (h * needs_inputs + anatomy.intermediate_size * tensors), e * anatomy.intermediate_size * (most - tensors)
+    k, learns = experts.experts_per_token, any(name in learning for name in anatomy.stacked[block])
+    routed = k * (e * (experts.intermediate_size * (inner + learns) + 2 * h * learns) + ROUTING_BYTES)
+    shared = e * experts.shared_intermediate_size * (inner + needs_inputs)
+    wide = k * experts.intermediate_size * (most - inner - learns) + experts.shared_intermediate_size * (
+        most - inner - needs_inputs
+    )
+    return e * h * needs_inputs + routed + shared, e * wide
+
+
+def _mlp_width(anatomy: ModelAnatomy, block: int) -> int:
+    experts = anatomy.experts
+    if experts is None or not anatomy.stacked[block]:
+        return anatomy.intermediate_size
+    return experts.experts_per_token * experts.intermediate_size + experts.shared_intermediate_size
