@@ -144,15 +144,14 @@ def plan(
 ) -> None:
     """Say what would be done: trials, memory, ZeRO stage, gangs, disk, GPU-hours. Needs no GPU, no cluster, no weights."""
     from orchestrator.cli_inputs import plan_of
+    from orchestrator.report import plan_view
     from orchestrator.spec import load_spec
 
     planned = plan_of(load_spec(spec), job=job, cluster_file=cluster, address=address)
     if as_json:
         _print_json(planned)
-        return
-    from orchestrator.report import plan_view
-
-    _print_rich(plan_view(planned, explain=explain))
+    else:
+        _print_rich(plan_view(planned, explain=explain))
 
 
 @app.command()

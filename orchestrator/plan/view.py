@@ -16,7 +16,6 @@ def derivations(plan: RunPlan, spec: JobSpec) -> tuple[str, ...]:
         f"{spec.train.epochs:g} epochs x {_count(plan.data.steps_per_epoch, 'step')} = {_count(plan.total_steps, 'step')}, "
         f"{format_count(plan.total_tokens)} tokens",
         _gangs_line(plan),
-        *(plan.placement.sentences if plan.placement is not None else ()),
         _stage_line(plan.execution),
     ]
     if plan.search is None:
@@ -53,6 +52,7 @@ def plan_lines(plan: RunPlan) -> list[str]:
         + ("" if plan.data.exact else " (estimated)"),
         f"  gangs       {plan.num_gangs} of {_count(execution.ranks, 'rank')} on {execution.device}, "
         f"{_count(execution.threads_per_rank, 'thread')} a rank",
+        *(f"  placement   {line}" for line in (plan.placement.sentences if plan.placement is not None else ())),
         f"  execution   {way_line(execution)}",
         f"  refit       {way_line(plan.refit_execution)}",
     ]
