@@ -340,6 +340,37 @@ def test_a_plan_keeps_within_gpus_and_memory_and_more_memory_never_hurts(
 
 @LAWS
 @given(
+    kinds=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 8), MEMORY_GIB), min_size=1, max_size=4),
+    name=st.sampled_from(["tiny", "8b", "70b"]),
+    sections=SECTIONS,
+)
+def test_no_gpu_of_unlike_nodes_is_used_twice(
+    plan: Any, kinds: list[tuple[int, int, int]], name: str, sections: dict[str, Any]
+) -> None:
+    nodes = tuple(
+        NodeDescription(count=n, num_cpus=96, num_gpus=each, gpu_memory_bytes=memory * GIB, memory_bytes=1000 * GIB)
+        for n, each, memory in kinds
+    )
+    try:
+        found = plan(name, ClusterDescription(nodes=nodes, source="test"), **sections)
+    except PlanError:
+        return
+    for stood, gangs, ranks in (
+        (found.placement, found.num_gangs, found.execution.ranks),
+        (found.refit_placement, 1, found.refit_execution.ranks),
+    ):
+        assert (stood.num_gangs, stood.ranks) == (gangs, ranks), "every gang of the plan has a place"
+        assert all(kind.left_over >= 0 for kind in stood.nodes)
+        assert gangs * ranks + stood.left_over == sum(n * each for n, each, _ in kinds)
+        assert (
+            sum(kind.gangs_inside for kind in stood.nodes) * ranks + sum(kind.ranks_spanning for kind in stood.nodes)
+            == gangs * ranks
+        )
+    assert max(estimates(found)) <= min(memory for _, _, memory in kinds) * GIB
+
+
+@LAWS
+@given(
     count=st.integers(1, 16),
     memory=st.sampled_from([1, 2, 4, 16, 64, 256]),
     name=st.sampled_from(["tiny", "8b"]),
