@@ -139,19 +139,19 @@ def plan(
     cluster: Annotated[Path | None, typer.Option("--cluster", metavar="FILE", help="Plan for the cluster in this file.")] = None,
     job: Annotated[str, typer.Option("--job", help="sweep or finetune; by default the one that the spec has, sweep first.")] = "",
     address: Address = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Print the derivation of every number too.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Say what would be done: trials, memory, ZeRO stage, gangs, disk, GPU-hours. Needs no GPU, no cluster, no weights."""
     from orchestrator.cli_inputs import plan_of
+    from orchestrator.report import plan_view
     from orchestrator.spec import load_spec
 
     planned = plan_of(load_spec(spec), job=job, cluster_file=cluster, address=address)
     if as_json:
         _print_json(planned)
-        return
-    from orchestrator.report import plan_view
-
-    _print_rich(plan_view(planned))
+    else:
+        _print_rich(plan_view(planned, explain=explain))
 
 
 @app.command()

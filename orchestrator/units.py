@@ -25,6 +25,14 @@ def format_count(count: float) -> str:
     return f"{count:g}"
 
 
+def format_flops(operations: float) -> str:
+    """`2.24e10` -> `22.4 GFLOP`."""
+    for limit, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if abs(operations) >= limit:
+            return f"{operations / limit:.3g} {prefix}FLOP" if operations < 1e21 else f"{operations / limit:.0f} {prefix}FLOP"
+    return f"{operations:.0f} FLOP"
+
+
 def format_seconds(seconds: float) -> str:
     """`75.2` -> `1m15s`; below a minute with one decimal."""
     if seconds < 60:

@@ -95,6 +95,7 @@ def data_size(summary: DataSummary, spec: JobSpec, folder: Path) -> DataSize:
     train = TokenizedSet.load(folder / "train.npz")
     steps = documents_of_steps(train.offsets, spec.train.tokens_per_step, spec.train.seed, 0)
     splits = summary.splits
+    supervised = splits["train"].documents if summary.classes else splits["train"].supervised_tokens
     return DataSize(
         train_documents=splits["train"].documents,
         train_tokens=splits["train"].tokens,
@@ -104,6 +105,7 @@ def data_size(summary: DataSummary, spec: JobSpec, folder: Path) -> DataSize:
         longest_document_tokens=max(part.longest_document_tokens for part in splits.values()),
         num_classes=len(summary.classes),
         class_names=summary.classes,
+        supervised_share=supervised / max(1, splits["train"].tokens),
         sets_sha256=content_hash({name: part.sha256 for name, part in splits.items()}),
     )
 

@@ -32,7 +32,7 @@ def arrange_sweep(found: Machines, spec: JobSpec, load: Load, num_trials: int) -
         return _arrange_cores(found, spec, load, num_trials)
     resources = spec.resources
     asked = 1 if resources.gangs == "auto" else resources.gangs
-    counts = [n for n in found.rank_counts() if n * asked <= found.num_units]
+    counts = [n for n in found.rank_counts() if found.max_gangs(n) >= asked]
     if resources.ranks_per_gang != "auto":
         counts = [resources.ranks_per_gang]
     room = found.room(found.num_units)
@@ -75,6 +75,13 @@ def refit_way(found: Machines, spec: JobSpec, load: Load, sweep: Arrangement) ->
         return sweep.way
     way, _ = cheapest(ways(spec.resources, found.device, [ranks], load.row_tokens), load, found.room(ranks))
     return way or sweep.way
+
+
+def why_no_more_gangs(resources: ResourcesSpec, num_trials: int) -> str:
+    """Where there is room for more."""
+    if num_trials == 1:
+        return "one trial runs in one gang"
+    return f"{num_trials} trials keep no more gangs busy" if resources.gangs == "auto" else f"resources.gangs: {resources.gangs}"
 
 
 def execution_plan(way: Way, found: Machines, num_gangs: int, spec: JobSpec, *, pack: bool) -> ExecutionPlan:

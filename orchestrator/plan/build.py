@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, select
 from orchestrator.errors import BaseError, PlanError
 from orchestrator.plan import cost, steps
-from orchestrator.plan.arrange import Arrangement, arrange_one, arrange_sweep, check_resources, execution_plan, refit_way
+from orchestrator.plan.arrange import (
+    Arrangement,
+    arrange_one,
+    arrange_sweep,
+    check_resources,
+    execution_plan,
+    refit_way,
+    why_no_more_gangs,
+)
 from orchestrator.plan.footprint import NF4_BLOCK, Footprint, weigh
 from orchestrator.plan.ladder import Load
 from orchestrator.plan.memory import Way, estimate
 from orchestrator.plan.options import Choice, search_choices, told_at
 from orchestrator.plan.placement import TRIALS_PER_GANG, Machines, machines
-from orchestrator.plan.remarks import with_remarks
+from orchestrator.plan.remarks import rate_note, with_remarks
 from orchestrator.plan.values import BaseLoad, ClusterDescription, DataSize, RunPlan, SearchPlan, TrialOption
 from orchestrator.spec import LoadedSpec, require_section
 from orchestrator.spec.models import JobSpec
@@ -36,7 +43,7 @@ def make_plan(
         SpecError: the spec has no section for the job.
         SelectionError: a policy that matches nothing.
         BaseError: a base whose widths nf4 cannot hold on a CPU.
-        PlanError: the job does not fit the cluster, or would use more GPU-hours than it may.
+        PlanError: the job does not fit the cluster, or its one training would use more GPU-hours than it may.
     """
     require_section(loaded, job)
     spec = loaded.spec
@@ -73,8 +80,10 @@ def make_plan(
         gpu_hours=None,
         reasons=(),
         rejected=gangs.rejected,
+        placement=found.placement(gangs.way.ranks, gangs.num_gangs, why_no_more_gangs(spec.resources, num_trials)),
+        refit_placement=found.placement(refit.ranks, 1, "a step has rows for no more ranks"),
     )
-    plan = _with_costs(plan, anatomy, found, [choice.selection for choice in choices])
+    plan = _with_costs(plan, anatomy, found, spec)
     _check_gpu_hours(plan, spec)
     return with_remarks(plan, spec, found, cluster)
 
@@ -158,41 +167,28 @@ def _search_plan(spec: JobSpec, options: tuple[TrialOption, ...], gangs: Arrange
     )
 
 
-def _with_costs(plan: RunPlan, anatomy: ModelAnatomy, found: Machines, selections: list[LayerSelection]) -> RunPlan:
-    trainable = [selection.num_trainable_parameters for selection in selections]
-    search = plan.search
-    disk = cost.disk_bytes(
-        plan.num_parameters,
-        plan.data,
-        trainable,
-        num_trials=search.num_trials if search else 1,
-        concurrent_trials=search.concurrent_trials if search else 1,
+def _with_costs(plan: RunPlan, anatomy: ModelAnatomy, found: Machines, spec: JobSpec) -> RunPlan:
+    rate = cost.rate_of(found)
+    price = spec.resources.gpu_hour_price or found.gpu_hour_price
+    estimated = cost.estimate_cost(plan, anatomy, rate, price_per_gpu_hour=price if found.device == "cuda" else None)
+    return plan.model_copy(
+        update={
+            "cost": estimated,
+            "disk_bytes": estimated.disk_bytes,
+            "gpu_hours": estimated.gpu_hours,
+            "notes": (rate_note(rate),),
+        }
     )
-    flops = cost.run_flops(plan, anatomy)
-    if found.device == "cpu":
-        hours = flops / (cost.CPU_FLOPS_PER_CORE * 3600)
-        note = f"about {hours:.2g} core-hours of arithmetic, at {cost.CPU_FLOPS_PER_CORE / 1e9:.0f} GFLOP/s a core"
-        return plan.model_copy(update={"disk_bytes": disk, "notes": (note,)})
-    peaks = [cost.peak_flops(node.gpu_name) for node in found.nodes]
-    slowest = min((peak for peak in peaks if peak is not None), default=None)
-    if slowest is None or None in peaks:
-        names = ", ".join(sorted({node.gpu_name or "unnamed" for node in found.nodes}))
-        note = f"no GPU-hours: the peak rate of {names} is not in the table"
-        return plan.model_copy(update={"disk_bytes": disk, "notes": (note,)})
-    hours = flops / (slowest * cost.ACHIEVED_SHARE * 3600)
-    note = f"GPU-hours assume {cost.ACHIEVED_SHARE:.0%} of {slowest / 1e12:.0f} TFLOP/s, and no time for starting or saving"
-    return plan.model_copy(update={"disk_bytes": disk, "gpu_hours": hours, "notes": (note,)})
 
 
 def _check_gpu_hours(plan: RunPlan, spec: JobSpec) -> None:
+    """A sweep ends in order where its hours do, with the best trial so far. One training that is cut short is nothing."""
     allowed = spec.resources.max_gpu_hours
-    if allowed is None or plan.gpu_hours is None or plan.gpu_hours <= allowed:
+    if plan.search is not None or allowed is None or plan.gpu_hours is None or plan.gpu_hours <= allowed:
         return
-    trials = spec.search.trials if plan.search is not None and spec.search is not None else 0
-    fewer = f"search.trials: {max(1, math.floor(trials * allowed / plan.gpu_hours))}, or " if trials > 1 else ""
     raise PlanError(
-        f"the run would take about {plan.gpu_hours:.3g} GPU-hours, and max_gpu_hours allows {allowed:g}",
+        f"the training would take about {plan.gpu_hours:.3g} GPU-hours, and max_gpu_hours allows {allowed:g}",
         where="resources.max_gpu_hours",
         expected=f"at most {allowed:g}",
-        remedy=f"{fewer}fewer epochs, or a higher bound",
+        remedy="fewer epochs, or a higher bound",
     )

@@ -1,12 +1,15 @@
 """A cluster described by a file, to plan for machines that one does not stand on.
 
 nodes:
-  - {count: 4, cpus: 96, gpus: 8, gpu: H100-80GB, gpu_memory: 80GiB, memory: 1000GiB}
+  - {count: 4, cpus: 96, gpus: 8, gpu: H100-80GB, gpu_memory: 80GiB, memory: 1000GiB, price: 2.5}
+
+`gpu_memory` may be left out for a GPU of the table in `accelerators.py`; `price` is that of one GPU for an hour.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +19,10 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from orchestrator.errors import UsageError
+from orchestrator.plan.accelerators import find_accelerator
 from orchestrator.plan.values import ClusterDescription, NodeDescription
 
-NODE_KEYS = ("count", "cpus", "gpus", "gpu", "gpu_memory", "memory")
+NODE_KEYS = ("count", "cpus", "gpus", "gpu", "gpu_memory", "memory", "price")
 _DECIMAL = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS = {**_DECIMAL, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _EXAMPLE = "nodes: [{count: 1, cpus: 96, gpus: 8, gpu: H100-80GB, gpu_memory: 80GiB, memory: 1000GiB}]"
@@ -64,16 +68,39 @@ def _node(entry: Any, where: str) -> NodeDescription:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UsageError(f"unknown key {key!r}{hint}", where=where, expected=", ".join(NODE_KEYS), remedy=_EXAMPLE)
     num_gpus = _whole(values, "gpus", where, default=0, least=0)
-    if num_gpus and "gpu_memory" not in values:
-        raise UsageError("gpus without gpu_memory", where=where, expected="gpu_memory: 80GiB", remedy="say how much each GPU has")
     return NodeDescription(
         count=_whole(values, "count", where, default=1, least=1),
         num_cpus=_whole(values, "cpus", where, default=None, least=1),
         num_gpus=num_gpus,
-        gpu_memory_bytes=_size(values, "gpu_memory", where) if num_gpus else 0,
+        gpu_memory_bytes=_gpu_memory(values, where) if num_gpus else 0,
         gpu_name=str(values.get("gpu", "")),
+        gpu_hour_price=_price(values, where),
         memory_bytes=_size(values, "memory", where),
     )
+
+
+def _gpu_memory(values: Mapping[str, Any], where: str) -> int:
+    """As the file says, else what the table has for a GPU of that name."""
+    if "gpu_memory" in values:
+        return _size(values, "gpu_memory", where)
+    known = find_accelerator(str(values.get("gpu", "")))
+    if known is None or known.memory_bytes is None:
+        name = f", and {values['gpu']!r} may have {'any' if known is None else 'more than one'} size" if "gpu" in values else ""
+        raise UsageError(
+            f"gpus without gpu_memory{name}", where=where, expected="gpu_memory: 80GiB", remedy="say how much each GPU has"
+        )
+    return known.memory_bytes
+
+
+def _price(values: Mapping[str, Any], where: str) -> float | None:
+    price = values.get("price")
+    if price is None:
+        return None
+    if isinstance(price, bool) or not isinstance(price, int | float) or not 0 < price < math.inf:
+        raise UsageError(
+            f"price is {price!r}", where=f"{where}.price", expected="a number above zero, for one GPU and hour", remedy=_EXAMPLE
+        )
+    return float(price)
 
 
 def _whole(values: Mapping[str, Any], key: str, where: str, *, default: int | None, least: int) -> int:

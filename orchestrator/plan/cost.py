@@ -1,70 +1,130 @@
-"""What a run costs: floating-point operations, GPU-hours, disk. Rough, and said so."""
+"""What a run costs: operations of every part, GPU-hours, money, disk.
+
+Hours are operations over the rate that is counted on, a share of the GPU's peak. Until a run has taken its first steps the
+share is assumed, and the hours are rough; starting, loading, saving and merging are in none of them.
+"""
 
 from __future__ import annotations
 
-from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
-from orchestrator.plan.values import DataSize, RunPlan, SearchPlan
+from collections.abc import Sequence
 
-PEAK_FLOPS = (
-    ("b200", 2250e12),
-    ("h200", 989e12),
-    ("h100-pcie", 756e12),
-    ("h100 pcie", 756e12),
-    ("h100", 989e12),
-    ("a100", 312e12),
-    ("l40s", 362e12),
-    ("l40", 181e12),
-    ("l4", 121e12),
-    ("a10g", 70e12),
-    ("a10", 125e12),
-    ("4090", 165e12),
-    ("v100", 125e12),
-    ("t4", 65e12),
-)
-"""Peak dense bf16 operations a second (fp16 where there is no bf16), from NVIDIA's data sheets; the first name that
-occurs in the GPU's name counts."""
+from orchestrator.anatomy import select
+from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
+from orchestrator.plan.accelerators import find_accelerator
+from orchestrator.plan.estimates import CostEstimate, FlopTerm, OptionCost, Part, Rate
+from orchestrator.plan.flops import forward_flops_per_token, runs_head_twice, train_terms
+from orchestrator.plan.placement import Machines
+from orchestrator.plan.values import DataSize, ExecutionPlan, RunPlan, SearchPlan, TrialOption
+from orchestrator.units import format_count, format_flops
+
 ACHIEVED_SHARE = 0.35
-"""Share of the peak that a step reaches: assumed, a common figure for training transformers of this size."""
+"""Share of a GPU's peak that a training step reaches: assumed. Published runs of large dense models reach 0.38 to 0.43 on
+H100s (Llama Team 2024, The Llama 3 Herd of Models, table 4); short rows, small models and adapters reach less."""
 CPU_FLOPS_PER_CORE = 40e9
 """A core in float32 and bf16 at rows of 128 and more: measured, 35 to 42."""
 KEPT_CHECKPOINTS = 2
 """Of a trial that saves on the way, the newest; the second is there for the case that the first is damaged."""
+STATE_BYTES = 12
+"""Of an element that learns in a checkpoint, beside its value: a float32 master and Adam's two moments."""
+TOKEN_BYTES = 5
+"""Of a token on disk: an int32 id and a supervision mask."""
+REFIT = "refit"
+"""The part of the operations that trains the winner again."""
 
 
-def peak_flops(gpu_name: str) -> float | None:
-    """Peak dense bf16 operations a second of a GPU by its name; None for one that the table does not have."""
-    name = gpu_name.lower()
-    return next((flops for key, flops in PEAK_FLOPS if key in name), None)
+def rate_of(found: Machines) -> Rate:
+    """The rate of one GPU, or of one core. Ranks of a gang wait for each other: of unlike GPUs the slowest counts."""
+    if found.device == "cpu":
+        return Rate(device="core", peak_flops=CPU_FLOPS_PER_CORE, achieved_share=1.0, source="measured, not a peak")
+    rows = [(node.gpu_name, find_accelerator(node.gpu_name)) for node in found.nodes]
+    unknown = sorted({name or "unnamed" for name, row in rows if row is None})
+    if unknown:
+        return Rate(device=", ".join(unknown), peak_flops=None, achieved_share=ACHIEVED_SHARE, source="not in the table")
+    name, slowest = min(((name, row) for name, row in rows if row), key=lambda pair: pair[1].peak_flops)
+    source = f"peak: {slowest.source}; share: assumed"
+    return Rate(device=name, peak_flops=slowest.peak_flops, achieved_share=ACHIEVED_SHARE, source=source)
 
 
-def forward_flops_per_token(anatomy: ModelAnatomy, row_tokens: int, num_classes: int = 0) -> float:
-    """One forward pass: 2 per parameter that multiplies (the embedding look-up does not), and the attention scores.
+def estimate_cost(plan: RunPlan, anatomy: ModelAnatomy, rate: Rate, *, price_per_gpu_hour: float | None = None) -> CostEstimate:
+    """Operations, hours, money and disk of a plan at a rate."""
+    options = planned_options(plan)
+    terms = [option_terms(plan, anatomy, option.selection) for option in options]
+    operations, without_stopping = _operations(plan, anatomy, terms)
+    total = sum(part.amount for part in operations)
+    refit = sum(part.amount for part in operations if part.name == REFIT)
+    trial = [sum(term.flops for term in each) * plan.total_tokens * _budget(plan) for each in terms]
+    units, refit_units = units_of_gang(plan.execution), units_of_gang(plan.refit_execution)
+    search_seconds = _seconds(rate, max((total - refit) / (units * _busy_gangs(plan)), max(trial, default=0.0) / units))
+    disk, checkpoint_bytes = _disk(plan, anatomy, options)
+    on_gpus = plan.execution.device == "cuda"
+    gpu_hours, core_hours = (_hours(rate, total), None) if on_gpus else (None, _hours(rate, total))
+    whole_hours = _hours(rate, without_stopping) if on_gpus else None
+    refit_hours = _hours(rate, refit)
+    return CostEstimate(
+        rate=rate,
+        options=tuple(
+            OptionCost(
+                layers=option.layers,
+                tune=option.tune,
+                lora_rank=option.lora_rank,
+                terms=each,
+                flops_per_token=sum(term.flops for term in each),
+                trial_seconds=_seconds(rate, flops / units),
+            )
+            for option, each, flops in zip(options, terms, trial, strict=True)
+        ),
+        operations=operations,
+        operations_without_stopping=without_stopping,
+        operations_refit=refit,
+        gpu_hours=gpu_hours,
+        gpu_hours_without_stopping=whole_hours,
+        gpu_hours_refit=refit_hours if on_gpus else None,
+        core_hours=core_hours,
+        wall_hours=None if search_seconds is None or refit_hours is None else search_seconds / 3600 + refit_hours / refit_units,
+        price_per_gpu_hour=price_per_gpu_hour,
+        price=_times(gpu_hours, price_per_gpu_hour),
+        price_without_stopping=_times(whole_hours, price_per_gpu_hour),
+        disk=disk,
+        disk_bytes=round(sum(part.amount for part in disk)),
+        checkpoint_bytes=checkpoint_bytes,
+        bundle_bytes=2 * plan.num_parameters,
+        cache_bytes=TOKEN_BYTES * _all_tokens(plan.data),
+    )
 
-    Scores and their use cost 2 x 2 x row width x query width a block, computed for the whole row.
-    """
-    return 2.0 * (_block_matrices(anatomy, 0) + _head_elements(anatomy, num_classes)) + _attention(anatomy, 0, row_tokens)
+
+def planned_options(plan: RunPlan) -> tuple[TrialOption, ...]:
+    """The search's choices, or the one trial's."""
+    if plan.search is not None:
+        return plan.search.options
+    return (plan.finetune,) if plan.finetune is not None else ()
 
 
-def train_flops_per_token(
-    anatomy: ModelAnatomy, selection: LayerSelection, row_tokens: int, *, checkpointing: bool = False, num_classes: int = 0
-) -> float:
-    """One training step, per token.
+def option_terms(plan: RunPlan, anatomy: ModelAnatomy, selection: LayerSelection) -> tuple[FlopTerm, ...]:
+    """Operations of one token of training, as the plan runs it."""
+    data, execution = plan.data, plan.execution
+    return train_terms(
+        anatomy,
+        selection,
+        execution.row_tokens,
+        checkpointing=execution.checkpointing,
+        num_classes=data.num_classes,
+        supervised_share=data.supervised_share,
+        head_twice=runs_head_twice(anatomy, execution, data.supervised_share, data.num_classes),
+    )
 
-    N parameters multiply, a share k of them above the cut. Forward 2N; gradients of activations from the head down
-    to the cut 2kN; gradients of weights 2 per element that learns (and 6 in all per adapter element); checkpointing
-    runs the blocks above the cut again, 2kN. So LoRA on every block is 4N, LoRA above the cut 2N + 2kN, and full
-    tuning 6N. The backward pass of the attention scores costs twice their forward pass, above the cut.
-    """
-    forward = forward_flops_per_token(anatomy, row_tokens, num_classes)
-    if not selection.trainable and not selection.adapted:
-        return forward
-    above = _block_matrices(anatomy, selection.cut)
-    learning = sum(_elements(anatomy, name, num_classes) for name in selection.trainable if name not in anatomy.embeddings)
-    adapters = max(0, selection.num_trainable_parameters - sum(_elements(anatomy, n, num_classes) for n in selection.trainable))
-    through = 2.0 * (above + _head_elements(anatomy, num_classes)) if selection.cut < anatomy.num_blocks else 0.0
-    cost = forward + through + 2.0 * learning + (6.0 * adapters if selection.adapted else 0.0)
-    cost += 2 * _attention(anatomy, selection.cut, row_tokens)
-    return cost + (2.0 * above + _attention(anatomy, selection.cut, row_tokens) if checkpointing else 0.0)
+
+def scored_flops(plan: RunPlan, anatomy: ModelAnatomy) -> float:
+    """Operations of scoring the eval and retention sets once."""
+    data = plan.data
+    width, share = plan.execution.row_tokens, data.supervised_share
+    return (data.eval_tokens + data.retain_tokens) * forward_flops_per_token(
+        anatomy, width, data.num_classes, supervised_share=share
+    )
+
+
+def expected_rungs(search: SearchPlan) -> float:
+    """Rungs that a trial reaches on average when one in `reduction_factor` goes on past each."""
+    return sum(search.reduction_factor**-power for power in range(len(search.rung_steps)))
 
 
 def expected_steps(search: SearchPlan) -> float:
@@ -77,56 +137,116 @@ def expected_steps(search: SearchPlan) -> float:
 
 
 def run_flops(plan: RunPlan, anatomy: ModelAnatomy) -> float:
-    """Operations of the whole run: trials and controls with their evaluations, or the one training, and the refit."""
-    data, classes, width = plan.data, plan.base.num_classes, plan.execution.row_tokens
-    checkpointing = plan.execution.checkpointing
-    scored = (data.eval_tokens + data.retain_tokens) * forward_flops_per_token(anatomy, width, classes)
-    per_step = plan.total_tokens / plan.total_steps
+    """Operations of the whole run as it is expected to go."""
+    parts, _ = _operations(plan, anatomy, [option_terms(plan, anatomy, option.selection) for option in planned_options(plan)])
+    return sum(part.amount for part in parts)
 
-    def training(selection: LayerSelection, steps: float) -> float:
-        return (
-            train_flops_per_token(anatomy, selection, width, checkpointing=checkpointing, num_classes=classes) * per_step * steps
-        )
 
+def _operations(plan: RunPlan, anatomy: ModelAnatomy, terms: Sequence[Sequence[FlopTerm]]) -> tuple[tuple[Part, ...], float]:
+    """(parts of the run as it is expected to go, operations when no trial is stopped)."""
+    per_token = [sum(term.flops for term in each) for each in terms]
+    scored = scored_flops(plan, anatomy)
     if plan.search is None:
-        assert plan.finetune is not None
-        return training(plan.finetune.selection, plan.total_steps) + 2 * scored
+        trained = per_token[0] * plan.total_tokens
+        parts = (
+            Part(name="training", amount=trained, reason=f"{_rate(per_token[0])} x {format_count(plan.total_tokens)} tokens"),
+            Part(name="scoring", amount=2 * scored, reason="the untouched base and the trained model"),
+        )
+        return parts, trained + 2 * scored
     search = plan.search
-    costs = [training(option.selection, 1.0) for option in search.options]
-    mean, largest = sum(costs) / len(costs), max(costs)
-    trials = search.num_trials * (mean * expected_steps(search) + scored * len(search.rung_steps) / 2)
-    controls = min(costs) * plan.total_steps + 3 * scored
-    refit = largest * plan.total_steps if search.rung_steps[-1] < plan.total_steps else 0.0
-    return trials + controls + refit
+    per_step = plan.total_tokens / plan.total_steps
+    mean, count = sum(per_token) / len(per_token), search.num_trials
+    steps, rungs = expected_steps(search), expected_rungs(search)
+    head = sum(term.flops for term in option_terms(plan, anatomy, _head(plan, anatomy)))
+    controls = head * plan.total_tokens + (1 + len(search.rung_steps)) * scored
+    again = max(per_token) * plan.total_tokens if search.rung_steps[-1] < plan.total_steps else 0.0
+    of = f"{count} trials x {steps:.4g} of {search.rung_steps[-1]} steps"
+    parts = [
+        Part(name="trials", amount=count * mean * steps * per_step, reason=f"{of} x {per_step:.4g} tokens x {_rate(mean)}, mean"),
+        Part(
+            name="scoring",
+            amount=count * rungs * scored,
+            reason=f"{count} trials x {rungs:.3g} rungs x {format_flops(scored)}, a forward pass",
+        ),
+        Part(name="controls", amount=controls, reason="the untouched base, scored; the head alone, trained to the full budget"),
+    ]
+    if again:
+        parts.append(Part(name=REFIT, amount=again, reason="the winner to the full budget, if it is the costliest choice"))
+    whole = count * (mean * search.rung_steps[-1] * per_step + len(search.rung_steps) * scored) + controls + again
+    return tuple(parts), whole
 
 
-def disk_bytes(num_parameters: int, data: DataSize, trainable: list[int], *, num_trials: int, concurrent_trials: int) -> int:
-    """Bytes that the run directory grows to.
+def _head(plan: RunPlan, anatomy: ModelAnatomy) -> LayerSelection:
+    return select(anatomy, "head", "full", None, task=plan.base.task, num_classes=plan.data.num_classes)
 
-    The bundle holds the merged model in 16 bit (2 a parameter); each trial keeps what it learned (2 an element,
-    in 16 bit), and while it runs its masters and moments (12); the refit keeps two checkpoints (16); tokens take 5.
+
+def _rate(flops_per_token: float) -> str:
+    return f"{format_flops(flops_per_token)} a token"
+
+
+def _seconds(rate: Rate, operations: float) -> float | None:
+    return None if rate.flops is None else operations / rate.flops
+
+
+def _hours(rate: Rate, operations: float) -> float | None:
+    return None if rate.flops is None else operations / rate.flops / 3600
+
+
+def _times(hours: float | None, price: float | None) -> float | None:
+    return None if hours is None or price is None else hours * price
+
+
+def units_of_gang(execution: ExecutionPlan) -> int:
+    """GPUs, or cores, of one gang."""
+    return execution.ranks * (1 if execution.device == "cuda" else execution.threads_per_rank)
+
+
+def _busy_gangs(plan: RunPlan) -> int:
+    return min(plan.num_gangs, plan.search.num_trials) if plan.search is not None else 1
+
+
+def _budget(plan: RunPlan) -> float:
+    """Share of the full budget that a trial gets which nothing stops."""
+    return plan.search.rung_steps[-1] / plan.total_steps if plan.search is not None else 1.0
+
+
+def _all_tokens(data: DataSize) -> int:
+    return data.train_tokens + data.eval_tokens + data.retain_tokens
+
+
+def _disk(plan: RunPlan, anatomy: ModelAnatomy, options: Sequence[TrialOption]) -> tuple[tuple[Part, ...], int]:
+    """(what the run directory grows to, bytes of one checkpoint of the largest choice).
+
+    A checkpoint holds what was learned in the compute dtype and, while its trial may go on, a float32 master and two
+    moments an element. Every rung that a trial reached keeps what was learned, the control `head` included.
     """
-    largest = max(trainable, default=0)
-    mean = sum(trainable) / max(1, len(trainable))
-    tokens = data.train_tokens + data.eval_tokens + data.retain_tokens
-    trials = num_trials * 2 * mean + concurrent_trials * 12 * largest
-    return round(2 * num_parameters + trials + KEPT_CHECKPOINTS * 16 * largest + 5 * tokens)
-
-
-def _elements(anatomy: ModelAnatomy, name: str, num_classes: int) -> int:
-    if name in anatomy.tensors:
-        return anatomy.tensors[name].num_elements
-    width = {anatomy.classifier_weight: num_classes, anatomy.head_weight: anatomy.vocab_size}.get(name, 0)
-    return width * anatomy.hidden_size
-
-
-def _head_elements(anatomy: ModelAnatomy, num_classes: int) -> int:
-    return (num_classes or anatomy.vocab_size) * anatomy.hidden_size
-
-
-def _block_matrices(anatomy: ModelAnatomy, first: int) -> int:
-    return sum(anatomy.tensors[name].num_elements for block in anatomy.linears[first:] for name in block)
-
-
-def _attention(anatomy: ModelAnatomy, first: int, row_tokens: int) -> float:
-    return 4.0 * row_tokens * anatomy.num_heads * anatomy.head_dim * (anatomy.num_blocks - first)
+    element = 2 if plan.execution.dtype == "bfloat16" else 4
+    learn = [option.selection.num_trainable_parameters for option in options]
+    largest = max(learn, default=0)
+    checkpoint = (element + STATE_BYTES) * largest
+    tokens = TOKEN_BYTES * _all_tokens(plan.data)
+    parts = [Part(name="bundle", amount=2 * plan.num_parameters, reason="the merged model, 2 bytes a parameter")]
+    if plan.search is not None:
+        search, rungs = plan.search, expected_rungs(plan.search)
+        mean = sum(learn) / len(learn)
+        head = _head(plan, anatomy).num_trainable_parameters * len(search.rung_steps)
+        open_trials = f"{search.concurrent_trials} open at once x {STATE_BYTES} bytes x {format_count(largest)}"
+        parts += [
+            Part(
+                name="trials",
+                amount=search.num_trials * rungs * element * mean,
+                reason=f"{search.num_trials} trials x {rungs:.3g} rungs x {element} bytes x {format_count(mean)} elements, mean",
+            ),
+            Part(
+                name="open trials",
+                amount=search.concurrent_trials * STATE_BYTES * largest,
+                reason=f"masters and moments: {open_trials}",
+            ),
+            Part(
+                name="control head", amount=element * head, reason=f"{element} bytes x {format_count(head)} elements, all rungs"
+            ),
+        ]
+    way = f"{KEPT_CHECKPOINTS} kept x {element + STATE_BYTES} bytes x {format_count(largest)} elements"
+    parts.append(Part(name="checkpoints on the way", amount=KEPT_CHECKPOINTS * checkpoint, reason=way))
+    parts.append(Part(name="tokens", amount=tokens, reason=f"{TOKEN_BYTES} bytes x {format_count(_all_tokens(plan.data))}"))
+    return tuple(parts), checkpoint

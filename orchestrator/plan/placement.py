@@ -6,8 +6,10 @@ import math
 from dataclasses import dataclass
 
 from orchestrator.errors import PlanError
+from orchestrator.plan.estimates import Placement
 from orchestrator.plan.ladder import RankRoom
 from orchestrator.plan.memory import Device
+from orchestrator.plan.standing import lay_out, placement
 from orchestrator.plan.values import ClusterDescription, NodeDescription
 from orchestrator.spec.models import ResourcesSpec
 
@@ -69,9 +71,33 @@ class Machines:
         )
 
     def max_gangs(self, ranks: int) -> int:
-        """Gangs of `ranks` that there is room for: inside nodes where a gang fits into one."""
-        inside = sum(node.count * (self.units_of(node) // ranks) for node in self.nodes)
-        return min(inside or self.num_units // ranks, self.num_units // ranks)
+        """Gangs of `ranks` that there is room for: inside nodes where they fit, on whole nodes where they do not."""
+        return min(len(lay_out(self.places(), ranks)), self.num_units // ranks)
+
+    def places(self) -> list[int]:
+        """Ranks that each node has room for, node by node."""
+        return [self.units_of(node) for node in self.nodes for _ in range(node.count)]
+
+    def placement(self, ranks: int, num_gangs: int, why_no_more: str) -> Placement:
+        """Where the gangs stand.
+
+        Args:
+            why_no_more: Why there are no more gangs than that, unless it is for want of room or for `max_gpus`.
+        """
+        kinds = [(self._name(node), node.count, self.units_of(node)) for node in self.nodes]
+        bounded = num_gangs == self.max_gangs(ranks)
+        bound = f"max_gpus allows {self.num_units}" if bounded else why_no_more
+        return placement(kinds, ranks, num_gangs, unit=self.unit, bound=bound)
+
+    def _name(self, node: NodeDescription) -> str:
+        return f"{self.units_of(node)} x {node.gpu_name or 'GPU'}" if self.device == "cuda" else f"{node.num_cpus} cores"
+
+    @property
+    def gpu_hour_price(self) -> float | None:
+        """Of the cluster file: the mean over the GPUs; None where a node has no price."""
+        prices = [node.gpu_hour_price for node in self.nodes for _ in range(node.count * self.units_of(node))]
+        known = [price for price in prices if price is not None]
+        return sum(known) / len(known) if known and len(known) == len(prices) else None
 
 
 def num_places(node: NodeDescription, device: Device) -> int:
@@ -122,16 +148,19 @@ def idle_gpus(cluster: ClusterDescription) -> int:
 def _check_asked_ranks(found: Machines, resources: ResourcesSpec, total: int, cluster: ClusterDescription) -> None:
     ranks = 1 if resources.ranks_per_gang == "auto" else resources.ranks_per_gang
     gangs = 1 if resources.gangs == "auto" else resources.gangs
-    if ranks * gangs <= found.num_units:
+    room = found.max_gangs(ranks)
+    if gangs <= room:
         return
     has = f"the cluster has {total}"
     if found.device == "cuda" and idle_gpus(cluster):
         has = f"the cluster's CPUs ({cluster.num_cpus}) place ranks on {total} of its {cluster.num_gpus}"
     bound = f"max_gpus: {resources.max_gpus} allows {found.num_units}" if found.num_units < total else has
+    if ranks * gangs <= found.num_units:
+        bound = f"no gang shares a node with a part of another: there is room for {room}"
     raise PlanError(
         f"{gangs} gang{'s' if gangs > 1 else ''} of {ranks} rank{'s' if ranks > 1 else ''} need{'s' if gangs == 1 else ''} "
         f"{ranks * gangs} {found.unit}s, and {bound}",
         where="resources",
-        expected=f"ranks_per_gang x gangs of at most {found.num_units}",
+        expected=f"at most {room} gangs of {ranks} ranks" if room else f"gangs of at most {found.num_units} ranks",
         remedy="leave gangs and ranks_per_gang to `auto`, or lower them",
     )

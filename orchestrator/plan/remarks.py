@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
+from orchestrator.plan.estimates import Rate
 from orchestrator.plan.memory import RESIDENT_SHARE
 from orchestrator.plan.placement import Machines, idle_gpus
 from orchestrator.plan.values import ClusterDescription, RunPlan
@@ -21,6 +23,45 @@ def with_remarks(plan: RunPlan, spec: JobSpec, found: Machines, cluster: Cluster
             "warnings": tuple(_warnings(plan, spec, found, cluster)),
         }
     )
+
+
+def rate_note(rate: Rate) -> str:
+    """What hours rest on."""
+    if rate.flops is None or rate.peak_flops is None:
+        return f"no GPU-hours: the peak rate of {rate.device} is not in the table"
+    if rate.device == "core":
+        return f"hours are arithmetic alone, at {rate.flops / 1e9:.0f} GFLOP/s a core"
+    found = "measured in the first steps" if rate.calibrated else "assumed"
+    return (
+        f"hours count on {rate.achieved_share:.0%} ({found}) of {rate.peak_flops / 1e12:.0f} TFLOP/s of each GPU, and no time "
+        "for starting or saving"
+    )
+
+
+def _hours_warning(plan: RunPlan, allowed: float | None) -> Iterator[str]:
+    """A sweep that would pass its hours says so before."""
+    cost = plan.cost
+    if allowed is None or plan.search is None or cost is None or cost.gpu_hours is None or cost.gpu_hours <= allowed:
+        return
+    fit, count = trials_within(plan, allowed), plan.search.num_trials
+    most = "not even the controls and one trial fit" if fit < 1 else f"about {fit} of its {count} trials fit"
+    yield (
+        f"the sweep would take about {cost.gpu_hours:.3g} GPU-hours, and resources.max_gpu_hours allows {allowed:g}: {most}. It "
+        "ends in order there, with its best so far; fewer trials or epochs let it end by itself"
+    )
+
+
+def trials_within(plan: RunPlan, gpu_hours: float) -> int:
+    """Trials of a sweep that fit into so many GPU-hours, beside its controls and its refit."""
+    cost, search = plan.cost, plan.search
+    assert cost is not None
+    assert search is not None
+    assert cost.gpu_hours
+    of_trials = sum(part.amount for part in cost.operations if part.name in ("trials", "scoring"))
+    hours_per_operation = cost.gpu_hours / sum(part.amount for part in cost.operations)
+    fixed = cost.gpu_hours - of_trials * hours_per_operation
+    each = of_trials * hours_per_operation / search.num_trials
+    return max(0, min(search.num_trials, math.floor((gpu_hours - fixed) / each)))
 
 
 def _notes(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDescription) -> list[str]:
@@ -42,6 +83,7 @@ def _notes(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDescri
 
 
 def _warnings(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDescription) -> Iterator[str]:
+    yield from _hours_warning(plan, spec.resources.max_gpu_hours)
     if found.device == "cuda" and idle_gpus(cluster):
         yield f"{idle_gpus(cluster)} of {cluster.num_gpus} GPUs stay idle: their nodes have too few CPUs for a rank on each"
     if spec.task == "classify" and spec.data.retain is not None:

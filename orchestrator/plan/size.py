@@ -1,14 +1,33 @@
-"""How much data there is, guessed from file sizes: enough to plan before anything is tokenised."""
+"""How much data there is; guessed from file sizes, enough to plan before anything is tokenised."""
 
 from __future__ import annotations
 
 import math
 
-from orchestrator.plan.values import DataSize
 from orchestrator.spec.models import JobSpec
+from orchestrator.values import Value
 
 BYTES_PER_TOKEN = 4
 """English text under the usual vocabularies of 32k to 128k entries; other text differs by a factor of two and more."""
+
+
+class DataSize(Value):
+    """What the plan needs to know of the tokenised data. Estimated from file sizes where nothing was tokenised yet."""
+
+    train_documents: int
+    train_tokens: int
+    steps_per_epoch: int
+    eval_tokens: int
+    retain_tokens: int
+    longest_document_tokens: int
+    num_classes: int = 0
+    class_names: tuple[str, ...] = ()
+    sets_sha256: str = ""
+    """Over every split's tokens, masks and classes."""
+    supervised_share: float = 1.0
+    """Positions that are predicted, of all; to classify, documents. The output projection is computed at these alone."""
+    exact: bool = True
+    """False when estimated from file sizes."""
 
 
 def estimate_data_size(
@@ -20,7 +39,7 @@ def estimate_data_size(
     retain_bytes: int = 0,
     num_classes: int = 0,
 ) -> DataSize:
-    """A DataSize with `exact=False`.
+    """A DataSize with `exact=False`. How much of it is supervised is not known either: all of it, at most.
 
     Args:
         num_bytes: Of the training files, before the splits are taken off.
@@ -44,5 +63,6 @@ def estimate_data_size(
         retain_tokens=min(round(retain_bytes / BYTES_PER_TOKEN), spec.data.retain_tokens),
         longest_document_tokens=spec.data.max_tokens,
         num_classes=num_classes,
+        supervised_share=min(1.0, rows / tokens) if spec.task == "classify" else 1.0,
         exact=False,
     )

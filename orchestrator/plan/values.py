@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 from orchestrator.anatomy.values import LayerSelection
+from orchestrator.plan.estimates import CostEstimate, Placement
+from orchestrator.plan.size import DataSize
 from orchestrator.spec.models import Quantize, Task, Tune
 from orchestrator.values import Value
 
@@ -17,6 +19,8 @@ class NodeDescription(Value):
     num_gpus: int = 0
     gpu_memory_bytes: int = 0
     gpu_name: str = ""
+    gpu_hour_price: float | None = None
+    """What an hour of one of its GPUs costs, in the currency of whoever wrote it down."""
     memory_bytes: int
     """Host memory."""
 
@@ -34,23 +38,6 @@ class ClusterDescription(Value):
     @property
     def num_cpus(self) -> int:
         return sum(node.count * node.num_cpus for node in self.nodes)
-
-
-class DataSize(Value):
-    """What the plan needs to know of the tokenised data. Estimated from file sizes where nothing was tokenised yet."""
-
-    train_documents: int
-    train_tokens: int
-    steps_per_epoch: int
-    eval_tokens: int
-    retain_tokens: int
-    longest_document_tokens: int
-    num_classes: int = 0
-    class_names: tuple[str, ...] = ()
-    sets_sha256: str = ""
-    """Over every split's tokens, masks and classes."""
-    exact: bool = True
-    """False when estimated from file sizes."""
 
 
 class MemoryTerm(Value):
@@ -295,6 +282,11 @@ class RunPlan(Value):
     total_tokens: int
     disk_bytes: int
     gpu_hours: float | None
+    """With early stopping; None without GPUs, and where their rate is unknown."""
+    cost: CostEstimate | None = None
+    """Where the two above come from, and what it costs beside them. None in plans of older versions."""
+    placement: Placement | None = None
+    refit_placement: Placement | None = None
     reasons: tuple[str, ...]
     """Derivations in sentences: batch x accumulation x ranks = tokens per step, why this stage, ..."""
     rejected: tuple[RejectedWay, ...]

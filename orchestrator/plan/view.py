@@ -5,7 +5,7 @@ from __future__ import annotations
 from orchestrator.plan.steps import accumulation
 from orchestrator.plan.values import ExecutionPlan, MemoryEstimate, RunPlan, TrialOption
 from orchestrator.spec.models import JobSpec
-from orchestrator.units import format_bytes, format_count
+from orchestrator.units import format_bytes, format_count, format_seconds
 
 
 def derivations(plan: RunPlan, spec: JobSpec) -> tuple[str, ...]:
@@ -52,6 +52,7 @@ def plan_lines(plan: RunPlan) -> list[str]:
         + ("" if plan.data.exact else " (estimated)"),
         f"  gangs       {plan.num_gangs} of {_count(execution.ranks, 'rank')} on {execution.device}, "
         f"{_count(execution.threads_per_rank, 'thread')} a rank",
+        *(f"  placement   {line}" for line in (plan.placement.sentences if plan.placement is not None else ())),
         f"  execution   {way_line(execution)}",
         f"  refit       {way_line(plan.refit_execution)}",
     ]
@@ -66,8 +67,7 @@ def plan_lines(plan: RunPlan) -> list[str]:
     heaviest = heaviest_option(plan)
     lines.append(f"  memory of a rank, {heaviest.layers} {heaviest.tune}: {format_bytes(heaviest.memory.total_bytes)}")
     lines += [f"    {line}" for line in memory_lines(heaviest.memory)]
-    hours = f"{plan.gpu_hours:.3g} GPU-hours" if plan.gpu_hours is not None else "GPU-hours unknown"
-    lines.append(f"  cost        {hours} · {format_bytes(plan.disk_bytes)} of disk")
+    lines.append(f"  cost        {cost_line(plan)}")
     lines += [f"  because     {reason}" for reason in plan.reasons]
     lines += [f"  rejected    {rejected.way}: {rejected.reason}" for rejected in plan.rejected]
     lines += [f"  warning     {warning}" for warning in plan.warnings]
@@ -94,6 +94,22 @@ def option_line(option: TrialOption) -> str:
     return f"{option.layers} · {tune} · {learn} learn · {rates} · {format_bytes(option.memory.total_bytes)}"
 
 
+def cost_line(plan: RunPlan) -> str:
+    """`1.2 GPU-hours (3.1 without early stopping) · about 9m10s · 3.00 · 16.1 GiB of disk`."""
+    cost, disk = plan.cost, f"{format_bytes(plan.disk_bytes)} of disk"
+    if cost is None or (cost.gpu_hours is None and cost.core_hours is None):
+        return f"GPU-hours unknown · {disk}"
+    if cost.gpu_hours is None:
+        said = [f"{cost.core_hours:.3g} core-hours"]
+    else:
+        stops = plan.search is not None and len(plan.search.rung_steps) > 1
+        whole = f" ({cost.gpu_hours_without_stopping:.3g} without early stopping)" if stops else ""
+        said = [f"{cost.gpu_hours:.3g} GPU-hours{whole}"]
+    said += [f"about {format_seconds(3600 * cost.wall_hours)}"] if cost.wall_hours is not None else []
+    said += [f"{cost.price:,.2f} in money"] if cost.price is not None else []
+    return " · ".join([*said, disk])
+
+
 def heaviest_option(plan: RunPlan) -> TrialOption:
     """The option that needs most memory: the one the way was chosen for."""
     options = plan.search.options if plan.search is not None else (plan.finetune,)
@@ -110,7 +126,7 @@ def _gangs_line(plan: RunPlan) -> str:
     ranks = plan.execution.ranks
     if plan.search is None:
         return f"one trial: one gang of {_count(ranks, 'rank')}"
-    each = "the base and a trial fit one rank" if ranks == 1 else f"a gang needs {ranks} ranks"
+    each = "the base and a trial fit one rank" if ranks == 1 else f"a gang has {ranks} ranks"
     return f"{each}: {_count(plan.num_gangs, 'gang')}, each running trials one after another"
 
 

@@ -6,7 +6,8 @@
 Reads run directories and records; knows neither Ray nor torch.
 """
 
-from orchestrator.report.screens import final_screen, plan_view
+from orchestrator.report.plan_screens import plan_view
+from orchestrator.report.screens import final_screen
 from orchestrator.report.terminal import LogView, SweepView, open_view
 
 __all__ = ["LogView", "SweepView", "final_screen", "open_view", "plan_view"]

@@ -1,20 +1,14 @@
-"""Whole screens of text: the plan before a run, the result after it."""
+"""The last screen of a run: what was found."""
 
 from __future__ import annotations
 
 import textwrap
 
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
-
-from orchestrator.plan.values import ExecutionPlan, MemoryEstimate, RunPlan, TrialOption
 from orchestrator.report.wording import (
     best_trial,
     measured_of,
     metric_text,
     number,
-    plural,
     reads_sentence,
     score_text,
     signed,
@@ -22,7 +16,6 @@ from orchestrator.report.wording import (
     verdict_sentence,
 )
 from orchestrator.transfer.records import PromptComparison, SweepResult, TransferReport, TrialRecord
-from orchestrator.units import format_bytes, format_count
 
 WIDTH = 100
 INDENT = 10
@@ -100,96 +93,3 @@ def _answers(pair: PromptComparison) -> list[str]:
 def _shorten(written: str) -> str:
     flat = " ".join("".join(c if c.isprintable() else " " for c in written).split())
     return flat if len(flat) <= ANSWER_CHARACTERS else flat[: ANSWER_CHARACTERS - 1] + "…"
-
-
-def plan_view(plan: RunPlan) -> RenderableType:
-    """The plan for people: what learns, memory term by term, how it is run, what was rejected, what it costs."""
-    base = plan.base
-    estimated = "" if plan.data.exact else " (estimated from file sizes)"
-    title = Text(f"{plan.name}: {base.model_type}, {format_count(plan.num_parameters)} parameters, {base.quantize}", style="bold")
-    data = Text(
-        f"{plan.data.train_documents:,} documents, {plan.data.train_tokens:,} tokens an epoch{estimated}; "
-        f"{plan.total_steps:,} steps in all"
-    )
-    options = plan.search.options if plan.search else (plan.finetune,) if plan.finetune else ()
-    parts: list[RenderableType] = [title, data, Text(), _options_table(options), Text()]
-    if options:
-        largest = max(options, key=lambda option: option.memory.total_bytes)
-        parts += [_memory_table(f"Memory of one rank, largest choice ({_option_name(largest)})", largest.memory), Text()]
-    parts += [_execution_table(plan), Text()]
-    if plan.rejected:
-        parts += [_grid("Cheaper ways, rejected", [(way.way, way.reason) for way in plan.rejected]), Text()]
-    said = [("warning", plan.warnings), ("because", plan.reasons), ("note", plan.notes)]
-    parts += [_grid("", [(name, line) for name, lines in said for line in lines])]
-    return Group(*parts)
-
-
-def _option_name(option: TrialOption) -> str:
-    return f"{option.layers}, lora r{option.lora_rank}" if option.tune == "lora" else f"{option.layers}, full"
-
-
-def _options_table(options: tuple[TrialOption, ...]) -> Table:
-    table = Table(title="What is tried", title_justify="left", title_style="bold", box=None, pad_edge=False)
-    table.add_column("layers", max_width=28)
-    table.add_column("tune")
-    table.add_column("learning rate")
-    for name in ("learns", "first block", "memory a rank"):
-        table.add_column(name, justify="right")
-    for option in options:
-        tune = f"lora r{option.lora_rank}" if option.tune == "lora" else "full"
-        low, high = option.learning_rate_low, option.learning_rate_high
-        rates = f"{low:.1e}" if low == high else f"{low:.1e} to {high:.1e}"
-        learns = format_count(option.selection.num_trainable_parameters)
-        memory = format_bytes(option.memory.total_bytes)
-        table.add_row(Text(option.layers), tune, rates, learns, str(option.selection.cut), memory)
-    return table
-
-
-def _memory_table(title: str, memory: MemoryEstimate) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, width=WIDTH)
-    table.add_column("term", max_width=30)
-    table.add_column("size", justify="right", no_wrap=True)
-    table.add_column("derived from", ratio=1)
-    for term in memory.terms:
-        table.add_row(Text(term.name), format_bytes(term.num_bytes), Text(term.reason))
-    table.add_row("in all", format_bytes(memory.total_bytes), "", style="bold")
-    return table
-
-
-def _execution_table(plan: RunPlan) -> Table:
-    rows = [("gangs", f"{plan.num_gangs} of {plural(plan.execution.ranks, 'rank')} each")]
-    rows.append(("a trial runs by", _execution(plan.execution)))
-    rows.append(("the refit runs by", _execution(plan.refit_execution)))
-    if plan.search is not None:
-        search = plan.search
-        rungs = ", ".join(map(str, search.rung_steps))
-        rows.append(
-            ("search", f"{search.num_trials} trials by {search.algorithm}, {search.scheduler}; compared at steps {rungs}")
-        )
-    rows.append(("disk", format_bytes(plan.disk_bytes)))
-    rows.append(
-        ("GPU-hours", number(plan.gpu_hours, 2) if plan.gpu_hours is not None else "none: no GPU is used or its speed is unknown")
-    )
-    return _grid("How it is run", rows)
-
-
-def _execution(execution: ExecutionPlan) -> str:
-    said = [execution.executor, execution.device, execution.dtype]
-    if execution.executor == "deepspeed":
-        said.append(f"ZeRO {execution.zero_stage}, offload {execution.offload}")
-    said.append(f"micro-batch {execution.micro_batch_rows} x {execution.row_tokens} tokens")
-    said.append(f"{plural(execution.ranks, 'rank')} x {plural(execution.threads_per_rank, 'thread')}")
-    if execution.checkpointing:
-        said.append("gradient checkpointing")
-    return ", ".join(said)
-
-
-def _grid(title: str, rows: list[tuple[str, str]]) -> Table:
-    table = Table(
-        title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False, show_header=False, width=WIDTH
-    )
-    table.add_column(max_width=30, no_wrap=False)
-    table.add_column(ratio=1)
-    for name, value in rows:
-        table.add_row(Text(name, style="dim"), Text(value))
-    return table

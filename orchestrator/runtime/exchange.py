@@ -18,6 +18,7 @@ from orchestrator.errors import OrchestratorError, TrainingError
 from orchestrator.plan import make_assignment
 from orchestrator.plan.values import RungResult, TrialSpec
 from orchestrator.runtime.assignments import Answer, GangFigures, Orders, Work, failed_answer, failed_result
+from orchestrator.runtime.first_steps import FirstSteps
 from orchestrator.runtime.gang import START_TIMEOUT_S, Gang
 from orchestrator.runtime.ledger import Ledger, TrialState, drop_optimizer_state
 from orchestrator.runtime.records import base_result, trial_record
@@ -43,6 +44,7 @@ class Exchange:
         self._broken: OrchestratorError | None = None
         self._outdated: asyncio.Queue[Path] = asyncio.Queue()
         self._cleaner: asyncio.Task | None = None
+        self._first_steps = FirstSteps(orders.plan, orders.anatomy, orders.num_gangs)
 
     async def open(self) -> None:
         """Make the gangs ready to start; they do when the first work comes, for a finished search needs none."""
@@ -237,6 +239,8 @@ class Exchange:
             self._ledger.add(result)
             if result.state == "failed":
                 self._ledger.end(result.trial_id, "failed", result.reason)
+        if said := self._first_steps.hear(entry.option, result):
+            self._tell("first_steps", **said)
         for note in result.notes:
             self._tell("trial_note", f"{result.trial_id}: {note}", trial_id=result.trial_id, rung=result.rung)
         self._tell_trial(result.trial_id)

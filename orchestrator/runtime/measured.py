@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from orchestrator.plan.cost import CPU_FLOPS_PER_CORE, run_flops
+from orchestrator.plan.calibration import MeasuredSteps, calibrated
+from orchestrator.plan.cost import CPU_FLOPS_PER_CORE, planned_options, run_flops
+from orchestrator.plan.values import RunPlan
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.transfer.records import PlanAgainstMeasured, RefitRecord, SweepResult
 
@@ -29,7 +31,24 @@ def plan_against_measured(
         gangs, loads = float(plan.num_gangs), float(sweep.base_loads)
         name = "base loads in the last submission's search"
         rows.append(PlanAgainstMeasured(name=name, planned=gangs, measured=loads, unit="count"))
-    return (*rows, _computing_time(prepared, sweep, refitted))
+    time = _computing_time(prepared, sweep, refitted)
+    rows.append(time)
+    found = calibrated(plan, prepared.anatomy, first_steps(plan, sweep))
+    hours = found and (found.gpu_hours if plan.execution.device == "cuda" else found.core_hours)
+    if hours:
+        rows.append(time.model_copy(update={"name": f"{time.name}, at the rate of its first steps", "planned": 3600 * hours}))
+    return tuple(rows)
+
+
+def first_steps(plan: RunPlan, sweep: SweepResult) -> list[MeasuredSteps]:
+    """The first rung of every searched trial, its evaluation included."""
+    options = [(option.layers, option.tune, option.lora_rank) for option in planned_options(plan)]
+    return [
+        MeasuredSteps(options.index(key), first.tokens, first.seconds, evaluations=1)
+        for trial in sweep.searched
+        for first in trial.rungs[:1]
+        if (key := (trial.layers, trial.tune, trial.lora_rank)) in options and first.tokens
+    ]
 
 
 def _computing_time(prepared: Prepared, sweep: SweepResult, refitted: RefitRecord | None) -> PlanAgainstMeasured:

@@ -156,6 +156,9 @@ class ResourcesSpec(Section):
     ranks_per_gang: PositiveInt | Literal["auto"] = "auto"
     max_gpus: PositiveInt | None = None
     max_gpu_hours: PositiveFloat | None = None
+    """A sweep ends in order where its hours do; one training that would take more is refused."""
+    gpu_hour_price: PositiveFloat | None = None
+    """What an hour of one GPU costs, in any currency: the plan then says what the run does."""
     zero: Annotated[Literal[0, 1, 2, 3, "auto"], BeforeValidator(_refuse_bool)] = "auto"
     offload: Literal["none", "optimizer", "parameters", "auto"] = "auto"
     accelerator: Literal["auto", "gpu", "cpu"] = "auto"

@@ -96,7 +96,7 @@ def test_plan_prints_tables_of_at_most_100_columns(spec):
     assert result.exit_code == 0, result.stderr
     assert max(map(len, result.stdout.splitlines())) <= 100
     assert "\x1b" not in result.stdout
-    for wanted in ("What is tried", "Memory of one rank", "masters and Adam", "How it is run", "GPU-hours", "disk"):
+    for wanted in ("What is tried", "Memory of one rank", "masters and Adam", "How it is run", "What it takes", "hours", "disk"):
         assert wanted in result.stdout
 
 
@@ -115,6 +115,29 @@ def test_plan_for_a_cluster_that_one_does_not_stand_on(repository):
     assert result.exit_code == 0, result.stderr
     assert "ZeRO 3" in result.stdout
     assert "rejected" in result.stdout
+
+
+def test_the_plan_of_a_70b_on_four_nodes_imports_nothing_heavy(repository):
+    """From a laptop: no weights, no GPU, no cluster, and an answer at once (`scripts/bench plan` measures it)."""
+    code = f"""
+        import sys
+        from orchestrator.cli import app
+        app(args=sys.argv[1:], standalone_mode=False)
+        heavy = [name for name in {HEAVY} if name in sys.modules]
+        assert not heavy, heavy
+    """
+    big = repository / "jobs" / "specs" / "llama-70b-zero3.yaml"
+    cluster = repository / "cluster" / "examples" / "four-nodes-8xh100.yaml"
+    done = in_a_process(code, "plan", str(big), "--cluster", str(cluster), "--explain")
+    assert done.returncode == 0, done.stderr
+    for wanted in (
+        "Operations of one token",
+        "From operations to hours",
+        "1 gang of 32 GPUs, over 4 nodes",
+        "Cheaper ways, rejected",
+    ):
+        assert wanted in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 100
 
 
 def test_plan_that_does_not_fit_exits_with_3(repository, monkeypatch):

@@ -10,10 +10,13 @@ from typing import get_args
 import pytest
 from pydantic import BaseModel
 from ruamel.yaml import YAML
+from typer.testing import CliRunner
 
 from orchestrator import errors
 from orchestrator.cli import INTERRUPTED, app
 from orchestrator.errors import OrchestratorError
+from orchestrator.plan import read_cluster_file
+from orchestrator.plan.cluster import NODE_KEYS
 from orchestrator.spec import UNSUPPORTED, JobSpec
 
 
@@ -73,6 +76,28 @@ def test_every_command_in_the_documents_exists(repository, readme):
     for document in (readme, *(path.read_text() for path in (repository / "docs").glob("*.md"))):
         assert set(re.findall(r"`orchestrator ([a-z]+)", document)) <= commands
     assert commands <= set(re.findall(r"`orchestrator ([a-z]+)", readme)), "the README leaves a command out"
+
+
+def commands_of(document: str) -> list[list[str]]:
+    """The arguments of every `orchestrator` command that stands on a line of its own."""
+    return [line.split()[1:] for line in document.splitlines() if line.startswith("    orchestrator ")]
+
+
+def test_the_plans_of_the_guide_can_be_made(repository, monkeypatch):
+    monkeypatch.chdir(repository)
+    commands = commands_of((repository / "docs" / "plan.md").read_text())
+    assert len(commands) == 4
+    for arguments in commands:
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, f"{arguments}: {done.stderr}"
+
+
+def test_the_guides_cluster_file_is_one_and_its_keys_are_all(repository, tmp_path):
+    text = section((repository / "docs" / "plan.md").read_text(), "The cluster file")
+    written = "\n".join(line[4:] for line in text.splitlines() if line.startswith("    "))
+    (tmp_path / "cluster.yaml").write_text(written)
+    assert read_cluster_file(tmp_path / "cluster.yaml").num_gpus == 36
+    assert {row[0].strip("`") for row in rows(text)} == set(NODE_KEYS)
 
 
 def test_what_the_documents_link_to_is_there(repository):

@@ -60,6 +60,11 @@ def test_what_is_no_size(text: str) -> None:
         ("nodes: [{cpus: 4, memory: lots}]", "memory is 'lots'"),
         ("nodes: [{cpus: 4, memory: 8GiB}, {cpus: 4, memory: 8GiB, gpus: 2}]", r"nodes\[1\]: gpus without gpu_memory"),
         ("nodes: [{cpus: 4, memory: 8GiB, gpus: 1, gpu_memory: 0}]", "gpu_memory is 0"),
+        ("nodes: [{cpus: 4, memory: 8GiB, gpus: 2, gpu: A100}]", "'A100' may have more than one size"),
+        ("nodes: [{cpus: 4, memory: 8GiB, gpus: 2, gpu: Quantum 9000}]", "'Quantum 9000' may have any size"),
+        ("nodes: [{cpus: 4, memory: 8GiB, price: cheap}]", r"nodes\[0\].price: price is 'cheap'"),
+        ("nodes: [{cpus: 4, memory: 8GiB, price: 0}]", "price is 0"),
+        ("nodes: [{cpus: 4, memory: 8GiB, price: true}]", "price is True"),
     ],
 )
 def test_mistakes_name_their_key(tmp_path: Path, text: str, message: str) -> None:
@@ -67,6 +72,14 @@ def test_mistakes_name_their_key(tmp_path: Path, text: str, message: str) -> Non
         read_cluster_file(write(tmp_path, text))
     assert "cluster.yaml" in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+def test_a_gpu_of_the_table_brings_its_memory(tmp_path: Path) -> None:
+    text = "nodes: [{cpus: 4, gpus: 2, gpu: NVIDIA A100-SXM4-40GB, memory: 8GiB, price: 1.5}]"
+    (node,) = read_cluster_file(write(tmp_path, text)).nodes
+    assert (node.gpu_memory_bytes, node.gpu_hour_price) == (40 * GIB, 1.5)
+    (stated,) = read_cluster_file(write(tmp_path, text.replace("memory: 8GiB", "memory: 8GiB, gpu_memory: 39GiB"))).nodes
+    assert stated.gpu_memory_bytes == 39 * GIB
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

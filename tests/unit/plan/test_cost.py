@@ -1,4 +1,4 @@
-"""Operations per token against the closed forms, and what follows from them."""
+"""What a run costs: operations and their parts, hours before and after early stopping, money, disk."""
 
 from __future__ import annotations
 
@@ -6,66 +6,22 @@ from typing import Any
 
 import pytest
 
-from orchestrator.anatomy import select
-from orchestrator.plan.cost import disk_bytes, expected_steps, peak_flops, train_flops_per_token
-from orchestrator.plan.values import SearchPlan
+from orchestrator.errors import PlanError
+from orchestrator.plan import make_plan
+from orchestrator.plan.accelerators import peak_flops
+from orchestrator.plan.cost import ACHIEVED_SHARE, expected_rungs, expected_steps
+from orchestrator.plan.remarks import trials_within
+from orchestrator.plan.values import ClusterDescription, RunPlan, SearchPlan
 
 
-def parts(anatomy: Any, first: int = 0) -> tuple[float, float, float]:
-    """(matrices of blocks from `first`, head, attention forward per token at width 512)."""
-    matrices = sum(anatomy.tensors[name].num_elements for block in anatomy.linears[first:] for name in block)
-    attention = 4 * 512 * anatomy.num_heads * anatomy.head_dim * (anatomy.num_blocks - first)
-    return matrices, anatomy.vocab_size * anatomy.hidden_size, attention
+@pytest.fixture(scope="session")
+def plan(base: Any, job: Any, data: Any) -> Any:
+    """A plan from a base's name, a cluster, and the sections of a spec."""
 
+    def build(name: str, cluster: ClusterDescription, *, kind: str = "sweep", size: Any = None, **sections: Any) -> RunPlan:
+        return make_plan(job(**sections), base(name), size or data(), cluster, job=kind, spec_sha256="0" * 64)  # type: ignore[arg-type]
 
-@pytest.mark.parametrize("policy", ["all", "last:8"])
-def test_lora_costs_2n_and_2kn(base: Any, policy: str) -> None:
-    llama = base("8b")
-    selection = select(llama, policy, "lora", 16, task="completion")
-    blocks, head, attention = parts(llama)
-    above, _, attention_above = parts(llama, selection.cut)
-    expected = 2 * (blocks + head) + 2 * (above + head) + 6 * selection.num_trainable_parameters + attention + 2 * attention_above
-    assert train_flops_per_token(llama, selection, 512) == pytest.approx(expected)
-
-
-def test_full_tuning_costs_6n_but_for_the_frozen_head(base: Any) -> None:
-    llama = base("8b")
-    selection = select(llama, "all+head", "full", None, task="completion")
-    blocks, head, attention = parts(llama)
-    assert train_flops_per_token(llama, selection, 512) == pytest.approx(6 * (blocks + head) + 3 * attention, rel=1e-3)
-
-
-def test_checkpointing_runs_the_blocks_above_the_cut_again(base: Any) -> None:
-    llama = base("8b")
-    selection = select(llama, "last:8", "lora", 16, task="completion")
-    above, _, attention_above = parts(llama, selection.cut)
-    plain, again = (train_flops_per_token(llama, selection, 512, checkpointing=on) for on in (False, True))
-    assert again - plain == pytest.approx(2 * above + attention_above)
-
-
-def test_a_head_alone_sends_nothing_through_the_blocks(base: Any) -> None:
-    llama = base("8b")
-    selection = select(llama, "head", "full", None, task="completion")
-    blocks, head, attention = parts(llama)
-    assert train_flops_per_token(llama, selection, 512) == pytest.approx(2 * blocks + 4 * head + attention)
-
-
-def test_operations_agree_with_torchs_counter(base: Any) -> None:
-    """One LoRA step of the tiny base above a cut, counted by FlopCounterMode: within 5%."""
-    torch, transformers, peft = (pytest.importorskip(name) for name in ("torch", "transformers", "peft"))
-    from torch.utils.flop_counter import FlopCounterMode
-
-    llama, rows, width = base("tiny"), 2, 256
-    config = transformers.AutoConfig.from_pretrained(llama.folder, attn_implementation="eager")
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    lora = peft.LoraConfig(r=8, target_modules=names, layers_to_transform=[2, 3])
-    model = peft.get_peft_model(model, lora)
-    ids = torch.zeros(rows, width, dtype=torch.long)
-    with FlopCounterMode(display=False) as counter:
-        model(input_ids=ids, labels=ids).loss.backward()
-    selection = select(llama, "last:2", "lora", 8, task="completion")
-    assert train_flops_per_token(llama, selection, width) == pytest.approx(counter.get_total_flops() / (rows * width), rel=0.05)
+    return build
 
 
 @pytest.mark.parametrize(("rungs", "steps"), [((90,), 90), ((10, 30, 90), 10 + 20 / 3 + 60 / 9)])
@@ -75,22 +31,151 @@ def test_early_stopping_halves_the_expected_steps(rungs: tuple[int, ...], steps:
         reduction_factor=3, concurrent_trials=1,
     )  # fmt: skip
     assert expected_steps(search) == pytest.approx(steps)
+    assert expected_rungs(search) == pytest.approx({1: 1, 3: 1 + 1 / 3 + 1 / 9}[len(rungs)])
 
 
-@pytest.mark.parametrize(
-    ("name", "flops"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA L40S", 362e12),
-        ("Tesla T4", 65e12),
-        ("?", None),
-    ],
-)
-def test_peak_rates(name: str, flops: float | None) -> None:
-    assert peak_flops(name) == flops
+def part(found: RunPlan, name: str) -> float:
+    assert found.cost is not None
+    return {part.name: part.amount for part in found.cost.operations}[name]
 
 
-def test_disk_holds_the_bundle_and_every_trial(data: Any) -> None:
-    size = data(train_tokens=0, eval_tokens=0, retain_tokens=0)
-    assert disk_bytes(1000, size, [10, 30], num_trials=4, concurrent_trials=2) == 2000 + 4 * 2 * 20 + 2 * 12 * 30 + 2 * 16 * 30
+def test_hours_are_operations_over_the_rate(plan: Any, gpus: Any) -> None:
+    found = plan("8b", gpus(), quantize="nf4")
+    cost = found.cost
+    operations = sum(each.amount for each in cost.operations)
+    assert cost.rate.flops == peak_flops("H100-80GB") * ACHIEVED_SHARE
+    assert cost.gpu_hours == pytest.approx(operations / cost.rate.flops / 3600)
+    assert (found.gpu_hours, found.disk_bytes) == (cost.gpu_hours, cost.disk_bytes)
+    assert cost.core_hours is None
+    assert cost.price is None
+
+
+def test_the_trials_take_their_steps_at_the_mean_of_their_options(plan: Any, gpus: Any) -> None:
+    found = plan("8b", gpus(), search={"layers": ["last:2", "all"], "trials": 10, "budget": 0.5}, quantize="nf4")
+    per_token = [option.flops_per_token for option in found.cost.options]
+    assert per_token[0] < per_token[1]
+    tokens = found.total_tokens / found.total_steps
+    assert part(found, "trials") == pytest.approx(10 * sum(per_token) / 2 * expected_steps(found.search) * tokens)
+    assert part(found, "refit") == pytest.approx(per_token[1] * found.total_tokens)
+    assert found.cost.operations_refit == part(found, "refit")
+
+
+def test_early_stopping_saves_hours_and_money(plan: Any, gpus: Any) -> None:
+    search = {"layers": ["last:2"], "trials": 9}
+    found = plan("8b", gpus(), quantize="nf4", search=search, resources={"gpu_hour_price": 2.0})
+    cost = found.cost
+    assert cost.gpu_hours < 0.7 * cost.gpu_hours_without_stopping
+    assert cost.price == pytest.approx(2 * cost.gpu_hours)
+    assert cost.price_without_stopping == pytest.approx(2 * cost.gpu_hours_without_stopping)
+    patient = plan("8b", gpus(), quantize="nf4", search={**search, "scheduler": "none"}).cost
+    assert patient.gpu_hours == pytest.approx(patient.gpu_hours_without_stopping)
+    assert patient.gpu_hours_without_stopping == pytest.approx(cost.gpu_hours_without_stopping, rel=0.1)
+
+
+def test_gangs_side_by_side_save_wall_time_and_no_gpu_hours(plan: Any, gpus: Any) -> None:
+    one, eight = (plan("8b", gpus(each=each), quantize="nf4", search={"layers": ["all"]}).cost for each in (1, 8))
+    assert eight.gpu_hours == pytest.approx(one.gpu_hours)
+    assert eight.wall_hours == pytest.approx(one.wall_hours / 8)
+
+
+def test_a_sweep_takes_no_less_than_its_longest_trial(plan: Any, gpus: Any) -> None:
+    search = {"trials": 8, "scheduler": "none", "layers": ["last:1", "last:2", "last:3", "all"]}
+    found = plan("8b", gpus(), quantize="nf4", search=search).cost
+    assert found.gpu_hours / 8 < found.wall_hours
+    assert found.wall_hours * 3600 == pytest.approx(max(option.trial_seconds for option in found.options))
+
+
+def test_one_training(plan: Any, gpus: Any) -> None:
+    found = plan("8b", gpus(), kind="finetune", finetune={}, quantize="nf4")
+    option = found.cost.options[0]
+    assert part(found, "training") == pytest.approx(option.flops_per_token * found.total_tokens)
+    assert found.cost.gpu_hours == found.cost.gpu_hours_without_stopping
+    assert found.cost.wall_hours == pytest.approx(found.cost.gpu_hours / found.execution.ranks)
+
+
+def test_only_supervised_positions_pay_for_the_head(plan: Any, gpus: Any, data: Any) -> None:
+    whole, half = (
+        plan("8b", gpus(), kind="finetune", finetune={}, quantize="nf4", size=data(supervised_share=share))
+        for share in (1.0, 0.5)
+    )
+    flops = [{term.name: term.flops for term in found.cost.options[0].terms} for found in (whole, half)]
+    assert flops[1]["forward, head"] == pytest.approx(flops[0]["forward, head"] / 2)
+    assert flops[1]["forward, blocks"] == flops[0]["forward, blocks"]
+
+
+def test_cores_have_core_hours_and_no_price(plan: Any, cores: Any) -> None:
+    cost = plan("tiny", cores(4), resources={"gpu_hour_price": 2.0}).cost
+    assert (cost.gpu_hours, cost.price) == (None, None)
+    assert cost.core_hours > 0
+    assert cost.wall_hours == pytest.approx(cost.core_hours / 4, rel=0.05)
+
+
+def test_a_gpu_that_the_table_lacks(plan: Any, gpus: Any) -> None:
+    found = plan("8b", gpus(name="Quantum 9000"), quantize="nf4", resources={"max_gpu_hours": 1e-9})
+    assert (found.gpu_hours, found.cost.wall_hours, found.cost.options[0].trial_seconds) == (None, None, None)
+    assert "no GPU-hours: the peak rate of Quantum 9000 is not in the table" in found.notes
+    assert found.cost.operations_without_stopping > 0
+
+
+def test_the_slowest_of_unlike_gpus_counts(plan: Any, gpus: Any) -> None:
+    (fast,), (slow,) = gpus(1).nodes, gpus(1, name="NVIDIA A100-SXM4-80GB").nodes
+    mixed = ClusterDescription(nodes=(fast, slow), source="test")
+    assert plan("8b", mixed, quantize="nf4").cost.rate.peak_flops == 312e12
+
+
+def test_the_price_of_the_cluster_file_and_of_the_spec(plan: Any, gpus: Any) -> None:
+    (node,) = gpus().nodes
+    dear, cheap = (node.model_copy(update={"gpu_hour_price": price}) for price in (4.0, 2.0))
+    cluster = ClusterDescription(nodes=(dear, cheap.model_copy(update={"count": 3})), source="test")
+    assert plan("tiny", cluster).cost.price_per_gpu_hour == pytest.approx((4 + 3 * 2) / 4)
+    assert plan("tiny", cluster, resources={"gpu_hour_price": 9.0}).cost.price_per_gpu_hour == 9.0
+    half_known = ClusterDescription(nodes=(dear, node), source="test")
+    assert plan("tiny", half_known).cost.price_per_gpu_hour is None
+
+
+# -- max_gpu_hours ----------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_beyond_its_hours_says_how_many_trials_fit(plan: Any, gpus: Any) -> None:
+    free = plan("8b", gpus(), quantize="nf4")
+    assert not any("max_gpu_hours" in warning for warning in free.warnings)
+    bounded = plan("8b", gpus(), quantize="nf4", resources={"max_gpu_hours": free.gpu_hours / 2})
+    (said,) = [warning for warning in bounded.warnings if "max_gpu_hours" in warning]
+    fit = trials_within(bounded, free.gpu_hours / 2)
+    assert 8 <= fit <= 12
+    assert f"about {fit} of its 24 trials fit" in said
+    fewer = plan("8b", gpus(), quantize="nf4", search={"trials": fit}, resources={"max_gpu_hours": free.gpu_hours / 2})
+    assert fewer.gpu_hours <= free.gpu_hours / 2
+    assert not any("max_gpu_hours" in warning for warning in fewer.warnings)
+    one_more = plan("8b", gpus(), quantize="nf4", search={"trials": fit + 1}, resources={"max_gpu_hours": free.gpu_hours / 2})
+    assert one_more.gpu_hours > free.gpu_hours / 2
+
+
+def test_hours_that_hold_no_trial(plan: Any, gpus: Any) -> None:
+    found = plan("8b", gpus(), quantize="nf4", resources={"max_gpu_hours": 1e-6})
+    assert any("not even the controls and one trial fit" in warning for warning in found.warnings)
+
+
+def test_one_training_beyond_its_hours_is_refused(plan: Any, gpus: Any) -> None:
+    with pytest.raises(PlanError, match=r"max_gpu_hours allows 0\.001") as caught:
+        plan("8b", gpus(), kind="finetune", finetune={}, resources={"max_gpu_hours": 0.001})
+    assert (caught.value.exit_code, caught.value.where) == (3, "resources.max_gpu_hours")
+
+
+# -- disk -------------------------------------------------------------------------------------------------------------
+
+
+def test_disk_holds_the_bundle_every_rung_and_what_may_go_on(plan: Any, cores: Any, base: Any) -> None:
+    found = plan("tiny", cores(2), search={"layers": ["last:1", "last:2"], "trials": 6}, train={"dtype": "float32"})
+    learn = [option.selection.num_trainable_parameters for option in found.search.options]
+    disk = {each.name: each.amount for each in found.cost.disk}
+    assert disk["bundle"] == found.cost.bundle_bytes == 2 * found.num_parameters
+    assert disk["trials"] == pytest.approx(6 * expected_rungs(found.search) * 4 * sum(learn) / 2)
+    assert disk["open trials"] == found.search.concurrent_trials * 12 * max(learn)
+    assert disk["control head"] == 4 * len(found.search.rung_steps) * 512 * 64
+    assert found.cost.checkpoint_bytes == (4 + 12) * max(learn)
+    assert disk["checkpoints on the way"] == 2 * found.cost.checkpoint_bytes
+    assert disk["tokens"] == found.cost.cache_bytes == 5 * (400_000 + 40_000 + 16_384)
+    assert found.disk_bytes == round(sum(disk.values()))
+    one = plan("tiny", cores(2), kind="finetune", finetune={})
+    assert {each.name for each in one.cost.disk} == {"bundle", "checkpoints on the way", "tokens"}

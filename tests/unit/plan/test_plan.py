@@ -267,14 +267,6 @@ def test_a_small_host_cannot_take_what_is_offloaded(plan: Any, gpus: Any) -> Non
         plan("70b", gpus(each=1, host=64), search={"layers": ["last:2"], "tune": ["lora"]})
 
 
-def test_gpu_hours_are_bounded(plan: Any, gpus: Any) -> None:
-    free = plan("8b", gpus(), quantize="nf4")
-    assert free.gpu_hours > 0.01
-    with pytest.raises(PlanError, match="max_gpu_hours allows") as caught:
-        plan("8b", gpus(), quantize="nf4", resources={"max_gpu_hours": free.gpu_hours / 2})
-    assert "search.trials: 12" in caught.value.remedy
-
-
 def test_a_missing_section_is_a_mistake_in_the_spec(plan: Any, cores: Any) -> None:
     with pytest.raises(SpecError, match="finetune"):
         plan("tiny", cores(), kind="finetune")
@@ -344,6 +336,37 @@ def test_a_plan_keeps_within_gpus_and_memory_and_more_memory_never_hurts(
     assert OFFLOADS.index(richer.offload) <= OFFLOADS.index(found.execution.offload)
     if richer.offload == found.execution.offload:
         assert richer.ranks <= found.execution.ranks
+
+
+@LAWS
+@given(
+    kinds=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 8), MEMORY_GIB), min_size=1, max_size=4),
+    name=st.sampled_from(["tiny", "8b", "70b"]),
+    sections=SECTIONS,
+)
+def test_no_gpu_of_unlike_nodes_is_used_twice(
+    plan: Any, kinds: list[tuple[int, int, int]], name: str, sections: dict[str, Any]
+) -> None:
+    nodes = tuple(
+        NodeDescription(count=n, num_cpus=96, num_gpus=each, gpu_memory_bytes=memory * GIB, memory_bytes=1000 * GIB)
+        for n, each, memory in kinds
+    )
+    try:
+        found = plan(name, ClusterDescription(nodes=nodes, source="test"), **sections)
+    except PlanError:
+        return
+    for stood, gangs, ranks in (
+        (found.placement, found.num_gangs, found.execution.ranks),
+        (found.refit_placement, 1, found.refit_execution.ranks),
+    ):
+        assert (stood.num_gangs, stood.ranks) == (gangs, ranks), "every gang of the plan has a place"
+        assert all(kind.left_over >= 0 for kind in stood.nodes)
+        assert gangs * ranks + stood.left_over == sum(n * each for n, each, _ in kinds)
+        assert (
+            sum(kind.gangs_inside for kind in stood.nodes) * ranks + sum(kind.ranks_spanning for kind in stood.nodes)
+            == gangs * ranks
+        )
+    assert max(estimates(found)) <= min(memory for _, _, memory in kinds) * GIB
 
 
 @LAWS

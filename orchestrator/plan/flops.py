@@ -1,0 +1,201 @@
+"""Floating-point operations per token, term by term. A multiplication and an addition are two operations.
+
+What is counted is what torch's `FlopCounterMode` counts: matrix products and attention, not norms, activations and
+optimizers. L is the width of a row, q the query width (heads x head size), k the share of the blocks above the cut.
+A test runs real steps under that counter and compares.
+"""
+
+from __future__ import annotations
+
+from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
+from orchestrator.plan.estimates import FlopTerm
+from orchestrator.plan.memory import LOGIT_CHUNK_BYTES
+from orchestrator.plan.values import ExecutionPlan
+from orchestrator.units import format_count
+
+BACKWARD_MATMULS, FORWARD_MATMULS = 5, 2
+"""Of a fused attention kernel: forward is scores and their use; backward makes the scores again, then the gradients of
+the scores, of values, of queries and of keys (Dao et al. 2022, FlashAttention, algorithm 4; `sdpa_backward_flop_count`
+in torch.utils.flop_counter counts the same). Both for whole rows: a mask saves no counted operation."""
+
+ENDING_IN_DROPOUT = ("gpt2", "opt")
+"""Decoders that drop out a tenth of each block's output unless their config says otherwise (transformers' defaults)."""
+
+
+def forward_flops_per_token(
+    anatomy: ModelAnatomy, row_tokens: int, num_classes: int = 0, *, supervised_share: float = 1.0
+) -> float:
+    """One forward pass, scoring what is supervised."""
+    return sum(term.flops for term in forward_terms(anatomy, row_tokens, num_classes, supervised_share=supervised_share))
+
+
+def train_flops_per_token(
+    anatomy: ModelAnatomy,
+    selection: LayerSelection,
+    row_tokens: int,
+    *,
+    checkpointing: bool = False,
+    num_classes: int = 0,
+    supervised_share: float = 1.0,
+    head_twice: bool = False,
+) -> float:
+    """One training step, per token: the sum of `train_terms`."""
+    terms = train_terms(
+        anatomy,
+        selection,
+        row_tokens,
+        checkpointing=checkpointing,
+        num_classes=num_classes,
+        supervised_share=supervised_share,
+        head_twice=head_twice,
+    )
+    return sum(term.flops for term in terms)
+
+
+def forward_terms(
+    anatomy: ModelAnatomy, row_tokens: int, num_classes: int = 0, *, supervised_share: float = 1.0
+) -> tuple[FlopTerm, ...]:
+    """The forward pass.
+
+    - Matrices: 2 an element (Kaplan et al. 2020, section 2.1). The embedding look-up multiplies nothing. Of routed experts
+      a token passes `experts_per_token`, so that share of their elements counts; routers and shared experts count whole.
+    - Attention: two products, scores and their use, of 2·L·q each: 4·L·q a block.
+    - Head: 2 an element, at supervised positions only (`train.objective`); to classify, one position a document.
+    """
+    blocks, head = block_elements(anatomy, 0), head_elements(anatomy, num_classes) * supervised_share
+    where = "" if supervised_share == 1.0 else f" at {supervised_share:.0%} of the positions"
+    width = anatomy.num_heads * anatomy.head_dim
+    return _kept(
+        ("forward, blocks", 2.0 * blocks, f"2 x {format_count(round(blocks))} elements{_experts(anatomy)}"),
+        (
+            "forward, attention",
+            _attention(anatomy, 0, row_tokens),
+            f"4 x {row_tokens} tokens x {width} query width x {anatomy.num_blocks} blocks",
+        ),
+        ("forward, head", 2.0 * head, f"2 x {format_count(head_elements(anatomy, num_classes))} elements{where}"),
+    )
+
+
+def train_terms(
+    anatomy: ModelAnatomy,
+    selection: LayerSelection,
+    row_tokens: int,
+    *,
+    checkpointing: bool = False,
+    num_classes: int = 0,
+    supervised_share: float = 1.0,
+    head_twice: bool = False,
+) -> tuple[FlopTerm, ...]:
+    """One training step, per token. N elements multiply, a share k of them above the cut.
+
+    - The forward pass, 2N (`forward_terms`).
+    - Gradients of activations, from the loss down to the cut: 2 an element of the head and of the blocks there; none
+      where only the head learns. Below the cut nothing has a gradient.
+    - Gradients of weights: 2 an element that learns. So full tuning is 6N, LoRA on every block 4N, above a cut 2N + 2kN.
+    - Adapters: 6 an element (forward, and both gradients).
+    - Attention's backward: 5 products where forward has 2, above the cut.
+    - Checkpointing runs the blocks above the cut again: 2 an element, adapters too, and attention's forward.
+      torch stops as soon as all that backward needs is there, which a block's last matrix is not part of unless it is
+      adapted (`_last_matrix`).
+    - A head whose logits take several chunks is checkpointed too: 2 an element again (`train.objective`).
+
+    An upper bound, by under 1% for 16 blocks and more: with LoRA the first matrices at the cut need no gradient of their
+    input, and are counted as if they did.
+    """
+    forward = forward_terms(anatomy, row_tokens, num_classes, supervised_share=supervised_share)
+    if not selection.trainable and not selection.adapted:
+        return forward
+    through = selection.cut < anatomy.num_blocks
+    above, blocks = block_elements(anatomy, selection.cut), anatomy.num_blocks - selection.cut
+    head = head_elements(anatomy, num_classes) * supervised_share
+    learning = _learning_elements(anatomy, selection, num_classes, supervised_share)
+    in_blocks, on_head = adapter_elements(anatomy, selection)
+    adapters = in_blocks + on_head * supervised_share
+    attention = _attention(anatomy, selection.cut, row_tokens)
+    skipped = sum(_last_matrix(anatomy, selection, block) for block in range(selection.cut, anatomy.num_blocks))
+    again = 2.0 * (above - skipped + in_blocks) + attention if checkpointing else 0.0
+    return forward + _kept(
+        (
+            "gradients of activations",
+            2.0 * (above + head) if through else 0.0,
+            f"2 x ({format_count(round(above))} elements in {blocks} blocks + the head)",
+        ),
+        ("gradients of weights", 2.0 * learning, f"2 x {format_count(round(learning))} elements that learn"),
+        ("adapters", 6.0 * adapters, f"6 x {format_count(round(adapters))} elements, forward and both gradients"),
+        (
+            "attention backward",
+            attention * BACKWARD_MATMULS / FORWARD_MATMULS,
+            f"{BACKWARD_MATMULS} products where forward has {FORWARD_MATMULS}, in {blocks} blocks",
+        ),
+        ("blocks again", again, f"checkpointing: the forward pass of {blocks} blocks once more"),
+        ("head again", 2.0 * head if head_twice else 0.0, "logits in several chunks: each is computed again for its gradient"),
+    )
+
+
+def runs_head_twice(anatomy: ModelAnatomy, execution: ExecutionPlan, supervised_share: float, num_classes: int = 0) -> bool:
+    """Whether a micro-batch's float32 logits take several chunks, each computed again in the backward pass."""
+    positions = execution.micro_batch_rows * execution.row_tokens * supervised_share
+    return not num_classes and 4 * positions * anatomy.vocab_size > LOGIT_CHUNK_BYTES
+
+
+def block_elements(anatomy: ModelAnatomy, first: int) -> float:
+    """Elements that a token multiplies with in the blocks from `first` up: of routed experts only its own."""
+    return sum(_active(anatomy, name) for block in anatomy.blocks[first:] for name in block)
+
+
+def head_elements(anatomy: ModelAnatomy, num_classes: int = 0) -> int:
+    return (num_classes or anatomy.vocab_size) * anatomy.hidden_size
+
+
+def adapter_elements(anatomy: ModelAnatomy, selection: LayerSelection) -> tuple[int, int]:
+    """(elements of A and B in the blocks, on the head)."""
+    rank = selection.lora_rank or 0
+    stored = [name for name in selection.adapted if name != anatomy.head_weight]
+    on_head = rank * (anatomy.vocab_size + anatomy.hidden_size) if len(stored) < len(selection.adapted) else 0
+    return rank * sum(sum(anatomy.tensors[name].shape) for name in stored), on_head
+
+
+def _active(anatomy: ModelAnatomy, name: str) -> float:
+    """Elements of a parameter of a block that one token multiplies with; a norm or a bias does not multiply."""
+    tensor = anatomy.tensors[name]
+    if len(tensor.shape) < 2:
+        return 0.0
+    experts = anatomy.experts
+    if experts is None or not any(name in block for block in anatomy.stacked):
+        return float(tensor.num_elements)
+    return tensor.num_elements * experts.experts_per_token / experts.num_experts
+
+
+def _learning_elements(anatomy: ModelAnatomy, selection: LayerSelection, num_classes: int, supervised_share: float) -> float:
+    """Elements whose gradients are matrix products."""
+    learning = set(selection.trainable)
+    blocks = sum(_active(anatomy, name) for block in anatomy.blocks for name in block if name in learning)
+    heads = {anatomy.classifier_weight} if num_classes else {anatomy.head_weight}
+    return blocks + (head_elements(anatomy, num_classes) * supervised_share if heads & learning else 0.0)
+
+
+def _last_matrix(anatomy: ModelAnatomy, selection: LayerSelection, block: int) -> int:
+    """Elements of a block's last matrix where nothing after it keeps anything for backward, so that it is not run again.
+
+    So in decoders whose blocks end in `x + down(...)`; a norm after it, dropout, or experts that are weighed and summed
+    keep something. An adapted matrix is run again: peft computes it before the adapter, whose inputs backward needs.
+    """
+    sparse = bool(anatomy.stacked and anatomy.stacked[block])
+    norm_after = anatomy.kind == "encoder" or any("post_feedforward" in name for name in anatomy.blocks[block])
+    if sparse or norm_after or anatomy.model_type in ENDING_IN_DROPOUT:
+        return 0
+    last = anatomy.linears[block][-1]
+    return 0 if last in selection.adapted else anatomy.tensors[last].num_elements
+
+
+def _attention(anatomy: ModelAnatomy, first: int, row_tokens: int) -> float:
+    return 2.0 * FORWARD_MATMULS * row_tokens * anatomy.num_heads * anatomy.head_dim * (anatomy.num_blocks - first)
+
+
+def _experts(anatomy: ModelAnatomy) -> str:
+    experts = anatomy.experts
+    return f", {experts.experts_per_token} of {experts.num_experts} experts" if experts else ""
+
+
+def _kept(*terms: tuple[str, float, str]) -> tuple[FlopTerm, ...]:
+    return tuple(FlopTerm(name=name, flops=flops, reason=reason) for name, flops, reason in terms if flops)

@@ -1,0 +1,256 @@
+"""Operations per token against torch's own count of real steps: the objective, branches and checkpointing that training uses.
+
+On a CPU attention runs in a kernel that `FlopCounterMode` does not know. On a GPU, packed rows run in the memory-efficient
+kernel and lone ones in the flash kernel, which it does count; the CPU's is counted here by the same formulas.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+
+from orchestrator.anatomy import LayerSelection, ModelAnatomy, read_anatomy, select
+from orchestrator.plan.flops import forward_flops_per_token, train_flops_per_token
+from orchestrator.plan.values import BaseLoad
+from orchestrator.train import objective as objective_module
+from orchestrator.train.base import LoadedBase, load_base
+from orchestrator.train.branch import open_branch
+from orchestrator.train.objective import IGNORED, Objective
+from orchestrator.train.recompute import recomputed
+
+aten = torch.ops.aten
+ROWS = 2
+TOLERANCE = 0.02
+"""The plan promises 5%."""
+SIZES = {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 6, "num_attention_heads": 8}
+BASES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", "num_key_value_heads": 2, **SIZES},
+    "qwen2": {"model_type": "qwen2", "num_key_value_heads": 4, **SIZES, "tie_word_embeddings": True},
+}
+OTHERS: dict[str, dict[str, Any]] = {
+    "qwen3": {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 32, **SIZES},
+    "gemma": {"model_type": "gemma", "num_key_value_heads": 1, "head_dim": 32, **SIZES},
+    "gemma3": {"model_type": "gemma3_text", "num_key_value_heads": 2, "head_dim": 16, **SIZES},
+    "phi": {"model_type": "phi", **SIZES},
+    "phi3": {"model_type": "phi3", "num_key_value_heads": 2, **SIZES, "pad_token_id": 0},
+    "gpt-neox": {"model_type": "gpt_neox", **SIZES},
+}
+EXPERTS = {"num_key_value_heads": 2, "num_experts_per_tok": 2, **SIZES}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 8, **EXPERTS},
+    "qwen2-moe": {
+        "model_type": "qwen2_moe",
+        "num_experts": 8,
+        "moe_intermediate_size": 96,
+        "shared_expert_intermediate_size": 192,
+        **EXPERTS,
+    },
+}
+CHOICES = {
+    "lora all": ("all", "lora"),
+    "lora last:2": ("last:2", "lora"),
+    "full last:2": ("last:2", "full"),
+    "full all": ("all", "full"),
+    "full all+head": ("all+head", "full"),
+    "lora blocks:1": ("blocks:1", "lora"),
+    "head": ("head", "full"),
+}
+
+
+def forward_formula(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def backward_formula(grad_out: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return sdpa_backward_flop_count(grad_out, query, key, value)
+
+
+COUNTED = {
+    aten._scaled_dot_product_flash_attention_for_cpu: forward_formula,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: backward_formula,
+}
+
+
+@cache
+def made_base(folder: Path, name: str) -> LoadedBase:
+    config = AutoConfig.for_model(**{**BASES, **OTHERS}[name], max_position_embeddings=2048)
+    set_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / name)
+    anatomy = read_anatomy(folder / name, need_weights=True)
+    description = BaseLoad(folder=anatomy.folder, model_type=anatomy.model_type, quantize="none", task="completion")
+    return load_base(description, anatomy, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def rows(width: int, vocab: int, supervised: float) -> dict[str, torch.Tensor]:
+    """Two documents a row, so that a mask is needed; the last `supervised` of each row is predicted."""
+    ids = torch.randint(3, vocab, (ROWS, width))
+    labels = ids.clone()
+    labels[:, : round(width * (1 - supervised))] = IGNORED
+    return {
+        "input_ids": ids,
+        "position_ids": (torch.arange(width) % (width // 2)).expand(ROWS, width),
+        "labels": labels,
+        "document_ids": torch.zeros_like(ids),
+        "class_labels": torch.full((ROWS,), -1),
+        "lengths": torch.full((ROWS,), width),
+    }
+
+
+def counted(base: LoadedBase, selection: LayerSelection, batch: dict[str, torch.Tensor], checkpointing: bool) -> float:
+    """Operations of one training step, per token.
+
+    A fake tensor has no values to select by. There every position is supervised, and nothing is selected.
+    """
+    with ExitStack() as stack:
+        branch = stack.enter_context(open_branch(base, selection, lora_alpha=16, seed=0))
+        objective = Objective(branch.model, branch.backbone(), branch.head(), "completion")
+        if checkpointing:
+            blocks: Any = base.model.get_submodule(base.anatomy.blocks_module)
+            stack.enter_context(recomputed(blocks[selection.cut :]))
+        with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
+            if isinstance(batch["labels"], FakeTensor):
+                hidden = branch.backbone()(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).last_hidden_state
+                objective._token_loss_sum(branch.head(), hidden.flatten(0, 1), batch["labels"].flatten()).backward()
+            else:
+                objective(**batch).backward()
+        for _, parameter in branch.learning_parameters():
+            parameter.grad = None
+    return counter.get_total_flops() / batch["input_ids"].numel()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bases")
+
+
+def chosen(anatomy: ModelAnatomy, choice: str) -> LayerSelection:
+    policy, tune = CHOICES[choice]
+    return select(anatomy, policy, tune, 8 if tune == "lora" else None, task="completion")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("width", [128, 512])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("name", BASES)
+def test_a_training_step_takes_what_the_plan_says(folder: Path, name: str, choice: str, checkpointing: bool, width: int) -> None:
+    base = made_base(folder, name)
+    selection = chosen(base.anatomy, choice)
+    found = counted(base, selection, rows(width, base.anatomy.vocab_size, 0.5), checkpointing)
+    planned = train_flops_per_token(base.anatomy, selection, width, checkpointing=checkpointing, supervised_share=0.5)
+    assert planned == pytest.approx(found, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("choice", ["lora all", "full last:2", "full all"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_designs(folder: Path, name: str, choice: str, checkpointing: bool) -> None:
+    """Norms on queries and keys, one key-value head, norms after the MLP, fused projections, parallel residuals."""
+    base = made_base(folder, name)
+    selection = chosen(base.anatomy, choice)
+    found = counted(base, selection, rows(128, base.anatomy.vocab_size, 0.5), checkpointing)
+    planned = train_flops_per_token(base.anatomy, selection, 128, checkpointing=checkpointing, supervised_share=0.5)
+    # Where attention and MLP both read the block's input, LoRA's upper bound is 3.4% of six blocks.
+    assert planned == pytest.approx(found, rel=0.04 if choice == "lora all" else 0.001)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("choice", ["lora all", "lora last:2", "full last:2", "full all"])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_token_passes_its_own_experts_alone(folder: Path, name: str, choice: str, checkpointing: bool) -> None:
+    config = AutoConfig.for_model(**MIXTURES[name], max_position_embeddings=2048)
+    config.save_pretrained(folder / name)
+    config._experts_implementation = "eager"
+    set_seed(0)
+    base = described(folder / name, AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    selection = chosen(base.anatomy, choice)
+    found = counted(base, selection, rows(128, base.anatomy.vocab_size, 0.5), checkpointing)
+    planned = train_flops_per_token(base.anatomy, selection, 128, checkpointing=checkpointing, supervised_share=0.5)
+    assert planned == pytest.approx(found, rel=TOLERANCE)
+
+
+def described(folder: Path, model: Any) -> LoadedBase:
+    """As `load_base` leaves it, for a base that has no weights on disk."""
+    anatomy = read_anatomy(folder, need_weights=False)
+    model.train()
+    model.config.use_cache = False
+    model.requires_grad_(False)
+    description = BaseLoad(folder=anatomy.folder, model_type=anatomy.model_type, quantize="none", task="completion")
+    return LoadedBase(model=model, anatomy=anatomy, load=description, dtype=torch.float32, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_scoring_takes_one_forward_pass(folder: Path, name: str) -> None:
+    base = made_base(folder, name)
+    batch = rows(256, base.anatomy.vocab_size, 0.25)
+    objective = Objective(
+        base.model, base.model.get_submodule(base.anatomy.backbone), base.model.get_submodule("lm_head"), "text"
+    )
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
+        objective(**batch, each=True)
+    planned = forward_flops_per_token(base.anatomy, 256, supervised_share=0.25)
+    assert planned == pytest.approx(counter.get_total_flops() / batch["input_ids"].numel(), rel=0.01)
+
+
+def test_a_head_in_several_chunks_is_computed_twice(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = made_base(folder, "llama")
+    selection, batch = chosen(base.anatomy, "lora last:2"), rows(256, base.anatomy.vocab_size, 1.0)
+    once = counted(base, selection, batch, False)
+    monkeypatch.setattr(objective_module, "LOGIT_CHUNK_BYTES", 4 * base.anatomy.vocab_size * 100)
+    twice = counted(base, selection, batch, False)
+    planned = [train_flops_per_token(base.anatomy, selection, 256, head_twice=head_twice) for head_twice in (False, True)]
+    assert planned[1] - planned[0] == pytest.approx(twice - once)
+    assert planned[1] == pytest.approx(twice, rel=TOLERANCE)
+
+
+# -- published shapes, without their memory ---------------------------------------------------------------------------
+
+LLAMA = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 8192}
+SHAPES = {
+    "llama-3.1-8b": (32, {**LLAMA, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}),
+    "llama-3.1-70b": (80, {**LLAMA, "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64}),
+    "mixtral-8x7b": (
+        32,
+        {**LLAMA, "model_type": "mixtral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336}
+        | {"num_attention_heads": 32, "num_local_experts": 8, "num_experts_per_tok": 2},
+    ),
+}
+
+
+def shape_config(folder: Path, name: str, num_blocks: int) -> Any:
+    """The config, written to `folder`. Experts are multiplied as gathered stacks, whose shapes hang on no values."""
+    config = AutoConfig.for_model(**SHAPES[name][1], num_hidden_layers=num_blocks)
+    config.save_pretrained(folder)
+    config._experts_implementation = "batched_mm"
+    return config
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("choice", ["lora all", "full all", "full all+head"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_published_shapes(folder: Path, name: str, choice: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted on two and on four blocks; each further block adds what those two added."""
+    # A fake module cannot be moved, and is where it should be.
+    monkeypatch.setattr(nn.Module, "to", lambda module, *_, **__: module)
+    num_blocks, shape = SHAPES[name]
+    width, vocab, counts = 2048, shape["vocab_size"], {}
+    for few in (2, 4):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            config = shape_config(folder / f"{name}-{few}", name, few)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+            base = described(folder / f"{name}-{few}", model)
+            counts[few] = counted(base, chosen(base.anatomy, choice), rows(width, vocab, 1.0), checkpointing)
+    whole = counts[2] + (num_blocks - 2) * (counts[4] - counts[2]) / 2
+    shape_config(folder / name, name, num_blocks)
+    anatomy = read_anatomy(folder / name, need_weights=False)
+    twice = 4 * ROWS * width * vocab > objective_module.LOGIT_CHUNK_BYTES
+    planned = train_flops_per_token(anatomy, chosen(anatomy, choice), width, checkpointing=checkpointing, head_twice=twice)
+    assert planned == pytest.approx(whole, rel=TOLERANCE)

@@ -1,0 +1,92 @@
+"""The first rungs of a sweep say what the rest of it will take; the record holds it against what it took."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from orchestrator.anatomy import ModelAnatomy
+from orchestrator.plan import make_trial
+from orchestrator.plan.calibration import MeasuredSteps, calibrated
+from orchestrator.plan.values import DataPaths, RungResult, RunPlan, TrainSettings
+from orchestrator.runtime.assignments import Orders
+from orchestrator.runtime.exchange import Exchange
+from orchestrator.runtime.first_steps import FirstSteps
+from orchestrator.runtime.ledger import Ledger
+from orchestrator.runtime.measured import plan_against_measured
+from orchestrator.runtime.outcome import summarise
+from orchestrator.runtime.prepare import Prepared
+from orchestrator.runtime.scoring import Scoring
+from orchestrator.transfer.records import RefitRecord
+
+
+def result(trial_id: str = "t0", *, rung: int = 0, seconds: float = 2.0, **changes: object) -> RungResult:
+    values = {"trial_id": trial_id, "rung": rung, "step": 4, "tokens": 2000, "state": "done", "eval_loss": 2.0}
+    return RungResult.model_validate({**values, "train_seconds": seconds, **changes})
+
+
+def test_it_is_told_once_when_every_gang_has_had_some(plan: RunPlan, anatomy: ModelAnatomy) -> None:
+    first = FirstSteps(plan, anatomy, num_gangs=2)
+    assert first.hear(0, result("t0")) is None
+    said = first.hear(1, result("t1", seconds=3.0))
+    assert said is not None
+    expected = calibrated(plan, anatomy, [MeasuredSteps(0, 2000, 2.0), MeasuredSteps(1, 2000, 3.0)])
+    assert expected is not None
+    assert said["achieved_share"] == expected.rate.achieved_share
+    assert (said["core_hours"], said["gpu_hours"], said["wall_hours"]) == (expected.core_hours, None, expected.wall_hours)
+    assert said["message"].startswith("the first steps reach ")
+    assert first.hear(0, result("t2")) is None
+
+
+@pytest.mark.parametrize(
+    ("option", "heard"),
+    [(None, result()), (0, result(rung=1)), (0, result(state="failed", reason="NaN")), (0, result(seconds=0.0))],
+    ids=["a control", "a later rung", "a failure", "no time"],
+)
+def test_what_says_nothing(plan: RunPlan, anatomy: ModelAnatomy, option: int | None, heard: RungResult) -> None:
+    assert FirstSteps(plan, anatomy, num_gangs=1).hear(option, heard) is None
+
+
+def test_a_plan_of_an_older_version_is_no_trouble(plan: RunPlan, anatomy: ModelAnatomy) -> None:
+    assert FirstSteps(plan.model_copy(update={"cost": None}), anatomy, 1).hear(0, result()) is None
+
+
+def test_the_exchange_tells_it(plan: RunPlan, anatomy: ModelAnatomy, tmp_path: Path) -> None:
+    orders = Orders(
+        plan=plan,
+        anatomy=anatomy,
+        settings=TrainSettings(warmup=0, schedule="constant", weight_decay=0, grad_clip=0, tokens_per_step=512),
+        data=DataPaths(train="train.npz", eval="eval.npz"),
+        scoring=Scoring(metric="loss", max_forgetting=1),
+        trials_folder=str(tmp_path),
+        num_gangs=1,
+    )
+    exchange = Exchange(orders)
+    assert plan.search is not None
+    trial = make_trial(plan, plan.search.options[0], 1e-3, 0, seed=0).model_copy(update={"trial_id": "t0"})
+    exchange._ledger.register(trial, 0)
+    exchange._record(result())
+    exchange._record(result(rung=1))
+    (told,) = [item for item in exchange._news if item["kind"] == "first_steps"]
+    assert "core-hours in all" in told["message"]
+
+
+def test_the_record_has_the_time_at_that_rate_too(submit: Callable[[], Prepared]) -> None:
+    prepared = submit()
+    plan = prepared.plan
+    assert plan.search is not None
+    trial = make_trial(plan, plan.search.options[0], 1e-3, 0, seed=0)
+    ledger = Ledger(prepared.run.trials)
+    ledger.register(trial, 0)
+    ledger.add(result(trial.trial_id, eval_seconds=1.0, checkpoint="/t0"))
+    ledger.end(trial.trial_id, "finished")
+    sweep = summarise(prepared, ledger, [], started_at=0.0)
+    rows = {row.name: row for row in plan_against_measured(prepared, sweep, RefitRecord(ran=False, reason=""))}
+    row = rows["core time of training and scoring, at the rate of its first steps"]
+    expected = calibrated(plan, prepared.anatomy, [MeasuredSteps(0, 2000, 3.0, evaluations=1)])
+    assert expected is not None
+    assert expected.core_hours is not None
+    assert row.planned == pytest.approx(3600 * expected.core_hours)
+    assert row.measured == rows["core time of training and scoring"].measured
