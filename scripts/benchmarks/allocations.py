@@ -95,11 +95,9 @@ class AllocationCounter(TorchDispatchMode):
         return (tensor, positions, *rest)
 
 
-def count_step(
-    anatomy: ModelAnatomy, selection: LayerSelection, *, rows: int, row_tokens: int, checkpointing: bool, num_rounds: int = 1
-) -> Counted:
-    """Count two optimizer steps of one rank in bfloat16 (the first makes the moments), and an evaluation."""
-    base = meta_base(anatomy)
+def count_step(anatomy: ModelAnatomy, selection: LayerSelection, *, rows: int, row_tokens: int, checkpointing: bool) -> Counted:
+    """Count the steps of one rank in bfloat16."""
+    base = bare_base(anatomy, torch.device("meta"))
     lora_alpha = 2 * (selection.lora_rank or 0)
     with open_branch(base, selection, lora_alpha=lora_alpha, seed=0, keeper=Forgetful()) as branch, ExitStack() as stack:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -107,20 +105,30 @@ def count_step(
         counter = AllocationCounter()
         for tensor in (*base.model.parameters(), *base.model.buffers()):
             counter.add(tensor, "the base")
-        if checkpointing:
-            blocks = list(base.model.get_submodule(anatomy.blocks_module).children())
-            stack.enter_context(recomputed(blocks[selection.cut :]))
         stack.enter_context(mode)
-        batch = _batch(rows, row_tokens)
+        inputs = batch(rows, row_tokens, torch.device("cpu"))
         stack.enter_context(counter)
-        engine = TorchEngine(_objective(branch), learning_parameters(branch), weight_decay=0.01, grad_clip=1.0)
+        engine = train_and_score(branch, inputs, checkpointing=checkpointing)
+        stack.callback(engine.close)
+        return Counted(counter.peak_bytes, counter.peak_operator, counter.live_bytes)
+
+
+def train_and_score(branch: Branch, inputs: dict[str, torch.Tensor], *, checkpointing: bool) -> TorchEngine:
+    """Two optimizer steps, the first of which makes the moments, and an evaluation; the engine as it is then."""
+    with ExitStack() as stack:
+        if checkpointing:
+            blocks = list(branch.model.get_submodule(branch.base.anatomy.blocks_module).children())
+            stack.enter_context(recomputed(blocks[branch.selection.cut :]))
+        objective = Objective(branch.model, branch.backbone(), branch.head(), branch.base.load.task)
+        # The branch's own list holds the parameters that there were before fake ones took their places.
+        learning = [(name, parameter) for name, parameter in branch.model.named_parameters() if parameter.requires_grad]
+        engine = TorchEngine(objective, learning, weight_decay=0.01, grad_clip=1.0)
         for _ in range(2):
-            for _ in range(num_rounds):
-                engine.backward(engine.loss(batch), 1.0)
+            engine.backward(engine.loss(inputs), 1e-3)
             engine.step(1e-4)
         with torch.no_grad():
-            engine.objective.eval()(**batch, each=True)
-        return Counted(counter.peak_bytes, counter.peak_operator, counter.live_bytes)
+            objective.eval()(**inputs, each=True)
+    return engine
 
 
 class Forgetful:
@@ -131,18 +139,18 @@ class Forgetful:
     def restore(self) -> None: ...
 
 
-def meta_base(anatomy: ModelAnatomy) -> LoadedBase:
-    """The base as `load_base` makes it, without weights."""
+def bare_base(anatomy: ModelAnatomy, device: torch.device) -> LoadedBase:
+    """The base as `load_base` makes it, with whatever numbers its construction gives."""
     config = AutoConfig.from_pretrained(anatomy.folder, local_files_only=True)
     config._attn_implementation = "sdpa" if anatomy.attention == "fused" else "eager"
-    with torch.device("meta"):
+    with device:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.train()
     model.config.use_cache = False
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     load = BaseLoad(folder=anatomy.folder, model_type=anatomy.model_type, quantize="none", task="completion")
-    return LoadedBase(model=model, anatomy=anatomy, load=load, dtype=torch.bfloat16, device=torch.device("meta"))
+    return LoadedBase(model=model, anatomy=anatomy, load=load, dtype=torch.bfloat16, device=device)
 
 
 def fake_parameters(model: nn.Module, mode: FakeTensorMode) -> None:
@@ -163,17 +171,10 @@ def fake(tensor: torch.Tensor, mode: FakeTensorMode) -> FakeTensor:
     return FakeTensor(mode, torch.empty_like(tensor, device="meta"), torch.device("cpu"))
 
 
-def learning_parameters(branch: Branch) -> list[tuple[str, nn.Parameter]]:
-    return [(name, parameter) for name, parameter in branch.model.named_parameters() if parameter.requires_grad]
-
-
-def _objective(branch: Branch) -> Objective:
-    return Objective(branch.model, branch.backbone(), branch.head(), branch.base.load.task)
-
-
-def _batch(rows: int, row_tokens: int) -> dict[str, torch.Tensor]:
-    ids = torch.zeros(rows, row_tokens, dtype=torch.long)
-    one = torch.zeros(rows, dtype=torch.long)
+def batch(rows: int, row_tokens: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Rows of documents of one token each, every position supervised."""
+    ids = torch.zeros(rows, row_tokens, dtype=torch.long, device=device)
+    one = torch.zeros(rows, dtype=torch.long, device=device)
     return {
         "input_ids": ids,
         "position_ids": ids,
