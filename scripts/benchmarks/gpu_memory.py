@@ -62,10 +62,7 @@ def main() -> None:
     for row in measure(torch.device("cuda", 0)):
         rows.append(row)
         if not options.json:
-            print(
-                f"{row['policy']:<13}{'checkpointing' if row['checkpointing'] else '':<14}{ROWS} x {row['row_tokens']:>5} tokens  "
-                f"planned {row['planned_bytes'] / GIB:7.2f} GiB  measured {row['measured_bytes'] / GIB:7.2f} GiB  {row['ratio']:.3f}"
-            )
+            print(_line(row), flush=True)
     report = {
         "gpu": torch.cuda.get_device_name(0),
         "torch": torch.__version__,
@@ -102,6 +99,12 @@ def measure(device: torch.device) -> Iterator[dict[str, Any]]:
             "measured_bytes": measured,
             "ratio": planned / measured,
         }
+
+
+def _line(row: dict[str, Any]) -> str:
+    way = f"{row['policy']:<13}{'checkpointing' if row['checkpointing'] else '':<14}{ROWS} x {row['row_tokens']:>5} tokens"
+    planned, measured = row["planned_bytes"] / GIB, row["measured_bytes"] / GIB
+    return f"{way}  planned {planned:7.2f} GiB  measured {measured:7.2f} GiB  {row['ratio']:.3f}"
 
 
 def _anatomy(blocks: int) -> ModelAnatomy:
