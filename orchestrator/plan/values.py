@@ -207,6 +207,8 @@ class RungResult(Value):
     checkpoint: str | None = None
     """The rung's folder; None when nothing was trained (the control `none`)."""
     engine: EngineRecord | None = None
+    relieved: ExecutionPlan | None = None
+    """How the trial was trained in the end, where memory had run out on the way; its later rungs start like that."""
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
     started_at: float = 0.0

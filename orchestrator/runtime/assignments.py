@@ -6,10 +6,16 @@ import asyncio
 from dataclasses import dataclass, field
 
 from orchestrator.anatomy import ModelAnatomy
-from orchestrator.plan.values import Assignment, DataPaths, RungResult, RunPlan, TrainSettings
+from orchestrator.errors import TrainingError
+from orchestrator.plan.relief import beyond_the_gang, relieve
+from orchestrator.plan.values import Assignment, DataPaths, ExecutionPlan, RungResult, RunPlan, TrainSettings
+from orchestrator.runtime.gang import GangDiedError
 from orchestrator.runtime.scoring import Scoring
 from orchestrator.transfer import WORST_SCORE
 from orchestrator.values import Value
+
+MAX_ATTEMPTS = 3
+"""How often an assignment is tried on a new gang, and how often a gang is started, before giving up."""
 
 
 class Orders(Value):
@@ -46,6 +52,9 @@ class Work:
     assignment: Assignment = field(compare=False)
     future: asyncio.Future[RungResult] = field(compare=False)
     attempts: int = field(default=0, compare=False)
+    """Gangs that died while running it, for want of anything but memory."""
+    notes: list[str] = field(default_factory=list, compare=False)
+    """What happened on gangs that are gone; the result's notes begin with them."""
 
 
 @dataclass
@@ -68,3 +77,38 @@ def failed_answer() -> Answer:
 def failed_result(assignment: Assignment, reason: str) -> RungResult:
     """For an assignment that no gang brought to an end."""
     return RungResult(trial_id=assignment.trial.trial_id, rung=assignment.rung, step=0, tokens=0, state="failed", reason=reason)
+
+
+def next_attempt(work: Work, death: TrainingError, planned: ExecutionPlan) -> RungResult | None:
+    """Make work ready for another gang after one died of it: as it is, or smaller where memory ran out.
+
+    A death for want of memory is no attempt: each leads to a smaller way, so that they end by themselves.
+
+    Args:
+        planned: What the plan gives every trial.
+
+    Returns:
+        The failed result where there is nothing left to try; None where the work goes back to the queue.
+    """
+    assignment = work.assignment
+    if not (isinstance(death, GangDiedError) and death.out_of_memory):
+        work.attempts += 1
+        if work.attempts < MAX_ATTEMPTS:
+            return None
+        return with_history(
+            failed_result(assignment, f"{MAX_ATTEMPTS} gangs died while running it, the last: {death}"), work, planned
+        )
+    relief = relieve(assignment.execution)
+    if relief is None:
+        reason = f"{death.what}; no smaller way is left in this gang\n  to do: {beyond_the_gang(assignment.execution)}"
+        return with_history(failed_result(assignment, reason), work, planned)
+    work.notes.append(f"out of memory: the gang was replaced and the trial {relief.sentence}")
+    work.assignment = assignment.model_copy(update={"execution": relief.execution})
+    return None
+
+
+def with_history(result: RungResult, work: Work, planned: ExecutionPlan) -> RungResult:
+    """A result, with what happened to its work on gangs before, and with the smaller way that it was given, if it was."""
+    execution = work.assignment.execution
+    relieved = result.relieved or (execution if execution != planned else None)
+    return result.model_copy(update={"notes": (*work.notes, *result.notes), "relieved": relieved})

@@ -16,14 +16,22 @@ from pathlib import Path
 from orchestrator.anatomy import LayerSelection
 from orchestrator.errors import OrchestratorError, TrainingError
 from orchestrator.plan import make_assignment
+from orchestrator.plan.relief import with_relief
 from orchestrator.plan.values import RungResult, TrialSpec
-from orchestrator.runtime.assignments import Answer, GangFigures, Orders, Work, failed_answer, failed_result
+from orchestrator.runtime.assignments import (
+    MAX_ATTEMPTS,
+    Answer,
+    GangFigures,
+    Orders,
+    Work,
+    failed_answer,
+    failed_result,
+    next_attempt,
+    with_history,
+)
 from orchestrator.runtime.gang import START_TIMEOUT_S, Gang
 from orchestrator.runtime.ledger import Ledger, TrialState, drop_optimizer_state
 from orchestrator.runtime.records import base_result, trial_record
-
-MAX_ATTEMPTS = 3
-"""How often an assignment is tried on a new gang, and how often a gang is started, before giving up."""
 
 
 class Exchange:
@@ -126,6 +134,7 @@ class Exchange:
             rung=rung,
             start=before.checkpoint if before else None,
             stop_step=stop_step,
+            execution=with_relief(self._orders.plan.execution, before.relieved if before else None),
             keep_optimizer=stop_step < trial.total_steps,
         )
         first = 0 if trial.control == "none" else 1
@@ -145,9 +154,9 @@ class Exchange:
         try:
             await self._work_off(gang)
         except Exception as error:
-            gang.kill()
             self._tell("gang_lost", f"gang {gang.index} serves no more: {error!r}", gang=gang.index)
             self._give_up(error)
+            gang.kill()  # last: it may raise too, and by now whoever waits has heard
 
     async def _work_off(self, gang: Gang) -> None:
         """Start, take work, answer; start again when the gang dies. Raises what the last failed start raised."""
@@ -161,8 +170,8 @@ class Exchange:
                     await gang.start()
                 except Exception as error:
                     failures += 1
-                    gang.kill()
                     self._tell("gang_failed_to_start", f"gang {gang.index} could not start: {_why(error)}", gang=gang.index)
+                    gang.kill()
                     if failures >= MAX_ATTEMPTS:
                         raise
                     continue
@@ -188,19 +197,13 @@ class Exchange:
 
     async def _run(self, gang: Gang, work: Work) -> None:
         """Run one piece of work; on a dead gang, put it back and leave the gang to be replaced."""
-        assignment = work.assignment
         try:
-            result = await gang.run(assignment)
+            result = with_history(await gang.run(work.assignment), work, self._orders.plan.execution)
         except TrainingError as error:
-            work.attempts += 1
-            gang.kill()
-            gang.pids = ()
-            self._figures[gang.index].replaced += 1
-            self._tell("gang_died", f"{error}; its assignment goes back", gang=gang.index, trial_id=assignment.trial.trial_id)
-            if work.attempts < MAX_ATTEMPTS:
-                self._queue.put_nowait(work)
+            known = self._bury(gang, work, error)
+            if known is None:
                 return
-            result = failed_result(assignment, f"{MAX_ATTEMPTS} gangs died while running it, the last: {error}")
+            result = known
         try:
             self._record(result)
         except Exception as error:  # a full disk, say: whoever waits must hear of it
@@ -212,6 +215,19 @@ class Exchange:
         entry = self._ledger.get(result.trial_id)
         assert entry is not None
         self._drop_optimizer_states(other for other in entry.results if other.rung < result.rung)
+
+    def _bury(self, gang: Gang, work: Work, death: TrainingError) -> RungResult | None:
+        """Leave a dead gang to be replaced; its work goes back to the queue, or its failed result is returned."""
+        trial_id, known = work.assignment.trial.trial_id, len(work.notes)
+        result = next_attempt(work, death, self._orders.plan.execution)
+        then = "; ".join(work.notes[known:]) or ("its assignment goes back" if result is None else "its assignment is given up")
+        gang.pids = ()
+        self._figures[gang.index].replaced += 1
+        self._tell("gang_died", f"{death.what}; {then}", gang=gang.index, trial_id=trial_id)
+        gang.kill()
+        if result is None:
+            self._queue.put_nowait(work)
+        return result
 
     def _drop_optimizer_states(self, results: Iterable[RungResult]) -> None:
         """Rungs that no trial goes on from keep their adapter or delta alone."""

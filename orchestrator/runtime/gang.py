@@ -8,11 +8,12 @@ import socket
 import time
 
 import ray
+from ray.exceptions import OutOfMemoryError as EvictedError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.anatomy import ModelAnatomy
-from orchestrator.errors import TrainingError
+from orchestrator.errors import RankOutOfMemoryError, TrainingError
 from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan, RungResult
 from orchestrator.runtime.cluster import rank_resources, worker_env
 
@@ -20,7 +21,15 @@ START_TIMEOUT_S = 600.0
 
 
 class GangDiedError(TrainingError):
-    """A rank of the gang is gone or broken; the whole gang has to be replaced."""
+    """A rank of the gang is gone or broken; the whole gang has to be replaced.
+
+    Args:
+        out_of_memory: Whether it broke because memory ran out: what it was doing must go on smaller.
+    """
+
+    def __init__(self, what: str, *, out_of_memory: bool = False) -> None:
+        super().__init__(what)
+        self.out_of_memory = out_of_memory
 
 
 @ray.remote(max_restarts=0, max_task_retries=0)
@@ -131,7 +140,9 @@ class Gang:
             if broken:
                 for wait in pending:
                     wait.cancel()
-                raise GangDiedError(f"gang {self.index} broke: {_first_line(broken[0])}")
+                told = next((error for error in broken if ran_out_of_memory(error)), broken[0])
+                what = f"gang {self.index} broke: {_first_line(told)}"
+                raise GangDiedError(what, out_of_memory=ran_out_of_memory(told))
         return [wait.result()[0] for wait in waits]
 
 
@@ -145,6 +156,11 @@ async def _settled(call) -> tuple:
         return await call, None
     except Exception as error:
         return None, error
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether a rank's call failed for want of memory: its own, or its node's, where Ray ended it."""
+    return isinstance(getattr(error, "cause", None) or error, RankOutOfMemoryError | EvictedError)
 
 
 def _first_line(error: BaseException) -> str:

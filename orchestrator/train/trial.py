@@ -46,6 +46,8 @@ class TrialOutcome:
     checkpoint: Path | None = None
     train_seconds: float = 0.0
     engine: EngineRecord | None = None
+    relieved: ExecutionPlan | None = None
+    """What it came down to where memory ran out."""
 
 
 class TrialRun:

@@ -17,8 +17,8 @@ from orchestrator.errors import TrainingError
 from orchestrator.plan import make_trial
 from orchestrator.plan.values import Assignment, DataPaths, RungResult, RunPlan, TrainSettings, TrialSpec
 from orchestrator.runtime import exchange as exchange_module
-from orchestrator.runtime.assignments import Answer, Orders, failed_result
-from orchestrator.runtime.exchange import MAX_ATTEMPTS, Exchange
+from orchestrator.runtime.assignments import MAX_ATTEMPTS, Answer, Orders, failed_result
+from orchestrator.runtime.exchange import Exchange
 from orchestrator.runtime.gang import GangDiedError
 from orchestrator.runtime.ledger import Ledger
 from orchestrator.runtime.scoring import Scoring
@@ -31,11 +31,13 @@ RUNGS = (4, 12, 36)
 class ScriptedGang:
     """A gang without processes.
 
-    `deaths` says how often it dies on each trial, `dead_starts` how often it cannot start and `refusal` why, `broken`
-    which trials fail for a reason of their own.
+    `deaths` says how often it dies on each trial, `fitting` with how many rows in a micro-batch it does not run out of
+    memory on one, `dead_starts` how often it cannot start and `refusal` why, `broken` which trials fail for a reason of
+    their own.
     """
 
     deaths: dict[str, int]
+    fitting: dict[str, int]
     dead_starts: int
     refusal: Exception
     broken: set[str]
@@ -63,6 +65,8 @@ class ScriptedGang:
         if self.deaths.get(trial_id, 0):
             self.deaths[trial_id] -= 1
             raise GangDiedError(f"gang {self.index} broke")
+        if assignment.execution.micro_batch_rows > self.fitting.get(trial_id, 99):
+            raise GangDiedError("out of memory on rank 1", out_of_memory=True)
         if trial_id in self.broken:
             return failed_result(assignment, "it broke")
         checkpoint = f"{assignment.folder}/rung-{assignment.rung}"
@@ -128,7 +132,7 @@ def on_bench(
 
     def play(scene: Play, *, deaths: dict[str, int] | None = None, dead_starts: int = 0, gangs: int = 1) -> list[Assignment]:
         ScriptedGang.deaths, ScriptedGang.dead_starts, ScriptedGang.ran = deaths or {}, dead_starts, []
-        ScriptedGang.refusal, ScriptedGang.broken = GangDiedError("no room"), set()
+        ScriptedGang.refusal, ScriptedGang.broken, ScriptedGang.fitting = GangDiedError("no room"), set(), {}
 
         async def run() -> None:
             ScriptedGang.gate = asyncio.Event()
@@ -167,6 +171,70 @@ def test_a_trial_that_kills_every_gang_fails_and_the_others_go_on(on_bench: Call
 
     ran = on_bench(scene, deaths={"t0": 99})
     assert [assignment.trial.trial_id for assignment in ran].count("t0") == MAX_ATTEMPTS
+
+
+def rows_of(assignments: list[Assignment]) -> list[int]:
+    return [assignment.execution.micro_batch_rows for assignment in assignments]
+
+
+def test_a_gang_that_ran_out_of_memory_is_followed_by_one_with_half_the_rows(
+    on_bench: Callable[..., list[Assignment]], plan: RunPlan
+) -> None:
+    """Such deaths are no attempts; what it came down to holds for the trial's later rungs, and for nobody else's."""
+    assert plan.execution.micro_batch_rows == 8
+
+    async def first(bench: Bench) -> None:
+        ScriptedGang.fitting = {"t0": 1}
+        ScriptedGang.deaths = {"t0": MAX_ATTEMPTS - 1}
+        assert (await bench.advance(bench.trial(0))).state == "done"
+        assert (await bench.advance(bench.trial(1))).state == "done"
+        assert (await bench.advance(bench.trial(0), 1)).state == "done"
+        died = [item for item in bench.exchange._news if item["kind"] == "gang_died"]
+        assert [item["trial_id"] for item in died] == ["t0"] * (3 + MAX_ATTEMPTS - 1)
+        assert "started again with 4 rows" in died[MAX_ATTEMPTS - 1]["message"]
+        notes = [item["message"] for item in bench.exchange._news if item["kind"] == "trial_note"]
+        assert len(notes) == 3, "they are told once, and not again with the next rung"
+
+    async def again(bench: Bench) -> None:
+        entry = Ledger(bench.folder).get("t0")
+        assert entry is not None
+        assert [len(result.notes) for result in entry.results] == [3, 0]
+        assert (await bench.advance(bench.trial(0), 2)).state == "done"
+
+    assert rows_of(on_bench(first)) == [8] * MAX_ATTEMPTS + [4, 2, 1, 8, 1]
+    assert rows_of(on_bench(again)) == [1], "a later submission knows it too"
+
+
+def test_a_trial_that_fits_no_gang_fails_and_the_others_go_on(on_bench: Callable[..., list[Assignment]]) -> None:
+    async def scene(bench: Bench) -> None:
+        ScriptedGang.fitting = {"t0": 0}
+        large, small = await asyncio.gather(bench.advance(bench.trial(0)), bench.advance(bench.trial(1)))
+        assert (large.state, large.ended, small.state) == ("failed", True, "done")
+        assert "out of memory on rank 1; no smaller way is left" in large.reason
+        assert "resources.ranks_per_gang" in large.reason
+
+    ran = on_bench(scene)
+    tried = [(a.execution.micro_batch_rows, a.execution.checkpointing) for a in ran if a.trial.trial_id == "t0"]
+    assert tried == [(8, False), (4, False), (2, False), (1, False), (1, True)]
+
+
+def test_a_gang_that_cannot_even_be_ended_leaves_nobody_waiting(
+    on_bench: Callable[..., list[Assignment]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray itself is gone, say: what is told comes before what may raise."""
+
+    def refuse(_: ScriptedGang) -> None:
+        raise OSError("no Ray")
+
+    async def scene(bench: Bench) -> None:
+        with monkeypatch.context() as broken:
+            broken.setattr(ScriptedGang, "kill", refuse)
+            for number in (0, 1):
+                with pytest.raises(TrainingError, match="no Ray"):
+                    await bench.advance(bench.trial(number))
+        assert bench.told() == ["gang_failed_to_start", "gang_lost"]
+
+    assert on_bench(scene, dead_starts=99) == []
 
 
 @pytest.mark.parametrize("gangs", [1, 2])
