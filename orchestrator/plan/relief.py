@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from orchestrator.errors import OutOfMemoryError
 from orchestrator.plan.values import ExecutionPlan
 
 HIGHEST_STAGE_WITH_A_WHOLE_BASE = 2
@@ -63,6 +64,11 @@ def beyond_the_gang(execution: ExecutionPlan) -> str:
     if execution.device == "cpu" or execution.offload == "parameters":
         return more
     return f"resources.offload: {'optimizer' if execution.offload == 'none' else 'parameters'}; or {more}"
+
+
+def nothing_smaller(what: str, execution: ExecutionPlan) -> OutOfMemoryError:
+    """The end of a trial for which there is no step down from `execution`; its words are the trial's reason."""
+    return OutOfMemoryError(f"{what}; no smaller way is left in this gang", remedy=beyond_the_gang(execution))
 
 
 def with_relief(planned: ExecutionPlan, relieved: ExecutionPlan | None) -> ExecutionPlan:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from orchestrator.anatomy import ModelAnatomy
 from orchestrator.errors import TrainingError
-from orchestrator.plan.relief import beyond_the_gang, relieve
+from orchestrator.plan.relief import nothing_smaller, relieve
 from orchestrator.plan.values import Assignment, DataPaths, ExecutionPlan, RungResult, RunPlan, TrainSettings
 from orchestrator.runtime.gang import GangDiedError
 from orchestrator.runtime.scoring import Scoring
@@ -100,7 +100,7 @@ def next_attempt(work: Work, death: TrainingError, planned: ExecutionPlan) -> Ru
         )
     relief = relieve(assignment.execution)
     if relief is None:
-        reason = f"{death.what}; no smaller way is left in this gang\n  to do: {beyond_the_gang(assignment.execution)}"
+        reason = str(nothing_smaller(death.what, assignment.execution))
         return with_history(failed_result(assignment, reason), work, planned)
     work.notes.append(f"out of memory: the gang was replaced and the trial {relief.sentence}")
     work.assignment = assignment.model_copy(update={"execution": relief.execution})

@@ -7,7 +7,8 @@ from pathlib import Path
 from orchestrator.anatomy import LayerSelection
 from orchestrator.errors import TrainingError
 from orchestrator.plan import head_control, make_assignment
-from orchestrator.plan.values import Assignment, RungResult, TrialSpec
+from orchestrator.plan.relief import with_relief
+from orchestrator.plan.values import Assignment, ExecutionPlan, RungResult, TrialSpec
 from orchestrator.runtime.ledger import TrialEntry
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.runtime.refit import num_restarts, refit, result_file
@@ -48,7 +49,7 @@ def full_budget(prepared: Prepared, entry: TrialEntry, base: RungResult | None, 
     if last.step >= trial.total_steps:
         return last, RefitRecord(ran=False, reason="the promoted trial had the full budget", to_step=last.step)
     view.phase("refit", f"{trial.total_steps} steps on {prepared.plan.refit_execution.ranks} rank(s)")
-    assignment = refit_assignment(prepared, trial, selection_of(prepared, entry))
+    assignment = refit_assignment(prepared, trial, selection_of(prepared, entry), last.relieved)
     result = run_refit(prepared, [assignment])[0]
     reason = f"the promoted trial had {last.step} of {trial.total_steps} steps"
     passed_over = why_passed_over(result, last, base, prepared.scoring)
@@ -74,8 +75,14 @@ def why_passed_over(refitted: RungResult, rung: RungResult, base: RungResult | N
     )
 
 
-def refit_assignment(prepared: Prepared, trial: TrialSpec, selection: LayerSelection) -> Assignment:
-    """The whole training of a trial, in refit/, with checkpoints in between."""
+def refit_assignment(
+    prepared: Prepared, trial: TrialSpec, selection: LayerSelection, relieved: ExecutionPlan | None = None
+) -> Assignment:
+    """The whole training of a trial, in refit/, with checkpoints in between.
+
+    Args:
+        relieved: What the search had to train it by, where memory ran out there.
+    """
     return make_assignment(
         prepared.plan,
         trial,
@@ -87,7 +94,7 @@ def refit_assignment(prepared: Prepared, trial: TrialSpec, selection: LayerSelec
         rung=0,
         start=None,
         stop_step=trial.total_steps,
-        execution=prepared.plan.refit_execution,
+        execution=with_relief(prepared.plan.refit_execution, relieved),
         keep_optimizer=False,
         checkpoint_every_steps=max(1, trial.total_steps // (REFIT_CHECKPOINTS + 1)),
     )

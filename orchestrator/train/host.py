@@ -25,7 +25,7 @@ from orchestrator.errors import (
     TrainingError,
     UsageError,
 )
-from orchestrator.plan.relief import beyond_the_gang, relieve
+from orchestrator.plan.relief import nothing_smaller, relieve
 from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan, RungResult, StepReport
 from orchestrator.train.base import load_base, loading_device
 from orchestrator.train.integrity import base_fingerprint, changed_base
@@ -156,10 +156,7 @@ class TrainHost:
                     raise RankOutOfMemoryError(f"out of memory on rank {self._ranks.rank}: {first_line(error)}") from error
                 relief = relieve(execution)
                 if relief is None:
-                    raise OutOfMemoryError(
-                        f"out of memory, and no smaller way is left in this gang: {first_line(error)}",
-                        remedy=beyond_the_gang(execution),
-                    ) from None
+                    raise nothing_smaller(f"out of memory: {first_line(error)}", execution) from None
             execution = outcome.relieved = relief.execution
             notes.append(f"out of memory: {relief.sentence}")
             del run
