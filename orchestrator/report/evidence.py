@@ -10,6 +10,7 @@ from typing import Any
 from orchestrator.report import figures, html
 from orchestrator.report.figures import PlannedBar
 from orchestrator.report.html import Html
+from orchestrator.report.memory import memory_table
 from orchestrator.report.reading import RunRecords
 from orchestrator.report.wording import (
     CONTROL_NAMES,
@@ -163,6 +164,8 @@ def plan_against_measured(run: RunRecords) -> Html:
                 figures.memory(bars, scale, unit), "Memory of one rank as planned, term by term, and the measured peak.", data
             )
         )
+    if run.sweep is not None:
+        parts.append(memory_table(run.sweep))
     measured = run.transfer.plan_against_measured if run.transfer else ()
     if measured:
         rows = [[row.name, amount(row.planned, row.unit), amount(row.measured, row.unit), ratio(row)] for row in measured]

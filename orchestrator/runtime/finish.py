@@ -20,6 +20,7 @@ from orchestrator.runtime.records import base_result
 from orchestrator.runtime.scoring import Scoring
 from orchestrator.serve import BundleInputs
 from orchestrator.store import versions
+from orchestrator.transfer import memory_rows
 from orchestrator.transfer.records import BundledFigures, RunView, SweepResult, TransferReport
 
 
@@ -34,6 +35,7 @@ def finish(prepared: Prepared, sweep: SweepResult, view: RunView) -> RunOutcome:
         transfer = TransferReport(
             sentence=f"nothing was promoted: {sweep.promotion_reason}",
             plan_against_measured=plan_against_measured(prepared, sweep, None),
+            memory=memory_rows(sweep.trials),
             versions=versions(),
         )
         return RunOutcome(prepared.run.path, sweep, transfer)
@@ -53,6 +55,7 @@ def finish(prepared: Prepared, sweep: SweepResult, view: RunView) -> RunOutcome:
             "refit": refitted,
             "bundled": bundled_figures(bundled, prepared.scoring, base),
             "plan_against_measured": plan_against_measured(prepared, sweep, refitted),
+            "memory": memory_rows(sweep.trials),
             "trial_id": entry.trial.trial_id,
         }
     )

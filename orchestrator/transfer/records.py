@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal, Protocol
 
+from orchestrator.transfer.measured import MemoryRow, PlanAgainstMeasured
 from orchestrator.values import Value
 
 Control = Literal["none", "head", "shuffled", "scratch", "k_shot"]
@@ -45,6 +46,13 @@ class EngineFigures(Value):
     base_loads: int = 1
     ordinal: int = 0
     """How many assignments the gang had run before."""
+    device: str = ""
+    rank_peak_memory_bytes: tuple[int, ...] = ()
+    """Measured, by rank: on a GPU the most that torch's allocator held, on a CPU the process's resident memory."""
+    predicted_memory_bytes: int | None = None
+    """What the plan expected a rank to use."""
+    micro_batch_rows: int = 0
+    checkpointing: bool = False
 
 
 class TrialRecord(Value):
@@ -204,15 +212,6 @@ class VerificationFigures(Value):
     """`dequantized` or `original`: which base the adapter was merged into."""
 
 
-class PlanAgainstMeasured(Value):
-    """One planned figure beside the measured one."""
-
-    name: str
-    planned: float | None
-    measured: float | None
-    unit: Literal["bytes", "seconds", "count", "tokens/s"]
-
-
 class RefitRecord(Value):
     """How the winner came to the full budget."""
 
@@ -255,6 +254,8 @@ class TransferReport(Value):
     refit: RefitRecord | None = None
     bundled: BundledFigures | None = None
     plan_against_measured: tuple[PlanAgainstMeasured, ...] = ()
+    memory: tuple[MemoryRow, ...] = ()
+    """Memory of a rank, choice by choice."""
     serve_commands: tuple[str, ...] = ()
     report: str | None = None
     versions: dict[str, str] = {}

@@ -11,6 +11,7 @@ import pytest
 import ray
 from ruamel.yaml import YAML
 
+from orchestrator.plan.values import RunPlan
 from orchestrator.runtime.ledger import Ledger
 from orchestrator.samples import SAMPLE_BASE
 from orchestrator.store import check_folder, read_json
@@ -109,6 +110,24 @@ def test_every_trial_was_served_by_a_deepspeed_engine(two_ranks: Path) -> None:
         assert engine.live_engines == 1
         assert engine.base_loads == 1
     assert {entry.trial.tune for entry in trials_of(two_ranks)} == {"lora", "full"}
+
+
+def test_the_memory_of_every_rank_stands_beside_the_plans(two_ranks: Path) -> None:
+    plan = RunPlan.model_validate(read_json(two_ranks / "plan.json"))
+    assert plan.search is not None
+    planned = {(option.layers, option.tune): option.memory.total_bytes for option in plan.search.options}
+    for entry in trials_of(two_ranks):
+        if entry.results[-1].state == "failed":
+            continue
+        engine = entry.results[-1].engine
+        assert engine is not None
+        assert engine.predicted_memory_bytes == planned[entry.trial.layers, entry.trial.tune]
+        assert len(engine.rank_peak_memory_bytes) == 2
+        assert max(engine.rank_peak_memory_bytes) == engine.peak_memory_bytes > 0
+    rows = transfer_of(two_ranks).memory
+    assert {row.label for row in rows} >= {"untouched base", "last:1 · lora r4"}
+    assert all(row.ratio is None or 0.1 < row.ratio < 10 for row in rows)
+    assert "by rank" in (two_ranks / "report.html").read_text()
 
 
 def test_the_base_is_loaded_once_per_gang(two_ranks: Path) -> None:

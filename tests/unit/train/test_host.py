@@ -105,7 +105,9 @@ def bench(llama_folder: Callable[..., Path], tmp_path: Path) -> Iterator[Bench]:
 
 def test_a_trial_from_start_to_rung(bench: Bench) -> None:
     seen: list[int] = []
-    result = bench.host.run(bench.assignment("a", metric="exact_match"), on_step=lambda report: seen.append(report.step))
+    result = bench.host.run(
+        bench.assignment("a", metric="exact_match", predicted_memory_bytes=10**9), on_step=lambda report: seen.append(report.step)
+    )
     assert result.state == "done", result.reason
     assert seen == list(range(1, STEPS + 1))
     assert result.step == STEPS
@@ -118,6 +120,9 @@ def test_a_trial_from_start_to_rung(bench: Bench) -> None:
     assert files >= {"adapter/adapter_model.safetensors", "state-rank0.safetensors", "state.json", "eval.npz", "retain.npz"}
     assert result.engine is not None
     assert (result.engine.executor, result.engine.live_engines, result.engine.ordinal) == ("torch", 1, 0)
+    assert result.engine.predicted_memory_bytes == 10**9
+    assert (result.engine.peak_memory_bytes,) == result.engine.rank_peak_memory_bytes
+    assert result.engine.peak_memory_bytes >= max(line["memory_bytes"] for line in read_jsonl(bench.folder / "a" / "steps.jsonl"))
     assert result.engine.partitioned_bytes == 12 * result.engine.trainable_parameters + 4
 
 
@@ -139,6 +144,7 @@ def test_the_untouched_base_is_only_evaluated(bench: Bench) -> None:
     assert (result.state, result.checkpoint, result.train_loss) == ("done", None, None)
     assert result.engine is not None
     assert result.engine.executor == "none"
+    assert result.engine.peak_memory_bytes > 0
     with np.load(bench.folder / "none" / "eval.npz") as arrays:
         assert len(arrays["loss_sums"]) == 6
     bench.run("tuned")
