@@ -28,6 +28,8 @@ class Orders(Value):
     scoring: Scoring
     trials_folder: str
     num_gangs: int
+    hours_file: str
+    max_gpu_hours: float | None = None
 
 
 class Answer(Value):
@@ -50,7 +52,8 @@ class Work:
     priority: tuple[int, int, int]
     """The untouched base first, since every score needs it; then the higher rung; then who came first."""
     assignment: Assignment = field(compare=False)
-    future: asyncio.Future[RungResult] = field(compare=False)
+    future: asyncio.Future[RungResult | None] = field(compare=False)
+    """None where the bound on GPU-hours was reached before a gang took it up."""
     attempts: int = field(default=0, compare=False)
     """Gangs that died while running it, for want of anything but memory."""
     notes: list[str] = field(default_factory=list, compare=False)
@@ -69,9 +72,26 @@ class GangFigures:
     replaced: int = 0
 
 
+def answer_of(result: RungResult, base: RungResult | None, scoring: Scoring, *, ended: bool) -> Answer:
+    """A rung's result, scored against the untouched base's."""
+    return Answer(
+        score=scoring.score(result, base),
+        step=result.step,
+        ended=ended,
+        state=result.state,
+        reason=result.reason,
+        metric=scoring.metric_of(result),
+    )
+
+
 def failed_answer() -> Answer:
     """For a trial that ended without any result."""
     return Answer(score=WORST_SCORE, step=0, ended=True, state="failed")
+
+
+def held_back_answer(reason: str) -> Answer:
+    """For a trial that was not begun, for want of GPU-hours."""
+    return Answer(score=WORST_SCORE, step=0, ended=True, state="stopped", reason=reason)
 
 
 def failed_result(assignment: Assignment, reason: str) -> RungResult:

@@ -12,6 +12,7 @@ from orchestrator.plan.values import RungResult, TrialSpec
 from orchestrator.runtime.budget import full_budget, selection_of
 from orchestrator.runtime.bundling import bundle_and_judge
 from orchestrator.runtime.cluster import fetch, rank_resources, worker_env
+from orchestrator.runtime.hours import metered
 from orchestrator.runtime.ledger import Ledger, TrialEntry
 from orchestrator.runtime.measured import plan_against_measured
 from orchestrator.runtime.outcome import RunOutcome
@@ -134,4 +135,5 @@ def _bundle(prepared: Prepared, inputs: BundleInputs) -> TransferReport:
     )
     scoring = prepared.scoring
     call = task.remote(inputs, str(prepared.run.bundle), scoring.metric, scoring.max_forgetting, prepared.spec.train.seed)
-    return fetch(call)
+    with metered(prepared.run.hours, 1):
+        return fetch(call)

@@ -16,6 +16,7 @@ from orchestrator.anatomy import ModelAnatomy
 from orchestrator.errors import RankOutOfMemoryError, TrainingError
 from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan, RungResult
 from orchestrator.runtime.cluster import rank_resources, worker_env
+from orchestrator.runtime.hours import Meter
 
 START_TIMEOUT_S = 600.0
 
@@ -68,7 +69,7 @@ class RankActor:
 class Gang:
     """The handle of one gang, used from one asyncio loop. `start` again after GangDiedError."""
 
-    def __init__(self, index: int, base: BaseLoad, anatomy: ModelAnatomy, execution: ExecutionPlan) -> None:
+    def __init__(self, index: int, base: BaseLoad, anatomy: ModelAnatomy, execution: ExecutionPlan, meter: Meter) -> None:
         self.index = index
         self.pids: tuple[int, ...] = ()
         self.base_loads = 0
@@ -76,6 +77,7 @@ class Gang:
         self._base = base
         self._anatomy = anatomy
         self._execution = execution
+        self._meter = meter
         self._ranks: list = []
         self._placement: PlacementGroup | None = None
 
@@ -90,6 +92,7 @@ class Gang:
         bundles = [rank_resources(execution) for _ in range(execution.ranks)]
         self._placement = placement_group(bundles, strategy="PACK")
         await asyncio.wait_for(_ready(self._placement), START_TIMEOUT_S)
+        self._meter.hold(self.index, execution.ranks)
         resources = rank_resources(execution)
         self._ranks = [
             RankActor.options(  # type: ignore[attr-defined]
@@ -117,6 +120,7 @@ class Gang:
 
     def kill(self) -> None:
         """End the processes and give the places back."""
+        self._meter.release(self.index)
         for rank in self._ranks:
             ray.kill(rank)
         self._ranks = []
@@ -167,3 +171,8 @@ def _first_line(error: BaseException) -> str:
     cause = getattr(error, "cause", None) or error
     text = str(cause).strip().splitlines()
     return f"{type(cause).__name__}: {text[0] if text else ''}"
+
+
+def why_no_start(error: BaseException) -> str:
+    """What stopped a gang's start; a timeout says nothing itself."""
+    return f"no place within {START_TIMEOUT_S:g} s" if isinstance(error, TimeoutError) else str(error) or repr(error)

@@ -145,6 +145,12 @@ class SweepResult(Value):
     finished_at: float | None = None
     """None while it runs."""
     num_submissions: int = 1
+    gpu_hours_used: float = 0.0
+    """Over all submissions, the refit and the bundle included where `finished_at` stands; without GPUs, hours of ranks."""
+    max_gpu_hours: float | None = None
+    """The bound of the last submission."""
+    ended_by_hours: str = ""
+    """How far the search came where `max_gpu_hours` ended it; it goes on where that is raised."""
 
     @property
     def searched(self) -> tuple[TrialRecord, ...]:
@@ -224,6 +230,8 @@ class RefitRecord(Value):
     executor: str = ""
     zero_stage: int = 0
     ranks: int = 1
+    left_out_for_hours: bool = False
+    """It would have taken more than its share of `max_gpu_hours`; it is made up for where that is raised."""
 
 
 class BundledFigures(Value):

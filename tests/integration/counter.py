@@ -36,6 +36,7 @@ class Counter:
             scoring=prepared.scoring,
             trials_folder=str(folder),
             num_gangs=1,
+            hours_file=str(folder / "hours.json"),
         )
         actor: Any = ray.remote(Exchange)
         self.exchange = actor.options(num_cpus=0, max_concurrency=100).remote(orders)

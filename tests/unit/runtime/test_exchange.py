@@ -20,12 +20,20 @@ from orchestrator.runtime import exchange as exchange_module
 from orchestrator.runtime.assignments import MAX_ATTEMPTS, Answer, Orders, failed_result
 from orchestrator.runtime.exchange import Exchange
 from orchestrator.runtime.gang import GangDiedError
+from orchestrator.runtime.hours import Meter
 from orchestrator.runtime.ledger import Ledger
 from orchestrator.runtime.scoring import Scoring
 from orchestrator.store import check_folder, commit_folder, read_json, write_json
 
 DEADLINE_S = 20
 RUNGS = (4, 12, 36)
+HOUR_S = 3600
+
+
+class Clock:
+    """Every assignment takes an hour."""
+
+    now_s = 0.0
 
 
 class ScriptedGang:
@@ -44,8 +52,9 @@ class ScriptedGang:
     ran: list[Assignment]
     gate: asyncio.Event
 
-    def __init__(self, index: int, *_: object) -> None:
+    def __init__(self, index: int, *given: object) -> None:
         self.index = index
+        self.meter = next(value for value in given if isinstance(value, Meter))
         self.pids: tuple[int, ...] = ()
         self.base_loads = 0
         self.start_seconds = 0.0
@@ -55,11 +64,13 @@ class ScriptedGang:
         if ScriptedGang.dead_starts:
             ScriptedGang.dead_starts -= 1
             raise ScriptedGang.refusal
+        self.meter.hold(self.index, 2)
         self.base_loads += 1
         self.pids = (self.base_loads,)
 
     async def run(self, assignment: Assignment) -> RungResult:
         await asyncio.sleep(0)
+        Clock.now_s += HOUR_S
         self.ran.append(assignment)
         trial_id = assignment.trial.trial_id
         if self.deaths.get(trial_id, 0):
@@ -81,6 +92,7 @@ class ScriptedGang:
         )
 
     def kill(self) -> None:
+        self.meter.release(self.index)
         self.pids = ()
 
     async def close(self) -> None:
@@ -90,7 +102,7 @@ class ScriptedGang:
 class Bench:
     """An exchange over scripted gangs."""
 
-    def __init__(self, plan: RunPlan, anatomy: ModelAnatomy, folder: Path, num_gangs: int) -> None:
+    def __init__(self, plan: RunPlan, anatomy: ModelAnatomy, folder: Path, num_gangs: int, max_gpu_hours: float | None) -> None:
         assert plan.search is not None
         self.plan = plan
         self.option = plan.search.options[0]
@@ -104,7 +116,10 @@ class Bench:
                 scoring=Scoring(metric="loss", max_forgetting=1),
                 trials_folder=str(folder),
                 num_gangs=num_gangs,
-            )
+                hours_file=str(folder / "hours.json"),
+                max_gpu_hours=max_gpu_hours,
+            ),
+            clock=lambda: Clock.now_s,
         )
 
     def trial(self, number: int) -> TrialSpec:
@@ -130,14 +145,21 @@ def on_bench(
     """Play a scene with an open exchange; what the gangs were given to run."""
     monkeypatch.setattr(exchange_module, "Gang", ScriptedGang)
 
-    def play(scene: Play, *, deaths: dict[str, int] | None = None, dead_starts: int = 0, gangs: int = 1) -> list[Assignment]:
+    def play(
+        scene: Play,
+        *,
+        deaths: dict[str, int] | None = None,
+        dead_starts: int = 0,
+        gangs: int = 1,
+        max_gpu_hours: float | None = None,
+    ) -> list[Assignment]:
         ScriptedGang.deaths, ScriptedGang.dead_starts, ScriptedGang.ran = deaths or {}, dead_starts, []
         ScriptedGang.refusal, ScriptedGang.broken, ScriptedGang.fitting = GangDiedError("no room"), set(), {}
 
         async def run() -> None:
             ScriptedGang.gate = asyncio.Event()
             ScriptedGang.gate.set()
-            bench = Bench(plan, anatomy, tmp_path, gangs)
+            bench = Bench(plan, anatomy, tmp_path, gangs, max_gpu_hours)
             await bench.exchange.open()
             try:
                 await asyncio.wait_for(scene(bench), DEADLINE_S)
@@ -317,7 +339,7 @@ def test_what_a_killed_driver_left_is_cleaned_by_the_next(on_bench: Callable[...
         Ledger(bench.folder).end("t0", "stopped")
 
     async def again(bench: Bench) -> None:
-        await bench.exchange._outdated.join()
+        await bench.exchange._cleaner.join()
         for trial_id, number, kept in (("t0", 0, False), ("t0", 1, False), ("t1", 0, False), ("t1", 1, True)):
             folder = rung(bench, trial_id, number)
             check_folder(folder)
@@ -379,3 +401,43 @@ def test_a_trial_that_is_ended_releases_its_caller(on_bench: Callable[..., list[
         assert (await bench.advance(bench.trial(1))).state == "done"
 
     assert [assignment.trial.trial_id for assignment in on_bench(scene)] == ["t1"]
+
+
+def test_when_the_hours_are_used_up_the_search_ends_in_order_and_can_go_on(on_bench: Callable[..., list[Assignment]]) -> None:
+    """Two ranks, an hour an assignment, and a bound of five GPU-hours: three assignments, the last one begun before it."""
+
+    async def first(bench: Bench) -> None:
+        calls = [bench.advance(bench.trial(number)) for number in range(5)]
+        answers = await asyncio.gather(*calls)
+        assert [answer.state for answer in answers] == ["done"] * 3 + ["stopped"] * 2
+        assert all(answer.ended for answer in answers[3:])
+        assert "max_gpu_hours: 5 is reached: 6 used" in answers[3].reason
+        assert (await bench.advance(bench.trial(0), 1)).state == "stopped"
+        assert (await bench.advance(bench.none())).state == "done", "without the untouched base nothing can be compared"
+        new = await bench.advance(bench.trial(9))
+        assert (new.state, new.ended) == ("stopped", True)
+        assert await bench.exchange.is_spent()
+        assert bench.told().count("hours_spent") == 1
+        for number in (0, 3):
+            await bench.exchange.finish(f"t{number}", "finished")
+
+    async def as_before(bench: Bench) -> None:
+        assert (await bench.advance(bench.trial(3))).ended
+
+    async def raised(bench: Bench) -> None:
+        entry = Ledger(bench.folder).get("t0")
+        assert entry is not None
+        assert entry.end is None
+        assert (await bench.advance(bench.trial(0), 1)).state == "done"
+        assert (await bench.advance(bench.trial(3))).state == "done"
+        assert (await bench.exchange.hours()).used == pytest.approx(12)
+
+    ran = on_bench(first, max_gpu_hours=5)
+    assert [assignment.trial.trial_id for assignment in ran] == ["t0", "t1", "t2", "none"]
+    entries = {entry.trial.trial_id: entry for entry in Ledger(Path(ran[0].folder).parent).entries()}
+    assert "t9" not in entries, "what was not begun leaves nothing"
+    assert {name for name, entry in entries.items() if entry.end is not None} == {"t0", "t3", "t4"}
+    assert not any(entry.ended_for_good for entry in entries.values())
+    assert on_bench(as_before, max_gpu_hours=5) == []
+    went_on = on_bench(raised, max_gpu_hours=50)
+    assert [assignment.start for assignment in went_on] == [f"{ran[0].folder}/rung-0", None]
