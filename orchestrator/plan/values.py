@@ -220,6 +220,8 @@ class RungResult(Value):
     engine: EngineRecord | None = None
     relieved: ExecutionPlan | None = None
     """How the trial was trained in the end, where memory had run out on the way; its later rungs start like that."""
+    steady_tokens_per_s: float | None = None
+    """Of its steps after the first two, without saving and scoring: what a plan's hours can be calibrated by."""
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
     started_at: float = 0.0

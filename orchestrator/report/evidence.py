@@ -210,7 +210,13 @@ def _gang_facts(sweep: SweepResult) -> list[tuple[object, object]]:
         ("first trial's first step after", first),
         ("gangs idle between trials", format_seconds(sweep.gang_idle_seconds)),
         ("submissions", sweep.num_submissions),
+        ("GPU-hours used (without GPUs, hours of ranks)", _hours(sweep)),
     ]
+
+
+def _hours(sweep: SweepResult) -> str:
+    bound = f" of {sweep.max_gpu_hours:g}" if sweep.max_gpu_hours is not None else ""
+    return number(sweep.gpu_hours_used) + bound
 
 
 def data_summary(run: RunRecords) -> Html:

@@ -36,7 +36,7 @@ from orchestrator.runtime.cleaning import Cleaner
 from orchestrator.runtime.gang import Gang, why_no_start
 from orchestrator.runtime.hours import HoursState, Meter, is_spent
 from orchestrator.runtime.ledger import Ledger, TrialState, is_tried_again
-from orchestrator.runtime.records import base_result, trial_record
+from orchestrator.runtime.records import base_result, first_steps, trial_record
 
 
 class Exchange:
@@ -272,6 +272,8 @@ class Exchange:
     def _record(self, result: RungResult) -> None:
         entry = self._ledger.get(result.trial_id)
         assert entry is not None
+        if (first := first_steps(self._ledger, result)) is not None:
+            self._news.append(first)
         if not is_tried_again(entry.trial, result.state):
             self._ledger.add(result)
             if result.state == "failed":

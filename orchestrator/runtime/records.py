@@ -58,3 +58,24 @@ def _rung_record(result: RungResult, scoring: Scoring, base: RungResult | None) 
         score=scoring.score(result, base),
         seconds=result.train_seconds + result.eval_seconds,
     )
+
+
+def first_steps(ledger: Ledger, result: RungResult) -> dict[str, object] | None:
+    """The event of a run's first steady steps of a searched trial; None for every result after it, and for controls."""
+    entries = ledger.entries()
+    entry = next(entry for entry in entries if entry.trial.trial_id == result.trial_id)
+    told = any(known.steady_tokens_per_s for other in entries if other.option is not None for known in other.results)
+    if told or entry.option is None or not result.steady_tokens_per_s or result.engine is None:
+        return None
+    tokens_per_s, engine = result.steady_tokens_per_s, result.engine
+    return {
+        "kind": "first_steps",
+        "message": f"{tokens_per_s:.0f} tokens a second after the first steps of {entry.trial.layers}, {entry.trial.tune}",
+        "trial_id": result.trial_id,
+        "gang": result.gang,
+        "option": entry.option,
+        "tokens_per_s": tokens_per_s,
+        "ranks": engine.ranks,
+        "micro_batch_rows": engine.micro_batch_rows,
+        "checkpointing": engine.checkpointing,
+    }

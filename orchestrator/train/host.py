@@ -217,6 +217,7 @@ def _result(assignment: Assignment, outcome: TrialOutcome, reason: str) -> RungR
         checkpoint=None if outcome.checkpoint is None else str(outcome.checkpoint),
         engine=outcome.engine,
         relieved=outcome.relieved,
+        steady_tokens_per_s=outcome.steady_tokens_per_s,
         train_seconds=outcome.train_seconds,
         eval_seconds=outcome.scores.seconds,
     )

@@ -36,6 +36,7 @@ from orchestrator.train.objective import Objective
 from orchestrator.train.ranks import Ranks
 from orchestrator.train.recompute import recomputed_from
 from orchestrator.train.scoring import Scorer, Scores
+from orchestrator.train.speed import SteadySpeed
 from orchestrator.train.torch_engine import TorchEngine
 
 
@@ -47,6 +48,7 @@ class TrialOutcome:
     scores: Scores = field(default_factory=Scores)
     checkpoint: Path | None = None
     train_seconds: float = 0.0
+    steady_tokens_per_s: float | None = None
     engine: EngineRecord | None = None
     relieved: ExecutionPlan | None = None
     """What it came down to where memory ran out."""
@@ -163,8 +165,10 @@ class TrialRun:
         data = self._train_set()
         steps_file = Path(assignment.folder) / "steps.jsonl"
         every = assignment.checkpoint_every_steps
+        speed = SteadySpeed(self.outcome.state.tokens)
 
         def after_step(report: StepReport, state: LoopState) -> None:
+            speed.add(report)
             self._peak_bytes = max(self._peak_bytes, report.memory_bytes)
             self.outcome.state = state
             if self.ranks.first:
@@ -191,6 +195,7 @@ class TrialRun:
             assignment.stop_step,
             after_step,
         )
+        self.outcome.steady_tokens_per_s = speed.tokens_per_s
         self.outcome.train_seconds = time.perf_counter() - started
         self._record_engine(engine)
 

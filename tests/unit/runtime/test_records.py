@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.plan.values import RungResult, TrialSpec
+from orchestrator.plan.values import EngineRecord, RungResult, TrialSpec
 from orchestrator.runtime.ledger import Ledger, TrialEnd, TrialEntry
 from orchestrator.runtime.outcome import RunOutcome, read_outcome, write_outcome
-from orchestrator.runtime.records import trial_record, trial_records
+from orchestrator.runtime.records import first_steps, trial_record, trial_records
 from orchestrator.runtime.scoring import Scoring
 from orchestrator.store import read_json
 from orchestrator.transfer import WORST_SCORE
@@ -92,3 +92,31 @@ def test_a_run_has_an_outcome_once_it_ended(tmp_path: Path) -> None:
     assert written.sweep.finished_at is not None
     assert read_outcome(tmp_path) == written
     assert read_json(tmp_path / "transfer.json")["sentence"] == "nothing was promoted"
+
+
+def test_the_first_steady_steps_of_a_run_are_told_once(tmp_path: Path) -> None:
+    engine = EngineRecord(
+        executor="torch",
+        engine_class="",
+        zero_stage=0,
+        ranks=2,
+        partitioned_bytes=1,
+        trainable_parameters=1,
+        peak_memory_bytes=1,
+        live_engines=1,
+        base_loads=1,
+        ordinal=0,
+        micro_batch_rows=4,
+    )
+    ledger = Ledger(tmp_path)
+    control = TRIAL.model_copy(update={"trial_id": "head", "control": "head"})
+    ledger.register(control, None)
+    ledger.register(TRIAL, 1)
+    measured = result(engine=engine, steady_tokens_per_s=321.0)
+    assert first_steps(ledger, measured.model_copy(update={"trial_id": "head"})) is None
+    assert first_steps(ledger, result(engine=engine)) is None, "too few steps to tell"
+    told = first_steps(ledger, measured)
+    assert told is not None
+    assert (told["option"], told["tokens_per_s"], told["ranks"], told["micro_batch_rows"]) == (1, 321.0, 2, 4)
+    ledger.add(measured)
+    assert first_steps(ledger, measured.model_copy(update={"rung": 1})) is None

@@ -121,6 +121,8 @@ def test_a_trial_from_start_to_rung(bench: Bench) -> None:
     assert result.engine is not None
     assert (result.engine.executor, result.engine.live_engines, result.engine.ordinal) == ("torch", 1, 0)
     assert result.engine.predicted_memory_bytes == 10**9
+    assert result.steady_tokens_per_s is not None
+    assert result.steady_tokens_per_s > 0
     assert (result.engine.peak_memory_bytes,) == result.engine.rank_peak_memory_bytes
     assert result.engine.peak_memory_bytes >= max(line["memory_bytes"] for line in read_jsonl(bench.folder / "a" / "steps.jsonl"))
     assert result.engine.partitioned_bytes == 12 * result.engine.trainable_parameters + 4
