@@ -11,7 +11,8 @@
     ├── PlanError                 3   the plan does not fit the cluster
     ├── TrainingError             4   training failed for a reason of its own
     │   ├── NonFiniteLossError    4   the loss or the gradient became NaN or infinite
-    │   └── OutOfMemoryError      4   no memory left at the smallest micro-batch
+    │   └── OutOfMemoryError      4   no memory left, known on every rank; at the smallest micro-batch the trial's end
+    ├── RankOutOfMemoryError      4   no memory left on one rank, while the others wait for it: the gang's end
     ├── NothingPromotedError      5   `--require-promotion`, and no trial was worth promoting
     └── VerificationError         6   the bundle does not reproduce the trained model
 
@@ -148,7 +149,14 @@ class NonFiniteLossError(TrainingError):
 
 
 class OutOfMemoryError(TrainingError, MemoryError):
-    """Memory ran out at the smallest micro-batch."""
+    """Memory ran out, and every rank knows: the gang stays whole. A trial fails by it where nothing smaller is left."""
+
+
+class RankOutOfMemoryError(OrchestratorError):
+    """Memory ran out on one rank while the others wait for it in a collective: the gang has to be replaced.
+
+    No TrainingError, for a trial's own failure leaves the gang whole.
+    """
 
 
 class NothingPromotedError(OrchestratorError):

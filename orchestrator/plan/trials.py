@@ -7,6 +7,7 @@ from typing import Literal
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, select
 from orchestrator.plan.options import head_rates
+from orchestrator.plan.relief import SAME_GANG
 from orchestrator.plan.values import (
     Assignment,
     DataPaths,
@@ -113,7 +114,20 @@ def make_assignment(
         keep_optimizer=keep_optimizer,
         checkpoint_every_steps=checkpoint_every_steps,
         evaluate=evaluate,
+        predicted_memory_bytes=_predicted_memory_bytes(plan, trial, execution or plan.execution),
     )
+
+
+def _predicted_memory_bytes(plan: RunPlan, trial: TrialSpec, execution: ExecutionPlan) -> int | None:
+    """The plan's figure for a rank; None for another kind of gang than the plan's, and for what it did not weigh."""
+    if any(getattr(execution, name) != getattr(plan.execution, name) for name in SAME_GANG):
+        return None
+    if trial.control == "none":
+        return plan.base_memory.total_bytes
+    options = plan.search.options if plan.search is not None else (plan.finetune,) if plan.finetune is not None else ()
+    point = (trial.layers, trial.tune, trial.lora_rank)
+    found = (option for option in options if (option.layers, option.tune, option.lora_rank) == point)
+    return next((option.memory.total_bytes for option in found), None)
 
 
 def _select(plan: RunPlan, anatomy: ModelAnatomy, policy: str) -> LayerSelection:

@@ -174,6 +174,8 @@ class Assignment(Value):
     checkpoint_every_steps: int = 0
     """0: only at the end. The refit checkpoints in between."""
     evaluate: bool = True
+    predicted_memory_bytes: int | None = None
+    """What the plan expects a rank to use for it; None where the plan has no figure."""
 
 
 class EngineRecord(Value):
@@ -187,11 +189,20 @@ class EngineRecord(Value):
     """Bytes of optimizer state and master weights that rank 0 holds of the partitioned whole."""
     trainable_parameters: int
     peak_memory_bytes: int
+    """Measured, of the rank that used most; see `rank_peak_memory_bytes`."""
     live_engines: int
     base_loads: int
     """How often this process has loaded the base; always 1."""
     ordinal: int
     """How many assignments this gang had run before."""
+    device: str = ""
+    rank_peak_memory_bytes: tuple[int, ...] = ()
+    """Measured while it trained and was scored, by rank: on a GPU the most that torch's allocator held, on a CPU the
+    process's resident memory, looked at after every step and at the end."""
+    predicted_memory_bytes: int | None = None
+    """What the plan expected a rank to use, for the micro-batch that it planned."""
+    micro_batch_rows: int = 0
+    checkpointing: bool = False
 
 
 class RungResult(Value):
@@ -212,6 +223,10 @@ class RungResult(Value):
     checkpoint: str | None = None
     """The rung's folder; None when nothing was trained (the control `none`)."""
     engine: EngineRecord | None = None
+    relieved: ExecutionPlan | None = None
+    """How the trial was trained in the end, where memory had run out on the way; its later rungs start like that."""
+    steady_tokens_per_s: float | None = None
+    """Of its steps after the first two, without saving and scoring: what a plan's hours can be calibrated by."""
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
     started_at: float = 0.0

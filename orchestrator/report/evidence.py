@@ -10,6 +10,7 @@ from typing import Any
 from orchestrator.report import figures, html
 from orchestrator.report.figures import PlannedBar
 from orchestrator.report.html import Html
+from orchestrator.report.memory import memory_table
 from orchestrator.report.reading import RunRecords
 from orchestrator.report.wording import (
     CONTROL_NAMES,
@@ -163,6 +164,8 @@ def plan_against_measured(run: RunRecords) -> Html:
                 figures.memory(bars, scale, unit), "Memory of one rank as planned, term by term, and the measured peak.", data
             )
         )
+    if run.sweep is not None:
+        parts.append(memory_table(run.sweep))
     measured = run.transfer.plan_against_measured if run.transfer else ()
     if measured:
         rows = [[row.name, amount(row.planned, row.unit), amount(row.measured, row.unit), ratio(row)] for row in measured]
@@ -207,7 +210,13 @@ def _gang_facts(sweep: SweepResult) -> list[tuple[object, object]]:
         ("first trial's first step after", first),
         ("gangs idle between trials", format_seconds(sweep.gang_idle_seconds)),
         ("submissions", sweep.num_submissions),
+        ("GPU-hours used (without GPUs, hours of ranks)", _hours(sweep)),
     ]
+
+
+def _hours(sweep: SweepResult) -> str:
+    bound = f" of {sweep.max_gpu_hours:g}" if sweep.max_gpu_hours is not None else ""
+    return number(sweep.gpu_hours_used) + bound
 
 
 def data_summary(run: RunRecords) -> Html:

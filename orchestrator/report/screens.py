@@ -26,6 +26,8 @@ def final_screen(sweep: SweepResult, transfer: TransferReport) -> str:
     """What was found, in at most 100 columns: best, verdict, one prompt, bundle, report, next."""
     best = sweep.winner or best_trial(sweep.searched, sweep.higher_is_better)
     lines = [*_best(sweep, best, transfer), *_entry("verdict", verdict_sentence(sweep, transfer))]
+    if sweep.ended_by_hours:
+        lines += _entry("ended", sweep.ended_by_hours)
     if answered := _answered(transfer):
         lines += _entry("answers", answered)
     if again := reads_sentence(transfer.test_set_reads):
@@ -38,7 +40,8 @@ def final_screen(sweep: SweepResult, transfer: TransferReport) -> str:
         lines += _entry("report", f"{transfer.report}    {summary_sentence(sweep)}")
     else:
         lines += _entry("search", summary_sentence(sweep))
-    following = transfer.serve_commands[:1] if transfer.bundle else sweep.advice[:3]
+    following = [*(sweep.advice[:1] if sweep.ended_by_hours else ()), *transfer.serve_commands[:1]]
+    following = following if transfer.bundle else list(sweep.advice[:3])
     for index, step in enumerate(following):
         lines += _entry("next" if index == 0 else "", step)
     return "\n".join(lines)

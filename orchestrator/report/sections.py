@@ -40,6 +40,8 @@ def head(run: RunRecords) -> Html:
     parts.append(html.tag("p", _capital(verdict_sentence(run.sweep, run.transfer)), css=f"headline {tone}".strip()))
     if run.sweep is not None:
         parts.append(_cards(run, run.sweep))
+    if run.sweep is not None and run.sweep.ended_by_hours:
+        parts.append(html.tag("p", _capital(run.sweep.ended_by_hours) + ".", css="warning"))
     if not run.complete:
         parts.append(html.tag("p", "This run has not written its result: it is still going or was interrupted.", css="warning"))
     if run.gaps:

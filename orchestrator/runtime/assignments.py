@@ -6,10 +6,16 @@ import asyncio
 from dataclasses import dataclass, field
 
 from orchestrator.anatomy import ModelAnatomy
-from orchestrator.plan.values import Assignment, DataPaths, RungResult, RunPlan, TrainSettings
+from orchestrator.errors import TrainingError
+from orchestrator.plan.relief import nothing_smaller, relieve
+from orchestrator.plan.values import Assignment, DataPaths, ExecutionPlan, RungResult, RunPlan, TrainSettings
+from orchestrator.runtime.gang import GangDiedError
 from orchestrator.runtime.scoring import Scoring
 from orchestrator.transfer import WORST_SCORE
 from orchestrator.values import Value
+
+MAX_ATTEMPTS = 3
+"""How often an assignment is tried on a new gang, and how often a gang is started, before giving up."""
 
 
 class Orders(Value):
@@ -22,6 +28,8 @@ class Orders(Value):
     scoring: Scoring
     trials_folder: str
     num_gangs: int
+    hours_file: str
+    max_gpu_hours: float | None = None
 
 
 class Answer(Value):
@@ -44,8 +52,12 @@ class Work:
     priority: tuple[int, int, int]
     """The untouched base first, since every score needs it; then the higher rung; then who came first."""
     assignment: Assignment = field(compare=False)
-    future: asyncio.Future[RungResult] = field(compare=False)
+    future: asyncio.Future[RungResult | None] = field(compare=False)
+    """None where the bound on GPU-hours was reached before a gang took it up."""
     attempts: int = field(default=0, compare=False)
+    """Gangs that died while running it, for want of anything but memory."""
+    notes: list[str] = field(default_factory=list, compare=False)
+    """What happened on gangs that are gone; the result's notes begin with them."""
 
 
 @dataclass
@@ -60,11 +72,63 @@ class GangFigures:
     replaced: int = 0
 
 
+def answer_of(result: RungResult, base: RungResult | None, scoring: Scoring, *, ended: bool) -> Answer:
+    """A rung's result, scored against the untouched base's."""
+    return Answer(
+        score=scoring.score(result, base),
+        step=result.step,
+        ended=ended,
+        state=result.state,
+        reason=result.reason,
+        metric=scoring.metric_of(result),
+    )
+
+
 def failed_answer() -> Answer:
     """For a trial that ended without any result."""
     return Answer(score=WORST_SCORE, step=0, ended=True, state="failed")
 
 
+def held_back_answer(reason: str) -> Answer:
+    """For a trial that was not begun, for want of GPU-hours."""
+    return Answer(score=WORST_SCORE, step=0, ended=True, state="stopped", reason=reason)
+
+
 def failed_result(assignment: Assignment, reason: str) -> RungResult:
     """For an assignment that no gang brought to an end."""
     return RungResult(trial_id=assignment.trial.trial_id, rung=assignment.rung, step=0, tokens=0, state="failed", reason=reason)
+
+
+def next_attempt(work: Work, death: TrainingError, planned: ExecutionPlan) -> RungResult | None:
+    """Make work ready for another gang after one died of it: as it is, or smaller where memory ran out.
+
+    A death for want of memory is no attempt: each leads to a smaller way, so that they end by themselves.
+
+    Args:
+        planned: What the plan gives every trial.
+
+    Returns:
+        The failed result where there is nothing left to try; None where the work goes back to the queue.
+    """
+    assignment = work.assignment
+    if not (isinstance(death, GangDiedError) and death.out_of_memory):
+        work.attempts += 1
+        if work.attempts < MAX_ATTEMPTS:
+            return None
+        return with_history(
+            failed_result(assignment, f"{MAX_ATTEMPTS} gangs died while running it, the last: {death}"), work, planned
+        )
+    relief = relieve(assignment.execution)
+    if relief is None:
+        reason = str(nothing_smaller(death.what, assignment.execution))
+        return with_history(failed_result(assignment, reason), work, planned)
+    work.notes.append(f"out of memory: the gang was replaced and the trial {relief.sentence}")
+    work.assignment = assignment.model_copy(update={"execution": relief.execution})
+    return None
+
+
+def with_history(result: RungResult, work: Work, planned: ExecutionPlan) -> RungResult:
+    """A result, with what happened to its work on gangs before, and with the smaller way that it was given, if it was."""
+    execution = work.assignment.execution
+    relieved = result.relieved or (execution if execution != planned else None)
+    return result.model_copy(update={"notes": (*work.notes, *result.notes), "relieved": relieved})

@@ -7,7 +7,9 @@ from pathlib import Path
 from orchestrator.anatomy import LayerSelection
 from orchestrator.errors import TrainingError
 from orchestrator.plan import head_control, make_assignment
-from orchestrator.plan.values import Assignment, RungResult, TrialSpec
+from orchestrator.plan.relief import with_relief
+from orchestrator.plan.values import Assignment, ExecutionPlan, RungResult, TrialSpec
+from orchestrator.runtime.hours import affords_refit, metered, refit_hours
 from orchestrator.runtime.ledger import TrialEntry
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.runtime.refit import num_restarts, refit, result_file
@@ -47,8 +49,17 @@ def full_budget(prepared: Prepared, entry: TrialEntry, base: RungResult | None, 
         return last, refit_record(prepared, last, "the job's one trial")
     if last.step >= trial.total_steps:
         return last, RefitRecord(ran=False, reason="the promoted trial had the full budget", to_step=last.step)
+    expected, bound = refit_hours(entry.results, trial.total_steps), prepared.spec.resources.max_gpu_hours
+    if not affords_refit(expected, bound):
+        left_out = (
+            f"the refit to {trial.total_steps} steps would take about {expected:.3g} of max_gpu_hours: {bound:g}; "
+            f"the trial's own rung of {last.step} steps is bundled instead"
+        )
+        view.event("refit_left_out", left_out, trial_id=trial.trial_id)
+        prepared.run.event("refit_left_out", message=left_out, trial_id=trial.trial_id)
+        return last, RefitRecord(ran=False, reason=left_out, to_step=last.step, left_out_for_hours=True)
     view.phase("refit", f"{trial.total_steps} steps on {prepared.plan.refit_execution.ranks} rank(s)")
-    assignment = refit_assignment(prepared, trial, selection_of(prepared, entry))
+    assignment = refit_assignment(prepared, trial, selection_of(prepared, entry), last.relieved)
     result = run_refit(prepared, [assignment])[0]
     reason = f"the promoted trial had {last.step} of {trial.total_steps} steps"
     passed_over = why_passed_over(result, last, base, prepared.scoring)
@@ -74,8 +85,14 @@ def why_passed_over(refitted: RungResult, rung: RungResult, base: RungResult | N
     )
 
 
-def refit_assignment(prepared: Prepared, trial: TrialSpec, selection: LayerSelection) -> Assignment:
-    """The whole training of a trial, in refit/, with checkpoints in between."""
+def refit_assignment(
+    prepared: Prepared, trial: TrialSpec, selection: LayerSelection, relieved: ExecutionPlan | None = None
+) -> Assignment:
+    """The whole training of a trial, in refit/, with checkpoints in between.
+
+    Args:
+        relieved: What the search had to train it by, where memory ran out there.
+    """
     return make_assignment(
         prepared.plan,
         trial,
@@ -87,7 +104,7 @@ def refit_assignment(prepared: Prepared, trial: TrialSpec, selection: LayerSelec
         rung=0,
         start=None,
         stop_step=trial.total_steps,
-        execution=prepared.plan.refit_execution,
+        execution=with_relief(prepared.plan.refit_execution, relieved),
         keep_optimizer=False,
         checkpoint_every_steps=max(1, trial.total_steps // (REFIT_CHECKPOINTS + 1)),
     )
@@ -103,7 +120,8 @@ def run_refit(prepared: Prepared, assignments: list[Assignment]) -> list[RungRes
     _claim(prepared.run.refit, trial.trial_id)
     results = _stored_results(assignments)
     if results is None:
-        results = refit(prepared.plan.base, prepared.anatomy, assignments, prepared.run.path / "ray-train")
+        with metered(prepared.run.hours, assignments[0].execution.ranks):
+            results = refit(prepared.plan.base, prepared.anatomy, assignments, prepared.run.path / "ray-train")
         for note in (note for result in results for note in result.notes):
             prepared.run.event("trial_note", message=f"{trial.trial_id}: {note}", trial_id=trial.trial_id)
         if num_restarts(prepared.run.refit):

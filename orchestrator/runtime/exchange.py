@@ -10,27 +10,40 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 from orchestrator.anatomy import LayerSelection
 from orchestrator.errors import OrchestratorError, TrainingError
 from orchestrator.plan import make_assignment
+from orchestrator.plan.relief import with_relief
 from orchestrator.plan.values import RungResult, TrialSpec
-from orchestrator.runtime.assignments import Answer, GangFigures, Orders, Work, failed_answer, failed_result
+from orchestrator.runtime.allowance import Allowance
+from orchestrator.runtime.assignments import (
+    MAX_ATTEMPTS,
+    Answer,
+    GangFigures,
+    Orders,
+    Work,
+    answer_of,
+    failed_answer,
+    failed_result,
+    held_back_answer,
+    next_attempt,
+    with_history,
+)
+from orchestrator.runtime.cleaning import Cleaner
 from orchestrator.runtime.first_steps import FirstSteps
-from orchestrator.runtime.gang import START_TIMEOUT_S, Gang
-from orchestrator.runtime.ledger import Ledger, TrialState, drop_optimizer_state
+from orchestrator.runtime.gang import Gang, why_no_start
+from orchestrator.runtime.hours import HoursState, Meter, is_spent
+from orchestrator.runtime.ledger import Ledger, TrialState, is_tried_again
 from orchestrator.runtime.records import base_result, trial_record
-
-MAX_ATTEMPTS = 3
-"""How often an assignment is tried on a new gang, and how often a gang is started, before giving up."""
 
 
 class Exchange:
     """Runs inside one Ray actor (`ray.remote(Exchange)`), on its asyncio loop."""
 
-    def __init__(self, orders: Orders) -> None:
+    def __init__(self, orders: Orders, clock: Callable[[], float] = time.monotonic) -> None:
         self._orders = orders
         self._ledger = Ledger(Path(orders.trials_folder))
         self._queue: asyncio.PriorityQueue[Work] = asyncio.PriorityQueue()
@@ -42,20 +55,30 @@ class Exchange:
         self._supervisors: list[asyncio.Task] = []
         self._gangs: list[Gang] = []
         self._broken: OrchestratorError | None = None
-        self._outdated: asyncio.Queue[Path] = asyncio.Queue()
-        self._cleaner: asyncio.Task | None = None
+        self._cleaner = Cleaner(lambda message: self._tell("not_cleaned", message))
         self._first_steps = FirstSteps(orders.plan, orders.anatomy, orders.num_gangs)
+        self._meter = Meter(Path(orders.hours_file), clock)
+        self._allowance = Allowance(
+            self._meter,
+            orders.max_gpu_hours,
+            self._ledger,
+            orders.scoring,
+            lambda message: self._tell("hours_spent", message),
+        )
 
     async def open(self) -> None:
         """Make the gangs ready to start; they do when the first work comes, for a finished search needs none."""
+        if not is_spent(self._meter.used_hours, self._orders.max_gpu_hours):
+            self._ledger.lift_bounds()
         for entry in self._ledger.entries():
             self._tell_trial(entry.trial.trial_id)
             # A driver that was killed may have left some behind; what is clean already costs a look.
-            self._drop_optimizer_states(entry.results if entry.end is not None else entry.results[:-1])
-        self._cleaner = asyncio.create_task(self._clean())
+            self._cleaner.drop_optimizer_states(entry.results if entry.ended_for_good else entry.results[:-1])
+        self._cleaner.start()
+        self._meter.open()
         plan = self._orders.plan
         for index in range(self._orders.num_gangs):
-            gang = Gang(index, plan.base, self._orders.anatomy, plan.execution)
+            gang = Gang(index, plan.base, self._orders.anatomy, plan.execution, self._meter)
             self._gangs.append(gang)
             self._supervisors.append(asyncio.create_task(self._serve(gang)))
 
@@ -68,12 +91,16 @@ class Exchange:
             rung: 0, 1, ...; the rung before must have been reached.
             stop_step: The rung's step.
         """
+        if self._ledger.get(trial.trial_id) is None and self._allowance.refuses(trial):
+            return held_back_answer(self._allowance.reason)
         entry = self._ledger.register(trial, option)
         known = next((result for result in entry.results if result.rung == rung), None)
         if known is None and entry.end is not None:
             return self._answer(entry.results[-1], ended=True) if entry.results else failed_answer()
-        if known is None:
+        if known is None and not self._allowance.refuses(trial):
             known = await self._train(trial, selection, rung, stop_step)
+        if known is None:
+            return self._hold_back(trial)
         entry = self._ledger.register(trial, option)
         over = entry.end is not None and all(known.rung >= other.rung for other in entry.results)
         return self._answer(known, ended=over or known.state == "failed")
@@ -84,14 +111,21 @@ class Exchange:
         if work is not None and not work.future.done():
             work.future.set_result(failed_result(work.assignment, f"{state} before it ran"))
         entry = self._ledger.get(trial_id)
-        if entry is not None and entry.end is None and not _is_tried_again(entry.trial, state):
+        if entry is not None and entry.end is None and not is_tried_again(entry.trial, state):
             self._ledger.end(trial_id, state, reason)
             self._tell_trial(trial_id)
-            self._drop_optimizer_states(entry.results)
+            self._cleaner.drop_optimizer_states(entry.results)
 
     async def news(self, since: int) -> list[dict]:
         """Events from number `since` on, in order."""
         return self._news[since:]
+
+    async def is_spent(self) -> bool:
+        """Whether no new trial may begin, for want of GPU-hours."""
+        return self._allowance.refuses()
+
+    async def hours(self) -> HoursState:
+        return self._allowance.state()
 
     async def figures(self) -> list[GangFigures]:
         return self._figures
@@ -105,13 +139,13 @@ class Exchange:
             supervisor.cancel()
         await asyncio.gather(*self._supervisors, return_exceptions=True)
         await asyncio.gather(*(gang.close() for gang in self._gangs))
-        if self._cleaner is not None:
-            await self._outdated.join()
-            self._cleaner.cancel()
+        self._meter.close()
+        await self._cleaner.close()
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
-    async def _train(self, trial: TrialSpec, selection: LayerSelection, rung: int, stop_step: int) -> RungResult:
+    async def _train(self, trial: TrialSpec, selection: LayerSelection, rung: int, stop_step: int) -> RungResult | None:
+        """The rung's result; None where the bound on hours came before a gang did."""
         if self._broken is not None:
             raise self._broken
         entry = self._ledger.get(trial.trial_id)
@@ -128,6 +162,7 @@ class Exchange:
             rung=rung,
             start=before.checkpoint if before else None,
             stop_step=stop_step,
+            execution=with_relief(self._orders.plan.execution, before.relieved if before else None),
             keep_optimizer=stop_step < trial.total_steps,
         )
         first = 0 if trial.control == "none" else 1
@@ -142,14 +177,24 @@ class Exchange:
             self._inflight.pop(trial.trial_id, None)
         return result
 
+    def _hold_back(self, trial: TrialSpec) -> Answer:
+        """End a trial for want of hours, so that another submission with more of them can go on with it."""
+        reason = self._allowance.reason
+        self._ledger.end(trial.trial_id, "stopped", reason, for_want_of_hours=True)
+        self._tell_trial(trial.trial_id)
+        entry = self._ledger.get(trial.trial_id)
+        if entry is None or not entry.results:
+            return held_back_answer(reason)
+        return self._answer(entry.results[-1], ended=True).model_copy(update={"state": "stopped", "reason": reason})
+
     async def _serve(self, gang: Gang) -> None:
         """One gang's life, to its end; a gang that cannot go on is told, never lost in silence."""
         try:
             await self._work_off(gang)
         except Exception as error:
-            gang.kill()
             self._tell("gang_lost", f"gang {gang.index} serves no more: {error!r}", gang=gang.index)
             self._give_up(error)
+            gang.kill()  # last: it may raise too, and by now whoever waits has heard
 
     async def _work_off(self, gang: Gang) -> None:
         """Start, take work, answer; start again when the gang dies. Raises what the last failed start raised."""
@@ -163,8 +208,9 @@ class Exchange:
                     await gang.start()
                 except Exception as error:
                     failures += 1
+                    said = f"gang {gang.index} could not start: {why_no_start(error)}"
+                    self._tell("gang_failed_to_start", said, gang=gang.index)
                     gang.kill()
-                    self._tell("gang_failed_to_start", f"gang {gang.index} could not start: {_why(error)}", gang=gang.index)
                     if failures >= MAX_ATTEMPTS:
                         raise
                     continue
@@ -175,6 +221,9 @@ class Exchange:
                 self._tell("gang_ready", f"gang {gang.index} ready in {seconds:.1f} s", gang=gang.index, pids=list(gang.pids))
             work = await self._queue.get()
             if work.future.done():
+                continue
+            if self._allowance.refuses(work.assignment.trial):
+                work.future.set_result(None)
                 continue
             if idle_since is not None:
                 figures.idle_s.append(time.monotonic() - idle_since)
@@ -190,19 +239,13 @@ class Exchange:
 
     async def _run(self, gang: Gang, work: Work) -> None:
         """Run one piece of work; on a dead gang, put it back and leave the gang to be replaced."""
-        assignment = work.assignment
         try:
-            result = await gang.run(assignment)
+            result = with_history(await gang.run(work.assignment), work, self._orders.plan.execution)
         except TrainingError as error:
-            work.attempts += 1
-            gang.kill()
-            gang.pids = ()
-            self._figures[gang.index].replaced += 1
-            self._tell("gang_died", f"{error}; its assignment goes back", gang=gang.index, trial_id=assignment.trial.trial_id)
-            if work.attempts < MAX_ATTEMPTS:
-                self._queue.put_nowait(work)
+            known = self._bury(gang, work, error)
+            if known is None:
                 return
-            result = failed_result(assignment, f"{MAX_ATTEMPTS} gangs died while running it, the last: {error}")
+            result = known
         try:
             self._record(result)
         except Exception as error:  # a full disk, say: whoever waits must hear of it
@@ -213,29 +256,25 @@ class Exchange:
             work.future.set_result(result)
         entry = self._ledger.get(result.trial_id)
         assert entry is not None
-        self._drop_optimizer_states(other for other in entry.results if other.rung < result.rung)
+        self._cleaner.drop_optimizer_states(other for other in entry.results if other.rung < result.rung)
 
-    def _drop_optimizer_states(self, results: Iterable[RungResult]) -> None:
-        """Rungs that no trial goes on from keep their adapter or delta alone."""
-        for result in results:
-            if result.checkpoint is not None:
-                self._outdated.put_nowait(Path(result.checkpoint))
-
-    async def _clean(self) -> None:
-        """Drop optimizer states one after another, beside the work: a folder has one writer at a time."""
-        while True:
-            checkpoint = await self._outdated.get()
-            try:
-                await asyncio.to_thread(drop_optimizer_state, checkpoint)
-            except (OSError, OrchestratorError) as error:
-                self._tell("not_cleaned", f"{checkpoint} keeps its optimizer state: {error}")
-            finally:
-                self._outdated.task_done()
+    def _bury(self, gang: Gang, work: Work, death: TrainingError) -> RungResult | None:
+        """Leave a dead gang to be replaced; its work goes back to the queue, or its failed result is returned."""
+        trial_id, known = work.assignment.trial.trial_id, len(work.notes)
+        result = next_attempt(work, death, self._orders.plan.execution)
+        then = "; ".join(work.notes[known:]) or ("its assignment goes back" if result is None else "its assignment is given up")
+        gang.pids = ()
+        self._figures[gang.index].replaced += 1
+        self._tell("gang_died", f"{death.what}; {then}", gang=gang.index, trial_id=trial_id)
+        gang.kill()
+        if result is None:
+            self._queue.put_nowait(work)
+        return result
 
     def _record(self, result: RungResult) -> None:
         entry = self._ledger.get(result.trial_id)
         assert entry is not None
-        if not _is_tried_again(entry.trial, result.state):
+        if not is_tried_again(entry.trial, result.state):
             self._ledger.add(result)
             if result.state == "failed":
                 self._ledger.end(result.trial_id, "failed", result.reason)
@@ -246,21 +285,14 @@ class Exchange:
         self._tell_trial(result.trial_id)
 
     def _answer(self, result: RungResult, *, ended: bool) -> Answer:
-        return Answer(
-            score=self._orders.scoring.score(result, base_result(self._ledger)),
-            step=result.step,
-            ended=ended,
-            state=result.state,
-            reason=result.reason,
-            metric=self._orders.scoring.metric_of(result),
-        )
+        return answer_of(result, base_result(self._ledger), self._orders.scoring, ended=ended)
 
     def _give_up(self, error: BaseException) -> None:
         """No gang can be started: everybody who waits must hear of it."""
         if any(not task.done() for task in self._supervisors if task is not asyncio.current_task()):
             return
         self._broken = TrainingError(
-            f"no gang could be started: {_why(error)}", remedy="see the gang_failed_to_start lines in events.jsonl"
+            f"no gang could be started: {why_no_start(error)}", remedy="see the gang_failed_to_start lines in events.jsonl"
         )
         while not self._queue.empty():
             work = self._queue.get_nowait()
@@ -275,13 +307,3 @@ class Exchange:
         assert entry is not None
         record = trial_record(entry, self._orders.scoring, base_result(self._ledger))
         self._news.append({"kind": "trial", "record": record})
-
-
-def _is_tried_again(trial: TrialSpec, state: str) -> bool:
-    """Whether a new submission tries it again: without the untouched base nothing can be compared, so its failure is not kept."""
-    return trial.control == "none" and state == "failed"
-
-
-def _why(error: BaseException) -> str:
-    """What stopped a gang's start; a timeout says nothing itself."""
-    return f"no place within {START_TIMEOUT_S:g} s" if isinstance(error, TimeoutError) else str(error) or repr(error)

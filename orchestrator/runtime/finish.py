@@ -12,6 +12,7 @@ from orchestrator.plan.values import RungResult, TrialSpec
 from orchestrator.runtime.budget import full_budget, selection_of
 from orchestrator.runtime.bundling import bundle_and_judge
 from orchestrator.runtime.cluster import fetch, rank_resources, worker_env
+from orchestrator.runtime.hours import metered
 from orchestrator.runtime.ledger import Ledger, TrialEntry
 from orchestrator.runtime.measured import plan_against_measured
 from orchestrator.runtime.outcome import RunOutcome
@@ -20,6 +21,7 @@ from orchestrator.runtime.records import base_result
 from orchestrator.runtime.scoring import Scoring
 from orchestrator.serve import BundleInputs
 from orchestrator.store import versions
+from orchestrator.transfer import memory_rows
 from orchestrator.transfer.records import BundledFigures, RunView, SweepResult, TransferReport
 
 
@@ -34,6 +36,7 @@ def finish(prepared: Prepared, sweep: SweepResult, view: RunView) -> RunOutcome:
         transfer = TransferReport(
             sentence=f"nothing was promoted: {sweep.promotion_reason}",
             plan_against_measured=plan_against_measured(prepared, sweep, None),
+            memory=memory_rows(sweep.trials),
             versions=versions(),
         )
         return RunOutcome(prepared.run.path, sweep, transfer)
@@ -53,6 +56,7 @@ def finish(prepared: Prepared, sweep: SweepResult, view: RunView) -> RunOutcome:
             "refit": refitted,
             "bundled": bundled_figures(bundled, prepared.scoring, base),
             "plan_against_measured": plan_against_measured(prepared, sweep, refitted),
+            "memory": memory_rows(sweep.trials),
             "trial_id": entry.trial.trial_id,
         }
     )
@@ -131,4 +135,5 @@ def _bundle(prepared: Prepared, inputs: BundleInputs) -> TransferReport:
     )
     scoring = prepared.scoring
     call = task.remote(inputs, str(prepared.run.bundle), scoring.metric, scoring.max_forgetting, prepared.spec.train.seed)
-    return fetch(call)
+    with metered(prepared.run.hours, 1):
+        return fetch(call)

@@ -25,7 +25,9 @@ class FirstSteps:
         """
         if option is None or result.rung > 0 or result.state != "done" or len(self._measured) >= self._wanted:
             return None
-        self._measured.append(MeasuredSteps(option, result.tokens, result.train_seconds))
+        steady = result.steady_tokens_per_s  # without the steps that warm a gang up, where the rung had more
+        tokens, seconds = (round(steady), 1.0) if steady else (result.tokens, result.train_seconds)
+        self._measured.append(MeasuredSteps(option, tokens, seconds))
         planned = self._plan.cost
         if len(self._measured) < self._wanted or planned is None:
             return None

@@ -8,19 +8,29 @@ import socket
 import time
 
 import ray
+from ray.exceptions import OutOfMemoryError as EvictedError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.anatomy import ModelAnatomy
-from orchestrator.errors import TrainingError
+from orchestrator.errors import RankOutOfMemoryError, TrainingError
 from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan, RungResult
 from orchestrator.runtime.cluster import rank_resources, worker_env
+from orchestrator.runtime.hours import Meter
 
 START_TIMEOUT_S = 600.0
 
 
 class GangDiedError(TrainingError):
-    """A rank of the gang is gone or broken; the whole gang has to be replaced."""
+    """A rank of the gang is gone or broken; the whole gang has to be replaced.
+
+    Args:
+        out_of_memory: Whether it broke because memory ran out: what it was doing must go on smaller.
+    """
+
+    def __init__(self, what: str, *, out_of_memory: bool = False) -> None:
+        super().__init__(what)
+        self.out_of_memory = out_of_memory
 
 
 @ray.remote(max_restarts=0, max_task_retries=0)
@@ -59,7 +69,7 @@ class RankActor:
 class Gang:
     """The handle of one gang, used from one asyncio loop. `start` again after GangDiedError."""
 
-    def __init__(self, index: int, base: BaseLoad, anatomy: ModelAnatomy, execution: ExecutionPlan) -> None:
+    def __init__(self, index: int, base: BaseLoad, anatomy: ModelAnatomy, execution: ExecutionPlan, meter: Meter) -> None:
         self.index = index
         self.pids: tuple[int, ...] = ()
         self.base_loads = 0
@@ -67,6 +77,7 @@ class Gang:
         self._base = base
         self._anatomy = anatomy
         self._execution = execution
+        self._meter = meter
         self._ranks: list = []
         self._placement: PlacementGroup | None = None
 
@@ -81,6 +92,7 @@ class Gang:
         bundles = [rank_resources(execution) for _ in range(execution.ranks)]
         self._placement = placement_group(bundles, strategy="PACK")
         await asyncio.wait_for(_ready(self._placement), START_TIMEOUT_S)
+        self._meter.hold(self.index, execution.ranks)
         resources = rank_resources(execution)
         self._ranks = [
             RankActor.options(  # type: ignore[attr-defined]
@@ -108,6 +120,7 @@ class Gang:
 
     def kill(self) -> None:
         """End the processes and give the places back."""
+        self._meter.release(self.index)
         for rank in self._ranks:
             ray.kill(rank)
         self._ranks = []
@@ -131,7 +144,9 @@ class Gang:
             if broken:
                 for wait in pending:
                     wait.cancel()
-                raise GangDiedError(f"gang {self.index} broke: {_first_line(broken[0])}")
+                told = next((error for error in broken if ran_out_of_memory(error)), broken[0])
+                what = f"gang {self.index} broke: {_first_line(told)}"
+                raise GangDiedError(what, out_of_memory=ran_out_of_memory(told))
         return [wait.result()[0] for wait in waits]
 
 
@@ -147,7 +162,17 @@ async def _settled(call) -> tuple:
         return None, error
 
 
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether a rank's call failed for want of memory: its own, or its node's, where Ray ended it."""
+    return isinstance(getattr(error, "cause", None) or error, RankOutOfMemoryError | EvictedError)
+
+
 def _first_line(error: BaseException) -> str:
     cause = getattr(error, "cause", None) or error
     text = str(cause).strip().splitlines()
     return f"{type(cause).__name__}: {text[0] if text else ''}"
+
+
+def why_no_start(error: BaseException) -> str:
+    """What stopped a gang's start; a timeout says nothing itself."""
+    return f"no place within {START_TIMEOUT_S:g} s" if isinstance(error, TimeoutError) else str(error) or repr(error)

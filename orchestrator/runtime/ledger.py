@@ -16,6 +16,7 @@ from orchestrator.values import Value
 
 OPTIMIZER_STATE = "state-rank"
 """How the files begin that hold a rank's masters, moments and random state."""
+END = "end.json"
 TrialState = Literal["finished", "stopped", "failed"]
 
 
@@ -24,6 +25,8 @@ class TrialEnd(Value):
 
     state: TrialState
     reason: str = ""
+    for_want_of_hours: bool = False
+    """It was stopped by `resources.max_gpu_hours` alone, and goes on from its last rung where that is raised."""
 
 
 class TrialEntry(Value):
@@ -34,6 +37,10 @@ class TrialEntry(Value):
     """Index in the plan's options; None for a control."""
     results: tuple[RungResult, ...] = ()
     end: TrialEnd | None = None
+
+    @property
+    def ended_for_good(self) -> bool:
+        return self.end is not None and not self.end.for_want_of_hours
 
 
 class Ledger:
@@ -70,13 +77,20 @@ class Ledger:
         results = (*(known for known in entry.results if known.rung != result.rung), result)
         self._entries[result.trial_id] = entry.model_copy(update={"results": tuple(sorted(results, key=lambda r: r.rung))})
 
-    def end(self, trial_id: str, state: TrialState, reason: str = "") -> None:
+    def end(self, trial_id: str, state: TrialState, reason: str = "", *, for_want_of_hours: bool = False) -> None:
         """Write a trial's end down; the first end counts."""
         entry = self._entries[trial_id]
         if entry.end is None:
-            end = TrialEnd(state=state, reason=reason)
-            write_json(self.folder(trial_id) / "end.json", end)
+            end = TrialEnd(state=state, reason=reason, for_want_of_hours=for_want_of_hours)
+            write_json(self.folder(trial_id) / END, end)
             self._entries[trial_id] = entry.model_copy(update={"end": end})
+
+    def lift_bounds(self) -> None:
+        """There are hours again: trials that were stopped for want of them are interrupted ones now."""
+        for trial_id, entry in self._entries.items():
+            if entry.end is not None and entry.end.for_want_of_hours:
+                (self.folder(trial_id) / END).unlink()
+                self._entries[trial_id] = entry.model_copy(update={"end": None})
 
 
 def drop_optimizer_state(checkpoint: Path) -> None:
@@ -97,10 +111,15 @@ def drop_optimizer_state(checkpoint: Path) -> None:
 def _read_entry(path: Path) -> TrialEntry:
     head = read_json(path)
     results = [RungResult.model_validate(read_json(file)) for file in path.parent.glob("result-*.json")]
-    end = path.parent / "end.json"
+    end = path.parent / END
     return TrialEntry(
         trial=TrialSpec.model_validate(head["trial"]),
         option=head["option"],
         results=tuple(sorted(results, key=lambda result: result.rung)),
         end=TrialEnd.model_validate(read_json(end)) if end.exists() else None,
     )
+
+
+def is_tried_again(trial: TrialSpec, state: str) -> bool:
+    """Whether a new submission tries it again: without the untouched base nothing can be compared, so its failure is not kept."""
+    return trial.control == "none" and state == "failed"

@@ -12,12 +12,15 @@ import numpy as np
 from orchestrator.plan import shuffled_control
 from orchestrator.plan.values import RungResult
 from orchestrator.runtime.assignments import GangFigures
+from orchestrator.runtime.hours import HoursState, read_hours
 from orchestrator.runtime.ledger import Ledger, TrialEntry
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.runtime.records import trial_records
 from orchestrator.store import read_json, write_json
 from orchestrator.transfer import Comparison, Promotion, paired_comparison, pareto_front, promote
 from orchestrator.transfer.records import SweepResult, TransferReport, TrialRecord
+
+MORE_HOURS = "raise resources.max_gpu_hours and submit again: the search goes on from where it was ended"
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ def read_outcome(run_folder: Path) -> RunOutcome | None:
 def write_outcome(outcome: RunOutcome) -> RunOutcome:
     """transfer.json first: sweep.json with its end time says that both stand."""
     write_json(outcome.run_folder / "transfer.json", outcome.transfer)
-    sweep = outcome.sweep.model_copy(update={"finished_at": time.time()})
+    used = read_hours(outcome.run_folder / "hours.json")
+    sweep = outcome.sweep.model_copy(update={"finished_at": time.time(), "gpu_hours_used": used})
     write_json(outcome.run_folder / "sweep.json", sweep)
     return RunOutcome(outcome.run_folder, sweep, outcome.transfer)
 
@@ -57,6 +61,7 @@ def summarise(
     figures: Sequence[GangFigures],
     started_at: float,
     earlier: SweepResult | None = None,
+    hours: HoursState | None = None,
 ) -> SweepResult:
     """The search as a record, with the promotion decided; also written to sweep.json, unfinished.
 
@@ -64,6 +69,7 @@ def summarise(
         figures: How each gang spent its time in this submission.
         started_at: Unix time of this submission.
         earlier: What earlier submissions of the run left; their time counts.
+        hours: What the search used of GPUs, and whether that ended it.
     """
     scoring = prepared.scoring
     trials = trial_records(ledger, scoring)
@@ -72,6 +78,7 @@ def summarise(
     shuffled_id = shuffled_control(winner.trial).trial_id if winner is not None else None
     searched = [trial for trial in trials if trial.control is None and trial.metric is not None]
     front = pareto_front([(_target(trial, scoring.higher_is_better), trial.forgetting or 0.0) for trial in searched])
+    ended_by_hours = _ended_by_hours(prepared, ledger, hours)
     result = SweepResult(
         name=prepared.spec.name,
         job="sweep" if prepared.plan.search is not None else "finetune",
@@ -82,7 +89,7 @@ def summarise(
         trials=tuple(trial for trial in trials if trial.control != "shuffled" or trial.trial_id == shuffled_id),
         winner_id=promotion.trial_id,
         promotion_reason=promotion.reason,
-        advice=promotion.advice,
+        advice=((MORE_HOURS,) if ended_by_hours else ()) + promotion.advice,
         front=tuple(searched[index].trial_id for index in front),
         num_gangs=prepared.plan.num_gangs,
         ranks_per_gang=prepared.plan.execution.ranks,
@@ -93,9 +100,21 @@ def summarise(
         wall_seconds=time.time() - started_at + (earlier.wall_seconds if earlier else 0.0),
         started_at=earlier.started_at if earlier else started_at,
         num_submissions=len(prepared.run.identity["submissions"]),
+        gpu_hours_used=hours.used if hours is not None else 0.0,
+        max_gpu_hours=prepared.spec.resources.max_gpu_hours,
+        ended_by_hours=ended_by_hours,
     )
     write_json(prepared.run.sweep, result)
     return result
+
+
+def _ended_by_hours(prepared: Prepared, ledger: Ledger, hours: HoursState | None) -> str:
+    """How far the search came where the bound ended it; nothing where every trial came to its own end."""
+    if hours is None or not hours.spent or prepared.plan.search is None:
+        return ""
+    done = sum(entry.trial.control is None and entry.ended_for_good for entry in ledger.entries())
+    asked = prepared.plan.search.num_trials
+    return f"the search was ended after {done} of {asked} trials: {hours.spent}" if done < asked else ""
 
 
 def decide(prepared: Prepared, ledger: Ledger, trials: Sequence[TrialRecord]) -> Promotion:

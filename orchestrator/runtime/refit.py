@@ -1,7 +1,8 @@
 """Training one trial to the full budget with Ray Train: fault-tolerant, on all the ranks that the plan gives it.
 
 What is committed is decided by our own checkpoints (`train.find_latest`), not by `ray.train.report`, which is not
-durable when it returns. A worker group that lost a rank starts again from the newest checkpoint that is whole.
+durable when it returns. A worker group that lost a rank starts again from the newest checkpoint that is whole; one in
+which a rank ran out of memory, also one step down (`plan.relief`), which its restarts do not count.
 """
 
 from __future__ import annotations
@@ -9,20 +10,38 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray import train
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestrator.anatomy import ModelAnatomy
-from orchestrator.errors import TrainingError
-from orchestrator.plan.values import Assignment, BaseLoad, RungResult
+from orchestrator.errors import RankOutOfMemoryError, TrainingError
+from orchestrator.plan.relief import nothing_smaller, relieve, with_relief
+from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan, RungResult
+from orchestrator.runtime.assignments import failed_result
 from orchestrator.runtime.cluster import rank_resources, worker_env
 from orchestrator.store import read_json, write_json
+from orchestrator.values import Value
+
+if TYPE_CHECKING:
+    from orchestrator.train import TrainHost
 
 MAX_RESTARTS = 3
 STARTS = "starts.txt"
 """A line for every time that a worker group began."""
+STEPPED_DOWN = "stepped-down.json"
+"""Beside an assignment's files: how it goes on after a worker group ran out of memory."""
+
+
+class SteppedDown(Value):
+    """What the rank that ran out of memory leaves to the worker group after its own."""
+
+    execution: ExecutionPlan | None
+    """The next smaller way; None where there is none left."""
+    notes: tuple[str, ...]
+    reason: str
+    """What the rank said."""
 
 
 def refit(base: BaseLoad, anatomy: ModelAnatomy, assignments: list[Assignment], folder: Path) -> list[RungResult]:
@@ -36,17 +55,37 @@ def refit(base: BaseLoad, anatomy: ModelAnatomy, assignments: list[Assignment], 
         Rank 0's result of each assignment, also written as `result.json` beside each assignment's files.
 
     Raises:
-        TrainingError: the worker group failed more than MAX_RESTARTS times.
+        TrainingError: the worker group failed more than MAX_RESTARTS times, and not for want of memory.
     """
-    # Ray writes its snapshot of a run in place; one that a killed driver left torn makes the folder unusable.
-    shutil.rmtree(folder, ignore_errors=True)
+    for assignment in assignments:  # what fitted in no way is tried again by another submission
+        known = _stepped_down(assignment)
+        if known is not None and known.execution is None:
+            _stepped_down_file(assignment).unlink()
+    while True:
+        before = [_stepped_down(assignment) for assignment in assignments]
+        # Ray writes its snapshot of a run in place; one that a killed driver left torn makes the folder unusable.
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            _trainer(base, anatomy, assignments, folder).fit()
+        except Exception as error:
+            if [_stepped_down(assignment) for assignment in assignments] != before:
+                continue  # smaller than before, so that this comes to an end
+            raise TrainingError(
+                f"the refit failed: {error}",
+                where=str(folder),
+                remedy="submit the same spec again: it goes on from the newest whole checkpoint",
+            ) from error
+        return [RungResult.model_validate(read_json(result_file(assignment))) for assignment in assignments]
+
+
+def _trainer(base: BaseLoad, anatomy: ModelAnatomy, assignments: list[Assignment], folder: Path) -> TorchTrainer:
     execution = assignments[0].execution
     payload = {
         "base": base.model_dump(mode="json"),
         "anatomy": anatomy.model_dump(mode="json"),
         "assignments": [assignment.model_dump(mode="json") for assignment in assignments],
     }
-    trainer = TorchTrainer(
+    return TorchTrainer(
         _worker,
         train_loop_config=payload,
         torch_config=TorchConfig(backend=execution.backend),
@@ -62,15 +101,6 @@ def refit(base: BaseLoad, anatomy: ModelAnatomy, assignments: list[Assignment], 
             worker_runtime_env={"env_vars": worker_env(execution)},
         ),
     )
-    try:
-        trainer.fit()
-    except Exception as error:
-        raise TrainingError(
-            f"the refit failed: {error}",
-            where=str(folder),
-            remedy="submit the same spec again: it goes on from the newest whole checkpoint",
-        ) from error
-    return [RungResult.model_validate(read_json(result_file(assignment))) for assignment in assignments]
 
 
 def num_restarts(folder: Path) -> int:
@@ -85,25 +115,64 @@ def result_file(assignment: Assignment) -> Path:
 
 def _worker(payload: dict[str, Any]) -> None:
     """One rank of the refit. Ray Train has made the process group."""
-    from orchestrator.train import TrainHost, find_latest
+    from orchestrator.train import TrainHost
 
     base, anatomy = BaseLoad.model_validate(payload["base"]), ModelAnatomy.model_validate(payload["anatomy"])
     assignments = [Assignment.model_validate(values) for values in payload["assignments"]]
     context = train.get_context()
     rank = context.get_world_rank()
     host = TrainHost.create(base, anatomy, assignments[0].execution, rank, context.get_world_size(), init_method=None)
-    ranks = host.ranks
     if rank == 0:
         _note_start(Path(assignments[-1].folder), os.getpid())
     try:
         for assignment in assignments:
-            newest = ranks.broadcast(find_latest(Path(assignment.folder)) if ranks.first else None)
-            result = host.run(assignment.model_copy(update={"start": str(newest)}) if newest else assignment)
+            result = _run(host, assignment)
             if rank == 0:
                 write_json(result_file(assignment), result)
             train.report({"trial_id": result.trial_id, "step": result.step, "state": result.state})
     finally:
         host.close()
+
+
+def _run(host: TrainHost, assignment: Assignment) -> RungResult:
+    """Go on from the newest checkpoint, by the way that an earlier worker group came down to.
+
+    Raises:
+        RankOutOfMemoryError: memory ran out on this rank alone; how the next worker group goes on is written down.
+    """
+    from orchestrator.train import find_latest
+
+    ranks, folder = host.ranks, Path(assignment.folder)
+    newest, known = ranks.broadcast((find_latest(folder), _stepped_down(assignment)) if ranks.first else None)
+    notes = known.notes if known is not None else ()
+    if known is not None and known.execution is None:
+        return failed_result(assignment, known.reason).model_copy(update={"notes": notes})
+    execution = with_relief(assignment.execution, known.execution if known is not None else None)
+    update = {"execution": execution, **({"start": str(newest)} if newest else {})}
+    try:
+        result = host.run(assignment.model_copy(update=update))
+    except RankOutOfMemoryError as error:
+        write_json(_stepped_down_file(assignment), _step_down(execution, notes, error))
+        raise
+    relieved = result.relieved or (execution if execution != assignment.execution else None)
+    return result.model_copy(update={"notes": (*notes, *result.notes), "relieved": relieved})
+
+
+def _step_down(execution: ExecutionPlan, notes: tuple[str, ...], error: RankOutOfMemoryError) -> SteppedDown:
+    relief = relieve(execution)
+    if relief is None:
+        return SteppedDown(execution=None, notes=notes, reason=str(nothing_smaller(error.what, execution)))
+    note = f"out of memory: the worker group was replaced and the trial {relief.sentence}"
+    return SteppedDown(execution=relief.execution, notes=(*notes, note), reason=error.what)
+
+
+def _stepped_down(assignment: Assignment) -> SteppedDown | None:
+    file = _stepped_down_file(assignment)
+    return SteppedDown.model_validate(read_json(file)) if file.exists() else None
+
+
+def _stepped_down_file(assignment: Assignment) -> Path:
+    return Path(assignment.folder) / STEPPED_DOWN
 
 
 def _note_start(folder: Path, pid: int) -> None:

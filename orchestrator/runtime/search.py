@@ -7,8 +7,9 @@ reports it. It holds no GPU and a hundredth of a core.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
@@ -28,15 +29,24 @@ class RecordedSearch(Searcher):
 
     Recorded trials cost nothing, since the exchange answers them from the ledger; they fill the scheduler's rungs
     and the sampler's memory. With `in_batches`, proposals wait for the whole batch before them, so that they do not
-    depend on who finished first.
+    depend on who finished first. Where `is_over` says so, no new trial is proposed.
     """
 
-    def __init__(self, plan: RunPlan, seed: int, recorded: list[TrialEntry], *, in_batches: bool) -> None:
+    def __init__(
+        self,
+        plan: RunPlan,
+        seed: int,
+        recorded: list[TrialEntry],
+        *,
+        in_batches: bool,
+        is_over: Callable[[], bool] = lambda: False,
+    ) -> None:
         super().__init__(metric="score", mode="min")
         assert plan.search is not None
         self._plan = plan
         self._search = plan.search
         self._seed = seed
+        self._is_over = is_over
         self._batch = plan.search.concurrent_trials if in_batches else None
         self._recorded = {entry.trial.number: entry for entry in recorded}
         self._number = 0
@@ -52,6 +62,8 @@ class RecordedSearch(Searcher):
         entry = self._recorded.get(number)
         if entry is not None and entry.option is not None:
             proposal, trial = Proposal(entry.option, entry.trial.learning_rate), entry.trial
+        elif self._is_over():
+            return cast("dict[str, Any]", Searcher.FINISHED)  # a word that Tune knows
         else:
             proposal = propose(self._search, self._seed, number, self._known_to(number), self._pending_at(number))
             trial = make_trial(self._plan, self._search.options[proposal.option], proposal.learning_rate, number, self._seed)
@@ -131,7 +143,9 @@ def run_search(plan: RunPlan, exchange: Any, recorded: list[TrialEntry], folder:
             metric="score",
             mode="min",
             num_samples=search.num_trials,
-            search_alg=RecordedSearch(plan, seed, recorded, in_batches=in_batches),
+            search_alg=RecordedSearch(
+                plan, seed, recorded, in_batches=in_batches, is_over=lambda: fetch(exchange.is_spent.remote())
+            ),
             scheduler=_scheduler(plan),
             max_concurrent_trials=search.concurrent_trials,
             reuse_actors=True,

@@ -21,6 +21,7 @@ from orchestrator.runtime.budget import selection_of
 from orchestrator.runtime.cluster import fetch
 from orchestrator.runtime.exchange import Exchange
 from orchestrator.runtime.finish import finish
+from orchestrator.runtime.hours import may_go_on, read_hours
 from orchestrator.runtime.joining import joins
 from orchestrator.runtime.ledger import Ledger
 from orchestrator.runtime.outcome import RunOutcome, read_outcome, read_sweep, summarise, write_outcome
@@ -58,12 +59,16 @@ def run_sweep(loaded: LoadedSpec, *, view: RunView, address: str | None = None, 
 
 
 def _finished(run: RunDirectory, loaded: LoadedSpec) -> RunOutcome | None:
-    """The outcome, where this very sweep has come to its end and no more trials are asked for."""
+    """The outcome, where this very sweep has come to its end, and neither more trials nor more hours are given."""
     assert loaded.spec.search is not None
     outcome = read_outcome(run.path)
-    if outcome is None or len(outcome.sweep.searched) < loaded.spec.search.trials:
+    if outcome is None:
         return None
-    return outcome
+    refit = outcome.transfer.refit
+    if outcome.sweep.ended_by_hours or (refit is not None and refit.left_out_for_hours):
+        earlier, now = outcome.sweep.max_gpu_hours, loaded.spec.resources.max_gpu_hours
+        return None if may_go_on(earlier, read_hours(run.hours), now) else outcome
+    return outcome if len(outcome.sweep.searched) >= loaded.spec.search.trials else None
 
 
 def _search(prepared: Prepared, view: RunView, started_at: float) -> SweepResult:
@@ -95,21 +100,27 @@ def _search(prepared: Prepared, view: RunView, started_at: float) -> SweepResult
         recorded = [entry for entry in Ledger(prepared.run.trials).entries() if entry.trial.control is None]
         run_search(plan, exchange, recorded, prepared.run.path / "tune", seed)
         _wait(exchange, "head", head)
-        figures = fetch(exchange.figures.remote())
-        sweep = summarise(prepared, Ledger(prepared.run.trials), figures, started_at, earlier)
+        figures, hours = fetch(exchange.figures.remote()), fetch(exchange.hours.remote())
+        sweep = summarise(prepared, Ledger(prepared.run.trials), figures, started_at, earlier, hours)
         if "shuffled" in spec.search.controls and sweep.winner_id is not None:
-            _run_shuffled(prepared, exchange, sweep.winner_id)
-            sweep = summarise(prepared, Ledger(prepared.run.trials), figures, started_at, earlier)
+            _run_shuffled(prepared, exchange, sweep.winner_id, view)
+            sweep = summarise(prepared, Ledger(prepared.run.trials), figures, started_at, earlier, hours)
+        if sweep.ended_by_hours:
+            view.event("ended_by_hours", sweep.ended_by_hours)
+            prepared.run.event("ended_by_hours", message=sweep.ended_by_hours)
     return sweep
 
 
-def _run_shuffled(prepared: Prepared, exchange: Any, winner_id: str) -> None:
+def _run_shuffled(prepared: Prepared, exchange: Any, winner_id: str, view: RunView) -> None:
     """Train the promoted trial once more, to the full budget that its bundle has, on answers permuted among the prompts."""
     winner = Ledger(prepared.run.trials).get(winner_id)
     assert winner is not None
     trial = shuffled_control(winner.trial)
     call = _advance(exchange, trial, selection_of(prepared, winner), stop_step=trial.total_steps)
-    _wait(exchange, trial.trial_id, call)
+    answer = _wait(exchange, trial.trial_id, call)
+    if answer.state == "stopped":
+        view.event("control_left_out", f"{trial.trial_id}: {answer.reason}")
+        prepared.run.event("control_left_out", message=f"{trial.trial_id}: {answer.reason}")
 
 
 @contextmanager
@@ -125,6 +136,8 @@ def _exchange(prepared: Prepared) -> Iterator[Any]:
         scoring=prepared.scoring,
         trials_folder=str(prepared.run.trials),
         num_gangs=prepared.plan.num_gangs,
+        hours_file=str(prepared.run.hours),
+        max_gpu_hours=prepared.spec.resources.max_gpu_hours,
     )
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor: Any = ray.remote(Exchange)

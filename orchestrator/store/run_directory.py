@@ -106,6 +106,11 @@ class RunDirectory:
         return self.path / "bundle"
 
     @property
+    def hours(self) -> Path:
+        """What the run has used of GPUs, over all its submissions."""
+        return self.path / "hours.json"
+
+    @property
     def sweep(self) -> Path:
         return self.path / "sweep.json"
 

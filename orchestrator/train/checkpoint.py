@@ -124,7 +124,7 @@ def open_checkpoint(
         raise TrainingError("the checkpoint holds no optimizer state", where=str(folder), remedy="start again from step 0")
     exact = (record["ranks"], record["layout"]) == (ranks.count, layout)
     if not exact:
-        note(f"{folder.name} is of another gang: weights taken over, Adam's moments start anew")
+        note(f"{folder.name} is of another gang or ZeRO stage: weights taken over, Adam's moments start anew")
     loss = None if record["loss"] is None else float(record["loss"])
     return StartPoint(folder, LoopState(record["step"], record["tokens"], loss), exact)
 

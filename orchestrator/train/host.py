@@ -20,14 +20,16 @@ from orchestrator.errors import (
     DataError,
     IntegrityError,
     OutOfMemoryError,
+    RankOutOfMemoryError,
     SelectionError,
     TrainingError,
     UsageError,
 )
+from orchestrator.plan.relief import nothing_smaller, relieve
 from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan, RungResult, StepReport
 from orchestrator.train.base import load_base, loading_device
 from orchestrator.train.integrity import base_fingerprint, changed_base
-from orchestrator.train.memory import is_out_of_memory, reset_peak
+from orchestrator.train.memory import first_line, is_out_of_memory, reset_peak
 from orchestrator.train.ranks import Ranks
 from orchestrator.train.trial import TrialOutcome, TrialRun
 
@@ -101,7 +103,8 @@ class TrainHost:
 
         Raises:
             TrainingError: the base could not be put back as it was: this gang must be replaced.
-            Exception: whatever breaks the gang itself (a lost rank, a full disk).
+            RankOutOfMemoryError: memory ran out on this rank while the others wait for it: this gang must be replaced.
+            Exception: whatever else breaks the gang itself (a lost rank, a full disk).
         """
         started = time.time()
         notes: list[str] = []
@@ -123,11 +126,15 @@ class TrainHost:
         notes: list[str],
         outcome: TrialOutcome,
     ) -> None:
-        """Run it, with half the rows in a micro-batch and twice the rounds each time memory runs out."""
+        """Run it, one step down (`plan.relief`) each time memory runs out and every rank knows.
+
+        Raises:
+            OutOfMemoryError: on every rank alike, when nothing smaller is left.
+            RankOutOfMemoryError: memory ran out on this rank while the others wait for it.
+        """
         self._check_fits(assignment.execution)
-        rows = assignment.execution.micro_batch_rows
+        execution = assignment.execution
         while True:
-            execution = assignment.execution.model_copy(update={"micro_batch_rows": rows})
             reset_peak(self._ranks.device)
             run = TrialRun(
                 self._base,
@@ -141,22 +148,23 @@ class TrainHost:
                 outcome,
             )
             try:
-                run.run(on_step)
+                return run.run(on_step)
             except (RuntimeError, MemoryError) as error:
-                if not self._shared_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
-                if rows == 1:
-                    raise OutOfMemoryError(f"out of memory at one row in a micro-batch: {error}") from None
-            else:
-                return
-            rows = max(1, rows // 2)
-            notes.append(f"out of memory: started again with {rows} rows in a micro-batch and more rounds")
+                if not self._is_shared(error):
+                    raise RankOutOfMemoryError(f"out of memory on rank {self._ranks.rank}: {first_line(error)}") from error
+                relief = relieve(execution)
+                if relief is None:
+                    raise nothing_smaller(f"out of memory: {first_line(error)}", execution) from None
+            execution = outcome.relieved = relief.execution
+            notes.append(f"out of memory: {relief.sentence}")
             del run
             gc.collect()
 
-    def _shared_out_of_memory(self, error: BaseException) -> bool:
-        """Whether memory ran out and every rank knows; with one rank also outside the training rounds."""
-        return isinstance(error, OutOfMemoryError) or (self._ranks.count == 1 and is_out_of_memory(error))
+    def _is_shared(self, error: BaseException) -> bool:
+        """Whether every rank knows that memory ran out; with one rank also outside the training rounds."""
+        return isinstance(error, OutOfMemoryError) or self._ranks.count == 1
 
     def _check_fits(self, execution: ExecutionPlan) -> None:
         """The base lies in memory for one kind of execution; stages 0 to 2 share it."""
@@ -208,6 +216,8 @@ def _result(assignment: Assignment, outcome: TrialOutcome, reason: str) -> RungR
         retain_loss=None if retain is None else retain.loss,
         checkpoint=None if outcome.checkpoint is None else str(outcome.checkpoint),
         engine=outcome.engine,
+        relieved=outcome.relieved,
+        steady_tokens_per_s=outcome.steady_tokens_per_s,
         train_seconds=outcome.train_seconds,
         eval_seconds=outcome.scores.seconds,
     )

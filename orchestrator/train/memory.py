@@ -14,6 +14,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and ("out of memory" in words or "can't allocate memory" in words)
 
 
+def first_line(error: BaseException) -> str:
+    """What an allocator says, without its advice on several lines."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def memory_in_use(device: torch.device) -> int:
     """Bytes: on a GPU the most that torch held since `reset_peak`, on a CPU the process's resident memory now."""
     if device.type == "cuda":

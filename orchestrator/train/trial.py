@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -30,10 +31,12 @@ from orchestrator.train.checkpoint import (
 from orchestrator.train.engine import Engine, layout_of, num_live_engines
 from orchestrator.train.integrity import changed_frozen
 from orchestrator.train.loop import LoopState, train_steps
+from orchestrator.train.memory import memory_in_use
 from orchestrator.train.objective import Objective
 from orchestrator.train.ranks import Ranks
 from orchestrator.train.recompute import recomputed
 from orchestrator.train.scoring import Scorer, Scores
+from orchestrator.train.speed import SteadySpeed
 from orchestrator.train.torch_engine import TorchEngine
 
 
@@ -45,7 +48,10 @@ class TrialOutcome:
     scores: Scores = field(default_factory=Scores)
     checkpoint: Path | None = None
     train_seconds: float = 0.0
+    steady_tokens_per_s: float | None = None
     engine: EngineRecord | None = None
+    relieved: ExecutionPlan | None = None
+    """What it came down to where memory ran out."""
 
 
 class TrialRun:
@@ -72,6 +78,7 @@ class TrialRun:
         self._base_fingerprint = base_fingerprint
         self._ordinal = ordinal
         self._note = note
+        self._peak_bytes = 0
         self._rows = RowPlan.of(execution, ranks.rank, classify=base.load.task == "classify")
         self._scorer = Scorer(base, assignment, self._rows, ranks, load_set, self._partitioned)
 
@@ -100,10 +107,11 @@ class TrialRun:
             if start is not None and start.exact:
                 start.resume(engine, self.ranks)
             self.outcome.state = start.state if start is not None else LoopState()
-            self._record_engine(engine, 0)
+            self._record_engine(engine)
             self._train(engine, branch, on_step)
             if assignment.evaluate:
                 self.outcome.scores = self._scorer.score(objective)
+            self._record_peaks()
             self._prove_frozen(branch)
             self._save(rung_folder(Path(assignment.folder), assignment.rung), engine, branch, final=True)
 
@@ -157,11 +165,11 @@ class TrialRun:
         data = self._train_set()
         steps_file = Path(assignment.folder) / "steps.jsonl"
         every = assignment.checkpoint_every_steps
-        peak = 0
+        speed = SteadySpeed(self.outcome.state.tokens)
 
         def after_step(report: StepReport, state: LoopState) -> None:
-            nonlocal peak
-            peak = max(peak, report.memory_bytes)
+            speed.add(report)
+            self._peak_bytes = max(self._peak_bytes, report.memory_bytes)
             self.outcome.state = state
             if self.ranks.first:
                 append_jsonl(steps_file, report)
@@ -187,8 +195,9 @@ class TrialRun:
             assignment.stop_step,
             after_step,
         )
+        self.outcome.steady_tokens_per_s = speed.tokens_per_s
         self.outcome.train_seconds = time.perf_counter() - started
-        self._record_engine(engine, peak)
+        self._record_engine(engine)
 
     def _train_set(self) -> TokenizedSet:
         data = self._load_set(self.assignment.data.train)
@@ -204,18 +213,8 @@ class TrialRun:
 
                 stack.enter_context(forward_only(objective, self.execution))
             self.outcome.scores = self._scorer.score(objective)
-        self.outcome.engine = EngineRecord(
-            executor="none",
-            engine_class="",
-            zero_stage=self.execution.zero_stage,
-            ranks=self.ranks.count,
-            partitioned_bytes=0,
-            trainable_parameters=0,
-            peak_memory_bytes=0,
-            live_engines=num_live_engines(),
-            base_loads=self.base.num_loads,
-            ordinal=self._ordinal,
-        )
+        self.outcome.engine = self._engine_record("none", "", partitioned_bytes=0, trainable_parameters=0)
+        self._record_peaks()
         if self.ranks.first:
             folder = Path(self.assignment.folder)
             folder.mkdir(parents=True, exist_ok=True)
@@ -245,18 +244,44 @@ class TrialRun:
         if final:
             self.outcome.checkpoint = folder
 
-    def _record_engine(self, engine: Engine, peak_memory_bytes: int) -> None:
-        self.outcome.engine = EngineRecord(
-            executor=self.execution.executor,
-            engine_class=engine.name,
-            zero_stage=self.execution.zero_stage,
-            ranks=self.ranks.count,
+    def _record_engine(self, engine: Engine) -> None:
+        self.outcome.engine = self._engine_record(
+            self.execution.executor,
+            engine.name,
             partitioned_bytes=engine.state_bytes,
             trainable_parameters=self.assignment.selection.num_trainable_parameters,
-            peak_memory_bytes=peak_memory_bytes,
+        )
+
+    def _record_peaks(self) -> None:
+        """What every rank has used so far, beside what the plan said. Called on every rank."""
+        peaks = self.ranks.gather(max(self._peak_bytes, memory_in_use(self.ranks.device)))
+        assert self.outcome.engine is not None
+        update = {"peak_memory_bytes": max(peaks), "rank_peak_memory_bytes": tuple(peaks)}
+        self.outcome.engine = self.outcome.engine.model_copy(update=update)
+
+    def _engine_record(
+        self,
+        executor: Literal["torch", "deepspeed", "none"],
+        engine_class: str,
+        *,
+        partitioned_bytes: int,
+        trainable_parameters: int,
+    ) -> EngineRecord:
+        return EngineRecord(
+            executor=executor,
+            engine_class=engine_class,
+            zero_stage=self.execution.zero_stage,
+            ranks=self.ranks.count,
+            partitioned_bytes=partitioned_bytes,
+            trainable_parameters=trainable_parameters,
+            peak_memory_bytes=0,
             live_engines=num_live_engines(),
             base_loads=self.base.num_loads,
             ordinal=self._ordinal,
+            device=self.execution.device,
+            predicted_memory_bytes=self.assignment.predicted_memory_bytes,
+            micro_batch_rows=self.execution.micro_batch_rows,
+            checkpointing=self.execution.checkpointing,
         )
 
 

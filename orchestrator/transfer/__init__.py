@@ -9,6 +9,7 @@ Pure functions of numbers; `records.py` holds what is written to sweep.json and 
 """
 
 from orchestrator.transfer.comparison import Comparison, paired_comparison
+from orchestrator.transfer.memory import memory_rows
 from orchestrator.transfer.promotion import Promotion, pareto_front, promote
 from orchestrator.transfer.scoring import FORGETTING_WEIGHT, WORST_SCORE, forgetting, score
 from orchestrator.transfer.verdicts import SMALLEST_GAIN, Verdict, verdict
@@ -21,6 +22,7 @@ __all__ = [
     "Promotion",
     "Verdict",
     "forgetting",
+    "memory_rows",
     "paired_comparison",
     "pareto_front",
     "promote",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal, Protocol
 
+from orchestrator.transfer.measured import MemoryRow, PlanAgainstMeasured
 from orchestrator.values import Value
 
 Control = Literal["none", "head", "shuffled", "scratch", "k_shot"]
@@ -45,6 +46,13 @@ class EngineFigures(Value):
     base_loads: int = 1
     ordinal: int = 0
     """How many assignments the gang had run before."""
+    device: str = ""
+    rank_peak_memory_bytes: tuple[int, ...] = ()
+    """Measured, by rank: on a GPU the most that torch's allocator held, on a CPU the process's resident memory."""
+    predicted_memory_bytes: int | None = None
+    """What the plan expected a rank to use."""
+    micro_batch_rows: int = 0
+    checkpointing: bool = False
 
 
 class TrialRecord(Value):
@@ -137,6 +145,12 @@ class SweepResult(Value):
     finished_at: float | None = None
     """None while it runs."""
     num_submissions: int = 1
+    gpu_hours_used: float = 0.0
+    """Over all submissions, the refit and the bundle included where `finished_at` stands; without GPUs, hours of ranks."""
+    max_gpu_hours: float | None = None
+    """The bound of the last submission."""
+    ended_by_hours: str = ""
+    """How far the search came where `max_gpu_hours` ended it; it goes on where that is raised."""
 
     @property
     def searched(self) -> tuple[TrialRecord, ...]:
@@ -204,15 +218,6 @@ class VerificationFigures(Value):
     """`dequantized` or `original`: which base the adapter was merged into."""
 
 
-class PlanAgainstMeasured(Value):
-    """One planned figure beside the measured one."""
-
-    name: str
-    planned: float | None
-    measured: float | None
-    unit: Literal["bytes", "seconds", "count", "tokens/s"]
-
-
 class RefitRecord(Value):
     """How the winner came to the full budget."""
 
@@ -225,6 +230,8 @@ class RefitRecord(Value):
     executor: str = ""
     zero_stage: int = 0
     ranks: int = 1
+    left_out_for_hours: bool = False
+    """It would have taken more than its share of `max_gpu_hours`; it is made up for where that is raised."""
 
 
 class BundledFigures(Value):
@@ -255,6 +262,8 @@ class TransferReport(Value):
     refit: RefitRecord | None = None
     bundled: BundledFigures | None = None
     plan_against_measured: tuple[PlanAgainstMeasured, ...] = ()
+    memory: tuple[MemoryRow, ...] = ()
+    """Memory of a rank, choice by choice."""
     serve_commands: tuple[str, ...] = ()
     report: str | None = None
     versions: dict[str, str] = {}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +11,12 @@ import pytest
 import ray
 from ruamel.yaml import YAML
 
-from orchestrator.plan import make_trial
-from orchestrator.plan.values import TrialSpec
-from orchestrator.runtime.assignments import Answer, Orders
-from orchestrator.runtime.cluster import fetch
-from orchestrator.runtime.exchange import Exchange
+from orchestrator.plan.values import RunPlan
 from orchestrator.runtime.ledger import Ledger
-from orchestrator.runtime.prepare import Prepared, reopen
 from orchestrator.samples import SAMPLE_BASE
 from orchestrator.store import check_folder, read_json
 
+from .counter import open_counter
 from .runs import (
     NOWHERE,
     TIMEOUT_S,
@@ -118,6 +112,24 @@ def test_every_trial_was_served_by_a_deepspeed_engine(two_ranks: Path) -> None:
     assert {entry.trial.tune for entry in trials_of(two_ranks)} == {"lora", "full"}
 
 
+def test_the_memory_of_every_rank_stands_beside_the_plans(two_ranks: Path) -> None:
+    plan = RunPlan.model_validate(read_json(two_ranks / "plan.json"))
+    assert plan.search is not None
+    planned = {(option.layers, option.tune): option.memory.total_bytes for option in plan.search.options}
+    for entry in trials_of(two_ranks):
+        if entry.results[-1].state == "failed":
+            continue
+        engine = entry.results[-1].engine
+        assert engine is not None
+        assert engine.predicted_memory_bytes == planned[entry.trial.layers, entry.trial.tune]
+        assert len(engine.rank_peak_memory_bytes) == 2
+        assert max(engine.rank_peak_memory_bytes) == engine.peak_memory_bytes > 0
+    rows = transfer_of(two_ranks).memory
+    assert {row.label for row in rows} >= {"untouched base", "last:1 · lora r4"}
+    assert all(row.ratio is None or 0.1 < row.ratio < 10 for row in rows)
+    assert "by rank" in (two_ranks / "report.html").read_text()
+
+
 def test_the_base_is_loaded_once_per_gang(two_ranks: Path) -> None:
     sweep = sweep_of(two_ranks)
     assert (sweep.num_gangs, sweep.ranks_per_gang, sweep.base_loads, sweep.gangs_replaced) == (1, 2, 1, 0)
@@ -139,52 +151,6 @@ def test_the_winner_of_two_ranks_is_bundled_and_verified(two_ranks: Path) -> Non
     assert transfer.verification is not None
     assert transfer.verification.passed
     check_folder(two_ranks / "bundle")
-
-
-class Counter:
-    """The exchange of a gang, driven without Tune; its trials go to a folder of their own."""
-
-    def __init__(self, prepared: Prepared, folder: Path) -> None:
-        assert prepared.plan.search is not None
-        self.plan = prepared.plan
-        self.options = prepared.plan.search.options
-        self.folder = folder
-        orders = Orders(
-            plan=prepared.plan,
-            anatomy=prepared.anatomy,
-            settings=prepared.settings,
-            data=prepared.data_paths,
-            scoring=prepared.scoring,
-            trials_folder=str(folder),
-            num_gangs=1,
-        )
-        actor: Any = ray.remote(Exchange)
-        self.exchange = actor.options(num_cpus=0, max_concurrency=100).remote(orders)
-
-    def trial(self, tune: str, learning_rate: float, number: int) -> TrialSpec:
-        option = next(option for option in self.options if option.tune == tune)
-        return make_trial(self.plan, option, learning_rate, number, seed=0)
-
-    def train(self, trial: TrialSpec) -> Answer:
-        index = next(index for index, option in enumerate(self.options) if option.tune == trial.tune)
-        selection = self.options[index].selection
-        return fetch(self.exchange.advance.remote(trial, selection, index, 0, trial.total_steps), TIMEOUT_S)
-
-    def pids(self) -> tuple[int, ...]:
-        return fetch(self.exchange.gang_pids.remote())[0]
-
-
-@contextmanager
-def open_counter(run: Path, folder: Path) -> Iterator[Counter]:
-    prepared = reopen(run)
-    with prepared.run:
-        counter = Counter(prepared, folder)
-        fetch(counter.exchange.open.remote())
-        try:
-            yield counter
-        finally:
-            fetch(counter.exchange.close.remote(), TIMEOUT_S)
-            ray.kill(counter.exchange)
 
 
 def test_a_gang_gives_the_same_numbers_to_the_first_and_to_the_fourth_trial(two_ranks: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ EXIT_CODES = {
     "TrainingError": 4,
     "NonFiniteLossError": 4,
     "OutOfMemoryError": 4,
+    "RankOutOfMemoryError": 4,
     "NothingPromotedError": 5,
     "VerificationError": 6,
 }

@@ -176,7 +176,14 @@ def make_trial(number: int, layers: str, tune: str, rank: int | None, rate: floa
         trainable_parameters=make_option(layers, tune, rank).selection.num_trainable_parameters,
         gang=number % 2,
         engine=EngineFigures(
-            executor="torch", engine_class="TorchEngine", peak_memory_bytes=(240 + 9 * number) * MIB, ordinal=number
+            executor="torch",
+            engine_class="TorchEngine",
+            peak_memory_bytes=(240 + 9 * number) * MIB,
+            rank_peak_memory_bytes=((240 + 9 * number) * MIB,),
+            predicted_memory_bytes=310 * MIB,
+            micro_batch_rows=8,
+            device="cpu",
+            ordinal=number,
         ),
     )
 

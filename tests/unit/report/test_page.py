@@ -74,6 +74,8 @@ def test_a_finished_run_shows_every_section(fake_run):
     for title in SECTIONS:
         assert title in page.text
     assert "torch, 1 rank" in page.text
+    assert "On a CPU measured is the resident memory of the process" in page.text
+    assert "by rank" in page.text
     assert "Positive: 2.09 ± 0.05 nats better than the base" in page.text
     assert page.count("svg") == 5
     assert page.count("figure") == page.count("details") - 1 == 5, "each picture has its table, and the spec is folded too"

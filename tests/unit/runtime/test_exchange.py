@@ -17,33 +17,44 @@ from orchestrator.errors import TrainingError
 from orchestrator.plan import make_trial
 from orchestrator.plan.values import Assignment, DataPaths, RungResult, RunPlan, TrainSettings, TrialSpec
 from orchestrator.runtime import exchange as exchange_module
-from orchestrator.runtime.assignments import Answer, Orders, failed_result
-from orchestrator.runtime.exchange import MAX_ATTEMPTS, Exchange
+from orchestrator.runtime.assignments import MAX_ATTEMPTS, Answer, Orders, failed_result
+from orchestrator.runtime.exchange import Exchange
 from orchestrator.runtime.gang import GangDiedError
+from orchestrator.runtime.hours import Meter
 from orchestrator.runtime.ledger import Ledger
 from orchestrator.runtime.scoring import Scoring
 from orchestrator.store import check_folder, commit_folder, read_json, write_json
 
 DEADLINE_S = 20
 RUNGS = (4, 12, 36)
+HOUR_S = 3600
+
+
+class Clock:
+    """Every assignment takes an hour."""
+
+    now_s = 0.0
 
 
 class ScriptedGang:
     """A gang without processes.
 
-    `deaths` says how often it dies on each trial, `dead_starts` how often it cannot start and `refusal` why, `broken`
-    which trials fail for a reason of their own.
+    `deaths` says how often it dies on each trial, `fitting` with how many rows in a micro-batch it does not run out of
+    memory on one, `dead_starts` how often it cannot start and `refusal` why, `broken` which trials fail for a reason of
+    their own.
     """
 
     deaths: dict[str, int]
+    fitting: dict[str, int]
     dead_starts: int
     refusal: Exception
     broken: set[str]
     ran: list[Assignment]
     gate: asyncio.Event
 
-    def __init__(self, index: int, *_: object) -> None:
+    def __init__(self, index: int, *given: object) -> None:
         self.index = index
+        self.meter = next(value for value in given if isinstance(value, Meter))
         self.pids: tuple[int, ...] = ()
         self.base_loads = 0
         self.start_seconds = 0.0
@@ -53,16 +64,20 @@ class ScriptedGang:
         if ScriptedGang.dead_starts:
             ScriptedGang.dead_starts -= 1
             raise ScriptedGang.refusal
+        self.meter.hold(self.index, 2)
         self.base_loads += 1
         self.pids = (self.base_loads,)
 
     async def run(self, assignment: Assignment) -> RungResult:
         await asyncio.sleep(0)
+        Clock.now_s += HOUR_S
         self.ran.append(assignment)
         trial_id = assignment.trial.trial_id
         if self.deaths.get(trial_id, 0):
             self.deaths[trial_id] -= 1
             raise GangDiedError(f"gang {self.index} broke")
+        if assignment.execution.micro_batch_rows > self.fitting.get(trial_id, 99):
+            raise GangDiedError("out of memory on rank 1", out_of_memory=True)
         if trial_id in self.broken:
             return failed_result(assignment, "it broke")
         checkpoint = f"{assignment.folder}/rung-{assignment.rung}"
@@ -77,6 +92,7 @@ class ScriptedGang:
         )
 
     def kill(self) -> None:
+        self.meter.release(self.index)
         self.pids = ()
 
     async def close(self) -> None:
@@ -86,7 +102,7 @@ class ScriptedGang:
 class Bench:
     """An exchange over scripted gangs."""
 
-    def __init__(self, plan: RunPlan, anatomy: ModelAnatomy, folder: Path, num_gangs: int) -> None:
+    def __init__(self, plan: RunPlan, anatomy: ModelAnatomy, folder: Path, num_gangs: int, max_gpu_hours: float | None) -> None:
         assert plan.search is not None
         self.plan = plan
         self.option = plan.search.options[0]
@@ -100,7 +116,10 @@ class Bench:
                 scoring=Scoring(metric="loss", max_forgetting=1),
                 trials_folder=str(folder),
                 num_gangs=num_gangs,
-            )
+                hours_file=str(folder / "hours.json"),
+                max_gpu_hours=max_gpu_hours,
+            ),
+            clock=lambda: Clock.now_s,
         )
 
     def trial(self, number: int) -> TrialSpec:
@@ -126,14 +145,21 @@ def on_bench(
     """Play a scene with an open exchange; what the gangs were given to run."""
     monkeypatch.setattr(exchange_module, "Gang", ScriptedGang)
 
-    def play(scene: Play, *, deaths: dict[str, int] | None = None, dead_starts: int = 0, gangs: int = 1) -> list[Assignment]:
+    def play(
+        scene: Play,
+        *,
+        deaths: dict[str, int] | None = None,
+        dead_starts: int = 0,
+        gangs: int = 1,
+        max_gpu_hours: float | None = None,
+    ) -> list[Assignment]:
         ScriptedGang.deaths, ScriptedGang.dead_starts, ScriptedGang.ran = deaths or {}, dead_starts, []
-        ScriptedGang.refusal, ScriptedGang.broken = GangDiedError("no room"), set()
+        ScriptedGang.refusal, ScriptedGang.broken, ScriptedGang.fitting = GangDiedError("no room"), set(), {}
 
         async def run() -> None:
             ScriptedGang.gate = asyncio.Event()
             ScriptedGang.gate.set()
-            bench = Bench(plan, anatomy, tmp_path, gangs)
+            bench = Bench(plan, anatomy, tmp_path, gangs, max_gpu_hours)
             await bench.exchange.open()
             try:
                 await asyncio.wait_for(scene(bench), DEADLINE_S)
@@ -167,6 +193,70 @@ def test_a_trial_that_kills_every_gang_fails_and_the_others_go_on(on_bench: Call
 
     ran = on_bench(scene, deaths={"t0": 99})
     assert [assignment.trial.trial_id for assignment in ran].count("t0") == MAX_ATTEMPTS
+
+
+def rows_of(assignments: list[Assignment]) -> list[int]:
+    return [assignment.execution.micro_batch_rows for assignment in assignments]
+
+
+def test_a_gang_that_ran_out_of_memory_is_followed_by_one_with_half_the_rows(
+    on_bench: Callable[..., list[Assignment]], plan: RunPlan
+) -> None:
+    """Such deaths are no attempts; what it came down to holds for the trial's later rungs, and for nobody else's."""
+    assert plan.execution.micro_batch_rows == 8
+
+    async def first(bench: Bench) -> None:
+        ScriptedGang.fitting = {"t0": 1}
+        ScriptedGang.deaths = {"t0": MAX_ATTEMPTS - 1}
+        assert (await bench.advance(bench.trial(0))).state == "done"
+        assert (await bench.advance(bench.trial(1))).state == "done"
+        assert (await bench.advance(bench.trial(0), 1)).state == "done"
+        died = [item for item in bench.exchange._news if item["kind"] == "gang_died"]
+        assert [item["trial_id"] for item in died] == ["t0"] * (3 + MAX_ATTEMPTS - 1)
+        assert "started again with 4 rows" in died[MAX_ATTEMPTS - 1]["message"]
+        notes = [item["message"] for item in bench.exchange._news if item["kind"] == "trial_note"]
+        assert len(notes) == 3, "they are told once, and not again with the next rung"
+
+    async def again(bench: Bench) -> None:
+        entry = Ledger(bench.folder).get("t0")
+        assert entry is not None
+        assert [len(result.notes) for result in entry.results] == [3, 0]
+        assert (await bench.advance(bench.trial(0), 2)).state == "done"
+
+    assert rows_of(on_bench(first)) == [8] * MAX_ATTEMPTS + [4, 2, 1, 8, 1]
+    assert rows_of(on_bench(again)) == [1], "a later submission knows it too"
+
+
+def test_a_trial_that_fits_no_gang_fails_and_the_others_go_on(on_bench: Callable[..., list[Assignment]]) -> None:
+    async def scene(bench: Bench) -> None:
+        ScriptedGang.fitting = {"t0": 0}
+        large, small = await asyncio.gather(bench.advance(bench.trial(0)), bench.advance(bench.trial(1)))
+        assert (large.state, large.ended, small.state) == ("failed", True, "done")
+        assert "out of memory on rank 1; no smaller way is left" in large.reason
+        assert "resources.ranks_per_gang" in large.reason
+
+    ran = on_bench(scene)
+    tried = [(a.execution.micro_batch_rows, a.execution.checkpointing) for a in ran if a.trial.trial_id == "t0"]
+    assert tried == [(8, False), (4, False), (2, False), (1, False), (1, True)]
+
+
+def test_a_gang_that_cannot_even_be_ended_leaves_nobody_waiting(
+    on_bench: Callable[..., list[Assignment]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray itself is gone, say: what is told comes before what may raise."""
+
+    def refuse(_: ScriptedGang) -> None:
+        raise OSError("no Ray")
+
+    async def scene(bench: Bench) -> None:
+        with monkeypatch.context() as broken:
+            broken.setattr(ScriptedGang, "kill", refuse)
+            for number in (0, 1):
+                with pytest.raises(TrainingError, match="no Ray"):
+                    await bench.advance(bench.trial(number))
+        assert bench.told() == ["gang_failed_to_start", "gang_lost"]
+
+    assert on_bench(scene, dead_starts=99) == []
 
 
 @pytest.mark.parametrize("gangs", [1, 2])
@@ -249,7 +339,7 @@ def test_what_a_killed_driver_left_is_cleaned_by_the_next(on_bench: Callable[...
         Ledger(bench.folder).end("t0", "stopped")
 
     async def again(bench: Bench) -> None:
-        await bench.exchange._outdated.join()
+        await bench.exchange._cleaner.join()
         for trial_id, number, kept in (("t0", 0, False), ("t0", 1, False), ("t1", 0, False), ("t1", 1, True)):
             folder = rung(bench, trial_id, number)
             check_folder(folder)
@@ -311,3 +401,43 @@ def test_a_trial_that_is_ended_releases_its_caller(on_bench: Callable[..., list[
         assert (await bench.advance(bench.trial(1))).state == "done"
 
     assert [assignment.trial.trial_id for assignment in on_bench(scene)] == ["t1"]
+
+
+def test_when_the_hours_are_used_up_the_search_ends_in_order_and_can_go_on(on_bench: Callable[..., list[Assignment]]) -> None:
+    """Two ranks, an hour an assignment, and a bound of five GPU-hours: three assignments, the last one begun before it."""
+
+    async def first(bench: Bench) -> None:
+        calls = [bench.advance(bench.trial(number)) for number in range(5)]
+        answers = await asyncio.gather(*calls)
+        assert [answer.state for answer in answers] == ["done"] * 3 + ["stopped"] * 2
+        assert all(answer.ended for answer in answers[3:])
+        assert "max_gpu_hours: 5 is reached: 6 used" in answers[3].reason
+        assert (await bench.advance(bench.trial(0), 1)).state == "stopped"
+        assert (await bench.advance(bench.none())).state == "done", "without the untouched base nothing can be compared"
+        new = await bench.advance(bench.trial(9))
+        assert (new.state, new.ended) == ("stopped", True)
+        assert await bench.exchange.is_spent()
+        assert bench.told().count("hours_spent") == 1
+        for number in (0, 3):
+            await bench.exchange.finish(f"t{number}", "finished")
+
+    async def as_before(bench: Bench) -> None:
+        assert (await bench.advance(bench.trial(3))).ended
+
+    async def raised(bench: Bench) -> None:
+        entry = Ledger(bench.folder).get("t0")
+        assert entry is not None
+        assert entry.end is None
+        assert (await bench.advance(bench.trial(0), 1)).state == "done"
+        assert (await bench.advance(bench.trial(3))).state == "done"
+        assert (await bench.exchange.hours()).used == pytest.approx(12)
+
+    ran = on_bench(first, max_gpu_hours=5)
+    assert [assignment.trial.trial_id for assignment in ran] == ["t0", "t1", "t2", "none"]
+    entries = {entry.trial.trial_id: entry for entry in Ledger(Path(ran[0].folder).parent).entries()}
+    assert "t9" not in entries, "what was not begun leaves nothing"
+    assert {name for name, entry in entries.items() if entry.end is not None} == {"t0", "t3", "t4"}
+    assert not any(entry.ended_for_good for entry in entries.values())
+    assert on_bench(as_before, max_gpu_hours=5) == []
+    went_on = on_bench(raised, max_gpu_hours=50)
+    assert [assignment.start for assignment in went_on] == [f"{ran[0].folder}/rung-0", None]

@@ -10,6 +10,7 @@ import pytest
 
 from orchestrator.plan.values import RungResult, TrialSpec
 from orchestrator.runtime import sweep
+from orchestrator.runtime.assignments import Answer
 from orchestrator.runtime.ledger import Ledger
 
 
@@ -27,8 +28,8 @@ def test_a_winner_stopped_early_has_a_control_of_the_full_budget(tmp_path: Path,
         asked.append((control.control, stop_step))
 
     monkeypatch.setattr(sweep, "_advance", advance)
-    monkeypatch.setattr(sweep, "_wait", lambda *_: None)
+    monkeypatch.setattr(sweep, "_wait", lambda *_: Answer(score=0.0, step=9, ended=True, state="done"))
     monkeypatch.setattr(sweep, "selection_of", lambda *_: None)
-    sweep._run_shuffled(SimpleNamespace(run=SimpleNamespace(trials=tmp_path)), None, "t000")  # type: ignore[arg-type]
+    sweep._run_shuffled(SimpleNamespace(run=SimpleNamespace(trials=tmp_path)), None, "t000", None)  # type: ignore[arg-type]
     assert ledger.get("t000").results[-1].step < winner.total_steps  # type: ignore[union-attr]
     assert asked == [("shuffled", winner.total_steps)]

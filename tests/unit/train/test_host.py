@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from orchestrator.anatomy import read_anatomy, select
 from orchestrator.data import build_set
-from orchestrator.errors import TrainingError
+from orchestrator.errors import RankOutOfMemoryError, TrainingError
 from orchestrator.plan.values import Assignment, BaseLoad, DataPaths, ExecutionPlan, RungResult, TrainSettings, TrialSpec
 from orchestrator.store import check_folder, read_jsonl
 from orchestrator.train import TrainHost, find_latest
@@ -105,7 +105,9 @@ def bench(llama_folder: Callable[..., Path], tmp_path: Path) -> Iterator[Bench]:
 
 def test_a_trial_from_start_to_rung(bench: Bench) -> None:
     seen: list[int] = []
-    result = bench.host.run(bench.assignment("a", metric="exact_match"), on_step=lambda report: seen.append(report.step))
+    result = bench.host.run(
+        bench.assignment("a", metric="exact_match", predicted_memory_bytes=10**9), on_step=lambda report: seen.append(report.step)
+    )
     assert result.state == "done", result.reason
     assert seen == list(range(1, STEPS + 1))
     assert result.step == STEPS
@@ -118,6 +120,11 @@ def test_a_trial_from_start_to_rung(bench: Bench) -> None:
     assert files >= {"adapter/adapter_model.safetensors", "state-rank0.safetensors", "state.json", "eval.npz", "retain.npz"}
     assert result.engine is not None
     assert (result.engine.executor, result.engine.live_engines, result.engine.ordinal) == ("torch", 1, 0)
+    assert result.engine.predicted_memory_bytes == 10**9
+    assert result.steady_tokens_per_s is not None
+    assert result.steady_tokens_per_s > 0
+    assert (result.engine.peak_memory_bytes,) == result.engine.rank_peak_memory_bytes
+    assert result.engine.peak_memory_bytes >= max(line["memory_bytes"] for line in read_jsonl(bench.folder / "a" / "steps.jsonl"))
     assert result.engine.partitioned_bytes == 12 * result.engine.trainable_parameters + 4
 
 
@@ -139,6 +146,7 @@ def test_the_untouched_base_is_only_evaluated(bench: Bench) -> None:
     assert (result.state, result.checkpoint, result.train_loss) == ("done", None, None)
     assert result.engine is not None
     assert result.engine.executor == "none"
+    assert result.engine.peak_memory_bytes > 0
     with np.load(bench.folder / "none" / "eval.npz") as arrays:
         assert len(arrays["loss_sums"]) == 6
     bench.run("tuned")
@@ -218,30 +226,70 @@ def test_weights_of_another_gang_are_taken_over(bench: Bench) -> None:
     assert "another gang" in again.notes[0]
 
 
-@pytest.mark.parametrize("fitting", [1, 0])
-def test_rows_are_halved_when_memory_runs_out(bench: Bench, monkeypatch: pytest.MonkeyPatch, fitting: int) -> None:
+def with_little_memory(monkeypatch: pytest.MonkeyPatch, *, rows: int, recomputed: int = 0) -> None:
+    """Training fits with so many rows in a micro-batch; with checkpointing, with `recomputed` of them."""
     forward = Objective.forward
 
     def cramped(self: Objective, **batch: Any) -> Any:
+        fitting = recomputed if self.model.is_gradient_checkpointing else rows
         if self.training and len(batch["input_ids"]) > fitting:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+            raise torch.OutOfMemoryError("CUDA out of memory.\nIf reserved but unallocated memory is large, ...")
         return forward(self, **batch)
 
     monkeypatch.setattr(Objective, "forward", cramped)
-    wide = EXECUTION.model_copy(update={"micro_batch_rows": 4})
-    result = bench.run("a", execution=wide)
-    assert result.notes[:2] == tuple(
-        f"out of memory: started again with {rows} rows in a micro-batch and more rounds" for rows in (2, 1)
-    )
-    if fitting:
-        assert result.state == "done"
-        assert len(bench.bits("a")) == STEPS
-        monkeypatch.undo()
-        bench.run("b", execution=EXECUTION.model_copy(update={"micro_batch_rows": 1}))
-        assert bench.bits("a") == bench.bits("b")
-    else:
-        assert result.state == "failed"
-        assert "one row" in result.reason
+
+
+WIDE = EXECUTION.model_copy(update={"micro_batch_rows": 4})
+HALVED = tuple(f"out of memory: started again with {rows} in a micro-batch and more rounds" for rows in ("2 rows", "1 row"))
+
+
+@pytest.mark.parametrize("fitting", [2, 1])
+def test_rows_are_halved_when_memory_runs_out(bench: Bench, monkeypatch: pytest.MonkeyPatch, fitting: int) -> None:
+    """The losses are those of a plan with so few rows, bit for bit."""
+    with_little_memory(monkeypatch, rows=fitting)
+    result = bench.run("a", execution=WIDE)
+    assert result.state == "done"
+    assert result.notes == HALVED[: 3 - fitting]
+    fewer = WIDE.model_copy(update={"micro_batch_rows": fitting})
+    assert result.relieved == fewer
+    assert len(bench.bits("a")) == STEPS
+    monkeypatch.undo()
+    assert bench.run("b", execution=fewer).relieved is None
+    assert bench.bits("a") == bench.bits("b")
+
+
+def test_where_one_row_is_too_much_activations_are_computed_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_little_memory(monkeypatch, rows=0, recomputed=1)
+    result = bench.run("a", execution=WIDE)
+    assert result.state == "done"
+    assert result.notes == (*HALVED, "out of memory: started again with gradient checkpointing")
+    assert result.relieved is not None
+    assert (result.relieved.micro_batch_rows, result.relieved.checkpointing) == (1, True)
+    monkeypatch.undo()
+    bench.run("b", execution=result.relieved)
+    assert bench.bits("a") == bench.bits("b")
+
+
+def test_a_trial_too_large_for_every_way_of_its_gang_fails_and_the_next_goes_on(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_little_memory(monkeypatch, rows=0)
+    result = bench.run("a", execution=WIDE)
+    assert result.state == "failed"
+    assert len(result.notes) == 3
+    assert "no smaller way is left" in result.reason
+    assert "zero: 3" in result.reason, "it says which rung comes next"
+    assert "If reserved" not in result.reason
+    monkeypatch.undo()
+    assert bench.run("b").state == "done"
+
+
+def test_memory_that_runs_out_on_one_rank_alone_ends_the_gang(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no answer of the trial's: the other ranks wait in their collective."""
+    with_little_memory(monkeypatch, rows=0)
+    monkeypatch.setattr(TrainHost, "_is_shared", lambda *_: False)
+    with pytest.raises(RankOutOfMemoryError, match="out of memory on rank 0"):
+        bench.run("a")
 
 
 @pytest.mark.parametrize("name", ["eval", "retain"])

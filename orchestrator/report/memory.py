@@ -1,0 +1,60 @@
+"""Memory of a rank as planned and as measured: a line for every choice of the search."""
+
+from __future__ import annotations
+
+from orchestrator.report import html
+from orchestrator.report.html import Html
+from orchestrator.report.wording import MISSING
+from orchestrator.transfer import memory_rows
+from orchestrator.transfer.measured import MemoryRow
+from orchestrator.transfer.records import SweepResult
+from orchestrator.units import format_bytes
+
+ON_A_GPU = (
+    "Measured is the most that torch's allocator held on each rank while its trials trained and were scored. The CUDA "
+    "context, the collectives' buffers and what the allocator keeps in reserve lie outside of it and inside the planned "
+    "figure, so a ratio somewhat below 1 is as it should be, and one above 1 means that the plan is too small: a step with "
+    "longer documents may run out of memory."
+)
+ON_A_CPU = (
+    "On a CPU measured is the resident memory of the process, looked at after every step and after scoring. Libraries, the "
+    "mapped base and what earlier trials left to the allocator are in it, and activations that a step gave back are not: "
+    "it says whether the order of magnitude is right, and no more."
+)
+MANY_RANKS = 8
+"""Beyond so many, the table shows the least and the most."""
+
+
+def memory_table(sweep: SweepResult) -> Html:
+    """Nothing where no trial has measured anything."""
+    rows = memory_rows(sweep.trials)
+    if not rows:
+        return Html()
+    cells = [
+        [
+            row.label,
+            row.num_trials,
+            _micro_batch(row),
+            format_bytes(row.predicted_bytes) if row.predicted_bytes else MISSING,
+            format_bytes(row.measured_bytes),
+            _by_rank(row),
+            f"{row.ratio:.2f}x" if row.ratio is not None else MISSING,
+        ]
+        for row in rows
+    ]
+    headers = ["choice", "trials", "micro-batch", "planned a rank", "measured, most", "by rank", "measured / planned"]
+    table = html.table(headers, cells, numeric=(1, 3, 4, 6))
+    said = ON_A_GPU if any(row.device == "cuda" for row in rows) else ON_A_CPU
+    return html.join([html.tag("h3", "Memory of a rank"), table, html.paragraph(said)])
+
+
+def _micro_batch(row: MemoryRow) -> str:
+    rows = f"{row.micro_batch_rows} row{'' if row.micro_batch_rows == 1 else 's'}"
+    return f"{rows}, checkpointing" if row.checkpointing else rows
+
+
+def _by_rank(row: MemoryRow) -> str:
+    peaks = row.rank_peak_bytes
+    if len(peaks) > MANY_RANKS:
+        return f"{format_bytes(min(peaks))} to {format_bytes(max(peaks))} on {len(peaks)} ranks"
+    return " · ".join(map(format_bytes, peaks))

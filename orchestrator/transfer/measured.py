@@ -1,0 +1,37 @@
+"""What the plan said beside what the run measured, as records."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from orchestrator.values import Value
+
+
+class PlanAgainstMeasured(Value):
+    """One planned figure beside the measured one."""
+
+    name: str
+    planned: float | None
+    measured: float | None
+    unit: Literal["bytes", "seconds", "count", "tokens/s"]
+
+
+class MemoryRow(Value):
+    """What the plan said that a rank would use for one choice of the search, beside what its trials measured."""
+
+    label: str
+    """`last:4 · lora r16`, or `untouched base`."""
+    num_trials: int
+    device: str
+    predicted_bytes: int | None
+    """None where the plan has no figure for it."""
+    measured_bytes: int
+    """Of the rank and the trial that used most: on a GPU the most that torch's allocator held, on a CPU the process's
+    resident memory."""
+    rank_peak_bytes: tuple[int, ...]
+    """By rank, the most of any trial."""
+    ratio: float | None
+    """Measured by predicted."""
+    micro_batch_rows: int
+    """The fewest that a trial came down to."""
+    checkpointing: bool = False
