@@ -9,9 +9,11 @@ moments and sums are float32. Scalars (norms, AdamW's step counter per master) a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Literal
+
+from orchestrator.plan.reduction import in_flight_bytes
 
 ALIGNMENT = 2
 """A flat buffer of stages 1 and 2 is padded to a multiple of so many elements per rank: `nccl_start_alignment_factor`, in
@@ -184,15 +186,22 @@ def _stage_1_and_2(
       rounds after the first the new ones are there beside the sums.
     - Stage 1, float32: gradients add up in `.grad` (4P); `grads_in_partition` (4Q) comes at the update.
 
-    The bucket (`setup_buckets`, e·B) goes after each backward pass in stage 2, at the update in stage 1. Update: the norm
+    The bucket (`setup_buckets`, e·B) goes after each backward pass in stage 2, at the update in stage 1. In flight: see
+    `plan.reduction`; in float32 the new `grads_in_partition` (4Q) are there too. Update: the norm
     makes one piece of a tensor float64 at a time (8 an element, `get_grad_norm_direct`); in float32 the pieces are
     flattened into a copy (4N/W). nccl gathers in place; gloo into a copy (e·N), which is not counted.
     """
     padded = _padded(sum(counts), ranks)
     share = padded // ranks
-    held = [_of_partition(counts, number * share, share) for number in (range(ranks) if rank is None else [rank])]
+    numbers = range(ranks) if rank is None else [rank]
+    held = [_of_partition(counts, number * share, share) for number in numbers]
     touched = max(sum(whole for whole, _ in partition) for partition in held)
     largest_piece = max((piece for partition in held for _, piece in partition), default=0)
+    in_flight = 0
+    if zero_stage == 2:
+        sizes = {"share": share, "size": size, "bucket_elements": bucket_elements}
+        in_flight = max(in_flight_bytes(counts, rank=number, **sizes) for number in numbers)
+        in_flight += 4 * touched if size == 4 else 0
     sums = {1: 0, 2: 4 * share if size == 2 else 4 * touched}[zero_stage]
     norm_or_copy = max(8 * largest_piece, 4 * share if size == 4 else 0)
     return Shards(
@@ -202,42 +211,10 @@ def _stage_1_and_2(
         master_bytes=4 * share,
         optimizer_bytes=8 * share,
         bucket_bytes=size * bucket_elements,
-        in_flight_bytes=0 if zero_stage == 1 else _reduced(counts, share, size, bucket_elements, touched),
+        in_flight_bytes=in_flight,
         transient_bytes=max(4 * touched, norm_or_copy) if zero_stage == 1 else norm_or_copy,
         bucket_stays=zero_stage == 1,
     )
-
-
-def _reduced(counts: Sequence[int], share: int, size: int, bucket_elements: int, touched: int) -> int:
-    """Stage 2: what is under way in a backward pass.
-
-    A full bucket is flattened into a copy (e) and made float32 (4, in bf16) by `allreduce_bucket`, while the gradient that
-    no longer fitted waits (e·n). A tensor larger than the bucket is not copied into it: its gradient waits itself (e·n) and
-    is sent in its pieces by partition, in float32 (4), several small ones in one copy (e), while the next tensor's gradient
-    is made. In float32 the new `grads_in_partition` (4Q) are there too.
-    """
-    sent = size + (4 if size == 2 else 0)
-    small = sum(count for count in counts if count <= bucket_elements)
-    most = sent * min(bucket_elements, small) + size * max(counts)
-    for end, count in zip(accumulate(counts), counts, strict=True):
-        if count > bucket_elements:
-            pieces = _sent_pieces(end - count, count, share, sent, size, bucket_elements)
-            most = max(most, size * (count + max(counts)) + pieces)
-    return most + (4 * touched if size == 4 else 0)
-
-
-def _sent_pieces(start: int, count: int, share: int, sent: int, size: int, bucket_elements: int) -> int:
-    """The copies that `allreduce_and_scatter` makes of one tensor: its pieces by partition, sent once they pass the bucket."""
-    most = group = pieces = 0
-    position = start
-    while position < start + count:
-        end = min(start + count, (position // share + 1) * share)
-        group, pieces = group + end - position, pieces + 1
-        most = max(most, group * (sent if pieces > 1 else sent - size))
-        if group > bucket_elements:
-            group = pieces = 0
-        position = end
-    return most
 
 
 def _stage_3(counts: Sequence[int], ranks: int, size: int, bucket_elements: int, offload: Offload) -> RankShards:
@@ -267,21 +244,21 @@ def _stage_3(counts: Sequence[int], ranks: int, size: int, bucket_elements: int,
             copies = (4 * count if size == 2 else 0) + (4 * ranks * share if count % ranks else 0)
             in_flight = max(in_flight, size * (count + largest) + copies)
     away = offload != "none"
-    state = {
-        "gradient_sum_bytes": (8 if away else 4) * total,
-        "master_bytes": 4 * total,
-        "optimizer_bytes": 8 * total,
-    }
-    weights = {"weight_bytes": size * total}
-    device = Shards(
-        **({} if offload == "parameters" else weights),
-        **({} if away else state),
+    state = Shards(gradient_sum_bytes=(8 if away else 4) * total, master_bytes=4 * total, optimizer_bytes=8 * total)
+    nothing, whole = Shards(), replace(state, weight_bytes=size * total)
+    weights_alone = Shards(weight_bytes=size * total)
+    device, host = {
+        "none": (whole, nothing),
+        "optimizer": (weights_alone, state),
+        "parameters": (nothing, whole),
+    }[offload]
+    device = replace(
+        device,
         bucket_bytes=4 * bucket_elements,
         in_flight_bytes=in_flight + (4 * max(shares) if away else 0),
         transient_bytes=12 * max(shares) if away else max(4 * _largest_group(shares), 8 * max(shares)),
         bucket_stays=True,
     )
-    host = Shards(**(weights if offload == "parameters" else {}), **(state if away else {}))
     return RankShards(device=device, host=host)
 
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,9 @@ from orchestrator.train.zero3_warm import PartitionKeeper
 NUM_ROUNDS = 2
 SETTINGS = TrainSettings(warmup=0.0, schedule="constant", weight_decay=0.0, grad_clip=1.0, tokens_per_step=32)
 LORA_RANK = 3
-SMALL = 64
+SMALL = 16
 """Storages of so few bytes are scalars: norms and step counters."""
+silent = False
 
 
 class Touch(torch.autograd.Function):
@@ -74,12 +75,36 @@ def batch_of(rank: int) -> dict[str, torch.Tensor]:
     }
 
 
-def storages() -> dict[int, int]:
-    """Address and bytes of every tensor's storage in this process, gradients among them."""
+def make_silenceable() -> None:
+    """Let `silence` reach the collectives; DeepSpeed keeps references to them, so this comes before it is imported."""
+    for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"):
+        setattr(dist, name, unless_silent(getattr(dist, name)))
+
+
+def unless_silent(collective: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*arguments: Any, **options: Any) -> Any:
+        return None if silent else collective(*arguments, **options)
+
+    return call
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    global silent
+    silent = True
+    try:
+        yield
+    finally:
+        silent = False
+
+
+def storages() -> dict[int, torch.UntypedStorage]:
+    """By address, the storage of every tensor of this process, gradients among them. Held, no other can take its place."""
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
     tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
-    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    found = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu"]
+    return {storage.data_ptr(): storage for storage in found}
 
 
 def bytes_of(tensors: Iterable[torch.Tensor | None]) -> int:
@@ -89,15 +114,22 @@ def bytes_of(tensors: Iterable[torch.Tensor | None]) -> int:
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
-    """The most that a call had allocated beyond what was there before it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    """The most that a call had allocated beyond what was there before it, what it freed of that not taken off.
+
+    Nothing is sent meanwhile: gloo's threads would free tensors behind the profiler's back, and gloo gathers into copies.
+    """
+    with silence(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     now = most = 0
     for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
         if event.name() == "[memory]":
-            now += event.nbytes()
+            now += event.nbytes()  # type: ignore[attr-defined]
             most = max(most, now)
     return most
+
+
+def backward_peak_of(engine: DeepSpeedTrainer, loss: torch.Tensor) -> int:
+    return peak_bytes(lambda: engine.backward(loss, 1e-3))
 
 
 def held(engine: Any, learning: list[Any], stage: int) -> dict[str, int]:
@@ -162,15 +194,15 @@ def run(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         engine.step(1e-3)
         for _ in range(NUM_ROUNDS - 1):
             engine.backward(engine.loss(batch), 1e-3)
-        loss = engine.loss(batch)
-        backward_peak = peak_bytes(lambda: engine.backward(loss, 1e-3))
-        loss = None
-        new = {place: size for place, size in storages().items() if place not in there_before and size > SMALL}
+        backward_peak = (
+            backward_peak_of(engine, engine.loss(batch)) if case["counts"] else engine.backward(engine.loss(batch), 1e-3)
+        )
+        new = [s.nbytes() for place, s in storages().items() if place not in there_before and s.nbytes() > SMALL]
         return {
             "class": type(engine._engine.optimizer).__name__,
             "counts": [getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters],
             "held": held(engine._engine, parameters, execution.zero_stage),
-            "new_bytes": sum(new.values()),
+            "new_bytes": sum(new),
             "backward_peak": backward_peak,
             "update_peak": peak_bytes(lambda: engine.step(1e-3)),
         }
@@ -178,6 +210,7 @@ def run(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
 
 def main(cases_file: str, rank: str, world_size: str, meeting: str, out_file: str) -> None:
     torch.set_num_threads(1)
+    make_silenceable()
     cases = json.loads(Path(cases_file).read_text())
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=int(rank), world_size=int(world_size))
     deepspeed_engine.prepare_base(nn.Module(), ExecutionPlan.model_validate(cases[0]["execution"] | {"zero_stage": 0}))

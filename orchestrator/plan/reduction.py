@@ -1,0 +1,74 @@
+"""What `DeepSpeedZeroOptimizer` holds while a backward pass sends gradients (deepspeed 0.19.8, zero/stage_1_and_2.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+
+@dataclass(frozen=True)
+class _Gradient:
+    elements: int
+    pieces: tuple[tuple[int, int], ...]
+    """(partition, elements) of every partition that the tensor reaches into."""
+
+
+def in_flight_bytes(counts: Sequence[int], *, share: int, size: int, bucket_elements: int, rank: int) -> int:
+    """The most that stage 2 has under way in a backward pass, beyond the bucket itself.
+
+    Gradients come in the reverse of the model's order and are copied into the bucket. One that no longer fits waits (e·n)
+    while the bucket is sent. One larger than the bucket is not copied (`reduce_independent_p_g_buckets_and_remove_grads`):
+    it is sent when the next one is there, and if this rank's partition has a piece of it, it stays until the pass is over
+    (`copy_grads_in_partition` returns without clearing it; `_clear_param_grad_only` does).
+
+    Args:
+        counts: Elements of every tensor that learns, in the model's order.
+        share: Elements of a partition.
+        size: Bytes of an element in the compute dtype.
+        bucket_elements: DeepSpeed's `reduce_bucket_size`.
+        rank: Whose partition is the rank's own.
+    """
+    gradients = [_Gradient(n, _pieces(end - n, n, share)) for end, n in zip(accumulate(counts), counts, strict=True)]
+    most = kept = alone = 0
+    bucket: list[_Gradient] = []
+    for gradient in (*reversed(gradients), None):
+        waiting = gradient.elements if gradient is not None else 0
+        if gradient is None or sum(other.elements for other in bucket) + waiting > bucket_elements:
+            most = max(most, size * (kept + alone + waiting) + _sent(bucket, size, bucket_elements, rank))
+            kept += alone if any(partition == rank for other in bucket for partition, _ in other.pieces) else 0
+            bucket, alone = [], 0
+        if gradient is not None:
+            bucket.append(gradient)
+            alone = waiting if waiting > bucket_elements else 0
+        most = max(most, size * (kept + waiting))
+    return most
+
+
+def _pieces(start: int, elements: int, share: int) -> tuple[tuple[int, int], ...]:
+    first, last = start // share, (start + elements - 1) // share
+    return tuple(
+        (number, min(start + elements, (number + 1) * share) - max(start, number * share)) for number in range(first, last + 1)
+    )
+
+
+def _sent(bucket: Sequence[_Gradient], size: int, bucket_elements: int, rank: int) -> int:
+    """The copies that `average_tensor` makes of a bucket.
+
+    Pieces that follow each other for one other rank are one piece; the rank's own stay apart. `allreduce_and_scatter` sends
+    them in groups that end once they pass the bucket's size: flattened into a copy (e) where there are several, and in
+    float32 (4) where the gradients are not.
+    """
+    pieces: list[tuple[int, int]] = []
+    for partition, elements in (piece for gradient in bucket for piece in gradient.pieces):
+        if pieces and pieces[-1][0] == partition != rank:
+            pieces[-1] = (partition, pieces[-1][1] + elements)
+        else:
+            pieces.append((partition, elements))
+    most = group = in_group = 0
+    for _, elements in pieces:
+        group, in_group = group + elements, in_group + 1
+        most = max(most, group * ((size if in_group > 1 else 0) + (4 if size == 2 else 0)))
+        if group > bucket_elements:
+            group = in_group = 0
+    return most
