@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -33,6 +34,8 @@ from orchestrator.train.ranks import Ranks
 from orchestrator.train.zero3_warm import PartitionKeeper
 
 NUM_ROUNDS = 2
+LET_GO_S = 0.05
+"""gloo's threads hold what they have sent for a moment longer."""
 SETTINGS = TrainSettings(warmup=0.0, schedule="constant", weight_decay=0.0, grad_clip=1.0, tokens_per_step=32)
 LORA_RANK = 3
 SMALL = 16
@@ -100,6 +103,8 @@ def silence() -> Iterator[None]:
 
 def storages() -> dict[int, torch.UntypedStorage]:
     """By address, the storage of every tensor of this process, gradients among them. Held, no other can take its place."""
+    dist.barrier()
+    time.sleep(LET_GO_S)
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
     tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
