@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -14,8 +14,8 @@ class _Gradient:
     """(partition, elements) of every partition that the tensor reaches into."""
 
 
-def in_flight_bytes(counts: Sequence[int], *, share: int, size: int, bucket_elements: int, rank: int) -> int:
-    """The most that stage 2 has under way in a backward pass, beyond the bucket itself.
+def in_flight_bytes(counts: Sequence[int], *, share: int, size: int, bucket_elements: int, ranks: Iterable[int]) -> int:
+    """The most that stage 2 has under way in a backward pass, beyond the bucket itself, on that of `ranks` with most.
 
     Gradients come in the reverse of the model's order and are copied into the bucket. One that no longer fits waits (e·n)
     while the bucket is sent. One larger than the bucket is not copied (`reduce_independent_p_g_buckets_and_remove_grads`):
@@ -27,21 +27,35 @@ def in_flight_bytes(counts: Sequence[int], *, share: int, size: int, bucket_elem
         share: Elements of a partition.
         size: Bytes of an element in the compute dtype.
         bucket_elements: DeepSpeed's `reduce_bucket_size`.
-        rank: Whose partition is the rank's own.
+        ranks: Whose partition is the rank's own, for each.
     """
     gradients = [_Gradient(n, _pieces(end - n, n, share)) for end, n in zip(accumulate(counts), counts, strict=True)]
-    most = kept = alone = 0
-    bucket: list[_Gradient] = []
-    for gradient in (*reversed(gradients), None):
-        waiting = gradient.elements if gradient is not None else 0
-        if gradient is None or sum(other.elements for other in bucket) + waiting > bucket_elements:
-            most = max(most, size * (kept + alone + waiting) + _sent(bucket, size, bucket_elements, rank))
-            kept += alone if any(partition == rank for other in bucket for partition, _ in other.pieces) else 0
-            bucket, alone = [], 0
-        if gradient is not None:
-            bucket.append(gradient)
-            alone = waiting if waiting > bucket_elements else 0
-        most = max(most, size * (kept + waiting))
+    buckets = _buckets(gradients[::-1], bucket_elements)
+    return max(_most_of(buckets, size, bucket_elements, rank) for rank in ranks)
+
+
+def _buckets(gradients: Sequence[_Gradient], bucket_elements: int) -> list[list[_Gradient]]:
+    """What is sent together."""
+    buckets: list[list[_Gradient]] = [[]]
+    filled = 0
+    for gradient in gradients:
+        if buckets[-1] and filled + gradient.elements > bucket_elements:
+            buckets.append([])
+            filled = 0
+        buckets[-1].append(gradient)
+        filled += gradient.elements
+    return buckets
+
+
+def _most_of(buckets: Sequence[Sequence[_Gradient]], size: int, bucket_elements: int, rank: int) -> int:
+    most = kept = 0
+    for bucket, following in zip(buckets, [*buckets[1:], []], strict=True):
+        alone = bucket[0].elements if bucket[0].elements > bucket_elements else 0
+        waiting = following[0].elements if following else 0
+        largest = max(gradient.elements for gradient in bucket)
+        most = max(most, size * (kept + largest), size * (kept + alone + waiting) + _sent(bucket, size, bucket_elements, rank))
+        if any(partition == rank for partition, _ in bucket[0].pieces):
+            kept += alone
     return most
 
 

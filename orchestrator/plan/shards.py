@@ -199,8 +199,7 @@ def _stage_1_and_2(
     largest_piece = max((piece for partition in held for _, piece in partition), default=0)
     in_flight = 0
     if zero_stage == 2:
-        sizes = {"share": share, "size": size, "bucket_elements": bucket_elements}
-        in_flight = max(in_flight_bytes(counts, rank=number, **sizes) for number in numbers)
+        in_flight = in_flight_bytes(counts, share=share, size=size, bucket_elements=bucket_elements, ranks=numbers)
         in_flight += 4 * touched if size == 4 else 0
     sums = {1: 0, 2: 4 * share if size == 2 else 4 * touched}[zero_stage]
     norm_or_copy = max(8 * largest_piece, 4 * share if size == 4 else 0)
