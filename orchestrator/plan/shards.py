@@ -1,0 +1,286 @@
+"""What one rank holds of the numbers that learn, to the byte, for every engine that the plan can choose.
+
+Read in the source of deepspeed 0.19.8 with the configuration that `train.deepspeed_engine` writes, and compared with the
+storages of real engines in tests/integration/test_shards.py. Letters in the docstrings: n the elements of one tensor, P of
+all that learn, W the ranks, e the bytes of an element in the compute dtype (2 or 4), B the reduce bucket's elements. Masters,
+moments and sums are float32. Scalars (norms, AdamW's step counter per master) are not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Literal
+
+from orchestrator.plan.reduction import in_flight_bytes
+
+ALIGNMENT = 2
+"""A flat buffer of stages 1 and 2 is padded to a multiple of so many elements per rank: `nccl_start_alignment_factor`, in
+bf16_optimizer.py and zero/stage_1_and_2.py."""
+ALLREDUCE_ELEMENTS = 500_000_000
+"""Stage 0 sends gradients in pieces that end once they pass this: `MEMORY_OPT_ALLREDUCE_SIZE`, engine.py."""
+SUB_GROUP_ELEMENTS = 10**9
+"""Stage 3 updates a group of partitions at a time, which ends once it reaches this: `sub_group_size` of our configuration."""
+
+Executor = Literal["torch", "deepspeed"]
+Dtype = Literal["bfloat16", "float32"]
+Stage = Literal[0, 1, 2, 3]
+Offload = Literal["none", "optimizer", "parameters"]
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Bytes in one memory of one rank."""
+
+    weight_bytes: int = 0
+    """The learning weights, as the model computes with them. In float32 without partitions they are the masters too."""
+    gradient_bytes: int = 0
+    """Gradients in the compute dtype that stay between the rounds of a step."""
+    gradient_sum_bytes: int = 0
+    """float32 sums of gradients that stay between the rounds of a step."""
+    master_bytes: int = 0
+    """float32 copies that AdamW updates."""
+    optimizer_bytes: int = 0
+    """Adam's two moments; from the first update on."""
+    bucket_bytes: int = 0
+    """The buffer that collects gradients before they are sent, during the backward pass."""
+    in_flight_bytes: int = 0
+    """The most that the backward pass holds beyond all of the above, while a gradient is made, converted and sent."""
+    transient_bytes: int = 0
+    """The most that the update holds beyond the above."""
+    bucket_stays: bool = False
+    """Whether the bucket is still there at the update."""
+
+    @property
+    def resting_bytes(self) -> int:
+        """Between two rounds, once there was an update."""
+        learned = self.weight_bytes + self.gradient_bytes + self.gradient_sum_bytes
+        return learned + self.master_bytes + self.optimizer_bytes
+
+    @property
+    def backward_bytes(self) -> int:
+        """The most during a backward pass."""
+        return self.resting_bytes + self.bucket_bytes + self.in_flight_bytes
+
+    @property
+    def update_bytes(self) -> int:
+        """The most during an update, when the activations are gone."""
+        return self.resting_bytes + (self.bucket_bytes if self.bucket_stays else 0) + self.transient_bytes
+
+
+@dataclass(frozen=True)
+class RankShards:
+    """What a rank holds on its device, and what offloading puts into host memory instead."""
+
+    device: Shards
+    host: Shards
+
+
+def rank_shards(
+    counts: Sequence[int],
+    *,
+    ranks: int,
+    zero_stage: Stage,
+    dtype: Dtype,
+    executor: Executor,
+    bucket_elements: int,
+    offload: Offload = "none",
+    rank: int | None = None,
+) -> RankShards:
+    """What one rank holds of a trial.
+
+    Args:
+        counts: Elements of every tensor that learns, in the model's order.
+        ranks: Of the gang.
+        zero_stage: Ignored where torch is the executor.
+        dtype: What the model computes in.
+        executor: `torch` has one rank.
+        bucket_elements: DeepSpeed's `reduce_bucket_size`.
+        offload: Only stage 3 has it.
+        rank: Which one; None for the one that holds most. They differ in stages 1 and 2 alone, by whose tensors are cut.
+    """
+    if not counts:
+        return RankShards(device=Shards(), host=Shards())
+    size = {"bfloat16": 2, "float32": 4}[dtype]
+    if executor == "torch":
+        return RankShards(device=_torch(counts, size), host=Shards())
+    match zero_stage:
+        case 0:
+            return RankShards(device=_stage_0(counts, size), host=Shards())
+        case 3:
+            return _stage_3(counts, ranks, size, bucket_elements, offload)
+        case 1 if size == 2:
+            return RankShards(device=_bf16_optimizer(counts, ranks), host=Shards())
+        case _:
+            return RankShards(device=_stage_1_and_2(counts, ranks, zero_stage, size, bucket_elements, rank), host=Shards())
+
+
+def _torch(counts: Sequence[int], size: int) -> Shards:
+    """`train.torch_engine`: flat float32 masters, sums and moments (4P, 4P, 8P). A gradient is let go as soon as it is
+    added to its sum, so that one at a time is there (e·n); the fused AdamW and the norm make no copies."""
+    total = sum(counts)
+    return Shards(
+        weight_bytes=size * total,
+        gradient_sum_bytes=4 * total,
+        master_bytes=4 * total,
+        optimizer_bytes=8 * total,
+        in_flight_bytes=size * max(counts),
+    )
+
+
+def _stage_0(counts: Sequence[int], size: int) -> Shards:
+    """bf16: `FP16_UnfusedOptimizer` (fp16/unfused_optimizer.py): gradients add up in `.grad` (2P), masters in `fp32_groups`
+    (4P), moments 8P, nothing padded. float32: torch's AdamW itself, whose masters are the weights; gradients 4P.
+
+    Update: `allreduce_bucket` (engine.py) flattens all gradients, up to 500M elements at a time, into a copy (e a element,
+    none where it is one tensor), and in bf16 that one into float32 (4). Then, in bf16, `step` makes every gradient
+    float32 (4P). The larger of the two.
+    """
+    total, piece, tensors = sum(counts), 0, 0
+    largest = 0
+    for count in counts:
+        piece, tensors = piece + count, tensors + 1
+        largest = max(largest, piece * ((size if tensors > 1 else 0) + (4 if size == 2 else 0)))
+        if piece > ALLREDUCE_ELEMENTS:
+            piece, tensors = 0, 0
+    return Shards(
+        weight_bytes=size * total,
+        gradient_bytes=size * total,
+        master_bytes=4 * total if size == 2 else 0,
+        optimizer_bytes=8 * total,
+        transient_bytes=max(largest, 4 * total if size == 2 else 0),
+    )
+
+
+def _bf16_optimizer(counts: Sequence[int], ranks: int) -> Shards:
+    """Stage 1 in bf16 with float32 sums: `BF16_Optimizer` (bf16_optimizer.py). N is P padded to a multiple of 2W.
+
+    Weights are views of `bf16_groups_flat` (2N). Their gradients are set to zero and kept (`clear_lp_grads`, 2P), and
+    `fp32_groups_gradients_flat` holds the float32 sums of *all* of them, on every rank (4N): only masters
+    (`fp32_groups_flat_partition`, 4N/W) and moments (8N/W) are partitioned.
+
+    Backward: `_update_hp_grad` makes one gradient float32 at a time (4n). Update: in place; the weights are gathered in
+    place by nccl. gloo gathers them into a copy (2N), on a CPU, which is not counted.
+    """
+    padded = _padded(sum(counts), ranks)
+    return Shards(
+        weight_bytes=2 * padded,
+        gradient_bytes=2 * sum(counts),
+        gradient_sum_bytes=4 * padded,
+        master_bytes=4 * padded // ranks,
+        optimizer_bytes=8 * padded // ranks,
+        in_flight_bytes=4 * max(counts),
+    )
+
+
+def _stage_1_and_2(
+    counts: Sequence[int], ranks: int, zero_stage: Stage, size: int, bucket_elements: int, rank: int | None
+) -> Shards:
+    """Stage 2, and stage 1 in float32: `DeepSpeedZeroOptimizer` (zero/stage_1_and_2.py). N is P padded to a multiple of 2W.
+
+    Weights are views of `bit16_groups_flat` (e·N); masters `single_partition_of_fp32_groups` (4N/W), moments 8N/W.
+
+    - Stage 2, bf16: sums in `averaged_gradients[i].flat_partition` (4N/W, `_build_compact_grad_partition_buffer`).
+    - Stage 2, float32: `grads_in_partition` keeps, whole, every tensor of which the partition has a piece (4Q). In the
+      rounds after the first the new ones are there beside the sums.
+    - Stage 1, float32: gradients add up in `.grad` (4P); `grads_in_partition` (4Q) comes at the update.
+
+    The bucket (`setup_buckets`, e·B) goes after each backward pass in stage 2, at the update in stage 1. In flight: see
+    `plan.reduction`; in float32 the new `grads_in_partition` (4Q) are there too. Update: the norm
+    makes one piece of a tensor float64 at a time (8 an element, `get_grad_norm_direct`); in float32 the pieces are
+    flattened into a copy (4N/W). nccl gathers in place; gloo into a copy (e·N), which is not counted.
+    """
+    padded = _padded(sum(counts), ranks)
+    share = padded // ranks
+    numbers = range(ranks) if rank is None else [rank]
+    held = [_of_partition(counts, number * share, share) for number in numbers]
+    touched = max(sum(whole for whole, _ in partition) for partition in held)
+    largest_piece = max((piece for partition in held for _, piece in partition), default=0)
+    in_flight = 0
+    if zero_stage == 2:
+        in_flight = in_flight_bytes(counts, share=share, size=size, bucket_elements=bucket_elements, ranks=numbers)
+        in_flight += 4 * touched if size == 4 else 0
+    sums = {1: 0, 2: 4 * share if size == 2 else 4 * touched}[zero_stage]
+    norm_or_copy = max(8 * largest_piece, 4 * share if size == 4 else 0)
+    return Shards(
+        weight_bytes=size * padded,
+        gradient_bytes=size * sum(counts) if zero_stage == 1 else 0,
+        gradient_sum_bytes=sums,
+        master_bytes=4 * share,
+        optimizer_bytes=8 * share,
+        bucket_bytes=size * bucket_elements,
+        in_flight_bytes=in_flight,
+        transient_bytes=max(4 * touched, norm_or_copy) if zero_stage == 1 else norm_or_copy,
+        bucket_stays=zero_stage == 1,
+    )
+
+
+def _stage_3(counts: Sequence[int], ranks: int, size: int, bucket_elements: int, offload: Offload) -> RankShards:
+    """`DeepSpeedZeroOptimizer_Stage3` (zero/stage3.py). Each tensor is cut by itself: s = ⌈n/W⌉, S their sum.
+
+    Weights are views of `lp_param_buffer` (e·S); sums `grad_partitions_flat_buffer` (4S) and the bucket
+    (`ipg_buckets[...].buffer`, float32, 4B) are there from the start to the end; masters `fp32_partitioned_groups_flat` (4S,
+    in float32 too), moments 8S.
+
+    Backward: a full bucket is sent from a copy with every tensor padded to W·s (`reduce_scatter_coalesced`, 4), while the
+    gradient that no longer fitted waits (e·n). A tensor larger than the bucket goes alone: its gradient (e·n), in float32
+    (4n, in bf16), in a padded copy only if W does not divide it (4·W·s), and the next gradient.
+    Update: `_prepare_fp32_grad_for_sub_group` flattens the sums of a group into a copy (4S, 10⁹ elements at a time); the
+    norm makes one partition float64 (8s). The larger.
+
+    Optimizer on the host: there lie masters, moments, sums, and once more the sums as `.grad` of the masters
+    (`initialize_optimizer_states`, 4S); on the device one partition at a time is normed, in float64 beside its float32
+    (12s). Parameters on the host: also the weights (`param_groups_fp16_flat_cpu_memory`, e·S). Pinned memory, which a GPU's
+    gang asks for, is rounded up to a power of two by torch's allocator, a buffer; that is not counted.
+    """
+    shares = [-(-count // ranks) for count in counts]
+    total, largest = sum(shares), max(counts)
+    small = sum(ranks * share for share, count in zip(shares, counts, strict=True) if count <= bucket_elements)
+    in_flight = 4 * min(bucket_elements + ranks * len(counts), small) + size * largest
+    for share, count in zip(shares, counts, strict=True):
+        if count > bucket_elements:
+            copies = (4 * count if size == 2 else 0) + (4 * ranks * share if count % ranks else 0)
+            in_flight = max(in_flight, size * (count + largest) + copies)
+    away = offload != "none"
+    state = Shards(gradient_sum_bytes=(8 if away else 4) * total, master_bytes=4 * total, optimizer_bytes=8 * total)
+    nothing, whole = Shards(), replace(state, weight_bytes=size * total)
+    weights_alone = Shards(weight_bytes=size * total)
+    device, host = {
+        "none": (whole, nothing),
+        "optimizer": (weights_alone, state),
+        "parameters": (nothing, whole),
+    }[offload]
+    device = replace(
+        device,
+        bucket_bytes=4 * bucket_elements,
+        in_flight_bytes=in_flight + (4 * max(shares) if away else 0),
+        transient_bytes=12 * max(shares) if away else max(4 * _largest_group(shares), 8 * max(shares)),
+        bucket_stays=True,
+    )
+    return RankShards(device=device, host=host)
+
+
+def _padded(elements: int, ranks: int) -> int:
+    """A flat buffer: `align_dense_tensors` (runtime/utils.py) pads to the alignment times the ranks."""
+    return -(-elements // (ALIGNMENT * ranks)) * ALIGNMENT * ranks
+
+
+def _of_partition(counts: Sequence[int], start: int, share: int) -> list[tuple[int, int]]:
+    """(elements of the whole tensor, elements of its piece) of every tensor that reaches into a partition."""
+    ends = accumulate(counts)
+    pieces = ((count, min(end, start + share) - max(end - count, start)) for count, end in zip(counts, ends, strict=True))
+    return [(count, piece) for count, piece in pieces if piece > 0]
+
+
+def _largest_group(shares: Sequence[int]) -> int:
+    """Elements of stage 3's largest sub-group (`_create_fp16_sub_groups`)."""
+    if sum(shares) <= SUB_GROUP_ELEMENTS:
+        return sum(shares)
+    largest = group = 0
+    for share in shares:
+        group += share
+        largest = max(largest, group)
+        if group >= SUB_GROUP_ELEMENTS:
+            group = 0
+    return largest
