@@ -17,13 +17,15 @@ from orchestrator.plan.arrange import (
     refit_way,
     why_no_more_gangs,
 )
-from orchestrator.plan.footprint import NF4_BLOCK, Footprint, weigh
+from orchestrator.plan.footprint import Footprint, weigh
 from orchestrator.plan.ladder import Load
-from orchestrator.plan.memory import Way, estimate
+from orchestrator.plan.memory import estimate
 from orchestrator.plan.options import Choice, search_choices, told_at
 from orchestrator.plan.placement import TRIALS_PER_GANG, Machines, machines
+from orchestrator.plan.quantized import NF4_BLOCK
 from orchestrator.plan.remarks import rate_note, with_remarks
 from orchestrator.plan.values import BaseLoad, ClusterDescription, DataSize, RunPlan, SearchPlan, TrialOption
+from orchestrator.plan.way import Way
 from orchestrator.spec import LoadedSpec, require_section
 from orchestrator.spec.models import JobSpec
 

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.plan.activations import activations
+from orchestrator.plan.quantized import dequantize_scratch_bytes, quantized_bytes
 from orchestrator.spec.models import Quantize
-
-NF4_BLOCK = 64
-"""Weights that share a scale in nf4."""
-NF4_BITS = 4 + 8 / NF4_BLOCK + 32 / (NF4_BLOCK * 256)
-"""Bits of a weight in nf4 with double quantization: 4, an 8-bit scale per 64 weights, a float32 scale per 256 of
-those scales; 4.127 in all (Dettmers et al. 2023, QLoRA, section 3)."""
-INT8_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -22,13 +17,17 @@ class Footprint:
 
     frozen_bytes: int
     """Weights that do not learn, as they are loaded: quantized matrices, the rest in the compute dtype."""
-    trainable_elements: int
+    statistics_bytes: int
+    """Of these, what belongs to quantized matrices and is whole on every rank: scales and tables."""
+    learning_counts: tuple[int, ...]
+    """Elements of every tensor that learns, in the model's order; of an adapted matrix its A and its B."""
     restore_bytes: int
     """A copy of the unfrozen weights as the base holds them, so that the next trial finds the base unchanged."""
     largest_block_bytes: int
     head_bytes: int
     quantized: bool
-    largest_linear_elements: int
+    scratch_bytes: int
+    """What the largest quantized matrix takes while it multiplies."""
     learning_blocks: int
     """Blocks from the cut up: those that a backward pass goes through."""
     kept_token_bytes: int
@@ -42,8 +41,6 @@ class Footprint:
     forward_token_bytes: int
     """What the forward pass of one block needs where nothing is kept, per token, at most."""
     head_learns: bool
-    largest_learning_elements: int
-    """Of one tensor."""
     hidden_size: int
     logit_width: int
     """Vocabulary, or classes."""
@@ -62,27 +59,28 @@ def weigh(
     and so does what is unfrozen (it is loaded in 16 bit from the original). A tied head is stored once.
     """
     matrices = {name for block in anatomy.linears for name in block} if quantize != "none" else set[str]()
-    bits = {"none": 0.0, "nf4": NF4_BITS, "int8": float(INT8_BITS)}[quantize]
+    quantized = {name: quantized_bytes(anatomy.tensors[name].shape, quantize, element_bytes) for name in matrices}
     head_bytes = anatomy.vocab_size * anatomy.hidden_size * element_bytes
     loaded = {
-        name: round(tensor.num_elements * bits / 8) if name in matrices else tensor.num_elements * element_bytes
+        name: quantized[name].total if name in quantized else tensor.num_elements * element_bytes
         for name, tensor in anatomy.tensors.items()
     }
     if selection.unties_head:
         loaded[anatomy.head_weight] = head_bytes
+    frozen = (*selection.frozen, *selection.adapted)
     learns = bool(selection.trainable or selection.adapted)
     every = activations(anatomy, selection, element_bytes)
     above = every[selection.cut :] if learns else []
     return Footprint(
-        frozen_bytes=sum(loaded.get(name, 0) for name in (*selection.frozen, *selection.adapted)),
-        trainable_elements=selection.num_trainable_parameters,
+        frozen_bytes=sum(loaded.get(name, 0) for name in frozen),
+        statistics_bytes=sum(quantized[name].statistics for name in frozen if name in quantized),
+        learning_counts=learning_counts(anatomy, selection, num_classes=num_classes),
         restore_bytes=sum(loaded[name] for name in selection.trainable if name in anatomy.tensors),
         largest_block_bytes=max((sum(loaded.get(name, 0) for name in block) for block in anatomy.blocks), default=0),
         head_bytes=head_bytes,
         quantized=quantize != "none",
-        largest_linear_elements=max(
-            (anatomy.tensors[name].num_elements for block in anatomy.linears for name in block if name in anatomy.tensors),
-            default=0,
+        scratch_bytes=max(
+            (dequantize_scratch_bytes(anatomy.tensors[name].shape, quantize, element_bytes) for name in matrices), default=0
         ),
         learning_blocks=anatomy.num_blocks - selection.cut if learns else 0,
         kept_token_bytes=sum(block.kept_bytes for block in above),
@@ -91,7 +89,6 @@ def weigh(
         working_token_bytes=max((block.working_bytes for block in above), default=0),
         forward_token_bytes=max(block.forward_bytes for block in every),
         head_learns=anatomy.head_weight in (*selection.trainable, *selection.adapted),
-        largest_learning_elements=max((_elements(anatomy, name) for name in selection.trainable), default=0),
         hidden_size=anatomy.hidden_size,
         logit_width=num_classes or anatomy.vocab_size,
         classify=num_classes > 0,
@@ -104,7 +101,19 @@ def weigh(
     )
 
 
-def _elements(anatomy: ModelAnatomy, name: str) -> int:
-    if name in anatomy.tensors:
-        return anatomy.tensors[name].num_elements
-    return anatomy.vocab_size * anatomy.hidden_size if name == anatomy.head_weight else 0
+def learning_counts(anatomy: ModelAnatomy, selection: LayerSelection, *, num_classes: int = 0) -> tuple[int, ...]:
+    """Elements of each tensor that learns, as the engine lists them: in the model's order, an adapted one as A and B."""
+    head = (anatomy.vocab_size, anatomy.hidden_size)
+    shapes = {name: tensor.shape for name, tensor in anatomy.tensors.items()} | {
+        tensor.name: tensor.shape for tensor in anatomy.new_tensors
+    }
+    shapes |= {anatomy.classifier_weight: (num_classes, anatomy.hidden_size), anatomy.classifier_bias: (num_classes,)}
+    shapes.setdefault(anatomy.head_weight, head)
+    trainable, adapted, rank = set(selection.trainable), set(selection.adapted), selection.lora_rank or 0
+    counts: list[int] = []
+    for name, shape in shapes.items():
+        if name in trainable:
+            counts.append(prod(shape))
+        elif name in adapted:
+            counts += [rank * shape[1], rank * shape[0]]
+    return tuple(counts)

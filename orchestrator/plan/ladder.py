@@ -20,9 +20,10 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from orchestrator.plan.footprint import Footprint
-from orchestrator.plan.memory import Device, Offload, RankMemory, Stage, Way, estimate
+from orchestrator.plan.memory import RankMemory, estimate
 from orchestrator.plan.steps import accumulation, max_rows
 from orchestrator.plan.values import RejectedWay
+from orchestrator.plan.way import Device, Offload, Stage, Way
 from orchestrator.spec.models import ResourcesSpec
 from orchestrator.units import format_bytes
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from orchestrator.plan.memory import REDUCE_BUCKET_ELEMENTS
+from orchestrator.plan.held import REDUCE_BUCKET_ELEMENTS
 from orchestrator.plan.values import ExecutionPlan, TrainSettings
 from orchestrator.train import zero3_warm, zero_state
 from orchestrator.train.engine import ADAM_BETAS, ADAM_EPSILON, check_norm, register_engine
@@ -44,6 +44,7 @@ def deepspeed_config(execution: ExecutionPlan, *, grad_clip: float) -> dict[str,
     if execution.zero_stage == 3:
         zero |= {
             "stage3_param_persistence_threshold": 0,
+            "stage3_max_reuse_distance": 0,
             "stage3_prefetch_bucket_size": REDUCE_BUCKET_ELEMENTS,
             "sub_group_size": 10**9,
         }

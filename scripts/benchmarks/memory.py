@@ -29,7 +29,8 @@ from typing import Any
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, read_anatomy, select
 from orchestrator.plan.footprint import weigh
-from orchestrator.plan.memory import Way, estimate
+from orchestrator.plan.memory import estimate
+from orchestrator.plan.way import Way
 from orchestrator.units import GIB
 
 GOAL = 0.05

@@ -12,7 +12,8 @@ import pytest
 from orchestrator.anatomy import ModelAnatomy, read_anatomy, select
 from orchestrator.plan.footprint import weigh
 from orchestrator.plan.ladder import Load, RankRoom, misfit
-from orchestrator.plan.memory import Way, estimate
+from orchestrator.plan.memory import estimate
+from orchestrator.plan.way import Way
 from orchestrator.units import GIB
 
 LLAMA: dict[str, Any] = {
