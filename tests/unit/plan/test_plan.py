@@ -108,7 +108,7 @@ def test_full_tuning_of_an_8b_partitions_its_optimizer(plan: Any, gpus: Any) -> 
     found = plan("8b", gpus(), search={"layers": ["all"], "tune": ["full"]})
     assert found.execution.ranks > 1
     assert found.execution.zero_stage >= 1
-    assert "masters and Adam" in found.rejected[0].reason
+    assert "Adam's moments" in found.rejected[0].reason
 
 
 def test_parameters_are_offloaded_before_giving_up(plan: Any, gpus: Any) -> None:

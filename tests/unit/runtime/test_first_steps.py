@@ -62,6 +62,7 @@ def test_the_exchange_tells_it(plan: RunPlan, anatomy: ModelAnatomy, tmp_path: P
         scoring=Scoring(metric="loss", max_forgetting=1),
         trials_folder=str(tmp_path),
         num_gangs=1,
+        hours_file=str(tmp_path / "hours.json"),
     )
     exchange = Exchange(orders)
     assert plan.search is not None
