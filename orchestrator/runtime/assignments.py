@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from orchestrator.anatomy import ModelAnatomy
+from orchestrator.anatomy import LayerSelection, ModelAnatomy
 from orchestrator.errors import TrainingError
-from orchestrator.plan.relief import nothing_smaller, relieve
-from orchestrator.plan.values import Assignment, DataPaths, ExecutionPlan, RungResult, RunPlan, TrainSettings
+from orchestrator.plan import make_assignment
+from orchestrator.plan.relief import nothing_smaller, relieve, with_relief
+from orchestrator.plan.values import Assignment, DataPaths, ExecutionPlan, RungResult, RunPlan, TrainSettings, TrialSpec
 from orchestrator.runtime.gang import GangDiedError
 from orchestrator.runtime.scoring import Scoring
 from orchestrator.transfer import WORST_SCORE
@@ -70,6 +72,38 @@ class GangFigures:
     start_s: list[float] = field(default_factory=list)
     base_loads: int = 0
     replaced: int = 0
+
+
+def rung_assignment(
+    orders: Orders,
+    trial: TrialSpec,
+    selection: LayerSelection,
+    folder: str,
+    results: Sequence[RungResult],
+    rung: int,
+    stop_step: int,
+) -> Assignment:
+    """A trial's next rung, from where its last one ended, and no larger than what it came down to.
+
+    Args:
+        folder: The trial's.
+        results: Of its rungs so far.
+    """
+    before = results[-1] if results else None
+    return make_assignment(
+        orders.plan,
+        trial,
+        selection,
+        settings=orders.settings,
+        data=orders.data,
+        metric=orders.scoring.metric,
+        folder=folder,
+        rung=rung,
+        start=before.checkpoint if before else None,
+        stop_step=stop_step,
+        execution=with_relief(orders.plan.execution, before.relieved if before else None),
+        keep_optimizer=stop_step < trial.total_steps,
+    )
 
 
 def answer_of(result: RungResult, base: RungResult | None, scoring: Scoring, *, ended: bool) -> Answer:

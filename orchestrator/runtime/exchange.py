@@ -15,8 +15,6 @@ from pathlib import Path
 
 from orchestrator.anatomy import LayerSelection
 from orchestrator.errors import OrchestratorError, TrainingError
-from orchestrator.plan import make_assignment
-from orchestrator.plan.relief import with_relief
 from orchestrator.plan.values import RungResult, TrialSpec
 from orchestrator.runtime.allowance import Allowance
 from orchestrator.runtime.assignments import (
@@ -30,6 +28,7 @@ from orchestrator.runtime.assignments import (
     failed_result,
     held_back_answer,
     next_attempt,
+    rung_assignment,
     with_history,
 )
 from orchestrator.runtime.cleaning import Cleaner
@@ -150,21 +149,8 @@ class Exchange:
             raise self._broken
         entry = self._ledger.get(trial.trial_id)
         assert entry is not None
-        before = entry.results[-1] if entry.results else None
-        assignment = make_assignment(
-            self._orders.plan,
-            trial,
-            selection,
-            settings=self._orders.settings,
-            data=self._orders.data,
-            metric=self._orders.scoring.metric,
-            folder=str(self._ledger.folder(trial.trial_id)),
-            rung=rung,
-            start=before.checkpoint if before else None,
-            stop_step=stop_step,
-            execution=with_relief(self._orders.plan.execution, before.relieved if before else None),
-            keep_optimizer=stop_step < trial.total_steps,
-        )
+        folder = str(self._ledger.folder(trial.trial_id))
+        assignment = rung_assignment(self._orders, trial, selection, folder, entry.results, rung, stop_step)
         first = 0 if trial.control == "none" else 1
         priority = (first, -rung, next(self._sequence))
         work = Work(priority, assignment, asyncio.get_running_loop().create_future())

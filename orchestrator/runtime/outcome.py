@@ -109,12 +109,12 @@ def summarise(
 
 
 def _ended_by_hours(prepared: Prepared, ledger: Ledger, hours: HoursState | None) -> str:
-    """How far the search came where the bound ended it; nothing where every trial came to its own end."""
+    """How far the search came where the bound held a trial or a control back; nothing where it did not."""
     if hours is None or not hours.spent or prepared.plan.search is None:
         return ""
     done = sum(entry.trial.control is None and entry.ended_for_good for entry in ledger.entries())
     asked = prepared.plan.search.num_trials
-    return f"the search was ended after {done} of {asked} trials: {hours.spent}" if done < asked else ""
+    return f"the search was ended after {done} of {asked} trials: {hours.spent}"
 
 
 def decide(prepared: Prepared, ledger: Ledger, trials: Sequence[TrialRecord]) -> Promotion:

@@ -104,6 +104,7 @@ def _search(prepared: Prepared, view: RunView, started_at: float) -> SweepResult
         sweep = summarise(prepared, Ledger(prepared.run.trials), figures, started_at, earlier, hours)
         if "shuffled" in spec.search.controls and sweep.winner_id is not None:
             _run_shuffled(prepared, exchange, sweep.winner_id, view)
+            hours = fetch(exchange.hours.remote())
             sweep = summarise(prepared, Ledger(prepared.run.trials), figures, started_at, earlier, hours)
         if sweep.ended_by_hours:
             view.event("ended_by_hours", sweep.ended_by_hours)

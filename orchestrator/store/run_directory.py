@@ -25,7 +25,7 @@ LISTED = 20
 class RunDirectory:
     """`runs/<name>/`, held by one driver at a time; see `open`.
 
-    Layout: spec.yaml run.json base.json plan.json events.jsonl data/ trials/<id>/ tune/ refit/ bundle/ sweep.json
+    Layout: spec.yaml run.json base.json plan.json events.jsonl hours.json data/ trials/<id>/ tune/ refit/ bundle/ sweep.json
     transfer.json report.html
     """
 

@@ -67,7 +67,7 @@ class TrialRecord(Value):
     learning_rate: float
     seed: int = 0
     state: Literal["running", "finished", "stopped", "failed"]
-    """`stopped`: the scheduler saw no promise in it; `failed`: for a reason of its own."""
+    """`stopped`: the scheduler saw no promise in it, or the hours were used up; `failed`: for a reason of its own."""
     reason: str = ""
     rungs: tuple[RungRecord, ...] = ()
     total_steps: int = 0

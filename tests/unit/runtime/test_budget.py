@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -103,3 +104,32 @@ def test_a_refit_that_failed_is_tried_again_by_the_next_submission(
     assert [found.state for found in run_refit(prepared, [assignment])] == ["done"]
     assert [found.step for found in run_refit(prepared, [assignment])] == [TOTAL_STEPS], "what is done is not done again"
     assert answers == []
+
+
+def test_a_refit_that_would_take_more_than_its_share_of_the_hours_is_left_out(prepared: Prepared, trial: TrialSpec) -> None:
+    """An hour for six of 54 steps: nine for the refit. A stored refit stands in for one that would run."""
+    rung = result(trial.trial_id, 6, 4.0, train_seconds=3600)
+    entry = TrialEntry(trial=trial, option=0, results=(rung,))
+    store_refit(prepared, result(trial.trial_id, TOTAL_STEPS, 4.0))
+    bundled: dict[float, int] = {}
+    for hours in (17.0, 18.0):
+        resources = prepared.spec.resources.model_copy(update={"max_gpu_hours": hours})
+        bounded = replace(prepared, spec=prepared.spec.model_copy(update={"resources": resources}))
+        said = io.StringIO()
+        found, record = full_budget(bounded, entry, BASE, LogView(said))
+        bundled[hours] = found.step
+        assert record.left_out_for_hours is (hours == 17)
+        assert ("refit_left_out" in said.getvalue()) is (hours == 17)
+    assert bundled == {17.0: 6, 18.0: TOTAL_STEPS}
+
+
+def test_a_refit_starts_as_small_as_its_trial_had_to_become(prepared: Prepared, trial: TrialSpec) -> None:
+    planned = prepared.plan.refit_execution
+    assert planned.micro_batch_rows > 1
+    assert prepared.plan.search is not None
+    selection = prepared.plan.search.options[0].selection
+    relieved = planned.model_copy(update={"micro_batch_rows": 1, "checkpointing": True})
+    assert refit_assignment(prepared, trial, selection).execution == planned
+    assert refit_assignment(prepared, trial, selection, relieved).execution == relieved
+    elsewhere = relieved.model_copy(update={"ranks": planned.ranks + 1})
+    assert refit_assignment(prepared, trial, selection, elsewhere).execution == planned

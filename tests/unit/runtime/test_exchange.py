@@ -411,17 +411,21 @@ def test_when_the_hours_are_used_up_the_search_ends_in_order_and_can_go_on(on_be
         answers = await asyncio.gather(*calls)
         assert [answer.state for answer in answers] == ["done"] * 3 + ["stopped"] * 2
         assert all(answer.ended for answer in answers[3:])
-        assert "max_gpu_hours: 5 is reached: 6 used" in answers[3].reason
+        assert "max_gpu_hours: 5 is reached: 6 rank-hours used" in answers[3].reason
         assert (await bench.advance(bench.trial(0), 1)).state == "stopped"
         assert (await bench.advance(bench.none())).state == "done", "without the untouched base nothing can be compared"
         new = await bench.advance(bench.trial(9))
         assert (new.state, new.ended) == ("stopped", True)
         assert await bench.exchange.is_spent()
         assert bench.told().count("hours_spent") == 1
+        with commit_folder(bench.folder / "t0" / "rung-0") as folder:
+            write_json(folder / "state.json", {"has_optimizer": True})
         for number in (0, 3):
             await bench.exchange.finish(f"t{number}", "finished")
 
     async def as_before(bench: Bench) -> None:
+        await bench.exchange._cleaner.join()
+        assert read_json(bench.folder / "t0" / "rung-0" / "state.json")["has_optimizer"], "it may go on from there"
         assert (await bench.advance(bench.trial(3))).ended
 
     async def raised(bench: Bench) -> None:
