@@ -147,6 +147,8 @@ def _nothing_fits(found: Machines, spec: JobSpec, load: Load, counts: Sequence[i
     remedies: list[str] = []
     if spec.base.quantize == "none":
         remedies.append("base.quantize: nf4")
+    elif any(term.name == "loading" for term in heaviest(way, load.footprints).device.terms):
+        remedies.append("base.quantize: none, which ZeRO-3 partitions as it is loaded")
     if any(footprint.learning_blocks for footprint in load.footprints):
         remedies.append("fewer layers (last:2), or tune: [lora]")
     if spec.resources.zero != "auto" or spec.resources.offload != "auto":

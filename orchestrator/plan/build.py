@@ -24,7 +24,7 @@ from orchestrator.plan.options import Choice, search_choices, told_at
 from orchestrator.plan.placement import TRIALS_PER_GANG, Machines, machines
 from orchestrator.plan.quantized import NF4_BLOCK
 from orchestrator.plan.remarks import rate_note, with_remarks
-from orchestrator.plan.values import BaseLoad, ClusterDescription, DataSize, RunPlan, SearchPlan, TrialOption
+from orchestrator.plan.values import BaseLoad, ClusterDescription, DataSize, MemoryEstimate, RunPlan, SearchPlan, TrialOption
 from orchestrator.plan.way import Way
 from orchestrator.spec import LoadedSpec, require_section
 from orchestrator.spec.models import JobSpec
@@ -87,7 +87,7 @@ def make_plan(
     )
     plan = _with_costs(plan, anatomy, found, spec)
     _check_gpu_hours(plan, spec)
-    return with_remarks(plan, spec, found, cluster)
+    return with_remarks(plan, spec, anatomy, found, cluster)
 
 
 def _check_quantizable(spec: JobSpec, anatomy: ModelAnatomy, found: Machines) -> None:
@@ -128,17 +128,19 @@ def _weigh(spec: JobSpec, anatomy: ModelAnatomy, data: DataSize, selection: Laye
 
 
 def _options(choices: Sequence[Choice], footprints: Sequence[Footprint], way: Way) -> tuple[TrialOption, ...]:
+    needed = [estimate(footprint, way) for footprint in footprints]
     return tuple(
         TrialOption(
             layers=selection.policy,
             tune=selection.tune,
             lora_rank=selection.lora_rank,
             selection=selection,
-            memory=estimate(footprint, way).device,
+            memory=memory.device,
+            host_memory=memory.host if way.device == "cuda" else MemoryEstimate(terms=()),
             learning_rate_low=low,
             learning_rate_high=high,
         )
-        for (selection, (low, high)), footprint in zip(choices, footprints, strict=True)
+        for (selection, (low, high)), memory in zip(choices, needed, strict=True)
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from orchestrator.anatomy.values import ModelAnatomy
 from orchestrator.plan.estimates import Rate
 from orchestrator.plan.memory import RESIDENT_SHARE
 from orchestrator.plan.placement import Machines, idle_gpus
@@ -14,15 +15,30 @@ from orchestrator.spec.models import JobSpec
 from orchestrator.units import format_bytes
 
 
-def with_remarks(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDescription) -> RunPlan:
+def with_remarks(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, found: Machines, cluster: ClusterDescription) -> RunPlan:
     """The plan with reasons and warnings, and more notes."""
     return plan.model_copy(
         update={
             "reasons": derivations(plan, spec),
-            "notes": (*plan.notes, *_notes(plan, spec, found, cluster)),
-            "warnings": tuple(_warnings(plan, spec, found, cluster)),
+            "notes": (*plan.notes, *_base_notes(spec, anatomy), *_notes(plan, spec, found, cluster)),
+            "warnings": (*_base_warnings(anatomy), *_warnings(plan, spec, found, cluster)),
         }
     )
+
+
+def _base_warnings(anatomy: ModelAnatomy) -> Iterator[str]:
+    if anatomy.plan_only:
+        yield f"a base of type {anatomy.model_type} can be planned with and not be trained here: {anatomy.plan_only}"
+
+
+def _base_notes(spec: JobSpec, anatomy: ModelAnatomy) -> Iterator[str]:
+    if anatomy.experts is None:
+        return
+    yield "LoRA adapts the attention (and shared experts): routed experts are stacked in one tensor, which it leaves frozen"
+    if spec.base.quantize != "none":
+        stacked = sum(anatomy.tensors[name].num_elements for block in anatomy.stacked for name in block)
+        share = stacked / anatomy.num_parameters()
+        yield f"{spec.base.quantize} leaves routed experts, {share:.0%} of the parameters, in 16 bit: it takes linear layers alone"
 
 
 def rate_note(rate: Rate) -> str:

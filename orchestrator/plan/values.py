@@ -262,6 +262,9 @@ class TrialOption(Value):
     lora_rank: int | None
     selection: LayerSelection
     memory: MemoryEstimate
+    """Of one rank's device."""
+    host_memory: MemoryEstimate = MemoryEstimate(terms=())
+    """Of one rank in its host's memory, beside a GPU."""
     learning_rate_low: float
     learning_rate_high: float
 

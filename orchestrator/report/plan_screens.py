@@ -157,7 +157,13 @@ def _hours(hours: float) -> str:
 
 def _option_derivation(plan: RunPlan, option: TrialOption) -> list[RenderableType]:
     """Memory of a rank and operations of a token, for one choice."""
-    parts: list[RenderableType] = [_memory_table(f"Memory of one rank: {_option_name(option)}", option.memory), Text()]
+    name = _option_name(option)
+    parts: list[RenderableType] = [_memory_table(f"Memory of one rank: {name}", option.memory), Text()]
+    if option.memory.phases:
+        rows = [(phase.name, format_bytes(phase.num_bytes)) for phase in option.memory.phases]
+        parts += [_grid("By phase of a step, without slack and runtime: the first is what stands above", rows), Text()]
+    if option.host_memory.terms:
+        parts += [_memory_table(f"Host memory of one rank: {name}", option.host_memory), Text()]
     key = (option.layers, option.tune, option.lora_rank)
     cost = next((c for c in plan.cost.options if (c.layers, c.tune, c.lora_rank) == key), None) if plan.cost else None
     if cost is not None:
