@@ -99,6 +99,7 @@ def execution_plan(way: Way, found: Machines, num_gangs: int, spec: JobSpec, *, 
         micro_batch_rows=way.micro_batch_rows,
         pack=pack,
         backend="nccl" if way.device == "cuda" else "gloo",
+        inside_node=found.placement(way.ranks, num_gangs, "").num_spanning == 0,
     )
 
 

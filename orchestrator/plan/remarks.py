@@ -38,7 +38,7 @@ def _base_notes(spec: JobSpec, anatomy: ModelAnatomy) -> Iterator[str]:
     if spec.base.quantize != "none":
         stacked = sum(anatomy.tensors[name].num_elements for block in anatomy.stacked for name in block)
         share = stacked / anatomy.num_parameters()
-        yield f"{spec.base.quantize} leaves routed experts, {share:.0%} of the parameters, in 16 bit: it takes linear layers alone"
+        yield f"{spec.base.quantize} leaves routed experts, {share:.0%} of the parameters, in 16 bit: it takes linear layers"
 
 
 def rate_note(rate: Rate) -> str:

@@ -99,6 +99,8 @@ class ExecutionPlan(Value):
     """Rows that a rank computes at once."""
     pack: bool = True
     backend: Literal["gloo", "nccl"] = "gloo"
+    inside_node: bool = False
+    """Whether every gang has a node that holds it: then its ranks wait for one rather than spread."""
 
 
 class TrialSpec(Value):

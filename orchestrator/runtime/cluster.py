@@ -52,6 +52,11 @@ def rank_resources(execution: ExecutionPlan) -> dict[str, float]:
     return {"GPU": 1.0, "CPU": GPU_RANK_CPUS} if execution.device == "cuda" else {"CPU": RANK_CPUS}
 
 
+def placement_strategy(execution: ExecutionPlan) -> str:
+    """Ray's: a gang that the plan puts inside a node is never spread, one that spans nodes takes as few as it can."""
+    return "STRICT_PACK" if execution.inside_node else "PACK"
+
+
 @contextlib.contextmanager
 def connected(address: str | None = None) -> Iterator[None]:
     """Be connected to Ray: to `address`, to RAY_ADDRESS, or to a private Ray on this machine.

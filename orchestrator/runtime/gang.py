@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from orchestrator.anatomy import ModelAnatomy
 from orchestrator.errors import RankOutOfMemoryError, TrainingError
 from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan, RungResult
-from orchestrator.runtime.cluster import rank_resources, worker_env
+from orchestrator.runtime.cluster import placement_strategy, rank_resources, worker_env
 from orchestrator.runtime.hours import Meter
 
 START_TIMEOUT_S = 600.0
@@ -90,7 +90,7 @@ class Gang:
         started = time.monotonic()
         execution = self._execution
         bundles = [rank_resources(execution) for _ in range(execution.ranks)]
-        self._placement = placement_group(bundles, strategy="PACK")
+        self._placement = placement_group(bundles, strategy=placement_strategy(execution))
         await asyncio.wait_for(_ready(self._placement), START_TIMEOUT_S)
         self._meter.hold(self.index, execution.ranks)
         resources = rank_resources(execution)

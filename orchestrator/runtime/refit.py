@@ -20,7 +20,7 @@ from orchestrator.errors import RankOutOfMemoryError, TrainingError
 from orchestrator.plan.relief import nothing_smaller, relieve, with_relief
 from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan, RungResult
 from orchestrator.runtime.assignments import failed_result
-from orchestrator.runtime.cluster import rank_resources, worker_env
+from orchestrator.runtime.cluster import placement_strategy, rank_resources, worker_env
 from orchestrator.store import read_json, write_json
 from orchestrator.values import Value
 
@@ -93,6 +93,7 @@ def _trainer(base: BaseLoad, anatomy: ModelAnatomy, assignments: list[Assignment
             num_workers=execution.ranks,
             use_gpu=execution.device == "cuda",
             resources_per_worker=rank_resources(execution),
+            placement_strategy=placement_strategy(execution),
         ),
         run_config=train.RunConfig(
             name="train",
