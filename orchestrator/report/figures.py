@@ -34,6 +34,8 @@ KIND_LOOK: dict[str, dict[str, Any]] = {
     "untouched base": {"s": 75, "color": INK, "marker": "X"},
     "head control": {"s": 60, "color": GREEN, "marker": "D"},
 }
+TERM_HATCHES = ("", "///", "xxx")
+"""More terms than colours: the second round is hatched."""
 TERM_COLOURS = (BLUE, "#56b4e9", GREEN, "#f0e442", ORANGE, RED, PURPLE, GREY)
 
 STYLE: dict[Any, Any] = {
@@ -267,7 +269,9 @@ def memory(bars: Sequence[PlannedBar], scale: float, unit: str) -> str:
         left = [0.0] * len(bars)
         for index, name in enumerate(names):
             widths = [dict(bar.terms).get(name, 0.0) / scale for bar in bars]
-            axis.barh(range(len(bars)), widths, left=left, color=TERM_COLOURS[index % len(TERM_COLOURS)], label=name, height=0.62)
+            turn, colour = divmod(index, len(TERM_COLOURS))
+            look: dict[str, Any] = {"color": TERM_COLOURS[colour], "hatch": TERM_HATCHES[turn % len(TERM_HATCHES)]}
+            axis.barh(range(len(bars)), widths, left=left, label=name, height=0.62, edgecolor="white", linewidth=0, **look)
             left = [start + width for start, width in zip(left, widths, strict=True)]
         measured = [(bar.measured / scale, y) for y, bar in enumerate(bars) if bar.measured]
         if measured:
