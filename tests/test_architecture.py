@@ -43,7 +43,7 @@ LONGEST_LOOP = 100
 
 
 def room_of(path: Path) -> str:
-    """`orchestrator/plan/memory.py` -> `plan`; `orchestrator/errors.py` -> `errors`; `cli_machine.py` belongs to `cli`."""
+    """`orchestrator/plan/memory/held.py` -> `plan`; `orchestrator/errors.py` -> `errors`; `cli_machine.py` belongs to `cli`."""
     first = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     if first == "__init__":
         return ""

@@ -5,9 +5,9 @@
     trial = make_trial(plan, plan.search.options[0], 3e-4, number=0, seed=0)
     assignment = make_assignment(plan, trial, plan.search.options[0].selection, ...)
 
-`footprint.py` weighs a selection, `memory.py` estimates a rank's memory term by term, `ladder.py` orders the ways to run
-a gang by cost, `arrange.py` picks the first that fits, `cost.py` says what it takes. Nothing here does I/O but
-`read_cluster_file`, and nothing imports torch or ray.
+`memory/` estimates a rank's memory term by term, `ladder.py` orders the ways to run a gang by cost, `arrange.py` picks the
+first that fits, `placement.py` and `standing.py` say where gangs stand, `cost/` what it all takes, and `relief.py` what to do
+when memory runs out all the same. Nothing here does I/O but `read_cluster_file`, and nothing imports torch or ray.
 """
 
 from orchestrator.plan.build import make_plan

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from orchestrator.errors import PlanError
 from orchestrator.plan.ladder import OFFLOADING_STAGE, Load, RankRoom, cheapest, heaviest, leanest, misfit, ways
+from orchestrator.plan.memory.way import Way
 from orchestrator.plan.placement import Machines
 from orchestrator.plan.values import ExecutionPlan, RejectedWay
-from orchestrator.plan.way import Way
 from orchestrator.spec.models import JobSpec, ResourcesSpec
 
 

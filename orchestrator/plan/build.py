@@ -7,7 +7,7 @@ from typing import Literal
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, select
 from orchestrator.errors import BaseError, PlanError
-from orchestrator.plan import cost, steps
+from orchestrator.plan import steps
 from orchestrator.plan.arrange import (
     Arrangement,
     arrange_one,
@@ -17,15 +17,17 @@ from orchestrator.plan.arrange import (
     refit_way,
     why_no_more_gangs,
 )
-from orchestrator.plan.footprint import Footprint, weigh
+from orchestrator.plan.cost import estimate as cost
+from orchestrator.plan.estimates import MemoryEstimate
 from orchestrator.plan.ladder import Load
-from orchestrator.plan.memory import estimate
+from orchestrator.plan.memory.estimate import estimate
+from orchestrator.plan.memory.footprint import Footprint, weigh
+from orchestrator.plan.memory.quantized import NF4_BLOCK
+from orchestrator.plan.memory.way import Way
 from orchestrator.plan.options import Choice, search_choices, told_at
 from orchestrator.plan.placement import TRIALS_PER_GANG, Machines, machines
-from orchestrator.plan.quantized import NF4_BLOCK
 from orchestrator.plan.remarks import rate_note, with_remarks
-from orchestrator.plan.values import BaseLoad, ClusterDescription, DataSize, MemoryEstimate, RunPlan, SearchPlan, TrialOption
-from orchestrator.plan.way import Way
+from orchestrator.plan.values import BaseLoad, ClusterDescription, DataSize, RunPlan, SearchPlan, TrialOption
 from orchestrator.spec import LoadedSpec, require_section
 from orchestrator.spec.models import JobSpec
 

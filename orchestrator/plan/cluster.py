@@ -19,7 +19,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from orchestrator.errors import UsageError
-from orchestrator.plan.accelerators import find_accelerator
+from orchestrator.plan.cost.accelerators import find_accelerator
 from orchestrator.plan.values import ClusterDescription, NodeDescription
 
 NODE_KEYS = ("count", "cpus", "gpus", "gpu", "gpu_memory", "memory", "price")

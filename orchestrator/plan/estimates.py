@@ -120,3 +120,37 @@ class Placement(Value):
     @property
     def left_over(self) -> int:
         return sum(kind.left_over for kind in self.nodes)
+
+
+class MemoryTerm(Value):
+    name: str
+    num_bytes: int
+    reason: str
+    outside: bool = False
+    """Whether torch's allocator does not count it: the GPU's context, a library's own buffers, fragmentation."""
+    moving: bool = False
+    """Whether it comes and goes within a step."""
+
+
+class MemoryPhase(Value):
+    """A moment of a step, and the most that is held in it."""
+
+    name: str
+    num_bytes: int
+
+
+class MemoryEstimate(Value):
+    """Memory of one rank, term by term, in the phase that needs most."""
+
+    terms: tuple[MemoryTerm, ...]
+    phases: tuple[MemoryPhase, ...] = ()
+    """Every phase, the largest first: its terms are those above."""
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(term.num_bytes for term in self.terms)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """What `torch.cuda.max_memory_allocated` would show."""
+        return sum(term.num_bytes for term in self.terms if not term.outside)

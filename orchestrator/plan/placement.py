@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from orchestrator.errors import PlanError
 from orchestrator.plan.estimates import Placement
 from orchestrator.plan.ladder import RankRoom
+from orchestrator.plan.memory.way import Device
 from orchestrator.plan.standing import lay_out, placement
 from orchestrator.plan.values import ClusterDescription, NodeDescription
-from orchestrator.plan.way import Device
 from orchestrator.spec.models import ResourcesSpec
 
 RANK_CPUS = 0.9

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from orchestrator.anatomy.values import ModelAnatomy
 from orchestrator.plan.estimates import Rate
-from orchestrator.plan.memory import RESIDENT_SHARE
+from orchestrator.plan.memory.estimate import RESIDENT_SHARE
 from orchestrator.plan.placement import Machines, idle_gpus
 from orchestrator.plan.values import ClusterDescription, RunPlan
 from orchestrator.plan.view import derivations

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from orchestrator.plan.estimates import MemoryEstimate
 from orchestrator.plan.steps import accumulation
-from orchestrator.plan.values import ExecutionPlan, MemoryEstimate, RunPlan, TrialOption
+from orchestrator.plan.values import ExecutionPlan, RunPlan, TrialOption
 from orchestrator.spec.models import JobSpec
 from orchestrator.units import format_bytes, format_count, format_seconds
 

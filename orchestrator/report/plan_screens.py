@@ -8,9 +8,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.plan.cost import planned_options
-from orchestrator.plan.estimates import CostEstimate, Part, Placement
-from orchestrator.plan.values import ExecutionPlan, MemoryEstimate, RunPlan, TrialOption
+from orchestrator.plan.cost.estimate import planned_options
+from orchestrator.plan.estimates import CostEstimate, MemoryEstimate, Part, Placement
+from orchestrator.plan.values import ExecutionPlan, RunPlan, TrialOption
 from orchestrator.report.wording import number, plural
 from orchestrator.units import format_bytes, format_count, format_flops, format_seconds
 

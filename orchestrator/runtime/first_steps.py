@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from orchestrator.anatomy import ModelAnatomy
-from orchestrator.plan.calibration import MeasuredSteps, calibrated, calibration_sentence
+from orchestrator.plan.cost.calibration import MeasuredSteps, calibrated, calibration_sentence
 from orchestrator.plan.values import RungResult, RunPlan
 
 

@@ -31,7 +31,7 @@ from torch.nn import functional
 from orchestrator.anatomy.values import ModelAnatomy
 from orchestrator.data import TokenizedSet
 from orchestrator.errors import DataError, VerificationError
-from orchestrator.plan.memory import RESIDENT_SHARE
+from orchestrator.plan.memory.estimate import RESIDENT_SHARE
 from orchestrator.plan.merge import MergedInto
 from orchestrator.plan.values import BaseLoad
 from orchestrator.serve import check_process

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from orchestrator.errors import IntegrityError, OrchestratorError, TrainingError
-from orchestrator.plan.cost import KEPT_CHECKPOINTS
+from orchestrator.plan.cost.estimate import KEPT_CHECKPOINTS
 from orchestrator.store import check_folder, commit_folder, read_json, write_json
 from orchestrator.train.artifacts import save_artifact
 from orchestrator.train.branch import Branch

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from orchestrator.plan.held import REDUCE_BUCKET_ELEMENTS
+from orchestrator.plan.memory.held import REDUCE_BUCKET_ELEMENTS
 from orchestrator.plan.values import ExecutionPlan, TrainSettings
 from orchestrator.train import zero3_warm, zero_state
 from orchestrator.train.engine import ADAM_BETAS, ADAM_EPSILON, check_norm, register_engine

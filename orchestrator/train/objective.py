@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from orchestrator.plan.moving import LOGIT_CHUNK_BYTES
+from orchestrator.plan.memory.moving import LOGIT_CHUNK_BYTES
 from orchestrator.spec.models import Task
 
 IGNORED = -100

@@ -19,7 +19,7 @@ import torch
 
 from orchestrator.anatomy import read_anatomy, select
 from orchestrator.data import build_set
-from orchestrator.plan.moving import LOGIT_CHUNK_BYTES
+from orchestrator.plan.memory.moving import LOGIT_CHUNK_BYTES
 from orchestrator.plan.values import Assignment, BaseLoad, DataPaths, ExecutionPlan, RungResult, TrainSettings, TrialSpec
 from orchestrator.samples import SAMPLE_BASE
 from orchestrator.store import read_jsonl

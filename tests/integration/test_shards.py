@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from orchestrator.plan.shards import RankShards, Shards, rank_shards
+from orchestrator.plan.memory.shards import RankShards, Shards, rank_shards
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 

@@ -10,8 +10,8 @@ import pytest
 from orchestrator.anatomy import select
 from orchestrator.errors import PlanError
 from orchestrator.plan import make_plan
-from orchestrator.plan.footprint import weigh
 from orchestrator.plan.ladder import Load, RankRoom, cheapest, heaviest, ways
+from orchestrator.plan.memory.footprint import weigh
 from orchestrator.spec.models import ResourcesSpec
 from orchestrator.units import GIB
 

@@ -14,18 +14,8 @@ from typing import Any
 import pytest
 
 from orchestrator.anatomy.values import LayerSelection
-from orchestrator.plan.values import (
-    BaseLoad,
-    DataSize,
-    ExecutionPlan,
-    MemoryEstimate,
-    MemoryTerm,
-    RejectedWay,
-    RunPlan,
-    SearchPlan,
-    StepReport,
-    TrialOption,
-)
+from orchestrator.plan.estimates import MemoryEstimate, MemoryTerm
+from orchestrator.plan.values import BaseLoad, DataSize, ExecutionPlan, RejectedWay, RunPlan, SearchPlan, StepReport, TrialOption
 from orchestrator.transfer.records import (
     ComparisonRecord,
     EngineFigures,

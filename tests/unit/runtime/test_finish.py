@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from orchestrator.plan import shuffled_control
-from orchestrator.plan.cost import CPU_FLOPS_PER_CORE, run_flops
+from orchestrator.plan.cost.estimate import CPU_FLOPS_PER_CORE, run_flops
 from orchestrator.plan.values import RungResult, TrialSpec
 from orchestrator.runtime.assignments import GangFigures
 from orchestrator.runtime.finish import controls_beside

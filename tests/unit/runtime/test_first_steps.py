@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.anatomy import ModelAnatomy
 from orchestrator.plan import make_trial
-from orchestrator.plan.calibration import MeasuredSteps, calibrated
+from orchestrator.plan.cost.calibration import MeasuredSteps, calibrated
 from orchestrator.plan.values import DataPaths, RungResult, RunPlan, TrainSettings
 from orchestrator.runtime.assignments import Orders
 from orchestrator.runtime.exchange import Exchange

@@ -8,7 +8,8 @@ import math
 import pytest
 
 from orchestrator.anatomy import LayerSelection
-from orchestrator.plan.values import MemoryEstimate, SearchPlan, TrialOption
+from orchestrator.plan.estimates import MemoryEstimate
+from orchestrator.plan.values import SearchPlan, TrialOption
 from orchestrator.runtime.proposals import Known, Proposal, num_initial, propose
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from orchestrator.plan.memory import RESIDENT_SHARE
+from orchestrator.plan.memory.estimate import RESIDENT_SHARE
 from orchestrator.serve import check_process, verifying
 
 

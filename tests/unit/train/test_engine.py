@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from orchestrator.errors import NonFiniteLossError
-from orchestrator.plan.held import REDUCE_BUCKET_ELEMENTS
+from orchestrator.plan.memory.held import REDUCE_BUCKET_ELEMENTS
 from orchestrator.plan.values import ExecutionPlan
 from orchestrator.train.deepspeed_engine import deepspeed_config
 from orchestrator.train.engine import layout_of, num_live_engines

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Literal
 
-from orchestrator.plan.reduction import in_flight_bytes
+from orchestrator.plan.memory.reduction import in_flight_bytes
 
 ALIGNMENT = 2
 """A flat buffer of stages 1 and 2 is padded to a multiple of so many elements per rank: `nccl_start_alignment_factor`, in
@@ -187,7 +187,7 @@ def _stage_1_and_2(
     - Stage 1, float32: gradients add up in `.grad` (4P); `grads_in_partition` (4Q) comes at the update.
 
     The bucket (`setup_buckets`, e·B) goes after each backward pass in stage 2, at the update in stage 1. In flight: see
-    `plan.reduction`; in float32 the new `grads_in_partition` (4Q) are there too. Update: the norm
+    `plan.memory.reduction`; in float32 the new `grads_in_partition` (4Q) are there too. Update: the norm
     makes one piece of a tensor float64 at a time (8 an element, `get_grad_norm_direct`); in float32 the pieces are
     flattened into a copy (4N/W). nccl gathers in place; gloo into a copy (e·N), which is not counted.
     """

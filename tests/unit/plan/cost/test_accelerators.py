@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from orchestrator.plan.accelerators import ACCELERATORS, find_accelerator, peak_flops
+from orchestrator.plan.cost.accelerators import ACCELERATORS, find_accelerator, peak_flops
 from orchestrator.units import GIB
 
 

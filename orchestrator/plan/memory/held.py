@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 
-from orchestrator.plan.footprint import Footprint
-from orchestrator.plan.shards import RankShards, Shards, rank_shards
-from orchestrator.plan.values import MemoryTerm
-from orchestrator.plan.way import Way
+from orchestrator.plan.estimates import MemoryTerm
+from orchestrator.plan.memory.footprint import Footprint
+from orchestrator.plan.memory.shards import RankShards, Shards, rank_shards
+from orchestrator.plan.memory.way import Way
 from orchestrator.units import format_count
 
 REDUCE_BUCKET_ELEMENTS = 2**22
@@ -17,7 +17,7 @@ learns is small, and a new engine per trial would pay for big buckets."""
 
 
 def shards_of(footprint: Footprint, way: Way) -> RankShards:
-    """What the rank that holds most has of the numbers that learn, to the byte: see `plan.shards`."""
+    """What the rank that holds most has of the numbers that learn, to the byte: see `plan.memory.shards`."""
     return _shards(
         footprint.learning_counts, footprint.element_bytes, replace(way, checkpointing=False, row_tokens=1, micro_batch_rows=1)
     )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from orchestrator.plan.footprint import Footprint
-from orchestrator.plan.shards import Shards
-from orchestrator.plan.values import MemoryTerm
-from orchestrator.plan.way import Way
+from orchestrator.plan.estimates import MemoryTerm
+from orchestrator.plan.memory.footprint import Footprint
+from orchestrator.plan.memory.shards import Shards
+from orchestrator.plan.memory.way import Way
 from orchestrator.units import MIB
 
 LOGIT_CHUNK_BYTES = 256 * MIB

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from orchestrator.anatomy import read_anatomy
-from orchestrator.plan.quantized import QuantizedBytes, dequantize_scratch_bytes, quantized_bytes
+from orchestrator.plan.memory.quantized import QuantizedBytes, dequantize_scratch_bytes, quantized_bytes
 from orchestrator.plan.values import BaseLoad
 from orchestrator.train.base import load_base
 

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, read_anatomy, select
-from orchestrator.plan.flops import forward_flops_per_token, train_flops_per_token
+from orchestrator.plan.cost.flops import forward_flops_per_token, train_flops_per_token
 from orchestrator.plan.values import BaseLoad
 from orchestrator.train import objective as objective_module
 from orchestrator.train.base import LoadedBase, load_base

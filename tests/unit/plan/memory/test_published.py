@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from orchestrator.anatomy import ModelAnatomy, read_anatomy, select
-from orchestrator.plan.footprint import weigh
 from orchestrator.plan.ladder import Load, RankRoom, misfit
-from orchestrator.plan.memory import estimate
-from orchestrator.plan.way import Way
+from orchestrator.plan.memory.estimate import estimate
+from orchestrator.plan.memory.footprint import weigh
+from orchestrator.plan.memory.way import Way
 from orchestrator.units import GIB
 
 LLAMA: dict[str, Any] = {

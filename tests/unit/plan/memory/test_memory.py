@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from orchestrator.anatomy import ModelAnatomy, select
-from orchestrator.plan.activations import activations
-from orchestrator.plan.footprint import weigh
 from orchestrator.plan.ladder import OFFLOADS
-from orchestrator.plan.memory import estimate
-from orchestrator.plan.quantized import quantized_bytes
-from orchestrator.plan.way import Way
+from orchestrator.plan.memory.activations import activations
+from orchestrator.plan.memory.estimate import estimate
+from orchestrator.plan.memory.footprint import weigh
+from orchestrator.plan.memory.quantized import quantized_bytes
+from orchestrator.plan.memory.way import Way
 from orchestrator.units import GIB
 
 Base = Callable[[str], ModelAnatomy]
@@ -52,7 +52,7 @@ def test_frozen_weights_of_an_8b(base: Base) -> None:
     [(0, (2, 2, 0, 4, 8)), (1, (2, 2, 4, 1, 2)), (2, (2, 0, 1, 1, 2)), (3, (0.5, 0, 1, 1, 2))],
 )
 def test_bytes_per_learning_element_on_four_ranks(base: Base, stage: int, per_element: tuple[float, ...]) -> None:
-    """DeepSpeed's stage 1 in bfloat16 partitions neither gradients nor their float32 sums: see `plan.shards`."""
+    """DeepSpeed's stage 1 in bfloat16 partitions neither gradients nor their float32 sums: see `plan.memory.shards`."""
     way = replace(ONE_GPU, ranks=4, executor="deepspeed", zero_stage=stage)  # type: ignore[arg-type]
     found = terms(base("8b"), way, tune="full")
     elements = select(base("8b"), "all", "full", None, task="completion").num_trainable_parameters

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 from orchestrator.anatomy import select
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
-from orchestrator.plan.accelerators import find_accelerator
+from orchestrator.plan.cost.accelerators import find_accelerator
+from orchestrator.plan.cost.flops import forward_flops_per_token, runs_head_twice, train_terms
 from orchestrator.plan.estimates import CostEstimate, FlopTerm, OptionCost, Part, Rate
-from orchestrator.plan.flops import forward_flops_per_token, runs_head_twice, train_terms
 from orchestrator.plan.placement import Machines
 from orchestrator.plan.values import DataSize, ExecutionPlan, RunPlan, SearchPlan, TrialOption
 from orchestrator.units import format_count, format_flops

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.plan.estimates import FlopTerm
-from orchestrator.plan.moving import LOGIT_CHUNK_BYTES
+from orchestrator.plan.memory.moving import LOGIT_CHUNK_BYTES
 from orchestrator.plan.values import ExecutionPlan
 from orchestrator.units import format_count
 

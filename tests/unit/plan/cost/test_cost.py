@@ -8,8 +8,8 @@ import pytest
 
 from orchestrator.errors import PlanError
 from orchestrator.plan import make_plan
-from orchestrator.plan.accelerators import peak_flops
-from orchestrator.plan.cost import ACHIEVED_SHARE, expected_rungs, expected_steps
+from orchestrator.plan.cost.accelerators import peak_flops
+from orchestrator.plan.cost.estimate import ACHIEVED_SHARE, expected_rungs, expected_steps
 from orchestrator.plan.remarks import trials_within
 from orchestrator.plan.values import ClusterDescription, RunPlan, SearchPlan
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from math import prod
 
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
-from orchestrator.plan.activations import activations
-from orchestrator.plan.quantized import dequantize_scratch_bytes, quantized_bytes
+from orchestrator.plan.memory.activations import activations
+from orchestrator.plan.memory.quantized import dequantize_scratch_bytes, quantized_bytes
 from orchestrator.spec.models import Quantize
 
 
