@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, select
@@ -19,7 +20,7 @@ from orchestrator.plan.arrange import (
 )
 from orchestrator.plan.cost import estimate as cost
 from orchestrator.plan.estimates import MemoryEstimate
-from orchestrator.plan.ladder import Load
+from orchestrator.plan.ladder import Load, misfit
 from orchestrator.plan.memory.estimate import estimate
 from orchestrator.plan.memory.footprint import Footprint, weigh
 from orchestrator.plan.memory.quantized import NF4_BLOCK
@@ -55,14 +56,14 @@ def make_plan(
     check_resources(spec.resources)
     found = machines(cluster, spec.resources)
     _check_quantizable(spec, anatomy, found)
-    untouched = select(anatomy, "none", "full", None, task=spec.task, num_classes=data.num_classes)
     load = Load(
         footprints=tuple(_weigh(spec, anatomy, data, choice.selection) for choice in choices),
         row_tokens=steps.row_tokens(spec, anatomy, data),
         tokens_per_step=spec.train.tokens_per_step,
     )
     num_trials = spec.search.trials if job == "sweep" and spec.search is not None else 1
-    gangs = arrange_sweep(found, spec, load, num_trials) if job == "sweep" else arrange_one(found, spec, load)
+    untouched, head = (_weigh(spec, anatomy, data, _control(policy, spec, anatomy, data)) for policy in ("none", "head"))
+    gangs = _arrange_with(head, found, spec, load, num_trials) if job == "sweep" else arrange_one(found, spec, load)
     refit = refit_way(found, spec, load, gangs)
     options = _options(choices, load.footprints, gangs.way)
     pack = steps.packs(spec)
@@ -75,7 +76,8 @@ def make_plan(
         execution=execution_plan(gangs.way, found, gangs.num_gangs, spec, pack=pack),
         refit_execution=execution_plan(refit, found, 1, spec, pack=pack),
         num_gangs=gangs.num_gangs,
-        base_memory=estimate(_weigh(spec, anatomy, data, untouched), gangs.way).device,
+        head_memory=estimate(head, gangs.way).device if job == "sweep" else None,
+        base_memory=estimate(untouched, gangs.way).device,
         search=_search_plan(spec, options, gangs, steps.total_steps(spec, data)) if job == "sweep" else None,
         finetune=options[0] if job == "finetune" else None,
         total_steps=steps.total_steps(spec, data),
@@ -84,12 +86,32 @@ def make_plan(
         gpu_hours=None,
         reasons=(),
         rejected=gangs.rejected,
+        warnings=_head_warnings(head, gangs, found, load) if job == "sweep" else (),
         placement=found.placement(gangs.way.ranks, gangs.num_gangs, why_no_more_gangs(spec.resources, num_trials)),
         refit_placement=found.placement(refit.ranks, 1, "a step has rows for no more ranks"),
     )
     plan = _with_costs(plan, anatomy, found, spec)
     _check_gpu_hours(plan, spec)
     return with_remarks(plan, spec, anatomy, found, cluster)
+
+
+def _arrange_with(head: Footprint, found: Machines, spec: JobSpec, load: Load, num_trials: int) -> Arrangement:
+    """Gangs that carry the control `head` too, which is in every sweep, where a smaller micro-batch or checkpointing is all
+    that it costs; a dearer kind of gang is not taken for a control's sake."""
+    alone = arrange_sweep(found, spec, load, num_trials)
+    try:
+        both = arrange_sweep(found, spec, replace(load, footprints=(*load.footprints, head)), num_trials)
+    except PlanError:
+        return alone
+    kinds = {(gangs.num_gangs, gangs.way.ranks, gangs.way.zero_stage, gangs.way.offload) for gangs in (alone, both)}
+    return both if len(kinds) == 1 else alone
+
+
+def _head_warnings(head: Footprint, gangs: Arrangement, found: Machines, load: Load) -> tuple[str, ...]:
+    smallest = replace(gangs.way, micro_batch_rows=1, checkpointing=True)
+    reason = misfit(smallest, replace(load, footprints=(head,)), found.room(gangs.way.ranks * gangs.num_gangs))
+    said = "the control `head` will fail for want of memory, and trials be compared with the untouched base alone"
+    return () if reason is None else (f"{said}: it {reason}",)
 
 
 def _check_quantizable(spec: JobSpec, anatomy: ModelAnatomy, found: Machines) -> None:
@@ -122,6 +144,10 @@ def _choices(loaded: LoadedSpec, anatomy: ModelAnatomy, data: DataSize, job: Lit
     with told_at(loaded.where("finetune.layers")):
         selection = select(anatomy, asked.layers, asked.tune, lora_rank, task=loaded.spec.task, num_classes=data.num_classes)
     return [Choice(selection, (asked.learning_rate, asked.learning_rate))]
+
+
+def _control(policy: str, spec: JobSpec, anatomy: ModelAnatomy, data: DataSize) -> LayerSelection:
+    return select(anatomy, policy, "full", None, task=spec.task, num_classes=data.num_classes)
 
 
 def _weigh(spec: JobSpec, anatomy: ModelAnatomy, data: DataSize, selection: LayerSelection) -> Footprint:

@@ -21,7 +21,7 @@ def with_remarks(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, found: Mac
         update={
             "reasons": derivations(plan, spec),
             "notes": (*plan.notes, *_base_notes(spec, anatomy), *_notes(plan, spec, found, cluster)),
-            "warnings": (*_base_warnings(anatomy), *_warnings(plan, spec, found, cluster)),
+            "warnings": (*_base_warnings(anatomy), *plan.warnings, *_warnings(plan, spec, found, cluster)),
         }
     )
 

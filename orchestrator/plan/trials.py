@@ -124,6 +124,8 @@ def _predicted_memory_bytes(plan: RunPlan, trial: TrialSpec, execution: Executio
         return None
     if trial.control == "none":
         return plan.base_memory.total_bytes
+    if trial.control == "head" and plan.head_memory is not None:
+        return plan.head_memory.total_bytes
     options = plan.search.options if plan.search is not None else (plan.finetune,) if plan.finetune is not None else ()
     point = (trial.layers, trial.tune, trial.lora_rank)
     found = (option for option in options if (option.layers, option.tune, option.lora_rank) == point)

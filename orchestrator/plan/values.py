@@ -262,6 +262,8 @@ class RunPlan(Value):
     refit_execution: ExecutionPlan
     num_gangs: int
     base_memory: MemoryEstimate
+    head_memory: MemoryEstimate | None = None
+    """Of the control `head`; None where the job has none."""
     search: SearchPlan | None
     finetune: TrialOption | None
     total_steps: int

@@ -96,7 +96,7 @@ def test_plan_prints_tables_of_at_most_100_columns(spec):
     assert result.exit_code == 0, result.stderr
     assert max(map(len, result.stdout.splitlines())) <= 100
     assert "\x1b" not in result.stdout
-    for wanted in ("What is tried", "Memory of one rank", "masters and Adam", "How it is run", "What it takes", "hours", "disk"):
+    for wanted in ("What is tried", "Memory of one rank", "Adam's moments", "How it is run", "What it takes", "hours", "disk"):
         assert wanted in result.stdout
 
 

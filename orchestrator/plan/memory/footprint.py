@@ -55,8 +55,9 @@ def weigh(
 ) -> Footprint:
     """Weigh a selection.
 
-    Quantization holds the blocks' matrices; embeddings, norms and the output projection stay in the compute dtype,
-    and so does what is unfrozen (it is loaded in 16 bit from the original). A tied head is stored once.
+    Quantization holds the blocks' matrices; embeddings, norms and the output projection stay in the compute dtype. What is
+    unfrozen learns in the compute dtype, read from the original, while its quantized matrix waits beside it for the next
+    trial: nothing of it has to be copied to be restored. A tied head is stored once.
     """
     matrices = {name for block in anatomy.linears for name in block} if quantize != "none" else set[str]()
     quantized = {name: quantized_bytes(anatomy.tensors[name].shape, quantize, element_bytes) for name in matrices}
@@ -67,20 +68,27 @@ def weigh(
     }
     if selection.unties_head:
         loaded[anatomy.head_weight] = head_bytes
-    frozen = (*selection.frozen, *selection.adapted)
+    waiting = [name for name in selection.trainable if name in quantized]
+    still = (*selection.frozen, *selection.adapted, *waiting)
+    opened = matrices.difference(waiting)
+    learning = set(selection.trainable)
+    blocks = [
+        sum(anatomy.tensors[name].num_elements * element_bytes if name in learning else loaded[name] for name in block)
+        for block in anatomy.blocks
+    ]
     learns = bool(selection.trainable or selection.adapted)
     every = activations(anatomy, selection, element_bytes)
     above = every[selection.cut :] if learns else []
     return Footprint(
-        frozen_bytes=sum(loaded.get(name, 0) for name in frozen),
-        statistics_bytes=sum(quantized[name].statistics for name in frozen if name in quantized),
+        frozen_bytes=sum(loaded.get(name, 0) for name in still),
+        statistics_bytes=sum(quantized[name].statistics for name in still if name in quantized),
         learning_counts=learning_counts(anatomy, selection, num_classes=num_classes),
-        restore_bytes=sum(loaded[name] for name in selection.trainable if name in anatomy.tensors),
-        largest_block_bytes=max((sum(loaded.get(name, 0) for name in block) for block in anatomy.blocks), default=0),
+        restore_bytes=sum(loaded[name] for name in selection.trainable if name in anatomy.tensors and name not in quantized),
+        largest_block_bytes=max(blocks, default=0),
         head_bytes=head_bytes,
         quantized=quantize != "none",
         scratch_bytes=max(
-            (dequantize_scratch_bytes(anatomy.tensors[name].shape, quantize, element_bytes) for name in matrices), default=0
+            (dequantize_scratch_bytes(anatomy.tensors[name].shape, quantize, element_bytes) for name in opened), default=0
         ),
         learning_blocks=anatomy.num_blocks - selection.cut if learns else 0,
         kept_token_bytes=sum(block.kept_bytes for block in above),

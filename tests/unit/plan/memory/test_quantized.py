@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from orchestrator.anatomy import read_anatomy
+from orchestrator.anatomy import read_anatomy, select
+from orchestrator.plan.memory.footprint import weigh
 from orchestrator.plan.memory.quantized import QuantizedBytes, dequantize_scratch_bytes, quantized_bytes
 from orchestrator.plan.values import BaseLoad
-from orchestrator.train.base import load_base
+from orchestrator.train.base import LoadedBase, load_base
+from orchestrator.train.branch import open_branch
 
 SHAPES = [(64, 64), (32, 8), (129, 255), (256, 1000), (1, 8), (8, 2049), (512, 300)]
 """One block and less, blocks that are not whole, just over 256 scales, odd sizes."""
@@ -113,6 +116,23 @@ def test_a_loaded_base_takes_what_is_planned(tmp_path: Path, dtype: torch.dtype)
     }
     assert {name: held(parameter) for name, parameter in base.model.named_parameters()} == planned
     assert len(matrices) == 14
+    _check_unfrozen(base, {name: planned[name].total for name in matrices})
+
+
+def _check_unfrozen(base: LoadedBase, quantized: dict[str, int]) -> None:
+    """What is unfrozen learns in the compute dtype beside its quantized matrix, which waits for the next trial."""
+    selection = select(base.anatomy, "last:1", "full", None, task="completion")
+    footprint = weigh(base.anatomy, selection, "nf4", base.dtype.itemsize)
+    waiting = [weakref.ref(base.model.get_parameter(name)) for name in quantized]
+    with open_branch(base, selection, lora_alpha=1, seed=0) as branch:
+        assert all(parameter() is not None for parameter in waiting)
+        plain = {name: parameter for name, parameter in branch.model.named_parameters() if not hasattr(parameter, "quant_state")}
+        learning = [storage(parameter.data) for parameter in plain.values() if parameter.requires_grad]
+        frozen = [storage(parameter.data) for parameter in plain.values() if not parameter.requires_grad]
+    assert footprint.frozen_bytes == sum(frozen) + sum(quantized.values())
+    assert [count * base.dtype.itemsize for count in footprint.learning_counts] == learning
+    assert footprint.restore_bytes == 2 * 256 * base.dtype.itemsize, "two norms; matrices are read from the original"
+    assert footprint.largest_block_bytes == sum(learning)
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
