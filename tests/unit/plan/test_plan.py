@@ -104,6 +104,17 @@ def test_a_retention_set_that_is_not_used_is_told(plan: Any, gpus: Any, data: An
     assert plan("tiny", gpus(), data={"retain": "general.jsonl"}).warnings == ()
 
 
+def test_the_control_head_is_planned_for(plan: Any, gpus: Any) -> None:
+    """An 8B in nf4 with two blocks adapted fits 12 GiB; its head, learning in full, does not, and that is said before."""
+    search = {"layers": ["last:2"], "tune": ["lora"]}
+    short = plan("8b", gpus(1, 1, 12), quantize="nf4", search=search)
+    assert any("the control `head` will fail for want of memory" in warning for warning in short.warnings)
+    assert short.execution.offload == "none", "a control is no reason for a dearer gang"
+    enough = plan("8b", gpus(1, 1, 24), quantize="nf4", search=search)
+    assert not any("control" in warning for warning in enough.warnings)
+    assert enough.head_memory.total_bytes <= 24 * GIB
+
+
 def test_full_tuning_of_an_8b_partitions_its_optimizer(plan: Any, gpus: Any) -> None:
     found = plan("8b", gpus(), search={"layers": ["all"], "tune": ["full"]})
     assert found.execution.ranks > 1
