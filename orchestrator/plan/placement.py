@@ -45,16 +45,33 @@ class Machines:
         """Of the largest node."""
         return max(self.units_of(node) for node in self.nodes)
 
-    def room(self, num_ranks: int) -> RankRoom:
-        """What each of `num_ranks` ranks may fill; of unlike nodes the poorest counts."""
-        if self.device == "cuda":
-            return RankRoom(
-                device_bytes=min(node.gpu_memory_bytes for node in self.nodes),
-                host_bytes=min(node.memory_bytes // node.num_gpus for node in self.nodes),
-                ranks_per_node=min(node.num_gpus for node in self.nodes),
-            )
-        share = min(node.memory_bytes // min(num_ranks, node.num_cpus) for node in self.nodes)
-        return RankRoom(device_bytes=share, host_bytes=share)
+    def room(self, ranks: int, num_gangs: int) -> RankRoom:
+        """What each rank of `num_gangs` gangs of `ranks` may fill; of unlike nodes the poorest counts.
+
+        A node's memory is for the ranks that can come to stand there together, which are fewer than its places where the
+        job has fewer.
+        """
+        standing = {node: self._ranks_on(node, ranks, ranks * num_gangs) for node in self.nodes}
+        hosting = min(self.nodes, key=lambda node: node.memory_bytes // standing[node])
+        host_bytes = hosting.memory_bytes // standing[hosting]
+        on_gpus = self.device == "cuda"
+        tightest = min(self.nodes, key=lambda node: node.gpu_memory_bytes) if on_gpus else hosting
+        unlike = len({node.model_copy(update={"count": 1}) for node in self.nodes}) > 1
+        return RankRoom(
+            device_bytes=tightest.gpu_memory_bytes if on_gpus else host_bytes,
+            host_bytes=host_bytes,
+            ranks_per_node=min(standing.values()),
+            device_node=self._name(tightest) if unlike else "",
+            host_node=self._name(hosting) if unlike else "",
+        )
+
+    def room_of_one(self, ranks: int) -> RankRoom:
+        """Where one gang stands alone."""
+        return self.room(ranks, 1)
+
+    def _ranks_on(self, node: NodeDescription, ranks: int, all_ranks: int) -> int:
+        places = self.units_of(node)
+        return min(places // ranks * ranks or places, all_ranks)
 
     def threads(self, num_ranks: int) -> int:
         """Threads of each rank when `num_ranks` run at once."""

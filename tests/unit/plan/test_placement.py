@@ -116,3 +116,12 @@ def test_gangs_that_would_share_a_node_with_a_part_of_another_are_refused() -> N
         machines(cluster(8, 8), ResourcesSpec(gangs=3, ranks_per_gang=5))
     assert caught.value.exit_code == 3
     assert machines(cluster(8, 8), ResourcesSpec(gangs=2, ranks_per_gang=5)).max_gangs(5) == 2
+
+
+def test_host_memory_is_for_the_ranks_that_stand_on_a_node_together() -> None:
+    """Eight places do not matter where the job has one rank, or where only two gangs of three go into them."""
+    whole = machines(cluster(8), ResourcesSpec()).room(1, 8)
+    one = machines(cluster(8), ResourcesSpec(max_gpus=1)).room(1, 1)
+    threes = machines(cluster(8, 8), ResourcesSpec()).room(3, 4)
+    assert [room.host_bytes // GIB for room in (whole, one, threes)] == [125, 1000, 166]
+    assert [room.ranks_per_node for room in (whole, one, threes)] == [8, 1, 6]
