@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 from orchestrator.errors import PlanError
 from orchestrator.plan.estimates import Placement
@@ -32,6 +33,8 @@ class Machines:
     nodes: tuple[NodeDescription, ...]
     num_units: int
     """Of GPUs at most `max_gpus`."""
+    left_out: tuple[NodeDescription, ...] = ()
+    """Poorer nodes that the job is planned without."""
 
     @property
     def unit(self) -> str:
@@ -61,8 +64,8 @@ class Machines:
             device_bytes=tightest.gpu_memory_bytes if on_gpus else host_bytes,
             host_bytes=host_bytes,
             ranks_per_node=min(standing.values()),
-            device_node=self._name(tightest) if unlike else "",
-            host_node=self._name(hosting) if unlike else "",
+            device_node=self.name_of(tightest) if unlike else "",
+            host_node=self.name_of(hosting) if unlike else "",
         )
 
     def room_of_one(self, ranks: int) -> RankRoom:
@@ -101,12 +104,12 @@ class Machines:
         Args:
             why_no_more: Why there are no more gangs than that, unless it is for want of room or for `max_gpus`.
         """
-        kinds = [(self._name(node), node.count, self.units_of(node)) for node in self.nodes]
+        kinds = [(self.name_of(node), node.count, self.units_of(node)) for node in self.nodes]
         bounded = num_gangs == self.max_gangs(ranks)
         bound = f"max_gpus allows {self.num_units}" if bounded else why_no_more
         return placement(kinds, ranks, num_gangs, unit=self.unit, bound=bound)
 
-    def _name(self, node: NodeDescription) -> str:
+    def name_of(self, node: NodeDescription) -> str:
         return f"{self.units_of(node)} x {node.gpu_name or 'GPU'}" if self.device == "cuda" else f"{node.num_cpus} cores"
 
     @property
@@ -155,6 +158,39 @@ def machines(cluster: ClusterDescription, resources: ResourcesSpec) -> Machines:
     found = Machines(device=device, nodes=nodes, num_units=min(total, most or total))
     _check_asked_ranks(found, resources, total, cluster)
     return found
+
+
+def candidates(cluster: ClusterDescription, resources: ResourcesSpec) -> list[Machines]:
+    """The whole cluster, then the parts of it that leave out its poorest nodes.
+
+    Ranks are planned for the poorest node, so that one which is not needed may make the rest useless. Poor is what has less
+    GPU memory, host memory, or host memory a place: every figure that a node has is a bound, nodes below it are left out.
+
+    Raises:
+        PlanError: as `machines`, for the whole cluster.
+    """
+    whole = machines(cluster, resources)
+    gpu_memories = {node.gpu_memory_bytes for node in whole.nodes}
+    memories = {node.memory_bytes for node in whole.nodes}
+    shares = {node.memory_bytes // whole.units_of(node) for node in whole.nodes}
+    found = {whole.nodes: whole}
+    for gpu_memory, memory, share in sorted(
+        {(gpu, memory, 0) for gpu in gpu_memories for memory in memories}
+        | {(gpu, 0, share) for gpu in gpu_memories for share in shares}
+    ):
+        nodes = tuple(
+            node
+            for node in whole.nodes
+            if node.gpu_memory_bytes >= gpu_memory
+            and node.memory_bytes >= memory
+            and node.memory_bytes // whole.units_of(node) >= share
+        )
+        if not nodes or nodes in found:
+            continue
+        with suppress(PlanError):
+            part = machines(cluster.model_copy(update={"nodes": nodes}), resources)
+            found[nodes] = replace(part, left_out=tuple(node for node in whole.nodes if node not in nodes))
+    return list(found.values())
 
 
 def idle_gpus(cluster: ClusterDescription) -> int:
