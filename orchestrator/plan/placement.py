@@ -10,7 +10,7 @@ from orchestrator.errors import PlanError
 from orchestrator.plan.estimates import Placement
 from orchestrator.plan.ladder import RankRoom
 from orchestrator.plan.memory.way import Device
-from orchestrator.plan.standing import lay_out, placement
+from orchestrator.plan.standing import count_gangs, placement
 from orchestrator.plan.values import ClusterDescription, NodeDescription
 from orchestrator.spec.models import ResourcesSpec
 
@@ -21,6 +21,10 @@ GPU_RANK_CPUS = 0.5
 THIN_TRIAL_CPUS = 0.01
 TRIALS_PER_GANG = 2
 """Trials kept open per gang: starting one takes Tune about a second, in which its gang works for another."""
+FEW_NODES = 8
+"""Up to so many, gangs over any number of nodes are tried; beyond, over powers of two."""
+MAX_GANG_RANKS = 2**14
+"""No gang is planned larger unless it is asked for."""
 MAX_GPU_RANK_THREADS = 8
 """A rank's CPU work beside a GPU is data and launches: more threads gain nothing."""
 
@@ -83,20 +87,18 @@ class Machines:
         return max(1, min(node.num_cpus // min(num_ranks, node.num_cpus) for node in self.nodes))
 
     def rank_counts(self) -> list[int]:
-        """Sizes that a gang may have, rising: powers of two inside a node, then whole nodes, then everything."""
+        """Sizes that a gang may have, rising: powers of two inside a node; of whole nodes any few, then
+        powers of two; then everything."""
         per_node = self.units_per_node
         inside = [2**power for power in range(per_node.bit_length()) if 2**power < per_node]
-        return sorted(
-            {n for n in (*inside, *range(per_node, self.num_units + 1, per_node), self.num_units) if n <= self.num_units}
-        )
+        powers = [2**power for power in range((MAX_GANG_RANKS // per_node).bit_length())]
+        nodes = [per_node * count for count in (*range(1, FEW_NODES), *powers)]
+        most = min(self.num_units, max(MAX_GANG_RANKS, per_node))
+        return sorted({n for n in (*inside, *nodes, most) if n <= most})
 
     def max_gangs(self, ranks: int) -> int:
         """Gangs of `ranks` that there is room for: inside nodes where they fit, on whole nodes where they do not."""
-        return min(len(lay_out(self.places(), ranks)), self.num_units // ranks)
-
-    def places(self) -> list[int]:
-        """Ranks that each node has room for, node by node."""
-        return [self.units_of(node) for node in self.nodes for _ in range(node.count)]
+        return min(count_gangs([(node.count, self.units_of(node)) for node in self.nodes], ranks), self.num_units // ranks)
 
     def placement(self, ranks: int, num_gangs: int, why_no_more: str) -> Placement:
         """Where the gangs stand.
@@ -115,9 +117,8 @@ class Machines:
     @property
     def gpu_hour_price(self) -> float | None:
         """Of the cluster file: the mean over the GPUs; None where a node has no price."""
-        prices = [node.gpu_hour_price for node in self.nodes for _ in range(node.count * self.units_of(node))]
-        known = [price for price in prices if price is not None]
-        return sum(known) / len(known) if known and len(known) == len(prices) else None
+        paid = [(node.gpu_hour_price, node.count * self.units_of(node)) for node in self.nodes if node.gpu_hour_price is not None]
+        return sum(price * gpus for price, gpus in paid) / sum(gpus for _, gpus in paid) if len(paid) == len(self.nodes) else None
 
 
 def num_places(node: NodeDescription, device: Device) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -413,3 +414,12 @@ def test_rows_hold_any_document_and_rounds_hold_a_step(
     assert found.row_tokens >= longest
     assert found.row_tokens % 8 == 0
     assert found.micro_batch_rows == 1 or found.micro_batch_rows * found.row_tokens * ranks <= tokens_per_step
+
+
+@pytest.mark.parametrize(("nodes", "dtype"), [(100, "bfloat16"), (100, "float32"), (100_000, "bfloat16")])
+def test_a_plan_takes_no_longer_for_more_nodes(plan: Any, gpus: Any, nodes: int, dtype: str) -> None:
+    started = time.perf_counter()
+    sections: dict[str, Any] = {"search": {"layers": ["all", "last:8"], "tune": ["full", "lora"]}, "train": {"dtype": dtype}}
+    with contextlib.suppress(PlanError):
+        plan("70b", gpus(nodes), **sections)
+    assert time.perf_counter() - started < 5
