@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -58,7 +59,9 @@ def read_values(folder: Path) -> dict[str, Any]:
     values = _read_json(folder, path)
     _refuse_remote_code(folder, values)
     if "quantization_config" in values:
-        method = cast("dict[str, Any]", values["quantization_config"] or {}).get("quant_method", "unknown")
+        quantization = values["quantization_config"]
+        known = cast("dict[str, Any]", quantization) if isinstance(quantization, dict) else {}
+        method = known.get("quant_method", "unknown")
         raise BaseError(
             f"the base is quantized already (quantization_config, method {method!r})",
             where=str(path),
@@ -103,7 +106,7 @@ def read_config(folder: Path, values: dict[str, Any], layout: Layout) -> BaseCon
         layout=layout,
         sizes=sizes,
         flags={key: value for key, value in merged.items() if isinstance(value, bool)},
-        tied=bool(merged["tie_word_embeddings"]),
+        tied=_tied(path, merged["tie_word_embeddings"]),
         dtype=dtype_of(path, values),
         activation=activation,
         sparse=_sparse_blocks(path, layout, merged, sizes["blocks"]),
@@ -194,6 +197,12 @@ def whole_number(path: Path, key: str, value: object) -> int:
     return value
 
 
+def _tied(path: Path, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise BaseError(f"tie_word_embeddings is {value!r}", where=str(path), expected="true or false", remedy=COPY_AGAIN)
+    return value
+
+
 def _sizes(path: Path, layout: Layout, values: dict[str, Any]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     missing: dict[str, str] = {}
@@ -217,6 +226,20 @@ def _sizes(path: Path, layout: Layout, values: dict[str, Any]) -> dict[str, int]
             remedy=COPY_AGAIN,
         )
     sizes.setdefault("head_dim", sizes["hidden"] // sizes["heads"])
+    if sizes["heads"] % sizes["kv_heads"]:
+        raise BaseError(
+            f"{sizes['kv_heads']} key-value heads for {sizes['heads']} attention heads",
+            where=str(path),
+            expected="num_key_value_heads that divides num_attention_heads",
+            remedy=COPY_AGAIN,
+        )
+    if sizes.get("experts_per_token", 0) > sizes.get("experts", math.inf):
+        raise BaseError(
+            f"{sizes['experts_per_token']} experts a token, of {sizes['experts']}",
+            where=str(path),
+            expected=f"at most {sizes['experts']} experts a token",
+            remedy=COPY_AGAIN,
+        )
     if sizes.get("embedding", sizes["hidden"]) != sizes["hidden"]:
         raise BaseError(
             f"embeddings of {sizes['embedding']} in a model of hidden size {sizes['hidden']}",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.errors import PlanError
-from orchestrator.plan.ladder import OFFLOADING_STAGE, Load, RankRoom, cheapest, heaviest, leanest, misfit, ways
+from orchestrator.plan.ladder import OFFLOADING_STAGE, Load, RankRoom, RoomOf, cheapest, heaviest, leanest, misfit, ways
 from orchestrator.plan.memory.way import Way
 from orchestrator.plan.placement import Machines
 from orchestrator.plan.values import ExecutionPlan, RejectedWay
@@ -35,12 +35,17 @@ def arrange_sweep(found: Machines, spec: JobSpec, load: Load, num_trials: int) -
     counts = [n for n in found.rank_counts() if found.max_gangs(n) >= asked]
     if resources.ranks_per_gang != "auto":
         counts = [resources.ranks_per_gang]
-    room = found.room(found.num_units)
-    way, rejected = cheapest(ways(resources, "cuda", counts, load.row_tokens), load, room)
+
+    def gangs_of(ranks: int) -> int:
+        return max(1, min(num_trials, found.max_gangs(ranks))) if resources.gangs == "auto" else resources.gangs
+
+    def room_of(ranks: int) -> RankRoom:
+        return found.room(ranks, gangs_of(ranks))
+
+    way, rejected = cheapest(ways(resources, "cuda", counts, load.row_tokens), load, room_of)
     if way is None:
-        raise _nothing_fits(found, spec, load, counts, room)
-    gangs = min(num_trials, found.max_gangs(way.ranks)) if resources.gangs == "auto" else resources.gangs
-    return Arrangement(way, max(1, gangs), tuple(rejected))
+        raise _nothing_fits(found, spec, load, counts, room_of)
+    return Arrangement(way, gangs_of(way.ranks), tuple(rejected))
 
 
 def arrange_one(found: Machines, spec: JobSpec, load: Load) -> Arrangement:
@@ -59,10 +64,9 @@ def arrange_one(found: Machines, spec: JobSpec, load: Load) -> Arrangement:
         all_counts = found.rank_counts()
         most = max((n for n in all_counts if n <= useful), default=1)
         counts = [n for n in all_counts if n >= most]
-    room = found.room(counts[0])
-    way, rejected = cheapest(ways(resources, found.device, counts, load.row_tokens), load, room)
+    way, rejected = cheapest(ways(resources, found.device, counts, load.row_tokens), load, found.room_of_one)
     if way is None:
-        raise _nothing_fits(found, spec, load, counts, room)
+        raise _nothing_fits(found, spec, load, counts, found.room_of_one)
     return Arrangement(way, 1, tuple(rejected))
 
 
@@ -73,7 +77,7 @@ def refit_way(found: Machines, spec: JobSpec, load: Load, sweep: Arrangement) ->
     ranks = sweep.way.ranks * gangs
     if ranks == sweep.way.ranks:
         return sweep.way
-    way, _ = cheapest(ways(spec.resources, found.device, [ranks], load.row_tokens), load, found.room(ranks))
+    way, _ = cheapest(ways(spec.resources, found.device, [ranks], load.row_tokens), load, found.room_of_one)
     return way or sweep.way
 
 
@@ -127,23 +131,23 @@ def _arrange_cores(found: Machines, spec: JobSpec, load: Load, num_trials: int) 
     choices = range(most, 0, -1) if resources.gangs == "auto" else [resources.gangs]
     reason = ""
     for gangs in choices:
-        room = found.room(gangs * ranks)
-        way, rejected = cheapest(ways(resources, "cpu", [ranks], load.row_tokens), load, room)
+        room = found.room(ranks, gangs)
+        way, rejected = cheapest(ways(resources, "cpu", [ranks], load.row_tokens), load, lambda _, room=room: room)
         if way is not None:
             fewer = (RejectedWay(way=_gangs(most, gangs + 1), reason=reason),) if gangs < choices[0] else ()
             return Arrangement(way, gangs, (*fewer, *rejected))
         reason = rejected[-1].reason if rejected else ""
-    raise _nothing_fits(found, spec, load, [ranks], found.room(choices[-1] * ranks))
+    raise _nothing_fits(found, spec, load, [ranks], lambda _: found.room(ranks, choices[-1]))
 
 
 def _gangs(most: int, least: int) -> str:
     return f"{most} gangs" if most == least else f"{most} to {least} gangs"
 
 
-def _nothing_fits(found: Machines, spec: JobSpec, load: Load, counts: Sequence[int], room: RankRoom) -> PlanError:
+def _nothing_fits(found: Machines, spec: JobSpec, load: Load, counts: Sequence[int], room_of: RoomOf) -> PlanError:
     """What the leanest way lacks, and what would help."""
     tried = list(ways(spec.resources, found.device, counts, load.row_tokens))
-    on_device = [way for way in tried if heaviest(way, load.footprints).device.total_bytes <= room.device_bytes]
+    on_device = [way for way in tried if heaviest(way, load.footprints).device.total_bytes <= room_of(way.ranks).device_bytes]
     way = on_device[0] if on_device else leanest(tried, load)
     remedies: list[str] = []
     if spec.base.quantize == "none":
@@ -157,7 +161,7 @@ def _nothing_fits(found: Machines, spec: JobSpec, load: Load, counts: Sequence[i
     remedies += ["a smaller data.max_tokens", f"more or larger {found.unit}s" if found.device == "cuda" else "more memory"]
     return PlanError(
         f"nothing fits on {found.num_units} {found.unit}{'s' if found.num_units > 1 else ''}; "
-        f"the leanest way ({way}) {misfit(way, load, room)}",
+        f"the leanest way ({way}) {misfit(way, load, room_of(way.ranks))}",
         where="resources",
         remedy="; ".join(remedies),
     )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, select
@@ -26,7 +25,7 @@ from orchestrator.plan.memory.footprint import Footprint, weigh
 from orchestrator.plan.memory.quantized import NF4_BLOCK
 from orchestrator.plan.memory.way import Way
 from orchestrator.plan.options import Choice, search_choices, told_at
-from orchestrator.plan.placement import TRIALS_PER_GANG, Machines, machines
+from orchestrator.plan.placement import TRIALS_PER_GANG, Machines, candidates
 from orchestrator.plan.remarks import rate_note, with_remarks
 from orchestrator.plan.values import BaseLoad, ClusterDescription, DataSize, RunPlan, SearchPlan, TrialOption
 from orchestrator.spec import LoadedSpec, require_section
@@ -54,8 +53,47 @@ def make_plan(
     spec = loaded.spec
     choices = _choices(loaded, anatomy, data, job)
     check_resources(spec.resources)
-    found = machines(cluster, spec.resources)
-    _check_quantizable(spec, anatomy, found)
+    whole, *parts = candidates(cluster, spec.resources)
+    _check_quantizable(spec, anatomy, whole)
+
+    def on(found: Machines) -> RunPlan:
+        return _plan_on(found, loaded, anatomy, data, cluster, choices, job=job, spec_sha256=spec_sha256)
+
+    return _cheapest_plan(on, [whole, *parts])
+
+
+def _cheapest_plan(on: Callable[[Machines], RunPlan], machines: Sequence[Machines]) -> RunPlan:
+    """The plan that takes least time; of equals the one with most nodes, which comes first.
+
+    Raises:
+        PlanError: the job fits none; told is why it does not fit all.
+    """
+    plans: list[RunPlan] = []
+    errors: list[PlanError] = []
+    for found in machines:
+        try:
+            plans.append(on(found))
+        except PlanError as error:
+            errors.append(error)
+    if not plans:
+        raise errors[0]
+    hours = [plan.cost.wall_hours if plan.cost is not None else None for plan in plans]
+    known = [each for each in hours if each is not None]
+    return plans[hours.index(min(known))] if len(known) == len(plans) else plans[0]
+
+
+def _plan_on(
+    found: Machines,
+    loaded: LoadedSpec,
+    anatomy: ModelAnatomy,
+    data: DataSize,
+    cluster: ClusterDescription,
+    choices: Sequence[Choice],
+    *,
+    job: Literal["sweep", "finetune"],
+    spec_sha256: str,
+) -> RunPlan:
+    spec = loaded.spec
     load = Load(
         footprints=tuple(_weigh(spec, anatomy, data, choice.selection) for choice in choices),
         row_tokens=steps.row_tokens(spec, anatomy, data),
@@ -196,6 +234,7 @@ def _search_plan(spec: JobSpec, options: tuple[TrialOption, ...], gangs: Arrange
         total_steps=total_steps,
         reduction_factor=steps.REDUCTION_FACTOR,
         concurrent_trials=min(search.trials, TRIALS_PER_GANG * gangs.num_gangs),
+        controls=search.controls,
     )
 
 

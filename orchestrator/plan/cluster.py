@@ -25,6 +25,8 @@ from orchestrator.plan.values import ClusterDescription, NodeDescription
 NODE_KEYS = ("count", "cpus", "gpus", "gpu", "gpu_memory", "memory", "price")
 _DECIMAL = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS = {**_DECIMAL, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+MAX_NODES = 100_000
+"""Of one kind; what is more is a slip of the finger."""
 _EXAMPLE = "nodes: [{count: 1, cpus: 96, gpus: 8, gpu: H100-80GB, gpu_memory: 80GiB, memory: 1000GiB}]"
 
 
@@ -68,12 +70,22 @@ def _node(entry: Any, where: str) -> NodeDescription:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UsageError(f"unknown key {key!r}{hint}", where=where, expected=", ".join(NODE_KEYS), remedy=_EXAMPLE)
     num_gpus = _whole(values, "gpus", where, default=0, least=0)
+    named = [key for key in ("gpu", "gpu_memory") if key in values]
+    if named and "gpus" not in values:
+        raise UsageError(
+            f"{named[0]} without gpus", where=where, expected="gpus: how many a node has", remedy=f"add gpus, or drop {named[0]}"
+        )
+    gpu_name = values.get("gpu", "")
+    if not isinstance(gpu_name, str | int) or isinstance(gpu_name, bool):
+        raise UsageError(
+            f"gpu is {gpu_name!r}", where=f"{where}.gpu", expected="a GPU's name, such as H100-80GB", remedy=_EXAMPLE
+        )
     return NodeDescription(
-        count=_whole(values, "count", where, default=1, least=1),
+        count=_whole(values, "count", where, default=1, least=1, most=MAX_NODES),
         num_cpus=_whole(values, "cpus", where, default=None, least=1),
         num_gpus=num_gpus,
         gpu_memory_bytes=_gpu_memory(values, where) if num_gpus else 0,
-        gpu_name=str(values.get("gpu", "")),
+        gpu_name=str(gpu_name),
         gpu_hour_price=_price(values, where),
         memory_bytes=_size(values, "memory", where),
     )
@@ -103,11 +115,12 @@ def _price(values: Mapping[str, Any], where: str) -> float | None:
     return float(price)
 
 
-def _whole(values: Mapping[str, Any], key: str, where: str, *, default: int | None, least: int) -> int:
+def _whole(values: Mapping[str, Any], key: str, where: str, *, default: int | None, least: int, most: float = math.inf) -> int:
     value = values.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         found = "is missing" if value is None else f"is {value!r}"
-        raise UsageError(f"{key} {found}", where=f"{where}.{key}", expected=f"a whole number from {least} up", remedy=_EXAMPLE)
+        bounds = f"from {least} up" if most == math.inf else f"from {least} to {most}"
+        raise UsageError(f"{key} {found}", where=f"{where}.{key}", expected=f"a whole number {bounds}", remedy=_EXAMPLE)
     return value
 
 

@@ -15,7 +15,7 @@ Cost is GPU-seconds per trained token, and ways are tried in this order:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -42,6 +42,14 @@ class RankRoom:
     """Its part of its node's memory, for what is offloaded, loaded and saved; on a CPU the device's own."""
     ranks_per_node: int = 1
     """Ranks that share a node's memory."""
+    device_node: str = ""
+    """The kind of node that decides the first, where nodes are unlike."""
+    host_node: str = ""
+    """Likewise, the second."""
+
+
+RoomOf = Callable[[int], RankRoom]
+"""The room of each rank, by the ranks of a gang: the more ranks stand on a node, the less of its memory has each."""
 
 
 @dataclass(frozen=True)
@@ -71,17 +79,17 @@ def ways(resources: ResourcesSpec, device: Device, rank_counts: Sequence[int], r
                     )
 
 
-def cheapest(candidates: Iterable[Way], load: Load, room: RankRoom) -> tuple[Way | None, list[RejectedWay]]:
+def cheapest(candidates: Iterable[Way], load: Load, room_of: RoomOf) -> tuple[Way | None, list[RejectedWay]]:
     """The first way that fits, with its micro-batch, and the ways before it with the term that broke them.
 
     Of a number of ranks at which nothing fits, only the leanest way is told.
     """
     refused: list[Way] = []
     for way in candidates:
-        if misfit(way, load, room) is None:
-            return _with_rows(way, load, room), _tell(refused, way, load, room)
+        if misfit(way, load, room_of(way.ranks)) is None:
+            return _with_rows(way, load, room_of(way.ranks)), _tell(refused, way, load, room_of)
         refused.append(way)
-    return None, _tell(refused, None, load, room)
+    return None, _tell(refused, None, load, room_of)
 
 
 def leanest(candidates: Iterable[Way], load: Load) -> Way:
@@ -105,25 +113,30 @@ def misfit(way: Way, load: Load, room: RankRoom) -> str | None:
     if memory.device.total_bytes > room.device_bytes:
         worst = max(memory.device.terms, key=lambda term: term.num_bytes)
         return (
-            f"needs {format_bytes(memory.device.total_bytes)} of {format_bytes(room.device_bytes)} a rank, "
-            f"most of it {worst.name}: {format_bytes(worst.num_bytes)} ({worst.reason})"
+            f"needs {format_bytes(memory.device.total_bytes)} of {format_bytes(room.device_bytes)} a rank"
+            f"{_on(room.device_node)}, most of it {worst.name}: {format_bytes(worst.num_bytes)} ({worst.reason})"
         )
     host_bytes = memory.host.total_bytes + memory.first_rank_bytes // min(way.ranks, room.ranks_per_node)
     if way.device == "cuda" and host_bytes > room.host_bytes:
         worst = max(memory.host.terms, key=lambda term: term.num_bytes)
         return (
-            f"puts {format_bytes(host_bytes)} into host memory, and a rank has {format_bytes(room.host_bytes)} there; "
+            f"puts {format_bytes(host_bytes)} into host memory, and a rank has {format_bytes(room.host_bytes)} "
+            f"there{_on(room.host_node)}; "
             f"{worst.name}: {format_bytes(worst.num_bytes)} ({worst.reason})"
         )
     return None
 
 
-def _tell(refused: Sequence[Way], taken: Way | None, load: Load, room: RankRoom) -> list[RejectedWay]:
+def _on(node: str) -> str:
+    return f" on a node of {node}" if node else ""
+
+
+def _tell(refused: Sequence[Way], taken: Way | None, load: Load, room_of: RoomOf) -> list[RejectedWay]:
     told: list[Way] = []
     for at, same in groupby(refused, key=lambda way: (way.offload, way.ranks)):
         group = list(same)
         told += group if taken and at == (taken.offload, taken.ranks) else [leanest(group, load)]
-    return [RejectedWay(way=str(way), reason=misfit(way, load, room) or "") for way in told]
+    return [RejectedWay(way=str(way), reason=misfit(way, load, room_of(way.ranks)) or "") for way in told]
 
 
 def _with_rows(way: Way, load: Load, room: RankRoom) -> Way:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 from orchestrator.errors import PlanError
 from orchestrator.plan.estimates import Placement
 from orchestrator.plan.ladder import RankRoom
 from orchestrator.plan.memory.way import Device
-from orchestrator.plan.standing import lay_out, placement
+from orchestrator.plan.standing import count_gangs, placement
 from orchestrator.plan.values import ClusterDescription, NodeDescription
 from orchestrator.spec.models import ResourcesSpec
 
@@ -20,6 +21,10 @@ GPU_RANK_CPUS = 0.5
 THIN_TRIAL_CPUS = 0.01
 TRIALS_PER_GANG = 2
 """Trials kept open per gang: starting one takes Tune about a second, in which its gang works for another."""
+FEW_NODES = 8
+"""Up to so many, gangs over any number of nodes are tried; beyond, over powers of two."""
+MAX_GANG_RANKS = 2**14
+"""No gang is planned larger unless it is asked for."""
 MAX_GPU_RANK_THREADS = 8
 """A rank's CPU work beside a GPU is data and launches: more threads gain nothing."""
 
@@ -32,6 +37,8 @@ class Machines:
     nodes: tuple[NodeDescription, ...]
     num_units: int
     """Of GPUs at most `max_gpus`."""
+    left_out: tuple[NodeDescription, ...] = ()
+    """Poorer nodes that the job is planned without."""
 
     @property
     def unit(self) -> str:
@@ -45,16 +52,33 @@ class Machines:
         """Of the largest node."""
         return max(self.units_of(node) for node in self.nodes)
 
-    def room(self, num_ranks: int) -> RankRoom:
-        """What each of `num_ranks` ranks may fill; of unlike nodes the poorest counts."""
-        if self.device == "cuda":
-            return RankRoom(
-                device_bytes=min(node.gpu_memory_bytes for node in self.nodes),
-                host_bytes=min(node.memory_bytes // node.num_gpus for node in self.nodes),
-                ranks_per_node=min(node.num_gpus for node in self.nodes),
-            )
-        share = min(node.memory_bytes // min(num_ranks, node.num_cpus) for node in self.nodes)
-        return RankRoom(device_bytes=share, host_bytes=share)
+    def room(self, ranks: int, num_gangs: int) -> RankRoom:
+        """What each rank of `num_gangs` gangs of `ranks` may fill; of unlike nodes the poorest counts.
+
+        A node's memory is for the ranks that can come to stand there together, which are fewer than its places where the
+        job has fewer.
+        """
+        standing = {node: self._ranks_on(node, ranks, ranks * num_gangs) for node in self.nodes}
+        hosting = min(self.nodes, key=lambda node: node.memory_bytes // standing[node])
+        host_bytes = hosting.memory_bytes // standing[hosting]
+        on_gpus = self.device == "cuda"
+        tightest = min(self.nodes, key=lambda node: node.gpu_memory_bytes) if on_gpus else hosting
+        unlike = len({node.model_copy(update={"count": 1}) for node in self.nodes}) > 1
+        return RankRoom(
+            device_bytes=tightest.gpu_memory_bytes if on_gpus else host_bytes,
+            host_bytes=host_bytes,
+            ranks_per_node=min(standing.values()),
+            device_node=self.name_of(tightest) if unlike else "",
+            host_node=self.name_of(hosting) if unlike else "",
+        )
+
+    def room_of_one(self, ranks: int) -> RankRoom:
+        """Where one gang stands alone."""
+        return self.room(ranks, 1)
+
+    def _ranks_on(self, node: NodeDescription, ranks: int, all_ranks: int) -> int:
+        places = self.units_of(node)
+        return min(places // ranks * ranks or places, all_ranks)
 
     def threads(self, num_ranks: int) -> int:
         """Threads of each rank when `num_ranks` run at once."""
@@ -63,20 +87,18 @@ class Machines:
         return max(1, min(node.num_cpus // min(num_ranks, node.num_cpus) for node in self.nodes))
 
     def rank_counts(self) -> list[int]:
-        """Sizes that a gang may have, rising: powers of two inside a node, then whole nodes, then everything."""
+        """Sizes that a gang may have, rising: powers of two inside a node; of whole nodes any few, then
+        powers of two; then everything."""
         per_node = self.units_per_node
         inside = [2**power for power in range(per_node.bit_length()) if 2**power < per_node]
-        return sorted(
-            {n for n in (*inside, *range(per_node, self.num_units + 1, per_node), self.num_units) if n <= self.num_units}
-        )
+        powers = [2**power for power in range((MAX_GANG_RANKS // per_node).bit_length())]
+        nodes = [per_node * count for count in (*range(1, FEW_NODES), *powers)]
+        most = min(self.num_units, max(MAX_GANG_RANKS, per_node))
+        return sorted({n for n in (*inside, *nodes, most) if n <= most})
 
     def max_gangs(self, ranks: int) -> int:
         """Gangs of `ranks` that there is room for: inside nodes where they fit, on whole nodes where they do not."""
-        return min(len(lay_out(self.places(), ranks)), self.num_units // ranks)
-
-    def places(self) -> list[int]:
-        """Ranks that each node has room for, node by node."""
-        return [self.units_of(node) for node in self.nodes for _ in range(node.count)]
+        return min(count_gangs([(node.count, self.units_of(node)) for node in self.nodes], ranks), self.num_units // ranks)
 
     def placement(self, ranks: int, num_gangs: int, why_no_more: str) -> Placement:
         """Where the gangs stand.
@@ -84,20 +106,19 @@ class Machines:
         Args:
             why_no_more: Why there are no more gangs than that, unless it is for want of room or for `max_gpus`.
         """
-        kinds = [(self._name(node), node.count, self.units_of(node)) for node in self.nodes]
+        kinds = [(self.name_of(node), node.count, self.units_of(node)) for node in self.nodes]
         bounded = num_gangs == self.max_gangs(ranks)
         bound = f"max_gpus allows {self.num_units}" if bounded else why_no_more
         return placement(kinds, ranks, num_gangs, unit=self.unit, bound=bound)
 
-    def _name(self, node: NodeDescription) -> str:
+    def name_of(self, node: NodeDescription) -> str:
         return f"{self.units_of(node)} x {node.gpu_name or 'GPU'}" if self.device == "cuda" else f"{node.num_cpus} cores"
 
     @property
     def gpu_hour_price(self) -> float | None:
         """Of the cluster file: the mean over the GPUs; None where a node has no price."""
-        prices = [node.gpu_hour_price for node in self.nodes for _ in range(node.count * self.units_of(node))]
-        known = [price for price in prices if price is not None]
-        return sum(known) / len(known) if known and len(known) == len(prices) else None
+        paid = [(node.gpu_hour_price, node.count * self.units_of(node)) for node in self.nodes if node.gpu_hour_price is not None]
+        return sum(price * gpus for price, gpus in paid) / sum(gpus for _, gpus in paid) if len(paid) == len(self.nodes) else None
 
 
 def num_places(node: NodeDescription, device: Device) -> int:
@@ -138,6 +159,39 @@ def machines(cluster: ClusterDescription, resources: ResourcesSpec) -> Machines:
     found = Machines(device=device, nodes=nodes, num_units=min(total, most or total))
     _check_asked_ranks(found, resources, total, cluster)
     return found
+
+
+def candidates(cluster: ClusterDescription, resources: ResourcesSpec) -> list[Machines]:
+    """The whole cluster, then the parts of it that leave out its poorest nodes.
+
+    Ranks are planned for the poorest node, so that one which is not needed may make the rest useless. Poor is what has less
+    GPU memory, host memory, or host memory a place: every figure that a node has is a bound, nodes below it are left out.
+
+    Raises:
+        PlanError: as `machines`, for the whole cluster.
+    """
+    whole = machines(cluster, resources)
+    gpu_memories = {node.gpu_memory_bytes for node in whole.nodes}
+    memories = {node.memory_bytes for node in whole.nodes}
+    shares = {node.memory_bytes // whole.units_of(node) for node in whole.nodes}
+    found = {whole.nodes: whole}
+    for gpu_memory, memory, share in sorted(
+        {(gpu, memory, 0) for gpu in gpu_memories for memory in memories}
+        | {(gpu, 0, share) for gpu in gpu_memories for share in shares}
+    ):
+        nodes = tuple(
+            node
+            for node in whole.nodes
+            if node.gpu_memory_bytes >= gpu_memory
+            and node.memory_bytes >= memory
+            and node.memory_bytes // whole.units_of(node) >= share
+        )
+        if not nodes or nodes in found:
+            continue
+        with suppress(PlanError):
+            part = machines(cluster.model_copy(update={"nodes": nodes}), resources)
+            found[nodes] = replace(part, left_out=tuple(node for node in whole.nodes if node not in nodes))
+    return list(found.values())
 
 
 def idle_gpus(cluster: ClusterDescription) -> int:

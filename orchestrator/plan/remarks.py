@@ -100,6 +100,12 @@ def _notes(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDescri
 
 def _warnings(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDescription) -> Iterator[str]:
     yield from _hours_warning(plan, spec.resources.max_gpu_hours)
+    if found.left_out:
+        counts = ", ".join(f"{node.count} x {found.name_of(node)}" for node in found.left_out)
+        yield (
+            f"planned without the poorer nodes ({counts}): every rank is planned for the poorest node that it may stand on, and "
+            "with these the job would not fit or would take longer. Ray does not know: start its cluster without them"
+        )
     if found.device == "cuda" and idle_gpus(cluster):
         yield f"{idle_gpus(cluster)} of {cluster.num_gpus} GPUs stay idle: their nodes have too few CPUs for a rank on each"
     if spec.task == "classify" and spec.data.retain is not None:

@@ -4,41 +4,55 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from orchestrator.plan.estimates import NodePlaces, Placement
 
-Stand = tuple[tuple[int, int], ...]
-"""One gang: (index of a node, ranks on it), rising by node."""
+
+class Stands(NamedTuple):
+    """Gangs that stand alike."""
+
+    times: int
+    nodes: tuple[tuple[int, int], ...]
+    """(kind of node, ranks on it) for every node of one such gang, rising."""
 
 
-def lay_out(places: Sequence[int], ranks: int) -> list[Stand]:
-    """Every gang of `ranks` that there is room for.
+def lay_out(kinds: Sequence[tuple[int, int]], ranks: int) -> list[Stands]:
+    """Every gang of `ranks` that there is room for. What it takes does not grow with the nodes of a kind.
 
     Nodes that hold a gang take as many as they can; what remains of them is left over. Smaller nodes are taken whole,
     several to a gang: largest first while they are needed whole, then the smallest that covers the rest, whose
     remainder no other gang uses.
 
     Args:
-        places: Ranks that each node has room for.
+        kinds: (nodes, ranks that each has room for) for each kind of node.
     """
-    inside = [((index, ranks),) for index, free in enumerate(places) for _ in range(free // ranks)]
-    small = sorted((index for index, free in enumerate(places) if 0 < free < ranks), key=lambda index: (-places[index], index))
-    gangs: list[Stand] = list(inside)
-    while sum(places[index] for index in small) >= ranks:
-        taken: list[tuple[int, int]] = []
+    gangs = [
+        Stands(count * (each // ranks), ((kind, ranks),)) for kind, (count, each) in enumerate(kinds) if count and each >= ranks
+    ]
+    free = {kind: count for kind, (count, each) in enumerate(kinds) if count and 0 < each < ranks}
+    order = sorted(free, key=lambda kind: (-kinds[kind][1], kind))
+    while sum(count * kinds[kind][1] for kind, count in free.items()) >= ranks:
+        whole: dict[int, int] = {}
         missing = ranks
-        for index in small:
-            if places[index] <= missing:
-                taken.append((index, places[index]))
-                missing -= places[index]
+        for kind in order:
+            whole[kind] = min(free[kind], missing // kinds[kind][1])
+            missing -= whole[kind] * kinds[kind][1]
+        stood = [(kind, kinds[kind][1]) for kind, count in whole.items() for _ in range(count)]
         if missing:
-            used = {index for index, _ in taken}
             # Every node that was passed over has more places than were missing then.
-            taken.append((min((i for i in small if i not in used), key=lambda i: (places[i], i)), missing))
-        gangs.append(tuple(sorted(taken)))
-        used = {index for index, _ in taken}
-        small = [index for index in small if index not in used]
+            rest = min((kind for kind in order if free[kind] > whole[kind]), key=lambda kind: (kinds[kind][1], kind))
+            stood.append((rest, missing))
+            whole[rest] += 1
+        times = min(free[kind] // count for kind, count in whole.items() if count)
+        gangs.append(Stands(times, tuple(sorted(stood))))
+        free = {kind: count - times * whole[kind] for kind, count in free.items()}
     return gangs
+
+
+def count_gangs(kinds: Sequence[tuple[int, int]], ranks: int) -> int:
+    """How many gangs of `ranks` there is room for."""
+    return sum(stands.times for stands in lay_out(kinds, ranks))
 
 
 def placement(kinds: Sequence[tuple[str, int, int]], ranks: int, num_gangs: int, *, unit: str, bound: str = "") -> Placement:
@@ -48,14 +62,12 @@ def placement(kinds: Sequence[tuple[str, int, int]], ranks: int, num_gangs: int,
         kinds: (description, nodes, places of a node) for each kind of node.
         bound: Why there are no more gangs, where there is room for more.
     """
-    places = [each for _, count, each in kinds for _ in range(count)]
-    kind_of = [index for index, (_, count, _) in enumerate(kinds) for _ in range(count)]
-    room = lay_out(places, ranks)
-    gangs = room[:num_gangs]
+    room = lay_out([(count, each) for _, count, each in kinds], ranks)
+    gangs = _first(room, num_gangs)
     inside, spanning = Counter[int](), Counter[int]()
-    for gang in gangs:
-        for node, held in gang:
-            (inside if len(gang) == 1 else spanning)[kind_of[node]] += held
+    for times, nodes_of_one in gangs:
+        for kind, held in nodes_of_one:
+            (inside if len(nodes_of_one) == 1 else spanning)[kind] += times * held
     nodes = tuple(
         NodePlaces(
             node=name,
@@ -66,28 +78,38 @@ def placement(kinds: Sequence[tuple[str, int, int]], ranks: int, num_gangs: int,
         )
         for index, (name, count, each) in enumerate(kinds)
     )
-    sentences = [_where(gangs, ranks, len(places), unit)]
-    left, total = sum(kind.left_over for kind in nodes), sum(places)
+    sentences = [_where(gangs, ranks, sum(count for _, count, _ in kinds), unit)]
+    left, total = sum(kind.left_over for kind in nodes), sum(count * each for _, count, each in kinds)
     if left:
-        why = bound if num_gangs < len(room) else f"no further gang of {ranks} fits"
+        why = bound if num_gangs < sum(stands.times for stands in room) else f"no further gang of {ranks} fits"
         sentences.append(f"{left} of {total} {unit}s {'is' if left == 1 else 'are'} left over: {why}")
     return Placement(
         unit=unit,
         ranks=ranks,
-        num_gangs=len(gangs),
-        num_spanning=sum(len(gang) > 1 for gang in gangs),
+        num_gangs=sum(stands.times for stands in gangs),
+        num_spanning=sum(stands.times for stands in gangs if len(stands.nodes) > 1),
         nodes=nodes,
         sentences=tuple(sentences),
     )
 
 
-def _where(gangs: Sequence[Stand], ranks: int, num_nodes: int, unit: str) -> str:
+def _first(room: Sequence[Stands], num_gangs: int) -> list[Stands]:
+    taken: list[Stands] = []
+    for stands in room:
+        times = min(stands.times, num_gangs)
+        num_gangs -= times
+        if times:
+            taken.append(stands._replace(times=times))
+    return taken
+
+
+def _where(gangs: Sequence[Stands], ranks: int, num_nodes: int, unit: str) -> str:
     """`4 gangs of 8 GPUs, each inside one node`."""
-    count = len(gangs)
+    count = sum(stands.times for stands in gangs)
     said = f"{count} gang{'s' if count != 1 else ''} of {ranks} {unit}{'s' if ranks != 1 else ''}"
     if num_nodes == 1:
         return f"{said} on one node"
-    spans = sorted({len(gang) for gang in gangs})
+    spans = sorted({len(stands.nodes) for stands in gangs})
     if spans == [1]:
         return f"{said}, each inside one node"
     over = f"{spans[0]}" if len(spans) == 1 else f"{spans[0]} to {spans[-1]}"

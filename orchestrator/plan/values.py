@@ -248,6 +248,8 @@ class SearchPlan(Value):
     """Steps of the full budget (`train.epochs`)."""
     reduction_factor: int
     concurrent_trials: int
+    controls: tuple[Literal["shuffled", "scratch", "k_shot"], ...] = ()
+    """Asked for beside those that every sweep has."""
 
 
 class RunPlan(Value):

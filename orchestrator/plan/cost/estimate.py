@@ -30,6 +30,8 @@ TOKEN_BYTES = 5
 """Of a token on disk: an int32 id and a supervision mask."""
 REFIT = "refit"
 """The part of the operations that trains the winner again."""
+SHUFFLED = "shuffled"
+"""The part of the control of that name, which is trained as long as what is bundled, after the search and in one gang."""
 
 
 def rate_of(found: Machines) -> Rate:
@@ -54,7 +56,9 @@ def estimate_cost(plan: RunPlan, anatomy: ModelAnatomy, rate: Rate, *, price_per
     refit = sum(part.amount for part in operations if part.name == REFIT)
     trial = [sum(term.flops for term in each) * plan.total_tokens * _budget(plan) for each in terms]
     units, refit_units = units_of_gang(plan.execution), units_of_gang(plan.refit_execution)
-    search_seconds = _seconds(rate, max((total - refit) / (units * _busy_gangs(plan)), max(trial, default=0.0) / units))
+    shuffled = sum(part.amount for part in operations if part.name == SHUFFLED)
+    searched = max((total - refit - shuffled) / (units * _busy_gangs(plan)), max(trial, default=0.0) / units)
+    search_seconds = _seconds(rate, searched + shuffled / units)
     disk, checkpoint_bytes = _disk(plan, anatomy, options)
     on_gpus = plan.execution.device == "cuda"
     gpu_hours, core_hours = (_hours(rate, total), None) if on_gpus else (None, _hours(rate, total))
@@ -87,7 +91,7 @@ def estimate_cost(plan: RunPlan, anatomy: ModelAnatomy, rate: Rate, *, price_per
         disk=disk,
         disk_bytes=round(sum(part.amount for part in disk)),
         checkpoint_bytes=checkpoint_bytes,
-        bundle_bytes=2 * plan.num_parameters,
+        bundle_bytes=_bundle_bytes(plan, anatomy, options),
         cache_bytes=TOKEN_BYTES * _all_tokens(plan.data),
     )
 
@@ -158,7 +162,8 @@ def _operations(plan: RunPlan, anatomy: ModelAnatomy, terms: Sequence[Sequence[F
     mean, count = sum(per_token) / len(per_token), search.num_trials
     steps, rungs = expected_steps(search), expected_rungs(search)
     head = sum(term.flops for term in option_terms(plan, anatomy, _head(plan, anatomy)))
-    controls = head * plan.total_tokens + (1 + len(search.rung_steps)) * scored
+    controls = head * search.rung_steps[-1] * per_step + (1 + len(search.rung_steps)) * scored
+    shuffled = max(per_token) * plan.total_tokens + scored if SHUFFLED in search.controls else 0.0
     again = max(per_token) * plan.total_tokens if search.rung_steps[-1] < plan.total_steps else 0.0
     of = f"{count} trials x {steps:.4g} of {search.rung_steps[-1]} steps"
     parts = [
@@ -168,11 +173,14 @@ def _operations(plan: RunPlan, anatomy: ModelAnatomy, terms: Sequence[Sequence[F
             amount=count * rungs * scored,
             reason=f"{count} trials x {rungs:.3g} rungs x {format_flops(scored)}, a forward pass",
         ),
-        Part(name="controls", amount=controls, reason="the untouched base, scored; the head alone, trained to the full budget"),
+        Part(name="controls", amount=controls, reason="the untouched base, scored; the head alone, trained to the last rung"),
     ]
+    if shuffled:
+        reason = "the winner once more, on answers permuted among the prompts, if it is the costliest choice"
+        parts.append(Part(name=SHUFFLED, amount=shuffled, reason=reason))
     if again:
         parts.append(Part(name=REFIT, amount=again, reason="the winner to the full budget, if it is the costliest choice"))
-    whole = count * (mean * search.rung_steps[-1] * per_step + len(search.rung_steps) * scored) + controls + again
+    whole = count * (mean * search.rung_steps[-1] * per_step + len(search.rung_steps) * scored) + controls + shuffled + again
     return tuple(parts), whole
 
 
@@ -210,6 +218,14 @@ def _budget(plan: RunPlan) -> float:
     return plan.search.rung_steps[-1] / plan.total_steps if plan.search is not None else 1.0
 
 
+def _bundle_bytes(plan: RunPlan, anatomy: ModelAnatomy, options: Sequence[TrialOption]) -> int:
+    """The merged model at its largest: every tensor in its stored dtype, and a copy of a tied head that learns."""
+    dropped = {anatomy.head_weight} if plan.base.task == "classify" and anatomy.kind == "decoder" else set[str]()
+    kept = sum(tensor.num_bytes for name, tensor in anatomy.tensors.items() if name not in dropped)
+    unties = any(option.selection.unties_head for option in options)
+    return kept + (anatomy.tensors[anatomy.embeddings[0]].num_bytes if unties else 0)
+
+
 def _all_tokens(data: DataSize) -> int:
     return data.train_tokens + data.eval_tokens + data.retain_tokens
 
@@ -225,7 +241,8 @@ def _disk(plan: RunPlan, anatomy: ModelAnatomy, options: Sequence[TrialOption]) 
     largest = max(learn, default=0)
     checkpoint = (element + STATE_BYTES) * largest
     tokens = TOKEN_BYTES * _all_tokens(plan.data)
-    parts = [Part(name="bundle", amount=2 * plan.num_parameters, reason="the merged model, 2 bytes a parameter")]
+    bundle = _bundle_bytes(plan, anatomy, options)
+    parts = [Part(name="bundle", amount=bundle, reason="the merged model, each tensor in the dtype that the base has it in")]
     if plan.search is not None:
         search, rungs = plan.search, expected_rungs(plan.search)
         mean = sum(learn) / len(learn)

@@ -31,7 +31,24 @@ def in_flight_bytes(counts: Sequence[int], *, share: int, size: int, bucket_elem
     """
     gradients = [_Gradient(n, _pieces(end - n, n, share)) for end, n in zip(accumulate(counts), counts, strict=True)]
     buckets = _buckets(gradients[::-1], bucket_elements)
-    return max(_most_of(buckets, size, bucket_elements, rank) for rank in ranks)
+    plain = [_at(buckets, number, size, bucket_elements, None) for number in range(len(buckets))]
+    before = [0, *accumulate(plain, max)]
+    after = [0, *accumulate(plain[::-1], max)][::-1]
+    reached = _reached(buckets)
+    most = 0
+    for rank in ranks:
+        # A partition is a run of elements, so the buckets that it reaches into follow each other: nothing is kept before
+        # them, and nothing more after.
+        own, kept = reached.get(rank, {}), 0
+        first, last = (min(own), max(own)) if own else (len(buckets), len(buckets) - 1)
+        most = max(most, before[first])
+        for number, pieces in own.items():
+            apart = pieces > 1
+            there = _at(buckets, number, size, bucket_elements, rank) if apart else plain[number]
+            most = max(most, size * kept + there)
+            kept += _alone(buckets[number], bucket_elements)
+        most = max(most, size * kept + after[last + 1])
+    return most
 
 
 def _buckets(gradients: Sequence[_Gradient], bucket_elements: int) -> list[list[_Gradient]]:
@@ -47,16 +64,29 @@ def _buckets(gradients: Sequence[_Gradient], bucket_elements: int) -> list[list[
     return buckets
 
 
-def _most_of(buckets: Sequence[Sequence[_Gradient]], size: int, bucket_elements: int, rank: int) -> int:
-    most = kept = 0
-    for bucket, following in zip(buckets, [*buckets[1:], []], strict=True):
-        alone = bucket[0].elements if bucket[0].elements > bucket_elements else 0
-        waiting = following[0].elements if following else 0
-        largest = max(gradient.elements for gradient in bucket)
-        most = max(most, size * (kept + largest), size * (kept + alone + waiting) + _sent(bucket, size, bucket_elements, rank))
-        if any(partition == rank for partition, _ in bucket[0].pieces):
-            kept += alone
-    return most
+def _reached(buckets: Sequence[Sequence[_Gradient]]) -> dict[int, dict[int, int]]:
+    """Partition -> number of a bucket, rising -> pieces of it that are the partition's."""
+    reached: dict[int, dict[int, int]] = {}
+    for number, bucket in enumerate(buckets):
+        for gradient in bucket:
+            for partition, _ in gradient.pieces:
+                own = reached.setdefault(partition, {})
+                own[number] = own.get(number, 0) + 1
+    return reached
+
+
+def _alone(bucket: Sequence[_Gradient], bucket_elements: int) -> int:
+    """Elements of a gradient that the bucket cannot hold, which is sent by itself."""
+    return bucket[0].elements if bucket[0].elements > bucket_elements else 0
+
+
+def _at(buckets: Sequence[Sequence[_Gradient]], number: int, size: int, bucket_elements: int, rank: int | None) -> int:
+    """The most while a bucket is sent, beyond what is kept; `rank` where more than one of its pieces is the rank's own."""
+    bucket = buckets[number]
+    waiting = buckets[number + 1][0].elements if number + 1 < len(buckets) else 0
+    largest = max(gradient.elements for gradient in bucket)
+    alone = _alone(bucket, bucket_elements)
+    return max(size * largest, size * (alone + waiting) + _sent(bucket, size, bucket_elements, rank))
 
 
 def _pieces(start: int, elements: int, share: int) -> tuple[tuple[int, int], ...]:
@@ -66,7 +96,7 @@ def _pieces(start: int, elements: int, share: int) -> tuple[tuple[int, int], ...
     )
 
 
-def _sent(bucket: Sequence[_Gradient], size: int, bucket_elements: int, rank: int) -> int:
+def _sent(bucket: Sequence[_Gradient], size: int, bucket_elements: int, rank: int | None) -> int:
     """The copies that `average_tensor` makes of a bucket.
 
     Pieces that follow each other for one other rank are one piece; the rank's own stay apart. `allreduce_and_scatter` sends

@@ -193,8 +193,8 @@ def _stage_1_and_2(
     """
     padded = _padded(sum(counts), ranks)
     share = padded // ranks
-    numbers = range(ranks) if rank is None else [rank]
-    held = [_of_partition(counts, number * share, share) for number in numbers]
+    partitions = _unlike_partitions(counts, share) if rank is None else {rank: _of_partition(counts, rank * share, share)}
+    numbers, held = list(partitions), list(partitions.values())
     touched = max(sum(whole for whole, _ in partition) for partition in held)
     largest_piece = max((piece for partition in held for _, piece in partition), default=0)
     in_flight = 0
@@ -271,6 +271,18 @@ def _of_partition(counts: Sequence[int], start: int, share: int) -> list[tuple[i
     ends = accumulate(counts)
     pieces = ((count, min(end, start + share) - max(end - count, start)) for count, end in zip(counts, ends, strict=True))
     return [(count, piece) for count, piece in pieces if piece > 0]
+
+
+def _unlike_partitions(counts: Sequence[int], share: int) -> dict[int, list[tuple[int, int]]]:
+    """`_of_partition` of every partition that holds anything, of those inside one tensor the first alone: they are alike."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for end, count in zip(accumulate(counts), counts, strict=True):
+        start = end - count
+        first, last = start // share, (end - 1) // share
+        for number in sorted({first, min(first + 1, last), last}):
+            piece = min(end, (number + 1) * share) - max(start, number * share)
+            found.setdefault(number, []).append((count, piece))
+    return found
 
 
 def _largest_group(shares: Sequence[int]) -> int:

@@ -244,3 +244,21 @@ def test_where_the_base_lies(tmp_path: Path) -> None:
     assert resolve_base("/models/x", tmp_path) == Path("/models/x")
     assert resolve_base("~/x", tmp_path) == Path.home() / "x"
     assert resolve_base("sample", tmp_path).name == "base"
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"quantization_config": "nf4"}, "quantized already (quantization_config, method 'unknown')"),
+        ({"quantization_config": ["bitsandbytes"]}, "quantized already"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"),
+        ({"tie_word_embeddings": 0}, "tie_word_embeddings is 0"),
+        ({"num_attention_heads": 4, "num_key_value_heads": 3}, "3 key-value heads for 4 attention heads"),
+        (
+            {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 8},
+            "8 experts a token, of 4",
+        ),
+    ],
+)
+def test_a_config_that_makes_no_sense(base: Path, changes: dict[str, Any], what: str) -> None:
+    assert what in error_of(with_config(base, **changes)).what

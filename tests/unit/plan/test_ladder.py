@@ -52,7 +52,7 @@ def test_cores_have_nowhere_to_offload_to() -> None:
 def test_the_micro_batch_is_the_largest_that_fits(base: Any, gib: int) -> None:
     """With a step without end, one row more would be too much; rows spread evenly may leave out less than a round."""
     work, room = load(base, tokens_per_step=512 * 10**6), RankRoom(gib * GIB, 100 * GIB)
-    way, _ = cheapest(ways(ResourcesSpec(), "cuda", [1], 512), work, room)
+    way, _ = cheapest(ways(ResourcesSpec(), "cuda", [1], 512), work, lambda _: room)
     assert way is not None
     assert heaviest(way, work.footprints).device.total_bytes <= room.device_bytes
     more = replace(way, micro_batch_rows=way.micro_batch_rows + 1)
@@ -66,7 +66,7 @@ def test_rows_are_spread_evenly_over_rounds(base: Any) -> None:
     per_row = [
         heaviest(replace(next(ways(ResourcesSpec(), "cuda", [1], 512)), micro_batch_rows=n), work.footprints).device for n in rows
     ]
-    way, _ = cheapest(ways(ResourcesSpec(), "cuda", [1], 512), work, RankRoom(per_row[0].total_bytes, 100 * GIB))
+    way, _ = cheapest(ways(ResourcesSpec(), "cuda", [1], 512), work, lambda _: RankRoom(per_row[0].total_bytes, 100 * GIB))
     assert way is not None
     assert way.micro_batch_rows == 10
 
@@ -79,3 +79,11 @@ def test_gangs_that_were_asked_for_leave_each_other_room(base: Any, job: Any, gp
     crowded = job(**sections, resources={"offload": "none", "gangs": 8})
     with pytest.raises(PlanError, match="nothing fits on 8 GPUs"):
         make_plan(crowded, base("8b"), data(), gpus(), job="sweep", spec_sha256="0" * 64)
+
+
+def test_one_rank_has_the_memory_of_its_node_to_itself(base: Any, job: Any, gpus: Any, data: Any) -> None:
+    """8B tuned whole on one GPU puts more into host memory than an eighth of the node's."""
+    sections: dict[str, Any] = {"search": {"layers": ["all"], "tune": ["full"]}, "resources": {"max_gpus": 1}}
+    found = make_plan(job(**sections), base("8b"), data(), gpus(), job="sweep", spec_sha256="0" * 64)
+    assert found.search is not None
+    assert found.search.options[0].host_memory.total_bytes > 125 * GIB

@@ -48,13 +48,14 @@ def anatomies(draw: st.DrawFn) -> ModelAnatomy:
 
 
 def node(count: int, each: int, gpu_gib: float, host_gib: int) -> NodeDescription:
+    """Its GPU's name says its sizes, so that a placement tells which nodes it is on."""
     return NodeDescription(
         count=count,
         num_cpus=96,
         num_gpus=each,
         gpu_memory_bytes=round(gpu_gib * GIB),
         memory_bytes=host_gib * GIB,
-        gpu_name="H100",
+        gpu_name=f"H100 {gpu_gib} {host_gib}",
     )
 
 
@@ -114,12 +115,34 @@ def test_a_plan_keeps_within_memory_and_gpus_and_more_memory_never_breaks_it(
         return
     assert again is not None, "more memory made a feasible job infeasible"
     assert found.search is not None
-    smallest = min(kind.gpu_memory_bytes for kind in cluster.nodes)
-    assert max(option.memory.total_bytes for option in found.search.options) <= smallest
+    names = {kind.node.partition(" x ")[2] for kind in found.placement.nodes}
+    used = [kind for kind in cluster.nodes if kind.gpu_name in names]
+    assert max(option.memory.total_bytes for option in found.search.options) <= min(kind.gpu_memory_bytes for kind in used)
     for stood in (found.placement, found.refit_placement):
-        assert stood.num_gangs * stood.ranks + stood.left_over == cluster.num_gpus
+        assert stood.num_gangs * stood.ranks + stood.left_over == sum(kind.count * kind.num_gpus for kind in used)
         assert all(kind.left_over >= 0 for kind in stood.nodes)
     assert (found.placement.num_gangs, found.placement.ranks) == (found.num_gangs, found.execution.ranks)
+
+
+@SETTINGS
+@given(anatomy=anatomies(), cluster=clusters(), more=clusters(), sections=SECTIONS, most=st.none() | st.integers(1, 8))
+def test_more_nodes_never_break_a_plan(
+    job: Any,
+    data: Any,
+    anatomy: ModelAnatomy,
+    cluster: ClusterDescription,
+    more: ClusterDescription,
+    sections: dict[str, Any],
+    most: int | None,
+) -> None:
+    loaded = job(**sections, resources={"max_gpus": most})
+    size = data(longest_document_tokens=sections["data"]["max_tokens"])
+    try:
+        make_plan(loaded, anatomy, size, cluster, job="sweep", spec_sha256="0" * 64)
+    except PlanError:
+        return
+    both = cluster.model_copy(update={"nodes": (*cluster.nodes, *more.nodes)})
+    make_plan(loaded, anatomy, size, both, job="sweep", spec_sha256="0" * 64)
 
 
 @SETTINGS

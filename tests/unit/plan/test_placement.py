@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from orchestrator.errors import PlanError
 from orchestrator.plan.placement import machines
-from orchestrator.plan.standing import lay_out, placement
+from orchestrator.plan.standing import count_gangs, lay_out, placement
 from orchestrator.plan.values import ClusterDescription, NodeDescription
 from orchestrator.spec.models import ResourcesSpec
 from orchestrator.units import GIB
@@ -22,6 +22,11 @@ def cluster(*sizes: int) -> ClusterDescription:
         for size in sizes
     )
     return ClusterDescription(nodes=tuple(nodes), source="test")
+
+
+def stands_of(places: list[int], ranks: int) -> list[tuple[tuple[int, int], ...]]:
+    """Gang by gang, every node a kind of its own."""
+    return [nodes for times, nodes in lay_out([(1, each) for each in places], ranks) for _ in range(times)]
 
 
 @pytest.mark.parametrize(
@@ -41,12 +46,12 @@ def cluster(*sizes: int) -> ClusterDescription:
     ],
 )
 def test_gangs_stand_inside_nodes_or_on_whole_ones(places: list[int], ranks: int, stands: list[Any]) -> None:
-    assert lay_out(places, ranks) == stands
+    assert stands_of(places, ranks) == stands
 
 
 @given(places=st.lists(st.integers(0, 9), min_size=1, max_size=12), ranks=st.integers(1, 40))
 def test_no_gpu_is_used_twice_and_no_gang_that_fits_is_forgotten(places: list[int], ranks: int) -> None:
-    gangs = lay_out(places, ranks)
+    gangs = stands_of(places, ranks)
     used = [0] * len(places)
     spanned: list[int] = []
     for gang in gangs:
@@ -91,7 +96,7 @@ def test_every_size_that_a_gang_may_have_has_a_place(sizes: list[int]) -> None:
 
 def test_more_gpus_never_make_fewer_gangs_of_equal_nodes() -> None:
     for ranks in range(1, 33):
-        counts = [len(lay_out([8] * nodes, ranks)) for nodes in range(1, 9)]
+        counts = [count_gangs([(nodes, 8)], ranks) for nodes in range(1, 9)]
         assert counts == sorted(counts)
 
 
@@ -116,3 +121,33 @@ def test_gangs_that_would_share_a_node_with_a_part_of_another_are_refused() -> N
         machines(cluster(8, 8), ResourcesSpec(gangs=3, ranks_per_gang=5))
     assert caught.value.exit_code == 3
     assert machines(cluster(8, 8), ResourcesSpec(gangs=2, ranks_per_gang=5)).max_gangs(5) == 2
+
+
+def test_host_memory_is_for_the_ranks_that_stand_on_a_node_together() -> None:
+    """Eight places do not matter where the job has one rank, or where only two gangs of three go into them."""
+    whole = machines(cluster(8), ResourcesSpec()).room(1, 8)
+    one = machines(cluster(8), ResourcesSpec(max_gpus=1)).room(1, 1)
+    threes = machines(cluster(8, 8), ResourcesSpec()).room(3, 4)
+    assert [room.host_bytes // GIB for room in (whole, one, threes)] == [125, 1000, 166]
+    assert [room.ranks_per_node for room in (whole, one, threes)] == [8, 1, 6]
+
+
+@given(
+    kinds=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 9)), min_size=1, max_size=5, unique_by=lambda kind: kind[1]),
+    ranks=st.integers(1, 40),
+)
+def test_like_nodes_stand_together_as_they_do_one_by_one(kinds: list[tuple[int, int]], ranks: int) -> None:
+    places = [each for count, each in kinds for _ in range(count)]
+    together = sorted(sorted(held for _, held in nodes) for times, nodes in lay_out(kinds, ranks) for _ in range(times))
+    assert together == sorted(sorted(held for _, held in gang) for gang in stands_of(places, ranks))
+
+
+def test_sizes_of_gangs_on_many_nodes_are_few() -> None:
+    def sizes(nodes: int) -> list[int]:
+        (node,) = cluster(8).nodes
+        many = ClusterDescription(nodes=(node.model_copy(update={"count": nodes}),), source="test")
+        return machines(many, ResourcesSpec()).rank_counts()
+
+    assert sizes(4) == [1, 2, 4, 8, 16, 24, 32]
+    assert sizes(20) == [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 128, 160]
+    assert sizes(100_000)[-3:] == [4096, 8192, 16384]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -372,12 +373,13 @@ def test_no_gpu_of_unlike_nodes_is_used_twice(
     ):
         assert (stood.num_gangs, stood.ranks) == (gangs, ranks), "every gang of the plan has a place"
         assert all(kind.left_over >= 0 for kind in stood.nodes)
-        assert gangs * ranks + stood.left_over == sum(n * each for n, each, _ in kinds)
+        assert gangs * ranks + stood.left_over == sum(kind.count * int(kind.node.split()[0]) for kind in stood.nodes)
         assert (
             sum(kind.gangs_inside for kind in stood.nodes) * ranks + sum(kind.ranks_spanning for kind in stood.nodes)
             == gangs * ranks
         )
-    assert max(estimates(found)) <= min(memory for _, _, memory in kinds) * GIB
+    places = {int(kind.node.split()[0]) for kind in found.placement.nodes}
+    assert max(estimates(found)) <= max(memory for _, each, memory in kinds if each in places) * GIB
 
 
 @LAWS
@@ -423,3 +425,12 @@ def test_rows_hold_any_document_and_rounds_hold_a_step(
     assert found.row_tokens >= longest
     assert found.row_tokens % 8 == 0
     assert found.micro_batch_rows == 1 or found.micro_batch_rows * found.row_tokens * ranks <= tokens_per_step
+
+
+@pytest.mark.parametrize(("nodes", "dtype"), [(100, "bfloat16"), (100, "float32"), (100_000, "bfloat16")])
+def test_a_plan_takes_no_longer_for_more_nodes(plan: Any, gpus: Any, nodes: int, dtype: str) -> None:
+    started = time.perf_counter()
+    sections: dict[str, Any] = {"search": {"layers": ["all", "last:8"], "tune": ["full", "lora"]}, "train": {"dtype": dtype}}
+    with contextlib.suppress(PlanError):
+        plan("70b", gpus(nodes), **sections)
+    assert time.perf_counter() - started < 5

@@ -18,8 +18,15 @@ from orchestrator.plan.values import ClusterDescription, RunPlan, SearchPlan
 def plan(base: Any, job: Any, data: Any) -> Any:
     """A plan from a base's name, a cluster, and the sections of a spec."""
 
-    def build(name: str, cluster: ClusterDescription, *, kind: str = "sweep", size: Any = None, **sections: Any) -> RunPlan:
-        return make_plan(job(**sections), base(name), size or data(), cluster, job=kind, spec_sha256="0" * 64)  # type: ignore[arg-type]
+    def build(name: Any, cluster: ClusterDescription, *, kind: str = "sweep", size: Any = None, **sections: Any) -> RunPlan:
+        return make_plan(
+            job(**sections),
+            base(name) if isinstance(name, str) else name,
+            size or data(),
+            cluster,
+            job=kind,
+            spec_sha256="0" * 64,
+        )  # type: ignore[arg-type]
 
     return build
 
@@ -133,6 +140,29 @@ def test_the_price_of_the_cluster_file_and_of_the_spec(plan: Any, gpus: Any) -> 
     assert plan("tiny", half_known).cost.price_per_gpu_hour is None
 
 
+def test_the_head_alone_stops_at_the_last_rung(plan: Any, gpus: Any) -> None:
+    half, whole = (plan("8b", gpus(), quantize="nf4", search={"budget": budget, "scheduler": "none"}) for budget in (0.5, 1.0))
+    scored = part(whole, "scoring") / whole.search.num_trials
+    trained = [part(found, "controls") - 2 * scored for found in (half, whole)]
+    assert trained[0] / trained[1] == pytest.approx(half.search.rung_steps[-1] / half.total_steps)
+
+
+def test_shuffled_answers_cost_a_whole_training(plan: Any, gpus: Any) -> None:
+    sections: dict[str, Any] = {"quantize": "nf4", "resources": {"gpu_hour_price": 2.0}}
+    without = plan("8b", gpus(), **sections)
+    found = plan("8b", gpus(), **sections, search={"controls": ["shuffled"]})
+    whole = max(option.flops_per_token for option in found.cost.options) * found.total_tokens
+    assert part(found, "shuffled") == pytest.approx(whole, rel=0.2)
+    assert part(found, "shuffled") >= whole
+    more = part(found, "shuffled") / found.cost.rate.flops / 3600
+    assert found.cost.gpu_hours == pytest.approx(without.cost.gpu_hours + more)
+    assert found.cost.price == pytest.approx(2 * found.cost.gpu_hours)
+    assert found.cost.wall_hours == pytest.approx(without.cost.wall_hours + more / found.execution.ranks)
+    hours = {"max_gpu_hours": without.gpu_hours * 1.0001}
+    warned = plan("8b", gpus(), quantize="nf4", search={"controls": ["shuffled"]}, resources=hours)
+    assert any("max_gpu_hours" in warning for warning in warned.warnings)
+
+
 # -- max_gpu_hours ----------------------------------------------------------------------------------------------------
 
 
@@ -170,6 +200,7 @@ def test_disk_holds_the_bundle_every_rung_and_what_may_go_on(plan: Any, cores: A
     learn = [option.selection.num_trainable_parameters for option in found.search.options]
     disk = {each.name: each.amount for each in found.cost.disk}
     assert disk["bundle"] == found.cost.bundle_bytes == 2 * found.num_parameters
+    assert base("tiny").tied
     assert disk["trials"] == pytest.approx(6 * expected_rungs(found.search) * 4 * sum(learn) / 2)
     assert disk["open trials"] == found.search.concurrent_trials * 12 * max(learn)
     assert disk["control head"] == 4 * len(found.search.rung_steps) * 512 * 64
@@ -179,3 +210,14 @@ def test_disk_holds_the_bundle_every_rung_and_what_may_go_on(plan: Any, cores: A
     assert found.disk_bytes == round(sum(disk.values()))
     one = plan("tiny", cores(2), kind="finetune", finetune={})
     assert {each.name for each in one.cost.disk} == {"bundle", "checkpoints on the way", "tokens"}
+
+
+def test_the_bundle_is_as_wide_as_the_base_is_stored_and_has_a_head_of_its_own(plan: Any, cores: Any, base: Any) -> None:
+    """Tied weights are one tensor until the head learns; a base of float32 is merged in float32."""
+    tied = plan("tiny", cores(2), search={"layers": ["last:1+head"]})
+    assert tied.cost.bundle_bytes == 2 * tied.num_parameters + 2 * 512 * 64
+    wide = base("tiny").model_copy(
+        update={"tensors": {name: each.model_copy(update={"dtype": "F32"}) for name, each in base("tiny").tensors.items()}}
+    )
+    found = plan(wide, cores(2), search={"layers": ["last:1"]})
+    assert found.cost.bundle_bytes == 4 * found.num_parameters
