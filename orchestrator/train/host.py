@@ -104,6 +104,7 @@ class TrainHost:
         Raises:
             TrainingError: the base could not be put back as it was: this gang must be replaced.
             RankOutOfMemoryError: memory ran out on this rank while the others wait for it: this gang must be replaced.
+            BaseLostError: the base could not be put back as it was: this gang must be replaced.
             Exception: whatever else breaks the gang itself (a lost rank, a full disk).
         """
         started = time.time()

@@ -51,27 +51,33 @@ def trained(run: Path) -> dict[str, list[str]]:
     return {trial_id: losses for trial_id, losses in losses_of(run).items() if losses}
 
 
-def test_a_sweep_ends_with_its_best_so_far_when_its_hours_are_used_up(
-    tmp_path: Path, ray_here: None, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Two trials; then four more and hardly any hours; the same again; at last enough."""
-    spec = write_spec(tmp_path, "hours", search=SEARCH, resources={"gangs": 1, "ranks_per_gang": 1})
+def end_for_want_of_hours(folder: Path) -> Path:
+    """The spec of a sweep of two trials, which was then given four more and hardly any hours."""
+    spec = write_spec(folder, "hours", search=SEARCH, resources={"gangs": 1, "ranks_per_gang": 1})
     run = run_folder(spec)
     assert submit("sweep", spec) == 0
     used = read_hours(run / "hours.json")
     assert used == sweep_of(run).gpu_hours_used > 0
     first = trained(run)
     assert len(first) == 2
-
     lay_over(spec, search={"trials": 6}, resources={"max_gpu_hours": used + 1e-6})
     assert submit("sweep", spec) == 0
-    ended = sweep_of(run)
     assert trained(run) == first, "no trial began"
+    assert sweep_of(run).gpu_hours_used > used
+    return spec
+
+
+def test_a_sweep_ends_with_its_best_so_far_when_its_hours_are_used_up(
+    tmp_path: Path, ray_here: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    spec = end_for_want_of_hours(tmp_path)
+    run = run_folder(spec)
+    ended, first = sweep_of(run), trained(run)
     assert "after 2 of 6 trials" in ended.ended_by_hours
     assert ended.winner_id in first
     waited = [trial for trial in ended.searched if trial.trial_id not in first]
+    assert waited
     assert all(trial.state == "stopped" and "max_gpu_hours" in trial.reason for trial in waited)
-    assert ended.gpu_hours_used > used
     assert len(events_of(run, "hours_spent")) == len(events_of(run, "ended_by_hours")) == 1
     said = capfd.readouterr().out
     assert "ended     the search was ended after 2 of 6 trials" in said
@@ -84,6 +90,12 @@ def test_a_sweep_ends_with_its_best_so_far_when_its_hours_are_used_up(
     assert again.wait(TIMEOUT_S) == 0, "the same bound shows the run that has ended, and needs no Ray"
     assert snapshot(run / "trials", run / "bundle") == before
 
+
+@pytest.mark.slow
+def test_a_sweep_that_was_ended_goes_on_when_its_bound_is_raised(tmp_path: Path, ray_here: None) -> None:
+    spec = end_for_want_of_hours(tmp_path)
+    run = run_folder(spec)
+    ended, first = sweep_of(run), trained(run)
     lay_over(spec, resources={"max_gpu_hours": ended.gpu_hours_used + 100})
     assert submit("sweep", spec) == 0
     whole = sweep_of(run)
