@@ -293,6 +293,19 @@ def test_memory_that_runs_out_on_one_rank_alone_ends_the_gang(bench: Bench, monk
         bench.run("a")
 
 
+def test_a_step_down_is_told_before_it_is_taken(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_little_memory(monkeypatch, rows=1)
+    told: list[tuple[int, str]] = []
+
+    def on_relief(execution: ExecutionPlan, note: str) -> None:
+        assert not (bench.folder / "a" / "rung-0").exists()
+        told.append((execution.micro_batch_rows, note))
+
+    result = bench.host.run(bench.assignment("a", execution=WIDE), on_relief=on_relief)
+    assert told == [(2, HALVED[0]), (1, HALVED[1])]
+    assert result.notes == HALVED
+
+
 def test_memory_that_runs_out_while_the_base_is_put_back_ends_the_gang(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """A smaller way on a base that is half put back would train another model."""
     with_little_memory(monkeypatch, rows=2)
