@@ -151,7 +151,7 @@ class Gang:
                 raise await self._death(broken, pending)
         return [wait.result()[0] for wait in waits]
 
-    async def _death(self, broken: list[Exception], pending: set[asyncio.Future]) -> GangDiedError:
+    async def _death(self, broken: list[Exception], pending: set[asyncio.Task]) -> GangDiedError:
         """What the gang died of, by the ranks that are broken and those that break of it."""
         device = self._execution.device
         if pending and not any(ran_out_of_memory(error, device) for error in broken):
@@ -176,7 +176,7 @@ async def _settled(call) -> tuple:
         return None, error
 
 
-def _errors(waits: set[asyncio.Future]) -> list[Exception]:
+def _errors(waits: set[asyncio.Task]) -> list[Exception]:
     """Of the ranks that broke."""
     return [error for _, error in (wait.result() for wait in waits) if error is not None]
 
@@ -191,7 +191,7 @@ def ran_out_of_memory(error: BaseException, device: str) -> bool:
 
 
 def _evicted(errors: list[Exception]) -> Exception | None:
-    return next((error for error in errors if isinstance(error, EvictedError)), None)
+    return next((error for error in errors if isinstance(getattr(error, "cause", None) or error, EvictedError)), None)
 
 
 def _first_line(error: BaseException) -> str:
