@@ -69,14 +69,17 @@ def full_budget(prepared: Prepared, entry: TrialEntry, base: RungResult | None, 
 def _why_left_out(prepared: Prepared, entry: TrialEntry, assignment: Assignment) -> str:
     """Why there is no refit, for want of GPU-hours; nothing where there is one, or one has come to its end before."""
     total, bound, folder = entry.trial.total_steps, prepared.spec.resources.max_gpu_hours, prepared.run.refit
+    if bound is None:
+        return ""
     _claim(folder, entry.trial.trial_id)
-    if bound is None or _stored_results([assignment]) is not None:
+    if _stored_results([assignment]) is not None:
         return ""
     expected = refit_hours(entry.results, total)
     instead = f"the trial's own rung of {entry.results[-1].step} steps is bundled instead"
     if not affords_refit(expected, bound):
         return f"the refit to {total} steps would take about {expected:.3g} of max_gpu_hours: {bound:g}; {instead}"
-    begun = max((int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*")), default=0)
+    steps = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")]
+    begun = max((int(step) for step in steps if step.isdigit()), default=0)
     to_come, used = expected * (1 - begun / total), read_hours(prepared.run.hours)
     slack = prepared.plan.num_gangs * rung_hours(entry.results)
     if is_left_for_refit(to_come, used, bound, slack):

@@ -18,7 +18,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestrator.anatomy import ModelAnatomy
 from orchestrator.errors import RankOutOfMemoryError, TrainingError
-from orchestrator.plan.relief import nothing_smaller, relieve, with_relief
+from orchestrator.plan.relief import fits_in_no_way, nothing_smaller, relieve, with_relief
 from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan, RungResult
 from orchestrator.runtime.assignments import failed_result
 from orchestrator.runtime.cluster import placement_strategy, rank_resources, worker_env
@@ -167,6 +167,8 @@ def _run(host: TrainHost, assignment: Assignment) -> RungResult:
         assert now.execution is not None
         write_json(_stepped_down_file(assignment), _step_down(now.execution, now.notes, error))
         raise
+    if ranks.first and fits_in_no_way(result):
+        _stepped_down_file(assignment).unlink(missing_ok=True)  # another submission tries it as it is planned
     relieved = result.relieved or (execution if execution != assignment.execution else None)
     return result.model_copy(update={"notes": (*notes, *result.notes), "relieved": relieved})
 

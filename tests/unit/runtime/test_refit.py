@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from orchestrator.errors import RankOutOfMemoryError
 from orchestrator.plan import make_trial
+from orchestrator.plan.relief import nothing_smaller
 from orchestrator.plan.values import Assignment, ExecutionPlan, RungResult
+from orchestrator.runtime.assignments import failed_result
 from orchestrator.runtime.budget import refit_assignment
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.runtime.refit import _run
@@ -24,7 +27,7 @@ class KilledError(Exception):
 
 
 class ScriptedHost:
-    """A rank that saves a checkpoint at 4, runs out of memory, is told of it, saves one at `saves` and then ends so."""
+    """A rank that saves a checkpoint at 4, steps down, saves one at `saves` and ends by `end`; without one, it trains."""
 
     ranks = Ranks()
 
@@ -82,3 +85,17 @@ def test_a_rank_alone_that_runs_out_goes_down_from_where_its_group_had_come(assi
     result = _run(after, assignment)  # type: ignore[arg-type]
     assert after.ran[0].execution.micro_batch_rows == 2
     assert [note.startswith("out of memory") for note in result.notes] == [True, True]
+
+
+def test_what_fits_in_no_way_is_tried_again_as_planned(assignment: Assignment) -> None:
+    class FullHost(ScriptedHost):
+        def run(self, assignment: Assignment, *, on_relief: Callable[[ExecutionPlan, str], None]) -> RungResult:
+            with suppress(KilledError):
+                super().run(assignment, on_relief=on_relief)
+            reason = str(nothing_smaller("out of memory", assignment.execution))
+            return failed_result(assignment, reason)
+
+    assert _run(FullHost(None, KilledError()), assignment).state == "failed"  # type: ignore[arg-type]
+    after = ScriptedHost(None, None)
+    _run(after, assignment)  # type: ignore[arg-type]
+    assert after.ran[0].execution == assignment.execution
