@@ -13,6 +13,7 @@
     │   ├── NonFiniteLossError    4   the loss or the gradient became NaN or infinite
     │   └── OutOfMemoryError      4   no memory left, known on every rank; at the smallest micro-batch the trial's end
     ├── RankOutOfMemoryError      4   no memory left on one rank, while the others wait for it: the gang's end
+    ├── BaseLostError             4   the base could not be put back after a trial: the gang's end
     ├── NothingPromotedError      5   `--require-promotion`, and no trial was worth promoting
     └── VerificationError         6   the bundle does not reproduce the trained model
 
@@ -157,6 +158,10 @@ class RankOutOfMemoryError(OrchestratorError):
 
     No TrainingError, for a trial's own failure leaves the gang whole.
     """
+
+
+class BaseLostError(OrchestratorError):
+    """The base could not be put back as it was after a trial: the gang has to be replaced, whatever the trial said."""
 
 
 class NothingPromotedError(OrchestratorError):

@@ -15,9 +15,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from orchestrator.errors import OutOfMemoryError
-from orchestrator.plan.values import ExecutionPlan
+from orchestrator.plan.values import ExecutionPlan, RungResult
 
 HIGHEST_STAGE_WITH_A_WHOLE_BASE = 2
+NO_SMALLER_WAY = "no smaller way is left in this gang"
 SAME_GANG = ("device", "ranks", "executor", "dtype", "offload", "row_tokens", "pack")
 """What two executions of one kind of gang have in common."""
 
@@ -46,14 +47,6 @@ def relieve(execution: ExecutionPlan) -> Relief | None:
     return None
 
 
-def num_reliefs(execution: ExecutionPlan) -> int:
-    """How many steps down there are."""
-    count = 0
-    while (relief := relieve(execution)) is not None:
-        execution, count = relief.execution, count + 1
-    return count
-
-
 def beyond_the_gang(execution: ExecutionPlan) -> str:
     """What would make room where no step down is left: the next rung of the ladder, which is another plan."""
     if execution.executor == "torch" or execution.ranks == 1:
@@ -68,7 +61,12 @@ def beyond_the_gang(execution: ExecutionPlan) -> str:
 
 def nothing_smaller(what: str, execution: ExecutionPlan) -> OutOfMemoryError:
     """The end of a trial for which there is no step down from `execution`; its words are the trial's reason."""
-    return OutOfMemoryError(f"{what}; no smaller way is left in this gang", remedy=beyond_the_gang(execution))
+    return OutOfMemoryError(f"{what}; {NO_SMALLER_WAY}", remedy=beyond_the_gang(execution))
+
+
+def fits_in_no_way(result: RungResult) -> bool:
+    """Whether a trial failed for want of memory; its reason ends with what would make room."""
+    return result.state == "failed" and NO_SMALLER_WAY in result.reason
 
 
 def with_relief(planned: ExecutionPlan, relieved: ExecutionPlan | None) -> ExecutionPlan:

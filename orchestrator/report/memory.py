@@ -36,7 +36,7 @@ def memory_table(sweep: SweepResult) -> Html:
             row.num_trials,
             _micro_batch(row),
             format_bytes(row.predicted_bytes) if row.predicted_bytes else MISSING,
-            format_bytes(row.measured_bytes),
+            format_bytes(row.measured_bytes) if row.measured_bytes else MISSING,
             _by_rank(row),
             f"{row.ratio:.2f}x" if row.ratio is not None else MISSING,
         ]
@@ -50,11 +50,19 @@ def memory_table(sweep: SweepResult) -> Html:
 
 def _micro_batch(row: MemoryRow) -> str:
     rows = f"{row.micro_batch_rows} row{'' if row.micro_batch_rows == 1 else 's'}"
-    return f"{rows}, checkpointing" if row.checkpointing else rows
+    now = f"{rows}, checkpointing" if row.checkpointing else rows
+    if not row.num_out_of_memory:
+        return now
+    if row.num_failed_for_memory == row.num_trials:
+        return "ran out of memory; no smaller way was left"
+    went_on = f"ran out of memory; went on with {now}"
+    return f"{went_on} ({row.num_failed_for_memory} failed)" if row.num_failed_for_memory else went_on
 
 
 def _by_rank(row: MemoryRow) -> str:
     peaks = row.rank_peak_bytes
+    if not peaks:
+        return MISSING
     if len(peaks) > MANY_RANKS:
         return f"{format_bytes(min(peaks))} to {format_bytes(max(peaks))} on {len(peaks)} ranks"
     return " · ".join(map(format_bytes, peaks))

@@ -7,9 +7,9 @@ from pathlib import Path
 from orchestrator.anatomy import LayerSelection
 from orchestrator.errors import TrainingError
 from orchestrator.plan import head_control, make_assignment
-from orchestrator.plan.relief import with_relief
+from orchestrator.plan.relief import fits_in_no_way, with_relief
 from orchestrator.plan.values import Assignment, ExecutionPlan, RungResult, TrialSpec
-from orchestrator.runtime.hours import affords_refit, metered, refit_hours
+from orchestrator.runtime.hours import affords_refit, is_left_for_refit, metered, read_hours, refit_hours, rung_hours
 from orchestrator.runtime.ledger import TrialEntry
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.runtime.refit import num_restarts, refit, result_file
@@ -49,17 +49,13 @@ def full_budget(prepared: Prepared, entry: TrialEntry, base: RungResult | None, 
         return last, refit_record(prepared, last, "the job's one trial")
     if last.step >= trial.total_steps:
         return last, RefitRecord(ran=False, reason="the promoted trial had the full budget", to_step=last.step)
-    expected, bound = refit_hours(entry.results, trial.total_steps), prepared.spec.resources.max_gpu_hours
-    if not affords_refit(expected, bound):
-        left_out = (
-            f"the refit to {trial.total_steps} steps would take about {expected:.3g} of max_gpu_hours: {bound:g}; "
-            f"the trial's own rung of {last.step} steps is bundled instead"
-        )
+    assignment = refit_assignment(prepared, trial, selection_of(prepared, entry), last.relieved)
+    left_out = _why_left_out(prepared, entry, assignment)
+    if left_out:
         view.event("refit_left_out", left_out, trial_id=trial.trial_id)
         prepared.run.event("refit_left_out", message=left_out, trial_id=trial.trial_id)
         return last, RefitRecord(ran=False, reason=left_out, to_step=last.step, left_out_for_hours=True)
     view.phase("refit", f"{trial.total_steps} steps on {prepared.plan.refit_execution.ranks} rank(s)")
-    assignment = refit_assignment(prepared, trial, selection_of(prepared, entry), last.relieved)
     result = run_refit(prepared, [assignment])[0]
     reason = f"the promoted trial had {last.step} of {trial.total_steps} steps"
     passed_over = why_passed_over(result, last, base, prepared.scoring)
@@ -68,6 +64,30 @@ def full_budget(prepared: Prepared, entry: TrialEntry, base: RungResult | None, 
     view.event("refit_passed_over", passed_over, trial_id=trial.trial_id)
     prepared.run.event("refit_passed_over", message=passed_over, trial_id=trial.trial_id)
     return last, refit_record(prepared, result, f"{reason}; {passed_over}")
+
+
+def _why_left_out(prepared: Prepared, entry: TrialEntry, assignment: Assignment) -> str:
+    """Why there is no refit, for want of GPU-hours; nothing where there is one, or one has come to its end before."""
+    total, bound, folder = entry.trial.total_steps, prepared.spec.resources.max_gpu_hours, prepared.run.refit
+    if bound is None:
+        return ""
+    _claim(folder, entry.trial.trial_id)
+    if _stored_results([assignment]) is not None:
+        return ""
+    expected = refit_hours(entry.results, total)
+    instead = f"the trial's own rung of {entry.results[-1].step} steps is bundled instead"
+    if not affords_refit(expected, bound):
+        return f"the refit to {total} steps would take about {expected:.3g} of max_gpu_hours: {bound:g}; {instead}"
+    steps = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")]
+    begun = max((int(step) for step in steps if step.isdigit()), default=0)
+    to_come, used = expected * (1 - begun / total), read_hours(prepared.run.hours)
+    slack = prepared.plan.num_gangs * rung_hours(entry.results)
+    if is_left_for_refit(to_come, used, bound, slack):
+        return ""
+    return (
+        f"the refit to {total} steps would take about {to_come:.3g} more, and {used:.3g} of max_gpu_hours: {bound:g} "
+        f"are used; {instead}"
+    )
 
 
 def why_passed_over(refitted: RungResult, rung: RungResult, base: RungResult | None, scoring: Scoring) -> str:
@@ -131,7 +151,9 @@ def run_refit(prepared: Prepared, assignments: list[Assignment]) -> list[RungRes
         raise TrainingError(
             f"trial {failed.trial_id} failed: {failed.reason}",
             where=str(prepared.run.refit),
-            remedy="a lower learning rate is the usual cure; submit under another `name`",
+            remedy=""
+            if fits_in_no_way(failed)  # its reason says what would make room
+            else "a lower learning rate is the usual cure; submit under another `name`",
         )
     return results
 

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from orchestrator.errors import OrchestratorError
 from orchestrator.plan.values import RungResult
 from orchestrator.runtime.ledger import drop_optimizer_state
 
@@ -46,7 +45,7 @@ class Cleaner:
             checkpoint = await self._outdated.get()
             try:
                 await asyncio.to_thread(drop_optimizer_state, checkpoint)
-            except (OSError, OrchestratorError) as error:
+            except Exception as error:  # whatever it is: `close` waits until everything asked for has been looked at
                 self._tell(f"{checkpoint} keeps its optimizer state: {error}")
             finally:
                 self._outdated.task_done()

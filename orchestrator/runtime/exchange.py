@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,8 @@ from orchestrator.runtime.gang import Gang, why_no_start
 from orchestrator.runtime.hours import HoursState, Meter, is_spent
 from orchestrator.runtime.ledger import Ledger, TrialState, is_tried_again
 from orchestrator.runtime.records import base_result, trial_record
+
+logger = logging.getLogger(__name__)
 
 
 class Exchange:
@@ -68,7 +71,9 @@ class Exchange:
     async def open(self) -> None:
         """Make the gangs ready to start; they do when the first work comes, for a finished search needs none."""
         if not is_spent(self._meter.used_hours, self._orders.max_gpu_hours):
-            self._ledger.lift_bounds()
+            lifted = self._ledger.lift_bounds()
+            if lifted:
+                self._tell("hours_raised", f"there are hours again: {', '.join(lifted)} may go on", trial_ids=lifted)
         for entry in self._ledger.entries():
             self._tell_trial(entry.trial.trial_id)
             # A driver that was killed may have left some behind; what is clean already costs a look.
@@ -264,11 +269,16 @@ class Exchange:
             self._ledger.add(result)
             if result.state == "failed":
                 self._ledger.end(result.trial_id, "failed", result.reason)
-        if said := self._first_steps.hear(entry.option, result):
-            self._tell("first_steps", **said)
         for note in result.notes:
             self._tell("trial_note", f"{result.trial_id}: {note}", trial_id=result.trial_id, rung=result.rung)
         self._tell_trial(result.trial_id)
+        try:
+            said = self._first_steps.hear(entry.option, result)
+        except Exception:  # an estimate that fails is no trial's failure
+            logger.exception("what the first steps say about the rest is not known")
+            return
+        if said:
+            self._tell("first_steps", **said)
 
     def _answer(self, result: RungResult, *, ended: bool) -> Answer:
         return answer_of(result, base_result(self._ledger), self._orders.scoring, ended=ended)

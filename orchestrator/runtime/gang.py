@@ -19,6 +19,8 @@ from orchestrator.runtime.cluster import placement_strategy, rank_resources, wor
 from orchestrator.runtime.hours import Meter
 
 START_TIMEOUT_S = 600.0
+SETTLE_S = 2.0
+"""How long after the first broken rank the others are listened to: those that lost a peer may be heard before it."""
 
 
 class GangDiedError(TrainingError):
@@ -135,19 +137,31 @@ class Gang:
         self.kill()
 
     async def _all(self, calls: list) -> list:
-        """Await every rank's answer; the first broken one ends the wait, since the others hang in a collective."""
+        """Await every rank's answer. A broken one ends the wait, soon: the others hang in a collective, or broke of it.
+
+        Raises:
+            GangDiedError: for want of memory where any rank heard of by then says so.
+        """
         waits = [asyncio.ensure_future(_settled(call)) for call in calls]
         pending = set(waits)
         while pending:
             done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            broken = [wait.result()[1] for wait in done if wait.result()[1] is not None]
+            broken = _errors(done)
             if broken:
-                for wait in pending:
-                    wait.cancel()
-                told = next((error for error in broken if ran_out_of_memory(error)), broken[0])
-                what = f"gang {self.index} broke: {_first_line(told)}"
-                raise GangDiedError(what, out_of_memory=ran_out_of_memory(told))
+                raise await self._death(broken, pending)
         return [wait.result()[0] for wait in waits]
+
+    async def _death(self, broken: list[Exception], pending: set[asyncio.Task]) -> GangDiedError:
+        """What the gang died of, by the ranks that are broken and those that break of it."""
+        device = self._execution.device
+        if pending and not any(ran_out_of_memory(error, device) for error in broken):
+            late, pending = await asyncio.wait(pending, timeout=SETTLE_S)
+            broken = [*broken, *_errors(late)]
+        for wait in pending:
+            wait.cancel()
+        told = next((error for error in broken if ran_out_of_memory(error, device)), None)
+        what = f"gang {self.index} broke: {_first_line(told or _evicted(broken) or broken[0])}"
+        return GangDiedError(what, out_of_memory=told is not None)
 
 
 async def _ready(placement: PlacementGroup) -> None:
@@ -162,9 +176,22 @@ async def _settled(call) -> tuple:
         return None, error
 
 
-def ran_out_of_memory(error: BaseException) -> bool:
-    """Whether a rank's call failed for want of memory: its own, or its node's, where Ray ended it."""
-    return isinstance(getattr(error, "cause", None) or error, RankOutOfMemoryError | EvictedError)
+def _errors(waits: set[asyncio.Task]) -> list[Exception]:
+    """Of the ranks that broke."""
+    return [error for _, error in (wait.result() for wait in waits) if error is not None]
+
+
+def ran_out_of_memory(error: BaseException, device: str) -> bool:
+    """Whether a rank's call failed for want of memory that a smaller micro-batch gives back.
+
+    Its own, or on a CPU its node's, where Ray ended it. Where it trains on a GPU, the node's memory is another one.
+    """
+    kinds = (RankOutOfMemoryError, EvictedError) if device == "cpu" else (RankOutOfMemoryError,)
+    return isinstance(getattr(error, "cause", None) or error, kinds)
+
+
+def _evicted(errors: list[Exception]) -> Exception | None:
+    return next((error for error in errors if isinstance(getattr(error, "cause", None) or error, EvictedError)), None)
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,6 +6,7 @@ cluster without GPUs a rank's hour counts as one too, so that `resources.max_gpu
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,9 @@ SAVE_EVERY_S = 5.0
 """What a killed driver forgets at most."""
 MOST_FOR_THE_REFIT = 0.5
 """Share of the bound: a refit that would take more gets no reserve, and the promoted trial's own last rung is bundled."""
+
+
+logger = logging.getLogger(__name__)
 
 
 class HoursState(Value):
@@ -62,8 +66,9 @@ class Meter:
 
     def release(self, what: object) -> None:
         """They have given them back; nothing happens where none was held."""
-        num_ranks, since = self._held.pop(what, (0, 0.0))
-        self._seconds += num_ranks * (self._clock() - since)
+        num_ranks, since = self._held.get(what, (0, 0.0))
+        self._seconds += num_ranks * (self._clock() - since)  # first: a save between the two counts too much, never too little
+        self._held.pop(what, None)
 
     @property
     def used_hours(self) -> float:
@@ -73,7 +78,10 @@ class Meter:
 
     def _save_now_and_then(self) -> None:
         while not self._closed.wait(SAVE_EVERY_S):
-            self._save()
+            try:
+                self._save()
+            except OSError as error:  # a full disk, say: the next one may succeed, and `close` raises where it does not
+                logger.warning("the hours are not on disk: %s", error)
 
     def _save(self) -> None:
         write_json(self._file, {"used": self.used_hours})
@@ -105,13 +113,26 @@ def refit_hours(results: Sequence[RungResult], total_steps: int) -> float:
     done = [result for result in results if result.state == "done"]
     if not done or not 0 < done[-1].step < total_steps:
         return 0.0
-    ranks = done[-1].engine.ranks if done[-1].engine is not None else 1
     seconds_per_step = sum(result.train_seconds for result in done) / done[-1].step
-    return ranks * seconds_per_step * total_steps / 3600
+    return _ranks(done[-1]) * seconds_per_step * total_steps / 3600
 
 
 def affords_refit(expected_hours: float, max_hours: float | None) -> bool:
     return max_hours is None or expected_hours <= MOST_FOR_THE_REFIT * max_hours
+
+
+def is_left_for_refit(expected_hours: float, used_hours: float, max_hours: float | None, slack_hours: float) -> bool:
+    """Whether what is left of the bound is enough for what is left of the refit.
+
+    Args:
+        slack_hours: What the rungs took at most that were under way when the search kept the rest for the refit.
+    """
+    return max_hours is None or used_hours + expected_hours <= max_hours + slack_hours
+
+
+def rung_hours(results: Sequence[RungResult]) -> float:
+    """Rank-hours of the longest rung of a trial, its evaluation included."""
+    return max((_ranks(result) * (result.train_seconds + result.eval_seconds) for result in results), default=0.0) / 3600
 
 
 def is_spent(used_hours: float, max_hours: float | None, expected_refit_hours: float = 0.0) -> bool:
@@ -125,3 +146,7 @@ def is_spent(used_hours: float, max_hours: float | None, expected_refit_hours: f
 def may_go_on(earlier_max_hours: float | None, used_hours: float, max_hours: float | None) -> bool:
     """Whether a search that was ended by its bound may be taken up again: the bound was raised, and beyond what is used."""
     return max_hours is None or max_hours > max(earlier_max_hours or 0.0, used_hours)
+
+
+def _ranks(result: RungResult) -> int:
+    return result.engine.ranks if result.engine is not None else 1

@@ -85,12 +85,15 @@ class Ledger:
             write_json(self.folder(trial_id) / END, end)
             self._entries[trial_id] = entry.model_copy(update={"end": end})
 
-    def lift_bounds(self) -> None:
-        """There are hours again: trials that were stopped for want of them are interrupted ones now."""
+    def lift_bounds(self) -> list[str]:
+        """There are hours again: trials that were stopped for want of them are interrupted ones now. Their ids."""
+        lifted = []
         for trial_id, entry in self._entries.items():
             if entry.end is not None and entry.end.for_want_of_hours:
                 (self.folder(trial_id) / END).unlink()
                 self._entries[trial_id] = entry.model_copy(update={"end": None})
+                lifted.append(trial_id)
+        return lifted
 
 
 def drop_optimizer_state(checkpoint: Path) -> None:

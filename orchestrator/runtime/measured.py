@@ -23,7 +23,11 @@ def plan_against_measured(
     options = plan.search.options if plan.search is not None else (plan.finetune,) if plan.finetune is not None else ()
     planned = max((option.memory.total_bytes for option in options if option is not None), default=None)
     peaks = [trial.engine.peak_memory_bytes for trial in sweep.trials if trial.engine is not None]
-    rows = [PlanAgainstMeasured(name="peak memory of a rank", planned=planned, measured=max(peaks, default=None), unit="bytes")]
+    ran_out = sum(trial.out_of_memory for trial in sweep.trials)
+    name = "peak memory of a rank"
+    if ran_out:  # what fitted was not what was planned
+        name, planned = f"{name} ({ran_out} trial{'' if ran_out == 1 else 's'} ran out of memory)", None
+    rows = [PlanAgainstMeasured(name=name, planned=planned, measured=max(peaks, default=None), unit="bytes")]
     if refitted is not None:  # the plan counts the bundle too
         folder = sum(file.stat().st_size for file in Path(prepared.run.path).rglob("*") if file.is_file())
         rows.append(PlanAgainstMeasured(name="disk, with the bundle", planned=plan.disk_bytes, measured=folder, unit="bytes"))

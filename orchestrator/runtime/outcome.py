@@ -78,7 +78,7 @@ def summarise(
     shuffled_id = shuffled_control(winner.trial).trial_id if winner is not None else None
     searched = [trial for trial in trials if trial.control is None and trial.metric is not None]
     front = pareto_front([(_target(trial, scoring.higher_is_better), trial.forgetting or 0.0) for trial in searched])
-    ended_by_hours = _ended_by_hours(prepared, ledger, hours)
+    ended_by_hours = _ended_by_hours(prepared, ledger, hours, shuffled_id)
     result = SweepResult(
         name=prepared.spec.name,
         job="sweep" if prepared.plan.search is not None else "finetune",
@@ -108,13 +108,20 @@ def summarise(
     return result
 
 
-def _ended_by_hours(prepared: Prepared, ledger: Ledger, hours: HoursState | None) -> str:
+def _ended_by_hours(prepared: Prepared, ledger: Ledger, hours: HoursState | None, shuffled_id: str | None) -> str:
     """How far the search came where the bound held a trial or a control back; nothing where it did not."""
-    if hours is None or not hours.spent or prepared.plan.search is None:
+    search = prepared.spec.search
+    if hours is None or not hours.spent or prepared.plan.search is None or search is None:
         return ""
     done = sum(entry.trial.control is None and entry.ended_for_good for entry in ledger.entries())
     asked = prepared.plan.search.num_trials
-    return f"the search was ended after {done} of {asked} trials: {hours.spent}"
+    if done < asked:
+        return f"the search was ended after {done} of {asked} trials: {hours.spent}"
+    wanted = {"head": "head", **({"shuffled": shuffled_id} if shuffled_id and "shuffled" in search.controls else {})}
+    missing = [name for name, trial_id in wanted.items() if (entry := ledger.get(trial_id)) is None or not entry.ended_for_good]
+    if not missing:
+        return ""
+    return f"all {asked} trials were searched, but for want of hours not the control {' and '.join(missing)}: {hours.spent}"
 
 
 def decide(prepared: Prepared, ledger: Ledger, trials: Sequence[TrialRecord]) -> Promotion:

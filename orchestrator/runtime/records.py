@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from orchestrator.plan.relief import fits_in_no_way
 from orchestrator.plan.values import RungResult
 from orchestrator.runtime.ledger import Ledger, TrialEntry
 from orchestrator.runtime.scoring import Scoring
@@ -42,6 +43,7 @@ def trial_record(entry: TrialEntry, scoring: Scoring, base: RungResult | None) -
         engine=EngineFigures.model_validate({name: getattr(engine, name) for name in EngineFigures.model_fields})
         if engine is not None
         else None,
+        out_of_memory=any(result.relieved is not None or fits_in_no_way(result) for result in entry.results),
     )
 
 

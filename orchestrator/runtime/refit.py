@@ -2,7 +2,8 @@
 
 What is committed is decided by our own checkpoints (`train.find_latest`), not by `ray.train.report`, which is not
 durable when it returns. A worker group that lost a rank starts again from the newest checkpoint that is whole; one in
-which a rank ran out of memory, also one step down (`plan.relief`), which its restarts do not count.
+which a rank ran out of memory, also one step down (`plan.relief`), which its restarts do not count. A step down inside
+a worker group is written down before it is taken: another group, or another submission, goes on by the same way.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestrator.anatomy import ModelAnatomy
 from orchestrator.errors import RankOutOfMemoryError, TrainingError
-from orchestrator.plan.relief import nothing_smaller, relieve, with_relief
+from orchestrator.plan.relief import fits_in_no_way, nothing_smaller, relieve, with_relief
 from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan, RungResult
 from orchestrator.runtime.assignments import failed_result
 from orchestrator.runtime.cluster import placement_strategy, rank_resources, worker_env
@@ -35,13 +36,13 @@ STEPPED_DOWN = "stepped-down.json"
 
 
 class SteppedDown(Value):
-    """What the rank that ran out of memory leaves to the worker group after its own."""
+    """How an assignment that ran out of memory goes on, also in a worker group after the one that found out."""
 
     execution: ExecutionPlan | None
     """The next smaller way; None where there is none left."""
     notes: tuple[str, ...]
     reason: str
-    """What the rank said."""
+    """What was said of it."""
 
 
 def refit(base: BaseLoad, anatomy: ModelAnatomy, assignments: list[Assignment], folder: Path) -> list[RungResult]:
@@ -141,7 +142,7 @@ def _run(host: TrainHost, assignment: Assignment) -> RungResult:
     Raises:
         RankOutOfMemoryError: memory ran out on this rank alone; how the next worker group goes on is written down.
     """
-    from orchestrator.train import find_latest
+    from orchestrator.train import drop_later_checkpoints, find_latest
 
     ranks, folder = host.ranks, Path(assignment.folder)
     newest, known = ranks.broadcast((find_latest(folder), _stepped_down(assignment)) if ranks.first else None)
@@ -149,12 +150,25 @@ def _run(host: TrainHost, assignment: Assignment) -> RungResult:
     if known is not None and known.execution is None:
         return failed_result(assignment, known.reason).model_copy(update={"notes": notes})
     execution = with_relief(assignment.execution, known.execution if known is not None else None)
-    update = {"execution": execution, **({"start": str(newest)} if newest else {})}
+    start = newest or (Path(assignment.start) if assignment.start else None)
+    update = {"execution": execution, "start": str(start) if start else None}
+    now = SteppedDown(execution=execution, notes=notes, reason="")
+
+    def on_relief(smaller: ExecutionPlan, note: str) -> None:
+        nonlocal now
+        now = SteppedDown(execution=smaller, notes=(*now.notes, note), reason=note)
+        if ranks.first:  # in this order: a group killed in between begins as it was planned, and comes here again
+            drop_later_checkpoints(folder, start)
+            write_json(_stepped_down_file(assignment), now)
+
     try:
-        result = host.run(assignment.model_copy(update=update))
+        result = host.run(assignment.model_copy(update=update), on_relief=on_relief)
     except RankOutOfMemoryError as error:
-        write_json(_stepped_down_file(assignment), _step_down(execution, notes, error))
+        assert now.execution is not None
+        write_json(_stepped_down_file(assignment), _step_down(now.execution, now.notes, error))
         raise
+    if ranks.first and fits_in_no_way(result):
+        _stepped_down_file(assignment).unlink(missing_ok=True)  # another submission tries it as it is planned
     relieved = result.relieved or (execution if execution != assignment.execution else None)
     return result.model_copy(update={"notes": (*notes, *result.notes), "relieved": relieved})
 

@@ -64,10 +64,12 @@ def _finished(run: RunDirectory, loaded: LoadedSpec) -> RunOutcome | None:
     outcome = read_outcome(run.path)
     if outcome is None:
         return None
-    refit = outcome.transfer.refit
-    if outcome.sweep.ended_by_hours or (refit is not None and refit.left_out_for_hours):
-        earlier, now = outcome.sweep.max_gpu_hours, loaded.spec.resources.max_gpu_hours
-        return None if may_go_on(earlier, read_hours(run.hours), now) else outcome
+    ended, refit = outcome.sweep.ended_by_hours, outcome.transfer.refit
+    if ended or (refit is not None and refit.left_out_for_hours):
+        if may_go_on(outcome.sweep.max_gpu_hours, read_hours(run.hours), loaded.spec.resources.max_gpu_hours):
+            return None
+        if ended:
+            return outcome
     return outcome if len(outcome.sweep.searched) >= loaded.spec.search.trials else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import Any
 
@@ -12,6 +13,7 @@ from orchestrator.store import RunDirectory
 from orchestrator.transfer.records import RunView, TrialRecord
 
 POLL_S = 0.3
+logger = logging.getLogger(__name__)
 
 
 class Watcher:
@@ -43,19 +45,32 @@ class Watcher:
             news = fetch(self._exchange.news.remote(self._seen), 30)
         except RayError:
             return  # the exchange is gone; whoever works with it hears of that
-        self._seen += len(news)
         for item in news:
-            self._tell(item)
+            try:
+                self._write(item)
+            except OSError as error:  # a full disk, say: the same item is written when the next news are fetched
+                logger.warning("events.jsonl could not be written: %s", error)
+                return
+            self._seen += 1
+            self._show(item)
 
-    def _tell(self, item: dict[str, Any]) -> None:
+    def _write(self, item: dict[str, Any]) -> None:
         record = item.get("record")
         if isinstance(record, TrialRecord):
-            self._view.trial(record)
             last = record.last
             self._run.event(
                 "trial", trial_id=record.trial_id, state=record.state, rung=last.rung if last else None, reason=record.reason
             )
             return
-        fields = {key: value for key, value in item.items() if key not in ("kind", "message")}
-        self._view.event(item["kind"], item["message"], **fields)
-        self._run.event(item["kind"], message=item["message"], **fields)
+        self._run.event(item["kind"], message=item["message"], **_fields(item))
+
+    def _show(self, item: dict[str, Any]) -> None:
+        record = item.get("record")
+        if isinstance(record, TrialRecord):
+            self._view.trial(record)
+        else:
+            self._view.event(item["kind"], item["message"], **_fields(item))
+
+
+def _fields(item: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in item.items() if key not in ("kind", "message")}

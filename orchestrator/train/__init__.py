@@ -2,7 +2,8 @@
 
 `TrainHost` is a rank of a gang: `create` joins it and loads the base, `run` carries a trial to its next rung, `close`
 leaves. `load_base` and `open_branch` are the same steps by hand; `evaluate` scores an `Objective`; `find_latest` names
-the newest whole checkpoint of a trial. What is imported here is imported on first use, for torch takes seconds.
+the newest whole checkpoint of a trial, and `drop_later_checkpoints` drops what came after one. What is imported here is
+imported on first use, for torch takes seconds.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from orchestrator.train.artifacts import load_artifact, read_artifact, save_artifact
     from orchestrator.train.base import LoadedBase, load_base
     from orchestrator.train.branch import Branch, open_branch
-    from orchestrator.train.checkpoint import find_latest
+    from orchestrator.train.checkpoint import drop_later_checkpoints, find_latest
     from orchestrator.train.evaluation import Evaluation, evaluate
     from orchestrator.train.generate import continue_prompts, generate_answers
     from orchestrator.train.host import TrainHost
@@ -27,6 +28,7 @@ _HOMES = {
     "Objective": "objective",
     "TrainHost": "host",
     "continue_prompts": "generate",
+    "drop_later_checkpoints": "checkpoint",
     "evaluate": "evaluation",
     "find_latest": "checkpoint",
     "generate_answers": "generate",
@@ -43,6 +45,7 @@ __all__ = [
     "Objective",
     "TrainHost",
     "continue_prompts",
+    "drop_later_checkpoints",
     "evaluate",
     "find_latest",
     "generate_answers",

@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from orchestrator.anatomy.values import LayerSelection
-from orchestrator.errors import SelectionError, TrainingError
+from orchestrator.errors import BaseLostError, SelectionError, TrainingError
 from orchestrator.plan.artifact import SUFFIX_A, SUFFIX_B
 from orchestrator.train.adapters import adapt, stable_name
 from orchestrator.train.base import LoadedBase, initial_value, new_parameter_names
@@ -46,10 +46,20 @@ class PlainKeeper:
 
     def restore(self) -> None:
         for parameter, data, attributes in self._saved:
-            parameter.data = data.to(parameter.device)
+            if _owns_its_storage(parameter, data):
+                parameter.data.copy_(data)  # nothing is allocated: memory may have run out just now
+            else:
+                parameter.data = data.to(parameter.device)
             vars(parameter).clear()
             vars(parameter).update(attributes)
         self._saved = []
+
+
+def _owns_its_storage(parameter: nn.Parameter, like: torch.Tensor) -> bool:
+    """Whether a parameter is a whole tensor of its own still, and no view of an engine's flat buffer."""
+    own = parameter.data
+    same = (own.shape, own.dtype, own.stride()) == (like.shape, like.dtype, like.stride())
+    return same and own.untyped_storage().nbytes() == own.nbytes
 
 
 class Branch:
@@ -87,8 +97,12 @@ class Branch:
         return list(self._learning)
 
     def close(self) -> None:
-        """Take everything out again: the base is bit for bit what it was. A second call does nothing."""
-        self._undo.close()
+        """Take everything out again: the base is bit for bit what it was. A second call does nothing.
+
+        Raises:
+            BaseLostError: it could not be put back.
+        """
+        _put_back(self._undo)
         self._learning = []
 
     def __enter__(self) -> Branch:
@@ -116,10 +130,12 @@ def open_branch(
     Raises:
         SelectionError: A planned name that the model does not have, or that cannot learn as planned.
         TrainingError: What learns is not what was planned (law 1), or the base has an open branch.
+        BaseLostError: It failed to open, and the base could not be put back.
     """
     if getattr(base.model, "peft_config", None) or any(parameter.requires_grad for parameter in base.model.parameters()):
         raise TrainingError("the base has a branch already", remedy="close it before the next one is opened")
-    with ExitStack() as undo:
+    undo = ExitStack()
+    try:
         _check_names(base, selection)
         undo.callback(ModuleStates(base.model).restore)
         new = _new_parameters(base, selection, seed, undo)
@@ -130,8 +146,18 @@ def open_branch(
             parameter_named(base.model, name).requires_grad_(True)
         learning = learning_parameters(base.model)
         _check_learning(selection, learning)
-        return Branch(base, selection, lora_alpha, learning, undo.pop_all())
-    raise AssertionError("unreachable")
+        return Branch(base, selection, lora_alpha, learning, undo)
+    except BaseException:
+        _put_back(undo)
+        raise
+
+
+def _put_back(undo: ExitStack) -> None:
+    """Undo everything. What fails here is no trial's failure, and no want of memory that a smaller trial would mend."""
+    try:
+        undo.close()
+    except Exception as error:
+        raise BaseLostError(f"the base could not be put back after a trial: {type(error).__name__}: {error}") from error
 
 
 def learning_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

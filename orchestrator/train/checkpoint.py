@@ -169,6 +169,14 @@ def drop_old_checkpoints(trial_folder: Path, newest_step: int) -> None:
         shutil.rmtree(path)
 
 
+def drop_later_checkpoints(trial_folder: Path, start: Path | None) -> None:
+    """Drop the checkpoints on the way that were made after `start`: the trial begins again there, by another way."""
+    first = read_json(start / "state.json")["step"] if start is not None else 0
+    for path in _on_the_way(trial_folder):
+        if _step_of(path) > first:
+            shutil.rmtree(path)
+
+
 def _on_the_way(trial_folder: Path) -> list[Path]:
     """The folders checkpoint-<step>, by step."""
     return sorted(trial_folder.glob("checkpoint-*"), key=_step_of)

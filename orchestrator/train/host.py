@@ -98,19 +98,31 @@ class TrainHost:
         """This process among the others."""
         return self._ranks
 
-    def run(self, assignment: Assignment, on_step: Callable[[StepReport], None] | None = None) -> RungResult:
+    def run(
+        self,
+        assignment: Assignment,
+        on_step: Callable[[StepReport], None] | None = None,
+        on_relief: Callable[[ExecutionPlan, str], None] | None = None,
+    ) -> RungResult:
         """Carry the trial to its next rung. A trial's own failure is a result with the reason, on every rank.
+
+        Args:
+            assignment: What to do.
+            on_step: Called after each step, on every rank.
+            on_relief: Called where memory ran out, on every rank, with the smaller way and the note about it, before the
+                trial starts again from `assignment.start` by it.
 
         Raises:
             TrainingError: the base could not be put back as it was: this gang must be replaced.
             RankOutOfMemoryError: memory ran out on this rank while the others wait for it: this gang must be replaced.
+            BaseLostError: the base could not be put back as it was: this gang must be replaced.
             Exception: whatever else breaks the gang itself (a lost rank, a full disk).
         """
         started = time.time()
         notes: list[str] = []
         outcome, reason = TrialOutcome(), ""
         try:
-            self._run_in_memory(assignment, on_step, notes, outcome)
+            self._run_in_memory(assignment, on_step, on_relief, notes, outcome)
         except TRIAL_ERRORS as error:
             reason = str(error)
             logger.warning("trial %s failed: %s", assignment.trial.trial_id, reason)
@@ -123,6 +135,7 @@ class TrainHost:
         self,
         assignment: Assignment,
         on_step: Callable[[StepReport], None] | None,
+        on_relief: Callable[[ExecutionPlan, str], None] | None,
         notes: list[str],
         outcome: TrialOutcome,
     ) -> None:
@@ -161,6 +174,8 @@ class TrainHost:
             notes.append(f"out of memory: {relief.sentence}")
             del run
             gc.collect()
+            if on_relief is not None:
+                on_relief(execution, notes[-1])
 
     def _is_shared(self, error: BaseException) -> bool:
         """Whether every rank knows that memory ran out; with one rank also outside the training rounds."""

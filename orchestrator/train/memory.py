@@ -5,13 +5,16 @@ from __future__ import annotations
 import psutil
 import torch
 
+SAID_WITHOUT_MEMORY = ("out of memory", "can't allocate memory", "cublas_status_alloc_failed")
+"""cuBLAS asks for its workspace at the first matrix product, beside torch's allocator."""
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed: torch's own error on a GPU, a RuntimeError with its allocator's words on a CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     words = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in words or "can't allocate memory" in words)
+    return isinstance(error, RuntimeError) and any(said in words for said in SAID_WITHOUT_MEMORY)
 
 
 def first_line(error: BaseException) -> str:

@@ -8,6 +8,9 @@ from functools import partial
 from typing import Any
 
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from orchestrator.errors import TrainingError
 
 
 @contextmanager
@@ -23,8 +26,19 @@ def recomputed(blocks: Iterable[Any]) -> Iterator[None]:
 
     Args:
         blocks: transformers' blocks (`GradientCheckpointingLayer`), from the cut up.
+
+    Raises:
+        TrainingError: a block is of another kind: it would not heed the switch, and keep everything in silence.
     """
     switched = list(blocks)
+    for block in switched:
+        if not isinstance(block, GradientCheckpointingLayer):
+            raise TrainingError(
+                f"a block of class {type(block).__name__} cannot be computed again in the backward pass",
+                expected="transformers' GradientCheckpointingLayer",
+                remedy="gradient checkpointing has nothing to give here: more ranks (resources.ranks_per_gang) with zero: 3, "
+                "or a smaller data.max_tokens",
+            )
     for block in switched:
         block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
         block.gradient_checkpointing = True

@@ -27,11 +27,15 @@ class MemoryRow(Value):
     """None where the plan has no figure for it."""
     measured_bytes: int
     """Of the rank and the trial that used most: on a GPU the most that torch's allocator held, on a CPU the process's
-    resident memory."""
+    resident memory. 0 where no trial came so far as to be measured."""
     rank_peak_bytes: tuple[int, ...]
     """By rank, the most of any trial."""
     ratio: float | None
-    """Measured by predicted."""
+    """Measured by predicted; None too where memory ran out, for then what was measured is not what was planned."""
     micro_batch_rows: int
     """The fewest that a trial came down to."""
     checkpointing: bool = False
+    num_out_of_memory: int = 0
+    """Trials in which memory ran out."""
+    num_failed_for_memory: int = 0
+    """Those of them for which nothing smaller was left."""

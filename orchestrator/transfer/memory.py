@@ -9,15 +9,15 @@ from orchestrator.transfer.records import EngineFigures, TrialRecord
 
 
 def memory_rows(trials: Sequence[TrialRecord]) -> tuple[MemoryRow, ...]:
-    """A row for every choice whose trials measured something, in the order of the trials.
+    """A row for every choice whose trials measured something or ran out of memory, in the order of the trials.
 
     The head control stands with the choice `head`, and the shuffled control with what it repeats: they train the same.
     """
-    by_choice: dict[str, list[EngineFigures]] = {}
+    by_choice: dict[str, list[TrialRecord]] = {}
     for trial in trials:
-        if trial.engine is not None and trial.engine.rank_peak_memory_bytes:
-            by_choice.setdefault(_label(trial), []).append(trial.engine)
-    return tuple(_row(label, engines) for label, engines in by_choice.items())
+        if trial.out_of_memory or (trial.engine is not None and trial.engine.rank_peak_memory_bytes):
+            by_choice.setdefault(_label(trial), []).append(trial)
+    return tuple(_row(label, chosen) for label, chosen in by_choice.items())
 
 
 def _label(trial: TrialRecord) -> str:
@@ -26,21 +26,29 @@ def _label(trial: TrialRecord) -> str:
     return f"{trial.layers} · lora r{trial.lora_rank}" if trial.tune == "lora" else f"{trial.layers} · full"
 
 
-def _row(label: str, engines: Sequence[EngineFigures]) -> MemoryRow:
-    num_ranks = max(len(engine.rank_peak_memory_bytes) for engine in engines)
+def _row(label: str, trials: Sequence[TrialRecord]) -> MemoryRow:
+    engines = [trial.engine for trial in trials if trial.engine is not None]
+    num_ranks = max((len(engine.rank_peak_memory_bytes) for engine in engines), default=0)
     peaks = tuple(
         max(engine.rank_peak_memory_bytes[rank] for engine in engines if rank < len(engine.rank_peak_memory_bytes))
         for rank in range(num_ranks)
     )
     predicted = next((engine.predicted_memory_bytes for engine in engines if engine.predicted_memory_bytes), None)
+    ran_out = [trial for trial in trials if trial.out_of_memory]
     return MemoryRow(
         label=label,
-        num_trials=len(engines),
-        device=engines[0].device,
+        num_trials=len(trials),
+        device=engines[0].device if engines else "",
         predicted_bytes=predicted,
-        measured_bytes=max(peaks),
+        measured_bytes=max(peaks, default=0),
         rank_peak_bytes=peaks,
-        ratio=max(peaks) / predicted if predicted else None,
-        micro_batch_rows=min(engine.micro_batch_rows for engine in engines),
+        ratio=max(peaks) / predicted if predicted and peaks and not ran_out else None,
+        micro_batch_rows=_fewest_rows(engines),
         checkpointing=any(engine.checkpointing for engine in engines),
+        num_out_of_memory=len(ran_out),
+        num_failed_for_memory=sum(trial.state == "failed" for trial in ran_out),
     )
+
+
+def _fewest_rows(engines: Sequence[EngineFigures]) -> int:
+    return min((engine.micro_batch_rows for engine in engines), default=0)

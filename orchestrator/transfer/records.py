@@ -74,6 +74,8 @@ class TrialRecord(Value):
     trainable_parameters: int = 0
     gang: int = -1
     engine: EngineFigures | None = None
+    out_of_memory: bool = False
+    """Memory ran out in it: it went on smaller, or failed for that."""
 
     @property
     def last(self) -> RungRecord | None:

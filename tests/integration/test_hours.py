@@ -51,10 +51,11 @@ def trained(run: Path) -> dict[str, list[str]]:
     return {trial_id: losses for trial_id, losses in losses_of(run).items() if losses}
 
 
-def test_a_sweep_ends_with_its_best_so_far_when_its_hours_are_used_up(
+@pytest.mark.slow
+def test_a_sweep_ends_with_its_best_so_far_when_its_hours_are_used_up_and_goes_on_with_more(
     tmp_path: Path, ray_here: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Two trials; then four more and hardly any hours; the same again; at last enough."""
+    """Two trials; then four more and hardly any hours; at last enough."""
     spec = write_spec(tmp_path, "hours", search=SEARCH, resources={"gangs": 1, "ranks_per_gang": 1})
     run = run_folder(spec)
     assert submit("sweep", spec) == 0
@@ -70,19 +71,13 @@ def test_a_sweep_ends_with_its_best_so_far_when_its_hours_are_used_up(
     assert "after 2 of 6 trials" in ended.ended_by_hours
     assert ended.winner_id in first
     waited = [trial for trial in ended.searched if trial.trial_id not in first]
+    assert waited
     assert all(trial.state == "stopped" and "max_gpu_hours" in trial.reason for trial in waited)
     assert ended.gpu_hours_used > used
     assert len(events_of(run, "hours_spent")) == len(events_of(run, "ended_by_hours")) == 1
-    said = capfd.readouterr().out
-    assert "ended     the search was ended after 2 of 6 trials" in said
-    assert "raise resources.max_gpu_hours" in said
+    assert "ended     the search was ended after 2 of 6 trials" in capfd.readouterr().out
     assert "The search was ended after 2 of 6 trials" in (run / "report.html").read_text()
     check_folder(run / "bundle")
-
-    before = snapshot(run / "trials", run / "bundle")
-    again = start("sweep", spec, RAY_ADDRESS=NOWHERE)
-    assert again.wait(TIMEOUT_S) == 0, "the same bound shows the run that has ended, and needs no Ray"
-    assert snapshot(run / "trials", run / "bundle") == before
 
     lay_over(spec, resources={"max_gpu_hours": ended.gpu_hours_used + 100})
     assert submit("sweep", spec) == 0
@@ -94,10 +89,24 @@ def test_a_sweep_ends_with_its_best_so_far_when_its_hours_are_used_up(
     assert transfer_of(run).verdict is not None
 
 
-def test_a_bound_that_is_used_up_by_loading_the_base_promotes_nothing(tmp_path: Path, ray_here: None) -> None:
+def test_a_bound_that_is_used_up_by_loading_the_base_promotes_nothing(
+    tmp_path: Path, ray_here: None, capfd: pytest.CaptureFixture[str]
+) -> None:
     spec = write_spec(tmp_path, "none", search=SEARCH, resources={"gangs": 1, "ranks_per_gang": 1, "max_gpu_hours": 1e-6})
+    run = run_folder(spec)
     assert submit("sweep", spec) == 0
-    sweep = sweep_of(run_folder(spec))
+    sweep = sweep_of(run)
     assert (sweep.searched, sweep.winner_id) == ((), None)
+    assert sweep.gpu_hours_used == read_hours(run / "hours.json") > 1e-6
     assert "after 0 of 2 trials" in sweep.ended_by_hours
     assert sweep.advice[0].startswith("raise resources.max_gpu_hours")
+    assert len(events_of(run, "hours_spent")) == len(events_of(run, "ended_by_hours")) == 1
+    said = capfd.readouterr().out
+    assert "ended     the search was ended after 0 of 2 trials" in said
+    assert "raise resources.max_gpu_hours" in said
+    assert "The search was ended after 0 of 2 trials" in (run / "report.html").read_text()
+
+    before = snapshot(run / "trials")
+    again = start("sweep", spec, RAY_ADDRESS=NOWHERE)
+    assert again.wait(TIMEOUT_S) == 0, "the same bound shows the run that has ended, and needs no Ray"
+    assert snapshot(run / "trials") == before

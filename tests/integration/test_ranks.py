@@ -79,6 +79,7 @@ class Matrix:
 
     folder: Path
     anatomy: Any
+    worker: Path = WORKER
     jobs: dict[int, list[dict[str, Any]]] = field(default_factory=lambda: {1: [], 2: []})
     results: dict[str, RungResult] = field(default_factory=dict)
     every_rank: dict[str, list[RungResult]] = field(default_factory=dict)
@@ -151,7 +152,7 @@ class Matrix:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         processes = [
             subprocess.Popen(
-                [sys.executable, str(WORKER), str(jobs), str(rank), str(num_ranks), str(meeting), str(out)],
+                [sys.executable, str(self.worker), str(jobs), str(rank), str(num_ranks), str(meeting), str(out)],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,

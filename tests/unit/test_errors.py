@@ -29,6 +29,7 @@ EXIT_CODES = {
     "NonFiniteLossError": 4,
     "OutOfMemoryError": 4,
     "RankOutOfMemoryError": 4,
+    "BaseLostError": 4,
     "NothingPromotedError": 5,
     "VerificationError": 6,
 }

@@ -10,7 +10,8 @@ import pytest
 
 from orchestrator.errors import TrainingError
 from orchestrator.plan import make_trial
-from orchestrator.plan.values import RungResult, TrialSpec
+from orchestrator.plan.relief import nothing_smaller
+from orchestrator.plan.values import ExecutionPlan, RungResult, TrialSpec
 from orchestrator.report.terminal import LogView
 from orchestrator.runtime import budget
 from orchestrator.runtime.budget import full_budget, refit_assignment, run_refit
@@ -19,6 +20,9 @@ from orchestrator.runtime.prepare import Prepared
 from orchestrator.store import read_jsonl, write_json
 
 TOTAL_STEPS = 54
+ALONE = ExecutionPlan(
+    device="cpu", ranks=1, threads_per_rank=1, executor="torch", dtype="float32", row_tokens=32, micro_batch_rows=1
+)
 
 
 def result(trial_id: str, step: int, retain_loss: float | None, **fields: object) -> RungResult:
@@ -106,21 +110,73 @@ def test_a_refit_that_failed_is_tried_again_by_the_next_submission(
     assert answers == []
 
 
-def test_a_refit_that_would_take_more_than_its_share_of_the_hours_is_left_out(prepared: Prepared, trial: TrialSpec) -> None:
-    """An hour for six of 54 steps: nine for the refit. A stored refit stands in for one that would run."""
-    rung = result(trial.trial_id, 6, 4.0, train_seconds=3600)
-    entry = TrialEntry(trial=trial, option=0, results=(rung,))
+def with_bound(prepared: Prepared, hours: float) -> Prepared:
+    resources = prepared.spec.resources.model_copy(update={"max_gpu_hours": hours})
+    return replace(prepared, spec=prepared.spec.model_copy(update={"resources": resources}))
+
+
+@pytest.mark.parametrize(
+    ("bound", "used", "begun", "left_out"),
+    [
+        (17, 1, 0, "would take about 9 of max_gpu_hours: 17"),
+        (18, 1, 0, ""),
+        (18, 10, 0, ""),
+        (18, 10.1, 0, "would take about 9 more, and 10.1 of max_gpu_hours: 18 are used"),
+        (18, 13, 27, ""),
+    ],
+    ids=["more than its share", "room", "a rung's slack", "more than is left", "half of it is done"],
+)
+def test_a_refit_that_the_hours_are_not_enough_for_is_left_out(
+    prepared: Prepared,
+    trial: TrialSpec,
+    monkeypatch: pytest.MonkeyPatch,
+    bound: float,
+    used: float,
+    begun: int,
+    left_out: str,
+) -> None:
+    """An hour for six of 54 steps: nine for the refit."""
+    one_gang = prepared.plan.model_copy(update={"num_gangs": 1})
+    bounded = with_bound(replace(prepared, plan=one_gang), bound)
+    entry = TrialEntry(trial=trial, option=0, results=(result(trial.trial_id, 6, 4.0, train_seconds=3600),))
+    write_json(prepared.run.hours, {"used": used})
+    if begun:
+        prepared.run.refit.mkdir()
+        write_json(prepared.run.refit / "trial.json", {"trial_id": trial.trial_id})
+        (prepared.run.refit / f"checkpoint-{begun}").mkdir()
+    monkeypatch.setattr(budget, "refit", lambda *_: [result(trial.trial_id, TOTAL_STEPS, 4.0)])
+    said = io.StringIO()
+    found, record = full_budget(bounded, entry, BASE, LogView(said))
+    assert found.step == (6 if left_out else TOTAL_STEPS)
+    assert record.left_out_for_hours is bool(left_out)
+    assert ("refit_left_out" in said.getvalue()) is bool(left_out)
+    assert left_out in said.getvalue()
+    events = [event for event in read_jsonl(prepared.run.path / "events.jsonl") if event["kind"] == "refit_left_out"]
+    assert len(events) == bool(left_out)
+
+
+def test_a_refit_that_has_come_to_its_end_is_used_whatever_hours_are_left(prepared: Prepared, trial: TrialSpec) -> None:
+    entry = TrialEntry(trial=trial, option=0, results=(result(trial.trial_id, 6, 4.0, train_seconds=3600),))
     store_refit(prepared, result(trial.trial_id, TOTAL_STEPS, 4.0))
-    bundled: dict[float, int] = {}
-    for hours in (17.0, 18.0):
-        resources = prepared.spec.resources.model_copy(update={"max_gpu_hours": hours})
-        bounded = replace(prepared, spec=prepared.spec.model_copy(update={"resources": resources}))
-        said = io.StringIO()
-        found, record = full_budget(bounded, entry, BASE, LogView(said))
-        bundled[hours] = found.step
-        assert record.left_out_for_hours is (hours == 17)
-        assert ("refit_left_out" in said.getvalue()) is (hours == 17)
-    assert bundled == {17.0: 6, 18.0: TOTAL_STEPS}
+    write_json(prepared.run.hours, {"used": 99})
+    assert full_budget(with_bound(prepared, 1), entry, BASE, LogView(io.StringIO()))[0].step == TOTAL_STEPS
+
+
+@pytest.mark.parametrize(
+    ("reason", "lower_rate"),
+    [("the loss became nan", True), (str(nothing_smaller("out of memory", ALONE)), False)],
+    ids=["diverged", "out of memory"],
+)
+def test_a_lower_learning_rate_is_no_cure_for_want_of_memory(
+    prepared: Prepared, trial: TrialSpec, monkeypatch: pytest.MonkeyPatch, reason: str, lower_rate: bool
+) -> None:
+    assert prepared.plan.search is not None
+    failed = result(trial.trial_id, 3, None, state="failed", reason=reason, checkpoint=None)
+    monkeypatch.setattr(budget, "refit", lambda *_: [failed])
+    with pytest.raises(TrainingError) as raised:
+        run_refit(prepared, [refit_assignment(prepared, trial, prepared.plan.search.options[0].selection)])
+    assert ("learning rate" in str(raised.value)) is lower_rate
+    assert ("ranks_per_gang" in str(raised.value)) is not lower_rate
 
 
 def test_a_refit_starts_as_small_as_its_trial_had_to_become(prepared: Prepared, trial: TrialSpec) -> None:

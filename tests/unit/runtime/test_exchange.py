@@ -16,6 +16,7 @@ from orchestrator.anatomy import ModelAnatomy
 from orchestrator.errors import TrainingError
 from orchestrator.plan import make_trial
 from orchestrator.plan.values import Assignment, DataPaths, RungResult, RunPlan, TrainSettings, TrialSpec
+from orchestrator.runtime import cleaning
 from orchestrator.runtime import exchange as exchange_module
 from orchestrator.runtime.assignments import MAX_ATTEMPTS, Answer, Orders, failed_result
 from orchestrator.runtime.exchange import Exchange
@@ -390,6 +391,36 @@ def test_a_result_that_cannot_be_written_is_heard_of(on_bench: Callable[..., lis
     assert len(on_bench(scene)) == 2
 
 
+def test_an_estimate_that_fails_is_no_trials_failure(
+    on_bench: Callable[..., list[Assignment]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hear(*_: object) -> None:
+        raise ZeroDivisionError
+
+    async def scene(bench: Bench) -> None:
+        monkeypatch.setattr(bench.exchange._first_steps, "hear", hear)
+        assert (await bench.advance(bench.trial(0))).state == "done"
+
+    on_bench(scene)
+
+
+def test_what_cannot_be_cleaned_is_told_and_holds_nobody_up(
+    on_bench: Callable[..., list[Assignment]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(_: Path) -> None:
+        raise KeyError("has_optimizer")
+
+    monkeypatch.setattr(cleaning, "drop_optimizer_state", damaged)
+
+    async def scene(bench: Bench) -> None:
+        for rung in (0, 1, 2):
+            assert (await bench.advance(bench.trial(0), rung)).state == "done"
+        await bench.exchange._cleaner.join()
+        assert bench.told().count("not_cleaned") == 3, "rung 0 twice"
+
+    on_bench(scene)
+
+
 def test_a_trial_that_is_ended_releases_its_caller(on_bench: Callable[..., list[Assignment]]) -> None:
     async def scene(bench: Bench) -> None:
         ScriptedGang.gate.clear()
@@ -432,6 +463,8 @@ def test_when_the_hours_are_used_up_the_search_ends_in_order_and_can_go_on(on_be
         entry = Ledger(bench.folder).get("t0")
         assert entry is not None
         assert entry.end is None
+        (lifted,) = [item for item in bench.exchange._news if item["kind"] == "hours_raised"]
+        assert lifted["trial_ids"] == ["t0", "t3", "t4"]
         assert (await bench.advance(bench.trial(0), 1)).state == "done"
         assert (await bench.advance(bench.trial(3))).state == "done"
         assert (await bench.exchange.hours()).used == pytest.approx(12)

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from orchestrator.plan import shuffled_control
 from orchestrator.plan.cost.estimate import CPU_FLOPS_PER_CORE, run_flops
 from orchestrator.plan.values import RungResult, TrialSpec
 from orchestrator.runtime.assignments import GangFigures
 from orchestrator.runtime.finish import controls_beside
+from orchestrator.runtime.hours import HoursState
 from orchestrator.runtime.ledger import Ledger
 from orchestrator.runtime.measured import plan_against_measured
 from orchestrator.runtime.outcome import summarise
@@ -69,6 +72,42 @@ def test_only_the_winners_own_shuffled_control_is_shown(submit: Callable[[], Pre
     sweep = summarise(prepared, ledger, [], started_at=0.0)
     assert sweep.winner_id == "t000"
     assert [trial.trial_id for trial in sweep.trials if trial.control == "shuffled"] == ["shuffled-t000"]
+
+
+@pytest.mark.parametrize(
+    ("done", "controls", "shuffled", "words"),
+    [
+        (1, (), False, "the search was ended after 1 of 2 trials: the bound"),
+        (2, (), False, ""),
+        (2, ("shuffled",), False, "all 2 trials were searched, but for want of hours not the control shuffled: the bound"),
+        (2, ("shuffled",), True, ""),
+    ],
+    ids=["a trial was held back", "nothing was", "a control was", "the control was there"],
+)
+def test_it_is_said_what_was_held_back_for_want_of_hours(
+    submit: Callable[..., Prepared], done: int, controls: tuple[str, ...], shuffled: bool, words: str
+) -> None:
+    prepared = submit(search={"controls": list(controls)})
+    ledger = Ledger(prepared.run.trials)
+    add(ledger, NONE, 0, eval_loss=3.0)
+    add(ledger, HEAD, 9, eval_loss=2.9)
+    for number in range(done):
+        add(ledger, TRIAL.model_copy(update={"trial_id": f"t00{number}", "number": number}), 9, eval_loss=1.5 + number)
+    if shuffled:
+        add(ledger, shuffled_control(TRIAL), 9, eval_loss=2.5)
+    sweep = summarise(prepared, ledger, [], started_at=0.0, hours=HoursState(used=2, spent="the bound"))
+    assert sweep.winner_id == "t000"
+    assert sweep.ended_by_hours == words
+
+
+def test_a_peak_after_memory_ran_out_does_not_speak_for_the_plan(submit: Callable[[], Prepared]) -> None:
+    prepared = submit()
+    ledger = Ledger(prepared.run.trials)
+    add(ledger, NONE, 0, eval_loss=3.0)
+    add(ledger, TRIAL, 9, relieved=prepared.plan.execution)
+    sweep = summarise(prepared, ledger, [], started_at=0.0)
+    row = plan_against_measured(prepared, sweep, None)[0]
+    assert (row.name, row.planned) == ("peak memory of a rank (1 trial ran out of memory)", None)
 
 
 def test_time_and_disk_are_held_against_the_same_of_the_plan(submit: Callable[[], Prepared]) -> None:

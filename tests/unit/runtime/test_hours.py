@@ -51,6 +51,26 @@ def test_a_killed_driver_forgets_seconds_at_most(tmp_path: Path, monkeypatch: py
     meter.close()
 
 
+def test_a_save_that_fails_is_followed_by_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hours, "SAVE_EVERY_S", 0.01)
+    write, failures = hours.write_json, [OSError("no space left on device")]
+
+    def full_once(file: Path, value: object) -> None:
+        if failures:
+            raise failures.pop()
+        write(file, value)
+
+    monkeypatch.setattr(hours, "write_json", full_once)
+    file = tmp_path / "hours.json"
+    meter = Meter(file)
+    meter.open()
+    deadline = time.monotonic() + 20
+    while not file.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert file.exists()
+    meter.close()
+
+
 def test_a_refit_is_expected_to_take_what_the_trial_took_per_step() -> None:
     results = [rung(0, 10, 3600), rung(1, 30, 7200)]
     assert refit_hours(results, 90) == pytest.approx(9)

@@ -179,6 +179,18 @@ def test_hooks_and_attributes_that_an_engine_left_are_taken_off_and_older_ones_s
     handle.remove()
 
 
+def test_tensors_of_its_own_are_put_back_in_their_place(llama_folder: Callable, base_of: Callable, selection_on: Selector):
+    """Memory may have run out: nothing is allocated for what no engine has moved."""
+    base = base_of(llama_folder())
+    before = state_of(base)
+    with open_branch(base, selection_on(base, "last:1", "full"), lora_alpha=0, seed=0) as branch:
+        learning = [parameter for _, parameter in branch.learning_parameters()]
+        places = [parameter.data_ptr() for parameter in learning]
+        train(branch)
+    assert [parameter.data_ptr() for parameter in learning] == places
+    assert state_of(base) == before
+
+
 def test_the_same_seed_gives_the_same_new_parameters_and_leaves_the_global_generator_alone(
     llama_folder: Callable, base_of: Callable, selection_on: Selector
 ):

@@ -16,10 +16,11 @@ from transformers import PreTrainedTokenizerFast
 
 from orchestrator.anatomy import read_anatomy, select
 from orchestrator.data import build_set
-from orchestrator.errors import RankOutOfMemoryError, TrainingError
+from orchestrator.errors import BaseLostError, RankOutOfMemoryError, TrainingError
 from orchestrator.plan.values import Assignment, BaseLoad, DataPaths, ExecutionPlan, RungResult, TrainSettings, TrialSpec
 from orchestrator.store import check_folder, read_jsonl
 from orchestrator.train import TrainHost, find_latest
+from orchestrator.train.branch import PlainKeeper
 from orchestrator.train.objective import Objective
 
 EXECUTION = ExecutionPlan(
@@ -290,6 +291,31 @@ def test_memory_that_runs_out_on_one_rank_alone_ends_the_gang(bench: Bench, monk
     monkeypatch.setattr(TrainHost, "_is_shared", lambda *_: False)
     with pytest.raises(RankOutOfMemoryError, match="out of memory on rank 0"):
         bench.run("a")
+
+
+def test_a_step_down_is_told_before_it_is_taken(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_little_memory(monkeypatch, rows=1)
+    told: list[tuple[int, str]] = []
+
+    def on_relief(execution: ExecutionPlan, note: str) -> None:
+        assert not (bench.folder / "a" / "rung-0").exists()
+        told.append((execution.micro_batch_rows, note))
+
+    result = bench.host.run(bench.assignment("a", execution=WIDE), on_relief=on_relief)
+    assert told == [(2, HALVED[0]), (1, HALVED[1])]
+    assert result.notes == HALVED
+
+
+def test_memory_that_runs_out_while_the_base_is_put_back_ends_the_gang(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A smaller way on a base that is half put back would train another model."""
+    with_little_memory(monkeypatch, rows=2)
+
+    def restore(_: PlainKeeper) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(PlainKeeper, "restore", restore)
+    with pytest.raises(BaseLostError, match="could not be put back"):
+        bench.run("a", tune="full", execution=WIDE)
 
 
 @pytest.mark.parametrize("name", ["eval", "retain"])

@@ -6,8 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from torch import nn
 
+from orchestrator.errors import TrainingError
 from orchestrator.train.base import LoadedBase
 from orchestrator.train.recompute import recomputed
 
@@ -25,3 +28,24 @@ def test_nothing_below_the_cut_has_a_gradient(llama_folder: Callable[..., Path],
         hook.remove()
     blocks[2].self_attn.q_proj.weight.requires_grad_(False)
     assert entering == [False, False, False, True]
+
+
+def test_leaving_by_an_exception_turns_it_off(llama_folder: Callable[..., Path], base_of: Callable[..., LoadedBase]) -> None:
+    base = base_of(llama_folder())
+    blocks: Any = list(base.model.get_submodule(base.anatomy.blocks_module))
+    during: list[bool] = []
+
+    def run_out() -> None:
+        with recomputed(blocks[2:]):
+            during.extend(block.gradient_checkpointing for block in blocks)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        run_out()
+    assert during == [False, False, True, True]
+    assert not any(block.gradient_checkpointing or hasattr(block, "_gradient_checkpointing_func") for block in blocks)
+
+
+def test_a_block_that_would_not_heed_it_is_refused() -> None:
+    with pytest.raises(TrainingError, match="class Linear cannot"), recomputed([nn.Linear(2, 2)]):
+        pass

@@ -36,3 +36,12 @@ def test_a_row_has_the_most_that_any_trial_used_on_each_rank() -> None:
 def test_what_the_plan_did_not_weigh_has_no_ratio() -> None:
     (row,) = memory_rows([trial("head", "head", (100,), control="head")])
     assert (row.predicted_bytes, row.ratio) == (None, None)
+
+
+def test_a_row_whose_trials_ran_out_of_memory_says_so_and_has_no_ratio() -> None:
+    """What fitted was not what was planned, so that it must not speak for the plan."""
+    small = trial("a", "last:2", (90, 100), predicted_memory_bytes=100, micro_batch_rows=1)
+    failed = trial("b", "last:3", ()).model_copy(update={"engine": None, "state": "failed", "out_of_memory": True})
+    rows = memory_rows([small.model_copy(update={"out_of_memory": True}), failed])
+    assert [(row.ratio, row.num_out_of_memory, row.num_failed_for_memory) for row in rows] == [(None, 1, 0), (None, 1, 1)]
+    assert [row.measured_bytes for row in rows] == [100, 0]

@@ -1,0 +1,101 @@
+"""A refit that ran out of memory inside its worker group and was killed goes on by the smaller way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import RankOutOfMemoryError
+from orchestrator.plan import make_trial
+from orchestrator.plan.relief import nothing_smaller
+from orchestrator.plan.values import Assignment, ExecutionPlan, RungResult
+from orchestrator.runtime.assignments import failed_result
+from orchestrator.runtime.budget import refit_assignment
+from orchestrator.runtime.prepare import Prepared
+from orchestrator.runtime.refit import _run
+from orchestrator.store import commit_folder, write_json
+from orchestrator.train.ranks import Ranks
+
+HALVED = "out of memory: started again with fewer rows"
+
+
+class KilledError(Exception):
+    pass
+
+
+class ScriptedHost:
+    """A rank that saves a checkpoint at 4, steps down, saves one at `saves` and ends by `end`; without one, it trains."""
+
+    ranks = Ranks()
+
+    def __init__(self, saves: int | None, end: Exception | None) -> None:
+        self._saves, self._end = saves, end
+        self.ran: list[Assignment] = []
+
+    def run(self, assignment: Assignment, *, on_relief: Callable[[ExecutionPlan, str], None]) -> RungResult:
+        self.ran.append(assignment)
+        notes: tuple[str, ...] = ()
+        if self._end is not None:
+            save(Path(assignment.folder), 4)
+            smaller = assignment.execution.model_copy(update={"micro_batch_rows": assignment.execution.micro_batch_rows // 2})
+            on_relief(smaller, HALVED)
+            if self._saves is not None:
+                save(Path(assignment.folder), self._saves)
+            raise self._end
+        return RungResult(trial_id=assignment.trial.trial_id, rung=0, step=9, tokens=1, state="done", notes=notes)
+
+
+def save(folder: Path, step: int) -> None:
+    with commit_folder(folder / f"checkpoint-{step}") as made:
+        write_json(made / "state.json", {"step": step, "has_optimizer": True})
+
+
+@pytest.fixture
+def assignment(submit: Callable[[], Prepared]) -> Assignment:
+    prepared = submit()
+    assert prepared.plan.search is not None
+    option = prepared.plan.search.options[0]
+    execution = prepared.plan.refit_execution.model_copy(update={"micro_batch_rows": 8})
+    made = refit_assignment(prepared, make_trial(prepared.plan, option, 1e-3, 0, seed=0), option.selection)
+    return made.model_copy(update={"execution": execution})
+
+
+@pytest.mark.parametrize("saves", [None, 2])
+def test_what_was_done_by_the_larger_way_is_dropped_and_the_smaller_way_is_kept(
+    assignment: Assignment, saves: int | None
+) -> None:
+    with pytest.raises(KilledError):
+        _run(ScriptedHost(saves, KilledError()), assignment)  # type: ignore[arg-type]
+    after = ScriptedHost(None, None)
+    result = _run(after, assignment)  # type: ignore[arg-type]
+    (ran,) = after.ran
+    assert ran.execution.micro_batch_rows == 4
+    assert ran.start == (f"{assignment.folder}/checkpoint-{saves}" if saves else None), "not from the larger way's checkpoint"
+    assert result.notes == (HALVED,)
+    assert result.relieved is not None
+
+
+def test_a_rank_alone_that_runs_out_goes_down_from_where_its_group_had_come(assignment: Assignment) -> None:
+    with pytest.raises(RankOutOfMemoryError):
+        _run(ScriptedHost(None, RankOutOfMemoryError("out of memory on rank 1")), assignment)  # type: ignore[arg-type]
+    after = ScriptedHost(None, None)
+    result = _run(after, assignment)  # type: ignore[arg-type]
+    assert after.ran[0].execution.micro_batch_rows == 2
+    assert [note.startswith("out of memory") for note in result.notes] == [True, True]
+
+
+def test_what_fits_in_no_way_is_tried_again_as_planned(assignment: Assignment) -> None:
+    class FullHost(ScriptedHost):
+        def run(self, assignment: Assignment, *, on_relief: Callable[[ExecutionPlan, str], None]) -> RungResult:
+            with suppress(KilledError):
+                super().run(assignment, on_relief=on_relief)
+            reason = str(nothing_smaller("out of memory", assignment.execution))
+            return failed_result(assignment, reason)
+
+    assert _run(FullHost(None, KilledError()), assignment).state == "failed"  # type: ignore[arg-type]
+    after = ScriptedHost(None, None)
+    _run(after, assignment)  # type: ignore[arg-type]
+    assert after.ran[0].execution == assignment.execution
