@@ -63,7 +63,8 @@ class Machines:
         host_bytes = hosting.memory_bytes // standing[hosting]
         on_gpus = self.device == "cuda"
         tightest = min(self.nodes, key=lambda node: node.gpu_memory_bytes) if on_gpus else hosting
-        unlike = len({node.model_copy(update={"count": 1}) for node in self.nodes}) > 1
+        alike = self.nodes[0].model_copy(update={"count": 1})
+        unlike = any(node.model_copy(update={"count": 1}) != alike for node in self.nodes)
         return RankRoom(
             device_bytes=tightest.gpu_memory_bytes if on_gpus else host_bytes,
             host_bytes=host_bytes,
