@@ -63,7 +63,7 @@ class Machines:
         host_bytes = hosting.memory_bytes // standing[hosting]
         on_gpus = self.device == "cuda"
         tightest = min(self.nodes, key=lambda node: node.gpu_memory_bytes) if on_gpus else hosting
-        unlike = len({node.model_copy(update={"count": 1}) for node in self.nodes}) > 1
+        unlike = any(node.model_copy(update={"count": self.nodes[0].count}) != self.nodes[0] for node in self.nodes)
         return RankRoom(
             device_bytes=tightest.gpu_memory_bytes if on_gpus else host_bytes,
             host_bytes=host_bytes,
