@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.errors import PlanError
-from orchestrator.plan.ladder import OFFLOADING_STAGE, Load, RankRoom, RoomOf, cheapest, heaviest, leanest, misfit, ways
+from orchestrator.plan.ladder import OFFLOADING_STAGE, Load, RankRoom, RoomOf, cheapest, heaviest, misfit, ways
 from orchestrator.plan.memory.way import Way
 from orchestrator.plan.placement import Machines
 from orchestrator.plan.values import ExecutionPlan, RejectedWay
 from orchestrator.spec.models import JobSpec, ResourcesSpec
+
+QUANTIZABLE = ("frozen weights", "gathered weights")
+"""Terms that to quantize the base makes smaller."""
 
 
 @dataclass(frozen=True)
@@ -147,21 +150,40 @@ def _gangs(most: int, least: int) -> str:
 def _nothing_fits(found: Machines, spec: JobSpec, load: Load, counts: Sequence[int], room_of: RoomOf) -> PlanError:
     """What the leanest way lacks, and what would help."""
     tried = list(ways(spec.resources, found.device, counts, load.row_tokens))
-    on_device = [way for way in tried if heaviest(way, load.footprints).device.total_bytes <= room_of(way.ranks).device_bytes]
-    way = on_device[0] if on_device else leanest(tried, load)
-    remedies: list[str] = []
-    if spec.base.quantize == "none":
-        remedies.append("base.quantize: nf4")
-    elif any(term.name == "loading" for term in heaviest(way, load.footprints).device.terms):
-        remedies.append("base.quantize: none, which ZeRO-3 partitions as it is loaded")
+    needed = {way: heaviest(way, load.footprints) for way in tried}
+    on_device = [way for way in tried if needed[way].device.total_bytes <= room_of(way.ranks).device_bytes]
+    if on_device:
+        way = min(on_device, key=lambda way: needed[way].host.total_bytes)
+        remedies = _host_remedies(room_of(way.ranks))
+    else:
+        way = min(tried, key=lambda way: needed[way].device.total_bytes)
+        remedies = _device_remedies(found, spec, load, way)
     if any(footprint.learning_blocks for footprint in load.footprints):
         remedies.append("fewer layers (last:2), or tune: [lora]")
     if spec.resources.zero != "auto" or spec.resources.offload != "auto":
         remedies.append("resources.zero and resources.offload: auto")
-    remedies += ["a smaller data.max_tokens", f"more or larger {found.unit}s" if found.device == "cuda" else "more memory"]
     return PlanError(
         f"nothing fits on {found.num_units} {found.unit}{'s' if found.num_units > 1 else ''}; "
         f"the leanest way ({way}) {misfit(way, load, room_of(way.ranks))}",
         where="resources",
         remedy="; ".join(remedies),
     )
+
+
+def _host_remedies(room: RankRoom) -> list[str]:
+    """Where the device has room and its node's memory has not."""
+    fewer = ["fewer ranks a node: a smaller resources.gangs or max_gpus"] if room.ranks_per_node > 1 else []
+    return ["nodes with more host memory", *fewer]
+
+
+def _device_remedies(found: Machines, spec: JobSpec, load: Load, way: Way) -> list[str]:
+    """To quantize helps where frozen weights are most of what is needed, and a smaller row what rows take."""
+    terms = heaviest(way, load.footprints).device.terms
+    remedies = [f"more or larger {found.unit}s" if found.device == "cuda" else "more memory"]
+    if spec.base.quantize == "none" and max(terms, key=lambda term: term.num_bytes).name in QUANTIZABLE:
+        remedies.append("base.quantize: nf4")
+    elif spec.base.quantize != "none" and any(term.name == "loading" for term in terms):
+        remedies.append("base.quantize: none, which ZeRO-3 partitions as it is loaded")
+    if any(term.moving for term in terms):
+        remedies.append("a smaller data.max_tokens")
+    return remedies

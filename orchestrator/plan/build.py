@@ -148,7 +148,7 @@ def _arrange_with(head: Footprint, found: Machines, spec: JobSpec, load: Load, n
 
 def _head_warnings(head: Footprint, gangs: Arrangement, found: Machines, load: Load) -> tuple[str, ...]:
     smallest = replace(gangs.way, micro_batch_rows=1, checkpointing=True)
-    reason = misfit(smallest, replace(load, footprints=(head,)), found.room(gangs.way.ranks * gangs.num_gangs))
+    reason = misfit(smallest, replace(load, footprints=(head,)), found.room(gangs.way.ranks, gangs.num_gangs))
     said = "the control `head` will fail for want of memory, and trials be compared with the untouched base alone"
     return () if reason is None else (f"{said}: it {reason}",)
 

@@ -63,8 +63,7 @@ class Machines:
         host_bytes = hosting.memory_bytes // standing[hosting]
         on_gpus = self.device == "cuda"
         tightest = min(self.nodes, key=lambda node: node.gpu_memory_bytes) if on_gpus else hosting
-        alike = self.nodes[0].model_copy(update={"count": 1})
-        unlike = any(node.model_copy(update={"count": 1}) != alike for node in self.nodes)
+        unlike = any(node.model_copy(update={"count": self.nodes[0].count}) != self.nodes[0] for node in self.nodes)
         return RankRoom(
             device_bytes=tightest.gpu_memory_bytes if on_gpus else host_bytes,
             host_bytes=host_bytes,
@@ -213,9 +212,15 @@ def _check_asked_ranks(found: Machines, resources: ResourcesSpec, total: int, cl
     if ranks * gangs <= found.num_units:
         bound = f"no gang shares a node with a part of another: there is room for {room}"
     raise PlanError(
-        f"{gangs} gang{'s' if gangs > 1 else ''} of {ranks} rank{'s' if ranks > 1 else ''} need{'s' if gangs == 1 else ''} "
-        f"{ranks * gangs} {found.unit}s, and {bound}",
+        f"{_count(gangs, 'gang')} of {_count(ranks, 'rank')} need{'s' if gangs == 1 else ''} "
+        f"{_count(ranks * gangs, found.unit)}, and {bound}",
         where="resources",
-        expected=f"at most {room} gangs of {ranks} ranks" if room else f"gangs of at most {found.num_units} ranks",
+        expected=f"at most {_count(room, 'gang')} of {_count(ranks, 'rank')}"
+        if room
+        else f"gangs of at most {_count(found.num_units, 'rank')}",
         remedy="leave gangs and ranks_per_gang to `auto`, or lower them",
     )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

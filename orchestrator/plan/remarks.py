@@ -93,6 +93,8 @@ def _notes(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDescri
         points = len(spec.search.layers) * sum(len(spec.search.lora_rank) if t == "lora" else 1 for t in spec.search.tune)
         if points > len(plan.search.options):
             notes.append(f"{points} combinations come to {len(plan.search.options)} different selections")
+    if plan.execution.offload != "none":
+        notes.append(f"offload: {plan.execution.offload}, and the hours take no account of the bus: expect more")
     if plan.search is None and spec.resources.gangs not in ("auto", 1):
         notes.append("one trial runs in one gang: resources.gangs counts for sweeps")
     return notes

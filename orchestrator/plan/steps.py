@@ -55,10 +55,13 @@ def packs(spec: JobSpec) -> bool:
 
 def row_tokens(spec: JobSpec, anatomy: ModelAnatomy, data: DataSize) -> int:
     """Width of a row: `max_tokens` when packing, else the longest document; a multiple of 8 for the tensor cores.
+    Of a base without a vocabulary, which reads images, a row is an image: all of its positions.
 
     Raises:
         PlanError: the longest document has more tokens than the base has positions.
     """
+    if not anatomy.vocab_size:
+        return anatomy.max_positions
     longest = min(data.longest_document_tokens, spec.data.max_tokens) or 1
     if longest > anatomy.max_positions:
         raise PlanError(

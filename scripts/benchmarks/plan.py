@@ -2,7 +2,7 @@
 
     scripts/bench plan [--rounds 5] [--json]
 
-Prints the median wall time beside that of an interpreter that does nothing, and beside its bound.
+Prints the median wall time beside that of an interpreter that does nothing, and beside its bound; beyond it the exit status is 1.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ def main(arguments: list[str] | None = None) -> None:
         "bound_seconds": BOUND_S,
     }
     print(json.dumps(result) if options.json else _text(result))
+    if result["plan_seconds"] > BOUND_S:
+        sys.exit(1)
 
 
 def _median(command: list[str], rounds: int) -> float:

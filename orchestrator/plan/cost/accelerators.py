@@ -1,4 +1,4 @@
-"""GPUs by the names that their drivers print: peak rate, memory and bandwidth.
+"""GPUs by the names that their drivers print: peak rate and memory.
 
 Peaks are dense 16-bit operations a second with float32 accumulation on tensor cores (bf16; fp16 on Volta and Turing, which
 have no bf16), from the makers' data sheets; those often print twice the figure, "with sparsity". Memory is what the driver
@@ -25,53 +25,51 @@ class Accelerator:
     """Dense 16-bit operations a second."""
     memory_bytes: int | None
     """What the driver reports; None where GPUs of this name come with unlike memories."""
-    bandwidth: float
-    """Bytes a second between the GPU and its own memory."""
     source: str
 
 
-def _row(pattern: str, teraflops: float, mebibytes: int | None, gigabytes_per_s: float, source: str) -> Accelerator:
+def _row(pattern: str, teraflops: float, mebibytes: int | None, source: str) -> Accelerator:
     memory = mebibytes * MIB if mebibytes is not None else None
-    return Accelerator(pattern, teraflops * TERA, memory, gigabytes_per_s * 1e9, source)
+    return Accelerator(pattern, teraflops * TERA, memory, source)
 
 
 ACCELERATORS = (
-    _row(r"\bgb300\b|\bb300\b", 2250, None, 8000, "NVIDIA Blackwell Ultra data sheet"),
-    _row(r"\bgb200\b", 2500, None, 8000, "NVIDIA GB200 NVL72 data sheet: 5 PFLOPS with sparsity a GPU"),
-    _row(r"\bb200\b", 2250, 183359, 8000, "NVIDIA DGX B200 data sheet: 4.5 PFLOPS with sparsity a GPU"),
-    _row(r"\bgh200\b.*\b144g", 989, None, 4900, "NVIDIA GH200 data sheet, HBM3e"),
-    _row(r"\bgh200\b.*\b480gb", 989, 97280, 4000, "NVIDIA GH200 data sheet, 96 GB HBM3 (the name has the CPU's 480 GB)"),
-    _row(r"\bgh200\b", 989, None, 4000, "NVIDIA GH200 data sheet"),
-    _row(r"\bh200 nvl\b", 835.5, 143771, 4800, "NVIDIA H200 data sheet: 1671 TFLOPS with sparsity"),
-    _row(r"\bh200\b", 989.5, 143771, 4800, "NVIDIA H200 data sheet: 1979 TFLOPS with sparsity"),
-    _row(r"\bh100 nvl\b", 835.5, 95830, 3900, "NVIDIA H100 data sheet: 1671 TFLOPS with sparsity"),
-    _row(r"\bh100 pcie\b", 756, 81559, 2000, "NVIDIA H100 PCIe product brief"),
-    _row(r"\bh100\b.*\b(94|96)gb", 989.5, None, 3350, "NVIDIA H100 data sheet, other memories"),
-    _row(r"\bh[18]00\b", 989.5, 81559, 3350, "NVIDIA H100 data sheet, SXM: 1979 TFLOPS with sparsity"),
-    _row(r"\ba[18]00\b.*\bpcie\b.*\b80gb|\ba100 80gb pcie\b", 312, 81920, 1935, "NVIDIA A100 data sheet, PCIe 80GB"),
-    _row(r"\ba[18]00\b.*\b80gb", 312, 81920, 2039, "NVIDIA A100 data sheet, SXM 80GB"),
-    _row(r"\ba100\b.*\b40gb", 312, 40960, 1555, "NVIDIA A100 data sheet, 40GB"),
-    _row(r"\ba[18]00\b", 312, None, 1555, "NVIDIA A100 data sheet"),
-    _row(r"\bl40s\b", 362, 46068, 864, "NVIDIA L40S data sheet: 733 TFLOPS with sparsity"),
-    _row(r"\bl40\b", 181, 46068, 864, "NVIDIA L40 data sheet"),
-    _row(r"\bl4\b", 121, 23034, 300, "NVIDIA L4 data sheet: 242 TFLOPS with sparsity"),
-    _row(r"\ba10g\b", 70, 23028, 600, "NVIDIA A10G data sheet: 140 TFLOPS with sparsity"),
-    _row(r"\ba10\b", 125, 23028, 600, "NVIDIA A10 data sheet"),
-    _row(r"\ba30\b", 165, 24576, 933, "NVIDIA A30 data sheet"),
-    _row(r"\ba40\b", 149.7, 46068, 696, "NVIDIA A40 data sheet"),
-    _row(r"\brtx 6000 ada\b", 364, 49140, 960, "NVIDIA RTX 6000 Ada data sheet: 1457 TFLOPS in FP8 with sparsity, a quarter"),
-    _row(r"\brtx a6000\b", 154.8, 49140, 768, "NVIDIA RTX A6000 data sheet: 309.7 TFLOPS with sparsity"),
-    _row(r"\brtx 5090\b", 209.5, 32607, 1792, "NVIDIA RTX Blackwell GPU architecture paper, FP32 accumulate"),
-    _row(r"\brtx 4090\b", 165.2, 24564, 1008, "NVIDIA Ada GPU architecture paper, FP32 accumulate"),
-    _row(r"\brtx 3090\b", 71, 24576, 936, "NVIDIA GA102 GPU architecture paper, FP32 accumulate"),
-    _row(r"\bv100\b.*\bpcie\b", 112, None, 900, "NVIDIA V100 data sheet, PCIe, fp16"),
-    _row(r"\bv100\b.*\b32gb", 125, 32768, 900, "NVIDIA V100 data sheet, SXM2, fp16"),
-    _row(r"\bv100\b.*\b16gb", 125, 16384, 900, "NVIDIA V100 data sheet, SXM2, fp16"),
-    _row(r"\bv100\b", 125, None, 900, "NVIDIA V100 data sheet, SXM2, fp16"),
-    _row(r"\bt4\b", 65, 15360, 320, "NVIDIA T4 data sheet, fp16"),
-    _row(r"\bmi325x\b", 1307.4, 262128, 6000, "AMD Instinct MI325X data sheet"),
-    _row(r"\bmi300x\b", 1307.4, 196592, 5300, "AMD Instinct MI300X data sheet"),
-    _row(r"\bmi250x\b", 191.5, 65520, 1638, "AMD Instinct MI250X data sheet, one of the two devices that it appears as"),
+    _row(r"\bgb300\b|\bb300\b", 2250, None, "NVIDIA Blackwell Ultra data sheet"),
+    _row(r"\bgb200\b", 2500, None, "NVIDIA GB200 NVL72 data sheet: 5 PFLOPS with sparsity a GPU"),
+    _row(r"\bb200\b", 2250, 183359, "NVIDIA DGX B200 data sheet: 4.5 PFLOPS with sparsity a GPU"),
+    _row(r"\bgh200\b.*\b144g", 989, None, "NVIDIA GH200 data sheet, HBM3e"),
+    _row(r"\bgh200\b.*\b480gb", 989, 97280, "NVIDIA GH200 data sheet, 96 GB HBM3 (the name has the CPU's 480 GB)"),
+    _row(r"\bgh200\b", 989, None, "NVIDIA GH200 data sheet"),
+    _row(r"\bh200 nvl\b", 835.5, 143771, "NVIDIA H200 data sheet: 1671 TFLOPS with sparsity"),
+    _row(r"\bh200\b", 989.5, 143771, "NVIDIA H200 data sheet: 1979 TFLOPS with sparsity"),
+    _row(r"\bh100 nvl\b", 835.5, 95830, "NVIDIA H100 data sheet: 1671 TFLOPS with sparsity"),
+    _row(r"\bh100 pcie\b", 756, 81559, "NVIDIA H100 PCIe product brief"),
+    _row(r"\bh100\b.*\b(94|96)gb", 989.5, None, "NVIDIA H100 data sheet, other memories"),
+    _row(r"\bh[18]00\b", 989.5, 81559, "NVIDIA H100 data sheet, SXM: 1979 TFLOPS with sparsity"),
+    _row(r"\ba[18]00\b.*\bpcie\b.*\b80gb|\ba100 80gb pcie\b", 312, 81920, "NVIDIA A100 data sheet, PCIe 80GB"),
+    _row(r"\ba[18]00\b.*\b80gb", 312, 81920, "NVIDIA A100 data sheet, SXM 80GB"),
+    _row(r"\ba100\b.*\b40gb", 312, 40960, "NVIDIA A100 data sheet, 40GB"),
+    _row(r"\ba[18]00\b", 312, None, "NVIDIA A100 data sheet"),
+    _row(r"\bl40s\b", 362, 46068, "NVIDIA L40S data sheet: 733 TFLOPS with sparsity"),
+    _row(r"\bl40\b", 181, 46068, "NVIDIA L40 data sheet"),
+    _row(r"\bl4\b", 121, 23034, "NVIDIA L4 data sheet: 242 TFLOPS with sparsity"),
+    _row(r"\ba10g\b", 70, 23028, "NVIDIA A10G data sheet: 140 TFLOPS with sparsity"),
+    _row(r"\ba10\b", 125, 23028, "NVIDIA A10 data sheet"),
+    _row(r"\ba30\b", 165, 24576, "NVIDIA A30 data sheet"),
+    _row(r"\ba40\b", 149.7, 46068, "NVIDIA A40 data sheet"),
+    _row(r"\brtx 6000 ada\b", 364, 49140, "NVIDIA RTX 6000 Ada data sheet: 1457 TFLOPS in FP8 with sparsity, a quarter"),
+    _row(r"\brtx a6000\b", 154.8, 49140, "NVIDIA RTX A6000 data sheet: 309.7 TFLOPS with sparsity"),
+    _row(r"\brtx 5090\b", 209.5, 32607, "NVIDIA RTX Blackwell GPU architecture paper, FP32 accumulate"),
+    _row(r"\brtx 4090\b", 165.2, 24564, "NVIDIA Ada GPU architecture paper, FP32 accumulate"),
+    _row(r"\brtx 3090\b", 71, 24576, "NVIDIA GA102 GPU architecture paper, FP32 accumulate"),
+    _row(r"\bv100\b.*\bpcie\b", 112, None, "NVIDIA V100 data sheet, PCIe, fp16"),
+    _row(r"\bv100\b.*\b32gb", 125, 32768, "NVIDIA V100 data sheet, SXM2, fp16"),
+    _row(r"\bv100\b.*\b16gb", 125, 16384, "NVIDIA V100 data sheet, SXM2, fp16"),
+    _row(r"\bv100\b", 125, None, "NVIDIA V100 data sheet, SXM2, fp16"),
+    _row(r"\bt4\b", 65, 15360, "NVIDIA T4 data sheet, fp16"),
+    _row(r"\bmi325x\b", 1307.4, 262128, "AMD Instinct MI325X data sheet"),
+    _row(r"\bmi300x\b", 1307.4, 196592, "AMD Instinct MI300X data sheet"),
+    _row(r"\bmi250x\b", 191.5, 65520, "AMD Instinct MI250X data sheet, one of the two devices that it appears as"),
 )
 """The first pattern that is found in a name counts."""
 

@@ -29,29 +29,6 @@ def forward_flops_per_token(
     return sum(term.flops for term in forward_terms(anatomy, row_tokens, num_classes, supervised_share=supervised_share))
 
 
-def train_flops_per_token(
-    anatomy: ModelAnatomy,
-    selection: LayerSelection,
-    row_tokens: int,
-    *,
-    checkpointing: bool = False,
-    num_classes: int = 0,
-    supervised_share: float = 1.0,
-    head_twice: bool = False,
-) -> float:
-    """One training step, per token: the sum of `train_terms`."""
-    terms = train_terms(
-        anatomy,
-        selection,
-        row_tokens,
-        checkpointing=checkpointing,
-        num_classes=num_classes,
-        supervised_share=supervised_share,
-        head_twice=head_twice,
-    )
-    return sum(term.flops for term in terms)
-
-
 def forward_terms(
     anatomy: ModelAnatomy, row_tokens: int, num_classes: int = 0, *, supervised_share: float = 1.0
 ) -> tuple[FlopTerm, ...]:

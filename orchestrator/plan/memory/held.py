@@ -23,7 +23,7 @@ def shards_of(footprint: Footprint, way: Way) -> RankShards:
     )
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=4096)
 def _shards(counts: tuple[int, ...], element_bytes: int, way: Way) -> RankShards:
     """Kept, since a ladder asks for it at every micro-batch; rows do not matter to it."""
     return rank_shards(

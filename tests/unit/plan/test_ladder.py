@@ -87,3 +87,47 @@ def test_one_rank_has_the_memory_of_its_node_to_itself(base: Any, job: Any, gpus
     found = make_plan(job(**sections), base("8b"), data(), gpus(), job="sweep", spec_sha256="0" * 64)
     assert found.search is not None
     assert found.search.options[0].host_memory.total_bytes > 125 * GIB
+
+
+@pytest.mark.parametrize(
+    ("sections", "cluster", "told", "untold"),
+    [
+        (
+            {"search": {"layers": ["all"], "tune": ["full"]}, "resources": {"gangs": 8}},
+            {"host": 200},
+            ["into host memory", "nodes with more host memory", "fewer ranks a node"],
+            ["quantize", "max_tokens", "larger GPUs"],
+        ),
+        (
+            {"search": {"layers": ["all"], "tune": ["full"]}, "resources": {"max_gpus": 1}},
+            {"host": 20},
+            ["into host memory", "nodes with more host memory"],
+            ["fewer ranks a node", "quantize"],
+        ),
+        (
+            {"search": {"layers": ["all"], "tune": ["full"]}, "resources": {"offload": "none", "max_gpus": 1}},
+            {},
+            ["more or larger GPUs", "fewer layers"],
+            ["quantize", "host memory"],
+        ),
+        (
+            {"search": {"layers": ["last:1"], "tune": ["lora"]}, "resources": {"offload": "none", "max_gpus": 1}},
+            {"memory": 12},
+            ["base.quantize: nf4", "more or larger GPUs"],
+            ["host memory"],
+        ),
+    ],
+)
+def test_the_remedy_is_for_what_is_short(
+    base: Any, job: Any, gpus: Any, data: Any, sections: Any, cluster: Any, told: list[str], untold: list[str]
+) -> None:
+    with pytest.raises(PlanError) as caught:
+        make_plan(job(**sections), base("8b"), data(), gpus(**cluster), job="sweep", spec_sha256="0" * 64)
+    assert [word for word in told if word not in str(caught.value)] == []
+    assert [word for word in untold if word in caught.value.remedy] == []
+
+
+def test_one_is_not_plural(base: Any, job: Any, gpus: Any, data: Any) -> None:
+    with pytest.raises(PlanError) as caught:
+        make_plan(job(resources={"gangs": 9}), base("8b"), data(), gpus(), job="sweep", spec_sha256="0" * 64)
+    assert caught.value.expected == "at most 8 gangs of 1 rank"

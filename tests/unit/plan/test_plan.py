@@ -429,8 +429,8 @@ def test_rows_hold_any_document_and_rounds_hold_a_step(
 
 @pytest.mark.parametrize(("nodes", "dtype"), [(100, "bfloat16"), (100, "float32"), (100_000, "bfloat16")])
 def test_a_plan_takes_no_longer_for_more_nodes(plan: Any, gpus: Any, nodes: int, dtype: str) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     sections: dict[str, Any] = {"search": {"layers": ["all", "last:8"], "tune": ["full", "lora"]}, "train": {"dtype": dtype}}
     with contextlib.suppress(PlanError):
         plan("70b", gpus(nodes), **sections)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5

@@ -76,3 +76,11 @@ def test_rounds_hold_a_full_step() -> None:
     assert accumulation(8, 512, 1, 8192) == 2
     assert accumulation(3, 512, 2, 8192) == 3
     assert accumulation(64, 512, 4, 8192) == 1
+
+
+def test_an_image_takes_all_positions_of_its_base(base: Any, job: Any, data: Any) -> None:
+    """A base without a vocabulary reads images: patches and one more, whatever `max_tokens` says."""
+    vision = base("tiny").model_copy(update={"vocab_size": 0, "max_positions": 197})
+    for longest, most in ((1, 64), (512, 2048)):
+        spec = job(task="classify", data={"max_tokens": most}).spec
+        assert row_tokens(spec, vision, data(longest_document_tokens=longest)) == 197

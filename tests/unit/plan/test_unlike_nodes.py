@@ -55,3 +55,10 @@ def test_a_misfit_names_the_node(plan: Any) -> None:
     small = [T4, T4.model_copy(update={"gpu_memory_bytes": 6 * GIB, "gpu_name": "P4"})]
     with pytest.raises(PlanError, match=r"of 6.0 GiB a rank on a node of 1 x P4, most of it"):
         plan(*small, search={"layers": ["all"], "tune": ["full"]}, resources={"offload": "none"})
+
+
+def test_offloading_is_said_not_to_be_in_the_hours(plan: Any) -> None:
+    search = {"layers": ["all"], "tune": ["full"]}
+    (told,) = [note for note in plan(H100, search=search, resources={"max_gpus": 1}).notes if "bus" in note]
+    assert told == "offload: parameters, and the hours take no account of the bus: expect more" or "optimizer" in told
+    assert not [note for note in plan(H100, search={"layers": ["last:1"]}).notes if "bus" in note]

@@ -74,4 +74,3 @@ def test_every_row_is_whole() -> None:
         re.compile(row.pattern)
         assert row.source
         assert 50e12 < row.peak_flops < 5000e12
-        assert 200e9 < row.bandwidth < 10_000e9, "bytes a second"

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, read_anatomy, select
-from orchestrator.plan.cost.flops import forward_flops_per_token, train_flops_per_token
+from orchestrator.plan.cost.flops import forward_flops_per_token, train_terms
 from orchestrator.plan.values import BaseLoad
 from orchestrator.train import objective as objective_module
 from orchestrator.train.base import LoadedBase, load_base
@@ -31,6 +31,12 @@ aten = torch.ops.aten
 ROWS = 2
 TOLERANCE = 0.02
 """The plan promises 5%."""
+
+
+def train_flops_per_token(anatomy: ModelAnatomy, selection: LayerSelection, row_tokens: int, **how: Any) -> float:
+    return sum(term.flops for term in train_terms(anatomy, selection, row_tokens, **how))
+
+
 SIZES = {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 6, "num_attention_heads": 8}
 BASES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "num_key_value_heads": 2, **SIZES},
