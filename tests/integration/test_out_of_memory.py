@@ -118,6 +118,7 @@ def test_under_zero_3_a_trial_goes_on_smaller_and_its_refit_knows(tmp_path: Path
     assert_numbers_of_a_smaller_plan(run, entry, tmp_path / "smaller")
 
 
+@pytest.mark.slow
 def test_a_job_of_one_trial_goes_on_smaller(tmp_path: Path) -> None:
     spec = write_spec(
         tmp_path,

@@ -315,7 +315,7 @@ SECTIONS = st.fixed_dictionaries(
         ),
     }
 )
-LAWS = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+LAWS = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def estimates(found: RunPlan) -> Iterator[int]:
