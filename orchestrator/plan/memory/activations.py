@@ -35,8 +35,8 @@ class BlockActivations:
     """Likewise, per token and position of its row."""
     working_bytes: int
     """Beside what is kept, at the largest moment of its backward pass."""
-    freed_bytes: int
-    """Of what is kept, gone again when the gradient of its largest weight is made."""
+    at_weight_bytes: int
+    """Likewise, when the gradient of its largest weight is made; below zero where part of what is kept is gone by then."""
     forward_bytes: int
     """At the largest moment of its forward pass, where nothing is kept."""
 
@@ -55,7 +55,7 @@ def _block(
     names = anatomy.blocks[block]
     pairs = sum(name in adapted for name in names)
     needs_inputs = pairs > 0 or any(name in learning for name in names)
-    mlp, working, freed = _mlp(anatomy, block, learning, element_bytes, needs_inputs=needs_inputs)
+    mlp, working, at_weight = _mlp(anatomy, block, learning, element_bytes, needs_inputs=needs_inputs)
     kept = (
         _norms(anatomy, names, learning, element_bytes)
         + _attention(anatomy, block, element_bytes, needs_inputs=needs_inputs)
@@ -63,7 +63,7 @@ def _block(
         + element_bytes * lora_rank * pairs
     )
     forward = 4 * element_bytes * _mlp_width(anatomy, block)
-    return BlockActivations(kept, _pairs(anatomy, element_bytes), working, freed, forward)
+    return BlockActivations(kept, _pairs(anatomy, element_bytes), working, at_weight, forward)
 
 
 def _norms(anatomy: ModelAnatomy, names: tuple[str, ...], learning: frozenset[str], e: int) -> int:
@@ -107,16 +107,16 @@ def _pairs(anatomy: ModelAnatomy, e: int) -> int:
 
 
 def _mlp(anatomy: ModelAnatomy, block: int, learning: frozenset[str], e: int, *, needs_inputs: bool) -> tuple[int, int, int]:
-    """(kept, working, freed).
+    """(kept, working, at_weight).
 
     Kept: what the nonlinearity keeps and its result, and where gated the other half: e·f each; where its matrices learn
     their inputs too, e·h and, of the one down, e·f. The backward pass is widest between the two products, where six
     tensors of a gated MLP's width are there in all, four of a plain one's.
 
     With experts, each of the k that a token goes to has its own of these, its result before it is weighed (e·h) and, where
-    experts learn, its sorted copy of the input (e·h); a shared expert is a gated MLP of its own width. The largest weight of a
-    dense MLP may be its last, whose gradient is made while all is there; that of experts is their first (gate and up in
-    one), and then the gradients of its two results are all that is left of the inner tensors.
+    experts learn, its sorted copy of the input (e·h); a shared expert is a gated MLP of its own width. Beside the gradient of a
+    dense MLP's weight one of its width is there; the largest weight of experts is their first (gate and up in one), and then
+    the gradients of its two results are all that is left of the inner tensors.
     """
     h, experts = anatomy.hidden_size, anatomy.experts
     gated = anatomy.mlp == "gated"
@@ -125,15 +125,15 @@ def _mlp(anatomy: ModelAnatomy, block: int, learning: frozenset[str], e: int, *,
     if experts is None or not anatomy.stacked[block]:
         tensors = inner + (needs_inputs if gated else 0)
         width = anatomy.intermediate_size
-        return e * (h * needs_inputs + width * tensors), e * width * (most - tensors), 0
+        return e * (h * needs_inputs + width * tensors), e * width * (most - tensors), e * width
     k, learns = experts.experts_per_token, any(name in learning for name in anatomy.stacked[block])
     routed = k * (e * (experts.intermediate_size * (inner + learns) + h * (1 + learns)) + ROUTING_BYTES)
     shared = e * experts.shared_intermediate_size * (inner + needs_inputs)
     wide = k * experts.intermediate_size * (most - inner - learns) + experts.shared_intermediate_size * (
         most - inner - needs_inputs
     )
-    freed = e * k * (experts.intermediate_size * (inner + learns - 2) + h * learns)
-    return e * h * needs_inputs + routed + shared, e * wide, freed
+    gone = e * k * (experts.intermediate_size * (inner + learns - 2) + h * learns)
+    return e * h * needs_inputs + routed + shared, e * wide, -gone
 
 
 def _mlp_width(anatomy: ModelAnatomy, block: int) -> int:

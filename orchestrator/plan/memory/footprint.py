@@ -38,8 +38,8 @@ class Footprint:
     """What one of them keeps per token and position of its row."""
     working_token_bytes: int
     """What the backward pass of one needs beside it, per token, at most."""
-    freed_token_bytes: int
-    """Of what one keeps, gone again when the gradient of its largest weight is made, per token, at least."""
+    at_weight_token_bytes: int
+    """Likewise, when the gradient of its largest weight is made; below zero where part of what is kept is gone by then."""
     forward_token_bytes: int
     """What the forward pass of one block needs where nothing is kept, per token, at most."""
     head_learns: bool
@@ -97,7 +97,7 @@ def weigh(
         whole_token_bytes=max((block.kept_bytes for block in above), default=0),
         pair_bytes=max((block.kept_pair_bytes for block in every), default=0),
         working_token_bytes=max((block.working_bytes for block in above), default=0),
-        freed_token_bytes=min((block.freed_bytes for block in above), default=0),
+        at_weight_token_bytes=max((block.at_weight_bytes for block in above), default=0),
         forward_token_bytes=max(block.forward_bytes for block in every),
         head_learns=anatomy.head_weight in (*selection.trainable, *selection.adapted),
         hidden_size=anatomy.hidden_size,

@@ -74,7 +74,7 @@ def _backward_terms(footprint: Footprint, way: Way, shards: Shards) -> list[Memo
     """
     tokens, e = way.micro_batch_tokens, footprint.element_bytes
     wide = tokens * footprint.working_token_bytes
-    weights = shards.in_flight_bytes - tokens * footprint.freed_token_bytes
+    weights = shards.in_flight_bytes + tokens * footprint.at_weight_token_bytes
     working = max(wide, weights) + tokens * 2 * e * footprint.hidden_size
     terms = [MemoryTerm(name="one block back", num_bytes=working, reason="gradients of its activations, and of weights")]
     if way.checkpointing:
