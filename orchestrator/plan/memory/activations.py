@@ -114,7 +114,8 @@ def _mlp(anatomy: ModelAnatomy, block: int, learning: frozenset[str], e: int, *,
     tensors of a gated MLP's width are there in all, four of a plain one's.
 
     With experts, each of the k that a token goes to has its own of these, its result before it is weighed (e·h) and, where
-    experts learn, its sorted copy of the input (e·h); a shared expert is a gated MLP of its own width. Beside the gradient of a
+    experts learn, its sorted copy of the input (e·h). Where results are weighed, three more of these are there on the way back
+    (the gradient, sorted, weighed), which is widest where experts are narrow. A shared expert is a gated MLP of its own width. Beside the gradient of a
     dense MLP's weight one of its width is there; the largest weight of experts is their first (gate and up in one), and then
     the gradients of its two results are all that is left of the inner tensors.
     """
@@ -132,6 +133,7 @@ def _mlp(anatomy: ModelAnatomy, block: int, learning: frozenset[str], e: int, *,
     wide = k * experts.intermediate_size * (most - inner - learns) + experts.shared_intermediate_size * (
         most - inner - needs_inputs
     )
+    wide = max(wide, 3 * k * h)
     gone = e * k * (experts.intermediate_size * (inner + learns - 2) + h * learns)
     return e * h * needs_inputs + routed + shared, e * wide, -gone
 
