@@ -115,9 +115,10 @@ def _mlp(anatomy: ModelAnatomy, block: int, learning: frozenset[str], e: int, *,
 
     With experts, each of the k that a token goes to has its own of these, its result before it is weighed (e·h) and, where
     experts learn, its sorted copy of the input (e·h). Where results are weighed, three more of these are there on the way back
-    (the gradient, sorted, weighed), which is widest where experts are narrow. A shared expert is a gated MLP of its own width. Beside the gradient of a
-    dense MLP's weight one of its width is there; the largest weight of experts is their first (gate and up in one), and then
-    the gradients of its two results are all that is left of the inner tensors.
+    (the gradient, sorted, weighed), which is widest where experts are narrow. A shared expert is a gated MLP of its own width.
+
+    Beside the gradient of a dense MLP's weight one tensor of its width is there; the largest weight of experts is their first
+    (gate and up in one), and then the gradients of its two results are all that is left of the inner tensors.
     """
     h, experts = anatomy.hidden_size, anatomy.experts
     gated = anatomy.mlp == "gated"
