@@ -37,6 +37,10 @@ class BlockActivations:
     """Beside what is kept, at the largest moment of its backward pass."""
     at_weight_bytes: int
     """Likewise, when the gradient of its largest weight is made; below zero where part of what is kept is gone by then."""
+    at_scores_bytes: int
+    """Likewise, when the gradients of attention scores are made, beside `at_scores_pair_bytes`: what the MLP kept is gone."""
+    at_scores_pair_bytes: int
+    """Likewise, per token and position of its row."""
     forward_bytes: int
     """At the largest moment of its forward pass, where nothing is kept."""
 
@@ -63,7 +67,15 @@ def _block(
         + element_bytes * lora_rank * pairs
     )
     forward = 4 * element_bytes * _mlp_width(anatomy, block)
-    return BlockActivations(kept, _pairs(anatomy, element_bytes), working, at_weight, forward)
+    return BlockActivations(
+        kept_bytes=kept,
+        kept_pair_bytes=_pairs(anatomy, element_bytes),
+        working_bytes=working,
+        at_weight_bytes=at_weight,
+        at_scores_bytes=-mlp,
+        at_scores_pair_bytes=_score_gradients(anatomy, element_bytes),
+        forward_bytes=forward,
+    )
 
 
 def _norms(anatomy: ModelAnatomy, names: tuple[str, ...], learning: frozenset[str], e: int) -> int:
@@ -104,6 +116,12 @@ def _pairs(anatomy: ModelAnatomy, e: int) -> int:
     before their cap (the tanh's result, e), their softmax in float32 (4), and that rounded (e).
     """
     return e if anatomy.attention == "fused" else anatomy.num_heads * (2 * e + 4)
+
+
+def _score_gradients(anatomy: ModelAnatomy, e: int) -> int:
+    """Per pair of positions, where no fused kernel serves the layout: the gradient of each head's softmax and of its scores, in
+    float32 (8), when the rounded softmax (e) is gone again."""
+    return 0 if anatomy.attention == "fused" else anatomy.num_heads * (8 - e)
 
 
 def _mlp(anatomy: ModelAnatomy, block: int, learning: frozenset[str], e: int, *, needs_inputs: bool) -> tuple[int, int, int]:

@@ -40,6 +40,10 @@ class Footprint:
     """What the backward pass of one needs beside it, per token, at most."""
     at_weight_token_bytes: int
     """Likewise, when the gradient of its largest weight is made; below zero where part of what is kept is gone by then."""
+    at_scores_token_bytes: int
+    """Likewise, when the gradients of attention scores are made, beside `at_scores_pair_bytes`."""
+    at_scores_pair_bytes: int
+    """Likewise, per token and position of its row; 0 where attention is fused."""
     forward_token_bytes: int
     """What the forward pass of one block needs where nothing is kept, per token, at most."""
     head_learns: bool
@@ -98,6 +102,8 @@ def weigh(
         pair_bytes=max((block.kept_pair_bytes for block in every), default=0),
         working_token_bytes=max((block.working_bytes for block in above), default=0),
         at_weight_token_bytes=max((block.at_weight_bytes for block in above), default=0),
+        at_scores_token_bytes=max((block.at_scores_bytes for block in above), default=0),
+        at_scores_pair_bytes=max((block.at_scores_pair_bytes for block in above), default=0),
         forward_token_bytes=max(block.forward_bytes for block in every),
         head_learns=anatomy.head_weight in (*selection.trainable, *selection.adapted),
         hidden_size=anatomy.hidden_size,

@@ -70,12 +70,13 @@ def _kept_terms(footprint: Footprint, way: Way) -> list[MemoryTerm]:
 def _backward_terms(footprint: Footprint, way: Way, shards: Shards) -> list[MemoryTerm]:
     """One block on its way back: with checkpointing all that it keeps, and its mask; the gradients of its activations, and of
     its input and output, e·2h. The gradients of activations are widest inside the MLP; those of its weights are made, and sent,
-    before or after that.
+    before or after that, and those of attention scores, where no fused kernel makes them, last.
     """
     tokens, e = way.micro_batch_tokens, footprint.element_bytes
     wide = tokens * footprint.working_token_bytes
     weights = shards.in_flight_bytes + tokens * footprint.at_weight_token_bytes
-    working = max(wide, weights) + tokens * 2 * e * footprint.hidden_size
+    scores = tokens * (footprint.at_scores_token_bytes + footprint.at_scores_pair_bytes * way.row_tokens)
+    working = max(wide, weights, scores) + tokens * 2 * e * footprint.hidden_size
     terms = [MemoryTerm(name="one block back", num_bytes=working, reason="gradients of its activations, and of weights")]
     if way.checkpointing:
         whole = tokens * (footprint.whole_token_bytes + footprint.pair_bytes * way.row_tokens)
