@@ -86,6 +86,13 @@ class TokenizedSet:
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
+    @cached_property
+    def tokens_sha256(self) -> str:
+        """Hash over tokens and borders alone: what a frozen model makes of the set."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.ids).tobytes())
+        digest.update(np.ascontiguousarray(self.offsets).tobytes())
+        return digest.hexdigest()
+
     def save(self, path: Path | str) -> None:
         """Write an .npz file, atomically; texts go in as UTF-8 JSON, nothing is pickled."""
         buffer = io.BytesIO()

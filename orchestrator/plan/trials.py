@@ -114,6 +114,7 @@ def make_assignment(
         keep_optimizer=keep_optimizer,
         checkpoint_every_steps=checkpoint_every_steps,
         evaluate=evaluate,
+        trunk=plan.trunk if trial.control != "none" else None,
         predicted_memory_bytes=_predicted_memory_bytes(plan, trial, execution or plan.execution),
     )
 

@@ -121,6 +121,19 @@ class DataPaths(Value):
     retain: str | None = None
 
 
+class TrunkPlan(Value):
+    """Hidden states that are stored once, for trials to begin from instead of the embeddings."""
+
+    cuts: tuple[int, ...]
+    """Where they are stored, ascending, each at least 1: what enters block `cut` (`num_blocks`: the final norm)."""
+    num_bytes: int
+    """Of all sets at all cuts."""
+    folder: str = ""
+    """On each machine's own disk; empty keeps them in the memory of each process."""
+    max_bytes: int | None = None
+    """What the folder may hold; None for half of the disk's free space."""
+
+
 class Assignment(Value):
     """All that a gang receives: carry this trial from `start` to `stop_step`, evaluate, save."""
 
@@ -142,6 +155,7 @@ class Assignment(Value):
     checkpoint_every_steps: int = 0
     """0: only at the end. The refit checkpoints in between."""
     evaluate: bool = True
+    trunk: TrunkPlan | None = None
     predicted_memory_bytes: int | None = None
     """What the plan expects a rank to use for it; None where the plan has no figure."""
 
@@ -171,6 +185,8 @@ class EngineRecord(Value):
     """What the plan expected a rank to use, for the micro-batch that it planned."""
     micro_batch_rows: int = 0
     checkpointing: bool = False
+    trunk_cut: int | None = None
+    """The cut whose stored states it trained on; None where the trunk was computed at every step."""
 
 
 class RungResult(Value):
@@ -197,6 +213,8 @@ class RungResult(Value):
     """Of its steps after the first two, without saving and scoring: what a plan's hours can be calibrated by."""
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
+    trunk_seconds: float = 0.0
+    """Spent before it on hidden states that were not stored yet."""
     started_at: float = 0.0
     finished_at: float = 0.0
     gang: int = -1
@@ -277,6 +295,8 @@ class RunPlan(Value):
     """Where the two above come from, and what it costs beside them. None in plans of older versions."""
     placement: Placement | None = None
     refit_placement: Placement | None = None
+    trunk: TrunkPlan | None = None
+    """None where nothing is stored; `reasons` say why."""
     reasons: tuple[str, ...]
     """Derivations in sentences: batch x accumulation x ranks = tokens per step, why this stage, ..."""
     rejected: tuple[RejectedWay, ...]

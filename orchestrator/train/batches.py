@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 import torch
 
 from orchestrator.data import MicroBatch, TokenizedSet, documents_of_steps, micro_batches, pack_rows
 from orchestrator.plan.values import ExecutionPlan
+from orchestrator.train.trunk.states import TrunkStates
 
 
 @dataclass
@@ -60,8 +63,8 @@ class RowPlan:
         return micro_batches(data, rows, self.rank, self.num_ranks, self.rows_per_micro_batch)
 
 
-def to_tensors(batch: MicroBatch, device: torch.device) -> dict[str, torch.Tensor]:
-    """The arguments of `Objective.forward`, on `device`."""
+def to_tensors(batch: MicroBatch, device: torch.device, trunk: TrunkStates | None = None) -> dict[str, torch.Tensor]:
+    """The arguments of `Objective.forward`, on `device`; with a trunk also what enters the block at its cut."""
     arrays = {
         "input_ids": batch.input_ids,
         "position_ids": batch.position_ids,
@@ -70,4 +73,38 @@ def to_tensors(batch: MicroBatch, device: torch.device) -> dict[str, torch.Tenso
         "class_labels": batch.class_labels,
         "lengths": batch.lengths,
     }
-    return {name: torch.as_tensor(np.asarray(array, dtype=np.int64)).to(device) for name, array in arrays.items()}
+    tensors = {name: torch.as_tensor(np.asarray(array, dtype=np.int64)) for name, array in arrays.items()}
+    if trunk is not None:
+        tensors["hidden"] = trunk.rows(batch)
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """One rank's share of a step."""
+
+    epoch: int
+    num_tokens: int
+    num_supervised: int
+    micro_batches: list[dict[str, torch.Tensor]]
+    """Arguments of `Objective.forward`, on the CPU."""
+
+
+def step_inputs(steps: StepPlan, rows: RowPlan, first: int, stop: int, trunk: TrunkStates | None = None) -> Iterator[StepInput]:
+    """The steps after the first `first` ones up to and including `stop`, each made while the one before it is computed."""
+    upcoming = islice(steps.steps_from(first), stop - first)
+
+    def prepare() -> StepInput | None:
+        found = next(upcoming, None)
+        if found is None:
+            return None
+        epoch, documents = found
+        batches = rows.batches(steps.data, documents)
+        tensors = [to_tensors(batch, torch.device("cpu"), trunk) for batch in batches]
+        return StepInput(epoch, sum(b.num_tokens for b in batches), sum(b.num_supervised for b in batches), tensors)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="step-inputs") as worker:
+        ready = worker.submit(prepare)
+        while (step := ready.result()) is not None:
+            ready = worker.submit(prepare)
+            yield step

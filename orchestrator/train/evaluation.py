@@ -17,6 +17,7 @@ from orchestrator.errors import TrainingError, UsageError
 from orchestrator.train.batches import RowPlan, to_tensors
 from orchestrator.train.objective import Objective
 from orchestrator.train.ranks import Ranks
+from orchestrator.train.trunk.states import TrunkStates
 
 TEACHER_FORCED = frozenset({"loss", "perplexity", "accuracy", "macro_f1"})
 
@@ -52,11 +53,14 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(objective: Objective, data: TokenizedSet, rows: RowPlan, ranks: Ranks) -> Evaluation:
+def evaluate(
+    objective: Objective, data: TokenizedSet, rows: RowPlan, ranks: Ranks, trunk: TrunkStates | None = None
+) -> Evaluation:
     """Token-weighted loss of every document of `data`, and what follows from it.
 
     The documents are dealt over the ranks in file order and every document's sum is made by one rank, so the totals
-    do not depend on the number of ranks. Called on every rank; every rank gets the same answer.
+    do not depend on the number of ranks. Called on every rank; every rank gets the same answer. With a `trunk`, the
+    objective begins from its hidden states.
 
     Raises:
         TrainingError: a set without a supervised token.
@@ -68,7 +72,7 @@ def evaluate(objective: Objective, data: TokenizedSet, rows: RowPlan, ranks: Ran
     objective.eval()
     try:
         for batch in rows.batches(data, np.arange(len(data))):
-            scored = objective(**to_tensors(batch, ranks.device), each=True)
+            scored = objective(**to_tensors(batch, ranks.device, trunk), each=True)
             owners = scored.document_ids.cpu().numpy()
             np.add.at(sums, owners, scored.losses.double().cpu().numpy())
             np.add.at(tokens, owners, 1)

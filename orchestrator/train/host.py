@@ -7,12 +7,14 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from pathlib import Path
 from urllib.parse import urlparse
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from orchestrator.anatomy.values import ModelAnatomy
 from orchestrator.data import TokenizedSet
@@ -28,10 +30,13 @@ from orchestrator.errors import (
 from orchestrator.plan.relief import nothing_smaller, relieve
 from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan, RungResult, StepReport
 from orchestrator.train.base import load_base, loading_device
+from orchestrator.train.batches import RowPlan
+from orchestrator.train.branch import head_name
 from orchestrator.train.integrity import base_fingerprint, changed_base
 from orchestrator.train.memory import first_line, is_out_of_memory, reset_peak
 from orchestrator.train.ranks import Ranks
-from orchestrator.train.trial import TrialOutcome, TrialRun
+from orchestrator.train.trial import TrialOutcome, TrialRun, objective_of
+from orchestrator.train.trunk.library import TrunkLibrary
 
 TRIAL_ERRORS = (TrainingError, SelectionError, IntegrityError, UsageError, DataError)
 """What a trial may fail by while the gang stays whole: raised on every rank alike."""
@@ -53,6 +58,7 @@ class TrainHost:
             deepspeed_engine.prepare_base(self._base.model, execution, ranks.device)
         self._fingerprint = base_fingerprint(self._base.model)
         self._sets: dict[str, TokenizedSet] = {}
+        self._trunk = TrunkLibrary(self._base, self._fingerprint, ranks, self._load_set)
         self._ordinal = 0
         gc.collect()
         gc.freeze()
@@ -121,7 +127,9 @@ class TrainHost:
         started = time.time()
         notes: list[str] = []
         outcome, reason = TrialOutcome(), ""
+        trunk_seconds = 0.0
         try:
+            trunk_seconds = self._open_trunk(assignment, notes.append)
             self._run_in_memory(assignment, on_step, on_relief, notes, outcome)
         except TRIAL_ERRORS as error:
             reason = str(error)
@@ -129,7 +137,20 @@ class TrainHost:
         self._ordinal += 1
         self._check_base(assignment)
         result = _result(assignment, outcome, reason)
-        return result.model_copy(update={"started_at": started, "finished_at": time.time(), "notes": tuple(notes)})
+        update = {"started_at": started, "finished_at": time.time(), "notes": tuple(notes), "trunk_seconds": trunk_seconds}
+        return result.model_copy(update=update)
+
+    def _open_trunk(self, assignment: Assignment, note: Callable[[str], None]) -> float:
+        """Seconds spent on hidden states that were not stored yet."""
+        plan, execution = assignment.trunk, self._execution
+        if plan is None or not plan.cuts:
+            return 0.0
+        rows = RowPlan.of(execution, self._ranks.rank, classify=self._base.load.task == "classify")
+        head = self._base.model.get_submodule(head_name(self._base).rpartition(".")[0])
+        objective = objective_of(self._base, head)
+        partitioned = execution.executor == "deepspeed" and execution.zero_stage == 3
+        with _gathering(objective, execution) if partitioned else nullcontext():
+            return self._trunk.open(plan, assignment.data, rows, objective, partitioned=partitioned, note=note)
 
     def _run_in_memory(
         self,
@@ -155,6 +176,7 @@ class TrainHost:
                 execution,
                 self._ranks,
                 self._load_set,
+                self._trunk,
                 self._fingerprint,
                 self._ordinal,
                 notes.append,
@@ -211,8 +233,15 @@ class TrainHost:
 
     def close(self) -> None:
         """Leave the gang."""
+        self._trunk.close()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _gathering(objective: nn.Module, execution: ExecutionPlan) -> AbstractContextManager[None]:
+    from orchestrator.train.deepspeed_engine import forward_only
+
+    return forward_only(objective, execution)
 
 
 def _result(assignment: Assignment, outcome: TrialOutcome, reason: str) -> RungResult:

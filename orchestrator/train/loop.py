@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from orchestrator.data import MicroBatch
 from orchestrator.errors import NonFiniteLossError, OutOfMemoryError
 from orchestrator.plan.values import StepReport, TrainSettings, TrialSpec
-from orchestrator.train.batches import RowPlan, StepPlan, to_tensors
+from orchestrator.train.batches import RowPlan, StepInput, StepPlan, step_inputs
 from orchestrator.train.engine import Engine
 from orchestrator.train.memory import is_out_of_memory, memory_in_use
 from orchestrator.train.ranks import Ranks
 from orchestrator.train.schedule import step_learning_rate
+from orchestrator.train.trunk.states import TrunkStates
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,11 @@ def train_steps(
     state: LoopState,
     stop_step: int,
     on_step: Callable[[StepReport, LoopState], None],
+    trunk: TrunkStates | None = None,
 ) -> LoopState:
     """Train from `state` up to and including `stop_step`; `on_step` is called on every rank after each step.
+
+    With a `trunk`, the objective begins from its hidden states.
 
     A step's loss is the sum over its supervised tokens, on all ranks and in all rounds, divided by their number, so
     that ranks with unequal shares weigh right. To classify, a document counts as one token.
@@ -48,13 +51,10 @@ def train_steps(
         NonFiniteLossError: on every rank alike, before the update is applied.
         OutOfMemoryError: on every rank alike, where no collective was under way (see `_accumulate`).
     """
-    upcoming = steps.steps_from(state.step)
-    while state.step < stop_step:
-        started = time.perf_counter()
-        epoch, documents = next(upcoming)
-        batches = rows.batches(steps.data, documents)
-        tokens, supervised = ranks.sum([sum(b.num_tokens for b in batches), sum(b.num_supervised for b in batches)])
-        loss = _accumulate(engine, batches, int(supervised), ranks)
+    started = time.perf_counter()
+    for step in step_inputs(steps, rows, state.step, stop_step, trunk):
+        tokens, supervised = ranks.sum([step.num_tokens, step.num_supervised])
+        loss = _accumulate(engine, step, int(supervised), ranks)
         rate = step_learning_rate(
             state.tokens, int(tokens), total_tokens=trial.total_tokens, peak=trial.learning_rate, settings=settings
         )
@@ -62,7 +62,7 @@ def train_steps(
         state = replace(state, step=state.step + 1, tokens=state.tokens + int(tokens), loss=loss)
         report = StepReport(
             step=state.step,
-            epoch=epoch,
+            epoch=step.epoch,
             tokens=state.tokens,
             supervised_tokens=int(supervised),
             loss=loss,
@@ -73,10 +73,11 @@ def train_steps(
             memory_bytes=memory_in_use(ranks.device),
         )
         on_step(report, state)
+        started = time.perf_counter()
     return state
 
 
-def _accumulate(engine: Engine, batches: list[MicroBatch], supervised: int, ranks: Ranks) -> float:
+def _accumulate(engine: Engine, step: StepInput, supervised: int, ranks: Ranks) -> float:
     """Forward and backward over this rank's rounds; the step's loss, the same bits on every rank.
 
     Memory that runs out on one rank is made known to the others here. That works where the rounds hold no
@@ -86,8 +87,8 @@ def _accumulate(engine: Engine, batches: list[MicroBatch], supervised: int, rank
     loss_sum = torch.zeros((), dtype=torch.float64)
     out_of_memory: BaseException | None = None
     try:
-        for batch in batches:
-            loss = engine.loss(to_tensors(batch, ranks.device))
+        for batch in step.micro_batches:
+            loss = engine.loss({name: tensor.to(ranks.device, non_blocking=True) for name, tensor in batch.items()})
             loss_sum += loss.detach().double().cpu()
             engine.backward(loss, 1.0 / supervised)
     except (RuntimeError, MemoryError) as error:
@@ -96,8 +97,9 @@ def _accumulate(engine: Engine, batches: list[MicroBatch], supervised: int, rank
         out_of_memory = error
     total, num_out = ranks.sum([loss_sum.item(), float(out_of_memory is not None)])
     if num_out:
+        num_rows = step.micro_batches[0]["input_ids"].shape[0]
         raise OutOfMemoryError(
-            f"out of memory on {num_out:.0f} of {ranks.count} ranks in a micro-batch of {batches[0].input_ids.shape[0]} rows",
+            f"out of memory on {num_out:.0f} of {ranks.count} ranks in a micro-batch of {num_rows} rows",
             remedy="fewer rows in a micro-batch, a higher ZeRO stage, or shorter documents",
         ) from out_of_memory
     loss = total / supervised

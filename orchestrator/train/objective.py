@@ -5,7 +5,8 @@ Shapes: B rows, L tokens a row, H hidden size, V vocabulary, S supervised positi
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from orchestrator.plan.memory.moving import LOGIT_CHUNK_BYTES
 from orchestrator.spec.models import Task
+from orchestrator.train.trunk.port import entering
 
 IGNORED = -100
 """A label that stands for no label."""
@@ -37,14 +39,35 @@ class Objective(nn.Module):
     Documents that share a row do not see each other: positions restart at each document, and transformers turns
     restarting positions into a block-diagonal mask where no other mask is given. The output projection is computed
     at supervised positions only.
+
+    Args:
+        model: The whole model.
+        backbone: Its part that returns hidden states.
+        head: From hidden states to logits.
+        task: What is learned.
+        encoder: Whether tokens see those to come.
+        blocks: The backbone's blocks, where `forward` may be given stored states for those below `cut`.
+        cut: The first block that is computed then.
     """
 
-    def __init__(self, model: nn.Module, backbone: nn.Module, head: nn.Module, task: Task, *, encoder: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        backbone: nn.Module,
+        head: nn.Module,
+        task: Task,
+        *,
+        encoder: bool = False,
+        blocks: nn.Module | None = None,
+        cut: int = 0,
+    ) -> None:
         super().__init__()
         self.model: Any = model
         self._parts = (backbone, head)
         self._task: Task = task
         self._encoder = encoder
+        self._blocks = (cast("nn.ModuleList", blocks),)
+        self._cut = cut
 
     def forward(
         self,
@@ -55,6 +78,7 @@ class Objective(nn.Module):
         document_ids: torch.Tensor,
         class_labels: torch.Tensor,
         lengths: torch.Tensor,
+        hidden: torch.Tensor | None = None,
         each: bool = False,
     ) -> torch.Tensor | DocumentLosses:
         """The micro-batch's loss sum, or with `each` every loss by itself.
@@ -66,25 +90,26 @@ class Objective(nn.Module):
             document_ids: int64[B, L], -1 where a row is padded.
             class_labels: int64[B], the class of each row's one document, or -1 (an empty row).
             lengths: int64[B], tokens of each row.
+            hidden: [B, L, H], what enters the block at the cut, instead of the blocks below it.
             each: Whether the losses are wanted one by one, with predictions.
         """
         if self._task == "classify":
-            logits = self._class_logits(input_ids, lengths)
+            logits = self._class_logits(self.run_blocks(input_ids, position_ids, lengths, hidden), lengths)
             wanted = class_labels >= 0
             logits, targets, owners = logits[wanted], class_labels[wanted], document_ids[:, 0][wanted]
             if not each:
                 return functional.cross_entropy(logits.float(), targets, reduction="sum")
             losses = functional.cross_entropy(logits.float(), targets, reduction="none")
             return DocumentLosses(losses, owners, logits.argmax(-1))
-        backbone, head = self._parts
-        hidden = backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        head = self._parts[1]
+        states = self.run_blocks(input_ids, position_ids, lengths, hidden)
         wanted = labels != IGNORED
-        hidden, targets, owners = hidden[wanted], labels[wanted], document_ids[wanted]
+        states, targets, owners = states[wanted], labels[wanted], document_ids[wanted]
         if not each:
-            return self._token_loss_sum(head, hidden, targets)
+            return self._token_loss_sum(head, states, targets)
         pieces = [
             (functional.cross_entropy(logits, part_targets, reduction="none"), logits.argmax(-1))
-            for part, part_targets in self._pieces(hidden, targets)
+            for part, part_targets in self._pieces(states, targets)
             for logits in [head(part).float()]
         ]
         return DocumentLosses(torch.cat([p[0] for p in pieces]), owners, torch.cat([p[1] for p in pieces]))
@@ -108,16 +133,36 @@ class Objective(nn.Module):
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         return pieces + [(hidden[:0], targets[:0])] * (int(most) - len(pieces))
 
-    def _class_logits(self, input_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    def run_blocks(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, lengths: torch.Tensor, hidden: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[B, L, H] of a decoder; an encoder's own class logits [B, classes], which end in layers of its own.
+
+        Args:
+            input_ids: int64[B, L].
+            position_ids: int64[B, L].
+            lengths: int64[B].
+            hidden: As in `forward`. The embeddings are not looked up then.
+        """
+        inputs = {"input_ids": input_ids} if hidden is None else {"inputs_embeds": hidden}
+        with self._entering(hidden):
+            if self._task != "classify":
+                return self._parts[0](**inputs, position_ids=position_ids, use_cache=False).last_hidden_state
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+            mask = (positions < lengths.clamp(min=1)[:, None]).long()
+            if self._encoder:
+                return self.model(**inputs, attention_mask=mask).logits
+            return self._parts[0](**inputs, attention_mask=mask, use_cache=False).last_hidden_state
+
+    def _entering(self, hidden: torch.Tensor | None) -> AbstractContextManager[None]:
+        return nullcontext() if hidden is None else entering(self._blocks[0], self._cut, hidden)
+
+    def _class_logits(self, states: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """[B, classes]: an encoder's own, or a decoder's head on each row's last token."""
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        mask = (positions < lengths.clamp(min=1)[:, None]).long()
         if self._encoder:
-            return self.model(input_ids=input_ids, attention_mask=mask).logits
-        backbone, head = self._parts
-        hidden = backbone(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
-        rows = torch.arange(input_ids.shape[0], device=input_ids.device)
-        return head(hidden[rows, (lengths - 1).clamp(min=0)])
+            return states
+        rows = torch.arange(states.shape[0], device=states.device)
+        return self._parts[1](states[rows, (lengths - 1).clamp(min=0)])
 
     def _vocab_size(self) -> int:
         return self.model.config.vocab_size

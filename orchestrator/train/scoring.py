@@ -16,6 +16,7 @@ from orchestrator.train.evaluation import Evaluation, class_prior, evaluate, sco
 from orchestrator.train.generate import generate_answers, wanted_answers
 from orchestrator.train.objective import Objective
 from orchestrator.train.ranks import Ranks
+from orchestrator.train.trunk.library import TrunkLibrary
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Scorer:
     load_set: Callable[[str], TokenizedSet]
     partitioned: bool
     """Whether ZeRO-3 holds the base in parts."""
+    trunk: TrunkLibrary
 
     def score(self, objective: Objective) -> Scores:
         """Evaluate on `eval` and, where there is one, on `retain`.
@@ -66,7 +68,8 @@ class Scorer:
         return Scores(evaluation, None, self._metrics(objective, evaluation))
 
     def _evaluate(self, objective: Objective, name: str, path: str) -> Evaluation:
-        evaluation = evaluate(objective, self.load_set(path), self.rows, self.ranks)
+        states = self.trunk.states(path, self.assignment.selection.cut) if self.assignment.trunk is not None else None
+        evaluation = evaluate(objective, self.load_set(path), self.rows, self.ranks, states)
         if not math.isfinite(evaluation.loss):
             raise NonFiniteLossError(
                 f"the loss on {name} became {evaluation.loss}",

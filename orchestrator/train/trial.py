@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
 
 from orchestrator.data import TokenizedSet, shuffled
 from orchestrator.errors import TrainingError
@@ -38,6 +39,8 @@ from orchestrator.train.recompute import recomputed
 from orchestrator.train.scoring import Scorer, Scores
 from orchestrator.train.speed import SteadySpeed
 from orchestrator.train.torch_engine import TorchEngine
+from orchestrator.train.trunk.library import TrunkLibrary
+from orchestrator.train.trunk.states import TrunkStates
 
 
 @dataclass
@@ -64,6 +67,7 @@ class TrialRun:
         execution: ExecutionPlan,
         ranks: Ranks,
         load_set: Callable[[str], TokenizedSet],
+        trunk: TrunkLibrary,
         base_fingerprint: Mapping[str, str],
         ordinal: int,
         note: Callable[[str], None],
@@ -75,12 +79,13 @@ class TrialRun:
         self.ranks = ranks
         self.outcome = outcome
         self._load_set = load_set
+        self._trunk = trunk
         self._base_fingerprint = base_fingerprint
         self._ordinal = ordinal
         self._note = note
         self._peak_bytes = 0
         self._rows = RowPlan.of(execution, ranks.rank, classify=base.load.task == "classify")
-        self._scorer = Scorer(base, assignment, self._rows, ranks, load_set, self._partitioned)
+        self._scorer = Scorer(base, assignment, self._rows, ranks, load_set, self._partitioned, trunk)
 
     def run(self, on_step: Callable[[StepReport], None] | None) -> None:
         """Fill `outcome`; what stands in it after an error is how far the trial came."""
@@ -90,9 +95,7 @@ class TrialRun:
             branch = stack.enter_context(
                 open_branch(self.base, assignment.selection, lora_alpha=trial.lora_alpha, seed=trial.seed, keeper=self._keeper())
             )
-            objective = Objective(
-                branch.model, branch.backbone(), branch.head(), self.base.load.task, encoder=self.base.anatomy.kind == "encoder"
-            )
+            objective = objective_of(self.base, branch.head(), assignment.selection.cut)
             if trial.control == "none" or assignment.stop_step == 0:
                 self._score_untrained(objective, stack)
                 return
@@ -194,6 +197,7 @@ class TrialRun:
             self.outcome.state,
             assignment.stop_step,
             after_step,
+            self._train_states(),
         )
         self.outcome.steady_tokens_per_s = speed.tokens_per_s
         self.outcome.train_seconds = time.perf_counter() - started
@@ -202,6 +206,13 @@ class TrialRun:
     def _train_set(self) -> TokenizedSet:
         data = self._load_set(self.assignment.data.train)
         return shuffled(data, self.assignment.trial.seed) if self.assignment.trial.control == "shuffled" else data
+
+    def _train_states(self) -> TrunkStates | None:
+        """What is stored of the training set at this trial's cut. Other answers are other documents, and are not stored."""
+        assignment = self.assignment
+        if assignment.trunk is None or assignment.trial.control == "shuffled":
+            return None
+        return self._trunk.states(assignment.data.train, assignment.selection.cut)
 
     def _score_untrained(self, objective: Objective, stack: ExitStack) -> None:
         """The untouched base; a classifier that nobody trained is the class prior."""
@@ -282,7 +293,22 @@ class TrialRun:
             predicted_memory_bytes=self.assignment.predicted_memory_bytes,
             micro_batch_rows=self.execution.micro_batch_rows,
             checkpointing=self.execution.checkpointing,
+            trunk_cut=None if self._train_states() is None else self.assignment.selection.cut,
         )
+
+
+def objective_of(base: LoadedBase, head: nn.Module, cut: int = 0) -> Objective:
+    """What is minimised over the base as it is now, beginning from stored states at `cut` where it is given some."""
+    model, anatomy = base.model, base.anatomy
+    return Objective(
+        model,
+        model.get_submodule(anatomy.backbone),
+        head,
+        base.load.task,
+        encoder=anatomy.kind == "encoder",
+        blocks=model.get_submodule(anatomy.blocks_module),
+        cut=cut,
+    )
 
 
 def forget_steps_after(step: int, steps_file: Path) -> None:

@@ -1,0 +1,190 @@
+"""One forward pass over a set for the hidden states that are missing, at every cut at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import cast
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+
+from orchestrator.data import MicroBatch, TokenizedSet
+from orchestrator.errors import TrainingError
+from orchestrator.train.base import LoadedBase
+from orchestrator.train.batches import RowPlan, to_tensors
+from orchestrator.train.objective import Objective
+from orchestrator.train.ranks import Ranks
+from orchestrator.train.trunk.cache import piece_lock
+from orchestrator.train.trunk.chunks import Chunks, DiskChunks, chunk_borders
+from orchestrator.train.trunk.port import leaving
+from orchestrator.train.trunk.states import TrunkStates
+
+FORMAT = 1
+
+
+def trunk_key(base: LoadedBase, fingerprint: Mapping[str, str], data: TokenizedSet, cut: int) -> str:
+    """A hash of all that decides the hidden states of `data` at `cut`: the weights below it and their quantization, the
+    model's configuration, the dtype, the tokens and their documents, the kind of device and the libraries.
+
+    Args:
+        fingerprint: Hashes of the base's tensors by name, see `integrity.base_fingerprint`.
+    """
+    above = tuple(f"{base.anatomy.block_prefix.format(number)}" for number in range(cut, base.anatomy.num_blocks))
+    outside = (base.anatomy.head_weight, base.anatomy.classifier_weight, *base.anatomy.final_norm)
+    below = {n: h for n, h in fingerprint.items() if not n.startswith(above) and n not in outside} if above else dict(fingerprint)
+    identity = {
+        "format": FORMAT,
+        "config": base.anatomy.config_sha256,
+        "weights": sorted(below.items()),
+        "quantize": base.load.quantize,
+        "dtype": str(base.dtype),
+        "cut": cut,
+        "tokens": data.tokens_sha256,
+        "device": base.device.type,
+        "versions": (torch.__version__, transformers.__version__),
+    }
+    return blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def random_below(model: nn.Module, blocks: nn.ModuleList, cut: int) -> str:
+    """The first module below the cut that draws random numbers while it trains; empty where there is none.
+
+    Its hidden states differ from pass to pass, so that no stored ones can stand for them.
+    """
+    above = {id(module) for index in range(cut, len(blocks)) for module in blocks[index].modules()}
+    for name, module in model.named_modules():
+        rate = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)
+        if id(module) not in above and isinstance(rate, float) and rate > 0 and "classifier" not in name:
+            return f"{name}: dropout {rate:g}"
+    return ""
+
+
+@dataclass
+class TrunkBuilder:
+    """Makes what is missing of a set's hidden states. With partitioned weights every rank calls together."""
+
+    base: LoadedBase
+    objective: Objective
+    rows: RowPlan
+    ranks: Ranks
+    partitioned: bool
+
+    def build(self, data: TokenizedSet, chunks: Mapping[int, Chunks]) -> dict[int, TrunkStates]:
+        """By cut, whole.
+
+        Args:
+            chunks: By cut; DiskChunks may be shared with other processes, which make other pieces meanwhile.
+
+        Raises:
+            TrainingError: what was stored a moment ago cannot be read.
+        """
+        borders = chunk_borders(data.offsets, self.base.anatomy.hidden_size * self.base.dtype.itemsize)
+        found: dict[int, list[torch.Tensor | None]] = {
+            cut: [kept.get(number, tokens) for number, tokens in enumerate(_piece_tokens(data, borders))]
+            for cut, kept in chunks.items()
+        }
+        if self.partitioned:
+            self._make_together(data, borders, chunks, found)
+        else:
+            self._make(data, borders, chunks, found)
+        return {cut: TrunkStates(data, cut, borders, cast("list[torch.Tensor]", pieces)) for cut, pieces in found.items()}
+
+    def _make(
+        self,
+        data: TokenizedSet,
+        borders: np.ndarray,
+        chunks: Mapping[int, Chunks],
+        found: dict[int, list[torch.Tensor | None]],
+    ) -> None:
+        """What nobody else is making first; then wait for what others make, or make it where they are gone."""
+        tokens = _piece_tokens(data, borders)
+        for wait in (False, True):
+            for number in range(len(tokens)):
+                if all(pieces[number] is not None for pieces in found.values()):
+                    continue
+                with _lock(chunks, number, wait=wait) as mine:
+                    if not mine:
+                        continue
+                    for cut, kept in chunks.items():
+                        found[cut][number] = (
+                            found[cut][number] if found[cut][number] is not None else kept.get(number, tokens[number])
+                        )
+                    missing = [cut for cut in chunks if found[cut][number] is None]
+                    if missing:
+                        made = self._compute(data, np.arange(int(borders[number]), int(borders[number + 1])), missing)
+                        _keep(chunks, found, number, made, tokens[number])
+
+    def _make_together(
+        self,
+        data: TokenizedSet,
+        borders: np.ndarray,
+        chunks: Mapping[int, Chunks],
+        found: dict[int, list[torch.Tensor | None]],
+    ) -> None:
+        """Every rank runs the same micro-batches, whose matrices it gathers with the others, and keeps what it misses."""
+        tokens = _piece_tokens(data, borders)
+        mine = {(cut, number) for cut, pieces in found.items() for number, piece in enumerate(pieces) if piece is None}
+        for number in sorted({number for part in self.ranks.gather(mine) for _, number in part}):
+            made = self._compute(data, np.arange(int(borders[number]), int(borders[number + 1])), sorted(chunks))
+            kept = {cut: states for cut, states in made.items() if (cut, number) in mine}
+            _keep(chunks, found, number, kept, tokens[number])
+
+    @torch.no_grad()
+    def _compute(self, data: TokenizedSet, documents: np.ndarray, cuts: Sequence[int]) -> dict[int, torch.Tensor]:
+        """[N, H] of these documents, one after another, at every cut."""
+        blocks = cast("nn.ModuleList", self.base.model.get_submodule(self.base.anatomy.blocks_module))
+        first = int(data.offsets[documents[0]])
+        shape = (int(data.offsets[documents[-1] + 1]) - first, self.base.anatomy.hidden_size)
+        made = {cut: torch.empty(shape, dtype=self.base.dtype) for cut in cuts}
+        rows = RowPlan(self.rows.row_tokens, self.rows.rows_per_micro_batch, self.rows.pack)
+        with leaving(blocks, cuts) as taken:
+            for batch in rows.batches(data, documents):
+                tensors = to_tensors(batch, self.ranks.device)
+                self.objective.run_blocks(tensors["input_ids"], tensors["position_ids"], tensors["lengths"])
+                for row, start, end, place in _documents(batch, data):
+                    for cut in cuts:
+                        made[cut][place - first : place - first + end - start] = taken[cut][row, start:end].cpu()
+        return made
+
+
+def _documents(batch: MicroBatch, data: TokenizedSet) -> Iterator[tuple[int, int, int, int]]:
+    """(row, start, end, first token in the set) of every document of a micro-batch."""
+    for row, (owners, length) in enumerate(zip(batch.document_ids, batch.lengths, strict=True)):
+        start = 0
+        while start < length:
+            document = int(owners[start])
+            end = start + int(data.lengths[document])
+            yield row, start, end, int(data.offsets[document])
+            start = end
+
+
+def _piece_tokens(data: TokenizedSet, borders: np.ndarray) -> list[int]:
+    return np.diff(data.offsets[borders]).tolist()
+
+
+def _lock(chunks: Mapping[int, Chunks], number: int, *, wait: bool) -> AbstractContextManager[bool]:
+    """One lock a piece for all cuts: the lowest one's. What no other process sees needs none."""
+    first = chunks[min(chunks)]
+    return piece_lock(first.folder, number, wait=wait) if isinstance(first, DiskChunks) else nullcontext(True)
+
+
+def _keep(
+    chunks: Mapping[int, Chunks],
+    found: dict[int, list[torch.Tensor | None]],
+    number: int,
+    made: Mapping[int, torch.Tensor],
+    num_tokens: int,
+) -> None:
+    for cut, states in made.items():
+        chunks[cut].put(number, states)
+        found[cut][number] = chunks[cut].get(number, num_tokens)
+        if found[cut][number] is None:
+            raise TrainingError(
+                f"piece {number} of the stored trunk cannot be read back", remedy="resources.cache_bytes: 0 goes without"
+            )

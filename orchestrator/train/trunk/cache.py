@@ -1,0 +1,124 @@
+"""The local folder of stored trunks: by content, under a budget, the least recently used given up first.
+
+    <folder>/<key>/chunk-00000.bin ...     one set at one cut; the key is a hash of all that decides its numbers
+    <folder>/<key>/reserved                bytes that it may grow to
+    <folder>/<key>/in-use                  locked by every process that has it open
+
+Processes agree by file locks, which end with them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+RESERVED, IN_USE, LOCK = "reserved", "in-use", "lock"
+
+
+class TrunkCache:
+    """A budget of local disk for stored trunks.
+
+    Args:
+        folder: Of this machine; made where it is not there.
+        max_bytes: What all entries may take; None for half of what the disk has free beside them.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int | None) -> None:
+        self._folder = folder
+        self._max_bytes = max_bytes
+        self._held: dict[str, int] = {}
+
+    def open(self, key: str, num_bytes: int) -> Path | None:
+        """The entry's folder, held until `close`; None where the budget has no room for it, whatever is given up.
+
+        Raises:
+            OSError: the folder cannot be made or locked.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        entry = self._folder / key
+        with _locked(self._folder / LOCK):
+            if not (entry / RESERVED).exists():
+                if not self._make_room(num_bytes):
+                    return None
+                entry.mkdir(exist_ok=True)
+                (entry / RESERVED).write_text(str(num_bytes))
+            if key not in self._held:
+                self._held[key] = os.open(entry / IN_USE, os.O_RDWR | os.O_CREAT)
+                fcntl.flock(self._held[key], fcntl.LOCK_SH)
+            os.utime(entry / IN_USE)
+        return entry
+
+    def close(self) -> None:
+        """Let go of every entry, so that it may be given up when room is wanted."""
+        for descriptor in self._held.values():
+            os.close(descriptor)
+        self._held.clear()
+
+    def _make_room(self, num_bytes: int) -> bool:
+        entries = sorted(
+            (path.parent for path in self._folder.glob(f"*/{IN_USE}")), key=lambda path: (path / IN_USE).stat().st_mtime
+        )
+        used = sum(_reserved(entry) for entry in entries)
+        budget = self._max_bytes
+        if budget is None:
+            present = sum(file.stat().st_size for entry in entries for file in entry.iterdir())
+            budget = (shutil.disk_usage(self._folder).free + present) // 2
+        for entry in entries:
+            if used + num_bytes <= budget:
+                break
+            if _give_up(entry):
+                used -= _reserved(entry)
+                shutil.rmtree(entry)
+                logger.info("the stored trunk %s was given up for room", entry.name)
+        return used + num_bytes <= budget
+
+
+def _reserved(entry: Path) -> int:
+    try:
+        return int((entry / RESERVED).read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+def _give_up(entry: Path) -> bool:
+    """Whether nobody has it open."""
+    descriptor = os.open(entry / IN_USE, os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def piece_lock(folder: Path, number: int, *, wait: bool) -> Iterator[bool]:
+    """Whether this process may make a piece: one at a time does. Without `wait`, False where another one is at it."""
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
+    try:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, number)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+    finally:
+        os.close(descriptor)

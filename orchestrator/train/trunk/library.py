@@ -1,0 +1,124 @@
+"""What a process has of the trunk: every set that trials read, at every cut of the plan."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+from torch import nn
+
+from orchestrator.data import TokenizedSet
+from orchestrator.plan.values import DataPaths, TrunkPlan
+from orchestrator.train.base import LoadedBase
+from orchestrator.train.batches import RowPlan
+from orchestrator.train.objective import Objective
+from orchestrator.train.ranks import Ranks
+from orchestrator.train.trunk.build import TrunkBuilder, random_below, trunk_key
+from orchestrator.train.trunk.cache import TrunkCache
+from orchestrator.train.trunk.chunks import Chunks, DiskChunks, MemoryChunks
+from orchestrator.train.trunk.states import TrunkStates
+
+
+class TrunkLibrary:
+    """Hidden states by set and cut, made at first use and kept as long as the process lives.
+
+    Args:
+        base: With no branch open while `open` is called.
+        fingerprint: Hashes of the base's tensors by name; of this rank's parts where weights are partitioned.
+        ranks: This process among those of its gang.
+        load_set: A tokenised set by its path.
+    """
+
+    def __init__(
+        self, base: LoadedBase, fingerprint: Mapping[str, str], ranks: Ranks, load_set: Callable[[str], TokenizedSet]
+    ) -> None:
+        self._base = base
+        self._fingerprint = fingerprint
+        self._ranks = ranks
+        self._load_set = load_set
+        self._cache: TrunkCache | None = None
+        self._states: dict[tuple[str, int], TrunkStates] = {}
+        self._refused = False
+
+    def open(
+        self,
+        plan: TrunkPlan,
+        data: DataPaths,
+        rows: RowPlan,
+        objective: Objective,
+        *,
+        partitioned: bool,
+        note: Callable[[str], None],
+    ) -> float:
+        """Read or make what is not there yet. Called on every rank.
+
+        Args:
+            plan: Cuts and budget.
+            data: The sets.
+            rows: How documents share the rows of the forward pass.
+            objective: Of the base without a branch.
+            partitioned: Whether ZeRO-3 holds the base in parts, so that ranks compute together.
+            note: Told what went otherwise than planned.
+
+        Returns:
+            Seconds that it took.
+        """
+        started = time.perf_counter()
+        wanted = [path for path in (data.train, data.eval, data.retain) if path and (path, plan.cuts[0]) not in self._states]
+        if not wanted or self._refused:
+            return 0.0
+        blocks = cast("nn.ModuleList", self._base.model.get_submodule(self._base.anatomy.blocks_module))
+        random = random_below(self._base.model, blocks, max(plan.cuts))
+        if random:
+            self._refused = True
+            note(f"nothing is stored of the trunk: it is random below block {max(plan.cuts)} ({random})")
+            return 0.0
+        builder = TrunkBuilder(self._base, objective, rows, self._ranks, partitioned)
+        for path in wanted:
+            tokens = self._load_set(path)
+            chunks = self._chunks(plan, tokens, note, partitioned=partitioned)
+            for cut, states in builder.build(tokens, chunks).items():
+                self._states[path, cut] = states
+        return time.perf_counter() - started
+
+    def states(self, path: str, cut: int) -> TrunkStates | None:
+        """What is stored of a set at a cut; None where nothing is."""
+        return self._states.get((path, cut))
+
+    def close(self) -> None:
+        """Let other sweeps have the room, if they want it."""
+        if self._cache is not None:
+            self._cache.close()
+
+    def _chunks(
+        self, plan: TrunkPlan, tokens: TokenizedSet, note: Callable[[str], None], *, partitioned: bool
+    ) -> dict[int, Chunks]:
+        """On disk where it has room, for other processes and later sweeps; else in memory."""
+        num_bytes = tokens.num_tokens * self._base.anatomy.hidden_size * self._base.dtype.itemsize
+        folders = self._folders(plan, tokens, num_bytes, partitioned=partitioned)
+        without = sum(folder is None for folder in folders)
+        if plan.folder and without:
+            note(f"{without} of {len(folders)} stored trunks have no room on disk and are kept in memory")
+        return {
+            cut: MemoryChunks() if folder is None else DiskChunks(folder, self._base.anatomy.hidden_size, self._base.dtype)
+            for cut, folder in zip(plan.cuts, folders, strict=True)
+        }
+
+    def _folders(self, plan: TrunkPlan, tokens: TokenizedSet, num_bytes: int, *, partitioned: bool) -> Sequence[Path | None]:
+        if not plan.folder:
+            return [None] * len(plan.cuts)
+        fingerprint = self._fingerprint
+        if partitioned:
+            fingerprint = {
+                f"rank {rank} {name}": part
+                for rank, parts in enumerate(self._ranks.gather(dict(fingerprint)))
+                for name, part in parts.items()
+            }
+        if self._cache is None:
+            self._cache = TrunkCache(Path(plan.folder), plan.max_bytes)
+        try:
+            return [self._cache.open(trunk_key(self._base, fingerprint, tokens, cut), num_bytes) for cut in plan.cuts]
+        except OSError:
+            return [None] * len(plan.cuts)

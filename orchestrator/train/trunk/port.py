@@ -1,0 +1,68 @@
+"""Where stored hidden states enter a model instead of its lower blocks, and where they are taken from it.
+
+The blocks stay in their list, so that layer numbers, attention types and masks are what they were; only what a block
+does when it is called is changed, on the module object itself, and put back after the call. Names, parameters and
+hooks are untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def entering(blocks: nn.ModuleList, cut: int, hidden: torch.Tensor) -> Iterator[None]:
+    """In this context the blocks below `cut` cost nothing, and the block above them receives `hidden` [B, L, H].
+
+    Whatever goes into block 0 is dropped. A cut of `len(blocks)` replaces the whole stack.
+    """
+    below = [blocks[index] for index in range(cut)]
+    for block in below[:-1]:
+        vars(block)["forward"] = _pass_on
+    vars(below[-1])["forward"] = _returns(hidden)
+    try:
+        yield
+    finally:
+        for block in below:
+            del vars(block)["forward"]
+
+
+@contextmanager
+def leaving(blocks: nn.ModuleList, cuts: Collection[int]) -> Iterator[dict[int, torch.Tensor]]:
+    """In this context each forward pass leaves the hidden states [B, L, H] that enter block `cut` in the dictionary, for every
+    cut of at least 1; no block above the highest cut is computed."""
+    taken: dict[int, torch.Tensor] = {}
+    above = [blocks[index] for index in range(max(cuts), len(blocks))]
+    hooks = [blocks[cut - 1].register_forward_hook(_taker(cut, taken)) for cut in cuts]
+    for block in above:
+        vars(block)["forward"] = _pass_on
+    try:
+        yield taken
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for block in above:
+            del vars(block)["forward"]
+
+
+def _pass_on(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return hidden_states
+
+
+def _returns(hidden: torch.Tensor) -> Any:
+    def forward(*_: Any, **__: Any) -> torch.Tensor:
+        return hidden
+
+    return forward
+
+
+def _taker(cut: int, taken: dict[int, torch.Tensor]) -> Any:
+    def take(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        taken[cut] = output.detach()
+
+    return take

@@ -1,0 +1,41 @@
+"""Stored hidden states of one set at one cut, as rows of micro-batches want them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from orchestrator.data import MicroBatch, TokenizedSet
+
+
+@dataclass(frozen=True)
+class TrunkStates:
+    """Every document of a set, at its own positions, whatever it shares a row with."""
+
+    data: TokenizedSet
+    cut: int
+    borders: np.ndarray
+    """int64[C + 1]: piece c holds documents borders[c] to borders[c + 1]."""
+    pieces: Sequence[torch.Tensor]
+    """[N_c, H] each, on the CPU."""
+
+    def document(self, index: int) -> torch.Tensor:
+        """[tokens, H]"""
+        piece = int(np.searchsorted(self.borders, index, side="right")) - 1
+        first = int(self.data.offsets[self.borders[piece]])
+        return self.pieces[piece][int(self.data.offsets[index]) - first : int(self.data.offsets[index + 1]) - first]
+
+    def rows(self, batch: MicroBatch) -> torch.Tensor:
+        """[B, L, H]: what enters block `cut` for this micro-batch of the set; zeros where a row is padded."""
+        shape = (*batch.input_ids.shape, self.pieces[0].shape[1])
+        hidden = torch.zeros(shape, dtype=self.pieces[0].dtype)
+        for row, (owners, length) in enumerate(zip(batch.document_ids, batch.lengths, strict=True)):
+            start = 0
+            while start < length:
+                document = self.document(int(owners[start]))
+                hidden[row, start : start + len(document)] = document
+                start += len(document)
+        return hidden

@@ -1,0 +1,220 @@
+"""Stored hidden states are whole or made again, shared between processes, and within their budget."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from orchestrator.data import TokenizedSet, build_set
+from orchestrator.plan.values import DataPaths, TrunkPlan
+from orchestrator.train.base import LoadedBase
+from orchestrator.train.batches import RowPlan, to_tensors
+from orchestrator.train.branch import head_name
+from orchestrator.train.integrity import base_fingerprint
+from orchestrator.train.ranks import Ranks
+from orchestrator.train.trial import objective_of
+from orchestrator.train.trunk import chunks
+from orchestrator.train.trunk.build import TrunkBuilder, trunk_key
+from orchestrator.train.trunk.cache import TrunkCache
+from orchestrator.train.trunk.library import TrunkLibrary
+
+ROWS = RowPlan(32, 2, pack=True)
+BuildBase = Callable[..., LoadedBase]
+
+
+@pytest.fixture(autouse=True)
+def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 64 * 4 * 40)
+
+
+@pytest.fixture
+def base(llama_folder: Callable[..., Path], base_of: BuildBase) -> LoadedBase:
+    return base_of(llama_folder())
+
+
+def make_set(seed: int = 0) -> TokenizedSet:
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(8, 24, size=12)
+    return build_set([(generator.integers(3, 90, size=n), np.arange(n) >= n // 2) for n in lengths])
+
+
+class Shelf:
+    """A library on a folder, and the set that it serves."""
+
+    def __init__(self, base: LoadedBase, folder: Path, *, max_bytes: int | None = 10**8, cuts: tuple[int, ...] = (2,)) -> None:
+        self.base = base
+        self.data = make_set()
+        self.objective = objective_of(base, base.model.get_submodule(head_name(base).rpartition(".")[0]), cuts[-1])
+        self.notes: list[str] = []
+        self.plan = TrunkPlan(cuts=cuts, num_bytes=0, folder=str(folder), max_bytes=max_bytes)
+        self.library = TrunkLibrary(base, base_fingerprint(base.model), Ranks(), lambda path: self.data)
+
+    def open(self) -> None:
+        data = DataPaths(train="train", eval="train")
+        self.library.open(self.plan, data, ROWS, self.objective, partitioned=False, note=self.notes.append)
+
+    def loss(self) -> float:
+        (batch, *_) = ROWS.batches(self.data, np.arange(4))
+        trunk = self.library.states("train", self.plan.cuts[-1])
+        with torch.no_grad():
+            return self.objective(**to_tensors(batch, torch.device("cpu"), trunk)).item()
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many documents each forward pass of a builder was for."""
+    made: list[int] = []
+    compute = TrunkBuilder._compute
+
+    def counted(self: TrunkBuilder, data: TokenizedSet, documents: np.ndarray, cuts: list[int]) -> dict[int, torch.Tensor]:
+        made.append(len(documents))
+        return compute(self, data, documents, cuts)
+
+    monkeypatch.setattr(TrunkBuilder, "_compute", counted)
+    return made
+
+
+def pieces(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*/chunk-*.bin"))
+
+
+def test_a_later_sweep_computes_nothing(base: LoadedBase, tmp_path: Path, computed: list[int]) -> None:
+    first, later = Shelf(base, tmp_path, cuts=(1, 2)), Shelf(base, tmp_path, cuts=(1, 2))
+    first.open()
+    assert sum(computed) == len(first.data)
+    assert len(pieces(tmp_path)) == 2 * len(computed) > 2
+    computed.clear()
+    later.open()
+    assert computed == []
+    assert later.loss() == first.loss()
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut short", "gone"])
+def test_a_damaged_piece_is_made_again(base: LoadedBase, tmp_path: Path, computed: list[int], damage: str) -> None:
+    first = Shelf(base, tmp_path)
+    first.open()
+    file = pieces(tmp_path)[1]
+    whole = file.read_bytes()
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(whole[:-1] if damage == "cut short" else bytes([whole[0] ^ 1]) + whole[1:])
+    before, expected = len(computed), first.loss()
+    later = Shelf(base, tmp_path)
+    later.open()
+    assert len(computed) == before + 1
+    assert file.read_bytes() == whole
+    assert later.loss() == expected
+
+
+def test_a_changed_entry_with_its_checksum_changes_the_loss(base: LoadedBase, tmp_path: Path) -> None:
+    """So what is stored is really what is trained on."""
+    first = Shelf(base, tmp_path)
+    first.open()
+    file, before = pieces(tmp_path)[0], first.loss()
+    numbers = np.frombuffer(file.read_bytes()[:-8], dtype=np.float32) * np.float32(1.5)
+    file.write_bytes(numbers.tobytes() + struct.pack("<Q", zlib.crc32(numbers.tobytes())))
+    later = Shelf(base, tmp_path)
+    later.open()
+    assert abs(later.loss() - before) > 1e-3
+
+
+def test_the_key_is_all_that_decides_the_numbers(base: LoadedBase) -> None:
+    marks, data = base_fingerprint(base.model), make_set()
+    key = trunk_key(base, marks, data, 2)
+    other_mask = build_set([(data.document(d)[0], np.ones(data.lengths[d], bool)) for d in range(len(data))])
+    last, first = "model.layers.3.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"
+    assert trunk_key(base, marks, other_mask, 2) == key
+    assert trunk_key(base, {**marks, last: "other"}, data, 2) == key
+    assert trunk_key(base, {**marks, first: "other"}, data, 2) != key
+    assert trunk_key(base, marks, data, 3) != key
+    assert trunk_key(base, marks, make_set(1), 2) != key
+
+
+def test_the_least_recently_used_goes_first_and_never_what_is_open(tmp_path: Path) -> None:
+    first, second = TrunkCache(tmp_path, 250), TrunkCache(tmp_path, 250)
+    assert first.open("a", 100) is not None
+    assert first.open("b", 100) is not None
+    assert second.open("c", 100) is None  # both are open
+    first.close()
+    assert second.open("c", 100) is not None
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"b", "c"}
+    assert second.open("d", 300) is None
+
+
+def test_without_room_on_disk_the_memory_keeps_it(base: LoadedBase, tmp_path: Path) -> None:
+    shelf, roomy = Shelf(base, tmp_path / "small", max_bytes=10), Shelf(base, tmp_path / "large")
+    shelf.open()
+    roomy.open()
+    assert pieces(tmp_path / "small") == []
+    assert shelf.notes == ["1 of 1 stored trunks have no room on disk and are kept in memory"]
+    assert shelf.loss() == roomy.loss()
+
+
+def test_a_random_trunk_is_not_stored(bert_folder: Path, base_of: BuildBase, tmp_path: Path) -> None:
+    shelf = Shelf(base_of(bert_folder, task="classify"), tmp_path, cuts=(1,))
+    shelf.open()
+    assert pieces(tmp_path) == []
+    assert "dropout 0.1" in shelf.notes[0]
+
+
+BUILD = """
+import sys
+from pathlib import Path
+import numpy as np, torch
+from orchestrator.anatomy import read_anatomy
+from orchestrator.data import TokenizedSet
+from orchestrator.plan.values import BaseLoad, DataPaths, TrunkPlan
+from orchestrator.train.base import load_base
+from orchestrator.train.batches import RowPlan
+from orchestrator.train.integrity import base_fingerprint
+from orchestrator.train.ranks import Ranks
+from orchestrator.train.trial import objective_of
+from orchestrator.train.trunk import build, chunks
+from orchestrator.train.trunk.library import TrunkLibrary
+
+folder, data_file, cache, meeting = sys.argv[1:]
+chunks.CHUNK_BYTES = 64 * 4 * 40
+compute, made = build.TrunkBuilder._compute, []
+def counted(self, data, documents, cuts):
+    made.append(len(documents))
+    return compute(self, data, documents, cuts)
+build.TrunkBuilder._compute = counted
+anatomy = read_anatomy(Path(folder), need_weights=True)
+load = BaseLoad(folder=folder, model_type="llama", quantize="none", task="completion")
+base = load_base(load, anatomy, dtype=torch.float32, device=torch.device("cpu"))
+library = TrunkLibrary(base, base_fingerprint(base.model), Ranks(), lambda path: TokenizedSet.load(path))
+objective = objective_of(base, base.model.lm_head, 2)
+print("ready", flush=True)
+sys.stdin.readline()
+plan = TrunkPlan(cuts=(2,), num_bytes=0, folder=cache, max_bytes=10**8)
+rows = RowPlan(32, 2, True)
+library.open(plan, DataPaths(train=data_file, eval=data_file), rows, objective, partitioned=False, note=print)
+states = library.states(data_file, 2)
+print(sum(made), sum(piece.double().sum().item() for piece in states.pieces).hex(), flush=True)
+"""
+
+
+def test_two_processes_share_the_work(llama_folder: Callable[..., Path], tmp_path: Path) -> None:
+    data = make_set()
+    data.save(tmp_path / "set.npz")
+    command = [sys.executable, "-c", BUILD, str(llama_folder()), str(tmp_path / "set.npz"), str(tmp_path / "cache"), ""]
+    both = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in both:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in both:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    answers = [process.communicate(timeout=120)[0].split() for process in both]
+    assert sum(int(made) for made, _ in answers) == len(data)
+    assert answers[0][1] == answers[1][1]
