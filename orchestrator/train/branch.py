@@ -9,13 +9,12 @@ from types import TracebackType
 from typing import Any, Protocol
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from orchestrator.anatomy.values import LayerSelection
 from orchestrator.errors import BaseLostError, SelectionError, TrainingError
 from orchestrator.plan.artifact import SUFFIX_A, SUFFIX_B
-from orchestrator.train.adapters import adapt, stable_name
+from orchestrator.train.adapters import AdapterSpec, LoraLinear, adapt, stable_name
 from orchestrator.train.base import LoadedBase, initial_value, new_parameter_names
 from orchestrator.train.module_states import ModuleStates
 
@@ -132,7 +131,7 @@ def open_branch(
         TrainingError: What learns is not what was planned (law 1), or the base has an open branch.
         BaseLostError: It failed to open, and the base could not be put back.
     """
-    if getattr(base.model, "peft_config", None) or any(parameter.requires_grad for parameter in base.model.parameters()):
+    if any(parameter.requires_grad for parameter in base.model.parameters()):
         raise TrainingError("the base has a branch already", remedy="close it before the next one is opened")
     undo = ExitStack()
     try:
@@ -141,7 +140,7 @@ def open_branch(
         new = _new_parameters(base, selection, seed, undo)
         _unfreeze(base, [name for name in selection.trainable if name not in new], keeper or PlainKeeper(), undo)
         if selection.adapted:
-            adapt(base, selection, lora_alpha, seed, undo)
+            adapt(base, [AdapterSpec(selection, lora_alpha, seed)], undo)
         for name in selection.trainable:
             parameter_named(base.model, name).requires_grad_(True)
         learning = learning_parameters(base.model)
@@ -172,8 +171,8 @@ def head_name(base: LoadedBase) -> str:
 def parameter_named(model: nn.Module, name: str) -> nn.Parameter:
     """The parameter of this checkpoint name, also inside a LoRA layer."""
     module = model.get_submodule(_module_of(name))
-    if isinstance(module, LoraLayer):
-        module = module.get_base_layer()
+    if isinstance(module, LoraLinear):
+        module = module.base_layer
     return module.get_parameter(name.rpartition(".")[2])
 
 

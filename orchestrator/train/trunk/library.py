@@ -66,7 +66,8 @@ class TrunkLibrary:
             Seconds that it took.
         """
         started = time.perf_counter()
-        wanted = [path for path in (data.train, data.eval, data.retain) if path and (path, plan.cuts[0]) not in self._states]
+        paths = dict.fromkeys(path for path in (data.train, data.eval, data.retain) if path)
+        wanted = [path for path in paths if (path, plan.cuts[0]) not in self._states]
         if not wanted or self._refused:
             return 0.0
         blocks = cast("nn.ModuleList", self._base.model.get_submodule(self._base.anatomy.blocks_module))

@@ -101,7 +101,11 @@ def test_artifacts_load_in_a_process_without_this_package(
         )  # fmt: skip
     subprocess.run([sys.executable, "-I", "-c", PLAIN_LOAD, json.dumps(cases)], check=True, cwd=tmp_path, timeout=300)
     for case, logits in zip(cases, expected, strict=True):
-        assert torch.equal(load_file(case["logits"])["logits"], logits), case
+        loaded = load_file(case["logits"])["logits"]
+        if case["kind"] == "delta":
+            assert torch.equal(loaded, logits), case
+        else:  # PEFT adds the product in another order
+            torch.testing.assert_close(loaded, logits, rtol=1e-5, atol=2e-5, msg=lambda text, case=case: f"{case}: {text}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -171,7 +171,7 @@ def test_gpt2_with_position_embeddings(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    anatomy = read_anatomy(tmp_path)
+    anatomy = read_anatomy(tmp_path, need_weights=False)
     load = BaseLoad(folder=str(tmp_path), model_type="gpt2", quantize="none", task="completion")
     base = LoadedBase(model=model, anatomy=anatomy, load=load, dtype=torch.float32, device=torch.device("cpu"))
     data, rows = make_set(), RowPlan(48, 2, pack=True)
