@@ -32,7 +32,7 @@ from orchestrator.train.engine import Engine, layout_of, num_live_engines
 from orchestrator.train.integrity import changed_frozen
 from orchestrator.train.loop import LoopState, train_steps
 from orchestrator.train.memory import memory_in_use
-from orchestrator.train.objective import Objective
+from orchestrator.train.objective import Objective, final_norm_of
 from orchestrator.train.ranks import Ranks
 from orchestrator.train.recompute import recomputed
 from orchestrator.train.scoring import Scorer, Scores
@@ -91,7 +91,12 @@ class TrialRun:
                 open_branch(self.base, assignment.selection, lora_alpha=trial.lora_alpha, seed=trial.seed, keeper=self._keeper())
             )
             objective = Objective(
-                branch.model, branch.backbone(), branch.head(), self.base.load.task, encoder=self.base.anatomy.kind == "encoder"
+                branch.model,
+                branch.backbone(),
+                branch.head(),
+                self.base.load.task,
+                encoder=self.base.anatomy.kind == "encoder",
+                final_norm=final_norm_of(branch.model, self.base.anatomy),
             )
             if trial.control == "none" or assignment.stop_step == 0:
                 self._score_untrained(objective, stack)
