@@ -22,7 +22,7 @@ from orchestrator.train.base import LoadedBase, load_base
 from orchestrator.train.batches import RowPlan
 from orchestrator.train.evaluation import Evaluation, class_prior, evaluate, exact_match
 from orchestrator.train.generate import generate_answers, wanted_answers
-from orchestrator.train.objective import Objective
+from orchestrator.train.objective import Objective, final_norm_of
 from orchestrator.train.ranks import Ranks
 from orchestrator.transfer import forgetting
 from orchestrator.transfer.records import ModelScores, PromptComparison
@@ -131,6 +131,7 @@ class _Scorer:
             model.get_submodule(head.rpartition(".")[0]),
             self._inputs.base.task,
             encoder=anatomy.kind == "encoder",
+            final_norm=final_norm_of(model, anatomy),
         )
         with _evaluating(model):
             self.test[name] = self._evaluate(objective, self._data)

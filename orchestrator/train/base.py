@@ -26,7 +26,9 @@ from transformers.utils import logging
 
 from orchestrator.anatomy.values import ModelAnatomy
 from orchestrator.errors import BaseError
+from orchestrator.plan.attention import attends_by_document
 from orchestrator.plan.values import BaseLoad, ExecutionPlan
+from orchestrator.train.attention import BY_DOCUMENT
 
 _num_loads = 0
 PACKING = "support_avx512bf16_for_cpu"
@@ -108,7 +110,8 @@ def load_base(
         raise BaseError("the folder has no weights", where=load.folder, remedy="put the model's *.safetensors beside config.json")
     if load.quantize == "int8":
         raise BaseError("quantize: int8 is not supported yet", where=load.folder, remedy="use none or nf4")
-    model = _from_folder(load, anatomy, dtype, load_on or device)
+    by_document = attends_by_document(anatomy, device.type, classify=load.task == "classify")
+    model = _from_folder(load, anatomy, dtype, load_on or device, attention=BY_DOCUMENT if by_document else "sdpa")
     model.train()
     model.config.use_cache = False
     for parameter in model.parameters():
@@ -129,12 +132,14 @@ def loading_device(load: BaseLoad, execution: ExecutionPlan, device: torch.devic
     return torch.device("cpu") if partitioned and load.quantize == "none" else device
 
 
-def _from_folder(load: BaseLoad, anatomy: ModelAnatomy, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def _from_folder(
+    load: BaseLoad, anatomy: ModelAnatomy, dtype: torch.dtype, device: torch.device, *, attention: str
+) -> PreTrainedModel:
     options: dict[str, object] = {
         "local_files_only": True,
         "use_safetensors": True,
         "trust_remote_code": False,
-        "attn_implementation": "sdpa",
+        "attn_implementation": attention,
         "dtype": dtype,
         "device_map": {"": str(device)},
     }

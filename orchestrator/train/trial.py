@@ -33,7 +33,7 @@ from orchestrator.train.engine import Engine, layout_of, num_live_engines
 from orchestrator.train.integrity import changed_frozen
 from orchestrator.train.loop import LoopState, train_steps
 from orchestrator.train.memory import memory_in_use
-from orchestrator.train.objective import Objective
+from orchestrator.train.objective import Objective, final_norm_of
 from orchestrator.train.ranks import Ranks
 from orchestrator.train.recompute import recomputed
 from orchestrator.train.scoring import Scorer, Scores
@@ -306,6 +306,7 @@ def objective_of(base: LoadedBase, head: nn.Module, cut: int = 0) -> Objective:
         head,
         base.load.task,
         encoder=anatomy.kind == "encoder",
+        final_norm=final_norm_of(model, anatomy),
         blocks=model.get_submodule(anatomy.blocks_module),
         cut=cut,
     )

@@ -24,6 +24,7 @@ from orchestrator.anatomy import LayerSelection, ModelAnatomy
 from orchestrator.plan.values import BaseLoad
 from orchestrator.train import LoadedBase, Objective, open_branch
 from orchestrator.train.branch import Branch
+from orchestrator.train.objective import final_norm_of
 from orchestrator.train.recompute import recomputed
 from orchestrator.train.torch_engine import TorchEngine
 
@@ -119,7 +120,8 @@ def train_and_score(branch: Branch, inputs: dict[str, torch.Tensor], *, checkpoi
         if checkpointing:
             blocks = list(branch.model.get_submodule(branch.base.anatomy.blocks_module).children())
             stack.enter_context(recomputed(blocks[branch.selection.cut :]))
-        objective = Objective(branch.model, branch.backbone(), branch.head(), branch.base.load.task)
+        norm = final_norm_of(branch.model, branch.base.anatomy)
+        objective = Objective(branch.model, branch.backbone(), branch.head(), branch.base.load.task, final_norm=norm)
         # The branch's own list holds the parameters that there were before fake ones took their places.
         learning = [(name, parameter) for name, parameter in branch.model.named_parameters() if parameter.requires_grad]
         engine = TorchEngine(objective, learning, weight_decay=0.01, grad_clip=1.0)

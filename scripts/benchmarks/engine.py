@@ -33,6 +33,7 @@ from orchestrator.plan.values import BaseLoad, ExecutionPlan, TrainSettings
 from orchestrator.train import LoadedBase, Objective, load_base, open_branch
 from orchestrator.train.batches import RowPlan, to_tensors
 from orchestrator.train.engine import Engine
+from orchestrator.train.objective import final_norm_of
 from orchestrator.train.ranks import Ranks
 from orchestrator.train.torch_engine import TorchEngine
 
@@ -78,7 +79,8 @@ def _measure(base: LoadedBase, tune: str, options: argparse.Namespace) -> dict[s
                     optimizer = torch.optim.AdamW([p for _, p in branch.learning_parameters()], lr=1e-4)
                     seconds[way] += _time(lambda: _bare_step(branch.model, optimizer, tensors), options.steps)  # noqa: B023
                     continue
-                objective = Objective(branch.model, branch.backbone(), branch.head(), "completion")
+                norm = final_norm_of(branch.model, base.anatomy)
+                objective = Objective(branch.model, branch.backbone(), branch.head(), "completion", final_norm=norm)
                 engine = _engine(objective, branch.learning_parameters(), WAYS[way])
                 seconds[way] += _time(lambda: _engine_step(engine, tensors, batch.num_supervised), options.steps)  # noqa: B023
                 engine.close()
