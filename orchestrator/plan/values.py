@@ -185,6 +185,8 @@ class EngineRecord(Value):
     """What the plan expected a rank to use, for the micro-batch that it planned."""
     micro_batch_rows: int = 0
     checkpointing: bool = False
+    fused_trials: int = 1
+    """How many trials shared its batches."""
     trunk_cut: int | None = None
     """The cut whose stored states it trained on; None where the trunk was computed at every step."""
 

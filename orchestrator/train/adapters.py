@@ -1,6 +1,6 @@
 """LoRA on a live model: adapters of one trial, or of several that are trained in one batch, beside each adapted weight.
 
-Shapes: T trials, N tokens of each, r the largest lora_rank among them.
+Shapes: T trials, N tokens of each.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from orchestrator.anatomy.values import LayerSelection
 from orchestrator.plan.artifact import SUFFIX_A, SUFFIX_B
@@ -34,25 +34,27 @@ class AdapterSpec:
 class LoraLinear(nn.Module):
     """A frozen linear layer, and beside it the low-rank products of T trials (Hu et al. 2021).
 
-    The rows of the input are T equal parts, one a trial. The layer itself runs once for all of them; the products are
-    stacked, with zeros where a trial has a lower rank, or none here, so that no trial's numbers depend on another's.
-    The parameters are this module's own, for ZeRO-3 gathers those of the module that is called.
+    The rows of the input are T equal parts, one a trial. The layer itself runs once for all of them, and the products of
+    neighbours of one lora_rank are stacked. Ranks are not filled up to each other with zeros: measured on a CPU in
+    float32, that changes the last bits, and how many trials are stacked does not. The parameters are this module's own, for
+    ZeRO-3 gathers those of the module that is called.
     """
 
     def __init__(self, base_layer: nn.Module, name: str, specs: Sequence[AdapterSpec], base: LoadedBase) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self._ranks = [spec.selection.lora_rank or 0 if f"{name}.weight" in spec.selection.adapted else 0 for spec in specs]
-        self._scales = [spec.lora_alpha / rank if rank else 0.0 for spec, rank in zip(specs, self._ranks, strict=True)]
+        ranks = [spec.selection.lora_rank or 0 if f"{name}.weight" in spec.selection.adapted else 0 for spec in specs]
+        scales = [spec.lora_alpha / rank if rank else 0.0 for spec, rank in zip(specs, ranks, strict=True)]
+        self.num_trials = len(specs)
+        self._stacks = _neighbours(list(zip(ranks, scales, strict=True)))
         size: Any = base_layer
-        for trial, (spec, rank) in enumerate(zip(specs, self._ranks, strict=True)):
+        for trial, (spec, rank) in enumerate(zip(specs, ranks, strict=True)):
             if not rank:
                 continue
             a = _initial_a(name, rank, size.in_features, spec.seed).to(device=base.device, dtype=base.dtype)
             b = torch.zeros(size.out_features, rank, device=base.device, dtype=base.dtype)
             self.register_parameter(live_a(trial), nn.Parameter(a))
             self.register_parameter(live_b(trial), nn.Parameter(b))
-        self.weight_shape: tuple[int, int] = (size.out_features, size.in_features)
 
     @property
     def weight(self) -> Any:
@@ -63,26 +65,35 @@ class LoraLinear(nn.Module):
     def bias(self) -> Any:
         return self.base_layer.bias
 
-    @property
-    def num_trials(self) -> int:
-        return len(self._ranks)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T * rows, tokens, in] -> [T * rows, tokens, out]"""
         out = self.base_layer(x)
-        a, b = self._stacked()
-        inner = torch.bmm(x.reshape(len(a), -1, x.shape[-1]), a.mT)
-        if len(set(self._scales)) > 1:
-            inner = inner * torch.tensor(self._scales, dtype=inner.dtype, device=inner.device)[:, None, None]
-            return torch.baddbmm(out.view(len(b), -1, out.shape[-1]), inner, b.mT).view(out.shape)
-        return torch.baddbmm(out.view(len(b), -1, out.shape[-1]), inner, b.mT, alpha=self._scales[0]).view(out.shape)
+        inputs, outputs = (states.reshape(self.num_trials, -1, states.shape[-1]) for states in (x, out))
+        parts = [self._product(stack, inputs[stack.trials], outputs[stack.trials]) for stack in self._stacks]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(out.shape)
 
-    def _stacked(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A as [T, r, in] and B as [T, out, r]."""
-        a = [getattr(self, live_a(trial)) if rank else None for trial, rank in enumerate(self._ranks)]
-        b = [getattr(self, live_b(trial)) if rank else None for trial, rank in enumerate(self._ranks)]
-        most = max(self._ranks)
-        return torch.stack(_filled(a, (most, self.weight_shape[1]))), torch.stack(_filled(b, (self.weight_shape[0], most)))
+    def _product(self, stack: Stack, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+        """`outputs` [t, N, out] of the base and, of these t trials, what their adapters add to it."""
+        if not stack.lora_rank:
+            return outputs
+        trials = range(stack.trials.start, stack.trials.stop)
+        a = torch.stack([getattr(self, live_a(trial)) for trial in trials])
+        b = torch.stack([getattr(self, live_b(trial)) for trial in trials])
+        return torch.baddbmm(outputs, torch.bmm(inputs, a.mT), b.mT, alpha=stack.scale)
+
+
+class Stack(NamedTuple):
+    """Neighbours whose products have one shape."""
+
+    trials: slice
+    lora_rank: int
+    scale: float
+
+
+def _neighbours(kinds: Sequence[tuple[int, float]]) -> list[Stack]:
+    """Runs of equal (lora_rank, scale)."""
+    borders = [index for index in range(len(kinds)) if index == 0 or kinds[index] != kinds[index - 1]]
+    return [Stack(slice(first, last), *kinds[first]) for first, last in pairwise([*borders, len(kinds)])]
 
 
 def adapt(base: LoadedBase, specs: Sequence[AdapterSpec], undo: ExitStack) -> None:
@@ -111,17 +122,6 @@ def stable_name(name: str, trial: int = 0) -> str:
     for live, suffix in ((live_a(trial), SUFFIX_A), (live_b(trial), SUFFIX_B)):
         name = name.removesuffix(f".{live}") + suffix if name.endswith(f".{live}") else name
     return name
-
-
-def _filled(parts: Sequence[torch.Tensor | None], shape: tuple[int, int]) -> list[torch.Tensor]:
-    """Each part with zeros up to `shape`; zeros alone where there is none."""
-    like = next(part for part in parts if part is not None)
-    return [
-        like.new_zeros(shape)
-        if part is None
-        else functional.pad(part, (0, shape[1] - part.shape[1], 0, shape[0] - part.shape[0]))
-        for part in parts
-    ]
 
 
 def _initial_a(name: str, rank: int, width: int, seed: int) -> torch.Tensor:

@@ -79,6 +79,13 @@ def to_tensors(batch: MicroBatch, device: torch.device, trunk: TrunkStates | Non
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
+def repeated(tensors: dict[str, torch.Tensor], num_trials: int) -> dict[str, torch.Tensor]:
+    """The rows once for each trial, one copy under the other."""
+    if num_trials == 1:
+        return tensors
+    return {name: tensor.repeat(num_trials, *(1,) * (tensor.ndim - 1)) for name, tensor in tensors.items()}
+
+
 @dataclass(frozen=True)
 class StepInput:
     """One rank's share of a step."""

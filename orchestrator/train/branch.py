@@ -101,7 +101,7 @@ class Branch:
         Raises:
             BaseLostError: it could not be put back.
         """
-        _put_back(self._undo)
+        put_back(self._undo)
         self._learning = []
 
     def __enter__(self) -> Branch:
@@ -135,7 +135,7 @@ def open_branch(
         raise TrainingError("the base has a branch already", remedy="close it before the next one is opened")
     undo = ExitStack()
     try:
-        _check_names(base, selection)
+        check_names(base, selection)
         undo.callback(ModuleStates(base.model).restore)
         new = _new_parameters(base, selection, seed, undo)
         _unfreeze(base, [name for name in selection.trainable if name not in new], keeper or PlainKeeper(), undo)
@@ -144,14 +144,14 @@ def open_branch(
         for name in selection.trainable:
             parameter_named(base.model, name).requires_grad_(True)
         learning = learning_parameters(base.model)
-        _check_learning(selection, learning)
+        check_learning(selection, learning)
         return Branch(base, selection, lora_alpha, learning, undo)
     except BaseException:
-        _put_back(undo)
+        put_back(undo)
         raise
 
 
-def _put_back(undo: ExitStack) -> None:
+def put_back(undo: ExitStack) -> None:
     """Undo everything. What fails here is no trial's failure, and no want of memory that a smaller trial would mend."""
     try:
         undo.close()
@@ -180,7 +180,8 @@ def _module_of(parameter_name: str) -> str:
     return parameter_name.rpartition(".")[0]
 
 
-def _check_names(base: LoadedBase, selection: LayerSelection) -> None:
+def check_names(base: LoadedBase, selection: LayerSelection) -> None:
+    """Raises SelectionError where the model has no such names, or the selection leaves some out."""
     known = {name for name, _ in base.model.named_parameters(remove_duplicate=False)}
     for name in (*selection.trainable, *selection.adapted):
         if name not in known:
@@ -263,7 +264,7 @@ def _unfreeze(base: LoadedBase, names: Iterable[str], keeper: WeightKeeper, undo
     undo.callback(freeze)
 
 
-def _check_learning(selection: LayerSelection, learning: Sequence[tuple[str, nn.Parameter]]) -> None:
+def check_learning(selection: LayerSelection, learning: Sequence[tuple[str, nn.Parameter]]) -> None:
     """Law 1, both ways."""
     planned = set(selection.trainable)
     for name in selection.adapted:

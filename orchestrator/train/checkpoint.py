@@ -7,6 +7,7 @@ Nothing in it is pickled.
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from orchestrator.errors import IntegrityError, OrchestratorError, TrainingError
 from orchestrator.plan.cost.estimate import KEPT_CHECKPOINTS
-from orchestrator.store import check_folder, commit_folder, read_json, write_json
+from orchestrator.store import check_folder, commit_folder, read_json, read_jsonl, write_atomic, write_json
 from orchestrator.train.artifacts import save_artifact
 from orchestrator.train.branch import Branch
 from orchestrator.train.engine import Engine
@@ -175,6 +176,14 @@ def drop_later_checkpoints(trial_folder: Path, start: Path | None) -> None:
     for path in _on_the_way(trial_folder):
         if _step_of(path) > first:
             shutil.rmtree(path)
+
+
+def forget_steps_after(step: int, steps_file: Path) -> None:
+    """Take the lines of later steps out of steps.jsonl: they are about to be written again."""
+    steps_file.parent.mkdir(parents=True, exist_ok=True)
+    if steps_file.exists():
+        kept = [line for line in read_jsonl(steps_file) if line["step"] <= step]
+        write_atomic(steps_file, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def _on_the_way(trial_folder: Path) -> list[Path]:

@@ -14,7 +14,7 @@ import torch
 
 from orchestrator.data import TokenizedSet
 from orchestrator.errors import TrainingError, UsageError
-from orchestrator.train.batches import RowPlan, to_tensors
+from orchestrator.train.batches import RowPlan, repeated, to_tensors
 from orchestrator.train.objective import Objective
 from orchestrator.train.ranks import Ranks
 from orchestrator.train.trunk.states import TrunkStates
@@ -52,7 +52,6 @@ class Evaluation:
         return cls(float(sums.sum() / tokens.sum()), sums, tokens, predictions=predictions)
 
 
-@torch.no_grad()
 def evaluate(
     objective: Objective, data: TokenizedSet, rows: RowPlan, ranks: Ranks, trunk: TrunkStates | None = None
 ) -> Evaluation:
@@ -65,14 +64,31 @@ def evaluate(
     Raises:
         TrainingError: a set without a supervised token.
     """
-    sums = np.zeros(len(data), dtype=np.float64)
-    tokens = np.zeros(len(data), dtype=np.int64)
-    predictions = np.zeros(len(data), dtype=np.int64)
+    return evaluate_trials(objective, data, rows, ranks, 1, trunk)[0]
+
+
+@torch.no_grad()
+def evaluate_trials(
+    objective: Objective,
+    data: TokenizedSet,
+    rows: RowPlan,
+    ranks: Ranks,
+    num_trials: int,
+    trunk: TrunkStates | None = None,
+) -> list[Evaluation]:
+    """As `evaluate`, of each of the trials that share the model's batches."""
+    count = num_trials * len(data)
+    sums = np.zeros(count, dtype=np.float64)
+    tokens = np.zeros(count, dtype=np.int64)
+    predictions = np.zeros(count, dtype=np.int64)
     was_training = objective.training
     objective.eval()
     try:
         for batch in rows.batches(data, np.arange(len(data))):
-            scored = objective(**to_tensors(batch, ranks.device, trunk), each=True)
+            tensors = repeated(to_tensors(batch, ranks.device, trunk), num_trials)
+            first = torch.arange(num_trials, device=ranks.device).repeat_interleave(len(batch.lengths)) * len(data)
+            tensors["document_ids"] = tensors["document_ids"] + first[:, None]
+            scored = objective(**tensors, each=True)
             owners = scored.document_ids.cpu().numpy()
             np.add.at(sums, owners, scored.losses.double().cpu().numpy())
             np.add.at(tokens, owners, 1)
@@ -80,7 +96,8 @@ def evaluate(
     finally:
         objective.train(was_training)
     parts = ranks.gather((sums, tokens, predictions))
-    return _summarise(data, *(np.sum([part[i] for part in parts], axis=0) for i in range(3)))
+    whole = [np.sum([part[i] for part in parts], axis=0).reshape(num_trials, len(data)) for i in range(3)]
+    return [_summarise(data, *(array[trial] for array in whole)) for trial in range(num_trials)]
 
 
 def class_prior(data: TokenizedSet, train: TokenizedSet, num_classes: int) -> Evaluation:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from importlib import import_module
 from pathlib import Path
-from urllib.parse import urlparse
 
 import torch
 import torch.distributed as dist
@@ -32,11 +29,14 @@ from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan, RungRe
 from orchestrator.train.base import load_base, loading_device
 from orchestrator.train.batches import RowPlan
 from orchestrator.train.branch import head_name
+from orchestrator.train.fused import FusedRun
 from orchestrator.train.integrity import base_fingerprint, changed_base
 from orchestrator.train.memory import first_line, is_out_of_memory, reset_peak
-from orchestrator.train.ranks import Ranks
-from orchestrator.train.trial import TrialOutcome, TrialRun, objective_of
+from orchestrator.train.objective import objective_of
+from orchestrator.train.ranks import Ranks, join_gang
+from orchestrator.train.trial import TrialOutcome, TrialRun
 from orchestrator.train.trunk.library import TrunkLibrary
+from orchestrator.train.widths import best_width
 
 TRIAL_ERRORS = (TrainingError, SelectionError, IntegrityError, UsageError, DataError)
 """What a trial may fail by while the gang stays whole: raised on every rank alike."""
@@ -60,6 +60,9 @@ class TrainHost:
         self._sets: dict[str, TokenizedSet] = {}
         self._trunk = TrunkLibrary(self._base, self._fingerprint, ranks, self._load_set)
         self._ordinal = 0
+        self._widths: dict[tuple[int, int, int], int] = {}
+        self._news: list[str] = []
+        """Told with the next result."""
         gc.collect()
         gc.freeze()
 
@@ -87,17 +90,7 @@ class TrainHost:
             TrainingError: the plan and the gang differ in their number of ranks.
             BaseError: the base cannot be loaded.
         """
-        if execution.ranks != world_size:
-            raise TrainingError(f"the plan has {execution.ranks} ranks and the gang {world_size}")
-        if execution.executor == "torch" and world_size > 1:
-            raise TrainingError("the torch executor is for one rank", expected="executor: deepspeed")
-        torch.set_num_threads(execution.threads_per_rank)
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        import_module("torch.utils.deterministic").fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        device = _device(execution)
-        if world_size > 1 or execution.executor == "deepspeed":
-            _join(execution, rank, world_size, init_method)
-        return cls(base, anatomy, execution, Ranks(rank, world_size, device))
+        return cls(base, anatomy, execution, join_gang(execution, rank, world_size, init_method))
 
     @property
     def ranks(self) -> Ranks:
@@ -125,7 +118,8 @@ class TrainHost:
             Exception: whatever else breaks the gang itself (a lost rank, a full disk).
         """
         started = time.time()
-        notes: list[str] = []
+        notes = [*self._news]
+        self._news.clear()
         outcome, reason = TrialOutcome(), ""
         trunk_seconds = 0.0
         try:
@@ -152,6 +146,66 @@ class TrainHost:
         with _gathering(objective, execution) if partitioned else nullcontext():
             return self._trunk.open(plan, assignment.data, rows, objective, partitioned=partitioned, note=note)
 
+    def run_group(self, group: Sequence[Assignment], on_step: Callable[[StepReport], None] | None = None) -> list[RungResult]:
+        """Carry trials that may share a batch (`plan.grouping`) to their next rung, as many in one as pays on this machine.
+
+        Args:
+            group: What to do; of one, the same as `run`. Answers come in no particular order.
+            on_step: Called after each step of each trial.
+
+        Raises:
+            As `run`.
+        """
+        group = sorted(group, key=lambda assignment: assignment.trial.lora_rank or 0)  # equal ranks are stacked
+        results: list[RungResult] = []
+        while len(results) < len(group):
+            rest = group[len(results) :]
+            part = rest[: self._width_of(rest)]
+            results += [self.run(part[0], on_step)] if len(part) == 1 else self._run_fused(part, on_step)
+        return results
+
+    def _width_of(self, group: Sequence[Assignment]) -> int:
+        """How many of the group share a batch; measured once for each cut and kind of batch."""
+        first, kind = group[0], _kind(group[0])
+        if len(group) > 1 and kind not in self._widths:
+            self._open_trunk(first, self._news.append)
+            run = self._trial_run(first, first.execution, self._news, TrialOutcome())
+            self._widths[kind], said = best_width(self._base, group, run.steps(), run.rows, run.train_states())
+            self._news.append(said)
+        return min(len(group), self._widths.get(kind, 1))
+
+    def _run_fused(self, group: Sequence[Assignment], on_step: Callable[[StepReport], None] | None) -> list[RungResult]:
+        """All of them in one batch; one after another where that fails for any reason but a trial's own."""
+        started, notes = time.time(), [*self._news]
+        self._news.clear()
+        try:
+            trunk_seconds = self._open_trunk(group[0], notes.append)
+            outcomes = [TrialOutcome() for _ in group]
+            runs = [
+                self._trial_run(assignment, assignment.execution, notes, outcome, len(group))
+                for assignment, outcome in zip(group, outcomes, strict=True)
+            ]
+            failures = FusedRun(self._base, runs).run(on_step)
+        except TRIAL_ERRORS as error:
+            width = len(group) // 2 if isinstance(error, OutOfMemoryError) else 1
+            self._widths[_kind(group[0])] = width
+            self._news.append(f"{len(group)} trials cannot share a batch, from now on {width} do: {error}")
+            return self.run_group(group, on_step)
+        self._ordinal += 1
+        for assignment in group:
+            self._check_base(assignment)
+        finished = time.time()
+        update = {
+            "started_at": started,
+            "finished_at": finished,
+            "notes": tuple(notes),
+            "trunk_seconds": trunk_seconds / len(group),
+        }
+        return [
+            _result(assignment, outcome, str(failure or "")).model_copy(update=update)
+            for assignment, outcome, failure in zip(group, outcomes, failures, strict=True)
+        ]
+
     def _run_in_memory(
         self,
         assignment: Assignment,
@@ -170,18 +224,7 @@ class TrainHost:
         execution = assignment.execution
         while True:
             reset_peak(self._ranks.device)
-            run = TrialRun(
-                self._base,
-                assignment,
-                execution,
-                self._ranks,
-                self._load_set,
-                self._trunk,
-                self._fingerprint,
-                self._ordinal,
-                notes.append,
-                outcome,
-            )
+            run = self._trial_run(assignment, execution, notes, outcome)
             try:
                 return run.run(on_step)
             except (RuntimeError, MemoryError) as error:
@@ -198,6 +241,28 @@ class TrainHost:
             gc.collect()
             if on_relief is not None:
                 on_relief(execution, notes[-1])
+
+    def _trial_run(
+        self,
+        assignment: Assignment,
+        execution: ExecutionPlan,
+        notes: list[str],
+        outcome: TrialOutcome,
+        num_fused: int = 1,
+    ) -> TrialRun:
+        return TrialRun(
+            self._base,
+            assignment,
+            execution,
+            self._ranks,
+            self._load_set,
+            self._trunk,
+            self._fingerprint,
+            self._ordinal,
+            notes.append,
+            outcome,
+            num_fused,
+        )
 
     def _is_shared(self, error: BaseException) -> bool:
         """Whether every rank knows that memory ran out; with one rank also outside the training rounds."""
@@ -238,6 +303,12 @@ class TrainHost:
             dist.destroy_process_group()
 
 
+def _kind(assignment: Assignment) -> tuple[int, int, int]:
+    """Of batch: what decides how many trials had better share one."""
+    execution = assignment.execution
+    return (assignment.selection.cut, execution.micro_batch_rows, execution.row_tokens)
+
+
 def _gathering(objective: nn.Module, execution: ExecutionPlan) -> AbstractContextManager[None]:
     from orchestrator.train.deepspeed_engine import forward_only
 
@@ -265,31 +336,3 @@ def _result(assignment: Assignment, outcome: TrialOutcome, reason: str) -> RungR
         train_seconds=outcome.train_seconds,
         eval_seconds=outcome.scores.seconds,
     )
-
-
-def _device(execution: ExecutionPlan) -> torch.device:
-    """This process's GPU (the one it sees, or its LOCAL_RANK's), or the CPU."""
-    if execution.device == "cpu":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise TrainingError("the plan trains on GPUs and this process sees none")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic matrix products need
-    index = int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.device_count() > 1 else 0
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
-
-
-def _join(execution: ExecutionPlan, rank: int, world_size: int, init_method: str | None) -> None:
-    """Make the process group where there is none, and set what DeepSpeed reads from the environment."""
-    place = urlparse(init_method or "")
-    defaults = {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": place.hostname or "127.0.0.1",
-        "MASTER_PORT": str(place.port or 29500),
-    }
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-    if not dist.is_initialized():
-        dist.init_process_group(execution.backend, init_method=init_method, rank=rank, world_size=world_size)

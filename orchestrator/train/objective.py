@@ -19,6 +19,7 @@ from orchestrator.anatomy.values import ModelAnatomy
 from orchestrator.plan.memory.moving import LOGIT_CHUNK_BYTES
 from orchestrator.spec.models import Task
 from orchestrator.train.attention import documents_apart
+from orchestrator.train.base import LoadedBase
 from orchestrator.train.loss import is_plain, linear_cross_entropy, token_losses
 from orchestrator.train.trunk.port import entering
 
@@ -200,6 +201,21 @@ class Objective(nn.Module):
             return states
         rows = torch.arange(states.shape[0], device=states.device)
         return self._parts[1](states[rows, (lengths - 1).clamp(min=0)])
+
+
+def objective_of(base: LoadedBase, head: nn.Module, cut: int = 0) -> Objective:
+    """What is minimised over the base as it is now, beginning from stored states at `cut` where it is given some."""
+    model, anatomy = base.model, base.anatomy
+    return Objective(
+        model,
+        model.get_submodule(anatomy.backbone),
+        head,
+        base.load.task,
+        encoder=anatomy.kind == "encoder",
+        final_norm=final_norm_of(model, anatomy),
+        blocks=model.get_submodule(anatomy.blocks_module),
+        cut=cut,
+    )
 
 
 def final_norm_of(model: nn.Module, anatomy: ModelAnatomy) -> nn.Module | None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
+from urllib.parse import urlparse
 
 import torch
 import torch.distributed as dist
+
+from orchestrator.errors import TrainingError
+from orchestrator.plan.values import ExecutionPlan
 
 
 @dataclass(frozen=True)
@@ -49,3 +55,56 @@ class Ranks:
     def barrier(self) -> None:
         if self.count > 1:
             dist.barrier()
+
+
+def join_gang(execution: ExecutionPlan, rank: int, world_size: int, init_method: str | None) -> Ranks:
+    """This process as a rank of its gang, with its device and threads set, in the process group where there is one.
+
+    Args:
+        execution: How trials are trained here; its `ranks` is `world_size`.
+        rank: This process's number.
+        world_size: Processes of the gang.
+        init_method: Where the ranks meet: `tcp://host:port` or `file:///path`; None where a process group exists.
+
+    Raises:
+        TrainingError: the plan and the gang differ in their number of ranks, or there is no GPU.
+    """
+    if execution.ranks != world_size:
+        raise TrainingError(f"the plan has {execution.ranks} ranks and the gang {world_size}")
+    if execution.executor == "torch" and world_size > 1:
+        raise TrainingError("the torch executor is for one rank", expected="executor: deepspeed")
+    torch.set_num_threads(execution.threads_per_rank)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    import_module("torch.utils.deterministic").fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    device = _device(execution)
+    if world_size > 1 or execution.executor == "deepspeed":
+        _join(execution, rank, world_size, init_method)
+    return Ranks(rank, world_size, device)
+
+
+def _device(execution: ExecutionPlan) -> torch.device:
+    """This process's GPU (the one it sees, or its LOCAL_RANK's), or the CPU."""
+    if execution.device == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise TrainingError("the plan trains on GPUs and this process sees none")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic matrix products need
+    index = int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.device_count() > 1 else 0
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _join(execution: ExecutionPlan, rank: int, world_size: int, init_method: str | None) -> None:
+    """Make the process group where there is none, and set what DeepSpeed reads from the environment."""
+    place = urlparse(init_method or "")
+    defaults = {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": place.hostname or "127.0.0.1",
+        "MASTER_PORT": str(place.port or 29500),
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    if not dist.is_initialized():
+        dist.init_process_group(execution.backend, init_method=init_method, rank=rank, world_size=world_size)

@@ -12,7 +12,7 @@ from orchestrator.errors import NonFiniteLossError
 from orchestrator.plan.values import Assignment
 from orchestrator.train.base import LoadedBase
 from orchestrator.train.batches import RowPlan
-from orchestrator.train.evaluation import Evaluation, class_prior, evaluate, score_texts
+from orchestrator.train.evaluation import Evaluation, class_prior, evaluate_trials, score_texts
 from orchestrator.train.generate import generate_answers, wanted_answers
 from orchestrator.train.objective import Objective
 from orchestrator.train.ranks import Ranks
@@ -53,13 +53,30 @@ class Scorer:
         Raises:
             NonFiniteLossError: a loss that is not finite; on every rank alike.
         """
+        (scores,) = self.score_trials(objective, 1)
+        if isinstance(scores, NonFiniteLossError):
+            raise scores
+        return scores
+
+    def score_trials(self, objective: Objective, num_trials: int) -> list[Scores | NonFiniteLossError]:
+        """Of each of the trials that share the model's batches, its scores, or why it has none."""
         started = time.perf_counter()
         data = self.assignment.data
-        evaluation, retain = self._evaluate(objective, "eval", data.eval), None
-        metrics = self._metrics(objective, evaluation)
+        evaluations = self._evaluate(objective, data.eval, num_trials)
+        retained: list[Evaluation | None] = [None] * num_trials
         if data.retain and self.base.load.task != "classify":
-            retain = self._evaluate(objective, "retain", data.retain)
-        return Scores(evaluation, retain, metrics, time.perf_counter() - started)
+            retained = list(self._evaluate(objective, data.retain, num_trials))
+        both = list(zip(evaluations, retained, strict=True))
+        failures = [_not_finite("eval", evaluation) or _not_finite("retain", retain) for evaluation, retain in both]
+        metrics = [
+            {} if failure else self._metrics(objective, evaluation)
+            for failure, evaluation in zip(failures, evaluations, strict=True)
+        ]
+        seconds = (time.perf_counter() - started) / num_trials
+        return [
+            failure or Scores(evaluation, retain, found, seconds)
+            for failure, (evaluation, retain), found in zip(failures, both, metrics, strict=True)
+        ]
 
     def score_prior(self, objective: Objective) -> Scores:
         """A classifier that nobody trained is the class prior."""
@@ -67,16 +84,9 @@ class Scorer:
         evaluation = class_prior(data, train, self.base.load.num_classes)
         return Scores(evaluation, None, self._metrics(objective, evaluation))
 
-    def _evaluate(self, objective: Objective, name: str, path: str) -> Evaluation:
+    def _evaluate(self, objective: Objective, path: str, num_trials: int) -> list[Evaluation]:
         states = self.trunk.states(path, self.assignment.selection.cut) if self.assignment.trunk is not None else None
-        evaluation = evaluate(objective, self.load_set(path), self.rows, self.ranks, states)
-        if not math.isfinite(evaluation.loss):
-            raise NonFiniteLossError(
-                f"the loss on {name} became {evaluation.loss}",
-                expected="a finite number",
-                remedy="lower the learning rate; where the untouched base does it too, train.dtype: float32",
-            )
-        return evaluation
+        return evaluate_trials(objective, self.load_set(path), self.rows, self.ranks, num_trials, states)
 
     def _metrics(self, objective: Objective, evaluation: Evaluation) -> dict[str, float]:
         data, metric = self.load_set(self.assignment.data.eval), self.assignment.metric
@@ -88,3 +98,13 @@ class Scorer:
 
         value = score_texts(metric, evaluation, data, self.base.load.class_names, generate)
         return evaluation.metrics if value is None else evaluation.metrics | {metric: value}
+
+
+def _not_finite(name: str, evaluation: Evaluation | None) -> NonFiniteLossError | None:
+    if evaluation is None or math.isfinite(evaluation.loss):
+        return None
+    return NonFiniteLossError(
+        f"the loss on {name} became {evaluation.loss}",
+        expected="a finite number",
+        remedy="lower the learning rate; where the untouched base does it too, train.dtype: float32",
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -11,12 +10,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
 
 from orchestrator.data import TokenizedSet, shuffled
 from orchestrator.errors import TrainingError
 from orchestrator.plan.values import Assignment, EngineRecord, ExecutionPlan, StepReport
-from orchestrator.store import append_jsonl, read_jsonl, write_atomic
+from orchestrator.store import append_jsonl
 from orchestrator.train.artifacts import load_artifact
 from orchestrator.train.base import LoadedBase
 from orchestrator.train.batches import RowPlan, StepPlan
@@ -25,6 +23,7 @@ from orchestrator.train.checkpoint import (
     StartPoint,
     checkpoint_folder,
     drop_old_checkpoints,
+    forget_steps_after,
     open_checkpoint,
     rung_folder,
     save_checkpoint,
@@ -33,7 +32,7 @@ from orchestrator.train.engine import Engine, layout_of, num_live_engines
 from orchestrator.train.integrity import changed_frozen
 from orchestrator.train.loop import LoopState, train_steps
 from orchestrator.train.memory import memory_in_use
-from orchestrator.train.objective import Objective, final_norm_of
+from orchestrator.train.objective import Objective, objective_of
 from orchestrator.train.ranks import Ranks
 from orchestrator.train.recompute import recomputed
 from orchestrator.train.scoring import Scorer, Scores
@@ -72,6 +71,7 @@ class TrialRun:
         ordinal: int,
         note: Callable[[str], None],
         outcome: TrialOutcome,
+        num_fused: int = 1,
     ) -> None:
         self.base = base
         self.assignment = assignment
@@ -82,10 +82,12 @@ class TrialRun:
         self._trunk = trunk
         self._base_fingerprint = base_fingerprint
         self._ordinal = ordinal
+        self._num_fused = num_fused
         self._note = note
         self._peak_bytes = 0
-        self._rows = RowPlan.of(execution, ranks.rank, classify=base.load.task == "classify")
-        self._scorer = Scorer(base, assignment, self._rows, ranks, load_set, self._partitioned, trunk)
+        self._speed = SteadySpeed(0)
+        self.rows = RowPlan.of(execution, ranks.rank, classify=base.load.task == "classify")
+        self.scorer = Scorer(base, assignment, self.rows, ranks, load_set, self._partitioned, trunk)
 
     def run(self, on_step: Callable[[StepReport], None] | None) -> None:
         """Fill `outcome`; what stands in it after an error is how far the trial came."""
@@ -99,10 +101,10 @@ class TrialRun:
             if trial.control == "none" or assignment.stop_step == 0:
                 self._score_untrained(objective, stack)
                 return
-            start = self._start_point()
+            start = self.start_point()
             if start is not None and not start.exact:
-                self._take_weights(branch, start.folder)
-            engine = self._build_engine(objective, branch)
+                self.take_weights(branch, start.folder)
+            engine = self.build_engine(objective, branch)
             stack.callback(engine.close)
             if self.execution.checkpointing:
                 blocks = branch.model.get_submodule(self.base.anatomy.blocks_module)
@@ -110,13 +112,13 @@ class TrialRun:
             if start is not None and start.exact:
                 start.resume(engine, self.ranks)
             self.outcome.state = start.state if start is not None else LoopState()
-            self._record_engine(engine)
+            self.record_engine(engine)
             self._train(engine, branch, on_step)
             if assignment.evaluate:
-                self.outcome.scores = self._scorer.score(objective)
-            self._record_peaks()
-            self._prove_frozen(branch)
-            self._save(rung_folder(Path(assignment.folder), assignment.rung), engine, branch, final=True)
+                self.outcome.scores = self.scorer.score(objective)
+            self.record_peaks()
+            self.prove_frozen(branch)
+            self.save_rung(engine, branch)
 
     def _keeper(self) -> WeightKeeper | None:
         if not self._partitioned:
@@ -125,7 +127,7 @@ class TrialRun:
 
         return PartitionKeeper()
 
-    def _take_weights(self, branch: Branch, folder: Path) -> None:
+    def take_weights(self, branch: Branch, folder: Path) -> None:
         if not self._partitioned:
             load_artifact(branch, folder)
             return
@@ -138,7 +140,7 @@ class TrialRun:
         """Whether ZeRO-3 holds the base in parts."""
         return self.execution.executor == "deepspeed" and self.execution.zero_stage == 3
 
-    def _start_point(self) -> StartPoint | None:
+    def start_point(self) -> StartPoint | None:
         if self.assignment.start is None:
             return None
         return open_checkpoint(
@@ -150,7 +152,7 @@ class TrialRun:
             note=self._note,
         )
 
-    def _build_engine(self, objective: Objective, branch: Branch) -> Engine:
+    def build_engine(self, objective: Objective, branch: Branch) -> Engine:
         settings = self.assignment.settings
         if self.execution.executor == "torch":
             return TorchEngine(
@@ -164,50 +166,60 @@ class TrialRun:
         return DeepSpeedTrainer(objective, branch.learning_parameters(), self.execution, settings, self.ranks)
 
     def _train(self, engine: Engine, branch: Branch, on_step: Callable[[StepReport], None] | None) -> None:
-        assignment, trial = self.assignment, self.assignment.trial
-        data = self._train_set()
-        steps_file = Path(assignment.folder) / "steps.jsonl"
-        every = assignment.checkpoint_every_steps
-        speed = SteadySpeed(self.outcome.state.tokens)
+        assignment = self.assignment
 
         def after_step(report: StepReport, state: LoopState) -> None:
-            speed.add(report)
-            self._peak_bytes = max(self._peak_bytes, report.memory_bytes)
-            self.outcome.state = state
-            if self.ranks.first:
-                append_jsonl(steps_file, report)
+            self.after_step(report, state, engine, branch)
             if on_step is not None:
                 on_step(report)
-            if every and state.step % every == 0 and state.step < assignment.stop_step:
-                self._save(checkpoint_folder(Path(assignment.folder), state.step), engine, branch, final=False)
-                if self.ranks.first:
-                    drop_old_checkpoints(Path(assignment.folder), state.step)
 
-        if self.ranks.first:
-            forget_steps_after(self.outcome.state.step, steps_file)
+        self.begin_steps()
         started = time.perf_counter()
         engine.objective.train()
         self.outcome.state = train_steps(
             engine,
-            StepPlan(data, assignment.settings.tokens_per_step, trial.seed),
-            self._rows,
-            trial,
+            self.steps(),
+            self.rows,
+            assignment.trial,
             assignment.settings,
             self.ranks,
             self.outcome.state,
             assignment.stop_step,
             after_step,
-            self._train_states(),
+            self.train_states(),
         )
-        self.outcome.steady_tokens_per_s = speed.tokens_per_s
         self.outcome.train_seconds = time.perf_counter() - started
-        self._record_engine(engine)
+        self.record_engine(engine)
+
+    def steps(self) -> StepPlan:
+        """Which documents each step holds."""
+        return StepPlan(self._train_set(), self.assignment.settings.tokens_per_step, self.assignment.trial.seed)
+
+    def begin_steps(self) -> None:
+        """Before the first step of this assignment, with `outcome.state` where it begins."""
+        self._speed = SteadySpeed(self.outcome.state.tokens)
+        if self.ranks.first:
+            forget_steps_after(self.outcome.state.step, Path(self.assignment.folder) / "steps.jsonl")
+
+    def after_step(self, report: StepReport, state: LoopState, engine: Engine, branch: Branch) -> None:
+        """Write the step down, and a checkpoint where one is due."""
+        folder, every = Path(self.assignment.folder), self.assignment.checkpoint_every_steps
+        self._speed.add(report)
+        self.outcome.steady_tokens_per_s = self._speed.tokens_per_s
+        self._peak_bytes = max(self._peak_bytes, report.memory_bytes)
+        self.outcome.state = state
+        if self.ranks.first:
+            append_jsonl(folder / "steps.jsonl", report)
+        if every and state.step % every == 0 and state.step < self.assignment.stop_step:
+            self._save(checkpoint_folder(folder, state.step), engine, branch, final=False)
+            if self.ranks.first:
+                drop_old_checkpoints(folder, state.step)
 
     def _train_set(self) -> TokenizedSet:
         data = self._load_set(self.assignment.data.train)
         return shuffled(data, self.assignment.trial.seed) if self.assignment.trial.control == "shuffled" else data
 
-    def _train_states(self) -> TrunkStates | None:
+    def train_states(self) -> TrunkStates | None:
         """What is stored of the training set at this trial's cut. Other answers are other documents, and are not stored."""
         assignment = self.assignment
         if assignment.trunk is None or assignment.trial.control == "shuffled":
@@ -217,28 +229,32 @@ class TrialRun:
     def _score_untrained(self, objective: Objective, stack: ExitStack) -> None:
         """The untouched base; a classifier that nobody trained is the class prior."""
         if self.base.load.task == "classify":
-            self.outcome.scores = self._scorer.score_prior(objective)
+            self.outcome.scores = self.scorer.score_prior(objective)
         elif self.assignment.evaluate:
             if self._partitioned:
                 from orchestrator.train.deepspeed_engine import forward_only
 
                 stack.enter_context(forward_only(objective, self.execution))
-            self.outcome.scores = self._scorer.score(objective)
+            self.outcome.scores = self.scorer.score(objective)
         self.outcome.engine = self._engine_record("none", "", partitioned_bytes=0, trainable_parameters=0)
-        self._record_peaks()
+        self.record_peaks()
         if self.ranks.first:
             folder = Path(self.assignment.folder)
             folder.mkdir(parents=True, exist_ok=True)
             for name, evaluation in self.outcome.scores.by_set().items():
                 evaluation.save(folder / f"{name}.npz")
 
-    def _prove_frozen(self, branch: Branch) -> None:
+    def prove_frozen(self, branch: Branch) -> None:
         """Law 2: what did not learn is bit for bit what was loaded; every rank hears of a difference on any."""
         moved = changed_frozen(branch.model, self._base_fingerprint)
         (count,) = self.ranks.sum([len(moved)])
         if count:
             where = moved[0] if moved else "on another rank"
             raise TrainingError(f"{count:.0f} frozen tensors changed while the trial learned", where=where)
+
+    def save_rung(self, engine: Engine, branch: Branch) -> None:
+        """What the next rung goes on from, and what promotion takes."""
+        self._save(rung_folder(Path(self.assignment.folder), self.assignment.rung), engine, branch, final=True)
 
     def _save(self, folder: Path, engine: Engine, branch: Branch, *, final: bool) -> None:
         save_checkpoint(
@@ -255,7 +271,7 @@ class TrialRun:
         if final:
             self.outcome.checkpoint = folder
 
-    def _record_engine(self, engine: Engine) -> None:
+    def record_engine(self, engine: Engine) -> None:
         self.outcome.engine = self._engine_record(
             self.execution.executor,
             engine.name,
@@ -263,7 +279,7 @@ class TrialRun:
             trainable_parameters=self.assignment.selection.num_trainable_parameters,
         )
 
-    def _record_peaks(self) -> None:
+    def record_peaks(self) -> None:
         """What every rank has used so far, beside what the plan said. Called on every rank."""
         peaks = self.ranks.gather(max(self._peak_bytes, memory_in_use(self.ranks.device)))
         assert self.outcome.engine is not None
@@ -293,28 +309,6 @@ class TrialRun:
             predicted_memory_bytes=self.assignment.predicted_memory_bytes,
             micro_batch_rows=self.execution.micro_batch_rows,
             checkpointing=self.execution.checkpointing,
-            trunk_cut=None if self._train_states() is None else self.assignment.selection.cut,
+            fused_trials=self._num_fused,
+            trunk_cut=None if self.train_states() is None else self.assignment.selection.cut,
         )
-
-
-def objective_of(base: LoadedBase, head: nn.Module, cut: int = 0) -> Objective:
-    """What is minimised over the base as it is now, beginning from stored states at `cut` where it is given some."""
-    model, anatomy = base.model, base.anatomy
-    return Objective(
-        model,
-        model.get_submodule(anatomy.backbone),
-        head,
-        base.load.task,
-        encoder=anatomy.kind == "encoder",
-        final_norm=final_norm_of(model, anatomy),
-        blocks=model.get_submodule(anatomy.blocks_module),
-        cut=cut,
-    )
-
-
-def forget_steps_after(step: int, steps_file: Path) -> None:
-    """Take the lines of later steps out of steps.jsonl: they are about to be written again."""
-    steps_file.parent.mkdir(parents=True, exist_ok=True)
-    if steps_file.exists():
-        kept = [line for line in read_jsonl(steps_file) if line["step"] <= step]
-        write_atomic(steps_file, "".join(json.dumps(line) + "\n" for line in kept))

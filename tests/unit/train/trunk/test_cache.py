@@ -19,8 +19,8 @@ from orchestrator.train.base import LoadedBase
 from orchestrator.train.batches import RowPlan, to_tensors
 from orchestrator.train.branch import head_name
 from orchestrator.train.integrity import base_fingerprint
+from orchestrator.train.objective import objective_of
 from orchestrator.train.ranks import Ranks
-from orchestrator.train.trial import objective_of
 from orchestrator.train.trunk import chunks
 from orchestrator.train.trunk.build import TrunkBuilder, trunk_key
 from orchestrator.train.trunk.cache import TrunkCache
@@ -177,7 +177,7 @@ from orchestrator.train.base import load_base
 from orchestrator.train.batches import RowPlan
 from orchestrator.train.integrity import base_fingerprint
 from orchestrator.train.ranks import Ranks
-from orchestrator.train.trial import objective_of
+from orchestrator.train.objective import objective_of
 from orchestrator.train.trunk import build, chunks
 from orchestrator.train.trunk.library import TrunkLibrary
 

@@ -32,9 +32,9 @@ from orchestrator.train.batches import RowPlan, StepPlan
 from orchestrator.train.branch import head_name, open_branch
 from orchestrator.train.evaluation import evaluate
 from orchestrator.train.loop import LoopState, train_steps
+from orchestrator.train.objective import objective_of
 from orchestrator.train.ranks import Ranks
 from orchestrator.train.torch_engine import TorchEngine
-from orchestrator.train.trial import objective_of
 from orchestrator.train.trunk.build import TrunkBuilder
 from orchestrator.train.trunk.chunks import MemoryChunks
 from orchestrator.train.trunk.states import TrunkStates

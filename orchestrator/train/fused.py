@@ -1,0 +1,184 @@
+"""Several LoRA trials in one batch: the same documents for each, the base's products once for all."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+import torch
+
+from orchestrator.errors import NonFiniteLossError, OutOfMemoryError, TrainingError
+from orchestrator.plan.values import Assignment, StepReport
+from orchestrator.train.adapters import AdapterSpec
+from orchestrator.train.base import LoadedBase
+from orchestrator.train.batches import StepInput, repeated, step_inputs
+from orchestrator.train.branch import Branch
+from orchestrator.train.engine import Engine
+from orchestrator.train.group import open_group
+from orchestrator.train.loop import LoopState
+from orchestrator.train.memory import is_out_of_memory, memory_in_use
+from orchestrator.train.objective import Objective, objective_of
+from orchestrator.train.recompute import recomputed
+from orchestrator.train.schedule import step_learning_rate
+from orchestrator.train.trial import TrialRun
+
+
+@dataclass
+class Member:
+    """A trial of the group, in the order of its rows."""
+
+    run: TrialRun
+    branch: Branch
+    engine: Engine
+    failure: TrainingError | None = None
+    """Why it learns no more; its rows stay until the group ends, and touch nobody."""
+
+
+class FusedRun:
+    """A group under way, on one rank: T trials with one cut, one order of documents, and one stretch of steps.
+
+    Each has its own learning rate, clipping, optimizer, checkpoints and failure. Its numbers are those that it has alone.
+    """
+
+    def __init__(self, base: LoadedBase, runs: Sequence[TrialRun]) -> None:
+        self._base = base
+        self._runs = runs
+
+    def run(self, on_step: Callable[[StepReport], None] | None) -> list[TrainingError | None]:
+        """Fill every run's outcome; by trial, why it failed.
+
+        Raises:
+            OutOfMemoryError: the group does not fit; nothing of it was written.
+        """
+        first = self._runs[0]
+        specs = [
+            AdapterSpec(run.assignment.selection, run.assignment.trial.lora_alpha, run.assignment.trial.seed)
+            for run in self._runs
+        ]
+        torch.manual_seed(first.assignment.trial.seed)
+        with ExitStack() as stack:
+            group = stack.enter_context(open_group(self._base, specs))
+            cut = first.assignment.selection.cut
+            objective = objective_of(self._base, group.branches[0].head(), cut)
+            if first.execution.checkpointing:
+                blocks = self._base.model.get_submodule(self._base.anatomy.blocks_module)
+                stack.enter_context(recomputed(list(blocks.children())[cut:]))
+            members = [
+                self._member(run, branch, objective, stack) for run, branch in zip(self._runs, group.branches, strict=True)
+            ]
+            self._train(objective, members, on_step)
+            self._score(objective, members)
+            first.prove_frozen(group.branches[0])
+            for member in members:
+                if member.failure is None:
+                    member.run.record_peaks()
+                    member.run.save_rung(member.engine, member.branch)
+        return [member.failure for member in members]
+
+    def _member(self, run: TrialRun, branch: Branch, objective: Objective, stack: ExitStack) -> Member:
+        start = run.start_point()
+        if start is not None and not start.exact:
+            run.take_weights(branch, start.folder)
+        engine = run.build_engine(objective, branch)
+        stack.callback(engine.close)
+        if start is not None and start.exact:
+            start.resume(engine, run.ranks)
+        run.outcome.state = start.state if start is not None else LoopState()
+        run.record_engine(engine)
+        return Member(run, branch, engine)
+
+    def _train(self, objective: Objective, members: Sequence[Member], on_step: Callable[[StepReport], None] | None) -> None:
+        first = members[0].run
+        state = first.outcome.state
+        if any((m.run.outcome.state.step, m.run.outcome.state.tokens) != (state.step, state.tokens) for m in members):
+            raise TrainingError("trials of one batch must stand at one step", remedy="run them apart")
+        started = time.perf_counter()
+        for member in members:
+            member.run.begin_steps()
+        objective.train()
+        steps = step_inputs(first.steps(), first.rows, state.step, first.assignment.stop_step, first.train_states())
+        for step in steps:
+            self._step(objective, members, step, on_step)
+            if all(member.failure for member in members):
+                break
+        for member in members:
+            member.run.outcome.train_seconds = (time.perf_counter() - started) / len(members)
+            member.run.record_engine(member.engine)
+
+    def _step(
+        self, objective: Objective, members: Sequence[Member], step: StepInput, on_step: Callable[[StepReport], None] | None
+    ) -> None:
+        started = time.perf_counter()
+        losses = accumulate(objective, step, len(members)) / step.num_supervised
+        for member, loss in zip(members, losses.tolist(), strict=True):
+            if member.failure is not None:
+                continue
+            run, state = member.run, member.run.outcome.state
+            trial, settings = run.assignment.trial, run.assignment.settings
+            rate = step_learning_rate(
+                state.tokens, step.num_tokens, total_tokens=trial.total_tokens, peak=trial.learning_rate, settings=settings
+            )
+            try:
+                if not math.isfinite(loss):
+                    raise NonFiniteLossError(
+                        f"the training loss became {loss}", expected="a finite number", remedy="lower the learning rate"
+                    )
+                norm = member.engine.step(rate)
+            except NonFiniteLossError as error:
+                member.failure = error
+                continue
+            state = replace(state, step=state.step + 1, tokens=state.tokens + step.num_tokens, loss=loss)
+            report = StepReport(
+                step=state.step,
+                epoch=step.epoch,
+                tokens=state.tokens,
+                supervised_tokens=step.num_supervised,
+                loss=loss,
+                loss_hex=loss.hex(),
+                learning_rate=rate,
+                grad_norm=norm,
+                tokens_per_s=step.num_tokens * len(members) / (time.perf_counter() - started),
+                memory_bytes=memory_in_use(run.ranks.device),
+            )
+            run.after_step(report, state, member.engine, member.branch)
+            if on_step is not None:
+                on_step(report)
+
+    def _score(self, objective: Objective, members: Sequence[Member]) -> None:
+        """All trials of the group at once, also those that failed; their scores are dropped."""
+        if not members[0].run.assignment.evaluate or all(member.failure for member in members):
+            return
+        for member, scores in zip(members, members[0].run.scorer.score_trials(objective, len(members)), strict=True):
+            if isinstance(scores, NonFiniteLossError):
+                member.failure = member.failure or scores
+            else:
+                member.run.outcome.scores = scores
+
+
+def spec_of(assignment: Assignment) -> AdapterSpec:
+    return AdapterSpec(assignment.selection, assignment.trial.lora_alpha, assignment.trial.seed)
+
+
+def accumulate(objective: Objective, step: StepInput, num_trials: int) -> torch.Tensor:
+    """float64[T]: loss sums; the gradients of each trial's sum over the step's supervised tokens are in its engine.
+
+    Raises:
+        OutOfMemoryError: no trial has taken the step.
+    """
+    device = next(objective.model.parameters()).device
+    sums = torch.zeros(num_trials, dtype=torch.float64)
+    try:
+        for batch in step.micro_batches:
+            tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+            losses = objective(**repeated(tensors, num_trials), num_trials=num_trials)
+            sums += losses.detach().double().cpu()
+            (losses.sum() * (1.0 / step.num_supervised)).backward()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        num_rows = step.micro_batches[0]["input_ids"].shape[0]
+        raise OutOfMemoryError(f"out of memory in a batch of {num_trials} trials x {num_rows} rows") from error
+    return sums

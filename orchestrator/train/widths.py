@@ -1,0 +1,64 @@
+"""How many trials share a batch: measured on the machine, since what pays there nobody can say beforehand."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from orchestrator.plan.values import Assignment
+from orchestrator.train.base import LoadedBase
+from orchestrator.train.batches import RowPlan, StepInput, StepPlan, step_inputs
+from orchestrator.train.fused import accumulate, spec_of
+from orchestrator.train.group import open_group
+from orchestrator.train.memory import is_out_of_memory
+from orchestrator.train.objective import objective_of
+from orchestrator.train.trunk.states import TrunkStates
+
+GAIN = 0.97
+"""A wider batch is taken where it needs at most this share of the time of the narrower one, a trial: less is noise."""
+TIMED = 2
+
+
+def best_width(
+    base: LoadedBase, group: Sequence[Assignment], steps: StepPlan, rows: RowPlan, trunk: TrunkStates | None
+) -> tuple[int, str]:
+    """The number of trials in a batch at which a trial's micro-batch takes least time, and a sentence about it.
+
+    Widths of 1, 2, 4, ... are tried on the first micro-batch, forward and backward, as long as they gain. Nothing
+    learns; the base is left as it was.
+
+    Args:
+        base: With no branch open.
+        group: Trials that may share a batch.
+        steps: Of these trials.
+        rows: How documents share rows.
+        trunk: What is stored of the training set.
+    """
+    step = next(step_inputs(steps, rows, 0, 1, trunk))
+    step = StepInput(step.epoch, step.num_tokens, step.num_supervised, step.micro_batches[:1])
+    best, seconds = 1, {1: _seconds(base, group[:1], step)}
+    width = 2
+    while width <= len(group):
+        try:
+            seconds[width] = _seconds(base, group[:width], step) / width
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            break
+        if seconds[width] > GAIN * seconds[best]:
+            break
+        best, width = width, 2 * width
+    said = ", ".join(f"{count}: {1e3 * each:.1f} ms" for count, each in seconds.items())
+    return best, f"{best} trials share a batch (a trial's micro-batch by trials in a batch: {said})"
+
+
+def _seconds(base: LoadedBase, group: Sequence[Assignment], step: StepInput) -> float:
+    """The fastest of a few forward and backward passes, after one to warm up."""
+    with open_group(base, [spec_of(assignment) for assignment in group]) as opened:
+        objective = objective_of(base, opened.branches[0].head(), group[0].selection.cut)
+        times: list[float] = []
+        for _ in range(1 + TIMED):
+            started = time.perf_counter()
+            accumulate(objective, step, len(group))
+            times.append(time.perf_counter() - started)
+        return min(times[1:])

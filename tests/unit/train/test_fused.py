@@ -1,0 +1,196 @@
+"""Trials that share a batch have the numbers that they have alone, whoever their neighbours are."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from orchestrator.anatomy import read_anatomy, select
+from orchestrator.data import build_set
+from orchestrator.errors import SelectionError
+from orchestrator.plan.values import (
+    Assignment,
+    BaseLoad,
+    DataPaths,
+    ExecutionPlan,
+    RungResult,
+    TrainSettings,
+    TrialSpec,
+    TrunkPlan,
+)
+from orchestrator.store import read_jsonl
+from orchestrator.train import TrainHost, host
+from orchestrator.train.adapters import AdapterSpec, LoraLinear
+from orchestrator.train.group import open_group
+from orchestrator.train.widths import best_width
+
+RUNGS = (3, 8)
+
+
+class Gang:
+    """A host, and groups on it. Every trial is named by its rate and lora_rank."""
+
+    def __init__(self, base_folder: Path, folder: Path, dtype: str) -> None:
+        self.folder = folder
+        self.anatomy = read_anatomy(base_folder, need_weights=True)
+        generator = np.random.default_rng(0)
+        for name, count in (("train", 24), ("eval", 6)):
+            lengths = generator.integers(8, 24, size=count)
+            build_set([(generator.integers(3, 90, size=n), np.arange(n) >= n // 2) for n in lengths]).save(folder / f"{name}.npz")
+        self.execution = ExecutionPlan.model_validate(
+            {
+                "device": "cpu",
+                "ranks": 1,
+                "threads_per_rank": 1,
+                "executor": "torch",
+                "dtype": dtype,
+                "row_tokens": 32,
+                "micro_batch_rows": 2,
+            }
+        )
+        load = BaseLoad(folder=str(base_folder), model_type="llama", quantize="none", task="completion")
+        self.host = TrainHost.create(load, self.anatomy, self.execution, 0, 1, None)
+
+    def assignment(self, name: str, rung: int = 0, *, place: str = "alone", policy: str = "last:2", **values: Any) -> Assignment:
+        rate, rank = name.split("-r")
+        folder = self.folder / place / name
+        trial = TrialSpec(
+            trial_id=name,
+            number=0,
+            layers=policy,
+            tune="lora",
+            learning_rate=float(rate),
+            lora_rank=int(rank),
+            total_steps=RUNGS[-1],
+            total_tokens=64 * RUNGS[-1],
+            seed=1,
+        )
+        return Assignment(
+            trial=trial,
+            selection=select(self.anatomy, policy, "lora", int(rank), task="completion"),
+            execution=self.execution,
+            settings=TrainSettings(warmup=0.1, schedule="cosine", weight_decay=0.1, grad_clip=0.5, tokens_per_step=64),
+            data=DataPaths(
+                **{s: str(self.folder / f"{'train' if s == 'train' else 'eval'}.npz") for s in ("train", "eval", "retain")}
+            ),
+            metric="loss",
+            folder=str(folder),
+            rung=rung,
+            start=str(folder / f"rung-{rung - 1}") if rung else None,
+            stop_step=RUNGS[rung],
+            trunk=TrunkPlan(cuts=(2,), num_bytes=0),
+            **values,
+        )
+
+    def path(self, name: str) -> str:
+        return str(self.folder / f"{name}.npz")
+
+    def fused(self, names: list[str], rung: int = 0, place: str = "fused", **values: Any) -> dict[str, RungResult]:
+        group = [self.assignment(name, rung, place=place, **values) for name in names]
+        self.host._widths[host._kind(group[0])] = len(group)
+        results = self.host.run_group(group)
+        return {result.trial_id: result for result in results}
+
+    def alone(self, name: str) -> list[RungResult]:
+        return [self.host.run(self.assignment(name, rung)) for rung in range(len(RUNGS))]
+
+    def bits(self, name: str, place: str = "fused") -> list[str]:
+        return [line["loss_hex"] for line in read_jsonl(self.folder / place / name / "steps.jsonl")]
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def gang(request: pytest.FixtureRequest, llama_folder: Callable[..., Path], tmp_path: Path) -> Iterator[Gang]:
+    folder = tmp_path / "base"
+    shutil.copytree(llama_folder(), folder)
+    made = Gang(folder, tmp_path, request.param)
+    yield made
+    made.host.close()
+
+
+TRIALS = ["1e-2-r4", "3e-3-r8", "1e-3-r2"]
+
+
+def test_the_same_bits_alone_and_in_company_also_when_a_neighbour_leaves(gang: Gang) -> None:
+    alone = {name: gang.alone(name) for name in TRIALS}
+    first = gang.fused(TRIALS)
+    second = gang.fused(TRIALS[:2], rung=1)  # the third is stopped at the rung
+    third = gang.fused(TRIALS[2:], rung=1)  # and comes back later
+    for name in TRIALS:
+        assert gang.bits(name) == gang.bits(name, "alone")
+        assert first[name].eval_loss == alone[name][0].eval_loss
+        assert (second | third)[name].eval_loss == alone[name][1].eval_loss
+        assert (second | third)[name].retain_loss == alone[name][1].retain_loss
+    engine = first[TRIALS[0]].engine
+    assert engine is not None
+    assert (engine.fused_trials, engine.trunk_cut) == (3, 2)
+
+
+def test_a_neighbour_that_diverges_fails_alone(gang: Gang) -> None:
+    gang.alone(TRIALS[0])
+    results = gang.fused([TRIALS[0], "1e30-r4", TRIALS[1]])
+    assert results["1e30-r4"].state == "failed"
+    assert "norm became" in results["1e30-r4"].reason or "loss became" in results["1e30-r4"].reason
+    assert results[TRIALS[0]].state == results[TRIALS[1]].state == "done"
+    assert gang.bits(TRIALS[0]) == gang.bits(TRIALS[0], "alone")[: RUNGS[0]]
+    assert not (gang.folder / "fused" / "1e30-r4" / "rung-0").exists()
+
+
+def test_other_blocks_above_the_same_cut(gang: Gang) -> None:
+    gang.host.run(gang.assignment(TRIALS[0]))
+    group = [gang.assignment(TRIALS[0], place="fused"), gang.assignment(TRIALS[1], place="fused", policy="blocks:2")]
+    gang.host._widths[host._kind(group[0])] = 2
+    assert [result.state for result in gang.host.run_group(group)] == ["done", "done"]
+    assert gang.bits(TRIALS[0]) == gang.bits(TRIALS[0], "alone")
+
+
+def test_the_base_product_of_each_module_runs_once_for_all(gang: Gang) -> None:
+    base = gang.host._base
+    specs = [AdapterSpec(select(gang.anatomy, "last:2", "lora", 4, task="completion"), 8, seed) for seed in range(3)]
+    calls: Counter[str] = Counter()
+    with open_group(base, specs):
+        adapted = [(name, module) for name, module in base.model.named_modules() if isinstance(module, LoraLinear)]
+        for name, module in adapted:
+            module.base_layer.register_forward_hook(lambda *_, name=name: calls.update([name]))
+        ids = torch.arange(3, 11).repeat(6, 1)
+        base.model(input_ids=ids, use_cache=False)
+    assert len(adapted) == 14
+    assert calls == {name: 1 for name, _ in adapted}
+
+
+def test_what_learns_beside_adapters_shares_no_batch(gang: Gang) -> None:
+    head = AdapterSpec(select(gang.anatomy, "last:2", "full", None, task="completion"), 8, 0)
+    with pytest.raises(SelectionError, match="share a batch"):
+        open_group(gang.host._base, [head])
+    assert not any(parameter.requires_grad for parameter in gang.host._base.model.parameters())
+
+
+def test_a_group_without_memory_goes_on_in_halves(gang: Gang, monkeypatch: pytest.MonkeyPatch) -> None:
+    gang.alone(TRIALS[0])
+    forward = LoraLinear.forward
+
+    def cramped(self: LoraLinear, x: torch.Tensor) -> torch.Tensor:
+        if self.num_trials > 1:
+            raise MemoryError("out of memory")
+        return forward(self, x)
+
+    monkeypatch.setattr(LoraLinear, "forward", cramped)
+    results = gang.fused(TRIALS[:2])
+    assert [result.state for result in results.values()] == ["done", "done"]
+    assert any("from now on 1 do" in note for result in results.values() for note in result.notes)
+    assert gang.bits(TRIALS[0]) == gang.bits(TRIALS[0], "alone")[: RUNGS[0]]
+
+
+def test_the_width_is_measured_and_leaves_the_base_as_it_was(gang: Gang) -> None:
+    group = [gang.assignment(name) for name in TRIALS]
+    run = gang.host._trial_run(group[0], gang.execution, [], host.TrialOutcome())
+    width, said = best_width(gang.host._base, group, run.steps(), run.rows, None)
+    assert width in (1, 2)
+    assert said.startswith(f"{width} trials share a batch (a trial's micro-batch by trials in a batch: 1: ")
+    assert not any(isinstance(module, LoraLinear) for module in gang.host._base.model.modules())
