@@ -24,7 +24,7 @@ from orchestrator.plan.values import BaseLoad
 from orchestrator.train import objective as objective_module
 from orchestrator.train.base import LoadedBase, load_base
 from orchestrator.train.branch import open_branch
-from orchestrator.train.objective import IGNORED, Objective
+from orchestrator.train.objective import IGNORED, Objective, final_norm_of
 from orchestrator.train.recompute import recomputed
 
 aten = torch.ops.aten
@@ -73,11 +73,16 @@ CHOICES = {
 
 
 def forward_formula(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
+    return sdpa_flop_count(query, like(query, key), like(query, value))
 
 
 def backward_formula(grad_out: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    return sdpa_backward_flop_count(grad_out, query, key, value)
+    return sdpa_backward_flop_count(grad_out, query, like(query, key), like(query, value))
+
+
+def like(query: Any, shape: Any) -> list[int]:
+    """Keys or values of fewer heads, which several query heads share: each of these multiplies all the same."""
+    return [shape[0], query[1], *shape[2:]]
 
 
 COUNTED = {
@@ -118,7 +123,8 @@ def counted(base: LoadedBase, selection: LayerSelection, batch: dict[str, torch.
     """
     with ExitStack() as stack:
         branch = stack.enter_context(open_branch(base, selection, lora_alpha=16, seed=0))
-        objective = Objective(branch.model, branch.backbone(), branch.head(), "completion")
+        norm = final_norm_of(branch.model, base.anatomy)
+        objective = Objective(branch.model, branch.backbone(), branch.head(), "completion", final_norm=norm)
         if checkpointing:
             blocks: Any = base.model.get_submodule(base.anatomy.blocks_module)
             stack.enter_context(recomputed(blocks[selection.cut :]))
@@ -197,9 +203,8 @@ def described(folder: Path, model: Any) -> LoadedBase:
 def test_scoring_takes_one_forward_pass(folder: Path, name: str) -> None:
     base = made_base(folder, name)
     batch = rows(256, base.anatomy.vocab_size, 0.25)
-    objective = Objective(
-        base.model, base.model.get_submodule(base.anatomy.backbone), base.model.get_submodule("lm_head"), "text"
-    )
+    parts = base.model.get_submodule(base.anatomy.backbone), base.model.get_submodule("lm_head")
+    objective = Objective(base.model, *parts, "text", final_norm=final_norm_of(base.model, base.anatomy))
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
         objective(**batch, each=True)
     planned = forward_flops_per_token(base.anatomy, 256, supervised_share=0.25)
