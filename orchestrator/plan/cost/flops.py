@@ -109,7 +109,11 @@ def train_terms(
             f"{BACKWARD_MATMULS} products where forward has {FORWARD_MATMULS}, in {blocks} blocks",
         ),
         ("blocks again", again, f"checkpointing: the forward pass of {blocks} blocks once more"),
-        ("head again", 2.0 * head if head_twice else 0.0, "logits in several chunks: each is computed again for its gradient"),
+        (
+            "head again",
+            2.0 * (head + on_head * supervised_share) if head_twice else 0.0,
+            "logits in several chunks: each is computed again for its gradient",
+        ),
     )
 
 
