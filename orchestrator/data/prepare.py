@@ -106,6 +106,7 @@ def data_size(summary: DataSummary, spec: JobSpec, folder: Path) -> DataSize:
         num_classes=len(summary.classes),
         class_names=summary.classes,
         supervised_share=supervised / max(1, splits["train"].tokens),
+        document_tokens=float(np.square(train.lengths, dtype=np.float64).sum() / max(1, splits["train"].tokens)),
         sets_sha256=content_hash({name: part.sha256 for name, part in splits.items()}),
     )
 

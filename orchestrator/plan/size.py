@@ -26,6 +26,8 @@ class DataSize(Value):
     """Over every split's tokens, masks and classes."""
     supervised_share: float = 1.0
     """Positions that are predicted, of all; to classify, documents. The output projection is computed at these alone."""
+    document_tokens: float | None = None
+    """Length of the document that a training token stands in, on average: squared lengths over lengths, summed. None: unknown."""
     exact: bool = True
     """False when estimated from file sizes."""
 

@@ -29,7 +29,7 @@ from orchestrator.train import deepspeed_engine, zero_state
 from orchestrator.train.base import load_base
 from orchestrator.train.branch import open_branch
 from orchestrator.train.deepspeed_engine import DeepSpeedTrainer
-from orchestrator.train.objective import Objective
+from orchestrator.train.objective import Objective, final_norm_of
 from orchestrator.train.ranks import Ranks
 from orchestrator.train.zero3_warm import PartitionKeeper
 
@@ -180,7 +180,9 @@ def objective_of(case: dict[str, Any], execution: ExecutionPlan, undo: ExitStack
     selection = select(anatomy, case["policy"], tune, LORA_RANK if tune == "lora" else None, task="completion")
     keeper = PartitionKeeper() if partitioned else None
     branch = undo.enter_context(open_branch(base, selection, lora_alpha=6, seed=0, keeper=keeper))
-    return Objective(branch.model, branch.backbone(), branch.head(), "completion"), branch.learning_parameters()
+    norm = final_norm_of(branch.model, base.anatomy)
+    objective = Objective(branch.model, branch.backbone(), branch.head(), "completion", final_norm=norm)
+    return objective, branch.learning_parameters()
 
 
 def run(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:

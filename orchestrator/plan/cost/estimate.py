@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from orchestrator.anatomy import select
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.plan.cost.accelerators import find_accelerator
-from orchestrator.plan.cost.flops import forward_flops_per_token, runs_head_twice, train_terms
+from orchestrator.plan.cost.flops import attention_width, forward_flops_per_token, runs_head_twice, train_terms
 from orchestrator.plan.estimates import CostEstimate, FlopTerm, OptionCost, Part, Rate
 from orchestrator.plan.placement import Machines
 from orchestrator.plan.values import DataSize, ExecutionPlan, RunPlan, SearchPlan, TrialOption
@@ -109,20 +109,20 @@ def option_terms(plan: RunPlan, anatomy: ModelAnatomy, selection: LayerSelection
     return train_terms(
         anatomy,
         selection,
-        execution.row_tokens,
+        attention_width(anatomy, execution, data),
         checkpointing=execution.checkpointing,
         num_classes=data.num_classes,
         supervised_share=data.supervised_share,
-        head_twice=runs_head_twice(anatomy, execution, data.supervised_share, data.num_classes),
+        head_twice=runs_head_twice(anatomy, selection, execution, data),
     )
 
 
 def scored_flops(plan: RunPlan, anatomy: ModelAnatomy) -> float:
     """Operations of scoring the eval and retention sets once."""
     data = plan.data
-    width, share = plan.execution.row_tokens, data.supervised_share
+    width = attention_width(anatomy, plan.execution, data)
     return (data.eval_tokens + data.retain_tokens) * forward_flops_per_token(
-        anatomy, width, data.num_classes, supervised_share=share
+        anatomy, width, data.num_classes, supervised_share=data.supervised_share
     )
 
 

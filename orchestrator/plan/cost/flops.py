@@ -1,15 +1,18 @@
 """Floating-point operations per token, term by term. A multiplication and an addition are two operations.
 
 What is counted is what torch's `FlopCounterMode` counts: matrix products and attention, not norms, activations and
-optimizers. L is the width of a row, q the query width (heads x head size), k the share of the blocks above the cut.
+optimizers. L is how many tokens a token is compared with: the width of its row or, where documents are computed apart
+(`plan.attention`), its document's length. q is the query width (heads x head size), k the share of the blocks above the cut.
 A test runs real steps under that counter and compares.
 """
 
 from __future__ import annotations
 
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
+from orchestrator.plan.attention import attends_by_document
 from orchestrator.plan.estimates import FlopTerm
 from orchestrator.plan.memory.moving import LOGIT_CHUNK_BYTES
+from orchestrator.plan.size import DataSize
 from orchestrator.plan.values import ExecutionPlan
 from orchestrator.units import format_count
 
@@ -23,14 +26,14 @@ ENDING_IN_DROPOUT = ("gpt2", "opt")
 
 
 def forward_flops_per_token(
-    anatomy: ModelAnatomy, row_tokens: int, num_classes: int = 0, *, supervised_share: float = 1.0
+    anatomy: ModelAnatomy, attended_tokens: float, num_classes: int = 0, *, supervised_share: float = 1.0
 ) -> float:
     """One forward pass, scoring what is supervised."""
-    return sum(term.flops for term in forward_terms(anatomy, row_tokens, num_classes, supervised_share=supervised_share))
+    return sum(term.flops for term in forward_terms(anatomy, attended_tokens, num_classes, supervised_share=supervised_share))
 
 
 def forward_terms(
-    anatomy: ModelAnatomy, row_tokens: int, num_classes: int = 0, *, supervised_share: float = 1.0
+    anatomy: ModelAnatomy, attended_tokens: float, num_classes: int = 0, *, supervised_share: float = 1.0
 ) -> tuple[FlopTerm, ...]:
     """The forward pass.
 
@@ -46,8 +49,8 @@ def forward_terms(
         ("forward, blocks", 2.0 * blocks, f"2 x {format_count(round(blocks))} elements{_experts(anatomy)}"),
         (
             "forward, attention",
-            _attention(anatomy, 0, row_tokens),
-            f"4 x {row_tokens} tokens x {width} query width x {anatomy.num_blocks} blocks",
+            _attention(anatomy, 0, attended_tokens),
+            f"4 x {attended_tokens:.0f} tokens x {width} query width x {anatomy.num_blocks} blocks",
         ),
         ("forward, head", 2.0 * head, f"2 x {format_count(head_elements(anatomy, num_classes))} elements{where}"),
     )
@@ -56,7 +59,7 @@ def forward_terms(
 def train_terms(
     anatomy: ModelAnatomy,
     selection: LayerSelection,
-    row_tokens: int,
+    attended_tokens: float,
     *,
     checkpointing: bool = False,
     num_classes: int = 0,
@@ -74,12 +77,13 @@ def train_terms(
     - Checkpointing runs the blocks above the cut again: 2 an element, adapters too, and attention's forward.
       torch stops as soon as all that backward needs is there, which a block's last matrix is not part of unless it is
       adapted (`_last_matrix`).
-    - A head whose logits take several chunks is checkpointed too: 2 an element again (`train.objective`).
+    - A head that does not make its gradient with its loss (`train.loss`) and whose logits take several chunks is
+      checkpointed too: 2 an element again (`runs_head_twice`).
 
     An upper bound, by under 1% for 16 blocks and more: with LoRA the first matrices at the cut need no gradient of their
     input, and are counted as if they did.
     """
-    forward = forward_terms(anatomy, row_tokens, num_classes, supervised_share=supervised_share)
+    forward = forward_terms(anatomy, attended_tokens, num_classes, supervised_share=supervised_share)
     if not selection.trainable and not selection.adapted:
         return forward
     through = selection.cut < anatomy.num_blocks
@@ -88,7 +92,7 @@ def train_terms(
     learning = _learning_elements(anatomy, selection, num_classes, supervised_share)
     in_blocks, on_head = adapter_elements(anatomy, selection)
     adapters = in_blocks + on_head * supervised_share
-    attention = _attention(anatomy, selection.cut, row_tokens)
+    attention = _attention(anatomy, selection.cut, attended_tokens)
     skipped = sum(_last_matrix(anatomy, selection, block) for block in range(selection.cut, anatomy.num_blocks))
     again = 2.0 * (above - skipped + in_blocks) + attention if checkpointing else 0.0
     return forward + _kept(
@@ -105,14 +109,27 @@ def train_terms(
             f"{BACKWARD_MATMULS} products where forward has {FORWARD_MATMULS}, in {blocks} blocks",
         ),
         ("blocks again", again, f"checkpointing: the forward pass of {blocks} blocks once more"),
-        ("head again", 2.0 * head if head_twice else 0.0, "logits in several chunks: each is computed again for its gradient"),
+        (
+            "head again",
+            2.0 * (head + on_head * supervised_share) if head_twice else 0.0,
+            "logits in several chunks: each is computed again for its gradient",
+        ),
     )
 
 
-def runs_head_twice(anatomy: ModelAnatomy, execution: ExecutionPlan, supervised_share: float, num_classes: int = 0) -> bool:
-    """Whether a micro-batch's float32 logits take several chunks, each computed again in the backward pass."""
-    positions = execution.micro_batch_rows * execution.row_tokens * supervised_share
-    return not num_classes and 4 * positions * anatomy.vocab_size > LOGIT_CHUNK_BYTES
+def runs_head_twice(anatomy: ModelAnatomy, selection: LayerSelection, execution: ExecutionPlan, data: DataSize) -> bool:
+    """Whether logits are computed again in the backward pass: a head with an adapter, or in parts, whose float32 logits of a
+    micro-batch take several chunks. Any other makes its gradient with its loss."""
+    plain = anatomy.head_weight not in selection.adapted and not (execution.executor == "deepspeed" and execution.zero_stage == 3)
+    positions = execution.micro_batch_rows * execution.row_tokens * data.supervised_share
+    return not (data.num_classes or plain) and 4 * positions * anatomy.vocab_size > LOGIT_CHUNK_BYTES
+
+
+def attention_width(anatomy: ModelAnatomy, execution: ExecutionPlan, data: DataSize) -> float:
+    """How many tokens a token is compared with: its row's, or its document's alone. A mask saves no counted operation."""
+    if data.document_tokens is None or not attends_by_document(anatomy, execution.device, classify=data.num_classes > 0):
+        return execution.row_tokens
+    return min(data.document_tokens, execution.row_tokens)
 
 
 def block_elements(anatomy: ModelAnatomy, first: int) -> float:
@@ -165,8 +182,8 @@ def _last_matrix(anatomy: ModelAnatomy, selection: LayerSelection, block: int) -
     return 0 if last in selection.adapted else anatomy.tensors[last].num_elements
 
 
-def _attention(anatomy: ModelAnatomy, first: int, row_tokens: int) -> float:
-    return 2.0 * FORWARD_MATMULS * row_tokens * anatomy.num_heads * anatomy.head_dim * (anatomy.num_blocks - first)
+def _attention(anatomy: ModelAnatomy, first: int, attended_tokens: float) -> float:
+    return 2.0 * FORWARD_MATMULS * attended_tokens * anatomy.num_heads * anatomy.head_dim * (anatomy.num_blocks - first)
 
 
 def _experts(anatomy: ModelAnatomy) -> str:

@@ -31,6 +31,8 @@ class BlockActivations:
 
     kept_bytes: int
     """From its forward to its backward pass."""
+    by_document_bytes: int
+    """How much more of that there is where documents are computed apart; below zero where it is less."""
     kept_pair_bytes: int
     """Likewise, per token and position of its row."""
     working_bytes: int
@@ -69,6 +71,7 @@ def _block(
     forward = 4 * element_bytes * _mlp_width(anatomy, block)
     return BlockActivations(
         kept_bytes=kept,
+        by_document_bytes=_by_document(anatomy, element_bytes, needs_inputs=needs_inputs),
         kept_pair_bytes=_pairs(anatomy, element_bytes),
         working_bytes=working,
         at_weight_bytes=at_weight,
@@ -109,6 +112,14 @@ def _attention(anatomy: ModelAnatomy, block: int, e: int, *, needs_inputs: bool)
     whole = any(name.rpartition(".")[0].endswith(FUSED_PROJECTIONS) for name in anatomy.linears[block])
     views = 2 * e * q if whole and anatomy.num_heads == anatomy.num_kv_heads else 0
     return e * (h if needs_inputs else 0) + 4 * e * q + 4 * anatomy.num_heads + views
+
+
+def _by_document(anatomy: ModelAnatomy, e: int, *, needs_inputs: bool) -> int:
+    """Without a mask the kernel takes keys and values as they are, not repeated to the query heads. The results of the
+    documents are kept beside their concatenation, e·q, where that is kept as an input of the output projection.
+    """
+    repeats = anatomy.num_heads - anatomy.num_kv_heads
+    return e * anatomy.head_dim * ((anatomy.num_heads if needs_inputs else 0) - 2 * repeats)
 
 
 def _pairs(anatomy: ModelAnatomy, e: int) -> int:

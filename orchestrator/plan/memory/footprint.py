@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import prod
 
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
+from orchestrator.plan.attention import attends_by_document
 from orchestrator.plan.memory.activations import activations
 from orchestrator.plan.memory.quantized import dequantize_scratch_bytes, quantized_bytes
 from orchestrator.spec.models import Quantize
@@ -32,6 +33,10 @@ class Footprint:
     """Blocks from the cut up: those that a backward pass goes through."""
     kept_token_bytes: int
     """Activations that all of them keep for the backward pass, per token."""
+    by_document_token_bytes: int
+    """How much more that is where documents are computed apart; below zero where it is less."""
+    by_document_on_cpu: bool
+    """Whether a CPU computes attention document by document."""
     whole_token_bytes: int
     """What the largest of them keeps, per token."""
     pair_bytes: int
@@ -47,6 +52,8 @@ class Footprint:
     forward_token_bytes: int
     """What the forward pass of one block needs where nothing is kept, per token, at most."""
     head_learns: bool
+    head_adapted: bool
+    """Whether an adapter learns beside the output projection."""
     hidden_size: int
     logit_width: int
     """Vocabulary, or classes."""
@@ -98,6 +105,8 @@ def weigh(
         ),
         learning_blocks=anatomy.num_blocks - selection.cut if learns else 0,
         kept_token_bytes=sum(block.kept_bytes for block in above),
+        by_document_token_bytes=sum(block.by_document_bytes for block in above),
+        by_document_on_cpu=attends_by_document(anatomy, "cpu", classify=num_classes > 0),
         whole_token_bytes=max((block.kept_bytes for block in above), default=0),
         pair_bytes=max((block.kept_pair_bytes for block in every), default=0),
         working_token_bytes=max((block.working_bytes for block in above), default=0),
@@ -106,6 +115,7 @@ def weigh(
         at_scores_pair_bytes=max((block.at_scores_pair_bytes for block in above), default=0),
         forward_token_bytes=max(block.forward_bytes for block in every),
         head_learns=anatomy.head_weight in (*selection.trainable, *selection.adapted),
+        head_adapted=anatomy.head_weight in selection.adapted,
         hidden_size=anatomy.hidden_size,
         logit_width=num_classes or anatomy.vocab_size,
         classify=num_classes > 0,

@@ -51,24 +51,26 @@ def _kept_terms(footprint: Footprint, way: Way) -> list[MemoryTerm]:
     """What blocks from the cut up keep for the backward pass; with checkpointing their inputs alone, h·e a token.
 
     The mask of packed documents is boolean, one byte per pair of positions in a row; each block that is whole
-    keeps it once more as numbers, or the scores of every head where no fused kernel serves its layout.
+    keeps it once more as numbers, or the scores of every head where no fused kernel serves its layout. On a CPU documents are
+    computed apart (`train.attention`), without a mask.
     """
     tokens, blocks, e = way.micro_batch_tokens, footprint.learning_blocks, footprint.element_bytes
     shape = f"{way.micro_batch_rows} x {way.row_tokens} tokens"
-    pairs = tokens * way.row_tokens
+    pairs = 0 if _attends_by_document(footprint, way) else tokens * way.row_tokens
     if not blocks:
         return []
     if way.checkpointing:
         num_bytes, mask = tokens * blocks * footprint.hidden_size * e, pairs
         reason = f"inputs of {blocks} blocks, {shape}"
     else:
-        num_bytes, mask = tokens * footprint.kept_token_bytes, pairs * footprint.pair_bytes * blocks
+        num_bytes, mask = tokens * _kept_token_bytes(footprint, way), pairs * footprint.pair_bytes * blocks
         reason = f"{blocks} blocks from the cut up, {shape}"
     where = "once" if way.checkpointing else f"in {blocks} blocks"
-    return [
-        MemoryTerm(name="activations", num_bytes=num_bytes, reason=reason),
-        MemoryTerm(name="attention mask", num_bytes=mask, reason=f"{way.micro_batch_rows} x {way.row_tokens}² pairs, {where}"),
-    ]
+    terms = [MemoryTerm(name="activations", num_bytes=num_bytes, reason=reason)]
+    if mask:
+        reason = f"{way.micro_batch_rows} x {way.row_tokens}² pairs, {where}"
+        terms.append(MemoryTerm(name="attention mask", num_bytes=mask, reason=reason))
+    return terms
 
 
 def _backward_terms(footprint: Footprint, way: Way, shards: Shards) -> list[MemoryTerm]:
@@ -83,7 +85,7 @@ def _backward_terms(footprint: Footprint, way: Way, shards: Shards) -> list[Memo
     working = max(wide, weights, scores) + tokens * 2 * e * footprint.hidden_size
     terms = [MemoryTerm(name="one block back", num_bytes=working, reason="gradients of its activations, and of weights")]
     if way.checkpointing:
-        whole = tokens * (footprint.whole_token_bytes + footprint.pair_bytes * way.row_tokens)
+        whole = tokens * (footprint.whole_token_bytes + _pair_bytes(footprint, way) * way.row_tokens)
         terms.append(MemoryTerm(name="one block again", num_bytes=whole, reason="what it keeps, computed again"))
     return terms
 
@@ -101,25 +103,58 @@ def _last_hidden_term(footprint: Footprint, way: Way, *, learning: bool) -> Memo
 def _forward_term(footprint: Footprint, way: Way) -> MemoryTerm:
     """One block's forward pass where nothing is kept, its mask as booleans and as numbers, and the states around it."""
     tokens, e = way.micro_batch_tokens, footprint.element_bytes
+    pairs = 0 if _attends_by_document(footprint, way) else 1
     num_bytes = tokens * (
-        footprint.forward_token_bytes + 4 * e * footprint.hidden_size + (1 + footprint.pair_bytes) * way.row_tokens
+        footprint.forward_token_bytes + 4 * e * footprint.hidden_size + (pairs + _pair_bytes(footprint, way)) * way.row_tokens
     )
     return MemoryTerm(name="one block", num_bytes=num_bytes, reason="its forward pass, nothing kept")
 
 
 def _logit_term(footprint: Footprint, way: Way, *, learning: bool) -> MemoryTerm:
-    """Logits of the supervised positions, at most all of them, a piece at a time.
+    """Logits of the supervised positions, at most all of them, a chunk at a time.
 
-    The backward pass of a position costs per vocabulary entry its log-softmax, that one's gradient, and the logit's
-    gradient, in float32: 12. Evaluation has the logit (e), its float32 copy (4) and the log-softmax (4). A head that learns
-    has its gradient (e·V·h) beside the last of these; with several pieces it waits beside the next one's, and while two of them
-    are added up there are three.
+    A chunk takes e a vocabulary entry, and a piece of it 8, its float32 copy and its log-softmax, which becomes the gradient
+    that goes back into the chunk (`train.loss`). A head that learns has its gradient (e·V·h) beside it, which is there twice
+    when it is scaled; with several chunks it is summed in float32 (4·V·h), beside the next one's.
+
+    A head with an adapter or in parts, and a classifier, goes through torch's own cross entropy instead: 12, for the
+    log-softmax, that one's gradient, and the logit's gradient, in float32.
     """
     positions = way.micro_batch_rows if footprint.classify else way.micro_batch_tokens
-    piece = max(1, min(positions, LOGIT_CHUNK_BYTES // (4 * footprint.logit_width)))
-    num_bytes = piece * footprint.logit_width * (12 if learning else 8 + footprint.element_bytes)
-    if learning and footprint.head_learns and not footprint.classify:
-        gradient, last = footprint.head_bytes, piece * footprint.logit_width * footprint.element_bytes
-        num_bytes = max(num_bytes + gradient, 3 * gradient) if piece < positions else max(num_bytes, last + gradient)
-    reason = f"{piece} positions x {footprint.logit_width} entries, {'forward and backward' if learning else 'forward'}"
+    chunk = max(1, min(positions, LOGIT_CHUNK_BYTES // (4 * footprint.logit_width)))
+    piece = max(1, min(chunk, LOGIT_PIECE_BYTES // (4 * footprint.logit_width)))
+    e, entries = footprint.element_bytes, chunk * footprint.logit_width
+    in_float32 = 8 * piece * footprint.logit_width
+    gradient = footprint.head_bytes if footprint.head_learns and not footprint.classify else 0
+    if not learning:
+        num_bytes = entries * (8 + e) if footprint.classify else e * entries + in_float32
+    elif _head_is_plain(footprint, way):
+        summed = gradient * 4 // e
+        several = e * entries + summed + max(gradient, in_float32)
+        num_bytes = several if chunk < positions else max(e * entries + max(gradient, in_float32), 2 * gradient)
+    else:
+        num_bytes = 12 * entries
+        if gradient:
+            num_bytes = max(num_bytes + gradient, 3 * gradient) if chunk < positions else max(num_bytes, e * entries + gradient)
+    reason = f"{chunk} positions x {footprint.logit_width} entries, {'forward and backward' if learning else 'forward'}"
     return MemoryTerm(name="logits", num_bytes=num_bytes, reason=reason)
+
+
+def _head_is_plain(footprint: Footprint, way: Way) -> bool:
+    """As `train.loss.is_plain` finds it: one whole matrix, that makes its gradient with its loss."""
+    partitioned = way.executor == "deepspeed" and way.zero_stage == 3
+    return not (footprint.classify or footprint.head_adapted or partitioned)
+
+
+def _attends_by_document(footprint: Footprint, way: Way) -> bool:
+    return way.device == "cpu" and footprint.by_document_on_cpu
+
+
+def _kept_token_bytes(footprint: Footprint, way: Way) -> int:
+    """Of all blocks that learn, per token."""
+    return footprint.kept_token_bytes + (footprint.by_document_token_bytes if _attends_by_document(footprint, way) else 0)
+
+
+def _pair_bytes(footprint: Footprint, way: Way) -> int:
+    """Of one block, per token and position of its row; documents that are computed apart have no mask."""
+    return 0 if _attends_by_document(footprint, way) else footprint.pair_bytes

@@ -23,7 +23,7 @@ from orchestrator.train.artifacts import save_artifact
 from orchestrator.train.base import LoadedBase, load_base
 from orchestrator.train.batches import RowPlan, to_tensors
 from orchestrator.train.branch import open_branch
-from orchestrator.train.objective import Objective
+from orchestrator.train.objective import Objective, final_norm_of
 
 from .bases import config_of
 
@@ -62,7 +62,8 @@ def documents(lengths: list[int], labels: list[int] | None = None) -> TokenizedS
 def objective_of(base: LoadedBase) -> Objective:
     head = base.anatomy.classifier_weight if base.load.task == "classify" else base.anatomy.head_weight
     parts = (base.model.get_submodule(base.anatomy.backbone), base.model.get_submodule(head.rpartition(".")[0]))
-    return Objective(base.model, *parts, base.load.task, encoder=base.anatomy.kind == "encoder")
+    norm = final_norm_of(base.model, base.anatomy)
+    return Objective(base.model, *parts, base.load.task, encoder=base.anatomy.kind == "encoder", final_norm=norm)
 
 
 def test_what_is_trainable_is_told_apart() -> None:
@@ -104,7 +105,9 @@ def test_a_branch_on_the_last_block_learns(folders: dict[str, Path], name: str, 
     for policy in ("last:1", "last:1+head" if task == "text" else "head"):
         selection = select(base.anatomy, policy, tune, 4 if tune == "lora" else None, task=task, num_classes=classes)
         with open_branch(base, selection, lora_alpha=8, seed=0) as branch:
-            objective = Objective(branch.model, branch.backbone(), branch.head(), task, encoder=base.anatomy.kind == "encoder")
+            parts, encoder = (branch.backbone(), branch.head()), base.anatomy.kind == "encoder"
+            norm = final_norm_of(branch.model, base.anatomy)
+            objective = Objective(branch.model, *parts, task, encoder=encoder, final_norm=norm)
             data = documents([9, 14], labels=[0, 2] if task == "classify" else None)
             (batch,) = RowPlan(32, 4, pack=task == "text").batches(data, np.arange(2))
             objective(**to_tensors(batch, CPU)).backward()

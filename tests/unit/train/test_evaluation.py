@@ -15,7 +15,7 @@ from orchestrator.train.base import LoadedBase
 from orchestrator.train.batches import RowPlan
 from orchestrator.train.evaluation import Evaluation, class_prior, evaluate, exact_match, score_texts, text_metric
 from orchestrator.train.generate import generate_answers, prompt_and_answer, wanted_answers
-from orchestrator.train.objective import Objective
+from orchestrator.train.objective import Objective, final_norm_of
 from orchestrator.train.ranks import Ranks
 
 LENGTHS = [9, 14, 7, 30, 5, 21]
@@ -35,6 +35,7 @@ def objective_of(base: LoadedBase) -> Objective:
         base.model.get_submodule(head.rpartition(".")[0]),
         base.load.task,
         encoder=base.anatomy.kind == "encoder",
+        final_norm=final_norm_of(base.model, base.anatomy),
     )
 
 

@@ -15,7 +15,7 @@ from orchestrator.train.base import LoadedBase
 from orchestrator.train.batches import RowPlan, StepPlan
 from orchestrator.train.branch import Branch, open_branch
 from orchestrator.train.loop import LoopState, train_steps
-from orchestrator.train.objective import Objective
+from orchestrator.train.objective import Objective, final_norm_of
 from orchestrator.train.ranks import Ranks
 from orchestrator.train.torch_engine import TorchEngine
 
@@ -43,9 +43,13 @@ def branch(
         yield opened
 
 
+def objective_of(branch: Branch) -> Objective:
+    norm = final_norm_of(branch.model, branch.base.anatomy)
+    return Objective(branch.model, branch.backbone(), branch.head(), "completion", final_norm=norm)
+
+
 def engine_on(branch: Branch) -> TorchEngine:
-    objective = Objective(branch.model, branch.backbone(), branch.head(), "completion")
-    return TorchEngine(objective, branch.learning_parameters(), weight_decay=0.0, grad_clip=1.0)
+    return TorchEngine(objective_of(branch), branch.learning_parameters(), weight_decay=0.0, grad_clip=1.0)
 
 
 def run(
@@ -145,8 +149,7 @@ class Cramped(TorchEngine):
 
 
 def test_memory_that_runs_out_is_told_from_other_errors(branch: Branch) -> None:
-    objective = Objective(branch.model, branch.backbone(), branch.head(), "completion")
-    engine = Cramped(objective, branch.learning_parameters(), weight_decay=0.0, grad_clip=1.0)
+    engine = Cramped(objective_of(branch), branch.learning_parameters(), weight_decay=0.0, grad_clip=1.0)
     with pytest.raises(OutOfMemoryError, match="micro-batch of 2 rows"):
         run(engine, stop=1, rows=2)
     assert len(run(engine, stop=1, rows=1)) == 1

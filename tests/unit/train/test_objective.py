@@ -2,10 +2,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
 from orchestrator.anatomy import LayerSelection
@@ -14,7 +16,7 @@ from orchestrator.train import objective as objective_module
 from orchestrator.train.base import LoadedBase
 from orchestrator.train.batches import RowPlan, to_tensors
 from orchestrator.train.branch import open_branch
-from orchestrator.train.objective import Objective
+from orchestrator.train.objective import Objective, final_norm_of
 
 CPU = torch.device("cpu")
 
@@ -36,6 +38,7 @@ def objective_of(base: LoadedBase) -> Objective:
         model.get_submodule(head.rpartition(".")[0]),
         base.load.task,
         encoder=base.anatomy.kind == "encoder",
+        final_norm=final_norm_of(model, base.anatomy),
     )
 
 
@@ -113,7 +116,8 @@ def test_an_empty_micro_batch_adds_nothing_and_has_a_gradient(
 ) -> None:
     base = base_of(llama_folder(), task=task)
     with open_branch(base, selection_on(base, "last:1"), lora_alpha=8, seed=0) as branch:
-        objective = Objective(branch.model, branch.backbone(), branch.head(), base.load.task)
+        norm = final_norm_of(branch.model, base.anatomy)
+        objective = Objective(branch.model, branch.backbone(), branch.head(), base.load.task, final_norm=norm)
         data = documents([12], labels=[1])
         (batch,) = RowPlan(16, 2, pack=False, rank=1, num_ranks=2).batches(data, np.arange(1))
         loss = objective(**to_tensors(batch, CPU))
@@ -150,3 +154,85 @@ def test_an_encoder_classifies_without_looking_at_padding(bert_folder: Path, bas
         logits = base.model(input_ids=ids).logits[0].float()
         expected = functional.cross_entropy(logits, torch.tensor(int(data.labels[index])))
         torch.testing.assert_close(scored.losses[scored.document_ids == index][0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_final_norm_sees_supervised_positions_alone(base: LoadedBase) -> None:
+    data = documents([20, 20, 9])
+    (batch,) = RowPlan(32, 4, pack=True).batches(data, np.arange(3))
+    norm = base.model.get_submodule("model.norm")
+    seen: list[int] = []
+    hook = norm.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[0]))
+    objective = objective_of(base)
+    objective(**to_tensors(batch, CPU))
+    objective(**to_tensors(batch, CPU), each=True)
+    hook.remove()
+    assert seen == [batch.num_supervised] * 2
+    assert base.model.get_submodule("model.norm") is norm
+
+
+def test_a_failed_forward_pass_leaves_the_norm_in_its_place(base: LoadedBase) -> None:
+    (batch,) = RowPlan(32, 4, pack=True).batches(documents([20]), np.arange(1))
+    objective, norm = objective_of(base), base.model.get_submodule("model.norm")
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    hook = base.model.get_submodule("model.layers.2").register_forward_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        objective(**to_tensors(batch, CPU))
+    hook.remove()
+    assert base.model.get_submodule("model.norm") is norm
+
+
+def test_a_norm_from_elsewhere_is_refused(base: LoadedBase) -> None:
+    with pytest.raises(ValueError, match="LlamaModel does not hold its final norm"):
+        Objective(base.model, base.model.model, base.model.lm_head, "completion", final_norm=nn.LayerNorm(4))
+
+
+@pytest.mark.parametrize(("task", "policy"), [("completion", "all"), ("completion", "all+head"), ("classify", "last:1")])
+def test_stacked_trials_have_a_loss_each(
+    llama_folder: Callable[..., Path],
+    base_of: Callable[..., LoadedBase],
+    selection_on: Callable[..., LayerSelection],
+    monkeypatch: pytest.MonkeyPatch,
+    task: str,
+    policy: str,
+) -> None:
+    """Losses, and gradients of the states that they are made of: the same bits as alone, whatever the neighbour comes to."""
+    monkeypatch.setattr(objective_module, "LOGIT_CHUNK_BYTES", 4 * 97 * 7)
+    base = base_of(llama_folder(), task=task)
+    data = documents([12, 9, 14], labels=[1, 0, 2] if task == "classify" else None)
+    (batch,) = RowPlan(24, 3, pack=task != "classify").batches(data, np.arange(3))
+    tensors = to_tensors(batch, CPU)
+    stacked = {name: tensor.repeat(3, *[1] * (tensor.dim() - 1)) for name, tensor in tensors.items()}
+    with open_branch(base, selection_on(base, policy), lora_alpha=8, seed=0) as branch:
+        norm = final_norm_of(branch.model, base.anatomy)
+        objective = Objective(branch.model, branch.backbone(), branch.head(), base.load.task, final_norm=norm)
+        made: list[torch.Tensor] = []
+        hook = branch.backbone().register_forward_hook(lambda _, __, output: spoil_the_second_of_three(output, made))
+        alone, sums = objective(**tensors), objective(**stacked, num_trials=3)
+        hook.remove()
+        (alone + sums[0] + sums[2]).backward()
+    assert sums.dtype == torch.float32
+    assert sums.isnan().tolist() == [False, True, False]
+    assert torch.equal(sums[0], alone)
+    assert torch.equal(sums[2], alone)
+    expected, found = (states.grad for states in made)
+    assert expected is not None
+    assert found is not None
+    first, second, third = found.chunk(3)
+    assert expected.any()
+    assert not second.any()
+    same = torch.equal if task == "completion" else torch.allclose  # products of three rows round as they like
+    assert same(first, expected)
+    assert same(third, expected)
+
+
+def spoil_the_second_of_three(output: Any, made: list[torch.Tensor]) -> Any:
+    """Note the states and their gradients; of stacked trials the second's are no numbers from here on."""
+    made.append(output.last_hidden_state)
+    made[-1].retain_grad()
+    if len(made) == 2:
+        first, second, third = made[-1].chunk(3)
+        output.last_hidden_state = torch.cat([first, torch.full_like(second, float("nan")), third])
+    return output

@@ -1,7 +1,8 @@
 """Operations per token against torch's own count of real steps: the objective, branches and checkpointing that training uses.
 
 On a CPU attention runs in a kernel that `FlopCounterMode` does not know. On a GPU, packed rows run in the memory-efficient
-kernel and lone ones in the flash kernel, which it does count; the CPU's is counted here by the same formulas.
+kernel and lone ones in the flash kernel, which it does count; the CPU's is counted here by the same formulas. Bases that
+`load_base` loads attend by document, as on any CPU; those made from a config take a mask over whole rows, as on a GPU.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, read_anatomy, select
-from orchestrator.plan.cost.flops import forward_flops_per_token, train_terms
-from orchestrator.plan.values import BaseLoad
+from orchestrator.plan.cost import flops as flops_module
+from orchestrator.plan.cost.flops import attention_width, forward_flops_per_token, runs_head_twice, train_terms
+from orchestrator.plan.size import DataSize
+from orchestrator.plan.values import BaseLoad, ExecutionPlan
 from orchestrator.train import objective as objective_module
 from orchestrator.train.base import LoadedBase, load_base
 from orchestrator.train.branch import open_branch
-from orchestrator.train.objective import IGNORED, Objective
+from orchestrator.train.objective import IGNORED, Objective, final_norm_of
 from orchestrator.train.recompute import recomputed
 
 aten = torch.ops.aten
@@ -33,8 +36,8 @@ TOLERANCE = 0.02
 """The plan promises 5%."""
 
 
-def train_flops_per_token(anatomy: ModelAnatomy, selection: LayerSelection, row_tokens: int, **how: Any) -> float:
-    return sum(term.flops for term in train_terms(anatomy, selection, row_tokens, **how))
+def train_flops_per_token(anatomy: ModelAnatomy, selection: LayerSelection, attended_tokens: float, **how: Any) -> float:
+    return sum(term.flops for term in train_terms(anatomy, selection, attended_tokens, **how))
 
 
 SIZES = {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 6, "num_attention_heads": 8}
@@ -73,11 +76,16 @@ CHOICES = {
 
 
 def forward_formula(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
+    return sdpa_flop_count(query, like(query, key), like(query, value))
 
 
 def backward_formula(grad_out: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    return sdpa_backward_flop_count(grad_out, query, key, value)
+    return sdpa_backward_flop_count(grad_out, query, like(query, key), like(query, value))
+
+
+def like(query: Any, shape: Any) -> list[int]:
+    """Keys or values of fewer heads, which several query heads share: each of these multiplies all the same."""
+    return [shape[0], query[1], *shape[2:]]
 
 
 COUNTED = {
@@ -97,7 +105,7 @@ def made_base(folder: Path, name: str) -> LoadedBase:
 
 
 def rows(width: int, vocab: int, supervised: float) -> dict[str, torch.Tensor]:
-    """Two documents a row, so that a mask is needed; the last `supervised` of each row is predicted."""
+    """Two documents a row, computed apart or under a mask; the last `supervised` of each row is predicted."""
     ids = torch.randint(3, vocab, (ROWS, width))
     labels = ids.clone()
     labels[:, : round(width * (1 - supervised))] = IGNORED
@@ -118,7 +126,8 @@ def counted(base: LoadedBase, selection: LayerSelection, batch: dict[str, torch.
     """
     with ExitStack() as stack:
         branch = stack.enter_context(open_branch(base, selection, lora_alpha=16, seed=0))
-        objective = Objective(branch.model, branch.backbone(), branch.head(), "completion")
+        norm = final_norm_of(branch.model, base.anatomy)
+        objective = Objective(branch.model, branch.backbone(), branch.head(), "completion", final_norm=norm)
         if checkpointing:
             blocks: Any = base.model.get_submodule(base.anatomy.blocks_module)
             stack.enter_context(recomputed(blocks[selection.cut :]))
@@ -151,7 +160,7 @@ def test_a_training_step_takes_what_the_plan_says(folder: Path, name: str, choic
     base = made_base(folder, name)
     selection = chosen(base.anatomy, choice)
     found = counted(base, selection, rows(width, base.anatomy.vocab_size, 0.5), checkpointing)
-    planned = train_flops_per_token(base.anatomy, selection, width, checkpointing=checkpointing, supervised_share=0.5)
+    planned = train_flops_per_token(base.anatomy, selection, width / 2, checkpointing=checkpointing, supervised_share=0.5)
     assert planned == pytest.approx(found, rel=TOLERANCE)
 
 
@@ -163,7 +172,7 @@ def test_other_designs(folder: Path, name: str, choice: str, checkpointing: bool
     base = made_base(folder, name)
     selection = chosen(base.anatomy, choice)
     found = counted(base, selection, rows(128, base.anatomy.vocab_size, 0.5), checkpointing)
-    planned = train_flops_per_token(base.anatomy, selection, 128, checkpointing=checkpointing, supervised_share=0.5)
+    planned = train_flops_per_token(base.anatomy, selection, 64, checkpointing=checkpointing, supervised_share=0.5)
     # Where attention and MLP both read the block's input, LoRA's upper bound is 3.4% of six blocks.
     assert planned == pytest.approx(found, rel=0.04 if choice == "lora all" else 0.001)
 
@@ -197,24 +206,50 @@ def described(folder: Path, model: Any) -> LoadedBase:
 def test_scoring_takes_one_forward_pass(folder: Path, name: str) -> None:
     base = made_base(folder, name)
     batch = rows(256, base.anatomy.vocab_size, 0.25)
-    objective = Objective(
-        base.model, base.model.get_submodule(base.anatomy.backbone), base.model.get_submodule("lm_head"), "text"
-    )
+    parts = base.model.get_submodule(base.anatomy.backbone), base.model.get_submodule("lm_head")
+    objective = Objective(base.model, *parts, "text", final_norm=final_norm_of(base.model, base.anatomy))
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
         objective(**batch, each=True)
-    planned = forward_flops_per_token(base.anatomy, 256, supervised_share=0.25)
+    planned = forward_flops_per_token(base.anatomy, 128, supervised_share=0.25)
     assert planned == pytest.approx(counter.get_total_flops() / batch["input_ids"].numel(), rel=0.01)
 
 
-def test_a_head_in_several_chunks_is_computed_twice(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("policy", ["all", "all+head"])
+def test_a_head_with_an_adapter_in_several_chunks_is_computed_twice(
+    folder: Path, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plain one never is."""
     base = made_base(folder, "llama")
-    selection, batch = chosen(base.anatomy, "lora last:2"), rows(256, base.anatomy.vocab_size, 1.0)
+    selection = select(base.anatomy, policy, "lora", 8, task="completion")
+    batch, vocab = rows(256, base.anatomy.vocab_size, 1.0), base.anatomy.vocab_size
     once = counted(base, selection, batch, False)
-    monkeypatch.setattr(objective_module, "LOGIT_CHUNK_BYTES", 4 * base.anatomy.vocab_size * 100)
-    twice = counted(base, selection, batch, False)
-    planned = [train_flops_per_token(base.anatomy, selection, 256, head_twice=head_twice) for head_twice in (False, True)]
-    assert planned[1] - planned[0] == pytest.approx(twice - once)
-    assert planned[1] == pytest.approx(twice, rel=TOLERANCE)
+    for module in (objective_module, flops_module):
+        monkeypatch.setattr(module, "LOGIT_CHUNK_BYTES", 4 * vocab * 100)
+    found = counted(base, selection, batch, False)
+    execution = ExecutionPlan.model_validate(
+        {"device": "cpu", "ranks": 1, "threads_per_rank": 1, "executor": "torch", "row_tokens": 256, "micro_batch_rows": ROWS}
+    )
+    twice = runs_head_twice(base.anatomy, selection, execution, size())
+    assert twice == (policy == "all+head")
+    planned = [train_flops_per_token(base.anatomy, selection, 128, head_twice=head_twice) for head_twice in (False, twice)]
+    assert planned[1] - planned[0] == pytest.approx(found - once, rel=0.02)
+    assert planned[1] == pytest.approx(found, rel=TOLERANCE)
+
+
+def size(**values: Any) -> DataSize:
+    known = {"train_documents": 9, "train_tokens": 999, "steps_per_epoch": 9, "eval_tokens": 99, "retain_tokens": 0}
+    return DataSize.model_validate(known | {"longest_document_tokens": 256} | values)
+
+
+def test_documents_are_apart_on_cpus_alone(folder: Path) -> None:
+    """A GPU computes whole rows; so does whoever does not know the documents' lengths."""
+    anatomy = made_base(folder, "llama").anatomy
+    values = {"ranks": 1, "threads_per_rank": 1, "executor": "torch", "row_tokens": 256, "micro_batch_rows": ROWS}
+    cpu, gpu = (ExecutionPlan.model_validate(values | {"device": device}) for device in ("cpu", "cuda"))
+    assert attention_width(anatomy, cpu, size(document_tokens=90.5)) == 90.5
+    assert attention_width(anatomy, gpu, size(document_tokens=90.5)) == 256
+    assert attention_width(anatomy, cpu, size()) == 256
+    assert attention_width(anatomy, cpu, size(document_tokens=90.5, num_classes=2)) == 256
 
 
 # -- published shapes, without their memory ---------------------------------------------------------------------------
@@ -257,6 +292,5 @@ def test_published_shapes(folder: Path, name: str, choice: str, checkpointing: b
     whole = counts[2] + (num_blocks - 2) * (counts[4] - counts[2]) / 2
     shape_config(folder / name, name, num_blocks)
     anatomy = read_anatomy(folder / name, need_weights=False)
-    twice = 4 * ROWS * width * vocab > objective_module.LOGIT_CHUNK_BYTES
-    planned = train_flops_per_token(anatomy, chosen(anatomy, choice), width, checkpointing=checkpointing, head_twice=twice)
+    planned = train_flops_per_token(anatomy, chosen(anatomy, choice), width, checkpointing=checkpointing)
     assert planned == pytest.approx(whole, rel=TOLERANCE)

@@ -17,9 +17,11 @@ from orchestrator.plan.ladder import OFFLOADS
 from orchestrator.plan.memory.activations import activations
 from orchestrator.plan.memory.estimate import estimate
 from orchestrator.plan.memory.footprint import weigh
+from orchestrator.plan.memory.held import shards_of
+from orchestrator.plan.memory.moving import phase_terms
 from orchestrator.plan.memory.quantized import quantized_bytes
 from orchestrator.plan.memory.way import Way
-from orchestrator.units import GIB
+from orchestrator.units import GIB, MIB
 
 Base = Callable[[str], ModelAnatomy]
 ONE_GPU = Way(device="cuda", ranks=1, executor="torch", zero_stage=0, offload="none", checkpointing=False, row_tokens=512)
@@ -101,8 +103,25 @@ def test_checkpointing_keeps_inputs_and_one_block(base: Base) -> None:
 
 
 def test_logits_come_in_pieces(base: Base) -> None:
-    """4096 positions of a 128k vocabulary would be 2 GiB in float32 alone."""
-    assert terms(base("8b"), replace(ONE_GPU, micro_batch_rows=8))["logits"] <= 4 * 256 * 1024**2
+    """4096 positions of a 128k vocabulary would be 2 GiB in float32 alone; a chunk of 256 MiB is half of that in 16 bits, and
+    becomes its own gradient. A head with an adapter goes through torch's cross entropy, and a partitioned one too."""
+    way = replace(ONE_GPU, micro_batch_rows=8)
+    assert logit_bytes(base("8b"), way) <= (128 + 2 * 8) * MIB
+    assert logit_bytes(base("8b"), way, "all+head") > 3 * 255 * MIB
+    assert logit_bytes(base("8b"), replace(way, executor="deepspeed", zero_stage=3, ranks=2)) > 3 * 255 * MIB
+
+
+def logit_bytes(anatomy: ModelAnatomy, way: Way, policy: str = "all") -> int:
+    """Of the phase `loss`, which need not be the largest."""
+    footprint = weigh(anatomy, select(anatomy, policy, "lora", 16, task="completion"), "none", 2)
+    (found,) = (term for term in phase_terms(footprint, way, shards_of(footprint, way).device)["loss"] if term.name == "logits")
+    return found.num_bytes
+
+
+def test_documents_that_are_apart_have_no_mask(base: Base) -> None:
+    """On a CPU; a GPU computes whole rows under one."""
+    assert "attention mask" in terms(base("tiny"), ONE_GPU)
+    assert "attention mask" not in terms(base("tiny"), replace(ONE_GPU, device="cpu"))
 
 
 def test_an_untied_copy_of_the_head_is_counted(base: Base) -> None:
@@ -119,15 +138,18 @@ def test_a_quantized_base_is_loaded_whole_before_stage_3(base: Base) -> None:
     assert sum(found.values()) - sum(found[name] for name in ("allocator slack", "runtime", "collectives")) == whole
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "by_document"])
 @pytest.mark.parametrize("tune", ["lora", "full"])
-def test_activations_agree_with_what_torch_keeps(base: Base, tune: str) -> None:
+def test_activations_agree_with_what_torch_keeps(base: Base, tune: str, attention: str) -> None:
     """Bytes that autograd holds after a forward pass on packed rows, of four blocks less that of two: within 1%."""
     torch, transformers, peft = (pytest.importorskip(name) for name in ("torch", "transformers", "peft"))
+    from orchestrator.train.attention import documents_apart
+
     llama, rows, width = base("tiny"), 2, 128
 
     def held_bytes(num_blocks: int) -> int:
         config = transformers.AutoConfig.from_pretrained(llama.folder, num_hidden_layers=num_blocks)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
         if tune == "lora":
             model = peft.get_peft_model(model, peft.LoraConfig(r=16, target_modules="all-linear"), autocast_adapter_dtype=False)
         else:
@@ -142,7 +164,8 @@ def test_activations_agree_with_what_torch_keeps(base: Base, tune: str) -> None:
             return tensor
 
         positions = torch.arange(width).remainder(width // 2)[None].expand(rows, width)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        apart = documents_apart(model.config, positions)
+        with apart, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             backbone = model.get_base_model().model if tune == "lora" else model.model
             output = backbone(
                 input_ids=torch.zeros(rows, width, dtype=torch.long), position_ids=positions, use_cache=False
@@ -152,8 +175,13 @@ def test_activations_agree_with_what_torch_keeps(base: Base, tune: str) -> None:
 
     held = {num_blocks: held_bytes(num_blocks) for num_blocks in (2, 4)}
     per_token = (held[4] - held[2]) / 2 / (rows * width)
-    mask = 2 * width
-    assert block_bytes(llama, tune) + mask == pytest.approx(per_token, rel=0.01)
+    planned = block_bytes(llama, tune) + (2 * width if attention == "sdpa" else more_by_document(llama, tune))
+    assert planned == pytest.approx(per_token, rel=0.01)
+
+
+def more_by_document(anatomy: ModelAnatomy, tune: str) -> int:
+    selection = select(anatomy, "all", tune, 16 if tune == "lora" else None, task="completion")  # type: ignore[arg-type]
+    return activations(anatomy, selection, 2)[-1].by_document_bytes
 
 
 def test_stage_3_loads_through_host_memory_only_what_cannot_be_mapped(base: Base) -> None:
@@ -184,7 +212,7 @@ def test_the_peak_is_what_a_step_allocates(repository: Path, name: str) -> None:
     assert len(found["cases"]) == 8
     for case in found["cases"]:
         assert case["ratio"] == pytest.approx(1, abs=0.02), case
-        assert case["moving_ratio"] == pytest.approx(1, abs=0.08), case
+        assert case["moving_ratio"] == pytest.approx(1, abs=0.09), case
 
 
 @pytest.mark.slow
