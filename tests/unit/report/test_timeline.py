@@ -93,6 +93,11 @@ def test_a_gang_that_died_is_replaced_and_what_it_did_is_lost() -> None:
     assert seconds(run) == {"training": 20, "lost": 7, "starting": 10 + 12, "idle": 1}, "a second until it was placed again"
 
 
+def test_a_replacement_whose_reason_was_not_recorded_leaves_a_gap() -> None:
+    results = [rung("t000-aaaaaa", 0, 10, 20, train=10), rung("t001-bbbbbb", 0, 40, 50, train=10)]
+    assert seconds(run_of(results, [ready(0, 40, 8)])) == {"training": 20, "starting": 8}
+
+
 def test_a_gang_that_died_last_is_not_idle_afterwards() -> None:
     results = [rung("t000-aaaaaa", 0, 0, 20, train=20), rung("t001-bbbbbb", 1, 0, 50, train=50)]
     assert seconds(run_of(results, [died(0, 24)])) == {"training": 70, "lost": 4}
@@ -111,6 +116,12 @@ def test_what_a_broken_off_run_did_last_is_not_called_idle() -> None:
     results = [rung("t000-aaaaaa", 0, 0, 20, train=20), rung("t001-bbbbbb", 1, 0, 50, train=50)]
     assert seconds(run_of(results, [], complete=False)) == {"training": 70}
     assert seconds(run_of(results, [])) == {"training": 70, "idle": 30}
+
+
+def test_what_a_submission_before_the_last_did_last_is_not_called_idle_either() -> None:
+    first = [rung("t000-aaaaaa", 0, 0, 20, train=20), rung("t001-bbbbbb", 1, 0, 50, train=50)]
+    second = [rung("t000-aaaaaa", 0, 100, 120, train=20), rung("t001-bbbbbb", 1, 100, 125, train=25)]
+    assert seconds(run_of([*first, *second], [], submitted=(0.0, 100.0))) == {"training": 115, "idle": 5}
 
 
 def test_older_runs_say_a_start_in_words_alone_and_submissions_not_at_all() -> None:
@@ -136,6 +147,12 @@ def test_results_without_times_draw_nothing(result: RungResult) -> None:
     run = run_of([result], [])
     assert submissions_of(run) == ()
     assert "No gang&#x27;s time was recorded" in gang_times(run)
+
+
+def test_a_run_with_some_results_of_an_older_version_begins_with_the_others() -> None:
+    older = rung("t000-aaaaaa", 0, 0, 0).model_copy(update={"started_at": 0.0, "finished_at": 0.0})
+    (part,) = submissions_of(run_of([older, rung("t001-bbbbbb", 0, 10, 20, train=10)], [], submitted=()))
+    assert (part.start, part.end) == (START + 10, START + 20)
 
 
 def test_the_page_shows_a_row_for_every_gang(fake_run: Callable[..., Path]) -> None:
