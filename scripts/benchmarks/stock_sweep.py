@@ -1,11 +1,12 @@
 """The sweep as the libraries' own documents show it: Ray Tune, a `TorchTrainer` a trial, Hugging Face's `Trainer`, PEFT.
 
     scripts/bench stock_sweep --base FOLDER --data gsm8k/train.jsonl [--rows 1000] [--trials 16] [--epochs 2]
-                              [--rungs plan|half-epochs] [--no-early-stopping] [--out stock.json]
+                              [--rungs plan|half-epochs] [--adapters bfloat16|float32] [--no-early-stopping] [--out stock.json]
 
-It is given all that is known to help it: batches of like length, bf16 weights, a stable name for every trial (without one
-a killed trial starts again from nothing), polling ten times as often as by default, and logical CPUs to spare, since every
-trial that ASHA stops leaves its placement group behind (ray#54305) and the sweep would stand still for want of places.
+It is given all that is known to help it: batches of like length, bf16 weights and adapters, a stable name for every trial
+(without one a killed trial starts again from nothing), polling ten times as often as by default, and logical CPUs to spare,
+since every trial that ASHA stops leaves its placement group behind (ray#54305) and the sweep would stand still for want of
+places.
 Points, token ids, labels, steps and rungs are those of our own side (sweep_points.py).
 """
 
@@ -81,12 +82,12 @@ class Watch(tune.Callback):
         self.ends[trial.trial_id] = time.time()
 
 
-def run_stock_sweep(task: Task, sets: Sets, folder: Path) -> dict[str, Any]:
+def run_stock_sweep(task: Task, sets: Sets, folder: Path, adapters: str) -> dict[str, Any]:
     """The whole sweep; what it took and what it found."""
     started = time.time()
     ray.init(num_cpus=LOGICAL_CPUS, include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
     watch = Watch()
-    config = {"sets": asdict(sets), "base": str(task.base), "storage": str(folder / "train"), "seed": SEED}
+    config = {"sets": asdict(sets), "base": str(task.base), "storage": str(folder / "train"), "seed": SEED, "adapters": adapters}
     last_pace = sets.reduction_factor ** (len(sets.rungs) - 1)
     stops = task.early_stopping and len(sets.rungs) > 1
     try:
@@ -113,6 +114,7 @@ def run_stock_sweep(task: Task, sets: Sets, folder: Path) -> dict[str, Any]:
     best = min(scored, key=lambda trial: trial["rungs"][-1]["eval_loss"], default=None)
     return {
         "settings": task.settings(),
+        "adapters": adapters,
         "rung_steps": list(sets.rungs),
         "started_at": started,
         "wall_seconds": wall_seconds,
@@ -157,6 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_task_options(parser)
     parser.add_argument("--rungs", choices=("plan", "half-epochs"), default="plan", help="where trials are compared")
+    parser.add_argument("--adapters", choices=("bfloat16", "float32"), default="bfloat16", help="bfloat16 is the quicker one")
     parser.add_argument("--out", type=Path, help="the JSON file; printed without it")
     options = parser.parse_args()
     task = Task.of(options)
@@ -164,7 +167,7 @@ def main() -> None:
         sets = make_sets(task, Path(name))
         if options.rungs == "half-epochs":
             sets = _with_half_epochs(sets)
-        found = run_stock_sweep(task, sets, Path(name))
+        found = run_stock_sweep(task, sets, Path(name), options.adapters)
     written = json.dumps(found, indent=1)
     if options.out is None:
         print(written)
