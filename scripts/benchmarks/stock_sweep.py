@@ -40,7 +40,7 @@ import ray
 from ray import train, tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 from stock_trial import train_one
-from sweep_points import SEED, Point, Sets, Task, add_task_options, make_sets
+from sweep_points import SEED, Point, Sets, Task, add_task_options, make_sets, pin
 
 LOGICAL_CPUS = 64
 ADJUSTED = "eval_token_loss"
@@ -163,6 +163,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the JSON file; printed without it")
     options = parser.parse_args()
     task = Task.of(options)
+    pin(task)
     with tempfile.TemporaryDirectory(prefix="stock-sweep-") as name:
         sets = make_sets(task, Path(name))
         if options.rungs == "half-epochs":

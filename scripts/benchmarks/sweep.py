@@ -1,12 +1,13 @@
 """A sweep of ours beside the same sweep as the libraries' documents show it: step, pause between trials, whole.
 
     scripts/bench sweep [step] [idle] [whole] --base FOLDER --data gsm8k/train.jsonl [--rows 1000] [--trials 16]
-                        [--epochs 2] [--no-early-stopping] [--stock FILE] [--run FOLDER] [--json]
+                        [--epochs 2] [--no-early-stopping] [--stock FILE] [--run FOLDER] [--work FOLDER] [--json]
 
 `step`: a training step of LoRA on the last quarter of the blocks; the bound is the ratio of operations, counted on both
 sides. `idle`: how long a place stands without training between two trials. `whole`: the sweep, from its start to the end of
 its last trial. Without names all three. `--stock` reads what `scripts/bench stock_sweep` wrote instead of running it,
-`--run` a finished run of ours; both must be of the same settings. Every process has one thread. A whole comparison of
+`--run` a finished run of ours; both must be of the same settings. `--work` keeps what both sides leave. There are as many
+cores as trials at a time, and every trial has one thread. A whole comparison of
 sixteen trials on two cores wants a quiet machine: its speed is printed before and after each side.
 """
 
@@ -22,12 +23,13 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from sweep_points import Sets, Task, add_task_options, make_sets
+from sweep_points import Sets, Task, add_task_options, make_sets, pin
 from sweep_sides import Side, gemm_gflops, read_ours, read_stock, run_ours, run_stock
 from sweep_steps import OURS, STOPPED, WAYS, measure_steps, sweep_flops
 from transformers.utils import logging
@@ -163,8 +165,11 @@ def main() -> None:
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     task = Task.of(options)
-    with tempfile.TemporaryDirectory(prefix="sweep-") as name:
-        sweeps = Sweeps(task, make_sets(task, Path(name)), Path(name), options.run, options.stock)
+    pin(task)
+    with ExitStack() as stack:
+        folder = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sweep-")))
+        folder.mkdir(parents=True, exist_ok=True)
+        sweeps = Sweeps(task, make_sets(task, folder), folder, options.run, options.stock)
         makers: dict[str, Callable[[], list[Measured]]] = {
             "step": lambda: step_section(sweeps, options.steps),
             "idle": lambda: idle_section(sweeps),
@@ -188,6 +193,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each way and round (two rounds)")
     parser.add_argument("--stock", type=Path, help="stock_sweep's JSON, instead of running it")
     parser.add_argument("--run", type=Path, help="a finished run of ours, instead of running it")
+    parser.add_argument("--work", type=Path, help="an empty folder for what both sides leave; a passing one without it")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
 

@@ -44,7 +44,7 @@ class Side:
 
 
 class NotComparableError(Exception):
-    """The other side's file is of other settings."""
+    """What was given to be read is of other settings, or no measurement."""
 
 
 def gemm_gflops() -> float:
@@ -67,9 +67,15 @@ def run_ours(task: Task, folder: Path) -> Path:
 
 
 def read_ours(run: Path) -> Side:
-    """From a run folder. A run that was submitted several times is no measurement."""
-    identity, plan = read_json(run / "run.json"), RunPlan.model_validate(read_json(run / "plan.json"))
-    (submitted,) = identity["submissions"]
+    """From a run folder.
+
+    Raises:
+        NotComparableError: it was submitted several times.
+    """
+    submitted, *more = read_json(run / "run.json")["submissions"]
+    if more:
+        raise NotComparableError(f"{run} was submitted {1 + len(more)} times: its wall time is no measurement")
+    plan = RunPlan.model_validate(read_json(run / "plan.json"))
     records = read_run(run)
     searched = read_results(run)
     layers = {trial.trial_id: trial.layers for trial in records.sweep.trials} if records.sweep else {}
