@@ -25,7 +25,7 @@ from orchestrator.plan.memory.estimate import estimate
 from orchestrator.plan.memory.footprint import Footprint, weigh
 from orchestrator.plan.memory.quantized import NF4_BLOCK
 from orchestrator.plan.memory.way import Way
-from orchestrator.plan.options import Choice, search_choices, told_at
+from orchestrator.plan.options import Choice, planned_points, search_choices, told_at
 from orchestrator.plan.placement import TRIALS_PER_GANG, Machines, candidates
 from orchestrator.plan.remarks import rate_note, with_remarks
 from orchestrator.plan.values import BaseLoad, ClusterDescription, DataSize, RunPlan, SearchPlan, TrialOption
@@ -100,7 +100,7 @@ def _plan_on(
         row_tokens=steps.row_tokens(spec, anatomy, data),
         tokens_per_step=spec.train.tokens_per_step,
     )
-    num_trials = spec.search.trials if job == "sweep" and spec.search is not None else 1
+    num_trials = spec.search.num_trials if job == "sweep" and spec.search is not None else 1
     untouched, head = (_weigh(spec, anatomy, data, _control(policy, spec, anatomy, data)) for policy in ("none", "head"))
     gangs = _arrange_with(head, found, spec, load, num_trials) if job == "sweep" else arrange_one(found, spec, load)
     refit = refit_way(found, spec, load, gangs)
@@ -117,7 +117,7 @@ def _plan_on(
         num_gangs=gangs.num_gangs,
         head_memory=estimate(head, gangs.way).device if job == "sweep" else None,
         base_memory=estimate(untouched, gangs.way).device,
-        search=_search_plan(spec, options, gangs, steps.total_steps(spec, data)) if job == "sweep" else None,
+        search=_search_plan(spec, anatomy, data, options, gangs) if job == "sweep" else None,
         finetune=options[0] if job == "finetune" else None,
         total_steps=steps.total_steps(spec, data),
         total_tokens=steps.total_tokens(spec, data),
@@ -223,19 +223,22 @@ def _base_load(spec: JobSpec, anatomy: ModelAnatomy, data: DataSize) -> BaseLoad
     )
 
 
-def _search_plan(spec: JobSpec, options: tuple[TrialOption, ...], gangs: Arrangement, total_steps: int) -> SearchPlan:
-    search = spec.search
+def _search_plan(
+    spec: JobSpec, anatomy: ModelAnatomy, data: DataSize, options: tuple[TrialOption, ...], gangs: Arrangement
+) -> SearchPlan:
+    search, total_steps = spec.search, steps.total_steps(spec, data)
     assert search is not None
     return SearchPlan(
         options=options,
-        num_trials=search.trials,
+        num_trials=search.num_trials,
         algorithm=search.algorithm,
         scheduler=search.scheduler,
         rung_steps=steps.rung_steps(total_steps, budget=search.budget, scheduler=search.scheduler),
         total_steps=total_steps,
         reduction_factor=steps.REDUCTION_FACTOR,
-        concurrent_trials=min(search.trials, TRIALS_PER_GANG * gangs.num_gangs),
+        concurrent_trials=min(search.num_trials, TRIALS_PER_GANG * gangs.num_gangs),
         controls=search.controls,
+        points=planned_points(search, anatomy, spec.task, data.num_classes),
     )
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, select
 from orchestrator.errors import SelectionError
-from orchestrator.plan.values import SearchPlan
+from orchestrator.plan.values import PlannedPoint, SearchPlan
 from orchestrator.spec import LoadedSpec, learning_rate_range
 from orchestrator.spec.models import SearchSpec, Task, Tune
 
@@ -18,11 +18,26 @@ FRESH_HEAD_FACTOR = 10.0
 rate ten times that of pretrained weights."""
 
 
+DEFAULT_LORA_RANK = 16
+"""Of a fixed point that gives none, as in a search that gives none."""
+_Key = tuple[tuple[str, ...], tuple[str, ...], int | None]
+
+
 class Choice(NamedTuple):
     """A selection with its learning-rate range."""
 
     selection: LayerSelection
     rates: tuple[float, float]
+
+
+class _Asked(NamedTuple):
+    """A combination as the spec has it, and where; a fixed point with its rate."""
+
+    place: str
+    layers: str
+    tune: Tune
+    lora_rank: int | None
+    rate: float | None = None
 
 
 def head_rates(search: SearchSpec, task: Task) -> tuple[float, float]:
@@ -53,25 +68,52 @@ def search_choices(loaded: LoadedSpec, anatomy: ModelAnatomy, num_classes: int) 
     """
     spec = loaded.spec
     assert spec.search is not None, "the sweep needs `search`"
-    found: dict[tuple[object, ...], Choice] = {}
-    for number, tune, lora_rank in _points(spec.search):
-        layers = spec.search.layers[number]
-        with told_at(loaded.where(f"search.layers[{number}]")):
-            selection = select(anatomy, layers, tune, lora_rank, task=spec.task, num_classes=num_classes)
-        if tune == "lora" and not selection.adapted:
-            selection = select(anatomy, layers, "full", None, task=spec.task, num_classes=num_classes)
-        key = (selection.trainable, selection.adapted, selection.lora_rank if selection.adapted else None)
-        if key not in found:
-            found[key] = Choice(selection, _rates(spec.search, spec.task, selection))
+    found: dict[_Key, Choice] = {}
+    for asked in _asked(spec.search):
+        with told_at(loaded.where(asked.place)):
+            selection = _selection(asked, anatomy, spec.task, num_classes)
+        rates = (asked.rate, asked.rate) if asked.rate is not None else _rates(spec.search, spec.task, selection)
+        known = found.get(_key(selection), Choice(selection, rates))
+        wider = (min(rates[0], known.rates[0]), max(rates[1], known.rates[1]))
+        found[_key(selection)] = known._replace(rates=wider if asked.rate is not None else known.rates)
     return list(found.values())
 
 
-def _points(search: SearchSpec) -> Iterator[tuple[int, Tune, int | None]]:
-    """Number of a policy, way of tuning, rank of LoRA."""
-    for number in range(len(search.layers)):
+def planned_points(search: SearchSpec, anatomy: ModelAnatomy, task: Task, num_classes: int) -> tuple[PlannedPoint, ...]:
+    """The spec's fixed points, by the numbers of their choices as `search_choices` counts them."""
+    numbers: dict[_Key, int] = {}
+    points: list[PlannedPoint] = []
+    for asked in _asked(search):
+        if asked.rate is not None:
+            number = numbers.setdefault(_key(_selection(asked, anatomy, task, num_classes)), len(numbers))
+            points.append(PlannedPoint(option=number, learning_rate=asked.rate))
+    return tuple(points)
+
+
+def _asked(search: SearchSpec) -> Iterator[_Asked]:
+    """Every combination of policy, way of tuning and rank of LoRA; of a fixed list every point."""
+    if search.algorithm == "fixed":
+        for number, point in enumerate(search.points):
+            lora_rank = (point.lora_rank or DEFAULT_LORA_RANK) if point.tune == "lora" else None
+            yield _Asked(f"search.points[{number}].layers", point.layers, point.tune, lora_rank, point.learning_rate)
+        return
+    for number, layers in enumerate(search.layers):
         for tune in search.tune:
             for lora_rank in search.lora_rank if tune == "lora" else (None,):
-                yield number, tune, lora_rank
+                yield _Asked(f"search.layers[{number}]", layers, tune, lora_rank)
+
+
+def _selection(asked: _Asked, anatomy: ModelAnatomy, task: Task, num_classes: int) -> LayerSelection:
+    """What learns. LoRA with nothing to adapt (a new classifier alone) is `full`."""
+    selection = select(anatomy, asked.layers, asked.tune, asked.lora_rank, task=task, num_classes=num_classes)
+    if asked.tune == "lora" and not selection.adapted:
+        return select(anatomy, asked.layers, "full", None, task=task, num_classes=num_classes)
+    return selection
+
+
+def _key(selection: LayerSelection) -> _Key:
+    """Equal for policies that come to the same."""
+    return selection.trainable, selection.adapted, selection.lora_rank if selection.adapted else None
 
 
 def _rates(search: SearchSpec, task: Task, selection: LayerSelection) -> tuple[float, float]:

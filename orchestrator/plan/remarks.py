@@ -89,7 +89,7 @@ def _notes(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDescri
         notes.append(f"max_gpus: {most} is a bound; the cluster has {cluster.num_gpus} GPUs")
     if found.device == "cuda" and len({node.gpu_memory_bytes for node in found.nodes}) > 1:
         notes.append("nodes have unlike GPUs: every rank is planned for the one with the least memory")
-    if plan.search is not None and spec.search is not None:
+    if plan.search is not None and spec.search is not None and spec.search.algorithm != "fixed":
         points = len(spec.search.layers) * sum(len(spec.search.lora_rank) if t == "lora" else 1 for t in spec.search.tune)
         if points > len(plan.search.options):
             notes.append(f"{points} combinations come to {len(plan.search.options)} different selections")

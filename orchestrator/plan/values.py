@@ -257,10 +257,17 @@ class TrialOption(Value):
     learning_rate_high: float
 
 
+class PlannedPoint(Value):
+    """A trial that the spec gives: an option (by index) at a learning rate."""
+
+    option: int
+    learning_rate: float
+
+
 class SearchPlan(Value):
     options: tuple[TrialOption, ...]
     num_trials: int
-    algorithm: Literal["optuna", "random", "grid"]
+    algorithm: Literal["optuna", "random", "grid", "fixed"]
     scheduler: Literal["asha", "none"]
     rung_steps: tuple[int, ...]
     """Steps at which trials are compared; the last is the trial's whole budget."""
@@ -270,6 +277,8 @@ class SearchPlan(Value):
     concurrent_trials: int
     controls: tuple[Literal["shuffled", "scratch", "k_shot"], ...] = ()
     """Asked for beside those that every sweep has."""
+    points: tuple[PlannedPoint, ...] = ()
+    """The trials of `fixed`, in order."""
 
 
 class RunPlan(Value):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from orchestrator.report import evidence, html, sections
+from orchestrator.report import evidence, html, sections, timeline
 from orchestrator.report.html import Html
 from orchestrator.report.reading import RunRecords, read_run
 from orchestrator.store import write_atomic
@@ -61,6 +61,8 @@ def _sections(run: RunRecords) -> list[tuple[str, Html]]:
         found.append(("What to try next", sections.next_steps(sweep)))
         found.append(("Loss curves", sections.loss_curves(run, sweep)))
         found.append(("Trials", sections.trial_table(sweep)))
+    if run.results:
+        found.append(("The gangs' time", timeline.gang_times(run)))
     found.append(("Plan against measured", evidence.plan_against_measured(run)))
     found.append(("Data", evidence.data_summary(run)))
     found.append(("Events", evidence.events(run)))

@@ -39,6 +39,10 @@ class RunRecords:
     data_summary: dict[str, Any] = field(default_factory=dict)
     bundle_manifest: dict[str, Any] = field(default_factory=dict)
     gaps: tuple[str, ...] = ()
+    results: tuple[RungResult, ...] = ()
+    """Of every rung of every trial and control, in the order in which gangs took them up."""
+    submissions: tuple[float, ...] = ()
+    """Unix times at which the run was submitted."""
 
 
 def read_run(folder: Path) -> RunRecords:
@@ -74,8 +78,16 @@ def read_run(folder: Path) -> RunRecords:
         events=tuple(_lines(folder / "events.jsonl", gaps, dict)),
         data_summary=_object(folder / "data" / "summary.json", gaps),
         bundle_manifest=_object(folder / "bundle" / "manifest.json", gaps),
+        results=_results(folder / "trials", gaps),
+        submissions=tuple(_object(folder / "run.json", gaps).get("submissions", ())),
         gaps=tuple(gaps),
     )
+
+
+def _results(trials: Path, gaps: list[str]) -> tuple[RungResult, ...]:
+    files = [file for trial in _folders(trials) for file in sorted(trial.glob("result-*.json"))]
+    found = [_value(file, RungResult, gaps) for file in files]
+    return tuple(sorted((result for result in found if result), key=lambda result: result.started_at))
 
 
 def _folders(parent: Path) -> list[Path]:

@@ -207,9 +207,9 @@ class Exchange:
                     continue
                 failures = 0
                 figures.base_loads = gang.base_loads
-                figures.start_s.append(gang.start_seconds)
-                seconds = gang.start_seconds
-                self._tell("gang_ready", f"gang {gang.index} ready in {seconds:.1f} s", gang=gang.index, pids=list(gang.pids))
+                figures.start_s.append(seconds := gang.start_seconds)
+                ready = f"gang {gang.index} ready in {seconds:.1f} s"
+                self._tell("gang_ready", ready, gang=gang.index, pids=list(gang.pids), seconds=round(seconds, 3))
             work = await self._queue.get()
             if work.future.done():
                 continue

@@ -39,11 +39,15 @@ class Known:
 def propose(search: SearchPlan, seed: int, number: int, known: Sequence[Known], pending: Sequence[Proposal] = ()) -> Proposal:
     """The proposal of this number.
 
-    `grid` walks log-spaced rates of every option. `random` draws an option and a log-uniform rate. `optuna` first
-    visits every option once, with rates spread evenly over its range (so that no layer policy is left untried by
-    chance), then asks Optuna's TPE sampler (Bergstra et al. 2011) with all that is known. What is `pending`, proposed
-    without a score yet, counts as bad there ("constant liar"): proposals made at one time keep away from each other.
+    `fixed` takes the spec's points in their order. `grid` walks log-spaced rates of every option. `random` draws an option
+    and a log-uniform rate. `optuna` first visits every option once, with rates spread evenly over its range (so that no
+    layer policy is left untried by chance), then asks Optuna's TPE sampler (Bergstra et al. 2011) with all that is known.
+    What is `pending`, proposed without a score yet, counts as bad there ("constant liar"): proposals made at one time keep
+    away from each other.
     """
+    if search.algorithm == "fixed":
+        point = search.points[number]
+        return Proposal(point.option, point.learning_rate)
     if search.algorithm == "grid":
         option, rate = grid_points(search)[number]
         return Proposal(option, rate)

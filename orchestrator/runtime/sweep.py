@@ -70,7 +70,7 @@ def _finished(run: RunDirectory, loaded: LoadedSpec) -> RunOutcome | None:
             return None
         if ended:
             return outcome
-    return outcome if len(outcome.sweep.searched) >= loaded.spec.search.trials else None
+    return outcome if len(outcome.sweep.searched) >= loaded.spec.search.num_trials else None
 
 
 def _search(prepared: Prepared, view: RunView, started_at: float) -> SweepResult:

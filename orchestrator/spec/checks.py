@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.errors import SelectionError
-from orchestrator.spec.models import ColumnsSpec, JobSpec
+from orchestrator.spec.models import ColumnsSpec, JobSpec, SearchSpec
 from orchestrator.spec.policy import Policy, parse_policy
 from orchestrator.spec.source import KeyPath
 from orchestrator.spec.unsupported import UNSUPPORTED, policies_of
@@ -134,6 +134,29 @@ def _policies(spec: JobSpec) -> Iterator[Finding]:
             yield Finding(path, "`none` trains nothing; as a control it always runs", hint)
 
 
+def _points(spec: JobSpec) -> Iterator[Finding]:
+    """A fixed list is all that is tried: nothing else may say what is."""
+    search = spec.search
+    if search is None or (search.algorithm != "fixed" and not search.points):
+        return
+    path = ("search", "points")
+    needs = (("search", "algorithm"), path)
+    if search.algorithm != "fixed":
+        hint = "write algorithm: fixed, or take the points out"
+        yield Finding(path, f"algorithm {search.algorithm} proposes its own trials and reads no points", hint, needs)
+        return
+    if not search.points:
+        hint = "write points: [{layers: last:2, learning_rate: 1.0e-3}]"
+        yield Finding(("search", "algorithm"), "algorithm fixed has no points to try", hint, needs)
+    for name, default in SearchSpec().model_dump(include={"layers", "tune", "lora_rank"}).items():
+        if getattr(search, name) != default:
+            hint = f"take it out; every point says its own {name}"
+            yield Finding(("search", name), "algorithm fixed tries its points and nothing else", hint, needs)
+    for number, point in enumerate(search.points):
+        if point.tune == "full" and point.lora_rank is not None:
+            yield Finding((*path, number, "lora_rank"), "unfrozen weights have no lora_rank", "take it out, or write tune: lora")
+
+
 def _duplicates(spec: JobSpec) -> Iterator[Finding]:
     if spec.search is None:
         return
@@ -187,6 +210,7 @@ CHECKS: tuple[Callable[[JobSpec], Iterator[Finding]], ...] = (
     _columns,
     _metric,
     _policies,
+    _points,
     _duplicates,
     _paths,
 )

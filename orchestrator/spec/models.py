@@ -120,6 +120,16 @@ class RateRanges(Section):
     full: tuple[LearningRate, LearningRate] | None = None
 
 
+class SearchPoint(Section):
+    """One trial of a fixed list."""
+
+    layers: str
+    tune: Tune = "lora"
+    lora_rank: PositiveInt | None = None
+    """16 unless given; none with `full`."""
+    learning_rate: LearningRate
+
+
 class SearchSpec(Section):
     """What the sweep tries."""
 
@@ -130,7 +140,9 @@ class SearchSpec(Section):
     metric: str = "loss"
     """`loss`, `exact_match`, `accuracy`, `macro_f1` or `package.module:function`."""
     trials: PositiveInt = 24
-    algorithm: Literal["optuna", "random", "grid"] = "optuna"
+    algorithm: Literal["optuna", "random", "grid", "fixed"] = "optuna"
+    points: tuple[SearchPoint, ...] = ()
+    """The trials of algorithm `fixed`, in this order; `layers`, `tune` and `lora_rank` are then left out."""
     scheduler: Literal["asha", "none"] = "asha"
     max_forgetting: Annotated[float, Field(ge=0.0)] = 0.10
     """Largest accepted rise of the retention loss, nats per token."""
@@ -138,6 +150,11 @@ class SearchSpec(Section):
     """Share of `train` that a trial gets at most; below 1 the winner is trained again to the full budget."""
     controls: tuple[Literal["shuffled", "scratch", "k_shot"], ...] = ()
     """Controls beyond `none` and `head`, which always run."""
+
+    @property
+    def num_trials(self) -> int:
+        """How many are searched: a fixed list has no more trials than points."""
+        return min(self.trials, len(self.points)) if self.algorithm == "fixed" else self.trials
 
 
 class FinetuneSpec(Section):

@@ -23,6 +23,8 @@ def spec_sha256(spec: JobSpec, job: Job) -> str:
     values = spec.model_dump(mode="json", exclude={"output", "resources", "finetune" if job == "sweep" else "search"})
     if job == "sweep" and values["search"] is not None:
         del values["search"]["trials"]
+        if not values["search"]["points"]:
+            del values["search"]["points"]  # so that runs begun before there were points keep their identity
     return content_hash({"job": job, **values})
 
 

@@ -37,6 +37,8 @@ def policies_of(spec: JobSpec) -> Iterator[tuple[KeyPath, str]]:
     if spec.search is not None:
         for number, policy in enumerate(spec.search.layers):
             yield ("search", "layers", number), policy
+        for number, point in enumerate(spec.search.points):
+            yield ("search", "points", number, "layers"), point.layers
     if spec.finetune is not None:
         yield ("finetune", "layers"), spec.finetune.layers
 

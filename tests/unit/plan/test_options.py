@@ -11,7 +11,7 @@ import pytest
 from orchestrator.errors import SelectionError
 from orchestrator.plan import grid_points, make_plan
 from orchestrator.plan.options import search_choices
-from orchestrator.plan.values import SearchPlan
+from orchestrator.plan.values import PlannedPoint, SearchPlan
 
 
 def names(choices: list[Any]) -> list[tuple[str, str, int | None]]:
@@ -89,3 +89,42 @@ def test_more_trials_move_no_grid_point(search_plan: SearchPlan) -> None:
 def test_the_first_grid_point_is_the_middle(search_plan: SearchPlan) -> None:
     option = search_plan.options[0]
     assert grid_points(search_plan)[0] == (0, pytest.approx(math.sqrt(option.learning_rate_low * option.learning_rate_high)))
+
+
+POINTS = [
+    {"layers": "all", "learning_rate": 2e-3, "lora_rank": 8},
+    {"layers": "last:1", "learning_rate": 1e-3},
+    {"layers": "last:4", "learning_rate": 5e-4, "lora_rank": 8},
+    {"layers": "last:1", "tune": "full", "learning_rate": 1e-4},
+]
+
+
+def test_a_fixed_list_becomes_its_choices_and_its_trials_in_order(base: Any, job: Any, cores: Any, data: Any) -> None:
+    spec = job(search={"algorithm": "fixed", "points": POINTS})
+    search = make_plan(spec, base("tiny"), data(), cores(), job="sweep", spec_sha256="0" * 64).search
+    assert search is not None
+    options = [(o.layers, o.tune, o.lora_rank, o.learning_rate_low, o.learning_rate_high) for o in search.options]
+    assert options == [
+        ("all", "lora", 8, 5e-4, 2e-3),
+        ("last:1", "lora", 16, 1e-3, 1e-3),
+        ("last:1", "full", None, 1e-4, 1e-4),
+    ], "on four blocks last:4 is all"
+    assert search.points == tuple(
+        PlannedPoint(option=option, learning_rate=rate) for option, rate in ((0, 2e-3), (1, 1e-3), (0, 5e-4), (2, 1e-4))
+    )
+    assert search.num_trials == 4, "no more trials than points"
+
+
+def test_trials_bound_a_fixed_list(base: Any, job: Any, cores: Any, data: Any) -> None:
+    spec = job(search={"algorithm": "fixed", "points": POINTS, "trials": 2})
+    search = make_plan(spec, base("tiny"), data(), cores(), job="sweep", spec_sha256="0" * 64).search
+    assert search is not None
+    assert search.num_trials == 2
+
+
+def test_a_point_beyond_the_base_is_told_where_it_is_written(base: Any, job: Any) -> None:
+    points = [*POINTS, {"layers": "last:9", "learning_rate": 1e-3}]
+    loaded = replace(job(search={"algorithm": "fixed", "points": points}), places={"search.points[4].layers": (9, 3)})
+    with pytest.raises(SelectionError, match="9 blocks; the base has 4") as told:
+        search_choices(loaded, base("tiny"), 0)
+    assert told.value.where.endswith("test.yaml:9:3")

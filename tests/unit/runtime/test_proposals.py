@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.anatomy import LayerSelection
 from orchestrator.plan.estimates import MemoryEstimate
-from orchestrator.plan.values import SearchPlan, TrialOption
+from orchestrator.plan.values import PlannedPoint, SearchPlan, TrialOption
 from orchestrator.runtime.proposals import Known, Proposal, num_initial, propose
 
 
@@ -129,3 +129,9 @@ def test_proposals_made_at_one_time_keep_away_from_each_other() -> None:
     )
     assert alone > 20
     assert together < alone / 4
+
+
+def test_a_fixed_list_is_proposed_as_it_stands() -> None:
+    points = (PlannedPoint(option=4, learning_rate=2e-3), PlannedPoint(option=0, learning_rate=1e-4))
+    search = search_plan("fixed", trials=2).model_copy(update={"points": points})
+    assert [entry.proposal for entry in run(search, seed=5)] == [Proposal(4, 2e-3), Proposal(0, 1e-4)]

@@ -22,6 +22,7 @@ from orchestrator.spec import (
     require_section,
     spec_sha256,
 )
+from orchestrator.values import content_hash
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 SHIPPED = sorted((REPOSITORY / "jobs" / "specs").glob("*.yaml"))
@@ -148,6 +149,30 @@ def test_identity_leaves_out_what_may_change_between_submissions(tmp_path: Path)
     assert len(digests) == 6
     assert digest not in digests
     assert spec_sha256(loaded.spec, "finetune") != digest
+
+
+FIXED = """\
+name: tutor
+base: {model: sample}
+task: completion
+data: {train: a.jsonl}
+search: {algorithm: fixed, points: [{layers: "last:2", learning_rate: 1e-3}, {layers: all, tune: full, learning_rate: 1e-4}]}
+"""
+
+
+def test_a_fixed_list_is_part_of_the_identity_and_survives_being_written(tmp_path: Path) -> None:
+    loaded = write(tmp_path, FIXED)
+    assert loaded.spec.search is not None
+    assert loaded.spec.search.num_trials == 2
+    assert write(tmp_path, dump_yaml(loaded), "resolved.yaml").spec == loaded.spec
+    other = changed(loaded, "search", points=loaded.spec.search.points[:1])
+    assert spec_sha256(other, "sweep") != spec_sha256(loaded.spec, "sweep")
+
+
+def test_runs_from_before_there_were_points_keep_their_identity(tmp_path: Path) -> None:
+    values = write(tmp_path).spec.model_dump(mode="json", exclude={"output", "resources", "finetune"})
+    del values["search"]["trials"], values["search"]["points"]
+    assert spec_sha256(write(tmp_path).spec, "sweep") == content_hash({"job": "sweep", **values})
 
 
 def test_the_difference_of_two_specs_is_told_value_by_value(tmp_path: Path) -> None:

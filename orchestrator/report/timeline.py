@@ -1,0 +1,238 @@
+"""How every gang spent its time: a row a gang over the run's wall time, and the shares in a sentence.
+
+What a gang did is read from its rungs' results and from the events of its starts and deaths. Where the records do not say
+(before a gang's first start, after its last work in a run that was broken off), nothing is drawn and nothing is counted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from orchestrator.plan.values import RungResult
+from orchestrator.report import html
+from orchestrator.report.figures import BLUE, GREEN, ORANGE, RED, draw
+from orchestrator.report.html import Html
+from orchestrator.report.reading import RunRecords
+from orchestrator.report.wording import plural
+from orchestrator.units import format_seconds
+
+Kind = Literal["training", "scoring", "keeping", "idle", "starting", "lost"]
+NAMES: dict[Kind, str] = {
+    "training": "training",
+    "scoring": "scoring",
+    "keeping": "opening and saving trials",
+    "idle": "idle",
+    "starting": "starting and loading the base",
+    "lost": "work lost with a gang that died",
+}
+COLOURS: dict[Kind, str] = {
+    "training": BLUE,
+    "scoring": GREEN,
+    "keeping": "#56b4e9",
+    "idle": "#e2e2e2",
+    "starting": ORANGE,
+    "lost": RED,
+}
+NUMBERED_SHARE = 0.03
+"""A bar of less than this share of the picture's width is too narrow for its trial's number."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """One gang doing one thing. Unix times, seconds."""
+
+    gang: int
+    kind: Kind
+    start: float
+    end: float
+    trial_id: str = ""
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Submission:
+    """The part of a run that one submission made, and what its gangs did in it."""
+
+    start: float
+    end: float
+    spans: tuple[Span, ...]
+
+
+def submissions_of(run: RunRecords) -> tuple[Submission, ...]:
+    """What the gangs did, by submission; empty where nothing with a time was recorded."""
+    results = [result for result in run.results if result.gang >= 0 and 0 < result.started_at <= result.finished_at]
+    if not results:
+        return ()
+    known = [time for time in run.submissions if time <= results[0].started_at]
+    begun = [*(known or [results[0].started_at]), *(time for time in run.submissions if time > results[0].started_at)]
+    ends = [*begun[1:], float("inf")]
+    parts = [
+        _submission(
+            start,
+            [result for result in results if start <= result.started_at < end],
+            [event for event in run.events if start <= _time(event) < end],
+            whole=run.complete and end == ends[-1],
+        )
+        for start, end in zip(begun, ends, strict=True)
+    ]
+    return tuple(part for part in parts if part.spans)
+
+
+def _submission(start: float, results: Sequence[RungResult], events: Sequence[dict[str, Any]], *, whole: bool) -> Submission:
+    """Gangs stay until the last of them has done its work, where the run came to its end (`whole`)."""
+    gangs = sorted({result.gang for result in results} | {int(e["gang"]) for e in events if _seconds_of_start(e) is not None})
+    last = max((result.finished_at for result in results), default=start)
+    spans = [
+        span
+        for gang in gangs
+        for span in _spans_of_gang(
+            gang,
+            start,
+            [result for result in results if result.gang == gang],
+            [event for event in events if event.get("gang") == gang],
+            last if whole else None,
+        )
+    ]
+    return Submission(start, max((span.end for span in spans), default=start), tuple(spans))
+
+
+def _spans_of_gang(
+    gang: int, begun: float, results: Sequence[RungResult], events: Sequence[dict[str, Any]], last: float | None
+) -> list[Span]:
+    """Starts and assignments as they are recorded, and between them what follows from both."""
+    deaths = [_time(event) for event in events if event.get("kind") in ("gang_died", "gang_lost")]
+    recorded = [list(_assignment(result)) for result in results]
+    for event in events:
+        seconds = _seconds_of_start(event)
+        if seconds is not None:
+            # An event is written down a moment after it happened: the first work may have begun by then.
+            end = min([_time(event), *(part[0].start for part in recorded if part[0].start > _time(event) - seconds)])
+            recorded.append([Span(gang, "starting", max(begun, _time(event) - seconds), end)])
+    recorded.sort(key=lambda part: part[0].start)
+    spans = [span for part in recorded for span in part]
+    for before, after in pairwise(recorded):
+        spans += _between(before[-1], after[0], deaths)
+    if recorded and last is not None:
+        spans += _between(recorded[-1][-1], Span(gang, "idle", last, last), deaths)
+    return sorted((span for span in spans if span.seconds > 0), key=lambda span: span.start)
+
+
+def _between(before: Span, after: Span, deaths: Sequence[float]) -> Iterator[Span]:
+    """The gap between two things that a gang is known to have done."""
+    died = next((time for time in deaths if before.end < time <= after.start), None)
+    if died is not None:
+        yield Span(before.gang, "lost", before.end, died)
+        if after.kind == "starting":
+            yield Span(before.gang, "starting", died, after.start)
+    elif after.kind != "starting":
+        yield Span(before.gang, "idle", before.end, after.start)
+
+
+def _assignment(result: RungResult) -> Iterator[Span]:
+    """Only the seconds of training and scoring are recorded, not when they began: what was needed to open and to save the
+    trial is put at the end."""
+    start = result.started_at
+    parts: dict[Kind, float] = {"training": result.train_seconds, "scoring": result.eval_seconds, "keeping": float("inf")}
+    for kind, seconds in parts.items():
+        end = min(start + seconds, result.finished_at)
+        yield Span(result.gang, kind, start, end, result.trial_id)
+        start = end
+
+
+def _time(event: dict[str, Any]) -> float:
+    value = event.get("time", event.get("at"))
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def _seconds_of_start(event: dict[str, Any]) -> float | None:
+    """How long a gang took to start; None for another event. Older versions say it in the message alone."""
+    if event.get("kind") != "gang_ready" or not isinstance(event.get("gang"), int):
+        return None
+    if isinstance(event.get("seconds"), int | float):
+        return float(event["seconds"])
+    said = re.search(r"ready in ([\d.]+) s", str(event.get("message", "")))
+    return float(said[1]) if said else None
+
+
+def seconds_by_kind(submissions: Sequence[Submission]) -> dict[Kind, float]:
+    """Seconds of all gangs together; kinds that did not occur are left out."""
+    spans = [span for part in submissions for span in part.spans]
+    sums: dict[Kind, float] = {kind: sum(span.seconds for span in spans if span.kind == kind) for kind in NAMES}
+    return {kind: seconds for kind, seconds in sums.items() if seconds}
+
+
+def shares_sentence(submissions: Sequence[Submission]) -> str:
+    """`Of the 2 gangs' 1m40s, 80% was training, 10% scoring, ... and 2% idle.`"""
+    by_kind = seconds_by_kind(submissions)
+    total = sum(by_kind.values())
+    gangs = {span.gang for part in submissions for span in part.spans}
+    whose = f"the {len(gangs)} gangs'" if len(gangs) > 1 else "the gang's"
+    first = ("training", "scoring", "idle")
+    order: list[Kind] = [*first, *(kind for kind in NAMES if kind in by_kind and kind not in first)]
+    said = [f"{by_kind.get(kind, 0.0) / total:.0%} {NAMES[kind]}" for kind in order]
+    said[0] = said[0].replace("% ", "% was ", 1)
+    over = f" over {plural(len(submissions), 'submission')}" if len(submissions) > 1 else ""
+    return f"Of {whose} {format_seconds(total)}{over}, {', '.join(said[:-1])} and {said[-1]}."
+
+
+def gang_times(run: RunRecords) -> Html:
+    """The picture, its sentence and its table."""
+    submissions = submissions_of(run)
+    if not submissions:
+        return html.paragraph("No gang's time was recorded: the run is of an older version, or no gang finished a rung.")
+    spans = [span for part in submissions for span in part.spans]
+    by_gang = {gang: [span for span in spans if span.gang == gang] for gang in sorted({span.gang for span in spans})}
+    rows = [
+        [gang, len({span.trial_id for span in own} - {""})]
+        + [format_seconds(sum(span.seconds for span in own if span.kind == kind)) for kind in NAMES]
+        for gang, own in by_gang.items()
+    ]
+    table = html.table(["gang", "trials", *NAMES.values()], rows, numeric=range(2 + len(NAMES)))
+    cut = " A dashed line is where the run was submitted again; the time between is left out." if len(submissions) > 1 else ""
+    caption = f"{shares_sentence(submissions)} The numbers are the trials'.{cut}"
+    return html.picture(gang_chart(submissions), caption, table)
+
+
+def gang_chart(submissions: Sequence[Submission]) -> str:
+    """A row a gang, a colour for what it did; the submissions one after another."""
+    gangs = sorted({span.gang for part in submissions for span in part.spans})
+    lengths = [part.end - part.start for part in submissions]
+    offsets = [sum(lengths[:index]) for index in range(len(lengths))]
+    width = sum(lengths)
+
+    def paint(figure: Figure) -> None:
+        axis = figure.subplots()
+        axis.grid(False)
+        for part, offset in zip(submissions, offsets, strict=True):
+            for span in part.spans:
+                left, row = span.start - part.start + offset, gangs.index(span.gang)
+                axis.barh(row, span.seconds, left=left, height=0.7, color=COLOURS[span.kind], linewidth=0)
+                if span.kind == "training" and span.seconds > NUMBERED_SHARE * width:
+                    middle = left + span.seconds / 2
+                    axis.text(middle, row, _short(span.trial_id), ha="center", va="center", color="white", fontsize=8)
+        for offset in offsets[1:]:
+            axis.axvline(offset, color="#222222", linestyle="--", linewidth=1.2)
+        axis.set_xlim(0, width)
+        axis.set_yticks(range(len(gangs)), [f"gang {gang}" for gang in gangs])
+        axis.set_ylim(len(gangs) - 0.5, -0.5)
+        axis.set_xlabel("seconds since the run was submitted")
+        patches = [Patch(color=COLOURS[kind], label=NAMES[kind]) for kind in seconds_by_kind(submissions)]
+        figure.legend(handles=patches, loc="outside lower center", ncols=3)
+
+    return draw("gangs", (9.2, 1.9 + 0.34 * len(gangs)), paint, "what each gang did over time")
+
+
+def _short(trial_id: str) -> str:
+    """`t007-3fa2c1` -> `7`; a control by its name."""
+    found = re.match(r"t(\d+)-", trial_id)
+    return str(int(found[1])) if found else trial_id.partition("-")[0]
