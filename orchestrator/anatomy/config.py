@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from orchestrator.anatomy.layouts import LAYOUTS, Layout, axis_size, known_layouts, trainable_layouts
+from orchestrator.anatomy.layouts import DROPOUT_KEYS, LAYOUTS, Layout, axis_size, known_layouts, trainable_layouts
 from orchestrator.anatomy.values import Experts
 from orchestrator.errors import BaseError
 
@@ -33,6 +33,8 @@ class BaseConfig:
     activation: str
     sparse: frozenset[int]
     """Numbers of the blocks with a mixture of experts."""
+    dropout: str
+    """What is dropped out while training: the first config key with a rate above zero; empty where nothing is."""
     plan_only: str
     """Why this base cannot be trained; empty where it can."""
 
@@ -110,8 +112,17 @@ def read_config(folder: Path, values: dict[str, Any], layout: Layout) -> BaseCon
         dtype=dtype_of(path, values),
         activation=activation,
         sparse=_sparse_blocks(path, layout, merged, sizes["blocks"]),
+        dropout=_dropout(layout, values),
         plan_only=layout.plan_only or next(iter(reasons), ""),
     )
+
+
+def _dropout(layout: Layout, values: dict[str, Any]) -> str:
+    for key in DROPOUT_KEYS:
+        rate = values.get(key, layout.dropout.get(key, 0.0))
+        if isinstance(rate, float) and rate > 0:
+            return f"{key} {rate:g}"
+    return ""
 
 
 def dtype_of(path: Path, values: dict[str, Any]) -> str:

@@ -221,6 +221,7 @@ def _assemble(
         mlp=layout.mlp,
         activation=config.activation,
         experts=config.experts,
+        dropout=config.dropout,
         plan_only=config.plan_only,
         tensors=tensors,
         new_tensors=tuple(new),

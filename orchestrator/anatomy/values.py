@@ -99,6 +99,8 @@ class ModelAnatomy(Value):
     stacked: tuple[tuple[str, ...], ...] = ()
     """For each block the weights [experts, out, in] of its routed experts, empty for a dense block. They are in `blocks` and
     not in `linears`: LoRA does not adapt them and bitsandbytes does not quantize them."""
+    dropout: str = ""
+    """The config key and rate of what its blocks or embeddings drop out while training; empty where nothing is."""
     plan_only: str = ""
     """Why a base of this layout can be planned with and not be trained; empty where it can."""
     new_tensors: tuple[TensorInfo, ...] = ()

@@ -28,6 +28,7 @@ from orchestrator.plan.memory.way import Way
 from orchestrator.plan.options import Choice, planned_points, search_choices, told_at
 from orchestrator.plan.placement import TRIALS_PER_GANG, Machines, candidates
 from orchestrator.plan.remarks import rate_note, with_remarks
+from orchestrator.plan.trunk import plan_trunk
 from orchestrator.plan.values import BaseLoad, ClusterDescription, DataSize, RunPlan, SearchPlan, TrialOption
 from orchestrator.spec import LoadedSpec, require_section
 from orchestrator.spec.models import JobSpec
@@ -129,9 +130,10 @@ def _plan_on(
         placement=found.placement(gangs.way.ranks, gangs.num_gangs, why_no_more_gangs(spec.resources, num_trials)),
         refit_placement=found.placement(refit.ranks, 1, "a step has rows for no more ranks"),
     )
-    plan = _with_costs(plan, anatomy, found, spec)
+    trunk, reason = plan_trunk(plan, spec, anatomy, cost.rate_of(found))
+    plan = _with_costs(plan.model_copy(update={"trunk": trunk}), anatomy, found, spec)
     _check_gpu_hours(plan, spec)
-    return with_remarks(plan, spec, anatomy, found, cluster)
+    return with_remarks(plan.model_copy(update={"notes": (*plan.notes, reason)}), spec, anatomy, found, cluster)
 
 
 def _arrange_with(head: Footprint, found: Machines, spec: JobSpec, load: Load, num_trials: int) -> Arrangement:

@@ -129,7 +129,7 @@ class TrunkPlan(Value):
     num_bytes: int
     """Of all sets at all cuts."""
     folder: str = ""
-    """On each machine's own disk; empty keeps them in the memory of each process."""
+    """On each machine's own disk; the user's cache folder where it is empty."""
     max_bytes: int | None = None
     """What the folder may hold; None for half of the disk's free space."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from orchestrator.values import Value
 
@@ -178,6 +178,10 @@ class ResourcesSpec(Section):
     """What an hour of one GPU costs, in any currency: the plan then says what the run does."""
     zero: Annotated[Literal[0, 1, 2, 3, "auto"], BeforeValidator(_refuse_bool)] = "auto"
     offload: Literal["none", "optimizer", "parameters", "auto"] = "auto"
+    cache_bytes: Annotated[NonNegativeInt | Literal["auto"], BeforeValidator(_refuse_bool)] = "auto"
+    """What stored hidden states may take on each machine's own disk; `auto`: half of what is free, 0: none are stored."""
+    cache_folder: str | None = None
+    """Where they lie, for later sweeps over the same base and data too; `~/.cache/orchestrator` unless given."""
     accelerator: Literal["auto", "gpu", "cpu"] = "auto"
     """`gpu` refuses to start without one; `auto` takes GPUs where the cluster has them."""
 

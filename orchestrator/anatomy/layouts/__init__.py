@@ -8,7 +8,7 @@ Names and shapes are those of the transformers 5.23 classes `AutoModelForCausalL
 from orchestrator.anatomy.layouts.encoder import ENCODERS
 from orchestrator.anatomy.layouts.gpt import GPT
 from orchestrator.anatomy.layouts.llama import DENSE, EXPERTS
-from orchestrator.anatomy.layouts.template import Layout, TensorTemplate, axis_size, present
+from orchestrator.anatomy.layouts.template import DROPOUT_KEYS, Layout, TensorTemplate, axis_size, present
 
 LAYOUTS: dict[str, Layout] = {layout.model_type: layout for layout in (*DENSE, *EXPERTS, *GPT, *ENCODERS)}
 
@@ -23,4 +23,13 @@ def trainable_layouts() -> tuple[str, ...]:
     return tuple(sorted(layout.model_type for layout in LAYOUTS.values() if not layout.plan_only))
 
 
-__all__ = ["LAYOUTS", "Layout", "TensorTemplate", "axis_size", "known_layouts", "present", "trainable_layouts"]
+__all__ = [
+    "DROPOUT_KEYS",
+    "LAYOUTS",
+    "Layout",
+    "TensorTemplate",
+    "axis_size",
+    "known_layouts",
+    "present",
+    "trainable_layouts",
+]

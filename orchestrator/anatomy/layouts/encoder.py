@@ -32,8 +32,10 @@ def bert_embeddings(prefix: str) -> tuple[TensorTemplate, ...]:
     )
 
 
+BERT_DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 BERT = Layout(
     model_type="bert",
+    dropout=BERT_DROPOUT,
     kind="encoder",
     backbone="bert",
     blocks_module="bert.encoder.layer",
@@ -53,6 +55,7 @@ BERT = Layout(
 )
 ROBERTA = Layout(
     model_type="roberta",
+    dropout=BERT_DROPOUT,
     kind="encoder",
     backbone="roberta",
     blocks_module="roberta.encoder.layer",
@@ -74,6 +77,7 @@ ROBERTA = Layout(
 )
 DISTILBERT = Layout(
     model_type="distilbert",
+    dropout={"dropout": 0.1, "attention_dropout": 0.1},
     kind="encoder",
     backbone="distilbert",
     blocks_module="distilbert.transformer.layer",

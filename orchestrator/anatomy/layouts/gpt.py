@@ -6,6 +6,7 @@ from orchestrator.anatomy.layouts.template import GROUPED_KEYS, SIZE_KEYS, Layou
 
 GPT2 = Layout(
     model_type="gpt2",
+    dropout={"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1},
     kind="decoder",
     backbone="transformer",
     blocks_module="transformer.h",
@@ -74,6 +75,7 @@ GPT_NEOX = Layout(
 )
 OPT = Layout(
     model_type="opt",
+    dropout={"dropout": 0.1},
     kind="decoder",
     backbone="model",
     blocks_module="model.decoder.layers",

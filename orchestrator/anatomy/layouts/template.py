@@ -36,6 +36,19 @@ GROUPED_KEYS: Mapping[str, tuple[str, ...]] = {**SIZE_KEYS, "kv_heads": ("num_ke
 """With grouped-query attention and a head width of its own; other layouts have as many key heads as heads, hidden/heads wide."""
 
 
+DROPOUT_KEYS = (
+    "attention_dropout",
+    "attention_probs_dropout_prob",
+    "attn_pdrop",
+    "dropout",
+    "embd_pdrop",
+    "hidden_dropout",
+    "hidden_dropout_prob",
+    "resid_pdrop",
+)
+"""Config keys, of any layout, of what is dropped out in the embeddings and the blocks."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """How models of one type are built."""
@@ -69,6 +82,8 @@ class Layout:
     """Size name -> its config key, and the other spellings that transformers takes for it."""
     otherwise: Mapping[str, str] = field(default_factory=lambda: {"kv_heads": "heads"})
     """Size name -> what it is, in other sizes, where config and default say null."""
+    dropout: Mapping[str, float] = field(default_factory=dict[str, float])
+    """What the transformers config class drops out where config.json says nothing, by config key."""
     unused_positions: int = 0
     """How many of `positions` no token ever takes."""
     fixed: Mapping[str, object] = field(default_factory=dict[str, object])

@@ -11,7 +11,13 @@ from collections.abc import Sequence
 from orchestrator.anatomy import select
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.plan.cost.accelerators import find_accelerator
-from orchestrator.plan.cost.flops import attention_width, forward_flops_per_token, runs_head_twice, train_terms
+from orchestrator.plan.cost.flops import (
+    attention_width,
+    block_flops_per_token,
+    forward_flops_per_token,
+    runs_head_twice,
+    train_terms,
+)
 from orchestrator.plan.estimates import CostEstimate, FlopTerm, OptionCost, Part, Rate
 from orchestrator.plan.placement import Machines
 from orchestrator.plan.values import DataSize, ExecutionPlan, RunPlan, SearchPlan, TrialOption
@@ -114,15 +120,32 @@ def option_terms(plan: RunPlan, anatomy: ModelAnatomy, selection: LayerSelection
         num_classes=data.num_classes,
         supervised_share=data.supervised_share,
         head_twice=runs_head_twice(anatomy, selection, execution, data),
+        stored_trunk=_stored(plan, selection.cut) > 0,
     )
 
 
-def scored_flops(plan: RunPlan, anatomy: ModelAnatomy) -> float:
-    """Operations of scoring the eval and retention sets once."""
+def _stored(plan: RunPlan, cut: int) -> int:
+    """The block that a trial with this cut begins at: the cut where its states are stored, else 0."""
+    return cut if plan.trunk is not None and cut in plan.trunk.cuts else 0
+
+
+def scored_flops(plan: RunPlan, anatomy: ModelAnatomy, cut: int = 0) -> float:
+    """Operations of scoring the eval and retention sets once, of a trial with this cut."""
     data = plan.data
     width = attention_width(anatomy, plan.execution, data)
     return (data.eval_tokens + data.retain_tokens) * forward_flops_per_token(
-        anatomy, width, data.num_classes, supervised_share=data.supervised_share
+        anatomy, width, data.num_classes, supervised_share=data.supervised_share, first=_stored(plan, cut)
+    )
+
+
+def _building_trunk(plan: RunPlan, anatomy: ModelAnatomy) -> Part | None:
+    """The one forward pass over all sets that fills what is stored."""
+    if plan.trunk is None:
+        return None
+    stop, tokens = plan.trunk.cuts[-1], _all_tokens(plan.data)
+    per_token = block_flops_per_token(anatomy, attention_width(anatomy, plan.execution, plan.data), stop)
+    return Part(
+        name="trunk", amount=tokens * per_token, reason=f"{format_count(tokens)} tokens once through {stop} blocks, and stored"
     )
 
 
@@ -149,29 +172,35 @@ def run_flops(plan: RunPlan, anatomy: ModelAnatomy) -> float:
 def _operations(plan: RunPlan, anatomy: ModelAnatomy, terms: Sequence[Sequence[FlopTerm]]) -> tuple[tuple[Part, ...], float]:
     """(parts of the run as it is expected to go, operations when no trial is stopped)."""
     per_token = [sum(term.flops for term in each) for each in terms]
-    scored = scored_flops(plan, anatomy)
+    scored, trunk = scored_flops(plan, anatomy), _building_trunk(plan, anatomy)
+    built = (trunk,) if trunk is not None else ()
+    at_cut = [scored_flops(plan, anatomy, option.selection.cut) for option in planned_options(plan)]
     if plan.search is None:
-        trained = per_token[0] * plan.total_tokens
+        trained, scored = per_token[0] * plan.total_tokens, (scored + at_cut[0]) / 2
         parts = (
+            *built,
             Part(name="training", amount=trained, reason=f"{_rate(per_token[0])} x {format_count(plan.total_tokens)} tokens"),
             Part(name="scoring", amount=2 * scored, reason="the untouched base and the trained model"),
         )
-        return parts, trained + 2 * scored
+        return parts, sum(part.amount for part in parts)
     search = plan.search
     per_step = plan.total_tokens / plan.total_steps
     mean, count = sum(per_token) / len(per_token), search.num_trials
     steps, rungs = expected_steps(search), expected_rungs(search)
     head = sum(term.flops for term in option_terms(plan, anatomy, _head(plan, anatomy)))
-    controls = head * search.rung_steps[-1] * per_step + (1 + len(search.rung_steps)) * scored
+    scored_trial = sum(at_cut) / len(at_cut)
+    scored_head = scored_flops(plan, anatomy, _head(plan, anatomy).cut)
+    controls = head * search.rung_steps[-1] * per_step + scored + len(search.rung_steps) * scored_head
     shuffled = max(per_token) * plan.total_tokens + scored if SHUFFLED in search.controls else 0.0
     again = max(per_token) * plan.total_tokens if search.rung_steps[-1] < plan.total_steps else 0.0
     of = f"{count} trials x {steps:.4g} of {search.rung_steps[-1]} steps"
     parts = [
+        *built,
         Part(name="trials", amount=count * mean * steps * per_step, reason=f"{of} x {per_step:.4g} tokens x {_rate(mean)}, mean"),
         Part(
             name="scoring",
-            amount=count * rungs * scored,
-            reason=f"{count} trials x {rungs:.3g} rungs x {format_flops(scored)}, a forward pass",
+            amount=count * rungs * scored_trial,
+            reason=f"{count} trials x {rungs:.3g} rungs x {format_flops(scored_trial)}, a forward pass",
         ),
         Part(name="controls", amount=controls, reason="the untouched base, scored; the head alone, trained to the last rung"),
     ]
@@ -180,7 +209,8 @@ def _operations(plan: RunPlan, anatomy: ModelAnatomy, terms: Sequence[Sequence[F
         parts.append(Part(name=SHUFFLED, amount=shuffled, reason=reason))
     if again:
         parts.append(Part(name=REFIT, amount=again, reason="the winner to the full budget, if it is the costliest choice"))
-    whole = count * (mean * search.rung_steps[-1] * per_step + len(search.rung_steps) * scored) + controls + shuffled + again
+    searched = count * (mean * search.rung_steps[-1] * per_step + len(search.rung_steps) * scored_trial)
+    whole = sum(part.amount for part in built) + searched + controls + shuffled + again
     return tuple(parts), whole
 
 

@@ -26,31 +26,40 @@ ENDING_IN_DROPOUT = ("gpt2", "opt")
 
 
 def forward_flops_per_token(
-    anatomy: ModelAnatomy, attended_tokens: float, num_classes: int = 0, *, supervised_share: float = 1.0
+    anatomy: ModelAnatomy, attended_tokens: float, num_classes: int = 0, *, supervised_share: float = 1.0, first: int = 0
 ) -> float:
-    """One forward pass, scoring what is supervised."""
-    return sum(term.flops for term in forward_terms(anatomy, attended_tokens, num_classes, supervised_share=supervised_share))
+    """One forward pass from block `first` up, scoring what is supervised."""
+    terms = forward_terms(anatomy, attended_tokens, num_classes, supervised_share=supervised_share, first=first)
+    return sum(term.flops for term in terms)
+
+
+def block_flops_per_token(anatomy: ModelAnatomy, attended_tokens: float, stop: int) -> float:
+    """The forward pass of the blocks below `stop`."""
+    return sum(
+        sign * (2.0 * block_elements(anatomy, first) + _attention(anatomy, first, attended_tokens))
+        for first, sign in ((0, 1.0), (stop, -1.0))
+    )
 
 
 def forward_terms(
-    anatomy: ModelAnatomy, attended_tokens: float, num_classes: int = 0, *, supervised_share: float = 1.0
+    anatomy: ModelAnatomy, attended_tokens: float, num_classes: int = 0, *, supervised_share: float = 1.0, first: int = 0
 ) -> tuple[FlopTerm, ...]:
-    """The forward pass.
+    """The forward pass, from block `first` up where the states that enter it are stored.
 
     - Matrices: 2 an element (Kaplan et al. 2020, section 2.1). The embedding look-up multiplies nothing. Of routed experts
       a token passes `experts_per_token`, so that share of their elements counts; routers and shared experts count whole.
     - Attention: two products, scores and their use, of 2·L·q each: 4·L·q a block.
     - Head: 2 an element, at supervised positions only (`train.objective`); to classify, one position a document.
     """
-    blocks, head = block_elements(anatomy, 0), head_elements(anatomy, num_classes) * supervised_share
+    blocks, head = block_elements(anatomy, first), head_elements(anatomy, num_classes) * supervised_share
     where = "" if supervised_share == 1.0 else f" at {supervised_share:.0%} of the positions"
     width = anatomy.num_heads * anatomy.head_dim
     return _kept(
         ("forward, blocks", 2.0 * blocks, f"2 x {format_count(round(blocks))} elements{_experts(anatomy)}"),
         (
             "forward, attention",
-            _attention(anatomy, 0, attended_tokens),
-            f"4 x {attended_tokens:.0f} tokens x {width} query width x {anatomy.num_blocks} blocks",
+            _attention(anatomy, first, attended_tokens),
+            f"4 x {attended_tokens:.0f} tokens x {width} query width x {anatomy.num_blocks - first} blocks",
         ),
         ("forward, head", 2.0 * head, f"2 x {format_count(head_elements(anatomy, num_classes))} elements{where}"),
     )
@@ -65,10 +74,11 @@ def train_terms(
     num_classes: int = 0,
     supervised_share: float = 1.0,
     head_twice: bool = False,
+    stored_trunk: bool = False,
 ) -> tuple[FlopTerm, ...]:
     """One training step, per token. N elements multiply, a share k of them above the cut.
 
-    - The forward pass, 2N (`forward_terms`).
+    - The forward pass, 2N (`forward_terms`); with a stored trunk 2kN, and no attention below the cut.
     - Gradients of activations, from the loss down to the cut: 2 an element of the head and of the blocks there; none
       where only the head learns. Below the cut nothing has a gradient.
     - Gradients of weights: 2 an element that learns. So full tuning is 6N, LoRA on every block 4N, above a cut 2N + 2kN.
@@ -83,7 +93,8 @@ def train_terms(
     An upper bound, by under 1% for 16 blocks and more: with LoRA the first matrices at the cut need no gradient of their
     input, and are counted as if they did.
     """
-    forward = forward_terms(anatomy, attended_tokens, num_classes, supervised_share=supervised_share)
+    first = selection.cut if stored_trunk else 0
+    forward = forward_terms(anatomy, attended_tokens, num_classes, supervised_share=supervised_share, first=first)
     if not selection.trainable and not selection.adapted:
         return forward
     through = selection.cut < anatomy.num_blocks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,14 @@ from orchestrator.train.trunk.build import TrunkBuilder, random_below, trunk_key
 from orchestrator.train.trunk.cache import TrunkCache
 from orchestrator.train.trunk.chunks import Chunks, DiskChunks, MemoryChunks
 from orchestrator.train.trunk.states import TrunkStates
+
+MEMORY_SHARE = 0.25
+"""Of the memory that is free, what stored states may take where no disk has room."""
+
+
+def default_folder() -> Path:
+    """The user's cache folder on this machine, or where ORCHESTRATOR_CACHE says."""
+    return Path(os.environ.get("ORCHESTRATOR_CACHE") or Path.home() / ".cache" / "orchestrator") / "trunk"
 
 
 class TrunkLibrary:
@@ -80,6 +89,8 @@ class TrunkLibrary:
         for path in wanted:
             tokens = self._load_set(path)
             chunks = self._chunks(plan, tokens, note, partitioned=partitioned)
+            if chunks is None:
+                continue
             for cut, states in builder.build(tokens, chunks).items():
                 self._states[path, cut] = states
         return time.perf_counter() - started
@@ -95,21 +106,24 @@ class TrunkLibrary:
 
     def _chunks(
         self, plan: TrunkPlan, tokens: TokenizedSet, note: Callable[[str], None], *, partitioned: bool
-    ) -> dict[int, Chunks]:
-        """On disk where it has room, for other processes and later sweeps; else in memory."""
+    ) -> dict[int, Chunks] | None:
+        """By cut: on disk where it has room, for other processes and later sweeps; else in memory, where that has. None
+        where it has not, on every rank alike."""
         num_bytes = tokens.num_tokens * self._base.anatomy.hidden_size * self._base.dtype.itemsize
         folders = self._folders(plan, tokens, num_bytes, partitioned=partitioned)
         without = sum(folder is None for folder in folders)
-        if plan.folder and without:
-            note(f"{without} of {len(folders)} stored trunks have no room on disk and are kept in memory")
+        fits = without * num_bytes <= MEMORY_SHARE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        where = "kept in memory" if fits else "not stored: memory has no room either"
+        if without:
+            note(f"{without} of {len(folders)} stored trunks have no room on disk and are {where}")
+        if not all(self._ranks.gather(fits)):
+            return None
         return {
             cut: MemoryChunks() if folder is None else DiskChunks(folder, self._base.anatomy.hidden_size, self._base.dtype)
             for cut, folder in zip(plan.cuts, folders, strict=True)
         }
 
     def _folders(self, plan: TrunkPlan, tokens: TokenizedSet, num_bytes: int, *, partitioned: bool) -> Sequence[Path | None]:
-        if not plan.folder:
-            return [None] * len(plan.cuts)
         fingerprint = self._fingerprint
         if partitioned:
             fingerprint = {
@@ -118,7 +132,7 @@ class TrunkLibrary:
                 for name, part in parts.items()
             }
         if self._cache is None:
-            self._cache = TrunkCache(Path(plan.folder), plan.max_bytes)
+            self._cache = TrunkCache(Path(plan.folder) if plan.folder else default_folder(), plan.max_bytes)
         try:
             return [self._cache.open(trunk_key(self._base, fingerprint, tokens, cut), num_bytes) for cut in plan.cuts]
         except OSError:

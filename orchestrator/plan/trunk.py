@@ -1,0 +1,111 @@
+"""Whether the trunk is computed once and stored: decided by what it costs against what it saves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from orchestrator.anatomy import select
+from orchestrator.anatomy.values import ModelAnatomy
+from orchestrator.plan.cost.estimate import expected_rungs, expected_steps, planned_options
+from orchestrator.plan.cost.flops import attention_width, block_flops_per_token
+from orchestrator.plan.estimates import Rate
+from orchestrator.plan.values import RunPlan, TrunkPlan
+from orchestrator.spec.models import JobSpec
+from orchestrator.units import format_bytes, format_count
+
+READ_BYTES_PER_S = 1e9
+"""What stored states are counted to be read at: assumed. A page cache gives several times that, an NVMe disk two to seven
+(vendors' data sheets), a network volume less."""
+WRITE_BYTES_PER_S = 0.5e9
+"""Likewise, written and synced."""
+
+
+@dataclass(frozen=True)
+class CutUse:
+    """What trials make of the hidden states at one cut."""
+
+    cut: int
+    tokens: float
+    """Trained on or scored, over all trials that begin there, as the run is expected to go."""
+    flops_per_token: float
+    """Of the blocks below it."""
+
+
+def plan_trunk(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, rate: Rate) -> tuple[TrunkPlan | None, str]:
+    """(what is stored, why). The plan has its options, its execution and its data.
+
+    One forward pass over the sets, to the highest cut that is stored, is weighed against the blocks below each trial's cut at
+    every token that it trains on or is scored on; reading and writing the states counts too, where the rate of the machine is
+    known. A cut is left out where it does not pay, or where the budget has no room.
+    """
+    if spec.resources.cache_bytes == 0:
+        return None, "the trunk is computed at every step: resources.cache_bytes is 0"
+    if anatomy.dropout:
+        return None, f"the trunk is computed at every step: {anatomy.dropout} draws other numbers each time"
+    sets = plan.data.train_tokens + plan.data.eval_tokens + plan.data.retain_tokens
+    state_bytes = anatomy.hidden_size * (2 if plan.execution.dtype == "bfloat16" else 4)
+    budget = spec.resources.cache_bytes
+    uses = sorted(_uses(plan, anatomy), key=lambda use: use.cut)
+    if not uses:
+        return None, "every trial learns from the first block up: there is no trunk to store"
+    if budget != "auto":
+        room = int(budget // (sets * state_bytes))
+        uses = sorted(sorted(uses, key=lambda use: -use.tokens * use.flops_per_token)[:room], key=lambda use: use.cut)
+        if not uses:
+            return None, f"the trunk is computed at every step: one cut takes {format_bytes(sets * state_bytes)}"
+    chosen = _worthwhile(uses, sets, state_bytes, rate)
+    if not chosen:
+        return None, "the trunk is computed at every step: storing it would take longer than it saves"
+    cuts = tuple(use.cut for use in chosen)
+    num_bytes = len(cuts) * sets * state_bytes
+    saved = sum(use.tokens * use.flops_per_token for use in chosen) / (sets * chosen[-1].flops_per_token)
+    where = "block " if len(cuts) == 1 else "blocks "
+    reason = (
+        f"what enters {where}{', '.join(map(str, cuts))} is stored for {format_count(sets)} tokens, {format_bytes(num_bytes)}: "
+        f"one forward pass instead of about {saved:.3g}"
+    )
+    folder = spec.resources.cache_folder or ""
+    return TrunkPlan(cuts=cuts, num_bytes=num_bytes, folder=folder, max_bytes=None if budget == "auto" else budget), reason
+
+
+def _uses(plan: RunPlan, anatomy: ModelAnatomy) -> list[CutUse]:
+    options = planned_options(plan)
+    scored = plan.data.eval_tokens + plan.data.retain_tokens
+    if plan.search is None:
+        tokens = {option.selection.cut: float(plan.total_tokens + scored) for option in options}
+    else:
+        search, per_step = plan.search, plan.total_tokens / plan.total_steps
+        each = expected_steps(search) * per_step + expected_rungs(search) * scored
+        tokens: dict[int, float] = {}
+        for option in options:
+            cut = option.selection.cut
+            tokens[cut] = tokens.get(cut, 0.0) + each * search.num_trials / len(options)
+        head = select(anatomy, "head", "full", None, task=plan.base.task, num_classes=plan.data.num_classes).cut
+        tokens[head] = tokens.get(head, 0.0) + search.rung_steps[-1] * per_step + scored
+    width = attention_width(anatomy, plan.execution, plan.data)
+    return [CutUse(cut, count, block_flops_per_token(anatomy, width, cut)) for cut, count in tokens.items() if cut > 0]
+
+
+def _worthwhile(uses: Sequence[CutUse], sets: int, state_bytes: int, rate: Rate) -> list[CutUse]:
+    """The cuts whose storing gains most together: one at a time is left out, as long as that gains."""
+    chosen = list(uses)
+    while chosen:
+        gain = _gain(chosen, sets, state_bytes, rate)
+        fewer = [[use for use in chosen if use is not left_out] for left_out in chosen]
+        best = max(fewer, key=lambda rest: _gain(rest, sets, state_bytes, rate))
+        if gain > 0 and gain >= _gain(best, sets, state_bytes, rate):
+            return chosen
+        chosen = best
+    return chosen
+
+
+def _gain(uses: Sequence[CutUse], sets: int, state_bytes: int, rate: Rate) -> float:
+    """Seconds of one rank; operations where its rate is unknown, and reading and writing count nothing."""
+    if not uses:
+        return 0.0
+    operations = sum(use.tokens * use.flops_per_token for use in uses) - sets * max(use.flops_per_token for use in uses)
+    if rate.flops is None:
+        return operations
+    read = sum(use.tokens for use in uses) * state_bytes / READ_BYTES_PER_S
+    return operations / rate.flops - read - len(uses) * sets * state_bytes / WRITE_BYTES_PER_S
