@@ -27,6 +27,7 @@ from orchestrator.plan.memory.quantized import NF4_BLOCK
 from orchestrator.plan.memory.way import Way
 from orchestrator.plan.options import Choice, search_choices, told_at
 from orchestrator.plan.placement import TRIALS_PER_GANG, Machines, candidates
+from orchestrator.plan.probe import with_probe
 from orchestrator.plan.remarks import rate_note, with_remarks
 from orchestrator.plan.values import BaseLoad, ClusterDescription, DataSize, RunPlan, SearchPlan, TrialOption
 from orchestrator.spec import LoadedSpec, require_section
@@ -131,7 +132,8 @@ def _plan_on(
     )
     plan = _with_costs(plan, anatomy, found, spec)
     _check_gpu_hours(plan, spec)
-    return with_remarks(plan, spec, anatomy, found, cluster)
+    plan = with_remarks(plan, spec, anatomy, found, cluster)
+    return with_probe(plan, spec, anatomy, gangs.way, found.room(gangs.way.ranks, gangs.num_gangs))
 
 
 def _arrange_with(head: Footprint, found: Machines, spec: JobSpec, load: Load, num_trials: int) -> Arrangement:

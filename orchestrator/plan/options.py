@@ -46,7 +46,7 @@ def search_choices(loaded: LoadedSpec, anatomy: ModelAnatomy, num_classes: int) 
     """Every different selection of `search`, in the order of the spec.
 
     Policies that come to the same selection (`last:8` and `all` on eight blocks; `head` to classify, with lora or
-    full) are one choice: the first.
+    full) are one choice: the first. A policy by score is a choice of its own until the blocks are scored.
 
     Raises:
         SelectionError: a policy that matches nothing.
@@ -60,7 +60,7 @@ def search_choices(loaded: LoadedSpec, anatomy: ModelAnatomy, num_classes: int) 
             selection = select(anatomy, layers, tune, lora_rank, task=spec.task, num_classes=num_classes)
         if tune == "lora" and not selection.adapted:
             selection = select(anatomy, layers, "full", None, task=spec.task, num_classes=num_classes)
-        key = (selection.trainable, selection.adapted, selection.lora_rank if selection.adapted else None)
+        key = (selection.pending, selection.trainable, selection.adapted, selection.lora_rank if selection.adapted else None)
         if key not in found:
             found[key] = Choice(selection, _rates(spec.search, spec.task, selection))
     return list(found.values())

@@ -6,6 +6,7 @@ from typing import Literal
 
 from orchestrator.anatomy.values import LayerSelection
 from orchestrator.plan.estimates import CostEstimate, MemoryEstimate, Placement
+from orchestrator.plan.scored import LayerScores, ProbePlan
 from orchestrator.plan.size import DataSize
 from orchestrator.spec.models import Quantize, Task, Tune
 from orchestrator.values import Value
@@ -144,6 +145,8 @@ class Assignment(Value):
     evaluate: bool = True
     predicted_memory_bytes: int | None = None
     """What the plan expects a rank to use for it; None where the plan has no figure."""
+    probe: ProbePlan | None = None
+    """Score the blocks and train nothing."""
 
 
 class EngineRecord(Value):
@@ -202,6 +205,8 @@ class RungResult(Value):
     gang: int = -1
     notes: tuple[str, ...] = ()
     """What happened by itself on the way (law 9): a micro-batch halved, a damaged checkpoint passed over."""
+    layer_scores: LayerScores | None = None
+    """What a probe found."""
 
 
 class StepReport(Value):
@@ -250,6 +255,8 @@ class SearchPlan(Value):
     concurrent_trials: int
     controls: tuple[Literal["shuffled", "scratch", "k_shot"], ...] = ()
     """Asked for beside those that every sweep has."""
+    shares: tuple[float, ...] = ()
+    """Of the summed scores of the blocks, what each option's blocks hold; empty without scores."""
 
 
 class RunPlan(Value):
@@ -275,6 +282,8 @@ class RunPlan(Value):
     """With early stopping; None without GPUs, and where their rate is unknown."""
     cost: CostEstimate | None = None
     """Where the two above come from, and what it costs beside them. None in plans of older versions."""
+    probe: ProbePlan | None = None
+    """How the blocks are scored before anything is trained; None where they are not."""
     placement: Placement | None = None
     refit_placement: Placement | None = None
     reasons: tuple[str, ...]
