@@ -11,7 +11,6 @@ from orchestrator.errors import SelectionError
 from orchestrator.spec.models import Task, Tune
 from orchestrator.spec.policy import Policy, parse_policy
 
-
 ROUNDING = 1e-9
 """A share of the blocks is a decimal fraction, and a tenth of thirty is a little more than three in binary."""
 
@@ -111,7 +110,9 @@ def _blocks(parsed: Policy, anatomy: ModelAnatomy, written: str, scores: Sequenc
             wanted = num_of_share(parsed.fraction, count)
             found = best_scored([0.0] * count if scores is None else scores, wanted)
             if len(found) < wanted:
-                raise _out_of_range(written, anatomy, f"{wanted} of the blocks by score, and {len(found)} have one", "write last:2")
+                raise _out_of_range(
+                    written, anatomy, f"{wanted} of the blocks by score, and {len(found)} have one", "write last:2"
+                )
             return found
         case _:
             return []

@@ -81,7 +81,7 @@ def _fits(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, alone: Way, room:
     element_bytes = 2 if spec.train.dtype == "bfloat16" else 4
     learning = _learning(plan, anatomy, floor)
     footprint = weigh(anatomy, learning, spec.base.quantize, element_bytes, num_classes=plan.data.num_classes)
-    spared = NOT_HELD | ({"learning weights"} if spec.base.quantize != "none" else set())
+    spared = NOT_HELD | {"learning weights"} if spec.base.quantize != "none" else NOT_HELD
     needed = (term.num_bytes for term in estimate(footprint, alone).device.terms if term.name not in spared)
     return sum(needed) <= room.device_bytes
 
@@ -119,11 +119,11 @@ def _reasons(probe: ProbePlan, waiting: Sequence[TrialOption], anatomy: ModelAna
         f"cheapest trial{over}"
     )
     if probe.floor:
-        yield f"the sums of the gradients of blocks 0 to {probe.floor - 1} do not fit: they have no score and are not chosen by one"
+        yield f"the sums of the gradients of blocks 0 to {probe.floor - 1} do not fit: no policy by score chooses these"
     for layers, count in {option.layers: _num_chosen(option, anatomy) for option in waiting}.items():
         yield (
-            f"{layers} is weighed as its worst case, {count} of the largest blocks with the cut at block 0: which blocks it means "
-            "is known when they have been scored"
+            f"{layers} is weighed as its worst case, {count} of the largest blocks with the cut at block 0: which blocks it "
+            "means is known when they have been scored"
         )
 
 

@@ -94,7 +94,7 @@ class PlannedBar:
     measured: float | None
 
 
-def _draw(name: str, size: tuple[float, float], paint: Callable[[Figure], None], description: str) -> str:
+def draw(name: str, size: tuple[float, float], paint: Callable[[Figure], None], description: str) -> str:
     """An `<svg>` of `size` inches; `name` keeps its ids apart from those of the page's other pictures."""
     with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=size, layout="constrained")
@@ -147,7 +147,7 @@ def heatmap(panels: Sequence[RateMatrix], metric: str, higher_is_better: bool) -
             bar.solids.set(rasterized=False, edgecolor="face")
 
     rows = max(len(panel.rows) for panel in panels)
-    return _draw("heatmap", (9.2, 1.7 + 0.42 * rows), paint, f"{metric} by layers and learning rate")
+    return draw("heatmap", (9.2, 1.7 + 0.42 * rows), paint, f"{metric} by layers and learning rate")
 
 
 def _cell(axis: Axes, x: int, y: int, value: float, colour: tuple[float, float, float, float]) -> None:
@@ -173,7 +173,7 @@ def curves(panels: Sequence[tuple[str, str, Sequence[Curve]]]) -> str:
             if any(line.emphasis for line in lines):
                 axis.legend(loc="best")
 
-    return _draw("curves", (9.2, 3.6), paint, "losses over training tokens")
+    return draw("curves", (9.2, 3.6), paint, "losses over training tokens")
 
 
 def _curve(axis: Axes, line: Curve) -> None:
@@ -234,7 +234,7 @@ def front(points: Sequence[TradeOff], bound: float, metric: str, higher_is_bette
         axis.set_ylabel(f"{metric} ({'up' if higher_is_better else 'down'} is better)")
         axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
 
-    return _draw("front", (9.2, 4.0), paint, f"{metric} against forgetting")
+    return draw("front", (9.2, 4.0), paint, f"{metric} against forgetting")
 
 
 def _scatter(axis: Axes, points: Sequence[TradeOff], **look: Any) -> None:
@@ -257,7 +257,7 @@ def gains(comparisons: Sequence[ComparisonRecord]) -> str:
         axis.set_ylim(len(comparisons) - 0.5, -0.5)
         axis.set_xlabel(f"gain in {comparisons[0].unit}; right of zero is better")
 
-    return _draw("gains", (9.2, 1.1 + 0.45 * len(comparisons)), paint, "gain over the controls with intervals")
+    return draw("gains", (9.2, 1.1 + 0.45 * len(comparisons)), paint, "gain over the controls with intervals")
 
 
 def memory(bars: Sequence[PlannedBar], scale: float, unit: str) -> str:
@@ -282,4 +282,4 @@ def memory(bars: Sequence[PlannedBar], scale: float, unit: str) -> str:
         axis.set_xlabel(f"{unit} per rank")
         axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
 
-    return _draw("memory", (9.2, max(2.2, 1.0 + 0.36 * len(bars))), paint, "planned and measured memory per rank")
+    return draw("memory", (9.2, max(2.2, 1.0 + 0.36 * len(bars))), paint, "planned and measured memory per rank")

@@ -231,6 +231,7 @@ def _result(assignment: Assignment, outcome: TrialOutcome, reason: str) -> RungR
         retain_loss=None if retain is None else retain.loss,
         checkpoint=None if outcome.checkpoint is None else str(outcome.checkpoint),
         engine=outcome.engine,
+        layer_scores=outcome.layer_scores,
         relieved=outcome.relieved,
         steady_tokens_per_s=outcome.steady_tokens_per_s,
         train_seconds=outcome.train_seconds,

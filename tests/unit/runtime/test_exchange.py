@@ -398,7 +398,7 @@ def test_an_estimate_that_fails_is_no_trials_failure(
         raise ZeroDivisionError
 
     async def scene(bench: Bench) -> None:
-        monkeypatch.setattr(bench.exchange._first_steps, "hear", hear)
+        monkeypatch.setattr(bench.exchange._first_steps, "_estimate", hear)
         assert (await bench.advance(bench.trial(0))).state == "done"
 
     on_bench(scene)
