@@ -26,7 +26,7 @@ def block_scores(run: RunRecords, sweep: SweepResult, found: LayerScores) -> Htm
     if not found.scores:
         return html.paragraph(f"The blocks could not be scored, and the search went on without: {found.failed}")
     caption = (
-        f"What the gradients of the untouched base say of each block's matrices, over {plural(found.num_batches, 'micro-batch')} "
+        f"What the gradients of the untouched base say of each block's matrices, over {_batches(found)} "
         f"of {plural(found.num_documents, 'training document')} ({format_count(found.num_tokens)} tokens, "
         f"{format_seconds(found.seconds)}; planned {found.share_of_trial:.1%} of a trial's operations). Blocks are chosen by the "
         f"{NORM}: gradient over weights. The {RATIO} is the mean gradient over its spread between micro-batches."
@@ -40,6 +40,10 @@ def block_scores(run: RunRecords, sweep: SweepResult, found: LayerScores) -> Htm
     picture = html.picture(_bars(panels), caption, html.table(["block", NORM, RATIO], rows, numeric=range(3)))
     chosen = html.bullets(_chosen(run.plan)) if run.plan else Html("")
     return html.join([picture, chosen, *(html.paragraph(said) for said in _agreement(run.plan, sweep, found))])
+
+
+def _batches(found: LayerScores) -> str:
+    return "1 micro-batch" if found.num_batches == 1 else f"{found.num_batches} micro-batches"
 
 
 def _figure(value: float | None) -> str:

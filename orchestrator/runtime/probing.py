@@ -119,8 +119,9 @@ def _run(prepared: Prepared, execution: ExecutionPlan, score: Callable[[Assignme
 
 def _sentence(found: LayerScores, plan: RunPlan) -> str:
     """`4 micro-batches of 60 documents, 1810 tokens, in 0.3 s: 2.1% of ... operations; top:0.5 is blocks 2, 3`."""
+    batches = "1 micro-batch" if found.num_batches == 1 else f"{found.num_batches} micro-batches"
     said = (
-        f"{found.num_batches} micro-batches of {found.num_documents} documents, {found.num_tokens} tokens, in "
+        f"{batches} of {found.num_documents} documents, {found.num_tokens} tokens, in "
         f"{found.seconds:.1f} s: {found.share_of_trial:.1%} of the cheapest trial's operations"
     )
     options = planned_options(plan)
