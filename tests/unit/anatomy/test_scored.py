@@ -34,7 +34,7 @@ def pick(policy: str, tune: Tune = "full", *, task: str = "completion", **values
 
 
 @pytest.mark.parametrize(
-    ("share", "blocks", "count"), [(0.25, 8, 2), (0.25, 7, 2), (0.01, 8, 1), (0.1, 30, 3), (0.7, 10, 7), (1.0, 8, 8)]
+    ("share", "blocks", "count"), [(0.25, 8, 2), (0.25, 7, 2), (0.01, 8, 1), (0.1, 30, 3), (0.07, 100, 7), (1.0, 8, 8)]
 )
 def test_the_share_is_rounded_up_and_at_least_one(share: float, blocks: int, count: int) -> None:
     assert num_of_share(share, blocks) == count

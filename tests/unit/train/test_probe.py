@@ -148,8 +148,11 @@ def test_the_base_is_bit_for_bit_what_it_was(llama_folder: Callable[..., Path], 
 
 def test_gradient_checkpointing_changes_no_score(llama_folder: Callable[..., Path], base_of: Callable[..., LoadedBase]) -> None:
     base = base_of(llama_folder())
+    plain, calls = scored(base), list[int]()
+    base.model.get_submodule(f"{base.anatomy.blocks_module}.1.mlp").register_forward_pre_hook(lambda *_: calls.append(1))
     again = scored(base, execution=EXECUTION.model_copy(update={"checkpointing": True}))
-    assert again.scores == pytest.approx(scored(base).scores, rel=1e-6)
+    assert again.scores == pytest.approx(plain.scores, rel=1e-6)
+    assert len(calls) == 2 * again.num_batches, "forwards once, and once again in the backward pass"
     assert all(module.training for module in base.model.modules())
 
 
@@ -158,6 +161,17 @@ def test_blocks_below_the_floor_have_no_score(llama_folder: Callable[..., Path],
     whole, part = scored(base), scored(base, PLAN.model_copy(update={"floor": 2}))
     assert part.scores[:2] == part.signal_to_noise[:2] == (None, None)
     assert part.scores[2:] == pytest.approx(whole.scores[2:], rel=1e-6)
+
+
+def test_blocks_below_the_floor_keep_nothing_for_a_backward_pass(
+    llama_folder: Callable[..., Path], base_of: Callable[..., LoadedBase]
+) -> None:
+    base, needs = base_of(llama_folder()), dict[int, bool]()
+    blocks = list(base.model.get_submodule(base.anatomy.blocks_module).children())
+    for number, block in enumerate(blocks):
+        block.register_forward_hook(lambda _, __, output, number=number: needs.update({number: output.requires_grad}))
+    scored(base, PLAN.model_copy(update={"floor": 2}))
+    assert needs == {0: False, 1: False, 2: True, 3: True}
 
 
 def test_one_micro_batch_has_no_signal_to_noise(llama_folder: Callable[..., Path], base_of: Callable[..., LoadedBase]) -> None:
