@@ -33,7 +33,7 @@ ONE_CORE = ClusterDescription(nodes=(NodeDescription(num_cpus=1, memory_bytes=8 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="scripts/bench probe", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="scripts/bench probe", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("spec", nargs="?", type=Path, default=QUICKSTART)
     parser.add_argument("--steps", type=int, default=3, help="steps of each choice")
     parser.add_argument("--json", action="store_true")

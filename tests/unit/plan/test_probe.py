@@ -119,7 +119,7 @@ def test_where_memory_is_short_the_lowest_blocks_are_not_scored(planned: Any, gp
 
 def test_scores_resolve_the_policies_and_leave_every_option_in_its_place(planned: Any, base: Any) -> None:
     plan = planned(["head", "top:0.5", "last:1", "top:0.25+head"], search={"tune": ["lora", "full"], "lora_rank": [4]})
-    scored = with_scores(plan, base("tiny"), SCORES)
+    scored: Any = with_scores(plan, base("tiny"), SCORES)
     names = [(option.layers, option.tune) for option in plan.search.options]
     assert names == [(option.layers, option.tune) for option in scored.search.options]
     by_name = {option.layers: option.selection for option in scored.search.options}

@@ -168,8 +168,12 @@ def test_blocks_below_the_floor_keep_nothing_for_a_backward_pass(
 ) -> None:
     base, needs = base_of(llama_folder()), dict[int, bool]()
     blocks = list(base.model.get_submodule(base.anatomy.blocks_module).children())
+
+    def listen(number: int) -> Callable[..., None]:
+        return lambda _, __, output: needs.update({number: output.requires_grad})
+
     for number, block in enumerate(blocks):
-        block.register_forward_hook(lambda _, __, output, number=number: needs.update({number: output.requires_grad}))
+        block.register_forward_hook(listen(number))
     scored(base, PLAN.model_copy(update={"floor": 2}))
     assert needs == {0: False, 1: False, 2: True, 3: True}
 
