@@ -27,8 +27,9 @@ from orchestrator.plan.memory.quantized import NF4_BLOCK
 from orchestrator.plan.memory.way import Way
 from orchestrator.plan.options import Choice, search_choices, told_at
 from orchestrator.plan.placement import TRIALS_PER_GANG, Machines, candidates
-from orchestrator.plan.probe import with_probe
+from orchestrator.plan.probe import with_probe, with_scores
 from orchestrator.plan.remarks import rate_note, with_remarks
+from orchestrator.plan.scored import LayerScores
 from orchestrator.plan.values import BaseLoad, ClusterDescription, DataSize, RunPlan, SearchPlan, TrialOption
 from orchestrator.spec import LoadedSpec, require_section
 from orchestrator.spec.models import JobSpec
@@ -42,8 +43,12 @@ def make_plan(
     *,
     job: Literal["sweep", "finetune"],
     spec_sha256: str,
+    scores: LayerScores | None = None,
 ) -> RunPlan:
     """Decide everything before anything runs.
+
+    Args:
+        scores: Of the blocks, where an earlier submission of the run has scored them.
 
     Raises:
         SpecError: the spec has no section for the job.
@@ -59,9 +64,9 @@ def make_plan(
     _check_quantizable(spec, anatomy, whole)
 
     def on(found: Machines) -> RunPlan:
-        return _plan_on(found, loaded, anatomy, data, cluster, choices, job=job, spec_sha256=spec_sha256)
+        return _plan_on(found, loaded, anatomy, data, cluster, choices, job=job, spec_sha256=spec_sha256, scores=scores)
 
-    return _cheapest_plan(on, [whole, *parts])
+    return with_scores(_cheapest_plan(on, [whole, *parts]), anatomy, scores)
 
 
 def _cheapest_plan(on: Callable[[Machines], RunPlan], machines: Sequence[Machines]) -> RunPlan:
@@ -94,6 +99,7 @@ def _plan_on(
     *,
     job: Literal["sweep", "finetune"],
     spec_sha256: str,
+    scores: LayerScores | None,
 ) -> RunPlan:
     spec = loaded.spec
     load = Load(
@@ -133,7 +139,8 @@ def _plan_on(
     plan = _with_costs(plan, anatomy, found, spec)
     _check_gpu_hours(plan, spec)
     plan = with_remarks(plan, spec, anatomy, found, cluster)
-    return with_probe(plan, spec, anatomy, gangs.way, found.room(gangs.way.ranks, gangs.num_gangs))
+    room = found.room(gangs.way.ranks, gangs.num_gangs)
+    return with_probe(plan, spec, anatomy, gangs.way, room, are_scored=scores is not None)
 
 
 def _arrange_with(head: Footprint, found: Machines, spec: JobSpec, load: Load, num_trials: int) -> Arrangement:

@@ -27,31 +27,35 @@ NOT_HELD = {"masters", "Adam's moments", "copy to restore", "host: copy to resto
 """What training the same blocks holds and the probe does not: it has no optimizer and changes nothing."""
 
 
-def with_probe(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, way: Way, room: RankRoom) -> RunPlan:
+def with_probe(
+    plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, way: Way, room: RankRoom, *, are_scored: bool = False
+) -> RunPlan:
     """The plan with its probe, where there is one, and the reasons for it.
 
     Args:
         way: How the gang that runs it trains.
         room: Of each of its ranks.
+        are_scored: Whether the run knows the scores: then these gangs need not be able to find them.
 
     Raises:
         PlanError: a policy by score, where the blocks that it chooses among cannot be scored.
     """
     options = planned_options(plan)
     waiting = [option for option in options if option.selection.pending]
+    unknown = [] if are_scored else waiting
     choices = {option.selection.blocks for option in options if option.selection.blocks}
     if not waiting and not (plan.search is not None and spec.search is not None and spec.search.probe and len(choices) > 1):
         return plan
     if way.zero_stage == 3:
-        return _unprobed(plan, waiting, "under ZeRO-3 no rank has the whole gradient of a matrix", "a lower resources.zero")
+        return _unprobed(plan, unknown, "under ZeRO-3 no rank has the whole gradient of a matrix", "a lower resources.zero")
     alone = replace(way, executor="torch", ranks=1, zero_stage=0, offload="none", micro_batch_rows=1)
     floor = bisect_left(range(anatomy.num_blocks), True, key=partial(_fits, plan, spec, anatomy, alone, room))
     if floor == anatomy.num_blocks:
-        return _unprobed(plan, waiting, "the sums of not even one block's gradients fit beside the base", "more memory")
+        return _unprobed(plan, unknown, "the sums of not even one block's gradients fit beside the base", "more memory")
     wanted = max((_num_chosen(option, anatomy) for option in waiting), default=0)
     if wanted > anatomy.num_blocks - floor:
         fitting = f"the sums of no more than {anatomy.num_blocks - floor} blocks' gradients fit beside the base"
-        return _unprobed(plan, waiting, fitting, "a smaller share, more memory")
+        return _unprobed(plan, unknown, fitting, "a smaller share, more memory")
     most_rows = way.micro_batch_rows
     while most_rows > 1 and not _fits(plan, spec, anatomy, replace(alone, micro_batch_rows=most_rows), room, floor):
         most_rows //= 2

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from orchestrator.anatomy import ModelAnatomy, read_anatomy, resolve_base
 from orchestrator.data import DataSummary, data_size, prepare_data
 from orchestrator.errors import UsageError
-from orchestrator.plan import make_plan, with_scores
+from orchestrator.plan import make_plan
 from orchestrator.plan.scored import LayerScores
 from orchestrator.plan.values import ClusterDescription, DataPaths, RunPlan, TrainSettings
 from orchestrator.runtime.places import output_root
@@ -102,8 +102,8 @@ def prepare(
     if cluster is None:
         assert known is not None, "a run that ended was planned"
         return Prepared(spec, run, anatomy, data, known)
-    plan = make_plan(loaded, anatomy, size, cluster(), job=job, spec_sha256=spec_sha256(spec, job))
-    plan = with_scores(plan, anatomy, read_scores(run))
+    sha256, scores = spec_sha256(spec, job), read_scores(run)
+    plan = make_plan(loaded, anatomy, size, cluster(), job=job, spec_sha256=sha256, scores=scores)
     write_json(run.plan, plan)
     for warning in plan.warnings:
         view.event("warning", warning)

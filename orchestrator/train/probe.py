@@ -114,10 +114,10 @@ def score_blocks(
     mean over the B micro-batches, and w the matrices' own elements (of a quantized base the dequantized ones):
 
     - relative gradient norm: |m| / |w| (Auto-RGN: Lee et al. 2022, "Surgical fine-tuning improves adaptation to distribution
-      shifts", section 5);
-    - signal-to-noise ratio: |m| / sqrt(sum over b of |g_b - m|^2 / (B - 1)). The same paper's Auto-SNR takes the mean over the
-      standard deviation element by element and averages; here both are summed over the block first, so that one sum and
-      one number a matrix are all that is kept (the ratio's inverse square is the noise scale of McCandlish et al. 2018).
+      shifts");
+    - signal-to-noise ratio: |m| / sqrt(sum over b of |g_b - m|^2 / (B - 1)). The same paper's Auto-SNR compares mean and
+      variance element by element and averages; here both are summed over the block first, so that one sum and one number a
+      matrix are all that is kept (the ratio's inverse square is the noise scale of McCandlish et al. 2018).
 
     Dropout is off. A matrix's gradient is let go of as soon as it is added: what stays is 4 bytes an element, whatever B.
 

@@ -104,6 +104,14 @@ def test_zero3_refuses_a_policy_by_score_and_scores_nothing(planned: Any, gpus: 
     assert any("not scored" in note for note in plan.notes)
 
 
+def test_a_run_whose_blocks_are_scored_may_go_on_under_zero3(base: Any, job: Any, gpus: Any, data: Any) -> None:
+    loaded = job(search={"layers": ["last:1", "top:0.5"]}, resources={"ranks_per_gang": 2, "zero": 3})
+    plan = make_plan(loaded, base("tiny"), data(), gpus(), job="sweep", spec_sha256="0" * 64, scores=SCORES)
+    assert plan.probe is None
+    assert plan.search is not None
+    assert plan.search.options[1].selection.blocks == (1, 3)
+
+
 def test_where_memory_is_short_the_lowest_blocks_are_not_scored(planned: Any, gpus: Any, base: Any) -> None:
     small = gpus(nodes=1, each=1, memory=24)
     plan = planned(["last:1", "last:2"], shape="8b", cluster=small, quantize="nf4")
