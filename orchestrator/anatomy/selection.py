@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from itertools import chain
 
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
@@ -10,9 +11,19 @@ from orchestrator.errors import SelectionError
 from orchestrator.spec.models import Task, Tune
 from orchestrator.spec.policy import Policy, parse_policy
 
+ROUNDING = 1e-9
+"""A share of the blocks is a decimal fraction, and a tenth of thirty is a little more than three in binary."""
+
 
 def select(
-    anatomy: ModelAnatomy, policy: str, tune: Tune, lora_rank: int | None, *, task: Task, num_classes: int = 0
+    anatomy: ModelAnatomy,
+    policy: str,
+    tune: Tune,
+    lora_rank: int | None,
+    *,
+    task: Task,
+    num_classes: int = 0,
+    scores: Sequence[float | None] | None = None,
 ) -> LayerSelection:
     """Sort every parameter into trainable, adapted and frozen, and find the cut.
 
@@ -22,15 +33,19 @@ def select(
     projection: it trains its own new classifier under every policy but `none`, together with what else the checkpoint
     lacks (`ModelAnatomy.new_tensors`); there `head` is that classifier alone, which `full` trains whatever `tune` says.
 
+    `top:F` means the best-scored blocks, `num_of_share` of them. Without scores the selection is `pending`; a share of 1
+    is every block and needs none.
+
+    Args:
+        scores: Of each block, the higher the better; None for a block that was not scored and cannot be chosen.
+
     Raises:
         SelectionError: no policy, a block that the base does not have, LoRA without a rank, an encoder for a
-            task that writes text, fewer than two classes.
+            task that writes text, fewer than two classes, fewer blocks with a score than are asked for.
     """
     parsed = parse_policy(policy)
-    if parsed.kind == "top":
-        raise SelectionError(f"{policy!r}: choosing blocks by score is not supported yet", remedy="write for example last:2")
     if task == "classify":
-        parsed = Policy(parsed.kind, parsed.count, parsed.ranges)
+        parsed = Policy(parsed.kind, parsed.count, parsed.ranges, parsed.fraction)
         if num_classes < 2 and parsed.kind != "none":
             raise SelectionError(f"{num_classes} classes", expected="at least two", remedy="check the label column")
     elif anatomy.kind == "encoder":
@@ -39,15 +54,39 @@ def select(
             expected="a decoder, or `task: classify`",
             remedy="take a base that writes text, of the llama, mistral or qwen layout for example",
         )
-    blocks = _blocks(parsed, anatomy, policy)
+    pending = parsed.kind == "top" and scores is None and num_of_share(parsed.fraction, anatomy.num_blocks) < anatomy.num_blocks
+    blocks = _largest(parsed, anatomy) if pending else _blocks(parsed, anatomy, policy, scores)
     wants_head = parsed.with_head or parsed.kind == "head"
     head = [anatomy.head_weight] if wants_head and task != "classify" else []
     if tune == "lora" and (blocks or head):
-        return _lora(anatomy, parsed, blocks, head, lora_rank, task, num_classes)
-    return _full(anatomy, parsed, blocks, head, task, num_classes)
+        selection = _lora(anatomy, parsed, blocks, head, lora_rank, task, num_classes)
+    else:
+        selection = _full(anatomy, parsed, blocks, head, task, num_classes)
+    return selection.model_copy(update={"pending": True, "cut": 0}) if pending else selection
 
 
-def _blocks(parsed: Policy, anatomy: ModelAnatomy, written: str) -> list[int]:
+def num_of_share(share: float, num_blocks: int) -> int:
+    """Blocks of `top:F`: the share rounded up, at least one."""
+    return max(1, math.ceil(share * num_blocks - ROUNDING))
+
+
+def best_scored(scores: Sequence[float | None], count: int) -> list[int]:
+    """The blocks with the highest scores, ascending; of equal ones those nearer to the output.
+
+    Returns:
+        Fewer than `count` where fewer have a score.
+    """
+    scored = [(score, block) for block, score in enumerate(scores) if score is not None]
+    return sorted(block for _, block in sorted(scored, reverse=True)[:count])
+
+
+def _largest(parsed: Policy, anatomy: ModelAnatomy) -> list[int]:
+    """As many of the largest blocks as `top:` asks for, ascending."""
+    sizes = [sum(anatomy.tensors[name].num_elements for name in block) for block in anatomy.blocks]
+    return best_scored(sizes, num_of_share(parsed.fraction, anatomy.num_blocks))
+
+
+def _blocks(parsed: Policy, anatomy: ModelAnatomy, written: str, scores: Sequence[float | None] | None) -> list[int]:
     """Numbers of the blocks that learn, ascending."""
     count = anatomy.num_blocks
     match parsed.kind:
@@ -67,6 +106,14 @@ def _blocks(parsed: Policy, anatomy: ModelAnatomy, written: str) -> list[int]:
                 )
                 raise _out_of_range(written, anatomy, f"block {outside}", f"did you mean {near}?")
             return numbers
+        case "top":
+            wanted = num_of_share(parsed.fraction, count)
+            found = best_scored([0.0] * count if scores is None else scores, wanted)
+            if len(found) < wanted:
+                raise _out_of_range(
+                    written, anatomy, f"{wanted} of the blocks by score, and {len(found)} have one", "write last:2"
+                )
+            return found
         case _:
             return []
 
@@ -124,6 +171,7 @@ def _full(
         adapted=(),
         frozen=tuple(name for name in _stored_names(anatomy, task) if name not in taken),
         cut=min(blocks, default=anatomy.num_blocks),
+        blocks=tuple(blocks),
         unties_head=bool(head) and anatomy.tied,
         new_classifier=bool(new),
         num_trainable_parameters=elements + _new_elements(anatomy, task, parsed, num_classes),
@@ -156,6 +204,7 @@ def _lora(
         adapted=tuple(adapted + head),
         frozen=tuple(name for name in _stored_names(anatomy, task) if name not in taken),
         cut=min(blocks, default=anatomy.num_blocks),
+        blocks=tuple(blocks),
         unties_head=bool(head) and anatomy.tied,
         new_classifier=bool(new),
         num_trainable_parameters=lora_rank * axes + _new_elements(anatomy, task, parsed, num_classes),

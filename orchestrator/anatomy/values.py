@@ -126,6 +126,11 @@ class LayerSelection(Value):
     frozen: tuple[str, ...]
     cut: int
     """First block that holds anything that learns; `num_blocks` when only a head learns or nothing does."""
+    blocks: tuple[int, ...] = ()
+    """The blocks that learn, ascending. Empty in plans of older versions."""
+    pending: bool = False
+    """A policy by score whose blocks are not known yet. As many of the largest blocks stand in, with the cut at 0: no choice
+    weighs more. It is planned with and never trained."""
     unties_head: bool = False
     """The tied output projection is copied before training."""
     new_classifier: bool = False

@@ -13,9 +13,10 @@ when memory runs out all the same. Nothing here does I/O but `read_cluster_file`
 from orchestrator.plan.build import make_plan
 from orchestrator.plan.cluster import read_cluster_file
 from orchestrator.plan.options import grid_points
+from orchestrator.plan.probe import with_scores
 from orchestrator.plan.size import estimate_data_size
 from orchestrator.plan.steps import rung_steps
-from orchestrator.plan.trials import head_control, make_assignment, make_trial, none_control, shuffled_control
+from orchestrator.plan.trials import head_control, make_assignment, make_trial, none_control, probe_trial, shuffled_control
 from orchestrator.plan.view import plan_lines
 
 __all__ = [
@@ -27,7 +28,9 @@ __all__ = [
     "make_trial",
     "none_control",
     "plan_lines",
+    "probe_trial",
     "read_cluster_file",
     "rung_steps",
     "shuffled_control",
+    "with_scores",
 ]

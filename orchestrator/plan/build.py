@@ -27,7 +27,9 @@ from orchestrator.plan.memory.quantized import NF4_BLOCK
 from orchestrator.plan.memory.way import Way
 from orchestrator.plan.options import Choice, planned_points, search_choices, told_at
 from orchestrator.plan.placement import TRIALS_PER_GANG, Machines, candidates
+from orchestrator.plan.probe import with_probe, with_scores
 from orchestrator.plan.remarks import rate_note, with_remarks
+from orchestrator.plan.scored import LayerScores
 from orchestrator.plan.trunk import plan_trunk
 from orchestrator.plan.values import BaseLoad, ClusterDescription, DataSize, RunPlan, SearchPlan, TrialOption
 from orchestrator.spec import LoadedSpec, require_section
@@ -42,8 +44,12 @@ def make_plan(
     *,
     job: Literal["sweep", "finetune"],
     spec_sha256: str,
+    scores: LayerScores | None = None,
 ) -> RunPlan:
     """Decide everything before anything runs.
+
+    Args:
+        scores: Of the blocks, where an earlier submission of the run has scored them.
 
     Raises:
         SpecError: the spec has no section for the job.
@@ -59,9 +65,9 @@ def make_plan(
     _check_quantizable(spec, anatomy, whole)
 
     def on(found: Machines) -> RunPlan:
-        return _plan_on(found, loaded, anatomy, data, cluster, choices, job=job, spec_sha256=spec_sha256)
+        return _plan_on(found, loaded, anatomy, data, cluster, choices, job=job, spec_sha256=spec_sha256, scores=scores)
 
-    return _cheapest_plan(on, [whole, *parts])
+    return with_scores(_cheapest_plan(on, [whole, *parts]), anatomy, scores)
 
 
 def _cheapest_plan(on: Callable[[Machines], RunPlan], machines: Sequence[Machines]) -> RunPlan:
@@ -94,6 +100,7 @@ def _plan_on(
     *,
     job: Literal["sweep", "finetune"],
     spec_sha256: str,
+    scores: LayerScores | None,
 ) -> RunPlan:
     spec = loaded.spec
     load = Load(
@@ -133,7 +140,9 @@ def _plan_on(
     trunk, reason = plan_trunk(plan, spec, anatomy, cost.rate_of(found))
     plan = _with_costs(plan.model_copy(update={"trunk": trunk}), anatomy, found, spec)
     _check_gpu_hours(plan, spec)
-    return with_remarks(plan.model_copy(update={"notes": (*plan.notes, reason)}), spec, anatomy, found, cluster)
+    plan = with_remarks(plan.model_copy(update={"notes": (*plan.notes, reason)}), spec, anatomy, found, cluster)
+    room = found.room(gangs.way.ranks, gangs.num_gangs)
+    return with_probe(plan, spec, anatomy, gangs.way, room, are_scored=scores is not None)
 
 
 def _arrange_with(head: Footprint, found: Machines, spec: JobSpec, load: Load, num_trials: int) -> Arrangement:

@@ -20,7 +20,7 @@ rate ten times that of pretrained weights."""
 
 DEFAULT_LORA_RANK = 16
 """Of a fixed point that gives none, as in a search that gives none."""
-_Key = tuple[tuple[str, ...], tuple[str, ...], int | None]
+_Key = tuple[object, ...]
 
 
 class Choice(NamedTuple):
@@ -61,7 +61,7 @@ def search_choices(loaded: LoadedSpec, anatomy: ModelAnatomy, num_classes: int) 
     """Every different selection of `search`, in the order of the spec.
 
     Policies that come to the same selection (`last:8` and `all` on eight blocks; `head` to classify, with lora or
-    full) are one choice: the first.
+    full) are one choice: the first. A policy by score is a choice of its own until the blocks are scored.
 
     Raises:
         SelectionError: a policy that matches nothing.
@@ -113,7 +113,7 @@ def _selection(asked: _Asked, anatomy: ModelAnatomy, task: Task, num_classes: in
 
 def _key(selection: LayerSelection) -> _Key:
     """Equal for policies that come to the same."""
-    return selection.trainable, selection.adapted, selection.lora_rank if selection.adapted else None
+    return selection.pending, selection.trainable, selection.adapted, selection.lora_rank if selection.adapted else None
 
 
 def _rates(search: SearchSpec, task: Task, selection: LayerSelection) -> tuple[float, float]:

@@ -8,6 +8,7 @@ from typing import Literal
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, select
 from orchestrator.plan.options import head_rates
 from orchestrator.plan.relief import SAME_GANG
+from orchestrator.plan.scored import ProbePlan
 from orchestrator.plan.values import (
     Assignment,
     DataPaths,
@@ -22,6 +23,8 @@ from orchestrator.values import content_hash
 
 CONTROL_NUMBERS = {"none": -3, "head": -2, "shuffled": -1}
 """Controls stand before the searched trials, which count from 0."""
+PROBE = "probe"
+"""The name of the work that scores the blocks. It is the untouched base's, and no trial: nothing of it is in the ledger."""
 
 
 def make_trial(
@@ -61,6 +64,12 @@ def none_control(plan: RunPlan, anatomy: ModelAnatomy, seed: int) -> tuple[Trial
     return _control(plan, "none", selection, 0.0, seed), selection
 
 
+def probe_trial(plan: RunPlan, anatomy: ModelAnatomy, seed: int) -> tuple[TrialSpec, LayerSelection]:
+    """The untouched base once more, to be scored block by block."""
+    trial, selection = none_control(plan, anatomy, seed)
+    return trial.model_copy(update={"trial_id": PROBE, "number": CONTROL_NUMBERS["none"] - 1}), selection
+
+
 def head_control(plan: RunPlan, anatomy: ModelAnatomy, spec: JobSpec, seed: int) -> tuple[TrialSpec, LayerSelection]:
     """Feature extraction: only the head learns, at the middle (geometric mean) of its learning-rate range."""
     selection = _select(plan, anatomy, "head")
@@ -93,13 +102,16 @@ def make_assignment(
     keep_optimizer: bool = True,
     checkpoint_every_steps: int = 0,
     evaluate: bool = True,
+    probe: ProbePlan | None = None,
 ) -> Assignment:
     """All that a gang needs to carry `trial` to `stop_step`, by the plan's execution unless another is given.
 
     Args:
         folder: The trial's folder.
         start: The rung's folder to go on from; None starts at step 0.
+        probe: Score the blocks instead of training.
     """
+    assert not selection.pending, "blocks are scored before anything is trained"
     return Assignment(
         trial=trial,
         selection=selection,
@@ -116,6 +128,7 @@ def make_assignment(
         evaluate=evaluate,
         trunk=plan.trunk if trial.control != "none" else None,
         predicted_memory_bytes=_predicted_memory_bytes(plan, trial, execution or plan.execution),
+        probe=probe,
     )
 
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from orchestrator.anatomy.values import LayerSelection
 from orchestrator.plan.estimates import CostEstimate, MemoryEstimate, Placement
+from orchestrator.plan.scored import LayerScores, ProbePlan
 from orchestrator.plan.size import DataSize
 from orchestrator.spec.models import Quantize, Task, Tune
 from orchestrator.values import Value
@@ -158,6 +159,8 @@ class Assignment(Value):
     trunk: TrunkPlan | None = None
     predicted_memory_bytes: int | None = None
     """What the plan expects a rank to use for it; None where the plan has no figure."""
+    probe: ProbePlan | None = None
+    """Score the blocks and train nothing."""
 
 
 class EngineRecord(Value):
@@ -222,6 +225,8 @@ class RungResult(Value):
     gang: int = -1
     notes: tuple[str, ...] = ()
     """What happened by itself on the way (law 9): a micro-batch halved, a damaged checkpoint passed over."""
+    layer_scores: LayerScores | None = None
+    """What a probe found."""
 
 
 class StepReport(Value):
@@ -279,6 +284,8 @@ class SearchPlan(Value):
     """Asked for beside those that every sweep has."""
     points: tuple[PlannedPoint, ...] = ()
     """The trials of `fixed`, in order."""
+    shares: tuple[float, ...] = ()
+    """Of the summed scores of the blocks, what each option's blocks hold; empty without scores."""
 
 
 class RunPlan(Value):
@@ -304,6 +311,8 @@ class RunPlan(Value):
     """With early stopping; None without GPUs, and where their rate is unknown."""
     cost: CostEstimate | None = None
     """Where the two above come from, and what it costs beside them. None in plans of older versions."""
+    probe: ProbePlan | None = None
+    """How the blocks are scored before anything is trained; None where they are not."""
     placement: Placement | None = None
     refit_placement: Placement | None = None
     trunk: TrunkPlan | None = None

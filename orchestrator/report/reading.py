@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from orchestrator.errors import UsageError
+from orchestrator.plan.scored import LayerScores
 from orchestrator.plan.values import EngineRecord, RungResult, RunPlan, StepReport, TrialSpec
 from orchestrator.transfer.records import EngineFigures, RungRecord, SweepResult, TransferReport, TrialRecord
 from orchestrator.values import Value
@@ -36,6 +37,8 @@ class RunRecords:
     steps: dict[str, tuple[StepReport, ...]] = field(default_factory=dict)
     """By trial id, in order of steps."""
     events: tuple[dict[str, Any], ...] = ()
+    layer_scores: LayerScores | None = None
+    """What the probe found of each block; None where there was none, or none yet."""
     data_summary: dict[str, Any] = field(default_factory=dict)
     bundle_manifest: dict[str, Any] = field(default_factory=dict)
     gaps: tuple[str, ...] = ()
@@ -76,6 +79,7 @@ def read_run(folder: Path) -> RunRecords:
         complete=finished is not None and finished.finished_at is not None,
         steps=steps,
         events=tuple(_lines(folder / "events.jsonl", gaps, dict)),
+        layer_scores=_value(folder / "layer_scores.json", LayerScores, gaps),
         data_summary=_object(folder / "data" / "summary.json", gaps),
         bundle_manifest=_object(folder / "bundle" / "manifest.json", gaps),
         results=_results(folder / "trials", gaps),

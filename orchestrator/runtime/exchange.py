@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from orchestrator.anatomy import LayerSelection
 from orchestrator.errors import OrchestratorError, TrainingError
-from orchestrator.plan.values import RungResult, TrialSpec
+from orchestrator.plan.values import Assignment, RungResult, RunPlan, TrialSpec
 from orchestrator.runtime.allowance import Allowance
 from orchestrator.runtime.assignments import (
     MAX_ATTEMPTS,
@@ -38,8 +37,6 @@ from orchestrator.runtime.gang import Gang, why_no_start
 from orchestrator.runtime.hours import HoursState, Meter, is_spent
 from orchestrator.runtime.ledger import Ledger, TrialState, is_tried_again
 from orchestrator.runtime.records import base_result, trial_record
-
-logger = logging.getLogger(__name__)
 
 
 class Exchange:
@@ -109,6 +106,15 @@ class Exchange:
         over = entry.end is not None and all(known.rung >= other.rung for other in entry.results)
         return self._answer(known, ended=over or known.state == "failed")
 
+    async def probe(self, assignment: Assignment) -> RungResult | None:
+        """Have a gang score the blocks; nothing of it stands in the ledger."""
+        return await self._hand_out(assignment)
+
+    async def replan(self, plan: RunPlan) -> None:
+        """The plan once the blocks are scored; its gangs and options are the same ones."""
+        self._orders = self._orders.model_copy(update={"plan": plan})
+        self._first_steps = FirstSteps(plan, self._orders.anatomy, self._orders.num_gangs)
+
     async def finish(self, trial_id: str, state: TrialState, reason: str = "") -> None:
         """A trial has ended: free its place at once, write its end down, drop what only a continuation needs."""
         work = self._inflight.pop(trial_id, None)
@@ -150,23 +156,25 @@ class Exchange:
 
     async def _train(self, trial: TrialSpec, selection: LayerSelection, rung: int, stop_step: int) -> RungResult | None:
         """The rung's result; None where the bound on hours came before a gang did."""
-        if self._broken is not None:
-            raise self._broken
         entry = self._ledger.get(trial.trial_id)
         assert entry is not None
         folder = str(self._ledger.folder(trial.trial_id))
-        assignment = rung_assignment(self._orders, trial, selection, folder, entry.results, rung, stop_step)
-        first = 0 if trial.control == "none" else 1
-        priority = (first, -rung, next(self._sequence))
+        return await self._hand_out(rung_assignment(self._orders, trial, selection, folder, entry.results, rung, stop_step))
+
+    async def _hand_out(self, assignment: Assignment) -> RungResult | None:
+        """Queue an assignment and await its result; None where the bound on hours came before a gang did."""
+        if self._broken is not None:
+            raise self._broken
+        trial = assignment.trial
+        priority = (0 if trial.control == "none" else 1, -assignment.rung, next(self._sequence))
         work = Work(priority, assignment, asyncio.get_running_loop().create_future())
         self._inflight[trial.trial_id] = work
         self._queue.put_nowait(work)
         self._needed.set()
         try:
-            result = await work.future
+            return await work.future
         finally:
             self._inflight.pop(trial.trial_id, None)
-        return result
 
     def _hold_back(self, trial: TrialSpec) -> Answer:
         """End a trial for want of hours, so that another submission with more of them can go on with it."""
@@ -238,7 +246,8 @@ class Exchange:
                 return
             result = known
         try:
-            self._record(result)
+            if work.assignment.probe is None:
+                self._record(result)
         except Exception as error:  # a full disk, say: whoever waits must hear of it
             if not work.future.done():
                 work.future.set_exception(error)
@@ -246,8 +255,8 @@ class Exchange:
         if not work.future.done():
             work.future.set_result(result)
         entry = self._ledger.get(result.trial_id)
-        assert entry is not None
-        self._cleaner.drop_optimizer_states(other for other in entry.results if other.rung < result.rung)
+        if entry is not None:  # a probe has none
+            self._cleaner.drop_optimizer_states(other for other in entry.results if other.rung < result.rung)
 
     def _bury(self, gang: Gang, work: Work, death: TrainingError) -> RungResult | None:
         """Leave a dead gang to be replaced; its work goes back to the queue, or its failed result is returned."""
@@ -272,11 +281,7 @@ class Exchange:
         for note in result.notes:
             self._tell("trial_note", f"{result.trial_id}: {note}", trial_id=result.trial_id, rung=result.rung)
         self._tell_trial(result.trial_id)
-        try:
-            said = self._first_steps.hear(entry.option, result)
-        except Exception:  # an estimate that fails is no trial's failure
-            logger.exception("what the first steps say about the rest is not known")
-            return
+        said = self._first_steps.hear(entry.option, result)
         if said:
             self._tell("first_steps", **said)
 

@@ -13,6 +13,7 @@ from orchestrator.runtime.joining import joins
 from orchestrator.runtime.ledger import Ledger
 from orchestrator.runtime.outcome import RunOutcome, read_outcome, summarise, write_outcome
 from orchestrator.runtime.prepare import Prepared, open_run, prepare
+from orchestrator.runtime.probing import scored_alone
 from orchestrator.spec import LoadedSpec, require_section
 from orchestrator.transfer.records import RunView, SweepResult
 
@@ -39,6 +40,7 @@ def run_finetune(loaded: LoadedSpec, *, view: RunView, address: str | None = Non
             max_forgetting=prepared.scoring.max_forgetting,
             num_trials=1,
         )
+        prepared = scored_alone(prepared, view)
         sweep = _train(prepared, view, started_at)
         return write_outcome(finish(prepared, sweep, view))
 

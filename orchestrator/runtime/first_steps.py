@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from orchestrator.anatomy import ModelAnatomy
 from orchestrator.plan.cost.calibration import MeasuredSteps, calibrated, calibration_sentence
 from orchestrator.plan.values import RungResult, RunPlan
+
+logger = logging.getLogger(__name__)
 
 
 class FirstSteps:
@@ -18,11 +21,18 @@ class FirstSteps:
         self._measured: list[MeasuredSteps] = []
 
     def hear(self, option: int | None, result: RungResult) -> dict[str, Any] | None:
-        """The event to tell, after the last result that was waited for.
+        """The event to tell, after the last result that was waited for. An estimate that fails is no trial's failure.
 
         Args:
             option: Index in the plan's options; None for a control, which does not count.
         """
+        try:
+            return self._estimate(option, result)
+        except Exception:
+            logger.exception("what the first steps say about the rest is not known")
+            return None
+
+    def _estimate(self, option: int | None, result: RungResult) -> dict[str, Any] | None:
         if option is None or result.rung > 0 or result.state != "done" or len(self._measured) >= self._wanted:
             return None
         steady = result.steady_tokens_per_s  # without the steps that warm a gang up, where the rung had more

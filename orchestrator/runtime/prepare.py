@@ -12,6 +12,7 @@ from orchestrator.anatomy import ModelAnatomy, read_anatomy, resolve_base
 from orchestrator.data import DataSummary, data_size, prepare_data
 from orchestrator.errors import UsageError
 from orchestrator.plan import make_plan
+from orchestrator.plan.scored import LayerScores
 from orchestrator.plan.values import ClusterDescription, DataPaths, RunPlan, TrainSettings
 from orchestrator.runtime.places import output_root
 from orchestrator.runtime.scoring import Scoring
@@ -101,12 +102,18 @@ def prepare(
     if cluster is None:
         assert known is not None, "a run that ended was planned"
         return Prepared(spec, run, anatomy, data, known)
-    plan = make_plan(loaded, anatomy, size, cluster(), job=job, spec_sha256=spec_sha256(spec, job))
+    sha256, scores = spec_sha256(spec, job), read_scores(run)
+    plan = make_plan(loaded, anatomy, size, cluster(), job=job, spec_sha256=sha256, scores=scores)
     write_json(run.plan, plan)
     for warning in plan.warnings:
         view.event("warning", warning)
         run.event("warning", message=warning)
     return Prepared(spec, run, anatomy, data, plan)
+
+
+def read_scores(run: RunDirectory) -> LayerScores | None:
+    """What the run's probe found, once it has been; also that it failed."""
+    return LayerScores.model_validate(read_json(run.layer_scores)) if run.layer_scores.exists() else None
 
 
 def _require_metric(loaded: LoadedSpec) -> None:

@@ -40,10 +40,10 @@ def propose(search: SearchPlan, seed: int, number: int, known: Sequence[Known], 
     """The proposal of this number.
 
     `fixed` takes the spec's points in their order. `grid` walks log-spaced rates of every option. `random` draws an option
-    and a log-uniform rate. `optuna` first visits every option once, with rates spread evenly over its range (so that no
-    layer policy is left untried by chance), then asks Optuna's TPE sampler (Bergstra et al. 2011) with all that is known.
-    What is `pending`, proposed without a score yet, counts as bad there ("constant liar"): proposals made at one time keep
-    away from each other.
+    and a log-uniform rate. `optuna` first visits every option once, those with the highest scores first where the blocks
+    were scored, with rates spread evenly over its range (so that no layer policy is left untried by chance), then asks
+    Optuna's TPE sampler (Bergstra et al. 2011) with all that is known. What is `pending`, proposed without a score yet,
+    counts as bad there ("constant liar"): proposals made at one time keep away from each other.
     """
     if search.algorithm == "fixed":
         point = search.points[number]
@@ -80,11 +80,20 @@ def _random(search: SearchPlan, seed: int, number: int) -> Proposal:
 
 
 def _initial(search: SearchPlan, seed: int, number: int) -> Proposal:
-    """Options in a seeded order; rates by van der Corput's sequence in base 2, turned by the seed."""
-    order = sorted(range(len(search.options)), key=lambda index: _uniform(seed, index, "order"))
+    """Options in `_order`; rates by van der Corput's sequence in base 2, turned by the seed."""
+    order = _order(search, seed)
     option = order[number % len(order)]
     share = (van_der_corput(number + 1) + _uniform(seed, 0, "turn")) % 1.0
     return Proposal(option, _between(search.options[option], share))
+
+
+def _order(search: SearchPlan, seed: int) -> list[int]:
+    """Every option once: those first whose blocks hold the largest share of the summed scores; equals in a seeded order.
+
+    So a choice of blocks stands before its parts, and what trains no block comes last. Without scores all are equals.
+    """
+    shares = search.shares or (0.0,) * len(search.options)
+    return sorted(range(len(search.options)), key=lambda index: (-shares[index], _uniform(seed, index, "order")))
 
 
 def _tpe(search: SearchPlan, seed: int, number: int, known: Sequence[Known], pending: Sequence[Proposal]) -> Proposal:

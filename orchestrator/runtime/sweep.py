@@ -26,6 +26,7 @@ from orchestrator.runtime.joining import joins
 from orchestrator.runtime.ledger import Ledger
 from orchestrator.runtime.outcome import RunOutcome, read_outcome, read_sweep, summarise, write_outcome
 from orchestrator.runtime.prepare import Prepared, open_run, prepare
+from orchestrator.runtime.probing import scored_in_a_gang
 from orchestrator.runtime.search import run_search
 from orchestrator.runtime.watch import Watcher
 from orchestrator.spec import LoadedSpec, require_section
@@ -53,7 +54,7 @@ def run_sweep(loaded: LoadedSpec, *, view: RunView, address: str | None = None, 
         if finished is not None:
             return finished
         stack.callback(view.close)
-        sweep = _search(prepared, view, started_at)
+        prepared, sweep = _search(prepared, view, started_at)
         outcome = finish(prepared, sweep, view)
         return write_outcome(outcome)
 
@@ -73,8 +74,14 @@ def _finished(run: RunDirectory, loaded: LoadedSpec) -> RunOutcome | None:
     return outcome if len(outcome.sweep.searched) >= loaded.spec.search.num_trials else None
 
 
-def _search(prepared: Prepared, view: RunView, started_at: float) -> SweepResult:
-    """Controls, trials, promotion, and the shuffled control of the promoted trial. The gangs are released at the end."""
+def _search(prepared: Prepared, view: RunView, started_at: float) -> tuple[Prepared, SweepResult]:
+    """Controls, the blocks' scores, trials, promotion, and the shuffled control of the promoted trial.
+
+    The gangs are released at the end.
+
+    Returns:
+        The run with its policies by score resolved, and what was found.
+    """
     spec, plan = prepared.spec, prepared.plan
     assert spec.search is not None
     assert plan.search is not None
@@ -96,6 +103,9 @@ def _search(prepared: Prepared, view: RunView, started_at: float) -> SweepResult
                 f"the untouched base could not be evaluated: {untouched.reason}",
                 remedy="mend what it says and submit the same spec again: it is evaluated anew",
             )
+        prepared = scored_in_a_gang(prepared, exchange, view)
+        plan = prepared.plan
+        assert plan.search is not None
         view.phase("search", f"{plan.search.num_trials} trials")
         last_step = plan.search.rung_steps[-1]
         head = _advance(exchange, *head_control(plan, prepared.anatomy, spec, seed), stop_step=last_step)
@@ -111,7 +121,7 @@ def _search(prepared: Prepared, view: RunView, started_at: float) -> SweepResult
         if sweep.ended_by_hours:
             view.event("ended_by_hours", sweep.ended_by_hours)
             prepared.run.event("ended_by_hours", message=sweep.ended_by_hours)
-    return sweep
+    return prepared, sweep
 
 
 def _run_shuffled(prepared: Prepared, exchange: Any, winner_id: str, view: RunView) -> None:

@@ -52,11 +52,13 @@ def _summary(inputs: BundleInputs, transfer: TransferReport) -> str:
 
 def _how_it_was_made(inputs: BundleInputs, versions: Mapping[str, str]) -> str:
     trial, selection = inputs.trial, inputs.selection
+    # A policy by score says nothing to a reader who has not the scores.
+    which = f" (blocks {', '.join(map(str, selection.blocks))})" if trial.layers.startswith("top:") else ""
     method = f"LoRA, rank {trial.lora_rank}, alpha {trial.lora_alpha}" if trial.tune == "lora" else "whole weights"
     rows = [
         ("base", f"{shown_base(inputs.base_name)}, revision {inputs.base.revision or 'not given'}"),
         ("base held as", "nf4, double quantization" if inputs.base.quantize == "nf4" else inputs.held_dtype),
-        ("layers that learned", f"`{trial.layers}`: {format_count(selection.num_trainable_parameters)} parameters"),
+        ("layers that learned", f"`{trial.layers}`{which}: {format_count(selection.num_trainable_parameters)} parameters"),
         ("method", method),
         ("learning rate", f"{trial.learning_rate:.3g}"),
         ("training", f"{trial.total_steps} steps, {format_count(trial.total_tokens)} tokens, seed {trial.seed}"),

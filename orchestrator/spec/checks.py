@@ -132,6 +132,9 @@ def _policies(spec: JobSpec) -> Iterator[Finding]:
         if policy.kind == "none":
             hint = "leave it out" if path[0] == "search" else "write for example last:2"
             yield Finding(path, "`none` trains nothing; as a control it always runs", hint)
+        if policy.kind == "top" and path[0] == "search" and spec.search is not None and not spec.search.probe:
+            message = f"{text} chooses blocks by their scores, and search.probe: false scores none"
+            yield Finding(path, message, "leave search.probe out, or name blocks", needs=(("search", "probe"), path))
 
 
 def _points(spec: JobSpec) -> Iterator[Finding]:

@@ -148,6 +148,8 @@ class SearchSpec(Section):
     """Largest accepted rise of the retention loss, nats per token."""
     budget: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Share of `train` that a trial gets at most; below 1 the winner is trained again to the full budget."""
+    probe: bool = True
+    """Whether blocks are scored by their gradients before the search, where it has more than one choice of blocks."""
     controls: tuple[Literal["shuffled", "scratch", "k_shot"], ...] = ()
     """Controls beyond `none` and `head`, which always run."""
 

@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.errors import SelectionError
 from orchestrator.spec.models import JobSpec
-from orchestrator.spec.policy import parse_policy
 from orchestrator.spec.source import KeyPath
 
 Found = Iterator[tuple[KeyPath, str]]
@@ -81,15 +79,6 @@ def _remote_code(spec: JobSpec, folder: Path) -> Found:
         yield ("base", "trust_remote_code"), "true"
 
 
-def _top(spec: JobSpec, folder: Path) -> Found:
-    for place, policy in policies_of(spec):
-        try:
-            if parse_policy(policy).kind == "top":
-                yield place, policy
-        except SelectionError:
-            continue
-
-
 def _replay(spec: JobSpec, folder: Path) -> Found:
     if spec.train.replay > 0:
         yield ("train", "replay"), f"{spec.train.replay:g}"
@@ -114,7 +103,6 @@ UNSUPPORTED = (
     Unsupported("`hub:` and object-store paths under `data`", "copy the data to a local file and give its path", _hub_data),
     Unsupported("object-store paths as `output`", "give a local or mounted folder", _remote_output),
     Unsupported("`base.quantize: int8`", "write nf4 or none", _int8),
-    Unsupported("layer policies `top:`", "name blocks, for example last:2", _top),
     Unsupported("`train.replay` above 0", "leave it at 0", _replay),
     Unsupported("`train.anchor` other than `none`", "leave it at none", _anchor),
     Unsupported("`search.controls`: `scratch` and `k_shot`", "keep `shuffled`; `none` and `head` always run", _controls),

@@ -25,8 +25,8 @@ LISTED = 20
 class RunDirectory:
     """`runs/<name>/`, held by one driver at a time; see `open`.
 
-    Layout: spec.yaml run.json base.json plan.json events.jsonl hours.json data/ trials/<id>/ tune/ refit/ bundle/ sweep.json
-    transfer.json report.html
+    Layout: spec.yaml run.json base.json plan.json layer_scores.json events.jsonl hours.json data/ trials/<id>/ tune/ refit/
+    bundle/ sweep.json transfer.json report.html
     """
 
     def __init__(self, path: Path, lock: TextIO) -> None:
@@ -109,6 +109,11 @@ class RunDirectory:
     def hours(self) -> Path:
         """What the run has used of GPUs, over all its submissions."""
         return self.path / "hours.json"
+
+    @property
+    def layer_scores(self) -> Path:
+        """What the probe found of each block; written once, before the first trial."""
+        return self.path / "layer_scores.json"
 
     @property
     def sweep(self) -> Path:

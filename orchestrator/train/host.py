@@ -137,7 +137,7 @@ class TrainHost:
     def _open_trunk(self, assignment: Assignment, note: Callable[[str], None]) -> float:
         """Seconds spent on hidden states that were not stored yet."""
         plan, execution = assignment.trunk, self._execution
-        if plan is None or not plan.cuts:
+        if plan is None or assignment.probe is not None:
             return 0.0
         rows = RowPlan.of(execution, self._ranks.rank, classify=self._base.load.task == "classify")
         head = self._base.model.get_submodule(head_name(self._base).rpartition(".")[0])
@@ -331,6 +331,7 @@ def _result(assignment: Assignment, outcome: TrialOutcome, reason: str) -> RungR
         retain_loss=None if retain is None else retain.loss,
         checkpoint=None if outcome.checkpoint is None else str(outcome.checkpoint),
         engine=outcome.engine,
+        layer_scores=outcome.layer_scores,
         relieved=outcome.relieved,
         steady_tokens_per_s=outcome.steady_tokens_per_s,
         train_seconds=outcome.train_seconds,

@@ -13,6 +13,7 @@ import torch
 
 from orchestrator.data import TokenizedSet, shuffled
 from orchestrator.errors import TrainingError
+from orchestrator.plan.scored import LayerScores, ProbePlan
 from orchestrator.plan.values import Assignment, EngineRecord, ExecutionPlan, StepReport
 from orchestrator.store import append_jsonl
 from orchestrator.train.artifacts import load_artifact
@@ -33,6 +34,7 @@ from orchestrator.train.integrity import changed_frozen
 from orchestrator.train.loop import LoopState, train_steps
 from orchestrator.train.memory import memory_in_use
 from orchestrator.train.objective import Objective, objective_of
+from orchestrator.train.probe import score_blocks
 from orchestrator.train.ranks import Ranks
 from orchestrator.train.recompute import recomputed
 from orchestrator.train.scoring import Scorer, Scores
@@ -52,6 +54,7 @@ class TrialOutcome:
     train_seconds: float = 0.0
     steady_tokens_per_s: float | None = None
     engine: EngineRecord | None = None
+    layer_scores: LayerScores | None = None
     relieved: ExecutionPlan | None = None
     """What it came down to where memory ran out."""
 
@@ -98,6 +101,9 @@ class TrialRun:
                 open_branch(self.base, assignment.selection, lora_alpha=trial.lora_alpha, seed=trial.seed, keeper=self._keeper())
             )
             objective = objective_of(self.base, branch.head(), assignment.selection.cut)
+            if assignment.probe is not None:
+                self._score_blocks(assignment.probe, objective, branch)
+                return
             if trial.control == "none" or assignment.stop_step == 0:
                 self._score_untrained(objective, stack)
                 return
@@ -243,6 +249,13 @@ class TrialRun:
             folder.mkdir(parents=True, exist_ok=True)
             for name, evaluation in self.outcome.scores.by_set().items():
                 evaluation.save(folder / f"{name}.npz")
+
+    def _score_blocks(self, plan: ProbePlan, objective: Objective, branch: Branch) -> None:
+        """Every rank has the whole base and computes the same."""
+        data = self._load_set(self.assignment.data.train)
+        seed = self.assignment.trial.seed
+        self.outcome.layer_scores = score_blocks(self.base, objective, data, plan, self.execution, seed)
+        self.prove_frozen(branch)
 
     def prove_frozen(self, branch: Branch) -> None:
         """Law 2: what did not learn is bit for bit what was loaded; every rank hears of a difference on any."""

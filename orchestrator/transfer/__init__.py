@@ -9,6 +9,7 @@ Pure functions of numbers; `records.py` holds what is written to sweep.json and 
 """
 
 from orchestrator.transfer.comparison import Comparison, paired_comparison
+from orchestrator.transfer.correlation import Correlation, rank_correlation
 from orchestrator.transfer.memory import memory_rows
 from orchestrator.transfer.promotion import Promotion, pareto_front, promote
 from orchestrator.transfer.scoring import FORGETTING_WEIGHT, WORST_SCORE, forgetting, score
@@ -19,6 +20,7 @@ __all__ = [
     "SMALLEST_GAIN",
     "WORST_SCORE",
     "Comparison",
+    "Correlation",
     "Promotion",
     "Verdict",
     "forgetting",
@@ -26,6 +28,7 @@ __all__ = [
     "paired_comparison",
     "pareto_front",
     "promote",
+    "rank_correlation",
     "score",
     "verdict",
 ]

@@ -76,7 +76,7 @@ class TrunkLibrary:
         """
         started = time.perf_counter()
         paths = dict.fromkeys(path for path in (data.train, data.eval, data.retain) if path)
-        wanted = [path for path in paths if (path, plan.cuts[0]) not in self._states]
+        wanted = [path for path in paths if any((path, cut) not in self._states for cut in plan.cuts)]
         if not wanted or self._refused:
             return 0.0
         blocks = cast("nn.ModuleList", self._base.model.get_submodule(self._base.anatomy.blocks_module))

@@ -208,7 +208,6 @@ def test_an_encoder_writes_no_text() -> None:
         ("blocks:1-3", "asks for block 3; the base has 3 blocks", "did you mean blocks:1-2?"),
         ("blocks:7", "asks for block 7", "did you mean blocks:2?"),
         ("lst:2", "no layer policy", "did you mean last:2?"),
-        ("top:0.5", "not supported yet", "last:2"),
     ],
 )
 def test_policies_that_do_not_fit_the_base(policy: str, what: str, remedy: str) -> None:

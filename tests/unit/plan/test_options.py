@@ -35,6 +35,12 @@ def test_policies_that_mean_the_same_are_one_option(base: Any, job: Any) -> None
     assert len(search_choices(loaded, base("tiny"), 0)) == 1
 
 
+def test_a_policy_by_score_is_no_double_of_what_stands_in_for_it(base: Any, job: Any) -> None:
+    loaded = job(search={"layers": ["last:2", "blocks:0,1", "top:0.5", "top:0.4"], "lora_rank": [8]})
+    choices = search_choices(loaded, base("tiny"), 0)
+    assert [choice.selection.policy for choice in choices] == ["last:2", "blocks:0-1", "top:0.5"], "0.4 of four is two as well"
+
+
 def test_a_classifier_alone_is_the_same_for_lora_and_full(base: Any, job: Any) -> None:
     loaded = job(task="classify", search={"layers": ["head", "last:1"], "tune": ["lora", "full"], "lora_rank": [4, 8]})
     choices = search_choices(loaded, base("tiny"), 3)

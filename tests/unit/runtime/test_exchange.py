@@ -14,7 +14,8 @@ import pytest
 
 from orchestrator.anatomy import ModelAnatomy
 from orchestrator.errors import TrainingError
-from orchestrator.plan import make_trial
+from orchestrator.plan import make_assignment, make_trial
+from orchestrator.plan.scored import ProbePlan
 from orchestrator.plan.values import Assignment, DataPaths, RungResult, RunPlan, TrainSettings, TrialSpec
 from orchestrator.runtime import cleaning
 from orchestrator.runtime import exchange as exchange_module
@@ -398,7 +399,7 @@ def test_an_estimate_that_fails_is_no_trials_failure(
         raise ZeroDivisionError
 
     async def scene(bench: Bench) -> None:
-        monkeypatch.setattr(bench.exchange._first_steps, "hear", hear)
+        monkeypatch.setattr(bench.exchange._first_steps, "_estimate", hear)
         assert (await bench.advance(bench.trial(0))).state == "done"
 
     on_bench(scene)
@@ -478,3 +479,61 @@ def test_when_the_hours_are_used_up_the_search_ends_in_order_and_can_go_on(on_be
     assert on_bench(as_before, max_gpu_hours=5) == []
     went_on = on_bench(raised, max_gpu_hours=50)
     assert [assignment.start for assignment in went_on] == [f"{ran[0].folder}/rung-0", None]
+
+
+def probe_of(bench: Bench) -> Assignment:
+    trial = bench.none().model_copy(update={"trial_id": "probe"})
+    return make_assignment(
+        bench.plan,
+        trial,
+        bench.option.selection,
+        settings=TrainSettings(warmup=0, schedule="constant", weight_decay=0, grad_clip=0, tokens_per_step=512),
+        data=DataPaths(train="train.npz", eval="eval.npz"),
+        metric="loss",
+        folder=str(bench.folder),
+        rung=0,
+        start=None,
+        stop_step=0,
+        probe=ProbePlan(num_batches=4, rows=2),
+    )
+
+
+def test_a_probe_goes_through_the_queue_and_leaves_nothing_in_the_ledger(on_bench: Callable[..., list[Assignment]]) -> None:
+    async def scene(bench: Bench) -> None:
+        result = await bench.exchange.probe(probe_of(bench))
+        assert result is not None
+        assert result.state == "done"
+        assert Ledger(bench.folder).entries() == []
+        assert (await bench.advance(bench.trial(0))).state == "done"
+
+    ran = on_bench(scene, deaths={"probe": 1})
+    assert [assignment.trial.trial_id for assignment in ran] == ["probe", "probe", "t0"]
+
+
+def test_a_probe_that_kills_every_gang_is_a_failed_result(on_bench: Callable[..., list[Assignment]]) -> None:
+    async def scene(bench: Bench) -> None:
+        result = await bench.exchange.probe(probe_of(bench))
+        assert result is not None
+        assert result.state == "failed"
+        assert "gangs died" in result.reason
+        assert (await bench.advance(bench.trial(0))).state == "done", "the search goes on"
+
+    on_bench(scene, deaths={"probe": 99})
+
+
+def test_a_probe_is_not_held_back_for_want_of_hours(on_bench: Callable[..., list[Assignment]]) -> None:
+    async def scene(bench: Bench) -> None:
+        await bench.advance(bench.none())
+        assert await bench.exchange.is_spent()
+        assert await bench.exchange.probe(probe_of(bench)) is not None
+
+    on_bench(scene, max_gpu_hours=1.0)
+
+
+def test_later_work_is_made_by_the_resolved_plan(on_bench: Callable[..., list[Assignment]]) -> None:
+    async def scene(bench: Bench) -> None:
+        resolved = bench.plan.model_copy(update={"name": "resolved"})
+        await bench.exchange.replan(resolved)
+        assert bench.exchange._orders.plan == bench.exchange._first_steps._plan == resolved
+
+    on_bench(scene)

@@ -135,3 +135,38 @@ def test_a_fixed_list_is_proposed_as_it_stands() -> None:
     points = (PlannedPoint(option=4, learning_rate=2e-3), PlannedPoint(option=0, learning_rate=1e-4))
     search = search_plan("fixed", trials=2).model_copy(update={"points": points})
     assert [entry.proposal for entry in run(search, seed=5)] == [Proposal(4, 2e-3), Proposal(0, 1e-4)]
+
+
+SHARES = (0.0, 0.0, 0.5, 0.5, 1.0, 1.0)
+"""Of OPTIONS: `head`, `last:2`, `all`, each with lora and full."""
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_first_proposals_go_to_the_largest_share_of_the_scores(seed: int) -> None:
+    search = search_plan("optuna").model_copy(update={"shares": SHARES})
+    first = [propose(search, seed, number, ()).option for number in range(num_initial(search))]
+    assert sorted(first) == list(range(len(OPTIONS)))
+    assert [SHARES[index] for index in first] == sorted(SHARES, reverse=True)
+    assert first == [propose(search, seed, number, ()).option for number in range(num_initial(search))]
+
+
+def test_options_with_equal_shares_keep_the_order_of_the_seed() -> None:
+    unscored = search_plan("optuna")
+    alike = unscored.model_copy(update={"shares": (0.3,) * len(OPTIONS)})
+    for seed in range(4):
+        for number in range(num_initial(unscored)):
+            assert propose(alike, seed, number, ()) == propose(unscored, seed, number, ())
+
+
+def test_scores_move_no_rate() -> None:
+    """A number's place in its option's range is what it would be without scores."""
+    search = search_plan("optuna")
+    scored = search.model_copy(update={"shares": SHARES})
+
+    def place(proposal: Proposal) -> float:
+        chosen = OPTIONS[proposal.option]
+        low, high = math.log(chosen.learning_rate_low), math.log(chosen.learning_rate_high)
+        return (math.log(proposal.learning_rate) - low) / (high - low)
+
+    for number in range(num_initial(search)):
+        assert place(propose(scored, 2, number, ())) == pytest.approx(place(propose(search, 2, number, ())))

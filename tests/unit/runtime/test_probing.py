@@ -1,0 +1,109 @@
+"""Scoring the blocks in a run: once, whatever comes of it, and recorded."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from orchestrator.errors import TrainingError
+from orchestrator.plan.scored import LayerScores
+from orchestrator.plan.values import Assignment, RungResult, RunPlan
+from orchestrator.report.terminal import LogView
+from orchestrator.runtime import probing
+from orchestrator.runtime.assignments import failed_result
+from orchestrator.runtime.prepare import Prepared
+from orchestrator.store import read_json, read_jsonl
+
+
+class Scorer:
+    """A stand-in for the gang; what it was asked, and what it answers."""
+
+    def __init__(self, reason: str = "") -> None:
+        self.asked: list[Assignment] = []
+        self.reason = reason
+
+    def __call__(self, assignment: Assignment) -> RungResult:
+        self.asked.append(assignment)
+        failed = failed_result(assignment, self.reason)
+        if self.reason:
+            return failed
+        num_blocks = 1 + max(block for block in range(64) if any(f".layers.{block}." in n for n in assignment.selection.frozen))
+        norms = tuple(float(num_blocks - block) for block in range(num_blocks))
+        found = LayerScores(relative_gradient_norms=norms, signal_to_noise=(1.0,) * num_blocks, num_batches=4, seconds=0.1)
+        return failed.model_copy(update={"state": "done", "layer_scores": found, "notes": ("fewer rows",)})
+
+
+@pytest.fixture
+def scored(submit: Callable[..., Prepared], shown: io.StringIO) -> Callable[..., Prepared]:
+    """Submit the small sweep with these layers, and score its blocks by a stand-in."""
+
+    def go(scorer: Scorer, *layers: str, **search: Any) -> Prepared:
+        prepared = submit(search={"layers": list(layers), **search})
+        return probing._scored(prepared, prepared.plan.execution, LogView(shown), scorer)
+
+    return go
+
+
+def kinds(prepared: Prepared) -> list[str]:
+    return [line["kind"] for line in read_jsonl(prepared.run.path / "events.jsonl")]
+
+
+def blocks_of(plan: RunPlan) -> dict[str, tuple[int, ...]]:
+    assert plan.search is not None
+    return {option.layers: option.selection.blocks for option in plan.search.options}
+
+
+def test_a_run_is_scored_once_and_a_second_submission_reads_it(scored: Callable[..., Prepared], shown: io.StringIO) -> None:
+    scorer = Scorer()
+    first = scored(scorer, "last:1", "top:0.25")
+    (asked,) = scorer.asked
+    assert asked.probe == first.plan.probe
+    assert (asked.trial.trial_id, asked.trial.control, asked.stop_step) == ("probe", "none", 0)
+    chosen = blocks_of(first.plan)["top:0.25"]
+    assert 0 in chosen, "this stand-in scores the lowest block highest"
+    assert RunPlan.model_validate(read_json(first.run.plan)) == first.plan
+    assert kinds(first).count("blocks_scored") == 1
+    assert "trial_note" in kinds(first)
+    assert "top:0.25 is blocks 0" in shown.getvalue()
+    assert not (first.run.trials / "probe").exists(), "it is no trial"
+
+    again = scored(Scorer("this must not be asked"), "last:1", "top:0.25", trials=5)
+    assert blocks_of(again.plan)["top:0.25"] == chosen
+    assert again.plan.search is not None
+    assert first.plan.search is not None
+    assert again.plan.search.shares == first.plan.search.shares
+    assert kinds(again).count("blocks_scored") == 1
+
+
+def test_where_no_policy_needs_it_the_search_goes_on_without_and_stays_so(
+    scored: Callable[..., Prepared], shown: io.StringIO
+) -> None:
+    first = scored(Scorer("3 gangs died while running it"), "last:1", "all")
+    assert first.plan.search is not None
+    assert first.plan.search.shares == ()
+    assert kinds(first).count("blocks_not_scored") == 1
+    assert "goes on without: 3 gangs died" in shown.getvalue()
+    scorer = Scorer()
+    again = scored(scorer, "last:1", "all", trials=5)
+    assert not scorer.asked, "an order that trials have begun by is kept"
+    assert again.plan.search is not None
+    assert again.plan.search.shares == ()
+
+
+def test_where_a_policy_needs_it_the_sweep_stops_and_is_tried_again(scored: Callable[..., Prepared]) -> None:
+    with pytest.raises(TrainingError, match="could not be scored: out of memory") as told:
+        scored(Scorer("out of memory"), "last:1", "top:0.25")
+    assert "submit the same spec again" in told.value.remedy
+    scorer = Scorer()
+    assert scored(scorer, "last:1", "top:0.25").plan.search is not None
+    assert len(scorer.asked) == 1
+
+
+def test_without_a_choice_of_blocks_nothing_is_scored(scored: Callable[..., Prepared]) -> None:
+    scorer = Scorer()
+    prepared = scored(scorer, "last:1")
+    assert not scorer.asked
+    assert not prepared.run.layer_scores.exists()
