@@ -33,10 +33,11 @@ from orchestrator.train.fused import FusedRun
 from orchestrator.train.integrity import base_fingerprint, changed_base
 from orchestrator.train.memory import first_line, is_out_of_memory, reset_peak
 from orchestrator.train.objective import objective_of
+from orchestrator.train.outcome import TrialOutcome, result_of
 from orchestrator.train.ranks import Ranks, join_gang
-from orchestrator.train.trial import TrialOutcome, TrialRun
+from orchestrator.train.trial import TrialRun
 from orchestrator.train.trunk.library import TrunkLibrary
-from orchestrator.train.widths import best_width
+from orchestrator.train.widths import best_width, kind_of_batch
 
 TRIAL_ERRORS = (TrainingError, SelectionError, IntegrityError, UsageError, DataError)
 """What a trial may fail by while the gang stays whole: raised on every rank alike."""
@@ -130,7 +131,7 @@ class TrainHost:
             logger.warning("trial %s failed: %s", assignment.trial.trial_id, reason)
         self._ordinal += 1
         self._check_base(assignment)
-        result = _result(assignment, outcome, reason)
+        result = result_of(assignment, outcome, reason)
         update = {"started_at": started, "finished_at": time.time(), "notes": tuple(notes), "trunk_seconds": trunk_seconds}
         return result.model_copy(update=update)
 
@@ -166,7 +167,7 @@ class TrainHost:
 
     def _width_of(self, group: Sequence[Assignment]) -> int:
         """How many of the group share a batch; measured once for each cut and kind of batch."""
-        first, kind = group[0], _kind(group[0])
+        first, kind = group[0], kind_of_batch(group[0])
         if len(group) > 1 and kind not in self._widths:
             self._open_trunk(first, self._news.append)
             run = self._trial_run(first, first.execution, self._news, TrialOutcome())
@@ -188,7 +189,7 @@ class TrainHost:
             failures = FusedRun(self._base, runs).run(on_step)
         except TRIAL_ERRORS as error:
             width = len(group) // 2 if isinstance(error, OutOfMemoryError) else 1
-            self._widths[_kind(group[0])] = width
+            self._widths[kind_of_batch(group[0])] = width
             self._news.append(f"{len(group)} trials cannot share a batch, from now on {width} do: {error}")
             return self.run_group(group, on_step)
         self._ordinal += 1
@@ -202,7 +203,7 @@ class TrainHost:
             "trunk_seconds": trunk_seconds / len(group),
         }
         return [
-            _result(assignment, outcome, str(failure or "")).model_copy(update=update)
+            result_of(assignment, outcome, str(failure or "")).model_copy(update=update)
             for assignment, outcome, failure in zip(group, outcomes, failures, strict=True)
         ]
 
@@ -303,37 +304,7 @@ class TrainHost:
             dist.destroy_process_group()
 
 
-def _kind(assignment: Assignment) -> tuple[int, int, int]:
-    """Of batch: what decides how many trials had better share one."""
-    execution = assignment.execution
-    return (assignment.selection.cut, execution.micro_batch_rows, execution.row_tokens)
-
-
 def _gathering(objective: nn.Module, execution: ExecutionPlan) -> AbstractContextManager[None]:
     from orchestrator.train.deepspeed_engine import forward_only
 
     return forward_only(objective, execution)
-
-
-def _result(assignment: Assignment, outcome: TrialOutcome, reason: str) -> RungResult:
-    """What the gang answers; with a `reason`, how far the trial came before it failed."""
-    evaluation, retain = outcome.scores.evaluation, outcome.scores.retain
-    return RungResult(
-        trial_id=assignment.trial.trial_id,
-        rung=assignment.rung,
-        step=outcome.state.step,
-        tokens=outcome.state.tokens,
-        state="failed" if reason else "done",
-        reason=reason,
-        train_loss=outcome.state.loss,
-        eval_loss=None if evaluation is None else evaluation.loss,
-        metrics=outcome.scores.metrics,
-        retain_loss=None if retain is None else retain.loss,
-        checkpoint=None if outcome.checkpoint is None else str(outcome.checkpoint),
-        engine=outcome.engine,
-        layer_scores=outcome.layer_scores,
-        relieved=outcome.relieved,
-        steady_tokens_per_s=outcome.steady_tokens_per_s,
-        train_seconds=outcome.train_seconds,
-        eval_seconds=outcome.scores.seconds,
-    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +12,7 @@ import torch
 
 from orchestrator.data import TokenizedSet, shuffled
 from orchestrator.errors import TrainingError
-from orchestrator.plan.scored import LayerScores, ProbePlan
+from orchestrator.plan.scored import ProbePlan
 from orchestrator.plan.values import Assignment, EngineRecord, ExecutionPlan, StepReport
 from orchestrator.store import append_jsonl
 from orchestrator.train.artifacts import load_artifact
@@ -34,29 +33,15 @@ from orchestrator.train.integrity import changed_frozen
 from orchestrator.train.loop import LoopState, train_steps
 from orchestrator.train.memory import memory_in_use
 from orchestrator.train.objective import Objective, objective_of
+from orchestrator.train.outcome import TrialOutcome
 from orchestrator.train.probe import score_blocks
 from orchestrator.train.ranks import Ranks
 from orchestrator.train.recompute import recomputed
-from orchestrator.train.scoring import Scorer, Scores
+from orchestrator.train.scoring import Scorer
 from orchestrator.train.speed import SteadySpeed
 from orchestrator.train.torch_engine import TorchEngine
 from orchestrator.train.trunk.library import TrunkLibrary
 from orchestrator.train.trunk.states import TrunkStates
-
-
-@dataclass
-class TrialOutcome:
-    """What became of an assignment on this rank."""
-
-    state: LoopState = field(default_factory=LoopState)
-    scores: Scores = field(default_factory=Scores)
-    checkpoint: Path | None = None
-    train_seconds: float = 0.0
-    steady_tokens_per_s: float | None = None
-    engine: EngineRecord | None = None
-    layer_scores: LayerScores | None = None
-    relieved: ExecutionPlan | None = None
-    """What it came down to where memory ran out."""
 
 
 class TrialRun:
@@ -199,13 +184,16 @@ class TrialRun:
 
     def steps(self) -> StepPlan:
         """Which documents each step holds."""
-        return StepPlan(self._train_set(), self.assignment.settings.tokens_per_step, self.assignment.trial.seed)
+        trial, data = self.assignment.trial, self._load_set(self.assignment.data.train)
+        data = shuffled(data, trial.seed) if trial.control == "shuffled" else data
+        return StepPlan(data, self.assignment.settings.tokens_per_step, trial.seed)
 
     def begin_steps(self) -> None:
         """Before the first step of this assignment, with `outcome.state` where it begins."""
-        self._speed = SteadySpeed(self.outcome.state.tokens)
+        state = self.outcome.state
+        self._speed = SteadySpeed(state.tokens)
         if self.ranks.first:
-            forget_steps_after(self.outcome.state.step, Path(self.assignment.folder) / "steps.jsonl")
+            forget_steps_after(state.step, Path(self.assignment.folder) / "steps.jsonl")
 
     def after_step(self, report: StepReport, state: LoopState, engine: Engine, branch: Branch) -> None:
         """Write the step down, and a checkpoint where one is due."""
@@ -220,10 +208,6 @@ class TrialRun:
             self._save(checkpoint_folder(folder, state.step), engine, branch, final=False)
             if self.ranks.first:
                 drop_old_checkpoints(folder, state.step)
-
-    def _train_set(self) -> TokenizedSet:
-        data = self._load_set(self.assignment.data.train)
-        return shuffled(data, self.assignment.trial.seed) if self.assignment.trial.control == "shuffled" else data
 
     def train_states(self) -> TrunkStates | None:
         """What is stored of the training set at this trial's cut. Other answers are other documents, and are not stored."""

@@ -19,6 +19,12 @@ GAIN = 0.97
 TIMED = 2
 
 
+def kind_of_batch(assignment: Assignment) -> tuple[int, int, int]:
+    """What decides how many trials had better share one: where it begins, its rows, and their width."""
+    execution = assignment.execution
+    return (assignment.selection.cut, execution.micro_batch_rows, execution.row_tokens)
+
+
 def best_width(
     base: LoadedBase, group: Sequence[Assignment], steps: StepPlan, rows: RowPlan, trunk: TrunkStates | None
 ) -> tuple[int, str]:

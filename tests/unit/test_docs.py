@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import get_args
+from typing import get_args, get_origin
 
 import pytest
 from pydantic import BaseModel
@@ -39,7 +39,8 @@ def rows(text: str) -> list[list[str]]:
 def leaves(model: type[BaseModel], prefix: str = ""):
     """(dotted key, default) of every leaf of a spec; required ones have `required`."""
     for name, field in model.model_fields.items():
-        kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
+        parts = () if get_origin(field.annotation) is tuple else get_args(field.annotation)
+        kinds = [kind for kind in (field.annotation, *parts) if isinstance(kind, type)]
         inner = next((kind for kind in kinds if issubclass(kind, BaseModel)), None)
         if inner is not None:
             yield from leaves(inner, f"{prefix}{name}.")

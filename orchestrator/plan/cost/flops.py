@@ -97,7 +97,6 @@ def train_terms(
     forward = forward_terms(anatomy, attended_tokens, num_classes, supervised_share=supervised_share, first=first)
     if not selection.trainable and not selection.adapted:
         return forward
-    through = selection.cut < anatomy.num_blocks
     above, blocks = block_elements(anatomy, selection.cut), anatomy.num_blocks - selection.cut
     head = head_elements(anatomy, num_classes) * supervised_share
     learning = _learning_elements(anatomy, selection, num_classes, supervised_share)
@@ -109,7 +108,7 @@ def train_terms(
     return forward + _kept(
         (
             "gradients of activations",
-            2.0 * (above + head) if through else 0.0,
+            2.0 * (above + head) if blocks else 0.0,
             f"2 x ({format_count(round(above))} elements in {blocks} blocks + the head)",
         ),
         ("gradients of weights", 2.0 * learning, f"2 x {format_count(round(learning))} elements that learn"),

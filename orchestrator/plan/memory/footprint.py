@@ -120,12 +120,14 @@ def weigh(
         logit_width=num_classes or anatomy.vocab_size,
         classify=num_classes > 0,
         element_bytes=element_bytes,
-        converted_bytes=sum(
-            tensor.num_elements * element_bytes
-            for tensor in anatomy.tensors.values()
-            if tensor.dtype != {2: "BF16", 4: "F32"}[element_bytes]
-        ),
+        converted_bytes=_converted_bytes(anatomy, element_bytes),
     )
+
+
+def _converted_bytes(anatomy: ModelAnatomy, element_bytes: int) -> int:
+    """Of the tensors whose files hold another dtype."""
+    dtype = {2: "BF16", 4: "F32"}[element_bytes]
+    return sum(tensor.num_elements * element_bytes for tensor in anatomy.tensors.values() if tensor.dtype != dtype)
 
 
 def learning_counts(anatomy: ModelAnatomy, selection: LayerSelection, *, num_classes: int = 0) -> tuple[int, ...]:

@@ -57,5 +57,5 @@ def test_more_trials_or_more_hours_take_a_sweep_up_again(
     write_json(run.path / "transfer.json", TransferReport(sentence="", refit=refit))
     write_json(run.path / "sweep.json", SWEEP.model_copy(update={"ended_by_hours": ended}))
     write_json(run.hours, {"used": 1.5})
-    spec = SimpleNamespace(search=SimpleNamespace(trials=trials), resources=SimpleNamespace(max_gpu_hours=hours))
+    spec = SimpleNamespace(search=SimpleNamespace(num_trials=trials), resources=SimpleNamespace(max_gpu_hours=hours))
     assert (_finished(run, SimpleNamespace(spec=spec)) is not None) is stands  # type: ignore[arg-type]

@@ -29,7 +29,7 @@ from orchestrator.store import read_jsonl
 from orchestrator.train import TrainHost, host
 from orchestrator.train.adapters import AdapterSpec, LoraLinear
 from orchestrator.train.group import open_group
-from orchestrator.train.widths import best_width
+from orchestrator.train.widths import best_width, kind_of_batch
 
 RUNGS = (3, 8)
 
@@ -94,7 +94,7 @@ class Gang:
 
     def fused(self, names: list[str], rung: int = 0, place: str = "fused", **values: Any) -> dict[str, RungResult]:
         group = [self.assignment(name, rung, place=place, **values) for name in names]
-        self.host._widths[host._kind(group[0])] = len(group)
+        self.host._widths[kind_of_batch(group[0])] = len(group)
         results = self.host.run_group(group)
         return {result.trial_id: result for result in results}
 
@@ -145,7 +145,7 @@ def test_a_neighbour_that_diverges_fails_alone(gang: Gang) -> None:
 def test_other_blocks_above_the_same_cut(gang: Gang) -> None:
     gang.host.run(gang.assignment(TRIALS[0]))
     group = [gang.assignment(TRIALS[0], place="fused"), gang.assignment(TRIALS[1], place="fused", policy="blocks:2")]
-    gang.host._widths[host._kind(group[0])] = 2
+    gang.host._widths[kind_of_batch(group[0])] = 2
     assert [result.state for result in gang.host.run_group(group)] == ["done", "done"]
     assert gang.bits(TRIALS[0]) == gang.bits(TRIALS[0], "alone")
 

@@ -1,0 +1,50 @@
+"""What became of an assignment on a rank, and what is answered about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from orchestrator.plan.scored import LayerScores
+from orchestrator.plan.values import Assignment, EngineRecord, ExecutionPlan, RungResult
+from orchestrator.train.loop import LoopState
+from orchestrator.train.scoring import Scores
+
+
+@dataclass
+class TrialOutcome:
+    """What became of an assignment on this rank."""
+
+    state: LoopState = field(default_factory=LoopState)
+    scores: Scores = field(default_factory=Scores)
+    checkpoint: Path | None = None
+    train_seconds: float = 0.0
+    steady_tokens_per_s: float | None = None
+    engine: EngineRecord | None = None
+    layer_scores: LayerScores | None = None
+    relieved: ExecutionPlan | None = None
+    """What it came down to where memory ran out."""
+
+
+def result_of(assignment: Assignment, outcome: TrialOutcome, reason: str) -> RungResult:
+    """What the gang answers; with a `reason`, how far the trial came before it failed."""
+    evaluation, retain = outcome.scores.evaluation, outcome.scores.retain
+    return RungResult(
+        trial_id=assignment.trial.trial_id,
+        rung=assignment.rung,
+        step=outcome.state.step,
+        tokens=outcome.state.tokens,
+        state="failed" if reason else "done",
+        reason=reason,
+        train_loss=outcome.state.loss,
+        eval_loss=None if evaluation is None else evaluation.loss,
+        metrics=outcome.scores.metrics,
+        retain_loss=None if retain is None else retain.loss,
+        checkpoint=None if outcome.checkpoint is None else str(outcome.checkpoint),
+        engine=outcome.engine,
+        layer_scores=outcome.layer_scores,
+        relieved=outcome.relieved,
+        steady_tokens_per_s=outcome.steady_tokens_per_s,
+        train_seconds=outcome.train_seconds,
+        eval_seconds=outcome.scores.seconds,
+    )
