@@ -183,9 +183,8 @@ class TrialRun:
         self.record_engine(engine)
 
     def steps(self) -> StepPlan:
-        """Which documents each step holds."""
-        trial, data = self.assignment.trial, self._load_set(self.assignment.data.train)
-        data = shuffled(data, trial.seed) if trial.control == "shuffled" else data
+        trial, read = self.assignment.trial, self._load_set(self.assignment.data.train)
+        data = shuffled(read, trial.seed) if trial.control == "shuffled" else read
         return StepPlan(data, self.assignment.settings.tokens_per_step, trial.seed)
 
     def begin_steps(self) -> None:
