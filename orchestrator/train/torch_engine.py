@@ -33,17 +33,17 @@ class TorchEngine:
     ) -> None:
         self.objective = objective
         self._names = [name for name, _ in learning_parameters]
-        self._parameters = [parameter for _, parameter in learning_parameters]
+        self.parameters = [parameter for _, parameter in learning_parameters]
         self._grad_clip = grad_clip
         with torch.no_grad():
-            self._master = nn.Parameter(torch.cat([p.detach().reshape(-1).float() for p in self._parameters]))
+            self._master = nn.Parameter(torch.cat([p.detach().reshape(-1).float() for p in self.parameters]))
         self._gradient = torch.zeros_like(self._master, requires_grad=False)
         self._optimizer = torch.optim.AdamW(
             [self._master], lr=0.0, betas=ADAM_BETAS, eps=ADAM_EPSILON, weight_decay=weight_decay, fused=True
         )
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(_adder(total))
-            for parameter, total in zip(self._parameters, self._views(self._gradient), strict=True)
+            for parameter, total in zip(self.parameters, self._views(self._gradient), strict=True)
         ]
         register_engine(self)
 
@@ -66,7 +66,7 @@ class TorchEngine:
         return norm
 
     def full_tensors(self) -> dict[str, torch.Tensor]:
-        return {name: p.detach().cpu().clone() for name, p in zip(self._names, self._parameters, strict=True)}
+        return {name: p.detach().cpu().clone() for name, p in zip(self._names, self.parameters, strict=True)}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         state = {"master": self._master.detach()}
@@ -84,6 +84,11 @@ class TorchEngine:
         self._write_back()
 
     @property
+    def num_elements(self) -> int:
+        """How many numbers learn."""
+        return self._master.numel()
+
+    @property
     def state_bytes(self) -> int:
         moments = [value for value in self._optimizer.state[self._master].values() if torch.is_tensor(value)]
         return sum(tensor.numel() * tensor.element_size() for tensor in [self._master, *moments])
@@ -91,17 +96,17 @@ class TorchEngine:
     def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        for parameter in self._parameters:
+        for parameter in self.parameters:
             parameter.grad = None
         self._optimizer.state.clear()
 
     def _views(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """`flat` cut into the learning tensors' shapes."""
-        pieces = flat.split([p.numel() for p in self._parameters])
-        return [piece.view(p.shape) for piece, p in zip(pieces, self._parameters, strict=True)]
+        pieces = flat.split([p.numel() for p in self.parameters])
+        return [piece.view(p.shape) for piece, p in zip(pieces, self.parameters, strict=True)]
 
     def _write_back(self) -> None:
-        for parameter, master in zip(self._parameters, self._views(self._master.detach()), strict=True):
+        for parameter, master in zip(self.parameters, self._views(self._master.detach()), strict=True):
             parameter.copy_(master)
 
 

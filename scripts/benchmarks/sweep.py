@@ -1,14 +1,14 @@
 """A sweep of ours beside the same sweep as the libraries' documents show it: step, pause between trials, whole.
 
-    scripts/bench sweep [step] [idle] [whole] --base FOLDER --data gsm8k/train.jsonl [--rows 1000] [--trials 16]
+    scripts/bench sweep [step] [fused] [memory] [idle] [whole] --base FOLDER --data gsm8k/train.jsonl [--rows 1000] [--trials 16]
                         [--epochs 2] [--no-early-stopping] [--stock FILE] [--run FOLDER] [--work FOLDER] [--json]
 
 `step`: a training step of LoRA on the last quarter of the blocks; the bound is the ratio of operations, counted on both
-sides. `idle`: how long a place stands without training between two trials. `whole`: the sweep, from its start to the end of
-its last trial. Without names all three. `--stock` reads what `scripts/bench stock_sweep` wrote instead of running it,
-`--run` a finished run of ours; both must be of the same settings. `--work` keeps what both sides leave. There are as many
-cores as trials at a time, and every trial has one thread. A whole comparison of
-sixteen trials on two cores wants a quiet machine: its speed is printed before and after each side.
+sides. `fused`: eight such trials in one batch; `memory`: what they take. `idle`: how long a place stands without training
+between two trials. `whole`: the sweep, from its start to the end of its last trial. Without names all. `--stock` reads what
+`scripts/bench stock_sweep` wrote instead of running it, `--run` a finished run of ours; both must be of the same settings.
+`--work` keeps what both sides leave. There are as many cores as trials at a time, and every trial has one thread. A whole
+comparison of sixteen trials on two cores wants a quiet machine: its speed is printed before and after each side.
 """
 
 from __future__ import annotations
@@ -29,13 +29,15 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from sweep_fused import NUM_TRIALS, measure_fused, measure_memory
 from sweep_points import Sets, Task, add_task_options, make_sets, pin
 from sweep_sides import Side, gemm_gflops, read_ours, read_stock, run_ours, run_stock
 from sweep_steps import OURS, STOPPED, WAYS, measure_steps, sweep_flops
 from transformers.utils import logging
 
 Made = TypeVar("Made")
-SECTIONS = ("step", "idle", "whole")
+SECTIONS = ("step", "fused", "memory", "idle", "whole")
+FUSED_TIMES, MEMORY_TIMES = 1.3, 1.2
 SHARE_OF_BOUND = 0.8
 IDLE_TIMES, IDLE_SECONDS = 50.0, 0.1
 WHOLE_TIMES, WINNER_TIMES = 3.0, 5.0
@@ -123,6 +125,26 @@ def idle_section(sweeps: Sweeps) -> list[Measured]:
     ]
 
 
+def fused_section(sweeps: Sweeps, num_steps: int) -> list[Measured]:
+    lines = []
+    for number, size in enumerate(measure_fused(sweeps.task, sweeps.sets, num_steps)):
+        seconds = size["trial_seconds"]
+        best = min(seconds, key=lambda width: seconds[width])
+        told = ", ".join(f"{width}: {1e3 * each:.1f} ms" for width, each in seconds.items())
+        name = f"{NUM_TRIALS} trials, {size['rows']} x {size['row_tokens']} tokens ({size['tokens']}), {best} in a batch"
+        lines.append(
+            Measured(name, seconds[1] / seconds[best], goal=1.0 if number else FUSED_TIMES, note=f"a trial by width {told}")
+        )
+    return lines
+
+
+def memory_section(sweeps: Sweeps) -> list[Measured]:
+    found = measure_memory(sweeps.task, sweeps.sets)
+    allowed = found["alone"] + NUM_TRIALS * found["held_by_a_trial"]
+    note = f"{found['fused'] / 2**20:.0f} MiB against {allowed / 2**20:.0f} MiB"
+    return [Measured(f"{NUM_TRIALS} fused trials", found["fused"] / allowed, goal=MEMORY_TIMES, at_most=True, note=note)]
+
+
 def whole_section(sweeps: Sweeps) -> list[Measured]:
     ours, theirs = sweeps.ours(), sweeps.theirs()
     flops_ours = sweep_flops(sweeps.task, sweeps.sets, ours.trained)[OURS]
@@ -172,6 +194,8 @@ def main() -> None:
         sweeps = Sweeps(task, make_sets(task, folder), folder, options.run, options.stock)
         makers: dict[str, Callable[[], list[Measured]]] = {
             "step": lambda: step_section(sweeps, options.steps),
+            "fused": lambda: fused_section(sweeps, options.steps),
+            "memory": lambda: memory_section(sweeps),
             "idle": lambda: idle_section(sweeps),
             "whole": lambda: whole_section(sweeps),
         }

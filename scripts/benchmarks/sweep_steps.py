@@ -19,10 +19,15 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from orchestrator.anatomy import read_anatomy, select
 from orchestrator.data import TokenizedSet, documents_of_steps
 from orchestrator.plan.values import BaseLoad
-from orchestrator.train import LoadedBase, Objective, load_base, open_branch
+from orchestrator.train import LoadedBase, load_base, open_branch
 from orchestrator.train.batches import RowPlan, to_tensors
 from orchestrator.train.engine import Engine
+from orchestrator.train.objective import objective_of
+from orchestrator.train.ranks import Ranks
 from orchestrator.train.torch_engine import TorchEngine
+from orchestrator.train.trunk.build import TrunkBuilder
+from orchestrator.train.trunk.chunks import MemoryChunks
+from orchestrator.train.trunk.states import TrunkStates
 
 Batch = Mapping[str, torch.Tensor]
 Step = Callable[[], object]
@@ -39,17 +44,26 @@ def load_our_base(folder: Path) -> LoadedBase:
     return load_base(load, anatomy, dtype=torch.bfloat16, device=torch.device("cpu"))
 
 
-def first_step_batches(sets: Sets) -> list[Batch]:
-    """The first step's documents, packed; every side gets these very tensors."""
+def first_step_batches(sets: Sets, base: LoadedBase | None = None, layers: str = "all") -> list[Batch]:
+    """The first step's documents, packed; every side gets the same. Given a base, with the hidden states that enter `layers`."""
     data = TokenizedSet.load(sets.train)
+    trunk = stored_states(base, data, layers) if base is not None and layers != "all" else None
     documents = documents_of_steps(data.offsets, TOKENS_PER_STEP, SEED, 0)[0]
     rows = RowPlan(ROW_TOKENS, TOKENS_PER_STEP // ROW_TOKENS, pack=True)
-    return [to_tensors(batch, torch.device("cpu")) for batch in rows.batches(data, np.asarray(documents))]
+    return [to_tensors(batch, torch.device("cpu"), trunk) for batch in rows.batches(data, np.asarray(documents))]
 
 
 def num_tokens(batches: Sequence[Batch]) -> int:
     """Tokens of a step, without padding."""
     return int(sum(batch["lengths"].sum() for batch in batches))
+
+
+def stored_states(base: LoadedBase, data: TokenizedSet, layers: str) -> TrunkStates:
+    """What enters the first of these blocks, for every document."""
+    cut = select(base.anatomy, layers, "lora", LORA_RANK, task="completion").cut
+    rows = RowPlan(ROW_TOKENS, TOKENS_PER_STEP // ROW_TOKENS, pack=True)
+    builder = TrunkBuilder(base, objective_of(base, base.model.lm_head), rows, Ranks(), partitioned=False)
+    return builder.build(data, {cut: MemoryChunks()})[cut]
 
 
 def our_step(engine: Engine, batches: Sequence[Batch]) -> None:
@@ -64,7 +78,7 @@ def our_step(engine: Engine, batches: Sequence[Batch]) -> None:
 def our_side(base: LoadedBase, layers: str, batches: Sequence[Batch]) -> Iterator[Step]:
     selection = select(base.anatomy, layers, "lora", LORA_RANK, task="completion")
     with open_branch(base, selection, lora_alpha=LORA_ALPHA, seed=SEED) as branch:
-        objective = Objective(branch.model, branch.backbone(), branch.head(), "completion")
+        objective = objective_of(base, branch.head(), selection.cut)
         engine = TorchEngine(objective, branch.learning_parameters(), weight_decay=0.0, grad_clip=1.0)
         yield partial(our_step, engine, batches)
         engine.close()
@@ -119,7 +133,7 @@ def measure_steps(task: Task, sets: Sets, num_steps: int) -> dict[str, Any]:
     its operations. The layers are the last quarter of the blocks."""
     base = load_our_base(task.base)
     layers = f"last:{max(1, base.anatomy.num_blocks // 4)}"
-    batches = first_step_batches(sets)
+    batches = first_step_batches(sets, base, layers)
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(ROUNDS):
         for way in WAYS:
@@ -170,9 +184,10 @@ def sweep_flops(task: Task, sets: Sets, steps_by_trial: Sequence[tuple[str, int]
 
     PEFT is given packed rows too, which its own data path does not make: the least that it could do.
     """
-    base, batches = load_our_base(task.base), first_step_batches(sets)
+    base = load_our_base(task.base)
     sums: dict[str, float] = {OURS: 0.0, STOPPED: 0.0}
     for layers in {layers for layers, _ in steps_by_trial}:
+        batches = first_step_batches(sets, base, layers)
         steps = sum(count for name, count in steps_by_trial if name == layers)
         for way in sums:
             sums[way] += steps * count_flops(way, base, task.base, layers, batches)
