@@ -20,13 +20,14 @@ from orchestrator.plan.arrange import (
 )
 from orchestrator.plan.cost import estimate as cost
 from orchestrator.plan.estimates import MemoryEstimate
+from orchestrator.plan.grouping import concurrent_trials
 from orchestrator.plan.ladder import Load, misfit
 from orchestrator.plan.memory.estimate import estimate
 from orchestrator.plan.memory.footprint import Footprint, weigh
 from orchestrator.plan.memory.quantized import NF4_BLOCK
 from orchestrator.plan.memory.way import Way
 from orchestrator.plan.options import Choice, planned_points, search_choices, told_at
-from orchestrator.plan.placement import TRIALS_PER_GANG, Machines, candidates
+from orchestrator.plan.placement import Machines, candidates
 from orchestrator.plan.remarks import rate_note, with_remarks
 from orchestrator.plan.values import BaseLoad, ClusterDescription, DataSize, RunPlan, SearchPlan, TrialOption
 from orchestrator.spec import LoadedSpec, require_section
@@ -236,7 +237,7 @@ def _search_plan(
         rung_steps=steps.rung_steps(total_steps, budget=search.budget, scheduler=search.scheduler),
         total_steps=total_steps,
         reduction_factor=steps.REDUCTION_FACTOR,
-        concurrent_trials=min(search.num_trials, TRIALS_PER_GANG * gangs.num_gangs),
+        concurrent_trials=concurrent_trials(search.num_trials, gangs.num_gangs, max_fused=1),
         controls=search.controls,
         points=planned_points(search, anatomy, spec.task, data.num_classes),
     )

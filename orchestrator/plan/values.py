@@ -275,6 +275,8 @@ class SearchPlan(Value):
     """Steps of the full budget (`train.epochs`)."""
     reduction_factor: int
     concurrent_trials: int
+    max_fused: int = 1
+    """How many trials may share a batch at most; the gang measures how many pay."""
     controls: tuple[Literal["shuffled", "scratch", "k_shot"], ...] = ()
     """Asked for beside those that every sweep has."""
     points: tuple[PlannedPoint, ...] = ()

@@ -61,6 +61,16 @@ class Work:
     notes: list[str] = field(default_factory=list, compare=False)
     """What happened on gangs that are gone; the result's notes begin with them."""
 
+    def answer(self, result: RungResult | None) -> None:
+        """To whoever waits; nothing happens where the trial has ended meanwhile."""
+        if not self.future.done():
+            self.future.set_result(result)
+
+    def fail(self, error: Exception) -> None:
+        """Whoever waits hears of what is no trial's own failure."""
+        if not self.future.done():
+            self.future.set_exception(error)
+
 
 @dataclass
 class GangFigures:

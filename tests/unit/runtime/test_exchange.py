@@ -6,7 +6,7 @@ The gangs are stand-ins without processes, whose deaths are written in a script;
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class ScriptedGang:
     refusal: Exception
     broken: set[str]
     ran: list[Assignment]
+    groups: list[list[str]]
     gate: asyncio.Event
 
     def __init__(self, index: int, *given: object) -> None:
@@ -69,10 +70,14 @@ class ScriptedGang:
         self.base_loads += 1
         self.pids = (self.base_loads,)
 
-    async def run(self, assignment: Assignment) -> RungResult:
+    async def run(self, group: Sequence[Assignment]) -> list[RungResult]:
         await asyncio.sleep(0)
         Clock.now_s += HOUR_S
-        self.ran.append(assignment)
+        self.groups.append([assignment.trial.trial_id for assignment in group])
+        self.ran.extend(group)
+        return [self.run_one(assignment, len(group)) for assignment in group]
+
+    def run_one(self, assignment: Assignment, num_fused: int) -> RungResult:
         trial_id = assignment.trial.trial_id
         if self.deaths.get(trial_id, 0):
             self.deaths[trial_id] -= 1
@@ -155,6 +160,7 @@ def on_bench(
         max_gpu_hours: float | None = None,
     ) -> list[Assignment]:
         ScriptedGang.deaths, ScriptedGang.dead_starts, ScriptedGang.ran = deaths or {}, dead_starts, []
+        ScriptedGang.groups = []
         ScriptedGang.refusal, ScriptedGang.broken, ScriptedGang.fitting = GangDiedError("no room"), set(), {}
 
         async def run() -> None:

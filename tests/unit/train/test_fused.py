@@ -165,9 +165,11 @@ def test_the_base_product_of_each_module_runs_once_for_all(gang: Gang) -> None:
 
 
 def test_what_learns_beside_adapters_shares_no_batch(gang: Gang) -> None:
-    head = AdapterSpec(select(gang.anatomy, "last:2", "full", None, task="completion"), 8, 0)
-    with pytest.raises(SelectionError, match="share a batch"):
-        open_group(gang.host._base, [head])
+    learns = select(gang.anatomy, "last:2", "full", None, task="completion")
+    adapts = select(gang.anatomy, "last:2+head", "lora", 4, task="completion")
+    for head in (learns, adapts):
+        with pytest.raises(SelectionError, match="share a batch"):
+            open_group(gang.host._base, [AdapterSpec(head, 8, 0)])
     assert not any(parameter.requires_grad for parameter in gang.host._base.model.parameters())
 
 
