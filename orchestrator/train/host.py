@@ -61,6 +61,8 @@ class TrainHost:
         self._trunk = TrunkLibrary(self._base, self._fingerprint, ranks, self._load_set)
         self._ordinal = 0
         self._widths: dict[tuple[int, int, int], int] = {}
+        self._tried: dict[tuple[int, int, int], int] = {}
+        """The size of the group that a width was measured with."""
         self._news: list[str] = []
         """Told with the next result."""
         gc.collect()
@@ -165,12 +167,15 @@ class TrainHost:
         return results
 
     def _width_of(self, group: Sequence[Assignment]) -> int:
-        """How many of the group share a batch; measured once for each cut and kind of batch."""
+        """How many of the group share a batch; measured for each cut and kind of batch, and again for the first group in
+        which twice as many could, where nobody has tried that."""
         first, kind = group[0], _kind(group[0])
-        if len(group) > 1 and kind not in self._widths:
+        wider = 2 * self._widths.get(kind, 1)
+        if wider <= len(group) and (kind not in self._widths or self._tried.get(kind, wider) < wider):
             self._open_trunk(first, self._news.append)
             run = self._trial_run(first, first.execution, self._news, TrialOutcome())
             self._widths[kind], said = best_width(self._base, group, run.steps(), run.rows, run.train_states())
+            self._tried[kind] = len(group)
             self._news.append(said)
         return min(len(group), self._widths.get(kind, 1))
 
@@ -189,6 +194,7 @@ class TrainHost:
         except TRIAL_ERRORS as error:
             width = len(group) // 2 if isinstance(error, OutOfMemoryError) else 1
             self._widths[_kind(group[0])] = width
+            self._tried.pop(_kind(group[0]), None)
             self._news.append(f"{len(group)} trials cannot share a batch, from now on {width} do: {error}")
             return self.run_group(group, on_step)
         self._ordinal += 1

@@ -196,3 +196,20 @@ def test_the_width_is_measured_and_leaves_the_base_as_it_was(gang: Gang) -> None
     assert width in (1, 2)
     assert said.startswith(f"{width} trials share a batch (a trial's micro-batch by trials in a batch: 1: ")
     assert not any(isinstance(module, LoraLinear) for module in gang.host._base.model.modules())
+
+
+def test_the_width_is_measured_again_where_nobody_has_tried_so_many(gang: Gang, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[int] = []
+
+    def all_pay(_: object, group: list[Assignment], *rest: object) -> tuple[int, str]:
+        measured.append(len(group))
+        return (2 if len(group) < 4 else 4), ""
+
+    monkeypatch.setattr(host, "best_width", all_pay)
+    group = [gang.assignment(name) for name in (*TRIALS, "2e-3-r4")]
+    widths = [gang.host._width_of(group[:count]) for count in (1, 2, 3, 4, 3, 4)]
+    assert widths == [1, 2, 2, 4, 3, 4]
+    assert measured == [2, 4]
+    gang.host._widths[host._kind(group[0])] = 2
+    gang.host._tried.pop(host._kind(group[0]))
+    assert gang.host._width_of(group) == 2, "there was no memory for more"
