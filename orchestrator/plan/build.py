@@ -20,13 +20,15 @@ from orchestrator.plan.arrange import (
 )
 from orchestrator.plan.cost import estimate as cost
 from orchestrator.plan.estimates import MemoryEstimate
+from orchestrator.plan.fusing import most_fused
+from orchestrator.plan.grouping import concurrent_trials
 from orchestrator.plan.ladder import Load, misfit
 from orchestrator.plan.memory.estimate import estimate
 from orchestrator.plan.memory.footprint import Footprint, weigh
 from orchestrator.plan.memory.quantized import NF4_BLOCK
 from orchestrator.plan.memory.way import Way
 from orchestrator.plan.options import Choice, planned_points, search_choices, told_at
-from orchestrator.plan.placement import TRIALS_PER_GANG, Machines, candidates
+from orchestrator.plan.placement import Machines, candidates
 from orchestrator.plan.probe import with_probe, with_scores
 from orchestrator.plan.remarks import rate_note, with_remarks
 from orchestrator.plan.scored import LayerScores
@@ -113,7 +115,7 @@ def _plan_on(
     gangs = _arrange_with(head, found, spec, load, num_trials) if job == "sweep" else arrange_one(found, spec, load)
     refit = refit_way(found, spec, load, gangs)
     options = _options(choices, load.footprints, gangs.way)
-    pack = steps.packs(spec)
+    pack, fused = steps.packs(spec), _most_fused(spec, choices, load, gangs, found)
     plan = RunPlan(
         name=spec.name,
         spec_sha256=spec_sha256,
@@ -125,7 +127,9 @@ def _plan_on(
         num_gangs=gangs.num_gangs,
         head_memory=estimate(head, gangs.way).device if job == "sweep" else None,
         base_memory=estimate(untouched, gangs.way).device,
-        search=_search_plan(spec, anatomy, data, options, gangs) if job == "sweep" else None,
+        search=_search_plan(spec, anatomy, data, options, gangs, _most_fused(spec, choices, load, gangs, found))
+        if job == "sweep"
+        else None,
         finetune=options[0] if job == "finetune" else None,
         total_steps=steps.total_steps(spec, data),
         total_tokens=steps.total_tokens(spec, data),
@@ -235,7 +239,12 @@ def _base_load(spec: JobSpec, anatomy: ModelAnatomy, data: DataSize) -> BaseLoad
 
 
 def _search_plan(
-    spec: JobSpec, anatomy: ModelAnatomy, data: DataSize, options: tuple[TrialOption, ...], gangs: Arrangement
+    spec: JobSpec,
+    anatomy: ModelAnatomy,
+    data: DataSize,
+    options: tuple[TrialOption, ...],
+    gangs: Arrangement,
+    max_fused: int,
 ) -> SearchPlan:
     search, total_steps = spec.search, steps.total_steps(spec, data)
     assert search is not None
@@ -247,10 +256,17 @@ def _search_plan(
         rung_steps=steps.rung_steps(total_steps, budget=search.budget, scheduler=search.scheduler),
         total_steps=total_steps,
         reduction_factor=steps.REDUCTION_FACTOR,
-        concurrent_trials=min(search.num_trials, TRIALS_PER_GANG * gangs.num_gangs),
+        concurrent_trials=concurrent_trials(search.num_trials, gangs.num_gangs, max_fused),
+        max_fused=max_fused,
         controls=search.controls,
         points=planned_points(search, anatomy, spec.task, data.num_classes),
     )
+
+
+def _most_fused(spec: JobSpec, choices: Sequence[Choice], load: Load, gangs: Arrangement, found: Machines) -> int:
+    """How many trials may share a batch, of those whose choices are adapters alone."""
+    alone = [footprint for choice, footprint in zip(choices, load.footprints, strict=True) if not choice.selection.trainable]
+    return most_fused(alone, gangs.way, load, found.room(gangs.way.ranks, gangs.num_gangs), spec.resources.max_fused)
 
 
 def _with_costs(plan: RunPlan, anatomy: ModelAnatomy, found: Machines, spec: JobSpec) -> RunPlan:

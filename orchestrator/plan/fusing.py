@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 from orchestrator.plan.ladder import Load, misfit
 from orchestrator.plan.memory.footprint import Footprint
@@ -17,7 +18,9 @@ in a batch of 8 takes 0.54 of its time alone at 108 tokens, 0.76 at 417 and 1.0 
 GPU: assumed. A gang measures what really pays before it uses a width, and this bounds how far the search runs ahead for it."""
 
 
-def most_fused(footprints: Sequence[Footprint], way: Way, load: Load, room: RankRoom) -> int:
+def most_fused(
+    footprints: Sequence[Footprint], way: Way, load: Load, room: RankRoom, asked: int | Literal["auto"] = "auto"
+) -> int:
     """The largest power of two of trials whose batch fits and is not wider than what can pay; 1 where none shares.
 
     Args:
@@ -25,11 +28,13 @@ def most_fused(footprints: Sequence[Footprint], way: Way, load: Load, room: Rank
         way: How a gang trains one trial.
         load: Rows and steps of the job.
         room: Of one rank.
+        asked: At most so many, whether that can pay or not.
     """
     if not footprints or way.executor != "torch" or way.ranks > 1:
         return 1
+    most = min(MOST, FULL_TOKENS[way.device] // way.micro_batch_tokens) if asked == "auto" else asked
     width = 1
-    while 2 * width <= MOST and 2 * width * way.micro_batch_tokens <= FULL_TOKENS[way.device]:
+    while 2 * width <= most:
         wider = replace(way, micro_batch_rows=2 * width * way.micro_batch_rows)
         held = tuple(replace(footprint, learning_counts=footprint.learning_counts * 2 * width) for footprint in footprints)
         if misfit(wider, replace(load, footprints=held), room) is not None:

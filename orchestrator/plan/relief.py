@@ -15,7 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from orchestrator.errors import OutOfMemoryError
-from orchestrator.plan.values import ExecutionPlan, RungResult
+from orchestrator.plan.results import RungResult
+from orchestrator.plan.values import ExecutionPlan
 
 HIGHEST_STAGE_WITH_A_WHOLE_BASE = 2
 NO_SMALLER_WAY = "no smaller way is left in this gang"

@@ -13,8 +13,9 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from orchestrator.errors import UsageError
+from orchestrator.plan.results import EngineRecord, RungResult, StepReport
 from orchestrator.plan.scored import LayerScores
-from orchestrator.plan.values import EngineRecord, RungResult, RunPlan, StepReport, TrialSpec
+from orchestrator.plan.values import RunPlan, TrialSpec
 from orchestrator.transfer.records import EngineFigures, RungRecord, SweepResult, TransferReport, TrialRecord
 from orchestrator.values import Value
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from orchestrator.plan.values import RungResult
+from orchestrator.plan.results import RungResult
 from orchestrator.report import html
 from orchestrator.report.figures import BLUE, GREEN, ORANGE, RED, draw
 from orchestrator.report.html import Html
@@ -111,7 +111,7 @@ def _spans_of_gang(
 ) -> list[Span]:
     """Starts and assignments as they are recorded, and between them what follows from both."""
     deaths = [_time(event) for event in events if event.get("kind") in ("gang_died", "gang_lost")]
-    recorded = [list(_assignment(result)) for result in results]
+    recorded = [list(_assignment(result)) for result in side_by_side(results)]
     for event in events:
         seconds = _seconds_of_start(event)
         if seconds is not None:
@@ -125,6 +125,22 @@ def _spans_of_gang(
     if recorded and last is not None:
         spans += _between(recorded[-1][-1], Span(gang, "idle", last, last), deaths)
     return sorted((span for span in spans if span.seconds > 0), key=lambda span: span.start)
+
+
+def side_by_side(results: Sequence[RungResult]) -> list[RungResult]:
+    """One after another, as if each trial that shared its batches had had its even part of their time: the seconds of
+    training and scoring in a result are such parts, its beginning and end are those of the whole group."""
+    groups: dict[tuple[int, float, float], list[RungResult]] = {}
+    for result in results:
+        groups.setdefault((result.gang, result.started_at, result.finished_at), []).append(result)
+    parts: list[RungResult] = []
+    for (_, start, end), members in groups.items():
+        share = (end - start) / len(members)
+        parts += [
+            member.model_copy(update={"started_at": start + number * share, "finished_at": start + (number + 1) * share})
+            for number, member in enumerate(members)
+        ]
+    return parts
 
 
 def _between(before: Span, after: Span, deaths: Sequence[float]) -> Iterator[Span]:

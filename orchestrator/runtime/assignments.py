@@ -10,7 +10,8 @@ from orchestrator.anatomy import LayerSelection, ModelAnatomy
 from orchestrator.errors import TrainingError
 from orchestrator.plan import make_assignment
 from orchestrator.plan.relief import nothing_smaller, relieve, with_relief
-from orchestrator.plan.values import Assignment, DataPaths, ExecutionPlan, RungResult, RunPlan, TrainSettings, TrialSpec
+from orchestrator.plan.results import RungResult
+from orchestrator.plan.values import Assignment, DataPaths, ExecutionPlan, RunPlan, TrainSettings, TrialSpec
 from orchestrator.runtime.gang import GangDiedError
 from orchestrator.runtime.scoring import Scoring
 from orchestrator.transfer import WORST_SCORE
@@ -60,6 +61,16 @@ class Work:
     """Gangs that died while running it, for want of anything but memory."""
     notes: list[str] = field(default_factory=list, compare=False)
     """What happened on gangs that are gone; the result's notes begin with them."""
+
+    def answer(self, result: RungResult | None) -> None:
+        """To whoever waits; nothing happens where the trial has ended meanwhile."""
+        if not self.future.done():
+            self.future.set_result(result)
+
+    def fail(self, error: Exception) -> None:
+        """Whoever waits hears of what is no trial's own failure."""
+        if not self.future.done():
+            self.future.set_exception(error)
 
 
 @dataclass

@@ -8,7 +8,8 @@ from orchestrator.anatomy import LayerSelection
 from orchestrator.errors import TrainingError
 from orchestrator.plan import head_control, make_assignment
 from orchestrator.plan.relief import fits_in_no_way, with_relief
-from orchestrator.plan.values import Assignment, ExecutionPlan, RungResult, TrialSpec
+from orchestrator.plan.results import RungResult
+from orchestrator.plan.values import Assignment, ExecutionPlan, TrialSpec
 from orchestrator.runtime.hours import affords_refit, is_left_for_refit, metered, read_hours, refit_hours, rung_hours
 from orchestrator.runtime.ledger import TrialEntry
 from orchestrator.runtime.prepare import Prepared

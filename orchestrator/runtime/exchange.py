@@ -1,8 +1,8 @@
 """The exchange: where Tune's thin trials bring their branches, and gangs take them up.
 
 One actor. It owns the gangs, the queue between trials and gangs, and the ledger. An assignment is in exactly one
-place: in the queue, or with one gang. When a gang dies it is replaced, and what it was doing goes back to the
-queue, to start again from the trial's last rung.
+place: in the queue, or with one gang, alone or in a group. When a gang dies it is replaced, and what it was doing goes
+back to the queue, to start again from each trial's last rung.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from orchestrator.anatomy import LayerSelection
 from orchestrator.errors import OrchestratorError, TrainingError
-from orchestrator.plan.values import Assignment, RungResult, RunPlan, TrialSpec
+from orchestrator.plan.results import RungResult
+from orchestrator.plan.values import Assignment, RunPlan, TrialSpec
 from orchestrator.runtime.allowance import Allowance
 from orchestrator.runtime.assignments import (
-    MAX_ATTEMPTS,
     Answer,
     GangFigures,
     Orders,
@@ -36,7 +36,9 @@ from orchestrator.runtime.first_steps import FirstSteps
 from orchestrator.runtime.gang import Gang, why_no_start
 from orchestrator.runtime.hours import HoursState, Meter, is_spent
 from orchestrator.runtime.ledger import Ledger, TrialState, is_tried_again
+from orchestrator.runtime.queue import WorkQueue
 from orchestrator.runtime.records import base_result, trial_record
+from orchestrator.runtime.starting import start_gang
 
 
 class Exchange:
@@ -45,7 +47,7 @@ class Exchange:
     def __init__(self, orders: Orders, clock: Callable[[], float] = time.monotonic) -> None:
         self._orders = orders
         self._ledger = Ledger(Path(orders.trials_folder))
-        self._queue: asyncio.PriorityQueue[Work] = asyncio.PriorityQueue()
+        self._queue = WorkQueue(orders.plan, orders.anatomy, orders.num_gangs)
         self._sequence = itertools.count()
         self._needed = asyncio.Event()
         self._inflight: dict[str, Work] = {}
@@ -92,6 +94,7 @@ class Exchange:
             rung: 0, 1, ...; the rung before must have been reached.
             stop_step: The rung's step.
         """
+        self._queue.heard_from(trial.trial_id)
         if self._ledger.get(trial.trial_id) is None and self._allowance.refuses(trial):
             return held_back_answer(self._allowance.reason)
         entry = self._ledger.register(trial, option)
@@ -117,9 +120,10 @@ class Exchange:
 
     async def finish(self, trial_id: str, state: TrialState, reason: str = "") -> None:
         """A trial has ended: free its place at once, write its end down, drop what only a continuation needs."""
+        self._queue.heard_from(trial_id)
         work = self._inflight.pop(trial_id, None)
-        if work is not None and not work.future.done():
-            work.future.set_result(failed_result(work.assignment, f"{state} before it ran"))
+        if work is not None:
+            work.answer(failed_result(work.assignment, f"{state} before it ran"))
         entry = self._ledger.get(trial_id)
         if entry is not None and entry.end is None and not is_tried_again(entry.trial, state):
             self._ledger.end(trial_id, state, reason)
@@ -169,7 +173,7 @@ class Exchange:
         priority = (0 if trial.control == "none" else 1, -assignment.rung, next(self._sequence))
         work = Work(priority, assignment, asyncio.get_running_loop().create_future())
         self._inflight[trial.trial_id] = work
-        self._queue.put_nowait(work)
+        self._queue.put(work)
         self._needed.set()
         try:
             return await work.future
@@ -192,84 +196,78 @@ class Exchange:
             await self._work_off(gang)
         except Exception as error:
             self._tell("gang_lost", f"gang {gang.index} serves no more: {error!r}", gang=gang.index)
+            self._queue.lose_gang()
             self._give_up(error)
             gang.kill()  # last: it may raise too, and by now whoever waits has heard
 
     async def _work_off(self, gang: Gang) -> None:
         """Start, take work, answer; start again when the gang dies. Raises what the last failed start raised."""
         figures = self._figures[gang.index]
-        failures = 0
         idle_since: float | None = None
         await self._needed.wait()
         while True:
             if not gang.pids:
-                try:
-                    await gang.start()
-                except Exception as error:
-                    failures += 1
-                    said = f"gang {gang.index} could not start: {why_no_start(error)}"
-                    self._tell("gang_failed_to_start", said, gang=gang.index)
-                    gang.kill()
-                    if failures >= MAX_ATTEMPTS:
-                        raise
+                await start_gang(gang, figures, self._tell)
+            async with self._queue.next_group() as group:
+                if self._allowance.refuses(group[0].assignment.trial):
+                    for work in group:
+                        work.answer(None)
                     continue
-                failures = 0
-                figures.base_loads = gang.base_loads
-                figures.start_s.append(seconds := gang.start_seconds)
-                ready = f"gang {gang.index} ready in {seconds:.1f} s"
-                self._tell("gang_ready", ready, gang=gang.index, pids=list(gang.pids), seconds=round(seconds, 3))
-            work = await self._queue.get()
-            if work.future.done():
-                continue
-            if self._allowance.refuses(work.assignment.trial):
-                work.future.set_result(None)
-                continue
-            if idle_since is not None:
-                figures.idle_s.append(time.monotonic() - idle_since)
-            started = time.monotonic()
-            try:
-                await self._run(gang, work)
-            except Exception as error:
-                if not work.future.done():
-                    work.future.set_exception(error)
-                raise
-            figures.busy_s += time.monotonic() - started
-            idle_since = time.monotonic() if gang.pids else None
+                if idle_since is not None:
+                    figures.idle_s.append(time.monotonic() - idle_since)
+                started = time.monotonic()
+                try:
+                    await self._run(gang, group)
+                except Exception as error:
+                    for work in group:
+                        work.fail(error)
+                    raise
+                figures.busy_s += time.monotonic() - started
+                idle_since = time.monotonic() if gang.pids else None
 
-    async def _run(self, gang: Gang, work: Work) -> None:
-        """Run one piece of work; on a dead gang, put it back and leave the gang to be replaced."""
+    async def _run(self, gang: Gang, group: Sequence[Work]) -> None:
+        """Run a group and answer each of its members; on a dead gang, put them back and leave the gang to be replaced."""
+        works = {work.assignment.trial.trial_id: work for work in group}
+        planned = self._orders.plan.execution
         try:
-            result = with_history(await gang.run(work.assignment), work, self._orders.plan.execution)
+            answers = await gang.run([work.assignment for work in group])
+            results = [with_history(result, works[result.trial_id], planned) for result in answers]
+            self._queue.note_width(group, results)
         except TrainingError as error:
-            known = self._bury(gang, work, error)
-            if known is None:
-                return
-            result = known
+            results = self._bury(gang, group, error)
+        for result in results:
+            self._settle(works[result.trial_id], result)
+        self._queue.expect([result for result in results if result.state == "done" and result.trial_id in self._inflight])
+
+    def _settle(self, work: Work, result: RungResult) -> None:
+        """Write a result down, then answer whoever waits for it."""
         try:
             if work.assignment.probe is None:
                 self._record(result)
         except Exception as error:  # a full disk, say: whoever waits must hear of it
-            if not work.future.done():
-                work.future.set_exception(error)
+            work.fail(error)
             return
-        if not work.future.done():
-            work.future.set_result(result)
+        work.answer(result)
         entry = self._ledger.get(result.trial_id)
         if entry is not None:  # a probe has none
             self._cleaner.drop_optimizer_states(other for other in entry.results if other.rung < result.rung)
 
-    def _bury(self, gang: Gang, work: Work, death: TrainingError) -> RungResult | None:
-        """Leave a dead gang to be replaced; its work goes back to the queue, or its failed result is returned."""
-        trial_id, known = work.assignment.trial.trial_id, len(work.notes)
-        result = next_attempt(work, death, self._orders.plan.execution)
-        then = "; ".join(work.notes[known:]) or ("its assignment goes back" if result is None else "its assignment is given up")
+    def _bury(self, gang: Gang, group: Sequence[Work], death: TrainingError) -> list[RungResult]:
+        """Leave a dead gang to be replaced; its work goes back to the queue, but for the failed results that are returned."""
+        failed: list[RungResult] = []
         gang.pids = ()
         self._figures[gang.index].replaced += 1
-        self._tell("gang_died", f"{death.what}; {then}", gang=gang.index, trial_id=trial_id)
+        for work in group:
+            known = len(work.notes)
+            result = next_attempt(work, death, self._orders.plan.execution)
+            if result is None:
+                self._queue.put(work)
+            else:
+                failed.append(result)
+            then = "; ".join(work.notes[known:]) or f"its assignment {'is given up' if result else 'goes back'}"
+            self._tell("gang_died", f"{death.what}; {then}", gang=gang.index, trial_id=work.assignment.trial.trial_id)
         gang.kill()
-        if result is None:
-            self._queue.put_nowait(work)
-        return result
+        return failed
 
     def _record(self, result: RungResult) -> None:
         entry = self._ledger.get(result.trial_id)
@@ -295,10 +293,8 @@ class Exchange:
         self._broken = TrainingError(
             f"no gang could be started: {why_no_start(error)}", remedy="see the gang_failed_to_start lines in events.jsonl"
         )
-        while not self._queue.empty():
-            work = self._queue.get_nowait()
-            if not work.future.done():
-                work.future.set_exception(self._broken)
+        for work in self._queue.clear():
+            work.fail(self._broken)
 
     def _tell(self, kind: str, message: str, **fields: object) -> None:
         self._news.append({"kind": kind, "message": message, **fields})

@@ -8,7 +8,8 @@ from typing import Any
 import ray
 
 from orchestrator.plan import shuffled_control
-from orchestrator.plan.values import RungResult, TrialSpec
+from orchestrator.plan.results import RungResult
+from orchestrator.plan.values import TrialSpec
 from orchestrator.runtime.budget import full_budget, selection_of
 from orchestrator.runtime.bundling import bundle_and_judge
 from orchestrator.runtime.cluster import fetch, rank_resources, worker_env

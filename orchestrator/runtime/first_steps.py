@@ -7,7 +7,8 @@ from typing import Any
 
 from orchestrator.anatomy import ModelAnatomy
 from orchestrator.plan.cost.calibration import MeasuredSteps, calibrated, calibration_sentence
-from orchestrator.plan.values import RungResult, RunPlan
+from orchestrator.plan.results import RungResult
+from orchestrator.plan.values import RunPlan
 
 logger = logging.getLogger(__name__)
 

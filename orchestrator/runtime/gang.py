@@ -1,4 +1,4 @@
-"""A gang: processes placed together that load the base once and run assignment after assignment."""
+"""A gang: processes placed together that load the base once and run one group of trials after another."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 import time
+from collections.abc import Sequence
 
 import ray
 from ray.exceptions import OutOfMemoryError as EvictedError
@@ -14,7 +15,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.anatomy import ModelAnatomy
 from orchestrator.errors import RankOutOfMemoryError, TrainingError
-from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan, RungResult
+from orchestrator.plan.results import RungResult
+from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan
 from orchestrator.runtime.cluster import placement_strategy, rank_resources, worker_env
 from orchestrator.runtime.hours import Meter
 
@@ -58,9 +60,9 @@ class RankActor:
         )
         return os.getpid()
 
-    def run(self, assignment: Assignment) -> RungResult:
+    def run(self, group: Sequence[Assignment]) -> list[RungResult]:
         assert self._host is not None, "start() comes first"
-        return self._host.run(assignment)
+        return self._host.run_group(group)
 
     def close(self) -> None:
         if self._host is not None:
@@ -111,14 +113,14 @@ class Gang:
         self.base_loads += 1
         self.start_seconds = time.monotonic() - started
 
-    async def run(self, assignment: Assignment) -> RungResult:
-        """Run one assignment on every rank; rank 0's answer counts.
+    async def run(self, group: Sequence[Assignment]) -> list[RungResult]:
+        """Run one assignment, or several that may share a batch, on every rank; rank 0's answers count, in any order.
 
         Raises:
-            GangDiedError: a rank died or broke. The trial's own failures are results, not exceptions.
+            GangDiedError: a rank died or broke. A trial's own failures are results, not exceptions.
         """
-        results = await self._all([rank.run.remote(assignment) for rank in self._ranks])
-        return results[0].model_copy(update={"gang": self.index})
+        answers = await self._all([rank.run.remote(group) for rank in self._ranks])
+        return [result.model_copy(update={"gang": self.index}) for result in answers[0]]
 
     def kill(self) -> None:
         """End the processes and give the places back."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from orchestrator.plan.values import RungResult, TrialSpec
+from orchestrator.plan.results import RungResult
+from orchestrator.plan.values import TrialSpec
 from orchestrator.store import commit_folder, read_json, write_json
 from orchestrator.store.folders import MANIFEST
 from orchestrator.values import Value

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from orchestrator.plan import shuffled_control
-from orchestrator.plan.values import RungResult
+from orchestrator.plan.results import RungResult
 from orchestrator.runtime.assignments import GangFigures
 from orchestrator.runtime.hours import HoursState, read_hours
 from orchestrator.runtime.ledger import Ledger, TrialEntry

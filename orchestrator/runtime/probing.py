@@ -12,8 +12,9 @@ from orchestrator.anatomy import ModelAnatomy
 from orchestrator.errors import TrainingError
 from orchestrator.plan import make_assignment, probe_trial, with_scores
 from orchestrator.plan.cost.estimate import planned_options
+from orchestrator.plan.results import RungResult
 from orchestrator.plan.scored import LayerScores
-from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan, RungResult, RunPlan
+from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan, RunPlan
 from orchestrator.runtime.cluster import fetch, rank_resources, worker_env
 from orchestrator.runtime.hours import metered
 from orchestrator.runtime.prepare import Prepared, read_scores

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from orchestrator.plan.relief import fits_in_no_way
-from orchestrator.plan.values import RungResult
+from orchestrator.plan.results import RungResult
 from orchestrator.runtime.ledger import Ledger, TrialEntry
 from orchestrator.runtime.scoring import Scoring
 from orchestrator.transfer.records import EngineFigures, RungRecord, TrialRecord

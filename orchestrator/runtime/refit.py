@@ -19,7 +19,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from orchestrator.anatomy import ModelAnatomy
 from orchestrator.errors import RankOutOfMemoryError, TrainingError
 from orchestrator.plan.relief import fits_in_no_way, nothing_smaller, relieve, with_relief
-from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan, RungResult
+from orchestrator.plan.results import RungResult
+from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan
 from orchestrator.runtime.assignments import failed_result
 from orchestrator.runtime.cluster import placement_strategy, rank_resources, worker_env
 from orchestrator.store import read_json, write_json

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator.plan.values import RungResult
+from orchestrator.plan.results import RungResult
 from orchestrator.transfer import WORST_SCORE, forgetting, score
 from orchestrator.values import Value
 

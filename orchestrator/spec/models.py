@@ -180,6 +180,8 @@ class ResourcesSpec(Section):
     """What an hour of one GPU costs, in any currency: the plan then says what the run does."""
     zero: Annotated[Literal[0, 1, 2, 3, "auto"], BeforeValidator(_refuse_bool)] = "auto"
     offload: Literal["none", "optimizer", "parameters", "auto"] = "auto"
+    max_fused: PositiveInt | Literal["auto"] = "auto"
+    """LoRA trials that may share a batch; `auto`: as many as fit and can pay. The gang measures how many of them do."""
     cache_bytes: Annotated[NonNegativeInt | Literal["auto"], BeforeValidator(_refuse_bool)] = "auto"
     """What stored hidden states may take on each machine's own disk; `auto`: half of what is free, 0: none are stored."""
     cache_folder: str | None = None

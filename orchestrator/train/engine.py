@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -79,6 +80,20 @@ class Engine(Protocol):
 def layout_of(execution: ExecutionPlan) -> str:
     """What a state dictionary is laid out by: only an engine of the same layout and ranks can take it over."""
     return "flat" if execution.executor == "torch" else f"zero-{execution.zero_stage} {execution.dtype}"
+
+
+def is_partitioned(execution: ExecutionPlan) -> bool:
+    """Whether ZeRO-3 holds the base in parts."""
+    return execution.executor == "deepspeed" and execution.zero_stage == 3
+
+
+def forward_ready(objective: nn.Module, execution: ExecutionPlan) -> AbstractContextManager[None]:
+    """In this context the objective can be called though nothing learns: a partitioned base is gathered module by module."""
+    if not is_partitioned(execution):
+        return nullcontext()
+    from orchestrator.train.deepspeed_engine import forward_only
+
+    return forward_only(objective, execution)
 
 
 def register_engine(*parts: Any) -> None:

@@ -14,12 +14,11 @@ import torch
 
 from orchestrator.data import TokenizedSet
 from orchestrator.errors import TrainingError, UsageError
+from orchestrator.plan.grouping import TEACHER_FORCED
 from orchestrator.train.batches import RowPlan, repeated, to_tensors
 from orchestrator.train.objective import Objective
 from orchestrator.train.ranks import Ranks
 from orchestrator.train.trunk.states import TrunkStates
-
-TEACHER_FORCED = frozenset({"loss", "perplexity", "accuracy", "macro_f1"})
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from orchestrator.errors import NonFiniteLossError, OutOfMemoryError, TrainingError
-from orchestrator.plan.values import Assignment, StepReport
+from orchestrator.plan.results import StepReport
+from orchestrator.plan.values import Assignment
 from orchestrator.train.adapters import AdapterSpec
 from orchestrator.train.base import LoadedBase
 from orchestrator.train.batches import StepInput, repeated, step_inputs

@@ -37,7 +37,7 @@ def open_group(base: LoadedBase, specs: Sequence[AdapterSpec]) -> BranchGroup:
 
     Args:
         base: Not in use by another branch.
-        specs: Of LoRA trials whose adapters are all that learns, with one cut.
+        specs: Of LoRA trials whose adapters in blocks are all that learns, with one cut.
 
     Raises:
         SelectionError: a name that the model does not have, or a trial that cannot share a batch.
@@ -48,9 +48,10 @@ def open_group(base: LoadedBase, specs: Sequence[AdapterSpec]) -> BranchGroup:
         raise TrainingError("the base has a branch already", remedy="close it before the next one is opened")
     for spec in specs:
         check_names(base, spec.selection)
-        if spec.selection.trainable or spec.selection.cut != specs[0].selection.cut:
+        beside = spec.selection.trainable or base.anatomy.head_weight in spec.selection.adapted
+        if beside or spec.selection.cut != specs[0].selection.cut:
             raise SelectionError(
-                f"{spec.selection.policy} cannot share a batch", expected="LoRA alone, with the cut of its neighbours"
+                f"{spec.selection.policy} cannot share a batch", expected="LoRA in blocks alone, with the cut of its neighbours"
             )
     undo = ExitStack()
     try:

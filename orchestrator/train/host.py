@@ -6,12 +6,10 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from orchestrator.anatomy.values import ModelAnatomy
 from orchestrator.data import TokenizedSet
@@ -25,10 +23,12 @@ from orchestrator.errors import (
     UsageError,
 )
 from orchestrator.plan.relief import nothing_smaller, relieve
-from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan, RungResult, StepReport
+from orchestrator.plan.results import RungResult, StepReport
+from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan
 from orchestrator.train.base import load_base, loading_device
 from orchestrator.train.batches import RowPlan
 from orchestrator.train.branch import head_name
+from orchestrator.train.engine import forward_ready, is_partitioned
 from orchestrator.train.fused import FusedRun
 from orchestrator.train.integrity import base_fingerprint, changed_base
 from orchestrator.train.memory import first_line, is_out_of_memory, reset_peak
@@ -62,6 +62,8 @@ class TrainHost:
         self._trunk = TrunkLibrary(self._base, self._fingerprint, ranks, self._load_set)
         self._ordinal = 0
         self._widths: dict[tuple[int, int, int], int] = {}
+        self._tried: dict[tuple[int, int, int], int] = {}
+        """The size of the group that a width was measured with."""
         self._news: list[str] = []
         """Told with the next result."""
         gc.collect()
@@ -143,8 +145,8 @@ class TrainHost:
         rows = RowPlan.of(execution, self._ranks.rank, classify=self._base.load.task == "classify")
         head = self._base.model.get_submodule(head_name(self._base).rpartition(".")[0])
         objective = objective_of(self._base, head)
-        partitioned = execution.executor == "deepspeed" and execution.zero_stage == 3
-        with _gathering(objective, execution) if partitioned else nullcontext():
+        with forward_ready(objective, execution):
+            partitioned = is_partitioned(execution)
             return self._trunk.open(plan, assignment.data, rows, objective, partitioned=partitioned, note=note)
 
     def run_group(self, group: Sequence[Assignment], on_step: Callable[[StepReport], None] | None = None) -> list[RungResult]:
@@ -166,12 +168,15 @@ class TrainHost:
         return results
 
     def _width_of(self, group: Sequence[Assignment]) -> int:
-        """How many of the group share a batch; measured once for each cut and kind of batch."""
+        """How many of the group share a batch; measured for each cut and kind of batch, and again for the first group in
+        which twice as many could, where nobody has tried that."""
         first, kind = group[0], kind_of_batch(group[0])
-        if len(group) > 1 and kind not in self._widths:
+        wider = 2 * self._widths.get(kind, 1)
+        if wider <= len(group) and (kind not in self._widths or self._tried.get(kind, wider) < wider):
             self._open_trunk(first, self._news.append)
             run = self._trial_run(first, first.execution, self._news, TrialOutcome())
             self._widths[kind], said = best_width(self._base, group, run.steps(), run.rows, run.train_states())
+            self._tried[kind] = len(group)
             self._news.append(said)
         return min(len(group), self._widths.get(kind, 1))
 
@@ -190,6 +195,7 @@ class TrainHost:
         except TRIAL_ERRORS as error:
             width = len(group) // 2 if isinstance(error, OutOfMemoryError) else 1
             self._widths[kind_of_batch(group[0])] = width
+            self._tried.pop(kind_of_batch(group[0]), None)
             self._news.append(f"{len(group)} trials cannot share a batch, from now on {width} do: {error}")
             return self.run_group(group, on_step)
         self._ordinal += 1
@@ -272,8 +278,8 @@ class TrainHost:
     def _check_fits(self, execution: ExecutionPlan) -> None:
         """The base lies in memory for one kind of execution; stages 0 to 2 share it."""
         kind = ("device", "ranks", "executor", "dtype")
-        partitioned = [plan.zero_stage == 3 and plan.executor == "deepspeed" for plan in (execution, self._execution)]
-        if partitioned[0] != partitioned[1] or any(getattr(execution, k) != getattr(self._execution, k) for k in kind):
+        alike = is_partitioned(execution) == is_partitioned(self._execution)
+        if not alike or any(getattr(execution, k) != getattr(self._execution, k) for k in kind):
             raise TrainingError(
                 f"this gang cannot train with {execution.executor} ZeRO-{execution.zero_stage} on {execution.ranks} ranks",
                 expected=f"{self._execution.executor} ZeRO-{self._execution.zero_stage} on {self._execution.ranks} ranks",
@@ -302,9 +308,3 @@ class TrainHost:
         self._trunk.close()
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _gathering(objective: nn.Module, execution: ExecutionPlan) -> AbstractContextManager[None]:
-    from orchestrator.train.deepspeed_engine import forward_only
-
-    return forward_only(objective, execution)

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from orchestrator.errors import NonFiniteLossError, OutOfMemoryError
-from orchestrator.plan.values import StepReport, TrainSettings, TrialSpec
+from orchestrator.plan.results import StepReport
+from orchestrator.plan.values import TrainSettings, TrialSpec
 from orchestrator.train.batches import RowPlan, StepInput, StepPlan, step_inputs
 from orchestrator.train.engine import Engine
 from orchestrator.train.memory import is_out_of_memory, memory_in_use

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from orchestrator.plan.results import EngineRecord, RungResult
 from orchestrator.plan.scored import LayerScores
-from orchestrator.plan.values import Assignment, EngineRecord, ExecutionPlan, RungResult
+from orchestrator.plan.values import Assignment, ExecutionPlan
 from orchestrator.train.loop import LoopState
 from orchestrator.train.scoring import Scores
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator.plan.values import StepReport
+from orchestrator.plan.results import StepReport
 
 WARM_UP_STEPS = 2
 """Kernels are chosen, caches filled and buffers allocated in the first steps of an engine."""

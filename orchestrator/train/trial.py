@@ -12,8 +12,9 @@ import torch
 
 from orchestrator.data import TokenizedSet, shuffled
 from orchestrator.errors import TrainingError
+from orchestrator.plan.results import EngineRecord, StepReport
 from orchestrator.plan.scored import ProbePlan
-from orchestrator.plan.values import Assignment, EngineRecord, ExecutionPlan, StepReport
+from orchestrator.plan.values import Assignment, ExecutionPlan
 from orchestrator.store import append_jsonl
 from orchestrator.train.artifacts import load_artifact
 from orchestrator.train.base import LoadedBase
@@ -28,7 +29,7 @@ from orchestrator.train.checkpoint import (
     rung_folder,
     save_checkpoint,
 )
-from orchestrator.train.engine import Engine, layout_of, num_live_engines
+from orchestrator.train.engine import Engine, forward_ready, is_partitioned, layout_of, num_live_engines
 from orchestrator.train.integrity import changed_frozen
 from orchestrator.train.loop import LoopState, train_steps
 from orchestrator.train.memory import memory_in_use
@@ -75,7 +76,7 @@ class TrialRun:
         self._peak_bytes = 0
         self._speed = SteadySpeed(0)
         self.rows = RowPlan.of(execution, ranks.rank, classify=base.load.task == "classify")
-        self.scorer = Scorer(base, assignment, self.rows, ranks, load_set, self._partitioned, trunk)
+        self.scorer = Scorer(base, assignment, self.rows, ranks, load_set, is_partitioned(execution), trunk)
 
     def run(self, on_step: Callable[[StepReport], None] | None) -> None:
         """Fill `outcome`; what stands in it after an error is how far the trial came."""
@@ -112,24 +113,19 @@ class TrialRun:
             self.save_rung(engine, branch)
 
     def _keeper(self) -> WeightKeeper | None:
-        if not self._partitioned:
+        if not is_partitioned(self.execution):
             return None
         from orchestrator.train.zero3_warm import PartitionKeeper
 
         return PartitionKeeper()
 
     def take_weights(self, branch: Branch, folder: Path) -> None:
-        if not self._partitioned:
+        if not is_partitioned(self.execution):
             load_artifact(branch, folder)
             return
         from orchestrator.train.zero3_warm import assign_whole
 
         load_artifact(branch, folder, assign_whole)
-
-    @property
-    def _partitioned(self) -> bool:
-        """Whether ZeRO-3 holds the base in parts."""
-        return self.execution.executor == "deepspeed" and self.execution.zero_stage == 3
 
     def start_point(self) -> StartPoint | None:
         if self.assignment.start is None:
@@ -220,10 +216,7 @@ class TrialRun:
         if self.base.load.task == "classify":
             self.outcome.scores = self.scorer.score_prior(objective)
         elif self.assignment.evaluate:
-            if self._partitioned:
-                from orchestrator.train.deepspeed_engine import forward_only
-
-                stack.enter_context(forward_only(objective, self.execution))
+            stack.enter_context(forward_ready(objective, self.execution))
             self.outcome.scores = self.scorer.score(objective)
         self.outcome.engine = self._engine_record("none", "", partitioned_bytes=0, trainable_parameters=0)
         self.record_peaks()

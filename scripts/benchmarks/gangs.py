@@ -11,7 +11,8 @@ import tempfile
 from itertools import pairwise
 from pathlib import Path
 
-from orchestrator.plan.values import RungResult
+from orchestrator.plan.results import RungResult
+from orchestrator.report.timeline import side_by_side
 from orchestrator.store import read_json
 
 SPEC = """
@@ -74,7 +75,7 @@ def _kept_seconds(result: RungResult) -> float:
 
 
 def read_results(run: Path) -> list[RungResult]:
-    return [RungResult.model_validate(read_json(file)) for file in run.glob("trials/t*/result-*.json")]
+    return side_by_side([RungResult.model_validate(read_json(file)) for file in run.glob("trials/t*/result-*.json")])
 
 
 def main() -> None:

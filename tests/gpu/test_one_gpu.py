@@ -20,7 +20,8 @@ import torch
 from orchestrator.anatomy import read_anatomy, select
 from orchestrator.data import build_set
 from orchestrator.plan.memory.moving import LOGIT_CHUNK_BYTES
-from orchestrator.plan.values import Assignment, BaseLoad, DataPaths, ExecutionPlan, RungResult, TrainSettings, TrialSpec
+from orchestrator.plan.results import RungResult
+from orchestrator.plan.values import Assignment, BaseLoad, DataPaths, ExecutionPlan, TrainSettings, TrialSpec
 from orchestrator.samples import SAMPLE_BASE
 from orchestrator.store import read_jsonl
 

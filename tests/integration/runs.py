@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from orchestrator.cli import main
-from orchestrator.plan.values import RungResult
+from orchestrator.plan.results import RungResult
 from orchestrator.runtime.ledger import Ledger, TrialEntry
 from orchestrator.samples import SAMPLE_DATA
 from orchestrator.store import read_json, read_jsonl

@@ -24,7 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from orchestrator.anatomy import read_anatomy, select
 from orchestrator.data import build_set
 from orchestrator.plan.memory.moving import LOGIT_CHUNK_BYTES
-from orchestrator.plan.values import Assignment, BaseLoad, DataPaths, ExecutionPlan, RungResult, TrainSettings, TrialSpec
+from orchestrator.plan.results import RungResult
+from orchestrator.plan.values import Assignment, BaseLoad, DataPaths, ExecutionPlan, TrainSettings, TrialSpec
 from orchestrator.store import read_jsonl
 from orchestrator.train.batches import RowPlan, StepPlan
 

@@ -15,7 +15,8 @@ import pytest
 
 from orchestrator.anatomy.values import LayerSelection
 from orchestrator.plan.estimates import MemoryEstimate, MemoryTerm
-from orchestrator.plan.values import BaseLoad, DataSize, ExecutionPlan, RejectedWay, RunPlan, SearchPlan, StepReport, TrialOption
+from orchestrator.plan.results import StepReport
+from orchestrator.plan.values import BaseLoad, DataSize, ExecutionPlan, RejectedWay, RunPlan, SearchPlan, TrialOption
 from orchestrator.transfer.records import (
     ComparisonRecord,
     EngineFigures,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 
-from orchestrator.plan.values import EngineRecord, RungResult, TrialSpec
+from orchestrator.plan.results import EngineRecord, RungResult
+from orchestrator.plan.values import TrialSpec
 from orchestrator.report.reading import read_run
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from orchestrator.plan.values import RungResult
+from orchestrator.plan.results import RungResult
 from orchestrator.report.page import render_page
 from orchestrator.report.reading import RunRecords, read_run
-from orchestrator.report.timeline import gang_times, seconds_by_kind, shares_sentence, submissions_of
+from orchestrator.report.timeline import gang_times, seconds_by_kind, shares_sentence, side_by_side, submissions_of
 
 START = 1_790_000_000.0
 
@@ -171,3 +171,12 @@ def test_the_page_shows_a_row_for_every_gang(fake_run: Callable[..., Path]) -> N
 
 def test_a_run_without_results_has_no_such_section(fake_run: Callable[..., Path]) -> None:
     assert "The gangs" not in render_page(read_run(fake_run()))
+
+
+def test_trials_that_shared_batches_have_an_even_part_of_their_time_each() -> None:
+    """Two trained 4 s and were scored 2 s together; a third came alone."""
+    together = [rung(trial, 0, 0, 8, train=2, score=1) for trial in ("t000-a", "t001-b")]
+    first, second, third = side_by_side([*together, rung("t002-c", 0, 8, 9)])
+    assert [first.started_at - START, first.finished_at - START] == [0, 4]
+    assert [second.started_at - START, second.finished_at - START] == [4, 8]
+    assert [third.started_at - START, third.finished_at - START] == [8, 9]

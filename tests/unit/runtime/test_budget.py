@@ -11,7 +11,8 @@ import pytest
 from orchestrator.errors import TrainingError
 from orchestrator.plan import make_trial
 from orchestrator.plan.relief import nothing_smaller
-from orchestrator.plan.values import ExecutionPlan, RungResult, TrialSpec
+from orchestrator.plan.results import RungResult
+from orchestrator.plan.values import ExecutionPlan, TrialSpec
 from orchestrator.report.terminal import LogView
 from orchestrator.runtime import budget
 from orchestrator.runtime.budget import full_budget, refit_assignment, run_refit

@@ -6,7 +6,8 @@ The gangs are stand-ins without processes, whose deaths are written in a script;
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+import time
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ import pytest
 from orchestrator.anatomy import ModelAnatomy
 from orchestrator.errors import TrainingError
 from orchestrator.plan import make_assignment, make_trial
+from orchestrator.plan.results import RungResult
 from orchestrator.plan.scored import ProbePlan
-from orchestrator.plan.values import Assignment, DataPaths, RungResult, RunPlan, TrainSettings, TrialSpec
-from orchestrator.runtime import cleaning
+from orchestrator.plan.values import Assignment, DataPaths, RunPlan, TrainSettings, TrialSpec
+from orchestrator.runtime import cleaning, queue
 from orchestrator.runtime import exchange as exchange_module
 from orchestrator.runtime.assignments import MAX_ATTEMPTS, Answer, Orders, failed_result
 from orchestrator.runtime.exchange import Exchange
@@ -52,6 +54,7 @@ class ScriptedGang:
     refusal: Exception
     broken: set[str]
     ran: list[Assignment]
+    groups: list[list[str]]
     gate: asyncio.Event
 
     def __init__(self, index: int, *given: object) -> None:
@@ -70,10 +73,14 @@ class ScriptedGang:
         self.base_loads += 1
         self.pids = (self.base_loads,)
 
-    async def run(self, assignment: Assignment) -> RungResult:
+    async def run(self, group: Sequence[Assignment]) -> list[RungResult]:
         await asyncio.sleep(0)
         Clock.now_s += HOUR_S
-        self.ran.append(assignment)
+        self.groups.append([assignment.trial.trial_id for assignment in group])
+        self.ran.extend(group)
+        return [self.run_one(assignment) for assignment in group]
+
+    def run_one(self, assignment: Assignment) -> RungResult:
         trial_id = assignment.trial.trial_id
         if self.deaths.get(trial_id, 0):
             self.deaths[trial_id] -= 1
@@ -154,14 +161,18 @@ def on_bench(
         dead_starts: int = 0,
         gangs: int = 1,
         max_gpu_hours: float | None = None,
+        max_fused: int = 1,
     ) -> list[Assignment]:
+        assert plan.search is not None
+        fusing = plan.model_copy(update={"search": plan.search.model_copy(update={"max_fused": max_fused})})
         ScriptedGang.deaths, ScriptedGang.dead_starts, ScriptedGang.ran = deaths or {}, dead_starts, []
+        ScriptedGang.groups = []
         ScriptedGang.refusal, ScriptedGang.broken, ScriptedGang.fitting = GangDiedError("no room"), set(), {}
 
         async def run() -> None:
             ScriptedGang.gate = asyncio.Event()
             ScriptedGang.gate.set()
-            bench = Bench(plan, anatomy, tmp_path, gangs, max_gpu_hours)
+            bench = Bench(fusing, anatomy, tmp_path, gangs, max_gpu_hours)
             await bench.exchange.open()
             try:
                 await asyncio.wait_for(scene(bench), DEADLINE_S)
@@ -537,3 +548,140 @@ def test_later_work_is_made_by_the_resolved_plan(on_bench: Callable[..., list[As
         assert bench.exchange._orders.plan == bench.exchange._first_steps._plan == resolved
 
     on_bench(scene)
+
+
+# -- groups that may share a batch -------------------------------------------------------------------------------------
+
+
+async def at_once(bench: Bench, calls: Sequence[Coroutine[Any, Any, Answer]]) -> list[asyncio.Task[Answer]]:
+    """All of them in the queue before a gang is ready."""
+    ScriptedGang.gate.clear()
+    tasks = [asyncio.create_task(call) for call in calls]
+    await asyncio.sleep(0.01)
+    ScriptedGang.gate.set()
+    return tasks
+
+
+def first_rungs(bench: Bench, count: int) -> list[Coroutine[Any, Any, Answer]]:
+    return [bench.advance(bench.trial(number)) for number in range(count)]
+
+
+def test_each_member_of_a_group_has_its_own_answer_and_its_own_failure(on_bench: Callable[..., list[Assignment]]) -> None:
+    async def scene(bench: Bench) -> None:
+        ScriptedGang.broken = {"t1"}
+        answers = await asyncio.gather(*await at_once(bench, first_rungs(bench, 3)))
+        assert [answer.state for answer in answers] == ["done", "failed", "done"]
+        ends = [entry.end and entry.end.state for entry in Ledger(bench.folder).entries()]
+        assert ends == [None, "failed", None]
+
+    on_bench(scene, max_fused=4)
+    assert ScriptedGang.groups == [["t0", "t1", "t2"]]
+
+
+def test_a_member_whose_result_cannot_be_written_is_heard_of_and_the_others_go_on(
+    on_bench: Callable[..., list[Assignment]],
+) -> None:
+    async def scene(bench: Bench) -> None:
+        (bench.folder / "t0" / "result-0.json").mkdir(parents=True)
+        unwritten, written = await at_once(bench, first_rungs(bench, 2))
+        with pytest.raises(OSError, match="result-0"):
+            await unwritten
+        assert (await written).state == "done"
+
+    assert len(on_bench(scene, max_fused=4)) == 2
+
+
+def test_after_a_death_every_member_goes_on_alone_so_that_the_one_that_kills_is_found(
+    on_bench: Callable[..., list[Assignment]],
+) -> None:
+    async def scene(bench: Bench) -> None:
+        answers = await asyncio.gather(*await at_once(bench, first_rungs(bench, 3)))
+        assert [answer.state for answer in answers] == ["done", "failed", "done"]
+        assert "gangs died" in answers[1].reason
+        (figures,) = await bench.exchange.figures()
+        assert figures.replaced == MAX_ATTEMPTS
+        told = [item["trial_id"] for item in bench.exchange._news if item["kind"] == "gang_died"]
+        assert told == ["t0", "t1", "t2", "t1", "t1"]
+
+    on_bench(scene, deaths={"t1": 99}, max_fused=4)
+    assert ScriptedGang.groups == [["t0", "t1", "t2"], ["t0"], ["t1"], ["t1"], ["t2"]]
+
+
+def test_after_a_death_for_want_of_memory_each_goes_on_smaller_and_alone(on_bench: Callable[..., list[Assignment]]) -> None:
+    async def scene(bench: Bench) -> None:
+        ScriptedGang.fitting = {"t1": 4}
+        answers = await asyncio.gather(*await at_once(bench, first_rungs(bench, 2)))
+        assert [answer.state for answer in answers] == ["done", "done"]
+
+    assert rows_of(on_bench(scene, max_fused=4)) == [8, 8, 4, 4]
+    assert ScriptedGang.groups == [["t0", "t1"], ["t0"], ["t1"]]
+
+
+def test_a_queued_member_that_is_ended_leaves_its_group(on_bench: Callable[..., list[Assignment]]) -> None:
+    async def scene(bench: Bench) -> None:
+        ScriptedGang.gate.clear()
+        calls = [asyncio.create_task(call) for call in first_rungs(bench, 3)]
+        await asyncio.sleep(0.01)
+        await bench.exchange.finish("t1", "stopped", "not needed")
+        ScriptedGang.gate.set()
+        assert [answer.ended for answer in await asyncio.gather(*calls)] == [False, True, False]
+
+    on_bench(scene, max_fused=4)
+    assert ScriptedGang.groups == [["t0", "t2"]]
+
+
+def test_a_group_that_comes_when_the_hours_are_used_up_is_held_back(on_bench: Callable[..., list[Assignment]]) -> None:
+    async def scene(bench: Bench) -> None:
+        answers = await asyncio.gather(*await at_once(bench, first_rungs(bench, 4)))
+        assert [answer.state for answer in answers] == ["done", "done", "stopped", "stopped"]
+
+    on_bench(scene, max_fused=2, max_gpu_hours=2)
+    assert ScriptedGang.groups == [["t0", "t1"]]
+
+
+def test_those_of_a_group_that_go_on_share_a_batch_again(on_bench: Callable[..., list[Assignment]]) -> None:
+    """They ask one by one, while something lower waits; two end meanwhile, one of them at once."""
+
+    async def scene(bench: Bench) -> None:
+        calls = await at_once(bench, [*first_rungs(bench, 4), bench.advance(bench.trial(9))])
+        await asyncio.gather(*calls[:4])
+        await bench.exchange.finish("t1", "stopped")
+        again = []
+        for number in (0, 2):
+            again.append(asyncio.create_task(bench.advance(bench.trial(number), 1)))
+            await asyncio.sleep(0.01)
+        assert len(ScriptedGang.groups) == 1, "one of them has not been heard from"
+        await bench.exchange.finish("t3", "stopped")
+        await asyncio.gather(*again, *calls)
+
+    on_bench(scene, max_fused=4)
+    assert ScriptedGang.groups == [["t0", "t1", "t2", "t3"], ["t0", "t2"], ["t9"]]
+
+
+def test_nobody_is_waited_for_long_nor_while_the_untouched_base_waits(
+    on_bench: Callable[..., list[Assignment]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue, "REUNION_S", 0.2)
+
+    async def scene(bench: Bench) -> None:
+        calls = await at_once(bench, first_rungs(bench, 2))
+        await asyncio.gather(*calls)
+        await asyncio.wait_for(bench.advance(bench.none()), 0.1)
+        began = time.monotonic()
+        await bench.advance(bench.trial(0), 1)
+        assert 0.05 < time.monotonic() - began < 5
+
+    on_bench(scene, max_fused=2)
+    assert ScriptedGang.groups == [["t0", "t1"], ["none"], ["t0"]]
+
+
+def test_without_groups_nobody_waits(on_bench: Callable[..., list[Assignment]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue, "REUNION_S", 99)
+
+    async def scene(bench: Bench) -> None:
+        calls = await at_once(bench, first_rungs(bench, 3))
+        await asyncio.gather(*calls)
+        await asyncio.wait_for(bench.advance(bench.trial(1), 1), 1)
+
+    on_bench(scene)
+    assert ScriptedGang.groups == [["t0"], ["t1"], ["t2"], ["t1"]]

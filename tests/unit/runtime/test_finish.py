@@ -9,7 +9,8 @@ import pytest
 
 from orchestrator.plan import shuffled_control
 from orchestrator.plan.cost.estimate import CPU_FLOPS_PER_CORE, run_flops
-from orchestrator.plan.values import RungResult, TrialSpec
+from orchestrator.plan.results import RungResult
+from orchestrator.plan.values import TrialSpec
 from orchestrator.runtime.assignments import GangFigures
 from orchestrator.runtime.finish import controls_beside
 from orchestrator.runtime.hours import HoursState

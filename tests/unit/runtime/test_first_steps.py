@@ -10,7 +10,8 @@ import pytest
 from orchestrator.anatomy import ModelAnatomy
 from orchestrator.plan import make_trial
 from orchestrator.plan.cost.calibration import MeasuredSteps, calibrated
-from orchestrator.plan.values import DataPaths, RungResult, RunPlan, TrainSettings
+from orchestrator.plan.results import RungResult
+from orchestrator.plan.values import DataPaths, RunPlan, TrainSettings
 from orchestrator.runtime.assignments import Orders
 from orchestrator.runtime.exchange import Exchange
 from orchestrator.runtime.first_steps import FirstSteps

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.plan.values import RungResult
+from orchestrator.plan.results import RungResult
 from orchestrator.runtime import hours
 from orchestrator.runtime.hours import Meter, affords_refit, is_spent, may_go_on, metered, read_hours, refit_hours
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from orchestrator.plan.values import RungResult, TrialSpec
+from orchestrator.plan.results import RungResult
+from orchestrator.plan.values import TrialSpec
 from orchestrator.runtime.ledger import Ledger
 
 

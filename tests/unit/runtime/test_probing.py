@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import TrainingError
+from orchestrator.plan.results import RungResult
 from orchestrator.plan.scored import LayerScores
-from orchestrator.plan.values import Assignment, RungResult, RunPlan
+from orchestrator.plan.values import Assignment, RunPlan
 from orchestrator.report.terminal import LogView
 from orchestrator.runtime import probing
 from orchestrator.runtime.assignments import failed_result

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.plan.values import RungResult, TrialSpec
+from orchestrator.plan.results import RungResult
+from orchestrator.plan.values import TrialSpec
 from orchestrator.runtime.ledger import Ledger, TrialEnd, TrialEntry
 from orchestrator.runtime.outcome import RunOutcome, read_outcome, write_outcome
 from orchestrator.runtime.records import trial_record, trial_records

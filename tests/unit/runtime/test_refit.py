@@ -11,7 +11,8 @@ import pytest
 from orchestrator.errors import RankOutOfMemoryError
 from orchestrator.plan import make_trial
 from orchestrator.plan.relief import nothing_smaller
-from orchestrator.plan.values import Assignment, ExecutionPlan, RungResult
+from orchestrator.plan.results import RungResult
+from orchestrator.plan.values import Assignment, ExecutionPlan
 from orchestrator.runtime.assignments import failed_result
 from orchestrator.runtime.budget import refit_assignment
 from orchestrator.runtime.prepare import Prepared

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.plan.values import RungResult, TrialSpec
+from orchestrator.plan.results import RungResult
+from orchestrator.plan.values import TrialSpec
 from orchestrator.runtime import sweep
 from orchestrator.runtime.assignments import Answer
 from orchestrator.runtime.ledger import Ledger

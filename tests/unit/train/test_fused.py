@@ -15,16 +15,8 @@ import torch
 from orchestrator.anatomy import read_anatomy, select
 from orchestrator.data import build_set
 from orchestrator.errors import SelectionError
-from orchestrator.plan.values import (
-    Assignment,
-    BaseLoad,
-    DataPaths,
-    ExecutionPlan,
-    RungResult,
-    TrainSettings,
-    TrialSpec,
-    TrunkPlan,
-)
+from orchestrator.plan.results import RungResult
+from orchestrator.plan.values import Assignment, BaseLoad, DataPaths, ExecutionPlan, TrainSettings, TrialSpec, TrunkPlan
 from orchestrator.store import read_jsonl
 from orchestrator.train import TrainHost, host
 from orchestrator.train.adapters import AdapterSpec, LoraLinear
@@ -165,9 +157,11 @@ def test_the_base_product_of_each_module_runs_once_for_all(gang: Gang) -> None:
 
 
 def test_what_learns_beside_adapters_shares_no_batch(gang: Gang) -> None:
-    head = AdapterSpec(select(gang.anatomy, "last:2", "full", None, task="completion"), 8, 0)
-    with pytest.raises(SelectionError, match="share a batch"):
-        open_group(gang.host._base, [head])
+    learns = select(gang.anatomy, "last:2", "full", None, task="completion")
+    adapts = select(gang.anatomy, "last:2+head", "lora", 4, task="completion")
+    for head in (learns, adapts):
+        with pytest.raises(SelectionError, match="share a batch"):
+            open_group(gang.host._base, [AdapterSpec(head, 8, 0)])
     assert not any(parameter.requires_grad for parameter in gang.host._base.model.parameters())
 
 
@@ -194,3 +188,20 @@ def test_the_width_is_measured_and_leaves_the_base_as_it_was(gang: Gang) -> None
     assert width in (1, 2)
     assert said.startswith(f"{width} trials share a batch (a trial's micro-batch by trials in a batch: 1: ")
     assert not any(isinstance(module, LoraLinear) for module in gang.host._base.model.modules())
+
+
+def test_the_width_is_measured_again_where_nobody_has_tried_so_many(gang: Gang, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[int] = []
+
+    def all_pay(_: object, group: list[Assignment], *rest: object) -> tuple[int, str]:
+        measured.append(len(group))
+        return (2 if len(group) < 4 else 4), ""
+
+    monkeypatch.setattr(host, "best_width", all_pay)
+    group = [gang.assignment(name) for name in (*TRIALS, "2e-3-r4")]
+    widths = [gang.host._width_of(group[:count]) for count in (1, 2, 3, 4, 3, 4)]
+    assert widths == [1, 2, 2, 4, 3, 4]
+    assert measured == [2, 4]
+    gang.host._widths[kind_of_batch(group[0])] = 2
+    gang.host._tried.pop(kind_of_batch(group[0]))
+    assert gang.host._width_of(group) == 2, "there was no memory for more"

@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from orchestrator.anatomy import read_anatomy, select
 from orchestrator.data import build_set
 from orchestrator.errors import BaseLostError, RankOutOfMemoryError, TrainingError
-from orchestrator.plan.values import Assignment, BaseLoad, DataPaths, ExecutionPlan, RungResult, TrainSettings, TrialSpec
+from orchestrator.plan.results import RungResult
+from orchestrator.plan.values import Assignment, BaseLoad, DataPaths, ExecutionPlan, TrainSettings, TrialSpec
 from orchestrator.store import check_folder, read_jsonl
 from orchestrator.train import TrainHost, find_latest
 from orchestrator.train.branch import PlainKeeper

@@ -10,7 +10,8 @@ import torch
 from orchestrator.anatomy import LayerSelection
 from orchestrator.data import TokenizedSet, build_set
 from orchestrator.errors import NonFiniteLossError, OutOfMemoryError
-from orchestrator.plan.values import StepReport, TrainSettings, TrialSpec
+from orchestrator.plan.results import StepReport
+from orchestrator.plan.values import TrainSettings, TrialSpec
 from orchestrator.train.base import LoadedBase
 from orchestrator.train.batches import RowPlan, StepPlan
 from orchestrator.train.branch import Branch, open_branch

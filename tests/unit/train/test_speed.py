@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.plan.values import StepReport
+from orchestrator.plan.results import StepReport
 from orchestrator.train.speed import SteadySpeed
 
 

@@ -1,0 +1,121 @@
+"""Who may share a batch with whom."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from orchestrator.anatomy import read_anatomy, select
+from orchestrator.plan.grouping import FuseKey, concurrent_trials, fuse_key
+from orchestrator.plan.relief import relieve
+from orchestrator.plan.values import Assignment, DataPaths, ExecutionPlan, TrainSettings, TrialSpec
+from orchestrator.samples import SAMPLE_BASE
+
+ANATOMY = read_anatomy(SAMPLE_BASE, need_weights=False)
+PLANNED = ExecutionPlan(device="cpu", ranks=1, threads_per_rank=1, executor="torch", row_tokens=64, micro_batch_rows=4)
+SETTINGS = TrainSettings(warmup=0, schedule="constant", weight_decay=0, grad_clip=0, tokens_per_step=512)
+SMALLER = relieve(PLANNED)
+assert SMALLER is not None
+
+
+def assignment(
+    policy: str = "last:2", lora_rank: int = 8, learning_rate: float = 1e-3, trial: dict[str, Any] | None = None, **values: Any
+) -> Assignment:
+    tune = (trial or {}).get("tune", "lora")
+    spec = TrialSpec(
+        trial_id=f"{policy} {lora_rank} {learning_rate}",
+        number=0,
+        layers=policy,
+        tune=tune,
+        learning_rate=learning_rate,
+        lora_rank=lora_rank,
+        total_steps=36,
+        total_tokens=36 * 512,
+        seed=0,
+    )
+    made = Assignment(
+        trial=spec.model_copy(update=trial or {}),
+        selection=select(ANATOMY, policy, tune, lora_rank if tune == "lora" else None, task="completion"),
+        execution=PLANNED,
+        settings=SETTINGS,
+        data=DataPaths(train="train.npz", eval="eval.npz"),
+        metric="loss",
+        folder=f"trials/{policy}",
+        rung=0,
+        stop_step=4,
+    )
+    return made.model_copy(update=values)
+
+
+def key(of: Assignment) -> FuseKey | None:
+    return fuse_key(of, PLANNED, ANATOMY)
+
+
+CLASSIFIER = select(ANATOMY, "last:2", "lora", 8, task="classify", num_classes=3)
+
+
+@pytest.mark.parametrize(
+    "alone",
+    [
+        {"trial": {"control": "shuffled"}},
+        {"trial": {"tune": "full"}},
+        {"selection": CLASSIFIER},
+        {"policy": "last:2+head"},
+        {"execution": PLANNED.model_copy(update={"executor": "deepspeed"}), "planned": None},
+        {"execution": PLANNED.model_copy(update={"ranks": 2}), "planned": None},
+        {"execution": SMALLER.execution},
+        {"metric": "exact_match"},
+        {"metric": "package.module:function"},
+        {"stop_step": 0},
+    ],
+    ids=[
+        "a control",
+        "full",
+        "a classifier too",
+        "the head too",
+        "deepspeed",
+        "ranks",
+        "relieved",
+        "generates",
+        "anything",
+        "only scored",
+    ],
+)
+def test_what_runs_alone(alone: dict[str, Any]) -> None:
+    found = assignment(**{name: value for name, value in alone.items() if name != "planned"})
+    planned = found.execution if "planned" in alone else PLANNED
+    assert fuse_key(found, planned, ANATOMY) is None
+
+
+@pytest.mark.parametrize(
+    "own",
+    [{"learning_rate": 2e-3}, {"lora_rank": 4}, {"start": "rung-9"}, {"keep_optimizer": False}, {"policy": "blocks:2-7"}],
+    ids=["rate", "lora_rank", "start", "kept", "other blocks above one cut"],
+)
+def test_what_a_trial_may_have_of_its_own(own: dict[str, Any]) -> None:
+    first = assignment(policy=f"last:{len(ANATOMY.linears) - 2}")
+    other = {"policy": first.trial.layers} | own
+    assert key(assignment(**other)) == key(first) is not None
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"policy": "last:1"},
+        {"trial": {"seed": 1}},
+        {"rung": 1, "stop_step": 12},
+        {"stop_step": 12},
+        {"settings": SETTINGS.model_copy(update={"grad_clip": 1.0})},
+        {"data": DataPaths(train="other.npz", eval="eval.npz")},
+        {"metric": "perplexity"},
+    ],
+    ids=["cut", "seed", "rung", "end", "settings", "data", "metric"],
+)
+def test_what_must_be_equal(other: dict[str, Any]) -> None:
+    assert None is not key(assignment(**other)) != key(assignment())
+
+
+def test_trials_are_started_ahead_by_one_a_gang() -> None:
+    assert [concurrent_trials(40, gangs, fused) for gangs, fused in ((1, 1), (2, 1), (2, 4))] == [2, 4, 10]
+    assert concurrent_trials(3, 2, 4) == 3
