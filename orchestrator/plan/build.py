@@ -127,9 +127,7 @@ def _plan_on(
         num_gangs=gangs.num_gangs,
         head_memory=estimate(head, gangs.way).device if job == "sweep" else None,
         base_memory=estimate(untouched, gangs.way).device,
-        search=_search_plan(spec, anatomy, data, options, gangs, _most_fused(spec, choices, load, gangs, found))
-        if job == "sweep"
-        else None,
+        search=_search_plan(spec, anatomy, data, options, gangs, fused) if job == "sweep" else None,
         finetune=options[0] if job == "finetune" else None,
         total_steps=steps.total_steps(spec, data),
         total_tokens=steps.total_tokens(spec, data),
