@@ -71,7 +71,7 @@ class WorkQueue:
 
     def expect(self, results: Sequence[RungResult]) -> None:
         """A group has ended: those of it that go on had better share a batch again."""
-        if self._max_fused > 1 and len(results) > 1 and results[0].rung < self._last_rung:
+        if len(results) > 1 and results[0].rung < self._last_rung:
             deadline = self._clock() + REUNION_S
             self._awaited.update({result.trial_id: (result.rung + 1, deadline) for result in results})
 
@@ -105,7 +105,7 @@ class WorkQueue:
         alike = [work for work in self._works if key is not None and self._key(work) == key]
         even_part = math.ceil(len(alike) / self._num_free)
         paying = self._paying.get(first.assignment.selection.cut, self._max_fused)
-        group = alike[: min(self._max_fused, paying, even_part)] or [first]
+        group = alike[: min(paying, even_part)] or [first]
         self._works = [work for work in self._works if work not in group]
         return group
 
@@ -116,7 +116,6 @@ class WorkQueue:
     def _patience(self) -> float:
         """Seconds that a free gang still waits for company; none where what comes first comes before those awaited too."""
         now = self._clock()
-        self._awaited = {trial_id: (rung, until) for trial_id, (rung, until) in self._awaited.items() if until > now}
         first = self._works[0].priority[:2] if self._works else (math.inf, 0)
         return max((until - now for rung, until in self._awaited.values() if first >= (1, -rung)), default=0.0)
 

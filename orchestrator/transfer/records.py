@@ -53,6 +53,8 @@ class EngineFigures(Value):
     """What the plan expected a rank to use."""
     micro_batch_rows: int = 0
     checkpointing: bool = False
+    fused_trials: int = 1
+    """How many trials shared its last rung's batches."""
 
 
 class TrialRecord(Value):

@@ -43,9 +43,9 @@ class Clock:
 class ScriptedGang:
     """A gang without processes.
 
-    `deaths` says how often it dies on each trial, `fitting` with how many rows in a micro-batch it does not run out of
-    memory on one, `dead_starts` how often it cannot start and `refusal` why, `broken` which trials fail for a reason of
-    their own.
+    `gate` is closed while it may not start, `go` while its work may not end. `deaths` says how often it dies on each trial,
+    `fitting` with how many rows in a micro-batch it does not run out of memory on one, `dead_starts` how often it cannot
+    start and `refusal` why, `broken` which trials fail for a reason of their own.
     """
 
     deaths: dict[str, int]
@@ -56,6 +56,7 @@ class ScriptedGang:
     ran: list[Assignment]
     groups: list[list[str]]
     gate: asyncio.Event
+    go: asyncio.Event
 
     def __init__(self, index: int, *given: object) -> None:
         self.index = index
@@ -75,6 +76,7 @@ class ScriptedGang:
 
     async def run(self, group: Sequence[Assignment]) -> list[RungResult]:
         await asyncio.sleep(0)
+        await self.go.wait()
         Clock.now_s += HOUR_S
         self.groups.append([assignment.trial.trial_id for assignment in group])
         self.ran.extend(group)
@@ -172,6 +174,8 @@ def on_bench(
         async def run() -> None:
             ScriptedGang.gate = asyncio.Event()
             ScriptedGang.gate.set()
+            ScriptedGang.go = asyncio.Event()
+            ScriptedGang.go.set()
             bench = Bench(fusing, anatomy, tmp_path, gangs, max_gpu_hours)
             await bench.exchange.open()
             try:
@@ -639,20 +643,29 @@ def test_a_group_that_comes_when_the_hours_are_used_up_is_held_back(on_bench: Ca
     assert ScriptedGang.groups == [["t0", "t1"]]
 
 
-def test_those_of_a_group_that_go_on_share_a_batch_again(on_bench: Callable[..., list[Assignment]]) -> None:
-    """They ask one by one, while something lower waits; two end meanwhile, one of them at once."""
+def test_those_of_a_group_that_go_on_share_a_batch_again(
+    on_bench: Callable[..., list[Assignment]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They ask one by one, while something lower waits; one has ended while the group ran, another ends after it."""
+    monkeypatch.setattr(queue, "REUNION_S", 99)
 
     async def scene(bench: Bench) -> None:
+        ScriptedGang.go.clear()
         calls = await at_once(bench, [*first_rungs(bench, 4), bench.advance(bench.trial(9))])
-        await asyncio.gather(*calls[:4])
+        await asyncio.sleep(0.01)
         await bench.exchange.finish("t1", "stopped")
+        ScriptedGang.go.set()
+        await asyncio.gather(*calls[:4])
         again = []
         for number in (0, 2):
             again.append(asyncio.create_task(bench.advance(bench.trial(number), 1)))
             await asyncio.sleep(0.01)
         assert len(ScriptedGang.groups) == 1, "one of them has not been heard from"
         await bench.exchange.finish("t3", "stopped")
-        await asyncio.gather(*again, *calls)
+        await asyncio.gather(*again)
+        for number in (0, 2):
+            await bench.exchange.finish(f"t{number}", "finished")
+        await asyncio.gather(*calls)
 
     on_bench(scene, max_fused=4)
     assert ScriptedGang.groups == [["t0", "t1", "t2", "t3"], ["t0", "t2"], ["t9"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Coroutine, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
@@ -13,6 +14,7 @@ from orchestrator.anatomy import ModelAnatomy
 from orchestrator.plan import make_assignment, make_trial
 from orchestrator.plan.results import EngineRecord, RungResult
 from orchestrator.plan.values import DataPaths, RunPlan, TrainSettings
+from orchestrator.runtime import queue
 from orchestrator.runtime.assignments import Work, failed_result
 from orchestrator.runtime.queue import WorkQueue
 
@@ -154,5 +156,26 @@ def test_where_fewer_pay_later_groups_are_smaller(
         for number in range(10, 14):
             bench.put(number)
         assert len(await bench.done()) == later
+
+    play(scene())
+
+
+@pytest.mark.parametrize(("rung", "waits"), [(0, True), (1, True), (2, False)])
+def test_after_the_last_rung_nobody_is_waited_for(
+    plan: RunPlan, anatomy: ModelAnatomy, monkeypatch: pytest.MonkeyPatch, rung: int, waits: bool
+) -> None:
+    monkeypatch.setattr(queue, "REUNION_S", 0.2)
+
+    async def scene() -> None:
+        bench = Bench(plan, anatomy, 1, 4)
+        for number in (0, 1):
+            bench.put(number)
+        async with AsyncExitStack() as stack:
+            group = await bench.take(stack)
+        bench.queue.expect([result.model_copy(update={"rung": rung}) for result in served(group, (2, 2))])
+        bench.put(2)
+        began = time.monotonic()
+        assert await bench.done() == [2]
+        assert (time.monotonic() - began > 0.1) is waits
 
     play(scene())
