@@ -127,7 +127,7 @@ def test_states_that_are_read_slower_than_made_are_not_stored(plan: Any, base: A
     spec = job(**{name: part for name, part in finetune("last:2", 8).items() if name != "kind"}).spec
     width = attention_width(anatomy, found.execution, found.data)
     even = block_flops_per_token(anatomy, width, 30) * READ_BYTES_PER_S / STATE_BYTES
-    for peak, cuts in ((even / 10, (30,)), (10 * even, ()), (None, (30,))):
+    for peak, cuts in ((even / 3, (30,)), (even, ()), (10 * even, ()), (None, (30,))):
         rate = Rate(device="test", peak_flops=peak, achieved_share=1.0, source="test")
         trunk, reason = plan_trunk(found, spec, anatomy, rate)
         assert (trunk.cuts if trunk is not None else ()) == cuts, reason
