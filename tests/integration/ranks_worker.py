@@ -4,7 +4,8 @@
 
 JOBS.json is a list of hosts: {"base": BaseLoad, "anatomy": ModelAnatomy, "execution": ExecutionPlan,
 "assignments": [Assignment, ...], "chunk_bytes": the most that logits may take at once}. Several hosts follow each
-other in the same process, each with its own base.
+other in the same process, each with its own base. Beside OUT.json stands OUT.built.json: of how many documents each
+assignment computed the trunk here.
 """
 
 from __future__ import annotations
@@ -12,16 +13,24 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from orchestrator.anatomy import ModelAnatomy
+from orchestrator.data import TokenizedSet
 from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan
 from orchestrator.train import TrainHost, objective
+from orchestrator.train.trunk.build import TrunkBuilder
 
 
 def main(jobs_file: str, rank: str, world_size: str, meeting: str, out_file: str) -> None:
     logging.basicConfig(level=logging.WARNING)
     results: dict[str, object] = {}
+    built: dict[str, int] = {}
+    computed = count_computed()
     host: TrainHost | None = None
     for job in json.loads(Path(jobs_file).read_text()):
         objective.LOGIT_CHUNK_BYTES = job["chunk_bytes"]
@@ -35,10 +44,26 @@ def main(jobs_file: str, rank: str, world_size: str, meeting: str, out_file: str
         )
         for values in job["assignments"]:
             assignment = Assignment.model_validate(values)
-            results[assignment.folder + f"#{assignment.rung}"] = host.run(assignment).model_dump(mode="json")
+            key, before = assignment.folder + f"#{assignment.rung}", sum(computed)
+            results[key] = host.run(assignment).model_dump(mode="json")
+            built[key] = sum(computed) - before
     Path(out_file).write_text(json.dumps(results))
+    Path(out_file).with_suffix(".built.json").write_text(json.dumps(built))
     if host is not None:
         host.close()
+
+
+def count_computed() -> list[int]:
+    """Grows by a number of documents with each forward pass that fills what is stored of the trunk."""
+    computed: list[int] = []
+    compute = TrunkBuilder._compute
+
+    def counted(self: TrunkBuilder, data: TokenizedSet, documents: np.ndarray, cuts: Sequence[int]) -> dict[int, torch.Tensor]:
+        computed.append(len(documents))
+        return compute(self, data, documents, cuts)
+
+    TrunkBuilder._compute = counted
+    return computed
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from orchestrator.anatomy import read_anatomy, select
 from orchestrator.data import build_set
 from orchestrator.plan.memory.moving import LOGIT_CHUNK_BYTES
 from orchestrator.plan.results import RungResult
-from orchestrator.plan.values import Assignment, BaseLoad, DataPaths, ExecutionPlan, TrainSettings, TrialSpec
+from orchestrator.plan.values import Assignment, BaseLoad, DataPaths, ExecutionPlan, TrainSettings, TrialSpec, TrunkPlan
 from orchestrator.store import read_jsonl
 from orchestrator.train.batches import RowPlan, StepPlan
 
@@ -84,6 +84,8 @@ class Matrix:
     jobs: dict[int, list[dict[str, Any]]] = field(default_factory=lambda: {1: [], 2: []})
     results: dict[str, RungResult] = field(default_factory=dict)
     every_rank: dict[str, list[RungResult]] = field(default_factory=dict)
+    built: dict[str, list[int]] = field(default_factory=dict)
+    """Documents of the trunk that each rank computed for a trial, where the worker counts them."""
 
     def host(self, quantize: str, execution: ExecutionPlan, *, chunk_bytes: int = LOGIT_CHUNK_BYTES) -> None:
         base = BaseLoad.model_validate(
@@ -108,12 +110,14 @@ class Matrix:
         policy: str = "last:2",
         rate: float | None = None,
         train: str = "train",
-        stop: int = NUM_STEPS,
+        stop: int | None = None,
         start: str | None = None,
         rung: int = 0,
         metric: str = "loss",
         control: Any = None,
         tokens_per_step: int = TOKENS_PER_STEP,
+        num_steps: int = NUM_STEPS,
+        trunk: TrunkPlan | None = None,
     ) -> None:
         selection = select(self.anatomy, policy, tune, 8 if tune == "lora" else None, task="completion")
         rate = rate if rate is not None else {"lora": 5e-3, "full": 5e-4}[tune]
@@ -126,8 +130,8 @@ class Matrix:
                 tune="lora" if tune == "lora" else "full",
                 learning_rate=rate,
                 lora_rank=selection.lora_rank,
-                total_steps=NUM_STEPS,
-                total_tokens=NUM_STEPS * TOKENS_PER_STEP,
+                total_steps=num_steps,
+                total_tokens=num_steps * TOKENS_PER_STEP,
                 seed=3,
             ),
             selection=selection,
@@ -140,7 +144,8 @@ class Matrix:
             folder=str(self.folder / "trials" / name),
             rung=rung,
             start=str(self.folder / "trials" / start) if start else None,
-            stop_step=stop,
+            stop_step=num_steps if stop is None else stop,
+            trunk=trunk,
         )
         self.jobs[execution.ranks][-1]["assignments"].append(assignment.model_dump(mode="json"))
 
@@ -173,6 +178,9 @@ class Matrix:
             name = key.rpartition("#")[0].rpartition("/")[2] + (key[-2:] if not key.endswith("#0") else "")
             self.every_rank[name] = [RungResult.model_validate(answer[key]) for answer in answers]
             self.results[name] = self.every_rank[name][0]
+            counts = [out.with_suffix(".built.json") for out in outs]
+            if all(count.exists() for count in counts):
+                self.built[name] = [json.loads(count.read_text())[key] for count in counts]
 
     def losses(self, name: str) -> list[float]:
         return [line["loss"] for line in self.steps(name)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.plan.attention import attends_by_document
 from orchestrator.plan.estimates import FlopTerm
+from orchestrator.plan.memory.activations import FUSED_PROJECTIONS
 from orchestrator.plan.memory.moving import LOGIT_CHUNK_BYTES
 from orchestrator.plan.size import DataSize
 from orchestrator.plan.values import ExecutionPlan
@@ -20,6 +21,12 @@ BACKWARD_MATMULS, FORWARD_MATMULS = 5, 2
 """Of a fused attention kernel: forward is scores and their use; backward makes the scores again, then the gradients of
 the scores, of values, of queries and of keys (Dao et al. 2022, FlashAttention, algorithm 4; `sdpa_backward_flop_count`
 in torch.utils.flop_counter counts the same). Both for whole rows: a mask saves no counted operation."""
+
+QUERY_KEY_VALUE = (
+    *("q_proj", "k_proj", "v_proj", "query", "key", "value", "q_lin", "k_lin", "v_lin"),
+    *FUSED_PROJECTIONS,
+)
+"""Modules that read what enters a block's attention."""
 
 ENDING_IN_DROPOUT = ("gpt2", "opt")
 """Decoders that drop out a tenth of each block's output unless their config says otherwise (transformers' defaults)."""
@@ -80,18 +87,16 @@ def train_terms(
 
     - The forward pass, 2N (`forward_terms`); with a stored trunk 2kN, and no attention below the cut.
     - Gradients of activations, from the loss down to the cut: 2 an element of the head and of the blocks there; none
-      where only the head learns. Below the cut nothing has a gradient.
+      where only the head learns. Below the cut nothing has a gradient, so with LoRA the matrices that read what enters the
+      block at the cut give their input none (`_first_matrices`).
     - Gradients of weights: 2 an element that learns. So full tuning is 6N, LoRA on every block 4N, above a cut 2N + 2kN.
-    - Adapters: 6 an element (forward, and both gradients).
+    - Adapters: 6 an element (forward, and both gradients), those on that input counted as if they gave it one.
     - Attention's backward: 5 products where forward has 2, above the cut.
     - Checkpointing runs the blocks above the cut again: 2 an element, adapters too, and attention's forward.
       torch stops as soon as all that backward needs is there, which a block's last matrix is not part of unless it is
       adapted (`_last_matrix`).
     - A head that does not make its gradient with its loss (`train.loss`) and whose logits take several chunks is
       checkpointed too: 2 an element again (`runs_head_twice`).
-
-    An upper bound, by under 1% for 16 blocks and more: with LoRA the first matrices at the cut need no gradient of their
-    input, and are counted as if they did.
     """
     first = selection.cut if stored_trunk else 0
     forward = forward_terms(anatomy, attended_tokens, num_classes, supervised_share=supervised_share, first=first)
@@ -103,13 +108,14 @@ def train_terms(
     in_blocks, on_head = adapter_elements(anatomy, selection)
     adapters = in_blocks + on_head * supervised_share
     attention = _attention(anatomy, selection.cut, attended_tokens)
+    passing = above - _first_matrices(anatomy, selection)
     skipped = sum(_last_matrix(anatomy, selection, block) for block in range(selection.cut, anatomy.num_blocks))
     again = 2.0 * (above - skipped + in_blocks) + attention if checkpointing else 0.0
     return forward + _kept(
         (
             "gradients of activations",
-            2.0 * (above + head) if blocks else 0.0,
-            f"2 x ({format_count(round(above))} elements in {blocks} blocks + the head)",
+            2.0 * (passing + head) if blocks else 0.0,
+            f"2 x ({format_count(round(passing))} elements in {blocks} blocks + the head)",
         ),
         ("gradients of weights", 2.0 * learning, f"2 x {format_count(round(learning))} elements that learn"),
         ("adapters", 6.0 * adapters, f"6 x {format_count(round(adapters))} elements, forward and both gradients"),
@@ -190,6 +196,18 @@ def _last_matrix(anatomy: ModelAnatomy, selection: LayerSelection, block: int) -
         return 0
     last = anatomy.linears[block][-1]
     return 0 if last in selection.adapted else anatomy.tensors[last].num_elements
+
+
+def _first_matrices(anatomy: ModelAnatomy, selection: LayerSelection) -> int:
+    """Elements of the adapted query, key and value matrices of the block at the cut, where nothing before them learns.
+
+    A parallel MLP reads the same input, and is left with its gradient: an upper bound.
+    """
+    names = anatomy.blocks[selection.cut] if selection.cut < anatomy.num_blocks else ()
+    if set(names) & set(selection.trainable):
+        return 0
+    adapted = set(names) & set(selection.adapted)
+    return sum(anatomy.tensors[name].num_elements for name in adapted if name.split(".")[-2] in QUERY_KEY_VALUE)
 
 
 def _attention(anatomy: ModelAnatomy, first: int, attended_tokens: float) -> float:

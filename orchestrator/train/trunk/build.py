@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ import transformers
 from torch import nn
 
 from orchestrator.data import MicroBatch, TokenizedSet
-from orchestrator.errors import TrainingError
 from orchestrator.train.base import LoadedBase
 from orchestrator.train.batches import RowPlan, to_tensors
 from orchestrator.train.objective import Objective
@@ -26,6 +26,7 @@ from orchestrator.train.trunk.port import leaving
 from orchestrator.train.trunk.states import TrunkStates
 
 FORMAT = 1
+logger = logging.getLogger(__name__)
 
 
 def trunk_key(base: LoadedBase, fingerprint: Mapping[str, str], data: TokenizedSet, cut: int) -> str:
@@ -80,9 +81,6 @@ class TrunkBuilder:
 
         Args:
             chunks: By cut; DiskChunks may be shared with other processes, which make other pieces meanwhile.
-
-        Raises:
-            TrainingError: what was stored a moment ago cannot be read.
         """
         borders = chunk_borders(data.offsets, self.base.anatomy.hidden_size * self.base.dtype.itemsize)
         found: dict[int, list[torch.Tensor | None]] = {
@@ -181,10 +179,11 @@ def _keep(
     made: Mapping[int, torch.Tensor],
     num_tokens: int,
 ) -> None:
+    """What cannot be written, or not read again, stays in memory: an error here would leave the other ranks waiting."""
     for cut, states in made.items():
-        chunks[cut].put(number, states)
-        found[cut][number] = chunks[cut].get(number, num_tokens)
-        if found[cut][number] is None:
-            raise TrainingError(
-                f"piece {number} of the stored trunk cannot be read back", remedy="resources.cache_bytes: 0 goes without"
-            )
+        try:
+            chunks[cut].put(number, states)
+        except OSError as error:
+            logger.warning("piece %d of the stored trunk stays in memory: %s", number, error)
+        kept = chunks[cut].get(number, num_tokens)
+        found[cut][number] = states if kept is None else kept

@@ -20,6 +20,7 @@ from orchestrator.plan.cost.estimate import planned_options
 from orchestrator.plan.memory.estimate import estimate
 from orchestrator.plan.memory.footprint import Footprint, weigh
 from orchestrator.plan.memory.way import Way
+from orchestrator.plan.placement import num_places
 from orchestrator.plan.relief import relieve
 from orchestrator.plan.values import ClusterDescription, ExecutionPlan, NodeDescription, RunPlan
 from orchestrator.units import GIB
@@ -136,10 +137,15 @@ def plan_or_none(loaded: Any, anatomy: ModelAnatomy, size: Any, on: ClusterDescr
 
 
 def used_nodes(found: RunPlan, cluster: ClusterDescription) -> list[NodeDescription]:
-    """Those that the plan is for."""
+    """Those that the plan is for: kinds may differ in their number of GPUs alone."""
     assert found.placement is not None
-    names = {kind.node.rpartition(" x ")[2] for kind in found.placement.nodes}
-    return [kind for kind in cluster.nodes if (kind.gpu_name or f"{kind.num_cpus} cores") in names]
+    names = {kind.node for kind in found.placement.nodes}
+    on_gpus = found.execution.device == "cuda"
+    return [
+        kind
+        for kind in cluster.nodes
+        if (f"{num_places(kind, found.execution.device)} x {kind.gpu_name}" if on_gpus else f"{kind.num_cpus} cores") in names
+    ]
 
 
 def way_of(execution: ExecutionPlan) -> Way:

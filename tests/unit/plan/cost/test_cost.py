@@ -9,7 +9,7 @@ import pytest
 from orchestrator.errors import PlanError
 from orchestrator.plan import make_plan
 from orchestrator.plan.cost.accelerators import peak_flops
-from orchestrator.plan.cost.estimate import ACHIEVED_SHARE, expected_rungs, expected_steps
+from orchestrator.plan.cost.estimate import ACHIEVED_SHARE, expected_rungs, expected_steps, scored_flops
 from orchestrator.plan.remarks import trials_within
 from orchestrator.plan.values import ClusterDescription, RunPlan, SearchPlan
 
@@ -80,9 +80,20 @@ def test_early_stopping_saves_hours_and_money(plan: Any, gpus: Any) -> None:
 
 
 def test_gangs_side_by_side_save_wall_time_and_no_gpu_hours(plan: Any, gpus: Any) -> None:
-    one, eight = (plan("8b", gpus(each=each), quantize="nf4", search={"layers": ["all"]}).cost for each in (1, 8))
+    search, resources = {"layers": ["all"]}, {"cache_bytes": 0}
+    one, eight = (plan("8b", gpus(each=each), quantize="nf4", search=search, resources=resources).cost for each in (1, 8))
     assert eight.gpu_hours == pytest.approx(one.gpu_hours)
     assert eight.wall_hours == pytest.approx(one.wall_hours / 8)
+
+
+def test_gangs_share_the_stored_trunk_too(plan: Any, gpus: Any) -> None:
+    search = {"layers": ["last:2"], "trials": 64}
+    one, eight = (plan("8b", gpus(each=each), quantize="nf4", search=search) for each in (1, 8))
+    assert part(eight, "trunk") == part(one, "trunk") > 0
+    assert eight.gpu_hours == pytest.approx(one.gpu_hours)
+    assert eight.cost.wall_hours == pytest.approx(one.cost.wall_hours / 8)
+    without = plan("8b", gpus(each=1), quantize="nf4", search=search, resources={"cache_bytes": 0})
+    assert one.cost.wall_hours < without.cost.wall_hours / 3
 
 
 def test_a_sweep_takes_no_less_than_its_longest_trial(plan: Any, gpus: Any) -> None:
@@ -140,10 +151,16 @@ def test_the_price_of_the_cluster_file_and_of_the_spec(plan: Any, gpus: Any) -> 
     assert plan("tiny", half_known).cost.price_per_gpu_hour is None
 
 
-def test_the_head_alone_stops_at_the_last_rung(plan: Any, gpus: Any) -> None:
-    half, whole = (plan("8b", gpus(), quantize="nf4", search={"budget": budget, "scheduler": "none"}) for budget in (0.5, 1.0))
-    scored = part(whole, "scoring") / whole.search.num_trials
-    trained = [part(found, "controls") - 2 * scored for found in (half, whole)]
+@pytest.mark.parametrize("cache_bytes", [0, "auto"])
+def test_the_head_alone_stops_at_the_last_rung(plan: Any, gpus: Any, base: Any, cache_bytes: Any) -> None:
+    """Its scoring begins where its training does; the untouched base is scored whole."""
+    half, whole = (
+        plan("8b", gpus(), quantize="nf4", search={"budget": budget, "scheduler": "none"}, resources={"cache_bytes": cache_bytes})
+        for budget in (0.5, 1.0)
+    )
+    untouched, head = (scored_flops(whole, base("8b"), cut) for cut in (0, base("8b").num_blocks))
+    assert (head < untouched / 10) == (cache_bytes == "auto")
+    trained = [part(found, "controls") - untouched - head for found in (half, whole)]
     assert trained[0] / trained[1] == pytest.approx(half.search.rung_steps[-1] / half.total_steps)
 
 

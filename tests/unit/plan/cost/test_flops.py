@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -20,15 +21,26 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, read_anatomy, select
+from orchestrator.data import build_set
 from orchestrator.plan.cost import flops as flops_module
-from orchestrator.plan.cost.flops import attention_width, forward_flops_per_token, runs_head_twice, train_terms
+from orchestrator.plan.cost.flops import (
+    attention_width,
+    block_flops_per_token,
+    forward_flops_per_token,
+    runs_head_twice,
+    train_terms,
+)
 from orchestrator.plan.size import DataSize
 from orchestrator.plan.values import BaseLoad, ExecutionPlan
 from orchestrator.train import objective as objective_module
 from orchestrator.train.base import LoadedBase, load_base
+from orchestrator.train.batches import RowPlan, to_tensors
 from orchestrator.train.branch import open_branch
-from orchestrator.train.objective import IGNORED, Objective, final_norm_of
+from orchestrator.train.objective import IGNORED, Objective, final_norm_of, objective_of
+from orchestrator.train.ranks import Ranks
 from orchestrator.train.recompute import recomputed
+from orchestrator.train.trunk.build import TrunkBuilder
+from orchestrator.train.trunk.chunks import MemoryChunks
 
 aten = torch.ops.aten
 ROWS = 2
@@ -67,6 +79,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
 CHOICES = {
     "lora all": ("all", "lora"),
     "lora last:2": ("last:2", "lora"),
+    "lora last:1": ("last:1", "lora"),
     "full last:2": ("last:2", "full"),
     "full all": ("all", "full"),
     "full all+head": ("all+head", "full"),
@@ -119,15 +132,26 @@ def rows(width: int, vocab: int, supervised: float) -> dict[str, torch.Tensor]:
     }
 
 
-def counted(base: LoadedBase, selection: LayerSelection, batch: dict[str, torch.Tensor], checkpointing: bool) -> float:
-    """Operations of one training step, per token.
+def counted(
+    base: LoadedBase,
+    selection: LayerSelection,
+    batch: dict[str, torch.Tensor],
+    checkpointing: bool,
+    *,
+    stored_trunk: bool = False,
+) -> float:
+    """Operations of one training step, per token; the batch has its `hidden` states where the trunk is stored.
 
     A fake tensor has no values to select by. There every position is supervised, and nothing is selected.
     """
     with ExitStack() as stack:
         branch = stack.enter_context(open_branch(base, selection, lora_alpha=16, seed=0))
         norm = final_norm_of(branch.model, base.anatomy)
-        objective = Objective(branch.model, branch.backbone(), branch.head(), "completion", final_norm=norm)
+        objective = (
+            objective_of(base, branch.head(), selection.cut)
+            if stored_trunk
+            else Objective(branch.model, branch.backbone(), branch.head(), "completion", final_norm=norm)
+        )
         if checkpointing:
             blocks: Any = base.model.get_submodule(base.anatomy.blocks_module)
             stack.enter_context(recomputed(blocks[selection.cut :]))
@@ -200,6 +224,29 @@ def described(folder: Path, model: Any) -> LoadedBase:
     model.requires_grad_(False)
     description = BaseLoad(folder=anatomy.folder, model_type=anatomy.model_type, quantize="none", task="completion")
     return LoadedBase(model=model, anatomy=anatomy, load=description, dtype=torch.float32, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("choice", ["lora last:2", "lora last:1", "full last:2", "head"])
+def test_a_step_from_stored_states_takes_no_blocks_below_its_cut(folder: Path, choice: str, checkpointing: bool) -> None:
+    """And filling the store takes those blocks once, and no head."""
+    base = made_base(folder, "llama")
+    selection, plan = chosen(base.anatomy, choice), RowPlan(256, ROWS, pack=True)
+    pairs = [(torch.randint(3, base.anatomy.vocab_size, (128,)).numpy(), np.arange(128) >= 64) for _ in range(2 * ROWS)]
+    data = build_set(pairs)
+    builder = TrunkBuilder(base, objective_of(base, base.model.get_submodule("lm_head")), plan, Ranks(), partitioned=False)
+    with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
+        states = builder.build(data, {selection.cut: MemoryChunks()})[selection.cut]
+    below = block_flops_per_token(base.anatomy, 128, selection.cut)
+    assert below == pytest.approx(counter.get_total_flops() / data.num_tokens, rel=0.001)
+    (rows_of_step,) = plan.batches(data, np.arange(2 * ROWS))
+    batch = to_tensors(rows_of_step, torch.device("cpu"), states)
+    found = counted(base, selection, batch, checkpointing, stored_trunk=True)
+    how: dict[str, Any] = {"checkpointing": checkpointing, "supervised_share": rows_of_step.num_supervised / data.num_tokens}
+    planned = train_flops_per_token(base.anatomy, selection, 128, stored_trunk=True, **how)
+    assert planned == pytest.approx(found, rel=0.01)
+    whole = counted(base, selection, {name: part for name, part in batch.items() if name != "hidden"}, checkpointing)
+    assert whole - found == pytest.approx(below, rel=0.001)
 
 
 @pytest.mark.parametrize("name", BASES)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import struct
 import subprocess
 import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from orchestrator.train.ranks import Ranks
 from orchestrator.train.trunk import chunks
 from orchestrator.train.trunk.build import TrunkBuilder, trunk_key
 from orchestrator.train.trunk.cache import TrunkCache
+from orchestrator.train.trunk.chunks import DiskChunks
 from orchestrator.train.trunk.library import TrunkLibrary
 
 ROWS = RowPlan(32, 2, pack=True)
@@ -157,6 +160,55 @@ def test_without_room_on_disk_the_memory_keeps_it(base: LoadedBase, tmp_path: Pa
     assert pieces(tmp_path / "small") == []
     assert shelf.notes == ["1 of 1 stored trunks have no room on disk and are kept in memory"]
     assert shelf.loss() == roomy.loss()
+
+
+def test_what_cannot_be_written_stays_in_memory(
+    base: LoadedBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, computed: list[int]
+) -> None:
+    """A disk that fills up under the cache costs the next process its work, and this one nothing."""
+    roomy = Shelf(base, tmp_path / "roomy")
+    roomy.open()
+    computed.clear()
+
+    def full(file: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(chunks, "write_atomic", full)
+    shelf = Shelf(base, tmp_path / "full")
+    shelf.open()
+    assert pieces(tmp_path / "full") == []
+    assert sum(computed) == len(shelf.data)
+    assert shelf.loss() == roomy.loss()
+
+
+class TwoMachines(Ranks):
+    """One of two ranks; what the other one misses is known beforehand."""
+
+    others: ClassVar[set[tuple[int, int]]] = set()
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, self.others]
+
+
+def test_ranks_of_a_partitioned_base_compute_what_any_of_them_misses(
+    base: LoadedBase, tmp_path: Path, computed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With disks of their own they may miss different pieces; both run the same passes, and keep what they miss themselves."""
+    shelf = Shelf(base, tmp_path)
+    shelf.open()
+    files, expected = pieces(tmp_path), shelf.loss()
+    before = [file.stat().st_mtime_ns for file in files]
+    files[2].unlink()
+    computed.clear()
+    monkeypatch.setattr(TwoMachines, "others", {(2, 0), (2, 2)})
+    builder = TrunkBuilder(base, shelf.objective, ROWS, TwoMachines(), partitioned=True)
+    states = builder.build(shelf.data, {2: DiskChunks(files[0].parent, base.anatomy.hidden_size, base.dtype)})[2]
+    assert len(computed) == 2
+    after = [file.stat().st_mtime_ns for file in files]
+    assert [old == new for old, new in zip(before, after, strict=True)] == [number != 2 for number in range(len(files))]
+    (batch, *_) = ROWS.batches(shelf.data, np.arange(4))
+    with torch.no_grad():
+        assert shelf.objective(**to_tensors(batch, torch.device("cpu"), states)).item() == expected
 
 
 def test_a_random_trunk_is_not_stored(bert_folder: Path, base_of: BuildBase, tmp_path: Path) -> None:
