@@ -69,7 +69,7 @@ def make_plan(
     def on(found: Machines) -> RunPlan:
         return _plan_on(found, loaded, anatomy, data, cluster, choices, job=job, spec_sha256=spec_sha256, scores=scores)
 
-    return with_scores(_cheapest_plan(on, [whole, *parts]), anatomy, scores)
+    return with_scores(_cheapest_plan(on, [whole, *parts]), spec, anatomy, scores)
 
 
 def _cheapest_plan(on: Callable[[Machines], RunPlan], machines: Sequence[Machines]) -> RunPlan:
@@ -115,7 +115,7 @@ def _plan_on(
     gangs = _arrange_with(head, found, spec, load, num_trials) if job == "sweep" else arrange_one(found, spec, load)
     refit = refit_way(found, spec, load, gangs)
     options = _options(choices, load.footprints, gangs.way)
-    pack, fused = steps.packs(spec), _most_fused(spec, choices, load, gangs, found)
+    pack, fused = steps.packs(spec), _most_fused(spec, anatomy, choices, load, gangs, found)
     plan = RunPlan(
         name=spec.name,
         spec_sha256=spec_sha256,
@@ -261,8 +261,12 @@ def _search_plan(
     )
 
 
-def _most_fused(spec: JobSpec, choices: Sequence[Choice], load: Load, gangs: Arrangement, found: Machines) -> int:
+def _most_fused(
+    spec: JobSpec, anatomy: ModelAnatomy, choices: Sequence[Choice], load: Load, gangs: Arrangement, found: Machines
+) -> int:
     """How many trials may share a batch, of those whose choices are adapters alone."""
+    if anatomy.dropout:
+        return 1
     alone = [footprint for choice, footprint in zip(choices, load.footprints, strict=True) if not choice.selection.trainable]
     return most_fused(alone, gangs.way, load, found.room(gangs.way.ranks, gangs.num_gangs), spec.resources.max_fused)
 

@@ -16,6 +16,7 @@ from orchestrator.plan.memory.estimate import estimate
 from orchestrator.plan.memory.footprint import weigh
 from orchestrator.plan.memory.way import Way
 from orchestrator.plan.scored import LayerScores, ProbePlan
+from orchestrator.plan.trunk import plan_trunk
 from orchestrator.plan.values import RunPlan, TrialOption
 from orchestrator.spec.models import JobSpec
 from orchestrator.spec.policy import parse_policy
@@ -131,13 +132,23 @@ def _reasons(probe: ProbePlan, waiting: Sequence[TrialOption], anatomy: ModelAna
         )
 
 
-def with_scores(plan: RunPlan, anatomy: ModelAnatomy, found: LayerScores | None) -> RunPlan:
+def with_scores(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, found: LayerScores | None) -> RunPlan:
     """The plan once the blocks are scored: policies by score name their blocks, and the search knows each option's share.
 
-    Options keep their places, for trials refer to them by index; what was planned for their worst case stands.
+    Options keep their places, for trials refer to them by index; what was planned for their worst case stands, but for the
+    trunk, which is weighed again where a policy has found its cut.
     """
     if found is None or not found.scores:
         return plan
+    resolved = _resolved(plan, anatomy, found)
+    waited = any(option.selection.pending for option in planned_options(plan))
+    if not waited or plan.cost is None:
+        return resolved
+    trunk, reason = plan_trunk(resolved, spec, anatomy, plan.cost.rate)
+    return resolved.model_copy(update={"trunk": trunk, "notes": (*plan.notes, f"with the blocks known, {reason}")})
+
+
+def _resolved(plan: RunPlan, anatomy: ModelAnatomy, found: LayerScores) -> RunPlan:
 
     def chosen(option: TrialOption) -> TrialOption:
         if not option.selection.pending:

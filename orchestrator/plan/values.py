@@ -234,7 +234,7 @@ class RunPlan(Value):
     placement: Placement | None = None
     refit_placement: Placement | None = None
     trunk: TrunkPlan | None = None
-    """None where nothing is stored; `reasons` say why."""
+    """None where nothing is stored; `notes` say why."""
     reasons: tuple[str, ...]
     """Derivations in sentences: batch x accumulation x ranks = tokens per step, why this stage, ..."""
     rejected: tuple[RejectedWay, ...]

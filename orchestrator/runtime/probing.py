@@ -85,7 +85,7 @@ def _scored(
             remedy="mend what it says and submit the same spec again, or name blocks instead of `top:` under another `name`",
         )
     write_json(prepared.run.layer_scores, found)
-    plan = with_scores(prepared.plan, prepared.anatomy, found)
+    plan = with_scores(prepared.plan, prepared.spec, prepared.anatomy, found)
     write_json(prepared.run.plan, plan)
     kind = "blocks_not_scored" if found.failed else "blocks_scored"
     message = f"the search goes on without: {found.failed}" if found.failed else _sentence(found, plan)

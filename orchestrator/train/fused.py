@@ -52,7 +52,7 @@ class FusedRun:
         """Fill every run's outcome; by trial, why it failed.
 
         Raises:
-            OutOfMemoryError: the group does not fit; nothing of it was written.
+            OutOfMemoryError: the group does not fit; no rung was written.
         """
         first = self._runs[0]
         specs = [
@@ -113,24 +113,15 @@ class FusedRun:
         self, objective: Objective, members: Sequence[Member], step: StepInput, on_step: Callable[[StepReport], None] | None
     ) -> None:
         started = time.perf_counter()
-        losses = accumulate(objective, step, len(members)) / step.num_supervised
-        for member, loss in zip(members, losses.tolist(), strict=True):
-            if member.failure is not None:
-                continue
+        losses = (accumulate(objective, step, len(members)) / step.num_supervised).tolist()
+        taken = [
+            (member, loss, *update)
+            for member, loss in zip(members, losses, strict=True)
+            if member.failure is None and (update := _update(member, step, loss)) is not None
+        ]
+        tokens_per_s = step.num_tokens * len(members) / (time.perf_counter() - started)
+        for member, loss, rate, norm in taken:
             run, state = member.run, member.run.outcome.state
-            trial, settings = run.assignment.trial, run.assignment.settings
-            rate = step_learning_rate(
-                state.tokens, step.num_tokens, total_tokens=trial.total_tokens, peak=trial.learning_rate, settings=settings
-            )
-            try:
-                if not math.isfinite(loss):
-                    raise NonFiniteLossError(
-                        f"the training loss became {loss}", expected="a finite number", remedy="lower the learning rate"
-                    )
-                norm = member.engine.step(rate)
-            except NonFiniteLossError as error:
-                member.failure = error
-                continue
             state = replace(state, step=state.step + 1, tokens=state.tokens + step.num_tokens, loss=loss)
             report = StepReport(
                 step=state.step,
@@ -141,7 +132,7 @@ class FusedRun:
                 loss_hex=loss.hex(),
                 learning_rate=rate,
                 grad_norm=norm,
-                tokens_per_s=step.num_tokens * len(members) / (time.perf_counter() - started),
+                tokens_per_s=tokens_per_s,
                 memory_bytes=memory_in_use(run.ranks.device),
             )
             run.after_step(report, state, member.engine, member.branch)
@@ -157,6 +148,22 @@ class FusedRun:
                 member.failure = member.failure or scores
             else:
                 member.run.outcome.scores = scores
+
+
+def _update(member: Member, step: StepInput, loss: float) -> tuple[float, float] | None:
+    """(learning rate, gradient norm) of the step that the member takes; None where it fails by it."""
+    trial, settings = member.run.assignment.trial, member.run.assignment.settings
+    seen = member.run.outcome.state.tokens
+    rate = step_learning_rate(seen, step.num_tokens, total_tokens=trial.total_tokens, peak=trial.learning_rate, settings=settings)
+    try:
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(
+                f"the training loss became {loss}", expected="a finite number", remedy="lower the learning rate"
+            )
+        return rate, member.engine.step(rate)
+    except NonFiniteLossError as error:
+        member.failure = error
+        return None
 
 
 def spec_of(assignment: Assignment) -> AdapterSpec:

@@ -14,33 +14,26 @@ import torch.distributed as dist
 from orchestrator.anatomy.values import ModelAnatomy
 from orchestrator.data import TokenizedSet
 from orchestrator.errors import (
-    DataError,
-    IntegrityError,
     OutOfMemoryError,
     RankOutOfMemoryError,
-    SelectionError,
     TrainingError,
-    UsageError,
 )
 from orchestrator.plan.relief import nothing_smaller, relieve
 from orchestrator.plan.results import RungResult, StepReport
 from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan
-from orchestrator.train.base import load_base, loading_device
+from orchestrator.train.base import LoadedBase, load_base, loading_device
 from orchestrator.train.batches import RowPlan
 from orchestrator.train.branch import head_name
 from orchestrator.train.engine import forward_ready, is_partitioned
-from orchestrator.train.fused import FusedRun
+from orchestrator.train.groups import Groups
 from orchestrator.train.integrity import base_fingerprint, changed_base
 from orchestrator.train.memory import first_line, is_out_of_memory, reset_peak
 from orchestrator.train.objective import objective_of
-from orchestrator.train.outcome import TrialOutcome, result_of
+from orchestrator.train.outcome import TRIAL_ERRORS, TrialOutcome, result_of
 from orchestrator.train.ranks import Ranks, join_gang
 from orchestrator.train.trial import TrialRun
 from orchestrator.train.trunk.library import TrunkLibrary
-from orchestrator.train.widths import best_width, kind_of_batch
 
-TRIAL_ERRORS = (TrainingError, SelectionError, IntegrityError, UsageError, DataError)
-"""What a trial may fail by while the gang stays whole: raised on every rank alike."""
 logger = logging.getLogger(__name__)
 
 
@@ -61,11 +54,9 @@ class TrainHost:
         self._sets: dict[str, TokenizedSet] = {}
         self._trunk = TrunkLibrary(self._base, self._fingerprint, ranks, self._load_set)
         self._ordinal = 0
-        self._widths: dict[tuple[int, int, int], int] = {}
-        self._tried: dict[tuple[int, int, int], int] = {}
-        """The size of the group that a width was measured with."""
-        self._news: list[str] = []
+        self.news: list[str] = []
         """Told with the next result."""
+        self._groups = Groups(self)
         gc.collect()
         gc.freeze()
 
@@ -96,6 +87,11 @@ class TrainHost:
         return cls(base, anatomy, execution, join_gang(execution, rank, world_size, init_method))
 
     @property
+    def base(self) -> LoadedBase:
+        """The base, loaded once."""
+        return self._base
+
+    @property
     def ranks(self) -> Ranks:
         """This process among the others."""
         return self._ranks
@@ -121,23 +117,22 @@ class TrainHost:
             Exception: whatever else breaks the gang itself (a lost rank, a full disk).
         """
         started = time.time()
-        notes = [*self._news]
-        self._news.clear()
+        notes = [*self.news]
+        self.news.clear()
         outcome, reason = TrialOutcome(), ""
         trunk_seconds = 0.0
         try:
-            trunk_seconds = self._open_trunk(assignment, notes.append)
+            trunk_seconds = self.open_trunk(assignment, notes.append)
             self._run_in_memory(assignment, on_step, on_relief, notes, outcome)
         except TRIAL_ERRORS as error:
             reason = str(error)
             logger.warning("trial %s failed: %s", assignment.trial.trial_id, reason)
-        self._ordinal += 1
-        self._check_base(assignment)
+        self.finish(assignment)
         result = result_of(assignment, outcome, reason)
         update = {"started_at": started, "finished_at": time.time(), "notes": tuple(notes), "trunk_seconds": trunk_seconds}
         return result.model_copy(update=update)
 
-    def _open_trunk(self, assignment: Assignment, note: Callable[[str], None]) -> float:
+    def open_trunk(self, assignment: Assignment, note: Callable[[str], None]) -> float:
         """Seconds spent on hidden states that were not stored yet."""
         plan, execution = assignment.trunk, self._execution
         if plan is None or assignment.probe is not None:
@@ -159,59 +154,7 @@ class TrainHost:
         Raises:
             As `run`.
         """
-        group = sorted(group, key=lambda assignment: assignment.trial.lora_rank or 0)  # equal ranks are stacked
-        results: list[RungResult] = []
-        while len(results) < len(group):
-            rest = group[len(results) :]
-            part = rest[: self._width_of(rest)]
-            results += [self.run(part[0], on_step)] if len(part) == 1 else self._run_fused(part, on_step)
-        return results
-
-    def _width_of(self, group: Sequence[Assignment]) -> int:
-        """How many of the group share a batch; measured for each cut and kind of batch, and again for the first group in
-        which twice as many could, where nobody has tried that."""
-        first, kind = group[0], kind_of_batch(group[0])
-        wider = 2 * self._widths.get(kind, 1)
-        if wider <= len(group) and (kind not in self._widths or self._tried.get(kind, wider) < wider):
-            self._open_trunk(first, self._news.append)
-            run = self._trial_run(first, first.execution, self._news, TrialOutcome())
-            self._widths[kind], said = best_width(self._base, group, run.steps(), run.rows, run.train_states())
-            self._tried[kind] = len(group)
-            self._news.append(said)
-        return min(len(group), self._widths.get(kind, 1))
-
-    def _run_fused(self, group: Sequence[Assignment], on_step: Callable[[StepReport], None] | None) -> list[RungResult]:
-        """All of them in one batch; one after another where that fails for any reason but a trial's own."""
-        started, notes = time.time(), [*self._news]
-        self._news.clear()
-        try:
-            trunk_seconds = self._open_trunk(group[0], notes.append)
-            outcomes = [TrialOutcome() for _ in group]
-            runs = [
-                self._trial_run(assignment, assignment.execution, notes, outcome, len(group))
-                for assignment, outcome in zip(group, outcomes, strict=True)
-            ]
-            failures = FusedRun(self._base, runs).run(on_step)
-        except TRIAL_ERRORS as error:
-            width = len(group) // 2 if isinstance(error, OutOfMemoryError) else 1
-            self._widths[kind_of_batch(group[0])] = width
-            self._tried.pop(kind_of_batch(group[0]), None)
-            self._news.append(f"{len(group)} trials cannot share a batch, from now on {width} do: {error}")
-            return self.run_group(group, on_step)
-        self._ordinal += 1
-        for assignment in group:
-            self._check_base(assignment)
-        finished = time.time()
-        update = {
-            "started_at": started,
-            "finished_at": finished,
-            "notes": tuple(notes),
-            "trunk_seconds": trunk_seconds / len(group),
-        }
-        return [
-            result_of(assignment, outcome, str(failure or "")).model_copy(update=update)
-            for assignment, outcome, failure in zip(group, outcomes, failures, strict=True)
-        ]
+        return self._groups.run(group, on_step)
 
     def _run_in_memory(
         self,
@@ -231,7 +174,7 @@ class TrainHost:
         execution = assignment.execution
         while True:
             reset_peak(self._ranks.device)
-            run = self._trial_run(assignment, execution, notes, outcome)
+            run = self.trial_run(assignment, execution, notes, outcome)
             try:
                 return run.run(on_step)
             except (RuntimeError, MemoryError) as error:
@@ -249,7 +192,7 @@ class TrainHost:
             if on_relief is not None:
                 on_relief(execution, notes[-1])
 
-    def _trial_run(
+    def trial_run(
         self,
         assignment: Assignment,
         execution: ExecutionPlan,
@@ -290,6 +233,16 @@ class TrainHost:
         if path not in self._sets:
             self._sets[path] = TokenizedSet.load(Path(path))
         return self._sets[path]
+
+    def finish(self, *assignments: Assignment) -> None:
+        """One more was run, alone or in company; the base is as it was.
+
+        Raises:
+            TrainingError: it is not: this gang must be replaced.
+        """
+        self._ordinal += 1
+        for assignment in assignments:
+            self._check_base(assignment)
 
     def _check_base(self, assignment: Assignment) -> None:
         """What learned was put back; the frozen rest was proven before the branch closed."""

@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from orchestrator.errors import DataError, IntegrityError, SelectionError, TrainingError, UsageError
 from orchestrator.plan.results import EngineRecord, RungResult
 from orchestrator.plan.scored import LayerScores
 from orchestrator.plan.values import Assignment, ExecutionPlan
 from orchestrator.train.loop import LoopState
 from orchestrator.train.scoring import Scores
+
+TRIAL_ERRORS = (TrainingError, SelectionError, IntegrityError, UsageError, DataError)
+"""What a trial may fail by while the gang stays whole: raised on every rank alike."""
 
 
 @dataclass

@@ -295,7 +295,7 @@ class TrialRun:
             base_loads=self.base.num_loads,
             ordinal=self._ordinal,
             device=self.execution.device,
-            predicted_memory_bytes=self.assignment.predicted_memory_bytes,
+            predicted_memory_bytes=self.assignment.predicted_memory_bytes if self._num_fused == 1 else None,
             micro_batch_rows=self.execution.micro_batch_rows,
             checkpointing=self.execution.checkpointing,
             fused_trials=self._num_fused,

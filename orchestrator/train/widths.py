@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from orchestrator.plan.values import Assignment
 from orchestrator.train.base import LoadedBase
@@ -12,6 +13,7 @@ from orchestrator.train.fused import accumulate, spec_of
 from orchestrator.train.group import open_group
 from orchestrator.train.memory import is_out_of_memory
 from orchestrator.train.objective import objective_of
+from orchestrator.train.recompute import recomputed
 from orchestrator.train.trunk.states import TrunkStates
 
 GAIN = 0.97
@@ -60,8 +62,13 @@ def best_width(
 
 def _seconds(base: LoadedBase, group: Sequence[Assignment], step: StepInput) -> float:
     """The fastest of a few forward and backward passes, after one to warm up."""
-    with open_group(base, [spec_of(assignment) for assignment in group]) as opened:
-        objective = objective_of(base, opened.branches[0].head(), group[0].selection.cut)
+    with ExitStack() as stack:
+        opened = stack.enter_context(open_group(base, [spec_of(assignment) for assignment in group]))
+        cut = group[0].selection.cut
+        objective = objective_of(base, opened.branches[0].head(), cut)
+        if group[0].execution.checkpointing:
+            blocks = base.model.get_submodule(base.anatomy.blocks_module)
+            stack.enter_context(recomputed(list(blocks.children())[cut:]))
         times: list[float] = []
         for _ in range(1 + TIMED):
             started = time.perf_counter()

@@ -191,7 +191,7 @@ def _operations(plan: RunPlan, anatomy: ModelAnatomy, terms: Sequence[Sequence[F
     scored_trial = sum(at_cut) / len(at_cut)
     scored_head = scored_flops(plan, anatomy, _head(plan, anatomy).cut)
     controls = head * search.rung_steps[-1] * per_step + scored + len(search.rung_steps) * scored_head
-    shuffled = max(per_token) * plan.total_tokens + scored if SHUFFLED in search.controls else 0.0
+    shuffled = _shuffled_per_token(plan, anatomy) * plan.total_tokens + scored if SHUFFLED in search.controls else 0.0
     again = max(per_token) * plan.total_tokens if search.rung_steps[-1] < plan.total_steps else 0.0
     of = f"{count} trials x {steps:.4g} of {search.rung_steps[-1]} steps"
     parts = [
@@ -212,6 +212,13 @@ def _operations(plan: RunPlan, anatomy: ModelAnatomy, terms: Sequence[Sequence[F
     searched = count * (mean * search.rung_steps[-1] * per_step + len(search.rung_steps) * scored_trial)
     whole = sum(part.amount for part in built) + searched + controls + shuffled + again
     return tuple(parts), whole
+
+
+def _shuffled_per_token(plan: RunPlan, anatomy: ModelAnatomy) -> float:
+    """Of the costliest choice. Other answers are other documents, for which nothing is stored."""
+    bare = plan.model_copy(update={"trunk": None})
+    each = (option_terms(bare, anatomy, option.selection) for option in planned_options(plan))
+    return max(sum(term.flops for term in terms) for terms in each)
 
 
 def _head(plan: RunPlan, anatomy: ModelAnatomy) -> LayerSelection:

@@ -29,9 +29,10 @@ FORMAT = 1
 logger = logging.getLogger(__name__)
 
 
-def trunk_key(base: LoadedBase, fingerprint: Mapping[str, str], data: TokenizedSet, cut: int) -> str:
+def trunk_key(base: LoadedBase, fingerprint: Mapping[str, str], data: TokenizedSet, cut: int, rows: RowPlan) -> str:
     """A hash of all that decides the hidden states of `data` at `cut`: the weights below it and their quantization, the
-    model's configuration, the dtype, the tokens and their documents, the kind of device and the libraries.
+    model's configuration, the dtype, the tokens and their documents, the kind of device and the libraries. On a GPU also the
+    rows that documents share, which move the last bits there (on CPUs each document is computed apart).
 
     Args:
         fingerprint: Hashes of the base's tensors by name, see `integrity.base_fingerprint`.
@@ -48,6 +49,7 @@ def trunk_key(base: LoadedBase, fingerprint: Mapping[str, str], data: TokenizedS
         "cut": cut,
         "tokens": data.tokens_sha256,
         "device": base.device.type,
+        "rows": None if base.device.type == "cpu" else (rows.row_tokens, rows.rows_per_micro_batch, rows.pack),
         "versions": (torch.__version__, transformers.__version__),
     }
     return blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -48,6 +48,7 @@ class TrunkCache:
                 if not self._make_room(num_bytes):
                     return None
                 entry.mkdir(exist_ok=True)
+                (entry / IN_USE).touch()  # first: what has none is never given up
                 (entry / RESERVED).write_text(str(num_bytes))
             if key not in self._held:
                 self._held[key] = os.open(entry / IN_USE, os.O_RDWR | os.O_CREAT)
@@ -68,7 +69,7 @@ class TrunkCache:
         used = sum(_reserved(entry) for entry in entries)
         budget = self._max_bytes
         if budget is None:
-            present = sum(file.stat().st_size for entry in entries for file in entry.iterdir())
+            present = sum(_size(file) for entry in entries for file in entry.iterdir())
             budget = (shutil.disk_usage(self._folder).free + present) // 2
         for entry in entries:
             if used + num_bytes <= budget:
@@ -78,6 +79,14 @@ class TrunkCache:
                 shutil.rmtree(entry)
                 logger.info("the stored trunk %s was given up for room", entry.name)
         return used + num_bytes <= budget
+
+
+def _size(file: Path) -> int:
+    """0 for one that was renamed meanwhile."""
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _reserved(entry: Path) -> int:

@@ -88,10 +88,18 @@ class TrunkLibrary:
         builder = TrunkBuilder(self._base, objective, rows, self._ranks, partitioned)
         for path in wanted:
             tokens = self._load_set(path)
-            chunks = self._chunks(plan, tokens, note, partitioned=partitioned)
+            chunks = self._chunks(plan, tokens, rows, note, partitioned=partitioned)
             if chunks is None:
                 continue
-            for cut, states in builder.build(tokens, chunks).items():
+            try:
+                made = builder.build(tokens, chunks)
+            except (OSError, RuntimeError, MemoryError) as error:
+                if partitioned:  # the other ranks stand in a collective
+                    raise
+                note(f"nothing is stored of the trunk: {type(error).__name__}: {error}")
+                self._refused = True
+                break
+            for cut, states in made.items():
                 self._states[path, cut] = states
         return time.perf_counter() - started
 
@@ -105,12 +113,12 @@ class TrunkLibrary:
             self._cache.close()
 
     def _chunks(
-        self, plan: TrunkPlan, tokens: TokenizedSet, note: Callable[[str], None], *, partitioned: bool
+        self, plan: TrunkPlan, tokens: TokenizedSet, rows: RowPlan, note: Callable[[str], None], *, partitioned: bool
     ) -> dict[int, Chunks] | None:
         """By cut: on disk where it has room, for other processes and later sweeps; else in memory, where that has. None
         where it has not, on every rank alike."""
         num_bytes = tokens.num_tokens * self._base.anatomy.hidden_size * self._base.dtype.itemsize
-        folders = self._folders(plan, tokens, num_bytes, partitioned=partitioned)
+        folders = self._folders(plan, tokens, rows, num_bytes, note, partitioned=partitioned)
         without = sum(folder is None for folder in folders)
         fits = without * num_bytes <= MEMORY_SHARE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         where = "kept in memory" if fits else "not stored: memory has no room either"
@@ -123,7 +131,16 @@ class TrunkLibrary:
             for cut, folder in zip(plan.cuts, folders, strict=True)
         }
 
-    def _folders(self, plan: TrunkPlan, tokens: TokenizedSet, num_bytes: int, *, partitioned: bool) -> Sequence[Path | None]:
+    def _folders(
+        self,
+        plan: TrunkPlan,
+        tokens: TokenizedSet,
+        rows: RowPlan,
+        num_bytes: int,
+        note: Callable[[str], None],
+        *,
+        partitioned: bool,
+    ) -> Sequence[Path | None]:
         fingerprint = self._fingerprint
         if partitioned:
             fingerprint = {
@@ -133,7 +150,9 @@ class TrunkLibrary:
             }
         if self._cache is None:
             self._cache = TrunkCache(Path(plan.folder) if plan.folder else default_folder(), plan.max_bytes)
+        keys = [trunk_key(self._base, fingerprint, tokens, cut, rows) for cut in plan.cuts]
         try:
-            return [self._cache.open(trunk_key(self._base, fingerprint, tokens, cut), num_bytes) for cut in plan.cuts]
-        except OSError:
+            return [self._cache.open(key, num_bytes) for key in keys]
+        except OSError as error:
+            note(f"the stored trunk's folder cannot be used: {error}")
             return [None] * len(plan.cuts)

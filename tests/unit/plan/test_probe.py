@@ -125,9 +125,10 @@ def test_where_memory_is_short_the_lowest_blocks_are_not_scored(planned: Any, gp
         planned(["top:0.9"], shape="8b", cluster=small, quantize="nf4")
 
 
-def test_scores_resolve_the_policies_and_leave_every_option_in_its_place(planned: Any, base: Any) -> None:
+def test_scores_resolve_the_policies_and_leave_every_option_in_its_place(planned: Any, base: Any, job: Any) -> None:
     plan = planned(["head", "top:0.5", "last:1", "top:0.25+head"], search={"tune": ["lora", "full"], "lora_rank": [4]})
-    scored: Any = with_scores(plan, base("tiny"), SCORES)
+    spec = job(search={"layers": ["top:0.5"]}).spec
+    scored: Any = with_scores(plan, spec, base("tiny"), SCORES)
     names = [(option.layers, option.tune) for option in plan.search.options]
     assert names == [(option.layers, option.tune) for option in scored.search.options]
     by_name = {option.layers: option.selection for option in scored.search.options}
@@ -135,13 +136,17 @@ def test_scores_resolve_the_policies_and_leave_every_option_in_its_place(planned
     assert not any(option.selection.pending for option in scored.search.options)
     shares = dict(zip((option.layers for option in scored.search.options), scored.search.shares, strict=True))
     assert shares == pytest.approx({"head": 0.0, "top:0.5": 0.7, "last:1": 0.3, "top:0.25+head": 0.4})
-    assert with_scores(scored, base("tiny"), SCORES) == scored
+    assert with_scores(scored, spec, base("tiny"), SCORES) == scored
+    assert plan.trunk is None or 1 not in plan.trunk.cuts
+    assert scored.trunk is not None
+    assert 1 in scored.trunk.cuts, "a policy by score has found its cut"
+    assert scored.notes[-1].startswith("with the blocks known, what enters blocks")
 
 
-def test_a_failed_probe_leaves_the_plan_as_it_is(planned: Any, base: Any) -> None:
-    plan = planned(["last:1", "all"])
-    assert with_scores(plan, base("tiny"), LayerScores(failed="it broke")) == plan
-    assert with_scores(plan, base("tiny"), None) == plan
+def test_a_failed_probe_leaves_the_plan_as_it_is(planned: Any, base: Any, job: Any) -> None:
+    plan, spec = planned(["last:1", "all"]), job(search={"layers": ["all"]}).spec
+    assert with_scores(plan, spec, base("tiny"), LayerScores(failed="it broke")) == plan
+    assert with_scores(plan, spec, base("tiny"), None) == plan
 
 
 def test_shares_without_a_score() -> None:

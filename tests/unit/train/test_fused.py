@@ -18,8 +18,9 @@ from orchestrator.errors import SelectionError
 from orchestrator.plan.results import RungResult
 from orchestrator.plan.values import Assignment, BaseLoad, DataPaths, ExecutionPlan, TrainSettings, TrialSpec, TrunkPlan
 from orchestrator.store import read_jsonl
-from orchestrator.train import TrainHost, host
+from orchestrator.train import TrainHost, groups, host, widths
 from orchestrator.train.adapters import AdapterSpec, LoraLinear
+from orchestrator.train.fused import FusedRun
 from orchestrator.train.group import open_group
 from orchestrator.train.widths import best_width, kind_of_batch
 
@@ -86,7 +87,7 @@ class Gang:
 
     def fused(self, names: list[str], rung: int = 0, place: str = "fused", **values: Any) -> dict[str, RungResult]:
         group = [self.assignment(name, rung, place=place, **values) for name in names]
-        self.host._widths[kind_of_batch(group[0])] = len(group)
+        self.host._groups.widths[kind_of_batch(group[0])] = len(group)
         results = self.host.run_group(group)
         return {result.trial_id: result for result in results}
 
@@ -137,13 +138,13 @@ def test_a_neighbour_that_diverges_fails_alone(gang: Gang) -> None:
 def test_other_blocks_above_the_same_cut(gang: Gang) -> None:
     gang.host.run(gang.assignment(TRIALS[0]))
     group = [gang.assignment(TRIALS[0], place="fused"), gang.assignment(TRIALS[1], place="fused", policy="blocks:2")]
-    gang.host._widths[kind_of_batch(group[0])] = 2
+    gang.host._groups.widths[kind_of_batch(group[0])] = 2
     assert [result.state for result in gang.host.run_group(group)] == ["done", "done"]
     assert gang.bits(TRIALS[0]) == gang.bits(TRIALS[0], "alone")
 
 
 def test_the_base_product_of_each_module_runs_once_for_all(gang: Gang) -> None:
-    base = gang.host._base
+    base = gang.host.base
     specs = [AdapterSpec(select(gang.anatomy, "last:2", "lora", 4, task="completion"), 8, seed) for seed in range(3)]
     calls: Counter[str] = Counter()
     with open_group(base, specs):
@@ -161,11 +162,12 @@ def test_what_learns_beside_adapters_shares_no_batch(gang: Gang) -> None:
     adapts = select(gang.anatomy, "last:2+head", "lora", 4, task="completion")
     for head in (learns, adapts):
         with pytest.raises(SelectionError, match="share a batch"):
-            open_group(gang.host._base, [AdapterSpec(head, 8, 0)])
-    assert not any(parameter.requires_grad for parameter in gang.host._base.model.parameters())
+            open_group(gang.host.base, [AdapterSpec(head, 8, 0)])
+    assert not any(parameter.requires_grad for parameter in gang.host.base.model.parameters())
 
 
-def test_a_group_without_memory_goes_on_in_halves(gang: Gang, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", ["forward", "optimizer"])
+def test_a_group_without_memory_goes_on_in_halves(gang: Gang, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     gang.alone(TRIALS[0])
     forward = LoraLinear.forward
 
@@ -174,20 +176,42 @@ def test_a_group_without_memory_goes_on_in_halves(gang: Gang, monkeypatch: pytes
             raise MemoryError("out of memory")
         return forward(self, x)
 
-    monkeypatch.setattr(LoraLinear, "forward", cramped)
+    def no_room(*_: object) -> None:
+        raise MemoryError("out of memory")
+
+    if place == "forward":
+        monkeypatch.setattr(LoraLinear, "forward", cramped)
+    else:
+        monkeypatch.setattr(FusedRun, "_member", no_room)
     results = gang.fused(TRIALS[:2])
     assert [result.state for result in results.values()] == ["done", "done"]
     assert any("from now on 1 do" in note for result in results.values() for note in result.notes)
     assert gang.bits(TRIALS[0]) == gang.bits(TRIALS[0], "alone")[: RUNGS[0]]
 
 
-def test_the_width_is_measured_and_leaves_the_base_as_it_was(gang: Gang) -> None:
-    group = [gang.assignment(name) for name in TRIALS]
-    run = gang.host._trial_run(group[0], gang.execution, [], host.TrialOutcome())
-    width, said = best_width(gang.host._base, group, run.steps(), run.rows, None)
-    assert width in (1, 2)
-    assert said.startswith(f"{width} trials share a batch (a trial's micro-batch by trials in a batch: 1: ")
-    assert not any(isinstance(module, LoraLinear) for module in gang.host._base.model.modules())
+@pytest.mark.parametrize(
+    ("seconds", "width", "tried"), [((1.0, 1.5, 4.0), 2, "1: 1000.0 ms, 2: 750.0 ms"), ((1.0, 2.0), 1, "1: ")]
+)
+def test_the_width_that_takes_least_time_a_trial_is_taken(
+    gang: Gang, monkeypatch: pytest.MonkeyPatch, seconds: tuple[float, ...], width: int, tried: str
+) -> None:
+    taken = iter(seconds)
+    monkeypatch.setattr(widths, "_seconds", lambda *_: next(taken))
+    group = [gang.assignment(f"{rate}e-3-r4") for rate in range(1, 5)]
+    run = gang.host.trial_run(group[0], gang.execution, [], host.TrialOutcome())
+    found, said = best_width(gang.host.base, group, run.steps(), run.rows, None)
+    assert found == width
+    assert said.startswith(f"{width} trials share a batch (a trial's micro-batch by trials in a batch: {tried}")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_measurement_leaves_the_base_as_it_was(gang: Gang, checkpointing: bool) -> None:
+    execution = gang.execution.model_copy(update={"checkpointing": checkpointing})
+    group = [gang.assignment(name).model_copy(update={"execution": execution}) for name in TRIALS]
+    run = gang.host.trial_run(group[0], execution, [], host.TrialOutcome())
+    best_width(gang.host.base, group, run.steps(), run.rows, None)
+    assert not any(isinstance(module, LoraLinear) for module in gang.host.base.model.modules())
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in gang.host.base.model.modules())
 
 
 def test_the_width_is_measured_again_where_nobody_has_tried_so_many(gang: Gang, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,11 +221,11 @@ def test_the_width_is_measured_again_where_nobody_has_tried_so_many(gang: Gang, 
         measured.append(len(group))
         return (2 if len(group) < 4 else 4), ""
 
-    monkeypatch.setattr(host, "best_width", all_pay)
+    monkeypatch.setattr(groups, "best_width", all_pay)
     group = [gang.assignment(name) for name in (*TRIALS, "2e-3-r4")]
-    widths = [gang.host._width_of(group[:count]) for count in (1, 2, 3, 4, 3, 4)]
+    widths = [gang.host._groups._width_of(group[:count]) for count in (1, 2, 3, 4, 3, 4)]
     assert widths == [1, 2, 2, 4, 3, 4]
     assert measured == [2, 4]
-    gang.host._widths[kind_of_batch(group[0])] = 2
-    gang.host._tried.pop(kind_of_batch(group[0]))
-    assert gang.host._width_of(group) == 2, "there was no memory for more"
+    gang.host._groups.widths[kind_of_batch(group[0])] = 2
+    gang.host._groups._tried.pop(kind_of_batch(group[0]))
+    assert gang.host._groups._width_of(group) == 2, "there was no memory for more"

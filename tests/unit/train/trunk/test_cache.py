@@ -132,14 +132,14 @@ def test_a_changed_entry_with_its_checksum_changes_the_loss(base: LoadedBase, tm
 
 def test_the_key_is_all_that_decides_the_numbers(base: LoadedBase) -> None:
     marks, data = base_fingerprint(base.model), make_set()
-    key = trunk_key(base, marks, data, 2)
+    key = trunk_key(base, marks, data, 2, ROWS)
     other_mask = build_set([(data.document(d)[0], np.ones(data.lengths[d], bool)) for d in range(len(data))])
     last, first = "model.layers.3.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"
-    assert trunk_key(base, marks, other_mask, 2) == key
-    assert trunk_key(base, {**marks, last: "other"}, data, 2) == key
-    assert trunk_key(base, {**marks, first: "other"}, data, 2) != key
-    assert trunk_key(base, marks, data, 3) != key
-    assert trunk_key(base, marks, make_set(1), 2) != key
+    assert trunk_key(base, marks, other_mask, 2, ROWS) == key
+    assert trunk_key(base, {**marks, last: "other"}, data, 2, ROWS) == key
+    assert trunk_key(base, {**marks, first: "other"}, data, 2, ROWS) != key
+    assert trunk_key(base, marks, data, 3, ROWS) != key
+    assert trunk_key(base, marks, make_set(1), 2, ROWS) != key
 
 
 def test_the_least_recently_used_goes_first_and_never_what_is_open(tmp_path: Path) -> None:
