@@ -9,7 +9,7 @@ from orchestrator.anatomy import read_anatomy
 
 from .test_ranks import Matrix, make_base, make_sets, plan
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(900)]
 
 NUM_STEPS = 50
 TOLERANCE = 1e-3

@@ -26,7 +26,7 @@ from orchestrator.units import GIB
 from .counter import Counter
 from .runs import TIMEOUT_S, losses_in, write_spec
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(2 * TIMEOUT_S)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(2 * TIMEOUT_S)]
 
 NUM_TRIALS, MAX_FUSED = 6, 4
 RATES = [10**-exponent for exponent in (1.8, 2.0, 2.2, 2.4, 2.6, 2.8)]
@@ -52,9 +52,9 @@ def _hook() -> Callable[[], None]:
         if "MKL_NUM_THREADS" not in os.environ:
             return  # no rank
 
-        from orchestrator.train import host
+        from orchestrator.train import groups
 
-        host.best_width = lambda base, group, *_: (len(group), "all share a batch")  # type: ignore[assignment]
+        groups.best_width = lambda base, group, *_: (len(group), "all share a batch")  # type: ignore[assignment]
 
     return install
 

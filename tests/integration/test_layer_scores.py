@@ -38,7 +38,7 @@ def test_a_sweep_scores_its_blocks_once(tmp_path: Path, ray_here: None) -> None:
     found = LayerScores.model_validate(read_json(run / "layer_scores.json"))
     plan = RunPlan.model_validate(read_json(run / "plan.json"))
     assert plan.probe is not None
-    assert plan.probe.share_of_trial <= 0.05
+    assert (plan.probe.num_batches, plan.probe.rows) == (1, 1), "the least there is, for trials as small as these"
     assert plan.search is not None
     by_score = plan.search.options[1]
     assert by_score.layers == by_score.selection.policy == "top:0.5"

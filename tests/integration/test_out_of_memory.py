@@ -58,6 +58,7 @@ def assert_numbers_of_a_smaller_plan(run: Path, entry: TrialEntry, folder: Path)
     assert losses_in(run / "trials" / trial.trial_id) == losses_in(folder / trial.trial_id)[:steps]
 
 
+@pytest.mark.slow
 def test_under_zero_2_one_trial_goes_on_smaller_and_the_next_as_planned(tmp_path: Path) -> None:
     """That a smaller way has the numbers of a smaller plan is proven without Ray, in test_relief_in_a_gang.py."""
     spec = sweep_spec(tmp_path, 2, ["last:1", "last:2"])

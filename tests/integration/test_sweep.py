@@ -208,6 +208,7 @@ def test_a_killed_driver_changes_nothing(uninterrupted: Path, tmp_path: Path) ->
     assert sweep_of(run).num_submissions == 2
 
 
+@pytest.mark.slow
 def test_a_killed_gang_is_replaced(uninterrupted: Path, tmp_path: Path) -> None:
     spec = write_spec(tmp_path, "search", search=SEARCH, resources=TWO_GANGS)
     run = run_folder(spec)
@@ -256,6 +257,7 @@ def test_a_gpu_that_is_not_there_is_refused(tmp_path: Path, ray_here: None, capf
     assert not (run_folder(spec) / "trials").exists()
 
 
+@pytest.mark.slow
 def test_more_trials_extend_a_finished_sweep(uninterrupted: Path) -> None:
     """One more trial trains one more; the same spec a third time trains nothing and needs no Ray."""
     run = run_folder(uninterrupted)

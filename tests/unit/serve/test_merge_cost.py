@@ -17,7 +17,7 @@ def measured(repository: Path, folder: Path, *arguments: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("quantize", ["none", "nf4"])
+@pytest.mark.parametrize("quantize", ["none", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_memory_grows_with_the_largest_tensor_and_not_with_the_model(repository: Path, tmp_path: Path, quantize: str):
     found = measured(repository, tmp_path, "--gigabytes", "0.3", "--rounds", "1", "--quantize", quantize)
     assert found["num_bytes"] > 0.25e9

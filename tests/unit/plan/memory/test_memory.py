@@ -204,7 +204,7 @@ def measured(repository: Path, *arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", ["qwen2.5-7b", "mixtral-8x7b"])
+@pytest.mark.parametrize("name", ["qwen2.5-7b", pytest.param("mixtral-8x7b", marks=pytest.mark.slow)])
 def test_the_peak_is_what_a_step_allocates(repository: Path, name: str) -> None:
     """Every allocation of real steps, on four blocks of real width. The whole is `scripts/bench memory`."""
     policies = ["--policies", "lora all", "lora last:2", "full last:1", "full all"]
