@@ -74,9 +74,13 @@ def test_early_stopping_saves_hours_and_money(plan: Any, gpus: Any) -> None:
     assert cost.gpu_hours < 0.7 * cost.gpu_hours_without_stopping
     assert cost.price == pytest.approx(2 * cost.gpu_hours)
     assert cost.price_without_stopping == pytest.approx(2 * cost.gpu_hours_without_stopping)
-    patient = plan("8b", gpus(), quantize="nf4", search={**search, "scheduler": "none"}).cost
-    assert patient.gpu_hours == pytest.approx(patient.gpu_hours_without_stopping)
-    assert patient.gpu_hours_without_stopping == pytest.approx(cost.gpu_hours_without_stopping, rel=0.12), "it scores at one rung"
+    patient = plan("8b", gpus(), quantize="nf4", search={**search, "scheduler": "none"})
+    assert patient.cost.gpu_hours == pytest.approx(patient.cost.gpu_hours_without_stopping)
+    more_scoring = (
+        (len(found.search.rung_steps) - 1) * part(patient, "scoring") + part(found, "controls") - part(patient, "controls")
+    )
+    expected = patient.cost.operations_without_stopping + more_scoring
+    assert cost.operations_without_stopping == pytest.approx(expected), "it scores at every rung, and trains the same steps"
 
 
 def test_gangs_side_by_side_save_wall_time_and_no_gpu_hours(plan: Any, gpus: Any) -> None:

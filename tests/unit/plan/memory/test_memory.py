@@ -212,7 +212,11 @@ def test_the_peak_is_what_a_step_allocates(repository: Path, name: str) -> None:
     assert len(found["cases"]) == 8
     for case in found["cases"]:
         assert case["ratio"] == pytest.approx(1, abs=0.02), case
-        assert case["moving_ratio"] == pytest.approx(1, abs=0.09), case
+        narrow_experts = (name, case["policy"]) == (
+            "mixtral-8x7b",
+            "lora last:2",
+        )  # 1.083: their working memory is an upper bound
+        assert case["moving_ratio"] == pytest.approx(1, abs=0.085 if narrow_experts else 0.08), case
 
 
 @pytest.mark.slow
