@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import cast
 
@@ -69,6 +69,52 @@ def random_below(model: nn.Module, blocks: nn.ModuleList, cut: int) -> str:
 
 
 @dataclass
+class _Filling:
+    """A set's pieces at every cut, as far as they are there."""
+
+    data: TokenizedSet
+    borders: np.ndarray
+    """int64[C + 1]: piece c holds documents borders[c] to borders[c + 1]."""
+    chunks: Mapping[int, Chunks]
+    """By cut."""
+    _found: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict, init=False)
+    """[N_c, H] by cut and number of the piece."""
+
+    @property
+    def num_pieces(self) -> int:
+        return len(self.borders) - 1
+
+    def documents(self, number: int) -> np.ndarray:
+        return np.arange(int(self.borders[number]), int(self.borders[number + 1]))
+
+    def missing(self, number: int) -> list[int]:
+        """The cuts at which this piece is not there."""
+        return [cut for cut in self.chunks if (cut, number) not in self._found]
+
+    def pieces(self, cut: int) -> list[torch.Tensor]:
+        """All of them, in order."""
+        return [self._found[cut, number] for number in range(self.num_pieces)]
+
+    def look(self, number: int) -> None:
+        """Take what is stored of a piece, by whomever."""
+        first, last = self.data.offsets[self.borders[[number, number + 1]]]
+        for cut in self.missing(number):
+            stored = self.chunks[cut].get(number, int(last - first))
+            if stored is not None:
+                self._found[cut, number] = stored
+
+    def keep(self, number: int, made: Mapping[int, torch.Tensor]) -> None:
+        """What cannot be written, or not read again, stays in memory: an error here would leave the other ranks waiting."""
+        for cut, states in made.items():
+            try:
+                self.chunks[cut].put(number, states)
+            except OSError as error:
+                logger.warning("piece %d of the stored trunk stays in memory: %s", number, error)
+        self.look(number)
+        self._found |= {(cut, number): made[cut] for cut in self.missing(number) if cut in made}
+
+
+@dataclass
 class TrunkBuilder:
     """Makes what is missing of a set's hidden states. With partitioned weights every rank calls together."""
 
@@ -84,60 +130,38 @@ class TrunkBuilder:
         Args:
             chunks: By cut; DiskChunks may be shared with other processes, which make other pieces meanwhile.
         """
-        borders = chunk_borders(data.offsets, self.base.anatomy.hidden_size * self.base.dtype.itemsize)
-        found: dict[int, list[torch.Tensor | None]] = {
-            cut: [kept.get(number, tokens) for number, tokens in enumerate(_piece_tokens(data, borders))]
-            for cut, kept in chunks.items()
-        }
+        filling = _Filling(data, chunk_borders(data.offsets, self.base.anatomy.hidden_size * self.base.dtype.itemsize), chunks)
+        for number in range(filling.num_pieces):
+            filling.look(number)
         if self.partitioned:
-            self._make_together(data, borders, chunks, found)
+            self._make_together(filling)
         else:
-            self._make(data, borders, chunks, found)
-        return {cut: TrunkStates(data, cut, borders, cast("list[torch.Tensor]", pieces)) for cut, pieces in found.items()}
+            self._make(filling)
+        return {cut: TrunkStates(data, cut, filling.borders, filling.pieces(cut)) for cut in chunks}
 
-    def _make(
-        self,
-        data: TokenizedSet,
-        borders: np.ndarray,
-        chunks: Mapping[int, Chunks],
-        found: dict[int, list[torch.Tensor | None]],
-    ) -> None:
+    def _make(self, filling: _Filling) -> None:
         """What nobody else is making first; then wait for what others make, or make it where they are gone."""
-        tokens = _piece_tokens(data, borders)
         for wait in (False, True):
-            for number in range(len(tokens)):
-                if all(pieces[number] is not None for pieces in found.values()):
+            for number in range(filling.num_pieces):
+                if not filling.missing(number):
                     continue
-                with _lock(chunks, number, wait=wait) as mine:
+                with _lock(filling.chunks, number, wait=wait) as mine:
                     if not mine:
                         continue
-                    for cut, kept in chunks.items():
-                        found[cut][number] = (
-                            found[cut][number] if found[cut][number] is not None else kept.get(number, tokens[number])
-                        )
-                    missing = [cut for cut in chunks if found[cut][number] is None]
-                    if missing:
-                        made = self._compute(data, np.arange(int(borders[number]), int(borders[number + 1])), missing)
-                        _keep(chunks, found, number, made, tokens[number])
+                    filling.look(number)
+                    if cuts := filling.missing(number):
+                        filling.keep(number, self._compute(filling.data, filling.documents(number), cuts))
 
-    def _make_together(
-        self,
-        data: TokenizedSet,
-        borders: np.ndarray,
-        chunks: Mapping[int, Chunks],
-        found: dict[int, list[torch.Tensor | None]],
-    ) -> None:
+    def _make_together(self, filling: _Filling) -> None:
         """Every rank runs the same micro-batches, whose matrices it gathers with the others, and keeps what it misses."""
-        tokens = _piece_tokens(data, borders)
-        mine = {(cut, number) for cut, pieces in found.items() for number, piece in enumerate(pieces) if piece is None}
-        for number in sorted({number for part in self.ranks.gather(mine) for _, number in part}):
-            made = self._compute(data, np.arange(int(borders[number]), int(borders[number + 1])), sorted(chunks))
-            kept = {cut: states for cut, states in made.items() if (cut, number) in mine}
-            _keep(chunks, found, number, kept, tokens[number])
+        mine = {number for number in range(filling.num_pieces) if filling.missing(number)}
+        for number in sorted(set().union(*self.ranks.gather(mine))):
+            made = self._compute(filling.data, filling.documents(number), sorted(filling.chunks))
+            filling.keep(number, {cut: made[cut] for cut in filling.missing(number)})
 
     @torch.no_grad()
     def _compute(self, data: TokenizedSet, documents: np.ndarray, cuts: Sequence[int]) -> dict[int, torch.Tensor]:
-        """[N, H] of these documents, one after another, at every cut."""
+        """[N, H] of these documents, one after another, at each of these cuts."""
         blocks = cast("nn.ModuleList", self.base.model.get_submodule(self.base.anatomy.blocks_module))
         first = int(data.offsets[documents[0]])
         shape = (int(data.offsets[documents[-1] + 1]) - first, self.base.anatomy.hidden_size)
@@ -164,28 +188,7 @@ def _documents(batch: MicroBatch, data: TokenizedSet) -> Iterator[tuple[int, int
             start = end
 
 
-def _piece_tokens(data: TokenizedSet, borders: np.ndarray) -> list[int]:
-    return np.diff(data.offsets[borders]).tolist()
-
-
 def _lock(chunks: Mapping[int, Chunks], number: int, *, wait: bool) -> AbstractContextManager[bool]:
     """One lock a piece for all cuts: the lowest one's. What no other process sees needs none."""
     first = chunks[min(chunks)]
     return piece_lock(first.folder, number, wait=wait) if isinstance(first, DiskChunks) else nullcontext(True)
-
-
-def _keep(
-    chunks: Mapping[int, Chunks],
-    found: dict[int, list[torch.Tensor | None]],
-    number: int,
-    made: Mapping[int, torch.Tensor],
-    num_tokens: int,
-) -> None:
-    """What cannot be written, or not read again, stays in memory: an error here would leave the other ranks waiting."""
-    for cut, states in made.items():
-        try:
-            chunks[cut].put(number, states)
-        except OSError as error:
-            logger.warning("piece %d of the stored trunk stays in memory: %s", number, error)
-        kept = chunks[cut].get(number, num_tokens)
-        found[cut][number] = states if kept is None else kept

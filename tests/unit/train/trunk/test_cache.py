@@ -182,9 +182,9 @@ def test_what_cannot_be_written_stays_in_memory(
 
 
 class TwoMachines(Ranks):
-    """One of two ranks; what the other one misses is known beforehand."""
+    """One of two ranks; the pieces that the other one misses are known beforehand."""
 
-    others: ClassVar[set[tuple[int, int]]] = set()
+    others: ClassVar[set[int]] = set()
 
     def gather(self, value: Any) -> list[Any]:
         return [value, self.others]
@@ -200,7 +200,7 @@ def test_ranks_of_a_partitioned_base_compute_what_any_of_them_misses(
     before = [file.stat().st_mtime_ns for file in files]
     files[2].unlink()
     computed.clear()
-    monkeypatch.setattr(TwoMachines, "others", {(2, 0), (2, 2)})
+    monkeypatch.setattr(TwoMachines, "others", {0, 2})
     builder = TrunkBuilder(base, shelf.objective, ROWS, TwoMachines(), partitioned=True)
     states = builder.build(shelf.data, {2: DiskChunks(files[0].parent, base.anatomy.hidden_size, base.dtype)})[2]
     assert len(computed) == 2
