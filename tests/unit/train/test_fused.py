@@ -108,21 +108,23 @@ def gang(request: pytest.FixtureRequest, llama_folder: Callable[..., Path], tmp_
 
 
 TRIALS = ["1e-2-r4", "3e-3-r8", "1e-3-r2"]
+TWINS = ["2e-3-r4", "5e-3-r4"]
+"""Of one lora_rank with the first: their products are stacked with its own."""
 
 
 def test_the_same_bits_alone_and_in_company_also_when_a_neighbour_leaves(gang: Gang) -> None:
-    alone = {name: gang.alone(name) for name in TRIALS}
-    first = gang.fused(TRIALS)
-    second = gang.fused(TRIALS[:2], rung=1)  # the third is stopped at the rung
+    alone = {name: gang.alone(name) for name in (*TRIALS, *TWINS)}
+    first = gang.fused([*TRIALS, *TWINS])
+    second = gang.fused([*TRIALS[:2], *TWINS], rung=1)  # the third is stopped at the rung
     third = gang.fused(TRIALS[2:], rung=1)  # and comes back later
-    for name in TRIALS:
+    for name in (*TRIALS, *TWINS):
         assert gang.bits(name) == gang.bits(name, "alone")
         assert first[name].eval_loss == alone[name][0].eval_loss
         assert (second | third)[name].eval_loss == alone[name][1].eval_loss
         assert (second | third)[name].retain_loss == alone[name][1].retain_loss
     engine = first[TRIALS[0]].engine
     assert engine is not None
-    assert (engine.fused_trials, engine.trunk_cut) == (3, 2)
+    assert (engine.fused_trials, engine.trunk_cut) == (5, 2)
 
 
 def test_a_neighbour_that_diverges_fails_alone(gang: Gang) -> None:
