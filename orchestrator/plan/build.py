@@ -268,7 +268,9 @@ def _most_fused(
     if anatomy.dropout:
         return 1
     alone = [footprint for choice, footprint in zip(choices, load.footprints, strict=True) if not choice.selection.trainable]
-    return most_fused(alone, gangs.way, load, found.room(gangs.way.ranks, gangs.num_gangs), spec.resources.max_fused)
+    kinds = {(choice.selection.cut, choice.selection.trainable) for choice in choices}
+    room = found.room(gangs.way.ranks, gangs.num_gangs)
+    return most_fused(alone, gangs.way, load, room, spec.resources.max_fused, num_kinds=len(kinds))
 
 
 def _with_costs(plan: RunPlan, anatomy: ModelAnatomy, found: Machines, spec: JobSpec) -> RunPlan:

@@ -19,7 +19,13 @@ GPU: assumed. A gang measures what really pays before it uses a width, and this 
 
 
 def most_fused(
-    footprints: Sequence[Footprint], way: Way, load: Load, room: RankRoom, asked: int | Literal["auto"] = "auto"
+    footprints: Sequence[Footprint],
+    way: Way,
+    load: Load,
+    room: RankRoom,
+    asked: int | Literal["auto"] = "auto",
+    *,
+    num_kinds: int = 1,
 ) -> int:
     """The largest power of two of trials whose batch fits and is not wider than what can pay; 1 where none shares.
 
@@ -29,10 +35,12 @@ def most_fused(
         load: Rows and steps of the job.
         room: Of one rank.
         asked: At most so many, whether that can pay or not.
+        num_kinds: Kinds of choices that cannot share a batch with each other. To fill batches of every kind the search would
+            run ahead so many times as far, and its sampler learn late: they divide what can pay.
     """
     if not footprints or way.executor != "torch" or way.ranks > 1:
         return 1
-    most = min(MOST, FULL_TOKENS[way.device] // way.micro_batch_tokens) if asked == "auto" else asked
+    most = min(MOST, FULL_TOKENS[way.device] // way.micro_batch_tokens) // num_kinds if asked == "auto" else asked
     width = 1
     while 2 * width <= most:
         wider = replace(way, micro_batch_rows=2 * width * way.micro_batch_rows)
