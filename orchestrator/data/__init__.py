@@ -20,7 +20,8 @@ without a word, and documents see each other. Rows that are classified hold one 
 from orchestrator.data.batching import UNSUPERVISED, MicroBatch, documents_of_steps, micro_batches, pack_rows
 from orchestrator.data.encoding import load_tokenizer
 from orchestrator.data.prepare import data_size, prepare_data
-from orchestrator.data.sets import TokenizedSet, build_set, shuffled
+from orchestrator.data.replay import replayed_documents
+from orchestrator.data.sets import TokenizedSet, build_set, joined, shuffled
 from orchestrator.data.summary import DataSummary, Dropped, SplitSummary
 
 __all__ = [
@@ -33,9 +34,11 @@ __all__ = [
     "build_set",
     "data_size",
     "documents_of_steps",
+    "joined",
     "load_tokenizer",
     "micro_batches",
     "pack_rows",
     "prepare_data",
+    "replayed_documents",
     "shuffled",
 ]

@@ -15,24 +15,26 @@ from orchestrator.data.encoding import Document, Encoder, load_tokenizer, mark_s
 from orchestrator.data.gather import Sources, bad_rows_error, find_sources, make_splits, read_examples
 from orchestrator.data.reading import BadRow
 from orchestrator.data.rows import Example
-from orchestrator.data.seeded import CAPS, RETENTION, generator
+from orchestrator.data.retention import replayed, within_tokens
+from orchestrator.data.seeded import CAPS, generator
 from orchestrator.data.sets import TokenizedSet, build_set
 from orchestrator.data.summary import DataSummary, LeftOut, SplitSummary, listed
 from orchestrator.errors import DataError, IntegrityError, RunConflictError
+from orchestrator.plan.remedies import needs_replayed_text
 from orchestrator.plan.values import DataSize
 from orchestrator.spec import LoadedSpec
 from orchestrator.spec.models import JobSpec
 from orchestrator.store import read_json, sha256_file, write_json
 from orchestrator.values import content_hash
 
-SETS = ("train", "eval", "test", "retain")
+SETS = ("train", "eval", "test", "retain", "replay")
 FORMAT = 2
 """Raised when the same inputs give other sets, so that older ones are made anew."""
 TOKENIZER_FILES = ("tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
 
 
 def prepare_data(loaded: LoadedSpec, tokenizer_folder: Path, out_folder: Path, *, keep: bool = False) -> DataSummary:
-    """Read, check, split, tokenise; write train, eval, test and retain .npz and summary.json.
+    """Read, check, split, tokenise; write train, eval, test, retain and replay .npz and summary.json.
 
     Called again with the same inputs it returns what it wrote, once the sets are found to be whole.
 
@@ -102,6 +104,7 @@ def data_size(summary: DataSummary, spec: JobSpec, folder: Path) -> DataSize:
         steps_per_epoch=len(steps),
         eval_tokens=splits["eval"].tokens,
         retain_tokens=splits["retain"].tokens if "retain" in splits else 0,
+        replay_tokens=splits["replay"].tokens if "replay" in splits else 0,
         longest_document_tokens=max(part.longest_document_tokens for part in splits.values()),
         num_classes=len(summary.classes),
         class_names=summary.classes,
@@ -140,9 +143,8 @@ def _inputs_sha256(spec: JobSpec, sources: Sources, tokenizer_folder: Path) -> s
     found = sorted({path for pattern in TOKENIZER_FILES for path in tokenizer_folder.glob(pattern) if path.is_file()})
     tokenizer = {path.name: sha256_file(path) for path in found}
     section = spec.data.model_dump(mode="json")
-    return content_hash(
-        {"format": FORMAT, "files": files, "tokenizer": tokenizer, "data": section, "task": spec.task, "seed": spec.train.seed}
-    )
+    inputs = {"format": FORMAT, "files": files, "tokenizer": tokenizer, "data": section, "task": spec.task}
+    return content_hash(inputs | {"seed": spec.train.seed} | ({"replay": True} if needs_replayed_text(spec) else {}))
 
 
 @dataclass
@@ -186,7 +188,12 @@ def _encode_all(
     if retain:
         text = spec.model_copy(update={"task": "text"})
         kept = _fitting("retain", Encoder(tokenizer, "text", spec.data), retain, text, left_out, refused)
-        documents["retain"] = _within_tokens(kept, spec.data.retain_tokens, spec.train.seed, left_out)
+        documents["retain"], rest = within_tokens(kept, spec.data.retain_tokens, spec.train.seed)
+        if needs_replayed_text(spec):
+            documents["replay"] = replayed(loaded, documents["retain"], rest)
+        else:
+            for document in rest:
+                left_out.add("retain", f"over data.retain_tokens = {spec.data.retain_tokens} (chunks)", document.example.place)
     refused.raise_any(loaded)
     for name, kept in documents.items():
         if not kept:
@@ -233,20 +240,6 @@ def _capped(name: str, examples: list[Example], cap: int | None, seed: int, left
         if index not in chosen:
             left_out.add(name, f"over data.{name}_rows = {cap}", example.place)
     return [example for index, example in enumerate(examples) if index in chosen]
-
-
-def _within_tokens(documents: list[Document], budget: int, seed: int, left_out: LeftOut) -> list[Document]:
-    """A seeded choice of whole chunks of at most `budget` tokens together, at least one."""
-    chosen: set[int] = set()
-    tokens = 0
-    for index in generator(seed, RETENTION).permutation(len(documents)).tolist():
-        if not chosen or tokens + len(documents[index].ids) <= budget:
-            chosen.add(index)
-            tokens += len(documents[index].ids)
-    for index, document in enumerate(documents):
-        if index not in chosen:
-            left_out.add("retain", f"over data.retain_tokens = {budget} (chunks)", document.example.place)
-    return [document for index, document in enumerate(documents) if index in chosen]
 
 
 def _classes(documents: dict[str, list[Document]]) -> tuple[str, ...]:

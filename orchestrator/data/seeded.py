@@ -8,6 +8,8 @@ SHUFFLED_ANSWERS = 0x5FFE
 WEIGHTS = 0x3E1
 CAPS = 0xCA9
 RETENTION = 0x4E7
+REPLAY = 0x4E9
+FISHER = 0xF15
 """Salts, so that choices of one seed do not follow one another."""
 
 

@@ -156,6 +156,20 @@ def build_set(
     )
 
 
+def joined(first: TokenizedSet, second: TokenizedSet) -> TokenizedSet:
+    """The documents of both, those of `second` after those of `first`. Texts are left out where only one has them."""
+    both = bool(first.prompts) and bool(second.prompts)
+    return TokenizedSet(
+        ids=np.concatenate([first.ids, second.ids]),
+        supervised=np.concatenate([first.supervised, second.supervised]),
+        offsets=np.concatenate([first.offsets, first.offsets[-1] + second.offsets[1:]]),
+        labels=np.concatenate([first.labels, second.labels]),
+        rows=np.concatenate([first.rows, second.rows]),
+        prompts=first.prompts + second.prompts if both else [],
+        answers=first.answers + second.answers if both else [],
+    )
+
+
 def shuffled(data: TokenizedSet, seed: int) -> TokenizedSet:
     """Answers permuted among the prompts (to classify: classes among the texts): what style alone buys.
 

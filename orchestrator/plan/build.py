@@ -31,6 +31,7 @@ from orchestrator.plan.options import Choice, planned_points, search_choices, to
 from orchestrator.plan.placement import Machines, candidates
 from orchestrator.plan.probe import with_probe, with_scores
 from orchestrator.plan.remarks import rate_note, with_remarks
+from orchestrator.plan.remedies import AnchorPlan, remedies_of_train
 from orchestrator.plan.scored import LayerScores
 from orchestrator.plan.trunk import plan_trunk
 from orchestrator.plan.values import BaseLoad, ClusterDescription, DataSize, RunPlan, SearchPlan, TrialOption
@@ -106,7 +107,7 @@ def _plan_on(
 ) -> RunPlan:
     spec = loaded.spec
     load = Load(
-        footprints=tuple(_weigh(spec, anatomy, data, choice.selection) for choice in choices),
+        footprints=tuple(_weigh(spec, anatomy, data, choice.selection, choice.remedies.anchor) for choice in choices),
         row_tokens=steps.row_tokens(spec, anatomy, data),
         tokens_per_step=spec.train.tokens_per_step,
     )
@@ -195,16 +196,18 @@ def _choices(loaded: LoadedSpec, anatomy: ModelAnatomy, data: DataSize, job: Lit
     lora_rank = asked.lora_rank if asked.tune == "lora" else None
     with told_at(loaded.where("finetune.layers")):
         selection = select(anatomy, asked.layers, asked.tune, lora_rank, task=loaded.spec.task, num_classes=data.num_classes)
-    return [Choice(selection, (asked.learning_rate, asked.learning_rate))]
+    return [Choice(selection, (asked.learning_rate, asked.learning_rate), remedies_of_train(loaded.spec.train))]
 
 
 def _control(policy: str, spec: JobSpec, anatomy: ModelAnatomy, data: DataSize) -> LayerSelection:
     return select(anatomy, policy, "full", None, task=spec.task, num_classes=data.num_classes)
 
 
-def _weigh(spec: JobSpec, anatomy: ModelAnatomy, data: DataSize, selection: LayerSelection) -> Footprint:
+def _weigh(
+    spec: JobSpec, anatomy: ModelAnatomy, data: DataSize, selection: LayerSelection, anchor: AnchorPlan | None = None
+) -> Footprint:
     element_bytes = 2 if spec.train.dtype == "bfloat16" else 4
-    return weigh(anatomy, selection, spec.base.quantize, element_bytes, num_classes=data.num_classes)
+    return weigh(anatomy, selection, spec.base.quantize, element_bytes, num_classes=data.num_classes, anchor=anchor)
 
 
 def _options(choices: Sequence[Choice], footprints: Sequence[Footprint], way: Way) -> tuple[TrialOption, ...]:
@@ -219,8 +222,9 @@ def _options(choices: Sequence[Choice], footprints: Sequence[Footprint], way: Wa
             host_memory=memory.host if way.device == "cuda" else MemoryEstimate(terms=()),
             learning_rate_low=low,
             learning_rate_high=high,
+            remedies=remedies,
         )
-        for (selection, (low, high)), memory in zip(choices, needed, strict=True)
+        for (selection, (low, high), remedies), memory in zip(choices, needed, strict=True)
     )
 
 
@@ -257,7 +261,7 @@ def _search_plan(
         concurrent_trials=concurrent_trials(search.num_trials, gangs.num_gangs, max_fused),
         max_fused=max_fused,
         controls=search.controls,
-        points=planned_points(search, anatomy, spec.task, data.num_classes),
+        points=planned_points(spec, anatomy, data.num_classes),
     )
 
 

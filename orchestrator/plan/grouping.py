@@ -35,6 +35,7 @@ def fuse_key(assignment: Assignment, planned: ExecutionPlan, anatomy: ModelAnato
     return (
         selection.cut,
         trial.seed,
+        trial.remedies.replay,
         assignment.rung,
         assignment.stop_step,
         execution,

@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, select
 from orchestrator.errors import SelectionError
+from orchestrator.plan.remedies import NOTHING, Remedies, remedies_of_point, searched_remedies
 from orchestrator.plan.values import PlannedPoint, SearchPlan
 from orchestrator.spec import LoadedSpec, learning_rate_range
-from orchestrator.spec.models import SearchSpec, Task, Tune
+from orchestrator.spec.models import JobSpec, SearchSpec, Task, TrainSpec, Tune
 
 FRESH_HEAD_FACTOR = 10.0
 """A classification head that starts from random numbers, alone, is a linear probe: a convex problem that takes a
@@ -28,6 +29,7 @@ class Choice(NamedTuple):
 
     selection: LayerSelection
     rates: tuple[float, float]
+    remedies: Remedies = NOTHING
 
 
 class _Asked(NamedTuple):
@@ -37,6 +39,7 @@ class _Asked(NamedTuple):
     layers: str
     tune: Tune
     lora_rank: int | None
+    remedies: Remedies
     rate: float | None = None
 
 
@@ -61,7 +64,8 @@ def search_choices(loaded: LoadedSpec, anatomy: ModelAnatomy, num_classes: int) 
     """Every different selection of `search`, in the order of the spec.
 
     Policies that come to the same selection (`last:8` and `all` on eight blocks; `head` to classify, with lora or
-    full) are one choice: the first. A policy by score is a choice of its own until the blocks are scored.
+    full) are one choice: the first. A policy by score is a choice of its own until the blocks are scored. Each selection is
+    tried with every combination of remedies that fits its way of tuning.
 
     Raises:
         SelectionError: a policy that matches nothing.
@@ -69,38 +73,43 @@ def search_choices(loaded: LoadedSpec, anatomy: ModelAnatomy, num_classes: int) 
     spec = loaded.spec
     assert spec.search is not None, "the sweep needs `search`"
     found: dict[_Key, Choice] = {}
-    for asked in _asked(spec.search):
+    for asked in _asked(spec.search, spec.train):
         with told_at(loaded.where(asked.place)):
             selection = _selection(asked, anatomy, spec.task, num_classes)
         rates = (asked.rate, asked.rate) if asked.rate is not None else _rates(spec.search, spec.task, selection)
-        known = found.get(_key(selection), Choice(selection, rates))
+        key = _key(selection, asked.remedies)
+        known = found.get(key, Choice(selection, rates, asked.remedies))
         wider = (min(rates[0], known.rates[0]), max(rates[1], known.rates[1]))
-        found[_key(selection)] = known._replace(rates=wider if asked.rate is not None else known.rates)
+        found[key] = known._replace(rates=wider if asked.rate is not None else known.rates)
     return list(found.values())
 
 
-def planned_points(search: SearchSpec, anatomy: ModelAnatomy, task: Task, num_classes: int) -> tuple[PlannedPoint, ...]:
+def planned_points(spec: JobSpec, anatomy: ModelAnatomy, num_classes: int) -> tuple[PlannedPoint, ...]:
     """The spec's fixed points, by the numbers of their choices as `search_choices` counts them."""
+    assert spec.search is not None, "the sweep needs `search`"
     numbers: dict[_Key, int] = {}
     points: list[PlannedPoint] = []
-    for asked in _asked(search):
+    for asked in _asked(spec.search, spec.train):
         if asked.rate is not None:
-            number = numbers.setdefault(_key(_selection(asked, anatomy, task, num_classes)), len(numbers))
+            selection = _selection(asked, anatomy, spec.task, num_classes)
+            number = numbers.setdefault(_key(selection, asked.remedies), len(numbers))
             points.append(PlannedPoint(option=number, learning_rate=asked.rate))
     return tuple(points)
 
 
-def _asked(search: SearchSpec) -> Iterator[_Asked]:
-    """Every combination of policy, way of tuning and rank of LoRA; of a fixed list every point."""
+def _asked(search: SearchSpec, train: TrainSpec) -> Iterator[_Asked]:
+    """Every combination of policy, way of tuning, rank of LoRA and remedies; of a fixed list every point."""
     if search.algorithm == "fixed":
         for number, point in enumerate(search.points):
             lora_rank = (point.lora_rank or DEFAULT_LORA_RANK) if point.tune == "lora" else None
-            yield _Asked(f"search.points[{number}].layers", point.layers, point.tune, lora_rank, point.learning_rate)
+            remedies = remedies_of_point(point, train)
+            yield _Asked(f"search.points[{number}].layers", point.layers, point.tune, lora_rank, remedies, point.learning_rate)
         return
     for number, layers in enumerate(search.layers):
         for tune in search.tune:
             for lora_rank in search.lora_rank if tune == "lora" else (None,):
-                yield _Asked(f"search.layers[{number}]", layers, tune, lora_rank)
+                for remedies in searched_remedies(search, train, tune):
+                    yield _Asked(f"search.layers[{number}]", layers, tune, lora_rank, remedies)
 
 
 def _selection(asked: _Asked, anatomy: ModelAnatomy, task: Task, num_classes: int) -> LayerSelection:
@@ -111,9 +120,10 @@ def _selection(asked: _Asked, anatomy: ModelAnatomy, task: Task, num_classes: in
     return selection
 
 
-def _key(selection: LayerSelection) -> _Key:
-    """Equal for policies that come to the same."""
-    return selection.pending, selection.trainable, selection.adapted, selection.lora_rank if selection.adapted else None
+def _key(selection: LayerSelection, remedies: Remedies) -> _Key:
+    """Equal for what comes to the same."""
+    lora_rank = selection.lora_rank if selection.adapted else None
+    return selection.pending, selection.trainable, selection.adapted, lora_rank, remedies
 
 
 def _rates(search: SearchSpec, task: Task, selection: LayerSelection) -> tuple[float, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from orchestrator.plan.remedies import needs_replayed_text
 from orchestrator.spec.models import JobSpec
 from orchestrator.values import Value
 
@@ -19,6 +20,7 @@ class DataSize(Value):
     steps_per_epoch: int
     eval_tokens: int
     retain_tokens: int
+    """Of the retention set, what is scored."""
     longest_document_tokens: int
     num_classes: int = 0
     class_names: tuple[str, ...] = ()
@@ -28,6 +30,8 @@ class DataSize(Value):
     """Positions that are predicted, of all; to classify, documents. The output projection is computed at these alone."""
     document_tokens: float | None = None
     """Length of the document that a training token stands in, on average: squared lengths over lengths, summed. None: unknown."""
+    replay_tokens: int = 0
+    """Of the retention set, what is learned from."""
     exact: bool = True
     """False when estimated from file sizes."""
 
@@ -57,14 +61,16 @@ def estimate_data_size(
         eval_tokens = round(min(spec.data.eval * rows, spec.data.eval_rows) * tokens / rows)
     else:
         eval_tokens = min(round((eval_bytes or 0) / BYTES_PER_TOKEN), spec.data.eval_rows * spec.data.max_tokens)
+    retain_tokens = round(retain_bytes / BYTES_PER_TOKEN)
     return DataSize(
         train_documents=max(1, round(share * rows)),
         train_tokens=train_tokens,
         steps_per_epoch=max(1, math.ceil(train_tokens / spec.train.tokens_per_step)),
         eval_tokens=eval_tokens,
-        retain_tokens=min(round(retain_bytes / BYTES_PER_TOKEN), spec.data.retain_tokens),
+        retain_tokens=min(retain_tokens, spec.data.retain_tokens),
         longest_document_tokens=spec.data.max_tokens,
         num_classes=num_classes,
         supervised_share=min(1.0, rows / tokens) if spec.task == "classify" else 1.0,
+        replay_tokens=max(0, retain_tokens - spec.data.retain_tokens) if needs_replayed_text(spec) else 0,
         exact=False,
     )

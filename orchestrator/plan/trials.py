@@ -8,6 +8,7 @@ from typing import Literal
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, select
 from orchestrator.plan.options import head_rates
 from orchestrator.plan.relief import SAME_GANG
+from orchestrator.plan.remedies import NOTHING
 from orchestrator.plan.scored import ProbePlan
 from orchestrator.plan.values import (
     Assignment,
@@ -36,7 +37,7 @@ def make_trial(
     control: Literal["none", "head", "shuffled"] | None = None,
 ) -> TrialSpec:
     """A point of the search. Its id, `t007-3fa2c1`, ends in a hash over all that decides its numbers but the data."""
-    identity = {
+    identity: dict[str, object] = {
         "layers": option.layers,
         "tune": option.tune,
         "lora_rank": option.lora_rank,
@@ -44,6 +45,8 @@ def make_trial(
         "seed": seed,
         "total_steps": plan.total_steps,
     }
+    if option.remedies != NOTHING:
+        identity["remedies"] = option.remedies.model_dump(mode="json")
     return TrialSpec(
         trial_id=control or f"t{number:03d}-{content_hash(identity)[:6]}",
         number=number,
@@ -53,8 +56,9 @@ def make_trial(
         learning_rate=learning_rate,
         lora_rank=option.lora_rank,
         total_steps=plan.total_steps,
-        total_tokens=plan.total_tokens,
+        total_tokens=option.remedies.total_tokens(plan.total_tokens),
         seed=seed,
+        remedies=option.remedies,
     )
 
 
@@ -141,8 +145,8 @@ def _predicted_memory_bytes(plan: RunPlan, trial: TrialSpec, execution: Executio
     if trial.control == "head" and plan.head_memory is not None:
         return plan.head_memory.total_bytes
     options = plan.search.options if plan.search is not None else (plan.finetune,) if plan.finetune is not None else ()
-    point = (trial.layers, trial.tune, trial.lora_rank)
-    found = (option for option in options if (option.layers, option.tune, option.lora_rank) == point)
+    point = (trial.layers, trial.tune, trial.lora_rank, trial.remedies)
+    found = (option for option in options if (option.layers, option.tune, option.lora_rank, option.remedies) == point)
     return next((option.memory.total_bytes for option in found), None)
 
 

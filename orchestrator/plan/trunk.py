@@ -43,7 +43,7 @@ def plan_trunk(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, rate: Rate) 
         return None, "the trunk is computed at every step: resources.cache_bytes is 0"
     if anatomy.dropout:
         return None, f"the trunk is computed at every step: {anatomy.dropout} draws other numbers each time"
-    sets = plan.data.train_tokens + plan.data.eval_tokens + plan.data.retain_tokens
+    sets = plan.data.train_tokens + plan.data.eval_tokens + plan.data.retain_tokens + plan.data.replay_tokens
     state_bytes = anatomy.hidden_size * (2 if plan.execution.dtype == "bfloat16" else 4)
     budget = spec.resources.cache_bytes
     uses = sorted(_uses(plan, anatomy), key=lambda use: use.cut)

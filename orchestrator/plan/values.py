@@ -6,6 +6,7 @@ from typing import Literal
 
 from orchestrator.anatomy.values import LayerSelection
 from orchestrator.plan.estimates import CostEstimate, MemoryEstimate, Placement
+from orchestrator.plan.remedies import NOTHING, Remedies
 from orchestrator.plan.scored import ProbePlan
 from orchestrator.plan.size import DataSize
 from orchestrator.spec.models import Quantize, Task, Tune
@@ -83,8 +84,9 @@ class TrialSpec(Value):
     total_steps: int
     """Steps of the full budget: the learning-rate schedule ends there."""
     total_tokens: int
-    """Training tokens (with prompts, without padding) of the full budget."""
+    """Training tokens (with prompts and what is replayed, without padding) of the full budget."""
     seed: int
+    remedies: Remedies = NOTHING
 
     @property
     def lora_alpha(self) -> int:
@@ -120,6 +122,9 @@ class DataPaths(Value):
     train: str
     eval: str
     retain: str | None = None
+    """What is scored of the retention set."""
+    replay: str | None = None
+    """What is learned from of it: none of it is scored."""
 
 
 class TrunkPlan(Value):
@@ -176,6 +181,7 @@ class TrialOption(Value):
     """Of one rank in its host's memory, beside a GPU."""
     learning_rate_low: float
     learning_rate_high: float
+    remedies: Remedies = NOTHING
 
 
 class PlannedPoint(Value):

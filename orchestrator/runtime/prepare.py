@@ -37,9 +37,12 @@ class Prepared:
     @property
     def data_paths(self) -> DataPaths:
         folder = self.run.data
-        retain = folder / "retain.npz"
+        retain, replay = folder / "retain.npz", folder / "replay.npz"
         return DataPaths(
-            train=str(folder / "train.npz"), eval=str(folder / "eval.npz"), retain=str(retain) if retain.exists() else None
+            train=str(folder / "train.npz"),
+            eval=str(folder / "eval.npz"),
+            retain=str(retain) if retain.exists() else None,
+            replay=str(replay) if replay.exists() else None,
         )
 
     @property

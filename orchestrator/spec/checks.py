@@ -10,6 +10,7 @@ from pathlib import Path
 from orchestrator.errors import SelectionError
 from orchestrator.spec.models import ColumnsSpec, JobSpec, SearchSpec
 from orchestrator.spec.policy import Policy, parse_policy
+from orchestrator.spec.remedies import remedy_mistakes
 from orchestrator.spec.source import KeyPath
 from orchestrator.spec.unsupported import UNSUPPORTED, policies_of
 from orchestrator.spec.wording import is_number, near_names
@@ -151,13 +152,18 @@ def _points(spec: JobSpec) -> Iterator[Finding]:
     if not search.points:
         hint = "write points: [{layers: last:2, learning_rate: 1.0e-3}]"
         yield Finding(("search", "algorithm"), "algorithm fixed has no points to try", hint, needs)
-    for name, default in SearchSpec().model_dump(include={"layers", "tune", "lora_rank"}).items():
+    own = {"layers", "tune", "lora_rank", "replay", "anchor", "layer_decay"}
+    for name, default in SearchSpec().model_dump(include=own).items():
         if getattr(search, name) != default:
             hint = f"take it out; every point says its own {name}"
             yield Finding(("search", name), "algorithm fixed tries its points and nothing else", hint, needs)
     for number, point in enumerate(search.points):
         if point.tune == "full" and point.lora_rank is not None:
             yield Finding((*path, number, "lora_rank"), "unfrozen weights have no lora_rank", "take it out, or write tune: lora")
+
+
+def _remedies(spec: JobSpec) -> Iterator[Finding]:
+    return (Finding(*mistake) for mistake in remedy_mistakes(spec))
 
 
 def _duplicates(spec: JobSpec) -> Iterator[Finding]:
@@ -168,6 +174,9 @@ def _duplicates(spec: JobSpec) -> Iterator[Finding]:
         "tune": spec.search.tune,
         "lora_rank": spec.search.lora_rank,
         "controls": spec.search.controls,
+        "replay": spec.search.replay,
+        "anchor": spec.search.anchor,
+        "layer_decay": spec.search.layer_decay,
     }
     for name, options in lists.items():
         first: dict[str, str] = {}
@@ -214,6 +223,7 @@ CHECKS: tuple[Callable[[JobSpec], Iterator[Finding]], ...] = (
     _metric,
     _policies,
     _points,
+    _remedies,
     _duplicates,
     _paths,
 )

@@ -12,6 +12,8 @@ Task = Literal["chat", "completion", "text", "classify"]
 Tune = Literal["lora", "full"]
 Quantize = Literal["none", "nf4", "int8"]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
+ReplayShare = Annotated[float, Field(ge=0.0, lt=1.0)]
+Factor = Annotated[float, Field(gt=0.0, le=1.0)]
 LearningRate = Annotated[float, Field(gt=0.0, le=10.0)]
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
@@ -93,6 +95,18 @@ class DataSpec(Section):
     """At most so many rows of the test set are scored."""
 
 
+class AnchorSpec(Section):
+    """What pulls the weights back to the base while they learn."""
+
+    kind: Literal["l2sp", "ewc", "product"]
+    """`l2sp`: unfrozen weights, each alike; `ewc`: each by what the retention set makes of it; `product`: LoRA's product."""
+    strength: Annotated[float, Field(ge=0.0)]
+    """A step at rate r pulls what learns by about r x strength of its way back; 0 does not pull."""
+
+
+Anchor = AnchorSpec | Literal["none"]
+
+
 class TrainSpec(Section):
     """How a trial learns."""
 
@@ -106,9 +120,12 @@ class TrainSpec(Section):
     grad_clip: Annotated[float, Field(ge=0.0)] = 1.0
     """Largest gradient norm; 0 turns clipping off."""
     seed: int = 0
-    replay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Share of retention tokens mixed into training."""
-    anchor: Literal["none", "l2sp", "ewc", "product"] = "none"
+    replay: ReplayShare = 0.0
+    """Share of retention tokens among the tokens that are trained on; `search.replay` tries several."""
+    anchor: Anchor = "none"
+    """`none` or `{kind, strength}`: what holds the weights near the base; `search.anchor` tries several."""
+    layer_decay: Factor = 1.0
+    """Each block learns at so much of the rate of the one above it; `search.layer_decay` tries several."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """What the forward and backward pass compute in; master weights and optimizer states are float32."""
 
@@ -128,6 +145,10 @@ class SearchPoint(Section):
     lora_rank: PositiveInt | None = None
     """16 unless given; none with `full`."""
     learning_rate: LearningRate
+    replay: ReplayShare | None = None
+    """As `train.replay` unless given; so are the two below."""
+    anchor: Anchor | None = None
+    layer_decay: Factor | None = None
 
 
 class SearchSpec(Section):
@@ -137,6 +158,11 @@ class SearchSpec(Section):
     tune: Annotated[tuple[Tune, ...], Field(min_length=1)] = ("lora",)
     learning_rate: RateRanges = RateRanges()
     lora_rank: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (16,)
+    replay: tuple[ReplayShare, ...] = ()
+    """Shares of retention tokens to try; empty takes `train.replay`. So do the two below."""
+    anchor: tuple[Anchor, ...] = ()
+    """Of these, a choice gets those that fit its way of tuning."""
+    layer_decay: tuple[Factor, ...] = ()
     metric: str = "loss"
     """`loss`, `exact_match`, `accuracy`, `macro_f1` or `package.module:function`."""
     trials: PositiveInt = 24

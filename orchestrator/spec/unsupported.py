@@ -79,16 +79,6 @@ def _remote_code(spec: JobSpec, folder: Path) -> Found:
         yield ("base", "trust_remote_code"), "true"
 
 
-def _replay(spec: JobSpec, folder: Path) -> Found:
-    if spec.train.replay > 0:
-        yield ("train", "replay"), f"{spec.train.replay:g}"
-
-
-def _anchor(spec: JobSpec, folder: Path) -> Found:
-    if spec.train.anchor != "none":
-        yield ("train", "anchor"), spec.train.anchor
-
-
 def _controls(spec: JobSpec, folder: Path) -> Found:
     controls = spec.search.controls if spec.search else ()
     for number, control in enumerate(controls):
@@ -103,8 +93,6 @@ UNSUPPORTED = (
     Unsupported("`hub:` and object-store paths under `data`", "copy the data to a local file and give its path", _hub_data),
     Unsupported("object-store paths as `output`", "give a local or mounted folder", _remote_output),
     Unsupported("`base.quantize: int8`", "write nf4 or none", _int8),
-    Unsupported("`train.replay` above 0", "leave it at 0", _replay),
-    Unsupported("`train.anchor` other than `none`", "leave it at none", _anchor),
     Unsupported("`search.controls`: `scratch` and `k_shot`", "keep `shuffled`; `none` and `head` always run", _controls),
     Unsupported(
         "`base.trust_remote_code: true`",

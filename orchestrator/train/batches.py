@@ -5,40 +5,68 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 
 import numpy as np
 import torch
 
-from orchestrator.data import MicroBatch, TokenizedSet, documents_of_steps, micro_batches, pack_rows
+from orchestrator.data import (
+    MicroBatch,
+    TokenizedSet,
+    documents_of_steps,
+    joined,
+    micro_batches,
+    pack_rows,
+    replayed_documents,
+)
 from orchestrator.plan.values import ExecutionPlan
 from orchestrator.train.trunk.states import TrunkStates
 
 
 @dataclass
 class StepPlan:
-    """The steps of a trial: which documents each holds. A pure function of the set, the step size and the seed."""
+    """The steps of a trial: which documents each holds. A pure function of the sets, the step size, the share and the seed."""
 
     data: TokenizedSet
+    """The target's documents and, after them, those that are replayed."""
     tokens_per_step: int
+    """Of the target."""
     seed: int
+    replay: float = 0.0
+    """Share of replayed tokens among all."""
+    num_replayed: int = 0
+    """Documents at the end of `data` that are replayed."""
     _epochs: dict[int, list[np.ndarray]] = field(default_factory=dict, init=False, repr=False)
 
+    @classmethod
+    def of(cls, target: TokenizedSet, replayed: TokenizedSet | None, tokens_per_step: int, seed: int, replay: float) -> StepPlan:
+        """With `replay` of 0 nothing is replayed, whatever there is."""
+        if not replay or replayed is None:
+            return cls(target, tokens_per_step, seed)
+        return cls(joined(target, replayed), tokens_per_step, seed, replay, len(replayed))
+
     def epoch(self, number: int) -> list[np.ndarray]:
+        """The target's documents of every step of an epoch."""
         if number not in self._epochs:
-            self._epochs[number] = documents_of_steps(self.data.offsets, self.tokens_per_step, self.seed, number)
+            borders = self.data.offsets[: len(self.data.offsets) - self.num_replayed]
+            self._epochs[number] = documents_of_steps(borders, self.tokens_per_step, self.seed, number)
         return self._epochs[number]
 
     def steps_from(self, step: int) -> Iterator[tuple[int, np.ndarray]]:
         """(epoch, documents) of every step after the first `step` ones, without end."""
-        epoch = 0
-        while step >= len(self.epoch(epoch)):
-            step -= len(self.epoch(epoch))
-            epoch += 1
-        while True:
-            for documents in self.epoch(epoch)[step:]:
+        return islice(self._with_replay() if self.num_replayed else self._target_steps(), step, None)
+
+    def _target_steps(self) -> Iterator[tuple[int, np.ndarray]]:
+        for epoch in count():
+            for documents in self.epoch(epoch):
                 yield epoch, documents
-            step, epoch = 0, epoch + 1
+
+    def _with_replay(self) -> Iterator[tuple[int, np.ndarray]]:
+        first = len(self.data) - self.num_replayed
+        tokens = (int(self.data.lengths[documents].sum()) for _, documents in self._target_steps())
+        replayed = replayed_documents(self.data.lengths[first:], tokens, self.replay, self.seed)
+        for (epoch, documents), more in zip(self._target_steps(), replayed, strict=False):
+            yield epoch, np.concatenate([documents, first + more])
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ from orchestrator.train.scoring import Scorer
 from orchestrator.train.speed import SteadySpeed
 from orchestrator.train.torch_engine import TorchEngine
 from orchestrator.train.trunk.library import TrunkLibrary
-from orchestrator.train.trunk.states import TrunkStates
+from orchestrator.train.trunk.states import TrunkStates, joined_states
 
 
 class TrialRun:
@@ -179,9 +179,11 @@ class TrialRun:
         self.record_engine(engine)
 
     def steps(self) -> StepPlan:
-        trial, read = self.assignment.trial, self._load_set(self.assignment.data.train)
-        data = shuffled(read, trial.seed) if trial.control == "shuffled" else read
-        return StepPlan(data, self.assignment.settings.tokens_per_step, trial.seed)
+        trial, paths = self.assignment.trial, self.assignment.data
+        read = self._load_set(paths.train)
+        target = shuffled(read, trial.seed) if trial.control == "shuffled" else read
+        replayed = self._load_set(paths.replay) if paths.replay is not None else None
+        return StepPlan.of(target, replayed, self.assignment.settings.tokens_per_step, trial.seed, trial.remedies.replay)
 
     def begin_steps(self) -> None:
         """Before the first step of this assignment, with `outcome.state` where it begins."""
@@ -209,7 +211,12 @@ class TrialRun:
         assignment = self.assignment
         if assignment.trunk is None or assignment.trial.control == "shuffled":
             return None
-        return self._trunk.states(assignment.data.train, assignment.selection.cut)
+        cut, paths = assignment.selection.cut, assignment.data
+        target = self._trunk.states(paths.train, cut)
+        if not assignment.trial.remedies.replay or paths.replay is None:
+            return target
+        replayed = self._trunk.states(paths.replay, cut)
+        return None if target is None or replayed is None else joined_states(target, replayed)
 
     def _score_untrained(self, objective: Objective, stack: ExitStack) -> None:
         """The untouched base; a classifier that nobody trained is the class prior."""

@@ -60,7 +60,7 @@ def estimate_cost(plan: RunPlan, anatomy: ModelAnatomy, rate: Rate, *, price_per
     operations, without_stopping = _operations(plan, anatomy, terms)
     total = sum(part.amount for part in operations)
     refit = sum(part.amount for part in operations if part.name == REFIT)
-    trial = [sum(term.flops for term in each) * plan.total_tokens * _budget(plan) for each in terms]
+    trial = [flops * plan.total_tokens * _budget(plan) for flops in _per_target_token(options, terms)]
     units, refit_units = units_of_gang(plan.execution), units_of_gang(plan.refit_execution)
     shuffled = sum(part.amount for part in operations if part.name == SHUFFLED)
     searched = max((total - refit - shuffled) / (units * _busy_gangs(plan)), max(trial, default=0.0) / units)
@@ -171,7 +171,7 @@ def run_flops(plan: RunPlan, anatomy: ModelAnatomy) -> float:
 
 def _operations(plan: RunPlan, anatomy: ModelAnatomy, terms: Sequence[Sequence[FlopTerm]]) -> tuple[tuple[Part, ...], float]:
     """(parts of the run as it is expected to go, operations when no trial is stopped)."""
-    per_token = [sum(term.flops for term in each) for each in terms]
+    per_token = _per_target_token(planned_options(plan), terms)
     scored, trunk = scored_flops(plan, anatomy), _building_trunk(plan, anatomy)
     built = (trunk,) if trunk is not None else ()
     at_cut = [scored_flops(plan, anatomy, option.selection.cut) for option in planned_options(plan)]
@@ -214,11 +214,18 @@ def _operations(plan: RunPlan, anatomy: ModelAnatomy, terms: Sequence[Sequence[F
     return tuple(parts), whole
 
 
+def _per_target_token(options: Sequence[TrialOption], terms: Sequence[Sequence[FlopTerm]]) -> list[float]:
+    """Operations by choice of training on one token of the target, and on what is replayed beside it."""
+    return [
+        sum(term.flops for term in each) / (1.0 - option.remedies.replay) for option, each in zip(options, terms, strict=True)
+    ]
+
+
 def _shuffled_per_token(plan: RunPlan, anatomy: ModelAnatomy) -> float:
     """Of the costliest choice. Other answers are other documents, for which nothing is stored."""
     bare = plan.model_copy(update={"trunk": None})
-    each = (option_terms(bare, anatomy, option.selection) for option in planned_options(plan))
-    return max(sum(term.flops for term in terms) for terms in each)
+    options = planned_options(plan)
+    return max(_per_target_token(options, [option_terms(bare, anatomy, option.selection) for option in options]))
 
 
 def _head(plan: RunPlan, anatomy: ModelAnatomy) -> LayerSelection:
@@ -264,7 +271,7 @@ def _bundle_bytes(plan: RunPlan, anatomy: ModelAnatomy, options: Sequence[TrialO
 
 
 def _all_tokens(data: DataSize) -> int:
-    return data.train_tokens + data.eval_tokens + data.retain_tokens
+    return data.train_tokens + data.eval_tokens + data.retain_tokens + data.replay_tokens
 
 
 def _disk(plan: RunPlan, anatomy: ModelAnatomy, options: Sequence[TrialOption]) -> tuple[tuple[Part, ...], int]:

@@ -9,7 +9,11 @@ from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.plan.attention import attends_by_document
 from orchestrator.plan.memory.activations import activations
 from orchestrator.plan.memory.quantized import dequantize_scratch_bytes, quantized_bytes
+from orchestrator.plan.remedies import AnchorPlan
 from orchestrator.spec.models import Quantize
+
+ANCHOR_COPIES = {"l2sp": 1, "ewc": 2, "product": 0}
+"""See `Footprint.anchor_copies`; `train.anchors` holds them."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +63,20 @@ class Footprint:
     """Vocabulary, or classes."""
     classify: bool
     element_bytes: int
+    anchor_copies: int = 0
+    """float32 numbers that an anchor holds beside each one that learns: where it was, and for EWC how much it matters."""
     converted_bytes: int = 0
     """Of the base, in the compute dtype, where its files hold another: loading cannot map those and makes a copy."""
 
 
 def weigh(
-    anatomy: ModelAnatomy, selection: LayerSelection, quantize: Quantize, element_bytes: int, *, num_classes: int = 0
+    anatomy: ModelAnatomy,
+    selection: LayerSelection,
+    quantize: Quantize,
+    element_bytes: int,
+    *,
+    num_classes: int = 0,
+    anchor: AnchorPlan | None = None,
 ) -> Footprint:
     """Weigh a selection.
 
@@ -120,6 +132,7 @@ def weigh(
         logit_width=num_classes or anatomy.vocab_size,
         classify=num_classes > 0,
         element_bytes=element_bytes,
+        anchor_copies=ANCHOR_COPIES[anchor.kind] if anchor is not None else 0,
         converted_bytes=_converted_bytes(anatomy, element_bytes),
     )
 

@@ -82,11 +82,20 @@ def state_terms(footprint: Footprint, way: Way, shards: Shards) -> list[MemoryTe
         MemoryTerm(name=name, num_bytes=num_bytes, reason=f"{elements} x {each}{split}")
         for name, (num_bytes, each) in sizes.items()
     ]
+    if footprint.anchor_copies:
+        terms.append(
+            MemoryTerm(name="anchor", num_bytes=anchor_bytes(footprint, shards), reason=f"{footprint.anchor_copies} x 4 bytes")
+        )
     if shards.bucket_stays:
         terms.append(
             MemoryTerm(name="reduce bucket", num_bytes=shards.bucket_bytes, reason="gradients on their way to other ranks")
         )
     return terms
+
+
+def anchor_bytes(footprint: Footprint, shards: Shards) -> int:
+    """As many numbers as there are masters; Adam's moments, which lie where those do, are two for each."""
+    return footprint.anchor_copies * shards.optimizer_bytes // 2
 
 
 def host_terms(footprint: Footprint, way: Way, shards: RankShards) -> list[MemoryTerm]:
@@ -97,7 +106,7 @@ def host_terms(footprint: Footprint, way: Way, shards: RankShards) -> list[Memor
     (measured: no anonymous memory) or, where they hold another dtype, as a copy; a quantized one is made on the device,
     matrix by matrix.
     """
-    offloaded = shards.host.resting_bytes + frozen_bytes(footprint, way)[1]
+    offloaded = shards.host.resting_bytes + anchor_bytes(footprint, shards.host) + frozen_bytes(footprint, way)[1]
     parted = way.zero_stage == 3
     copied = footprint.converted_bytes if parted and not footprint.quantized else 0
     saved = max(shards.device.master_bytes, shards.host.master_bytes) + max(

@@ -75,7 +75,7 @@ class TrunkLibrary:
             Seconds that it took.
         """
         started = time.perf_counter()
-        paths = dict.fromkeys(path for path in (data.train, data.eval, data.retain) if path)
+        paths = dict.fromkeys(path for path in (data.train, data.eval, data.retain, data.replay) if path)
         wanted = [path for path in paths if any((path, cut) not in self._states for cut in plan.cuts)]
         if not wanted or self._refused:
             return 0.0

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from orchestrator.data import MicroBatch, TokenizedSet
+from orchestrator.data import MicroBatch, TokenizedSet, joined
 
 
 @dataclass(frozen=True)
@@ -39,3 +39,10 @@ class TrunkStates:
                 hidden[row, start : start + len(document)] = document
                 start += len(document)
         return hidden
+
+
+def joined_states(first: TrunkStates, second: TrunkStates) -> TrunkStates:
+    """Of both sets' documents, as `data.joined` numbers them; at one cut."""
+    assert first.cut == second.cut
+    borders = np.concatenate([first.borders, first.borders[-1] + second.borders[1:]])
+    return TrunkStates(joined(first.data, second.data), first.cut, borders, [*first.pieces, *second.pieces])

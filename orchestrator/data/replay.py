@@ -1,0 +1,44 @@
+"""Which retention documents are learned from beside each step of the target."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from orchestrator.data.seeded import REPLAY, generator
+
+
+def replayed_documents(lengths: np.ndarray, target_tokens: Iterable[int], share: float, seed: int) -> Iterator[np.ndarray]:
+    """For every step of the target, the documents that are replayed beside it.
+
+    Documents are drawn in a seeded order, every one once before any comes again. After each step the replayed tokens of all
+    steps so far are `share` of all tokens so far, to within half of a document: what a step lacks or has too much, the next
+    ones make up for.
+
+    Args:
+        lengths: int64[D], tokens of each document that may be replayed; each at least 1.
+        target_tokens: Of the target, step by step.
+        share: Of replayed tokens among all, above 0 and below 1.
+
+    Yields:
+        int64 indices into `lengths`, maybe none.
+    """
+    wanted, taken = 0.0, 0
+    upcoming = _endless(len(lengths), seed)
+    document = next(upcoming)
+    for tokens in target_tokens:
+        wanted += tokens * share / (1.0 - share)
+        step: list[int] = []
+        while taken + lengths[document] / 2 <= wanted:
+            step.append(document)
+            taken += int(lengths[document])
+            document = next(upcoming)
+        yield np.asarray(step, dtype=np.int64)
+
+
+def _endless(count: int, seed: int) -> Iterator[int]:
+    """Every index once, in a seeded order, then again in the same one."""
+    order = generator(seed, REPLAY).permutation(count).tolist()
+    while True:
+        yield from order

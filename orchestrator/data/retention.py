@@ -1,0 +1,41 @@
+"""The retention set in two: what is scored, and what may be learned from."""
+
+from __future__ import annotations
+
+from orchestrator.data.encoding import Document
+from orchestrator.data.seeded import RETENTION, generator
+from orchestrator.errors import DataError
+from orchestrator.spec import LoadedSpec
+
+
+def within_tokens(documents: list[Document], budget: int, seed: int) -> tuple[list[Document], list[Document]]:
+    """(a seeded choice of whole chunks of at most `budget` tokens together, at least one; the rest)."""
+    chosen: set[int] = set()
+    tokens = 0
+    for index in generator(seed, RETENTION).permutation(len(documents)).tolist():
+        if not chosen or tokens + len(documents[index].ids) <= budget:
+            chosen.add(index)
+            tokens += len(documents[index].ids)
+    parts: tuple[list[Document], list[Document]] = ([], [])
+    for index, document in enumerate(documents):
+        parts[index not in chosen].append(document)
+    return parts
+
+
+def replayed(loaded: LoadedSpec, scored: list[Document], rest: list[Document]) -> list[Document]:
+    """What is learned from of the retention set: chunks none of which is scored, nor equal to one that is.
+
+    Raises:
+        DataError: there is nothing beside what is scored.
+    """
+    known = {document.ids.tobytes() for document in scored}
+    kept = [document for document in rest if document.ids.tobytes() not in known]
+    if not kept:
+        tokens = sum(len(document.ids) for document in scored)
+        raise DataError(
+            f"no retention text is left to learn from: all {tokens} tokens of it are scored",
+            where=loaded.where("data.retain"),
+            expected="more text than data.retain_tokens, since what is scored must not be learned from",
+            remedy=f"more text, or a data.retain_tokens below {tokens}",
+        )
+    return kept

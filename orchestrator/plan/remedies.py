@@ -1,0 +1,135 @@
+"""What a trial does against forgetting, beside its layers and its rate: replay, an anchor, rates that fall with depth."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
+from orchestrator.spec.models import Anchor, AnchorSpec, JobSpec, SearchPoint, SearchSpec, TrainSpec, Tune
+from orchestrator.values import Value
+
+
+class AnchorPlan(Value):
+    """What pulls the weights back to the base after each update."""
+
+    kind: Literal["l2sp", "ewc", "product"]
+    strength: float
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.strength:g}"
+
+
+class Remedies(Value):
+    """All that a trial does; the defaults do nothing."""
+
+    replay: float = 0.0
+    """Share of retention tokens among the tokens that are trained on."""
+    anchor: AnchorPlan | None = None
+    layer_decay: float = 1.0
+    """Each block's learning rate is so much of that of the block above it."""
+
+    def __str__(self) -> str:
+        """`replay 0.1 · l2sp 30 · decay 0.8`; empty where nothing is done."""
+        parts = [f"replay {self.replay:g}"] if self.replay else []
+        parts += [str(self.anchor)] if self.anchor else []
+        parts += [f"decay {self.layer_decay:g}"] if self.layer_decay != 1.0 else []
+        return " · ".join(parts)
+
+    def total_tokens(self, target_tokens: int) -> int:
+        """Tokens that are trained on where `target_tokens` of them are the target's."""
+        return round(target_tokens / (1.0 - self.replay))
+
+    @property
+    def needs_replayed_text(self) -> bool:
+        """Whether retention text is wanted that is not scored: to learn from, or to weigh the weights by."""
+        return self.replay > 0 or (self.anchor is not None and self.anchor.kind == "ewc")
+
+
+NOTHING = Remedies()
+
+
+def fits(anchor: Anchor | AnchorPlan | None, tune: Tune) -> bool:
+    """`product` is of adapters, the other anchors are of unfrozen weights."""
+    return not isinstance(anchor, AnchorSpec | AnchorPlan) or (anchor.kind == "product") == (tune == "lora")
+
+
+def remedies_of_train(train: TrainSpec) -> Remedies:
+    """Of a job with one trial."""
+    return Remedies(replay=train.replay, anchor=_planned(train.anchor), layer_decay=train.layer_decay)
+
+
+def searched_remedies(search: SearchSpec, train: TrainSpec, tune: Tune) -> list[Remedies]:
+    """Every combination that fits a way of tuning, without what comes to the same. Where no anchor that is asked for fits,
+    there is none."""
+    anchors: Sequence[Anchor] = [anchor for anchor in search.anchor or (train.anchor,) if fits(anchor, tune)] or ["none"]
+    combined = itertools.product(search.replay or (train.replay,), anchors, search.layer_decay or (train.layer_decay,))
+    found = (Remedies(replay=replay, anchor=_planned(anchor), layer_decay=decay) for replay, anchor, decay in combined)
+    return list(dict.fromkeys(found))
+
+
+def remedies_of_point(point: SearchPoint, train: TrainSpec) -> Remedies:
+    """Of a trial of a fixed list; an anchor of `train` that does not fit its way of tuning is left out."""
+    anchor = point.anchor if point.anchor is not None else train.anchor if fits(train.anchor, point.tune) else "none"
+    return Remedies(
+        replay=train.replay if point.replay is None else point.replay,
+        anchor=_planned(anchor),
+        layer_decay=train.layer_decay if point.layer_decay is None else point.layer_decay,
+    )
+
+
+def _planned(anchor: Anchor) -> AnchorPlan | None:
+    """None too for one that does not pull, so that such a trial is bit for bit a plain one."""
+    if isinstance(anchor, AnchorSpec) and anchor.strength > 0:
+        return AnchorPlan(kind=anchor.kind, strength=anchor.strength)
+    return None
+
+
+def needs_replayed_text(spec: JobSpec) -> bool:
+    """Whether any trial wants retention text that is not scored."""
+    if spec.search is None:
+        return remedies_of_train(spec.train).needs_replayed_text
+    asked = [remedies_of_point(point, spec.train) for point in spec.search.points]
+    if not asked:
+        asked = [remedies for tune in spec.search.tune for remedies in searched_remedies(spec.search, spec.train, tune)]
+    return any(remedies.needs_replayed_text for remedies in (*asked, remedies_of_train(spec.train)))
+
+
+class LearningGroup(NamedTuple):
+    """Parameters that learn alike and follow each other in the model."""
+
+    names: tuple[str, ...]
+    rate_factor: float
+    """Share of the trial's learning rate."""
+    anchored: bool
+    """Whether they have a value in the base that an anchor may pull to."""
+
+
+def learning_groups(
+    anatomy: ModelAnatomy, selection: LayerSelection, remedies: Remedies, names: Sequence[str]
+) -> list[LearningGroup]:
+    """What learns, in its order, cut where the rate or the anchor changes; without remedies one group.
+
+    The last block and the head learn at the whole rate, each block below at `layer_decay` of the one above it (Howard and
+    Ruder 2018, "discriminative fine-tuning"; as a factor for every layer: Clark et al. 2020, ELECTRA). A new classifier was
+    never in the base, and no anchor pulls at it.
+
+    Args:
+        names: Of the parameters, as checkpoints have them; an adapter's begins with its module's.
+    """
+    new = {anatomy.classifier_weight, anatomy.classifier_bias, *(tensor.name for tensor in anatomy.new_tensors)}
+    new = new if selection.new_classifier else set[str]()
+    depth = {_module(tensor): block for block, tensors in enumerate(anatomy.blocks) for tensor in tensors}
+    top = anatomy.num_blocks - 1
+
+    def kind(name: str) -> tuple[float, bool]:
+        factor = remedies.layer_decay ** (top - depth.get(_module(name), top)) if remedies.layer_decay != 1.0 else 1.0
+        return factor, name not in new or remedies.anchor is None
+
+    runs = ((factor, anchored, tuple(run)) for (factor, anchored), run in itertools.groupby(names, kind))
+    return [LearningGroup(run, factor, anchored) for factor, anchored, run in runs]
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".lora_")[0] or name.rpartition(".")[0]

@@ -1,0 +1,136 @@
+"""What pulls the weights back to the base while they learn.
+
+An anchor is a penalty on how far the weights have gone. Its gradient is not given to Adam, which divides every gradient by
+its own size and would make of a large penalty the same step as of a small one; it is taken apart, after Adam's update, as
+weight decay is in AdamW (Loshchilov and Hutter 2019), and exactly (a proximal step: Parikh and Boyd 2014, section 1.1), so that
+it is stable at any strength: where the strength is very large, the weights stay where they were.
+
+Shapes: r is LoRA's rank, a matrix is [out, in]. Masters are float32 and hold this rank's part of what learns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from orchestrator.plan.remedies import AnchorPlan
+
+
+class Anchor(Protocol):
+    """Called by an engine after each update, before masters are rounded into the model."""
+
+    def pull(self, master: torch.Tensor, learning_rate: float) -> None:
+        """Pull what this master holds back, in place.
+
+        Args:
+            master: One of those that the anchor was made with.
+            learning_rate: Of the step, as this master was updated with it.
+        """
+        ...
+
+
+class ElementAnchor:
+    """Each weight w toward its value w0 in the base: the minimum of f/2 (w - w0)^2 + (w - v)^2 / (2 r), of Adam's v at rate r.
+
+    With f = strength this is L2-SP (Xuhong et al. 2018); with f = strength x the weight's Fisher information on the retention
+    set, over the mean of all that learn, it is EWC (Kirkpatrick et al. 2017). Over that mean, so that a strength means the same
+    for both.
+    """
+
+    def __init__(
+        self, masters: Sequence[torch.Tensor], strength: float, importances: Sequence[torch.Tensor] | None = None
+    ) -> None:
+        """
+        Args:
+            masters: As they are in the base; what they hold now is kept.
+            strength: At least 0.
+            importances: float32, one for each number of each master; without them all are 1.
+        """
+        self._strength = strength
+        self._starts = {id(master): master.detach().clone() for master in masters}
+        self._importances = {
+            id(master): each.to(master.device)
+            for master, each in zip(masters, importances or (), strict=importances is not None)
+        }
+
+    @torch.no_grad()
+    def pull(self, master: torch.Tensor, learning_rate: float) -> None:
+        reach = learning_rate * self._strength
+        importance = self._importances.get(id(master))
+        if importance is None:
+            master.lerp_(self._starts[id(master)], reach / (1.0 + reach))
+            return
+        share = importance * reach
+        master.lerp_(self._starts[id(master)], share.div_(1.0 + share))
+
+
+class ProductAnchor:
+    """The product of each adapter toward nothing: strength/2 |s B A|^2, of A[r, in], B[out, r] and LoRA's scale s.
+
+    The norm is a trace of two [r, r] Gram matrices, tr(B'B AA'), and so is its exact step in one factor with the other one
+    held: A <- (I + c B'B)^-1 A, then B <- B (I + c AA')^-1, with c = rate x strength x s^2. Nothing of the size of the
+    product is made.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], strength: float, scale: float) -> None:
+        """
+        Args:
+            pairs: (A, B) of every adapter: views of the masters.
+            strength: At least 0.
+            scale: What the product is multiplied by in the model.
+        """
+        self._pairs = list(pairs)
+        self._strength = strength * scale**2
+
+    @torch.no_grad()
+    def pull(self, master: torch.Tensor, learning_rate: float) -> None:
+        """All adapters lie in one master."""
+        reach = learning_rate * self._strength
+        for a, b in self._pairs:
+            unit = torch.eye(a.shape[0], device=a.device)
+            a.copy_(torch.linalg.solve(unit + reach * (b.T @ b), a))
+            b.copy_(torch.linalg.solve(unit + reach * (a @ a.T), b.T).T)
+
+
+class AnchoredAdamW(torch.optim.AdamW):
+    """AdamW for an engine that calls its optimizer's `step` itself, with masters that it makes: see `DeepSpeedTrainer`."""
+
+    anchor: Anchor | None = None
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        super().step()
+        if self.anchor is None:
+            return
+        for group in self.param_groups:
+            for master in group["params"]:
+                if master.grad is not None:
+                    self.anchor.pull(master, group["lr"])
+
+
+class SquaredGradients(torch.optim.Optimizer):
+    """An optimizer that changes nothing and adds up the squares of the gradients that it is given, master by master."""
+
+    def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        super().__init__(parameters, {"lr": 0.0})
+        self.sums: dict[int, torch.Tensor] = {}
+        """By the id of a master: float32, of its shape."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for master in group["params"]:
+                if master.grad is None:
+                    continue
+                total = self.sums.setdefault(id(master), torch.zeros_like(master, dtype=torch.float32))
+                total.addcmul_(master.grad.float(), master.grad.float())
+
+
+def element_anchor(
+    plan: AnchorPlan, masters: Sequence[torch.Tensor], importances: Sequence[torch.Tensor] | None
+) -> ElementAnchor:
+    """L2-SP or EWC over an engine's masters, as they are in the base."""
+    assert plan.kind != "product", "a product's anchor is made of adapters"
+    assert (plan.kind == "ewc") == (importances is not None), "EWC has an importance for each weight"
+    return ElementAnchor(masters, plan.strength, importances)
