@@ -29,6 +29,8 @@ class OptionCost(Value):
     layers: str
     tune: Tune
     lora_rank: int | None
+    method: str = ""
+    """As the choice has it."""
     terms: tuple[FlopTerm, ...]
     flops_per_token: float
     """The sum of the terms."""

@@ -50,6 +50,12 @@ class Remedies(Value):
 NOTHING = Remedies()
 
 
+def method_name(tune: Tune, lora_rank: int | None, remedies: Remedies) -> str:
+    """`lora r16 · replay 0.1`: all of a choice but its layers, for people and to tell choices apart."""
+    said = f"lora r{lora_rank}" if tune == "lora" else "full"
+    return f"{said} · {remedies}" if remedies != NOTHING else said
+
+
 def fits(anchor: Anchor | AnchorPlan | None, tune: Tune) -> bool:
     """`product` is of adapters, the other anchors are of unfrozen weights."""
     return not isinstance(anchor, AnchorSpec | AnchorPlan) or (anchor.kind == "product") == (tune == "lora")

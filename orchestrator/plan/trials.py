@@ -145,8 +145,8 @@ def _predicted_memory_bytes(plan: RunPlan, trial: TrialSpec, execution: Executio
     if trial.control == "head" and plan.head_memory is not None:
         return plan.head_memory.total_bytes
     options = plan.search.options if plan.search is not None else (plan.finetune,) if plan.finetune is not None else ()
-    point = (trial.layers, trial.tune, trial.lora_rank, trial.remedies)
-    found = (option for option in options if (option.layers, option.tune, option.lora_rank, option.remedies) == point)
+    choice = (trial.layers, trial.method)
+    found = (option for option in options if (option.layers, option.method) == choice)
     return next((option.memory.total_bytes for option in found), None)
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from orchestrator.anatomy.values import LayerSelection
 from orchestrator.plan.estimates import CostEstimate, MemoryEstimate, Placement
-from orchestrator.plan.remedies import NOTHING, Remedies
+from orchestrator.plan.remedies import NOTHING, Remedies, method_name
 from orchestrator.plan.scored import ProbePlan
 from orchestrator.plan.size import DataSize
 from orchestrator.spec.models import Quantize, Task, Tune
@@ -87,6 +87,11 @@ class TrialSpec(Value):
     """Training tokens (with prompts and what is replayed, without padding) of the full budget."""
     seed: int
     remedies: Remedies = NOTHING
+
+    @property
+    def method(self) -> str:
+        """`lora r16 · replay 0.1`: how its layers learn."""
+        return method_name(self.tune, self.lora_rank, self.remedies)
 
     @property
     def lora_alpha(self) -> int:
@@ -182,6 +187,11 @@ class TrialOption(Value):
     learning_rate_low: float
     learning_rate_high: float
     remedies: Remedies = NOTHING
+
+    @property
+    def method(self) -> str:
+        """`lora r16 · replay 0.1`: how its layers learn."""
+        return method_name(self.tune, self.lora_rank, self.remedies)
 
 
 class PlannedPoint(Value):

@@ -88,11 +88,10 @@ def way_line(execution: ExecutionPlan) -> str:
 
 def option_line(option: TrialOption) -> str:
     """`last:4 · lora r16 · 1.05M learn · lr 1.0e-04 to 5.0e-03 · 2.1 GiB`."""
-    tune = f"lora r{option.lora_rank}" if option.lora_rank else option.tune
     low, high = option.learning_rate_low, option.learning_rate_high
     rates = f"lr {low:.1e}" if low == high else f"lr {low:.1e} to {high:.1e}"
     learn = format_count(option.selection.num_trainable_parameters)
-    return f"{option.layers} · {tune} · {learn} learn · {rates} · {format_bytes(option.memory.total_bytes)}"
+    return f"{option.layers} · {option.method} · {learn} learn · {rates} · {format_bytes(option.memory.total_bytes)}"
 
 
 def cost_line(plan: RunPlan) -> str:

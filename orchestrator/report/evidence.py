@@ -191,11 +191,10 @@ def _memory_bars(run: RunRecords) -> list[PlannedBar]:
         peaks = [
             trial.engine.peak_memory_bytes
             for trial in (run.sweep.trials if run.sweep else ())
-            if trial.engine and (trial.layers, trial.tune, trial.lora_rank) == (option.layers, option.tune, option.lora_rank)
+            if trial.engine and (trial.layers, trial.method) == (option.layers, option.method)
         ]
-        tune = f"lora r{option.lora_rank}" if option.tune == "lora" else "full"
         terms = tuple((term.name, float(term.num_bytes)) for term in option.memory.terms)
-        bars.append(PlannedBar(f"{option.layers} · {tune}", terms, max(peaks, default=0) or None))
+        bars.append(PlannedBar(f"{option.layers} · {option.method}", terms, max(peaks, default=0) or None))
     return bars
 
 

@@ -99,10 +99,10 @@ def single_block_losses(plan: RunPlan | None, sweep: SweepResult) -> list[tuple[
     """(block, eval loss at the last rung) of every searched trial that trains exactly one block and has a finite loss."""
     if plan is None or plan.search is None:
         return []
-    blocks = {(option.layers, option.tune, option.lora_rank): option.selection.blocks for option in plan.search.options}
+    blocks = {(option.layers, option.method): option.selection.blocks for option in plan.search.options}
     found: list[tuple[int, float]] = []
     for trial in sweep.searched:
-        trained = blocks.get((trial.layers, trial.tune, trial.lora_rank), ())
+        trained = blocks.get((trial.layers, trial.method), ())
         loss = trial.last.eval_loss if trial.last is not None else None
         if len(trained) == 1 and loss is not None and math.isfinite(loss):
             found.append((trained[0], loss))

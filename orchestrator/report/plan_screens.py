@@ -51,7 +51,7 @@ def plan_view(plan: RunPlan, *, explain: bool = False) -> RenderableType:
 
 
 def _option_name(option: TrialOption) -> str:
-    return f"{option.layers}, lora r{option.lora_rank}" if option.tune == "lora" else f"{option.layers}, full"
+    return f"{option.layers}, {option.method}"
 
 
 def _options_table(plan: RunPlan, options: Sequence[TrialOption]) -> Table:
@@ -63,7 +63,6 @@ def _options_table(plan: RunPlan, options: Sequence[TrialOption]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     costs = plan.cost.options if plan.cost is not None else ()
     for index, option in enumerate(options):
-        tune = f"lora r{option.lora_rank}" if option.tune == "lora" else "full"
         low, high = option.learning_rate_low, option.learning_rate_high
         rates = f"{low:.1e}" if low == high else f"{low:.1e} to {high:.1e}"
         learns = format_count(option.selection.num_trainable_parameters)
@@ -71,7 +70,7 @@ def _options_table(plan: RunPlan, options: Sequence[TrialOption]) -> Table:
         cost = costs[index] if index < len(costs) else None
         flops = format_flops(cost.flops_per_token) if cost else ""
         seconds = format_seconds(cost.trial_seconds) if cost and cost.trial_seconds is not None else ""
-        table.add_row(Text(option.layers), tune, rates, learns, str(option.selection.cut), memory, flops, seconds)
+        table.add_row(Text(option.layers), Text(option.method), rates, learns, str(option.selection.cut), memory, flops, seconds)
     return table
 
 
@@ -164,8 +163,8 @@ def _option_derivation(plan: RunPlan, option: TrialOption) -> list[RenderableTyp
         parts += [_grid("By phase of a step, without slack and runtime: the first is what stands above", rows), Text()]
     if option.host_memory.terms:
         parts += [_memory_table(f"Host memory of one rank: {name}", option.host_memory), Text()]
-    key = (option.layers, option.tune, option.lora_rank)
-    cost = next((c for c in plan.cost.options if (c.layers, c.tune, c.lora_rank) == key), None) if plan.cost else None
+    key = (option.layers, option.method)
+    cost = next((c for c in plan.cost.options if (c.layers, c.method) == key), None) if plan.cost else None
     if cost is not None:
         rows = [(term.name, format_flops(term.flops), term.reason) for term in cost.terms]
         total = format_flops(cost.flops_per_token)

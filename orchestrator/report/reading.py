@@ -155,14 +155,14 @@ def _steps(path: Path, gaps: list[str]) -> tuple[StepReport, ...]:
 def _sweep_so_far(folder: Path, plan: RunPlan | None, spec_text: str, gaps: list[str]) -> SweepResult | None:
     search = _search_section(spec_text)
     metric = str(search.get("metric", "loss"))
-    options = {} if plan is None or plan.search is None else {(o.layers, o.tune, o.lora_rank): o for o in plan.search.options}
+    options = {} if plan is None or plan.search is None else {(o.layers, o.method): o for o in plan.search.options}
     trials: list[TrialRecord] = []
     for trial_folder in _folders(folder / "trials"):
         trial = _trial(trial_folder / "trial.json", gaps)
         if trial is None:
             continue
         end = _object(trial_folder / "end.json", gaps)
-        option = options.get((trial.layers, trial.tune, trial.lora_rank))
+        option = options.get((trial.layers, trial.method))
         results = [_value(path, RungResult, gaps) for path in trial_folder.glob("result-*.json")]
         learns = option.selection.num_trainable_parameters if option else 0
         trials.append(_trial_record(trial, [result for result in results if result], end, metric, learns))
@@ -218,6 +218,7 @@ def _trial_record(
         tune=trial.tune,
         lora_rank=trial.lora_rank,
         learning_rate=trial.learning_rate,
+        remedies=str(trial.remedies),
         seed=trial.seed,
         state="failed" if failed else end.get("state", "running"),
         reason=failed or str(end.get("reason", "")),

@@ -95,8 +95,7 @@ def _cards(run: RunRecords, sweep: SweepResult) -> Html:
 def _point(trial: TrialRecord | None) -> str:
     if trial is None:
         return "no trial has a figure yet"
-    tune = f"lora r{trial.lora_rank}" if trial.tune == "lora" else "full"
-    return f"{tune} · lr {trial.learning_rate:.1e} · {format_count(trial.trainable_parameters)} parameters"
+    return f"{trial.method} · lr {trial.learning_rate:.1e} · {format_count(trial.trainable_parameters)} parameters"
 
 
 def search_map(run: RunRecords, sweep: SweepResult) -> Html:
@@ -261,7 +260,7 @@ def trial_table(sweep: SweepResult) -> Html:
 def _trial_row(trial: TrialRecord, sweep: SweepResult) -> list[object]:
     last = trial.last
     untouched = trial.control == "none"
-    tune = MISSING if untouched else f"lora r{trial.lora_rank}" if trial.tune == "lora" else "full"
+    tune = MISSING if untouched else trial.method
     row: list[object] = [
         "" if trial.control else trial.number,
         CONTROL_NAMES[trial.control] if trial.control else trial.layers,

@@ -46,12 +46,12 @@ def plan_against_measured(
 
 def first_steps(plan: RunPlan, sweep: SweepResult) -> list[MeasuredSteps]:
     """The first rung of every searched trial, its evaluation included."""
-    options = [(option.layers, option.tune, option.lora_rank) for option in planned_options(plan)]
+    options = [(option.layers, option.method) for option in planned_options(plan)]
     return [
         MeasuredSteps(options.index(key), first.tokens, first.seconds, evaluations=1)
         for trial in sweep.searched
         for first in trial.rungs[:1]
-        if (key := (trial.layers, trial.tune, trial.lora_rank)) in options and first.tokens
+        if (key := (trial.layers, trial.method)) in options and first.tokens
     ]
 
 

@@ -33,6 +33,7 @@ def trial_record(entry: TrialEntry, scoring: Scoring, base: RungResult | None) -
         tune=trial.tune,
         lora_rank=trial.lora_rank,
         learning_rate=trial.learning_rate,
+        remedies=str(trial.remedies),
         seed=trial.seed,
         state=entry.end.state if entry.end is not None else "running",
         reason=failed or (entry.end.reason if entry.end is not None else ""),

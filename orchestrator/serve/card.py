@@ -61,6 +61,7 @@ def _how_it_was_made(inputs: BundleInputs, versions: Mapping[str, str]) -> str:
         ("layers that learned", f"`{trial.layers}`{which}: {format_count(selection.num_trainable_parameters)} parameters"),
         ("method", method),
         ("learning rate", f"{trial.learning_rate:.3g}"),
+        *([("against forgetting", str(trial.remedies))] if str(trial.remedies) else []),
         ("training", f"{trial.total_steps} steps, {format_count(trial.total_tokens)} tokens, seed {trial.seed}"),
         ("data", f"SHA-256 {inputs.data_sha256}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),

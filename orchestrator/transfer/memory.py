@@ -23,7 +23,7 @@ def memory_rows(trials: Sequence[TrialRecord]) -> tuple[MemoryRow, ...]:
 def _label(trial: TrialRecord) -> str:
     if trial.control == "none":
         return "untouched base"
-    return f"{trial.layers} · lora r{trial.lora_rank}" if trial.tune == "lora" else f"{trial.layers} · full"
+    return f"{trial.layers} · {trial.method}"
 
 
 def _row(label: str, trials: Sequence[TrialRecord]) -> MemoryRow:

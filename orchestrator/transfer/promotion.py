@@ -149,9 +149,15 @@ def _advice_on_forgetting(better: Sequence[TrialRecord], closest: TrialRecord, m
         f"forgets {lost:.3f}, and rates went up to {fastest:.1e}",
         f"unfreeze less than {closest.layers}: head, last:1 or last:2, with lora",
         f"train for fewer epochs: forgetting grows with steps, and {closest.label} took {_steps(closest)}",
-        "mix retention text into training (train.replay), once it is supported",
+        f"mix retention text into training: search.replay: [0.0, 0.1]{_anchor_advice(closest)}",
         f"accept it: search.max_forgetting: {enough:g} instead of {max_forgetting:g} would let {closest.trial_id} pass",
     )
+
+
+def _anchor_advice(trial: TrialRecord) -> str:
+    """What else holds what it trained near the base."""
+    kind = "product" if trial.tune == "lora" else "l2sp"
+    return "" if kind in trial.remedies else f", or hold the weights: search.anchor: [none, {{kind: {kind}, strength: 30}}]"
 
 
 def _steps(trial: TrialRecord) -> int:

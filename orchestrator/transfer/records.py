@@ -67,6 +67,8 @@ class TrialRecord(Value):
     tune: Literal["lora", "full"]
     lora_rank: int | None = None
     learning_rate: float
+    remedies: str = ""
+    """What was done against forgetting: `replay 0.1 · l2sp 30`."""
     seed: int = 0
     state: Literal["running", "finished", "stopped", "failed"]
     """`stopped`: the scheduler saw no promise in it, or the hours were used up; `failed`: for a reason of its own."""
@@ -105,12 +107,17 @@ class TrialRecord(Value):
         return sum(rung.seconds for rung in self.rungs)
 
     @property
+    def method(self) -> str:
+        """`lora r16 · replay 0.1`: how its layers learned."""
+        tune = f"lora r{self.lora_rank}" if self.tune == "lora" else "full"
+        return f"{tune} · {self.remedies}" if self.remedies else tune
+
+    @property
     def label(self) -> str:
         """`last:4 · lora r16 · lr 3.1e-03`; a control is called by its name."""
         if self.control == "none":
             return "untouched base"
-        tune = f"lora r{self.lora_rank}" if self.tune == "lora" else "full"
-        point = f"{self.layers} · {tune} · lr {self.learning_rate:.1e}"
+        point = f"{self.layers} · {self.method} · lr {self.learning_rate:.1e}"
         return f"{self.control} control · {point}" if self.control else point
 
 

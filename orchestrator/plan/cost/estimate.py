@@ -77,6 +77,7 @@ def estimate_cost(plan: RunPlan, anatomy: ModelAnatomy, rate: Rate, *, price_per
                 layers=option.layers,
                 tune=option.tune,
                 lora_rank=option.lora_rank,
+                method=option.method,
                 terms=each,
                 flops_per_token=sum(term.flops for term in each),
                 trial_seconds=_seconds(rate, flops / units),

@@ -116,6 +116,18 @@ ROWS = [
      "search.points[0].lora_rank", 12, 49, "unfrozen weights have no lora_rank", "tune: lora"),
     ("  layers: [head, \"last:2\"]\n", "  algorithm: fixed\n  points: [{layers: all}]\n",
      "search.points[0].learning_rate", 12, 12, "is missing", ""),
+    # remedies against forgetting
+    ("epochs: 2", "replay: 0.1", "train.replay", 9, 11, "no retention text that could be replayed", "give data.retain"),
+    ("epochs: 2", "anchor: l2sp", "train.anchor", 9, 11, "a mapping with the keys kind, strength or none", ""),
+    ("epochs: 2", "anchor: {kind: l2sp, strength: -1}", "train.anchor.strength", 9, 34, "of at least 0", ""),
+    ("epochs: 2", "anchor: {kind: l2sp, strength: 1}", "train.anchor", 9, 11, "do not move", "write product"),
+    ("epochs: 2", "anchor: {kind: ewc, strength: 1}", "train.anchor", 9, 11, "no retention text", "give data.retain"),
+    ("search:\n", "search:\n  tune: [full]\n  anchor: [none, {kind: product, strength: 1}]\n", "search.anchor[1]", 12, 18,
+     "no adapter whose product", "l2sp or ewc"),
+    ("search:\n", "resources: {zero: 1}\nsearch:\n  anchor: [{kind: product, strength: 1}]\n", "search.anchor[0]", 12, 12,
+     "lie in parts under ZeRO-1", "resources.zero"),
+    ("search:\n", "search:\n  layer_decay: [0.8, 0.8]\n", "search.layer_decay[1]", 11, 22, "there already", "remove one"),
+    ("search:\n", "search:\n  layer_decay: [1.2]\n", "search.layer_decay[0]", 11, 17, "at most 1", ""),
     # not built yet
     ("model: sample", "model: meta-llama/Llama-3.1-8B", "base.model", 3, 10, "not supported yet: hub ids", "give its folder"),
     ("model: sample", "model: smaple", "base.model", 3, 10, "not supported yet: hub ids", "did you mean sample?"),
@@ -124,8 +136,6 @@ ROWS = [
     ("max_tokens: 512", "retain: gs://x/y", "data.retain", 7, 11, "not supported yet", "local file"),
     ("task:", "output: s3://x\ntask:", "output", 4, 9, "not supported yet", "local or mounted"),
     ("model: sample", "model: sample\n  quantize: int8", "base.quantize", 4, 13, "not supported yet", "nf4 or none"),
-    ("epochs: 2", "replay: 0.1", "train.replay", 9, 11, "not supported yet", "leave it at 0"),
-    ("epochs: 2", "anchor: l2sp", "train.anchor", 9, 11, "not supported yet", "leave it at none"),
     ("search:\n", "search:\n  controls: [shuffled, scratch]\n", "search.controls[1]", 11, 24, "not supported yet", "shuffled"),
     ("model: sample", "model: sample\n  trust_remote_code: true", "base.trust_remote_code", 4, 22, "refused", "layout"),
 ]  # fmt: skip

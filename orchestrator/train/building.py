@@ -1,0 +1,108 @@
+"""From an open branch to its engine: what learns in groups, at which rates, and what pulls it back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from orchestrator.data import TokenizedSet
+from orchestrator.plan.remedies import AnchorPlan, LearningGroup, learning_groups
+from orchestrator.plan.values import Assignment, ExecutionPlan, TrainSettings
+from orchestrator.train.anchors import Anchor, ElementAnchor, ProductAnchor
+from orchestrator.train.batches import RowPlan
+from orchestrator.train.branch import Branch
+from orchestrator.train.engine import Engine, layout_of
+from orchestrator.train.fisher import fisher_information, importances, read_fisher, write_fisher
+from orchestrator.train.ranks import Ranks
+from orchestrator.train.torch_engine import TorchEngine
+from orchestrator.values import content_hash
+
+
+def build_engine(
+    objective: nn.Module,
+    branch: Branch,
+    assignment: Assignment,
+    execution: ExecutionPlan,
+    ranks: Ranks,
+    rows: RowPlan,
+    retention: TokenizedSet | None,
+    fingerprint: Mapping[str, str],
+) -> Engine:
+    """The trial's engine. The branch holds the base's own weights: what an anchor pulls to is what is there now.
+
+    Args:
+        retention: What EWC weighs the weights by.
+        fingerprint: Hashes of the base's tensors.
+    """
+    trial, settings = assignment.trial, assignment.settings
+    names = [name for name, _ in branch.learning_parameters()]
+    groups = learning_groups(branch.base.anatomy, assignment.selection, trial.remedies, names)
+    plan = trial.remedies.anchor
+    weights: list[torch.Tensor] | None = None
+    if plan is not None and plan.kind == "ewc":
+        assert retention is not None, "EWC is refused where there is no retention text"
+        file = Path(assignment.data.train).parent / "fisher" / _fisher_name(assignment, execution, ranks, retention, fingerprint)
+        fisher = read_fisher(file, ranks.device)
+        if fisher is None:
+            measured = _engine(objective, branch, groups, execution, settings, ranks, measuring=True)
+            fisher = fisher_information(measured, retention, rows, ranks, trial.seed)
+            measured.close()
+            write_fisher(file, fisher)
+        weights = importances(fisher, ranks)
+    engine = _engine(objective, branch, groups, execution, settings, ranks)
+    if plan is not None:
+        engine.anchor = _anchor(plan, engine, branch, weights)
+    return engine
+
+
+def _engine(
+    objective: nn.Module,
+    branch: Branch,
+    groups: Sequence[LearningGroup],
+    execution: ExecutionPlan,
+    settings: TrainSettings,
+    ranks: Ranks,
+    *,
+    measuring: bool = False,
+) -> Engine:
+    if execution.executor == "torch":
+        return TorchEngine(
+            objective,
+            branch.learning_parameters(),
+            weight_decay=settings.weight_decay,
+            grad_clip=settings.grad_clip,
+            ranks=ranks,
+            groups=groups,
+            measuring=measuring,
+        )
+    from orchestrator.train.deepspeed_engine import DeepSpeedTrainer
+
+    return DeepSpeedTrainer(objective, branch.learning_parameters(), execution, settings, ranks, groups, measuring=measuring)
+
+
+def _anchor(plan: AnchorPlan, engine: Engine, branch: Branch, weights: Sequence[torch.Tensor] | None) -> Anchor:
+    if plan.kind != "product":
+        return ElementAnchor(engine.anchored_masters(), plan.strength, weights)
+    assert isinstance(engine, TorchEngine), "refused by the plan"
+    scale = branch.lora_alpha / (branch.selection.lora_rank or 1)
+    return ProductAnchor(engine.adapters(), plan.strength, scale)
+
+
+def _fisher_name(
+    assignment: Assignment, execution: ExecutionPlan, ranks: Ranks, retention: TokenizedSet, fingerprint: Mapping[str, str]
+) -> str:
+    """One file for each rank and selection: what lies where depends on the layout and on the rates' groups."""
+    key = {
+        "base": dict(fingerprint),
+        "trainable": assignment.selection.trainable,
+        "layer_decay": assignment.trial.remedies.layer_decay,
+        "layout": layout_of(execution),
+        "ranks": ranks.count,
+        "retention": retention.sha256,
+        "seed": assignment.trial.seed,
+        "row_tokens": execution.row_tokens,
+    }
+    return f"{content_hash(key)[:16]}-rank{ranks.rank}.safetensors"
