@@ -38,7 +38,7 @@ def most_fused(
         num_kinds: Kinds of choices that cannot share a batch with each other. To fill batches of every kind the search would
             run ahead so many times as far, and its sampler learn late: they divide what can pay.
     """
-    if not footprints or way.executor != "torch" or way.ranks > 1:
+    if not footprints or way.executor != "torch":
         return 1
     most = min(MOST, FULL_TOKENS[way.device] // way.micro_batch_tokens) // num_kinds if asked == "auto" else asked
     width = 1

@@ -16,7 +16,7 @@ def fuse_key(assignment: Assignment, planned: ExecutionPlan, anatomy: ModelAnato
     """What must be equal of assignments that share a batch; None for one that must run alone.
 
     Alone run the controls, whatever learns beside adapters of the blocks (a shared head takes one trial's positions at
-    a time, and has no adapters of its own), what is only evaluated, gangs of several ranks and of DeepSpeed, metrics that
+    a time, and has no adapters of its own), what is only evaluated, gangs of DeepSpeed, metrics that
     need a generated text, bases that drop out (masks would be drawn for all at once), and a trial that came down to
     less memory than was planned.
 
@@ -28,7 +28,7 @@ def fuse_key(assignment: Assignment, planned: ExecutionPlan, anatomy: ModelAnato
     trial, selection, execution = assignment.trial, assignment.selection, assignment.execution
     if trial.control is not None or trial.tune != "lora" or selection.trainable or anatomy.head_weight in selection.adapted:
         return None
-    if anatomy.dropout or execution.executor != "torch" or execution.ranks > 1 or execution != planned:
+    if anatomy.dropout or execution.executor != "torch" or execution != planned:
         return None
     if assignment.stop_step == 0 or assignment.metric not in TEACHER_FORCED:
         return None

@@ -6,9 +6,10 @@ Cost is GPU-seconds per trained token, and ways are tried in this order:
    engine offloads at ZeRO-3 alone;
 2. few ranks before many: ranks of one gang wait for each other, gangs do not;
 3. without checkpointing before with it: running the blocks again costs up to 2kN operations of 4 to 6N;
-4. ZeRO-1 before 2 before 3. Several ranks start at stage 1: it moves as many bytes as stage 0 (Rajbhandari et al.
-   2020, section 7) and holds less. Stage 3 moves half as many again, and on a frozen base far more than
-   the gradients of LoRA do;
+4. without DeepSpeed, each rank with all that learns, before ZeRO-1 before 2 before 3. Stages 0 to 2 move as many bytes
+   (Rajbhandari et al. 2020, section 7); without an engine to build for each trial, trials may share a batch and start
+   sooner, and a rank that runs out of memory leaves nobody waiting. Stage 3 moves half as many bytes again, and on a
+   frozen base far more than the gradients of LoRA do;
 5. the micro-batch is the largest that fits; a way is out when not even one row does.
 """
 
@@ -28,7 +29,8 @@ from orchestrator.spec.models import ResourcesSpec
 from orchestrator.units import format_bytes
 
 OFFLOADS: tuple[Offload, ...] = ("none", "optimizer", "parameters")
-PARTITIONED: tuple[Stage, ...] = (1, 2, 3)
+STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
+"""With `zero: auto` stage 0 is plain torch."""
 OFFLOADING_STAGE: Stage = 3
 """The one stage at which the engine offloads anything."""
 
@@ -67,11 +69,10 @@ def ways(resources: ResourcesSpec, device: Device, rank_counts: Sequence[int], r
         for ranks in rank_counts:
             for checkpointing in (False, True):
                 for stage in _stages(resources, ranks, offload):
-                    torch_alone = ranks == 1 and resources.zero == "auto" and offload == "none"
                     yield Way(
                         device=device,
                         ranks=ranks,
-                        executor="torch" if torch_alone else "deepspeed",
+                        executor="torch" if resources.zero == "auto" and stage == 0 else "deepspeed",
                         zero_stage=stage,
                         offload=offload,
                         checkpointing=checkpointing,
@@ -164,4 +165,4 @@ def _stages(resources: ResourcesSpec, ranks: int, offload: Offload) -> tuple[Sta
         return (resources.zero,) if offload == "none" or resources.zero == OFFLOADING_STAGE else ()
     if offload != "none":
         return (OFFLOADING_STAGE,)
-    return (0,) if ranks == 1 else PARTITIONED
+    return (0,) if ranks == 1 else STAGES

@@ -5,9 +5,9 @@ smaller way would have run. Steps down, in the order of the ladder's cost:
 
 1. half the rows in a micro-batch, and so twice the rounds of a step;
 2. at one row, checkpointing: the blocks above the cut run again in the backward pass;
-3. a higher ZeRO stage, up to 2, where several ranks share a trial: the base lies in memory as before.
+3. a higher ZeRO stage, up to 2, where several ranks share a trial by DeepSpeed: the base lies in memory as before.
 
-What comes after (ZeRO-3, offloading, more ranks) needs the base laid out anew, which is another plan.
+What comes after (from torch to DeepSpeed, ZeRO-3, offloading, more ranks) needs another kind of gang, which is another plan.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def relieve(execution: ExecutionPlan) -> Relief | None:
 
 def beyond_the_gang(execution: ExecutionPlan) -> str:
     """What would make room where no step down is left: the next rung of the ladder, which is another plan."""
-    if execution.executor == "torch" or execution.ranks == 1:
+    if execution.ranks == 1:
         return "resources.ranks_per_gang: 2 with zero: 3, which parts the base over ranks; or a smaller data.max_tokens"
     if execution.zero_stage < 3:
         return "resources.zero: 3, which parts the base over the ranks; or a smaller data.max_tokens"

@@ -56,7 +56,7 @@ class ExecutionPlan(Value):
     ranks: int
     threads_per_rank: int
     executor: Literal["torch", "deepspeed"]
-    """`torch` on one rank; `deepspeed` on several, or where a ZeRO stage was asked for."""
+    """`torch` where a rank holds all that learns; `deepspeed` to partition it, or where a ZeRO stage was asked for."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     offload: Literal["none", "optimizer", "parameters"] = "none"
     checkpointing: bool = False

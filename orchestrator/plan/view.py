@@ -132,7 +132,9 @@ def _gangs_line(plan: RunPlan) -> str:
 
 def _stage_line(execution: ExecutionPlan) -> str:
     if execution.executor == "torch":
-        return "one rank has nobody to share with: plain torch"
+        if execution.ranks == 1:
+            return "one rank has nobody to share with: plain torch"
+        return f"each of {execution.ranks} ranks holds all that learns and sums gradients with the others: plain torch"
     alone = "as asked" if execution.ranks == 1 else "the first stage that is allowed and fits"
     return f"ZeRO-{execution.zero_stage}: {alone}"
 

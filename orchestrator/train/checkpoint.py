@@ -1,8 +1,8 @@
 """Checkpoints that are committed whole or not at all, and checked before anything of them is read.
 
 A checkpoint is a folder with a manifest: the artifact (adapter/ or delta/), each rank's float32 masters and Adam
-moments (state-rank<k>.safetensors) and random state, state.json, and eval.npz where the trial was evaluated there.
-Nothing in it is pickled.
+moments and its random state (state-rank<k>.safetensors), state.json, and eval.npz where the trial was evaluated there.
+Masters and moments that every rank holds whole are in rank 0's file alone. Nothing in it is pickled.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from orchestrator.plan.cost.estimate import KEPT_CHECKPOINTS
 from orchestrator.store import check_folder, commit_folder, read_json, read_jsonl, write_atomic, write_json
 from orchestrator.train.artifacts import save_artifact
 from orchestrator.train.branch import Branch
-from orchestrator.train.engine import Engine
+from orchestrator.train.engine import FLAT, Engine
 from orchestrator.train.evaluation import Evaluation
 from orchestrator.train.loop import LoopState
 from orchestrator.train.ranks import Ranks
@@ -55,7 +55,7 @@ def save_checkpoint(
         failure: OrchestratorError | None = None
         try:
             if keep_optimizer:
-                _save_rank_state(folder, engine, ranks)
+                _save_rank_state(folder, engine, ranks, whole=layout == FLAT)
             if ranks.first:
                 save_artifact(branch, folder, tensors)
                 for name, evaluation in (evaluations or {}).items():
@@ -89,15 +89,19 @@ class StartPoint:
     folder: Path
     state: LoopState
     exact: bool
-    """Whether masters, moments and random state can be taken over bit for bit; else only the weights can."""
+    """Whether masters and moments can be taken over bit for bit; else only the weights can."""
+    whole: bool = False
+    """Whether rank 0's file holds the masters and moments of all."""
 
     def resume(self, engine: Engine, ranks: Ranks) -> None:
-        """Masters, moments and random state as they were when the checkpoint was written."""
-        tensors = load_file(self.folder / f"state-rank{ranks.rank}.safetensors")
-        engine.load_state_dict({name: tensor for name, tensor in tensors.items() if not name.startswith(_RANDOM)})
-        torch.set_rng_state(tensors[_RANDOM + "cpu"])
-        if _RANDOM + "cuda" in tensors:
-            torch.cuda.set_rng_state(tensors[_RANDOM + "cuda"], ranks.device)
+        """Masters and moments as they were when the checkpoint was written; random state too, of a rank that was there."""
+        own = _rank_state(self.folder, ranks.rank)
+        state = own if ranks.first or not self.whole else _rank_state(self.folder, 0)
+        engine.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith(_RANDOM)})
+        if _RANDOM + "cpu" in own:
+            torch.set_rng_state(own[_RANDOM + "cpu"])
+        if _RANDOM + "cuda" in own:
+            torch.cuda.set_rng_state(own[_RANDOM + "cuda"], ranks.device)
 
 
 def open_checkpoint(
@@ -105,7 +109,8 @@ def open_checkpoint(
 ) -> StartPoint | None:
     """Check `start`'s hashes (rank 0 does) and say what it holds. Called on every rank.
 
-    A damaged one gives way to the trial's newest whole checkpoint, or to None (step 0), and `note` says so.
+    A damaged one gives way to the trial's newest whole checkpoint, or to None (step 0), and `note` says so. On another number
+    of ranks, masters and moments go on where every rank held them whole, and their sums may differ in the last bits.
 
     Raises:
         TrainingError: a checkpoint of another seed, or one without optimizer state.
@@ -123,11 +128,14 @@ def open_checkpoint(
         raise TrainingError(f"the checkpoint was made with seed {record['seed']}", where=str(folder), expected=f"seed {seed}")
     if not record["has_optimizer"]:
         raise TrainingError("the checkpoint holds no optimizer state", where=str(folder), remedy="start again from step 0")
-    exact = (record["ranks"], record["layout"]) == (ranks.count, layout)
+    same_ranks, whole = record["ranks"] == ranks.count, layout == FLAT
+    exact = record["layout"] == layout and (same_ranks or whole)
     if not exact:
         note(f"{folder.name} is of another gang or ZeRO stage: weights taken over, Adam's moments start anew")
+    elif not same_ranks:
+        note(f"{folder.name} was made by {record['ranks']} ranks, and {ranks.count} go on: last digits may differ from there")
     loss = None if record["loss"] is None else float(record["loss"])
-    return StartPoint(folder, LoopState(record["step"], record["tokens"], loss), exact)
+    return StartPoint(folder, LoopState(record["step"], record["tokens"], loss), exact, whole)
 
 
 def rung_folder(trial_folder: Path, rung: int) -> Path:
@@ -197,8 +205,14 @@ def _step_of(folder: Path) -> int:
     return int(number) if kind == "checkpoint" and number.isdigit() else -1
 
 
-def _save_rank_state(folder: Path, engine: Engine, ranks: Ranks) -> None:
-    tensors = dict(engine.state_dict())
+def _rank_state(folder: Path, rank: int) -> dict[str, torch.Tensor]:
+    """What a rank wrote; nothing where there was no such rank."""
+    file = folder / f"state-rank{rank}.safetensors"
+    return load_file(file) if file.exists() else {}
+
+
+def _save_rank_state(folder: Path, engine: Engine, ranks: Ranks, *, whole: bool) -> None:
+    tensors = dict(engine.state_dict()) if ranks.first or not whole else {}
     tensors[_RANDOM + "cpu"] = torch.get_rng_state()
     if ranks.device.type == "cuda":
         tensors[_RANDOM + "cuda"] = torch.cuda.get_rng_state(ranks.device)

@@ -1,4 +1,4 @@
-"""The engine over several ranks: DeepSpeed, ZeRO 0 to 3. The only file that imports deepspeed at large.
+"""The engine that partitions over ranks: DeepSpeed, ZeRO 0 to 3. The only file that imports deepspeed at large.
 
 Checked against deepspeed 0.19.8. How it is used here:
 

@@ -77,9 +77,14 @@ class Engine(Protocol):
         ...
 
 
+FLAT = "flat"
+"""The layout of masters and moments that every rank holds whole, and the same."""
+
+
 def layout_of(execution: ExecutionPlan) -> str:
-    """What a state dictionary is laid out by: only an engine of the same layout and ranks can take it over."""
-    return "flat" if execution.executor == "torch" else f"zero-{execution.zero_stage} {execution.dtype}"
+    """What a state dictionary is laid out by: only an engine of the same layout can take it over, and of the same ranks,
+    unless it is FLAT."""
+    return FLAT if execution.executor == "torch" else f"zero-{execution.zero_stage} {execution.dtype}"
 
 
 def is_partitioned(execution: ExecutionPlan) -> bool:

@@ -22,6 +22,7 @@ from orchestrator.train.group import open_group
 from orchestrator.train.loop import LoopState
 from orchestrator.train.memory import is_out_of_memory, memory_in_use
 from orchestrator.train.objective import Objective, objective_of
+from orchestrator.train.ranks import Ranks
 from orchestrator.train.recompute import recomputed
 from orchestrator.train.schedule import step_learning_rate
 from orchestrator.train.trial import TrialRun
@@ -39,9 +40,10 @@ class Member:
 
 
 class FusedRun:
-    """A group under way, on one rank: T trials with one cut, one order of documents, and one stretch of steps.
+    """A group under way: T trials with one cut, one order of documents, and one stretch of steps.
 
     Each has its own learning rate, clipping, optimizer, checkpoints and failure. Its numbers are those that it has alone.
+    Every rank holds all of them and comes to the same decisions about each.
     """
 
     def __init__(self, base: LoadedBase, runs: Sequence[TrialRun]) -> None:
@@ -52,7 +54,7 @@ class FusedRun:
         """Fill every run's outcome; by trial, why it failed.
 
         Raises:
-            OutOfMemoryError: the group does not fit; no rung was written.
+            OutOfMemoryError: the group does not fit, and every rank knows; no rung was written.
         """
         first = self._runs[0]
         specs = [
@@ -113,21 +115,23 @@ class FusedRun:
         self, objective: Objective, members: Sequence[Member], step: StepInput, on_step: Callable[[StepReport], None] | None
     ) -> None:
         started = time.perf_counter()
-        losses = (accumulate(objective, step, len(members)) / step.num_supervised).tolist()
+        ranks = members[0].run.ranks
+        tokens, supervised = (int(count) for count in ranks.sum([step.num_tokens, step.num_supervised]))
+        losses = _losses(objective, step, len(members), supervised, ranks)
         taken = [
             (member, loss, *update)
             for member, loss in zip(members, losses, strict=True)
-            if member.failure is None and (update := _update(member, step, loss)) is not None
+            if member.failure is None and (update := _update(member, tokens, loss)) is not None
         ]
-        tokens_per_s = step.num_tokens * len(members) / (time.perf_counter() - started)
+        tokens_per_s = tokens * len(members) / (time.perf_counter() - started)
         for member, loss, rate, norm in taken:
             run, state = member.run, member.run.outcome.state
-            state = replace(state, step=state.step + 1, tokens=state.tokens + step.num_tokens, loss=loss)
+            state = replace(state, step=state.step + 1, tokens=state.tokens + tokens, loss=loss)
             report = StepReport(
                 step=state.step,
                 epoch=step.epoch,
                 tokens=state.tokens,
-                supervised_tokens=step.num_supervised,
+                supervised_tokens=supervised,
                 loss=loss,
                 loss_hex=loss.hex(),
                 learning_rate=rate,
@@ -150,11 +154,11 @@ class FusedRun:
                 member.run.outcome.scores = scores
 
 
-def _update(member: Member, step: StepInput, loss: float) -> tuple[float, float] | None:
-    """(learning rate, gradient norm) of the step that the member takes; None where it fails by it."""
+def _update(member: Member, tokens: int, loss: float) -> tuple[float, float] | None:
+    """(learning rate, gradient norm) of the step of so many tokens that the member takes; None where it fails by it."""
     trial, settings = member.run.assignment.trial, member.run.assignment.settings
     seen = member.run.outcome.state.tokens
-    rate = step_learning_rate(seen, step.num_tokens, total_tokens=trial.total_tokens, peak=trial.learning_rate, settings=settings)
+    rate = step_learning_rate(seen, tokens, total_tokens=trial.total_tokens, peak=trial.learning_rate, settings=settings)
     try:
         if not math.isfinite(loss):
             raise NonFiniteLossError(
@@ -170,23 +174,37 @@ def spec_of(assignment: Assignment) -> AdapterSpec:
     return AdapterSpec(assignment.selection, assignment.trial.lora_alpha, assignment.trial.seed)
 
 
-def accumulate(objective: Objective, step: StepInput, num_trials: int) -> torch.Tensor:
-    """float64[T]: loss sums; the gradients of each trial's sum over the step's supervised tokens are in its engine.
+def _losses(objective: Objective, step: StepInput, num_trials: int, supervised: int, ranks: Ranks) -> list[float]:
+    """Each trial's loss over the step's supervised tokens, the same bits on every rank; this rank's gradients are in the
+    trials' engines.
 
     Raises:
-        OutOfMemoryError: no trial has taken the step.
+        OutOfMemoryError: on every rank alike, whichever it was; no trial has taken the step.
     """
-    device = next(objective.model.parameters()).device
     sums = torch.zeros(num_trials, dtype=torch.float64)
+    out_of_memory: BaseException | None = None
     try:
-        for batch in step.micro_batches:
-            tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-            losses = objective(**repeated(tensors, num_trials), num_trials=num_trials)
-            sums += losses.detach().double().cpu()
-            (losses.sum() * (1.0 / step.num_supervised)).backward()
+        sums = accumulate(objective, step, num_trials, supervised)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        out_of_memory = error
+    *totals, num_out = ranks.sum([*sums.tolist(), float(out_of_memory is not None)])
+    if num_out:
         num_rows = step.micro_batches[0]["input_ids"].shape[0]
-        raise OutOfMemoryError(f"out of memory in a batch of {num_trials} trials x {num_rows} rows") from error
+        raise OutOfMemoryError(
+            f"out of memory on {num_out:.0f} of {ranks.count} ranks in a batch of {num_trials} trials x {num_rows} rows"
+        ) from out_of_memory
+    return [total / supervised for total in totals]
+
+
+def accumulate(objective: Objective, step: StepInput, num_trials: int, supervised: int) -> torch.Tensor:
+    """float64[T]: this rank's loss sums; the gradients of each trial's sum over `supervised` tokens are in its engine."""
+    device = next(objective.model.parameters()).device
+    sums = torch.zeros(num_trials, dtype=torch.float64)
+    for batch in step.micro_batches:
+        tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        losses = objective(**repeated(tensors, num_trials), num_trials=num_trials)
+        sums += losses.detach().double().cpu()
+        (losses.sum() * (1.0 / supervised)).backward()
     return sums

@@ -59,14 +59,20 @@ class Groups:
         return min(len(group), self.widths.get(kind, 1))
 
     def _measured(self, first: Assignment, group: Sequence[Assignment]) -> tuple[int, str]:
-        """A trial that breaks the measurement is run alone, where it fails by itself."""
+        """A trial that breaks the measurement is run alone, where it fails by itself.
+
+        Raises:
+            RankOutOfMemoryError: memory ran out on this rank while the others wait for it.
+        """
         try:
             self._host.open_trunk(first, self._host.news.append)
             run = self._host.trial_run(first, first.execution, self._host.news, TrialOutcome())
-            return best_width(self._host.base, group, run.steps(), run.rows, run.train_states())
+            return best_width(self._host.base, group, run.steps(), run.rows, run.train_states(), self._host.ranks)
         except (*TRIAL_ERRORS, RuntimeError, MemoryError) as error:
             if not (isinstance(error, TRIAL_ERRORS) or is_out_of_memory(error)):
                 raise
+            if is_out_of_memory(error):
+                self._host.check_shared(error)
             gc.collect()
             return 1, f"no batch is shared: {first_line(error)}"
 
@@ -101,10 +107,12 @@ class Groups:
         """The group once more, from where each of its trials began.
 
         Raises:
+            RankOutOfMemoryError: memory ran out on this rank while the others wait for it.
             Exception: `error`, where it is neither a trial's own nor a want of memory.
         """
         host = self._host
         if is_out_of_memory(error):
+            host.check_shared(error)
             gc.collect()
             kind, width = kind_of_batch(group[0]), len(group) // 2
             self.widths[kind] = width

@@ -180,8 +180,7 @@ class TrainHost:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                if not self._is_shared(error):
-                    raise RankOutOfMemoryError(f"out of memory on rank {self._ranks.rank}: {first_line(error)}") from error
+                self.check_shared(error)
                 relief = relieve(execution)
                 if relief is None:
                     raise nothing_smaller(f"out of memory: {first_line(error)}", execution) from None
@@ -214,9 +213,14 @@ class TrainHost:
             num_fused,
         )
 
-    def _is_shared(self, error: BaseException) -> bool:
-        """Whether every rank knows that memory ran out; with one rank also outside the training rounds."""
-        return isinstance(error, OutOfMemoryError) or self._ranks.count == 1
+    def check_shared(self, error: BaseException) -> None:
+        """Memory ran out: go on where every rank knows. One rank always does.
+
+        Raises:
+            RankOutOfMemoryError: the others wait for this rank.
+        """
+        if not isinstance(error, OutOfMemoryError) and self._ranks.count > 1:
+            raise RankOutOfMemoryError(f"out of memory on rank {self._ranks.rank}: {first_line(error)}") from error
 
     def _check_fits(self, execution: ExecutionPlan) -> None:
         """The base lies in memory for one kind of execution; stages 0 to 2 share it."""

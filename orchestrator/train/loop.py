@@ -82,7 +82,7 @@ def _accumulate(engine: Engine, step: StepInput, supervised: int, ranks: Ranks) 
     """Forward and backward over this rank's rounds; the step's loss, the same bits on every rank.
 
     Memory that runs out on one rank is made known to the others here. That works where the rounds hold no
-    collective (one rank, ZeRO 0 and 1); under ZeRO 2 and 3 the error leaves the others waiting: the gang ends, and the
+    collective (torch, ZeRO 0 and 1); under ZeRO 2 and 3 the error leaves the others waiting: the gang ends, and the
     next one starts the trial again one step down.
     """
     loss_sum = torch.zeros((), dtype=torch.float64)

@@ -29,12 +29,21 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, numbers: Sequence[float]) -> list[float]:
-        """Element-wise sums over the ranks, in float64; every rank gets the same bits."""
+        """Element-wise sums over the ranks, in float64; every rank gets the same bits.
+
+        Added up by rank: a number's sum does not depend on what is summed beside it.
+        """
         if self.count == 1:
             return [float(number) for number in numbers]
-        total = torch.tensor(list(numbers), dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
+        own = torch.tensor(list(numbers), dtype=torch.float64, device=self.device)
+        parts = [torch.empty_like(own) for _ in range(self.count)]
+        dist.all_gather(parts, own)
+        return [sum(column) for column in zip(*(part.tolist() for part in parts), strict=True)]
+
+    def sum_in_place(self, tensor: torch.Tensor) -> None:
+        """Add up a tensor of one shape over the ranks, where it lies; every rank gets the same bits."""
+        if self.count > 1:
+            dist.all_reduce(tensor)
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's picklable `value`, on every rank."""
@@ -57,6 +66,10 @@ class Ranks:
             dist.barrier()
 
 
+ALONE = Ranks()
+"""One process, on the CPU."""
+
+
 def join_gang(execution: ExecutionPlan, rank: int, world_size: int, init_method: str | None) -> Ranks:
     """This process as a rank of its gang, with its device and threads set, in the process group where there is one.
 
@@ -71,8 +84,6 @@ def join_gang(execution: ExecutionPlan, rank: int, world_size: int, init_method:
     """
     if execution.ranks != world_size:
         raise TrainingError(f"the plan has {execution.ranks} ranks and the gang {world_size}")
-    if execution.executor == "torch" and world_size > 1:
-        raise TrainingError("the torch executor is for one rank", expected="executor: deepspeed")
     torch.set_num_threads(execution.threads_per_rank)
     torch.use_deterministic_algorithms(True, warn_only=True)
     import_module("torch.utils.deterministic").fill_uninitialized_memory = False  # type: ignore[attr-defined]

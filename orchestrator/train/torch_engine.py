@@ -1,4 +1,4 @@
-"""The engine of one rank without DeepSpeed: AdamW on one flat float32 master copy."""
+"""The engine without DeepSpeed: AdamW on one flat float32 master copy, the same on every rank."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ import torch
 from torch import nn
 
 from orchestrator.train.engine import ADAM_BETAS, ADAM_EPSILON, check_norm, register_engine
+from orchestrator.train.ranks import ALONE, Ranks
 
 
 class TorchEngine:
-    """The numerics of DeepSpeed's bf16 optimizer in one process.
+    """The numerics of DeepSpeed's bf16 optimizer, with nothing partitioned.
 
     The learning tensors are laid end to end in flat float32 buffers (masters, gradient sums, and Adam's moments inside
     torch's AdamW); the model keeps its own tensors, which the masters are rounded into after each step. A tensor's
     gradient is added to its sum, and let go of, as soon as the backward pass has it: never are all of them there. The
     fused AdamW makes no temporary copies; the others make two of everything that learns.
+
+    Ranks that share a trial each hold all of it. Once a step the sums of gradients are added up over them, in float32, and
+    every rank takes the same update: masters, moments and weights stay the same bits on all.
     """
 
     name = "TorchEngine"
@@ -30,8 +34,10 @@ class TorchEngine:
         *,
         weight_decay: float,
         grad_clip: float,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.objective = objective
+        self._ranks = ranks
         self._names = [name for name, _ in learning_parameters]
         self.parameters = [parameter for _, parameter in learning_parameters]
         self._grad_clip = grad_clip
@@ -55,6 +61,7 @@ class TorchEngine:
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> float:
+        self._ranks.sum_in_place(self._gradient)
         norm = check_norm(self._gradient.norm().item())
         if 0 < self._grad_clip < norm:
             self._gradient.mul_(self._grad_clip / (norm + 1e-6))
@@ -66,6 +73,8 @@ class TorchEngine:
         return norm
 
     def full_tensors(self) -> dict[str, torch.Tensor]:
+        if not self._ranks.first:
+            return {}
         return {name: p.detach().cpu().clone() for name, p in zip(self._names, self.parameters, strict=True)}
 
     def state_dict(self) -> dict[str, torch.Tensor]:

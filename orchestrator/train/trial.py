@@ -147,6 +147,7 @@ class TrialRun:
                 branch.learning_parameters(),
                 weight_decay=settings.weight_decay,
                 grad_clip=settings.grad_clip,
+                ranks=self.ranks,
             )
         from orchestrator.train.deepspeed_engine import DeepSpeedTrainer
 

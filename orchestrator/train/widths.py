@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 
+from orchestrator.errors import OutOfMemoryError
 from orchestrator.plan.values import Assignment
 from orchestrator.train.base import LoadedBase
 from orchestrator.train.batches import RowPlan, StepInput, StepPlan, step_inputs
@@ -13,6 +14,7 @@ from orchestrator.train.fused import accumulate, spec_of
 from orchestrator.train.group import open_group
 from orchestrator.train.memory import is_out_of_memory
 from orchestrator.train.objective import objective_of
+from orchestrator.train.ranks import Ranks
 from orchestrator.train.recompute import recomputed
 from orchestrator.train.trunk.states import TrunkStates
 
@@ -28,12 +30,12 @@ def kind_of_batch(assignment: Assignment) -> tuple[int, int, int]:
 
 
 def best_width(
-    base: LoadedBase, group: Sequence[Assignment], steps: StepPlan, rows: RowPlan, trunk: TrunkStates | None
+    base: LoadedBase, group: Sequence[Assignment], steps: StepPlan, rows: RowPlan, trunk: TrunkStates | None, ranks: Ranks
 ) -> tuple[int, str]:
     """The number of trials in a batch at which a trial's micro-batch takes least time, and a sentence about it.
 
     Widths of 1, 2, 4, ... are tried on the first micro-batch, forward and backward, as long as they gain. Nothing
-    learns; the base is left as it was.
+    learns; the base is left as it was. Called on every rank: the slowest decides, and every rank gets the same answer.
 
     Args:
         base: With no branch open.
@@ -41,23 +43,39 @@ def best_width(
         steps: Of these trials.
         rows: How documents share rows.
         trunk: What is stored of the training set.
+        ranks: This process among those that train the trials together.
+
+    Raises:
+        OutOfMemoryError: on every rank alike, where one has no memory for a single trial.
     """
     step = next(step_inputs(steps, rows, 0, 1, trunk))
     step = StepInput(step.epoch, step.num_tokens, step.num_supervised, step.micro_batches[:1])
-    best, seconds = 1, {1: _seconds(base, group[:1], step)}
-    width = 2
+    alone = _slowest(base, group[:1], step, ranks)
+    if alone is None:
+        raise OutOfMemoryError("out of memory in the first micro-batch of one trial")
+    best, seconds, width = 1, {1: alone}, 2
     while width <= len(group):
-        try:
-            seconds[width] = _seconds(base, group[:width], step) / width
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
+        together = _slowest(base, group[:width], step, ranks)
+        if together is None:
             break
+        seconds[width] = together / width
         if seconds[width] > GAIN * seconds[best]:
             break
         best, width = width, 2 * width
     said = ", ".join(f"{count}: {1e3 * each:.1f} ms" for count, each in seconds.items())
     return best, f"{best} trials share a batch (a trial's micro-batch by trials in a batch: {said})"
+
+
+def _slowest(base: LoadedBase, group: Sequence[Assignment], step: StepInput, ranks: Ranks) -> float | None:
+    """Seconds on the slowest rank; None where any has no memory for so many. Nothing is sent before all have measured."""
+    own: float | None = None
+    try:
+        own = _seconds(base, group, step)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    every = ranks.gather(own)
+    return None if None in every else max(every)
 
 
 def _seconds(base: LoadedBase, group: Sequence[Assignment], step: StepInput) -> float:
@@ -72,6 +90,6 @@ def _seconds(base: LoadedBase, group: Sequence[Assignment], step: StepInput) -> 
         times: list[float] = []
         for _ in range(1 + TIMED):
             started = time.perf_counter()
-            accumulate(objective, step, len(group))
+            accumulate(objective, step, len(group), max(1, step.num_supervised))
             times.append(time.perf_counter() - started)
         return min(times[1:])

@@ -48,7 +48,7 @@ def trials(base: LoadedBase, layers: str, count: int) -> Iterator[tuple[Objectiv
 
 
 def take_step(objective: Objective, engines: Sequence[TorchEngine], step: StepInput) -> None:
-    accumulate(objective, step, len(engines))
+    accumulate(objective, step, len(engines), step.num_supervised)
     for engine in engines:
         engine.step(1e-4)
 

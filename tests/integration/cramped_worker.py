@@ -1,22 +1,50 @@
-"""ranks_worker.py, whose rank 1 runs out of memory in its trials: in `<name>-rows` while it computes more than one row at
-once, from its second step on; in `<name>-ladder` below ZeRO-2.
+"""ranks_worker.py, whose rank 1 has less, by the end of a trial's name. Alone it runs out of memory
+
+    -rows      while it computes more than one row at once, from its second step on
+    -ladder    below ZeRO-2
+    -never     always
+
+and of a group, by the name of its first trial,
+
+    -pair      with more than two trials in a batch
+    -full      likewise, where the width is measured
+    -slow      never, but it finds that sharing gains nothing, where rank 0 finds that it gains
+
+What is stored of the trunk it cannot make.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
+from orchestrator.plan.values import Assignment
+from orchestrator.train import widths
+from orchestrator.train.fused import FusedRun
 from orchestrator.train.objective import Objective
 from orchestrator.train.trial import TrialRun
+from orchestrator.train.trunk.build import TrunkBuilder
 
 sys.path.insert(0, str(Path(__file__).parent))
 from ranks_worker import main
 
 under_way: list[TrialRun] = []
-forward, run = Objective.forward, TrialRun.run
+forward, run, run_fused, seconds, build = (
+    Objective.forward,
+    TrialRun.run,
+    FusedRun.run,
+    widths._seconds,
+    TrunkBuilder.build,
+)
+FULL = "CUDA out of memory. Tried to allocate 20.00 GiB."
+
+
+def kind_of(assignment: Assignment) -> str:
+    return assignment.trial.trial_id.rpartition("-")[2]
 
 
 def noting_run(self: TrialRun, on_step):
@@ -24,18 +52,41 @@ def noting_run(self: TrialRun, on_step):
     return run(self, on_step)
 
 
+def noting_group(self: FusedRun, on_step):
+    under_way[:] = self._runs[:1]
+    return run_fused(self, on_step)
+
+
 def cramped_forward(self: Objective, **batch):
+    if not self.training or dist.get_rank() != 1 or not under_way:
+        return forward(self, **batch)
     (trial,) = under_way
-    kind = trial.assignment.trial.trial_id.rpartition("-")[2]
     full = {
         "rows": len(batch["input_ids"]) > 1 and trial.outcome.state.step > 0,
         "ladder": trial.execution.zero_stage < 2,
+        "never": True,
+        "pair": batch.get("num_trials", 1) > 2,
     }
-    if self.training and trial.ranks.rank == 1 and full.get(kind, False):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+    if full.get(kind_of(trial.assignment), False):
+        raise torch.OutOfMemoryError(FULL)
     return forward(self, **batch)
 
 
+def uneven_seconds(base, group: Sequence[Assignment], step) -> float:
+    """Rank 0 takes a second whatever the width; rank 1 may take as much longer, or have no memory."""
+    kind, cramped = kind_of(group[0]), dist.get_rank() == 1
+    if kind == "full" and cramped and len(group) > 2:
+        raise torch.OutOfMemoryError(FULL)
+    return 2.0 * len(group) if kind == "slow" and cramped else 1.0
+
+
+def cramped_build(self: TrunkBuilder, data, chunks):
+    if self.ranks.rank == 1:
+        raise RuntimeError("no room for what is stored")
+    return build(self, data, chunks)
+
+
 if __name__ == "__main__":
-    TrialRun.run, Objective.forward = noting_run, cramped_forward
+    TrialRun.run, FusedRun.run, Objective.forward = noting_run, noting_group, cramped_forward
+    widths._seconds, TrunkBuilder.build = uneven_seconds, cramped_build
     main(*sys.argv[1:])

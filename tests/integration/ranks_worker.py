@@ -3,8 +3,9 @@
     python ranks_worker.py JOBS.json RANK WORLD_SIZE MEETING_FILE OUT.json
 
 JOBS.json is a list of hosts: {"base": BaseLoad, "anatomy": ModelAnatomy, "execution": ExecutionPlan,
-"assignments": [Assignment, ...], "chunk_bytes": the most that logits may take at once}. Several hosts follow each
-other in the same process, each with its own base. Beside OUT.json stands OUT.built.json: of how many documents each
+"assignments": [Assignment, ...], "chunk_bytes": the most that logits may take at once}. In the place of an assignment may
+stand a group, {"group": [Assignment, ...], "width": how many share a batch, or null to measure it}. Several hosts follow
+each other in the same process, each with its own base. Beside OUT.json stands OUT.built.json: of how many documents each
 assignment computed the trunk here.
 """
 
@@ -24,6 +25,7 @@ from orchestrator.data import TokenizedSet
 from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan
 from orchestrator.train import TrainHost, objective
 from orchestrator.train.trunk.build import TrunkBuilder
+from orchestrator.train.widths import kind_of_batch
 
 
 def main(jobs_file: str, rank: str, world_size: str, meeting: str, out_file: str) -> None:
@@ -43,10 +45,13 @@ def main(jobs_file: str, rank: str, world_size: str, meeting: str, out_file: str
             f"file://{meeting}",
         )
         for values in job["assignments"]:
-            assignment = Assignment.model_validate(values)
-            key, before = assignment.folder + f"#{assignment.rung}", sum(computed)
-            results[key] = host.run(assignment).model_dump(mode="json")
-            built[key] = sum(computed) - before
+            group = [Assignment.model_validate(each) for each in values.get("group", [values])]
+            keys, before = {each.trial.trial_id: f"{each.folder}#{each.rung}" for each in group}, sum(computed)
+            if values.get("width"):
+                host._groups.widths[kind_of_batch(group[0])] = values["width"]
+            for result in host.run_group(group):
+                results[keys[result.trial_id]] = result.model_dump(mode="json")
+                built[keys[result.trial_id]] = sum(computed) - before
     Path(out_file).write_text(json.dumps(results))
     Path(out_file).with_suffix(".built.json").write_text(json.dumps(built))
     if host is not None:

@@ -1,4 +1,4 @@
-"""One trial on either executor: the branch executor alone, and DeepSpeed with one rank and with two, step by step."""
+"""One trial on either executor, each with one rank and with two, step by step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
     for dtype in DTYPES:
         torch_alone = plan(None, dtype=dtype)
         one_rank = plan(1, dtype=dtype).model_copy(update={"ranks": 1})
-        for name, execution in (("torch", torch_alone), ("one-rank", one_rank), ("two-ranks", plan(2, dtype=dtype))):
+        two_torch = torch_alone.model_copy(update={"ranks": 2})
+        ways = {"torch": torch_alone, "two-torch": two_torch, "one-rank": one_rank, "two-ranks": plan(2, dtype=dtype)}
+        for name, execution in ways.items():
             matrix.host("none", execution)
             matrix.trial(f"{dtype}-{name}", execution, num_steps=NUM_STEPS)
     matrix.run(1)
@@ -35,7 +37,10 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
     return matrix
 
 
-@pytest.mark.parametrize("name", ["one-rank", "two-ranks"])
+ENGINES = {"two-torch": ("torch", 2), "one-rank": ("deepspeed", 1), "two-ranks": ("deepspeed", 2)}
+
+
+@pytest.mark.parametrize("name", ENGINES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fifty_steps_are_the_same_on_either_executor(matrix: Matrix, dtype: str, name: str) -> None:
     ours, theirs = matrix.losses(f"{dtype}-{name}"), matrix.losses(f"{dtype}-torch")
@@ -47,4 +52,4 @@ def test_fifty_steps_are_the_same_on_either_executor(matrix: Matrix, dtype: str,
     results = [matrix.results[f"{dtype}-{each}"] for each in (name, "torch")]
     assert results[0].eval_loss == pytest.approx(results[1].eval_loss, rel=TOLERANCE)
     engines = [(result.engine.executor, result.engine.ranks) for result in results if result.engine is not None]
-    assert engines == [("deepspeed", 1 if name == "one-rank" else 2), ("torch", 1)]
+    assert engines == [ENGINES[name], ("torch", 1)]

@@ -59,9 +59,9 @@ def _hook() -> Callable[[], None]:
     return install
 
 
-def prepared(folder: Path) -> Prepared:
-    """A sweep with two rungs on one gang of one thread, made ready and not begun."""
-    loaded = load_spec(write_spec(folder, "groups", search=SEARCH, resources={"gangs": 1, "ranks_per_gang": 1}))
+def prepared(folder: Path, ranks: int) -> Prepared:
+    """A sweep with two rungs on one gang, a thread a rank, made ready and not begun."""
+    loaded = load_spec(write_spec(folder, "groups", search=SEARCH, resources={"gangs": 1, "ranks_per_gang": ranks}))
     cluster = ClusterDescription(nodes=(NodeDescription(num_cpus=2, memory_bytes=8 * GIB),))
     view = LogView(io.StringIO())
     with open_run(loaded, "sweep", folder / "runs", view) as run:
@@ -73,8 +73,10 @@ def prepared(folder: Path) -> Prepared:
     return replace(made, plan=plan.model_copy(update={"search": search, "execution": execution}))
 
 
-def test_what_shares_batches_has_the_losses_of_what_runs_alone(ray_that_shares: None, tmp_path: Path) -> None:
-    counter = Counter(prepared(tmp_path), tmp_path / "trials")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_shares_batches_has_the_losses_of_what_runs_alone(ray_that_shares: None, tmp_path: Path, ranks: int) -> None:
+    counter = Counter(prepared(tmp_path, ranks), tmp_path / "trials")
+    assert (counter.plan.execution.executor, counter.plan.execution.ranks) == ("torch", ranks)
     assert counter.plan.search is not None
     rungs = counter.plan.search.rung_steps
     shared = [counter.trial("lora", rate, number) for number, rate in enumerate(RATES)]

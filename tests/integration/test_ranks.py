@@ -149,6 +149,14 @@ class Matrix:
         )
         self.jobs[execution.ranks][-1]["assignments"].append(assignment.model_dump(mode="json"))
 
+    def group(self, rates: dict[str, float], execution: ExecutionPlan, *, width: int | None = None, **trial: Any) -> None:
+        """Trials by name, of these rates, that a gang takes as a group; with a `width` so many share a batch."""
+        assignments = self.jobs[execution.ranks][-1]["assignments"]
+        first = len(assignments)
+        for name, rate in rates.items():
+            self.trial(name, execution, rate=rate, **trial)
+        assignments[first:] = [{"group": assignments[first:], "width": width}]
+
     def run(self, num_ranks: int) -> None:
         jobs = self.folder / f"jobs-{num_ranks}.json"
         jobs.write_text(json.dumps(self.jobs[num_ranks]))

@@ -70,8 +70,7 @@ def test_one_trial_comes_to_a_verified_bundle_on_two_ranks(uninterrupted: Path) 
     assert_same_end(uninterrupted, uninterrupted, restarts=0)
     refit = transfer_of(uninterrupted).refit
     assert refit is not None
-    assert (refit.ran, refit.executor, refit.ranks) == (True, "deepspeed", 2)
-    assert refit.zero_stage >= 1
+    assert (refit.ran, refit.executor, refit.ranks) == (True, "torch", 2)
     (trial,) = sweep_of(uninterrupted).searched
     assert trial.engine is not None
     assert trial.engine.partitioned_bytes > 0

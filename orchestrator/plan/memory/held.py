@@ -70,7 +70,8 @@ def frozen_bytes(footprint: Footprint, way: Way) -> tuple[int, int]:
 def state_terms(footprint: Footprint, way: Way, shards: Shards) -> list[MemoryTerm]:
     """The numbers that learn: weights, gradients, sums, masters and Adam's moments (ZeRO: Rajbhandari et al. 2020)."""
     elements = f"{format_count(sum(footprint.learning_counts))} elements"
-    split = f" on {way.ranks} ranks, ZeRO-{way.zero_stage}" if way.ranks > 1 else ""
+    shared = " on every rank" if way.executor == "torch" else f" on {way.ranks} ranks, ZeRO-{way.zero_stage}"
+    split = shared if way.ranks > 1 else ""
     sizes = {
         "learning weights": (shards.weight_bytes, f"{footprint.element_bytes} bytes"),
         "gradients": (shards.gradient_bytes, f"{footprint.element_bytes} bytes, kept between rounds"),

@@ -95,7 +95,7 @@ def rank_shards(
         ranks: Of the gang.
         zero_stage: Ignored where torch is the executor.
         dtype: What the model computes in.
-        executor: `torch` has one rank.
+        executor: `torch` partitions nothing.
         bucket_elements: DeepSpeed's `reduce_bucket_size`.
         offload: Only stage 3 has it.
         rank: Which one; None for the one that holds most. They differ in stages 1 and 2 alone, by whose tensors are cut.
@@ -118,7 +118,8 @@ def rank_shards(
 
 def _torch(counts: Sequence[int], size: int) -> Shards:
     """`train.torch_engine`: flat float32 masters, sums and moments (4P, 4P, 8P). A gradient is let go as soon as it is
-    added to its sum, so that one at a time is there (e·n); the fused AdamW and the norm make no copies."""
+    added to its sum, so that one at a time is there (e·n); the fused AdamW and the norm make no copies, and sums are added up
+    over the ranks where they lie."""
     total = sum(counts)
     return Shards(
         weight_bytes=size * total,

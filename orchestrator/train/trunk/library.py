@@ -91,12 +91,17 @@ class TrunkLibrary:
             chunks = self._chunks(plan, tokens, rows, note, partitioned=partitioned)
             if chunks is None:
                 continue
+            made: dict[int, TrunkStates] = {}
+            failure = ""
             try:
                 made = builder.build(tokens, chunks)
             except (OSError, RuntimeError, MemoryError) as error:
                 if partitioned:  # the other ranks stand in a collective
                     raise
-                note(f"nothing is stored of the trunk: {type(error).__name__}: {error}")
+                failure = f"{type(error).__name__}: {error}"
+            failures = [told for told in self._ranks.gather(failure) if told]
+            if failures:
+                note(f"nothing is stored of the trunk: {failures[0]}")
                 self._refused = True
                 break
             for cut, states in made.items():

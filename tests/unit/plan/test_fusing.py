@@ -22,15 +22,16 @@ def search(base: Any, job: Any, data: Any) -> Any:
         tune: str = "lora",
         asked: Any = "auto",
         memory: float = 32,
+        ranks: int = 1,
         anatomy: ModelAnatomy | None = None,
     ) -> SearchPlan:
         loaded = job(
             search={"trials": 12, "layers": list(layers), "tune": [tune], "lora_rank": [4, 8]},
             data={"max_tokens": 64},
             train={"tokens_per_step": tokens},
-            resources={"max_fused": asked, "gangs": 1},
+            resources={"max_fused": asked, "gangs": 1, "ranks_per_gang": ranks},
         )
-        cluster = ClusterDescription(nodes=(NodeDescription(num_cpus=1, memory_bytes=round(memory * GIB)),))
+        cluster = ClusterDescription(nodes=(NodeDescription(num_cpus=ranks, memory_bytes=round(memory * GIB)),))
         sized = data(longest_document_tokens=64)
         plan = make_plan(loaded, anatomy or base("tiny"), sized, cluster, job="sweep", spec_sha256="0" * 64)
         assert plan.search is not None
@@ -59,6 +60,11 @@ def test_as_many_as_can_pay_shared_by_the_kinds_of_choices(
     found = search(tokens, *layers, **more)
     assert found.max_fused == width
     assert found.concurrent_trials == min(12, width + 1)
+
+
+def test_ranks_that_share_the_documents_share_batches_too(search: Any) -> None:
+    """Of 512 tokens each of two ranks has 256 in flight."""
+    assert search(512, "last:2", ranks=2).max_fused == search(256, "last:2").max_fused == 4
 
 
 def test_what_drops_out_shares_no_batch(search: Any, base: Any) -> None:

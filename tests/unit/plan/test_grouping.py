@@ -63,7 +63,6 @@ CLASSIFIER = select(ANATOMY, "last:2", "lora", 8, task="classify", num_classes=3
         {"selection": CLASSIFIER},
         {"policy": "last:2+head"},
         {"execution": PLANNED.model_copy(update={"executor": "deepspeed"}), "planned": None},
-        {"execution": PLANNED.model_copy(update={"ranks": 2}), "planned": None},
         {"execution": SMALLER.execution},
         {"metric": "exact_match"},
         {"metric": "package.module:function"},
@@ -75,7 +74,6 @@ CLASSIFIER = select(ANATOMY, "last:2", "lora", 8, task="classify", num_classes=3
         "a classifier too",
         "the head too",
         "deepspeed",
-        "ranks",
         "relieved",
         "generates",
         "anything",
@@ -86,6 +84,12 @@ def test_what_runs_alone(alone: dict[str, Any]) -> None:
     found = assignment(**{name: value for name, value in alone.items() if name != "planned"})
     planned = found.execution if "planned" in alone else PLANNED
     assert fuse_key(found, planned, ANATOMY) is None
+
+
+def test_ranks_that_share_the_documents_share_batches_too() -> None:
+    two = PLANNED.model_copy(update={"ranks": 2})
+    assert fuse_key(assignment(execution=two), two, ANATOMY) == fuse_key(assignment(lora_rank=4, execution=two), two, ANATOMY)
+    assert fuse_key(assignment(execution=two), two, ANATOMY) is not None
 
 
 @pytest.mark.parametrize(

@@ -23,18 +23,29 @@ def load(base: Any, policy: str = "all", tokens_per_step: int = 2**20) -> Load:
 
 def test_cheaper_ways_come_first() -> None:
     order = [str(way) for way in ways(ResourcesSpec(), "cuda", [1, 2], 512)]
-    assert order[:8] == [
+    assert order[:10] == [
         "1 rank",
         "1 rank, checkpointing",
+        "2 ranks",
         "2 ranks, ZeRO-1",
         "2 ranks, ZeRO-2",
         "2 ranks, ZeRO-3",
+        "2 ranks, checkpointing",
         "2 ranks, ZeRO-1, checkpointing",
         "2 ranks, ZeRO-2, checkpointing",
         "2 ranks, ZeRO-3, checkpointing",
     ]
-    assert order[8] == "1 rank, ZeRO-3, optimizer offloaded"
+    assert order[10] == "1 rank, ZeRO-3, optimizer offloaded"
     assert order[-1] == "2 ranks, ZeRO-3, checkpointing, parameters offloaded"
+
+
+def test_what_is_asked_for_is_deepspeeds_and_what_is_not_is_without_it_first() -> None:
+    def executors(zero: Any) -> list[tuple[str, int]]:
+        return [(way.executor, way.zero_stage) for way in ways(ResourcesSpec(zero=zero, offload="none"), "cuda", [2], 512)][:4]
+
+    assert executors("auto") == [("torch", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)]
+    for stage in (0, 1, 2, 3):
+        assert set(executors(stage)) == {("deepspeed", stage)}
 
 
 @pytest.mark.parametrize("zero", ["auto", 0, 1, 2, 3])

@@ -69,7 +69,7 @@ def test_an_8b_in_nf4_takes_one_rank_of_eight_gangs(plan: Any, gpus: Any) -> Non
     assert (found.num_gangs, found.execution.ranks, found.execution.executor) == (8, 1, "torch")
     assert not found.execution.checkpointing
     assert found.refit_execution.ranks == 8
-    assert (found.refit_execution.executor, found.refit_execution.zero_stage) == ("deepspeed", 1)
+    assert (found.refit_execution.executor, found.refit_execution.zero_stage) == ("torch", 0)
 
 
 def test_a_70b_in_16_bit_needs_stage_3_and_says_why(plan: Any, gpus: Any) -> None:
@@ -128,11 +128,23 @@ def test_parameters_are_offloaded_before_giving_up(plan: Any, gpus: Any) -> None
     assert (found.execution.offload, found.execution.zero_stage, found.execution.executor) == ("parameters", 3, "deepspeed")
 
 
-def test_the_smallest_stage_that_fits_is_taken(plan: Any, gpus: Any) -> None:
-    """Two ranks of a base that one would hold: stage 1, which costs no more than stage 0."""
-    found = plan("tiny", gpus(), resources={"ranks_per_gang": 2})
-    assert (found.execution.executor, found.execution.zero_stage) == ("deepspeed", 1)
+def test_nothing_is_partitioned_where_a_rank_holds_it_all(plan: Any, gpus: Any) -> None:
+    """Two ranks of a base that one would hold share the documents of a step, and nothing else; trials may share a batch."""
+    found = plan("tiny", gpus(), resources={"ranks_per_gang": 2}, search={"tune": ["lora"]}, train={"tokens_per_step": 4096})
+    assert (found.execution.executor, found.execution.zero_stage, found.execution.backend) == ("torch", 0, "nccl")
     assert found.num_gangs == 4
+    assert "each of 2 ranks holds all that learns and sums gradients with the others: plain torch" in found.reasons
+    assert found.search.max_fused > 1
+
+
+def test_the_first_stage_that_fits_is_taken(plan: Any, gpus: Any) -> None:
+    """Half of an 8B learns: masters and moments fit in eight parts, and whole they do not."""
+    sections = {"search": {"layers": ["last:16"], "tune": ["full"]}, "resources": {"ranks_per_gang": 8, "offload": "none"}}
+    found = plan("8b", gpus(memory=64), quantize="none", **sections)
+    assert (found.execution.executor, found.execution.ranks) == ("deepspeed", 8)
+    assert found.execution.zero_stage >= 1
+    assert found.rejected[0].way == "8 ranks"
+    assert "on every rank" in found.rejected[0].reason
 
 
 # -- cores ------------------------------------------------------------------------------------------------------------

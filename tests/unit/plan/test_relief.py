@@ -8,6 +8,7 @@ from orchestrator.plan.relief import beyond_the_gang, relieve, with_relief
 from orchestrator.plan.values import ExecutionPlan
 
 ALONE = ExecutionPlan(device="cuda", ranks=1, threads_per_rank=1, executor="torch", row_tokens=64, micro_batch_rows=6)
+TWO_WHOLE = ALONE.model_copy(update={"ranks": 2})
 TWO = ALONE.model_copy(update={"ranks": 2, "executor": "deepspeed", "zero_stage": 1})
 
 
@@ -23,7 +24,7 @@ def steps_down(execution: ExecutionPlan) -> list[tuple[int, bool, int]]:
 
 
 def test_rows_first_then_checkpointing_then_the_stage() -> None:
-    assert steps_down(ALONE) == [(3, False, 0), (1, False, 0), (1, True, 0)]
+    assert steps_down(ALONE) == steps_down(TWO_WHOLE) == [(3, False, 0), (1, False, 0), (1, True, 0)]
     assert steps_down(TWO) == [(3, False, 1), (1, False, 1), (1, True, 1), (1, True, 2)]
     assert steps_down(TWO.model_copy(update={"zero_stage": 0}))[-2:] == [(1, True, 1), (1, True, 2)]
 
@@ -38,6 +39,7 @@ def test_what_parts_the_base_otherwise_is_another_plan() -> None:
     ("values", "remedy"),
     [
         ({"executor": "torch", "ranks": 1}, "resources.ranks_per_gang: 2 with zero: 3"),
+        ({"executor": "torch", "zero_stage": 0}, "resources.zero: 3"),
         ({"zero_stage": 2}, "resources.zero: 3"),
         ({"zero_stage": 3}, "resources.offload: optimizer"),
         ({"zero_stage": 3, "offload": "optimizer"}, "resources.offload: parameters"),

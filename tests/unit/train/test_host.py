@@ -212,7 +212,7 @@ def test_a_trial_without_optimizer_state_cannot_go_on(bench: Bench) -> None:
 def test_weights_of_another_gang_are_taken_over(bench: Bench) -> None:
     part = bench.run("a", stop=2)
     folder = Path(part.checkpoint or "")
-    record = json.loads((folder / "state.json").read_text()) | {"ranks": 2}
+    record = json.loads((folder / "state.json").read_text()) | {"ranks": 2, "layout": "zero-1 bfloat16"}
     (folder / "state.json").write_text(json.dumps(record))
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"] = [file for file in manifest["files"] if file["path"] != "state.json"]

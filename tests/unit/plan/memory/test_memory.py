@@ -62,6 +62,16 @@ def test_bytes_per_learning_element_on_four_ranks(base: Base, stage: int, per_el
     assert tuple(found.get(name, 0) / elements for name in names) == pytest.approx(per_element, rel=1e-6)
 
 
+def test_without_deepspeed_every_rank_holds_all_that_learns(base: Base) -> None:
+    alone = terms(base("8b"), ONE_GPU, tune="full")
+    shared = terms(base("8b"), replace(ONE_GPU, ranks=4), tune="full")
+    elements = select(base("8b"), "all", "full", None, task="completion").num_trainable_parameters
+    names = ("learning weights", "gradients", "gradient sums", "masters", "Adam's moments")
+    assert [shared.get(name, 0) / elements for name in names] == [2, 0, 4, 4, 8]
+    assert shared.pop("collectives") > 0
+    assert shared == alone
+
+
 def test_stage_3_partitions_what_is_frozen_and_gathers_blocks(base: Base) -> None:
     way = replace(ONE_GPU, ranks=8, executor="deepspeed", zero_stage=3)
     found = terms(base("70b"), way)
