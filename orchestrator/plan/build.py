@@ -31,7 +31,7 @@ from orchestrator.plan.options import Choice, planned_points, search_choices, to
 from orchestrator.plan.placement import Machines, candidates
 from orchestrator.plan.probe import with_probe, with_scores
 from orchestrator.plan.remarks import rate_note, with_remarks
-from orchestrator.plan.remedies import AnchorPlan, remedies_of_train
+from orchestrator.plan.remedies import AnchorPlan, check_products, remedies_of_train
 from orchestrator.plan.scored import LayerScores
 from orchestrator.plan.trunk import plan_trunk
 from orchestrator.plan.values import BaseLoad, ClusterDescription, DataSize, RunPlan, SearchPlan, TrialOption
@@ -115,6 +115,7 @@ def _plan_on(
     untouched, head = (_weigh(spec, anatomy, data, _control(policy, spec, anatomy, data)) for policy in ("none", "head"))
     gangs = _arrange_with(head, found, spec, load, num_trials) if job == "sweep" else arrange_one(found, spec, load)
     refit = refit_way(found, spec, load, gangs)
+    check_products((choice.remedies for choice in choices), (gangs.way.executor, refit.executor))
     options = _options(choices, load.footprints, gangs.way)
     pack, fused = steps.packs(spec), _most_fused(spec, anatomy, choices, load, gangs, found)
     plan = RunPlan(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
+from orchestrator.errors import PlanError
 from orchestrator.spec.models import Anchor, AnchorSpec, JobSpec, SearchPoint, SearchSpec, TrainSpec, Tune
 from orchestrator.values import Value
 
@@ -100,6 +101,17 @@ def needs_replayed_text(spec: JobSpec) -> bool:
     if not asked:
         asked = [remedies for tune in spec.search.tune for remedies in searched_remedies(spec.search, spec.train, tune)]
     return any(remedies.needs_replayed_text for remedies in (*asked, remedies_of_train(spec.train)))
+
+
+def check_products(choices: Iterable[Remedies], executors: Iterable[str]) -> None:
+    """Raises PlanError where the product of adapters is to be held that DeepSpeed lays in parts."""
+    held = next((remedies.anchor for remedies in choices if remedies.anchor and remedies.anchor.kind == "product"), None)
+    if held is not None and "deepspeed" in executors:
+        raise PlanError(
+            f"the anchor `{held}` holds products of whole adapters, and what fits here is DeepSpeed, which lays them in parts",
+            where="search.anchor",
+            remedy="take it out, or fewer tokens at once (data.max_tokens), or base.quantize: nf4, so that a rank holds the base",
+        )
 
 
 class LearningGroup(NamedTuple):

@@ -10,12 +10,10 @@ Shapes: r is LoRA's rank, a matrix is [out, in]. Masters are float32 and hold th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
-
-from orchestrator.plan.remedies import AnchorPlan
 
 
 class Anchor(Protocol):
@@ -57,13 +55,15 @@ class ElementAnchor:
 
     @torch.no_grad()
     def pull(self, master: torch.Tensor, learning_rate: float) -> None:
-        reach = learning_rate * self._strength
+        start, reach = self._starts.get(id(master)), learning_rate * self._strength
+        if start is None:  # it has no value in the base
+            return
         importance = self._importances.get(id(master))
         if importance is None:
-            master.lerp_(self._starts[id(master)], reach / (1.0 + reach))
+            master.lerp_(start, reach / (1.0 + reach))
             return
         share = importance * reach
-        master.lerp_(self._starts[id(master)], share.div_(1.0 + share))
+        master.lerp_(start, share.div_(1.0 + share))
 
 
 class ProductAnchor:
@@ -74,21 +74,22 @@ class ProductAnchor:
     product is made.
     """
 
-    def __init__(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], strength: float, scale: float) -> None:
+    def __init__(
+        self, adapters: Mapping[int, Sequence[tuple[torch.Tensor, torch.Tensor]]], strength: float, scale: float
+    ) -> None:
         """
         Args:
-            pairs: (A, B) of every adapter: views of the masters.
+            adapters: (A, B) of every adapter as views of the masters, by the id of the master that they lie in.
             strength: At least 0.
             scale: What the product is multiplied by in the model.
         """
-        self._pairs = list(pairs)
+        self._adapters = adapters
         self._strength = strength * scale**2
 
     @torch.no_grad()
     def pull(self, master: torch.Tensor, learning_rate: float) -> None:
-        """All adapters lie in one master."""
         reach = learning_rate * self._strength
-        for a, b in self._pairs:
+        for a, b in self._adapters[id(master)]:
             unit = torch.eye(a.shape[0], device=a.device)
             a.copy_(torch.linalg.solve(unit + reach * (b.T @ b), a))
             b.copy_(torch.linalg.solve(unit + reach * (a @ a.T), b.T).T)
@@ -125,12 +126,3 @@ class SquaredGradients(torch.optim.Optimizer):
                     continue
                 total = self.sums.setdefault(id(master), torch.zeros_like(master, dtype=torch.float32))
                 total.addcmul_(master.grad.float(), master.grad.float())
-
-
-def element_anchor(
-    plan: AnchorPlan, masters: Sequence[torch.Tensor], importances: Sequence[torch.Tensor] | None
-) -> ElementAnchor:
-    """L2-SP or EWC over an engine's masters, as they are in the base."""
-    assert plan.kind != "product", "a product's anchor is made of adapters"
-    assert (plan.kind == "ewc") == (importances is not None), "EWC has an importance for each weight"
-    return ElementAnchor(masters, plan.strength, importances)

@@ -24,8 +24,10 @@ import torch
 from torch import nn
 
 from orchestrator.plan.memory.held import REDUCE_BUCKET_ELEMENTS
+from orchestrator.plan.remedies import LearningGroup
 from orchestrator.plan.values import ExecutionPlan, TrainSettings
 from orchestrator.train import zero3_warm, zero_state
+from orchestrator.train.anchors import Anchor, AnchoredAdamW, SquaredGradients
 from orchestrator.train.engine import ADAM_BETAS, ADAM_EPSILON, check_norm, register_engine
 from orchestrator.train.ranks import Ranks
 
@@ -79,21 +81,32 @@ class DeepSpeedTrainer:
         execution: ExecutionPlan,
         settings: TrainSettings,
         ranks: Ranks,
+        groups: Sequence[LearningGroup] = (),
+        *,
+        measuring: bool = False,
     ) -> None:
+        """
+        Args:
+            groups: Of what learns, in its order; all of it at one rate without them.
+            measuring: Whether steps add up squared gradients and change nothing.
+        """
         self.objective = objective
         self.communicates_in_backward = execution.zero_stage >= 2
         self._learning = list(learning_parameters)
         self._stage = execution.zero_stage
         self._ranks = ranks
-        optimizer = torch.optim.AdamW(
-            [parameter for _, parameter in self._learning],
-            lr=0.0,
-            betas=ADAM_BETAS,
-            eps=ADAM_EPSILON,
-            weight_decay=settings.weight_decay,
-            fused=True,
+        self._groups = list(groups) or [LearningGroup(tuple(name for name, _ in self._learning), 1.0, True)]
+        parameters = dict(self._learning)
+        grouped: list[dict[str, Any]] = [{"params": [parameters[name] for name in group.names]} for group in self._groups]
+        self._optimizer = (
+            SquaredGradients(grouped)
+            if measuring
+            else AnchoredAdamW(
+                grouped, lr=0.0, betas=ADAM_BETAS, eps=ADAM_EPSILON, weight_decay=settings.weight_decay, fused=True
+            )
         )
-        self._engine: Any = _initialize(objective, deepspeed_config(execution, grad_clip=settings.grad_clip), optimizer)
+        clip = 0.0 if measuring else settings.grad_clip
+        self._engine: Any = _initialize(objective, deepspeed_config(execution, grad_clip=clip), self._optimizer)
         self.name = f"{type(self._engine).__name__}/{type(self._engine.optimizer).__name__}"
         coordinator = [self._engine.optimizer.parameter_offload.param_coordinator] if self._stage == 3 else []
         register_engine(self._engine, self._engine.optimizer, *coordinator)
@@ -105,8 +118,8 @@ class DeepSpeedTrainer:
         self._engine.backward(loss_sum * (scale * self._ranks.count), scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> float:
-        for group in self._engine.basic_optimizer.param_groups:
-            group["lr"] = learning_rate
+        for group, options in zip(self._groups, self._engine.basic_optimizer.param_groups, strict=True):
+            options["lr"] = learning_rate * group.rate_factor
         if self._engine.optimizer is self._engine.basic_optimizer:
             return self._step_without_wrapper()
         self._engine.step()
@@ -123,6 +136,26 @@ class DeepSpeedTrainer:
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         zero_state.load(self._engine, state)
+
+    @property
+    def anchor(self) -> Anchor | None:
+        return self._optimizer.anchor if isinstance(self._optimizer, AnchoredAdamW) else None
+
+    @anchor.setter
+    def anchor(self, anchor: Anchor | None) -> None:
+        assert isinstance(self._optimizer, AnchoredAdamW), "an engine that measures has nothing to pull"
+        self._optimizer.anchor = anchor
+
+    def refresh_masters(self) -> None:
+        if self._engine.optimizer is not self._engine.basic_optimizer:
+            self._engine.optimizer.refresh_fp32_params()
+
+    def anchored_masters(self) -> list[torch.Tensor]:
+        return zero_state.masters_of_groups(self._engine, [group.anchored for group in self._groups])
+
+    def squared_gradients(self) -> list[torch.Tensor]:
+        assert isinstance(self._optimizer, SquaredGradients), "made to learn"
+        return [self._optimizer.sums[id(master)] for master in self.anchored_masters()]
 
     @property
     def state_bytes(self) -> int:

@@ -19,6 +19,7 @@ from torch import nn
 
 from orchestrator.errors import NonFiniteLossError
 from orchestrator.plan.values import ExecutionPlan
+from orchestrator.train.anchors import Anchor
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPSILON = 1e-8
@@ -38,6 +39,8 @@ class Engine(Protocol):
     """What is minimised; evaluation calls it directly."""
     communicates_in_backward: bool
     """Whether the rounds hold collectives, so that a rank that fails in one leaves the others waiting."""
+    anchor: Anchor | None
+    """Pulls after every update, where there is one."""
 
     def loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Sum of the token losses of this rank's micro-batch: a float32 scalar with a gradient."""
@@ -65,6 +68,18 @@ class Engine(Protocol):
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Take `state` over and round the masters into the model."""
+        ...
+
+    def refresh_masters(self) -> None:
+        """Take over what the model's learning tensors hold now."""
+        ...
+
+    def anchored_masters(self) -> list[torch.Tensor]:
+        """This rank's part of what learns and has a value in the base: float32, flat."""
+        ...
+
+    def squared_gradients(self) -> list[torch.Tensor]:
+        """Of an engine that measures, the squares that its steps have added up, shaped as `anchored_masters`."""
         ...
 
     @property

@@ -83,10 +83,11 @@ class FusedRun:
 
     def _member(self, run: TrialRun, branch: Branch, objective: Objective, stack: ExitStack) -> Member:
         start = run.start_point()
-        if start is not None and not start.exact:
-            run.take_weights(branch, start.folder)
         engine = run.build_engine(objective, branch)
         stack.callback(engine.close)
+        if start is not None and not start.exact:
+            run.take_weights(branch, start.folder)
+            engine.refresh_masters()
         if start is not None and start.exact:
             start.resume(engine, run.ranks)
         run.outcome.state = start.state if start is not None else LoopState()

@@ -20,6 +20,7 @@ from orchestrator.train.artifacts import load_artifact
 from orchestrator.train.base import LoadedBase
 from orchestrator.train.batches import RowPlan, StepPlan
 from orchestrator.train.branch import Branch, WeightKeeper, open_branch
+from orchestrator.train.building import build_engine
 from orchestrator.train.checkpoint import (
     StartPoint,
     checkpoint_folder,
@@ -40,7 +41,6 @@ from orchestrator.train.ranks import Ranks
 from orchestrator.train.recompute import recomputed
 from orchestrator.train.scoring import Scorer
 from orchestrator.train.speed import SteadySpeed
-from orchestrator.train.torch_engine import TorchEngine
 from orchestrator.train.trunk.library import TrunkLibrary
 from orchestrator.train.trunk.states import TrunkStates, joined_states
 
@@ -94,10 +94,11 @@ class TrialRun:
                 self._score_untrained(objective, stack)
                 return
             start = self.start_point()
-            if start is not None and not start.exact:
-                self.take_weights(branch, start.folder)
             engine = self.build_engine(objective, branch)
             stack.callback(engine.close)
+            if start is not None and not start.exact:
+                self.take_weights(branch, start.folder)
+                engine.refresh_masters()
             if self.execution.checkpointing:
                 blocks = branch.model.get_submodule(self.base.anatomy.blocks_module)
                 stack.enter_context(recomputed(list(blocks.children())[assignment.selection.cut :]))
@@ -140,18 +141,19 @@ class TrialRun:
         )
 
     def build_engine(self, objective: Objective, branch: Branch) -> Engine:
-        settings = self.assignment.settings
-        if self.execution.executor == "torch":
-            return TorchEngine(
-                objective,
-                branch.learning_parameters(),
-                weight_decay=settings.weight_decay,
-                grad_clip=settings.grad_clip,
-                ranks=self.ranks,
-            )
-        from orchestrator.train.deepspeed_engine import DeepSpeedTrainer
-
-        return DeepSpeedTrainer(objective, branch.learning_parameters(), self.execution, settings, self.ranks)
+        """The branch holds the base's own weights still."""
+        data = self.assignment.data
+        text = data.replay or data.retain
+        return build_engine(
+            objective,
+            branch,
+            self.assignment,
+            self.execution,
+            self.ranks,
+            self.rows,
+            self._load_set(text) if text is not None else None,
+            self._base_fingerprint,
+        )
 
     def _train(self, engine: Engine, branch: Branch, on_step: Callable[[StepReport], None] | None) -> None:
         assignment = self.assignment

@@ -6,7 +6,7 @@ partition above. `engine.save_checkpoint` is not used: it pickles, and it fails 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,13 +26,28 @@ def masters(engine: Any) -> list[torch.Tensor]:
             return list(optimizer.fp32_partitioned_groups_flat)
         case "FP16_UnfusedOptimizer":
             return [master for group in optimizer.fp32_groups for master in group]
-        case "AdamW":
+        case "AnchoredAdamW" | "SquaredGradients":
             return [parameter for group in optimizer.param_groups for parameter in group["params"]]
         case other:
             raise TrainingError(
                 f"deepspeed's optimizer {other} keeps its masters where nobody knows",
                 remedy="install the versions of constraints.txt",
             )
+
+
+def masters_of_groups(engine: Any, wanted: Sequence[bool]) -> list[torch.Tensor]:
+    """Those masters that belong to the wanted ones of the optimizer's parameter groups."""
+    optimizer = engine.optimizer
+    match type(optimizer).__name__:
+        case "DeepSpeedZeroOptimizer_Stage3":
+            groups = [optimizer.sub_group_to_group_id[index] for index in range(len(optimizer.fp32_partitioned_groups_flat))]
+        case "FP16_UnfusedOptimizer":
+            groups = [index for index, group in enumerate(optimizer.fp32_groups) for _ in group]
+        case "AnchoredAdamW" | "SquaredGradients":
+            groups = [index for index, group in enumerate(optimizer.param_groups) for _ in group["params"]]
+        case _:
+            groups = list(range(len(wanted)))
+    return [master for group, master in zip(groups, masters(engine), strict=True) if wanted[group]]
 
 
 def save(engine: Any) -> dict[str, torch.Tensor]:

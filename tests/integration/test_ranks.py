@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from orchestrator.anatomy import read_anatomy, select
 from orchestrator.data import build_set
 from orchestrator.plan.memory.moving import LOGIT_CHUNK_BYTES
+from orchestrator.plan.remedies import NOTHING, Remedies
 from orchestrator.plan.results import RungResult
 from orchestrator.plan.values import Assignment, BaseLoad, DataPaths, ExecutionPlan, TrainSettings, TrialSpec, TrunkPlan
 from orchestrator.store import read_jsonl
@@ -118,6 +119,7 @@ class Matrix:
         tokens_per_step: int = TOKENS_PER_STEP,
         num_steps: int = NUM_STEPS,
         trunk: TrunkPlan | None = None,
+        remedies: Remedies = NOTHING,
     ) -> None:
         selection = select(self.anatomy, policy, tune, 8 if tune == "lora" else None, task="completion")
         rate = rate if rate is not None else {"lora": 5e-3, "full": 5e-4}[tune]
@@ -133,13 +135,18 @@ class Matrix:
                 total_steps=num_steps,
                 total_tokens=num_steps * TOKENS_PER_STEP,
                 seed=3,
+                remedies=remedies,
             ),
             selection=selection,
             execution=execution,
             settings=TrainSettings(
                 warmup=0.1, schedule="cosine", weight_decay=0.01, grad_clip=1.0, tokens_per_step=tokens_per_step
             ),
-            data=DataPaths(train=str(self.folder / f"{train}.npz"), eval=str(self.folder / "eval.npz")),
+            data=DataPaths(
+                train=str(self.folder / f"{train}.npz"),
+                eval=str(self.folder / "eval.npz"),
+                replay=str(self.folder / "replay.npz") if remedies.needs_replayed_text else None,
+            ),
             metric=metric,
             folder=str(self.folder / "trials" / name),
             rung=rung,
