@@ -73,7 +73,7 @@ def test_what_was_written_is_read_and_damage_is_not(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [3, NUM_DOCUMENTS + 5])
-def test_no_more_documents_are_taken_than_pay(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_documents_are_taken_than_pay(count: int) -> None:
     steps: list[float] = []
 
     class Counting:
