@@ -22,6 +22,7 @@ from orchestrator.data.encoding import load_tokenizer
 from orchestrator.data.prepare import data_size, prepare_data
 from orchestrator.data.replay import replayed_documents
 from orchestrator.data.sets import TokenizedSet, build_set, joined, shuffled
+from orchestrator.data.shots import with_shots
 from orchestrator.data.summary import DataSummary, Dropped, SplitSummary
 
 __all__ = [
@@ -41,4 +42,5 @@ __all__ = [
     "prepare_data",
     "replayed_documents",
     "shuffled",
+    "with_shots",
 ]

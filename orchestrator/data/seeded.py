@@ -10,6 +10,7 @@ CAPS = 0xCA9
 RETENTION = 0x4E7
 REPLAY = 0x4E9
 FISHER = 0xF15
+SHOTS = 0x5407
 """Salts, so that choices of one seed do not follow one another."""
 
 

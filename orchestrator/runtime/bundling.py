@@ -89,7 +89,7 @@ def _comparisons(inputs: BundleInputs, scores: HeldOutScores, metric: str, seed:
     by_answer = inputs.base.task == "classify" and metric != "loss"
     labels = TokenizedSet.load(inputs.test_set).labels
     own, weights = _losses(scores, PROMOTED, labels, by_answer)
-    others: tuple[Control, ...] = ("none", "head", "shuffled")
+    others: tuple[Control, ...] = ("none", "head", "shuffled", "k_shot")
     ran = {model.model for model in scores.models}
     unit = "accuracy" if by_answer else "nats per token"
     return {

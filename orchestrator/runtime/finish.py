@@ -101,7 +101,7 @@ def controls_beside(ledger: Ledger, trial: TrialSpec, bundled_step: int) -> Cont
 
 def _inputs(prepared: Prepared, entry: TrialEntry, bundled: RungResult, controls: Controls) -> BundleInputs:
     assert bundled.checkpoint is not None
-    folder = prepared.run.data
+    folder, search = prepared.run.data, prepared.spec.search
     return BundleInputs(
         name=prepared.spec.name,
         base_name=prepared.spec.base.model,
@@ -117,6 +117,7 @@ def _inputs(prepared: Prepared, entry: TrialEntry, bundled: RungResult, controls
         test_set=str(folder / "test.npz"),
         retain_set=prepared.data_paths.retain,
         controls=controls.artifacts,
+        shots=search.shots if search is not None and "k_shot" in search.controls else 0,
         separator=prepared.spec.data.separator,
         data_sha256=prepared.data.inputs_sha256,
         spec=prepared.spec.model_dump(mode="json"),

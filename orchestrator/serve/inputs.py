@@ -33,6 +33,8 @@ class BundleInputs(Value):
     retain_set: str | None = None
     controls: dict[str, str] = {}
     """Control (`head`, `shuffled`) -> the folder that holds its adapter or delta."""
+    shots: int = 0
+    """Examples in the prompts of the control `k_shot`; 0: it was not asked for."""
     separator: str = "\n"
     """`data.separator`: stands between prompt and completion."""
     data_sha256: str

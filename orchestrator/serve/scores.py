@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from orchestrator.data import TokenizedSet, load_tokenizer
+from orchestrator.data import TokenizedSet, load_tokenizer, with_shots
 from orchestrator.serve.inputs import BundleInputs
 from orchestrator.serve.verifying import fitting_device
 from orchestrator.train.artifacts import attach_artifact
@@ -28,7 +28,7 @@ from orchestrator.transfer import forgetting
 from orchestrator.transfer.records import ModelScores, PromptComparison
 from orchestrator.values import Value
 
-PROMOTED, UNTOUCHED = "promoted", "none"
+PROMOTED, UNTOUCHED, SHOWN = "promoted", "none", "k_shot"
 NUM_PROMPTS = 4
 GENERATED_TOKENS = 8192
 """Answers are generated for the first documents of the test set, as many as fit in this budget of new tokens."""
@@ -72,6 +72,8 @@ def score_test(
     scorer.score_bundle(bundle)
     base = load_base(inputs.base, inputs.anatomy, dtype=scorer.dtype, device=scorer.device)
     scorer.score_untouched(base)
+    if inputs.shots:
+        scorer.score_with_shots(base)
     for control, artifact in inputs.controls.items():
         with attach_artifact(base, Path(artifact)) as branch:
             scorer.score(control, branch.model, generate=False)
@@ -106,6 +108,8 @@ class _Scorer:
         self.test: dict[str, Evaluation] = {}
         self._retain: dict[str, float] = {}
         self._answers: dict[str, list[str]] = {}
+        self.num_shots: float | None = None
+        """Examples in a prompt of `k_shot`, on average."""
 
     def score_bundle(self, bundle: Path) -> None:
         kind = AutoModelForSequenceClassification if self._classify else AutoModelForCausalLM
@@ -122,10 +126,18 @@ class _Scorer:
             self.score(UNTOUCHED, base.model, generate=True)
 
     @torch.no_grad()
-    def score(self, name: str, model: nn.Module, *, generate: bool) -> None:
+    def score_with_shots(self, base: LoadedBase) -> None:
+        """The untouched base once more, with examples of the training set in its prompts."""
+        limit, seed = self._inputs.anatomy.max_positions, self._inputs.trial.seed
+        found = with_shots(self._data, TokenizedSet.load(self._inputs.train_set), self._inputs.shots, limit, seed)
+        self.num_shots = found.mean
+        with _evaluating(base.model):
+            self.test[SHOWN] = self._evaluate(self._objective(base.model), found.data)
+
+    def _objective(self, model: nn.Module) -> Objective:
         anatomy = self._inputs.anatomy
         head = anatomy.classifier_weight if self._classify else anatomy.head_weight
-        objective = Objective(
+        return Objective(
             model,
             model.get_submodule(anatomy.backbone),
             model.get_submodule(head.rpartition(".")[0]),
@@ -133,6 +145,10 @@ class _Scorer:
             encoder=anatomy.kind == "encoder",
             final_norm=final_norm_of(model, anatomy),
         )
+
+    @torch.no_grad()
+    def score(self, name: str, model: nn.Module, *, generate: bool) -> None:
+        objective = self._objective(model)
         with _evaluating(model):
             self.test[name] = self._evaluate(objective, self._data)
             if self._retained is not None:
@@ -159,6 +175,7 @@ class _Scorer:
             num_answered=len(self._answers.get(name, ())),
             retain_loss=retain,
             forgetting=lost,
+            num_shots=self.num_shots if name == SHOWN else None,
         )
 
     def prompts(self, count: int) -> tuple[PromptComparison, ...]:

@@ -162,6 +162,13 @@ def _points(spec: JobSpec) -> Iterator[Finding]:
             yield Finding((*path, number, "lora_rank"), "unfrozen weights have no lora_rank", "take it out, or write tune: lora")
 
 
+def _controls(spec: JobSpec) -> Iterator[Finding]:
+    for number, control in enumerate(spec.search.controls if spec.search is not None else ()):
+        if control == "k_shot" and spec.task in ("classify", "text"):
+            message = f"task {spec.task} has no answers that could be shown in a prompt"
+            yield Finding(("search", "controls", number), message, "take k_shot out", (("task",),))
+
+
 def _remedies(spec: JobSpec) -> Iterator[Finding]:
     return (Finding(*mistake) for mistake in remedy_mistakes(spec))
 
@@ -223,6 +230,7 @@ CHECKS: tuple[Callable[[JobSpec], Iterator[Finding]], ...] = (
     _metric,
     _policies,
     _points,
+    _controls,
     _remedies,
     _duplicates,
     _paths,

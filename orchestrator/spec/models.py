@@ -178,6 +178,8 @@ class SearchSpec(Section):
     """Whether blocks are scored by their gradients before the search, where it has more than one choice of blocks."""
     controls: tuple[Literal["shuffled", "scratch", "k_shot"], ...] = ()
     """Controls beyond `none` and `head`, which always run."""
+    shots: PositiveInt = 4
+    """Examples that the control `k_shot` puts before each test document, as many as the base can read."""
 
     @property
     def num_trials(self) -> int:

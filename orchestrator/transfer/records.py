@@ -202,6 +202,8 @@ class ModelScores(Value):
     """Documents that were answered: what `exact_match` was taken over, the first ones of the test set."""
     retain_loss: float | None = None
     forgetting: float | None = None
+    num_shots: float | None = None
+    """Examples in each prompt of `k_shot`, on average; fewer than asked for where no more fitted."""
 
 
 class PromptComparison(Value):
