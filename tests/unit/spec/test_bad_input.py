@@ -137,7 +137,6 @@ ROWS = [
     ("task:", "output: s3://x\ntask:", "output", 4, 9, "not supported yet", "local or mounted"),
     ("model: sample", "model: sample\n  quantize: int8", "base.quantize", 4, 13, "not supported yet", "nf4 or none"),
     ("search:\n", "search:\n  controls: [shuffled, scratch]\n", "search.controls[1]", 11, 24, "not supported yet", "shuffled"),
-    ("search:\n", "task: text\nsearch:\n  controls: [k_shot]\n", "search.controls[0]", 12, 14, "no answers", "take k_shot out"),
     ("model: sample", "model: sample\n  trust_remote_code: true", "base.trust_remote_code", 4, 22, "refused", "layout"),
 ]  # fmt: skip
 
