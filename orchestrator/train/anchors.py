@@ -16,6 +16,10 @@ from typing import Protocol
 import torch
 
 
+CHUNK = 2**20
+"""Numbers that are pulled at once, so that what that takes beside them is small."""
+
+
 class Anchor(Protocol):
     """Called by an engine after each update, before masters are rounded into the model."""
 
@@ -62,8 +66,9 @@ class ElementAnchor:
         if importance is None:
             master.lerp_(start, reach / (1.0 + reach))
             return
-        share = importance * reach
-        master.lerp_(start, share.div_(1.0 + share))
+        for part, to, each in zip(master.split(CHUNK), start.split(CHUNK), importance.split(CHUNK), strict=True):
+            share = each * reach
+            part.lerp_(to, share.div_(1.0 + share))
 
 
 class ProductAnchor:
