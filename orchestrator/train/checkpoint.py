@@ -1,4 +1,4 @@
-"""Checkpoints that are committed whole or not at all, and checked before anything of them is read.
+"""Checkpoints are checked before anything of them is read, and the old ones go once a new one stands.
 
 A checkpoint is a folder with a manifest: the artifact (adapter/ or delta/), each rank's float32 masters and Adam
 moments (state-rank<k>.safetensors) and random state, state.json, and eval.npz where the trial was evaluated there.
@@ -10,94 +10,44 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from orchestrator.errors import IntegrityError, OrchestratorError, TrainingError
+from orchestrator.errors import IntegrityError, TrainingError
 from orchestrator.plan.cost.estimate import KEPT_CHECKPOINTS
-from orchestrator.store import check_folder, commit_folder, read_json, read_jsonl, write_atomic, write_json
-from orchestrator.train.artifacts import save_artifact
-from orchestrator.train.branch import Branch
+from orchestrator.store import check_folder, read_json, read_jsonl, write_atomic
 from orchestrator.train.engine import Engine
-from orchestrator.train.evaluation import Evaluation
 from orchestrator.train.loop import LoopState
 from orchestrator.train.ranks import Ranks
+from orchestrator.train.snapshot import RANDOM
 
-_RANDOM = "random."
 logger = logging.getLogger(__name__)
-
-
-def save_checkpoint(
-    final: Path,
-    branch: Branch,
-    engine: Engine,
-    state: LoopState,
-    ranks: Ranks,
-    *,
-    seed: int,
-    layout: str,
-    keep_optimizer: bool,
-    evaluations: dict[str, Evaluation] | None = None,
-) -> None:
-    """Write `final`, together: every rank its own state, rank 0 the rest. Called on every rank.
-
-    Raises:
-        TrainingError: what was learned cannot be saved (law 4). Every rank raises it, and nothing was written.
-    """
-    tensors = engine.full_tensors()
-    with ExitStack() as commit:
-        folder = Path(ranks.broadcast(str(commit.enter_context(commit_folder(final))) if ranks.first else None))
-        failure: OrchestratorError | None = None
-        try:
-            if keep_optimizer:
-                _save_rank_state(folder, engine, ranks)
-            if ranks.first:
-                save_artifact(branch, folder, tensors)
-                for name, evaluation in (evaluations or {}).items():
-                    evaluation.save(folder / f"{name}.npz")
-                write_json(folder / "state.json", _record(state, ranks, seed, layout, has_optimizer=keep_optimizer))
-        except OrchestratorError as error:
-            failure = error
-        for error in ranks.gather(failure):
-            if error is not None:
-                raise error
-    ranks.barrier()
-
-
-def _record(state: LoopState, ranks: Ranks, seed: int, layout: str, *, has_optimizer: bool) -> dict[str, object]:
-    return {
-        "step": state.step,
-        "tokens": state.tokens,
-        "loss": state.loss,
-        "loss_hex": None if state.loss is None else state.loss.hex(),
-        "seed": seed,
-        "ranks": ranks.count,
-        "layout": layout,
-        "has_optimizer": has_optimizer,
-    }
 
 
 @dataclass(frozen=True)
 class StartPoint:
-    """A checkpoint whose hashes were right, before its tensors are read."""
+    """A checkpoint whose hashes were right, before its tensors are read; or one that this process wrote and remembers."""
 
     folder: Path
     state: LoopState
     exact: bool
     """Whether masters, moments and random state can be taken over bit for bit; else only the weights can."""
+    remembered: Mapping[str, torch.Tensor] | None = None
+    """The rank's state where it is in memory still: then no file is read."""
 
     def resume(self, engine: Engine, ranks: Ranks) -> None:
         """Masters, moments and random state as they were when the checkpoint was written."""
-        tensors = load_file(self.folder / f"state-rank{ranks.rank}.safetensors")
-        engine.load_state_dict({name: tensor for name, tensor in tensors.items() if not name.startswith(_RANDOM)})
-        torch.set_rng_state(tensors[_RANDOM + "cpu"])
-        if _RANDOM + "cuda" in tensors:
-            torch.cuda.set_rng_state(tensors[_RANDOM + "cuda"], ranks.device)
+        tensors = self.remembered
+        if tensors is None:
+            tensors = load_file(self.folder / f"state-rank{ranks.rank}.safetensors")
+        engine.load_state_dict({name: tensor for name, tensor in tensors.items() if not name.startswith(RANDOM)})
+        torch.set_rng_state(tensors[RANDOM + "cpu"])
+        if RANDOM + "cuda" in tensors:
+            torch.cuda.set_rng_state(tensors[RANDOM + "cuda"], ranks.device)
 
 
 def open_checkpoint(
@@ -195,11 +145,3 @@ def _step_of(folder: Path) -> int:
     """The step in a checkpoint's name; -1 for a rung."""
     kind, _, number = folder.name.rpartition("-")
     return int(number) if kind == "checkpoint" and number.isdigit() else -1
-
-
-def _save_rank_state(folder: Path, engine: Engine, ranks: Ranks) -> None:
-    tensors = dict(engine.state_dict())
-    tensors[_RANDOM + "cpu"] = torch.get_rng_state()
-    if ranks.device.type == "cuda":
-        tensors[_RANDOM + "cuda"] = torch.cuda.get_rng_state(ranks.device)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / f"state-rank{ranks.rank}.safetensors")
