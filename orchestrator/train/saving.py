@@ -100,10 +100,14 @@ class Saver:
             if trial_folder is None or write.final.parent == trial_folder:
                 write.done.result()
 
+    def forget(self) -> None:
+        """Every trial begins its next rung from the files."""
+        self._remembered.clear()
+
     def close(self) -> None:
         """Write what waits, and forget the rest."""
         self._thread.shutdown()
-        self._remembered.clear()
+        self.forget()
 
     @property
     def held_bytes(self) -> int:
