@@ -36,6 +36,8 @@ class EngineRecord(Value):
     checkpointing: bool = False
     fused_trials: int = 1
     """How many trials shared its batches."""
+    from_memory: bool = False
+    """Whether it went on from what its process remembered of the trial's last rung; else from the files, or from step 0."""
     trunk_cut: int | None = None
     """The cut whose stored states it trained on; None where the trunk was computed at every step."""
 
@@ -68,6 +70,7 @@ class RungResult(Value):
     """Spent before it on hidden states that were not stored yet."""
     started_at: float = 0.0
     finished_at: float = 0.0
+    """When its gang was free for the next; the rung may have been on disk a little later."""
     gang: int = -1
     notes: tuple[str, ...] = ()
     """What happened by itself on the way (law 9): a micro-batch halved, a damaged checkpoint passed over."""

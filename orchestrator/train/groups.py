@@ -42,7 +42,7 @@ class Groups:
             started = time.time()
             part = rest[: self._width_of(rest)]
             if len(part) == 1:
-                results.append(self._host.run(part[0], on_step).model_copy(update={"started_at": started}))
+                results.append(self._host.carry(part[0], on_step).model_copy(update={"started_at": started}))
             else:
                 results += self._run_fused(part, started, on_step)
         return results
@@ -122,4 +122,4 @@ class Groups:
         if not isinstance(error, OrchestratorError):
             raise error
         host.news.append(f"{len(group)} trials cannot share a batch and are run apart: {error}")
-        return [host.run(assignment, on_step) for assignment in group]
+        return [host.carry(assignment, on_step) for assignment in group]

@@ -23,22 +23,22 @@ from orchestrator.train.branch import Branch, WeightKeeper, open_branch
 from orchestrator.train.checkpoint import (
     StartPoint,
     checkpoint_folder,
-    drop_old_checkpoints,
     forget_steps_after,
     open_checkpoint,
     rung_folder,
-    save_checkpoint,
 )
 from orchestrator.train.engine import Engine, forward_ready, is_partitioned, layout_of, num_live_engines
 from orchestrator.train.integrity import changed_frozen
 from orchestrator.train.loop import LoopState, train_steps
-from orchestrator.train.memory import memory_in_use
+from orchestrator.train.memory import growth_bytes, memory_in_use
 from orchestrator.train.objective import Objective, objective_of
 from orchestrator.train.outcome import TrialOutcome
 from orchestrator.train.probe import score_blocks
 from orchestrator.train.ranks import Ranks
 from orchestrator.train.recompute import recomputed
+from orchestrator.train.saving import Saver
 from orchestrator.train.scoring import Scorer
+from orchestrator.train.snapshot import take_snapshot
 from orchestrator.train.speed import SteadySpeed
 from orchestrator.train.torch_engine import TorchEngine
 from orchestrator.train.trunk.library import TrunkLibrary
@@ -56,6 +56,7 @@ class TrialRun:
         ranks: Ranks,
         load_set: Callable[[str], TokenizedSet],
         trunk: TrunkLibrary,
+        saver: Saver,
         base_fingerprint: Mapping[str, str],
         ordinal: int,
         note: Callable[[str], None],
@@ -69,10 +70,12 @@ class TrialRun:
         self.outcome = outcome
         self._load_set = load_set
         self._trunk = trunk
+        self._saver = saver
         self._base_fingerprint = base_fingerprint
         self._ordinal = ordinal
         self._num_fused = num_fused
         self._note = note
+        self._from_memory = False
         self._peak_bytes = 0
         self._speed = SteadySpeed(0)
         self.rows = RowPlan.of(execution, ranks.rank, classify=base.load.task == "classify")
@@ -130,14 +133,14 @@ class TrialRun:
     def start_point(self) -> StartPoint | None:
         if self.assignment.start is None:
             return None
-        return open_checkpoint(
-            Path(self.assignment.start),
-            Path(self.assignment.folder),
-            self.ranks,
-            seed=self.assignment.trial.seed,
-            layout=layout_of(self.execution),
-            note=self._note,
-        )
+        start, folder, seed = Path(self.assignment.start), Path(self.assignment.folder), self.assignment.trial.seed
+        layout = layout_of(self.execution)
+        remembered = self._saver.find(start, seed=seed, layout=layout)
+        self._from_memory = remembered is not None
+        if remembered is not None:
+            return remembered
+        self._saver.settle(folder)
+        return open_checkpoint(start, folder, self.ranks, seed=seed, layout=layout, note=self._note)
 
     def build_engine(self, objective: Objective, branch: Branch) -> Engine:
         settings = self.assignment.settings
@@ -202,8 +205,6 @@ class TrialRun:
             append_jsonl(folder / "steps.jsonl", report)
         if every and state.step % every == 0 and state.step < self.assignment.stop_step:
             self._save(checkpoint_folder(folder, state.step), engine, branch, final=False)
-            if self.ranks.first:
-                drop_old_checkpoints(folder, state.step)
 
     def train_states(self) -> TrunkStates | None:
         """What is stored of the training set at this trial's cut. Other answers are other documents, and are not stored."""
@@ -247,8 +248,8 @@ class TrialRun:
         self._save(rung_folder(Path(self.assignment.folder), self.assignment.rung), engine, branch, final=True)
 
     def _save(self, folder: Path, engine: Engine, branch: Branch, *, final: bool) -> None:
-        save_checkpoint(
-            folder,
+        together = self.execution.executor == "deepspeed"
+        snapshot = take_snapshot(
             branch,
             engine,
             self.outcome.state,
@@ -257,7 +258,10 @@ class TrialRun:
             layout=layout_of(self.execution),
             keep_optimizer=self.assignment.keep_optimizer or not final,
             evaluations=self.outcome.scores.by_set() if final else {},
+            gathered=not together,
         )
+        growth = growth_bytes(self.ranks.device, self.assignment.predicted_memory_bytes)
+        self._saver.save(folder, snapshot, self.ranks, together=together, rung=final, growth_bytes=growth)
         if final:
             self.outcome.checkpoint = folder
 
@@ -300,5 +304,6 @@ class TrialRun:
             micro_batch_rows=self.execution.micro_batch_rows,
             checkpointing=self.execution.checkpointing,
             fused_trials=self._num_fused,
+            from_memory=self._from_memory,
             trunk_cut=None if self.train_states() is None else self.assignment.selection.cut,
         )
