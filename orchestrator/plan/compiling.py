@@ -39,7 +39,10 @@ def with_compiling(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy) -> RunPl
         return plan
     if asked == "on" and against is not None:
         raise PlanError(
-            f"the blocks cannot be compiled: {against}", where="resources.compile", expected="auto or off", remedy="leave it to auto"
+            f"the blocks cannot be compiled: {against}",
+            where="resources.compile",
+            expected="auto or off",
+            remedy="leave it to auto",
         )
     if plan.search is None:
         execution = plan.refit_execution.model_copy(update={"compiled": asked == "on"})

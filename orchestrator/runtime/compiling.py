@@ -1,4 +1,4 @@
-"""Whether the run's trials train with compiled blocks: settled once in a run's life, before its first trial; compile.json says how."""
+"""Whether the run's trials train with compiled blocks: settled before the first of them, once in a run's life (compile.json)."""
 
 from __future__ import annotations
 

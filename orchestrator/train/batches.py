@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from orchestrator.data import MicroBatch, TokenizedSet, documents_of_steps, micro_batches, pack_rows
+from orchestrator.data.batching import width_of
 from orchestrator.plan.values import ExecutionPlan
 from orchestrator.train.trunk.states import TrunkStates
 

@@ -64,7 +64,9 @@ def test_a_gang_trains_for_its_part_of_the_search(planned: Any) -> None:
         ({"resources": {"zero": 2}}, "DeepSpeed"),
     ],
 )
-def test_what_cannot_be_compiled_is_told_and_refused_where_it_is_asked_for(planned: Any, sections: dict[str, Any], why: str) -> None:
+def test_what_cannot_be_compiled_is_told_and_refused_where_it_is_asked_for(
+    planned: Any, sections: dict[str, Any], why: str
+) -> None:
     plan = planned(LONG, **sections)
     assert plan.compiling.option is None
     assert why in note(plan)
