@@ -4,11 +4,12 @@
                         [--trials 16] [--epochs 2] [--no-early-stopping] [--stock FILE] [--run FOLDER] [--work FOLDER] [--json]
 
 `step`: a training step of LoRA on the last quarter of the blocks; the bound is the ratio of operations, counted on both
-sides. `compile`: a micro-batch of ours with compiled blocks, and what compiling takes. `fused`: eight such trials in one batch; `memory`: what they take. `idle`: how long a place stands without training
-between two trials. `whole`: the sweep, from its start to the end of its last trial. Without names all. `--stock` reads what
-`scripts/bench stock_sweep` wrote instead of running it, `--run` a finished run of ours; both must be of the same settings.
-`--work` keeps what both sides leave. There are as many cores as trials at a time, and every trial has one thread. A whole
-comparison of sixteen trials on two cores wants a quiet machine: its speed is printed before and after each side.
+sides. `compile`: a full micro-batch of ours as it is and with compiled blocks, and what compiling takes. `fused`: eight such
+trials in one batch; `memory`: what they take. `idle`: how long a place stands without training between two trials. `whole`:
+the sweep, from its start to the end of its last trial. Without names all. `--stock` reads what `scripts/bench stock_sweep`
+wrote instead of running it, `--run` a finished run of ours; both must be of the same settings. `--work` keeps what both sides
+leave. There are as many cores as trials at a time, and every trial has one thread. A whole comparison of sixteen trials on two
+cores wants a quiet machine: its speed is printed before and after each side.
 """
 
 from __future__ import annotations
