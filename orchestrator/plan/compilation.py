@@ -26,9 +26,11 @@ class CompileTimes(Value):
     eager_seconds: float = 0.0
     """Of a full micro-batch, forwards and backwards, the fastest of a few."""
     compiled_seconds: float = 0.0
-    """Likewise, once the blocks are compiled."""
+    """Likewise, padded to the width of a row, once the blocks are compiled."""
     compile_seconds: float = 0.0
     """What compiling them took."""
+    full_share: float = 1.0
+    """Of the tokens of the first steps, those in full micro-batches."""
     failed: str = ""
     """Why there are no times."""
 

@@ -121,7 +121,7 @@ def standing_choice(asked: Literal["auto", "on", "off"], known: CompileChoice | 
 def choice_of(plan: CompilePlan, times: CompileTimes) -> CompileChoice:
     """What follows from a measurement: compiled blocks must gain more over the search than compiling all of them takes.
 
-    What it gains is the share that is saved of a micro-batch's time, of the time that a gang is planned to train for.
+    What it gains is the share that is saved of a full micro-batch's time, of what a gang is planned to train for with such.
     """
     if times.failed:
         return CompileChoice(compiled=False, reason=f"the blocks cannot be compiled: {times.failed}", times=times)
@@ -133,7 +133,7 @@ def choice_of(plan: CompilePlan, times: CompileTimes) -> CompileChoice:
     )
     if plan.required:
         return CompileChoice(compiled=True, reason=said, times=times)
-    saved = (1 - share) * (plan.gang_seconds or 0.0)
+    saved = (1 - share) * times.full_share * (plan.gang_seconds or 0.0)
     said = f"{said}, and saves {format_seconds(max(0.0, saved))}"
     return CompileChoice(compiled=share <= MOST_OF_EAGER and spent < saved, reason=said, times=times)
 

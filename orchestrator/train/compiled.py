@@ -39,7 +39,7 @@ CODE_KINDS = 10_000
 """Kinds of code that a process keeps at most. Beyond torch's own limit of 8 it goes on uncompiled in silence, with other bits."""
 TIMED = 3
 LOOKED_AT = 8
-"""Steps in which a full micro-batch is looked for, to measure by."""
+"""Steps by which full micro-batches are judged: what they hold of all tokens, and how fast they are."""
 
 
 @dataclass
@@ -104,28 +104,39 @@ def missing_compiler(device: torch.device) -> str:
 def time_compiled(
     base: LoadedBase, engine: Engine, cut: int, execution: ExecutionPlan, steps: Iterable[StepInput]
 ) -> CompileTimes:
-    """A full micro-batch forwards and backwards, as it is and compiled. The engine takes no step.
+    """A full micro-batch forwards and backwards, as it is and padded and compiled. The engine takes no step.
 
     Args:
         base: With its branch open.
         engine: Of the branch.
         cut: The first block that is compiled.
         execution: How the trial is trained.
-        steps: Of the trial, their full micro-batches of one shape.
+        steps: The trial's first, LOOKED_AT of them, their full micro-batches of one shape.
     """
     rows = execution.micro_batch_rows
-    batches = (batch for step in steps for batch in step.micro_batches)
-    batch = next((batch for batch in batches if len(batch["input_ids"]) == rows), None)
-    if batch is None:
-        return CompileTimes(failed=f"no micro-batch of the first steps has {rows} rows")
+    batches = [batch for step in steps for batch in step.micro_batches]
+    full = [batch for batch in batches if len(batch["input_ids"]) == rows]
+    if not full:
+        return CompileTimes(failed=f"no micro-batch of the first {LOOKED_AT} steps has {rows} rows")
+    full_share = sum(map(_num_tokens, full)) / sum(map(_num_tokens, batches))
     engine.objective.train()
     try:
         with compiled_blocks(base, cut, execution.model_copy(update={"compiled": True})) as spent:
-            compiled = _fastest(engine, batch, base.device)
+            compiled = _fastest(engine, full[0], base.device)
     except TrainingError as error:
         return CompileTimes(failed=error.what.removeprefix("the blocks cannot be compiled: "))
-    eager = _fastest(engine, batch, base.device)
-    return CompileTimes(eager_seconds=eager, compiled_seconds=compiled, compile_seconds=spent.seconds)
+    eager = _fastest(engine, _without_padding(full[0]), base.device)
+    return CompileTimes(eager_seconds=eager, compiled_seconds=compiled, compile_seconds=spent.seconds, full_share=full_share)
+
+
+def _num_tokens(batch: Mapping[str, torch.Tensor]) -> int:
+    return int(batch["lengths"].sum())
+
+
+def _without_padding(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The micro-batch as wide as its longest row asks for."""
+    width = width_of(int(batch["lengths"].max()))
+    return {name: tensor[:, :width].contiguous() if tensor.ndim > 1 else tensor for name, tensor in batch.items()}
 
 
 def _fastest(engine: Engine, batch: Mapping[str, torch.Tensor], device: torch.device) -> float:

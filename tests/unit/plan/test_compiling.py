@@ -131,6 +131,13 @@ def test_compiled_blocks_pay_where_they_save_more_than_they_take(
     assert choice_of(plan.model_copy(update={"required": True}), times).compiled
 
 
+def test_what_is_not_full_saves_nothing() -> None:
+    plan = CompilePlan(option=0, reason="", num_kinds=1, gang_seconds=1000.0)
+    times = CompileTimes(eager_seconds=1.0, compiled_seconds=0.5, compile_seconds=100.0)
+    assert choice_of(plan, times.model_copy(update={"full_share": 0.21})).compiled
+    assert not choice_of(plan, times.model_copy(update={"full_share": 0.19})).compiled
+
+
 def test_what_failed_is_not_compiled_whoever_asks() -> None:
     times = CompileTimes(failed="there is no C++ compiler (g++)")
     for required in (False, True):
