@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from orchestrator.plan.compilation import CompileTimes
 from orchestrator.plan.scored import LayerScores
 from orchestrator.plan.values import ExecutionPlan
 from orchestrator.values import Value
@@ -38,6 +39,10 @@ class EngineRecord(Value):
     """How many trials shared its batches."""
     from_memory: bool = False
     """Whether it went on from what its process remembered of the trial's last rung; else from the files, or from step 0."""
+    compiled: bool = False
+    """Whether its blocks were compiled."""
+    compile_seconds: float = 0.0
+    """What of its training was spent on compiling: nothing where an earlier trial of the gang had the same kind of blocks."""
     trunk_cut: int | None = None
     """The cut whose stored states it trained on; None where the trunk was computed at every step."""
 
@@ -76,6 +81,8 @@ class RungResult(Value):
     """What happened by itself on the way (law 9): a micro-batch halved, a damaged checkpoint passed over."""
     layer_scores: LayerScores | None = None
     """What a probe found."""
+    compile_times: CompileTimes | None = None
+    """What was measured of compiled blocks."""
 
 
 class StepReport(Value):

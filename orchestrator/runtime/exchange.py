@@ -109,11 +109,11 @@ class Exchange:
         return self._answer(known, ended=over or known.state == "failed")
 
     async def probe(self, assignment: Assignment) -> RungResult | None:
-        """Have a gang score the blocks; nothing of it stands in the ledger."""
+        """Have a gang measure something; nothing of it stands in the ledger."""
         return await self._hand_out(assignment)
 
     async def replan(self, plan: RunPlan) -> None:
-        """The plan once the blocks are scored; its gangs and options are the same ones."""
+        """The plan once more is known; its gangs and options are the same ones."""
         self._orders = self._orders.model_copy(update={"plan": plan})
         self._first_steps = FirstSteps(plan, self._orders.anatomy, self._orders.num_gangs)
 
@@ -206,7 +206,7 @@ class Exchange:
     def _settle(self, work: Work, result: RungResult) -> None:
         """Write a result down, then answer whoever waits for it."""
         try:
-            if work.assignment.probe is None:
+            if not work.assignment.measures:
                 self._record(result)
         except Exception as error:  # a full disk, say: whoever waits must hear of it
             work.fail(error)

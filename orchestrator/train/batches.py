@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from orchestrator.data import MicroBatch, TokenizedSet, documents_of_steps, micro_batches, pack_rows
+from orchestrator.data.batching import width_of
 from orchestrator.plan.values import ExecutionPlan
 from orchestrator.train.trunk.states import TrunkStates
 
@@ -50,6 +51,8 @@ class RowPlan:
     pack: bool
     rank: int = 0
     num_ranks: int = 1
+    one_shape: bool = False
+    """Whether all full micro-batches are as wide as a row may be, and so of one shape."""
 
     @classmethod
     def of(cls, execution: ExecutionPlan, rank: int, *, classify: bool) -> RowPlan:
@@ -60,7 +63,8 @@ class RowPlan:
     def batches(self, data: TokenizedSet, documents: np.ndarray) -> list[MicroBatch]:
         """This rank's share, the same number of micro-batches on every rank."""
         rows = pack_rows(data.lengths, documents, self.row_tokens, self.pack)
-        return micro_batches(data, rows, self.rank, self.num_ranks, self.rows_per_micro_batch)
+        width = width_of(self.row_tokens) if self.one_shape else 0
+        return micro_batches(data, rows, self.rank, self.num_ranks, self.rows_per_micro_batch, width)
 
 
 def to_tensors(batch: MicroBatch, device: torch.device, trunk: TrunkStates | None = None) -> dict[str, torch.Tensor]:

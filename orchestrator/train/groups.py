@@ -51,6 +51,8 @@ class Groups:
         """How many of the group share a batch; measured for each kind of batch, and again for the first group in which
         twice as many could, where nobody has tried that."""
         first, kind = group[0], kind_of_batch(group[0])
+        if first.execution.compiled:
+            return 1  # each company would need code of its own
         wider = 2 * self.widths.get(kind, 1)
         if wider <= len(group) and (kind not in self.widths or self._tried.get(kind, wider) < wider):
             self._tried[kind] = len(group)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,8 +19,8 @@ from orchestrator.plan.values import Assignment, ExecutionPlan
 from orchestrator.store import append_jsonl
 from orchestrator.train.artifacts import load_artifact
 from orchestrator.train.base import LoadedBase
-from orchestrator.train.batches import RowPlan, StepPlan
-from orchestrator.train.branch import Branch, WeightKeeper, open_branch
+from orchestrator.train.batches import RowPlan, StepPlan, step_inputs
+from orchestrator.train.branch import Branch, open_branch
 from orchestrator.train.checkpoint import (
     StartPoint,
     checkpoint_folder,
@@ -27,7 +28,8 @@ from orchestrator.train.checkpoint import (
     open_checkpoint,
     rung_folder,
 )
-from orchestrator.train.engine import Engine, forward_ready, is_partitioned, layout_of, num_live_engines
+from orchestrator.train.compiled import LOOKED_AT, compiled_blocks, time_compiled
+from orchestrator.train.engine import Engine, forward_ready, is_partitioned, layout_of, num_live_engines, weight_keeper
 from orchestrator.train.integrity import changed_frozen
 from orchestrator.train.loop import LoopState, train_steps
 from orchestrator.train.memory import growth_bytes, memory_in_use
@@ -86,14 +88,15 @@ class TrialRun:
         assignment, trial = self.assignment, self.assignment.trial
         torch.manual_seed(trial.seed)
         with ExitStack() as stack:
+            keeper = weight_keeper(self.execution)
             branch = stack.enter_context(
-                open_branch(self.base, assignment.selection, lora_alpha=trial.lora_alpha, seed=trial.seed, keeper=self._keeper())
+                open_branch(self.base, assignment.selection, lora_alpha=trial.lora_alpha, seed=trial.seed, keeper=keeper)
             )
             objective = objective_of(self.base, branch.head(), assignment.selection.cut)
             if assignment.probe is not None:
                 self._score_blocks(assignment.probe, objective, branch)
                 return
-            if trial.control == "none" or assignment.stop_step == 0:
+            if assignment.compiling is None and (trial.control == "none" or assignment.stop_step == 0):
                 self._score_untrained(objective, stack)
                 return
             start = self.start_point()
@@ -104,6 +107,10 @@ class TrialRun:
             if self.execution.checkpointing:
                 blocks = branch.model.get_submodule(self.base.anatomy.blocks_module)
                 stack.enter_context(recomputed(list(blocks.children())[assignment.selection.cut :]))
+            if assignment.compiling is not None:
+                steps = step_inputs(self.steps(), replace(self.rows, one_shape=True), 0, LOOKED_AT, self.train_states())
+                self.outcome.compile_times = time_compiled(self.base, engine, assignment.selection.cut, self.execution, steps)
+                return
             if start is not None and start.exact:
                 start.resume(engine, self.ranks)
             self.outcome.state = start.state if start is not None else LoopState()
@@ -114,13 +121,6 @@ class TrialRun:
             self.record_peaks()
             self.prove_frozen(branch)
             self.save_rung(engine, branch)
-
-    def _keeper(self) -> WeightKeeper | None:
-        if not is_partitioned(self.execution):
-            return None
-        from orchestrator.train.zero3_warm import PartitionKeeper
-
-        return PartitionKeeper()
 
     def take_weights(self, branch: Branch, folder: Path) -> None:
         if not is_partitioned(self.execution):
@@ -167,18 +167,20 @@ class TrialRun:
         self.begin_steps()
         started = time.perf_counter()
         engine.objective.train()
-        self.outcome.state = train_steps(
-            engine,
-            self.steps(),
-            self.rows,
-            assignment.trial,
-            assignment.settings,
-            self.ranks,
-            self.outcome.state,
-            assignment.stop_step,
-            after_step,
-            self.train_states(),
-        )
+        with compiled_blocks(self.base, assignment.selection.cut, self.execution) as compiling:
+            self.outcome.state = train_steps(
+                engine,
+                self.steps(),
+                replace(self.rows, one_shape=self.execution.compiled),
+                assignment.trial,
+                assignment.settings,
+                self.ranks,
+                self.outcome.state,
+                assignment.stop_step,
+                after_step,
+                self.train_states(),
+            )
+        self.outcome.compile_seconds = compiling.seconds
         self.outcome.train_seconds = time.perf_counter() - started
         self.record_engine(engine)
 
@@ -305,5 +307,7 @@ class TrialRun:
             checkpointing=self.execution.checkpointing,
             fused_trials=self._num_fused,
             from_memory=self._from_memory,
+            compiled=executor != "none" and self.execution.compiled,
+            compile_seconds=self.outcome.compile_seconds,
             trunk_cut=None if self.train_states() is None else self.assignment.selection.cut,
         )
