@@ -106,19 +106,27 @@ def micro_batches(
     rank: int,
     num_ranks: int,
     rows_per_micro_batch: int,
+    full_width: int = 0,
 ) -> list[MicroBatch]:
     """One rank's share of `rows`, as micro-batches; every rank gets the same number of them.
 
     Rows are dealt longest first, to and fro over the ranks, so that the shares are of about equal tokens. A rank whose
     share ends early gets empty micro-batches, since collectives wait for everybody. The longest row of a micro-batch
-    is its width.
+    is its width; a full one has `full_width`, where that is given: then all full ones are of one shape.
     """
     tokens = [int(sum(data.lengths[document] for document in row)) for row in rows]
     longest_first = sorted(range(len(rows)), key=lambda index: -tokens[index])
     share = [row for turn, row in enumerate(longest_first) if _owner(turn, num_ranks) == rank]
     rounds = -(-max(1, -(-len(rows) // num_ranks)) // rows_per_micro_batch)
     cuts = [share[start * rows_per_micro_batch : (start + 1) * rows_per_micro_batch] for start in range(rounds)]
-    return [_micro_batch(data, [rows[index] for index in cut]) for cut in cuts]
+    return [
+        _micro_batch(data, [rows[index] for index in cut], full_width if len(cut) == rows_per_micro_batch else 0) for cut in cuts
+    ]
+
+
+def width_of(longest: int) -> int:
+    """Tokens that a row of `longest` tokens is padded to."""
+    return max(WIDTH_MULTIPLE, -(-longest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE)
 
 
 def _owner(turn: int, num_ranks: int) -> int:
@@ -127,9 +135,9 @@ def _owner(turn: int, num_ranks: int) -> int:
     return place if lap % 2 == 0 else num_ranks - 1 - place
 
 
-def _micro_batch(data: TokenizedSet, rows: list[list[int]]) -> MicroBatch:
+def _micro_batch(data: TokenizedSet, rows: list[list[int]], least_width: int = 0) -> MicroBatch:
     lengths = np.asarray([sum(int(data.lengths[document]) for document in row) for row in rows] or [0], dtype=np.int64)
-    width = max(WIDTH_MULTIPLE, -(-int(lengths.max()) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE)
+    width = max(least_width, width_of(int(lengths.max())))
     shape = (len(lengths), width)
     batch = MicroBatch(
         input_ids=np.zeros(shape, np.int64),

@@ -16,10 +16,19 @@ from orchestrator.plan.options import grid_points
 from orchestrator.plan.probe import with_scores
 from orchestrator.plan.size import estimate_data_size
 from orchestrator.plan.steps import rung_steps
-from orchestrator.plan.trials import head_control, make_assignment, make_trial, none_control, probe_trial, shuffled_control
+from orchestrator.plan.trials import (
+    compile_trial,
+    head_control,
+    make_assignment,
+    make_trial,
+    none_control,
+    probe_trial,
+    shuffled_control,
+)
 from orchestrator.plan.view import plan_lines
 
 __all__ = [
+    "compile_trial",
     "estimate_data_size",
     "grid_points",
     "head_control",

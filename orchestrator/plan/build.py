@@ -18,6 +18,7 @@ from orchestrator.plan.arrange import (
     refit_way,
     why_no_more_gangs,
 )
+from orchestrator.plan.compiling import with_compiling
 from orchestrator.plan.cost import estimate as cost
 from orchestrator.plan.estimates import MemoryEstimate
 from orchestrator.plan.fusing import most_fused
@@ -146,6 +147,7 @@ def _plan_on(
     _check_gpu_hours(plan, spec)
     plan = with_remarks(plan.model_copy(update={"notes": (*plan.notes, reason)}), spec, anatomy, found, cluster)
     room = found.room(gangs.way.ranks, gangs.num_gangs)
+    plan = with_compiling(plan, spec, anatomy)
     return with_probe(plan, spec, anatomy, gangs.way, room, are_scored=scores is not None)
 
 
@@ -270,7 +272,7 @@ def _most_fused(
     spec: JobSpec, anatomy: ModelAnatomy, choices: Sequence[Choice], load: Load, gangs: Arrangement, found: Machines
 ) -> int:
     """How many trials may share a batch, of those whose choices are adapters alone."""
-    if anatomy.dropout:
+    if anatomy.dropout or spec.resources.compile == "on":
         return 1
     alone = [footprint for choice, footprint in zip(choices, load.footprints, strict=True) if not choice.selection.trainable]
     kinds = {(choice.selection.cut, choice.selection.trainable) for choice in choices}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from orchestrator.plan.compilation import CompileTimes
 from orchestrator.plan.scored import LayerScores
 from orchestrator.plan.values import ExecutionPlan
 from orchestrator.values import Value
@@ -36,6 +37,12 @@ class EngineRecord(Value):
     checkpointing: bool = False
     fused_trials: int = 1
     """How many trials shared its batches."""
+    from_memory: bool = False
+    """Whether it went on from what its process remembered of the trial's last rung; else from the files, or from step 0."""
+    compiled: bool = False
+    """Whether its blocks were compiled."""
+    compile_seconds: float = 0.0
+    """What of its training was spent on compiling: nothing where an earlier trial of the gang had the same kind of blocks."""
     trunk_cut: int | None = None
     """The cut whose stored states it trained on; None where the trunk was computed at every step."""
 
@@ -68,11 +75,14 @@ class RungResult(Value):
     """Spent before it on hidden states that were not stored yet."""
     started_at: float = 0.0
     finished_at: float = 0.0
+    """When its gang was free for the next; the rung may have been on disk a little later."""
     gang: int = -1
     notes: tuple[str, ...] = ()
     """What happened by itself on the way (law 9): a micro-batch halved, a damaged checkpoint passed over."""
     layer_scores: LayerScores | None = None
     """What a probe found."""
+    compile_times: CompileTimes | None = None
+    """What was measured of compiled blocks."""
 
 
 class StepReport(Value):

@@ -6,6 +6,7 @@ import math
 from typing import Literal
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, select
+from orchestrator.plan.compilation import CompilePlan
 from orchestrator.plan.options import head_rates
 from orchestrator.plan.relief import SAME_GANG
 from orchestrator.plan.remedies import NOTHING
@@ -26,6 +27,10 @@ CONTROL_NUMBERS = {"none": -3, "head": -2, "shuffled": -1}
 """Controls stand before the searched trials, which count from 0."""
 PROBE = "probe"
 """The name of the work that scores the blocks. It is the untouched base's, and no trial: nothing of it is in the ledger."""
+
+
+COMPILE = "compile"
+"""Likewise, of the work that measures compiled blocks."""
 
 
 def make_trial(
@@ -74,6 +79,14 @@ def probe_trial(plan: RunPlan, anatomy: ModelAnatomy, seed: int) -> tuple[TrialS
     return trial.model_copy(update={"trial_id": PROBE, "number": CONTROL_NUMBERS["none"] - 1}), selection
 
 
+def compile_trial(plan: RunPlan, option: int, seed: int) -> TrialSpec:
+    """A choice of the search, to be measured with and without compiled blocks. A control, so that nothing holds it back."""
+    assert plan.search is not None
+    found = plan.search.options[option]
+    trial = make_trial(plan, found, found.learning_rate_low, CONTROL_NUMBERS["none"] - 2, seed, "none")
+    return trial.model_copy(update={"trial_id": COMPILE})
+
+
 def head_control(plan: RunPlan, anatomy: ModelAnatomy, spec: JobSpec, seed: int) -> tuple[TrialSpec, LayerSelection]:
     """Feature extraction: only the head learns, at the middle (geometric mean) of its learning-rate range."""
     selection = _select(plan, anatomy, "head")
@@ -107,6 +120,7 @@ def make_assignment(
     checkpoint_every_steps: int = 0,
     evaluate: bool = True,
     probe: ProbePlan | None = None,
+    compiling: CompilePlan | None = None,
 ) -> Assignment:
     """All that a gang needs to carry `trial` to `stop_step`, by the plan's execution unless another is given.
 
@@ -114,6 +128,7 @@ def make_assignment(
         folder: The trial's folder.
         start: The rung's folder to go on from; None starts at step 0.
         probe: Score the blocks instead of training.
+        compiling: Measure what compiled blocks gain instead of training.
     """
     assert not selection.pending, "blocks are scored before anything is trained"
     return Assignment(
@@ -130,9 +145,10 @@ def make_assignment(
         keep_optimizer=keep_optimizer,
         checkpoint_every_steps=checkpoint_every_steps,
         evaluate=evaluate,
-        trunk=plan.trunk if trial.control != "none" else None,
+        trunk=plan.trunk if trial.control != "none" or compiling is not None else None,
         predicted_memory_bytes=_predicted_memory_bytes(plan, trial, execution or plan.execution),
         probe=probe,
+        compiling=compiling,
     )
 
 

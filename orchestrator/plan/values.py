@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from orchestrator.anatomy.values import LayerSelection
+from orchestrator.plan.compilation import CompilePlan
 from orchestrator.plan.estimates import CostEstimate, MemoryEstimate, Placement
 from orchestrator.plan.remedies import NOTHING, Remedies, method_name
 from orchestrator.plan.scored import ProbePlan
@@ -66,6 +67,8 @@ class ExecutionPlan(Value):
     micro_batch_rows: int
     """Rows that a rank computes at once."""
     pack: bool = True
+    compiled: bool = False
+    """Whether the blocks from the cut up are compiled for training."""
     backend: Literal["gloo", "nccl"] = "gloo"
     inside_node: bool = False
     """Whether every gang has a node that holds it: then its ranks wait for one rather than spread."""
@@ -171,6 +174,13 @@ class Assignment(Value):
     """What the plan expects a rank to use for it; None where the plan has no figure."""
     probe: ProbePlan | None = None
     """Score the blocks and train nothing."""
+    compiling: CompilePlan | None = None
+    """Measure what compiled blocks gain and train nothing."""
+
+    @property
+    def measures(self) -> bool:
+        """Whether it is no trial: nothing of it stands in the record of trials."""
+        return self.probe is not None or self.compiling is not None
 
 
 class TrialOption(Value):
@@ -247,6 +257,8 @@ class RunPlan(Value):
     """Where the two above come from, and what it costs beside them. None in plans of older versions."""
     probe: ProbePlan | None = None
     """How the blocks are scored before anything is trained; None where they are not."""
+    compiling: CompilePlan | None = None
+    """What is measured of compiled blocks; None where the choice has been made, or was asked for."""
     placement: Placement | None = None
     refit_placement: Placement | None = None
     trunk: TrunkPlan | None = None

@@ -207,6 +207,7 @@ def _gang_facts(sweep: SweepResult) -> list[tuple[object, object]]:
         ("base loads", sweep.base_loads),
         ("engines that served", "; ".join(engines) or MISSING),
         ("trials that shared batches", sum(t.engine is not None and t.engine.fused_trials > 1 for t in sweep.trials)),
+        ("trials with compiled blocks", sum(t.engine is not None and t.engine.compiled for t in sweep.trials)),
         ("first trial's first step after", first),
         ("gangs idle between trials", format_seconds(sweep.gang_idle_seconds)),
         ("submissions", sweep.num_submissions),

@@ -61,6 +61,8 @@ class Work:
     """Gangs that died while running it, for want of anything but memory."""
     notes: list[str] = field(default_factory=list, compare=False)
     """What happened on gangs that are gone; the result's notes begin with them."""
+    home: int | None = field(default=None, compare=False)
+    """The gang that ran the trial's last rung, and may remember it."""
 
     def answer(self, result: RungResult | None) -> None:
         """To whoever waits; nothing happens where the trial has ended meanwhile."""

@@ -1,8 +1,8 @@
 """The exchange: where Tune's thin trials bring their branches, and gangs take them up.
 
 One actor. It owns the gangs, the queue between trials and gangs, and the ledger. An assignment is in exactly one
-place: in the queue, or with one gang, alone or in a group. When a gang dies it is replaced, and what it was doing goes
-back to the queue, to start again from each trial's last rung.
+place: in the queue, or with one gang (`shift.py`), alone or in a group, being run or being written. A result is written
+down, and told, once its rung stands on disk.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from orchestrator.anatomy import LayerSelection
@@ -27,9 +27,7 @@ from orchestrator.runtime.assignments import (
     failed_answer,
     failed_result,
     held_back_answer,
-    next_attempt,
     rung_assignment,
-    with_history,
 )
 from orchestrator.runtime.cleaning import Cleaner
 from orchestrator.runtime.first_steps import FirstSteps
@@ -38,7 +36,7 @@ from orchestrator.runtime.hours import HoursState, Meter, is_spent
 from orchestrator.runtime.ledger import Ledger, TrialState, is_tried_again
 from orchestrator.runtime.queue import WorkQueue
 from orchestrator.runtime.records import base_result, trial_record
-from orchestrator.runtime.starting import start_gang
+from orchestrator.runtime.shift import Shift
 
 
 class Exchange:
@@ -54,7 +52,7 @@ class Exchange:
         self._news: list[dict] = []
         self._figures = [GangFigures() for _ in range(orders.num_gangs)]
         self._supervisors: list[asyncio.Task] = []
-        self._gangs: list[Gang] = []
+        self._shifts: list[Shift] = []
         self._broken: OrchestratorError | None = None
         self._cleaner = Cleaner(lambda message: self._tell("not_cleaned", message))
         self._first_steps = FirstSteps(orders.plan, orders.anatomy, orders.num_gangs)
@@ -82,8 +80,9 @@ class Exchange:
         plan = self._orders.plan
         for index in range(self._orders.num_gangs):
             gang = Gang(index, plan.base, self._orders.anatomy, plan.execution, self._meter)
-            self._gangs.append(gang)
-            self._supervisors.append(asyncio.create_task(self._serve(gang)))
+            figures, refuses = self._figures[index], self._allowance.refuses
+            self._shifts.append(Shift(gang, plan.execution, self._queue, figures, refuses, self._settle, self._tell))
+            self._supervisors.append(asyncio.create_task(self._serve(self._shifts[-1])))
 
     async def advance(self, trial: TrialSpec, selection: LayerSelection, option: int | None, rung: int, stop_step: int) -> Answer:
         """Carry a trial to a rung, or answer from the ledger where that has been done.
@@ -110,11 +109,11 @@ class Exchange:
         return self._answer(known, ended=over or known.state == "failed")
 
     async def probe(self, assignment: Assignment) -> RungResult | None:
-        """Have a gang score the blocks; nothing of it stands in the ledger."""
+        """Have a gang measure something; nothing of it stands in the ledger."""
         return await self._hand_out(assignment)
 
     async def replan(self, plan: RunPlan) -> None:
-        """The plan once the blocks are scored; its gangs and options are the same ones."""
+        """The plan once more is known; its gangs and options are the same ones."""
         self._orders = self._orders.model_copy(update={"plan": plan})
         self._first_steps = FirstSteps(plan, self._orders.anatomy, self._orders.num_gangs)
 
@@ -145,14 +144,15 @@ class Exchange:
         return self._figures
 
     async def gang_pids(self) -> list[tuple[int, ...]]:
-        return [gang.pids for gang in self._gangs]
+        return [shift.gang.pids for shift in self._shifts]
 
     async def close(self) -> None:
-        """Release the gangs, in order, with their placement groups."""
+        """Release the gangs, in order, with their placement groups. What they are still writing is awaited, and written down."""
         for supervisor in self._supervisors:
             supervisor.cancel()
         await asyncio.gather(*self._supervisors, return_exceptions=True)
-        await asyncio.gather(*(gang.close() for gang in self._gangs))
+        await asyncio.gather(*(shift.written() for shift in self._shifts), return_exceptions=True)
+        await asyncio.gather(*(shift.gang.close() for shift in self._shifts))
         self._meter.close()
         await self._cleaner.close()
 
@@ -163,15 +163,16 @@ class Exchange:
         entry = self._ledger.get(trial.trial_id)
         assert entry is not None
         folder = str(self._ledger.folder(trial.trial_id))
-        return await self._hand_out(rung_assignment(self._orders, trial, selection, folder, entry.results, rung, stop_step))
+        assignment = rung_assignment(self._orders, trial, selection, folder, entry.results, rung, stop_step)
+        return await self._hand_out(assignment, home=entry.results[-1].gang if entry.results else None)
 
-    async def _hand_out(self, assignment: Assignment) -> RungResult | None:
+    async def _hand_out(self, assignment: Assignment, home: int | None = None) -> RungResult | None:
         """Queue an assignment and await its result; None where the bound on hours came before a gang did."""
         if self._broken is not None:
             raise self._broken
         trial = assignment.trial
         priority = (0 if trial.control == "none" else 1, -assignment.rung, next(self._sequence))
-        work = Work(priority, assignment, asyncio.get_running_loop().create_future())
+        work = Work(priority, assignment, asyncio.get_running_loop().create_future(), home=home)
         self._inflight[trial.trial_id] = work
         self._queue.put(work)
         self._needed.set()
@@ -190,59 +191,22 @@ class Exchange:
             return held_back_answer(reason)
         return self._answer(entry.results[-1], ended=True).model_copy(update={"state": "stopped", "reason": reason})
 
-    async def _serve(self, gang: Gang) -> None:
+    async def _serve(self, shift: Shift) -> None:
         """One gang's life, to its end; a gang that cannot go on is told, never lost in silence."""
+        gang = shift.gang
         try:
-            await self._work_off(gang)
+            await self._needed.wait()
+            await shift.work_off()
         except Exception as error:
             self._tell("gang_lost", f"gang {gang.index} serves no more: {error!r}", gang=gang.index)
             self._queue.lose_gang()
             self._give_up(error)
             gang.kill()  # last: it may raise too, and by now whoever waits has heard
 
-    async def _work_off(self, gang: Gang) -> None:
-        """Start, take work, answer; start again when the gang dies. Raises what the last failed start raised."""
-        figures = self._figures[gang.index]
-        idle_since: float | None = None
-        await self._needed.wait()
-        while True:
-            if not gang.pids:
-                await start_gang(gang, figures, self._tell)
-            async with self._queue.next_group() as group:
-                if self._allowance.refuses(group[0].assignment.trial):
-                    for work in group:
-                        work.answer(None)
-                    continue
-                if idle_since is not None:
-                    figures.idle_s.append(time.monotonic() - idle_since)
-                started = time.monotonic()
-                try:
-                    await self._run(gang, group)
-                except Exception as error:
-                    for work in group:
-                        work.fail(error)
-                    raise
-                figures.busy_s += time.monotonic() - started
-                idle_since = time.monotonic() if gang.pids else None
-
-    async def _run(self, gang: Gang, group: Sequence[Work]) -> None:
-        """Run a group and answer each of its members; on a dead gang, put them back and leave the gang to be replaced."""
-        works = {work.assignment.trial.trial_id: work for work in group}
-        planned = self._orders.plan.execution
-        try:
-            answers = await gang.run([work.assignment for work in group])
-            results = [with_history(result, works[result.trial_id], planned) for result in answers]
-            self._queue.note_width(group, results)
-        except TrainingError as error:
-            results = self._bury(gang, group, error)
-        for result in results:
-            self._settle(works[result.trial_id], result)
-        self._queue.expect([result for result in results if result.state == "done" and result.trial_id in self._inflight])
-
     def _settle(self, work: Work, result: RungResult) -> None:
         """Write a result down, then answer whoever waits for it."""
         try:
-            if work.assignment.probe is None:
+            if not work.assignment.measures:
                 self._record(result)
         except Exception as error:  # a full disk, say: whoever waits must hear of it
             work.fail(error)
@@ -251,23 +215,6 @@ class Exchange:
         entry = self._ledger.get(result.trial_id)
         if entry is not None:  # a probe has none
             self._cleaner.drop_optimizer_states(other for other in entry.results if other.rung < result.rung)
-
-    def _bury(self, gang: Gang, group: Sequence[Work], death: TrainingError) -> list[RungResult]:
-        """Leave a dead gang to be replaced; its work goes back to the queue, but for the failed results that are returned."""
-        failed: list[RungResult] = []
-        gang.pids = ()
-        self._figures[gang.index].replaced += 1
-        for work in group:
-            known = len(work.notes)
-            result = next_attempt(work, death, self._orders.plan.execution)
-            if result is None:
-                self._queue.put(work)
-            else:
-                failed.append(result)
-            then = "; ".join(work.notes[known:]) or f"its assignment {'is given up' if result else 'goes back'}"
-            self._tell("gang_died", f"{death.what}; {then}", gang=gang.index, trial_id=work.assignment.trial.trial_id)
-        gang.kill()
-        return failed
 
     def _record(self, result: RungResult) -> None:
         entry = self._ledger.get(result.trial_id)

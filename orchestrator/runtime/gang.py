@@ -23,6 +23,8 @@ from orchestrator.runtime.hours import Meter
 START_TIMEOUT_S = 600.0
 SETTLE_S = 2.0
 """How long after the first broken rank the others are listened to: those that lost a peer may be heard before it."""
+BESIDE = "beside"
+"""The calls that a rank answers while it trains; all others come one after another, in one thread."""
 
 
 class GangDiedError(TrainingError):
@@ -37,7 +39,7 @@ class GangDiedError(TrainingError):
         self.out_of_memory = out_of_memory
 
 
-@ray.remote(max_restarts=0, max_task_retries=0)
+@ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={BESIDE: 1})
 class RankActor:
     """One process of a gang. Every rank receives the same calls in the same order."""
 
@@ -63,6 +65,11 @@ class RankActor:
     def run(self, group: Sequence[Assignment]) -> list[RungResult]:
         assert self._host is not None, "start() comes first"
         return self._host.run_group(group)
+
+    @ray.method(concurrency_group=BESIDE)
+    def settle(self) -> None:
+        assert self._host is not None, "start() comes first"
+        self._host.settle()
 
     def close(self) -> None:
         if self._host is not None:
@@ -114,13 +121,24 @@ class Gang:
         self.start_seconds = time.monotonic() - started
 
     async def run(self, group: Sequence[Assignment]) -> list[RungResult]:
-        """Run one assignment, or several that may share a batch, on every rank; rank 0's answers count, in any order.
+        """Run one assignment, or several that may share a batch, on every rank; rank 0's answers count, in any order, once
+        they are settled.
 
         Raises:
             GangDiedError: a rank died or broke. A trial's own failures are results, not exceptions.
         """
         answers = await self._all([rank.run.remote(group) for rank in self._ranks])
         return [result.model_copy(update={"gang": self.index}) for result in answers[0]]
+
+    async def settle(self) -> None:
+        """Until every checkpoint stands that was made before this was called; the gang may run the next group meanwhile.
+
+        Raises:
+            GangDiedError: the gang is gone, or could not write one.
+        """
+        if not self._ranks:
+            raise GangDiedError(f"gang {self.index} is gone")
+        await self._all([self._ranks[0].settle.remote()])
 
     def kill(self) -> None:
         """End the processes and give the places back."""

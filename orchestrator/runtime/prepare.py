@@ -12,6 +12,8 @@ from orchestrator.anatomy import ModelAnatomy, read_anatomy, resolve_base
 from orchestrator.data import DataSummary, data_size, prepare_data
 from orchestrator.errors import UsageError
 from orchestrator.plan import make_plan
+from orchestrator.plan.compilation import CompileChoice
+from orchestrator.plan.compiling import standing_choice, with_choice
 from orchestrator.plan.scored import LayerScores
 from orchestrator.plan.values import ClusterDescription, DataPaths, RunPlan, TrainSettings
 from orchestrator.runtime.places import output_root
@@ -107,6 +109,8 @@ def prepare(
         return Prepared(spec, run, anatomy, data, known)
     sha256, scores = spec_sha256(spec, job), read_scores(run)
     plan = make_plan(loaded, anatomy, size, cluster(), job=job, spec_sha256=sha256, scores=scores)
+    if plan.search is not None:
+        plan = with_choice(plan, standing_choice(spec.resources.compile, read_choice(run)))
     write_json(run.plan, plan)
     for warning in plan.warnings:
         view.event("warning", warning)
@@ -117,6 +121,11 @@ def prepare(
 def read_scores(run: RunDirectory) -> LayerScores | None:
     """What the run's probe found, once it has been; also that it failed."""
     return LayerScores.model_validate(read_json(run.layer_scores)) if run.layer_scores.exists() else None
+
+
+def read_choice(run: RunDirectory) -> CompileChoice | None:
+    """Whether the run's trials train with compiled blocks, once that is settled."""
+    return CompileChoice.model_validate(read_json(run.compile_choice)) if run.compile_choice.exists() else None
 
 
 def _require_metric(loaded: LoadedSpec) -> None:

@@ -56,9 +56,13 @@ class WorkQueue:
         return works
 
     @asynccontextmanager
-    async def next_group(self) -> AsyncIterator[list[Work]]:
-        """What a gang does next, as soon as there is something. The gang is not free for as long as the block runs."""
-        group = await self._take()
+    async def next_group(self, gang: int | None = None) -> AsyncIterator[list[Work]]:
+        """What a gang does next, as soon as there is something. The gang is not free for as long as the block runs.
+
+        Args:
+            gang: Which one asks: of what is equally urgent it gets first what it may remember.
+        """
+        group = await self._take(gang)
         self._num_free -= 1
         try:
             yield group
@@ -88,21 +92,22 @@ class WorkQueue:
         if 2 * width <= len(group):
             self._paying[group[0].assignment.selection.cut] = width
 
-    async def _take(self) -> list[Work]:
+    async def _take(self, gang: int | None) -> list[Work]:
         while True:
             self._works = self._living()
             patience = self._patience()
             if self._works and patience <= 0:
-                return self._pick()
+                return self._pick(gang)
             try:
                 await asyncio.wait_for(self._changed.wait(), patience if self._works else None)
             except TimeoutError:
                 continue
 
-    def _pick(self) -> list[Work]:
-        first = self._works[0]
+    def _pick(self, gang: int | None) -> list[Work]:
+        works = sorted(self._works, key=lambda work: (work.priority[:2], work.home != gang, work.priority))
+        first = works[0]
         key = self._key(first)
-        alike = [work for work in self._works if key is not None and self._key(work) == key]
+        alike = [work for work in works if key is not None and self._key(work) == key]
         even_part = math.ceil(len(alike) / self._num_free)
         paying = self._paying.get(first.assignment.selection.cut, self._max_fused)
         group = alike[: min(paying, even_part)] or [first]

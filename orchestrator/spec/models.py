@@ -210,6 +210,8 @@ class ResourcesSpec(Section):
     offload: Literal["none", "optimizer", "parameters", "auto"] = "auto"
     max_fused: PositiveInt | Literal["auto"] = "auto"
     """LoRA trials that may share a batch; `auto`: as many as fit and can pay. The gang measures how many of them do."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Whether trials train with compiled blocks; `auto`: where a measurement before a long search says that it pays."""
     cache_bytes: Annotated[NonNegativeInt | Literal["auto"], BeforeValidator(_refuse_bool)] = "auto"
     """What stored hidden states may take on each machine's own disk; `auto`: half of what is free, 0: none are stored."""
     cache_folder: str | None = None

@@ -17,7 +17,7 @@ from orchestrator.store.folders import (
     restore_folder,
     write_manifest,
 )
-from orchestrator.store.machine import find_gpus, num_usable_cpus, parse_gpus
+from orchestrator.store.machine import find_gpus, free_memory_bytes, num_usable_cpus, parse_gpus
 from orchestrator.store.run_directory import RunDirectory, versions
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "check_folder",
     "commit_folder",
     "find_gpus",
+    "free_memory_bytes",
     "num_usable_cpus",
     "parse_gpus",
     "read_json",

@@ -8,9 +8,12 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from orchestrator.units import MIB
 
-CGROUP_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
+CGROUP = Path("/sys/fs/cgroup")
+CGROUP_CPU_MAX = CGROUP / "cpu.max"
 
 
 def num_usable_cpus(cpu_max: Path = CGROUP_CPU_MAX) -> int:
@@ -18,6 +21,22 @@ def num_usable_cpus(cpu_max: Path = CGROUP_CPU_MAX) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota, _, period = cpu_max.read_text().strip().partition(" ") if cpu_max.exists() else ("max", "", "")
     return max(1, min(cores, int(quota) // int(period))) if quota.isdigit() else cores
+
+
+def free_memory_bytes(cgroup: Path = CGROUP) -> int:
+    """Host memory that processes here can still have: the machine's, or their container's where that is less.
+
+    What is cached of files counts as free, for it is given up when memory is wanted.
+    """
+    free = psutil.virtual_memory().available
+    try:
+        limit = int((cgroup / "memory.max").read_text())
+        used = int((cgroup / "memory.current").read_text())
+        kinds = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no container, or one without a limit (`max`)
+        return free
+    cached = int(kinds.get("active_file", 0)) + int(kinds.get("inactive_file", 0))
+    return max(0, min(free, limit - used + cached))
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ LISTED = 20
 class RunDirectory:
     """`runs/<name>/`, held by one driver at a time; see `open`.
 
-    Layout: spec.yaml run.json base.json plan.json layer_scores.json events.jsonl hours.json data/ trials/<id>/ tune/ refit/
-    bundle/ sweep.json transfer.json report.html
+    Layout: spec.yaml run.json base.json plan.json layer_scores.json compile.json events.jsonl hours.json data/ trials/<id>/ tune/
+    refit/ bundle/ sweep.json transfer.json report.html
     """
 
     def __init__(self, path: Path, lock: TextIO) -> None:
@@ -114,6 +114,11 @@ class RunDirectory:
     def layer_scores(self) -> Path:
         """What the probe found of each block; written once, before the first trial."""
         return self.path / "layer_scores.json"
+
+    @property
+    def compile_choice(self) -> Path:
+        """Whether the run's trials train with compiled blocks; written once, before the first trial."""
+        return self.path / "compile.json"
 
     @property
     def sweep(self) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,44 +35,68 @@ from orchestrator.train.base import LoadedBase
 from orchestrator.train.branch import Branch, full_shape, open_branch
 
 
-def save_artifact(branch: Branch, folder: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
-    """Write what the branch learned to `folder/adapter` or `folder/delta`; the caller makes the write atomic.
+@dataclass(frozen=True)
+class ReadyArtifact:
+    """What a branch learned, checked and on the CPU. The branch may learn on, or be closed, before it is written."""
+
+    tensors: Mapping[str, torch.Tensor]
+    """Whole, by stable name."""
+    metadata: dict[str, str]
+    about: LoraConfig | dict[str, object]
+    """PEFT's configuration of an adapter, or the description of a delta."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def write(self, folder: Path) -> Path:
+        """Write `folder/adapter` or `folder/delta`, which is returned; the caller makes the write atomic."""
+        if isinstance(self.about, LoraConfig):
+            target = folder / ADAPTER
+            target.mkdir(parents=True)
+            self.about.save_pretrained(str(target))
+            named = {PEFT_PREFIX + name: tensor for name, tensor in self.tensors.items()}
+            save_file(named, target / ADAPTER_FILE, self.metadata)
+            return target
+        target = folder / DELTA
+        target.mkdir(parents=True)
+        save_file(dict(self.tensors), target / DELTA_FILE, self.metadata)
+        (target / "delta.json").write_text(json.dumps(self.about, indent=2) + "\n")
+        return target
+
+
+def ready_artifact(branch: Branch, tensors: Mapping[str, torch.Tensor]) -> ReadyArtifact:
+    """What is written of a branch as it stands now.
 
     Args:
         branch: Says what was planned: names and shapes.
-        folder: Exists.
         tensors: Every learning parameter, whole, by its stable name (gathered by the engine), on any device.
 
-    Returns:
-        The folder that was written.
-
     Raises:
-        TrainingError: A tensor is missing, empty, of another shape than planned, or not finite (law 4). Nothing is written.
+        TrainingError: A tensor is missing, empty, of another shape than planned, or not finite (law 4).
     """
     whole = _checked(branch, tensors)
-    metadata = _metadata(branch)
-    if branch.selection.adapted:
-        target = folder / ADAPTER
-        target.mkdir(parents=True)
-        _peft_config(branch).save_pretrained(str(target))
-        save_file({PEFT_PREFIX + name: tensor for name, tensor in whole.items()}, target / ADAPTER_FILE, metadata)
-        return target
-    target = folder / DELTA
-    target.mkdir(parents=True)
-    save_file(whole, target / DELTA_FILE, metadata)
     selection = branch.selection
-    description = {
-        "format": 1,
-        "policy": selection.policy,
-        "base_config_sha256": branch.base.anatomy.config_sha256,
-        "trainable": sorted(whole),
-        "unties_head": selection.unties_head,
-        "new_classifier": selection.new_classifier,
-        "task": branch.base.load.task,
-        "class_names": list(branch.base.load.class_names),
-    }
-    (target / "delta.json").write_text(json.dumps(description, indent=2) + "\n")
-    return target
+    about: LoraConfig | dict[str, object] = (
+        _peft_config(branch)
+        if selection.adapted
+        else {
+            "format": 1,
+            "policy": selection.policy,
+            "base_config_sha256": branch.base.anatomy.config_sha256,
+            "trainable": sorted(whole),
+            "unties_head": selection.unties_head,
+            "new_classifier": selection.new_classifier,
+            "task": branch.base.load.task,
+            "class_names": list(branch.base.load.class_names),
+        }
+    )
+    return ReadyArtifact(whole, _metadata(branch), about)
+
+
+def save_artifact(branch: Branch, folder: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
+    """Write what the branch learned to `folder/adapter` or `folder/delta`, which is returned. As `ready_artifact`."""
+    return ready_artifact(branch, tensors).write(folder)
 
 
 def _metadata(branch: Branch) -> dict[str, str]:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -64,6 +65,12 @@ def document_lengths(position_ids: torch.Tensor) -> tuple[int, ...]:
     begins = pad(position_ids.diff(dim=1) != 1, (1, 0), value=True).flatten()
     borders = [*begins.nonzero()[:, 0].tolist(), begins.numel()]
     return tuple(end - start for start, end in pairwise(borders))
+
+
+@cache
+def leave_uncompiled() -> None:
+    """Keep torch.compile out of this attention: its calls are the documents', of new lengths in every row."""
+    AttentionInterface.register(BY_DOCUMENT, torch.compiler.disable(_attention))
 
 
 def _mask(

@@ -19,6 +19,7 @@ from orchestrator.data import (
     pack_rows,
     replayed_documents,
 )
+from orchestrator.data.batching import width_of
 from orchestrator.plan.values import ExecutionPlan
 from orchestrator.train.trunk.states import TrunkStates
 
@@ -78,6 +79,8 @@ class RowPlan:
     pack: bool
     rank: int = 0
     num_ranks: int = 1
+    one_shape: bool = False
+    """Whether all full micro-batches are as wide as a row may be, and so of one shape."""
 
     @classmethod
     def of(cls, execution: ExecutionPlan, rank: int, *, classify: bool) -> RowPlan:
@@ -88,7 +91,8 @@ class RowPlan:
     def batches(self, data: TokenizedSet, documents: np.ndarray) -> list[MicroBatch]:
         """This rank's share, the same number of micro-batches on every rank."""
         rows = pack_rows(data.lengths, documents, self.row_tokens, self.pack)
-        return micro_batches(data, rows, self.rank, self.num_ranks, self.rows_per_micro_batch)
+        width = width_of(self.row_tokens) if self.one_shape else 0
+        return micro_batches(data, rows, self.rank, self.num_ranks, self.rows_per_micro_batch, width)
 
 
 def to_tensors(batch: MicroBatch, device: torch.device, trunk: TrunkStates | None = None) -> dict[str, torch.Tensor]:

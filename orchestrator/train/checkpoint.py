@@ -1,4 +1,4 @@
-"""Checkpoints that are committed whole or not at all, and checked before anything of them is read.
+"""Checkpoints are checked before anything of them is read, and the old ones go once a new one stands.
 
 A checkpoint is a folder with a manifest: the artifact (adapter/ or delta/), each rank's float32 masters and Adam
 moments and its random state (state-rank<k>.safetensors), state.json, and eval.npz where the trial was evaluated there.
@@ -10,81 +10,27 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from orchestrator.errors import IntegrityError, OrchestratorError, TrainingError
+from orchestrator.errors import IntegrityError, TrainingError
 from orchestrator.plan.cost.estimate import KEPT_CHECKPOINTS
-from orchestrator.store import check_folder, commit_folder, read_json, read_jsonl, write_atomic, write_json
-from orchestrator.train.artifacts import save_artifact
-from orchestrator.train.branch import Branch
+from orchestrator.store import check_folder, read_json, read_jsonl, write_atomic
 from orchestrator.train.engine import FLAT, Engine
-from orchestrator.train.evaluation import Evaluation
 from orchestrator.train.loop import LoopState
 from orchestrator.train.ranks import Ranks
+from orchestrator.train.snapshot import RANDOM
 
-_RANDOM = "random."
 logger = logging.getLogger(__name__)
-
-
-def save_checkpoint(
-    final: Path,
-    branch: Branch,
-    engine: Engine,
-    state: LoopState,
-    ranks: Ranks,
-    *,
-    seed: int,
-    layout: str,
-    keep_optimizer: bool,
-    evaluations: dict[str, Evaluation] | None = None,
-) -> None:
-    """Write `final`, together: every rank its own state, rank 0 the rest. Called on every rank.
-
-    Raises:
-        TrainingError: what was learned cannot be saved (law 4). Every rank raises it, and nothing was written.
-    """
-    tensors = engine.full_tensors()
-    with ExitStack() as commit:
-        folder = Path(ranks.broadcast(str(commit.enter_context(commit_folder(final))) if ranks.first else None))
-        failure: OrchestratorError | None = None
-        try:
-            if keep_optimizer:
-                _save_rank_state(folder, engine, ranks, whole=layout == FLAT)
-            if ranks.first:
-                save_artifact(branch, folder, tensors)
-                for name, evaluation in (evaluations or {}).items():
-                    evaluation.save(folder / f"{name}.npz")
-                write_json(folder / "state.json", _record(state, ranks, seed, layout, has_optimizer=keep_optimizer))
-        except OrchestratorError as error:
-            failure = error
-        for error in ranks.gather(failure):
-            if error is not None:
-                raise error
-    ranks.barrier()
-
-
-def _record(state: LoopState, ranks: Ranks, seed: int, layout: str, *, has_optimizer: bool) -> dict[str, object]:
-    return {
-        "step": state.step,
-        "tokens": state.tokens,
-        "loss": state.loss,
-        "loss_hex": None if state.loss is None else state.loss.hex(),
-        "seed": seed,
-        "ranks": ranks.count,
-        "layout": layout,
-        "has_optimizer": has_optimizer,
-    }
 
 
 @dataclass(frozen=True)
 class StartPoint:
-    """A checkpoint whose hashes were right, before its tensors are read."""
+    """A checkpoint whose hashes were right, before its tensors are read; or one that this process wrote and remembers."""
 
     folder: Path
     state: LoopState
@@ -92,16 +38,18 @@ class StartPoint:
     """Whether masters and moments can be taken over bit for bit; else only the weights can."""
     whole: bool = False
     """Whether rank 0's file holds the masters and moments of all."""
+    remembered: Mapping[str, torch.Tensor] | None = None
+    """The rank's state where it is in memory still: then no file is read."""
 
     def resume(self, engine: Engine, ranks: Ranks) -> None:
         """Masters and moments as they were when the checkpoint was written; random state too, of a rank that was there."""
-        own = _rank_state(self.folder, ranks.rank)
+        own = self.remembered if self.remembered is not None else _rank_state(self.folder, ranks.rank)
         state = own if ranks.first or not self.whole else _rank_state(self.folder, 0)
-        engine.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith(_RANDOM)})
-        if _RANDOM + "cpu" in own:
-            torch.set_rng_state(own[_RANDOM + "cpu"])
-        if _RANDOM + "cuda" in own:
-            torch.cuda.set_rng_state(own[_RANDOM + "cuda"], ranks.device)
+        engine.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith(RANDOM)})
+        if RANDOM + "cpu" in own:
+            torch.set_rng_state(own[RANDOM + "cpu"])
+        if RANDOM + "cuda" in own:
+            torch.cuda.set_rng_state(own[RANDOM + "cuda"], ranks.device)
 
 
 def open_checkpoint(
@@ -209,11 +157,3 @@ def _rank_state(folder: Path, rank: int) -> dict[str, torch.Tensor]:
     """What a rank wrote; nothing where there was no such rank."""
     file = folder / f"state-rank{rank}.safetensors"
     return load_file(file) if file.exists() else {}
-
-
-def _save_rank_state(folder: Path, engine: Engine, ranks: Ranks, *, whole: bool) -> None:
-    tensors = dict(engine.state_dict()) if ranks.first or not whole else {}
-    tensors[_RANDOM + "cpu"] = torch.get_rng_state()
-    if ranks.device.type == "cuda":
-        tensors[_RANDOM + "cuda"] = torch.cuda.get_rng_state(ranks.device)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / f"state-rank{ranks.rank}.safetensors")

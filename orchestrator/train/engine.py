@@ -20,6 +20,7 @@ from torch import nn
 from orchestrator.errors import NonFiniteLossError
 from orchestrator.plan.values import ExecutionPlan
 from orchestrator.train.anchors import Anchor
+from orchestrator.train.branch import WeightKeeper
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPSILON = 1e-8
@@ -114,6 +115,15 @@ def forward_ready(objective: nn.Module, execution: ExecutionPlan) -> AbstractCon
     from orchestrator.train.deepspeed_engine import forward_only
 
     return forward_only(objective, execution)
+
+
+def weight_keeper(execution: ExecutionPlan) -> WeightKeeper | None:
+    """What keeps the base's weights while a branch learns on them, where that is not what `open_branch` takes by itself."""
+    if not is_partitioned(execution):
+        return None
+    from orchestrator.train.zero3_warm import PartitionKeeper
+
+    return PartitionKeeper()
 
 
 def register_engine(*parts: Any) -> None:

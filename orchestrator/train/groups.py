@@ -42,7 +42,7 @@ class Groups:
             started = time.time()
             part = rest[: self._width_of(rest)]
             if len(part) == 1:
-                results.append(self._host.run(part[0], on_step).model_copy(update={"started_at": started}))
+                results.append(self._host.carry(part[0], on_step).model_copy(update={"started_at": started}))
             else:
                 results += self._run_fused(part, started, on_step)
         return results
@@ -51,6 +51,8 @@ class Groups:
         """How many of the group share a batch; measured for each kind of batch, and again for the first group in which
         twice as many could, where nobody has tried that."""
         first, kind = group[0], kind_of_batch(group[0])
+        if first.execution.compiled:
+            return 1  # each company would need code of its own
         wider = 2 * self.widths.get(kind, 1)
         if wider <= len(group) and (kind not in self.widths or self._tried.get(kind, wider) < wider):
             self._tried[kind] = len(group)
@@ -122,4 +124,4 @@ class Groups:
         if not isinstance(error, OrchestratorError):
             raise error
         host.news.append(f"{len(group)} trials cannot share a batch and are run apart: {error}")
-        return [host.run(assignment, on_step) for assignment in group]
+        return [host.carry(assignment, on_step) for assignment in group]

@@ -31,6 +31,7 @@ from orchestrator.train.memory import first_line, is_out_of_memory, reset_peak
 from orchestrator.train.objective import objective_of
 from orchestrator.train.outcome import TRIAL_ERRORS, TrialOutcome, result_of
 from orchestrator.train.ranks import Ranks, join_gang
+from orchestrator.train.saving import Saver
 from orchestrator.train.trial import TrialRun
 from orchestrator.train.trunk.library import TrunkLibrary
 
@@ -52,6 +53,7 @@ class TrainHost:
             deepspeed_engine.prepare_base(self._base.model, execution, ranks.device)
         self._fingerprint = base_fingerprint(self._base.model)
         self._sets: dict[str, TokenizedSet] = {}
+        self._saver = Saver()
         self._trunk = TrunkLibrary(self._base, self._fingerprint, ranks, self._load_set)
         self._ordinal = 0
         self.news: list[str] = []
@@ -102,7 +104,7 @@ class TrainHost:
         on_step: Callable[[StepReport], None] | None = None,
         on_relief: Callable[[ExecutionPlan, str], None] | None = None,
     ) -> RungResult:
-        """Carry the trial to its next rung. A trial's own failure is a result with the reason, on every rank.
+        """Carry the trial to its next rung, which stands on disk. A trial's own failure is a result with the reason, on every rank.
 
         Args:
             assignment: What to do.
@@ -116,6 +118,17 @@ class TrainHost:
             BaseLostError: the base could not be put back as it was: this gang must be replaced.
             Exception: whatever else breaks the gang itself (a lost rank, a full disk).
         """
+        result = self.carry(assignment, on_step, on_relief)
+        self.settle()
+        return result.model_copy(update={"finished_at": time.time()})
+
+    def carry(
+        self,
+        assignment: Assignment,
+        on_step: Callable[[StepReport], None] | None = None,
+        on_relief: Callable[[ExecutionPlan, str], None] | None = None,
+    ) -> RungResult:
+        """As `run`, but the rung may be on its way to the disk still: the result counts after `settle`."""
         started = time.time()
         notes = [*self.news]
         self.news.clear()
@@ -147,14 +160,25 @@ class TrainHost:
     def run_group(self, group: Sequence[Assignment], on_step: Callable[[StepReport], None] | None = None) -> list[RungResult]:
         """Carry trials that may share a batch (`plan.grouping`) to their next rung, as many in one as pays on this machine.
 
+        Their rungs may be on their way to the disk still when it returns, and the next group may begin: an answer counts
+        after a `settle` that was called later.
+
         Args:
-            group: What to do; of one, the same as `run`. Answers come in no particular order.
+            group: What to do. Answers come in no particular order.
             on_step: Called after each step of each trial.
 
         Raises:
             As `run`.
         """
         return self._groups.run(group, on_step)
+
+    def settle(self) -> None:
+        """Until every checkpoint that was made so far stands. Any thread may call it.
+
+        Raises:
+            Exception: one could not be written: this gang must be replaced.
+        """
+        self._saver.settle()
 
     def _run_in_memory(
         self,
@@ -206,6 +230,7 @@ class TrainHost:
             self._ranks,
             self._load_set,
             self._trunk,
+            self._saver,
             self._fingerprint,
             self._ordinal,
             notes.append,
@@ -261,7 +286,8 @@ class TrainHost:
             )
 
     def close(self) -> None:
-        """Leave the gang."""
+        """Leave the gang, once everything stands that it made."""
+        self._saver.close()
         self._trunk.close()
         if dist.is_initialized():
             dist.destroy_process_group()

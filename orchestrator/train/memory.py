@@ -30,6 +30,13 @@ def memory_in_use(device: torch.device) -> int:
     return psutil.Process().memory_info().rss
 
 
+def growth_bytes(device: torch.device, planned_bytes: int | None) -> int:
+    """Host memory that this process is still going to take, by the plan; beside a GPU it has what it needs while it trains."""
+    if device.type == "cuda" or planned_bytes is None:
+        return 0
+    return max(0, planned_bytes - memory_in_use(device))
+
+
 def reset_peak(device: torch.device) -> None:
     """Start a new peak, and give cached GPU blocks back."""
     if device.type == "cuda":

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from orchestrator.errors import DataError, IntegrityError, SelectionError, TrainingError, UsageError
+from orchestrator.plan.compilation import CompileTimes
 from orchestrator.plan.results import EngineRecord, RungResult
 from orchestrator.plan.scored import LayerScores
 from orchestrator.plan.values import Assignment, ExecutionPlan
@@ -27,6 +28,8 @@ class TrialOutcome:
     steady_tokens_per_s: float | None = None
     engine: EngineRecord | None = None
     layer_scores: LayerScores | None = None
+    compile_times: CompileTimes | None = None
+    compile_seconds: float = 0.0
     relieved: ExecutionPlan | None = None
     """What it came down to where memory ran out."""
 
@@ -48,6 +51,7 @@ def result_of(assignment: Assignment, outcome: TrialOutcome, reason: str) -> Run
         checkpoint=None if outcome.checkpoint is None else str(outcome.checkpoint),
         engine=outcome.engine,
         layer_scores=outcome.layer_scores,
+        compile_times=outcome.compile_times,
         relieved=outcome.relieved,
         steady_tokens_per_s=outcome.steady_tokens_per_s,
         train_seconds=outcome.train_seconds,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,28 +19,29 @@ from orchestrator.plan.values import Assignment, ExecutionPlan
 from orchestrator.store import append_jsonl
 from orchestrator.train.artifacts import load_artifact
 from orchestrator.train.base import LoadedBase
-from orchestrator.train.batches import RowPlan, StepPlan
-from orchestrator.train.branch import Branch, WeightKeeper, open_branch
+from orchestrator.train.batches import RowPlan, StepPlan, step_inputs
+from orchestrator.train.branch import Branch, open_branch
 from orchestrator.train.building import build_engine
 from orchestrator.train.checkpoint import (
     StartPoint,
     checkpoint_folder,
-    drop_old_checkpoints,
     forget_steps_after,
     open_checkpoint,
     rung_folder,
-    save_checkpoint,
 )
-from orchestrator.train.engine import Engine, forward_ready, is_partitioned, layout_of, num_live_engines
+from orchestrator.train.compiled import LOOKED_AT, compiled_blocks, time_compiled
+from orchestrator.train.engine import Engine, forward_ready, is_partitioned, layout_of, num_live_engines, weight_keeper
 from orchestrator.train.integrity import changed_frozen
 from orchestrator.train.loop import LoopState, train_steps
-from orchestrator.train.memory import memory_in_use
+from orchestrator.train.memory import growth_bytes, memory_in_use
 from orchestrator.train.objective import Objective, objective_of
 from orchestrator.train.outcome import TrialOutcome
 from orchestrator.train.probe import score_blocks
 from orchestrator.train.ranks import Ranks
 from orchestrator.train.recompute import recomputed
+from orchestrator.train.saving import Saver
 from orchestrator.train.scoring import Scorer
+from orchestrator.train.snapshot import take_snapshot
 from orchestrator.train.speed import SteadySpeed
 from orchestrator.train.trunk.library import TrunkLibrary
 from orchestrator.train.trunk.states import TrunkStates, joined_states
@@ -56,6 +58,7 @@ class TrialRun:
         ranks: Ranks,
         load_set: Callable[[str], TokenizedSet],
         trunk: TrunkLibrary,
+        saver: Saver,
         base_fingerprint: Mapping[str, str],
         ordinal: int,
         note: Callable[[str], None],
@@ -69,10 +72,12 @@ class TrialRun:
         self.outcome = outcome
         self._load_set = load_set
         self._trunk = trunk
+        self._saver = saver
         self._base_fingerprint = base_fingerprint
         self._ordinal = ordinal
         self._num_fused = num_fused
         self._note = note
+        self._from_memory = False
         self._peak_bytes = 0
         self._speed = SteadySpeed(0)
         self.rows = RowPlan.of(execution, ranks.rank, classify=base.load.task == "classify")
@@ -83,14 +88,15 @@ class TrialRun:
         assignment, trial = self.assignment, self.assignment.trial
         torch.manual_seed(trial.seed)
         with ExitStack() as stack:
+            keeper = weight_keeper(self.execution)
             branch = stack.enter_context(
-                open_branch(self.base, assignment.selection, lora_alpha=trial.lora_alpha, seed=trial.seed, keeper=self._keeper())
+                open_branch(self.base, assignment.selection, lora_alpha=trial.lora_alpha, seed=trial.seed, keeper=keeper)
             )
             objective = objective_of(self.base, branch.head(), assignment.selection.cut)
             if assignment.probe is not None:
                 self._score_blocks(assignment.probe, objective, branch)
                 return
-            if trial.control == "none" or assignment.stop_step == 0:
+            if assignment.compiling is None and (trial.control == "none" or assignment.stop_step == 0):
                 self._score_untrained(objective, stack)
                 return
             start = self.start_point()
@@ -102,6 +108,10 @@ class TrialRun:
             if self.execution.checkpointing:
                 blocks = branch.model.get_submodule(self.base.anatomy.blocks_module)
                 stack.enter_context(recomputed(list(blocks.children())[assignment.selection.cut :]))
+            if assignment.compiling is not None:
+                steps = step_inputs(self.steps(), replace(self.rows, one_shape=True), 0, LOOKED_AT, self.train_states())
+                self.outcome.compile_times = time_compiled(self.base, engine, assignment.selection.cut, self.execution, steps)
+                return
             if start is not None and start.exact:
                 start.resume(engine, self.ranks)
             self.outcome.state = start.state if start is not None else LoopState()
@@ -112,13 +122,6 @@ class TrialRun:
             self.record_peaks()
             self.prove_frozen(branch)
             self.save_rung(engine, branch)
-
-    def _keeper(self) -> WeightKeeper | None:
-        if not is_partitioned(self.execution):
-            return None
-        from orchestrator.train.zero3_warm import PartitionKeeper
-
-        return PartitionKeeper()
 
     def take_weights(self, branch: Branch, folder: Path) -> None:
         if not is_partitioned(self.execution):
@@ -131,14 +134,14 @@ class TrialRun:
     def start_point(self) -> StartPoint | None:
         if self.assignment.start is None:
             return None
-        return open_checkpoint(
-            Path(self.assignment.start),
-            Path(self.assignment.folder),
-            self.ranks,
-            seed=self.assignment.trial.seed,
-            layout=layout_of(self.execution),
-            note=self._note,
-        )
+        start, folder, seed = Path(self.assignment.start), Path(self.assignment.folder), self.assignment.trial.seed
+        layout = layout_of(self.execution)
+        remembered = self._saver.find(start, seed=seed, layout=layout)
+        self._from_memory = remembered is not None
+        if remembered is not None:
+            return remembered
+        self._saver.settle(folder)
+        return open_checkpoint(start, folder, self.ranks, seed=seed, layout=layout, note=self._note)
 
     def build_engine(self, objective: Objective, branch: Branch) -> Engine:
         """The branch holds the base's own weights still."""
@@ -166,18 +169,20 @@ class TrialRun:
         self.begin_steps()
         started = time.perf_counter()
         engine.objective.train()
-        self.outcome.state = train_steps(
-            engine,
-            self.steps(),
-            self.rows,
-            assignment.trial,
-            assignment.settings,
-            self.ranks,
-            self.outcome.state,
-            assignment.stop_step,
-            after_step,
-            self.train_states(),
-        )
+        with compiled_blocks(self.base, assignment.selection.cut, self.execution) as compiling:
+            self.outcome.state = train_steps(
+                engine,
+                self.steps(),
+                replace(self.rows, one_shape=self.execution.compiled),
+                assignment.trial,
+                assignment.settings,
+                self.ranks,
+                self.outcome.state,
+                assignment.stop_step,
+                after_step,
+                self.train_states(),
+            )
+        self.outcome.compile_seconds = compiling.seconds
         self.outcome.train_seconds = time.perf_counter() - started
         self.record_engine(engine)
 
@@ -206,8 +211,6 @@ class TrialRun:
             append_jsonl(folder / "steps.jsonl", report)
         if every and state.step % every == 0 and state.step < self.assignment.stop_step:
             self._save(checkpoint_folder(folder, state.step), engine, branch, final=False)
-            if self.ranks.first:
-                drop_old_checkpoints(folder, state.step)
 
     def train_states(self) -> TrunkStates | None:
         """What is stored of the training set at this trial's cut. Other answers are other documents, and are not stored."""
@@ -256,8 +259,8 @@ class TrialRun:
         self._save(rung_folder(Path(self.assignment.folder), self.assignment.rung), engine, branch, final=True)
 
     def _save(self, folder: Path, engine: Engine, branch: Branch, *, final: bool) -> None:
-        save_checkpoint(
-            folder,
+        together = self.execution.executor == "deepspeed"
+        snapshot = take_snapshot(
             branch,
             engine,
             self.outcome.state,
@@ -266,7 +269,10 @@ class TrialRun:
             layout=layout_of(self.execution),
             keep_optimizer=self.assignment.keep_optimizer or not final,
             evaluations=self.outcome.scores.by_set() if final else {},
+            gathered=not together,
         )
+        growth = growth_bytes(self.ranks.device, self.assignment.predicted_memory_bytes)
+        self._saver.save(folder, snapshot, self.ranks, together=together, rung=final, growth_bytes=growth)
         if final:
             self.outcome.checkpoint = folder
 
@@ -309,5 +315,8 @@ class TrialRun:
             micro_batch_rows=self.execution.micro_batch_rows,
             checkpointing=self.execution.checkpointing,
             fused_trials=self._num_fused,
+            from_memory=self._from_memory,
+            compiled=executor != "none" and self.execution.compiled,
+            compile_seconds=self.outcome.compile_seconds,
             trunk_cut=None if self.train_states() is None else self.assignment.selection.cut,
         )

@@ -55,6 +55,10 @@ class EngineFigures(Value):
     checkpointing: bool = False
     fused_trials: int = 1
     """How many trials shared its last rung's batches."""
+    compiled: bool = False
+    """Whether its blocks were compiled."""
+    compile_seconds: float = 0.0
+    """What compiling them took in its last rung."""
 
 
 class TrialRecord(Value):

@@ -38,7 +38,7 @@ from orchestrator.train import open_branch
 from orchestrator.train.base import LoadedBase
 from orchestrator.train.batches import RowPlan, StepPlan, step_inputs
 from orchestrator.train.building import build_engine
-from orchestrator.train.fingerprint import base_fingerprint
+from orchestrator.train.integrity import base_fingerprint
 from orchestrator.train.objective import objective_of
 from orchestrator.train.ranks import ALONE
 

@@ -1,14 +1,15 @@
 """A sweep of ours beside the same sweep as the libraries' documents show it: step, pause between trials, whole.
 
-    scripts/bench sweep [step] [fused] [memory] [idle] [whole] --base FOLDER --data gsm8k/train.jsonl [--rows 1000] [--trials 16]
-                        [--epochs 2] [--no-early-stopping] [--stock FILE] [--run FOLDER] [--work FOLDER] [--json]
+    scripts/bench sweep [step] [compile] [fused] [memory] [idle] [whole] --base FOLDER --data gsm8k/train.jsonl [--rows 1000]
+                        [--trials 16] [--epochs 2] [--no-early-stopping] [--stock FILE] [--run FOLDER] [--work FOLDER] [--json]
 
 `step`: a training step of LoRA on the last quarter of the blocks; the bound is the ratio of operations, counted on both
-sides. `fused`: eight such trials in one batch; `memory`: what they take. `idle`: how long a place stands without training
-between two trials. `whole`: the sweep, from its start to the end of its last trial. Without names all. `--stock` reads what
-`scripts/bench stock_sweep` wrote instead of running it, `--run` a finished run of ours; both must be of the same settings.
-`--work` keeps what both sides leave. There are as many cores as trials at a time, and every trial has one thread. A whole
-comparison of sixteen trials on two cores wants a quiet machine: its speed is printed before and after each side.
+sides. `compile`: a full micro-batch of ours as it is and with compiled blocks, and what compiling takes. `fused`: eight such
+trials in one batch; `memory`: what they take. `idle`: how long a place stands without training between two trials. `whole`:
+the sweep, from its start to the end of its last trial. Without names all. `--stock` reads what `scripts/bench stock_sweep`
+wrote instead of running it, `--run` a finished run of ours; both must be of the same settings. `--work` keeps what both sides
+leave. There are as many cores as trials at a time, and every trial has one thread. A whole comparison of sixteen trials on two
+cores wants a quiet machine: its speed is printed before and after each side.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ import torch
 from sweep_fused import NUM_TRIALS, measure_fused, measure_memory
 from sweep_points import Sets, Task, add_task_options, make_sets, pin
 from sweep_sides import Side, gemm_gflops, read_ours, read_stock, run_ours, run_stock
-from sweep_steps import OURS, STOPPED, WAYS, measure_steps, sweep_flops
+from sweep_steps import OURS, STOPPED, WAYS, measure_compiled, measure_steps, sweep_flops
 from transformers.utils import logging
 
 Made = TypeVar("Made")
-SECTIONS = ("step", "fused", "memory", "idle", "whole")
+SECTIONS = ("step", "compile", "fused", "memory", "idle", "whole")
 FUSED_TIMES, MEMORY_TIMES = 1.3, 1.2
 SHARE_OF_BOUND = 0.8
 IDLE_TIMES, IDLE_SECONDS = 50.0, 0.1
@@ -108,6 +109,21 @@ def step_section(sweeps: Sweeps, num_steps: int) -> list[Measured]:
         bound = flops[way] / flops[OURS]
         goal = SHARE_OF_BOUND * bound
         lines.append(Measured(f"ours against {way}", seconds[way] / seconds[OURS], goal=goal, bound=bound))
+    return lines
+
+
+def compile_section(sweeps: Sweeps) -> list[Measured]:
+    lines = []
+    for layers, times in measure_compiled(sweeps.task, sweeps.sets).items():
+        if times.failed:
+            lines.append(Measured(f"{layers}: compiled", None, note=times.failed))
+            continue
+        lines += [
+            Measured(f"{layers}: a full micro-batch", times.eager_seconds, "s"),
+            Measured(f"{layers}: the same, compiled", times.compiled_seconds, "s"),
+            Measured(f"{layers}: compiled against not", times.eager_seconds / times.compiled_seconds),
+            Measured(f"{layers}: compiling", times.compile_seconds, "s", note="nothing kept from before but by the lines above"),
+        ]
     return lines
 
 
@@ -194,6 +210,7 @@ def main() -> None:
         sweeps = Sweeps(task, make_sets(task, folder), folder, options.run, options.stock)
         makers: dict[str, Callable[[], list[Measured]]] = {
             "step": lambda: step_section(sweeps, options.steps),
+            "compile": lambda: compile_section(sweeps),
             "fused": lambda: fused_section(sweeps, options.steps),
             "memory": lambda: memory_section(sweeps),
             "idle": lambda: idle_section(sweeps),

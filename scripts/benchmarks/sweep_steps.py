@@ -18,9 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from orchestrator.anatomy import read_anatomy, select
 from orchestrator.data import TokenizedSet, documents_of_steps
-from orchestrator.plan.values import BaseLoad
+from orchestrator.plan.compilation import CompileTimes
+from orchestrator.plan.values import BaseLoad, ExecutionPlan
 from orchestrator.train import LoadedBase, load_base, open_branch
-from orchestrator.train.batches import RowPlan, to_tensors
+from orchestrator.train.batches import RowPlan, StepPlan, step_inputs, to_tensors
+from orchestrator.train.compiled import LOOKED_AT, time_compiled
 from orchestrator.train.engine import Engine
 from orchestrator.train.objective import objective_of
 from orchestrator.train.ranks import Ranks
@@ -147,6 +149,27 @@ def measure_steps(task: Task, sets: Sets, num_steps: int) -> dict[str, Any]:
         "step_flops": operations,
         "times": len(seconds[OURS]),
     }
+
+
+def measure_compiled(task: Task, sets: Sets) -> dict[str, CompileTimes]:
+    """By layers, a full micro-batch of a trial forwards and backwards, as it is and with compiled blocks; wall seconds."""
+    base, data = load_our_base(task.base), TokenizedSet.load(sets.train)
+    num_rows = TOKENS_PER_STEP // ROW_TOKENS
+    rows = RowPlan(ROW_TOKENS, num_rows, pack=True, one_shape=True)
+    execution = ExecutionPlan(
+        device="cpu", ranks=1, threads_per_rank=1, executor="torch", row_tokens=ROW_TOKENS, micro_batch_rows=num_rows
+    )
+    found: dict[str, CompileTimes] = {}
+    for layers in (f"last:{max(1, base.anatomy.num_blocks // 4)}", "all"):
+        trunk = stored_states(base, data, layers) if layers != "all" else None
+        selection = select(base.anatomy, layers, "lora", LORA_RANK, task="completion")
+        with open_branch(base, selection, lora_alpha=LORA_ALPHA, seed=SEED) as branch:
+            objective = objective_of(base, branch.head(), selection.cut)
+            engine = TorchEngine(objective, branch.learning_parameters(), weight_decay=0.0, grad_clip=1.0)
+            steps = step_inputs(StepPlan(data, TOKENS_PER_STEP, SEED), rows, 0, LOOKED_AT, trunk)
+            found[layers] = time_compiled(base, engine, selection.cut, execution, steps)
+            engine.close()
+    return found
 
 
 def _time(step: Step, num_steps: int) -> list[float]:

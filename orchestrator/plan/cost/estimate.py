@@ -36,6 +36,8 @@ TOKEN_BYTES = 5
 """Of a token on disk: an int32 id and a supervision mask."""
 REFIT = "refit"
 """The part of the operations that trains the winner again."""
+TRIALS = "trials"
+"""The part that trains the searched trials."""
 SHUFFLED = "shuffled"
 """The part of the control of that name, which is trained as long as what is bundled, after the search and in one gang."""
 
@@ -197,7 +199,7 @@ def _operations(plan: RunPlan, anatomy: ModelAnatomy, terms: Sequence[Sequence[F
     of = f"{count} trials x {steps:.4g} of {search.rung_steps[-1]} steps"
     parts = [
         *built,
-        Part(name="trials", amount=count * mean * steps * per_step, reason=f"{of} x {per_step:.4g} tokens x {_rate(mean)}, mean"),
+        Part(name=TRIALS, amount=count * mean * steps * per_step, reason=f"{of} x {per_step:.4g} tokens x {_rate(mean)}, mean"),
         Part(
             name="scoring",
             amount=count * rungs * scored_trial,

@@ -146,3 +146,21 @@ def test_no_documents_still_give_every_rank_a_round() -> None:
     shares = batches_of_all(data, np.asarray([0]), 3, 2, True)
     assert [batch.num_supervised for share in shares for batch in share] == [2, 0, 0]
     assert all(share[0].input_ids.shape == (1, 8) for share in shares)
+
+
+@given(sets(), ranks, rows_at_once)
+def test_full_micro_batches_are_of_one_shape_where_that_is_asked_for(data: TokenizedSet, num_ranks: int, at_once: int) -> None:
+    rows = pack_rows(data.lengths, range(len(data)), 48, pack=True)
+    for rank in range(num_ranks):
+        plain, wide = (micro_batches(data, rows, rank, num_ranks, at_once, width) for width in (0, 48))
+        for own, padded in zip(plain, wide, strict=True):
+            if len(own.lengths) == at_once:
+                assert padded.input_ids.shape == (at_once, 48)
+            else:
+                assert padded.input_ids.shape == own.input_ids.shape
+            width = own.input_ids.shape[1]
+            for name in ("input_ids", "position_ids", "labels", "document_ids"):
+                assert (getattr(padded, name)[:, :width] == getattr(own, name)).all()
+            assert (padded.labels[:, width:] == UNSUPERVISED).all()
+            assert (padded.document_ids[:, width:] == -1).all()
+            assert padded.lengths.tolist() == own.lengths.tolist()

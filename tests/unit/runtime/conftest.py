@@ -74,8 +74,11 @@ def submit(tmp_path: Path, base: Path, shown: io.StringIO) -> Callable[..., Prep
     spec = {"name": "run", "base": {"model": "base"}, "task": "completion", "data": {"train": "train.jsonl", "max_tokens": 64}}
     view = LogView(shown)
 
-    def prepared(cluster: ClusterDescription = TWO_CORES, search: dict[str, Any] | None = None) -> Prepared:
-        YAML().dump({**spec, "search": {"layers": ["last:1"], "trials": 2, **(search or {})}}, tmp_path / "spec.yaml")
+    def prepared(
+        cluster: ClusterDescription = TWO_CORES, search: dict[str, Any] | None = None, resources: dict[str, Any] | None = None
+    ) -> Prepared:
+        searched = {"layers": ["last:1"], "trials": 2, **(search or {})}
+        YAML().dump({**spec, "search": searched, "resources": resources or {}}, tmp_path / "spec.yaml")
         loaded = load_spec(tmp_path / "spec.yaml")
         with open_run(loaded, "sweep", tmp_path / "runs", view) as run:
             return prepare(loaded, "sweep", run, view, lambda: cluster)

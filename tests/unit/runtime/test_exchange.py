@@ -43,12 +43,13 @@ class Clock:
 class ScriptedGang:
     """A gang without processes.
 
-    `gate` is closed while it may not start, `go` while its work may not end. `deaths` says how often it dies on each trial,
-    `fitting` with how many rows in a micro-batch it does not run out of memory on one, `dead_starts` how often it cannot
+    `gate` is closed while it may not start, `go` while its work may not end, `disk` while nothing is written. `deaths` says
+    how often it dies on each trial, `unwritten` how often it cannot write one, `fitting` with how many rows in a micro-batch it does not run out of memory on one, `dead_starts` how often it cannot
     start and `refusal` why, `broken` which trials fail for a reason of their own.
     """
 
     deaths: dict[str, int]
+    unwritten: dict[str, int]
     fitting: dict[str, int]
     dead_starts: int
     refusal: Exception
@@ -57,6 +58,7 @@ class ScriptedGang:
     groups: list[list[str]]
     gate: asyncio.Event
     go: asyncio.Event
+    disk: asyncio.Event
 
     def __init__(self, index: int, *given: object) -> None:
         self.index = index
@@ -64,6 +66,9 @@ class ScriptedGang:
         self.pids: tuple[int, ...] = ()
         self.base_loads = 0
         self.start_seconds = 0.0
+        self.last: list[str] = []
+        self.killed = asyncio.Event()
+        self.death = GangDiedError(f"gang {index} was killed")
 
     async def start(self) -> None:
         await self.gate.wait()
@@ -72,14 +77,16 @@ class ScriptedGang:
             raise ScriptedGang.refusal
         self.meter.hold(self.index, 2)
         self.base_loads += 1
+        self.killed = asyncio.Event()
         self.pids = (self.base_loads,)
 
     async def run(self, group: Sequence[Assignment]) -> list[RungResult]:
         await asyncio.sleep(0)
-        await self.go.wait()
+        await self.unless_killed(self.go)
         Clock.now_s += HOUR_S
         self.groups.append([assignment.trial.trial_id for assignment in group])
         self.ran.extend(group)
+        self.last = self.groups[-1]
         return [self.run_one(assignment) for assignment in group]
 
     def run_one(self, assignment: Assignment) -> RungResult:
@@ -100,11 +107,31 @@ class ScriptedGang:
             state="done",
             eval_loss=2.0,
             checkpoint=checkpoint,
+            gang=self.index,
         )
+
+    async def settle(self) -> None:
+        group = self.last
+        await asyncio.sleep(0)
+        await self.unless_killed(self.disk)
+        for trial_id in group:
+            if self.unwritten.get(trial_id, 0):
+                self.unwritten[trial_id] -= 1
+                raise GangDiedError(f"gang {self.index} broke: no space left on device")
+
+    async def unless_killed(self, event: asyncio.Event) -> None:
+        """Until something happens, or, as with real processes, until the gang is killed."""
+        waits = [asyncio.ensure_future(each.wait()) for each in (event, self.killed)]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+        if self.killed.is_set():
+            raise self.death
 
     def kill(self) -> None:
         self.meter.release(self.index)
         self.pids = ()
+        self.killed.set()
 
     async def close(self) -> None:
         self.kill()
@@ -168,7 +195,7 @@ def on_bench(
         assert plan.search is not None
         fusing = plan.model_copy(update={"search": plan.search.model_copy(update={"max_fused": max_fused})})
         ScriptedGang.deaths, ScriptedGang.dead_starts, ScriptedGang.ran = deaths or {}, dead_starts, []
-        ScriptedGang.groups = []
+        ScriptedGang.groups, ScriptedGang.unwritten = [], {}
         ScriptedGang.refusal, ScriptedGang.broken, ScriptedGang.fitting = GangDiedError("no room"), set(), {}
 
         async def run() -> None:
@@ -176,6 +203,8 @@ def on_bench(
             ScriptedGang.gate.set()
             ScriptedGang.go = asyncio.Event()
             ScriptedGang.go.set()
+            ScriptedGang.disk = asyncio.Event()
+            ScriptedGang.disk.set()
             bench = Bench(fusing, anatomy, tmp_path, gangs, max_gpu_hours)
             await bench.exchange.open()
             try:
@@ -698,3 +727,150 @@ def test_without_groups_nobody_waits(on_bench: Callable[..., list[Assignment]], 
 
     on_bench(scene)
     assert ScriptedGang.groups == [["t0"], ["t1"], ["t2"], ["t1"]]
+
+
+# -- what was learned is written while the gang goes on ----------------------------------------------------------------
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0)
+
+
+def gang_of(bench: Bench) -> ScriptedGang:
+    gang = bench.exchange._shifts[0].gang
+    assert isinstance(gang, ScriptedGang)
+    return gang
+
+
+def ids_of(assignments: Sequence[Assignment]) -> list[str]:
+    return [assignment.trial.trial_id for assignment in assignments]
+
+
+def test_the_next_trial_runs_while_the_last_is_written_and_is_told_of_when_it_stands(
+    on_bench: Callable[..., list[Assignment]],
+) -> None:
+    async def scene(bench: Bench) -> None:
+        ScriptedGang.disk.clear()
+        first, second = await at_once(bench, first_rungs(bench, 2))
+        await until(lambda: len(ScriptedGang.ran) == 2)
+        await asyncio.sleep(0.01)
+        assert not first.done()
+        assert not second.done()
+        assert not any(entry.results for entry in Ledger(bench.folder).entries()), "nothing is known of it"
+        ScriptedGang.disk.set()
+        assert [(await call).state for call in (first, second)] == ["done", "done"]
+        assert all(entry.results for entry in Ledger(bench.folder).entries())
+
+    assert ids_of(on_bench(scene)) == ["t0", "t1"]
+
+
+def test_no_more_than_one_group_waits_to_be_written(on_bench: Callable[..., list[Assignment]]) -> None:
+    async def scene(bench: Bench) -> None:
+        ScriptedGang.disk.clear()
+        calls = await at_once(bench, first_rungs(bench, 3))
+        await until(lambda: len(ScriptedGang.ran) == 2)
+        await asyncio.sleep(0.01)
+        assert len(ScriptedGang.ran) == 2
+        ScriptedGang.disk.set()
+        await asyncio.gather(*calls)
+
+    assert ids_of(on_bench(scene)) == ["t0", "t1", "t2"]
+
+
+def test_a_gang_killed_between_result_and_commit_loses_both_of_its_groups_once(on_bench: Callable[..., list[Assignment]]) -> None:
+    async def scene(bench: Bench) -> None:
+        ScriptedGang.disk.clear()
+        first, second = await at_once(bench, first_rungs(bench, 2))
+        await until(lambda: len(ScriptedGang.ran) == 1)
+        ScriptedGang.go.clear()
+        await asyncio.sleep(0.01)
+        gang_of(bench).killed.set()
+        ScriptedGang.disk.set()
+        ScriptedGang.go.set()
+        assert [(await call).state for call in (first, second)] == ["done", "done"]
+        (figures,) = await bench.exchange.figures()
+        assert (figures.replaced, figures.base_loads) == (1, 2)
+        died = [item["trial_id"] for item in bench.exchange._news if item["kind"] == "gang_died"]
+        assert sorted(died) == ["t0", "t1"]
+        assert [len(entry.results) for entry in Ledger(bench.folder).entries()] == [1, 1]
+
+    ran = on_bench(scene)
+    assert ids_of(ran) == ["t0", "t0", "t1"]
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_what_cannot_be_written_is_done_again_and_then_fails_and_the_others_go_on(
+    on_bench: Callable[..., list[Assignment]], others: int
+) -> None:
+    """Whoever runs meanwhile loses one attempt by it: from then on the culprit is alone."""
+
+    async def scene(bench: Bench) -> None:
+        ScriptedGang.unwritten = {"t0": 99}
+        calls = await at_once(bench, first_rungs(bench, 1 + others))
+        answers = await asyncio.gather(*calls)
+        assert [answer.state for answer in answers] == ["failed", *["done"] * others]
+        assert "no space left on device" in answers[0].reason
+        (figures,) = await bench.exchange.figures()
+        assert figures.replaced == MAX_ATTEMPTS
+        assert (await bench.advance(bench.trial(9))).state == "done"
+
+    ran = ids_of(on_bench(scene))
+    assert ran.count("t0") == MAX_ATTEMPTS
+    assert ran.count("t1") in ((1, 2) if others else (0,))
+
+
+def test_a_group_that_is_written_is_not_made_smaller_by_a_want_of_memory(on_bench: Callable[..., list[Assignment]]) -> None:
+    """It had enough: the group that ran beside it had not."""
+
+    async def scene(bench: Bench) -> None:
+        ScriptedGang.disk.clear()
+        ScriptedGang.fitting = {"t1": 4}
+        calls = await at_once(bench, first_rungs(bench, 2))
+        await until(lambda: len(ScriptedGang.ran) == 2)
+        gang_of(bench).death = GangDiedError("out of memory on the node", out_of_memory=True)
+        gang_of(bench).killed.set()
+        ScriptedGang.disk.set()
+        assert [(await call).state for call in calls] == ["done", "done"]
+
+    rows = {(a.trial.trial_id, a.execution.micro_batch_rows) for a in on_bench(scene)}
+    assert rows == {("t0", 8), ("t1", 8), ("t1", 4)}
+
+
+def test_what_is_being_written_when_the_exchange_closes_is_written_down(on_bench: Callable[..., list[Assignment]]) -> None:
+    folders: list[Path] = []
+
+    async def scene(bench: Bench) -> None:
+        ScriptedGang.disk.clear()
+        folders.append(bench.folder)
+        asyncio.create_task(bench.advance(bench.trial(0)))  # noqa: RUF006 - it ends with the exchange
+        await until(lambda: len(ScriptedGang.ran) == 1)
+        await asyncio.sleep(0.01)
+        asyncio.get_running_loop().call_later(0.05, ScriptedGang.disk.set)
+
+    on_bench(scene)
+    (entry,) = Ledger(folders[0]).entries()
+    assert [result.state for result in entry.results] == ["done"]
+
+
+def test_a_gang_gets_first_what_it_may_remember(on_bench: Callable[..., list[Assignment]]) -> None:
+    """Of what is equally urgent: a higher rung of another gang still comes before."""
+
+    async def scene(bench: Bench) -> None:
+        ScriptedGang.go.clear()
+        calls = await at_once(bench, first_rungs(bench, 2))
+        await asyncio.sleep(0.01)
+        ScriptedGang.go.set()
+        await asyncio.gather(*calls)
+        homes = [entry.results[-1].gang for entry in Ledger(bench.folder).entries()]
+        ScriptedGang.go.clear()
+        blockers = [asyncio.create_task(bench.advance(bench.trial(number))) for number in (7, 8)]
+        await asyncio.sleep(0.01)
+        again = [asyncio.create_task(bench.advance(bench.trial(number), 1)) for number in (1, 0)]
+        await asyncio.sleep(0.01)
+        ScriptedGang.go.set()
+        await asyncio.gather(*blockers, *again)
+        assert sorted(homes) == [0, 1]
+        assert [entry.results[-1].gang for entry in Ledger(bench.folder).entries()][:2] == homes
+
+    on_bench(scene, gangs=2)

@@ -30,7 +30,7 @@ class Bench:
         self.options = plan.search.options
         self.queue = WorkQueue(self.plan, anatomy, num_gangs)
 
-    def put(self, number: int, option: int = 0, attempts: int = 0) -> None:
+    def put(self, number: int, option: int = 0, attempts: int = 0, home: int | None = None) -> None:
         trial = make_trial(self.plan, self.options[option], 1e-3, number, seed=0).model_copy(update={"trial_id": f"t{number}"})
         assignment = make_assignment(
             self.plan,
@@ -45,15 +45,15 @@ class Bench:
             stop_step=4,
         )
         future: asyncio.Future[RungResult | None] = asyncio.get_running_loop().create_future()
-        self.queue.put(Work((1, 0, number), assignment, future, attempts))
+        self.queue.put(Work((1, 0, number), assignment, future, attempts, home=home))
 
-    async def take(self, stack: AsyncExitStack) -> list[Work]:
-        return await asyncio.wait_for(stack.enter_async_context(self.queue.next_group()), 5)
+    async def take(self, stack: AsyncExitStack, gang: int | None = None) -> list[Work]:
+        return await asyncio.wait_for(stack.enter_async_context(self.queue.next_group(gang)), 5)
 
-    async def done(self) -> list[int]:
+    async def done(self, gang: int | None = None) -> list[int]:
         """What one gang takes, which is free again at once."""
         async with AsyncExitStack() as stack:
-            return numbers(await self.take(stack))
+            return numbers(await self.take(stack, gang))
 
 
 def numbers(group: Sequence[Work]) -> list[int]:
@@ -124,6 +124,22 @@ def test_first_things_come_first_and_only_what_is_like_them_comes_with_them(plan
         for number, option in enumerate((2, 0, 1, 2, 0, 1)):
             bench.put(number, option)
         assert [await bench.done() for _ in range(4)] == [[0, 3], [1, 4], [2], [5]]
+
+    play(scene())
+
+
+def test_of_what_is_equally_urgent_a_gang_gets_first_what_it_may_remember(plan: RunPlan, anatomy: ModelAnatomy) -> None:
+    async def scene() -> None:
+        alone = Bench(plan, anatomy, 1, 1)
+        for number, home in enumerate((0, 1, None, 1)):
+            alone.put(number, home=home)
+        assert [await alone.done(gang) for gang in (1, 1, 1, 1)] == [[1], [3], [0], [2]]
+        shared = Bench(plan, anatomy, 2, 8)
+        for number, home in enumerate((0, 1, 0, 1)):
+            shared.put(number, home=home)
+        async with AsyncExitStack() as stack:
+            assert numbers(await shared.take(stack, 1)) == [1, 3]
+            assert numbers(await shared.take(stack, 0)) == [0, 2]
 
     play(scene())
 

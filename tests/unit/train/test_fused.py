@@ -89,6 +89,7 @@ class Gang:
         group = [self.assignment(name, rung, place=place, **values) for name in names]
         self.host._groups.widths[kind_of_batch(group[0])] = len(group)
         results = self.host.run_group(group)
+        self.host.settle()
         return {result.trial_id: result for result in results}
 
     def alone(self, name: str) -> list[RungResult]:
@@ -117,8 +118,13 @@ def test_the_same_bits_alone_and_in_company_also_when_a_neighbour_leaves(gang: G
     first = gang.fused([*TRIALS, *TWINS])
     second = gang.fused([*TRIALS[:2], *TWINS], rung=1)  # the third is stopped at the rung
     third = gang.fused(TRIALS[2:], rung=1)  # and comes back later
+    gang.fused([*TRIALS, *TWINS], place="disk")
+    gang.host._saver.forget()
+    from_disk = gang.fused([*TRIALS, *TWINS], rung=1, place="disk")
+    assert [result.engine.from_memory for result in from_disk.values() if result.engine] == [False] * 5
+    assert [result.engine.from_memory for result in (second | third).values() if result.engine] == [True] * 5
     for name in (*TRIALS, *TWINS):
-        assert gang.bits(name) == gang.bits(name, "alone")
+        assert gang.bits(name) == gang.bits(name, "disk") == gang.bits(name, "alone")
         assert first[name].eval_loss == alone[name][0].eval_loss
         assert (second | third)[name].eval_loss == alone[name][1].eval_loss
         assert (second | third)[name].retain_loss == alone[name][1].retain_loss

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -20,9 +22,10 @@ from orchestrator.errors import BaseLostError, RankOutOfMemoryError, TrainingErr
 from orchestrator.plan.results import RungResult
 from orchestrator.plan.values import Assignment, BaseLoad, DataPaths, ExecutionPlan, TrainSettings, TrialSpec
 from orchestrator.store import check_folder, read_jsonl
-from orchestrator.train import TrainHost, find_latest
+from orchestrator.train import TrainHost, find_latest, saving
 from orchestrator.train.branch import PlainKeeper
 from orchestrator.train.objective import Objective
+from orchestrator.train.torch_engine import TorchEngine
 
 EXECUTION = ExecutionPlan(
     device="cpu", ranks=1, threads_per_rank=1, executor="torch", dtype="float32", row_tokens=32, micro_batch_rows=2
@@ -165,6 +168,60 @@ def test_a_resumed_trial_is_the_straight_one(bench: Bench) -> None:
     assert whole.state == "done"
 
 
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_a_trial_goes_on_from_memory_as_from_disk(bench: Bench, tune: str) -> None:
+    """In memory it does not care what has become of its files."""
+    bench.run("straight", tune=tune)
+    results = {}
+    for name in ("memory", "disk"):
+        part = bench.run(name, tune=tune, stop=2)
+        bench.run("between", tune=tune)
+        if name == "disk":
+            bench.host._saver.forget()
+        else:
+            shutil.rmtree(part.checkpoint or "")
+        results[name] = bench.run(name, tune=tune, start=part.checkpoint, rung=1)
+    assert [result.notes for result in results.values()] == [(), ()]
+    assert [result.engine.from_memory for result in results.values() if result.engine] == [True, False]
+    assert bench.bits("memory") == bench.bits("disk") == bench.bits("straight")
+    assert results["memory"].eval_loss == results["disk"].eval_loss
+    artifact = "adapter/adapter_model.safetensors" if tune == "lora" else "delta/delta.safetensors"
+    for file in (artifact, "state-rank0.safetensors"):
+        last = [(bench.folder / name / rung / file).read_bytes() for name, rung in (("memory", "rung-1"), ("straight", "rung-0"))]
+        assert last[0] == last[1], "also the masters, the moments and the random state"
+
+
+def test_the_next_trial_takes_steps_while_the_last_one_is_written(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    stepped, write = threading.Event(), saving.write_snapshot
+
+    def patient(*given: Any) -> None:
+        assert stepped.wait(60), "the next trial waits for it"
+        write(*given)
+
+    monkeypatch.setattr(saving, "write_snapshot", patient)
+    (first,) = bench.host.run_group([bench.assignment("a")])
+    assert not Path(first.checkpoint or "").exists()
+    (second,) = bench.host.run_group([bench.assignment("b")], on_step=lambda _: stepped.set())
+    bench.host.settle()
+    for result in (first, second):
+        check_folder(Path(result.checkpoint or ""))
+    assert bench.bits("a") == bench.bits("b")
+    loaded = [load_file(bench.folder / name / "rung-0" / "state-rank0.safetensors") for name in "ab"]
+    assert loaded[0].keys() == loaded[1].keys()
+    assert all(torch.equal(loaded[0][name], loaded[1][name]) for name in loaded[0]), "the next trial changes nothing of the last"
+
+
+def test_what_cannot_be_saved_fails_the_trial_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law 4: nobody waits for a disk to hear of it."""
+    with monkeypatch.context() as broken:
+        broken.setattr(TorchEngine, "full_tensors", lambda self: {name: torch.zeros(0) for name in self._names})
+        result = bench.run("a")
+    assert result.state == "failed"
+    assert "nothing was saved" in result.reason
+    assert [path.name for path in (bench.folder / "a").iterdir()] == ["steps.jsonl"]
+    assert bench.run("b").state == "done"
+
+
 def test_lines_that_will_be_written_again_are_taken_out(bench: Bench) -> None:
     part = bench.run("a", stop=2)
     whole = bench.run("a", start=part.checkpoint, rung=1)
@@ -197,6 +254,7 @@ def test_without_a_whole_checkpoint_it_starts_again(bench: Bench) -> None:
     straight = bench.run("straight")
     part = bench.run("a", stop=2)
     (Path(part.checkpoint or "") / "state.json").unlink()
+    bench.host._saver.forget()
     again = bench.run("a", start=part.checkpoint, rung=1)
     assert again.notes == ("rung-0 is damaged: starts again from step 0",)
     assert again.eval_loss == straight.eval_loss
@@ -223,6 +281,7 @@ def test_weights_of_another_gang_are_taken_over(bench: Bench) -> None:
 
     shutil.move(bench.folder / "state.json", folder / "state.json")
     write_manifest(folder)
+    bench.host._saver.forget()
     again = bench.run("a", start=part.checkpoint, rung=1)
     assert (again.state, again.step) == ("done", STEPS)
     assert "another gang" in again.notes[0]
