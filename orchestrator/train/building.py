@@ -16,6 +16,7 @@ from orchestrator.train.batches import RowPlan
 from orchestrator.train.branch import Branch
 from orchestrator.train.engine import Engine, layout_of
 from orchestrator.train.fisher import fisher_information, importances, read_fisher, write_fisher
+from orchestrator.train.learned import LearnedSets
 from orchestrator.train.ranks import Ranks
 from orchestrator.train.torch_engine import TorchEngine
 from orchestrator.values import content_hash
@@ -28,13 +29,13 @@ def build_engine(
     execution: ExecutionPlan,
     ranks: Ranks,
     rows: RowPlan,
-    retention: TokenizedSet | None,
+    sets: LearnedSets,
     fingerprint: Mapping[str, str],
 ) -> Engine:
     """The trial's engine. The branch holds the base's own weights: what an anchor pulls to is what is there now.
 
     Args:
-        retention: What EWC weighs the weights by.
+        sets: Hold the text that EWC weighs the weights by.
         fingerprint: Hashes of the base's tensors.
     """
     trial, settings = assignment.trial, assignment.settings
@@ -43,6 +44,7 @@ def build_engine(
     plan = trial.remedies.anchor
     weights: list[torch.Tensor] | None = None
     if plan is not None and plan.kind == "ewc":
+        retention = sets.retention
         assert retention is not None, "EWC is refused where there is no retention text"
         file = Path(assignment.data.train).parent / "fisher" / _fisher_name(assignment, execution, ranks, retention, fingerprint)
         fisher = read_fisher(file, ranks.device)

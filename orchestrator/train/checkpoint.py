@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from orchestrator.errors import IntegrityError, TrainingError
-from orchestrator.plan.cost.estimate import KEPT_CHECKPOINTS
+from orchestrator.plan.cost.disk import KEPT_CHECKPOINTS
 from orchestrator.store import check_folder, read_json, read_jsonl, write_atomic
 from orchestrator.train.engine import FLAT, Engine
 from orchestrator.train.loop import LoopState

@@ -103,7 +103,7 @@ class FusedRun:
         for member in members:
             member.run.begin_steps()
         objective.train()
-        steps = step_inputs(first.steps(), first.rows, state.step, first.assignment.stop_step, first.train_states())
+        steps = step_inputs(first.sets.steps, first.rows, state.step, first.assignment.stop_step, first.sets.states)
         for step in steps:
             self._step(objective, members, step, on_step)
             if all(member.failure for member in members):

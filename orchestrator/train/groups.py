@@ -69,7 +69,7 @@ class Groups:
         try:
             self._host.open_trunk(first, self._host.news.append)
             run = self._host.trial_run(first, first.execution, self._host.news, TrialOutcome())
-            return best_width(self._host.base, group, run.steps(), run.rows, run.train_states(), self._host.ranks)
+            return best_width(self._host.base, group, run.sets.steps, run.rows, run.sets.states, self._host.ranks)
         except (*TRIAL_ERRORS, RuntimeError, MemoryError) as error:
             if not (isinstance(error, TRIAL_ERRORS) or is_out_of_memory(error)):
                 raise

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from orchestrator.data import TokenizedSet, shuffled
+from orchestrator.data import TokenizedSet
 from orchestrator.errors import TrainingError
 from orchestrator.plan.results import EngineRecord, StepReport
 from orchestrator.plan.scored import ProbePlan
@@ -19,7 +19,7 @@ from orchestrator.plan.values import Assignment, ExecutionPlan
 from orchestrator.store import append_jsonl
 from orchestrator.train.artifacts import load_artifact
 from orchestrator.train.base import LoadedBase
-from orchestrator.train.batches import RowPlan, StepPlan, step_inputs
+from orchestrator.train.batches import RowPlan, step_inputs
 from orchestrator.train.branch import Branch, open_branch
 from orchestrator.train.building import build_engine
 from orchestrator.train.checkpoint import (
@@ -32,6 +32,7 @@ from orchestrator.train.checkpoint import (
 from orchestrator.train.compiled import LOOKED_AT, compiled_blocks, time_compiled
 from orchestrator.train.engine import Engine, forward_ready, is_partitioned, layout_of, num_live_engines, weight_keeper
 from orchestrator.train.integrity import changed_frozen
+from orchestrator.train.learned import LearnedSets
 from orchestrator.train.loop import LoopState, train_steps
 from orchestrator.train.memory import growth_bytes, memory_in_use
 from orchestrator.train.objective import Objective, objective_of
@@ -44,7 +45,6 @@ from orchestrator.train.scoring import Scorer
 from orchestrator.train.snapshot import take_snapshot
 from orchestrator.train.speed import SteadySpeed
 from orchestrator.train.trunk.library import TrunkLibrary
-from orchestrator.train.trunk.states import TrunkStates, joined_states
 
 
 class TrialRun:
@@ -71,7 +71,7 @@ class TrialRun:
         self.ranks = ranks
         self.outcome = outcome
         self._load_set = load_set
-        self._trunk = trunk
+        self.sets = LearnedSets(assignment, load_set, trunk)
         self._saver = saver
         self._base_fingerprint = base_fingerprint
         self._ordinal = ordinal
@@ -109,7 +109,7 @@ class TrialRun:
                 blocks = branch.model.get_submodule(self.base.anatomy.blocks_module)
                 stack.enter_context(recomputed(list(blocks.children())[assignment.selection.cut :]))
             if assignment.compiling is not None:
-                steps = step_inputs(self.steps(), replace(self.rows, one_shape=True), 0, LOOKED_AT, self.train_states())
+                steps = step_inputs(self.sets.steps, replace(self.rows, one_shape=True), 0, LOOKED_AT, self.sets.states)
                 self.outcome.compile_times = time_compiled(self.base, engine, assignment.selection.cut, self.execution, steps)
                 return
             if start is not None and start.exact:
@@ -145,18 +145,8 @@ class TrialRun:
 
     def build_engine(self, objective: Objective, branch: Branch) -> Engine:
         """The branch holds the base's own weights still."""
-        data = self.assignment.data
-        text = data.replay or data.retain
-        return build_engine(
-            objective,
-            branch,
-            self.assignment,
-            self.execution,
-            self.ranks,
-            self.rows,
-            self._load_set(text) if text is not None else None,
-            self._base_fingerprint,
-        )
+        sets, execution, fingerprint = self.sets, self.execution, self._base_fingerprint
+        return build_engine(objective, branch, self.assignment, execution, self.ranks, self.rows, sets, fingerprint)
 
     def _train(self, engine: Engine, branch: Branch, on_step: Callable[[StepReport], None] | None) -> None:
         assignment = self.assignment
@@ -172,7 +162,7 @@ class TrialRun:
         with compiled_blocks(self.base, assignment.selection.cut, self.execution) as compiling:
             self.outcome.state = train_steps(
                 engine,
-                self.steps(),
+                self.sets.steps,
                 replace(self.rows, one_shape=self.execution.compiled),
                 assignment.trial,
                 assignment.settings,
@@ -180,18 +170,11 @@ class TrialRun:
                 self.outcome.state,
                 assignment.stop_step,
                 after_step,
-                self.train_states(),
+                self.sets.states,
             )
         self.outcome.compile_seconds = compiling.seconds
         self.outcome.train_seconds = time.perf_counter() - started
         self.record_engine(engine)
-
-    def steps(self) -> StepPlan:
-        trial, paths = self.assignment.trial, self.assignment.data
-        read = self._load_set(paths.train)
-        target = shuffled(read, trial.seed) if trial.control == "shuffled" else read
-        replayed = self._load_set(paths.replay) if paths.replay is not None else None
-        return StepPlan.of(target, replayed, self.assignment.settings.tokens_per_step, trial.seed, trial.remedies.replay)
 
     def begin_steps(self) -> None:
         """Before the first step of this assignment, with `outcome.state` where it begins."""
@@ -211,18 +194,6 @@ class TrialRun:
             append_jsonl(folder / "steps.jsonl", report)
         if every and state.step % every == 0 and state.step < self.assignment.stop_step:
             self._save(checkpoint_folder(folder, state.step), engine, branch, final=False)
-
-    def train_states(self) -> TrunkStates | None:
-        """What is stored of the training set at this trial's cut. Other answers are other documents, and are not stored."""
-        assignment = self.assignment
-        if assignment.trunk is None or assignment.trial.control == "shuffled":
-            return None
-        cut, paths = assignment.selection.cut, assignment.data
-        target = self._trunk.states(paths.train, cut)
-        if not assignment.trial.remedies.replay or paths.replay is None:
-            return target
-        replayed = self._trunk.states(paths.replay, cut)
-        return None if target is None or replayed is None else joined_states(target, replayed)
 
     def _score_untrained(self, objective: Objective, stack: ExitStack) -> None:
         """The untouched base; a classifier that nobody trained is the class prior."""
@@ -318,5 +289,5 @@ class TrialRun:
             from_memory=self._from_memory,
             compiled=executor != "none" and self.execution.compiled,
             compile_seconds=self.outcome.compile_seconds,
-            trunk_cut=None if self.train_states() is None else self.assignment.selection.cut,
+            trunk_cut=None if self.sets.states is None else self.assignment.selection.cut,
         )

@@ -2,9 +2,9 @@
 
     scripts/bench remedies --base FOLDER --data gsm8k/train.jsonl [--rows 200] [--steps 7] [--json]
 
-Each remedy beside the same trial without it, step after step in turn, on the stored trunk where there is one: anchors may
-cost a tenth of a step, and replay its tokens and nothing more (so its step is compared token for token). The Fisher information
-is computed once for a selection; its time is printed.
+Each remedy beside the same trial without it, step after step in turn, through the whole model: anchors may cost a tenth of a
+step, and replay its tokens and nothing more (so its step is compared token for token). The Fisher information is computed once
+for a selection, in the time that building the engine takes longer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sweep_points import LORA_RANK, SEED, Task, make_sets
+from sweep_points import LORA_RANK, SEED, Sets, Task, make_sets
 from sweep_steps import ROW_TOKENS, TOKENS_PER_STEP, Batch, load_our_base, num_tokens, our_step
 from transformers.utils import logging
 
@@ -39,8 +39,10 @@ from orchestrator.train.base import LoadedBase
 from orchestrator.train.batches import RowPlan, StepPlan, step_inputs
 from orchestrator.train.building import build_engine
 from orchestrator.train.integrity import base_fingerprint
+from orchestrator.train.learned import LearnedSets
 from orchestrator.train.objective import objective_of
 from orchestrator.train.ranks import ALONE
+from orchestrator.train.trunk.library import TrunkLibrary
 
 ANCHOR_TIMES, REPLAY_TIMES = 1.10, 1.05
 """The second allows for rows that pack a little worse or better."""
@@ -72,9 +74,11 @@ class Bench:
     """The base and the sets of all cases."""
 
     base: LoadedBase
-    folder: Path
+    sets: Sets
     train: TokenizedSet
     replayed: TokenizedSet
+    trunk: TrunkLibrary
+    """Stores nothing: every way runs through the whole model."""
     num_steps: int
 
     def measure(self, case: Case) -> dict[str, Any]:
@@ -112,7 +116,8 @@ class Bench:
             started = time.perf_counter()
             rows = RowPlan(ROW_TOKENS, 1, pack=True)
             fingerprint = base_fingerprint(self.base.model)
-            engine = build_engine(objective, branch, assignment, assignment.execution, ALONE, rows, self.replayed, fingerprint)
+            sets = LearnedSets(assignment, TokenizedSet.load, self.trunk)
+            engine = build_engine(objective, branch, assignment, assignment.execution, ALONE, rows, sets, fingerprint)
             built.setdefault(with_it, time.perf_counter() - started)
             for number in range(1 + self.num_steps):
                 started = time.perf_counter()
@@ -142,9 +147,9 @@ class Bench:
                 device="cpu", ranks=1, threads_per_rank=1, executor="torch", row_tokens=ROW_TOKENS, micro_batch_rows=1
             ),
             settings=TrainSettings(warmup=0, schedule="constant", weight_decay=0, grad_clip=1, tokens_per_step=TOKENS_PER_STEP),
-            data=DataPaths(train=str(self.folder / "train.npz"), eval=str(self.folder / "eval.npz")),
+            data=DataPaths(train=str(self.sets.train), eval=str(self.sets.eval), replay=str(self.sets.eval)),
             metric="loss",
-            folder=str(self.folder / "trial"),
+            folder=str(self.sets.train.parent / "trial"),
             rung=0,
             stop_step=1,
         )
@@ -165,7 +170,9 @@ def main() -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="remedies-")))
         sets = make_sets(Task(options.base.resolve(), options.data.resolve(), rows=options.rows), folder)
         train, other = TokenizedSet.load(sets.train), TokenizedSet.load(sets.eval)
-        bench = Bench(load_our_base(options.base), folder, train, other, options.steps)
+        base = load_our_base(options.base)
+        trunk = TrunkLibrary(base, {}, ALONE, TokenizedSet.load)
+        bench = Bench(base, sets, train, other, trunk, options.steps)
         found = [bench.measure(case) for case in CASES]
     if options.json:
         print(json.dumps(found, indent=1))

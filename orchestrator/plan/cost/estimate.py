@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from orchestrator.anatomy import select
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.plan.cost.accelerators import find_accelerator
+from orchestrator.plan.cost.disk import TOKEN_BYTES, all_tokens, bundle_bytes, disk_parts
 from orchestrator.plan.cost.flops import (
     attention_width,
     block_flops_per_token,
@@ -28,12 +29,6 @@ ACHIEVED_SHARE = 0.35
 H100s (Llama Team 2024, The Llama 3 Herd of Models, table 4); short rows, small models and adapters reach less."""
 CPU_FLOPS_PER_CORE = 40e9
 """A core in float32 and bf16 at rows of 128 and more: measured, 35 to 42."""
-KEPT_CHECKPOINTS = 2
-"""Of a trial that saves on the way, the newest; the second is there for the case that the first is damaged."""
-STATE_BYTES = 12
-"""Of an element that learns in a checkpoint, beside its value: a float32 master and Adam's two moments."""
-TOKEN_BYTES = 5
-"""Of a token on disk: an int32 id and a supervision mask."""
 REFIT = "refit"
 """The part of the operations that trains the winner again."""
 TRIALS = "trials"
@@ -67,7 +62,8 @@ def estimate_cost(plan: RunPlan, anatomy: ModelAnatomy, rate: Rate, *, price_per
     shuffled = sum(part.amount for part in operations if part.name == SHUFFLED)
     searched = max((total - refit - shuffled) / (units * _busy_gangs(plan)), max(trial, default=0.0) / units)
     search_seconds = _seconds(rate, searched + shuffled / units)
-    disk, checkpoint_bytes = _disk(plan, anatomy, options)
+    rungs = expected_rungs(plan.search) if plan.search is not None else 0.0
+    disk, checkpoint_bytes = disk_parts(plan, anatomy, options, _head(plan, anatomy), rungs)
     on_gpus = plan.execution.device == "cuda"
     gpu_hours, core_hours = (_hours(rate, total), None) if on_gpus else (None, _hours(rate, total))
     whole_hours = _hours(rate, without_stopping) if on_gpus else None
@@ -100,8 +96,8 @@ def estimate_cost(plan: RunPlan, anatomy: ModelAnatomy, rate: Rate, *, price_per
         disk=disk,
         disk_bytes=round(sum(part.amount for part in disk)),
         checkpoint_bytes=checkpoint_bytes,
-        bundle_bytes=_bundle_bytes(plan, anatomy, options),
-        cache_bytes=TOKEN_BYTES * _all_tokens(plan.data),
+        bundle_bytes=bundle_bytes(plan, anatomy, options),
+        cache_bytes=TOKEN_BYTES * all_tokens(plan.data),
     )
 
 
@@ -145,7 +141,7 @@ def _building_trunk(plan: RunPlan, anatomy: ModelAnatomy) -> Part | None:
     """The one forward pass over all sets that fills what is stored."""
     if plan.trunk is None:
         return None
-    stop, tokens = plan.trunk.cuts[-1], _all_tokens(plan.data)
+    stop, tokens = plan.trunk.cuts[-1], all_tokens(plan.data)
     per_token = block_flops_per_token(anatomy, attention_width(anatomy, plan.execution, plan.data), stop)
     return Part(
         name="trunk", amount=tokens * per_token, reason=f"{format_count(tokens)} tokens once through {stop} blocks, and stored"
@@ -263,54 +259,3 @@ def _busy_gangs(plan: RunPlan) -> int:
 def _budget(plan: RunPlan) -> float:
     """Share of the full budget that a trial gets which nothing stops."""
     return plan.search.rung_steps[-1] / plan.total_steps if plan.search is not None else 1.0
-
-
-def _bundle_bytes(plan: RunPlan, anatomy: ModelAnatomy, options: Sequence[TrialOption]) -> int:
-    """The merged model at its largest: every tensor in its stored dtype, and a copy of a tied head that learns."""
-    dropped = {anatomy.head_weight} if plan.base.task == "classify" and anatomy.kind == "decoder" else set[str]()
-    kept = sum(tensor.num_bytes for name, tensor in anatomy.tensors.items() if name not in dropped)
-    unties = any(option.selection.unties_head for option in options)
-    return kept + (anatomy.tensors[anatomy.embeddings[0]].num_bytes if unties else 0)
-
-
-def _all_tokens(data: DataSize) -> int:
-    return data.train_tokens + data.eval_tokens + data.retain_tokens + data.replay_tokens
-
-
-def _disk(plan: RunPlan, anatomy: ModelAnatomy, options: Sequence[TrialOption]) -> tuple[tuple[Part, ...], int]:
-    """(what the run directory grows to, bytes of one checkpoint of the largest choice).
-
-    A checkpoint holds what was learned in the compute dtype and, while its trial may go on, a float32 master and two
-    moments an element. Every rung that a trial reached keeps what was learned, the control `head` included.
-    """
-    element = 2 if plan.execution.dtype == "bfloat16" else 4
-    learn = [option.selection.num_trainable_parameters for option in options]
-    largest = max(learn, default=0)
-    checkpoint = (element + STATE_BYTES) * largest
-    tokens = TOKEN_BYTES * _all_tokens(plan.data)
-    bundle = _bundle_bytes(plan, anatomy, options)
-    parts = [Part(name="bundle", amount=bundle, reason="the merged model, each tensor in the dtype that the base has it in")]
-    if plan.search is not None:
-        search, rungs = plan.search, expected_rungs(plan.search)
-        mean = sum(learn) / len(learn)
-        head = _head(plan, anatomy).num_trainable_parameters * len(search.rung_steps)
-        open_trials = f"{search.concurrent_trials} open at once x {STATE_BYTES} bytes x {format_count(largest)}"
-        parts += [
-            Part(
-                name="trials",
-                amount=search.num_trials * rungs * element * mean,
-                reason=f"{search.num_trials} trials x {rungs:.3g} rungs x {element} bytes x {format_count(mean)} elements, mean",
-            ),
-            Part(
-                name="open trials",
-                amount=search.concurrent_trials * STATE_BYTES * largest,
-                reason=f"masters and moments: {open_trials}",
-            ),
-            Part(
-                name="control head", amount=element * head, reason=f"{element} bytes x {format_count(head)} elements, all rungs"
-            ),
-        ]
-    way = f"{KEPT_CHECKPOINTS} kept x {element + STATE_BYTES} bytes x {format_count(largest)} elements"
-    parts.append(Part(name="checkpoints on the way", amount=KEPT_CHECKPOINTS * checkpoint, reason=way))
-    parts.append(Part(name="tokens", amount=tokens, reason=f"{TOKEN_BYTES} bytes x {format_count(_all_tokens(plan.data))}"))
-    return tuple(parts), checkpoint

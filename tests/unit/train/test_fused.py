@@ -207,7 +207,7 @@ def test_the_width_that_takes_least_time_a_trial_is_taken(
     monkeypatch.setattr(widths, "_seconds", lambda *_: next(taken))
     group = [gang.assignment(f"{rate}e-3-r4") for rate in range(1, 5)]
     run = gang.host.trial_run(group[0], gang.execution, [], host.TrialOutcome())
-    found, said = best_width(gang.host.base, group, run.steps(), run.rows, None, gang.host.ranks)
+    found, said = best_width(gang.host.base, group, run.sets.steps, run.rows, None, gang.host.ranks)
     assert found == width
     assert said.startswith(f"{width} trials share a batch (a trial's micro-batch by trials in a batch: {tried}")
 
@@ -217,7 +217,7 @@ def test_a_measurement_leaves_the_base_as_it_was(gang: Gang, checkpointing: bool
     execution = gang.execution.model_copy(update={"checkpointing": checkpointing})
     group = [gang.assignment(name).model_copy(update={"execution": execution}) for name in TRIALS]
     run = gang.host.trial_run(group[0], execution, [], host.TrialOutcome())
-    best_width(gang.host.base, group, run.steps(), run.rows, None, gang.host.ranks)
+    best_width(gang.host.base, group, run.sets.steps, run.rows, None, gang.host.ranks)
     assert not any(isinstance(module, LoraLinear) for module in gang.host.base.model.modules())
     assert not any(getattr(module, "gradient_checkpointing", False) for module in gang.host.base.model.modules())
 

@@ -1,0 +1,49 @@
+"""What one trial learns from: its steps, and what is stored of their documents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from orchestrator.data import TokenizedSet, shuffled
+from orchestrator.plan.values import Assignment
+from orchestrator.train.batches import StepPlan
+from orchestrator.train.trunk.library import TrunkLibrary
+from orchestrator.train.trunk.states import TrunkStates, joined_states
+
+
+@dataclass(frozen=True)
+class LearnedSets:
+    """The training set of an assignment and, where it replays, the retention text beside it."""
+
+    assignment: Assignment
+    load_set: Callable[[str], TokenizedSet]
+    trunk: TrunkLibrary
+
+    @cached_property
+    def steps(self) -> StepPlan:
+        trial, paths = self.assignment.trial, self.assignment.data
+        read = self.load_set(paths.train)
+        target = shuffled(read, trial.seed) if trial.control == "shuffled" else read
+        replayed = self.load_set(paths.replay) if paths.replay is not None else None
+        return StepPlan.of(target, replayed, self.assignment.settings.tokens_per_step, trial.seed, trial.remedies.replay)
+
+    @cached_property
+    def states(self) -> TrunkStates | None:
+        """What is stored of these documents at the trial's cut. Other answers are other documents, and are not stored."""
+        assignment = self.assignment
+        if assignment.trunk is None or assignment.trial.control == "shuffled":
+            return None
+        cut, paths = assignment.selection.cut, assignment.data
+        target = self.trunk.states(paths.train, cut)
+        if not assignment.trial.remedies.replay or paths.replay is None:
+            return target
+        replayed = self.trunk.states(paths.replay, cut)
+        return None if target is None or replayed is None else joined_states(target, replayed)
+
+    @cached_property
+    def retention(self) -> TokenizedSet | None:
+        """Retention text that is not scored; where all of it is, that."""
+        text = self.assignment.data.replay or self.assignment.data.retain
+        return self.load_set(text) if text is not None else None
