@@ -11,6 +11,7 @@ RETENTION = 0x4E7
 REPLAY = 0x4E9
 FISHER = 0xF15
 SHOTS = 0x5407
+FEATURES = 0xFEA7
 """Salts, so that choices of one seed do not follow one another."""
 
 

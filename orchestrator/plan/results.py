@@ -6,6 +6,7 @@ from typing import Literal
 
 from orchestrator.plan.compilation import CompileTimes
 from orchestrator.plan.scored import LayerScores
+from orchestrator.plan.shift import DomainShift
 from orchestrator.plan.values import ExecutionPlan
 from orchestrator.values import Value
 
@@ -81,6 +82,8 @@ class RungResult(Value):
     """What happened by itself on the way (law 9): a micro-batch halved, a damaged checkpoint passed over."""
     layer_scores: LayerScores | None = None
     """What a probe found."""
+    domain_shift: DomainShift | None = None
+    """How far the target lies from the retention set, where that was asked for."""
     compile_times: CompileTimes | None = None
     """What was measured of compiled blocks."""
 

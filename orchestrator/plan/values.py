@@ -148,6 +148,15 @@ class TrunkPlan(Value):
     """What the folder may hold; None for half of the disk's free space."""
 
 
+class ShiftPlan(Value):
+    """How the distance of target and retention set is measured before the search."""
+
+    cuts: tuple[int, ...]
+    """What enters these blocks is compared, ascending."""
+    num_documents: int
+    """Of each set, at most."""
+
+
 class Assignment(Value):
     """All that a gang receives: carry this trial from `start` to `stop_step`, evaluate, save."""
 
@@ -174,6 +183,8 @@ class Assignment(Value):
     """What the plan expects a rank to use for it; None where the plan has no figure."""
     probe: ProbePlan | None = None
     """Score the blocks and train nothing."""
+    shift: ShiftPlan | None = None
+    """Measure how far the target lies from the retention set, and train nothing."""
     compiling: CompilePlan | None = None
     """Measure what compiled blocks gain and train nothing."""
 
@@ -226,6 +237,8 @@ class SearchPlan(Value):
     """How many trials may share a batch at most; the gang measures how many pay."""
     controls: tuple[Literal["shuffled", "scratch", "k_shot"], ...] = ()
     """Asked for beside those that every sweep has."""
+    prior: Literal["none", "near", "far", "few"] = "none"
+    """What the domain shift advises to try first, once it was measured."""
     points: tuple[PlannedPoint, ...] = ()
     """The trials of `fixed`, in order."""
     shares: tuple[float, ...] = ()

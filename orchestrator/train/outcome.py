@@ -9,6 +9,7 @@ from orchestrator.errors import DataError, IntegrityError, SelectionError, Train
 from orchestrator.plan.compilation import CompileTimes
 from orchestrator.plan.results import EngineRecord, RungResult
 from orchestrator.plan.scored import LayerScores
+from orchestrator.plan.shift import DomainShift
 from orchestrator.plan.values import Assignment, ExecutionPlan
 from orchestrator.train.loop import LoopState
 from orchestrator.train.scoring import Scores
@@ -28,6 +29,7 @@ class TrialOutcome:
     steady_tokens_per_s: float | None = None
     engine: EngineRecord | None = None
     layer_scores: LayerScores | None = None
+    domain_shift: DomainShift | None = None
     compile_times: CompileTimes | None = None
     compile_seconds: float = 0.0
     relieved: ExecutionPlan | None = None
@@ -51,6 +53,7 @@ def result_of(assignment: Assignment, outcome: TrialOutcome, reason: str) -> Run
         checkpoint=None if outcome.checkpoint is None else str(outcome.checkpoint),
         engine=outcome.engine,
         layer_scores=outcome.layer_scores,
+        domain_shift=outcome.domain_shift,
         compile_times=outcome.compile_times,
         relieved=outcome.relieved,
         steady_tokens_per_s=outcome.steady_tokens_per_s,

@@ -15,7 +15,7 @@ from orchestrator.data import TokenizedSet
 from orchestrator.errors import TrainingError
 from orchestrator.plan.results import EngineRecord, StepReport
 from orchestrator.plan.scored import ProbePlan
-from orchestrator.plan.values import Assignment, ExecutionPlan
+from orchestrator.plan.values import Assignment, ExecutionPlan, ShiftPlan
 from orchestrator.store import append_jsonl
 from orchestrator.train.artifacts import load_artifact
 from orchestrator.train.base import LoadedBase
@@ -31,6 +31,7 @@ from orchestrator.train.checkpoint import (
 )
 from orchestrator.train.compiled import LOOKED_AT, compiled_blocks, time_compiled
 from orchestrator.train.engine import Engine, forward_ready, is_partitioned, layout_of, num_live_engines, weight_keeper
+from orchestrator.train.features import measure_shift
 from orchestrator.train.integrity import changed_frozen
 from orchestrator.train.learned import LearnedSets
 from orchestrator.train.loop import LoopState, train_steps
@@ -44,6 +45,7 @@ from orchestrator.train.saving import Saver
 from orchestrator.train.scoring import Scorer
 from orchestrator.train.snapshot import take_snapshot
 from orchestrator.train.speed import SteadySpeed
+from orchestrator.train.trunk.build import TrunkBuilder
 from orchestrator.train.trunk.library import TrunkLibrary
 
 
@@ -95,6 +97,9 @@ class TrialRun:
             objective = objective_of(self.base, branch.head(), assignment.selection.cut)
             if assignment.probe is not None:
                 self._score_blocks(assignment.probe, objective, branch)
+                return
+            if assignment.shift is not None:
+                self._measure_shift(assignment.shift, objective, stack)
                 return
             if assignment.compiling is None and (trial.control == "none" or assignment.stop_step == 0):
                 self._score_untrained(objective, stack)
@@ -216,6 +221,15 @@ class TrialRun:
         seed = self.assignment.trial.seed
         self.outcome.layer_scores = score_blocks(self.base, objective, data, plan, self.execution, seed)
         self.prove_frozen(branch)
+
+    def _measure_shift(self, plan: ShiftPlan, objective: Objective, stack: ExitStack) -> None:
+        data, partitioned = self.assignment.data, is_partitioned(self.execution)
+        assert data.retain is not None, "planned where there is a retention set"
+        stack.enter_context(forward_ready(objective, self.execution))
+        builder = TrunkBuilder(self.base, objective, self.rows, self.ranks, partitioned)
+        sides = [(path, self._load_set(path)) for path in (data.train, data.retain)]
+        seed = self.assignment.trial.seed
+        self.outcome.domain_shift = measure_shift(plan, sides[0], sides[1], self.sets.trunk, builder, seed)
 
     def prove_frozen(self, branch: Branch) -> None:
         """Law 2: what did not learn is bit for bit what was loaded; every rank hears of a difference on any."""

@@ -1,0 +1,69 @@
+"""The domain shift before the search, once in a run's life: domain_shift.json says what was found, and it orders the search."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from orchestrator.plan import make_assignment, shift_trial
+from orchestrator.plan.shift import DomainShift
+from orchestrator.runtime.cluster import fetch
+from orchestrator.runtime.ledger import Ledger
+from orchestrator.runtime.prepare import Prepared
+from orchestrator.runtime.records import base_result
+from orchestrator.store import read_json, write_json
+from orchestrator.transfer.domain_shift import Advice, advise
+from orchestrator.transfer.records import RunView
+
+
+def advised_by_shift(prepared: Prepared, exchange: Any, view: RunView) -> Prepared:
+    """The run with its first proposals ordered by what was measured; nothing changes where there is nothing to measure."""
+    plan = prepared.plan
+    file = prepared.run.domain_shift
+    if plan.shift is None or plan.search is None:
+        return prepared
+    known = DomainShift.model_validate(read_json(file)) if file.exists() else None
+    found = known or _measured(prepared, exchange)
+    advice = advice_of(prepared, found)
+    if known is None:
+        write_json(file, found)
+        view.event("domain_shift", advice.sentence)
+        prepared.run.event("domain_shift", message=advice.sentence, **found.model_dump(mode="json"))
+    search = plan.search.model_copy(update={"prior": advice.kind})
+    plan = plan.model_copy(update={"search": search})
+    write_json(prepared.run.plan, plan)
+    fetch(exchange.replan.remote(plan))
+    return replace(prepared, plan=plan)
+
+
+def advice_of(prepared: Prepared, found: DomainShift) -> Advice:
+    base = base_result(Ledger(prepared.run.trials))
+    return advise(
+        [block.distance for block in found.blocks],
+        target_loss=base.eval_loss if base is not None else None,
+        retention_loss=base.retain_loss if base is not None else None,
+        num_documents=prepared.plan.data.train_documents,
+        failed=found.failed,
+    )
+
+
+def _measured(prepared: Prepared, exchange: Any) -> DomainShift:
+    trial, nothing = shift_trial(prepared.plan, prepared.anatomy, prepared.spec.train.seed)
+    assignment = make_assignment(
+        prepared.plan,
+        trial,
+        nothing,
+        settings=prepared.settings,
+        data=prepared.data_paths,
+        metric=prepared.scoring.metric,
+        folder=str(prepared.run.path),
+        rung=0,
+        start=None,
+        stop_step=0,
+        shift=prepared.plan.shift,
+    )
+    result = fetch(exchange.probe.remote(assignment))
+    assert result is not None, "the untouched base's work is never held back"
+    for note in result.notes:
+        prepared.run.event("trial_note", message=f"{trial.trial_id}: {note}", trial_id=trial.trial_id)
+    return result.domain_shift or DomainShift(failed=result.reason)
