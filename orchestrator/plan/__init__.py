@@ -23,6 +23,7 @@ from orchestrator.plan.trials import (
     make_trial,
     none_control,
     probe_trial,
+    shift_trial,
     shuffled_control,
 )
 from orchestrator.plan.view import plan_lines
@@ -40,6 +41,7 @@ __all__ = [
     "probe_trial",
     "read_cluster_file",
     "rung_steps",
+    "shift_trial",
     "shuffled_control",
     "with_scores",
 ]

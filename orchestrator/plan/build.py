@@ -34,6 +34,7 @@ from orchestrator.plan.probe import with_probe, with_scores
 from orchestrator.plan.remarks import rate_note, with_remarks
 from orchestrator.plan.remedies import AnchorPlan, check_products, remedies_of_train
 from orchestrator.plan.scored import LayerScores
+from orchestrator.plan.shift import with_shift
 from orchestrator.plan.trunk import plan_trunk
 from orchestrator.plan.values import BaseLoad, ClusterDescription, DataSize, RunPlan, SearchPlan, TrialOption
 from orchestrator.spec import LoadedSpec, require_section
@@ -148,7 +149,7 @@ def _plan_on(
     plan = with_remarks(plan.model_copy(update={"notes": (*plan.notes, reason)}), spec, anatomy, found, cluster)
     room = found.room(gangs.way.ranks, gangs.num_gangs)
     plan = with_compiling(plan, spec, anatomy)
-    return with_probe(plan, spec, anatomy, gangs.way, room, are_scored=scores is not None)
+    return with_shift(with_probe(plan, spec, anatomy, gangs.way, room, are_scored=scores is not None), anatomy)
 
 
 def _arrange_with(head: Footprint, found: Machines, spec: JobSpec, load: Load, num_trials: int) -> Arrangement:

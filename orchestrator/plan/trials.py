@@ -16,6 +16,7 @@ from orchestrator.plan.values import (
     DataPaths,
     ExecutionPlan,
     RunPlan,
+    ShiftPlan,
     TrainSettings,
     TrialOption,
     TrialSpec,
@@ -29,6 +30,8 @@ PROBE = "probe"
 """The name of the work that scores the blocks. It is the untouched base's, and no trial: nothing of it is in the ledger."""
 
 
+SHIFT = "shift"
+"""Likewise, of the work that measures the domain shift."""
 COMPILE = "compile"
 """Likewise, of the work that measures compiled blocks."""
 
@@ -79,6 +82,12 @@ def probe_trial(plan: RunPlan, anatomy: ModelAnatomy, seed: int) -> tuple[TrialS
     return trial.model_copy(update={"trial_id": PROBE, "number": CONTROL_NUMBERS["none"] - 1}), selection
 
 
+def shift_trial(plan: RunPlan, anatomy: ModelAnatomy, seed: int) -> tuple[TrialSpec, LayerSelection]:
+    """The untouched base once more, to be compared on two sets."""
+    trial, selection = none_control(plan, anatomy, seed)
+    return trial.model_copy(update={"trial_id": SHIFT, "number": CONTROL_NUMBERS["none"] - 3}), selection
+
+
 def compile_trial(plan: RunPlan, option: int, seed: int) -> TrialSpec:
     """A choice of the search, to be measured with and without compiled blocks. A control, so that nothing holds it back."""
     assert plan.search is not None
@@ -121,6 +130,7 @@ def make_assignment(
     evaluate: bool = True,
     probe: ProbePlan | None = None,
     compiling: CompilePlan | None = None,
+    shift: ShiftPlan | None = None,
 ) -> Assignment:
     """All that a gang needs to carry `trial` to `stop_step`, by the plan's execution unless another is given.
 
@@ -129,6 +139,7 @@ def make_assignment(
         start: The rung's folder to go on from; None starts at step 0.
         probe: Score the blocks instead of training.
         compiling: Measure what compiled blocks gain instead of training.
+        shift: Measure how far the target lies from the retention set instead of training.
     """
     assert not selection.pending, "blocks are scored before anything is trained"
     return Assignment(
@@ -145,10 +156,11 @@ def make_assignment(
         keep_optimizer=keep_optimizer,
         checkpoint_every_steps=checkpoint_every_steps,
         evaluate=evaluate,
-        trunk=plan.trunk if trial.control != "none" or compiling is not None else None,
+        trunk=plan.trunk if trial.control != "none" or compiling is not None or shift is not None else None,
         predicted_memory_bytes=_predicted_memory_bytes(plan, trial, execution or plan.execution),
         probe=probe,
         compiling=compiling,
+        shift=shift,
     )
 
 

@@ -270,6 +270,8 @@ class RunPlan(Value):
     """Where the two above come from, and what it costs beside them. None in plans of older versions."""
     probe: ProbePlan | None = None
     """How the blocks are scored before anything is trained; None where they are not."""
+    shift: ShiftPlan | None = None
+    """How the distance of target and retention set is measured before the search; None where it is not."""
     compiling: CompilePlan | None = None
     """What is measured of compiled blocks; None where the choice has been made, or was asked for."""
     placement: Placement | None = None

@@ -84,16 +84,25 @@ def _initial(search: SearchPlan, seed: int, number: int) -> Proposal:
     order = _order(search, seed)
     option = order[number % len(order)]
     share = (van_der_corput(number + 1) + _uniform(seed, 0, "turn")) % 1.0
+    if search.prior == "near":  # small rates first; the sampler sees the whole range later
+        share /= 2
     return Proposal(option, _between(search.options[option], share))
 
 
 def _order(search: SearchPlan, seed: int) -> list[int]:
-    """Every option once: those first whose blocks hold the largest share of the summed scores; equals in a seeded order.
+    """Every option once: those first that the domain shift advises, of these those first whose blocks hold the largest share
+    of the summed scores; equals in a seeded order.
 
-    So a choice of blocks stands before its parts, and what trains no block comes last. Without scores all are equals.
+    So a choice of blocks stands before its parts, and what trains no block comes last. Without scores all are equals. Where
+    the target lies near, more blocks come before fewer; where it lies far or examples are few, fewer before more.
     """
     shares = search.shares or (0.0,) * len(search.options)
-    return sorted(range(len(search.options)), key=lambda index: (-shares[index], _uniform(seed, index, "order")))
+    sign = {"none": 0, "near": -1, "far": 1, "few": 1}[search.prior]
+
+    def key(index: int) -> tuple[int, float, float]:
+        return sign * len(search.options[index].selection.blocks), -shares[index], _uniform(seed, index, "order")
+
+    return sorted(range(len(search.options)), key=key)
 
 
 def _tpe(search: SearchPlan, seed: int, number: int, known: Sequence[Known], pending: Sequence[Proposal]) -> Proposal:

@@ -20,6 +20,7 @@ from orchestrator.runtime.assignments import Answer, Orders
 from orchestrator.runtime.budget import selection_of
 from orchestrator.runtime.cluster import fetch
 from orchestrator.runtime.compiling import compiled_where_it_pays
+from orchestrator.runtime.domain import advised_by_shift
 from orchestrator.runtime.exchange import Exchange
 from orchestrator.runtime.finish import finish
 from orchestrator.runtime.hours import may_go_on, read_hours
@@ -105,6 +106,7 @@ def _search(prepared: Prepared, view: RunView, started_at: float) -> tuple[Prepa
                 remedy="mend what it says and submit the same spec again: it is evaluated anew",
             )
         prepared = compiled_where_it_pays(scored_in_a_gang(prepared, exchange, view), exchange, view)
+        prepared = advised_by_shift(prepared, exchange, view)
         plan = prepared.plan
         assert plan.search is not None
         view.phase("search", f"{plan.search.num_trials} trials")

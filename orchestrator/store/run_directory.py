@@ -121,6 +121,11 @@ class RunDirectory:
         return self.path / "compile.json"
 
     @property
+    def domain_shift(self) -> Path:
+        """How far the target lies from the retention set; written once, before the first trial."""
+        return self.path / "domain_shift.json"
+
+    @property
     def sweep(self) -> Path:
         return self.path / "sweep.json"
 
