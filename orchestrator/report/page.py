@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from orchestrator.report import evidence, html, layers, sections, timeline
+from orchestrator.report import evidence, html, layers, sections, shift, timeline
 from orchestrator.report.html import Html
 from orchestrator.report.reading import RunRecords, read_run
 from orchestrator.store import write_atomic
@@ -55,6 +55,8 @@ def _sections(run: RunRecords) -> list[tuple[str, Html]]:
         found.append(("Layers and learning rate", sections.search_map(run, sweep)))
         if run.layer_scores is not None:
             found.append(("Blocks by score", layers.block_scores(run, sweep, run.layer_scores)))
+        if run.domain_shift is not None:
+            found.append(("Domain shift", shift.domain_shift(run, run.domain_shift)))
         found.append(("Target against retention", sections.trade_off(sweep)))
     if transfer is not None:
         found.append(("Prompts, before and after", evidence.prompts(transfer)))

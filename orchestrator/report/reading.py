@@ -15,6 +15,7 @@ from ruamel.yaml.error import YAMLError
 from orchestrator.errors import UsageError
 from orchestrator.plan.results import EngineRecord, RungResult, StepReport
 from orchestrator.plan.scored import LayerScores
+from orchestrator.plan.shift import DomainShift
 from orchestrator.plan.values import RunPlan, TrialSpec
 from orchestrator.transfer.records import EngineFigures, RungRecord, SweepResult, TransferReport, TrialRecord
 from orchestrator.values import Value
@@ -39,6 +40,7 @@ class RunRecords:
     """By trial id, in order of steps."""
     events: tuple[dict[str, Any], ...] = ()
     layer_scores: LayerScores | None = None
+    domain_shift: DomainShift | None = None
     """What the probe found of each block; None where there was none, or none yet."""
     data_summary: dict[str, Any] = field(default_factory=dict)
     bundle_manifest: dict[str, Any] = field(default_factory=dict)
@@ -81,6 +83,7 @@ def read_run(folder: Path) -> RunRecords:
         steps=steps,
         events=tuple(_lines(folder / "events.jsonl", gaps, dict)),
         layer_scores=_value(folder / "layer_scores.json", LayerScores, gaps),
+        domain_shift=_value(folder / "domain_shift.json", DomainShift, gaps),
         data_summary=_object(folder / "data" / "summary.json", gaps),
         bundle_manifest=_object(folder / "bundle" / "manifest.json", gaps),
         results=_results(folder / "trials", gaps),

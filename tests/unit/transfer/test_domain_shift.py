@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from orchestrator.transfer.domain_shift import proxy_a_distance
+from orchestrator.transfer.domain_shift import advise, proxy_a_distance
 
 WIDTH = 32
 
@@ -52,3 +52,28 @@ def test_unequal_sides_weigh_alike() -> None:
 def test_what_cannot_be_told_is_refused(target: np.ndarray, reference: np.ndarray, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         proxy_a_distance(target, reference, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("distances", "target", "retention", "documents", "kind"),
+    [
+        ([1.9, 2.0], 5.3, 3.1, 900, "far"),
+        ([1.9, 2.0], 3.2, 3.1, 900, "near"),
+        ([0.4, 0.6], 5.3, 3.1, 900, "near"),
+        ([1.2], 5.3, 3.1, 900, "none"),
+        ([1.9], None, None, 900, "far"),
+        ([], 5.3, 3.1, 900, "far"),
+        ([], None, None, 900, "none"),
+        ([0.1], 1.0, 3.0, 60, "few"),
+    ],
+)
+def test_advice_needs_features_and_losses_to_agree(
+    distances: list[float], target: float | None, retention: float | None, documents: int, kind: str
+) -> None:
+    found = advise(distances, target_loss=target, retention_loss=retention, num_documents=documents)
+    assert found.kind == kind
+    assert f"{documents} training examples" in found.sentence
+    if distances:
+        assert f"distance {sum(distances) / len(distances):.2f} of 2" in found.sentence
+    if target is not None:
+        assert f"{target:.2f} on the target and {retention:.2f} on the retention set" in found.sentence

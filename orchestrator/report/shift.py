@@ -1,0 +1,26 @@
+"""How far the target lies from the retention set, and what that advised."""
+
+from __future__ import annotations
+
+from orchestrator.plan.shift import DomainShift
+from orchestrator.report import html
+from orchestrator.report.html import Html
+from orchestrator.report.reading import RunRecords
+from orchestrator.report.wording import plural
+
+
+def domain_shift(run: RunRecords, found: DomainShift) -> Html:
+    """The advice with its figures, and the distance at each cut."""
+    told = next((str(event["message"]) for event in reversed(run.events) if event.get("kind") == "domain_shift"), "")
+    said = f"{told[:1].upper()}{told[1:]}. It orders the first trials, and leaves nothing out." if told else ""
+    parts = [html.paragraph(said)] if said else []
+    if not found.blocks:
+        return html.join([*parts, html.paragraph(f"Nothing was measured: {found.failed}")])
+    caption = (
+        f"Proxy A-distance between {plural(found.target_documents, 'training document')} and "
+        f"{found.retention_documents} of the retention set, by the mean of what enters a block: 0 where a linear probe cannot "
+        "tell them apart, 2 where it always can."
+    )
+    rows = [[block.cut, f"{block.distance:.2f}", f"{block.low:.2f} to {block.high:.2f}"] for block in found.blocks]
+    table = html.table(["block", "distance", "95% interval"], rows, numeric=range(2))
+    return html.join([*parts, html.paragraph(caption), table])
