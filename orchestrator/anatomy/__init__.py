@@ -11,7 +11,7 @@ is in `layouts/`, and a new type is a new row there. A type that it does not hav
 
 from orchestrator.anatomy.layouts import known_layouts, trainable_layouts
 from orchestrator.anatomy.reader import read_anatomy, resolve_base
-from orchestrator.anatomy.selection import select
+from orchestrator.anatomy.selection import select, select_everything
 from orchestrator.anatomy.values import Experts, LayerSelection, ModelAnatomy, TensorInfo
 from orchestrator.spec.policy import normal_form
 
@@ -25,5 +25,6 @@ __all__ = [
     "read_anatomy",
     "resolve_base",
     "select",
+    "select_everything",
     "trainable_layouts",
 ]

@@ -65,6 +65,27 @@ def select(
     return selection.model_copy(update={"pending": True, "cut": 0}) if pending else selection
 
 
+def select_everything(anatomy: ModelAnatomy, *, task: Task, num_classes: int = 0) -> LayerSelection:
+    """Every parameter learns, embeddings and norms too: what training from random weights needs."""
+    blocks = tuple(range(anatomy.num_blocks))
+    policy = Policy("all")
+    names = tuple(_stored_names(anatomy, task))
+    new = _new_names(anatomy, task, policy)
+    elements = sum(anatomy.tensors[name].num_elements for name in names)
+    return LayerSelection(
+        policy="everything",
+        tune="full",
+        lora_rank=None,
+        trainable=(*names, *new),
+        adapted=(),
+        frozen=(),
+        cut=0,
+        blocks=blocks,
+        new_classifier=bool(new),
+        num_trainable_parameters=elements + _new_elements(anatomy, task, policy, num_classes),
+    )
+
+
 def num_of_share(share: float, num_blocks: int) -> int:
     """Blocks of `top:F`: the share rounded up, at least one."""
     return max(1, math.ceil(share * num_blocks - ROUNDING))

@@ -19,10 +19,12 @@ from orchestrator.plan.steps import rung_steps
 from orchestrator.plan.trials import (
     compile_trial,
     head_control,
+    late_control_id,
     make_assignment,
     make_trial,
     none_control,
     probe_trial,
+    scratch_control,
     shift_trial,
     shuffled_control,
 )
@@ -33,6 +35,7 @@ __all__ = [
     "estimate_data_size",
     "grid_points",
     "head_control",
+    "late_control_id",
     "make_assignment",
     "make_plan",
     "make_trial",
@@ -41,6 +44,7 @@ __all__ = [
     "probe_trial",
     "read_cluster_file",
     "rung_steps",
+    "scratch_control",
     "shift_trial",
     "shuffled_control",
     "with_scores",

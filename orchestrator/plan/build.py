@@ -19,6 +19,7 @@ from orchestrator.plan.arrange import (
     why_no_more_gangs,
 )
 from orchestrator.plan.compiling import with_compiling
+from orchestrator.plan.controls import head_warnings, with_scratch
 from orchestrator.plan.cost import estimate as cost
 from orchestrator.plan.estimates import MemoryEstimate
 from orchestrator.plan.fusing import most_fused
@@ -118,7 +119,7 @@ def _plan_on(
     gangs = _arrange_with(head, found, spec, load, num_trials) if job == "sweep" else arrange_one(found, spec, load)
     refit = refit_way(found, spec, load, gangs)
     check_products((choice.remedies for choice in choices), (gangs.way.executor, refit.executor))
-    options = _options(choices, load.footprints, gangs.way)
+    options, room = _options(choices, load.footprints, gangs.way), found.room(gangs.way.ranks, gangs.num_gangs)
     pack, fused = steps.packs(spec), _most_fused(spec, anatomy, choices, load, gangs, found)
     plan = RunPlan(
         name=spec.name,
@@ -139,15 +140,15 @@ def _plan_on(
         gpu_hours=None,
         reasons=(),
         rejected=gangs.rejected,
-        warnings=_head_warnings(head, gangs, found, load) if job == "sweep" else (),
+        warnings=head_warnings(head, gangs.way, load, room) if job == "sweep" else (),
         placement=found.placement(gangs.way.ranks, gangs.num_gangs, why_no_more_gangs(spec.resources, num_trials)),
         refit_placement=found.placement(refit.ranks, 1, "a step has rows for no more ranks"),
     )
+    plan = with_scratch(plan, spec, anatomy, gangs.way, load, room)
     trunk, reason = plan_trunk(plan, spec, anatomy, cost.rate_of(found))
     plan = _with_costs(plan.model_copy(update={"trunk": trunk}), anatomy, found, spec)
     _check_gpu_hours(plan, spec)
     plan = with_remarks(plan.model_copy(update={"notes": (*plan.notes, reason)}), spec, anatomy, found, cluster)
-    room = found.room(gangs.way.ranks, gangs.num_gangs)
     plan = with_compiling(plan, spec, anatomy)
     return with_shift(with_probe(plan, spec, anatomy, gangs.way, room, are_scored=scores is not None), anatomy)
 
@@ -162,13 +163,6 @@ def _arrange_with(head: Footprint, found: Machines, spec: JobSpec, load: Load, n
         return alone
     kinds = {(gangs.num_gangs, gangs.way.ranks, gangs.way.zero_stage, gangs.way.offload) for gangs in (alone, both)}
     return both if len(kinds) == 1 else alone
-
-
-def _head_warnings(head: Footprint, gangs: Arrangement, found: Machines, load: Load) -> tuple[str, ...]:
-    smallest = replace(gangs.way, micro_batch_rows=1, checkpointing=True)
-    reason = misfit(smallest, replace(load, footprints=(head,)), found.room(gangs.way.ranks, gangs.num_gangs))
-    said = "the control `head` will fail for want of memory, and trials be compared with the untouched base alone"
-    return () if reason is None else (f"{said}: it {reason}",)
 
 
 def _check_quantizable(spec: JobSpec, anatomy: ModelAnatomy, found: Machines) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from orchestrator.anatomy import LayerSelection, ModelAnatomy, select
+from orchestrator.anatomy import LayerSelection, ModelAnatomy, select, select_everything
 from orchestrator.plan.compilation import CompilePlan
 from orchestrator.plan.options import head_rates
 from orchestrator.plan.relief import SAME_GANG
@@ -21,10 +21,11 @@ from orchestrator.plan.values import (
     TrialOption,
     TrialSpec,
 )
+from orchestrator.spec import learning_rate_range
 from orchestrator.spec.models import JobSpec, SearchSpec
 from orchestrator.values import content_hash
 
-CONTROL_NUMBERS = {"none": -3, "head": -2, "shuffled": -1}
+CONTROL_NUMBERS = {"none": -4, "head": -3, "shuffled": -2, "scratch": -1}
 """Controls stand before the searched trials, which count from 0."""
 PROBE = "probe"
 """The name of the work that scores the blocks. It is the untouched base's, and no trial: nothing of it is in the ledger."""
@@ -104,12 +105,27 @@ def head_control(plan: RunPlan, anatomy: ModelAnatomy, spec: JobSpec, seed: int)
 
 
 def shuffled_control(winner: TrialSpec) -> TrialSpec:
-    """The winner once more, to be trained on answers permuted among the prompts: what style alone buys.
-
-    Its id names the winner, since an extended sweep may have another one.
-    """
-    update = {"trial_id": f"shuffled-{winner.trial_id}", "number": CONTROL_NUMBERS["shuffled"], "control": "shuffled"}
+    """The winner once more, to be trained on answers permuted among the prompts: what style alone buys."""
+    trial_id = late_control_id("shuffled", winner.trial_id)
+    update = {"trial_id": trial_id, "number": CONTROL_NUMBERS["shuffled"], "control": "shuffled"}
     return winner.model_copy(update=update)
+
+
+def scratch_control(
+    plan: RunPlan, anatomy: ModelAnatomy, spec: JobSpec, winner: TrialSpec
+) -> tuple[TrialSpec, LayerSelection]:
+    """Random weights, all of which learn from the winner's documents for as many steps, at the highest rate that the search
+    tries for whole weights: a new model takes a higher one than a trained one."""
+    selection = select_everything(anatomy, task=plan.base.task, num_classes=plan.base.num_classes)
+    _, high = learning_rate_range(spec.search or SearchSpec(), "full")
+    trial = _control(plan, "scratch", selection, high, winner.seed)
+    return trial.model_copy(update={"trial_id": late_control_id("scratch", winner.trial_id)}), selection
+
+
+def late_control_id(name: Literal["shuffled", "scratch"], winner_id: str) -> str:
+    """Of a control that is trained once the winner is known: its id names the winner, since an extended sweep may have
+    another one."""
+    return f"{name}-{winner_id}"
 
 
 def make_assignment(
@@ -156,7 +172,7 @@ def make_assignment(
         keep_optimizer=keep_optimizer,
         checkpoint_every_steps=checkpoint_every_steps,
         evaluate=evaluate,
-        trunk=plan.trunk if trial.control != "none" or compiling is not None or shift is not None else None,
+        trunk=plan.trunk if trial.control not in ("none", "scratch") or compiling is not None or shift is not None else None,
         predicted_memory_bytes=_predicted_memory_bytes(plan, trial, execution or plan.execution),
         probe=probe,
         compiling=compiling,
@@ -172,6 +188,8 @@ def _predicted_memory_bytes(plan: RunPlan, trial: TrialSpec, execution: Executio
         return plan.base_memory.total_bytes
     if trial.control == "head" and plan.head_memory is not None:
         return plan.head_memory.total_bytes
+    if trial.control == "scratch":
+        return plan.scratch_memory.total_bytes if plan.scratch_memory is not None else None
     options = plan.search.options if plan.search is not None else (plan.finetune,) if plan.finetune is not None else ()
     choice = (trial.layers, trial.method)
     found = (option for option in options if (option.layers, option.method) == choice)
@@ -183,7 +201,7 @@ def _select(plan: RunPlan, anatomy: ModelAnatomy, policy: str) -> LayerSelection
 
 
 def _control(
-    plan: RunPlan, name: Literal["none", "head"], selection: LayerSelection, learning_rate: float, seed: int
+    plan: RunPlan, name: Literal["none", "head", "scratch"], selection: LayerSelection, learning_rate: float, seed: int
 ) -> TrialSpec:
     return TrialSpec(
         trial_id=name,

@@ -79,7 +79,7 @@ class TrialSpec(Value):
 
     trial_id: str
     number: int
-    control: Literal["none", "head", "shuffled"] | None = None
+    control: Literal["none", "head", "shuffled", "scratch"] | None = None
     layers: str
     tune: Tune
     learning_rate: float
@@ -257,6 +257,8 @@ class RunPlan(Value):
     refit_execution: ExecutionPlan
     num_gangs: int
     base_memory: MemoryEstimate
+    scratch_memory: MemoryEstimate | None = None
+    """Of the control `scratch`; None where it was not asked for, or does not fit."""
     head_memory: MemoryEstimate | None = None
     """Of the control `head`; None where the job has none."""
     search: SearchPlan | None

@@ -50,7 +50,8 @@ def bundle_and_judge(inputs: BundleInputs, bundle: str, metric: str, max_forgett
     reads = count_reading(final.parent / "test", inputs.trial.trial_id)
     scores = score_test(staged.folder, inputs, final.parent / "test")
     comparisons = _comparisons(inputs, scores, metric, seed)
-    found = verdict(comparisons["none"], others={name: found for name, found in comparisons.items() if name != "none"})
+    others = {name: found for name, found in comparisons.items() if name not in ("none", "scratch")}
+    found = verdict(comparisons["none"], comparisons.get("scratch"), others=others)
     transfer = TransferReport(
         verdict=found.kind,
         sentence=found.sentence.removeprefix(f"{found.kind}: ") + beyond_bound(scores.models, max_forgetting),
@@ -89,7 +90,7 @@ def _comparisons(inputs: BundleInputs, scores: HeldOutScores, metric: str, seed:
     by_answer = inputs.base.task == "classify" and metric != "loss"
     labels = TokenizedSet.load(inputs.test_set).labels
     own, weights = _losses(scores, PROMOTED, labels, by_answer)
-    others: tuple[Control, ...] = ("none", "head", "shuffled", "k_shot")
+    others: tuple[Control, ...] = ("none", "head", "scratch", "shuffled", "k_shot")
     ran = {model.model for model in scores.models}
     unit = "accuracy" if by_answer else "nats per token"
     return {

@@ -7,7 +7,7 @@ from typing import Any
 
 import ray
 
-from orchestrator.plan import shuffled_control
+from orchestrator.plan import late_control_id
 from orchestrator.plan.results import RungResult
 from orchestrator.plan.values import TrialSpec
 from orchestrator.runtime.budget import full_budget, selection_of
@@ -16,7 +16,7 @@ from orchestrator.runtime.cluster import fetch, rank_resources, worker_env
 from orchestrator.runtime.hours import metered
 from orchestrator.runtime.ledger import Ledger, TrialEntry
 from orchestrator.runtime.measured import plan_against_measured
-from orchestrator.runtime.outcome import RunOutcome
+from orchestrator.runtime.outcome import LATE, RunOutcome
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.runtime.records import base_result
 from orchestrator.runtime.scoring import Scoring
@@ -85,14 +85,16 @@ class Controls:
 
 
 def controls_beside(ledger: Ledger, trial: TrialSpec, bundled_step: int) -> Controls:
-    """`head`, and `shuffled` where it was trained to as many steps as what is bundled: another budget is no control."""
+    """`head`, and `shuffled` and `scratch` where they were trained to as many steps as what is bundled: another budget is no
+    control."""
     artifacts, left_out = dict[str, str](), list[str]()
-    for name, trial_id in (("head", "head"), ("shuffled", shuffled_control(trial).trial_id)):
+    late = ((name, late_control_id(name, trial.trial_id)) for name in LATE)
+    for name, trial_id in (("head", "head"), *late):
         entry = ledger.get(trial_id)
         done = [result for result in entry.results if result.state == "done"] if entry is not None else []
         if not done or done[-1].checkpoint is None or trial_id == trial.trial_id:
             continue
-        if name == "shuffled" and done[-1].step != bundled_step:
+        if name in LATE and done[-1].step != bundled_step:
             left_out.append(f"{trial_id} was trained to {done[-1].step} steps and what is bundled to {bundled_step}")
         else:
             artifacts[name] = done[-1].checkpoint

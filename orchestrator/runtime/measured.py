@@ -58,14 +58,14 @@ def first_steps(plan: RunPlan, sweep: SweepResult) -> list[MeasuredSteps]:
 def _computing_time(prepared: Prepared, sweep: SweepResult, refitted: RefitRecord | None) -> PlanAgainstMeasured:
     """Seconds of training and scoring, summed over GPUs, or over cores where there is none.
 
-    Planned is arithmetic alone at the rates of `plan.cost`; the control `shuffled` and a bundle's merge are in neither.
+    Planned is arithmetic alone at the rates of `plan.cost`; late controls and a bundle's merge are in neither.
     """
     plan = prepared.plan
     on_gpus = plan.execution.device == "cuda"
     searching, refitting = (
         execution.ranks * (1 if on_gpus else execution.threads_per_rank) for execution in (plan.execution, plan.refit_execution)
     )
-    trials = sum(trial.seconds for trial in sweep.trials if trial.control != "shuffled")
+    trials = sum(trial.seconds for trial in sweep.trials if trial.control not in LATE)
     if plan.search is None:
         measured = trials * refitting
     else:

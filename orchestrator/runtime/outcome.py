@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from orchestrator.plan import shuffled_control
+from orchestrator.plan import late_control_id
 from orchestrator.plan.results import RungResult
 from orchestrator.runtime.assignments import GangFigures
 from orchestrator.runtime.hours import HoursState, read_hours
@@ -20,6 +21,9 @@ from orchestrator.store import read_json, write_json
 from orchestrator.transfer import Comparison, Promotion, paired_comparison, pareto_front, promote
 from orchestrator.transfer.records import SweepResult, TransferReport, TrialRecord
 
+LateControl = Literal["shuffled", "scratch"]
+LATE: tuple[LateControl, ...] = ("shuffled", "scratch")
+"""Controls that are trained once the winner is known, as long as what is bundled."""
 MORE_HOURS = "raise resources.max_gpu_hours and submit again: the search goes on from where it was ended"
 
 
@@ -75,10 +79,10 @@ def summarise(
     trials = trial_records(ledger, scoring)
     promotion = decide(prepared, ledger, trials)
     winner = ledger.get(promotion.trial_id) if promotion.trial_id is not None else None
-    shuffled_id = shuffled_control(winner.trial).trial_id if winner is not None else None
+    late = {late_control_id(name, winner.trial.trial_id): name for name in LATE} if winner is not None else {}
     searched = [trial for trial in trials if trial.control is None and trial.metric is not None]
     front = pareto_front([(_target(trial, scoring.higher_is_better), trial.forgetting or 0.0) for trial in searched])
-    ended_by_hours = _ended_by_hours(prepared, ledger, hours, shuffled_id)
+    ended_by_hours = _ended_by_hours(prepared, ledger, hours, late)
     result = SweepResult(
         name=prepared.spec.name,
         job="sweep" if prepared.plan.search is not None else "finetune",
@@ -86,7 +90,7 @@ def summarise(
         metric=scoring.metric,
         higher_is_better=scoring.higher_is_better,
         max_forgetting=scoring.max_forgetting,
-        trials=tuple(trial for trial in trials if trial.control != "shuffled" or trial.trial_id == shuffled_id),
+        trials=tuple(trial for trial in trials if trial.control not in LATE or trial.trial_id in late),
         winner_id=promotion.trial_id,
         promotion_reason=promotion.reason,
         advice=((MORE_HOURS,) if ended_by_hours else ()) + promotion.advice,
@@ -108,8 +112,12 @@ def summarise(
     return result
 
 
-def _ended_by_hours(prepared: Prepared, ledger: Ledger, hours: HoursState | None, shuffled_id: str | None) -> str:
-    """How far the search came where the bound held a trial or a control back; nothing where it did not."""
+def _ended_by_hours(prepared: Prepared, ledger: Ledger, hours: HoursState | None, late: Mapping[str, LateControl]) -> str:
+    """How far the search came where the bound held a trial or a control back; nothing where it did not.
+
+    Args:
+        late: The controls of the promoted trial, by their ids.
+    """
     search = prepared.spec.search
     if hours is None or not hours.spent or prepared.plan.search is None or search is None:
         return ""
@@ -117,7 +125,8 @@ def _ended_by_hours(prepared: Prepared, ledger: Ledger, hours: HoursState | None
     asked = prepared.plan.search.num_trials
     if done < asked:
         return f"the search was ended after {done} of {asked} trials: {hours.spent}"
-    wanted = {"head": "head", **({"shuffled": shuffled_id} if shuffled_id and "shuffled" in search.controls else {})}
+    planned = {*search.controls} - ({"scratch"} if prepared.plan.scratch_memory is None else set())
+    wanted = {"head": "head", **{name: trial_id for trial_id, name in late.items() if name in planned}}
     missing = [name for name, trial_id in wanted.items() if (entry := ledger.get(trial_id)) is None or not entry.ended_for_good]
     if not missing:
         return ""

@@ -14,7 +14,7 @@ from ray.exceptions import RayError
 
 from orchestrator.anatomy import LayerSelection
 from orchestrator.errors import TrainingError
-from orchestrator.plan import head_control, none_control, shuffled_control
+from orchestrator.plan import head_control, none_control, scratch_control, shuffled_control
 from orchestrator.plan.values import TrialSpec
 from orchestrator.runtime.assignments import Answer, Orders
 from orchestrator.runtime.budget import selection_of
@@ -117,8 +117,11 @@ def _search(prepared: Prepared, view: RunView, started_at: float) -> tuple[Prepa
         _wait(exchange, "head", head)
         figures, hours = fetch(exchange.figures.remote()), fetch(exchange.hours.remote())
         sweep = summarise(prepared, Ledger(prepared.run.trials), figures, started_at, earlier, hours)
-        if "shuffled" in spec.search.controls and sweep.winner_id is not None:
-            _run_shuffled(prepared, exchange, sweep.winner_id, view)
+        if sweep.winner_id is not None and {"shuffled", "scratch"} & set(spec.search.controls):
+            if "shuffled" in spec.search.controls:
+                _run_shuffled(prepared, exchange, sweep.winner_id, view)
+            if "scratch" in spec.search.controls and plan.scratch_memory is not None:
+                _run_scratch(prepared, exchange, sweep.winner_id, view)
             hours = fetch(exchange.hours.remote())
             sweep = summarise(prepared, Ledger(prepared.run.trials), figures, started_at, earlier, hours)
         if sweep.ended_by_hours:
@@ -131,8 +134,19 @@ def _run_shuffled(prepared: Prepared, exchange: Any, winner_id: str, view: RunVi
     """Train the promoted trial once more, to the full budget that its bundle has, on answers permuted among the prompts."""
     winner = Ledger(prepared.run.trials).get(winner_id)
     assert winner is not None
-    trial = shuffled_control(winner.trial)
-    call = _advance(exchange, trial, selection_of(prepared, winner), stop_step=trial.total_steps)
+    _run_late(prepared, exchange, shuffled_control(winner.trial), selection_of(prepared, winner), view)
+
+
+def _run_scratch(prepared: Prepared, exchange: Any, winner_id: str, view: RunView) -> None:
+    """Train random weights on the promoted trial's documents, to the full budget that its bundle has."""
+    winner = Ledger(prepared.run.trials).get(winner_id)
+    assert winner is not None
+    trial, selection = scratch_control(prepared.plan, prepared.anatomy, prepared.spec, winner.trial)
+    _run_late(prepared, exchange, trial, selection, view)
+
+
+def _run_late(prepared: Prepared, exchange: Any, trial: TrialSpec, selection: LayerSelection, view: RunView) -> None:
+    call = _advance(exchange, trial, selection, stop_step=trial.total_steps)
     answer = _wait(exchange, trial.trial_id, call)
     if answer.state == "stopped":
         view.event("control_left_out", f"{trial.trial_id}: {answer.reason}")

@@ -79,13 +79,6 @@ def _remote_code(spec: JobSpec, folder: Path) -> Found:
         yield ("base", "trust_remote_code"), "true"
 
 
-def _controls(spec: JobSpec, folder: Path) -> Found:
-    controls = spec.search.controls if spec.search else ()
-    for number, control in enumerate(controls):
-        if control == "scratch":
-            yield ("search", "controls", number), control
-
-
 UNSUPPORTED = (
     Unsupported(
         "hub ids as `base.model`", "download the base and give its folder, for example ./models/base, or write sample", _hub_base
@@ -93,7 +86,6 @@ UNSUPPORTED = (
     Unsupported("`hub:` and object-store paths under `data`", "copy the data to a local file and give its path", _hub_data),
     Unsupported("object-store paths as `output`", "give a local or mounted folder", _remote_output),
     Unsupported("`base.quantize: int8`", "write nf4 or none", _int8),
-    Unsupported("`search.controls`: `scratch`", "keep `shuffled` and `k_shot`; `none` and `head` always run", _controls),
     Unsupported(
         "`base.trust_remote_code: true`",
         "take a base of a layout that transformers itself knows",

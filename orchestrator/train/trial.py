@@ -43,6 +43,7 @@ from orchestrator.train.ranks import Ranks
 from orchestrator.train.recompute import recomputed
 from orchestrator.train.saving import Saver
 from orchestrator.train.scoring import Scorer
+from orchestrator.train.scratch import begin_anew
 from orchestrator.train.snapshot import take_snapshot
 from orchestrator.train.speed import SteadySpeed
 from orchestrator.train.trunk.build import TrunkBuilder
@@ -94,6 +95,8 @@ class TrialRun:
             branch = stack.enter_context(
                 open_branch(self.base, assignment.selection, lora_alpha=trial.lora_alpha, seed=trial.seed, keeper=keeper)
             )
+            if trial.control == "scratch":
+                begin_anew(branch, trial.seed)
             objective = objective_of(self.base, branch.head(), assignment.selection.cut)
             if assignment.probe is not None:
                 self._score_blocks(assignment.probe, objective, branch)

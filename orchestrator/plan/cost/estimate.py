@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orchestrator.anatomy import select
+from orchestrator.anatomy import select, select_everything
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.plan.cost.accelerators import find_accelerator
 from orchestrator.plan.cost.disk import TOKEN_BYTES, all_tokens, bundle_bytes, disk_parts
@@ -33,8 +33,9 @@ REFIT = "refit"
 """The part of the operations that trains the winner again."""
 TRIALS = "trials"
 """The part that trains the searched trials."""
-SHUFFLED = "shuffled"
-"""The part of the control of that name, which is trained as long as what is bundled, after the search and in one gang."""
+SHUFFLED, SCRATCH = "shuffled", "scratch"
+"""The parts of the controls of those names, which are trained as long as what is bundled, after the search and in one gang."""
+LATE = (SHUFFLED, SCRATCH)
 
 
 def rate_of(found: Machines) -> Rate:
@@ -59,9 +60,9 @@ def estimate_cost(plan: RunPlan, anatomy: ModelAnatomy, rate: Rate, *, price_per
     refit = sum(part.amount for part in operations if part.name == REFIT)
     trial = [flops * plan.total_tokens * _budget(plan) for flops in _per_target_token(options, terms)]
     units, refit_units = units_of_gang(plan.execution), units_of_gang(plan.refit_execution)
-    shuffled = sum(part.amount for part in operations if part.name == SHUFFLED)
-    searched = max((total - refit - shuffled) / (units * _busy_gangs(plan)), max(trial, default=0.0) / units)
-    search_seconds = _seconds(rate, searched + shuffled / units)
+    late = sum(part.amount for part in operations if part.name in LATE)
+    searched = max((total - refit - late) / (units * _busy_gangs(plan)), max(trial, default=0.0) / units)
+    search_seconds = _seconds(rate, searched + late / units)
     rungs = expected_rungs(plan.search) if plan.search is not None else 0.0
     disk, checkpoint_bytes = disk_parts(plan, anatomy, options, _head(plan, anatomy), rungs)
     on_gpus = plan.execution.device == "cuda"
@@ -190,7 +191,7 @@ def _operations(plan: RunPlan, anatomy: ModelAnatomy, terms: Sequence[Sequence[F
     scored_trial = sum(at_cut) / len(at_cut)
     scored_head = scored_flops(plan, anatomy, _head(plan, anatomy).cut)
     controls = head * search.rung_steps[-1] * per_step + scored + len(search.rung_steps) * scored_head
-    shuffled = _shuffled_per_token(plan, anatomy) * plan.total_tokens + scored if SHUFFLED in search.controls else 0.0
+    late = _late_parts(plan, anatomy, scored)
     again = max(per_token) * plan.total_tokens if search.rung_steps[-1] < plan.total_steps else 0.0
     of = f"{count} trials x {steps:.4g} of {search.rung_steps[-1]} steps"
     parts = [
@@ -203,13 +204,11 @@ def _operations(plan: RunPlan, anatomy: ModelAnatomy, terms: Sequence[Sequence[F
         ),
         Part(name="controls", amount=controls, reason="the untouched base, scored; the head alone, trained to the last rung"),
     ]
-    if shuffled:
-        reason = "the winner once more, on answers permuted among the prompts, if it is the costliest choice"
-        parts.append(Part(name=SHUFFLED, amount=shuffled, reason=reason))
+    parts += late
     if again:
         parts.append(Part(name=REFIT, amount=again, reason="the winner to the full budget, if it is the costliest choice"))
     searched = count * (mean * search.rung_steps[-1] * per_step + len(search.rung_steps) * scored_trial)
-    whole = sum(part.amount for part in built) + searched + controls + shuffled + again
+    whole = sum(part.amount for part in built) + searched + controls + sum(part.amount for part in late) + again
     return tuple(parts), whole
 
 
@@ -218,6 +217,22 @@ def _per_target_token(options: Sequence[TrialOption], terms: Sequence[Sequence[F
     return [
         sum(term.flops for term in each) / (1.0 - option.remedies.replay) for option, each in zip(options, terms, strict=True)
     ]
+
+
+def _late_parts(plan: RunPlan, anatomy: ModelAnatomy, scored: float) -> list[Part]:
+    """Controls that are trained once the winner is known."""
+    assert plan.search is not None
+    parts: list[Part] = []
+    if SHUFFLED in plan.search.controls:
+        reason = "the winner once more, on answers permuted among the prompts, if it is the costliest choice"
+        amount = _shuffled_per_token(plan, anatomy) * plan.total_tokens + scored
+        parts.append(Part(name=SHUFFLED, amount=amount, reason=reason))
+    if plan.scratch_memory is not None:
+        everything = select_everything(anatomy, task=plan.base.task, num_classes=plan.data.num_classes)
+        per_token = sum(term.flops for term in option_terms(plan, anatomy, everything))
+        reason = "random weights, all of which learn, as long as the winner"
+        parts.append(Part(name=SCRATCH, amount=per_token * plan.total_tokens + scored, reason=reason))
+    return parts
 
 
 def _shuffled_per_token(plan: RunPlan, anatomy: ModelAnatomy) -> float:

@@ -126,7 +126,8 @@ def weigh(
         at_scores_token_bytes=max((block.at_scores_bytes for block in above), default=0),
         at_scores_pair_bytes=max((block.at_scores_pair_bytes for block in above), default=0),
         forward_token_bytes=max(block.forward_bytes for block in every),
-        head_learns=anatomy.head_weight in (*selection.trainable, *selection.adapted),
+        head_learns=anatomy.head_weight in (*selection.trainable, *selection.adapted)
+        or (anatomy.tied and anatomy.embeddings[0] in selection.trainable),
         head_adapted=anatomy.head_weight in selection.adapted,
         hidden_size=anatomy.hidden_size,
         logit_width=num_classes or anatomy.vocab_size,

@@ -136,7 +136,6 @@ ROWS = [
     ("max_tokens: 512", "retain: gs://x/y", "data.retain", 7, 11, "not supported yet", "local file"),
     ("task:", "output: s3://x\ntask:", "output", 4, 9, "not supported yet", "local or mounted"),
     ("model: sample", "model: sample\n  quantize: int8", "base.quantize", 4, 13, "not supported yet", "nf4 or none"),
-    ("search:\n", "search:\n  controls: [shuffled, scratch]\n", "search.controls[1]", 11, 24, "not supported yet", "shuffled"),
     ("model: sample", "model: sample\n  trust_remote_code: true", "base.trust_remote_code", 4, 22, "refused", "layout"),
 ]  # fmt: skip
 
