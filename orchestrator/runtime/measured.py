@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from orchestrator.plan.cost.calibration import MeasuredSteps, calibrated
-from orchestrator.plan.cost.estimate import CPU_FLOPS_PER_CORE, planned_options, run_flops
+from orchestrator.plan.cost.estimate import CPU_FLOPS_PER_CORE, LATE, planned_options, run_flops
 from orchestrator.plan.values import RunPlan
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.transfer.records import PlanAgainstMeasured, RefitRecord, SweepResult
