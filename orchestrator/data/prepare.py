@@ -14,8 +14,8 @@ from orchestrator.data.batching import documents_of_steps
 from orchestrator.data.encoding import Document, Encoder, load_tokenizer, mark_supervised
 from orchestrator.data.gather import Sources, bad_rows_error, find_sources, make_splits, read_examples
 from orchestrator.data.reading import BadRow
-from orchestrator.data.rows import Example
 from orchestrator.data.retention import replayed, within_tokens
+from orchestrator.data.rows import Example
 from orchestrator.data.seeded import CAPS, generator
 from orchestrator.data.sets import TokenizedSet, build_set
 from orchestrator.data.summary import DataSummary, LeftOut, SplitSummary, listed

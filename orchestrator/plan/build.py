@@ -24,7 +24,7 @@ from orchestrator.plan.cost import estimate as cost
 from orchestrator.plan.estimates import MemoryEstimate
 from orchestrator.plan.fusing import most_fused
 from orchestrator.plan.grouping import concurrent_trials
-from orchestrator.plan.ladder import Load, misfit
+from orchestrator.plan.ladder import Load
 from orchestrator.plan.memory.estimate import estimate
 from orchestrator.plan.memory.footprint import Footprint, weigh
 from orchestrator.plan.memory.quantized import NF4_BLOCK

@@ -111,9 +111,7 @@ def shuffled_control(winner: TrialSpec) -> TrialSpec:
     return winner.model_copy(update=update)
 
 
-def scratch_control(
-    plan: RunPlan, anatomy: ModelAnatomy, spec: JobSpec, winner: TrialSpec
-) -> tuple[TrialSpec, LayerSelection]:
+def scratch_control(plan: RunPlan, anatomy: ModelAnatomy, spec: JobSpec, winner: TrialSpec) -> tuple[TrialSpec, LayerSelection]:
     """Random weights, all of which learn from the winner's documents for as many steps, at the highest rate that the search
     tries for whole weights: a new model takes a higher one than a trained one."""
     selection = select_everything(anatomy, task=plan.base.task, num_classes=plan.base.num_classes)

@@ -79,7 +79,9 @@ def summarise(
     trials = trial_records(ledger, scoring)
     promotion = decide(prepared, ledger, trials)
     winner = ledger.get(promotion.trial_id) if promotion.trial_id is not None else None
-    late = {late_control_id(name, winner.trial.trial_id): name for name in LATE} if winner is not None else {}
+    late: dict[str, LateControl] = {}
+    if winner is not None:
+        late = {late_control_id(name, winner.trial.trial_id): name for name in LATE}
     searched = [trial for trial in trials if trial.control is None and trial.metric is not None]
     front = pareto_front([(_target(trial, scoring.higher_is_better), trial.forgetting or 0.0) for trial in searched])
     ended_by_hours = _ended_by_hours(prepared, ledger, hours, late)

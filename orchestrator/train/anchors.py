@@ -11,10 +11,9 @@ Shapes: r is LoRA's rank, a matrix is [out, in]. Masters are float32 and hold th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-
 
 CHUNK = 2**20
 """Numbers that are pulled at once, so that what that takes beside them is small."""
@@ -53,8 +52,7 @@ class ElementAnchor:
         self._strength = strength
         self._starts = {id(master): master.detach().clone() for master in masters}
         self._importances = {
-            id(master): each.to(master.device)
-            for master, each in zip(masters, importances or (), strict=importances is not None)
+            id(master): each.to(master.device) for master, each in zip(masters, importances or (), strict=importances is not None)
         }
 
     @torch.no_grad()
@@ -118,7 +116,7 @@ class AnchoredAdamW(torch.optim.AdamW):
 class SquaredGradients(torch.optim.Optimizer):
     """An optimizer that changes nothing and adds up the squares of the gradients that it is given, master by master."""
 
-    def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+    def __init__(self, parameters: Sequence[torch.nn.Parameter] | Sequence[dict[str, Any]]) -> None:
         super().__init__(parameters, {"lr": 0.0})
         self.sums: dict[int, torch.Tensor] = {}
         """By the id of a master: float32, of its shape."""

@@ -56,7 +56,7 @@ def build_engine(
         weights = importances(fisher, ranks)
     engine = _engine(objective, branch, groups, execution, settings, ranks)
     if plan is not None:
-        engine.anchor = _anchor(plan, engine, branch, weights)
+        engine.hold(_anchor(plan, engine, branch, weights))
     return engine
 
 

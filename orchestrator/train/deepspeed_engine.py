@@ -137,12 +137,7 @@ class DeepSpeedTrainer:
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         zero_state.load(self._engine, state)
 
-    @property
-    def anchor(self) -> Anchor | None:
-        return self._optimizer.anchor if isinstance(self._optimizer, AnchoredAdamW) else None
-
-    @anchor.setter
-    def anchor(self, anchor: Anchor | None) -> None:
+    def hold(self, anchor: Anchor) -> None:
         assert isinstance(self._optimizer, AnchoredAdamW), "an engine that measures has nothing to pull"
         self._optimizer.anchor = anchor
 

@@ -40,8 +40,6 @@ class Engine(Protocol):
     """What is minimised; evaluation calls it directly."""
     communicates_in_backward: bool
     """Whether the rounds hold collectives, so that a rank that fails in one leaves the others waiting."""
-    anchor: Anchor | None
-    """Pulls after every update, where there is one."""
 
     def loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Sum of the token losses of this rank's micro-batch: a float32 scalar with a gradient."""
@@ -69,6 +67,10 @@ class Engine(Protocol):
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Take `state` over and round the masters into the model."""
+        ...
+
+    def hold(self, anchor: Anchor) -> None:
+        """Have it pull after every update."""
         ...
 
     def refresh_masters(self) -> None:

@@ -47,7 +47,7 @@ class TorchEngine:
             measuring: Whether steps add up squared gradients and change nothing.
         """
         self.objective = objective
-        self.anchor: Anchor | None = None
+        self._anchor: Anchor | None = None
         self._ranks = ranks
         self._names = [name for name, _ in learning_parameters]
         self._groups = list(groups) or [LearningGroup(tuple(self._names), 1.0, True)]
@@ -90,9 +90,9 @@ class TorchEngine:
         for group, options in zip(self._groups, self._optimizer.param_groups, strict=False):
             options["lr"] = learning_rate * group.rate_factor
         self._optimizer.step()
-        if self.anchor is not None:
+        if self._anchor is not None:
             for group, part in zip(self._groups, self._parts, strict=True):
-                self.anchor.pull(part, learning_rate * group.rate_factor)
+                self._anchor.pull(part, learning_rate * group.rate_factor)
         self._gradient.zero_()
         self._write_back()
         return norm
@@ -118,6 +118,9 @@ class TorchEngine:
         for index, part in enumerate(self._parts if moments else ()):
             self._optimizer.state[part] = {key: values[index].to(part.device, copy=True) for key, values in cut.items()}
         self._write_back()
+
+    def hold(self, anchor: Anchor) -> None:
+        self._anchor = anchor
 
     @torch.no_grad()
     def refresh_masters(self) -> None:

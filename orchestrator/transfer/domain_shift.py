@@ -77,10 +77,11 @@ def _folds(side: Floats, seed: int) -> NDArray[np.int64]:
 
 def _best_ridge(features: Floats, side: Floats, folds: NDArray[np.int64]) -> float:
     def errors(ridge: float) -> int:
-        return sum(
-            int((_decide(features[folds != fold], side[folds != fold], features[folds == fold], ridge) * side[folds == fold] <= 0).sum())
-            for fold in np.unique(folds)
-        )
+        count = 0
+        for fold in np.unique(folds):
+            held, rest = folds == fold, folds != fold
+            count += np.count_nonzero(_decide(features[rest], side[rest], features[held], ridge) * side[held] <= 0)
+        return count
 
     return min(RIDGES, key=errors)
 
@@ -90,11 +91,12 @@ def _decide(features: Floats, side: Floats, asked: Floats, ridge: float) -> Floa
     mean, scale = features.mean(0), features.std(0)
     scale = np.where(scale > 0, scale, 1.0)
     known, unknown = (features - mean) / scale, (asked - mean) / scale
-    weight = np.where(side > 0, 0.5 / (side > 0).sum(), 0.5 / (side < 0).sum())
+    first, second = np.count_nonzero(side > 0), np.count_nonzero(side < 0)
+    weight: Floats = np.where(side > 0, 0.5 / first, 0.5 / second)
     known, unknown = (np.column_stack([each, np.ones(len(each))]) for each in (known, unknown))
     penalty = ridge * np.eye(known.shape[1]) / len(known)
     penalty[-1, -1] = 0.0
-    solved = np.linalg.solve(known.T @ (weight[:, None] * known) + penalty, known.T @ (weight * side))
+    solved: Floats = np.linalg.solve(known.T @ (weight[:, None] * known) + penalty, known.T @ (weight * side))
     return unknown @ solved
 
 

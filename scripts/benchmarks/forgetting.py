@@ -16,6 +16,7 @@ import os
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
@@ -149,7 +150,7 @@ def run_trial(settings: Settings, remedies: Remedies, seed: int) -> dict[str, An
 
 def at_loss(path: list[tuple[float, float]], loss: float) -> float | None:
     """What had been forgotten where the path first came down to a target loss; None where it never did."""
-    for (before, lost_before), (after, lost_after) in zip(path, path[1:], strict=False):
+    for (before, lost_before), (after, lost_after) in itertools.pairwise(path):
         if after <= loss < before:
             share = (before - loss) / (before - after)
             return lost_before + share * (lost_after - lost_before)

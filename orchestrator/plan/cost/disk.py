@@ -66,7 +66,9 @@ def disk_parts(
                 reason=f"masters and moments: {open_trials}",
             ),
             Part(
-                name="control head", amount=element * learned, reason=f"{element} bytes x {format_count(learned)} elements, all rungs"
+                name="control head",
+                amount=element * learned,
+                reason=f"{element} bytes x {format_count(learned)} elements, all rungs",
             ),
         ]
     way = f"{KEPT_CHECKPOINTS} kept x {element + STATE_BYTES} bytes x {format_count(largest)} elements"

@@ -21,7 +21,7 @@ from orchestrator.plan.cost.flops import (
 )
 from orchestrator.plan.estimates import CostEstimate, FlopTerm, OptionCost, Part, Rate
 from orchestrator.plan.placement import Machines
-from orchestrator.plan.values import DataSize, ExecutionPlan, RunPlan, SearchPlan, TrialOption
+from orchestrator.plan.values import ExecutionPlan, RunPlan, SearchPlan, TrialOption
 from orchestrator.units import format_count, format_flops
 
 ACHIEVED_SHARE = 0.35

@@ -28,9 +28,7 @@ def noisy(seed: int, spread: float, num_documents: int = 200) -> list[np.ndarray
     """Documents that are hard or easy for every model alike, and a little harder or easier for each."""
     generator = np.random.default_rng(seed)
     hardness = generator.normal(0, 0.5, num_documents)
-    return [
-        1.5 + 8.0 * count**-0.5 + hardness + generator.normal(0, spread, num_documents) - hardness.mean() for count in COUNTS
-    ]
+    return [1.5 + 8.0 * count**-0.5 + hardness + generator.normal(0, spread, num_documents) - hardness.mean() for count in COUNTS]
 
 
 def test_the_interval_holds_the_truth_and_widens_with_noise() -> None:
