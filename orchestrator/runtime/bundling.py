@@ -50,7 +50,9 @@ def bundle_and_judge(inputs: BundleInputs, bundle: str, metric: str, max_forgett
     reads = count_reading(final.parent / "test", inputs.trial.trial_id)
     scores = score_test(staged.folder, inputs, final.parent / "test")
     comparisons = _comparisons(inputs, scores, metric, seed)
-    others = {name: found for name, found in comparisons.items() if name not in ("none", "scratch")}
+    others: dict[Control, Comparison] = {
+        name: comparison for name, comparison in comparisons.items() if name not in ("none", "scratch")
+    }
     found = verdict(comparisons["none"], comparisons.get("scratch"), others=others)
     transfer = TransferReport(
         verdict=found.kind,

@@ -80,7 +80,7 @@ def _best_ridge(features: Floats, side: Floats, folds: NDArray[np.int64]) -> flo
         count = 0
         for fold in np.unique(folds):
             held, rest = folds == fold, folds != fold
-            count += np.count_nonzero(_decide(features[rest], side[rest], features[held], ridge) * side[held] <= 0)
+            count += int(np.count_nonzero(_decide(features[rest], side[rest], features[held], ridge) * side[held] <= 0))
         return count
 
     return min(RIDGES, key=errors)
@@ -96,8 +96,8 @@ def _decide(features: Floats, side: Floats, asked: Floats, ridge: float) -> Floa
     known, unknown = (np.column_stack([each, np.ones(len(each))]) for each in (known, unknown))
     penalty = ridge * np.eye(known.shape[1]) / len(known)
     penalty[-1, -1] = 0.0
-    solved: Floats = np.linalg.solve(known.T @ (weight[:, None] * known) + penalty, known.T @ (weight * side))
-    return unknown @ solved
+    solved = np.linalg.solve(known.T @ (weight[:, None] * known) + penalty, known.T @ (weight * side))
+    return np.asarray(unknown @ solved, dtype=np.float64)
 
 
 def _wilson_variance(rate: float, count: int) -> float:
