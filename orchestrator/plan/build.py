@@ -26,7 +26,7 @@ from orchestrator.plan.fusing import most_fused
 from orchestrator.plan.grouping import concurrent_trials
 from orchestrator.plan.ladder import Load
 from orchestrator.plan.memory.estimate import estimate
-from orchestrator.plan.memory.footprint import Footprint, weigh
+from orchestrator.plan.memory.footprint import Footprint, weigh, with_anchor
 from orchestrator.plan.memory.quantized import NF4_BLOCK
 from orchestrator.plan.memory.way import Way
 from orchestrator.plan.options import Choice, planned_points, search_choices, told_at
@@ -205,7 +205,7 @@ def _weigh(
     spec: JobSpec, anatomy: ModelAnatomy, data: DataSize, selection: LayerSelection, anchor: AnchorPlan | None = None
 ) -> Footprint:
     element_bytes = 2 if spec.train.dtype == "bfloat16" else 4
-    return weigh(anatomy, selection, spec.base.quantize, element_bytes, num_classes=data.num_classes, anchor=anchor)
+    return with_anchor(weigh(anatomy, selection, spec.base.quantize, element_bytes, num_classes=data.num_classes), anchor)
 
 
 def _options(choices: Sequence[Choice], footprints: Sequence[Footprint], way: Way) -> tuple[TrialOption, ...]:

@@ -41,7 +41,8 @@ def leaves(model: type[BaseModel], prefix: str = ""):
     for name, field in model.model_fields.items():
         parts = () if get_origin(field.annotation) is tuple else get_args(field.annotation)
         kinds = [kind for kind in (field.annotation, *parts) if isinstance(kind, type)]
-        inner = next((kind for kind in kinds if issubclass(kind, BaseModel)), None)
+        named = any(get_origin(part) is Literal for part in parts)  # one of a few words, or a mapping: a value by itself
+        inner = next((kind for kind in kinds if issubclass(kind, BaseModel) and not named), None)
         if inner is not None:
             yield from leaves(inner, f"{prefix}{name}.")
         else:

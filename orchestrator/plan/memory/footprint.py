@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
@@ -70,13 +70,7 @@ class Footprint:
 
 
 def weigh(
-    anatomy: ModelAnatomy,
-    selection: LayerSelection,
-    quantize: Quantize,
-    element_bytes: int,
-    *,
-    num_classes: int = 0,
-    anchor: AnchorPlan | None = None,
+    anatomy: ModelAnatomy, selection: LayerSelection, quantize: Quantize, element_bytes: int, *, num_classes: int = 0
 ) -> Footprint:
     """Weigh a selection.
 
@@ -126,16 +120,25 @@ def weigh(
         at_scores_token_bytes=max((block.at_scores_bytes for block in above), default=0),
         at_scores_pair_bytes=max((block.at_scores_pair_bytes for block in above), default=0),
         forward_token_bytes=max(block.forward_bytes for block in every),
-        head_learns=anatomy.head_weight in (*selection.trainable, *selection.adapted)
-        or (anatomy.tied and anatomy.embeddings[0] in selection.trainable),
+        head_learns=_head_learns(anatomy, selection),
         head_adapted=anatomy.head_weight in selection.adapted,
         hidden_size=anatomy.hidden_size,
         logit_width=num_classes or anatomy.vocab_size,
         classify=num_classes > 0,
         element_bytes=element_bytes,
-        anchor_copies=ANCHOR_COPIES[anchor.kind] if anchor is not None else 0,
         converted_bytes=_converted_bytes(anatomy, element_bytes),
     )
+
+
+def with_anchor(footprint: Footprint, anchor: AnchorPlan | None) -> Footprint:
+    """Of a trial that such an anchor pulls."""
+    return footprint if anchor is None else replace(footprint, anchor_copies=ANCHOR_COPIES[anchor.kind])
+
+
+def _head_learns(anatomy: ModelAnatomy, selection: LayerSelection) -> bool:
+    """Itself, by an adapter, or as the embeddings that it is tied to."""
+    own = anatomy.head_weight in (*selection.trainable, *selection.adapted)
+    return own or (anatomy.tied and anatomy.embeddings[0] in selection.trainable)
 
 
 def _converted_bytes(anatomy: ModelAnatomy, element_bytes: int) -> int:
