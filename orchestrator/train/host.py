@@ -239,13 +239,17 @@ class TrainHost:
         )
 
     def check_shared(self, error: BaseException) -> None:
-        """Memory ran out: go on where every rank knows. One rank always does.
+        """Memory ran out: every rank must know before it goes on.
 
         Raises:
-            RankOutOfMemoryError: the others wait for this rank.
+            RankOutOfMemoryError: the others wait for this one.
         """
-        if not isinstance(error, OutOfMemoryError) and self._ranks.count > 1:
+        if not self._is_shared(error):
             raise RankOutOfMemoryError(f"out of memory on rank {self._ranks.rank}: {first_line(error)}") from error
+
+    def _is_shared(self, error: BaseException) -> bool:
+        """Whether every rank knows that memory ran out; with one rank also outside the training rounds."""
+        return isinstance(error, OutOfMemoryError) or self._ranks.count == 1
 
     def _check_fits(self, execution: ExecutionPlan) -> None:
         """The base lies in memory for one kind of execution; stages 0 to 2 share it."""
