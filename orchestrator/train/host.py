@@ -104,7 +104,7 @@ class TrainHost:
         on_step: Callable[[StepReport], None] | None = None,
         on_relief: Callable[[ExecutionPlan, str], None] | None = None,
     ) -> RungResult:
-        """Carry the trial to its next rung, which stands on disk. A trial's own failure is a result with the reason, on every rank.
+        """Carry the trial to its next rung, on disk. A trial's own failure is a result with the reason, on every rank.
 
         Args:
             assignment: What to do.

@@ -44,8 +44,9 @@ class ScriptedGang:
     """A gang without processes.
 
     `gate` is closed while it may not start, `go` while its work may not end, `disk` while nothing is written. `deaths` says
-    how often it dies on each trial, `unwritten` how often it cannot write one, `fitting` with how many rows in a micro-batch it does not run out of memory on one, `dead_starts` how often it cannot
-    start and `refusal` why, `broken` which trials fail for a reason of their own.
+    how often it dies on each trial, `unwritten` how often it cannot write one, `fitting` with how many rows in a micro-batch
+    it does not run out of memory on one, `dead_starts` how often it cannot start and `refusal` why, `broken` which trials
+    fail for a reason of their own.
     """
 
     deaths: dict[str, int]

@@ -168,6 +168,12 @@ def test_a_resumed_trial_is_the_straight_one(bench: Bench) -> None:
     assert whole.state == "done"
 
 
+def assert_same_tensors(one: Path, other: Path) -> None:
+    tensors, others = load_file(one), load_file(other)
+    assert tensors.keys() == others.keys()
+    assert all(torch.equal(tensors[name], others[name]) for name in tensors)
+
+
 @pytest.mark.parametrize("tune", ["lora", "full"])
 def test_a_trial_goes_on_from_memory_as_from_disk(bench: Bench, tune: str) -> None:
     """In memory it does not care what has become of its files."""
@@ -187,8 +193,8 @@ def test_a_trial_goes_on_from_memory_as_from_disk(bench: Bench, tune: str) -> No
     assert results["memory"].eval_loss == results["disk"].eval_loss
     artifact = "adapter/adapter_model.safetensors" if tune == "lora" else "delta/delta.safetensors"
     for file in (artifact, "state-rank0.safetensors"):
-        last = [(bench.folder / name / rung / file).read_bytes() for name, rung in (("memory", "rung-1"), ("straight", "rung-0"))]
-        assert last[0] == last[1], "also the masters, the moments and the random state"
+        went_on, straight = bench.folder / "memory" / "rung-1" / file, bench.folder / "straight" / "rung-0" / file
+        assert_same_tensors(went_on, straight)  # also the masters, the moments and the random state
 
 
 def test_the_next_trial_takes_steps_while_the_last_one_is_written(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,9 +212,8 @@ def test_the_next_trial_takes_steps_while_the_last_one_is_written(bench: Bench, 
     for result in (first, second):
         check_folder(Path(result.checkpoint or ""))
     assert bench.bits("a") == bench.bits("b")
-    loaded = [load_file(bench.folder / name / "rung-0" / "state-rank0.safetensors") for name in "ab"]
-    assert loaded[0].keys() == loaded[1].keys()
-    assert all(torch.equal(loaded[0][name], loaded[1][name]) for name in loaded[0]), "the next trial changes nothing of the last"
+    states = [bench.folder / name / "rung-0" / "state-rank0.safetensors" for name in "ab"]
+    assert_same_tensors(*states)  # the next trial has changed nothing of the last
 
 
 def test_what_cannot_be_saved_fails_the_trial_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
