@@ -122,7 +122,7 @@ def compile_section(sweeps: Sweeps) -> list[Measured]:
             Measured(f"{layers}: a full micro-batch", times.eager_seconds, "s"),
             Measured(f"{layers}: the same, compiled", times.compiled_seconds, "s"),
             Measured(f"{layers}: compiled against not", times.eager_seconds / times.compiled_seconds),
-            Measured(f"{layers}: compiling", times.compile_seconds, "s", note="nothing kept from before but by the lines above"),
+            Measured(f"{layers}: compiling", times.compile_seconds, "s", note="but for what the lines above have compiled"),
         ]
     return lines
 
