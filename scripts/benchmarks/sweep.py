@@ -114,6 +114,7 @@ def step_section(sweeps: Sweeps, num_steps: int) -> list[Measured]:
 
 def compile_section(sweeps: Sweeps) -> list[Measured]:
     lines = []
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(sweeps.folder / "inductor")  # nothing is kept from before
     for layers, times in measure_compiled(sweeps.task, sweeps.sets).items():
         if times.failed:
             lines.append(Measured(f"{layers}: compiled", None, note=times.failed))
