@@ -21,6 +21,7 @@ from orchestrator.train.artifacts import load_artifact
 from orchestrator.train.base import LoadedBase
 from orchestrator.train.batches import RowPlan, StepPlan, step_inputs
 from orchestrator.train.branch import Branch, open_branch
+from orchestrator.train.building import build_engine
 from orchestrator.train.checkpoint import (
     StartPoint,
     checkpoint_folder,
@@ -42,7 +43,6 @@ from orchestrator.train.saving import Saver
 from orchestrator.train.scoring import Scorer
 from orchestrator.train.snapshot import take_snapshot
 from orchestrator.train.speed import SteadySpeed
-from orchestrator.train.torch_engine import TorchEngine
 from orchestrator.train.trunk.library import TrunkLibrary
 from orchestrator.train.trunk.states import TrunkStates
 
@@ -143,18 +143,7 @@ class TrialRun:
         return open_checkpoint(start, folder, self.ranks, seed=seed, layout=layout, note=self._note)
 
     def build_engine(self, objective: Objective, branch: Branch) -> Engine:
-        settings = self.assignment.settings
-        if self.execution.executor == "torch":
-            return TorchEngine(
-                objective,
-                branch.learning_parameters(),
-                weight_decay=settings.weight_decay,
-                grad_clip=settings.grad_clip,
-                ranks=self.ranks,
-            )
-        from orchestrator.train.deepspeed_engine import DeepSpeedTrainer
-
-        return DeepSpeedTrainer(objective, branch.learning_parameters(), self.execution, settings, self.ranks)
+        return build_engine(objective, branch, self.assignment.settings, self.execution, self.ranks)
 
     def _train(self, engine: Engine, branch: Branch, on_step: Callable[[StepReport], None] | None) -> None:
         assignment = self.assignment
