@@ -11,9 +11,7 @@ from orchestrator.train.ranks import Ranks
 from orchestrator.train.torch_engine import TorchEngine
 
 
-def build_engine(
-    objective: nn.Module, branch: Branch, settings: TrainSettings, execution: ExecutionPlan, ranks: Ranks
-) -> Engine:
+def build_engine(objective: nn.Module, branch: Branch, settings: TrainSettings, execution: ExecutionPlan, ranks: Ranks) -> Engine:
     """The engine of the planned executor around what learns in a branch."""
     if execution.executor == "torch":
         return TorchEngine(
