@@ -161,7 +161,7 @@ def same_tensors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
 
 @pytest.mark.slow
 def test_three_ranks_too(tmp_path: Path) -> None:
-    """Of three numbers a sum depends on their order: it must be the same whatever is summed beside them."""
+    """Of three numbers a sum depends on their order, of two it does not."""
     make_base(tmp_path / "base")
     make_sets(tmp_path)
     matrix = Matrix(tmp_path, read_anatomy(tmp_path / "base", need_weights=True), jobs={1: [], 3: []})
