@@ -157,3 +157,20 @@ def test_another_number_of_ranks_goes_on_with_masters_and_moments(matrix: Matrix
 
 def same_tensors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.slow
+def test_three_ranks_too(tmp_path: Path) -> None:
+    """Of three numbers a sum depends on their order, of two it does not."""
+    make_base(tmp_path / "base")
+    make_sets(tmp_path)
+    matrix = Matrix(tmp_path, read_anatomy(tmp_path / "base", need_weights=True), jobs={1: [], 3: []})
+    for ranks in (1, 3):
+        matrix.host("none", whole("float32", ranks))
+        matrix.trial(f"{ranks}-ranks", whole("float32", ranks), rate=5e-3)
+    matrix.group({f"fused-{name}": rate for name, rate in RATES.items()}, whole("float32", 3), width=3)
+    matrix.run(3)
+    run_here(matrix)
+    assert matrix.bits("fused-5e-3") == matrix.bits("3-ranks")
+    np.testing.assert_allclose(matrix.losses("3-ranks"), matrix.losses("1-ranks"), rtol=FLOAT32_TOLERANCE)
+    np.testing.assert_allclose(norms(matrix, "3-ranks"), norms(matrix, "1-ranks"), rtol=10 * FLOAT32_TOLERANCE)
