@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.utils
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -160,6 +161,8 @@ def test_a_gang_traces_each_kind_of_block_once_and_puts_every_block_back(
         return torch.compile(forward, dynamic=False, backend="aot_eager")
 
     monkeypatch.setattr(compiled, "_code", traced)
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
     gang = gang_of(LlamaConfig(**SIZES, num_hidden_layers=1, num_key_value_heads=2))
     gang.run("eager", compiled=False)
     records = [gang.run(place, compiled=True).engine for place in ("first", "second")]
@@ -169,6 +172,8 @@ def test_a_gang_traces_each_kind_of_block_once_and_puts_every_block_back(
     assert gang.apart("first", "eager") <= 1e-6
     assert gang.losses("first") == gang.losses("second") == gang.losses("in company") == gang.losses("beside it")
     assert gang.losses("eager again") == gang.losses("eager"), "the base was not put back"
+    assert graphs["unique_graphs"] - before == 4, "before and after the attention, and what surrounds it: for all steps"
+    assert all(result.engine is not None and result.engine.fused_trials == 1 for result in company), "each is code of its own"
     spent = [record.compile_seconds for record in (*records, *(result.engine for result in company)) if record is not None]
     assert spent[0] > 0
     assert spent[1:] == [0, 0, 0], "a warm gang compiles once"
