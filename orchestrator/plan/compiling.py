@@ -18,9 +18,9 @@ from orchestrator.spec.models import JobSpec
 from orchestrator.units import format_seconds
 
 KIND_SECONDS = 90.0
-"""What compiling takes for one choice of (tune, lora_rank), whatever the number of its blocks: two kinds of blocks, the one at
-the cut, whose input needs no gradient, and those above it. Measured on one core (`scripts/bench sweep compile`); on a GPU
-assumed."""
+"""What compiling is taken to need for one choice of (tune, lora_rank), whatever the number of its blocks: two kinds of blocks,
+the one at the cut, whose input needs no gradient, and those above it. From an empty cache 35 s of a core were measured
+(`scripts/bench sweep compile`), and a core is seldom free; on a GPU assumed."""
 WORTH = 20.0
 """Compiled blocks are measured where the search trains at least so many times as long as compiling would take."""
 MOST_OF_EAGER = 0.95
