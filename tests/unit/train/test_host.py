@@ -216,6 +216,36 @@ def test_the_next_trial_takes_steps_while_the_last_one_is_written(bench: Bench, 
     assert_same_tensors(*states)  # the next trial has changed nothing of the last
 
 
+def test_a_checkpoint_on_the_way_is_of_its_step_though_it_is_written_later(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.run("plain", checkpoint_every_steps=1)
+    last, write = threading.Event(), saving.write_snapshot
+
+    def patient(*given: Any) -> None:
+        assert last.wait(60), "the next step waits for it"
+        write(*given)
+
+    monkeypatch.setattr(saving, "write_snapshot", patient)
+    late = bench.assignment("late", checkpoint_every_steps=1)
+    assert bench.host.run(late, on_step=lambda report: last.set() if report.step == STEPS else None).state == "done"
+    for step in (2, 3):
+        assert_same_tensors(
+            *(bench.folder / name / f"checkpoint-{step}" / "state-rank0.safetensors" for name in ("plain", "late"))
+        )
+
+
+def test_what_is_remembered_does_not_learn_with_the_trial(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second attempt from the same rung, after one that came to its end and could not be saved."""
+    bench.run("straight")
+    part = bench.run("a", stop=2)
+    with monkeypatch.context() as broken:
+        broken.setattr(TorchEngine, "full_tensors", lambda self: {name: torch.zeros(0) for name in self._names})
+        assert bench.run("a", start=part.checkpoint, rung=1).state == "failed"
+    again = bench.run("a", start=part.checkpoint, rung=1)
+    assert again.engine is not None
+    assert again.engine.from_memory
+    assert bench.bits("a") == bench.bits("straight")
+
+
 def test_what_cannot_be_saved_fails_the_trial_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Law 4: nobody waits for a disk to hear of it."""
     with monkeypatch.context() as broken:
