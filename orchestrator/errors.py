@@ -145,6 +145,10 @@ class TrainingError(OrchestratorError, RuntimeError):
     """Training failed."""
 
 
+class CheckpointError(OrchestratorError, OSError):
+    """A checkpoint could not be written: the gang has to be replaced, whichever trial's it was."""
+
+
 class NonFiniteLossError(TrainingError):
     """The loss or the gradient norm became NaN or infinite."""
 

@@ -180,6 +180,11 @@ class TrainHost:
         """
         self._saver.settle()
 
+    def give_up_held(self) -> bool:
+        """Whether any rank held checkpoints that waited to be written, or states of other trials; now none does. Called on every
+        rank, where memory ran out: a trial must not come down to less for what its gang has run before."""
+        return any(self._ranks.gather(self._saver.give_up()))
+
     def _run_in_memory(
         self,
         assignment: Assignment,
@@ -205,6 +210,11 @@ class TrainHost:
                 if not is_out_of_memory(error):
                     raise
                 self.check_shared(error)
+                if self.give_up_held():
+                    notes.append("out of memory: what was kept of other rungs is given up, and it begins again")
+                    del run
+                    gc.collect()
+                    continue
                 relief = relieve(execution)
                 if relief is None:
                     raise nothing_smaller(f"out of memory: {first_line(error)}", execution) from None
@@ -212,6 +222,7 @@ class TrainHost:
             notes.append(f"out of memory: {relief.sentence}")
             del run
             gc.collect()
+            self._saver.settle()  # nothing of the larger way is written once it has been left
             if on_relief is not None:
                 on_relief(execution, notes[-1])
 

@@ -75,12 +75,12 @@ class TorchEngine:
     def full_tensors(self) -> dict[str, torch.Tensor]:
         if not self._ranks.first:
             return {}
-        return {name: p.detach().cpu().clone() for name, p in zip(self._names, self.parameters, strict=True)}
+        return {name: p.detach().to("cpu", copy=True) for name, p in zip(self._names, self.parameters, strict=True)}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         state = {"master": self._master.detach()}
         state |= {key: value for key, value in self._optimizer.state[self._master].items() if torch.is_tensor(value)}
-        return {key: value.cpu().clone() for key, value in state.items()}
+        return {key: value.to("cpu", copy=True) for key, value in state.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:

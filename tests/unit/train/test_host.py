@@ -354,6 +354,27 @@ def test_rows_are_halved_when_memory_runs_out(bench: Bench, monkeypatch: pytest.
     assert bench.bits("a") == bench.bits("b")
 
 
+def test_what_is_kept_of_other_trials_is_given_up_before_a_trial_comes_down(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a trial's numbers would hang on what its gang has run before."""
+    bench.run("alone", execution=WIDE)
+    bench.run("before", stop=2)
+    forward, saver = Objective.forward, bench.host._saver
+    assert saver.held_bytes > 0
+
+    def cramped(self: Objective, **batch: Any) -> Any:
+        if self.training and saver.held_bytes:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(self, **batch)
+
+    monkeypatch.setattr(Objective, "forward", cramped)
+    result = bench.run("a", execution=WIDE)
+    assert (result.state, result.relieved) == ("done", None)
+    assert result.notes == ("out of memory: what was kept of other rungs is given up, and it begins again",)
+    assert bench.bits("a") == bench.bits("alone")
+
+
 def test_where_one_row_is_too_much_activations_are_computed_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     with_little_memory(monkeypatch, rows=0, recomputed=1)
     result = bench.run("a", execution=WIDE)
