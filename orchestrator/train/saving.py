@@ -42,7 +42,7 @@ class Saver:
     A trial's state at its last rung is remembered, so that its next rung begins without a file being read. What waits to be
     written and what is remembered share a bound, the gang's part of MEMORY_SHARE of the memory that is free once the gangs
     have grown to what the plan expects. Where a checkpoint does not fit, first the states that were not asked for longest are
-    forgotten, then earlier checkpoints are waited for, and at last it is written before `save` returns: then nothing of it is held.
+    forgotten, then earlier checkpoints are waited for, and at last it is written before `save` returns: nothing of it is held.
     Of several ranks none remembers, for they would have to agree.
 
     A write that failed is raised by every later call: the process has to be replaced.
