@@ -94,16 +94,14 @@ class Shift:
         """
         works = {work.assignment.trial.trial_id: work for work in group}
         started = time.monotonic()
-        try:
-            answers = await self.gang.run([work.assignment for work in group])
-        except TrainingError as death:
+        answers, death = await self._answers(group)
+        answered_at = time.monotonic()
+        self._figures.busy_s += answered_at - started
+        if death is not None:
             await self.written()
             for result in self._bury(group, death):
                 self._settle(works[result.trial_id], result)
-            return time.monotonic()
-        finally:
-            self._figures.busy_s += time.monotonic() - started
-        answered_at = time.monotonic()
+            return answered_at
         results = [with_history(result, works[result.trial_id], self._planned) for result in answers]
         self._queue.note_width(group, results)
         self._queue.expect(_going_on(works, results))
@@ -115,6 +113,13 @@ class Shift:
         if group[0].attempts:
             await self.written()
         return answered_at
+
+    async def _answers(self, group: Sequence[Work]) -> tuple[list[RungResult], TrainingError | None]:
+        """What the gang answers, or what it died of."""
+        try:
+            return await self.gang.run([work.assignment for work in group]), None
+        except TrainingError as death:
+            return [], death
 
     async def _write(self, before: asyncio.Task[None] | None, works: Mapping[str, Work], results: Sequence[RungResult]) -> None:
         """Answer each member of a group once its rung stands, after the group before it."""
