@@ -12,6 +12,7 @@
     ├── TrainingError             4   training failed for a reason of its own
     │   ├── NonFiniteLossError    4   the loss or the gradient became NaN or infinite
     │   └── OutOfMemoryError      4   no memory left, known on every rank; at the smallest micro-batch the trial's end
+    ├── CheckpointError           4   a checkpoint could not be written: the gang's end
     ├── RankOutOfMemoryError      4   no memory left on one rank, while the others wait for it: the gang's end
     ├── BaseLostError             4   the base could not be put back after a trial: the gang's end
     ├── NothingPromotedError      5   `--require-promotion`, and no trial was worth promoting
@@ -143,6 +144,10 @@ class PlanError(OrchestratorError, RuntimeError):
 
 class TrainingError(OrchestratorError, RuntimeError):
     """Training failed."""
+
+
+class CheckpointError(OrchestratorError, OSError):
+    """A checkpoint could not be written: the gang has to be replaced, whichever trial's it was."""
 
 
 class NonFiniteLossError(TrainingError):

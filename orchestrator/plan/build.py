@@ -253,7 +253,7 @@ def _search_plan(
         num_trials=search.num_trials,
         algorithm=search.algorithm,
         scheduler=search.scheduler,
-        rung_steps=steps.rung_steps(total_steps, budget=search.budget, scheduler=search.scheduler),
+        rung_steps=steps.rung_steps(total_steps, budget=search.budget, scheduler=search.scheduler, max_rungs=search.rungs),
         total_steps=total_steps,
         reduction_factor=steps.REDUCTION_FACTOR,
         concurrent_trials=concurrent_trials(search.num_trials, gangs.num_gangs, max_fused),

@@ -18,9 +18,9 @@ from orchestrator.spec.models import JobSpec
 from orchestrator.units import format_seconds
 
 KIND_SECONDS = 90.0
-"""What compiling takes for one choice of (tune, lora_rank), whatever the number of its blocks: two kinds of blocks, the one at
-the cut, whose input needs no gradient, and those above it. Measured on one core (`scripts/bench sweep compile`); on a GPU
-assumed."""
+"""What compiling is taken to need for one choice of (tune, lora_rank), whatever the number of its blocks: two kinds of blocks,
+the one at the cut, whose input needs no gradient, and those above it. From an empty cache 35 s of a core were measured
+(`scripts/bench sweep compile`), and a core is seldom free; on a GPU assumed."""
 WORTH = 20.0
 """Compiled blocks are measured where the search trains at least so many times as long as compiling would take."""
 MOST_OF_EAGER = 0.95
@@ -48,6 +48,8 @@ def with_compiling(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy) -> RunPl
         execution = plan.refit_execution.model_copy(update={"compiled": asked == "on"})
         return plan.model_copy(update={"refit_execution": execution})
     found = _planned(plan, against, required=asked == "on")
+    if asked == "on" and found.option is None:
+        raise PlanError(found.reason, where="resources.compile", expected="auto or off", remedy="leave it to auto")
     return plan.model_copy(update={"compiling": found, "notes": (*plan.notes, found.reason)})
 
 
@@ -55,6 +57,8 @@ def why_never(execution: ExecutionPlan, spec: JobSpec, anatomy: ModelAnatomy) ->
     """What keeps blocks from being compiled, whatever that would gain; None where nothing does."""
     if execution.executor != "torch":
         return "DeepSpeed's engines hook into every module"
+    if execution.ranks > 1:
+        return "what one of several ranks cannot compile would leave the others waiting"
     if spec.base.quantize != "none":
         return f"{spec.base.quantize} is multiplied by kernels of a library"
     if spec.task == "classify" or not execution.pack:

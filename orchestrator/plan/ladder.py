@@ -6,10 +6,9 @@ Cost is GPU-seconds per trained token, and ways are tried in this order:
    engine offloads at ZeRO-3 alone;
 2. few ranks before many: ranks of one gang wait for each other, gangs do not;
 3. without checkpointing before with it: running the blocks again costs up to 2kN operations of 4 to 6N;
-4. without DeepSpeed, each rank with all that learns, before ZeRO-1 before 2 before 3. Stages 0 to 2 move as many bytes
-   (Rajbhandari et al. 2020, section 7); without an engine to build for each trial, trials may share a batch and start
-   sooner, and a rank that runs out of memory leaves nobody waiting. Stage 3 moves half as many bytes again, and on a
-   frozen base far more than the gradients of LoRA do;
+4. without DeepSpeed, each rank with all that learns, before ZeRO-1 before 2 before 3. Stages 0 to 2 move as many numbers
+   (Rajbhandari et al. 2020, section 7); without DeepSpeed no engine is built for each trial, and LoRA trials may share a
+   batch. Stage 3 moves half as many again, and on a frozen base far more than the gradients of LoRA do;
 5. the micro-batch is the largest that fits; a way is out when not even one row does.
 """
 

@@ -14,7 +14,6 @@ REDUCTION_FACTOR = 3
 """ASHA keeps one trial in three at a rung: the default of Li et al. 2020 is 4, 3 spares more of a small sweep."""
 MIN_RUNG_STEPS = 4
 """A rung of fewer steps compares warm-ups, not trials."""
-MAX_RUNGS = 3
 MAX_CPU_MICRO_BATCH_TOKENS = 4096
 """Past a few thousand tokens a CPU's matrix products gain nothing, and memory is all that grows."""
 
@@ -34,17 +33,18 @@ def rung_steps(
     *,
     budget: float = 1.0,
     scheduler: Literal["asha", "none"] = "asha",
+    max_rungs: int = 3,
     reduction_factor: int = REDUCTION_FACTOR,
     min_steps: int = MIN_RUNG_STEPS,
 ) -> tuple[int, ...]:
     """Steps at which trials are compared, rising; the last is a trial's whole budget.
 
-    S/9, S/3, S for a budget of S steps, without those that would come before `min_steps`. 90 -> (10, 30, 90).
+    S/9, S/3, S for a budget of S steps and three rungs, without those that would come before `min_steps`. 90 -> (10, 30, 90).
     """
     last = max(1, math.ceil(budget * total_steps))
     if scheduler == "none":
         return (last,)
-    rungs = [math.ceil(last / reduction_factor**power) for power in range(MAX_RUNGS - 1, 0, -1)]
+    rungs = [math.ceil(last / reduction_factor**power) for power in range(max_rungs - 1, 0, -1)]
     return (*(step for step in rungs if min_steps <= step < last), last)
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, select, select_everything
 from orchestrator.plan.compilation import CompilePlan
+from orchestrator.plan.cost.estimate import planned_options
 from orchestrator.plan.options import head_rates
 from orchestrator.plan.relief import SAME_GANG
 from orchestrator.plan.remedies import NOTHING
@@ -172,6 +173,8 @@ def make_assignment(
         evaluate=evaluate,
         trunk=plan.trunk if trial.control not in ("none", "scratch") or compiling is not None or shift is not None else None,
         predicted_memory_bytes=_predicted_memory_bytes(plan, trial, execution or plan.execution),
+        largest_memory_bytes=max((option.memory.total_bytes for option in planned_options(plan)), default=None),
+        num_gangs=plan.num_gangs if execution is None or execution.ranks == plan.execution.ranks else 1,
         probe=probe,
         compiling=compiling,
         shift=shift,

@@ -181,6 +181,10 @@ class Assignment(Value):
     trunk: TrunkPlan | None = None
     predicted_memory_bytes: int | None = None
     """What the plan expects a rank to use for it; None where the plan has no figure."""
+    largest_memory_bytes: int | None = None
+    """Likewise, for any trial of the run: what its gang may still grow to."""
+    num_gangs: int = 1
+    """Of the run: at most so many share a node's memory."""
     probe: ProbePlan | None = None
     """Score the blocks and train nothing."""
     shift: ShiftPlan | None = None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from orchestrator.anatomy import LayerSelection
 from orchestrator.errors import TrainingError
-from orchestrator.plan import head_control, make_assignment
+from orchestrator.plan import head_control
 from orchestrator.plan.relief import fits_in_no_way, with_relief
 from orchestrator.plan.results import RungResult
 from orchestrator.plan.values import Assignment, ExecutionPlan, TrialSpec
@@ -114,16 +114,10 @@ def refit_assignment(
     Args:
         relieved: What the search had to train it by, where memory ran out there.
     """
-    return make_assignment(
-        prepared.plan,
+    return prepared.assignment(
         trial,
         selection,
-        settings=prepared.settings,
-        data=prepared.data_paths,
-        metric=prepared.scoring.metric,
-        folder=str(prepared.run.refit),
-        rung=0,
-        start=None,
+        folder=prepared.run.refit,
         stop_step=trial.total_steps,
         execution=with_relief(prepared.plan.refit_execution, relieved),
         keep_optimizer=False,

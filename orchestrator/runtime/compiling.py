@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from orchestrator.errors import TrainingError
-from orchestrator.plan import compile_trial, make_assignment
+from orchestrator.plan import compile_trial
 from orchestrator.plan.compilation import CompileChoice, CompilePlan, CompileTimes
 from orchestrator.plan.compiling import choice_of, standing_choice, with_choice
-from orchestrator.plan.results import RungResult
-from orchestrator.plan.values import Assignment
 from orchestrator.runtime.cluster import fetch
 from orchestrator.runtime.ledger import Ledger
+from orchestrator.runtime.measuring import Measure, measured
 from orchestrator.runtime.prepare import Prepared, read_choice
 from orchestrator.store import write_json
 from orchestrator.transfer.records import RunView
@@ -31,7 +29,7 @@ def compiled_where_it_pays(prepared: Prepared, exchange: Any, view: RunView) -> 
     return chosen
 
 
-def _chosen(prepared: Prepared, view: RunView, measure: Callable[[Assignment], RungResult | None]) -> Prepared:
+def _chosen(prepared: Prepared, view: RunView, measure: Measure) -> Prepared:
     known, asked = read_choice(prepared.run), prepared.spec.resources.compile
     choice = standing_choice(asked, known) or _made(prepared, view, measure)
     if choice == known:
@@ -47,7 +45,7 @@ def _chosen(prepared: Prepared, view: RunView, measure: Callable[[Assignment], R
     return replace(prepared, plan=plan)
 
 
-def _made(prepared: Prepared, view: RunView, measure: Callable[[Assignment], RungResult | None]) -> CompileChoice:
+def _made(prepared: Prepared, view: RunView, measure: Measure) -> CompileChoice:
     plan = prepared.plan.compiling
     if plan is None or plan.option is None:
         return CompileChoice(compiled=False, reason=plan.reason if plan is not None else "nothing is measured")
@@ -63,28 +61,11 @@ def _made(prepared: Prepared, view: RunView, measure: Callable[[Assignment], Run
     return choice
 
 
-def _times(
-    prepared: Prepared, plan: CompilePlan, option: int, measure: Callable[[Assignment], RungResult | None]
-) -> CompileTimes:
+def _times(prepared: Prepared, plan: CompilePlan, option: int, measure: Measure) -> CompileTimes:
     """What was measured, or why there is nothing."""
     assert prepared.plan.search is not None
     selection = prepared.plan.search.options[option].selection
     trial = compile_trial(prepared.plan, option, prepared.spec.train.seed)
-    assignment = make_assignment(
-        prepared.plan,
-        trial,
-        selection,
-        settings=prepared.settings,
-        data=prepared.data_paths,
-        metric=prepared.scoring.metric,
-        folder=str(prepared.run.path),
-        rung=0,
-        start=None,
-        stop_step=0,
-        compiling=plan,
-    )
-    result = measure(assignment)
-    assert result is not None, "a control's work is never held back"
-    for note in result.notes:
-        prepared.run.event("trial_note", message=f"{trial.trial_id}: {note}", trial_id=trial.trial_id)
+    assignment = prepared.assignment(trial, selection, folder=prepared.run.path, stop_step=0, compiling=plan)
+    result = measured(prepared, assignment, measure)
     return result.compile_times or CompileTimes(failed=result.reason)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from orchestrator.plan import make_assignment, shift_trial
+from orchestrator.plan import shift_trial
 from orchestrator.plan.shift import DomainShift
 from orchestrator.runtime.cluster import fetch
 from orchestrator.runtime.ledger import Ledger
+from orchestrator.runtime.measuring import Measure, measured
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.runtime.records import base_result
 from orchestrator.store import read_json, write_json
@@ -23,7 +24,7 @@ def advised_by_shift(prepared: Prepared, exchange: Any, view: RunView) -> Prepar
     if plan.shift is None or plan.search is None:
         return prepared
     known = DomainShift.model_validate(read_json(file)) if file.exists() else None
-    found = known or _measured(prepared, exchange)
+    found = known or _measured(prepared, lambda assignment: fetch(exchange.probe.remote(assignment)))
     advice = advice_of(prepared, found)
     if known is None:
         write_json(file, found)
@@ -47,23 +48,8 @@ def advice_of(prepared: Prepared, found: DomainShift) -> Advice:
     )
 
 
-def _measured(prepared: Prepared, exchange: Any) -> DomainShift:
+def _measured(prepared: Prepared, measure: Measure) -> DomainShift:
     trial, nothing = shift_trial(prepared.plan, prepared.anatomy, prepared.spec.train.seed)
-    assignment = make_assignment(
-        prepared.plan,
-        trial,
-        nothing,
-        settings=prepared.settings,
-        data=prepared.data_paths,
-        metric=prepared.scoring.metric,
-        folder=str(prepared.run.path),
-        rung=0,
-        start=None,
-        stop_step=0,
-        shift=prepared.plan.shift,
-    )
-    result = fetch(exchange.probe.remote(assignment))
-    assert result is not None, "the untouched base's work is never held back"
-    for note in result.notes:
-        prepared.run.event("trial_note", message=f"{trial.trial_id}: {note}", trial_id=trial.trial_id)
+    assignment = prepared.assignment(trial, nothing, folder=prepared.run.path, stop_step=0, shift=prepared.plan.shift)
+    result = measured(prepared, assignment, measure)
     return result.domain_shift or DomainShift(failed=result.reason)

@@ -8,6 +8,7 @@ down, and told, once its rung stands on disk.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import time
 from collections.abc import Callable
@@ -199,9 +200,14 @@ class Exchange:
             await shift.work_off()
         except Exception as error:
             self._tell("gang_lost", f"gang {gang.index} serves no more: {error!r}", gang=gang.index)
-            self._queue.lose_gang()
-            self._give_up(error)
-            gang.kill()  # last: it may raise too, and by now whoever waits has heard
+            gang.pids = ()
+            try:
+                gang.kill()
+            finally:  # what it was writing goes back to the queue before that is looked through
+                with contextlib.suppress(Exception):
+                    await shift.written()
+                self._queue.lose_gang()
+                self._give_up(error)
 
     def _settle(self, work: Work, result: RungResult) -> None:
         """Write a result down, then answer whoever waits for it."""

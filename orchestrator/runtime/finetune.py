@@ -6,7 +6,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from orchestrator.plan import make_assignment, make_trial, none_control
+from orchestrator.plan import make_trial, none_control
 from orchestrator.runtime.budget import refit_assignment, run_refit
 from orchestrator.runtime.finish import finish
 from orchestrator.runtime.joining import joins
@@ -55,19 +55,8 @@ def _train(prepared: Prepared, view: RunView, started_at: float) -> SweepResult:
     ledger.register(none, None)
     ledger.register(trial, 0)
     view.phase("training", f"{trial.total_steps} steps on {plan.refit_execution.ranks} rank(s)")
-    untouched = make_assignment(
-        plan,
-        none,
-        nothing,
-        settings=prepared.settings,
-        data=prepared.data_paths,
-        metric=prepared.scoring.metric,
-        folder=str(ledger.folder("none")),
-        rung=0,
-        start=None,
-        stop_step=0,
-        execution=plan.refit_execution,
-    )
+    here = ledger.folder("none")
+    untouched = prepared.assignment(none, nothing, folder=here, stop_step=0, execution=plan.refit_execution)
     results = run_refit(prepared, [untouched, refit_assignment(prepared, trial, plan.finetune.selection)])
     for result in results:
         ledger.add(result)

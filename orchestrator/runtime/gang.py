@@ -39,7 +39,7 @@ class GangDiedError(TrainingError):
         self.out_of_memory = out_of_memory
 
 
-@ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={BESIDE: 1})
+@ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={BESIDE: 1})  # type: ignore[call-overload]
 class RankActor:
     """One process of a gang. Every rank receives the same calls in the same order."""
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from orchestrator.anatomy import ModelAnatomy, read_anatomy, resolve_base
+from orchestrator.anatomy import LayerSelection, ModelAnatomy, read_anatomy, resolve_base
 from orchestrator.data import DataSummary, data_size, prepare_data
 from orchestrator.errors import UsageError
-from orchestrator.plan import make_plan
+from orchestrator.plan import make_assignment, make_plan
 from orchestrator.plan.compilation import CompileChoice
 from orchestrator.plan.compiling import standing_choice, with_choice
 from orchestrator.plan.scored import LayerScores
-from orchestrator.plan.values import ClusterDescription, DataPaths, RunPlan, TrainSettings
+from orchestrator.plan.values import Assignment, ClusterDescription, DataPaths, RunPlan, TrainSettings, TrialSpec
 from orchestrator.runtime.places import output_root
 from orchestrator.runtime.scoring import Scoring
 from orchestrator.spec import JobSpec, LoadedSpec, spec_sha256
@@ -56,6 +56,22 @@ class Prepared:
             weight_decay=train.weight_decay,
             grad_clip=train.grad_clip,
             tokens_per_step=train.tokens_per_step,
+        )
+
+    def assignment(self, trial: TrialSpec, selection: LayerSelection, *, folder: Path, stop_step: int, **how: Any) -> Assignment:
+        """From step 0, outside the search; `how` as in `make_assignment`."""
+        return make_assignment(
+            self.plan,
+            trial,
+            selection,
+            settings=self.settings,
+            data=self.data_paths,
+            metric=self.scoring.metric,
+            folder=str(folder),
+            rung=0,
+            start=None,
+            stop_step=stop_step,
+            **how,
         )
 
     @property

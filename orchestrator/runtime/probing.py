@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,13 +9,14 @@ import ray
 
 from orchestrator.anatomy import ModelAnatomy
 from orchestrator.errors import TrainingError
-from orchestrator.plan import make_assignment, probe_trial, with_scores
+from orchestrator.plan import probe_trial, with_scores
 from orchestrator.plan.cost.estimate import planned_options
 from orchestrator.plan.results import RungResult
 from orchestrator.plan.scored import LayerScores
 from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan, RunPlan
 from orchestrator.runtime.cluster import fetch, rank_resources, worker_env
 from orchestrator.runtime.hours import metered
+from orchestrator.runtime.measuring import Measure, measured
 from orchestrator.runtime.prepare import Prepared, read_scores
 from orchestrator.spec import parse_policy
 from orchestrator.store import write_json
@@ -70,9 +70,7 @@ def score_in_this_process(base: BaseLoad, anatomy: ModelAnatomy, assignment: Ass
         host.close()
 
 
-def _scored(
-    prepared: Prepared, execution: ExecutionPlan, view: RunView, score: Callable[[Assignment], RungResult | None]
-) -> Prepared:
+def _scored(prepared: Prepared, execution: ExecutionPlan, view: RunView, score: Measure) -> Prepared:
     probe = prepared.plan.probe
     if probe is None or read_scores(prepared.run) is not None:
         return prepared  # an earlier submission scored them: the plan knows
@@ -94,27 +92,12 @@ def _scored(
     return replace(prepared, plan=plan)
 
 
-def _run(prepared: Prepared, execution: ExecutionPlan, score: Callable[[Assignment], RungResult | None]) -> LayerScores:
+def _run(prepared: Prepared, execution: ExecutionPlan, score: Measure) -> LayerScores:
     """What was found, or why there is nothing."""
     trial, nothing = probe_trial(prepared.plan, prepared.anatomy, prepared.spec.train.seed)
-    assignment = make_assignment(
-        prepared.plan,
-        trial,
-        nothing,
-        settings=prepared.settings,
-        data=prepared.data_paths,
-        metric=prepared.scoring.metric,
-        folder=str(prepared.run.path),
-        rung=0,
-        start=None,
-        stop_step=0,
-        execution=execution,
-        probe=prepared.plan.probe,
-    )
-    result = score(assignment)
-    assert result is not None, "the untouched base's work is never held back"
-    for note in result.notes:
-        prepared.run.event("trial_note", message=f"{trial.trial_id}: {note}", trial_id=trial.trial_id)
+    probe = prepared.plan.probe
+    assignment = prepared.assignment(trial, nothing, folder=prepared.run.path, stop_step=0, execution=execution, probe=probe)
+    result = measured(prepared, assignment, score)
     return result.layer_scores or LayerScores(failed=result.reason)
 
 

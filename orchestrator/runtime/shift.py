@@ -71,15 +71,13 @@ class Shift:
                     continue
                 if idle_since is not None:
                     self._figures.idle_s.append(time.monotonic() - idle_since)
-                started = time.monotonic()
                 try:
-                    await self._run(group)
+                    answered_at = await self._run(group)
                 except Exception as error:
                     for work in group:
                         work.fail(error)
                     raise
-                self._figures.busy_s += time.monotonic() - started
-                idle_since = time.monotonic() if self.gang.pids else None
+                idle_since = answered_at if self.gang.pids else None
 
     async def written(self) -> None:
         """Until the group before has been answered, or has gone back to the queue. Raises what ending the gang raised."""
@@ -88,27 +86,46 @@ class Shift:
             writing, self._writing = self._writing, None
             writing.result()
 
-    async def _run(self, group: Sequence[Work]) -> None:
-        """Run a group and leave it to be written; on a dead gang, put it back and leave the gang to be replaced."""
+    async def _run(self, group: Sequence[Work]) -> float:
+        """Run a group and leave it to be written; on a dead gang, put it back and leave the gang to be replaced.
+
+        Returns:
+            When the gang had nothing more to do, by the monotonic clock: it may have to wait for the group before to be written.
+        """
         works = {work.assignment.trial.trial_id: work for work in group}
-        try:
-            answers = await self.gang.run([work.assignment for work in group])
-        except TrainingError as death:
+        started = time.monotonic()
+        answers, death = await self._answers(group)
+        answered_at = time.monotonic()
+        self._figures.busy_s += answered_at - started
+        if death is not None:
             await self.written()
             for result in self._bury(group, death):
                 self._settle(works[result.trial_id], result)
-            return
-        await self.written()
+            return answered_at
         results = [with_history(result, works[result.trial_id], self._planned) for result in answers]
         self._queue.note_width(group, results)
         self._queue.expect(_going_on(works, results))
-        self._writing = asyncio.create_task(self._write(works, results))
+        # Kept before anything is awaited: who is cancelled here has its results written down all the same.
+        before, self._writing = self._writing, asyncio.create_task(self._write(self._writing, works, results))
+        if before is not None:
+            await asyncio.wait([before])
+            before.result()
         if group[0].attempts:
             await self.written()
+        return answered_at
 
-    async def _write(self, works: Mapping[str, Work], results: Sequence[RungResult]) -> None:
-        """Answer each member of a group once its rung stands."""
+    async def _answers(self, group: Sequence[Work]) -> tuple[list[RungResult], TrainingError | None]:
+        """What the gang answers, or what it died of."""
         try:
+            return await self.gang.run([work.assignment for work in group]), None
+        except TrainingError as death:
+            return [], death
+
+    async def _write(self, before: asyncio.Task[None] | None, works: Mapping[str, Work], results: Sequence[RungResult]) -> None:
+        """Answer each member of a group once its rung stands, after the group before it."""
+        try:
+            if before is not None:
+                await asyncio.wait([before])
             try:
                 await self.gang.settle()
             except TrainingError as death:  # if for want of memory, then of the group that runs now: this one had enough

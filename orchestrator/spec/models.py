@@ -170,6 +170,8 @@ class SearchSpec(Section):
     points: tuple[SearchPoint, ...] = ()
     """The trials of algorithm `fixed`, in this order; `layers`, `tune` and `lora_rank` are then left out."""
     scheduler: Literal["asha", "none"] = "asha"
+    rungs: PositiveInt = 3
+    """How often `asha` compares a trial at most, its end included; each rung has a third of the steps of the next one."""
     max_forgetting: Annotated[float, Field(ge=0.0)] = 0.10
     """Largest accepted rise of the retention loss, nats per token."""
     budget: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0

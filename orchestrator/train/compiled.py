@@ -35,6 +35,7 @@ from orchestrator.train.batches import StepInput
 from orchestrator.train.engine import Engine
 from orchestrator.train.trunk.library import default_folder
 
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 CODE_KINDS = 10_000
 """Kinds of code that a process keeps at most. Beyond torch's own limit of 8 it goes on uncompiled in silence, with other bits."""
 TIMED = 3
@@ -102,7 +103,12 @@ def missing_compiler(device: torch.device) -> str:
 
 
 def time_compiled(
-    base: LoadedBase, engine: Engine, cut: int, execution: ExecutionPlan, steps: Iterable[StepInput]
+    base: LoadedBase,
+    engine: Engine,
+    cut: int,
+    execution: ExecutionPlan,
+    steps: Iterable[StepInput],
+    clock: Callable[[], float] = time.perf_counter,
 ) -> CompileTimes:
     """A full micro-batch forwards and backwards, as it is and padded and compiled. The engine takes no step.
 
@@ -112,6 +118,7 @@ def time_compiled(
         cut: The first block that is compiled.
         execution: How the trial is trained.
         steps: The trial's first, LOOKED_AT of them, their full micro-batches of one shape.
+        clock: What a micro-batch is timed by; compiling is timed by torch.
     """
     rows = execution.micro_batch_rows
     batches = [batch for step in steps for batch in step.micro_batches]
@@ -122,10 +129,10 @@ def time_compiled(
     engine.objective.train()
     try:
         with compiled_blocks(base, cut, execution.model_copy(update={"compiled": True})) as spent:
-            compiled = _fastest(engine, full[0], base.device)
+            compiled = _fastest(engine, full[0], base.device, clock)
     except TrainingError as error:
         return CompileTimes(failed=error.what.removeprefix("the blocks cannot be compiled: "))
-    eager = _fastest(engine, _without_padding(full[0]), base.device)
+    eager = _fastest(engine, _without_padding(full[0]), base.device, clock)
     return CompileTimes(eager_seconds=eager, compiled_seconds=compiled, compile_seconds=spent.seconds, full_share=full_share)
 
 
@@ -139,17 +146,17 @@ def _without_padding(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
     return {name: tensor[:, :width].contiguous() if tensor.ndim > 1 else tensor for name, tensor in batch.items()}
 
 
-def _fastest(engine: Engine, batch: Mapping[str, torch.Tensor], device: torch.device) -> float:
+def _fastest(engine: Engine, batch: Mapping[str, torch.Tensor], device: torch.device, clock: Callable[[], float]) -> float:
     """Seconds of the fastest of a few forward and backward passes, after one to warm up."""
     times: list[float] = []
     for _ in range(1 + TIMED):
-        started = time.perf_counter()
+        started = clock()
         loss = engine.loss({name: tensor.to(device) for name, tensor in batch.items()})
         engine.backward(loss, 1.0)
         loss.item()  # waits for the device
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - started)
+        times.append(clock() - started)
     return min(times[1:])
 
 
@@ -180,7 +187,9 @@ def _code(forward: Callable[..., Any]) -> Callable[..., Any]:
 @cache
 def _prepared() -> Any:
     """torch's compiler, once a process: where it keeps what it has compiled, and no processes of its own beside the gang's."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(default_folder().with_name("inductor")))
+    folders = import_module("torch._inductor.runtime.cache_dir_utils")
+    if os.environ.get(CACHE_VARIABLE, folders.default_cache_dir()) == folders.default_cache_dir():  # torch sets it too
+        os.environ[CACHE_VARIABLE] = str(default_folder().with_name("inductor"))
     import_module("torch._inductor.config").compile_threads = 1  # type: ignore[attr-defined]
     leave_uncompiled()
     return import_module("torch._dynamo")

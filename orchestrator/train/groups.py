@@ -116,6 +116,9 @@ class Groups:
         if is_out_of_memory(error):
             host.check_shared(error)
             gc.collect()
+            if host.give_up_held():
+                host.news.append("out of memory: what was kept of other rungs is given up, and the batch begins again")
+                return self.run(group, on_step)
             kind, width = kind_of_batch(group[0]), len(group) // 2
             self.widths[kind] = width
             self._tried.pop(kind, None)  # never wider again

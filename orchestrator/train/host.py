@@ -104,7 +104,7 @@ class TrainHost:
         on_step: Callable[[StepReport], None] | None = None,
         on_relief: Callable[[ExecutionPlan, str], None] | None = None,
     ) -> RungResult:
-        """Carry the trial to its next rung, which stands on disk. A trial's own failure is a result with the reason, on every rank.
+        """Carry the trial to its next rung, on disk. A trial's own failure is a result with the reason, on every rank.
 
         Args:
             assignment: What to do.
@@ -180,6 +180,11 @@ class TrainHost:
         """
         self._saver.settle()
 
+    def give_up_held(self) -> bool:
+        """Whether any rank held checkpoints that waited to be written, or states of other trials; now none does. Called on every
+        rank, where memory ran out: a trial must not come down to less for what its gang has run before."""
+        return any(self._ranks.gather(self._saver.give_up()))
+
     def _run_in_memory(
         self,
         assignment: Assignment,
@@ -205,6 +210,11 @@ class TrainHost:
                 if not is_out_of_memory(error):
                     raise
                 self.check_shared(error)
+                if self.give_up_held():
+                    notes.append("out of memory: what was kept of other rungs is given up, and it begins again")
+                    del run
+                    gc.collect()
+                    continue
                 relief = relieve(execution)
                 if relief is None:
                     raise nothing_smaller(f"out of memory: {first_line(error)}", execution) from None
@@ -212,6 +222,7 @@ class TrainHost:
             notes.append(f"out of memory: {relief.sentence}")
             del run
             gc.collect()
+            self._saver.settle()  # nothing of the larger way is written once it has been left
             if on_relief is not None:
                 on_relief(execution, notes[-1])
 
@@ -239,13 +250,17 @@ class TrainHost:
         )
 
     def check_shared(self, error: BaseException) -> None:
-        """Memory ran out: go on where every rank knows. One rank always does.
+        """Memory ran out: every rank must know before it goes on.
 
         Raises:
-            RankOutOfMemoryError: the others wait for this rank.
+            RankOutOfMemoryError: the others wait for this one.
         """
-        if not isinstance(error, OutOfMemoryError) and self._ranks.count > 1:
+        if not self._is_shared(error):
             raise RankOutOfMemoryError(f"out of memory on rank {self._ranks.rank}: {first_line(error)}") from error
+
+    def _is_shared(self, error: BaseException) -> bool:
+        """Whether every rank knows that memory ran out; with one rank also outside the training rounds."""
+        return isinstance(error, OutOfMemoryError) or self._ranks.count == 1
 
     def _check_fits(self, execution: ExecutionPlan) -> None:
         """The base lies in memory for one kind of execution; stages 0 to 2 share it."""

@@ -30,11 +30,16 @@ def memory_in_use(device: torch.device) -> int:
     return psutil.Process().memory_info().rss
 
 
-def growth_bytes(device: torch.device, planned_bytes: int | None) -> int:
-    """Host memory that this process is still going to take, by the plan; beside a GPU it has what it needs while it trains."""
+def growth_bytes(device: torch.device, planned_bytes: int | None, held_bytes: int = 0) -> int:
+    """Host memory that this process is still going to take, by the plan; beside a GPU it has what it needs while it trains.
+
+    Args:
+        planned_bytes: Of the run's largest trial.
+        held_bytes: What it has by now and the plan does not count.
+    """
     if device.type == "cuda" or planned_bytes is None:
         return 0
-    return max(0, planned_bytes - memory_in_use(device))
+    return max(0, planned_bytes - (memory_in_use(device) - held_bytes))
 
 
 def reset_peak(device: torch.device) -> None:

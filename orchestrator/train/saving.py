@@ -6,13 +6,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from orchestrator.errors import CheckpointError, OrchestratorError
 from orchestrator.store import free_memory_bytes
 from orchestrator.train.checkpoint import StartPoint, drop_old_checkpoints
 from orchestrator.train.ranks import Ranks
 from orchestrator.train.snapshot import Snapshot, state_bytes, write_snapshot
 
 MEMORY_SHARE = 0.25
-"""Of the memory that the plan leaves free, what checkpoints that wait to be written and states that are remembered may take."""
+"""Of the memory that the plan leaves free, what checkpoints that wait to be written and states that are remembered may take, in
+all gangs of a node together."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,10 @@ class Saver:
     """The checkpoints of one process: one thread writes them, in the order in which they are given.
 
     A trial's state at its last rung is remembered, so that its next rung begins without a file being read. What waits to be
-    written and what is remembered share a bound, MEMORY_SHARE of the memory that is free once the process has grown to
-    what the plan expects. Where a checkpoint does not fit, first the states that were not asked for longest are forgotten,
-    then earlier checkpoints are waited for, and at last it is written before `save` returns: then nothing of it is held.
+    written and what is remembered share a bound, the gang's part of MEMORY_SHARE of the memory that is free once the gangs
+    have grown to what the plan expects. Where a checkpoint does not fit, first the states that were not asked for longest are
+    forgotten, then earlier checkpoints are waited for, and at last it is written before `save` returns: nothing of it is held.
+    Of several ranks none remembers, for they would have to agree.
 
     A write that failed is raised by every later call: the process has to be replaced.
     """
@@ -53,7 +56,15 @@ class Saver:
         """By the checkpoint's folder; what was not asked for longest comes first."""
 
     def save(
-        self, final: Path, snapshot: Snapshot, ranks: Ranks, *, together: bool, rung: bool = False, growth_bytes: int = 0
+        self,
+        final: Path,
+        snapshot: Snapshot,
+        ranks: Ranks,
+        *,
+        together: bool,
+        rung: bool = False,
+        growth_bytes: int = 0,
+        num_gangs: int = 1,
     ) -> None:
         """Have `final` written; checkpoints on the way that are too old go once it stands. Called on every rank.
 
@@ -61,9 +72,10 @@ class Saver:
             together: Whether every rank writes its own part, with collectives: that is not done beside the training.
             rung: Whether the trial ends its rung here, and may begin another one from here.
             growth_bytes: Of host memory, what this process is going to take beyond what it has.
+            num_gangs: Processes like this one that may share the node's memory.
 
         Raises:
-            OSError: this checkpoint could not be written, or an earlier one.
+            CheckpointError: this checkpoint could not be written, or an earlier one.
         """
         if together:
             _write(final, snapshot, ranks)
@@ -73,7 +85,7 @@ class Saver:
         self._raise_failures()
         if rung:
             self._forget_trial(final.parent)
-        fits = self._make_room(snapshot.num_bytes, growth_bytes)
+        fits = self._make_room(snapshot.num_bytes, growth_bytes, num_gangs)
         done = self._thread.submit(_write, final, snapshot, replace(ranks, count=1))
         self._writes = [*self._writes, _Write(final, snapshot.num_bytes, done)]
         if not fits:
@@ -94,7 +106,7 @@ class Saver:
         """Until everything that was given so far stands, or only what is one trial's. Any thread may call it.
 
         Raises:
-            OSError: something could not be written.
+            CheckpointError: something could not be written.
         """
         for write in self._writes:
             if trial_folder is None or write.final.parent == trial_folder:
@@ -103,6 +115,17 @@ class Saver:
     def forget(self) -> None:
         """Every trial begins its next rung from the files."""
         self._remembered.clear()
+
+    def give_up(self) -> bool:
+        """Write what waits, and forget the rest: whether anything was held.
+
+        Raises:
+            CheckpointError: something could not be written.
+        """
+        held = self.held_bytes > 0
+        self.settle()
+        self.forget()
+        return held
 
     def close(self) -> None:
         """Write what waits, and forget the rest."""
@@ -128,10 +151,10 @@ class Saver:
                 waiting.append(write)
         self._writes = waiting
 
-    def _make_room(self, num_bytes: int, growth_bytes: int) -> bool:
+    def _make_room(self, num_bytes: int, growth_bytes: int, num_gangs: int) -> bool:
         """Whether so many bytes, which the process has by now, may be held."""
-        free = free_memory_bytes() + self.held_bytes + num_bytes - growth_bytes
-        while self.held_bytes + num_bytes > MEMORY_SHARE * free:
+        free = free_memory_bytes() + self.held_bytes + num_bytes - growth_bytes * num_gangs
+        while self.held_bytes + num_bytes > MEMORY_SHARE * free / num_gangs:
             if self._remembered:
                 del self._remembered[next(iter(self._remembered))]
             elif waiting := self._waiting():
@@ -146,6 +169,12 @@ class Saver:
 
 
 def _write(final: Path, snapshot: Snapshot, ranks: Ranks) -> None:
-    write_snapshot(final, snapshot, ranks)
-    if ranks.first:
-        drop_old_checkpoints(final.parent, snapshot.state.step)
+    try:
+        write_snapshot(final, snapshot, ranks)
+        if ranks.first:
+            drop_old_checkpoints(final.parent, snapshot.state.step)
+    except OrchestratorError:
+        raise
+    except Exception as error:  # heard by whoever asks next, maybe another trial: it must be no trial's own failure
+        what = f"the checkpoint could not be written: {type(error).__name__}: {error}"
+        raise CheckpointError(what, where=str(final), remedy="make room or rights there; the gang is replaced") from error

@@ -100,14 +100,14 @@ class TorchEngine:
     def full_tensors(self) -> dict[str, torch.Tensor]:
         if not self._ranks.first:
             return {}
-        return {name: p.detach().cpu().clone() for name, p in zip(self._names, self.parameters, strict=True)}
+        return {name: p.detach().to("cpu", copy=True) for name, p in zip(self._names, self.parameters, strict=True)}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        state = {"master": self._master}
+        state = {"master": self._master.detach()}
         for key in self._optimizer.state.get(self._parts[0], {}):
             moments = [self._optimizer.state[part][key] for part in self._parts]
             state[key] = torch.cat(moments) if moments[0].ndim else moments[0]
-        return {key: value.cpu().clone() for key, value in state.items()}
+        return {key: value.to("cpu", copy=True) for key, value in state.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:

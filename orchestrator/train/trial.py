@@ -259,8 +259,9 @@ class TrialRun:
             evaluations=self.outcome.scores.by_set() if final else {},
             gathered=not together,
         )
-        growth = growth_bytes(self.ranks.device, self.assignment.predicted_memory_bytes)
-        self._saver.save(folder, snapshot, self.ranks, together=together, rung=final, growth_bytes=growth)
+        held, gangs = self._saver.held_bytes + snapshot.num_bytes, self.assignment.num_gangs
+        growth = growth_bytes(self.ranks.device, self.assignment.largest_memory_bytes, held)
+        self._saver.save(folder, snapshot, self.ranks, together=together, rung=final, growth_bytes=growth, num_gangs=gangs)
         if final:
             self.outcome.checkpoint = folder
 

@@ -61,6 +61,8 @@ class Task:
     early_stopping: bool = True
     concurrent: int = 2
     """Trials at a time, of one thread each."""
+    our_rungs: int = 3
+    """Rungs of our own side's early stopping; the other side has three, each of which costs it a start."""
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Task:
@@ -72,6 +74,7 @@ class Task:
             epochs=options.epochs,
             early_stopping=not options.no_early_stopping,
             concurrent=options.concurrent,
+            our_rungs=options.our_rungs,
         )
 
     @property
@@ -108,6 +111,7 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trials", type=int, default=Task.trials)
     parser.add_argument("--epochs", type=float, default=Task.epochs)
     parser.add_argument("--concurrent", type=int, default=Task.concurrent, help="trials at a time, of one thread each")
+    parser.add_argument("--our-rungs", type=int, default=Task.our_rungs, help="how often our side compares a trial")
     parser.add_argument("--no-early-stopping", action="store_true", help="every trial runs to its end")
 
 
@@ -140,6 +144,7 @@ def write_spec(task: Task, folder: Path) -> LoadedSpec:
                 {"layers": point.layers, "learning_rate": point.learning_rate, "lora_rank": LORA_RANK} for point in task.points
             ],
             "scheduler": "asha" if task.early_stopping else "none",
+            "rungs": task.our_rungs,
         },
         "resources": {"gangs": task.concurrent, "ranks_per_gang": 1, "accelerator": "cpu"},
         "output": "runs",

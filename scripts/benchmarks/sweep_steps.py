@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from orchestrator.plan.compilation import CompileTimes
 from orchestrator.plan.values import BaseLoad, ExecutionPlan
 from orchestrator.train import LoadedBase, load_base, open_branch
 from orchestrator.train.batches import RowPlan, StepPlan, step_inputs, to_tensors
-from orchestrator.train.compiled import LOOKED_AT, time_compiled
+from orchestrator.train.compiled import LOOKED_AT, TIMED, time_compiled
 from orchestrator.train.engine import Engine
 from orchestrator.train.objective import objective_of
 from orchestrator.train.ranks import Ranks
@@ -152,7 +153,8 @@ def measure_steps(task: Task, sets: Sets, num_steps: int) -> dict[str, Any]:
 
 
 def measure_compiled(task: Task, sets: Sets) -> dict[str, CompileTimes]:
-    """By layers, a full micro-batch of a trial forwards and backwards, as it is and with compiled blocks; wall seconds."""
+    """By layers, a full micro-batch of a trial forwards and backwards, as it is and with compiled blocks, and what compiling
+    takes: processor seconds, the C++ compiler's among them."""
     base, data = load_our_base(task.base), TokenizedSet.load(sets.train)
     num_rows = TOKENS_PER_STEP // ROW_TOKENS
     rows = RowPlan(ROW_TOKENS, num_rows, pack=True, one_shape=True)
@@ -167,9 +169,18 @@ def measure_compiled(task: Task, sets: Sets) -> dict[str, CompileTimes]:
             objective = objective_of(base, branch.head(), selection.cut)
             engine = TorchEngine(objective, branch.learning_parameters(), weight_decay=0.0, grad_clip=1.0)
             steps = step_inputs(StepPlan(data, TOKENS_PER_STEP, SEED), rows, 0, LOOKED_AT, trunk)
-            found[layers] = time_compiled(base, engine, selection.cut, execution, steps)
+            before = _processor_seconds()
+            times = time_compiled(base, engine, selection.cut, execution, steps, time.process_time)
+            passes = (1 + TIMED) * (times.eager_seconds + times.compiled_seconds)
+            compiling = max(0.0, _processor_seconds() - before - passes)
+            found[layers] = times.model_copy(update={"compile_seconds": compiling})
             engine.close()
     return found
+
+
+def _processor_seconds() -> float:
+    """Of this process and of those that it has waited for."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
 def _time(step: Step, num_steps: int) -> list[float]:

@@ -47,6 +47,13 @@ def run_here(matrix: Matrix) -> None:
         host.close()
 
 
+def add_company(matrix: Matrix, execution: ExecutionPlan) -> None:
+    """Two trials alone, and the same two with a neighbour that diverges."""
+    for name in ("5e-3", "1e-3"):
+        matrix.trial(f"{execution.dtype}-alone-{name}", execution, rate=RATES[name])
+    matrix.group({f"{execution.dtype}-fused-{name}": rate for name, rate in RATES.items()}, execution, width=3)
+
+
 @pytest.fixture(scope="module")
 def matrix(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
     folder = tmp_path_factory.mktemp("data-parallel")
@@ -59,14 +66,11 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
             matrix.trial(f"{name}-{share}", execution, **values)
         if name == "two":
             matrix.trial("failed", execution, tune="full", rate=1e30)
-            matrix.trial("again", execution)
+            add_company(matrix, execution)
             matrix.trial("resumed", execution, stop=2)
             matrix.trial("resumed", execution, start="resumed/rung-0", rung=1)
-    for dtype in ("float32", "bfloat16"):
-        matrix.host("none", whole(dtype))
-        for name in ("5e-3", "1e-3"):
-            matrix.trial(f"{dtype}-alone-{name}", whole(dtype), rate=RATES[name])
-        matrix.group({f"{dtype}-fused-{name}": rate for name, rate in RATES.items()}, whole(dtype), width=3)
+    matrix.host("none", whole("bfloat16"))
+    add_company(matrix, whole("bfloat16"))
     matrix.run(2)
     matrix.host("none", whole("float32", 1))
     matrix.trial("on-one", whole("float32", 1), start="resumed/rung-0", rung=1)
@@ -126,8 +130,8 @@ def test_trials_that_share_a_batch_have_the_bits_that_they_have_alone(matrix: Ma
 
 def test_a_failed_trial_is_a_result_on_every_rank_and_leaves_the_next_its_bits(matrix: Matrix) -> None:
     assert [result.state for result in matrix.every_rank["failed"]] == ["failed", "failed"]
-    assert matrix.bits("again") == matrix.bits("two-lora")
-    assert same_tensors(matrix.artifact("again"), matrix.artifact("two-lora"))
+    assert matrix.bits("float32-alone-5e-3") == matrix.bits("two-lora")
+    assert same_tensors(matrix.artifact("float32-alone-5e-3"), matrix.artifact("two-lora"))
 
 
 def test_resumed_is_bit_identical(matrix: Matrix) -> None:
@@ -153,3 +157,20 @@ def test_another_number_of_ranks_goes_on_with_masters_and_moments(matrix: Matrix
 
 def same_tensors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.slow
+def test_three_ranks_too(tmp_path: Path) -> None:
+    """Of three numbers a sum depends on their order, of two it does not."""
+    make_base(tmp_path / "base")
+    make_sets(tmp_path)
+    matrix = Matrix(tmp_path, read_anatomy(tmp_path / "base", need_weights=True), jobs={1: [], 3: []})
+    for ranks in (1, 3):
+        matrix.host("none", whole("float32", ranks))
+        matrix.trial(f"{ranks}-ranks", whole("float32", ranks), rate=5e-3)
+    matrix.group({f"fused-{name}": rate for name, rate in RATES.items()}, whole("float32", 3), width=3)
+    matrix.run(3)
+    run_here(matrix)
+    assert matrix.bits("fused-5e-3") == matrix.bits("3-ranks")
+    np.testing.assert_allclose(matrix.losses("3-ranks"), matrix.losses("1-ranks"), rtol=FLOAT32_TOLERANCE)
+    np.testing.assert_allclose(norms(matrix, "3-ranks"), norms(matrix, "1-ranks"), rtol=10 * FLOAT32_TOLERANCE)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.anatomy import read_anatomy
+from orchestrator.plan.results import RungResult
 from orchestrator.plan.values import ExecutionPlan, TrunkPlan
 
 from .test_ranks import Matrix, make_base, make_sets, plan
@@ -53,14 +54,20 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
     return matrix
 
 
+def steps_down(result: RungResult) -> list[str]:
+    """Without what is said where a checkpoint was still being written as memory ran out."""
+    return [note for note in result.notes if "is given up" not in note]
+
+
 def assert_relieved(matrix: Matrix, name: str, counterpart: str, down: list[str]) -> None:
     assert matrix.bits(name) == matrix.bits(counterpart), name
     smaller = matrix.results[counterpart].engine
     assert smaller is not None
     for result in matrix.every_rank[name]:
         assert result.state == "done", result.reason
-        assert len(result.notes) == len(down)
-        assert all(words in note for words, note in zip(down, result.notes, strict=True)), result.notes
+        steps = steps_down(result)
+        assert len(steps) == len(down)
+        assert all(words in note for words, note in zip(down, steps, strict=True)), result.notes
         assert result.relieved is not None
         assert result.relieved.zero_stage == smaller.zero_stage
         assert result.engine is not None
@@ -78,7 +85,7 @@ def test_a_relieved_trial_has_the_numbers_of_a_smaller_plan(matrix: Matrix, stag
 def test_without_deepspeed_too(matrix: Matrix) -> None:
     assert_relieved(matrix, "torch-rows", "torch-small", STEPS_DOWN[1][:1])
     for result in matrix.every_rank["torch-never"]:
-        assert (result.state, len(result.notes)) == ("failed", 2)
+        assert (result.state, len(steps_down(result))) == ("failed", 2)
         assert "resources.zero: 3, which parts the base over the ranks" in result.reason
 
 

@@ -26,6 +26,7 @@ EXIT_CODES = {
     "IntegrityError": 4,
     "PlanError": 3,
     "TrainingError": 4,
+    "CheckpointError": 4,
     "NonFiniteLossError": 4,
     "OutOfMemoryError": 4,
     "RankOutOfMemoryError": 4,

@@ -154,7 +154,7 @@ def test_full_micro_batches_are_of_one_shape_where_that_is_asked_for(data: Token
     for rank in range(num_ranks):
         plain, wide = (micro_batches(data, rows, rank, num_ranks, at_once, width) for width in (0, 48))
         for own, padded in zip(plain, wide, strict=True):
-            if len(own.lengths) == at_once:
+            if len(own.lengths) == at_once and own.num_tokens:  # an empty one only fills a round
                 assert padded.input_ids.shape == (at_once, 48)
             else:
                 assert padded.input_ids.shape == own.input_ids.shape

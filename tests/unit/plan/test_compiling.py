@@ -20,7 +20,14 @@ def planned(base: Any, job: Any, cores: Any, data: Any) -> Any:
     def plan(epochs: float = 2, *, cluster: Any = None, kind: Any = "sweep", anatomy: Any = None, **sections: Any) -> RunPlan:
         search = {"layers": ["last:2", "all"], "scheduler": "none", **sections.pop("search", {})}
         loaded = job(search=search, train={"epochs": epochs}, **sections)
-        return make_plan(loaded, anatomy or base("tiny"), data(), cluster or cores(), job=kind, spec_sha256="0" * 64)
+        return make_plan(
+            loaded,
+            anatomy or base("tiny"),
+            data(num_classes=3 if sections.get("task") == "classify" else 0),
+            cluster or cores(),
+            job=kind,
+            spec_sha256="0" * 64,
+        )
 
     return plan
 
@@ -157,8 +164,8 @@ def test_a_choice_stands_until_something_else_is_asked_for() -> None:
     assert not off.compiled
 
 
-def test_the_choice_is_the_whole_runs(planned: Any) -> None:
-    plan = planned(LONG, resources={"max_fused": 4})
+def test_the_choice_is_the_whole_runs(planned: Any, cores: Any) -> None:
+    plan = planned(LONG, resources={"max_fused": 4}, cluster=cores(1))
     assert with_choice(plan, None) is plan
     yes = with_choice(plan, CompileChoice(compiled=True, reason=""))
     assert (yes.execution.compiled, yes.refit_execution.compiled, yes.compiling) == (True, True, None)

@@ -159,6 +159,15 @@ def test_cores_take_one_rank_each(plan: Any, cores: Any) -> None:
     assert found.gpu_hours is None
 
 
+def test_a_search_has_as_many_rungs_as_are_asked_for(plan: Any, cores: Any) -> None:
+    first: list[int] = []
+    for count in (1, 2, 3, 4):
+        search = plan("tiny", cores(4, memory=16), search={"rungs": count}, train={"epochs": 30}).search
+        assert len(search.rung_steps) == count
+        first.append(search.rung_steps[0])
+    assert first == sorted(first, reverse=True)
+
+
 def test_a_bound_on_gpus_does_not_bound_cores(plan: Any, cores: Any) -> None:
     free = plan("tiny", cores(4))
     for bound in (1, 100):

@@ -29,6 +29,11 @@ def test_rungs(steps: int, budget: float, scheduler: Literal["asha", "none"], ru
     assert rung_steps(steps, budget=budget, scheduler=scheduler) == rungs
 
 
+def test_more_rungs_begin_sooner() -> None:
+    found = {count: rung_steps(96, max_rungs=count) for count in (1, 2, 3, 4, 9)}
+    assert found == {1: (96,), 2: (32, 96), 3: (11, 32, 96), 4: (4, 11, 32, 96), 9: (4, 11, 32, 96)}
+
+
 def test_the_budget_is_rounded_up(job: Any, data: Any) -> None:
     spec = job(train={"epochs": 0.5}).spec
     assert total_steps(spec, data(steps_per_epoch=45)) == 23

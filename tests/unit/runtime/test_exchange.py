@@ -44,8 +44,9 @@ class ScriptedGang:
     """A gang without processes.
 
     `gate` is closed while it may not start, `go` while its work may not end, `disk` while nothing is written. `deaths` says
-    how often it dies on each trial, `unwritten` how often it cannot write one, `fitting` with how many rows in a micro-batch it does not run out of memory on one, `dead_starts` how often it cannot
-    start and `refusal` why, `broken` which trials fail for a reason of their own.
+    how often it dies on each trial, `unwritten` how often it cannot write one, `fitting` with how many rows in a micro-batch
+    it does not run out of memory on one, `dead_starts` how often it cannot start and `refusal` why, `broken` which trials
+    fail for a reason of their own.
     """
 
     deaths: dict[str, int]
@@ -209,6 +210,9 @@ def on_bench(
             await bench.exchange.open()
             try:
                 await asyncio.wait_for(scene(bench), DEADLINE_S)
+            except BaseException:
+                ScriptedGang.disk.set()  # else the exchange would wait for it
+                raise
             finally:
                 await bench.exchange.close()
 
@@ -818,6 +822,30 @@ def test_what_cannot_be_written_is_done_again_and_then_fails_and_the_others_go_o
     ran = ids_of(on_bench(scene))
     assert ran.count("t0") == MAX_ATTEMPTS
     assert ran.count("t1") in ((1, 2) if others else (0,))
+
+
+def test_what_a_gang_has_died_of_is_run_and_written_alone(on_bench: Callable[..., list[Assignment]]) -> None:
+    """Before it begins, what came before it stands; and nothing begins before it stands itself."""
+
+    async def scene(bench: Bench) -> None:
+        await bench.advance(bench.trial(0))
+        ScriptedGang.deaths, ScriptedGang.unwritten = {"t1": 1}, {"t1": 1}
+        ScriptedGang.gate.clear()
+        culprit = asyncio.create_task(bench.advance(bench.trial(1)))
+        await until(lambda: "gang_died" in bench.told())
+        ScriptedGang.disk.clear()
+        calls = [asyncio.create_task(call) for call in (bench.advance(bench.trial(0), 1), bench.advance(bench.trial(2)))]
+        await asyncio.sleep(0.01)
+        ScriptedGang.gate.set()
+        await until(lambda: ScriptedGang.groups[-1] == ["t0"])
+        await asyncio.sleep(0.01)
+        assert ScriptedGang.groups == [["t0"], ["t1"], ["t0"]], "what came before it is being written"
+        ScriptedGang.disk.set()
+        assert [(await call).state for call in (culprit, *calls)] == ["done"] * 3
+        died = [item["trial_id"] for item in bench.exchange._news if item["kind"] == "gang_died"]
+        assert died == ["t1", "t1"], "nobody was beside it"
+
+    assert ids_of(on_bench(scene)) == ["t0", "t1", "t0", "t1", "t1", "t2"]
 
 
 def test_a_group_that_is_written_is_not_made_smaller_by_a_want_of_memory(on_bench: Callable[..., list[Assignment]]) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from orchestrator.anatomy import read_anatomy, select
 from orchestrator.data import build_set
-from orchestrator.errors import SelectionError
+from orchestrator.errors import RankOutOfMemoryError, SelectionError
 from orchestrator.plan.results import RungResult
 from orchestrator.plan.values import Assignment, BaseLoad, DataPaths, ExecutionPlan, TrainSettings, TrialSpec, TrunkPlan
 from orchestrator.store import read_jsonl
@@ -195,6 +195,18 @@ def test_a_group_without_memory_goes_on_in_halves(gang: Gang, monkeypatch: pytes
     assert [result.state for result in results.values()] == ["done", "done"]
     assert any("from now on 1 do" in note for result in results.values() for note in result.notes)
     assert gang.bits(TRIALS[0]) == gang.bits(TRIALS[0], "alone")[: RUNGS[0]]
+
+
+def test_a_group_without_memory_on_one_rank_alone_ends_the_gang(gang: Gang, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other ranks wait for this one: to go on by itself would answer them with another group's numbers."""
+
+    def no_room(*_: object) -> None:
+        raise MemoryError("out of memory")
+
+    monkeypatch.setattr(FusedRun, "_member", no_room)
+    monkeypatch.setattr(TrainHost, "_is_shared", lambda *_: False)
+    with pytest.raises(RankOutOfMemoryError, match="out of memory on rank 0"):
+        gang.fused(TRIALS[:2])
 
 
 @pytest.mark.parametrize(

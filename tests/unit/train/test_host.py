@@ -168,6 +168,12 @@ def test_a_resumed_trial_is_the_straight_one(bench: Bench) -> None:
     assert whole.state == "done"
 
 
+def assert_same_tensors(one: Path, other: Path) -> None:
+    tensors, others = load_file(one), load_file(other)
+    assert tensors.keys() == others.keys()
+    assert all(torch.equal(tensors[name], others[name]) for name in tensors)
+
+
 @pytest.mark.parametrize("tune", ["lora", "full"])
 def test_a_trial_goes_on_from_memory_as_from_disk(bench: Bench, tune: str) -> None:
     """In memory it does not care what has become of its files."""
@@ -187,8 +193,8 @@ def test_a_trial_goes_on_from_memory_as_from_disk(bench: Bench, tune: str) -> No
     assert results["memory"].eval_loss == results["disk"].eval_loss
     artifact = "adapter/adapter_model.safetensors" if tune == "lora" else "delta/delta.safetensors"
     for file in (artifact, "state-rank0.safetensors"):
-        last = [(bench.folder / name / rung / file).read_bytes() for name, rung in (("memory", "rung-1"), ("straight", "rung-0"))]
-        assert last[0] == last[1], "also the masters, the moments and the random state"
+        went_on, straight = bench.folder / "memory" / "rung-1" / file, bench.folder / "straight" / "rung-0" / file
+        assert_same_tensors(went_on, straight)  # also the masters, the moments and the random state
 
 
 def test_the_next_trial_takes_steps_while_the_last_one_is_written(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,9 +212,38 @@ def test_the_next_trial_takes_steps_while_the_last_one_is_written(bench: Bench, 
     for result in (first, second):
         check_folder(Path(result.checkpoint or ""))
     assert bench.bits("a") == bench.bits("b")
-    loaded = [load_file(bench.folder / name / "rung-0" / "state-rank0.safetensors") for name in "ab"]
-    assert loaded[0].keys() == loaded[1].keys()
-    assert all(torch.equal(loaded[0][name], loaded[1][name]) for name in loaded[0]), "the next trial changes nothing of the last"
+    states = [bench.folder / name / "rung-0" / "state-rank0.safetensors" for name in "ab"]
+    assert_same_tensors(*states)  # the next trial has changed nothing of the last
+
+
+def test_a_checkpoint_on_the_way_is_of_its_step_though_it_is_written_later(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.run("plain", checkpoint_every_steps=1)
+    last, write = threading.Event(), saving.write_snapshot
+
+    def patient(*given: Any) -> None:
+        assert last.wait(60), "the next step waits for it"
+        write(*given)
+
+    monkeypatch.setattr(saving, "write_snapshot", patient)
+    late = bench.assignment("late", checkpoint_every_steps=1)
+    assert bench.host.run(late, on_step=lambda report: last.set() if report.step == STEPS else None).state == "done"
+    for step in (2, 3):
+        assert_same_tensors(
+            *(bench.folder / name / f"checkpoint-{step}" / "state-rank0.safetensors" for name in ("plain", "late"))
+        )
+
+
+def test_what_is_remembered_does_not_learn_with_the_trial(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second attempt from the same rung, after one that came to its end and could not be saved."""
+    bench.run("straight")
+    part = bench.run("a", stop=2)
+    with monkeypatch.context() as broken:
+        broken.setattr(TorchEngine, "full_tensors", lambda self: {name: torch.zeros(0) for name in self._names})
+        assert bench.run("a", start=part.checkpoint, rung=1).state == "failed"
+    again = bench.run("a", start=part.checkpoint, rung=1)
+    assert again.engine is not None
+    assert again.engine.from_memory
+    assert bench.bits("a") == bench.bits("straight")
 
 
 def test_what_cannot_be_saved_fails_the_trial_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,6 +352,27 @@ def test_rows_are_halved_when_memory_runs_out(bench: Bench, monkeypatch: pytest.
     monkeypatch.undo()
     assert bench.run("b", execution=fewer).relieved is None
     assert bench.bits("a") == bench.bits("b")
+
+
+def test_what_is_kept_of_other_trials_is_given_up_before_a_trial_comes_down(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a trial's numbers would hang on what its gang has run before."""
+    bench.run("alone", execution=WIDE)
+    bench.run("before", stop=2)
+    forward, saver = Objective.forward, bench.host._saver
+    assert saver.held_bytes > 0
+
+    def cramped(self: Objective, **batch: Any) -> Any:
+        if self.training and saver.held_bytes:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(self, **batch)
+
+    monkeypatch.setattr(Objective, "forward", cramped)
+    result = bench.run("a", execution=WIDE)
+    assert (result.state, result.relieved) == ("done", None)
+    assert result.notes == ("out of memory: what was kept of other rungs is given up, and it begins again",)
+    assert bench.bits("a") == bench.bits("alone")
 
 
 def test_where_one_row_is_too_much_activations_are_computed_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

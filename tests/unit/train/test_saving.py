@@ -12,11 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from orchestrator.errors import CheckpointError
 from orchestrator.store import check_folder, free_memory_bytes
 from orchestrator.train import saving
 from orchestrator.train.checkpoint import checkpoint_folder, rung_folder
 from orchestrator.train.loop import LoopState
 from orchestrator.train.memory import growth_bytes, memory_in_use
+from orchestrator.train.outcome import TRIAL_ERRORS
 from orchestrator.train.ranks import Ranks
 from orchestrator.train.saving import Saver
 from orchestrator.train.snapshot import Snapshot, write_snapshot
@@ -38,9 +40,9 @@ class Bench:
         self.folder = folder
         self.saver = Saver()
 
-    def rung(self, trial: str, number: int = 0, *, ends: bool = False, growth_bytes: int = 0) -> Path:
-        final = rung_folder(self.folder / trial, number)
-        self.saver.save(final, snapshot(number, ends=ends), Ranks(), together=False, rung=True, growth_bytes=growth_bytes)
+    def rung(self, trial: str, number: int = 0, *, ends: bool = False, growth_bytes: int = 0, num_gangs: int = 1) -> Path:
+        final, taken = rung_folder(self.folder / trial, number), snapshot(number, ends=ends)
+        self.saver.save(final, taken, Ranks(), together=False, rung=True, growth_bytes=growth_bytes, num_gangs=num_gangs)
         return final
 
     def on_the_way(self, step: int) -> Path:
@@ -211,10 +213,46 @@ def test_without_room_it_is_written_at_once_and_nothing_is_remembered(
     assert bench.saver.held_bytes == 0
 
 
+@pytest.mark.parametrize(("free", "growth", "kept"), [(16, 0, True), (14, 0, False), (24, 2, True), (24, 3, False)])
+def test_the_gangs_of_a_node_share_the_bound(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, free: int, growth: int, kept: bool
+) -> None:
+    """Of four gangs each has a sixteenth of what is free once all four have grown, and of what it holds."""
+    have(monkeypatch, (free - 1) * NUM_BYTES)
+    bench.rung("a", growth_bytes=growth * NUM_BYTES, num_gangs=4)
+    assert bench.remembers("a") == kept
+
+
+def test_all_that_is_held_can_be_given_up(bench: Bench) -> None:
+    folder = bench.rung("a")
+    assert bench.saver.give_up()
+    check_folder(folder)
+    assert not bench.remembers("a")
+    assert not bench.saver.give_up()
+
+
+@pytest.mark.parametrize("error", [MemoryError("none left"), RuntimeError("can't allocate memory"), OSError(28, "no space left")])
+def test_a_write_that_fails_is_no_trials_own_failure(bench: Bench, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """Whoever saves next hears of it, and must not take it for a want of memory of its own."""
+
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(saving, "write_snapshot", fails)
+    folder = bench.rung("a")
+    with pytest.raises(CheckpointError, match="could not be written") as raised:
+        bench.saver.settle()
+    assert raised.value.where == str(folder)
+    assert not isinstance(raised.value, (*TRIAL_ERRORS, RuntimeError, MemoryError))
+    with pytest.raises(CheckpointError):
+        bench.rung("b")
+
+
 def test_growth_is_what_the_plan_expects_beyond_what_is_used() -> None:
     cpu, used = torch.device("cpu"), memory_in_use(torch.device("cpu"))
     assert growth_bytes(cpu, None) == growth_bytes(cpu, 1) == growth_bytes(torch.device("cuda"), 10 * used) == 0
     assert 8 * used < growth_bytes(cpu, 10 * used) < 10 * used
+    assert growth_bytes(cpu, 10 * used, used // 2) > growth_bytes(cpu, 10 * used) + used // 4, "what is held was not planned"
 
 
 def test_a_containers_memory_counts_without_its_cached_files(tmp_path: Path) -> None:
