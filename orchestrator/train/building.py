@@ -53,7 +53,10 @@ def build_engine(
             fisher = fisher_information(measured, retention, rows, ranks, trial.seed)
             measured.close()
             write_fisher(file, fisher)
-        weights = importances(fisher, ranks)
+        held = {name for group in groups if group.anchored for name in group.names}
+        num_weights = sum(getattr(p, "ds_numel", p.numel()) for name, p in branch.learning_parameters() if name in held)
+        partitioned = execution.executor == "deepspeed" and execution.zero_stage > 0
+        weights = importances(fisher, num_weights, ranks, partitioned=partitioned)
     engine = _engine(objective, branch, groups, execution, settings, ranks)
     if plan is not None:
         engine.hold(_anchor(plan, engine, branch, weights))

@@ -45,10 +45,15 @@ def fisher_information(engine: Engine, data: TokenizedSet, rows: RowPlan, ranks:
     return [square / len(chosen) for square in engine.squared_gradients()]
 
 
-def importances(fisher: Sequence[torch.Tensor], ranks: Ranks) -> list[torch.Tensor]:
-    """The Fisher information over its mean, that of all ranks: 1 on average. All 1 where it is nothing everywhere."""
-    total, count = ranks.sum([sum(float(part.double().sum()) for part in fisher), sum(part.numel() for part in fisher)])
-    mean = total / max(1.0, count)
+def importances(fisher: Sequence[torch.Tensor], num_weights: int, ranks: Ranks, *, partitioned: bool) -> list[torch.Tensor]:
+    """The Fisher information over its mean, that of all ranks: 1 on average. All 1 where it is nothing everywhere.
+
+    Args:
+        num_weights: That learn, on all ranks together; masters may be longer, for what they are padded with.
+        partitioned: Whether each rank has a part of them, and not all.
+    """
+    (total,) = ranks.sum([sum(float(part.double().sum()) for part in fisher)])
+    mean = total / (num_weights if partitioned else num_weights * ranks.count)
     return [part / mean if mean > 0 else torch.ones_like(part) for part in fisher]
 
 

@@ -52,7 +52,7 @@ class TorchEngine:
         self._names = [name for name, _ in learning_parameters]
         self._groups = list(groups) or [LearningGroup(tuple(self._names), 1.0, True)]
         self.parameters = [parameter for _, parameter in learning_parameters]
-        self._grad_clip = grad_clip
+        self._grad_clip = 0.0 if measuring else grad_clip
         with torch.no_grad():
             self._master = torch.cat([p.detach().reshape(-1).float() for p in self.parameters])
         self._gradient = torch.zeros_like(self._master)

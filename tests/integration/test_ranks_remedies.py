@@ -75,6 +75,24 @@ def test_an_anchor_without_strength_is_plain_training_and_a_very_strong_one_move
     assert max(float((free[key] - base[key]).abs().max()) for key in free) > 1e-4
 
 
+def test_the_fisher_information_is_that_of_one_rank(matrix: Matrix) -> None:
+    """Whatever the layout: ranks have a part each, padded with nothing, or all of it each."""
+    found: dict[tuple[str, int], list[torch.Tensor]] = {}
+    for file in sorted((matrix.folder / "fisher").glob("*-rank*.safetensors")):
+        masters = list(load_file(file).values())
+        found.setdefault((file.name.partition("-")[0], len(masters)), []).append(torch.cat(masters))
+    singles = [(count, parts[0]) for (_, count), parts in found.items() if len(parts) == 1]
+    alone = max((values for _, values in singles), key=len)
+    of_zero3 = [[values for each, values in singles if each == count and len(values) < len(alone)] for count in (1, 2)]
+    several = [torch.cat(parts) for parts in (*found.values(), *of_zero3) if len(parts) == 2]
+    assert len(several) == 8  # torch, ZeRO 1, 2 and 3, each for two sets of rates
+    for values in several:
+        whole = round(len(values) / len(alone))
+        most = values.sort().values[-1000 * whole :: whole]
+        torch.testing.assert_close(most, alone.sort().values[-1000:], rtol=1e-4, atol=0.0)
+        assert float(values.double().sum()) == pytest.approx(whole * float(alone.double().sum()), rel=1e-6)
+
+
 def test_remedies_change_what_is_learned(matrix: Matrix) -> None:
     losses = {name: tuple(matrix.bits(f"one-{name}")) for name in ("plain", "l2sp", "ewc", "all")}
     assert len(set(losses.values())) == len(losses)
