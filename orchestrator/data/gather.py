@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from orchestrator.data.reading import BadRow, find_files, read_rows
-from orchestrator.data.rows import Example, to_example
+from orchestrator.data.reading import BadRow, Row, find_files, read_rows
+from orchestrator.data.rows import Example, to_example, to_retention_example
 from orchestrator.data.seeded import WEIGHTS, generator
 from orchestrator.data.splits import remove_shared, split_by_share
 from orchestrator.data.summary import LeftOut, listed
@@ -123,13 +123,12 @@ def make_splits(loaded: LoadedSpec, found: dict[str, list[Example]], left_out: L
 
 
 def _read(spec: JobSpec, split: str, path: str) -> list[Example | BadRow]:
-    retain = split == "retain"
-    task = "text" if retain else spec.task
-    group = spec.data.group if split == "train" else None
-    return [
-        row if isinstance(row, BadRow) else to_example(row, task, spec.data.columns, group=group, plain_text=retain)
-        for row in read_rows(path)
-    ]
+    columns, group = spec.data.columns, spec.data.group if split == "train" else None
+
+    def read(row: Row) -> Example | BadRow:
+        return to_retention_example(row, columns) if split == "retain" else to_example(row, spec.task, columns, group=group)
+
+    return [row if isinstance(row, BadRow) else read(row) for row in read_rows(path)]
 
 
 def _weighted(examples: list[Example], seed: int, left_out: LeftOut) -> list[Example]:

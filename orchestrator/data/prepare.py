@@ -15,7 +15,7 @@ from orchestrator.data.encoding import Document, Encoder, load_tokenizer, mark_s
 from orchestrator.data.gather import Sources, bad_rows_error, find_sources, make_splits, read_examples
 from orchestrator.data.reading import BadRow
 from orchestrator.data.retention import replayed, within_tokens
-from orchestrator.data.rows import Example
+from orchestrator.data.rows import RETENTION_TASKS, Example
 from orchestrator.data.seeded import CAPS, generator
 from orchestrator.data.sets import TokenizedSet, build_set
 from orchestrator.data.summary import DataSummary, LeftOut, SplitSummary, listed
@@ -186,8 +186,12 @@ def _encode_all(
         chosen = _capped(name, examples, caps.get(name), spec.train.seed, left_out)
         documents[name] = _fitting(name, encoder, chosen, spec, left_out, refused)
     if retain:
-        text = spec.model_copy(update={"task": "text"})
-        kept = _fitting("retain", Encoder(tokenizer, "text", spec.data), retain, text, left_out, refused)
+        kept: list[Document] = []
+        for task in RETENTION_TASKS:
+            rows = [example for example in retain if example.retention_task == task]
+            if rows:
+                read_so = spec.model_copy(update={"task": task})
+                kept += _fitting("retain", Encoder(tokenizer, task, spec.data), rows, read_so, left_out, refused)
         documents["retain"], rest = within_tokens(kept, spec.data.retain_tokens, spec.train.seed)
         if needs_replayed_text(spec):
             documents["replay"] = replayed(loaded, documents["retain"], rest)

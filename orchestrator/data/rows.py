@@ -18,6 +18,8 @@ PARTS: dict[Task, tuple[str, ...]] = {
     "classify": ("text", "label"),
 }
 """What each task reads of a row; `data.columns` says under which names."""
+RETENTION_TASKS: tuple[Task, ...] = ("text", "completion", "chat")
+"""How a row of the retention set may be read, the first that it has the columns for."""
 Payload = dict[str, Any]
 
 
@@ -43,19 +45,40 @@ class Example:
     def place(self) -> str:
         return f"{self.file}:{self.line}"
 
+    @property
+    def retention_task(self) -> Task:
+        """How a row of the retention set was read."""
+        if self.messages is not None:
+            return "chat"
+        return "text" if self.completion is None else "completion"
 
-def to_example(
-    row: Row, task: Task, columns: ColumnsSpec, *, group: str | None = None, plain_text: bool = False
-) -> Example | BadRow:
+
+def to_retention_example(row: Row, columns: ColumnsSpec) -> Example | BadRow:
+    """A row of the retention set: its text, or else its prompt and completion, or its messages, whose answers can be checked.
+
+    It is another data set than the target, with names of its own: a column whose name in `columns` is missing may have the
+    usual one.
+    """
+    usual = ColumnsSpec()
+    for task in RETENTION_TASKS:
+        given = {part: getattr(columns, part) for part in PARTS[task]}
+        names = {part: name if name in row.values else getattr(usual, part) for part, name in given.items()}
+        if all(name in row.values for name in names.values()):
+            return to_example(row, task, columns.model_copy(update=names))
+    found = ", ".join(sorted(map(str, row.values))) or "none"
+    return _bad(
+        row, f"no column {columns.text!r}, nor prompt and completion, nor messages; it has {found} (data.columns renames)"
+    )
+
+
+def to_example(row: Row, task: Task, columns: ColumnsSpec, *, group: str | None = None) -> Example | BadRow:
     """Read a row by the task's columns; a `BadRow` says which column is missing, or holds what it should not.
 
     Args:
         group: The column whose rows stay in one split.
-        plain_text: Take the column `text` where the one that `columns` names is missing: the retention set is another
-            data set, with names of its own.
     """
     names = {part: getattr(columns, part) for part in PARTS[task]}
-    if "text" in names and names["text"] not in row.values and (plain_text or row.is_document):
+    if "text" in names and names["text"] not in row.values and row.is_document:
         names["text"] = "text"
     missing = [name for name in (*names.values(), *([group] if group else [])) if name not in row.values]
     if missing:

@@ -63,6 +63,8 @@ class RungResult(Value):
     metrics: dict[str, float] = {}
     """Every metric that was computed, by name (`loss`, `accuracy`, `macro_f1`, `exact_match`)."""
     retain_loss: float | None = None
+    retain_accuracy: float | None = None
+    """Share of the retention set's answers that greedy decoding would give exactly; None where it has none."""
     checkpoint: str | None = None
     """The rung's folder; None when nothing was trained (the control `none`)."""
     engine: EngineRecord | None = None

@@ -17,6 +17,7 @@ from orchestrator.report.wording import (
     MISSING,
     amount,
     engine_text,
+    metric_text,
     number,
     plural,
     ratio,
@@ -71,16 +72,19 @@ def _scores(transfer: TransferReport) -> Html:
     if not transfer.scores:
         return Html()
     names = list(dict.fromkeys(name for score in transfer.scores for name in score.metrics))
+    answered = any(score.retain_accuracy is not None for score in transfer.scores)
     rows = [
         [
             CONTROL_NAMES.get(score.model, score.model),
             *(score_text(score, name) for name in names),
             number(score.retain_loss),
+            *([metric_text(score.retain_accuracy, "accuracy")] if answered else []),
             signed(score.forgetting),
         ]
         for score in transfer.scores
     ]
-    return html.table(["model", *names, "retention loss", "forgetting"], rows, numeric=range(1, len(names) + 3))
+    headers = ["model", *names, "retention loss", *(["retention accuracy"] if answered else []), "forgetting"]
+    return html.table(headers, rows, numeric=range(1, len(headers)))
 
 
 def prompts(transfer: TransferReport) -> Html:

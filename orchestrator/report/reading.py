@@ -242,6 +242,7 @@ def _rung_record(result: RungResult, metric: str) -> RungRecord:
         eval_loss=result.eval_loss,
         metric=result.metrics.get(metric, result.eval_loss if metric == "loss" else None),
         retain_loss=result.retain_loss,
+        retain_accuracy=result.retain_accuracy,
         seconds=result.train_seconds + result.eval_seconds,
     )
 

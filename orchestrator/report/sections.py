@@ -139,6 +139,7 @@ def loss_curves(run: RunRecords, sweep: SweepResult) -> Html:
     drawn = [panel for panel in panels if any(curve.emphasis not in ("base", "head") for curve in panel[2])]
     if not drawn:
         return html.paragraph("No trial has reached a rung yet.")
+    answered = any(rung.retain_accuracy is not None for trial in sweep.trials for rung in trial.rungs)
     rows = [
         [
             trial.number,
@@ -150,12 +151,14 @@ def loss_curves(run: RunRecords, sweep: SweepResult) -> Html:
             number(rung.eval_loss),
             metric_text(rung.metric, sweep.metric),
             number(rung.retain_loss),
+            *([metric_text(rung.retain_accuracy, "accuracy")] if answered else []),
             format_seconds(rung.seconds),
         ]
         for trial in sweep.trials
         for rung in trial.rungs
     ]
-    headers = ["trial", "what", "rung", "step", "tokens", "train loss", "eval loss", sweep.metric, "retention loss", "time"]
+    headers = ["trial", "what", "rung", "step", "tokens", "train loss", "eval loss", sweep.metric, "retention loss"]
+    headers += [*(["retention accuracy"] if answered else []), "time"]
     caption = "Dots are rungs, where trials are compared and those without promise are stopped. Diverged trials leave the frame."
     return html.picture(figures.curves(drawn), caption, html.table(headers, rows, numeric=(0, *range(2, len(headers)))))
 

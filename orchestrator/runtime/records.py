@@ -57,6 +57,7 @@ def _rung_record(result: RungResult, scoring: Scoring, base: RungResult | None) 
         eval_loss=result.eval_loss,
         metric=scoring.metric_of(result),
         retain_loss=result.retain_loss,
+        retain_accuracy=result.retain_accuracy,
         forgetting=scoring.forgetting_of(result, base),
         score=scoring.score(result, base),
         seconds=result.train_seconds + result.eval_seconds,

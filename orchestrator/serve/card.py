@@ -74,8 +74,10 @@ def _results(transfer: TransferReport) -> str:
         return ""
     metrics = list(dict.fromkeys(name for scores in transfer.scores for name in scores.metrics))
     has_retention = any(scores.retain_loss is not None for scores in transfer.scores)
+    has_answers = any(scores.retain_accuracy is not None for scores in transfer.scores)
     header = ["model", *metrics, *(["retention loss", "forgetting"] if has_retention else [])]
-    rows = [_score_row(scores, metrics, has_retention) for scores in transfer.scores]
+    header += ["retention accuracy"] if has_answers else []
+    rows = [_score_row(scores, metrics, has_retention=has_retention, has_answers=has_answers) for scores in transfer.scores]
     lines = [
         "## Results on the test set",
         "",
@@ -105,10 +107,12 @@ def _score(scores: ModelScores, metric: str) -> str:
     return f"{number} on {scores.num_answered} of {scores.num_documents}" if taken_over else number
 
 
-def _score_row(scores: ModelScores, metrics: list[str], has_retention: bool) -> list[str]:
+def _score_row(scores: ModelScores, metrics: list[str], *, has_retention: bool, has_answers: bool) -> list[str]:
     row = [NAMES.get(scores.model, scores.model), *(_score(scores, name) for name in metrics)]
     if has_retention:
         row += [_number(scores.retain_loss), "-" if scores.forgetting is None else f"{scores.forgetting:+.3f}"]
+    if has_answers:
+        row.append("-" if scores.retain_accuracy is None else f"{scores.retain_accuracy:.1%}")
     return row
 
 

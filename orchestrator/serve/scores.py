@@ -20,7 +20,7 @@ from orchestrator.serve.verifying import fitting_device
 from orchestrator.train.artifacts import attach_artifact
 from orchestrator.train.base import LoadedBase, load_base
 from orchestrator.train.batches import RowPlan
-from orchestrator.train.evaluation import Evaluation, class_prior, evaluate, exact_match
+from orchestrator.train.evaluation import Evaluation, answer_accuracy, class_prior, evaluate, exact_match
 from orchestrator.train.generate import generate_answers, wanted_answers
 from orchestrator.train.objective import Objective, final_norm_of
 from orchestrator.train.ranks import Ranks
@@ -107,6 +107,7 @@ class _Scorer:
         self.device, self.dtype = device, getattr(torch, inputs.held_dtype)
         self.test: dict[str, Evaluation] = {}
         self._retain: dict[str, float] = {}
+        self._retain_accuracy: dict[str, float | None] = {}
         self._answers: dict[str, list[str]] = {}
         self.num_shots: float | None = None
         """Examples in a prompt of `k_shot`, on average."""
@@ -152,7 +153,9 @@ class _Scorer:
         with _evaluating(model):
             self.test[name] = self._evaluate(objective, self._data)
             if self._retained is not None:
-                self._retain[name] = self._evaluate(objective, self._retained).loss
+                retained = self._evaluate(objective, self._retained)
+                self._retain[name] = retained.loss
+                self._retain_accuracy[name] = answer_accuracy(retained, self._retained)
             if generate and len(self._generated):
                 self._answers[name] = generate_answers(model, self._tokenizer, self._generated, self._ranks, rows=PROMPTS_AT_ONCE)
 
@@ -174,6 +177,7 @@ class _Scorer:
             num_documents=len(self._data),
             num_answered=len(self._answers.get(name, ())),
             retain_loss=retain,
+            retain_accuracy=self._retain_accuracy.get(name),
             forgetting=lost,
             num_shots=self.num_shots if name == SHOWN else None,
         )

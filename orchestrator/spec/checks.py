@@ -93,7 +93,7 @@ def _shares(spec: JobSpec) -> Iterator[Finding]:
 
 def _columns(spec: JobSpec) -> Iterator[Finding]:
     used = COLUMNS_BY_TASK[spec.task]
-    read = {*used, "text"} if spec.data.retain is not None else {*used}
+    read = {*used, "text", "prompt", "completion", "messages"} if spec.data.retain is not None else {*used}
     roles: dict[str, str] = {}
     for role, default in ColumnsSpec().model_dump().items():
         path, column = ("data", "columns", role), getattr(spec.data.columns, role)

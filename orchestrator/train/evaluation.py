@@ -34,6 +34,8 @@ class Evaluation:
     metrics: dict[str, float] = field(default_factory=dict)
     predictions: np.ndarray | None = None
     """int64[D]: each document's likeliest class; None unless classified."""
+    num_missed: np.ndarray | None = None
+    """int64[D]: supervised tokens of each document of which another one was likelier; None where not counted."""
 
     def save(self, file: Path) -> None:
         """Write the per-document numbers as .npz, for paired statistics."""
@@ -80,6 +82,7 @@ def evaluate_trials(
     sums = np.zeros(count, dtype=np.float64)
     tokens = np.zeros(count, dtype=np.int64)
     predictions = np.zeros(count, dtype=np.int64)
+    missed = np.zeros(count, dtype=np.int64)
     was_training = objective.training
     objective.eval()
     try:
@@ -92,11 +95,23 @@ def evaluate_trials(
             np.add.at(sums, owners, scored.losses.double().cpu().numpy())
             np.add.at(tokens, owners, 1)
             predictions[owners] = scored.predictions.cpu().numpy()
+            np.add.at(missed, owners, (scored.predictions != scored.targets).cpu().numpy())
     finally:
         objective.train(was_training)
-    parts = ranks.gather((sums, tokens, predictions))
-    whole = [np.sum([part[i] for part in parts], axis=0).reshape(num_trials, len(data)) for i in range(3)]
+    parts = ranks.gather((sums, tokens, predictions, missed))
+    whole = [np.sum([part[i] for part in parts], axis=0).reshape(num_trials, len(data)) for i in range(4)]
     return [_summarise(data, *(array[trial] for array in whole)) for trial in range(num_trials)]
+
+
+def answer_accuracy(evaluation: Evaluation, data: TokenizedSet) -> float | None:
+    """Share of the documents with an answer whose answer, to its end token, is what greedy decoding would give; None without any.
+
+    Read off the scores: greedy decoding gives the answer exactly where each of its tokens is the likeliest after those before.
+    """
+    asked = np.asarray([bool(answer) for answer in data.answers], bool)
+    if evaluation.num_missed is None or not asked.any():
+        return None
+    return float((evaluation.num_missed[asked] == 0).mean())
 
 
 def class_prior(data: TokenizedSet, train: TokenizedSet, num_classes: int) -> Evaluation:
@@ -160,14 +175,17 @@ def score_texts(
     return float(function(*generate()))
 
 
-def _summarise(data: TokenizedSet, sums: np.ndarray, tokens: np.ndarray, predictions: np.ndarray) -> Evaluation:
+def _summarise(
+    data: TokenizedSet, sums: np.ndarray, tokens: np.ndarray, predictions: np.ndarray, missed: np.ndarray
+) -> Evaluation:
     """The evaluation of per-document float64 sums, added up in document order."""
     if not tokens.sum():
         raise TrainingError("the evaluation set has no supervised token", expected="at least one")
     loss = float(sums.sum() / tokens.sum())
     if (data.labels >= 0).any():
         return Evaluation(loss, sums, tokens, {"loss": loss} | _class_metrics(predictions, data.labels), predictions)
-    return Evaluation(loss, sums, tokens, {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf})
+    metrics = {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+    return Evaluation(loss, sums, tokens, metrics, num_missed=missed)
 
 
 def _class_metrics(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:

@@ -36,6 +36,8 @@ class DocumentLosses(NamedTuple):
     """int64[S]: the document of each."""
     predictions: torch.Tensor
     """int64[S]: the likeliest token or class."""
+    targets: torch.Tensor
+    """int64[S]: the wanted one."""
 
 
 class Objective(nn.Module):
@@ -111,7 +113,7 @@ class Objective(nn.Module):
             if not each:
                 return _per_trial(_class_loss_sum, logits, targets, num_trials)
             losses = functional.cross_entropy(logits.float(), targets, reduction="none")
-            return DocumentLosses(losses, owners, logits.argmax(-1))
+            return DocumentLosses(losses, owners, logits.argmax(-1), targets)
         wanted = labels != IGNORED
         states = self.run_blocks(input_ids, position_ids, lengths, hidden)[wanted]
         # By the module's own call, also where nothing is wanted: under ZeRO-3 that gathers its weight, on every rank.
@@ -121,7 +123,7 @@ class Objective(nn.Module):
         if not each:
             return self._token_loss_sum(head, states, targets, num_trials)
         scored = [token_losses(head(part), part_targets) for part, part_targets in self._chunks(states, targets)]
-        return DocumentLosses(torch.cat([s[0] for s in scored]), owners, torch.cat([s[1] for s in scored]))
+        return DocumentLosses(torch.cat([s[0] for s in scored]), owners, torch.cat([s[1] for s in scored]), targets)
 
     def run_blocks(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, lengths: torch.Tensor, hidden: torch.Tensor | None = None

@@ -50,6 +50,7 @@ def result_of(assignment: Assignment, outcome: TrialOutcome, reason: str) -> Run
         eval_loss=None if evaluation is None else evaluation.loss,
         metrics=outcome.scores.metrics,
         retain_loss=None if retain is None else retain.loss,
+        retain_accuracy=outcome.scores.retain_accuracy,
         checkpoint=None if outcome.checkpoint is None else str(outcome.checkpoint),
         engine=outcome.engine,
         layer_scores=outcome.layer_scores,

@@ -12,7 +12,7 @@ from orchestrator.errors import NonFiniteLossError
 from orchestrator.plan.values import Assignment
 from orchestrator.train.base import LoadedBase
 from orchestrator.train.batches import RowPlan
-from orchestrator.train.evaluation import Evaluation, class_prior, evaluate_trials, score_texts
+from orchestrator.train.evaluation import Evaluation, answer_accuracy, class_prior, evaluate_trials, score_texts
 from orchestrator.train.generate import generate_answers, wanted_answers
 from orchestrator.train.objective import Objective
 from orchestrator.train.ranks import Ranks
@@ -25,6 +25,8 @@ class Scores:
 
     evaluation: Evaluation | None = None
     retain: Evaluation | None = None
+    retain_accuracy: float | None = None
+    """On the answers of the retention set; None where it has none."""
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -74,7 +76,7 @@ class Scorer:
         ]
         seconds = (time.perf_counter() - started) / num_trials
         return [
-            failure or Scores(evaluation, retain, found, seconds)
+            failure or Scores(evaluation, retain, self._retain_accuracy(retain), found, seconds)
             for failure, (evaluation, retain), found in zip(failures, both, metrics, strict=True)
         ]
 
@@ -82,11 +84,15 @@ class Scorer:
         """A classifier that nobody trained is the class prior."""
         data, train = self.load_set(self.assignment.data.eval), self.load_set(self.assignment.data.train)
         evaluation = class_prior(data, train, self.base.load.num_classes)
-        return Scores(evaluation, None, self._metrics(objective, evaluation))
+        return Scores(evaluation, metrics=self._metrics(objective, evaluation))
 
     def _evaluate(self, objective: Objective, path: str, num_trials: int) -> list[Evaluation]:
         states = self.trunk.states(path, self.assignment.selection.cut) if self.assignment.trunk is not None else None
         return evaluate_trials(objective, self.load_set(path), self.rows, self.ranks, num_trials, states)
+
+    def _retain_accuracy(self, retain: Evaluation | None) -> float | None:
+        path = self.assignment.data.retain
+        return answer_accuracy(retain, self.load_set(path)) if retain is not None and path is not None else None
 
     def _metrics(self, objective: Objective, evaluation: Evaluation) -> dict[str, float]:
         data, metric = self.load_set(self.assignment.data.eval), self.assignment.metric

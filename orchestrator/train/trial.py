@@ -226,13 +226,12 @@ class TrialRun:
         self.prove_frozen(branch)
 
     def _measure_shift(self, plan: ShiftPlan, objective: Objective, stack: ExitStack) -> None:
-        data, partitioned = self.assignment.data, is_partitioned(self.execution)
+        data, seed = self.assignment.data, self.assignment.trial.seed
         assert data.retain is not None, "planned where there is a retention set"
         stack.enter_context(forward_ready(objective, self.execution))
-        builder = TrunkBuilder(self.base, objective, self.rows, self.ranks, partitioned)
-        sides = [(path, self._load_set(path)) for path in (data.train, data.retain)]
-        seed = self.assignment.trial.seed
-        self.outcome.domain_shift = measure_shift(plan, sides[0], sides[1], self.sets.trunk, builder, seed)
+        builder = TrunkBuilder(self.base, objective, self.rows, self.ranks, is_partitioned(self.execution))
+        target, retention = ((path, self._load_set(path)) for path in (data.train, data.retain))
+        self.outcome.domain_shift = measure_shift(plan, target, retention, self.sets.trunk, builder, seed)
 
     def prove_frozen(self, branch: Branch) -> None:
         """Law 2: what did not learn is bit for bit what was loaded; every rank hears of a difference on any."""

@@ -26,6 +26,8 @@ class RungRecord(Value):
     metric: float | None = None
     """The search's metric on the eval set."""
     retain_loss: float | None = None
+    retain_accuracy: float | None = None
+    """Share of the retention set's answers that greedy decoding gives exactly; None where it has none."""
     forgetting: float | None = None
     """Rise of the retention loss over the base's."""
     score: float | None = None
@@ -205,6 +207,7 @@ class ModelScores(Value):
     num_answered: int = 0
     """Documents that were answered: what `exact_match` was taken over, the first ones of the test set."""
     retain_loss: float | None = None
+    retain_accuracy: float | None = None
     forgetting: float | None = None
     num_shots: float | None = None
     """Examples in each prompt of `k_shot`, on average; fewer than asked for where no more fitted."""

@@ -229,6 +229,16 @@ def test_retention_is_chunked_capped_and_counted(prepare: Any, rows_of_pairs: An
     assert not (prepare.out / "retain.npz").exists()
 
 
+def test_retention_may_have_answers(prepare: Any, rows_of_pairs: Any) -> None:
+    """Beside text: of a question only the answer is supervised."""
+    prepare.jsonl("train.jsonl", rows_of_pairs(20))
+    prepare.jsonl("general.jsonl", [{"text": "some words"}, {"prompt": "who?", "completion": "me"}])
+    prepare.run(retain="general.jsonl")
+    retain = prepare.load("retain")
+    assert list(retain.answers) == ["", "me"]
+    assert 0 < retain.num_supervised[1] < retain.lengths[1] - 1
+
+
 def test_eval_and_test_are_capped_by_a_seeded_choice(prepare: Any, rows_of_pairs: Any) -> None:
     prepare.jsonl("train.jsonl", rows_of_pairs(100))
     summary = prepare.run(eval=0.3, test=0.3, eval_rows=7, test_rows=5)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from orchestrator.data.reading import BadRow, Row
-from orchestrator.data.rows import Example, to_example
+from orchestrator.data.rows import Example, to_example, to_retention_example
 from orchestrator.spec.models import ColumnsSpec, Task
 
 
@@ -80,8 +80,29 @@ def test_columns_are_renamed_by_part_and_not_by_name() -> None:
 def test_the_retention_set_may_keep_the_usual_name_and_train_may_not() -> None:
     columns = ColumnsSpec(text="body")
     assert isinstance(read("text", {"text": "t"}, columns), BadRow)
-    assert isinstance(read("text", {"text": "t"}, columns, plain_text=True), Example)
+    assert isinstance(to_retention_example(Row({"text": "t"}, "f.jsonl", 7), columns), Example)
     assert isinstance(to_example(Row({"text": "t"}, "a.txt", 1, is_document=True), "text", columns), Example)
+
+
+@pytest.mark.parametrize(
+    ("values", "task"),
+    [
+        ({"text": "t", "prompt": "p", "completion": "c"}, "text"),
+        ({"question": "p", "answer": "c"}, "completion"),
+        ({"prompt": "p", "completion": "c"}, "completion"),
+        ({"messages": [{"role": "user", "content": "u"}]}, "chat"),
+    ],
+)
+def test_a_retention_row_is_text_or_has_answers(values: dict[str, Any], task: str) -> None:
+    example = to_retention_example(Row(values, "f.jsonl", 7), ColumnsSpec(prompt="question", completion="answer"))
+    assert isinstance(example, Example)
+    assert example.retention_task == task
+
+
+def test_a_retention_row_with_neither_says_what_it_has() -> None:
+    bad = to_retention_example(Row({"prompt": "p", "body": "b"}, "f.jsonl", 7), ColumnsSpec())
+    assert isinstance(bad, BadRow)
+    assert "nor prompt and completion, nor messages; it has body, prompt" in bad.reason
 
 
 def test_equal_content_has_an_equal_key_whatever_else_the_row_holds() -> None:

@@ -13,7 +13,15 @@ from orchestrator.data import TokenizedSet, build_set
 from orchestrator.errors import TrainingError, UsageError
 from orchestrator.train.base import LoadedBase
 from orchestrator.train.batches import RowPlan
-from orchestrator.train.evaluation import Evaluation, class_prior, evaluate, exact_match, score_texts, text_metric
+from orchestrator.train.evaluation import (
+    Evaluation,
+    answer_accuracy,
+    class_prior,
+    evaluate,
+    exact_match,
+    score_texts,
+    text_metric,
+)
 from orchestrator.train.generate import generate_answers, prompt_and_answer, wanted_answers
 from orchestrator.train.objective import Objective, final_norm_of
 from orchestrator.train.ranks import Ranks
@@ -149,6 +157,27 @@ def test_answers_are_greedy_whatever_stands_beside_them(base: LoadedBase) -> Non
                 break
         assert found[index] == Letters().decode(np.array(made), skip_special_tokens=True)
     base.model.train()
+
+
+def test_the_accuracy_on_answers_is_what_greedy_decoding_gives(base: LoadedBase) -> None:
+    """The model's own greedy answers, one of them with another token in its midst, and one document that is text."""
+    pairs = []
+    base.model.eval()
+    for number, (ids, _) in enumerate(map(documents(LENGTHS).document, range(len(LENGTHS)))):
+        made: list[int] = []
+        for _ in range(5):
+            with torch.no_grad():
+                made.append(int(base.model(input_ids=torch.tensor([ids.tolist() + made])).logits[0, -1].argmax()))
+        if number == 1:
+            made[2] = (made[2] + 1) % 90 + 3
+        pairs.append((np.asarray([*ids, *made]), np.arange(len(ids) + 5) >= len(ids)))
+    answers = ["an answer"] * (len(pairs) - 1) + [""]
+    data = build_set(pairs, prompts=["asked"] * len(pairs), answers=answers)
+    found = evaluate(objective_of(base), data, RowPlan(48, 2, pack=True), Ranks())
+    assert found.num_missed is not None
+    assert found.num_missed[[0, 2, 3, 4, 5]].tolist() == [0] * 5
+    assert answer_accuracy(found, data) == 4 / 5
+    assert answer_accuracy(found, build_set(pairs)) is None
 
 
 def test_the_answer_is_the_last_supervised_run() -> None:
