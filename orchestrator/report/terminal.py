@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.report.wording import MISSING, best_trial, counts, metric_text, plural, signed, sort_trials
-from orchestrator.transfer.records import RunView, TrialRecord
+from orchestrator.transfer.records import TrialRecord
+from orchestrator.transfer.view import RunView
 from orchestrator.units import format_seconds
 from orchestrator.values import strict_json
 

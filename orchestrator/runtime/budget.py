@@ -16,7 +16,8 @@ from orchestrator.runtime.prepare import Prepared
 from orchestrator.runtime.refit import num_restarts, refit, result_file
 from orchestrator.runtime.scoring import Scoring
 from orchestrator.store import read_json, write_json
-from orchestrator.transfer.records import RefitRecord, RunView
+from orchestrator.transfer.records import RefitRecord
+from orchestrator.transfer.view import RunView
 
 OWNER = "trial.json"
 """In refit/: whose it is."""

@@ -14,7 +14,7 @@ from orchestrator.runtime.ledger import Ledger
 from orchestrator.runtime.measuring import Measure, measured
 from orchestrator.runtime.prepare import Prepared, read_choice
 from orchestrator.store import write_json
-from orchestrator.transfer.records import RunView
+from orchestrator.transfer.view import RunView
 
 
 def compiled_where_it_pays(prepared: Prepared, exchange: Any, view: RunView) -> Prepared:

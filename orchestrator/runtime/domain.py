@@ -14,7 +14,7 @@ from orchestrator.runtime.prepare import Prepared
 from orchestrator.runtime.records import base_result
 from orchestrator.store import read_json, write_json
 from orchestrator.transfer.domain_shift import Advice, advise
-from orchestrator.transfer.records import RunView
+from orchestrator.transfer.view import RunView
 
 
 def advised_by_shift(prepared: Prepared, exchange: Any, view: RunView) -> Prepared:

@@ -15,7 +15,8 @@ from orchestrator.runtime.outcome import RunOutcome, read_outcome, summarise, wr
 from orchestrator.runtime.prepare import Prepared, open_run, prepare
 from orchestrator.runtime.probing import scored_alone
 from orchestrator.spec import LoadedSpec, require_section
-from orchestrator.transfer.records import RunView, SweepResult
+from orchestrator.transfer.records import SweepResult
+from orchestrator.transfer.view import RunView
 
 
 def run_finetune(loaded: LoadedSpec, *, view: RunView, address: str | None = None, output: Path | None = None) -> RunOutcome:

@@ -23,7 +23,8 @@ from orchestrator.runtime.scoring import Scoring
 from orchestrator.serve import BundleInputs
 from orchestrator.store import versions
 from orchestrator.transfer import memory_rows
-from orchestrator.transfer.records import BundledFigures, RunView, SweepResult, TransferReport
+from orchestrator.transfer.records import BundledFigures, SweepResult, TransferReport
+from orchestrator.transfer.view import RunView
 
 
 def finish(prepared: Prepared, sweep: SweepResult, view: RunView) -> RunOutcome:

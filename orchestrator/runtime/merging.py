@@ -14,7 +14,8 @@ from orchestrator.runtime.outcome import RunOutcome, write_outcome
 from orchestrator.runtime.prepare import reopen
 from orchestrator.store import read_json
 from orchestrator.transfer.promotion import PROMOTABLE_CONTROLS
-from orchestrator.transfer.records import RunView, SweepResult
+from orchestrator.transfer.records import SweepResult
+from orchestrator.transfer.view import RunView
 
 
 def merge_trial(run_folder: Path, trial_id: str | None, *, view: RunView, address: str | None = None) -> RunOutcome:

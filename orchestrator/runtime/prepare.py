@@ -21,7 +21,7 @@ from orchestrator.runtime.scoring import Scoring
 from orchestrator.spec import JobSpec, LoadedSpec, spec_sha256
 from orchestrator.store import RunDirectory, read_json, sampled_sha256, write_json
 from orchestrator.train.evaluation import text_metric
-from orchestrator.transfer.records import RunView
+from orchestrator.transfer.view import RunView
 
 Job = Literal["sweep", "finetune"]
 

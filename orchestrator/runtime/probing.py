@@ -20,7 +20,7 @@ from orchestrator.runtime.measuring import Measure, measured
 from orchestrator.runtime.prepare import Prepared, read_scores
 from orchestrator.spec import parse_policy
 from orchestrator.store import write_json
-from orchestrator.transfer.records import RunView
+from orchestrator.transfer.view import RunView
 
 
 def scored_in_a_gang(prepared: Prepared, exchange: Any, view: RunView) -> Prepared:

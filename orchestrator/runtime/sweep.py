@@ -33,7 +33,8 @@ from orchestrator.runtime.search import run_search
 from orchestrator.runtime.watch import Watcher
 from orchestrator.spec import LoadedSpec, require_section
 from orchestrator.store import RunDirectory
-from orchestrator.transfer.records import RunView, SweepResult
+from orchestrator.transfer.records import SweepResult
+from orchestrator.transfer.view import RunView
 
 
 def run_sweep(loaded: LoadedSpec, *, view: RunView, address: str | None = None, output: Path | None = None) -> RunOutcome:

@@ -10,7 +10,8 @@ from ray.exceptions import RayError
 
 from orchestrator.runtime.cluster import fetch
 from orchestrator.store import RunDirectory
-from orchestrator.transfer.records import RunView, TrialRecord
+from orchestrator.transfer.records import TrialRecord
+from orchestrator.transfer.view import RunView
 
 POLL_S = 0.3
 logger = logging.getLogger(__name__)

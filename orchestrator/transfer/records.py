@@ -6,7 +6,7 @@ figure that was not measured is None; one that broke is NaN.
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Literal
 
 from orchestrator.transfer.measured import MemoryRow, PlanAgainstMeasured
 from orchestrator.values import Value
@@ -287,27 +287,3 @@ class TransferReport(Value):
     serve_commands: tuple[str, ...] = ()
     report: str | None = None
     versions: dict[str, str] = {}
-
-
-class RunView(Protocol):
-    """Whoever watches a run: a terminal, a log, a script. The run calls, the view shows; a view never raises."""
-
-    def start(self, *, name: str, metric: str, higher_is_better: bool, max_forgetting: float, num_trials: int) -> None:
-        """The run is planned and begins; `num_trials` counts the searched trials, without controls."""
-        ...
-
-    def phase(self, name: str, detail: str = "") -> None:
-        """A new stretch of the run: `data`, `gangs`, `search`, `refit`, `merge`, `verify`, `test`, `report`."""
-        ...
-
-    def trial(self, record: TrialRecord) -> None:
-        """A trial started, reached a rung, or ended; the whole record, every time."""
-        ...
-
-    def event(self, kind: str, message: str, **fields: object) -> None:
-        """Anything automatic that the run record also gets: a micro-batch halved, a gang replaced, a trial retried."""
-        ...
-
-    def close(self) -> None:
-        """The run has ended, well or not."""
-        ...
