@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+from collections.abc import Callable
 from pathlib import Path
 
 SPECS = Path(__file__).resolve().parent.parent / "docs" / "results"
@@ -13,6 +14,9 @@ CUTS = {
     "banking77-train.csv": ("banking77/train.csv", slice(0, None, 2)),
 }
 """File -> (corpus, which of its rows): a two-core machine's share."""
+COMPARED_ON = 4
+PER_CLASS = {"banking77-10.csv": 10, "banking77-50.csv": 50, "banking77-all.csv": None}
+"""File -> how many rows of each class of banking77 it has at most, from the training set without those of banking77-eval.csv."""
 
 
 def main() -> None:
@@ -21,6 +25,10 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     for file, (source, rows) in CUTS.items():
         cut(corpora / "data" / source, out / file, rows)
+    intents = corpora / "data" / "banking77" / "train.csv"
+    for file, most in PER_CLASS.items():
+        cut_classes(intents, out / file, lambda rows, most=most: rows[:-COMPARED_ON][:most])
+    cut_classes(intents, out / "banking77-eval.csv", lambda rows: rows[-COMPARED_ON:])
     spec = out / f"{asked.name}.yaml"
     text = (SPECS / f"{asked.name}.yaml").read_text(encoding="utf-8").replace("CORPORA", str(corpora))
     spec.write_text(text, encoding="utf-8")
@@ -47,6 +55,16 @@ def cut(source: Path, target: Path, rows: slice) -> None:
             return
         header, *found = csv.reader(read)
         csv.writer(write).writerows([header, *found[rows]])
+
+
+def cut_classes(source: Path, target: Path, choose: Callable[[list[list[str]]], list[list[str]]]) -> None:
+    """Write the chosen rows of each class of a CSV file whose last column is the class."""
+    classes: dict[str, list[list[str]]] = {}
+    with source.open(encoding="utf-8", newline="") as read, target.open("w", encoding="utf-8", newline="") as write:
+        header, *found = csv.reader(read)
+        for row in found:
+            classes.setdefault(row[-1], []).append(row)
+        csv.writer(write).writerows([header, *(row for members in classes.values() for row in choose(members))])
 
 
 if __name__ == "__main__":
