@@ -14,8 +14,8 @@ Floats = NDArray[np.float64]
 NUM_FOLDS = 5
 RIDGES = (1e-2, 1e0, 1e2)
 """Of the linear probe, times the features' variance; the best by leave-one-fold-out of the training folds alone."""
-MIN_DOCUMENTS = 20
-"""Of each side; fewer tell two domains from their own noise."""
+MIN_DOCUMENTS = 10
+"""Of each side; the interval says how little ten tell."""
 NEAR, FAR = 0.8, 1.6
 """On a scale from 0 (nothing tells the two apart) to 2 (everything does): errors of 0.3 and 0.1 of a probe. Chosen, not
 measured; so are the next two."""

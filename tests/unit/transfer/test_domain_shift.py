@@ -44,7 +44,7 @@ def test_unequal_sides_weigh_alike() -> None:
 @pytest.mark.parametrize(
     ("target", "reference", "said"),
     [
-        (drawn(0, 10), drawn(1, 100), "at least 20"),
+        (drawn(0, 9), drawn(1, 100), "at least 10"),
         (drawn(0, 30), drawn(1, 30)[:, :5], "expected"),
         (drawn(0, 30), np.full((30, WIDTH), np.nan), "not finite"),
     ],
