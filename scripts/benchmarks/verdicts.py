@@ -1,7 +1,7 @@
 """Whether verdicts are right where the truth is known: repetitions with seeds of their own, errors counted.
 
     scripts/bench verdicts --base FOLDER --corpora FOLDER [--cases negative rivals labels] [--repetitions 20] [--processes 1]
-                           [--out verdicts.json]
+                           [--out verdicts.jsonl]
 
 negative: 24 rows of gsm8k whose answers are random letters, learned hard: what comes of it is worse than the base, as 500
     clean rows say each time. Promoted by the rule, once on clean rows and once on rows as noisy as those that were learned; then
@@ -31,7 +31,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -39,13 +39,15 @@ from typing import Any
 
 from verdicts_bench import Bench, Point, Row
 
+from orchestrator.store import append_jsonl
 from orchestrator.transfer import Comparison, promote, verdict
 
-MAX_CHARACTERS = 320
-"""Of a gsm8k row: so that it fits, and 500 are scored in seconds."""
-NUM_EVAL, NUM_TEST, NUM_TRUTH = 24, 40, 500
-"""Rows of `negative`: to promote on, to judge on, and to say what a model is really worth."""
+MAX_CHARACTERS = 300
+"""Of a gsm8k row: so that it fits, and hundreds are scored in seconds."""
+NUM_ROWS, NUM_EVAL, NUM_TEST, NUM_TRUTH = 24, 24, 40, 500
+"""Rows of `negative`: to learn, to promote on, to judge on, and to say what a model is really worth."""
 FEWER_TEST = 12
+NUM_RIVAL_ROWS = 24
 RIVAL_SIZES = (12, 60, 200)
 LABEL_SIZES = (120, 240)
 NUM_CLASSES, ROWS_PER_CLASS = 6, 20
@@ -54,14 +56,15 @@ STUDENT = 4.303
 """Of a two-sided 95% interval of three values."""
 ERRORS = {"negative": ("positive",), "rivals": ("positive", "negative"), "labels": ("positive",)}
 KINDS = ("positive", "no gain", "inconclusive", "negative")
+COLUMNS = {"prompt": "question", "completion": "answer"}
 
 Repetition = dict[str, Any]
 
 
-HARD = (Point("head", "full", 1e-3, 8), Point("last:1", "full", 2e-3, 8))
+HARD = (Point("head", "full", 1e-3, 4), Point("last:1", "full", 2e-3, 4))
 """What the rows of `negative` are learned with."""
-RIVAL = Point("last:2", "lora", 2e-3, 3, 8)
-LABELLED = Point("last:2", "full", 1e-3, 6)
+RIVAL = Point("last:1", "lora", 5e-3, 3, 8)
+LABELLED = Point("last:2", "full", 1e-3, 4)
 
 
 def told(comparison: Comparison) -> dict[str, Any]:
@@ -69,13 +72,13 @@ def told(comparison: Comparison) -> dict[str, Any]:
     return {"verdict": found.kind, "mean": comparison.mean, "low": comparison.low, "high": comparison.high}
 
 
-def gsm8k(corpora: Path, seed: int, **sizes: int) -> dict[str, list[Row]]:
-    """Short rows, drawn by the seed, no row twice."""
+def short_rows(corpora: Path, *counts: int) -> list[list[Row]]:
+    """Short rows of gsm8k, in an order drawn once, cut into parts of so many."""
     lines = (corpora / "data" / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if len(row["question"]) + len(row["answer"]) <= MAX_CHARACTERS]
-    random.Random(seed).shuffle(rows)
+    random.Random(0).shuffle(rows)
     drawn = iter(rows)
-    return {name: [next(drawn) for _ in range(count)] for name, count in sizes.items()}
+    return [[next(drawn) for _ in range(count)] for count in counts]
 
 
 def noisy(rows: Sequence[Row], seed: int) -> list[Row]:
@@ -88,43 +91,47 @@ def noisy(rows: Sequence[Row], seed: int) -> list[Row]:
     return [row | {"answer": " ".join(word(len(each)) for each in row["answer"].split())} for row in rows]
 
 
-def negative(base: Path, corpora: Path, seed: int, folder: Path) -> Repetition:
-    rows = gsm8k(corpora, seed, train=NUM_EVAL, clean=NUM_EVAL, noisy=NUM_EVAL, test=NUM_TEST + NUM_TRUTH)
-    rows["train"] = noisy(rows["train"], seed)
-    rows["eval"] = rows.pop("clean") + noisy(rows.pop("noisy"), seed + 1)
-    bench = Bench(base, "completion", {"prompt": "question", "completion": "answer"}, rows, folder)
-    untouched = bench.scored(None, seed)
-    trials = [bench.scored(point, seed) for point in HARD]
+def negative(base: Path, corpora: Path, seeds: Sequence[int], folder: Path) -> Iterator[Repetition]:
+    learned, noise, clean = short_rows(corpora, 160, 60, NUM_TRUTH + 100)
+    bench = Bench(base, "completion", COLUMNS, noisy(learned, 0), [*noisy(noise, 1), *clean], folder)
+    untouched = bench.base()
+    for seed in seeds:
+        draw = random.Random(seed)
+        rows = draw.sample(range(len(learned)), NUM_ROWS)
+        clean_rows = draw.sample(range(len(noise), len(noise) + len(clean)), len(clean))
+        promoted_on = {"clean": clean_rows[:NUM_EVAL], "noisy": draw.sample(range(len(noise)), NUM_EVAL)}
+        test = clean_rows[NUM_EVAL : NUM_EVAL + NUM_TEST]
+        trials = [bench.trained(point, rows, seed) for point in HARD]
+        found: Repetition = {"seed": seed, "promoted": {}, "words": {}}
+        for name, part in promoted_on.items():
+            records = [trial.record(number, HARD[number], part) for number, trial in enumerate(trials)]
+            compared = {r.trial_id: t.against(untouched, part, seed) for r, t in zip(records, trials, strict=True)}
+            found["promoted"][name] = promote(records, untouched.record(-1, None, part), math.inf, comparisons=compared).trial_id
+            judged = trials[min(records, key=lambda record: record.score or math.inf).number]
+            for size in (FEWER_TEST, NUM_TEST):
+                word = told(judged.against(untouched, test[:size], seed))
+                found["words"][f"best on {name} rows, {size} test rows"] = word
+        found["truth"] = [told(trial.against(untouched, clean_rows[-NUM_TRUTH:], seed)) for trial in trials]
+        yield found
     bench.close()
-    found: Repetition = {"promoted": {}, "words": {}}
-    for name, part in (("clean", slice(0, NUM_EVAL)), ("noisy", slice(NUM_EVAL, 2 * NUM_EVAL))):
-        records = [trial.record(number, HARD[number], part) for number, trial in enumerate(trials)]
-        compared = {r.trial_id: t.against(untouched, part, seed) for r, t in zip(records, trials, strict=True)}
-        promotion = promote(records, untouched.record(-1, None, part), math.inf, comparisons=compared)
-        found["promoted"][name] = promotion.trial_id
-        best = min(records, key=lambda record: record.score or math.inf)
-        judged = trials[best.number]
-        found["words"] |= {
-            f"best on {name} rows, {size} test rows": told(judged.against(untouched, judged.test(size), seed))
-            for size in (FEWER_TEST, NUM_TEST)
-        }
-    found["truth"] = [told(trial.against(untouched, trial.test(NUM_TRUTH, NUM_TEST), seed)) for trial in trials]
-    return found
 
 
-def rivals(base: Path, corpora: Path, seed: int, folder: Path) -> Repetition:
-    rows = gsm8k(corpora, seed, train=48, eval=8, test=max(RIVAL_SIZES))
-    bench = Bench(base, "completion", {"prompt": "question", "completion": "answer"}, rows, folder)
-    trials = [bench.scored(RIVAL, 2 * NUM_SEEDS * seed + number) for number in range(2 * NUM_SEEDS)]
+def rivals(base: Path, corpora: Path, seeds: Sequence[int], folder: Path) -> Iterator[Repetition]:
+    learned, held = short_rows(corpora, 480, max(RIVAL_SIZES))
+    bench = Bench(base, "completion", COLUMNS, learned, held, folder)
+    for seed in seeds:
+        draw = random.Random(seed)
+        rows = draw.sample(range(len(learned)), NUM_RIVAL_ROWS)
+        test = draw.sample(range(len(held)), len(held))
+        trials = [bench.trained(RIVAL, rows, 2 * NUM_SEEDS * seed + number) for number in range(2 * NUM_SEEDS)]
+        words: dict[str, Any] = {}
+        for size in RIVAL_SIZES:
+            sides = zip(trials[:NUM_SEEDS], trials[NUM_SEEDS:], strict=True)
+            pairs = [one.against(other, test[:size], seed) for one, other in sides]
+            words[f"one seed each, {size} test rows"] = told(pairs[0])
+            words[f"{NUM_SEEDS} seeds each, {size} test rows"] = told(over_seeds(pairs))
+        yield {"seed": seed, "words": words}
     bench.close()
-    words: dict[str, Any] = {}
-    for size in RIVAL_SIZES:
-        pairs = [
-            one.against(other, one.test(size), seed) for one, other in zip(trials[:NUM_SEEDS], trials[NUM_SEEDS:], strict=True)
-        ]
-        words[f"one seed each, {size} test rows"] = told(pairs[0])
-        words[f"{NUM_SEEDS} seeds each, {size} test rows"] = told(over_seeds(pairs))
-    return {"words": words}
 
 
 def over_seeds(pairs: Sequence[Comparison]) -> Comparison:
@@ -134,51 +141,52 @@ def over_seeds(pairs: Sequence[Comparison]) -> Comparison:
     return pairs[0].model_copy(update={"mean": mean, "low": mean - half, "high": mean + half})
 
 
-def labels(base: Path, corpora: Path, seed: int, folder: Path) -> Repetition:
-    rows = permuted_intents(corpora, random.Random(seed))
-    bench = Bench(base, "classify", {"text": "text", "label": "label"}, rows, folder)
-    prior, tuned = bench.scored(None, seed), bench.scored(LABELLED, seed)
-    bench.close()
-    words = {
-        f"by {unit}, {size} test rows": told(tuned.against(prior, tuned.test(size), seed, by_answer=unit == "accuracy"))
-        for unit in ("accuracy", "loss")
-        for size in LABEL_SIZES
-    }
-    return {"words": words}
+def labels(base: Path, corpora: Path, seeds: Sequence[int], folder: Path) -> Iterator[Repetition]:
+    for seed in seeds:
+        learned, held = permuted_intents(corpora, random.Random(seed))
+        own = folder / str(seed)
+        own.mkdir()
+        bench = Bench(base, "classify", {"text": "text", "label": "label"}, learned, held, own)
+        prior, tuned = bench.base(), bench.trained(LABELLED, range(len(learned)), seed)
+        bench.close()
+        words = {
+            f"by {unit}, {size} test rows": told(tuned.against(prior, range(size), seed, by_answer=unit == "accuracy"))
+            for unit in ("accuracy", "loss")
+            for size in LABEL_SIZES
+        }
+        yield {"seed": seed, "words": words}
 
 
-def permuted_intents(corpora: Path, draw: random.Random) -> dict[str, list[Row]]:
-    """Rows of intents drawn by chance, as many of each in every set, the labels permuted in it: nothing is to be learned."""
+def permuted_intents(corpora: Path, draw: random.Random) -> list[list[Row]]:
+    """To learn and to hold out: rows of intents drawn by chance, as many of each, the labels permuted among them."""
     texts: dict[str, dict[str, list[str]]] = {"train": {}, "test": {}}
     for name, by_intent in texts.items():
         with (corpora / "data" / "banking77" / f"{name}.csv").open(encoding="utf-8", newline="") as stream:
             for row in csv.DictReader(stream):
                 by_intent.setdefault(row["category"], []).append(row["text"])
-    common = sorted(intent for intent, of in texts["train"].items() if len(of) >= 2 * ROWS_PER_CLASS)
-    intents = draw.sample(common, NUM_CLASSES)
-    found: dict[str, list[Row]] = {}
-    for name, source, start, count in (
-        ("train", "train", 0, ROWS_PER_CLASS),
-        ("eval", "train", ROWS_PER_CLASS, 4),
-        ("test", "test", 0, max(LABEL_SIZES) // NUM_CLASSES),
-    ):
-        chosen = [text for intent in intents for text in texts[source][intent][start : start + count]]
+    intents = draw.sample(sorted(intent for intent, of in texts["train"].items() if len(of) >= ROWS_PER_CLASS), NUM_CLASSES)
+    found: list[list[Row]] = []
+    for name, count in (("train", ROWS_PER_CLASS), ("test", max(LABEL_SIZES) // NUM_CLASSES)):
+        chosen = [text for intent in intents for text in texts[name][intent][:count]]
         permuted = [intent for intent in intents for _ in range(count)]
         draw.shuffle(chosen)
         draw.shuffle(permuted)
-        found[name] = [{"text": text, "label": label} for text, label in zip(chosen, permuted, strict=True)]
+        found.append([{"text": text, "label": label} for text, label in zip(chosen, permuted, strict=True)])
     return found
 
 
 CASES = {"negative": negative, "rivals": rivals, "labels": labels}
 
 
-def repeat(case: str, base: Path, corpora: Path, seed: int) -> Repetition:
-    started = time.perf_counter()
+def repeat(case: str, base: Path, corpora: Path, seeds: Sequence[int], out: Path | None) -> list[Repetition]:
+    found: list[Repetition] = []
     with tempfile.TemporaryDirectory(prefix=f"verdicts-{case}-") as name:
-        found = CASES[case](base, corpora, seed, Path(name))
-    print(f"{case}, seed {seed}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
-    return {"case": case, "seed": seed, **found}
+        for repetition in CASES[case](base, corpora, seeds, Path(name)):
+            found.append({"case": case, **repetition})
+            if out is not None:
+                append_jsonl(out, found[-1])
+            print(f"{case}, seed {repetition['seed']}: {time.process_time():.0f} s of the processor", file=sys.stderr, flush=True)
+    return found
 
 
 def show(repetitions: Sequence[Repetition]) -> None:
@@ -223,14 +231,13 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=sorted(CASES), default=list(CASES))
     parser.add_argument("--repetitions", type=int, default=20, help="with the seeds 0, 1, ...")
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="every repetition's figures, as JSON")
+    parser.add_argument("--out", type=Path, help="every repetition's figures, a line each")
     options = parser.parse_args()
     given = options.base.resolve(), options.corpora.resolve()
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(repeat, case, *given, seed) for case in options.cases for seed in range(options.repetitions)]
-        repetitions = [future.result() for future in futures]
-    if options.out is not None:
-        options.out.write_text(json.dumps(repetitions, indent=1) + "\n", encoding="utf-8")
+        parts = [range(first, options.repetitions, options.processes) for first in range(options.processes)]
+        futures = [pool.submit(repeat, case, *given, part, options.out) for case in options.cases for part in parts if part]
+        repetitions = [repetition for future in futures for repetition in future.result()]
     show(repetitions)
 
 

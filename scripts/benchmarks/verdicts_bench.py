@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,13 @@ from typing import Any
 import numpy as np
 
 from orchestrator.anatomy import read_anatomy, select
-from orchestrator.data import TokenizedSet, data_size, prepare_data
-from orchestrator.data.sets import joined
+from orchestrator.data import TokenizedSet, data_size, documents_of_steps, prepare_data
+from orchestrator.data.sets import build_set, joined
 from orchestrator.plan import steps
 from orchestrator.plan.values import (
     Assignment,
     BaseLoad,
     DataPaths,
-    DataSize,
     ExecutionPlan,
     TrainSettings,
     TrialSpec,
@@ -31,7 +31,8 @@ from orchestrator.train.evaluation import Evaluation
 from orchestrator.transfer import Comparison, paired_comparison, score
 from orchestrator.transfer.records import RungRecord, TrialRecord
 
-MAX_TOKENS = 256
+MAX_TOKENS = 512
+TOKENS_PER_STEP = 1024
 NUM_STORED = 3
 """Cuts from the top down at which hidden states are stored: those of head, last:1 and last:2."""
 
@@ -45,97 +46,116 @@ class Point:
     layers: str
     tune: Tune
     rate: float
-    epochs: float
+    epochs: int
     lora_rank: int | None = None
 
 
 class Bench:
-    """Rows of one repetition, prepared, and a host to train and score on; `held` is scored, eval rows first, then test rows."""
+    """A host to train and score on, and its rows: some of `train` are learned, all of `held` are scored."""
 
-    def __init__(self, base: Path, task: Task, columns: Row, rows: dict[str, list[Row]], folder: Path) -> None:
-        for name in ("train", "eval", "test"):
-            lines = (json.dumps(row, ensure_ascii=False) for row in rows[name])
+    def __init__(self, base: Path, task: Task, columns: Row, train: Sequence[Row], held: Sequence[Row], folder: Path) -> None:
+        for name, rows in (("train", train), ("eval", held[:1]), ("test", held[1:])):
+            lines = (json.dumps(row, ensure_ascii=False) for row in rows)
             (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         spec: dict[str, Any] = {
             "name": "verdicts",
             "base": {"model": str(base)},
             "task": task,
             "data": {name: f"{name}.jsonl" for name in ("train", "eval", "test")},
-            "train": {"epochs": 1, "tokens_per_step": 1024},
+            "train": {"tokens_per_step": TOKENS_PER_STEP},
             "finetune": {"layers": "head", "tune": "full", "learning_rate": 1e-3},
         }
         spec["data"] |= {"columns": columns, "max_tokens": MAX_TOKENS, "long_rows": "truncate_prompt"}
         (folder / "spec.yaml").write_text(json.dumps(spec), encoding="utf-8")
         loaded = load_spec(folder / "spec.yaml")
+        anatomy = self._anatomy = read_anatomy(base, need_weights=True)
+        size = data_size(prepare_data(loaded, Path(anatomy.folder), folder / "sets"), loaded.spec, folder / "sets")
         self._folder = folder
-        self._anatomy = read_anatomy(base, need_weights=True)
-        summary = prepare_data(loaded, Path(self._anatomy.folder), folder / "sets")
-        self._size: DataSize = data_size(summary, loaded.spec, folder / "sets")
-        held = [TokenizedSet.load(folder / "sets" / f"{name}.npz") for name in ("eval", "test")]
-        joined(*held).save(folder / "sets" / "held.npz")
-        self.num_eval = len(held[0])
-        self.labels = np.concatenate([part.labels for part in held])
-        self._task: Task = task
+        self._train, first, rest = (TokenizedSet.load(folder / "sets" / f"{name}.npz") for name in ("train", "eval", "test"))
+        self._held = joined(first, rest)
+        self._held.save(folder / "sets" / "held.npz")
+        assert (len(self._train), len(self._held)) == (len(train), len(held)), "rows were dropped"
+        self._load = BaseLoad(
+            folder=anatomy.folder,
+            model_type=anatomy.model_type,
+            quantize="none",
+            task=task,
+            num_classes=size.num_classes,
+            class_names=size.class_names,
+        )
         self._execution = ExecutionPlan(
             device="cpu",
             ranks=1,
             threads_per_rank=1,
             executor="torch",
-            row_tokens=steps.row_tokens(loaded.spec, self._anatomy, self._size),
+            row_tokens=steps.row_tokens(loaded.spec, anatomy, size),
             micro_batch_rows=8,
             pack=steps.packs(loaded.spec),
         )
-        above = range(self._anatomy.num_blocks - NUM_STORED + 1, self._anatomy.num_blocks + 1)
-        self._trunk = TrunkPlan(cuts=tuple(above), num_bytes=0, folder=str(folder / "trunk"))
-        self._host = self._start()
+        cuts = range(anatomy.num_blocks - NUM_STORED + 1, anatomy.num_blocks + 1)
+        self._trunk = TrunkPlan(cuts=tuple(cuts), num_bytes=0, folder=str(folder / "trunk"))
+        self._host = TrainHost.create(self._load, anatomy, self._execution, 0, 1, None)
 
-    def _start(self) -> TrainHost:
-        load = BaseLoad(
-            folder=self._anatomy.folder,
-            model_type=self._anatomy.model_type,
-            quantize="none",
-            task=self._task,
-            num_classes=self._size.num_classes,
-            class_names=self._size.class_names,
+    def base(self) -> Scored:
+        """The untouched base; a classifier that nobody trained is the class prior."""
+        trial = TrialSpec(
+            trial_id="none",
+            number=-1,
+            control="none",
+            layers="none",
+            tune="full",
+            learning_rate=0.0,
+            total_steps=0,
+            total_tokens=0,
+            seed=0,
         )
-        return TrainHost.create(load, self._anatomy, self._execution, 0, 1, None)
+        return self._scored(trial, str(self._folder / "sets" / "train.npz"))
 
-    def scored(self, point: Point | None, seed: int) -> Scored:
-        """A trial of the point from its first step to its last; None is the untouched base."""
-        name = f"{point.layers}-{point.tune}-{seed}".replace(":", "") if point else "none"
-        chosen = point or Point("none", "full", 0.0, 0)
-        num_classes = self._size.num_classes or None
-        selection = select(self._anatomy, chosen.layers, chosen.tune, chosen.lora_rank, task=self._task, num_classes=num_classes)
-        total_steps = max(1, math.ceil(chosen.epochs * self._size.steps_per_epoch))
-        sets = self._folder / "sets"
+    def trained(self, point: Point, learned: Sequence[int], seed: int) -> Scored:
+        """A trial of the point on these training rows, from its first step to its last."""
+        rows = build_set(
+            [self._train.document(index) for index in learned], labels=[int(self._train.labels[index]) for index in learned]
+        )
+        name = f"{point.layers}-{point.tune}-{seed}".replace(":", "")
+        file = self._folder / "sets" / f"{name}.npz"
+        rows.save(file)
+        an_epoch = len(documents_of_steps(rows.offsets, TOKENS_PER_STEP, seed, 0))
+        trial = TrialSpec(
+            trial_id=name,
+            number=seed,
+            layers=point.layers,
+            tune=point.tune,
+            lora_rank=point.lora_rank,
+            learning_rate=point.rate,
+            total_steps=point.epochs * an_epoch,
+            total_tokens=point.epochs * rows.num_tokens,
+            seed=seed,
+        )
+        return self._scored(trial, str(file))
+
+    def _scored(self, trial: TrialSpec, train: str) -> Scored:
+        load = self._load
         assignment = Assignment(
-            trial=TrialSpec(
-                trial_id=name,
-                number=seed,
-                control=None if point else "none",
-                layers=chosen.layers,
-                tune=chosen.tune,
-                lora_rank=chosen.lora_rank,
-                learning_rate=chosen.rate,
-                total_steps=total_steps,
-                total_tokens=math.ceil(chosen.epochs * self._size.train_tokens),
-                seed=seed,
+            trial=trial,
+            selection=select(
+                self._anatomy, trial.layers, trial.tune, trial.lora_rank, task=load.task, num_classes=load.num_classes
             ),
-            selection=selection,
             execution=self._execution,
-            settings=TrainSettings(warmup=0.05, schedule="cosine", weight_decay=0.0, grad_clip=1.0, tokens_per_step=1024),
-            data=DataPaths(train=str(sets / "train.npz"), eval=str(sets / "held.npz")),
+            settings=TrainSettings(
+                warmup=0.05, schedule="cosine", weight_decay=0.0, grad_clip=1.0, tokens_per_step=TOKENS_PER_STEP
+            ),
+            data=DataPaths(train=train, eval=str(self._folder / "sets" / "held.npz")),
             metric="loss",
-            folder=str(self._folder / "trials" / name),
+            folder=str(self._folder / "trials" / trial.trial_id),
             rung=0,
-            stop_step=total_steps if point else 0,
+            stop_step=trial.total_steps,
             trunk=self._trunk,
         )
         result = self._host.run(assignment)
         assert result.state == "done", result.reason
         found = Evaluation.load(Path(result.checkpoint or assignment.folder) / "eval.npz")
-        wrong = None if found.predictions is None else (found.predictions != self.labels).astype(float)
-        return Scored(found.loss_sums / found.num_tokens, found.num_tokens.astype(float), wrong, self.num_eval)
+        wrong = None if found.predictions is None else (found.predictions != self._held.labels).astype(float)
+        return Scored(found.loss_sums / found.num_tokens, found.num_tokens.astype(float), wrong)
 
     def close(self) -> None:
         self._host.close()
@@ -143,7 +163,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Scored:
-    """A model on eval and test rows, eval rows first."""
+    """A model on n held rows."""
 
     losses: np.ndarray
     """float64[n]: each row's mean loss."""
@@ -151,23 +171,20 @@ class Scored:
     """float64[n]: what weighs it."""
     wrong: np.ndarray | None
     """float64[n]: 1 for a wrong class, 0 for the right one."""
-    num_eval: int
 
-    def against(self, reference: Scored, rows: slice, seed: int, *, by_answer: bool = False) -> Comparison:
+    def against(self, reference: Scored, rows: Sequence[int], seed: int, *, by_answer: bool = False) -> Comparison:
         """As a run compares two models."""
+        chosen = list(rows)
         if by_answer:
             assert self.wrong is not None
             assert reference.wrong is not None
-            return paired_comparison(self.wrong[rows], reference.wrong[rows], None, seed, unit="accuracy")
-        return paired_comparison(self.losses[rows], reference.losses[rows], self.tokens[rows], seed)
+            return paired_comparison(self.wrong[chosen], reference.wrong[chosen], None, seed, unit="accuracy")
+        return paired_comparison(self.losses[chosen], reference.losses[chosen], self.tokens[chosen], seed)
 
-    def test(self, count: int, skip: int = 0) -> slice:
-        """So many test rows."""
-        return slice(self.num_eval + skip, self.num_eval + skip + count)
-
-    def record(self, number: int, point: Point | None, rows: slice) -> TrialRecord:
+    def record(self, number: int, point: Point | None, rows: Sequence[int]) -> TrialRecord:
         """As a search has it that scores its trials on these rows."""
-        loss = float(np.average(self.losses[rows], weights=self.tokens[rows]))
+        chosen = list(rows)
+        loss = float(np.average(self.losses[chosen], weights=self.tokens[chosen]))
         rung = RungRecord(step=1, tokens=1, metric=loss, score=score(loss, False, None, math.inf))
         return TrialRecord(
             trial_id=f"t{number:03d}" if point else "none",
