@@ -53,7 +53,7 @@ def gains(transfer: TransferReport) -> Html:
     if shown:
         caption = (
             f"Paired per-example differences on the test set, which {_reads(transfer)}, on the bundle. Bars are 95% intervals. "
-            "Gain over the base is mostly style; only gain over shuffled answers, where that control ran, is the task."
+            "Gain over the base may be style alone; only gain over shuffled answers, where that control ran, is the task."
         )
         parts.append(html.picture(figures.gains(shown), caption, data))
     elif rows:

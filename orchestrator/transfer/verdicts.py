@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from orchestrator.transfer.comparison import Comparison
@@ -11,6 +12,7 @@ from orchestrator.values import Value
 SMALLEST_GAIN = 0.01
 """A gain that matters: a hundredth of a nat per token, one point of an accuracy. Where the interval holds zero,
 it parts `no gain` (a gain that matters is excluded) from `inconclusive` (it is not)."""
+MOST_DIGITS = 5
 _WORST_FIRST: tuple[VerdictKind, ...] = ("negative", "no gain", "inconclusive", "positive")
 _NAMES: dict[Control, str] = {
     "none": "the base",
@@ -62,16 +64,49 @@ def _kind(comparison: Comparison) -> VerdictKind:
 
 def _sentence(comparisons: Mapping[Control, Comparison]) -> str:
     """`2.09 ± 0.05 nats better than the base, 1.27 ± 0.04 better than head, on 180 test examples`."""
+    base = comparisons["none"]
+    task = _task(base, comparisons["shuffled"]) if "shuffled" in comparisons else ""
     parts: list[str] = []
     for against, comparison in comparisons.items():
-        scale, unit, digits = _unit(comparison.unit)
-        margin = max(comparison.high - comparison.mean, comparison.mean - comparison.low) * scale
-        figure = f"{abs(comparison.mean) * scale:.{digits}f} ± {margin:.{digits}f}"
-        named = "" if parts else f" {unit}"
-        parts.append(f"{figure}{named} {'better' if comparison.mean >= 0 else 'worse'} than {_NAMES[against]}")
-    num_examples = next(iter(comparisons.values())).num_examples
-    few = "; too few for an interval" if any(c.low == float("-inf") for c in comparisons.values()) else ""
-    return f"{', '.join(parts)}, on {num_examples} test example{'s' if num_examples != 1 else ''}{few}"
+        if against == "shuffled" and task:
+            continue
+        unit = "" if parts else f" {_unit(comparison.unit)[1]}"
+        side = "better" if comparison.mean > 0 else "worse" if comparison.mean < 0 else "better or worse"
+        parts.append(f"{_figure(comparison)}{unit} {side} than {_NAMES[against]}")
+    few = "; too few for an interval" if any(not math.isfinite(_margin(c)) for c in comparisons.values()) else ""
+    plural = "s" if base.num_examples != 1 else ""
+    return f"{', '.join(parts)}, on {base.num_examples} test example{plural}{few}{task}"
+
+
+def _task(gain: Comparison, over_shuffled: Comparison) -> str:
+    """What of a gain over the base is the task, and what answers to other prompts bring too; nothing where there is no gain."""
+    if gain.low <= 0 or not math.isfinite(_margin(over_shuffled)):
+        return ""
+    scale, unit, digits = _unit(gain.unit)
+    told, figure = f"the gain of {gain.mean * scale:.{digits}f} {unit}", _figure(over_shuffled)
+    if over_shuffled.high < 0:
+        return f"; of {told}, nothing is the task: shuffled answers bring {figure} more"
+    if over_shuffled.low <= 0:
+        return f"; of {told}, nothing that the data can tell is the task: shuffled answers bring as much ({figure} apart)"
+    if over_shuffled.mean < gain.mean:
+        return f"; of {told}, {figure} is the task; shuffled answers bring the rest"
+    return f"; all of {told} is the task: shuffled answers, {figure} behind, bring none of it"
+
+
+def _figure(comparison: Comparison) -> str:
+    """`2.09 ± 0.05`, without its sign; with as many decimals as show the margin, and without it where there is none."""
+    scale, _, digits = _unit(comparison.unit)
+    mean, margin = abs(comparison.mean) * scale, _margin(comparison) * scale
+    if not math.isfinite(margin):
+        return f"{mean:.{digits}f}"
+    if margin > 0:
+        digits = max(digits, min(MOST_DIGITS, math.ceil(-math.log10(margin))))
+    return f"{mean:.{digits}f} ± {margin:.{digits}f}"
+
+
+def _margin(comparison: Comparison) -> float:
+    """The longer side of the interval."""
+    return max(comparison.high - comparison.mean, comparison.mean - comparison.low)
 
 
 def _unit(unit: str) -> tuple[float, str, int]:
