@@ -197,7 +197,7 @@ class Assignment(Value):
     @property
     def measures(self) -> bool:
         """Whether it is no trial: nothing of it stands in the record of trials."""
-        return self.probe is not None or self.compiling is not None
+        return self.probe is not None or self.shift is not None or self.compiling is not None
 
 
 class TrialOption(Value):
