@@ -25,9 +25,10 @@ def more_data(sweep: SweepResult) -> Html:
     trained = ", ".join(map(str, found.counts[:-1]))
     caption = (
         f"The promoted trial ({found.trial_id}) once more on {trained} of the {found.counts[-1]} training documents, for as many "
-        f"epochs and so for fewer steps; and the power law nearest to the losses on the eval set, {_law(found)}. The interval is "
-        "of the gain, over the eval set's documents. What is not in it: that other training documents would have trained other "
-        "models, and that the law may not hold beyond what was measured."
+        f"epochs and so for fewer steps; and the power law nearest to the losses on the eval set, {_law(found)}. More data is more "
+        "steps too: a part of what it brings, more epochs may bring. The interval is of the gain, over the eval set's documents. "
+        "What is not in it: that other training documents would have trained other models, and that the law may not hold beyond "
+        "what was measured."
     )
     rows = [
         [count, "all" if count == found.counts[-1] else "trained on", number(loss), number(found.law.at(count)), ""]
@@ -36,14 +37,16 @@ def more_data(sweep: SweepResult) -> Html:
     rows.append([found.ahead_count, "followed to", "", number(found.ahead_loss), f"{number(found.low)} to {number(found.high)}"])
     table = html.table(["documents", "", "eval loss", "law", "95% interval"], rows, numeric=(0, 2, 3, 4))
     sentence = found.sentence
-    return html.join([html.paragraph(f"{sentence[:1].upper()}{sentence[1:]}."), html.picture(_drawn(found), caption, table)])
+    unit = "nats per document" if sweep.task == "classify" else "nats per token"
+    picture = html.picture(_drawn(found, unit), caption, table)
+    return html.join([html.paragraph(f"{sentence[:1].upper()}{sentence[1:]}."), picture])
 
 
 def _law(found: LearningCurve) -> str:
     return f"loss = {found.law.floor:.3f} + {found.law.scale:.3g} / documents^{found.law.power:.2g}"
 
 
-def _drawn(found: LearningCurve) -> str:
+def _drawn(found: LearningCurve, unit: str) -> str:
     def paint(figure: Figure) -> None:
         axis = figure.subplots()
         first, last, ahead = found.counts[0], found.counts[-1], found.ahead_count
@@ -60,7 +63,7 @@ def _drawn(found: LearningCurve) -> str:
         axis.xaxis.set_minor_locator(NullLocator())
         axis.set_xticklabels([str(count) for count in (*found.counts, ahead)])
         axis.set_xlabel("training documents")
-        axis.set_ylabel("eval loss, nats per token")
+        axis.set_ylabel(f"eval loss, {unit}")
         axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
 
     return figures.draw("learning-curve", (9.2, 3.6), paint, "eval loss over training documents")
