@@ -22,6 +22,7 @@ from orchestrator.data.encoding import load_tokenizer
 from orchestrator.data.prepare import data_size, prepare_data
 from orchestrator.data.replay import replayed_documents
 from orchestrator.data.sets import TokenizedSet, build_set, joined, shuffled
+from orchestrator.data.shares import documents_of_share, size_of_share
 from orchestrator.data.shots import with_shots
 from orchestrator.data.summary import DataSummary, Dropped, SplitSummary
 
@@ -34,6 +35,7 @@ __all__ = [
     "TokenizedSet",
     "build_set",
     "data_size",
+    "documents_of_share",
     "documents_of_steps",
     "joined",
     "load_tokenizer",
@@ -42,5 +44,6 @@ __all__ = [
     "prepare_data",
     "replayed_documents",
     "shuffled",
+    "size_of_share",
     "with_shots",
 ]

@@ -12,6 +12,7 @@ REPLAY = 0x4E9
 FISHER = 0xF15
 SHOTS = 0x5407
 FEATURES = 0xFEA7
+SHARES = 0x5A4E
 """Salts, so that choices of one seed do not follow one another."""
 
 

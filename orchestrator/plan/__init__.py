@@ -18,6 +18,8 @@ from orchestrator.plan.size import estimate_data_size
 from orchestrator.plan.steps import rung_steps
 from orchestrator.plan.trials import (
     compile_trial,
+    curve_trial,
+    curve_trial_id,
     head_control,
     late_control_id,
     make_assignment,
@@ -32,6 +34,8 @@ from orchestrator.plan.view import plan_lines
 
 __all__ = [
     "compile_trial",
+    "curve_trial",
+    "curve_trial_id",
     "estimate_data_size",
     "grid_points",
     "head_control",

@@ -21,6 +21,7 @@ from orchestrator.plan.arrange import (
 from orchestrator.plan.compiling import with_compiling
 from orchestrator.plan.controls import head_warnings, with_scratch
 from orchestrator.plan.cost import estimate as cost
+from orchestrator.plan.curve import curve_shares
 from orchestrator.plan.estimates import MemoryEstimate
 from orchestrator.plan.fusing import most_fused
 from orchestrator.plan.grouping import concurrent_trials
@@ -259,6 +260,7 @@ def _search_plan(
         concurrent_trials=concurrent_trials(search.num_trials, gangs.num_gangs, max_fused),
         max_fused=max_fused,
         controls=search.controls,
+        curve_shares=curve_shares(data.train_documents) if search.learning_curve else (),
         points=planned_points(spec, anatomy, data.num_classes),
     )
 

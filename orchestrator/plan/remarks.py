@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 from orchestrator.anatomy.values import ModelAnatomy
+from orchestrator.plan.curve import too_few_documents
 from orchestrator.plan.estimates import Rate
 from orchestrator.plan.memory.estimate import RESIDENT_SHARE
 from orchestrator.plan.placement import Machines, idle_gpus
@@ -110,6 +111,8 @@ def _warnings(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDes
         )
     if found.device == "cuda" and idle_gpus(cluster):
         yield f"{idle_gpus(cluster)} of {cluster.num_gpus} GPUs stay idle: their nodes have too few CPUs for a rank on each"
+    if plan.search is not None and spec.search is not None and spec.search.learning_curve and not plan.search.curve_shares:
+        yield too_few_documents(plan.data.train_documents)
     if spec.task == "classify" and spec.data.retain is not None:
         yield ("data.retain is not used: a classifier has no output projection left to measure forgetting with; leave it out")
     if sum(node.count for node in found.nodes) > 1:

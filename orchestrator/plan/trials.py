@@ -26,7 +26,7 @@ from orchestrator.spec import learning_rate_range
 from orchestrator.spec.models import JobSpec, SearchSpec
 from orchestrator.values import content_hash
 
-CONTROL_NUMBERS = {"none": -4, "head": -3, "shuffled": -2, "scratch": -1}
+CONTROL_NUMBERS = {"none": -5, "head": -4, "shuffled": -3, "scratch": -2, "curve": -1}
 """Controls stand before the searched trials, which count from 0."""
 PROBE = "probe"
 """The name of the work that scores the blocks. It is the untouched base's, and no trial: nothing of it is in the ledger."""
@@ -119,6 +119,30 @@ def scratch_control(plan: RunPlan, anatomy: ModelAnatomy, spec: JobSpec, winner:
     _, high = learning_rate_range(spec.search or SearchSpec(), "full")
     trial = _control(plan, "scratch", selection, high, winner.seed)
     return trial.model_copy(update={"trial_id": late_control_id("scratch", winner.trial_id)}), selection
+
+
+def curve_trial(winner: TrialSpec, share: float, total_steps: int, target_tokens: int) -> TrialSpec:
+    """The winner once more, to be trained on a share of the training documents for a schedule of its own: a point of the
+    learning curve.
+
+    Args:
+        total_steps: Of as many epochs as the winner's, over the share.
+        target_tokens: Likewise, without what is replayed.
+    """
+    update = {
+        "trial_id": curve_trial_id(share, winner.trial_id),
+        "number": CONTROL_NUMBERS["curve"],
+        "control": "curve",
+        "share": share,
+        "total_steps": total_steps,
+        "total_tokens": winner.remedies.total_tokens(target_tokens),
+    }
+    return winner.model_copy(update=update)
+
+
+def curve_trial_id(share: float, winner_id: str) -> str:
+    """As `late_control_id`."""
+    return f"curve-{share:g}-{winner_id}"
 
 
 def late_control_id(name: Literal["shuffled", "scratch"], winner_id: str) -> str:

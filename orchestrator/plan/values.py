@@ -79,7 +79,9 @@ class TrialSpec(Value):
 
     trial_id: str
     number: int
-    control: Literal["none", "head", "shuffled", "scratch"] | None = None
+    control: Literal["none", "head", "shuffled", "scratch", "curve"] | None = None
+    share: float = 1.0
+    """Of the training documents, what it learns from; below 1 for points of the learning curve."""
     layers: str
     tune: Tune
     learning_rate: float
@@ -241,6 +243,8 @@ class SearchPlan(Value):
     """How many trials may share a batch at most; the gang measures how many pay."""
     controls: tuple[Literal["shuffled", "scratch", "k_shot"], ...] = ()
     """Asked for beside those that every sweep has."""
+    curve_shares: tuple[float, ...] = ()
+    """Of the training documents, on which the winner is trained once more for the learning curve; empty without one."""
     prior: Literal["none", "near", "far", "few"] = "none"
     """What the domain shift advises to try first, once it was measured."""
     points: tuple[PlannedPoint, ...] = ()

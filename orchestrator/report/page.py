@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from orchestrator.report import evidence, html, layers, sections, shift, timeline
+from orchestrator.report import curve, evidence, html, layers, sections, shift, timeline
 from orchestrator.report.html import Html
 from orchestrator.report.reading import RunRecords, read_run
 from orchestrator.store import write_atomic
@@ -58,6 +58,8 @@ def _sections(run: RunRecords) -> list[tuple[str, Html]]:
         if run.domain_shift is not None:
             found.append(("Domain shift", shift.domain_shift(run, run.domain_shift)))
         found.append(("Target against retention", sections.trade_off(sweep)))
+        if sweep.learning_curve is not None or sweep.no_learning_curve:
+            found.append(("Would more data help?", curve.more_data(sweep)))
     if transfer is not None:
         found.append(("Prompts, before and after", evidence.prompts(transfer)))
         found.append(("Bundle", evidence.bundle(run, transfer)))

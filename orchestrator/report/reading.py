@@ -162,7 +162,7 @@ def _sweep_so_far(folder: Path, plan: RunPlan | None, spec_text: str, gaps: list
     trials: list[TrialRecord] = []
     for trial_folder in _folders(folder / "trials"):
         trial = _trial(trial_folder / "trial.json", gaps)
-        if trial is None:
+        if trial is None or trial.control == "curve":
             continue
         end = _object(trial_folder / "end.json", gaps)
         option = options.get((trial.layers, trial.method))
@@ -217,6 +217,7 @@ def _trial_record(
         trial_id=trial.trial_id,
         number=trial.number,
         control=trial.control,
+        share=trial.share,
         layers=trial.layers,
         tune=trial.tune,
         lora_rank=trial.lora_rank,

@@ -30,6 +30,8 @@ def final_screen(sweep: SweepResult, transfer: TransferReport) -> str:
         lines += _entry("ended", sweep.ended_by_hours)
     if answered := _answered(transfer):
         lines += _entry("answers", answered)
+    if sweep.learning_curve is not None:
+        lines += _entry("more data", sweep.learning_curve.sentence)
     if again := reads_sentence(transfer.test_set_reads):
         lines += _entry("note", again)
     if transfer.prompts:

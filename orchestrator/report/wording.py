@@ -23,6 +23,7 @@ CONTROL_NAMES = {
     "shuffled": "shuffled answers",
     "scratch": "random weights",
     "k_shot": "examples in the prompt",
+    "curve": "a share of the data",
 }
 PERCENT = ("accuracy", "macro_f1", "exact_match")
 

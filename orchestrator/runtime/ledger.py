@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from orchestrator.plan.results import RungResult
 from orchestrator.plan.values import TrialSpec
 from orchestrator.store import commit_folder, read_json, write_json
@@ -85,6 +87,14 @@ class Ledger:
             end = TrialEnd(state=state, reason=reason, for_want_of_hours=for_want_of_hours)
             write_json(self.folder(trial_id) / END, end)
             self._entries[trial_id] = entry.model_copy(update={"end": end})
+
+    def document_losses(self, result: RungResult) -> tuple[np.ndarray, np.ndarray] | None:
+        """(mean loss, supervised tokens) of every eval document, as a rung left them; None where it did not."""
+        file = (Path(result.checkpoint) if result.checkpoint else self.folder(result.trial_id)) / "eval.npz"
+        if not file.exists():
+            return None
+        with np.load(file, allow_pickle=False) as arrays:
+            return arrays["loss_sums"] / arrays["num_tokens"], arrays["num_tokens"].astype(float)
 
     def lift_bounds(self) -> list[str]:
         """There are hours again: trials that were stopped for want of them are interrupted ones now. Their ids."""

@@ -11,14 +11,15 @@ from typing import Literal
 import numpy as np
 
 from orchestrator.plan import late_control_id
-from orchestrator.plan.results import RungResult
 from orchestrator.runtime.assignments import GangFigures
+from orchestrator.runtime.curve import curve_ids, curve_of
 from orchestrator.runtime.hours import HoursState, read_hours
-from orchestrator.runtime.ledger import Ledger, TrialEntry
+from orchestrator.runtime.ledger import Ledger
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.runtime.records import trial_records
 from orchestrator.store import read_json, write_json
 from orchestrator.transfer import Comparison, Promotion, paired_comparison, pareto_front, promote
+from orchestrator.transfer.learning_curve import LearningCurve
 from orchestrator.transfer.records import SweepResult, TransferReport, TrialRecord
 
 LateControl = Literal["shuffled", "scratch"]
@@ -84,7 +85,9 @@ def summarise(
         late = {late_control_id(name, winner.trial.trial_id): name for name in LATE}
     searched = [trial for trial in trials if trial.control is None and trial.metric is not None]
     front = pareto_front([(_target(trial, scoring.higher_is_better), trial.forgetting or 0.0) for trial in searched])
-    ended_by_hours = _ended_by_hours(prepared, ledger, hours, late)
+    curve = curve_of(prepared, ledger, winner)
+    points = curve_ids(prepared, winner) if winner is not None else []
+    ended_by_hours = _ended_by_hours(prepared, ledger, hours, late, points)
     result = SweepResult(
         name=prepared.spec.name,
         job="sweep" if prepared.plan.search is not None else "finetune",
@@ -92,7 +95,9 @@ def summarise(
         metric=scoring.metric,
         higher_is_better=scoring.higher_is_better,
         max_forgetting=scoring.max_forgetting,
-        trials=tuple(trial for trial in trials if trial.control not in LATE or trial.trial_id in late),
+        trials=tuple(
+            trial for trial in trials if trial.control != "curve" and (trial.control not in LATE or trial.trial_id in late)
+        ),
         winner_id=promotion.trial_id,
         promotion_reason=promotion.reason,
         advice=((MORE_HOURS,) if ended_by_hours else ()) + promotion.advice,
@@ -109,16 +114,21 @@ def summarise(
         gpu_hours_used=hours.used if hours is not None else 0.0,
         max_gpu_hours=prepared.spec.resources.max_gpu_hours,
         ended_by_hours=ended_by_hours,
+        learning_curve=curve if isinstance(curve, LearningCurve) else None,
+        no_learning_curve=curve if isinstance(curve, str) else "",
     )
     write_json(prepared.run.sweep, result)
     return result
 
 
-def _ended_by_hours(prepared: Prepared, ledger: Ledger, hours: HoursState | None, late: Mapping[str, LateControl]) -> str:
+def _ended_by_hours(
+    prepared: Prepared, ledger: Ledger, hours: HoursState | None, late: Mapping[str, LateControl], points: Sequence[str]
+) -> str:
     """How far the search came where the bound held a trial or a control back; nothing where it did not.
 
     Args:
         late: The controls of the promoted trial, by their ids.
+        points: Ids of the trials of its learning curve.
     """
     search = prepared.spec.search
     if hours is None or not hours.spent or prepared.plan.search is None or search is None:
@@ -129,10 +139,17 @@ def _ended_by_hours(prepared: Prepared, ledger: Ledger, hours: HoursState | None
         return f"the search was ended after {done} of {asked} trials: {hours.spent}"
     planned = {*search.controls} - ({"scratch"} if prepared.plan.scratch_memory is None else set())
     wanted = {"head": "head", **{name: trial_id for trial_id, name in late.items() if name in planned}}
-    missing = [name for name, trial_id in wanted.items() if (entry := ledger.get(trial_id)) is None or not entry.ended_for_good]
+    controls = [name for name, trial_id in wanted.items() if _is_missing(ledger, trial_id)]
+    missing = [f"the control {' and '.join(controls)}"] if controls else []
+    missing += ["the learning curve"] if any(_is_missing(ledger, trial_id) for trial_id in points) else []
     if not missing:
         return ""
-    return f"all {asked} trials were searched, but for want of hours not the control {' and '.join(missing)}: {hours.spent}"
+    return f"all {asked} trials were searched, but for want of hours not {' and '.join(missing)}: {hours.spent}"
+
+
+def _is_missing(ledger: Ledger, trial_id: str) -> bool:
+    entry = ledger.get(trial_id)
+    return entry is None or not entry.ended_for_good
 
 
 def decide(prepared: Prepared, ledger: Ledger, trials: Sequence[TrialRecord]) -> Promotion:
@@ -153,27 +170,17 @@ def _eval_comparisons(prepared: Prepared, ledger: Ledger) -> dict[str, Compariso
     none = ledger.get("none")
     if prepared.scoring.metric != "loss" or none is None or not none.results:
         return {}
-    base = _document_losses(ledger, none, none.results[-1])
+    base = ledger.document_losses(none.results[-1])
     compared: dict[str, Comparison] = {}
     for entry in ledger.entries():
         result = entry.results[-1] if entry.results else None
         if base is None or result is None or result.state != "done" or entry is none:
             continue
-        own = _document_losses(ledger, entry, result)
+        own = ledger.document_losses(result)
         if own is not None and np.isfinite(own[0]).all():
             seed = prepared.spec.train.seed
             compared[entry.trial.trial_id] = paired_comparison(own[0], base[0], base[1], seed, num_resamples=2000)
     return compared
-
-
-def _document_losses(ledger: Ledger, entry: TrialEntry, result: RungResult) -> tuple[np.ndarray, np.ndarray] | None:
-    """(mean loss, supervised tokens) of every eval document."""
-    folder = Path(result.checkpoint) if result.checkpoint else ledger.folder(entry.trial.trial_id)
-    file = folder / "eval.npz"
-    if not file.exists():
-        return None
-    with np.load(file, allow_pickle=False) as arrays:
-        return arrays["loss_sums"] / arrays["num_tokens"], arrays["num_tokens"].astype(float)
 
 
 def _target(trial: TrialRecord, higher_is_better: bool) -> float:

@@ -29,6 +29,7 @@ def trial_record(entry: TrialEntry, scoring: Scoring, base: RungResult | None) -
         trial_id=trial.trial_id,
         number=trial.number,
         control=trial.control,
+        share=trial.share,
         layers=trial.layers,
         tune=trial.tune,
         lora_rank=trial.lora_rank,

@@ -20,13 +20,14 @@ from orchestrator.runtime.assignments import Answer, Orders
 from orchestrator.runtime.budget import selection_of
 from orchestrator.runtime.cluster import fetch
 from orchestrator.runtime.compiling import compiled_where_it_pays
+from orchestrator.runtime.curve import curve_trials
 from orchestrator.runtime.domain import advised_by_shift
 from orchestrator.runtime.exchange import Exchange
 from orchestrator.runtime.finish import finish
 from orchestrator.runtime.hours import may_go_on, read_hours
 from orchestrator.runtime.joining import joins
 from orchestrator.runtime.ledger import Ledger
-from orchestrator.runtime.outcome import RunOutcome, read_outcome, read_sweep, summarise, write_outcome
+from orchestrator.runtime.outcome import LATE, RunOutcome, read_outcome, read_sweep, summarise, write_outcome
 from orchestrator.runtime.prepare import Prepared, open_run, prepare
 from orchestrator.runtime.probing import scored_in_a_gang
 from orchestrator.runtime.search import run_search
@@ -118,17 +119,30 @@ def _search(prepared: Prepared, view: RunView, started_at: float) -> tuple[Prepa
         _wait(exchange, "head", head)
         figures, hours = fetch(exchange.figures.remote()), fetch(exchange.hours.remote())
         sweep = summarise(prepared, Ledger(prepared.run.trials), figures, started_at, earlier, hours)
-        if sweep.winner_id is not None and {"shuffled", "scratch"} & set(spec.search.controls):
-            if "shuffled" in spec.search.controls:
-                _run_shuffled(prepared, exchange, sweep.winner_id, view)
-            if "scratch" in spec.search.controls and plan.scratch_memory is not None:
-                _run_scratch(prepared, exchange, sweep.winner_id, view)
+        if sweep.winner_id is not None and (set(LATE) & set(spec.search.controls) or plan.search.curve_shares):
+            _run_beside(prepared, exchange, sweep.winner_id, view)
             hours = fetch(exchange.hours.remote())
             sweep = summarise(prepared, Ledger(prepared.run.trials), figures, started_at, earlier, hours)
+        if sweep.learning_curve is not None:
+            _tell(prepared, view, "learning_curve", sweep.learning_curve.sentence)
+        if sweep.no_learning_curve:
+            _tell(prepared, view, "learning_curve_left_out", sweep.no_learning_curve)
         if sweep.ended_by_hours:
-            view.event("ended_by_hours", sweep.ended_by_hours)
-            prepared.run.event("ended_by_hours", message=sweep.ended_by_hours)
+            _tell(prepared, view, "ended_by_hours", sweep.ended_by_hours)
     return prepared, sweep
+
+
+def _run_beside(prepared: Prepared, exchange: Any, winner_id: str, view: RunView) -> None:
+    """What is trained once the winner is known: the controls that repeat it, and its learning curve."""
+    search, plan = prepared.spec.search, prepared.plan
+    assert search is not None
+    assert plan.search is not None
+    if "shuffled" in search.controls:
+        _run_shuffled(prepared, exchange, winner_id, view)
+    if "scratch" in search.controls and plan.scratch_memory is not None:
+        _run_scratch(prepared, exchange, winner_id, view)
+    if plan.search.curve_shares:
+        _run_curve(prepared, exchange, winner_id, view)
 
 
 def _run_shuffled(prepared: Prepared, exchange: Any, winner_id: str, view: RunView) -> None:
@@ -150,8 +164,23 @@ def _run_late(prepared: Prepared, exchange: Any, trial: TrialSpec, selection: La
     call = _advance(exchange, trial, selection, stop_step=trial.total_steps)
     answer = _wait(exchange, trial.trial_id, call)
     if answer.state == "stopped":
-        view.event("control_left_out", f"{trial.trial_id}: {answer.reason}")
-        prepared.run.event("control_left_out", message=f"{trial.trial_id}: {answer.reason}")
+        _tell(prepared, view, "control_left_out", f"{trial.trial_id}: {answer.reason}")
+
+
+def _run_curve(prepared: Prepared, exchange: Any, winner_id: str, view: RunView) -> None:
+    """Train the promoted trial on shares of its data, as many at once as there are gangs; the ledger knows what came of it."""
+    winner = Ledger(prepared.run.trials).get(winner_id)
+    assert winner is not None
+    trials, selection = curve_trials(prepared, winner), selection_of(prepared, winner)
+    view.phase("learning curve", f"{winner_id} on {len(trials)} shares of the data")
+    calls = [(trial.trial_id, _advance(exchange, trial, selection, stop_step=trial.total_steps)) for trial in trials]
+    for trial_id, call in calls:
+        _wait(exchange, trial_id, call)
+
+
+def _tell(prepared: Prepared, view: RunView, kind: str, message: str) -> None:
+    view.event(kind, message)
+    prepared.run.event(kind, message=message)
 
 
 @contextmanager

@@ -182,6 +182,8 @@ class SearchSpec(Section):
     """Controls beyond `none` and `head`, which always run."""
     shots: PositiveInt = 4
     """Examples that the control `k_shot` puts before each test document, as many as the base can read."""
+    learning_curve: bool = False
+    """Whether the promoted trial is trained on shares of the data too, to tell whether more data would help."""
 
     @property
     def num_trials(self) -> int:

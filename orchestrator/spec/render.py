@@ -25,6 +25,8 @@ def spec_sha256(spec: JobSpec, job: Job) -> str:
         del values["search"]["trials"]
         if not values["search"]["points"]:
             del values["search"]["points"]  # so that runs begun before there were points keep their identity
+        if not values["search"]["learning_curve"]:
+            del values["search"]["learning_curve"]  # likewise
     return content_hash({"job": job, **values})
 
 

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
-from orchestrator.data import TokenizedSet, shuffled
+import numpy as np
+
+from orchestrator.data import TokenizedSet, documents_of_share, shuffled
 from orchestrator.plan.values import Assignment
 from orchestrator.train.batches import StepPlan
 from orchestrator.train.trunk.library import TrunkLibrary
-from orchestrator.train.trunk.states import TrunkStates, joined_states
+from orchestrator.train.trunk.states import TrunkStates, chosen_states, joined_states
 
 
 @dataclass(frozen=True)
@@ -22,10 +24,19 @@ class LearnedSets:
     trunk: TrunkLibrary
 
     @cached_property
+    def chosen(self) -> np.ndarray | None:
+        """The training documents that it learns from, where they are a share; None where they are all."""
+        trial = self.assignment.trial
+        if trial.share == 1.0:
+            return None
+        return documents_of_share(self.load_set(self.assignment.data.train), trial.share, trial.seed)
+
+    @cached_property
     def steps(self) -> StepPlan:
         trial, paths = self.assignment.trial, self.assignment.data
         read = self.load_set(paths.train)
         target = shuffled(read, trial.seed) if trial.control == "shuffled" else read
+        target = target if self.chosen is None else target.select(self.chosen)
         replayed = self.load_set(paths.replay) if paths.replay is not None else None
         return StepPlan.of(target, replayed, self.assignment.settings.tokens_per_step, trial.seed, trial.remedies.replay)
 
@@ -37,6 +48,8 @@ class LearnedSets:
             return None
         cut, paths = assignment.selection.cut, assignment.data
         target = self.trunk.states(paths.train, cut)
+        if target is not None and self.chosen is not None:
+            target = chosen_states(target, self.chosen)
         if not assignment.trial.remedies.replay or paths.replay is None:
             return target
         replayed = self.trunk.states(paths.replay, cut)

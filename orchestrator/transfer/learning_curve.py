@@ -10,9 +10,7 @@ from numpy.typing import NDArray
 from orchestrator.values import Value
 
 Floats = NDArray[np.float64]
-SHARES = (0.125, 0.25, 0.5, 1.0)
-"""Of the training data, at which a curve is measured."""
-AHEAD = 2.0
+AHEAD = 2
 """How many times the data there is the curve is followed to."""
 POWERS = np.linspace(0.05, 1.5, 59)
 """Exponents that are tried. Published ones lie between 0.05 and 0.7 (Hestness et al. 2017, "Deep learning scaling is
@@ -33,10 +31,11 @@ class PowerLaw(Value):
 
 
 class LearningCurve(Value):
-    """A promoted trial trained on growing shares."""
+    """The promoted trial, trained on growing shares."""
 
+    trial_id: str
     counts: tuple[int, ...]
-    """Training documents, ascending."""
+    """Training documents, ascending; the last are all there are."""
     losses: tuple[float, ...]
     """On the eval set, nats per token."""
     law: PowerLaw
@@ -45,7 +44,7 @@ class LearningCurve(Value):
     ahead_loss: float
     """What the law says there."""
     low: float
-    """Lower end of the 95% interval of `ahead_loss`, over the documents of the eval set."""
+    """Lower end of the 95% interval of `ahead_loss`, beside the loss on all documents as it was measured."""
     high: float
 
     @property
@@ -53,39 +52,53 @@ class LearningCurve(Value):
         """Nats per token that AHEAD times the data would bring, by the law."""
         return self.losses[-1] - self.ahead_loss
 
+    @property
+    def sentence(self) -> str:
+        """Whether more data would help, with its figures."""
+        there = f"twice the data ({self.ahead_count} documents)"
+        now, reached = f"{self.losses[-1]:.3f}", f"about {self.ahead_loss:.3f} (95%: {self.low:.3f} to {self.high:.3f})"
+        if self.high < self.losses[-1]:
+            return f"{there} would bring the loss from {now} to {reached}"
+        if self.gain <= 0:
+            return f"no gain is to be expected of more data: the loss is {now}, and with {there} it would be {reached}"
+        return f"whether more data would help cannot be told: the loss is {now}, and with {there} it would be {reached}"
+
 
 def fit_power_law(counts: Floats, losses: Floats) -> PowerLaw:
     """Least squares over floor >= 0, scale >= 0 and POWERS.
 
     Args:
         counts: float[k], at least three different numbers above 0.
-        losses: float[k].
+        losses: float[k], none below 0.
     """
-    best: tuple[float, PowerLaw] | None = None
-    for power in POWERS:
-        floor, scale = _line(counts**-power, losses)
-        error = float(np.square(floor + scale * counts**-power - losses).sum())
-        if best is None or error < best[0] - 1e-15:
-            best = error, PowerLaw(floor=floor, scale=scale, power=float(power))
-    assert best is not None
-    return best[1]
+    floor, scale, power = (float(values[0]) for values in _fit(counts, losses[None]))
+    return PowerLaw(floor=floor, scale=scale, power=power)
 
 
-def _line(x: Floats, y: Floats) -> tuple[float, float]:
-    """(floor, scale), both at least 0, of the nearest floor + scale x."""
-    spread = x - x.mean()
-    scale = float(spread @ (y - y.mean()) / (spread @ spread))
-    floor = float(y.mean() - scale * x.mean())
-    if scale < 0:
-        return max(0.0, float(y.mean())), 0.0
-    return (floor, scale) if floor >= 0 else (0.0, max(0.0, float(x @ y / (x @ x))))
+def _fit(counts: Floats, losses: Floats) -> tuple[Floats, Floats, Floats]:
+    """(floor, scale, power), float[R] each, for losses float[R, k]: the nearest line in n^-power, for the best of POWERS."""
+    x = counts ** -POWERS[:, None]
+    mean_x, mean_y = x.mean(axis=1), losses.mean(axis=1, keepdims=True)
+    spread = x - mean_x[:, None]
+    slope = (losses - mean_y) @ spread.T / np.square(spread).sum(axis=1)  # [R, P]
+    falling = slope > 0
+    through_zero = mean_y < slope * mean_x
+    slope_at_zero: Floats = losses @ x.T / np.square(x).sum(axis=1)
+    scale = np.where(falling, np.where(through_zero, slope_at_zero, slope), 0.0)
+    floor = np.where(falling & through_zero, 0.0, mean_y - scale * mean_x)
+    errors = np.square(floor[..., None] + scale[..., None] * x - losses[:, None, :]).sum(axis=2)
+    each, best = np.arange(len(losses)), errors.argmin(axis=1)
+    return floor[each, best], scale[each, best], POWERS[best]
 
 
-def learning_curve(counts: Sequence[int], document_losses: Sequence[Floats], weights: Floats, seed: int) -> LearningCurve:
-    """The curve through the models' losses on one eval set, and where AHEAD times the data would bring it.
+def learning_curve(
+    trial_id: str, counts: Sequence[int], document_losses: Sequence[Floats], weights: Floats, seed: int
+) -> LearningCurve:
+    """The curve through a trial's losses on one eval set, and where AHEAD times the data would bring it.
 
-    The interval comes from drawing the eval set's documents anew, the same ones for every share: it knows how few they are, and
-    not that another draw of the training data would have trained other models.
+    The interval is of the gain beyond the loss on all documents: the eval set's documents are drawn anew, the same ones for
+    every share, so that documents that are hard for all alike do not widen it. It knows how few they are, and not that
+    another draw of the training data would have trained other models.
 
     Args:
         counts: Training documents of each share, ascending.
@@ -98,17 +111,18 @@ def learning_curve(counts: Sequence[int], document_losses: Sequence[Floats], wei
     """
     if len(counts) < 3 or len(counts) != len(document_losses) or any(len(each) != len(weights) for each in document_losses):
         raise ValueError(f"{len(counts)} shares with {[len(each) for each in document_losses]} losses: expected 3 or more, alike")
-    numbers, losses = np.asarray(counts, float), np.stack(document_losses)
-    ahead = round(AHEAD * counts[-1])
-    law = fit_power_law(numbers, losses @ weights / weights.sum())
-    random = np.random.default_rng(seed)
-    drawn = random.integers(0, len(weights), (NUM_RESAMPLES, len(weights)))
-    means = [(losses[:, rows] @ weights[rows]) / weights[rows].sum() for rows in drawn]
-    reached = [fit_power_law(numbers, mean).at(ahead) for mean in means]
-    low, high = np.quantile(reached, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    numbers, weighted = np.asarray(counts, float), np.stack(document_losses) * weights
+    losses, ahead = weighted.sum(axis=1) / weights.sum(), AHEAD * counts[-1]
+    law = fit_power_law(numbers, losses)
+    drawn = np.random.default_rng(seed).integers(0, len(weights), (NUM_RESAMPLES, len(weights)))
+    means = weighted[:, drawn].sum(axis=2).T / weights[drawn].sum(axis=1, keepdims=True)  # [R, k]
+    floor, scale, power = _fit(numbers, means)
+    gains = means[:, -1] - (floor + scale * ahead**-power)
+    low, high = losses[-1] - np.quantile(gains, [(1 + LEVEL) / 2, (1 - LEVEL) / 2])
     return LearningCurve(
+        trial_id=trial_id,
         counts=tuple(counts),
-        losses=tuple(float(loss) for loss in losses @ weights / weights.sum()),
+        losses=tuple(float(loss) for loss in losses),
         law=law,
         ahead_count=ahead,
         ahead_loss=law.at(ahead),

@@ -1,4 +1,4 @@
-"""What the plan said beside what the run measured, as records."""
+"""What the plan said beside what the run measured, and the bundle beside the trained model, as records."""
 
 from __future__ import annotations
 
@@ -39,3 +39,19 @@ class MemoryRow(Value):
     """Trials in which memory ran out."""
     num_failed_for_memory: int = 0
     """Those of them for which nothing smaller was left."""
+
+
+class VerificationFigures(Value):
+    """The bundle against the trained model (law 5). KL divergences are means, nats per token."""
+
+    passed: bool
+    kl_bundle: float
+    """KL(trained || bundle)."""
+    kl_base: float
+    """KL(trained || base)."""
+    limit: float
+    num_prompts: int
+    num_tokens: int = 0
+    seconds: float = 0.0
+    merged_into: str = ""
+    """`dequantized` or `original`: which base the adapter was merged into."""

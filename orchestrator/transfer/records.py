@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from orchestrator.transfer.measured import MemoryRow, PlanAgainstMeasured
+from orchestrator.transfer.learning_curve import LearningCurve
+from orchestrator.transfer.measured import MemoryRow, PlanAgainstMeasured, VerificationFigures
 from orchestrator.values import Value
 
-Control = Literal["none", "head", "shuffled", "scratch", "k_shot"]
+Control = Literal["none", "head", "shuffled", "scratch", "k_shot", "curve"]
 VerdictKind = Literal["positive", "no gain", "negative", "inconclusive"]
 
 
@@ -69,6 +70,8 @@ class TrialRecord(Value):
     trial_id: str
     number: int
     control: Control | None = None
+    share: float = 1.0
+    """Of the training documents, what it learned from."""
     layers: str
     tune: Literal["lora", "full"]
     lora_rank: int | None = None
@@ -124,6 +127,8 @@ class TrialRecord(Value):
         if self.control == "none":
             return "untouched base"
         point = f"{self.layers} · {self.method} · lr {self.learning_rate:.1e}"
+        if self.control == "curve":
+            return f"{self.share:.3g} of the data · {point}"
         return f"{self.control} control · {point}" if self.control else point
 
 
@@ -138,7 +143,7 @@ class SweepResult(Value):
     max_forgetting: float
     """Infinite where there is no bound."""
     trials: tuple[TrialRecord, ...]
-    """Every trial and control by number; controls have `control` set."""
+    """Every trial and control by number; controls have `control` set. Those of the learning curve are left out."""
     winner_id: str | None
     """The promoted trial; None when nothing was worth promoting."""
     promotion_reason: str
@@ -168,6 +173,10 @@ class SweepResult(Value):
     """The bound of the last submission."""
     ended_by_hours: str = ""
     """How far the search came where `max_gpu_hours` ended it; it goes on where that is raised."""
+    learning_curve: LearningCurve | None = None
+    """Of the trial that was promoted by the rule, where it was asked for and measured."""
+    no_learning_curve: str = ""
+    """Why there is none, where it was asked for."""
 
     @property
     def searched(self) -> tuple[TrialRecord, ...]:
@@ -220,22 +229,6 @@ class PromptComparison(Value):
     expected: str = ""
     base_answer: str
     tuned_answer: str
-
-
-class VerificationFigures(Value):
-    """The bundle against the trained model (law 5). KL divergences are means, nats per token."""
-
-    passed: bool
-    kl_bundle: float
-    """KL(trained || bundle)."""
-    kl_base: float
-    """KL(trained || base)."""
-    limit: float
-    num_prompts: int
-    num_tokens: int = 0
-    seconds: float = 0.0
-    merged_into: str = ""
-    """`dequantized` or `original`: which base the adapter was merged into."""
 
 
 class RefitRecord(Value):

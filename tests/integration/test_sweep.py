@@ -279,6 +279,27 @@ def test_more_trials_extend_a_finished_sweep(uninterrupted: Path) -> None:
     assert sweep_of(run) == found
 
 
+def check_curve(run: Path) -> None:
+    """Its points are those of trials on growing shares, which count nowhere else."""
+    sweep, curve = sweep_of(run), sweep_of(run).learning_curve
+    assert curve is not None, sweep.no_learning_curve
+    points = {entry.trial.share: entry for entry in Ledger(run / "trials").entries() if entry.trial.control == "curve"}
+    assert {0.125, 0.25, 0.5} <= set(points) <= {0.125, 0.25, 0.5, 1.0}
+    steps = [points[share].results[-1].step for share in sorted(points)]
+    assert steps == sorted(steps)
+    assert steps[0] < steps[-1], "a share has its part of the steps"
+    assert all(entry.results[-1].step == entry.trial.total_steps for entry in points.values())
+    found = [points[share].results[-1].eval_loss for share in (0.125, 0.25, 0.5)]
+    assert list(curve.losses[:3]) == pytest.approx(found, rel=1e-6)
+    whole = points[1.0].results[-1].eval_loss if 1.0 in points else result_of(run, curve.trial_id).eval_loss
+    assert curve.losses[-1] == pytest.approx(whole, rel=1e-6)
+    assert curve.trial_id == sweep.winner_id
+    assert not any(trial.control == "curve" for trial in sweep.trials)
+    (said,) = events_of(run, "learning_curve")
+    assert said["message"] == curve.sentence
+    assert curve.sentence[1:] in (run / "report.html").read_text()
+
+
 # -- a classifier ------------------------------------------------------------------------------------------------------
 
 
@@ -288,7 +309,7 @@ def test_the_shipped_classification_spec_comes_to_a_bundle(tmp_path: Path, repos
     shipped = repository / "jobs" / "specs" / "classify.yaml"
     values = YAML(typ="safe").load(shipped)
     values["data"]["train"] = str(shipped.parent / values["data"]["train"])
-    values["search"] |= {"trials": 4, "scheduler": "asha", "controls": ["shuffled"]}
+    values["search"] |= {"trials": 4, "scheduler": "asha", "controls": ["shuffled"], "learning_curve": True}
     spec = tmp_path / "classify.yaml"
     spec.write_text(json.dumps(values | {"output": "runs", "resources": TWO_GANGS}))
 
@@ -308,5 +329,6 @@ def test_the_shipped_classification_spec_comes_to_a_bundle(tmp_path: Path, repos
     assert transfer.bundled is not None
     assert shuffled.last.step == transfer.bundled.step, "it has the bundle's budget, wherever the search had stopped"
     assert {comparison.against for comparison in transfer.comparisons} == {"none", "head", "shuffled"}
+    check_curve(run)
     model = AutoModelForSequenceClassification.from_pretrained(run / "bundle")
     assert set(model.config.id2label.values()) == {"account", "billing", "delivery", "returns"}

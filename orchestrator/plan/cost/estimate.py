@@ -19,6 +19,7 @@ from orchestrator.plan.cost.flops import (
     runs_head_twice,
     train_terms,
 )
+from orchestrator.plan.curve import share_documents
 from orchestrator.plan.estimates import CostEstimate, FlopTerm, OptionCost, Part, Rate
 from orchestrator.plan.placement import Machines
 from orchestrator.plan.values import ExecutionPlan, RunPlan, SearchPlan, TrialOption
@@ -35,7 +36,9 @@ TRIALS = "trials"
 """The part that trains the searched trials."""
 SHUFFLED, SCRATCH = "shuffled", "scratch"
 """The parts of the controls of those names, which are trained as long as what is bundled, after the search and in one gang."""
-LATE = (SHUFFLED, SCRATCH)
+CURVE = "curve"
+"""The part of the learning curve, trained then too; gangs share it, and the wall time is counted as if one did it all."""
+LATE = (SHUFFLED, SCRATCH, CURVE)
 
 
 def rate_of(found: Machines) -> Rate:
@@ -191,7 +194,7 @@ def _operations(plan: RunPlan, anatomy: ModelAnatomy, terms: Sequence[Sequence[F
     scored_trial = sum(at_cut) / len(at_cut)
     scored_head = scored_flops(plan, anatomy, _head(plan, anatomy).cut)
     controls = head * search.rung_steps[-1] * per_step + scored + len(search.rung_steps) * scored_head
-    late = _late_parts(plan, anatomy, scored)
+    late = _late_parts(plan, anatomy, scored) + _curve_parts(plan, max(per_token), max(at_cut))
     again = max(per_token) * plan.total_tokens if search.rung_steps[-1] < plan.total_steps else 0.0
     of = f"{count} trials x {steps:.4g} of {search.rung_steps[-1]} steps"
     parts = [
@@ -233,6 +236,24 @@ def _late_parts(plan: RunPlan, anatomy: ModelAnatomy, scored: float) -> list[Par
         reason = "random weights, all of which learn, as long as the winner"
         parts.append(Part(name=SCRATCH, amount=per_token * plan.total_tokens + scored, reason=reason))
     return parts
+
+
+def _curve_parts(plan: RunPlan, per_token: float, scored: float) -> list[Part]:
+    """The winner on shares of the documents; on all of them too, where no trial of the search gets the full budget.
+
+    Args:
+        per_token: Of the costliest choice, with what is stored of the trunk: a share's documents are among those stored.
+        scored: Of the costliest choice.
+    """
+    assert plan.search is not None
+    shares = plan.search.curve_shares
+    if not shares:
+        return []
+    shares = (*shares, 1.0) if plan.search.rung_steps[-1] < plan.total_steps else shares
+    total = plan.data.train_documents
+    counts = ", ".join(str(share_documents(share, total)) for share in shares)
+    reason = f"the winner once more on {counts} of {total} documents each, if it is the costliest choice"
+    return [Part(name=CURVE, amount=sum(share * per_token * plan.total_tokens + scored for share in shares), reason=reason)]
 
 
 def _shuffled_per_token(plan: RunPlan, anatomy: ModelAnatomy) -> float:

@@ -41,6 +41,12 @@ class TrunkStates:
         return hidden
 
 
+def chosen_states(states: TrunkStates, documents: np.ndarray) -> TrunkStates:
+    """Of these documents only, numbered as `TokenizedSet.select` does; nothing is copied."""
+    pieces = [states.document(int(index)) for index in documents]
+    return TrunkStates(states.data.select(documents), states.cut, np.arange(len(pieces) + 1), pieces)
+
+
 def joined_states(first: TrunkStates, second: TrunkStates) -> TrunkStates:
     """Of both sets' documents, as `data.joined` numbers them; at one cut."""
     assert first.cut == second.cut

@@ -7,8 +7,22 @@ from typing import Any
 
 import pytest
 
-from orchestrator.plan import head_control, make_assignment, make_plan, make_trial, none_control, shuffled_control
-from orchestrator.plan.values import DataPaths, RunPlan, TrainSettings
+from orchestrator.plan import (
+    compile_trial,
+    curve_trial,
+    head_control,
+    make_assignment,
+    make_plan,
+    make_trial,
+    none_control,
+    probe_trial,
+    shift_trial,
+    shuffled_control,
+)
+from orchestrator.plan.compilation import CompilePlan
+from orchestrator.plan.remedies import Remedies
+from orchestrator.plan.scored import ProbePlan
+from orchestrator.plan.values import DataPaths, RunPlan, ShiftPlan, TrainSettings
 
 SEARCH = {"layers": ["last:1", "all"], "tune": ["lora"], "lora_rank": [4], "learning_rate": {"lora": [1e-3, 1e-1]}}
 
@@ -78,6 +92,38 @@ def test_shuffled_answers_are_the_winner_once_more(run_plan: RunPlan) -> None:
     assert (control.trial_id, control.control) == (f"shuffled-{winner.trial_id}", "shuffled")
     same = ("layers", "tune", "lora_rank", "learning_rate", "seed", "total_steps", "total_tokens")
     assert all(getattr(control, name) == getattr(winner, name) for name in same)
+
+
+def test_a_point_of_the_curve_is_the_winner_on_a_share_with_a_schedule_of_its_own(run_plan: RunPlan) -> None:
+    winner = make_trial(run_plan, options(run_plan)[1], 5e-3, number=4, seed=0)
+    winner = winner.model_copy(update={"remedies": Remedies(replay=0.2)})
+    point = curve_trial(winner, 0.25, total_steps=7, target_tokens=800)
+    assert (point.trial_id, point.control, point.share) == (f"curve-0.25-{winner.trial_id}", "curve", 0.25)
+    assert (point.total_steps, point.total_tokens) == (7, 1000), "what is replayed comes on top"
+    same = ("layers", "tune", "lora_rank", "learning_rate", "seed", "remedies")
+    assert all(getattr(point, name) == getattr(winner, name) for name in same)
+
+
+def test_what_a_gang_measures_is_no_trial(run_plan: RunPlan, base: Any) -> None:
+    """Nothing of it may be looked for in the ledger."""
+    nothing, selection = none_control(run_plan, base("tiny"), seed=0)
+    given: Any = {
+        "settings": TrainSettings(warmup=0.05, schedule="cosine", weight_decay=0.0, grad_clip=1.0, tokens_per_step=8192),
+        "data": DataPaths(train="train.npz", eval="eval.npz"),
+        "metric": "loss",
+        "folder": "run",
+        "rung": 0,
+        "start": None,
+        "stop_step": 0,
+    }
+    measured: list[tuple[Any, dict[str, Any]]] = [
+        (probe_trial(run_plan, base("tiny"), seed=0)[0], {"probe": ProbePlan(num_batches=1, rows=1)}),
+        (shift_trial(run_plan, base("tiny"), seed=0)[0], {"shift": ShiftPlan(cuts=(1,), num_documents=20)}),
+        (compile_trial(run_plan, 0, seed=0), {"compiling": CompilePlan(option=0, reason="")}),
+    ]
+    for trial, what in measured:
+        assert make_assignment(run_plan, trial, selection, **given, **what).measures
+    assert not make_assignment(run_plan, nothing, selection, **given).measures
 
 
 def test_an_assignment_takes_the_plans_execution_unless_told(run_plan: RunPlan) -> None:

@@ -169,10 +169,13 @@ def test_a_fixed_list_is_part_of_the_identity_and_survives_being_written(tmp_pat
     assert spec_sha256(other, "sweep") != spec_sha256(loaded.spec, "sweep")
 
 
-def test_runs_from_before_there_were_points_keep_their_identity(tmp_path: Path) -> None:
+def test_runs_from_before_there_were_points_or_a_curve_keep_their_identity(tmp_path: Path) -> None:
     values = write(tmp_path).spec.model_dump(mode="json", exclude={"output", "resources", "finetune"})
-    del values["search"]["trials"], values["search"]["points"]
-    assert spec_sha256(write(tmp_path).spec, "sweep") == content_hash({"job": "sweep", **values})
+    del values["search"]["trials"], values["search"]["points"], values["search"]["learning_curve"]
+    found = write(tmp_path)
+    assert spec_sha256(found.spec, "sweep") == content_hash({"job": "sweep", **values})
+    asked = changed(found, "search", learning_curve=True)
+    assert spec_sha256(asked, "sweep") != spec_sha256(found.spec, "sweep")
 
 
 def test_the_difference_of_two_specs_is_told_value_by_value(tmp_path: Path) -> None:

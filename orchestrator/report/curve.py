@@ -1,0 +1,69 @@
+"""The learning curve: what the promoted trial reaches with less data, and what it would with more."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from orchestrator.report import figures, html
+from orchestrator.report.figures import BLUE, GREY, RED
+from orchestrator.report.html import Html
+from orchestrator.report.wording import number
+from orchestrator.transfer.learning_curve import LearningCurve
+from orchestrator.transfer.records import SweepResult
+
+NUM_DRAWN = 60
+"""Points of each drawn line."""
+
+
+def more_data(sweep: SweepResult) -> Html:
+    """The curve with its sentence, or why there is none."""
+    found = sweep.learning_curve
+    if found is None:
+        return html.paragraph(f"The learning curve is left out: {sweep.no_learning_curve}.")
+    trained = ", ".join(map(str, found.counts[:-1]))
+    caption = (
+        f"The promoted trial ({found.trial_id}) once more on {trained} of the {found.counts[-1]} training documents, for as many "
+        f"epochs and so for fewer steps; and the power law nearest to the losses on the eval set, {_law(found)}. More data is more "
+        "steps too: a part of what it brings, more epochs may bring. The interval is of the gain, over the eval set's documents. "
+        "What is not in it: that other training documents would have trained other models, and that the law may not hold beyond "
+        "what was measured."
+    )
+    rows = [
+        [count, "all" if count == found.counts[-1] else "trained on", number(loss), number(found.law.at(count)), ""]
+        for count, loss in zip(found.counts, found.losses, strict=True)
+    ]
+    rows.append([found.ahead_count, "followed to", "", number(found.ahead_loss), f"{number(found.low)} to {number(found.high)}"])
+    table = html.table(["documents", "", "eval loss", "law", "95% interval"], rows, numeric=(0, 2, 3, 4))
+    sentence = found.sentence
+    unit = "nats per document" if sweep.task == "classify" else "nats per token"
+    picture = html.picture(_drawn(found, unit), caption, table)
+    return html.join([html.paragraph(f"{sentence[:1].upper()}{sentence[1:]}."), picture])
+
+
+def _law(found: LearningCurve) -> str:
+    return f"loss = {found.law.floor:.3f} + {found.law.scale:.3g} / documents^{found.law.power:.2g}"
+
+
+def _drawn(found: LearningCurve, unit: str) -> str:
+    def paint(figure: Figure) -> None:
+        axis = figure.subplots()
+        first, last, ahead = found.counts[0], found.counts[-1], found.ahead_count
+        for start, end, look, label in ((first, last, "-", "fitted law"), (last, ahead, "--", "followed to twice the data")):
+            drawn = np.geomspace(start, end, NUM_DRAWN)
+            axis.plot(drawn, [found.law.at(count) for count in drawn], look, color=BLUE, linewidth=1.8, label=label)
+        span = [[max(found.ahead_loss - found.low, 0.0)], [max(found.high - found.ahead_loss, 0.0)]]
+        look = {"fmt": "o", "color": BLUE, "markerfacecolor": "white", "capsize": 5, "linewidth": 1.8, "markersize": 7}
+        axis.errorbar([ahead], [found.ahead_loss], yerr=span, label="95% interval", **look)
+        axis.axhline(found.losses[-1], color=GREY, linestyle=":", linewidth=1.2, label="loss on all documents")
+        axis.plot(found.counts, found.losses, "o", color=RED, markersize=8, label="measured", zorder=3)
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(FixedLocator([*found.counts, ahead]))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.set_xticklabels([str(count) for count in (*found.counts, ahead)])
+        axis.set_xlabel("training documents")
+        axis.set_ylabel(f"eval loss, {unit}")
+        axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+
+    return figures.draw("learning-curve", (9.2, 3.6), paint, "eval loss over training documents")
