@@ -17,13 +17,15 @@ from orchestrator.plan.probe import with_scores
 from orchestrator.plan.size import estimate_data_size
 from orchestrator.plan.steps import rung_steps
 from orchestrator.plan.trials import (
+    REPEAT,
     compile_trial,
     head_control,
-    late_control_id,
+    late_controls,
     make_assignment,
     make_trial,
     none_control,
     probe_trial,
+    repeat_control,
     scratch_control,
     shift_trial,
     shuffled_control,
@@ -31,11 +33,12 @@ from orchestrator.plan.trials import (
 from orchestrator.plan.view import plan_lines
 
 __all__ = [
+    "REPEAT",
     "compile_trial",
     "estimate_data_size",
     "grid_points",
     "head_control",
-    "late_control_id",
+    "late_controls",
     "make_assignment",
     "make_plan",
     "make_trial",
@@ -43,6 +46,7 @@ __all__ = [
     "plan_lines",
     "probe_trial",
     "read_cluster_file",
+    "repeat_control",
     "rung_steps",
     "scratch_control",
     "shift_trial",

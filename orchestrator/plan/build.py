@@ -8,7 +8,7 @@ from typing import Literal
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, select
 from orchestrator.errors import BaseError, PlanError
-from orchestrator.plan import steps
+from orchestrator.plan import few, steps
 from orchestrator.plan.arrange import (
     Arrangement,
     arrange_one,
@@ -259,6 +259,7 @@ def _search_plan(
         concurrent_trials=concurrent_trials(search.num_trials, gangs.num_gangs, max_fused),
         max_fused=max_fused,
         controls=search.controls,
+        repeats=few.num_repeats(search, data),
         points=planned_points(spec, anatomy, data.num_classes),
     )
 

@@ -26,8 +26,10 @@ from orchestrator.spec import learning_rate_range
 from orchestrator.spec.models import JobSpec, SearchSpec
 from orchestrator.values import content_hash
 
-CONTROL_NUMBERS = {"none": -4, "head": -3, "shuffled": -2, "scratch": -1}
+CONTROL_NUMBERS = {"none": -4, "head": -3, "shuffled": -2, "scratch": -1, "repeat": -1}
 """Controls stand before the searched trials, which count from 0."""
+REPEAT = "repeat-"
+"""How the name begins, beside the bundle, of the winner from another seed; its number follows."""
 PROBE = "probe"
 """The name of the work that scores the blocks. It is the untouched base's, and no trial: nothing of it is in the ledger."""
 
@@ -121,7 +123,29 @@ def scratch_control(plan: RunPlan, anatomy: ModelAnatomy, spec: JobSpec, winner:
     return trial.model_copy(update={"trial_id": late_control_id("scratch", winner.trial_id)}), selection
 
 
-def late_control_id(name: Literal["shuffled", "scratch"], winner_id: str) -> str:
+def repeat_control(winner: TrialSpec, number: int) -> TrialSpec:
+    """The winner's training once more from another seed: another order of the documents, other initial adapters.
+
+    Args:
+        number: From 2 on; the winner itself is the first.
+    """
+    update = {
+        "trial_id": late_control_id(f"{REPEAT}{number}", winner.trial_id),
+        "number": CONTROL_NUMBERS["repeat"],
+        "control": "repeat",
+        "seed": winner.seed + number - 1,
+    }
+    return winner.model_copy(update=update)
+
+
+def late_controls(plan: RunPlan, winner_id: str) -> dict[str, str]:
+    """Ids of every control that may be trained once this winner is known, by the name that it has beside the bundle."""
+    repeats = plan.search.repeats if plan.search is not None else 1
+    names = ("shuffled", "scratch", *(f"{REPEAT}{number}" for number in range(2, repeats + 1)))
+    return {name: late_control_id(name, winner_id) for name in names}
+
+
+def late_control_id(name: str, winner_id: str) -> str:
     """Of a control that is trained once the winner is known: its id names the winner, since an extended sweep may have
     another one."""
     return f"{name}-{winner_id}"

@@ -79,7 +79,7 @@ class TrialSpec(Value):
 
     trial_id: str
     number: int
-    control: Literal["none", "head", "shuffled", "scratch"] | None = None
+    control: Literal["none", "head", "shuffled", "scratch", "repeat"] | None = None
     layers: str
     tune: Tune
     learning_rate: float
@@ -241,6 +241,8 @@ class SearchPlan(Value):
     """How many trials may share a batch at most; the gang measures how many pay."""
     controls: tuple[Literal["shuffled", "scratch", "k_shot"], ...] = ()
     """Asked for beside those that every sweep has."""
+    repeats: int = 1
+    """From how many seeds the promoted trial is trained in all."""
     prior: Literal["none", "near", "far", "few"] = "none"
     """What the domain shift advises to try first, once it was measured."""
     points: tuple[PlannedPoint, ...] = ()

@@ -58,14 +58,15 @@ def first_steps(plan: RunPlan, sweep: SweepResult) -> list[MeasuredSteps]:
 def _computing_time(prepared: Prepared, sweep: SweepResult, refitted: RefitRecord | None) -> PlanAgainstMeasured:
     """Seconds of training and scoring, summed over GPUs, or over cores where there is none.
 
-    Planned is arithmetic alone at the rates of `plan.cost`; late controls and a bundle's merge are in neither.
+    Planned is arithmetic alone at the rates of `plan.cost`; a bundle's merge is in neither, and what is trained late is in both.
     """
     plan = prepared.plan
     on_gpus = plan.execution.device == "cuda"
     searching, refitting = (
         execution.ranks * (1 if on_gpus else execution.threads_per_rank) for execution in (plan.execution, plan.refit_execution)
     )
-    trials = sum(trial.seconds for trial in sweep.trials if trial.control not in LATE)
+    planned_late = {*plan.search.controls, "repeat"} if plan.search is not None else set[str]()
+    trials = sum(trial.seconds for trial in sweep.trials if trial.control not in LATE or trial.control in planned_late)
     if plan.search is None:
         measured = trials * refitting
     else:

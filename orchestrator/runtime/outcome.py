@@ -6,11 +6,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
-from orchestrator.plan import late_control_id
+from orchestrator.plan import late_controls
 from orchestrator.plan.results import RungResult
 from orchestrator.runtime.assignments import GangFigures
 from orchestrator.runtime.hours import HoursState, read_hours
@@ -21,8 +20,7 @@ from orchestrator.store import read_json, write_json
 from orchestrator.transfer import Comparison, Promotion, paired_comparison, pareto_front, promote
 from orchestrator.transfer.records import SweepResult, TransferReport, TrialRecord
 
-LateControl = Literal["shuffled", "scratch"]
-LATE: tuple[LateControl, ...] = ("shuffled", "scratch")
+LATE = ("shuffled", "scratch", "repeat")
 """Controls that are trained once the winner is known, as long as what is bundled."""
 MORE_HOURS = "raise resources.max_gpu_hours and submit again: the search goes on from where it was ended"
 
@@ -79,9 +77,7 @@ def summarise(
     trials = trial_records(ledger, scoring)
     promotion = decide(prepared, ledger, trials)
     winner = ledger.get(promotion.trial_id) if promotion.trial_id is not None else None
-    late: dict[str, LateControl] = {}
-    if winner is not None:
-        late = {late_control_id(name, winner.trial.trial_id): name for name in LATE}
+    late = late_controls(prepared.plan, winner.trial.trial_id) if winner is not None else {}
     searched = [trial for trial in trials if trial.control is None and trial.metric is not None]
     front = pareto_front([(_target(trial, scoring.higher_is_better), trial.forgetting or 0.0) for trial in searched])
     ended_by_hours = _ended_by_hours(prepared, ledger, hours, late)
@@ -92,7 +88,7 @@ def summarise(
         metric=scoring.metric,
         higher_is_better=scoring.higher_is_better,
         max_forgetting=scoring.max_forgetting,
-        trials=tuple(trial for trial in trials if trial.control not in LATE or trial.trial_id in late),
+        trials=tuple(trial for trial in trials if trial.control not in LATE or trial.trial_id in late.values()),
         winner_id=promotion.trial_id,
         promotion_reason=promotion.reason,
         advice=((MORE_HOURS,) if ended_by_hours else ()) + promotion.advice,
@@ -114,11 +110,11 @@ def summarise(
     return result
 
 
-def _ended_by_hours(prepared: Prepared, ledger: Ledger, hours: HoursState | None, late: Mapping[str, LateControl]) -> str:
+def _ended_by_hours(prepared: Prepared, ledger: Ledger, hours: HoursState | None, late: Mapping[str, str]) -> str:
     """How far the search came where the bound held a trial or a control back; nothing where it did not.
 
     Args:
-        late: The controls of the promoted trial, by their ids.
+        late: The ids of the promoted trial's controls, by name.
     """
     search = prepared.spec.search
     if hours is None or not hours.spent or prepared.plan.search is None or search is None:
@@ -127,8 +123,8 @@ def _ended_by_hours(prepared: Prepared, ledger: Ledger, hours: HoursState | None
     asked = prepared.plan.search.num_trials
     if done < asked:
         return f"the search was ended after {done} of {asked} trials: {hours.spent}"
-    planned = {*search.controls} - ({"scratch"} if prepared.plan.scratch_memory is None else set())
-    wanted = {"head": "head", **{name: trial_id for trial_id, name in late.items() if name in planned}}
+    unasked = {"shuffled", "scratch"} - {*search.controls} | ({"scratch"} if prepared.plan.scratch_memory is None else set())
+    wanted = {"head": "head", **{name: trial_id for name, trial_id in late.items() if name not in unasked}}
     missing = [name for name, trial_id in wanted.items() if (entry := ledger.get(trial_id)) is None or not entry.ended_for_good]
     if not missing:
         return ""

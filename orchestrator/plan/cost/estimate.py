@@ -33,9 +33,9 @@ REFIT = "refit"
 """The part of the operations that trains the winner again."""
 TRIALS = "trials"
 """The part that trains the searched trials."""
-SHUFFLED, SCRATCH = "shuffled", "scratch"
-"""The parts of the controls of those names, which are trained as long as what is bundled, after the search and in one gang."""
-LATE = (SHUFFLED, SCRATCH)
+SHUFFLED, SCRATCH, REPEATS = "shuffled", "scratch", "repeats"
+"""The parts of what is trained as long as what is bundled, after the search: each in one gang, all side by side."""
+LATE = (SHUFFLED, SCRATCH, REPEATS)
 
 
 def rate_of(found: Machines) -> Rate:
@@ -60,9 +60,9 @@ def estimate_cost(plan: RunPlan, anatomy: ModelAnatomy, rate: Rate, *, price_per
     refit = sum(part.amount for part in operations if part.name == REFIT)
     trial = [flops * plan.total_tokens * _budget(plan) for flops in _per_target_token(options, terms)]
     units, refit_units = units_of_gang(plan.execution), units_of_gang(plan.refit_execution)
-    late = sum(part.amount for part in operations if part.name in LATE)
+    late, late_in_a_gang = _late_work(plan, operations)
     searched = max((total - refit - late) / (units * _busy_gangs(plan)), max(trial, default=0.0) / units)
-    search_seconds = _seconds(rate, searched + late / units)
+    search_seconds = _seconds(rate, searched + late_in_a_gang / units)
     rungs = expected_rungs(plan.search) if plan.search is not None else 0.0
     disk, checkpoint_bytes = disk_parts(plan, anatomy, options, _head(plan, anatomy), rungs)
     on_gpus = plan.execution.device == "cuda"
@@ -220,9 +220,15 @@ def _per_target_token(options: Sequence[TrialOption], terms: Sequence[Sequence[F
 
 
 def _late_parts(plan: RunPlan, anatomy: ModelAnatomy, scored: float) -> list[Part]:
-    """Controls that are trained once the winner is known."""
+    """Controls that are trained once the winner is known, and the winner itself from other seeds."""
     assert plan.search is not None
     parts: list[Part] = []
+    if plan.search.repeats > 1:
+        options = planned_options(plan)
+        per_token = max(_per_target_token(options, [option_terms(plan, anatomy, option.selection) for option in options]))
+        others = plan.search.repeats - 1
+        reason = f"the winner from {others} other seed{'s' if others > 1 else ''}, if it is the costliest choice"
+        parts.append(Part(name=REPEATS, amount=others * (per_token * plan.total_tokens + scored), reason=reason))
     if SHUFFLED in plan.search.controls:
         reason = "the winner once more, on answers permuted among the prompts, if it is the costliest choice"
         amount = _shuffled_per_token(plan, anatomy) * plan.total_tokens + scored
@@ -233,6 +239,14 @@ def _late_parts(plan: RunPlan, anatomy: ModelAnatomy, scored: float) -> list[Par
         reason = "random weights, all of which learn, as long as the winner"
         parts.append(Part(name=SCRATCH, amount=per_token * plan.total_tokens + scored, reason=reason))
     return parts
+
+
+def _late_work(plan: RunPlan, operations: Sequence[Part]) -> tuple[float, float]:
+    """(operations of all that is trained late, those of the gang that is busy with it longest)."""
+    parts = {part.name: part.amount for part in operations if part.name in LATE}
+    others = plan.search.repeats - 1 if plan.search is not None else 0
+    longest = max((amount / others if name == REPEATS else amount for name, amount in parts.items()), default=0.0)
+    return sum(parts.values()), max(sum(parts.values()) / plan.num_gangs, longest)
 
 
 def _shuffled_per_token(plan: RunPlan, anatomy: ModelAnatomy) -> float:

@@ -184,6 +184,19 @@ def test_shuffled_answers_cost_a_whole_training(plan: Any, gpus: Any) -> None:
     assert any("max_gpu_hours" in warning for warning in warned.warnings)
 
 
+def test_the_winner_from_other_seeds_is_in_the_plan(plan: Any, gpus: Any, data: Any, base: Any) -> None:
+    few = {"quantize": "nf4", "size": data(train_documents=500)}
+    without, found = (plan("8b", gpus(nodes=2), **few, search={"repeats": repeats}) for repeats in (1, "auto"))
+    assert (without.search.repeats, found.search.repeats) == (1, 5)
+    assert plan("8b", gpus(), quantize="nf4", size=data(train_documents=501)).search.repeats == 1
+    whole = max(option.flops_per_token for option in found.cost.options) * found.total_tokens
+    assert part(found, "repeats") == pytest.approx(4 * (whole + scored_flops(found, base("8b"))))
+    more = part(found, "repeats") / found.cost.rate.flops / 3600
+    assert found.cost.gpu_hours == pytest.approx(without.cost.gpu_hours + more)
+    assert found.num_gangs > 4, "each training has a gang"
+    assert found.cost.wall_hours == pytest.approx(without.cost.wall_hours + more / 4 / found.execution.ranks)
+
+
 # -- max_gpu_hours ----------------------------------------------------------------------------------------------------
 
 
