@@ -112,14 +112,22 @@ def make_splits(loaded: LoadedSpec, found: dict[str, list[Example]], left_out: L
     result = {"train": _weighted(splits.train, seed, left_out), "eval": splits.eval, "test": splits.test}
     for name, part in result.items():
         if not part:
-            gone = "; ".join(f"{count} {reason}" for reason, count in left_out.of(name).items())
-            raise DataError(
-                f"no row is left for {name}" + (f" ({gone})" if gone else ""),
-                where=loaded.where(f"data.{name}"),
-                expected="at least one",
-                remedy="give more rows, or another share or path",
-            )
+            raise _empty(loaded, name, len(found["train"]), left_out)
     return result
+
+
+def _empty(loaded: LoadedSpec, name: str, num_rows: int, left_out: LeftOut) -> DataError:
+    """Why a split has no row: all of its own were removed, or train has none to spare."""
+    reasons = [f"{count} {reason}" for reason, count in left_out.of(name).items()]
+    if not reasons and name != "train":
+        keeps = "of each class train keeps a row" if loaded.spec.task == "classify" else "rows of one group stay in one split"
+        reasons = [f"train has {num_rows} row{'s' if num_rows != 1 else ''}; {keeps}, and eval and test share the rest"]
+    return DataError(
+        f"no row is left for {name}" + (f" ({'; '.join(reasons)})" if reasons else ""),
+        where=loaded.where(f"data.{name}"),
+        expected="at least one",
+        remedy="give more rows, or another share or path",
+    )
 
 
 def _read(spec: JobSpec, split: str, path: str) -> list[Example | BadRow]:

@@ -29,7 +29,8 @@ from orchestrator.values import content_hash
 
 SETS = ("train", "eval", "test", "retain", "replay")
 FORMAT = 2
-"""Raised when the same inputs give other sets, so that older ones are made anew."""
+CLASSIFY_FORMAT = 3
+"""Raised when the same inputs give other sets, so that older ones are made anew: those of the tasks that are concerned."""
 TOKENIZER_FILES = ("tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
 
 
@@ -143,7 +144,8 @@ def _inputs_sha256(spec: JobSpec, sources: Sources, tokenizer_folder: Path) -> s
     found = sorted({path for pattern in TOKENIZER_FILES for path in tokenizer_folder.glob(pattern) if path.is_file()})
     tokenizer = {path.name: sha256_file(path) for path in found}
     section = spec.data.model_dump(mode="json")
-    inputs = {"format": FORMAT, "files": files, "tokenizer": tokenizer, "data": section, "task": spec.task}
+    number = CLASSIFY_FORMAT if spec.task == "classify" else FORMAT
+    inputs = {"format": number, "files": files, "tokenizer": tokenizer, "data": section, "task": spec.task}
     return content_hash(inputs | {"seed": spec.train.seed} | ({"replay": True} if needs_replayed_text(spec) else {}))
 
 

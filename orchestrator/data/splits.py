@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.data.rows import Example
@@ -25,36 +26,74 @@ def split_by_share(examples: Sequence[Example], eval_share: float, test_share: f
 
     Whole groups are taken, in an order that a hash of the seed and the group's name gives, as long as they fit in the
     share. A row without a group is a group of its own; rows of equal content are one too, so that a duplicate never
-    lands on two sides. Every class keeps its first group in train.
+    lands on two sides. Every class keeps its first group in train, and every split takes each class in proportion (`_quotas`)
+    as far as whole groups allow.
     """
     groups: dict[str, list[Example]] = {}
     for example in examples:
         groups.setdefault(_group_of(example), []).append(example)
-    order = sorted(groups, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
+    order = sorted(groups, key=lambda name: _hash(f"{seed}/{name}"))
     first_of_class = {example.label: name for name in reversed(order) for example in groups[name] if example.label is not None}
-    free = [name for name in order if name not in set(first_of_class.values())]
+    kept = set(first_of_class.values())
+    classes = {name: _classes(groups[name]) for name in order}
+    counts = _classes(examples)
     chosen: dict[str, str] = {}
     for split, share in (("test", test_share), ("eval", eval_share)):
         if share > 0:
-            taken = _take(free, groups, max(1, round(share * len(examples))))
-            chosen |= dict.fromkeys(taken, split)
-            free = [name for name in free if name not in chosen]
+            free = {name: classes[name] for name in order if name not in kept and name not in chosen}
+            room = _classes(example for name in free for example in groups[name])
+            wanted = max(1, round(share * len(examples)))
+            ties = sorted(counts, key=lambda label: _hash(f"{seed}/{split}/{label}"))
+            quotas = _quotas({label: share * counts[label] for label in ties}, room, wanted)
+            chosen |= dict.fromkeys(_take(free, quotas, wanted), split)
     result: dict[str, list[Example]] = {"train": [], "eval": [], "test": []}
     for example in examples:
         result[chosen.get(_group_of(example), "train")].append(example)
     return result
 
 
-def _take(names: list[str], groups: dict[str, list[Example]], wanted: int) -> list[str]:
-    """The first groups that together are at most `wanted` rows; the smallest one where none fits."""
-    taken: list[str] = []
-    for name in names:
-        if len(groups[name]) <= wanted:
-            taken.append(name)
-            wanted -= len(groups[name])
+def _quotas(exact: Mapping[str | None, float], room: Mapping[str | None, int], wanted: int) -> Counter[str | None]:
+    """Rows of each class in a split of `wanted` rows: within one of its exact share, by largest remainder (Hamilton).
+
+    A class with less room than its share leaves the rest to the others, whose remainder then counts past one row.
+
+    Args:
+        exact: A class's share of the split, in rows; of equal remainders the first counts.
+        room: Rows of each class that may be taken.
+    """
+    quotas = Counter({label: min(int(share), room[label]) for label, share in exact.items()})
+    for _ in range(min(wanted, sum(room.values())) - quotas.total()):
+        open_to = [label for label in exact if quotas[label] < room[label]]
+        quotas[max(open_to, key=lambda label: exact[label] - quotas[label])] += 1
+    return quotas
+
+
+def _take(groups: Mapping[str, Counter[str | None]], quotas: Counter[str | None], wanted: int) -> list[str]:
+    """The first groups that fit in their classes' quotas, then those that fit in what is left of the `wanted` rows; the
+    smallest one where none fits."""
+    taken: dict[str, None] = {}
+    left = quotas.copy()
+    for name, classes in groups.items():
+        if all(count <= left[label] for label, count in classes.items()):
+            taken[name] = None
+            left.subtract(classes)
+            wanted -= classes.total()
         if not wanted:
             break
-    return taken or sorted(names, key=lambda name: len(groups[name]))[:1]
+    for name, classes in groups.items():
+        if name not in taken and classes.total() <= wanted:
+            taken[name] = None
+            wanted -= classes.total()
+    return list(taken) or sorted(groups, key=lambda name: groups[name].total())[:1]
+
+
+def _classes(examples: Iterable[Example]) -> Counter[str | None]:
+    """Rows of each class; of a task without classes, all of them are of one."""
+    return Counter(example.label for example in examples)
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
 
 
 def _group_of(example: Example) -> str:

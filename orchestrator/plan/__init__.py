@@ -17,15 +17,17 @@ from orchestrator.plan.probe import with_scores
 from orchestrator.plan.size import estimate_data_size
 from orchestrator.plan.steps import rung_steps
 from orchestrator.plan.trials import (
+    REPEAT,
     compile_trial,
     curve_trial,
     curve_trial_id,
     head_control,
-    late_control_id,
+    late_controls,
     make_assignment,
     make_trial,
     none_control,
     probe_trial,
+    repeat_control,
     scratch_control,
     shift_trial,
     shuffled_control,
@@ -33,13 +35,14 @@ from orchestrator.plan.trials import (
 from orchestrator.plan.view import plan_lines
 
 __all__ = [
+    "REPEAT",
     "compile_trial",
     "curve_trial",
     "curve_trial_id",
     "estimate_data_size",
     "grid_points",
     "head_control",
-    "late_control_id",
+    "late_controls",
     "make_assignment",
     "make_plan",
     "make_trial",
@@ -47,6 +50,7 @@ __all__ = [
     "plan_lines",
     "probe_trial",
     "read_cluster_file",
+    "repeat_control",
     "rung_steps",
     "scratch_control",
     "shift_trial",

@@ -8,7 +8,7 @@ from typing import Literal
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, select
 from orchestrator.errors import BaseError, PlanError
-from orchestrator.plan import steps
+from orchestrator.plan import few, steps
 from orchestrator.plan.arrange import (
     Arrangement,
     arrange_one,
@@ -261,6 +261,7 @@ def _search_plan(
         max_fused=max_fused,
         controls=search.controls,
         curve_shares=curve_shares(data.train_documents) if search.learning_curve else (),
+        repeats=few.num_repeats(search, data),
         points=planned_points(spec, anatomy, data.num_classes),
     )
 

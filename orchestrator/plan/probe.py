@@ -10,7 +10,7 @@ from functools import partial
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, select
 from orchestrator.anatomy.selection import num_of_share
 from orchestrator.errors import PlanError
-from orchestrator.plan.cost.estimate import option_terms, planned_options
+from orchestrator.plan.cost.choices import option_terms, planned_options
 from orchestrator.plan.ladder import RankRoom
 from orchestrator.plan.memory.estimate import estimate
 from orchestrator.plan.memory.footprint import weigh

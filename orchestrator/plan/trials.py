@@ -7,7 +7,7 @@ from typing import Literal
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, select, select_everything
 from orchestrator.plan.compilation import CompilePlan
-from orchestrator.plan.cost.estimate import planned_options
+from orchestrator.plan.cost.choices import planned_options
 from orchestrator.plan.options import head_rates
 from orchestrator.plan.relief import SAME_GANG
 from orchestrator.plan.remedies import NOTHING
@@ -26,8 +26,10 @@ from orchestrator.spec import learning_rate_range
 from orchestrator.spec.models import JobSpec, SearchSpec
 from orchestrator.values import content_hash
 
-CONTROL_NUMBERS = {"none": -5, "head": -4, "shuffled": -3, "scratch": -2, "curve": -1}
+CONTROL_NUMBERS = {"none": -5, "head": -4, "shuffled": -3, "scratch": -2, "repeat": -1, "curve": -1}
 """Controls stand before the searched trials, which count from 0."""
+REPEAT = "repeat-"
+"""How the name begins, beside the bundle, of the winner from another seed; its number follows."""
 PROBE = "probe"
 """The name of the work that scores the blocks. It is the untouched base's, and no trial: nothing of it is in the ledger."""
 
@@ -121,6 +123,21 @@ def scratch_control(plan: RunPlan, anatomy: ModelAnatomy, spec: JobSpec, winner:
     return trial.model_copy(update={"trial_id": late_control_id("scratch", winner.trial_id)}), selection
 
 
+def repeat_control(winner: TrialSpec, number: int) -> TrialSpec:
+    """The winner's training once more from another seed: another order of the documents, other initial adapters.
+
+    Args:
+        number: From 2 on; the winner itself is the first.
+    """
+    update = {
+        "trial_id": late_control_id(f"{REPEAT}{number}", winner.trial_id),
+        "number": CONTROL_NUMBERS["repeat"],
+        "control": "repeat",
+        "seed": winner.seed + number - 1,
+    }
+    return winner.model_copy(update=update)
+
+
 def curve_trial(winner: TrialSpec, share: float, total_steps: int, target_tokens: int) -> TrialSpec:
     """The winner once more, to be trained on a share of the training documents for a schedule of its own: a point of the
     learning curve.
@@ -140,12 +157,19 @@ def curve_trial(winner: TrialSpec, share: float, total_steps: int, target_tokens
     return winner.model_copy(update=update)
 
 
+def late_controls(plan: RunPlan, winner_id: str) -> dict[str, str]:
+    """Ids of every control that may be trained once this winner is known, by the name that it has beside the bundle."""
+    repeats = plan.search.repeats if plan.search is not None else 1
+    names = ("shuffled", "scratch", *(f"{REPEAT}{number}" for number in range(2, repeats + 1)))
+    return {name: late_control_id(name, winner_id) for name in names}
+
+
 def curve_trial_id(share: float, winner_id: str) -> str:
     """As `late_control_id`."""
-    return f"curve-{share:g}-{winner_id}"
+    return late_control_id(f"curve-{share:g}", winner_id)
 
 
-def late_control_id(name: Literal["shuffled", "scratch"], winner_id: str) -> str:
+def late_control_id(name: str, winner_id: str) -> str:
     """Of a control that is trained once the winner is known: its id names the winner, since an extended sweep may have
     another one."""
     return f"{name}-{winner_id}"

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from orchestrator.anatomy import select
 from orchestrator.anatomy.values import ModelAnatomy
-from orchestrator.plan.cost.estimate import expected_rungs, expected_steps, planned_options
+from orchestrator.plan.cost.choices import planned_options
+from orchestrator.plan.cost.estimate import expected_rungs, expected_steps
 from orchestrator.plan.cost.flops import attention_width, block_flops_per_token
 from orchestrator.plan.estimates import Rate
 from orchestrator.plan.values import RunPlan, TrunkPlan

@@ -79,7 +79,7 @@ class TrialSpec(Value):
 
     trial_id: str
     number: int
-    control: Literal["none", "head", "shuffled", "scratch", "curve"] | None = None
+    control: Literal["none", "head", "shuffled", "scratch", "repeat", "curve"] | None = None
     share: float = 1.0
     """Of the training documents, what it learns from; below 1 for points of the learning curve."""
     layers: str
@@ -245,6 +245,8 @@ class SearchPlan(Value):
     """Asked for beside those that every sweep has."""
     curve_shares: tuple[float, ...] = ()
     """Of the training documents, on which the winner is trained once more for the learning curve; empty without one."""
+    repeats: int = 1
+    """From how many seeds the promoted trial is trained in all."""
     prior: Literal["none", "near", "far", "few"] = "none"
     """What the domain shift advises to try first, once it was measured."""
     points: tuple[PlannedPoint, ...] = ()

@@ -18,12 +18,14 @@ from orchestrator.report.wording import (
     amount,
     engine_text,
     metric_text,
+    model_name,
     number,
     plural,
     ratio,
     score_text,
     signed,
 )
+from orchestrator.transfer import OverSeeds
 from orchestrator.transfer.records import SweepResult, TransferReport
 from orchestrator.units import GIB, MIB, format_bytes, format_count, format_seconds
 
@@ -60,8 +62,20 @@ def gains(transfer: TransferReport) -> Html:
         parts.append(data)
     else:
         parts.append(html.tag("p", "Nothing was tested: the test set is read only for a bundle."))
+    if transfer.gain_over_seeds is not None:
+        parts.append(_by_seed(transfer.gain_over_seeds))
     parts.append(_scores(transfer))
     return html.join(parts)
+
+
+def _by_seed(found: OverSeeds) -> Html:
+    """The gain over the base of every training of the promoted trial."""
+    said = (
+        f"The promoted trial was trained from {len(found.seeds)} seeds. Their mean gain over the base is {signed(found.mean)} "
+        f"{found.unit} (95%: {signed(found.low)} to {signed(found.high)}, Student's t over seeds); the bundle's own comes first."
+    )
+    rows = [[seed, signed(value)] for seed, value in zip(found.seeds, found.values, strict=True)]
+    return html.join([html.paragraph(said), html.table(["seed", f"gain, {found.unit}"], rows, numeric=(0, 1))])
 
 
 def _reads(transfer: TransferReport) -> str:
@@ -75,7 +89,7 @@ def _scores(transfer: TransferReport) -> Html:
     answered = any(score.retain_accuracy is not None for score in transfer.scores)
     rows = [
         [
-            CONTROL_NAMES.get(score.model, score.model),
+            model_name(score.model),
             *(score_text(score, name) for name in names),
             number(score.retain_loss),
             *([metric_text(score.retain_accuracy, "accuracy")] if answered else []),

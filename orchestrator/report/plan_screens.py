@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.plan.cost.estimate import planned_options
+from orchestrator.plan.cost.choices import planned_options
 from orchestrator.plan.estimates import CostEstimate, MemoryEstimate, Part, Placement
 from orchestrator.plan.values import ExecutionPlan, RunPlan, TrialOption
 from orchestrator.report.wording import number, plural

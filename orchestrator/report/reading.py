@@ -17,7 +17,8 @@ from orchestrator.plan.results import EngineRecord, RungResult, StepReport
 from orchestrator.plan.scored import LayerScores
 from orchestrator.plan.shift import DomainShift
 from orchestrator.plan.values import RunPlan, TrialSpec
-from orchestrator.transfer.records import EngineFigures, RungRecord, SweepResult, TransferReport, TrialRecord
+from orchestrator.transfer.measured import EngineFigures
+from orchestrator.transfer.records import RungRecord, SweepResult, TransferReport, TrialRecord
 from orchestrator.values import Value
 
 Read = TypeVar("Read", bound=Value)

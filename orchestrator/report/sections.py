@@ -15,7 +15,9 @@ from orchestrator.report.wording import (
     MISSING,
     best_trial,
     counts,
+    interval_text,
     measured_of,
+    metric_over_seeds,
     metric_text,
     number,
     plural,
@@ -68,10 +70,14 @@ def _cards(run: RunRecords, sweep: SweepResult) -> Html:
     found = measured_of(promoted, run.transfer) if promoted else None
     base, extraction = sweep.control("none"), sweep.control("head")
     whose = "of that trial" if found is promoted else "of its bundle"
+    figure = metric_text(found.metric, sweep.metric) if found else MISSING
+    by_seed = metric_over_seeds(sweep, promoted, run.transfer) if promoted else None
+    if by_seed is not None:
+        figure, whose = interval_text(by_seed, sweep.metric), f"over {len(by_seed.seeds)} seeds; {figure} {whose}"
     title = "promoted" if sweep.winner else "best trial" if sweep.finished_at else "best so far"
     cards = [
         (title, promoted.layers if promoted else MISSING, _point(promoted)),
-        (f"{sweep.metric}, eval set", metric_text(found.metric, sweep.metric) if found else MISSING, whose),
+        (f"{sweep.metric}, eval set", figure, whose),
         ("untouched base", metric_text(base.metric, sweep.metric) if base else MISSING, f"{sweep.metric}, eval set"),
         ("head only", metric_text(extraction.metric, sweep.metric) if extraction else MISSING, f"{sweep.metric}, eval set"),
         ("forgetting", signed(found.forgetting) if found else MISSING, f"bound {sweep.max_forgetting:g} nats per token"),

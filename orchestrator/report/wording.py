@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+from orchestrator.transfer import OverSeeds, over_seeds
 from orchestrator.transfer.records import (
     BundledFigures,
     ModelScores,
@@ -24,6 +25,7 @@ CONTROL_NAMES = {
     "scratch": "random weights",
     "k_shot": "examples in the prompt",
     "curve": "a share of the data",
+    "repeat": "another seed",
 }
 PERCENT = ("accuracy", "macro_f1", "exact_match")
 
@@ -48,6 +50,32 @@ def metric_text(value: float | None, metric: str) -> str:
     if value is not None and math.isfinite(value) and metric in PERCENT:
         return f"{100 * value:.1f}%"
     return number(value)
+
+
+def model_name(model: str) -> str:
+    """`head` -> `head only`, `repeat-2` -> `another seed (2)`."""
+    kind, _, count = model.partition("-")
+    name = CONTROL_NAMES.get(kind, model)
+    return f"{name} ({count})" if count and kind in CONTROL_NAMES else name
+
+
+def metric_over_seeds(sweep: SweepResult, trial: TrialRecord, transfer: TransferReport | None) -> OverSeeds | None:
+    """The metric on the eval set of a trial, or of its bundle, and of the same trial from other seeds; None with one seed."""
+    own = measured_of(trial, transfer).metric
+    repeats = [
+        other
+        for other in sweep.trials
+        if other.control == "repeat" and other.trial_id.endswith(f"-{trial.trial_id}") and other.state != "failed"
+    ]
+    pairs = [(trial.seed, own), *((other.seed, other.metric) for other in repeats)]
+    known = [(seed, metric) for seed, metric in pairs if metric is not None]
+    return over_seeds([seed for seed, _ in known], [metric for _, metric in known])
+
+
+def interval_text(found: OverSeeds, metric: str) -> str:
+    """`1.830 ± 0.042`; shares as per cent."""
+    half = f"{100 * found.half_width:.1f}" if metric in PERCENT else number(found.half_width)
+    return f"{metric_text(found.mean, metric)} ± {half}"
 
 
 def score_text(scores: ModelScores, metric: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from orchestrator.data import TokenizedSet
+from orchestrator.plan import REPEAT, repeat_control
 from orchestrator.serve import (
     BundleInputs,
     HeldOutScores,
@@ -21,9 +22,9 @@ from orchestrator.serve import (
     trained_model,
     verify,
 )
-from orchestrator.serve.scores import PROMOTED
+from orchestrator.serve.scores import PROMOTED, UNTOUCHED
 from orchestrator.store import append_jsonl, read_jsonl, versions
-from orchestrator.transfer import Comparison, paired_comparison, verdict
+from orchestrator.transfer import Comparison, OverSeeds, over_seeds, paired_comparison, verdict
 from orchestrator.transfer.records import Control, ModelScores, TransferReport
 
 READINGS = "readings.jsonl"
@@ -53,12 +54,14 @@ def bundle_and_judge(inputs: BundleInputs, bundle: str, metric: str, max_forgett
     others: dict[Control, Comparison] = {
         name: comparison for name, comparison in comparisons.items() if name not in ("none", "scratch")
     }
-    found = verdict(comparisons["none"], comparisons.get("scratch"), others=others)
+    by_seed = _gain_over_seeds(inputs, scores, metric)
+    found = verdict(comparisons["none"], comparisons.get("scratch"), others=others, over_seeds=by_seed)
     transfer = TransferReport(
         verdict=found.kind,
         sentence=found.sentence.removeprefix(f"{found.kind}: ") + beyond_bound(scores.models, max_forgetting),
         trial_id=inputs.trial.trial_id,
         comparisons=tuple(comparison.record(name) for name, comparison in comparisons.items()),
+        gain_over_seeds=by_seed,
         scores=scores.models,
         test_set_reads=reads,
         prompts=scores.prompts,
@@ -89,17 +92,36 @@ def beyond_bound(scores: Sequence[ModelScores], max_forgetting: float) -> str:
 
 def _comparisons(inputs: BundleInputs, scores: HeldOutScores, metric: str, seed: int) -> dict[Control, Comparison]:
     """The bundle against every model that was scored beside it, document by document."""
-    by_answer = inputs.base.task == "classify" and metric != "loss"
+    by_answer, unit = _judged_by(inputs, metric)
     labels = TokenizedSet.load(inputs.test_set).labels
     own, weights = _losses(scores, PROMOTED, labels, by_answer)
     others: tuple[Control, ...] = ("none", "head", "scratch", "shuffled", "k_shot")
     ran = {model.model for model in scores.models}
-    unit = "accuracy" if by_answer else "nats per token"
     return {
         name: paired_comparison(own, _losses(scores, name, labels, by_answer)[0], weights, seed, unit=unit)
         for name in others
         if name in ran
     }
+
+
+def _gain_over_seeds(inputs: BundleInputs, scores: HeldOutScores, metric: str) -> OverSeeds | None:
+    """Mean gain over the base of the bundle, and of the same trial from every other seed; None where there is no other."""
+    by_answer, unit = _judged_by(inputs, metric)
+    labels = TokenizedSet.load(inputs.test_set).labels
+    base, weights = _losses(scores, UNTOUCHED, labels, by_answer)
+    seeds = {PROMOTED: inputs.trial.seed} | {
+        name: repeat_control(inputs.trial, int(name.removeprefix(REPEAT))).seed
+        for name in inputs.controls
+        if name.startswith(REPEAT)
+    }
+    gains = [float(np.average(base - _losses(scores, name, labels, by_answer)[0], weights=weights)) for name in seeds]
+    return over_seeds(list(seeds.values()), gains, unit)
+
+
+def _judged_by(inputs: BundleInputs, metric: str) -> tuple[bool, str]:
+    """(whether right and wrong answers are compared rather than losses, the unit of a difference)."""
+    by_answer = inputs.base.task == "classify" and metric != "loss"
+    return by_answer, "accuracy" if by_answer else "nats per token"
 
 
 def _losses(scores: HeldOutScores, model: str, labels: np.ndarray, by_answer: bool) -> tuple[np.ndarray, np.ndarray]:

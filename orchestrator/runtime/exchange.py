@@ -109,6 +109,18 @@ class Exchange:
         over = entry.end is not None and all(known.rung >= other.rung for other in entry.results)
         return self._answer(known, ended=over or known.state == "failed")
 
+    async def carry(self, trial: TrialSpec, selection: LayerSelection, stops: tuple[int, ...]) -> Answer:
+        """Carry a control from rung to rung, to its end; its last answer.
+
+        Args:
+            stops: The step at which each rung ends.
+        """
+        for rung, stop_step in enumerate(stops[:-1]):
+            answer = await self.advance(trial, selection, None, rung, stop_step)
+            if answer.ended:
+                return answer
+        return await self.advance(trial, selection, None, len(stops) - 1, stops[-1])
+
     async def probe(self, assignment: Assignment) -> RungResult | None:
         """Have a gang measure something; nothing of it stands in the ledger."""
         return await self._hand_out(assignment)

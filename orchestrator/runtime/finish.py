@@ -7,16 +7,16 @@ from typing import Any
 
 import ray
 
-from orchestrator.plan import late_control_id
+from orchestrator.plan import late_controls
 from orchestrator.plan.results import RungResult
-from orchestrator.plan.values import TrialSpec
+from orchestrator.plan.values import RunPlan, TrialSpec
 from orchestrator.runtime.budget import full_budget, selection_of
 from orchestrator.runtime.bundling import bundle_and_judge
 from orchestrator.runtime.cluster import fetch, rank_resources, worker_env
 from orchestrator.runtime.hours import metered
 from orchestrator.runtime.ledger import Ledger, TrialEntry
 from orchestrator.runtime.measured import plan_against_measured
-from orchestrator.runtime.outcome import LATE, RunOutcome
+from orchestrator.runtime.outcome import RunOutcome
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.runtime.records import base_result
 from orchestrator.runtime.scoring import Scoring
@@ -47,7 +47,7 @@ def finish(prepared: Prepared, sweep: SweepResult, view: RunView) -> RunOutcome:
     assert entry is not None
     base = base_result(ledger)
     bundled, refitted = full_budget(prepared, entry, base, view)
-    controls = controls_beside(ledger, entry.trial, bundled.step)
+    controls = controls_beside(prepared.plan, ledger, entry.trial, bundled.step)
     for message in controls.left_out:
         view.event("control_left_out", message)
         prepared.run.event("control_left_out", message=message)
@@ -85,17 +85,15 @@ class Controls:
     """Why one that was trained does not."""
 
 
-def controls_beside(ledger: Ledger, trial: TrialSpec, bundled_step: int) -> Controls:
-    """`head`, and `shuffled` and `scratch` where they were trained to as many steps as what is bundled: another budget is no
-    control."""
+def controls_beside(plan: RunPlan, ledger: Ledger, trial: TrialSpec, bundled_step: int) -> Controls:
+    """`head`, and what was trained late to as many steps as what is bundled: another budget is no control."""
     artifacts, left_out = dict[str, str](), list[str]()
-    late = ((name, late_control_id(name, trial.trial_id)) for name in LATE)
-    for name, trial_id in (("head", "head"), *late):
+    for name, trial_id in {"head": "head", **late_controls(plan, trial.trial_id)}.items():
         entry = ledger.get(trial_id)
         done = [result for result in entry.results if result.state == "done"] if entry is not None else []
         if not done or done[-1].checkpoint is None or trial_id == trial.trial_id:
             continue
-        if name in LATE and done[-1].step != bundled_step:
+        if name != "head" and done[-1].step != bundled_step:
             left_out.append(f"{trial_id} was trained to {done[-1].step} steps and what is bundled to {bundled_step}")
         else:
             artifacts[name] = done[-1].checkpoint

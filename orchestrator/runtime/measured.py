@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from orchestrator.plan.cost.calibration import MeasuredSteps, calibrated
-from orchestrator.plan.cost.estimate import CPU_FLOPS_PER_CORE, LATE, planned_options, run_flops
+from orchestrator.plan.cost.choices import planned_options
+from orchestrator.plan.cost.estimate import CPU_FLOPS_PER_CORE, run_flops
+from orchestrator.plan.cost.late import LATE
 from orchestrator.plan.values import RunPlan
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.transfer.records import PlanAgainstMeasured, RefitRecord, SweepResult
@@ -58,14 +60,15 @@ def first_steps(plan: RunPlan, sweep: SweepResult) -> list[MeasuredSteps]:
 def _computing_time(prepared: Prepared, sweep: SweepResult, refitted: RefitRecord | None) -> PlanAgainstMeasured:
     """Seconds of training and scoring, summed over GPUs, or over cores where there is none.
 
-    Planned is arithmetic alone at the rates of `plan.cost`; late controls and a bundle's merge are in neither.
+    Planned is arithmetic alone at the rates of `plan.cost`; a bundle's merge is in neither, and what is trained late is in both.
     """
     plan = prepared.plan
     on_gpus = plan.execution.device == "cuda"
     searching, refitting = (
         execution.ranks * (1 if on_gpus else execution.threads_per_rank) for execution in (plan.execution, plan.refit_execution)
     )
-    trials = sum(trial.seconds for trial in sweep.trials if trial.control not in LATE)
+    planned_late = {*plan.search.controls, "repeat"} if plan.search is not None else set[str]()
+    trials = sum(trial.seconds for trial in sweep.trials if trial.control not in LATE or trial.control in planned_late)
     if plan.search is None:
         measured = trials * refitting
     else:

@@ -6,11 +6,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
-from orchestrator.plan import late_control_id
+from orchestrator.plan import late_controls
 from orchestrator.runtime.assignments import GangFigures
 from orchestrator.runtime.curve import curve_ids, curve_of
 from orchestrator.runtime.hours import HoursState, read_hours
@@ -22,8 +21,7 @@ from orchestrator.transfer import Comparison, Promotion, paired_comparison, pare
 from orchestrator.transfer.learning_curve import LearningCurve
 from orchestrator.transfer.records import SweepResult, TransferReport, TrialRecord
 
-LateControl = Literal["shuffled", "scratch"]
-LATE: tuple[LateControl, ...] = ("shuffled", "scratch")
+LATE = ("shuffled", "scratch", "repeat")
 """Controls that are trained once the winner is known, as long as what is bundled."""
 MORE_HOURS = "raise resources.max_gpu_hours and submit again: the search goes on from where it was ended"
 
@@ -80,9 +78,7 @@ def summarise(
     trials = trial_records(ledger, scoring)
     promotion = decide(prepared, ledger, trials)
     winner = ledger.get(promotion.trial_id) if promotion.trial_id is not None else None
-    late: dict[str, LateControl] = {}
-    if winner is not None:
-        late = {late_control_id(name, winner.trial.trial_id): name for name in LATE}
+    late = late_controls(prepared.plan, winner.trial.trial_id) if winner is not None else {}
     searched = [trial for trial in trials if trial.control is None and trial.metric is not None]
     front = pareto_front([(_target(trial, scoring.higher_is_better), trial.forgetting or 0.0) for trial in searched])
     curve = curve_of(prepared, ledger, winner)
@@ -96,7 +92,9 @@ def summarise(
         higher_is_better=scoring.higher_is_better,
         max_forgetting=scoring.max_forgetting,
         trials=tuple(
-            trial for trial in trials if trial.control != "curve" and (trial.control not in LATE or trial.trial_id in late)
+            trial
+            for trial in trials
+            if trial.control != "curve" and (trial.control not in LATE or trial.trial_id in late.values())
         ),
         winner_id=promotion.trial_id,
         promotion_reason=promotion.reason,
@@ -122,12 +120,12 @@ def summarise(
 
 
 def _ended_by_hours(
-    prepared: Prepared, ledger: Ledger, hours: HoursState | None, late: Mapping[str, LateControl], points: Sequence[str]
+    prepared: Prepared, ledger: Ledger, hours: HoursState | None, late: Mapping[str, str], points: Sequence[str]
 ) -> str:
     """How far the search came where the bound held a trial or a control back; nothing where it did not.
 
     Args:
-        late: The controls of the promoted trial, by their ids.
+        late: The ids of the promoted trial's controls, by name.
         points: Ids of the trials of its learning curve.
     """
     search = prepared.spec.search
@@ -137,8 +135,8 @@ def _ended_by_hours(
     asked = prepared.plan.search.num_trials
     if done < asked:
         return f"the search was ended after {done} of {asked} trials: {hours.spent}"
-    planned = {*search.controls} - ({"scratch"} if prepared.plan.scratch_memory is None else set())
-    wanted = {"head": "head", **{name: trial_id for trial_id, name in late.items() if name in planned}}
+    unasked = {"shuffled", "scratch"} - {*search.controls} | ({"scratch"} if prepared.plan.scratch_memory is None else set())
+    wanted = {"head": "head", **{name: trial_id for name, trial_id in late.items() if name not in unasked}}
     controls = [name for name, trial_id in wanted.items() if _is_missing(ledger, trial_id)]
     missing = [f"the control {' and '.join(controls)}"] if controls else []
     missing += ["the learning curve"] if any(_is_missing(ledger, trial_id) for trial_id in points) else []

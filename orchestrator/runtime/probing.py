@@ -10,7 +10,7 @@ import ray
 from orchestrator.anatomy import ModelAnatomy
 from orchestrator.errors import TrainingError
 from orchestrator.plan import probe_trial, with_scores
-from orchestrator.plan.cost.estimate import planned_options
+from orchestrator.plan.cost.choices import planned_options
 from orchestrator.plan.results import RungResult
 from orchestrator.plan.scored import LayerScores
 from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan, RunPlan

@@ -6,7 +6,8 @@ from orchestrator.plan.relief import fits_in_no_way
 from orchestrator.plan.results import RungResult
 from orchestrator.runtime.ledger import Ledger, TrialEntry
 from orchestrator.runtime.scoring import Scoring
-from orchestrator.transfer.records import EngineFigures, RungRecord, TrialRecord
+from orchestrator.transfer.measured import EngineFigures
+from orchestrator.transfer.records import RungRecord, TrialRecord
 
 
 def trial_records(ledger: Ledger, scoring: Scoring) -> tuple[TrialRecord, ...]:

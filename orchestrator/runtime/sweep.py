@@ -12,22 +12,20 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from orchestrator.anatomy import LayerSelection
 from orchestrator.errors import TrainingError
-from orchestrator.plan import head_control, none_control, scratch_control, shuffled_control
-from orchestrator.plan.values import TrialSpec
-from orchestrator.runtime.assignments import Answer, Orders
-from orchestrator.runtime.budget import selection_of
+from orchestrator.plan import head_control, none_control
+from orchestrator.runtime.assignments import Orders
+from orchestrator.runtime.carrying import hand_in, wait_for
 from orchestrator.runtime.cluster import fetch
 from orchestrator.runtime.compiling import compiled_where_it_pays
-from orchestrator.runtime.curve import curve_trials
 from orchestrator.runtime.domain import advised_by_shift
 from orchestrator.runtime.exchange import Exchange
 from orchestrator.runtime.finish import finish
 from orchestrator.runtime.hours import may_go_on, read_hours
 from orchestrator.runtime.joining import joins
+from orchestrator.runtime.late import train_late
 from orchestrator.runtime.ledger import Ledger
-from orchestrator.runtime.outcome import LATE, RunOutcome, read_outcome, read_sweep, summarise, write_outcome
+from orchestrator.runtime.outcome import RunOutcome, read_outcome, read_sweep, summarise, write_outcome
 from orchestrator.runtime.prepare import Prepared, open_run, prepare
 from orchestrator.runtime.probing import scored_in_a_gang
 from orchestrator.runtime.search import run_search
@@ -79,7 +77,7 @@ def _finished(run: RunDirectory, loaded: LoadedSpec) -> RunOutcome | None:
 
 
 def _search(prepared: Prepared, view: RunView, started_at: float) -> tuple[Prepared, SweepResult]:
-    """Controls, the blocks' scores, trials, promotion, and the shuffled control of the promoted trial.
+    """Controls, the blocks' scores, trials, promotion, and what is trained once the promoted trial is known.
 
     The gangs are released at the end.
 
@@ -100,8 +98,8 @@ def _search(prepared: Prepared, view: RunView, started_at: float) -> tuple[Prepa
     earlier = read_sweep(prepared.run.path)
     with _exchange(prepared) as exchange, Watcher(exchange, view, prepared.run):
         view.phase("gangs", f"{plan.num_gangs} x {plan.execution.ranks} rank(s)")
-        base = _advance(exchange, *none_control(plan, prepared.anatomy, seed), stop_step=0)
-        untouched = _wait(exchange, "none", base)
+        base = hand_in(exchange, *none_control(plan, prepared.anatomy, seed), [0])
+        untouched = wait_for(exchange, "none", base)
         if untouched.state == "failed":
             raise TrainingError(
                 f"the untouched base could not be evaluated: {untouched.reason}",
@@ -112,15 +110,14 @@ def _search(prepared: Prepared, view: RunView, started_at: float) -> tuple[Prepa
         plan = prepared.plan
         assert plan.search is not None
         view.phase("search", f"{plan.search.num_trials} trials")
-        last_step = plan.search.rung_steps[-1]
-        head = _advance(exchange, *head_control(plan, prepared.anatomy, spec, seed), stop_step=last_step)
+        head = hand_in(exchange, *head_control(plan, prepared.anatomy, spec, seed), plan.search.rung_steps[-1:])
         recorded = [entry for entry in Ledger(prepared.run.trials).entries() if entry.trial.control is None]
         run_search(plan, exchange, recorded, prepared.run.path / "tune", seed)
-        _wait(exchange, "head", head)
+        wait_for(exchange, "head", head)
         figures, hours = fetch(exchange.figures.remote()), fetch(exchange.hours.remote())
         sweep = summarise(prepared, Ledger(prepared.run.trials), figures, started_at, earlier, hours)
-        if sweep.winner_id is not None and (set(LATE) & set(spec.search.controls) or plan.search.curve_shares):
-            _run_beside(prepared, exchange, sweep.winner_id, view)
+        winner = Ledger(prepared.run.trials).get(sweep.winner_id) if sweep.winner_id is not None else None
+        if winner is not None and train_late(prepared, exchange, winner, view):
             hours = fetch(exchange.hours.remote())
             sweep = summarise(prepared, Ledger(prepared.run.trials), figures, started_at, earlier, hours)
         if sweep.learning_curve is not None:
@@ -130,52 +127,6 @@ def _search(prepared: Prepared, view: RunView, started_at: float) -> tuple[Prepa
         if sweep.ended_by_hours:
             _tell(prepared, view, "ended_by_hours", sweep.ended_by_hours)
     return prepared, sweep
-
-
-def _run_beside(prepared: Prepared, exchange: Any, winner_id: str, view: RunView) -> None:
-    """What is trained once the winner is known: the controls that repeat it, and its learning curve."""
-    search, plan = prepared.spec.search, prepared.plan
-    assert search is not None
-    assert plan.search is not None
-    if "shuffled" in search.controls:
-        _run_shuffled(prepared, exchange, winner_id, view)
-    if "scratch" in search.controls and plan.scratch_memory is not None:
-        _run_scratch(prepared, exchange, winner_id, view)
-    if plan.search.curve_shares:
-        _run_curve(prepared, exchange, winner_id, view)
-
-
-def _run_shuffled(prepared: Prepared, exchange: Any, winner_id: str, view: RunView) -> None:
-    """Train the promoted trial once more, to the full budget that its bundle has, on answers permuted among the prompts."""
-    winner = Ledger(prepared.run.trials).get(winner_id)
-    assert winner is not None
-    _run_late(prepared, exchange, shuffled_control(winner.trial), selection_of(prepared, winner), view)
-
-
-def _run_scratch(prepared: Prepared, exchange: Any, winner_id: str, view: RunView) -> None:
-    """Train random weights on the promoted trial's documents, to the full budget that its bundle has."""
-    winner = Ledger(prepared.run.trials).get(winner_id)
-    assert winner is not None
-    trial, selection = scratch_control(prepared.plan, prepared.anatomy, prepared.spec, winner.trial)
-    _run_late(prepared, exchange, trial, selection, view)
-
-
-def _run_late(prepared: Prepared, exchange: Any, trial: TrialSpec, selection: LayerSelection, view: RunView) -> None:
-    call = _advance(exchange, trial, selection, stop_step=trial.total_steps)
-    answer = _wait(exchange, trial.trial_id, call)
-    if answer.state == "stopped":
-        _tell(prepared, view, "control_left_out", f"{trial.trial_id}: {answer.reason}")
-
-
-def _run_curve(prepared: Prepared, exchange: Any, winner_id: str, view: RunView) -> None:
-    """Train the promoted trial on shares of its data, as many at once as there are gangs; the ledger knows what came of it."""
-    winner = Ledger(prepared.run.trials).get(winner_id)
-    assert winner is not None
-    trials, selection = curve_trials(prepared, winner), selection_of(prepared, winner)
-    view.phase("learning curve", f"{winner_id} on {len(trials)} shares of the data")
-    calls = [(trial.trial_id, _advance(exchange, trial, selection, stop_step=trial.total_steps)) for trial in trials]
-    for trial_id, call in calls:
-        _wait(exchange, trial_id, call)
 
 
 def _tell(prepared: Prepared, view: RunView, kind: str, message: str) -> None:
@@ -209,14 +160,3 @@ def _exchange(prepared: Prepared) -> Iterator[Any]:
         with contextlib.suppress(RayError):  # what went wrong before is what the user must hear of
             fetch(exchange.close.remote(), 60)
         ray.kill(exchange)
-
-
-def _advance(exchange: Any, trial: TrialSpec, selection: LayerSelection, *, stop_step: int) -> Any:
-    """Hand a control in; it has one rung."""
-    return exchange.advance.remote(trial, selection, None, 0, stop_step)
-
-
-def _wait(exchange: Any, trial_id: str, call: Any) -> Answer:
-    answer = fetch(call)
-    fetch(exchange.finish.remote(trial_id, "failed" if answer.state == "failed" else "finished"))
-    return answer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from orchestrator.plan import REPEAT
 from orchestrator.serve.inputs import BundleInputs, shown_base
 from orchestrator.transfer.records import ModelScores, PromptComparison, TransferReport, VerificationFigures
 from orchestrator.units import format_count
@@ -107,8 +108,14 @@ def _score(scores: ModelScores, metric: str) -> str:
     return f"{number} on {scores.num_answered} of {scores.num_documents}" if taken_over else number
 
 
+def _name(model: str) -> str:
+    if model.startswith(REPEAT):
+        return f"this model from another seed ({model.removeprefix(REPEAT)})"
+    return NAMES.get(model, model)
+
+
 def _score_row(scores: ModelScores, metrics: list[str], *, has_retention: bool, has_answers: bool) -> list[str]:
-    row = [NAMES.get(scores.model, scores.model), *(_score(scores, name) for name in metrics)]
+    row = [_name(scores.model), *(_score(scores, name) for name in metrics)]
     if has_retention:
         row += [_number(scores.retain_loss), "-" if scores.forgetting is None else f"{scores.forgetting:+.3f}"]
     if has_answers:

@@ -32,7 +32,7 @@ class BundleInputs(Value):
     test_set: str
     retain_set: str | None = None
     controls: dict[str, str] = {}
-    """Control (`head`, `shuffled`) -> the folder that holds its adapter or delta."""
+    """Control (`head`, `shuffled`, `repeat-2`) -> the folder that holds its adapter or delta."""
     shots: int = 0
     """Examples in the prompts of the control `k_shot`; 0: it was not asked for."""
     separator: str = "\n"

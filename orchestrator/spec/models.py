@@ -15,6 +15,8 @@ Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 ReplayShare = Annotated[float, Field(ge=0.0, lt=1.0)]
 Factor = Annotated[float, Field(gt=0.0, le=1.0)]
 LearningRate = Annotated[float, Field(gt=0.0, le=10.0)]
+FEW_EXAMPLES = 500
+"""Training documents up to which chance decides much: of the split, of the seed, and of when training should end."""
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
 
@@ -180,6 +182,8 @@ class SearchSpec(Section):
     """Whether blocks are scored by their gradients before the search, where it has more than one choice of blocks."""
     controls: tuple[Literal["shuffled", "scratch", "k_shot"], ...] = ()
     """Controls beyond `none` and `head`, which always run."""
+    repeats: Annotated[PositiveInt | Literal["auto"], BeforeValidator(_refuse_bool)] = "auto"
+    """From how many seeds the promoted trial is trained in all; `auto`: 5 with at most 500 training documents, else 1."""
     shots: PositiveInt = 4
     """Examples that the control `k_shot` puts before each test document, as many as the base can read."""
     learning_curve: bool = False

@@ -13,6 +13,7 @@ from orchestrator.transfer.correlation import Correlation, rank_correlation
 from orchestrator.transfer.memory import memory_rows
 from orchestrator.transfer.promotion import Promotion, pareto_front, promote
 from orchestrator.transfer.scoring import FORGETTING_WEIGHT, WORST_SCORE, forgetting, score
+from orchestrator.transfer.seeds import OverSeeds, over_seeds
 from orchestrator.transfer.verdicts import SMALLEST_GAIN, Verdict, verdict
 
 __all__ = [
@@ -21,10 +22,12 @@ __all__ = [
     "WORST_SCORE",
     "Comparison",
     "Correlation",
+    "OverSeeds",
     "Promotion",
     "Verdict",
     "forgetting",
     "memory_rows",
+    "over_seeds",
     "paired_comparison",
     "pareto_front",
     "promote",

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator.spec.models import FEW_EXAMPLES
 from orchestrator.values import Value
 
 Floats = NDArray[np.float64]
@@ -21,7 +22,6 @@ NEAR, FAR = 0.8, 1.6
 measured; so are the next two."""
 LOSS_GAP = 0.5
 """Nats per token by which the base fits a far target worse than the retention set."""
-FEW_DOCUMENTS = 500
 
 
 def proxy_a_distance(target: Floats, reference: Floats, seed: int) -> tuple[float, float, float]:
@@ -141,7 +141,7 @@ def advise(
     distance = sum(distances) / len(distances) if distances else None
     gap = target_loss - retention_loss if target_loss is not None and retention_loss is not None else None
     said = _figures(distance, target_loss, retention_loss, num_documents) + (f"; not measured: {failed}" if failed else "")
-    if num_documents < FEW_DOCUMENTS:
+    if num_documents <= FEW_EXAMPLES:
         return Advice(kind="few", sentence=f"few examples: the head or few blocks first ({said})")
     if distance is None and gap is None:
         return Advice(kind="none", sentence=f"nothing says where to begin ({said})")

@@ -1,10 +1,37 @@
-"""What the plan said beside what the run measured, and the bundle beside the trained model, as records."""
+"""What was measured of the machinery and of the bundle, and what the plan had said, as records."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 from orchestrator.values import Value
+
+
+class EngineFigures(Value):
+    """Which machinery served a trial, in figures."""
+
+    executor: str
+    engine_class: str = ""
+    zero_stage: int = 0
+    ranks: int = 1
+    partitioned_bytes: int = 0
+    peak_memory_bytes: int = 0
+    base_loads: int = 1
+    ordinal: int = 0
+    """How many assignments the gang had run before."""
+    device: str = ""
+    rank_peak_memory_bytes: tuple[int, ...] = ()
+    """Measured, by rank: on a GPU the most that torch's allocator held, on a CPU the process's resident memory."""
+    predicted_memory_bytes: int | None = None
+    """What the plan expected a rank to use."""
+    micro_batch_rows: int = 0
+    checkpointing: bool = False
+    fused_trials: int = 1
+    """How many trials shared its last rung's batches."""
+    compiled: bool = False
+    """Whether its blocks were compiled."""
+    compile_seconds: float = 0.0
+    """What compiling them took in its last rung."""
 
 
 class PlanAgainstMeasured(Value):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orchestrator.transfer.measured import MemoryRow
-from orchestrator.transfer.records import EngineFigures, TrialRecord
+from orchestrator.transfer.measured import EngineFigures, MemoryRow
+from orchestrator.transfer.records import TrialRecord
 
 
 def memory_rows(trials: Sequence[TrialRecord]) -> tuple[MemoryRow, ...]:

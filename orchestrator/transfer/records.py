@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import Literal
 
 from orchestrator.transfer.learning_curve import LearningCurve
-from orchestrator.transfer.measured import MemoryRow, PlanAgainstMeasured, VerificationFigures
+from orchestrator.transfer.measured import EngineFigures, MemoryRow, PlanAgainstMeasured, VerificationFigures
+from orchestrator.transfer.seeds import OverSeeds
 from orchestrator.values import Value
 
-Control = Literal["none", "head", "shuffled", "scratch", "k_shot", "curve"]
+Control = Literal["none", "head", "shuffled", "scratch", "k_shot", "repeat", "curve"]
 VerdictKind = Literal["positive", "no gain", "negative", "inconclusive"]
 
 
@@ -35,33 +36,6 @@ class RungRecord(Value):
     """What the search minimises: the metric (turned round when higher is better) plus the penalty beyond the bound."""
     seconds: float = 0.0
     """Training and evaluation since the rung before."""
-
-
-class EngineFigures(Value):
-    """Which machinery served a trial, in figures."""
-
-    executor: str
-    engine_class: str = ""
-    zero_stage: int = 0
-    ranks: int = 1
-    partitioned_bytes: int = 0
-    peak_memory_bytes: int = 0
-    base_loads: int = 1
-    ordinal: int = 0
-    """How many assignments the gang had run before."""
-    device: str = ""
-    rank_peak_memory_bytes: tuple[int, ...] = ()
-    """Measured, by rank: on a GPU the most that torch's allocator held, on a CPU the process's resident memory."""
-    predicted_memory_bytes: int | None = None
-    """What the plan expected a rank to use."""
-    micro_batch_rows: int = 0
-    checkpointing: bool = False
-    fused_trials: int = 1
-    """How many trials shared its last rung's batches."""
-    compiled: bool = False
-    """Whether its blocks were compiled."""
-    compile_seconds: float = 0.0
-    """What compiling them took in its last rung."""
 
 
 class TrialRecord(Value):
@@ -129,6 +103,8 @@ class TrialRecord(Value):
         point = f"{self.layers} · {self.method} · lr {self.learning_rate:.1e}"
         if self.control == "curve":
             return f"{self.share:.3g} of the data · {point}"
+        if self.control == "repeat":
+            return f"{point} · seed {self.seed}"
         return f"{self.control} control · {point}" if self.control else point
 
 
@@ -266,6 +242,8 @@ class TransferReport(Value):
     sentence: str = ""
     trial_id: str | None = None
     comparisons: tuple[ComparisonRecord, ...] = ()
+    gain_over_seeds: OverSeeds | None = None
+    """Gain over the base by each seed that the promoted trial was trained from, the bundle's first; None with one seed."""
     scores: tuple[ModelScores, ...] = ()
     test_set_reads: int = 0
     """How often the test set has been read for this run, this reading included; from the second on it is no longer unseen."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from orchestrator.transfer.comparison import Comparison
 from orchestrator.transfer.records import Control, VerdictKind
+from orchestrator.transfer.seeds import OverSeeds
 from orchestrator.values import Value
 
 SMALLEST_GAIN = 0.01
@@ -31,18 +32,24 @@ class Verdict(Value):
 
 
 def verdict(
-    vs_none: Comparison, vs_scratch: Comparison | None = None, *, others: Mapping[Control, Comparison] | None = None
+    vs_none: Comparison,
+    vs_scratch: Comparison | None = None,
+    *,
+    others: Mapping[Control, Comparison] | None = None,
+    over_seeds: OverSeeds | None = None,
 ) -> Verdict:
     """Judge the promoted model.
 
     `negative` when it is worse than the base or than training from scratch; `positive` when it is better than both
     (than the one that ran); else `no gain` when no gain that matters is possible against one of them, and
-    `inconclusive` when the data cannot tell.
+    `inconclusive` when the data cannot tell: by the examples, or because trainings from other seeds came out so unlike that
+    their mean gain over the base may be none.
 
     Args:
         vs_none: Against the untouched base, on the test set.
         vs_scratch: Against random weights trained on the same budget.
         others: Comparisons that the sentence reports and the verdict does not depend on (`head`, `shuffled`).
+        over_seeds: Gain over the base on the test set, by seed.
     """
     judged = [vs_none] if vs_scratch is None else [vs_none, vs_scratch]
     kinds: list[VerdictKind] = [_kind(comparison) for comparison in judged]
@@ -50,7 +57,13 @@ def verdict(
     told: dict[Control, Comparison] = {"none": vs_none}
     if vs_scratch is not None:
         told["scratch"] = vs_scratch
-    return Verdict(kind=kind, sentence=f"{kind}: {_sentence({**told, **(others or {})})}")
+    sentence = _sentence({**told, **(others or {})})
+    if over_seeds is not None:
+        sentence += f"; {_seeds_sentence(over_seeds)}"
+        if kind == "positive" and over_seeds.low <= 0:
+            kind = "inconclusive"
+            sentence += ": the data cannot tell, from another seed it could have come out otherwise"
+    return Verdict(kind=kind, sentence=f"{kind}: {sentence}")
 
 
 def _kind(comparison: Comparison) -> VerdictKind:
@@ -107,6 +120,15 @@ def _figure(comparison: Comparison) -> str:
 def _margin(comparison: Comparison) -> float:
     """The longer side of the interval."""
     return max(comparison.high - comparison.mean, comparison.mean - comparison.low)
+
+
+def _seeds_sentence(found: OverSeeds) -> str:
+    """`over 3 seeds 0.41 ± 0.20 nats better than the base (each alone: +0.32, +0.43, +0.48)`."""
+    scale, unit, digits = _unit(found.unit)
+    figure = f"{abs(found.mean) * scale:.{digits}f} ± {found.half_width * scale:.{digits}f} {unit}"
+    each = ", ".join(f"{value * scale:+.{digits}f}" for value in found.values)
+    way = "better" if found.mean >= 0 else "worse"
+    return f"over {len(found.values)} seeds {figure} {way} than the base (each alone: {each})"
 
 
 def _unit(unit: str) -> tuple[float, str, int]:

@@ -59,6 +59,8 @@ def write_spec(folder: Path, name: str, **sections: Any) -> Path:
     for section, given in sections.items():
         known = values.get(section)
         values[section] = {**known, **given} if isinstance(known, dict) else given
+    if "search" in values:  # the rows are few, and what is looked at is the search
+        values["search"] = {"repeats": 1, **values["search"]}
     path = folder / f"{name}.yaml"
     path.write_text(json.dumps(values, indent=2))
     return path

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from orchestrator.anatomy.values import ModelAnatomy
-from orchestrator.plan.cost.estimate import estimate_cost, option_terms, planned_options, scored_flops, units_of_gang
+from orchestrator.plan.cost.choices import option_terms, planned_options, scored_flops
+from orchestrator.plan.cost.estimate import estimate_cost, units_of_gang
 from orchestrator.plan.estimates import CostEstimate
 from orchestrator.plan.values import RunPlan
 

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orchestrator.anatomy import select, select_everything
+from orchestrator.anatomy import select
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.plan.cost.accelerators import find_accelerator
+from orchestrator.plan.cost.choices import option_terms, per_target_token, planned_options, scored_flops
 from orchestrator.plan.cost.disk import TOKEN_BYTES, all_tokens, bundle_bytes, disk_parts
 from orchestrator.plan.cost.flops import (
     attention_width,
     block_flops_per_token,
-    forward_flops_per_token,
-    runs_head_twice,
-    train_terms,
 )
-from orchestrator.plan.curve import share_documents
+from orchestrator.plan.cost.late import curve_parts, late_parts, late_work
 from orchestrator.plan.estimates import CostEstimate, FlopTerm, OptionCost, Part, Rate
 from orchestrator.plan.placement import Machines
-from orchestrator.plan.values import ExecutionPlan, RunPlan, SearchPlan, TrialOption
+from orchestrator.plan.values import ExecutionPlan, RunPlan, SearchPlan
 from orchestrator.units import format_count, format_flops
 
 ACHIEVED_SHARE = 0.35
@@ -34,11 +32,6 @@ REFIT = "refit"
 """The part of the operations that trains the winner again."""
 TRIALS = "trials"
 """The part that trains the searched trials."""
-SHUFFLED, SCRATCH = "shuffled", "scratch"
-"""The parts of the controls of those names, which are trained as long as what is bundled, after the search and in one gang."""
-CURVE = "curve"
-"""The part of the learning curve, trained then too; gangs share it, and the wall time is counted as if one did it all."""
-LATE = (SHUFFLED, SCRATCH, CURVE)
 
 
 def rate_of(found: Machines) -> Rate:
@@ -61,11 +54,11 @@ def estimate_cost(plan: RunPlan, anatomy: ModelAnatomy, rate: Rate, *, price_per
     operations, without_stopping = _operations(plan, anatomy, terms)
     total = sum(part.amount for part in operations)
     refit = sum(part.amount for part in operations if part.name == REFIT)
-    trial = [flops * plan.total_tokens * _budget(plan) for flops in _per_target_token(options, terms)]
+    trial = [flops * plan.total_tokens * _budget(plan) for flops in per_target_token(options, terms)]
     units, refit_units = units_of_gang(plan.execution), units_of_gang(plan.refit_execution)
-    late = sum(part.amount for part in operations if part.name in LATE)
+    late, late_in_a_gang = late_work(plan, operations)
     searched = max((total - refit - late) / (units * _busy_gangs(plan)), max(trial, default=0.0) / units)
-    search_seconds = _seconds(rate, searched + late / units)
+    search_seconds = _seconds(rate, searched + late_in_a_gang / units)
     rungs = expected_rungs(plan.search) if plan.search is not None else 0.0
     disk, checkpoint_bytes = disk_parts(plan, anatomy, options, _head(plan, anatomy), rungs)
     on_gpus = plan.execution.device == "cuda"
@@ -105,42 +98,6 @@ def estimate_cost(plan: RunPlan, anatomy: ModelAnatomy, rate: Rate, *, price_per
     )
 
 
-def planned_options(plan: RunPlan) -> tuple[TrialOption, ...]:
-    """The search's choices, or the one trial's."""
-    if plan.search is not None:
-        return plan.search.options
-    return (plan.finetune,) if plan.finetune is not None else ()
-
-
-def option_terms(plan: RunPlan, anatomy: ModelAnatomy, selection: LayerSelection) -> tuple[FlopTerm, ...]:
-    """Operations of one token of training, as the plan runs it."""
-    data, execution = plan.data, plan.execution
-    return train_terms(
-        anatomy,
-        selection,
-        attention_width(anatomy, execution, data),
-        checkpointing=execution.checkpointing,
-        num_classes=data.num_classes,
-        supervised_share=data.supervised_share,
-        head_twice=runs_head_twice(anatomy, selection, execution, data),
-        stored_trunk=_stored(plan, selection.cut) > 0,
-    )
-
-
-def _stored(plan: RunPlan, cut: int) -> int:
-    """The block that a trial with this cut begins at: the cut where its states are stored, else 0."""
-    return cut if plan.trunk is not None and cut in plan.trunk.cuts else 0
-
-
-def scored_flops(plan: RunPlan, anatomy: ModelAnatomy, cut: int = 0) -> float:
-    """Operations of scoring the eval and retention sets once, of a trial with this cut."""
-    data = plan.data
-    width = attention_width(anatomy, plan.execution, data)
-    return (data.eval_tokens + data.retain_tokens) * forward_flops_per_token(
-        anatomy, width, data.num_classes, supervised_share=data.supervised_share, first=_stored(plan, cut)
-    )
-
-
 def _building_trunk(plan: RunPlan, anatomy: ModelAnatomy) -> Part | None:
     """The one forward pass over all sets that fills what is stored."""
     if plan.trunk is None:
@@ -174,7 +131,7 @@ def run_flops(plan: RunPlan, anatomy: ModelAnatomy) -> float:
 
 def _operations(plan: RunPlan, anatomy: ModelAnatomy, terms: Sequence[Sequence[FlopTerm]]) -> tuple[tuple[Part, ...], float]:
     """(parts of the run as it is expected to go, operations when no trial is stopped)."""
-    per_token = _per_target_token(planned_options(plan), terms)
+    per_token = per_target_token(planned_options(plan), terms)
     scored, trunk = scored_flops(plan, anatomy), _building_trunk(plan, anatomy)
     built = (trunk,) if trunk is not None else ()
     at_cut = [scored_flops(plan, anatomy, option.selection.cut) for option in planned_options(plan)]
@@ -194,7 +151,7 @@ def _operations(plan: RunPlan, anatomy: ModelAnatomy, terms: Sequence[Sequence[F
     scored_trial = sum(at_cut) / len(at_cut)
     scored_head = scored_flops(plan, anatomy, _head(plan, anatomy).cut)
     controls = head * search.rung_steps[-1] * per_step + scored + len(search.rung_steps) * scored_head
-    late = _late_parts(plan, anatomy, scored) + _curve_parts(plan, max(per_token), max(at_cut))
+    late = late_parts(plan, anatomy, max(per_token), scored) + curve_parts(plan, max(per_token), max(at_cut))
     again = max(per_token) * plan.total_tokens if search.rung_steps[-1] < plan.total_steps else 0.0
     of = f"{count} trials x {steps:.4g} of {search.rung_steps[-1]} steps"
     parts = [
@@ -213,54 +170,6 @@ def _operations(plan: RunPlan, anatomy: ModelAnatomy, terms: Sequence[Sequence[F
     searched = count * (mean * search.rung_steps[-1] * per_step + len(search.rung_steps) * scored_trial)
     whole = sum(part.amount for part in built) + searched + controls + sum(part.amount for part in late) + again
     return tuple(parts), whole
-
-
-def _per_target_token(options: Sequence[TrialOption], terms: Sequence[Sequence[FlopTerm]]) -> list[float]:
-    """Operations by choice of training on one token of the target, and on what is replayed beside it."""
-    return [
-        sum(term.flops for term in each) / (1.0 - option.remedies.replay) for option, each in zip(options, terms, strict=True)
-    ]
-
-
-def _late_parts(plan: RunPlan, anatomy: ModelAnatomy, scored: float) -> list[Part]:
-    """Controls that are trained once the winner is known."""
-    assert plan.search is not None
-    parts: list[Part] = []
-    if SHUFFLED in plan.search.controls:
-        reason = "the winner once more, on answers permuted among the prompts, if it is the costliest choice"
-        amount = _shuffled_per_token(plan, anatomy) * plan.total_tokens + scored
-        parts.append(Part(name=SHUFFLED, amount=amount, reason=reason))
-    if plan.scratch_memory is not None:
-        everything = select_everything(anatomy, task=plan.base.task, num_classes=plan.data.num_classes)
-        per_token = sum(term.flops for term in option_terms(plan, anatomy, everything))
-        reason = "random weights, all of which learn, as long as the winner"
-        parts.append(Part(name=SCRATCH, amount=per_token * plan.total_tokens + scored, reason=reason))
-    return parts
-
-
-def _curve_parts(plan: RunPlan, per_token: float, scored: float) -> list[Part]:
-    """The winner on shares of the documents; on all of them too, where no trial of the search gets the full budget.
-
-    Args:
-        per_token: Of the costliest choice, with what is stored of the trunk: a share's documents are among those stored.
-        scored: Of the costliest choice.
-    """
-    assert plan.search is not None
-    shares = plan.search.curve_shares
-    if not shares:
-        return []
-    shares = (*shares, 1.0) if plan.search.rung_steps[-1] < plan.total_steps else shares
-    total = plan.data.train_documents
-    counts = ", ".join(str(share_documents(share, total)) for share in shares)
-    reason = f"the winner once more on {counts} of {total} documents each, if it is the costliest choice"
-    return [Part(name=CURVE, amount=sum(share * per_token * plan.total_tokens + scored for share in shares), reason=reason)]
-
-
-def _shuffled_per_token(plan: RunPlan, anatomy: ModelAnatomy) -> float:
-    """Of the costliest choice. Other answers are other documents, for which nothing is stored."""
-    bare = plan.model_copy(update={"trunk": None})
-    options = planned_options(plan)
-    return max(_per_target_token(options, [option_terms(bare, anatomy, option.selection) for option in options]))
 
 
 def _head(plan: RunPlan, anatomy: ModelAnatomy) -> LayerSelection:

@@ -343,3 +343,11 @@ def test_the_size_for_the_plan_is_exact(prepare: Any, rows_of_pairs: Any) -> Non
     assert size.longest_document_tokens == max(prepare.load(name).lengths.max() for name in summary.splits)
     prepare.jsonl("train.jsonl", rows_of_pairs(50, 1))
     assert data_size(prepare.run(max_tokens=64), spec, prepare.out).sets_sha256 != size.sets_sha256
+
+
+def test_classes_without_a_row_to_spare_are_told(prepare: Any) -> None:
+    prepare.jsonl("train.jsonl", [{"text": f"sentence {n}", "label": f"class {n}"} for n in range(8)])
+    with pytest.raises(DataError) as error:
+        prepare.run(task="classify", columns={"text": "text", "label": "label"})
+    assert "no row is left for eval (train has 8 rows; of each class train keeps a row" in str(error.value)
+    assert error.value.remedy

@@ -75,6 +75,67 @@ def test_a_rare_class_stays_in_train() -> None:
         assert any(e.label == "1" for e in split_by_share(examples, 0.3, 0.3, seed)["train"])
 
 
+classed = st.lists(st.integers(0, 5), min_size=8, max_size=120).map(
+    lambda labels: [example(number, label=label) for number, label in enumerate(labels)]
+)
+
+
+@given(classed, share, share, st.integers(-3, 3))
+def test_each_class_is_split_in_proportion(examples: list[Example], ev: float, te: float, seed: int) -> None:
+    parts = split_by_share(examples, ev, te, seed)
+    have = Counter(e.label for e in examples)
+    before: Counter[str | None] = Counter()
+    for name, wanted in (("test", te), ("eval", ev)):
+        found = Counter(e.label for e in parts[name])
+        room = {label: have[label] - 1 - before[label] for label in have}
+        rows = max(1, round(wanted * len(examples))) if wanted else 0
+        assert found.total() == min(rows, sum(room.values()))
+        if all(room[label] >= wanted * have[label] for label in have):
+            assert all(abs(found[label] - wanted * have[label]) < 1 for label in have), name
+        before += found
+
+
+def test_eight_rows_of_two_classes_give_each_split_both() -> None:
+    examples = [example(n, label=n % 2) for n in range(8)]
+    for seed in range(20):
+        parts = split_by_share(examples, 0.25, 0.25, seed)
+        assert {name: sorted(e.label or "" for e in part) for name, part in parts.items()} == {
+            "train": ["0", "0", "1", "1"],
+            "eval": ["0", "1"],
+            "test": ["0", "1"],
+        }
+
+
+def test_where_there_are_more_classes_than_rows_to_take_the_splits_take_other_classes() -> None:
+    examples = [example(n, label=n % 10) for n in range(20)]
+    chosen = set()
+    for seed in range(20):
+        parts = split_by_share(examples, 0.1, 0.1, seed)
+        judging = [e.label for name in ("eval", "test") for e in parts[name]]
+        assert len(parts["eval"]) == len(parts["test"]) == 2
+        assert len(set(judging)) == 4
+        assert len({e.label for e in parts["train"]}) == 10
+        chosen.add(tuple(judging))
+    assert len(chosen) > 10
+
+
+def test_a_group_of_several_classes_stays_whole_and_the_share_is_filled() -> None:
+    examples = [example(n, group=n // 5, label=n % 7 % 3) for n in range(200)]
+    for seed in range(20):
+        parts = split_by_share(examples, 0.1, 0.2, seed)
+        assert {name: len(part) for name, part in parts.items()} == {"train": 140, "eval": 20, "test": 40}
+        groups = [{e.group for e in part} for part in parts.values()]
+        assert sum(map(len, groups)) == len(set.union(*groups)) == 40
+
+
+def test_rows_without_classes_are_taken_in_the_order_of_their_hashes() -> None:
+    """What every split of a task without classes was since the first release."""
+    examples = [example(n, content=n * 7 % 23, group=n % 11 if n % 3 else None) for n in range(60)]
+    parts = split_by_share(examples, 0.1, 0.2, 3)
+    assert [e.line for e in parts["eval"]] == [3, 15, 17, 27, 28, 50]
+    assert [e.line for e in parts["test"]] == [0, 5, 8, 12, 16, 19, 36, 38, 41, 49, 52, 57]
+
+
 @given(rows, rows, rows)
 def test_test_keeps_a_shared_row_before_eval_before_train(
     train: list[Example], evaluation: list[Example], test: list[Example]

@@ -16,7 +16,7 @@ from orchestrator.anatomy import ModelAnatomy, read_anatomy
 from orchestrator.data import build_set, micro_batches, pack_rows
 from orchestrator.errors import BaseError, PlanError
 from orchestrator.plan import make_plan
-from orchestrator.plan.cost.estimate import planned_options
+from orchestrator.plan.cost.choices import planned_options
 from orchestrator.plan.memory.estimate import estimate
 from orchestrator.plan.memory.footprint import Footprint, weigh
 from orchestrator.plan.memory.way import Way

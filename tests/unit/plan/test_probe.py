@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.errors import PlanError
 from orchestrator.plan import make_assignment, make_plan, make_trial, with_scores
-from orchestrator.plan.cost.estimate import option_terms
+from orchestrator.plan.cost.choices import option_terms
 from orchestrator.plan.probe import MOST_OF_A_TRIAL, score_shares
 from orchestrator.plan.scored import LayerScores
 from orchestrator.plan.values import DataPaths, RunPlan, TrainSettings

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from orchestrator.plan import shuffled_control
+from orchestrator.plan import repeat_control, shuffled_control
 from orchestrator.plan.cost.estimate import CPU_FLOPS_PER_CORE, run_flops
 from orchestrator.plan.results import RungResult
 from orchestrator.plan.values import TrialSpec
@@ -24,6 +25,7 @@ TRIAL = TrialSpec(
     trial_id="t000", number=0, layers="last:1", tune="full", learning_rate=1e-3, total_steps=9, total_tokens=900, seed=0
 )
 HEAD = TRIAL.model_copy(update={"trial_id": "head", "number": -2, "control": "head"})
+SHUFFLED = {"controls": ["shuffled"]}
 NONE = TRIAL.model_copy(update={"trial_id": "none", "number": -3, "control": "none"})
 
 
@@ -35,22 +37,26 @@ def add(ledger: Ledger, trial: TrialSpec, step: int, **fields: object) -> None:
     ledger.end(trial.trial_id, "finished")
 
 
-def test_only_a_control_of_the_same_budget_is_compared(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
+def test_only_a_control_of_the_same_budget_is_compared(submit: Callable[..., Prepared], tmp_path: Path) -> None:
+    plan, ledger = submit(search={"repeats": 3}).plan, Ledger(tmp_path)
     add(ledger, HEAD, 3)
-    add(ledger, shuffled_control(TRIAL), 9)
-    same = controls_beside(ledger, TRIAL, bundled_step=9)
-    assert same.artifacts == {"head": "/head", "shuffled": "/shuffled-t000"}
+    for control in (shuffled_control(TRIAL), repeat_control(TRIAL, 2), repeat_control(TRIAL, 4)):
+        add(ledger, control, 9)
+    add(ledger, repeat_control(TRIAL, 3), 9, state="failed", reason="the loss became NaN", checkpoint=None)
+    same = controls_beside(plan, ledger, TRIAL, bundled_step=9)
+    assert same.artifacts == {"head": "/head", "shuffled": "/shuffled-t000", "repeat-2": "/repeat-2-t000"}
     assert same.left_out == ()
-    shorter = controls_beside(ledger, TRIAL, bundled_step=3)
+    shorter = controls_beside(plan, ledger, TRIAL, bundled_step=3)
     assert shorter.artifacts == {"head": "/head"}
-    assert shorter.left_out == ("shuffled-t000 was trained to 9 steps and what is bundled to 3",)
+    assert shorter.left_out == tuple(
+        f"{name}-t000 was trained to 9 steps and what is bundled to 3" for name in ("shuffled", "repeat-2")
+    )
 
 
-def test_a_bundled_head_is_not_compared_with_itself(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
+def test_a_bundled_head_is_not_compared_with_itself(submit: Callable[..., Prepared], tmp_path: Path) -> None:
+    plan, ledger = submit().plan, Ledger(tmp_path)
     add(ledger, HEAD, 9)
-    assert controls_beside(ledger, HEAD, bundled_step=9).artifacts == {}
+    assert controls_beside(plan, ledger, HEAD, bundled_step=9).artifacts == {}
 
 
 def test_the_first_step_of_the_first_trial_is_counted_and_no_controls(submit: Callable[[], Prepared]) -> None:
@@ -76,19 +82,20 @@ def test_only_the_winners_own_shuffled_control_is_shown(submit: Callable[[], Pre
 
 
 @pytest.mark.parametrize(
-    ("done", "controls", "shuffled", "words"),
+    ("done", "search", "shuffled", "words"),
     [
-        (1, (), False, "the search was ended after 1 of 2 trials: the bound"),
-        (2, (), False, ""),
-        (2, ("shuffled",), False, "all 2 trials were searched, but for want of hours not the control shuffled: the bound"),
-        (2, ("shuffled",), True, ""),
+        (1, {}, False, "the search was ended after 1 of 2 trials: the bound"),
+        (2, {}, False, ""),
+        (2, SHUFFLED, False, "all 2 trials were searched, but for want of hours not the control shuffled: the bound"),
+        (2, SHUFFLED, True, ""),
+        (2, {"repeats": 2}, False, "all 2 trials were searched, but for want of hours not the control repeat-2: the bound"),
     ],
-    ids=["a trial was held back", "nothing was", "a control was", "the control was there"],
+    ids=["a trial was held back", "nothing was", "a control was", "the control was there", "another seed was"],
 )
 def test_it_is_said_what_was_held_back_for_want_of_hours(
-    submit: Callable[..., Prepared], done: int, controls: tuple[str, ...], shuffled: bool, words: str
+    submit: Callable[..., Prepared], done: int, search: dict[str, Any], shuffled: bool, words: str
 ) -> None:
-    prepared = submit(search={"controls": list(controls)})
+    prepared = submit(search=search)
     ledger = Ledger(prepared.run.trials)
     add(ledger, NONE, 0, eval_loss=3.0)
     add(ledger, HEAD, 9, eval_loss=2.9)

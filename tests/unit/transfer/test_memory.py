@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from orchestrator.transfer import memory_rows
-from orchestrator.transfer.records import EngineFigures, TrialRecord
+from orchestrator.transfer.measured import EngineFigures
+from orchestrator.transfer.records import TrialRecord
 
 
 def trial(name: str, layers: str, peaks: tuple[int, ...], *, control: str | None = None, **figures: object) -> TrialRecord:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from orchestrator.transfer import Comparison, verdict
+from orchestrator.transfer import Comparison, OverSeeds, over_seeds, verdict
 from orchestrator.transfer.records import VerdictKind
 
 
@@ -54,3 +54,39 @@ def test_too_few_examples_are_inconclusive() -> None:
     found = verdict(Comparison(mean=1.0, low=-math.inf, high=math.inf, method="sign_flip", num_examples=4))
     assert found.kind == "inconclusive"
     assert "too few" in found.sentence
+
+
+def seeds(*gains: float, unit: str = "nats per token") -> OverSeeds:
+    found = over_seeds(range(len(gains)), gains, unit)
+    assert found is not None
+    return found
+
+
+def test_seeds_that_agree_leave_a_positive_verdict_and_are_told() -> None:
+    found = verdict(comparison(0.35, 0.47), over_seeds=seeds(0.41, 0.42, 0.40))
+    assert found.kind == "positive"
+    assert found.sentence == (
+        "positive: 0.41 ± 0.06 nats better than the base, on 180 test examples; "
+        "over 3 seeds 0.41 ± 0.02 nats better than the base (each alone: +0.41, +0.42, +0.40)"
+    )
+
+
+@pytest.mark.parametrize("gains", [(0.41, -0.3, 0.5), (0.41, -0.5, -0.6, -0.55)], ids=["unlike", "the bundle alone gains"])
+def test_seeds_that_hold_no_gain_make_it_inconclusive(gains: tuple[float, ...]) -> None:
+    found = verdict(comparison(0.35, 0.47), over_seeds=seeds(*gains))
+    assert found.kind == "inconclusive"
+    assert found.sentence.startswith("inconclusive: 0.41 ± 0.06 nats better than the base")
+    assert found.sentence.endswith("): the data cannot tell, from another seed it could have come out otherwise")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "kind"), [(-0.3, -0.1, "negative"), (-0.004, 0.006, "no gain"), (-0.1, 0.3, "inconclusive")]
+)
+def test_seeds_mend_no_verdict(low: float, high: float, kind: VerdictKind) -> None:
+    for gains in ((0.4, 0.41, 0.42), (0.4, -0.4)):
+        assert verdict(comparison(low, high), over_seeds=seeds(*gains)).kind == kind
+
+
+def test_accuracies_over_seeds_are_said_in_points() -> None:
+    said = verdict(comparison(0.29, 0.33, unit="accuracy"), over_seeds=seeds(0.31, 0.30, unit="accuracy")).sentence
+    assert "over 2 seeds 30.5 ± 6.4 points of accuracy better than the base (each alone: +31.0, +30.0)" in said

@@ -9,7 +9,8 @@ import pytest
 from orchestrator.errors import PlanError
 from orchestrator.plan import make_plan
 from orchestrator.plan.cost.accelerators import peak_flops
-from orchestrator.plan.cost.estimate import ACHIEVED_SHARE, expected_rungs, expected_steps, scored_flops
+from orchestrator.plan.cost.choices import scored_flops
+from orchestrator.plan.cost.estimate import ACHIEVED_SHARE, expected_rungs, expected_steps
 from orchestrator.plan.remarks import trials_within
 from orchestrator.plan.values import ClusterDescription, RunPlan, SearchPlan
 
@@ -195,7 +196,8 @@ def test_a_learning_curve_costs_its_shares(plan: Any, gpus: Any, base: Any) -> N
     assert part(found, "curve") == pytest.approx(0.875 * training + 3 * scoring)
     more = part(found, "curve") / found.cost.rate.flops / 3600
     assert found.cost.gpu_hours == pytest.approx(without.cost.gpu_hours + more)
-    assert found.cost.wall_hours == pytest.approx(without.cost.wall_hours + more / found.execution.ranks)
+    longest = max(more / found.num_gangs, more * 0.5 / 0.875)  # half of the data, in one gang
+    assert found.cost.wall_hours == pytest.approx(without.cost.wall_hours + longest / found.execution.ranks)
     short = plan("8b", gpus(), **sections, search={"learning_curve": True, "budget": 0.5})
     assert part(short, "curve") == pytest.approx(1.875 * training + 4 * scoring), "nothing of the search has the full budget"
 
@@ -206,6 +208,19 @@ def test_too_few_documents_leave_the_curve_out_and_say_so(plan: Any, gpus: Any, 
     assert found.search.curve_shares == ()
     assert "curve" not in {each.name for each in found.cost.operations}
     assert any("search.learning_curve is left out: of 2 training documents" in warning for warning in found.warnings)
+
+
+def test_the_winner_from_other_seeds_is_in_the_plan(plan: Any, gpus: Any, data: Any, base: Any) -> None:
+    few = {"quantize": "nf4", "size": data(train_documents=500)}
+    without, found = (plan("8b", gpus(nodes=2), **few, search={"repeats": repeats}) for repeats in (1, "auto"))
+    assert (without.search.repeats, found.search.repeats) == (1, 5)
+    assert plan("8b", gpus(), quantize="nf4", size=data(train_documents=501)).search.repeats == 1
+    whole = max(option.flops_per_token for option in found.cost.options) * found.total_tokens
+    assert part(found, "repeats") == pytest.approx(4 * (whole + scored_flops(found, base("8b"))))
+    more = part(found, "repeats") / found.cost.rate.flops / 3600
+    assert found.cost.gpu_hours == pytest.approx(without.cost.gpu_hours + more)
+    assert found.num_gangs > 4, "each training has a gang"
+    assert found.cost.wall_hours == pytest.approx(without.cost.wall_hours + more / 4 / found.execution.ranks)
 
 
 # -- max_gpu_hours ----------------------------------------------------------------------------------------------------

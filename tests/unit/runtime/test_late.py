@@ -1,0 +1,69 @@
+"""What is trained once the winner is known has the budget that the bundle has, wherever the scheduler had stopped the winner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from orchestrator.plan import make_trial
+from orchestrator.plan.results import RungResult
+from orchestrator.report.terminal import LogView
+from orchestrator.runtime import late
+from orchestrator.runtime.assignments import Answer
+from orchestrator.runtime.ledger import Ledger, TrialEntry
+from orchestrator.runtime.prepare import Prepared
+
+
+def stopped_early(prepared: Prepared) -> TrialEntry:
+    assert prepared.plan.search is not None
+    winner = make_trial(prepared.plan, prepared.plan.search.options[0], 1e-3, 0, seed=7)
+    ledger = Ledger(prepared.run.trials)
+    ledger.register(winner, 0)
+    ledger.add(RungResult(trial_id=winner.trial_id, rung=0, step=1, tokens=300, state="done"))
+    ledger.end(winner.trial_id, "stopped", "no promise")
+    entry = ledger.get(winner.trial_id)
+    assert entry is not None
+    return entry
+
+
+def test_a_winner_from_other_seeds_is_itself_but_for_the_seed(submit: Callable[..., Prepared]) -> None:
+    prepared = submit(search={"repeats": 3, "controls": ["shuffled", "scratch"]})
+    winner = stopped_early(prepared)
+    shuffled, scratch, second, third = (trial for trial, _ in late.late_trials(prepared, winner))
+    name = winner.trial.trial_id
+    ids = [trial.trial_id for trial in (shuffled, scratch, second, third)]
+    assert ids == [f"{kind}-{name}" for kind in ("shuffled", "scratch", "repeat-2", "repeat-3")]
+    assert [trial.seed for trial in (winner.trial, shuffled, second, third)] == [7, 7, 8, 9]
+    own = {"trial_id", "number", "control", "seed"}
+    assert all(trial.model_dump(exclude=own) == winner.trial.model_dump(exclude=own) for trial in (shuffled, second, third))
+    assert prepared.plan.search is not None
+    search = prepared.plan.search.model_copy(update={"repeats": 1, "controls": ()})
+    assert late.late_trials(replace(prepared, plan=prepared.plan.model_copy(update={"search": search})), winner) == []
+
+
+def test_all_are_handed_in_before_any_is_waited_for_and_one_held_back_is_told(
+    submit: Callable[..., Prepared], shown: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = submit(search={"repeats": 3, "controls": ["shuffled"]})
+    winner = stopped_early(prepared)
+    happened: list[tuple[str, str, list[int]]] = []
+
+    def hand_in(_exchange: Any, trial: Any, _selection: Any, stops: list[int]) -> None:
+        happened.append(("handed in", trial.trial_id, stops))
+
+    def wait_for(_exchange: Any, trial_id: str, _call: Any) -> Answer:
+        happened.append(("waited for", trial_id, []))
+        held_back = trial_id.startswith("repeat-3")
+        return Answer(score=0.0, step=9, ended=True, state="stopped" if held_back else "done", reason="no hours left")
+
+    monkeypatch.setattr(late, "hand_in", hand_in)
+    monkeypatch.setattr(late, "wait_for", wait_for)
+    assert late.train_late(prepared, None, winner, LogView(shown))
+    assert [what for what, _, _ in happened] == ["handed in"] * 3 + ["waited for"] * 3
+    assert winner.results[-1].step < winner.trial.total_steps
+    assert [stops for what, _, stops in happened if what == "handed in"] == [[winner.trial.total_steps]] * 3
+    assert f"control_left_out: repeat-3-{winner.trial.trial_id}: no hours left" in shown.getvalue()
+    assert "repeat-2" not in shown.getvalue().split("control_left_out")[1]
