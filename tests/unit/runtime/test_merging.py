@@ -48,8 +48,8 @@ SWEEP = SweepResult(
 def ledger(tmp_path: Path) -> Ledger:
     """t000 and t001 can be merged; t002 has failed after its first rung, t003 has no weights, `shuffled-t000` is a control."""
     found = Ledger(tmp_path)
-    specs: list[tuple[str, Any]] = [(f"t00{number}", None) for number in range(4)]
-    for number, (trial_id, control) in enumerate([*specs, ("head", "head"), ("shuffled-t000", "shuffled")]):
+    trials: list[tuple[str, Any]] = [("head", "head"), ("shuffled-t000", "shuffled"), *((f"t00{n}", None) for n in range(4))]
+    for number, (trial_id, control) in enumerate(trials):
         spec = TrialSpec(
             trial_id=trial_id,
             number=number,
