@@ -226,27 +226,26 @@ def _report_what_there_is(loaded: LoadedSpec, output: Path | None) -> None:
 @app.command()
 def merge(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],
-    trial: Annotated[str | None, typer.Option("--trial", metavar="ID", help="Promote this trial by hand.")] = None,
+    trial: Annotated[str | None, typer.Option("--trial", metavar="ID", help="Another trial than the promoted one.")] = None,
+    promote: Annotated[bool, typer.Option("--promote", help="Promote it by hand; the run records that.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Merge a trial of a finished run into a verified bundle: the promoted one, or the one that you name."""
+    """Merge a trial of a finished run into a verified bundle: the promoted one, or another that you promote by hand."""
     from orchestrator.report import open_view
     from orchestrator.report.reading import read_run
 
     read_run(run)
     from orchestrator.runtime import merge_trial
 
-    outcome = merge_trial(run, trial, view=open_view(json_lines=as_json, stream=sys.stdout if as_json else sys.stderr))
-    _show_outcome(outcome, as_json)
+    view = open_view(json_lines=as_json, stream=sys.stdout if as_json else sys.stderr)
+    _show_outcome(merge_trial(run, trial, promote=promote, view=view), as_json)
 
 
 @app.command()
 def verify(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")],
     base: Annotated[Path | None, typer.Option("--base", metavar="DIR", help="The base, where it has moved.")] = None,
-    held_out: Annotated[
-        Path | None, typer.Option("--held-out", metavar="FILE", help="The documents, where they have moved.")
-    ] = None,
+    held_out: Annotated[Path | None, typer.Option("--held-out", metavar="FILE", help="Its documents, if they moved.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check every file of a bundle against its manifest, and the merged model against what was trained."""

@@ -229,7 +229,15 @@ def trade_off(sweep: SweepResult) -> Html:
         "No trial is both better on the target and kinder to what the base knew than one on the front. "
         "The grey area is beyond the bound."
     )
-    return html.picture(svg, caption, data)
+    return html.join([html.paragraph(recommendation(sweep)), html.picture(svg, caption, data)])
+
+
+def recommendation(sweep: SweepResult) -> str:
+    """What was promoted and why, or why nothing was, in one sentence."""
+    reason = sweep.promotion_reason
+    if sweep.promoted_by_hand:
+        return f"{_capital(reason)}."
+    return f"Promoted: {reason}." if sweep.winner_id is not None else f"Nothing was promoted: {reason}."
 
 
 def _front(trials: list[TrialRecord], higher_is_better: bool) -> set[str]:
@@ -291,5 +299,5 @@ def next_steps(sweep: SweepResult) -> Html:
         if sweep.advice
         else html.tag("p", "No advice: nothing in the records asks for it.")
     )
-    decision = html.tag("p", ("Promoted by hand: " if sweep.promoted_by_hand else "") + sweep.promotion_reason)
+    decision = html.paragraph(recommendation(sweep))
     return html.join([decision, advice])

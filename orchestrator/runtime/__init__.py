@@ -2,7 +2,7 @@
 
 outcome = run_sweep(load_spec("spec.yaml"), view=view)        # search, refit, merge, verify, bundle
 outcome = run_finetune(load_spec("spec.yaml"), view=view)     # the spec's one trial
-outcome = merge_trial(run_folder, trial_id, view=view)        # another trial of a finished run
+outcome = merge_trial(run_folder, None, view=view)            # the promoted trial of a finished run, or another by hand
 probe_cluster()                                               # what the live cluster has
 """
 

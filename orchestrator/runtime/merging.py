@@ -17,12 +17,16 @@ from orchestrator.transfer.promotion import PROMOTABLE_CONTROLS
 from orchestrator.transfer.records import SweepResult
 from orchestrator.transfer.view import RunView
 
+BY_THE_RULE = "; by the rule: "
 
-def merge_trial(run_folder: Path, trial_id: str | None, *, view: RunView, address: str | None = None) -> RunOutcome:
-    """Bundle the promoted trial again, or the one that is named; the latter is recorded as promoted by hand.
+
+def merge_trial(
+    run_folder: Path, trial_id: str | None, *, promote: bool = False, view: RunView, address: str | None = None
+) -> RunOutcome:
+    """Bundle the promoted trial again; or, with `promote`, the one that is named, recorded as promoted by hand.
 
     Raises:
-        UsageError: no such trial, nothing promoted, or nothing to merge.
+        UsageError: no such trial, it has failed or is a control, another one is promoted, or nothing is.
         PlanError: another node of the cluster does not see the run's folder.
     """
     prepared = reopen(run_folder.absolute())
@@ -30,14 +34,21 @@ def merge_trial(run_folder: Path, trial_id: str | None, *, view: RunView, addres
         if not run.sweep.exists():
             raise UsageError("the search has not come to its end", where=str(run.path), remedy="submit the spec again")
         sweep = SweepResult.model_validate(read_json(run.sweep))
-        chosen = _chosen(sweep, Ledger(run.trials), trial_id)
-        if trial_id is not None and trial_id != sweep.winner_id:
+        chosen = choose(sweep, Ledger(run.trials), trial_id, promote=promote)
+        if chosen != sweep.winner_id:
             run.event("promoted_by_hand", trial_id=chosen, instead_of=sweep.winner_id)
-            reason = f"promoted by hand; by the rule: {sweep.promotion_reason}"
-            sweep = sweep.model_copy(update={"winner_id": chosen, "promoted_by_hand": True, "promotion_reason": reason})
+            sweep = promoted_by_hand(sweep, chosen)
         with connected(address), _shown(view, sweep, chosen):
             require_shared_storage(run.path)
             return write_outcome(finish(prepared, sweep, view))
+
+
+def promoted_by_hand(sweep: SweepResult, trial_id: str) -> SweepResult:
+    """The record with another trial promoted. What the rule had said stays, however often a person decides."""
+    rule = sweep.promotion_reason.partition(BY_THE_RULE)[2] if sweep.promoted_by_hand else sweep.promotion_reason
+    label = next(trial.label for trial in sweep.trials if trial.trial_id == trial_id)
+    reason = f"promoted by hand: {label}{BY_THE_RULE}{rule}"
+    return sweep.model_copy(update={"winner_id": trial_id, "promoted_by_hand": True, "promotion_reason": reason})
 
 
 @contextmanager
@@ -59,16 +70,35 @@ def _shown(view: RunView, sweep: SweepResult, chosen: str) -> Iterator[None]:
         view.close()
 
 
-def _chosen(sweep: SweepResult, ledger: Ledger, trial_id: str | None) -> str:
-    """The id of a trial that has something to merge."""
+def choose(sweep: SweepResult, ledger: Ledger, trial_id: str | None, *, promote: bool) -> str:
+    """The id of the trial to merge: the promoted one, unless `promote` names another.
+
+    Raises:
+        UsageError: as `merge_trial` says.
+    """
     mergeable = [
         entry.trial.trial_id
         for entry in ledger.entries()
         if entry.trial.control in PROMOTABLE_CONTROLS and entry.results and entry.results[-1].checkpoint is not None
     ]
+    known = ", ".join(mergeable) or "none has weights to merge"
+    if promote and trial_id is None:
+        raise UsageError("--promote names no trial", expected=f"--trial ID, one of {known}")
     chosen = trial_id or sweep.winner_id
     if chosen is None:
-        raise UsageError("nothing was promoted", expected="--trial ID", remedy=f"one of {', '.join(mergeable)}")
+        raise UsageError("nothing was promoted", expected="--trial ID --promote", remedy=f"one of {known}")
+    entry = ledger.get(chosen)
+    if entry is None:
+        raise UsageError(f"no trial {chosen!r}", expected=known)
+    if entry.trial.control not in PROMOTABLE_CONTROLS:
+        raise UsageError(f"{chosen} is the control {entry.trial.control}, and no candidate", expected=known)
+    if entry.end is not None and entry.end.state == "failed":
+        raise UsageError(f"trial {chosen} failed: {entry.end.reason}", expected=known)
     if chosen not in mergeable:
-        raise UsageError(f"no trial {chosen!r} with weights to merge", expected=", ".join(mergeable) or "none has any")
+        raise UsageError(f"trial {chosen} has no weights to merge", expected=known)
+    if chosen != sweep.winner_id and not promote:
+        instead = f"{sweep.winner_id} is" if sweep.winner_id else "nothing is"
+        raise UsageError(
+            f"{chosen} is not promoted: {instead}", remedy="add --promote: it is promoted by hand, and that is recorded"
+        )
     return chosen

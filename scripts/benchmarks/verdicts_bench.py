@@ -65,7 +65,7 @@ class Bench:
             "train": {"tokens_per_step": TOKENS_PER_STEP},
             "finetune": {"layers": "head", "tune": "full", "learning_rate": 1e-3},
         }
-        spec["data"] |= {"columns": columns, "max_tokens": MAX_TOKENS, "long_rows": "truncate_prompt"}
+        spec["data"] |= {"columns": columns, "max_tokens": MAX_TOKENS, "long_rows": "truncate_prompt", "test_rows": len(held)}
         (folder / "spec.yaml").write_text(json.dumps(spec), encoding="utf-8")
         loaded = load_spec(folder / "spec.yaml")
         anatomy = self._anatomy = read_anatomy(base, need_weights=True)

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from orchestrator.errors import UsageError
+from orchestrator.plan.results import RungResult
+from orchestrator.plan.values import TrialSpec
+from orchestrator.report.sections import recommendation
 from orchestrator.report.terminal import LogView
-from orchestrator.runtime.merging import _shown
+from orchestrator.runtime.ledger import Ledger
+from orchestrator.runtime.merging import _shown, choose, promoted_by_hand
 from orchestrator.transfer.records import Control, RungRecord, SweepResult, TrialRecord
 
 
@@ -25,19 +32,85 @@ def trial(trial_id: str, loss: float, control: Control | None = None) -> TrialRe
     )
 
 
+TRIALS = (trial("none", 3.0, "none"), trial("t000", 1.5), trial("t001", 2.0), trial("t002", 2.5))
+SWEEP = SweepResult(
+    name="run",
+    metric="loss",
+    higher_is_better=False,
+    max_forgetting=0.1,
+    trials=TRIALS,
+    winner_id="t000",
+    promotion_reason="last:1 · full · lr 1.0e-03: loss 1.5 against the base's 3",
+)
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    """t000 and t001 can be merged; t002 has failed after its first rung, t003 has no weights, `shuffled-t000` is a control."""
+    found = Ledger(tmp_path)
+    trials: list[tuple[str, Any]] = [("head", "head"), ("shuffled-t000", "shuffled"), *((f"t00{n}", None) for n in range(4))]
+    for number, (trial_id, control) in enumerate(trials):
+        spec = TrialSpec(
+            trial_id=trial_id,
+            number=number,
+            control=control,
+            layers="last:1",
+            tune="full",
+            learning_rate=1e-3,
+            total_steps=9,
+            total_tokens=900,
+            seed=0,
+        )
+        found.register(spec, None if control else 0)
+        checkpoint = None if trial_id == "t003" else str(tmp_path / trial_id / "rung-0")
+        found.add(RungResult(trial_id=trial_id, rung=0, step=3, tokens=300, state="done", checkpoint=checkpoint))
+        found.end(trial_id, "failed" if trial_id == "t002" else "finished", "the loss became nan" if trial_id == "t002" else "")
+    return found
+
+
+def test_the_promoted_trial_is_merged_again_and_another_one_is_promoted_by_hand(ledger: Ledger) -> None:
+    assert choose(SWEEP, ledger, None, promote=False) == choose(SWEEP, ledger, "t000", promote=False) == "t000"
+    assert choose(SWEEP, ledger, "t001", promote=True) == "t001"
+    assert choose(SWEEP, ledger, "head", promote=True) == "head", "feature extraction may be enough"
+    nothing = SWEEP.model_copy(update={"winner_id": None})
+    assert choose(nothing, ledger, "t001", promote=True) == "t001"
+
+
+@pytest.mark.parametrize(
+    ("trial_id", "promote", "winner", "said"),
+    [
+        ("t001", False, "t000", "t001 is not promoted: t000 is"),
+        ("t001", False, None, "t001 is not promoted: nothing is"),
+        (None, False, None, "nothing was promoted"),
+        (None, True, "t000", "--promote names no trial"),
+        ("t009", True, "t000", "no trial 't009'"),
+        ("t002", True, "t000", "trial t002 failed: the loss became nan"),
+        ("t003", True, "t000", "trial t003 has no weights"),
+        ("shuffled-t000", True, "t000", "is the control shuffled"),
+    ],
+)
+def test_what_cannot_be_promoted_is_refused(
+    ledger: Ledger, trial_id: str | None, promote: bool, winner: str | None, said: str
+) -> None:
+    with pytest.raises(UsageError, match=said) as refused:
+        choose(SWEEP.model_copy(update={"winner_id": winner}), ledger, trial_id, promote=promote)
+    assert "--promote" in str(refused.value) or "t000, t001" in str(refused.value), "what would go is said"
+
+
+def test_what_the_rule_had_said_stays_however_often_a_person_decides() -> None:
+    once = promoted_by_hand(SWEEP, "t001")
+    assert (once.winner_id, once.promoted_by_hand) == ("t001", True)
+    said = "promoted by hand: last:1 · full · lr 1.0e-03; by the rule: last:1 · full · lr 1.0e-03: loss 1.5 against the base's 3"
+    assert once.promotion_reason == promoted_by_hand(once, "t001").promotion_reason == said
+    assert recommendation(once) == f"P{said[1:]}."
+    assert recommendation(SWEEP) == f"Promoted: {SWEEP.promotion_reason}."
+    nothing = SWEEP.model_copy(update={"winner_id": None, "promotion_reason": "no trial came to a measurement"})
+    assert recommendation(nothing) == "Nothing was promoted: no trial came to a measurement."
+
+
 def test_the_view_is_started_on_the_chosen_trial_and_closed_whatever_happens() -> None:
-    trials = (trial("none", 3.0, "none"), trial("t000", 1.5), trial("t001", 2.0))
-    sweep = SweepResult(
-        name="run",
-        metric="loss",
-        higher_is_better=False,
-        max_forgetting=0.1,
-        trials=trials,
-        winner_id="t000",
-        promotion_reason="",
-    )
     said = io.StringIO()
-    with pytest.raises(RuntimeError), _shown(LogView(said), sweep, "t001"):
+    with pytest.raises(RuntimeError), _shown(LogView(said), SWEEP, "t001"):
         raise RuntimeError
     first, *_, last = said.getvalue().splitlines()
     assert first == "run: 1 trial, compared by loss"

@@ -46,16 +46,30 @@ def test_the_same_seed_gives_the_same_interval() -> None:
     assert first.low != other.low
 
 
-def test_bootstrap_coverage_on_skewed_token_weighted_data() -> None:
-    """500 samples of 200 examples: a 95% interval that holds has between 455 and 490 hits, save once in a thousand."""
+def losses(rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Two models that are equally good, as mean losses of examples are: skewed, and alike for what both find hard."""
+    hardness = rng.gamma(4.0, 0.5, shape)
+    return hardness * rng.gamma(8.0, 1 / 8, shape), hardness * rng.gamma(8.0, 1 / 8, shape)
+
+
+def rate_error(rate: float, count: int) -> float:
+    """Standard error of a rate over so many simulations."""
+    return math.sqrt(rate * (1 - rate) / count)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_bootstrap_intervals_hold_the_truth_in_93_to_97_of_100(weighted: bool) -> None:
+    """200 examples, 2,000 simulations, nominally 95: a standard error is half a point. With weights, short answers gain most:
+    20 / tokens on average, so that the corpus gains 20 / 52, the mean of the tokens."""
     rng = np.random.default_rng(11)
     hits = 0
-    for seed in range(500):
-        weight = rng.integers(5, 100, 200).astype(float)
-        difference = rng.gamma(2.0, 0.5, 200)
-        low, high = bootstrap_interval(difference, weight, seed, num_resamples=600)
-        hits += low <= 1.0 <= high
-    assert 455 <= hits <= 490
+    for seed in range(2000):
+        weight = rng.integers(5, 100, 200).astype(float) if weighted else np.ones(200)
+        first, second = losses(rng, (200,))
+        difference = rng.gamma(2.0, 10.0 / weight, 200) if weighted else second - first + 0.1
+        low, high = bootstrap_interval(difference, weight, seed, num_resamples=400)
+        hits += low <= (20.0 / 52.0 if weighted else 0.1) <= high
+    assert 0.93 <= hits / 2000 <= 0.97
 
 
 def test_bootstrap_interval_shrinks_with_the_root_of_the_examples() -> None:
@@ -68,19 +82,32 @@ def test_bootstrap_interval_shrinks_with_the_root_of_the_examples() -> None:
     assert widths[0] / widths[1] == pytest.approx(2.0, rel=0.15)
 
 
-def test_sign_flip_false_positives_stay_below_the_nominal_rate() -> None:
-    """12 symmetric examples, unequal weights, no difference: 1500 tests at 5% reject at most 5%, within 3 sigma."""
+@pytest.mark.parametrize("num_examples", [12, 25, 50, 100])
+def test_sign_flip_false_positives_stay_below_the_nominal_rate(num_examples: int) -> None:
+    """Equally good models, unequal weights: 1,000 tests at 5% call at most 5% a difference, within three standard errors."""
+    assert_few_false_positives(num_examples, num_tests=1000, num_flips=500)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_examples", [12, 15, 20, 35, 75, 100, 199])
+def test_sign_flip_false_positives_at_more_sizes(num_examples: int) -> None:
+    """Likewise, at more sizes, in 2,000 tests of four times as many flips."""
+    assert_few_false_positives(num_examples, num_tests=2000, num_flips=2000)
+
+
+def assert_few_false_positives(num_examples: int, num_tests: int, num_flips: int) -> None:
     rng = np.random.default_rng(6)
-    num_tests, rejected, excluded = 1500, 0, 0
-    for _ in range(num_tests):
-        weight = rng.integers(1, 50, 12).astype(float)
-        low, high, p_value = sign_flip_interval(rng.standard_t(3, 12), weight, 0)
+    rejected, excluded = 0, 0
+    for seed in range(num_tests):
+        weight = rng.integers(1, 50, num_examples).astype(float)
+        first, second = losses(rng, (num_examples,))
+        low, high, p_value = sign_flip_interval(first - second, weight, seed, num_flips=num_flips)
         rejected += p_value <= 0.05
         excluded += not low <= 0 <= high
-    bound = 0.05 * num_tests + 3 * math.sqrt(num_tests * 0.05 * 0.95)
-    assert rejected <= bound
-    assert excluded <= bound
-    assert rejected >= 0.02 * num_tests, "a test that never rejects is no test"
+    bound = 0.05 + 3 * rate_error(0.05, num_tests)
+    assert rejected / num_tests <= bound
+    assert excluded / num_tests <= bound
+    assert rejected / num_tests >= 0.02, "a test that never rejects is no test"
 
 
 def test_sign_flip_p_value_is_that_of_all_sign_patterns() -> None:
