@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-SHARES = (0.125, 0.25, 0.5)
-"""Of the training documents, beside all of them: each share doubles the one before, so that points lie even on a log scale."""
-FEWEST_POINTS = 3
-"""A law of three numbers goes through any two points."""
+SHARES = (0.0625, 0.125, 0.25, 0.5)
+"""Of the training documents, beside all of them: each share doubles the one before, so that points lie even on a log scale.
+The smallest costs next to nothing, and two points more than the law has numbers tell how far a point may lie from it: in
+simulations the interval that follows tells a gain twice as often as with one."""
+FEWEST_POINTS = 4
+"""A law of three numbers goes through any three points, and leaves nothing to tell by how sure it is."""
 
 
 def share_documents(share: float, num_documents: int) -> int:

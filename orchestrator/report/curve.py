@@ -26,9 +26,8 @@ def more_data(sweep: SweepResult) -> Html:
     caption = (
         f"The promoted trial ({found.trial_id}) once more on {trained} of the {found.counts[-1]} training documents, for as many "
         f"epochs and so for fewer steps; and the power law nearest to the losses on the eval set, {_law(found)}. More data is "
-        "more steps too: a part of what it brings, more epochs may bring. The interval is of the gain, over the eval set's "
-        "documents. What is not in it: that other training documents would have trained other models, and that the law may not hold beyond "
-        "what was measured."
+        "more steps too: a part of what it brings, more epochs may bring. The interval is of the gain: it knows how few the eval "
+        "set's documents are and how far the points lie from the law, and not whether the law holds beyond what was measured."
     )
     rows = [
         [count, "all" if count == found.counts[-1] else "trained on", number(loss), number(found.law.at(count)), ""]

@@ -15,6 +15,8 @@ AHEAD = 2
 POWERS = np.linspace(0.05, 1.5, 59)
 """Exponents that are tried. Published ones lie between 0.05 and 0.7 (Hestness et al. 2017, "Deep learning scaling is
 predictable, empirically")."""
+NUM_IN_LAW = 3
+"""Numbers that a law has."""
 NUM_RESAMPLES = 400
 LEVEL = 0.95
 
@@ -96,9 +98,12 @@ def learning_curve(
 ) -> LearningCurve:
     """The curve through a trial's losses on one eval set, and where AHEAD times the data would bring it.
 
-    The interval is of the gain beyond the loss on all documents: the eval set's documents are drawn anew, the same ones for
-    every share, so that documents that are hard for all alike do not widen it. It knows how few they are, and not that
-    another draw of the training data would have trained other models.
+    The interval is of the gain beyond the loss on all documents, from laws fitted to the points as they might have been. The
+    eval set's documents are drawn anew, the same ones for every share, so that documents that are hard for all alike do not
+    widen it. And every point is moved at random, since another draw of the training documents would have trained another
+    model: by the points' spread around the law, itself drawn from what so few of them leave open (its inverse chi-squared
+    posterior). In simulations with known laws (tests/unit/transfer/test_learning_curve.py) it holds the truth in nine cases
+    of ten or more.
 
     Args:
         counts: Training documents of each share, ascending.
@@ -107,16 +112,20 @@ def learning_curve(
         seed: Of the draws.
 
     Raises:
-        ValueError: fewer than three shares, or unequal lengths.
+        ValueError: fewer than four shares, or unequal lengths.
     """
-    if len(counts) < 3 or len(counts) != len(document_losses) or any(len(each) != len(weights) for each in document_losses):
-        raise ValueError(f"{len(counts)} shares with {[len(each) for each in document_losses]} losses: expected 3 or more, alike")
+    alike = len(counts) == len(document_losses) and all(len(each) == len(weights) for each in document_losses)
+    if len(counts) <= NUM_IN_LAW or not alike:
+        raise ValueError(f"{len(counts)} shares with {[len(each) for each in document_losses]} losses: expected 4 or more, alike")
     numbers, weighted = np.asarray(counts, float), np.stack(document_losses) * weights
     losses, ahead = weighted.sum(axis=1) / weights.sum(), AHEAD * counts[-1]
-    law = fit_power_law(numbers, losses)
-    drawn = np.random.default_rng(seed).integers(0, len(weights), (NUM_RESAMPLES, len(weights)))
+    law, random = fit_power_law(numbers, losses), np.random.default_rng(seed)
+    drawn = random.integers(0, len(weights), (NUM_RESAMPLES, len(weights)))
     means = weighted[:, drawn].sum(axis=2).T / weights[drawn].sum(axis=1, keepdims=True)  # [R, k]
-    floor, scale, power = _fit(numbers, means)
+    misses: Floats = losses - np.asarray([law.at(count) for count in counts])
+    left_open: Floats = random.chisquare(len(counts) - NUM_IN_LAW, (NUM_RESAMPLES, 1))
+    luck = random.normal(0.0, float(np.linalg.norm(misses)) * left_open**-0.5, means.shape)
+    floor, scale, power = _fit(numbers, np.maximum(means + luck, 0.0))
     gains = means[:, -1] - (floor + scale * ahead**-power)
     low, high = losses[-1] - np.quantile(gains, [(1 + LEVEL) / 2, (1 - LEVEL) / 2])
     return LearningCurve(

@@ -11,6 +11,7 @@ import pytest
 import ray
 from ruamel.yaml import YAML
 
+from orchestrator.plan.curve import SHARES
 from orchestrator.plan.values import RunPlan
 from orchestrator.runtime.ledger import Ledger
 from orchestrator.samples import SAMPLE_BASE
@@ -284,13 +285,13 @@ def check_curve(run: Path) -> None:
     sweep, curve = sweep_of(run), sweep_of(run).learning_curve
     assert curve is not None, sweep.no_learning_curve
     points = {entry.trial.share: entry for entry in Ledger(run / "trials").entries() if entry.trial.control == "curve"}
-    assert {0.125, 0.25, 0.5} <= set(points) <= {0.125, 0.25, 0.5, 1.0}
+    assert {*SHARES} <= set(points) <= {*SHARES, 1.0}
     steps = [points[share].results[-1].step for share in sorted(points)]
     assert steps == sorted(steps)
     assert steps[0] < steps[-1], "a share has its part of the steps"
     assert all(entry.results[-1].step == entry.trial.total_steps for entry in points.values())
-    found = [points[share].results[-1].eval_loss for share in (0.125, 0.25, 0.5)]
-    assert list(curve.losses[:3]) == pytest.approx(found, rel=1e-6)
+    found = [points[share].results[-1].eval_loss for share in SHARES]
+    assert list(curve.losses[:-1]) == pytest.approx(found, rel=1e-6)
     whole = points[1.0].results[-1].eval_loss if 1.0 in points else result_of(run, curve.trial_id).eval_loss
     assert curve.losses[-1] == pytest.approx(whole, rel=1e-6)
     assert curve.trial_id == sweep.winner_id

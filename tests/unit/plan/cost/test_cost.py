@@ -190,16 +190,16 @@ def test_a_learning_curve_costs_its_shares(plan: Any, gpus: Any, base: Any) -> N
     without = plan("8b", gpus(), **sections)
     found = plan("8b", gpus(), **sections, search={"learning_curve": True})
     assert "curve" not in {each.name for each in without.cost.operations}
-    assert found.search.curve_shares == (0.125, 0.25, 0.5)
+    assert found.search.curve_shares == (0.0625, 0.125, 0.25, 0.5)
     training = max(option.flops_per_token for option in found.cost.options) * found.total_tokens
     scoring = max(scored_flops(found, base("8b"), option.selection.cut) for option in found.search.options)
-    assert part(found, "curve") == pytest.approx(0.875 * training + 3 * scoring)
+    assert part(found, "curve") == pytest.approx(0.9375 * training + 4 * scoring)
     more = part(found, "curve") / found.cost.rate.flops / 3600
     assert found.cost.gpu_hours == pytest.approx(without.cost.gpu_hours + more)
     longest = max(more / found.num_gangs, more * 0.5 / 0.875)  # half of the data, in one gang
     assert found.cost.wall_hours == pytest.approx(without.cost.wall_hours + longest / found.execution.ranks)
     short = plan("8b", gpus(), **sections, search={"learning_curve": True, "budget": 0.5})
-    assert part(short, "curve") == pytest.approx(1.875 * training + 4 * scoring), "nothing of the search has the full budget"
+    assert part(short, "curve") == pytest.approx(1.9375 * training + 5 * scoring), "nothing of the search has the full budget"
 
 
 def test_too_few_documents_leave_the_curve_out_and_say_so(plan: Any, gpus: Any, data: Any) -> None:
