@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from orchestrator.plan import REPEAT
@@ -86,9 +87,10 @@ def _results(transfer: TransferReport) -> str:
     ]
     for comparison in transfer.comparisons:
         against = NAMES.get(comparison.against, comparison.against)
-        interval = f"[{comparison.low:+.3f}, {comparison.high:+.3f}]"
+        interval = f"95% interval [{comparison.low:+.3f}, {comparison.high:+.3f}]"
+        interval = interval if math.isfinite(comparison.low) else "too few examples for an interval"
         lines.append(
-            f"\nGain over {against}: {comparison.mean:+.3f} {comparison.unit}, 95% interval {interval}, "
+            f"\nGain over {against}: {comparison.mean:+.3f} {comparison.unit}, {interval}, "
             f"{comparison.num_examples} examples ({comparison.method.replace('_', ' ')})."
         )
     return "\n".join(lines)

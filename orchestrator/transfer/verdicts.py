@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from orchestrator.transfer.comparison import Comparison
@@ -79,21 +80,21 @@ def _sentence(comparisons: Mapping[Control, Comparison]) -> str:
     for against, comparison in comparisons.items():
         scale, unit, digits = _unit(comparison.unit)
         margin = max(comparison.high - comparison.mean, comparison.mean - comparison.low) * scale
-        figure = f"{abs(comparison.mean) * scale:.{digits}f} ± {margin:.{digits}f}"
+        figure = f"{abs(comparison.mean) * scale:.{digits}f}" + (f" ± {margin:.{digits}f}" if math.isfinite(margin) else "")
         named = "" if parts else f" {unit}"
         parts.append(f"{figure}{named} {'better' if comparison.mean >= 0 else 'worse'} than {_NAMES[against]}")
     num_examples = next(iter(comparisons.values())).num_examples
-    few = "; too few for an interval" if any(c.low == float("-inf") for c in comparisons.values()) else ""
+    few = ": too few for an interval, the data cannot tell" if any(math.isinf(c.low) for c in comparisons.values()) else ""
     return f"{', '.join(parts)}, on {num_examples} test example{'s' if num_examples != 1 else ''}{few}"
 
 
 def _seeds_sentence(found: OverSeeds) -> str:
-    """`over 3 seeds 0.41 ± 0.20 nats better than the base (each alone: +0.32, +0.43, +0.48)`."""
+    """`over 3 seeds, on the same examples, 0.41 ± 0.20 nats better than the base (each alone: +0.32, +0.43, +0.48)`."""
     scale, unit, digits = _unit(found.unit)
     figure = f"{abs(found.mean) * scale:.{digits}f} ± {found.half_width * scale:.{digits}f} {unit}"
     each = ", ".join(f"{value * scale:+.{digits}f}" for value in found.values)
     way = "better" if found.mean >= 0 else "worse"
-    return f"over {len(found.values)} seeds {figure} {way} than the base (each alone: {each})"
+    return f"over {len(found.values)} seeds, on the same examples, {figure} {way} than the base (each alone: {each})"
 
 
 def _unit(unit: str) -> tuple[float, str, int]:
