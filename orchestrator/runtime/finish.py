@@ -113,6 +113,7 @@ def _inputs(prepared: Prepared, entry: TrialEntry, bundled: RungResult, controls
         trial=entry.trial,
         selection=selection_of(prepared, entry),
         artifact=bundled.checkpoint,
+        step=bundled.step,
         held_dtype=prepared.plan.execution.dtype,
         merge_into=prepared.spec.base.merge_into,
         train_set=str(folder / "train.npz"),
