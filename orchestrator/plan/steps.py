@@ -7,13 +7,15 @@ from typing import Literal
 
 from orchestrator.anatomy.values import ModelAnatomy
 from orchestrator.errors import PlanError
-from orchestrator.plan.values import DataSize
+from orchestrator.plan.values import DataSize, SearchPlan
 from orchestrator.spec.models import JobSpec
 
 REDUCTION_FACTOR = 3
 """ASHA keeps one trial in three at a rung: the default of Li et al. 2020 is 4, 3 spares more of a small sweep."""
 MIN_RUNG_STEPS = 4
 """A rung of fewer steps compares warm-ups, not trials."""
+EARLY_STOPPING_RUNGS = 8
+"""How often a trial is scored that its held-out loss may end."""
 MAX_CPU_MICRO_BATCH_TOKENS = 4096
 """Past a few thousand tokens a CPU's matrix products gain nothing, and memory is all that grows."""
 
@@ -46,6 +48,28 @@ def rung_steps(
         return (last,)
     rungs = [math.ceil(last / reduction_factor**power) for power in range(max_rungs - 1, 0, -1)]
     return (*(step for step in rungs if min_steps <= step < last), last)
+
+
+def even_rung_steps(total_steps: int, *, budget: float = 1.0, min_steps: int = MIN_RUNG_STEPS) -> tuple[int, ...]:
+    """Steps at which trials are scored that their held-out loss may end: up to 8, evenly spaced, `min_steps` apart at least.
+
+    90 -> (12, 23, 34, 45, 57, 68, 79, 90), 9 -> (5, 9).
+    """
+    last = max(1, math.ceil(budget * total_steps))
+    count = max(1, min(EARLY_STOPPING_RUNGS, last // min_steps))
+    return tuple(math.ceil(last * rung / count) for rung in range(1, count + 1))
+
+
+def pace(search: SearchPlan, rung: int) -> int:
+    """ASHA's clock at the end of a rung. It compares trials at 1, 3, 9, ... on it (powers of the reduction factor): every rung
+    where they are spaced like that, the first and the third of evenly spaced ones."""
+    return rung + 1 if search.patience is not None else search.reduction_factor**rung
+
+
+def share_beyond(search: SearchPlan, rung: int) -> float:
+    """Of all trials, how many ASHA lets begin a rung, as far as it decides: one in `reduction_factor` at each comparison."""
+    compared = sum(search.reduction_factor**power <= pace(search, rung - 1) for power in range(rung)) if rung else 0
+    return search.reduction_factor**-compared
 
 
 def packs(spec: JobSpec) -> bool:

@@ -238,6 +238,8 @@ class SearchPlan(Value):
     total_steps: int
     """Steps of the full budget (`train.epochs`)."""
     reduction_factor: int
+    patience: int | None = None
+    """After so many rungs without anything better on the eval set a trial ends, and is judged by its best; None: by its last."""
     concurrent_trials: int
     max_fused: int = 1
     """How many trials may share a batch at most; the gang measures how many pay."""

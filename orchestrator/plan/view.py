@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from orchestrator.plan.estimates import MemoryEstimate
-from orchestrator.plan.steps import accumulation
-from orchestrator.plan.values import ExecutionPlan, RunPlan, TrialOption
+from orchestrator.plan.steps import accumulation, share_beyond
+from orchestrator.plan.values import ExecutionPlan, RunPlan, SearchPlan, TrialOption
 from orchestrator.spec.models import JobSpec
 from orchestrator.units import format_bytes, format_count, format_seconds
 
@@ -21,15 +21,34 @@ def derivations(plan: RunPlan, spec: JobSpec) -> tuple[str, ...]:
     ]
     if plan.search is None:
         return tuple(lines)
-    *earlier, last = plan.search.rung_steps
-    kept = f"; one trial in {plan.search.reduction_factor} goes on" if earlier else ""
-    lines.append(f"trials are compared after {', '.join(map(str, (*earlier, last)))} steps{kept}")
+    last = plan.search.rung_steps[-1]
+    lines += [*_few_lines(plan, plan.search), _rungs_line(plan.search)]
     if last < plan.total_steps:
         again = batch_line(plan.refit_execution, tokens_per_step)
         lines.append(f"the winner is trained again to {plan.total_steps} steps: {again}")
     else:
         lines.append("a winner at the last rung has had the full budget and is not trained again")
     return tuple(lines)
+
+
+def _few_lines(plan: RunPlan, search: SearchPlan) -> list[str]:
+    """`360 documents: the winner is trained from 5 seeds, early stopping at 8 points`."""
+    said = [f"the winner is trained from {search.repeats} seeds"] if search.repeats > 1 else []
+    if search.patience is not None and len(search.rung_steps) > search.patience:
+        said.append(f"early stopping at {len(search.rung_steps)} points")
+    return [f"{_count(plan.data.train_documents, 'document')}: {', '.join(said)}"] if said else []
+
+
+def _rungs_line(search: SearchPlan) -> str:
+    steps, going_on = search.rung_steps, f"one trial in {search.reduction_factor} goes on"
+    listed = ", ".join(map(str, steps))
+    if search.patience is None or len(steps) == 1:
+        return f"trials are compared after {listed} steps" + (f"; {going_on}" if len(steps) > 1 else "")
+    compared = [str(step) for rung, step in enumerate(steps[:-1]) if share_beyond(search, rung + 1) < share_beyond(search, rung)]
+    return (
+        f"trials are scored after {listed} steps and judged by their best; {going_on} after {' and '.join(compared)}, and none "
+        f"whose held-out loss was not better for {search.patience} of them"
+    )
 
 
 def batch_line(execution: ExecutionPlan, tokens_per_step: int) -> str:

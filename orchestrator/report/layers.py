@@ -103,7 +103,7 @@ def single_block_losses(plan: RunPlan | None, sweep: SweepResult) -> list[tuple[
     found: list[tuple[int, float]] = []
     for trial in sweep.searched:
         trained = blocks.get((trial.layers, trial.method), ())
-        loss = trial.last.eval_loss if trial.last is not None else None
+        loss = trial.judged.eval_loss if trial.judged is not None else None
         if len(trained) == 1 and loss is not None and math.isfinite(loss):
             found.append((trained[0], loss))
     return found

@@ -74,11 +74,11 @@ def _best(sweep: SweepResult, best: TrialRecord | None, transfer: TransferReport
 
 
 def _figure(sweep: SweepResult, best: TrialRecord, transfer: TransferReport) -> str:
-    """`1.830`; trained from several seeds `1.812 ± 0.042 over 5 seeds (1.830 the first)`."""
+    """`1.830`; trained from several seeds `1.812 ± 0.042 over 5 seeds (1.830 in the bundle)`."""
     own, by_seed = metric_text(measured_of(best, transfer).metric, sweep.metric), metric_over_seeds(sweep, best, transfer)
     if by_seed is None:
         return own
-    return f"{interval_text(by_seed, sweep.metric)} over {len(by_seed.seeds)} seeds ({own} the first)"
+    return f"{interval_text(by_seed, sweep.metric)} over {len(by_seed.seeds)} seeds ({own} in the bundle)"
 
 
 def _answered(transfer: TransferReport) -> str:

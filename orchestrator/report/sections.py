@@ -275,7 +275,6 @@ def trial_table(sweep: SweepResult) -> Html:
 
 
 def _trial_row(trial: TrialRecord, sweep: SweepResult) -> list[object]:
-    last = trial.last
     untouched = trial.control == "none"
     tune = MISSING if untouched else trial.method
     row: list[object] = [
@@ -285,12 +284,20 @@ def _trial_row(trial: TrialRecord, sweep: SweepResult) -> list[object]:
         MISSING if untouched else f"{trial.learning_rate:.1e}",
         format_count(trial.trainable_parameters),
         html.tag("span", trial.state, css=f"state {trial.state}"),
-        f"{last.step if last else 0}/{trial.total_steps}",
+        _steps(trial),
         metric_text(trial.metric, sweep.metric),
     ]
     if sweep.metric != "loss":
-        row.append(number(last.eval_loss) if last else MISSING)
+        row.append(number(trial.judged.eval_loss) if trial.judged else MISSING)
     return [*row, signed(trial.forgetting), format_seconds(trial.seconds) if trial.seconds else MISSING, trial.reason]
+
+
+def _steps(trial: TrialRecord) -> str:
+    """`24/30`, and where an earlier rung is what it is compared by, `24/30, by 12`."""
+    last, judged = trial.last, trial.judged
+    if last is None or judged is None:
+        return f"0/{trial.total_steps}"
+    return f"{last.step}/{trial.total_steps}" + (f", by {judged.step}" if judged.step != last.step else "")
 
 
 def next_steps(sweep: SweepResult) -> Html:

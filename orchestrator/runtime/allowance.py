@@ -48,5 +48,8 @@ class Allowance:
         """What the refit of the best trial so far will take."""
         base = base_result(self._ledger)
         entries = [entry for entry in self._ledger.entries() if entry.trial.control is None and entry.results]
-        best = min(entries, key=lambda entry: self._scoring.score(entry.results[-1], base), default=None)
-        return refit_hours(best.results, best.trial.total_steps) if best is not None else 0.0
+        scoring = self._scoring
+        best = min(entries, key=lambda entry: scoring.score(scoring.judged(entry.results, base), base), default=None)
+        if best is None or scoring.stalled(best.results, base):
+            return 0.0
+        return refit_hours(best.results, best.trial.total_steps)

@@ -119,15 +119,21 @@ def rung_assignment(
     )
 
 
-def answer_of(result: RungResult, base: RungResult | None, scoring: Scoring, *, ended: bool) -> Answer:
-    """A rung's result, scored against the untouched base's."""
+def answer_of(results: Sequence[RungResult], base: RungResult | None, scoring: Scoring, *, ended: bool) -> Answer:
+    """What a trial is worth after its last rung, scored against the untouched base.
+
+    Args:
+        results: Of its rungs so far.
+    """
+    result = results[-1]
+    judged = scoring.judged(results, base) if result.state == "done" else result
     return Answer(
-        score=scoring.score(result, base),
+        score=scoring.score(judged, base),
         step=result.step,
         ended=ended,
         state=result.state,
         reason=result.reason,
-        metric=scoring.metric_of(result),
+        metric=scoring.metric_of(judged),
     )
 
 

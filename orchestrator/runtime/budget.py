@@ -11,8 +11,9 @@ from orchestrator.plan.relief import fits_in_no_way, with_relief
 from orchestrator.plan.results import RungResult
 from orchestrator.plan.values import Assignment, ExecutionPlan, TrialSpec
 from orchestrator.runtime.hours import affords_refit, is_left_for_refit, metered, read_hours, refit_hours, rung_hours
-from orchestrator.runtime.ledger import TrialEntry
+from orchestrator.runtime.ledger import Ledger, TrialEntry
 from orchestrator.runtime.prepare import Prepared
+from orchestrator.runtime.records import base_result
 from orchestrator.runtime.refit import num_restarts, refit, result_file
 from orchestrator.runtime.scoring import Scoring
 from orchestrator.store import read_json, write_json
@@ -36,7 +37,7 @@ def selection_of(prepared: Prepared, entry: TrialEntry) -> LayerSelection:
 
 
 def full_budget(prepared: Prepared, entry: TrialEntry, base: RungResult | None, view: RunView) -> tuple[RungResult, RefitRecord]:
-    """The result that is bundled: the trial's own last rung where that had the full budget, else the refit's.
+    """The result that is bundled: the trial's own rung where it had the full budget or stopped getting better, else the refit's.
 
     A refit that forgot more than the bound, where the rung that was promoted had not, is passed over for that rung.
 
@@ -49,23 +50,37 @@ def full_budget(prepared: Prepared, entry: TrialEntry, base: RungResult | None, 
     trial, last = entry.trial, entry.results[-1]
     if prepared.plan.search is None:
         return last, refit_record(prepared, last, "the job's one trial")
-    if last.step >= trial.total_steps:
-        return last, RefitRecord(ran=False, reason="the promoted trial had the full budget", to_step=last.step)
+    judged = prepared.scoring.judged(entry.results, base)
+    if stands_as_it_is(entry, base, prepared.scoring):
+        best = f"the promoted trial was best on the eval set after {judged.step} of {trial.total_steps} steps"
+        reason = best if judged.step < trial.total_steps else "the promoted trial had the full budget"
+        return judged, RefitRecord(ran=False, reason=reason, to_step=judged.step)
     assignment = refit_assignment(prepared, trial, selection_of(prepared, entry), last.relieved)
     left_out = _why_left_out(prepared, entry, assignment)
     if left_out:
         view.event("refit_left_out", left_out, trial_id=trial.trial_id)
         prepared.run.event("refit_left_out", message=left_out, trial_id=trial.trial_id)
-        return last, RefitRecord(ran=False, reason=left_out, to_step=last.step, left_out_for_hours=True)
+        return judged, RefitRecord(ran=False, reason=left_out, to_step=judged.step, left_out_for_hours=True)
     view.phase("refit", f"{trial.total_steps} steps on {prepared.plan.refit_execution.ranks} rank(s)")
     result = run_refit(prepared, [assignment])[0]
     reason = f"the promoted trial had {last.step} of {trial.total_steps} steps"
-    passed_over = why_passed_over(result, last, base, prepared.scoring)
+    passed_over = why_passed_over(result, judged, base, prepared.scoring)
     if not passed_over:
         return result, refit_record(prepared, result, reason)
     view.event("refit_passed_over", passed_over, trial_id=trial.trial_id)
     prepared.run.event("refit_passed_over", message=passed_over, trial_id=trial.trial_id)
-    return last, refit_record(prepared, result, f"{reason}; {passed_over}")
+    return judged, refit_record(prepared, result, f"{reason}; {passed_over}")
+
+
+def stands_as_it_is(entry: TrialEntry, base: RungResult | None, scoring: Scoring) -> bool:
+    """Whether a trial is bundled without a refit: it had the full budget, or more of it did it no good."""
+    return entry.results[-1].step >= entry.trial.total_steps or bool(scoring.stalled(entry.results, base))
+
+
+def steps_to_bundle(entry: TrialEntry, base: RungResult | None, scoring: Scoring) -> int:
+    """How long the artifact was trained that will be bundled of this trial."""
+    stands = stands_as_it_is(entry, base, scoring)
+    return scoring.judged(entry.results, base).step if stands else entry.trial.total_steps
 
 
 def _why_left_out(prepared: Prepared, entry: TrialEntry, assignment: Assignment) -> str:
@@ -77,7 +92,8 @@ def _why_left_out(prepared: Prepared, entry: TrialEntry, assignment: Assignment)
     if _stored_results([assignment]) is not None:
         return ""
     expected = refit_hours(entry.results, total)
-    instead = f"the trial's own rung of {entry.results[-1].step} steps is bundled instead"
+    own = prepared.scoring.judged(entry.results, base_result(Ledger(prepared.run.trials)))
+    instead = f"the trial's own rung of {own.step} steps is bundled instead"
     if not affords_refit(expected, bound):
         return f"the refit to {total} steps would take about {expected:.3g} of max_gpu_hours: {bound:g}; {instead}"
     steps = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")]
@@ -95,15 +111,21 @@ def _why_left_out(prepared: Prepared, entry: TrialEntry, assignment: Assignment)
 def why_passed_over(refitted: RungResult, rung: RungResult, base: RungResult | None, scoring: Scoring) -> str:
     """Why a refit gives way to the rung that was promoted; nothing where it does not.
 
-    Where that rung is beyond the bound too (a person promoted it), the refit is bundled, and the verdict tells it.
+    Where that rung is beyond the bound too (a person promoted it), the refit is bundled, and the verdict tells it. With early
+    stopping a refit that is worse on the eval set gives way too.
     """
     lost, before = scoring.forgetting_of(refitted, base), scoring.forgetting_of(rung, base)
     bound = scoring.max_forgetting
+    instead = f"the trial's own rung of {rung.step} steps"
     if lost is None or before is None or lost <= bound or before > bound:
-        return ""
+        if scoring.patience is None or scoring.score(refitted, base) <= scoring.score(rung, base):
+            return ""
+        worse, better = scoring.metric_of(refitted), scoring.metric_of(rung)
+        figures = "" if worse is None or better is None else f" ({scoring.metric} {worse:.4g} against {better:.4g})"
+        return f"the refit to {refitted.step} steps is worse on the eval set than {instead}{figures}, which is bundled instead"
     return (
         f"the refit to {refitted.step} steps forgot {lost:+.3f} nats per token, more than the bound of {bound:g}; "
-        f"the trial's own rung of {rung.step} steps, at {before:+.3f}, is bundled instead"
+        f"{instead}, at {before:+.3f}, is bundled instead"
     )
 
 

@@ -34,7 +34,7 @@ from orchestrator.runtime.cleaning import Cleaner
 from orchestrator.runtime.first_steps import FirstSteps
 from orchestrator.runtime.gang import Gang, why_no_start
 from orchestrator.runtime.hours import HoursState, Meter, is_spent
-from orchestrator.runtime.ledger import Ledger, TrialState, is_tried_again
+from orchestrator.runtime.ledger import Ledger, TrialEntry, TrialState, is_tried_again
 from orchestrator.runtime.queue import WorkQueue
 from orchestrator.runtime.records import base_result, trial_record
 from orchestrator.runtime.shift import Shift
@@ -106,6 +106,9 @@ class Exchange:
         if known is None:
             return self._hold_back(trial)
         entry = self._ledger.register(trial, option)
+        if entry.end is None and stop_step < trial.total_steps:
+            await self._end_where_it_stalls(entry)
+            entry = self._ledger.register(trial, option)
         over = entry.end is not None and all(known.rung >= other.rung for other in entry.results)
         return self._answer(known, ended=over or known.state == "failed")
 
@@ -194,6 +197,11 @@ class Exchange:
         finally:
             self._inflight.pop(trial.trial_id, None)
 
+    async def _end_where_it_stalls(self, entry: TrialEntry) -> None:
+        reason = self._orders.scoring.stalled(entry.results, base_result(self._ledger))
+        if reason:
+            await self.finish(entry.trial.trial_id, "stopped", reason)
+
     def _hold_back(self, trial: TrialSpec) -> Answer:
         """End a trial for want of hours, so that another submission with more of them can go on with it."""
         reason = self._allowance.reason
@@ -249,7 +257,9 @@ class Exchange:
             self._tell("first_steps", **said)
 
     def _answer(self, result: RungResult, *, ended: bool) -> Answer:
-        return answer_of(result, base_result(self._ledger), self._orders.scoring, ended=ended)
+        entry = self._ledger.get(result.trial_id)
+        before = [other for other in entry.results if other.rung < result.rung] if entry is not None else []
+        return answer_of([*before, result], base_result(self._ledger), self._orders.scoring, ended=ended)
 
     def _give_up(self, error: BaseException) -> None:
         """No gang can be started: everybody who waits must hear of it."""

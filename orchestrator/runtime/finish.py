@@ -7,9 +7,9 @@ from typing import Any
 
 import ray
 
-from orchestrator.plan import late_controls
+from orchestrator.plan import REPEAT, late_controls
 from orchestrator.plan.results import RungResult
-from orchestrator.plan.values import RunPlan, TrialSpec
+from orchestrator.plan.values import TrialSpec
 from orchestrator.runtime.budget import full_budget, selection_of
 from orchestrator.runtime.bundling import bundle_and_judge
 from orchestrator.runtime.cluster import fetch, rank_resources, worker_env
@@ -47,7 +47,7 @@ def finish(prepared: Prepared, sweep: SweepResult, view: RunView) -> RunOutcome:
     assert entry is not None
     base = base_result(ledger)
     bundled, refitted = full_budget(prepared, entry, base, view)
-    controls = controls_beside(prepared.plan, ledger, entry.trial, bundled.step)
+    controls = controls_beside(prepared, ledger, entry.trial, bundled.step)
     for message in controls.left_out:
         view.event("control_left_out", message)
         prepared.run.event("control_left_out", message=message)
@@ -85,18 +85,21 @@ class Controls:
     """Why one that was trained does not."""
 
 
-def controls_beside(plan: RunPlan, ledger: Ledger, trial: TrialSpec, bundled_step: int) -> Controls:
-    """`head`, and what was trained late to as many steps as what is bundled: another budget is no control."""
-    artifacts, left_out = dict[str, str](), list[str]()
-    for name, trial_id in {"head": "head", **late_controls(plan, trial.trial_id)}.items():
+def controls_beside(prepared: Prepared, ledger: Ledger, trial: TrialSpec, bundled_step: int) -> Controls:
+    """`head`, and what was trained late to as many steps as what is bundled: another budget is no control. With early stopping
+    every seed ends where it is best on the eval set, as the winner did."""
+    artifacts, left_out, base = dict[str, str](), list[str](), base_result(ledger)
+    for name, trial_id in {"head": "head", **late_controls(prepared.plan, trial.trial_id)}.items():
         entry = ledger.get(trial_id)
         done = [result for result in entry.results if result.state == "done"] if entry is not None else []
-        if not done or done[-1].checkpoint is None or trial_id == trial.trial_id:
+        judged = prepared.scoring.judged(done, base) if done else None
+        if judged is None or judged.checkpoint is None or trial_id == trial.trial_id:
             continue
-        if name != "head" and done[-1].step != bundled_step:
-            left_out.append(f"{trial_id} was trained to {done[-1].step} steps and what is bundled to {bundled_step}")
+        ends_by_itself = name == "head" or (name.startswith(REPEAT) and prepared.scoring.patience is not None)
+        if not ends_by_itself and judged.step != bundled_step:
+            left_out.append(f"{trial_id} was trained to {judged.step} steps and what is bundled to {bundled_step}")
         else:
-            artifacts[name] = done[-1].checkpoint
+            artifacts[name] = judged.checkpoint
     return Controls(artifacts, tuple(left_out))
 
 
@@ -111,6 +114,7 @@ def _inputs(prepared: Prepared, entry: TrialEntry, bundled: RungResult, controls
         trial=entry.trial,
         selection=selection_of(prepared, entry),
         artifact=bundled.checkpoint,
+        step=bundled.step,
         held_dtype=prepared.plan.execution.dtype,
         merge_into=prepared.spec.base.merge_into,
         train_set=str(folder / "train.npz"),

@@ -171,7 +171,7 @@ def _eval_comparisons(prepared: Prepared, ledger: Ledger) -> dict[str, Compariso
     base = ledger.document_losses(none.results[-1])
     compared: dict[str, Comparison] = {}
     for entry in ledger.entries():
-        result = entry.results[-1] if entry.results else None
+        result = prepared.scoring.judged(entry.results, none.results[-1]) if entry.results else None
         if base is None or result is None or result.state != "done" or entry is none:
             continue
         own = ledger.document_losses(result)

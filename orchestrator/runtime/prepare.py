@@ -79,7 +79,7 @@ class Prepared:
         search = self.spec.search
         if search is None or self.plan.search is None:
             return Scoring(metric="loss", max_forgetting=float("inf"))
-        return Scoring(metric=search.metric, max_forgetting=search.max_forgetting)
+        return Scoring(metric=search.metric, max_forgetting=search.max_forgetting, patience=self.plan.search.patience)
 
 
 def open_run(loaded: LoadedSpec, job: Job, output: Path | None, view: RunView) -> RunDirectory:

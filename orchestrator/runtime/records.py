@@ -25,6 +25,7 @@ def base_result(ledger: Ledger) -> RungResult | None:
 def trial_record(entry: TrialEntry, scoring: Scoring, base: RungResult | None) -> TrialRecord:
     trial = entry.trial
     engine = next((result.engine for result in reversed(entry.results) if result.engine is not None), None)
+    done = [result for result in entry.results if result.state == "done"]
     failed = next((result.reason for result in entry.results if result.state == "failed"), "")
     return TrialRecord(
         trial_id=trial.trial_id,
@@ -39,7 +40,8 @@ def trial_record(entry: TrialEntry, scoring: Scoring, base: RungResult | None) -
         seed=trial.seed,
         state=entry.end.state if entry.end is not None else "running",
         reason=failed or (entry.end.reason if entry.end is not None else ""),
-        rungs=tuple(_rung_record(result, scoring, base) for result in entry.results if result.state == "done"),
+        rungs=tuple(_rung_record(result, scoring, base) for result in done),
+        judged_rung=scoring.judged(done, base).rung if done else None,
         total_steps=trial.total_steps,
         trainable_parameters=engine.trainable_parameters if engine is not None else 0,
         gang=entry.results[-1].gang if entry.results else -1,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from orchestrator.plan.results import RungResult
 from orchestrator.transfer import WORST_SCORE, forgetting, score
 from orchestrator.values import Value
@@ -12,6 +15,8 @@ class Scoring(Value):
 
     metric: str
     max_forgetting: float
+    patience: int | None = None
+    """As `SearchPlan.patience`."""
 
     @property
     def higher_is_better(self) -> bool:
@@ -26,6 +31,26 @@ class Scoring(Value):
         if base is None or result.retain_loss is None or base.retain_loss is None:
             return None
         return forgetting(result.retain_loss, base.retain_loss)
+
+    def judged(self, results: Sequence[RungResult], base: RungResult | None) -> RungResult:
+        """The rung that a trial is compared by: the last, or, where its held-out loss may end it, the best so far."""
+        done = [result for result in results if result.state == "done"]
+        if self.patience is None or not done:
+            return results[-1]
+        return min(done, key=lambda result: self.score(result, base))
+
+    def stalled(self, results: Sequence[RungResult], base: RungResult | None) -> str:
+        """Why a trial ends early: in its last `patience` rungs neither its loss on the eval set nor its score has become better
+        (Prechelt 1998, "Early stopping - but when?"). Nothing where one has."""
+        if self.patience is None or len(results) <= self.patience or results[-1].state == "failed":
+            return ""
+        scores = [self.score(result, base) for result in results]
+        losses = [loss if (loss := result.eval_loss) is not None and math.isfinite(loss) else math.inf for result in results]
+        best = max(scores.index(min(scores)), losses.index(min(losses)))
+        if best >= len(results) - self.patience:
+            return ""
+        what = "its held-out loss has not" if self.metric == "loss" else f"neither its held-out loss nor its {self.metric} has"
+        return f"{what} improved since step {results[best].step}"
 
     def score(self, result: RungResult, base: RungResult | None) -> float:
         """Lower is better; `WORST_SCORE` for a trial that failed or could not be measured."""

@@ -18,6 +18,7 @@ from ray.tune.search import Searcher
 from orchestrator.errors import TrainingError
 from orchestrator.plan import make_trial
 from orchestrator.plan.placement import THIN_TRIAL_CPUS
+from orchestrator.plan.steps import pace
 from orchestrator.plan.values import RunPlan, TrialSpec
 from orchestrator.runtime.cluster import fetch
 from orchestrator.runtime.ledger import TrialEntry
@@ -102,8 +103,15 @@ def thin_trial(config: dict[str, Any], exchange: Any, plan: RunPlan) -> None:
     option = plan.search.options[config["option"]]
     for rung, stop_step in enumerate(plan.search.rung_steps):
         answer = fetch(exchange.advance.remote(trial, option.selection, config["option"], rung, stop_step))
-        pace = plan.search.reduction_factor**rung
-        tune.report({"score": answer.score, "pace": pace, "step": answer.step, "metric": answer.metric, "state": answer.state})
+        tune.report(
+            {
+                "score": answer.score,
+                "pace": pace(plan.search, rung),
+                "step": answer.step,
+                "metric": answer.metric,
+                "state": answer.state,
+            }
+        )
         if answer.ended:
             return
 
@@ -167,9 +175,8 @@ def run_search(plan: RunPlan, exchange: Any, recorded: list[TrialEntry], folder:
 
 
 def _last_pace(plan: RunPlan) -> int:
-    """Tune's clock counts rungs in powers of the reduction factor, so that ASHA's milestones fall on the plan's rungs."""
     assert plan.search is not None
-    return plan.search.reduction_factor ** (len(plan.search.rung_steps) - 1)
+    return pace(plan.search, len(plan.search.rung_steps) - 1)
 
 
 def _scheduler(plan: RunPlan) -> TrialScheduler:

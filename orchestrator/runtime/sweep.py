@@ -110,7 +110,8 @@ def _search(prepared: Prepared, view: RunView, started_at: float) -> tuple[Prepa
         plan = prepared.plan
         assert plan.search is not None
         view.phase("search", f"{plan.search.num_trials} trials")
-        head = hand_in(exchange, *head_control(plan, prepared.anatomy, spec, seed), plan.search.rung_steps[-1:])
+        stops = plan.search.rung_steps if plan.search.patience is not None else plan.search.rung_steps[-1:]
+        head = hand_in(exchange, *head_control(plan, prepared.anatomy, spec, seed), stops)
         recorded = [entry for entry in Ledger(prepared.run.trials).entries() if entry.trial.control is None]
         run_search(plan, exchange, recorded, prepared.run.path / "tune", seed)
         wait_for(exchange, "head", head)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from orchestrator.plan import REPEAT
@@ -63,11 +64,19 @@ def _how_it_was_made(inputs: BundleInputs, versions: Mapping[str, str]) -> str:
         ("method", method),
         ("learning rate", f"{trial.learning_rate:.3g}"),
         *([("against forgetting", str(trial.remedies))] if str(trial.remedies) else []),
-        ("training", f"{trial.total_steps} steps, {format_count(trial.total_tokens)} tokens, seed {trial.seed}"),
+        ("training", f"{_steps(inputs)}, seed {trial.seed}"),
         ("data", f"SHA-256 {inputs.data_sha256}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
     ]
     return "## How it was made\n\n" + _table(("what", "value"), rows)
+
+
+def _steps(inputs: BundleInputs) -> str:
+    """`40 steps, 12k tokens`; `12 of 40 steps` where it was taken earlier."""
+    trial = inputs.trial
+    if inputs.step is not None and inputs.step < trial.total_steps:
+        return f"{inputs.step} of {trial.total_steps} steps"
+    return f"{trial.total_steps} steps, {format_count(trial.total_tokens)} tokens"
 
 
 def _results(transfer: TransferReport) -> str:
@@ -88,9 +97,10 @@ def _results(transfer: TransferReport) -> str:
     ]
     for comparison in transfer.comparisons:
         against = NAMES.get(comparison.against, comparison.against)
-        interval = f"[{comparison.low:+.3f}, {comparison.high:+.3f}]"
+        interval = f"95% interval [{comparison.low:+.3f}, {comparison.high:+.3f}]"
+        interval = interval if math.isfinite(comparison.low) else "too few examples for an interval"
         lines.append(
-            f"\nGain over {against}: {comparison.mean:+.3f} {comparison.unit}, 95% interval {interval}, "
+            f"\nGain over {against}: {comparison.mean:+.3f} {comparison.unit}, {interval}, "
             f"{comparison.num_examples} examples ({comparison.method.replace('_', ' ')})."
         )
     return "\n".join(lines)

@@ -23,6 +23,8 @@ class BundleInputs(Value):
     selection: LayerSelection
     artifact: str
     """The rung or checkpoint that holds `adapter/` or `delta/`."""
+    step: int | None = None
+    """At which it was taken; None: at the trial's last."""
     held_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """`ExecutionPlan.dtype`: what training computed in."""
     merge_into: Literal["auto", "original"] = "auto"

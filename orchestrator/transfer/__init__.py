@@ -2,7 +2,8 @@
 
     score(metric, higher_is_better, forgetting(retain, base_retain), bound)     what the search minimises
     vs_none = paired_comparison(tuned_losses, base_losses, tokens, seed)        positive: tuned is better
-    verdict(vs_none, others={"head": vs_head}).sentence
+    by_seed = over_seeds(seeds, gains)                                          mean and interval over trainings
+    verdict(vs_none, others={"head": vs_head}, over_seeds=by_seed).sentence
     promote(trials, base, max_forgetting).trial_id
 
 Pure functions of numbers; `records.py` holds what is written to sweep.json and transfer.json.

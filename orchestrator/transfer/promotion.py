@@ -55,7 +55,8 @@ def promote(
         base: The control `none`; without it every trial counts as not negative.
         max_forgetting: Bound on the rise of the retention loss, nats per token.
         comparisons: Against the base on the eval set, by trial id. A trial is negative when its whole interval is
-            below zero; where there is no comparison, when its metric is worse than the base's.
+            below zero; where there is no comparison, or too few examples for an interval, when its metric is worse than
+            the base's.
     """
     scored = sorted((t for t in candidates if _measured(t)), key=lambda trial: (_score(trial), trial.number))
     known = comparisons or {}
@@ -89,7 +90,7 @@ def _score(trial: TrialRecord) -> float:
 
 
 def _negative(trial: TrialRecord, base: TrialRecord | None, higher_is_better: bool, comparison: Comparison | None) -> bool:
-    if comparison is not None:
+    if comparison is not None and math.isfinite(comparison.high):
         return comparison.high < 0
     if base is None or base.metric is None or trial.metric is None:
         return False
@@ -161,7 +162,7 @@ def _anchor_advice(trial: TrialRecord) -> str:
 
 
 def _steps(trial: TrialRecord) -> int:
-    return trial.last.step if trial.last is not None else trial.total_steps
+    return trial.judged.step if trial.judged is not None else trial.total_steps
 
 
 def _edge(best: TrialRecord, scored: Sequence[TrialRecord]) -> str | None:

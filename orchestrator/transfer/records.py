@@ -57,6 +57,8 @@ class TrialRecord(Value):
     """`stopped`: the scheduler saw no promise in it, or the hours were used up; `failed`: for a reason of its own."""
     reason: str = ""
     rungs: tuple[RungRecord, ...] = ()
+    judged_rung: int | None = None
+    """The one that it is compared by, where that is not the last: with early stopping the best on the eval set."""
     total_steps: int = 0
     trainable_parameters: int = 0
     gang: int = -1
@@ -69,21 +71,25 @@ class TrialRecord(Value):
         return self.rungs[-1] if self.rungs else None
 
     @property
+    def judged(self) -> RungRecord | None:
+        """The rung that it is compared by."""
+        return next((rung for rung in self.rungs if rung.rung == self.judged_rung), self.last)
+
+    @property
     def metric(self) -> float | None:
-        """The metric at the last rung: what the trial is compared by."""
-        return self.rungs[-1].metric if self.rungs else None
+        return self.judged.metric if self.judged else None
 
     @property
     def score(self) -> float | None:
-        return self.rungs[-1].score if self.rungs else None
+        return self.judged.score if self.judged else None
 
     @property
     def forgetting(self) -> float | None:
-        return self.rungs[-1].forgetting if self.rungs else None
+        return self.judged.forgetting if self.judged else None
 
     @property
     def retain_loss(self) -> float | None:
-        return self.rungs[-1].retain_loss if self.rungs else None
+        return self.judged.retain_loss if self.judged else None
 
     @property
     def seconds(self) -> float:

@@ -86,7 +86,11 @@ def _sentence(comparisons: Mapping[Control, Comparison]) -> str:
         unit = "" if parts else f" {_unit(comparison.unit)[1]}"
         side = "better" if comparison.mean > 0 else "worse" if comparison.mean < 0 else "better or worse"
         parts.append(f"{_figure(comparison)}{unit} {side} than {_NAMES[against]}")
-    few = "; too few for an interval" if any(not math.isfinite(_margin(c)) for c in comparisons.values()) else ""
+    few = (
+        ": too few for an interval, the data cannot tell"
+        if any(not math.isfinite(_margin(c)) for c in comparisons.values())
+        else ""
+    )
     plural = "s" if base.num_examples != 1 else ""
     return f"{', '.join(parts)}, on {base.num_examples} test example{plural}{few}{task}"
 
@@ -123,12 +127,12 @@ def _margin(comparison: Comparison) -> float:
 
 
 def _seeds_sentence(found: OverSeeds) -> str:
-    """`over 3 seeds 0.41 ± 0.20 nats better than the base (each alone: +0.32, +0.43, +0.48)`."""
+    """`over 3 seeds, on the same examples, 0.41 ± 0.20 nats better than the base (each alone: +0.32, +0.43, +0.48)`."""
     scale, unit, digits = _unit(found.unit)
     figure = f"{abs(found.mean) * scale:.{digits}f} ± {found.half_width * scale:.{digits}f} {unit}"
     each = ", ".join(f"{value * scale:+.{digits}f}" for value in found.values)
     way = "better" if found.mean >= 0 else "worse"
-    return f"over {len(found.values)} seeds {figure} {way} than the base (each alone: {each})"
+    return f"over {len(found.values)} seeds, on the same examples, {figure} {way} than the base (each alone: {each})"
 
 
 def _unit(unit: str) -> tuple[float, str, int]:

@@ -38,6 +38,7 @@ search:
   trials: 2
   algorithm: random
   scheduler: none
+  repeats: 1
   max_forgetting: 3.0
 resources: {gangs: 1, ranks_per_gang: 1}
 output: runs

@@ -7,10 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 from ruamel.yaml import YAML
 
+from orchestrator.data import TokenizedSet
 from orchestrator.plan.curve import SHARES
 from orchestrator.plan.values import RunPlan
 from orchestrator.runtime.ledger import Ledger
@@ -310,7 +312,7 @@ def test_the_shipped_classification_spec_comes_to_a_bundle(tmp_path: Path, repos
     shipped = repository / "jobs" / "specs" / "classify.yaml"
     values = YAML(typ="safe").load(shipped)
     values["data"]["train"] = str(shipped.parent / values["data"]["train"])
-    values["search"] |= {"trials": 4, "scheduler": "asha", "controls": ["shuffled"], "learning_curve": True}
+    values["search"] |= {"trials": 4, "scheduler": "asha", "controls": ["shuffled"], "repeats": 2, "learning_curve": True}
     spec = tmp_path / "classify.yaml"
     spec.write_text(json.dumps(values | {"output": "runs", "resources": TWO_GANGS}))
 
@@ -328,8 +330,32 @@ def test_the_shipped_classification_spec_comes_to_a_bundle(tmp_path: Path, repos
     (shuffled,) = [trial for trial in sweep_of(run).trials if trial.control == "shuffled"]
     assert shuffled.last is not None
     assert transfer.bundled is not None
-    assert shuffled.last.step == transfer.bundled.step, "it has the bundle's budget, wherever the search had stopped"
-    assert {comparison.against for comparison in transfer.comparisons} == {"none", "head", "shuffled"}
+    passed_over = bool(events_of(run, "refit_passed_over"))
+    assert (shuffled.last.step == transfer.bundled.step) is not passed_over, "it has the budget that the bundle was to have"
+    assert {comparison.against for comparison in transfer.comparisons} >= {"none", "head"}
+    assert ("shuffled" in {comparison.against for comparison in transfer.comparisons}) is not passed_over
+    assert_judged_as_few_examples(run)
     check_curve(run)
     model = AutoModelForSequenceClassification.from_pretrained(run / "bundle")
     assert set(model.config.id2label.values()) == {"account", "billing", "delivery", "returns"}
+
+
+def assert_judged_as_few_examples(run: Path) -> None:
+    """Equal classes in the splits, trials by their best rung, the winner from two seeds."""
+    sweep, transfer = sweep_of(run), transfer_of(run)
+    for split in ("eval", "test"):
+        counts = np.bincount(TokenizedSet.load(run / "data" / f"{split}.npz").labels)
+        assert counts.max() - counts.min() <= 1
+    for trial in sweep.searched:
+        assert trial.score == min(rung.score for rung in trial.rungs if rung.score is not None)
+        assert trial.state != "stopped" or trial.last is None or trial.last.step < trial.total_steps
+    winner, (again,) = sweep.winner, [trial for trial in sweep.trials if trial.control == "repeat"]
+    assert winner is not None
+    assert (again.trial_id, again.seed, again.learning_rate) == (f"repeat-2-{winner.trial_id}", 1, winner.learning_rate)
+    assert losses_in(run / "trials" / again.trial_id)[0] != losses_in(run / "trials" / winner.trial_id)[0]
+    gains = transfer.gain_over_seeds
+    assert gains is not None
+    assert gains.seeds == (0, 1)
+    (against_base,) = [comparison for comparison in transfer.comparisons if comparison.against == "none"]
+    assert gains.values[0] == pytest.approx(against_base.mean)
+    assert "over 2 seeds, on the same examples" in transfer.sentence

@@ -20,6 +20,7 @@ from orchestrator.plan.cost.flops import (
 from orchestrator.plan.cost.late import curve_parts, late_parts, late_work
 from orchestrator.plan.estimates import CostEstimate, FlopTerm, OptionCost, Part, Rate
 from orchestrator.plan.placement import Machines
+from orchestrator.plan.steps import share_beyond
 from orchestrator.plan.values import ExecutionPlan, RunPlan, SearchPlan
 from orchestrator.units import format_count, format_flops
 
@@ -110,17 +111,14 @@ def _building_trunk(plan: RunPlan, anatomy: ModelAnatomy) -> Part | None:
 
 
 def expected_rungs(search: SearchPlan) -> float:
-    """Rungs that a trial reaches on average when one in `reduction_factor` goes on past each."""
-    return sum(search.reduction_factor**-power for power in range(len(search.rung_steps)))
+    """Rungs that a trial reaches on average when one in `reduction_factor` goes on past each comparison."""
+    return sum(share_beyond(search, rung) for rung in range(len(search.rung_steps)))
 
 
 def expected_steps(search: SearchPlan) -> float:
-    """Steps that a trial trains on average when one in `reduction_factor` goes on past each rung."""
-    steps, before = 0.0, 0
-    for power, rung in enumerate(search.rung_steps):
-        steps += (rung - before) / search.reduction_factor**power
-        before = rung
-    return steps
+    """Steps that a trial trains on average when one in `reduction_factor` goes on past each comparison."""
+    befores = (0, *search.rung_steps)
+    return sum((step - befores[rung]) * share_beyond(search, rung) for rung, step in enumerate(search.rung_steps))
 
 
 def run_flops(plan: RunPlan, anatomy: ModelAnatomy) -> float:

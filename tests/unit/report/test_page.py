@@ -10,7 +10,8 @@ import pytest
 
 from orchestrator.errors import UsageError
 from orchestrator.report.page import write_report
-from orchestrator.transfer.records import BundledFigures
+from orchestrator.transfer import over_seeds
+from orchestrator.transfer.records import BundledFigures, ModelScores
 
 SECTIONS = (
     "Gain on the test set",
@@ -212,6 +213,27 @@ def test_the_cards_show_what_was_bundled(fake_run, make):
     assert "loss, eval set 1.234 of its bundle" in page.text
     assert "forgetting +0.090 bound 0.1" in page.text
     assert "to step 54 in" in page.text
+
+
+def test_a_page_of_few_examples(fake_run, make):
+    """The best rung instead of the last one, and what became of every seed."""
+    sweep = make.sweep()
+    winner = sweep.winner
+    worse = winner.last.model_copy(update={"rung": 7, "step": 54, "metric": 9.0, "score": 9.0})
+    best = winner.last.model_copy(update={"rung": 6, "step": 48, "metric": 1.0, "score": 1.0})
+    judged = winner.model_copy(update={"rungs": (best, worse), "judged_rung": 6})
+    again = judged.model_copy(
+        update={"trial_id": f"repeat-2-{winner.trial_id}", "control": "repeat", "seed": 1, "rungs": (best, worse)}
+    )
+    trials = tuple(judged if trial is winner else trial for trial in sweep.trials)
+    gains = over_seeds([0, 1], [2.09, 1.89], "nats per token")
+    scores = (*make.transfer().scores, ModelScores(model="repeat-2", metrics={"loss": 2.03}))
+    transfer = make.transfer(winner.trial_id, gain_over_seeds=gains, scores=scores)
+    page = read(write_report(fake_run(sweep=sweep.model_copy(update={"trials": (*trials, again)}), transfer=transfer)))
+    assert "loss, eval set 1.000 ± 0.000 over 2 seeds; 1.000 of that trial" in page.text
+    assert "54/54, by 48" in page.text
+    assert "Their mean gain over the base is +1.990 nats per token (95%: +0.719 to +3.261" in page.text
+    assert "another seed (2)" in page.text
 
 
 def test_many_trials_and_long_text_stay_in_their_boxes(fake_run, make):

@@ -99,3 +99,27 @@ def test_the_plan_of_one_trial(make):
     screen = shown(make.plan(search=False))
     assert "last:4" in screen
     assert "compared at" not in screen
+
+
+def with_repeats(sweep, *metrics):
+    """The sweep, its winner trained again from other seeds."""
+    winner = sweep.winner
+    repeats = []
+    for number, metric in enumerate(metrics, 2):
+        rung = winner.last.model_copy(update={"metric": metric})
+        update = {"trial_id": f"repeat-{number}-{winner.trial_id}", "control": "repeat", "seed": number, "rungs": (rung,)}
+        repeats.append(winner.model_copy(update=update))
+    return sweep.model_copy(update={"trials": (*sweep.trials, *repeats)})
+
+
+def test_a_winner_of_several_seeds_shows_their_mean_and_its_interval(make):
+    sweep = make.sweep()
+    bundled = BundledFigures(step=54, metric=1.0)
+    transfer = make.transfer(sweep.winner_id, bundled=bundled)
+    assert "loss 2.000 ± 2.484 over 3 seeds (1.000 in the bundle)   base 3.920" in final_screen(
+        with_repeats(sweep, 2.0, 3.0), transfer
+    )
+    assert "loss 1.000   base 3.920" in final_screen(sweep, transfer)
+    assert "loss 1.000   base 3.920" in final_screen(with_repeats(sweep, float("nan")), transfer), "one seed has no interval"
+    by_hand = with_repeats(sweep, 2.0, 3.0).model_copy(update={"winner_id": sweep.searched[0].trial_id})
+    assert "seeds" not in entry(final_screen(by_hand, make.transfer()), "best"), "the repeats are another trial's"

@@ -15,7 +15,7 @@ from orchestrator.plan.results import RungResult
 from orchestrator.plan.values import ExecutionPlan, TrialSpec
 from orchestrator.report.terminal import LogView
 from orchestrator.runtime import budget
-from orchestrator.runtime.budget import full_budget, refit_assignment, run_refit
+from orchestrator.runtime.budget import full_budget, refit_assignment, run_refit, steps_to_bundle
 from orchestrator.runtime.ledger import TrialEntry
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.store import read_jsonl, write_json
@@ -35,8 +35,9 @@ BASE = result("none", 0, 4.0)
 
 
 @pytest.fixture
-def prepared(submit: Callable[[], Prepared]) -> Prepared:
-    return submit()
+def prepared(submit: Callable[..., Prepared]) -> Prepared:
+    """Judged by its last rung."""
+    return submit(search={"scheduler": "none"})
 
 
 @pytest.fixture
@@ -45,6 +46,61 @@ def trial(prepared: Prepared) -> TrialSpec:
     assert prepared.plan.search is not None
     drawn = make_trial(prepared.plan, prepared.plan.search.options[0], 1e-3, 0, seed=0)
     return drawn.model_copy(update={"total_steps": TOTAL_STEPS})
+
+
+def with_patience(prepared: Prepared) -> Prepared:
+    """The same run with early stopping."""
+    assert prepared.plan.search is not None
+    search = prepared.plan.search.model_copy(update={"patience": 2})
+    return replace(prepared, plan=prepared.plan.model_copy(update={"search": search}))
+
+
+def rungs(trial: TrialSpec, **losses: float) -> TrialEntry:
+    """A trial by its held-out loss at steps."""
+    steps = [(int(step.removeprefix("at_")), loss) for step, loss in losses.items()]
+    results = (result(trial.trial_id, step, None, rung=rung, eval_loss=loss) for rung, (step, loss) in enumerate(steps))
+    return TrialEntry(trial=trial, option=0, results=tuple(results))
+
+
+@pytest.mark.parametrize(
+    ("losses", "step"),
+    [
+        ({"at_6": 2.0, "at_12": 1.0, "at_18": 1.1, "at_24": 1.2}, 12),
+        ({"at_24": 2.0, "at_54": 2.1}, 24),
+        ({"at_24": 2.0, "at_54": 1.9}, 54),
+    ],
+    ids=["it stalled", "the full budget was worse", "the full budget was best"],
+)
+def test_with_early_stopping_the_best_rung_is_bundled(
+    prepared: Prepared, trial: TrialSpec, losses: dict[str, float], step: int
+) -> None:
+    entry = rungs(trial, **losses)
+    found, record = full_budget(with_patience(prepared), entry, BASE, LogView(io.StringIO()))
+    assert (found.step, record.ran, record.to_step) == (step, False, step)
+    expected = "the promoted trial had the full budget"
+    if step < TOTAL_STEPS:
+        expected = f"the promoted trial was best on the eval set after {step} of 54 steps"
+    assert record.reason == expected
+    assert steps_to_bundle(entry, BASE, with_patience(prepared).scoring) == step
+
+
+@pytest.mark.parametrize(("refitted", "step"), [(0.9, TOTAL_STEPS), (1.1, 12)])
+def test_a_refit_that_is_worse_gives_way_with_early_stopping(
+    prepared: Prepared, trial: TrialSpec, refitted: float, step: int
+) -> None:
+    """The scheduler stopped it, still getting better: it is trained again, and what came of that is looked at."""
+    entry = rungs(trial, at_6=2.0, at_12=1.0)
+    patient = with_patience(prepared)
+    assert steps_to_bundle(entry, BASE, patient.scoring) == TOTAL_STEPS
+    store_refit(prepared, result(trial.trial_id, TOTAL_STEPS, None, eval_loss=refitted))
+    found, record = full_budget(patient, entry, BASE, LogView(io.StringIO()))
+    assert (found.step, record.ran) == (step, True)
+    if step < TOTAL_STEPS:
+        assert record.reason.endswith(
+            "the refit to 54 steps is worse on the eval set than the trial's own rung of 12 steps (loss 1.1 against 1), "
+            "which is bundled instead"
+        )
+    assert full_budget(prepared, entry, BASE, LogView(io.StringIO()))[0].step == TOTAL_STEPS, "without patience it is taken"
 
 
 def store_refit(prepared: Prepared, stored: RungResult) -> None:

@@ -46,7 +46,7 @@ class ScriptedGang:
     `gate` is closed while it may not start, `go` while its work may not end, `disk` while nothing is written. `deaths` says
     how often it dies on each trial, `unwritten` how often it cannot write one, `fitting` with how many rows in a micro-batch
     it does not run out of memory on one, `dead_starts` how often it cannot start and `refusal` why, `broken` which trials
-    fail for a reason of their own.
+    fail for a reason of their own, `losses` what a trial scores at its rungs (2 where nothing is said).
     """
 
     deaths: dict[str, int]
@@ -55,6 +55,7 @@ class ScriptedGang:
     dead_starts: int
     refusal: Exception
     broken: set[str]
+    losses: dict[str, list[float]]
     ran: list[Assignment]
     groups: list[list[str]]
     gate: asyncio.Event
@@ -106,7 +107,7 @@ class ScriptedGang:
             step=assignment.stop_step,
             tokens=1,
             state="done",
-            eval_loss=2.0,
+            eval_loss=self.losses[trial_id][assignment.rung] if trial_id in self.losses else 2.0,
             checkpoint=checkpoint,
             gang=self.index,
         )
@@ -152,7 +153,7 @@ class Bench:
                 anatomy=anatomy,
                 settings=TrainSettings(warmup=0, schedule="constant", weight_decay=0, grad_clip=0, tokens_per_step=512),
                 data=DataPaths(train="train.npz", eval="eval.npz"),
-                scoring=Scoring(metric="loss", max_forgetting=1),
+                scoring=Scoring(metric="loss", max_forgetting=1, patience=plan.search.patience),
                 trials_folder=str(folder),
                 num_gangs=num_gangs,
                 hours_file=str(folder / "hours.json"),
@@ -192,12 +193,15 @@ def on_bench(
         gangs: int = 1,
         max_gpu_hours: float | None = None,
         max_fused: int = 1,
+        patience: int | None = None,
     ) -> list[Assignment]:
         assert plan.search is not None
-        fusing = plan.model_copy(update={"search": plan.search.model_copy(update={"max_fused": max_fused})})
+        changed = {"max_fused": max_fused, "patience": patience}
+        fusing = plan.model_copy(update={"search": plan.search.model_copy(update=changed)})
         ScriptedGang.deaths, ScriptedGang.dead_starts, ScriptedGang.ran = deaths or {}, dead_starts, []
         ScriptedGang.groups, ScriptedGang.unwritten = [], {}
         ScriptedGang.refusal, ScriptedGang.broken, ScriptedGang.fitting = GangDiedError("no room"), set(), {}
+        ScriptedGang.losses = {}
 
         async def run() -> None:
             ScriptedGang.gate = asyncio.Event()
@@ -902,3 +906,78 @@ def test_a_gang_gets_first_what_it_may_remember(on_bench: Callable[..., list[Ass
         assert [entry.results[-1].gang for entry in Ledger(bench.folder).entries()][:2] == homes
 
     on_bench(scene, gangs=2)
+
+
+EVEN = (5, 10, 15, 20, 25, 30, 36)
+
+
+def test_a_trial_that_gets_worse_ends_and_is_worth_its_best_rung(on_bench: Callable[..., list[Assignment]]) -> None:
+    async def scene(bench: Bench) -> None:
+        ScriptedGang.losses = {"t0": [3.0, 2.5, 2.6, 2.7], "t1": [3.0, 2.5, 2.6, 2.4, 2.5, 2.45, 2.6], "t2": [9.0]}
+        for number, reached in ((0, 4), (1, 6)):
+            trial = bench.trial(number)
+            answers = [
+                await bench.exchange.advance(trial, bench.option.selection, 0, rung, EVEN[rung]) for rung in range(reached)
+            ]
+            assert [answer.ended for answer in answers] == [False] * (reached - 1) + [True]
+            assert answers[-1].score == answers[-1].metric == min(ScriptedGang.losses[trial.trial_id][:reached])
+            assert answers[-1].step == EVEN[reached - 1], "how far it came, not where it was best"
+            await bench.exchange.finish(trial.trial_id, "stopped")
+        ends = [bench.exchange._ledger.get(f"t{number}").end for number in (0, 1)]  # type: ignore[union-attr]
+        assert [(end.state, end.reason) for end in ends if end is not None] == [
+            ("stopped", "its held-out loss has not improved since step 10"),
+            ("stopped", "its held-out loss has not improved since step 20"),
+        ]
+
+    async def again(bench: Bench) -> None:
+        answers = [await bench.exchange.advance(bench.trial(0), bench.option.selection, 0, rung, EVEN[rung]) for rung in range(4)]
+        assert [(answer.score, answer.ended) for answer in answers] == [(3.0, False), (2.5, False), (2.5, False), (2.5, True)]
+
+    assert len(on_bench(scene, patience=2)) == 10
+    assert on_bench(again, patience=2) == [], "what is known is not trained again"
+
+
+def test_a_driver_that_died_before_the_end_was_written_changes_nothing(on_bench: Callable[..., list[Assignment]]) -> None:
+    async def first(bench: Bench) -> None:
+        ScriptedGang.losses = {"t0": [2.5, 2.6, 2.7]}
+        for rung in range(3):
+            await bench.exchange.advance(bench.trial(0), bench.option.selection, 0, rung, EVEN[rung])
+        (bench.folder / "t0" / "end.json").unlink()
+
+    async def again(bench: Bench) -> None:
+        assert (await bench.exchange.advance(bench.trial(0), bench.option.selection, 0, 2, EVEN[2])).ended
+        assert (bench.folder / "t0" / "end.json").exists()
+
+    on_bench(first, patience=2)
+    assert on_bench(again, patience=2) == []
+
+
+def test_a_trial_at_its_last_step_does_not_stall(on_bench: Callable[..., list[Assignment]]) -> None:
+    async def scene(bench: Bench) -> None:
+        ScriptedGang.losses = {"t0": [2.0, 3.0, 4.0]}
+        for rung, step in enumerate((5, 10, bench.trial(0).total_steps)):
+            answer = await bench.exchange.advance(bench.trial(0), bench.option.selection, 0, rung, step)
+            assert not answer.ended
+        assert answer.score == 2.0
+
+    assert len(on_bench(scene, patience=2)) == 3
+
+
+def test_without_patience_a_trial_is_worth_its_last_rung(on_bench: Callable[..., list[Assignment]]) -> None:
+    async def scene(bench: Bench) -> None:
+        ScriptedGang.losses = {"t0": [2.0, 3.0, 4.0, 5.0]}
+        for rung in range(4):
+            answer = await bench.exchange.advance(bench.trial(0), bench.option.selection, 0, rung, EVEN[rung])
+            assert (answer.score, answer.ended) == (ScriptedGang.losses["t0"][rung], False)
+
+    on_bench(scene)
+
+
+def test_a_control_is_carried_from_rung_to_rung_until_it_gets_worse(on_bench: Callable[..., list[Assignment]]) -> None:
+    async def scene(bench: Bench) -> None:
+        ScriptedGang.losses = {"t0": [3.0, 2.0, 2.1, 2.2, 1.0], "t1": [3.0]}
+        assert (await bench.exchange.carry(bench.trial(0), bench.option.selection, EVEN)).score == 2.0
+        assert (await bench.exchange.carry(bench.trial(1), bench.option.selection, (36,))).score == 3.0
+
+    ran = on_bench(scene, patience=2)
+    assert [assignment.stop_step for assignment in ran] == [5, 10, 15, 20, 36]

@@ -38,25 +38,38 @@ def add(ledger: Ledger, trial: TrialSpec, step: int, **fields: object) -> None:
 
 
 def test_only_a_control_of_the_same_budget_is_compared(submit: Callable[..., Prepared], tmp_path: Path) -> None:
-    plan, ledger = submit(search={"repeats": 3}).plan, Ledger(tmp_path)
+    prepared, ledger = submit(search={"repeats": 3, "scheduler": "none"}), Ledger(tmp_path)
     add(ledger, HEAD, 3)
     for control in (shuffled_control(TRIAL), repeat_control(TRIAL, 2), repeat_control(TRIAL, 4)):
         add(ledger, control, 9)
     add(ledger, repeat_control(TRIAL, 3), 9, state="failed", reason="the loss became NaN", checkpoint=None)
-    same = controls_beside(plan, ledger, TRIAL, bundled_step=9)
+    same = controls_beside(prepared, ledger, TRIAL, bundled_step=9)
     assert same.artifacts == {"head": "/head", "shuffled": "/shuffled-t000", "repeat-2": "/repeat-2-t000"}
     assert same.left_out == ()
-    shorter = controls_beside(plan, ledger, TRIAL, bundled_step=3)
+    shorter = controls_beside(prepared, ledger, TRIAL, bundled_step=3)
     assert shorter.artifacts == {"head": "/head"}
     assert shorter.left_out == tuple(
         f"{name}-t000 was trained to 9 steps and what is bundled to 3" for name in ("shuffled", "repeat-2")
     )
 
 
+def test_with_early_stopping_a_control_stands_beside_the_bundle_as_it_was_best(
+    submit: Callable[..., Prepared], tmp_path: Path
+) -> None:
+    prepared, ledger = submit(search={"repeats": 2, "controls": ["shuffled"]}), Ledger(tmp_path)
+    assert prepared.scoring.patience == 2
+    for trial in (HEAD, repeat_control(TRIAL, 2), shuffled_control(TRIAL)):
+        for rung, loss in enumerate((2.0, 1.0, 1.5)):
+            add(ledger, trial, 3 * rung + 3, rung=rung, eval_loss=loss, checkpoint=f"/{trial.trial_id}/{rung}")
+    found = controls_beside(prepared, ledger, TRIAL, bundled_step=9)
+    assert found.artifacts == {"head": "/head/1", "repeat-2": "/repeat-2-t000/1"}
+    assert found.left_out == ("shuffled-t000 was trained to 6 steps and what is bundled to 9",)
+
+
 def test_a_bundled_head_is_not_compared_with_itself(submit: Callable[..., Prepared], tmp_path: Path) -> None:
-    plan, ledger = submit().plan, Ledger(tmp_path)
+    prepared, ledger = submit(), Ledger(tmp_path)
     add(ledger, HEAD, 9)
-    assert controls_beside(plan, ledger, HEAD, bundled_step=9).artifacts == {}
+    assert controls_beside(prepared, ledger, HEAD, bundled_step=9).artifacts == {}
 
 
 def test_the_first_step_of_the_first_trial_is_counted_and_no_controls(submit: Callable[[], Prepared]) -> None:

@@ -30,9 +30,9 @@ def stopped_early(prepared: Prepared) -> TrialEntry:
 
 
 def test_a_winner_from_other_seeds_is_itself_but_for_the_seed(submit: Callable[..., Prepared]) -> None:
-    prepared = submit(search={"repeats": 3, "controls": ["shuffled", "scratch"]})
+    prepared = submit(search={"repeats": 3, "controls": ["shuffled", "scratch"], "scheduler": "none"})
     winner = stopped_early(prepared)
-    shuffled, scratch, second, third = (trial for trial, _ in late.late_trials(prepared, winner))
+    shuffled, scratch, second, third = (each.trial for each in late.late_trials(prepared, winner, None))
     name = winner.trial.trial_id
     ids = [trial.trial_id for trial in (shuffled, scratch, second, third)]
     assert ids == [f"{kind}-{name}" for kind in ("shuffled", "scratch", "repeat-2", "repeat-3")]
@@ -41,21 +41,21 @@ def test_a_winner_from_other_seeds_is_itself_but_for_the_seed(submit: Callable[.
     assert all(trial.model_dump(exclude=own) == winner.trial.model_dump(exclude=own) for trial in (shuffled, second, third))
     assert prepared.plan.search is not None
     search = prepared.plan.search.model_copy(update={"repeats": 1, "controls": ()})
-    assert late.late_trials(replace(prepared, plan=prepared.plan.model_copy(update={"search": search})), winner) == []
+    assert late.late_trials(replace(prepared, plan=prepared.plan.model_copy(update={"search": search})), winner, None) == []
 
 
 def test_all_are_handed_in_before_any_is_waited_for_and_one_held_back_is_told(
     submit: Callable[..., Prepared], shown: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepared = submit(search={"repeats": 3, "controls": ["shuffled"]})
+    prepared = submit(search={"repeats": 3, "controls": ["shuffled"], "scheduler": "none"})
     winner = stopped_early(prepared)
-    happened: list[tuple[str, str, list[int]]] = []
+    happened: list[tuple[str, str, tuple[int, ...]]] = []
 
-    def hand_in(_exchange: Any, trial: Any, _selection: Any, stops: list[int]) -> None:
+    def hand_in(_exchange: Any, trial: Any, _selection: Any, stops: tuple[int, ...]) -> None:
         happened.append(("handed in", trial.trial_id, stops))
 
     def wait_for(_exchange: Any, trial_id: str, _call: Any) -> Answer:
-        happened.append(("waited for", trial_id, []))
+        happened.append(("waited for", trial_id, ()))
         held_back = trial_id.startswith("repeat-3")
         return Answer(score=0.0, step=9, ended=True, state="stopped" if held_back else "done", reason="no hours left")
 
@@ -64,6 +64,23 @@ def test_all_are_handed_in_before_any_is_waited_for_and_one_held_back_is_told(
     assert late.train_late(prepared, None, winner, LogView(shown))
     assert [what for what, _, _ in happened] == ["handed in"] * 3 + ["waited for"] * 3
     assert winner.results[-1].step < winner.trial.total_steps
-    assert [stops for what, _, stops in happened if what == "handed in"] == [[winner.trial.total_steps]] * 3
+    assert [stops for what, _, stops in happened if what == "handed in"] == [(winner.trial.total_steps,)] * 3
     assert f"control_left_out: repeat-3-{winner.trial.trial_id}: no hours left" in shown.getvalue()
     assert "repeat-2" not in shown.getvalue().split("control_left_out")[1]
+
+
+def test_with_early_stopping_other_seeds_end_by_themselves_and_controls_with_the_winner(submit: Callable[..., Prepared]) -> None:
+    prepared = submit(search={"repeats": 2, "controls": ["shuffled"]})
+    assert prepared.plan.search is not None
+    search = prepared.plan.search.model_copy(update={"rung_steps": (4, 8, 12, 16), "patience": 2})
+    prepared = replace(prepared, plan=prepared.plan.model_copy(update={"search": search, "total_steps": 20}))
+    winner = make_trial(prepared.plan, search.options[0], 1e-3, 0, seed=0)
+    losses = {0: 2.0, 1: 1.0, 2: 1.1, 3: 1.2}
+    results = [
+        RungResult(trial_id=winner.trial_id, rung=rung, step=4 * rung + 4, tokens=1, state="done", eval_loss=loss)
+        for rung, loss in losses.items()
+    ]
+    entry = TrialEntry(trial=winner, option=0, results=tuple(results))
+    assert [each.stops for each in late.late_trials(prepared, entry, None)] == [(8,), (4, 8, 12, 16, 20)]
+    better = entry.model_copy(update={"results": tuple(results[:2])})
+    assert [each.stops for each in late.late_trials(prepared, better, None)] == [(20,), (4, 8, 12, 16, 20)]

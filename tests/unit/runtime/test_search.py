@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from ray.tune.schedulers import TrialScheduler
 
+from orchestrator.plan.steps import pace, share_beyond
 from orchestrator.plan.values import RunPlan, TrialSpec
 from orchestrator.runtime.ledger import TrialEntry
-from orchestrator.runtime.search import RecordedSearch
+from orchestrator.runtime.search import RecordedSearch, _scheduler
 
 SEED = 7
 
@@ -91,3 +95,30 @@ def test_a_proposal_keeps_away_from_those_that_still_run(plan: RunPlan) -> None:
     assert [proposal.learning_rate for proposal in search._pending_at(3)] == [
         search._open[name][1].learning_rate for name in "bc"
     ]
+
+
+@pytest.mark.parametrize(
+    ("changed", "compared"),
+    [({}, [0, 1]), ({"patience": 2, "rung_steps": (5, 9, 13, 18, 22, 26, 30, 36)}, [0, 2]), ({"rung_steps": (36,)}, [])],
+    ids=["rungs by threes", "even rungs", "one rung"],
+)
+def test_asha_stops_trials_where_the_plan_counts_on_it(plan: RunPlan, changed: dict[str, Any], compared: list[int]) -> None:
+    """Ray's scheduler, on the plan's clock: of two trials that report at every rung the worse one would be stopped at these."""
+    assert plan.search is not None
+    search = plan.search.model_copy(update=changed)
+    rungs = range(len(search.rung_steps) - 1)
+    assert [rung for rung in rungs if share_beyond(search, rung + 1) < share_beyond(search, rung)] == compared
+    scheduler = _scheduler(plan.model_copy(update={"search": search}))
+    stopped_at: list[int] = []
+    if compared:
+        scheduler.set_search_properties("score", "min")
+    trials = {name: SimpleNamespace(trial_id=name) for name in ("good", "bad")}
+    for trial in trials.values():
+        scheduler.on_trial_add(None, trial)  # type: ignore[arg-type]
+    for rung in rungs:
+        answers = [
+            scheduler.on_trial_result(None, trials[name], {"score": score, "pace": pace(search, rung)})  # type: ignore[arg-type]
+            for name, score in (("good", 1.0), ("bad", 2.0))
+        ]
+        stopped_at += [rung] * (answers == [TrialScheduler.CONTINUE, TrialScheduler.STOP])
+    assert stopped_at == compared

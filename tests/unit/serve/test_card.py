@@ -101,6 +101,19 @@ def test_the_card_says_what_exact_match_was_taken_over_and_who_read_the_test_set
     assert "read once" not in card
 
 
+def test_the_card_of_few_examples_says_what_is_not_known(inputs_of: Callable):
+    infinite = float("inf")
+    comparison = ComparisonRecord(against="none", mean=0.4, low=-infinite, high=infinite, method="sign_flip", num_examples=4)
+    scores = tuple(ModelScores(model=model, metrics={"loss": 1.5}) for model in ("promoted", "none", "repeat-2"))
+    transfer = TransferReport(verdict="inconclusive", comparisons=(comparison,), scores=scores, verification=FIGURES)
+    card = model_card(inputs_of(step=12), transfer, {})
+    assert "| training | 12 of 40 steps, seed 3 |" in card
+    assert "Gain over untouched base: +0.400 nats per token, too few examples for an interval, 4 examples (sign flip)." in card
+    assert "| this model from another seed (2) | 1.5 |" in card
+    assert "40 steps, 12" in model_card(inputs_of(step=40), transfer, {})
+    assert "inf" not in card.replace("information", "")
+
+
 def test_a_card_without_scores_has_no_empty_tables(inputs_of: Callable):
     card = model_card(inputs_of(tune="full", retain_set="retain.npz"), TransferReport(verification=FIGURES), {})
     assert "Results" not in card
