@@ -138,6 +138,17 @@ def test_a_run_without_a_bound_on_forgetting_is_drawn(fake_run, make):
     assert page.count("svg") == 5
 
 
+def test_what_was_promoted_and_why_stands_beside_the_front(fake_run, make):
+    page = read(write_report(fake_run(sweep=make.sweep(promotion_reason="last:4: loss 1.8 against the base's 3.9"))))
+    assert "Target against retention Promoted: last:4: loss 1.8 against the base's 3.9." in page.text
+
+
+def test_nothing_promoted_says_why_and_what_to_try_in_order(fake_run, make):
+    sweep = make.sweep(winner_id=None, promotion_reason="every trial forgets", advice=("first this", "then that"))
+    page = read(write_report(fake_run(sweep=sweep, transfer=make.transfer(verdict=None, sentence="", bundle=None))))
+    assert "What to try next Nothing was promoted: every trial forgets. first this then that" in page.text
+
+
 def test_a_folder_with_a_spec_only_is_reported(fake_run):
     page = read(write_report(fake_run(plan=None, sweep=None, transfer=None, summary=None, events=[])))
     assert "has not measured anything yet" in page.text
