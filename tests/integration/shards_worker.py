@@ -160,7 +160,7 @@ def held(engine: Any, learning: list[Any], stage: int) -> dict[str, int]:
         "weight_bytes": bytes_of(weights) if stage else whole,
         "gradient_bytes": bytes_of(parameter.grad for parameter in learning),
         "gradient_sum_bytes": bytes_of(sums),
-        "master_bytes": 0 if type(optimizer).__name__ == "AdamW" else bytes_of(masters),
+        "master_bytes": 0 if type(optimizer).__name__ == "AnchoredAdamW" else bytes_of(masters),
         "optimizer_bytes": bytes_of(moments),
         "bucket_bytes": bytes_of(bucket),
     }

@@ -207,7 +207,7 @@ def test_every_stage_has_the_optimizer_that_was_read(everyday: dict[str, list[di
     classes = {(case.stage, case.dtype): everyday[case.name][0]["class"] for case in EVERYDAY}
     assert classes == {
         (0, "bfloat16"): "FP16_UnfusedOptimizer",
-        (0, "float32"): "AdamW",
+        (0, "float32"): "AnchoredAdamW",
         (1, "bfloat16"): "BF16_Optimizer",
         (1, "float32"): "DeepSpeedZeroOptimizer",
         (2, "bfloat16"): "DeepSpeedZeroOptimizer",

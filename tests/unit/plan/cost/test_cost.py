@@ -196,7 +196,7 @@ def test_a_learning_curve_costs_its_shares(plan: Any, gpus: Any, base: Any) -> N
     assert part(found, "curve") == pytest.approx(0.9375 * training + 4 * scoring)
     more = part(found, "curve") / found.cost.rate.flops / 3600
     assert found.cost.gpu_hours == pytest.approx(without.cost.gpu_hours + more)
-    longest = max(more / found.num_gangs, more * 0.5 / 0.875)  # half of the data, in one gang
+    longest = max(more / found.num_gangs, more * 0.5 / 0.9375)  # half of the data, in one gang
     assert found.cost.wall_hours == pytest.approx(without.cost.wall_hours + longest / found.execution.ranks)
     short = plan("8b", gpus(), **sections, search={"learning_curve": True, "budget": 0.5})
     assert part(short, "curve") == pytest.approx(1.9375 * training + 5 * scoring), "nothing of the search has the full budget"
