@@ -20,7 +20,7 @@ from orchestrator.data.seeded import CAPS, generator
 from orchestrator.data.sets import TokenizedSet, build_set
 from orchestrator.data.summary import DataSummary, LeftOut, SplitSummary, listed
 from orchestrator.errors import DataError, IntegrityError, RunConflictError
-from orchestrator.plan.remedies import needs_replayed_text
+from orchestrator.plan.remedies import most_replayed_tokens, needs_replayed_text
 from orchestrator.plan.values import DataSize
 from orchestrator.spec import LoadedSpec
 from orchestrator.spec.models import JobSpec
@@ -146,7 +146,12 @@ def _inputs_sha256(spec: JobSpec, sources: Sources, tokenizer_folder: Path) -> s
     section = spec.data.model_dump(mode="json")
     number = CLASSIFY_FORMAT if spec.task == "classify" else FORMAT
     inputs = {"format": number, "files": files, "tokenizer": tokenizer, "data": section, "task": spec.task}
-    return content_hash(inputs | {"seed": spec.train.seed} | ({"replay": True} if needs_replayed_text(spec) else {}))
+    return content_hash(inputs | {"seed": spec.train.seed} | _replay_inputs(spec))
+
+
+def _replay_inputs(spec: JobSpec) -> dict[str, int]:
+    """How much is replayed of each token that is trained on decides how much text is kept for it."""
+    return {"replay": most_replayed_tokens(spec, 10**6)} if needs_replayed_text(spec) else {}
 
 
 @dataclass
@@ -196,7 +201,8 @@ def _encode_all(
                 kept += _fitting("retain", Encoder(tokenizer, task, spec.data), rows, read_so, left_out, refused)
         documents["retain"], rest = within_tokens(kept, spec.data.retain_tokens, spec.train.seed)
         if needs_replayed_text(spec):
-            documents["replay"] = replayed(loaded, documents["retain"], rest)
+            train_tokens = sum(len(document.ids) for document in documents["train"])
+            documents["replay"] = replayed(loaded, documents["retain"], rest, train_tokens, left_out)
         else:
             for document in rest:
                 left_out.add("retain", f"over data.retain_tokens = {spec.data.retain_tokens} (chunks)", document.example.place)

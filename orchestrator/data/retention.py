@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from orchestrator.data.encoding import Document
 from orchestrator.data.seeded import RETENTION, generator
+from orchestrator.data.summary import LeftOut
 from orchestrator.errors import DataError
+from orchestrator.plan.remedies import most_replayed_tokens
 from orchestrator.spec import LoadedSpec
 
 
@@ -22,14 +24,29 @@ def within_tokens(documents: list[Document], budget: int, seed: int) -> tuple[li
     return parts
 
 
-def replayed(loaded: LoadedSpec, scored: list[Document], rest: list[Document]) -> list[Document]:
-    """What is learned from of the retention set: chunks none of which is scored, nor equal to one that is.
+def replayed(
+    loaded: LoadedSpec, scored: list[Document], rest: list[Document], train_tokens: int, left_out: LeftOut
+) -> list[Document]:
+    """What is learned from of the retention set: chunks none of which is scored, nor equal to one that is; a seeded choice of
+    as many as a trial can replay.
+
+    Args:
+        train_tokens: Of the training set.
+        left_out: Gets the others.
 
     Raises:
         DataError: there is nothing beside what is scored.
     """
     known = {document.ids.tobytes() for document in scored}
-    kept = [document for document in rest if document.ids.tobytes() not in known]
+    others: list[Document] = []
+    for document in rest:
+        if document.ids.tobytes() in known:
+            left_out.add("replay", "equal to a chunk that is scored", document.example.place)
+        else:
+            others.append(document)
+    kept, beyond = within_tokens(others, most_replayed_tokens(loaded.spec, train_tokens), loaded.spec.train.seed)
+    for document in beyond:
+        left_out.add("replay", "more than a trial can replay (chunks)", document.example.place)
     if not kept:
         tokens = sum(len(document.ids) for document in scored)
         raise DataError(

@@ -195,7 +195,7 @@ def _choices(loaded: LoadedSpec, anatomy: ModelAnatomy, data: DataSize, job: Lit
     lora_rank = asked.lora_rank if asked.tune == "lora" else None
     with told_at(loaded.where("finetune.layers")):
         selection = select(anatomy, asked.layers, asked.tune, lora_rank, task=loaded.spec.task, num_classes=data.num_classes)
-    return [Choice(selection, (asked.learning_rate, asked.learning_rate), remedies_of_train(loaded.spec.train))]
+    return [Choice(selection, (asked.learning_rate, asked.learning_rate), remedies_of_train(loaded.spec.train, asked.tune))]
 
 
 def _control(policy: str, spec: JobSpec, anatomy: ModelAnatomy, data: DataSize) -> LayerSelection:

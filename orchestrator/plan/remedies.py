@@ -49,6 +49,8 @@ class Remedies(Value):
 
 
 NOTHING = Remedies()
+FISHER_DOCUMENTS = 64
+"""Retention documents that EWC takes at most: with one backward pass for each, a few steps' work."""
 
 
 def method_name(tune: Tune, lora_rank: int | None, remedies: Remedies) -> str:
@@ -62,9 +64,10 @@ def fits(anchor: Anchor | AnchorPlan | None, tune: Tune) -> bool:
     return not isinstance(anchor, AnchorSpec | AnchorPlan) or (anchor.kind == "product") == (tune == "lora")
 
 
-def remedies_of_train(train: TrainSpec) -> Remedies:
-    """Of a job with one trial."""
-    return Remedies(replay=train.replay, anchor=_planned(train.anchor), layer_decay=train.layer_decay)
+def remedies_of_train(train: TrainSpec, tune: Tune) -> Remedies:
+    """Of a job with one trial; an anchor that does not fit its way of tuning is meant for the search, and left out."""
+    anchor = train.anchor if fits(train.anchor, tune) else "none"
+    return Remedies(replay=train.replay, anchor=_planned(anchor), layer_decay=train.layer_decay)
 
 
 def searched_remedies(search: SearchSpec, train: TrainSpec, tune: Tune) -> list[Remedies]:
@@ -95,12 +98,28 @@ def _planned(anchor: Anchor) -> AnchorPlan | None:
 
 def needs_replayed_text(spec: JobSpec) -> bool:
     """Whether any trial wants retention text that is not scored."""
-    if spec.search is None:
-        return remedies_of_train(spec.train).needs_replayed_text
-    asked = [remedies_of_point(point, spec.train) for point in spec.search.points]
-    if not asked:
-        asked = [remedies for tune in spec.search.tune for remedies in searched_remedies(spec.search, spec.train, tune)]
-    return any(remedies.needs_replayed_text for remedies in (*asked, remedies_of_train(spec.train)))
+    return any(remedies.needs_replayed_text for remedies in _all_remedies(spec))
+
+
+def most_replayed_tokens(spec: JobSpec, train_tokens: int) -> int:
+    """Of all trials, what one replays at most, if it read no token twice; and enough for EWC's documents.
+
+    Args:
+        train_tokens: Of the training set.
+    """
+    share = max((remedies.replay for remedies in _all_remedies(spec)), default=0.0)
+    return max(round(share / (1.0 - share) * spec.train.epochs * train_tokens), FISHER_DOCUMENTS * spec.data.max_tokens)
+
+
+def _all_remedies(spec: JobSpec) -> list[Remedies]:
+    """Those of every trial that the spec's jobs may train."""
+    search, train = spec.search, spec.train
+    found = [remedies_of_train(train, spec.finetune.tune)] if spec.finetune is not None else []
+    if search is None:
+        return found
+    if search.points:
+        return found + [remedies_of_point(point, train) for point in search.points]
+    return found + [remedies for tune in search.tune for remedies in searched_remedies(search, train, tune)]
 
 
 def check_products(choices: Iterable[Remedies], executors: Iterable[str]) -> None:

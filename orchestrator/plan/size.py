@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from orchestrator.plan.remedies import needs_replayed_text
+from orchestrator.plan.remedies import most_replayed_tokens, needs_replayed_text
 from orchestrator.spec.models import JobSpec
 from orchestrator.values import Value
 
@@ -62,6 +62,7 @@ def estimate_data_size(
     else:
         eval_tokens = min(round((eval_bytes or 0) / BYTES_PER_TOKEN), spec.data.eval_rows * spec.data.max_tokens)
     retain_tokens = round(retain_bytes / BYTES_PER_TOKEN)
+    replayed = min(max(0, retain_tokens - spec.data.retain_tokens), most_replayed_tokens(spec, train_tokens))
     return DataSize(
         train_documents=max(1, round(share * rows)),
         train_tokens=train_tokens,
@@ -71,6 +72,6 @@ def estimate_data_size(
         longest_document_tokens=spec.data.max_tokens,
         num_classes=num_classes,
         supervised_share=min(1.0, rows / tokens) if spec.task == "classify" else 1.0,
-        replay_tokens=max(0, retain_tokens - spec.data.retain_tokens) if needs_replayed_text(spec) else 0,
+        replay_tokens=replayed if needs_replayed_text(spec) else 0,
         exact=False,
     )

@@ -62,11 +62,11 @@ def model_name(model: str) -> str:
 def metric_over_seeds(sweep: SweepResult, trial: TrialRecord, transfer: TransferReport | None) -> OverSeeds | None:
     """The metric on the eval set of a trial, or of its bundle, and of the same trial from other seeds; None with one seed."""
     own = measured_of(trial, transfer).metric
-    repeats = [
-        other
-        for other in sweep.trials
-        if other.control == "repeat" and other.trial_id.endswith(f"-{trial.trial_id}") and other.state != "failed"
-    ]
+    repeats = [other for other in sweep.trials if other.control == "repeat" and other.trial_id.endswith(f"-{trial.trial_id}")]
+    if transfer is not None and transfer.scores:  # those that stand beside the bundle: the others were trained otherwise
+        beside = {f"{score.model}-{trial.trial_id}" for score in transfer.scores}
+        repeats = [other for other in repeats if other.trial_id in beside]
+    repeats = [other for other in repeats if other.state != "failed"]
     pairs = [(trial.seed, own), *((other.seed, other.metric) for other in repeats)]
     known = [(seed, metric) for seed, metric in pairs if metric is not None]
     return over_seeds([seed for seed, _ in known], [metric for _, metric in known])

@@ -93,7 +93,10 @@ def controls_beside(prepared: Prepared, ledger: Ledger, trial: TrialSpec, bundle
         entry = ledger.get(trial_id)
         done = [result for result in entry.results if result.state == "done"] if entry is not None else []
         judged = prepared.scoring.judged(done, base) if done else None
-        if judged is None or judged.checkpoint is None or trial_id == trial.trial_id:
+        if entry is None or judged is None or judged.checkpoint is None or trial_id == trial.trial_id:
+            continue
+        if not entry.ended_for_good:
+            left_out.append(f"{trial_id} was held back after {judged.step} steps")
             continue
         ends_by_itself = name == "head" or (name.startswith(REPEAT) and prepared.scoring.patience is not None)
         if not ends_by_itself and judged.step != bundled_step:

@@ -48,7 +48,8 @@ def build_engine(
         assert retention is not None, "EWC is refused where there is no retention text"
         file = Path(assignment.data.train).parent / "fisher" / _fisher_name(assignment, execution, ranks, retention, fingerprint)
         fisher = read_fisher(file, ranks.device)
-        if fisher is None:
+        everywhere = all(ranks.gather(fisher is not None))  # measuring is the work of all ranks together
+        if fisher is None or not everywhere:
             measured = _engine(objective, branch, groups, execution, settings, ranks, measuring=True)
             fisher = fisher_information(measured, retention, rows, ranks, trial.seed)
             measured.close()

@@ -12,13 +12,11 @@ from safetensors.torch import load_file, save
 
 from orchestrator.data import TokenizedSet
 from orchestrator.data.seeded import FISHER, generator
+from orchestrator.plan.remedies import FISHER_DOCUMENTS
 from orchestrator.store import write_atomic
 from orchestrator.train.batches import RowPlan, to_tensors
 from orchestrator.train.engine import Engine
 from orchestrator.train.ranks import Ranks
-
-NUM_DOCUMENTS = 64
-"""Retention documents that are taken at most: with one backward pass for each, a few steps' work."""
 
 
 def fisher_information(engine: Engine, data: TokenizedSet, rows: RowPlan, ranks: Ranks, seed: int) -> list[torch.Tensor]:
@@ -33,7 +31,7 @@ def fisher_information(engine: Engine, data: TokenizedSet, rows: RowPlan, ranks:
         data: The retention set, or a part of it that is not scored.
         seed: Of the choice of documents.
     """
-    chosen = generator(seed, FISHER).permutation(len(data))[:NUM_DOCUMENTS]
+    chosen = generator(seed, FISHER).permutation(len(data))[:FISHER_DOCUMENTS]
     alone = RowPlan(rows.row_tokens, 1, pack=False)
     was_training = engine.objective.training
     engine.objective.eval()  # dropout would add its own noise

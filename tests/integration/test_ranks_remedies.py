@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -49,6 +51,14 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
         matrix.trial(f"{way}-plain-again", execution, tune="full")
     matrix.run(1)
     matrix.run(2)
+    shutil.copytree(folder / "fisher", folder / "measured")
+    for file in (folder / "fisher").glob("*-rank1.safetensors"):
+        file.unlink()
+    (folder / "meeting-2").unlink()
+    matrix.jobs[2].clear()
+    matrix.host("none", WAYS["z2"])
+    matrix.trial("z2-ewc-again", WAYS["z2"], tune="full", remedies=REMEDIES["ewc"])
+    matrix.run(2)
     return matrix
 
 
@@ -78,7 +88,7 @@ def test_an_anchor_without_strength_is_plain_training_and_a_very_strong_one_move
 def test_the_fisher_information_is_that_of_one_rank(matrix: Matrix) -> None:
     """Whatever the layout: ranks have a part each, padded with nothing, or all of it each."""
     found: dict[tuple[str, int], list[torch.Tensor]] = {}
-    for file in sorted((matrix.folder / "fisher").glob("*-rank*.safetensors")):
+    for file in sorted((matrix.folder / "measured").glob("*-rank*.safetensors")):
         masters = list(load_file(file).values())
         found.setdefault((file.name.partition("-")[0], len(masters)), []).append(torch.cat(masters))
     singles = [(count, parts[0]) for (_, count), parts in found.items() if len(parts) == 1]
@@ -91,6 +101,11 @@ def test_the_fisher_information_is_that_of_one_rank(matrix: Matrix) -> None:
         most = values.sort().values[-1000 * whole :: whole]
         torch.testing.assert_close(most, alone.sort().values[-1000:], rtol=1e-4, atol=0.0)
         assert float(values.double().sum()) == pytest.approx(whole * float(alone.double().sum()), rel=1e-6)
+
+
+def test_what_one_rank_has_lost_is_measured_again_by_all(matrix: Matrix) -> None:
+    """A gang that died between two ranks' writing, or another gang that is about to write the second part."""
+    assert matrix.bits("z2-ewc-again") == matrix.bits("z2-ewc")
 
 
 def test_remedies_change_what_is_learned(matrix: Matrix) -> None:

@@ -57,20 +57,20 @@ class Preparation:
         path.write_bytes(content.encode() if isinstance(content, str) else content)
         return path
 
-    def spec(self, task: str = "completion", *, seed: int = 0, **data: Any) -> LoadedSpec:
+    def spec(self, task: str = "completion", *, seed: int = 0, replay: float = 0.0, **data: Any) -> LoadedSpec:
         values = {
             "name": "t",
             "base": {"model": "sample"},
             "task": task,
             "data": {"train": "train.jsonl", **data},
-            "train": {"seed": seed},
+            "train": {"seed": seed, "replay": replay},
             "finetune": {},
         }
         self.write("spec.yaml", json.dumps(values))
         return load_spec(self.folder / "spec.yaml")
 
-    def run(self, task: str = "completion", *, seed: int = 0, **data: Any) -> DataSummary:
-        return prepare_data(self.spec(task, seed=seed, **data), self.base, self.out)
+    def run(self, task: str = "completion", *, seed: int = 0, replay: float = 0.0, **data: Any) -> DataSummary:
+        return prepare_data(self.spec(task, seed=seed, replay=replay, **data), self.base, self.out)
 
     def load(self, split: str) -> TokenizedSet:
         return TokenizedSet.load(self.out / f"{split}.npz")

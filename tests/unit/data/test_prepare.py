@@ -229,6 +229,22 @@ def test_retention_is_chunked_capped_and_counted(prepare: Any, rows_of_pairs: An
     assert not (prepare.out / "retain.npz").exists()
 
 
+def test_no_more_is_kept_to_replay_than_a_trial_can_replay(prepare: Any, rows_of_pairs: Any) -> None:
+    """Of what is not scored; and nothing that is scored is among it."""
+    prepare.jsonl("train.jsonl", rows_of_pairs(40))
+    prepare.jsonl("general.jsonl", [{"text": f"{n // 2} " + "some words " * 30} for n in range(400)])
+    data = {"retain": "general.jsonl", "retain_tokens": 300, "max_tokens": 64}
+    summary = prepare.run(replay=0.1, **data)
+    assert summary.splits["replay"].tokens <= 64 * 64
+    scored = {tuple(prepare.load("retain").document(index)[0]) for index in range(len(prepare.load("retain")))}
+    kept = prepare.load("replay")
+    assert not scored & {tuple(kept.document(index)[0]) for index in range(len(kept))}
+    counts = {reason: count for (split, reason), (count, _) in prepare.dropped(summary).items() if split == "replay"}
+    whole = sum(counts.values()) + len(kept) + summary.splits["retain"].documents
+    assert counts["more than a trial can replay (chunks)"] > 0
+    assert whole == prepare.run(**data | {"retain_tokens": 10**6}).splits["retain"].documents
+
+
 def test_retention_may_have_answers(prepare: Any, rows_of_pairs: Any) -> None:
     """Beside text: of a question only the answer is supervised."""
     prepare.jsonl("train.jsonl", rows_of_pairs(20))

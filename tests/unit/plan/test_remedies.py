@@ -15,6 +15,7 @@ from orchestrator.plan.remedies import (
     learning_groups,
     method_name,
     remedies_of_point,
+    remedies_of_train,
     searched_remedies,
 )
 from orchestrator.spec.models import SearchPoint, SearchSpec, TrainSpec
@@ -30,6 +31,12 @@ def searched(tune: Any, train: dict[str, Any] | None = None, **search: Any) -> l
 def test_without_lists_a_search_takes_what_train_says() -> None:
     assert searched("lora") == [""]
     assert searched("full", {"replay": 0.1, "anchor": L2SP, "layer_decay": 0.5}) == ["replay 0.1 · l2sp 30 · decay 0.5"]
+
+
+def test_one_trial_has_the_anchor_of_train_where_it_fits() -> None:
+    train = TrainSpec.model_validate({"replay": 0.1, "anchor": L2SP})
+    assert str(remedies_of_train(train, "full")) == "replay 0.1 · l2sp 30"
+    assert str(remedies_of_train(train, "lora")) == "replay 0.1"
 
 
 def test_every_combination_is_tried_once_with_the_anchors_that_fit() -> None:

@@ -11,10 +11,11 @@ import torch
 
 from orchestrator.anatomy import LayerSelection
 from orchestrator.data import TokenizedSet, build_set
+from orchestrator.plan.remedies import FISHER_DOCUMENTS
 from orchestrator.train.base import LoadedBase
 from orchestrator.train.batches import RowPlan
 from orchestrator.train.branch import open_branch
-from orchestrator.train.fisher import NUM_DOCUMENTS, fisher_information, importances, read_fisher, write_fisher
+from orchestrator.train.fisher import fisher_information, importances, read_fisher, write_fisher
 from orchestrator.train.objective import objective_of
 from orchestrator.train.ranks import ALONE
 from orchestrator.train.torch_engine import TorchEngine
@@ -73,7 +74,7 @@ def test_what_was_written_is_read_and_damage_is_not(tmp_path: Path) -> None:
     assert read_fisher(file, cpu) is None
 
 
-@pytest.mark.parametrize("count", [3, NUM_DOCUMENTS + 5])
+@pytest.mark.parametrize("count", [3, FISHER_DOCUMENTS + 5])
 def test_no_more_documents_are_taken_than_pay(count: int) -> None:
     steps: list[float] = []
 
@@ -94,4 +95,4 @@ def test_no_more_documents_are_taken_than_pay(count: int) -> None:
             return [torch.ones(1)]
 
     fisher_information(Counting(), texts(count), RowPlan(32, 4, pack=True), ALONE, seed=0)  # type: ignore[arg-type]
-    assert steps == [0.0] * min(count, NUM_DOCUMENTS)
+    assert steps == [0.0] * min(count, FISHER_DOCUMENTS)
