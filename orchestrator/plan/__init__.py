@@ -17,6 +17,7 @@ from orchestrator.plan.probe import with_scores
 from orchestrator.plan.size import estimate_data_size
 from orchestrator.plan.steps import rung_steps
 from orchestrator.plan.trials import (
+    LATE_CONTROLS,
     REPEAT,
     compile_trial,
     curve_trial,
@@ -35,6 +36,7 @@ from orchestrator.plan.trials import (
 from orchestrator.plan.view import plan_lines
 
 __all__ = [
+    "LATE_CONTROLS",
     "REPEAT",
     "compile_trial",
     "curve_trial",

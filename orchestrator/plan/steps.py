@@ -60,6 +60,19 @@ def even_rung_steps(total_steps: int, *, budget: float = 1.0, min_steps: int = M
     return tuple(math.ceil(last * rung / count) for rung in range(1, count + 1))
 
 
+def late_rung_steps(search: SearchPlan, total_steps: int, own_steps: int) -> tuple[int, ...]:
+    """Steps at which what is trained late is scored, up to its end: with early stopping where the searched trials are, in
+    parts of its own budget, so that its best is the best of as many; else at its end alone.
+
+    Args:
+        total_steps: Of the searched trials' full budget.
+        own_steps: Of its own, which a share of the data makes smaller.
+    """
+    if search.patience is None:
+        return (own_steps,)
+    return tuple(sorted({*(math.ceil(step * own_steps / total_steps) for step in search.rung_steps), own_steps}))
+
+
 def pace(search: SearchPlan, rung: int) -> int:
     """ASHA's clock at the end of a rung. It compares trials at 1, 3, 9, ... on it (powers of the reduction factor): every rung
     where they are spaced like that, the first and the third of evenly spaced ones."""

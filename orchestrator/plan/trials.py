@@ -26,6 +26,8 @@ from orchestrator.spec import learning_rate_range
 from orchestrator.spec.models import JobSpec, SearchSpec
 from orchestrator.values import content_hash
 
+LATE_CONTROLS = ("shuffled", "scratch", "repeat")
+"""Controls that are trained once the winner is known, to stand beside what is bundled."""
 CONTROL_NUMBERS = {"none": -5, "head": -4, "shuffled": -3, "scratch": -2, "repeat": -1, "curve": -1}
 """Controls stand before the searched trials, which count from 0."""
 REPEAT = "repeat-"

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from orchestrator.anatomy import LayerSelection
 from orchestrator.plan import repeat_control, scratch_control, shuffled_control
 from orchestrator.plan.results import RungResult
+from orchestrator.plan.steps import late_rung_steps
 from orchestrator.plan.values import TrialSpec
 from orchestrator.runtime.budget import selection_of, steps_to_bundle
 from orchestrator.runtime.carrying import hand_in, wait_for
@@ -26,8 +27,8 @@ class LateTrial(NamedTuple):
 
 def late_trials(prepared: Prepared, winner: TrialEntry, base: RungResult | None) -> list[LateTrial]:
     """Controls that the spec asks for, trained as long as what will be bundled, the winner from as many other seeds as the plan
-    says, and its learning curve. With early stopping other seeds are scored where the searched trials are, and end where these
-    would.
+    says, and its learning curve. With early stopping other seeds and shares of the data are scored where the searched trials
+    are, and end where these would.
 
     Args:
         base: What the untouched base scored.
@@ -41,10 +42,10 @@ def late_trials(prepared: Prepared, winner: TrialEntry, base: RungResult | None)
         found.append(LateTrial(shuffled_control(winner.trial), selection, as_long))
     if "scratch" in search.controls and plan.scratch_memory is not None:
         found.append(LateTrial(*scratch_control(plan, prepared.anatomy, spec, winner.trial), as_long))
-    rungs = as_long if search.patience is None else tuple(sorted({*search.rung_steps, winner.trial.total_steps}))
-    others = range(2, search.repeats + 1)
-    found += [LateTrial(repeat_control(winner.trial, number), selection, rungs) for number in others]
-    return found + [LateTrial(trial, selection, (trial.total_steps,)) for trial in curve_trials(prepared, winner)]
+    again = [repeat_control(winner.trial, number) for number in range(2, search.repeats + 1)]
+    again += curve_trials(prepared, winner, base)
+    rungs = [late_rung_steps(search, winner.trial.total_steps, trial.total_steps) for trial in again]
+    return found + [LateTrial(trial, selection, stops) for trial, stops in zip(again, rungs, strict=True)]
 
 
 def train_late(prepared: Prepared, exchange: Any, winner: TrialEntry, view: RunView) -> bool:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from orchestrator.plan import LATE_CONTROLS
 from orchestrator.plan.cost.calibration import MeasuredSteps, calibrated
 from orchestrator.plan.cost.choices import planned_options
 from orchestrator.plan.cost.estimate import CPU_FLOPS_PER_CORE, run_flops
-from orchestrator.plan.cost.late import LATE
 from orchestrator.plan.values import RunPlan
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.transfer.records import PlanAgainstMeasured, RefitRecord, SweepResult
@@ -68,7 +68,8 @@ def _computing_time(prepared: Prepared, sweep: SweepResult, refitted: RefitRecor
         execution.ranks * (1 if on_gpus else execution.threads_per_rank) for execution in (plan.execution, plan.refit_execution)
     )
     planned_late = {*plan.search.controls, "repeat"} if plan.search is not None else set[str]()
-    trials = sum(trial.seconds for trial in sweep.trials if trial.control not in LATE or trial.control in planned_late)
+    trials = sum(trial.seconds for trial in sweep.trials if trial.control not in LATE_CONTROLS or trial.control in planned_late)
+    trials += sweep.learning_curve_seconds
     if plan.search is None:
         measured = trials * refitting
     else:

@@ -44,11 +44,16 @@ def merge_trial(
 
 
 def promoted_by_hand(sweep: SweepResult, trial_id: str) -> SweepResult:
-    """The record with another trial promoted. What the rule had said stays, however often a person decides."""
+    """The record with another trial promoted. What the rule had said stays, however often a person decides; the learning curve,
+    which is of the trial that the rule promoted, does not."""
     rule = sweep.promotion_reason.partition(BY_THE_RULE)[2] if sweep.promoted_by_hand else sweep.promotion_reason
     label = next(trial.label for trial in sweep.trials if trial.trial_id == trial_id)
     reason = f"promoted by hand: {label}{BY_THE_RULE}{rule}"
-    return sweep.model_copy(update={"winner_id": trial_id, "promoted_by_hand": True, "promotion_reason": reason})
+    update = {"winner_id": trial_id, "promoted_by_hand": True, "promotion_reason": reason}
+    if sweep.learning_curve is not None and sweep.learning_curve.trial_id != trial_id:
+        why = f"it was measured of {sweep.learning_curve.trial_id}, before another was promoted by hand"
+        update |= {"learning_curve": None, "no_learning_curve": why}
+    return sweep.model_copy(update=update)
 
 
 @contextmanager

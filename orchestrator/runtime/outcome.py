@@ -9,20 +9,18 @@ from pathlib import Path
 
 import numpy as np
 
-from orchestrator.plan import late_controls
+from orchestrator.plan import LATE_CONTROLS, late_controls
 from orchestrator.runtime.assignments import GangFigures
 from orchestrator.runtime.curve import curve_ids, curve_of
 from orchestrator.runtime.hours import HoursState, read_hours
 from orchestrator.runtime.ledger import Ledger
 from orchestrator.runtime.prepare import Prepared
-from orchestrator.runtime.records import trial_records
+from orchestrator.runtime.records import base_result, trial_records
 from orchestrator.store import read_json, write_json
 from orchestrator.transfer import Comparison, Promotion, paired_comparison, pareto_front, promote
 from orchestrator.transfer.learning_curve import LearningCurve
 from orchestrator.transfer.records import SweepResult, TransferReport, TrialRecord
 
-LATE = ("shuffled", "scratch", "repeat")
-"""Controls that are trained once the winner is known, as long as what is bundled."""
 MORE_HOURS = "raise resources.max_gpu_hours and submit again: the search goes on from where it was ended"
 
 
@@ -82,7 +80,7 @@ def summarise(
     searched = [trial for trial in trials if trial.control is None and trial.metric is not None]
     front = pareto_front([(_target(trial, scoring.higher_is_better), trial.forgetting or 0.0) for trial in searched])
     curve = curve_of(prepared, ledger, winner)
-    points = curve_ids(prepared, winner) if winner is not None else []
+    points = curve_ids(prepared, winner, base_result(ledger)) if winner is not None else []
     ended_by_hours = _ended_by_hours(prepared, ledger, hours, late, points)
     result = SweepResult(
         name=prepared.spec.name,
@@ -94,7 +92,7 @@ def summarise(
         trials=tuple(
             trial
             for trial in trials
-            if trial.control != "curve" and (trial.control not in LATE or trial.trial_id in late.values())
+            if trial.control != "curve" and (trial.control not in LATE_CONTROLS or trial.trial_id in late.values())
         ),
         winner_id=promotion.trial_id,
         promotion_reason=promotion.reason,
@@ -114,6 +112,7 @@ def summarise(
         ended_by_hours=ended_by_hours,
         learning_curve=curve if isinstance(curve, LearningCurve) else None,
         no_learning_curve=curve if isinstance(curve, str) else "",
+        learning_curve_seconds=sum(trial.seconds for trial in trials if trial.trial_id in points),
     )
     write_json(prepared.run.sweep, result)
     return result

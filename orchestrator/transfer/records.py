@@ -159,6 +159,8 @@ class SweepResult(Value):
     """Of the trial that was promoted by the rule, where it was asked for and measured."""
     no_learning_curve: str = ""
     """Why there is none, where it was asked for."""
+    learning_curve_seconds: float = 0.0
+    """Of training and scoring its trials, which are not among `trials`."""
 
     @property
     def searched(self) -> tuple[TrialRecord, ...]:

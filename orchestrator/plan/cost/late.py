@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from orchestrator.anatomy import select_everything
@@ -9,10 +10,11 @@ from orchestrator.anatomy.values import ModelAnatomy
 from orchestrator.plan.cost.choices import option_terms, per_target_token, planned_options
 from orchestrator.plan.curve import share_documents
 from orchestrator.plan.estimates import Part
+from orchestrator.plan.steps import late_rung_steps
 from orchestrator.plan.values import RunPlan
 
-SHUFFLED, SCRATCH, REPEATS, CURVE = LATE = ("shuffled", "scratch", "repeats", "curve")
-"""Names of the parts. Each training is one gang's, and gangs do them side by side."""
+SHUFFLED, SCRATCH, REPEATS, CURVE = LATE_PARTS = ("shuffled", "scratch", "repeats", "curve")
+"""Names of the parts, not of the controls (`LATE_CONTROLS`). Each training is one gang's, and gangs do them side by side."""
 
 
 def late_parts(plan: RunPlan, anatomy: ModelAnatomy, per_token: float, scored: float) -> list[Part]:
@@ -27,7 +29,8 @@ def late_parts(plan: RunPlan, anatomy: ModelAnatomy, per_token: float, scored: f
     if plan.search.repeats > 1:
         others = plan.search.repeats - 1
         reason = f"the winner from {others} other seed{'s' if others > 1 else ''}, if it is the costliest choice"
-        parts.append(Part(name=REPEATS, amount=others * (per_token * plan.total_tokens + scored), reason=reason))
+        amount = others * (per_token * plan.total_tokens + _num_scorings(plan, 1.0) * scored)
+        parts.append(Part(name=REPEATS, amount=amount, reason=reason))
     if SHUFFLED in plan.search.controls:
         reason = "the winner once more, on answers permuted among the prompts, if it is the costliest choice"
         amount = _shuffled_per_token(plan, anatomy) * plan.total_tokens + scored
@@ -61,12 +64,13 @@ def curve_parts(plan: RunPlan, per_token: float, scored: float) -> list[Part]:
     total = plan.data.train_documents
     counts = ", ".join(str(share_documents(share, total)) for share in shares)
     reason = f"the winner once more on {counts} of {total} documents each, if it is the costliest choice"
-    return [Part(name=CURVE, amount=sum(share * per_token * plan.total_tokens + scored for share in shares), reason=reason)]
+    amount = sum(share * per_token * plan.total_tokens + _num_scorings(plan, share) * scored for share in shares)
+    return [Part(name=CURVE, amount=amount, reason=reason)]
 
 
 def late_work(plan: RunPlan, operations: Sequence[Part]) -> tuple[float, float]:
     """(operations of all that is trained late, those of the gang that is busy with it longest)."""
-    parts = {part.name: part.amount for part in operations if part.name in LATE}
+    parts = {part.name: part.amount for part in operations if part.name in LATE_PARTS}
     if not parts:
         return 0.0, 0.0
     assert plan.search is not None
@@ -74,6 +78,12 @@ def late_work(plan: RunPlan, operations: Sequence[Part]) -> tuple[float, float]:
     largest = {REPEATS: 1.0 / max(1, plan.search.repeats - 1), CURVE: max(shares) / sum(shares) if shares else 1.0}
     total, longest = sum(parts.values()), max(amount * largest.get(name, 1.0) for name, amount in parts.items())
     return total, max(total / plan.num_gangs, longest)
+
+
+def _num_scorings(plan: RunPlan, share: float) -> int:
+    """How often the winner is scored that learns from a share of the documents once more, if nothing ends it early."""
+    assert plan.search is not None
+    return len(late_rung_steps(plan.search, plan.total_steps, math.ceil(share * plan.total_steps)))
 
 
 def _shuffled_per_token(plan: RunPlan, anatomy: ModelAnatomy) -> float:

@@ -144,6 +144,9 @@ def test_time_and_disk_are_held_against_the_same_of_the_plan(submit: Callable[[]
     assert time.planned == run_flops(plan, prepared.anatomy) / CPU_FLOPS_PER_CORE
     searching, refitting = (e.ranks * e.threads_per_rank for e in (plan.execution, plan.refit_execution))
     assert time.measured == 8.0 * searching + 5.0 * refitting
+    with_curve = sweep.model_copy(update={"learning_curve_seconds": 4.0})
+    (longer,) = [row for row in plan_against_measured(prepared, with_curve, None) if row.name == time.name]
+    assert longer.measured == 12.0 * searching, "the plan counts a learning curve, which is not among the trials"
     assert rows["disk, with the bundle"].planned == plan.disk_bytes
     assert rows["base loads in the last submission's search"].measured == 1
     assert not any("disk" in row.name for row in plan_against_measured(prepared, sweep, None)), "the plan counts a bundle"

@@ -82,5 +82,10 @@ def test_with_early_stopping_other_seeds_end_by_themselves_and_controls_with_the
     ]
     entry = TrialEntry(trial=winner, option=0, results=tuple(results))
     assert [each.stops for each in late.late_trials(prepared, entry, None)] == [(8,), (4, 8, 12, 16, 20)]
+    with_curve = prepared.plan.model_copy(update={"search": search.model_copy(update={"curve_shares": (0.5,)})})
+    shared = late.late_trials(replace(prepared, plan=with_curve), entry, None)[-1]
+    own = shared.trial.total_steps
+    assert shared.trial.share == 0.5, "the winner stalled: what it has of all documents is its best rung"
+    assert shared.stops == tuple(sorted({*(-(-step * own // 20) for step in (4, 8, 12, 16)), own}))
     better = entry.model_copy(update={"results": tuple(results[:2])})
     assert [each.stops for each in late.late_trials(prepared, better, None)] == [(20,), (4, 8, 12, 16, 20)]

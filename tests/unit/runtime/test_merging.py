@@ -15,6 +15,7 @@ from orchestrator.report.sections import recommendation
 from orchestrator.report.terminal import LogView
 from orchestrator.runtime.ledger import Ledger
 from orchestrator.runtime.merging import _shown, choose, promoted_by_hand
+from orchestrator.transfer.learning_curve import LearningCurve, PowerLaw
 from orchestrator.transfer.records import Control, RungRecord, SweepResult, TrialRecord
 
 
@@ -97,8 +98,22 @@ def test_what_cannot_be_promoted_is_refused(
     assert "--promote" in str(refused.value) or "t000, t001" in str(refused.value), "what would go is said"
 
 
+def test_the_learning_curve_is_of_the_trial_that_it_was_measured_of() -> None:
+    law = PowerLaw(floor=1.5, scale=8.0, power=0.5)
+    found = LearningCurve(
+        trial_id="t000", counts=(1, 2, 4, 8), losses=(4, 3, 2, 1), law=law, ahead_count=16, ahead_loss=0.9, low=0.8, high=1.0
+    )
+    sweep = SWEEP.model_copy(update={"learning_curve": found})
+    assert promoted_by_hand(sweep, "t000").learning_curve == found
+    other = promoted_by_hand(sweep, "t001")
+    assert other.learning_curve is None
+    assert other.no_learning_curve == "it was measured of t000, before another was promoted by hand"
+    assert promoted_by_hand(other, "t002").no_learning_curve == other.no_learning_curve
+
+
 def test_what_the_rule_had_said_stays_however_often_a_person_decides() -> None:
     once = promoted_by_hand(SWEEP, "t001")
+    assert once.no_learning_curve == "", "none was asked for"
     assert (once.winner_id, once.promoted_by_hand) == ("t001", True)
     said = "promoted by hand: last:1 · full · lr 1.0e-03; by the rule: last:1 · full · lr 1.0e-03: loss 1.5 against the base's 3"
     assert once.promotion_reason == promoted_by_hand(once, "t001").promotion_reason == said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from orchestrator.plan.cost.accelerators import peak_flops
 from orchestrator.plan.cost.choices import scored_flops
 from orchestrator.plan.cost.estimate import ACHIEVED_SHARE, expected_rungs, expected_steps
 from orchestrator.plan.remarks import trials_within
+from orchestrator.plan.steps import late_rung_steps
 from orchestrator.plan.values import ClusterDescription, RunPlan, SearchPlan
 
 
@@ -185,7 +187,7 @@ def test_shuffled_answers_cost_a_whole_training(plan: Any, gpus: Any) -> None:
     assert any("max_gpu_hours" in warning for warning in warned.warnings)
 
 
-def test_a_learning_curve_costs_its_shares(plan: Any, gpus: Any, base: Any) -> None:
+def test_a_learning_curve_costs_its_shares(plan: Any, gpus: Any, base: Any, data: Any) -> None:
     sections: dict[str, Any] = {"quantize": "nf4"}
     without = plan("8b", gpus(), **sections)
     found = plan("8b", gpus(), **sections, search={"learning_curve": True})
@@ -198,6 +200,13 @@ def test_a_learning_curve_costs_its_shares(plan: Any, gpus: Any, base: Any) -> N
     assert found.cost.gpu_hours == pytest.approx(without.cost.gpu_hours + more)
     longest = max(more / found.num_gangs, more * 0.5 / 0.9375)  # half of the data, in one gang
     assert found.cost.wall_hours == pytest.approx(without.cost.wall_hours + longest / found.execution.ranks)
+    few = plan("8b", gpus(), **sections, size=data(train_documents=500), search={"learning_curve": True})
+    whole = max(option.flops_per_token for option in few.cost.options) * few.total_tokens
+    steps = [math.ceil(share * few.total_steps) for share in few.search.curve_shares]
+    scorings = sum(len(late_rung_steps(few.search, few.total_steps, each)) for each in steps)
+    assert scorings > 4, "with early stopping a share is scored as often as the searched trials are"
+    scoring_few = max(scored_flops(few, base("8b"), option.selection.cut) for option in few.search.options)
+    assert part(few, "curve") == pytest.approx(0.9375 * whole + scorings * scoring_few)
     short = plan("8b", gpus(), **sections, search={"learning_curve": True, "budget": 0.5})
     assert part(short, "curve") == pytest.approx(1.9375 * training + 5 * scoring), "nothing of the search has the full budget"
 
@@ -216,7 +225,7 @@ def test_the_winner_from_other_seeds_is_in_the_plan(plan: Any, gpus: Any, data: 
     assert (without.search.repeats, found.search.repeats) == (1, 5)
     assert plan("8b", gpus(), quantize="nf4", size=data(train_documents=501)).search.repeats == 1
     whole = max(option.flops_per_token for option in found.cost.options) * found.total_tokens
-    assert part(found, "repeats") == pytest.approx(4 * (whole + scored_flops(found, base("8b"))))
+    assert part(found, "repeats") == pytest.approx(4 * (whole + len(found.search.rung_steps) * scored_flops(found, base("8b"))))
     more = part(found, "repeats") / found.cost.rate.flops / 3600
     assert found.cost.gpu_hours == pytest.approx(without.cost.gpu_hours + more)
     assert found.num_gangs > 4, "each training has a gang"
