@@ -31,6 +31,7 @@ def best_half(found: LayerScores) -> tuple[int, ...]:
     return tuple(sorted(ranked[: -(-len(ranked) // 2)]))
 
 
+@pytest.mark.slow  # every sweep with several choices scores its blocks; this one looks at all that follows
 def test_a_sweep_scores_its_blocks_once(tmp_path: Path, ray_here: None) -> None:
     spec = write_spec(tmp_path, "by-score", search=SEARCH, resources={"gangs": 1, "ranks_per_gang": 1})
     assert submit("sweep", spec) == 0
