@@ -14,8 +14,11 @@ from ruamel.yaml import YAML
 
 from orchestrator.data import TokenizedSet
 from orchestrator.plan.curve import SHARES
+from orchestrator.plan.few import PATIENCE
 from orchestrator.plan.values import RunPlan
 from orchestrator.runtime.ledger import Ledger
+from orchestrator.runtime.records import base_result
+from orchestrator.runtime.scoring import Scoring
 from orchestrator.samples import SAMPLE_BASE
 from orchestrator.store import check_folder, read_json
 
@@ -283,19 +286,22 @@ def test_more_trials_extend_a_finished_sweep(uninterrupted: Path) -> None:
 
 
 def check_curve(run: Path) -> None:
-    """Its points are those of trials on growing shares, which count nowhere else."""
-    sweep, curve = sweep_of(run), sweep_of(run).learning_curve
+    """Its points are the best rungs of trials on growing shares, which count nowhere else."""
+    sweep, curve, ledger = sweep_of(run), sweep_of(run).learning_curve, Ledger(run / "trials")
     assert curve is not None, sweep.no_learning_curve
-    points = {entry.trial.share: entry for entry in Ledger(run / "trials").entries() if entry.trial.control == "curve"}
+    points = {entry.trial.share: entry for entry in ledger.entries() if entry.trial.control == "curve"}
     assert {*SHARES} <= set(points) <= {*SHARES, 1.0}
-    steps = [points[share].results[-1].step for share in sorted(points)]
+    steps = [points[share].trial.total_steps for share in sorted(points)]
     assert steps == sorted(steps)
     assert steps[0] < steps[-1], "a share has its part of the steps"
-    assert all(entry.results[-1].step == entry.trial.total_steps for entry in points.values())
-    found = [points[share].results[-1].eval_loss for share in SHARES]
-    assert list(curve.losses[:-1]) == pytest.approx(found, rel=1e-6)
-    whole = points[1.0].results[-1].eval_loss if 1.0 in points else result_of(run, curve.trial_id).eval_loss
-    assert curve.losses[-1] == pytest.approx(whole, rel=1e-6)
+    assert all(entry.ended_for_good for entry in points.values())
+    assert max(len(entry.results) for entry in points.values()) > 1, "a share is scored on the way, and may end early"
+    winner = ledger.get(curve.trial_id)
+    assert winner is not None
+    scoring = Scoring(metric=sweep.metric, max_forgetting=sweep.max_forgetting, patience=PATIENCE)
+    whole = [*(points[share] for share in SHARES), points.get(1.0, winner)]
+    judged = [scoring.judged(entry.results, base_result(ledger)).eval_loss for entry in whole]
+    assert list(curve.losses) == pytest.approx(judged, rel=1e-6)
     assert curve.trial_id == sweep.winner_id
     assert not any(trial.control == "curve" for trial in sweep.trials)
     (said,) = events_of(run, "learning_curve")
