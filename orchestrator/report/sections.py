@@ -194,7 +194,8 @@ def trade_off(sweep: SweepResult) -> Html:
     measured = [
         trial
         for trial in sweep.trials
-        if trial.metric is not None
+        if trial.control in (None, "none", "head")
+        and trial.metric is not None
         and math.isfinite(trial.metric)
         and trial.forgetting is not None
         and math.isfinite(trial.forgetting)
