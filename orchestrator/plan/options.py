@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, select
 from orchestrator.errors import SelectionError
-from orchestrator.plan.remedies import NOTHING, Remedies, remedies_of_point, searched_remedies
+from orchestrator.plan.remedies import NOTHING, Remedies, effective, remedies_of_point, searched_remedies
 from orchestrator.plan.values import PlannedPoint, SearchPlan
 from orchestrator.spec import LoadedSpec, learning_rate_range
 from orchestrator.spec.models import JobSpec, SearchSpec, Task, TrainSpec, Tune
@@ -65,7 +65,7 @@ def search_choices(loaded: LoadedSpec, anatomy: ModelAnatomy, num_classes: int) 
 
     Policies that come to the same selection (`last:8` and `all` on eight blocks; `head` to classify, with lora or
     full) are one choice: the first. A policy by score is a choice of its own until the blocks are scored. Each selection is
-    tried with every combination of remedies that fits its way of tuning.
+    tried with every combination of remedies that fits its way of tuning and changes what it learns.
 
     Raises:
         SelectionError: a policy that matches nothing.
@@ -76,9 +76,10 @@ def search_choices(loaded: LoadedSpec, anatomy: ModelAnatomy, num_classes: int) 
     for asked in _asked(spec.search, spec.train):
         with told_at(loaded.where(asked.place)):
             selection = _selection(asked, anatomy, spec.task, num_classes)
+        remedies = effective(anatomy, selection, asked.remedies)
         rates = (asked.rate, asked.rate) if asked.rate is not None else _rates(spec.search, spec.task, selection)
-        key = _key(selection, asked.remedies)
-        known = found.get(key, Choice(selection, rates, asked.remedies))
+        key = _key(selection, remedies)
+        known = found.get(key, Choice(selection, rates, remedies))
         wider = (min(rates[0], known.rates[0]), max(rates[1], known.rates[1]))
         found[key] = known._replace(rates=wider if asked.rate is not None else known.rates)
     return list(found.values())
@@ -92,7 +93,8 @@ def planned_points(spec: JobSpec, anatomy: ModelAnatomy, num_classes: int) -> tu
     for asked in _asked(spec.search, spec.train):
         if asked.rate is not None:
             selection = _selection(asked, anatomy, spec.task, num_classes)
-            number = numbers.setdefault(_key(selection, asked.remedies), len(numbers))
+            remedies = effective(anatomy, selection, asked.remedies)
+            number = numbers.setdefault(_key(selection, remedies), len(numbers))
             points.append(PlannedPoint(option=number, learning_rate=asked.rate))
     return tuple(points)
 

@@ -168,5 +168,22 @@ def learning_groups(
     return [LearningGroup(run, factor, anchored) for factor, anchored, run in runs]
 
 
+def effective(anatomy: ModelAnatomy, selection: LayerSelection, remedies: Remedies) -> Remedies:
+    """The remedies without those that change nothing of what learns: a decay where all of it learns at the whole rate, an anchor
+    where nothing that it could pull learns. A policy whose blocks are not known yet keeps all."""
+    if selection.pending:
+        return remedies
+    groups = learning_groups(anatomy, selection, remedies, (*selection.trainable, *selection.adapted))
+    decays = any(group.rate_factor != 1.0 for group in groups)
+    anchor = remedies.anchor
+    if anchor is not None and anchor.kind == "product":
+        pulls = bool(selection.adapted)
+    else:
+        pulls = any(group.anchored for group in groups)
+    return remedies.model_copy(
+        update={"layer_decay": remedies.layer_decay if decays else 1.0, "anchor": anchor if pulls else None}
+    )
+
+
 def _module(name: str) -> str:
     return name.rpartition(".lora_")[0] or name.rpartition(".")[0]

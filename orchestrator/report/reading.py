@@ -41,8 +41,9 @@ class RunRecords:
     """By trial id, in order of steps."""
     events: tuple[dict[str, Any], ...] = ()
     layer_scores: LayerScores | None = None
-    domain_shift: DomainShift | None = None
     """What the probe found of each block; None where there was none, or none yet."""
+    domain_shift: DomainShift | None = None
+    """How far the target lies from the retention set; None where nobody asked, or not yet."""
     data_summary: dict[str, Any] = field(default_factory=dict)
     bundle_manifest: dict[str, Any] = field(default_factory=dict)
     gaps: tuple[str, ...] = ()

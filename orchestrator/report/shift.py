@@ -12,8 +12,7 @@ from orchestrator.report.wording import plural
 def domain_shift(run: RunRecords, found: DomainShift) -> Html:
     """The advice with its figures, and the distance at each cut."""
     told = next((str(event["message"]) for event in reversed(run.events) if event.get("kind") == "domain_shift"), "")
-    said = f"{told[:1].upper()}{told[1:]}. It orders the first trials, and leaves nothing out." if told else ""
-    parts = [html.paragraph(said)] if said else []
+    parts = [html.paragraph(f"{told[:1].upper()}{told[1:]}.{_followed(run)}")] if told else []
     if not found.blocks:
         return html.join([*parts, html.paragraph(f"Nothing was measured: {found.failed}")])
     caption = (
@@ -24,3 +23,13 @@ def domain_shift(run: RunRecords, found: DomainShift) -> Html:
     rows = [[block.cut, f"{block.distance:.2f}", f"{block.low:.2f} to {block.high:.2f}"] for block in found.blocks]
     table = html.table(["block", "distance", "95% interval"], rows, numeric=range(2))
     return html.join([*parts, html.paragraph(caption), table])
+
+
+def _followed(run: RunRecords) -> str:
+    """What the search made of the advice: only `optuna` chooses its first trials by it."""
+    search = run.plan.search if run.plan is not None else None
+    if search is None or search.prior == "none":
+        return ""
+    if search.algorithm != "optuna":
+        return f" The trials keep their own order: search.algorithm is {search.algorithm}."
+    return " It orders the first trials, and leaves nothing out."

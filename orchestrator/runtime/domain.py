@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from orchestrator.plan import shift_trial
-from orchestrator.plan.shift import DomainShift
+from orchestrator.plan.few import has_few
+from orchestrator.plan.shift import NO_RETENTION_SET, DomainShift
 from orchestrator.runtime.cluster import fetch
 from orchestrator.runtime.ledger import Ledger
 from orchestrator.runtime.measuring import Measure, measured
@@ -18,10 +19,12 @@ from orchestrator.transfer.view import RunView
 
 
 def advised_by_shift(prepared: Prepared, exchange: Any, view: RunView) -> Prepared:
-    """The run with its first proposals ordered by what was measured; nothing changes where there is nothing to measure."""
+    """The run with its first proposals ordered by what was measured. Without a retention set nothing is measured: few examples
+    order them all the same, and more change nothing.
+    """
     plan = prepared.plan
     file = prepared.run.domain_shift
-    if plan.shift is None or plan.search is None:
+    if plan.search is None or (plan.shift is None and not has_few(plan.data)):
         return prepared
     known = DomainShift.model_validate(read_json(file)) if file.exists() else None
     found = known or _measured(prepared, lambda assignment: fetch(exchange.probe.remote(assignment)))
@@ -49,6 +52,8 @@ def advice_of(prepared: Prepared, found: DomainShift) -> Advice:
 
 
 def _measured(prepared: Prepared, measure: Measure) -> DomainShift:
+    if prepared.plan.shift is None:
+        return DomainShift(failed=NO_RETENTION_SET)
     trial, nothing = shift_trial(prepared.plan, prepared.anatomy, prepared.spec.train.seed)
     assignment = prepared.assignment(trial, nothing, folder=prepared.run.path, stop_step=0, shift=prepared.plan.shift)
     result = measured(prepared, assignment, measure)

@@ -94,13 +94,18 @@ def _order(search: SearchPlan, seed: int) -> list[int]:
     of the summed scores; equals in a seeded order.
 
     So a choice of blocks stands before its parts, and what trains no block comes last. Without scores all are equals. Where
-    the target lies near, more blocks come before fewer; where it lies far or examples are few, fewer before more.
+    the target lies near, more blocks come before fewer; where it lies far or examples are few, what leaves the most blocks frozen
+    below comes first, the head before any block, and of these fewer blocks before more.
     """
     shares = search.shares or (0.0,) * len(search.options)
-    sign = {"none": 0, "near": -1, "far": 1, "few": 1}[search.prior]
 
-    def key(index: int) -> tuple[int, float, float]:
-        return sign * len(search.options[index].selection.blocks), -shares[index], _uniform(seed, index, "order")
+    def advised(blocks: Sequence[int]) -> tuple[float, int]:
+        if search.prior in ("far", "few"):
+            return -min(blocks, default=math.inf), len(blocks)
+        return 0.0, -len(blocks) if search.prior == "near" else 0
+
+    def key(index: int) -> tuple[tuple[float, int], float, float]:
+        return advised(search.options[index].selection.blocks), -shares[index], _uniform(seed, index, "order")
 
     return sorted(range(len(search.options)), key=key)
 

@@ -145,20 +145,23 @@ def _advice_on_forgetting(better: Sequence[TrialRecord], closest: TrialRecord, m
     lost = closest.forgetting or 0.0
     fastest = max(trial.learning_rate for trial in better)
     enough = math.ceil(lost * 100) / 100
+    held = _holding_advice(closest)
     return (
         f"lower search.learning_rate below {closest.learning_rate:.1e}: the trial that forgets least, {closest.label}, "
         f"forgets {lost:.3f}, and rates went up to {fastest:.1e}",
         f"unfreeze less than {closest.layers}: head, last:1 or last:2, with lora",
         f"train for fewer epochs: forgetting grows with steps, and {closest.label} took {_steps(closest)}",
-        f"mix retention text into training: search.replay: [0.0, 0.1]{_anchor_advice(closest)}",
+        *((", or ".join(held),) if held else ()),
         f"accept it: search.max_forgetting: {enough:g} instead of {max_forgetting:g} would let {closest.trial_id} pass",
     )
 
 
-def _anchor_advice(trial: TrialRecord) -> str:
-    """What else holds what it trained near the base."""
+def _holding_advice(trial: TrialRecord) -> list[str]:
+    """What else keeps what the base knew: replay and the anchor that fits, where the trial had none."""
     kind = "product" if trial.tune == "lora" else "l2sp"
-    return "" if kind in trial.remedies else f", or hold the weights: search.anchor: [none, {{kind: {kind}, strength: 30}}]"
+    replay = "mix retention text into training: search.replay: [0.0, 0.1]"
+    anchor = f"hold the weights: search.anchor: [none, {{kind: {kind}, strength: 30}}]"
+    return [advice for word, advice in (("replay", replay), (kind, anchor)) if word not in trial.remedies]
 
 
 def _steps(trial: TrialRecord) -> int:

@@ -134,3 +134,23 @@ def test_a_point_beyond_the_base_is_told_where_it_is_written(base: Any, job: Any
     with pytest.raises(SelectionError, match="9 blocks; the base has 4") as told:
         search_choices(loaded, base("tiny"), 0)
     assert told.value.where.endswith("test.yaml:9:3")
+
+
+def test_a_decay_counts_only_where_blocks_below_the_top_learn(base: Any, job: Any) -> None:
+    search = {"layers": ["head", "last:1", "last:2"], "tune": ["full"], "layer_decay": [1.0, 0.8]}
+    found = [(c.selection.policy, str(c.remedies)) for c in search_choices(job(search=search), base("tiny"), 0)]
+    assert found == [("head", ""), ("last:1", ""), ("last:2", ""), ("last:2", "decay 0.8")]
+
+
+def test_an_anchor_counts_only_where_something_of_the_base_learns(base: Any, job: Any) -> None:
+    anchors = ["none", {"kind": "l2sp", "strength": 30}, {"kind": "product", "strength": 2}]
+    search = {"layers": ["head", "last:1"], "tune": ["lora", "full"], "lora_rank": [4], "anchor": anchors}
+    choices = search_choices(job(task="classify", search=search), base("tiny"), 3)
+    found = [(c.selection.policy, c.selection.tune, str(c.remedies)) for c in choices]
+    assert found == [
+        ("head", "full", ""),
+        ("last:1", "lora", ""),
+        ("last:1", "lora", "product 2"),
+        ("last:1", "full", ""),
+        ("last:1", "full", "l2sp 30"),
+    ]

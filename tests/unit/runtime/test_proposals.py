@@ -170,3 +170,16 @@ def test_scores_move_no_rate() -> None:
 
     for number in range(num_initial(search)):
         assert place(propose(scored, 2, number, ())) == pytest.approx(place(propose(search, 2, number, ())))
+
+
+@pytest.mark.parametrize("prior", ["far", "few"])
+def test_upper_blocks_come_before_lower_ones_where_the_target_lies_far(prior: str) -> None:
+    blocks = {"first:1": (0,), "all": tuple(range(8)), "last:4": (4, 5, 6, 7), "last:1": (7,), "blocks:4": (4,), "head": ()}
+    options = tuple(option(layers, "lora", 1e-4, 1e-2) for layers in blocks)
+    options = tuple(
+        each.model_copy(update={"selection": each.selection.model_copy(update={"blocks": blocks[each.layers]})})
+        for each in options
+    )
+    search = search_plan("optuna").model_copy(update={"options": options, "prior": prior})
+    order = [options[propose(search, 5, number, []).option].layers for number in range(len(options))]
+    assert order == ["head", "last:1", "blocks:4", "last:4", "first:1", "all"]
