@@ -191,21 +191,18 @@ def _training_curve(run: RunRecords, trial: TrialRecord, promoted: bool) -> Curv
 
 def trade_off(sweep: SweepResult) -> Html:
     """Target against retention."""
+    could_be_promoted = (trial for trial in sweep.trials if trial.control in (None, "none", "head"))
     measured = [
         trial
-        for trial in sweep.trials
-        if trial.control in (None, "none", "head")
-        and trial.metric is not None
-        and math.isfinite(trial.metric)
-        and trial.forgetting is not None
-        and math.isfinite(trial.forgetting)
+        for trial in could_be_promoted
+        if None not in (trial.metric, trial.forgetting) and math.isfinite((trial.metric or 0.0) + (trial.forgetting or 0.0))
     ]
     if all(trial.control is not None for trial in measured):
         return html.paragraph("Retention was not measured: the spec names no `data.retain`, or no trial got that far.")
     front = set(sweep.front) or _front(measured, sweep.higher_is_better)
     points = [
         TradeOff(
-            CONTROL_NAMES[trial.control] if trial.control in ("none", "head") else trial.tune,
+            CONTROL_NAMES.get(trial.control or "", trial.tune),
             trial.forgetting or 0.0,
             trial.metric or 0.0,
             trial.trial_id in front,
