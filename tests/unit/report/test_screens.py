@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from orchestrator.report import final_screen, plan_view
-from orchestrator.transfer.records import BundledFigures
+from orchestrator.transfer.records import BundledFigures, ModelScores
 
 
 def entry(screen: str, name: str) -> str:
@@ -115,10 +115,13 @@ def with_repeats(sweep, *metrics):
 def test_a_winner_of_several_seeds_shows_their_mean_and_its_interval(make):
     sweep = make.sweep()
     bundled = BundledFigures(step=54, metric=1.0)
-    transfer = make.transfer(sweep.winner_id, bundled=bundled)
+    beside = tuple(ModelScores(model=name) for name in ("promoted", "repeat-2", "repeat-3"))
+    transfer = make.transfer(sweep.winner_id, bundled=bundled, scores=beside)
     assert "loss 2.000 ± 2.484 over 3 seeds (1.000 in the bundle)   base 3.920" in final_screen(
         with_repeats(sweep, 2.0, 3.0), transfer
     )
+    left_out = transfer.model_copy(update={"scores": beside[:2]})
+    assert "over 2 seeds" in final_screen(with_repeats(sweep, 2.0, 3.0), left_out), "what stands beside the bundle counts"
     assert "loss 1.000   base 3.920" in final_screen(sweep, transfer)
     assert "loss 1.000   base 3.920" in final_screen(with_repeats(sweep, float("nan")), transfer), "one seed has no interval"
     by_hand = with_repeats(sweep, 2.0, 3.0).model_copy(update={"winner_id": sweep.searched[0].trial_id})
