@@ -89,6 +89,7 @@ def test_a_sweep_ends_with_its_best_so_far_when_its_hours_are_used_up_and_goes_o
     assert transfer_of(run).verdict is not None
 
 
+@pytest.mark.slow  # tests/unit/runtime has the bound; this one looks at a whole run that it ends
 def test_a_bound_that_is_used_up_by_loading_the_base_promotes_nothing(
     tmp_path: Path, ray_here: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
