@@ -182,10 +182,16 @@ def prepare_base(model: nn.Module, execution: ExecutionPlan, device: torch.devic
     Args:
         device: Where the model computes, if it was loaded elsewhere.
     """
-    deepspeed = _deepspeed(execution.device)
+    deepspeed = load_deepspeed(execution.device)
     deepspeed.init_distributed(dist_backend=execution.backend, auto_mpi_discovery=False, verbose=False)
     if execution.zero_stage == 3:
         zero3_warm.partition(model, deepspeed_config(execution, grad_clip=0.0), device, offload=execution.offload)
+
+
+def destroy_groups() -> None:
+    """Destroy every process group, and what DeepSpeed holds of them."""
+    comm: Any = import_module("deepspeed.comm")
+    comm.destroy_process_group()
 
 
 @contextmanager
@@ -200,7 +206,7 @@ def forward_only(objective: nn.Module, execution: ExecutionPlan) -> Iterator[Non
 
 def _initialize(objective: nn.Module, config: dict[str, Any], optimizer: torch.optim.Optimizer | None) -> Any:
     """A DeepSpeed engine around `objective`, without the broadcast of what is frozen: every rank loaded the same files."""
-    deepspeed = _deepspeed("")
+    deepspeed = load_deepspeed("")
     engine_class = deepspeed.DeepSpeedEngine
     broadcast = engine_class._broadcast_model
     engine_class._broadcast_model = _broadcast_learning
@@ -230,8 +236,12 @@ def _release(engine: Any, objective: nn.Module, stage: int) -> None:
     engine.optimizer = engine.basic_optimizer = None
 
 
-def _deepspeed(device: str) -> Any:
-    """The library, quiet, on the planned device, and without compiling its shared-memory operator on a CPU."""
+def load_deepspeed(device: str) -> Any:
+    """The library, quiet, on the planned device, and without compiling its shared-memory operator on a CPU.
+
+    It keeps the process group that there is when it is first imported, in default arguments, for as long as the process lives:
+    so it is imported before there is one.
+    """
     if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed

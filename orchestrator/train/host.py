@@ -86,6 +86,10 @@ class TrainHost:
             TrainingError: the plan and the gang differ in their number of ranks.
             BaseError: the base cannot be loaded.
         """
+        if execution.executor == "deepspeed":
+            from orchestrator.train import deepspeed_engine
+
+            deepspeed_engine.load_deepspeed(execution.device)
         return cls(base, anatomy, execution, join_gang(execution, rank, world_size, init_method))
 
     @property
@@ -301,8 +305,20 @@ class TrainHost:
             )
 
     def close(self) -> None:
-        """Leave the gang, once everything stands that it made."""
+        """Leave the gang, once everything stands that it made.
+
+        The process groups' threads end here: one that lives on may let go of a tensor while Python itself ends, and that
+        aborts the process.
+        """
         self._saver.close()
         self._trunk.close()
-        if dist.is_initialized():
+        gc.unfreeze()
+        if not dist.is_initialized():
+            return
+        if self._execution.executor == "deepspeed":
+            from orchestrator.train import deepspeed_engine
+
+            deepspeed_engine.destroy_groups()
+        else:
             dist.destroy_process_group()
+        gc.collect()  # an engine that has ended may hold a group in a cycle

@@ -5,12 +5,13 @@
 JOBS.json is a list of hosts: {"base": BaseLoad, "anatomy": ModelAnatomy, "execution": ExecutionPlan,
 "assignments": [Assignment, ...], "chunk_bytes": the most that logits may take at once}. In the place of an assignment may
 stand a group, {"group": [Assignment, ...], "width": how many share a batch, or null to measure it}. Several hosts follow
-each other in the same process, each with its own base. Beside OUT.json stands OUT.built.json: of how many documents each
-assignment computed the trunk here.
+each other in the same process, each with its own base; the last one is of DeepSpeed where any is. Beside OUT.json stands
+OUT.built.json: of how many documents each assignment computed the trunk here. No thread of a process group may be left.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import sys
@@ -24,6 +25,7 @@ from orchestrator.anatomy import ModelAnatomy
 from orchestrator.data import TokenizedSet
 from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan
 from orchestrator.train import TrainHost, objective
+from orchestrator.train.deepspeed_engine import load_deepspeed
 from orchestrator.train.trunk.build import TrunkBuilder
 from orchestrator.train.widths import kind_of_batch
 
@@ -34,6 +36,7 @@ def main(jobs_file: str, rank: str, world_size: str, meeting: str, out_file: str
     built: dict[str, int] = {}
     computed = count_computed()
     host: TrainHost | None = None
+    load_deepspeed("cpu")  # before the group of a host that has no use for it
     for job in json.loads(Path(jobs_file).read_text()):
         objective.LOGIT_CHUNK_BYTES = job["chunk_bytes"]
         host = TrainHost.create(
@@ -56,6 +59,10 @@ def main(jobs_file: str, rank: str, world_size: str, meeting: str, out_file: str
     Path(out_file).with_suffix(".built.json").write_text(json.dumps(built))
     if host is not None:
         host.close()
+        host = None  # a base under ZeRO-3 holds the group itself
+        gc.collect()
+    left = [file.read_text() for file in Path("/proc/self/task").glob("*/comm") if "gloo" in file.read_text()]
+    assert not left, left
 
 
 def count_computed() -> list[int]:

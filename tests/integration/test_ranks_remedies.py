@@ -54,7 +54,7 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
     shutil.copytree(folder / "fisher", folder / "measured")
     for file in (folder / "fisher").glob("*-rank1.safetensors"):
         file.unlink()
-    (folder / "meeting-2").unlink()
+    (folder / "meeting-2").unlink(missing_ok=True)
     matrix.jobs[2].clear()
     matrix.host("none", WAYS["z2"])
     matrix.trial("z2-ewc-again", WAYS["z2"], tune="full", remedies=REMEDIES["ewc"])
