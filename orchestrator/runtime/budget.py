@@ -77,10 +77,11 @@ def stands_as_it_is(entry: TrialEntry, base: RungResult | None, scoring: Scoring
     return entry.results[-1].step >= entry.trial.total_steps or bool(scoring.stalled(entry.results, base))
 
 
-def steps_to_bundle(entry: TrialEntry, base: RungResult | None, scoring: Scoring) -> int:
-    """How long the artifact was trained that will be bundled of this trial."""
-    stands = stands_as_it_is(entry, base, scoring)
-    return scoring.judged(entry.results, base).step if stands else entry.trial.total_steps
+def steps_to_bundle(entry: TrialEntry, base: RungResult | None, scoring: Scoring) -> tuple[int, ...]:
+    """How long the artifact was trained that will be bundled of this trial; where a refit is to come, of both that may be: it can
+    give way to the trial's own rung."""
+    own = scoring.judged(entry.results, base).step
+    return (own,) if stands_as_it_is(entry, base, scoring) else (own, entry.trial.total_steps)
 
 
 def _why_left_out(prepared: Prepared, entry: TrialEntry, assignment: Assignment) -> str:

@@ -93,16 +93,17 @@ def controls_beside(prepared: Prepared, ledger: Ledger, trial: TrialSpec, bundle
         entry = ledger.get(trial_id)
         done = [result for result in entry.results if result.state == "done"] if entry is not None else []
         judged = prepared.scoring.judged(done, base) if done else None
-        if entry is None or judged is None or judged.checkpoint is None or trial_id == trial.trial_id:
+        if entry is None or judged is None or trial_id == trial.trial_id:
             continue
         if not entry.ended_for_good:
             left_out.append(f"{trial_id} was held back after {judged.step} steps")
             continue
         ends_by_itself = name == "head" or (name.startswith(REPEAT) and prepared.scoring.patience is not None)
-        if not ends_by_itself and judged.step != bundled_step:
-            left_out.append(f"{trial_id} was trained to {judged.step} steps and what is bundled to {bundled_step}")
+        beside = judged if ends_by_itself else next((result for result in done if result.step == bundled_step), None)
+        if beside is None or beside.checkpoint is None:
+            left_out.append(f"{trial_id} was trained to {done[-1].step} steps and what is bundled to {bundled_step}")
         else:
-            artifacts[name] = judged.checkpoint
+            artifacts[name] = beside.checkpoint
     return Controls(artifacts, tuple(left_out))
 
 

@@ -36,7 +36,7 @@ def late_trials(prepared: Prepared, winner: TrialEntry, base: RungResult | None)
     plan, spec, search = prepared.plan, prepared.spec, prepared.plan.search
     assert search is not None
     selection = selection_of(prepared, winner)
-    as_long = (steps_to_bundle(winner, base, prepared.scoring),)
+    as_long = steps_to_bundle(winner, base, prepared.scoring)
     found: list[LateTrial] = []
     if "shuffled" in search.controls:
         found.append(LateTrial(shuffled_control(winner.trial), selection, as_long))

@@ -16,7 +16,8 @@ from orchestrator.train.branch import Branch
 def begin_anew(branch: Branch, seed: int) -> None:
     """Give everything that learns in a branch the values that transformers gives a new model of this layout.
 
-    They are a pure function of the seed. The base's own values come back when the branch closes.
+    They are a pure function of the seed, and drawn module by module, so that no second model stands in memory. The base's own
+    values come back when the branch closes.
 
     Args:
         branch: Freshly opened; no engine has taken its parameters.
@@ -28,12 +29,29 @@ def begin_anew(branch: Branch, seed: int) -> None:
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    with torch.device("meta"):
+        fresh: Any = type(model)(config)
+    learning = dict(branch.learning_parameters())
     with torch.random.fork_rng(rng_devices(branch.base.device)):
         torch.manual_seed(seed)
-        fresh = dict(type(model)(config).named_parameters())
-    for name, parameter in branch.learning_parameters():
-        if name not in fresh or fresh[name].shape != parameter.shape:
-            raise TrainingError(
-                f"the control `scratch` cannot begin anew with {name}", remedy="take scratch out of search.controls"
-            )
-        parameter.copy_(fresh[name])
+        for place, module in fresh.named_modules():
+            own = {f"{place}.{name}" if place else name: name for name, _ in module.named_parameters(recurse=False)}
+            if not own.keys() & learning.keys():
+                continue
+            module.to_empty(device="cpu", recurse=False)
+            fresh._init_weights(module)
+            for whole_name in own.keys() & learning.keys():
+                _copy(whole_name, learning.pop(whole_name), getattr(module, own[whole_name]))
+            module.to_empty(device="meta", recurse=False)
+    if learning:
+        raise _cannot_begin_with(next(iter(learning)))
+
+
+def _copy(name: str, parameter: torch.Tensor, drawn: torch.Tensor) -> None:
+    if drawn.shape != parameter.shape:
+        raise _cannot_begin_with(name)
+    parameter.copy_(drawn)
+
+
+def _cannot_begin_with(name: str) -> TrainingError:
+    return TrainingError(f"the control `scratch` cannot begin anew with {name}", remedy="take scratch out of search.controls")

@@ -62,8 +62,18 @@ def test_with_early_stopping_a_control_stands_beside_the_bundle_as_it_was_best(
         for rung, loss in enumerate((2.0, 1.0, 1.5)):
             add(ledger, trial, 3 * rung + 3, rung=rung, eval_loss=loss, checkpoint=f"/{trial.trial_id}/{rung}")
     found = controls_beside(prepared, ledger, TRIAL, bundled_step=9)
-    assert found.artifacts == {"head": "/head/1", "repeat-2": "/repeat-2-t000/1"}
-    assert found.left_out == ("shuffled-t000 was trained to 6 steps and what is bundled to 9",)
+    assert found.artifacts == {"head": "/head/1", "repeat-2": "/repeat-2-t000/1", "shuffled": "/shuffled-t000/2"}
+    longer = controls_beside(prepared, ledger, TRIAL, bundled_step=12)
+    assert longer.left_out == ("shuffled-t000 was trained to 9 steps and what is bundled to 12",)
+
+
+def test_a_control_stands_beside_the_bundle_as_long_as_that_was_trained(submit: Callable[..., Prepared], tmp_path: Path) -> None:
+    """A refit that forgets too much gives way to the trial's own rung: the control stopped there too."""
+    prepared, ledger = submit(search=SHUFFLED), Ledger(tmp_path)
+    for rung, step in enumerate((3, 9)):
+        add(ledger, shuffled_control(TRIAL), step, rung=rung, checkpoint=f"/shuffled/{step}")
+    for step in (3, 9):
+        assert controls_beside(prepared, ledger, TRIAL, bundled_step=step).artifacts == {"shuffled": f"/shuffled/{step}"}
 
 
 def test_a_bundled_head_is_not_compared_with_itself(submit: Callable[..., Prepared], tmp_path: Path) -> None:

@@ -64,7 +64,10 @@ def test_all_are_handed_in_before_any_is_waited_for_and_one_held_back_is_told(
     assert late.train_late(prepared, None, winner, LogView(shown))
     assert [what for what, _, _ in happened] == ["handed in"] * 3 + ["waited for"] * 3
     assert winner.results[-1].step < winner.trial.total_steps
-    assert [stops for what, _, stops in happened if what == "handed in"] == [(winner.trial.total_steps,)] * 3
+    assert [stops for what, _, stops in happened if what == "handed in"] == [
+        (1, winner.trial.total_steps),
+        *[(winner.trial.total_steps,)] * 2,
+    ]
     assert f"control_left_out: repeat-3-{winner.trial.trial_id}: no hours left" in shown.getvalue()
     assert "repeat-2" not in shown.getvalue().split("control_left_out")[1]
 
@@ -88,4 +91,4 @@ def test_with_early_stopping_other_seeds_end_by_themselves_and_controls_with_the
     assert shared.trial.share == 0.5, "the winner stalled: what it has of all documents is its best rung"
     assert shared.stops == tuple(sorted({*(-(-step * own // 20) for step in (4, 8, 12, 16)), own}))
     better = entry.model_copy(update={"results": tuple(results[:2])})
-    assert [each.stops for each in late.late_trials(prepared, better, None)] == [(20,), (4, 8, 12, 16, 20)]
+    assert [each.stops for each in late.late_trials(prepared, better, None)] == [(8, 20), (4, 8, 12, 16, 20)]

@@ -32,6 +32,12 @@ def test_it_begins_at_random_and_leaves_the_base_as_it_was(
     assert all(torch.equal(drawn[0][name], drawn[1][name]) for name in drawn[0])
     matrices = [name for name, value in drawn[0].items() if value.ndim == 2]
     assert matrices
+    new = dict(type(base.model)(base.model.config).named_parameters())
+    vectors = [name for name, value in drawn[0].items() if value.ndim == 1]
+    assert vectors
+    assert all(torch.equal(drawn[0][name], new[name].to(drawn[0][name].dtype)) for name in vectors), (
+        "norms begin as they always do"
+    )
     for name in matrices:
         assert not torch.equal(drawn[0][name], drawn[2][name])
         assert not torch.equal(drawn[0][name], before[name])
