@@ -188,12 +188,6 @@ def prepare_base(model: nn.Module, execution: ExecutionPlan, device: torch.devic
         zero3_warm.partition(model, deepspeed_config(execution, grad_clip=0.0), device, offload=execution.offload)
 
 
-def destroy_groups() -> None:
-    """Destroy every process group, and what DeepSpeed holds of them."""
-    comm: Any = import_module("deepspeed.comm")
-    comm.destroy_process_group()
-
-
 @contextmanager
 def forward_only(objective: nn.Module, execution: ExecutionPlan) -> Iterator[None]:
     """Let a partitioned base compute without anything that learns: its parts are gathered module by module."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import logging
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -315,10 +317,6 @@ class TrainHost:
         gc.unfreeze()
         if not dist.is_initialized():
             return
-        if self._execution.executor == "deepspeed":
-            from orchestrator.train import deepspeed_engine
-
-            deepspeed_engine.destroy_groups()
-        else:
-            dist.destroy_process_group()
+        comm: Any = sys.modules.get("deepspeed.comm")  # which holds groups of its own, where it was started
+        (comm if comm is not None and comm.is_initialized() else dist).destroy_process_group()
         gc.collect()  # an engine that has ended may hold a group in a cycle

@@ -5,8 +5,8 @@
 JOBS.json is a list of hosts: {"base": BaseLoad, "anatomy": ModelAnatomy, "execution": ExecutionPlan,
 "assignments": [Assignment, ...], "chunk_bytes": the most that logits may take at once}. In the place of an assignment may
 stand a group, {"group": [Assignment, ...], "width": how many share a batch, or null to measure it}. Several hosts follow
-each other in the same process, each with its own base; the last one is of DeepSpeed where any is. Beside OUT.json stands
-OUT.built.json: of how many documents each assignment computed the trunk here. No thread of a process group may be left.
+each other in the same process, each with its own base. Beside OUT.json stands OUT.built.json: of how many documents each
+assignment computed the trunk here. No thread of a process group may be left at the end.
 """
 
 from __future__ import annotations

@@ -60,8 +60,6 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
     make_base(folder / "base")
     make_sets(folder)
     matrix = Matrix(folder, read_anatomy(folder / "base", need_weights=True))
-    matrix.host("none", whole("bfloat16"))
-    add_company(matrix, whole("bfloat16"))
     for name, execution in (("one", whole("float32", 1)), ("two", whole("float32")), ("zero", plan(1, dtype="float32"))):
         matrix.host("none", execution)
         for share, values in SHARES.items():
@@ -71,6 +69,8 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
             add_company(matrix, execution)
             matrix.trial("resumed", execution, stop=2)
             matrix.trial("resumed", execution, start="resumed/rung-0", rung=1)
+    matrix.host("none", whole("bfloat16"))
+    add_company(matrix, whole("bfloat16"))
     matrix.run(2)
     matrix.host("none", whole("float32", 1))
     matrix.trial("on-one", whole("float32", 1), start="resumed/rung-0", rung=1)
