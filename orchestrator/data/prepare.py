@@ -14,7 +14,7 @@ from orchestrator.data.batching import documents_of_steps
 from orchestrator.data.encoding import Document, Encoder, load_tokenizer, mark_supervised
 from orchestrator.data.gather import Sources, bad_rows_error, find_sources, make_splits, read_examples
 from orchestrator.data.reading import BadRow
-from orchestrator.data.retention import replayed, within_tokens
+from orchestrator.data.retention import retention_sets
 from orchestrator.data.rows import RETENTION_TASKS, Example
 from orchestrator.data.seeded import CAPS, generator
 from orchestrator.data.sets import TokenizedSet, build_set
@@ -30,7 +30,8 @@ from orchestrator.values import content_hash
 SETS = ("train", "eval", "test", "retain", "replay")
 FORMAT = 2
 CLASSIFY_FORMAT = 3
-"""Raised when the same inputs give other sets, so that older ones are made anew: those of the tasks that are concerned."""
+RETENTION_FORMAT = 4
+"""Raised when the same inputs give other sets, so that older ones are made anew: those that are concerned."""
 TOKENIZER_FILES = ("tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
 
 
@@ -144,7 +145,7 @@ def _inputs_sha256(spec: JobSpec, sources: Sources, tokenizer_folder: Path) -> s
     found = sorted({path for pattern in TOKENIZER_FILES for path in tokenizer_folder.glob(pattern) if path.is_file()})
     tokenizer = {path.name: sha256_file(path) for path in found}
     section = spec.data.model_dump(mode="json")
-    number = CLASSIFY_FORMAT if spec.task == "classify" else FORMAT
+    number = RETENTION_FORMAT if "retain" in sources else CLASSIFY_FORMAT if spec.task == "classify" else FORMAT
     inputs = {"format": number, "files": files, "tokenizer": tokenizer, "data": section, "task": spec.task}
     return content_hash(inputs | {"seed": spec.train.seed} | _replay_inputs(spec))
 
@@ -193,26 +194,27 @@ def _encode_all(
         chosen = _capped(name, examples, caps.get(name), spec.train.seed, left_out)
         documents[name] = _fitting(name, encoder, chosen, spec, left_out, refused)
     if retain:
-        kept: list[Document] = []
-        for task in RETENTION_TASKS:
-            rows = [example for example in retain if example.retention_task == task]
-            if rows:
-                read_so = spec.model_copy(update={"task": task})
-                kept += _fitting("retain", Encoder(tokenizer, task, spec.data), rows, read_so, left_out, refused)
-        documents["retain"], rest = within_tokens(kept, spec.data.retain_tokens, spec.train.seed)
-        if needs_replayed_text(spec):
-            train_tokens = sum(len(document.ids) for document in documents["train"])
-            documents["replay"] = replayed(loaded, documents["retain"], rest, train_tokens, left_out)
-        else:
-            for document in rest:
-                left_out.add("retain", f"over data.retain_tokens = {spec.data.retain_tokens} (chunks)", document.example.place)
+        documents["retain"] = _encode_retention(tokenizer, retain, spec, left_out, refused)
     refused.raise_any(loaded)
     for name, kept in documents.items():
         if not kept:
             gone = "; ".join(f"{count} {reason}" for reason, count in left_out.of(name).items())
             where = loaded.where(f"data.{name}")
             raise DataError(f"no row is left for {name} ({gone})", where=where, remedy="raise data.max_tokens, or mend the rows")
-    return documents
+    return documents | retention_sets(loaded, documents, left_out) if retain else documents
+
+
+def _encode_retention(
+    tokenizer: Any, retain: list[Example], spec: JobSpec, left_out: LeftOut, refused: _Refused
+) -> list[Document]:
+    """Every row by the columns that it has, whatever the spec's task."""
+    kept: list[Document] = []
+    for task in RETENTION_TASKS:
+        rows = [example for example in retain if example.retention_task == task]
+        if rows:
+            read_so = spec.model_copy(update={"task": task})
+            kept += _fitting("retain", Encoder(tokenizer, task, spec.data), rows, read_so, left_out, refused)
+    return kept
 
 
 def _fitting(

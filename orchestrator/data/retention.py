@@ -2,12 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from orchestrator.data.encoding import Document
 from orchestrator.data.seeded import RETENTION, generator
 from orchestrator.data.summary import LeftOut
 from orchestrator.errors import DataError
-from orchestrator.plan.remedies import most_replayed_tokens
+from orchestrator.plan.remedies import most_replayed_tokens, needs_replayed_text
 from orchestrator.spec import LoadedSpec
+
+
+def retention_sets(loaded: LoadedSpec, documents: Mapping[str, list[Document]], left_out: LeftOut) -> dict[str, list[Document]]:
+    """`retain`, which is scored, and `replay`, where some trial learns from retention text: neither has what another split has.
+
+    Args:
+        documents: Of train, eval, test and the whole retention set.
+        left_out: Gets what is in neither.
+
+    Raises:
+        DataError: nothing is left of one of them.
+    """
+    spec = loaded.spec
+    own = apart(loaded, documents, left_out)
+    scored, rest = within_tokens(own, spec.data.retain_tokens, spec.train.seed)
+    if needs_replayed_text(spec):
+        train_tokens = sum(len(document.ids) for document in documents["train"])
+        return {"retain": scored, "replay": replayed(loaded, scored, rest, train_tokens, left_out)}
+    for document in rest:
+        left_out.add("retain", f"over data.retain_tokens = {spec.data.retain_tokens} (chunks)", document.example.place)
+    return {"retain": scored}
+
+
+def apart(loaded: LoadedSpec, documents: Mapping[str, list[Document]], left_out: LeftOut) -> list[Document]:
+    """The retention documents that stand in no other split. What stands in train says nothing about forgetting; what stands
+    in eval or test must not be learned from, and test is not read before the verdict.
+
+    Raises:
+        DataError: none is left.
+    """
+    keepers = {document.ids.tobytes(): name for name in ("train", "eval", "test") for document in documents[name]}
+    kept: list[Document] = []
+    for document in documents["retain"]:
+        keeper = keepers.get(document.ids.tobytes())
+        if keeper is None:
+            kept.append(document)
+        else:
+            left_out.add("retain", f"also stands in {keeper}", document.example.place)
+    if not kept:
+        reasons = "; ".join(f"{count} {reason}" for reason, count in left_out.of("retain").items())
+        raise DataError(
+            f"no row is left for retain ({reasons})",
+            where=loaded.where("data.retain"),
+            expected="text that train, eval and test do not have",
+            remedy="give other text",
+        )
+    return kept
 
 
 def within_tokens(documents: list[Document], budget: int, seed: int) -> tuple[list[Document], list[Document]]:
@@ -50,7 +99,7 @@ def replayed(
     if not kept:
         tokens = sum(len(document.ids) for document in scored)
         raise DataError(
-            f"no retention text is left to learn from: all {tokens} tokens of it are scored",
+            f"no retention text is left to learn from: all {tokens} tokens of it that no other split has are scored",
             where=loaded.where("data.retain"),
             expected="more text than data.retain_tokens, since what is scored must not be learned from",
             remedy=f"more text, or a data.retain_tokens below {tokens}",

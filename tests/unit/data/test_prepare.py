@@ -10,6 +10,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from orchestrator.data import data_size
+from orchestrator.data.prepare import FORMAT
 from orchestrator.errors import DataError
 from orchestrator.spec import load_spec
 from orchestrator.store import read_json
@@ -243,6 +244,44 @@ def test_no_more_is_kept_to_replay_than_a_trial_can_replay(prepare: Any, rows_of
     whole = sum(counts.values()) + len(kept) + summary.splits["retain"].documents
     assert counts["more than a trial can replay (chunks)"] > 0
     assert whole == prepare.run(**data | {"retain_tokens": 10**6}).splits["retain"].documents
+
+
+def test_retention_that_another_split_has_is_not_scored_but_counted_and_listed(prepare: Any, rows_of_pairs: Any) -> None:
+    prepare.jsonl("train.jsonl", rows_of_pairs(20))
+    prepare.jsonl("eval.jsonl", rows_of_pairs(5, 20))
+    prepare.jsonl("test.jsonl", rows_of_pairs(5, 25))
+    prepare.jsonl("general.jsonl", rows_of_pairs(20, 18))
+    data = {"eval": "eval.jsonl", "test": "test.jsonl"}
+    summary = prepare.run(retain="general.jsonl", **data)
+    assert prepare.load("retain").rows.tolist() == list(range(13, 21))
+    assert prepare.dropped(summary) == {
+        ("retain", f"also stands in {name}"): (len(lines), tuple(f"general.jsonl:{line}" for line in lines))
+        for name, lines in (("train", range(1, 3)), ("eval", range(3, 8)), ("test", range(8, 13)))
+    }
+    for replay in (0.0, 0.1):
+        with pytest.raises(DataError, match=r"no row is left for retain \(5 also stands in test\)") as caught:
+            prepare.run(retain="test.jsonl", replay=replay, **data)
+        assert caught.value.expected == "text that train, eval and test do not have"
+
+
+def test_retention_sets_of_an_earlier_format_are_made_anew(
+    prepare: Any, rows_of_pairs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those without retention text stay what they were."""
+    prepare.jsonl("train.jsonl", rows_of_pairs(20))
+    prepare.jsonl("general.jsonl", rows_of_pairs(5, 50))
+    paths: list[dict[str, str]] = [{"retain": "general.jsonl"}, {}]
+    now = [prepare.run(**path).inputs_sha256 for path in paths]
+    monkeypatch.setattr("orchestrator.data.prepare.RETENTION_FORMAT", FORMAT)
+    before = [prepare.run(**path).inputs_sha256 for path in paths]
+    assert [old == new for old, new in zip(before, now, strict=True)] == [False, True]
+
+
+def test_long_retention_rows_are_told_even_when_none_is_left_to_replay(prepare: Any, rows_of_pairs: Any) -> None:
+    prepare.jsonl("train.jsonl", rows_of_pairs(20))
+    prepare.jsonl("general.jsonl", [{"prompt": "word " * 40, "completion": "x"}])
+    with pytest.raises(DataError, match=r"1 row\(s\) longer than data\.max_tokens = 32"):
+        prepare.run(retain="general.jsonl", replay=0.1, max_tokens=32, long_rows="error")
 
 
 def test_retention_may_have_answers(prepare: Any, rows_of_pairs: Any) -> None:

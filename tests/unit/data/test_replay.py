@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from itertools import islice, repeat
+from typing import Any
 
 import numpy as np
 import pytest
 
-from orchestrator.data import build_set, joined, replayed_documents
+from orchestrator.data import TokenizedSet, build_set, joined, replayed_documents
+from orchestrator.errors import DataError
 
 LENGTHS = np.asarray([5, 9, 14, 3, 7, 30, 11])
 
@@ -46,3 +48,40 @@ def test_joined_sets_are_one_after_the_other() -> None:
     assert both.document(2)[0].tolist() == [10, 11, 12, 13]
     assert both.document(1)[1].tolist() == [False] * 5
     assert (both.labels.tolist(), both.rows.tolist()) == ([-1, -1, 2], [1, 2, 9])
+
+
+def row(task: str, number: int) -> dict[str, Any]:
+    """Of one question and its answer, as the task reads it."""
+    prompt, answer = f"question {number}", f"answer {number}"
+    if task == "chat":
+        return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
+    return {"text": f"{prompt} {answer}"} if task == "text" else {"prompt": prompt, "completion": answer}
+
+
+def contents(part: TokenizedSet) -> set[bytes]:
+    return {part.document(index)[0].tobytes() for index in range(len(part))}
+
+
+@pytest.mark.parametrize("task", ["completion", "chat", "text"])
+def test_what_another_split_has_is_not_replayed_but_counted_and_listed(prepare: Any, task: str) -> None:
+    prepare.jsonl("train.jsonl", [row(task, number) for number in range(40)])
+    prepare.jsonl("eval.jsonl", [row(task, number) for number in range(40, 50)])
+    prepare.jsonl("test.jsonl", [row(task, number) for number in range(50, 60)])
+    prepare.jsonl("general.jsonl", [row(task, number) for number in range(30, 90)])
+    data = {"eval": "eval.jsonl", "test": "test.jsonl", "retain": "general.jsonl", "retain_tokens": 60}
+    summary = prepare.run(task, replay=0.5, **data)
+    sets = {name: contents(prepare.load(name)) for name in ("train", "eval", "test", "retain", "replay")}
+    assert sets["replay"]
+    for name in ("train", "eval", "test", "retain"):
+        assert not sets["replay"] & sets[name], name
+    dropped = prepare.dropped(summary)
+    for name, first in (("train", 1), ("eval", 11), ("test", 21)):
+        assert dropped["retain", f"also stands in {name}"] == (10, tuple(f"general.jsonl:{first + n}" for n in range(10)))
+
+
+def test_where_all_that_no_other_split_has_is_scored_nothing_is_left_to_replay(prepare: Any) -> None:
+    prepare.jsonl("train.jsonl", [row("completion", number) for number in range(40)])
+    prepare.jsonl("test.jsonl", [row("completion", number) for number in range(50, 60)])
+    prepare.jsonl("general.jsonl", [row("completion", number) for number in range(50, 61)])
+    with pytest.raises(DataError, match=r"all [0-9]+ tokens of it that no other split has are scored"):
+        prepare.run(replay=0.1, test="test.jsonl", retain="general.jsonl")
