@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from orchestrator.errors import PlanError
 from orchestrator.plan.ladder import OFFLOADING_STAGE, Load, RankRoom, RoomOf, cheapest, heaviest, misfit, ways
-from orchestrator.plan.memory.way import Way
+from orchestrator.plan.memory.footprint import Footprint
+from orchestrator.plan.memory.way import Device, Way
 from orchestrator.plan.placement import Machines
+from orchestrator.plan.remedies import AnchorPlan, no_whole_adapters
 from orchestrator.plan.values import ExecutionPlan, RejectedWay
+from orchestrator.spec import LoadedSpec
 from orchestrator.spec.models import JobSpec, ResourcesSpec
 
 QUANTIZABLE = ("frozen weights", "gathered weights")
@@ -23,6 +27,39 @@ class Arrangement:
     way: Way
     num_gangs: int
     rejected: tuple[RejectedWay, ...]
+
+
+def arrange(
+    head: Footprint,
+    found: Machines,
+    loaded: LoadedSpec,
+    load: Load,
+    num_trials: int,
+    *,
+    held: AnchorPlan | None,
+    job: Literal["sweep", "finetune"],
+) -> Arrangement:
+    """The job's gangs.
+
+    Args:
+        head: What the control `head` of a sweep needs.
+        held: The anchor for whose sake the load needs whole adapters.
+
+    Raises:
+        PlanError: nothing fits, or nothing but DeepSpeed, which cannot hold such an anchor.
+    """
+
+    def arranged(load: Load) -> Arrangement:
+        spec = loaded.spec
+        return _arrange_beside(head, found, spec, load, num_trials) if job == "sweep" else arrange_one(found, spec, load)
+
+    try:
+        return arranged(load)
+    except PlanError as unfit:
+        if held is None:
+            raise
+        arranged(replace(load, whole_adapters=False))  # where that does not fit either, it says what is short
+        raise no_whole_adapters(held, loaded, job, unfit) from None
 
 
 def arrange_sweep(found: Machines, spec: JobSpec, load: Load, num_trials: int) -> Arrangement:
@@ -45,7 +82,7 @@ def arrange_sweep(found: Machines, spec: JobSpec, load: Load, num_trials: int) -
     def room_of(ranks: int) -> RankRoom:
         return found.room(ranks, gangs_of(ranks))
 
-    way, rejected = cheapest(ways(resources, "cuda", counts, load.row_tokens), load, room_of)
+    way, rejected = cheapest(_ways(resources, "cuda", counts, load), load, room_of)
     if way is None:
         raise _nothing_fits(found, spec, load, counts, room_of)
     return Arrangement(way, gangs_of(way.ranks), tuple(rejected))
@@ -67,7 +104,7 @@ def arrange_one(found: Machines, spec: JobSpec, load: Load) -> Arrangement:
         all_counts = found.rank_counts()
         most = max((n for n in all_counts if n <= useful), default=1)
         counts = [n for n in all_counts if n >= most]
-    way, rejected = cheapest(ways(resources, found.device, counts, load.row_tokens), load, found.room_of_one)
+    way, rejected = cheapest(_ways(resources, found.device, counts, load), load, found.room_of_one)
     if way is None:
         raise _nothing_fits(found, spec, load, counts, found.room_of_one)
     return Arrangement(way, 1, tuple(rejected))
@@ -80,7 +117,7 @@ def refit_way(found: Machines, spec: JobSpec, load: Load, sweep: Arrangement) ->
     ranks = sweep.way.ranks * gangs
     if ranks == sweep.way.ranks:
         return sweep.way
-    way, _ = cheapest(ways(spec.resources, found.device, [ranks], load.row_tokens), load, found.room_of_one)
+    way, _ = cheapest(_ways(spec.resources, found.device, [ranks], load), load, found.room_of_one)
     return way or sweep.way
 
 
@@ -126,6 +163,18 @@ def check_resources(resources: ResourcesSpec) -> None:
         )
 
 
+def _arrange_beside(head: Footprint, found: Machines, spec: JobSpec, load: Load, num_trials: int) -> Arrangement:
+    """Gangs that carry the control `head` too, which is in every sweep, where a smaller micro-batch or checkpointing is all
+    that it costs; a dearer kind of gang is not taken for a control's sake."""
+    alone = arrange_sweep(found, spec, load, num_trials)
+    try:
+        both = arrange_sweep(found, spec, replace(load, footprints=(*load.footprints, head)), num_trials)
+    except PlanError:
+        return alone
+    kinds = {(gangs.num_gangs, gangs.way.ranks, gangs.way.zero_stage, gangs.way.offload) for gangs in (alone, both)}
+    return both if len(kinds) == 1 else alone
+
+
 def _arrange_cores(found: Machines, spec: JobSpec, load: Load, num_trials: int) -> Arrangement:
     """On a CPU every rank takes its part of one memory, so that fewer gangs is what makes room."""
     resources = spec.resources
@@ -135,12 +184,16 @@ def _arrange_cores(found: Machines, spec: JobSpec, load: Load, num_trials: int) 
     reason = ""
     for gangs in choices:
         room = found.room(ranks, gangs)
-        way, rejected = cheapest(ways(resources, "cpu", [ranks], load.row_tokens), load, lambda _, room=room: room)
+        way, rejected = cheapest(_ways(resources, "cpu", [ranks], load), load, lambda _, room=room: room)
         if way is not None:
             fewer = (RejectedWay(way=_gangs(most, gangs + 1), reason=reason),) if gangs < choices[0] else ()
             return Arrangement(way, gangs, (*fewer, *rejected))
         reason = rejected[-1].reason if rejected else ""
     raise _nothing_fits(found, spec, load, [ranks], lambda _: found.room(ranks, choices[-1]))
+
+
+def _ways(resources: ResourcesSpec, device: Device, rank_counts: Sequence[int], load: Load) -> Iterator[Way]:
+    return ways(resources, device, rank_counts, load.row_tokens, whole_adapters=load.whole_adapters)
 
 
 def _gangs(most: int, least: int) -> str:
@@ -149,7 +202,8 @@ def _gangs(most: int, least: int) -> str:
 
 def _nothing_fits(found: Machines, spec: JobSpec, load: Load, counts: Sequence[int], room_of: RoomOf) -> PlanError:
     """What the leanest way lacks, and what would help."""
-    tried = list(ways(spec.resources, found.device, counts, load.row_tokens))
+    tried = list(_ways(spec.resources, found.device, counts, load))
+    assert tried, "the spec refuses products of adapters where resources ask for DeepSpeed"
     needed = {way: heaviest(way, load.footprints) for way in tried}
     on_device = [way for way in tried if needed[way].device.total_bytes <= room_of(way.ranks).device_bytes]
     if on_device:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Literal
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, select
@@ -11,8 +10,7 @@ from orchestrator.errors import BaseError, PlanError
 from orchestrator.plan import few, steps
 from orchestrator.plan.arrange import (
     Arrangement,
-    arrange_one,
-    arrange_sweep,
+    arrange,
     check_resources,
     execution_plan,
     refit_way,
@@ -34,7 +32,7 @@ from orchestrator.plan.options import Choice, planned_points, search_choices, to
 from orchestrator.plan.placement import Machines, candidates
 from orchestrator.plan.probe import with_probe, with_scores
 from orchestrator.plan.remarks import rate_note, with_remarks
-from orchestrator.plan.remedies import AnchorPlan, check_products, remedies_of_train
+from orchestrator.plan.remedies import AnchorPlan, held_product, remedies_of_train
 from orchestrator.plan.scored import LayerScores
 from orchestrator.plan.shift import with_shift
 from orchestrator.plan.trunk import plan_trunk
@@ -109,17 +107,17 @@ def _plan_on(
     spec_sha256: str,
     scores: LayerScores | None,
 ) -> RunPlan:
-    spec = loaded.spec
+    spec, held = loaded.spec, held_product(choice.remedies for choice in choices)
     load = Load(
         footprints=tuple(_weigh(spec, anatomy, data, choice.selection, choice.remedies.anchor) for choice in choices),
         row_tokens=steps.row_tokens(spec, anatomy, data),
         tokens_per_step=spec.train.tokens_per_step,
+        whole_adapters=held is not None,
     )
     num_trials = spec.search.num_trials if job == "sweep" and spec.search is not None else 1
     untouched, head = (_weigh(spec, anatomy, data, _control(policy, spec, anatomy, data)) for policy in ("none", "head"))
-    gangs = _arrange_with(head, found, spec, load, num_trials) if job == "sweep" else arrange_one(found, spec, load)
+    gangs = arrange(head, found, loaded, load, num_trials, held=held, job=job)
     refit = refit_way(found, spec, load, gangs)
-    check_products((choice.remedies for choice in choices), (gangs.way.executor, refit.executor))
     options, room = _options(choices, load.footprints, gangs.way), found.room(gangs.way.ranks, gangs.num_gangs)
     pack, fused = steps.packs(spec), _most_fused(spec, anatomy, choices, load, gangs, found)
     plan = RunPlan(
@@ -152,18 +150,6 @@ def _plan_on(
     plan = with_remarks(plan.model_copy(update={"notes": (*plan.notes, reason)}), spec, anatomy, found, cluster)
     plan = with_compiling(plan, spec, anatomy)
     return with_shift(with_probe(plan, spec, anatomy, gangs.way, room, are_scored=scores is not None), anatomy)
-
-
-def _arrange_with(head: Footprint, found: Machines, spec: JobSpec, load: Load, num_trials: int) -> Arrangement:
-    """Gangs that carry the control `head` too, which is in every sweep, where a smaller micro-batch or checkpointing is all
-    that it costs; a dearer kind of gang is not taken for a control's sake."""
-    alone = arrange_sweep(found, spec, load, num_trials)
-    try:
-        both = arrange_sweep(found, spec, replace(load, footprints=(*load.footprints, head)), num_trials)
-    except PlanError:
-        return alone
-    kinds = {(gangs.num_gangs, gangs.way.ranks, gangs.way.zero_stage, gangs.way.offload) for gangs in (alone, both)}
-    return both if len(kinds) == 1 else alone
 
 
 def _check_quantizable(spec: JobSpec, anatomy: ModelAnatomy, found: Machines) -> None:

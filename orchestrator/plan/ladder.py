@@ -60,18 +60,29 @@ class Load:
     footprints: tuple[Footprint, ...]
     row_tokens: int
     tokens_per_step: int
+    whole_adapters: bool = False
+    """Whether a rank must have every adapter whole, as an anchor on products needs it: DeepSpeed lays them in parts."""
 
 
-def ways(resources: ResourcesSpec, device: Device, rank_counts: Sequence[int], row_tokens: int) -> Iterator[Way]:
-    """Every way that the spec's `resources` allow, cheapest first, with one row a micro-batch."""
+def ways(
+    resources: ResourcesSpec, device: Device, rank_counts: Sequence[int], row_tokens: int, *, whole_adapters: bool = False
+) -> Iterator[Way]:
+    """Every way that the spec's `resources` allow, cheapest first, with one row a micro-batch.
+
+    Args:
+        whole_adapters: See `Load`: leaves those without DeepSpeed.
+    """
     for offload in _offloads(resources, device):
         for ranks in rank_counts:
             for checkpointing in (False, True):
                 for stage in _stages(resources, ranks, offload):
+                    executor = "torch" if resources.zero == "auto" and stage == 0 else "deepspeed"
+                    if whole_adapters and executor == "deepspeed":
+                        continue
                     yield Way(
                         device=device,
                         ranks=ranks,
-                        executor="torch" if resources.zero == "auto" and stage == 0 else "deepspeed",
+                        executor=executor,
                         zero_stage=stage,
                         offload=offload,
                         checkpointing=checkpointing,

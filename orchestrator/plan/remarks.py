@@ -10,9 +10,10 @@ from orchestrator.plan.curve import too_few_documents
 from orchestrator.plan.estimates import Rate
 from orchestrator.plan.memory.estimate import RESIDENT_SHARE
 from orchestrator.plan.placement import Machines, idle_gpus
+from orchestrator.plan.remedies import left_out
 from orchestrator.plan.values import ClusterDescription, RunPlan
 from orchestrator.plan.view import derivations
-from orchestrator.spec.models import JobSpec
+from orchestrator.spec.models import AnchorSpec, JobSpec
 from orchestrator.units import format_bytes
 
 
@@ -21,7 +22,7 @@ def with_remarks(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, found: Mac
     return plan.model_copy(
         update={
             "reasons": derivations(plan, spec),
-            "notes": (*plan.notes, *_base_notes(spec, anatomy), *_notes(plan, spec, found, cluster)),
+            "notes": (*plan.notes, *_base_notes(spec, anatomy), *_anchor_notes(plan, spec), *_notes(plan, spec, found, cluster)),
             "warnings": (*_base_warnings(anatomy), *plan.warnings, *_warnings(plan, spec, found, cluster)),
         }
     )
@@ -79,6 +80,12 @@ def trials_within(plan: RunPlan, gpu_hours: float) -> int:
     fixed = cost.gpu_hours - of_trials * hours_per_operation
     each = of_trials * hours_per_operation / search.num_trials
     return max(0, min(search.num_trials, math.floor((gpu_hours - fixed) / each)))
+
+
+def _anchor_notes(plan: RunPlan, spec: JobSpec) -> Iterator[str]:
+    if plan.search is not None and spec.search is not None and isinstance(spec.train.anchor, AnchorSpec):
+        for tune in left_out(spec.search, spec.train):
+            yield f"the anchor {spec.train.anchor.kind} of train is left out of {tune} trials"
 
 
 def _notes(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDescription) -> list[str]:

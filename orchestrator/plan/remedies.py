@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.errors import PlanError
+from orchestrator.spec import LoadedSpec
 from orchestrator.spec.models import Anchor, AnchorSpec, JobSpec, SearchPoint, SearchSpec, TrainSpec, Tune
 from orchestrator.values import Value
 
@@ -65,7 +66,7 @@ def fits(anchor: Anchor | AnchorPlan | None, tune: Tune) -> bool:
 
 
 def remedies_of_train(train: TrainSpec, tune: Tune) -> Remedies:
-    """Of a job with one trial; an anchor that does not fit its way of tuning is meant for the search, and left out."""
+    """Of a job with one trial; an anchor that does not fit its way of tuning, which the spec refuses, is left out."""
     anchor = train.anchor if fits(train.anchor, tune) else "none"
     return Remedies(replay=train.replay, anchor=_planned(anchor), layer_decay=train.layer_decay)
 
@@ -87,6 +88,14 @@ def remedies_of_point(point: SearchPoint, train: TrainSpec) -> Remedies:
         anchor=_planned(anchor),
         layer_decay=train.layer_decay if point.layer_decay is None else point.layer_decay,
     )
+
+
+def left_out(search: SearchSpec, train: TrainSpec) -> list[Tune]:
+    """The ways of tuning whose trials would have the anchor of `train`, if it fitted them."""
+    if search.anchor or _planned(train.anchor) is None:
+        return []
+    taking: Sequence[Tune] = [point.tune for point in search.points if point.anchor is None] if search.points else search.tune
+    return [tune for tune in dict.fromkeys(taking) if not fits(train.anchor, tune)]
 
 
 def _planned(anchor: Anchor) -> AnchorPlan | None:
@@ -122,15 +131,35 @@ def _all_remedies(spec: JobSpec) -> list[Remedies]:
     return found + [remedies for tune in search.tune for remedies in searched_remedies(search, train, tune)]
 
 
-def check_products(choices: Iterable[Remedies], executors: Iterable[str]) -> None:
-    """Raises PlanError where the product of adapters is to be held that DeepSpeed lays in parts."""
-    held = next((remedies.anchor for remedies in choices if remedies.anchor and remedies.anchor.kind == "product"), None)
-    if held is not None and "deepspeed" in executors:
-        raise PlanError(
-            f"the anchor `{held}` holds products of whole adapters, and what fits here is DeepSpeed, which lays them in parts",
-            where="search.anchor",
-            remedy="take it out, or fewer tokens at once (data.max_tokens), or base.quantize: nf4, so that a rank holds the base",
-        )
+def held_product(choices: Iterable[Remedies]) -> AnchorPlan | None:
+    """The first anchor on products of adapters, which DeepSpeed lays in parts: see `Load.whole_adapters`."""
+    return next((remedies.anchor for remedies in choices if remedies.anchor and remedies.anchor.kind == "product"), None)
+
+
+def no_whole_adapters(held: AnchorPlan, loaded: LoadedSpec, job: Literal["sweep", "finetune"], misfit: PlanError) -> PlanError:
+    """Of a job that DeepSpeed would fit: an anchor on products stands in its way.
+
+    Args:
+        misfit: Says that nothing without DeepSpeed fits.
+    """
+    place = _place_of(held, loaded.spec, job)
+    return PlanError(
+        f"the anchor `{held}` holds products of whole adapters, and without DeepSpeed, which lays them in parts, {misfit.what}",
+        where=f"{loaded.where(place)}: {place}",
+        remedy=f"take the anchor out, and DeepSpeed fits; or {misfit.remedy}",
+    )
+
+
+def _place_of(anchor: AnchorPlan, spec: JobSpec, job: Literal["sweep", "finetune"]) -> str:
+    """Where the spec asks for it: what a search does not list itself is `train`'s."""
+    if job == "sweep" and spec.search is not None:
+        for number, point in enumerate(spec.search.points):
+            if point.anchor is not None and _planned(point.anchor) == anchor:
+                return f"search.points[{number}].anchor"
+        for number, listed in enumerate(spec.search.anchor):
+            if _planned(listed) == anchor:
+                return f"search.anchor[{number}]"
+    return "train.anchor"
 
 
 class LearningGroup(NamedTuple):

@@ -10,7 +10,7 @@ NUM_DOCUMENTS = 200
 """Of each set, drawn by the seed: the interval of a probe's error is then narrower than a tenth."""
 MOST_CUTS = 4
 """Where nothing is stored of the trunk, features are made at so many cuts, evenly over the blocks."""
-NO_RETENTION_SET = "there is no retention set to compare with"
+NO_RETENTION_SET = "there is no retention set in use to compare with"
 """Why nothing is measured where advice is asked for all the same."""
 
 
@@ -39,8 +39,8 @@ class DomainShift(Value):
 
 def with_shift(plan: RunPlan, anatomy: ModelAnatomy) -> RunPlan:
     """The plan with what is measured of the domain shift, where there is a retention set: at the cuts that are stored of the
-    trunk, which costs no forward pass, or at a few others."""
-    if plan.search is None or not plan.data.retain_tokens:
+    trunk, which costs no forward pass, or at a few others. A classifier uses no retention set, given or not."""
+    if plan.search is None or not plan.data.retain_tokens or plan.base.task == "classify":
         return plan
     count = anatomy.num_blocks
     few = tuple(dict.fromkeys(max(1, round(count * part / MOST_CUTS)) for part in range(1, MOST_CUTS + 1)))

@@ -160,9 +160,12 @@ def curve_trial(winner: TrialSpec, share: float, total_steps: int, target_tokens
 
 
 def late_controls(plan: RunPlan, winner_id: str) -> dict[str, str]:
-    """Ids of every control that may be trained once this winner is known, by the name that it has beside the bundle."""
-    repeats = plan.search.repeats if plan.search is not None else 1
-    names = ("shuffled", "scratch", *(f"{REPEAT}{number}" for number in range(2, repeats + 1)))
+    """Ids of the controls that are to be trained once this winner is known, by the name that each has beside the bundle."""
+    if plan.search is None:
+        return {}
+    fitting = {"shuffled": True, "scratch": plan.scratch_memory is not None}
+    names = [name for name, fits in fitting.items() if fits and name in plan.search.controls]
+    names += [f"{REPEAT}{number}" for number in range(2, plan.search.repeats + 1)]
     return {name: late_control_id(name, winner_id) for name in names}
 
 

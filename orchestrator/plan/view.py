@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from orchestrator.plan.cost.choices import planned_options
 from orchestrator.plan.estimates import MemoryEstimate
+from orchestrator.plan.remedies import Remedies
 from orchestrator.plan.steps import accumulation, share_beyond
 from orchestrator.plan.values import ExecutionPlan, RunPlan, SearchPlan, TrialOption
 from orchestrator.spec.models import JobSpec
@@ -11,9 +13,9 @@ from orchestrator.units import format_bytes, format_count, format_seconds
 
 def derivations(plan: RunPlan, spec: JobSpec) -> tuple[str, ...]:
     """How the plan's numbers follow from each other, one sentence each."""
-    tokens_per_step = spec.train.tokens_per_step
+    tokens_per_step, replay = spec.train.tokens_per_step, max(option.remedies.replay for option in planned_options(plan))
     lines = [
-        batch_line(plan.execution, tokens_per_step),
+        batch_line(plan.execution, tokens_per_step, replay),
         f"{spec.train.epochs:g} epochs x {_count(plan.data.steps_per_epoch, 'step')} = {_count(plan.total_steps, 'step')}, "
         f"{format_count(plan.total_tokens)} tokens",
         _gangs_line(plan),
@@ -24,7 +26,7 @@ def derivations(plan: RunPlan, spec: JobSpec) -> tuple[str, ...]:
     last = plan.search.rung_steps[-1]
     lines += [*_few_lines(plan, plan.search), _rungs_line(plan.search)]
     if last < plan.total_steps:
-        again = batch_line(plan.refit_execution, tokens_per_step)
+        again = batch_line(plan.refit_execution, tokens_per_step, replay)
         lines.append(f"the winner is trained again to {plan.total_steps} steps: {again}")
     else:
         lines.append("a winner at the last rung has had the full budget and is not trained again")
@@ -51,12 +53,18 @@ def _rungs_line(search: SearchPlan) -> str:
     )
 
 
-def batch_line(execution: ExecutionPlan, tokens_per_step: int) -> str:
-    """`8 rows x 512 tokens x 1 rank x 2 rounds = 8192 tokens per step`."""
+def batch_line(execution: ExecutionPlan, tokens_per_step: int, replay: float = 0.0) -> str:
+    """`8 rows x 512 tokens x 1 rank x 2 rounds = 8192 tokens per step`.
+
+    Args:
+        replay: The largest share of any trial. Its tokens come beside those of the target.
+    """
     rows, width, ranks = execution.micro_batch_rows, execution.row_tokens, execution.ranks
     rounds = accumulation(rows, width, ranks, tokens_per_step)
     product = rows * width * ranks * rounds
     end = f"{product} tokens per step" if product == tokens_per_step else f"{product}, room for {tokens_per_step} tokens per step"
+    if replay:
+        end += f" of the target, up to about {Remedies(replay=replay).total_tokens(tokens_per_step)} with what is replayed"
     return f"{_count(rows, 'row')} x {width} tokens x {_count(ranks, 'rank')} x {_count(rounds, 'round')} = {end}"
 
 
@@ -131,8 +139,7 @@ def cost_line(plan: RunPlan) -> str:
 
 def heaviest_option(plan: RunPlan) -> TrialOption:
     """The option that needs most memory: the one the way was chosen for."""
-    options = plan.search.options if plan.search is not None else (plan.finetune,)
-    return max((option for option in options if option is not None), key=lambda option: option.memory.total_bytes)
+    return max(planned_options(plan), key=lambda option: option.memory.total_bytes)
 
 
 def memory_lines(memory: MemoryEstimate) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.errors import SelectionError
-from orchestrator.spec.models import ColumnsSpec, JobSpec, SearchSpec
+from orchestrator.spec.models import AnchorSpec, ColumnsSpec, JobSpec, SearchSpec
 from orchestrator.spec.policy import Policy, parse_policy
 from orchestrator.spec.remedies import remedy_mistakes
 from orchestrator.spec.source import KeyPath
@@ -190,10 +190,16 @@ def _duplicates(spec: JobSpec) -> Iterator[Finding]:
         for number, option in enumerate(options):
             normal = _normal(str(option), spec) if name == "layers" else str(option)
             if normal in first:
-                yield Finding(
-                    ("search", name, number), f"the option {option!r} is there already, as {first[normal]!r}", "remove one"
-                )
-            first.setdefault(normal, str(option))
+                message = f"the option {_written(option)} is there already, as {first[normal]}"
+                yield Finding(("search", name, number), message, "remove one")
+            first.setdefault(normal, _written(option))
+
+
+def _written(option: object) -> str:
+    """As the file has it: `{kind: l2sp, strength: 3}`."""
+    if isinstance(option, AnchorSpec):
+        return f"{{kind: {option.kind}, strength: {repr(option.strength).removesuffix('.0')}}}"
+    return repr(option)
 
 
 def _normal(text: str, spec: JobSpec) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from orchestrator.spec.models import Anchor, AnchorSpec, JobSpec, Tune
-from orchestrator.spec.source import KeyPath
+from orchestrator.spec.source import KeyPath, spell_path
 
 Mistake = tuple[KeyPath, str, str, tuple[KeyPath, ...]]
 """Path, message, hint, and the places that it was judged by."""
@@ -52,34 +52,56 @@ def _needs_text(spec: JobSpec, path: KeyPath, used: str) -> Iterator[Mistake]:
 def _anchor_mistakes(spec: JobSpec, path: KeyPath, anchor: AnchorSpec) -> Iterator[Mistake]:
     if anchor.kind == "ewc":
         yield from _needs_text(spec, path, "weighed by")
-    tunes, judged_by = _tunes(spec, path)
-    if anchor.kind == "product" and "lora" not in tunes:
-        yield path, "unfrozen weights have no adapter whose product could be held", "write l2sp or ewc", (*judged_by, path)
-    if anchor.kind == "product" and spec.resources.zero not in ("auto", 0):
-        message = f"adapters lie in parts under ZeRO-{spec.resources.zero}, and their products are of whole ones"
-        yield path, message, "leave resources.zero out", (("resources", "zero"), path)
-    if anchor.kind != "product" and "full" not in tunes:
-        why = (
-            "the gradient by A is zero at the start, since B is, and so is its Fisher information"
-            if anchor.kind == "ewc"
-            else "adapters begin beside the base's weights, which do not move"
-        )
-        yield path, f"{anchor.kind} holds unfrozen weights; with lora {why}", "write product, or tune: full", (*judged_by, path)
+    if anchor.kind == "product":
+        yield from _needs_whole_adapters(spec, path)
+    needed = "lora" if anchor.kind == "product" else "full"
+    judged = _tunes(spec, path)
+    misfits = tuple(place for tunes, place in judged if needed not in tunes)
+    if misfits:
+        message, hint = _misfit(anchor, " and ".join(map(spell_path, misfits)))
+        yield path, message, hint + (_elsewhere(spec, misfits[0]) if len(misfits) < len(judged) else ""), (*misfits, path)
 
 
-def _tunes(spec: JobSpec, path: KeyPath) -> tuple[set[Tune], tuple[KeyPath, ...]]:
-    """The ways of tuning that an anchor at this place is meant for, and where they stand."""
-    if path[:2] == ("search", "points") and spec.search is not None:
+def _misfit(anchor: AnchorSpec, where: str) -> tuple[str, str]:
+    """Message and hint of an anchor that fits no way of tuning of these places."""
+    if anchor.kind == "product":
+        return f"unfrozen weights ({where}) have no adapter whose product could be held", "write l2sp or ewc, or tune: lora"
+    why = (
+        "the gradient by A is zero at the start, since B is, and so is its Fisher information"
+        if anchor.kind == "ewc"
+        else "adapters begin beside the base's weights, which do not move"
+    )
+    return f"{anchor.kind} holds unfrozen weights; with lora ({where}) {why}", "write product, or tune: full"
+
+
+def _needs_whole_adapters(spec: JobSpec, path: KeyPath) -> Iterator[Mistake]:
+    """Any ZeRO stage that is given is DeepSpeed's, 0 too, and whatever is offloaded is at stage 3."""
+    for key, asked in (("zero", spec.resources.zero), ("offload", spec.resources.offload)):
+        if asked not in ("auto", "none"):
+            message = f"resources.{key}: {asked} asks for DeepSpeed, and products of adapters are held without it alone"
+            yield path, message, f"leave resources.{key} out", (("resources", key), path)
+
+
+def _tunes(spec: JobSpec, path: KeyPath) -> list[tuple[set[Tune], KeyPath]]:
+    """The ways of tuning that an anchor at this place is meant for, and where they stand: one of `train` for those of each
+    section, but for trials that have anchors of their own."""
+    search, of_train = spec.search, path[0] == "train"
+    found: list[tuple[set[Tune], KeyPath]] = []
+    if search is not None and path[:2] == ("search", "points"):
         number = path[2]
         assert isinstance(number, int)
-        return {spec.search.points[number].tune}, ((*path[:3], "tune"),)
-    tunes: set[Tune] = set()
-    judged_by: list[KeyPath] = []
-    if spec.search is not None:
-        fixed = spec.search.algorithm == "fixed"
-        tunes |= {point.tune for point in spec.search.points} if fixed else set(spec.search.tune)
-        judged_by.append(("search", "points") if fixed else ("search", "tune"))
-    if spec.finetune is not None and path[0] == "train":
-        tunes.add(spec.finetune.tune)
-        judged_by.append(("finetune", "tune"))
-    return tunes, tuple(judged_by)
+        found.append(({search.points[number].tune}, (*path[:3], "tune")))
+    elif search is not None and search.algorithm == "fixed":
+        tunes: set[Tune] = {point.tune for point in search.points if point.anchor is None or not of_train}
+        found += [(tunes, ("search", "points"))] if tunes else []
+    elif search is not None and not (of_train and search.anchor):
+        found.append((set(search.tune), ("search", "tune")))
+    if spec.finetune is not None and of_train:
+        found.append(({spec.finetune.tune}, ("finetune", "tune")))
+    return found
+
+
+def _elsewhere(spec: JobSpec, misfit: KeyPath) -> str:
+    """What else is to be done about an anchor of `train` that fits one of two sections."""
+    place = "search.points" if spec.search is not None and spec.search.algorithm == "fixed" else "search.anchor"
+    return f", or move it to {place}" if misfit[0] == "finetune" else f", or let {place} say otherwise"

@@ -13,6 +13,7 @@ from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.plan.cost.accelerators import find_accelerator
 from orchestrator.plan.cost.choices import option_terms, per_target_token, planned_options, scored_flops
 from orchestrator.plan.cost.disk import TOKEN_BYTES, all_tokens, bundle_bytes, disk_parts
+from orchestrator.plan.cost.fisher import fisher_of_refit, fisher_parts
 from orchestrator.plan.cost.flops import (
     attention_width,
     block_flops_per_token,
@@ -131,7 +132,7 @@ def _operations(plan: RunPlan, anatomy: ModelAnatomy, terms: Sequence[Sequence[F
     """(parts of the run as it is expected to go, operations when no trial is stopped)."""
     per_token = per_target_token(planned_options(plan), terms)
     scored, trunk = scored_flops(plan, anatomy), _building_trunk(plan, anatomy)
-    built = (trunk,) if trunk is not None else ()
+    built = (*((trunk,) if trunk is not None else ()), *fisher_parts(plan, anatomy))
     at_cut = [scored_flops(plan, anatomy, option.selection.cut) for option in planned_options(plan)]
     if plan.search is None:
         trained, scored = per_token[0] * plan.total_tokens, (scored + at_cut[0]) / 2
@@ -150,7 +151,8 @@ def _operations(plan: RunPlan, anatomy: ModelAnatomy, terms: Sequence[Sequence[F
     scored_head = scored_flops(plan, anatomy, _head(plan, anatomy).cut)
     controls = head * search.rung_steps[-1] * per_step + scored + len(search.rung_steps) * scored_head
     late = late_parts(plan, anatomy, max(per_token), scored) + curve_parts(plan, max(per_token), max(at_cut))
-    again = max(per_token) * plan.total_tokens if search.rung_steps[-1] < plan.total_steps else 0.0
+    refits = search.rung_steps[-1] < plan.total_steps
+    again = max(per_token) * plan.total_tokens + fisher_of_refit(plan, anatomy) if refits else 0.0
     of = f"{count} trials x {steps:.4g} of {search.rung_steps[-1]} steps"
     parts = [
         *built,

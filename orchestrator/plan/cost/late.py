@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from orchestrator.anatomy import select_everything
 from orchestrator.anatomy.values import ModelAnatomy
 from orchestrator.plan.cost.choices import option_terms, per_target_token, planned_options
+from orchestrator.plan.cost.fisher import fisher_of_repeat
 from orchestrator.plan.curve import share_documents
 from orchestrator.plan.estimates import Part
 from orchestrator.plan.steps import late_rung_steps
@@ -29,7 +30,8 @@ def late_parts(plan: RunPlan, anatomy: ModelAnatomy, per_token: float, scored: f
     if plan.search.repeats > 1:
         others = plan.search.repeats - 1
         reason = f"the winner from {others} other seed{'s' if others > 1 else ''}, if it is the costliest choice"
-        amount = others * (per_token * plan.total_tokens + _num_scorings(plan, 1.0) * scored)
+        scorings = _num_scorings(plan, 1.0) * scored
+        amount = others * (per_token * plan.total_tokens + scorings + fisher_of_repeat(plan, anatomy))
         parts.append(Part(name=REPEATS, amount=amount, reason=reason))
     if SHUFFLED in plan.search.controls:
         reason = "the winner once more, on answers permuted among the prompts, if it is the costliest choice"

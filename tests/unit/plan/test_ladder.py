@@ -48,6 +48,69 @@ def test_what_is_asked_for_is_deepspeeds_and_what_is_not_is_without_it_first() -
         assert set(executors(stage)) == {("deepspeed", stage)}
 
 
+def test_whole_adapters_are_had_without_deepspeed_alone() -> None:
+    order = [str(way) for way in ways(ResourcesSpec(), "cuda", [1, 8], 512, whole_adapters=True)]
+    assert order == ["1 rank", "1 rank, checkpointing", "8 ranks", "8 ranks, checkpointing"]
+
+
+LONG: dict[str, Any] = {"data": {"max_tokens": 2048}, "train": {"tokens_per_step": 65536}}
+PRODUCT = {"kind": "product", "strength": 2}
+
+
+def planned(base: Any, job: Any, gpus: Any, data: Any, gib: int, kind: str = "sweep", **sections: Any) -> Any:
+    size = data(longest_document_tokens=2048)
+    return make_plan(job(**{**LONG, **sections}), base("8b"), size, gpus(memory=gib), job=kind, spec_sha256="0" * 64)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("resources", [{"ranks_per_gang": 8}, {}])
+def test_an_anchor_on_products_takes_the_dearer_way_without_deepspeed(
+    base: Any, job: Any, gpus: Any, data: Any, resources: Any
+) -> None:
+    """Eight ranks would part the base sooner than compute blocks again; the refit is of eight ranks in both."""
+    search = {"layers": ["all"], "budget": 0.5}
+    plain = planned(base, job, gpus, data, 20, search=search, resources=resources)
+    assert (plain.refit_execution.executor, plain.refit_execution.ranks) == ("deepspeed", 8)
+    held = planned(base, job, gpus, data, 20, search={**search, "anchor": [PRODUCT]}, resources=resources)
+    assert {held.execution.executor, held.refit_execution.executor} == {"torch"}
+    assert held.execution.checkpointing
+    assert held.refit_execution.ranks == 8
+
+
+def test_a_refit_of_products_that_only_deepspeed_would_fit_is_the_sweeps_own_gang(
+    base: Any, job: Any, gpus: Any, data: Any
+) -> None:
+    held = planned(base, job, gpus, data, 19, search={"layers": ["all"], "budget": 0.5, "anchor": [PRODUCT]})
+    assert (held.execution.ranks, held.refit_execution.ranks, held.refit_execution.executor) == (1, 1, "torch")
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "sections"),
+    [
+        ("sweep", "search.anchor[1]", {"search": {"layers": ["all"], "anchor": ["none", PRODUCT]}}),
+        ("sweep", "train.anchor", {"search": {"layers": ["all"]}, "train": {**LONG["train"], "anchor": PRODUCT}}),
+        ("finetune", "train.anchor", {"search": None, "finetune": {}, "train": {**LONG["train"], "anchor": PRODUCT}}),
+        (
+            "sweep",
+            "search.points[0].anchor",
+            {"search": {"algorithm": "fixed", "points": [{"layers": "all", "learning_rate": 1e-3, "anchor": PRODUCT}]}},
+        ),
+    ],
+)
+def test_where_nothing_without_deepspeed_fits_the_anchor_on_products_is_named(
+    base: Any, job: Any, gpus: Any, data: Any, kind: str, place: str, sections: Any
+) -> None:
+    def loaded(**given: Any) -> Any:
+        return replace(job(**given), places={place: (7, 11)})
+
+    with pytest.raises(PlanError, match="without DeepSpeed, which lays them in parts, nothing fits on 8 GPUs") as caught:
+        planned(base, loaded, gpus, data, 16, kind, **sections)
+    assert caught.value.where == f"/specs/test.yaml:7:11: {place}"
+    assert "take the anchor out, and DeepSpeed fits" in caught.value.remedy
+    with pytest.raises(PlanError) as caught:
+        planned(base, loaded, gpus, data, 1, kind, **sections)
+    assert caught.value.where == "resources", "nothing at all fits"
+
+
 @pytest.mark.parametrize("zero", ["auto", 0, 1, 2, 3])
 def test_only_what_the_engine_offloads_is_planned_to_be(zero: Any) -> None:
     """`train.deepspeed_engine` offloads at stage 3 alone."""

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 from orchestrator.anatomy import ModelAnatomy, select
+from orchestrator.plan import make_plan
 from orchestrator.plan.remedies import (
     NOTHING,
     AnchorPlan,
     Remedies,
     learning_groups,
+    left_out,
     method_name,
     remedies_of_point,
     remedies_of_train,
@@ -53,6 +55,35 @@ def test_a_point_says_its_own_and_else_what_train_says() -> None:
     lora = SearchPoint.model_validate({"layers": "all", "learning_rate": 1e-4, "replay": 0.0, "anchor": PRODUCT})
     assert str(remedies_of_point(full, train)) == "replay 0.2 · l2sp 30"
     assert str(remedies_of_point(lora, train)) == "product 2"
+
+
+@pytest.mark.parametrize(
+    ("search", "left"),
+    [
+        ({"tune": ["lora", "full"]}, ["lora"]),
+        ({"tune": ["full"]}, []),
+        ({"tune": ["lora", "full"], "anchor": ["none"]}, []),
+        (
+            {"points": [{"layers": "all", "learning_rate": 1e-3}, {"layers": "all", "tune": "full", "learning_rate": 1e-4}]},
+            ["lora"],
+        ),
+        ({"points": [{"layers": "all", "learning_rate": 1e-3, "anchor": PRODUCT}]}, []),
+    ],
+)
+def test_trials_that_go_without_the_anchor_of_train_are_known(search: dict[str, Any], left: list[str]) -> None:
+    held, free = (TrainSpec.model_validate({"anchor": {**L2SP, "strength": strength}}) for strength in (30, 0))
+    assert left_out(SearchSpec.model_validate(search), held) == left
+    assert left_out(SearchSpec.model_validate(search), free) == []
+
+
+def test_the_plan_notes_which_trials_go_without_the_anchor_of_train(base: Any, job: Any, cores: Any, data: Any) -> None:
+    def notes(**search: Any) -> list[str]:
+        loaded = job(search=search, train={"anchor": L2SP})
+        plan = make_plan(loaded, base("tiny"), data(), cores(), job="sweep", spec_sha256="0" * 64)
+        return [note for note in plan.notes if "anchor" in note]
+
+    assert notes(tune=["lora", "full"]) == ["the anchor l2sp of train is left out of lora trials"]
+    assert notes(tune=["full"]) == []
 
 
 def test_replay_adds_its_tokens_and_a_name() -> None:

@@ -32,6 +32,16 @@ def test_the_derivation_multiplies_to_the_tokens_of_a_step(base: Any, job: Any, 
     assert batch_line(plan.execution, 8000).endswith("= 8192, room for 8000 tokens per step")
 
 
+def test_a_step_says_what_is_replayed_beside_it(base: Any, job: Any, cores: Any, data: Any) -> None:
+    loaded = job(search={"replay": [0.0, 0.3, 0.1]}, train={"tokens_per_step": 8192})
+    plan = make_plan(loaded, base("tiny"), data(), cores(), job="sweep", spec_sha256="0" * 64)
+    assert plan.reasons[0].endswith("= 8192 tokens per step of the target, up to about 11703 with what is replayed")
+    short = job(search={"replay": [0.5], "budget": 0.5}, train={"tokens_per_step": 8000})
+    plan = make_plan(short, base("tiny"), data(), cores(), job="sweep", spec_sha256="0" * 64)
+    (again,) = [reason for reason in plan.reasons if "is trained again to" in reason]
+    assert again.endswith("room for 8000 tokens per step of the target, up to about 16000 with what is replayed")
+
+
 @pytest.mark.parametrize(("evaluation", "test", "share"), [(0.1, 0.1, 0.8), (0.2, "t.jsonl", 0.8), ("e.jsonl", "t.jsonl", 1.0)])
 def test_data_from_file_sizes(job: Any, evaluation: float | str, test: float | str, share: float) -> None:
     spec = job(data={"eval": evaluation, "test": test, "max_tokens": 256}, train={"tokens_per_step": 1000}).spec

@@ -126,7 +126,21 @@ ROWS = [
     ("search:\n", "search:\n  tune: [full]\n  anchor: [none, {kind: product, strength: 1}]\n", "search.anchor[1]", 12, 18,
      "no adapter whose product", "l2sp or ewc"),
     ("search:\n", "resources: {zero: 1}\nsearch:\n  anchor: [{kind: product, strength: 1}]\n", "search.anchor[0]", 12, 12,
-     "lie in parts under ZeRO-1", "resources.zero"),
+     "zero: 1 asks for DeepSpeed", "resources.zero"),
+    ("epochs: 2", "anchor: {kind: product, strength: 1}\nresources: {zero: 0}", "train.anchor", 9, 11,
+     "resources.zero: 0 asks for DeepSpeed, and products of adapters are held without it", "leave resources.zero out"),
+    ("epochs: 2", "anchor: {kind: product, strength: 1}\nresources: {offload: optimizer}", "train.anchor", 9, 11,
+     "resources.offload: optimizer asks for DeepSpeed", "leave resources.offload out"),
+    ("epochs: 2\nsearch:\n", "anchor: {kind: l2sp, strength: 1}\nfinetune: {tune: lora}\nsearch:\n  tune: [full]\n",
+     "train.anchor", 9, 11, "with lora (finetune.tune) adapters", "or move it to search.anchor"),
+    ("epochs: 2\nsearch:\n", "anchor: {kind: l2sp, strength: 1}\nfinetune: {tune: full}\nsearch:\n", "train.anchor", 9, 11,
+     "with lora (search.tune) adapters", "or let search.anchor say otherwise"),
+    ("epochs: 2\nsearch:\n", "anchor: {kind: product, strength: 1}\nfinetune: {tune: full}\nsearch:\n", "train.anchor", 9, 11,
+     "unfrozen weights (finetune.tune) have no adapter", "write l2sp or ewc"),
+    ("epochs: 2\nsearch:\n", "anchor: {kind: l2sp, strength: 1}\nfinetune: {}\nsearch:\n", "train.anchor", 9, 11,
+     "with lora (search.tune and finetune.tune) adapters", "write product"),
+    ("search:\n", "search:\n  anchor: [{kind: product, strength: 3}, {kind: product, strength: 3.0}]\n", "search.anchor[1]", 11,
+     42, "{kind: product, strength: 3} is there already, as {kind: product, strength: 3}", "remove one"),
     ("search:\n", "search:\n  layer_decay: [0.8, 0.8]\n", "search.layer_decay[1]", 11, 22, "there already", "remove one"),
     ("search:\n", "search:\n  layer_decay: [1.2]\n", "search.layer_decay[0]", 11, 17, "at most 1", ""),
     # not built yet
@@ -158,6 +172,34 @@ def test_the_good_spec_is_good(tmp_path: Path) -> None:
     spec = load_spec(tmp_path / "spec.yaml").spec
     assert spec.search is not None
     assert spec.search.learning_rate.lora == (1e-4, 5e-3)
+
+
+L2SP = "{kind: l2sp, strength: 1}"
+
+
+@pytest.mark.parametrize(
+    ("search", "finetune"),
+    [
+        ("tune: [lora, full]", "full"),
+        ("anchor: [{kind: product, strength: 1}]", "full"),
+        ("tune: [full]\n  anchor: [{kind: l2sp, strength: 2}]", "full"),
+    ],
+)
+def test_an_anchor_of_train_is_judged_by_the_sections_that_take_it(tmp_path: Path, search: str, finetune: str) -> None:
+    text = GOOD.replace("epochs: 2", f"anchor: {L2SP}\nfinetune: {{tune: {finetune}}}").replace("search:", f"search:\n  {search}")
+    (tmp_path / "spec.yaml").write_text(text)
+    assert load_spec(tmp_path / "spec.yaml").spec.train.anchor != "none"
+
+
+def test_points_with_anchors_of_their_own_are_not_judged_by_that_of_train(tmp_path: Path) -> None:
+    points = "[{layers: all, learning_rate: 1.0e-3, anchor: none}]"
+    text = GOOD.replace("epochs: 2", f"anchor: {L2SP}").replace(
+        '  layers: [head, "last:2"]\n', f"  algorithm: fixed\n  points: {points}\n"
+    )
+    (tmp_path / "spec.yaml").write_text(text)
+    assert load_spec(tmp_path / "spec.yaml").spec.search is not None
+    problems = problems_of(tmp_path / "spec.yaml", text.replace(", anchor: none", ""))
+    assert [(problem.path, "(search.points)" in problem.message) for problem in problems] == [("train.anchor", True)]
 
 
 def test_a_duplicate_key_is_refused_at_its_second_place(tmp_path: Path) -> None:

@@ -232,6 +232,60 @@ def test_the_winner_from_other_seeds_is_in_the_plan(plan: Any, gpus: Any, data: 
     assert found.cost.wall_hours == pytest.approx(without.cost.wall_hours + more / 4 / found.execution.ranks)
 
 
+# -- EWC ---------------------------------------------------------------------------------------------------------------
+
+EWC = {"kind": "ewc", "strength": 30}
+
+
+def test_ewc_measures_once_for_each_selection_and_decay(plan: Any, gpus: Any, data: Any) -> None:
+    """64 documents as long as a row, through all that a trial trains through, whatever is stored of the trunk."""
+    search = {"layers": ["last:2", "all"], "tune": ["full"], "trials": 30}
+    size = data(replay_tokens=10**6, supervised_share=0.5)
+    one_row: dict[str, Any] = {"resources": {"ranks_per_gang": 8}, "train": {"tokens_per_step": 8 * 512}}
+
+    def costs(**more: Any) -> RunPlan:
+        return plan("8b", gpus(), **{"size": size, **one_row, **more, "search": {**search, **more["search"]}})
+
+    without, found = (costs(search={"anchor": anchor}) for anchor in ([], ["none", EWC]))
+    assert "fisher" not in {each.name for each in without.cost.operations}
+    bare = costs(search={}, size=data(), resources={"ranks_per_gang": 8, "cache_bytes": 0})
+    assert found.trunk is not None, "which the measurement does not begin from"
+    per_token = [option.flops_per_token for option in bare.cost.options]
+    tokens = 8 * 64 * 512  # every rank computes every document
+    assert part(found, "fisher") == pytest.approx(tokens * sum(per_token))
+    more = part(found, "fisher") / found.cost.rate.flops / 3600
+    rest = sum(each.amount for each in found.cost.operations if each.name != "fisher") / found.cost.rate.flops / 3600
+    assert found.cost.gpu_hours == pytest.approx(rest + more)
+    decays = costs(search={"anchor": [EWC], "layer_decay": [1.0, 0.8]})
+    assert part(decays, "fisher") == pytest.approx(2 * part(found, "fisher"))
+    one = costs(search={"anchor": ["none", EWC], "trials": 1})
+    assert part(one, "fisher") == pytest.approx(tokens * max(per_token)), "one trial has one selection"
+    few = costs(search={"anchor": [EWC]}, size=data(replay_tokens=1000))
+    assert part(few, "fisher") == pytest.approx(part(found, "fisher") * 1000 / (64 * found.execution.row_tokens))
+
+
+def test_one_training_measures_once(plan: Any, gpus: Any, data: Any) -> None:
+    train, size = {"anchor": EWC}, data(replay_tokens=10**6)
+    found = plan("tiny", gpus(), kind="finetune", finetune={"tune": "full"}, train=train, size=size)
+    (per_token,) = [option.flops_per_token for option in found.cost.options]
+    assert part(found, "fisher") == pytest.approx(found.execution.ranks * 64 * 512 * per_token)
+    assert found.cost.operations_without_stopping == sum(each.amount for each in found.cost.operations)
+
+
+def test_another_seed_and_a_refit_in_another_layout_measure_again(plan: Any, gpus: Any, data: Any) -> None:
+    sections: dict[str, Any] = {"size": data(replay_tokens=10**6), "train": {"tokens_per_step": 8192}}
+    search = {"layers": ["all"], "tune": ["full"], "budget": 0.5, "repeats": 3}
+    without, found = (plan("tiny", gpus(), **sections, search={**search, "anchor": anchor}) for anchor in ([], [EWC]))
+    assert found.execution.ranks == 1 < found.refit_execution.ranks
+    assert part(found, "repeats") - part(without, "repeats") == pytest.approx(2 * part(found, "fisher"))
+    assert found.cost.operations_refit - without.cost.operations_refit == pytest.approx(
+        found.refit_execution.ranks * part(found, "fisher")
+    )
+    alone = plan("tiny", gpus(), **sections, search={**search, "anchor": [EWC]}, resources={"gangs": 1})
+    assert alone.refit_execution == alone.execution
+    assert alone.cost.operations_refit == pytest.approx(without.cost.operations_refit)
+
+
 # -- max_gpu_hours ----------------------------------------------------------------------------------------------------
 
 
