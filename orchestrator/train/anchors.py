@@ -64,7 +64,8 @@ class ElementAnchor:
         if importance is None:
             master.lerp_(start, reach / (1.0 + reach))
             return
-        for part, to, each in zip(master.split(CHUNK), start.split(CHUNK), importance.split(CHUNK), strict=True):
+        pieces = (whole.view(-1).split(CHUNK) for whole in (master, start, importance))
+        for part, to, each in zip(*pieces, strict=True):
             share = each * reach
             part.lerp_(to, share.div_(1.0 + share))
 

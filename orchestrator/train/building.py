@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import gc
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -46,14 +47,15 @@ def build_engine(
     if plan is not None and plan.kind == "ewc":
         retention = sets.retention
         assert retention is not None, "EWC is refused where there is no retention text"
+
+        def measure() -> list[torch.Tensor]:
+            measuring = _engine(objective, branch, groups, execution, settings, ranks, measuring=True)
+            found = fisher_information(measuring, retention, rows, ranks, trial.seed)
+            measuring.close()
+            return found
+
         file = Path(assignment.data.train).parent / "fisher" / _fisher_name(assignment, execution, ranks, retention, fingerprint)
-        fisher = read_fisher(file, ranks.device)
-        everywhere = all(ranks.gather(fisher is not None))  # measuring is the work of all ranks together
-        if fisher is None or not everywhere:
-            measured = _engine(objective, branch, groups, execution, settings, ranks, measuring=True)
-            fisher = fisher_information(measured, retention, rows, ranks, trial.seed)
-            measured.close()
-            write_fisher(file, fisher)
+        fisher = _fisher(file, measure, execution, ranks)
         held = {name for group in groups if group.anchored for name in group.names}
         num_weights = sum(getattr(p, "ds_numel", p.numel()) for name, p in branch.learning_parameters() if name in held)
         partitioned = execution.executor == "deepspeed" and execution.zero_stage > 0
@@ -62,6 +64,19 @@ def build_engine(
     if plan is not None:
         engine.hold(_anchor(plan, engine, branch, weights))
     return engine
+
+
+def _fisher(file: Path, measure: Callable[[], list[torch.Tensor]], execution: ExecutionPlan, ranks: Ranks) -> list[torch.Tensor]:
+    """This rank's, on the device of its masters; measured by all ranks together where one of them has not got it."""
+    known = read_fisher(file, torch.device("cpu") if execution.offload != "none" else ranks.device)
+    if all(ranks.gather(known is not None)):
+        assert known is not None
+        return known
+    del known
+    measured = measure()
+    gc.collect()  # the engine that measured: its masters and gradients must not stand beside those of the one that learns
+    write_fisher(file, measured)
+    return measured
 
 
 def _engine(

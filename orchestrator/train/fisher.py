@@ -17,6 +17,7 @@ from orchestrator.store import write_atomic
 from orchestrator.train.batches import RowPlan, to_tensors
 from orchestrator.train.engine import Engine
 from orchestrator.train.ranks import Ranks
+from orchestrator.train.recompute import keep_recomputing
 
 
 def fisher_information(engine: Engine, data: TokenizedSet, rows: RowPlan, ranks: Ranks, seed: int) -> list[torch.Tensor]:
@@ -35,24 +36,26 @@ def fisher_information(engine: Engine, data: TokenizedSet, rows: RowPlan, ranks:
     alone = RowPlan(rows.row_tokens, 1, pack=False)
     was_training = engine.objective.training
     engine.objective.eval()  # dropout would add its own noise
+    keep_recomputing(engine.objective)
     for document in np.sort(chosen).tolist():
         (batch,) = alone.batches(data, np.asarray([document]))
         engine.backward(engine.loss(to_tensors(batch, ranks.device)), 1.0 / ranks.count)
         engine.step(0.0)
     engine.objective.train(was_training)
-    return [square / len(chosen) for square in engine.squared_gradients()]
+    return [square.div_(len(chosen)) for square in engine.squared_gradients()]
 
 
 def importances(fisher: Sequence[torch.Tensor], num_weights: int, ranks: Ranks, *, partitioned: bool) -> list[torch.Tensor]:
     """The Fisher information over its mean, that of all ranks: 1 on average. All 1 where it is nothing everywhere.
 
     Args:
+        fisher: Becomes the answer, in place: it is as large as what learns.
         num_weights: That learn, on all ranks together; masters may be longer, for what they are padded with.
         partitioned: Whether each rank has a part of them, and not all.
     """
     (total,) = ranks.sum([sum(float(part.double().sum()) for part in fisher)])
     mean = total / (num_weights if partitioned else num_weights * ranks.count)
-    return [part / mean if mean > 0 else torch.ones_like(part) for part in fisher]
+    return [part.div_(mean) if mean > 0 else part.fill_(1.0) for part in fisher]
 
 
 def read_fisher(file: Path, device: torch.device) -> list[torch.Tensor] | None:

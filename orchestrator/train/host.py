@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import gc
 import logging
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from orchestrator.anatomy.values import ModelAnatomy
 from orchestrator.data import TokenizedSet
@@ -32,7 +29,7 @@ from orchestrator.train.integrity import base_fingerprint, changed_base
 from orchestrator.train.memory import first_line, is_out_of_memory, reset_peak
 from orchestrator.train.objective import objective_of
 from orchestrator.train.outcome import TRIAL_ERRORS, TrialOutcome, result_of
-from orchestrator.train.ranks import Ranks, join_gang
+from orchestrator.train.ranks import Ranks, join_gang, leave_gang
 from orchestrator.train.saving import Saver
 from orchestrator.train.trial import TrialRun
 from orchestrator.train.trunk.library import TrunkLibrary
@@ -119,7 +116,6 @@ class TrainHost:
                 trial starts again from `assignment.start` by it.
 
         Raises:
-            TrainingError: the base could not be put back as it was: this gang must be replaced.
             RankOutOfMemoryError: memory ran out on this rank while the others wait for it: this gang must be replaced.
             BaseLostError: the base could not be put back as it was: this gang must be replaced.
             Exception: whatever else breaks the gang itself (a lost rank, a full disk).
@@ -307,16 +303,8 @@ class TrainHost:
             )
 
     def close(self) -> None:
-        """Leave the gang, once everything stands that it made.
-
-        The process groups' threads end here: one that lives on may let go of a tensor while Python itself ends, and that
-        aborts the process.
-        """
+        """Leave the gang, once everything stands that it made."""
         self._saver.close()
         self._trunk.close()
         gc.unfreeze()
-        if not dist.is_initialized():
-            return
-        comm: Any = sys.modules.get("deepspeed.comm")  # which holds groups of its own, where it was started
-        (comm if comm is not None and comm.is_initialized() else dist).destroy_process_group()
-        gc.collect()  # an engine that has ended may hold a group in a cycle
+        leave_gang()

@@ -57,6 +57,6 @@ class LearnedSets:
 
     @cached_property
     def retention(self) -> TokenizedSet | None:
-        """Retention text that is not scored; where all of it is, that."""
-        text = self.assignment.data.replay or self.assignment.data.retain
-        return self.load_set(text) if text is not None else None
+        """Retention text that is not scored; a trial that wants some has some, or its data would have been refused."""
+        replay = self.assignment.data.replay
+        return self.load_set(replay) if replay is not None else None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -91,6 +93,16 @@ def join_gang(execution: ExecutionPlan, rank: int, world_size: int, init_method:
     if world_size > 1 or execution.executor == "deepspeed":
         _join(execution, rank, world_size, init_method)
     return Ranks(rank, world_size, device)
+
+
+def leave_gang() -> None:
+    """Leave the process group, where there is one, and end its threads: one that lives on may let go of a tensor while Python
+    itself ends, and that aborts the process."""
+    if not dist.is_initialized():
+        return
+    comm: Any = sys.modules.get("deepspeed.comm")  # which holds groups of its own, where it was started
+    (comm if comm is not None and comm.is_initialized() else dist).destroy_process_group()
+    gc.collect()  # an engine that has ended may hold a group in a cycle
 
 
 def _device(execution: ExecutionPlan) -> torch.device:

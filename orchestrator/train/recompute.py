@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -48,3 +49,11 @@ def recomputed(blocks: Iterable[Any]) -> Iterator[None]:
         for block in switched:
             block.gradient_checkpointing = False
             del block._gradient_checkpointing_func
+
+
+def keep_recomputing(model: nn.Module) -> None:
+    """Have the switched blocks of a model in evaluation mode recompute still, until its mode is set again. They look at their own
+    mode; what is in them, dropout too, keeps the model's."""
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+            module.training = True

@@ -23,7 +23,8 @@ def begin_anew(branch: Branch, seed: int) -> None:
         branch: Freshly opened; no engine has taken its parameters.
 
     Raises:
-        TrainingError: a parameter that a new model does not have, or of which this rank holds a part alone (ZeRO-3).
+        TrainingError: a parameter that a new model does not have or leaves without values, or of which this rank holds a part
+            alone (ZeRO-3).
     """
     model: Any = branch.model
     config = copy.deepcopy(model.config)
@@ -39,6 +40,8 @@ def begin_anew(branch: Branch, seed: int) -> None:
             if not own.keys() & learning.keys():
                 continue
             module.to_empty(device="cpu", recurse=False)
+            for parameter in module.parameters(recurse=False):
+                parameter.fill_(torch.nan)
             fresh._init_weights(module)
             for whole_name in own.keys() & learning.keys():
                 _copy(whole_name, learning.pop(whole_name), getattr(module, own[whole_name]))
@@ -48,7 +51,7 @@ def begin_anew(branch: Branch, seed: int) -> None:
 
 
 def _copy(name: str, parameter: torch.Tensor, drawn: torch.Tensor) -> None:
-    if drawn.shape != parameter.shape:
+    if drawn.shape != parameter.shape or drawn.isnan().any():
         raise _cannot_begin_with(name)
     parameter.copy_(drawn)
 

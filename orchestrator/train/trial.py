@@ -108,14 +108,14 @@ class TrialRun:
                 self._score_untrained(objective, stack)
                 return
             start = self.start_point()
+            if self.execution.checkpointing:
+                blocks = branch.model.get_submodule(self.base.anatomy.blocks_module)
+                stack.enter_context(recomputed(list(blocks.children())[assignment.selection.cut :]))
             engine = self.build_engine(objective, branch)
             stack.callback(engine.close)
             if start is not None and not start.exact:
                 self.take_weights(branch, start.folder)
                 engine.refresh_masters()
-            if self.execution.checkpointing:
-                blocks = branch.model.get_submodule(self.base.anatomy.blocks_module)
-                stack.enter_context(recomputed(list(blocks.children())[assignment.selection.cut :]))
             if assignment.compiling is not None:
                 steps = step_inputs(self.sets.steps, replace(self.rows, one_shape=True), 0, LOOKED_AT, self.sets.states)
                 self.outcome.compile_times = time_compiled(self.base, engine, assignment.selection.cut, self.execution, steps)

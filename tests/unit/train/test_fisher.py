@@ -18,6 +18,7 @@ from orchestrator.train.branch import open_branch
 from orchestrator.train.fisher import fisher_information, importances, read_fisher, write_fisher
 from orchestrator.train.objective import objective_of
 from orchestrator.train.ranks import ALONE
+from orchestrator.train.recompute import recomputed
 from orchestrator.train.torch_engine import TorchEngine
 
 
@@ -53,6 +54,27 @@ def test_it_is_the_mean_of_squared_gradients_of_single_documents(
         engine.close()
         assert all(torch.equal(old, parameter) for old, (_, parameter) in zip(before, learning, strict=True))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=float(wanted.max()) * 1e-6)
+
+
+def test_activations_are_computed_again_where_they_are_in_training(
+    llama_folder: Callable[..., Path], base_of: Callable[..., LoadedBase], selection_on: Callable[..., LayerSelection]
+) -> None:
+    """A document that trains with checkpointing alone must not be kept whole to be measured. And nothing else is measured."""
+    base, data, calls = base_of(llama_folder()), texts(3), list[str]()
+    found: list[torch.Tensor] = []
+    with open_branch(base, selection_on(base, "last:2", "full"), lora_alpha=0, seed=0) as branch:
+        blocks = list(base.model.model.layers)
+        blocks[-1].mlp.register_forward_pre_hook(lambda *_: calls.append("top"))
+        blocks[0].mlp.register_forward_pre_hook(lambda *_: calls.append("bottom"))
+        for again in ([], blocks[-2:]):
+            calls.clear()
+            objective = objective_of(base, branch.head())
+            engine = TorchEngine(objective, branch.learning_parameters(), weight_decay=0.0, grad_clip=1.0, measuring=True)
+            with recomputed(again):
+                found += fisher_information(engine, data, RowPlan(32, 4, pack=True), ALONE, seed=1)
+            engine.close()
+            assert (calls.count("top"), calls.count("bottom")) == ((2 if again else 1) * len(data), len(data))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=0.0)
 
 
 def test_importances_are_1_on_average_and_all_1_where_nothing_matters() -> None:

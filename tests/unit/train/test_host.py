@@ -19,11 +19,13 @@ from transformers import PreTrainedTokenizerFast
 from orchestrator.anatomy import read_anatomy, select
 from orchestrator.data import build_set
 from orchestrator.errors import BaseLostError, RankOutOfMemoryError, TrainingError
+from orchestrator.plan.remedies import NOTHING, AnchorPlan, Remedies
 from orchestrator.plan.results import RungResult
 from orchestrator.plan.values import Assignment, BaseLoad, DataPaths, ExecutionPlan, TrainSettings, TrialSpec
 from orchestrator.store import check_folder, read_jsonl
-from orchestrator.train import TrainHost, find_latest, saving
+from orchestrator.train import TrainHost, building, find_latest, saving
 from orchestrator.train.branch import PlainKeeper
+from orchestrator.train.engine import num_live_engines
 from orchestrator.train.objective import Objective
 from orchestrator.train.torch_engine import TorchEngine
 
@@ -61,12 +63,12 @@ class Bench:
         stop: int = STEPS,
         control: Any = None,
         execution: ExecutionPlan = EXECUTION,
+        remedies: Remedies = NOTHING,
         **values: Any,
     ) -> Assignment:
-        rank = 4 if tune == "lora" else None
-        data = DataPaths(
-            train=str(self.folder / "train.npz"), eval=str(self.folder / "eval.npz"), retain=str(self.folder / "eval.npz")
-        )
+        rank, held = 4 if tune == "lora" else None, str(self.folder / "eval.npz")
+        replay = held if remedies.needs_replayed_text else None
+        data = DataPaths(train=str(self.folder / "train.npz"), eval=held, retain=held, replay=replay)
         return Assignment(
             trial=TrialSpec(
                 trial_id=name,
@@ -79,6 +81,7 @@ class Bench:
                 total_steps=STEPS,
                 total_tokens=64 * STEPS,
                 seed=1,
+                remedies=remedies,
             ),
             selection=select(self.anatomy, policy, tune, rank, task=self.task, num_classes=self.num_classes),
             execution=execution,
@@ -166,6 +169,38 @@ def test_a_resumed_trial_is_the_straight_one(bench: Bench) -> None:
     whole = bench.run("parts", tune="full", start=part.checkpoint, rung=1)
     assert bench.bits("parts") == bench.bits("straight")
     assert whole.state == "done"
+
+
+@pytest.mark.parametrize(
+    ("tune", "remedies"),
+    [
+        ("full", Remedies(anchor=AnchorPlan(kind="l2sp", strength=100.0))),
+        ("full", Remedies(anchor=AnchorPlan(kind="ewc", strength=100.0), replay=0.3, layer_decay=0.5)),
+        ("lora", Remedies(anchor=AnchorPlan(kind="product", strength=100.0))),
+    ],
+    ids=["l2sp", "ewc, replay and decay", "product"],
+)
+def test_a_resumed_trial_is_held_to_the_base_still(bench: Bench, tune: str, remedies: Remedies) -> None:
+    """Not to where it was resumed, and with the weights that the first engine had measured."""
+    settings: dict[str, Any] = {"tune": tune, "policy": "last:2", "remedies": remedies}
+    bench.run("straight", **settings)
+    part = bench.run("parts", stop=2, **settings)
+    bench.host._saver.forget()
+    bench.run("parts", start=part.checkpoint, rung=1, **settings)
+    assert bench.bits("parts") == bench.bits("straight")
+    bench.run("plain", tune=tune, policy="last:2")
+    assert bench.bits("plain") != bench.bits("straight")
+
+
+def test_what_measured_the_weights_is_gone_before_what_learns_is_held(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan counts one engine, and the weights are measured once for all trials of a selection."""
+    alive: list[int] = []
+    anchor = building._anchor
+    monkeypatch.setattr(building, "_anchor", lambda *given: (alive.append(num_live_engines()), anchor(*given))[1])
+    for name in ("first", "second"):
+        bench.run(name, tune="full", remedies=Remedies(anchor=AnchorPlan(kind="ewc", strength=1.0)))
+    assert alive == [1, 1]
+    assert len(list((bench.folder / "fisher").iterdir())) == 1
 
 
 def assert_same_tensors(one: Path, other: Path) -> None:

@@ -1,0 +1,26 @@
+"""What a trial learns from: never what it is scored on."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from orchestrator.data import TokenizedSet, build_set
+from orchestrator.plan.values import Assignment, DataPaths
+from orchestrator.train.learned import LearnedSets
+from orchestrator.train.trunk.library import TrunkLibrary
+
+
+def set_named(path: str) -> TokenizedSet:
+    return build_set([(np.full(3, len(path)), np.ones(3, bool))])
+
+
+def retention_of(**paths: str) -> TokenizedSet | None:
+    assignment = Assignment.model_construct(data=DataPaths(train="train", eval="eval", **paths))
+    return LearnedSets(assignment, set_named, TrunkLibrary.__new__(TrunkLibrary)).retention
+
+
+def test_weights_are_weighed_by_retention_text_that_is_not_scored() -> None:
+    found = retention_of(retain="scored", replay="learned from")
+    assert found is not None
+    assert found.document(0)[0].tolist() == [len("learned from")] * 3
+    assert retention_of(retain="scored") is None
