@@ -19,7 +19,7 @@ NUM_DRAWN = 60
 
 def more_data(sweep: SweepResult) -> Html:
     """The curve with its sentence, or why there is none."""
-    found = sweep.learning_curve
+    found = sweep.curve_of_winner
     if found is None:
         return html.paragraph(f"The learning curve is left out: {sweep.no_learning_curve}.")
     trained = ", ".join(map(str, found.counts[:-1]))

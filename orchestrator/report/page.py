@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from orchestrator.report import curve, evidence, html, layers, sections, shift, timeline
+from orchestrator.report import curve, evidence, held_out, html, layers, sections, shift, timeline
 from orchestrator.report.html import Html
 from orchestrator.report.reading import RunRecords, read_run
 from orchestrator.store import write_atomic
@@ -50,7 +50,7 @@ def _sections(run: RunRecords) -> list[tuple[str, Html]]:
     sweep, transfer = run.sweep, run.transfer
     found: list[tuple[str, Html]] = []
     if transfer is not None:
-        found.append(("Gain on the test set", evidence.gains(transfer)))
+        found.append(("Gain on the test set", held_out.gains(transfer)))
     if sweep is not None:
         found.append(("Layers and learning rate", sections.search_map(run, sweep)))
         if run.layer_scores is not None:
@@ -58,13 +58,13 @@ def _sections(run: RunRecords) -> list[tuple[str, Html]]:
         if run.domain_shift is not None:
             found.append(("Domain shift", shift.domain_shift(run, run.domain_shift)))
         found.append(("Target against retention", sections.trade_off(sweep)))
-        if sweep.learning_curve is not None or sweep.no_learning_curve:
+        if sweep.curve_of_winner is not None or sweep.no_learning_curve:
             found.append(("Would more data help?", curve.more_data(sweep)))
     if transfer is not None:
-        found.append(("Prompts, before and after", evidence.prompts(transfer)))
+        found.append(("Prompts, before and after", held_out.prompts(transfer)))
         found.append(("Bundle", evidence.bundle(run, transfer)))
     if sweep is not None:
-        found.append(("What to try next", sections.next_steps(sweep)))
+        found.append(("What to try next", sections.next_steps(sweep, transfer)))
         found.append(("Loss curves", sections.loss_curves(run, sweep)))
         found.append(("Trials", sections.trial_table(sweep)))
     if run.results:

@@ -17,6 +17,7 @@ from orchestrator.plan.results import EngineRecord, RungResult, StepReport
 from orchestrator.plan.scored import LayerScores
 from orchestrator.plan.shift import DomainShift
 from orchestrator.plan.values import RunPlan, TrialSpec
+from orchestrator.transfer import WORST_SCORE, forgetting, score
 from orchestrator.transfer.measured import EngineFigures
 from orchestrator.transfer.records import RungRecord, SweepResult, TransferReport, TrialRecord
 from orchestrator.values import Value
@@ -174,14 +175,17 @@ def _sweep_so_far(folder: Path, plan: RunPlan | None, spec_text: str, gaps: list
     if not trials and plan is None:
         return None
     base = next((trial.retain_loss for trial in trials if trial.control == "none"), None)
+    bound = float(search.get("max_forgetting", 0.10))
+    best_counts = plan is not None and plan.search is not None and plan.search.patience is not None
+    compared = [_compared(_scored(trial, base, metric, bound), best_counts) for trial in trials]
     return SweepResult(
         name=plan.name if plan else folder.name,
         job="finetune" if plan is not None and plan.search is None else "sweep",
         task=plan.base.task if plan else "completion",
         metric=metric,
         higher_is_better=metric != "loss",
-        max_forgetting=float(search.get("max_forgetting", 0.10)),
-        trials=tuple(_with_forgetting(trial, base) for trial in sorted(trials, key=lambda trial: trial.number)),
+        max_forgetting=bound,
+        trials=tuple(sorted(compared, key=lambda trial: trial.number)),
         winner_id=None,
         promotion_reason="the run has not ended",
         num_gangs=plan.num_gangs if plan else 1,
@@ -256,11 +260,20 @@ def engine_figures(engine: EngineRecord) -> EngineFigures:
     return EngineFigures.model_validate(shown)
 
 
-def _with_forgetting(trial: TrialRecord, base_retain_loss: float | None) -> TrialRecord:
-    if base_retain_loss is None:
+def _scored(trial: TrialRecord, base_retain_loss: float | None, metric: str, bound: float) -> TrialRecord:
+    """Its rungs with forgetting and with the score that the search minimises."""
+    rungs: list[RungRecord] = []
+    for rung in trial.rungs:
+        after, lost = rung.retain_loss, None
+        if after is not None and base_retain_loss is not None:
+            lost = forgetting(after, base_retain_loss)
+        value = WORST_SCORE if rung.metric is None else score(rung.metric, metric != "loss", lost, bound)
+        rungs.append(rung.model_copy(update={"forgetting": lost, "score": value}))
+    return trial.model_copy(update={"rungs": tuple(rungs)})
+
+
+def _compared(trial: TrialRecord, best_counts: bool) -> TrialRecord:
+    """Judged as the search judges it: by its last rung, or, where its held-out loss may end it, by the best so far."""
+    if not best_counts or not trial.rungs:
         return trial
-    rungs = tuple(
-        rung if rung.retain_loss is None else rung.model_copy(update={"forgetting": rung.retain_loss - base_retain_loss})
-        for rung in trial.rungs
-    )
-    return trial.model_copy(update={"rungs": rungs})
+    return trial.model_copy(update={"judged_rung": min(trial.rungs, key=lambda rung: rung.score or 0.0).rung})

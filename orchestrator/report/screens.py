@@ -17,6 +17,7 @@ from orchestrator.report.wording import (
     summary_sentence,
     verdict_sentence,
 )
+from orchestrator.transfer.after_verdict import advice_after
 from orchestrator.transfer.records import PromptComparison, SweepResult, TransferReport, TrialRecord
 
 WIDTH = 100
@@ -32,8 +33,8 @@ def final_screen(sweep: SweepResult, transfer: TransferReport) -> str:
         lines += _entry("ended", sweep.ended_by_hours)
     if answered := _answered(transfer):
         lines += _entry("answers", answered)
-    if sweep.learning_curve is not None:
-        lines += _entry("more data", sweep.learning_curve.sentence)
+    if sweep.curve_of_winner is not None:
+        lines += _entry("more data", sweep.curve_of_winner.sentence)
     if again := reads_sentence(transfer.test_set_reads):
         lines += _entry("note", again)
     if transfer.prompts:
@@ -44,11 +45,18 @@ def final_screen(sweep: SweepResult, transfer: TransferReport) -> str:
         lines += _entry("report", f"{transfer.report}    {summary_sentence(sweep)}")
     else:
         lines += _entry("search", summary_sentence(sweep))
-    following = [*(sweep.advice[:1] if sweep.ended_by_hours else ()), *transfer.serve_commands[:1]]
-    following = following if transfer.bundle else list(sweep.advice[:3])
-    for index, step in enumerate(following):
+    for index, step in enumerate(_following(sweep, transfer)):
         lines += _entry("next" if index == 0 else "", step)
     return "\n".join(lines)
+
+
+def _following(sweep: SweepResult, transfer: TransferReport) -> list[str]:
+    """What to do next; how to serve a bundle only where that is not advised against."""
+    if not transfer.bundle:
+        return list(sweep.advice[:3])
+    hours = sweep.advice[:1] if sweep.ended_by_hours else ()
+    serve = () if transfer.verdict == "negative" else transfer.serve_commands[:1]
+    return [*advice_after(transfer, by_hand=sweep.promoted_by_hand), *hours, *serve]
 
 
 def _entry(name: str, written: str) -> list[str]:

@@ -27,7 +27,9 @@ from orchestrator.report.wording import (
     verdict_sentence,
 )
 from orchestrator.transfer import pareto_front
-from orchestrator.transfer.records import SweepResult, TrialRecord
+from orchestrator.transfer.after_verdict import advice_after
+from orchestrator.transfer.promotion import PROMOTABLE_CONTROLS
+from orchestrator.transfer.records import SweepResult, TransferReport, TrialRecord
 from orchestrator.units import format_count, format_seconds
 
 SMOOTHING = 0.15
@@ -191,15 +193,16 @@ def _training_curve(run: RunRecords, trial: TrialRecord, promoted: bool) -> Curv
 
 def trade_off(sweep: SweepResult) -> Html:
     """Target against retention."""
-    could_be_promoted = (trial for trial in sweep.trials if trial.control in (None, "none", "head"))
+    drawn = (trial for trial in sweep.trials if trial.control in (*PROMOTABLE_CONTROLS, "none") and trial.state != "failed")
     measured = [
         trial
-        for trial in could_be_promoted
+        for trial in drawn
         if None not in (trial.metric, trial.forgetting) and math.isfinite((trial.metric or 0.0) + (trial.forgetting or 0.0))
     ]
-    if all(trial.control is not None for trial in measured):
+    promotable = [trial for trial in measured if trial.control in PROMOTABLE_CONTROLS]
+    if not promotable:
         return html.paragraph("Retention was not measured: the spec names no `data.retain`, or no trial got that far.")
-    front = set(sweep.front) or _front(measured, sweep.higher_is_better)
+    front = _front(promotable, sweep.higher_is_better)
     points = [
         TradeOff(
             CONTROL_NAMES.get(trial.control or "", trial.tune),
@@ -224,8 +227,8 @@ def trade_off(sweep: SweepResult) -> Html:
     ]
     data = html.table(["trial", "what", sweep.metric, "forgetting", "on the front", "within the bound"], rows, numeric=(0, 2, 3))
     caption = (
-        "No trial is both better on the target and kinder to what the base knew than one on the front. "
-        "The grey area is beyond the bound."
+        "No trial is both better on the target and kinder to what the base knew than one on the front; "
+        "the untouched base, which is no trial, is drawn beside them. The grey area is beyond the bound."
     )
     return html.join([html.paragraph(recommendation(sweep)), html.picture(svg, caption, data)])
 
@@ -298,11 +301,7 @@ def _steps(trial: TrialRecord) -> str:
     return f"{last.step}/{trial.total_steps}" + (f", by {judged.step}" if judged.step != last.step else "")
 
 
-def next_steps(sweep: SweepResult) -> Html:
-    advice = (
-        html.bullets(sweep.advice, ordered=True)
-        if sweep.advice
-        else html.tag("p", "No advice: nothing in the records asks for it.")
-    )
-    decision = html.paragraph(recommendation(sweep))
-    return html.join([decision, advice])
+def next_steps(sweep: SweepResult, transfer: TransferReport | None) -> Html:
+    advice = [*(advice_after(transfer, by_hand=sweep.promoted_by_hand) if transfer else ()), *sweep.advice]
+    nothing = html.tag("p", "No advice: nothing in the records asks for it.")
+    return html.join([html.paragraph(recommendation(sweep)), html.bullets(advice, ordered=True) if advice else nothing])

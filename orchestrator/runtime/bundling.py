@@ -24,7 +24,7 @@ from orchestrator.serve import (
 )
 from orchestrator.serve.scores import PROMOTED, UNTOUCHED
 from orchestrator.store import append_jsonl, read_jsonl, versions
-from orchestrator.transfer import Comparison, OverSeeds, over_seeds, paired_comparison, verdict
+from orchestrator.transfer import Comparison, OverSeeds, between_trained, over_seeds, paired_comparison, verdict
 from orchestrator.transfer.records import Control, ModelScores, TransferReport
 
 READINGS = "readings.jsonl"
@@ -50,12 +50,18 @@ def bundle_and_judge(inputs: BundleInputs, bundle: str, metric: str, max_forgett
     require_passed(figures, staged.folder)
     reads = count_reading(final.parent / "test", inputs.trial.trial_id)
     scores = score_test(staged.folder, inputs, final.parent / "test")
-    comparisons = _comparisons(inputs, scores, metric, seed)
+    by_seed = _gain_over_seeds(inputs, scores, metric)
+    comparisons = _comparisons(inputs, scores, metric, seed, by_seed)
     others: dict[Control, Comparison] = {
         name: comparison for name, comparison in comparisons.items() if name not in ("none", "scratch")
     }
-    by_seed = _gain_over_seeds(inputs, scores, metric)
-    found = verdict(comparisons["none"], comparisons.get("scratch"), others=others, over_seeds=by_seed)
+    found = verdict(
+        comparisons["none"],
+        comparisons.get("scratch"),
+        others=others,
+        over_seeds=by_seed,
+        failed_seeds=inputs.failed_seeds,
+    )
     transfer = TransferReport(
         verdict=found.kind,
         sentence=found.sentence.removeprefix(f"{found.kind}: ") + beyond_bound(scores.models, max_forgetting),
@@ -90,18 +96,23 @@ def beyond_bound(scores: Sequence[ModelScores], max_forgetting: float) -> str:
     return f"; but it forgot {lost:+.3f} nats per token, more than the bound of {max_forgetting:g}"
 
 
-def _comparisons(inputs: BundleInputs, scores: HeldOutScores, metric: str, seed: int) -> dict[Control, Comparison]:
-    """The bundle against every model that was scored beside it, document by document."""
+def _comparisons(
+    inputs: BundleInputs, scores: HeldOutScores, metric: str, seed: int, by_seed: OverSeeds | None
+) -> dict[Control, Comparison]:
+    """The bundle against every model that was scored beside it, document by document; where that was trained too, as wide as two
+    seeds differ."""
     by_answer, unit = _judged_by(inputs, metric)
     labels = TokenizedSet.load(inputs.test_set).labels
     own, weights = _losses(scores, PROMOTED, labels, by_answer)
     others: tuple[Control, ...] = ("none", "head", "scratch", "shuffled", "k_shot")
     ran = {model.model for model in scores.models}
-    return {
+    compared: dict[Control, Comparison] = {
         name: paired_comparison(own, _losses(scores, name, labels, by_answer)[0], weights, seed, unit=unit)
         for name in others
         if name in ran
     }
+    trained = ("head", "scratch", "shuffled")
+    return {name: between_trained(each, by_seed) if name in trained else each for name, each in compared.items()}
 
 
 def _gain_over_seeds(inputs: BundleInputs, scores: HeldOutScores, metric: str) -> OverSeeds | None:

@@ -60,6 +60,7 @@ def finish(prepared: Prepared, sweep: SweepResult, view: RunView) -> RunOutcome:
             "plan_against_measured": plan_against_measured(prepared, sweep, refitted),
             "memory": memory_rows(sweep.trials),
             "trial_id": entry.trial.trial_id,
+            "controls_left_out": controls.left_out,
         }
     )
     return RunOutcome(prepared.run.path, sweep, transfer)
@@ -82,29 +83,41 @@ class Controls:
     artifacts: dict[str, str]
     """Checkpoint by control."""
     left_out: tuple[str, ...] = ()
-    """Why one that was trained does not."""
+    """Why one that was wanted does not."""
+    failed_seeds: int = 0
+    """From how many other seeds the same training failed."""
 
 
 def controls_beside(prepared: Prepared, ledger: Ledger, trial: TrialSpec, bundled_step: int) -> Controls:
     """`head`, and what was trained late to as many steps as what is bundled: another budget is no control. With early stopping
-    every seed ends where it is best on the eval set, as the winner did."""
-    artifacts, left_out, base = dict[str, str](), list[str](), base_result(ledger)
+    every seed ends where it is best on the eval set, as the winner did. The one-trial job has none."""
+    if prepared.plan.search is None:
+        return Controls({})
+    artifacts, left_out, failed_seeds = dict[str, str](), list[str](), 0
     for name, trial_id in {"head": "head", **late_controls(prepared.plan, trial.trial_id)}.items():
+        if trial_id == trial.trial_id:
+            continue
         entry = ledger.get(trial_id)
-        done = [result for result in entry.results if result.state == "done"] if entry is not None else []
-        judged = prepared.scoring.judged(done, base) if done else None
-        if entry is None or judged is None or trial_id == trial.trial_id:
-            continue
-        if not entry.ended_for_good:
-            left_out.append(f"{trial_id} was held back after {judged.step} steps")
-            continue
-        ends_by_itself = name == "head" or (name.startswith(REPEAT) and prepared.scoring.patience is not None)
-        beside = judged if ends_by_itself else next((result for result in done if result.step == bundled_step), None)
-        if beside is None or beside.checkpoint is None:
-            left_out.append(f"{trial_id} was trained to {done[-1].step} steps and what is bundled to {bundled_step}")
+        if entry is not None and entry.end is not None and entry.end.state == "failed":
+            left_out.append(f"{trial_id} failed: {entry.end.reason}")
+            failed_seeds += name.startswith(REPEAT)
+        elif entry is None or not entry.results:
+            left_out.append(f"{trial_id} was not trained")
+        elif not entry.ended_for_good:
+            left_out.append(f"{trial_id} was held back after {entry.results[-1].step} steps")
+        elif checkpoint := _checkpoint_beside(prepared, ledger, name, entry, bundled_step):
+            artifacts[name] = checkpoint
         else:
-            artifacts[name] = beside.checkpoint
-    return Controls(artifacts, tuple(left_out))
+            left_out.append(f"{trial_id} was trained to {entry.results[-1].step} steps and what is bundled to {bundled_step}")
+    return Controls(artifacts, tuple(left_out), failed_seeds)
+
+
+def _checkpoint_beside(prepared: Prepared, ledger: Ledger, name: str, entry: TrialEntry, bundled_step: int) -> str | None:
+    """That of the rung that stands beside what is bundled; None where there is none of its budget."""
+    scoring = prepared.scoring
+    if name == "head" or (name.startswith(REPEAT) and scoring.patience is not None):
+        return scoring.judged(entry.results, base_result(ledger)).checkpoint
+    return next((result.checkpoint for result in entry.results if result.step == bundled_step), None)
 
 
 def _inputs(prepared: Prepared, entry: TrialEntry, bundled: RungResult, controls: Controls) -> BundleInputs:
@@ -126,6 +139,7 @@ def _inputs(prepared: Prepared, entry: TrialEntry, bundled: RungResult, controls
         test_set=str(folder / "test.npz"),
         retain_set=prepared.data_paths.retain,
         controls=controls.artifacts,
+        failed_seeds=controls.failed_seeds,
         shots=search.shots if search is not None and "k_shot" in search.controls else 0,
         separator=prepared.spec.data.separator,
         data_sha256=prepared.data.inputs_sha256,

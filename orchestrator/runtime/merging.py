@@ -18,6 +18,7 @@ from orchestrator.transfer.records import SweepResult
 from orchestrator.transfer.view import RunView
 
 BY_THE_RULE = "; by the rule: "
+_NOT_BY_THE_RULE = "it is measured of a trial that is promoted by the rule"
 
 
 def merge_trial(
@@ -35,24 +36,35 @@ def merge_trial(
             raise UsageError("the search has not come to its end", where=str(run.path), remedy="submit the spec again")
         sweep = SweepResult.model_validate(read_json(run.sweep))
         chosen = choose(sweep, Ledger(run.trials), trial_id, promote=promote)
-        if chosen != sweep.winner_id:
-            run.event("promoted_by_hand", trial_id=chosen, instead_of=sweep.winner_id)
+        before = sweep.winner_id
+        if chosen != before:
             sweep = promoted_by_hand(sweep, chosen)
         with connected(address), _shown(view, sweep, chosen):
             require_shared_storage(run.path)
-            return write_outcome(finish(prepared, sweep, view))
+            outcome = write_outcome(finish(prepared, sweep, view))
+        if chosen != before:
+            run.event("promoted_by_hand", trial_id=chosen, instead_of=before)
+        return outcome
 
 
 def promoted_by_hand(sweep: SweepResult, trial_id: str) -> SweepResult:
-    """The record with another trial promoted. What the rule had said stays, however often a person decides; the learning curve,
-    which is of the trial that the rule promoted, does not."""
+    """The record with another trial promoted. What the rule had said stays, however often a person decides; so does the learning
+    curve, and is told where its own trial is promoted.
+
+    Raises:
+        UsageError: the record does not know the trial yet.
+    """
     rule = sweep.promotion_reason.partition(BY_THE_RULE)[2] if sweep.promoted_by_hand else sweep.promotion_reason
-    label = next(trial.label for trial in sweep.trials if trial.trial_id == trial_id)
+    label = next((trial.label for trial in sweep.trials if trial.trial_id == trial_id), None)
+    if label is None:
+        remedy = "submit the spec again: the search goes on to its end"
+        raise UsageError(f"trial {trial_id} came after the search was last summed up", remedy=remedy)
     reason = f"promoted by hand: {label}{BY_THE_RULE}{rule}"
     update = {"winner_id": trial_id, "promoted_by_hand": True, "promotion_reason": reason}
-    if sweep.learning_curve is not None and sweep.learning_curve.trial_id != trial_id:
-        why = f"it was measured of {sweep.learning_curve.trial_id}, before another was promoted by hand"
-        update |= {"learning_curve": None, "no_learning_curve": why}
+    if sweep.learning_curve is not None or sweep.no_learning_curve:
+        curve = sweep.learning_curve
+        of = f"it was measured of {curve.trial_id}, before another was promoted by hand" if curve else _NOT_BY_THE_RULE
+        update |= {"no_learning_curve": "" if curve is not None and curve.trial_id == trial_id else of}
     return sweep.model_copy(update=update)
 
 

@@ -19,6 +19,7 @@ from orchestrator.runtime.records import base_result, trial_records
 from orchestrator.store import read_json, write_json
 from orchestrator.transfer import Comparison, Promotion, paired_comparison, pareto_front, promote
 from orchestrator.transfer.learning_curve import LearningCurve
+from orchestrator.transfer.promotion import PROMOTABLE_CONTROLS
 from orchestrator.transfer.records import SweepResult, TransferReport, TrialRecord
 
 MORE_HOURS = "raise resources.max_gpu_hours and submit again: the search goes on from where it was ended"
@@ -77,8 +78,8 @@ def summarise(
     promotion = decide(prepared, ledger, trials)
     winner = ledger.get(promotion.trial_id) if promotion.trial_id is not None else None
     late = late_controls(prepared.plan, winner.trial.trial_id) if winner is not None else {}
-    searched = [trial for trial in trials if trial.control is None and trial.metric is not None]
-    front = pareto_front([(_target(trial, scoring.higher_is_better), trial.forgetting or 0.0) for trial in searched])
+    promotable = [t for t in trials if t.control in PROMOTABLE_CONTROLS and t.state != "failed" and t.metric is not None]
+    front = pareto_front([(_target(trial, scoring.higher_is_better), trial.forgetting or 0.0) for trial in promotable])
     curve = curve_of(prepared, ledger, winner)
     points = curve_ids(prepared, winner, base_result(ledger)) if winner is not None else []
     ended_by_hours = _ended_by_hours(prepared, ledger, hours, late, points)
@@ -97,7 +98,7 @@ def summarise(
         winner_id=promotion.trial_id,
         promotion_reason=promotion.reason,
         advice=((MORE_HOURS,) if ended_by_hours else ()) + promotion.advice,
-        front=tuple(searched[index].trial_id for index in front),
+        front=tuple(promotable[index].trial_id for index in front),
         num_gangs=prepared.plan.num_gangs,
         ranks_per_gang=prepared.plan.execution.ranks,
         base_loads=sum(gang.base_loads for gang in figures),
@@ -127,16 +128,13 @@ def _ended_by_hours(
         late: The ids of the promoted trial's controls, by name.
         points: Ids of the trials of its learning curve.
     """
-    search = prepared.spec.search
-    if hours is None or not hours.spent or prepared.plan.search is None or search is None:
+    if hours is None or not hours.spent or prepared.plan.search is None:
         return ""
     done = sum(entry.trial.control is None and entry.ended_for_good for entry in ledger.entries())
     asked = prepared.plan.search.num_trials
     if done < asked:
         return f"the search was ended after {done} of {asked} trials: {hours.spent}"
-    unasked = {"shuffled", "scratch"} - {*search.controls} | ({"scratch"} if prepared.plan.scratch_memory is None else set())
-    wanted = {"head": "head", **{name: trial_id for name, trial_id in late.items() if name not in unasked}}
-    controls = [name for name, trial_id in wanted.items() if _is_missing(ledger, trial_id)]
+    controls = [name for name, trial_id in {"head": "head", **late}.items() if _is_missing(ledger, trial_id)]
     missing = [f"the control {' and '.join(controls)}"] if controls else []
     missing += ["the learning curve"] if any(_is_missing(ledger, trial_id) for trial_id in points) else []
     if not missing:

@@ -95,7 +95,8 @@ def _order(search: SearchPlan, seed: int) -> list[int]:
 
     So a choice of blocks stands before its parts, and what trains no block comes last. Without scores all are equals. Where
     the target lies near, more blocks come before fewer; where it lies far or examples are few, what leaves the most blocks frozen
-    below comes first, the head before any block, and of these fewer blocks before more.
+    below comes first, the head before any block, and of these fewer blocks before more; of equals LoRA before full where
+    examples are few, since it has fewer numbers to learn.
     """
     shares = search.shares or (0.0,) * len(search.options)
 
@@ -104,8 +105,10 @@ def _order(search: SearchPlan, seed: int) -> list[int]:
             return -min(blocks, default=math.inf), len(blocks)
         return 0.0, -len(blocks) if search.prior == "near" else 0
 
-    def key(index: int) -> tuple[tuple[float, int], float, float]:
-        return advised(search.options[index].selection.blocks), -shares[index], _uniform(seed, index, "order")
+    def key(index: int) -> tuple[tuple[float, int], float, bool, float]:
+        option = search.options[index]
+        costly = search.prior == "few" and option.tune == "full"
+        return advised(option.selection.blocks), -shares[index], costly, _uniform(seed, index, "order")
 
     return sorted(range(len(search.options)), key=key)
 

@@ -125,6 +125,14 @@ def _search(prepared: Prepared, view: RunView, started_at: float) -> tuple[Prepa
             _tell(prepared, view, "learning_curve", sweep.learning_curve.sentence)
         if sweep.no_learning_curve:
             _tell(prepared, view, "learning_curve_left_out", sweep.no_learning_curve)
+        if earlier is not None and earlier.promoted_by_hand and earlier.winner_id != sweep.winner_id:
+            instead = f"{earlier.winner_id}, which was promoted by hand before the search went on"
+            _tell(
+                prepared,
+                view,
+                "promoted_by_rule",
+                f"{sweep.winner_id or 'nothing'} is promoted by the rule, instead of {instead}",
+            )
         if sweep.ended_by_hours:
             _tell(prepared, view, "ended_by_hours", sweep.ended_by_hours)
     return prepared, sweep

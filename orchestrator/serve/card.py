@@ -7,10 +7,24 @@ from collections.abc import Mapping
 
 from orchestrator.plan import REPEAT
 from orchestrator.serve.inputs import BundleInputs, shown_base
+from orchestrator.transfer.after_verdict import decided_by
 from orchestrator.transfer.records import ModelScores, PromptComparison, TransferReport, VerificationFigures
 from orchestrator.units import format_count
 
-NAMES = {"promoted": "this model", "none": "untouched base", "head": "head only", "shuffled": "shuffled answers"}
+NAMES = {
+    "promoted": "this model",
+    "none": "untouched base",
+    "head": "head only",
+    "shuffled": "shuffled answers",
+    "scratch": "random weights",
+    "k_shot": "examples in the prompt",
+}
+NOT_SHOWN = {
+    "none": "a gain over the base was not shown",
+    "scratch": "a gain over the base was shown, one over random weights trained from scratch was not",
+    "repeat": "a gain over the base was shown for this model, and not for trainings from other seeds",
+}
+"""What a verdict that is not `positive` leaves open, by what decided it."""
 MERGED_INTO = {
     "dequantized": "the base's 4-bit weights as training held them, written out in 16 bits",
     "original": "the base's stored weights",
@@ -175,8 +189,14 @@ def _limitations(inputs: BundleInputs, transfer: TransferReport) -> str:
     if not inputs.retain_set:
         said.append("No retention set was given: what the base has forgotten was not measured.")
     if transfer.verdict not in (None, "positive"):
-        said.append(f"The verdict is `{transfer.verdict}`: a gain over the base was not shown.")
+        said.append(f"The verdict is `{transfer.verdict}`: {_not_shown(transfer)}.")
     return "## Limitations\n\n" + "\n".join(f"* {line}" for line in said)
+
+
+def _not_shown(transfer: TransferReport) -> str:
+    """A gain over the base that is not clear goes before whatever decided."""
+    gain = next((comparison for comparison in transfer.comparisons if comparison.against == "none"), None)
+    return NOT_SHOWN[decided_by(transfer) if gain is not None and gain.low > 0 else "none"]
 
 
 def _table(header: tuple[str, ...] | list[str], rows: list) -> str:

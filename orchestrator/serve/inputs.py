@@ -34,6 +34,7 @@ class BundleInputs(Value):
     test_set: str
     retain_set: str | None = None
     controls: dict[str, str] = {}
+    failed_seeds: int = 0
     """Control (`head`, `shuffled`, `repeat-2`) -> the folder that holds its adapter or delta."""
     shots: int = 0
     """Examples in the prompts of the control `k_shot`; 0: it was not asked for."""

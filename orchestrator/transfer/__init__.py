@@ -9,7 +9,7 @@
 Pure functions of numbers; `records.py` holds what is written to sweep.json and transfer.json.
 """
 
-from orchestrator.transfer.comparison import Comparison, paired_comparison
+from orchestrator.transfer.comparison import Comparison, between_trained, paired_comparison
 from orchestrator.transfer.correlation import Correlation, rank_correlation
 from orchestrator.transfer.memory import memory_rows
 from orchestrator.transfer.promotion import Promotion, pareto_front, promote
@@ -26,6 +26,7 @@ __all__ = [
     "OverSeeds",
     "Promotion",
     "Verdict",
+    "between_trained",
     "forgetting",
     "memory_rows",
     "over_seeds",

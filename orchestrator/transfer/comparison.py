@@ -5,6 +5,7 @@ Shapes: n examples, B resamples.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from statistics import NormalDist
 from typing import Literal, TypeAlias
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.transfer.records import ComparisonRecord, Control
+from orchestrator.transfer.seeds import OverSeeds
 from orchestrator.values import Value
 
 BOOTSTRAP_FROM = 200
@@ -39,6 +41,8 @@ class Comparison(Value):
     p_value: float | None = None
     """Two-sided, from the sign-flip test; the bootstrap gives none."""
     unit: str = "nats per token"
+    over_seeds: bool = False
+    """Whether the interval is as wide as two seeds of one training differ."""
 
     def record(self, against: Control) -> ComparisonRecord:
         """The same figures as they stand in transfer.json."""
@@ -80,6 +84,24 @@ def paired_comparison(
         return Comparison(mean=mean, low=low, high=high, method="bootstrap", num_examples=len(difference), unit=unit)
     low, high, p_value = sign_flip_interval(difference, weight, seed, num_flips=num_flips)
     return Comparison(mean=mean, low=low, high=high, method="sign_flip", num_examples=len(difference), p_value=p_value, unit=unit)
+
+
+def between_trained(comparison: Comparison, gains: OverSeeds | None) -> Comparison:
+    """A comparison of two trained models, with the luck of both trainings in its interval.
+
+    An interval over examples knows nothing of what another seed would have brought: with enough examples two seeds of one
+    configuration are surely different models. So to the variance over examples comes that of a difference of two trainings,
+    2 s^2, with s estimated from the trainings that there are (Student's t for their number) and taken to be the other's.
+
+    Args:
+        gains: Of the candidate over one reference, by seed; the comparison as it is where there is none.
+    """
+    if gains is None:
+        return comparison
+    luck = gains.half_width * math.sqrt(2 * len(gains.values))
+    low = comparison.mean - math.hypot(comparison.mean - comparison.low, luck)
+    high = comparison.mean + math.hypot(comparison.high - comparison.mean, luck)
+    return comparison.model_copy(update={"low": low, "high": high, "p_value": None, "over_seeds": True})
 
 
 def bootstrap_interval(

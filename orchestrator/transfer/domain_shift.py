@@ -124,12 +124,11 @@ def advise(
     num_documents: int,
     failed: str = "",
 ) -> Advice:
-    """`few` where the data are too few for many weights; else `near` or `far` where both the features and the base's own losses
-    say so, or one of them is not known; else `none`.
+    """`few` where the data are too few for many weights; else `near`, `far` or `none`.
 
     Features alone would call every target far: a linear probe tells nearly any two sources apart. So a target counts as far
-    only where the base also fits it worse than the retention set by LOSS_GAP, and as near where it does not or where the
-    features are near.
+    only where the base is known to fit it worse than the retention set by LOSS_GAP, and the features are far or not known; as
+    near where the base does not, or where the features are near.
 
     Args:
         distances: Proxy A-distances, one for each cut; empty where they are not known.
@@ -143,11 +142,11 @@ def advise(
     said = _figures(distance, target_loss, retention_loss, num_documents) + (f"; not measured: {failed}" if failed else "")
     if num_documents <= FEW_EXAMPLES:
         return Advice(kind="few", sentence=f"few examples: the head or few blocks first ({said})")
-    if distance is None and gap is None:
-        return Advice(kind="none", sentence=f"nothing says where to begin ({said})")
     if (distance is not None and distance < NEAR) or (gap is not None and gap < LOSS_GAP):
         return Advice(kind="near", sentence=f"the target lies near: many blocks at small rates first ({said})")
-    if (distance is None or distance > FAR) and (gap is None or gap >= LOSS_GAP):
+    if gap is None:
+        return Advice(kind="none", sentence=f"nothing says where to begin ({said})")
+    if distance is None or distance > FAR:
         return Advice(kind="far", sentence=f"the target lies far: the upper blocks first, the early ones frozen ({said})")
     return Advice(kind="none", sentence=f"the target lies neither near nor far: no order is advised ({said})")
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator.transfer.gains import SMALLEST_GAIN
 from orchestrator.values import Value
 
 Floats = NDArray[np.float64]
@@ -56,12 +57,12 @@ class LearningCurve(Value):
 
     @property
     def sentence(self) -> str:
-        """Whether more data would help, with its figures."""
+        """Whether more data would help, with its figures: none is expected only where the interval holds no gain that matters."""
         there = f"twice the data ({self.ahead_count} documents)"
         now, reached = f"{self.losses[-1]:.3f}", f"about {self.ahead_loss:.3f} (95%: {self.low:.3f} to {self.high:.3f})"
         if self.high < self.losses[-1]:
             return f"{there} would bring the loss from {now} to {reached}"
-        if self.gain <= 0:
+        if self.losses[-1] - self.low < SMALLEST_GAIN:
             return f"no gain is to be expected of more data: the loss is {now}, and with {there} it would be {reached}"
         return f"whether more data would help cannot be told: the loss is {now}, and with {there} it would be {reached}"
 

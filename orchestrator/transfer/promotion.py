@@ -70,7 +70,8 @@ def promote(
         return Promotion(trial_id=None, reason="no trial came to a measurement", advice=_advice_on_failures(candidates))
     if not better:
         reason = f"no trial is as good as the untouched base; the best, {scored[0].label}: {_figures(scored[0], base, metric)}"
-        return Promotion(trial_id=None, reason=reason, advice=_advice_on_negative(scored, base, metric))
+        advice = _advice_on_negative(scored, base, metric, higher_is_better)
+        return Promotion(trial_id=None, reason=reason, advice=advice)
     closest = min(better, key=lambda trial: trial.forgetting or 0.0)
     reason = (
         f"every trial that gains forgets more than {max_forgetting:g}; "
@@ -125,14 +126,17 @@ def _advice_on_failures(candidates: Sequence[TrialRecord]) -> tuple[str, ...]:
     )
 
 
-def _advice_on_negative(scored: Sequence[TrialRecord], base: TrialRecord | None, metric: str) -> tuple[str, ...]:
-    best, advice = scored[0], list[str]()
-    edge = _edge(best, scored)
-    if edge:
-        advice.append(edge)
-    last = [rung.metric for rung in best.rungs if rung.metric is not None][-2:]
-    if len(last) == 2 and last[0] != last[1]:
-        advice.append(f"raise train.epochs: {best.label} still moved from {last[0]:.4g} to {last[1]:.4g} in its last stretch")
+def _advice_on_negative(
+    scored: Sequence[TrialRecord], base: TrialRecord | None, metric: str, higher_is_better: bool
+) -> tuple[str, ...]:
+    best = scored[0]
+    gain, moved = _last_stretch(best, higher_is_better)
+    edge = _edge(best, scored, may_raise=gain >= 0)
+    advice = [edge] if edge else []
+    if gain > 0 and best.judged is best.last:
+        advice.append(f"raise train.epochs: {best.label} still got better, {moved}")
+    if gain < 0:
+        advice.append(f"lower search.learning_rate or train.epochs, or learn from more rows: {best.label} got worse, {moved}")
     advice.append("look at the rows that are learned from, and at which tokens are supervised: `orchestrator data SPEC`")
     deepest = Counter(trial.layers for trial in scored).most_common()
     advice.append(f"try other layers: {', '.join(layers for layers, _ in deepest)} were tried; fewer blocks change less")
@@ -168,8 +172,24 @@ def _steps(trial: TrialRecord) -> int:
     return trial.judged.step if trial.judged is not None else trial.total_steps
 
 
-def _edge(best: TrialRecord, scored: Sequence[TrialRecord]) -> str | None:
-    """Advice when the best rate lies at the edge of those tried with the same method."""
+def _last_stretch(trial: TrialRecord, higher_is_better: bool) -> tuple[float, str]:
+    """By how much the metric became better (below 0: worse) up to the last rung, and `from 3.20 at step 30 to 3.10 at step 90`:
+    since the rung that the trial is judged by or, where that is the last, since the one before it. 0 where four digits show no
+    change.
+    """
+    if len(trial.rungs) < 2 or trial.judged is None:
+        return 0.0, ""
+    end = trial.rungs[-1]
+    start = trial.rungs[-2] if trial.judged is end else trial.judged
+    if start.metric is None or end.metric is None or not math.isfinite(start.metric + end.metric):
+        return 0.0, ""
+    first, last = f"{start.metric:.4g}", f"{end.metric:.4g}"
+    fall = float(first) - float(last)
+    return -fall if higher_is_better else fall, f"from {first} at step {start.step} to {last} at step {end.step}"
+
+
+def _edge(best: TrialRecord, scored: Sequence[TrialRecord], *, may_raise: bool) -> str | None:
+    """Advice when the best rate lies at the edge of those tried with the same method; to raise it only where it `may_raise`."""
     rates = [trial.learning_rate for trial in scored if trial.tune == best.tune and trial.learning_rate > 0]
     if len(rates) < 3 or max(rates) == min(rates):
         return None
@@ -177,4 +197,4 @@ def _edge(best: TrialRecord, scored: Sequence[TrialRecord]) -> str | None:
     tried = f"the best rate, {best.learning_rate:.1e}, lies at the edge of {min(rates):.1e} to {max(rates):.1e}"
     if position <= EDGE_SHARE:
         return f"lower search.learning_rate for {best.tune}: {tried}"
-    return f"raise search.learning_rate for {best.tune}: {tried}" if position >= 1 - EDGE_SHARE else None
+    return f"raise search.learning_rate for {best.tune}: {tried}" if may_raise and position >= 1 - EDGE_SHARE else None

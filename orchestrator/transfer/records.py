@@ -156,9 +156,9 @@ class SweepResult(Value):
     ended_by_hours: str = ""
     """How far the search came where `max_gpu_hours` ended it; it goes on where that is raised."""
     learning_curve: LearningCurve | None = None
-    """Of the trial that was promoted by the rule, where it was asked for and measured."""
+    """Of the trial that was promoted by the rule, where it was asked for and measured; see `curve_of_winner`."""
     no_learning_curve: str = ""
-    """Why there is none, where it was asked for."""
+    """Why there is none of the promoted trial, where it was asked for."""
     learning_curve_seconds: float = 0.0
     """Of training and scoring its trials, which are not among `trials`."""
 
@@ -170,6 +170,12 @@ class SweepResult(Value):
     @property
     def winner(self) -> TrialRecord | None:
         return next((trial for trial in self.trials if trial.trial_id == self.winner_id), None)
+
+    @property
+    def curve_of_winner(self) -> LearningCurve | None:
+        """The learning curve, where it is that of the promoted trial."""
+        curve = self.learning_curve
+        return curve if curve is not None and curve.trial_id == self.winner_id else None
 
     def control(self, name: Control) -> TrialRecord | None:
         return next((trial for trial in self.trials if trial.control == name), None)
@@ -187,6 +193,8 @@ class ComparisonRecord(Value):
     num_examples: int
     p_value: float | None = None
     unit: str = "nats per token"
+    over_seeds: bool = False
+    """Whether the interval is as wide as two seeds of one training differ."""
 
 
 class ModelScores(Value):
@@ -250,6 +258,8 @@ class TransferReport(Value):
     sentence: str = ""
     trial_id: str | None = None
     comparisons: tuple[ComparisonRecord, ...] = ()
+    controls_left_out: tuple[str, ...] = ()
+    """Why a control that was wanted is not among the comparisons."""
     gain_over_seeds: OverSeeds | None = None
     """Gain over the base by each seed that the promoted trial was trained from, the bundle's first; None with one seed."""
     scores: tuple[ModelScores, ...] = ()

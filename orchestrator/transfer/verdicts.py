@@ -6,13 +6,11 @@ import math
 from collections.abc import Mapping
 
 from orchestrator.transfer.comparison import Comparison
+from orchestrator.transfer.gains import SMALLEST_GAIN
 from orchestrator.transfer.records import Control, VerdictKind
 from orchestrator.transfer.seeds import OverSeeds
 from orchestrator.values import Value
 
-SMALLEST_GAIN = 0.01
-"""A gain that matters: a hundredth of a nat per token, one point of an accuracy. Where the interval holds zero,
-it parts `no gain` (a gain that matters is excluded) from `inconclusive` (it is not)."""
 MOST_DIGITS = 5
 _WORST_FIRST: tuple[VerdictKind, ...] = ("negative", "no gain", "inconclusive", "positive")
 _NAMES: dict[Control, str] = {
@@ -37,19 +35,21 @@ def verdict(
     *,
     others: Mapping[Control, Comparison] | None = None,
     over_seeds: OverSeeds | None = None,
+    failed_seeds: int = 0,
 ) -> Verdict:
     """Judge the promoted model.
 
     `negative` when it is worse than the base or than training from scratch; `positive` when it is better than both
     (than the one that ran); else `no gain` when no gain that matters is possible against one of them, and
-    `inconclusive` when the data cannot tell: by the examples, or because trainings from other seeds came out so unlike that
-    their mean gain over the base may be none.
+    `inconclusive` when the data cannot tell: by the examples, or because trainings from other seeds failed or came out so
+    unlike that their mean gain over the base may be none.
 
     Args:
         vs_none: Against the untouched base, on the test set.
         vs_scratch: Against random weights trained on the same budget.
         others: Comparisons that the sentence reports and the verdict does not depend on (`head`, `shuffled`).
         over_seeds: Gain over the base on the test set, by seed.
+        failed_seeds: From how many other seeds the same training failed.
     """
     judged = [vs_none] if vs_scratch is None else [vs_none, vs_scratch]
     kinds: list[VerdictKind] = [_kind(comparison) for comparison in judged]
@@ -60,9 +60,11 @@ def verdict(
     sentence = _sentence({**told, **(others or {})})
     if over_seeds is not None:
         sentence += f"; {_seeds_sentence(over_seeds)}"
-        if kind == "positive" and over_seeds.low <= 0:
-            kind = "inconclusive"
-            sentence += ": the data cannot tell, from another seed it could have come out otherwise"
+    if failed_seeds:
+        sentence += f"; from {failed_seeds} other seed{'s' if failed_seeds > 1 else ''} the training failed"
+    if kind == "positive" and (failed_seeds or (over_seeds is not None and over_seeds.low <= 0)):
+        kind = "inconclusive"
+        sentence += ": the data cannot tell, from another seed it could have come out otherwise"
     return Verdict(kind=kind, sentence=f"{kind}: {sentence}")
 
 
@@ -84,8 +86,7 @@ def _sentence(comparisons: Mapping[Control, Comparison]) -> str:
         if against == "shuffled" and task:
             continue
         unit = "" if parts else f" {_unit(comparison.unit)[1]}"
-        side = "better" if comparison.mean > 0 else "worse" if comparison.mean < 0 else "better or worse"
-        parts.append(f"{_figure(comparison)}{unit} {side} than {_NAMES[against]}")
+        parts.append(f"{_figure(comparison)}{unit} {_side(comparison)} than {_NAMES[against]}")
     few = (
         ": too few for an interval, the data cannot tell"
         if any(not math.isfinite(_margin(c)) for c in comparisons.values())
@@ -99,8 +100,8 @@ def _task(gain: Comparison, over_shuffled: Comparison) -> str:
     """What of a gain over the base is the task, and what answers to other prompts bring too; nothing where there is no gain."""
     if gain.low <= 0 or not math.isfinite(_margin(over_shuffled)):
         return ""
-    scale, unit, digits = _unit(gain.unit)
-    told, figure = f"the gain of {gain.mean * scale:.{digits}f} {unit}", _figure(over_shuffled)
+    scale, unit, _ = _unit(gain.unit)
+    told, figure = f"the gain of {gain.mean * scale:.{_digits(gain)}f} {unit}", _figure(over_shuffled)
     if over_shuffled.high < 0:
         return f"; of {told}, nothing is the task: shuffled answers bring {figure} more"
     if over_shuffled.low <= 0:
@@ -110,29 +111,37 @@ def _task(gain: Comparison, over_shuffled: Comparison) -> str:
     return f"; all of {told} is the task: shuffled answers, {figure} behind, bring none of it"
 
 
-def _figure(comparison: Comparison) -> str:
-    """`2.09 ± 0.05`, without its sign; with as many decimals as show the margin, and without it where there is none."""
-    scale, _, digits = _unit(comparison.unit)
-    mean, margin = abs(comparison.mean) * scale, _margin(comparison) * scale
-    if not math.isfinite(margin):
-        return f"{mean:.{digits}f}"
-    if margin > 0:
-        digits = max(digits, min(MOST_DIGITS, math.ceil(-math.log10(margin))))
-    return f"{mean:.{digits}f} ± {margin:.{digits}f}"
+def _side(found: Comparison | OverSeeds) -> str:
+    return "better" if found.mean > 0 else "worse" if found.mean < 0 else "better or worse"
 
 
-def _margin(comparison: Comparison) -> float:
+def _figure(found: Comparison | OverSeeds) -> str:
+    """`2.09 ± 0.05`, without its sign, and without its margin where there is none."""
+    scale, digits = _unit(found.unit)[0], _digits(found)
+    mean, margin = abs(found.mean) * scale, _margin(found) * scale
+    return f"{mean:.{digits}f} ± {margin:.{digits}f}" if math.isfinite(margin) else f"{mean:.{digits}f}"
+
+
+def _digits(found: Comparison | OverSeeds) -> int:
+    """As many decimals as show the margin: the unit's at least, MOST_DIGITS at most."""
+    scale, _, digits = _unit(found.unit)
+    margin = _margin(found) * scale
+    if margin <= 0 or not math.isfinite(margin):
+        return digits
+    return max(digits, min(MOST_DIGITS, math.ceil(-math.log10(margin))))
+
+
+def _margin(found: Comparison | OverSeeds) -> float:
     """The longer side of the interval."""
-    return max(comparison.high - comparison.mean, comparison.mean - comparison.low)
+    return max(found.high - found.mean, found.mean - found.low)
 
 
 def _seeds_sentence(found: OverSeeds) -> str:
     """`over 3 seeds, on the same examples, 0.41 ± 0.20 nats better than the base (each alone: +0.32, +0.43, +0.48)`."""
-    scale, unit, digits = _unit(found.unit)
-    figure = f"{abs(found.mean) * scale:.{digits}f} ± {found.half_width * scale:.{digits}f} {unit}"
+    (scale, unit, _), digits = _unit(found.unit), _digits(found)
+    gain = f"{_figure(found)} {unit} {_side(found)}"
     each = ", ".join(f"{value * scale:+.{digits}f}" for value in found.values)
-    way = "better" if found.mean >= 0 else "worse"
-    return f"over {len(found.values)} seeds, on the same examples, {figure} {way} than the base (each alone: {each})"
+    return f"over {len(found.values)} seeds, on the same examples, {gain} than the base (each alone: {each})"
 
 
 def _unit(unit: str) -> tuple[float, str, int]:

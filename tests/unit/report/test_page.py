@@ -11,7 +11,7 @@ import pytest
 from orchestrator.errors import UsageError
 from orchestrator.report.page import write_report
 from orchestrator.transfer import over_seeds
-from orchestrator.transfer.records import BundledFigures, ModelScores
+from orchestrator.transfer.records import BundledFigures, ComparisonRecord, ModelScores
 
 SECTIONS = (
     "Gain on the test set",
@@ -147,6 +147,40 @@ def test_nothing_promoted_says_why_and_what_to_try_in_order(fake_run, make):
     sweep = make.sweep(winner_id=None, promotion_reason="every trial forgets", advice=("first this", "then that"))
     page = read(write_report(fake_run(sweep=sweep, transfer=make.transfer(verdict=None, sentence="", bundle=None))))
     assert "What to try next Nothing was promoted: every trial forgets. first this then that" in page.text
+
+
+def test_a_negative_verdict_says_first_that_the_bundle_is_not_to_be_served(fake_run, make):
+    worse = (ComparisonRecord(against="none", mean=-0.2, low=-0.3, high=-0.1, method="sign_flip", num_examples=180),)
+    transfer = make.transfer(verdict="negative", sentence="worse than the base", comparisons=worse)
+    page = read(write_report(fake_run(sweep=make.sweep(advice=("then this",)), transfer=transfer)))
+    section = page.text[page.text.index("What to try next Promoted") :]
+    assert section.index("do not serve this bundle, serve the untouched base") < section.index("then this")
+    assert "No advice" not in page.text
+    gained = read(write_report(fake_run(sweep=make.sweep(advice=()))))
+    assert "No advice: nothing in the records asks for it." in gained.text
+
+
+def scored(trial, metric, forgetting):
+    """The trial with one rung of these figures."""
+    rung = trial.rungs[-1].model_copy(update={"metric": metric, "score": metric, "forgetting": forgetting})
+    return trial.model_copy(update={"rungs": (rung,)})
+
+
+def test_the_front_is_of_what_could_be_promoted(fake_run, make):
+    """`head` is on it and beats a trial; the base, which is better still, and a trial that failed are not."""
+    none, head = scored(make.control("none"), 1.0, 0.0), scored(make.control("head"), 2.0, 0.0)
+    beaten, kept, broken = (make.trial(number, "all", "full", None, 10.0 ** -(number + 3)) for number in range(3))
+    trials = (none, head, scored(beaten, 2.5, 0.02), scored(kept, 1.8, 0.05), scored(broken, 1.5, 0.01))
+    trials = (*trials[:-1], trials[-1].model_copy(update={"state": "failed"}))
+    sweep = make.sweep(trials=trials, winner_id="head", front=(beaten.trial_id, kept.trial_id))
+    page = read(write_report(fake_run(sweep=sweep)))
+    table = page.text.partition("on the front within the bound")[2].partition("Prompts, before and after")[0]
+    assert f"{head.label} 2.000 +0.000 yes yes" in table
+    assert f"{kept.label} 1.800 +0.050 yes yes" in table
+    assert f"{beaten.label} 2.500 +0.020 yes" in table, "within the bound, and not on the front"
+    assert f"{none.label} 1.000 +0.000 yes" in table, "within the bound, and no trial"
+    assert broken.label not in table
+    assert "the untouched base, which is no trial, is drawn beside them" in page.text
 
 
 def test_a_folder_with_a_spec_only_is_reported(fake_run):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from orchestrator.plan.results import EngineRecord, RungResult
 from orchestrator.plan.values import TrialSpec
 from orchestrator.report.reading import read_run
@@ -104,6 +106,24 @@ def test_the_metric_comes_from_the_spec(fake_run):
     sweep = read_run(folder).sweep
     assert (sweep.metric, sweep.higher_is_better, sweep.max_forgetting) == ("accuracy", True, 0.3)
     assert sweep.trials[0].metric == 0.61
+
+
+def test_a_running_sweep_on_few_examples_is_judged_by_its_best_rungs(fake_run, make):
+    """As the runtime judges a trial: by the score, so that what was forgotten beyond the bound counts."""
+    plan = make.plan()
+    few = plan.model_copy(update={"search": plan.search.model_copy(update={"patience": 2})})
+    for number, (made, metric, step) in enumerate(((few, 2.4, 18), (plan, 2.5, 54))):
+        folder = fake_run(plan=made, sweep=None, transfer=None, spec_text=f"name: x{number}\n")
+        if not number:
+            write_trial(folder, trial_spec(-2, "none"), results=[rung_result("none", 0, 3.9, 4.0)])
+            losses = ((2.9, 4.02), (2.4, 4.05), (2.5, 4.06))
+            write_trial(folder, trial_spec(0), results=[rung_result("t000", rung, *both) for rung, both in enumerate(losses)])
+            forgets = [rung_result("t001", 0, 2.9, 4.02), rung_result("t001", 1, 2.3, 4.5)]
+            write_trial(folder, trial_spec(1), results=forgets)
+        by_id = {trial.trial_id: trial for trial in read_run(folder).sweep.trials}
+        assert (by_id["t000"].metric, by_id["t000"].judged.step) == (metric, step)
+        assert by_id["t001"].judged.step == (18 if number else 6)
+        assert by_id["t001"].rungs[1].score == pytest.approx(2.3 + 10 * (0.5 - 0.1))
 
 
 def test_a_torn_last_line_is_left_out_without_a_word(fake_run):

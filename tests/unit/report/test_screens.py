@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from orchestrator.report import final_screen, plan_view
-from orchestrator.transfer.records import BundledFigures, ModelScores
+from orchestrator.transfer.records import BundledFigures, ComparisonRecord, ModelScores
 
 
 def entry(screen: str, name: str) -> str:
@@ -56,6 +56,34 @@ def test_nothing_promoted_says_what_to_try(make):
     assert "Nothing was promoted: no trial is within the bound of 0.1" in screen
     assert "bundle" not in screen
     assert "try rates above 2e-3" in entry(screen, "next")
+
+
+def compared(low, high):
+    return (ComparisonRecord(against="none", mean=(low + high) / 2, low=low, high=high, method="sign_flip", num_examples=180),)
+
+
+def next_lines(screen: str) -> str:
+    """What stands at `next`, in one line."""
+    return " ".join(screen[screen.index("\nnext ") :].split())
+
+
+def test_a_bundle_that_is_worse_than_the_base_is_not_to_be_served(make):
+    sweep, transfer = make.sweep(advice=()), make.transfer(verdict="negative", sentence="worse", comparisons=compared(-0.3, -0.1))
+    screen = final_screen(sweep, transfer)
+    assert next_lines(screen).startswith("next do not serve this bundle, serve the untouched base")
+    assert "give more or cleaner eval rows" in next_lines(screen)
+    assert "transformers serve" not in screen
+    assert max(map(len, screen.splitlines())) <= 100
+    by_hand = sweep.model_copy(update={"promoted_by_hand": True})
+    assert "eval rows" not in final_screen(by_hand, transfer)
+
+
+def test_a_bundle_that_may_be_no_better_says_what_would_tell_before_how_it_is_served(make):
+    sweep, transfer = make.sweep(advice=()), make.transfer(verdict="inconclusive", comparisons=compared(-0.1, 0.3))
+    assert next_lines(final_screen(sweep, transfer)).startswith("next more test rows would tell")
+    assert next_lines(final_screen(sweep, transfer)).endswith("transformers serve runs/quickstart/bundle")
+    ended = sweep.model_copy(update={"ended_by_hours": "the bound", "advice": ("raise the bound",)})
+    assert "may serve as well raise the bound transformers serve" in next_lines(final_screen(ended, transfer))
 
 
 def test_every_trial_failed(make):

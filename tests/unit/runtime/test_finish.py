@@ -29,27 +29,34 @@ SHUFFLED = {"controls": ["shuffled"]}
 NONE = TRIAL.model_copy(update={"trial_id": "none", "number": -3, "control": "none"})
 
 
-def add(ledger: Ledger, trial: TrialSpec, step: int, **fields: object) -> None:
-    """A trial that ended there."""
+def add(ledger: Ledger, trial: TrialSpec, step: int, *, ends: bool = True, **fields: object) -> None:
+    """A trial that ended there, unless another rung follows."""
     values = {"trial_id": trial.trial_id, "rung": 0, "step": step, "tokens": 300, "state": "done", "eval_loss": 1.5}
     ledger.register(trial, None if trial.control else 0)
     ledger.add(RungResult.model_validate({**values, "checkpoint": f"/{trial.trial_id}", **fields}))
-    ledger.end(trial.trial_id, "finished")
+    if ends:
+        failed = fields.get("state") == "failed"
+        ledger.end(trial.trial_id, "failed" if failed else "finished", str(fields.get("reason", "")))
 
 
 def test_only_a_control_of_the_same_budget_is_compared(submit: Callable[..., Prepared], tmp_path: Path) -> None:
-    prepared, ledger = submit(search={"repeats": 3, "scheduler": "none"}), Ledger(tmp_path)
+    prepared, ledger = submit(search={"repeats": 4, "controls": ["shuffled"], "scheduler": "none"}), Ledger(tmp_path)
     add(ledger, HEAD, 3)
-    for control in (shuffled_control(TRIAL), repeat_control(TRIAL, 2), repeat_control(TRIAL, 4)):
+    for control in (shuffled_control(TRIAL), repeat_control(TRIAL, 2)):
         add(ledger, control, 9)
-    add(ledger, repeat_control(TRIAL, 3), 9, state="failed", reason="the loss became NaN", checkpoint=None)
+    diverged = repeat_control(TRIAL, 3)
+    add(ledger, diverged, 6, ends=False)
+    add(ledger, diverged, 9, rung=1, state="failed", reason="the loss became NaN", checkpoint=None)
     same = controls_beside(prepared, ledger, TRIAL, bundled_step=9)
     assert same.artifacts == {"head": "/head", "shuffled": "/shuffled-t000", "repeat-2": "/repeat-2-t000"}
-    assert same.left_out == ()
+    never_begun = "repeat-4-t000 was not trained"
+    assert same.left_out == ("repeat-3-t000 failed: the loss became NaN", never_begun), "none goes without a word"
+    assert same.failed_seeds == 1
     shorter = controls_beside(prepared, ledger, TRIAL, bundled_step=3)
     assert shorter.artifacts == {"head": "/head"}
-    assert shorter.left_out == tuple(
-        f"{name}-t000 was trained to 9 steps and what is bundled to 3" for name in ("shuffled", "repeat-2")
+    assert shorter.left_out == (
+        *(f"{name}-t000 was trained to 9 steps and what is bundled to 3" for name in ("shuffled", "repeat-2")),
+        *same.left_out,
     )
 
 
@@ -93,8 +100,8 @@ def test_the_first_step_of_the_first_trial_is_counted_and_no_controls(submit: Ca
     assert sweep.first_trial_seconds == 10.0 + 6.0 / 4
 
 
-def test_only_the_winners_own_shuffled_control_is_shown(submit: Callable[[], Prepared]) -> None:
-    prepared = submit()
+def test_only_the_winners_own_shuffled_control_is_shown(submit: Callable[..., Prepared]) -> None:
+    prepared = submit(search=SHUFFLED)
     ledger = Ledger(prepared.run.trials)
     other = TRIAL.model_copy(update={"trial_id": "other-t000", "number": 1})
     for trial, loss in ((NONE, 3.0), (TRIAL, 1.5), (other, 2.0), (shuffled_control(TRIAL), 2.5), (shuffled_control(other), 2.5)):

@@ -104,11 +104,22 @@ def test_the_learning_curve_is_of_the_trial_that_it_was_measured_of() -> None:
         trial_id="t000", counts=(1, 2, 4, 8), losses=(4, 3, 2, 1), law=law, ahead_count=16, ahead_loss=0.9, low=0.8, high=1.0
     )
     sweep = SWEEP.model_copy(update={"learning_curve": found})
-    assert promoted_by_hand(sweep, "t000").learning_curve == found
+    assert promoted_by_hand(sweep, "t000").curve_of_winner == found
     other = promoted_by_hand(sweep, "t001")
-    assert other.learning_curve is None
+    assert other.curve_of_winner is None
     assert other.no_learning_curve == "it was measured of t000, before another was promoted by hand"
     assert promoted_by_hand(other, "t002").no_learning_curve == other.no_learning_curve
+    back = promoted_by_hand(other, "t000")
+    assert (back.curve_of_winner, back.no_learning_curve) == (found, "")
+    nothing = SWEEP.model_copy(
+        update={"winner_id": None, "no_learning_curve": "nothing was promoted that could be trained on less"}
+    )
+    assert promoted_by_hand(nothing, "t001").no_learning_curve == "it is measured of a trial that is promoted by the rule"
+
+
+def test_a_trial_that_the_record_does_not_know_yet_is_refused() -> None:
+    with pytest.raises(UsageError, match="t007 came after the search was last summed up"):
+        promoted_by_hand(SWEEP, "t007")
 
 
 def test_what_the_rule_had_said_stays_however_often_a_person_decides() -> None:

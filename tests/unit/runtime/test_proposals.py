@@ -183,3 +183,16 @@ def test_upper_blocks_come_before_lower_ones_where_the_target_lies_far(prior: st
     search = search_plan("optuna").model_copy(update={"options": options, "prior": prior})
     order = [options[propose(search, 5, number, []).option].layers for number in range(len(options))]
     assert order == ["head", "last:1", "blocks:4", "last:4", "first:1", "all"]
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("shares", [(), (0.0, 0.0, 0.2, 0.2, 0.9, 0.9)], ids=["unscored", "scored"])
+def test_with_few_examples_lora_comes_before_full_on_the_same_blocks(seed: int, shares: tuple[float, ...]) -> None:
+    blocks = {"head": (), "last:2": (6, 7), "all": tuple(range(8))}
+    options = tuple(
+        each.model_copy(update={"selection": each.selection.model_copy(update={"blocks": blocks[each.layers]})})
+        for each in reversed(OPTIONS)
+    )
+    search = search_plan("optuna").model_copy(update={"options": options, "prior": "few", "shares": shares[::-1]})
+    order = [options[propose(search, seed, number, []).option] for number in range(num_initial(search))]
+    assert [(each.layers, each.tune) for each in order] == [(layers, tune) for layers in blocks for tune in ("lora", "full")]

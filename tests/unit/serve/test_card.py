@@ -7,11 +7,14 @@ import pytest
 from orchestrator.anatomy import select
 from orchestrator.plan.merge import MergePlan
 from orchestrator.plan.values import TrialSpec
+from orchestrator.report.wording import CONTROL_NAMES
 from orchestrator.serve.bundle import bundle_config, serve_commands
-from orchestrator.serve.card import model_card
+from orchestrator.serve.card import NAMES, model_card
 from orchestrator.serve.inputs import BundleInputs, shown_base
+from orchestrator.transfer import over_seeds
 from orchestrator.transfer.records import (
     ComparisonRecord,
+    Control,
     ModelScores,
     PromptComparison,
     TransferReport,
@@ -112,6 +115,45 @@ def test_the_card_of_few_examples_says_what_is_not_known(inputs_of: Callable):
     assert "| this model from another seed (2) | 1.5 |" in card
     assert "40 steps, 12" in model_card(inputs_of(step=40), transfer, {})
     assert "inf" not in card.replace("information", "")
+
+
+def compared(against: Control, low: float, high: float) -> ComparisonRecord:
+    mean = (low + high) / 2
+    return ComparisonRecord(against=against, mean=mean, low=low, high=high, method="sign_flip", num_examples=180)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "none", "scratch", "line"),
+    [
+        ("negative", (-0.3, -0.1), None, "a gain over the base was not shown."),
+        ("negative", (-0.1, 0.3), (-0.3, -0.1), "a gain over the base was not shown."),
+        ("negative", (0.1, 0.3), (-0.3, -0.1), "was shown, one over random weights trained from scratch was not."),
+        ("no gain", (0.1, 0.3), (-0.001, 0.001), "was shown, one over random weights trained from scratch was not."),
+        ("inconclusive", (0.1, 0.3), (-0.1, 0.2), "was shown, one over random weights trained from scratch was not."),
+        ("inconclusive", (0.1, 0.3), None, "was shown for this model, and not for trainings from other seeds."),
+        ("inconclusive", (0.1, 0.3), (0.1, 0.2), "was shown for this model, and not for trainings from other seeds."),
+    ],
+)
+def test_the_card_says_of_what_a_gain_was_not_shown(
+    inputs_of: Callable, verdict: str, none: tuple[float, float], scratch: tuple[float, float] | None, line: str
+):
+    comparisons = (compared("none", *none), *([compared("scratch", *scratch)] if scratch else []))
+    gains = over_seeds([0, 1], [0.2, -0.4])
+    transfer = TransferReport(verdict=verdict, comparisons=comparisons, gain_over_seeds=gains, verification=FIGURES)
+    (said,) = [each for each in model_card(inputs_of(), transfer, {}).splitlines() if "The verdict is" in each]
+    assert said.startswith(f"* The verdict is `{verdict}`: a gain over the base was ")
+    assert said.endswith(line)
+
+
+def test_every_control_has_the_name_that_it_has_in_the_report(inputs_of: Callable):
+    controls = ("none", "head", "shuffled", "scratch", "k_shot")
+    assert {name: NAMES[name] for name in controls} == {name: CONTROL_NAMES[name] for name in controls}
+    scores = tuple(ModelScores(model=name, metrics={"loss": 1.5}) for name in controls)
+    transfer = TransferReport(comparisons=(compared("k_shot", 0.1, 0.2),), scores=scores, verification=FIGURES)
+    card = model_card(inputs_of(), transfer, {})
+    assert "| random weights | 1.5 |" in card
+    assert "| examples in the prompt | 1.5 |" in card
+    assert "Gain over examples in the prompt: +0.150" in card
 
 
 def test_a_card_without_scores_has_no_empty_tables(inputs_of: Callable):

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from orchestrator.transfer import paired_comparison
+from orchestrator.transfer import between_trained, over_seeds, paired_comparison
 from orchestrator.transfer.comparison import bootstrap_interval, sign_flip_interval
 
 
@@ -161,6 +161,29 @@ def test_bad_figures_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         paired_comparison(candidate, reference, weights)
+
+
+def test_two_seeds_of_one_training_are_seldom_called_different() -> None:
+    """Two models that are truly unlike, by luck of their seeds alone, on so many examples that these see it every time."""
+    rng, num_repetitions, luck = np.random.default_rng(11), 400, 0.05
+    seen, called = 0, 0
+    for repetition in range(num_repetitions):
+        trained = rng.normal(3.0, luck, 6)  # five of one training, and a rival
+        examples = rng.normal(0.0, 0.3, 250)
+        pair = paired_comparison(trained[0] + examples, trained[5] + examples, seed=repetition, num_resamples=50)
+        found = between_trained(pair, over_seeds(range(5), list(4.0 - trained[:5])))
+        assert (found.mean, found.over_seeds, found.p_value) == (pair.mean, True, None)
+        assert found.low <= pair.low <= pair.high <= found.high
+        seen += not pair.low <= 0 <= pair.high
+        called += not found.low <= 0 <= found.high
+    assert seen > 0.9 * num_repetitions
+    assert called / num_repetitions <= 0.05 + 3 * rate_error(0.05, num_repetitions)
+    assert called > 0, "an interval that holds everything says nothing"
+
+
+def test_without_other_seeds_a_comparison_stays_as_it_is() -> None:
+    pair = paired_comparison([1.0] * 8, [2.0] * 8)
+    assert between_trained(pair, None) is pair
 
 
 def test_a_comparison_becomes_its_record() -> None:

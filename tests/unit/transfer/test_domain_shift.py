@@ -61,7 +61,10 @@ def test_what_cannot_be_told_is_refused(target: np.ndarray, reference: np.ndarra
         ([1.9, 2.0], 3.2, 3.1, 900, "near"),
         ([0.4, 0.6], 5.3, 3.1, 900, "near"),
         ([1.2], 5.3, 3.1, 900, "none"),
-        ([1.9], None, None, 900, "far"),
+        ([1.9], None, None, 900, "none"),
+        ([1.9], 5.3, None, 900, "none"),
+        ([0.4], None, None, 900, "near"),
+        ([1.2], 3.2, 3.1, 900, "near"),
         ([], 5.3, 3.1, 900, "far"),
         ([], None, None, 900, "none"),
         ([0.1], 1.0, 3.0, 60, "few"),
@@ -75,5 +78,5 @@ def test_advice_needs_features_and_losses_to_agree(
     assert f"{documents} training examples" in found.sentence
     if distances:
         assert f"distance {sum(distances) / len(distances):.2f} of 2" in found.sentence
-    if target is not None:
+    if target is not None and retention is not None:
         assert f"{target:.2f} on the target and {retention:.2f} on the retention set" in found.sentence

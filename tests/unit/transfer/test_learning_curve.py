@@ -74,6 +74,15 @@ def test_what_is_told_is_what_was_measured() -> None:
         learning_curve("t000", COUNTS[:3], losses[:3], weights, seed=0)
 
 
+def test_a_law_that_misses_the_last_point_excludes_no_gain() -> None:
+    """A loss that falls ever faster fits no power law: the law lies above the last point, and the interval reaches far below."""
+    offsets = np.random.default_rng(0).normal(0, 0.5, 100)
+    losses = [mean + offsets - offsets.mean() for mean in (2.983, 2.980, 2.973, 2.934, 2.833)]
+    curve = learning_curve("t000", COUNTS, losses, np.ones(100), seed=0)
+    assert curve.gain < 0
+    assert curve.sentence.startswith("whether more data would help cannot be told: the loss is 2.833")
+
+
 def curve_to(ahead: float, low: float, high: float, scale: float = 8.0) -> LearningCurve:
     return LearningCurve(
         trial_id="t000",
@@ -104,8 +113,18 @@ def curve_to(ahead: float, low: float, high: float, scale: float = 8.0) -> Learn
             "no gain is to be expected of more data: the loss is 1.830, and with twice the data (1728 documents) it would be "
             "about 1.900 (95%: 1.850 to 1.950)",
         ),
+        (
+            curve_to(1.829, 1.821, 1.84),
+            "no gain is to be expected of more data: the loss is 1.830, and with twice the data (1728 documents) it would be "
+            "about 1.829 (95%: 1.821 to 1.840)",
+        ),
+        (
+            curve_to(1.9, 1.819, 1.95, scale=0.0),
+            "whether more data would help cannot be told: the loss is 1.830, and with twice the data (1728 documents) it would "
+            "be about 1.900 (95%: 1.819 to 1.950)",
+        ),
     ],
-    ids=["more data helps", "the interval holds the present loss", "flat"],
+    ids=["more data helps", "the interval holds the present loss", "flat", "no gain that matters", "the law alone has no gain"],
 )
 def test_the_sentence_follows_from_the_interval(curve: LearningCurve, said: str) -> None:
     assert curve.sentence == said

@@ -80,6 +80,55 @@ def test_nothing_as_good_as_the_base() -> None:
     assert found.advice[0].startswith("raise search.learning_rate for lora: the best rate, 1.0e-01")
 
 
+def scored_at(metrics: tuple[float, ...], *, judged: int | None = None, rate: float = 1e-3) -> TrialRecord:
+    """A trial with these metrics at steps 30, 60, ..."""
+    rungs = tuple(
+        RungRecord(rung=n, step=30 * (n + 1), tokens=1, metric=metric, score=metric) for n, metric in enumerate(metrics)
+    )
+    return trial("a", None, rate=rate).model_copy(update={"rungs": rungs, "judged_rung": judged})
+
+
+LABEL = "last:4 · lora r8 · lr 1.0e-03"
+RAISE, LOWER = f"raise train.epochs: {LABEL} still got better", f"rows: {LABEL} got worse"
+
+
+@pytest.mark.parametrize(
+    ("metrics", "judged", "higher", "said"),
+    [
+        ((3.5, 3.2), None, False, f"{RAISE}, from 3.5 at step 30 to 3.2 at step 60"),
+        ((3.2, 3.5), None, False, f"{LOWER}, from 3.2 at step 30 to 3.5 at step 60"),
+        ((3.5, 3.2), 1, False, f"{RAISE}, from 3.5 at step 30 to 3.2 at step 60"),
+        ((3.5, 3.2, 3.4, 3.3), 1, False, f"{LOWER}, from 3.2 at step 60 to 3.3 at step 120"),
+        ((3.5, 3.2, 3.1), 1, False, ""),
+        ((3.2, 3.20001), None, False, ""),
+        ((math.nan, 3.2), None, False, ""),
+        ((3.2, math.nan), 0, False, ""),
+        ((3.2,), None, False, ""),
+        ((0.2, 0.3), None, True, f"{RAISE}, from 0.2 at step 30 to 0.3 at step 60"),
+        ((0.3, 0.2), None, True, f"{LOWER}, from 0.3 at step 30 to 0.2 at step 60"),
+    ],
+)
+def test_more_epochs_are_advised_to_what_still_gets_better(
+    metrics: tuple[float, ...], judged: int | None, higher: bool, said: str
+) -> None:
+    base = trial("none", 0.4 if higher else 3.0, control="none")
+    found = promote([scored_at(metrics, judged=judged)], base, 0.1, higher_is_better=higher)
+    assert found.trial_id is None
+    assert [line for line in found.advice if "train.epochs" in line] == [line for line in found.advice if said and said in line]
+    assert any(said in line for line in found.advice)
+
+
+def test_no_higher_rate_is_advised_to_what_gets_worse() -> None:
+    others = [trial(f"t{n}", 4.0, rate=10.0**-n) for n in range(2, 5)]
+    advised = {
+        last: promote([scored_at((3.2, last), rate=0.1), *others], BASE, 0.1).advice[0].split(":")[0] for last in (3.1, 3.3)
+    }
+    assert advised == {
+        3.1: "raise search.learning_rate for lora",
+        3.3: "lower search.learning_rate or train.epochs, or learn from more rows",
+    }
+
+
 def test_all_forget_too_much() -> None:
     found = promote([trial("a", 1.0, 0.5, rate=5e-3), trial("b", 1.5, 0.213, rate=1e-3)], BASE, 0.1)
     assert found.trial_id is None

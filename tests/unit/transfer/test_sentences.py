@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from orchestrator.transfer import Comparison, promote, verdict
+from orchestrator.transfer import Comparison, OverSeeds, over_seeds, promote, verdict
 from orchestrator.transfer.domain_shift import advise
 from orchestrator.transfer.promotion import Promotion
 from orchestrator.transfer.records import Control, RungRecord, TrialRecord
@@ -48,6 +48,23 @@ def spoken(found: dict[Control, Comparison]) -> str:
     return verdict(found["none"], found.get("scratch"), others=others).sentence
 
 
+@st.composite
+def repeated(draw: st.DrawFn, unit: str) -> OverSeeds:
+    """Gains from two to five seeds, alike or not."""
+    mean = draw(st.floats(-3.0, 3.0) if unit != "accuracy" else st.floats(-1.0, 1.0))
+    apart = draw(st.sampled_from([0.0, 0.0003, 0.004, 0.02, 0.3]))
+    gains = [mean + apart * draw(st.floats(0.5, 1.0)) * (-1) ** n for n in range(draw(st.integers(2, 5)))]
+    found = over_seeds(range(len(gains)), gains, unit)
+    assert found is not None
+    return found
+
+
+@st.composite
+def judged_over_seeds(draw: st.DrawFn) -> tuple[dict[Control, Comparison], OverSeeds]:
+    found = draw(judged())
+    return found, draw(repeated(found["none"].unit))
+
+
 def shown(text: str, value: float) -> bool:
     """Whether a number that is written is the value, rounded to as many decimals as are written."""
     decimals = len(text.partition(".")[2])
@@ -82,6 +99,37 @@ def test_the_verdicts_word_is_what_its_intervals_allow(found: dict[Control, Comp
         assert any(comparison.high < 0.01 for comparison in deciding)
     if word == "inconclusive":
         assert all(comparison.high >= 0.01 for comparison in deciding)
+
+
+@given(judged_over_seeds())
+def test_the_verdict_says_its_figures_over_seeds(found: tuple[dict[Control, Comparison], OverSeeds]) -> None:
+    compared, seeds = found
+    scale, unit = (100.0, "points of accuracy") if seeds.unit == "accuracy" else (1.0, "nats")
+    sentence = verdict(compared["none"], compared.get("scratch"), over_seeds=seeds).sentence
+    told = re.search(
+        rf"over (\d) seeds, on the same examples, ({NUMBER}) ± ({NUMBER}) {unit} (better or worse|better|worse) than the base "
+        rf"\(each alone: ([^)]*)\)",
+        sentence,
+    )
+    assert told is not None
+    assert int(told[1]) == len(seeds.values)
+    assert shown(told[2], abs(seeds.mean) * scale)
+    assert shown(told[3], seeds.half_width * scale)
+    assert (float(told[3]) > 0) == (seeds.half_width * scale > 1e-9), "an interval that is there is seen"
+    assert told[4] == ("better" if seeds.mean > 0 else "worse" if seeds.mean < 0 else "better or worse")
+    for text, value in zip(told[5].split(", "), seeds.values, strict=True):
+        assert text[0] in "+-"
+        assert shown(text, value * scale)
+
+
+@given(judged_over_seeds())
+def test_the_verdicts_word_is_what_intervals_and_seeds_allow(found: tuple[dict[Control, Comparison], OverSeeds]) -> None:
+    compared, seeds = found
+    none, scratch = compared["none"], compared.get("scratch")
+    word, alone = (verdict(none, scratch, over_seeds=each).sentence.partition(":")[0] for each in (seeds, None))
+    doubted = alone == "positive" and seeds.low <= 0
+    assert word == ("inconclusive" if doubted else alone)
+    assert ("from another seed" in verdict(none, scratch, over_seeds=seeds).sentence) == doubted
 
 
 @given(judged())
@@ -213,11 +261,14 @@ def test_what_is_advised_says_its_figures(search: tuple[list[TrialRecord], Trial
     served = re.search(rf"its loss of ({NUMBER}) is the best known", advice)
     assert served is not None
     assert float(served[1]) == pytest.approx(base.metric, rel=1e-3)
-    moved = re.search(rf"still moved from ({NUMBER}) to ({NUMBER}) in", advice)
-    if moved is not None:
-        first, last = (rung.metric for rung in told.rungs)
-        assert float(moved[1]) == pytest.approx(first, rel=1e-3)
-        assert float(moved[2]) == pytest.approx(last, rel=1e-3)
+    first, last = (rung.metric for rung in told.rungs)
+    moved = re.search(rf"(still got better|got worse), from ({NUMBER}) at step 30 to ({NUMBER}) at step 90", advice)
+    assert (moved is None) == (first == last)
+    if moved is not None and first is not None and last is not None:
+        assert moved[1] == ("still got better" if last < first else "got worse")
+        assert ("raise train.epochs" in advice) == (last < first)
+        assert float(moved[2]) == pytest.approx(first, rel=1e-3)
+        assert float(moved[3]) == pytest.approx(last, rel=1e-3)
     edge = re.search(
         rf"(raise|lower) search.learning_rate for (\w+): the best rate, ({NUMBER}), .* of ({NUMBER}) to ({NUMBER})", advice
     )

@@ -73,12 +73,35 @@ def test_seeds_that_agree_leave_a_positive_verdict_and_are_told() -> None:
     )
 
 
+def test_small_gains_over_seeds_have_the_decimals_that_show_them() -> None:
+    said = verdict(comparison(0.0008, 0.0014), over_seeds=seeds(0.0011, 0.0013, 0.0012)).sentence
+    assert "0.0012 ± 0.0002 nats better than the base (each alone: +0.0011, +0.0013, +0.0012)" in said
+    assert "0.00 ± 0.00 nats better or worse than" in verdict(comparison(-0.1, 0.3), over_seeds=seeds(0.0, 0.0)).sentence
+
+
+def test_a_small_gain_that_is_split_has_the_decimals_that_show_it() -> None:
+    found = verdict(comparison(0.0008, 0.0014), others={"shuffled": comparison(0.0002, 0.0004)})
+    assert "of the gain of 0.0011 nats, 0.0003 ± 0.0001 is the task" in found.sentence
+
+
 @pytest.mark.parametrize("gains", [(0.41, -0.3, 0.5), (0.41, -0.5, -0.6, -0.55)], ids=["unlike", "the bundle alone gains"])
 def test_seeds_that_hold_no_gain_make_it_inconclusive(gains: tuple[float, ...]) -> None:
     found = verdict(comparison(0.35, 0.47), over_seeds=seeds(*gains))
     assert found.kind == "inconclusive"
     assert found.sentence.startswith("inconclusive: 0.41 ± 0.06 nats better than the base")
     assert found.sentence.endswith("): the data cannot tell, from another seed it could have come out otherwise")
+
+
+@pytest.mark.parametrize(
+    ("failed", "said"), [(1, "from 1 other seed the training failed"), (4, "from 4 other seeds the training")]
+)
+def test_a_seed_from_which_training_failed_could_have_been_the_bundles(failed: int, said: str) -> None:
+    """Those that came through are no fair sample of what might have been."""
+    survivors = seeds(0.41, 0.42, 0.40) if failed == 1 else None
+    found = verdict(comparison(0.35, 0.47), over_seeds=survivors, failed_seeds=failed)
+    assert found.kind == "inconclusive"
+    assert said in found.sentence
+    assert verdict(comparison(-0.3, -0.1), failed_seeds=failed).kind == "negative"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,61 @@
+"""What kept a verdict from `positive`, and what is to be done then."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from orchestrator.transfer.gains import SMALLEST_GAIN
+from orchestrator.transfer.records import ComparisonRecord, TransferReport, VerdictKind
+
+Decider = Literal["none", "scratch", "repeat"]
+_LOOK_AT_ROWS = "look at the rows that are learned from: `orchestrator data SPEC`"
+_MORE_EVAL = "give more or cleaner eval rows (data.eval): what was promoted looked better on eval than it is on test"
+_ADVICE: dict[tuple[VerdictKind, Decider], tuple[str, ...]] = {
+    ("negative", "none"): (
+        "do not serve this bundle, serve the untouched base: it is better on the test set",
+        _LOOK_AT_ROWS,
+        _MORE_EVAL,
+    ),
+    ("negative", "scratch"): (
+        "do not serve this bundle: training from scratch is better on the test set, so another base may help, this one does not",
+        _LOOK_AT_ROWS,
+    ),
+    ("no gain", "none"): ("the untouched base serves as well: the test set leaves no room for a gain that matters",),
+    ("no gain", "scratch"): ("training from scratch serves as well: another base may help, this one does not",),
+    ("inconclusive", "none"): (
+        "more test rows would tell (data.test, data.test_rows); until then the untouched base may serve as well",
+    ),
+    ("inconclusive", "scratch"): (
+        "more test rows or seeds would tell it from training from scratch (data.test, data.test_rows, search.repeats)",
+    ),
+    ("inconclusive", "repeat"): ("more seeds would tell (search.repeats): from another one there may be no gain",),
+}
+
+
+def advice_after(transfer: TransferReport, *, by_hand: bool = False) -> tuple[str, ...]:
+    """What to do next, in order; nothing where the verdict is `positive` or where there is none.
+
+    Args:
+        by_hand: A person promoted the trial: then nobody has said that it looked good on eval.
+    """
+    if transfer.verdict is None:
+        return ()
+    advice = _ADVICE.get((transfer.verdict, decided_by(transfer)), ())
+    return tuple(line for line in advice if line != _MORE_EVAL or not by_hand)
+
+
+def decided_by(transfer: TransferReport) -> Decider:
+    """What a verdict other than `positive` rests on: the comparison with the base, the one with training from scratch, or what
+    trainings from other seeds came to. The base goes before `scratch` where both say the same."""
+    found = {each.against: each for each in transfer.comparisons}
+    deciders: tuple[Decider, ...] = ("none", "scratch")
+    for name in deciders:
+        if name in found and _says(found[name], transfer.verdict):
+            return name
+    return "repeat" if "none" in found else "none"
+
+
+def _says(comparison: ComparisonRecord, verdict: VerdictKind | None) -> bool:
+    """Whether one comparison by itself comes to the verdict, or to a worse one."""
+    bounds = {"negative": 0.0, "no gain": SMALLEST_GAIN}
+    return comparison.low <= 0 and (verdict not in bounds or comparison.high < bounds[verdict])
