@@ -29,8 +29,10 @@ def main() -> None:
     for file, most in PER_CLASS.items():
         cut_classes(intents, out / file, lambda rows, most=most: rows[:-COMPARED_ON][:most])
     cut_classes(intents, out / "banking77-eval.csv", lambda rows: rows[-COMPARED_ON:])
-    spec = out / f"{asked.name}.yaml"
     text = (SPECS / f"{asked.name}.yaml").read_text(encoding="utf-8").replace("CORPORA", str(corpora))
+    name = asked.name if asked.seed == 0 else f"{asked.name}-seed-{asked.seed}"
+    text = text.replace(f"name: {asked.name}\n", f"name: {name}\n").replace("seed: 0}", f"seed: {asked.seed}}}")
+    spec = out / f"{name}.yaml"
     spec.write_text(text, encoding="utf-8")
     from orchestrator.cli import main as orchestrator
 
@@ -44,6 +46,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("out", metavar="OUT", type=Path, help="gets the cut data, the spec with its paths filled in, and the run")
     names = sorted(path.stem for path in SPECS.glob("*.yaml"))
     parser.add_argument("name", metavar="NAME", choices=names, help=f"one of docs/results/*.yaml: {', '.join(names)}")
+    parser.add_argument("--seed", type=int, default=0, help="train.seed; other ones than 0 are runs of their own")
     return parser.parse_args()
 
 

@@ -32,11 +32,10 @@ from orchestrator.plan import steps
 from orchestrator.plan.remedies import NOTHING, AnchorPlan, Remedies
 from orchestrator.plan.values import Assignment, BaseLoad, DataPaths, ExecutionPlan, TrainSettings, TrialSpec
 from orchestrator.spec import LoadedSpec, load_spec
+from orchestrator.transfer.seeds import student_t_quantile
 
 NUM_SCORES = 4
 WITHIN = 1.02
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}
-"""Of a two-sided 95% interval, by the number of seeds."""
 PLAIN = "nothing"
 
 
@@ -162,7 +161,7 @@ def interval(values: list[float]) -> tuple[float, float]:
     """(mean, half of the 95% interval)"""
     if len(values) < 2:
         return values[0], float("nan")
-    return statistics.mean(values), STUDENT[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    return statistics.mean(values), student_t_quantile(len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
 
 
 def summarise(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:

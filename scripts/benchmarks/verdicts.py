@@ -6,8 +6,9 @@
 negative: 24 rows of gsm8k whose answers are random letters, learned hard: what comes of it is worse than the base, as 500
     clean rows say each time. Promoted by the rule, once on clean rows and once on rows as noisy as those that were learned; then
     the better-scored trial is judged on clean test rows. An error is a verdict `positive`.
-rivals: two trainings of one configuration with different seeds, one judged against the other as if it were a control; then three
-    against three, by Student's interval over the seeds. An error is a verdict `positive` or `negative`.
+rivals: two trainings of one configuration with different seeds, one judged against the other as if it were a control: by the
+    examples alone, as a run with one seed must; as wide as two seeds differ, by five seeds of one side, as a run on few
+    examples does; and three against three, by Student's interval over the seeds. An error is a verdict `positive` or `negative`.
 labels: as many rows of each of six intents of banking77, their labels permuted, judged against the class prior. An error is a
     verdict `positive`.
 
@@ -40,7 +41,8 @@ from typing import Any
 from verdicts_bench import Bench, Point, Row
 
 from orchestrator.store import append_jsonl
-from orchestrator.transfer import Comparison, promote, verdict
+from orchestrator.transfer import Comparison, between_trained, over_seeds, promote, verdict
+from orchestrator.transfer.seeds import student_t_quantile
 
 MAX_CHARACTERS = 300
 """Of a gsm8k row: so that it fits, and hundreds are scored in seconds."""
@@ -52,8 +54,6 @@ RIVAL_SIZES = (12, 60, 200)
 LABEL_SIZES = (120, 240)
 NUM_CLASSES, ROWS_PER_CLASS = 6, 20
 NUM_SEEDS = 3
-STUDENT = 4.303
-"""Of a two-sided 95% interval of three values."""
 ERRORS = {"negative": ("positive",), "rivals": ("positive", "negative"), "labels": ("positive",)}
 KINDS = ("positive", "no gain", "inconclusive", "negative")
 COLUMNS = {"prompt": "question", "completion": "answer"}
@@ -129,15 +129,19 @@ def rivals(base: Path, corpora: Path, seeds: Sequence[int], folder: Path) -> Ite
             sides = zip(trials[:NUM_SEEDS], trials[NUM_SEEDS:], strict=True)
             pairs = [one.against(other, test[:size], seed) for one, other in sides]
             words[f"one seed each, {size} test rows"] = told(pairs[0])
-            words[f"{NUM_SEEDS} seeds each, {size} test rows"] = told(over_seeds(pairs))
+            own = [trial.against(trials[-1], test[:size], seed) for trial in trials[:-1]]
+            wide = between_trained(own[0], over_seeds(range(len(own)), [each.mean for each in own]))
+            words[f"{len(own)} seeds against one, {size} test rows"] = told(wide)
+            words[f"{NUM_SEEDS} seeds each, {size} test rows"] = told(mean_of(pairs))
         yield {"seed": seed, "words": words}
     bench.close()
 
 
-def over_seeds(pairs: Sequence[Comparison]) -> Comparison:
+def mean_of(pairs: Sequence[Comparison]) -> Comparison:
     """The mean over pairs of seeds, with Student's interval over them."""
     means = [pair.mean for pair in pairs]
-    mean, half = statistics.mean(means), STUDENT * statistics.stdev(means) / len(means) ** 0.5
+    half = student_t_quantile(len(means) - 1) * statistics.stdev(means) / len(means) ** 0.5
+    mean = statistics.mean(means)
     return pairs[0].model_copy(update={"mean": mean, "low": mean - half, "high": mean + half})
 
 
