@@ -363,4 +363,6 @@ def assert_judged_as_few_examples(run: Path) -> None:
     assert gains.seeds == (0, 1)
     (against_base,) = [comparison for comparison in transfer.comparisons if comparison.against == "none"]
     assert gains.values[0] == pytest.approx(against_base.mean)
+    wide = {comparison.against: comparison.over_seeds for comparison in transfer.comparisons}
+    assert wide == {"none": False, "head": True, "shuffled": True}, "as wide as two seeds differ, where both were trained"
     assert "over 2 seeds, on the same examples" in transfer.sentence

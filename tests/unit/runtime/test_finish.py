@@ -13,7 +13,7 @@ from orchestrator.plan.cost.estimate import CPU_FLOPS_PER_CORE, run_flops
 from orchestrator.plan.results import RungResult
 from orchestrator.plan.values import TrialSpec
 from orchestrator.runtime.assignments import GangFigures
-from orchestrator.runtime.finish import controls_beside
+from orchestrator.runtime.finish import Controls, _inputs, controls_beside
 from orchestrator.runtime.hours import HoursState
 from orchestrator.runtime.ledger import Ledger
 from orchestrator.runtime.measured import plan_against_measured
@@ -58,6 +58,15 @@ def test_only_a_control_of_the_same_budget_is_compared(submit: Callable[..., Pre
         *(f"{name}-t000 was trained to 9 steps and what is bundled to 3" for name in ("shuffled", "repeat-2")),
         *same.left_out,
     )
+
+
+def test_whoever_judges_hears_of_failed_seeds(submit: Callable[..., Prepared], tmp_path: Path) -> None:
+    prepared, ledger = submit(search={"repeats": 3}), Ledger(tmp_path)
+    add(ledger, TRIAL, 9)
+    entry = ledger.get("t000")
+    assert entry is not None
+    inputs = _inputs(prepared, entry, entry.results[0], Controls({"head": "/head"}, failed_seeds=2))
+    assert (inputs.failed_seeds, inputs.controls) == (2, {"head": "/head"})
 
 
 def test_with_early_stopping_a_control_stands_beside_the_bundle_as_it_was_best(
