@@ -23,8 +23,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter
 
 from orchestrator.report.matrix import RateMatrix
-from orchestrator.report.wording import CONTROL_NAMES
-from orchestrator.transfer.records import ComparisonRecord
+from orchestrator.transfer.records import CONTROL_NAMES, ComparisonRecord
 from orchestrator.units import format_count
 
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY, INK = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#9a9a9a", "#222222"

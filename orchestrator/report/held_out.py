@@ -7,7 +7,6 @@ import math
 from orchestrator.report import figures, html
 from orchestrator.report.html import Html
 from orchestrator.report.wording import (
-    CONTROL_NAMES,
     MISSING,
     metric_text,
     model_name,
@@ -16,7 +15,7 @@ from orchestrator.report.wording import (
     signed,
 )
 from orchestrator.transfer import OverSeeds
-from orchestrator.transfer.records import TransferReport
+from orchestrator.transfer.records import CONTROL_NAMES, TransferReport
 
 LONG_TEXT = 600
 METHOD = {"bootstrap": "bootstrap", "sign_flip": "sign-flip test"}

@@ -11,7 +11,6 @@ from orchestrator.report.html import Html
 from orchestrator.report.matrix import RateMatrix, rate_matrices
 from orchestrator.report.reading import RunRecords
 from orchestrator.report.wording import (
-    CONTROL_NAMES,
     MISSING,
     best_trial,
     counts,
@@ -29,7 +28,7 @@ from orchestrator.report.wording import (
 from orchestrator.transfer import pareto_front
 from orchestrator.transfer.after_verdict import advice_after
 from orchestrator.transfer.promotion import PROMOTABLE_CONTROLS
-from orchestrator.transfer.records import SweepResult, TransferReport, TrialRecord
+from orchestrator.transfer.records import CONTROL_NAMES, SweepResult, TransferReport, TrialRecord
 from orchestrator.units import format_count, format_seconds
 
 SMOOTHING = 0.15

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from orchestrator.transfer import OverSeeds, over_seeds
 from orchestrator.transfer.records import (
+    CONTROL_NAMES,
     BundledFigures,
     ModelScores,
     PlanAgainstMeasured,
@@ -18,15 +19,6 @@ from orchestrator.units import format_bytes, format_count, format_seconds
 
 MISSING = "-"
 
-CONTROL_NAMES = {
-    "none": "untouched base",
-    "head": "head only",
-    "shuffled": "shuffled answers",
-    "scratch": "random weights",
-    "k_shot": "examples in the prompt",
-    "curve": "a share of the data",
-    "repeat": "another seed",
-}
 PERCENT = ("accuracy", "macro_f1", "exact_match")
 
 

@@ -7,18 +7,11 @@ from collections.abc import Mapping
 
 from orchestrator.plan import REPEAT
 from orchestrator.serve.inputs import BundleInputs, shown_base
-from orchestrator.transfer.after_verdict import decided_by
-from orchestrator.transfer.records import ModelScores, PromptComparison, TransferReport, VerificationFigures
+from orchestrator.transfer.after_verdict import advice_after, decided_by
+from orchestrator.transfer.records import CONTROL_NAMES, ModelScores, PromptComparison, TransferReport, VerificationFigures
 from orchestrator.units import format_count
 
-NAMES = {
-    "promoted": "this model",
-    "none": "untouched base",
-    "head": "head only",
-    "shuffled": "shuffled answers",
-    "scratch": "random weights",
-    "k_shot": "examples in the prompt",
-}
+NAMES = {"promoted": "this model", **CONTROL_NAMES}
 NOT_SHOWN = {
     "none": "a gain over the base was not shown",
     "scratch": "a gain over the base was shown, one over random weights trained from scratch was not",
@@ -50,7 +43,7 @@ def model_card(inputs: BundleInputs, transfer: TransferReport, versions: Mapping
         _results(transfer),
         _prompts(transfer.prompts),
         _verification(transfer.verification),
-        _serving(inputs),
+        _serving(inputs, transfer),
         _limitations(inputs, transfer),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -164,7 +157,7 @@ def _verification(figures: VerificationFigures) -> str:
     )
 
 
-def _serving(inputs: BundleInputs) -> str:
+def _serving(inputs: BundleInputs, transfer: TransferReport) -> str:
     task = inputs.base.task
     if task == "classify":
         commands = ["vllm serve . --runner pooling"]
@@ -177,7 +170,9 @@ def _serving(inputs: BundleInputs) -> str:
     else:
         said.append("The changed tensors alone are in `delta/`.")
     shown = "\n".join(f"    {command}" for command in commands)
-    return f"## Serving\n\nIn this folder:\n\n{shown}\n\n" + "\n\n".join(said)
+    warning = advice_after(transfer)[:1] if transfer.verdict == "negative" else ()
+    warned = "".join(f"{line[:1].upper()}{line[1:]}.\n\n" for line in warning)
+    return f"## Serving\n\n{warned}In this folder:\n\n{shown}\n\n" + "\n\n".join(said)
 
 
 def _limitations(inputs: BundleInputs, transfer: TransferReport) -> str:

@@ -14,6 +14,16 @@ from orchestrator.transfer.seeds import OverSeeds
 from orchestrator.values import Value
 
 Control = Literal["none", "head", "shuffled", "scratch", "k_shot", "repeat", "curve"]
+CONTROL_NAMES: dict[str, str] = {
+    "none": "untouched base",
+    "head": "head only",
+    "shuffled": "shuffled answers",
+    "scratch": "random weights",
+    "k_shot": "examples in the prompt",
+    "curve": "a share of the data",
+    "repeat": "another seed",
+}
+"""What people read of each, wherever it is shown."""
 VerdictKind = Literal["positive", "no gain", "negative", "inconclusive"]
 
 

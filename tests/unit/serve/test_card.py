@@ -7,9 +7,8 @@ import pytest
 from orchestrator.anatomy import select
 from orchestrator.plan.merge import MergePlan
 from orchestrator.plan.values import TrialSpec
-from orchestrator.report.wording import CONTROL_NAMES
 from orchestrator.serve.bundle import bundle_config, serve_commands
-from orchestrator.serve.card import NAMES, model_card
+from orchestrator.serve.card import model_card
 from orchestrator.serve.inputs import BundleInputs, shown_base
 from orchestrator.transfer import over_seeds
 from orchestrator.transfer.records import (
@@ -145,9 +144,16 @@ def test_the_card_says_of_what_a_gain_was_not_shown(
     assert said.endswith(line)
 
 
-def test_every_control_has_the_name_that_it_has_in_the_report(inputs_of: Callable):
+def test_a_card_warns_of_serving_what_is_worse_than_the_base(inputs_of: Callable):
+    """Whoever finds the folder reads the card, and not the run's last screen."""
+    for verdict, interval in (("negative", (-0.4, -0.2)), ("positive", (0.2, 0.4))):
+        transfer = TransferReport(verdict=verdict, comparisons=(compared("none", *interval),), verification=FIGURES)
+        serving = model_card(inputs_of(), transfer, {}).split("## Serving")[1]
+        assert ("Do not serve this bundle, serve the untouched base" in serving) is (verdict == "negative")
+
+
+def test_every_control_has_its_name(inputs_of: Callable):
     controls = ("none", "head", "shuffled", "scratch", "k_shot")
-    assert {name: NAMES[name] for name in controls} == {name: CONTROL_NAMES[name] for name in controls}
     scores = tuple(ModelScores(model=name, metrics={"loss": 1.5}) for name in controls)
     transfer = TransferReport(comparisons=(compared("k_shot", 0.1, 0.2),), scores=scores, verification=FIGURES)
     card = model_card(inputs_of(), transfer, {})
