@@ -1,4 +1,4 @@
-"""Bytes, tokens, counts and seconds, written for people."""
+"""Bytes, tokens, counts, seconds and foreign text, written for people."""
 
 from __future__ import annotations
 
@@ -40,3 +40,11 @@ def format_seconds(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
+
+
+def printable(text: str) -> str:
+    """`text` with control characters, line breaks and half surrogates written as escapes, so that no terminal obeys them.
+
+    `"\\x1b[31mred"` -> `"\\\\x1b[31mred"`. What a user reads out of data, file names, classes and column names goes through here.
+    """
+    return "".join(char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text)

@@ -12,12 +12,13 @@ from pydantic import ValidationError
 
 from orchestrator.data.batching import documents_of_steps
 from orchestrator.data.encoding import Document, Encoder, load_tokenizer, mark_supervised
-from orchestrator.data.gather import Sources, bad_rows_error, find_sources, make_splits, read_examples
+from orchestrator.data.gather import Sources, bad_rows_error, find_sources, read_examples
 from orchestrator.data.reading import BadRow
 from orchestrator.data.retention import retention_sets
 from orchestrator.data.rows import RETENTION_TASKS, Example
 from orchestrator.data.seeded import CAPS, generator
 from orchestrator.data.sets import TokenizedSet, build_set
+from orchestrator.data.splits import make_splits
 from orchestrator.data.summary import DataSummary, LeftOut, SplitSummary, listed
 from orchestrator.errors import DataError, IntegrityError, RunConflictError
 from orchestrator.plan.remedies import most_replayed_tokens, needs_replayed_text
@@ -75,6 +76,7 @@ def prepare_data(loaded: LoadedSpec, tokenizer_folder: Path, out_folder: Path, *
         inputs_sha256=inputs,
         splits={name: _summarise(part) for name, part in sets.items()},
         dropped=left_out.summary(),
+        notices=tuple(left_out.notices),
         classes=classes,
         class_counts=tuple(np.bincount(sets["train"].labels, minlength=len(classes)).tolist()) if classes else (),
         files=tuple(left_out.relative(str(path)) for entries in sources.values() for entry in entries for path in entry.files),

@@ -38,7 +38,10 @@ class Example:
     text: str | None = None
     prompt: str | None = None
     completion: str | None = None
-    messages: tuple[dict[str, str], ...] | None = None
+    messages: tuple[dict[str, Any], ...] | None = None
+    """Turns in OpenAI's form: `role`, `content` (text, or None beside `tool_calls`), and what else the chat template may read."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """JSON Schemas of the functions that a chat may call, for the chat template."""
     label: str | None = None
 
     @property

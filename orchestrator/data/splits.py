@@ -8,6 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.data.rows import Example
+from orchestrator.data.seeded import WEIGHTS, generator
+from orchestrator.data.summary import LeftOut
+from orchestrator.errors import DataError
+from orchestrator.spec import LoadedSpec
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,40 @@ class Splits:
     test: list[Example]
     duplicates: list[tuple[Example, str, str]]
     """(example, the split it was removed from, the split that keeps it)."""
+
+
+def make_splits(loaded: LoadedSpec, found: dict[str, list[Example]], left_out: LeftOut) -> dict[str, list[Example]]:
+    """train, eval and test: shares taken off train, duplicates removed, train's sources weighted.
+
+    Raises:
+        DataError: a split has no row left.
+    """
+    data, seed = loaded.spec.data, loaded.spec.train.seed
+    eval_share, test_share = (value if isinstance(value, float) else 0.0 for value in (data.eval, data.test))
+    parts = split_by_share(found["train"], eval_share, test_share, seed)
+    parts |= {name: found[name] for name in ("eval", "test") if name in found}
+    splits = remove_shared(parts["train"], parts["eval"], parts["test"])
+    for example, split, keeper in splits.duplicates:
+        left_out.add(split, f"also stands in {keeper}", example.place)
+    result = {"train": _weighted(splits.train, seed, left_out), "eval": splits.eval, "test": splits.test}
+    for name, part in result.items():
+        if not part:
+            raise _empty(loaded, name, len(found["train"]), left_out)
+    return result
+
+
+def _empty(loaded: LoadedSpec, name: str, num_rows: int, left_out: LeftOut) -> DataError:
+    """Why a split has no row: all of its own were removed, or train has none to spare."""
+    reasons = [f"{count} {reason}" for reason, count in left_out.of(name).items()]
+    if not reasons and name != "train":
+        keeps = "of each class train keeps a row" if loaded.spec.task == "classify" else "rows of one group stay in one split"
+        reasons = [f"train has {num_rows} row{'s' if num_rows != 1 else ''}; {keeps}, and eval and test share the rest"]
+    return DataError(
+        f"no row is left for {name}" + (f" ({'; '.join(reasons)})" if reasons else ""),
+        where=loaded.where(f"data.{name}"),
+        expected="at least one",
+        remedy="give more rows, or another share or path",
+    )
 
 
 def split_by_share(examples: Sequence[Example], eval_share: float, test_share: float, seed: int) -> dict[str, list[Example]]:
@@ -121,3 +159,21 @@ def _without(
         else:
             kept.append(example)
     return kept
+
+
+def _weighted(examples: list[Example], seed: int, left_out: LeftOut) -> list[Example]:
+    """Rows repeated or thinned by their source's weight: 2.5 gives every row twice and a seeded half of them once more."""
+    by_source: dict[int, list[Example]] = {}
+    for example in examples:
+        by_source.setdefault(example.source, []).append(example)
+    result: list[Example] = []
+    for source, rows in sorted(by_source.items()):
+        whole, part = divmod(rows[0].weight, 1.0)
+        order = generator(seed, WEIGHTS + source).permutation(len(rows))
+        once_more = set(order[: round(part * len(rows))].tolist())
+        for index, row in enumerate(rows):
+            times = int(whole) + (index in once_more)
+            result += [row] * times
+            if not times:
+                left_out.add("train", f"thinned by the source's weight {row.weight:g}", row.place)
+    return result

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from orchestrator.values import Value
 
@@ -21,6 +23,19 @@ class Dropped(Value):
     count: int
     places: tuple[str, ...]
     """`file:line` of the first LISTED ones, from the spec's folder or from the root, whichever is shorter."""
+
+
+class Notice(Value):
+    """One thing about the data that a user should know before the training: one line on every screen."""
+
+    level: Literal["info", "warning"]
+    """`warning`: the run goes on, and its result is likely not what the user wants."""
+    message: str
+    """One sentence with its counts. Text out of the data is escaped (`printable`)."""
+    remedy: str = ""
+    """What to do about it; empty for what was done as it should be."""
+    places: tuple[str, ...] = ()
+    """`file:line` of the first LISTED rows concerned, where rows are."""
 
 
 class SplitSummary(Value):
@@ -40,6 +55,8 @@ class DataSummary(Value):
     splits: dict[str, SplitSummary]
     """train, eval, test and, where there is one, retain."""
     dropped: tuple[Dropped, ...]
+    notices: tuple[Notice, ...] = ()
+    """What was found out, decided and noticed, in the order of the reading."""
     classes: tuple[str, ...] = ()
     """Names of the classes in the order of their numbers."""
     class_counts: tuple[int, ...] = ()
@@ -56,9 +73,22 @@ class LeftOut:
     folder: Path
     """Of the spec: places are relative to it."""
     entries: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    notices: list[Notice] = field(default_factory=list)
 
     def add(self, split: str, reason: str, place: str) -> None:
         self.entries.setdefault((split, reason), []).append(self.relative(place))
+
+    def info(self, message: str, *, places: Iterable[str] = ()) -> None:
+        """Tell what was found or decided."""
+        self._notice("info", message, "", places)
+
+    def warn(self, message: str, remedy: str, *, places: Iterable[str] = ()) -> None:
+        """Tell what is likely wrong, and what to do about it."""
+        self._notice("warning", message, remedy, places)
+
+    def _notice(self, level: Literal["info", "warning"], message: str, remedy: str, places: Iterable[str]) -> None:
+        shown = tuple(self.relative(place) for place in itertools.islice(places, LISTED))
+        self.notices.append(Notice(level=level, message=message, remedy=remedy, places=shown))
 
     def relative(self, place: str) -> str:
         """The shorter of a place's two names, from the spec's folder or from the root."""
