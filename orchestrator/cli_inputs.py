@@ -17,6 +17,7 @@ from orchestrator.data import DataSummary, prepare_data
 from orchestrator.data.reading import BadRow, find_files, read_rows
 from orchestrator.errors import UsageError
 from orchestrator.plan import estimate_data_size, make_plan, read_cluster_file
+from orchestrator.plan.defaults import with_section
 from orchestrator.plan.values import ClusterDescription, DataSize, RunPlan
 from orchestrator.spec import LoadedSpec, spec_sha256
 
@@ -35,7 +36,10 @@ def plan_of(loaded: LoadedSpec, *, job: str = "", cluster_file: Path | None = No
     spec = loaded.spec
     if job not in ("", "sweep", "finetune"):
         raise UsageError(f"--job is {job!r}", expected="sweep or finetune", remedy="leave it out to plan what the spec has")
-    chosen = cast("Job", job or ("finetune" if spec.search is None else "sweep"))
+    alone = spec.search is None and spec.finetune is not None
+    chosen = cast("Job", job or ("finetune" if alone else "sweep"))
+    loaded = with_section(loaded, chosen)
+    spec = loaded.spec
     anatomy = read_anatomy(resolve_base(spec.base.model, loaded.folder), need_weights=False)
     size = measure_data(loaded)
     cluster = _cluster(cluster_file, address)

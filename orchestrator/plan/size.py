@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from orchestrator.plan.remedies import most_replayed_tokens, needs_replayed_text
+from orchestrator.plan.step_size import tokens_per_step
 from orchestrator.spec.models import JobSpec
 from orchestrator.values import Value
 
@@ -18,6 +19,8 @@ class DataSize(Value):
     train_documents: int
     train_tokens: int
     steps_per_epoch: int
+    tokens_per_step: int = 0
+    """Of a step, at most; 0 in plans of older versions, whose specs all have a number."""
     eval_tokens: int
     retain_tokens: int
     """Of the retention set, what is scored."""
@@ -62,11 +65,14 @@ def estimate_data_size(
     else:
         eval_tokens = min(round((eval_bytes or 0) / BYTES_PER_TOKEN), spec.data.eval_rows * spec.data.max_tokens)
     retain_tokens = round(retain_bytes / BYTES_PER_TOKEN)
+    documents = max(1, round(share * rows))
+    in_a_step = tokens_per_step(spec.train, documents, train_tokens, min(spec.data.max_tokens, math.ceil(tokens / rows)))
     replayed = min(max(0, retain_tokens - spec.data.retain_tokens), most_replayed_tokens(spec, train_tokens))
     return DataSize(
-        train_documents=max(1, round(share * rows)),
+        train_documents=documents,
         train_tokens=train_tokens,
-        steps_per_epoch=max(1, math.ceil(train_tokens / spec.train.tokens_per_step)),
+        steps_per_epoch=max(1, math.ceil(train_tokens / in_a_step)),
+        tokens_per_step=in_a_step,
         eval_tokens=eval_tokens,
         retain_tokens=min(retain_tokens, spec.data.retain_tokens),
         longest_document_tokens=spec.data.max_tokens,

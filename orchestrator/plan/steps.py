@@ -7,6 +7,7 @@ from typing import Literal
 
 from orchestrator.anatomy.values import ModelAnatomy
 from orchestrator.errors import PlanError
+from orchestrator.plan.step_size import tokens_per_step as of_a_step
 from orchestrator.plan.values import DataSize, SearchPlan
 from orchestrator.spec.models import JobSpec
 
@@ -18,6 +19,14 @@ EARLY_STOPPING_RUNGS = 8
 """How often a trial is scored that its held-out loss may end."""
 MAX_CPU_MICRO_BATCH_TOKENS = 4096
 """Past a few thousand tokens a CPU's matrix products gain nothing, and memory is all that grows."""
+
+
+def tokens_per_step(spec: JobSpec, data: DataSize) -> int:
+    """Tokens of a step at most: the spec's number, or what `auto` came to when the data was measured."""
+    if spec.train.tokens_per_step != "auto":
+        return spec.train.tokens_per_step
+    measured = data.tokens_per_step
+    return measured or of_a_step(spec.train, data.train_documents, data.train_tokens, data.longest_document_tokens)
 
 
 def total_steps(spec: JobSpec, data: DataSize) -> int:
@@ -106,7 +115,7 @@ def row_tokens(spec: JobSpec, anatomy: ModelAnatomy, data: DataSize) -> int:
             where="data.max_tokens",
             remedy=f"data.max_tokens: {anatomy.max_positions}",
         )
-    width = max(longest, min(spec.data.max_tokens, spec.train.tokens_per_step)) if packs(spec) else longest
+    width = max(longest, min(spec.data.max_tokens, tokens_per_step(spec, data))) if packs(spec) else longest
     return -(-width // 8) * 8
 
 

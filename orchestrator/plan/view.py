@@ -6,6 +6,7 @@ from orchestrator.plan.cost.choices import planned_options
 from orchestrator.plan.estimates import MemoryEstimate
 from orchestrator.plan.remedies import Remedies
 from orchestrator.plan.steps import accumulation, share_beyond
+from orchestrator.plan.steps import tokens_per_step as planned_tokens_per_step
 from orchestrator.plan.values import ExecutionPlan, RunPlan, SearchPlan, TrialOption
 from orchestrator.spec.models import JobSpec
 from orchestrator.units import format_bytes, format_count, format_seconds
@@ -13,8 +14,9 @@ from orchestrator.units import format_bytes, format_count, format_seconds
 
 def derivations(plan: RunPlan, spec: JobSpec) -> tuple[str, ...]:
     """How the plan's numbers follow from each other, one sentence each."""
-    tokens_per_step, replay = spec.train.tokens_per_step, max(option.remedies.replay for option in planned_options(plan))
+    tokens_per_step, replay = planned_tokens_per_step(spec, plan.data), max(o.remedies.replay for o in planned_options(plan))
     lines = [
+        *([_auto_line(plan, tokens_per_step)] if spec.train.tokens_per_step == "auto" else []),
         batch_line(plan.execution, tokens_per_step, replay),
         f"{spec.train.epochs:g} epochs x {_count(plan.data.steps_per_epoch, 'step')} = {_count(plan.total_steps, 'step')}, "
         f"{format_count(plan.total_tokens)} tokens",
@@ -31,6 +33,17 @@ def derivations(plan: RunPlan, spec: JobSpec) -> tuple[str, ...]:
     else:
         lines.append("a winner at the last rung has had the full budget and is not trained again")
     return tuple(lines)
+
+
+def _auto_line(plan: RunPlan, tokens_per_step: int) -> str:
+    """`tokens_per_step: auto: 240 documents of 21 tokens -> 176 tokens per step -> 62 steps`."""
+    data = plan.data
+    mean = data.train_tokens / max(1, data.train_documents)
+    estimated = "" if data.exact else " (estimated)"
+    return (
+        f"tokens_per_step: auto: {_count(data.train_documents, 'document')} of {mean:.3g} tokens{estimated} -> "
+        f"{tokens_per_step} tokens per step -> {_count(plan.total_steps, 'step')}"
+    )
 
 
 def _few_lines(plan: RunPlan, search: SearchPlan) -> list[str]:

@@ -30,7 +30,7 @@ def plan_view(plan: RunPlan, *, explain: bool = False) -> RenderableType:
         Text(f"{plan.name}: {base.model_type}, {format_count(plan.num_parameters)} parameters, {base.quantize}", style="bold"),
         Text(
             f"{plan.data.train_documents:,} documents, {plan.data.train_tokens:,} tokens an epoch{estimated}; "
-            f"{plan.total_steps:,} steps in all"
+            f"{plan.total_steps:,} steps in all{_of_tokens(plan)}"
         ),
         Text(),
         _options_table(plan, options),
@@ -48,6 +48,11 @@ def plan_view(plan: RunPlan, *, explain: bool = False) -> RenderableType:
         parts += [_grid("Cheaper ways, rejected", [(way.way, way.reason) for way in plan.rejected]), Text()]
     said = [("warning", plan.warnings), ("because", plan.reasons), ("note", plan.notes)]
     return Group(*parts, _grid("", [(name, line) for name, lines in said for line in lines]))
+
+
+def _of_tokens(plan: RunPlan) -> str:
+    """` of up to 256 tokens`; nothing in plans of older versions."""
+    return f" of up to {plan.data.tokens_per_step:,} tokens" if plan.data.tokens_per_step else ""
 
 
 def _option_name(option: TrialOption) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, read_anatomy, resolve_base
 from orchestrator.data import DataSummary, data_size, prepare_data
 from orchestrator.errors import UsageError
-from orchestrator.plan import make_assignment, make_plan
+from orchestrator.plan import make_assignment, make_plan, steps
 from orchestrator.plan.compilation import CompileChoice
 from orchestrator.plan.compiling import standing_choice, with_choice
 from orchestrator.plan.scored import LayerScores
@@ -55,7 +55,7 @@ class Prepared:
             schedule=train.schedule,
             weight_decay=train.weight_decay,
             grad_clip=train.grad_clip,
-            tokens_per_step=train.tokens_per_step,
+            tokens_per_step=steps.tokens_per_step(self.spec, self.plan.data),
         )
 
     def assignment(self, trial: TrialSpec, selection: LayerSelection, *, folder: Path, stop_step: int, **how: Any) -> Assignment:
@@ -119,7 +119,8 @@ def prepare(
     known = RunPlan.model_validate(read_json(run.plan)) if run.plan.exists() else None
     view.phase("data")
     data = prepare_data(loaded, Path(anatomy.folder), run.data, keep=known is not None)
-    size = data_size(data, spec, run.data)
+    planned = known.data.tokens_per_step if known is not None else 0
+    size = data_size(data, spec, run.data, planned_tokens_per_step=planned)
     if cluster is None:
         assert known is not None, "a run that ended was planned"
         return Prepared(spec, run, anatomy, data, known)
@@ -128,6 +129,9 @@ def prepare(
     if plan.search is not None:
         plan = with_choice(plan, standing_choice(spec.resources.compile, read_choice(run)))
     write_json(run.plan, plan)
+    if loaded.defaulted:
+        view.event("default_section", loaded.defaulted)
+        run.event("default_section", message=loaded.defaulted)
     for warning in plan.warnings:
         view.event("warning", warning)
         run.event("warning", message=warning)

@@ -14,6 +14,7 @@ from ray.exceptions import RayError
 
 from orchestrator.errors import TrainingError
 from orchestrator.plan import head_control, none_control
+from orchestrator.plan.defaults import with_section
 from orchestrator.runtime.assignments import Orders
 from orchestrator.runtime.carrying import hand_in, wait_for
 from orchestrator.runtime.cluster import fetch
@@ -30,7 +31,7 @@ from orchestrator.runtime.prepare import Prepared, open_run, prepare
 from orchestrator.runtime.probing import scored_in_a_gang
 from orchestrator.runtime.search import run_search
 from orchestrator.runtime.watch import Watcher
-from orchestrator.spec import LoadedSpec, require_section
+from orchestrator.spec import LoadedSpec
 from orchestrator.store import RunDirectory
 from orchestrator.transfer.records import SweepResult
 from orchestrator.transfer.view import RunView
@@ -47,7 +48,7 @@ def run_sweep(loaded: LoadedSpec, *, view: RunView, address: str | None = None, 
     Raises:
         OrchestratorError: whatever stops the run, see errors.py; what was done is on disk.
     """
-    require_section(loaded, "sweep")
+    loaded = with_section(loaded, "sweep")
     started_at = time.time()
     with ExitStack() as stack:
         run = stack.enter_context(open_run(loaded, "sweep", output, view))

@@ -38,6 +38,8 @@ class LoadedSpec:
     text: str
     places: Mapping[str, Place] = field(default_factory=dict[str, Place])
     """Line and column of every value that the file gives, by dotted path (`search.layers[1]`)."""
+    defaulted: str = ""
+    """What stands in for a section that the file does not have, in a sentence."""
 
     @property
     def folder(self) -> Path:

@@ -113,8 +113,8 @@ class TrainSpec(Section):
     """How a trial learns."""
 
     epochs: PositiveFloat = 2
-    tokens_per_step: PositiveInt = 8192
-    """A step is a fixed list of documents of at most so many tokens."""
+    tokens_per_step: Annotated[PositiveInt | Literal["auto"], BeforeValidator(_refuse_bool)] = "auto"
+    """A step is a fixed list of documents of at most so many tokens; `auto`: from the number and length of the documents."""
     warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
     """Share of the training tokens over which the learning rate rises."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
