@@ -7,12 +7,14 @@ import re
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -70,8 +72,20 @@ def describe_this_machine() -> ClusterDescription:
         gpu_memory_bytes=min((gpu.memory_bytes for gpu in gpus), default=0),
         gpu_name=gpus[0].name if gpus else "",
         memory_bytes=memory_bytes(),
+        core_flops=0.0 if gpus else core_flops(),
     )
     return ClusterDescription(nodes=(node,), source=f"this machine ({socket.gethostname()})")
+
+
+def core_flops(size: int = 256, seconds: float = 0.02) -> float:
+    """Operations a second of one core in a float32 product of matrices, by processor time: other work does not count."""
+    one, other = (np.ones((size, size), dtype=np.float32) for _ in range(2))
+    one @ other  # the library starts its threads
+    count, started = 0, time.process_time()
+    while time.process_time() - started < seconds:
+        one @ other
+        count += 1
+    return 2 * size**3 * count / (time.process_time() - started)
 
 
 def memory_bytes(proc: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup/memory.max")) -> int:

@@ -19,6 +19,7 @@ from orchestrator.plan.arrange import (
 from orchestrator.plan.compiling import with_compiling
 from orchestrator.plan.controls import head_warnings, with_scratch
 from orchestrator.plan.cost import estimate as cost
+from orchestrator.plan.cost.duration import planned_duration
 from orchestrator.plan.curve import curve_shares
 from orchestrator.plan.estimates import MemoryEstimate
 from orchestrator.plan.fusing import most_fused
@@ -269,6 +270,9 @@ def _with_costs(plan: RunPlan, anatomy: ModelAnatomy, found: Machines, spec: Job
     rate = cost.rate_of(found)
     price = spec.resources.gpu_hour_price or found.gpu_hour_price
     estimated = cost.estimate_cost(plan, anatomy, rate, price_per_gpu_hour=price if found.device == "cuda" else None)
+    base_bytes = anatomy.num_parameters() * (1 if spec.base.quantize != "none" else 2)
+    core_flops = min(node.core_flops for node in found.nodes)
+    estimated = estimated.model_copy(update={"duration": planned_duration(plan, estimated, base_bytes, core_flops)})
     return plan.model_copy(
         update={
             "cost": estimated,

@@ -11,7 +11,7 @@ from orchestrator.plan.estimates import Rate
 from orchestrator.plan.memory.estimate import RESIDENT_SHARE
 from orchestrator.plan.placement import Machines, idle_gpus
 from orchestrator.plan.remedies import left_out
-from orchestrator.plan.step_size import few_steps_sentence, more_steps
+from orchestrator.plan.step_size import auto_tokens_per_step, few_steps_sentence, more_steps
 from orchestrator.plan.values import ClusterDescription, RunPlan
 from orchestrator.plan.view import derivations
 from orchestrator.spec.models import AnchorSpec, JobSpec
@@ -113,10 +113,10 @@ def _few_steps(plan: RunPlan, spec: JobSpec) -> Iterator[str]:
     """Too few steps to learn from are the commonest reason why nothing was learned."""
     data, said = plan.data, few_steps_sentence(plan.total_steps)
     if said:
-        more = more_steps(
-            spec.train, data.train_documents, data.train_tokens, data.longest_document_tokens, data.steps_per_epoch
-        )
-        yield f"{said}: {more}"
+        mean = math.ceil(data.train_tokens / max(1, data.train_documents))
+        longest = data.longest_document_tokens if data.exact else mean
+        auto = auto_tokens_per_step(data.train_documents, data.train_tokens, longest, spec.train.epochs)
+        yield f"{said}: {more_steps(spec.train, auto, data.train_tokens, data.steps_per_epoch)}"
 
 
 def _warnings(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDescription) -> Iterator[str]:

@@ -59,6 +59,10 @@ def estimate_data_size(
     share = 1.0 - sum(part for part in (spec.data.eval, spec.data.test) if isinstance(part, float))
     tokens = max(1, round(num_bytes / BYTES_PER_TOKEN))
     rows = max(1, num_rows)
+    if spec.task == "text":  # cut into chunks
+        rows = max(rows, math.ceil(tokens / spec.data.max_tokens))
+    else:  # longer rows are dropped or cut
+        tokens = min(tokens, rows * spec.data.max_tokens)
     train_tokens = max(1, round(share * tokens))
     if isinstance(spec.data.eval, float):
         eval_tokens = round(min(spec.data.eval * rows, spec.data.eval_rows) * tokens / rows)

@@ -49,17 +49,19 @@ def few_steps_sentence(total_steps: int) -> str:
     return f"the whole training is {count}, and fewer than {FEW_STEPS} teach little and compare nothing well"
 
 
-def more_steps(train: TrainSpec, documents: int, tokens: int, longest_document_tokens: int, steps_per_epoch: int) -> str:
-    """How a training gets LEAST_STEPS steps: smaller steps where the data has them, else more epochs."""
-    smaller = auto_tokens_per_step(documents, tokens, longest_document_tokens, train.epochs)
-    if train.tokens_per_step != "auto" and smaller < train.tokens_per_step:
-        steps = math.ceil(train.epochs * tokens / smaller)
-        more = f"train.tokens_per_step: auto (or {smaller}) makes about {steps}"
-        if steps >= FEW_STEPS:
-            return more
-        return f"{more}; more train.epochs or more rows make more"
+def more_steps(train: TrainSpec, auto: int, tokens: int, steps_per_epoch: int) -> str:
+    """How a training gets LEAST_STEPS steps: smaller steps where the data has them, else more epochs.
+
+    Args:
+        auto: What `auto` comes to for this training set.
+        tokens: Of the training set.
+    """
+    if train.tokens_per_step != "auto" and auto < train.tokens_per_step:
+        steps = math.ceil(train.epochs * tokens / auto)
+        more = f"train.tokens_per_step: auto ({auto} here) makes about {steps}"
+        return more if steps >= FEW_STEPS else f"{more}, and more train.epochs or more rows more"
     epochs = math.ceil(LEAST_STEPS / max(1, steps_per_epoch))
-    return f"train.epochs: {epochs} makes about {epochs * steps_per_epoch}; better, give more rows"
+    return f"train.epochs: {epochs} makes about {epochs * steps_per_epoch}; more rows are better"
 
 
 def tokens_per_step(train: TrainSpec, documents: int, tokens: int, longest_document_tokens: int) -> int:

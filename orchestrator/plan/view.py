@@ -135,7 +135,7 @@ def option_line(option: TrialOption) -> str:
 
 
 def cost_line(plan: RunPlan) -> str:
-    """`1.2 GPU-hours (3.1 without early stopping) · about 9m10s · 3.00 · 16.1 GiB of disk`."""
+    """`1.2 GPU-hours (3.1 without early stopping) · 6m10s to 31m00s · 3.00 · 16.1 GiB of disk`."""
     cost, disk = plan.cost, f"{format_bytes(plan.disk_bytes)} of disk"
     if cost is None or (cost.gpu_hours is None and cost.core_hours is None):
         return f"GPU-hours unknown · {disk}"
@@ -145,7 +145,7 @@ def cost_line(plan: RunPlan) -> str:
         stops = plan.search is not None and len(plan.search.rung_steps) > 1
         whole = f" ({cost.gpu_hours_without_stopping:.3g} without early stopping)" if stops else ""
         said = [f"{cost.gpu_hours:.3g} GPU-hours{whole}"]
-    said += [f"about {format_seconds(3600 * cost.wall_hours)}"] if cost.wall_hours is not None else []
+    said += [str(cost.duration)] if cost.duration is not None else []
     said += [f"{cost.price:,.2f} in money"] if cost.price is not None else []
     return " · ".join([*said, disk])
 

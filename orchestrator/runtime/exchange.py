@@ -131,7 +131,8 @@ class Exchange:
     async def replan(self, plan: RunPlan) -> None:
         """The plan once more is known; its gangs and options are the same ones."""
         self._orders = self._orders.model_copy(update={"plan": plan})
-        self._first_steps = FirstSteps(plan, self._orders.anatomy, self._orders.num_gangs)
+        begun = self._first_steps.begun
+        self._first_steps = FirstSteps(plan, self._orders.anatomy, self._orders.num_gangs, begun=begun)
 
     async def finish(self, trial_id: str, state: TrialState, reason: str = "") -> None:
         """A trial has ended: free its place at once, write its end down, drop what only a continuation needs."""
@@ -254,7 +255,7 @@ class Exchange:
         self._tell_trial(result.trial_id)
         said = self._first_steps.hear(entry.option, result)
         if said:
-            self._tell("first_steps", **said)
+            self._tell(**said)
 
     def _answer(self, result: RungResult, *, ended: bool) -> Answer:
         entry = self._ledger.get(result.trial_id)
