@@ -6,7 +6,7 @@ import math
 
 from orchestrator.spec.models import TrainSpec
 
-DOCUMENTS_PER_STEP = 0.5
+DOCUMENTS_PER_STEP = 0.25
 """Documents of a step, over the square root of the training documents."""
 LEAST_STEPS = 40
 """Steps that a training is given, as long as a step holds a document at all: below, warm-up and decay are most of it."""

@@ -9,7 +9,7 @@ from orchestrator.plan.steps import accumulation, share_beyond
 from orchestrator.plan.steps import tokens_per_step as planned_tokens_per_step
 from orchestrator.plan.values import ExecutionPlan, RunPlan, SearchPlan, TrialOption
 from orchestrator.spec.models import JobSpec
-from orchestrator.units import format_bytes, format_count, format_seconds
+from orchestrator.units import format_bytes, format_count
 
 
 def derivations(plan: RunPlan, spec: JobSpec) -> tuple[str, ...]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from datetime import UTC, datetime
 
+from orchestrator.plan.step_size import few_steps_sentence
 from orchestrator.report import figures, html
 from orchestrator.report.figures import Curve, TradeOff
 from orchestrator.report.html import Html
 from orchestrator.report.matrix import RateMatrix, rate_matrices
 from orchestrator.report.reading import RunRecords
-from orchestrator.plan.step_size import few_steps_sentence
 from orchestrator.report.wording import (
     MISSING,
     best_trial,

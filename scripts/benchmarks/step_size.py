@@ -4,8 +4,8 @@
                             [--fixed 256 1024 4096 8192] [--rates 1e-3 3e-3 1e-2] [--epochs 2] [--layers last:2] [--out FILE]
 
 Of each corpus so many rows, LoRA of rank 16 on the same layers, the same number of epochs: every size of step is trained at
-every learning rate, and counts with its best one, as in a search. The table gives the loss on 300 held rows, and by how much it lies
-above the best size's. `sample` is the product's own base and task; the others are learned by `--base`.
+every learning rate, and counts with its best one, as in a search. The table gives the loss on 300 held rows, and by how much it
+lies above the best size's. `sample` is the product's own base and task; the others are learned by `--base`.
 
 Trained and scored by the gang's own host, in this process.
 """
@@ -128,9 +128,7 @@ class Bench:
         self._summary = prepare_data(loaded, Path(anatomy.folder), folder / "sets")
         size = data_size(self._summary, self._spec, folder / "sets")
         self.auto, self._classes = size.tokens_per_step, size.num_classes
-        self._selection = select(
-            anatomy, self._layers, "lora", LORA_RANK, task=section["task"], num_classes=size.num_classes
-        )
+        self._selection = select(anatomy, self._layers, "lora", LORA_RANK, task=section["task"], num_classes=size.num_classes)
         self._execution = ExecutionPlan(
             device="cpu",
             ranks=1,
@@ -189,7 +187,9 @@ class Bench:
         )
         started = time.monotonic()
         result = self._host.run(assignment)
-        print(f"# {trial.trial_id}: {trial.total_steps} steps, {result.eval_loss}, {time.monotonic() - started:.1f} s", flush=True)
+        print(
+            f"# {trial.trial_id}: {trial.total_steps} steps, {result.eval_loss}, {time.monotonic() - started:.1f} s", flush=True
+        )
         return result.eval_loss if result.eval_loss is not None else float("inf")
 
     def _size(self, tokens_per_step: int) -> Any:
