@@ -23,6 +23,7 @@ from orchestrator.data.summary import DataSummary, LeftOut, SplitSummary, listed
 from orchestrator.errors import DataError, IntegrityError, RunConflictError
 from orchestrator.plan.remedies import most_replayed_tokens, needs_replayed_text
 from orchestrator.plan.step_size import tokens_per_step
+from orchestrator.plan.steps import StepSize
 from orchestrator.plan.values import DataSize
 from orchestrator.spec import LoadedSpec
 from orchestrator.spec.models import JobSpec
@@ -93,17 +94,18 @@ def prepare_data(loaded: LoadedSpec, tokenizer_folder: Path, out_folder: Path, *
     return summary
 
 
-def data_size(summary: DataSummary, spec: JobSpec, folder: Path, *, planned_tokens_per_step: int = 0) -> DataSize:
+def data_size(summary: DataSummary, spec: JobSpec, folder: Path, *, planned: StepSize | None = None) -> DataSize:
     """What the plan needs to know, exactly.
 
     Args:
         folder: Where `prepare_data` wrote the sets: the number of steps depends on every document's length.
-        planned_tokens_per_step: Of an earlier submission of the run, whose trials go on with steps of that size; 0 without.
+        planned: Of `auto`, what was settled: by an earlier submission of the run, whose trials go on with steps of that size,
+            or for the ranks of a gang. What the data alone comes to without it.
     """
     train = TokenizedSet.load(folder / "train.npz")
     in_a_step = tokens_per_step(spec.train, len(train), train.num_tokens, int(train.lengths.max()))
-    if spec.train.tokens_per_step == "auto" and planned_tokens_per_step:
-        in_a_step = planned_tokens_per_step
+    if spec.train.tokens_per_step == "auto" and planned is not None:
+        in_a_step = planned.tokens
     steps = documents_of_steps(train.offsets, in_a_step, spec.train.seed, 0)
     splits = summary.splits
     supervised = splits["train"].documents if summary.classes else splits["train"].supervised_tokens
@@ -112,6 +114,7 @@ def data_size(summary: DataSummary, spec: JobSpec, folder: Path, *, planned_toke
         train_tokens=splits["train"].tokens,
         steps_per_epoch=len(steps),
         tokens_per_step=in_a_step,
+        step_ranks=planned.ranks if planned is not None else 1,
         eval_tokens=splits["eval"].tokens,
         retain_tokens=splits["retain"].tokens if "retain" in splits else 0,
         replay_tokens=splits["replay"].tokens if "replay" in splits else 0,

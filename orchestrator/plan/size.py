@@ -21,6 +21,15 @@ class DataSize(Value):
     steps_per_epoch: int
     tokens_per_step: int = 0
     """Of a step, at most; 0 in plans of older versions, whose specs all have a number."""
+    step_ranks: int = 1
+    """Ranks of a gang that `auto` gave a row each in a full step; 1 where the spec has a number."""
+
+    def with_step(self, tokens_per_step: int, step_ranks: int) -> DataSize:
+        """With other steps; how many they are is estimated."""
+        steps = max(1, math.ceil(self.train_tokens / tokens_per_step))
+        update = {"tokens_per_step": tokens_per_step, "step_ranks": step_ranks, "steps_per_epoch": steps}
+        return self.model_copy(update=update)
+
     eval_tokens: int
     retain_tokens: int
     """Of the retention set, what is scored."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from orchestrator.anatomy.values import ModelAnatomy
 from orchestrator.errors import PlanError
+from orchestrator.plan.step_size import GRAIN, LEAST_STEPS, MOST_TOKENS
 from orchestrator.plan.step_size import tokens_per_step as of_a_step
 from orchestrator.plan.values import DataSize, SearchPlan
 from orchestrator.spec.models import JobSpec
@@ -27,6 +28,30 @@ def tokens_per_step(spec: JobSpec, data: DataSize) -> int:
         return spec.train.tokens_per_step
     measured = data.tokens_per_step
     return measured or of_a_step(spec.train, data.train_documents, data.train_tokens, data.longest_document_tokens)
+
+
+class StepSize(NamedTuple):
+    """Of `auto`, once it is known how many ranks share a step."""
+
+    tokens: int
+    ranks: int = 1
+    """Ranks of a gang that have a row each in a full step."""
+
+
+def filling_step(spec: JobSpec, size: DataSize, ranks: int) -> StepSize | None:
+    """Of `auto`: so large a step that every rank of a gang has a document in it, as far as LEAST_STEPS steps are left.
+
+    None where the step holds as many already.
+
+    Args:
+        size: With what `auto` came to for the data alone.
+    """
+    if spec.train.tokens_per_step != "auto" or ranks <= 1:
+        return None
+    mean = size.train_tokens / max(1, size.train_documents)
+    each = GRAIN * math.ceil((size.longest_document_tokens if size.exact else mean) / GRAIN)
+    tokens = min(ranks * each, GRAIN * math.ceil(spec.train.epochs * size.train_tokens / LEAST_STEPS / GRAIN), MOST_TOKENS)
+    return StepSize(max(size.tokens_per_step, tokens), ranks)
 
 
 def total_steps(spec: JobSpec, data: DataSize) -> int:
@@ -115,7 +140,8 @@ def row_tokens(spec: JobSpec, anatomy: ModelAnatomy, data: DataSize) -> int:
             where="data.max_tokens",
             remedy=f"data.max_tokens: {anatomy.max_positions}",
         )
-    width = max(longest, min(spec.data.max_tokens, tokens_per_step(spec, data))) if packs(spec) else longest
+    of_a_rank = tokens_per_step(spec, data) // data.step_ranks
+    width = max(longest, min(spec.data.max_tokens, of_a_rank)) if packs(spec) else longest
     return -(-width // 8) * 8
 
 

@@ -40,9 +40,10 @@ def _auto_line(plan: RunPlan, tokens_per_step: int) -> str:
     data = plan.data
     mean = data.train_tokens / max(1, data.train_documents)
     estimated = "" if data.exact else " (estimated)"
+    ranks = f", for {data.step_ranks} ranks" if data.step_ranks > 1 else ""
     return (
         f"tokens_per_step: auto: {_count(data.train_documents, 'document')} of {mean:.3g} tokens{estimated} -> "
-        f"{tokens_per_step} tokens per step -> {_count(plan.total_steps, 'step')}"
+        f"{tokens_per_step} tokens per step{ranks} -> {_count(plan.total_steps, 'step')}"
     )
 
 

@@ -15,6 +15,7 @@ from orchestrator.plan import make_assignment, make_plan, steps
 from orchestrator.plan.compilation import CompileChoice
 from orchestrator.plan.compiling import standing_choice, with_choice
 from orchestrator.plan.scored import LayerScores
+from orchestrator.plan.steps import StepSize
 from orchestrator.plan.values import Assignment, ClusterDescription, DataPaths, RunPlan, TrainSettings, TrialSpec
 from orchestrator.runtime.places import output_root
 from orchestrator.runtime.scoring import Scoring
@@ -119,13 +120,18 @@ def prepare(
     known = RunPlan.model_validate(read_json(run.plan)) if run.plan.exists() else None
     view.phase("data")
     data = prepare_data(loaded, Path(anatomy.folder), run.data, keep=known is not None)
-    planned = known.data.tokens_per_step if known is not None else 0
-    size = data_size(data, spec, run.data, planned_tokens_per_step=planned)
+    before = known.data if known is not None and known.data.tokens_per_step else None
+    size = data_size(data, spec, run.data, planned=StepSize(before.tokens_per_step, before.step_ranks) if before else None)
     if cluster is None:
         assert known is not None, "a run that ended was planned"
         return Prepared(spec, run, anatomy, data, known)
     sha256, scores = spec_sha256(spec, job), read_scores(run)
-    plan = make_plan(loaded, anatomy, size, cluster(), job=job, spec_sha256=sha256, scores=scores)
+    machines = cluster()
+    plan = make_plan(loaded, anatomy, size, machines, job=job, spec_sha256=sha256, scores=scores)
+    filling = steps.filling_step(spec, size, plan.execution.ranks) if before is None else None
+    if filling is not None:
+        size = data_size(data, spec, run.data, planned=filling)
+        plan = make_plan(loaded, anatomy, size, machines, job=job, spec_sha256=sha256, scores=scores)
     if plan.search is not None:
         plan = with_choice(plan, standing_choice(spec.resources.compile, read_choice(run)))
     write_json(run.plan, plan)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from orchestrator.plan.cost.estimate import CPU_FLOPS_PER_CORE
+from orchestrator.plan.cost.estimate import CPU_FLOPS_PER_CORE, expected_steps
 from orchestrator.plan.estimates import CostEstimate, Duration
 from orchestrator.plan.values import RunPlan
 
@@ -14,6 +14,8 @@ FINISH_S = (15.0, 120.0)
 """Merge, verification in a fresh process, the test set and the report."""
 RUNG_S = (0.05, 1.0)
 """Of a trial at each rung, beside arithmetic: building its branch, saving, answering."""
+STEP_S = (0.0, 0.03)
+"""Of a step, beside arithmetic: launching kernels, reading weights for few rows."""
 LOAD_BYTES_PER_S = (2e9, 2e8)
 """How fast a base is read: fast local disk, slow shared storage."""
 RATES = (1.5, 0.25)
@@ -52,7 +54,8 @@ def planned_duration(plan: RunPlan, cost: CostEstimate, base_bytes: int, core_fl
     speed = CORE_SHARE * core_flops / CPU_FLOPS_PER_CORE if core_flops and plan.execution.device == "cpu" else 1.0
 
     def seconds(end: int, rate: float, not_stopped: float) -> float:
-        fixed = START_S[end] + FINISH_S[end] + base_bytes / LOAD_BYTES_PER_S[end] + rungs * RUNG_S[end]
+        fixed = START_S[end] + FINISH_S[end] + base_bytes / LOAD_BYTES_PER_S[end]
+        fixed += rungs * RUNG_S[end] + _steps_of_a_gang(plan) * STEP_S[end]
         return fixed + _computing(cost, not_stopped) / (rate * speed)
 
     low, high = seconds(0, RATES[0], NOT_STOPPED[0]), seconds(1, RATES[1], NOT_STOPPED[2])
@@ -86,6 +89,14 @@ def _computing(cost: CostEstimate, not_stopped: float) -> float:
     expected = sum(part.amount for part in cost.operations)
     more = max(0.0, cost.operations_without_stopping - expected) / expected if expected else 0.0
     return 3600 * cost.wall_hours * (1 + not_stopped * more)
+
+
+def _steps_of_a_gang(plan: RunPlan) -> float:
+    """Steps that each gang makes, with early stopping, and those of the winner's trainings."""
+    if plan.search is None:
+        return plan.total_steps
+    late = plan.search.repeats * plan.total_steps
+    return (plan.search.num_trials * expected_steps(plan.search) + late) / max(1, plan.num_gangs)
 
 
 def _rungs_of_a_gang(plan: RunPlan) -> float:
