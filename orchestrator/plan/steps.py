@@ -41,7 +41,7 @@ class StepSize(NamedTuple):
 def filling_step(spec: JobSpec, size: DataSize, ranks: int) -> StepSize | None:
     """Of `auto`: so large a step that every rank of a gang has a document in it, as far as LEAST_STEPS steps are left.
 
-    None where the step holds as many already.
+    None for one rank, and where the spec has a number.
 
     Args:
         size: With what `auto` came to for the data alone.

@@ -11,7 +11,7 @@ import pytest
 from orchestrator.plan import estimate_data_size, make_plan
 from orchestrator.plan.size import DataSize
 from orchestrator.plan.step_size import FEW_STEPS, LEAST_STEPS, MOST_TOKENS, auto_tokens_per_step, few_steps_sentence
-from orchestrator.plan.steps import tokens_per_step, total_steps
+from orchestrator.plan.steps import StepSize, filling_step, row_tokens, tokens_per_step, total_steps
 
 SIZES = [1, 2, 8, 30, 100, 240, 300, 1000, 7500, 10_000, 52_000, 500_000, 10_000_000]
 
@@ -133,3 +133,28 @@ def test_enough_steps_are_not(job: Any, base: Any, cores: Any, data: Any) -> Non
     assert not any("optimizer step" in warning for warning in plan_of(job, base, cores, data()).warnings)
     assert few_steps_sentence(FEW_STEPS) == ""
     assert few_steps_sentence(1).startswith("the whole training is one optimizer step,")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "size", "found"),
+    [
+        (1, {}, None),
+        (4, {"tokens_per_step": 1024}, StepSize(4 * 512, 4)),
+        (4, {"tokens_per_step": 8192}, StepSize(8192, 4)),
+        (64, {"tokens_per_step": 1024}, StepSize(20_000, 64)),
+        (4, {"tokens_per_step": 1024, "exact": False}, StepSize(4 * 400, 4)),
+    ],
+    ids=["one rank", "a document a rank", "large enough", "as many steps as must be", "estimated"],
+)
+def test_every_rank_has_a_document(job: Any, data: Any, ranks: int, size: dict[str, Any], found: StepSize | None) -> None:
+    """1000 documents of 400 tokens, two epochs: 40 steps have 20,000 tokens each."""
+    assert filling_step(job().spec, data(**size), ranks) == found
+    assert filling_step(job(train={"tokens_per_step": 8192}).spec, data(**size), ranks) is None
+
+
+def test_a_step_for_several_ranks_is_cut_into_as_many_rows(job: Any, base: Any, data: Any) -> None:
+    spec = job(data={"max_tokens": 4096}).spec
+    size = data(longest_document_tokens=500, tokens_per_step=8192)
+    assert row_tokens(spec, base("tiny"), size) == 4096
+    assert row_tokens(spec, base("tiny"), size.with_step(8192, 8)) == 1024
+    assert row_tokens(spec, base("tiny"), size.with_step(8192, 32)) == 504, "the longest document"
