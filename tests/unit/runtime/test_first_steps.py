@@ -33,16 +33,16 @@ def result(trial_id: str = "t0", *, rung: int = 0, seconds: float = 2.0, **chang
 
 def test_it_is_told_once_when_every_gang_has_had_some(plan: RunPlan, anatomy: ModelAnatomy) -> None:
     first = FirstSteps(plan, anatomy, num_gangs=2)
-    assert first.hear(0, result("t0")) is None
-    said = first.hear(1, result("t1", seconds=3.0))
+    assert first.hear(0, result("t0", steady_tokens_per_s=1000)) is None
+    said = first.hear(1, result("t1", steady_tokens_per_s=650))
     assert said is not None
-    expected = calibrated(plan, anatomy, [MeasuredSteps(0, 2000, 2.0), MeasuredSteps(1, 2000, 3.0)])
+    expected = calibrated(plan, anatomy, [MeasuredSteps(0, 1000, 1.0), MeasuredSteps(1, 650, 1.0)])
     assert expected is not None
     assert said["achieved_share"] == expected.rate.achieved_share
     assert (said["core_hours"], said["gpu_hours"], said["wall_hours"]) == (expected.core_hours, None, expected.wall_hours)
     assert said["message"].startswith("the first steps reach ")
     assert (said["kind"], said["low_seconds"] < said["expected_seconds"] < said["high_seconds"]) == ("first_steps", True)
-    assert first.hear(0, result("t2")) is None
+    assert first.hear(0, result("t2", steady_tokens_per_s=1000)) is None
 
 
 def test_a_trial_that_only_warmed_up_counts_until_there_are_steady_steps(plan: RunPlan, anatomy: ModelAnatomy) -> None:
