@@ -12,6 +12,8 @@ from orchestrator.spec.models import FinetuneSpec, RateRanges, SearchSpec
 
 DEFAULT_TRIALS = 12
 """Four learning rates for each of three choices of layers: as much as a small machine does in a sitting."""
+USUAL_BLOCKS = 4
+"""What `search.layers` asks for where it is not given: last:2, last:4, all."""
 RATE_SPAN = (1 / 6, 3.0)
 """Ends of the searched range over the usual rate: higher ones diverge sooner than lower ones stand still."""
 
@@ -20,13 +22,13 @@ def with_section(loaded: LoadedSpec, job: Literal["sweep", "finetune"]) -> Loade
     """The spec with what its job needs: as it is, or, where it has neither section, with the default one and a note of it.
 
     Raises:
-        SpecError: the spec has the other job's section only.
+        SpecError: the spec has the other job's section alone.
         BaseError: the base's config cannot be read, which the default is shaped by.
     """
     if loaded.spec.search is not None or loaded.spec.finetune is not None:
         require_section(loaded, job)
-        return loaded
-    anatomy = read_anatomy(resolve_base(loaded.spec.base.model, loaded.folder), need_weights=False)
+        return _with_fitting_layers(loaded) if job == "sweep" else loaded
+    anatomy = _anatomy(loaded)
     if job == "sweep":
         search = default_search(anatomy)
         low, high = search.learning_rate.lora
@@ -41,6 +43,24 @@ def with_section(loaded: LoadedSpec, job: Literal["sweep", "finetune"]) -> Loade
         spec = loaded.spec.model_copy(update={"finetune": finetune})
     name = "search" if job == "sweep" else "finetune"
     return replace(loaded, spec=spec, defaulted=f"the spec has no `{name}` section; {what}")
+
+
+def _with_fitting_layers(loaded: LoadedSpec) -> LoadedSpec:
+    """Where the search names no layers and the base has fewer blocks than the usual ones ask for, those that fit."""
+    search = loaded.spec.search
+    if search is None or search.algorithm == "fixed" or "layers" in search.model_fields_set:
+        return loaded
+    anatomy = _anatomy(loaded)
+    if anatomy.num_blocks >= USUAL_BLOCKS:
+        return loaded
+    layers = default_search(anatomy).layers
+    spec = loaded.spec.model_copy(update={"search": search.model_copy(update={"layers": layers})})
+    said = f"`search` names no layers; the base has {anatomy.num_blocks} of them: {', '.join(layers)}"
+    return replace(loaded, spec=spec, defaulted=said)
+
+
+def _anatomy(loaded: LoadedSpec) -> ModelAnatomy:
+    return read_anatomy(resolve_base(loaded.spec.base.model, loaded.folder), need_weights=False)
 
 
 def default_search(anatomy: ModelAnatomy) -> SearchSpec:

@@ -11,6 +11,7 @@ import pytest
 from orchestrator.errors import SpecError
 from orchestrator.plan import make_plan
 from orchestrator.plan.defaults import default_finetune, default_search, usual_lora_rate, with_section
+from orchestrator.samples import SAMPLE_BASE
 from orchestrator.spec import load_spec, spec_sha256
 
 MINIMAL = {"name": "mine", "base": {"model": "sample"}, "task": "completion", "data": {"train": "train.jsonl"}}
@@ -80,3 +81,17 @@ def test_the_plan_tells_it_in_a_line(tmp_path: Path, base: Any, data: Any, cores
     assert plan.notes[0] == (
         "the spec has no `search` section; the default search: last:2, last:4, all x lora r16 at 0.0005 to 0.009, 12 trials"
     )
+
+
+def test_a_shallow_base_gets_the_layers_that_it_has(tmp_path: Path) -> None:
+    config = json.loads((SAMPLE_BASE / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    base = {"model": str(tmp_path)}
+    shallow = with_section(load_spec(write(tmp_path, base=base, search={"trials": 4})), "sweep")
+    assert shallow.spec.search is not None
+    assert (shallow.spec.search.layers, shallow.spec.search.trials) == (("last:1", "all"), 4)
+    assert shallow.defaulted == "`search` names no layers; the base has 2 of them: last:1, all"
+    deep = load_spec(write(tmp_path, search={"trials": 4}))
+    assert with_section(deep, "sweep") is deep
+    named = load_spec(write(tmp_path, base=base, search={"layers": ["last:4"]}))
+    assert with_section(named, "sweep") is named, "what is written is judged where it is written"
