@@ -38,11 +38,12 @@ def plan_of(loaded: LoadedSpec, *, job: str = "", cluster_file: Path | None = No
     chosen = cast("Job", job or ("finetune" if spec.search is None else "sweep"))
     anatomy = read_anatomy(resolve_base(spec.base.model, loaded.folder), need_weights=False)
     size = measure_data(loaded)
-    cluster = _cluster(cluster_file, address)
+    cluster = cluster_of(cluster_file, address)
     return make_plan(loaded, anatomy, size, cluster, job=chosen, spec_sha256=spec_sha256(spec, chosen))
 
 
-def _cluster(cluster_file: Path | None, address: str | None) -> ClusterDescription:
+def cluster_of(cluster_file: Path | None, address: str | None) -> ClusterDescription:
+    """The cluster of a file, the live one at `address`, or this machine."""
     if cluster_file is not None:
         return read_cluster_file(cluster_file)
     if address:

@@ -17,7 +17,7 @@ from orchestrator.spec.checks import find_mistakes
 from orchestrator.spec.dump import resolved_yaml
 from orchestrator.spec.models import FinetuneSpec, JobSpec, SearchSpec
 from orchestrator.spec.overrides import Override, apply_overrides, override_values, parse_overrides
-from orchestrator.spec.source import KeyPath, Place, Source, read_source, spell_path
+from orchestrator.spec.source import KeyPath, Place, Source, parse_source, read_source, spell_path
 from orchestrator.spec.unsupported import is_url
 from orchestrator.spec.wording import explain, found
 
@@ -82,6 +82,15 @@ def load_spec(path: Path | str, overrides: Sequence[str] | Mapping[str, Any] = (
     path = Path(path).expanduser()
     given = override_values(overrides) if isinstance(overrides, Mapping) else parse_overrides(overrides)
     return _load(read_source(path), path.absolute(), given)
+
+
+def load_text(text: str, path: Path) -> LoadedSpec:
+    """A spec out of YAML text that is not, or not yet, in the file `path`.
+
+    Raises:
+        SpecError: everything that is wrong, as if it stood there.
+    """
+    return _load(parse_source(text, str(path)), path.absolute(), [])
 
 
 def load_values(values: Mapping[str, Any], folder: Path, overrides: Mapping[str, Any] | None = None) -> LoadedSpec:

@@ -1,0 +1,4 @@
+def chat(): 
+    """."""
+def predict(): 
+    """."""
