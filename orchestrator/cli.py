@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
+
 from orchestrator import cli_bundles, cli_init, cli_runs
 from orchestrator.cli_group import EPILOG, GroupedHelp, print_version
 from orchestrator.errors import NothingPromotedError, OrchestratorError, UsageError, VerificationError
@@ -138,7 +139,7 @@ def render(
 @app.command()
 def data(spec: SpecPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Read and tokenise the data: counts, dropped rows with reasons, one example with its supervised tokens marked."""
-    from orchestrator.cli_inputs import inspect_data
+    from orchestrator.inputs import inspect_data
     from orchestrator.spec import load_spec
 
     inspection = inspect_data(load_spec(spec, overrides or ()))
@@ -159,7 +160,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Say what would be done: trials, memory, ZeRO stage, gangs, disk, GPU-hours. Needs no GPU, no cluster, no weights."""
-    from orchestrator.cli_inputs import plan_of
+    from orchestrator.inputs import plan_of
     from orchestrator.report import plan_view
     from orchestrator.spec import load_spec
 
@@ -212,9 +213,11 @@ def _load(spec: Path, overrides: list[str] | None) -> LoadedSpec:
     return load_spec(spec, overrides or ())
 
 
-def _rehearse(job: Literal["sweep", "finetune"], loaded: LoadedSpec, output: Path | None, address: str | None, as_json: bool) -> None:
+def _rehearse(
+    job: Literal["sweep", "finetune"], loaded: LoadedSpec, output: Path | None, address: str | None, as_json: bool
+) -> None:
     """Everything up to and including the plan."""
-    from orchestrator.cli_inputs import cluster_of
+    from orchestrator.inputs import cluster_of
     from orchestrator.report import plan_view
     from orchestrator.runtime import rehearse
 
@@ -273,7 +276,9 @@ def _report_what_there_is(loaded: LoadedSpec, output: Path | None) -> None:
 @app.command()
 def merge(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],
-    trial: Annotated[str | None, typer.Option("--trial", metavar="TRIAL", help="Another trial: its number, id, or the id's beginning.")] = None,
+    trial: Annotated[
+        str | None, typer.Option("--trial", metavar="TRIAL", help="Another trial: its number, id, or the id's beginning.")
+    ] = None,
     promote: Annotated[bool, typer.Option("--promote", help="Promote it by hand; the run records that.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -320,7 +325,7 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's fo
 @app.command()
 def doctor(address: Address = None, as_json: AsJson = False) -> None:
     """Look at this machine: versions, memory, disk, GPUs, Ray; what is wrong, and how to mend it."""
-    from orchestrator.cli_machine import examine
+    from orchestrator.this_machine import examine
 
     examination = examine(address)
     if as_json:
@@ -336,7 +341,6 @@ def _print_json(value: object, *, indent: int | None = 2) -> None:
     from orchestrator.values import strict_json
 
     print(json.dumps(strict_json(value), indent=indent, ensure_ascii=False, allow_nan=False), flush=True)
-
 
 
 def _print_facts(value: Value) -> None:

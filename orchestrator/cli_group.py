@@ -16,7 +16,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Use a bundle": ("chat", "predict", "verify"),
 }
 """Heading in `--help` -> commands, in the order in which one comes to need them."""
-EPILOG = """A first spec of your own: orchestrator init DATA.jsonl --base FOLDER. Options of a command: orchestrator COMMAND --help."""
+EPILOG = (
+    """A first spec of your own: orchestrator init DATA.jsonl --base FOLDER. Options of a command: orchestrator COMMAND --help."""
+)
 
 
 class GroupedHelp(TyperGroup):

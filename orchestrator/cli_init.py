@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import os
@@ -44,7 +45,9 @@ class Draft:
 
 
 def init(
-    data: Annotated[str | None, typer.Argument(metavar="[DATA]", help="A file, folder or glob; the sample data without it.")] = None,
+    data: Annotated[
+        str | None, typer.Argument(metavar="[DATA]", help="A file, folder or glob; the sample data without it.")
+    ] = None,
     base: Annotated[str, typer.Option("--base", metavar="MODEL", help="The pretrained model's folder, or sample.")] = "sample",
     task: Annotated[str, typer.Option("--task", help="chat, completion, text or classify; found out unless given.")] = "",
     output: Annotated[Path, typer.Option("--output", metavar="FILE", help="The spec's file.")] = Path("spec.yaml"),
@@ -124,8 +127,8 @@ def _splits_of(source: Path) -> dict[str, str]:
         if len(files) == 1:
             found[split] = str(files[0])
         elif files:
-            prefix = os.path.commonprefix([file.name for file in files])
-            found[split] = str(source / f"{prefix}*{files[0].suffix}")
+            prefix = os.path.commonprefix([file.name for file in files])  # noqa: RUF071 - of the names' letters
+            found[split] = f"{glob.escape(str(source))}/{glob.escape(prefix)}*{files[0].suffix}"
     return found if "train" in found else {"train": str(source)}
 
 
@@ -137,7 +140,7 @@ def _sample_splits() -> dict[str, str]:
 
 def _relative(path: str, folder: Path) -> str:
     """The path as the spec writes it: from its own folder, or in full where nothing is shared but the root."""
-    whole = os.path.abspath(Path(path).expanduser())
+    whole = os.path.normpath(Path.cwd() / Path(path).expanduser())
     near = os.path.relpath(whole, folder)
     shared = os.path.commonpath([whole, folder.absolute()])
     if shared == "/":
@@ -147,7 +150,7 @@ def _relative(path: str, folder: Path) -> str:
 
 def _name(source: str, folder: Path) -> str:
     """The run's name: the file's, or, where that says nothing, its folder's; numbered where runs/ has one already."""
-    path = Path(os.path.abspath(source))
+    path = Path(os.path.normpath(Path.cwd() / source))
     candidates = [part.split(".")[0] for part in (path.name, path.parent.name, path.parent.parent.name)]
     wanted = next((part for part in candidates if part.lower() not in (*GENERIC, "") and "*" not in part), "first-run")
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", wanted).strip("-._")[:80] or "first-run"
@@ -231,7 +234,10 @@ def _spec_text(facts: Mapping[str, Any], look: Look, source: str) -> str:
         (f"  train: {_quoted(facts['train'])}", "a file, a folder, a glob, or a list of {path, weight}"),
         *splits,
         *([] if all(part == column for part, column in look.columns.items()) else [(f"  columns: {{{columns}}}", "")]),
-        (f"  max_tokens: {facts['max_tokens']}", "longer rows are left out, counted and listed" if look.task != "text" else "of a chunk"),
+        (
+            f"  max_tokens: {facts['max_tokens']}",
+            "longer rows are left out, counted and listed" if look.task != "text" else "of a chunk",
+        ),
         ("search:", ""),
         (f"  layers: {json.dumps(facts['layers'])}", "which blocks are trained; also head, first:N, blocks:0-3, top:0.25"),
         ("  tune: [lora]", "lora | full"),

@@ -46,7 +46,20 @@ PAIRS = (
 )
 """Names of prompts and answers, the likelier pair first."""
 MESSAGES = ("messages", "conversations", "conversation", "dialog", "chat", "turns")
-TEXTS = ("text", "sentence", "content", "body", "document", "review", "comment", "message", "utterance", "question", "query", "title")
+TEXTS = (
+    "text",
+    "sentence",
+    "content",
+    "body",
+    "document",
+    "review",
+    "comment",
+    "message",
+    "utterance",
+    "question",
+    "query",
+    "title",
+)
 LABELS = (
     "label",
     "labels",
@@ -207,7 +220,12 @@ def _completion(table: _Table, asked: bool) -> _Found | None:
         columns = table.named(names)
         if len(columns) == 2:
             prompt, answer = columns
-            return "completion", {"prompt": prompt, "completion": answer}, f"{printable(prompt)} and {printable(answer)} are a pair", 0
+            return (
+                "completion",
+                {"prompt": prompt, "completion": answer},
+                f"{printable(prompt)} and {printable(answer)} are a pair",
+                0,
+            )
     texts = [name for name in table.names if table.is_text(name)]
     if asked and len(texts) == 2:
         prompt, answer = texts

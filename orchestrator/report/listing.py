@@ -206,7 +206,9 @@ def _reasons(records: Sequence[RunRecords]) -> list[str]:
         said.append("a run has no test set yet")
     elif len(hashes) > 1:
         counts = " and ".join(f"{test.get('documents', 0):,}" for test in tests)
-        said.append(f"the test sets differ (of {counts} documents, or tokenised otherwise): a figure on one says nothing of another")
+        said.append(
+            f"the test sets differ (of {counts} documents, or tokenised otherwise): a figure on one says nothing of another"
+        )
     if len({record.sweep.task for record in records if record.sweep}) > 1:
         said.append("the tasks differ")
     if any(record.transfer is None or not record.transfer.scores for record in records):
@@ -269,7 +271,9 @@ def _paired(folders: Sequence[Path], names: Sequence[str]) -> list[str]:
             continue
         found = paired_comparison(first[0], other[0], first[1])
         sure = "better" if found.low > 0 else "worse" if found.high < 0 else "not told apart from it"
-        said.append(f"{names[0]} against {name}: {signed(found.mean)} nats per token [{number(found.low)}, {number(found.high)}], {sure}")
+        said.append(
+            f"{names[0]} against {name}: {signed(found.mean)} nats per token [{number(found.low)}, {number(found.high)}], {sure}"
+        )
     return said
 
 

@@ -31,9 +31,7 @@ class Rehearsal:
     """`start a new run`, `go on with an interrupted run`, ..."""
 
 
-def rehearse(
-    loaded: LoadedSpec, job: Job, *, output: Path | None = None, cluster: Callable[[], ClusterDescription]
-) -> Rehearsal:
+def rehearse(loaded: LoadedSpec, job: Job, *, output: Path | None = None, cluster: Callable[[], ClusterDescription]) -> Rehearsal:
     """Everything that a job checks before it starts: spec, output, base, data, plan. The data is tokenised in a temporary folder.
 
     Args:
@@ -57,7 +55,12 @@ def rehearse(
         data = prepare_data(loaded, Path(anatomy.folder), Path(folder))
         size = data_size(data, loaded.spec, Path(folder))
     summary = run_folder / "data" / "summary.json"
-    if known and summary.exists() and (run_folder / "plan.json").exists() and read_json(summary)["inputs_sha256"] != data.inputs_sha256:
+    if (
+        known
+        and summary.exists()
+        and (run_folder / "plan.json").exists()
+        and read_json(summary)["inputs_sha256"] != data.inputs_sha256
+    ):
         what = "the data has changed since this run began"
         raise RunConflictError(what, where=str(run_folder), remedy="put it back, or choose another `name`")
     plan = make_plan(loaded, anatomy, size, cluster(), job=job, spec_sha256=sha256)

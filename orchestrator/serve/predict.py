@@ -10,7 +10,6 @@ and the columns, its generation_config the end tokens.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,10 +20,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TextStreamer
 
 from orchestrator.data import load_tokenizer
-from orchestrator.errors import BaseError, DataError, UsageError
+from orchestrator.errors import BaseError, DataError, IntegrityError, UsageError
 from orchestrator.serve.bundle import SPEC, BundleRecord
 from orchestrator.serve.recheck import read_record
 from orchestrator.spec.models import Task
+from orchestrator.store import read_json
 
 BATCH_ROWS = 16
 Messages = tuple[Mapping[str, Any], ...]
@@ -223,9 +223,19 @@ def open_predictor(bundle: Path, *, untouched: bool = False, base: Path | None =
 
 
 def read_spec(bundle: Path) -> dict[str, Any]:
-    """The spec that the bundle was made from; empty where it has none."""
+    """The spec that the bundle was made from: its values by key, `task` and `data` among them.
+
+    Raises:
+        UsageError: there is none.
+        IntegrityError: it is damaged.
+    """
     file = bundle / SPEC
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if not file.is_file():
+        raise UsageError(f"not a bundle: there is no {SPEC}", where=str(bundle), expected="a bundle/ folder of a run")
+    values = read_json(file)
+    if not isinstance(values, dict) or not isinstance(values.get("data"), dict) or "task" not in values:
+        raise IntegrityError("no spec: task or data is missing", where=str(file), remedy="check it with `orchestrator verify`")
+    return values
 
 
 def _load(folder: Path, record: BundleRecord) -> Any:
@@ -236,7 +246,9 @@ def _load(folder: Path, record: BundleRecord) -> Any:
         model = kind.from_pretrained(folder, dtype=dtype, device_map=where, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise BaseError(f"transformers cannot load it: {first}", where=str(folder), remedy="check it with `orchestrator verify`") from error
+        raise BaseError(
+            f"transformers cannot load it: {first}", where=str(folder), remedy="check it with `orchestrator verify`"
+        ) from error
     return model.eval()
 
 

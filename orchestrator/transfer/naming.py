@@ -35,7 +35,9 @@ def find_trial(wanted: str | int, known: Mapping[str, int]) -> str:
         raise UsageError(f"{len(begin)} trials begin with {shown!r}", expected="one of " + _listed(begin))
     near = difflib.get_close_matches(text, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else ""
-    raise UsageError(f"no trial {shown!r}", expected=f"a number or an id: {_listed(list(known)) or 'there is no trial'}", remedy=hint)
+    raise UsageError(
+        f"no trial {shown!r}", expected=f"a number or an id: {_listed(list(known)) or 'there is no trial'}", remedy=hint
+    )
 
 
 def _listed(trial_ids: list[str]) -> str:

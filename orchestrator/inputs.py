@@ -12,13 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.anatomy import read_anatomy, resolve_base
-from orchestrator.cli_machine import describe_this_machine
 from orchestrator.data import DataSummary, prepare_data
 from orchestrator.data.reading import BadRow, find_files, read_rows
 from orchestrator.errors import UsageError
 from orchestrator.plan import estimate_data_size, make_plan, read_cluster_file
 from orchestrator.plan.values import ClusterDescription, DataSize, RunPlan
 from orchestrator.spec import LoadedSpec, spec_sha256
+from orchestrator.this_machine import describe_this_machine
 
 Job = Literal["sweep", "finetune"]
 WIDTH = 100
