@@ -100,7 +100,7 @@ def draft_spec(data: str | None, base: str, task: str, output: Path) -> Draft:
     tokens, lengths = _max_tokens(look, folder, anatomy.max_positions)
     notes = tuple(_notes(look, folder))
     facts = {
-        "name": _name(source, path.parent),
+        "name": _name(source if data is not None else "first-run", path.parent),
         "base": base if base == "sample" else _relative(base, path.parent),
         **{name: _relative(split, path.parent) for name, split in splits.items()},
         "max_tokens": tokens,
