@@ -114,9 +114,9 @@ def prepare(
     """
     spec = loaded.spec
     if job == "sweep" and cluster is not None:
-        _require_metric(loaded)
+        require_metric(loaded)
     anatomy = read_anatomy(resolve_base(spec.base.model, loaded.folder), need_weights=True)
-    run.claim_base(_identity_of(anatomy))
+    run.claim_base(identity_of_base(anatomy))
     known = RunPlan.model_validate(read_json(run.plan)) if run.plan.exists() else None
     view.phase("data")
     data = prepare_data(loaded, Path(anatomy.folder), run.data, keep=known is not None)
@@ -154,7 +154,7 @@ def read_choice(run: RunDirectory) -> CompileChoice | None:
     return CompileChoice.model_validate(read_json(run.compile_choice)) if run.compile_choice.exists() else None
 
 
-def _require_metric(loaded: LoadedSpec) -> None:
+def require_metric(loaded: LoadedSpec) -> None:
     """Import the search's metric where it is a user's own function, from where the workers import it too.
 
     Raises:
@@ -191,7 +191,7 @@ def reopen(run_folder: Path) -> Prepared:
         plan = RunPlan.model_validate(read_json(run.plan))
         spec = JobSpec.model_validate(run.identity["values"])
         anatomy = read_anatomy(Path(plan.base.folder), need_weights=True)
-        run.claim_base(_identity_of(anatomy))
+        run.claim_base(identity_of_base(anatomy))
         data = DataSummary.model_validate(read_json(run.data / "summary.json"))
     except BaseException:
         run.close()
@@ -199,7 +199,7 @@ def reopen(run_folder: Path) -> Prepared:
     return Prepared(spec, run, anatomy, data, plan)
 
 
-def _identity_of(anatomy: ModelAnatomy) -> dict[str, Any]:
+def identity_of_base(anatomy: ModelAnatomy) -> dict[str, Any]:
     """The base's config, and what its weight files hold; folders and times are left out, for copies are the same base."""
     folder = Path(anatomy.folder)
     files = sorted({tensor.file for tensor in anatomy.tensors.values()})

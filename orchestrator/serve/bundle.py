@@ -127,7 +127,7 @@ def stage_bundle(inputs: BundleInputs, final: Path) -> StagedBundle:
     base = Path(inputs.base.folder)
     write_json(folder / "config.json", bundle_config(json.loads((base / "config.json").read_bytes()), plan))
     _copy_side_files(base, folder, classify=inputs.base.task == "classify")
-    _put_artifact(Path(inputs.artifact), folder, inputs.base_name)
+    _put_artifact(Path(inputs.artifact), folder, base)
     return StagedBundle(folder, final, plan, merged)
 
 
@@ -244,8 +244,11 @@ def _copy_side_files(base: Path, folder: Path, *, classify: bool) -> None:
             target.write_bytes(source.read_bytes())
 
 
-def _put_artifact(artifact: Path, folder: Path, base_name: str) -> None:
-    """The adapter or delta itself, linked where possible: the live model can be put together from it again."""
+def _put_artifact(artifact: Path, folder: Path, base: Path) -> None:
+    """The adapter or delta itself, linked where possible: the live model can be put together from it again.
+
+    An adapter names the base's folder in full: PEFT looks for a relative path from wherever the process stands.
+    """
     for name in (ADAPTER, DELTA):
         if not (artifact / name).is_dir():
             continue
@@ -254,5 +257,5 @@ def _put_artifact(artifact: Path, folder: Path, base_name: str) -> None:
             link_or_copy(source, folder / name / source.name)
     config_file = folder / ADAPTER / ADAPTER_CONFIG
     if config_file.exists():
-        config = read_json(config_file) | {"base_model_name_or_path": shown_base(base_name)}
+        config = read_json(config_file) | {"base_model_name_or_path": str(base.resolve())}
         write_json(config_file, config)

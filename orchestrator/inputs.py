@@ -12,7 +12,6 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.anatomy import read_anatomy, resolve_base
-from orchestrator.cli_machine import describe_this_machine
 from orchestrator.data import DataSummary, prepare_data
 from orchestrator.data.reading import BadRow, find_files, read_rows
 from orchestrator.errors import UsageError
@@ -21,6 +20,7 @@ from orchestrator.plan.defaults import with_section
 from orchestrator.plan.steps import filling_step
 from orchestrator.plan.values import ClusterDescription, DataSize, RunPlan
 from orchestrator.spec import LoadedSpec, spec_sha256
+from orchestrator.this_machine import describe_this_machine
 
 Job = Literal["sweep", "finetune"]
 WIDTH = 100
@@ -43,7 +43,7 @@ def plan_of(loaded: LoadedSpec, *, job: str = "", cluster_file: Path | None = No
     spec = loaded.spec
     anatomy = read_anatomy(resolve_base(spec.base.model, loaded.folder), need_weights=False)
     size = measure_data(loaded)
-    cluster = _cluster(cluster_file, address)
+    cluster = cluster_of(cluster_file, address)
     plan = make_plan(loaded, anatomy, size, cluster, job=chosen, spec_sha256=spec_sha256(spec, chosen))
     filling = filling_step(spec, size, plan.execution.ranks)
     if filling is None:
@@ -52,7 +52,8 @@ def plan_of(loaded: LoadedSpec, *, job: str = "", cluster_file: Path | None = No
     return make_plan(loaded, anatomy, size, cluster, job=chosen, spec_sha256=spec_sha256(spec, chosen))
 
 
-def _cluster(cluster_file: Path | None, address: str | None) -> ClusterDescription:
+def cluster_of(cluster_file: Path | None, address: str | None) -> ClusterDescription:
+    """The cluster of a file, the live one at `address`, or this machine."""
     if cluster_file is not None:
         return read_cluster_file(cluster_file)
     if address:
