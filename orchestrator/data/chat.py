@@ -138,6 +138,8 @@ class ChatEncoder:
             self._noticed.add("unrendered", example.place)
         if any(not turn.has_reasoning for turn in turns):
             self._noticed.add("reasoning", example.place)
+        if any(not turn.has_context for turn in found.values()):
+            self._noticed.add("unread", example.place)
         if any(not turn.has_text for turn in found.values()):
             self._noticed.add("beside", example.place)
         for turn in turns:

@@ -26,6 +26,10 @@ WORDS: dict[str, tuple[str, str]] = {
         "the chat template leaves out an assistant's turn in {rows}: it is not learned",
         "look at the chat template, or reorder the turns",
     ),
+    "unread": (
+        "the chat template leaves out a turn that {rows} have before an answer: the model is not shown it",
+        "look at the chat template; text of a system turn can be written into the first user turn",
+    ),
     "prompt": (
         "the generation prompt adds {what}, with which the last answer of {rows} does not begin: a server will ask otherwise than"
         " the training did",

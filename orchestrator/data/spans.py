@@ -28,6 +28,8 @@ class Found(NamedTuple):
     """What the generation prompt ends with and the turn does not begin with."""
     has_text: bool = True
     has_reasoning: bool = True
+    has_context: bool = True
+    """Whether every turn before it that says something is rendered."""
 
 
 class NotRenderedError(ValueError):
@@ -116,6 +118,10 @@ class SpanFinder:
             unasked if index == len(chat.turns) - 1 else "",
             has_text=len(places) >= parts or not calls_of(turn),
             has_reasoning=len(places) >= parts or not reasoning_of(turn).strip(),
+            has_context=all(
+                whole.first(chat.marks.of[place].closing) is not None or other["role"] == "assistant" or not said(other).strip()
+                for place, other in enumerate(chat.turns[:index])
+            ),
         )
 
     def _start(self, chat: _Chat, index: int, opening: int) -> tuple[int, str]:
@@ -130,14 +136,15 @@ class SpanFinder:
         if prompt is not None and place is not None and index:
             asked = prompt.text[place:]
             shared = common_prefix(asked, between)
-            if shared:
-                start = anchor + shared
-                if shared < len(asked):
-                    start = snapped(whole.text, start, self._control)
-                return start, asked[shared:]
+            if shared == len(asked) and shared:
+                return anchor + shared, ""
+            header = self._style.generation_prompt.strip()
+            if shared and not (header and header in between):
+                return snapped(whole.text, anchor + shared, self._control), asked[shared:]
+        for header in (self._style.generation_prompt, self._style.generation_prompt.strip()):
+            if header and header in between:
+                return anchor + between.rindex(header) + len(header), ""
         header = self._style.generation_prompt
-        if header and header in between:
-            return anchor + between.rindex(header) + len(header), ""
         shared = next((size for size in range(len(header), 0, -1) if between.endswith(header[:size])), 0)
         return (anchor + len(between), header[shared:]) if shared else (opening, "")
 
