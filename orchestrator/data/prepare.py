@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,11 @@ import numpy as np
 from pydantic import ValidationError
 
 from orchestrator.data.batching import documents_of_steps
+from orchestrator.data.control import ControlTokens
 from orchestrator.data.encoding import Document, Encoder, load_tokenizer, mark_supervised
+from orchestrator.data.ends import declared_ends, end_tokens, tell_ends
 from orchestrator.data.gather import Sources, bad_rows_error, find_sources, read_examples
+from orchestrator.data.noticed import Noticed
 from orchestrator.data.reading import BadRow
 from orchestrator.data.retention import retention_sets
 from orchestrator.data.rows import RETENTION_TASKS, Example
@@ -26,16 +29,26 @@ from orchestrator.plan.step_size import tokens_per_step
 from orchestrator.plan.steps import StepSize
 from orchestrator.plan.values import DataSize
 from orchestrator.spec import LoadedSpec
-from orchestrator.spec.models import JobSpec
+from orchestrator.spec.models import JobSpec, Task
 from orchestrator.store import read_json, sha256_file, write_json
 from orchestrator.values import content_hash
 
+ANSWERING: tuple[Task, ...] = ("completion", "chat")
+"""Tasks whose models write answers."""
 SETS = ("train", "eval", "test", "retain", "replay")
-FORMAT = 2
+FORMAT = 5
 CLASSIFY_FORMAT = 3
-RETENTION_FORMAT = 4
+RETENTION_FORMAT = 6
 """Raised when the same inputs give other sets, so that older ones are made anew: those that are concerned."""
-TOKENIZER_FILES = ("tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "chat_template*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "generation_config.json",
+)
 
 
 def prepare_data(loaded: LoadedSpec, tokenizer_folder: Path, out_folder: Path, *, keep: bool = False) -> DataSummary:
@@ -71,15 +84,21 @@ def prepare_data(loaded: LoadedSpec, tokenizer_folder: Path, out_folder: Path, *
     found = read_examples(spec, sources, left_out)
     parts = make_splits(loaded, found, left_out)
     tokenizer = load_tokenizer(tokenizer_folder)
-    documents = _encode_all(loaded, tokenizer, parts, found.get("retain", []), left_out)
+    ends = declared_ends(tokenizer_folder, tokenizer)
+    documents = _encode_all(loaded, tokenizer, ends, parts | {"retain": found.get("retain", [])}, left_out)
     classes = _classes(documents) if spec.task == "classify" else ()
     sets = {name: _to_set(docs, classes) for name, docs in documents.items()}
+    if spec.task in ANSWERING:
+        stops = end_tokens(sets["train"], ControlTokens(tokenizer), ends)
+        sets = {name: replace(part, stop_ids=stops) for name, part in sets.items()}
+        tell_ends(sets["train"], tokenizer, spec.task, left_out)
     summary = DataSummary(
         inputs_sha256=inputs,
         splits={name: _summarise(part) for name, part in sets.items()},
         dropped=left_out.summary(),
         notices=tuple(left_out.notices),
         classes=classes,
+        stop_token_ids=sets["train"].stop_ids,
         class_counts=tuple(np.bincount(sets["train"].labels, minlength=len(classes)).tolist()) if classes else (),
         files=tuple(left_out.relative(str(path)) for entries in sources.values() for entry in entries for path in entry.files),
         one_example=_show(documents["train"][0], tokenizer),
@@ -194,18 +213,30 @@ class _Refused:
 
 
 def _encode_all(
-    loaded: LoadedSpec, tokenizer: Any, parts: dict[str, list[Example]], retain: list[Example], left_out: LeftOut
+    loaded: LoadedSpec, tokenizer: Any, ends: tuple[int, ...], parts: dict[str, list[Example]], left_out: LeftOut
 ) -> dict[str, list[Document]]:
-    spec = loaded.spec
+    """Documents of each split.
+
+    Args:
+        ends: Ids at which the base stops as it is.
+        parts: With `retain`, which may be empty.
+    """
+    spec, refused, noticed = loaded.spec, _Refused(), Noticed()
     caps = {"eval": spec.data.eval_rows, "test": spec.data.test_rows}
-    encoder = Encoder(tokenizer, spec.task, spec.data)
-    refused = _Refused()
+    encoder = Encoder(tokenizer, spec.task, spec.data, ends=ends, noticed=noticed)
     documents: dict[str, list[Document]] = {}
-    for name, examples in parts.items():
-        chosen = _capped(name, examples, caps.get(name), spec.train.seed, left_out)
+    for name in ("train", "eval", "test"):
+        chosen = _capped(name, parts[name], caps.get(name), spec.train.seed, left_out)
         documents[name] = _fitting(name, encoder, chosen, spec, left_out, refused)
+    retain = parts["retain"]
     if retain:
-        documents["retain"] = _encode_retention(tokenizer, retain, spec, left_out, refused)
+        documents["retain"] = []
+        for task in RETENTION_TASKS:  # every row by the columns that it has, whatever the spec's task
+            if rows := [example for example in retain if example.retention_task == task]:
+                read_so = spec.model_copy(update={"task": task})
+                encoder = Encoder(tokenizer, task, spec.data, ends=ends, noticed=noticed)
+                documents["retain"] += _fitting("retain", encoder, rows, read_so, left_out, refused)
+    noticed.tell(left_out)
     refused.raise_any(loaded)
     for name, kept in documents.items():
         if not kept:
@@ -213,19 +244,6 @@ def _encode_all(
             where = loaded.where(f"data.{name}")
             raise DataError(f"no row is left for {name} ({gone})", where=where, remedy="raise data.max_tokens, or mend the rows")
     return documents | retention_sets(loaded, documents, left_out) if retain else documents
-
-
-def _encode_retention(
-    tokenizer: Any, retain: list[Example], spec: JobSpec, left_out: LeftOut, refused: _Refused
-) -> list[Document]:
-    """Every row by the columns that it has, whatever the spec's task."""
-    kept: list[Document] = []
-    for task in RETENTION_TASKS:
-        rows = [example for example in retain if example.retention_task == task]
-        if rows:
-            read_so = spec.model_copy(update={"task": task})
-            kept += _fitting("retain", Encoder(tokenizer, task, spec.data), rows, read_so, left_out, refused)
-    return kept
 
 
 def _fitting(

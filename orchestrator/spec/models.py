@@ -79,6 +79,10 @@ class DataSpec(Section):
     columns: ColumnsSpec = ColumnsSpec()
     separator: str = "\n"
     """Stands between prompt and completion."""
+    train_on: Literal["all_assistant", "last_assistant"] = "all_assistant"
+    """Which of a chat's assistant turns are learned; those of `weight: 0` never are."""
+    special_tokens_in_text: Literal["escape", "allow"] = "escape"
+    """What control tokens are that a row spells (`<|im_end|>`): ordinary text, or control tokens."""
     max_tokens: Annotated[int, Field(ge=8)] = 512
     """The longest document."""
     pack: bool = True
