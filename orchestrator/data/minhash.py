@@ -36,6 +36,9 @@ VERIFIED_CHARACTERS = 40_000_000
 """Candidates are compared exactly up to so many characters together; beyond, by the estimate of their signatures."""
 LIKELY = 0.6
 """Candidates whose signatures agree less are not compared."""
+SHORT = 200
+"""Of texts up to so many characters, those that name different numbers are different: item 12 is not item 13."""
+_NUMBER = re.compile(r"\d+")
 _PUNCTUATION = re.compile(r"[\W_]+")
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
@@ -70,7 +73,7 @@ def near_pairs(texts: Sequence[str]) -> list[tuple[int, int]]:
         if budget > 0:
             budget -= len(words[first]) + len(words[second])
             estimate = similarity(words[first], words[second], common)
-        if estimate >= NEAR:
+        if estimate >= NEAR and not _other_numbers(words[first], words[second]):
             found.append((first, second))
     return found
 
@@ -145,6 +148,10 @@ def _compared(text: str) -> str:
     """Normalised words without punctuation, of the text's beginning; at least one n-gram long unless empty."""
     words = _PUNCTUATION.sub(" ", normalised(text[: 2 * MAX_CHARACTERS]))[:MAX_CHARACTERS].strip()
     return words.ljust(SHINGLE) if words else ""
+
+
+def _other_numbers(first: str, second: str) -> bool:
+    return max(len(first), len(second)) <= SHORT and Counter(_NUMBER.findall(first)) != Counter(_NUMBER.findall(second))
 
 
 def _shingles(words: str) -> set[str]:

@@ -15,7 +15,8 @@ from orchestrator.units import printable
 Dedupe = Literal["exact", "near", "none"]
 SHOWN_CHARACTERS = 60
 SERIOUS = 0.1
-"""Near-duplicates of so large a share of a judging split are a warning."""
+FEWEST_SERIOUS = 3
+"""So many near-duplicates of so large a share of a judging split are a warning."""
 
 
 def asked_name(example: Example) -> str:
@@ -97,7 +98,7 @@ def tell_sides(
         if near.any():
             message = f"{int(near.sum()):,} of {len(mine):,} rows of {judge} are near-duplicates of rows of {other}"
             places = (examples[index].place for index in mine[near].tolist())
-            if near.mean() >= SERIOUS and other == "train":
+            if near.sum() >= max(FEWEST_SERIOUS, SERIOUS * len(mine)) and other == "train":
                 left_out.warn(message, "set data.dedupe: near to keep them on one side", places=places)
             else:
                 left_out.info(message, places=places)

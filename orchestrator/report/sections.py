@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from datetime import UTC, datetime
 
-from orchestrator.report import figures, html
+from orchestrator.report import evidence, figures, html
 from orchestrator.report.figures import Curve, TradeOff
 from orchestrator.report.html import Html
 from orchestrator.report.matrix import RateMatrix, rate_matrices
@@ -45,6 +45,7 @@ def head(run: RunRecords) -> Html:
         parts.append(_cards(run, run.sweep))
     if run.sweep is not None and run.sweep.ended_by_hours:
         parts.append(html.tag("p", _capital(run.sweep.ended_by_hours) + ".", css="warning"))
+    parts.append(evidence.data_notices(run))
     if not run.complete:
         parts.append(html.tag("p", "This run has not written its result: it is still going or was interrupted.", css="warning"))
     if run.gaps:
