@@ -21,6 +21,7 @@ import typer
 from orchestrator import cli_bundles, cli_init, cli_runs
 from orchestrator.cli_group import EPILOG, GroupedHelp, print_version
 from orchestrator.errors import NothingPromotedError, OrchestratorError, UsageError, VerificationError
+from orchestrator.units import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -54,7 +55,7 @@ def _explain(error: Exception) -> int:
     # An error out of a Ray worker carries the original as its `cause`.
     known = next((e for e in (getattr(error, "cause", None), error) if isinstance(e, OrchestratorError)), None)
     if known is not None:
-        print(f"error: {known}", file=sys.stderr)
+        print("\n".join(map(printable, f"error: {known}".split("\n"))), file=sys.stderr)
         return known.exit_code
     if type(error).__module__.startswith("typer."):
         raise error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -13,6 +14,7 @@ from rich.text import Text
 
 from orchestrator.anatomy import read_anatomy, resolve_base
 from orchestrator.data import DataSummary, prepare_data
+from orchestrator.data.labels import label_notices, refuse_quantities, sort_classes
 from orchestrator.data.reading import BadRow, find_files, read_rows
 from orchestrator.errors import UsageError
 from orchestrator.plan import estimate_data_size, make_plan, read_cluster_file
@@ -21,6 +23,7 @@ from orchestrator.plan.steps import filling_step
 from orchestrator.plan.values import ClusterDescription, DataSize, RunPlan
 from orchestrator.spec import LoadedSpec, spec_sha256
 from orchestrator.this_machine import describe_this_machine
+from orchestrator.units import printable
 
 Job = Literal["sweep", "finetune"]
 WIDTH = 100
@@ -42,14 +45,18 @@ def plan_of(loaded: LoadedSpec, *, job: str = "", cluster_file: Path | None = No
     loaded = with_section(loaded, chosen)
     spec = loaded.spec
     anatomy = read_anatomy(resolve_base(spec.base.model, loaded.folder), need_weights=False)
-    size = measure_data(loaded)
+    labels = count_classes(loaded) if spec.task == "classify" else None
+    size = measure_data(loaded, labels)
     cluster = cluster_of(cluster_file, address)
     plan = make_plan(loaded, anatomy, size, cluster, job=chosen, spec_sha256=spec_sha256(spec, chosen))
     filling = filling_step(spec, size, plan.execution.ranks)
-    if filling is None:
+    if filling is not None:
+        size = size.with_step(filling.tokens, filling.ranks)
+        plan = make_plan(loaded, anatomy, size, cluster, job=chosen, spec_sha256=spec_sha256(spec, chosen))
+    if labels is None:
         return plan
-    size = size.with_step(filling.tokens, filling.ranks)
-    return make_plan(loaded, anatomy, size, cluster, job=chosen, spec_sha256=spec_sha256(spec, chosen))
+    refuse_quantities(labels, loaded.where("data.columns.label"))
+    return plan.model_copy(update={"warnings": (*plan.warnings, *(notice.line for notice in label_notices(labels)))})
 
 
 def cluster_of(cluster_file: Path | None, address: str | None) -> ClusterDescription:
@@ -63,19 +70,21 @@ def cluster_of(cluster_file: Path | None, address: str | None) -> ClusterDescrip
     return describe_this_machine()
 
 
-def measure_data(loaded: LoadedSpec) -> DataSize:
+def measure_data(loaded: LoadedSpec, labels: Counter[str] | None = None) -> DataSize:
     """Rows, bytes and, for `classify`, classes of the files that the spec names; nothing is tokenised.
+
+    Args:
+        labels: What `count_classes` found, where that is known.
 
     Raises:
         DataError: a path matches no file.
     """
     spec = loaded.spec
-    sources = [spec.data.train] if isinstance(spec.data.train, str) else [source.path for source in spec.data.train]
-    train = [path for source in sources for path in find_files(loaded.resolve(source))]
+    train = _train_files(loaded)
     evaluation = find_files(loaded.resolve(spec.data.eval)) if isinstance(spec.data.eval, str) else None
     if isinstance(spec.data.test, str):
         find_files(loaded.resolve(spec.data.test))
-    classes = _classes(train, spec.data.columns.label) if spec.task == "classify" else []
+    classes = sort_classes(labels or count_classes(loaded)) if spec.task == "classify" else []
     estimate = estimate_data_size(
         _num_bytes(train),
         sum(map(_num_rows, train)),
@@ -101,10 +110,17 @@ def _num_rows(path: Path) -> int:
     return max(1, lines - (path.suffix in (".csv", ".tsv")))
 
 
-def _classes(files: list[Path], column: str) -> list[str]:
-    """Labels that occur, sorted. A row that cannot be read is none of the plan's business: the run names it."""
-    rows = (row for path in files for row in read_rows(str(path)) if not isinstance(row, BadRow))
-    return sorted({str(row.values[column]) for row in rows if row.values.get(column) is not None})
+def count_classes(loaded: LoadedSpec) -> Counter[str]:
+    """Rows of each label that occurs in train. A row that cannot be read is none of the plan's business: the run names it."""
+    column = loaded.spec.data.columns.label
+    rows = (row for path in _train_files(loaded) for row in read_rows(str(path)) if not isinstance(row, BadRow))
+    return Counter(str(row.values[column]) for row in rows if row.values.get(column) is not None)
+
+
+def _train_files(loaded: LoadedSpec) -> list[Path]:
+    train = loaded.spec.data.train
+    sources = [train] if isinstance(train, str) else [source.path for source in train]
+    return [path for source in sources for path in find_files(loaded.resolve(source))]
 
 
 @dataclass(frozen=True)
@@ -119,12 +135,12 @@ class Inspection:
     def view(self) -> RenderableType:
         """Counts, what was left out and why, and one example."""
         summary = self.summary
-        parts: list[RenderableType] = [_splits_table(summary), Text()]
+        parts: list[RenderableType] = [_splits_table(summary), Text(), *_notices(summary)]
         if summary.classes:
             counted = zip(summary.classes, summary.class_counts, strict=True)
             parts += [
                 Text("Classes in train", style="bold"),
-                Text(", ".join(f"{name} {count}" for name, count in counted)),
+                Text(", ".join(f"{printable(name)} {count}" for name, count in counted)),
                 Text(),
             ]
         parts += [_dropped_table(summary) if summary.dropped else Text("No row was left out."), Text()]
@@ -158,6 +174,16 @@ def _splits_table(summary: DataSummary) -> Table:
     return table
 
 
+def _notices(summary: DataSummary) -> list[RenderableType]:
+    """One line each, warnings first, in yellow on a terminal."""
+    noticed = sorted(summary.notices, key=lambda notice: notice.level != "warning")
+    lines = [
+        Text(f"{notice.level}: {printable(notice.line)}", style="yellow" if notice.level == "warning" else "")
+        for notice in noticed
+    ]
+    return [*lines, Text()] if lines else []
+
+
 def _dropped_table(summary: DataSummary) -> Table:
     table = Table(title="Left out", title_justify="left", title_style="bold", box=None, pad_edge=False, width=WIDTH)
     table.add_column("split", no_wrap=True)
@@ -166,12 +192,14 @@ def _dropped_table(summary: DataSummary) -> Table:
     table.add_column("where", ratio=1)
     for entry in summary.dropped:
         more = f" and {entry.count - len(entry.places)} more" if entry.count > len(entry.places) else ""
-        table.add_row(entry.split, f"{entry.count:,}", Text(entry.reason), Text(", ".join(entry.places) + more))
+        table.add_row(
+            entry.split, f"{entry.count:,}", Text(printable(entry.reason)), Text(printable(", ".join(entry.places) + more))
+        )
     return table
 
 
 def _example(marked: str) -> Text:
-    """The text between the marks in green on a terminal; the marks stay, for logs."""
-    example = Text(marked)
+    """The text between the marks in green on a terminal; the marks stay, for logs. Its lines stay, control codes are escaped."""
+    example = Text("\n".join(map(printable, marked.split("\n"))))
     example.highlight_regex(r"(?s)«.*?»", "green")
     return example

@@ -55,7 +55,9 @@ def _named_paths(data: DataSpec) -> list[tuple[str, str, str, float]]:
     if isinstance(data.train, str):
         named = [("train", "data.train", data.train, 1.0)]
     else:
-        named = [("train", f"data.train[{index}].path", source.path, source.weight) for index, source in enumerate(data.train)]
+        named = [
+            ("train", f"data.train[{index}].path", source.path, source.weight or 1.0) for index, source in enumerate(data.train)
+        ]
     others = (("eval", data.eval), ("test", data.test), ("retain", data.retain))
     return named + [(name, f"data.{name}", path, 1.0) for name, path in others if isinstance(path, str)]
 
@@ -95,9 +97,12 @@ def bad_rows_error(bad: list[BadRow]) -> DataError:
 
 
 def _read(spec: JobSpec, split: str, path: str) -> list[Example | BadRow]:
-    columns, group = spec.data.columns, spec.data.group if split == "train" else None
+    columns, group = spec.data.columns, spec.data.group
 
     def read(row: Row) -> Example | BadRow:
-        return to_retention_example(row, columns) if split == "retain" else to_example(row, spec.task, columns, group=group)
+        if split == "retain":
+            return to_retention_example(row, columns)
+        has_group = split == "train" or group in row.values
+        return to_example(row, spec.task, columns, group=group if has_group else None)
 
     return [row if isinstance(row, BadRow) else read(row) for row in read_rows(path)]

@@ -19,6 +19,7 @@ from orchestrator.report.wording import (
 )
 from orchestrator.transfer.after_verdict import advice_after
 from orchestrator.transfer.records import PromptComparison, SweepResult, TransferReport, TrialRecord
+from orchestrator.units import printable
 
 WIDTH = 100
 INDENT = 10
@@ -105,5 +106,5 @@ def _answers(pair: PromptComparison) -> list[str]:
 
 
 def _shorten(written: str) -> str:
-    flat = " ".join("".join(c if c.isprintable() else " " for c in written).split())
+    flat = printable(" ".join(written.split()))
     return flat if len(flat) <= ANSWER_CHARACTERS else flat[: ANSWER_CHARACTERS - 1] + "…"

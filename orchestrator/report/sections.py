@@ -6,7 +6,7 @@ import math
 from datetime import UTC, datetime
 
 from orchestrator.plan.step_size import few_steps_sentence
-from orchestrator.report import figures, html
+from orchestrator.report import evidence, figures, html
 from orchestrator.report.figures import Curve, TradeOff
 from orchestrator.report.html import Html
 from orchestrator.report.matrix import RateMatrix, rate_matrices
@@ -51,6 +51,7 @@ def head(run: RunRecords) -> Html:
     promoted = (run.sweep.winner or best_trial(run.sweep.searched, run.sweep.higher_is_better)) if run.sweep else None
     if few := few_steps_sentence(promoted.total_steps) if promoted is not None and promoted.total_steps else "":
         parts.append(html.tag("p", _capital(few) + ".", css="warning"))
+    parts.append(evidence.data_notices(run))
     if not run.complete:
         parts.append(html.tag("p", "This run has not written its result: it is still going or was interrupted.", css="warning"))
     if run.gaps:

@@ -15,13 +15,13 @@ from rich.text import Text
 from orchestrator.report.wording import MISSING, best_trial, counts, metric_text, plural, signed, sort_trials
 from orchestrator.transfer.records import TrialRecord
 from orchestrator.transfer.view import RunView
-from orchestrator.units import format_seconds
+from orchestrator.units import format_seconds, printable
 from orchestrator.values import strict_json
 
 WIDTH = 100
 MAX_ROWS = 12
 MAX_EVENTS = 3
-LASTING = ("warning", "default_section", "output_moved", "refit_passed_over", "control_left_out", "promoted_by_rule")
+LASTING = ("data", "warning", "default_section", "output_moved", "refit_passed_over", "control_left_out", "promoted_by_rule")
 """Events that stay on a terminal, above the live table, which vanishes at the end."""
 
 
@@ -76,7 +76,7 @@ class LogView:
         self._board = Board()
 
     def _say(self, line: str) -> None:
-        print(line.replace("\n", " "), file=self._stream, flush=True)
+        print(printable(line.replace("\n", " ")), file=self._stream, flush=True)
 
     def start(self, *, name: str, metric: str, higher_is_better: bool, max_forgetting: float, num_trials: int) -> None:
         _begin(self._board, name, metric, higher_is_better, max_forgetting, num_trials)
@@ -159,9 +159,9 @@ class SweepView:
 
     def event(self, kind: str, message: str, **fields: object) -> None:
         if kind in LASTING:
-            self._console.print(Text(f"{kind}: {message}"), soft_wrap=True)
+            self._console.print(Text(printable(f"{kind}: {message}")), soft_wrap=True)
             return
-        self._events = [*self._events, f"{kind}: {message}"][-MAX_EVENTS:]
+        self._events = [*self._events, printable(f"{kind}: {message}")][-MAX_EVENTS:]
 
     def close(self) -> None:
         self._live.stop()

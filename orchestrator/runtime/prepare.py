@@ -125,6 +125,7 @@ def prepare(
     if cluster is None:
         assert known is not None, "a run that ended was planned"
         return Prepared(spec, run, anatomy, data, known)
+    tell_data(data, run, view)
     sha256, scores = spec_sha256(spec, job), read_scores(run)
     machines = cluster()
     plan = make_plan(loaded, anatomy, size, machines, job=job, spec_sha256=sha256, scores=scores)
@@ -142,6 +143,14 @@ def prepare(
         view.event("warning", warning)
         run.event("warning", message=warning)
     return Prepared(spec, run, anatomy, data, plan)
+
+
+def tell_data(data: DataSummary, run: RunDirectory, view: RunView) -> None:
+    """What was found out about the data, in one line each: on the screen, in the log and in the record, before the training."""
+    for notice in data.told:
+        kind = "warning" if notice.level == "warning" else "data"
+        view.event(kind, notice.line)
+        run.event(kind, message=notice.line)
 
 
 def read_scores(run: RunDirectory) -> LayerScores | None:

@@ -49,10 +49,11 @@ class BaseSpec(Section):
 
 
 class DataSource(Section):
-    """One training source; `weight` repeats or thins its rows relative to the others."""
+    """One training source; with weights, sources are mixed so that their numbers of rows are to one another as these."""
 
     path: str
-    weight: PositiveFloat = 1.0
+    weight: PositiveFloat | None = None
+    """Share of the rows, relative to the other sources (one without counts as 1); where none has a weight, every row is used."""
 
 
 class ColumnsSpec(Section):
@@ -90,7 +91,9 @@ class DataSpec(Section):
     long_rows: Literal["error", "drop", "truncate_prompt"] = "drop"
     """What happens to a row of more than `max_tokens` tokens; `text` is cut into chunks instead."""
     group: str | None = None
-    """A column whose rows stay in one split."""
+    """A column whose rows stay in one split, across given files too."""
+    dedupe: Literal["exact", "near", "none"] = "exact"
+    """What never stands in two splits: `exact` equal rows, prompts and texts, `near` near-duplicates too; all are told."""
     skip_bad_rows: bool = False
     """Malformed rows are counted and listed instead of stopping the run."""
     retain_tokens: PositiveInt = 16384

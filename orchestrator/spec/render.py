@@ -25,6 +25,10 @@ def spec_sha256(spec: JobSpec, job: Job) -> str:
             del values["search"]["points"]  # so that runs begun before there were points keep their identity
         if not values["search"]["learning_curve"]:
             del values["search"]["learning_curve"]  # likewise
+    if values["data"]["dedupe"] == "exact":
+        del values["data"]["dedupe"]  # likewise; where it gives other sets, `prepare_data` tells
+    for source in values["data"]["train"] if isinstance(values["data"]["train"], list) else ():
+        source["weight"] = 1.0 if source["weight"] is None else source["weight"]  # likewise
     return content_hash({"job": job, **values})
 
 

@@ -170,6 +170,46 @@ def test_data_names_what_was_left_out(tmp_path):
     assert max(map(len, result.stdout.splitlines())) <= 100
 
 
+def test_control_codes_in_data_never_reach_the_terminal(tmp_path):
+    """In rows, classes, column names and file names; of what is shown, of notices and of errors."""
+    code = "\x1b[2J\x9b"
+    rows = [{"te\x1bxt": f"{code}say {n} {'abc'[n % 3]}", "label": f"{code}{n % 2}"} for n in range(40)]
+    rows += [{"te\x1bxt": "once", "label": f"{code}0 "}]
+    (tmp_path / f"rows{code}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = {
+        "name": "x",
+        "base": {"model": "sample"},
+        "task": "classify",
+        "data": {"train": f"rows{code}.jsonl", "columns": {"text": "te\x1bxt"}},
+        "finetune": {},
+    }
+    (tmp_path / "spec.yaml").write_text(json.dumps(spec))
+    result = run("data", str(tmp_path / "spec.yaml"))
+    assert result.exit_code == 0, result.stderr
+    assert "\\x1b[2J\\x9b" in result.stdout
+    assert "in case or blanks only" in result.stdout
+    assert not {"\x1b", "\x9b"} & set(result.stdout)
+    spec["data"]["columns"] = {"text": "te\x1b"}
+    (tmp_path / "spec.yaml").write_text(json.dumps(spec))
+    result = run("data", str(tmp_path / "spec.yaml"))
+    assert result.exit_code == 2
+    assert "rows\\x1b[2J\\x9b.jsonl" in result.stderr
+    assert not {"\x1b", "\x9b"} & set(result.stderr)
+
+
+def test_the_plan_warns_of_odd_classes_and_refuses_numbers_to_predict(tmp_path):
+    spec = "name: x\nbase: {model: sample}\ntask: classify\ndata: {train: rows.csv}\nfinetune: {}\n"
+    (tmp_path / "spec.yaml").write_text(spec)
+    (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"t{n},{('good', 'Good', 'bad')[n % 3]}\n" for n in range(60)))
+    result = run("plan", str(tmp_path / "spec.yaml"), "--json")
+    assert result.exit_code == 0, result.stderr
+    assert any("'Good' (20 rows) and 'good' (20 rows)" in line for line in json.loads(result.stdout)["warnings"])
+    (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"t{n},{n / 7:.2f}\n" for n in range(60)))
+    result = run("plan", str(tmp_path / "spec.yaml"))
+    assert result.exit_code == 2
+    assert "numbers to predict" in result.stderr
+
+
 def test_a_bad_spec_is_told_at_once_with_positions(tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_text("name: x\nbase: {model: sample}\ntask: compleation\ndata: {train: rows.jsonl}\ntrain: {epoch: 2}\n")

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from orchestrator.data.summary import DataSummary, Dropped, Notice, SplitSummary
 from orchestrator.errors import UsageError
 from orchestrator.report.page import write_report
 from orchestrator.transfer import over_seeds
@@ -293,3 +294,24 @@ def test_many_trials_and_long_text_stay_in_their_boxes(fake_run, make):
 def test_the_same_run_gives_the_same_page(fake_run):
     folder = fake_run()
     assert write_report(folder).read_text() == write_report(folder).read_text()
+
+
+def test_what_was_found_out_about_the_data_stands_on_the_first_screen(fake_run):
+    """Warnings in sight, the rest folded; a summary of an earlier version has none."""
+    part = SplitSummary(documents=9, tokens=90, supervised_tokens=50, longest_document_tokens=12, sha256="0")
+    warning = Notice(level="warning", message="151 of 160 rows are left out <b>", remedy="raise it")
+    summary = DataSummary(
+        inputs_sha256="0",
+        splits={"train": part},
+        dropped=(Dropped(split="train", reason="longer than data.max_tokens = 24", count=151, places=("a.jsonl:2",)),),
+        notices=(Notice(level="info", message="20 rows repeat another"), warning),
+        files=("a.jsonl",),
+        one_example="",
+    ).model_dump(mode="json")
+    for given in (summary, {key: value for key, value in summary.items() if key != "notices"}):
+        page = write_report(fake_run(summary=given)).read_text()
+        first = page[: page.index("<nav>")]
+        assert ("151 of 160 rows are left out &lt;b&gt;; to do: raise it" in first) == ("notices" in given)
+        assert "train: 151 left out, longer than data.max_tokens = 24 (a.jsonl:2)" in first
+        Page(page)
+    assert "The data:" not in write_report(fake_run()).read_text()

@@ -122,6 +122,7 @@ def test_answers_take_one_line_and_hide_no_control_codes(make):
     pair = make.transfer().prompts[0].model_copy(update={"base_answer": "a\n\n\x1b[31mred\x1b[0m " + "long " * 100})
     screen = final_screen(make.sweep(), make.transfer(prompts=(pair,)))
     assert "\x1b" not in screen
+    assert "base      a \\x1b[31mred" in screen
     assert max(map(len, screen.splitlines())) <= 100
 
 

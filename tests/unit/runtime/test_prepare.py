@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -118,6 +119,27 @@ def test_the_plans_warnings_are_shown_and_recorded(submit: Callable[..., Prepare
     (warning,) = prepared.plan.warnings
     assert f"warning: {warning}" in shown.getvalue()
     assert [event["message"] for event in read_jsonl(prepared.run.path / "events.jsonl")] == [warning]
+
+
+def test_what_was_found_out_about_the_data_is_told_before_the_plan_and_recorded(
+    submit: Callable[..., Prepared], shown: io.StringIO, tmp_path: Path
+) -> None:
+    """Control codes in a file's name are escaped."""
+    rows = [
+        {"prompt": f"Count to {number}.", "completion": f"{number} it is" * (60 if number % 2 else 1)} for number in range(60)
+    ]
+    (tmp_path / "tr\x1bain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepared = submit(data={"train": "tr\x1bain.jsonl", "max_tokens": 64})
+    warned, told = ([n.line for n in prepared.data.told if n.level == level] for level in ("warning", "info"))
+    assert re.match(
+        r"2\d of 4\d rows of train \(\d\d%\) are left out: 2\d longer than data.max_tokens = 64; to do: raise", warned[0]
+    )
+    assert told[0].endswith("longer than data.max_tokens = 64 (tr\\x1bain.jsonl:2, tr\\x1bain.jsonl:4, tr\\x1bain.jsonl:6, ...)")
+    assert "\x1b" not in shown.getvalue()
+    assert all(f" warning: {line}\n" in shown.getvalue() for line in warned)
+    assert all(f" data: {line}\n" in shown.getvalue() for line in told)
+    recorded = [(event["kind"], event["message"]) for event in read_jsonl(prepared.run.path / "events.jsonl")]
+    assert recorded[: len(warned) + len(told)] == [("warning", line) for line in warned] + [("data", line) for line in told]
 
 
 @pytest.mark.parametrize("metric", ["nowhere:score", "house_metric:misspelt"])
