@@ -128,7 +128,7 @@ def _load(source: Source, path: Path, overrides: Sequence[Override]) -> LoadedSp
         raise SpecError(sorted(problems, key=lambda problem: (problem.line, problem.column)))
     places = {spell_path(place): source.values[place] for place in source.values if place}
     options = {spell_path(place): option for place, option in source.overrides.items()}
-    return LoadedSpec(spec, path, _text(source, spec, path), places, options)
+    return LoadedSpec(spec, path, _text(source, spec, path), places, overrides=options)
 
 
 def _text(source: Source, spec: JobSpec, path: Path) -> str:

@@ -10,7 +10,6 @@ import pyarrow.parquet as parquet
 import pytest
 
 from orchestrator.data import data_size, documents_of_steps, prepare_data
-from orchestrator.data.prepare import FORMAT
 from orchestrator.errors import DataError, RunConflictError
 from orchestrator.plan.step_size import auto_tokens_per_step
 from orchestrator.plan.steps import StepSize
