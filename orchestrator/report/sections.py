@@ -28,7 +28,7 @@ from orchestrator.report.wording import (
 )
 from orchestrator.transfer import pareto_front
 from orchestrator.transfer.after_verdict import advice_after
-from orchestrator.transfer.headline import is_hollow
+from orchestrator.transfer.headline import gain_is_loss_only
 from orchestrator.transfer.promotion import PROMOTABLE_CONTROLS
 from orchestrator.transfer.records import CONTROL_NAMES, SweepResult, TransferReport, TrialRecord
 from orchestrator.units import format_count, format_seconds
@@ -41,7 +41,7 @@ def head(run: RunRecords) -> Html:
     """Title, verdict and the figures that matter."""
     parts = [html.tag("h1", run.name), html.tag("p", _under_title(run), css="under")]
     kind = run.transfer.verdict if run.transfer else None
-    proud = kind == "positive" and run.transfer is not None and not is_hollow(run.transfer)
+    proud = kind == "positive" and run.transfer is not None and not gain_is_loss_only(run.transfer)
     tone = "good" if proud else "bad" if kind == "negative" else ""
     parts.append(html.tag("p", _capital(verdict_sentence(run.sweep, run.transfer)), css=f"headline {tone}".strip()))
     if run.sweep is not None:

@@ -69,7 +69,8 @@ class FirstSteps:
         self._results.append(result)
         self._num_first += result.rung == 0
         if result.steady_tokens_per_s:  # without the steps that warm a gang up, where the rung had more
-            self._steady.append(MeasuredSteps(option, round(result.steady_tokens_per_s), 1.0))
+            seconds = result.train_seconds or 1.0
+            self._steady.append(MeasuredSteps(option, round(result.steady_tokens_per_s * seconds), seconds))
         elif result.rung == 0:
             self._warming.append(MeasuredSteps(option, result.tokens, result.train_seconds))
         planned = self._plan.cost
@@ -107,7 +108,9 @@ class FirstSteps:
                 return None
         elif self._num_first > self._wanted:
             return None
-        message, ends = calibration_sentence(planned, found), {}
+        message, ends = calibration_sentence(planned, found), dict[str, float]()
+        if before is not None:
+            message = message.replace("the first steps reach", "the steps so far reach", 1)
         if duration is not None:
             left = max(0.0, duration.middle_s - (self._clock() - self.begun))
             by_plan = f"; the plan said {planned.duration}" if planned.duration is not None else ""

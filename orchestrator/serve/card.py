@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from orchestrator.plan import REPEAT
 from orchestrator.serve.inputs import BundleInputs, shown_base
 from orchestrator.transfer.after_verdict import advice_after, decided_by
-from orchestrator.transfer.headline import advice_on_answers, headline, is_hollow
+from orchestrator.transfer.headline import advice_on_answers, gain_is_loss_only, headline
 from orchestrator.transfer.records import CONTROL_NAMES, ModelScores, PromptComparison, TransferReport, VerificationFigures
 from orchestrator.units import format_count
 
@@ -185,7 +185,7 @@ def _limitations(inputs: BundleInputs, transfer: TransferReport) -> str:
     ]
     if not inputs.retain_set:
         said.append("No retention set was given: what the base has forgotten was not measured.")
-    if is_hollow(transfer):
+    if gain_is_loss_only(transfer):
         said.append("It gives no more right answers than the base: " + advice_on_answers(transfer)[0] + ".")
     if transfer.verdict not in (None, "positive"):
         said.append(f"The verdict is `{transfer.verdict}`: {_not_shown(transfer)}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from orchestrator.transfer.gains import SMALLEST_GAIN
-from orchestrator.transfer.headline import advice_on_answers, is_hollow
+from orchestrator.transfer.headline import advice_on_answers, gain_is_loss_only
 from orchestrator.transfer.records import ComparisonRecord, TransferReport, VerdictKind
 
 Decider = Literal["none", "scratch", "repeat"]
@@ -41,7 +41,7 @@ def advice_after(transfer: TransferReport, *, by_hand: bool = False) -> tuple[st
     """
     if transfer.verdict is None:
         return ()
-    if is_hollow(transfer):
+    if gain_is_loss_only(transfer):
         return advice_on_answers(transfer)
     advice = _ADVICE.get((transfer.verdict, decided_by(transfer)), ())
     return tuple(line for line in advice if line != _MORE_EVAL or not by_hand)

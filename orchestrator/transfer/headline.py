@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from orchestrator.transfer.records import ModelScores, TransferReport
 
-HOLLOW = "positive in loss alone"
+LOSS_ONLY = "positive in loss only"
 """What a `positive` verdict is called where the bundle gives no more right answers than the base."""
 _PLAINLY = {"exact_match": "exact match", "accuracy": "accuracy"}
 
@@ -53,8 +53,8 @@ def _counted(metric: str, promoted: ModelScores, base: ModelScores | None, num_a
     return RightAnswers(metric, promoted.metrics[metric], of_base, num_answered, promoted.num_documents)
 
 
-def is_hollow(transfer: TransferReport) -> bool:
-    """Whether a verdict `positive` rests on the loss alone: the answers are no more often right than the base's."""
+def gain_is_loss_only(transfer: TransferReport) -> bool:
+    """Whether a verdict `positive` rests on the loss only: the answers are no more often right than the base's."""
     found = right_answers(transfer)
     return transfer.verdict == "positive" and found is not None and found.no_more
 
@@ -67,18 +67,18 @@ def headline(transfer: TransferReport) -> str:
     found = right_answers(transfer)
     if found is None:
         return f"{transfer.verdict}: {transfer.sentence}"
-    if not is_hollow(transfer):
+    if not gain_is_loss_only(transfer):
         return f"{transfer.verdict}: {transfer.sentence}; {found}"
     what = "class" if found.metric == "accuracy" else "answer"
     several = "classes" if found.metric == "accuracy" else "answers"
     said = f"but not one {what} is right" if found.own <= 0 else f"but no more {several} are right than the base's"
-    return f"{HOLLOW}: {transfer.sentence}; {said}: {found}"
+    return f"{LOSS_ONLY}: {transfer.sentence}; {said}: {found}"
 
 
 def advice_on_answers(transfer: TransferReport) -> tuple[str, ...]:
     """What a gain in loss without a gain in right answers means, and what to try; nothing where there is a gain in both."""
     found = right_answers(transfer)
-    if not is_hollow(transfer) or found is None:
+    if not gain_is_loss_only(transfer) or found is None:
         return ()
     if found.metric == "accuracy":
         return (

@@ -51,7 +51,7 @@ def test_a_model_that_answers_nothing_is_not_praised(make):
         for score in make.transfer().scores[:2]
     ]
     screen = final_screen(make.sweep(), make.transfer(scores=tuple(scores)))
-    assert entry(screen, "verdict").startswith("verdict   positive in loss alone: 2.09")
+    assert entry(screen, "verdict").startswith("verdict   positive in loss only: 2.09")
     assert "but not one answer is right: exact match 0.0% on 40 of 180" in " ".join(screen.split())
     assert next_lines(screen).startswith("next read the answers beside what was expected, in the report")
 

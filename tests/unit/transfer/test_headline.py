@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from orchestrator.transfer.after_verdict import advice_after
-from orchestrator.transfer.headline import headline, is_hollow, right_answers
+from orchestrator.transfer.headline import gain_is_loss_only, headline, right_answers
 from orchestrator.transfer.records import ModelScores, TransferReport
 
 SENTENCE = "2.09 ± 0.05 nats better than the base, on 180 test examples"
@@ -28,7 +28,7 @@ def report(verdict: Any = "positive", sentence: str = SENTENCE, answered: int = 
 
 
 @pytest.mark.parametrize(
-    ("transfer", "said", "hollow"),
+    ("transfer", "said", "loss_only"),
     [
         (
             report(exact_match=(0.412, 0.0)),
@@ -37,19 +37,19 @@ def report(verdict: Any = "positive", sentence: str = SENTENCE, answered: int = 
         ),
         (
             report(exact_match=(0.0, 0.0), answered=40),
-            f"positive in loss alone: {SENTENCE}; but not one answer is right: exact match 0.0% on 40 of 180 test "
+            f"positive in loss only: {SENTENCE}; but not one answer is right: exact match 0.0% on 40 of 180 test "
             "documents, base 0.0%",
             True,
         ),
         (
             report(exact_match=(0.04, 0.05)),
-            f"positive in loss alone: {SENTENCE}; but no more answers are right than the base's: exact match 4.0% on 180 of 180 "
+            f"positive in loss only: {SENTENCE}; but no more answers are right than the base's: exact match 4.0% on 180 of 180 "
             "test documents, base 5.0%",
             True,
         ),
         (
             report(accuracy=(0.25, 0.25)),
-            f"positive in loss alone: {SENTENCE}; but no more classes are right than the base's: accuracy 25.0% on 180 of "
+            f"positive in loss only: {SENTENCE}; but no more classes are right than the base's: accuracy 25.0% on 180 of "
             "180 test documents, base 25.0%",
             True,
         ),
@@ -83,12 +83,12 @@ def report(verdict: Any = "positive", sentence: str = SENTENCE, answered: int = 
         "empty",
     ],
 )
-def test_the_headline(transfer: TransferReport, said: str, hollow: bool) -> None:
+def test_the_headline(transfer: TransferReport, said: str, loss_only: bool) -> None:
     assert headline(transfer) == said
-    assert is_hollow(transfer) is hollow
+    assert gain_is_loss_only(transfer) is loss_only
 
 
-def test_what_is_hollow_comes_with_what_it_means_and_what_to_try() -> None:
+def test_a_gain_in_loss_only_comes_with_what_it_means_and_what_to_try() -> None:
     read, train = advice_after(report(exact_match=(0.0, 0.0)))
     assert read.startswith("read the answers beside what was expected")
     assert "train.epochs" in train
