@@ -28,6 +28,8 @@ RAYLET_S = 3.0
 """How long the node's own raylet may be away: without it Ray ends the driver soon."""
 GCS_S = 40.0
 """How long the control store may be away: it may be started again, and after 60 s Ray ends the driver."""
+SILENT_S = 45.0
+"""How long either may be slow to answer."""
 ANSWER_S = 8.0
 MACHINERY = 4
 """The exit code."""
@@ -78,7 +80,9 @@ class Guard:
                     self._lost_since.pop(name, None)
                 elif self._closed.is_set():
                     return
-                elif time.monotonic() - self._lost_since.setdefault(name, time.monotonic()) >= bound:
+                elif time.monotonic() - self._lost_since.setdefault(name, time.monotonic()) >= (
+                    bound if problem.is_refused else SILENT_S
+                ):
                     self._give_up(f"{name} is gone: {problem.reason}")
 
     def _end_stopped(self, found: set[tuple[int, int]]) -> None:

@@ -21,6 +21,8 @@ from orchestrator.store import RunDirectory
 from orchestrator.train import pulse
 from orchestrator.train.pulse import Pulse
 
+MOST_S = 30.0
+"""What one look may take: a node may have to be asked."""
 MAX_STARTS = 3
 """How often a task is started whose process was ended, by whomever."""
 
@@ -86,7 +88,7 @@ class Minder:
 
     def __exit__(self, *_: object) -> None:
         self._closed.set()
-        self._thread.join(POLL_S)
+        self._thread.join(MOST_S)
         with contextlib.suppress(Exception):
             ray.kill(self.board)
 

@@ -29,6 +29,8 @@ class Unreachable:
 
     reason: str
     remedy: str = DEFAULT_REMEDY
+    is_refused: bool = False
+    """Whether nobody listens there: not merely slow."""
 
 
 def unreachable(address: str, timeout_s: float = CONNECT_S) -> Unreachable | None:
@@ -96,7 +98,8 @@ def _greet(place: _Place, timeout_s: float) -> Unreachable | None:
     except TimeoutError:
         return Unreachable(f"no connection within {timeout_s:g} s")
     except OSError as error:
-        return Unreachable(f"no connection: {error.strerror or error}")
+        refused = isinstance(error, ConnectionRefusedError)
+        return Unreachable(f"no connection: {error.strerror or error}", is_refused=refused)
     if len(first) == 9 and first[3] == SETTINGS:
         return None
     return Unreachable("something answers there that is not Ray's control store (GCS)")

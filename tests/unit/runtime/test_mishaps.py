@@ -13,7 +13,7 @@ from orchestrator.runtime.mishaps import GO_ON, cause_of, describe, in_plain_wor
 DIED = (
     "The actor died unexpectedly before finishing this task.\n\tclass_name: Exchange\n\tactor_id: 41a8\n"
     "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker "
-    "unexpectedly exits with a connection error code 2. End of file. (1) the process was killed by the OOM killer due to high memory usage"
+    "unexpectedly exits with a connection error code 2. (1) the process was killed by the OOM killer due to high memory usage"
 )
 
 
