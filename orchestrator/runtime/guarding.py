@@ -2,7 +2,7 @@
 
 Where a part of Ray dies that the driver hangs on, Ray ends the driver without a word of ours, or leaves it waiting. So a
 thread looks whether the node manager (raylet) and the control store (GCS) answer, says what is gone and ends the run before
-that. It also ends helper processes of this node that are stopped, so that whoever waits for them hears of it.
+that. It also ends processes below the driver that are stopped, so that whoever waits for them hears of it.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ GCS_S = 40.0
 SILENT_S = 45.0
 """How long either may be slow to answer."""
 ANSWER_S = 8.0
+MISSED_S = 4 * ANSWER_S
 MACHINERY = 4
 """The exit code."""
 
@@ -56,6 +57,7 @@ class Guard:
         self._folder = run_folder
         self._patience = patience
         self._lost_since: dict[str, float] = {}
+        self._looked_at = time.monotonic()
         self._stopped_since: dict[tuple[int, int], float] = {}
         self._known: set[tuple[int, int]] = set()
         """Ray's processes that this driver has started itself, by (pid, start time)."""
@@ -86,9 +88,13 @@ class Guard:
                     self._give_up(f"{name} is gone: {problem.reason}")
 
     def _end_stopped(self, found: set[tuple[int, int]]) -> None:
-        """Of Ray's own workers; whoever runs in them is started again, or an error says that it is gone."""
-        now = time.monotonic()
-        stopped = {one for one in found if stat_of(one[0])[0] == "T" and _is_worker(one[0])}
+        """Whoever waits for such a process hears then that it is gone, and starts it again or ends.
+
+        Where this process was stopped itself, the others may be on their way to go on.
+        """
+        now, before = time.monotonic(), self._looked_at
+        self._looked_at = now
+        stopped = {one for one in found if stat_of(one[0])[0] == "T"} if now - before < MISSED_S else set()
         self._stopped_since = {one: self._stopped_since.get(one, now) for one in stopped}
         for (pid, _), since in self._stopped_since.items():
             if now - since > 2 * self._patience.silent_s:  # a gang's are seen first by those who look after it
@@ -131,10 +137,3 @@ def descendants(pid: int) -> set[tuple[int, int]]:
         front = {child for child, parent in parents.items() if parent in front} - found
         found |= front
     return {(child, stat_of(child)[1]) for child in found}
-
-
-def _is_worker(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::")
-    except OSError:
-        return False

@@ -47,10 +47,10 @@ def _asked(what: Any, seats: Iterable[Seat]) -> list[tuple[Seat, str]]:
         by_node[seat.node_id].append(seat)
     here = ray.get_runtime_context().get_node_id()
     answers = [(by_node[here], what(by_node[here]))] if here in by_node else []
-    calls = [(there, _on(node, what, there)) for node, there in by_node.items() if node != here]
-    for there, call in calls:
-        with contextlib.suppress(RayError):  # a node that is gone has no processes
-            answers.append((there, ray.get(call, timeout=NODE_S)))
+    for node, there in by_node.items():
+        if node != here:
+            with contextlib.suppress(RayError):  # a node that is gone has no processes
+                answers.append((there, ray.get(_on(node, what, there), timeout=NODE_S)))
     return [pair for there, said in answers for pair in zip(there, said, strict=True)]
 
 

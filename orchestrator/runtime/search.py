@@ -7,6 +7,7 @@ reports it. It holds no GPU and no core, and stands beside the driver: a worker 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -172,6 +173,7 @@ def run_search(plan: RunPlan, exchange: Any, recorded: list[TrialEntry], folder:
             failure_config=tune.FailureConfig(max_failures=MAX_RESTARTS),
         ),
     )
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what is wrong is said by us, once, without forty lines of trace
     with _without_credentials():
         results = tuner.fit()
     if results.num_errors:

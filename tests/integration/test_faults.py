@@ -174,7 +174,10 @@ def test_a_driver_that_is_asked_to_end_says_how_to_go_on(number: signal.Signals,
 
 @pytest.mark.slow
 def test_a_node_that_is_lost_costs_its_gang_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
     from ray.cluster_utils import Cluster
+
+    from orchestrator.runtime.cluster import connected
 
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     cluster: Any = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
@@ -187,6 +190,10 @@ def test_a_node_that_is_lost_costs_its_gang_alone(folder: Path, monkeypatch: pyt
         wait_until(lambda: len(training_trials(run)) == 2, while_alive=driver)
         cluster.remove_node(second, allow_graceful=False)
         assert driver.wait(TIMEOUT_S) == 0, last_lines(spec, 20)
+        with connected(cluster.address):
+            groups = ray.util.placement_group_table().values()
+            assert {group["state"] for group in groups} == {"REMOVED"}
+            assert ray.available_resources()["CPU"] == 1
     finally:
         cluster.shutdown()
     assert events_of(run, "gang_died")
