@@ -14,8 +14,8 @@ from orchestrator.store.stopping import stop_in_words, stopped_by
 if len(sys.argv) > 1:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 stop_in_words()
-print("ready", flush=True)
 try:
+    print("ready", flush=True)
     time.sleep(30 if len(sys.argv) == 1 else 0.5)
 except KeyboardInterrupt:
     print("in order", flush=True)
