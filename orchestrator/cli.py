@@ -1,7 +1,7 @@
 """The command line: `orchestrator COMMAND`, or `python -m orchestrator COMMAND`; the commands stand in `cli_group.GROUPS`.
 
 Exit codes: 0 done, whatever the verdict · 2 bad spec, data or usage · 3 the plan does not fit · 4 training failed ·
-5 nothing promoted, and `--require-promotion` was given · 6 the bundle failed its verification · 130 interrupted.
+5 nothing promoted, and `--require-promotion` was given · 6 the bundle failed its verification · 130 interrupted · 143 stopped.
 Results go to stdout, progress and errors to stderr. Whatever is slow to import is imported by the command that
 needs it, so that `--help` and `plan` answer at once.
 """
@@ -41,13 +41,23 @@ class Commands(GroupedHelp):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            print("interrupted; the same command goes on from what is on disk", file=sys.stderr)
-            code = INTERRUPTED
+            code = _interrupted()
         except (typer.Exit, typer.Abort):
             raise
         except Exception as error:
             code = _explain(error)
         raise typer.Exit(code)
+
+
+def _interrupted() -> int:
+    """The exit code: 128 and the number of the signal, as shells have it."""
+    from orchestrator.store.stopping import stopped_by
+
+    number = stopped_by()
+    if number is not None:  # it was said when the signal came
+        return 128 + number
+    print("interrupted; the same command goes on from what is on disk", file=sys.stderr)
+    return INTERRUPTED
 
 
 def _explain(error: Exception) -> int:
@@ -59,6 +69,11 @@ def _explain(error: Exception) -> int:
         return known.exit_code
     if type(error).__module__.startswith("typer."):
         raise error
+    if type(error).__module__.startswith("ray."):
+        from orchestrator.runtime.mishaps import cause_of
+
+        print(f"error: {(known := cause_of(error))}", file=sys.stderr)
+        return known.exit_code
     traceback.print_exception(error)
     print("this is a bug in orchestrator; the traceback above says where", file=sys.stderr)
     return UNEXPECTED
@@ -236,7 +251,9 @@ def _run(job: str, loaded: LoadedSpec, output: Path | None, address: str | None,
 
     view = open_view(json_lines=as_json, stream=sys.stdout if as_json else sys.stderr)
     from orchestrator.runtime import run_finetune, run_sweep
+    from orchestrator.store.stopping import stop_in_words
 
+    stop_in_words()
     try:
         outcome = (run_sweep if job == "sweep" else run_finetune)(loaded, view=view, address=address, output=output)
     except VerificationError:

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.plan.values import ClusterDescription, NodeDescription
-from orchestrator.store import find_gpus, num_usable_cpus
+from orchestrator.store import find_gpus, num_usable_cpus, unreachable
 from orchestrator.units import GIB, format_bytes
 
 MIN_DISK_BYTES = 5 * GIB
@@ -183,14 +183,10 @@ def _on_path(tool: str) -> bool:
 def _ray(address: str | None) -> Finding:
     if not address:
         return Finding("Ray", "ok", "no address given: a run starts a private Ray on this machine")
-    target = re.fullmatch(r"(?:\w+://)?\[?([^\]/]+?)\]?:(\d+)/?", address)
-    if target is None:
-        return Finding("Ray", "note", f"{address}: not a host and port, so not tried")
-    try:
-        with socket.create_connection((target[1], int(target[2])), timeout=5):
-            return Finding("Ray", "ok", f"{address} answers")
-    except OSError as error:
-        return Finding("Ray", "wrong", f"{address}: {error}", "start it (see cluster/), or unset RAY_ADDRESS")
+    problem = unreachable(address)
+    if problem is None:
+        return Finding("Ray", "ok", f"{address} answers" if ":" in address else address)
+    return Finding("Ray", "wrong", f"{address}: {problem.reason}", problem.remedy)
 
 
 def _hub() -> Finding:

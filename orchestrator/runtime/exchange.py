@@ -80,7 +80,7 @@ class Exchange:
         self._meter.open()
         plan = self._orders.plan
         for index in range(self._orders.num_gangs):
-            gang = Gang(index, plan.base, self._orders.anatomy, plan.execution, self._meter)
+            gang = Gang(index, plan.base, self._orders.anatomy, plan.execution, self._meter, self._orders.patience)
             figures, refuses = self._figures[index], self._allowance.refuses
             self._shifts.append(Shift(gang, plan.execution, self._queue, figures, refuses, self._settle, self._tell))
             self._supervisors.append(asyncio.create_task(self._serve(self._shifts[-1])))
@@ -179,6 +179,9 @@ class Exchange:
         """The rung's result; None where the bound on hours came before a gang did."""
         entry = self._ledger.get(trial.trial_id)
         assert entry is not None
+        known = self._inflight.get(trial.trial_id)
+        if known is not None and known.assignment.rung == rung:  # who asked before is gone, and Tune has started it again
+            return await asyncio.shield(known.future)
         folder = str(self._ledger.folder(trial.trial_id))
         assignment = rung_assignment(self._orders, trial, selection, folder, entry.results, rung, stop_step)
         return await self._hand_out(assignment, home=entry.results[-1].gang if entry.results else None)

@@ -9,7 +9,9 @@ from pathlib import Path
 from orchestrator.errors import UsageError
 from orchestrator.runtime.cluster import connected, require_shared_storage
 from orchestrator.runtime.finish import finish
+from orchestrator.runtime.guarding import guarded
 from orchestrator.runtime.ledger import Ledger
+from orchestrator.runtime.mishaps import in_plain_words
 from orchestrator.runtime.outcome import RunOutcome, write_outcome
 from orchestrator.runtime.prepare import reopen
 from orchestrator.store import read_json
@@ -40,7 +42,7 @@ def merge_trial(
         before = sweep.winner_id
         if chosen != before:
             sweep = promoted_by_hand(sweep, chosen)
-        with connected(address), _shown(view, sweep, chosen):
+        with connected(address), guarded(run.path), in_plain_words(run.path), _shown(view, sweep, chosen):
             require_shared_storage(run.path)
             outcome = write_outcome(finish(prepared, sweep, view))
         if chosen != before:

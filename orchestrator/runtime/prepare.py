@@ -17,10 +17,11 @@ from orchestrator.plan.compiling import standing_choice, with_choice
 from orchestrator.plan.scored import LayerScores
 from orchestrator.plan.steps import StepSize
 from orchestrator.plan.values import Assignment, ClusterDescription, DataPaths, RunPlan, TrainSettings, TrialSpec
+from orchestrator.runtime.cluster import file_identity, require_base_everywhere
 from orchestrator.runtime.places import output_root
 from orchestrator.runtime.scoring import Scoring
 from orchestrator.spec import JobSpec, LoadedSpec, spec_sha256
-from orchestrator.store import RunDirectory, read_json, sampled_sha256, write_json
+from orchestrator.store import RunDirectory, read_json, write_json
 from orchestrator.train.evaluation import text_metric
 from orchestrator.transfer.view import RunView
 
@@ -107,7 +108,7 @@ def prepare(
             None for a run that has come to its end: its plan stands.
 
     Raises:
-        BaseError, SelectionError, DataError: the input cannot be used.
+        BaseError, SelectionError, DataError: the input cannot be used, or a node has another base.
         UsageError: the search's metric cannot be imported.
         RunConflictError: base or data are not what earlier trials of this run were trained on.
         PlanError: it does not fit the cluster.
@@ -128,6 +129,8 @@ def prepare(
     tell_data(data, run, view)
     sha256, scores = spec_sha256(spec, job), read_scores(run)
     machines = cluster()
+    folder = Path(anatomy.folder)
+    require_base_everywhere(folder, {name: file_identity(folder / name) for name in _files_of(anatomy)})
     plan = make_plan(loaded, anatomy, size, machines, job=job, spec_sha256=sha256, scores=scores)
     filling = steps.filling_step(spec, size, plan.execution.ranks) if before is None else None
     if filling is not None:
@@ -211,8 +214,14 @@ def reopen(run_folder: Path) -> Prepared:
 def identity_of_base(anatomy: ModelAnatomy) -> dict[str, Any]:
     """The base's config, and what its weight files hold; folders and times are left out, for copies are the same base."""
     folder = Path(anatomy.folder)
-    files = sorted({tensor.file for tensor in anatomy.tensors.values()})
-    return {
-        "config": read_json(folder / "config.json"),
-        "weights": {file: f"{(folder / file).stat().st_size} bytes, {sampled_sha256(folder / file)[:16]}" for file in files},
-    }
+    weights = {file: file_identity(folder / file) for file in _weight_files(anatomy)}
+    return {"config": read_json(folder / "config.json"), "weights": weights}
+
+
+def _weight_files(anatomy: ModelAnatomy) -> list[str]:
+    return sorted({tensor.file for tensor in anatomy.tensors.values()})
+
+
+def _files_of(anatomy: ModelAnatomy) -> list[str]:
+    """What a gang reads of the base: its weights, and the JSON files of the model and its tokenizer."""
+    return [*sorted(path.name for path in Path(anatomy.folder).glob("*.json")), *_weight_files(anatomy)]
