@@ -10,6 +10,7 @@ from orchestrator.plan import head_control
 from orchestrator.plan.relief import fits_in_no_way, with_relief
 from orchestrator.plan.results import RungResult
 from orchestrator.plan.values import Assignment, ExecutionPlan, TrialSpec
+from orchestrator.runtime.activities import OWNER
 from orchestrator.runtime.hours import affords_refit, is_left_for_refit, metered, read_hours, refit_hours, rung_hours
 from orchestrator.runtime.ledger import Ledger, TrialEntry
 from orchestrator.runtime.prepare import Prepared
@@ -20,8 +21,6 @@ from orchestrator.store import read_json, write_json
 from orchestrator.transfer.records import RefitRecord
 from orchestrator.transfer.view import RunView
 
-OWNER = "trial.json"
-"""In refit/: whose it is."""
 REFIT_CHECKPOINTS = 4
 """Checkpoints of a refit between its first and its last step."""
 

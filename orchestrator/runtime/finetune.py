@@ -14,6 +14,7 @@ from orchestrator.runtime.ledger import Ledger
 from orchestrator.runtime.outcome import RunOutcome, read_outcome, summarise, write_outcome
 from orchestrator.runtime.prepare import Prepared, open_run, prepare
 from orchestrator.runtime.probing import scored_alone
+from orchestrator.runtime.pulse import Pulse
 from orchestrator.spec import LoadedSpec, require_section
 from orchestrator.transfer.records import SweepResult
 from orchestrator.transfer.view import RunView
@@ -30,10 +31,10 @@ def run_finetune(loaded: LoadedSpec, *, view: RunView, address: str | None = Non
     with ExitStack() as stack:
         run = stack.enter_context(open_run(loaded, "finetune", output, view))
         known = read_outcome(run.path)
+        view = stack.enter_context(Pulse(view, None if known else run.path))
         prepared = prepare(loaded, "finetune", run, view, None if known else joins(stack, address, run.path))
         if known is not None:
             return known
-        stack.callback(view.close)
         view.start(
             name=loaded.spec.name,
             metric="loss",

@@ -117,14 +117,16 @@ def prepare(
     anatomy = read_anatomy(resolve_base(spec.base.model, loaded.folder), need_weights=True)
     run.claim_base(_identity_of(anatomy))
     known = RunPlan.model_validate(read_json(run.plan)) if run.plan.exists() else None
-    view.phase("data")
+    view.phase("data", "reading and tokenising")
     data = prepare_data(loaded, Path(anatomy.folder), run.data, keep=known is not None)
     size = data_size(data, spec, run.data)
     if cluster is None:
         assert known is not None, "a run that ended was planned"
         return Prepared(spec, run, anatomy, data, known)
     sha256, scores = spec_sha256(spec, job), read_scores(run)
-    plan = make_plan(loaded, anatomy, size, cluster(), job=job, spec_sha256=sha256, scores=scores)
+    view.phase("plan", "connecting to Ray")
+    described = cluster()
+    plan = make_plan(loaded, anatomy, size, described, job=job, spec_sha256=sha256, scores=scores)
     if plan.search is not None:
         plan = with_choice(plan, standing_choice(spec.resources.compile, read_choice(run)))
     write_json(run.plan, plan)

@@ -28,6 +28,7 @@ from orchestrator.runtime.ledger import Ledger
 from orchestrator.runtime.outcome import RunOutcome, read_outcome, read_sweep, summarise, write_outcome
 from orchestrator.runtime.prepare import Prepared, open_run, prepare
 from orchestrator.runtime.probing import scored_in_a_gang
+from orchestrator.runtime.pulse import Pulse
 from orchestrator.runtime.search import run_search
 from orchestrator.runtime.watch import Watcher
 from orchestrator.spec import LoadedSpec, require_section
@@ -52,10 +53,10 @@ def run_sweep(loaded: LoadedSpec, *, view: RunView, address: str | None = None, 
     with ExitStack() as stack:
         run = stack.enter_context(open_run(loaded, "sweep", output, view))
         finished = _finished(run, loaded)
+        view = stack.enter_context(Pulse(view, None if finished else run.path))
         prepared = prepare(loaded, "sweep", run, view, None if finished else joins(stack, address, run.path))
         if finished is not None:
             return finished
-        stack.callback(view.close)
         prepared, sweep = _search(prepared, view, started_at)
         outcome = finish(prepared, sweep, view)
         return write_outcome(outcome)
@@ -76,7 +77,7 @@ def _finished(run: RunDirectory, loaded: LoadedSpec) -> RunOutcome | None:
     return outcome if len(outcome.sweep.searched) >= loaded.spec.search.num_trials else None
 
 
-def _search(prepared: Prepared, view: RunView, started_at: float) -> tuple[Prepared, SweepResult]:
+def _search(prepared: Prepared, view: Pulse, started_at: float) -> tuple[Prepared, SweepResult]:
     """Controls, the blocks' scores, trials, promotion, and what is trained once the promoted trial is known.
 
     The gangs are released at the end.
@@ -96,14 +97,14 @@ def _search(prepared: Prepared, view: RunView, started_at: float) -> tuple[Prepa
     )
     seed = spec.train.seed
     earlier = read_sweep(prepared.run.path)
-    with _exchange(prepared) as exchange, Watcher(exchange, view, prepared.run):
+    with _exchange(prepared) as exchange, Watcher(exchange, view, prepared.run) as watcher, view.watching(watcher.look):
         view.phase("gangs", f"{plan.num_gangs} x {plan.execution.ranks} rank(s)")
         base = hand_in(exchange, *none_control(plan, prepared.anatomy, seed), [0])
         untouched = wait_for(exchange, "none", base)
         if untouched.state == "failed":
             raise TrainingError(
-                f"the untouched base could not be evaluated: {untouched.reason}",
-                remedy="mend what it says and submit the same spec again: it is evaluated anew",
+                f"the base model could not be evaluated: {untouched.reason}",
+                remedy="fix the reported error and submit the same spec again: it is evaluated anew",
             )
         prepared = compiled_where_it_pays(scored_in_a_gang(prepared, exchange, view), exchange, view)
         prepared = advised_by_shift(prepared, exchange, view)
