@@ -19,10 +19,15 @@ def trial_name(trial_id: str) -> str:
     return f"trial {int(found[1])}" if found else trial_id
 
 
-def activity_text(activity: Activity) -> str:
-    """`trial 3 training: step 37 of 327, loss 1.832, 3.4k tokens/s`."""
+def activity_text(activity: Activity, phase: str = "") -> str:
+    """`trial 3 training: step 37 of 327, loss 1.832, 3.4k tokens/s`.
+
+    Args:
+        phase: What stands before it already, and is not said twice.
+    """
+    doing = "" if activity.doing == phase else activity.doing
     whose = trial_name(activity.trial_id) if activity.trial_id not in ("", "none") else ""
-    whose = f"{whose} {activity.doing}" if whose else activity.doing
+    whose = f"{whose} {doing}".strip() or activity.doing
     if activity.gang is not None and not activity.trial_id:
         whose = f"gang {activity.gang} {whose}"
     said: list[str] = []
@@ -31,7 +36,7 @@ def activity_text(activity: Activity) -> str:
     if activity.loss is not None:
         said.append(f"loss {number(activity.loss)}")
     if activity.tokens_per_s:
-        said.append(f"{format_count(activity.tokens_per_s)} tokens/s")
+        said.append(f"{format_count(round(activity.tokens_per_s))} tokens/s")
     return f"{whose}: {', '.join(said)}" if said else whose
 
 
@@ -43,7 +48,7 @@ def _step(activity: Activity) -> str:
 
 def progress_text(now: Progress) -> str:
     """`search: trial 3 training: step 37 of 109, loss 1.8 · gang 1 loading the base model; about 4m10s left, until 14:03`."""
-    doing = [activity_text(activity) for activity in now.activities[:SHOWN]]
+    doing = [activity_text(activity, now.phase) for activity in now.activities[:SHOWN]]
     if len(now.activities) > SHOWN:
         doing.append(f"and {len(now.activities) - SHOWN} more")
     said = " · ".join(doing) or now.detail or "in progress"
@@ -54,7 +59,7 @@ def left_text(now: Progress) -> str:
     """`about 4m10s left, until 14:03`; nothing where that is not known. The clock is the local one."""
     if now.seconds_left is None:
         return ""
-    until = datetime.fromtimestamp(now.at) + timedelta(seconds=now.seconds_left)  # noqa: DTZ006
+    until = datetime.fromtimestamp(now.at) + timedelta(seconds=now.seconds_left)
     return f"about {format_seconds(round(now.seconds_left))} left, until {until:%H:%M}"
 
 

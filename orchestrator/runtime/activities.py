@@ -25,6 +25,10 @@ OWNER = "trial.json"
 """In refit/: whose it is."""
 
 
+def ranks_text(count: int) -> str:
+    return f"{count} rank{'' if count == 1 else 's'}"
+
+
 def last_steps(file: Path) -> list[StepReport]:
     """The last steps of a steps.jsonl, in order, read from its end; none where there is no file yet."""
     try:

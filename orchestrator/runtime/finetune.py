@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from orchestrator.plan import make_trial, none_control
+from orchestrator.runtime.activities import ranks_text
 from orchestrator.runtime.budget import refit_assignment, run_refit
 from orchestrator.runtime.finish import finish
 from orchestrator.runtime.joining import joins
@@ -56,7 +57,7 @@ def _train(prepared: Prepared, view: RunView, started_at: float) -> SweepResult:
     ledger = Ledger(prepared.run.trials)
     ledger.register(none, None)
     ledger.register(trial, 0)
-    view.phase("training", f"{trial.total_steps} steps on {plan.refit_execution.ranks} rank(s)")
+    view.phase("training", f"{trial.total_steps} steps on {ranks_text(plan.refit_execution.ranks)}")
     here = ledger.folder("none")
     untouched = prepared.assignment(none, nothing, folder=here, stop_step=0, execution=plan.refit_execution)
     results = run_refit(prepared, [untouched, refit_assignment(prepared, trial, plan.finetune.selection)])

@@ -114,6 +114,7 @@ def prepare(
     spec = loaded.spec
     if job == "sweep" and cluster is not None:
         _require_metric(loaded)
+    view.phase("base", "reading and hashing the base model's files")
     anatomy = read_anatomy(resolve_base(spec.base.model, loaded.folder), need_weights=True)
     run.claim_base(_identity_of(anatomy))
     known = RunPlan.model_validate(read_json(run.plan)) if run.plan.exists() else None

@@ -14,6 +14,7 @@ from ray.exceptions import RayError
 
 from orchestrator.errors import TrainingError
 from orchestrator.plan import head_control, none_control
+from orchestrator.runtime.activities import ranks_text
 from orchestrator.runtime.assignments import Orders
 from orchestrator.runtime.carrying import hand_in, wait_for
 from orchestrator.runtime.cluster import fetch
@@ -98,7 +99,7 @@ def _search(prepared: Prepared, view: Pulse, started_at: float) -> tuple[Prepare
     seed = spec.train.seed
     earlier = read_sweep(prepared.run.path)
     with _exchange(prepared) as exchange, Watcher(exchange, view, prepared.run) as watcher, view.watching(watcher.look):
-        view.phase("gangs", f"{plan.num_gangs} x {plan.execution.ranks} rank(s)")
+        view.phase("gangs", f"{plan.num_gangs} worker group(s) of {ranks_text(plan.execution.ranks)}")
         base = hand_in(exchange, *none_control(plan, prepared.anatomy, seed), [0])
         untouched = wait_for(exchange, "none", base)
         if untouched.state == "failed":
