@@ -25,7 +25,7 @@ from orchestrator.units import format_count
 
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY, INK = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#9a9a9a", "#222222"
 PAPER, LINE, AXIS, TICK, IDLE = "#ffffff", "#e6e6e6", "#666666", "#444444", "#e2e2e2"
-ON_DARK, ON_LIGHT = "#fdfdfd", "#1a1a1a"
+ON_DARK, ON_LIGHT = "#fefefe", "#000000"
 """Ink on filled areas, the same on a light and on a dark page."""
 BY_PAGE = {
     INK: "ink",

@@ -89,4 +89,4 @@ def ink_on(colour: tuple[float, float, float, float]) -> str:
 
     red, green, blue = (linear(part) for part in colour[:3])
     luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
-    return ON_DARK if (1.05 / (luminance + 0.05)) > ((luminance + 0.05) / 0.06) else ON_LIGHT
+    return ON_DARK if 1.04 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else ON_LIGHT

@@ -15,7 +15,7 @@ SHOWN = 4
 
 def trial_name(trial_id: str) -> str:
     """`t007-3fa2c1` -> `trial 7`; a control by its name."""
-    found = re.match(r"t(\d+)-", trial_id)
+    found = re.match(r"t(\d+)(?:-|$)", trial_id)
     return f"trial {int(found[1])}" if found else trial_id
 
 
@@ -52,7 +52,12 @@ def progress_text(now: Progress) -> str:
     if len(now.activities) > SHOWN:
         doing.append(f"and {len(now.activities) - SHOWN} more")
     said = " · ".join(doing) or now.detail or "in progress"
-    return f"{now.phase}: {said}; {left_text(now) or f'for {format_seconds(round(now.phase_seconds))}'}"
+    return f"{now.phase}: {said}; {left_text(now) or f'{whole_seconds(now.phase_seconds)} so far'}"
+
+
+def whole_seconds(seconds: float) -> str:
+    """`9s`, `4m10s`: nobody needs tenths of what is awaited."""
+    return f"{round(seconds)}s" if seconds < 59.5 else format_seconds(round(seconds))
 
 
 def left_text(now: Progress) -> str:
@@ -60,7 +65,7 @@ def left_text(now: Progress) -> str:
     if now.seconds_left is None:
         return ""
     until = datetime.fromtimestamp(now.at) + timedelta(seconds=now.seconds_left)
-    return f"about {format_seconds(round(now.seconds_left))} left, until {until:%H:%M}"
+    return f"about {whole_seconds(now.seconds_left)} left, until {until:%H:%M}"
 
 
 def waiting_text(now: Progress) -> str:

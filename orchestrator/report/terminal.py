@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from typing import TextIO
@@ -63,7 +64,7 @@ class Board:
         return f"{len(self.searched)} of {plural(total, 'trial')}" + (": " + ", ".join(by_state) if by_state else "")
 
     def against_base(self, trial: TrialRecord | None) -> str:
-        """`loss 1.830, base 3.920, head 3.100, retention +0.040 (bound 0.1)`."""
+        """`loss 1.830, base 3.920, head 3.100, forgetting +0.040 (bound 0.1)`."""
         said = [f"{self.metric} {metric_text(trial.metric if trial else None, self.metric)}"]
         said += [
             f"{control} {metric_text(value, self.metric)}"
@@ -71,7 +72,8 @@ class Board:
             if value is not None
         ]
         if trial is not None and trial.forgetting is not None:
-            said.append(f"retention {signed(trial.forgetting)} (bound {self.max_forgetting:g})")
+            bound = f" (bound {self.max_forgetting:g})" if math.isfinite(self.max_forgetting) else ""
+            said.append(f"forgetting {signed(trial.forgetting)}{bound}")
         return ", ".join(said)
 
 
@@ -108,10 +110,11 @@ class LogView:
         before = self._board.best
         self._board.trials[record.trial_id] = record
         last = record.last
-        at = f" at step {last.step} of {record.total_steps}" if last and record.total_steps else ""
+        at = f" at step {last.step} of {record.total_steps}" if last and last.step else ""
         reason = f": {record.reason}" if record.reason else ""
         figures = f"  {self._board.metric} {metric_text(last.metric, self._board.metric)}" if last else ""
-        figures += f"  retention {signed(last.forgetting)}" if last and last.forgetting is not None else ""
+        untouched = record.control == "none"
+        figures += f"  forgetting {signed(last.forgetting)}" if last and last.forgetting is not None and not untouched else ""
         name = record.control or f"trial {record.number}"
         state = record.state if record.state != "running" else "evaluated" if last else "begins"
         self._say(f"{self._clock()} {name} {state}{at}  {record.label}{figures}{reason}")

@@ -116,7 +116,7 @@ def test_no_phase_is_silent_in_a_log(tmp_path: Path) -> None:
     stream = io.StringIO()
     with Pulse(LogView(stream, quiet_s=0.05), tmp_path, beat_s=BEAT_S) as pulse:
         pulse.phase("data", "reading and tokenising")
-        until(lambda: stream.getvalue().count("data: reading and tokenising; for") >= 2)
+        until(lambda: stream.getvalue().count("data: reading and tokenising; ") >= 2)
         write_steps(tmp_path / "trials" / "t003-ab" / "steps.jsonl", 12)
         activity = Activity(doing="training", gang=0, trial_id="t003-ab", stop_step=40, total_steps=120)
         file = tmp_path / "trials" / "t003-ab" / "steps.jsonl"
@@ -134,7 +134,7 @@ def test_a_log_that_has_just_spoken_is_left_alone() -> None:
     view.progress(Progress(phase="data"))
     assert len(stream.getvalue().splitlines()) == 1
     LogView(stream, quiet_s=0).progress(Progress(phase="data", phase_seconds=12.2))
-    assert stream.getvalue().splitlines()[-1].endswith("data: in progress; for 12.0s")
+    assert stream.getvalue().splitlines()[-1].endswith("data: in progress; 12s so far")
 
 
 def test_json_lines_have_progress_objects(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_json_lines_have_progress_objects(tmp_path: Path) -> None:
         pulse.phase("plan")
         until(lambda: '"progress"' in stream.getvalue())
     said = [json.loads(line) for line in stream.getvalue().splitlines()]
-    found = next(line for line in said if line["kind"] == "progress")
+    found = [line for line in said if line["kind"] == "progress"][-1]
     assert found["phase"] == "plan"
     assert found.keys() >= {"at", "phase_seconds", "run_seconds", "activities", "seconds_left"}
 
