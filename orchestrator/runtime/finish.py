@@ -10,6 +10,7 @@ import ray
 from orchestrator.plan import REPEAT, late_controls
 from orchestrator.plan.results import RungResult
 from orchestrator.plan.values import TrialSpec
+from orchestrator.runtime.activities import tell_bundling
 from orchestrator.runtime.budget import full_budget, selection_of
 from orchestrator.runtime.bundling import bundle_and_judge
 from orchestrator.runtime.cluster import rank_resources, worker_env
@@ -53,6 +54,7 @@ def finish(prepared: Prepared, sweep: SweepResult, view: RunView) -> RunOutcome:
     for message in controls.left_out:
         view.event("control_left_out", message)
         prepared.run.event("control_left_out", message=message)
+    tell_bundling(prepared.run.path, "waiting for a free place")
     view.phase("merge", "then verify, then the test set")
     transfer = _bundle(prepared, _inputs(prepared, entry, bundled, controls))
     transfer = transfer.model_copy(

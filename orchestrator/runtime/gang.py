@@ -103,6 +103,8 @@ class Gang:
         self.pids: tuple[int, ...] = ()
         self.base_loads = 0
         self.start_seconds = 0.0
+        self.starting = ""
+        """What its start is waiting for; empty once it is ready."""
         self._base = base
         self._anatomy = anatomy
         self._execution = execution
@@ -122,10 +124,12 @@ class Gang:
         """
         started = time.monotonic()
         execution = self._execution
+        self.starting = f"waiting for {places(execution)}"
         bundles = [rank_resources(execution) for _ in range(execution.ranks)]
         self._placement = placement_group(bundles, strategy=placement_strategy(execution))
         await asyncio.wait_for(_ready(self._placement), START_TIMEOUT_S)
         self._meter.hold(self.index, execution.ranks)
+        self.starting = "loading the base model"
         resources = rank_resources(execution)
         self._ranks = [
             RankActor.options(  # type: ignore[attr-defined]
@@ -143,6 +147,7 @@ class Gang:
         calls = [rank.start.remote(self._base, self._anatomy, execution, meeting) for rank in self._ranks]
         self.pids = tuple(await self._all(calls))
         self.base_loads += 1
+        self.starting = ""
         self.start_seconds = time.monotonic() - started
 
     async def run(self, group: Sequence[Assignment]) -> list[RungResult]:
@@ -174,6 +179,7 @@ class Gang:
 
     def kill(self) -> None:
         """End the processes and give the places back."""
+        self.starting = ""
         self._meter.release(self.index)
         for rank in self._ranks:
             ray.kill(rank)
@@ -248,6 +254,12 @@ class Gang:
         told = next((error for error in broken if ran_out_of_memory(error, device)), None)
         what = f"gang {self.index} broke: {_first_line(told or _evicted(broken) or broken[0])}"
         return GangDiedError(what, out_of_memory=told is not None)
+
+
+def places(execution: ExecutionPlan) -> str:
+    """`2 free GPUs`."""
+    kind = "GPU" if execution.device == "cuda" else "core"
+    return f"{execution.ranks} free {kind}{'' if execution.ranks == 1 else 's'}"
 
 
 async def _ready(placement: PlacementGroup) -> None:
