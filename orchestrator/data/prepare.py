@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,12 @@ import numpy as np
 from pydantic import ValidationError
 
 from orchestrator.data.batching import documents_of_steps
+from orchestrator.data.control import ControlTokens
 from orchestrator.data.encoding import Document, Encoder, load_tokenizer, mark_supervised
+from orchestrator.data.ends import declared_ends, end_tokens, tell_ends
 from orchestrator.data.gather import Sources, bad_rows_error, find_sources, read_examples
 from orchestrator.data.labels import check_labels, sort_classes, tell_missing
+from orchestrator.data.noticed import Noticed
 from orchestrator.data.reading import BadRow
 from orchestrator.data.retention import retention_sets
 from orchestrator.data.rows import RETENTION_TASKS, Example
@@ -23,18 +26,30 @@ from orchestrator.data.splits import make_splits
 from orchestrator.data.summary import DataSummary, LeftOut, SplitSummary, listed
 from orchestrator.errors import DataError, IntegrityError, RunConflictError
 from orchestrator.plan.remedies import most_replayed_tokens, needs_replayed_text
+from orchestrator.plan.step_size import tokens_per_step
+from orchestrator.plan.steps import StepSize
 from orchestrator.plan.values import DataSize
 from orchestrator.spec import LoadedSpec
-from orchestrator.spec.models import JobSpec
+from orchestrator.spec.models import JobSpec, Task
 from orchestrator.store import read_json, sha256_file, write_json
 from orchestrator.values import content_hash
 
+ANSWERING: tuple[Task, ...] = ("completion", "chat")
+"""Tasks whose models write answers."""
 SETS = ("train", "eval", "test", "retain", "replay")
-FORMAT = 5
+FORMAT = 6
 CLASSIFY_FORMAT = 5
-RETENTION_FORMAT = 5
+RETENTION_FORMAT = 7
 """Raised when the same inputs give other sets, so that older ones are made anew: those that are concerned."""
-TOKENIZER_FILES = ("tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "chat_template*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "generation_config.json",
+)
 
 
 def prepare_data(loaded: LoadedSpec, tokenizer_folder: Path, out_folder: Path, *, keep: bool = False) -> DataSummary:
@@ -65,16 +80,22 @@ def prepare_data(loaded: LoadedSpec, tokenizer_folder: Path, out_folder: Path, *
         check_labels(loaded, found, left_out)
     parts = make_splits(loaded, found, left_out)
     tokenizer = load_tokenizer(tokenizer_folder)
-    documents = _encode_all(loaded, tokenizer, parts, found.get("retain", []), left_out)
+    ends = declared_ends(tokenizer_folder, tokenizer)
+    documents = _encode_all(loaded, tokenizer, ends, parts | {"retain": found.get("retain", [])}, left_out)
     classes = _classes(documents, spec, left_out) if spec.task == "classify" else ()
     left_out.warn_of_losses({name: len({doc.example.place for doc in kept}) for name, kept in documents.items()})
     sets = {name: _to_set(docs, classes) for name, docs in documents.items()}
+    if spec.task in ANSWERING:
+        stops = end_tokens(sets["train"], ControlTokens(tokenizer), ends)
+        sets = {name: replace(part, stop_ids=stops) for name, part in sets.items()}
+        tell_ends(sets["train"], tokenizer, spec.task, left_out)
     summary = DataSummary(
         inputs_sha256=inputs,
         splits={name: _summarise(part) for name, part in sets.items()},
         dropped=left_out.summary(),
         notices=tuple(left_out.notices),
         classes=classes,
+        stop_token_ids=sets["train"].stop_ids,
         class_counts=tuple(np.bincount(sets["train"].labels, minlength=len(classes)).tolist()) if classes else (),
         files=tuple(left_out.relative(str(path)) for entries in sources.values() for entry in entries for path in entry.files),
         one_example=_show(documents["train"][0], tokenizer),
@@ -117,20 +138,27 @@ def _same_sets(folder: Path, summary: DataSummary) -> bool:
     return _whole(folder, before)
 
 
-def data_size(summary: DataSummary, spec: JobSpec, folder: Path) -> DataSize:
+def data_size(summary: DataSummary, spec: JobSpec, folder: Path, *, planned: StepSize | None = None) -> DataSize:
     """What the plan needs to know, exactly.
 
     Args:
         folder: Where `prepare_data` wrote the sets: the number of steps depends on every document's length.
+        planned: Of `auto`, what was settled: by an earlier submission of the run, whose trials go on with steps of that size,
+            or for the ranks of a gang. What the data alone comes to without it.
     """
     train = TokenizedSet.load(folder / "train.npz")
-    steps = documents_of_steps(train.offsets, spec.train.tokens_per_step, spec.train.seed, 0)
+    in_a_step = tokens_per_step(spec.train, len(train), train.num_tokens, int(train.lengths.max()))
+    if spec.train.tokens_per_step == "auto" and planned is not None:
+        in_a_step = planned.tokens
+    steps = documents_of_steps(train.offsets, in_a_step, spec.train.seed, 0)
     splits = summary.splits
     supervised = splits["train"].documents if summary.classes else splits["train"].supervised_tokens
     return DataSize(
         train_documents=splits["train"].documents,
         train_tokens=splits["train"].tokens,
         steps_per_epoch=len(steps),
+        tokens_per_step=in_a_step,
+        step_ranks=planned.ranks if planned is not None else 1,
         eval_tokens=splits["eval"].tokens,
         retain_tokens=splits["retain"].tokens if "retain" in splits else 0,
         replay_tokens=splits["replay"].tokens if "replay" in splits else 0,
@@ -200,18 +228,30 @@ class _Refused:
 
 
 def _encode_all(
-    loaded: LoadedSpec, tokenizer: Any, parts: dict[str, list[Example]], retain: list[Example], left_out: LeftOut
+    loaded: LoadedSpec, tokenizer: Any, ends: tuple[int, ...], parts: dict[str, list[Example]], left_out: LeftOut
 ) -> dict[str, list[Document]]:
-    spec = loaded.spec
+    """Documents of each split.
+
+    Args:
+        ends: Ids at which the base stops as it is.
+        parts: With `retain`, which may be empty.
+    """
+    spec, refused, noticed = loaded.spec, _Refused(), Noticed()
     caps = {"eval": spec.data.eval_rows, "test": spec.data.test_rows}
-    encoder = Encoder(tokenizer, spec.task, spec.data)
-    refused = _Refused()
+    encoder = Encoder(tokenizer, spec.task, spec.data, ends=ends, noticed=noticed)
     documents: dict[str, list[Document]] = {}
-    for name, examples in parts.items():
-        chosen = _capped(name, examples, caps.get(name), spec.train.seed, left_out)
+    for name in ("train", "eval", "test"):
+        chosen = _capped(name, parts[name], caps.get(name), spec.train.seed, left_out)
         documents[name] = _fitting(name, encoder, chosen, spec, left_out, refused)
+    retain = parts["retain"]
     if retain:
-        documents["retain"] = _encode_retention(tokenizer, retain, spec, left_out, refused)
+        documents["retain"] = []
+        for task in RETENTION_TASKS:  # every row by the columns that it has, whatever the spec's task
+            if rows := [example for example in retain if example.retention_task == task]:
+                read_so = spec.model_copy(update={"task": task})
+                encoder = Encoder(tokenizer, task, spec.data, ends=ends, noticed=noticed)
+                documents["retain"] += _fitting("retain", encoder, rows, read_so, left_out, refused)
+    noticed.tell(left_out)
     refused.raise_any(loaded)
     for name, kept in documents.items():
         if not kept:
@@ -219,19 +259,6 @@ def _encode_all(
             where = loaded.where(f"data.{name}")
             raise DataError(f"no row is left for {name} ({gone})", where=where, remedy="raise data.max_tokens, or mend the rows")
     return documents | retention_sets(loaded, documents, left_out) if retain else documents
-
-
-def _encode_retention(
-    tokenizer: Any, retain: list[Example], spec: JobSpec, left_out: LeftOut, refused: _Refused
-) -> list[Document]:
-    """Every row by the columns that it has, whatever the spec's task."""
-    kept: list[Document] = []
-    for task in RETENTION_TASKS:
-        rows = [example for example in retain if example.retention_task == task]
-        if rows:
-            read_so = spec.model_copy(update={"task": task})
-            kept += _fitting("retain", Encoder(tokenizer, task, spec.data), rows, read_so, left_out, refused)
-    return kept
 
 
 def _fitting(

@@ -84,6 +84,8 @@ class DataSummary(Value):
     """Names of the classes in the order of their numbers."""
     class_counts: tuple[int, ...] = ()
     """Documents of each class in train."""
+    stop_token_ids: tuple[int, ...] = ()
+    """At which an answer ends, and generation stops; empty where nothing is generated."""
     files: tuple[str, ...]
     one_example: str
     """A training document; «» marks what is supervised."""

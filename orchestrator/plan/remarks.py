@@ -11,6 +11,7 @@ from orchestrator.plan.estimates import Rate
 from orchestrator.plan.memory.estimate import RESIDENT_SHARE
 from orchestrator.plan.placement import Machines, idle_gpus
 from orchestrator.plan.remedies import left_out
+from orchestrator.plan.step_size import auto_tokens_per_step, few_steps_sentence, more_steps
 from orchestrator.plan.values import ClusterDescription, RunPlan
 from orchestrator.plan.view import derivations
 from orchestrator.spec.models import AnchorSpec, JobSpec
@@ -108,7 +109,18 @@ def _notes(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDescri
     return notes
 
 
+def _few_steps(plan: RunPlan, spec: JobSpec) -> Iterator[str]:
+    """Too few steps to learn from are the commonest reason why nothing was learned."""
+    data, said = plan.data, few_steps_sentence(plan.total_steps)
+    if said:
+        mean = math.ceil(data.train_tokens / max(1, data.train_documents))
+        longest = data.longest_document_tokens if data.exact else mean
+        auto = auto_tokens_per_step(data.train_documents, data.train_tokens, longest, spec.train.epochs)
+        yield f"{said}: {more_steps(spec.train, auto, data.train_tokens, data.steps_per_epoch)}"
+
+
 def _warnings(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDescription) -> Iterator[str]:
+    yield from _few_steps(plan, spec)
     yield from _hours_warning(plan, spec.resources.max_gpu_hours)
     if found.left_out:
         counts = ", ".join(f"{node.count} x {found.name_of(node)}" for node in found.left_out)

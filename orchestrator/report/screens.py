@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
+from orchestrator.plan.step_size import few_steps_sentence
 from orchestrator.report.wording import (
     best_trial,
     interval_text,
@@ -12,7 +13,6 @@ from orchestrator.report.wording import (
     metric_text,
     number,
     reads_sentence,
-    score_text,
     signed,
     summary_sentence,
     verdict_sentence,
@@ -32,8 +32,8 @@ def final_screen(sweep: SweepResult, transfer: TransferReport) -> str:
     lines = [*_best(sweep, best, transfer), *_entry("verdict", verdict_sentence(sweep, transfer))]
     if sweep.ended_by_hours:
         lines += _entry("ended", sweep.ended_by_hours)
-    if answered := _answered(transfer):
-        lines += _entry("answers", answered)
+    if few := few_steps_sentence(best.total_steps) if best is not None and best.total_steps else "":
+        lines += _entry("warning", few)
     if sweep.curve_of_winner is not None:
         lines += _entry("more data", sweep.curve_of_winner.sentence)
     if again := reads_sentence(transfer.test_set_reads):
@@ -88,15 +88,6 @@ def _figure(sweep: SweepResult, best: TrialRecord, transfer: TransferReport) -> 
     if by_seed is None:
         return own
     return f"{interval_text(by_seed, sweep.metric)} over {len(by_seed.seeds)} seeds ({own} in the bundle)"
-
-
-def _answered(transfer: TransferReport) -> str:
-    """`exact match 62.0% on 200 of 200 test documents, base 4.0%`."""
-    scores = {score.model: score for score in transfer.scores if score.num_answered and "exact_match" in score.metrics}
-    if "promoted" not in scores:
-        return ""
-    base = f", base {metric_text(scores['none'].metrics['exact_match'], 'exact_match')}" if "none" in scores else ""
-    return f"exact match {score_text(scores['promoted'], 'exact_match')} test documents{base}"
 
 
 def _verified(transfer: TransferReport) -> str:

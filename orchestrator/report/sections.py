@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from datetime import UTC, datetime
 
+from orchestrator.plan.step_size import few_steps_sentence
 from orchestrator.report import evidence, figures, html
 from orchestrator.report.figures import Curve, TradeOff
 from orchestrator.report.html import Html
@@ -27,6 +28,7 @@ from orchestrator.report.wording import (
 )
 from orchestrator.transfer import pareto_front
 from orchestrator.transfer.after_verdict import advice_after
+from orchestrator.transfer.headline import gain_is_loss_only
 from orchestrator.transfer.promotion import PROMOTABLE_CONTROLS
 from orchestrator.transfer.records import CONTROL_NAMES, SweepResult, TransferReport, TrialRecord
 from orchestrator.units import format_count, format_seconds
@@ -39,12 +41,16 @@ def head(run: RunRecords) -> Html:
     """Title, verdict and the figures that matter."""
     parts = [html.tag("h1", run.name), html.tag("p", _under_title(run), css="under")]
     kind = run.transfer.verdict if run.transfer else None
-    tone = "good" if kind == "positive" else "bad" if kind == "negative" else ""
+    proud = kind == "positive" and run.transfer is not None and not gain_is_loss_only(run.transfer)
+    tone = "good" if proud else "bad" if kind == "negative" else ""
     parts.append(html.tag("p", _capital(verdict_sentence(run.sweep, run.transfer)), css=f"headline {tone}".strip()))
     if run.sweep is not None:
         parts.append(_cards(run, run.sweep))
     if run.sweep is not None and run.sweep.ended_by_hours:
         parts.append(html.tag("p", _capital(run.sweep.ended_by_hours) + ".", css="warning"))
+    promoted = (run.sweep.winner or best_trial(run.sweep.searched, run.sweep.higher_is_better)) if run.sweep else None
+    if few := few_steps_sentence(promoted.total_steps) if promoted is not None and promoted.total_steps else "":
+        parts.append(html.tag("p", _capital(few) + ".", css="warning"))
     parts.append(evidence.data_notices(run))
     if not run.complete:
         parts.append(html.tag("p", "This run has not written its result: it is still going or was interrupted.", css="warning"))

@@ -21,7 +21,7 @@ from orchestrator.values import strict_json
 WIDTH = 100
 MAX_ROWS = 12
 MAX_EVENTS = 3
-LASTING = ("data", "warning", "output_moved", "refit_passed_over", "control_left_out", "promoted_by_rule")
+LASTING = ("data", "warning", "default_section", "output_moved", "refit_passed_over", "control_left_out", "promoted_by_rule")
 """Events that stay on a terminal, above the live table, which vanishes at the end."""
 
 

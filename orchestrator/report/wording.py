@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from orchestrator.transfer import OverSeeds, over_seeds
+from orchestrator.transfer.headline import headline
 from orchestrator.transfer.records import (
     CONTROL_NAMES,
     BundledFigures,
@@ -156,7 +157,7 @@ def summary_sentence(sweep: SweepResult) -> str:
 def verdict_sentence(sweep: SweepResult | None, transfer: TransferReport | None) -> str:
     """The verdict, or why there is none."""
     if transfer is not None and transfer.sentence:
-        return transfer.sentence if transfer.verdict is None else f"{transfer.verdict}: {transfer.sentence}"
+        return headline(transfer)
     if sweep is None:
         return "The run has not measured anything yet."
     if sweep.finished_at is None:

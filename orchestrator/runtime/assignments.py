@@ -14,6 +14,7 @@ from orchestrator.plan.results import RungResult
 from orchestrator.plan.values import Assignment, DataPaths, ExecutionPlan, RunPlan, TrainSettings, TrialSpec
 from orchestrator.runtime.gang import GangDiedError
 from orchestrator.runtime.scoring import Scoring
+from orchestrator.runtime.vigil import Patience
 from orchestrator.transfer import WORST_SCORE
 from orchestrator.values import Value
 
@@ -33,6 +34,7 @@ class Orders(Value):
     num_gangs: int
     hours_file: str
     max_gpu_hours: float | None = None
+    patience: Patience = Patience()
 
 
 class Answer(Value):

@@ -12,10 +12,12 @@ from orchestrator.plan.results import RungResult
 from orchestrator.plan.values import Assignment, ExecutionPlan, TrialSpec
 from orchestrator.runtime.hours import affords_refit, is_left_for_refit, metered, read_hours, refit_hours, rung_hours
 from orchestrator.runtime.ledger import Ledger, TrialEntry
+from orchestrator.runtime.minding import Minder
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.runtime.records import base_result
 from orchestrator.runtime.refit import num_restarts, refit, result_file
 from orchestrator.runtime.scoring import Scoring
+from orchestrator.runtime.vigil import Patience
 from orchestrator.store import read_json, write_json
 from orchestrator.transfer.records import RefitRecord
 from orchestrator.transfer.view import RunView
@@ -159,8 +161,9 @@ def run_refit(prepared: Prepared, assignments: list[Assignment]) -> list[RungRes
     _claim(prepared.run.refit, trial.trial_id)
     results = _stored_results(assignments)
     if results is None:
-        with metered(prepared.run.hours, assignments[0].execution.ranks):
-            results = refit(prepared.plan.base, prepared.anatomy, assignments, prepared.run.path / "ray-train")
+        patience = Patience.from_environment().for_base(2 * prepared.anatomy.num_parameters())
+        with metered(prepared.run.hours, assignments[0].execution.ranks), Minder(prepared.run, patience) as minder:
+            results = refit(prepared.plan.base, prepared.anatomy, assignments, prepared.run.path / "ray-train", minder)
         for note in (note for result in results for note in result.notes):
             prepared.run.event("trial_note", message=f"{trial.trial_id}: {note}", trial_id=trial.trial_id)
         if num_restarts(prepared.run.refit):

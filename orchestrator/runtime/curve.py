@@ -41,7 +41,7 @@ def curve_trials(prepared: Prepared, winner: TrialEntry, base: RungResult | None
     spec, train = prepared.spec, TokenizedSet.load(prepared.data_paths.train)
     trials: list[TrialSpec] = []
     for share in curve_shares(prepared, winner, base):
-        size = size_of_share(prepared.plan.data, train, share, spec.train.tokens_per_step, winner.trial.seed)
+        size = size_of_share(prepared.plan.data, train, share, prepared.settings.tokens_per_step, winner.trial.seed)
         trials.append(curve_trial(winner.trial, share, total_steps(spec, size), total_tokens(spec, size)))
     return trials
 

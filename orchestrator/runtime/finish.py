@@ -12,14 +12,16 @@ from orchestrator.plan.results import RungResult
 from orchestrator.plan.values import TrialSpec
 from orchestrator.runtime.budget import full_budget, selection_of
 from orchestrator.runtime.bundling import bundle_and_judge
-from orchestrator.runtime.cluster import fetch, rank_resources, worker_env
+from orchestrator.runtime.cluster import rank_resources, worker_env
 from orchestrator.runtime.hours import metered
 from orchestrator.runtime.ledger import Ledger, TrialEntry
 from orchestrator.runtime.measured import plan_against_measured
+from orchestrator.runtime.minding import Minder, in_a_minded_process, run_task
 from orchestrator.runtime.outcome import RunOutcome
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.runtime.records import base_result
 from orchestrator.runtime.scoring import Scoring
+from orchestrator.runtime.vigil import Patience
 from orchestrator.serve import BundleInputs
 from orchestrator.store import versions
 from orchestrator.transfer import memory_rows
@@ -151,7 +153,7 @@ def _bundle(prepared: Prepared, inputs: BundleInputs) -> TransferReport:
     """On a worker, with one rank's resources: the driver may have neither GPU nor memory for it."""
     execution = prepared.plan.execution
     resources = rank_resources(execution)
-    remote: Any = ray.remote(bundle_and_judge)
+    remote: Any = ray.remote(in_a_minded_process)
     task = remote.options(
         num_cpus=resources["CPU"],
         num_gpus=resources.get("GPU", 0),
@@ -159,6 +161,7 @@ def _bundle(prepared: Prepared, inputs: BundleInputs) -> TransferReport:
         runtime_env={"env_vars": worker_env(execution)},
     )
     scoring = prepared.scoring
-    call = task.remote(inputs, str(prepared.run.bundle), scoring.metric, scoring.max_forgetting, prepared.spec.train.seed)
-    with metered(prepared.run.hours, 1):
-        return fetch(call)
+    given = (inputs, str(prepared.run.bundle), scoring.metric, scoring.max_forgetting, prepared.spec.train.seed)
+    # Merging makes no beats: only a process that is stopped is known to hang.
+    with metered(prepared.run.hours, 1), Minder(prepared.run, Patience.from_environment(), progress=False) as minder:
+        return run_task(minder, "the process that makes the bundle", task, bundle_and_judge, *given)

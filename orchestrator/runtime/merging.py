@@ -9,10 +9,13 @@ from pathlib import Path
 from orchestrator.errors import UsageError
 from orchestrator.runtime.cluster import connected, require_shared_storage
 from orchestrator.runtime.finish import finish
+from orchestrator.runtime.guarding import guarded
 from orchestrator.runtime.ledger import Ledger
+from orchestrator.runtime.mishaps import in_plain_words
 from orchestrator.runtime.outcome import RunOutcome, write_outcome
 from orchestrator.runtime.prepare import reopen
 from orchestrator.store import read_json
+from orchestrator.transfer.naming import find_trial
 from orchestrator.transfer.promotion import PROMOTABLE_CONTROLS
 from orchestrator.transfer.records import SweepResult
 from orchestrator.transfer.view import RunView
@@ -39,7 +42,7 @@ def merge_trial(
         before = sweep.winner_id
         if chosen != before:
             sweep = promoted_by_hand(sweep, chosen)
-        with connected(address), _shown(view, sweep, chosen):
+        with connected(address), guarded(run.path), in_plain_words(run.path), _shown(view, sweep, chosen):
             require_shared_storage(run.path)
             outcome = write_outcome(finish(prepared, sweep, view))
         if chosen != before:
@@ -88,7 +91,7 @@ def _shown(view: RunView, sweep: SweepResult, chosen: str) -> Iterator[None]:
 
 
 def choose(sweep: SweepResult, ledger: Ledger, trial_id: str | None, *, promote: bool) -> str:
-    """The id of the trial to merge: the promoted one, unless `promote` names another.
+    """The id of the trial to merge: the promoted one, unless `promote` names another, by id or number.
 
     Raises:
         UsageError: as `merge_trial` says.
@@ -101,7 +104,8 @@ def choose(sweep: SweepResult, ledger: Ledger, trial_id: str | None, *, promote:
     known = ", ".join(mergeable) or "none has weights to merge"
     if promote and trial_id is None:
         raise UsageError("--promote names no trial", expected=f"--trial ID, one of {known}")
-    chosen = trial_id or sweep.winner_id
+    numbers = {entry.trial.trial_id: entry.trial.number for entry in ledger.entries()}
+    chosen = find_trial(trial_id, numbers) if trial_id is not None else sweep.winner_id
     if chosen is None:
         raise UsageError("nothing was promoted", expected="--trial ID --promote", remedy=f"one of {known}")
     entry = ledger.get(chosen)

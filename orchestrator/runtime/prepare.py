@@ -11,15 +11,17 @@ from typing import Any, Literal
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, read_anatomy, resolve_base
 from orchestrator.data import DataSummary, data_size, prepare_data
 from orchestrator.errors import UsageError
-from orchestrator.plan import make_assignment, make_plan
+from orchestrator.plan import make_assignment, make_plan, steps
 from orchestrator.plan.compilation import CompileChoice
 from orchestrator.plan.compiling import standing_choice, with_choice
 from orchestrator.plan.scored import LayerScores
+from orchestrator.plan.steps import StepSize
 from orchestrator.plan.values import Assignment, ClusterDescription, DataPaths, RunPlan, TrainSettings, TrialSpec
+from orchestrator.runtime.cluster import file_identity, require_base_everywhere
 from orchestrator.runtime.places import output_root
 from orchestrator.runtime.scoring import Scoring
 from orchestrator.spec import JobSpec, LoadedSpec, spec_sha256
-from orchestrator.store import RunDirectory, read_json, sampled_sha256, write_json
+from orchestrator.store import RunDirectory, read_json, write_json
 from orchestrator.train.evaluation import text_metric
 from orchestrator.transfer.view import RunView
 
@@ -55,7 +57,7 @@ class Prepared:
             schedule=train.schedule,
             weight_decay=train.weight_decay,
             grad_clip=train.grad_clip,
-            tokens_per_step=train.tokens_per_step,
+            tokens_per_step=steps.tokens_per_step(self.spec, self.plan.data),
         )
 
     def assignment(self, trial: TrialSpec, selection: LayerSelection, *, folder: Path, stop_step: int, **how: Any) -> Assignment:
@@ -106,29 +108,40 @@ def prepare(
             None for a run that has come to its end: its plan stands.
 
     Raises:
-        BaseError, SelectionError, DataError: the input cannot be used.
+        BaseError, SelectionError, DataError: the input cannot be used, or a node has another base.
         UsageError: the search's metric cannot be imported.
         RunConflictError: base or data are not what earlier trials of this run were trained on.
         PlanError: it does not fit the cluster.
     """
     spec = loaded.spec
     if job == "sweep" and cluster is not None:
-        _require_metric(loaded)
+        require_metric(loaded)
     anatomy = read_anatomy(resolve_base(spec.base.model, loaded.folder), need_weights=True)
-    run.claim_base(_identity_of(anatomy))
+    run.claim_base(identity_of_base(anatomy))
     known = RunPlan.model_validate(read_json(run.plan)) if run.plan.exists() else None
     view.phase("data")
     data = prepare_data(loaded, Path(anatomy.folder), run.data, keep=known is not None)
-    size = data_size(data, spec, run.data)
+    before = known.data if known is not None and known.data.tokens_per_step else None
+    size = data_size(data, spec, run.data, planned=StepSize(before.tokens_per_step, before.step_ranks) if before else None)
     if cluster is None:
         assert known is not None, "a run that ended was planned"
         return Prepared(spec, run, anatomy, data, known)
     tell_data(data, run, view)
     sha256, scores = spec_sha256(spec, job), read_scores(run)
-    plan = make_plan(loaded, anatomy, size, cluster(), job=job, spec_sha256=sha256, scores=scores)
+    machines = cluster()
+    folder = Path(anatomy.folder)
+    require_base_everywhere(folder, {name: file_identity(folder / name) for name in _files_of(anatomy)})
+    plan = make_plan(loaded, anatomy, size, machines, job=job, spec_sha256=sha256, scores=scores)
+    filling = steps.filling_step(spec, size, plan.execution.ranks) if before is None else None
+    if filling is not None:
+        size = data_size(data, spec, run.data, planned=filling)
+        plan = make_plan(loaded, anatomy, size, machines, job=job, spec_sha256=sha256, scores=scores)
     if plan.search is not None:
         plan = with_choice(plan, standing_choice(spec.resources.compile, read_choice(run)))
     write_json(run.plan, plan)
+    if loaded.defaulted:
+        view.event("default_section", loaded.defaulted)
+        run.event("default_section", message=loaded.defaulted)
     for warning in plan.warnings:
         view.event("warning", warning)
         run.event("warning", message=warning)
@@ -153,7 +166,7 @@ def read_choice(run: RunDirectory) -> CompileChoice | None:
     return CompileChoice.model_validate(read_json(run.compile_choice)) if run.compile_choice.exists() else None
 
 
-def _require_metric(loaded: LoadedSpec) -> None:
+def require_metric(loaded: LoadedSpec) -> None:
     """Import the search's metric where it is a user's own function, from where the workers import it too.
 
     Raises:
@@ -190,7 +203,7 @@ def reopen(run_folder: Path) -> Prepared:
         plan = RunPlan.model_validate(read_json(run.plan))
         spec = JobSpec.model_validate(run.identity["values"])
         anatomy = read_anatomy(Path(plan.base.folder), need_weights=True)
-        run.claim_base(_identity_of(anatomy))
+        run.claim_base(identity_of_base(anatomy))
         data = DataSummary.model_validate(read_json(run.data / "summary.json"))
     except BaseException:
         run.close()
@@ -198,11 +211,17 @@ def reopen(run_folder: Path) -> Prepared:
     return Prepared(spec, run, anatomy, data, plan)
 
 
-def _identity_of(anatomy: ModelAnatomy) -> dict[str, Any]:
+def identity_of_base(anatomy: ModelAnatomy) -> dict[str, Any]:
     """The base's config, and what its weight files hold; folders and times are left out, for copies are the same base."""
     folder = Path(anatomy.folder)
-    files = sorted({tensor.file for tensor in anatomy.tensors.values()})
-    return {
-        "config": read_json(folder / "config.json"),
-        "weights": {file: f"{(folder / file).stat().st_size} bytes, {sampled_sha256(folder / file)[:16]}" for file in files},
-    }
+    weights = {file: file_identity(folder / file) for file in _weight_files(anatomy)}
+    return {"config": read_json(folder / "config.json"), "weights": weights}
+
+
+def _weight_files(anatomy: ModelAnatomy) -> list[str]:
+    return sorted({tensor.file for tensor in anatomy.tensors.values()})
+
+
+def _files_of(anatomy: ModelAnatomy) -> list[str]:
+    """What a gang reads of the base: its weights, and the JSON files of the model and its tokenizer."""
+    return [*sorted(path.name for path in Path(anatomy.folder).glob("*.json")), *_weight_files(anatomy)]

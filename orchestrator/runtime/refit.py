@@ -23,6 +23,8 @@ from orchestrator.plan.results import RungResult
 from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan
 from orchestrator.runtime.assignments import failed_result
 from orchestrator.runtime.cluster import placement_strategy, rank_resources, worker_env
+from orchestrator.runtime.minding import Minder, send_pulses
+from orchestrator.runtime.mishaps import describe
 from orchestrator.store import read_json, write_json
 from orchestrator.values import Value
 
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from orchestrator.train import TrainHost
 
 MAX_RESTARTS = 3
+MAX_FRUITLESS_STARTS = 10
+"""How often a worker group is asked for where there is no place for it; each time Ray Train waits for a minute."""
 STARTS = "starts.txt"
 """A line for every time that a worker group began."""
 STEPPED_DOWN = "stepped-down.json"
@@ -46,12 +50,13 @@ class SteppedDown(Value):
     """What was said of it."""
 
 
-def refit(base: BaseLoad, anatomy: ModelAnatomy, assignments: list[Assignment], folder: Path) -> list[RungResult]:
+def refit(base: BaseLoad, anatomy: ModelAnatomy, assignments: list[Assignment], folder: Path, minder: Minder) -> list[RungResult]:
     """Run assignments one after another in one worker group.
 
     Args:
         assignments: For instance the untouched base's evaluation, then the trial. All share one execution plan.
         folder: Where Ray Train keeps its own state.
+        minder: Looks after the ranks.
 
     Returns:
         Rank 0's result of each assignment, also written as `result.json` beside each assignment's files.
@@ -68,24 +73,33 @@ def refit(base: BaseLoad, anatomy: ModelAnatomy, assignments: list[Assignment], 
         # Ray writes its snapshot of a run in place; one that a killed driver left torn makes the folder unusable.
         shutil.rmtree(folder, ignore_errors=True)
         try:
-            _trainer(base, anatomy, assignments, folder).fit()
+            _trainer(base, anatomy, assignments, folder, minder.board).fit()
         except Exception as error:
             if [_stepped_down(assignment) for assignment in assignments] != before:
                 continue  # smaller than before, so that this comes to an end
             raise TrainingError(
-                f"the refit failed: {error}",
-                where=str(folder),
+                f"the training on all ranks failed, after {MAX_RESTARTS} restarts at most: {_why(error, minder)}",
+                where=str(folder.parent),
                 remedy="submit the same spec again: it goes on from the newest whole checkpoint",
             ) from error
         return [RungResult.model_validate(read_json(result_file(assignment))) for assignment in assignments]
 
 
-def _trainer(base: BaseLoad, anatomy: ModelAnatomy, assignments: list[Assignment], folder: Path) -> TorchTrainer:
+def _why(error: Exception, minder: Minder) -> str:
+    """In a line: what was said of a rank that hung, or the error of the rank that broke first."""
+    if minder.said:
+        return minder.said[-1]
+    first = next(iter(getattr(error, "worker_failures", {}).values()), error)
+    return describe(getattr(first, "cause", None) or first)
+
+
+def _trainer(base: BaseLoad, anatomy: ModelAnatomy, assignments: list[Assignment], folder: Path, board: Any) -> TorchTrainer:
     execution = assignments[0].execution
     payload = {
         "base": base.model_dump(mode="json"),
         "anatomy": anatomy.model_dump(mode="json"),
         "assignments": [assignment.model_dump(mode="json") for assignment in assignments],
+        "board": board,
     }
     return TorchTrainer(
         _worker,
@@ -100,7 +114,7 @@ def _trainer(base: BaseLoad, anatomy: ModelAnatomy, assignments: list[Assignment
         run_config=train.RunConfig(
             name="train",
             storage_path=str(folder),
-            failure_config=train.FailureConfig(max_failures=MAX_RESTARTS),
+            failure_config=train.FailureConfig(max_failures=MAX_RESTARTS, controller_failure_limit=MAX_FRUITLESS_STARTS),
             worker_runtime_env={"env_vars": worker_env(execution)},
         ),
     )
@@ -124,6 +138,7 @@ def _worker(payload: dict[str, Any]) -> None:
     assignments = [Assignment.model_validate(values) for values in payload["assignments"]]
     context = train.get_context()
     rank = context.get_world_rank()
+    send_pulses(payload["board"], rank)
     host = TrainHost.create(base, anatomy, assignments[0].execution, rank, context.get_world_size(), init_method=None)
     if rank == 0:
         _note_start(Path(assignments[-1].folder), os.getpid())

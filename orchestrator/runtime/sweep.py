@@ -14,6 +14,7 @@ from ray.exceptions import RayError
 
 from orchestrator.errors import TrainingError
 from orchestrator.plan import head_control, none_control
+from orchestrator.plan.defaults import with_section
 from orchestrator.runtime.assignments import Orders
 from orchestrator.runtime.carrying import hand_in, wait_for
 from orchestrator.runtime.cluster import fetch
@@ -25,12 +26,14 @@ from orchestrator.runtime.hours import may_go_on, read_hours
 from orchestrator.runtime.joining import joins
 from orchestrator.runtime.late import train_late
 from orchestrator.runtime.ledger import Ledger
+from orchestrator.runtime.mishaps import in_plain_words
 from orchestrator.runtime.outcome import RunOutcome, read_outcome, read_sweep, summarise, write_outcome
 from orchestrator.runtime.prepare import Prepared, open_run, prepare
 from orchestrator.runtime.probing import scored_in_a_gang
 from orchestrator.runtime.search import run_search
+from orchestrator.runtime.vigil import Patience
 from orchestrator.runtime.watch import Watcher
-from orchestrator.spec import LoadedSpec, require_section
+from orchestrator.spec import LoadedSpec
 from orchestrator.store import RunDirectory
 from orchestrator.transfer.records import SweepResult
 from orchestrator.transfer.view import RunView
@@ -47,10 +50,11 @@ def run_sweep(loaded: LoadedSpec, *, view: RunView, address: str | None = None, 
     Raises:
         OrchestratorError: whatever stops the run, see errors.py; what was done is on disk.
     """
-    require_section(loaded, "sweep")
+    loaded = with_section(loaded, "sweep")
     started_at = time.time()
     with ExitStack() as stack:
         run = stack.enter_context(open_run(loaded, "sweep", output, view))
+        stack.enter_context(in_plain_words(run.path))
         finished = _finished(run, loaded)
         prepared = prepare(loaded, "sweep", run, view, None if finished else joins(stack, address, run.path))
         if finished is not None:
@@ -158,6 +162,7 @@ def _exchange(prepared: Prepared) -> Iterator[Any]:
         num_gangs=prepared.plan.num_gangs,
         hours_file=str(prepared.run.hours),
         max_gpu_hours=prepared.spec.resources.max_gpu_hours,
+        patience=Patience.from_environment(),
     )
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor: Any = ray.remote(Exchange)

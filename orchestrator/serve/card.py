@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from orchestrator.plan import REPEAT
 from orchestrator.serve.inputs import BundleInputs, shown_base
 from orchestrator.transfer.after_verdict import advice_after, decided_by
+from orchestrator.transfer.headline import advice_on_answers, gain_is_loss_only, headline
 from orchestrator.transfer.records import CONTROL_NAMES, ModelScores, PromptComparison, TransferReport, VerificationFigures
 from orchestrator.units import format_count
 
@@ -55,7 +56,8 @@ def _front_matter(inputs: BundleInputs) -> str:
 
 
 def _summary(inputs: BundleInputs, transfer: TransferReport) -> str:
-    said = f" {transfer.sentence[:1].upper()}{transfer.sentence[1:]}" if transfer.sentence else ""
+    found = headline(transfer)
+    said = f" {found[:1].upper()}{found[1:]}." if found else ""
     return f"`{shown_base(inputs.base_name)}`, tuned for the task `{inputs.base.task}`.{said}"
 
 
@@ -183,6 +185,8 @@ def _limitations(inputs: BundleInputs, transfer: TransferReport) -> str:
     ]
     if not inputs.retain_set:
         said.append("No retention set was given: what the base has forgotten was not measured.")
+    if gain_is_loss_only(transfer):
+        said.append("It gives no more right answers than the base: " + advice_on_answers(transfer)[0] + ".")
     if transfer.verdict not in (None, "positive"):
         said.append(f"The verdict is `{transfer.verdict}`: {_not_shown(transfer)}.")
     return "## Limitations\n\n" + "\n".join(f"* {line}" for line in said)

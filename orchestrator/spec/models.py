@@ -80,6 +80,10 @@ class DataSpec(Section):
     columns: ColumnsSpec = ColumnsSpec()
     separator: str = "\n"
     """Stands between prompt and completion."""
+    train_on: Literal["all_assistant", "last_assistant"] = "all_assistant"
+    """Which of a chat's assistant turns are learned; those of `weight: 0` never are."""
+    special_tokens_in_text: Literal["escape", "allow"] = "escape"
+    """What control tokens are that a row spells (`<|im_end|>`): ordinary text, or control tokens."""
     max_tokens: Annotated[int, Field(ge=8)] = 512
     """The longest document."""
     pack: bool = True
@@ -116,8 +120,8 @@ class TrainSpec(Section):
     """How a trial learns."""
 
     epochs: PositiveFloat = 2
-    tokens_per_step: PositiveInt = 8192
-    """A step is a fixed list of documents of at most so many tokens."""
+    tokens_per_step: Annotated[PositiveInt | Literal["auto"], BeforeValidator(_refuse_bool)] = "auto"
+    """A step is a fixed list of documents of at most so many tokens; `auto`: from the number and length of the documents."""
     warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
     """Share of the training tokens over which the learning rate rises."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

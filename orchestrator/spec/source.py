@@ -46,6 +46,8 @@ class Source:
     keys: dict[KeyPath, Place] = field(default_factory=dict[KeyPath, Place])
     values: dict[KeyPath, Place] = field(default_factory=dict[KeyPath, Place])
     problems: list[SpecProblem] = field(default_factory=list[SpecProblem])
+    overrides: dict[KeyPath, str] = field(default_factory=dict[KeyPath, str])
+    """Values that an option gives instead of the file, by their path: the option as it was written."""
 
     def place(self, path: KeyPath, *, key: bool = False) -> Place:
         """Where a value (or its key) stands; for what the file does not have, where the nearest thing around it begins."""
@@ -56,8 +58,17 @@ class Source:
         return self.keys.get(path) or self.values.get(path, (1, 1))
 
     def problem(self, path: KeyPath, message: str, hint: str = "", *, key: bool = False) -> SpecProblem:
+        option = self.option(path)
+        if option or not self.values:
+            return SpecProblem(spell_path(path), message, option or self.file, hint=hint)
         line, column = self.place(path, key=key)
         return SpecProblem(spell_path(path), message, self.file, line, column, hint)
+
+    def option(self, path: KeyPath) -> str:
+        """The option that gives the value at `path`: it alone, what lies around it, or a part of what the file lacks."""
+        around = [self.overrides[path[:depth]] for depth in range(len(path), 0, -1) if path[:depth] in self.overrides]
+        within = [option for inner, option in self.overrides.items() if path and inner[: len(path)] == path]
+        return next(iter(around), "") or (next(iter(within), "") if path not in self.values else "")
 
 
 def read_source(path: Path) -> Source:
@@ -66,8 +77,12 @@ def read_source(path: Path) -> Source:
     Raises:
         SpecError: the file is missing, no file, not UTF-8, too long, empty, or no YAML.
     """
-    text = _read_text(path)
-    source = Source(str(path), text)
+    return parse_source(_read_text(path), str(path))
+
+
+def parse_source(text: str, file: str) -> Source:
+    """Walk YAML text as `read_source` does; `file` is what its mistakes are named by."""
+    source = Source(file, text)
     try:
         reader: Any = YAML(typ="safe", pure=True)
         root = reader.compose(text)

@@ -6,6 +6,7 @@ check_folder(run.bundle)                           # IntegrityError where a file
 run = RunDirectory.open(root, name, loaded, identity)
 """
 
+from orchestrator.store.endpoints import Unreachable, unreachable
 from orchestrator.store.files import append_jsonl, read_json, read_jsonl, sampled_sha256, sha256_file, write_atomic, write_json
 from orchestrator.store.folders import (
     FileRecord,
@@ -24,6 +25,7 @@ __all__ = [
     "FileRecord",
     "Manifest",
     "RunDirectory",
+    "Unreachable",
     "append_jsonl",
     "check_folder",
     "commit_folder",
@@ -38,6 +40,7 @@ __all__ = [
     "restore_folder",
     "sampled_sha256",
     "sha256_file",
+    "unreachable",
     "versions",
     "write_atomic",
     "write_json",

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,16 @@ def sampled_sha256(path: Path) -> str:
             file.seek(number * (size - SAMPLE_BYTES) // (NUM_SAMPLES - 1))
             digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def usual_mode(folder: Path) -> int:
+    """The mode that a new file of this process gets in `folder`, by its umask. Asked of a file, for reading the umask sets it."""
+    probe = partial_path(folder / "mode")
+    try:
+        with probe.open("xb") as file:
+            return stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def fsync_file(path: Path) -> None:

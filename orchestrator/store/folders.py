@@ -14,7 +14,16 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from orchestrator.errors import IntegrityError
-from orchestrator.store.files import PARTIAL, fsync_file, fsync_folder, partial_path, read_json, sha256_file, write_json
+from orchestrator.store.files import (
+    PARTIAL,
+    fsync_file,
+    fsync_folder,
+    partial_path,
+    read_json,
+    sha256_file,
+    usual_mode,
+    write_json,
+)
 from orchestrator.values import Value
 
 MANIFEST = "manifest.json"
@@ -115,11 +124,15 @@ def _remove_replaced(final: Path) -> None:
 def write_manifest(
     folder: Path, *, known_sha256: Mapping[str, str] | None = None, about: dict[str, object] | None = None
 ) -> Manifest:
-    """Sync and hash every file of `folder` into its manifest.json."""
+    """Sync and hash every file of `folder` into its manifest.json, and give all of them the mode of a new file."""
     known = known_sha256 or {}
+    mode = usual_mode(folder)
     records: list[FileRecord] = []
     for path in _files(folder):
         name = path.relative_to(folder).as_posix()
+        if path.lstat().st_nlink == 1:  # safetensors writes 0600; a linked file is somebody else's too
+            with contextlib.suppress(OSError):
+                path.chmod(mode, follow_symlinks=False)
         fsync_file(path)
         records.append(FileRecord(path=name, num_bytes=path.stat().st_size, sha256=known.get(name) or sha256_file(path)))
     for inner, _, _ in os.walk(folder):

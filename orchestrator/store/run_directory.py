@@ -146,14 +146,7 @@ class RunDirectory:
         if not (self.plan.exists() and self.base.exists()):
             write_json(self.base, identity)
             return
-        differences = describe_difference(read_json(self.base), identity)
-        if differences:
-            raise RunConflictError(
-                "the base's folder holds another base than when this run began; the difference (there -> here):\n  "
-                + _shown(differences),
-                where=str(self.path),
-                remedy="put the base back, or choose another `name`; nothing was overwritten",
-            )
+        require_same_base(self.path, identity)
 
     def event(self, kind: str, **fields: Any) -> None:
         """A line in events.jsonl: everything that happened by itself (micro-batch halved, gang replaced, trial retried)."""
@@ -168,6 +161,56 @@ class RunDirectory:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def require_same_base(path: Path, identity: dict[str, Any]) -> None:
+    """Refuse another base than the one that a planned run in `path` trained; a run that was not planned has none.
+
+    Raises:
+        RunConflictError: names what differs.
+    """
+    if not ((path / "plan.json").exists() and (path / "base.json").exists()):
+        return
+    differences = describe_difference(read_json(path / "base.json"), identity)
+    if differences:
+        raise RunConflictError(
+            "the base's folder holds another base than when this run began; the difference (there -> here):\n  "
+            + _shown(differences),
+            where=str(path),
+            remedy="put the base back, or choose another `name`; nothing was overwritten",
+        )
+
+
+def is_same_run(path: Path, loaded: LoadedSpec, spec_sha256: str) -> bool:
+    """Whether `RunDirectory.open` would take up an earlier submission in `path`, asked without writing anything.
+
+    Raises:
+        RunConflictError: it would refuse: another run, something that is no run, or a run that another driver works in.
+    """
+    _refuse_foreign(path)
+    known = _read_identity(path)
+    if holder := running_driver(path):
+        raise _busy(path, holder)
+    if known is None:
+        return False
+    if known["spec_sha256"] != spec_sha256:
+        if (path / "plan.json").exists():
+            raise _conflict(path, known["values"], loaded.spec.model_dump(mode="json"))
+        return False
+    return True
+
+
+def running_driver(path: Path) -> str:
+    """The process that works in a run's folder now (`process 123 on host`); empty where none does."""
+    file = path / LOCK
+    if not file.exists():
+        return ""
+    with file.open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return lock.read().strip() or "another process"
+    return ""
 
 
 def versions() -> dict[str, str]:
@@ -236,13 +279,17 @@ def _lock(path: Path) -> TextIO:
         lock.seek(0)
         holder = lock.read().strip() or "another process"
         lock.close()
-        raise RunConflictError(
-            f"{holder} works in this run", where=str(path), remedy="wait for it, stop it, or choose another `name`"
-        ) from None
+        raise _busy(path, holder) from None
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {platform.node()}")
     lock.flush()
     return lock
+
+
+def _busy(path: Path, holder: str) -> RunConflictError:
+    return RunConflictError(
+        f"{holder} works in this run", where=str(path), remedy="wait for it, stop it, or choose another `name`"
+    )
 
 
 def _conflict(path: Path, old: dict[str, Any], new: dict[str, Any]) -> RunConflictError:

@@ -17,6 +17,7 @@ from orchestrator.plan.results import EngineRecord, StepReport
 from orchestrator.plan.scored import ProbePlan
 from orchestrator.plan.values import Assignment, ExecutionPlan, ShiftPlan
 from orchestrator.store import append_jsonl
+from orchestrator.train import pulse
 from orchestrator.train.artifacts import load_artifact
 from orchestrator.train.base import LoadedBase
 from orchestrator.train.batches import RowPlan, step_inputs
@@ -127,6 +128,7 @@ class TrialRun:
             self._train(engine, branch, on_step)
             if assignment.evaluate:
                 self.outcome.scores = self.scorer.score(objective)
+            pulse.enter("saving")
             self.record_peaks()
             self.prove_frozen(branch)
             self.save_rung(engine, branch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from orchestrator.transfer.gains import SMALLEST_GAIN
+from orchestrator.transfer.headline import advice_on_answers, gain_is_loss_only
 from orchestrator.transfer.records import ComparisonRecord, TransferReport, VerdictKind
 
 Decider = Literal["none", "scratch", "repeat"]
@@ -33,13 +34,15 @@ _ADVICE: dict[tuple[VerdictKind, Decider], tuple[str, ...]] = {
 
 
 def advice_after(transfer: TransferReport, *, by_hand: bool = False) -> tuple[str, ...]:
-    """What to do next, in order; nothing where the verdict is `positive` or where there is none.
+    """What to do next, in order; nothing where there is no verdict, or a `positive` one with more right answers.
 
     Args:
         by_hand: A person promoted the trial: then nobody has said that it looked good on eval.
     """
     if transfer.verdict is None:
         return ()
+    if gain_is_loss_only(transfer):
+        return advice_on_answers(transfer)
     advice = _ADVICE.get((transfer.verdict, decided_by(transfer)), ())
     return tuple(line for line in advice if line != _MORE_EVAL or not by_hand)
 

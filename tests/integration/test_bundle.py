@@ -42,6 +42,7 @@ from orchestrator.serve import (
     verifying,
 )
 from orchestrator.store import check_folder
+from orchestrator.store.files import usual_mode
 from orchestrator.train.artifacts import save_artifact
 from orchestrator.train.base import load_base
 from orchestrator.train.branch import open_branch
@@ -265,7 +266,7 @@ EXPORT = """
 import sys
 sys.path = [path for path in sys.path if "site-packages" in path or "python3" in path]
 import torch
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 bundle, base = sys.argv[1:]
 merged, loading = AutoModelForCausalLM.from_pretrained(bundle, dtype=torch.float32, output_loading_info=True)
@@ -274,7 +275,7 @@ plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
 ids = AutoTokenizer.from_pretrained(bundle)("w1 w2 w3 w4 w5", return_tensors="pt")["input_ids"]
 with torch.no_grad():
     untouched = plain(input_ids=ids).logits
-    adapted = PeftModel.from_pretrained(plain, bundle + "/adapter").eval()(input_ids=ids).logits
+    adapted = AutoPeftModelForCausalLM.from_pretrained(bundle + "/adapter", dtype=torch.float32).eval()(input_ids=ids).logits
     found = merged(input_ids=ids).logits
 assert (untouched - found).abs().max() > 10 * (adapted - found).abs().max(), "adapter and merged model differ"
 assert "orchestrator" not in sys.modules
@@ -308,7 +309,13 @@ def test_a_finished_bundle_loads_without_this_package(finished: tuple[Trials, Bu
     assert done.stdout.strip().endswith("exported"), done.stderr
 
 
-def test_a_finished_bundle_says_where_it_comes_from_and_where_nothing_of_this_machine_lies(
+def test_the_files_of_a_bundle_have_the_mode_of_a_new_file(finished: tuple[Trials, BundleInputs, Path], tmp_path: Path):
+    """Whoever serves it may be another user; safetensors writes 0600."""
+    files = [path for path in finished[2].rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {usual_mode(tmp_path)}
+
+
+def test_a_finished_bundle_says_where_it_comes_from_and_its_base_alone_by_its_place(
     finished: tuple[Trials, BundleInputs, Path],
 ):
     trials, inputs, bundle = finished
@@ -321,7 +328,11 @@ def test_a_finished_bundle_says_where_it_comes_from_and_where_nothing_of_this_ma
     listed = {file.path for file in check_folder(bundle).files}
     assert {"README.md", "spec.json", "config.json", "tokenizer.json", "adapter/adapter_model.safetensors"} <= listed
     for file in bundle.rglob("*"):
-        if file.suffix in (".json", ".md", ".jinja"):
+        if file.name == "adapter_config.json":  # PEFT loads the base from there
+            config = json.loads(file.read_text())
+            assert config.pop("base_model_name_or_path") == str(trials.base)
+            assert str(trials.folder) not in json.dumps(config)
+        elif file.suffix in (".json", ".md", ".jinja"):
             assert str(trials.folder) not in file.read_text(), file.name
     card = (bundle / "README.md").read_text()
     for said in ("Positive: better than the base", "`last:2`", "vllm serve .", "transformers serve .", "0.001", "this model"):

@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 from typer.testing import CliRunner
 
-from orchestrator import cli, cli_machine
+from orchestrator import cli, this_machine
 from orchestrator.cli import app
 from orchestrator.errors import (
     DataError,
@@ -141,7 +141,7 @@ def test_the_plan_of_a_70b_on_four_nodes_imports_nothing_heavy(repository):
 
 
 def test_plan_that_does_not_fit_exits_with_3(repository, monkeypatch):
-    monkeypatch.setattr(cli_machine, "find_gpus", list)
+    monkeypatch.setattr(this_machine, "find_gpus", list)
     result = run("plan", str(repository / "jobs" / "specs" / "llama-8b-qlora.yaml"))
     assert result.exit_code == 3
     assert "GPU" in result.stderr
@@ -332,7 +332,7 @@ def test_the_jobs_are_the_same_calls(repository, spec):
 
 
 def test_doctor_names_what_is_wrong_and_how_to_mend_it(monkeypatch):
-    monkeypatch.setattr(cli_machine, "NEEDED", ("typer", "no-such-package"))
+    monkeypatch.setattr(this_machine, "NEEDED", ("typer", "no-such-package"))
     result = run("doctor", "--json", "--address", "127.0.0.1:1")
     examination = json.loads(result.stdout)
     wrong = {finding["name"]: finding["remedy"] for finding in examination["findings"] if finding["state"] == "wrong"}
@@ -358,12 +358,12 @@ def test_a_container_has_the_memory_of_its_limit(tmp_path):
     (tmp_path / "meminfo").write_text("MemTotal:       67108864 kB\nMemFree: 1 kB\n")
     (tmp_path / "max").write_text(f"{8 * GIB}\n")
     (tmp_path / "unlimited").write_text("max\n")
-    assert cli_machine.memory_bytes(tmp_path / "meminfo", tmp_path / "max") == 8 * GIB
-    assert cli_machine.memory_bytes(tmp_path / "meminfo", tmp_path / "unlimited") == 64 * GIB
-    assert cli_machine.memory_bytes(tmp_path / "meminfo", tmp_path / "none") == 64 * GIB
+    assert this_machine.memory_bytes(tmp_path / "meminfo", tmp_path / "max") == 8 * GIB
+    assert this_machine.memory_bytes(tmp_path / "meminfo", tmp_path / "unlimited") == 64 * GIB
+    assert this_machine.memory_bytes(tmp_path / "meminfo", tmp_path / "none") == 64 * GIB
 
 
 def test_this_machine_is_a_cluster_of_one_node():
-    cluster = cli_machine.describe_this_machine()
-    assert cluster.num_cpus == cli_machine.num_usable_cpus() >= 1
+    cluster = this_machine.describe_this_machine()
+    assert cluster.num_cpus == this_machine.num_usable_cpus() >= 1
     assert cluster.nodes[0].memory_bytes > GIB

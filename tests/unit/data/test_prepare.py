@@ -9,8 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from orchestrator.data import data_size, prepare_data
+from orchestrator.data import data_size, documents_of_steps, prepare_data
 from orchestrator.errors import DataError, RunConflictError
+from orchestrator.plan.step_size import auto_tokens_per_step
+from orchestrator.plan.steps import StepSize
 from orchestrator.spec import load_spec
 from orchestrator.store import read_json
 
@@ -396,7 +398,14 @@ def test_the_size_for_the_plan_is_exact(prepare: Any, rows_of_pairs: Any) -> Non
     assert size.exact
     assert size.train_documents == len(train)
     assert size.train_tokens == train.num_tokens
-    assert size.steps_per_epoch == -(-train.num_tokens // spec.train.tokens_per_step)
+    steps = documents_of_steps(train.offsets, size.tokens_per_step, spec.train.seed, 0)
+    assert (size.tokens_per_step, size.steps_per_epoch) == (
+        auto_tokens_per_step(len(train), train.num_tokens, int(train.lengths.max()), spec.train.epochs),
+        len(steps),
+    )
+    assert data_size(summary, spec, prepare.out, planned=StepSize(640)).tokens_per_step == 640, "of an earlier submission"
+    fixed = spec.model_copy(update={"train": spec.train.model_copy(update={"tokens_per_step": 8192})})
+    assert data_size(summary, fixed, prepare.out, planned=StepSize(640)).tokens_per_step == 8192
     assert size.longest_document_tokens == max(prepare.load(name).lengths.max() for name in summary.splits)
     prepare.jsonl("train.jsonl", rows_of_pairs(50, 1))
     assert data_size(prepare.run(max_tokens=64), spec, prepare.out).sets_sha256 != size.sets_sha256

@@ -40,8 +40,27 @@ def test_exact_match_says_over_how_many_documents_it_was_taken(make):
     scores = [score.model_copy(update={"num_documents": 500, "num_answered": 0}) for score in make.transfer().scores]
     scores[:2] = [score.model_copy(update={"num_answered": 200}) for score in scores[:2]]
     screen = final_screen(make.sweep(), make.transfer(scores=tuple(scores)))
-    assert entry(screen, "answers").endswith("exact match 41.2% on 200 of 500 test documents, base 0.0%")
+    verdict = " ".join(screen[screen.index("\nverdict ") : screen.index("\nprompt ")].split())
+    assert verdict.endswith("on 180 test examples; exact match 41.2% on 200 of 500 test documents, base 0.0%")
     assert "exact match" not in final_screen(make.sweep(), make.transfer(scores=tuple(scores[2:])))
+
+
+def test_a_model_that_answers_nothing_is_not_praised(make):
+    scores = [
+        score.model_copy(update={"num_documents": 180, "num_answered": 40, "metrics": {"loss": 1.8, "exact_match": 0.0}})
+        for score in make.transfer().scores[:2]
+    ]
+    screen = final_screen(make.sweep(), make.transfer(scores=tuple(scores)))
+    assert entry(screen, "verdict").startswith("verdict   positive in loss only: 2.09")
+    assert "but not one answer is right: exact match 0.0% on 40 of 180" in " ".join(screen.split())
+    assert next_lines(screen).startswith("next read the answers beside what was expected, in the report")
+
+
+def test_few_steps_are_told_at_the_end_too(make):
+    sweep = make.sweep()
+    assert "warning" not in final_screen(sweep, make.transfer())
+    few = sweep.model_copy(update={"trials": tuple(trial.model_copy(update={"total_steps": 2}) for trial in sweep.trials)})
+    assert entry(final_screen(few, make.transfer()), "warning").startswith("warning   the whole training is 2 optimizer steps")
 
 
 def test_a_test_set_read_again_is_told(make):

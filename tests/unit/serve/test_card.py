@@ -63,7 +63,7 @@ def inputs_of(make_base: Callable, load_of: Callable) -> Callable[..., BundleInp
 def test_the_card_says_what_was_done_and_found_and_not_where(inputs_of: Callable):
     transfer = TransferReport(
         verdict="negative",
-        sentence="negative: worse than the base",
+        sentence="worse than the base",
         verification=FIGURES,
         comparisons=(ComparisonRecord(against="head", mean=-0.25, low=-0.3, high=-0.2, method="sign_flip", num_examples=180),),
         scores=(ModelScores(model="promoted", metrics={"loss": 1.83}), ModelScores(model="none", metrics={"loss": 1.58})),

@@ -80,7 +80,8 @@ ROWS = [
     ("  model: sample", "  revision: main", "base.model", 2, 1, "is missing; expected text", ""),
     ("  train: train.jsonl\n", "", "data.train", 5, 1, "is missing", ""),
     # what only the whole spec can tell
-    ("max_tokens: 512", "max_tokens: 9000", "data.max_tokens", 7, 15, "tokens_per_step (8192)", "lower data.max_tokens"),
+    ("epochs: 2", "tokens_per_step: atuo", "train.tokens_per_step", 9, 20, "above 0 or auto", "did you mean auto?"),
+    ("epochs: 2", "tokens_per_step: true", "train.tokens_per_step", 9, 20, "a whole number above 0 or auto", ""),
     ("epochs: 2", "tokens_per_step: 100", "data.max_tokens", 7, 15, "max_tokens (512)", "lower data.max_tokens to 100"),
     ("  max_tokens: 512\ntrain:\n", "train:\n  tokens_per_step: 100\n", "train.tokens_per_step", 8, 20, "max_tokens (512)", ""),
     ("[1e-4, 5e-3]", "[5e-3, 1e-4]", "search.learning_rate.lora", 12, 25, "runs backwards", "write [0.0001, 0.005]"),

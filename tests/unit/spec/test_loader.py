@@ -124,7 +124,7 @@ def test_the_resolved_spec_loads_and_is_the_same_run(tmp_path: Path) -> None:
     digest = spec_sha256(loaded.spec, "sweep")
     assert text.startswith(f"# sha256 (sweep): {digest}\n")
     assert spec_sha256(again.spec, "sweep") == digest
-    assert "tokens_per_step: 8192" in text
+    assert "tokens_per_step: auto" in text
 
 
 def test_identity_leaves_out_what_may_change_between_submissions(tmp_path: Path) -> None:

@@ -13,14 +13,16 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.anatomy import read_anatomy, resolve_base
-from orchestrator.cli_machine import describe_this_machine
 from orchestrator.data import DataSummary, prepare_data
 from orchestrator.data.labels import label_notices, refuse_quantities, sort_classes
 from orchestrator.data.reading import BadRow, find_files, read_rows
 from orchestrator.errors import UsageError
 from orchestrator.plan import estimate_data_size, make_plan, read_cluster_file
+from orchestrator.plan.defaults import with_section
+from orchestrator.plan.steps import filling_step
 from orchestrator.plan.values import ClusterDescription, DataSize, RunPlan
 from orchestrator.spec import LoadedSpec, spec_sha256
+from orchestrator.this_machine import describe_this_machine
 from orchestrator.units import printable
 
 Job = Literal["sweep", "finetune"]
@@ -38,19 +40,27 @@ def plan_of(loaded: LoadedSpec, *, job: str = "", cluster_file: Path | None = No
     spec = loaded.spec
     if job not in ("", "sweep", "finetune"):
         raise UsageError(f"--job is {job!r}", expected="sweep or finetune", remedy="leave it out to plan what the spec has")
-    chosen = cast("Job", job or ("finetune" if spec.search is None else "sweep"))
+    alone = spec.search is None and spec.finetune is not None
+    chosen = cast("Job", job or ("finetune" if alone else "sweep"))
+    loaded = with_section(loaded, chosen)
+    spec = loaded.spec
     anatomy = read_anatomy(resolve_base(spec.base.model, loaded.folder), need_weights=False)
     labels = count_classes(loaded) if spec.task == "classify" else None
     size = measure_data(loaded, labels)
-    cluster = _cluster(cluster_file, address)
+    cluster = cluster_of(cluster_file, address)
     plan = make_plan(loaded, anatomy, size, cluster, job=chosen, spec_sha256=spec_sha256(spec, chosen))
+    filling = filling_step(spec, size, plan.execution.ranks)
+    if filling is not None:
+        size = size.with_step(filling.tokens, filling.ranks)
+        plan = make_plan(loaded, anatomy, size, cluster, job=chosen, spec_sha256=spec_sha256(spec, chosen))
     if labels is None:
         return plan
     refuse_quantities(labels, loaded.where("data.columns.label"))
     return plan.model_copy(update={"warnings": (*plan.warnings, *(notice.line for notice in label_notices(labels)))})
 
 
-def _cluster(cluster_file: Path | None, address: str | None) -> ClusterDescription:
+def cluster_of(cluster_file: Path | None, address: str | None) -> ClusterDescription:
+    """The cluster of a file, the live one at `address`, or this machine."""
     if cluster_file is not None:
         return read_cluster_file(cluster_file)
     if address:
