@@ -35,12 +35,14 @@ from orchestrator.spec import LoadedSpec
 from orchestrator.units import printable
 
 SPLITS = ("train", "eval", "test")
+MOST_NOTICED = 3
+"""So many notices are repeated where a split has no row."""
 JUDGES = (("eval", "test"), ("train", "test"), ("train", "eval"))
 """(who loses a row that stands in both, who keeps it), in the order in which rows are taken out."""
 REASONS: dict[Kind, str] = {
     "row": "also stands in {}",
-    "question": "its {asked} also stands in {}",
-    "group": "its group also stands in {}",
+    "question": "whose {asked} also stands in {}",
+    "group": "whose group also stands in {}",
     "near": "nearly equal to a row of {}",
 }
 
@@ -73,6 +75,9 @@ def make_splits(loaded: LoadedSpec, found: Mapping[str, list[Example]], left_out
     """
     data, seed = loaded.spec.data, loaded.spec.train.seed
     rows = _compare(found, left_out)
+    for name in ("eval", "test"):
+        if data.group and name in found and not any(map(group_of, found[name])):
+            left_out.info(f"{name} has no value in data.group = {data.group!r}: train's groups are not looked for there")
     kept = _apart(rows, data.dedupe, left_out)
     pool = kept & (rows.split == "train")
     examples = [rows.examples[index] for index in np.flatnonzero(pool).tolist()]
@@ -171,7 +176,8 @@ def _empty(loaded: LoadedSpec, name: str, examples: Sequence[Example], names: Se
     removed = bool(reasons)
     if not reasons or name == "train":
         reasons += _why_not_shared(loaded, examples, names)
-    reasons += [notice.message for notice in left_out.notices if len(examples) <= 1]
+    noticed = [notice.message for notice in left_out.notices if notice.level == "warning" or len(examples) <= 1]
+    reasons += noticed[:MOST_NOTICED]
     remedy = "give more rows, or another share or path"
     if removed and loaded.spec.data.dedupe != "none":
         remedy += "; data.dedupe: none keeps rows that stand in two splits"
