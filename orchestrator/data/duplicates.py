@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, overload
 
 import numpy as np
 
@@ -121,24 +121,48 @@ def compared_text(example: Example, asked: Sequence[str], instructions: frozense
     return f"{question}\n{answer}" if answer else question
 
 
-def find_instructions(examples: Sequence[Example]) -> dict[str, int]:
-    """Prompts (normalised) that half of the rows or more have, and how many do. A text to classify is none."""
+def find_instructions(examples: Sequence[Example], questions: np.ndarray) -> dict[str, int]:
+    """Prompts (normalised) that half of the rows or more have, and how many do. A text to classify is none.
+
+    Args:
+        examples: Of train.
+        questions: int64[N], their keys.
+    """
     if not examples or examples[0].text is not None:
         return {}
-    keys = row_keys(examples).question
-    values, first, counts = np.unique(keys, return_index=True, return_counts=True)
+    values, first, counts = np.unique(questions, return_index=True, return_counts=True)
     often = (values != 0) & (counts >= max(FEWEST_OF_INSTRUCTION, INSTRUCTION * len(examples)))
     asked = [questions_of(examples[at]) for at in first[often].tolist()]
-    return {questions[-1]: count for questions, count in zip(asked, counts[often].tolist(), strict=True) if questions}
+    return {found[-1]: count for found, count in zip(asked, counts[often].tolist(), strict=True) if found}
+
+
+@dataclass(frozen=True)
+class _Questions(Sequence[str]):
+    """What some rows are compared by, made when it is read: a million long texts need not be held twice."""
+
+    examples: Sequence[Example]
+    rows: np.ndarray
+    instructions: frozenset[str]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        if isinstance(index, slice):
+            return _Questions(self.examples, self.rows[index], self.instructions)
+        example = self.examples[int(self.rows[index])]
+        return compared_text(example, questions_of(example), self.instructions)
 
 
 def near_clusters(examples: Sequence[Example], keys: RowKeys, instructions: frozenset[str]) -> np.ndarray:
     """int64[N]: one number for all rows whose questions are equal or near-duplicates of one another; one without is alone."""
     _, first, inverse = np.unique(keys.question, return_index=True, return_inverse=True)
     distinct = first[keys.question[first] != 0]
-    texts = [compared_text(examples[at], questions_of(examples[at]), instructions) for at in distinct.tolist()]
-    pairs = near_pairs(texts)
-    roots = connected(len(distinct), pairs)
+    roots = connected(len(distinct), near_pairs(_Questions(examples, distinct, instructions)))
     number = np.full(len(first), -1, np.int64)
     number[keys.question[first] != 0] = roots
     result = number[inverse]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -31,7 +31,7 @@ COMMON = 0.5
 """An n-gram that more than this share of the texts has is part of a template: it tells no two of them apart."""
 SAMPLED_TEXTS = 1000
 FEWEST_SAMPLED = 8
-CHUNK_CHARACTERS = 2_000_000
+CHUNK_CHARACTERS = 500_000
 VERIFIED_CHARACTERS = 40_000_000
 """Candidates are compared exactly up to so many characters together; beyond, by the estimate of their signatures."""
 LIKELY = 0.6
@@ -54,26 +54,27 @@ def near_pairs(texts: Sequence[str]) -> list[tuple[int, int]]:
     """Pairs of near-duplicates: enough of them that each text is joined with what it is near to, not all pairs.
 
     Args:
-        texts: As rows have them, all different; case, white space and punctuation do not count.
+        texts: As `normalised` gives them, all different; punctuation does not count. They are read one by one, none is held.
 
     Returns:
         Pairs (i, j) of indices, i < j, sorted.
     """
-    words = [_compared(text) for text in texts]
-    common = _common_shingles(words)
-    signatures, filled = signatures_of(words, common)
+    common = _common_shingles(texts)
+    signatures, filled = signatures_of((compared(text) for text in texts), common)
     pairs = _candidates(signatures, filled)
     agreement = np.concatenate(
         [(signatures[part[:, 0]] == signatures[part[:, 1]]).mean(axis=1) for part in _parts(pairs)] or [np.zeros(0)]
     )
+    likely = agreement >= LIKELY
     found: list[tuple[int, int]] = []
     budget = VERIFIED_CHARACTERS
-    likely = agreement >= LIKELY
-    for (first, second), estimate in zip(pairs[likely].tolist(), agreement[likely].tolist(), strict=True):
+    for pair, estimate in zip(pairs[likely], agreement[likely].tolist(), strict=True):
+        first, second = int(pair[0]), int(pair[1])
         if budget > 0:
-            budget -= len(words[first]) + len(words[second])
-            estimate = similarity(words[first], words[second], common)
-        if estimate >= NEAR and not _other_numbers(words[first], words[second]):
+            one, other = compared(texts[first]), compared(texts[second])
+            budget -= len(one) + len(other)
+            estimate = 0.0 if _other_numbers(one, other) else similarity(one, other, common)
+        if estimate >= NEAR:
             found.append((first, second))
     return found
 
@@ -84,28 +85,27 @@ def similarity(first: str, second: str, common: frozenset[str] = frozenset()) ->
     return len(a & b) / len(a | b) if a and b else 0.0
 
 
-def signatures_of(words: Sequence[str], common: frozenset[str] = frozenset()) -> tuple[np.ndarray, np.ndarray]:
+def signatures_of(words: Iterable[str], common: frozenset[str] = frozenset()) -> tuple[np.ndarray, np.ndarray]:
     """(uint16[N, NUM_BINS], bool[N]): two texts agree in a bin with a probability that is their similarity; whether a text
     has any n-gram to compare. The lowest 16 bits of a minimum are kept (b-bit minwise hashing, Li and König 2010): bins of
     unlike texts agree by chance once in 65536."""
-    kept: list[np.ndarray] = []
-    present: list[np.ndarray] = []
     left_out = np.sort(np.concatenate([_hashes(gram) for gram in common])) if common else np.zeros(0, np.uint64)
-    for chunk in _chunks(words):
-        hashes, owner = _chunk_hashes(chunk)
-        if len(left_out):
-            at = np.minimum(np.searchsorted(left_out, hashes), len(left_out) - 1)
-            own = left_out[at] != hashes
-            hashes, owner = hashes[own], owner[own]
-        slots = owner * NUM_BINS + (hashes >> np.uint64(59)).astype(np.int64)
-        minima = np.full(len(chunk) * NUM_BINS, np.iinfo(np.uint64).max)
-        np.minimum.at(minima, slots, hashes << np.uint64(5))
-        table, has = _densified(minima.reshape(len(chunk), NUM_BINS))
-        kept.append(table)
-        present.append(has)
-    if not kept:
+    made = [_chunk_signatures(chunk, left_out) for chunk in _chunks(words)]
+    if not made:
         return np.zeros((0, NUM_BINS), np.uint16), np.zeros(0, bool)
-    return np.concatenate(kept), np.concatenate(present)
+    return np.concatenate([table for table, _ in made]), np.concatenate([filled for _, filled in made])
+
+
+def _chunk_signatures(chunk: Sequence[str], left_out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    hashes, owner = _chunk_hashes(chunk)
+    if len(left_out):
+        at = np.minimum(np.searchsorted(left_out, hashes), len(left_out) - 1)
+        own = left_out[at] != hashes
+        hashes, owner = hashes[own], owner[own]
+    slots = owner * NUM_BINS + (hashes >> np.uint64(59)).astype(np.int64)
+    minima = np.full(len(chunk) * NUM_BINS, np.iinfo(np.uint64).max)
+    np.minimum.at(minima, slots, hashes << np.uint64(5))
+    return _densified(minima.reshape(len(chunk), NUM_BINS))
 
 
 def _densified(minima: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -144,9 +144,9 @@ def _parts(pairs: np.ndarray, size: int = 1 << 18) -> Iterator[np.ndarray]:
         yield pairs[start : start + size]
 
 
-def _compared(text: str) -> str:
-    """Normalised words without punctuation, of the text's beginning; at least one n-gram long unless empty."""
-    words = _PUNCTUATION.sub(" ", normalised(text[: 2 * MAX_CHARACTERS]))[:MAX_CHARACTERS].strip()
+def compared(text: str) -> str:
+    """Words without punctuation, of the text's beginning; at least one n-gram long unless empty."""
+    words = _PUNCTUATION.sub(" ", text[: 2 * MAX_CHARACTERS])[:MAX_CHARACTERS].strip()
     return words.ljust(SHINGLE) if words else ""
 
 
@@ -158,24 +158,26 @@ def _shingles(words: str) -> set[str]:
     return {words[start : start + SHINGLE] for start in range(len(words) - SHINGLE + 1)}
 
 
-def _common_shingles(words: Sequence[str]) -> frozenset[str]:
+def _common_shingles(texts: Sequence[str]) -> frozenset[str]:
     """N-grams of the template that most texts are written in, by a sample at even distances."""
-    sample = words[:: max(1, len(words) // SAMPLED_TEXTS)]
+    sample = [compared(texts[at]) for at in range(0, len(texts), max(1, len(texts) // SAMPLED_TEXTS))]
     if len(sample) < FEWEST_SAMPLED:
         return frozenset()
     counts = Counter(gram for text in sample for gram in _shingles(text))
     return frozenset(gram for gram, count in counts.items() if count > COMMON * len(sample))
 
 
-def _chunks(words: Sequence[str]) -> Iterator[Sequence[str]]:
-    start, size = 0, 0
-    for index, text in enumerate(words):
-        size += len(text)
+def _chunks(words: Iterable[str]) -> Iterator[Sequence[str]]:
+    chunk: list[str] = []
+    size = 0
+    for text in words:
+        chunk.append(text)
+        size += len(text) + NUM_BINS
         if size >= CHUNK_CHARACTERS:
-            yield words[start : index + 1]
-            start, size = index + 1, 0
-    if start < len(words):
-        yield words[start:]
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 def _chunk_hashes(chunk: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -35,12 +35,14 @@ from orchestrator.spec import LoadedSpec
 from orchestrator.units import printable
 
 SPLITS = ("train", "eval", "test")
+MOST_NOTICED = 3
+"""So many notices are repeated where a split has no row."""
 JUDGES = (("eval", "test"), ("train", "test"), ("train", "eval"))
 """(who loses a row that stands in both, who keeps it), in the order in which rows are taken out."""
 REASONS: dict[Kind, str] = {
     "row": "also stands in {}",
-    "question": "its {asked} also stands in {}",
-    "group": "its group also stands in {}",
+    "question": "whose {asked} also stands in {}",
+    "group": "whose group also stands in {}",
     "near": "nearly equal to a row of {}",
 }
 
@@ -73,6 +75,9 @@ def make_splits(loaded: LoadedSpec, found: Mapping[str, list[Example]], left_out
     """
     data, seed = loaded.spec.data, loaded.spec.train.seed
     rows = _compare(found, left_out)
+    for name in ("eval", "test"):
+        if data.group and name in found and not any(map(group_of, found[name])):
+            left_out.info(f"{name} has no value in data.group = {data.group!r}: train's groups are not looked for there")
     kept = _apart(rows, data.dedupe, left_out)
     pool = kept & (rows.split == "train")
     examples = [rows.examples[index] for index in np.flatnonzero(pool).tolist()]
@@ -98,8 +103,10 @@ def make_splits(loaded: LoadedSpec, found: Mapping[str, list[Example]], left_out
 def _compare(found: Mapping[str, list[Example]], left_out: LeftOut) -> Compared:
     examples = [example for name in SPLITS for example in found.get(name, ())]
     split = np.asarray([name for name in SPLITS for _ in found.get(name, ())], dtype="U5")
-    instructions = find_instructions(found["train"])
-    keys = row_keys(examples, frozenset(instructions))
+    keys = row_keys(examples)
+    instructions = find_instructions(found["train"], keys.question[split == "train"])
+    if instructions:
+        keys = row_keys(examples, frozenset(instructions))
     clusters = near_clusters(examples, keys, frozenset(instructions))
     tell_instructions(instructions, len(found["train"]), left_out)
     tell_contradictions(examples, keys, left_out)
@@ -169,7 +176,8 @@ def _empty(loaded: LoadedSpec, name: str, examples: Sequence[Example], names: Se
     removed = bool(reasons)
     if not reasons or name == "train":
         reasons += _why_not_shared(loaded, examples, names)
-    reasons += [notice.message for notice in left_out.notices if len(examples) <= 1]
+    noticed = [notice.message for notice in left_out.notices if notice.level == "warning" or len(examples) <= 1]
+    reasons += noticed[:MOST_NOTICED]
     remedy = "give more rows, or another share or path"
     if removed and loaded.spec.data.dedupe != "none":
         remedy += "; data.dedupe: none keeps rows that stand in two splits"
@@ -236,10 +244,9 @@ def _choose(groups: Mapping[str, list[Example]], shares: Mapping[str, Share], se
     order = sorted(groups, key=lambda name: _hash(f"{seed}/{name}"))
     first_of_class = {example.label: name for name in reversed(order) for example in groups[name] if example.label is not None}
     kept = {*first_of_class.values(), *held}
-    classes = {name: _classes(groups[name]) for name in order}
-    counts: Counter[str | None] = Counter()
-    for group in classes.values():
-        counts.update(group)
+    alone = {example.label: _classes([example]) for rows in groups.values() for example in rows}
+    classes = {name: _classes(rows) if len(rows := groups[name]) > 1 else alone[rows[0].label] for name in order}
+    counts = _classes(example for group in groups.values() for example in group)
     total = counts.total()
     wanted = {split: wanted_rows(asked, total) for split, asked in shares.items()}
     if held:
@@ -247,9 +254,7 @@ def _choose(groups: Mapping[str, list[Example]], shares: Mapping[str, Share], se
     chosen: dict[str, str] = {}
     for split, asked in shares.items():
         free = {name: classes[name] for name in order if name not in kept and name not in chosen}
-        room: Counter[str | None] = Counter()
-        for group in free.values():
-            room.update(group)
+        room = _classes(example for name in free for example in groups[name])
         share = asked.share if wanted[split] == max(1, round(asked.share * total)) else wanted[split] / total
         ties = sorted(counts, key=lambda label: _hash(f"{seed}/{split}/{label}"))
         quotas = _quotas({label: share * counts[label] for label in ties}, room, wanted[split])

@@ -26,7 +26,9 @@ REMEDIES = (
     ("longer than ", "raise data.max_tokens, or set data.long_rows: truncate_prompt"),
     ("malformed: ", "fix these rows"),
     ("also stands in ", "give the splits different rows"),
-    ("its ", "give the splits different rows; data.dedupe: none keeps them"),
+    ("whose group ", "give the splits different groups"),
+    ("whose prompt ", "give the splits different prompts; data.dedupe: none keeps these rows"),
+    ("whose text ", "give the splits different texts; data.dedupe: none keeps these rows"),
     ("nearly equal to ", "give the splits different rows; data.dedupe: exact keeps them"),
 )
 """What to do about rows that were lost, by how the reason begins."""

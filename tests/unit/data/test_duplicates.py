@@ -81,7 +81,7 @@ def test_given_files_lose_what_a_judge_has(prepare: Any, rows_of_pairs: Any) -> 
     prepare.jsonl("train.jsonl", [*own, {"prompt": "ASKED  there", "completion": "x"}])
     prepare.jsonl("test.jsonl", [{"prompt": "asked there", "completion": "y"}, *rows_of_pairs(5, 50)])
     summary = prepare.run(test="test.jsonl", eval=0.2)
-    assert prepare.dropped(summary) == {("train", "its prompt also stands in test"): (1, ("train.jsonl:31",))}
+    assert prepare.dropped(summary) == {("train", "whose prompt also stands in test"): (1, ("train.jsonl:31",))}
     kept = prepare.run(test="test.jsonl", eval=0.2, dedupe="none")
     assert kept.dropped == ()
     assert "1 of 6 rows of test have a prompt that train has too" in messages(kept)
@@ -148,7 +148,25 @@ def test_groups_hold_across_given_files(prepare: Any) -> None:
     for dedupe in ("exact", "none"):
         summary = prepare.run(test="test.jsonl", eval="eval.jsonl", group="doc", dedupe=dedupe)
         places = tuple(f"train.jsonl:{line}" for line in range(13, 17))
-        assert prepare.dropped(summary) == {("train", "its group also stands in test"): (4, places)}
+        assert prepare.dropped(summary) == {("train", "whose group also stands in test"): (4, places)}
+
+
+def test_a_group_column_that_a_given_file_lacks_is_told(prepare: Any) -> None:
+    prepare.jsonl("train.jsonl", [{"prompt": sentence(n), "completion": "x", "doc": f"d{n // 4}"} for n in range(40)])
+    prepare.jsonl("test.jsonl", [{"prompt": sentence(91), "completion": "y"}])
+    summary = prepare.run(test="test.jsonl", group="doc")
+    assert "test has no value in data.group = 'doc'" in messages(summary, "info")
+
+
+def test_few_prompts_of_a_given_file_that_are_all_of_trains_are_refused_with_a_way_out(prepare: Any) -> None:
+    rows = [{"prompt": f"Write a {'abcde'[n % 5]}.", "completion": sentence(n)} for n in range(60)]
+    prepare.jsonl("train.jsonl", rows[:50])
+    prepare.jsonl("test.jsonl", rows[50:])
+    with pytest.raises(DataError, match=r"no row is left for train \(50 whose prompt also stands in test") as caught:
+        prepare.run(test="test.jsonl")
+    assert "data.dedupe: none" in caught.value.remedy
+    summary = prepare.run(test="test.jsonl", dedupe="none")
+    assert summary.splits["train"].documents == 45
 
 
 def test_empty_group_cells_are_no_group(prepare: Any) -> None:

@@ -6,9 +6,14 @@ import random
 
 import numpy as np
 
-from orchestrator.data.minhash import NEAR, NUM_BINS, near_pairs, normalised, signatures_of, similarity
+from orchestrator.data import minhash
+from orchestrator.data.minhash import NEAR, NUM_BINS, normalised, signatures_of, similarity
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def near_pairs(texts: list[str]) -> list[tuple[int, int]]:
+    return minhash.near_pairs([normalised(text) for text in texts])
 
 
 def words(number: int, seed: int, length: int = 6) -> list[str]:
