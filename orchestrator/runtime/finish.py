@@ -166,4 +166,4 @@ def _bundle(prepared: Prepared, inputs: BundleInputs) -> TransferReport:
     given = (inputs, str(prepared.run.bundle), scoring.metric, scoring.max_forgetting, prepared.spec.train.seed)
     # Merging makes no beats: only a process that is stopped is known to hang.
     with metered(prepared.run.hours, 1), Minder(prepared.run, Patience.from_environment(), progress=False) as minder:
-        return run_task(minder, "the process that makes the bundle", task, bundle_and_judge, *given)
+        return run_task(minder, "making the bundle", task, bundle_and_judge, *given)

@@ -112,6 +112,8 @@ class Gang:
         self._patience = (patience or Patience()).for_base(2 * anatomy.num_parameters())
         self._vigil = Vigil(self._patience)
         self._seats: tuple[Seat, ...] = ()
+        self._hangs = ""
+        """What was said of ranks that were ended since they hung: the errors that follow say only that they are gone."""
         self._ranks: list = []
         self._placement: PlacementGroup | None = None
 
@@ -183,7 +185,7 @@ class Gang:
         self._meter.release(self.index)
         for rank in self._ranks:
             ray.kill(rank)
-        self._ranks, self._seats = [], ()
+        self._ranks, self._seats, self._hangs = [], (), ""
         self._vigil.forget()
         if self._placement is not None:
             remove_placement_group(self._placement)
@@ -211,17 +213,17 @@ class Gang:
                 done, _ = await asyncio.wait({*pending, watch}, return_when=asyncio.FIRST_COMPLETED)
                 pending -= done
                 broken = _errors(done - {watch})
+                if self._hangs and (broken or pending):
+                    raise GangDiedError(f"gang {self.index} hangs: {self._hangs}")
                 if broken:
                     raise await self._death(broken, pending)
-                if watch in done and pending:
-                    raise GangDiedError(f"gang {self.index} hangs: {watch.result()}")
         finally:
             watch.cancel()
         return [wait.result()[0] for wait in waits]
 
-    async def _until_one_hangs(self) -> str:
-        """What to say of the ranks that hang, once some do. Its processes have been ended by then: those that are stopped
-        answer to nobody but their kernel."""
+    async def _until_one_hangs(self) -> None:
+        """Until some ranks hang: what is said of them is kept, and the gang's processes are ended. One that is stopped answers
+        to nobody but its kernel."""
         asked: dict[Seat, asyncio.Future] = {}
         looked_at: dict[Seat, float] = {}
         while True:
@@ -240,8 +242,9 @@ class Gang:
                 said = self._vigil.stopped(await asyncio.to_thread(states_of, silent)) or said
                 looked_at |= dict.fromkeys(silent, time.monotonic())
             if said:
+                self._hangs = "; ".join(said.values())
                 await asyncio.to_thread(end_processes, self._seats)
-                return "; ".join(said.values())
+                return
 
     async def _death(self, broken: list[Exception], pending: set[asyncio.Task]) -> GangDiedError:
         """What the gang died of, by the ranks that are broken and those that break of it."""
