@@ -85,8 +85,8 @@ class SpanFinder:
         for only_answers in (False, True):
             given = marks.marked(lambda turn, only=only_answers: not only or turn["role"] == "assistant")
             whole = marks.found_in(self._template.render(given, tools))
-            if whole.text == text:
-                chat = _Chat(turns, tools, given, marks, whole)
+            if whole.text == text and whole.places:
+                chat = _Chat(turns, tools, given, marks, whole, all_marked=not only_answers)
                 found = {index: self._found(chat, index) for index in sorted(wanted)}
                 return {index: turn for index, turn in found.items() if turn is not None}
         return {index: self._by_prefixes(turns, tools, text, index) for index in sorted(wanted)}
@@ -117,11 +117,8 @@ class SpanFinder:
             Span(start, ending[1], ending[0]),
             unasked if index == len(chat.turns) - 1 else "",
             has_text=len(places) >= parts or not calls_of(turn),
-            has_reasoning=len(places) >= parts or not reasoning_of(turn).strip(),
-            has_context=all(
-                whole.first(chat.marks.of[place].closing) is not None or other["role"] == "assistant" or not said(other).strip()
-                for place, other in enumerate(chat.turns[:index])
-            ),
+            has_reasoning=opening is not None and (len(places) >= parts or not reasoning_of(turn).strip()),
+            has_context=not chat.all_marked or all(map(chat.shows, range(index))),
         )
 
     def _start(self, chat: _Chat, index: int, opening: int) -> tuple[int, str]:
@@ -201,3 +198,10 @@ class _Chat(NamedTuple):
     given: Sequence[Turn]
     marks: TurnMarks
     whole: Marked
+    all_marked: bool
+    """Whether the turns between the answers have marks too."""
+
+    def shows(self, index: int) -> bool:
+        """Whether a turn that is not an answer stands in the rendering, if it says anything."""
+        turn = self.turns[index]
+        return turn["role"] == "assistant" or not said(turn).strip() or self.whole.first(self.marks.of[index].closing) is not None

@@ -21,6 +21,7 @@ from orchestrator.spec.models import DataSpec
 from orchestrator.train.evaluation import exact_match
 from orchestrator.train.generate import generate_answers, wanted_answers
 from orchestrator.train.ranks import Ranks
+
 from .families import FAMILIES, Family, tokenizer_of
 
 SINGLE = ({"role": "user", "content": "hello there"}, {"role": "assistant", "content": "good day"})
