@@ -95,8 +95,8 @@ class SpanFinder:
         turn, marks, whole = chat.turns[index], chat.marks.of[index], chat.whole
         if calls_of(turn) and whole.first(marks.call) is None:
             raise NotRenderedError(
-                f"it leaves out the tool calls of the turn at [{index}]: take a base whose chat template renders them, or write"
-                " them into the content"
+                "it leaves out the tool calls of an assistant's turn: take a base whose chat template renders them, or write them"
+                " into the content"
             )
         opening, closing = whole.first(marks.opening), whole.last(marks.closing)
         if opening is None and closing is None:
@@ -184,7 +184,7 @@ class SpanFinder:
         after = self._template.render(turns[: index + 1], tools)
         if not index or not after.startswith(before) or not text.startswith(after):
             raise NotRenderedError(
-                f"it writes the turn at [{index}] so that it cannot be found in the whole: put {{% generation %}} ..."
+                "it writes an assistant's turn so that it cannot be found in the whole: put {% generation %} and"
                 " {% endgeneration %} around the assistant's content in the template"
             )
         return Found(self.checked(text, len(before), len(after), len(after)))

@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from orchestrator.data import load_tokenizer
+from orchestrator.data.control import ControlTokens
 from orchestrator.data.encoding import Document, Encoder
 from orchestrator.data.noticed import Noticed
 from orchestrator.data.reading import BadRow
@@ -211,7 +214,7 @@ def test_control_tokens_in_other_rows_are_text_unless_they_are_allowed(
     escaped, noticed = texts_of(tokenizer, task, "escape", **payload)
     assert sum(token in control for token in escaped.ids.tolist()) == end
     assert "say <|eos|> now" in tokenizer.decode(escaped.ids)
-    assert list(noticed.what["escaped"]) == ["<|eos|>", "<|user|>"]
+    assert list(noticed.what["escaped" if task == "classify" else "rendered"]) == ["<|eos|>", "<|user|>"]
     allowed, noticed = texts_of(tokenizer, task, "allow", **payload)
     assert sum(token in control for token in allowed.ids.tolist()) == 2 + end
     assert list(noticed.places) == ["allowed"]
@@ -228,3 +231,36 @@ def test_a_completion_or_text_that_already_ends_ends_once(mode: str, tokenizer: 
         assert list(noticed.places) == ["ended"]
     ended, _ = texts_of(tokenizer, "text", mode, text="a b<|eos|>")
     assert ended.ids.tolist() == texts_of(tokenizer, "text", mode, text="a b")[0].ids.tolist()
+
+
+@pytest.mark.parametrize("said", ["hello", "hello <|eos|>"])
+def test_control_tokens_of_the_spec_are_control_tokens(said: str, tokenizer: Any) -> None:
+    encoder = Encoder(tokenizer, "completion", DataSpec(train="x", separator="<|assistant|>"))
+    (document,) = encoder.encode([Example(file="f", line=3, content_key="k", prompt=said, completion="good day")])
+    special = [token for token in document.ids.tolist() if token in tokenizer.all_special_ids or token == 5]
+    assert special == tokenizer.convert_tokens_to_ids(["<|assistant|>", "<|eos|>"])
+    assert document.prompt == f"{said}<|assistant|>"
+
+
+MODELS: dict[str, Callable[[list[str]], Any]] = {
+    "unigram": lambda names: models.Unigram([(name, -1.0 - place) for place, name in enumerate(names)], unk_id=0),
+    "wordpiece": lambda names: models.WordPiece({name: place for place, name in enumerate(names)}, unk_token="<unk>"),
+    "words": lambda names: models.WordLevel({name: place for place, name in enumerate(names)}, unk_token="<unk>"),
+    "merged": lambda names: models.BPE(
+        {name: place for place, name in enumerate(names)}, [("<", "/"), ("</", "s>")], unk_token="<unk>"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_control_token_that_the_vocabulary_knows_as_a_piece_is_text_too(kind: str) -> None:
+    """A SentencePiece vocabulary has its control tokens among its pieces, where plain text would find them."""
+    names = ["<unk>", "</s>", "<", "/", "s", ">", "a", "s>", "</"]
+    backend = Tokenizer(MODELS[kind](names))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    control = ControlTokens(fast)
+    ids = control.text_ids(control.stand_in("a </s>") + "</s>")
+    assert ids[0] == 6
+    assert ids[-1] == 1
+    assert 1 not in ids[:-1]
