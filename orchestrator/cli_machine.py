@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.plan.values import ClusterDescription, NodeDescription
-from orchestrator.store import find_gpus, num_usable_cpus
+from orchestrator.store import find_gpus, most_threads, num_usable_cpus
 from orchestrator.units import GIB, format_bytes
 
 MIN_DISK_BYTES = 5 * GIB
@@ -71,7 +71,7 @@ def describe_this_machine() -> ClusterDescription:
         gpu_name=gpus[0].name if gpus else "",
         memory_bytes=memory_bytes(),
     )
-    return ClusterDescription(nodes=(node,), source=f"this machine ({socket.gethostname()})")
+    return ClusterDescription(nodes=(node,), source=f"this machine ({socket.gethostname()})", max_threads=most_threads())
 
 
 def memory_bytes(proc: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup/memory.max")) -> int:

@@ -33,6 +33,8 @@ class ClusterDescription(Value):
 
     nodes: tuple[NodeDescription, ...]
     source: str = ""
+    max_threads: int | None = None
+    """Threads that a rank may have at most, where the environment of a live cluster's driver says so (OMP_NUM_THREADS)."""
 
     @property
     def num_gpus(self) -> int:

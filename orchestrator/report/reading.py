@@ -195,7 +195,7 @@ def _sweep_so_far(folder: Path, plan: RunPlan | None, spec_text: str, gaps: list
 def _search_section(spec_text: str) -> dict[str, Any]:
     try:
         spec = YAML(typ="safe", pure=True).load(spec_text) if spec_text else {}
-    except YAMLError:
+    except (YAMLError, ValueError, RecursionError):
         return {}
     section = spec.get("search") if isinstance(spec, dict) else None
     return section if isinstance(section, dict) else {}

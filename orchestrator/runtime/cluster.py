@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from orchestrator.errors import PlanError, UsageError
 from orchestrator.plan.placement import GPU_RANK_CPUS, RANK_CPUS
 from orchestrator.plan.values import ClusterDescription, ExecutionPlan, NodeDescription
-from orchestrator.store import find_gpus, num_usable_cpus, write_atomic
+from orchestrator.store import find_gpus, most_threads, num_usable_cpus, write_atomic
 
 SIGHT_S = 5.0
 """How long a file may take to be seen from another node."""
@@ -105,7 +105,7 @@ def probe_cluster(address: str | None = None) -> ClusterDescription:
             if node["Resources"].get("CPU", 0) >= 1 or node["Resources"].get("GPU", 0) >= 1
         )
         nodes = tuple(kind.model_copy(update={"count": count}) for kind, count in kinds.items())
-        return ClusterDescription(nodes=nodes, source="the live Ray cluster")
+        return ClusterDescription(nodes=nodes, source="the live Ray cluster", max_threads=most_threads())
 
 
 def require_shared_storage(folder: Path) -> None:

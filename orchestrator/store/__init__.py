@@ -17,7 +17,7 @@ from orchestrator.store.folders import (
     restore_folder,
     write_manifest,
 )
-from orchestrator.store.machine import find_gpus, free_memory_bytes, num_usable_cpus, parse_gpus
+from orchestrator.store.machine import find_gpus, free_memory_bytes, most_threads, num_usable_cpus, parse_gpus
 from orchestrator.store.run_directory import RunDirectory, versions
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "commit_folder",
     "find_gpus",
     "free_memory_bytes",
+    "most_threads",
     "num_usable_cpus",
     "parse_gpus",
     "read_json",
