@@ -20,6 +20,7 @@ import typer
 from typer.core import TyperGroup
 
 from orchestrator.errors import NothingPromotedError, OrchestratorError, UsageError, VerificationError
+from orchestrator.units import printable, printable_lines
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -57,7 +58,7 @@ def _explain(error: Exception) -> int:
         return known.exit_code
     if type(error).__module__.startswith("typer."):
         raise error
-    traceback.print_exception(error)
+    print(printable_lines("".join(traceback.format_exception(error))), file=sys.stderr, end="")
     print("this is a bug in orchestrator; the traceback above says where", file=sys.stderr)
     return UNEXPECTED
 
@@ -210,7 +211,7 @@ def _show_outcome(outcome: RunOutcome, as_json: bool) -> None:
         result = {"sweep": outcome.sweep.model_dump(mode="json"), "transfer": transfer.model_dump(mode="json")}
         _print_json({"kind": "result", "run": str(outcome.run_folder), **result}, indent=None)
     else:
-        print(final_screen(outcome.sweep, transfer), flush=True)
+        print(printable_lines(final_screen(outcome.sweep, transfer)), flush=True)
 
 
 def _report_what_there_is(loaded: LoadedSpec, output: Path | None) -> None:
@@ -267,7 +268,7 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's fo
     if as_json:
         _print_json({"report": str(path)})
     else:
-        print(path)
+        print(printable(str(path)))
 
 
 @app.command()
@@ -286,21 +287,22 @@ def doctor(address: Address = None, as_json: AsJson = False) -> None:
 
 def _print_json(value: object, *, indent: int | None = 2) -> None:
     """Strict JSON: what is not finite is null."""
-    from orchestrator.values import strict_json
+    from orchestrator.values import printable_json, strict_json
 
-    print(json.dumps(strict_json(value), indent=indent, ensure_ascii=False, allow_nan=False), flush=True)
+    text = json.dumps(strict_json(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    print(printable_json(text), flush=True)
 
 
 def _print_facts(value: Value) -> None:
     for name, content in value.model_dump(mode="json").items():
-        print(f"{name.replace('_', ' '):<24} {content}")
+        print(printable(f"{name.replace('_', ' '):<24} {content}"))
 
 
 def _print_rich(content: RenderableType) -> None:
     """At most 100 columns; without control codes where stdout is not a terminal."""
-    from rich.console import Console
+    from orchestrator.report.console import SafeConsole
 
-    console = Console(highlight=False)
+    console = SafeConsole()
     console.width = min(100, console.width) if console.is_terminal else 100
     console.print(content)
 

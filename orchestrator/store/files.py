@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from orchestrator.errors import IntegrityError
-from orchestrator.values import strict_json
+from orchestrator.values import printable_json, strict_json
 
 CHUNK_BYTES = 4 * 1024**2
 NUM_SAMPLES, SAMPLE_BYTES = 64, 256 * 1024
@@ -28,7 +28,7 @@ def partial_path(final: Path) -> Path:
 
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Replace `path` with `content`; a reader sees the old file or the new one."""
-    data = content.encode() if isinstance(content, str) else content
+    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     temporary = partial_path(path)
     try:
         with temporary.open("wb") as file:
@@ -45,7 +45,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 def write_json(path: Path, value: BaseModel | dict[str, Any] | list[Any]) -> None:
     """Write a value as indented JSON, atomically: strict JSON, NaN and infinities by name."""
     text = json.dumps(strict_json(value, named=True), indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomic(path, text + "\n")
+    write_atomic(path, printable_json(text) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -65,7 +65,8 @@ def read_json(path: Path) -> Any:
 
 def append_jsonl(path: Path, value: BaseModel | dict[str, Any]) -> None:
     """Add one line, in one write, after mending a torn last line of a writer that was killed."""
-    line = json.dumps(strict_json(value, named=True), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    text = json.dumps(strict_json(value, named=True), ensure_ascii=False, allow_nan=False)
+    line = printable_json(text).encode() + b"\n"
     with path.open("ab+") as file:
         if file.tell() and not _ends_with_newline(file):
             line = b"\n" + line
