@@ -195,6 +195,9 @@ class Assignment(Value):
     """Measure how far the target lies from the retention set, and train nothing."""
     compiling: CompilePlan | None = None
     """Measure what compiled blocks gain and train nothing."""
+    spec_sha256: str = ""
+    """Of the run's spec and of its base, for the manifests of what is written; empty where nobody knows."""
+    base_sha256: str = ""
 
     @property
     def measures(self) -> bool:
@@ -264,6 +267,8 @@ class RunPlan(Value):
 
     name: str
     spec_sha256: str
+    base_sha256: str = ""
+    """Over the base's config and what its weight files hold (`store.base_identity`). Empty where the run has not begun."""
     base: BaseLoad
     num_parameters: int
     data: DataSize

@@ -13,7 +13,7 @@ import numpy as np
 
 from orchestrator.plan.results import RungResult
 from orchestrator.plan.values import TrialSpec
-from orchestrator.store import commit_folder, read_json, write_json
+from orchestrator.store import check_folder, commit_folder, read_json, read_manifest, write_json
 from orchestrator.store.folders import MANIFEST
 from orchestrator.values import Value
 
@@ -108,11 +108,18 @@ class Ledger:
 
 
 def drop_optimizer_state(checkpoint: Path) -> None:
-    """Rewrite a checkpoint without what only a continuation needs; a reader sees the old folder or the new one."""
+    """Rewrite a checkpoint without what only a continuation needs; a reader sees the old folder or the new one.
+
+    Raises:
+        IntegrityError: what would be kept is damaged: a new manifest would call it whole. Nothing was changed.
+    """
     state_file = checkpoint / "state.json"
     if not state_file.exists() or not read_json(state_file)["has_optimizer"]:
         return
-    with commit_folder(checkpoint) as folder:
+    kept = [record for record in read_manifest(checkpoint).files if not Path(record.path).name.startswith(OPTIMIZER_STATE)]
+    manifest = check_folder(checkpoint, only=[record.path for record in kept])
+    known = {record.path: record.sha256 for record in kept if record.path != state_file.name}
+    with commit_folder(checkpoint, known_sha256=known, about=manifest.about) as folder:
         for source in (path for path in checkpoint.rglob("*") if path.is_file()):
             name = source.relative_to(checkpoint)
             if source.name == MANIFEST or source.name.startswith(OPTIMIZER_STATE):

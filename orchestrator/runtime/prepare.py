@@ -19,9 +19,10 @@ from orchestrator.plan.values import Assignment, ClusterDescription, DataPaths, 
 from orchestrator.runtime.places import output_root
 from orchestrator.runtime.scoring import Scoring
 from orchestrator.spec import JobSpec, LoadedSpec, spec_sha256
-from orchestrator.store import RunDirectory, read_json, sampled_sha256, write_json
+from orchestrator.store import RunDirectory, base_identity, read_json, write_json
 from orchestrator.train.evaluation import text_metric
 from orchestrator.transfer.view import RunView
+from orchestrator.values import content_hash
 
 Job = Literal["sweep", "finetune"]
 
@@ -115,7 +116,8 @@ def prepare(
     if job == "sweep" and cluster is not None:
         _require_metric(loaded)
     anatomy = read_anatomy(resolve_base(spec.base.model, loaded.folder), need_weights=True)
-    run.claim_base(_identity_of(anatomy))
+    identity = _identity_of(anatomy)
+    run.claim_base(identity)
     known = RunPlan.model_validate(read_json(run.plan)) if run.plan.exists() else None
     view.phase("data")
     data = prepare_data(loaded, Path(anatomy.folder), run.data, keep=known is not None)
@@ -127,6 +129,7 @@ def prepare(
     plan = make_plan(loaded, anatomy, size, cluster(), job=job, spec_sha256=sha256, scores=scores)
     if plan.search is not None:
         plan = with_choice(plan, standing_choice(spec.resources.compile, read_choice(run)))
+    plan = plan.model_copy(update={"base_sha256": content_hash(identity)})
     write_json(run.plan, plan)
     for warning in plan.warnings:
         view.event("warning", warning)
@@ -190,10 +193,4 @@ def reopen(run_folder: Path) -> Prepared:
 
 
 def _identity_of(anatomy: ModelAnatomy) -> dict[str, Any]:
-    """The base's config, and what its weight files hold; folders and times are left out, for copies are the same base."""
-    folder = Path(anatomy.folder)
-    files = sorted({tensor.file for tensor in anatomy.tensors.values()})
-    return {
-        "config": read_json(folder / "config.json"),
-        "weights": {file: f"{(folder / file).stat().st_size} bytes, {sampled_sha256(folder / file)[:16]}" for file in files},
-    }
+    return base_identity(Path(anatomy.folder), {tensor.file for tensor in anatomy.tensors.values()})

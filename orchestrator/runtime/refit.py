@@ -18,6 +18,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestrator.anatomy import ModelAnatomy
 from orchestrator.errors import RankOutOfMemoryError, TrainingError
+from orchestrator.plan.ownership import owner_of
 from orchestrator.plan.relief import fits_in_no_way, nothing_smaller, relieve, with_relief
 from orchestrator.plan.results import RungResult
 from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan
@@ -143,11 +144,12 @@ def _run(host: TrainHost, assignment: Assignment) -> RungResult:
     Raises:
         RankOutOfMemoryError: memory ran out on this rank alone; how the next worker group goes on is written down.
     """
-    from orchestrator.train import drop_later_checkpoints, find_latest
+    from orchestrator.train import drop_later_checkpoints, find_own
 
     ranks, folder = host.ranks, Path(assignment.folder)
-    newest, known = ranks.broadcast((find_latest(folder), _stepped_down(assignment)) if ranks.first else None)
-    notes = known.notes if known is not None else ()
+    found = (find_own(folder, owner_of(assignment)), _stepped_down(assignment)) if ranks.first else None
+    (newest, told), known = ranks.broadcast(found)
+    notes = (*(known.notes if known is not None else ()), *told)
     if known is not None and known.execution is None:
         return failed_result(assignment, known.reason).model_copy(update={"notes": notes})
     execution = with_relief(assignment.execution, known.execution if known is not None else None)

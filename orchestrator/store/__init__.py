@@ -6,7 +6,16 @@ check_folder(run.bundle)                           # IntegrityError where a file
 run = RunDirectory.open(root, name, loaded, identity)
 """
 
-from orchestrator.store.files import append_jsonl, read_json, read_jsonl, sampled_sha256, sha256_file, write_atomic, write_json
+from orchestrator.store.files import (
+    append_jsonl,
+    read_json,
+    read_jsonl,
+    sampled_sha256,
+    set_aside,
+    sha256_file,
+    write_atomic,
+    write_json,
+)
 from orchestrator.store.folders import (
     FileRecord,
     Manifest,
@@ -17,6 +26,7 @@ from orchestrator.store.folders import (
     restore_folder,
     write_manifest,
 )
+from orchestrator.store.identity import base_identity
 from orchestrator.store.machine import find_gpus, free_memory_bytes, most_threads, num_usable_cpus, parse_gpus
 from orchestrator.store.run_directory import RunDirectory, versions
 
@@ -25,6 +35,7 @@ __all__ = [
     "Manifest",
     "RunDirectory",
     "append_jsonl",
+    "base_identity",
     "check_folder",
     "commit_folder",
     "find_gpus",
@@ -38,6 +49,7 @@ __all__ = [
     "recover_folder",
     "restore_folder",
     "sampled_sha256",
+    "set_aside",
     "sha256_file",
     "versions",
     "write_atomic",

@@ -63,6 +63,16 @@ def read_json(path: Path) -> Any:
         raise IntegrityError("JSON nested too deeply", where=str(path), remedy="restore the file or remove its folder") from None
 
 
+def set_aside(path: Path) -> Path:
+    """Give a damaged or foreign file or folder another name beside its own, which is returned: `result-0.json.damaged-1`."""
+    number = 1
+    while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
+        number += 1
+    path.rename(aside)
+    fsync_folder(path.parent)
+    return aside
+
+
 def append_jsonl(path: Path, value: BaseModel | dict[str, Any]) -> None:
     """Add one line, in one write, after mending a torn last line of a writer that was killed."""
     text = json.dumps(strict_json(value, named=True), ensure_ascii=False, allow_nan=False)
