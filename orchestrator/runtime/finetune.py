@@ -30,7 +30,8 @@ def run_finetune(loaded: LoadedSpec, *, view: RunView, address: str | None = Non
     with ExitStack() as stack:
         run = stack.enter_context(open_run(loaded, "finetune", output, view))
         known = read_outcome(run.path)
-        prepared = prepare(loaded, "finetune", run, view, None if known else joins(stack, address, run.path))
+        stands = known is not None and run.plan.exists()
+        prepared = prepare(loaded, "finetune", run, view, None if stands else joins(stack, address, run.path))
         if known is not None:
             return known
         stack.callback(view.close)

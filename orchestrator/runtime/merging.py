@@ -12,7 +12,7 @@ from orchestrator.runtime.finish import finish
 from orchestrator.runtime.ledger import Ledger
 from orchestrator.runtime.outcome import RunOutcome, write_outcome
 from orchestrator.runtime.prepare import reopen
-from orchestrator.store import read_json
+from orchestrator.store import read_record
 from orchestrator.transfer.promotion import PROMOTABLE_CONTROLS
 from orchestrator.transfer.records import SweepResult
 from orchestrator.transfer.view import RunView
@@ -34,7 +34,7 @@ def merge_trial(
     with prepared.run as run:
         if not run.sweep.exists():
             raise UsageError("the search has not come to its end", where=str(run.path), remedy="submit the spec again")
-        sweep = SweepResult.model_validate(read_json(run.sweep))
+        sweep = read_record(run.sweep, SweepResult)
         chosen = choose(sweep, Ledger(run.trials), trial_id, promote=promote)
         before = sweep.winner_id
         if chosen != before:

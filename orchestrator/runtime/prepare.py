@@ -10,16 +10,17 @@ from typing import Any, Literal
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, read_anatomy, resolve_base
 from orchestrator.data import DataSummary, data_size, prepare_data
-from orchestrator.errors import UsageError
+from orchestrator.errors import RunConflictError, UsageError
 from orchestrator.plan import make_assignment, make_plan
 from orchestrator.plan.compilation import CompileChoice
 from orchestrator.plan.compiling import standing_choice, with_choice
 from orchestrator.plan.scored import LayerScores
 from orchestrator.plan.values import Assignment, ClusterDescription, DataPaths, RunPlan, TrainSettings, TrialSpec
+from orchestrator.runtime.mending import mend
 from orchestrator.runtime.places import output_root
 from orchestrator.runtime.scoring import Scoring
 from orchestrator.spec import JobSpec, LoadedSpec, spec_sha256
-from orchestrator.store import RunDirectory, base_identity, read_json, write_json
+from orchestrator.store import RunDirectory, base_identity, read_record, write_json
 from orchestrator.train.evaluation import text_metric
 from orchestrator.transfer.view import RunView
 from orchestrator.values import content_hash
@@ -94,6 +95,11 @@ def open_run(loaded: LoadedSpec, job: Job, output: Path | None, view: RunView) -
     if root.moved:
         view.event("output_moved", root.moved)
         run.event("output_moved", message=root.moved)
+    try:
+        mend(run, view)
+    except BaseException:
+        run.close()
+        raise
     return run
 
 
@@ -118,18 +124,25 @@ def prepare(
     anatomy = read_anatomy(resolve_base(spec.base.model, loaded.folder), need_weights=True)
     identity = _identity_of(anatomy)
     run.claim_base(identity)
-    known = RunPlan.model_validate(read_json(run.plan)) if run.plan.exists() else None
+    sha256_of_base = content_hash(identity)
+    known = read_record(run.plan, RunPlan) if run.plan.exists() else None
+    if known is not None and known.base_sha256 not in ("", sha256_of_base):
+        raise RunConflictError(
+            "the base's folder holds another base than when this run was planned",
+            where=anatomy.folder,
+            remedy="put the base back, or choose another `name`; nothing was overwritten",
+        )
     view.phase("data")
-    data = prepare_data(loaded, Path(anatomy.folder), run.data, keep=known is not None)
+    data = prepare_data(loaded, Path(anatomy.folder), run.data, keep=run.was_planned)
     size = data_size(data, spec, run.data)
     if cluster is None:
-        assert known is not None, "a run that ended was planned"
+        assert known is not None, "a run whose plan is gone is planned again"
         return Prepared(spec, run, anatomy, data, known)
     sha256, scores = spec_sha256(spec, job), read_scores(run)
     plan = make_plan(loaded, anatomy, size, cluster(), job=job, spec_sha256=sha256, scores=scores)
     if plan.search is not None:
         plan = with_choice(plan, standing_choice(spec.resources.compile, read_choice(run)))
-    plan = plan.model_copy(update={"base_sha256": content_hash(identity)})
+    plan = plan.model_copy(update={"base_sha256": sha256_of_base})
     write_json(run.plan, plan)
     for warning in plan.warnings:
         view.event("warning", warning)
@@ -139,12 +152,12 @@ def prepare(
 
 def read_scores(run: RunDirectory) -> LayerScores | None:
     """What the run's probe found, once it has been; also that it failed."""
-    return LayerScores.model_validate(read_json(run.layer_scores)) if run.layer_scores.exists() else None
+    return read_record(run.layer_scores, LayerScores) if run.layer_scores.exists() else None
 
 
 def read_choice(run: RunDirectory) -> CompileChoice | None:
     """Whether the run's trials train with compiled blocks, once that is settled."""
-    return CompileChoice.model_validate(read_json(run.compile_choice)) if run.compile_choice.exists() else None
+    return read_record(run.compile_choice, CompileChoice) if run.compile_choice.exists() else None
 
 
 def _require_metric(loaded: LoadedSpec) -> None:
@@ -181,11 +194,11 @@ def reopen(run_folder: Path) -> Prepared:
         raise UsageError("no planned run", where=str(run_folder), expected="a folder with plan.json, as a sweep leaves it")
     run = RunDirectory.reopen(run_folder)
     try:
-        plan = RunPlan.model_validate(read_json(run.plan))
+        plan = read_record(run.plan, RunPlan)
         spec = JobSpec.model_validate(run.identity["values"])
         anatomy = read_anatomy(Path(plan.base.folder), need_weights=True)
         run.claim_base(_identity_of(anatomy))
-        data = DataSummary.model_validate(read_json(run.data / "summary.json"))
+        data = read_record(run.data / "summary.json", DataSummary)
     except BaseException:
         run.close()
         raise

@@ -24,7 +24,7 @@ from orchestrator.plan.results import RungResult
 from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan
 from orchestrator.runtime.assignments import failed_result
 from orchestrator.runtime.cluster import placement_strategy, rank_resources, worker_env
-from orchestrator.store import read_json, write_json
+from orchestrator.store import read_record, write_json
 from orchestrator.values import Value
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def refit(base: BaseLoad, anatomy: ModelAnatomy, assignments: list[Assignment], 
                 where=str(folder),
                 remedy="submit the same spec again: it goes on from the newest whole checkpoint",
             ) from error
-        return [RungResult.model_validate(read_json(result_file(assignment))) for assignment in assignments]
+        return [read_record(result_file(assignment), RungResult) for assignment in assignments]
 
 
 def _trainer(base: BaseLoad, anatomy: ModelAnatomy, assignments: list[Assignment], folder: Path) -> TorchTrainer:
@@ -110,7 +110,7 @@ def _trainer(base: BaseLoad, anatomy: ModelAnatomy, assignments: list[Assignment
 def num_restarts(folder: Path) -> int:
     """How often a refit in this folder was begun again, by its worker group or by another submission."""
     starts = folder / STARTS
-    return max(0, len(starts.read_text().splitlines()) - 1) if starts.exists() else 0
+    return max(0, len(starts.read_bytes().splitlines()) - 1) if starts.exists() else 0
 
 
 def result_file(assignment: Assignment) -> Path:
@@ -186,7 +186,7 @@ def _step_down(execution: ExecutionPlan, notes: tuple[str, ...], error: RankOutO
 
 def _stepped_down(assignment: Assignment) -> SteppedDown | None:
     file = _stepped_down_file(assignment)
-    return SteppedDown.model_validate(read_json(file)) if file.exists() else None
+    return read_record(file, SteppedDown) if file.exists() else None
 
 
 def _stepped_down_file(assignment: Assignment) -> Path:

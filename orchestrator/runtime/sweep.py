@@ -52,7 +52,8 @@ def run_sweep(loaded: LoadedSpec, *, view: RunView, address: str | None = None, 
     with ExitStack() as stack:
         run = stack.enter_context(open_run(loaded, "sweep", output, view))
         finished = _finished(run, loaded)
-        prepared = prepare(loaded, "sweep", run, view, None if finished else joins(stack, address, run.path))
+        stands = finished is not None and run.plan.exists()
+        prepared = prepare(loaded, "sweep", run, view, None if stands else joins(stack, address, run.path))
         if finished is not None:
             return finished
         stack.callback(view.close)

@@ -7,9 +7,9 @@ import json
 import os
 import secrets
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from orchestrator.errors import IntegrityError
 from orchestrator.values import printable_json, strict_json
@@ -19,6 +19,10 @@ NUM_SAMPLES, SAMPLE_BYTES = 64, 256 * 1024
 """Pieces of a large file that `sampled_sha256` reads."""
 PARTIAL = ".partial-"
 """Stands in the names of files and folders that somebody is still writing, or died over."""
+
+
+RECORD_REMEDY = "submit the same spec again: what is damaged is set aside and made again; or restore the file from a copy"
+Record = TypeVar("Record", bound=BaseModel)
 
 
 def partial_path(final: Path) -> Path:
@@ -58,9 +62,28 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise IntegrityError(f"no JSON: {error}", where=str(path), remedy="restore the file or remove its folder") from None
+        raise IntegrityError(f"no JSON: {error}", where=str(path), remedy=RECORD_REMEDY) from None
     except RecursionError:
-        raise IntegrityError("JSON nested too deeply", where=str(path), remedy="restore the file or remove its folder") from None
+        raise IntegrityError("JSON nested too deeply", where=str(path), remedy=RECORD_REMEDY) from None
+
+
+def read_record(path: Path, kind: type[Record]) -> Record:
+    """A value that this program wrote.
+
+    Raises:
+        IntegrityError: the file is no JSON, or says something else than such a value.
+        FileNotFoundError: there is none.
+    """
+    found = read_json(path)
+    try:
+        return kind.model_validate(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        what = f"no {kind.__name__}: {place}: {first['msg']}" if place else f"no {kind.__name__}: {first['msg']}"
+        raise IntegrityError(what, where=str(path), remedy=RECORD_REMEDY) from None
+    except RecursionError:
+        raise IntegrityError("JSON nested too deeply", where=str(path), remedy=RECORD_REMEDY) from None
 
 
 def set_aside(path: Path) -> Path:
@@ -94,7 +117,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     for line in path.read_bytes().split(b"\n"):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):
             rows.append(row)

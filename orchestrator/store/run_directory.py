@@ -10,9 +10,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
-from orchestrator.errors import RunConflictError
+from orchestrator.errors import IntegrityError, RunConflictError
 from orchestrator.spec import LoadedSpec, describe_difference
-from orchestrator.store.files import PARTIAL, append_jsonl, read_json, write_atomic, write_json
+from orchestrator.store.files import PARTIAL, append_jsonl, read_json, set_aside, write_atomic, write_json
 
 PACKAGES = ("orchestrator", "torch", "ray", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "optuna")
 IDENTITY = "run.json"
@@ -50,9 +50,9 @@ class RunDirectory:
         try:
             _clear_partial(path)
             run = cls(path, lock)
-            known = _read_identity(path)
+            known = _known_identity(run, spec_sha256, loaded)
             same = known is not None and known["spec_sha256"] == spec_sha256
-            if known is not None and not same and run.plan.exists():
+            if known is not None and not same and run.was_planned:
                 raise _conflict(path, known["values"], loaded.spec.model_dump(mode="json"))
             identity = _identity(loaded, spec_sha256, known if same else None)
             write_json(path / IDENTITY, identity)
@@ -83,6 +83,11 @@ class RunDirectory:
     @property
     def plan(self) -> Path:
         return self.path / "plan.json"
+
+    @property
+    def was_planned(self) -> bool:
+        """Whether it has a plan, or had one that was damaged and set aside: then its trials rest on its base and data."""
+        return self.plan.exists() or any(self.path.glob(f"{self.plan.name}.damaged-*"))
 
     @property
     def base(self) -> Path:
@@ -143,7 +148,7 @@ class RunDirectory:
         Raises:
             RunConflictError: the base's folder holds another base than at the submission before; names what differs.
         """
-        if not (self.plan.exists() and self.base.exists()):
+        if not (self.was_planned and self.base.exists()):
             write_json(self.base, identity)
             return
         differences = describe_difference(read_json(self.base), identity)
@@ -199,7 +204,7 @@ def _refuse_foreign(path: Path) -> None:
     remedy = "choose another `name` or `output`; nothing was touched"
     if path.exists() and not path.is_dir():
         raise RunConflictError("a file stands where the run's folder would be", where=str(path), remedy=remedy)
-    if not path.is_dir() or _read_identity(path) is not None:
+    if not path.is_dir() or _planned_spec(path / "plan.json") is not None or _read_identity(path) is not None:
         return
     foreign = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK and PARTIAL not in entry.name)
     if foreign:
@@ -208,13 +213,41 @@ def _refuse_foreign(path: Path) -> None:
         raise RunConflictError(what, where=str(path), remedy=remedy)
 
 
+def _known_identity(run: RunDirectory, spec_sha256: str, loaded: LoadedSpec) -> dict[str, Any] | None:
+    """As `_read_identity`; a damaged run.json is set aside where the plan proves that the run is this very spec's.
+
+    Raises:
+        IntegrityError, RunConflictError: run.json is damaged or foreign, and no plan says that the run is of this spec.
+    """
+    file = run.path / IDENTITY
+    try:
+        return _read_identity(run.path)
+    except (IntegrityError, RunConflictError) as error:
+        if _planned_spec(run.plan) != spec_sha256:
+            error.remedy = "restore run.json from a copy, or choose another `name` or `output`; nothing was overwritten"
+            raise
+        aside = set_aside(file)
+        message = f"{IDENTITY} is damaged ({error.what}): set aside as {aside.name}; the plan says that the run is of this spec"
+        run.event("record_damaged", message=message, path=IDENTITY, aside=aside.name)
+        return {**_identity(loaded, spec_sha256, None), "submissions": []}
+
+
+def _planned_spec(plan: Path) -> str | None:
+    try:
+        found = read_json(plan)
+    except (IntegrityError, OSError):
+        return None
+    return found.get("spec_sha256") if isinstance(found, dict) else None
+
+
 def _read_identity(path: Path) -> dict[str, Any] | None:
     """What an earlier submission wrote, or None."""
     file = path / IDENTITY
     if not file.exists():
         return None
     known = read_json(file)
-    if not isinstance(known, dict) or not known.keys() >= {"spec_sha256", "created", "submissions", "versions", "values"}:
+    fields = {"spec_sha256", "created", "submissions", "versions", "values"}
+    if not isinstance(known, dict) or not known.keys() >= fields or not isinstance(known["submissions"], list):
         remedy = "choose another `name` or `output`; nothing was overwritten"
         raise RunConflictError("this run.json was not written by this program", where=str(file), remedy=remedy)
     return known
