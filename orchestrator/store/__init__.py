@@ -20,6 +20,7 @@ from orchestrator.store.files import (
 from orchestrator.store.folders import (
     FileRecord,
     Manifest,
+    check_artifact,
     check_folder,
     commit_folder,
     read_manifest,
@@ -37,6 +38,7 @@ __all__ = [
     "RunDirectory",
     "append_jsonl",
     "base_identity",
+    "check_artifact",
     "check_folder",
     "commit_folder",
     "find_gpus",

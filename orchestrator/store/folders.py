@@ -14,6 +14,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from orchestrator.errors import IntegrityError
+from orchestrator.plan.artifact import ADAPTER, DELTA
 from orchestrator.store.files import PARTIAL, fsync_file, fsync_folder, partial_path, read_json, sha256_file, write_json
 from orchestrator.values import Value
 
@@ -172,6 +173,15 @@ def check_folder(folder: Path, *, only: Sequence[str] = ("",)) -> Manifest:
             what = f"the content changed after it was written: sha256 {found_sha256}"
             raise IntegrityError(what, where=str(path), expected=record.sha256, remedy=REMEDY)
     return manifest
+
+
+def check_artifact(folder: Path) -> Manifest:
+    """Compare the adapter or delta in a rung, checkpoint or bundle with the folder's manifest, which is returned.
+
+    Raises:
+        IntegrityError: a file is not what was written, or the folder was never finished.
+    """
+    return check_folder(folder, only=(f"{ADAPTER}/", f"{DELTA}/"))
 
 
 def _files(folder: Path) -> list[Path]:

@@ -31,7 +31,7 @@ from orchestrator.plan.artifact import (
     Artifact,
     read_artifact,
 )
-from orchestrator.store import Manifest, check_folder
+from orchestrator.store import check_artifact
 from orchestrator.store.folders import MANIFEST
 from orchestrator.train.base import LoadedBase
 from orchestrator.train.branch import Branch, full_shape, open_branch
@@ -197,15 +197,6 @@ def _unlike(learning: Mapping[str, nn.Parameter], stored: Mapping[str, TensorInf
         if stored[name].shape != planned:
             return f"{name} has shape {list(stored[name].shape)} there and {list(planned)} here"
     return ""
-
-
-def check_artifact(folder: Path) -> Manifest:
-    """Compare the adapter or delta in a rung, checkpoint or bundle with the folder's manifest, which is returned.
-
-    Raises:
-        IntegrityError: A file is not what was written, or the folder was never finished.
-    """
-    return check_folder(folder, only=(f"{ADAPTER}/", f"{DELTA}/"))
 
 
 @contextmanager
