@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, read_anatomy, resolve_base
 from orchestrator.data import DataSummary, data_size, prepare_data
-from orchestrator.errors import RunConflictError, UsageError
+from orchestrator.errors import IntegrityError, RunConflictError, UsageError
 from orchestrator.plan import make_assignment, make_plan
 from orchestrator.plan.compilation import CompileChoice
 from orchestrator.plan.compiling import standing_choice, with_choice
@@ -21,6 +23,7 @@ from orchestrator.runtime.places import output_root
 from orchestrator.runtime.scoring import Scoring
 from orchestrator.spec import JobSpec, LoadedSpec, spec_sha256
 from orchestrator.store import RunDirectory, base_identity, read_record, write_json
+from orchestrator.store.files import RECORD_REMEDY
 from orchestrator.train.evaluation import text_metric
 from orchestrator.transfer.view import RunView
 from orchestrator.values import content_hash
@@ -195,7 +198,7 @@ def reopen(run_folder: Path) -> Prepared:
     run = RunDirectory.reopen(run_folder)
     try:
         plan = read_record(run.plan, RunPlan)
-        spec = JobSpec.model_validate(run.identity["values"])
+        spec = _recorded_spec(run)
         anatomy = read_anatomy(Path(plan.base.folder), need_weights=True)
         run.claim_base(_identity_of(anatomy))
         data = read_record(run.data / "summary.json", DataSummary)
@@ -203,6 +206,14 @@ def reopen(run_folder: Path) -> Prepared:
         run.close()
         raise
     return Prepared(spec, run, anatomy, data, plan)
+
+
+def _recorded_spec(run: RunDirectory) -> JobSpec:
+    try:
+        return JobSpec.model_validate(run.identity["values"])
+    except ValidationError as error:
+        what = f"no spec: {error.errors()[0]['msg']}"
+        raise IntegrityError(what, where=str(run.path / "run.json"), remedy=RECORD_REMEDY) from None
 
 
 def _identity_of(anatomy: ModelAnatomy) -> dict[str, Any]:

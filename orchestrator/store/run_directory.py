@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from orchestrator.errors import IntegrityError, RunConflictError
 from orchestrator.spec import LoadedSpec, describe_difference
-from orchestrator.store.files import PARTIAL, append_jsonl, read_json, set_aside, write_atomic, write_json
+from orchestrator.store.files import PARTIAL, RECORD_REMEDY, append_jsonl, read_json, set_aside, write_atomic, write_json
 
 PACKAGES = ("orchestrator", "torch", "ray", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "optuna")
 IDENTITY = "run.json"
@@ -151,7 +151,10 @@ class RunDirectory:
         if not (self.was_planned and self.base.exists()):
             write_json(self.base, identity)
             return
-        differences = describe_difference(read_json(self.base), identity)
+        known = read_json(self.base)
+        if not isinstance(known, dict):
+            raise IntegrityError("no identity of a base", where=str(self.base), remedy=RECORD_REMEDY)
+        differences = describe_difference(known, identity)
         if differences:
             raise RunConflictError(
                 "the base's folder holds another base than when this run began; the difference (there -> here):\n  "
@@ -247,10 +250,14 @@ def _read_identity(path: Path) -> dict[str, Any] | None:
         return None
     known = read_json(file)
     fields = {"spec_sha256", "created", "submissions", "versions", "values"}
-    if not isinstance(known, dict) or not known.keys() >= fields or not isinstance(known["submissions"], list):
+    if not isinstance(known, dict) or not known.keys() >= fields or not _is_shaped(known):
         remedy = "choose another `name` or `output`; nothing was overwritten"
         raise RunConflictError("this run.json was not written by this program", where=str(file), remedy=remedy)
     return known
+
+
+def _is_shaped(known: dict[str, Any]) -> bool:
+    return isinstance(known["submissions"], list) and all(isinstance(known[key], dict) for key in ("versions", "values"))
 
 
 def _clear_partial(path: Path) -> None:
