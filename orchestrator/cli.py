@@ -8,6 +8,8 @@ needs it, so that `--help` and `plan` answer at once.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
 import os
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 UNEXPECTED = 4
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+"""What the operating system says of a place where nothing more can be written."""
 
 
 class Commands(TyperGroup):
@@ -58,6 +62,15 @@ def _explain(error: Exception) -> int:
         return known.exit_code
     if type(error).__module__.startswith("typer."):
         raise error
+    failed = next((e for e in (getattr(error, "cause", None), error) if isinstance(e, OSError)), None)
+    if failed is not None and (failed.errno in UNWRITABLE or "No usable temporary directory" in str(failed)):
+        where = f"{failed.filename}: " if failed.filename else ""
+        print(printable(f"error: {where}{failed.strerror or failed}"), file=sys.stderr)
+        print(
+            "  to do: make room or rights there, and give the same command again: it goes on from what is on disk",
+            file=sys.stderr,
+        )
+        return UNEXPECTED
     print(printable_lines("".join(traceback.format_exception(error))), file=sys.stderr, end="")
     print("this is a bug in orchestrator; the traceback above says where", file=sys.stderr)
     return UNEXPECTED
@@ -205,8 +218,11 @@ def _show_outcome(outcome: RunOutcome, as_json: bool) -> None:
     from orchestrator.report import final_screen
     from orchestrator.report.page import write_report
 
-    report_path = write_report(outcome.run_folder)
-    transfer = outcome.transfer.model_copy(update={"report": str(report_path)})
+    transfer = outcome.transfer
+    try:
+        transfer = transfer.model_copy(update={"report": str(write_report(outcome.run_folder))})
+    except UsageError as error:  # the run is done, whatever becomes of its page
+        print(f"the report was not written: {error}", file=sys.stderr)
     if as_json:
         result = {"sweep": outcome.sweep.model_dump(mode="json"), "transfer": transfer.model_dump(mode="json")}
         _print_json({"kind": "result", "run": str(outcome.run_folder), **result}, indent=None)
@@ -221,7 +237,8 @@ def _report_what_there_is(loaded: LoadedSpec, output: Path | None) -> None:
 
     folder = output_root(loaded, output).path / loaded.spec.name
     if folder.is_dir():
-        print(f"report: {write_report(folder)}", file=sys.stderr)
+        with contextlib.suppress(UsageError):
+            print(f"report: {write_report(folder)}", file=sys.stderr)
 
 
 @app.command()

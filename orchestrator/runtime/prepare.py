@@ -22,8 +22,9 @@ from orchestrator.runtime.mending import mend
 from orchestrator.runtime.places import output_root
 from orchestrator.runtime.scoring import Scoring
 from orchestrator.spec import JobSpec, LoadedSpec, spec_sha256
-from orchestrator.store import RunDirectory, base_identity, read_record, write_json
+from orchestrator.store import RunDirectory, base_identity, output_to, read_record, write_json
 from orchestrator.store.files import RECORD_REMEDY
+from orchestrator.store.run_directory import WRITABLE
 from orchestrator.train.evaluation import text_metric
 from orchestrator.transfer.view import RunView
 from orchestrator.values import content_hash
@@ -136,7 +137,8 @@ def prepare(
             remedy="put the base back, or choose another `name`; nothing was overwritten",
         )
     view.phase("data")
-    data = prepare_data(loaded, Path(anatomy.folder), run.data, keep=run.was_planned)
+    with output_to(run.data, remedy=WRITABLE, only_full=True):
+        data = prepare_data(loaded, Path(anatomy.folder), run.data, keep=run.was_planned)
     size = data_size(data, spec, run.data)
     if cluster is None:
         assert known is not None, "a run whose plan is gone is planned again"
@@ -146,7 +148,8 @@ def prepare(
     if plan.search is not None:
         plan = with_choice(plan, standing_choice(spec.resources.compile, read_choice(run)))
     plan = plan.model_copy(update={"base_sha256": sha256_of_base})
-    write_json(run.plan, plan)
+    with output_to(run.plan, remedy=WRITABLE):
+        write_json(run.plan, plan)
     for warning in plan.warnings:
         view.event("warning", warning)
         run.event("warning", message=warning)

@@ -8,6 +8,7 @@ run = RunDirectory.open(root, name, loaded, identity)
 
 from orchestrator.store.files import (
     append_jsonl,
+    output_to,
     read_json,
     read_jsonl,
     read_record,
@@ -45,6 +46,7 @@ __all__ = [
     "free_memory_bytes",
     "most_threads",
     "num_usable_cpus",
+    "output_to",
     "parse_gpus",
     "read_json",
     "read_jsonl",

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from orchestrator.errors import IntegrityError
+from orchestrator.errors import IntegrityError, OrchestratorError, UsageError
 from orchestrator.values import printable_json, strict_json
 
 CHUNK_BYTES = 4 * 1024**2
@@ -23,6 +26,39 @@ PARTIAL = ".partial-"
 
 RECORD_REMEDY = "submit the same spec again: what is damaged is set aside and made again; or restore the file from a copy"
 Record = TypeVar("Record", bound=BaseModel)
+
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
+"""A disk, a quota or a file that takes no more."""
+CLOSED = frozenset(
+    {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT}
+)
+"""A place where nothing may, or can, be written."""
+
+
+@contextmanager
+def output_to(path: Path, *, remedy: str, only_full: bool = False) -> Iterator[None]:
+    """Say in plain words that nothing can be written there.
+
+    Args:
+        only_full: Also input is read while the block runs, so that only a full disk is surely the output's.
+
+    Raises:
+        UsageError: in place of the operating system's error.
+    """
+    try:
+        yield
+    except OrchestratorError:
+        raise
+    except OSError as error:
+        if error.errno not in (FULL if only_full else FULL | CLOSED):
+            raise
+        where = path if PARTIAL in str(error.filename) else error.filename or path
+        raise UsageError(what_failed(error), where=str(where), remedy=remedy) from error
+
+
+def what_failed(error: OSError) -> str:
+    return f"cannot be written: {error.strerror or error}"
 
 
 def partial_path(final: Path) -> Path:

@@ -12,7 +12,16 @@ from typing import Any, TextIO
 
 from orchestrator.errors import IntegrityError, RunConflictError
 from orchestrator.spec import LoadedSpec, describe_difference
-from orchestrator.store.files import PARTIAL, RECORD_REMEDY, append_jsonl, read_json, set_aside, write_atomic, write_json
+from orchestrator.store.files import (
+    PARTIAL,
+    RECORD_REMEDY,
+    append_jsonl,
+    output_to,
+    read_json,
+    set_aside,
+    write_atomic,
+    write_json,
+)
 
 PACKAGES = ("orchestrator", "torch", "ray", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "optuna")
 IDENTITY = "run.json"
@@ -20,6 +29,7 @@ LOCK = ".lock"
 FREE_TO_CHANGE = ("output:", "resources.", "search.trials:")
 """What may differ between two submissions of one run."""
 LISTED = 20
+WRITABLE = "give `output` or --output a folder in which files can be written, with room; or make room or rights there"
 
 
 class RunDirectory:
@@ -42,8 +52,14 @@ class RunDirectory:
 
         Raises:
             RunConflictError: another run, something that is no run, or a run that another driver works in.
+            UsageError: nothing can be written there.
         """
         path = root / name
+        with output_to(path, remedy=WRITABLE):
+            return cls._open(path, loaded, spec_sha256)
+
+    @classmethod
+    def _open(cls, path: Path, loaded: LoadedSpec, spec_sha256: str) -> RunDirectory:
         _refuse_foreign(path)
         path.mkdir(parents=True, exist_ok=True)
         lock = _lock(path)
@@ -71,9 +87,10 @@ class RunDirectory:
         Raises:
             RunConflictError: no run, or one that another driver works in.
         """
-        if _read_identity(path) is None:
-            raise RunConflictError("the folder holds no run", where=str(path), remedy="give the folder of a run")
-        return cls(path, _lock(path))
+        with output_to(path, remedy=WRITABLE):
+            if _read_identity(path) is None:
+                raise RunConflictError("the folder holds no run", where=str(path), remedy="give the folder of a run")
+            return cls(path, _lock(path))
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -149,29 +149,32 @@ def test_every_record_may_be_damaged(at: Callable[[bool], Path], submit: Callabl
     run = at(finished)
     whole = run.with_name("whole")
     shutil.copytree(run, whole)
-    for place in RECORDS:
-        for name, damage in DAMAGES.items():
+    for number, place in enumerate(RECORDS):
+        for kind, name, damage in enumerate(DAMAGES):
+            always = name in ("half", "a list")
+            if not always and (finished or kind % 3 != number % 3):
+                continue  # each record meets a third of the other damages
             shutil.rmtree(run)
             shutil.copytree(whole, run)
             file = run / place
             if not file.exists():
                 continue
-            if (finished and name not in ("half", "a list")) or (place, name) == ("transfer.json", "no keys"):
-                continue
-            file.write_bytes(damage(file.read_bytes()))
+            if (place, name) == ("transfer.json", "no keys"):
+                continue  # a report without a word is one
+            file.write_bytes(DAMAGES[name](file.read_bytes()))
             where = f"{place}: {name}"
             read_run(run)
-            if name in ("half", "a list"):
+            if name == "half":
                 write_report(run)
             Ledger(run / "trials")
             if name == "half":
                 with pytest.raises(OrchestratorError):
                     merge_trial(run, "t9", view=None)  # type: ignore[arg-type]
-            if place in PROVEN_BY_PLAN and name in ("half", "a list"):
+            if place in PROVEN_BY_PLAN and name == "half":
                 submit()
             open_only(run)
             told = [event for event in read_jsonl(run / "events.jsonl") if event["kind"] == "record_damaged"]
-            checkpoint = "rung-" in place
+            checkpoint = "rung-" in place or place.endswith(".npz")
             expected = place not in TOLD_OTHERWISE and not (checkpoint and finished)
             assert bool(told) == expected, where
             if expected:
