@@ -8,6 +8,8 @@ needs it, so that `--help` and `plan` answer at once.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
 import os
@@ -21,7 +23,7 @@ import typer
 from orchestrator import cli_bundles, cli_init, cli_runs
 from orchestrator.cli_group import EPILOG, GroupedHelp, print_version
 from orchestrator.errors import NothingPromotedError, OrchestratorError, UsageError, VerificationError
-from orchestrator.units import printable
+from orchestrator.units import printable, printable_lines
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 UNEXPECTED = 4
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+"""What the operating system says of a place where nothing more can be written."""
 
 
 class Commands(GroupedHelp):
@@ -74,7 +78,16 @@ def _explain(error: Exception) -> int:
 
         print(f"error: {(known := cause_of(error))}", file=sys.stderr)
         return known.exit_code
-    traceback.print_exception(error)
+    failed = next((e for e in (getattr(error, "cause", None), error) if isinstance(e, OSError)), None)
+    if failed is not None and (failed.errno in UNWRITABLE or "No usable temporary directory" in str(failed)):
+        where = f"{failed.filename}: " if failed.filename else ""
+        print(printable(f"error: {where}{failed.strerror or failed}"), file=sys.stderr)
+        print(
+            "  to do: make room or rights there, and give the same command again: it goes on from what is on disk",
+            file=sys.stderr,
+        )
+        return UNEXPECTED
+    print(printable_lines("".join(traceback.format_exception(error))), file=sys.stderr, end="")
     print("this is a bug in orchestrator; the traceback above says where", file=sys.stderr)
     return UNEXPECTED
 
@@ -273,13 +286,16 @@ def _show_outcome(outcome: RunOutcome, as_json: bool) -> None:
     from orchestrator.report import final_screen
     from orchestrator.report.page import write_report
 
-    report_path = write_report(outcome.run_folder)
-    transfer = outcome.transfer.model_copy(update={"report": str(report_path)})
+    transfer = outcome.transfer
+    try:
+        transfer = transfer.model_copy(update={"report": str(write_report(outcome.run_folder))})
+    except UsageError as error:  # the run is done, whatever becomes of its page
+        print(f"the report was not written: {error}", file=sys.stderr)
     if as_json:
         result = {"sweep": outcome.sweep.model_dump(mode="json"), "transfer": transfer.model_dump(mode="json")}
         _print_json({"kind": "result", "run": str(outcome.run_folder), **result}, indent=None)
     else:
-        print(final_screen(outcome.sweep, transfer), flush=True)
+        print(printable_lines(final_screen(outcome.sweep, transfer)), flush=True)
 
 
 def _report_what_there_is(loaded: LoadedSpec, output: Path | None) -> None:
@@ -289,7 +305,8 @@ def _report_what_there_is(loaded: LoadedSpec, output: Path | None) -> None:
 
     folder = output_root(loaded, output).path / loaded.spec.name
     if folder.is_dir():
-        print(f"report: {write_report(folder)}", file=sys.stderr)
+        with contextlib.suppress(UsageError):
+            print(f"report: {write_report(folder)}", file=sys.stderr)
 
 
 @app.command()
@@ -344,7 +361,7 @@ def report(
     if as_json:
         _print_json({"report": str(path)})
     else:
-        print(path, flush=True)
+        print(printable(str(path)), flush=True)
     if follow:
         follow_run(run)
 
@@ -365,21 +382,22 @@ def doctor(address: Address = None, as_json: AsJson = False) -> None:
 
 def _print_json(value: object, *, indent: int | None = 2) -> None:
     """Strict JSON: what is not finite is null."""
-    from orchestrator.values import strict_json
+    from orchestrator.values import printable_json, strict_json
 
-    print(json.dumps(strict_json(value), indent=indent, ensure_ascii=False, allow_nan=False), flush=True)
+    text = json.dumps(strict_json(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    print(printable_json(text), flush=True)
 
 
 def _print_facts(value: Value) -> None:
     for name, content in value.model_dump(mode="json").items():
-        print(f"{name.replace('_', ' '):<24} {content}")
+        print(printable(f"{name.replace('_', ' '):<24} {content}"))
 
 
 def _print_rich(content: RenderableType) -> None:
     """At most 100 columns; without control codes where stdout is not a terminal."""
-    from rich.console import Console
+    from orchestrator.report.console import SafeConsole
 
-    console = Console(highlight=False)
+    console = SafeConsole()
     console.width = min(100, console.width) if console.is_terminal else 100
     console.print(content)
 

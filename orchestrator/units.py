@@ -48,3 +48,8 @@ def printable(text: str) -> str:
     `"\\x1b[31mred"` -> `"\\\\x1b[31mred"`. What a user reads out of data, file names, classes and column names goes through here.
     """
     return "".join(char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text)
+
+
+def printable_lines(text: str) -> str:
+    """As `printable`, with its line feeds kept: for a message of several lines."""
+    return text if text.isprintable() else "\n".join(map(printable, text.split("\n")))

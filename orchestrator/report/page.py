@@ -8,7 +8,7 @@ from pathlib import Path
 from orchestrator.report import curve, evidence, held_out, html, layers, live, sections, shift, timeline, trials
 from orchestrator.report.html import Html
 from orchestrator.report.reading import RunRecords, read_run
-from orchestrator.store import write_atomic
+from orchestrator.store import output_to, write_atomic
 
 REPORT = "report.html"
 FOLLOW_S = 5.0
@@ -19,10 +19,12 @@ def write_report(run_folder: Path) -> Path:
     """Write `report.html` into a run directory, finished or not, and return its path.
 
     Raises:
-        UsageError: `run_folder` is not a run directory.
+        UsageError: `run_folder` is not a run directory, or nothing can be written into it.
     """
     path = Path(run_folder) / REPORT
-    write_atomic(path, render_page(read_run(run_folder)))
+    page = render_page(read_run(run_folder))
+    with output_to(path, remedy="make room or rights in the run's folder, or copy it to where there are"):
+        write_atomic(path, page)
     return path
 
 

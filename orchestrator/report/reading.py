@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 from ruamel.yaml import YAML
@@ -134,12 +134,17 @@ def read_run(folder: Path) -> RunRecords:
         data_summary=_object(folder / "data" / "summary.json", gaps),
         bundle_manifest=_object(folder / "bundle" / "manifest.json", gaps),
         results=_results(folder / "trials", gaps),
-        submissions=tuple(_object(folder / "run.json", gaps).get("submissions", ())),
+        submissions=_submissions(_object(folder / "run.json", gaps)),
         progress=progress,
         refit_of=str(_object(folder / "refit" / "trial.json", gaps).get("trial_id", "")),
         read_at=read_at,
         gaps=tuple(gaps),
     )
+
+
+def _submissions(identity: dict[str, Any]) -> tuple[float, ...]:
+    found = identity.get("submissions")
+    return tuple(time for time in found if isinstance(time, int | float)) if isinstance(found, list) else ()
 
 
 def _results(trials: Path, gaps: list[str]) -> tuple[RungResult, ...]:
@@ -154,7 +159,12 @@ def _folders(parent: Path) -> list[Path]:
 
 def _text(path: Path, gaps: list[str]) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        if not path.exists():
+            return ""
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if not text and path.suffix == ".json":
+            gaps.append(f"{path.parent.name}/{path.name}: the file is empty")
+        return text
     except OSError as error:
         gaps.append(f"{path.name}: {error}")
         return ""
@@ -178,10 +188,13 @@ def _object(path: Path, gaps: list[str]) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         gaps.append(f"{path.parent.name}/{path.name}: {error}")
         return {}
-    return value if isinstance(value, dict) else {"content": value}
+    if isinstance(value, dict):
+        return value
+    gaps.append(f"{path.parent.name}/{path.name}: no JSON object")
+    return {}
 
 
 def _lines(path: Path, gaps: list[str], read: Callable[[dict[str, Any]], Any]) -> list[Any]:
@@ -193,7 +206,7 @@ def _lines(path: Path, gaps: list[str], read: Callable[[dict[str, Any]], Any]) -
             continue
         try:
             found.append(read(json.loads(line)))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             if number < len(lines):
                 gaps.append(f"{path.parent.name}/{path.name}:{number}: {str(error).splitlines()[0]}")
     return found
@@ -224,7 +237,8 @@ def _sweep_so_far(folder: Path, plan: RunPlan | None, spec_text: str, gaps: list
     if not trials and plan is None:
         return None
     base = next((trial.retain_loss for trial in trials if trial.control == "none"), None)
-    bound = math.inf if plan is not None and plan.search is None else float(search.get("max_forgetting", 0.10))
+    asked = search.get("max_forgetting")
+    bound = math.inf if plan is not None and plan.search is None else float(asked) if isinstance(asked, int | float) else 0.10
     best_counts = plan is not None and plan.search is not None and plan.search.patience is not None
     compared = [_compared(_scored(trial, base, metric, bound), best_counts) for trial in trials]
     return SweepResult(
@@ -244,7 +258,7 @@ def _sweep_so_far(folder: Path, plan: RunPlan | None, spec_text: str, gaps: list
 def _search_section(spec_text: str) -> dict[str, Any]:
     try:
         spec = YAML(typ="safe", pure=True).load(spec_text) if spec_text else {}
-    except YAMLError:
+    except (YAMLError, ValueError, RecursionError):
         return {}
     section = spec.get("search") if isinstance(spec, dict) else None
     return section if isinstance(section, dict) else {}
@@ -279,7 +293,7 @@ def _trial_record(
         learning_rate=trial.learning_rate,
         remedies=str(trial.remedies),
         seed=trial.seed,
-        state="failed" if failed else end.get("state", "running"),
+        state="failed" if failed else _state(end),
         reason=failed or str(end.get("reason", "")),
         rungs=tuple(_rung_record(result, metric) for result in done),
         total_steps=trial.total_steps,
@@ -287,6 +301,14 @@ def _trial_record(
         gang=ordered[-1].gang if ordered else -1,
         engine=engine_figures(engine) if engine else None,
     )
+
+
+def _state(end: dict[str, Any]) -> Literal["running", "finished", "stopped", "failed"]:
+    match end.get("state"):
+        case "finished" | "stopped" | "failed" as state:
+            return state
+        case _:
+            return "running"
 
 
 def _rung_record(result: RungResult, metric: str) -> RungRecord:

@@ -8,17 +8,18 @@ import sys
 import time
 from typing import TextIO
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.report.console import SafeConsole
 from orchestrator.report.progress import activity_text, left_text, progress_text
 from orchestrator.report.wording import MISSING, best_trial, counts, metric_text, plural, signed, sort_trials
 from orchestrator.transfer.records import TrialRecord
 from orchestrator.transfer.view import Activity, Progress, RunView
 from orchestrator.units import format_seconds, printable
-from orchestrator.values import strict_json
+from orchestrator.values import printable_json, strict_json
 
 WIDTH = 100
 QUIET_S = 8.5
@@ -148,7 +149,7 @@ class JsonView:
     def _say(self, kind: str, **fields: object) -> None:
         said = strict_json({"kind": kind, "at": round(time.time(), 3), **fields})
         line = json.dumps(said, default=str, ensure_ascii=False, allow_nan=False)
-        print(line, file=self._stream, flush=True)
+        print(printable_json(line), file=self._stream, flush=True)
 
     def start(self, *, name: str, metric: str, higher_is_better: bool, max_forgetting: float, num_trials: int) -> None:
         settings = {"metric": metric, "higher_is_better": higher_is_better, "max_forgetting": max_forgetting}
@@ -175,8 +176,8 @@ class JsonView:
 class SweepView:
     """The live table of a terminal: the best trial so far against the untouched base, and the trials; at most 100 columns."""
 
-    def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True)
+    def __init__(self, console: SafeConsole | None = None) -> None:
+        self._console = console or SafeConsole(stderr=True)
         self._board = Board()
         self._events: list[str] = []
         self._live = Live(console=self._console, get_renderable=self.render, refresh_per_second=4, transient=True)
@@ -260,7 +261,7 @@ class SweepView:
 
 
 def _line(written: str, style: str) -> Text:
-    line = Text(written.replace("\n", " "), style=style, no_wrap=True, overflow="ellipsis")
+    line = Text(printable(written.replace("\n", " ")), style=style, no_wrap=True, overflow="ellipsis")
     line.truncate(WIDTH, overflow="ellipsis")
     return line
 
@@ -281,5 +282,5 @@ def open_view(*, json_lines: bool = False, stream: TextIO | None = None) -> RunV
     if json_lines:
         return JsonView(target)
     if target.isatty():
-        return SweepView(Console(file=target))
+        return SweepView(SafeConsole(file=target))
     return LogView(target)

@@ -19,7 +19,7 @@ from orchestrator.runtime.records import base_result
 from orchestrator.runtime.refit import num_restarts, refit, result_file
 from orchestrator.runtime.scoring import Scoring
 from orchestrator.runtime.vigil import Patience
-from orchestrator.store import read_json, write_json
+from orchestrator.store import read_json, read_record, write_json
 from orchestrator.transfer.records import RefitRecord
 from orchestrator.transfer.view import RunView
 
@@ -184,7 +184,7 @@ def _stored_results(assignments: list[Assignment]) -> list[RungResult] | None:
     files = [result_file(assignment) for assignment in assignments]
     if not all(file.exists() for file in files):
         return None
-    results = [RungResult.model_validate(read_json(file)) for file in files]
+    results = [read_record(file, RungResult) for file in files]
     return results if all(result.state == "done" for result in results) else None
 
 

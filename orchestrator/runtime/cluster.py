@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from orchestrator.errors import BaseError, PlanError, UsageError
 from orchestrator.plan.placement import GPU_RANK_CPUS, RANK_CPUS
 from orchestrator.plan.values import ClusterDescription, ExecutionPlan, NodeDescription
-from orchestrator.store import find_gpus, num_usable_cpus, sampled_sha256, unreachable, write_atomic
+from orchestrator.store import file_identity, find_gpus, most_threads, num_usable_cpus, unreachable, write_atomic
 from orchestrator.store.stopping import stop_in_words
 
 SIGHT_S = 5.0
@@ -131,7 +131,7 @@ def probe_cluster(address: str | None = None) -> ClusterDescription:
             if node["Resources"].get("CPU", 0) >= 1 or node["Resources"].get("GPU", 0) >= 1
         )
         nodes = tuple(kind.model_copy(update={"count": count}) for kind, count in kinds.items())
-        return ClusterDescription(nodes=nodes, source="the live Ray cluster")
+        return ClusterDescription(nodes=nodes, source="the live Ray cluster", max_threads=most_threads())
 
 
 def require_shared_storage(folder: Path) -> None:
@@ -180,14 +180,6 @@ def require_base_everywhere(folder: Path, wanted: Mapping[str, str]) -> None:
             expected="the same files under this path on every node with a gang",
             remedy="put the base on storage that all nodes share, or copy it to those nodes; nothing was started",
         )
-
-
-def file_identity(path: Path) -> str:
-    """Size and a sampled hash of a file; empty where there is none. Cheap for files of any size."""
-    try:
-        return f"{path.stat().st_size} bytes, {sampled_sha256(path)[:16]}"
-    except OSError:
-        return ""
 
 
 def _differing(wanted: Mapping[str, str], found: Mapping[str, str]) -> str:

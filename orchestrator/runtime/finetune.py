@@ -35,8 +35,9 @@ def run_finetune(loaded: LoadedSpec, *, view: RunView, address: str | None = Non
         run = stack.enter_context(open_run(loaded, "finetune", output, view))
         stack.enter_context(in_plain_words(run.path))
         known = read_outcome(run.path)
-        view = stack.enter_context(Pulse(view, None if known else run.path))
-        prepared = prepare(loaded, "finetune", run, view, None if known else joins(stack, address, run.path))
+        stands = known is not None and run.plan.exists()
+        view = stack.enter_context(Pulse(view, None if stands else run.path))
+        prepared = prepare(loaded, "finetune", run, view, None if stands else joins(stack, address, run.path))
         if known is not None:
             return known
         view.start(

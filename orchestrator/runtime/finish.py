@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 
+from orchestrator.errors import IntegrityError
 from orchestrator.plan import REPEAT, late_controls
 from orchestrator.plan.results import RungResult
 from orchestrator.plan.values import TrialSpec
@@ -24,7 +26,8 @@ from orchestrator.runtime.records import base_result
 from orchestrator.runtime.scoring import Scoring
 from orchestrator.runtime.vigil import Patience
 from orchestrator.serve import BundleInputs
-from orchestrator.store import versions
+from orchestrator.store import check_artifact, versions
+from orchestrator.store.folders import MANIFEST
 from orchestrator.transfer import memory_rows
 from orchestrator.transfer.records import BundledFigures, SweepResult, TransferReport
 from orchestrator.transfer.view import RunView
@@ -110,10 +113,24 @@ def controls_beside(prepared: Prepared, ledger: Ledger, trial: TrialSpec, bundle
         elif not entry.ended_for_good:
             left_out.append(f"{trial_id} was held back after {entry.results[-1].step} steps")
         elif checkpoint := _checkpoint_beside(prepared, ledger, name, entry, bundled_step):
-            artifacts[name] = checkpoint
+            if damage := _damage(Path(checkpoint)):
+                left_out.append(f"{trial_id} is damaged: {damage}")
+            else:
+                artifacts[name] = checkpoint
         else:
             left_out.append(f"{trial_id} was trained to {entry.results[-1].step} steps and what is bundled to {bundled_step}")
     return Controls(artifacts, tuple(left_out), failed_seeds)
+
+
+def _damage(checkpoint: Path) -> str:
+    """What of a control's adapter or delta is not what its manifest says; empty where all of it is."""
+    if not (checkpoint / MANIFEST).exists():
+        return ""  # whoever attaches it says what is missing
+    try:
+        check_artifact(checkpoint)
+    except IntegrityError as error:
+        return str(error).splitlines()[0]
+    return ""
 
 
 def _checkpoint_beside(prepared: Prepared, ledger: Ledger, name: str, entry: TrialEntry, bundled_step: int) -> str | None:
@@ -131,6 +148,7 @@ def _inputs(prepared: Prepared, entry: TrialEntry, bundled: RungResult, controls
         name=prepared.spec.name,
         base_name=prepared.spec.base.model,
         base=prepared.plan.base,
+        base_sha256=prepared.plan.base_sha256,
         anatomy=prepared.anatomy,
         trial=entry.trial,
         selection=selection_of(prepared, entry),

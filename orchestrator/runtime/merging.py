@@ -13,7 +13,7 @@ from orchestrator.runtime.mishaps import in_plain_words
 from orchestrator.runtime.outcome import RunOutcome, write_outcome
 from orchestrator.runtime.prepare import reopen
 from orchestrator.runtime.pulse import Pulse
-from orchestrator.store import read_json
+from orchestrator.store import read_record
 from orchestrator.transfer.naming import find_trial
 from orchestrator.transfer.promotion import PROMOTABLE_CONTROLS
 from orchestrator.transfer.records import SweepResult
@@ -36,7 +36,7 @@ def merge_trial(
     with prepared.run as run:
         if not run.sweep.exists():
             raise UsageError("the search has not come to its end", where=str(run.path), remedy="submit the spec again")
-        sweep = SweepResult.model_validate(read_json(run.sweep))
+        sweep = read_record(run.sweep, SweepResult)
         chosen = choose(sweep, Ledger(run.trials), trial_id, promote=promote)
         before = sweep.winner_id
         if chosen != before:

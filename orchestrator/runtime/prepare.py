@@ -6,24 +6,30 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+
+from pydantic import ValidationError
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, read_anatomy, resolve_base
 from orchestrator.data import DataSummary, data_size, prepare_data
-from orchestrator.errors import UsageError
+from orchestrator.errors import IntegrityError, RunConflictError, UsageError
 from orchestrator.plan import make_assignment, make_plan, steps
 from orchestrator.plan.compilation import CompileChoice
 from orchestrator.plan.compiling import standing_choice, with_choice
 from orchestrator.plan.scored import LayerScores
 from orchestrator.plan.steps import StepSize
 from orchestrator.plan.values import Assignment, ClusterDescription, DataPaths, RunPlan, TrainSettings, TrialSpec
-from orchestrator.runtime.cluster import file_identity, require_base_everywhere
+from orchestrator.runtime.cluster import require_base_everywhere
+from orchestrator.runtime.mending import mend
 from orchestrator.runtime.places import output_root
 from orchestrator.runtime.scoring import Scoring
 from orchestrator.spec import JobSpec, LoadedSpec, spec_sha256
-from orchestrator.store import RunDirectory, read_json, write_json
+from orchestrator.store import RunDirectory, base_identity, file_identity, output_to, read_record, write_json
+from orchestrator.store.files import RECORD_REMEDY
+from orchestrator.store.run_directory import WRITABLE
 from orchestrator.train.evaluation import text_metric
 from orchestrator.transfer.view import RunView
+from orchestrator.values import content_hash
 
 Job = Literal["sweep", "finetune"]
 
@@ -95,6 +101,11 @@ def open_run(loaded: LoadedSpec, job: Job, output: Path | None, view: RunView) -
     if root.moved:
         view.event("output_moved", root.moved)
         run.event("output_moved", message=root.moved)
+    try:
+        mend(run, view)
+    except BaseException:
+        run.close()
+        raise
     return run
 
 
@@ -118,29 +129,24 @@ def prepare(
         require_metric(loaded)
     view.phase("base", "reading and hashing the base model's files")
     anatomy = read_anatomy(resolve_base(spec.base.model, loaded.folder), need_weights=True)
-    run.claim_base(identity_of_base(anatomy))
-    known = RunPlan.model_validate(read_json(run.plan)) if run.plan.exists() else None
+    base_sha256, known = _claim_base(run, anatomy)
     view.phase("data", "reading and tokenising")
-    data = prepare_data(loaded, Path(anatomy.folder), run.data, keep=known is not None)
-    before = known.data if known is not None and known.data.tokens_per_step else None
-    size = data_size(data, spec, run.data, planned=StepSize(before.tokens_per_step, before.step_ranks) if before else None)
+    with output_to(run.data, remedy=WRITABLE, only_full=True):
+        data = prepare_data(loaded, Path(anatomy.folder), run.data, keep=run.was_planned)
     if cluster is None:
-        assert known is not None, "a run that ended was planned"
+        assert known is not None, "a run whose plan is gone is planned again"
         return Prepared(spec, run, anatomy, data, known)
     tell_data(data, run, view)
-    sha256, scores = spec_sha256(spec, job), read_scores(run)
     view.phase("plan", "connecting to Ray")
     machines = cluster()
     folder = Path(anatomy.folder)
     require_base_everywhere(folder, {name: file_identity(folder / name) for name in _files_of(anatomy)})
-    plan = make_plan(loaded, anatomy, size, machines, job=job, spec_sha256=sha256, scores=scores)
-    filling = steps.filling_step(spec, size, plan.execution.ranks) if before is None else None
-    if filling is not None:
-        size = data_size(data, spec, run.data, planned=filling)
-        plan = make_plan(loaded, anatomy, size, machines, job=job, spec_sha256=sha256, scores=scores)
+    plan = plan_of_data(loaded, anatomy, Tokenised(data, run.data, known), machines, job, read_scores(run))
     if plan.search is not None:
         plan = with_choice(plan, standing_choice(spec.resources.compile, read_choice(run)))
-    write_json(run.plan, plan)
+    plan = plan.model_copy(update={"base_sha256": base_sha256})
+    with output_to(run.plan, remedy=WRITABLE):
+        write_json(run.plan, plan)
     if loaded.defaulted:
         view.event("default_section", loaded.defaulted)
         run.event("default_section", message=loaded.defaulted)
@@ -148,6 +154,60 @@ def prepare(
         view.event("warning", warning)
         run.event("warning", message=warning)
     return Prepared(spec, run, anatomy, data, plan)
+
+
+def _claim_base(run: RunDirectory, anatomy: ModelAnatomy) -> tuple[str, RunPlan | None]:
+    """(the base's hash, the run's plan where it has one), once the base is found to be what the plan was made for.
+
+    Raises:
+        RunConflictError: it is another one.
+    """
+    identity = identity_of_base(anatomy)
+    run.claim_base(identity)
+    base_sha256 = content_hash(identity)
+    known = read_record(run.plan, RunPlan) if run.plan.exists() else None
+    if known is not None and known.base_sha256 not in ("", base_sha256):
+        raise RunConflictError(
+            "the base's folder holds another base than when this run was planned",
+            where=anatomy.folder,
+            remedy="put the base back, or choose another `name`; nothing was overwritten",
+        )
+    return base_sha256, known
+
+
+class Tokenised(NamedTuple):
+    """The data of a run, and the plan that was made of it before, if any."""
+
+    summary: DataSummary
+    folder: Path
+    """Where `prepare_data` wrote the sets."""
+    known: RunPlan | None = None
+
+
+def plan_of_data(
+    loaded: LoadedSpec,
+    anatomy: ModelAnatomy,
+    data: Tokenised,
+    machines: ClusterDescription,
+    job: Job,
+    scores: LayerScores | None = None,
+) -> RunPlan:
+    """The exact plan of a job. A run goes on with the steps of its first plan, whatever cluster it is on by now.
+
+    Raises:
+        SelectionError: a layer policy does not fit the base.
+        PlanError: it does not fit the cluster.
+    """
+    spec, sha256 = loaded.spec, spec_sha256(loaded.spec, job)
+    before = data.known.data if data.known is not None and data.known.data.tokens_per_step else None
+    planned = StepSize(before.tokens_per_step, before.step_ranks) if before is not None else None
+    size = data_size(data.summary, spec, data.folder, planned=planned)
+    plan = make_plan(loaded, anatomy, size, machines, job=job, spec_sha256=sha256, scores=scores)
+    filling = steps.filling_step(spec, size, plan.execution.ranks) if before is None else None
+    if filling is None:
+        return plan
+    size = data_size(data.summary, spec, data.folder, planned=filling)
+    return make_plan(loaded, anatomy, size, machines, job=job, spec_sha256=sha256, scores=scores)
 
 
 def tell_data(data: DataSummary, run: RunDirectory, view: RunView) -> None:
@@ -160,12 +220,12 @@ def tell_data(data: DataSummary, run: RunDirectory, view: RunView) -> None:
 
 def read_scores(run: RunDirectory) -> LayerScores | None:
     """What the run's probe found, once it has been; also that it failed."""
-    return LayerScores.model_validate(read_json(run.layer_scores)) if run.layer_scores.exists() else None
+    return read_record(run.layer_scores, LayerScores) if run.layer_scores.exists() else None
 
 
 def read_choice(run: RunDirectory) -> CompileChoice | None:
     """Whether the run's trials train with compiled blocks, once that is settled."""
-    return CompileChoice.model_validate(read_json(run.compile_choice)) if run.compile_choice.exists() else None
+    return read_record(run.compile_choice, CompileChoice) if run.compile_choice.exists() else None
 
 
 def require_metric(loaded: LoadedSpec) -> None:
@@ -202,22 +262,28 @@ def reopen(run_folder: Path) -> Prepared:
         raise UsageError("no planned run", where=str(run_folder), expected="a folder with plan.json, as a sweep leaves it")
     run = RunDirectory.reopen(run_folder)
     try:
-        plan = RunPlan.model_validate(read_json(run.plan))
-        spec = JobSpec.model_validate(run.identity["values"])
+        plan = read_record(run.plan, RunPlan)
+        spec = _recorded_spec(run)
         anatomy = read_anatomy(Path(plan.base.folder), need_weights=True)
         run.claim_base(identity_of_base(anatomy))
-        data = DataSummary.model_validate(read_json(run.data / "summary.json"))
+        data = read_record(run.data / "summary.json", DataSummary)
     except BaseException:
         run.close()
         raise
     return Prepared(spec, run, anatomy, data, plan)
 
 
+def _recorded_spec(run: RunDirectory) -> JobSpec:
+    try:
+        return JobSpec.model_validate(run.identity["values"])
+    except ValidationError as error:
+        what = f"no spec: {error.errors()[0]['msg']}"
+        raise IntegrityError(what, where=str(run.path / "run.json"), remedy=RECORD_REMEDY) from None
+
+
 def identity_of_base(anatomy: ModelAnatomy) -> dict[str, Any]:
-    """The base's config, and what its weight files hold; folders and times are left out, for copies are the same base."""
-    folder = Path(anatomy.folder)
-    weights = {file: file_identity(folder / file) for file in _weight_files(anatomy)}
-    return {"config": read_json(folder / "config.json"), "weights": weights}
+    """What `RunDirectory.claim_base` compares."""
+    return base_identity(Path(anatomy.folder), _weight_files(anatomy))
 
 
 def _weight_files(anatomy: ModelAnatomy) -> list[str]:

@@ -18,6 +18,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestrator.anatomy import ModelAnatomy
 from orchestrator.errors import RankOutOfMemoryError, TrainingError
+from orchestrator.plan.ownership import owner_of
 from orchestrator.plan.relief import fits_in_no_way, nothing_smaller, relieve, with_relief
 from orchestrator.plan.results import RungResult
 from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan
@@ -26,7 +27,7 @@ from orchestrator.runtime.assignments import failed_result
 from orchestrator.runtime.cluster import placement_strategy, rank_resources, worker_env
 from orchestrator.runtime.minding import Minder, send_pulses
 from orchestrator.runtime.mishaps import describe
-from orchestrator.store import read_json, write_json
+from orchestrator.store import read_record, write_json
 from orchestrator.values import Value
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def refit(base: BaseLoad, anatomy: ModelAnatomy, assignments: list[Assignment], 
                 where=str(folder.parent),
                 remedy="submit the same spec again: it goes on from the newest whole checkpoint",
             ) from error
-        return [RungResult.model_validate(read_json(result_file(assignment))) for assignment in assignments]
+        return [read_record(result_file(assignment), RungResult) for assignment in assignments]
 
 
 def _why(error: Exception, minder: Minder) -> str:
@@ -122,7 +123,7 @@ def _trainer(base: BaseLoad, anatomy: ModelAnatomy, assignments: list[Assignment
 def num_restarts(folder: Path) -> int:
     """How often a refit in this folder was begun again, by its worker group or by another submission."""
     starts = folder / STARTS
-    return max(0, len(starts.read_text().splitlines()) - 1) if starts.exists() else 0
+    return max(0, len(starts.read_bytes().splitlines()) - 1) if starts.exists() else 0
 
 
 def result_file(assignment: Assignment) -> Path:
@@ -157,11 +158,12 @@ def _run(host: TrainHost, assignment: Assignment) -> RungResult:
     Raises:
         RankOutOfMemoryError: memory ran out on this rank alone; how the next worker group goes on is written down.
     """
-    from orchestrator.train import drop_later_checkpoints, find_latest
+    from orchestrator.train import drop_later_checkpoints, find_own
 
     ranks, folder = host.ranks, Path(assignment.folder)
-    newest, known = ranks.broadcast((find_latest(folder), _stepped_down(assignment)) if ranks.first else None)
-    notes = known.notes if known is not None else ()
+    found = (find_own(folder, owner_of(assignment)), _stepped_down(assignment)) if ranks.first else None
+    (newest, told), known = ranks.broadcast(found)
+    notes = (*(known.notes if known is not None else ()), *told)
     if known is not None and known.execution is None:
         return failed_result(assignment, known.reason).model_copy(update={"notes": notes})
     execution = with_relief(assignment.execution, known.execution if known is not None else None)
@@ -198,7 +200,7 @@ def _step_down(execution: ExecutionPlan, notes: tuple[str, ...], error: RankOutO
 
 def _stepped_down(assignment: Assignment) -> SteppedDown | None:
     file = _stepped_down_file(assignment)
-    return SteppedDown.model_validate(read_json(file)) if file.exists() else None
+    return read_record(file, SteppedDown) if file.exists() else None
 
 
 def _stepped_down_file(assignment: Assignment) -> Path:

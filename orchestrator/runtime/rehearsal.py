@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.anatomy import read_anatomy, resolve_base
-from orchestrator.data import DataSummary, data_size, prepare_data
+from orchestrator.data import DataSummary, prepare_data
 from orchestrator.errors import RunConflictError
-from orchestrator.plan import make_plan
+from orchestrator.plan.defaults import with_section
 from orchestrator.plan.values import ClusterDescription, RunPlan
 from orchestrator.runtime.outcome import read_outcome
 from orchestrator.runtime.places import output_root
-from orchestrator.runtime.prepare import Job, identity_of_base, require_metric
-from orchestrator.spec import LoadedSpec, require_section, spec_sha256
-from orchestrator.store import read_json
+from orchestrator.runtime.prepare import Job, Tokenised, identity_of_base, plan_of_data, require_metric
+from orchestrator.spec import LoadedSpec, spec_sha256
+from orchestrator.store import read_record
 from orchestrator.store.run_directory import is_same_run, require_same_base
 
 
@@ -42,7 +42,7 @@ def rehearse(loaded: LoadedSpec, job: Job, *, output: Path | None = None, cluste
         RunConflictError: the run's folder holds another run, or trained another base or other data.
         PlanError: it does not fit.
     """
-    require_section(loaded, job)
+    loaded = with_section(loaded, job)
     if job == "sweep":
         require_metric(loaded)
     sha256 = spec_sha256(loaded.spec, job)
@@ -51,19 +51,16 @@ def rehearse(loaded: LoadedSpec, job: Job, *, output: Path | None = None, cluste
     anatomy = read_anatomy(resolve_base(loaded.spec.base.model, loaded.folder), need_weights=True)
     if known:
         require_same_base(run_folder, identity_of_base(anatomy))
+    plan_file, summary_file = run_folder / "plan.json", run_folder / "data" / "summary.json"
+    planned = read_record(plan_file, RunPlan) if known and plan_file.exists() else None
     with tempfile.TemporaryDirectory(prefix="orchestrator-data-") as folder:
         data = prepare_data(loaded, Path(anatomy.folder), Path(folder))
-        size = data_size(data, loaded.spec, Path(folder))
-    summary = run_folder / "data" / "summary.json"
-    if (
-        known
-        and summary.exists()
-        and (run_folder / "plan.json").exists()
-        and read_json(summary)["inputs_sha256"] != data.inputs_sha256
-    ):
-        what = "the data has changed since this run began"
-        raise RunConflictError(what, where=str(run_folder), remedy="put it back, or choose another `name`")
-    plan = make_plan(loaded, anatomy, size, cluster(), job=job, spec_sha256=sha256)
+        if planned is not None and summary_file.exists():
+            before = read_record(summary_file, DataSummary)
+            if {name: part.sha256 for name, part in before.splits.items()} != {n: part.sha256 for n, part in data.splits.items()}:
+                what = "the data has changed since this run began"
+                raise RunConflictError(what, where=str(run_folder), remedy="put it back, or choose another `name`")
+        plan = plan_of_data(loaded, anatomy, Tokenised(data, Path(folder), planned), cluster(), job)
     return Rehearsal(plan, data, run_folder, _would(run_folder, known))
 
 

@@ -58,8 +58,9 @@ def run_sweep(loaded: LoadedSpec, *, view: RunView, address: str | None = None, 
         run = stack.enter_context(open_run(loaded, "sweep", output, view))
         stack.enter_context(in_plain_words(run.path))
         finished = _finished(run, loaded)
-        view = stack.enter_context(Pulse(view, None if finished else run.path))
-        prepared = prepare(loaded, "sweep", run, view, None if finished else joins(stack, address, run.path))
+        stands = finished is not None and run.plan.exists()
+        view = stack.enter_context(Pulse(view, None if stands else run.path))
+        prepared = prepare(loaded, "sweep", run, view, None if stands else joins(stack, address, run.path))
         if finished is not None:
             return finished
         prepared, sweep = _search(prepared, view, started_at)

@@ -84,7 +84,7 @@ class FusedRun:
         return [member.failure for member in members]
 
     def _member(self, run: TrialRun, branch: Branch, objective: Objective, stack: ExitStack) -> Member:
-        start = run.start_point()
+        start = run.start_point(branch)
         engine = run.build_engine(objective, branch)
         stack.callback(engine.close)
         if start is not None and not start.exact:

@@ -12,6 +12,7 @@ import torch
 
 from orchestrator.anatomy.values import ModelAnatomy
 from orchestrator.data import TokenizedSet
+from orchestrator.data.known import load_known
 from orchestrator.errors import (
     OutOfMemoryError,
     RankOutOfMemoryError,
@@ -284,7 +285,7 @@ class TrainHost:
     def _load_set(self, path: str) -> TokenizedSet:
         """A tokenised set, read once per process."""
         if path not in self._sets:
-            self._sets[path] = TokenizedSet.load(Path(path))
+            self._sets[path] = load_known(Path(path))
         return self._sets[path]
 
     def finish(self, *assignments: Assignment) -> None:

@@ -1,4 +1,3 @@
-# ruff: noqa: RUF001
 """Chat templates in the documented formats of published model families, each with a tiny tokenizer that has its control tokens.
 
 The templates are short ones of our own that write what the family's format says; what they are here for is where they differ:
