@@ -14,10 +14,10 @@ from rich.text import Text
 from orchestrator.anatomy import read_anatomy, resolve_base
 from orchestrator.cli_machine import describe_this_machine
 from orchestrator.data import DataSummary, prepare_data
-from orchestrator.data.reading import BadRow, find_files, read_rows
+from orchestrator.data.measure import measure_data
 from orchestrator.errors import UsageError
-from orchestrator.plan import estimate_data_size, make_plan, read_cluster_file
-from orchestrator.plan.values import ClusterDescription, DataSize, RunPlan
+from orchestrator.plan import make_plan, read_cluster_file
+from orchestrator.plan.values import ClusterDescription, RunPlan
 from orchestrator.spec import LoadedSpec, spec_sha256
 
 Job = Literal["sweep", "finetune"]
@@ -50,50 +50,6 @@ def _cluster(cluster_file: Path | None, address: str | None) -> ClusterDescripti
 
         return probe_cluster(address)
     return describe_this_machine()
-
-
-def measure_data(loaded: LoadedSpec) -> DataSize:
-    """Rows, bytes and, for `classify`, classes of the files that the spec names; nothing is tokenised.
-
-    Raises:
-        DataError: a path matches no file.
-    """
-    spec = loaded.spec
-    sources = [spec.data.train] if isinstance(spec.data.train, str) else [source.path for source in spec.data.train]
-    train = [path for source in sources for path in find_files(loaded.resolve(source))]
-    evaluation = find_files(loaded.resolve(spec.data.eval)) if isinstance(spec.data.eval, str) else None
-    if isinstance(spec.data.test, str):
-        find_files(loaded.resolve(spec.data.test))
-    classes = _classes(train, spec.data.columns.label) if spec.task == "classify" else []
-    estimate = estimate_data_size(
-        _num_bytes(train),
-        sum(map(_num_rows, train)),
-        spec,
-        eval_bytes=_num_bytes(evaluation) if evaluation is not None else None,
-        retain_bytes=_num_bytes(find_files(loaded.resolve(spec.data.retain))) if spec.data.retain else 0,
-        num_classes=len(classes),
-    )
-    return estimate.model_copy(update={"class_names": tuple(classes)})
-
-
-def _num_bytes(files: list[Path]) -> int:
-    return sum(path.stat().st_size for path in files)
-
-
-def _num_rows(path: Path) -> int:
-    if path.suffix == ".parquet":
-        from pyarrow import parquet
-
-        return parquet.read_metadata(path).num_rows
-    with path.open("rb") as file:
-        lines = sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
-    return max(1, lines - (path.suffix in (".csv", ".tsv")))
-
-
-def _classes(files: list[Path], column: str) -> list[str]:
-    """Labels that occur, sorted. A row that cannot be read is none of the plan's business: the run names it."""
-    rows = (row for path in files for row in read_rows(str(path)) if not isinstance(row, BadRow))
-    return sorted({str(row.values[column]) for row in rows if row.values.get(column) is not None})
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,8 @@ class Encoder:
 
     def _completions(self, examples: Sequence[Example]) -> Iterator[Document]:
         """Loss on the completion and the end token; prompt and completion are tokenised apart, as at serving."""
-        prompts = [f"{example.prompt}{self._data.separator}" for example in examples]
+        between = self._data.separator
+        prompts = [f"{row.prompt}{between if row.separator is None else row.separator}" for row in examples]
         answers = [str(example.completion) for example in examples]
         encoded = zip(examples, prompts, answers, self._ids(prompts), self._ids(answers), strict=True)
         for example, prompt, answer, head, tail in encoded:

@@ -53,7 +53,8 @@ def prepare_data(loaded: LoadedSpec, tokenizer_folder: Path, out_folder: Path, *
         BaseError: the base has no tokenizer, or no chat template where the task needs one.
     """
     spec = loaded.spec
-    sources = find_sources(loaded)
+    left_out = LeftOut(loaded.folder)
+    sources = find_sources(loaded, left_out)
     inputs = _inputs_sha256(spec, sources, tokenizer_folder)
     known = _made_before(out_folder, inputs)
     if known is not None:
@@ -65,7 +66,6 @@ def prepare_data(loaded: LoadedSpec, tokenizer_folder: Path, out_folder: Path, *
             expected="the files, tokenizer and data section that its trials were trained on",
             remedy="put them back, or choose another `name`; nothing was overwritten",
         )
-    left_out = LeftOut(loaded.folder)
     found = read_examples(spec, sources, left_out)
     parts = make_splits(loaded, found, left_out)
     tokenizer = load_tokenizer(tokenizer_folder)

@@ -32,7 +32,8 @@ def make_splits(loaded: LoadedSpec, found: dict[str, list[Example]], left_out: L
         DataError: a split has no row left.
     """
     data, seed = loaded.spec.data, loaded.spec.train.seed
-    eval_share, test_share = (value if isinstance(value, float) else 0.0 for value in (data.eval, data.test))
+    shares = {name: getattr(data, name) for name in ("eval", "test") if name not in found}
+    eval_share, test_share = (shares.get(name, 0.0) for name in ("eval", "test"))
     parts = split_by_share(found["train"], eval_share, test_share, seed)
     parts |= {name: found[name] for name in ("eval", "test") if name in found}
     splits = remove_shared(parts["train"], parts["eval"], parts["test"])

@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 from ruamel.yaml import YAML
 
 from orchestrator.spec.loader import LoadedSpec
-from orchestrator.spec.models import JobSpec, SearchSpec, Tune
+from orchestrator.spec.models import DataSpec, JobSpec, SearchSpec, Tune
 from orchestrator.values import content_hash
 
 Job = Literal["sweep", "finetune"]
@@ -27,6 +27,13 @@ def spec_sha256(spec: JobSpec, job: Job) -> str:
             del values["search"]["points"]  # so that runs begun before there were points keep their identity
         if not values["search"]["learning_curve"]:
             del values["search"]["learning_curve"]  # likewise
+    usual = DataSpec(train="").model_dump(mode="json")
+    for key in ("format", "template", "template_without_input", "delimiter", "text_documents"):
+        if values["data"][key] == usual[key]:
+            del values["data"][key]  # likewise
+    for key in ("input", "system", "tools"):
+        if values["data"]["columns"][key] == usual["columns"][key]:
+            del values["data"]["columns"][key]  # likewise
     return content_hash({"job": job, **values})
 
 
