@@ -11,8 +11,8 @@ from orchestrator.data.reading import BadRow, ChooseColumns, Row, RowError, Unre
 from orchestrator.units import printable
 
 BATCH_ROWS = 4096
-STREAM_END = (b"\xff\xff\xff\xff\x00\x00\x00\x00", b"\x00\x00\x00\x00")
-"""What closes an Arrow stream, and closed it before Arrow 0.15."""
+STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+"""What closes an Arrow stream."""
 
 
 def read_columnar(file: DataFile, choose: ChooseColumns) -> Iterator[Row | BadRow]:

@@ -253,5 +253,6 @@ class _Scanner:
             length += len(piece)
             if length >= max(1, len(waiting)):
                 break
-        self._buffer, self._position = "".join(pieces), 0
+        if length:
+            self._buffer, self._position = "".join(pieces), 0
         return length > 0

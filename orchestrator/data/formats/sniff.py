@@ -176,7 +176,7 @@ def _json_kind(text: str, is_whole: bool) -> Kind | None:
     except (ValueError, RecursionError):
         first = None
     if text.startswith("["):
-        return "JSON Lines" if first is not None and rest.strip() else "JSON"
+        return "JSON Lines" if first is not None and rest.lstrip().startswith("[") else "JSON"
     if first is not None:
         return "JSON" if not rest.strip() and is_whole and WRAPPED.match(line) else "JSON Lines"
     if not is_complete:

@@ -17,7 +17,9 @@ def write(path: Path, content: str | bytes) -> Path:
 
 def read(path: Path, *columns: str, **options: Any) -> tuple[list[tuple[int, dict]], list[tuple[int, str]]]:
     """(line, values) of good rows, (line, reason) of bad ones."""
-    rows = list(read_rows(sniff(path, columns=columns), lambda names: [n for n in names if not columns or n in columns], **options))
+    rows = list(
+        read_rows(sniff(path, columns=columns), lambda names: [n for n in names if not columns or n in columns], **options)
+    )
     assert all(row.file == str(path) for row in rows)
     good = [(row.line, row.values) for row in rows if isinstance(row, Row)]
     return good, [(row.line, row.reason) for row in rows if isinstance(row, BadRow)]

@@ -15,11 +15,11 @@ import pyarrow.feather as feather
 import pyarrow.parquet as parquet
 import pytest
 from pyarrow import ipc
-from tests.unit.data.reading import bad_rows, read, write
 
 from orchestrator.data.formats import read_rows, sniff
 from orchestrator.data.reading import Row, Unreadable
 from orchestrator.errors import DataError
+from tests.unit.data.reading import bad_rows, read, write
 
 ROWS = [{"prompt": f"p{n}\n", "completion": f"ä, {n}; \t|"} for n in range(5)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -31,7 +31,9 @@ def test_json_lines_keep_line_numbers_over_blank_lines_and_other_separators(tmp_
 
 
 def test_json_lines_name_every_bad_row_and_read_on(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", b'{"a": 1}\n{"a": \n[1]\n{"a": "\xff"}\n' + b"[" * 99999 + b'\n{"a": 2}\n{"a": 1, "a": 2}\n')
+    path = write(
+        tmp_path / "a.jsonl", b'{"a": 1}\n{"a": \n[1]\n{"a": "\xff"}\n' + b"[" * 99999 + b'\n{"a": 2}\n{"a": 1, "a": 2}\n'
+    )
     good, bad = read(path)
     assert good == [(1, {"a": 1}), (6, {"a": 2})]
     assert [line for line, _ in bad] == [2, 3, 4, 5, 7]
@@ -64,13 +66,15 @@ ARRAY = '[\n {"a": 1,\n  "b": [{"c": "]"}]},\n\n {"a": 2}, {"a": 3}\n]\n'
         ("a.data", '{"a": 1}\n\n{"a": 2}\n{"a": 3}', [1, 3, 4]),
     ],
 )
-def test_json_is_found_by_its_content_with_the_line_of_every_row(tmp_path: Path, name: str, content: str, lines: list[int]) -> None:
+def test_json_is_found_by_its_content_with_the_line_of_every_row(
+    tmp_path: Path, name: str, content: str, lines: list[int]
+) -> None:
     good, bad = read(write(tmp_path / name, content))
     assert ([values["a"] for _, values in good], [line for line, _ in good], bad) == ([1, 2, 3], lines, [])
 
 
 def test_a_large_array_is_read_in_pieces_with_exact_lines(tmp_path: Path) -> None:
-    rows = [{"text": "ä\\\"]}" * (n % 50 * 20), "n": n} for n in range(4000)]
+    rows = [{"text": 'ä\\"]}' * (n % 50 * 20), "n": n} for n in range(4000)]
     good, bad = read(write(tmp_path / "a.json", json.dumps(rows, indent=1, ensure_ascii=False)))
     assert (good, bad) == ([(2 + 4 * n, row) for n, row in enumerate(rows)], [])
     long = [{"text": "x" * 5_000_000, "n": 1}, {"text": "", "n": 2}]
@@ -88,7 +92,7 @@ def test_a_large_array_is_read_in_pieces_with_exact_lines(tmp_path: Path) -> Non
         ('[{"a": 1}]\n{"a": 2}', 1, 2, "text after the end of the JSON array"),
         ('[{"a": 1},\n{"a": "\xff"}]', 0, 1, "not UTF-8"),
         ('[{"a": 1},\n' + "[" * 99999, 1, 2, "malformed JSON"),
-        ('{\n"a": 1\n}\n{\n"a": ', 1, 4, "malformed JSON"),
+        ('{\n"a": 1\n}\n{\n"a": ', 1, 5, "malformed JSON"),
     ],
 )
 def test_damage_in_json_over_lines_ends_the_file_and_is_told(
@@ -173,7 +177,7 @@ def test_the_delimiter_is_found(tmp_path: Path, mark: str) -> None:
         ("a.csv", "text\nhello; you | there\n", (), {"text": "hello; you | there"}),
         ("a.csv", 'text\n"hello, you"\n', (), {"text": "hello, you"}),
         ("a.csv", "sep=;\na;b\n1,5;2\n", (), {"a": "1,5", "b": "2"}),
-        ("a.csv", "a, b\n1, \"x, y\"\n", (), {"a": "1", "b": "x, y"}),
+        ("a.csv", 'a, b\n1, "x, y"\n', (), {"a": "1", "b": "x, y"}),
         ("a.csv", "id|note;text;label\n1|2;x;y\n", ("text", "label"), {"text": "x", "label": "y"}),
         ("a.tsv", "a,b\n1,2\n", (), {"a": "1", "b": "2"}),
         ("a.csv", "a,b\n1,2\n3\n4,5,6\n7,8\n", (), {"a": "1", "b": "2"}),
