@@ -48,3 +48,8 @@ def printable(text: str) -> str:
     `"\\x1b[31mred"` -> `"\\\\x1b[31mred"`. What a user reads out of data, file names, classes and column names goes through here.
     """
     return "".join(char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text)
+
+
+def quoted(name: str) -> str:
+    """`printable` between quotes: `'label'`."""
+    return f"'{printable(name)}'"

@@ -6,7 +6,7 @@ from decimal import Decimal
 from typing import Any
 
 from orchestrator.data.reading import RowError, Unreadable
-from orchestrator.units import printable
+from orchestrator.units import printable, quoted
 
 KINDS = {dict: "an object", list: "a list", tuple: "a list", bytes: "bytes", set: "a set"}
 
@@ -33,25 +33,25 @@ def to_text(value: Any, name: str) -> str:
         try:
             return value.decode()
         except UnicodeDecodeError:
-            raise RowError(f"column {_quoted(name)} holds bytes that are no text, expected text") from None
+            raise RowError(f"column {quoted(name)} holds bytes that are no text, expected text") from None
     if isinstance(value, Unreadable):
         kind = printable(value.kind)
-        raise RowError(f"column {_quoted(name)} holds a value of type {kind}, expected text: write it as text in the file")
-    raise RowError(f"column {_quoted(name)} holds {kind_of(value)}, expected text")
+        raise RowError(f"column {quoted(name)} holds a value of type {kind}, expected text: write it as text in the file")
+    raise RowError(f"column {quoted(name)} holds {kind_of(value)}, expected text")
 
 
 def to_full_text(value: Any, name: str) -> str:
     """Likewise, and more than white space."""
     text = to_text(value, name)
     if not text or text.isspace():
-        raise RowError(f"column {_quoted(name)} is empty" + (" (white space only)" if text else ""))
+        raise RowError(f"column {quoted(name)} is empty" + (" (white space only)" if text else ""))
     return text
 
 
 def to_label(value: Any, name: str) -> str:
     """A class: text, a whole number or a boolean."""
     if isinstance(value, float | Decimal) and value == value and value != int(value if abs(value) != float("inf") else 0):
-        raise RowError(f"column {_quoted(name)} holds a number that is not whole, expected a class: text or a whole number")
+        raise RowError(f"column {quoted(name)} holds a number that is not whole, expected a class: text or a whole number")
     return to_full_text(value, name)
 
 
@@ -72,7 +72,7 @@ def kind_of(value: Any) -> str:
 
 def _number(value: float | Decimal, name: str) -> str:
     if value != value or abs(value) == float("inf"):
-        raise RowError(f"column {_quoted(name)} holds no number (NaN or infinity), expected text")
+        raise RowError(f"column {quoted(name)} holds no number (NaN or infinity), expected text")
     if value == int(value):
         return str(int(value))
     return format(value.normalize(), "f") if isinstance(value, Decimal) else repr(value)
@@ -82,9 +82,5 @@ def _check_unicode(text: str, name: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        where = f" of column {_quoted(name)}" if name else ""
+        where = f" of column {quoted(name)}" if name else ""
         raise RowError(f"half of a surrogate pair, which is no Unicode text{where}", f"\\u{ord(text[error.start]):04x}") from None
-
-
-def _quoted(name: str) -> str:
-    return repr(printable(name))

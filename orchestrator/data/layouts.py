@@ -12,7 +12,7 @@ from orchestrator.data.reading import Row, RowError
 from orchestrator.data.templates import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, Template
 from orchestrator.data.turns import Turn, TurnNotes, read_tools, read_turns
 from orchestrator.spec.models import ColumnsSpec, DataFormat, DataSpec, Task
-from orchestrator.units import printable
+from orchestrator.units import printable, quoted
 
 USUAL = ColumnsSpec()
 Payload = dict[str, Any]
@@ -66,7 +66,7 @@ class Layouts:
         missing = nearest.missing(names)
         found = printable(", ".join(sorted(map(str, names)))) or "none"
         hint = missing_hint(self._task, self._data.columns, missing, names)
-        raise RowError(f"no column {' and '.join(repr(printable(name)) for name in missing)}", f"it has {found}{hint}")
+        raise RowError(f"no column {' and '.join(quoted(name) for name in missing)}", f"it has {found}{hint}")
 
     def _document(self) -> Layout:
         if self._task != "text":
@@ -202,7 +202,7 @@ class Layouts:
         system = row.values.get(columns.system)
         if _is_full(system):
             if turns[0]["role"] == "system":
-                raise RowError(f"column {printable(columns.system)!r} holds a system text, and so does the first turn")
+                raise RowError(f"column {quoted(columns.system)} holds a system text, and so does the first turn")
             turns = (_said("system", to_text(system, columns.system)), *turns)
         given = row.values.get(columns.tools)
         name = columns.tools if given is not None else "functions"

@@ -13,7 +13,7 @@ from orchestrator.data.rows import RowReader
 from orchestrator.data.summary import LeftOut
 from orchestrator.spec.models import DataSpec
 from orchestrator.store import sha256_file
-from orchestrator.units import printable
+from orchestrator.units import printable, quoted
 
 MANY_LINES = 20
 """Lines from which a text file may be meant as many documents."""
@@ -88,7 +88,7 @@ def note_reading(reading: SplitReading, left_out: LeftOut) -> None:
     left_out.info(f"{split}: {files}; {_layouts(reading)}")
     unread = sorted(rows.unread_columns())
     if unread:
-        names = shown([repr(printable(name)) for name in unread], 10)
+        names = shown([quoted(name) for name in unread], 10)
         if rows.columns_look_like_alpaca:
             remedy = "set data.format: alpaca, or join columns to a prompt with data.template"
             left_out.warn(
@@ -98,7 +98,7 @@ def note_reading(reading: SplitReading, left_out: LeftOut) -> None:
             left_out.info(f"{split}: columns that are not read: {names}")
     notes = rows.notes
     if notes.unread_keys:
-        keys = shown([f"{printable(key)!r} ({len(places)})" for key, places in sorted(notes.unread_keys.items())], 10)
+        keys = shown([f"{quoted(key)} ({len(places)})" for key, places in sorted(notes.unread_keys.items())], 10)
         places = next(iter(notes.unread_keys.values()))
         left_out.info(f"{split}: keys of turns that are not read (in how many turns): {keys}", places=places)
     if notes.empty_answers:
@@ -116,17 +116,17 @@ def _layouts(reading: SplitReading) -> str:
     for entry in rows.readings.values():
         if entry.layout is not None and entry.count:
             layout = entry.layout
-            columns = " and ".join(repr(printable(name)) for name in layout.required)
+            columns = " and ".join(quoted(name) for name in layout.required)
             why = f"the column{'s' if len(layout.required) > 1 else ''} {columns}"
             counts[layout.format, why] = counts.get((layout.format, why), 0) + entry.count
     if not counts:
         return "no row can be used"
     said = " (data.format)" if rows.spec.data.format != "auto" and reading.split != "retain" else ""
-    turns = rows.notes.num_sharegpt
     parts: list[str] = []
     for (name, why), count in sorted(counts.items(), key=lambda item: -item[1]):
-        style = " with ShareGPT's from and value" if turns and name in ("messages", "sharegpt") else ""
-        parts.append(f"{count:,} row{'s' if count != 1 else ''} read as {name}{said} by {why}{style}")
+        parts.append(f"{count:,} row{'s' if count != 1 else ''} read as {name}{said} by {why}")
+    if rows.notes.num_sharegpt:
+        parts.append(f"turns with ShareGPT's from and value in {rows.notes.num_sharegpt:,} of them")
     return "; ".join(parts)
 
 

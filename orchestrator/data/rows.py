@@ -13,7 +13,7 @@ from orchestrator.data.layouts import Layout, Layouts
 from orchestrator.data.reading import BadRow, Row, RowError
 from orchestrator.data.turns import TurnNotes
 from orchestrator.spec.models import JobSpec, Task
-from orchestrator.units import printable
+from orchestrator.units import printable, quoted
 
 RETENTION_TASKS: tuple[Task, ...] = ("text", "completion", "chat")
 """How a row of the retention set may be read, the first that it has the columns for."""
@@ -145,7 +145,7 @@ class RowReader:
         group = self._group
         if group and self.split == "train" and group not in names and not is_document:
             found = printable(", ".join(sorted(map(str, names)))) or "none"
-            raise RowError(f"no column {printable(group)!r}, which data.group names", f"it has {found}")
+            raise RowError(f"no column {quoted(group)}, which data.group names", f"it has {found}")
         problems: list[RowError] = []
         for layouts in self._layouts:
             try:

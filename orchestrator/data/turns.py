@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from orchestrator.data.cells import kind_of, to_text
 from orchestrator.data.reading import RowError
-from orchestrator.units import printable
+from orchestrator.units import printable, quoted
 
 ROLES = {
     "system": "system",
@@ -65,12 +65,12 @@ def read_turns(value: Any, name: str, place: str, notes: TurnNotes, *, absent_as
     Raises:
         RowError: it is none, or a turn cannot be read.
     """
-    quoted = repr(printable(name))
+    column = quoted(name)
     if isinstance(value, str):
-        value = _from_json(value, f"column {quoted} holds text that is no JSON list of turns")
+        value = _from_json(value, f"column {column} holds text that is no JSON list of turns")
     if not isinstance(value, list) or not value:
         found = "an empty list" if value == [] else kind_of(value)
-        raise RowError(f"column {quoted} holds {found}, expected a list of turns")
+        raise RowError(f"column {column} holds {found}, expected a list of turns")
     turns = cast("list[Any]", value)
     if isinstance(turns[0], dict) and "from" in turns[0]:
         notes.num_sharegpt += 1
@@ -212,21 +212,21 @@ def read_tools(value: Any, name: str, *, absent_as_null: bool = False) -> tuple[
     Raises:
         RowError: the value is no list of such schemas.
     """
-    quoted = repr(printable(name))
+    column = quoted(name)
     if isinstance(value, str):
-        value = _from_json(value, f"column {quoted} holds text that is no JSON list of tools") if value.strip() else None
+        value = _from_json(value, f"column {column} holds text that is no JSON list of tools") if value.strip() else None
     if value is None or value == []:
         return ()
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list):
-        raise RowError(f"column {quoted} holds {kind_of(value)}, expected a list of tools")
+        raise RowError(f"column {column} holds {kind_of(value)}, expected a list of tools")
     tools: list[Turn] = []
     for entry in cast("list[Any]", value):
         tool = without_nulls(entry) if absent_as_null else entry
-        tool = _from_json(tool, f"column {quoted} holds a tool that is no JSON") if isinstance(tool, str) else tool
+        tool = _from_json(tool, f"column {column} holds a tool that is no JSON") if isinstance(tool, str) else tool
         if not isinstance(tool, dict) or not ("function" in tool or "name" in tool):
-            raise RowError(f"column {quoted} holds a tool without a name, expected JSON Schemas of functions")
+            raise RowError(f"column {column} holds a tool without a name, expected JSON Schemas of functions")
         tools.append(tool if "function" in tool else {"type": "function", "function": tool})
     return tuple(tools)
 

@@ -142,7 +142,8 @@ def test_files_of_a_folder_become_the_splits_unless_a_path_is_given(prepare: Any
     files, told = sources(prepare, train="data")
     assert files == {"train": ["train.jsonl"], "eval": ["validation.jsonl"], "test": ["test.jsonl"]}
     assert told == [
-        "the files of data are its splits by their names: eval data/validation.jsonl; test data/test.jsonl; train data/train.jsonl"
+        "the files of data are its splits by their names: "
+        "eval data/validation.jsonl; test data/test.jsonl; train data/train.jsonl"
     ]
     files, told = sources(prepare, train="data", eval="mine.jsonl")
     assert files == {"train": ["train.jsonl"], "eval": ["mine.jsonl"], "test": ["test.jsonl"]}
