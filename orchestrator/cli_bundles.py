@@ -123,9 +123,10 @@ def predict(
     _quieten()
     from orchestrator.serve.predict import open_predictor, read_spec
     from orchestrator.serve.questions import answer_row, read_questions
+    from orchestrator.spec.models import DataSpec
 
     spec = read_spec(bundle)
-    asked = read_questions(file, spec["task"], spec["data"].get("columns", {}))
+    asked = read_questions(file, spec["task"], DataSpec.model_validate(spec["data"]))
     predictor, started = open_predictor(bundle), time.monotonic()
     answers = _answers(predictor, [one.question for one in asked], max_tokens)
     several = len({one.file for one in asked}) > 1

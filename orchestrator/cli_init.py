@@ -200,8 +200,6 @@ def _notes(look: Look, base: Path) -> list[str]:
         notes.append(f"only {len(look.rows)} rows: a search needs some hundreds to tell one choice from another")
     if look.task == "chat" and not _has_chat_template(base):
         notes.append("the base has no chat template: put a chat_template.jinja into its folder, or take an instruct base")
-    if look.task == "completion" and look.columns["prompt"].lower() == "instruction" and "input" in look.unused:
-        notes.append("the column input is not read: join it to the instruction, where it holds a part of the question")
     return notes
 
 

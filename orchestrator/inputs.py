@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -14,13 +13,13 @@ from rich.text import Text
 
 from orchestrator.anatomy import read_anatomy, resolve_base
 from orchestrator.data import DataSummary, prepare_data
-from orchestrator.data.labels import label_notices, refuse_quantities, sort_classes
-from orchestrator.data.reading import BadRow, find_files, read_rows
+from orchestrator.data.labels import label_notices, refuse_quantities
+from orchestrator.data.measure import measure_data
 from orchestrator.errors import UsageError
-from orchestrator.plan import estimate_data_size, make_plan, read_cluster_file
+from orchestrator.plan import make_plan, read_cluster_file
 from orchestrator.plan.defaults import with_section
 from orchestrator.plan.steps import filling_step
-from orchestrator.plan.values import ClusterDescription, DataSize, RunPlan
+from orchestrator.plan.values import ClusterDescription, RunPlan
 from orchestrator.spec import LoadedSpec, spec_sha256
 from orchestrator.this_machine import describe_this_machine
 from orchestrator.units import printable
@@ -45,8 +44,7 @@ def plan_of(loaded: LoadedSpec, *, job: str = "", cluster_file: Path | None = No
     loaded = with_section(loaded, chosen)
     spec = loaded.spec
     anatomy = read_anatomy(resolve_base(spec.base.model, loaded.folder), need_weights=False)
-    labels = count_classes(loaded) if spec.task == "classify" else None
-    size = measure_data(loaded, labels)
+    size, labels = measure_data(loaded)
     cluster = cluster_of(cluster_file, address)
     plan = make_plan(loaded, anatomy, size, cluster, job=chosen, spec_sha256=spec_sha256(spec, chosen))
     filling = filling_step(spec, size, plan.execution.ranks)
@@ -68,59 +66,6 @@ def cluster_of(cluster_file: Path | None, address: str | None) -> ClusterDescrip
 
         return probe_cluster(address)
     return describe_this_machine()
-
-
-def measure_data(loaded: LoadedSpec, labels: Counter[str] | None = None) -> DataSize:
-    """Rows, bytes and, for `classify`, classes of the files that the spec names; nothing is tokenised.
-
-    Args:
-        labels: What `count_classes` found, where that is known.
-
-    Raises:
-        DataError: a path matches no file.
-    """
-    spec = loaded.spec
-    train = _train_files(loaded)
-    evaluation = find_files(loaded.resolve(spec.data.eval)) if isinstance(spec.data.eval, str) else None
-    if isinstance(spec.data.test, str):
-        find_files(loaded.resolve(spec.data.test))
-    classes = sort_classes(labels or count_classes(loaded)) if spec.task == "classify" else []
-    estimate = estimate_data_size(
-        _num_bytes(train),
-        sum(map(_num_rows, train)),
-        spec,
-        eval_bytes=_num_bytes(evaluation) if evaluation is not None else None,
-        retain_bytes=_num_bytes(find_files(loaded.resolve(spec.data.retain))) if spec.data.retain else 0,
-        num_classes=len(classes),
-    )
-    return estimate.model_copy(update={"class_names": tuple(classes)})
-
-
-def _num_bytes(files: list[Path]) -> int:
-    return sum(path.stat().st_size for path in files)
-
-
-def _num_rows(path: Path) -> int:
-    if path.suffix == ".parquet":
-        from pyarrow import parquet
-
-        return parquet.read_metadata(path).num_rows
-    with path.open("rb") as file:
-        lines = sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
-    return max(1, lines - (path.suffix in (".csv", ".tsv")))
-
-
-def count_classes(loaded: LoadedSpec) -> Counter[str]:
-    """Rows of each label that occurs in train. A row that cannot be read is none of the plan's business: the run names it."""
-    column = loaded.spec.data.columns.label
-    rows = (row for path in _train_files(loaded) for row in read_rows(str(path)) if not isinstance(row, BadRow))
-    return Counter(str(row.values[column]) for row in rows if row.values.get(column) is not None)
-
-
-def _train_files(loaded: LoadedSpec) -> list[Path]:
-    train = loaded.spec.data.train
-    sources = [train] if isinstance(train, str) else [source.path for source in train]
-    return [path for source in sources for path in find_files(loaded.resolve(source))]
 
 
 @dataclass(frozen=True)

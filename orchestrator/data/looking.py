@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from orchestrator.data.reading import BadRow, Row, read_rows
-from orchestrator.data.rows import PARTS
+from orchestrator.data.gather import rows_at
+from orchestrator.data.reading import BadRow, Row
 from orchestrator.errors import DataError
 from orchestrator.spec.models import Task
 from orchestrator.units import printable
@@ -45,6 +45,8 @@ PAIRS = (
     ("text", "completion"),
 )
 """Names of prompts and answers, the likelier pair first."""
+ALPACA = ("instruction", "input", "output")
+"""Read by `data.format: alpaca`, which `auto` finds by itself."""
 MESSAGES = ("messages", "conversations", "conversation", "dialog", "chat", "turns")
 TEXTS = (
     "text",
@@ -88,7 +90,7 @@ class Look:
 
     task: Task
     columns: Mapping[str, str]
-    """Part (`prompt`, `completion`, ...) -> the column that plays it."""
+    """Part (`prompt`, `completion`, ...) -> the column that plays it; for Alpaca rows `instruction`, `input` and `output`."""
     why: str
     """What it was told by, in a few words."""
     rows: tuple[Row, ...]
@@ -135,7 +137,7 @@ def look_at(pattern: str, task: Task | None = None) -> Look:
 def _first_rows(pattern: str) -> tuple[list[Row], list[BadRow]]:
     rows: list[Row] = []
     bad: list[BadRow] = []
-    for row in islice(read_rows(pattern), MOST_ROWS):
+    for row in islice(rows_at(pattern), MOST_ROWS):
         if isinstance(row, BadRow):
             bad.append(row)
         else:
@@ -216,6 +218,8 @@ def _holds_messages(values: list[Any]) -> bool:
 
 
 def _completion(table: _Table, asked: bool) -> _Found | None:
+    if table.named(ALPACA) == list(ALPACA):
+        return "completion", {name: name for name in ALPACA}, "instruction, input and output are Alpaca's columns", 0
     for names in PAIRS:
         columns = table.named(names)
         if len(columns) == 2:
@@ -273,7 +277,7 @@ def _is_number(text: str) -> bool:
 
 def contents(look: Look, most: int) -> list[str]:
     """What the model would read of the first rows, roughly: the parts of each, joined."""
-    return ["\n".join(_flat(row.values.get(look.columns.get(part, ""))) for part in PARTS[look.task]) for row in look.rows[:most]]
+    return ["\n".join(_flat(row.values.get(column)) for column in look.columns.values()) for row in look.rows[:most]]
 
 
 def _flat(value: Any) -> str:

@@ -69,12 +69,12 @@ def prepare_data(loaded: LoadedSpec, tokenizer_folder: Path, out_folder: Path, *
         BaseError: the base has no tokenizer, or no chat template where the task needs one.
     """
     spec = loaded.spec
-    sources = find_sources(loaded)
+    left_out = LeftOut(loaded.folder)
+    sources = find_sources(loaded, left_out)
     inputs = _inputs_sha256(spec, sources, tokenizer_folder)
     known = _made_before(out_folder, inputs)
     if known is not None:
         return known
-    left_out = LeftOut(loaded.folder)
     found = read_examples(spec, sources, left_out)
     if spec.task == "classify":
         check_labels(loaded, found, left_out)

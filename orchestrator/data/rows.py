@@ -1,29 +1,25 @@
-"""From a row to an example: the columns that the task reads, checked."""
+"""From rows to examples, with a note of how they were read and what of them was not."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator.data.reading import BadRow, Row
-from orchestrator.spec.models import ColumnsSpec, Task
+from orchestrator.data.cells import to_group
+from orchestrator.data.layouts import Layout, Layouts
+from orchestrator.data.messages import TurnNotes
+from orchestrator.data.reading import BadRow, Row, RowError
+from orchestrator.spec.models import JobSpec, Task
+from orchestrator.units import printable, quoted
 
-ROLES = ("system", "user", "assistant", "tool")
-PARTS: dict[Task, tuple[str, ...]] = {
-    "completion": ("prompt", "completion"),
-    "chat": ("messages",),
-    "text": ("text",),
-    "classify": ("text", "label"),
-}
-"""What each task reads of a row; `data.columns` says under which names."""
 RETENTION_TASKS: tuple[Task, ...] = ("text", "completion", "chat")
 """How a row of the retention set may be read, the first that it has the columns for."""
-Payload = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """One row, as the task reads it. Only the task's parts are set."""
 
@@ -43,6 +39,8 @@ class Example:
     tools: tuple[dict[str, Any], ...] = ()
     """JSON Schemas of the functions that a chat may call, for the chat template."""
     label: str | None = None
+    separator: str | None = None
+    """Stands between prompt and completion; None: `data.separator` does."""
 
     @property
     def place(self) -> str:
@@ -56,113 +54,136 @@ class Example:
         return "text" if self.completion is None else "completion"
 
 
-def to_retention_example(row: Row, columns: ColumnsSpec) -> Example | BadRow:
-    """A row of the retention set: its text, or else its prompt and completion, or its messages, whose answers can be checked.
+@dataclass
+class Reading:
+    """Rows with one set of columns: how they are read, and how many there were."""
 
-    It is another data set than the target, with names of its own: a column whose name in `columns` is missing may have the
-    usual one.
-    """
-    usual = ColumnsSpec()
-    for task in RETENTION_TASKS:
-        given = {part: getattr(columns, part) for part in PARTS[task]}
-        names = {part: name if name in row.values else getattr(usual, part) for part, name in given.items()}
-        if all(name in row.values for name in names.values()):
-            return to_example(row, task, columns.model_copy(update=names))
-    found = ", ".join(sorted(map(str, row.values))) or "none"
-    return _bad(
-        row, f"no column {columns.text!r}, nor prompt and completion, nor messages; it has {found} (data.columns renames)"
-    )
+    names: tuple[str, ...]
+    layout: Layout | None
+    problem: RowError | None = None
+    count: int = 0
 
 
-def to_example(row: Row, task: Task, columns: ColumnsSpec, *, group: str | None = None) -> Example | BadRow:
-    """Read a row by the task's columns; a `BadRow` says which column is missing, or holds what it should not.
+@dataclass
+class RowReader:
+    """Reads the rows of one split.
 
     Args:
-        group: The column whose rows stay in one split.
+        split: `retain` is read by whatever layout fits its rows.
     """
-    names = {part: getattr(columns, part) for part in PARTS[task]}
-    if "text" in names and names["text"] not in row.values and row.is_document:
-        names["text"] = "text"
-    missing = [name for name in (*names.values(), *([group] if group else [])) if name not in row.values]
-    if missing:
-        found = ", ".join(sorted(map(str, row.values))) or "none"
-        return _bad(row, f"no column {' and '.join(map(repr, missing))}; it has {found} (data.columns renames)")
-    payload: Payload = {}
-    for part, name in names.items():
-        value, problem = _READERS[part](row.values[name])
-        if problem:
-            return _bad(row, f"column {name!r} {problem}")
-        payload[part] = value
-    value = row.values.get(group) if group else None
-    group_name = None if value is None else f"group/{value}"
-    return Example(file=row.file, line=row.line, content_key=_key(payload), group=group_name, **payload)
 
+    spec: JobSpec
+    split: str
+    notes: TurnNotes = field(default_factory=TurnNotes)
+    readings: dict[tuple[bool, tuple[str, ...]], Reading] = field(default_factory=dict)
+    _layouts: list[Layouts] = field(init=False, repr=False)
+    _unread: set[str] = field(default_factory=set)
+    """Columns of tables that are not read."""
 
-Read = tuple[Any, str]
-"""A part's value and what is wrong with it (empty: nothing)."""
+    def __post_init__(self) -> None:
+        data, is_retention = self.spec.data, self.split == "retain"
+        tasks = RETENTION_TASKS if is_retention else (self.spec.task,)
+        self._layouts = [Layouts(task, data, self.notes, any_format=is_retention) for task in tasks]
+        self._group = None if is_retention else data.group
 
+    @property
+    def expected_columns(self) -> frozenset[str]:
+        """Names that a header is expected to have."""
+        layouts = [layout for group in self._layouts for layout in group.layouts]
+        names = {name for layout in layouts for name in (*layout.required, *layout.optional)}
+        return frozenset(names | ({self._group} if self._group else set()))
 
-def _text(value: Any) -> Read:
-    if not isinstance(value, str):
-        return None, f"holds {_kind(value)}, expected text"
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        return None, f"holds half of a surrogate pair (\\u{ord(value[error.start]):04x}), which is no Unicode text"
-    return value, ""
+    def choose_columns(self, names: Sequence[str]) -> Sequence[str]:
+        """Of a table's columns those that are read.
 
+        Raises:
+            RowError: the table lacks one.
+        """
+        reading = self._reading(tuple(names), is_document=False)
+        if reading.layout is None:
+            raise reading.problem or RowError("no column can be read")
+        wanted = self._read_of(reading.layout)
+        self._unread |= set(names) - wanted
+        return [name for name in dict.fromkeys(names) if name in wanted]
 
-def _full_text(value: Any) -> Read:
-    text, problem = _text(value)
-    return text, problem or ("" if text.strip() else "is empty")
-
-
-def _label(value: Any) -> Read:
-    """Whole numbers and their digits are one class: CSV knows no numbers, JSON and Parquet do."""
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        return None, f"holds {_kind(value)}, expected a label: text or a whole number"
-    return _full_text(str(value))
-
-
-def _messages(value: Any) -> Read:
-    if isinstance(value, str):
+    def read(self, row: Row, *, source: int = 0, weight: float = 1.0) -> Example | BadRow:
+        """The row as an example; a `BadRow` says which column is missing, or holds what it should not."""
+        reading = self._reading(tuple(row.values), is_document=row.is_document)
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return None, "holds text that is no JSON list of messages"
-    if not isinstance(value, list) or not value:
-        return None, f"holds {_kind(value) if value != [] else 'an empty list'}, expected a list of messages"
-    turns: list[dict[str, str]] = []
-    for index, turn in enumerate(value):
-        if not isinstance(turn, dict):
-            return None, f"holds {_kind(turn)} at [{index}], expected {{role, content}}"
-        if turn.get("role") not in ROLES:
-            return None, f"has the role {turn.get('role')!r} at [{index}], expected one of {', '.join(ROLES)}"
-        if turn.get("tool_calls"):
-            return None, f"has tool calls at [{index}], which are not learned from: write them into 'content'"
-        content, problem = _text(turn.get("content"))
-        if problem:
-            return None, f"at [{index}].content {problem}"
-        turns.append({"role": turn["role"], "content": content})
-    return tuple(turns), ""
+            if reading.layout is None:
+                raise reading.problem or RowError("no column can be read")
+            payload = reading.layout.read(row)
+            separator = payload.pop("separator", None)
+            group = to_group(row.values.get(self._group)) if self._group else None
+            example = Example(
+                file=row.file,
+                line=row.line,
+                content_key=content_key(payload),
+                group=None if group is None else f"group/{group}",
+                source=source,
+                weight=weight,
+                separator=separator,
+                **payload,
+            )
+        except RowError as problem:
+            return BadRow(row.file, row.line, problem.reason, problem.detail)
+        reading.count += 1
+        return example
+
+    def _reading(self, names: tuple[str, ...], *, is_document: bool) -> Reading:
+        known = self.readings.get((is_document, names))
+        if known is None:
+            try:
+                known = Reading(names, self._choose(names, is_document))
+            except RowError as problem:
+                known = Reading(names, None, problem)
+            if len(self.readings) < 10_000:
+                self.readings[is_document, names] = known
+        return known
+
+    def _choose(self, names: tuple[str, ...], is_document: bool) -> Layout:
+        group = self._group
+        if group and self.split == "train" and group not in names and not is_document:
+            found = printable(", ".join(sorted(map(str, names)))) or "none"
+            raise RowError(f"no column {quoted(group)}, which data.group names", f"it has {found}")
+        problems: list[RowError] = []
+        for layouts in self._layouts:
+            try:
+                return layouts.choose(names, is_document=is_document)
+            except RowError as problem:
+                problems.append(problem)
+        if len(problems) == 1:
+            raise problems[0]
+        columns = self.spec.data.columns
+        missing = f"no column {columns.text!r}, nor prompt and completion, nor messages"
+        raise RowError(missing, problems[0].detail.partition(";")[0])
+
+    def unread_columns(self) -> set[str]:
+        """Names of columns that are not read."""
+        unread = set(self._unread)
+        for reading in self.readings.values():
+            if reading.layout is not None and reading.count:
+                unread |= set(reading.names) - self._read_of(reading.layout)
+        return {str(name) for name in unread}
+
+    @property
+    def columns_look_like_alpaca(self) -> bool:
+        """Whether an Alpaca row's input is not read."""
+        read = {name for reading in self.readings.values() if reading.layout and reading.count for name in reading.names}
+        return self.spec.data.columns.input in self.unread_columns() and "output" in read and "instruction" in read
+
+    def _read_of(self, layout: Layout) -> set[str]:
+        return {*layout.required, *layout.optional, *([self._group] if self._group else [])}
 
 
-_READERS = {
-    "prompt": _text,
-    "completion": _text,
-    "messages": _messages,
-    "text": _full_text,
-    "label": _label,
-}
+def content_key(payload: Mapping[str, Any]) -> str:
+    """Hash of an example's parts.
 
-
-def _key(payload: Payload) -> str:
-    return hashlib.sha256(json.dumps(payload, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-def _kind(value: Any) -> str:
-    return "nothing" if value is None else f"a value of type {type(value).__name__}"
-
-
-def _bad(row: Row, reason: str) -> BadRow:
-    return BadRow(row.file, row.line, reason)
+    Raises:
+        RowError: a text in it is no Unicode.
+    """
+    text = json.dumps(payload, sort_keys=True, ensure_ascii=False, default=str)
+    try:
+        return hashlib.sha256(text.encode()).hexdigest()
+    except UnicodeEncodeError:
+        raise RowError("half of a surrogate pair, which is no Unicode text") from None

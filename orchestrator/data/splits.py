@@ -85,7 +85,7 @@ def make_splits(loaded: LoadedSpec, found: Mapping[str, list[Example]], left_out
     shares = {
         name: Share(share, cap)
         for name, share, cap in (("test", data.test, data.test_rows), ("eval", data.eval, data.eval_rows))
-        if isinstance(share, float)
+        if isinstance(share, float) and name not in found
     }
     split = rows.split.copy()
     split[pool] = split_by_share(examples, names, shares, seed)

@@ -37,6 +37,10 @@ class Question:
     content: str | Messages
     place: str = ""
     """`file:line`, where it comes from a file."""
+    separator: str | None = None
+    """Follows a text instead of the bundle's own separator."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """JSON Schemas of the functions that a chat may call."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,8 @@ class Predictor:
             DataError: as `answer` says.
         """
         if isinstance(question.content, str):
-            ids = [*self._begin_ids(), *self._plain_ids(f"{question.content}{self.separator}")]
+            between = self.separator if question.separator is None else question.separator
+            ids = [*self._begin_ids(), *self._plain_ids(f"{question.content}{between}")]
         else:
             ids = self._chat_ids(question)
         if not ids:
@@ -118,9 +123,11 @@ class Predictor:
 
     def _chat_ids(self, question: Question) -> list[int]:
         try:
-            text = self.tokenizer.apply_chat_template(list(question.content), tokenize=False, add_generation_prompt=True)
+            text = self.tokenizer.apply_chat_template(
+                list(question.content), tools=list(question.tools) or None, tokenize=False, add_generation_prompt=True
+            )
         except Exception as error:  # jinja's own, and whatever a template raises
-            raise DataError(f"the chat template refuses it: {error}", where=question.place, remedy="mend the messages") from None
+            raise DataError(f"the chat template refuses it: {error}", where=question.place, remedy="fix the messages") from None
         return self._plain_ids(text)
 
     def _plain_ids(self, text: str) -> list[int]:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from orchestrator.data.reading import BadRow, Row, read_rows
-from orchestrator.data.rows import PARTS, to_example
-from orchestrator.data.summary import listed
+from orchestrator.data.gather import bad_rows_text, rows_at
+from orchestrator.data.layouts import Layout, Layouts
+from orchestrator.data.messages import TurnNotes
+from orchestrator.data.reading import BadRow, Row, RowError
 from orchestrator.errors import DataError
 from orchestrator.serve.predict import Answer, Messages, Question, first_turn
-from orchestrator.spec.models import ColumnsSpec, Task
+from orchestrator.spec.models import DataSpec, Task
+
+QUESTION_PART: Mapping[Task, str] = {"completion": "prompt", "chat": "prompt", "text": "text", "classify": "text"}
+"""What a question is called in the answers' file, where it is not a chat's messages."""
+NO_ANSWER = "-"
+"""Stands for the answer that rows to be answered need not have; it is never read."""
 
 
 @dataclass(frozen=True)
@@ -23,83 +29,87 @@ class Asked:
     line: int
 
 
-def read_questions(pattern: str, task: Task, columns: Mapping[str, Any]) -> list[Asked]:
-    """The questions of every row: `completion` reads the prompt's column, `chat` the messages up to the last answer (or a prompt,
-    as a user's turn), `text` and `classify` the text. Answers and classes in the rows are not read.
+def read_questions(pattern: str, task: Task, data: DataSpec) -> list[Asked]:
+    """The questions of every row, read as training read them: by the same layouts, templates and columns. Rows need no answers;
+    those that they have are left out.
 
     Args:
-        columns: The spec's `data.columns`; a column that is missing may have the usual name.
+        data: The section of the spec that the bundle was trained by; a column that is missing may have its usual name.
 
     Raises:
-        DataError: no file, no row, or rows that cannot be asked: all of them, by their lines.
+        DataError: no file, no row, or rows that cannot be asked: all of them, by their reasons and lines.
     """
-    known = ColumnsSpec.model_validate({name: value for name, value in columns.items() if name in ColumnsSpec.model_fields})
+    reader = _QuestionReader(task, data)
     found: list[Asked] = []
     bad: list[BadRow] = []
-    for row in read_rows(pattern):
-        asked = row if isinstance(row, BadRow) else _question(row, task, known)
+    for row in rows_at(pattern):
+        asked = row if isinstance(row, BadRow) else reader.read(row)
         if isinstance(asked, BadRow):
             bad.append(asked)
         else:
             found.append(asked)
     if bad:
         count = f"{len(bad)} row{'s' if len(bad) > 1 else ''} cannot be asked"
-        remedy = "mend or remove them; nothing was answered"
-        raise DataError(f"{count}:\n  {listed(bad)}", where=pattern, remedy=remedy)
+        remedy = "fix or remove them; nothing was answered"
+        raise DataError(f"{count}:\n  {bad_rows_text(bad)}", where=pattern, remedy=remedy)
     if not found:
         raise DataError("no row", where=pattern, expected="a row for every question", remedy="give another file")
     return found
 
 
-def _question(row: Row, task: Task, columns: ColumnsSpec) -> Asked | BadRow:
-    content: str | Messages | BadRow
-    if task == "chat" and (name := _column(row, columns, "messages")):
-        content = _conversation(row, columns.model_copy(update={"messages": name}))
-    elif task in ("chat", "completion"):
-        content = _text(row, columns, "prompt")
-        if task == "chat" and isinstance(content, str):
-            content = first_turn(content)
-    else:
-        content = _text(row, columns, "text")
-    if isinstance(content, BadRow):
-        return content
-    return Asked(Question(content, f"{row.file}:{row.line}"), row.file, row.line)
+class _QuestionReader:
+    def __init__(self, task: Task, data: DataSpec) -> None:
+        self._task: Task = task
+        usual = DataSpec(train=data.train)
+        specs = [data, usual] if data.format == "auto" else [data]
+        self._layouts = [Layouts(task, spec, TurnNotes()) for spec in specs]
+        self._answers = {spec.columns.completion: NO_ANSWER for spec in specs} | {"output": NO_ANSWER}
+        self._answers |= {spec.columns.label: NO_ANSWER for spec in specs} if task == "classify" else {}
+
+    def read(self, row: Row) -> Asked | BadRow:
+        try:
+            return Asked(self._question(row), row.file, row.line)
+        except RowError as problem:
+            return BadRow(row.file, row.line, problem.reason, problem.detail)
+
+    def _question(self, row: Row) -> Question:
+        place = f"{row.file}:{row.line}"
+        if row.is_document:
+            text = str(row.values["text"])
+            return Question(first_turn(text) if self._task == "chat" else text, place)
+        whole = replace(row, values={**self._answers, **row.values})
+        payload = self._layout(tuple(whole.values)).read(whole)
+        if "messages" in payload:
+            return Question(_before_answer(payload["messages"]), place, tools=payload.get("tools", ()))
+        if "text" in payload:
+            return Question(payload["text"], place)
+        if not payload["prompt"].strip():
+            raise RowError("the prompt is empty")
+        return Question(payload["prompt"], place, separator=payload.get("separator"))
+
+    def _layout(self, names: tuple[str, ...]) -> Layout:
+        first: RowError | None = None
+        for layouts in self._layouts:
+            try:
+                return layouts.choose(names)
+            except RowError as problem:
+                first = first or problem
+        raise first or RowError("no column can be read")
 
 
-def _column(row: Row, columns: ColumnsSpec, part: str) -> str | None:
-    """The column that plays a part: by the spec's name, or the usual one."""
-    if row.is_document and part != "messages":
-        return "text"
-    return next((name for name in (getattr(columns, part), part) if name in row.values), None)
-
-
-def _text(row: Row, columns: ColumnsSpec, part: str) -> str | BadRow:
-    name = _column(row, columns, part)
-    if name is None:
-        found = ", ".join(sorted(map(str, row.values))) or "none"
-        return BadRow(row.file, row.line, f"no column {getattr(columns, part)!r}; it has {found}")
-    value = row.values[name]
-    if not isinstance(value, str) or not value.strip():
-        kind = "no text" if isinstance(value, str) or value is None else f"a value of type {type(value).__name__}"
-        return BadRow(row.file, row.line, f"column {name!r} holds {kind}, expected text")
-    return value
-
-
-def _conversation(row: Row, columns: ColumnsSpec) -> Messages | BadRow:
+def _before_answer(turns: Messages) -> Messages:
     """The turns up to the answer that is asked for: one that stands at the end is left out."""
-    example = to_example(row, "chat", columns)
-    if isinstance(example, BadRow):
-        return example
-    turns = tuple(example.messages or ())
     while turns and turns[-1]["role"] == "assistant":
         turns = turns[:-1]
-    return turns or BadRow(row.file, row.line, "there is no turn that could be answered")
+    if not turns:
+        raise RowError("there is no turn that could be answered")
+    return turns
 
 
 def answer_row(asked: Asked, answer: Answer, task: Task, *, several_files: bool) -> dict[str, Any]:
     """One line of the answers' file: the place, the question, and the answer or the class with the probabilities."""
     content = asked.question.content
-    part = "messages" if not isinstance(content, str) else PARTS[task][0]
+    part = "messages" if not isinstance(content, str) else QUESTION_PART[task]
     place = {"file": asked.file, "line": asked.line} if several_files else {"line": asked.line}
     row = {**place, part: content if isinstance(content, str) else list(content)}
     if answer.probabilities is not None:

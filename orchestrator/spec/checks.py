@@ -27,7 +27,21 @@ COLUMNS_BY_TASK = {
     "chat": ("messages",),
     "text": ("text",),
 }
+OPTIONAL_COLUMNS_BY_TASK = {
+    "classify": (),
+    "completion": ("input",),
+    "chat": ("prompt", "completion", "input", "system", "tools"),
+    "text": (),
+}
+"""Columns that a task reads where rows have them."""
+FORMATS_BY_TASK = {
+    "classify": ("labels",),
+    "completion": ("prompt_completion", "alpaca"),
+    "chat": ("messages", "sharegpt", "prompt_completion", "alpaca"),
+    "text": ("text",),
+}
 BUILT_IN_METRICS = ("loss", "exact_match", "accuracy", "macro_f1")
+TEMPLATE_COLUMN = re.compile(r"(?<!\{)\{[^{}]+\}")
 FUNCTION = re.compile(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")
 
 
@@ -93,7 +107,8 @@ def _shares(spec: JobSpec) -> Iterator[Finding]:
 
 def _columns(spec: JobSpec) -> Iterator[Finding]:
     used = COLUMNS_BY_TASK[spec.task]
-    read = {*used, "text", "prompt", "completion", "messages"} if spec.data.retain is not None else {*used}
+    read = {*used, *OPTIONAL_COLUMNS_BY_TASK[spec.task]}
+    read |= {"text", "prompt", "completion", "messages"} if spec.data.retain is not None else set()
     roles: dict[str, str] = {}
     for role, default in ColumnsSpec().model_dump().items():
         path, column = ("data", "columns", role), getattr(spec.data.columns, role)
@@ -107,6 +122,23 @@ def _columns(spec: JobSpec) -> Iterator[Finding]:
             path = ("data", "columns", role)
             yield Finding(path, f"{column!r} is already the column of {roles[column]}", "", (("task",), ("data", "columns")))
         roles[column] = role
+
+
+def _format(spec: JobSpec) -> Iterator[Finding]:
+    data, path = spec.data, ("data", "format")
+    fitting = FORMATS_BY_TASK[spec.task]
+    if data.format not in ("auto", *fitting):
+        hint = f"fitting: {' | '.join(('auto', *fitting))}"
+        yield Finding(path, f"rows of format {data.format} do not fit task {spec.task}", hint, needs=(("task",), path))
+    if data.template_without_input is not None and spec.task not in ("completion",):
+        path = ("data", "template_without_input")
+        yield Finding(path, f"task {spec.task} reads no Alpaca prompts", "take it out", needs=(("task",), path))
+    for key in ("template", "template_without_input"):
+        text = getattr(data, key)
+        if text is not None and not TEMPLATE_COLUMN.search(text):
+            yield Finding(("data", key), "the template names no column", "write {name} where a column's text stands")
+    if data.delimiter is not None and data.delimiter in '"\r\n':
+        yield Finding(("data", "delimiter"), f"{data.delimiter!r} cannot separate fields", 'for example ";"')
 
 
 def _metric(spec: JobSpec) -> Iterator[Finding]:
@@ -233,6 +265,7 @@ CHECKS: tuple[Callable[[JobSpec], Iterator[Finding]], ...] = (
     _ranges,
     _shares,
     _columns,
+    _format,
     _metric,
     _policies,
     _points,

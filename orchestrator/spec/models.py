@@ -12,6 +12,8 @@ Task = Literal["chat", "completion", "text", "classify"]
 Tune = Literal["lora", "full"]
 Quantize = Literal["none", "nf4", "int8"]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
+DataFormat = Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "text", "labels"]
+TextDocuments = Literal["file", "line", "paragraph"]
 ReplayShare = Annotated[float, Field(ge=0.0, lt=1.0)]
 Factor = Annotated[float, Field(gt=0.0, le=1.0)]
 LearningRate = Annotated[float, Field(gt=0.0, le=10.0)]
@@ -64,13 +66,19 @@ class ColumnsSpec(Section):
     messages: str = "messages"
     text: str = "text"
     label: str = "label"
+    input: str = "input"
+    """Of Alpaca rows: what the instruction is about."""
+    system: str = "system"
+    """Of a chat: text that becomes its first turn."""
+    tools: str = "tools"
+    """Of a chat: the JSON Schemas of the functions that it may call."""
 
 
 class DataSpec(Section):
     """What is learned from, compared on, judged by, and not to be forgotten."""
 
     train: str | tuple[DataSource, ...]
-    """A file, a glob, a folder, or a list of weighted sources (JSONL, CSV, Parquet, text)."""
+    """A file, a glob, a folder, or a list of weighted sources (JSON Lines, JSON, CSV, Parquet, Arrow, text)."""
     eval: Share | str = 0.1
     """A share of train, or a path: trials are compared on it."""
     test: Share | str = 0.1
@@ -78,8 +86,18 @@ class DataSpec(Section):
     retain: str | None = None
     """Text that stands for what the base must not forget."""
     columns: ColumnsSpec = ColumnsSpec()
+    format: DataFormat = "auto"
+    """How rows are laid out; `auto` finds it from their columns and says so."""
+    template: Annotated[str, Field(min_length=1)] | None = None
+    """The prompt (`text` and `labels`: the text) made of columns: `{name}` is a column. Alpaca rows have their authors' one."""
+    template_without_input: Annotated[str, Field(min_length=1)] | None = None
+    """The same for Alpaca rows whose input is empty."""
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
+    """Separates the fields of a CSV; found from its header and first rows unless given."""
+    text_documents: TextDocuments = "file"
+    """What a document is in a text file: the whole file, a line, or a paragraph."""
     separator: str = "\n"
-    """Stands between prompt and completion."""
+    """Stands between prompt and completion; not after an Alpaca prompt, whose template says how it ends."""
     train_on: Literal["all_assistant", "last_assistant"] = "all_assistant"
     """Which of a chat's assistant turns are learned; those of `weight: 0` never are."""
     special_tokens_in_text: Literal["escape", "allow"] = "escape"

@@ -6,7 +6,7 @@ from typing import Any, Literal, cast
 
 from orchestrator.spec.dump import resolved_yaml
 from orchestrator.spec.loader import LoadedSpec
-from orchestrator.spec.models import JobSpec, SearchSpec, Tune
+from orchestrator.spec.models import DataSpec, JobSpec, SearchSpec, Tune
 from orchestrator.values import content_hash
 
 Job = Literal["sweep", "finetune"]
@@ -29,6 +29,21 @@ def spec_sha256(spec: JobSpec, job: Job) -> str:
         del values["data"]["dedupe"]  # likewise; where it gives other sets, `prepare_data` tells
     for source in values["data"]["train"] if isinstance(values["data"]["train"], list) else ():
         source["weight"] = 1.0 if source["weight"] is None else source["weight"]  # likewise
+    usual = DataSpec(train="").model_dump(mode="json")
+    for key in (
+        "format",
+        "template",
+        "template_without_input",
+        "delimiter",
+        "text_documents",
+        "train_on",
+        "special_tokens_in_text",
+    ):
+        if values["data"][key] == usual[key]:
+            del values["data"][key]  # likewise
+    for key in ("input", "system", "tools"):
+        if values["data"]["columns"][key] == usual["columns"][key]:
+            del values["data"]["columns"][key]  # likewise
     return content_hash({"job": job, **values})
 
 

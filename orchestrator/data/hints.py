@@ -1,0 +1,57 @@
+"""What a user probably meant by columns that no layout reads."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Sequence
+
+from orchestrator.spec.models import ColumnsSpec, Task
+from orchestrator.units import printable
+
+SYNONYMS = {
+    "prompt": ("question", "instruction", "input", "query", "problem", "source", "context", "request", "user"),
+    "completion": ("answer", "response", "output", "target", "solution", "reply", "chosen", "result", "assistant", "summary"),
+    "messages": ("conversation", "conversations", "dialog", "dialogue", "chat", "turns", "history", "message"),
+    "text": ("content", "body", "document", "sentence", "review", "tweet", "title", "passage", "article", "prompt"),
+    "label": ("labels", "category", "class", "target", "intent", "sentiment", "topic", "score", "rating"),
+}
+"""Names that other data sets have for a part; suggested, never taken."""
+
+
+def missing_hint(task: Task, columns: ColumnsSpec, missing: Sequence[str], names: Collection[str]) -> str:
+    """`; did you mean data.columns: {prompt: question}?`, or another task; empty where nothing is near."""
+    found = [str(name) for name in names]
+    other = _other_task(task, found)
+    if other:
+        return f"; {other}"
+    parts = {getattr(columns, part): part for part in SYNONYMS}
+    renamed: dict[str, str] = {}
+    for name in missing:
+        part = parts.get(name)
+        near = _near(part, name, [other for other in found if other not in renamed.values()]) if part else ""
+        if part and near:
+            renamed[part] = near
+    if not renamed:
+        return "; data.columns renames them" if found else ""
+    return f"; did you mean data.columns: {{{', '.join(f'{part}: {printable(name)}' for part, name in renamed.items())}}}?"
+
+
+def _near(part: str, name: str, found: Sequence[str]) -> str:
+    lowered = {other.lower().strip(): other for other in reversed(found)}
+    for known in (name.lower(), part, *SYNONYMS[part]):
+        if known in lowered:
+            return lowered[known]
+    near = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.75)
+    return lowered[near[0]] if near else ""
+
+
+def _other_task(task: Task, found: Sequence[str]) -> str:
+    if task != "chat" and ("messages" in found or "conversations" in found):
+        return "such rows are chats: set task: chat"
+    if "chosen" in found and "rejected" in found:
+        return "pairs of preferences are not learned from: choose the column of the answers with data.columns"
+    if task == "completion" and "text" in found and "label" in found:
+        return "such rows have classes: set task: classify"
+    if task in ("completion", "chat") and found == ["text"]:
+        return "such rows are plain text: set task: text"
+    return ""
