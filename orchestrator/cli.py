@@ -250,6 +250,7 @@ def _run(job: str, loaded: LoadedSpec, output: Path | None, address: str | None,
     from orchestrator.report import open_view
 
     view = open_view(json_lines=as_json, stream=sys.stdout if as_json else sys.stderr)
+    view.phase("start", "loading libraries")
     from orchestrator.runtime import run_finetune, run_sweep
     from orchestrator.store.stopping import stop_in_words
 
@@ -329,15 +330,23 @@ def verify(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")], as_json: AsJson = False) -> None:
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Keep it up to date until the run ends; the page reloads itself.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Write report.html from the run directory, finished or not."""
-    from orchestrator.report.page import write_report
+    from orchestrator.report.page import follow_run, write_report
 
     path = write_report(run)
     if as_json:
         _print_json({"report": str(path)})
     else:
-        print(path)
+        print(path, flush=True)
+    if follow:
+        follow_run(run)
 
 
 @app.command()

@@ -249,7 +249,7 @@ def _spec_text(facts: Mapping[str, Any], look: Look, source: str) -> str:
         f"# Written by `orchestrator init` from {' '.join(source.split())}.",
         "# Paths are relative to this file. Every key: docs/spec.md, or `orchestrator render --schema`.",
     ]
-    return "\n".join([*head, *(f"{code:<36}# {comment}" if comment else code for code, comment in lines)]) + "\n"
+    return "\n".join([*head, *(f"{code:<34}  # {comment}" if comment else code for code, comment in lines)]) + "\n"
 
 
 def _quoted(text: str) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_left
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,9 @@ from orchestrator.data.spans import Found, NotRenderedError, Span, SpanFinder
 from orchestrator.data.template import ChatTemplate, Tools
 from orchestrator.data.turns import Turn, calls_of, mapped, reasoning_of, said, strings_of
 from orchestrator.spec.models import DataSpec
+
+MOST_SHOWN = 256
+"""So many sequences of roles are remembered."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ class ChatEncoder:
         closings = [style.closing] if style.closing else []
         self._ends = tuple(dict.fromkeys([*closings, *ends]))
         self._renders_tools = False
+        self._shown: set[tuple[str, ...]] = set()
+        """Sequences of roles of which the template leaves nothing out."""
 
     def render(self, example: Example) -> RenderedChat | BadRow:
         """The chat and the spans of its supervised turns; a BadRow where the template cannot take it."""
@@ -105,16 +111,22 @@ class ChatEncoder:
         text, marked = self._template.render_with_marks(turns, tools)
         if tools and not self._shows_tools(turns, tools, text):
             self._noticed.add("tools", example.place)
-        answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
+        answers = [index for index, turn in enumerate(turns) if _answers(turn)]
         wanted = self._wanted(example)
-        plain = not any(calls_of(turns[index]) or reasoning_of(turns[index]) for index in answers)
-        if plain and marked and len(marked) == len(answers):
+        by_marks = 0 < len(marked) == len(answers) and not any(
+            calls_of(turns[index]) or reasoning_of(turns[index]) for index in answers
+        )
+        found: dict[int, Found] = {}
+        if wanted and not by_marks:
+            found = self._finder.find(turns, tools, text, wanted)
+            self._tell(example, wanted, found, last=max(answers))
+        elif wanted:
+            self._look_at(example, turns, tools, text, wanted)
+        if by_marks:
             limits = [*(start for start, _ in marked[1:]), len(text)]
             each = zip(answers, marked, limits, strict=True)
             spans = [self._finder.checked(text, *span, limit) for index, span, limit in each if index in wanted]
         else:
-            found = self._finder.find(turns, tools, text, wanted) if wanted else {}
-            self._tell(example, wanted, found, last=max(answers, default=-1))
             spans = [_narrowed(found[index].span, marked) for index in sorted(found)]
         return RenderedChat(example, text, tuple(spans), escaped)
 
@@ -132,19 +144,31 @@ class ChatEncoder:
         self._renders_tools = self._renders_tools or self._template.render(turns) != text
         return self._renders_tools
 
-    def _tell(self, example: Example, wanted: set[int], found: dict[int, Found], last: int) -> None:
-        turns = [turn for index, turn in found.items() if index == last]
-        if len(found) < len(wanted):
-            self._noticed.add("unrendered", example.place)
-        if any(not turn.has_reasoning for turn in turns):
-            self._noticed.add("reasoning", example.place)
-        if any(not turn.has_context for turn in found.values()):
-            self._noticed.add("unread", example.place)
-        if any(not turn.has_text for turn in found.values()):
-            self._noticed.add("beside", example.place)
-        for turn in turns:
-            if turn.unasked.strip():
-                self._noticed.add("prompt", example.place, turn.unasked)
+    def _look_at(self, example: Example, turns: Sequence[Turn], tools: Tools, text: str, wanted: set[int]) -> None:
+        """Note what a template with marks leaves out, once for each sequence of roles of which it leaves out nothing."""
+        roles = tuple(turn["role"] for turn in turns)
+        if roles in self._shown:
+            return
+        with suppress(NotRenderedError):
+            if not self._tell(example, wanted, self._finder.find(turns, tools, text, wanted), last=max(wanted)):
+                return
+        if len(self._shown) < MOST_SHOWN:
+            self._shown.add(roles)
+
+    def _tell(self, example: Example, wanted: set[int], found: dict[int, Found], last: int) -> bool:
+        """Note what the template leaves out; False where anything is."""
+        turns = list(found.values())
+        final = [found[last]] if last in found else []
+        missing = {
+            "unrendered": len(found) < len(wanted),
+            "unread": any(not turn.has_context for turn in turns),
+            "beside": any(not turn.has_text for turn in turns),
+            "reasoning": any(not turn.has_reasoning for turn in final),
+            "prompt": any(turn.unasked.strip() for turn in final),
+        }
+        for kind in (kind for kind, is_so in missing.items() if is_so):
+            self._noticed.add(kind, example.place, *(turn.unasked for turn in final if kind == "prompt"))
+        return not any(missing.values())
 
     def _escaped(self, example: Example) -> tuple[list[Turn], list[dict[str, Any]], bool]:
         """Turns and tools with stand-ins for the control tokens that they spell, and whether there are any.

@@ -62,22 +62,25 @@ class ControlTokens:
     @cached_property
     def plain(self) -> Any:
         """The backend to which control tokens are ordinary text; their ids have the private spellings."""
+        return _changed(self._tokenizer.backend_tokenizer, self._respell)
 
-        def rename(parts: dict[str, Any]) -> None:
-            parts["post_processor"] = _untrimmed(parts["post_processor"])
-            for token in parts["added_tokens"]:
-                if token["content"] in self._spellings:
-                    token.update(content=self._spellings[token["content"]], normalized=False)
-            model = parts["model"]
-            renamed = lambda text: self._spellings.get(text, text)  # noqa: E731
-            if isinstance(model["vocab"], dict):
-                model["vocab"] = {renamed(text): number for text, number in model["vocab"].items()}
-            else:
-                model["vocab"] = [[renamed(text), score] for text, score in model["vocab"]]
-            if isinstance(model.get("unk_token"), str):
-                model["unk_token"] = renamed(model["unk_token"])
-
-        return _changed(self._tokenizer.backend_tokenizer, rename)
+    def _respell(self, parts: dict[str, Any]) -> None:
+        """Among the added tokens, and in the vocabulary and its merges, by which a piece of text could come to be one."""
+        parts["post_processor"] = _untrimmed(parts["post_processor"])
+        for token in parts["added_tokens"]:
+            if token["content"] in self._spellings:
+                token.update(content=self._spellings[token["content"]], normalized=False)
+        model = parts["model"]
+        renamed = lambda text: self._spellings.get(text, text)  # noqa: E731
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {renamed(text): number for text, number in model["vocab"].items()}
+        else:
+            model["vocab"] = [[renamed(text), score] for text, score in model["vocab"]]
+        if isinstance(model.get("unk_token"), str):
+            model["unk_token"] = renamed(model["unk_token"])
+        if "merges" in model:
+            pairs = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
+            model["merges"] = [pair for pair in pairs if not {*pair, "".join(pair)} & self._spellings.keys()]
 
     def held_by(self, text: str) -> list[str]:
         """The control tokens that a text spells, in order."""
@@ -112,12 +115,12 @@ class ControlTokens:
         return text, taken
 
     def text_ids(self, text: str, *, special: bool = False) -> list[int]:
-        """Token ids of a text in which nothing is a control token.
+        """Token ids of a text in which stand-ins are ordinary text, and control tokens what they are.
 
         Args:
             special: Whether the tokenizer puts its own special tokens around it.
         """
-        return self.plain.encode(text, add_special_tokens=special).ids
+        return self.plain.encode(self.spelled(text), add_special_tokens=special).ids
 
 
 def one_of(texts: Iterable[str]) -> re.Pattern[str]:

@@ -136,16 +136,24 @@ class Encoder:
         cut = np.r_[0:room, len(document.ids) - end : len(document.ids)]
         return replace(document, ids=document.ids[cut], supervised=document.supervised[cut])
 
-    def _ids(self, texts: list[str], examples: Sequence[Example], *, special: bool = False) -> list[list[int]]:
-        """Token ids of the examples' texts, by `special` with the tokenizer's own tokens around; control tokens in them are
-        text unless the spec allows them."""
-        ids = self._tokenizer(texts, add_special_tokens=special)["input_ids"]
+    def _ids(
+        self, texts: Sequence[str], examples: Sequence[Example], *, suffix: str = "", special: bool = False
+    ) -> list[list[int]]:
+        """Token ids of the examples' texts; control tokens in them are text unless the spec allows them.
+
+        Args:
+            suffix: Follows each text; control tokens in it are what the spec means.
+            special: Whether the tokenizer puts its own special tokens around.
+        """
+        ids = self._tokenizer([f"{text}{suffix}" for text in texts], add_special_tokens=special)["input_ids"]
         for index, (text, example) in enumerate(zip(texts, examples, strict=True)):
             if held := self._control.held_by(text):
-                escaped = self._data.special_tokens_in_text == "escape"
-                self._noticed.add("escaped" if escaped else "allowed", example.place, *held)
-                if escaped:
-                    ids[index] = self._control.text_ids(text, special=special)
+                kind = "escaped" if self._task == "classify" else "rendered"
+                if self._data.special_tokens_in_text == "allow":
+                    self._noticed.add("allowed", example.place, *held)
+                    continue
+                self._noticed.add(kind, example.place, *held)
+                ids[index] = self._control.text_ids(self._control.stand_in(text) + suffix, special=special)
         return ids
 
     def _without_begin(self, text: str, example: Example) -> str:
@@ -165,12 +173,14 @@ class Encoder:
 
     def _completions(self, examples: Sequence[Example]) -> Iterator[Document]:
         """Loss on the completion and the end token; prompt and completion are tokenised apart, as at serving."""
-        prompts = [self._without_begin(f"{example.prompt}{self._data.separator}", example) for example in examples]
+        separator = self._data.separator
+        prompts = [self._without_begin(str(example.prompt), example) for example in examples]
         answers = [self._without_end(str(example.completion), example) for example in examples]
-        ids = self._ids(prompts, examples), self._ids(answers, examples)
+        ids = self._ids(prompts, examples, suffix=separator), self._ids(answers, examples)
         for example, prompt, answer, head, tail in zip(examples, prompts, answers, *ids, strict=True):
             before, after = [*self._bos, *head], [*tail, *self._eos] if answer else []
-            yield _document(before + after, [False] * len(before) + [True] * len(after), example, prompt, answer)
+            supervised = [False] * len(before) + [True] * len(after)
+            yield _document(before + after, supervised, example, f"{prompt}{separator}", answer)
 
     def _texts(self, examples: Sequence[Example]) -> Iterator[Document]:
         """Every token but a text's first is predicted once, in chunks of `max_tokens`.

@@ -57,21 +57,24 @@ def tell_ends(train: TokenizedSet, tokenizer: Any, task: Task, left_out: LeftOut
     """Say at which tokens answers end, and warn where nothing of the kind is learned."""
     stops = train.stop_ids
     last = train.ids[_last_supervised(train)]
-    unended = int((~np.isin(last, np.asarray(stops, np.int32))).sum())
-    names = ", ".join(f"'{printable(str(text))}'" for text in tokenizer.convert_ids_to_tokens(list(stops)))
-    if unended == len(last):
-        stopped = (
-            f"only at {names}, which no row teaches"
-            if stops
-            else "nowhere: neither the tokenizer nor the base names an end token"
-        )
-        left_out.warn(f"no answer ends with an end token: generation stops {stopped}, or at its limit", NO_END[task])
+    numbers, counts = np.unique(last[np.isin(last, np.asarray(stops, np.int32))], return_counts=True)
+    learned = [int(number) for number in numbers[np.argsort(-counts, kind="stable")]]
+    unended = len(last) - int(counts.sum())
+    others = [number for number in stops if number not in learned]
+    if not learned:
+        known = f"only at {_named(others, tokenizer)}, which no row teaches" if others else "nowhere: no end token is known"
+        left_out.warn(f"no answer ends with an end token: generation stops {known}, or at its limit", NO_END[task])
     elif unended:
-        left_out.warn(f"{unended} of {len(last)} training rows end without an end token, and teach no end", NO_END[task])
-    if unended < len(last) and (task == "chat" or len(stops) > 1):
-        left_out.info(f"answers end with {names}: generation stops there, in the bundle too")
+        left_out.warn(f"{unended} of {len(last)} training rows do not end with an end token, and teach no end", NO_END[task])
+    if learned and (task == "chat" or others):
+        also = f" and at {_named(others, tokenizer)}" if others else ""
+        left_out.info(f"answers end with {_named(learned, tokenizer)}: generation stops there{also}, in the bundle too")
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         left_out.info(f"the tokenizer has no padding token: prompts are padded with token {padding(tokenizer, stops)}")
+
+
+def _named(ids: Sequence[int], tokenizer: Any) -> str:
+    return ", ".join(f"'{printable(str(text))}'" for text in tokenizer.convert_ids_to_tokens(list(ids)))
 
 
 def padding(tokenizer: Any, stops: Sequence[int]) -> int:

@@ -8,8 +8,10 @@ from orchestrator.data.summary import LeftOut
 from orchestrator.units import printable
 
 ALLOW = "set data.special_tokens_in_text: allow if they are meant as control tokens"
+ESCAPED = "{rows} spell control tokens ({what}), which are tokenised as text"
 WORDS: dict[str, tuple[str, str]] = {
-    "escaped": ("{rows} spell control tokens ({what}), which are tokenised as text", ""),
+    "escaped": (f"{ESCAPED}; {ALLOW}", ""),
+    "rendered": (ESCAPED, f"{ALLOW}, as in prompts that a chat template has rendered already"),
     "allowed": ("{rows} spell control tokens ({what}), which are read as control tokens (special_tokens_in_text: allow)", ""),
     "ended": ("{rows} already end with the end token ({what}), which is learned once", ""),
     "begun": ("{rows} already begin with the begin token ({what}), which stands once", ""),
@@ -61,9 +63,7 @@ class Noticed:
             found = list(self.what[kind])
             shown = ", ".join(f"'{printable(text)}'" for text in found[:5]) + (", ..." if len(found) > 5 else "")
             said = message.format(rows=rows, what=shown)
-            if kind == "escaped":
-                left_out.info(f"{said}; {ALLOW}", places=places)
-            elif remedy:
+            if remedy:
                 left_out.warn(said, remedy, places=places)
             else:
                 left_out.info(said, places=places)

@@ -85,8 +85,8 @@ class SpanFinder:
         for only_answers in (False, True):
             given = marks.marked(lambda turn, only=only_answers: not only or turn["role"] == "assistant")
             whole = marks.found_in(self._template.render(given, tools))
-            if whole.text == text:
-                chat = _Chat(turns, tools, given, marks, whole)
+            if whole.text == text and whole.places:
+                chat = _Chat(turns, tools, given, marks, whole, all_marked=not only_answers)
                 found = {index: self._found(chat, index) for index in sorted(wanted)}
                 return {index: turn for index, turn in found.items() if turn is not None}
         return {index: self._by_prefixes(turns, tools, text, index) for index in sorted(wanted)}
@@ -95,8 +95,8 @@ class SpanFinder:
         turn, marks, whole = chat.turns[index], chat.marks.of[index], chat.whole
         if calls_of(turn) and whole.first(marks.call) is None:
             raise NotRenderedError(
-                f"it leaves out the tool calls of the turn at [{index}]: take a base whose chat template renders them, or write"
-                " them into the content"
+                "it leaves out the tool calls of an assistant's turn: take a base whose chat template renders them, or write them"
+                " into the content"
             )
         opening, closing = whole.first(marks.opening), whole.last(marks.closing)
         if opening is None and closing is None:
@@ -117,11 +117,8 @@ class SpanFinder:
             Span(start, ending[1], ending[0]),
             unasked if index == len(chat.turns) - 1 else "",
             has_text=len(places) >= parts or not calls_of(turn),
-            has_reasoning=len(places) >= parts or not reasoning_of(turn).strip(),
-            has_context=all(
-                whole.first(chat.marks.of[place].closing) is not None or other["role"] == "assistant" or not said(other).strip()
-                for place, other in enumerate(chat.turns[:index])
-            ),
+            has_reasoning=opening is not None and (len(places) >= parts or not reasoning_of(turn).strip()),
+            has_context=not chat.all_marked or all(map(chat.shows, range(index))),
         )
 
     def _start(self, chat: _Chat, index: int, opening: int) -> tuple[int, str]:
@@ -187,7 +184,7 @@ class SpanFinder:
         after = self._template.render(turns[: index + 1], tools)
         if not index or not after.startswith(before) or not text.startswith(after):
             raise NotRenderedError(
-                f"it writes the turn at [{index}] so that it cannot be found in the whole: put {{% generation %}} ..."
+                "it writes an assistant's turn so that it cannot be found in the whole: put {% generation %} and"
                 " {% endgeneration %} around the assistant's content in the template"
             )
         return Found(self.checked(text, len(before), len(after), len(after)))
@@ -201,3 +198,10 @@ class _Chat(NamedTuple):
     given: Sequence[Turn]
     marks: TurnMarks
     whole: Marked
+    all_marked: bool
+    """Whether the turns between the answers have marks too."""
+
+    def shows(self, index: int) -> bool:
+        """Whether a turn that is not an answer stands in the rendering, if it says anything."""
+        turn = self.turns[index]
+        return turn["role"] == "assistant" or not said(turn).strip() or self.whole.first(self.marks.of[index].closing) is not None

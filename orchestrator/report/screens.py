@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 
 from orchestrator.plan.step_size import few_steps_sentence
@@ -76,7 +77,8 @@ def _best(sweep: SweepResult, best: TrialRecord | None, transfer: TransferReport
     said += [f"{name} {metric_text(trial.metric, sweep.metric)}" for name, trial in (("base", base), ("head", head)) if trial]
     if found.retain_loss is not None:
         before = f"base {number(base.retain_loss)}, " if base and base.retain_loss is not None else ""
-        said.append(f"retention {number(found.retain_loss)} ({before}{signed(found.forgetting)}, bound {sweep.max_forgetting:g})")
+        bound = f", bound {sweep.max_forgetting:g}" if math.isfinite(sweep.max_forgetting) else ""
+        said.append(f"retention {number(found.retain_loss)} ({before}{signed(found.forgetting)}{bound})")
     name = "best" if sweep.winner is not None or sweep.finished_at is None else "best*"
     lines = [*_entry(name, best.label), *_entry("", "   ".join(said))]
     return lines if name == "best" else [*lines, *_entry("", "* of the trials; it was not promoted")]

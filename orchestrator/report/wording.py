@@ -142,11 +142,10 @@ def plural(count: int, word: str) -> str:
 
 
 def summary_sentence(sweep: SweepResult) -> str:
-    """`16 trials in 1m14s on 2 gangs, 9 stopped early, 1 failed`."""
+    """`16 trials in 1m14s on 2 worker groups, 9 stopped early, 1 failed`."""
     by_state = counts(sweep.searched)
-    said = [
-        f"{plural(len(sweep.searched), 'trial')} in {format_seconds(sweep.wall_seconds)} on {plural(sweep.num_gangs, 'gang')}"
-    ]
+    took = f" in {format_seconds(sweep.wall_seconds)}" if sweep.wall_seconds else ""
+    said = [f"{plural(len(sweep.searched), 'trial')}{took} on {plural(sweep.num_gangs, 'worker group')}"]
     if by_state["stopped"]:
         said.append(f"{by_state['stopped']} stopped early")
     if by_state["failed"]:

@@ -10,6 +10,7 @@ from orchestrator.plan import head_control
 from orchestrator.plan.relief import fits_in_no_way, with_relief
 from orchestrator.plan.results import RungResult
 from orchestrator.plan.values import Assignment, ExecutionPlan, TrialSpec
+from orchestrator.runtime.activities import OWNER, ranks_text
 from orchestrator.runtime.hours import affords_refit, is_left_for_refit, metered, read_hours, refit_hours, rung_hours
 from orchestrator.runtime.ledger import Ledger, TrialEntry
 from orchestrator.runtime.minding import Minder
@@ -22,8 +23,6 @@ from orchestrator.store import read_json, write_json
 from orchestrator.transfer.records import RefitRecord
 from orchestrator.transfer.view import RunView
 
-OWNER = "trial.json"
-"""In refit/: whose it is."""
 REFIT_CHECKPOINTS = 4
 """Checkpoints of a refit between its first and its last step."""
 
@@ -63,7 +62,7 @@ def full_budget(prepared: Prepared, entry: TrialEntry, base: RungResult | None, 
         view.event("refit_left_out", left_out, trial_id=trial.trial_id)
         prepared.run.event("refit_left_out", message=left_out, trial_id=trial.trial_id)
         return judged, RefitRecord(ran=False, reason=left_out, to_step=judged.step, left_out_for_hours=True)
-    view.phase("refit", f"{trial.total_steps} steps on {prepared.plan.refit_execution.ranks} rank(s)")
+    view.phase("refit", f"{trial.total_steps} steps on {ranks_text(prepared.plan.refit_execution.ranks)}")
     result = run_refit(prepared, [assignment])[0]
     reason = f"the promoted trial had {last.step} of {trial.total_steps} steps"
     passed_over = why_passed_over(result, judged, base, prepared.scoring)

@@ -10,6 +10,7 @@ import numpy as np
 
 from orchestrator.data import TokenizedSet
 from orchestrator.plan import REPEAT, repeat_control
+from orchestrator.runtime.activities import tell_bundling
 from orchestrator.serve import (
     BundleInputs,
     HeldOutScores,
@@ -45,10 +46,13 @@ def bundle_and_judge(inputs: BundleInputs, bundle: str, metric: str, max_forgett
         VerificationError: the bundle does not reproduce the trained model; it stays `bundle.partial`.
     """
     final = Path(bundle)
+    tell_bundling(final.parent, "merging the trained weights into the base model")
     staged = stage_bundle(inputs, final)
+    tell_bundling(final.parent, "verifying: loading the merged model in a fresh process and comparing it with the trained one")
     figures = verify(staged.folder, trained_model(inputs, staged.plan))
     require_passed(figures, staged.folder)
     reads = count_reading(final.parent / "test", inputs.trial.trial_id)
+    tell_bundling(final.parent, "scoring the bundle and its controls on the test set")
     scores = score_test(staged.folder, inputs, final.parent / "test")
     by_seed = _gain_over_seeds(inputs, scores, metric)
     comparisons = _comparisons(inputs, scores, metric, seed, by_seed)

@@ -38,6 +38,7 @@ from orchestrator.runtime.ledger import Ledger, TrialEntry, TrialState, is_tried
 from orchestrator.runtime.queue import WorkQueue
 from orchestrator.runtime.records import base_result, trial_record
 from orchestrator.runtime.shift import Shift
+from orchestrator.transfer.view import Activity
 
 
 class Exchange:
@@ -97,7 +98,10 @@ class Exchange:
         self._queue.heard_from(trial.trial_id)
         if self._ledger.get(trial.trial_id) is None and self._allowance.refuses(trial):
             return held_back_answer(self._allowance.reason)
+        is_new = self._ledger.get(trial.trial_id) is None
         entry = self._ledger.register(trial, option)
+        if is_new:
+            self._tell_trial(trial.trial_id)
         known = next((result for result in entry.results if result.rung == rung), None)
         if known is None and entry.end is not None:
             return self._answer(entry.results[-1], ended=True) if entry.results else failed_answer()
@@ -159,6 +163,10 @@ class Exchange:
 
     async def figures(self) -> list[GangFigures]:
         return self._figures
+
+    async def activities(self) -> tuple[Activity, ...]:
+        """What each gang is doing; idle ones are left out."""
+        return tuple(activity for shift in self._shifts for activity in shift.activities())
 
     async def gang_pids(self) -> list[tuple[int, ...]]:
         return [shift.gang.pids for shift in self._shifts]

@@ -10,6 +10,7 @@ import ray
 from orchestrator.plan import REPEAT, late_controls
 from orchestrator.plan.results import RungResult
 from orchestrator.plan.values import TrialSpec
+from orchestrator.runtime.activities import tell_bundling
 from orchestrator.runtime.budget import full_budget, selection_of
 from orchestrator.runtime.bundling import bundle_and_judge
 from orchestrator.runtime.cluster import rank_resources, worker_env
@@ -53,6 +54,7 @@ def finish(prepared: Prepared, sweep: SweepResult, view: RunView) -> RunOutcome:
     for message in controls.left_out:
         view.event("control_left_out", message)
         prepared.run.event("control_left_out", message=message)
+    tell_bundling(prepared.run.path, "waiting for a free place")
     view.phase("merge", "then verify, then the test set")
     transfer = _bundle(prepared, _inputs(prepared, entry, bundled, controls))
     transfer = transfer.model_copy(
@@ -164,4 +166,4 @@ def _bundle(prepared: Prepared, inputs: BundleInputs) -> TransferReport:
     given = (inputs, str(prepared.run.bundle), scoring.metric, scoring.max_forgetting, prepared.spec.train.seed)
     # Merging makes no beats: only a process that is stopped is known to hang.
     with metered(prepared.run.hours, 1), Minder(prepared.run, Patience.from_environment(), progress=False) as minder:
-        return run_task(minder, "the process that makes the bundle", task, bundle_and_judge, *given)
+        return run_task(minder, "making the bundle", task, bundle_and_judge, *given)

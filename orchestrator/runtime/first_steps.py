@@ -114,9 +114,8 @@ class FirstSteps:
         if duration is not None:
             left = max(0.0, duration.middle_s - (self._clock() - self.begun))
             by_plan = f"; the plan said {planned.duration}" if planned.duration is not None else ""
-            message += (
-                f"; by the clock {duration}, likely {format_seconds(duration.middle_s)}, {format_seconds(left)} left{by_plan}"
-            )
+            in_all = f"{format_seconds(duration.middle_s)} in all ({duration}{by_plan})"
+            message = f"about {format_seconds(left)} left, {in_all}: {message}"
             ends = {
                 "low_seconds": duration.low_s,
                 "expected_seconds": duration.middle_s,

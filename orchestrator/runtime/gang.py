@@ -103,6 +103,8 @@ class Gang:
         self.pids: tuple[int, ...] = ()
         self.base_loads = 0
         self.start_seconds = 0.0
+        self.starting = ""
+        """What its start is waiting for; empty once it is ready."""
         self._base = base
         self._anatomy = anatomy
         self._execution = execution
@@ -110,6 +112,8 @@ class Gang:
         self._patience = (patience or Patience()).for_base(2 * anatomy.num_parameters())
         self._vigil = Vigil(self._patience)
         self._seats: tuple[Seat, ...] = ()
+        self._hangs = ""
+        """What was said of ranks that were ended since they hung: the errors that follow say only that they are gone."""
         self._ranks: list = []
         self._placement: PlacementGroup | None = None
 
@@ -122,10 +126,12 @@ class Gang:
         """
         started = time.monotonic()
         execution = self._execution
+        self.starting = f"waiting for {places(execution)}"
         bundles = [rank_resources(execution) for _ in range(execution.ranks)]
         self._placement = placement_group(bundles, strategy=placement_strategy(execution))
         await asyncio.wait_for(_ready(self._placement), START_TIMEOUT_S)
         self._meter.hold(self.index, execution.ranks)
+        self.starting = "loading the base model"
         resources = rank_resources(execution)
         self._ranks = [
             RankActor.options(  # type: ignore[attr-defined]
@@ -143,6 +149,7 @@ class Gang:
         calls = [rank.start.remote(self._base, self._anatomy, execution, meeting) for rank in self._ranks]
         self.pids = tuple(await self._all(calls))
         self.base_loads += 1
+        self.starting = ""
         self.start_seconds = time.monotonic() - started
 
     async def run(self, group: Sequence[Assignment]) -> list[RungResult]:
@@ -174,10 +181,11 @@ class Gang:
 
     def kill(self) -> None:
         """End the processes and give the places back."""
+        self.starting = ""
         self._meter.release(self.index)
         for rank in self._ranks:
             ray.kill(rank)
-        self._ranks, self._seats = [], ()
+        self._ranks, self._seats, self._hangs = [], (), ""
         self._vigil.forget()
         if self._placement is not None:
             remove_placement_group(self._placement)
@@ -205,17 +213,17 @@ class Gang:
                 done, _ = await asyncio.wait({*pending, watch}, return_when=asyncio.FIRST_COMPLETED)
                 pending -= done
                 broken = _errors(done - {watch})
+                if self._hangs and (broken or pending):
+                    raise GangDiedError(f"gang {self.index} hangs: {self._hangs}")
                 if broken:
                     raise await self._death(broken, pending)
-                if watch in done and pending:
-                    raise GangDiedError(f"gang {self.index} hangs: {watch.result()}")
         finally:
             watch.cancel()
         return [wait.result()[0] for wait in waits]
 
-    async def _until_one_hangs(self) -> str:
-        """What to say of the ranks that hang, once some do. Its processes have been ended by then: those that are stopped
-        answer to nobody but their kernel."""
+    async def _until_one_hangs(self) -> None:
+        """Until some ranks hang: what is said of them is kept, and the gang's processes are ended. One that is stopped answers
+        to nobody but its kernel."""
         asked: dict[Seat, asyncio.Future] = {}
         looked_at: dict[Seat, float] = {}
         while True:
@@ -234,8 +242,9 @@ class Gang:
                 said = self._vigil.stopped(await asyncio.to_thread(states_of, silent)) or said
                 looked_at |= dict.fromkeys(silent, time.monotonic())
             if said:
+                self._hangs = "; ".join(said.values())
                 await asyncio.to_thread(end_processes, self._seats)
-                return "; ".join(said.values())
+                return
 
     async def _death(self, broken: list[Exception], pending: set[asyncio.Task]) -> GangDiedError:
         """What the gang died of, by the ranks that are broken and those that break of it."""
@@ -248,6 +257,12 @@ class Gang:
         told = next((error for error in broken if ran_out_of_memory(error, device)), None)
         what = f"gang {self.index} broke: {_first_line(told or _evicted(broken) or broken[0])}"
         return GangDiedError(what, out_of_memory=told is not None)
+
+
+def places(execution: ExecutionPlan) -> str:
+    """`2 free GPUs`."""
+    kind = "GPU" if execution.device == "cuda" else "core"
+    return f"{execution.ranks} free {kind}{'' if execution.ranks == 1 else 's'}"
 
 
 async def _ready(placement: PlacementGroup) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from orchestrator.errors import UsageError
@@ -14,6 +12,7 @@ from orchestrator.runtime.ledger import Ledger
 from orchestrator.runtime.mishaps import in_plain_words
 from orchestrator.runtime.outcome import RunOutcome, write_outcome
 from orchestrator.runtime.prepare import reopen
+from orchestrator.runtime.pulse import Pulse
 from orchestrator.store import read_json
 from orchestrator.transfer.naming import find_trial
 from orchestrator.transfer.promotion import PROMOTABLE_CONTROLS
@@ -42,9 +41,10 @@ def merge_trial(
         before = sweep.winner_id
         if chosen != before:
             sweep = promoted_by_hand(sweep, chosen)
-        with connected(address), guarded(run.path), in_plain_words(run.path), _shown(view, sweep, chosen):
+        with Pulse(view, run.path) as pulse, connected(address), guarded(run.path), in_plain_words(run.path):
+            _show(pulse, sweep, chosen)
             require_shared_storage(run.path)
-            outcome = write_outcome(finish(prepared, sweep, view))
+            outcome = write_outcome(finish(prepared, sweep, pulse))
         if chosen != before:
             run.event("promoted_by_hand", trial_id=chosen, instead_of=before)
         return outcome
@@ -71,9 +71,8 @@ def promoted_by_hand(sweep: SweepResult, trial_id: str) -> SweepResult:
     return sweep.model_copy(update=update)
 
 
-@contextmanager
-def _shown(view: RunView, sweep: SweepResult, chosen: str) -> Iterator[None]:
-    """The view, started on the one trial that is bundled, beside the untouched base; closed whatever happens."""
+def _show(view: RunView, sweep: SweepResult, chosen: str) -> None:
+    """Start the view on the one trial that is bundled, beside the base model."""
     view.start(
         name=sweep.name,
         metric=sweep.metric,
@@ -81,13 +80,9 @@ def _shown(view: RunView, sweep: SweepResult, chosen: str) -> Iterator[None]:
         max_forgetting=sweep.max_forgetting,
         num_trials=1,
     )
-    try:
-        for record in sweep.trials:
-            if record.control == "none" or record.trial_id == chosen:
-                view.trial(record)
-        yield
-    finally:
-        view.close()
+    for record in sweep.trials:
+        if record.control == "none" or record.trial_id == chosen:
+            view.trial(record)
 
 
 def choose(sweep: SweepResult, ledger: Ledger, trial_id: str | None, *, promote: bool) -> str:

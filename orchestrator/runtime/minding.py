@@ -114,10 +114,11 @@ class Minder:
                 self._run.event("hung", message=f"{said}; it is ended")
 
 
-def run_task(minder: Minder, what: str, task: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+def run_task(minder: Minder, doing: str, task: Any, function: Callable[..., Any], *arguments: Any) -> Any:
     """Run a function in a process of its own, and again where that process was ended from outside.
 
     Args:
+        doing: What the process does, as its phase.
         task: `ray.remote(in_a_minded_process)` with its options.
 
     Raises:
@@ -125,16 +126,16 @@ def run_task(minder: Minder, what: str, task: Any, function: Callable[..., Any],
     """
     for _ in range(MAX_STARTS - 1):
         with contextlib.suppress(WorkerCrashedError):
-            return fetch(task.remote(minder.board, function, *arguments))
+            return fetch(task.remote(minder.board, doing, function, *arguments))
     try:
-        return fetch(task.remote(minder.board, function, *arguments))
+        return fetch(task.remote(minder.board, doing, function, *arguments))
     except WorkerCrashedError as error:
         why = minder.said[-1] if minder.said else describe(error)
-        raise TrainingError(f"{what} was ended {MAX_STARTS} times, the last: {why}", remedy=GO_ON) from None
+        raise TrainingError(f"the process for {doing} was ended {MAX_STARTS} times, the last: {why}", remedy=GO_ON) from None
 
 
-def in_a_minded_process(board: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+def in_a_minded_process(board: Any, doing: str, function: Callable[..., Any], *arguments: Any) -> Any:
     """The task itself."""
     send_pulses(board, 0)
-    pulse.enter(function.__name__.replace("_", " "))
+    pulse.enter(doing)
     return function(*arguments)

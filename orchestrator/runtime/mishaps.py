@@ -32,21 +32,21 @@ def in_plain_words(run_folder: Path) -> Iterator[None]:
         yield
     except OrchestratorError:
         raise
-    except (ray_errors.RayError, ConnectionError) as error:
+    except Exception as error:
+        if not (isinstance(error, ConnectionError) or type(error).__module__.partition(".")[0] == "ray"):
+            raise
         raise cause_of(error, run_folder) from None
 
 
 def cause_of(error: BaseException, run_folder: Path | None = None) -> OrchestratorError:
     """The error of our own that an error of Ray's carries; one that says what happened, where it carries none."""
-    seen: BaseException | None = error
-    for _ in range(5):
-        if isinstance(seen, OrchestratorError):
-            return seen
-        inner = getattr(seen, "cause", None)
-        if not isinstance(inner, BaseException) or inner is seen:
-            break
-        seen = inner
-    assert seen is not None
+    chain = [error]
+    while isinstance(inner := getattr(chain[-1], "cause", None), BaseException) and inner not in chain:
+        chain.append(inner)  # an error of a task is of the kind of its cause, and prints a traceback
+    own = next((each for each in reversed(chain) if isinstance(each, OrchestratorError)), None)
+    if own is not None:
+        return own
+    seen = chain[-1]
     return TrainingError(describe(seen), where=str(run_folder) if run_folder is not None else "", remedy=GO_ON)
 
 

@@ -116,10 +116,11 @@ def prepare(
     spec = loaded.spec
     if job == "sweep" and cluster is not None:
         require_metric(loaded)
+    view.phase("base", "reading and hashing the base model's files")
     anatomy = read_anatomy(resolve_base(spec.base.model, loaded.folder), need_weights=True)
     run.claim_base(identity_of_base(anatomy))
     known = RunPlan.model_validate(read_json(run.plan)) if run.plan.exists() else None
-    view.phase("data")
+    view.phase("data", "reading and tokenising")
     data = prepare_data(loaded, Path(anatomy.folder), run.data, keep=known is not None)
     before = known.data if known is not None and known.data.tokens_per_step else None
     size = data_size(data, spec, run.data, planned=StepSize(before.tokens_per_step, before.step_ranks) if before else None)
@@ -128,6 +129,7 @@ def prepare(
         return Prepared(spec, run, anatomy, data, known)
     tell_data(data, run, view)
     sha256, scores = spec_sha256(spec, job), read_scores(run)
+    view.phase("plan", "connecting to Ray")
     machines = cluster()
     folder = Path(anatomy.folder)
     require_base_everywhere(folder, {name: file_identity(folder / name) for name in _files_of(anatomy)})

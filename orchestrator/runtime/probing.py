@@ -58,7 +58,7 @@ def scored_alone(prepared: Prepared, view: RunView) -> Prepared:
         patience = Patience.from_environment().for_base(2 * prepared.anatomy.num_parameters())
         with metered(prepared.run.hours, 1), Minder(prepared.run, patience) as minder:
             given = (prepared.plan.base, prepared.anatomy, assignment)
-            return run_task(minder, "the process that scores the blocks", task, score_in_this_process, *given)
+            return run_task(minder, "scoring the blocks", task, score_in_this_process, *given)
 
     return _scored(prepared, execution, view, score)
 

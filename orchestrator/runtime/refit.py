@@ -21,6 +21,7 @@ from orchestrator.errors import RankOutOfMemoryError, TrainingError
 from orchestrator.plan.relief import fits_in_no_way, nothing_smaller, relieve, with_relief
 from orchestrator.plan.results import RungResult
 from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan
+from orchestrator.runtime.activities import STARTS
 from orchestrator.runtime.assignments import failed_result
 from orchestrator.runtime.cluster import placement_strategy, rank_resources, worker_env
 from orchestrator.runtime.minding import Minder, send_pulses
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 MAX_RESTARTS = 3
 MAX_FRUITLESS_STARTS = 10
 """How often a worker group is asked for where there is no place for it; each time Ray Train waits for a minute."""
-STARTS = "starts.txt"
-"""A line for every time that a worker group began."""
 STEPPED_DOWN = "stepped-down.json"
 """Beside an assignment's files: how it goes on after a worker group ran out of memory."""
 

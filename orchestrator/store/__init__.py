@@ -19,9 +19,10 @@ from orchestrator.store.folders import (
     write_manifest,
 )
 from orchestrator.store.machine import find_gpus, free_memory_bytes, num_usable_cpus, parse_gpus
-from orchestrator.store.run_directory import RunDirectory, versions
+from orchestrator.store.run_directory import PROGRESS, RunDirectory, versions
 
 __all__ = [
+    "PROGRESS",
     "FileRecord",
     "Manifest",
     "RunDirectory",

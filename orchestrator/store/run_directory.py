@@ -16,6 +16,8 @@ from orchestrator.store.files import PARTIAL, append_jsonl, read_json, write_ato
 
 PACKAGES = ("orchestrator", "torch", "ray", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "optuna")
 IDENTITY = "run.json"
+PROGRESS = "progress.json"
+"""What the run is waiting for, kept up to date while its driver works (`transfer.view.Progress`)."""
 LOCK = ".lock"
 FREE_TO_CHANGE = ("output:", "resources.", "search.trials:")
 """What may differ between two submissions of one run."""

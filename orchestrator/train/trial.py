@@ -248,6 +248,7 @@ class TrialRun:
         self._save(rung_folder(Path(self.assignment.folder), self.assignment.rung), engine, branch, final=True)
 
     def _save(self, folder: Path, engine: Engine, branch: Branch, *, final: bool) -> None:
+        pulse.enter("saving")
         together = self.execution.executor == "deepspeed"
         snapshot = take_snapshot(
             branch,

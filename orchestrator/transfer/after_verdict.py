@@ -13,7 +13,7 @@ _LOOK_AT_ROWS = "look at the rows that are learned from: `orchestrator data SPEC
 _MORE_EVAL = "give more or cleaner eval rows (data.eval): what was promoted looked better on eval than it is on test"
 _ADVICE: dict[tuple[VerdictKind, Decider], tuple[str, ...]] = {
     ("negative", "none"): (
-        "do not serve this bundle, serve the untouched base: it is better on the test set",
+        "do not serve this bundle, serve the base model: it is better on the test set",
         _LOOK_AT_ROWS,
         _MORE_EVAL,
     ),
@@ -21,10 +21,10 @@ _ADVICE: dict[tuple[VerdictKind, Decider], tuple[str, ...]] = {
         "do not serve this bundle: training from scratch is better on the test set, so another base may help, this one does not",
         _LOOK_AT_ROWS,
     ),
-    ("no gain", "none"): ("the untouched base serves as well: the test set leaves no room for a gain that matters",),
+    ("no gain", "none"): ("the base model serves as well: the test set leaves no room for a gain that matters",),
     ("no gain", "scratch"): ("training from scratch serves as well: another base may help, this one does not",),
     ("inconclusive", "none"): (
-        "more test rows would tell (data.test, data.test_rows); until then the untouched base may serve as well",
+        "more test rows would tell (data.test, data.test_rows); until then the base model may serve as well",
     ),
     ("inconclusive", "scratch"): (
         "more test rows or seeds would tell it from training from scratch (data.test, data.test_rows, search.repeats)",

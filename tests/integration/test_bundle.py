@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,12 +43,13 @@ from orchestrator.serve import (
     verify_bundle,
     verifying,
 )
+from orchestrator.serve.card import model_card
 from orchestrator.store import check_folder
 from orchestrator.store.files import usual_mode
 from orchestrator.train.artifacts import save_artifact
 from orchestrator.train.base import load_base
 from orchestrator.train.branch import open_branch
-from orchestrator.transfer.records import TransferReport, VerificationFigures
+from orchestrator.transfer.records import PromptComparison, TransferReport, VerificationFigures
 
 WORDS = [f"w{number}" for number in range(93)]
 CLASSES = ("low", "mid", "high")
@@ -398,6 +401,34 @@ def test_the_test_set_is_scored_on_bundle_base_and_controls(finished: tuple[Tria
     assert "head only" in card
     assert "exact_match" in card
     assert "retention loss" in card
+
+
+TEMPLATE = "{% for message in messages %}w3 w4 w{{ message['content'] | length }} {% endfor %}"
+
+
+@pytest.mark.parametrize("task", ["completion", "text", "chat", "classify"])
+def test_the_code_of_the_card_runs_in_the_bundle(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    trials = Trials(tmp_path, task=task)
+    if task == "chat":
+        (trials.base / "chat_template.jinja").write_text(TEMPLATE)
+    inputs = trials.trial("last:1", "full", separator=" ")
+    staged = stage_bundle(inputs, tmp_path / "bundle")
+    prompts = (PromptComparison(prompt="w3 w4 w5", base_answer="w1", tuned_answer="w2"),)
+    checked = VerificationFigures(passed=True, kl_bundle=0.0, kl_base=1.0, limit=0.1, num_prompts=1)
+    card = model_card(inputs, TransferReport(prompts=prompts, verification=checked), {})
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    monkeypatch.chdir(staged.folder)
+    capsys.readouterr()
+    variables: dict[str, Any] = {}
+    exec(code, variables)
+    said = capsys.readouterr().out.strip()
+    if task == "classify":
+        assert any(name in said for name in CLASSES)
+        return
+    model, tokenizer, asked = variables["model"], variables["tokenizer"], variables["inputs"]["input_ids"]
+    assert tokenizer.decode(asked[0], skip_special_tokens=True).startswith("w3 w4")
+    new = model.generate(asked, max_new_tokens=5, do_sample=False)[0, asked.shape[1] :]
+    assert said.startswith(tokenizer.decode(new, skip_special_tokens=True)), "what the bundle answers, and not the prompt"
 
 
 def test_a_classifier_bundle_is_scored_against_the_class_prior_and_loads_in_a_pipeline(tmp_path: Path):

@@ -149,7 +149,7 @@ def test_lengths_set_the_longest_row_and_what_is_unused_is_told(tmp_path: Path, 
     with Path("long.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["id", "question", "answer", "note\x1b[31m"])
-        writer.writerows([number, sentence(number) * 12, sentence(number), "x"] for number in range(80))
+        writer.writerows([number, sentence(number) * 24, sentence(number), "x"] for number in range(80))
     made = run("init", "long.csv")
     assert made.exit_code == 0, made.stderr
     assert "unused    id, note\\x1b[31m" in made.stdout

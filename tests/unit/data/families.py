@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001
 """Chat templates in the documented formats of published model families, each with a tiny tokenizer that has its control tokens.
 
 The templates are short ones of our own that write what the family's format says; what they are here for is where they differ:
@@ -70,7 +71,8 @@ QWEN3 = (
     "{% if m.role == 'user' and not (m.content.startswith('<tool_response>') and m.content.endswith('</tool_response>')) %}"
     "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
     "{% if tools %}<|im_start|>system\n# Tools{% for t in tools %}\n{{ t | tojson }}{% endfor %}<|im_end|>\n{% endif %}"
-    "{% for m in messages %}{% if m.role == 'assistant' %}{% set text = m.content or '' %}{% set why = m.reasoning_content or '' %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% set text = m.content or '' %}"
+    "{% set why = m.reasoning_content or '' %}"
     "{% if '</think>' in text %}{% set why = text.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
     "{% set text = text.split('</think>')[-1].lstrip('\n') %}{% endif %}<|im_start|>assistant\n"
     "{% if loop.index0 > ns.last and (loop.last or why) %}<think>\n{{ why.strip('\n') }}\n</think>\n\n{{ text.lstrip('\n') }}"
@@ -141,7 +143,8 @@ ZEPHYR = (
 )
 COMMAND_R = (
     "{{ bos_token }}{% set names = {'system': 'SYSTEM', 'user': 'USER', 'assistant': 'CHATBOT', 'tool': 'SYSTEM'} %}"
-    "{% if tools %}<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>## Available Tools\n{{ tools | tojson }}<|END_OF_TURN_TOKEN|>{% endif %}"
+    "{% if tools %}<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>## Available Tools\n{{ tools | tojson }}"
+    "<|END_OF_TURN_TOKEN|>{% endif %}"
     "{% for m in messages %}<|START_OF_TURN_TOKEN|><|{{ names[m.role] }}_TOKEN|>"
     "{% if m.tool_calls %}Action: ```json\n[{% for c in m.tool_calls %}"
     '{"tool_name": "{{ c.function.name }}", "parameters": {{ c.function.arguments | tojson }}}{% endfor %}]\n```'
@@ -200,12 +203,14 @@ HARMONY = (
     "{% if tools %}<|start|>developer<|message|># Tools\n{{ tools | tojson }}<|end|>{% endif %}"
     "{% for m in messages %}{% if m.role == 'assistant' %}"
     "{% if m.thinking and loop.last %}<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>{% endif %}"
-    "{% if m.tool_calls %}<|start|>assistant to=functions.{{ m.tool_calls[0].function.name }}<|channel|>commentary json<|message|>"
+    "{% if m.tool_calls %}<|start|>assistant to=functions.{{ m.tool_calls[0].function.name }}<|channel|>commentary json"
+    "<|message|>"
     "{{ m.tool_calls[0].function.arguments | tojson }}<|call|>"
-    "{% else %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}{{ '<|return|>' if loop.last else '<|end|>' }}{% endif %}"
+    "{% else %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}"
+    "{{ '<|return|>' if loop.last else '<|end|>' }}{% endif %}"
     "{% elif m.role == 'tool' %}<|start|>functions to=assistant<|channel|>commentary<|message|>{{ m.content | tojson }}<|end|>"
-    "{% else %}<|start|>{{ 'developer' if m.role == 'system' else m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+    "{% else %}<|start|>{{ 'developer' if m.role == 'system' else m.role }}<|message|>{{ m.content }}<|end|>"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
 HERMES_CALL = '<tool_call>\n{"name": "find_place", "arguments": {"thing": "kettle"}}\n</tool_call>'
 ARGUMENTS = '{"thing": "kettle"}'

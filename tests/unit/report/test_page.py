@@ -155,10 +155,10 @@ def test_a_negative_verdict_says_first_that_the_bundle_is_not_to_be_served(fake_
     transfer = make.transfer(verdict="negative", sentence="worse than the base", comparisons=worse)
     page = read(write_report(fake_run(sweep=make.sweep(advice=("then this",)), transfer=transfer)))
     section = page.text[page.text.index("What to try next Promoted") :]
-    assert section.index("do not serve this bundle, serve the untouched base") < section.index("then this")
-    assert "No advice" not in page.text
+    assert section.index("do not serve this bundle, serve the base model") < section.index("then this")
+    assert "No recommendations" not in page.text
     gained = read(write_report(fake_run(sweep=make.sweep(advice=()))))
-    assert "No advice: nothing in the records asks for it." in gained.text
+    assert "No recommendations." in gained.text
 
 
 def scored(trial, metric, forgetting):
@@ -176,12 +176,12 @@ def test_the_front_is_of_what_could_be_promoted(fake_run, make):
     sweep = make.sweep(trials=trials, winner_id="head", front=(beaten.trial_id, kept.trial_id))
     page = read(write_report(fake_run(sweep=sweep)))
     table = page.text.partition("on the front within the bound")[2].partition("Prompts, before and after")[0]
-    assert f"{head.label} 2.000 +0.000 yes yes" in table
-    assert f"{kept.label} 1.800 +0.050 yes yes" in table
-    assert f"{beaten.label} 2.500 +0.020 yes" in table, "within the bound, and not on the front"
-    assert f"{none.label} 1.000 +0.000 yes" in table, "within the bound, and no trial"
+    assert f"{head.label} 54 2.000 +0.000 yes yes" in table
+    assert f"{kept.label} 54 1.800 +0.050 yes yes" in table
+    assert f"{beaten.label} 54 2.500 +0.020 yes" in table, "within the bound, and not on the front"
+    assert f"{none.label} 0 1.000 +0.000 yes" in table, "within the bound, and no trial"
     assert broken.label not in table
-    assert "the untouched base, which is no trial, is drawn beside them" in page.text
+    assert "the base model, which is no trial, is drawn beside them" in page.text
 
 
 def test_a_folder_with_a_spec_only_is_reported(fake_run):
@@ -277,7 +277,8 @@ def test_a_page_of_few_examples(fake_run, make):
     transfer = make.transfer(winner.trial_id, gain_over_seeds=gains, scores=scores)
     page = read(write_report(fake_run(sweep=sweep.model_copy(update={"trials": (*trials, again)}), transfer=transfer)))
     assert "loss, eval set 1.000 ± 0.000 over 2 seeds; 1.000 of that trial" in page.text
-    assert "54/54, by 48" in page.text
+    assert "48 of 54" in page.text
+    assert "compared by step 48, its best; it was trained to step 54" in page.text
     assert "Their mean gain over the base is +1.990 nats per token (95%: +0.719 to +3.261" in page.text
     assert "another seed (2)" in page.text
 

@@ -23,7 +23,7 @@ def test_the_last_screen_says_what_was_found(make):
     assert entry(screen, "base").endswith("The house was by the river, and the")
     assert entry(screen, "tuned").split() == ["tuned", "7"]
     assert "runs/quickstart/bundle    verified: KL 3.1e-05 a token" in entry(screen, "bundle")
-    assert "16 trials in 1m14s on 2 gangs" in entry(screen, "report")
+    assert "16 trials in 1m14s on 2 worker groups" in entry(screen, "report")
     assert screen.splitlines()[-1] == "next      transformers serve runs/quickstart/bundle"
 
 
@@ -89,7 +89,7 @@ def next_lines(screen: str) -> str:
 def test_a_bundle_that_is_worse_than_the_base_is_not_to_be_served(make):
     sweep, transfer = make.sweep(advice=()), make.transfer(verdict="negative", sentence="worse", comparisons=compared(-0.3, -0.1))
     screen = final_screen(sweep, transfer)
-    assert next_lines(screen).startswith("next do not serve this bundle, serve the untouched base")
+    assert next_lines(screen).startswith("next do not serve this bundle, serve the base model")
     assert "give more or cleaner eval rows" in next_lines(screen)
     assert "transformers serve" not in screen
     assert max(map(len, screen.splitlines())) <= 100

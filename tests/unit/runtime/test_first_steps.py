@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def test_it_is_told_once_when_every_gang_has_had_some(plan: RunPlan, anatomy: Mo
     assert expected is not None
     assert said["achieved_share"] == expected.rate.achieved_share
     assert (said["core_hours"], said["gpu_hours"], said["wall_hours"]) == (expected.core_hours, None, expected.wall_hours)
-    assert said["message"].startswith("the first steps reach ")
+    assert re.match(r"about \S+ left, \S+ in all \(.* to .*; the plan said .*\): the first steps reach ", said["message"])
     assert (said["kind"], said["low_seconds"] < said["expected_seconds"] < said["high_seconds"]) == ("first_steps", True)
     assert first.hear(0, result("t2", steady_tokens_per_s=1000)) is None
 
