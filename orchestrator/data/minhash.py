@@ -25,11 +25,11 @@ SHINGLE = 5
 """Characters of an n-gram."""
 NUM_BINS = 32
 ROWS_PER_BAND = 4
-MAX_CHARACTERS = 2000
+MAX_CHARACTERS = 1000
 """So much of a text's beginning is compared."""
 COMMON = 0.5
 """An n-gram that more than this share of the texts has is part of a template: it tells no two of them apart."""
-SAMPLED_TEXTS = 1000
+SAMPLED_TEXTS = 400
 FEWEST_SAMPLED = 8
 CHUNK_CHARACTERS = 500_000
 VERIFIED_CHARACTERS = 40_000_000
@@ -40,6 +40,9 @@ SHORT = 200
 """Of texts up to so many characters, those that name different numbers are different: item 12 is not item 13."""
 _NUMBER = re.compile(r"\d+")
 _PUNCTUATION = re.compile(r"[\W_]+")
+_ASCII_WORDS = bytes(code if chr(code).isalnum() else 32 for code in range(128)) + bytes(128)
+_CHANCE = 8
+"""Only n-grams among the lowest _CHANCE x NUM_BINS of a text's hashes are looked at: a bin has none of them once in e^8."""
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -102,9 +105,16 @@ def _chunk_signatures(chunk: Sequence[str], left_out: np.ndarray) -> tuple[np.nd
         at = np.minimum(np.searchsorted(left_out, hashes), len(left_out) - 1)
         own = left_out[at] != hashes
         hashes, owner = hashes[own], owner[own]
+    values = hashes << np.uint64(5)
+    counts = np.bincount(owner, minlength=len(chunk))
+    limits = (np.minimum(1.0, _CHANCE * NUM_BINS / np.maximum(counts, 1)) * (2.0**64 - 2.0**12)).astype(np.uint64)
+    low = values <= limits[owner]
+    repetitive = np.bincount(owner[low], minlength=len(chunk)) < NUM_BINS  # few different n-grams: all of them count
+    low |= repetitive[owner]
+    hashes, owner, values = hashes[low], owner[low], values[low]
     slots = owner * NUM_BINS + (hashes >> np.uint64(59)).astype(np.int64)
     minima = np.full(len(chunk) * NUM_BINS, np.iinfo(np.uint64).max)
-    np.minimum.at(minima, slots, hashes << np.uint64(5))
+    np.minimum.at(minima, slots, values)
     return _densified(minima.reshape(len(chunk), NUM_BINS))
 
 
@@ -146,7 +156,12 @@ def _parts(pairs: np.ndarray, size: int = 1 << 18) -> Iterator[np.ndarray]:
 
 def compared(text: str) -> str:
     """Words without punctuation, of the text's beginning; at least one n-gram long unless empty."""
-    words = _PUNCTUATION.sub(" ", text[: 2 * MAX_CHARACTERS])[:MAX_CHARACTERS].strip()
+    beginning = text[: 2 * MAX_CHARACTERS]
+    if beginning.isascii():
+        bare = " ".join(beginning.encode().translate(_ASCII_WORDS).decode().split())
+    else:
+        bare = _PUNCTUATION.sub(" ", beginning)
+    words = bare[:MAX_CHARACTERS].strip()
     return words.ljust(SHINGLE) if words else ""
 
 

@@ -95,7 +95,7 @@ def make_splits(loaded: LoadedSpec, found: Mapping[str, list[Example]], left_out
     }
     for name, part in parts.items():
         if not part:
-            raise _empty(loaded, name, examples, names, left_out)
+            raise _empty(loaded, name, examples, names, len(shares), left_out)
     _tell(rows, split, shares, data.dedupe, left_out)
     return parts | {"train": mixed(parts["train"], data.train, seed, left_out)}
 
@@ -170,12 +170,14 @@ def _tell(rows: Compared, split: np.ndarray, shares: Mapping[str, Share], dedupe
             )
 
 
-def _empty(loaded: LoadedSpec, name: str, examples: Sequence[Example], names: Sequence[str], left_out: LeftOut) -> DataError:
+def _empty(
+    loaded: LoadedSpec, name: str, examples: Sequence[Example], names: Sequence[str], num_shares: int, left_out: LeftOut
+) -> DataError:
     """Why a split has no row: all of its own were removed, or train has none to spare."""
     reasons = [f"{count} {reason}" for reason, count in left_out.of(name).items()]
     removed = bool(reasons)
     if not reasons or name == "train":
-        reasons += _why_not_shared(loaded, examples, names)
+        reasons += _why_not_shared(loaded, examples, names, num_shares)
     noticed = [notice.message for notice in left_out.notices if notice.level == "warning" or len(examples) <= 1]
     reasons += noticed[:MOST_NOTICED]
     remedy = "give more rows, or another share or path"
@@ -189,7 +191,7 @@ def _empty(loaded: LoadedSpec, name: str, examples: Sequence[Example], names: Se
     )
 
 
-def _why_not_shared(loaded: LoadedSpec, examples: Sequence[Example], names: Sequence[str]) -> list[str]:
+def _why_not_shared(loaded: LoadedSpec, examples: Sequence[Example], names: Sequence[str], num_shares: int) -> list[str]:
     """What keeps train's rows from being shared among the splits."""
     data, count = loaded.spec.data, len(examples)
     if not count:
@@ -198,7 +200,7 @@ def _why_not_shared(loaded: LoadedSpec, examples: Sequence[Example], names: Sequ
     sizes = Counter(names).most_common()
     if count > 1 and len({example.content_key for example in examples}) == 1:
         return [f"all {count} rows are equal"]
-    if len(sizes) < count and len(sizes) <= sum(isinstance(share, float) for share in (data.eval, data.test)):
+    if len(sizes) < count and len(sizes) <= num_shares:
         by = [f"a value of data.group = {printable(repr(data.group))}"] if data.group else []
         by += [] if data.dedupe == "none" else [f"a {asked_name(examples[0])}"]
         shared = f"rows that have {' or '.join(by)} in common" + (", or are nearly equal," if data.dedupe == "near" else "")
