@@ -212,6 +212,8 @@ class Gang:
             while pending:
                 done, _ = await asyncio.wait({*pending, watch}, return_when=asyncio.FIRST_COMPLETED)
                 pending -= done
+                if watch in done and not self._hangs:
+                    watch.result()  # raises what broke it
                 broken = _errors(done - {watch})
                 if self._hangs and (broken or pending):
                     raise GangDiedError(f"gang {self.index} hangs: {self._hangs}")

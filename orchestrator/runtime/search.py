@@ -25,8 +25,9 @@ from orchestrator.runtime.ledger import TrialEntry
 from orchestrator.runtime.mishaps import cause_of
 from orchestrator.runtime.proposals import Known, Proposal, propose
 
-MAX_RESTARTS = 3
-"""How often Tune starts a thin trial again that died of itself: what it has done is answered from the ledger."""
+MAX_RESTARTS = 1
+"""How often Tune starts a thin trial again that died of itself: what it has done is answered from the ledger. Where
+the exchange is gone, each costs seconds in vain."""
 SHARE_OF_NODE = 1e-4
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
 """What `ray.tune.execution.class_cache` hands on."""

@@ -121,8 +121,8 @@ class Vigil:
         missed = 0.0 if self._looked_at is None else now - self._looked_at - 10 * POLL_S
         if missed > 0:
             for each in self._watched.values():
-                each.moved_at += missed
-                each.answered_at += missed
+                each.moved_at = min(now, each.moved_at + missed)
+                each.answered_at = min(now, each.answered_at + missed)
         self._looked_at = now
 
     def silent(self) -> list[Seat]:

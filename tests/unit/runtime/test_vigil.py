@@ -105,6 +105,18 @@ def test_time_in_which_nobody_looked_blames_nobody() -> None:
     assert list(scene.vigil.hung()) == [SEAT]
 
 
+def test_a_gang_that_was_idle_is_found_as_soon_as_any_other() -> None:
+    """Nobody looks between two assignments; the first answer after it must not be dated into the future."""
+    scene = Scene()
+    scene.passes(5, TRAINING)
+    scene.now += 300
+    scene.passes(2, TRAINING)
+    scene.passes(22)
+    assert scene.vigil.silent() == [SEAT]
+    scene.passes(40)
+    assert list(scene.vigil.hung()) == [SEAT]
+
+
 def test_a_large_base_may_take_longer_to_load() -> None:
     assert Patience().for_base(int(140e9)).opening_s == pytest.approx(600 + 7000)
 
