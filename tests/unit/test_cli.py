@@ -67,7 +67,6 @@ def test_light_commands_import_nothing_heavy(arguments, spec):
     code = f"""
         import sys
         from orchestrator.cli import app
-from orchestrator.cli_group import GROUPS
         app(args=sys.argv[1:], standalone_mode=False)
         heavy = [name for name in {HEAVY} if name in sys.modules]
         assert not heavy, heavy
@@ -146,7 +145,6 @@ def test_the_plan_of_a_70b_on_four_nodes_imports_nothing_heavy(repository):
     code = f"""
         import sys
         from orchestrator.cli import app
-from orchestrator.cli_group import GROUPS
         app(args=sys.argv[1:], standalone_mode=False)
         heavy = [name for name in {HEAVY} if name in sys.modules]
         assert not heavy, heavy

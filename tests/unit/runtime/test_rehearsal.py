@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from pathlib import Path
 
@@ -60,5 +59,3 @@ def test_what_a_submission_would_refuse_is_refused(spec: Path):
     with pytest.raises(RunConflictError, match=r"train\.epochs: 2\.0 -> 3\.0"):
         rehearsed(load_spec(spec, ["train.epochs=3"]))
     assert {path: path.stat().st_mtime_ns for path in spec.parent.rglob("*")} == before
-    with (spec.parent / "runs" / "x" / ".lock").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
