@@ -21,7 +21,7 @@ from orchestrator.spec import describe_difference
 from orchestrator.store import read_json
 from orchestrator.store.run_directory import IDENTITY, running_driver
 from orchestrator.transfer import paired_comparison
-from orchestrator.transfer.records import ModelScores
+from orchestrator.transfer.records import CONTROL_NAMES, ModelScores
 from orchestrator.units import format_bytes, format_seconds, printable
 from orchestrator.values import Value
 
@@ -181,7 +181,8 @@ def _spec_differences(folders: Sequence[Path]) -> list[tuple[str, tuple[str, ...
     values = [_identity(folder).get("values", {}) for folder in folders]
     lines = [describe_difference(one, other) for one, other in pairwise([*values, values[0]])]
     keys = dict.fromkeys(line.partition(": ")[0] for found in lines for line in found if not line.startswith("name:"))
-    return [(key, tuple(_value_at(value, key) for value in values)) for key in keys]
+    parts = [key for key in keys if not any(other.startswith(f"{key}.") for other in keys)]
+    return [(key, tuple(_value_at(value, key) for value in values)) for key in parts]
 
 
 def _identity(folder: Path) -> dict[str, Any]:
@@ -243,7 +244,10 @@ def _figures_of(folder: Path, record: RunRecords) -> list[tuple[str, str]]:
         scores = {score.model: score for score in transfer.scores}
         said += _test_scores(scores)
         said += [
-            (f"gain over {comparison.against}, test set", f"{comparison.mean:.3f} [{comparison.low:.3f}, {comparison.high:.3f}]")
+            (
+                f"gain over {CONTROL_NAMES[comparison.against]}, test set",
+                f"{comparison.mean:.3f} [{comparison.low:.3f}, {comparison.high:.3f}]",
+            )
             for comparison in transfer.comparisons
         ]
     return said

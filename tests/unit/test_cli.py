@@ -15,8 +15,10 @@ from unittest import mock
 import pytest
 from typer.testing import CliRunner
 
+import orchestrator
 from orchestrator import cli, this_machine
 from orchestrator.cli import app
+from orchestrator.cli_group import GROUPS
 from orchestrator.errors import (
     DataError,
     NonFiniteLossError,
@@ -71,6 +73,27 @@ def test_light_commands_import_nothing_heavy(arguments, spec):
     """
     done = in_a_process(code, *[spec if argument == "SPEC" else argument for argument in arguments])
     assert done.returncode == 0, done.stderr
+
+
+def test_help_has_every_command_in_a_group_and_the_module_is_the_command(repository):
+    shown = run().output
+    assert "Other:" not in shown
+    headings = [line.rstrip(":") for line in shown.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert headings == ["Options", *GROUPS]
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestrator", "--version"], capture_output=True, text=True, cwd=repository, check=False
+    )
+    assert done.stdout == f"orchestrator {orchestrator.__version__}\n"
+
+
+def test_options_give_values_to_every_command_that_reads_a_spec(spec):
+    assert "trials: 5" in run("render", spec, "--set", "search.trials=5").stdout
+    planned = json.loads(run("plan", spec, "--json", "--set", "search.trials=5", "--set", "search.layers=[last:2]").stdout)
+    assert planned["search"]["num_trials"] == 5
+    for command in ("render", "data", "plan", "sweep", "finetune"):
+        refused = run(command, spec, "--set", "search.trails=5")
+        assert refused.exit_code == 2
+        assert "--set search.trails=5: search.trails: unknown key (did you mean trials?)" in refused.stderr
 
 
 def test_render_prints_a_spec_that_renders_to_itself(spec, tmp_path):
