@@ -150,7 +150,7 @@ def test_every_record_may_be_damaged(at: Callable[[bool], Path], submit: Callabl
     whole = run.with_name("whole")
     shutil.copytree(run, whole)
     for number, place in enumerate(RECORDS):
-        for kind, name, damage in enumerate(DAMAGES):
+        for kind, name in enumerate(DAMAGES):
             always = name in ("half", "a list")
             if not always and (finished or kind % 3 != number % 3):
                 continue  # each record meets a third of the other damages
