@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from orchestrator.anatomy import LayerSelection
 from orchestrator.errors import IntegrityError, TrainingError
+from orchestrator.store import commit_folder
 from orchestrator.train.artifacts import attach_artifact, load_artifact, save_artifact, selection_of
 from orchestrator.train.base import LoadedBase
 from orchestrator.train.branch import Branch, open_branch
@@ -254,3 +255,22 @@ def test_a_real_base_comes_back_from_an_adapter_and_a_delta(
             branch.model.eval()
             assert torch.equal(branch.model(input_ids=ids).logits, expected)
     assert changed(before, fingerprint(tensors_of(base.model))) == []
+
+
+def test_an_artifact_that_changed_after_it_was_committed_is_not_attached(
+    llama_folder: Callable, base_of: Callable, selection_on: Selector, tmp_path: Path
+):
+    base = base_of(llama_folder())
+    with (
+        open_branch(base, selection_on(base, "last:1"), lora_alpha=8, seed=1) as branch,
+        commit_folder(tmp_path / "rung") as rung,
+    ):
+        save_artifact(branch, rung, learned(branch))
+    with attach_artifact(base, tmp_path / "rung"):
+        pass
+    file = next((tmp_path / "rung" / "adapter").glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1  # a number of a tensor: the file is as readable as before
+    file.write_bytes(content)
+    with pytest.raises(IntegrityError, match="changed after it was written"), attach_artifact(base, tmp_path / "rung"):
+        pass

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -540,3 +540,64 @@ def test_classifiers(kind: str, llama_folder: Callable[..., Path], bert_folder: 
     half = bench.run("half", stop=2)
     bench.run("half", start=half.checkpoint, rung=1)
     assert bench.bits("half") == bench.bits("tuned"), "a resumed trial must go on with the random numbers where it stopped"
+
+
+def test_a_rung_of_another_trial_is_set_aside_and_not_gone_on_from(bench: Bench) -> None:
+    """Of the same shapes it was gone on from in silence; the manifest names the trial."""
+    straight = bench.run("straight")
+    part, other = bench.run("a", stop=2), bench.run("b", stop=2)
+    own, foreign = Path(part.checkpoint or ""), Path(other.checkpoint or "")
+    shutil.rmtree(own)
+    shutil.copytree(foreign, own)
+    bench.host._saver.forget()
+    again = bench.run("a", start=str(own), rung=1)
+    told = "rung-0 is that of trial b: set aside as rung-0.damaged-1; starts again from step 0"
+    assert (again.state, again.notes) == ("done", (told,))
+    assert again.eval_loss == straight.eval_loss
+    assert (own.parent / "rung-0.damaged-1" / "manifest.json").exists()
+
+
+def test_a_nameless_rung_of_other_shapes_is_set_aside(bench: Bench) -> None:
+    """As an older version wrote it: it broke the gang, three times over."""
+    from orchestrator.store.folders import write_manifest
+
+    straight = bench.run("straight")
+    part = bench.run("a", stop=2)
+    own = Path(part.checkpoint or "")
+    file = next((own / "adapter").glob("*.safetensors"))
+    save_file({name: tensor[:, :-1].contiguous() for name, tensor in load_file(file).items()}, file)
+    write_manifest(own)
+    bench.host._saver.forget()
+    again = bench.run("a", start=str(own), rung=1)
+    assert again.state == "done"
+    (told,) = again.notes
+    assert "rung-0 is of another trial: " in told
+    assert "has shape" in told
+    assert again.eval_loss == straight.eval_loss
+
+
+def test_a_nameless_rung_that_fits_is_gone_on_from(bench: Bench) -> None:
+    from orchestrator.store.folders import write_manifest
+
+    straight = bench.run("straight")
+    part = bench.run("a", stop=2)
+    write_manifest(Path(part.checkpoint or ""))
+    bench.host._saver.forget()
+    again = bench.run("a", start=part.checkpoint, rung=1)
+    assert (again.state, again.notes, again.eval_loss) == ("done", (), straight.eval_loss)
+
+
+def test_a_set_that_changed_after_it_was_written_is_not_trained_on(bench: Bench) -> None:
+    from orchestrator.data.summary import DataSummary, SplitSummary
+
+    wrong = SplitSummary(documents=1, tokens=1, supervised_tokens=1, longest_document_tokens=1, sha256="0" * 64)
+    summary = DataSummary(inputs_sha256="", splits={"train": wrong}, dropped=(), files=(), one_example="")
+    (bench.folder / "summary.json").write_text(summary.model_dump_json())
+    bench.host._sets.clear()
+    try:
+        failed = bench.run("a")
+    finally:
+        (bench.folder / "summary.json").unlink()
+        bench.host._sets.clear()
+    assert failed.state == "failed"
+    assert "the tokenised set changed after it was written" in failed.reason
