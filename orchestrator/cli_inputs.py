@@ -18,7 +18,6 @@ from orchestrator.data.reading import BadRow, find_files, read_rows
 from orchestrator.errors import UsageError
 from orchestrator.plan import estimate_data_size, make_plan, read_cluster_file
 from orchestrator.plan.defaults import with_section
-from orchestrator.plan.steps import filling_step
 from orchestrator.plan.values import ClusterDescription, DataSize, RunPlan
 from orchestrator.spec import LoadedSpec, spec_sha256
 
@@ -44,12 +43,8 @@ def plan_of(loaded: LoadedSpec, *, job: str = "", cluster_file: Path | None = No
     anatomy = read_anatomy(resolve_base(spec.base.model, loaded.folder), need_weights=False)
     size = measure_data(loaded)
     cluster = _cluster(cluster_file, address)
-    plan = make_plan(loaded, anatomy, size, cluster, job=chosen, spec_sha256=spec_sha256(spec, chosen))
-    filling = filling_step(spec, size, plan.execution.ranks)
-    if filling is None:
-        return plan
-    size = size.with_step(filling.tokens, filling.ranks)
-    return make_plan(loaded, anatomy, size, cluster, job=chosen, spec_sha256=spec_sha256(spec, chosen))
+    sha256 = spec_sha256(spec, chosen)
+    return make_plan(loaded, anatomy, size, cluster, job=chosen, spec_sha256=sha256, resize=lambda step: size.with_step(*step))
 
 
 def _cluster(cluster_file: Path | None, address: str | None) -> ClusterDescription:

@@ -126,12 +126,8 @@ def prepare(
         assert known is not None, "a run that ended was planned"
         return Prepared(spec, run, anatomy, data, known)
     sha256, scores = spec_sha256(spec, job), read_scores(run)
-    machines = cluster()
-    plan = make_plan(loaded, anatomy, size, machines, job=job, spec_sha256=sha256, scores=scores)
-    filling = steps.filling_step(spec, size, plan.execution.ranks) if before is None else None
-    if filling is not None:
-        size = data_size(data, spec, run.data, planned=filling)
-        plan = make_plan(loaded, anatomy, size, machines, job=job, spec_sha256=sha256, scores=scores)
+    resize = None if before else lambda step: data_size(data, spec, run.data, planned=step)
+    plan = make_plan(loaded, anatomy, size, cluster(), job=job, spec_sha256=sha256, scores=scores, resize=resize)
     if plan.search is not None:
         plan = with_choice(plan, standing_choice(spec.resources.compile, read_choice(run)))
     write_json(run.plan, plan)
