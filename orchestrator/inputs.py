@@ -18,7 +18,6 @@ from orchestrator.data.measure import measure_data
 from orchestrator.errors import UsageError
 from orchestrator.plan import make_plan, read_cluster_file
 from orchestrator.plan.defaults import with_section
-from orchestrator.plan.steps import filling_step
 from orchestrator.plan.values import ClusterDescription, RunPlan
 from orchestrator.spec import LoadedSpec, spec_sha256
 from orchestrator.this_machine import describe_this_machine
@@ -45,12 +44,8 @@ def plan_of(loaded: LoadedSpec, *, job: str = "", cluster_file: Path | None = No
     spec = loaded.spec
     anatomy = read_anatomy(resolve_base(spec.base.model, loaded.folder), need_weights=False)
     size, labels = measure_data(loaded)
-    cluster = cluster_of(cluster_file, address)
-    plan = make_plan(loaded, anatomy, size, cluster, job=chosen, spec_sha256=spec_sha256(spec, chosen))
-    filling = filling_step(spec, size, plan.execution.ranks)
-    if filling is not None:
-        size = size.with_step(filling.tokens, filling.ranks)
-        plan = make_plan(loaded, anatomy, size, cluster, job=chosen, spec_sha256=spec_sha256(spec, chosen))
+    cluster, sha256 = cluster_of(cluster_file, address), spec_sha256(spec, chosen)
+    plan = make_plan(loaded, anatomy, size, cluster, job=chosen, spec_sha256=sha256, resize=lambda step: size.with_step(*step))
     if labels is None:
         return plan
     refuse_quantities(labels, loaded.where("data.columns.label"))

@@ -51,11 +51,14 @@ def make_plan(
     job: Literal["sweep", "finetune"],
     spec_sha256: str,
     scores: LayerScores | None = None,
+    resize: Callable[[steps.StepSize], DataSize] | None = None,
 ) -> RunPlan:
     """Decide everything before anything runs.
 
     Args:
         scores: Of the blocks, where an earlier submission of the run has scored them.
+        resize: The same data in steps of another size, so that `tokens_per_step: auto` fills the ranks of a gang; None where
+            the size of a step is settled.
 
     Raises:
         SpecError: the spec has no section for the job.
@@ -73,7 +76,11 @@ def make_plan(
     def on(found: Machines) -> RunPlan:
         return _plan_on(found, loaded, anatomy, data, cluster, choices, job=job, spec_sha256=spec_sha256, scores=scores)
 
-    return with_scores(_cheapest_plan(on, [whole, *parts]), spec, anatomy, scores)
+    plan = with_scores(_cheapest_plan(on, [whole, *parts]), spec, anatomy, scores)
+    filling = steps.filling_step(spec, data, plan.execution.ranks) if resize is not None else None
+    if resize is None or filling is None:
+        return plan
+    return make_plan(loaded, anatomy, resize(filling), cluster, job=job, spec_sha256=spec_sha256, scores=scores)
 
 
 def _cheapest_plan(on: Callable[[Machines], RunPlan], machines: Sequence[Machines]) -> RunPlan:

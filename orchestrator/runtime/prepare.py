@@ -202,12 +202,8 @@ def plan_of_data(
     before = data.known.data if data.known is not None and data.known.data.tokens_per_step else None
     planned = StepSize(before.tokens_per_step, before.step_ranks) if before is not None else None
     size = data_size(data.summary, spec, data.folder, planned=planned)
-    plan = make_plan(loaded, anatomy, size, machines, job=job, spec_sha256=sha256, scores=scores)
-    filling = steps.filling_step(spec, size, plan.execution.ranks) if before is None else None
-    if filling is None:
-        return plan
-    size = data_size(data.summary, spec, data.folder, planned=filling)
-    return make_plan(loaded, anatomy, size, machines, job=job, spec_sha256=sha256, scores=scores)
+    resize = None if before else lambda step: data_size(data.summary, spec, data.folder, planned=step)
+    return make_plan(loaded, anatomy, size, machines, job=job, spec_sha256=sha256, scores=scores, resize=resize)
 
 
 def tell_data(data: DataSummary, run: RunDirectory, view: RunView) -> None:

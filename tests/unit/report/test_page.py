@@ -161,6 +161,31 @@ def test_a_negative_verdict_says_first_that_the_bundle_is_not_to_be_served(fake_
     assert "No recommendations." in gained.text
 
 
+def headline_of(page) -> str:
+    (css,) = [attributes["class"] for name, attributes in page.tags if "headline" in (attributes.get("class") or "")]
+    return css
+
+
+def test_the_head_is_no_prouder_than_the_answers(fake_run, make):
+    assert headline_of(read(write_report(fake_run()))) == "headline good"
+    wrong = [
+        score.model_copy(update={"num_documents": 180, "num_answered": 180, "metrics": {"loss": 1.8, "exact_match": 0.0}})
+        for score in make.transfer().scores[:2]
+    ]
+    page = read(write_report(fake_run(transfer=make.transfer(scores=tuple(wrong)))))
+    assert headline_of(page) == "headline"
+    assert "Positive in loss only: 2.09 ± 0.05 nats better than the base" in page.text
+    assert "What to try next Promoted" in page.text
+    assert "read the answers beside what was expected" in page.text
+
+
+def test_few_steps_stand_at_the_head(fake_run, make):
+    assert "optimizer steps" not in read(write_report(fake_run())).text
+    sweep = make.sweep()
+    few = sweep.model_copy(update={"trials": tuple(trial.model_copy(update={"total_steps": 2}) for trial in sweep.trials)})
+    assert "The whole training is 2 optimizer steps, and fewer than 30" in read(write_report(fake_run(sweep=few))).text
+
+
 def scored(trial, metric, forgetting):
     """The trial with one rung of these figures."""
     rung = trial.rungs[-1].model_copy(update={"metric": metric, "score": metric, "forgetting": forgetting})
