@@ -247,7 +247,8 @@ def bad_rows_error(bad: list[BadRow]) -> DataError:
     count = len(bad)
     if any(row.ends_file for row in bad):
         remedy = (
-            "fix or replace the file: where it breaks off nobody knows what follows, so data.skip_bad_rows does not pass over it"
+            "fix the file, or name its columns in data.columns if they are others; "
+            "data.skip_bad_rows does not pass over a file that cannot be read to its end"
         )
     else:
         remedy = "fix them, or set data.skip_bad_rows: true to leave them out (they are counted and listed)"
