@@ -9,12 +9,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.data.cells import to_group
+from orchestrator.data.chat_turns import TurnNotes
 from orchestrator.data.layouts import Layout, Layouts
 from orchestrator.data.reading import BadRow, Row, RowError
-from orchestrator.data.turns import TurnNotes
-from orchestrator.spec.models import JobSpec, Task
+from orchestrator.spec.models import BaseSpec, ColumnsSpec, DataSpec, JobSpec, Task
 from orchestrator.units import printable, quoted
 
+PARTS: dict[Task, tuple[str, ...]] = {
+    "completion": ("prompt", "completion"),
+    "chat": ("messages",),
+    "text": ("text",),
+    "classify": ("text", "label"),
+}
+"""What each task makes of a row."""
 RETENTION_TASKS: tuple[Task, ...] = ("text", "completion", "chat")
 """How a row of the retention set may be read, the first that it has the columns for."""
 
@@ -174,6 +181,12 @@ class RowReader:
 
     def _read_of(self, layout: Layout) -> set[str]:
         return {*layout.required, *layout.optional, *([self._group] if self._group else [])}
+
+
+def to_example(row: Row, task: Task, columns: ColumnsSpec) -> Example | BadRow:
+    """One row on its own, by whichever layout of the task fits it."""
+    data = DataSpec(train="", columns=columns)
+    return RowReader(JobSpec(name="row", base=BaseSpec(model="sample"), task=task, data=data), "train").read(row)
 
 
 def content_key(payload: Mapping[str, Any]) -> str:
