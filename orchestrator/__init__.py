@@ -1,7 +1,35 @@
 """From one YAML file to a verified, domain-tuned model: plan, search, refit, merge, verify, bundle.
 
+    import orchestrator
+
+    plan = orchestrator.plan("spec.yaml")              # what it would do and take
+    run = orchestrator.sweep("spec.yaml")              # search, refit, merge, verify, judge
+    run = orchestrator.finetune("spec.yaml")           # the spec's one trial
+    run = orchestrator.load_run("runs/math-tutor")     # .trials .figures .verdict .bundle.load() .report()
+
+`api.py` has them (docs/api.md); they are imported when they are used, so that `import orchestrator` is quick.
+
 The rooms, from the ground up: `spec` (what was asked), `anatomy` (what the base is), `plan` (what will be done),
-`transfer` (what the figures mean), `store`, `data`, `train`, `serve` (what happens), `runtime` (Ray), `report`, `cli`.
+`transfer` (what the figures mean), `store`, `data`, `train`, `serve` (what happens), `runtime` (Ray), `report`, `api`, `cli`.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from orchestrator.api import Bundle, Run, finetune, load_run, plan, sweep
+
 __version__ = "0.1.0"
+__all__ = ["Bundle", "Run", "__version__", "finetune", "load_run", "plan", "sweep"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "plan":  # a room too, which can be called
+        return import_module("orchestrator.plan")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("orchestrator.api"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

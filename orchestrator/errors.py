@@ -19,13 +19,15 @@
     └── VerificationError         6   the bundle does not reproduce the trained model
 
 A message says what was found, where, what was expected and what to do; the remedy is the last line,
-where Ray's job view shows it.
+where Ray's job view shows it. Control codes in it, out of a file's name or a row, are written as escapes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from orchestrator.units import printable, printable_lines
 
 
 class OrchestratorError(Exception):
@@ -54,7 +56,7 @@ class OrchestratorError(Exception):
             lines.append(f"  expected: {self.expected}")
         if self.remedy:
             lines.append(f"  to do: {self.remedy}")
-        return "\n".join(lines)
+        return printable_lines("\n".join(lines))
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild, (type(self), self.__dict__.copy()))
@@ -82,7 +84,7 @@ class SpecProblem:
         place = f"{self.file}:{self.line}:{self.column}: " if self.line else f"{self.file}: " if self.file else ""
         name = f"{self.path}: " if self.path else ""
         hint = f" ({self.hint})" if self.hint else ""
-        return f"{place}{name}{self.message}{hint}"
+        return printable(f"{place}{name}{self.message}{hint}")
 
 
 class SpecError(OrchestratorError, ValueError):

@@ -53,3 +53,8 @@ def printable(text: str) -> str:
 def quoted(name: str) -> str:
     """`printable` between quotes: `'label'`."""
     return f"'{printable(name)}'"
+
+
+def printable_lines(text: str) -> str:
+    """As `printable`, with its line feeds kept: for a message of several lines."""
+    return text if text.isprintable() else "\n".join(map(printable, text.split("\n")))

@@ -5,10 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict
+
+UNUSUAL = re.compile(r"[^ -~\n]")
+"""Characters that may be no printable ones."""
 
 
 class Value(BaseModel):
@@ -25,7 +29,7 @@ def canonical_json(value: object) -> str:
 
 def content_hash(value: object) -> str:
     """SHA-256 of the canonical JSON, in hexadecimal."""
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+    return hashlib.sha256(canonical_json(value).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def strict_json(value: object, *, named: bool = False) -> Any:
@@ -46,3 +50,12 @@ def strict_json(value: object, *, named: bool = False) -> Any:
     if isinstance(value, list | tuple):
         return [strict_json(inner, named=named) for inner in cast("list[Any]", value)]
     return value
+
+
+def printable_json(text: str) -> str:
+    """The same JSON in text that no terminal obeys and any file can hold: control characters and half surrogates as escapes.
+
+    Args:
+        text: JSON, in which line feeds stand between values only.
+    """
+    return UNUSUAL.sub(lambda found: found[0] if found[0].isprintable() else json.dumps(found[0])[1:-1], text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,12 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from orchestrator.data.chat import ChatEncoder, RenderedChat
+from orchestrator.data.control import ControlTokens
+from orchestrator.data.noticed import Noticed
 from orchestrator.data.reading import BadRow
 from orchestrator.data.rows import Example
-from orchestrator.errors import BaseError, DataError
+from orchestrator.errors import BaseError
 from orchestrator.spec.models import DataSpec, Task
 
-GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 BATCH_ROWS = 256
 """So many texts are tokenised at once."""
 
@@ -62,22 +63,34 @@ def load_tokenizer(folder: Path) -> Any:
 class Encoder:
     """Tokenises examples of one task with one tokenizer.
 
+    Args:
+        ends: Ids at which the base stops as it is, beside the tokenizer's own end token.
+        noticed: Gets what is worth telling of the rows.
+
     Raises:
         BaseError: `chat`, and the tokenizer has no chat template.
     """
 
-    def __init__(self, tokenizer: Any, task: Task, data: DataSpec) -> None:
+    def __init__(
+        self, tokenizer: Any, task: Task, data: DataSpec, *, ends: Sequence[int] = (), noticed: Noticed | None = None
+    ) -> None:
         self._tokenizer = tokenizer
         self._data = data
         self._bos = _bos_ids(tokenizer)
         self._eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
         self._task = task
+        self._noticed = noticed if noticed is not None else Noticed()
         if task == "chat" and not tokenizer.chat_template:
             raise BaseError(
                 "the tokenizer has no chat template",
                 expected="chat_template.jinja in the base's folder",
                 remedy="add one, or set task: completion",
             )
+        if task == "chat":
+            texts = [str(text) for text in tokenizer.convert_ids_to_tokens([*self._eos, *ends]) if text]
+            self._chat = ChatEncoder(tokenizer, data, texts, self._noticed)
+        else:
+            self._control = ControlTokens(tokenizer)
         encoders: dict[Task, Callable[[Sequence[Example]], Iterable[Document | BadRow]]] = {
             "completion": self._completions,
             "chat": self._chats,
@@ -123,25 +136,61 @@ class Encoder:
         cut = np.r_[0:room, len(document.ids) - end : len(document.ids)]
         return replace(document, ids=document.ids[cut], supervised=document.supervised[cut])
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        return self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+    def _ids(
+        self, texts: Sequence[str], examples: Sequence[Example], *, suffixes: Sequence[str] = (), special: bool = False
+    ) -> list[list[int]]:
+        """Token ids of the examples' texts; control tokens in them are text unless the spec allows them.
+
+        Args:
+            suffixes: What follows each text; control tokens in them are what the spec means.
+            special: Whether the tokenizer puts its own special tokens around.
+        """
+        suffixes = suffixes or [""] * len(texts)
+        whole = [text + suffix for text, suffix in zip(texts, suffixes, strict=True)]
+        ids = self._tokenizer(whole, add_special_tokens=special)["input_ids"]
+        for index, (text, suffix, example) in enumerate(zip(texts, suffixes, examples, strict=True)):
+            if held := self._control.held_by(text):
+                kind = "escaped" if self._task == "classify" else "rendered"
+                if self._data.special_tokens_in_text == "allow":
+                    self._noticed.add("allowed", example.place, *held)
+                    continue
+                self._noticed.add(kind, example.place, *held)
+                ids[index] = self._control.text_ids(self._control.stand_in(text) + suffix, special=special)
+        return ids
+
+    def _without_begin(self, text: str, example: Example) -> str:
+        """A text without the begin token that it already begins with, where the tokenizer puts one."""
+        bos = self._tokenizer.bos_token
+        if not self._bos or not text.startswith(bos):
+            return text
+        self._noticed.add("begun", example.place, bos)
+        return text.removeprefix(bos)
+
+    def _without_end(self, text: str, example: Example) -> str:
+        """A text without the end tokens that it already ends with."""
+        text, taken = self._control.without_ends(text, [self._tokenizer.eos_token] if self._eos else [])
+        if taken:
+            self._noticed.add("ended", example.place, *taken)
+        return text
 
     def _completions(self, examples: Sequence[Example]) -> Iterator[Document]:
         """Loss on the completion and the end token; prompt and completion are tokenised apart, as at serving."""
-        between = self._data.separator
-        prompts = [f"{row.prompt}{between if row.separator is None else row.separator}" for row in examples]
-        answers = [str(example.completion) for example in examples]
-        encoded = zip(examples, prompts, answers, self._ids(prompts), self._ids(answers), strict=True)
-        for example, prompt, answer, head, tail in encoded:
+        between = [self._data.separator if row.separator is None else row.separator for row in examples]
+        prompts = [self._without_begin(str(example.prompt), example) for example in examples]
+        answers = [self._without_end(str(example.completion), example) for example in examples]
+        ids = self._ids(prompts, examples, suffixes=between), self._ids(answers, examples)
+        for example, prompt, separator, answer, head, tail in zip(examples, prompts, between, answers, *ids, strict=True):
             before, after = [*self._bos, *head], [*tail, *self._eos] if answer else []
-            yield _document(before + after, [False] * len(before) + [True] * len(after), example, prompt, answer)
+            supervised = [False] * len(before) + [True] * len(after)
+            yield _document(before + after, supervised, example, f"{prompt}{separator}", answer)
 
     def _texts(self, examples: Sequence[Example]) -> Iterator[Document]:
         """Every token but a text's first is predicted once, in chunks of `max_tokens`.
 
         Each chunk begins with the begin token; where the tokenizer has none, with the last token of the chunk before.
         """
-        for example, tokens in zip(examples, self._ids([str(example.text) for example in examples]), strict=True):
+        texts = [self._without_end(self._without_begin(str(example.text), example), example) for example in examples]
+        for example, tokens in zip(examples, self._ids(texts, examples), strict=True):
             ids = [*self._bos, *tokens, *self._eos]
             room = self._data.max_tokens - 1
             for start in range(0, max(1, len(ids) - 1), room):
@@ -151,64 +200,20 @@ class Encoder:
 
     def _classified(self, examples: Sequence[Example]) -> Iterator[Document]:
         """Tokens as the base saw them in pretraining, special tokens included; the class is the label."""
-        encoded = self._tokenizer([str(example.text) for example in examples])["input_ids"]
+        encoded = self._ids([str(example.text) for example in examples], examples, special=True)
         for example, ids in zip(examples, encoded, strict=True):
             yield _document(ids, [False] * len(ids), example)
 
     def _chats(self, examples: Sequence[Example]) -> Iterator[Document | BadRow]:
         """Loss on the assistant's turns."""
-        from jinja2 import TemplateError
-
-        for example in examples:
-            try:
-                yield self._chat(example)
-            except DataError:
-                raise
-            except (TemplateError, TypeError, ValueError) as error:
-                yield BadRow(example.file, example.line, f"the chat template refuses it: {error}")
-
-    def _chat(self, example: Example) -> Document:
-        """By the template's generation marks; without them, by what each assistant turn adds to the rendered text."""
-        messages = list(example.messages or ())
-        if GENERATION_MARK.search(str(self._tokenizer.chat_template)):
-            rendered = self._tokenizer.apply_chat_template(
-                messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-            )
-            ids, supervised = rendered["input_ids"], [bool(value) for value in rendered["assistant_masks"]]
-        else:
-            ids, supervised = self._by_prefixes(messages, example)
-        prompt, answer = "", ""
-        if messages[-1]["role"] == "assistant":
-            prompt, answer = self._render(messages[:-1], generation_prompt=True), messages[-1]["content"]
-        return _document(ids, supervised, example, prompt, answer)
-
-    def _by_prefixes(self, messages: list[dict[str, str]], example: Example) -> tuple[list[int], list[bool]]:
-        """Tokens and mask: an assistant turn is what stands between the rendering that asks for it and the one that has it.
-
-        Raises:
-            DataError: one rendering does not begin with the one before it.
-        """
-        whole = self._render(messages)
-        spans: list[tuple[int, int]] = []
-        for index, message in enumerate(messages):
-            if message["role"] == "assistant":
-                before = self._render(messages[:index], generation_prompt=True)
-                after = self._render(messages[: index + 1])
-                if not after.startswith(before) or not whole.startswith(after):
-                    raise DataError(
-                        "the chat template has no {% generation %} marks, and its turns are not prefixes of one another",
-                        where=example.place,
-                        remedy="put {% generation %} ... {% endgeneration %} around the assistant's content in the template",
-                    )
-                spans.append((len(before), len(after)))
-        encoded = self._tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-        places = encoded["offset_mapping"]
-        return encoded["input_ids"], [any(a <= start < end <= b for a, b in spans) for start, end in places]
-
-    def _render(self, messages: list[dict[str, str]], *, generation_prompt: bool = False) -> str:
-        if not messages:
-            return ""
-        return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+        rendered = [self._chat.render(example) for example in examples]
+        encoded = iter(self._chat.encode([chat for chat in rendered if isinstance(chat, RenderedChat)]))
+        for chat in rendered:
+            if isinstance(chat, BadRow):
+                yield chat
+            else:
+                ids, supervised = next(encoded)
+                yield _document(ids, supervised, chat.example, *self._chat.prompt_and_answer(chat))
 
 
 def mark_supervised(document: Document, tokenizer: Any) -> str:

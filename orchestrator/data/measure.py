@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from orchestrator.data.formats import DataFile, count_rows, read_rows
 from orchestrator.data.formats.opening import DAMAGE, open_bytes
 from orchestrator.data.gather import Sources, bad_rows_error, find_sources, open_file, with_found_splits
+from orchestrator.data.labels import sort_classes
 from orchestrator.data.reading import BadRow
 from orchestrator.data.rows import Example, RowReader
 from orchestrator.errors import DataError
@@ -36,8 +38,11 @@ class _Size:
         return _Size(self.num_bytes + other.num_bytes, self.num_rows + other.num_rows)
 
 
-def measure_data(loaded: LoadedSpec) -> DataSize:
+def measure_data(loaded: LoadedSpec, labels: Counter[str] | None = None) -> DataSize:
     """Rows, bytes and, for `classify`, classes of the files that the spec names; nothing is tokenised.
+
+    Args:
+        labels: What `count_classes` found, where that is known.
 
     Raises:
         DataError: a path matches no file, or the first rows of one cannot be used.
@@ -46,7 +51,7 @@ def measure_data(loaded: LoadedSpec) -> DataSize:
     check_first_rows(loaded, sources)
     spec = with_found_splits(loaded.spec, sources)
     sizes = {name: _size_of(spec, name, sources) for name in sources}
-    classes = _classes(spec, sources) if spec.task == "classify" else []
+    classes = sort_classes(labels or count_classes(loaded)) if spec.task == "classify" else []
     estimate = estimate_data_size(
         sizes["train"].num_bytes,
         sizes["train"].num_rows,
@@ -163,8 +168,9 @@ def _text_bytes(example: Example) -> int:
     return turns + sum(len(part.encode()) for part in parts if part)
 
 
-def _classes(spec: JobSpec, sources: Sources) -> list[str]:
-    """Classes of the first CLASS_ROWS rows of train, sorted. A row that cannot be read is none of the plan's business."""
+def count_classes(loaded: LoadedSpec) -> Counter[str]:
+    """Rows of each class among the first CLASS_ROWS of train. A row that cannot be read is none of the plan's business."""
+    spec, sources = loaded.spec, find_sources(loaded)
     reader = RowReader(spec, "train")
     rows = (
         reader.read(row)
@@ -173,4 +179,4 @@ def _classes(spec: JobSpec, sources: Sources) -> list[str]:
         for row in read_rows(open_file(path, reader), reader.choose_columns)
         if not isinstance(row, BadRow)
     )
-    return sorted({str(row.label) for row in itertools.islice(rows, CLASS_ROWS) if isinstance(row, Example)})
+    return Counter(str(row.label) for row in itertools.islice(rows, CLASS_ROWS) if isinstance(row, Example))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,12 @@ import numpy as np
 from pydantic import ValidationError
 
 from orchestrator.data.batching import documents_of_steps
+from orchestrator.data.control import ControlTokens
 from orchestrator.data.encoding import Document, Encoder, load_tokenizer, mark_supervised
+from orchestrator.data.ends import declared_ends, end_tokens, tell_ends
 from orchestrator.data.gather import Sources, bad_rows_error, find_sources, read_examples
+from orchestrator.data.labels import check_labels, sort_classes, tell_missing
+from orchestrator.data.noticed import Noticed
 from orchestrator.data.reading import BadRow
 from orchestrator.data.retention import retention_sets
 from orchestrator.data.rows import RETENTION_TASKS, Example
@@ -22,18 +26,30 @@ from orchestrator.data.splits import make_splits
 from orchestrator.data.summary import DataSummary, LeftOut, SplitSummary, listed
 from orchestrator.errors import DataError, IntegrityError, RunConflictError
 from orchestrator.plan.remedies import most_replayed_tokens, needs_replayed_text
+from orchestrator.plan.step_size import tokens_per_step
+from orchestrator.plan.steps import StepSize
 from orchestrator.plan.values import DataSize
 from orchestrator.spec import LoadedSpec
-from orchestrator.spec.models import JobSpec
+from orchestrator.spec.models import JobSpec, Task
 from orchestrator.store import read_json, sha256_file, write_json
 from orchestrator.values import content_hash
 
+ANSWERING: tuple[Task, ...] = ("completion", "chat")
+"""Tasks whose models write answers."""
 SETS = ("train", "eval", "test", "retain", "replay")
-FORMAT = 2
-CLASSIFY_FORMAT = 3
-RETENTION_FORMAT = 4
+FORMAT = 6
+CLASSIFY_FORMAT = 5
+RETENTION_FORMAT = 7
 """Raised when the same inputs give other sets, so that older ones are made anew: those that are concerned."""
-TOKENIZER_FILES = ("tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "chat_template*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "generation_config.json",
+)
 
 
 def prepare_data(loaded: LoadedSpec, tokenizer_folder: Path, out_folder: Path, *, keep: bool = False) -> DataSummary:
@@ -44,12 +60,12 @@ def prepare_data(loaded: LoadedSpec, tokenizer_folder: Path, out_folder: Path, *
     Args:
         tokenizer_folder: The base's folder.
         out_folder: Made where it does not exist; summary.json is written last.
-        keep: Trials were trained on the sets that are there: refuse other inputs instead of replacing them.
+        keep: Trials were trained on the sets that are there: refuse to replace them by others.
 
     Raises:
         DataError: a file is missing, rows cannot be used (all of them are named), a split or a row has nothing to
             learn from.
-        RunConflictError: other inputs, and `keep`.
+        RunConflictError: other sets, and `keep`.
         BaseError: the base has no tokenizer, or no chat template where the task needs one.
     """
     spec = loaded.spec
@@ -59,53 +75,90 @@ def prepare_data(loaded: LoadedSpec, tokenizer_folder: Path, out_folder: Path, *
     known = _made_before(out_folder, inputs)
     if known is not None:
         return known
-    if keep and _inputs_of(out_folder) not in (None, inputs):
-        raise RunConflictError(
-            "the data has changed since this run began",
-            where=str(out_folder),
-            expected="the files, tokenizer and data section that its trials were trained on",
-            remedy="put them back, or choose another `name`; nothing was overwritten",
-        )
     found = read_examples(spec, sources, left_out)
+    if spec.task == "classify":
+        check_labels(loaded, found, left_out)
     parts = make_splits(loaded, found, left_out)
     tokenizer = load_tokenizer(tokenizer_folder)
-    documents = _encode_all(loaded, tokenizer, parts, found.get("retain", []), left_out)
-    classes = _classes(documents) if spec.task == "classify" else ()
+    ends = declared_ends(tokenizer_folder, tokenizer)
+    documents = _encode_all(loaded, tokenizer, ends, parts | {"retain": found.get("retain", [])}, left_out)
+    classes = _classes(documents, spec, left_out) if spec.task == "classify" else ()
+    left_out.warn_of_losses({name: len({doc.example.place for doc in kept}) for name, kept in documents.items()})
     sets = {name: _to_set(docs, classes) for name, docs in documents.items()}
+    if spec.task in ANSWERING:
+        stops = end_tokens(sets["train"], ControlTokens(tokenizer), ends)
+        sets = {name: replace(part, stop_ids=stops) for name, part in sets.items()}
+        tell_ends(sets["train"], tokenizer, spec.task, left_out)
     summary = DataSummary(
         inputs_sha256=inputs,
         splits={name: _summarise(part) for name, part in sets.items()},
         dropped=left_out.summary(),
         notices=tuple(left_out.notices),
         classes=classes,
+        stop_token_ids=sets["train"].stop_ids,
         class_counts=tuple(np.bincount(sets["train"].labels, minlength=len(classes)).tolist()) if classes else (),
         files=tuple(left_out.relative(str(path)) for entries in sources.values() for entry in entries for path in entry.files),
         one_example=_show(documents["train"][0], tokenizer),
     )
-    out_folder.mkdir(parents=True, exist_ok=True)
-    (out_folder / "summary.json").unlink(missing_ok=True)
-    for name in SETS:
-        (out_folder / f"{name}.npz").unlink(missing_ok=True)
-    for name, part in sets.items():
-        part.save(out_folder / f"{name}.npz")
-    write_json(out_folder / "summary.json", summary)
+    if keep and _same_sets(out_folder, summary):
+        write_json(out_folder / "summary.json", summary)
+    else:
+        _write(out_folder, sets, summary)
     return summary
 
 
-def data_size(summary: DataSummary, spec: JobSpec, folder: Path) -> DataSize:
+def _write(folder: Path, sets: Mapping[str, TokenizedSet], summary: DataSummary) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "summary.json").unlink(missing_ok=True)
+    for name in SETS:
+        (folder / f"{name}.npz").unlink(missing_ok=True)
+    for name, part in sets.items():
+        part.save(folder / f"{name}.npz")
+    write_json(folder / "summary.json", summary)
+
+
+def _same_sets(folder: Path, summary: DataSummary) -> bool:
+    """Whether the sets of an earlier call lie there whole and are those of `summary`, though the inputs' hash may be another:
+    an earlier version of this program may have hashed other things, or made other sets of the same inputs.
+
+    Raises:
+        RunConflictError: the earlier call's sets were others.
+    """
+    before = _summary_of(folder)
+    if before is None:
+        return False
+    hashes = [{name: part.sha256 for name, part in made.splits.items()} for made in (before, summary)]
+    if hashes[0] != hashes[1] or before.classes != summary.classes:
+        raise RunConflictError(
+            "the data has changed since this run began, or this version makes other sets of it",
+            where=str(folder),
+            expected="the sets that its trials were trained on, from the same files, tokenizer and data section",
+            remedy="put them back (or the version that began the run), or choose another `name`; nothing was overwritten",
+        )
+    return _whole(folder, before)
+
+
+def data_size(summary: DataSummary, spec: JobSpec, folder: Path, *, planned: StepSize | None = None) -> DataSize:
     """What the plan needs to know, exactly.
 
     Args:
         folder: Where `prepare_data` wrote the sets: the number of steps depends on every document's length.
+        planned: Of `auto`, what was settled: by an earlier submission of the run, whose trials go on with steps of that size,
+            or for the ranks of a gang. What the data alone comes to without it.
     """
     train = TokenizedSet.load(folder / "train.npz")
-    steps = documents_of_steps(train.offsets, spec.train.tokens_per_step, spec.train.seed, 0)
+    in_a_step = tokens_per_step(spec.train, len(train), train.num_tokens, int(train.lengths.max()))
+    if spec.train.tokens_per_step == "auto" and planned is not None:
+        in_a_step = planned.tokens
+    steps = documents_of_steps(train.offsets, in_a_step, spec.train.seed, 0)
     splits = summary.splits
     supervised = splits["train"].documents if summary.classes else splits["train"].supervised_tokens
     return DataSize(
         train_documents=splits["train"].documents,
         train_tokens=splits["train"].tokens,
         steps_per_epoch=len(steps),
+        tokens_per_step=in_a_step,
+        step_ranks=planned.ranks if planned is not None else 1,
         eval_tokens=splits["eval"].tokens,
         retain_tokens=splits["retain"].tokens if "retain" in splits else 0,
         replay_tokens=splits["replay"].tokens if "replay" in splits else 0,
@@ -118,28 +171,26 @@ def data_size(summary: DataSummary, spec: JobSpec, folder: Path) -> DataSize:
     )
 
 
-def _inputs_of(folder: Path) -> str | None:
-    """The inputs' hash of an earlier call; None where its summary is missing or damaged."""
+def _summary_of(folder: Path) -> DataSummary | None:
+    """Of an earlier call; None where it is missing or damaged."""
     try:
-        return DataSummary.model_validate(read_json(folder / "summary.json")).inputs_sha256
+        return DataSummary.model_validate(read_json(folder / "summary.json"))
     except (FileNotFoundError, IntegrityError, ValidationError):
         return None
 
 
+def _whole(folder: Path, summary: DataSummary) -> bool:
+    """Whether all sets of a summary lie there undamaged."""
+    try:
+        return all(TokenizedSet.load(folder / f"{name}.npz").sha256 == part.sha256 for name, part in summary.splits.items())
+    except (IntegrityError, DataError):
+        return False
+
+
 def _made_before(folder: Path, inputs_sha256: str) -> DataSummary | None:
     """The summary of an earlier call with the same inputs whose sets are all whole."""
-    file = folder / "summary.json"
-    if not file.exists():
-        return None
-    try:
-        known = DataSummary.model_validate(read_json(file))
-        if known.inputs_sha256 == inputs_sha256 and all(
-            TokenizedSet.load(folder / f"{name}.npz").sha256 == split.sha256 for name, split in known.splits.items()
-        ):
-            return known
-    except (IntegrityError, DataError, ValidationError):
-        return None
-    return None
+    known = _summary_of(folder)
+    return known if known is not None and known.inputs_sha256 == inputs_sha256 and _whole(folder, known) else None
 
 
 def _inputs_sha256(spec: JobSpec, sources: Sources, tokenizer_folder: Path) -> str:
@@ -162,19 +213,11 @@ class _Refused:
     """Rows that stop the run, collected over the splits so that all are told at once."""
 
     bad: list[BadRow] = field(default_factory=list)
-    unsupervised: list[str] = field(default_factory=list)
     too_long: list[str] = field(default_factory=list)
 
     def raise_any(self, loaded: LoadedSpec) -> None:
         if self.bad:
             raise bad_rows_error(self.bad)
-        if self.unsupervised:
-            raise DataError(
-                f"{len(self.unsupervised)} row(s) without a supervised token, from which nothing could be learned:\n  "
-                + listed(self.unsupervised),
-                expected="an answer that is not empty (chat: at least one turn of the assistant)",
-                remedy="remove or mend these rows",
-            )
         if self.too_long:
             raise DataError(
                 f"{len(self.too_long)} row(s) longer than data.max_tokens = {loaded.spec.data.max_tokens}:\n"
@@ -185,18 +228,30 @@ class _Refused:
 
 
 def _encode_all(
-    loaded: LoadedSpec, tokenizer: Any, parts: dict[str, list[Example]], retain: list[Example], left_out: LeftOut
+    loaded: LoadedSpec, tokenizer: Any, ends: tuple[int, ...], parts: dict[str, list[Example]], left_out: LeftOut
 ) -> dict[str, list[Document]]:
-    spec = loaded.spec
+    """Documents of each split.
+
+    Args:
+        ends: Ids at which the base stops as it is.
+        parts: With `retain`, which may be empty.
+    """
+    spec, refused, noticed = loaded.spec, _Refused(), Noticed()
     caps = {"eval": spec.data.eval_rows, "test": spec.data.test_rows}
-    encoder = Encoder(tokenizer, spec.task, spec.data)
-    refused = _Refused()
+    encoder = Encoder(tokenizer, spec.task, spec.data, ends=ends, noticed=noticed)
     documents: dict[str, list[Document]] = {}
-    for name, examples in parts.items():
-        chosen = _capped(name, examples, caps.get(name), spec.train.seed, left_out)
+    for name in ("train", "eval", "test"):
+        chosen = _capped(name, parts[name], caps.get(name), spec.train.seed, left_out)
         documents[name] = _fitting(name, encoder, chosen, spec, left_out, refused)
+    retain = parts["retain"]
     if retain:
-        documents["retain"] = _encode_retention(tokenizer, retain, spec, left_out, refused)
+        documents["retain"] = []
+        for task in RETENTION_TASKS:  # every row by the columns that it has, whatever the spec's task
+            if rows := [example for example in retain if example.retention_task == task]:
+                read_so = spec.model_copy(update={"task": task})
+                encoder = Encoder(tokenizer, task, spec.data, ends=ends, noticed=noticed)
+                documents["retain"] += _fitting("retain", encoder, rows, read_so, left_out, refused)
+    noticed.tell(left_out)
     refused.raise_any(loaded)
     for name, kept in documents.items():
         if not kept:
@@ -206,19 +261,6 @@ def _encode_all(
     return documents | retention_sets(loaded, documents, left_out) if retain else documents
 
 
-def _encode_retention(
-    tokenizer: Any, retain: list[Example], spec: JobSpec, left_out: LeftOut, refused: _Refused
-) -> list[Document]:
-    """Every row by the columns that it has, whatever the spec's task."""
-    kept: list[Document] = []
-    for task in RETENTION_TASKS:
-        rows = [example for example in retain if example.retention_task == task]
-        if rows:
-            read_so = spec.model_copy(update={"task": task})
-            kept += _fitting("retain", Encoder(tokenizer, task, spec.data), rows, read_so, left_out, refused)
-    return kept
-
-
 def _fitting(
     name: str, encoder: Encoder, examples: list[Example], spec: JobSpec, left_out: LeftOut, refused: _Refused
 ) -> list[Document]:
@@ -226,15 +268,14 @@ def _fitting(
     limit = f"data.max_tokens = {spec.data.max_tokens}"
     kept: list[Document] = []
     for document in encoder.encode(examples):
-        if isinstance(document, BadRow):
-            left_out.add(name, f"malformed: {document.reason}", document.place)
+        bad = document if isinstance(document, BadRow) else _nothing_to_learn(document, spec)
+        if bad is not None:
+            left_out.add(name, f"malformed: {bad.reason}", bad.place)
             if not spec.data.skip_bad_rows:
-                refused.bad.append(document)
+                refused.bad.append(bad)
             continue
+        assert isinstance(document, Document)
         place = document.example.place
-        if not (len(document.ids) if spec.task == "classify" else document.num_supervised):
-            refused.unsupervised.append(f"{place} ({name})")
-            continue
         fitted = encoder.fit(document)
         if fitted is not document and spec.data.long_rows == "error":
             refused.too_long.append(f"{place} ({name}): {len(document.ids)} tokens")
@@ -245,6 +286,17 @@ def _fitting(
                 left_out.add(name, f"longer than {limit}: the {encoder.cut_part} was cut, the row is kept", place)
             kept.append(fitted)
     return kept
+
+
+def _nothing_to_learn(document: Document, spec: JobSpec) -> BadRow | None:
+    """Why a document teaches nothing, if so."""
+    example = document.example
+    if spec.task == "classify":
+        return None if len(document.ids) else BadRow(example.file, example.line, "the text has no token")
+    if document.num_supervised and (spec.task != "completion" or str(example.completion).strip()):
+        return None
+    what = {"chat": "no turn of the assistant says anything", "completion": f"column {spec.data.columns.completion!r} is empty"}
+    return BadRow(example.file, example.line, what.get(spec.task, "the text is too short") + ": nothing to learn from")
 
 
 def _capped(name: str, examples: list[Example], cap: int | None, seed: int, left_out: LeftOut) -> list[Example]:
@@ -258,28 +310,33 @@ def _capped(name: str, examples: list[Example], cap: int | None, seed: int, left
     return [example for index, example in enumerate(examples) if index in chosen]
 
 
-def _classes(documents: dict[str, list[Document]]) -> tuple[str, ...]:
-    """Class names of train, sorted.
+def _classes(documents: dict[str, list[Document]], spec: JobSpec, left_out: LeftOut) -> tuple[str, ...]:
+    """Class names of train, sorted. Rows of eval and test with a class that train does not have are bad rows.
 
     Raises:
-        DataError: one class only, or a class that train does not have.
+        DataError: one class only; or bad rows, and `data.skip_bad_rows` is false; or nothing but bad rows.
     """
-    classes: tuple[str, ...] = tuple(sorted({str(document.example.label) for document in documents["train"]}))
+    classes = tuple(sort_classes(str(document.example.label) for document in documents["train"]))
     if len(classes) < 2:
         what = f"train has one class only: {', '.join(classes)}"
         raise DataError(what, expected="at least two", remedy="check data.columns.label")
-    unseen = [
-        f"{document.example.place} ({name}): {document.example.label}"
-        for name in ("eval", "test")
-        for document in documents[name]
-        if str(document.example.label) not in classes
-    ]
+    unseen: list[Document] = []
+    for name in ("eval", "test"):
+        unknown = [document for document in documents[name] if str(document.example.label) not in classes]
+        for document in unknown:
+            left_out.add(name, f"malformed: its class {document.example.label!r} is not in train", document.example.place)
+        if unknown and len(unknown) < len(documents[name]) and spec.data.skip_bad_rows:
+            documents[name] = [document for document in documents[name] if str(document.example.label) in classes]
+        else:
+            unseen += unknown
     if unseen:
+        lines = listed(f"{document.example.place}: {document.example.label}" for document in unseen)
         raise DataError(
-            f"{len(unseen)} row(s) with a class that train does not have:\n  {listed(unseen)}",
+            f"{len(unseen)} row(s) of eval or test with a class that train does not have:\n  {lines}",
             expected=listed(classes, ", "),
-            remedy="mend the labels, or give train rows of every class",
+            remedy="correct the labels, give train rows of every class, or leave them out by data.skip_bad_rows: true",
         )
+    tell_missing({name: [document.example for document in kept] for name, kept in documents.items()}, left_out)
     return classes
 
 

@@ -41,6 +41,8 @@ class TokenizedSet:
     """D texts that stand before the answer (completion, chat), else empty."""
     answers: list[str] = field(default_factory=list)
     """D expected answers (completion, chat), else empty."""
+    stop_ids: tuple[int, ...] = ()
+    """Token ids at which an answer ends (completion, chat), see `data.ends`."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -76,6 +78,7 @@ class TokenizedSet:
             rows=self.rows[documents],
             prompts=[self.prompts[int(index)] for index in documents] if self.prompts else [],
             answers=[self.answers[int(index)] for index in documents] if self.answers else [],
+            stop_ids=self.stop_ids,
         )
 
     @cached_property
@@ -96,7 +99,8 @@ class TokenizedSet:
     def save(self, path: Path | str) -> None:
         """Write an .npz file, atomically; texts go in as UTF-8 JSON, nothing is pickled."""
         buffer = io.BytesIO()
-        texts = json.dumps({"prompts": self.prompts, "answers": self.answers}, ensure_ascii=False).encode()
+        values = {"prompts": self.prompts, "answers": self.answers, "stop_ids": self.stop_ids}
+        texts = json.dumps(values, ensure_ascii=False).encode()
         np.savez_compressed(
             buffer,
             ids=self.ids,
@@ -127,6 +131,7 @@ class TokenizedSet:
                     arrays["rows"],
                     texts["prompts"],
                     texts["answers"],
+                    tuple(texts.get("stop_ids", ())),
                 )
         except FileNotFoundError:
             raise DataError("no tokenised set", where=str(path), remedy="submit the spec again: it is made anew") from None
@@ -167,6 +172,7 @@ def joined(first: TokenizedSet, second: TokenizedSet) -> TokenizedSet:
         rows=np.concatenate([first.rows, second.rows]),
         prompts=first.prompts + second.prompts if both else [],
         answers=first.answers + second.answers if both else [],
+        stop_ids=first.stop_ids,
     )
 
 
@@ -190,12 +196,13 @@ def shuffled(data: TokenizedSet, seed: int) -> TokenizedSet:
         documents.append(
             (np.concatenate([ids[:start], other_ids[other_start:]]), np.concatenate([mask[:start], other_mask[other_start:]]))
         )
-    return build_set(
+    mixed = build_set(
         documents,
         rows=data.rows.tolist(),
         prompts=data.prompts,
         answers=[data.answers[index] for index in giver.tolist()] if data.answers else [],
     )
+    return replace(mixed, stop_ids=data.stop_ids)
 
 
 def _answer_start(data: TokenizedSet, index: int) -> int:

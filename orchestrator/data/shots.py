@@ -51,4 +51,6 @@ def with_shots(data: TokenizedSet, examples: TokenizedSet, num_shots: int, limit
         documents.append((np.concatenate([*chosen, ids]), np.concatenate([np.zeros(before, bool), supervised])))
         counts.append(len(chosen))
     built = build_set(documents, labels=data.labels.tolist(), rows=data.rows.tolist())
-    return WithShots(replace(built, prompts=data.prompts, answers=data.answers), min(counts), float(np.mean(counts)))
+    return WithShots(
+        replace(built, prompts=data.prompts, answers=data.answers, stop_ids=data.stop_ids), min(counts), float(np.mean(counts))
+    )

@@ -4,15 +4,34 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from orchestrator.units import printable
 from orchestrator.values import Value
 
 LISTED = 20
 """How many places of one kind are listed; the count is always whole."""
+IN_A_LINE = 3
+"""How many places stand in a notice's one line."""
+LARGE_LOSS = 0.1
+"""A split that loses more than this share of its rows is a warning."""
+ON_PURPOSE = ("over data.", "thinned by ", "more than a trial ", "equal to a chunk ")
+"""How the reasons begin for which rows are left out as the spec asks."""
+KEPT = "the row is kept"
+"""In the reasons for which a row is cut, and counted, and not left out."""
+REMEDIES = (
+    ("longer than ", "raise data.max_tokens, or set data.long_rows: truncate_prompt"),
+    ("malformed: ", "fix these rows"),
+    ("also stands in ", "give the splits different rows"),
+    ("whose group ", "give the splits different groups"),
+    ("whose prompt ", "give the splits different prompts; data.dedupe: none keeps these rows"),
+    ("whose text ", "give the splits different texts; data.dedupe: none keeps these rows"),
+    ("nearly equal to ", "give the splits different rows; data.dedupe: exact keeps them"),
+)
+"""What to do about rows that were lost, by how the reason begins."""
 
 
 class Dropped(Value):
@@ -36,6 +55,12 @@ class Notice(Value):
     """What to do about it; empty for what was done as it should be."""
     places: tuple[str, ...] = ()
     """`file:line` of the first LISTED rows concerned, where rows are."""
+
+    @property
+    def line(self) -> str:
+        """Message, first places and remedy in one line."""
+        shown = ", ".join(self.places[:IN_A_LINE]) + (", ..." if len(self.places) > IN_A_LINE else "")
+        return self.message + (f" ({shown})" if shown else "") + (f"; to do: {self.remedy}" if self.remedy else "")
 
 
 class SplitSummary(Value):
@@ -61,9 +86,25 @@ class DataSummary(Value):
     """Names of the classes in the order of their numbers."""
     class_counts: tuple[int, ...] = ()
     """Documents of each class in train."""
+    stop_token_ids: tuple[int, ...] = ()
+    """At which an answer ends, and generation stops; empty where nothing is generated."""
     files: tuple[str, ...]
     one_example: str
     """A training document; «» marks what is supervised."""
+
+    @property
+    def told(self) -> tuple[Notice, ...]:
+        """Everything that a user should know before the training, warnings first: the notices, and what was left out."""
+        lines = [
+            Notice(level="info", message=f"{entry.split}: {entry.count:,} left out, {entry.reason}", places=entry.places)
+            if KEPT not in entry.reason
+            else Notice(level="info", message=f"{entry.split}: {entry.count:,} {entry.reason}", places=entry.places)
+            for entry in self.dropped
+        ]
+        if len(lines) > LISTED:
+            more = f"and {len(lines) - LISTED} more reasons: see `orchestrator data`"
+            lines = [*lines[:LISTED], Notice(level="info", message=more)]
+        return tuple(sorted([*self.notices, *lines], key=lambda notice: notice.level != "warning"))
 
 
 @dataclass
@@ -76,7 +117,7 @@ class LeftOut:
     notices: list[Notice] = field(default_factory=list)
 
     def add(self, split: str, reason: str, place: str) -> None:
-        self.entries.setdefault((split, reason), []).append(self.relative(place))
+        self.entries.setdefault((split, printable(reason)), []).append(self.relative(place))
 
     def info(self, message: str, *, places: Iterable[str] = ()) -> None:
         """Tell what was found or decided."""
@@ -88,11 +129,28 @@ class LeftOut:
 
     def _notice(self, level: Literal["info", "warning"], message: str, remedy: str, places: Iterable[str]) -> None:
         shown = tuple(self.relative(place) for place in itertools.islice(places, LISTED))
-        self.notices.append(Notice(level=level, message=message, remedy=remedy, places=shown))
+        self.notices.append(Notice(level=level, message=printable(message), remedy=printable(remedy), places=shown))
 
     def relative(self, place: str) -> str:
-        """The shorter of a place's two names, from the spec's folder or from the root."""
-        return min(os.path.relpath(place, self.folder), place, key=len)
+        """The shorter of a place's two names, from the spec's folder or from the root; control codes escaped."""
+        return printable(min(os.path.relpath(place, self.folder), place, key=len))
+
+    def warn_of_losses(self, kept: Mapping[str, int]) -> None:
+        """Warn of splits that lost more than LARGE_LOSS of their rows, with what to do about the commonest reason.
+
+        Args:
+            kept: Rows of each split that stay.
+        """
+        for split, rows in kept.items():
+            lost = {reason: count for reason, count in self.of(split).items() if is_loss(reason)}
+            cut = {reason: count for reason, count in self.of(split).items() if KEPT in reason}
+            gone = sum(lost.values())
+            if gone > LARGE_LOSS * (gone + rows):
+                message = f"{gone:,} of {gone + rows:,} rows of {split} ({gone / (gone + rows):.0%}) are left out"
+                self.warn(f"{message}: {_reasons(lost)}", _remedy(lost))
+            elif sum(cut.values()) > LARGE_LOSS * (gone + rows):
+                message = f"{sum(cut.values()):,} of {gone + rows:,} rows of {split} are cut"
+                self.warn(f"{message}: {_reasons(cut)}", "raise data.max_tokens")
 
     def of(self, split: str) -> dict[str, int]:
         """Counts of one split by reason."""
@@ -103,6 +161,23 @@ class LeftOut:
             Dropped(split=split, reason=reason, count=len(places), places=tuple(places[:LISTED]))
             for (split, reason), places in self.entries.items()
         )
+
+
+def is_loss(reason: str) -> bool:
+    """Whether rows are left out for it though nobody asked for that."""
+    return KEPT not in reason and not reason.startswith(ON_PURPOSE)
+
+
+def _reasons(counts: Mapping[str, int]) -> str:
+    """The three commonest."""
+    common = sorted(counts, key=lambda reason: -counts[reason])
+    more = [f"{len(common) - 3} more reasons"] if len(common) > 3 else []
+    return ", ".join([*(f"{counts[reason]:,} {reason}" for reason in common[:3]), *more])
+
+
+def _remedy(counts: Mapping[str, int]) -> str:
+    kinds = {begins: sum(count for reason, count in counts.items() if reason.startswith(begins)) for begins, _ in REMEDIES}
+    return dict(REMEDIES)[max(kinds, key=lambda begins: kinds[begins])]
 
 
 def listed(items: Iterable[object], separator: str = "\n  ") -> str:

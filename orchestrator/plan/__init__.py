@@ -10,6 +10,11 @@ first that fits, `placement.py` and `standing.py` say where gangs stand, `cost/`
 when memory runs out all the same. Nothing here does I/O but `read_cluster_file`, and nothing imports torch or ray.
 """
 
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
 from orchestrator.plan.build import make_plan
 from orchestrator.plan.cluster import read_cluster_file
 from orchestrator.plan.options import grid_points
@@ -59,3 +64,13 @@ __all__ = [
     "shuffled_control",
     "with_scores",
 ]
+
+
+class _CallableRoom(ModuleType):
+    """Lets `orchestrator.plan(spec)` of the Python API be called, although this package has its name."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return import_module("orchestrator.api").plan(*arguments, **options)
+
+
+sys.modules[__name__].__class__ = _CallableRoom

@@ -19,6 +19,7 @@ from orchestrator.plan.arrange import (
 from orchestrator.plan.compiling import with_compiling
 from orchestrator.plan.controls import head_warnings, with_scratch
 from orchestrator.plan.cost import estimate as cost
+from orchestrator.plan.cost.duration import planned_duration
 from orchestrator.plan.curve import curve_shares
 from orchestrator.plan.estimates import MemoryEstimate
 from orchestrator.plan.fusing import most_fused
@@ -111,7 +112,7 @@ def _plan_on(
     load = Load(
         footprints=tuple(_weigh(spec, anatomy, data, choice.selection, choice.remedies.anchor) for choice in choices),
         row_tokens=steps.row_tokens(spec, anatomy, data),
-        tokens_per_step=spec.train.tokens_per_step,
+        tokens_per_step=steps.tokens_per_step(spec, data),
         whole_adapters=held is not None,
     )
     num_trials = spec.search.num_trials if job == "sweep" and spec.search is not None else 1
@@ -145,7 +146,7 @@ def _plan_on(
     )
     plan = with_scratch(plan, spec, anatomy, gangs.way, load, room)
     trunk, reason = plan_trunk(plan, spec, anatomy, cost.rate_of(found))
-    plan = _with_costs(plan.model_copy(update={"trunk": trunk}), anatomy, found, spec)
+    plan = _with_costs(plan.model_copy(update={"trunk": trunk}), anatomy, found, spec, loaded.defaulted)
     _check_gpu_hours(plan, spec)
     plan = with_remarks(plan.model_copy(update={"notes": (*plan.notes, reason)}), spec, anatomy, found, cluster)
     plan = with_compiling(plan, spec, anatomy)
@@ -265,16 +266,19 @@ def _most_fused(
     return most_fused(alone, gangs.way, load, room, spec.resources.max_fused, num_kinds=len(kinds))
 
 
-def _with_costs(plan: RunPlan, anatomy: ModelAnatomy, found: Machines, spec: JobSpec) -> RunPlan:
+def _with_costs(plan: RunPlan, anatomy: ModelAnatomy, found: Machines, spec: JobSpec, defaulted: str) -> RunPlan:
     rate = cost.rate_of(found)
     price = spec.resources.gpu_hour_price or found.gpu_hour_price
     estimated = cost.estimate_cost(plan, anatomy, rate, price_per_gpu_hour=price if found.device == "cuda" else None)
+    base_bytes = anatomy.num_parameters() * (1 if spec.base.quantize != "none" else 2)
+    core_flops = min(node.core_flops for node in found.nodes)
+    estimated = estimated.model_copy(update={"duration": planned_duration(plan, estimated, base_bytes, core_flops)})
     return plan.model_copy(
         update={
             "cost": estimated,
             "disk_bytes": estimated.disk_bytes,
             "gpu_hours": estimated.gpu_hours,
-            "notes": (rate_note(rate),),
+            "notes": (*((defaulted,) if defaulted else ()), rate_note(rate)),
         }
     )
 

@@ -15,12 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
-from orchestrator.errors import UsageError
+from orchestrator.errors import SpecError, UsageError
 from orchestrator.plan.cost.accelerators import find_accelerator
 from orchestrator.plan.values import ClusterDescription, NodeDescription
+from orchestrator.spec.source import read_source
 
 NODE_KEYS = ("count", "cpus", "gpus", "gpu", "gpu_memory", "memory", "price")
 _DECIMAL = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -38,11 +36,7 @@ def read_cluster_file(path: str | Path) -> ClusterDescription:
             the message names the key.
     """
     path = Path(path)
-    try:
-        yaml: Any = YAML(typ="safe", pure=True)
-        content: Any = yaml.load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, YAMLError) as error:
-        raise UsageError(f"cannot be read: {error}", where=str(path), expected="a YAML file", remedy=_EXAMPLE) from error
+    content = _read_yaml(path)
     nodes = cast("Mapping[str, Any]", content).get("nodes") if isinstance(content, Mapping) else None
     if not isinstance(nodes, list) or not nodes or set(cast("Mapping[str, Any]", content)) != {"nodes"}:
         raise UsageError("not a cluster", where=str(path), expected="one key, `nodes`, with a list of nodes", remedy=_EXAMPLE)
@@ -50,6 +44,22 @@ def read_cluster_file(path: str | Path) -> ClusterDescription:
     return ClusterDescription(
         nodes=tuple(_node(entry, f"{path}: nodes[{i}]") for i, entry in enumerate(entries)), source=str(path)
     )
+
+
+def _read_yaml(path: Path) -> Any:
+    """As a spec is read, with the same bounds on what aliases and merges may come to."""
+    try:
+        source = read_source(path)
+        problems = source.problems
+    except SpecError as error:
+        source, problems = None, list(error.problems)
+    if problems or source is None:
+        first = problems[0]
+        where = f"{path}:{first.line}:{first.column}" if first.line else str(path)
+        hint = f" ({first.hint})" if first.hint and "spec" not in first.hint else ""
+        what = f"{first.path}: {first.message}{hint}" if first.path else f"{first.message}{hint}"
+        raise UsageError(f"cannot be read: {what}", where=where, expected="a YAML file", remedy=_EXAMPLE)
+    return source.data
 
 
 def parse_size(text: str) -> int:

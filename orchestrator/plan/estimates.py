@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from orchestrator.spec.models import Tune
+from orchestrator.units import format_seconds
 from orchestrator.values import Value
 
 
@@ -58,6 +59,19 @@ class Rate(Value):
         return None if self.peak_flops is None else self.peak_flops * self.achieved_share
 
 
+class Duration(Value):
+    """Seconds by the clock."""
+
+    low_s: float
+    middle_s: float
+    high_s: float
+
+    def __str__(self) -> str:
+        """`2m10s to 9m00s`."""
+        low, high = (format_seconds(round(each)) for each in (self.low_s, self.high_s))
+        return low if low == high else f"{low} to {high}"
+
+
 class CostEstimate(Value):
     """Operations, hours, money and disk of a whole run. Hours are of computing: no starts, loads and saves."""
 
@@ -78,6 +92,8 @@ class CostEstimate(Value):
     """With early stopping, where there is no GPU."""
     wall_hours: float | None = None
     """Every gang busy until the last trial ends, then the refit."""
+    duration: Duration | None = None
+    """By the clock, with starting, saving, merging and judging, and with what early stopping may not save."""
     price_per_gpu_hour: float | None = None
     """In the currency of whoever gave it."""
     price: float | None = None

@@ -25,6 +25,7 @@ FEW_NODES = 8
 """Up to so many, gangs over any number of nodes are tried; beyond, over powers of two."""
 MAX_GANG_RANKS = 2**14
 """No gang is planned larger unless it is asked for."""
+MOST_THREADS = 2**16
 MAX_GPU_RANK_THREADS = 8
 """A rank's CPU work beside a GPU is data and launches: more threads gain nothing."""
 
@@ -36,7 +37,9 @@ class Machines:
     device: Device
     nodes: tuple[NodeDescription, ...]
     num_units: int
-    """Of GPUs at most `max_gpus`."""
+    """At most `max_gpus`, which bounds cores where the job trains on cores."""
+    max_threads: int | None = None
+    """Of one rank, as the environment says (OMP_NUM_THREADS)."""
     left_out: tuple[NodeDescription, ...] = ()
     """Poorer nodes that the job is planned without."""
 
@@ -81,10 +84,15 @@ class Machines:
         return min(places // ranks * ranks or places, all_ranks)
 
     def threads(self, num_ranks: int) -> int:
-        """Threads of each rank when `num_ranks` run at once."""
+        """Threads of each rank when `num_ranks` run at once: its part of the cores, and no more than the environment allows."""
+        return min(self.threads_of_cores(num_ranks), self.max_threads or MOST_THREADS)
+
+    def threads_of_cores(self, num_ranks: int) -> int:
+        """As `threads`, whatever the environment says."""
         if self.device == "cuda":
             return max(1, min(MAX_GPU_RANK_THREADS, min(node.num_cpus // node.num_gpus for node in self.nodes)))
-        return max(1, min(node.num_cpus // min(num_ranks, node.num_cpus) for node in self.nodes))
+        cores = [min(node.num_cpus, self.num_units) for node in self.nodes]
+        return max(1, min(each // min(num_ranks, each) for each in cores))
 
     def rank_counts(self) -> list[int]:
         """Sizes that a gang may have, rising: powers of two inside a node; of whole nodes any few, then
@@ -155,8 +163,8 @@ def machines(cluster: ClusterDescription, resources: ResourcesSpec) -> Machines:
             remedy="start Ray's nodes with their CPUs (--num-cpus)",
         )
     total = sum(node.count * num_places(node, device) for node in nodes)
-    most = resources.max_gpus if device == "cuda" else None
-    found = Machines(device=device, nodes=nodes, num_units=min(total, most or total))
+    num_units = min(total, resources.max_gpus or total)
+    found = Machines(device=device, nodes=nodes, num_units=num_units, max_threads=cluster.max_threads)
     _check_asked_ranks(found, resources, total, cluster)
     return found
 

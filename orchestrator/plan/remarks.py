@@ -11,6 +11,7 @@ from orchestrator.plan.estimates import Rate
 from orchestrator.plan.memory.estimate import RESIDENT_SHARE
 from orchestrator.plan.placement import Machines, idle_gpus
 from orchestrator.plan.remedies import left_out
+from orchestrator.plan.step_size import auto_tokens_per_step, few_steps_sentence, more_steps
 from orchestrator.plan.values import ClusterDescription, RunPlan
 from orchestrator.plan.view import derivations
 from orchestrator.spec.models import AnchorSpec, JobSpec
@@ -21,11 +22,19 @@ def with_remarks(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, found: Mac
     """The plan with reasons and warnings, and more notes."""
     return plan.model_copy(
         update={
-            "reasons": derivations(plan, spec),
+            "reasons": (*derivations(plan, spec), *_threads(plan, found)),
             "notes": (*plan.notes, *_base_notes(spec, anatomy), *_anchor_notes(plan, spec), *_notes(plan, spec, found, cluster)),
             "warnings": (*_base_warnings(anatomy), *plan.warnings, *_warnings(plan, spec, found, cluster)),
         }
     )
+
+
+def _threads(plan: RunPlan, found: Machines) -> Iterator[str]:
+    """Where the environment gives a rank fewer threads than its part of the cores."""
+    own, part = plan.execution.threads_per_rank, found.threads_of_cores(plan.execution.ranks * plan.num_gangs)
+    if own < part:
+        count = "1 thread" if own == 1 else f"{own} threads"
+        yield f"{count} a rank, as OMP_NUM_THREADS={found.max_threads} says; its part of the cores would be {part}"
 
 
 def _base_warnings(anatomy: ModelAnatomy) -> Iterator[str]:
@@ -95,6 +104,9 @@ def _notes(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDescri
     most = spec.resources.max_gpus
     if found.device == "cuda" and most is not None and most > cluster.num_gpus:
         notes.append(f"max_gpus: {most} is a bound; the cluster has {cluster.num_gpus} GPUs")
+    cores = sum(node.count * found.units_of(node) for node in found.nodes)
+    if found.device == "cpu" and found.num_units < cores:
+        notes.append(f"max_gpus: {most} bounds cores where no GPU is used: {found.num_units} of {cores} cores train")
     if found.device == "cuda" and len({node.gpu_memory_bytes for node in found.nodes}) > 1:
         notes.append("nodes have unlike GPUs: every rank is planned for the one with the least memory")
     if plan.search is not None and spec.search is not None and spec.search.algorithm != "fixed":
@@ -108,7 +120,18 @@ def _notes(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDescri
     return notes
 
 
+def _few_steps(plan: RunPlan, spec: JobSpec) -> Iterator[str]:
+    """Too few steps to learn from are the commonest reason why nothing was learned."""
+    data, said = plan.data, few_steps_sentence(plan.total_steps)
+    if said:
+        mean = math.ceil(data.train_tokens / max(1, data.train_documents))
+        longest = data.longest_document_tokens if data.exact else mean
+        auto = auto_tokens_per_step(data.train_documents, data.train_tokens, longest, spec.train.epochs)
+        yield f"{said}: {more_steps(spec.train, auto, data.train_tokens, data.steps_per_epoch)}"
+
+
 def _warnings(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDescription) -> Iterator[str]:
+    yield from _few_steps(plan, spec)
     yield from _hours_warning(plan, spec.resources.max_gpu_hours)
     if found.left_out:
         counts = ", ".join(f"{node.count} x {found.name_of(node)}" for node in found.left_out)

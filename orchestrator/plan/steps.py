@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from orchestrator.anatomy.values import ModelAnatomy
 from orchestrator.errors import PlanError
+from orchestrator.plan.step_size import GRAIN, LEAST_STEPS, MOST_TOKENS
+from orchestrator.plan.step_size import tokens_per_step as of_a_step
 from orchestrator.plan.values import DataSize, SearchPlan
 from orchestrator.spec.models import JobSpec
 
@@ -18,6 +20,38 @@ EARLY_STOPPING_RUNGS = 8
 """How often a trial is scored that its held-out loss may end."""
 MAX_CPU_MICRO_BATCH_TOKENS = 4096
 """Past a few thousand tokens a CPU's matrix products gain nothing, and memory is all that grows."""
+
+
+def tokens_per_step(spec: JobSpec, data: DataSize) -> int:
+    """Tokens of a step at most: the spec's number, or what `auto` came to when the data was measured."""
+    if spec.train.tokens_per_step != "auto":
+        return spec.train.tokens_per_step
+    measured = data.tokens_per_step
+    return measured or of_a_step(spec.train, data.train_documents, data.train_tokens, data.longest_document_tokens)
+
+
+class StepSize(NamedTuple):
+    """Of `auto`, once it is known how many ranks share a step."""
+
+    tokens: int
+    ranks: int = 1
+    """Ranks of a gang that have a row each in a full step."""
+
+
+def filling_step(spec: JobSpec, size: DataSize, ranks: int) -> StepSize | None:
+    """Of `auto`: so large a step that every rank of a gang has a document in it, as far as LEAST_STEPS steps are left.
+
+    None for one rank, and where the spec has a number.
+
+    Args:
+        size: With what `auto` came to for the data alone.
+    """
+    if spec.train.tokens_per_step != "auto" or ranks <= 1:
+        return None
+    mean = size.train_tokens / max(1, size.train_documents)
+    each = GRAIN * math.ceil((size.longest_document_tokens if size.exact else mean) / GRAIN)
+    tokens = min(ranks * each, GRAIN * math.ceil(spec.train.epochs * size.train_tokens / LEAST_STEPS / GRAIN), MOST_TOKENS)
+    return StepSize(max(size.tokens_per_step, tokens), ranks)
 
 
 def total_steps(spec: JobSpec, data: DataSize) -> int:
@@ -106,7 +140,8 @@ def row_tokens(spec: JobSpec, anatomy: ModelAnatomy, data: DataSize) -> int:
             where="data.max_tokens",
             remedy=f"data.max_tokens: {anatomy.max_positions}",
         )
-    width = max(longest, min(spec.data.max_tokens, spec.train.tokens_per_step)) if packs(spec) else longest
+    of_a_rank = tokens_per_step(spec, data) // data.step_ranks
+    width = max(longest, min(spec.data.max_tokens, of_a_rank)) if packs(spec) else longest
     return -(-width // 8) * 8
 
 

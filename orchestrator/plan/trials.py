@@ -212,6 +212,8 @@ def make_assignment(
     assert not selection.pending, "blocks are scored before anything is trained"
     return Assignment(
         trial=trial,
+        spec_sha256=plan.spec_sha256,
+        base_sha256=plan.base_sha256,
         selection=selection,
         execution=execution or plan.execution,
         settings=settings,

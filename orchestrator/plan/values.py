@@ -26,6 +26,8 @@ class NodeDescription(Value):
     """What an hour of one of its GPUs costs, in the currency of whoever wrote it down."""
     memory_bytes: int
     """Host memory."""
+    core_flops: float = 0.0
+    """Of a float32 product of matrices on one core, measured; 0 where it was not. Hours are told by it, nothing is decided."""
 
 
 class ClusterDescription(Value):
@@ -33,6 +35,8 @@ class ClusterDescription(Value):
 
     nodes: tuple[NodeDescription, ...]
     source: str = ""
+    max_threads: int | None = None
+    """Threads that a rank may have at most, where the environment of a live cluster's driver says so (OMP_NUM_THREADS)."""
 
     @property
     def num_gpus(self) -> int:
@@ -193,6 +197,9 @@ class Assignment(Value):
     """Measure how far the target lies from the retention set, and train nothing."""
     compiling: CompilePlan | None = None
     """Measure what compiled blocks gain and train nothing."""
+    spec_sha256: str = ""
+    """Of the run's spec and of its base, for the manifests of what is written; empty where nobody knows."""
+    base_sha256: str = ""
 
     @property
     def measures(self) -> bool:
@@ -262,6 +269,8 @@ class RunPlan(Value):
 
     name: str
     spec_sha256: str
+    base_sha256: str = ""
+    """Over the base's config and what its weight files hold (`store.base_identity`). Empty where the run has not begun."""
     base: BaseLoad
     num_parameters: int
     data: DataSize

@@ -6,15 +6,17 @@ from orchestrator.plan.cost.choices import planned_options
 from orchestrator.plan.estimates import MemoryEstimate
 from orchestrator.plan.remedies import Remedies
 from orchestrator.plan.steps import accumulation, share_beyond
+from orchestrator.plan.steps import tokens_per_step as planned_tokens_per_step
 from orchestrator.plan.values import ExecutionPlan, RunPlan, SearchPlan, TrialOption
 from orchestrator.spec.models import JobSpec
-from orchestrator.units import format_bytes, format_count, format_seconds
+from orchestrator.units import format_bytes, format_count
 
 
 def derivations(plan: RunPlan, spec: JobSpec) -> tuple[str, ...]:
     """How the plan's numbers follow from each other, one sentence each."""
-    tokens_per_step, replay = spec.train.tokens_per_step, max(option.remedies.replay for option in planned_options(plan))
+    tokens_per_step, replay = planned_tokens_per_step(spec, plan.data), max(o.remedies.replay for o in planned_options(plan))
     lines = [
+        *([_auto_line(plan, tokens_per_step)] if spec.train.tokens_per_step == "auto" else []),
         batch_line(plan.execution, tokens_per_step, replay),
         f"{spec.train.epochs:g} epochs x {_count(plan.data.steps_per_epoch, 'step')} = {_count(plan.total_steps, 'step')}, "
         f"{format_count(plan.total_tokens)} tokens",
@@ -31,6 +33,18 @@ def derivations(plan: RunPlan, spec: JobSpec) -> tuple[str, ...]:
     else:
         lines.append("a winner at the last rung has had the full budget and is not trained again")
     return tuple(lines)
+
+
+def _auto_line(plan: RunPlan, tokens_per_step: int) -> str:
+    """`tokens_per_step: auto: 240 documents of 21 tokens -> 176 tokens per step -> 62 steps`."""
+    data = plan.data
+    mean = data.train_tokens / max(1, data.train_documents)
+    estimated = "" if data.exact else " (estimated)"
+    ranks = f", for {data.step_ranks} ranks" if data.step_ranks > 1 else ""
+    return (
+        f"tokens_per_step: auto: {_count(data.train_documents, 'document')} of {mean:.3g} tokens{estimated} -> "
+        f"{tokens_per_step} tokens per step{ranks} -> {_count(plan.total_steps, 'step')}"
+    )
 
 
 def _few_lines(plan: RunPlan, search: SearchPlan) -> list[str]:
@@ -122,7 +136,7 @@ def option_line(option: TrialOption) -> str:
 
 
 def cost_line(plan: RunPlan) -> str:
-    """`1.2 GPU-hours (3.1 without early stopping) · about 9m10s · 3.00 · 16.1 GiB of disk`."""
+    """`1.2 GPU-hours (3.1 without early stopping) · 6m10s to 31m00s · 3.00 · 16.1 GiB of disk`."""
     cost, disk = plan.cost, f"{format_bytes(plan.disk_bytes)} of disk"
     if cost is None or (cost.gpu_hours is None and cost.core_hours is None):
         return f"GPU-hours unknown · {disk}"
@@ -132,7 +146,7 @@ def cost_line(plan: RunPlan) -> str:
         stops = plan.search is not None and len(plan.search.rung_steps) > 1
         whole = f" ({cost.gpu_hours_without_stopping:.3g} without early stopping)" if stops else ""
         said = [f"{cost.gpu_hours:.3g} GPU-hours{whole}"]
-    said += [f"about {format_seconds(3600 * cost.wall_hours)}"] if cost.wall_hours is not None else []
+    said += [str(cost.duration)] if cost.duration is not None else []
     said += [f"{cost.price:,.2f} in money"] if cost.price is not None else []
     return " · ".join([*said, disk])
 

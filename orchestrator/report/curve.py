@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from orchestrator.report import figures, html
-from orchestrator.report.figures import BLUE, GREY, RED
+from orchestrator.report.figures import BLUE, GREY, PAPER, RED
 from orchestrator.report.html import Html
 from orchestrator.report.wording import number
 from orchestrator.transfer.learning_curve import LearningCurve
@@ -33,7 +34,9 @@ def more_data(sweep: SweepResult) -> Html:
         [count, "all" if count == found.counts[-1] else "trained on", number(loss), number(found.law.at(count)), ""]
         for count, loss in zip(found.counts, found.losses, strict=True)
     ]
-    rows.append([found.ahead_count, "followed to", "", number(found.ahead_loss), f"{number(found.low)} to {number(found.high)}"])
+    if not found.fit_failed:
+        interval = f"{number(found.low)} to {number(found.high)}"
+        rows.append([found.ahead_count, "extrapolated to", "", number(found.ahead_loss), interval])
     table = html.table(["documents", "", "eval loss", "law", "95% interval"], rows, numeric=(0, 2, 3, 4))
     sentence = found.sentence
     unit = "nats per document" if sweep.task == "classify" else "nats per token"
@@ -46,23 +49,34 @@ def _law(found: LearningCurve) -> str:
 
 
 def _drawn(found: LearningCurve, unit: str) -> str:
+    failed = found.fit_failed
+
     def paint(figure: Figure) -> None:
         axis = figure.subplots()
         first, last, ahead = found.counts[0], found.counts[-1], found.ahead_count
-        for start, end, look, label in ((first, last, "-", "fitted law"), (last, ahead, "--", "followed to twice the data")):
+        lines = [(first, last, ":" if failed else "-", "law nearest to the points: no fit" if failed else "fitted law")]
+        lines += [] if failed else [(last, ahead, "--", "extrapolated to twice the data")]
+        for start, end, look, label in lines:
             drawn = np.geomspace(start, end, NUM_DRAWN)
             axis.plot(drawn, [found.law.at(count) for count in drawn], look, color=BLUE, linewidth=1.8, label=label)
-        span = [[max(found.ahead_loss - found.low, 0.0)], [max(found.high - found.ahead_loss, 0.0)]]
-        look = {"fmt": "o", "color": BLUE, "markerfacecolor": "white", "capsize": 5, "linewidth": 1.8, "markersize": 7}
-        axis.errorbar([ahead], [found.ahead_loss], yerr=span, label="95% interval", **look)
+        if not failed:
+            _interval(axis, found)
         axis.axhline(found.losses[-1], color=GREY, linestyle=":", linewidth=1.2, label="loss on all documents")
         axis.plot(found.counts, found.losses, "o", color=RED, markersize=8, label="measured", zorder=3)
+        ticks = [*found.counts, *([] if failed else [ahead])]
         axis.set_xscale("log")
-        axis.xaxis.set_major_locator(FixedLocator([*found.counts, ahead]))
+        axis.xaxis.set_major_locator(FixedLocator(ticks))
         axis.xaxis.set_minor_locator(NullLocator())
-        axis.set_xticklabels([str(count) for count in (*found.counts, ahead)])
+        axis.set_xticklabels([str(count) for count in ticks])
         axis.set_xlabel("training documents")
         axis.set_ylabel(f"eval loss, {unit}")
         axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
 
     return figures.draw("learning-curve", (9.2, 3.6), paint, "eval loss over training documents")
+
+
+def _interval(axis: Axes, found: LearningCurve) -> None:
+    """Where twice the data would lead, with its interval."""
+    span = [[max(found.ahead_loss - found.low, 0.0)], [max(found.high - found.ahead_loss, 0.0)]]
+    look = {"fmt": "o", "color": BLUE, "markerfacecolor": PAPER, "capsize": 5, "linewidth": 1.8, "markersize": 7}
+    axis.errorbar([found.ahead_count], [found.ahead_loss], yerr=span, label="95% interval", **look)

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from pydantic import ValidationError
+
+from orchestrator.data.summary import DataSummary
 from orchestrator.report import figures, html
 from orchestrator.report.figures import PlannedBar
 from orchestrator.report.html import Html
@@ -135,6 +138,22 @@ def _gang_facts(sweep: SweepResult) -> list[tuple[object, object]]:
 def _hours(sweep: SweepResult) -> str:
     bound = f" of {sweep.max_gpu_hours:g}" if sweep.max_gpu_hours is not None else ""
     return number(sweep.gpu_hours_used) + bound
+
+
+def data_notices(run: RunRecords) -> Html:
+    """What was found out about the data, in one line each: warnings shown, the rest folded; empty where there is nothing."""
+    try:
+        told = DataSummary.model_validate(run.data_summary).told
+    except ValidationError:
+        return html.join(())
+    warnings = [notice.line for notice in told if notice.level == "warning"]
+    others = [notice.line for notice in told if notice.level != "warning"]
+    parts: list[Html] = []
+    if warnings:
+        parts.append(html.tag("div", html.tag("strong", "The data:"), html.bullets(warnings), css="warning"))
+    if others:
+        parts.append(html.details(f"The data: {plural(len(others), 'note')}", html.bullets(others)))
+    return html.join(parts)
 
 
 def data_summary(run: RunRecords) -> Html:

@@ -1,7 +1,8 @@
 """Pictures as inline SVG, drawn by matplotlib without a display. Text stays text, so it can be searched and read aloud.
 
 Colours are from the Okabe-Ito palette (Okabe & Ito 2008, "Color Universal Design"), told apart by colour-blind readers;
-lora and full differ in marker too, so a page printed in grey can still be read.
+lora and full differ in marker too, so a page printed in grey can still be read. Ink, lines and some data colours are CSS
+variables, so that the page shows them in its own light or dark colours; without a page they are the light ones.
 """
 
 from __future__ import annotations
@@ -16,23 +17,39 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from orchestrator.report.matrix import RateMatrix
-from orchestrator.transfer.records import CONTROL_NAMES, ComparisonRecord
+from orchestrator.transfer.records import CONTROL_NAMES
 from orchestrator.units import format_count
 
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY, INK = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#9a9a9a", "#222222"
+PAPER, LINE, AXIS, TICK, IDLE = "#ffffff", "#e6e6e6", "#666666", "#444444", "#e2e2e2"
+ON_DARK, ON_LIGHT = "#fefefe", "#000000"
+"""Ink on filled areas, the same on a light and on a dark page."""
+BY_PAGE = {
+    INK: "ink",
+    PAPER: "paper",
+    LINE: "grid",
+    AXIS: "axis",
+    TICK: "tick",
+    IDLE: "idle",
+    GREY: "muted",
+    BLUE: "data-blue",
+}
+"""Colours that the page decides, by the name of its CSS variable (style.css)."""
+WIDE = 5.0
+"""Values whose largest is so many times the smallest are drawn on a logarithmic axis."""
+SMALLEST_TEXT = 9
+"""Points. A picture is never shown smaller than drawn (style.css): 9 pt are 12 px."""
 KIND_LOOK: dict[str, dict[str, Any]] = {
     "lora": {"s": 38, "color": BLUE, "marker": "o"},
     "full": {"s": 38, "color": ORANGE, "marker": "s"},
-    "untouched base": {"s": 75, "color": INK, "marker": "X"},
-    "head control": {"s": 60, "color": GREEN, "marker": "D"},
+    CONTROL_NAMES["none"]: {"s": 75, "color": INK, "marker": "X"},
+    CONTROL_NAMES["head"]: {"s": 60, "color": GREEN, "marker": "D"},
 }
+METHODS = {"lora": "LoRA", "full": "full fine-tuning"}
+"""What people read of each way of tuning."""
 TERM_HATCHES = ("", "///", "xxx")
 """More terms than colours: the second round is hatched."""
 TERM_COLOURS = (BLUE, "#56b4e9", GREEN, "#f0e442", ORANGE, RED, PURPLE, GREY)
@@ -41,20 +58,22 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10,
+    "figure.facecolor": "none",
+    "hatch.color": AXIS,
     "text.parse_math": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": "#666666",
+    "axes.edgecolor": AXIS,
     "axes.labelcolor": INK,
     "text.color": INK,
-    "xtick.color": "#444444",
-    "ytick.color": "#444444",
+    "xtick.color": TICK,
+    "ytick.color": TICK,
     "axes.grid": True,
-    "grid.color": "#e6e6e6",
+    "grid.color": LINE,
     "grid.linewidth": 0.8,
     "axes.axisbelow": True,
     "legend.edgecolor": "none",
-    "legend.facecolor": "white",
+    "legend.facecolor": PAPER,
     "legend.framealpha": 0.85,
     "legend.fontsize": 9,
 }
@@ -82,6 +101,8 @@ class TradeOff:
     metric: float
     on_front: bool = False
     promoted: bool = False
+    early: bool = False
+    """It was evaluated before its full budget: drawn hollow."""
 
 
 @dataclass(frozen=True)
@@ -106,55 +127,18 @@ def draw(name: str, size: tuple[float, float], paint: Callable[[Figure], None], 
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     referred = set(re.findall(r"#([\w.-]+)", svg))
     svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in referred else "", svg)
+    svg = _coloured_by_page(svg)
     return svg.replace("<svg ", f'<svg role="img" aria-label="{description}" ', 1)
+
+
+def _coloured_by_page(svg: str) -> str:
+    """Colours as CSS variables, which only a style may name: an attribute such as `fill="#222222"` is left as it is."""
+    names = "|".join(BY_PAGE)
+    return re.sub(rf"(?<=: )({names})(?=[;\"])", lambda found: f"var(--{BY_PAGE[found[1]]}, {found[1]})", svg)
 
 
 def finite(values: Sequence[float | None]) -> list[float]:
     return [value for value in values if value is not None and math.isfinite(value)]
-
-
-def heatmap(panels: Sequence[RateMatrix], metric: str, higher_is_better: bool) -> str:
-    """Best metric by layers and learning rate, lora and full apart."""
-    shown = finite([value for panel in panels for row in panel.values for value in row])
-    best, worst = (max(shown), min(shown)) if higher_is_better else (min(shown), max(shown))
-    middle = sorted(shown)[len(shown) // 2]
-    # A diverged trial must not turn all the others into one colour.
-    worst = best + min(abs(worst - best), 3 * abs(middle - best) or abs(worst - best)) * (-1 if higher_is_better else 1)
-    low, high = sorted((best, worst if worst != best else best + 1e-9))
-    colours, norm = mpl.colormaps["cividis" if higher_is_better else "cividis_r"], Normalize(low, high, clip=True)
-
-    def paint(figure: Figure) -> None:
-        axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=[max(len(p.columns), 2) for p in panels])[0]
-        for axis, panel in zip(axes, panels, strict=True):
-            axis.grid(False)
-            axis.set_facecolor("#f2f2f2")
-            axis.set_xlim(-0.5, len(panel.columns) - 0.5)
-            axis.set_ylim(len(panel.rows) - 0.5, -0.5)
-            axis.set_xticks(range(len(panel.columns)), panel.columns, rotation=35, ha="right")
-            axis.set_yticks(range(len(panel.rows)), panel.rows)
-            axis.set_title(panel.title, loc="left", fontweight="bold")
-            axis.set_xlabel("learning rate")
-            for y, row in enumerate(panel.values):
-                for x, value in enumerate(row):
-                    if value is not None:
-                        _cell(axis, x, y, value, colours(norm(value)) if math.isfinite(value) else (0.9, 0.9, 0.9, 1.0))
-        scale = ScalarMappable(norm, colours)
-        bar = figure.colorbar(
-            scale, ax=list(axes), label=f"{metric} ({'higher' if higher_is_better else 'lower'} is better)", pad=0.02
-        )
-        if bar.solids is not None:
-            bar.solids.set(rasterized=False, edgecolor="face")
-
-    rows = max(len(panel.rows) for panel in panels)
-    return draw("heatmap", (9.2, 1.7 + 0.42 * rows), paint, f"{metric} by layers and learning rate")
-
-
-def _cell(axis: Axes, x: int, y: int, value: float, colour: tuple[float, float, float, float]) -> None:
-    """A filled square with its figure, in whichever ink can be read on it (luma of ITU-R BT.601)."""
-    red, green, blue, _ = colour
-    ink = "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else INK
-    axis.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, facecolor=colour, linewidth=0))
-    axis.text(x, y, f"{value:.3g}" if math.isfinite(value) else "failed", ha="center", va="center", color=ink, fontsize=9)
 
 
 def curves(panels: Sequence[tuple[str, str, Sequence[Curve]]]) -> str:
@@ -168,7 +152,9 @@ def curves(panels: Sequence[tuple[str, str, Sequence[Curve]]]) -> str:
             axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
             for line in sorted(lines, key=lambda line: bool(line.emphasis)):
                 _curve(axis, line)
-            _frame(axis, [v for line in lines for v in line.values], [v for line in lines if line.emphasis for v in line.values])
+            values = [value for line in lines for value in line.values]
+            _frame(axis, values, [value for line in lines if line.emphasis for value in line.values])
+            _spread(axis, values)
             if any(line.emphasis for line in lines):
                 axis.legend(loc="best")
 
@@ -205,18 +191,35 @@ def _frame(axis: Axes, values: Sequence[float], kept: Sequence[float] = ()) -> N
         axis.set_ylim(low - 0.05 * (high - low), high + 0.08 * (high - low))
 
 
+def _spread(axis: Axes, values: Sequence[float]) -> None:
+    """A logarithmic axis where the values span so much that the differences between good trials would not be seen."""
+    shown = finite(values)
+    if not shown or min(shown) <= 0 or max(shown) < WIDE * min(shown):
+        return
+    low, high = axis.get_ylim()
+    axis.set_yscale("log")
+    axis.set_ylim(min(shown) / 1.15, max(high, low) * 1.15)
+    axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
 def front(points: Sequence[TradeOff], bound: float, metric: str, higher_is_better: bool) -> str:
     """Target against forgetting, with the Pareto front, the bound (where there is one) and the promoted trial."""
 
     def paint(figure: Figure) -> None:
         axis = figure.subplots()
         if math.isfinite(bound):
-            axis.axvspan(bound, bound + 1e6, color="#000000", alpha=0.05, linewidth=0)
+            axis.axvspan(bound, bound + 1e6, color=GREY, alpha=0.15, linewidth=0)
             axis.axvline(bound, color=INK, linestyle="--", linewidth=1.2, label=f"bound {bound:g}")
         for kind, look in KIND_LOOK.items():
-            _scatter(
-                axis, [point for point in points if point.kind == kind], label=kind, edgecolor="white", linewidth=0.6, **look
-            )
+            own = [point for point in points if point.kind == kind]
+            early = [point for point in own if point.early]
+            hollow = {"facecolor": PAPER, "edgecolor": look["color"], "linewidth": 1.6}
+            solid = {"facecolor": look["color"], "edgecolor": PAPER, "linewidth": 0.6}
+            shape = {name: value for name, value in look.items() if name != "color"}
+            _scatter(axis, [point for point in own if not point.early], label=METHODS.get(kind, kind), **shape, **solid)
+            _scatter(axis, early, label=f"{METHODS.get(kind, kind)}, evaluated early", **shape, **hollow)
         on_front = sorted((point for point in points if point.on_front), key=lambda point: point.forgetting)
         if len(on_front) > 1:
             x, y = [point.forgetting for point in on_front], [point.metric for point in on_front]
@@ -230,6 +233,7 @@ def front(points: Sequence[TradeOff], bound: float, metric: str, higher_is_bette
         axis.set_xlim(low - pad, high + pad)
         _frame(axis, [point.metric for point in points], [point.metric for point in points if point.kind not in ("lora", "full")])
         axis.set_xlabel("forgetting: rise of retention loss, nats per token (left is better)")
+        _spread(axis, [point.metric for point in points])
         axis.set_ylabel(f"{metric} ({'up' if higher_is_better else 'down'} is better)")
         axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
 
@@ -239,24 +243,6 @@ def front(points: Sequence[TradeOff], bound: float, metric: str, higher_is_bette
 def _scatter(axis: Axes, points: Sequence[TradeOff], **look: Any) -> None:
     if points:
         axis.scatter([point.forgetting for point in points], [point.metric for point in points], **look)
-
-
-def gains(comparisons: Sequence[ComparisonRecord]) -> str:
-    """Gain over each control with its 95% interval; right of zero is better."""
-
-    def paint(figure: Figure) -> None:
-        axis = figure.subplots()
-        axis.axvline(0.0, color=INK, linewidth=1.2)
-        for y, comparison in enumerate(comparisons):
-            below, above = comparison.mean - comparison.low, comparison.high - comparison.mean
-            colour = GREEN if comparison.low > 0 else RED if comparison.high < 0 else GREY
-            span = [[max(below, 0.0)], [max(above, 0.0)]]
-            axis.errorbar([comparison.mean], [y], xerr=span, fmt="o", color=colour, capsize=5, linewidth=2, markersize=7)
-        axis.set_yticks(range(len(comparisons)), [f"over {CONTROL_NAMES[c.against]}" for c in comparisons])
-        axis.set_ylim(len(comparisons) - 0.5, -0.5)
-        axis.set_xlabel(f"gain in {comparisons[0].unit}; right of zero is better")
-
-    return draw("gains", (9.2, 1.1 + 0.45 * len(comparisons)), paint, "gain over the controls with intervals")
 
 
 def memory(bars: Sequence[PlannedBar], scale: float, unit: str) -> str:
@@ -270,12 +256,12 @@ def memory(bars: Sequence[PlannedBar], scale: float, unit: str) -> str:
             widths = [dict(bar.terms).get(name, 0.0) / scale for bar in bars]
             turn, colour = divmod(index, len(TERM_COLOURS))
             look: dict[str, Any] = {"color": TERM_COLOURS[colour], "hatch": TERM_HATCHES[turn % len(TERM_HATCHES)]}
-            axis.barh(range(len(bars)), widths, left=left, label=name, height=0.62, edgecolor="white", linewidth=0, **look)
+            axis.barh(range(len(bars)), widths, left=left, label=name, height=0.62, edgecolor=INK, linewidth=0.4, **look)
             left = [start + width for start, width in zip(left, widths, strict=True)]
         measured = [(bar.measured / scale, y) for y, bar in enumerate(bars) if bar.measured]
         if measured:
             x, y = zip(*measured, strict=True)
-            axis.scatter(x, y, marker="D", s=44, color=INK, edgecolor="white", zorder=3, label="measured peak")
+            axis.scatter(x, y, marker="D", s=44, color=INK, edgecolor=PAPER, zorder=3, label="measured peak")
         axis.set_yticks(range(len(bars)), [bar.label for bar in bars])
         axis.set_ylim(len(bars) - 0.5, -0.5)
         axis.set_xlabel(f"{unit} per rank")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from orchestrator.report import figures, html
+from orchestrator.report import gains as gains_figure
+from orchestrator.report import html
 from orchestrator.report.html import Html
 from orchestrator.report.wording import (
     MISSING,
@@ -43,7 +44,7 @@ def gains(transfer: TransferReport) -> Html:
             f"Paired per-example differences on the test set, which {_reads(transfer)}, on the bundle. Bars are 95% intervals. "
             "Gain over the base may be style alone; only gain over shuffled answers, where that control ran, is the task."
         )
-        parts.append(html.picture(figures.gains(shown), caption, data))
+        parts.append(html.picture(gains_figure.gains(shown), caption, data))
     elif rows:
         parts.append(data)
     else:
@@ -101,7 +102,7 @@ def prompts(transfer: TransferReport) -> Html:
             html.tag("pre", _shorten(pair.prompt)),
             html.tag(
                 "div",
-                html.tag("div", html.tag("h3", "untouched base"), html.tag("pre", _shorten(pair.base_answer) or MISSING)),
+                html.tag("div", html.tag("h3", "base model"), html.tag("pre", _shorten(pair.base_answer) or MISSING)),
                 html.tag("div", html.tag("h3", "tuned"), html.tag("pre", _shorten(pair.tuned_answer) or MISSING)),
                 css="answers",
             ),

@@ -5,6 +5,9 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
+EMPTY = ("", "-")
+"""What a cell without anything to say holds."""
+
 
 class Html(str):
     """Markup that is safe to put into a page."""
@@ -32,7 +35,7 @@ def tag(name: str, *content: object, **attributes: str) -> Html:
 def table(
     headers: Sequence[object], rows: Iterable[Sequence[object]], *, numeric: Sequence[int] = (), marked: Sequence[int] = ()
 ) -> Html:
-    """A table in a box that scrolls sideways where it is wider than the page.
+    """A table in a box that scrolls sideways where it is wider than the page. Columns in which no row says anything are left out.
 
     Args:
         headers: One per column.
@@ -40,8 +43,11 @@ def table(
         numeric: Indices of the columns that are set to the right.
         marked: Indices of the rows that stand out.
     """
-    right = set(numeric)
-    head = join(tag("th", cell, css="number" if index in right else "") for index, cell in enumerate(headers))
+    rows = list(rows)
+    kept = [index for index in range(len(headers)) if not rows or any(str(row[index]) not in EMPTY for row in rows)]
+    right = {place for place, index in enumerate(kept) if index in set(numeric)}
+    headers, rows = [headers[index] for index in kept], [[row[index] for index in kept] for row in rows]
+    head = join(tag("th", cell, css="number" if index in right else "", scope="col") for index, cell in enumerate(headers))
     body = join(
         tag(
             "tr",
@@ -51,7 +57,12 @@ def table(
         for number, row in enumerate(rows)
     )
     filled = tag("table", tag("thead", tag("tr", head)), tag("tbody", body))
-    return tag("div", Html(filled.replace(' class=""', "")), css="scroll")
+    return _scrolling(Html(filled.replace(' class=""', "")))
+
+
+def _scrolling(content: Html) -> Html:
+    """A box of its own, which the keyboard can scroll too."""
+    return tag("div", content, css="scroll", tabindex="0")
 
 
 def facts(pairs: Iterable[tuple[object, object]]) -> Html:
@@ -65,7 +76,7 @@ def details(summary: object, content: object) -> Html:
 
 def picture(svg: str, caption: object, data: Html) -> Html:
     """An inline picture, what it shows in words, and its figures as a plain table."""
-    return tag("figure", Html(svg), tag("figcaption", caption), details("The same as a table", data))
+    return tag("figure", _scrolling(Html(svg)), tag("figcaption", caption), details("The same as a table", data))
 
 
 def section(title: str, content: Html) -> Html:

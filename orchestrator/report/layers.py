@@ -26,7 +26,7 @@ def block_scores(run: RunRecords, sweep: SweepResult, found: LayerScores) -> Htm
     if not found.scores:
         return html.paragraph(f"The blocks could not be scored, and the search went on without: {found.failed}")
     caption = (
-        f"What the gradients of the untouched base say of each block's matrices, over {_batches(found)} "
+        f"What the gradients of the base model say of each block's matrices, over {_batches(found)} "
         f"of {plural(found.num_documents, 'training document')} ({format_count(found.num_tokens)} tokens, "
         f"{format_seconds(found.seconds)}; planned {found.share_of_trial:.1%} of a trial's operations). Blocks are chosen by the "
         f"{NORM}: gradient over weights. The {RATIO} is the mean gradient over its spread between micro-batches."
@@ -73,10 +73,7 @@ def _agreement(plan: RunPlan | None, sweep: SweepResult, found: LayerScores) -> 
     """A record and no gate: nothing is decided by it."""
     points = single_block_losses(plan, sweep)
     if len(points) < FEWEST:
-        yield (
-            f"Whether the scores foretell which block is worth training cannot be told: {plural(len(points), 'trial')} trained "
-            f"exactly one block, and it takes {FEWEST}."
-        )
+        yield f"Not enough single-block trials ({len(points)} of {FEWEST}) to validate the scores."
         return
     for title, values in ((NORM, found.relative_gradient_norms), (RATIO, found.signal_to_noise)):
         known = [(score, loss) for block, loss in points if (score := values[block]) is not None]

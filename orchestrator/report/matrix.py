@@ -1,4 +1,7 @@
-"""Layers by learning rate: the search's two questions as one small matrix each for lora and full."""
+"""Layers by learning rate: the search's two questions as one small matrix each for lora and full, at one budget each.
+
+Trials are compared at equal budgets only: a loss after 37 steps says nothing beside one after 327.
+"""
 
 from __future__ import annotations
 
@@ -6,54 +9,83 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
 
 from orchestrator.transfer.records import TrialRecord
 
+Cell = TypeVar("Cell")
 MAX_COLUMNS = 7
+MAX_BUDGETS = 3
+"""Of more budgets, the first, one in the middle and the last are shown."""
 
 
 @dataclass(frozen=True)
 class RateMatrix:
-    """Best metric per cell; None where nothing was tried, NaN where every trial failed."""
+    """Best metric per cell of the trials that were evaluated at `step`."""
 
     title: str
+    step: int
     rows: tuple[str, ...]
     columns: tuple[str, ...]
     """Learning rates, or the middle of each of seven equal steps of its logarithm."""
     ranges: tuple[str, ...]
     """What each column spans."""
     values: tuple[tuple[float | None, ...], ...]
+    """None where no trial was evaluated at this step, NaN where every trial failed."""
     counts: tuple[tuple[int, ...], ...]
+    """Trials of each cell that were evaluated at this step, or failed."""
+    tried: tuple[tuple[int, ...], ...]
+    """Trials of each cell, also those that had not come so far."""
 
 
-def rate_matrices(trials: Sequence[TrialRecord], higher_is_better: bool, order: Sequence[str] = ()) -> list[RateMatrix]:
-    """One matrix for each way of tuning that was searched, all with the same rows.
+def budgets_of(trials: Sequence[TrialRecord]) -> tuple[int, ...]:
+    """Steps at which searched trials were evaluated, ascending; at most MAX_BUDGETS of them."""
+    steps = sorted({rung.step for trial in trials if trial.control is None for rung in trial.rungs if rung.metric is not None})
+    if len(steps) <= MAX_BUDGETS:
+        return tuple(steps)
+    return steps[0], steps[len(steps) // 2], steps[-1]
+
+
+def rate_matrices(
+    trials: Sequence[TrialRecord], higher_is_better: bool, order: Sequence[str] = ()
+) -> list[tuple[RateMatrix, ...]]:
+    """For each budget one matrix for each way of tuning that was searched, all with the same rows.
 
     Args:
         order: Layer policies in the order of the spec; others follow in the order of their trials.
     """
-    tried = [trial.layers for trial in trials if trial.control is None]
+    searched = [trial for trial in trials if trial.control is None]
+    tried = [trial.layers for trial in searched]
     rows = tuple(dict.fromkeys([*(layers for layers in order if layers in tried), *tried]))
-    return [
-        _matrix(tune, rows, chosen, higher_is_better)
-        for tune in ("lora", "full")
-        if (chosen := [trial for trial in trials if trial.tune == tune and trial.control is None])
-    ]
+    by_tune = {tune: chosen for tune in ("lora", "full") if (chosen := [trial for trial in searched if trial.tune == tune])}
+    steps = budgets_of(searched) or (0,)
+    return [tuple(_matrix(tune, step, rows, chosen, higher_is_better) for tune, chosen in by_tune.items()) for step in steps]
 
 
-def _matrix(tune: str, rows: tuple[str, ...], trials: list[TrialRecord], higher_is_better: bool) -> RateMatrix:
+def _matrix(tune: str, step: int, rows: tuple[str, ...], trials: list[TrialRecord], higher_is_better: bool) -> RateMatrix:
     columns, ranges, column_of = _columns([trial.learning_rate for trial in trials])
     values: list[list[float | None]] = [[None] * len(columns) for _ in rows]
-    counts = [[0] * len(columns) for _ in rows]
+    counts, tried = [[0] * len(columns) for _ in rows], [[0] * len(columns) for _ in rows]
     for trial in trials:
         row, column = rows.index(trial.layers), column_of[trial.learning_rate]
-        counts[row][column] += 1
-        values[row][column] = _better(values[row][column], trial, higher_is_better)
-    return RateMatrix(tune, rows, columns, ranges, tuple(map(tuple, values)), tuple(map(tuple, counts)))
+        found = _at(trial, step)
+        tried[row][column] += 1
+        counts[row][column] += found is not None
+        values[row][column] = _better(values[row][column], found, higher_is_better)
+    return RateMatrix(tune, step, rows, columns, ranges, _frozen(values), _frozen(counts), _frozen(tried))
 
 
-def _better(held: float | None, trial: TrialRecord, higher_is_better: bool) -> float | None:
-    new = trial.metric if trial.metric is not None else math.nan if trial.state == "failed" else None
+def _frozen(table: list[list[Cell]]) -> tuple[tuple[Cell, ...], ...]:
+    return tuple(tuple(row) for row in table)
+
+
+def _at(trial: TrialRecord, step: int) -> float | None:
+    """The trial's metric after so many steps; NaN for one that failed before it."""
+    metric = next((rung.metric for rung in trial.rungs if rung.step == step), None)
+    return math.nan if metric is None and trial.state == "failed" else metric
+
+
+def _better(held: float | None, new: float | None, higher_is_better: bool) -> float | None:
     if new is None or (held is not None and math.isnan(new)):
         return held
     if held is None or math.isnan(held):

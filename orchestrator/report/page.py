@@ -5,25 +5,50 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from orchestrator.report import curve, evidence, held_out, html, layers, sections, shift, timeline
+from orchestrator.report import curve, evidence, held_out, html, layers, live, sections, shift, timeline, trials
 from orchestrator.report.html import Html
 from orchestrator.report.reading import RunRecords, read_run
-from orchestrator.store import write_atomic
+from orchestrator.store import output_to, write_atomic
+
+REPORT = "report.html"
+FOLLOW_S = 5.0
+"""Seconds between two pages of a run that is followed."""
 
 
 def write_report(run_folder: Path) -> Path:
     """Write `report.html` into a run directory, finished or not, and return its path.
 
     Raises:
-        UsageError: `run_folder` is not a run directory.
+        UsageError: `run_folder` is not a run directory, or nothing can be written into it.
     """
-    path = Path(run_folder) / "report.html"
-    write_atomic(path, render_page(read_run(run_folder)))
+    path = Path(run_folder) / REPORT
+    page = render_page(read_run(run_folder))
+    with output_to(path, remedy="make room or rights in the run's folder, or copy it to where there are"):
+        write_atomic(path, page)
     return path
 
 
-def render_page(run: RunRecords) -> str:
-    """The whole page as text."""
+def follow_run(run_folder: Path, *, every_s: float = FOLLOW_S) -> None:
+    """Write `report.html` every `every_s` seconds until the run has ended; in a browser the page reloads itself meanwhile.
+
+    Raises:
+        UsageError: `run_folder` is not a run directory.
+    """
+
+    def write(reload_s: float | None) -> RunRecords:
+        run = read_run(run_folder)
+        write_atomic(Path(run_folder) / REPORT, render_page(run, reload_s=reload_s))
+        return run
+
+    live.follow(write, every_s=every_s)
+
+
+def render_page(run: RunRecords, *, reload_s: float | None = None) -> str:
+    """The whole page as text.
+
+    Args:
+        reload_s: Have the page reload itself every so many seconds; None: it stands as it is.
+    """
     found = _sections(run)
     style = resources.files("orchestrator.report").joinpath("style.css").read_text(encoding="utf-8")
     page = html.tag(
@@ -33,6 +58,7 @@ def render_page(run: RunRecords) -> str:
             Html('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
             html.tag("title", f"{run.name}: report"),
             html.tag("style", Html(style)),
+            *([live.reloading(reload_s)] if reload_s is not None else []),
         ),
         html.tag(
             "body",
@@ -52,7 +78,8 @@ def _sections(run: RunRecords) -> list[tuple[str, Html]]:
     if transfer is not None:
         found.append(("Gain on the test set", held_out.gains(transfer)))
     if sweep is not None:
-        found.append(("Layers and learning rate", sections.search_map(run, sweep)))
+        if sweep.job == "sweep":
+            found.append(("Layers and learning rate", sections.search_map(run, sweep)))
         if run.layer_scores is not None:
             found.append(("Blocks by score", layers.block_scores(run, sweep, run.layer_scores)))
         if run.domain_shift is not None:
@@ -64,9 +91,10 @@ def _sections(run: RunRecords) -> list[tuple[str, Html]]:
         found.append(("Prompts, before and after", held_out.prompts(transfer)))
         found.append(("Bundle", evidence.bundle(run, transfer)))
     if sweep is not None:
-        found.append(("What to try next", sections.next_steps(sweep, transfer)))
+        if run.complete or sweep.advice or transfer is not None:
+            found.append(("What to try next", sections.next_steps(sweep, transfer)))
         found.append(("Loss curves", sections.loss_curves(run, sweep)))
-        found.append(("Trials", sections.trial_table(sweep)))
+        found.append(("Trials", trials.trial_table(run, sweep)))
     if run.results:
         found.append(("The gangs' time", timeline.gang_times(run)))
     found.append(("Plan against measured", evidence.plan_against_measured(run)))

@@ -30,7 +30,7 @@ def plan_view(plan: RunPlan, *, explain: bool = False) -> RenderableType:
         Text(f"{plan.name}: {base.model_type}, {format_count(plan.num_parameters)} parameters, {base.quantize}", style="bold"),
         Text(
             f"{plan.data.train_documents:,} documents, {plan.data.train_tokens:,} tokens an epoch{estimated}; "
-            f"{plan.total_steps:,} steps in all"
+            f"{plan.total_steps:,} steps in all{_of_tokens(plan)}"
         ),
         Text(),
         _options_table(plan, options),
@@ -48,6 +48,11 @@ def plan_view(plan: RunPlan, *, explain: bool = False) -> RenderableType:
         parts += [_grid("Cheaper ways, rejected", [(way.way, way.reason) for way in plan.rejected]), Text()]
     said = [("warning", plan.warnings), ("because", plan.reasons), ("note", plan.notes)]
     return Group(*parts, _grid("", [(name, line) for name, lines in said for line in lines]))
+
+
+def _of_tokens(plan: RunPlan) -> str:
+    """` of up to 256 tokens`; nothing in plans of older versions."""
+    return f" of up to {plan.data.tokens_per_step:,} tokens" if plan.data.tokens_per_step else ""
 
 
 def _option_name(option: TrialOption) -> str:
@@ -123,12 +128,14 @@ def _costs(plan: RunPlan) -> list[tuple[str, str]]:
         hours = number(plan.gpu_hours, 2) if plan.gpu_hours is not None else UNKNOWN
         return [("GPU-hours", hours), ("disk", format_bytes(plan.disk_bytes))]
     rows: list[tuple[str, str]] = []
+    if cost.duration is not None:
+        rows.append(("time", f"{cost.duration}; the run's first steps narrow it"))
     if cost.core_hours is not None:
-        rows.append(("core-hours", _hours(cost.core_hours)))
+        rows.append(("core-hours", f"{_hours(cost.core_hours)} of arithmetic"))
     else:
         rows.append(("GPU-hours", _gpu_hours(plan, cost)))
     if cost.wall_hours is not None:
-        rows.append(("time", f"about {format_seconds(3600 * cost.wall_hours)}, with every gang busy"))
+        rows.append(("arithmetic", f"{format_seconds(3600 * cost.wall_hours)} with every gang busy at the assumed rate"))
     if cost.price is not None and cost.price_without_stopping is not None:
         whole = f"; {cost.price_without_stopping:,.2f} without early stopping" if _stops(plan) else ""
         rows.append(("price", f"{cost.price:,.2f} at {cost.price_per_gpu_hour:g} a GPU-hour{whole}"))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 from ruamel.yaml import YAML
@@ -17,11 +19,17 @@ from orchestrator.plan.results import EngineRecord, RungResult, StepReport
 from orchestrator.plan.scored import LayerScores
 from orchestrator.plan.shift import DomainShift
 from orchestrator.plan.values import RunPlan, TrialSpec
+from orchestrator.store import PROGRESS
 from orchestrator.transfer import WORST_SCORE, forgetting, score
 from orchestrator.transfer.measured import EngineFigures
 from orchestrator.transfer.records import RungRecord, SweepResult, TransferReport, TrialRecord
+from orchestrator.transfer.view import Progress
 from orchestrator.values import Value
 
+SILENT_S = 60.0
+"""A heartbeat comes every few seconds; a driver that was silent for so long is gone, or its machine is."""
+AFTER_SEARCH = ("refit", "merge", "verify", "test")
+"""Phases in which sweep.json has the search as it was found."""
 Read = TypeVar("Read", bound=Value)
 
 
@@ -52,6 +60,38 @@ class RunRecords:
     """Of every rung of every trial and control, in the order in which gangs took them up."""
     submissions: tuple[float, ...] = ()
     """Unix times at which the run was submitted."""
+    progress: Progress | None = None
+    """What the driver last said that the run is waiting for; None where it never did."""
+    refit_of: str = ""
+    """Id of the trial that refit/ belongs to."""
+    read_at: float = 0.0
+    """Unix time."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether a driver works in the run, as far as its heartbeat says."""
+        now = self.progress
+        return not self.complete and now is not None and not now.ended and self.read_at - now.at < SILENT_S
+
+    def step_of(self, trial: TrialRecord) -> int:
+        """The last step of a trial that stands on disk, of its search or of its refit."""
+        steps = self.steps_of(trial)
+        return steps[-1].step if steps else 0
+
+    def steps_of(self, trial: TrialRecord) -> tuple[StepReport, ...]:
+        """The steps of a trial that stand on disk, of its search or of its refit, whichever came further."""
+        own = self.steps.get(trial.trial_id, ())
+        refit = self.steps.get("refit", ()) if trial.trial_id == self.refit_of else ()
+        return max(own, refit, key=lambda steps: steps[-1].step if steps else 0)
+
+    def state_of(self, trial: TrialRecord) -> str:
+        """The trial's state; of one that has not ended, whether it is being trained, waits, or was interrupted."""
+        if trial.state != "running":
+            return trial.state
+        if not self.alive or self.progress is None:
+            return "interrupted"
+        doing = [activity.doing for activity in self.progress.activities if activity.trial_id == trial.trial_id]
+        return doing[0] if doing else "waiting"
 
 
 def read_run(folder: Path) -> RunRecords:
@@ -74,15 +114,19 @@ def read_run(folder: Path) -> RunRecords:
     steps = {trial.name: _steps(trial / "steps.jsonl", gaps) for trial in _folders(folder / "trials")}
     if (folder / "refit" / "steps.jsonl").exists():
         steps["refit"] = _steps(folder / "refit" / "steps.jsonl", gaps)
+    progress, read_at = _value(folder / PROGRESS, Progress, gaps), time.time()
+    active = progress is not None and not progress.ended and read_at - progress.at < SILENT_S
     finished = _value(folder / "sweep.json", SweepResult, gaps)
+    if active and progress is not None and progress.phase not in AFTER_SEARCH:
+        finished = None  # of an earlier submission: more trials are being searched
     return RunRecords(
         folder=folder,
         name=finished.name if finished else plan.name if plan else folder.name,
         spec_text=spec_text,
         plan=plan,
         sweep=finished or _sweep_so_far(folder, plan, spec_text, gaps),
-        transfer=_value(folder / "transfer.json", TransferReport, gaps),
-        complete=finished is not None and finished.finished_at is not None,
+        transfer=None if active else _value(folder / "transfer.json", TransferReport, gaps),
+        complete=not active and finished is not None and finished.finished_at is not None,
         steps=steps,
         events=tuple(_lines(folder / "events.jsonl", gaps, dict)),
         layer_scores=_value(folder / "layer_scores.json", LayerScores, gaps),
@@ -90,9 +134,17 @@ def read_run(folder: Path) -> RunRecords:
         data_summary=_object(folder / "data" / "summary.json", gaps),
         bundle_manifest=_object(folder / "bundle" / "manifest.json", gaps),
         results=_results(folder / "trials", gaps),
-        submissions=tuple(_object(folder / "run.json", gaps).get("submissions", ())),
+        submissions=_submissions(_object(folder / "run.json", gaps)),
+        progress=progress,
+        refit_of=str(_object(folder / "refit" / "trial.json", gaps).get("trial_id", "")),
+        read_at=read_at,
         gaps=tuple(gaps),
     )
+
+
+def _submissions(identity: dict[str, Any]) -> tuple[float, ...]:
+    found = identity.get("submissions")
+    return tuple(time for time in found if isinstance(time, int | float)) if isinstance(found, list) else ()
 
 
 def _results(trials: Path, gaps: list[str]) -> tuple[RungResult, ...]:
@@ -107,7 +159,12 @@ def _folders(parent: Path) -> list[Path]:
 
 def _text(path: Path, gaps: list[str]) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        if not path.exists():
+            return ""
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if not text and path.suffix == ".json":
+            gaps.append(f"{path.parent.name}/{path.name}: the file is empty")
+        return text
     except OSError as error:
         gaps.append(f"{path.name}: {error}")
         return ""
@@ -131,10 +188,13 @@ def _object(path: Path, gaps: list[str]) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         gaps.append(f"{path.parent.name}/{path.name}: {error}")
         return {}
-    return value if isinstance(value, dict) else {"content": value}
+    if isinstance(value, dict):
+        return value
+    gaps.append(f"{path.parent.name}/{path.name}: no JSON object")
+    return {}
 
 
 def _lines(path: Path, gaps: list[str], read: Callable[[dict[str, Any]], Any]) -> list[Any]:
@@ -146,7 +206,7 @@ def _lines(path: Path, gaps: list[str], read: Callable[[dict[str, Any]], Any]) -
             continue
         try:
             found.append(read(json.loads(line)))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             if number < len(lines):
                 gaps.append(f"{path.parent.name}/{path.name}:{number}: {str(error).splitlines()[0]}")
     return found
@@ -169,13 +229,16 @@ def _sweep_so_far(folder: Path, plan: RunPlan | None, spec_text: str, gaps: list
             continue
         end = _object(trial_folder / "end.json", gaps)
         option = options.get((trial.layers, trial.method))
-        results = [_value(path, RungResult, gaps) for path in trial_folder.glob("result-*.json")]
+        # The one-trial job's worker group writes result.json for the base model; the record by rung follows at its end.
+        files = sorted(trial_folder.glob("result-*.json")) or list(trial_folder.glob("result.json"))
+        results = [_value(path, RungResult, gaps) for path in files]
         learns = option.selection.num_trainable_parameters if option else 0
         trials.append(_trial_record(trial, [result for result in results if result], end, metric, learns))
     if not trials and plan is None:
         return None
     base = next((trial.retain_loss for trial in trials if trial.control == "none"), None)
-    bound = float(search.get("max_forgetting", 0.10))
+    asked = search.get("max_forgetting")
+    bound = math.inf if plan is not None and plan.search is None else float(asked) if isinstance(asked, int | float) else 0.10
     best_counts = plan is not None and plan.search is not None and plan.search.patience is not None
     compared = [_compared(_scored(trial, base, metric, bound), best_counts) for trial in trials]
     return SweepResult(
@@ -195,7 +258,7 @@ def _sweep_so_far(folder: Path, plan: RunPlan | None, spec_text: str, gaps: list
 def _search_section(spec_text: str) -> dict[str, Any]:
     try:
         spec = YAML(typ="safe", pure=True).load(spec_text) if spec_text else {}
-    except YAMLError:
+    except (YAMLError, ValueError, RecursionError):
         return {}
     section = spec.get("search") if isinstance(spec, dict) else None
     return section if isinstance(section, dict) else {}
@@ -230,7 +293,7 @@ def _trial_record(
         learning_rate=trial.learning_rate,
         remedies=str(trial.remedies),
         seed=trial.seed,
-        state="failed" if failed else end.get("state", "running"),
+        state="failed" if failed else _state(end),
         reason=failed or str(end.get("reason", "")),
         rungs=tuple(_rung_record(result, metric) for result in done),
         total_steps=trial.total_steps,
@@ -238,6 +301,14 @@ def _trial_record(
         gang=ordered[-1].gang if ordered else -1,
         engine=engine_figures(engine) if engine else None,
     )
+
+
+def _state(end: dict[str, Any]) -> Literal["running", "finished", "stopped", "failed"]:
+    match end.get("state"):
+        case "finished" | "stopped" | "failed" as state:
+            return state
+        case _:
+            return "running"
 
 
 def _rung_record(result: RungResult, metric: str) -> RungRecord:

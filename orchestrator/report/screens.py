@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 
+from orchestrator.plan.step_size import few_steps_sentence
 from orchestrator.report.wording import (
     best_trial,
     interval_text,
@@ -12,13 +14,13 @@ from orchestrator.report.wording import (
     metric_text,
     number,
     reads_sentence,
-    score_text,
     signed,
     summary_sentence,
     verdict_sentence,
 )
 from orchestrator.transfer.after_verdict import advice_after
 from orchestrator.transfer.records import PromptComparison, SweepResult, TransferReport, TrialRecord
+from orchestrator.units import printable
 
 WIDTH = 100
 INDENT = 10
@@ -31,8 +33,8 @@ def final_screen(sweep: SweepResult, transfer: TransferReport) -> str:
     lines = [*_best(sweep, best, transfer), *_entry("verdict", verdict_sentence(sweep, transfer))]
     if sweep.ended_by_hours:
         lines += _entry("ended", sweep.ended_by_hours)
-    if answered := _answered(transfer):
-        lines += _entry("answers", answered)
+    if few := few_steps_sentence(best.total_steps) if best is not None and best.total_steps else "":
+        lines += _entry("warning", few)
     if sweep.curve_of_winner is not None:
         lines += _entry("more data", sweep.curve_of_winner.sentence)
     if again := reads_sentence(transfer.test_set_reads):
@@ -75,7 +77,8 @@ def _best(sweep: SweepResult, best: TrialRecord | None, transfer: TransferReport
     said += [f"{name} {metric_text(trial.metric, sweep.metric)}" for name, trial in (("base", base), ("head", head)) if trial]
     if found.retain_loss is not None:
         before = f"base {number(base.retain_loss)}, " if base and base.retain_loss is not None else ""
-        said.append(f"retention {number(found.retain_loss)} ({before}{signed(found.forgetting)}, bound {sweep.max_forgetting:g})")
+        bound = f", bound {sweep.max_forgetting:g}" if math.isfinite(sweep.max_forgetting) else ""
+        said.append(f"retention {number(found.retain_loss)} ({before}{signed(found.forgetting)}{bound})")
     name = "best" if sweep.winner is not None or sweep.finished_at is None else "best*"
     lines = [*_entry(name, best.label), *_entry("", "   ".join(said))]
     return lines if name == "best" else [*lines, *_entry("", "* of the trials; it was not promoted")]
@@ -87,15 +90,6 @@ def _figure(sweep: SweepResult, best: TrialRecord, transfer: TransferReport) -> 
     if by_seed is None:
         return own
     return f"{interval_text(by_seed, sweep.metric)} over {len(by_seed.seeds)} seeds ({own} in the bundle)"
-
-
-def _answered(transfer: TransferReport) -> str:
-    """`exact match 62.0% on 200 of 200 test documents, base 4.0%`."""
-    scores = {score.model: score for score in transfer.scores if score.num_answered and "exact_match" in score.metrics}
-    if "promoted" not in scores:
-        return ""
-    base = f", base {metric_text(scores['none'].metrics['exact_match'], 'exact_match')}" if "none" in scores else ""
-    return f"exact match {score_text(scores['promoted'], 'exact_match')} test documents{base}"
 
 
 def _verified(transfer: TransferReport) -> str:
@@ -114,5 +108,5 @@ def _answers(pair: PromptComparison) -> list[str]:
 
 
 def _shorten(written: str) -> str:
-    flat = " ".join("".join(c if c.isprintable() else " " for c in written).split())
+    flat = printable(" ".join(written.split()))
     return flat if len(flat) <= ANSWER_CHARACTERS else flat[: ANSWER_CHARACTERS - 1] + "…"

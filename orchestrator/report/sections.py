@@ -5,21 +5,23 @@ from __future__ import annotations
 import math
 from datetime import UTC, datetime
 
-from orchestrator.report import figures, html
+from orchestrator.plan.step_size import few_steps_sentence
+from orchestrator.report import evidence, figures, html
 from orchestrator.report.figures import Curve, TradeOff
+from orchestrator.report.heatmap import heatmap
 from orchestrator.report.html import Html
+from orchestrator.report.live import in_progress
 from orchestrator.report.matrix import RateMatrix, rate_matrices
 from orchestrator.report.reading import RunRecords
+from orchestrator.report.trials import evaluated_early
 from orchestrator.report.wording import (
     MISSING,
     best_trial,
-    counts,
     interval_text,
     measured_of,
     metric_over_seeds,
     metric_text,
     number,
-    plural,
     signed,
     sort_trials,
     summary_sentence,
@@ -27,6 +29,7 @@ from orchestrator.report.wording import (
 )
 from orchestrator.transfer import pareto_front
 from orchestrator.transfer.after_verdict import advice_after
+from orchestrator.transfer.headline import gain_is_loss_only
 from orchestrator.transfer.promotion import PROMOTABLE_CONTROLS
 from orchestrator.transfer.records import CONTROL_NAMES, SweepResult, TransferReport, TrialRecord
 from orchestrator.units import format_count, format_seconds
@@ -39,14 +42,19 @@ def head(run: RunRecords) -> Html:
     """Title, verdict and the figures that matter."""
     parts = [html.tag("h1", run.name), html.tag("p", _under_title(run), css="under")]
     kind = run.transfer.verdict if run.transfer else None
-    tone = "good" if kind == "positive" else "bad" if kind == "negative" else ""
+    proud = kind == "positive" and run.transfer is not None and not gain_is_loss_only(run.transfer)
+    tone = "good" if proud else "bad" if kind == "negative" else ""
     parts.append(html.tag("p", _capital(verdict_sentence(run.sweep, run.transfer)), css=f"headline {tone}".strip()))
     if run.sweep is not None:
         parts.append(_cards(run, run.sweep))
     if run.sweep is not None and run.sweep.ended_by_hours:
         parts.append(html.tag("p", _capital(run.sweep.ended_by_hours) + ".", css="warning"))
+    promoted = (run.sweep.winner or best_trial(run.sweep.searched, run.sweep.higher_is_better)) if run.sweep else None
+    if few := few_steps_sentence(promoted.total_steps) if promoted is not None and promoted.total_steps else "":
+        parts.append(html.tag("p", _capital(few) + ".", css="warning"))
+    parts.append(evidence.data_notices(run))
     if not run.complete:
-        parts.append(html.tag("p", "This run has not written its result: it is still going or was interrupted.", css="warning"))
+        parts.append(in_progress(run))
     if run.gaps:
         parts.append(html.tag("div", html.tag("strong", "Could not be read:"), html.bullets(run.gaps), css="warning"))
     return html.join(parts)
@@ -79,10 +87,11 @@ def _cards(run: RunRecords, sweep: SweepResult) -> Html:
     cards = [
         (title, promoted.layers if promoted else MISSING, _point(promoted)),
         (f"{sweep.metric}, eval set", figure, whose),
-        ("untouched base", metric_text(base.metric, sweep.metric) if base else MISSING, f"{sweep.metric}, eval set"),
+        ("base model", metric_text(base.metric, sweep.metric) if base else MISSING, f"{sweep.metric}, eval set"),
         ("head only", metric_text(extraction.metric, sweep.metric) if extraction else MISSING, f"{sweep.metric}, eval set"),
-        ("forgetting", signed(found.forgetting) if found else MISSING, f"bound {sweep.max_forgetting:g} nats per token"),
+        ("forgetting", signed(found.forgetting) if found else MISSING, _bound(sweep)),
     ]
+    cards = [card for card in cards if card[1] != MISSING]
     return html.tag(
         "div",
         *(
@@ -99,6 +108,11 @@ def _cards(run: RunRecords, sweep: SweepResult) -> Html:
     )
 
 
+def _bound(sweep: SweepResult) -> str:
+    bound = f"bound {sweep.max_forgetting:g} " if math.isfinite(sweep.max_forgetting) else ""
+    return f"{bound}nats per token"
+
+
 def _point(trial: TrialRecord | None) -> str:
     if trial is None:
         return "no trial has a figure yet"
@@ -108,29 +122,39 @@ def _point(trial: TrialRecord | None) -> str:
 def search_map(run: RunRecords, sweep: SweepResult) -> Html:
     """Layers by learning rate."""
     order = [option.layers for option in run.plan.search.options] if run.plan and run.plan.search else []
-    panels = rate_matrices(sweep.searched, sweep.higher_is_better, order)
+    budgets = rate_matrices(sweep.searched, sweep.higher_is_better, order)
+    panels = [panel for each in budgets for panel in each]
     shown = figures.finite([value for panel in panels for row in panel.values for value in row])
     if not shown:
-        return html.paragraph("No trial has a figure yet.")
-    caption = (
-        f"The best {sweep.metric} on the eval set of each choice of layers at each learning rate, over all lora ranks; "
-        "empty cells were not tried. Trials that were stopped early count with their last rung."
+        return html.paragraph("No trial has been evaluated yet.")
+    several = (
+        "A row of panels holds the trials evaluated after the same number of steps, and has its own colour scale: compare "
+        "colours within a row. Hatched cells were tried and had ended, or had not come so far. "
     )
-    data = html.join(html.join((html.tag("h3", panel.title), _matrix_table(panel, sweep.metric))) for panel in panels)
-    return html.picture(figures.heatmap(panels, sweep.metric, sweep.higher_is_better), caption, data)
+    caption = (
+        f"The best {sweep.metric} on the eval set of each choice of layers at each learning rate, over all LoRA ranks. "
+        f"{several if len(budgets) > 1 else ''}Empty cells were not tried."
+    )
+    data = html.join(
+        html.join(
+            (html.tag("h3", f"{figures.METHODS[panel.title]}, after {panel.step} steps"), _matrix_table(panel, sweep.metric))
+        )
+        for panel in panels
+    )
+    return html.picture(heatmap(budgets, sweep.metric, sweep.higher_is_better), caption, data)
 
 
 def _matrix_table(panel: RateMatrix, metric: str) -> Html:
     rows = [
-        [layers, *(_cell(value, count, metric) for value, count in zip(values, amounts, strict=True))]
-        for layers, values, amounts in zip(panel.rows, panel.values, panel.counts, strict=True)
+        [layers, *(_cell(*cell, metric) for cell in zip(values, amounts, tried, strict=True))]
+        for layers, values, amounts, tried in zip(panel.rows, panel.values, panel.counts, panel.tried, strict=True)
     ]
     return html.table(["layers", *panel.ranges], rows, numeric=range(1, len(panel.columns) + 1))
 
 
-def _cell(value: float | None, count: int, metric: str) -> str:
+def _cell(value: float | None, count: int, tried: int, metric: str) -> str:
     if value is None:
-        return MISSING if not count else "running"
+        return MISSING if not tried else "not evaluated here"
     return ("failed" if math.isnan(value) else metric_text(value, metric)) + (f" ({count})" if count > 1 else "")
 
 
@@ -145,7 +169,7 @@ def loss_curves(run: RunRecords, sweep: SweepResult) -> Html:
     ]
     drawn = [panel for panel in panels if any(curve.emphasis not in ("base", "head") for curve in panel[2])]
     if not drawn:
-        return html.paragraph("No trial has reached a rung yet.")
+        return html.paragraph("No trial has been evaluated yet.")
     answered = any(rung.retain_accuracy is not None for trial in sweep.trials for rung in trial.rungs)
     rows = [
         [
@@ -166,7 +190,10 @@ def loss_curves(run: RunRecords, sweep: SweepResult) -> Html:
     ]
     headers = ["trial", "what", "rung", "step", "tokens", "train loss", "eval loss", sweep.metric, "retention loss"]
     headers += [*(["retention accuracy"] if answered else []), "time"]
-    caption = "Dots are rungs, where trials are compared and those without promise are stopped. Diverged trials leave the frame."
+    caption = (
+        "Dots are rungs: the steps at which trials are evaluated, compared, and stopped where others are better. Diverged trials "
+        "leave the frame. Where losses span a wide range, the axis is logarithmic."
+    )
     return html.picture(figures.curves(drawn), caption, html.table(headers, rows, numeric=(0, *range(2, len(headers)))))
 
 
@@ -180,7 +207,7 @@ def _rung_curve(trial: TrialRecord, sweep: SweepResult, promoted: bool) -> Curve
 
 
 def _training_curve(run: RunRecords, trial: TrialRecord, promoted: bool) -> Curve | None:
-    steps = [step for step in run.steps.get(trial.trial_id, ()) if math.isfinite(step.loss)]
+    steps = [step for step in run.steps_of(trial) if math.isfinite(step.loss)]
     if not steps:
         return None
     smooth, values = steps[0].loss, []
@@ -209,6 +236,7 @@ def trade_off(sweep: SweepResult) -> Html:
             trial.metric or 0.0,
             trial.trial_id in front,
             trial.trial_id == sweep.winner_id,
+            evaluated_early(trial),
         )
         for trial in measured
     ]
@@ -217,6 +245,7 @@ def trade_off(sweep: SweepResult) -> Html:
         [
             trial.number,
             trial.label,
+            trial.judged.step if trial.judged else MISSING,
             metric_text(trial.metric, sweep.metric),
             signed(trial.forgetting),
             "yes" if trial.trial_id in front else "",
@@ -224,10 +253,12 @@ def trade_off(sweep: SweepResult) -> Html:
         ]
         for trial in sort_trials(measured, sweep.higher_is_better)
     ]
-    data = html.table(["trial", "what", sweep.metric, "forgetting", "on the front", "within the bound"], rows, numeric=(0, 2, 3))
+    headers = ["trial", "what", "evaluated at step", sweep.metric, "forgetting", "on the front", "within the bound"]
+    data = html.table(headers, rows, numeric=(0, 2, 3, 4))
+    early = " Hollow trials were evaluated before their full budget." if any(point.early for point in points) else ""
     caption = (
-        "No trial is both better on the target and kinder to what the base knew than one on the front; "
-        "the untouched base, which is no trial, is drawn beside them. The grey area is beyond the bound."
+        "No trial is better on the target and forgets less than one on the front (Pareto front); the base model, which is no "
+        f"trial, is drawn beside them. The grey area is beyond the bound on forgetting.{early}"
     )
     return html.join([html.paragraph(recommendation(sweep)), html.picture(svg, caption, data)])
 
@@ -247,60 +278,7 @@ def _front(trials: list[TrialRecord], higher_is_better: bool) -> set[str]:
     return {trials[index].trial_id for index in pareto_front(points)}
 
 
-def trial_table(sweep: SweepResult) -> Html:
-    """Every trial, best first, failed ones with their reason."""
-    controls = [trial for trial in sweep.trials if trial.control is not None]
-    ordered = [*controls, *sort_trials(sweep.searched, sweep.higher_is_better)]
-    promoted = [index for index, trial in enumerate(ordered) if trial.trial_id == sweep.winner_id]
-    losses = [] if sweep.metric == "loss" else ["eval loss"]
-    headers = [
-        "trial",
-        "layers",
-        "tune",
-        "rate",
-        "learns",
-        "state",
-        "step",
-        sweep.metric,
-        *losses,
-        "forgetting",
-        "time",
-        "reason",
-    ]
-    by_state = ", ".join(f"{amount} {state}" for state, amount in counts(sweep.searched).items() if amount)
-    rows = [_trial_row(trial, sweep) for trial in ordered]
-    said = f"{plural(len(sweep.searched), 'trial')} ({by_state or 'none yet'}), best first; controls stand on top."
-    numeric = (0, 3, 4, *range(6, len(headers) - 1))
-    return html.join([html.paragraph(said), html.table(headers, rows, numeric=numeric, marked=promoted)])
-
-
-def _trial_row(trial: TrialRecord, sweep: SweepResult) -> list[object]:
-    untouched = trial.control == "none"
-    tune = MISSING if untouched else trial.method
-    row: list[object] = [
-        "" if trial.control else trial.number,
-        CONTROL_NAMES[trial.control] if trial.control else trial.layers,
-        html.tag("span", tune, css="state"),
-        MISSING if untouched else f"{trial.learning_rate:.1e}",
-        format_count(trial.trainable_parameters),
-        html.tag("span", trial.state, css=f"state {trial.state}"),
-        _steps(trial),
-        metric_text(trial.metric, sweep.metric),
-    ]
-    if sweep.metric != "loss":
-        row.append(number(trial.judged.eval_loss) if trial.judged else MISSING)
-    return [*row, signed(trial.forgetting), format_seconds(trial.seconds) if trial.seconds else MISSING, trial.reason]
-
-
-def _steps(trial: TrialRecord) -> str:
-    """`24/30`, and where an earlier rung is what it is compared by, `24/30, by 12`."""
-    last, judged = trial.last, trial.judged
-    if last is None or judged is None:
-        return f"0/{trial.total_steps}"
-    return f"{last.step}/{trial.total_steps}" + (f", by {judged.step}" if judged.step != last.step else "")
-
-
 def next_steps(sweep: SweepResult, transfer: TransferReport | None) -> Html:
     advice = [*(advice_after(transfer, by_hand=sweep.promoted_by_hand) if transfer else ()), *sweep.advice]
-    nothing = html.tag("p", "No advice: nothing in the records asks for it.")
+    nothing = html.tag("p", "No recommendations.")
     return html.join([html.paragraph(recommendation(sweep)), html.bullets(advice, ordered=True) if advice else nothing])

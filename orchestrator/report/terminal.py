@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from typing import TextIO
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.report.console import SafeConsole
+from orchestrator.report.progress import activity_text, left_text, progress_text
 from orchestrator.report.wording import MISSING, best_trial, counts, metric_text, plural, signed, sort_trials
 from orchestrator.transfer.records import TrialRecord
-from orchestrator.transfer.view import RunView
-from orchestrator.units import format_seconds
-from orchestrator.values import strict_json
+from orchestrator.transfer.view import Activity, Progress, RunView
+from orchestrator.units import format_seconds, printable
+from orchestrator.values import printable_json, strict_json
 
 WIDTH = 100
+QUIET_S = 8.5
+"""Progress comes about once a second: with this, a log is never silent for ten."""
 MAX_ROWS = 12
 MAX_EVENTS = 3
-LASTING = ("warning", "output_moved", "refit_passed_over", "control_left_out", "promoted_by_rule")
+LASTING = ("data", "warning", "default_section", "output_moved", "refit_passed_over", "control_left_out", "promoted_by_rule")
 """Events that stay on a terminal, above the live table, which vanishes at the end."""
 
 
@@ -35,6 +40,10 @@ class Board:
         self.max_forgetting = 0.0
         self.num_trials = 0
         self.phase = ""
+        self.begun = False
+        """Whether there is a plan."""
+        self.now: Progress | None = None
+        """What is awaited."""
         self.trials: dict[str, TrialRecord] = {}
         self.started = time.monotonic()
 
@@ -56,7 +65,7 @@ class Board:
         return f"{len(self.searched)} of {plural(total, 'trial')}" + (": " + ", ".join(by_state) if by_state else "")
 
     def against_base(self, trial: TrialRecord | None) -> str:
-        """`loss 1.830, base 3.920, head 3.100, retention +0.040 (bound 0.1)`."""
+        """`loss 1.830, base 3.920, head 3.100, forgetting +0.040 (bound 0.1)`."""
         said = [f"{self.metric} {metric_text(trial.metric if trial else None, self.metric)}"]
         said += [
             f"{control} {metric_text(value, self.metric)}"
@@ -64,19 +73,27 @@ class Board:
             if value is not None
         ]
         if trial is not None and trial.forgetting is not None:
-            said.append(f"retention {signed(trial.forgetting)} (bound {self.max_forgetting:g})")
+            bound = f" (bound {self.max_forgetting:g})" if math.isfinite(self.max_forgetting) else ""
+            said.append(f"forgetting {signed(trial.forgetting)}{bound}")
         return ", ".join(said)
 
 
 class LogView:
-    """A line per event, without control codes."""
+    """A line per event, without control codes; where nothing has happened for a while, what is awaited.
 
-    def __init__(self, stream: TextIO) -> None:
+    Args:
+        quiet_s: After so many seconds without a line.
+    """
+
+    def __init__(self, stream: TextIO, *, quiet_s: float = QUIET_S) -> None:
         self._stream = stream
+        self._quiet_s = quiet_s
         self._board = Board()
+        self._last_line = time.monotonic()
 
     def _say(self, line: str) -> None:
-        print(line.replace("\n", " "), file=self._stream, flush=True)
+        print(printable(line.replace("\n", " ")), file=self._stream, flush=True)
+        self._last_line = time.monotonic()
 
     def start(self, *, name: str, metric: str, higher_is_better: bool, max_forgetting: float, num_trials: int) -> None:
         _begin(self._board, name, metric, higher_is_better, max_forgetting, num_trials)
@@ -86,16 +103,22 @@ class LogView:
         self._board.phase = name
         self._say(f"{self._clock()} {name}{': ' + detail if detail else ''}")
 
+    def progress(self, now: Progress) -> None:
+        if time.monotonic() - self._last_line >= self._quiet_s:
+            self._say(f"{self._clock()} {progress_text(now)}")
+
     def trial(self, record: TrialRecord) -> None:
         before = self._board.best
         self._board.trials[record.trial_id] = record
         last = record.last
-        at = f" at step {last.step}/{record.total_steps}" if last and record.total_steps else ""
+        at = f" at step {last.step} of {record.total_steps}" if last and last.step else ""
         reason = f": {record.reason}" if record.reason else ""
         figures = f"  {self._board.metric} {metric_text(last.metric, self._board.metric)}" if last else ""
-        figures += f"  retention {signed(last.forgetting)}" if last and last.forgetting is not None else ""
+        untouched = record.control == "none"
+        figures += f"  forgetting {signed(last.forgetting)}" if last and last.forgetting is not None and not untouched else ""
         name = record.control or f"trial {record.number}"
-        self._say(f"{self._clock()} {name} {record.state}{at}  {record.label}{figures}{reason}")
+        state = record.state if record.state != "running" else "evaluated" if last else "begins"
+        self._say(f"{self._clock()} {name} {state}{at}  {record.label}{figures}{reason}")
         best = self._board.best
         if best is not None and record.trial_id == best.trial_id and (before is None or before.metric != best.metric):
             self._say(f"{self._clock()} best so far: {best.label}  {self._board.against_base(best)}")
@@ -104,22 +127,29 @@ class LogView:
         self._say(f"{self._clock()} {kind}: {message}")
 
     def close(self) -> None:
-        self._say(f"{self._clock()} {self._board.counted()}")
+        if self._board.begun:
+            self._say(f"{self._clock()} {self._board.counted()}")
 
     def _clock(self) -> str:
         return f"[{time.monotonic() - self._board.started:7.1f}s]"
 
 
 class JsonView:
-    """A JSON object per line: `kind` and the event's fields."""
+    """A JSON object per line: `kind` and the event's fields; every few seconds one of the kind `progress`.
 
-    def __init__(self, stream: TextIO) -> None:
+    Args:
+        quiet_s: Seconds between two of those.
+    """
+
+    def __init__(self, stream: TextIO, *, quiet_s: float = QUIET_S) -> None:
         self._stream = stream
+        self._quiet_s = quiet_s
+        self._last_progress = time.monotonic()
 
     def _say(self, kind: str, **fields: object) -> None:
         said = strict_json({"kind": kind, "at": round(time.time(), 3), **fields})
         line = json.dumps(said, default=str, ensure_ascii=False, allow_nan=False)
-        print(line, file=self._stream, flush=True)
+        print(printable_json(line), file=self._stream, flush=True)
 
     def start(self, *, name: str, metric: str, higher_is_better: bool, max_forgetting: float, num_trials: int) -> None:
         settings = {"metric": metric, "higher_is_better": higher_is_better, "max_forgetting": max_forgetting}
@@ -127,6 +157,11 @@ class JsonView:
 
     def phase(self, name: str, detail: str = "") -> None:
         self._say("phase", phase=name, detail=detail)
+
+    def progress(self, now: Progress) -> None:
+        if time.monotonic() - self._last_progress >= self._quiet_s:
+            self._last_progress = time.monotonic()
+            self._say("progress", **now.model_dump(mode="json", exclude={"at", "last_event", "ended", "error"}))
 
     def trial(self, record: TrialRecord) -> None:
         self._say("trial", trial=record.model_dump(mode="json"))
@@ -141,8 +176,8 @@ class JsonView:
 class SweepView:
     """The live table of a terminal: the best trial so far against the untouched base, and the trials; at most 100 columns."""
 
-    def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True)
+    def __init__(self, console: SafeConsole | None = None) -> None:
+        self._console = console or SafeConsole(stderr=True)
         self._board = Board()
         self._events: list[str] = []
         self._live = Live(console=self._console, get_renderable=self.render, refresh_per_second=4, transient=True)
@@ -153,15 +188,20 @@ class SweepView:
 
     def phase(self, name: str, detail: str = "") -> None:
         self._board.phase = f"{name}: {detail}" if detail else name
+        self._board.now = None
+        self._live.start()
+
+    def progress(self, now: Progress) -> None:
+        self._board.now = now
 
     def trial(self, record: TrialRecord) -> None:
         self._board.trials[record.trial_id] = record
 
     def event(self, kind: str, message: str, **fields: object) -> None:
         if kind in LASTING:
-            self._console.print(Text(f"{kind}: {message}"), soft_wrap=True)
+            self._console.print(Text(printable(f"{kind}: {message}")), soft_wrap=True)
             return
-        self._events = [*self._events, f"{kind}: {message}"][-MAX_EVENTS:]
+        self._events = [*self._events, printable(f"{kind}: {message}")][-MAX_EVENTS:]
 
     def close(self) -> None:
         self._live.stop()
@@ -170,14 +210,30 @@ class SweepView:
         """The table as it stands now."""
         board, best = self._board, self._board.best
         elapsed = format_seconds(time.monotonic() - board.started)
-        parts: list[RenderableType] = [
-            _line(f"{board.name} · {board.phase or 'starting'} · {elapsed} · {board.counted()}", "bold")
-        ]
+        title = [board.name, board.phase or "starting", elapsed, board.counted() if board.begun else ""]
+        parts: list[RenderableType] = [_line(" · ".join(part for part in title if part), "bold")]
+        parts += [_line(line, "cyan") for line in self._awaited()]
         if best is not None:
             parts += [_line(f"best  {best.label}", "green"), _line(f"      {board.against_base(best)}", "green")]
-        parts.append(self._table(best))
+        if board.trials:
+            parts.append(self._table(best))
         parts += [_line(event, "dim") for event in self._events]
         return Group(*parts)
+
+    def _awaited(self) -> list[str]:
+        """What is going on beside the trials of the table, and when it is likely to end."""
+        now = self._board.now
+        if now is None:
+            return []
+        shown = [activity for activity in now.activities if activity.trial_id not in self._board.trials]
+        if now.phase in ("training", "refit"):
+            shown = list(now.activities)
+        lines = [activity_text(activity) for activity in shown[:MAX_EVENTS]]
+        return [*lines, *([left_text(now)] if now.seconds_left is not None else [])]
+
+    def _activity_of(self, trial: TrialRecord) -> Activity | None:
+        now = self._board.now
+        return next((each for each in now.activities if each.trial_id == trial.trial_id), None) if now is not None else None
 
     def _table(self, best: TrialRecord | None) -> Table:
         board = self._board
@@ -192,9 +248,11 @@ class SweepView:
             last = trial.last
             style = "green" if best and trial.trial_id == best.trial_id else "red" if trial.state == "failed" else ""
             what = f"{trial.label}  {trial.reason}" if trial.state == "failed" else trial.label
-            step = f"{last.step if last else 0}/{trial.total_steps}"
             number = "" if trial.control else str(trial.number)
-            figures = (step, metric_text(trial.metric, board.metric), signed(trial.forgetting), trial.state)
+            now = self._activity_of(trial) if trial.state == "running" else None
+            state = "waiting" if trial.state == "running" and board.now is not None and now is None else trial.state
+            step = f"{max(last.step if last else 0, now.step if now else 0)}/{trial.total_steps}"
+            figures = (step, metric_text(trial.metric, board.metric), signed(trial.forgetting), now.doing if now else state)
             table.add_row(number, *(Text(cell, overflow="ellipsis", no_wrap=True) for cell in (what, *figures)), style=style)
         hidden = len(board.trials) - MAX_ROWS
         if hidden > 0:
@@ -203,7 +261,7 @@ class SweepView:
 
 
 def _line(written: str, style: str) -> Text:
-    line = Text(written.replace("\n", " "), style=style, no_wrap=True, overflow="ellipsis")
+    line = Text(printable(written.replace("\n", " ")), style=style, no_wrap=True, overflow="ellipsis")
     line.truncate(WIDTH, overflow="ellipsis")
     return line
 
@@ -211,6 +269,7 @@ def _line(written: str, style: str) -> Text:
 def _begin(board: Board, name: str, metric: str, higher_is_better: bool, max_forgetting: float, num_trials: int) -> None:
     board.name, board.metric, board.num_trials = name, metric, num_trials
     board.higher_is_better, board.max_forgetting = higher_is_better, max_forgetting
+    board.begun = True
 
 
 def open_view(*, json_lines: bool = False, stream: TextIO | None = None) -> RunView:
@@ -223,5 +282,5 @@ def open_view(*, json_lines: bool = False, stream: TextIO | None = None) -> RunV
     if json_lines:
         return JsonView(target)
     if target.isatty():
-        return SweepView(Console(file=target))
+        return SweepView(SafeConsole(file=target))
     return LogView(target)

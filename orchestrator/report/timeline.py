@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 
 from orchestrator.plan.results import RungResult
 from orchestrator.report import html
-from orchestrator.report.figures import BLUE, GREEN, ORANGE, RED, draw
+from orchestrator.report.figures import BLUE, GREEN, IDLE, INK, ON_DARK, ORANGE, RED, SMALLEST_TEXT, draw
 from orchestrator.report.html import Html
 from orchestrator.report.reading import RunRecords
 from orchestrator.report.wording import plural
@@ -36,7 +36,7 @@ COLOURS: dict[Kind, str] = {
     "training": BLUE,
     "scoring": GREEN,
     "keeping": "#56b4e9",
-    "idle": "#e2e2e2",
+    "idle": IDLE,
     "starting": ORANGE,
     "lost": RED,
 }
@@ -235,9 +235,9 @@ def gang_chart(submissions: Sequence[Submission]) -> str:
                 axis.barh(row, span.seconds, left=left, height=0.7, color=COLOURS[span.kind], linewidth=0)
                 if span.kind == "training" and span.seconds > NUMBERED_SHARE * width:
                     middle = left + span.seconds / 2
-                    axis.text(middle, row, _short(span.trial_id), ha="center", va="center", color="white", fontsize=8)
+                    axis.text(middle, row, _short(span.trial_id), ha="center", va="center", color=ON_DARK, fontsize=SMALLEST_TEXT)
         for offset in offsets[1:]:
-            axis.axvline(offset, color="#222222", linestyle="--", linewidth=1.2)
+            axis.axvline(offset, color=INK, linestyle="--", linewidth=1.2)
         axis.set_xlim(0, width)
         axis.set_yticks(range(len(gangs)), [f"gang {gang}" for gang in gangs])
         axis.set_ylim(len(gangs) - 0.5, -0.5)

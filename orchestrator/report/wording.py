@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from orchestrator.transfer import OverSeeds, over_seeds
+from orchestrator.transfer.headline import headline
 from orchestrator.transfer.records import (
     CONTROL_NAMES,
     BundledFigures,
@@ -141,11 +142,10 @@ def plural(count: int, word: str) -> str:
 
 
 def summary_sentence(sweep: SweepResult) -> str:
-    """`16 trials in 1m14s on 2 gangs, 9 stopped early, 1 failed`."""
+    """`16 trials in 1m14s on 2 worker groups, 9 stopped early, 1 failed`."""
     by_state = counts(sweep.searched)
-    said = [
-        f"{plural(len(sweep.searched), 'trial')} in {format_seconds(sweep.wall_seconds)} on {plural(sweep.num_gangs, 'gang')}"
-    ]
+    took = f" in {format_seconds(sweep.wall_seconds)}" if sweep.wall_seconds else ""
+    said = [f"{plural(len(sweep.searched), 'trial')}{took} on {plural(sweep.num_gangs, 'worker group')}"]
     if by_state["stopped"]:
         said.append(f"{by_state['stopped']} stopped early")
     if by_state["failed"]:
@@ -156,7 +156,7 @@ def summary_sentence(sweep: SweepResult) -> str:
 def verdict_sentence(sweep: SweepResult | None, transfer: TransferReport | None) -> str:
     """The verdict, or why there is none."""
     if transfer is not None and transfer.sentence:
-        return transfer.sentence if transfer.verdict is None else f"{transfer.verdict}: {transfer.sentence}"
+        return headline(transfer)
     if sweep is None:
         return "The run has not measured anything yet."
     if sweep.finished_at is None:

@@ -11,6 +11,17 @@ from orchestrator.runtime.cluster import probe_cluster
 from orchestrator.runtime.finetune import run_finetune
 from orchestrator.runtime.merging import merge_trial
 from orchestrator.runtime.outcome import RunOutcome, read_outcome
+from orchestrator.runtime.rehearsal import Rehearsal, rehearse
 from orchestrator.runtime.sweep import run_sweep
 
-__all__ = ["RunOutcome", "merge_trial", "private_token", "probe_cluster", "read_outcome", "run_finetune", "run_sweep"]
+__all__ = [
+    "Rehearsal",
+    "RunOutcome",
+    "merge_trial",
+    "private_token",
+    "probe_cluster",
+    "read_outcome",
+    "rehearse",
+    "run_finetune",
+    "run_sweep",
+]

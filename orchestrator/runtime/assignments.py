@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy
-from orchestrator.errors import TrainingError
+from orchestrator.errors import IntegrityError, TrainingError
 from orchestrator.plan import make_assignment
 from orchestrator.plan.relief import nothing_smaller, relieve, with_relief
 from orchestrator.plan.results import RungResult
 from orchestrator.plan.values import Assignment, DataPaths, ExecutionPlan, RunPlan, TrainSettings, TrialSpec
 from orchestrator.runtime.gang import GangDiedError
 from orchestrator.runtime.scoring import Scoring
+from orchestrator.runtime.vigil import Patience
+from orchestrator.store import read_json
 from orchestrator.transfer import WORST_SCORE
 from orchestrator.values import Value
 
@@ -33,6 +36,7 @@ class Orders(Value):
     num_gangs: int
     hours_file: str
     max_gpu_hours: float | None = None
+    patience: Patience = Patience()
 
 
 class Answer(Value):
@@ -112,11 +116,22 @@ def rung_assignment(
         metric=orders.scoring.metric,
         folder=folder,
         rung=rung,
-        start=before.checkpoint if before else None,
+        start=_resumable(before.checkpoint) if before else None,
         stop_step=stop_step,
         execution=with_relief(orders.plan.execution, before.relieved if before else None),
         keep_optimizer=stop_step < trial.total_steps,
     )
+
+
+def _resumable(checkpoint: str | None) -> str | None:
+    """A rung to go on from; None, so that the trial starts again, where it has been cleaned of its optimizer state."""
+    if checkpoint is None:
+        return None
+    try:
+        state = read_json(Path(checkpoint) / "state.json")
+    except (IntegrityError, OSError):
+        return checkpoint  # the gang looks for an earlier one that is whole
+    return None if isinstance(state, dict) and state.get("has_optimizer") is False else checkpoint
 
 
 def answer_of(results: Sequence[RungResult], base: RungResult | None, scoring: Scoring, *, ended: bool) -> Answer:

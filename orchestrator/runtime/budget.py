@@ -10,18 +10,19 @@ from orchestrator.plan import head_control
 from orchestrator.plan.relief import fits_in_no_way, with_relief
 from orchestrator.plan.results import RungResult
 from orchestrator.plan.values import Assignment, ExecutionPlan, TrialSpec
+from orchestrator.runtime.activities import OWNER, ranks_text
 from orchestrator.runtime.hours import affords_refit, is_left_for_refit, metered, read_hours, refit_hours, rung_hours
 from orchestrator.runtime.ledger import Ledger, TrialEntry
+from orchestrator.runtime.minding import Minder
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.runtime.records import base_result
 from orchestrator.runtime.refit import num_restarts, refit, result_file
 from orchestrator.runtime.scoring import Scoring
-from orchestrator.store import read_json, write_json
+from orchestrator.runtime.vigil import Patience
+from orchestrator.store import read_json, read_record, write_json
 from orchestrator.transfer.records import RefitRecord
 from orchestrator.transfer.view import RunView
 
-OWNER = "trial.json"
-"""In refit/: whose it is."""
 REFIT_CHECKPOINTS = 4
 """Checkpoints of a refit between its first and its last step."""
 
@@ -61,7 +62,7 @@ def full_budget(prepared: Prepared, entry: TrialEntry, base: RungResult | None, 
         view.event("refit_left_out", left_out, trial_id=trial.trial_id)
         prepared.run.event("refit_left_out", message=left_out, trial_id=trial.trial_id)
         return judged, RefitRecord(ran=False, reason=left_out, to_step=judged.step, left_out_for_hours=True)
-    view.phase("refit", f"{trial.total_steps} steps on {prepared.plan.refit_execution.ranks} rank(s)")
+    view.phase("refit", f"{trial.total_steps} steps on {ranks_text(prepared.plan.refit_execution.ranks)}")
     result = run_refit(prepared, [assignment])[0]
     reason = f"the promoted trial had {last.step} of {trial.total_steps} steps"
     passed_over = why_passed_over(result, judged, base, prepared.scoring)
@@ -159,8 +160,9 @@ def run_refit(prepared: Prepared, assignments: list[Assignment]) -> list[RungRes
     _claim(prepared.run.refit, trial.trial_id)
     results = _stored_results(assignments)
     if results is None:
-        with metered(prepared.run.hours, assignments[0].execution.ranks):
-            results = refit(prepared.plan.base, prepared.anatomy, assignments, prepared.run.path / "ray-train")
+        patience = Patience.from_environment().for_base(2 * prepared.anatomy.num_parameters())
+        with metered(prepared.run.hours, assignments[0].execution.ranks), Minder(prepared.run, patience) as minder:
+            results = refit(prepared.plan.base, prepared.anatomy, assignments, prepared.run.path / "ray-train", minder)
         for note in (note for result in results for note in result.notes):
             prepared.run.event("trial_note", message=f"{trial.trial_id}: {note}", trial_id=trial.trial_id)
         if num_restarts(prepared.run.refit):
@@ -182,7 +184,7 @@ def _stored_results(assignments: list[Assignment]) -> list[RungResult] | None:
     files = [result_file(assignment) for assignment in assignments]
     if not all(file.exists() for file in files):
         return None
-    results = [RungResult.model_validate(read_json(file)) for file in files]
+    results = [read_record(file, RungResult) for file in files]
     return results if all(result.state == "done" for result in results) else None
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from orchestrator.data import TokenizedSet
+from orchestrator.data.known import load_known
+from orchestrator.errors import BaseError, IntegrityError
 from orchestrator.plan import REPEAT, repeat_control
+from orchestrator.runtime.activities import tell_bundling
 from orchestrator.serve import (
     BundleInputs,
     HeldOutScores,
@@ -23,9 +25,10 @@ from orchestrator.serve import (
     verify,
 )
 from orchestrator.serve.scores import PROMOTED, UNTOUCHED
-from orchestrator.store import append_jsonl, read_jsonl, versions
+from orchestrator.store import append_jsonl, base_identity, check_artifact, read_jsonl, versions
 from orchestrator.transfer import Comparison, OverSeeds, between_trained, over_seeds, paired_comparison, verdict
 from orchestrator.transfer.records import Control, ModelScores, TransferReport
+from orchestrator.values import content_hash
 
 READINGS = "readings.jsonl"
 """In test/: a line for every time that the test set was read."""
@@ -43,12 +46,17 @@ def bundle_and_judge(inputs: BundleInputs, bundle: str, metric: str, max_forgett
 
     Raises:
         VerificationError: the bundle does not reproduce the trained model; it stays `bundle.partial`.
+        IntegrityError, BaseError: the promoted trial's adapter or delta, a set or the base is not what it was.
     """
     final = Path(bundle)
+    require_whole(inputs)
+    tell_bundling(final.parent, "merging the trained weights into the base model")
     staged = stage_bundle(inputs, final)
+    tell_bundling(final.parent, "verifying: loading the merged model in a fresh process and comparing it with the trained one")
     figures = verify(staged.folder, trained_model(inputs, staged.plan))
     require_passed(figures, staged.folder)
     reads = count_reading(final.parent / "test", inputs.trial.trial_id)
+    tell_bundling(final.parent, "scoring the bundle and its controls on the test set")
     scores = score_test(staged.folder, inputs, final.parent / "test")
     by_seed = _gain_over_seeds(inputs, scores, metric)
     comparisons = _comparisons(inputs, scores, metric, seed, by_seed)
@@ -76,8 +84,35 @@ def bundle_and_judge(inputs: BundleInputs, bundle: str, metric: str, max_forgett
         serve_commands=serve_commands(final, inputs.base.task),
         versions=versions(),
     )
+    require_whole(inputs)
     commit_bundle(staged, inputs, transfer)
     return transfer
+
+
+def require_whole(inputs: BundleInputs) -> None:
+    """Prove that what is about to be merged, or was, is what was trained and planned.
+
+    Raises:
+        IntegrityError: the adapter or delta is not what its manifest says, or was never finished.
+        BaseError: the base's files changed since the run was planned.
+    """
+    try:
+        check_artifact(Path(inputs.artifact))
+    except IntegrityError as error:
+        error.remedy = (
+            "nothing was bundled; restore the folder from a copy, or remove the run's sweep.json and submit the spec again: the "
+            "damaged rung is set aside and trained again"
+        )
+        raise
+    if inputs.base_sha256:
+        files = {tensor.file for tensor in inputs.anatomy.tensors.values()}
+        if content_hash(base_identity(Path(inputs.base.folder), files)) != inputs.base_sha256:
+            raise BaseError(
+                "the base's files changed since the run was planned",
+                where=inputs.base.folder,
+                expected="the config and weights that the trials were trained on",
+                remedy="put the base back and submit the spec again; nothing was bundled",
+            )
 
 
 def count_reading(folder: Path, trial_id: str) -> int:
@@ -102,7 +137,7 @@ def _comparisons(
     """The bundle against every model that was scored beside it, document by document; where that was trained too, as wide as two
     seeds differ."""
     by_answer, unit = _judged_by(inputs, metric)
-    labels = TokenizedSet.load(inputs.test_set).labels
+    labels = load_known(inputs.test_set).labels
     own, weights = _losses(scores, PROMOTED, labels, by_answer)
     others: tuple[Control, ...] = ("none", "head", "scratch", "shuffled", "k_shot")
     ran = {model.model for model in scores.models}
@@ -118,7 +153,7 @@ def _comparisons(
 def _gain_over_seeds(inputs: BundleInputs, scores: HeldOutScores, metric: str) -> OverSeeds | None:
     """Mean gain over the base of the bundle, and of the same trial from every other seed; None where there is no other."""
     by_answer, unit = _judged_by(inputs, metric)
-    labels = TokenizedSet.load(inputs.test_set).labels
+    labels = load_known(inputs.test_set).labels
     base, weights = _losses(scores, UNTOUCHED, labels, by_answer)
     seeds = {PROMOTED: inputs.trial.seed} | {
         name: repeat_control(inputs.trial, int(name.removeprefix(REPEAT))).seed

@@ -8,7 +8,7 @@ import os
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrator.errors import PlanError, UsageError
+from orchestrator.errors import BaseError, PlanError, UsageError
 from orchestrator.plan.placement import GPU_RANK_CPUS, RANK_CPUS
 from orchestrator.plan.values import ClusterDescription, ExecutionPlan, NodeDescription
-from orchestrator.store import find_gpus, num_usable_cpus, write_atomic
+from orchestrator.store import file_identity, find_gpus, most_threads, num_usable_cpus, unreachable, write_atomic
+from orchestrator.store.stopping import stop_in_words
 
 SIGHT_S = 5.0
 """How long a file may take to be seen from another node."""
@@ -35,6 +36,12 @@ WORKER_ENV = {
 def fetch(call: Any, timeout_s: float | None = None) -> Any:
     """`ray.get`, whose stubs cannot tell one answer from a list of them."""
     return ray.get(call, timeout=timeout_s)
+
+
+def own_node() -> tuple[str, str]:
+    """(id, address) of the node that this process runs on."""
+    node_id = ray.get_runtime_context().get_node_id()
+    return node_id, next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == node_id)
 
 
 def worker_env(execution: ExecutionPlan) -> dict[str, str]:
@@ -70,22 +77,41 @@ def connected(address: str | None = None) -> Iterator[None]:
         yield
         return
     target = address or os.environ.get("RAY_ADDRESS")
+    target = None if target == "local" else target
+    if target and (problem := unreachable(target)) is not None:
+        raise UsageError(f"no Ray cluster can be reached there: {problem.reason}", where=target, remedy=problem.remedy)
     os.environ.update({name: value for name, value in WORKER_ENV.items() if name not in os.environ})
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = {"address": target} if target else {"include_dashboard": False, "num_cpus": num_usable_cpus()}
     try:
-        ray.init(logging_level=logging.WARNING, log_to_driver=False, **options)
-    except (ConnectionError, ValueError, RayError) as error:
+        with _few_tries() if target else contextlib.nullcontext():
+            ray.init(logging_level=logging.WARNING, log_to_driver=False, **options)
+    except (ConnectionError, ValueError, RuntimeError, RayError) as error:
         raise UsageError(
             f"no Ray that lets this process in: {str(error).strip().splitlines()[0]}",
             where=target or "this machine",
             remedy="check --address or RAY_ADDRESS, and RAY_AUTH_MODE with RAY_AUTH_TOKEN_PATH for a cluster with tokens",
         ) from error
+    stop_in_words()  # Ray has put its own handler in the place
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _few_tries() -> Iterator[None]:
+    """Have Ray try to connect twice, each time for seconds, instead of for a quarter of an hour: the place has just answered."""
+    name = "RAY_gcs_server_port_wait_time_s"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "2"
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def probe_cluster(address: str | None = None) -> ClusterDescription:
@@ -105,7 +131,7 @@ def probe_cluster(address: str | None = None) -> ClusterDescription:
             if node["Resources"].get("CPU", 0) >= 1 or node["Resources"].get("GPU", 0) >= 1
         )
         nodes = tuple(kind.model_copy(update={"count": count}) for kind, count in kinds.items())
-        return ClusterDescription(nodes=nodes, source="the live Ray cluster")
+        return ClusterDescription(nodes=nodes, source="the live Ray cluster", max_threads=most_threads())
 
 
 def require_shared_storage(folder: Path) -> None:
@@ -114,17 +140,14 @@ def require_shared_storage(folder: Path) -> None:
     Raises:
         PlanError: a node does not see it; nothing has been started.
     """
-    here = ray.get_runtime_context().get_node_id()
-    alive = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
-    with_gpus = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU", 0) >= 1]
-    others = [node for node in with_gpus or alive if node["NodeID"] != here]
+    others = _other_nodes()
     if not others:
         return
     probe, token = folder / f".seen-{secrets.token_hex(8)}", secrets.token_hex(8)
     write_atomic(probe, token)
     try:
         calls = [(node["NodeManagerAddress"], _on_node(_read_text, node["NodeID"]).remote(str(probe))) for node in others]
-        blind = [address for address, call in calls if fetch(call, 60) != token]
+        blind = [address for address, call in calls if _said(address, call) != token]
     finally:
         probe.unlink(missing_ok=True)
     if blind:
@@ -136,10 +159,79 @@ def require_shared_storage(folder: Path) -> None:
         )
 
 
+def require_base_everywhere(folder: Path, wanted: Mapping[str, str]) -> None:
+    """On a cluster of several nodes, prove that those with gangs have the base that the driver has, before any is started.
+
+    Args:
+        folder: The base's, under the path that the gangs load it from.
+        wanted: What the driver sees in it: by file, `file_identity`.
+
+    Raises:
+        BaseError: a node has another base there, or none; all such nodes are named.
+    """
+    calls = [(node["NodeManagerAddress"], _on_node(_identities, node["NodeID"])) for node in _other_nodes()]
+    answers = [(address, _said(address, call.remote(str(folder), list(wanted)))) for address, call in calls]
+    wrong = {address: differing for address, found in answers if (differing := _differing(wanted, found))}
+    if wrong:
+        shown = "; ".join(f"on {node}, {said}" for node, said in sorted(wrong.items())[:3])
+        raise BaseError(
+            f"the base is not the same on every node: {shown}",
+            where=str(folder),
+            expected="the same files under this path on every node with a gang",
+            remedy="put the base on storage that all nodes share, or copy it to those nodes; nothing was started",
+        )
+
+
+def _differing(wanted: Mapping[str, str], found: Mapping[str, str]) -> str:
+    """The first of the files that differ, and how."""
+    for name, said in wanted.items():
+        if not found[name]:
+            return f"{name} is missing"
+        if found[name] != said:
+            return f"{name} differs ({found[name]} instead of {said})"
+    return ""
+
+
+def _other_nodes() -> list[dict[str, Any]]:
+    """The nodes that gangs may come to stand on, but for the driver's own."""
+    if not ray.is_initialized():  # the cluster was described by a file
+        return []
+    here = ray.get_runtime_context().get_node_id()
+    alive = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    with_gpus = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU", 0) >= 1]
+    return [node for node in with_gpus or alive if node["NodeID"] != here]
+
+
+def _said(address: str, call: Any) -> Any:
+    """What a node answers.
+
+    Raises:
+        PlanError: nothing, or an error.
+    """
+    try:
+        return fetch(call, 60)
+    except RayError as error:
+        lines = str(getattr(error, "cause", None) or error).strip().splitlines()
+        raise PlanError(
+            f"a node of the cluster could not be asked: {type(error).__name__}: {lines[-1] if lines else ''}",
+            where=address,
+            remedy="the node must be alive and have this project and its packages installed as the driver has",
+        ) from error
+
+
 def _on_node(function: Any, node_id: str) -> Any:
     """A remote function tied to a node, for nothing of its resources."""
     place = NodeAffinitySchedulingStrategy(node_id, soft=False)
     return function.options(scheduling_strategy=place, num_cpus=0, num_gpus=0)
+
+
+@ray.remote
+def _identities(folder: str, names: Sequence[str]) -> dict[str, str]:
+    """What a node has of these files; a network file system may lag."""
+    deadline = time.monotonic() + SIGHT_S
+    while not all((Path(folder) / name).is_file() for name in names) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return {name: file_identity(Path(folder) / name) for name in names}
 
 
 @ray.remote

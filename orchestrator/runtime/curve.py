@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from orchestrator.data import TokenizedSet, size_of_share
+from orchestrator.data import size_of_share
+from orchestrator.data.known import load_known
 from orchestrator.plan import curve_trial, curve_trial_id
 from orchestrator.plan.curve import share_documents, too_few_documents
 from orchestrator.plan.results import RungResult
@@ -38,10 +39,10 @@ def curve_ids(prepared: Prepared, winner: TrialEntry, base: RungResult | None) -
 
 def curve_trials(prepared: Prepared, winner: TrialEntry, base: RungResult | None) -> list[TrialSpec]:
     """The winner on each share, for as many epochs."""
-    spec, train = prepared.spec, TokenizedSet.load(prepared.data_paths.train)
+    spec, train = prepared.spec, load_known(prepared.data_paths.train)
     trials: list[TrialSpec] = []
     for share in curve_shares(prepared, winner, base):
-        size = size_of_share(prepared.plan.data, train, share, spec.train.tokens_per_step, winner.trial.seed)
+        size = size_of_share(prepared.plan.data, train, share, prepared.settings.tokens_per_step, winner.trial.seed)
         trials.append(curve_trial(winner.trial, share, total_steps(spec, size), total_tokens(spec, size)))
     return trials
 

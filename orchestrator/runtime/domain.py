@@ -13,7 +13,7 @@ from orchestrator.runtime.ledger import Ledger
 from orchestrator.runtime.measuring import Measure, measured
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.runtime.records import base_result
-from orchestrator.store import read_json, write_json
+from orchestrator.store import read_record, write_json
 from orchestrator.transfer.domain_shift import Advice, advise
 from orchestrator.transfer.view import RunView
 
@@ -26,7 +26,7 @@ def advised_by_shift(prepared: Prepared, exchange: Any, view: RunView) -> Prepar
     file = prepared.run.domain_shift
     if plan.search is None or (plan.shift is None and not has_few(plan.data)):
         return prepared
-    known = DomainShift.model_validate(read_json(file)) if file.exists() else None
+    known = read_record(file, DomainShift) if file.exists() else None
     found = known or _measured(prepared, lambda assignment: fetch(exchange.probe.remote(assignment)))
     advice = advice_of(prepared, found)
     if known is None:

@@ -38,6 +38,7 @@ from orchestrator.runtime.ledger import Ledger, TrialEntry, TrialState, is_tried
 from orchestrator.runtime.queue import WorkQueue
 from orchestrator.runtime.records import base_result, trial_record
 from orchestrator.runtime.shift import Shift
+from orchestrator.transfer.view import Activity
 
 
 class Exchange:
@@ -80,7 +81,7 @@ class Exchange:
         self._meter.open()
         plan = self._orders.plan
         for index in range(self._orders.num_gangs):
-            gang = Gang(index, plan.base, self._orders.anatomy, plan.execution, self._meter)
+            gang = Gang(index, plan.base, self._orders.anatomy, plan.execution, self._meter, self._orders.patience)
             figures, refuses = self._figures[index], self._allowance.refuses
             self._shifts.append(Shift(gang, plan.execution, self._queue, figures, refuses, self._settle, self._tell))
             self._supervisors.append(asyncio.create_task(self._serve(self._shifts[-1])))
@@ -97,7 +98,10 @@ class Exchange:
         self._queue.heard_from(trial.trial_id)
         if self._ledger.get(trial.trial_id) is None and self._allowance.refuses(trial):
             return held_back_answer(self._allowance.reason)
+        is_new = self._ledger.get(trial.trial_id) is None
         entry = self._ledger.register(trial, option)
+        if is_new:
+            self._tell_trial(trial.trial_id)
         known = next((result for result in entry.results if result.rung == rung), None)
         if known is None and entry.end is not None:
             return self._answer(entry.results[-1], ended=True) if entry.results else failed_answer()
@@ -131,7 +135,8 @@ class Exchange:
     async def replan(self, plan: RunPlan) -> None:
         """The plan once more is known; its gangs and options are the same ones."""
         self._orders = self._orders.model_copy(update={"plan": plan})
-        self._first_steps = FirstSteps(plan, self._orders.anatomy, self._orders.num_gangs)
+        begun = self._first_steps.begun
+        self._first_steps = FirstSteps(plan, self._orders.anatomy, self._orders.num_gangs, begun=begun)
 
     async def finish(self, trial_id: str, state: TrialState, reason: str = "") -> None:
         """A trial has ended: free its place at once, write its end down, drop what only a continuation needs."""
@@ -159,6 +164,10 @@ class Exchange:
     async def figures(self) -> list[GangFigures]:
         return self._figures
 
+    async def activities(self) -> tuple[Activity, ...]:
+        """What each gang is doing; idle ones are left out."""
+        return tuple(activity for shift in self._shifts for activity in shift.activities())
+
     async def gang_pids(self) -> list[tuple[int, ...]]:
         return [shift.gang.pids for shift in self._shifts]
 
@@ -178,6 +187,9 @@ class Exchange:
         """The rung's result; None where the bound on hours came before a gang did."""
         entry = self._ledger.get(trial.trial_id)
         assert entry is not None
+        known = self._inflight.get(trial.trial_id)
+        if known is not None and known.assignment.rung == rung:  # who asked before is gone, and Tune has started it again
+            return await asyncio.shield(known.future)
         folder = str(self._ledger.folder(trial.trial_id))
         assignment = rung_assignment(self._orders, trial, selection, folder, entry.results, rung, stop_step)
         return await self._hand_out(assignment, home=entry.results[-1].gang if entry.results else None)
@@ -254,7 +266,7 @@ class Exchange:
         self._tell_trial(result.trial_id)
         said = self._first_steps.hear(entry.option, result)
         if said:
-            self._tell("first_steps", **said)
+            self._tell(**said)
 
     def _answer(self, result: RungResult, *, ended: bool) -> Answer:
         entry = self._ledger.get(result.trial_id)

@@ -7,14 +7,18 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from orchestrator.plan import make_trial, none_control
+from orchestrator.plan.defaults import with_section
+from orchestrator.runtime.activities import ranks_text
 from orchestrator.runtime.budget import refit_assignment, run_refit
 from orchestrator.runtime.finish import finish
 from orchestrator.runtime.joining import joins
 from orchestrator.runtime.ledger import Ledger
+from orchestrator.runtime.mishaps import in_plain_words
 from orchestrator.runtime.outcome import RunOutcome, read_outcome, summarise, write_outcome
 from orchestrator.runtime.prepare import Prepared, open_run, prepare
 from orchestrator.runtime.probing import scored_alone
-from orchestrator.spec import LoadedSpec, require_section
+from orchestrator.runtime.pulse import Pulse
+from orchestrator.spec import LoadedSpec
 from orchestrator.transfer.records import SweepResult
 from orchestrator.transfer.view import RunView
 
@@ -25,15 +29,17 @@ def run_finetune(loaded: LoadedSpec, *, view: RunView, address: str | None = Non
     Raises:
         OrchestratorError: whatever stops the run, see errors.py; what was done is on disk.
     """
-    require_section(loaded, "finetune")
+    loaded = with_section(loaded, "finetune")
     started_at = time.time()
     with ExitStack() as stack:
         run = stack.enter_context(open_run(loaded, "finetune", output, view))
+        stack.enter_context(in_plain_words(run.path))
         known = read_outcome(run.path)
-        prepared = prepare(loaded, "finetune", run, view, None if known else joins(stack, address, run.path))
+        stands = known is not None and run.plan.exists()
+        view = stack.enter_context(Pulse(view, None if stands else run.path))
+        prepared = prepare(loaded, "finetune", run, view, None if stands else joins(stack, address, run.path))
         if known is not None:
             return known
-        stack.callback(view.close)
         view.start(
             name=loaded.spec.name,
             metric="loss",
@@ -55,7 +61,7 @@ def _train(prepared: Prepared, view: RunView, started_at: float) -> SweepResult:
     ledger = Ledger(prepared.run.trials)
     ledger.register(none, None)
     ledger.register(trial, 0)
-    view.phase("training", f"{trial.total_steps} steps on {plan.refit_execution.ranks} rank(s)")
+    view.phase("training", f"{trial.total_steps} steps on {ranks_text(plan.refit_execution.ranks)}")
     here = ledger.folder("none")
     untouched = prepared.assignment(none, nothing, folder=here, stop_step=0, execution=plan.refit_execution)
     results = run_refit(prepared, [untouched, refit_assignment(prepared, trial, plan.finetune.selection)])

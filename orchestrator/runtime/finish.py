@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 
+from orchestrator.errors import IntegrityError
 from orchestrator.plan import REPEAT, late_controls
 from orchestrator.plan.results import RungResult
 from orchestrator.plan.values import TrialSpec
+from orchestrator.runtime.activities import tell_bundling
 from orchestrator.runtime.budget import full_budget, selection_of
 from orchestrator.runtime.bundling import bundle_and_judge
-from orchestrator.runtime.cluster import fetch, rank_resources, worker_env
+from orchestrator.runtime.cluster import rank_resources, worker_env
 from orchestrator.runtime.hours import metered
 from orchestrator.runtime.ledger import Ledger, TrialEntry
 from orchestrator.runtime.measured import plan_against_measured
+from orchestrator.runtime.minding import Minder, in_a_minded_process, run_task
 from orchestrator.runtime.outcome import RunOutcome
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.runtime.records import base_result
 from orchestrator.runtime.scoring import Scoring
+from orchestrator.runtime.vigil import Patience
 from orchestrator.serve import BundleInputs
-from orchestrator.store import versions
+from orchestrator.store import check_artifact, versions
+from orchestrator.store.folders import MANIFEST
 from orchestrator.transfer import memory_rows
 from orchestrator.transfer.records import BundledFigures, SweepResult, TransferReport
 from orchestrator.transfer.view import RunView
@@ -51,6 +57,7 @@ def finish(prepared: Prepared, sweep: SweepResult, view: RunView) -> RunOutcome:
     for message in controls.left_out:
         view.event("control_left_out", message)
         prepared.run.event("control_left_out", message=message)
+    tell_bundling(prepared.run.path, "waiting for a free place")
     view.phase("merge", "then verify, then the test set")
     transfer = _bundle(prepared, _inputs(prepared, entry, bundled, controls))
     transfer = transfer.model_copy(
@@ -106,10 +113,24 @@ def controls_beside(prepared: Prepared, ledger: Ledger, trial: TrialSpec, bundle
         elif not entry.ended_for_good:
             left_out.append(f"{trial_id} was held back after {entry.results[-1].step} steps")
         elif checkpoint := _checkpoint_beside(prepared, ledger, name, entry, bundled_step):
-            artifacts[name] = checkpoint
+            if damage := _damage(Path(checkpoint)):
+                left_out.append(f"{trial_id} is damaged: {damage}")
+            else:
+                artifacts[name] = checkpoint
         else:
             left_out.append(f"{trial_id} was trained to {entry.results[-1].step} steps and what is bundled to {bundled_step}")
     return Controls(artifacts, tuple(left_out), failed_seeds)
+
+
+def _damage(checkpoint: Path) -> str:
+    """What of a control's adapter or delta is not what its manifest says; empty where all of it is."""
+    if not (checkpoint / MANIFEST).exists():
+        return ""  # whoever attaches it says what is missing
+    try:
+        check_artifact(checkpoint)
+    except IntegrityError as error:
+        return str(error).splitlines()[0]
+    return ""
 
 
 def _checkpoint_beside(prepared: Prepared, ledger: Ledger, name: str, entry: TrialEntry, bundled_step: int) -> str | None:
@@ -127,6 +148,7 @@ def _inputs(prepared: Prepared, entry: TrialEntry, bundled: RungResult, controls
         name=prepared.spec.name,
         base_name=prepared.spec.base.model,
         base=prepared.plan.base,
+        base_sha256=prepared.plan.base_sha256,
         anatomy=prepared.anatomy,
         trial=entry.trial,
         selection=selection_of(prepared, entry),
@@ -151,7 +173,7 @@ def _bundle(prepared: Prepared, inputs: BundleInputs) -> TransferReport:
     """On a worker, with one rank's resources: the driver may have neither GPU nor memory for it."""
     execution = prepared.plan.execution
     resources = rank_resources(execution)
-    remote: Any = ray.remote(bundle_and_judge)
+    remote: Any = ray.remote(in_a_minded_process)
     task = remote.options(
         num_cpus=resources["CPU"],
         num_gpus=resources.get("GPU", 0),
@@ -159,6 +181,7 @@ def _bundle(prepared: Prepared, inputs: BundleInputs) -> TransferReport:
         runtime_env={"env_vars": worker_env(execution)},
     )
     scoring = prepared.scoring
-    call = task.remote(inputs, str(prepared.run.bundle), scoring.metric, scoring.max_forgetting, prepared.spec.train.seed)
-    with metered(prepared.run.hours, 1):
-        return fetch(call)
+    given = (inputs, str(prepared.run.bundle), scoring.metric, scoring.max_forgetting, prepared.spec.train.seed)
+    # Merging makes no beats: only a process that is stopped is known to hang.
+    with metered(prepared.run.hours, 1), Minder(prepared.run, Patience.from_environment(), progress=False) as minder:
+        return run_task(minder, "making the bundle", task, bundle_and_judge, *given)

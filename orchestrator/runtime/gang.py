@@ -19,11 +19,17 @@ from orchestrator.plan.results import RungResult
 from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan
 from orchestrator.runtime.cluster import placement_strategy, rank_resources, worker_env
 from orchestrator.runtime.hours import Meter
+from orchestrator.runtime.processes import end_processes, own_seat, states_of
+from orchestrator.runtime.vigil import POLL_S, Patience, Seat, Vigil
+from orchestrator.train import pulse
+from orchestrator.train.pulse import NOTHING_YET, Pulse
 
 START_TIMEOUT_S = 600.0
+LOOK_AGAIN_S = 5.0
+"""How often a node is asked about a process that does not answer."""
 SETTLE_S = 2.0
 """How long after the first broken rank the others are listened to: those that lost a peer may be heard before it."""
-BESIDE = "beside"
+BESIDE, WATCH = "beside", "watch"
 """The calls that a rank answers while it trains; all others come one after another, in one thread."""
 
 
@@ -39,7 +45,7 @@ class GangDiedError(TrainingError):
         self.out_of_memory = out_of_memory
 
 
-@ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={BESIDE: 1})  # type: ignore[call-overload]
+@ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={BESIDE: 1, WATCH: 1})  # type: ignore[call-overload]
 class RankActor:
     """One process of a gang. Every rank receives the same calls in the same order."""
 
@@ -47,11 +53,15 @@ class RankActor:
         self._rank = rank
         self._host = None
 
-    def address(self) -> tuple[str, int]:
-        """Where rank 0 can be met: its node's address and a port that is free now."""
+    def hello(self) -> tuple[Seat, tuple[str, int]]:
+        """This process, and where it can be met: its node's address and a port that is free now."""
         with socket.socket() as probe:
             probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+            return own_seat(self._rank), (ray.util.get_node_ip_address(), probe.getsockname()[1])
+
+    @ray.method(concurrency_group=WATCH)
+    def pulse(self) -> Pulse:
+        return pulse.look()
 
     def start(self, base: BaseLoad, anatomy: ModelAnatomy, execution: ExecutionPlan, meeting: tuple[str, int]) -> int:
         """Load the base. Returns the process id."""
@@ -80,15 +90,30 @@ class RankActor:
 class Gang:
     """The handle of one gang, used from one asyncio loop. `start` again after GangDiedError."""
 
-    def __init__(self, index: int, base: BaseLoad, anatomy: ModelAnatomy, execution: ExecutionPlan, meter: Meter) -> None:
+    def __init__(
+        self,
+        index: int,
+        base: BaseLoad,
+        anatomy: ModelAnatomy,
+        execution: ExecutionPlan,
+        meter: Meter,
+        patience: Patience | None = None,
+    ) -> None:
         self.index = index
         self.pids: tuple[int, ...] = ()
         self.base_loads = 0
         self.start_seconds = 0.0
+        self.starting = ""
+        """What its start is waiting for; empty once it is ready."""
         self._base = base
         self._anatomy = anatomy
         self._execution = execution
         self._meter = meter
+        self._patience = (patience or Patience()).for_base(2 * anatomy.num_parameters())
+        self._vigil = Vigil(self._patience)
+        self._seats: tuple[Seat, ...] = ()
+        self._hangs = ""
+        """What was said of ranks that were ended since they hung: the errors that follow say only that they are gone."""
         self._ranks: list = []
         self._placement: PlacementGroup | None = None
 
@@ -97,13 +122,16 @@ class Gang:
 
         Raises:
             GangDiedError: a rank could not start.
+            TimeoutError: there was no place for it in time.
         """
         started = time.monotonic()
         execution = self._execution
+        self.starting = f"waiting for {places(execution)}"
         bundles = [rank_resources(execution) for _ in range(execution.ranks)]
         self._placement = placement_group(bundles, strategy=placement_strategy(execution))
         await asyncio.wait_for(_ready(self._placement), START_TIMEOUT_S)
         self._meter.hold(self.index, execution.ranks)
+        self.starting = "loading the base model"
         resources = rank_resources(execution)
         self._ranks = [
             RankActor.options(  # type: ignore[attr-defined]
@@ -114,10 +142,14 @@ class Gang:
             ).remote(rank)
             for rank in range(execution.ranks)
         ]
-        meeting = await self._ranks[0].address.remote()
+        known = await asyncio.wait_for(self._all([rank.hello.remote() for rank in self._ranks]), START_TIMEOUT_S)
+        self._seats, meeting = tuple(seat for seat, _ in known), known[0][1]
+        for seat in self._seats:
+            self._vigil.hear(seat, NOTHING_YET)
         calls = [rank.start.remote(self._base, self._anatomy, execution, meeting) for rank in self._ranks]
         self.pids = tuple(await self._all(calls))
         self.base_loads += 1
+        self.starting = ""
         self.start_seconds = time.monotonic() - started
 
     async def run(self, group: Sequence[Assignment]) -> list[RungResult]:
@@ -138,14 +170,23 @@ class Gang:
         """
         if not self._ranks:
             raise GangDiedError(f"gang {self.index} is gone")
-        await self._all([self._ranks[0].settle.remote()])
+        bound = self._patience.opening_s
+        try:
+            await asyncio.wait_for(self._all([self._ranks[0].settle.remote()]), bound)
+        except TimeoutError:
+            await asyncio.to_thread(end_processes, self._seats)
+            raise GangDiedError(
+                f"gang {self.index} hangs: {self._seats[0]} did not write a checkpoint in {bound:.0f} s"
+            ) from None
 
     def kill(self) -> None:
         """End the processes and give the places back."""
+        self.starting = ""
         self._meter.release(self.index)
         for rank in self._ranks:
             ray.kill(rank)
-        self._ranks = []
+        self._ranks, self._seats, self._hangs = [], (), ""
+        self._vigil.forget()
         if self._placement is not None:
             remove_placement_group(self._placement)
             self._placement = None
@@ -153,7 +194,10 @@ class Gang:
     async def close(self) -> None:
         """End in order: every rank leaves its process group first."""
         if self._ranks:
-            await asyncio.wait([asyncio.ensure_future(_settled(rank.close.remote())) for rank in self._ranks], timeout=5)
+            calls = [asyncio.ensure_future(_settled(rank.close.remote())) for rank in self._ranks]
+            _, pending = await asyncio.wait(calls, timeout=5)
+            if pending:
+                await asyncio.to_thread(end_processes, self._seats)
         self.kill()
 
     async def _all(self, calls: list) -> list:
@@ -163,13 +207,44 @@ class Gang:
             GangDiedError: for want of memory where any rank heard of by then says so.
         """
         waits = [asyncio.ensure_future(_settled(call)) for call in calls]
-        pending = set(waits)
-        while pending:
-            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            broken = _errors(done)
-            if broken:
-                raise await self._death(broken, pending)
+        pending, watch = set(waits), asyncio.ensure_future(self._until_one_hangs())
+        try:
+            while pending:
+                done, _ = await asyncio.wait({*pending, watch}, return_when=asyncio.FIRST_COMPLETED)
+                pending -= done
+                broken = _errors(done - {watch})
+                if self._hangs and (broken or pending):
+                    raise GangDiedError(f"gang {self.index} hangs: {self._hangs}")
+                if broken:
+                    raise await self._death(broken, pending)
+        finally:
+            watch.cancel()
         return [wait.result()[0] for wait in waits]
+
+    async def _until_one_hangs(self) -> None:
+        """Until some ranks hang: what is said of them is kept, and the gang's processes are ended. One that is stopped answers
+        to nobody but its kernel."""
+        asked: dict[Seat, asyncio.Future] = {}
+        looked_at: dict[Seat, float] = {}
+        while True:
+            for seat, rank in zip(self._seats, self._ranks, strict=False):
+                if seat not in asked:
+                    asked[seat] = asyncio.ensure_future(_settled(rank.pulse.remote()))
+            await asyncio.sleep(POLL_S)
+            for seat in [seat for seat, answer in asked.items() if answer.done()]:
+                found, _ = asked.pop(seat).result()
+                if found is not None:  # else it broke: whoever waits for its work hears of that
+                    self._vigil.hear(seat, found)
+            self._vigil.look()
+            said = self._vigil.hung()
+            silent = [seat for seat in self._vigil.silent() if time.monotonic() - looked_at.get(seat, 0.0) > LOOK_AGAIN_S]
+            if silent:
+                said = self._vigil.stopped(await asyncio.to_thread(states_of, silent)) or said
+                looked_at |= dict.fromkeys(silent, time.monotonic())
+            if said:
+                self._hangs = "; ".join(said.values())
+                await asyncio.to_thread(end_processes, self._seats)
+                return
 
     async def _death(self, broken: list[Exception], pending: set[asyncio.Task]) -> GangDiedError:
         """What the gang died of, by the ranks that are broken and those that break of it."""
@@ -182,6 +257,12 @@ class Gang:
         told = next((error for error in broken if ran_out_of_memory(error, device)), None)
         what = f"gang {self.index} broke: {_first_line(told or _evicted(broken) or broken[0])}"
         return GangDiedError(what, out_of_memory=told is not None)
+
+
+def places(execution: ExecutionPlan) -> str:
+    """`2 free GPUs`."""
+    kind = "GPU" if execution.device == "cuda" else "core"
+    return f"{execution.ranks} free {kind}{'' if execution.ranks == 1 else 's'}"
 
 
 async def _ready(placement: PlacementGroup) -> None:

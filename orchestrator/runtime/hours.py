@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from pydantic import Field, NonNegativeFloat
+
 from orchestrator.plan.results import RungResult
-from orchestrator.store import read_json, write_json
+from orchestrator.store import read_record, write_json
 from orchestrator.values import Value
 
 SAVE_EVERY_S = 5.0
@@ -32,6 +34,12 @@ class HoursState(Value):
     used: float
     spent: str = ""
     """Why no more work was given out; empty where the bound was not reached."""
+
+
+class HoursRecord(Value):
+    """hours.json."""
+
+    used: NonNegativeFloat = Field(allow_inf_nan=False)
 
 
 class Meter:
@@ -84,7 +92,7 @@ class Meter:
                 logger.warning("the hours are not on disk: %s", error)
 
     def _save(self) -> None:
-        write_json(self._file, {"used": self.used_hours})
+        write_json(self._file, HoursRecord(used=self.used_hours))
 
 
 @contextmanager
@@ -102,7 +110,7 @@ def metered(file: Path, num_ranks: int) -> Iterator[None]:
 
 def read_hours(file: Path) -> float:
     """Hours that a run has used, by its file."""
-    return float(read_json(file)["used"]) if file.exists() else 0.0
+    return read_record(file, HoursRecord).used if file.exists() else 0.0
 
 
 def refit_hours(results: Sequence[RungResult], total_steps: int) -> float:

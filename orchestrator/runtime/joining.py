@@ -8,6 +8,7 @@ from pathlib import Path
 
 from orchestrator.plan.values import ClusterDescription
 from orchestrator.runtime.cluster import connected, probe_cluster, require_shared_storage
+from orchestrator.runtime.guarding import guarded
 
 
 def joins(stack: ExitStack, address: str | None, folder: Path) -> Callable[[], ClusterDescription]:
@@ -19,6 +20,7 @@ def joins(stack: ExitStack, address: str | None, folder: Path) -> Callable[[], C
 
     def cluster() -> ClusterDescription:
         stack.enter_context(connected(address))
+        stack.enter_context(guarded(folder))
         require_shared_storage(folder)
         return probe_cluster()
 

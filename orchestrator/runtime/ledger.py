@@ -6,20 +6,25 @@ submitted a second time answers from here.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from orchestrator.errors import IntegrityError
 from orchestrator.plan.results import RungResult
 from orchestrator.plan.values import TrialSpec
-from orchestrator.store import commit_folder, read_json, write_json
+from orchestrator.store import check_folder, commit_folder, read_json, read_manifest, read_record, write_json
+from orchestrator.store.files import Record
 from orchestrator.store.folders import MANIFEST
 from orchestrator.values import Value
 
+logger = logging.getLogger(__name__)
 OPTIMIZER_STATE = "state-rank"
 """How the files begin that hold a rank's masters, moments and random state."""
-END = "end.json"
+TRIAL, END = "trial.json", "end.json"
+EVALUATION = "eval.npz"
 TrialState = Literal["finished", "stopped", "failed"]
 
 
@@ -30,6 +35,13 @@ class TrialEnd(Value):
     reason: str = ""
     for_want_of_hours: bool = False
     """It was stopped by `resources.max_gpu_hours` alone, and goes on from its last rung where that is raised."""
+
+
+class TrialHead(Value):
+    """trial.json: what was registered before it began."""
+
+    trial: TrialSpec
+    option: int | None
 
 
 class TrialEntry(Value):
@@ -51,7 +63,8 @@ class Ledger:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._entries = {entry.trial.trial_id: entry for entry in map(_read_entry, sorted(folder.glob("*/trial.json")))}
+        entries = map(_read_entry, sorted(folder.glob(f"*/{TRIAL}")))
+        self._entries = {entry.trial.trial_id: entry for entry in entries if entry is not None}
 
     def entries(self) -> list[TrialEntry]:
         """Every trial and control, by number, controls first."""
@@ -69,7 +82,7 @@ class Ledger:
         if entry is None:
             entry = TrialEntry(trial=trial, option=option)
             self.folder(trial.trial_id).mkdir(parents=True, exist_ok=True)
-            write_json(self.folder(trial.trial_id) / "trial.json", {"trial": trial.model_dump(mode="json"), "option": option})
+            write_json(self.folder(trial.trial_id) / TRIAL, TrialHead(trial=trial, option=option))
             self._entries[trial.trial_id] = entry
         return entry
 
@@ -89,11 +102,17 @@ class Ledger:
             self._entries[trial_id] = entry.model_copy(update={"end": end})
 
     def document_losses(self, result: RungResult) -> tuple[np.ndarray, np.ndarray] | None:
-        """(mean loss, supervised tokens) of every eval document, as a rung left them; None where it did not."""
-        file = (Path(result.checkpoint) if result.checkpoint else self.folder(result.trial_id)) / "eval.npz"
-        if not file.exists():
+        """(mean loss, supervised tokens) of every eval document, as a rung left them; None where it did not.
+
+        Raises:
+            IntegrityError: they are not what the rung's manifest says.
+        """
+        folder = Path(result.checkpoint) if result.checkpoint else self.folder(result.trial_id)
+        if not (folder / EVALUATION).exists():
             return None
-        with np.load(file, allow_pickle=False) as arrays:
+        if (folder / MANIFEST).exists():
+            check_folder(folder, only=(EVALUATION,))
+        with np.load(folder / EVALUATION, allow_pickle=False) as arrays:
             return arrays["loss_sums"] / arrays["num_tokens"], arrays["num_tokens"].astype(float)
 
     def lift_bounds(self) -> list[str]:
@@ -108,11 +127,18 @@ class Ledger:
 
 
 def drop_optimizer_state(checkpoint: Path) -> None:
-    """Rewrite a checkpoint without what only a continuation needs; a reader sees the old folder or the new one."""
+    """Rewrite a checkpoint without what only a continuation needs; a reader sees the old folder or the new one.
+
+    Raises:
+        IntegrityError: what would be kept is damaged: a new manifest would call it whole. Nothing was changed.
+    """
     state_file = checkpoint / "state.json"
     if not state_file.exists() or not read_json(state_file)["has_optimizer"]:
         return
-    with commit_folder(checkpoint) as folder:
+    kept = [record for record in read_manifest(checkpoint).files if not Path(record.path).name.startswith(OPTIMIZER_STATE)]
+    manifest = check_folder(checkpoint, only=[record.path for record in kept])
+    known = {record.path: record.sha256 for record in kept if record.path != state_file.name}
+    with commit_folder(checkpoint, known_sha256=known, about=manifest.about) as folder:
         for source in (path for path in checkpoint.rglob("*") if path.is_file()):
             name = source.relative_to(checkpoint)
             if source.name == MANIFEST or source.name.startswith(OPTIMIZER_STATE):
@@ -122,16 +148,34 @@ def drop_optimizer_state(checkpoint: Path) -> None:
         write_json(folder / "state.json", read_json(state_file) | {"has_optimizer": False})
 
 
-def _read_entry(path: Path) -> TrialEntry:
-    head = read_json(path)
-    results = [RungResult.model_validate(read_json(file)) for file in path.parent.glob("result-*.json")]
-    end = path.parent / END
-    return TrialEntry(
-        trial=TrialSpec.model_validate(head["trial"]),
-        option=head["option"],
-        results=tuple(sorted(results, key=lambda result: result.rung)),
-        end=TrialEnd.model_validate(read_json(end)) if end.exists() else None,
-    )
+def _read_entry(path: Path) -> TrialEntry | None:
+    """What is whole of it. A damaged record is passed over, with what came after it; `runtime.mending` sets it aside."""
+    folder = path.parent
+    head = _whole(path, TrialHead)
+    if head is None:
+        return None
+    results: list[RungResult] = []
+    for file in sorted(folder.glob("result-*.json"), key=result_number):
+        result = _whole(file, RungResult)
+        if result is None:
+            return TrialEntry(trial=head.trial, option=head.option, results=tuple(results))
+        results.append(result)
+    end = _whole(folder / END, TrialEnd) if (folder / END).exists() else None
+    return TrialEntry(trial=head.trial, option=head.option, results=tuple(results), end=end)
+
+
+def _whole(path: Path, kind: type[Record]) -> Record | None:
+    try:
+        return read_record(path, kind)
+    except IntegrityError as error:
+        logger.warning("passed over: %s", error)
+        return None
+
+
+def result_number(file: Path) -> int:
+    """The rung of `result-<rung>.json`; -1 for another file."""
+    number = file.stem.removeprefix("result-")
+    return int(number) if number.isdecimal() else -1
 
 
 def is_tried_again(trial: TrialSpec, state: str) -> bool:

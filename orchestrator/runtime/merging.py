@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from orchestrator.errors import UsageError
 from orchestrator.runtime.cluster import connected, require_shared_storage
 from orchestrator.runtime.finish import finish
+from orchestrator.runtime.guarding import guarded
 from orchestrator.runtime.ledger import Ledger
+from orchestrator.runtime.mishaps import in_plain_words
 from orchestrator.runtime.outcome import RunOutcome, write_outcome
 from orchestrator.runtime.prepare import reopen
-from orchestrator.store import read_json
+from orchestrator.runtime.pulse import Pulse
+from orchestrator.store import read_record
+from orchestrator.transfer.naming import find_trial
 from orchestrator.transfer.promotion import PROMOTABLE_CONTROLS
 from orchestrator.transfer.records import SweepResult
 from orchestrator.transfer.view import RunView
@@ -34,14 +36,15 @@ def merge_trial(
     with prepared.run as run:
         if not run.sweep.exists():
             raise UsageError("the search has not come to its end", where=str(run.path), remedy="submit the spec again")
-        sweep = SweepResult.model_validate(read_json(run.sweep))
+        sweep = read_record(run.sweep, SweepResult)
         chosen = choose(sweep, Ledger(run.trials), trial_id, promote=promote)
         before = sweep.winner_id
         if chosen != before:
             sweep = promoted_by_hand(sweep, chosen)
-        with connected(address), _shown(view, sweep, chosen):
+        with Pulse(view, run.path) as pulse, connected(address), guarded(run.path), in_plain_words(run.path):
+            _show(pulse, sweep, chosen)
             require_shared_storage(run.path)
-            outcome = write_outcome(finish(prepared, sweep, view))
+            outcome = write_outcome(finish(prepared, sweep, pulse))
         if chosen != before:
             run.event("promoted_by_hand", trial_id=chosen, instead_of=before)
         return outcome
@@ -68,9 +71,8 @@ def promoted_by_hand(sweep: SweepResult, trial_id: str) -> SweepResult:
     return sweep.model_copy(update=update)
 
 
-@contextmanager
-def _shown(view: RunView, sweep: SweepResult, chosen: str) -> Iterator[None]:
-    """The view, started on the one trial that is bundled, beside the untouched base; closed whatever happens."""
+def _show(view: RunView, sweep: SweepResult, chosen: str) -> None:
+    """Start the view on the one trial that is bundled, beside the base model."""
     view.start(
         name=sweep.name,
         metric=sweep.metric,
@@ -78,17 +80,13 @@ def _shown(view: RunView, sweep: SweepResult, chosen: str) -> Iterator[None]:
         max_forgetting=sweep.max_forgetting,
         num_trials=1,
     )
-    try:
-        for record in sweep.trials:
-            if record.control == "none" or record.trial_id == chosen:
-                view.trial(record)
-        yield
-    finally:
-        view.close()
+    for record in sweep.trials:
+        if record.control == "none" or record.trial_id == chosen:
+            view.trial(record)
 
 
 def choose(sweep: SweepResult, ledger: Ledger, trial_id: str | None, *, promote: bool) -> str:
-    """The id of the trial to merge: the promoted one, unless `promote` names another.
+    """The id of the trial to merge: the promoted one, unless `promote` names another, by id or number.
 
     Raises:
         UsageError: as `merge_trial` says.
@@ -101,7 +99,8 @@ def choose(sweep: SweepResult, ledger: Ledger, trial_id: str | None, *, promote:
     known = ", ".join(mergeable) or "none has weights to merge"
     if promote and trial_id is None:
         raise UsageError("--promote names no trial", expected=f"--trial ID, one of {known}")
-    chosen = trial_id or sweep.winner_id
+    numbers = {entry.trial.trial_id: entry.trial.number for entry in ledger.entries()}
+    chosen = find_trial(trial_id, numbers) if trial_id is not None else sweep.winner_id
     if chosen is None:
         raise UsageError("nothing was promoted", expected="--trial ID --promote", remedy=f"one of {known}")
     entry = ledger.get(chosen)

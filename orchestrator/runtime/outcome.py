@@ -16,7 +16,7 @@ from orchestrator.runtime.hours import HoursState, read_hours
 from orchestrator.runtime.ledger import Ledger
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.runtime.records import base_result, trial_records
-from orchestrator.store import read_json, write_json
+from orchestrator.store import read_record, write_json
 from orchestrator.transfer import Comparison, Promotion, paired_comparison, pareto_front, promote
 from orchestrator.transfer.learning_curve import LearningCurve
 from orchestrator.transfer.promotion import PROMOTABLE_CONTROLS
@@ -39,7 +39,7 @@ def read_outcome(run_folder: Path) -> RunOutcome | None:
     sweep, transfer_file = read_sweep(run_folder), run_folder / "transfer.json"
     if sweep is None or sweep.finished_at is None or not transfer_file.exists():
         return None
-    return RunOutcome(run_folder, sweep, TransferReport.model_validate(read_json(transfer_file)))
+    return RunOutcome(run_folder, sweep, read_record(transfer_file, TransferReport))
 
 
 def write_outcome(outcome: RunOutcome) -> RunOutcome:
@@ -54,7 +54,7 @@ def write_outcome(outcome: RunOutcome) -> RunOutcome:
 def read_sweep(run_folder: Path) -> SweepResult | None:
     """What an earlier submission left in sweep.json."""
     file = run_folder / "sweep.json"
-    return SweepResult.model_validate(read_json(file)) if file.exists() else None
+    return read_record(file, SweepResult) if file.exists() else None
 
 
 def summarise(

@@ -6,22 +6,30 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+
+from pydantic import ValidationError
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, read_anatomy, resolve_base
 from orchestrator.data import DataSummary, data_size, prepare_data
-from orchestrator.errors import UsageError
-from orchestrator.plan import make_assignment, make_plan
+from orchestrator.errors import IntegrityError, RunConflictError, UsageError
+from orchestrator.plan import make_assignment, make_plan, steps
 from orchestrator.plan.compilation import CompileChoice
 from orchestrator.plan.compiling import standing_choice, with_choice
 from orchestrator.plan.scored import LayerScores
+from orchestrator.plan.steps import StepSize
 from orchestrator.plan.values import Assignment, ClusterDescription, DataPaths, RunPlan, TrainSettings, TrialSpec
+from orchestrator.runtime.cluster import require_base_everywhere
+from orchestrator.runtime.mending import mend
 from orchestrator.runtime.places import output_root
 from orchestrator.runtime.scoring import Scoring
 from orchestrator.spec import JobSpec, LoadedSpec, spec_sha256
-from orchestrator.store import RunDirectory, read_json, sampled_sha256, write_json
+from orchestrator.store import RunDirectory, base_identity, file_identity, output_to, read_record, write_json
+from orchestrator.store.files import RECORD_REMEDY
+from orchestrator.store.run_directory import WRITABLE
 from orchestrator.train.evaluation import text_metric
 from orchestrator.transfer.view import RunView
+from orchestrator.values import content_hash
 
 Job = Literal["sweep", "finetune"]
 
@@ -55,7 +63,7 @@ class Prepared:
             schedule=train.schedule,
             weight_decay=train.weight_decay,
             grad_clip=train.grad_clip,
-            tokens_per_step=train.tokens_per_step,
+            tokens_per_step=steps.tokens_per_step(self.spec, self.plan.data),
         )
 
     def assignment(self, trial: TrialSpec, selection: LayerSelection, *, folder: Path, stop_step: int, **how: Any) -> Assignment:
@@ -93,6 +101,11 @@ def open_run(loaded: LoadedSpec, job: Job, output: Path | None, view: RunView) -
     if root.moved:
         view.event("output_moved", root.moved)
         run.event("output_moved", message=root.moved)
+    try:
+        mend(run, view)
+    except BaseException:
+        run.close()
+        raise
     return run
 
 
@@ -106,45 +119,116 @@ def prepare(
             None for a run that has come to its end: its plan stands.
 
     Raises:
-        BaseError, SelectionError, DataError: the input cannot be used.
+        BaseError, SelectionError, DataError: the input cannot be used, or a node has another base.
         UsageError: the search's metric cannot be imported.
         RunConflictError: base or data are not what earlier trials of this run were trained on.
         PlanError: it does not fit the cluster.
     """
     spec = loaded.spec
     if job == "sweep" and cluster is not None:
-        _require_metric(loaded)
+        require_metric(loaded)
+    view.phase("base", "reading and hashing the base model's files")
     anatomy = read_anatomy(resolve_base(spec.base.model, loaded.folder), need_weights=True)
-    run.claim_base(_identity_of(anatomy))
-    known = RunPlan.model_validate(read_json(run.plan)) if run.plan.exists() else None
-    view.phase("data")
-    data = prepare_data(loaded, Path(anatomy.folder), run.data, keep=known is not None)
-    size = data_size(data, spec, run.data)
+    base_sha256, known = _claim_base(run, anatomy)
+    view.phase("data", "reading and tokenising")
+    with output_to(run.data, remedy=WRITABLE, only_full=True):
+        data = prepare_data(loaded, Path(anatomy.folder), run.data, keep=run.was_planned)
     if cluster is None:
-        assert known is not None, "a run that ended was planned"
+        assert known is not None, "a run whose plan is gone is planned again"
         return Prepared(spec, run, anatomy, data, known)
-    sha256, scores = spec_sha256(spec, job), read_scores(run)
-    plan = make_plan(loaded, anatomy, size, cluster(), job=job, spec_sha256=sha256, scores=scores)
+    tell_data(data, run, view)
+    view.phase("plan", "connecting to Ray")
+    machines = cluster()
+    folder = Path(anatomy.folder)
+    require_base_everywhere(folder, {name: file_identity(folder / name) for name in _files_of(anatomy)})
+    plan = plan_of_data(loaded, anatomy, Tokenised(data, run.data, known), machines, job, read_scores(run))
     if plan.search is not None:
         plan = with_choice(plan, standing_choice(spec.resources.compile, read_choice(run)))
-    write_json(run.plan, plan)
+    plan = plan.model_copy(update={"base_sha256": base_sha256})
+    with output_to(run.plan, remedy=WRITABLE):
+        write_json(run.plan, plan)
+    if loaded.defaulted:
+        view.event("default_section", loaded.defaulted)
+        run.event("default_section", message=loaded.defaulted)
     for warning in plan.warnings:
         view.event("warning", warning)
         run.event("warning", message=warning)
     return Prepared(spec, run, anatomy, data, plan)
 
 
+def _claim_base(run: RunDirectory, anatomy: ModelAnatomy) -> tuple[str, RunPlan | None]:
+    """(the base's hash, the run's plan where it has one), once the base is found to be what the plan was made for.
+
+    Raises:
+        RunConflictError: it is another one.
+    """
+    identity = identity_of_base(anatomy)
+    run.claim_base(identity)
+    base_sha256 = content_hash(identity)
+    known = read_record(run.plan, RunPlan) if run.plan.exists() else None
+    if known is not None and known.base_sha256 not in ("", base_sha256):
+        raise RunConflictError(
+            "the base's folder holds another base than when this run was planned",
+            where=anatomy.folder,
+            remedy="put the base back, or choose another `name`; nothing was overwritten",
+        )
+    return base_sha256, known
+
+
+class Tokenised(NamedTuple):
+    """The data of a run, and the plan that was made of it before, if any."""
+
+    summary: DataSummary
+    folder: Path
+    """Where `prepare_data` wrote the sets."""
+    known: RunPlan | None = None
+
+
+def plan_of_data(
+    loaded: LoadedSpec,
+    anatomy: ModelAnatomy,
+    data: Tokenised,
+    machines: ClusterDescription,
+    job: Job,
+    scores: LayerScores | None = None,
+) -> RunPlan:
+    """The exact plan of a job. A run goes on with the steps of its first plan, whatever cluster it is on by now.
+
+    Raises:
+        SelectionError: a layer policy does not fit the base.
+        PlanError: it does not fit the cluster.
+    """
+    spec, sha256 = loaded.spec, spec_sha256(loaded.spec, job)
+    before = data.known.data if data.known is not None and data.known.data.tokens_per_step else None
+    planned = StepSize(before.tokens_per_step, before.step_ranks) if before is not None else None
+    size = data_size(data.summary, spec, data.folder, planned=planned)
+    plan = make_plan(loaded, anatomy, size, machines, job=job, spec_sha256=sha256, scores=scores)
+    filling = steps.filling_step(spec, size, plan.execution.ranks) if before is None else None
+    if filling is None:
+        return plan
+    size = data_size(data.summary, spec, data.folder, planned=filling)
+    return make_plan(loaded, anatomy, size, machines, job=job, spec_sha256=sha256, scores=scores)
+
+
+def tell_data(data: DataSummary, run: RunDirectory, view: RunView) -> None:
+    """What was found out about the data, in one line each: on the screen, in the log and in the record, before the training."""
+    for notice in data.told:
+        kind = "warning" if notice.level == "warning" else "data"
+        view.event(kind, notice.line)
+        run.event(kind, message=notice.line)
+
+
 def read_scores(run: RunDirectory) -> LayerScores | None:
     """What the run's probe found, once it has been; also that it failed."""
-    return LayerScores.model_validate(read_json(run.layer_scores)) if run.layer_scores.exists() else None
+    return read_record(run.layer_scores, LayerScores) if run.layer_scores.exists() else None
 
 
 def read_choice(run: RunDirectory) -> CompileChoice | None:
     """Whether the run's trials train with compiled blocks, once that is settled."""
-    return CompileChoice.model_validate(read_json(run.compile_choice)) if run.compile_choice.exists() else None
+    return read_record(run.compile_choice, CompileChoice) if run.compile_choice.exists() else None
 
 
-def _require_metric(loaded: LoadedSpec) -> None:
+def require_metric(loaded: LoadedSpec) -> None:
     """Import the search's metric where it is a user's own function, from where the workers import it too.
 
     Raises:
@@ -178,22 +262,34 @@ def reopen(run_folder: Path) -> Prepared:
         raise UsageError("no planned run", where=str(run_folder), expected="a folder with plan.json, as a sweep leaves it")
     run = RunDirectory.reopen(run_folder)
     try:
-        plan = RunPlan.model_validate(read_json(run.plan))
-        spec = JobSpec.model_validate(run.identity["values"])
+        plan = read_record(run.plan, RunPlan)
+        spec = _recorded_spec(run)
         anatomy = read_anatomy(Path(plan.base.folder), need_weights=True)
-        run.claim_base(_identity_of(anatomy))
-        data = DataSummary.model_validate(read_json(run.data / "summary.json"))
+        run.claim_base(identity_of_base(anatomy))
+        data = read_record(run.data / "summary.json", DataSummary)
     except BaseException:
         run.close()
         raise
     return Prepared(spec, run, anatomy, data, plan)
 
 
-def _identity_of(anatomy: ModelAnatomy) -> dict[str, Any]:
-    """The base's config, and what its weight files hold; folders and times are left out, for copies are the same base."""
-    folder = Path(anatomy.folder)
-    files = sorted({tensor.file for tensor in anatomy.tensors.values()})
-    return {
-        "config": read_json(folder / "config.json"),
-        "weights": {file: f"{(folder / file).stat().st_size} bytes, {sampled_sha256(folder / file)[:16]}" for file in files},
-    }
+def _recorded_spec(run: RunDirectory) -> JobSpec:
+    try:
+        return JobSpec.model_validate(run.identity["values"])
+    except ValidationError as error:
+        what = f"no spec: {error.errors()[0]['msg']}"
+        raise IntegrityError(what, where=str(run.path / "run.json"), remedy=RECORD_REMEDY) from None
+
+
+def identity_of_base(anatomy: ModelAnatomy) -> dict[str, Any]:
+    """What `RunDirectory.claim_base` compares."""
+    return base_identity(Path(anatomy.folder), _weight_files(anatomy))
+
+
+def _weight_files(anatomy: ModelAnatomy) -> list[str]:
+    return sorted({tensor.file for tensor in anatomy.tensors.values()})
+
+
+def _files_of(anatomy: ModelAnatomy) -> list[str]:
+    """What a gang reads of the base: its weights, and the JSON files of the model and its tokenizer."""
+    return [*sorted(path.name for path in Path(anatomy.folder).glob("*.json")), *_weight_files(anatomy)]

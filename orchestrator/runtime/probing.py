@@ -17,7 +17,9 @@ from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan, RunPla
 from orchestrator.runtime.cluster import fetch, rank_resources, worker_env
 from orchestrator.runtime.hours import metered
 from orchestrator.runtime.measuring import Measure, measured
+from orchestrator.runtime.minding import Minder, in_a_minded_process, run_task
 from orchestrator.runtime.prepare import Prepared, read_scores
+from orchestrator.runtime.vigil import Patience
 from orchestrator.spec import parse_policy
 from orchestrator.store import write_json
 from orchestrator.transfer.view import RunView
@@ -46,15 +48,17 @@ def scored_alone(prepared: Prepared, view: RunView) -> Prepared:
     resources = rank_resources(execution)
 
     def score(assignment: Assignment) -> RungResult:
-        remote: Any = ray.remote(max_calls=1)(score_in_this_process)  # the base is gone when it ends
+        remote: Any = ray.remote(max_calls=1)(in_a_minded_process)  # the base is gone when it ends
         task = remote.options(
             num_cpus=resources["CPU"],
             num_gpus=resources.get("GPU", 0),
             max_retries=0,
             runtime_env={"env_vars": worker_env(execution)},
         )
-        with metered(prepared.run.hours, 1):
-            return fetch(task.remote(prepared.plan.base, prepared.anatomy, assignment))
+        patience = Patience.from_environment().for_base(2 * prepared.anatomy.num_parameters())
+        with metered(prepared.run.hours, 1), Minder(prepared.run, patience) as minder:
+            given = (prepared.plan.base, prepared.anatomy, assignment)
+            return run_task(minder, "scoring the blocks", task, score_in_this_process, *given)
 
     return _scored(prepared, execution, view, score)
 

@@ -18,20 +18,24 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestrator.anatomy import ModelAnatomy
 from orchestrator.errors import RankOutOfMemoryError, TrainingError
+from orchestrator.plan.ownership import owner_of
 from orchestrator.plan.relief import fits_in_no_way, nothing_smaller, relieve, with_relief
 from orchestrator.plan.results import RungResult
 from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan
+from orchestrator.runtime.activities import STARTS
 from orchestrator.runtime.assignments import failed_result
 from orchestrator.runtime.cluster import placement_strategy, rank_resources, worker_env
-from orchestrator.store import read_json, write_json
+from orchestrator.runtime.minding import Minder, send_pulses
+from orchestrator.runtime.mishaps import describe
+from orchestrator.store import read_record, write_json
 from orchestrator.values import Value
 
 if TYPE_CHECKING:
     from orchestrator.train import TrainHost
 
 MAX_RESTARTS = 3
-STARTS = "starts.txt"
-"""A line for every time that a worker group began."""
+MAX_FRUITLESS_STARTS = 10
+"""How often a worker group is asked for where there is no place for it; each time Ray Train waits for a minute."""
 STEPPED_DOWN = "stepped-down.json"
 """Beside an assignment's files: how it goes on after a worker group ran out of memory."""
 
@@ -46,12 +50,13 @@ class SteppedDown(Value):
     """What was said of it."""
 
 
-def refit(base: BaseLoad, anatomy: ModelAnatomy, assignments: list[Assignment], folder: Path) -> list[RungResult]:
+def refit(base: BaseLoad, anatomy: ModelAnatomy, assignments: list[Assignment], folder: Path, minder: Minder) -> list[RungResult]:
     """Run assignments one after another in one worker group.
 
     Args:
         assignments: For instance the untouched base's evaluation, then the trial. All share one execution plan.
         folder: Where Ray Train keeps its own state.
+        minder: Looks after the ranks.
 
     Returns:
         Rank 0's result of each assignment, also written as `result.json` beside each assignment's files.
@@ -68,24 +73,33 @@ def refit(base: BaseLoad, anatomy: ModelAnatomy, assignments: list[Assignment], 
         # Ray writes its snapshot of a run in place; one that a killed driver left torn makes the folder unusable.
         shutil.rmtree(folder, ignore_errors=True)
         try:
-            _trainer(base, anatomy, assignments, folder).fit()
+            _trainer(base, anatomy, assignments, folder, minder.board).fit()
         except Exception as error:
             if [_stepped_down(assignment) for assignment in assignments] != before:
                 continue  # smaller than before, so that this comes to an end
             raise TrainingError(
-                f"the refit failed: {error}",
-                where=str(folder),
+                f"the training on all ranks failed, after {MAX_RESTARTS} restarts at most: {_why(error, minder)}",
+                where=str(folder.parent),
                 remedy="submit the same spec again: it goes on from the newest whole checkpoint",
             ) from error
-        return [RungResult.model_validate(read_json(result_file(assignment))) for assignment in assignments]
+        return [read_record(result_file(assignment), RungResult) for assignment in assignments]
 
 
-def _trainer(base: BaseLoad, anatomy: ModelAnatomy, assignments: list[Assignment], folder: Path) -> TorchTrainer:
+def _why(error: Exception, minder: Minder) -> str:
+    """In a line: what was said of a rank that hung, or the error of the rank that broke first."""
+    if minder.said:
+        return minder.said[-1]
+    first = next(iter(getattr(error, "worker_failures", {}).values()), error)
+    return describe(getattr(first, "cause", None) or first)
+
+
+def _trainer(base: BaseLoad, anatomy: ModelAnatomy, assignments: list[Assignment], folder: Path, board: Any) -> TorchTrainer:
     execution = assignments[0].execution
     payload = {
         "base": base.model_dump(mode="json"),
         "anatomy": anatomy.model_dump(mode="json"),
         "assignments": [assignment.model_dump(mode="json") for assignment in assignments],
+        "board": board,
     }
     return TorchTrainer(
         _worker,
@@ -100,7 +114,7 @@ def _trainer(base: BaseLoad, anatomy: ModelAnatomy, assignments: list[Assignment
         run_config=train.RunConfig(
             name="train",
             storage_path=str(folder),
-            failure_config=train.FailureConfig(max_failures=MAX_RESTARTS),
+            failure_config=train.FailureConfig(max_failures=MAX_RESTARTS, controller_failure_limit=MAX_FRUITLESS_STARTS),
             worker_runtime_env={"env_vars": worker_env(execution)},
         ),
     )
@@ -109,7 +123,7 @@ def _trainer(base: BaseLoad, anatomy: ModelAnatomy, assignments: list[Assignment
 def num_restarts(folder: Path) -> int:
     """How often a refit in this folder was begun again, by its worker group or by another submission."""
     starts = folder / STARTS
-    return max(0, len(starts.read_text().splitlines()) - 1) if starts.exists() else 0
+    return max(0, len(starts.read_bytes().splitlines()) - 1) if starts.exists() else 0
 
 
 def result_file(assignment: Assignment) -> Path:
@@ -124,6 +138,7 @@ def _worker(payload: dict[str, Any]) -> None:
     assignments = [Assignment.model_validate(values) for values in payload["assignments"]]
     context = train.get_context()
     rank = context.get_world_rank()
+    send_pulses(payload["board"], rank)
     host = TrainHost.create(base, anatomy, assignments[0].execution, rank, context.get_world_size(), init_method=None)
     if rank == 0:
         _note_start(Path(assignments[-1].folder), os.getpid())
@@ -143,11 +158,12 @@ def _run(host: TrainHost, assignment: Assignment) -> RungResult:
     Raises:
         RankOutOfMemoryError: memory ran out on this rank alone; how the next worker group goes on is written down.
     """
-    from orchestrator.train import drop_later_checkpoints, find_latest
+    from orchestrator.train import drop_later_checkpoints, find_own
 
     ranks, folder = host.ranks, Path(assignment.folder)
-    newest, known = ranks.broadcast((find_latest(folder), _stepped_down(assignment)) if ranks.first else None)
-    notes = known.notes if known is not None else ()
+    found = (find_own(folder, owner_of(assignment)), _stepped_down(assignment)) if ranks.first else None
+    (newest, told), known = ranks.broadcast(found)
+    notes = (*(known.notes if known is not None else ()), *told)
     if known is not None and known.execution is None:
         return failed_result(assignment, known.reason).model_copy(update={"notes": notes})
     execution = with_relief(assignment.execution, known.execution if known is not None else None)
@@ -184,7 +200,7 @@ def _step_down(execution: ExecutionPlan, notes: tuple[str, ...], error: RankOutO
 
 def _stepped_down(assignment: Assignment) -> SteppedDown | None:
     file = _stepped_down_file(assignment)
-    return SteppedDown.model_validate(read_json(file)) if file.exists() else None
+    return read_record(file, SteppedDown) if file.exists() else None
 
 
 def _stepped_down_file(assignment: Assignment) -> Path:

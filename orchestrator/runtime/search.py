@@ -1,13 +1,15 @@
 """The search: Tune decides which trial goes on, gangs do the work.
 
 A Tune trial here is thin: it asks the exchange to carry its branch to the next rung, awaits the answer, and
-reports it. It holds no GPU and a hundredth of a core.
+reports it. It holds no GPU and no core, and stands beside the driver: a worker node that is lost takes its gang alone.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,14 +17,19 @@ from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from orchestrator.errors import TrainingError
 from orchestrator.plan import make_trial
-from orchestrator.plan.placement import THIN_TRIAL_CPUS
 from orchestrator.plan.steps import pace
 from orchestrator.plan.values import RunPlan, TrialSpec
-from orchestrator.runtime.cluster import fetch
+from orchestrator.runtime.cluster import fetch, own_node
 from orchestrator.runtime.ledger import TrialEntry
+from orchestrator.runtime.mishaps import cause_of
 from orchestrator.runtime.proposals import Known, Proposal, propose
+
+MAX_RESTARTS = 3
+"""How often Tune starts a thin trial again that died of itself: what it has done is answered from the ledger."""
+SHARE_OF_NODE = 1e-4
+CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
+"""What `ray.tune.execution.class_cache` hands on."""
 
 
 class RecordedSearch(Searcher):
@@ -144,7 +151,7 @@ def run_search(plan: RunPlan, exchange: Any, recorded: list[TrialEntry], folder:
     # Tune's own handler makes an interrupted search look finished.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     in_batches = search.scheduler == "none" and search.algorithm == "optuna"
-    trainable = tune.with_resources(tune.with_parameters(thin_trial, exchange=exchange, plan=plan), {"CPU": THIN_TRIAL_CPUS})
+    trainable = tune.with_resources(tune.with_parameters(thin_trial, exchange=exchange, plan=plan), _beside_the_driver())
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
@@ -163,15 +170,32 @@ def run_search(plan: RunPlan, exchange: Any, recorded: list[TrialEntry], folder:
             storage_path=str(folder),
             verbose=0,
             callbacks=[EndOfTrial(exchange, _last_pace(plan))],
-            failure_config=tune.FailureConfig(max_failures=0),
+            failure_config=tune.FailureConfig(max_failures=MAX_RESTARTS),
         ),
     )
-    results = tuner.fit()
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what is wrong is said by us, once, without forty lines of trace
+    with _without_credentials():
+        results = tuner.fit()
     if results.num_errors:
         # A trial's own failure is a result; what raises here is the machinery, and nothing was written down as failed.
-        raise TrainingError(
-            f"the search broke: {results.errors[0]}", where=str(folder), remedy="submit the same spec again: it goes on from here"
-        ) from results.errors[0]
+        raise cause_of(results.errors[0])
+
+
+def _beside_the_driver() -> tune.PlacementGroupFactory:
+    """A place on the driver's own node for next to nothing, also where that node gives no cores to anybody."""
+    node_id, address = own_node()
+    return tune.PlacementGroupFactory([{f"node:{address}": SHARE_OF_NODE}], bundle_label_selector=[{"ray.io/node-id": node_id}])
+
+
+@contextlib.contextmanager
+def _without_credentials() -> Iterator[None]:
+    """Have Tune see no credentials of object stores: it would copy them into each trial's runtime environment, which Ray logs
+    for everybody to read. A thin trial needs none."""
+    held = {name: os.environ.pop(name) for name in CREDENTIALS if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(held)
 
 
 def _last_pace(plan: RunPlan) -> int:

@@ -9,10 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from orchestrator.errors import TrainingError
 from orchestrator.plan.results import RungResult
 from orchestrator.plan.values import ExecutionPlan, TrialSpec
+from orchestrator.runtime.activities import activity_of
 from orchestrator.runtime.assignments import GangFigures, Work, next_attempt, with_history
 from orchestrator.runtime.gang import Gang, GangDiedError
 from orchestrator.runtime.queue import WorkQueue
 from orchestrator.runtime.starting import Tell, start_gang
+from orchestrator.transfer.view import Activity
 
 
 class Shift:
@@ -49,6 +51,13 @@ class Shift:
         self._settle = settle
         self._tell = tell
         self._writing: asyncio.Task[None] | None = None
+        self._running: Sequence[Work] = ()
+
+    def activities(self) -> tuple[Activity, ...]:
+        """What the gang is doing at this moment; nothing while it is idle."""
+        if self.gang.starting:
+            return (Activity(doing=self.gang.starting, gang=self.gang.index),)
+        return tuple(activity_of(work.assignment, self.gang.index) for work in self._running)
 
     async def work_off(self) -> None:
         """Start, take work, answer; start again when the gang dies. Raises what the last failed start raised."""
@@ -94,7 +103,9 @@ class Shift:
         """
         works = {work.assignment.trial.trial_id: work for work in group}
         started = time.monotonic()
+        self._running = group
         answers, death = await self._answers(group)
+        self._running = ()
         answered_at = time.monotonic()
         self._figures.busy_s += answered_at - started
         if death is not None:

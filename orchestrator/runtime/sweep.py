@@ -14,6 +14,8 @@ from ray.exceptions import RayError
 
 from orchestrator.errors import TrainingError
 from orchestrator.plan import head_control, none_control
+from orchestrator.plan.defaults import with_section
+from orchestrator.runtime.activities import ranks_text
 from orchestrator.runtime.assignments import Orders
 from orchestrator.runtime.carrying import hand_in, wait_for
 from orchestrator.runtime.cluster import fetch
@@ -25,12 +27,15 @@ from orchestrator.runtime.hours import may_go_on, read_hours
 from orchestrator.runtime.joining import joins
 from orchestrator.runtime.late import train_late
 from orchestrator.runtime.ledger import Ledger
+from orchestrator.runtime.mishaps import in_plain_words
 from orchestrator.runtime.outcome import RunOutcome, read_outcome, read_sweep, summarise, write_outcome
 from orchestrator.runtime.prepare import Prepared, open_run, prepare
 from orchestrator.runtime.probing import scored_in_a_gang
+from orchestrator.runtime.pulse import Pulse
 from orchestrator.runtime.search import run_search
+from orchestrator.runtime.vigil import Patience
 from orchestrator.runtime.watch import Watcher
-from orchestrator.spec import LoadedSpec, require_section
+from orchestrator.spec import LoadedSpec
 from orchestrator.store import RunDirectory
 from orchestrator.transfer.records import SweepResult
 from orchestrator.transfer.view import RunView
@@ -47,15 +52,17 @@ def run_sweep(loaded: LoadedSpec, *, view: RunView, address: str | None = None, 
     Raises:
         OrchestratorError: whatever stops the run, see errors.py; what was done is on disk.
     """
-    require_section(loaded, "sweep")
+    loaded = with_section(loaded, "sweep")
     started_at = time.time()
     with ExitStack() as stack:
         run = stack.enter_context(open_run(loaded, "sweep", output, view))
+        stack.enter_context(in_plain_words(run.path))
         finished = _finished(run, loaded)
-        prepared = prepare(loaded, "sweep", run, view, None if finished else joins(stack, address, run.path))
+        stands = finished is not None and run.plan.exists()
+        view = stack.enter_context(Pulse(view, None if stands else run.path))
+        prepared = prepare(loaded, "sweep", run, view, None if stands else joins(stack, address, run.path))
         if finished is not None:
             return finished
-        stack.callback(view.close)
         prepared, sweep = _search(prepared, view, started_at)
         outcome = finish(prepared, sweep, view)
         return write_outcome(outcome)
@@ -76,7 +83,7 @@ def _finished(run: RunDirectory, loaded: LoadedSpec) -> RunOutcome | None:
     return outcome if len(outcome.sweep.searched) >= loaded.spec.search.num_trials else None
 
 
-def _search(prepared: Prepared, view: RunView, started_at: float) -> tuple[Prepared, SweepResult]:
+def _search(prepared: Prepared, view: Pulse, started_at: float) -> tuple[Prepared, SweepResult]:
     """Controls, the blocks' scores, trials, promotion, and what is trained once the promoted trial is known.
 
     The gangs are released at the end.
@@ -96,14 +103,14 @@ def _search(prepared: Prepared, view: RunView, started_at: float) -> tuple[Prepa
     )
     seed = spec.train.seed
     earlier = read_sweep(prepared.run.path)
-    with _exchange(prepared) as exchange, Watcher(exchange, view, prepared.run):
-        view.phase("gangs", f"{plan.num_gangs} x {plan.execution.ranks} rank(s)")
+    with _exchange(prepared) as exchange, Watcher(exchange, view, prepared.run) as watcher, view.watching(watcher.look):
+        view.phase("gangs", f"{plan.num_gangs} worker group(s) of {ranks_text(plan.execution.ranks)}")
         base = hand_in(exchange, *none_control(plan, prepared.anatomy, seed), [0])
         untouched = wait_for(exchange, "none", base)
         if untouched.state == "failed":
             raise TrainingError(
-                f"the untouched base could not be evaluated: {untouched.reason}",
-                remedy="mend what it says and submit the same spec again: it is evaluated anew",
+                f"the base model could not be evaluated: {untouched.reason}",
+                remedy="fix the reported error and submit the same spec again: it is evaluated anew",
             )
         prepared = compiled_where_it_pays(scored_in_a_gang(prepared, exchange, view), exchange, view)
         prepared = advised_by_shift(prepared, exchange, view)
@@ -158,6 +165,7 @@ def _exchange(prepared: Prepared) -> Iterator[Any]:
         num_gangs=prepared.plan.num_gangs,
         hours_file=str(prepared.run.hours),
         max_gpu_hours=prepared.spec.resources.max_gpu_hours,
+        patience=Patience.from_environment(),
     )
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor: Any = ray.remote(Exchange)

@@ -8,12 +8,15 @@ from typing import Any
 
 from ray.exceptions import RayError
 
+from orchestrator.runtime.activities import with_steps
 from orchestrator.runtime.cluster import fetch
 from orchestrator.store import RunDirectory
 from orchestrator.transfer.records import TrialRecord
-from orchestrator.transfer.view import RunView
+from orchestrator.transfer.view import Activity, RunView
 
 POLL_S = 0.3
+LOOK_S = 5.0
+"""How long the exchange may take to say what its gangs are doing: it is shown without that then."""
 logger = logging.getLogger(__name__)
 
 
@@ -35,6 +38,14 @@ class Watcher:
     def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join()
+
+    def look(self) -> tuple[Activity, ...]:
+        """What each gang is doing, trials with the step that they have reached. Nothing where the exchange does not answer."""
+        try:
+            found = fetch(self._exchange.activities.remote(), LOOK_S)
+        except RayError:
+            return ()
+        return tuple(with_steps(activity, self._run.trials / activity.trial_id / "steps.jsonl") for activity in found)
 
     def _follow(self) -> None:
         while not self._done.wait(POLL_S):

@@ -15,12 +15,14 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
+from orchestrator.data import TokenizedSet, load_tokenizer, padding
 from orchestrator.errors import VerificationError
 from orchestrator.plan.artifact import ADAPTER, ADAPTER_CONFIG, DELTA
 from orchestrator.plan.merge import LinkShard, MergedInto, MergePlan, make_merge_plan
@@ -51,7 +53,7 @@ SIDE_FILES = (
     "LICENSE*",
 )
 """What of the base's folder a served model needs beside weights and config."""
-CARD, SPEC = "README.md", "spec.json"
+CARD, SPEC, GENERATION = "README.md", "spec.json", "generation_config.json"
 
 
 class BaseRecord(Value):
@@ -127,7 +129,9 @@ def stage_bundle(inputs: BundleInputs, final: Path) -> StagedBundle:
     base = Path(inputs.base.folder)
     write_json(folder / "config.json", bundle_config(json.loads((base / "config.json").read_bytes()), plan))
     _copy_side_files(base, folder, classify=inputs.base.task == "classify")
-    _put_artifact(Path(inputs.artifact), folder, inputs.base_name)
+    if inputs.base.task != "classify":
+        _write_ends(base, folder, TokenizedSet.load(inputs.eval_set).stop_ids)
+    _put_artifact(Path(inputs.artifact), folder, base)
     return StagedBundle(folder, final, plan, merged)
 
 
@@ -237,15 +241,37 @@ def _without_folders(value: Any) -> Any:
 def _copy_side_files(base: Path, folder: Path, *, classify: bool) -> None:
     for pattern in SIDE_FILES:
         for source in sorted(base.glob(pattern)):
-            if classify and source.name == "generation_config.json":
+            if classify and source.name == GENERATION:
                 continue
             target = folder / source.relative_to(base)
             target.parent.mkdir(exist_ok=True)
             target.write_bytes(source.read_bytes())
 
 
-def _put_artifact(artifact: Path, folder: Path, base_name: str) -> None:
-    """The adapter or delta itself, linked where possible: the live model can be put together from it again."""
+def _write_ends(base: Path, folder: Path, stops: Sequence[int]) -> None:
+    """generation_config.json with the tokens that end an answer, so that whoever generates stops there.
+
+    The base's file stays as it is where it names them already. transformers takes a file that calls itself made from
+    config.json for no word of its own: the new one does not.
+    """
+    file = folder / GENERATION
+    known = read_json(file) if file.exists() else None
+    given = known.get("eos_token_id") if known else None
+    if not stops or (given is not None and set(given if isinstance(given, list) else [given]) == set(stops)):
+        return
+    config = json.loads((base / "config.json").read_bytes())
+    inherited = {key: config[key] for key in ("bos_token_id", "pad_token_id") if config.get(key) is not None}
+    written = inherited | {key: value for key, value in (known or {}).items() if key != "_from_model_config"}
+    if written.get("pad_token_id") is None:
+        written["pad_token_id"] = padding(load_tokenizer(base), stops)
+    write_json(file, written | {"eos_token_id": list(stops) if len(stops) > 1 else stops[0]})
+
+
+def _put_artifact(artifact: Path, folder: Path, base: Path) -> None:
+    """The adapter or delta itself, linked where possible: the live model can be put together from it again.
+
+    An adapter names the base's folder in full: PEFT looks for a relative path from wherever the process stands.
+    """
     for name in (ADAPTER, DELTA):
         if not (artifact / name).is_dir():
             continue
@@ -254,5 +280,5 @@ def _put_artifact(artifact: Path, folder: Path, base_name: str) -> None:
             link_or_copy(source, folder / name / source.name)
     config_file = folder / ADAPTER / ADAPTER_CONFIG
     if config_file.exists():
-        config = read_json(config_file) | {"base_model_name_or_path": shown_base(base_name)}
+        config = read_json(config_file) | {"base_model_name_or_path": str(base.resolve())}
         write_json(config_file, config)

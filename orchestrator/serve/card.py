@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 from orchestrator.plan import REPEAT
 from orchestrator.serve.inputs import BundleInputs, shown_base
+from orchestrator.serve.metadata import front_matter, licence_sentence
+from orchestrator.serve.usage import snippet
 from orchestrator.transfer.after_verdict import advice_after, decided_by
+from orchestrator.transfer.headline import advice_on_answers, gain_is_loss_only, headline
 from orchestrator.transfer.records import CONTROL_NAMES, ModelScores, PromptComparison, TransferReport, VerificationFigures
 from orchestrator.units import format_count
 
@@ -37,7 +41,7 @@ def model_card(inputs: BundleInputs, transfer: TransferReport, versions: Mapping
     """The text of README.md. Nothing of this machine's folders is in it."""
     assert transfer.verification is not None
     sections = [
-        _front_matter(inputs),
+        front_matter(inputs, transfer),
         f"# {inputs.name}\n\n{_summary(inputs, transfer)}",
         _how_it_was_made(inputs, versions),
         _results(transfer),
@@ -49,13 +53,9 @@ def model_card(inputs: BundleInputs, transfer: TransferReport, versions: Mapping
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _front_matter(inputs: BundleInputs) -> str:
-    pipeline = "text-classification" if inputs.base.task == "classify" else "text-generation"
-    return f"---\nlibrary_name: transformers\npipeline_tag: {pipeline}\ntags: [fine-tuned, {inputs.trial.tune}]\n---"
-
-
 def _summary(inputs: BundleInputs, transfer: TransferReport) -> str:
-    said = f" {transfer.sentence[:1].upper()}{transfer.sentence[1:]}" if transfer.sentence else ""
+    found = headline(transfer)
+    said = f" {found[:1].upper()}{found[1:]}." if found else ""
     return f"`{shown_base(inputs.base_name)}`, tuned for the task `{inputs.base.task}`.{said}"
 
 
@@ -63,11 +63,11 @@ def _how_it_was_made(inputs: BundleInputs, versions: Mapping[str, str]) -> str:
     trial, selection = inputs.trial, inputs.selection
     # A policy by score says nothing to a reader who has not the scores.
     which = f" (blocks {', '.join(map(str, selection.blocks))})" if trial.layers.startswith("top:") else ""
-    method = f"LoRA, rank {trial.lora_rank}, alpha {trial.lora_alpha}" if trial.tune == "lora" else "whole weights"
+    method = f"LoRA, rank {trial.lora_rank}, alpha {trial.lora_alpha}" if trial.tune == "lora" else "full fine-tuning"
     rows = [
         ("base", f"{shown_base(inputs.base_name)}, revision {inputs.base.revision or 'not given'}"),
         ("base held as", "nf4, double quantization" if inputs.base.quantize == "nf4" else inputs.held_dtype),
-        ("layers that learned", f"`{trial.layers}`{which}: {format_count(selection.num_trainable_parameters)} parameters"),
+        ("trained layers", f"`{trial.layers}`{which}: {format_count(selection.num_trainable_parameters)} parameters"),
         ("method", method),
         ("learning rate", f"{trial.learning_rate:.3g}"),
         *([("against forgetting", str(trial.remedies))] if str(trial.remedies) else []),
@@ -151,7 +151,7 @@ def _verification(figures: VerificationFigures) -> str:
     merged_into = MERGED_INTO.get(figures.merged_into, figures.merged_into)
     return (
         f"## Verification\n\nMerged into {merged_into}. Loaded by plain transformers in a fresh process, the merged model "
-        f"differs from the trained one by KL {figures.kl_bundle:.2g} nats a token (the untouched base: {figures.kl_base:.2g}; "
+        f"differs from the trained one by KL {figures.kl_bundle:.2g} nats a token (the base model: {figures.kl_base:.2g}; "
         f"limit {figures.limit:.2g}), on {figures.num_prompts} held-out documents. `manifest.json` has the SHA-256 of every "
         "file; `orchestrator verify .` repeats the check."
     )
@@ -161,7 +161,7 @@ def _serving(inputs: BundleInputs, transfer: TransferReport) -> str:
     task = inputs.base.task
     if task == "classify":
         commands = ["vllm serve . --runner pooling"]
-        said = ['In transformers: `pipeline("text-classification", ".")`; the class names are in config.json.']
+        said = ["The class names are in config.json."]
     else:
         commands = [f"transformers serve .    {NEEDS_SERVING}", "vllm serve ."]
         said = [PROMPTS[task].format(separator=repr(inputs.separator))] if task in PROMPTS else []
@@ -172,17 +172,21 @@ def _serving(inputs: BundleInputs, transfer: TransferReport) -> str:
     shown = "\n".join(f"    {command}" for command in commands)
     warning = advice_after(transfer)[:1] if transfer.verdict == "negative" else ()
     warned = "".join(f"{line[:1].upper()}{line[1:]}.\n\n" for line in warning)
-    return f"## Serving\n\n{warned}In this folder:\n\n{shown}\n\n" + "\n\n".join(said)
+    code = f"```python\n{snippet(inputs, transfer)}```"
+    return f"## Serving\n\n{warned}From Python, in this folder:\n\n{code}\n\nAs a server:\n\n{shown}\n\n" + "\n\n".join(said)
 
 
 def _limitations(inputs: BundleInputs, transfer: TransferReport) -> str:
     said = [
         "The figures hold for data like the test set; nothing was measured beyond it"
         + (" and the retention set." if inputs.retain_set else "."),
-        "What the base gets wrong or says out of place, this model may too; the base's licence and terms apply.",
+        "What the base model gets wrong or says out of place, this model may too.",
+        licence_sentence(Path(inputs.base.folder)),
     ]
     if not inputs.retain_set:
         said.append("No retention set was given: what the base has forgotten was not measured.")
+    if gain_is_loss_only(transfer):
+        said.append("It gives no more right answers than the base: " + advice_on_answers(transfer)[0] + ".")
     if transfer.verdict not in (None, "positive"):
         said.append(f"The verdict is `{transfer.verdict}`: {_not_shown(transfer)}.")
     return "## Limitations\n\n" + "\n".join(f"* {line}" for line in said)

@@ -18,6 +18,8 @@ class BundleInputs(Value):
     base_name: str
     """`base.model` as the spec gives it."""
     base: BaseLoad
+    base_sha256: str = ""
+    """`RunPlan.base_sha256`; empty where the run does not know it."""
     anatomy: ModelAnatomy
     trial: TrialSpec
     selection: LayerSelection

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from orchestrator.data import TokenizedSet, load_tokenizer, with_shots
+from orchestrator.data.known import load_known
 from orchestrator.serve.inputs import BundleInputs
 from orchestrator.serve.verifying import fitting_device
 from orchestrator.train.artifacts import attach_artifact
@@ -98,10 +99,10 @@ class _Scorer:
         self._inputs = inputs
         self._ranks = Ranks(device=device)
         self._tokenizer = load_tokenizer(Path(inputs.base.folder))
-        self._data = TokenizedSet.load(inputs.test_set)
+        self._data = load_known(inputs.test_set)
         self._classify = inputs.base.task == "classify"
         retained = inputs.retain_set if not self._classify else None
-        self._retained = TokenizedSet.load(retained) if retained else None
+        self._retained = load_known(retained) if retained else None
         answered = _affordable(self._data, num_prompts, generated_tokens) if inputs.base.task in ("completion", "chat") else 0
         self._generated = self._data.select(np.arange(answered))
         self.device, self.dtype = device, getattr(torch, inputs.held_dtype)
@@ -121,7 +122,7 @@ class _Scorer:
 
     def score_untouched(self, base: LoadedBase) -> None:
         if self._classify:
-            train = TokenizedSet.load(self._inputs.train_set)
+            train = load_known(self._inputs.train_set)
             self.test[UNTOUCHED] = class_prior(self._data, train, self._inputs.base.num_classes)
         else:
             self.score(UNTOUCHED, base.model, generate=True)
@@ -130,7 +131,7 @@ class _Scorer:
     def score_with_shots(self, base: LoadedBase) -> None:
         """The untouched base once more, with examples of the training set in its prompts."""
         limit, seed = self._inputs.anatomy.max_positions, self._inputs.trial.seed
-        found = with_shots(self._data, TokenizedSet.load(self._inputs.train_set), self._inputs.shots, limit, seed)
+        found = with_shots(self._data, load_known(self._inputs.train_set), self._inputs.shots, limit, seed)
         self.num_shots = found.mean
         with _evaluating(base.model):
             self.test[SHOWN] = self._evaluate(self._objective(base.model), found.data)

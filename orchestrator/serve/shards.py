@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import struct
 from collections import deque
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from types import TracebackType
 import torch
 
 from orchestrator.plan.merge import WriteTensor
+from orchestrator.store.files import usual_mode
 from orchestrator.units import MIB
 
 SYNC_BYTES = 256 * MIB
@@ -94,13 +96,18 @@ def _header(tensors: Sequence[WriteTensor]) -> bytes:
 
 
 def link_or_copy(source: Path, target: Path) -> bool:
-    """A hard link, or a copy where the file systems do not allow one; whether it is a link."""
+    """A hard link; a copy where the file systems allow none, or where the source has another mode than a new file.
+
+    Returns:
+        Whether it is a link.
+    """
     source = source.resolve()
-    try:
-        os.link(source, target)
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EACCES, errno.ENOTSUP):
-            raise
-        shutil.copyfile(source, target)
-        return False
-    return True
+    if stat.S_IMODE(source.stat().st_mode) == usual_mode(target.parent):
+        try:
+            os.link(source, target)
+            return True
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EACCES, errno.ENOTSUP):
+                raise
+    shutil.copyfile(source, target)
+    return False

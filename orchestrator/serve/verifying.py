@@ -29,7 +29,7 @@ from torch import nn
 from torch.nn import functional
 
 from orchestrator.anatomy.values import ModelAnatomy
-from orchestrator.data import TokenizedSet
+from orchestrator.data.known import load_known
 from orchestrator.errors import DataError, VerificationError
 from orchestrator.plan.memory.estimate import RESIDENT_SHARE
 from orchestrator.plan.merge import MergedInto
@@ -170,7 +170,7 @@ def _dequantized_linear(layer: Linear4bit, inputs: torch.Tensor) -> torch.Tensor
 
 def _held_out(trained: TrainedModel, max_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids, offsets) of the first documents within the budget; the first one is cut to it."""
-    data = TokenizedSet.load(trained.documents)
+    data = load_known(trained.documents)
     if not len(data):
         raise DataError("no held-out document to verify with", where=trained.documents)
     last = max(1, int(np.searchsorted(data.offsets, max_tokens, side="right")) - 1)

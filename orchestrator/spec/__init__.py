@@ -1,6 +1,7 @@
 """What the user asked: one YAML file as frozen values.
 
     loaded = load_spec("jobs/specs/quickstart.yaml")    # or SpecError: every mistake with file:line:column
+    load_spec("spec.yaml", ["search.trials=4"])         # with values of options, as `--set` gives them
     loaded.spec.train.epochs                            # the spec, nothing derived in it
     loaded.resolve(loaded.spec.output)                  # paths are relative to the spec's file
     spec_sha256(loaded.spec, "sweep")                   # the run's identity
@@ -9,7 +10,7 @@
 `UNSUPPORTED` lists what is refused as not built yet.
 """
 
-from orchestrator.spec.loader import LoadedSpec, load_spec, require_section
+from orchestrator.spec.loader import LoadedSpec, load_spec, load_values, require_section
 from orchestrator.spec.models import JobSpec
 from orchestrator.spec.policy import Policy, normal_form, parse_policy
 from orchestrator.spec.render import describe_difference, dump_yaml, json_schema, learning_rate_range, spec_sha256
@@ -25,6 +26,7 @@ __all__ = [
     "json_schema",
     "learning_rate_range",
     "load_spec",
+    "load_values",
     "normal_form",
     "parse_policy",
     "require_section",

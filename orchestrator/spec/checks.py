@@ -70,7 +70,7 @@ def _hub_hint(path: KeyPath, value: str) -> str:
 
 def _step_size(spec: JobSpec) -> Iterator[Finding]:
     longest, step = spec.data.max_tokens, spec.train.tokens_per_step
-    if longest > step:
+    if step != "auto" and longest > step:
         written = "max_tokens" in spec.data.model_fields_set
         path = ("data", "max_tokens") if written else ("train", "tokens_per_step")
         yield Finding(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -14,8 +14,10 @@ from pydantic import ValidationError
 
 from orchestrator.errors import SpecError, SpecProblem
 from orchestrator.spec.checks import find_mistakes
+from orchestrator.spec.dump import resolved_yaml
 from orchestrator.spec.models import FinetuneSpec, JobSpec, SearchSpec
-from orchestrator.spec.source import KeyPath, Place, Source, read_source, spell_path
+from orchestrator.spec.overrides import Override, apply_overrides, override_values, parse_overrides
+from orchestrator.spec.source import KeyPath, Place, Source, parse_source, read_source, spell_path
 from orchestrator.spec.unsupported import is_url
 from orchestrator.spec.wording import explain, found
 
@@ -38,6 +40,10 @@ class LoadedSpec:
     text: str
     places: Mapping[str, Place] = field(default_factory=dict[str, Place])
     """Line and column of every value that the file gives, by dotted path (`search.layers[1]`)."""
+    defaulted: str = ""
+    """What stands in for a section that the file does not have, in a sentence."""
+    overrides: Mapping[str, str] = field(default_factory=dict[str, str])
+    """The options that gave values instead of the file, by dotted path: `search.trials` -> `--set search.trials=4`."""
 
     @property
     def folder(self) -> Path:
@@ -55,39 +61,83 @@ class LoadedSpec:
         return os.path.normpath(self.folder / Path(path).expanduser())
 
     def where(self, path: str) -> str:
-        """`file:line:column` of a value, for errors that are found later; the file alone when it does not have it."""
+        """`file:line:column` of a value, for errors that are found later; the option that gave it, or the file alone."""
+        option = next((self.overrides[key] for key in self.overrides if _is_within(path, key)), "")
+        if option:
+            return option
         line, column = self.places.get(path, (0, 0))
         return f"{self.path}:{line}:{column}" if line else str(self.path)
 
 
-def load_spec(path: Path | str) -> LoadedSpec:
+def load_spec(path: Path | str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> LoadedSpec:
     """Read, validate and judge a spec.
 
     Numbers are strict: a quoted number, or true where a number is due, is an error.
 
+    Args:
+        path: The YAML file.
+        overrides: Values that take the place of the file's: `key=value` texts as `--set` takes them, or values by dotted key.
+
     Raises:
-        SpecError: everything that is wrong, each with file:line:column.
+        SpecError: everything that is wrong, each with file:line:column, or with the option that gave it.
     """
     path = Path(path).expanduser()
-    source = read_source(path)
-    problems = list(source.problems)
+    given = override_values(overrides) if isinstance(overrides, Mapping) else parse_overrides(overrides)
+    return _load(read_source(path), path.absolute(), given)
+
+
+def load_text(text: str, path: Path) -> LoadedSpec:
+    """A spec out of YAML text that is not, or not yet, in the file `path`.
+
+    Raises:
+        SpecError: everything that is wrong, as if it stood there.
+    """
+    return _load(parse_source(text, str(path)), path.absolute(), [])
+
+
+def load_values(values: Mapping[str, Any], folder: Path, overrides: Mapping[str, Any] | None = None) -> LoadedSpec:
+    """A spec out of a dictionary with the keys of a spec's file, as `load_spec` judges one.
+
+    Args:
+        folder: Where relative paths start.
+
+    Raises:
+        SpecError: everything that is wrong, by key.
+    """
+    plain = json.loads(json.dumps(values, default=str))
+    return _load(Source("the given spec", "", plain), folder.absolute() / "spec", override_values(overrides or {}))
+
+
+def _load(source: Source, path: Path, overrides: Sequence[Override]) -> LoadedSpec:
+    """The spec of a source; `path` is where it comes from, absolute."""
     data = _mapping(source.data)
     if data is None:
-        problems.append(
-            source.problem((), f"{found(source.data)}; expected a mapping with the keys {', '.join(JobSpec.model_fields)}")
-        )
-        raise SpecError(problems)
+        keys = ", ".join(JobSpec.model_fields)
+        problem = source.problem((), f"{found(source.data)}; expected a mapping with the keys {keys}")
+        raise SpecError([*source.problems, problem])
+    apply_overrides(source, overrides)
+    problems = list(source.problems)
     spec, broken = _validate(source)
     problems += broken.values()
     judged = spec or _salvage(data, list(broken))
     if judged is not None:
-        for finding in find_mistakes(judged, path.absolute().parent):
+        for finding in find_mistakes(judged, path.parent):
             if not any(_related(place, bad) for place in (finding.path, *finding.needs) for bad in broken):
                 problems.append(source.problem(finding.path, finding.message, finding.hint))
     if problems or spec is None:
         raise SpecError(sorted(problems, key=lambda problem: (problem.line, problem.column)))
     places = {spell_path(place): source.values[place] for place in source.values if place}
-    return LoadedSpec(spec, path.absolute(), source.text, places)
+    options = {spell_path(place): option for place, option in source.overrides.items()}
+    return LoadedSpec(spec, path, _text(source, spec, path), places, overrides=options)
+
+
+def _text(source: Source, spec: JobSpec, path: Path) -> str:
+    """The file as it stands; where options or a program gave values, the resolved spec, and by what it came about."""
+    if source.text and not source.overrides:
+        return source.text
+    origin = path.name if source.text else "a program's values"
+    options = "".join(f"#   {' '.join(option.split())}\n" for option in source.overrides.values())
+    return f"# Resolved from {origin}{', changed by' if options else ''}\n{options}{resolved_yaml(spec)}"
 
 
 def require_section(loaded: LoadedSpec, job: Literal["sweep", "finetune"]) -> SearchSpec | FinetuneSpec:
@@ -144,6 +194,11 @@ def _remove(data: dict[str, Any], path: KeyPath) -> None:
         section = cast("dict[str, Any]", section).get(str(key)) if isinstance(section, dict) else None
     if isinstance(section, dict):
         cast("dict[str, Any]", section).pop(str(path[depth - 1]), None)
+
+
+def _is_within(path: str, key: str) -> bool:
+    """Whether `search.layers[1]` lies at or below `search.layers`."""
+    return path == key or path.startswith((f"{key}.", f"{key}["))
 
 
 def _related(one: KeyPath, other: KeyPath) -> bool:

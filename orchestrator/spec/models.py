@@ -51,10 +51,11 @@ class BaseSpec(Section):
 
 
 class DataSource(Section):
-    """One training source; `weight` repeats or thins its rows relative to the others."""
+    """One training source; with weights, sources are mixed so that their numbers of rows are to one another as these."""
 
     path: str
-    weight: PositiveFloat = 1.0
+    weight: PositiveFloat | None = None
+    """Share of the rows, relative to the other sources (one without counts as 1); where none has a weight, every row is used."""
 
 
 class ColumnsSpec(Section):
@@ -97,6 +98,10 @@ class DataSpec(Section):
     """What a document is in a text file: the whole file, a line, or a paragraph."""
     separator: str = "\n"
     """Stands between prompt and completion; not after an Alpaca prompt, whose template says how it ends."""
+    train_on: Literal["all_assistant", "last_assistant"] = "all_assistant"
+    """Which of a chat's assistant turns are learned; those of `weight: 0` never are."""
+    special_tokens_in_text: Literal["escape", "allow"] = "escape"
+    """What control tokens are that a row spells (`<|im_end|>`): ordinary text, or control tokens."""
     max_tokens: Annotated[int, Field(ge=8)] = 512
     """The longest document."""
     pack: bool = True
@@ -104,7 +109,9 @@ class DataSpec(Section):
     long_rows: Literal["error", "drop", "truncate_prompt"] = "drop"
     """What happens to a row of more than `max_tokens` tokens; `text` is cut into chunks instead."""
     group: str | None = None
-    """A column whose rows stay in one split."""
+    """A column whose rows stay in one split, across given files too."""
+    dedupe: Literal["exact", "near", "none"] = "exact"
+    """What never stands in two splits: `exact` equal rows, prompts and texts, `near` near-duplicates too; all are told."""
     skip_bad_rows: bool = False
     """Malformed rows are counted and listed instead of stopping the run."""
     retain_tokens: PositiveInt = 16384
@@ -131,8 +138,8 @@ class TrainSpec(Section):
     """How a trial learns."""
 
     epochs: PositiveFloat = 2
-    tokens_per_step: PositiveInt = 8192
-    """A step is a fixed list of documents of at most so many tokens."""
+    tokens_per_step: Annotated[PositiveInt | Literal["auto"], BeforeValidator(_refuse_bool)] = "auto"
+    """A step is a fixed list of documents of at most so many tokens; `auto`: from the number and length of the documents."""
     warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
     """Share of the training tokens over which the learning rate rises."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

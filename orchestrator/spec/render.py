@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from io import StringIO
 from typing import Any, Literal, cast
 
-from ruamel.yaml import YAML
-
+from orchestrator.spec.dump import resolved_yaml
 from orchestrator.spec.loader import LoadedSpec
 from orchestrator.spec.models import DataSpec, JobSpec, SearchSpec, Tune
 from orchestrator.values import content_hash
@@ -34,6 +32,10 @@ def spec_sha256(spec: JobSpec, job: Job) -> str:
     for key in ("input", "system", "tools"):
         if values["data"]["columns"][key] == usual["columns"][key]:
             del values["data"]["columns"][key]  # likewise
+    if values["data"]["dedupe"] == "exact":
+        del values["data"]["dedupe"]  # likewise; where it gives other sets, `prepare_data` tells
+    for source in values["data"]["train"] if isinstance(values["data"]["train"], list) else ():
+        source["weight"] = 1.0 if source["weight"] is None else source["weight"]  # likewise
     return content_hash({"job": job, **values})
 
 
@@ -61,11 +63,7 @@ def dump_yaml(loaded: LoadedSpec) -> str:
     if loaded.spec.finetune is not None:
         jobs.append("finetune")
     head = "".join(f"# sha256 ({job}): {spec_sha256(loaded.spec, job)}\n" for job in jobs)
-    yaml: Any = YAML()
-    yaml.width = 120
-    stream = StringIO()
-    yaml.dump(loaded.spec.model_dump(mode="json"), stream)
-    return head + stream.getvalue()
+    return head + resolved_yaml(loaded.spec)
 
 
 def learning_rate_range(search: SearchSpec, tune: Tune) -> tuple[float, float]:

@@ -6,13 +6,13 @@ not constructed by the library, so that all mistakes are reported at once and ev
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent, NodeEvent
 from ruamel.yaml.reader import ReaderError
 
 from orchestrator.errors import SpecError, SpecProblem
@@ -22,8 +22,10 @@ Place = tuple[int, int]
 """Line and column, both from 1."""
 
 MOST_BYTES = 1_000_000
-MOST_VALUES = 100_000
+MOST_VALUES = 10_000
+"""In the file, and again once its aliases and merges are written out. A spec with every key has fewer than a hundred."""
 DEEPEST = 40
+"""Levels of mappings and lists, and of mappings merged into one another."""
 TAG = "tag:yaml.org,2002:"
 MERGE_KEY = "<<"
 
@@ -46,6 +48,8 @@ class Source:
     keys: dict[KeyPath, Place] = field(default_factory=dict[KeyPath, Place])
     values: dict[KeyPath, Place] = field(default_factory=dict[KeyPath, Place])
     problems: list[SpecProblem] = field(default_factory=list[SpecProblem])
+    overrides: dict[KeyPath, str] = field(default_factory=dict[KeyPath, str])
+    """Values that an option gives instead of the file, by their path: the option as it was written."""
 
     def place(self, path: KeyPath, *, key: bool = False) -> Place:
         """Where a value (or its key) stands; for what the file does not have, where the nearest thing around it begins."""
@@ -56,21 +60,34 @@ class Source:
         return self.keys.get(path) or self.values.get(path, (1, 1))
 
     def problem(self, path: KeyPath, message: str, hint: str = "", *, key: bool = False) -> SpecProblem:
+        option = self.option(path)
+        if option or not self.values:
+            return SpecProblem(spell_path(path), message, option or self.file, hint=hint)
         line, column = self.place(path, key=key)
         return SpecProblem(spell_path(path), message, self.file, line, column, hint)
+
+    def option(self, path: KeyPath) -> str:
+        """The option that gives the value at `path`: it alone, what lies around it, or a part of what the file lacks."""
+        around = [self.overrides[path[:depth]] for depth in range(len(path), 0, -1) if path[:depth] in self.overrides]
+        within = [option for inner, option in self.overrides.items() if path and inner[: len(path)] == path]
+        return next(iter(around), "") or (next(iter(within), "") if path not in self.values else "")
 
 
 def read_source(path: Path) -> Source:
     """Read and walk a YAML file; duplicate keys, custom tags and keys that are no text go to `problems`.
 
     Raises:
-        SpecError: the file is missing, no file, not UTF-8, too long, empty, or no YAML.
+        SpecError: the file is missing, no file, not UTF-8, too long, empty, or no YAML; it has more values or levels than any
+            spec, as it stands or once its aliases and merges are written out.
     """
-    text = _read_text(path)
-    source = Source(str(path), text)
+    return parse_source(_read_text(path), str(path))
+
+
+def parse_source(text: str, file: str) -> Source:
+    """Walk YAML text as `read_source` does; `file` is what its mistakes are named by."""
+    source = Source(file, text)
     try:
-        reader: Any = YAML(typ="safe", pure=True)
-        root = reader.compose(text)
+        root = _compose(source)
     except MarkedYAMLError as error:
         raise SpecError([_syntax(source.file, error)]) from None
     except ReaderError as error:
@@ -81,6 +98,38 @@ def read_source(path: Path) -> Source:
         raise SpecError([SpecProblem("", "the file is empty", source.file, 1, 1, "start from jobs/specs/quickstart.yaml")])
     source.data = _Walk(source).value(root, ())
     return source
+
+
+def _compose(source: Source) -> Any:
+    """The root node, or None for an empty file. Bounded while it is parsed, for a parser's time grows faster than its text.
+
+    Raises:
+        SpecError: too many or too deeply nested values.
+        YAMLError: no YAML.
+    """
+    reader: Any = YAML(typ="safe", pure=True)
+    constructor, parser = reader.get_constructor_parser(source.text)
+    next_event, depth, count = parser.get_event, 0, 0
+
+    def counted() -> Any:
+        nonlocal depth, count
+        event = next_event()
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        count += isinstance(event, NodeEvent)
+        if depth > DEEPEST or count > 2 * MOST_VALUES:
+            raise SpecError([_too_much(source.file, (), _start(event))])
+        return event
+
+    parser.get_event = counted
+    try:
+        return constructor.composer.get_single_node()
+    finally:
+        parser.dispose()
+
+
+def _too_much(file: str, path: KeyPath, place: Place) -> SpecProblem:
+    hint = f"a file may have {MOST_VALUES} values and {DEEPEST} levels, its aliases and merges written out"
+    return SpecProblem(spell_path(path[:4]), "too many or too deeply nested values", file, *place, hint)
 
 
 def _read_text(path: Path) -> str:
@@ -138,13 +187,15 @@ class _Walk:
         self.source = source
         self.constructor: Any = YAML(typ="safe", pure=True).constructor
         self.count = 0
+        self._pairs: dict[int, list[tuple[Any, Any]]] = {}
+        """Of mappings that were merged, by the identity of their nodes: one that many others merge is written out once."""
+        self._merging: list[int] = []
 
     def value(self, node: Any, path: KeyPath) -> Any:
         self.count += 1
         place = _start(node)
         if self.count > MOST_VALUES or len(path) > DEEPEST:
-            problem = SpecProblem(spell_path(path[:4]), "too many or too deeply nested values", self.source.file, *place)
-            raise SpecError([problem])
+            raise SpecError([_too_much(self.source.file, path, place)])
         nothing = node.id == "scalar" and not node.value and not node.style
         self.source.values[path] = self.source.keys.get(path, place) if nothing else place
         if node.id == "mapping":
@@ -181,22 +232,45 @@ class _Walk:
             result[key] = self.value(value_node, inner)
         return result
 
-    def pairs(self, node: Any) -> Iterator[tuple[Any, Any]]:
-        """Own pairs; then those of mappings merged by `<<` whose keys are not among them."""
-        own: set[str] = set()
+    def pairs(self, node: Any) -> list[tuple[Any, Any]]:
+        """Own pairs; then those of mappings merged by `<<` whose keys are not among them.
+
+        Raises:
+            SpecError: a mapping merges itself, or merges nest too deeply or come to too many pairs.
+        """
+        if id(node) in self._pairs:
+            return self._pairs[id(node)]
+        if id(node) in self._merging or len(self._merging) > DEEPEST:
+            raise SpecError([_too_much(self.source.file, (), _start(node))])
+        self._merging.append(id(node))
+        found: list[tuple[Any, Any]] = []
         merged: list[Any] = []
         for key_node, value_node in node.value:
             if key_node.id == "scalar" and key_node.value == MERGE_KEY and not key_node.style:
-                children = value_node.value if value_node.id == "sequence" else [value_node]
-                merged += [child for child in children if child.id == "mapping"]
-                continue
-            own.add(str(key_node.value))
-            yield key_node, value_node
+                merged += self._merged(key_node, value_node)
+            else:
+                found.append((key_node, value_node))
+        own = {str(key_node.value) for key_node, _ in found}
         for mapping in merged:
             for key_node, value_node in self.pairs(mapping):
                 if str(key_node.value) not in own:
                     own.add(str(key_node.value))
-                    yield key_node, value_node
+                    found.append((key_node, value_node))
+            self.count += 1
+            if len(found) > MOST_VALUES or self.count > MOST_VALUES:
+                raise SpecError([_too_much(self.source.file, (), _start(mapping))])
+        self._merging.pop()
+        self._pairs[id(node)] = found
+        return found
+
+    def _merged(self, key: Any, value: Any) -> list[Any]:
+        children = value.value if value.id == "sequence" else [value]
+        if any(child.id != "mapping" for child in children):
+            message = "`<<` takes a mapping, or a list of mappings"
+            self.source.problems.append(
+                SpecProblem(MERGE_KEY, message, self.source.file, *_start(key), "merge an anchor: `<<: *name`")
+            )
+        return [child for child in children if child.id == "mapping"]
 
 
 def _start(node: Any) -> Place:

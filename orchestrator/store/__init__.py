@@ -6,10 +6,23 @@ check_folder(run.bundle)                           # IntegrityError where a file
 run = RunDirectory.open(root, name, loaded, identity)
 """
 
-from orchestrator.store.files import append_jsonl, read_json, read_jsonl, sampled_sha256, sha256_file, write_atomic, write_json
+from orchestrator.store.endpoints import Unreachable, unreachable
+from orchestrator.store.files import (
+    append_jsonl,
+    output_to,
+    read_json,
+    read_jsonl,
+    read_record,
+    sampled_sha256,
+    set_aside,
+    sha256_file,
+    write_atomic,
+    write_json,
+)
 from orchestrator.store.folders import (
     FileRecord,
     Manifest,
+    check_artifact,
     check_folder,
     commit_folder,
     read_manifest,
@@ -17,27 +30,38 @@ from orchestrator.store.folders import (
     restore_folder,
     write_manifest,
 )
-from orchestrator.store.machine import find_gpus, free_memory_bytes, num_usable_cpus, parse_gpus
-from orchestrator.store.run_directory import RunDirectory, versions
+from orchestrator.store.identity import base_identity, file_identity
+from orchestrator.store.machine import find_gpus, free_memory_bytes, most_threads, num_usable_cpus, parse_gpus
+from orchestrator.store.run_directory import PROGRESS, RunDirectory, versions
 
 __all__ = [
+    "PROGRESS",
     "FileRecord",
     "Manifest",
     "RunDirectory",
+    "Unreachable",
     "append_jsonl",
+    "base_identity",
+    "check_artifact",
     "check_folder",
     "commit_folder",
+    "file_identity",
     "find_gpus",
     "free_memory_bytes",
+    "most_threads",
     "num_usable_cpus",
+    "output_to",
     "parse_gpus",
     "read_json",
     "read_jsonl",
     "read_manifest",
+    "read_record",
     "recover_folder",
     "restore_folder",
     "sampled_sha256",
+    "set_aside",
     "sha256_file",
+    "unreachable",
     "versions",
     "write_atomic",
     "write_json",

@@ -2,23 +2,64 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
-from orchestrator.errors import IntegrityError
-from orchestrator.values import strict_json
+from orchestrator.errors import IntegrityError, OrchestratorError, UsageError
+from orchestrator.values import printable_json, strict_json
 
 CHUNK_BYTES = 4 * 1024**2
 NUM_SAMPLES, SAMPLE_BYTES = 64, 256 * 1024
 """Pieces of a large file that `sampled_sha256` reads."""
 PARTIAL = ".partial-"
 """Stands in the names of files and folders that somebody is still writing, or died over."""
+
+
+RECORD_REMEDY = "submit the same spec again: what is damaged is set aside and made again; or restore the file from a copy"
+Record = TypeVar("Record", bound=BaseModel)
+
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
+"""A disk, a quota or a file that takes no more."""
+CLOSED = frozenset(
+    {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT}
+)
+"""A place where nothing may, or can, be written."""
+
+
+@contextmanager
+def output_to(path: Path, *, remedy: str, only_full: bool = False) -> Iterator[None]:
+    """Say in plain words that nothing can be written there.
+
+    Args:
+        only_full: Also input is read while the block runs, so that only a full disk is surely the output's.
+
+    Raises:
+        UsageError: in place of the operating system's error.
+    """
+    try:
+        yield
+    except OrchestratorError:
+        raise
+    except OSError as error:
+        if error.errno not in (FULL if only_full else FULL | CLOSED):
+            raise
+        where = path if PARTIAL in str(error.filename) else error.filename or path
+        raise UsageError(what_failed(error), where=str(where), remedy=remedy) from error
+
+
+def what_failed(error: OSError) -> str:
+    return f"cannot be written: {error.strerror or error}"
 
 
 def partial_path(final: Path) -> Path:
@@ -28,7 +69,7 @@ def partial_path(final: Path) -> Path:
 
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Replace `path` with `content`; a reader sees the old file or the new one."""
-    data = content.encode() if isinstance(content, str) else content
+    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     temporary = partial_path(path)
     try:
         with temporary.open("wb") as file:
@@ -45,7 +86,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 def write_json(path: Path, value: BaseModel | dict[str, Any] | list[Any]) -> None:
     """Write a value as indented JSON, atomically: strict JSON, NaN and infinities by name."""
     text = json.dumps(strict_json(value, named=True), indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomic(path, text + "\n")
+    write_atomic(path, printable_json(text) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -58,14 +99,44 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise IntegrityError(f"no JSON: {error}", where=str(path), remedy="restore the file or remove its folder") from None
+        raise IntegrityError(f"no JSON: {error}", where=str(path), remedy=RECORD_REMEDY) from None
     except RecursionError:
-        raise IntegrityError("JSON nested too deeply", where=str(path), remedy="restore the file or remove its folder") from None
+        raise IntegrityError("JSON nested too deeply", where=str(path), remedy=RECORD_REMEDY) from None
+
+
+def read_record(path: Path, kind: type[Record]) -> Record:
+    """A value that this program wrote.
+
+    Raises:
+        IntegrityError: the file is no JSON, or says something else than such a value.
+        FileNotFoundError: there is none.
+    """
+    found = read_json(path)
+    try:
+        return kind.model_validate(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        what = f"no {kind.__name__}: {place}: {first['msg']}" if place else f"no {kind.__name__}: {first['msg']}"
+        raise IntegrityError(what, where=str(path), remedy=RECORD_REMEDY) from None
+    except RecursionError:
+        raise IntegrityError("JSON nested too deeply", where=str(path), remedy=RECORD_REMEDY) from None
+
+
+def set_aside(path: Path) -> Path:
+    """Give a damaged or foreign file or folder another name beside its own, which is returned: `result-0.json.damaged-1`."""
+    number = 1
+    while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
+        number += 1
+    path.rename(aside)
+    fsync_folder(path.parent)
+    return aside
 
 
 def append_jsonl(path: Path, value: BaseModel | dict[str, Any]) -> None:
     """Add one line, in one write, after mending a torn last line of a writer that was killed."""
-    line = json.dumps(strict_json(value, named=True), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    text = json.dumps(strict_json(value, named=True), ensure_ascii=False, allow_nan=False)
+    line = printable_json(text).encode() + b"\n"
     with path.open("ab+") as file:
         if file.tell() and not _ends_with_newline(file):
             line = b"\n" + line
@@ -83,7 +154,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     for line in path.read_bytes().split(b"\n"):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):
             rows.append(row)
@@ -114,6 +185,16 @@ def sampled_sha256(path: Path) -> str:
             file.seek(number * (size - SAMPLE_BYTES) // (NUM_SAMPLES - 1))
             digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def usual_mode(folder: Path) -> int:
+    """The mode that a new file of this process gets in `folder`, by its umask. Asked of a file, for reading the umask sets it."""
+    probe = partial_path(folder / "mode")
+    try:
+        with probe.open("xb") as file:
+            return stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def fsync_file(path: Path) -> None:

@@ -7,14 +7,24 @@ import errno
 import glob
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from orchestrator.errors import IntegrityError
-from orchestrator.store.files import PARTIAL, fsync_file, fsync_folder, partial_path, read_json, sha256_file, write_json
+from orchestrator.plan.artifact import ADAPTER, DELTA
+from orchestrator.store.files import (
+    PARTIAL,
+    fsync_file,
+    fsync_folder,
+    partial_path,
+    read_json,
+    sha256_file,
+    usual_mode,
+    write_json,
+)
 from orchestrator.values import Value
 
 MANIFEST = "manifest.json"
@@ -115,11 +125,15 @@ def _remove_replaced(final: Path) -> None:
 def write_manifest(
     folder: Path, *, known_sha256: Mapping[str, str] | None = None, about: dict[str, object] | None = None
 ) -> Manifest:
-    """Sync and hash every file of `folder` into its manifest.json."""
+    """Sync and hash every file of `folder` into its manifest.json, and give all of them the mode of a new file."""
     known = known_sha256 or {}
+    mode = usual_mode(folder)
     records: list[FileRecord] = []
     for path in _files(folder):
         name = path.relative_to(folder).as_posix()
+        if path.lstat().st_nlink == 1:  # safetensors writes 0600; a linked file is somebody else's too
+            with contextlib.suppress(OSError):
+                path.chmod(mode, follow_symlinks=False)
         fsync_file(path)
         records.append(FileRecord(path=name, num_bytes=path.stat().st_size, sha256=known.get(name) or sha256_file(path)))
     for inner, _, _ in os.walk(folder):
@@ -146,18 +160,21 @@ def read_manifest(folder: Path) -> Manifest:
         raise IntegrityError(f"damaged manifest: {first['msg']}", where=str(folder / MANIFEST), remedy=REMEDY) from None
 
 
-def check_folder(folder: Path) -> Manifest:
+def check_folder(folder: Path, *, only: Sequence[str] = ("",)) -> Manifest:
     """Read the manifest and compare every file with it.
+
+    Args:
+        only: Compare only files whose paths begin with one of these.
 
     Raises:
         IntegrityError: a file is missing, truncated, changed, or not listed.
     """
-    manifest = read_manifest(folder)
+    manifest, wanted = read_manifest(folder), tuple(only)
     found = {path.relative_to(folder).as_posix() for path in _files(folder)}
     listed = {record.path for record in manifest.files}
-    for name in sorted(found - listed):
+    for name in sorted(name for name in found - listed if name.startswith(wanted)):
         raise IntegrityError("a file that the manifest does not list", where=str(folder / name), remedy="move it elsewhere")
-    for record in manifest.files:
+    for record in (record for record in manifest.files if record.path.startswith(wanted)):
         path = folder / record.path
         if record.path not in found:
             raise IntegrityError("a file of the manifest is missing", where=str(path), remedy=REMEDY)
@@ -169,6 +186,15 @@ def check_folder(folder: Path) -> Manifest:
             what = f"the content changed after it was written: sha256 {found_sha256}"
             raise IntegrityError(what, where=str(path), expected=record.sha256, remedy=REMEDY)
     return manifest
+
+
+def check_artifact(folder: Path) -> Manifest:
+    """Compare the adapter or delta in a rung, checkpoint or bundle with the folder's manifest, which is returned.
+
+    Raises:
+        IntegrityError: a file is not what was written, or the folder was never finished.
+    """
+    return check_folder(folder, only=(f"{ADAPTER}/", f"{DELTA}/"))
 
 
 def _files(folder: Path) -> list[Path]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from orchestrator.units import MIB
 
 CGROUP = Path("/sys/fs/cgroup")
 CGROUP_CPU_MAX = CGROUP / "cpu.max"
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Holds the configuration of a job, in the environment of the driver that `ray job submit` starts."""
 
 
 def num_usable_cpus(cpu_max: Path = CGROUP_CPU_MAX) -> int:
@@ -21,6 +25,27 @@ def num_usable_cpus(cpu_max: Path = CGROUP_CPU_MAX) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota, _, period = cpu_max.read_text().strip().partition(" ") if cpu_max.exists() else ("max", "", "")
     return max(1, min(cores, int(quota) // int(period))) if quota.isdigit() else cores
+
+
+def most_threads(environment: Mapping[str, str] = os.environ) -> int | None:
+    """The bound that OMP_NUM_THREADS sets on a process's threads; None where it is not set, or no number.
+
+    A list ("4,2", one number a nesting level) counts by its first. Ray sets the variable to 1 in the process that starts a
+    submitted job's driver: there a 1 counts only where the job's own `env_vars` say so.
+    """
+    found = environment.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if not found.isdecimal() or int(found) < 1:
+        return None
+    if found == "1" and JOB_CONFIG in environment and "OMP_NUM_THREADS" not in _job_variables(environment[JOB_CONFIG]):
+        return None
+    return int(found)
+
+
+def _job_variables(config: str) -> Collection[str]:
+    try:
+        return json.loads(config)["runtime_env"]["env_vars"]
+    except (ValueError, KeyError, TypeError):
+        return ()
 
 
 def free_memory_bytes(cgroup: Path = CGROUP) -> int:

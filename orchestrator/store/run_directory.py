@@ -10,16 +10,28 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
-from orchestrator.errors import RunConflictError
+from orchestrator.errors import IntegrityError, RunConflictError
 from orchestrator.spec import LoadedSpec, describe_difference
-from orchestrator.store.files import PARTIAL, append_jsonl, read_json, write_atomic, write_json
+from orchestrator.store.files import (
+    PARTIAL,
+    RECORD_REMEDY,
+    append_jsonl,
+    output_to,
+    read_json,
+    set_aside,
+    write_atomic,
+    write_json,
+)
 
 PACKAGES = ("orchestrator", "torch", "ray", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "optuna")
 IDENTITY = "run.json"
+PROGRESS = "progress.json"
+"""What the run is waiting for, kept up to date while its driver works (`transfer.view.Progress`)."""
 LOCK = ".lock"
 FREE_TO_CHANGE = ("output:", "resources.", "search.trials:")
 """What may differ between two submissions of one run."""
 LISTED = 20
+WRITABLE = "give `output` or --output a folder in which files can be written, with room; or make room or rights there"
 
 
 class RunDirectory:
@@ -42,17 +54,23 @@ class RunDirectory:
 
         Raises:
             RunConflictError: another run, something that is no run, or a run that another driver works in.
+            UsageError: nothing can be written there.
         """
         path = root / name
+        with output_to(path, remedy=WRITABLE):
+            return cls._open(path, loaded, spec_sha256)
+
+    @classmethod
+    def _open(cls, path: Path, loaded: LoadedSpec, spec_sha256: str) -> RunDirectory:
         _refuse_foreign(path)
         path.mkdir(parents=True, exist_ok=True)
         lock = _lock(path)
         try:
             _clear_partial(path)
             run = cls(path, lock)
-            known = _read_identity(path)
+            known = _known_identity(run, spec_sha256, loaded)
             same = known is not None and known["spec_sha256"] == spec_sha256
-            if known is not None and not same and run.plan.exists():
+            if known is not None and not same and run.was_planned:
                 raise _conflict(path, known["values"], loaded.spec.model_dump(mode="json"))
             identity = _identity(loaded, spec_sha256, known if same else None)
             write_json(path / IDENTITY, identity)
@@ -71,9 +89,10 @@ class RunDirectory:
         Raises:
             RunConflictError: no run, or one that another driver works in.
         """
-        if _read_identity(path) is None:
-            raise RunConflictError("the folder holds no run", where=str(path), remedy="give the folder of a run")
-        return cls(path, _lock(path))
+        with output_to(path, remedy=WRITABLE):
+            if _read_identity(path) is None:
+                raise RunConflictError("the folder holds no run", where=str(path), remedy="give the folder of a run")
+            return cls(path, _lock(path))
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -83,6 +102,11 @@ class RunDirectory:
     @property
     def plan(self) -> Path:
         return self.path / "plan.json"
+
+    @property
+    def was_planned(self) -> bool:
+        """Whether it has a plan, or had one that was damaged and set aside: then its trials rest on its base and data."""
+        return was_planned(self.path)
 
     @property
     def base(self) -> Path:
@@ -143,17 +167,10 @@ class RunDirectory:
         Raises:
             RunConflictError: the base's folder holds another base than at the submission before; names what differs.
         """
-        if not (self.plan.exists() and self.base.exists()):
+        if not (self.was_planned and self.base.exists()):
             write_json(self.base, identity)
             return
-        differences = describe_difference(read_json(self.base), identity)
-        if differences:
-            raise RunConflictError(
-                "the base's folder holds another base than when this run began; the difference (there -> here):\n  "
-                + _shown(differences),
-                where=str(self.path),
-                remedy="put the base back, or choose another `name`; nothing was overwritten",
-            )
+        require_same_base(self.path, identity)
 
     def event(self, kind: str, **fields: Any) -> None:
         """A line in events.jsonl: everything that happened by itself (micro-batch halved, gang replaced, trial retried)."""
@@ -168,6 +185,65 @@ class RunDirectory:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def was_planned(path: Path) -> bool:
+    """Whether the run in `path` has a plan, or had one that was damaged and set aside."""
+    return (path / "plan.json").exists() or any(path.glob("plan.json.damaged-*"))
+
+
+def require_same_base(path: Path, identity: dict[str, Any]) -> None:
+    """Refuse another base than the one that a planned run in `path` trained; a run that was not planned has none.
+
+    Raises:
+        RunConflictError: names what differs.
+        IntegrityError: what is known of that base is damaged.
+    """
+    if not (was_planned(path) and (path / "base.json").exists()):
+        return
+    known = read_json(path / "base.json")
+    if not isinstance(known, dict):
+        raise IntegrityError("no identity of a base", where=str(path / "base.json"), remedy=RECORD_REMEDY)
+    differences = describe_difference(known, identity)
+    if differences:
+        raise RunConflictError(
+            "the base's folder holds another base than when this run began; the difference (there -> here):\n  "
+            + _shown(differences),
+            where=str(path),
+            remedy="put the base back, or choose another `name`; nothing was overwritten",
+        )
+
+
+def is_same_run(path: Path, loaded: LoadedSpec, spec_sha256: str) -> bool:
+    """Whether `RunDirectory.open` would take up an earlier submission in `path`, asked without writing anything.
+
+    Raises:
+        RunConflictError: it would refuse: another run, something that is no run, or a run that another driver works in.
+    """
+    _refuse_foreign(path)
+    known = _read_identity(path)
+    if holder := running_driver(path):
+        raise _busy(path, holder)
+    if known is None:
+        return False
+    if known["spec_sha256"] != spec_sha256:
+        if (path / "plan.json").exists():
+            raise _conflict(path, known["values"], loaded.spec.model_dump(mode="json"))
+        return False
+    return True
+
+
+def running_driver(path: Path) -> str:
+    """The process that works in a run's folder now (`process 123 on host`); empty where none does."""
+    file = path / LOCK
+    if not file.exists():
+        return ""
+    with file.open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return lock.read().strip() or "another process"
+    return ""
 
 
 def versions() -> dict[str, str]:
@@ -199,7 +275,7 @@ def _refuse_foreign(path: Path) -> None:
     remedy = "choose another `name` or `output`; nothing was touched"
     if path.exists() and not path.is_dir():
         raise RunConflictError("a file stands where the run's folder would be", where=str(path), remedy=remedy)
-    if not path.is_dir() or _read_identity(path) is not None:
+    if not path.is_dir() or _planned_spec(path / "plan.json") is not None or _read_identity(path) is not None:
         return
     foreign = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK and PARTIAL not in entry.name)
     if foreign:
@@ -208,16 +284,48 @@ def _refuse_foreign(path: Path) -> None:
         raise RunConflictError(what, where=str(path), remedy=remedy)
 
 
+def _known_identity(run: RunDirectory, spec_sha256: str, loaded: LoadedSpec) -> dict[str, Any] | None:
+    """As `_read_identity`; a damaged run.json is set aside where the plan proves that the run is this very spec's.
+
+    Raises:
+        IntegrityError, RunConflictError: run.json is damaged or foreign, and no plan says that the run is of this spec.
+    """
+    file = run.path / IDENTITY
+    try:
+        return _read_identity(run.path)
+    except (IntegrityError, RunConflictError) as error:
+        if _planned_spec(run.plan) != spec_sha256:
+            error.remedy = "restore run.json from a copy, or choose another `name` or `output`; nothing was overwritten"
+            raise
+        aside = set_aside(file)
+        message = f"{IDENTITY} is damaged ({error.what}): set aside as {aside.name}; the plan says that the run is of this spec"
+        run.event("record_damaged", message=message, path=IDENTITY, aside=aside.name)
+        return {**_identity(loaded, spec_sha256, None), "submissions": []}
+
+
+def _planned_spec(plan: Path) -> str | None:
+    try:
+        found = read_json(plan)
+    except (IntegrityError, OSError):
+        return None
+    return found.get("spec_sha256") if isinstance(found, dict) else None
+
+
 def _read_identity(path: Path) -> dict[str, Any] | None:
     """What an earlier submission wrote, or None."""
     file = path / IDENTITY
     if not file.exists():
         return None
     known = read_json(file)
-    if not isinstance(known, dict) or not known.keys() >= {"spec_sha256", "created", "submissions", "versions", "values"}:
+    fields = {"spec_sha256", "created", "submissions", "versions", "values"}
+    if not isinstance(known, dict) or not known.keys() >= fields or not _is_shaped(known):
         remedy = "choose another `name` or `output`; nothing was overwritten"
         raise RunConflictError("this run.json was not written by this program", where=str(file), remedy=remedy)
     return known
+
+
+def _is_shaped(known: dict[str, Any]) -> bool:
+    return isinstance(known["submissions"], list) and all(isinstance(known[key], dict) for key in ("versions", "values"))
 
 
 def _clear_partial(path: Path) -> None:
@@ -236,13 +344,17 @@ def _lock(path: Path) -> TextIO:
         lock.seek(0)
         holder = lock.read().strip() or "another process"
         lock.close()
-        raise RunConflictError(
-            f"{holder} works in this run", where=str(path), remedy="wait for it, stop it, or choose another `name`"
-        ) from None
+        raise _busy(path, holder) from None
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {platform.node()}")
     lock.flush()
     return lock
+
+
+def _busy(path: Path, holder: str) -> RunConflictError:
+    return RunConflictError(
+        f"{holder} works in this run", where=str(path), remedy="wait for it, stop it, or choose another `name`"
+    )
 
 
 def _conflict(path: Path, old: dict[str, Any], new: dict[str, Any]) -> RunConflictError:

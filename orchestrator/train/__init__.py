@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from orchestrator.train.artifacts import load_artifact, read_artifact, save_artifact
     from orchestrator.train.base import LoadedBase, load_base
     from orchestrator.train.branch import Branch, open_branch
-    from orchestrator.train.checkpoint import drop_later_checkpoints, find_latest
+    from orchestrator.train.checkpoint import drop_later_checkpoints, find_latest, find_own
     from orchestrator.train.evaluation import Evaluation, evaluate
     from orchestrator.train.generate import continue_prompts, generate_answers
     from orchestrator.train.host import TrainHost
@@ -31,6 +31,7 @@ _HOMES = {
     "drop_later_checkpoints": "checkpoint",
     "evaluate": "evaluation",
     "find_latest": "checkpoint",
+    "find_own": "checkpoint",
     "generate_answers": "generate",
     "load_artifact": "artifacts",
     "load_base": "base",
@@ -48,6 +49,7 @@ __all__ = [
     "drop_later_checkpoints",
     "evaluate",
     "find_latest",
+    "find_own",
     "generate_answers",
     "load_artifact",
     "load_base",

@@ -31,6 +31,8 @@ from orchestrator.plan.artifact import (
     Artifact,
     read_artifact,
 )
+from orchestrator.store import check_artifact
+from orchestrator.store.folders import MANIFEST
 from orchestrator.train.base import LoadedBase
 from orchestrator.train.branch import Branch, full_shape, open_branch
 
@@ -168,15 +170,9 @@ def load_artifact(branch: Branch, folder: Path, assign: Callable[[nn.Parameter, 
     Raises:
         IntegrityError: Damaged, or names or shapes differ from what learns in this branch; nothing was changed.
     """
-    stored = _stored_tensors(_read(folder))
-    learning = dict(branch.learning_parameters())
-    for name in sorted(learning.keys() ^ stored.keys()):
-        state = "is not in the artifact" if name in learning else "does not learn in this trial"
-        raise IntegrityError(f"{name} {state}", where=str(folder))
-    for name, parameter in learning.items():
-        planned = tuple(full_shape(parameter))
-        if stored[name].shape != planned:
-            raise IntegrityError(f"{name} has shape {list(stored[name].shape)}", where=str(folder), expected=str(list(planned)))
+    stored, learning = _stored_tensors(_read(folder)), dict(branch.learning_parameters())
+    if unlike := _unlike(learning, stored):
+        raise IntegrityError(unlike, where=str(folder), expected=f"the {len(learning)} tensors that this trial trains")
     for file in {info.file for info in stored.values()}:
         with safe_open(folder / file, framework="pt", device="cpu") as reader:
             for name, parameter in learning.items():
@@ -184,13 +180,37 @@ def load_artifact(branch: Branch, folder: Path, assign: Callable[[nn.Parameter, 
                     assign(parameter, reader.get_tensor(stored[name].name))
 
 
+def misfit(branch: Branch, folder: Path) -> str:
+    """Why what lies in `folder` cannot be put into a branch, from its headers; empty where it can."""
+    try:
+        return _unlike(dict(branch.learning_parameters()), _stored_tensors(_read(folder)))
+    except IntegrityError as error:
+        return error.what
+
+
+def _unlike(learning: Mapping[str, nn.Parameter], stored: Mapping[str, TensorInfo]) -> str:
+    """The first tensor whose name or shape is another one; empty where none is."""
+    for name in sorted(learning.keys() ^ stored.keys()):
+        return f"{name} is not in the artifact" if name in learning else f"{name} is not trained in this trial"
+    for name, parameter in learning.items():
+        planned = tuple(full_shape(parameter))
+        if stored[name].shape != planned:
+            return f"{name} has shape {list(stored[name].shape)} there and {list(planned)} here"
+    return ""
+
+
 @contextmanager
 def attach_artifact(base: LoadedBase, folder: Path) -> Iterator[Branch]:
     """The live trained model: the base with a saved artifact on it, as long as the context lasts.
 
+    Args:
+        folder: Where it has a manifest, as every committed folder has, its files are compared with that before they are read.
+
     Raises:
         IntegrityError: The artifact is damaged or belongs to another base.
     """
+    if (folder / MANIFEST).exists():
+        check_artifact(folder)
     selection, lora_alpha = selection_of(base, folder)
     with open_branch(base, selection, lora_alpha=lora_alpha, seed=0) as branch:
         load_artifact(branch, folder)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,13 +20,16 @@ from safetensors.torch import load_file
 
 from orchestrator.errors import IntegrityError, TrainingError
 from orchestrator.plan.cost.disk import KEPT_CHECKPOINTS
-from orchestrator.store import check_folder, read_json, read_jsonl, write_atomic
+from orchestrator.plan.ownership import contradiction
+from orchestrator.store import check_folder, read_json, read_jsonl, read_manifest, set_aside, write_atomic
 from orchestrator.train.engine import FLAT, Engine
 from orchestrator.train.loop import LoopState
 from orchestrator.train.ranks import Ranks
 from orchestrator.train.snapshot import RANDOM
 
 logger = logging.getLogger(__name__)
+CHECKPOINT = re.compile(r"(rung|checkpoint)-\d+")
+"""Names of checkpoints; one that was set aside has another."""
 
 
 @dataclass(frozen=True)
@@ -52,38 +56,90 @@ class StartPoint:
             torch.cuda.set_rng_state(own[RANDOM + "cuda"], ranks.device)
 
 
-def open_checkpoint(
-    start: Path, trial_folder: Path, ranks: Ranks, *, seed: int, layout: str, note: Callable[[str], None]
-) -> StartPoint | None:
-    """Check `start`'s hashes (rank 0 does) and say what it holds. Called on every rank.
+@dataclass(frozen=True)
+class Wanted:
+    """What a checkpoint must be for a trial to go on from it."""
 
-    A damaged one gives way to the trial's newest whole checkpoint, or to None (step 0), and `note` says so. On another number
-    of ranks, masters and moments go on where every rank held them whole, and their sums may differ in the last bits.
+    seed: int
+    layout: str
+    """Of masters and moments: in another one only the weights are taken over."""
+    owner: Mapping[str, object]
+    """As `plan.ownership` says."""
+    misfit: Callable[[Path], str]
+    """Why its tensors are not those that the trial trains; empty where they are."""
+
+
+def open_checkpoint(
+    start: Path, trial_folder: Path, ranks: Ranks, wanted: Wanted, *, note: Callable[[str], None]
+) -> StartPoint | None:
+    """Check `start`'s hashes and whose it is (rank 0 does) and say what it holds. Called on every rank.
+
+    A damaged one gives way to the trial's newest whole checkpoint, or to None (step 0), and `note` says so; so does one that
+    belongs to another trial, spec or base, which is set aside. On another number of ranks, masters and moments go on where
+    every rank held them whole, and their sums may differ in the last bits.
 
     Raises:
-        TrainingError: a checkpoint of another seed, or one without optimizer state.
+        TrainingError: a checkpoint without optimizer state.
     """
-    folder = ranks.broadcast((start if is_whole(start) else find_latest(trial_folder)) if ranks.first else None)
-    if folder != start:
-        note(f"{start.name} is damaged: " + (f"goes on from {folder.name}" if folder else "starts again from step 0"))
+    folder, told = ranks.broadcast(_own_checkpoint(start, trial_folder, wanted) if ranks.first else None)
+    for message in told:
+        note(message)
     if folder is None:
         return None
     record = read_json(folder / "state.json")
     newer = [path.name for path in _on_the_way(trial_folder) if _step_of(path) > max(record["step"], _step_of(start))]
     if newer:
         note(f"passed over as damaged or of a later attempt: {', '.join(newer)}")
-    if record["seed"] != seed:
-        raise TrainingError(f"the checkpoint was made with seed {record['seed']}", where=str(folder), expected=f"seed {seed}")
     if not record["has_optimizer"]:
         raise TrainingError("the checkpoint holds no optimizer state", where=str(folder), remedy="start again from step 0")
-    same_ranks, whole = record["ranks"] == ranks.count, layout == FLAT
-    exact = record["layout"] == layout and (same_ranks or whole)
+    same_ranks, whole = record["ranks"] == ranks.count, wanted.layout == FLAT
+    exact = record["layout"] == wanted.layout and (same_ranks or whole)
     if not exact:
         note(f"{folder.name} is of another gang or ZeRO stage: weights taken over, Adam's moments start anew")
     elif not same_ranks:
         note(f"{folder.name} was made by {record['ranks']} ranks, and {ranks.count} go on: last digits may differ from there")
     loss = None if record["loss"] is None else float(record["loss"])
     return StartPoint(folder, LoopState(record["step"], record["tokens"], loss), exact, whole)
+
+
+def _own_checkpoint(start: Path, trial_folder: Path, wanted: Wanted) -> tuple[Path | None, list[str]]:
+    """`start` where it is whole and the trial's own, else the newest other one that is; and what to tell of it."""
+    if not is_whole(start):
+        found, told = find_own(trial_folder, wanted.owner, wanted.misfit)
+        return found, [*told, f"{start.name} is damaged: {_goes_on(found)}"]
+    stranger = _stranger(start, wanted)
+    if not stranger:
+        return start, []
+    aside = set_aside(start)
+    found, told = find_own(trial_folder, wanted.owner, wanted.misfit)
+    return found, [f"{start.name} is {stranger}: set aside as {aside.name}; {_goes_on(found)}", *told]
+
+
+def _goes_on(found: Path | None) -> str:
+    return f"goes on from {found.name}" if found is not None else "starts again from step 0"
+
+
+def _stranger(folder: Path, wanted: Wanted) -> str:
+    """Why a whole checkpoint is not the trial's own; empty where it is."""
+    seed = read_json(folder / "state.json").get("seed")
+    if found := contradiction(read_manifest(folder).about, wanted.owner):
+        return found
+    if seed != wanted.seed:
+        return f"of seed {seed} and not of {wanted.seed}"
+    return f"of another trial: {unlike}" if (unlike := wanted.misfit(folder)) else ""
+
+
+def find_own(
+    trial_folder: Path, owner: Mapping[str, object], misfit: Callable[[Path], str] = lambda _: ""
+) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint that is the trial's own, as `find_latest`; those of others are set aside and told."""
+    told: list[str] = []
+    while (found := find_latest(trial_folder)) is not None:
+        other = contradiction(read_manifest(found).about, owner) or misfit(found)
+        if not other:
+            return found, told
+        told.append(f"{found.name} is {other}: set aside as {set_aside(found).name}")
+    return None, told
 
 
 def rung_folder(trial_folder: Path, rung: int) -> Path:
@@ -100,12 +156,12 @@ def find_latest(folder: Path) -> Path | None:
     A damaged one is passed over with a warning; None when there is none.
     """
     found: list[tuple[int, Path]] = []
-    for candidate in sorted(folder.glob("rung-*")) + sorted(folder.glob("checkpoint-*")):
+    for candidate in sorted(path for path in folder.glob("*-*") if CHECKPOINT.fullmatch(path.name)):
         try:
             record = read_json(candidate / "state.json")
             if record["has_optimizer"]:
                 found.append((int(record["step"]), candidate))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("checkpoint %s is passed over: %s", candidate, error)
     return next((path for _, path in sorted(found, key=lambda item: item[0], reverse=True) if is_whole(path)), None)
 
@@ -138,13 +194,13 @@ def forget_steps_after(step: int, steps_file: Path) -> None:
     """Take the lines of later steps out of steps.jsonl: they are about to be written again."""
     steps_file.parent.mkdir(parents=True, exist_ok=True)
     if steps_file.exists():
-        kept = [line for line in read_jsonl(steps_file) if line["step"] <= step]
+        kept = [line for line in read_jsonl(steps_file) if isinstance(line.get("step"), int) and line["step"] <= step]
         write_atomic(steps_file, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def _on_the_way(trial_folder: Path) -> list[Path]:
     """The folders checkpoint-<step>, by step."""
-    return sorted(trial_folder.glob("checkpoint-*"), key=_step_of)
+    return sorted((path for path in trial_folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)), key=_step_of)
 
 
 def _step_of(folder: Path) -> int:

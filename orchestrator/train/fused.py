@@ -13,6 +13,7 @@ import torch
 from orchestrator.errors import NonFiniteLossError, OutOfMemoryError, TrainingError
 from orchestrator.plan.results import StepReport
 from orchestrator.plan.values import Assignment
+from orchestrator.train import pulse
 from orchestrator.train.adapters import AdapterSpec
 from orchestrator.train.base import LoadedBase
 from orchestrator.train.batches import StepInput, repeated, step_inputs
@@ -74,6 +75,7 @@ class FusedRun:
             ]
             self._train(objective, members, on_step)
             self._score(objective, members)
+            pulse.enter("saving")
             first.prove_frozen(group.branches[0])
             for member in members:
                 if member.failure is None:
@@ -82,7 +84,7 @@ class FusedRun:
         return [member.failure for member in members]
 
     def _member(self, run: TrialRun, branch: Branch, objective: Objective, stack: ExitStack) -> Member:
-        start = run.start_point()
+        start = run.start_point(branch)
         engine = run.build_engine(objective, branch)
         stack.callback(engine.close)
         if start is not None and not start.exact:
@@ -143,6 +145,7 @@ class FusedRun:
             run.after_step(report, state, member.engine, member.branch)
             if on_step is not None:
                 on_step(report)
+            pulse.beat(state.step)
 
     def _score(self, objective: Objective, members: Sequence[Member]) -> None:
         """All trials of the group at once, also those that failed; their scores are dropped."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from orchestrator.data import TokenizedSet
+from orchestrator.data import TokenizedSet, padding
 from orchestrator.train.ranks import Ranks
 
 SPARE_TOKENS = 8
@@ -26,10 +26,21 @@ def prompt_and_answer(data: TokenizedSet, index: int) -> tuple[np.ndarray, np.nd
 
 
 def wanted_answers(data: TokenizedSet, tokenizer: Any) -> list[str]:
-    """The texts that exact match compares with: the set's own answers, or its supervised tokens decoded."""
-    if len(data.answers) == len(data):
-        return list(data.answers)
-    return [tokenizer.decode(prompt_and_answer(data, i)[1], skip_special_tokens=True) for i in range(len(data))]
+    """The texts that exact match compares with: what each document's last supervised run says before its end token."""
+    stops = stop_ids(data, tokenizer)
+    return [_said(prompt_and_answer(data, index)[1], tokenizer, stops) for index in range(len(data))]
+
+
+def stop_ids(data: TokenizedSet, tokenizer: Any) -> tuple[int, ...]:
+    """Where generation stops: what ends the answers of the data, or the tokenizer's end token where that is not known."""
+    own = tokenizer.eos_token_id
+    return data.stop_ids or ((own,) if own is not None else ())
+
+
+def _said(ids: np.ndarray, tokenizer: Any, stops: Sequence[int]) -> str:
+    """An answer's text up to the first token that ends it."""
+    ended = np.flatnonzero(np.isin(ids, np.asarray(stops, np.int64)))
+    return tokenizer.decode(ids[: ended[0]] if len(ended) else ids, skip_special_tokens=True)
 
 
 def generate_answers(
@@ -50,12 +61,14 @@ def generate_answers(
     by_length = sorted(range(len(pairs)), key=lambda index: (len(pairs[index][0]), index))
     batches = [by_length[start : start + rows] for start in range(0, len(by_length), rows)]
     num_rounds = -(-len(batches) // ranks.count)
+    stops = stop_ids(data, tokenizer)
     mine: dict[int, str] = {}
     for turn in range(num_rounds):
         number = turn * ranks.count + ranks.rank
         documents = batches[number] if number < len(batches) else batches[0] if synced else []
         if documents:
-            texts = continue_prompts(model, tokenizer, [pairs[i][0] for i in documents], longest, ranks.device, synced=synced)
+            prompts = [pairs[index][0] for index in documents]
+            texts = continue_prompts(model, tokenizer, prompts, longest, ranks.device, stops=stops, synced=synced)
             mine |= dict(zip(documents, texts, strict=True))
     found: dict[int, str] = {}
     for part in reversed(ranks.gather(mine)):
@@ -71,11 +84,12 @@ def continue_prompts(
     max_new_tokens: int,
     device: torch.device,
     *,
+    stops: Sequence[int],
     synced: bool = False,
 ) -> list[str]:
-    """Greedy continuations of token-id prompts, padded on the left, up to the tokenizer's end token."""
+    """Greedy continuations of token-id prompts, padded on the left, up to the first of the tokens in `stops`."""
     width = max(1, *(len(prompt) for prompt in prompts))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = padding(tokenizer, stops)
     ids = np.full((len(prompts), width), pad, dtype=np.int64)
     mask = np.zeros((len(prompts), width), dtype=np.int64)
     for row, prompt in enumerate(prompts):
@@ -92,9 +106,9 @@ def continue_prompts(
             num_beams=1,
             use_cache=True,
             pad_token_id=pad,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=list(stops) or None,
             synced_gpus=synced,
         )
     finally:
         model.train(was_training)
-    return [tokenizer.decode(row[width:], skip_special_tokens=True) for row in output]
+    return [_said(row[width:].cpu().numpy(), tokenizer, stops) for row in output]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from orchestrator.errors import OrchestratorError
 from orchestrator.plan.results import RungResult, StepReport
 from orchestrator.plan.values import Assignment
+from orchestrator.train import pulse
 from orchestrator.train.fused import FusedRun
 from orchestrator.train.memory import first_line, is_out_of_memory, reset_peak
 from orchestrator.train.outcome import TRIAL_ERRORS, TrialOutcome, result_of
@@ -68,6 +69,7 @@ class Groups:
         """
         try:
             self._host.open_trunk(first, self._host.news.append)
+            pulse.enter("preparing")
             run = self._host.trial_run(first, first.execution, self._host.news, TrialOutcome())
             return best_width(self._host.base, group, run.sets.steps, run.rows, run.sets.states, self._host.ranks)
         except (*TRIAL_ERRORS, RuntimeError, MemoryError) as error:
@@ -86,6 +88,7 @@ class Groups:
         outcomes = [TrialOutcome() for _ in group]
         try:
             trunk_seconds = host.open_trunk(group[0], told.append)
+            pulse.enter("preparing")
             reset_peak(host.ranks.device)
             runs = [
                 host.trial_run(assignment, assignment.execution, own, outcome, len(group))

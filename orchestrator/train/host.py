@@ -12,6 +12,7 @@ import torch
 
 from orchestrator.anatomy.values import ModelAnatomy
 from orchestrator.data import TokenizedSet
+from orchestrator.data.known import load_known
 from orchestrator.errors import (
     OutOfMemoryError,
     RankOutOfMemoryError,
@@ -20,6 +21,7 @@ from orchestrator.errors import (
 from orchestrator.plan.relief import nothing_smaller, relieve
 from orchestrator.plan.results import RungResult, StepReport
 from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan
+from orchestrator.train import pulse
 from orchestrator.train.base import LoadedBase, load_base, loading_device
 from orchestrator.train.batches import RowPlan
 from orchestrator.train.branch import head_name
@@ -85,6 +87,7 @@ class TrainHost:
             TrainingError: the plan and the gang differ in their number of ranks.
             BaseError: the base cannot be loaded.
         """
+        pulse.enter("loading the base")
         if execution.executor == "deepspeed":
             from orchestrator.train import deepspeed_engine
 
@@ -132,6 +135,7 @@ class TrainHost:
     ) -> RungResult:
         """As `run`, but the rung may be on its way to the disk still: the result counts after `settle`."""
         started = time.time()
+        pulse.enter("preparing")
         notes = [*self.news]
         self.news.clear()
         outcome, reason = TrialOutcome(), ""
@@ -157,6 +161,7 @@ class TrainHost:
         objective = objective_of(self._base, head)
         with forward_ready(objective, execution):
             partitioned = is_partitioned(execution)
+            pulse.enter("caching activations")
             return self._trunk.open(plan, assignment.data, rows, objective, partitioned=partitioned, note=note)
 
     def run_group(self, group: Sequence[Assignment], on_step: Callable[[StepReport], None] | None = None) -> list[RungResult]:
@@ -172,7 +177,9 @@ class TrainHost:
         Raises:
             As `run`.
         """
-        return self._groups.run(group, on_step)
+        results = self._groups.run(group, on_step)
+        pulse.enter("idle")
+        return results
 
     def settle(self) -> None:
         """Until every checkpoint that was made so far stands. Any thread may call it.
@@ -202,6 +209,7 @@ class TrainHost:
             RankOutOfMemoryError: memory ran out on this rank while the others wait for it.
         """
         self._check_fits(assignment.execution)
+        pulse.enter("preparing")
         execution = assignment.execution
         while True:
             reset_peak(self._ranks.device)
@@ -277,7 +285,7 @@ class TrainHost:
     def _load_set(self, path: str) -> TokenizedSet:
         """A tokenised set, read once per process."""
         if path not in self._sets:
-            self._sets[path] = TokenizedSet.load(Path(path))
+            self._sets[path] = load_known(Path(path))
         return self._sets[path]
 
     def finish(self, *assignments: Assignment) -> None:

@@ -12,6 +12,7 @@ import torch
 from orchestrator.errors import NonFiniteLossError, OutOfMemoryError
 from orchestrator.plan.results import StepReport
 from orchestrator.plan.values import TrainSettings, TrialSpec
+from orchestrator.train import pulse
 from orchestrator.train.batches import RowPlan, StepInput, StepPlan, step_inputs
 from orchestrator.train.engine import Engine
 from orchestrator.train.memory import is_out_of_memory, memory_in_use
@@ -74,6 +75,7 @@ def train_steps(
             memory_bytes=memory_in_use(ranks.device),
         )
         on_step(report, state)
+        pulse.beat(state.step)
         started = time.perf_counter()
     return state
 

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from orchestrator.anatomy.values import ModelAnatomy
 from orchestrator.plan.memory.moving import LOGIT_CHUNK_BYTES
 from orchestrator.spec.models import Task
+from orchestrator.train import pulse
 from orchestrator.train.attention import documents_apart
 from orchestrator.train.base import LoadedBase
 from orchestrator.train.loss import is_plain, linear_cross_entropy, token_losses
@@ -106,6 +107,7 @@ class Objective(nn.Module):
             num_trials: T. With several, the B rows are T equal copies, one under the other, and the sums are float32[T]: each
                 made of its own copy alone, the same bits whatever the others come to.
         """
+        pulse.beat()
         if self._task == "classify":
             logits = self._class_logits(self.run_blocks(input_ids, position_ids, lengths, hidden), lengths)
             wanted = class_labels >= 0

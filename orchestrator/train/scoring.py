@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from orchestrator.data import TokenizedSet
 from orchestrator.errors import NonFiniteLossError
 from orchestrator.plan.values import Assignment
+from orchestrator.train import pulse
 from orchestrator.train.base import LoadedBase
 from orchestrator.train.batches import RowPlan
 from orchestrator.train.evaluation import Evaluation, answer_accuracy, class_prior, evaluate_trials, score_texts
@@ -63,6 +64,7 @@ class Scorer:
     def score_trials(self, objective: Objective, num_trials: int) -> list[Scores | NonFiniteLossError]:
         """Of each of the trials that share the model's batches, its scores, or why it has none."""
         started = time.perf_counter()
+        pulse.enter("evaluating")
         data = self.assignment.data
         evaluations = self._evaluate(objective, data.eval, num_trials)
         retained: list[Evaluation | None] = [None] * num_trials
@@ -99,9 +101,16 @@ class Scorer:
 
         def generate() -> tuple[list[str], list[str]]:
             tokenizer = self.base.tokenizer
-            made = generate_answers(objective.model, tokenizer, data, self.ranks, synced=self.partitioned)
+            pulse.enter("generating")
+            counting = objective.model.register_forward_pre_hook(pulse.beat_before)
+            try:
+                made = generate_answers(objective.model, tokenizer, data, self.ranks, synced=self.partitioned)
+            finally:
+                counting.remove()
+            pulse.enter("computing the metric")
             return made, wanted_answers(data, tokenizer)
 
+        pulse.enter("computing the metric")
         value = score_texts(metric, evaluation, data, self.base.load.class_names, generate)
         return evaluation.metrics if value is None else evaluation.metrics | {metric: value}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -37,6 +37,8 @@ class Snapshot:
     artifact: ReadyArtifact | None
     """What was learned, on rank 0."""
     evaluations: Mapping[str, Evaluation]
+    owner: Mapping[str, object] = field(default_factory=dict[str, object])
+    """Whose it is, for the manifest (`plan.ownership`)."""
 
     @property
     def num_bytes(self) -> int:
@@ -72,11 +74,13 @@ def take_snapshot(
     keep_optimizer: bool,
     evaluations: Mapping[str, Evaluation],
     gathered: bool,
+    owner: Mapping[str, object],
 ) -> Snapshot:
     """The trial as it stands now. Called on every rank.
 
     Args:
         gathered: Whether rank 0 gets the states of all ranks, to write them alone.
+        owner: Whose it is, for the manifest.
 
     Raises:
         TrainingError: what was learned cannot be saved (law 4). Every rank raises it.
@@ -97,13 +101,15 @@ def take_snapshot(
         own = _rank_state(engine, ranks, whole=layout == FLAT)
         others = ranks.gather(None if ranks.first else own) if gathered else []
         states = {rank: other for rank, other in enumerate(others) if other is not None} | {ranks.rank: own}
-    return Snapshot(state, seed, ranks.count, layout, states, artifact, evaluations)
+    return Snapshot(state, seed, ranks.count, layout, states, artifact, evaluations, owner)
 
 
 def write_snapshot(final: Path, snapshot: Snapshot, ranks: Ranks) -> None:
     """Write `final`, together: every rank the states that it has, rank 0 the rest. Called on every rank."""
     with ExitStack() as commit:
-        folder = Path(ranks.broadcast(str(commit.enter_context(commit_folder(final))) if ranks.first else None))
+        folder = Path(
+            ranks.broadcast(str(commit.enter_context(commit_folder(final, about=dict(snapshot.owner)))) if ranks.first else None)
+        )
         for rank, tensors in snapshot.rank_states.items():
             save_file(dict(tensors), folder / f"state-rank{rank}.safetensors")
         if snapshot.artifact is not None:

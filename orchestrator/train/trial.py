@@ -13,17 +13,20 @@ import torch
 
 from orchestrator.data import TokenizedSet
 from orchestrator.errors import TrainingError
+from orchestrator.plan.ownership import owner_of
 from orchestrator.plan.results import EngineRecord, StepReport
 from orchestrator.plan.scored import ProbePlan
 from orchestrator.plan.values import Assignment, ExecutionPlan, ShiftPlan
 from orchestrator.store import append_jsonl
-from orchestrator.train.artifacts import load_artifact
+from orchestrator.train import pulse
+from orchestrator.train.artifacts import load_artifact, misfit
 from orchestrator.train.base import LoadedBase
 from orchestrator.train.batches import RowPlan, step_inputs
 from orchestrator.train.branch import Branch, open_branch
 from orchestrator.train.building import build_engine
 from orchestrator.train.checkpoint import (
     StartPoint,
+    Wanted,
     checkpoint_folder,
     forget_steps_after,
     open_checkpoint,
@@ -107,7 +110,7 @@ class TrialRun:
             if assignment.compiling is None and (trial.control == "none" or assignment.stop_step == 0):
                 self._score_untrained(objective, stack)
                 return
-            start = self.start_point()
+            start = self.start_point(branch)
             if self.execution.checkpointing:
                 blocks = branch.model.get_submodule(self.base.anatomy.blocks_module)
                 stack.enter_context(recomputed(list(blocks.children())[assignment.selection.cut :]))
@@ -127,6 +130,7 @@ class TrialRun:
             self._train(engine, branch, on_step)
             if assignment.evaluate:
                 self.outcome.scores = self.scorer.score(objective)
+            pulse.enter("saving")
             self.record_peaks()
             self.prove_frozen(branch)
             self.save_rung(engine, branch)
@@ -139,7 +143,8 @@ class TrialRun:
 
         load_artifact(branch, folder, assign_whole)
 
-    def start_point(self) -> StartPoint | None:
+    def start_point(self, branch: Branch) -> StartPoint | None:
+        """Where the trial goes on from: a whole checkpoint of its own that fits its freshly opened branch."""
         if self.assignment.start is None:
             return None
         start, folder, seed = Path(self.assignment.start), Path(self.assignment.folder), self.assignment.trial.seed
@@ -149,7 +154,8 @@ class TrialRun:
         if remembered is not None:
             return remembered
         self._saver.settle(folder)
-        return open_checkpoint(start, folder, self.ranks, seed=seed, layout=layout, note=self._note)
+        wanted = Wanted(seed, layout, owner_of(self.assignment), lambda found: misfit(branch, found))
+        return open_checkpoint(start, folder, self.ranks, wanted, note=self._note)
 
     def build_engine(self, objective: Objective, branch: Branch) -> Engine:
         """The branch holds the base's own weights still."""
@@ -246,6 +252,7 @@ class TrialRun:
         self._save(rung_folder(Path(self.assignment.folder), self.assignment.rung), engine, branch, final=True)
 
     def _save(self, folder: Path, engine: Engine, branch: Branch, *, final: bool) -> None:
+        pulse.enter("saving")
         together = self.execution.executor == "deepspeed"
         snapshot = take_snapshot(
             branch,
@@ -257,6 +264,7 @@ class TrialRun:
             keep_optimizer=self.assignment.keep_optimizer or not final,
             evaluations=self.outcome.scores.by_set() if final else {},
             gathered=not together,
+            owner=owner_of(self.assignment),
         )
         held, gangs = self._saver.held_bytes + snapshot.num_bytes, self.assignment.num_gangs
         growth = growth_bytes(self.ranks.device, self.assignment.largest_memory_bytes, held)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from orchestrator.transfer.gains import SMALLEST_GAIN
+from orchestrator.transfer.headline import advice_on_answers, gain_is_loss_only
 from orchestrator.transfer.records import ComparisonRecord, TransferReport, VerdictKind
 
 Decider = Literal["none", "scratch", "repeat"]
@@ -12,7 +13,7 @@ _LOOK_AT_ROWS = "look at the rows that are learned from: `orchestrator data SPEC
 _MORE_EVAL = "give more or cleaner eval rows (data.eval): what was promoted looked better on eval than it is on test"
 _ADVICE: dict[tuple[VerdictKind, Decider], tuple[str, ...]] = {
     ("negative", "none"): (
-        "do not serve this bundle, serve the untouched base: it is better on the test set",
+        "do not serve this bundle, serve the base model: it is better on the test set",
         _LOOK_AT_ROWS,
         _MORE_EVAL,
     ),
@@ -20,10 +21,10 @@ _ADVICE: dict[tuple[VerdictKind, Decider], tuple[str, ...]] = {
         "do not serve this bundle: training from scratch is better on the test set, so another base may help, this one does not",
         _LOOK_AT_ROWS,
     ),
-    ("no gain", "none"): ("the untouched base serves as well: the test set leaves no room for a gain that matters",),
+    ("no gain", "none"): ("the base model serves as well: the test set leaves no room for a gain that matters",),
     ("no gain", "scratch"): ("training from scratch serves as well: another base may help, this one does not",),
     ("inconclusive", "none"): (
-        "more test rows would tell (data.test, data.test_rows); until then the untouched base may serve as well",
+        "more test rows would tell (data.test, data.test_rows); until then the base model may serve as well",
     ),
     ("inconclusive", "scratch"): (
         "more test rows or seeds would tell it from training from scratch (data.test, data.test_rows, search.repeats)",
@@ -33,13 +34,15 @@ _ADVICE: dict[tuple[VerdictKind, Decider], tuple[str, ...]] = {
 
 
 def advice_after(transfer: TransferReport, *, by_hand: bool = False) -> tuple[str, ...]:
-    """What to do next, in order; nothing where the verdict is `positive` or where there is none.
+    """What to do next, in order; nothing where there is no verdict, or a `positive` one with more right answers.
 
     Args:
         by_hand: A person promoted the trial: then nobody has said that it looked good on eval.
     """
     if transfer.verdict is None:
         return ()
+    if gain_is_loss_only(transfer):
+        return advice_on_answers(transfer)
     advice = _ADVICE.get((transfer.verdict, decided_by(transfer)), ())
     return tuple(line for line in advice if line != _MORE_EVAL or not by_hand)
 

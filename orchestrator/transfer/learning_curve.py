@@ -56,9 +56,19 @@ class LearningCurve(Value):
         return self.losses[-1] - self.ahead_loss
 
     @property
+    def fit_failed(self) -> bool:
+        """Whether the law gives a worse loss with more data than was measured, in the digits that are shown."""
+        return float(f"{self.ahead_loss:.3f}") > float(f"{self.losses[-1]:.3f}")
+
+    @property
     def sentence(self) -> str:
         """Whether more data would help, with its figures: none is expected only where the interval holds no gain that matters."""
         there = f"twice the data ({self.ahead_count} documents)"
+        if self.fit_failed:
+            return (
+                f"the learning curve could not be fitted: its law gives {self.ahead_loss:.3f} with {there}, worse than the "
+                f"{self.losses[-1]:.3f} that was measured with all documents; it does not tell whether more data would help"
+            )
         now, reached = f"{self.losses[-1]:.3f}", f"about {self.ahead_loss:.3f} (95%: {self.low:.3f} to {self.high:.3f})"
         if self.high < self.losses[-1]:
             return f"{there} would bring the loss from {now} to {reached}"

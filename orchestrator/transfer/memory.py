@@ -22,7 +22,7 @@ def memory_rows(trials: Sequence[TrialRecord]) -> tuple[MemoryRow, ...]:
 
 def _label(trial: TrialRecord) -> str:
     if trial.control == "none":
-        return "untouched base"
+        return "base model"
     return f"{trial.layers} · {trial.method}"
 
 

@@ -69,7 +69,7 @@ def promote(
     if not scored:
         return Promotion(trial_id=None, reason="no trial came to a measurement", advice=_advice_on_failures(candidates))
     if not better:
-        reason = f"no trial is as good as the untouched base; the best, {scored[0].label}: {_figures(scored[0], base, metric)}"
+        reason = f"no trial is as good as the base model; the best, {scored[0].label}: {_figures(scored[0], base, metric)}"
         advice = _advice_on_negative(scored, base, metric, higher_is_better)
         return Promotion(trial_id=None, reason=reason, advice=advice)
     closest = min(better, key=lambda trial: trial.forgetting or 0.0)
@@ -141,7 +141,7 @@ def _advice_on_negative(
     deepest = Counter(trial.layers for trial in scored).most_common()
     advice.append(f"try other layers: {', '.join(layers for layers, _ in deepest)} were tried; fewer blocks change less")
     if base is not None and base.metric is not None:
-        advice.append(f"serve the untouched base: its {metric} of {base.metric:.4g} is the best known")
+        advice.append(f"serve the base model: its {metric} of {base.metric:.4g} is the best known")
     return tuple(advice)
 
 

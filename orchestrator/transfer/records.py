@@ -15,7 +15,7 @@ from orchestrator.values import Value
 
 Control = Literal["none", "head", "shuffled", "scratch", "k_shot", "repeat", "curve"]
 CONTROL_NAMES: dict[str, str] = {
-    "none": "untouched base",
+    "none": "base model",
     "head": "head only",
     "shuffled": "shuffled answers",
     "scratch": "random weights",
@@ -115,7 +115,7 @@ class TrialRecord(Value):
     def label(self) -> str:
         """`last:4 · lora r16 · lr 3.1e-03`; a control is called by its name."""
         if self.control == "none":
-            return "untouched base"
+            return "base model"
         point = f"{self.layers} · {self.method} · lr {self.learning_rate:.1e}"
         if self.control == "curve":
             return f"{self.share:.3g} of the data · {point}"

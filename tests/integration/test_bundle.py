@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,11 +43,13 @@ from orchestrator.serve import (
     verify_bundle,
     verifying,
 )
+from orchestrator.serve.card import model_card
 from orchestrator.store import check_folder
+from orchestrator.store.files import usual_mode
 from orchestrator.train.artifacts import save_artifact
 from orchestrator.train.base import load_base
 from orchestrator.train.branch import open_branch
-from orchestrator.transfer.records import TransferReport, VerificationFigures
+from orchestrator.transfer.records import PromptComparison, TransferReport, VerificationFigures
 
 WORDS = [f"w{number}" for number in range(93)]
 CLASSES = ("low", "mid", "high")
@@ -265,7 +269,7 @@ EXPORT = """
 import sys
 sys.path = [path for path in sys.path if "site-packages" in path or "python3" in path]
 import torch
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 bundle, base = sys.argv[1:]
 merged, loading = AutoModelForCausalLM.from_pretrained(bundle, dtype=torch.float32, output_loading_info=True)
@@ -274,7 +278,7 @@ plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
 ids = AutoTokenizer.from_pretrained(bundle)("w1 w2 w3 w4 w5", return_tensors="pt")["input_ids"]
 with torch.no_grad():
     untouched = plain(input_ids=ids).logits
-    adapted = PeftModel.from_pretrained(plain, bundle + "/adapter").eval()(input_ids=ids).logits
+    adapted = AutoPeftModelForCausalLM.from_pretrained(bundle + "/adapter", dtype=torch.float32).eval()(input_ids=ids).logits
     found = merged(input_ids=ids).logits
 assert (untouched - found).abs().max() > 10 * (adapted - found).abs().max(), "adapter and merged model differ"
 assert "orchestrator" not in sys.modules
@@ -308,7 +312,13 @@ def test_a_finished_bundle_loads_without_this_package(finished: tuple[Trials, Bu
     assert done.stdout.strip().endswith("exported"), done.stderr
 
 
-def test_a_finished_bundle_says_where_it_comes_from_and_where_nothing_of_this_machine_lies(
+def test_the_files_of_a_bundle_have_the_mode_of_a_new_file(finished: tuple[Trials, BundleInputs, Path], tmp_path: Path):
+    """Whoever serves it may be another user; safetensors writes 0600."""
+    files = [path for path in finished[2].rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {usual_mode(tmp_path)}
+
+
+def test_a_finished_bundle_says_where_it_comes_from_and_its_base_alone_by_its_place(
     finished: tuple[Trials, BundleInputs, Path],
 ):
     trials, inputs, bundle = finished
@@ -321,7 +331,11 @@ def test_a_finished_bundle_says_where_it_comes_from_and_where_nothing_of_this_ma
     listed = {file.path for file in check_folder(bundle).files}
     assert {"README.md", "spec.json", "config.json", "tokenizer.json", "adapter/adapter_model.safetensors"} <= listed
     for file in bundle.rglob("*"):
-        if file.suffix in (".json", ".md", ".jinja"):
+        if file.name == "adapter_config.json":  # PEFT loads the base from there
+            config = json.loads(file.read_text())
+            assert config.pop("base_model_name_or_path") == str(trials.base)
+            assert str(trials.folder) not in json.dumps(config)
+        elif file.suffix in (".json", ".md", ".jinja"):
             assert str(trials.folder) not in file.read_text(), file.name
     card = (bundle / "README.md").read_text()
     for said in ("Positive: better than the base", "`last:2`", "vllm serve .", "transformers serve .", "0.001", "this model"):
@@ -387,6 +401,34 @@ def test_the_test_set_is_scored_on_bundle_base_and_controls(finished: tuple[Tria
     assert "head only" in card
     assert "exact_match" in card
     assert "retention loss" in card
+
+
+TEMPLATE = "{% for message in messages %}w3 w4 w{{ message['content'] | length }} {% endfor %}"
+
+
+@pytest.mark.parametrize("task", ["completion", "text", "chat", "classify"])
+def test_the_code_of_the_card_runs_in_the_bundle(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    trials = Trials(tmp_path, task=task)
+    if task == "chat":
+        (trials.base / "chat_template.jinja").write_text(TEMPLATE)
+    inputs = trials.trial("last:1", "full", separator=" ")
+    staged = stage_bundle(inputs, tmp_path / "bundle")
+    prompts = (PromptComparison(prompt="w3 w4 w5", base_answer="w1", tuned_answer="w2"),)
+    checked = VerificationFigures(passed=True, kl_bundle=0.0, kl_base=1.0, limit=0.1, num_prompts=1)
+    card = model_card(inputs, TransferReport(prompts=prompts, verification=checked), {})
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    monkeypatch.chdir(staged.folder)
+    capsys.readouterr()
+    variables: dict[str, Any] = {}
+    exec(code, variables)
+    said = capsys.readouterr().out.strip()
+    if task == "classify":
+        assert any(name in said for name in CLASSES)
+        return
+    model, tokenizer, asked = variables["model"], variables["tokenizer"], variables["inputs"]["input_ids"]
+    assert tokenizer.decode(asked[0], skip_special_tokens=True).startswith("w3 w4")
+    new = model.generate(asked, max_new_tokens=5, do_sample=False)[0, asked.shape[1] :]
+    assert said.startswith(tokenizer.decode(new, skip_special_tokens=True)), "what the bundle answers, and not the prompt"
 
 
 def test_a_classifier_bundle_is_scored_against_the_class_prior_and_loads_in_a_pipeline(tmp_path: Path):

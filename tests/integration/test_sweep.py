@@ -131,7 +131,7 @@ def test_the_memory_of_every_rank_stands_beside_the_plans(two_ranks: Path) -> No
         assert len(engine.rank_peak_memory_bytes) == 2
         assert max(engine.rank_peak_memory_bytes) == engine.peak_memory_bytes > 0
     rows = transfer_of(two_ranks).memory
-    assert {row.label for row in rows} >= {"untouched base", "last:1 · lora r4"}
+    assert {row.label for row in rows} >= {"base model", "last:1 · lora r4"}
     assert all(row.ratio is None or 0.1 < row.ratio < 10 for row in rows)
     assert "by rank" in (two_ranks / "report.html").read_text()
 

@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 from typer.testing import CliRunner
 
-from orchestrator import cli, cli_machine
+from orchestrator import cli, this_machine
 from orchestrator.cli import app
 from orchestrator.errors import (
     DataError,
@@ -141,7 +141,7 @@ def test_the_plan_of_a_70b_on_four_nodes_imports_nothing_heavy(repository):
 
 
 def test_plan_that_does_not_fit_exits_with_3(repository, monkeypatch):
-    monkeypatch.setattr(cli_machine, "find_gpus", list)
+    monkeypatch.setattr(this_machine, "find_gpus", list)
     result = run("plan", str(repository / "jobs" / "specs" / "llama-8b-qlora.yaml"))
     assert result.exit_code == 3
     assert "GPU" in result.stderr
@@ -168,6 +168,46 @@ def test_data_names_what_was_left_out(tmp_path):
     assert "rows.jsonl:42" in result.stdout
     assert "longer than data.max_tokens = 64" in " ".join(result.stdout.split())
     assert max(map(len, result.stdout.splitlines())) <= 100
+
+
+def test_control_codes_in_data_never_reach_the_terminal(tmp_path):
+    """In rows, classes, column names and file names; of what is shown, of notices and of errors."""
+    code = "\x1b[2J\x9b"
+    rows = [{"te\x1bxt": f"{code}say {n} {'abc'[n % 3]}", "label": f"{code}{n % 2}"} for n in range(40)]
+    rows += [{"te\x1bxt": "once", "label": f"{code}0 "}]
+    (tmp_path / f"rows{code}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = {
+        "name": "x",
+        "base": {"model": "sample"},
+        "task": "classify",
+        "data": {"train": f"rows{code}.jsonl", "columns": {"text": "te\x1bxt"}},
+        "finetune": {},
+    }
+    (tmp_path / "spec.yaml").write_text(json.dumps(spec))
+    result = run("data", str(tmp_path / "spec.yaml"))
+    assert result.exit_code == 0, result.stderr
+    assert "\\x1b[2J\\x9b" in result.stdout
+    assert "in case or blanks only" in result.stdout
+    assert not {"\x1b", "\x9b"} & set(result.stdout)
+    spec["data"]["columns"] = {"text": "te\x1b"}
+    (tmp_path / "spec.yaml").write_text(json.dumps(spec))
+    result = run("data", str(tmp_path / "spec.yaml"))
+    assert result.exit_code == 2
+    assert "rows\\x1b[2J\\x9b.jsonl" in result.stderr
+    assert not {"\x1b", "\x9b"} & set(result.stderr)
+
+
+def test_the_plan_warns_of_odd_classes_and_refuses_numbers_to_predict(tmp_path):
+    spec = "name: x\nbase: {model: sample}\ntask: classify\ndata: {train: rows.csv}\nfinetune: {}\n"
+    (tmp_path / "spec.yaml").write_text(spec)
+    (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"t{n},{('good', 'Good', 'bad')[n % 3]}\n" for n in range(60)))
+    result = run("plan", str(tmp_path / "spec.yaml"), "--json")
+    assert result.exit_code == 0, result.stderr
+    assert any("'Good' (20 rows) and 'good' (20 rows)" in line for line in json.loads(result.stdout)["warnings"])
+    (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"t{n},{n / 7:.2f}\n" for n in range(60)))
+    result = run("plan", str(tmp_path / "spec.yaml"))
+    assert result.exit_code == 2
+    assert "numbers to predict" in result.stderr
 
 
 def test_a_bad_spec_is_told_at_once_with_positions(tmp_path):
@@ -292,7 +332,7 @@ def test_the_jobs_are_the_same_calls(repository, spec):
 
 
 def test_doctor_names_what_is_wrong_and_how_to_mend_it(monkeypatch):
-    monkeypatch.setattr(cli_machine, "NEEDED", ("typer", "no-such-package"))
+    monkeypatch.setattr(this_machine, "NEEDED", ("typer", "no-such-package"))
     result = run("doctor", "--json", "--address", "127.0.0.1:1")
     examination = json.loads(result.stdout)
     wrong = {finding["name"]: finding["remedy"] for finding in examination["findings"] if finding["state"] == "wrong"}
@@ -318,12 +358,12 @@ def test_a_container_has_the_memory_of_its_limit(tmp_path):
     (tmp_path / "meminfo").write_text("MemTotal:       67108864 kB\nMemFree: 1 kB\n")
     (tmp_path / "max").write_text(f"{8 * GIB}\n")
     (tmp_path / "unlimited").write_text("max\n")
-    assert cli_machine.memory_bytes(tmp_path / "meminfo", tmp_path / "max") == 8 * GIB
-    assert cli_machine.memory_bytes(tmp_path / "meminfo", tmp_path / "unlimited") == 64 * GIB
-    assert cli_machine.memory_bytes(tmp_path / "meminfo", tmp_path / "none") == 64 * GIB
+    assert this_machine.memory_bytes(tmp_path / "meminfo", tmp_path / "max") == 8 * GIB
+    assert this_machine.memory_bytes(tmp_path / "meminfo", tmp_path / "unlimited") == 64 * GIB
+    assert this_machine.memory_bytes(tmp_path / "meminfo", tmp_path / "none") == 64 * GIB
 
 
 def test_this_machine_is_a_cluster_of_one_node():
-    cluster = cli_machine.describe_this_machine()
-    assert cluster.num_cpus == cli_machine.num_usable_cpus() >= 1
+    cluster = this_machine.describe_this_machine()
+    assert cluster.num_cpus == this_machine.num_usable_cpus() >= 1
     assert cluster.nodes[0].memory_bytes > GIB

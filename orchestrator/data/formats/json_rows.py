@@ -64,7 +64,7 @@ def read_json_lines(file: DataFile) -> Iterator[Row | BadRow]:
         try:
             value = decoder.parse(text)
         except json.JSONDecodeError as error:
-            yield BadRow(name, line, f"malformed JSON: {error.msg}", f"column {error.colno}")
+            yield BadRow(name, line, f"malformed JSON: {error.msg}", f"column {min(error.pos, len(text.rstrip())) + 1}")
         except (ValueError, RecursionError) as error:
             yield BadRow(name, line, f"malformed JSON: {type(error).__name__}")
         else:

@@ -12,12 +12,11 @@ import pytest
 from orchestrator.data.encoding import Document, Encoder, load_tokenizer, mark_supervised
 from orchestrator.data.reading import BadRow
 from orchestrator.data.rows import Example
-from orchestrator.errors import BaseError, DataError
+from orchestrator.errors import BaseError
 from orchestrator.spec.models import DataSpec, Task
 
 TURN = "<|{{ m['role'] }}|>{{ m['content'] }}<|eos|>"
 UNMARKED = "{% for m in messages %}" + TURN + "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-UNSTABLE = "{{ messages|length }}" + UNMARKED
 STRICT = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('the user speaks first') }}{% endif %}" + UNMARKED
 CHAT = (
     {"role": "system", "content": "be brief"},
@@ -129,17 +128,9 @@ def test_chat_without_marks_finds_the_turns_by_rendering(base_with: Callable[[st
 def test_chat_that_ends_with_the_user_learns_the_turns_before(tokenizer: Any) -> None:
     (document,) = encode(tokenizer, "chat", example(messages=CHAT[:4]))
     assert texts(tokenizer, document)[1] == "good day<|eos|>"
-    assert document.answer == ""
+    assert document.answer == "good day"
     (silent,) = encode(tokenizer, "chat", example(messages=CHAT[:2]))
     assert silent.num_supervised == 0
-
-
-def test_a_template_whose_turns_are_no_prefixes_is_refused(base_with: Callable[[str | None], Path]) -> None:
-    tokenizer = load_tokenizer(base_with(UNSTABLE))
-    with pytest.raises(DataError, match="not prefixes of one another") as caught:
-        encode(tokenizer, "chat", example(messages=CHAT))
-    assert "{% generation %}" in caught.value.remedy
-    assert caught.value.where == "f:3"
 
 
 def test_a_row_that_the_template_refuses_is_a_bad_row(base_with: Callable[[str | None], Path]) -> None:

@@ -9,9 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from orchestrator.data import data_size
-from orchestrator.data.prepare import FORMAT
-from orchestrator.errors import DataError
+from orchestrator.data import data_size, documents_of_steps, prepare_data
+from orchestrator.errors import DataError, RunConflictError
+from orchestrator.plan.step_size import auto_tokens_per_step
+from orchestrator.plan.steps import StepSize
 from orchestrator.spec import load_spec
 from orchestrator.store import read_json
 
@@ -61,7 +62,7 @@ def test_rows_in_two_splits_are_removed_counted_and_listed(prepare: Any, rows_of
 
 def test_a_train_that_is_all_in_eval_is_refused_with_the_count(prepare: Any, rows_of_pairs: Any) -> None:
     prepare.jsonl("train.jsonl", rows_of_pairs(5))
-    with pytest.raises(DataError, match=r"no row is left for train \(4 also stands in eval\)"):
+    with pytest.raises(DataError, match=r"no row is left for train \(5 also stands in eval[;)]"):
         prepare.run(eval="train.jsonl", test=0.2)
 
 
@@ -201,26 +202,6 @@ def test_a_split_of_long_rows_only_is_refused(prepare: Any, rows_of_pairs: Any) 
         prepare.run(eval="eval.jsonl", max_tokens=16)
 
 
-def test_sources_are_weighted_after_the_split(prepare: Any, rows_of_pairs: Any) -> None:
-    prepare.jsonl("a.jsonl", rows_of_pairs(40))
-    prepare.jsonl("b.jsonl", rows_of_pairs(40, 100))
-    sources = [{"path": "a.jsonl", "weight": 2.5}, {"path": "b.jsonl", "weight": 0.25}]
-    summary = prepare.run(train=sources, eval=0.25, test=0.25)
-    assert (summary.splits["eval"].documents, summary.splits["test"].documents) == (20, 20)
-    for name in ("eval", "test"):
-        assert len(set(prepare.load(name).answers)) == 20, "an eval row was repeated"
-    answers = [int(answer.split()[1]) for answer in prepare.load("train").answers]
-    times = {number: answers.count(number) for number in answers}
-    mine = [count for number, count in times.items() if number < 100]
-    others = [count for number, count in times.items() if number >= 100]
-    assert set(mine) == {2, 3}
-    assert mine.count(3) == round(len(mine) / 2)
-    assert set(others) == {1}
-    left_out = {place for key, (_, places) in prepare.dropped(summary).items() for place in places if "thinned" in key[1]}
-    assert len(mine) + len(others) + len(left_out) == 40
-    assert left_out
-
-
 def test_retention_is_chunked_capped_and_counted(prepare: Any, rows_of_pairs: Any) -> None:
     prepare.jsonl("train.jsonl", rows_of_pairs(20))
     prepare.jsonl("general.jsonl", [{"text": f"{n} " + "some words " * 40} for n in range(10)])
@@ -270,17 +251,30 @@ def test_retention_that_another_split_has_is_not_scored_but_counted_and_listed(p
         assert caught.value.expected == "text that train, eval and test do not have"
 
 
-def test_retention_sets_of_an_earlier_format_are_made_anew(
+def test_sets_of_an_earlier_format_are_made_anew_but_never_under_trials_that_learned_from_others(
     prepare: Any, rows_of_pairs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those without retention text stay what they were."""
-    prepare.jsonl("train.jsonl", rows_of_pairs(20))
-    prepare.jsonl("general.jsonl", rows_of_pairs(5, 50))
-    paths: list[dict[str, str]] = [{"retain": "general.jsonl"}, {}]
-    now = [prepare.run(**path).inputs_sha256 for path in paths]
-    monkeypatch.setattr("orchestrator.data.prepare.RETENTION_FORMAT", FORMAT)
-    before = [prepare.run(**path).inputs_sha256 for path in paths]
-    assert [old == new for old, new in zip(before, now, strict=True)] == [False, True]
+    """Where they come out the same, the trials go on."""
+    prepare.jsonl("train.jsonl", rows_of_pairs(30))
+
+    def again(**data: Any) -> str:
+        return prepare_data(prepare.spec(**data), prepare.base, prepare.out, keep=True).inputs_sha256
+
+    monkeypatch.setattr("orchestrator.data.prepare.FORMAT", 1)
+    old = prepare.run().inputs_sha256
+    monkeypatch.undo()
+    stamp = (prepare.out / "train.npz").stat().st_mtime_ns
+    assert again() != old
+    assert again() == again(dedupe="exact")
+    assert (prepare.out / "train.npz").stat().st_mtime_ns == stamp
+    again(dedupe="near")
+    for other in ({"eval": 0.3}, {"eval_rows": 1}, {"max_tokens": 8}):
+        with pytest.raises((RunConflictError, DataError)):
+            again(**other)
+    prepare.jsonl("train.jsonl", rows_of_pairs(31))
+    with pytest.raises(RunConflictError, match="the data has changed since this run began"):
+        again()
+    assert (prepare.out / "train.npz").stat().st_mtime_ns == stamp
 
 
 def test_long_retention_rows_are_told_even_when_none_is_left_to_replay(prepare: Any, rows_of_pairs: Any) -> None:
@@ -304,9 +298,12 @@ def test_eval_and_test_are_capped_by_a_seeded_choice(prepare: Any, rows_of_pairs
     prepare.jsonl("train.jsonl", rows_of_pairs(100))
     summary = prepare.run(eval=0.3, test=0.3, eval_rows=7, test_rows=5)
     assert (summary.splits["eval"].documents, summary.splits["test"].documents) == (7, 5)
-    dropped = prepare.dropped(summary)
-    assert dropped["eval", "over data.eval_rows = 7"][0] == 23
-    assert dropped["test", "over data.test_rows = 5"][0] == 25
+    assert summary.splits["train"].documents == 88, "what is over a cap stays in train"
+    assert summary.dropped == ()
+    prepare.jsonl("test.jsonl", rows_of_pairs(30, 100))
+    summary = prepare.run(eval=0.3, test="test.jsonl", eval_rows=7, test_rows=5)
+    assert prepare.dropped(summary)["test", "over data.test_rows = 5"][0] == 25
+    assert not [notice for notice in summary.notices if "left out" in notice.message], "that is what was asked for"
 
 
 def test_groups_stay_in_one_split(prepare: Any, rows_of_pairs: Any) -> None:
@@ -334,8 +331,12 @@ def test_a_class_that_train_does_not_have_is_named_with_its_rows(prepare: Any) -
     prepare.write("eval.csv", "text,label\nx,a\ny,c\nz,c\n")
     with pytest.raises(DataError) as caught:
         prepare.run("classify", eval="eval.csv", test=0.2)
-    assert "2 row(s) with a class that train does not have" in str(caught.value)
-    assert "eval.csv:3 (eval): c" in str(caught.value)
+    assert "2 row(s) of eval or test with a class that train does not have" in str(caught.value)
+    assert "eval.csv:3: c" in str(caught.value)
+    summary = prepare.run("classify", eval="eval.csv", test=0.2, skip_bad_rows=True)
+    reason = "malformed: its class 'c' is not in train"
+    assert prepare.dropped(summary)["eval", reason] == (2, ("eval.csv:3", "eval.csv:4"))
+    assert summary.splits["eval"].documents == 1
     prepare.jsonl("train.jsonl", [{**row, "label": "a"} for row in LABELLED])
     with pytest.raises(DataError, match="train has one class only: a"):
         prepare.run("classify", eval=0.2, test=0.2)
@@ -400,7 +401,14 @@ def test_the_size_for_the_plan_is_exact(prepare: Any, rows_of_pairs: Any) -> Non
     assert size.exact
     assert size.train_documents == len(train)
     assert size.train_tokens == train.num_tokens
-    assert size.steps_per_epoch == -(-train.num_tokens // spec.train.tokens_per_step)
+    steps = documents_of_steps(train.offsets, size.tokens_per_step, spec.train.seed, 0)
+    assert (size.tokens_per_step, size.steps_per_epoch) == (
+        auto_tokens_per_step(len(train), train.num_tokens, int(train.lengths.max()), spec.train.epochs),
+        len(steps),
+    )
+    assert data_size(summary, spec, prepare.out, planned=StepSize(640)).tokens_per_step == 640, "of an earlier submission"
+    fixed = spec.model_copy(update={"train": spec.train.model_copy(update={"tokens_per_step": 8192})})
+    assert data_size(summary, fixed, prepare.out, planned=StepSize(640)).tokens_per_step == 8192
     assert size.longest_document_tokens == max(prepare.load(name).lengths.max() for name in summary.splits)
     prepare.jsonl("train.jsonl", rows_of_pairs(50, 1))
     assert data_size(prepare.run(max_tokens=64), spec, prepare.out).sets_sha256 != size.sets_sha256

@@ -168,11 +168,33 @@ def test_a_search_has_as_many_rungs_as_are_asked_for(plan: Any, cores: Any) -> N
     assert first == sorted(first, reverse=True)
 
 
-def test_a_bound_on_gpus_does_not_bound_cores(plan: Any, cores: Any) -> None:
-    free = plan("tiny", cores(4))
-    for bound in (1, 100):
-        bounded = plan("tiny", cores(4), resources={"max_gpus": bound})
-        assert (bounded.num_gangs, bounded.notes) == (free.num_gangs, free.notes)
+@pytest.mark.parametrize(("bound", "gangs"), [(1, 1), (3, 3), (100, 4)])
+def test_max_gpus_bounds_cores_where_the_job_trains_on_cores(plan: Any, cores: Any, bound: int, gangs: int) -> None:
+    found = plan("tiny", cores(4), resources={"max_gpus": bound})
+    assert (found.num_gangs, found.execution.ranks, found.execution.threads_per_rank) == (gangs, 1, 1)
+    assert found.refit_execution.ranks * found.refit_execution.threads_per_rank <= bound
+    told = [note for note in found.notes if "max_gpus" in note]
+    assert told == ([f"max_gpus: {bound} bounds cores where no GPU is used: {bound} of 4 cores train"] if bound < 4 else [])
+
+
+def test_max_gpus_bounds_the_threads_of_one_trial_on_cores(plan: Any, cores: Any) -> None:
+    found = plan("tiny", cores(8), kind="finetune", finetune={}, resources={"max_gpus": 2})
+    assert (found.num_gangs, found.execution.ranks, found.execution.threads_per_rank) == (1, 1, 2)
+
+
+def test_more_gangs_than_max_gpus_allows_cores_are_refused(plan: Any, cores: Any) -> None:
+    with pytest.raises(PlanError, match="max_gpus: 1 allows 1"):
+        plan("tiny", cores(4), resources={"max_gpus": 1, "gangs": 2})
+
+
+@pytest.mark.parametrize(("most", "threads"), [(None, 4), (1, 1), (3, 3), (64, 4)])
+def test_the_environment_bounds_the_threads_of_a_rank(plan: Any, cores: Any, most: int | None, threads: int) -> None:
+    machine = cores(8).model_copy(update={"max_threads": most})
+    found = plan("tiny", machine, search={"trials": 2})
+    assert (found.num_gangs, found.execution.threads_per_rank) == (2, threads)
+    told = [reason for reason in found.reasons if "OMP_NUM_THREADS" in reason]
+    assert len(told) == (threads < 4)
+    assert all(f"OMP_NUM_THREADS={most} says; its part of the cores would be 4" in reason for reason in told)
 
 
 def test_fewer_trials_than_cores_get_more_threads(plan: Any, cores: Any) -> None:

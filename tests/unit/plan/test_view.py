@@ -25,7 +25,7 @@ def test_the_lines_say_what_was_decided(base: Any, job: Any, gpus: Any, data: An
 
 
 def test_the_derivation_multiplies_to_the_tokens_of_a_step(base: Any, job: Any, cores: Any, data: Any) -> None:
-    plan = make_plan(job(), base("tiny"), data(), cores(), job="sweep", spec_sha256="0" * 64)
+    plan = make_plan(job(train={"tokens_per_step": 8192}), base("tiny"), data(), cores(), job="sweep", spec_sha256="0" * 64)
     assert batch_line(plan.execution, 8192) == "8 rows x 512 tokens x 1 rank x 2 rounds = 8192 tokens per step"
     assert plan.reasons[0] == batch_line(plan.execution, 8192)
     assert plan.reasons[1] == "2 epochs x 45 steps = 90 steps, 800k tokens"

@@ -81,12 +81,12 @@ def test_a_failed_probe_says_why(run_of):
 def test_one_micro_batch_draws_one_figure(run_of):
     folder, *_ = run_of(FOUND.model_copy(update={"signal_to_noise": (None,) * 4, "num_batches": 1}))
     written = write_report(folder).read_text()
-    assert written.count(">signal-to-noise ratio<") == 1, "the table's head alone"
+    assert ">signal-to-noise ratio<" not in written, "a column in which nothing stands is left out"
 
 
 def test_three_single_block_trials_are_too_few(run_of):
     folder, *_ = run_of(FOUND, points=((1, 2.0), (2, 1.9), (3, 1.8)))
-    assert "cannot be told: 3 trials trained exactly one block, and it takes 4" in read(write_report(folder)).text
+    assert "Not enough single-block trials (3 of 4) to validate the scores." in read(write_report(folder)).text
 
 
 def test_the_agreement_has_its_interval(run_of):

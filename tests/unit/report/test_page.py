@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from orchestrator.data.summary import DataSummary, Dropped, Notice, SplitSummary
 from orchestrator.errors import UsageError
 from orchestrator.report.page import write_report
 from orchestrator.transfer import over_seeds
@@ -154,10 +155,10 @@ def test_a_negative_verdict_says_first_that_the_bundle_is_not_to_be_served(fake_
     transfer = make.transfer(verdict="negative", sentence="worse than the base", comparisons=worse)
     page = read(write_report(fake_run(sweep=make.sweep(advice=("then this",)), transfer=transfer)))
     section = page.text[page.text.index("What to try next Promoted") :]
-    assert section.index("do not serve this bundle, serve the untouched base") < section.index("then this")
-    assert "No advice" not in page.text
+    assert section.index("do not serve this bundle, serve the base model") < section.index("then this")
+    assert "No recommendations" not in page.text
     gained = read(write_report(fake_run(sweep=make.sweep(advice=()))))
-    assert "No advice: nothing in the records asks for it." in gained.text
+    assert "No recommendations." in gained.text
 
 
 def scored(trial, metric, forgetting):
@@ -175,12 +176,12 @@ def test_the_front_is_of_what_could_be_promoted(fake_run, make):
     sweep = make.sweep(trials=trials, winner_id="head", front=(beaten.trial_id, kept.trial_id))
     page = read(write_report(fake_run(sweep=sweep)))
     table = page.text.partition("on the front within the bound")[2].partition("Prompts, before and after")[0]
-    assert f"{head.label} 2.000 +0.000 yes yes" in table
-    assert f"{kept.label} 1.800 +0.050 yes yes" in table
-    assert f"{beaten.label} 2.500 +0.020 yes" in table, "within the bound, and not on the front"
-    assert f"{none.label} 1.000 +0.000 yes" in table, "within the bound, and no trial"
+    assert f"{head.label} 54 2.000 +0.000 yes yes" in table
+    assert f"{kept.label} 54 1.800 +0.050 yes yes" in table
+    assert f"{beaten.label} 54 2.500 +0.020 yes" in table, "within the bound, and not on the front"
+    assert f"{none.label} 0 1.000 +0.000 yes" in table, "within the bound, and no trial"
     assert broken.label not in table
-    assert "the untouched base, which is no trial, is drawn beside them" in page.text
+    assert "the base model, which is no trial, is drawn beside them" in page.text
 
 
 def test_a_folder_with_a_spec_only_is_reported(fake_run):
@@ -276,7 +277,8 @@ def test_a_page_of_few_examples(fake_run, make):
     transfer = make.transfer(winner.trial_id, gain_over_seeds=gains, scores=scores)
     page = read(write_report(fake_run(sweep=sweep.model_copy(update={"trials": (*trials, again)}), transfer=transfer)))
     assert "loss, eval set 1.000 ± 0.000 over 2 seeds; 1.000 of that trial" in page.text
-    assert "54/54, by 48" in page.text
+    assert "48 of 54" in page.text
+    assert "compared by step 48, its best; it was trained to step 54" in page.text
     assert "Their mean gain over the base is +1.990 nats per token (95%: +0.719 to +3.261" in page.text
     assert "another seed (2)" in page.text
 
@@ -293,3 +295,24 @@ def test_many_trials_and_long_text_stay_in_their_boxes(fake_run, make):
 def test_the_same_run_gives_the_same_page(fake_run):
     folder = fake_run()
     assert write_report(folder).read_text() == write_report(folder).read_text()
+
+
+def test_what_was_found_out_about_the_data_stands_on_the_first_screen(fake_run):
+    """Warnings in sight, the rest folded; a summary of an earlier version has none."""
+    part = SplitSummary(documents=9, tokens=90, supervised_tokens=50, longest_document_tokens=12, sha256="0")
+    warning = Notice(level="warning", message="151 of 160 rows are left out <b>", remedy="raise it")
+    summary = DataSummary(
+        inputs_sha256="0",
+        splits={"train": part},
+        dropped=(Dropped(split="train", reason="longer than data.max_tokens = 24", count=151, places=("a.jsonl:2",)),),
+        notices=(Notice(level="info", message="20 rows repeat another"), warning),
+        files=("a.jsonl",),
+        one_example="",
+    ).model_dump(mode="json")
+    for given in (summary, {key: value for key, value in summary.items() if key != "notices"}):
+        page = write_report(fake_run(summary=given)).read_text()
+        first = page[: page.index("<nav>")]
+        assert ("151 of 160 rows are left out &lt;b&gt;; to do: raise it" in first) == ("notices" in given)
+        assert "train: 151 left out, longer than data.max_tokens = 24 (a.jsonl:2)" in first
+        Page(page)
+    assert "The data:" not in write_report(fake_run()).read_text()

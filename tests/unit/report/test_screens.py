@@ -23,7 +23,7 @@ def test_the_last_screen_says_what_was_found(make):
     assert entry(screen, "base").endswith("The house was by the river, and the")
     assert entry(screen, "tuned").split() == ["tuned", "7"]
     assert "runs/quickstart/bundle    verified: KL 3.1e-05 a token" in entry(screen, "bundle")
-    assert "16 trials in 1m14s on 2 gangs" in entry(screen, "report")
+    assert "16 trials in 1m14s on 2 worker groups" in entry(screen, "report")
     assert screen.splitlines()[-1] == "next      transformers serve runs/quickstart/bundle"
 
 
@@ -40,8 +40,27 @@ def test_exact_match_says_over_how_many_documents_it_was_taken(make):
     scores = [score.model_copy(update={"num_documents": 500, "num_answered": 0}) for score in make.transfer().scores]
     scores[:2] = [score.model_copy(update={"num_answered": 200}) for score in scores[:2]]
     screen = final_screen(make.sweep(), make.transfer(scores=tuple(scores)))
-    assert entry(screen, "answers").endswith("exact match 41.2% on 200 of 500 test documents, base 0.0%")
+    verdict = " ".join(screen[screen.index("\nverdict ") : screen.index("\nprompt ")].split())
+    assert verdict.endswith("on 180 test examples; exact match 41.2% on 200 of 500 test documents, base 0.0%")
     assert "exact match" not in final_screen(make.sweep(), make.transfer(scores=tuple(scores[2:])))
+
+
+def test_a_model_that_answers_nothing_is_not_praised(make):
+    scores = [
+        score.model_copy(update={"num_documents": 180, "num_answered": 40, "metrics": {"loss": 1.8, "exact_match": 0.0}})
+        for score in make.transfer().scores[:2]
+    ]
+    screen = final_screen(make.sweep(), make.transfer(scores=tuple(scores)))
+    assert entry(screen, "verdict").startswith("verdict   positive in loss only: 2.09")
+    assert "but not one answer is right: exact match 0.0% on 40 of 180" in " ".join(screen.split())
+    assert next_lines(screen).startswith("next read the answers beside what was expected, in the report")
+
+
+def test_few_steps_are_told_at_the_end_too(make):
+    sweep = make.sweep()
+    assert "warning" not in final_screen(sweep, make.transfer())
+    few = sweep.model_copy(update={"trials": tuple(trial.model_copy(update={"total_steps": 2}) for trial in sweep.trials)})
+    assert entry(final_screen(few, make.transfer()), "warning").startswith("warning   the whole training is 2 optimizer steps")
 
 
 def test_a_test_set_read_again_is_told(make):
@@ -70,7 +89,7 @@ def next_lines(screen: str) -> str:
 def test_a_bundle_that_is_worse_than_the_base_is_not_to_be_served(make):
     sweep, transfer = make.sweep(advice=()), make.transfer(verdict="negative", sentence="worse", comparisons=compared(-0.3, -0.1))
     screen = final_screen(sweep, transfer)
-    assert next_lines(screen).startswith("next do not serve this bundle, serve the untouched base")
+    assert next_lines(screen).startswith("next do not serve this bundle, serve the base model")
     assert "give more or cleaner eval rows" in next_lines(screen)
     assert "transformers serve" not in screen
     assert max(map(len, screen.splitlines())) <= 100
@@ -103,6 +122,7 @@ def test_answers_take_one_line_and_hide_no_control_codes(make):
     pair = make.transfer().prompts[0].model_copy(update={"base_answer": "a\n\n\x1b[31mred\x1b[0m " + "long " * 100})
     screen = final_screen(make.sweep(), make.transfer(prompts=(pair,)))
     assert "\x1b" not in screen
+    assert "base      a \\x1b[31mred" in screen
     assert max(map(len, screen.splitlines())) <= 100
 
 

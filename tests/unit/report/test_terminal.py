@@ -8,8 +8,8 @@ import math
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
+from orchestrator.report.console import SafeConsole
 from orchestrator.report.terminal import JsonView, LogView, SweepView, open_view
 
 
@@ -79,7 +79,7 @@ def test_json_lines_are_one_object_each(make):
 
 @pytest.mark.parametrize("width", [60, 80, 100, 200])
 def test_the_live_table_is_at_most_100_columns_wide(make, width):
-    console = Console(file=Terminal(), width=width, force_terminal=True, color_system=None)
+    console = SafeConsole(file=Terminal(), width=width, force_terminal=True, color_system=None)
     view = SweepView(console)
     sweep = run_through(view, make)
     long = sweep.trials[5].model_copy(update={"layers": "blocks:" + ",".join(map(str, range(0, 60, 2))), "state": "running"})
@@ -92,7 +92,7 @@ def test_the_live_table_is_at_most_100_columns_wide(make, width):
 
 
 def test_the_live_table_shows_the_best_trial_against_the_base(make):
-    console = Console(file=Terminal(), width=100, force_terminal=True, color_system=None)
+    console = SafeConsole(file=Terminal(), width=100, force_terminal=True, color_system=None)
     view = SweepView(console)
     sweep = run_through(view, make)
     with console.capture() as captured:
@@ -110,7 +110,7 @@ def test_the_live_table_shows_the_best_trial_against_the_base(make):
 
 def test_what_a_person_should_still_read_afterwards_stays_above_the_live_table(make):
     terminal = Terminal()
-    view = SweepView(Console(file=terminal, width=60, force_terminal=True, color_system=None))
+    view = SweepView(SafeConsole(file=terminal, width=60, force_terminal=True, color_system=None))
     view.event("output_moved", "the run goes to [elsewhere]")
     view.start(name="quickstart", metric="loss", higher_is_better=False, max_forgetting=0.1, num_trials=2)
     view.event("warning", "a warning of the plan that is longer than the terminal is wide, and is not cut")
@@ -121,4 +121,4 @@ def test_what_a_person_should_still_read_afterwards_stays_above_the_live_table(m
 
 
 def test_a_view_that_was_never_started_can_be_closed():
-    SweepView(Console(file=Terminal())).close()
+    SweepView(SafeConsole(file=Terminal())).close()

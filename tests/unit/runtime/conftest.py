@@ -75,10 +75,13 @@ def submit(tmp_path: Path, base: Path, shown: io.StringIO) -> Callable[..., Prep
     view = LogView(shown)
 
     def prepared(
-        cluster: ClusterDescription = TWO_CORES, search: dict[str, Any] | None = None, resources: dict[str, Any] | None = None
+        cluster: ClusterDescription = TWO_CORES,
+        search: dict[str, Any] | None = None,
+        resources: dict[str, Any] | None = None,
+        **values: Any,
     ) -> Prepared:
         searched = {"layers": ["last:1"], "trials": 2, "repeats": 1, **(search or {})}
-        YAML().dump({**spec, "search": searched, "resources": resources or {}}, tmp_path / "spec.yaml")
+        YAML().dump({**spec, "search": searched, "resources": resources or {}, **values}, tmp_path / "spec.yaml")
         loaded = load_spec(tmp_path / "spec.yaml")
         with open_run(loaded, "sweep", tmp_path / "runs", view) as run:
             return prepare(loaded, "sweep", run, view, lambda: cluster)

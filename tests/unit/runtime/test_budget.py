@@ -36,8 +36,8 @@ BASE = result("none", 0, 4.0)
 
 @pytest.fixture
 def prepared(submit: Callable[..., Prepared]) -> Prepared:
-    """Judged by its last rung."""
-    return submit(search={"scheduler": "none"})
+    """Judged by its last rung, in steps of many rows."""
+    return submit(search={"scheduler": "none"}, train={"tokens_per_step": 8192})
 
 
 @pytest.fixture

@@ -8,24 +8,25 @@ from typing import Any
 
 import pytest
 
-from orchestrator.errors import PlanError
+from orchestrator.errors import BaseError, PlanError
 from orchestrator.runtime import cluster
 from orchestrator.units import MIB
 
 
-@pytest.fixture
-def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@pytest.fixture(scope="module")
+def two_nodes() -> Iterator[None]:
     """Two Ray nodes of one core each on this machine."""
     import ray
     from ray.cluster_utils import Cluster
 
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    made: Any = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    made.add_node(num_cpus=1)
-    with cluster.connected(made.address):
-        assert len(ray.nodes()) == 2
-        yield
-    made.shutdown()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_AUTH_MODE", "disabled")
+        made: Any = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        made.add_node(num_cpus=1)
+        with cluster.connected(made.address):
+            assert len(ray.nodes()) == 2
+            yield
+        made.shutdown()
 
 
 @pytest.mark.ray
@@ -38,6 +39,21 @@ def test_every_node_must_see_the_runs_folder(two_nodes: None, tmp_path: Path, mo
     assert caught.value.exit_code == 3
     assert "share" in caught.value.remedy
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.ray
+def test_every_node_must_have_the_base(two_nodes: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    wanted = {"model.safetensors": cluster.file_identity(tmp_path / "model.safetensors")}
+    assert wanted["model.safetensors"].startswith("7 bytes, ")
+    cluster.require_base_everywhere(tmp_path, wanted)
+    with pytest.raises(BaseError, match=r"on [0-9.]+, model\.safetensors differs") as caught:
+        cluster.require_base_everywhere(tmp_path, {"model.safetensors": "8 bytes, abc"})
+    assert caught.value.exit_code == 2
+    assert caught.value.where == str(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BaseError, match=r"model\.safetensors is missing"):
+        cluster.require_base_everywhere(Path("/proc/self/cwd"), wanted)  # of each process another folder
 
 
 def test_a_gpu_that_the_driver_tool_does_not_list_is_an_error_of_the_plan(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from orchestrator.anatomy import ModelAnatomy
-from orchestrator.plan import make_trial
+from orchestrator.plan import make_plan, make_trial
 from orchestrator.plan.cost.calibration import MeasuredSteps, calibrated
 from orchestrator.plan.results import RungResult
-from orchestrator.plan.values import DataPaths, RunPlan, TrainSettings
+from orchestrator.plan.values import ClusterDescription, DataPaths, DataSize, NodeDescription, RunPlan, TrainSettings
 from orchestrator.runtime.assignments import Orders
 from orchestrator.runtime.exchange import Exchange
 from orchestrator.runtime.first_steps import FirstSteps
@@ -20,7 +22,9 @@ from orchestrator.runtime.measured import plan_against_measured
 from orchestrator.runtime.outcome import summarise
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.runtime.scoring import Scoring
+from orchestrator.spec import load_spec
 from orchestrator.transfer.records import RefitRecord
+from orchestrator.units import GIB
 
 
 def result(trial_id: str = "t0", *, rung: int = 0, seconds: float = 2.0, **changes: object) -> RungResult:
@@ -30,15 +34,58 @@ def result(trial_id: str = "t0", *, rung: int = 0, seconds: float = 2.0, **chang
 
 def test_it_is_told_once_when_every_gang_has_had_some(plan: RunPlan, anatomy: ModelAnatomy) -> None:
     first = FirstSteps(plan, anatomy, num_gangs=2)
-    assert first.hear(0, result("t0")) is None
-    said = first.hear(1, result("t1", seconds=3.0))
+    assert first.hear(0, result("t0", steady_tokens_per_s=1000)) is None
+    said = first.hear(1, result("t1", steady_tokens_per_s=650))
     assert said is not None
-    expected = calibrated(plan, anatomy, [MeasuredSteps(0, 2000, 2.0), MeasuredSteps(1, 2000, 3.0)])
+    expected = calibrated(plan, anatomy, [MeasuredSteps(0, 1000, 1.0), MeasuredSteps(1, 650, 1.0)])
     assert expected is not None
     assert said["achieved_share"] == expected.rate.achieved_share
     assert (said["core_hours"], said["gpu_hours"], said["wall_hours"]) == (expected.core_hours, None, expected.wall_hours)
-    assert said["message"].startswith("the first steps reach ")
-    assert first.hear(0, result("t2")) is None
+    assert re.match(r"about \S+ left, \S+ in all \(.* to .*; the plan said .*\): the first steps reach ", said["message"])
+    assert (said["kind"], said["low_seconds"] < said["expected_seconds"] < said["high_seconds"]) == ("first_steps", True)
+    assert first.hear(0, result("t2", steady_tokens_per_s=1000)) is None
+
+
+def test_a_trial_that_only_warmed_up_counts_until_there_are_steady_steps(plan: RunPlan, anatomy: ModelAnatomy) -> None:
+    """Two steps of a first rung take hundreds of times as long as the same two later."""
+    first = FirstSteps(plan, anatomy, num_gangs=1)
+    slow = first.hear(0, result("t0", tokens=1000, seconds=60.0))
+    assert slow is not None
+    again = first.hear(0, result("t1", tokens=1000, seconds=2.0, steady_tokens_per_s=5000.0))
+    assert again is not None
+    assert again["kind"] == "estimate"
+    steady = calibrated(plan, anatomy, [MeasuredSteps(0, 5000, 1.0)])
+    assert steady is not None
+    assert again["core_hours"] == steady.core_hours
+    assert again["core_hours"] < slow["core_hours"] / 100
+    assert again["expected_seconds"] < slow["expected_seconds"] / 3
+
+
+def test_a_recorded_run_took_what_was_told(anatomy: ModelAnatomy, tmp_path: Path) -> None:
+    """300 rows and nothing but base, task and data, on two cores that were shared with other work."""
+    recorded = json.loads((Path(__file__).parent / "recorded" / "few_rows.json").read_text())
+    spec = {"name": "few", "base": {"model": "sample"}, "task": "completion", "data": {"train": "rows.jsonl"}, "search": {}}
+    spec["search"] = {"layers": ["last:2", "last:4", "all"], "trials": 12}
+    (tmp_path / "spec.yaml").write_text(json.dumps(spec))
+    cluster = ClusterDescription(nodes=(NodeDescription(num_cpus=2, memory_bytes=16 * GIB),))
+    size, seconds = DataSize.model_validate(recorded["data"]), recorded["seconds"]
+    plan = make_plan(load_spec(tmp_path / "spec.yaml"), anatomy, size, cluster, job="sweep", spec_sha256="0" * 64)
+    assert plan.cost is not None
+    assert plan.cost.duration is not None
+    assert plan.cost.duration.low_s < seconds < plan.cost.duration.high_s
+    told, now = [], [0.0]
+    first = FirstSteps(plan, anatomy, num_gangs=2, begun=0.0, clock=lambda: now[0])
+    for number, (option, rung, step, tokens, steady, training, scoring, started, finished, _) in enumerate(recorded["rows"]):
+        now[0] = finished
+        times = {"train_seconds": training, "eval_seconds": scoring, "started_at": started, "finished_at": finished}
+        values = {"trial_id": f"t{number}", "rung": rung, "step": step, "tokens": tokens, "state": "done", "eval_loss": 1.0}
+        heard = first.hear(option, RungResult.model_validate({**values, **times, "steady_tokens_per_s": steady}))
+        told += [heard] if heard is not None else []
+    assert [event["kind"] for event in told[:1]] == ["first_steps"]
+    assert len(told) <= 4, "told again only where it says something else"
+    for event in told:
+        assert event["low_seconds"] < seconds < event["high_seconds"]
+        assert seconds / 3 < event["expected_seconds"] < 3 * seconds
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from orchestrator.anatomy import ModelAnatomy, read_anatomy
 from orchestrator.plan.values import BaseLoad
+from orchestrator.store.files import usual_mode
 
 VOCAB, HIDDEN = 97, 128
 LORA_RANK, LORA_ALPHA = 4, 8
@@ -40,6 +41,8 @@ def make_base(tmp_path: Path) -> Callable[..., ModelAnatomy]:
         torch.manual_seed(7)
         model = LlamaForCausalLM(config).to(dtype)
         model.save_pretrained(tmp_path / name, max_shard_size="150KB" if sharded else "5GB")
+        for shard in (tmp_path / name).glob("*.safetensors"):
+            shard.chmod(usual_mode(tmp_path))  # safetensors writes 0600
         return read_anatomy(tmp_path / name, need_weights=True)
 
     return build

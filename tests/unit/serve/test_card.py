@@ -63,7 +63,7 @@ def inputs_of(make_base: Callable, load_of: Callable) -> Callable[..., BundleInp
 def test_the_card_says_what_was_done_and_found_and_not_where(inputs_of: Callable):
     transfer = TransferReport(
         verdict="negative",
-        sentence="negative: worse than the base",
+        sentence="worse than the base",
         verification=FIGURES,
         comparisons=(ComparisonRecord(against="head", mean=-0.25, low=-0.3, high=-0.2, method="sign_flip", num_examples=180),),
         scores=(ModelScores(model="promoted", metrics={"loss": 1.83}), ModelScores(model="none", metrics={"loss": 1.58})),
@@ -81,7 +81,7 @@ def test_the_card_says_what_was_done_and_found_and_not_where(inputs_of: Callable
         "SHA-256 abc123",
         "torch 2.13.0",
         "| this model | 1.83 |",
-        "| untouched base | 1.58 |",
+        "| base model | 1.58 |",
         "Gain over head only: -0.250 nats per token, 95% interval [-0.300, -0.200], 180 examples (sign flip).",
         "| 2 \\| 3<br>what? | 5 |",
         "KL 3e-06",
@@ -110,7 +110,7 @@ def test_the_card_of_few_examples_says_what_is_not_known(inputs_of: Callable):
     transfer = TransferReport(verdict="inconclusive", comparisons=(comparison,), scores=scores, verification=FIGURES)
     card = model_card(inputs_of(step=12), transfer, {})
     assert "| training | 12 of 40 steps, seed 3 |" in card
-    assert "Gain over untouched base: +0.400 nats per token, too few examples for an interval, 4 examples (sign flip)." in card
+    assert "Gain over base model: +0.400 nats per token, too few examples for an interval, 4 examples (sign flip)." in card
     assert "| this model from another seed (2) | 1.5 |" in card
     assert "40 steps, 12" in model_card(inputs_of(step=40), transfer, {})
     assert "inf" not in card.replace("information", "")
@@ -149,7 +149,7 @@ def test_a_card_warns_of_serving_what_is_worse_than_the_base(inputs_of: Callable
     for verdict, interval in (("negative", (-0.4, -0.2)), ("positive", (0.2, 0.4))):
         transfer = TransferReport(verdict=verdict, comparisons=(compared("none", *interval),), verification=FIGURES)
         serving = model_card(inputs_of(), transfer, {}).split("## Serving")[1]
-        assert ("Do not serve this bundle, serve the untouched base" in serving) is (verdict == "negative")
+        assert ("Do not serve this bundle, serve the base model" in serving) is (verdict == "negative")
 
 
 def test_every_control_has_its_name(inputs_of: Callable):

@@ -16,6 +16,7 @@ from orchestrator.plan.values import BaseLoad
 from orchestrator.serve import shards
 from orchestrator.serve.dequantize import hold_quantized
 from orchestrator.serve.merging import merge
+from orchestrator.store.files import usual_mode
 from orchestrator.train.base import load_base
 
 DOWN = "model.layers.{}.mlp.down_proj.weight"
@@ -84,6 +85,23 @@ def test_an_untouched_shard_is_linked_and_a_touched_one_is_not(make_base: Callab
         else:
             assert name in shard.names
     assert torch.equal(tools.weights_of(tmp_path / "out")[name], torch.ones(128, 192, dtype=torch.bfloat16))
+
+
+def test_a_shard_that_others_may_not_read_is_copied_and_its_own_mode_stays(
+    make_base: Callable, load_of: Callable, tools, tmp_path: Path
+):
+    """A server runs as another user; and the base's files are not ours to change."""
+    anatomy = make_base()
+    shards = sorted(Path(anatomy.folder).glob("*.safetensors"))
+    for shard in shards:
+        shard.chmod(0o600)
+    artifact = tools.write_delta(tmp_path / "rung", {DOWN.format(2): torch.ones(128, 192)})
+    out = tmp_path / "out"
+    out.mkdir()
+    record = merge(make_merge_plan(anatomy, artifact, load_of(anatomy)), out)
+    assert not any(file.linked for file in record.files)
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {usual_mode(out)}
+    assert {shard.stat().st_mode & 0o777 for shard in shards} == {0o600}
 
 
 def test_where_links_are_not_possible_the_shard_is_copied(make_base: Callable, load_of: Callable, tools, tmp_path, monkeypatch):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import time
 from pathlib import Path
 
 import pytest
 
-from orchestrator.errors import SpecError, SpecProblem
+from orchestrator.errors import SpecError, SpecProblem, UsageError
+from orchestrator.plan import read_cluster_file
 from orchestrator.spec import load_spec
+from orchestrator.spec.source import read_source
 
 GOOD = """\
 name: tutor
@@ -80,7 +84,8 @@ ROWS = [
     ("  model: sample", "  revision: main", "base.model", 2, 1, "is missing; expected text", ""),
     ("  train: train.jsonl\n", "", "data.train", 5, 1, "is missing", ""),
     # what only the whole spec can tell
-    ("max_tokens: 512", "max_tokens: 9000", "data.max_tokens", 7, 15, "tokens_per_step (8192)", "lower data.max_tokens"),
+    ("epochs: 2", "tokens_per_step: atuo", "train.tokens_per_step", 9, 20, "above 0 or auto", "did you mean auto?"),
+    ("epochs: 2", "tokens_per_step: true", "train.tokens_per_step", 9, 20, "a whole number above 0 or auto", ""),
     ("epochs: 2", "tokens_per_step: 100", "data.max_tokens", 7, 15, "max_tokens (512)", "lower data.max_tokens to 100"),
     ("  max_tokens: 512\ntrain:\n", "train:\n  tokens_per_step: 100\n", "train.tokens_per_step", 8, 20, "max_tokens (512)", ""),
     ("[1e-4, 5e-3]", "[5e-3, 1e-4]", "search.learning_rate.lora", 12, 25, "runs backwards", "write [0.0001, 0.005]"),
@@ -255,11 +260,62 @@ def test_what_is_no_yaml_mapping(tmp_path: Path, text: str | bytes, line: int, c
     assert hint in problem.hint
 
 
-def test_aliases_that_multiply_are_refused(tmp_path: Path) -> None:
-    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
-    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]
-    problems = problems_of(tmp_path / "spec.yaml", "\n".join(lines))
-    assert "too many" in problems[-1].message
+CHAIN = "x0: &a0 {k: 1}\n"
+MULTIPLIED = {
+    "lists of lists": ("x0: &a0 [lol]\n", "[*a{0}, *a{0}, *a{0}, *a{0}, *a{0}, *a{0}, *a{0}]", 40),
+    "mappings of mappings": (CHAIN, "{{p: *a{0}, q: *a{0}, r: *a{0}, s: *a{0}}}", 40),
+    "mappings that grow by merging": (CHAIN, "{{<<: *a{0}, k{0}: 1}}", 1500),
+    "a merge of merges that grow": (CHAIN, "{{<<: [*a{0}, *a0], k{0}: 1}}", 1500),
+}
+BOUNDLESS = {
+    **{
+        name: first + "".join(f"x{i}: &a{i} {rest.format(i - 1)}\n" for i in range(1, count))
+        for name, (first, rest, count) in MULTIPLIED.items()
+    },
+    "a mapping that merges itself": "a: &a {<<: *a, k: 1}\n",
+    "a mapping that merges what merges it": "a: &a {b: &b {<<: *a}, <<: *b}\n",
+    "a list of itself": "a: &a [*a]\n",
+    "merges inside merges": "a: " + "{<<: " * 2000 + "{}" + "}" * 2000,
+    "deep lists": "a: " + "[" * 100_000,
+    "deep mappings": "a: " + "{a: " * 3000 + "1" + "}" * 3000,
+    "deep blocks": "".join(" " * depth + "a:\n" for depth in range(600)),
+    "deep dashes": "- " * 20_000 + "a",
+    "question marks": "? " * 20_000,
+    "a long list": "a: [" + "1," * 99_000 + "1]",
+    "many keys": "".join(f"k{i}: 1\n" for i in range(40_000)),
+    "many policies": GOOD.replace('[head, "last:2"]', "[" + "hea," * 90_000 + "head]"),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDLESS)
+def test_a_file_of_a_few_bytes_cannot_keep_the_reader_busy(tmp_path: Path, name: str) -> None:
+    """Aliases, merges, depth and length are bounded, in specs and in cluster files; each is refused at its place."""
+    path = tmp_path / "spec.yaml"
+    started = time.process_time()
+    problems = problems_of(path, BOUNDLESS[name])
+    with pytest.raises(UsageError) as caught:
+        read_cluster_file(path)
+    assert time.process_time() - started < 4
+    assert any("too many or too deeply nested" in problem.message for problem in problems)
+    assert all(problem.line for problem in problems)
+    assert "too many or too deeply nested" in caught.value.what
+    assert re.search(r"spec.yaml:\d+:\d+$", caught.value.where)
+
+
+def test_merges_of_merges_cost_what_they_say(tmp_path: Path) -> None:
+    """`<<: [*a, *a]` over and over took a time that doubles with every line; it comes to one mapping."""
+    lines = "".join(f"x{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}\n" for i in range(1, 60))
+    path = tmp_path / "spec.yaml"
+    path.write_text("x0: &a0 {k: 1}\n" + lines)
+    started = time.process_time()
+    assert read_source(path).data["x59"] == {"k": 1}
+    assert time.process_time() - started < 2
+
+
+def test_what_is_merged_must_be_a_mapping(tmp_path: Path) -> None:
+    problem = one_problem(tmp_path, "  epochs: 2", "  <<: 3\n  epochs: 2")
+    assert (problem.line, problem.column) == (9, 3)
+    assert "`<<` takes a mapping" in problem.message
 
 
 def test_a_custom_tag_is_refused_and_not_run(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_the_resolved_spec_loads_and_is_the_same_run(tmp_path: Path) -> None:
     digest = spec_sha256(loaded.spec, "sweep")
     assert text.startswith(f"# sha256 (sweep): {digest}\n")
     assert spec_sha256(again.spec, "sweep") == digest
-    assert "tokens_per_step: 8192" in text
+    assert "tokens_per_step: auto" in text
 
 
 def test_identity_leaves_out_what_may_change_between_submissions(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_a_fixed_list_is_part_of_the_identity_and_survives_being_written(tmp_pat
 def test_runs_from_before_there_were_points_or_a_curve_keep_their_identity(tmp_path: Path) -> None:
     values = write(tmp_path).spec.model_dump(mode="json", exclude={"output", "resources", "finetune"})
     del values["search"]["trials"], values["search"]["points"], values["search"]["learning_curve"]
-    for key in ("format", "template", "template_without_input", "delimiter", "text_documents"):
+    for key in ("format", "template", "template_without_input", "delimiter", "text_documents", "dedupe"):
         del values["data"][key]
     for key in ("input", "system", "tools"):
         del values["data"]["columns"][key]

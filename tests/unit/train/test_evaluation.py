@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +160,24 @@ def test_answers_are_greedy_whatever_stands_beside_them(base: LoadedBase) -> Non
     base.model.train()
 
 
+class Endless(Letters):
+    """A tokenizer with neither an end token nor a padding token."""
+
+    eos_token_id = None
+    pad_token_id = None
+
+
+def test_generation_stops_at_what_ends_the_answers_of_the_data(base: LoadedBase) -> None:
+    data = documents(LENGTHS)
+    whole = generate_answers(base.model, Endless(), data, Ranks(), rows=4)
+    stop = int(whole[0].split()[3])
+    stopped = generate_answers(base.model, Endless(), replace(data, stop_ids=(stop, 96)), Ranks(), rows=4)
+    for text, longer in zip(stopped, whole, strict=True):
+        words = longer.split()
+        assert text.split() == words[: words.index(str(stop)) if str(stop) in words else len(words)]
+    assert len(stopped[0].split()) <= 3
+
+
 def test_the_accuracy_on_answers_is_what_greedy_decoding_gives(base: LoadedBase) -> None:
     """The model's own greedy answers, one of them with another token in its midst, and one document that is text."""
     pairs = []
@@ -187,6 +206,7 @@ def test_the_answer_is_the_last_supervised_run() -> None:
     assert prompt.tolist() == list(range(10, 16))
     assert answer.tolist() == [16, 17, 18]
     assert wanted_answers(data, Letters()) == ["16 17 18"]
+    assert wanted_answers(replace(data, stop_ids=(18,), answers=["as the row said"]), Letters()) == ["16 17"]
 
 
 def test_exact_match_ignores_outer_white_space() -> None:

@@ -36,12 +36,12 @@ A_SEED_FAILED = {"verdict": "inconclusive"}
 @pytest.mark.parametrize(
     ("transfer", "kind", "decider", "first"),
     [
-        (judged((-0.3, -0.1)), "negative", "none", "do not serve this bundle, serve the untouched base"),
-        (judged((-0.3, -0.1), (-0.4, -0.2)), "negative", "none", "do not serve this bundle, serve the untouched base"),
+        (judged((-0.3, -0.1)), "negative", "none", "do not serve this bundle, serve the base model"),
+        (judged((-0.3, -0.1), (-0.4, -0.2)), "negative", "none", "do not serve this bundle, serve the base model"),
         (judged((0.1, 0.3), (-0.4, -0.2)), "negative", "scratch", "do not serve this bundle: training from scratch"),
         (judged((-0.1, 0.3), (-0.4, -0.2)), "negative", "scratch", "do not serve this bundle: training from scratch"),
-        (judged((-0.3, -0.1), (-0.001, 0.001)), "negative", "none", "do not serve this bundle, serve the untouched base"),
-        (judged((-0.004, 0.006)), "no gain", "none", "the untouched base serves as well"),
+        (judged((-0.3, -0.1), (-0.001, 0.001)), "negative", "none", "do not serve this bundle, serve the base model"),
+        (judged((-0.004, 0.006)), "no gain", "none", "the base model serves as well"),
         (judged((0.1, 0.3), (-0.001, 0.001)), "no gain", "scratch", "training from scratch serves as well"),
         (judged((-0.1, 0.3)), "inconclusive", "none", "more test rows would tell"),
         (judged(INFINITE, INFINITE), "inconclusive", "none", "more test rows would tell"),
@@ -60,7 +60,7 @@ def test_what_decided_comes_first(transfer: TransferReport, kind: VerdictKind, d
 
 def test_after_a_bundle_that_is_worse_than_the_base_come_the_rows_and_then_the_eval_set() -> None:
     serve, rows, eval_rows = advice_after(judged((-0.3, -0.1)))
-    assert "serve the untouched base" in serve
+    assert "serve the base model" in serve
     assert "`orchestrator data SPEC`" in rows
     assert eval_rows.startswith("give more or cleaner eval rows")
 

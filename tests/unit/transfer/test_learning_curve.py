@@ -80,7 +80,7 @@ def test_a_law_that_misses_the_last_point_excludes_no_gain() -> None:
     losses = [mean + offsets - offsets.mean() for mean in (2.983, 2.980, 2.973, 2.934, 2.833)]
     curve = learning_curve("t000", COUNTS, losses, np.ones(100), seed=0)
     assert curve.gain < 0
-    assert curve.sentence.startswith("whether more data would help cannot be told: the loss is 2.833")
+    assert curve.sentence.startswith("the learning curve could not be fitted: its law gives 2.842")
 
 
 def curve_to(ahead: float, low: float, high: float, scale: float = 8.0) -> LearningCurve:
@@ -110,8 +110,8 @@ def curve_to(ahead: float, low: float, high: float, scale: float = 8.0) -> Learn
         ),
         (
             curve_to(1.9, 1.85, 1.95, scale=0.0),
-            "no gain is to be expected of more data: the loss is 1.830, and with twice the data (1728 documents) it would be "
-            "about 1.900 (95%: 1.850 to 1.950)",
+            "the learning curve could not be fitted: its law gives 1.900 with twice the data (1728 documents), worse than the "
+            "1.830 that was measured with all documents; it does not tell whether more data would help",
         ),
         (
             curve_to(1.829, 1.821, 1.84),
@@ -119,12 +119,12 @@ def curve_to(ahead: float, low: float, high: float, scale: float = 8.0) -> Learn
             "about 1.829 (95%: 1.821 to 1.840)",
         ),
         (
-            curve_to(1.9, 1.819, 1.95, scale=0.0),
+            curve_to(1.8304, 1.819, 1.95, scale=0.0),
             "whether more data would help cannot be told: the loss is 1.830, and with twice the data (1728 documents) it would "
-            "be about 1.900 (95%: 1.819 to 1.950)",
+            "be about 1.830 (95%: 1.819 to 1.950)",
         ),
     ],
-    ids=["more data helps", "the interval holds the present loss", "flat", "no gain that matters", "the law alone has no gain"],
+    ids=["more data helps", "the interval holds the present loss", "the fit failed", "no gain that matters", "as good as now"],
 )
 def test_the_sentence_follows_from_the_interval(curve: LearningCurve, said: str) -> None:
     assert curve.sentence == said

@@ -26,7 +26,7 @@ def test_a_row_has_the_most_that_any_trial_used_on_each_rank() -> None:
             trial("failed", "all", ()),
         ]
     )
-    assert [row.label for row in rows] == ["untouched base", "last:2 · full"]
+    assert [row.label for row in rows] == ["base model", "last:2 · full"]
     base, choice = rows
     assert base.ratio == pytest.approx(100 / 110)
     assert (choice.num_trials, choice.rank_peak_bytes, choice.measured_bytes) == (2, (210, 300), 300)

@@ -76,7 +76,7 @@ def test_an_interval_decides_where_there_is_one() -> None:
 def test_nothing_as_good_as_the_base() -> None:
     found = promote([trial(f"t{n}", 3.1 + n, rate=10.0**-n) for n in range(1, 5)], BASE, 0.1)
     assert found.trial_id is None
-    assert "as good as the untouched base" in found.reason
+    assert "as good as the base model" in found.reason
     assert found.advice[0].startswith("raise search.learning_rate for lora: the best rate, 1.0e-01")
 
 

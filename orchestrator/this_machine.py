@@ -7,18 +7,20 @@ import re
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from orchestrator.plan.values import ClusterDescription, NodeDescription
-from orchestrator.store import find_gpus, num_usable_cpus
+from orchestrator.store import find_gpus, most_threads, num_usable_cpus, unreachable
 from orchestrator.units import GIB, format_bytes
 
 MIN_DISK_BYTES = 5 * GIB
@@ -70,8 +72,20 @@ def describe_this_machine() -> ClusterDescription:
         gpu_memory_bytes=min((gpu.memory_bytes for gpu in gpus), default=0),
         gpu_name=gpus[0].name if gpus else "",
         memory_bytes=memory_bytes(),
+        core_flops=0.0 if gpus else core_flops(),
     )
-    return ClusterDescription(nodes=(node,), source=f"this machine ({socket.gethostname()})")
+    return ClusterDescription(nodes=(node,), source=f"this machine ({socket.gethostname()})", max_threads=most_threads())
+
+
+def core_flops(size: int = 256, seconds: float = 0.02) -> float:
+    """Operations a second of one core in a float32 product of matrices, by processor time: other work does not count."""
+    one, other = (np.ones((size, size), dtype=np.float32) for _ in range(2))
+    np.matmul(one, other)  # the library starts its threads
+    count, started = 0, time.process_time()
+    while time.process_time() - started < seconds:
+        np.matmul(one, other)
+        count += 1
+    return 2 * size**3 * count / (time.process_time() - started)
 
 
 def memory_bytes(proc: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
@@ -169,14 +183,10 @@ def _on_path(tool: str) -> bool:
 def _ray(address: str | None) -> Finding:
     if not address:
         return Finding("Ray", "ok", "no address given: a run starts a private Ray on this machine")
-    target = re.fullmatch(r"(?:\w+://)?\[?([^\]/]+?)\]?:(\d+)/?", address)
-    if target is None:
-        return Finding("Ray", "note", f"{address}: not a host and port, so not tried")
-    try:
-        with socket.create_connection((target[1], int(target[2])), timeout=5):
-            return Finding("Ray", "ok", f"{address} answers")
-    except OSError as error:
-        return Finding("Ray", "wrong", f"{address}: {error}", "start it (see cluster/), or unset RAY_ADDRESS")
+    problem = unreachable(address)
+    if problem is None:
+        return Finding("Ray", "ok", f"{address} answers" if ":" in address else address)
+    return Finding("Ray", "wrong", f"{address}: {problem.reason}", problem.remedy)
 
 
 def _hub() -> Finding:

@@ -12,13 +12,17 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.anatomy import read_anatomy, resolve_base
-from orchestrator.cli_machine import describe_this_machine
 from orchestrator.data import DataSummary, prepare_data
-from orchestrator.data.measure import measure_data
+from orchestrator.data.labels import label_notices, refuse_quantities
+from orchestrator.data.measure import count_classes, measure_data
 from orchestrator.errors import UsageError
 from orchestrator.plan import make_plan, read_cluster_file
+from orchestrator.plan.defaults import with_section
+from orchestrator.plan.steps import filling_step
 from orchestrator.plan.values import ClusterDescription, RunPlan
 from orchestrator.spec import LoadedSpec, spec_sha256
+from orchestrator.this_machine import describe_this_machine
+from orchestrator.units import printable
 
 Job = Literal["sweep", "finetune"]
 WIDTH = 100
@@ -35,14 +39,27 @@ def plan_of(loaded: LoadedSpec, *, job: str = "", cluster_file: Path | None = No
     spec = loaded.spec
     if job not in ("", "sweep", "finetune"):
         raise UsageError(f"--job is {job!r}", expected="sweep or finetune", remedy="leave it out to plan what the spec has")
-    chosen = cast("Job", job or ("finetune" if spec.search is None else "sweep"))
+    alone = spec.search is None and spec.finetune is not None
+    chosen = cast("Job", job or ("finetune" if alone else "sweep"))
+    loaded = with_section(loaded, chosen)
+    spec = loaded.spec
     anatomy = read_anatomy(resolve_base(spec.base.model, loaded.folder), need_weights=False)
-    size = measure_data(loaded)
-    cluster = _cluster(cluster_file, address)
-    return make_plan(loaded, anatomy, size, cluster, job=chosen, spec_sha256=spec_sha256(spec, chosen))
+    labels = count_classes(loaded) if spec.task == "classify" else None
+    size = measure_data(loaded, labels)
+    cluster = cluster_of(cluster_file, address)
+    plan = make_plan(loaded, anatomy, size, cluster, job=chosen, spec_sha256=spec_sha256(spec, chosen))
+    filling = filling_step(spec, size, plan.execution.ranks)
+    if filling is not None:
+        size = size.with_step(filling.tokens, filling.ranks)
+        plan = make_plan(loaded, anatomy, size, cluster, job=chosen, spec_sha256=spec_sha256(spec, chosen))
+    if labels is None:
+        return plan
+    refuse_quantities(labels, loaded.where("data.columns.label"))
+    return plan.model_copy(update={"warnings": (*plan.warnings, *(notice.line for notice in label_notices(labels)))})
 
 
-def _cluster(cluster_file: Path | None, address: str | None) -> ClusterDescription:
+def cluster_of(cluster_file: Path | None, address: str | None) -> ClusterDescription:
+    """The cluster of a file, the live one at `address`, or this machine."""
     if cluster_file is not None:
         return read_cluster_file(cluster_file)
     if address:
@@ -64,12 +81,12 @@ class Inspection:
     def view(self) -> RenderableType:
         """Counts, what was left out and why, and one example."""
         summary = self.summary
-        parts: list[RenderableType] = [_splits_table(summary), Text()]
+        parts: list[RenderableType] = [_splits_table(summary), Text(), *_notices(summary)]
         if summary.classes:
             counted = zip(summary.classes, summary.class_counts, strict=True)
             parts += [
                 Text("Classes in train", style="bold"),
-                Text(", ".join(f"{name} {count}" for name, count in counted)),
+                Text(", ".join(f"{printable(name)} {count}" for name, count in counted)),
                 Text(),
             ]
         parts += [_dropped_table(summary) if summary.dropped else Text("No row was left out."), Text()]
@@ -103,6 +120,16 @@ def _splits_table(summary: DataSummary) -> Table:
     return table
 
 
+def _notices(summary: DataSummary) -> list[RenderableType]:
+    """One line each, warnings first, in yellow on a terminal."""
+    noticed = sorted(summary.notices, key=lambda notice: notice.level != "warning")
+    lines = [
+        Text(f"{notice.level}: {printable(notice.line)}", style="yellow" if notice.level == "warning" else "")
+        for notice in noticed
+    ]
+    return [*lines, Text()] if lines else []
+
+
 def _dropped_table(summary: DataSummary) -> Table:
     table = Table(title="Left out", title_justify="left", title_style="bold", box=None, pad_edge=False, width=WIDTH)
     table.add_column("split", no_wrap=True)
@@ -111,12 +138,14 @@ def _dropped_table(summary: DataSummary) -> Table:
     table.add_column("where", ratio=1)
     for entry in summary.dropped:
         more = f" and {entry.count - len(entry.places)} more" if entry.count > len(entry.places) else ""
-        table.add_row(entry.split, f"{entry.count:,}", Text(entry.reason), Text(", ".join(entry.places) + more))
+        table.add_row(
+            entry.split, f"{entry.count:,}", Text(printable(entry.reason)), Text(printable(", ".join(entry.places) + more))
+        )
     return table
 
 
 def _example(marked: str) -> Text:
-    """The text between the marks in green on a terminal; the marks stay, for logs."""
-    example = Text(marked)
+    """The text between the marks in green on a terminal; the marks stay, for logs. Its lines stay, control codes are escaped."""
+    example = Text("\n".join(map(printable, marked.split("\n"))))
     example.highlight_regex(r"(?s)«.*?»", "green")
     return example

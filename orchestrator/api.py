@@ -1,0 +1,399 @@
+"""The Python API: what the commands do, from a program or a notebook.
+
+    import orchestrator
+
+    plan = orchestrator.plan("spec.yaml")                            # trials, memory, hours; needs no GPU and no weights
+    run = orchestrator.sweep("spec.yaml", overrides={"search.trials": 4})
+    run.verdict, run.trials, run.figures                             # what was found
+    model, tokenizer = run.bundle.load()                             # plain transformers
+    run = orchestrator.load_run("runs/math-tutor")                   # a run of another day, finished or not
+
+A spec is a file's path, a dictionary with the same keys, or a `JobSpec`. Nothing slow is imported before it is needed.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from html import escape, unescape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from orchestrator.errors import UsageError
+from orchestrator.spec import JobSpec, LoadedSpec, load_spec
+from orchestrator.spec.loader import load_values
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from orchestrator.plan.values import RunPlan
+    from orchestrator.report.reading import RunRecords
+    from orchestrator.serve.predict import Answer
+    from orchestrator.transfer.records import SweepResult, TransferReport, TrialRecord
+
+Spec = str | Path | Mapping[str, Any] | JobSpec | LoadedSpec
+"""A YAML file, its values as a dictionary, or a spec that was read."""
+Overrides = Mapping[str, Any]
+"""Values in place of the spec's, by dotted key: `{"search.trials": 4, "search.layers": ["last:2"]}`."""
+TRIAL_COLUMNS = (
+    "trial_id",
+    "number",
+    "control",
+    "layers",
+    "tune",
+    "lora_rank",
+    "learning_rate",
+    "remedies",
+    "seed",
+    "state",
+    "reason",
+    "step",
+    "total_steps",
+    "metric",
+    "eval_loss",
+    "retain_loss",
+    "forgetting",
+    "score",
+    "seconds",
+    "trainable_parameters",
+    "promoted",
+)
+"""Of `Run.trials`, the first of them its index. Losses are nats per token, times seconds."""
+SECTION = re.compile(r"<section\b.*?</section>", re.DOTALL)
+HEADING = re.compile(r"<h2[^>]*>(.*?)</h2>", re.DOTALL)
+PICTURE = re.compile(r"<svg\b.*?</svg>", re.DOTALL)
+TAG = re.compile(r"<[^>]+>")
+
+
+def plan(spec: Spec, *, overrides: Overrides | None = None, job: str = "", cluster: Path | str | None = None) -> RunPlan:
+    """What a job would do and take, with the data estimated from the files' sizes.
+
+    Args:
+        spec: See `Spec`.
+        overrides: See `Overrides`.
+        job: `sweep` or `finetune`; by default the one that the spec has, sweep first.
+        cluster: A file that describes a cluster; by default this machine.
+
+    Raises:
+        SpecError, BaseError, SelectionError, DataError, UsageError: the input cannot be used.
+        PlanError: it does not fit.
+    """
+    from orchestrator.inputs import plan_of
+
+    return plan_of(as_loaded(spec, overrides), job=job, cluster_file=Path(cluster) if cluster is not None else None)
+
+
+def sweep(
+    spec: Spec,
+    *,
+    overrides: Overrides | None = None,
+    output: Path | str | None = None,
+    address: str | None = None,
+    progress: bool = True,
+) -> Run:
+    """Search layers and learning rate, refit the winner, merge, verify, judge it; or go on where an earlier call was interrupted.
+
+    Args:
+        spec: See `Spec`.
+        overrides: See `Overrides`.
+        output: Folder of the runs, instead of the spec's.
+        address: Ray to run on; RAY_ADDRESS or a private one without it.
+        progress: Whether to print a line for every event to stderr.
+
+    Raises:
+        OrchestratorError: whatever stops the run, see `orchestrator.errors`; what was done is on disk.
+    """
+    return _run("sweep", spec, overrides, output, address, progress)
+
+
+def finetune(
+    spec: Spec,
+    *,
+    overrides: Overrides | None = None,
+    output: Path | str | None = None,
+    address: str | None = None,
+    progress: bool = True,
+) -> Run:
+    """Train the spec's one trial, merge, verify, judge it. Arguments and errors as for `sweep`."""
+    return _run("finetune", spec, overrides, output, address, progress)
+
+
+def load_run(folder: Path | str) -> Run:
+    """A run by its folder, finished or not.
+
+    Raises:
+        UsageError: it is no run directory.
+    """
+    run = Run(Path(folder).expanduser())
+    _ = run.records
+    return run
+
+
+def as_loaded(spec: Spec, overrides: Overrides | None = None) -> LoadedSpec:
+    """The spec, read and judged. Relative paths start at its file's folder, or at the current folder where it has no file.
+
+    Raises:
+        SpecError: everything that is wrong with it.
+        UsageError: `spec` is none of what a spec may be.
+    """
+    if isinstance(spec, str | Path):
+        return load_spec(spec, overrides or {})
+    if isinstance(spec, LoadedSpec):
+        return load_values(_values_of(spec.spec), spec.folder, overrides) if overrides else spec
+    if isinstance(spec, JobSpec):
+        return load_values(_values_of(spec), Path.cwd(), overrides)
+    if isinstance(spec, Mapping):
+        return load_values(spec, Path.cwd(), overrides)
+    expected = "a path, a dictionary, a JobSpec or a LoadedSpec"
+    raise UsageError(f"the spec is a {type(spec).__name__}", expected=expected, remedy="give the path of a spec's file")
+
+
+def _values_of(spec: JobSpec) -> dict[str, Any]:
+    """Only what was given: a default that is written out may be judged otherwise."""
+    return spec.model_dump(mode="json", exclude_unset=True)
+
+
+def _run(
+    job: Literal["sweep", "finetune"],
+    spec: Spec,
+    overrides: Overrides | None,
+    output: Path | str | None,
+    address: str | None,
+    progress: bool,
+) -> Run:
+    loaded = as_loaded(spec, overrides)
+    from orchestrator.report import LogView, open_view
+    from orchestrator.report.page import write_report
+    from orchestrator.runtime import run_finetune, run_sweep
+
+    view = open_view(json_lines=False, stream=sys.stderr) if progress else LogView(io.StringIO())
+    start = run_sweep if job == "sweep" else run_finetune
+    outcome = start(loaded, view=view, address=address, output=Path(output) if output is not None else None)
+    write_report(outcome.run_folder)
+    return Run(outcome.run_folder)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture of the report."""
+
+    title: str
+    """The heading of its section."""
+    svg: str
+
+    def save(self, file: Path | str) -> Path:
+        """Write it as an SVG file."""
+        target = Path(file)
+        target.write_text(self.svg, encoding="utf-8")
+        return target
+
+    def _repr_html_(self) -> str:
+        return f'<figure style="margin:0;background:#fff"><figcaption>{escape(self.title)}</figcaption>{self.svg}</figure>'
+
+    def __repr__(self) -> str:
+        return f"Figure({self.title!r}, {len(self.svg):,} characters of SVG)"
+
+
+class Figures(Mapping[str, Figure]):
+    """The report's pictures by the headings of their sections; a notebook shows them all."""
+
+    def __init__(self, figures: Mapping[str, Figure]) -> None:
+        self._figures = dict(figures)
+
+    def __getitem__(self, title: str) -> Figure:
+        if title not in self._figures:
+            raise KeyError(f"no figure {title!r}; there are {', '.join(self._figures) or 'none'}")
+        return self._figures[title]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._figures)
+
+    def __len__(self) -> int:
+        return len(self._figures)
+
+    def _repr_html_(self) -> str:
+        return "".join(figure._repr_html_() for figure in self._figures.values())
+
+    def __repr__(self) -> str:
+        return f"Figures({', '.join(self._figures)})"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A finished bundle: the merged model with its tokenizer, checked against what was trained."""
+
+    folder: Path
+
+    def load(self, **options: Any) -> tuple[Any, Any]:
+        """Model and tokenizer by plain transformers; of a classifier an `AutoModelForSequenceClassification`.
+
+        Args:
+            options: For the model's `from_pretrained`, such as `device_map="auto"`.
+
+        Raises:
+            UsageError: it is no bundle.
+        """
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+        from orchestrator.serve.predict import read_spec
+
+        kind = AutoModelForSequenceClassification if read_spec(self.folder)["task"] == "classify" else AutoModelForCausalLM
+        model = kind.from_pretrained(self.folder, **{"local_files_only": True, "dtype": "auto", **options})
+        return model, AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+
+    def predict(self, questions: list[Any], *, max_new_tokens: int = 256) -> list[Answer]:
+        """Greedy answers to prompts (or to lists of messages), or the classes of texts, in their order.
+
+        Raises:
+            DataError: a question that cannot be put, by its number.
+        """
+        from orchestrator.serve.predict import Question, answer_all, first_turn, open_predictor
+
+        predictor = open_predictor(self.folder)
+        chat = predictor.task == "chat"
+        contents = [
+            (first_turn(content) if chat else content) if isinstance(content, str) else tuple(content) for content in questions
+        ]
+        asked = [Question(content, f"question {number}") for number, content in enumerate(contents, 1)]
+        found = dict(answer_all(predictor, asked, max_new_tokens))
+        return [found[number] for number in range(len(asked))]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory, as far as the run has come. What is read is kept; `reload()` looks again."""
+
+    folder: Path
+
+    @cached_property
+    def records(self) -> RunRecords:
+        """Everything that was read: plan, steps, events, what could not be read."""
+        from orchestrator.report.reading import read_run
+
+        return read_run(self.folder)
+
+    def reload(self) -> Run:
+        """The run as it stands now."""
+        return load_run(self.folder)
+
+    @property
+    def name(self) -> str:
+        return self.records.name
+
+    @property
+    def finished(self) -> bool:
+        """Whether it came to its end."""
+        return self.records.complete
+
+    @property
+    def sweep(self) -> SweepResult | None:
+        """What the search found; None where no trial has begun."""
+        return self.records.sweep
+
+    @property
+    def transfer(self) -> TransferReport | None:
+        """What the promoted model is worth, on the test set; None before it was judged."""
+        return self.records.transfer
+
+    @property
+    def verdict(self) -> str | None:
+        """`positive`, `no gain`, `negative` or `inconclusive`; None where nothing was promoted, or not yet."""
+        return self.transfer.verdict if self.transfer else None
+
+    @property
+    def sentence(self) -> str:
+        """The verdict in a sentence with its figures."""
+        from orchestrator.report.wording import verdict_sentence
+
+        return verdict_sentence(self.sweep, self.transfer)
+
+    @cached_property
+    def trials(self) -> pd.DataFrame:
+        """Trials and controls, a row each, by their ids: what was tried, and the figures that they are compared by."""
+        import pandas as pd
+
+        sweep = self.sweep
+        rows = [_trial_row(trial, sweep.winner_id if sweep else None) for trial in (sweep.trials if sweep else ())]
+        return pd.DataFrame(rows, columns=list(TRIAL_COLUMNS)).set_index("trial_id")
+
+    def trial(self, wanted: str | int) -> TrialRecord:
+        """A trial by its number, its id, or the beginning of its id.
+
+        Raises:
+            UsageError: no such trial; names those that are near.
+        """
+        from orchestrator.transfer.naming import find_trial
+
+        known = {trial.trial_id: trial for trial in (self.sweep.trials if self.sweep else ())}
+        return known[find_trial(wanted, {trial_id: trial.number for trial_id, trial in known.items()})]
+
+    @cached_property
+    def figures(self) -> Figures:
+        """The report's pictures as SVG, by the headings of their sections."""
+        from orchestrator.report.page import render_page
+
+        found: dict[str, Figure] = {}
+        for section in SECTION.findall(render_page(self.records)):
+            heading = HEADING.search(section)
+            title = unescape(TAG.sub("", heading[1])).strip() if heading else self.name
+            for svg in PICTURE.findall(section):
+                count = sum(key.split(" (")[0] == title for key in found)
+                key = f"{title} ({count + 1})" if count else title
+                found[key] = Figure(key, svg)
+        return Figures(found)
+
+    @property
+    def bundle(self) -> Bundle:
+        """The serving bundle.
+
+        Raises:
+            UsageError: there is none: nothing was promoted, or not yet.
+        """
+        folder = self.folder / "bundle"
+        if not (folder / "manifest.json").is_file():
+            reason = self.sweep.promotion_reason if self.sweep else "no trial has begun"
+            raise UsageError(f"the run has no bundle: {reason}", where=str(self.folder), remedy="`run.report()` says what to try")
+        return Bundle(folder)
+
+    def report(self) -> Path:
+        """Write report.html and return its path."""
+        from orchestrator.report.page import write_report
+
+        return write_report(self.folder)
+
+    def _repr_html_(self) -> str:
+        trials = self.trials.drop(columns=["seed", "reason"], errors="ignore")._repr_html_()
+        return f"<p><strong>{escape(self.name)}</strong>: {escape(self.sentence)}</p>{trials}"
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r}, {'finished' if self.finished else 'not finished'}, verdict={self.verdict!r})"
+
+
+def _trial_row(trial: TrialRecord, winner_id: str | None) -> dict[str, Any]:
+    judged = trial.judged
+    extra = {
+        "step": judged.step if judged else 0,
+        "eval_loss": judged.eval_loss if judged else None,
+        "promoted": trial.trial_id == winner_id,
+    }
+    return {name: extra[name] if name in extra else getattr(trial, name) for name in TRIAL_COLUMNS}
+
+
+__all__ = [
+    "Answer",
+    "Bundle",
+    "Figure",
+    "Figures",
+    "Overrides",
+    "Run",
+    "Spec",
+    "as_loaded",
+    "finetune",
+    "load_run",
+    "plan",
+    "sweep",
+]

@@ -1,0 +1,143 @@
+"""Control tokens, and text that spells one: it is tokenised as text, so that no row can begin or end a turn.
+
+A fast tokenizer splits a text at its added tokens before anything else, whoever wrote them. Text is therefore tokenised by
+a copy of the tokenizer in which every control token is spelled in another way, which nobody can guess: the ids and the
+treatment of white space are the same, and what used to spell a control token is ordinary text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+PRIVATE_USE = range(0xF0000, 0x10F000)
+"""Characters of Unicode's private-use planes that may stand for something while a row is rendered."""
+BEFORE_NAME, BEFORE_SPELLING = "\U0010fffc", "\U0010fffd"
+REASONING = re.compile(r"\W*((start|begin|end)_(of_)?)?(think|thinking|thought|reasoning)\W*", re.IGNORECASE)
+"""Tags around reasoning are part of an answer, whether or not the tokenizer calls them special."""
+
+
+class ControlTokens:
+    """The tokens that steer a model rather than say something: special added tokens, and others that a caller names.
+
+    Args:
+        tokenizer: A fast one.
+        others: Added tokens that are not marked special and still begin or end a turn.
+    """
+
+    def __init__(self, tokenizer: Any, others: Iterable[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        added = {str(token.content): (int(number), token) for number, token in tokenizer.added_tokens_decoder.items()}
+        self.ids = {text: number for text, (number, token) in added.items() if token.special}
+        self.ids |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        self.ids |= {text: added[text][0] for text in others}
+        self.ids = {text: number for text, number in self.ids.items() if text}
+        """Text of each control token -> its id."""
+        self.added = one_of(added)
+        """Matches any added token, special or not."""
+        self.pattern = one_of(self.ids)
+        """Matches any control token."""
+        secret = secrets.token_hex(8)
+        names = {text: f"{secret}{place:x}" for place, text in enumerate(sorted(self.ids))}
+        self._stand_ins = {text: f"{BEFORE_NAME}{name}{BEFORE_NAME}" for text, name in names.items()}
+        """Control token -> what stands for one that a row spells, while the row is rendered."""
+        self._spellings = {text: f"{BEFORE_SPELLING}{name}{BEFORE_SPELLING}" for text, name in names.items()}
+        """Control token -> how `plain` spells it."""
+        self._literal = {stand_in: text for text, stand_in in self._stand_ins.items()}
+        self._stands = re.compile(f"{BEFORE_NAME}{secret}[0-9a-f]+{BEFORE_NAME}")
+
+    @cached_property
+    def exact(self) -> Any:
+        """The tokenizer's backend with offsets that cover white space too: a trimming post-processor leaves tokens of white
+        space alone with empty offsets."""
+        backend = self._tokenizer.backend_tokenizer
+        if "trim_offsets=True" not in str(backend.post_processor):
+            return backend
+        return _changed(backend, lambda parts: parts.update(post_processor=_untrimmed(parts["post_processor"])))
+
+    @cached_property
+    def plain(self) -> Any:
+        """The backend to which control tokens are ordinary text; their ids have the private spellings."""
+        return _changed(self._tokenizer.backend_tokenizer, self._respell)
+
+    def _respell(self, parts: dict[str, Any]) -> None:
+        """Among the added tokens, and in the vocabulary and its merges, by which a piece of text could come to be one."""
+        parts["post_processor"] = _untrimmed(parts["post_processor"])
+        for token in parts["added_tokens"]:
+            if token["content"] in self._spellings:
+                token.update(content=self._spellings[token["content"]], normalized=False)
+        model = parts["model"]
+        renamed = lambda text: self._spellings.get(text, text)  # noqa: E731
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {renamed(text): number for text, number in model["vocab"].items()}
+        else:
+            model["vocab"] = [[renamed(text), score] for text, score in model["vocab"]]
+        if isinstance(model.get("unk_token"), str):
+            model["unk_token"] = renamed(model["unk_token"])
+        if "merges" in model:
+            pairs = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
+            model["merges"] = [pair for pair in pairs if not {*pair, "".join(pair)} & self._spellings.keys()]
+
+    def held_by(self, text: str) -> list[str]:
+        """The control tokens that a text spells, in order."""
+        return self.pattern.findall(text)
+
+    def stand_in(self, text: str) -> str:
+        """The text with stand-ins for the control tokens that it spells; `literal` undoes it."""
+        return self.pattern.sub(lambda found: self._stand_ins[found[0]], text)
+
+    def stand_in_answer(self, text: str) -> str:
+        """As `stand_in`; in an answer, the tags around reasoning stay what they are."""
+        return self.pattern.sub(lambda found: found[0] if REASONING.fullmatch(found[0]) else self._stand_ins[found[0]], text)
+
+    def stood_for(self, text: str) -> list[str]:
+        """The control tokens whose stand-ins a text holds."""
+        return [self._literal[found] for found in self._stands.findall(text)]
+
+    def literal(self, text: str) -> str:
+        """What the row said, of a text with stand-ins."""
+        return self._stands.sub(lambda found: self._literal[found[0]], text)
+
+    def spelled(self, text: str) -> str:
+        """A rendering as `plain` reads it: control tokens of the template respelled, a row's written out."""
+        return self.literal(self.pattern.sub(lambda found: self._spellings[found[0]], text))
+
+    def without_ends(self, text: str, ends: Sequence[str]) -> tuple[str, list[str]]:
+        """(an answer without the end tokens that it already ends with, those)."""
+        taken: list[str] = []
+        while end := next((end for end in ends if end and text.rstrip().endswith(end)), None):
+            text = text.rstrip().removesuffix(end)
+            taken.append(end)
+        return text, taken
+
+    def text_ids(self, text: str, *, special: bool = False) -> list[int]:
+        """Token ids of a text in which stand-ins are ordinary text, and control tokens what they are.
+
+        Args:
+            special: Whether the tokenizer puts its own special tokens around it.
+        """
+        return self.plain.encode(self.spelled(text), add_special_tokens=special).ids
+
+
+def one_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Matches any of the texts, the longest where several fit; nothing where there are none."""
+    return re.compile("|".join(map(re.escape, sorted(filter(None, texts), key=len, reverse=True))) or r"(?!)")
+
+
+def _changed(backend: Any, change: Callable[[dict[str, Any]], None]) -> Any:
+    from tokenizers import Tokenizer
+
+    parts = json.loads(backend.to_str())
+    change(parts)
+    return Tokenizer.from_str(json.dumps(parts))
+
+
+def _untrimmed(processor: Any) -> Any:
+    """A post-processor, and those within it, that leaves offsets as they are."""
+    if isinstance(processor, dict):
+        return {key: False if key == "trim_offsets" else _untrimmed(value) for key, value in processor.items()}
+    return [_untrimmed(value) for value in processor] if isinstance(processor, list) else processor

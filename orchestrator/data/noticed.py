@@ -1,0 +1,69 @@
+"""What the tokenising of rows brings to light, counted, and told in one line each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from orchestrator.data.summary import LeftOut
+from orchestrator.units import printable
+
+ALLOW = "set data.special_tokens_in_text: allow if they are meant as control tokens"
+ESCAPED = "{rows} spell control tokens ({what}), which are tokenised as text"
+WORDS: dict[str, tuple[str, str]] = {
+    "escaped": (f"{ESCAPED}; {ALLOW}", ""),
+    "rendered": (ESCAPED, f"{ALLOW}, as in prompts that a chat template has rendered already"),
+    "allowed": ("{rows} spell control tokens ({what}), which are read as control tokens (special_tokens_in_text: allow)", ""),
+    "ended": ("{rows} already end with the end token ({what}), which is learned once", ""),
+    "begun": ("{rows} already begin with the begin token ({what}), which stands once", ""),
+    "tools": (
+        "the chat template does not render `tools`, which {rows} have: the model is not shown them",
+        "take a base whose chat template renders tools, or write them into the system turn",
+    ),
+    "reasoning": (
+        "the chat template leaves out the reasoning of the last answer in {rows}: it is not learned",
+        "take a chat template that renders reasoning_content, or write the reasoning into the content",
+    ),
+    "beside": ("the chat template leaves out what {rows} say beside a tool call: it is not learned", ""),
+    "unrendered": (
+        "the chat template leaves out an assistant's turn in {rows}: it is not learned",
+        "look at the chat template, or reorder the turns",
+    ),
+    "unread": (
+        "the chat template leaves out a turn that {rows} have before an answer: the model is not shown it",
+        "look at the chat template; text of a system turn can be written into the first user turn",
+    ),
+    "prompt": (
+        "the generation prompt adds {what}, with which the last answer of {rows} does not begin: a server will ask otherwise than"
+        " the training did",
+        "write the reasoning into the answers, or serve with the template's switch that turns it off",
+    ),
+}
+"""What is counted: what is said of it ({rows}: their number, {what}: the texts concerned), and what to do about it."""
+
+
+@dataclass
+class Noticed:
+    """Rows by what was noticed of them."""
+
+    places: dict[str, dict[str, None]] = field(default_factory=dict)
+    what: dict[str, dict[str, None]] = field(default_factory=dict)
+
+    def add(self, kind: str, place: str, *what: str) -> None:
+        """Count a row once for each of WORDS' kinds."""
+        self.places.setdefault(kind, {})[place] = None
+        self.what.setdefault(kind, {}).update(dict.fromkeys(what))
+
+    def tell(self, left_out: LeftOut) -> None:
+        """A line for everything that was noticed."""
+        for kind, (message, remedy) in WORDS.items():
+            places = self.places.get(kind)
+            if not places:
+                continue
+            rows = f"{len(places)} row{'s' if len(places) != 1 else ''}"
+            found = list(self.what[kind])
+            shown = ", ".join(f"'{printable(text)}'" for text in found[:5]) + (", ..." if len(found) > 5 else "")
+            said = message.format(rows=rows, what=shown)
+            if remedy:
+                left_out.warn(said, remedy, places=places)
+            else:
+                left_out.info(said, places=places)

@@ -1,0 +1,93 @@
+"""The section that a job needs, where the spec has neither `search` nor `finetune`: shaped for the base."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from orchestrator.anatomy import read_anatomy, resolve_base
+from orchestrator.anatomy.values import ModelAnatomy
+from orchestrator.spec import LoadedSpec, require_section
+from orchestrator.spec.models import FinetuneSpec, RateRanges, SearchSpec
+
+DEFAULT_TRIALS = 12
+"""Four learning rates for each of three choices of layers: as much as a small machine does in a sitting."""
+USUAL_BLOCKS = 4
+"""What `search.layers` asks for where it is not given: last:2, last:4, all."""
+RATE_SPAN = (1 / 6, 3.0)
+"""Ends of the searched range over the usual rate: higher ones diverge sooner than lower ones stand still."""
+
+
+def with_section(loaded: LoadedSpec, job: Literal["sweep", "finetune"]) -> LoadedSpec:
+    """The spec with what its job needs: as it is, or, where it has neither section, with the default one and a note of it.
+
+    Raises:
+        SpecError: the spec has the other job's section alone.
+        BaseError: the base's config cannot be read, which the default is shaped by.
+    """
+    if loaded.spec.search is not None or loaded.spec.finetune is not None:
+        require_section(loaded, job)
+        return _with_fitting_layers(loaded) if job == "sweep" else loaded
+    anatomy = _anatomy(loaded)
+    if job == "sweep":
+        search = default_search(anatomy)
+        low, high = search.learning_rate.lora
+        what = (
+            f"the default search: {', '.join(search.layers)} x lora r{search.lora_rank[0]} at {low:g} to {high:g}, "
+            f"{search.trials} trials"
+        )
+        spec = loaded.spec.model_copy(update={"search": search})
+    else:
+        finetune = default_finetune(anatomy)
+        what = f"the default: {finetune.layers}, lora r{finetune.lora_rank}, learning rate {finetune.learning_rate:g}"
+        spec = loaded.spec.model_copy(update={"finetune": finetune})
+    name = "search" if job == "sweep" else "finetune"
+    return replace(loaded, spec=spec, defaulted=f"the spec has no `{name}` section; {what}")
+
+
+def _with_fitting_layers(loaded: LoadedSpec) -> LoadedSpec:
+    """Where the search names no layers and the base has fewer blocks than the usual ones ask for, those that fit."""
+    search = loaded.spec.search
+    if search is None or search.algorithm == "fixed" or "layers" in search.model_fields_set:
+        return loaded
+    anatomy = _anatomy(loaded)
+    if anatomy.num_blocks >= USUAL_BLOCKS:
+        return loaded
+    layers = default_search(anatomy).layers
+    spec = loaded.spec.model_copy(update={"search": search.model_copy(update={"layers": layers})})
+    said = f"`search` names no layers; the base has {anatomy.num_blocks} of them: {', '.join(layers)}"
+    return replace(loaded, spec=spec, defaulted=said)
+
+
+def _anatomy(loaded: LoadedSpec) -> ModelAnatomy:
+    return read_anatomy(resolve_base(loaded.spec.base.model, loaded.folder), need_weights=False)
+
+
+def default_search(anatomy: ModelAnatomy) -> SearchSpec:
+    """LoRA on the upper quarter, the upper half and all of the blocks, at rates around the usual one for the base's width."""
+    counts = sorted({-(-anatomy.num_blocks // 4), anatomy.num_blocks // 2} - {0, anatomy.num_blocks})
+    rate = usual_lora_rate(anatomy)
+    low, high = (_one_digit(rate * factor) for factor in RATE_SPAN)
+    return SearchSpec(
+        layers=(*(f"last:{count}" for count in counts), "all"),
+        learning_rate=RateRanges(lora=(low, high)),
+        trials=DEFAULT_TRIALS,
+    )
+
+
+def default_finetune(anatomy: ModelAnatomy) -> FinetuneSpec:
+    """LoRA on every block, at the usual rate for the base's width."""
+    return FinetuneSpec(learning_rate=_one_digit(usual_lora_rate(anatomy)))
+
+
+def usual_lora_rate(anatomy: ModelAnatomy) -> float:
+    """5e-4 x (2000 / hidden size)^0.781: what was fitted to sweeps of LoRA on Llamas, ten times the rate of full fine-tuning
+    (Schulman and Thinking Machines Lab 2025, "LoRA Without Regret"; `get_lr` of their tinker-cookbook).
+
+    2.9e-4 at 4096, 3.1e-3 at 192.
+    """
+    return 5e-4 * (2000 / anatomy.hidden_size) ** 0.781
+
+
+def _one_digit(rate: float) -> float:
+    return float(f"{rate:.0e}")

@@ -1,0 +1,310 @@
+"""The runs of a folder, a line each; and several runs side by side."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from orchestrator.errors import OrchestratorError, UsageError
+from orchestrator.report.reading import RunRecords, read_run
+from orchestrator.report.wording import best_trial, measured_of, metric_text, number, score_text, signed
+from orchestrator.spec import describe_difference
+from orchestrator.store import read_json
+from orchestrator.store.run_directory import IDENTITY, running_driver
+from orchestrator.transfer import paired_comparison
+from orchestrator.transfer.records import ModelScores
+from orchestrator.units import format_bytes, format_seconds, printable
+from orchestrator.values import Value
+
+State = Literal["finished", "running", "interrupted", "not planned", "damaged"]
+NONE = "-"
+
+
+class RunLine(Value):
+    """One run, as a list shows it."""
+
+    name: str
+    folder: str
+    job: str = ""
+    state: State
+    verdict: str | None = None
+    best: str = ""
+    """The promoted trial, or the best one so far."""
+    metric: str = ""
+    value: float | None = None
+    """The metric of `best` on the eval set."""
+    started_at: float | None = None
+    """Unix time of the first submission."""
+    trials: int = 0
+    """Searched trials that have begun."""
+    num_bytes: int = 0
+    """On disk; what is linked several times counts once."""
+    problem: str = ""
+    """Why it could not be read, where it could not."""
+
+
+def list_runs(folder: Path) -> list[RunLine]:
+    """Every run in `folder`, or `folder` itself where it is one; the newest last.
+
+    Raises:
+        UsageError: there is no such folder.
+    """
+    if not folder.is_dir():
+        remedy = "give the folder that holds the runs; the spec's `output` names it, `runs` unless given"
+        raise UsageError("no such folder", where=str(folder), expected="a folder of runs", remedy=remedy)
+    here = [folder] if is_run(folder) else sorted(child for child in folder.iterdir() if child.is_dir() and is_run(child))
+    return sorted(map(describe_run, here), key=lambda line: line.started_at or 0.0)
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / IDENTITY).is_file()
+
+
+def describe_run(folder: Path) -> RunLine:
+    """What a run's records say of it; damaged records are said to be."""
+    size = num_bytes_of(folder)
+    try:
+        identity, records = read_json(folder / IDENTITY), read_run(folder)
+        created = float(identity["created"])
+    except (OrchestratorError, OSError, ValueError, KeyError, TypeError) as error:
+        problem = str(error).splitlines()[0]
+        return RunLine(name=folder.name, folder=str(folder), state="damaged", num_bytes=size, problem=problem)
+    sweep, transfer = records.sweep, records.transfer
+    best = (sweep.winner or best_trial(sweep.searched, sweep.higher_is_better)) if sweep else None
+    return RunLine(
+        name=records.name,
+        folder=str(folder),
+        job=sweep.job if sweep else "",
+        state=state_of(folder, records),
+        verdict=transfer.verdict if transfer else None,
+        best=best.label if best else "",
+        metric=sweep.metric if sweep else "",
+        value=measured_of(best, transfer).metric if best else None,
+        started_at=created,
+        trials=len(sweep.searched) if sweep else 0,
+        num_bytes=size,
+        problem="; ".join(records.gaps),
+    )
+
+
+def state_of(folder: Path, records: RunRecords) -> State:
+    """Whether a driver works in the run, it came to its end, or it waits to be submitted again."""
+    if running_driver(folder):
+        return "running"
+    if records.complete:
+        return "finished"
+    return "interrupted" if records.plan is not None else "not planned"
+
+
+def num_bytes_of(folder: Path) -> int:
+    """What a folder takes on disk: a file with several names counts once, links to elsewhere not at all."""
+    sizes: dict[tuple[int, int], int] = {}
+    for root, _, names in os.walk(folder):
+        for name in names:
+            try:
+                found = os.lstat(Path(root) / name)
+            except OSError:  # a run in progress moves its files
+                continue
+            sizes[found.st_dev, found.st_ino] = found.st_size
+    return sum(sizes.values())
+
+
+def runs_view(lines: Sequence[RunLine]) -> RenderableType:
+    """The table of `orchestrator runs`."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("name", "state", "verdict", "best"):
+        table.add_column(name, overflow="fold", no_wrap=name in ("state", "verdict"))
+    for name in ("figure", "trials", "size"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("started (UTC)", no_wrap=True)
+    for line in lines:
+        began = datetime.fromtimestamp(line.started_at, UTC).strftime("%Y-%m-%d %H:%M") if line.started_at else NONE
+        figure = f"{line.metric} {metric_text(line.value, line.metric)}" if line.value is not None else NONE
+        best = printable(line.best or line.problem) or NONE
+        counted = (f"{line.trials}", format_bytes(line.num_bytes))
+        table.add_row(Text(printable(line.name)), line.state, line.verdict or NONE, Text(best), figure, *counted, began)
+    return table
+
+
+class RunsCompared(Value):
+    """Several runs side by side."""
+
+    runs: tuple[str, ...]
+    """Names, made different by their folders where they are alike."""
+    spec: tuple[tuple[str, tuple[str, ...]], ...]
+    """Keys whose values differ, with each run's."""
+    figures: tuple[tuple[str, tuple[str, ...]], ...]
+    """What was found, by what is said of it, with each run's."""
+    comparable: bool
+    reasons: tuple[str, ...]
+    """Why the figures must not be compared, where they must not."""
+    differences: tuple[str, ...] = ()
+    """Paired differences of the promoted models on the one test set, the first run against each other one."""
+
+
+def compare_runs(folders: Sequence[Path]) -> RunsCompared:
+    """Put runs side by side.
+
+    Raises:
+        UsageError: fewer than two, one twice, or a folder that is no run.
+    """
+    if len(folders) < 2:
+        raise UsageError("one run is nothing to compare", expected="two runs or more", remedy="orchestrator compare RUN RUN")
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UsageError("the same run is given twice", where=" ".join(map(str, folders)), expected="different runs")
+    records = [read_run(folder) for folder in folders]
+    names = [record.name for record in records]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    reasons = tuple(_reasons(records))
+    return RunsCompared(
+        runs=tuple(names),
+        spec=tuple(_spec_differences(folders)),
+        figures=tuple(_figures(folders, records)),
+        comparable=not reasons,
+        reasons=reasons,
+        differences=() if reasons else tuple(_paired(folders, names)),
+    )
+
+
+def _spec_differences(folders: Sequence[Path]) -> list[tuple[str, tuple[str, ...]]]:
+    """Keys of the resolved specs that are not the same in all of them."""
+    values = [_identity(folder).get("values", {}) for folder in folders]
+    lines = [describe_difference(one, other) for one, other in pairwise([*values, values[0]])]
+    keys = dict.fromkeys(line.partition(": ")[0] for found in lines for line in found if not line.startswith("name:"))
+    return [(key, tuple(_value_at(value, key) for value in values)) for key in keys]
+
+
+def _identity(folder: Path) -> dict[str, Any]:
+    file = folder / IDENTITY
+    return read_json(file) if file.exists() else {}
+
+
+def _value_at(values: Any, key: str) -> str:
+    for step in key.split("."):
+        if not isinstance(values, dict) or step not in values:
+            return "(absent)"
+        values = values[step]
+    return "null" if values is None else str(values).lower() if isinstance(values, bool) else printable(str(values))
+
+
+def _reasons(records: Sequence[RunRecords]) -> list[str]:
+    """Why figures on the test set are not figures of the same thing."""
+    said: list[str] = []
+    tests = [record.data_summary.get("splits", {}).get("test", {}) for record in records]
+    hashes = {test.get("sha256") for test in tests}
+    if None in hashes:
+        said.append("a run has no test set yet")
+    elif len(hashes) > 1:
+        counts = " and ".join(f"{test.get('documents', 0):,}" for test in tests)
+        said.append(
+            f"the test sets differ (of {counts} documents, or tokenised otherwise): a figure on one says nothing of another"
+        )
+    if len({record.sweep.task for record in records if record.sweep}) > 1:
+        said.append("the tasks differ")
+    if any(record.transfer is None or not record.transfer.scores for record in records):
+        said.append("a run has not been judged on its test set")
+    return said
+
+
+def _figures(folders: Sequence[Path], records: Sequence[RunRecords]) -> list[tuple[str, tuple[str, ...]]]:
+    rows: dict[str, list[str]] = {}
+    for folder, record in zip(folders, records, strict=True):
+        found = dict(_figures_of(folder, record))
+        for name in dict.fromkeys([*rows, *found]):
+            column = rows.setdefault(name, [NONE] * folders.index(folder))
+            column.append(found.get(name, NONE))
+    return [(name, tuple(column)) for name, column in rows.items()]
+
+
+def _figures_of(folder: Path, record: RunRecords) -> list[tuple[str, str]]:
+    sweep, transfer = record.sweep, record.transfer
+    said: list[tuple[str, str]] = [("state", state_of(folder, record))]
+    if transfer is not None:
+        said.append(("verdict", transfer.verdict or "nothing promoted"))
+    if sweep is not None:
+        best = sweep.winner or best_trial(sweep.searched, sweep.higher_is_better)
+        found = measured_of(best, transfer) if best else None
+        said.append(("promoted" if sweep.winner else "best trial", best.label if best else NONE))
+        said.append((f"{sweep.metric}, eval set", metric_text(found.metric if found else None, sweep.metric)))
+        said.append(("forgetting", signed(found.forgetting) if found else NONE))
+        said.append(("trials", str(len(sweep.searched))))
+        said.append(("time", format_seconds(sweep.wall_seconds)))
+    if transfer is not None:
+        scores = {score.model: score for score in transfer.scores}
+        said += _test_scores(scores)
+        said += [
+            (f"gain over {comparison.against}, test set", f"{comparison.mean:.3f} [{comparison.low:.3f}, {comparison.high:.3f}]")
+            for comparison in transfer.comparisons
+        ]
+    return said
+
+
+def _test_scores(scores: dict[str, ModelScores]) -> list[tuple[str, str]]:
+    """Of the promoted model and, beside it, the untouched base."""
+    promoted, base = scores.get("promoted"), scores.get("none")
+    if promoted is None:
+        return []
+    rows: list[tuple[str, str]] = []
+    for metric in promoted.metrics:
+        before = f" (base {metric_text(base.metrics[metric], metric)})" if base and metric in base.metrics else ""
+        rows.append((f"{metric}, test set", score_text(promoted, metric) + before))
+    return rows
+
+
+def _paired(folders: Sequence[Path], names: Sequence[str]) -> list[str]:
+    """The first run's promoted model against each other's, document by document."""
+    losses = [_document_losses(folder) for folder in folders]
+    said: list[str] = []
+    for name, other in zip(names[1:], losses[1:], strict=True):
+        first = losses[0]
+        if first is None or other is None or not np.array_equal(first[1], other[1]):
+            continue
+        found = paired_comparison(first[0], other[0], first[1])
+        sure = "better" if found.low > 0 else "worse" if found.high < 0 else "not told apart from it"
+        said.append(
+            f"{names[0]} against {name}: {signed(found.mean)} nats per token [{number(found.low)}, {number(found.high)}], {sure}"
+        )
+    return said
+
+
+def _document_losses(folder: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    """Mean loss and supervised tokens of each test document, of the promoted model."""
+    file = folder / "test" / "promoted.npz"
+    if not file.exists():
+        return None
+    with np.load(file, allow_pickle=False) as arrays:
+        sums, tokens = arrays["loss_sums"], arrays["num_tokens"]
+    return (sums / tokens, tokens) if len(sums) and np.isfinite(sums).all() else None
+
+
+def comparison_view(compared: RunsCompared) -> RenderableType:
+    """The screen of `orchestrator compare`."""
+    parts: list[RenderableType] = []
+    if not compared.comparable:
+        parts += [Text(f"NOT COMPARABLE: {reason}", style="bold yellow") for reason in compared.reasons] + [Text()]
+    parts += [_side_by_side("found", compared.runs, compared.figures), Text()]
+    parts += [Text(f"difference   {line}") for line in compared.differences]
+    if compared.differences:
+        parts.append(Text("             paired by document of the test set, positive is better, with the 95% interval\n"))
+    parts.append(_side_by_side("spec", compared.runs, compared.spec) if compared.spec else Text("The specs are the same."))
+    return Group(*parts)
+
+
+def _side_by_side(title: str, names: Sequence[str], rows: Sequence[tuple[str, tuple[str, ...]]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column(title, no_wrap=True)
+    for name in names:
+        table.add_column(Text(printable(name)), overflow="fold")
+    for key, values in rows:
+        table.add_row(Text(key), *(Text(value) for value in values))
+    return table

@@ -1,0 +1,146 @@
+"""The heartbeat of a run: what is awaited is shown every second or so, so that no phase is silent."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+from orchestrator.runtime.activities import on_disk
+from orchestrator.store import PROGRESS, write_json
+from orchestrator.transfer.records import TrialRecord
+from orchestrator.transfer.view import Activity, Progress, RunView
+
+BEAT_S = 1.0
+WRITE_S = 2.0
+"""How often progress.json is written."""
+
+Look = Callable[[], tuple[Activity, ...]]
+
+
+class Pulse:
+    """A `RunView` that passes on to another one, and tells it from a thread of its own what the run is waiting for.
+
+    Whatever is told goes through one lock: the view below is never called by two threads at once.
+
+    Args:
+        view: Whoever watches.
+        folder: The run's, in which progress.json is kept for `report --follow`; None for a run that has ended already.
+        beat_s: Seconds between two beats.
+    """
+
+    def __init__(self, view: RunView, folder: Path | None, *, beat_s: float = BEAT_S) -> None:
+        self._view, self._folder, self._beat_s = view, folder, beat_s
+        self._lock = threading.RLock()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
+        self._look: Look = self._look_on_disk
+        self._phase, self._detail, self._last_event = "starting", "", ""
+        self._began = self._phase_began = time.monotonic()
+        self._phase_at = time.time()
+        self._written = 0.0
+        self._expected_end: float | None = None
+
+    def __enter__(self) -> Pulse:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._over.set()
+        self._thread.join()
+        if kind is not None:
+            self._write(self.now().model_copy(update={"ended": True, "error": f"{error}" or kind.__name__}))
+        else:
+            self._write(self.now().model_copy(update={"ended": True}))
+        with self._lock:
+            self._view.close()
+
+    # -- what the run tells ------------------------------------------------------------------------------------------
+
+    def start(self, *, name: str, metric: str, higher_is_better: bool, max_forgetting: float, num_trials: int) -> None:
+        with self._lock:
+            self._view.start(
+                name=name,
+                metric=metric,
+                higher_is_better=higher_is_better,
+                max_forgetting=max_forgetting,
+                num_trials=num_trials,
+            )
+
+    def phase(self, name: str, detail: str = "") -> None:
+        with self._lock:
+            self._phase, self._detail, self._phase_began, self._phase_at = name, detail, time.monotonic(), time.time()
+            self._expected_end = None
+            self._view.phase(name, detail)
+
+    def progress(self, now: Progress) -> None:
+        with self._lock:
+            self._view.progress(now)
+
+    def trial(self, record: TrialRecord) -> None:
+        with self._lock:
+            self._view.trial(record)
+
+    def event(self, kind: str, message: str, **fields: object) -> None:
+        with self._lock:
+            self._last_event = f"{kind}: {message}"
+            hours = fields.get("wall_hours") if kind == "first_steps" else None
+            if isinstance(hours, int | float):
+                self._expected_end = self._phase_began + 3600 * hours
+            self._view.event(kind, message, **fields)
+
+    def close(self) -> None:
+        """Nothing: it is closed when its block ends."""
+
+    # -- what is awaited ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def watching(self, look: Look) -> Iterator[None]:
+        """Ask `look` for what is being done while the block runs."""
+        self._look = look
+        try:
+            yield
+        finally:
+            self._look = self._look_on_disk
+
+    def now(self) -> Progress:
+        """What is awaited at this moment."""
+        with self._lock:
+            phase, detail, began, end = self._phase, self._detail, self._phase_began, self._expected_end
+        activities = self._look()
+        now = time.monotonic()
+        left = [activity.seconds_left for activity in activities if activity.seconds_left is not None]
+        seconds_left = max(left, default=None) if phase in ("training", "refit") else end - now if end is not None else None
+        return Progress(
+            phase=phase,
+            detail=detail,
+            phase_seconds=now - began,
+            run_seconds=now - self._began,
+            activities=activities,
+            seconds_left=seconds_left if seconds_left is None or seconds_left > 0 else None,
+            at=time.time(),
+            last_event=self._last_event,
+        )
+
+    def _look_on_disk(self) -> tuple[Activity, ...]:
+        return on_disk(self._folder, self._phase, self._phase_at) if self._folder is not None else ()
+
+    def _beat(self) -> None:
+        while not self._over.wait(self._beat_s):
+            now = self.now()
+            if time.monotonic() - self._written >= WRITE_S:
+                self._write(now)
+            with self._lock:
+                if not self._over.is_set() and now.phase == self._phase:
+                    self._view.progress(now)
+
+    def _write(self, now: Progress) -> None:
+        if self._folder is None:
+            return
+        self._written = time.monotonic()
+        with contextlib.suppress(OSError):  # a full disk: the run itself hears of that where it matters
+            write_json(self._folder / PROGRESS, now)

@@ -1,0 +1,166 @@
+"""The YAML at the head of a model card, as the Hugging Face hub reads it, and what the base says of its licence.
+
+Format: https://huggingface.co/docs/hub/model-cards, metrics in its `model-index`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from orchestrator.serve.inputs import BundleInputs, shown_base
+from orchestrator.transfer.records import ModelScores, TransferReport
+
+UNKNOWN = "unknown"
+"""The hub's own word for a licence that nobody knows."""
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+LICENCE_TEXTS = (
+    ("apache-2.0", r"apache license\s+version 2\.0"),
+    ("mit", r"\bmit license\b|permission is hereby granted, free of charge"),
+    ("bsd-3-clause", r"bsd 3-clause"),
+    ("llama3.1", r"llama 3\.1 community license"),
+    ("llama3.2", r"llama 3\.2 community license"),
+    ("llama3.3", r"llama 3\.3 community license"),
+    ("llama3", r"llama 3 community license"),
+    ("llama2", r"llama 2 community license"),
+    ("gemma", r"gemma terms of use"),
+)
+"""The hub's identifier, and how the beginning of the licence's text reads."""
+METRIC_NAMES = {
+    "loss": "loss, nats per supervised token",
+    "perplexity": "perplexity",
+    "exact_match": "exact match",
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1",
+}
+METRIC_TYPES = {"macro_f1": "f1"}
+"""The hub's name of a metric, where it is another than ours."""
+
+
+class Licence(NamedTuple):
+    """What the base's files say."""
+
+    values: dict[str, str]
+    """`license`, and for one of its own `license_name` and `license_link`."""
+    said_by: str
+    """Which file says it; empty where none does."""
+
+
+def front_matter(inputs: BundleInputs, transfer: TransferReport) -> str:
+    """The card's metadata between its `---` lines."""
+    classify = inputs.base.task == "classify"
+    values: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-classification" if classify else "text-generation",
+        "base_model": base_id(inputs),
+        "base_model_relation": "finetune",
+        **licence_of(Path(inputs.base.folder)).values,
+        "tags": ["fine-tuned", inputs.trial.tune, inputs.base.task],
+    }
+    sources = list(_hub_data_sets(inputs))
+    if sources:
+        values["datasets"] = sources
+    results = list(_metrics(transfer))
+    if results:
+        values["model-index"] = [{"name": inputs.name, "results": [_result(inputs, results, sources)]}]
+    written = io.StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output = False, False  # type: ignore[assignment]
+    yaml.dump(values, written)
+    return f"---\n{written.getvalue()}---"
+
+
+def base_id(inputs: BundleInputs) -> str:
+    """The hub's id of the base where the spec or the base itself gives one, else its name; never a path of this machine."""
+    shown = shown_base(inputs.base_name)
+    if HUB_ID.fullmatch(shown):
+        return shown
+    own = _json(Path(inputs.base.folder) / "config.json").get("_name_or_path")
+    return own if isinstance(own, str) and HUB_ID.fullmatch(own) else shown
+
+
+def licence_of(base: Path) -> Licence:
+    """By the head of its README.md, its config.json, or the text of its licence file, in this order."""
+    head = _head_of(base / "README.md")
+    if isinstance(head.get("license"), list):
+        head["license"] = next(iter(head["license"]), None)
+    if isinstance(head.get("license"), str):
+        names = ("license", "license_name", "license_link")
+        return Licence({name: str(head[name]) for name in names if isinstance(head.get(name), str)}, "README.md")
+    config = _json(base / "config.json").get("license")
+    if isinstance(config, str) and config:
+        return Licence({"license": config.lower()}, "config.json")
+    for file in sorted(base.glob("LICENSE*")):
+        text = " ".join(_text(file)[:4000].lower().split())
+        known = next((name for name, pattern in LICENCE_TEXTS if re.search(pattern, text)), None)
+        if known is not None:
+            return Licence({"license": known}, file.name)
+        return Licence({"license": "other", "license_name": "base-model-licence", "license_link": file.name}, file.name)
+    return Licence({"license": UNKNOWN}, "")
+
+
+def licence_sentence(base: Path) -> str:
+    """What a reader must know of the licence."""
+    found = licence_of(base)
+    if not found.said_by:
+        return "The base model's files name no licence: find it out before you use or share this model."
+    name = found.values.get("license_name") or found.values["license"]
+    return f"The base model's licence ({name}, by its {found.said_by}) and terms apply."
+
+
+def _metrics(transfer: TransferReport) -> Iterator[dict[str, Any]]:
+    """Of this model on the test set; what is not finite is left out."""
+    own: ModelScores | None = next((scores for scores in transfer.scores if scores.model == "promoted"), None)
+    for name, value in own.metrics.items() if own is not None else ():
+        if math.isfinite(value):
+            kind = METRIC_TYPES.get(name, name)
+            yield {"type": kind, "value": round(float(value), 6), "name": METRIC_NAMES.get(name, name)}
+
+
+def _result(inputs: BundleInputs, metrics: list[dict[str, Any]], sources: list[str]) -> dict[str, Any]:
+    task = "text-classification" if inputs.base.task == "classify" else "text-generation"
+    data = {"type": sources[0] if sources else "private", "name": f"test set of {inputs.name}", "split": "test"}
+    return {"task": {"type": task}, "dataset": data, "metrics": metrics}
+
+
+def _hub_data_sets(inputs: BundleInputs) -> Iterator[str]:
+    """Ids of the data sets that the spec takes from the hub; files of this machine are nobody's business."""
+    data = inputs.spec.get("data")
+    train = data.get("train") if isinstance(data, dict) else None
+    for source in train if isinstance(train, list | tuple) else [train]:
+        path = source.get("path") if isinstance(source, dict) else source
+        if isinstance(path, str) and path.startswith("hub:"):
+            yield path.removeprefix("hub:")
+
+
+def _head_of(file: Path) -> dict[str, Any]:
+    """The YAML at the head of a README.md; an empty one where there is none that can be read."""
+    found = re.match(r"\A---\r?\n(.*?)\r?\n---", _text(file), re.DOTALL)
+    try:
+        value = YAML(typ="safe", pure=True).load(found[1]) if found else {}
+    except YAMLError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(_text(file) or "{}")
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

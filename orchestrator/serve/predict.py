@@ -1,0 +1,300 @@
+"""A bundle that answers, by plain transformers: a prompt at a time with its tokens as they come, or a file of rows in batches.
+
+    predictor = open_predictor(bundle)                 # or open_predictor(bundle, untouched=True): the base it came from
+    predictor.answer(questions, max_new_tokens=256)    # in batches, greedily
+    predictor.stream(question, write, 256)             # `write` gets each piece of text
+
+What a row is read as, and what its answer ends with, is what the bundle was trained for: its spec.json has the separator
+and the columns, its generation_config the end tokens.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TextStreamer
+
+from orchestrator.data import load_tokenizer
+from orchestrator.errors import BaseError, DataError, IntegrityError, UsageError
+from orchestrator.serve.bundle import SPEC, BundleRecord
+from orchestrator.serve.recheck import read_record
+from orchestrator.spec.models import Task
+from orchestrator.store import read_json
+
+BATCH_ROWS = 16
+Messages = tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked: a text, or a chat's turns; and what it is called in messages."""
+
+    content: str | Messages
+    place: str = ""
+    """`file:line`, where it comes from a file."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A greedy answer, or a class."""
+
+    text: str
+    """The answer without its end token; of a classifier the likeliest class."""
+    ended: bool = True
+    """Whether the model ended it; False where it was cut off at `max_new_tokens`."""
+    probabilities: Mapping[str, float] | None = None
+    """Of a classifier: every class, the likeliest first."""
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A loaded model with its tokenizer, and how its task puts a question."""
+
+    model: Any
+    tokenizer: Any
+    task: Task
+    separator: str
+    name: str
+    end_ids: frozenset[int]
+    """Tokens that end an answer."""
+    longest: int
+    """Positions that the model has, for question and answer together."""
+
+    def answer(self, questions: Sequence[Question], max_new_tokens: int) -> list[Answer]:
+        """Answers in the order of the questions, from one batch.
+
+        Raises:
+            DataError: a question that the chat template refuses, or that leaves no room for an answer; names its place.
+        """
+        if self.task == "classify":
+            return self._classified(questions)
+        rows = [self.question_ids(question) for question in questions]
+        room = max(0, self.longest - max(map(len, rows)))
+        width = max(map(len, rows))
+        pad = self._pad_id()
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        output = self._generate(ids, mask, min(max_new_tokens, room))
+        return [self._answered(row[width:].tolist()) for row in output]
+
+    def stream(self, question: Question, write: Callable[[str], None], max_new_tokens: int) -> Answer:
+        """Answer one question and hand its text to `write` piece by piece.
+
+        Raises:
+            DataError: as `answer` says.
+        """
+        if self.task == "classify":
+            return self._classified([question])[0]
+        row = self.question_ids(question)
+        ids = torch.tensor([row])
+        streamer = _Pieces(self.tokenizer, write)
+        output = self._generate(ids, torch.ones_like(ids), min(max_new_tokens, self.longest - len(row)), streamer)
+        return self._answered(output[0][len(row) :].tolist())
+
+    def question_ids(self, question: Question) -> list[int]:
+        """The question's tokens as training had them before an answer.
+
+        Raises:
+            DataError: as `answer` says.
+        """
+        if isinstance(question.content, str):
+            ids = [*self._begin_ids(), *self._plain_ids(f"{question.content}{self.separator}")]
+        else:
+            ids = self._chat_ids(question)
+        if not ids:
+            raise DataError("the question is empty, and the tokenizer has no begin token", where=question.place)
+        if len(ids) >= self.longest:
+            raise DataError(
+                f"{len(ids)} tokens, and the model has {self.longest} positions for question and answer together",
+                where=question.place,
+                remedy="shorten it",
+            )
+        return ids
+
+    def _chat_ids(self, question: Question) -> list[int]:
+        try:
+            text = self.tokenizer.apply_chat_template(list(question.content), tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # jinja's own, and whatever a template raises
+            raise DataError(f"the chat template refuses it: {error}", where=question.place, remedy="mend the messages") from None
+        return self._plain_ids(text)
+
+    def _plain_ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _begin_ids(self) -> list[int]:
+        """The begin token, where the tokenizer puts one before a text by itself."""
+        bos = self.tokenizer.bos_token_id
+        return [bos] if bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos] else []
+
+    def _pad_id(self) -> int:
+        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, *sorted(self.end_ids), 0)
+        return next(token for token in known if token is not None)
+
+    @torch.inference_mode()
+    def _generate(self, ids: torch.Tensor, mask: torch.Tensor, max_new_tokens: int, streamer: Any = None) -> torch.Tensor:
+        device = self.model.device
+        return self.model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=max(1, max_new_tokens),
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=self._pad_id(),
+            eos_token_id=sorted(self.end_ids) or None,
+            streamer=streamer,
+        )
+
+    def _answered(self, ids: list[int]) -> Answer:
+        end = next((place for place, token in enumerate(ids) if token in self.end_ids), None)
+        text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
+        return Answer(text, ended=end is not None)
+
+    @torch.inference_mode()
+    def _classified(self, questions: Sequence[Question]) -> list[Answer]:
+        texts = [str(question.content) for question in questions]
+        encoded = [self.tokenizer(text)["input_ids"] for text in texts]
+        for question, ids in zip(questions, encoded, strict=True):
+            if not 0 < len(ids) <= self.longest:
+                raise DataError(f"{len(ids)} tokens, and the model has {self.longest} positions", where=question.place)
+        found = self.tokenizer.pad({"input_ids": encoded}, padding=True, return_tensors="pt").to(self.model.device)
+        logits = self.model(input_ids=found["input_ids"], attention_mask=found["attention_mask"]).logits
+        shares = torch.softmax(logits.float(), dim=-1).cpu().tolist()
+        names = self.model.config.id2label
+        return [_class_answer({str(names[index]): share for index, share in enumerate(row)}) for row in shares]
+
+
+def _class_answer(shares: Mapping[str, float]) -> Answer:
+    ordered = dict(sorted(shares.items(), key=lambda entry: -entry[1]))
+    return Answer(next(iter(ordered)), probabilities=ordered)
+
+
+class _Pieces(TextStreamer):
+    """Hands on whole characters: a piece is held back while it may still change."""
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._write = write
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self._write(text)
+
+
+def open_predictor(bundle: Path, *, untouched: bool = False, base: Path | None = None) -> Predictor:
+    """Check a bundle's files against its manifest and load it.
+
+    Args:
+        bundle: A finished bundle.
+        untouched: Load the base that it was made from instead, to be asked the same questions.
+        base: The base's folder, where it is no longer where the manifest says.
+
+    Raises:
+        UsageError: not a bundle; or the base of a classifier, which knows no classes; or no base where it should be.
+        VerificationError: a file of the bundle is not what its manifest says.
+        BaseError: transformers cannot load it.
+    """
+    record = read_record(bundle)
+    task = record.base.load.task
+    folder = bundle
+    if untouched:
+        if task == "classify":
+            raise UsageError("the base of a classifier knows no classes", where=str(bundle), remedy="leave --base out")
+        folder = base if base is not None else Path(os.path.normpath(bundle.resolve() / record.base.path))
+        if not (folder / "config.json").exists():
+            raise UsageError("the base cannot be found", where=str(folder), remedy="give its folder with --base-folder")
+    model = _load(folder, record)
+    spec = read_spec(bundle)
+    separator = str(spec.get("data", {}).get("separator", "\\n")) if task == "completion" else ""
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.pad_token_id is None and task == "classify":
+        tokenizer.pad_token_id = model.config.pad_token_id
+    tokenizer.padding_side = "right"
+    positions = getattr(model.config, "max_position_embeddings", None) or 1 << 20
+    name = f"{record.base.name}, untouched" if untouched else record.name
+    return Predictor(model, tokenizer, task, separator, name, _end_ids(model, tokenizer), int(positions))
+
+
+def read_spec(bundle: Path) -> dict[str, Any]:
+    """The spec that the bundle was made from: its values by key, `task` and `data` among them.
+
+    Raises:
+        UsageError: there is none.
+        IntegrityError: it is damaged.
+    """
+    file = bundle / SPEC
+    if not file.is_file():
+        raise UsageError(f"not a bundle: there is no {SPEC}", where=str(bundle), expected="a bundle/ folder of a run")
+    values = read_json(file)
+    if not isinstance(values, dict) or not isinstance(values.get("data"), dict) or "task" not in values:
+        raise IntegrityError("no spec: task or data is missing", where=str(file), remedy="check it with `orchestrator verify`")
+    return values
+
+
+def _load(folder: Path, record: BundleRecord) -> Any:
+    kind = AutoModelForSequenceClassification if record.base.load.task == "classify" else AutoModelForCausalLM
+    where: Any = "auto" if torch.cuda.is_available() else {"": "cpu"}
+    dtype = getattr(torch, record.held_dtype)
+    try:
+        model = kind.from_pretrained(folder, dtype=dtype, device_map=where, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise BaseError(
+            f"transformers cannot load it: {first}", where=str(folder), remedy="check it with `orchestrator verify`"
+        ) from error
+    return model.eval()
+
+
+def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """What ends an answer: by the generation_config, and the tokenizer's end token where that names none."""
+    said = getattr(model.generation_config, "eos_token_id", None) if hasattr(model, "generation_config") else None
+    said = said if isinstance(said, list | tuple) else [said] if said is not None else []
+    return frozenset(said or ([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []))
+
+
+def answer_all(
+    predictor: Predictor, questions: Sequence[Question], max_new_tokens: int, *, rows: int = BATCH_ROWS
+) -> Iterator[tuple[int, Answer]]:
+    """(number of the question, its answer), in batches of questions of like length.
+
+    Raises:
+        DataError: a question cannot be put; raised before the first answer, and names the first of them.
+    """
+    if predictor.task == "classify":
+        lengths = [len(str(question.content)) for question in questions]
+    else:
+        lengths = [len(predictor.question_ids(question)) for question in questions]
+    order = sorted(range(len(questions)), key=lambda number: (lengths[number], number))
+    for start in range(0, len(order), rows):
+        batch = order[start : start + rows]
+        yield from zip(batch, predictor.answer([questions[number] for number in batch], max_new_tokens), strict=True)
+
+
+def with_turn(messages: Messages, role: str, content: str) -> Messages:
+    """A chat with one more turn."""
+    return (*messages, {"role": role, "content": content})
+
+
+def first_turn(text: str) -> Messages:
+    """A chat that begins with a user's text."""
+    return with_turn((), "user", text)
+
+
+__all__ = [
+    "Answer",
+    "Messages",
+    "Predictor",
+    "Question",
+    "answer_all",
+    "first_turn",
+    "open_predictor",
+    "read_spec",
+    "with_turn",
+]

@@ -1,0 +1,43 @@
+"""How a bundle is used from Python: the snippet of its card, which runs in the bundle's folder as it stands."""
+
+from __future__ import annotations
+
+from orchestrator.serve.inputs import BundleInputs
+from orchestrator.transfer.records import TransferReport
+
+LONGEST_PROMPT = 240
+"""Characters of a prompt out of the test set that the snippet shows."""
+NEW_TOKENS = 64
+LOAD = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = AutoModelForCausalLM.from_pretrained(".")
+"""
+ANSWER = f"""output = model.generate(**inputs, max_new_tokens={NEW_TOKENS}, do_sample=False)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+"""
+
+
+def snippet(inputs: BundleInputs, transfer: TransferReport) -> str:
+    """Python that loads the bundle from the current folder and prints one answer, by the bundle's task."""
+    task = inputs.base.task
+    shown = next((pair.prompt for pair in transfer.prompts if 0 < len(pair.prompt) <= LONGEST_PROMPT), "")
+    if task == "classify":
+        text = shown or "A text to classify."
+        return f"""from transformers import pipeline
+
+classifier = pipeline("text-classification", model=".")
+print(classifier({text!r}))
+"""
+    if task == "chat":
+        return f"""{LOAD}
+messages = [{{"role": "user", "content": "A question."}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+{ANSWER}"""
+    prompt = f"{(shown or 'A prompt.')!r}"
+    if task == "completion":  # as in training, the separator stands between prompt and answer
+        prompt = f"{prompt} + {inputs.separator!r}"
+    return f"""{LOAD}
+prompt = {prompt}
+inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+{ANSWER}"""

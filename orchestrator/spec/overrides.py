@@ -1,0 +1,109 @@
+"""Values that an option gives instead of the spec's file: `--set search.trials=4 --set "search.layers=[last:2, all]"`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from orchestrator.errors import SpecError, SpecProblem
+from orchestrator.spec.source import KeyPath, Source, parse_source, spell_path
+
+OPTION = "--set"
+STEP = re.compile(r"\.?([A-Za-z_][\w-]*)|\[(\d+)\]")
+EXAMPLE = "write key=value, for example search.trials=4 or data.columns.prompt=question"
+
+
+@dataclass(frozen=True)
+class Override:
+    """One value and its place in the spec."""
+
+    path: KeyPath
+    value: Any
+    option: str
+    """As it was given, for messages: `--set search.trials=4`."""
+
+
+def parse_overrides(texts: Sequence[str]) -> list[Override]:
+    """`key=value` texts: the key dotted, `[n]` for an item of a list, the value YAML (empty: null).
+
+    Raises:
+        SpecError: every text that is none, named by its option.
+    """
+    found: list[Override] = []
+    problems: list[SpecProblem] = []
+    for text in texts:
+        option = f"{OPTION} {text}"
+        key, sign, value = text.partition("=")
+        path = parse_path(key.strip())
+        if not sign or not path:
+            problems.append(SpecProblem("", "no key and value" if not sign else f"no key: {key!r}", option, hint=EXAMPLE))
+            continue
+        try:
+            source = parse_source(value, option) if value.strip() else Source(option, value)
+        except SpecError as error:
+            problems += [SpecProblem(spell_path(path), problem.message, option, hint=problem.hint) for problem in error.problems]
+            continue
+        problems += [SpecProblem(spell_path(path), problem.message, option, hint=problem.hint) for problem in source.problems]
+        found.append(Override(path, source.data, option))
+    if problems:
+        raise SpecError(problems)
+    return found
+
+
+def override_values(values: Mapping[str, Any]) -> list[Override]:
+    """Overrides of the Python API: values by dotted key.
+
+    Raises:
+        SpecError: a key that is none.
+    """
+    wrong = [key for key in values if not parse_path(key)]
+    if wrong:
+        raise SpecError([SpecProblem("", f"no key: {key!r}", "overrides", hint="for example 'search.trials'") for key in wrong])
+    return [Override(parse_path(key), value, f"overrides[{key!r}]") for key, value in values.items()]
+
+
+def parse_path(key: str) -> KeyPath:
+    """`search.layers[1]` -> `("search", "layers", 1)`; empty for what is no dotted key."""
+    path: list[str | int] = []
+    position = 0
+    while position < len(key):
+        step = STEP.match(key, position)
+        if step is None or (position > 0) != (step[0][0] in ".["):
+            return ()
+        path.append(step[1] if step[2] is None else int(step[2]))
+        position = step.end()
+    return tuple(path)
+
+
+def apply_overrides(source: Source, overrides: Sequence[Override]) -> None:
+    """Put values into what a file said, the later one of a key last; what cannot be put there goes to `source.problems`."""
+    for override in overrides:
+        problem = _put(source.data, override.path, override.value)
+        source.overrides[override.path] = override.option
+        if problem:
+            source.problems.append(SpecProblem(spell_path(override.path), problem, override.option))
+
+
+def _put(data: Any, path: KeyPath, value: Any) -> str:
+    """Set a value, making the sections on its way; what is wrong, or nothing."""
+    for depth, step in enumerate(path):
+        around, last = spell_path(path[:depth]) or "the spec", depth == len(path) - 1
+        if isinstance(data, dict) and isinstance(step, str):
+            section = cast("dict[str, Any]", data)
+            if last:
+                section[step] = value
+            elif section.get(step) is None:
+                section[step] = {}
+            data = section[step]
+        elif isinstance(data, list) and isinstance(step, int):
+            items = cast("list[Any]", data)
+            if step >= len(items):
+                return f"{around} has {len(items)} items, the last one is [{len(items) - 1}]"
+            if last:
+                items[step] = value
+            data = items[step]
+        else:
+            return f"{around} is no {'mapping with keys' if isinstance(step, str) else 'list with items'}"
+    return ""

@@ -1,0 +1,105 @@
+"""Whether a Ray cluster answers at an address, found out without Ray and within seconds.
+
+Ray itself tries for a quarter of an hour to connect to a cluster that is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import threading
+from dataclasses import dataclass
+
+CONNECT_S = 8.0
+"""How long a host may take to accept a connection, its name included, and then to say its first word."""
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+"""What a client of HTTP/2 (gRPC is that) says first: RFC 9113, section 3.4, with an empty SETTINGS frame."""
+SETTINGS = 4
+"""Type of the frame that a server of HTTP/2 answers first."""
+DEFAULT_REMEDY = (
+    "check that the cluster is up (`ray status` on its head) and that this is the address of its head, HOST:6379 unless it "
+    "was started with another --port; unset RAY_ADDRESS, or leave --address out, to run on this machine alone"
+)
+
+
+@dataclass(frozen=True)
+class Unreachable:
+    """Why no Ray can be reached at an address, and what to do."""
+
+    reason: str
+    remedy: str = DEFAULT_REMEDY
+    is_refused: bool = False
+    """Whether nobody listens there: not merely slow."""
+
+
+def unreachable(address: str, timeout_s: float = CONNECT_S) -> Unreachable | None:
+    """Why no Ray cluster answers at `address`; None where one does, or where only Ray itself can tell (`auto`, `local`).
+
+    Takes at most three times `timeout_s`.
+    """
+    if address in ("auto", "local"):
+        return None
+    if address.startswith("ray://"):
+        return Unreachable(
+            "this is an address of Ray Client, under which a run would not see its own files",
+            "run on a node of the cluster with --address HOST:6379, or submit: ray job submit --address http://HOST:8265 "
+            "--working-dir . -- python -m jobs.sweep SPEC",
+        )
+    if re.match(r"https?://", address):
+        return Unreachable(
+            "this is the address of Ray's dashboard, which takes jobs",
+            f"submit: ray job submit --address {address} --working-dir . -- python -m jobs.sweep SPEC; or give HOST:6379",
+        )
+    found = re.fullmatch(r"(?:\[([^\]\s]+)\]|([^\s:\[\]]+)):(\d{1,5})", address)
+    if found is None or not 0 < int(found[3]) < 65536:
+        return Unreachable("this is not a host and a port", "give HOST:PORT, for instance 10.0.0.1:6379, or `auto`")
+    host, port = found[1] or found[2], int(found[3])
+    known = _resolve(host, port, timeout_s)
+    return known if isinstance(known, Unreachable) else _greet(known, timeout_s)
+
+
+_Place = tuple[socket.AddressFamily, tuple[object, ...]]
+
+
+def _resolve(host: str, port: int, timeout_s: float) -> _Place | Unreachable:
+    """In a thread, for the resolver has no timeout that can be set."""
+    answer: list[_Place | Unreachable] = []
+
+    def look_up() -> None:
+        try:
+            family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            answer.append((family, place))
+        except (OSError, UnicodeError) as error:
+            said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            answer.append(Unreachable(f"the host {host!r} cannot be resolved: {said}"))
+
+    thread = threading.Thread(target=look_up, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    return answer[0] if answer else Unreachable(f"the host {host!r} could not be resolved within {timeout_s:g} s")
+
+
+def _greet(place: _Place, timeout_s: float) -> Unreachable | None:
+    family, where = place
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as link:
+            link.settimeout(timeout_s)
+            link.connect(where)
+            if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
+                return None  # the greeting would have to be encrypted
+            try:
+                link.sendall(PREFACE)
+                first = link.recv(9)
+            except TimeoutError:
+                return Unreachable(f"the port accepts connections, but nothing answered within {timeout_s:g} s")
+            except OSError:
+                first = b""
+    except TimeoutError:
+        return Unreachable(f"no connection within {timeout_s:g} s")
+    except OSError as error:
+        refused = isinstance(error, ConnectionRefusedError)
+        return Unreachable(f"no connection: {error.strerror or error}", is_refused=refused)
+    if len(first) == 9 and first[3] == SETTINGS:
+        return None
+    return Unreachable("something answers there that is not Ray's control store (GCS)")

@@ -1,0 +1,54 @@
+"""Processes are named for good by pid and start time, seen when they are stopped, and ended even then."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from orchestrator.runtime import processes
+from orchestrator.runtime.guarding import descendants
+from orchestrator.runtime.processes import stat_of
+from orchestrator.runtime.vigil import Seat
+
+
+@pytest.fixture
+def seat() -> Iterator[Seat]:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+        yield Seat(0, "here", "node", process.pid, stat_of(process.pid)[1])
+        process.kill()
+
+
+def within(seconds: float, seat: Seat, state: str) -> bool:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if processes._states([seat]) == [state]:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_a_stopped_process_is_seen_and_ended(seat: Seat) -> None:
+    os.kill(seat.pid, signal.SIGSTOP)
+    assert within(5, seat, "T")
+    processes._end([seat])
+    assert within(5, seat, ""), "a zombie is gone too"
+
+
+def test_another_process_of_the_same_pid_is_left_alone(seat: Seat) -> None:
+    other = seat._replace(started_at=seat.started_at + 1)
+    assert processes._states([other]) == [""]
+    processes._end([other])
+    assert stat_of(seat.pid)[0] in ("S", "R")
+
+
+def test_descendants_are_those_that_this_process_has_started(seat: Seat) -> None:
+    found = descendants(os.getpid())
+    assert (seat.pid, seat.started_at) in found
+    assert os.getpid() not in {pid for pid, _ in found}
+    assert os.getppid() not in {pid for pid, _ in found}
