@@ -37,7 +37,9 @@ def to_text(value: Any, name: str) -> str:
     if isinstance(value, Unreadable):
         kind = printable(value.kind)
         raise RowError(f"column {quoted(name)} holds a value of type {kind}, expected text: write it as text in the file")
-    raise RowError(f"column {quoted(name)} holds {kind_of(value)}, expected text")
+    by_columns = isinstance(value, dict) and "0" in value
+    hint = "a table written by columns? pandas writes rows with to_json(path, orient='records', lines=True)" if by_columns else ""
+    raise RowError(f"column {quoted(name)} holds {kind_of(value)}, expected text", hint)
 
 
 def to_full_text(value: Any, name: str) -> str:

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from orchestrator.data.formats import READ, SUFFIXES, data_suffix
+from orchestrator.data.formats import READ, SUFFIXES, data_suffix, read_rows, sniff
 from orchestrator.data.formats.sniff import TEXT_SUFFIXES
+from orchestrator.data.reading import BadRow, Row
 from orchestrator.data.saved import find_saved
 from orchestrator.errors import DataError
 from orchestrator.units import printable
@@ -226,3 +227,13 @@ def _near(path: Path) -> str:
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"the folder holds {', '.join(sorted(names)[:5]) or 'nothing'}."
     return f"{printable(hint)} Paths are relative to the spec's file"
+
+
+def read_path(pattern: str) -> Iterator[Row | BadRow]:
+    """Every row of every file of a path, a folder or a glob, with all of its columns.
+
+    Raises:
+        DataError: no file, or one of a kind that is not read.
+    """
+    for path in find_files(pattern).all_files():
+        yield from read_rows(sniff(path))

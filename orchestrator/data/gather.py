@@ -9,7 +9,7 @@ from pathlib import Path
 from orchestrator.data.files import Found, find_files
 from orchestrator.data.formats import DataFile, read_rows, sniff
 from orchestrator.data.notices import SplitReading, note_files, note_reading
-from orchestrator.data.reading import BadRow, Row
+from orchestrator.data.reading import BadRow
 from orchestrator.data.rows import Example, RowReader
 from orchestrator.data.summary import LeftOut, listed
 from orchestrator.errors import DataError
@@ -204,16 +204,6 @@ def _read(reading: SplitReading, entries: Iterable[Source]) -> Iterator[Example 
                 yield row if isinstance(row, BadRow) else reader.read(row, source=number, weight=source.weight)
 
 
-def rows_at(pattern: str) -> Iterator[Row | BadRow]:
-    """Every row of the files at a path, a folder or a glob, with all of its columns.
-
-    Raises:
-        DataError: no file, or one of a kind that is not read.
-    """
-    for path in find_files(pattern).all_files():
-        yield from read_rows(sniff(path))
-
-
 def open_file(path: Path, reader: RowReader) -> DataFile:
     """What a file is, for rows that the reader takes."""
     return sniff(path, columns=reader.expected_columns, delimiter=reader.spec.data.delimiter)
@@ -257,7 +247,8 @@ def bad_rows_error(bad: list[BadRow]) -> DataError:
     count = len(bad)
     if any(row.ends_file for row in bad):
         remedy = (
-            "fix or replace the file: where it breaks off nobody knows what follows, so data.skip_bad_rows does not pass over it"
+            "fix the file, or name its columns in data.columns if they are others; "
+            "data.skip_bad_rows does not pass over a file that cannot be read to its end"
         )
     else:
         remedy = "fix them, or set data.skip_bad_rows: true to leave them out (they are counted and listed)"

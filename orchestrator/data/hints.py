@@ -46,6 +46,8 @@ def _near(part: str, name: str, found: Sequence[str]) -> str:
 
 
 def _other_task(task: Task, found: Sequence[str]) -> str:
+    if found and set(found) <= {"train", "validation", "valid", "dev", "eval", "test"}:
+        return "one object with several splits: write each into a file of its own"
     if task != "chat" and ("messages" in found or "conversations" in found):
         return "such rows are chats: set task: chat"
     if "chosen" in found and "rejected" in found:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator.data.cells import to_full_text, to_label, to_text
+from orchestrator.data.chat_turns import Turn, TurnNotes, read_tools, read_turns
 from orchestrator.data.hints import missing_hint
-from orchestrator.data.messages import Turn, TurnNotes, read_tools, read_turns
 from orchestrator.data.prompt_templates import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, Template
 from orchestrator.data.reading import Row, RowError
 from orchestrator.spec.models import ColumnsSpec, DataFormat, DataSpec, Task
@@ -65,7 +65,11 @@ class Layouts:
         nearest = min(self.layouts, key=lambda layout: len(layout.missing(names)) / len(layout.required))
         missing = nearest.missing(names)
         found = printable(", ".join(sorted(map(str, names)))) or "none"
-        hint = missing_hint(self._task, self._data.columns, missing, names)
+        columns = self._data.columns
+        hint = missing_hint(self._task, columns, missing, names)
+        if "did you mean" not in hint and nearest is not self.layouts[0]:
+            first = missing_hint(self._task, columns, self.layouts[0].missing(names), names)
+            hint = first if "did you mean" in first else hint
         raise RowError(f"no column {' and '.join(quoted(name) for name in missing)}", f"it has {found}{hint}")
 
     def _document(self) -> Layout:

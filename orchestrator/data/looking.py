@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from orchestrator.data.gather import rows_at
+from orchestrator.data.files import read_path
 from orchestrator.data.reading import BadRow, Row
 from orchestrator.errors import DataError
 from orchestrator.spec.models import Task
@@ -137,7 +137,7 @@ def look_at(pattern: str, task: Task | None = None) -> Look:
 def _first_rows(pattern: str) -> tuple[list[Row], list[BadRow]]:
     rows: list[Row] = []
     bad: list[BadRow] = []
-    for row in islice(rows_at(pattern), MOST_ROWS):
+    for row in islice(read_path(pattern), MOST_ROWS):
         if isinstance(row, BadRow):
             bad.append(row)
         else:

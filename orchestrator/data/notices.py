@@ -66,6 +66,8 @@ def _note_equal(found: Iterable[tuple[str, Found]], left_out: LeftOut) -> None:
     for name, entry in found:
         for split, files in entry.files.items():
             for path in files:
+                if any(path.samefile(other) for _, other in by_size.get(path.stat().st_size, ())):
+                    continue
                 by_size.setdefault(path.stat().st_size, []).append((split or name, path))
     for size, entries in by_size.items():
         hashes: dict[str, list[tuple[str, Path]]] = {}

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.data.cells import to_group
+from orchestrator.data.chat_turns import TurnNotes
 from orchestrator.data.layouts import Layout, Layouts
-from orchestrator.data.messages import TurnNotes
 from orchestrator.data.reading import BadRow, Row, RowError
 from orchestrator.spec.models import JobSpec, Task
 from orchestrator.units import printable, quoted

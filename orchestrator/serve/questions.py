@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from orchestrator.data.gather import bad_rows_text, rows_at
+from orchestrator.data.chat_turns import TurnNotes
+from orchestrator.data.files import read_path
+from orchestrator.data.gather import bad_rows_text
 from orchestrator.data.layouts import Layout, Layouts
-from orchestrator.data.messages import TurnNotes
 from orchestrator.data.reading import BadRow, Row, RowError
 from orchestrator.errors import DataError
 from orchestrator.serve.predict import Answer, Messages, Question, first_turn
@@ -42,7 +43,7 @@ def read_questions(pattern: str, task: Task, data: DataSpec) -> list[Asked]:
     reader = _QuestionReader(task, data)
     found: list[Asked] = []
     bad: list[BadRow] = []
-    for row in rows_at(pattern):
+    for row in read_path(pattern):
         asked = row if isinstance(row, BadRow) else reader.read(row)
         if isinstance(asked, BadRow):
             bad.append(asked)

@@ -80,7 +80,7 @@ class _Table:
                     detail = f"{count} line{'s' if count > 1 else ''} to the end of the file"
                     yield line, BadRow(self._name, line, "a quote is opened and never closed", detail, last, ends_file=True)
                     return
-                yield line, BadRow(self._name, line, f"malformed CSV: {error}", "", last)
+                yield line, BadRow(self._name, line, f"malformed CSV: {printable(str(error))}", "", last)
             except UnicodeDecodeError as error:
                 yield line, BadRow(self._name, line, f"damaged {self._file.encoding.upper()}", error.reason, ends_file=True)
                 return

@@ -10,7 +10,7 @@ from typing import Any, cast
 from orchestrator.data.formats.opening import DAMAGE, NOT_UTF8, open_bytes, text_chunks
 from orchestrator.data.formats.sniff import HEAD_BYTES, WRAPPED, WRAPPERS, DataFile
 from orchestrator.data.reading import BadRow, Row
-from orchestrator.units import printable
+from orchestrator.units import printable, quoted
 
 BLANK = " \t\r\n\ufeff"
 
@@ -64,7 +64,7 @@ def read_json_lines(file: DataFile) -> Iterator[Row | BadRow]:
         try:
             value = decoder.parse(text)
         except json.JSONDecodeError as error:
-            yield BadRow(name, line, f"malformed JSON: {error.msg}", f"column {error.colno}")
+            yield BadRow(name, line, f"malformed JSON: {error.msg}", f"column {min(error.pos, len(text.rstrip())) + 1}")
         except (ValueError, RecursionError) as error:
             yield BadRow(name, line, f"malformed JSON: {type(error).__name__}")
         else:
@@ -163,19 +163,26 @@ def _object(scanner: _Scanner, file: str, *, may_wrap: bool) -> Iterator[Row | B
 
 
 def _wrapped(scanner: _Scanner, file: str) -> Iterator[Row | BadRow]:
+    """The rows of the object's list; a second list of objects, such as another split, must not be lost."""
     scanner.expect("{")
+    found = ""
     while scanner.peek() == '"':
-        key = scanner.value()
+        line, key = scanner.line, str(scanner.value())
         scanner.expect(":")
-        if key in WRAPPERS and scanner.peek() == "[":
+        if key in WRAPPERS and not found and scanner.peek() == "[":
+            found = key
             yield from _array(scanner, file)
         else:
-            scanner.value()
+            value = scanner.value()
+            if isinstance(value, list) and any(isinstance(entry, dict) for entry in cast("list[Any]", value)):
+                detail = f"{quoted(key)} beside {quoted(found)}: write each into a file of its own" if found else quoted(key)
+                yield BadRow(file, line, "the JSON object holds several lists of rows", detail, ends_file=True)
+                scanner.skip_all()
+                return
         if scanner.peek() != ",":
             break
         scanner.expect(",")
-    if scanner.peek():
-        scanner.expect("}")
+    scanner.expect("}")
 
 
 class _Scanner:

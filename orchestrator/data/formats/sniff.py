@@ -47,7 +47,9 @@ REFUSED = (
 """(first bytes, what it is, what to do) of kinds that users bring and that are not read."""
 WRAPPERS = ("data", "rows", "examples", "instances", "records", "items", "train")
 """Keys under which a JSON object holds the list of rows."""
-WRAPPED = re.compile(r'^\{(\s*"[^"]*"\s*:\s*("[^"]*"|[\w.+-]+)\s*,)*\s*"(' + "|".join(WRAPPERS) + r')"\s*:\s*\[\s*[{\]]')
+WRAPPED = re.compile(
+    r'^\{(\s*"[^"]*"\s*:\s*("[^"]*"|[\w.+-]+|\{[^{}]*\}|\[[^\[\]{}]*\])\s*,)*\s*"(' + "|".join(WRAPPERS) + r')"\s*:\s*\[\s*[{\]]'
+)
 
 
 @dataclass(frozen=True)
@@ -194,12 +196,12 @@ def _shape(text: str) -> str:
 def _begins_over_lines(text: str, is_whole: bool) -> bool:
     """Whether the text begins with a JSON object that runs over several lines."""
     try:
-        json.JSONDecoder().raw_decode(text)
+        _, end = json.JSONDecoder().raw_decode(text)
     except json.JSONDecodeError as error:
         return not is_whole and (error.pos >= len(text) - 16 or error.msg.startswith("Unterminated"))
     except (ValueError, RecursionError):
         return False
-    return True
+    return "\n" in text[:end] or text[end : end + 8].lstrip().startswith("{")
 
 
 def _looks_parsed(text: str, is_whole: bool) -> bool:

@@ -85,7 +85,7 @@ def chats(prepare: Any, count: int = 30) -> None:
 
 
 def said(summary: Any) -> list[tuple[str, str]]:
-    return [(notice.level, notice.message) for notice in summary.notices]
+    return [(notice.level, notice.message) for notice in summary.notices if " read as " not in notice.message]
 
 
 def test_the_end_of_a_chats_turns_is_found_told_and_stored(prepare: Any, tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_what_was_noticed_of_rows_is_counted_and_told_once(prepare: Any, rows_of
     for row in rows[:20]:
         row["prompt"] += " <|eos|>"
     prepare.jsonl("train.jsonl", rows)
-    (notice,) = prepare.run().notices
+    (notice,) = [notice for notice in prepare.run().notices if " read as " not in notice.message]
     assert "20 rows spell control tokens ('<|eos|>')" in notice.message
     assert notice.level == "warning", "prompts of completions are often rendered chats"
     assert "special_tokens_in_text: allow" in notice.remedy

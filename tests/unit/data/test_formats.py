@@ -60,6 +60,8 @@ ARRAY = '[\n {"a": 1,\n  "b": [{"c": "]"}]},\n\n {"a": 2}, {"a": 3}\n]\n'
         ("a", "\ufeff" + ARRAY.replace("\n]", ",\n]"), [2, 5, 5]),
         ("a.json", '{\n "version": "1",\n "data": ' + ARRAY + "}", [4, 7, 7]),
         ("a.json", '{"data": [{"a": 1}, {"a": 2}, {"a": 3}], "n": 3}', [1, 1, 1]),
+        ("a.json", '{"meta": {"x": [1]}, "more": [1, 2],\n"rows": [{"a": 1},\n{"a": 2},\n{"a": 3}]}', [2, 3, 4]),
+        ("a.json", '{"a": 1}{"a": 2} {"a": 3}', [1, 1, 1]),
         ("a.json", '{\n "a": 1\n}\n{\n "a": 2\n}\n{"a": 3}', [1, 4, 7]),
         ("a.csv", '{"a": 1}\n{"a": 2}\n{"a": 3}\n', [1, 2, 3]),
         ("a.txt", '{"a": 1}\n{"a": 2}\n{"a": 3}\n', [1, 2, 3]),
@@ -89,6 +91,8 @@ def test_a_large_array_is_read_in_pieces_with_exact_lines(tmp_path: Path) -> Non
         ('[\n{"a": 1}', 1, 2, "the JSON array is not closed"),
         ('[\n{"a": 1}\n{"a": 2}]', 1, 3, "malformed JSON: Expecting ','"),
         ('[\n{"a": 1},\n{"a": oops},\n{"a": 3}]', 1, 3, "malformed JSON: Expecting value"),
+        ('{"train": [{"a": 1}],\n"test": [{"a": 2}]}', 1, 2, "the JSON object holds several lists of rows"),
+        ('{\n"data": [{"a": 1}]}\n{"b": 1}', 1, 3, "text after the end of the JSON object"),
         ('[{"a": 1}]\n{"a": 2}', 1, 2, "text after the end of the JSON array"),
         ('[{"a": 1},\n{"a": "\xff"}]', 0, 1, "not UTF-8"),
         ('[{"a": 1},\n' + "[" * 99999, 1, 2, "malformed JSON"),
@@ -105,6 +109,13 @@ def test_damage_in_json_over_lines_ends_the_file_and_is_told(
     assert bad.line == line
     assert bad.reason.startswith(reason)
     assert bad.ends_file
+
+
+def test_lines_that_end_in_commas_are_each_a_bad_line(tmp_path: Path) -> None:
+    assert read(write(tmp_path / "a.jsonl", '{"a": 1},\n{"a": 2},\n')) == (
+        [],
+        [(n, "malformed JSON: Extra data") for n in (1, 2)],
+    )
 
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {

@@ -62,7 +62,7 @@ def test_rows_in_two_splits_are_removed_counted_and_listed(prepare: Any, rows_of
 
 def test_a_train_that_is_all_in_eval_is_refused_with_the_count(prepare: Any, rows_of_pairs: Any) -> None:
     prepare.jsonl("train.jsonl", rows_of_pairs(5))
-    with pytest.raises(DataError, match=r"no row is left for train \(5 also stands in eval\)"):
+    with pytest.raises(DataError, match=r"no row is left for train \(5 also stands in eval[;)]"):
         prepare.run(eval="train.jsonl", test=0.2)
 
 

@@ -86,8 +86,10 @@ def _turn(value: Any, index: int, place: str, notes: TurnNotes, absent_as_null: 
     said = turn.get("role", turn.get("from"))
     role = ROLES.get(said.strip().lower()) if isinstance(said, str) else None
     if role is None:
-        what = "a turn has no role" if said is None else f"a turn has the role {printable(repr(said))[:60]}"
-        raise RowError(f"{what}, expected one of {', '.join(ROLES)} under role or from", f"turn {index + 1}")
+        expected = "expected system, user, assistant or tool under role, or ShareGPT's names for them under from"
+        if said is None:
+            raise RowError(f"a turn has no role, {expected}", f"turn {index + 1}")
+        raise RowError(f"a turn has an unknown role, {expected}", f"turn {index + 1}: {printable(repr(said))[:60]}")
     for key in turn.keys() - READ_KEYS:
         if turn[key] is not None:
             notes.unread_keys.setdefault(str(key), []).append(place)
