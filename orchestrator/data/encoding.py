@@ -137,23 +137,26 @@ class Encoder:
         return replace(document, ids=document.ids[cut], supervised=document.supervised[cut])
 
     def _ids(
-        self, texts: Sequence[str], examples: Sequence[Example], *, suffix: str = "", special: bool = False
+        self, texts: Sequence[str], examples: Sequence[Example], *, suffixes: Sequence[str] = (), special: bool = False
     ) -> list[list[int]]:
         """Token ids of the examples' texts; control tokens in them are text unless the spec allows them.
 
         Args:
-            suffix: Follows each text; control tokens in it are what the spec means.
+            suffixes: Follow the texts; control tokens in them are what the spec means.
             special: Whether the tokenizer puts its own special tokens around.
         """
-        ids = self._tokenizer([f"{text}{suffix}" for text in texts], add_special_tokens=special)["input_ids"]
-        for index, (text, example) in enumerate(zip(texts, examples, strict=True)):
+        ends = suffixes or [""] * len(texts)
+        ids = self._tokenizer([f"{text}{end}" for text, end in zip(texts, ends, strict=True)], add_special_tokens=special)[
+            "input_ids"
+        ]
+        for index, (text, end, example) in enumerate(zip(texts, ends, examples, strict=True)):
             if held := self._control.held_by(text):
                 kind = "escaped" if self._task == "classify" else "rendered"
                 if self._data.special_tokens_in_text == "allow":
                     self._noticed.add("allowed", example.place, *held)
                     continue
                 self._noticed.add(kind, example.place, *held)
-                ids[index] = self._control.text_ids(self._control.stand_in(text) + suffix, special=special)
+                ids[index] = self._control.text_ids(self._control.stand_in(text) + end, special=special)
         return ids
 
     def _without_begin(self, text: str, example: Example) -> str:
@@ -173,11 +176,12 @@ class Encoder:
 
     def _completions(self, examples: Sequence[Example]) -> Iterator[Document]:
         """Loss on the completion and the end token; prompt and completion are tokenised apart, as at serving."""
-        separator = self._data.separator
+        separators = [self._data.separator for _ in examples]
         prompts = [self._without_begin(str(example.prompt), example) for example in examples]
         answers = [self._without_end(str(example.completion), example) for example in examples]
-        ids = self._ids(prompts, examples, suffix=separator), self._ids(answers, examples)
-        for example, prompt, answer, head, tail in zip(examples, prompts, answers, *ids, strict=True):
+        ids = self._ids(prompts, examples, suffixes=separators), self._ids(answers, examples)
+        rows = zip(examples, prompts, separators, answers, *ids, strict=True)
+        for example, prompt, separator, answer, head, tail in rows:
             before, after = [*self._bos, *head], [*tail, *self._eos] if answer else []
             supervised = [False] * len(before) + [True] * len(after)
             yield _document(before + after, supervised, example, f"{prompt}{separator}", answer)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from orchestrator.data.control import ControlTokens
 from orchestrator.data.template import ChatTemplate, Style, Tools, snapped
-from orchestrator.data.turns import Marked, Turn, TurnMarks, calls_of, common_prefix, reasoning_of, said
+from orchestrator.data.turn_marks import Marked, Turn, TurnMarks, calls_of, common_prefix, reasoning_of, said
 
 
 class Span(NamedTuple):
