@@ -146,9 +146,8 @@ class Encoder:
             special: Whether the tokenizer puts its own special tokens around.
         """
         ends = suffixes or [""] * len(texts)
-        ids = self._tokenizer([f"{text}{end}" for text, end in zip(texts, ends, strict=True)], add_special_tokens=special)[
-            "input_ids"
-        ]
+        joined = [f"{text}{end}" for text, end in zip(texts, ends, strict=True)]
+        ids = self._tokenizer(joined, add_special_tokens=special)["input_ids"]
         for index, (text, end, example) in enumerate(zip(texts, ends, examples, strict=True)):
             if held := self._control.held_by(text):
                 kind = "escaped" if self._task == "classify" else "rendered"
