@@ -73,7 +73,7 @@ class ChatEncoder:
         try:
             return self._rendered(example)
         except NotRenderedError as error:
-            return BadRow(example.file, example.line, f"the chat template cannot be used for it: {error}")
+            return BadRow(example.file, example.line, str(error))
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
             return BadRow(example.file, example.line, f"the chat template refuses it: {error}")
 
