@@ -95,8 +95,8 @@ class SpanFinder:
         turn, marks, whole = chat.turns[index], chat.marks.of[index], chat.whole
         if calls_of(turn) and whole.first(marks.call) is None:
             raise NotRenderedError(
-                "the chat template leaves out the tool calls of an assistant's turn: take a base whose chat template renders them,"
-                " or write them into the content"
+                "the chat template leaves out the tool calls of an assistant's turn: take a base whose chat template renders"
+                " them, or write them into the content"
             )
         opening, closing = whole.first(marks.opening), whole.last(marks.closing)
         if opening is None and closing is None:
