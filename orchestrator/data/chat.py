@@ -24,7 +24,7 @@ from orchestrator.data.reading import BadRow
 from orchestrator.data.rows import Example
 from orchestrator.data.spans import Found, NotRenderedError, Span, SpanFinder
 from orchestrator.data.template import ChatTemplate, Tools
-from orchestrator.data.turns import Turn, calls_of, mapped, reasoning_of, said, strings_of
+from orchestrator.data.turn_marks import Turn, calls_of, mapped, reasoning_of, said, strings_of
 from orchestrator.spec.models import DataSpec
 
 MOST_SHOWN = 256
@@ -73,7 +73,7 @@ class ChatEncoder:
         try:
             return self._rendered(example)
         except NotRenderedError as error:
-            return BadRow(example.file, example.line, f"the chat template cannot be used for it: {error}")
+            return BadRow(example.file, example.line, str(error))
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
             return BadRow(example.file, example.line, f"the chat template refuses it: {error}")
 

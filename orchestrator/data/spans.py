@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from orchestrator.data.control import ControlTokens
 from orchestrator.data.template import ChatTemplate, Style, Tools, snapped
-from orchestrator.data.turns import Marked, Turn, TurnMarks, calls_of, common_prefix, reasoning_of, said
+from orchestrator.data.turn_marks import Marked, Turn, TurnMarks, calls_of, common_prefix, reasoning_of, said
 
 
 class Span(NamedTuple):
@@ -95,8 +95,8 @@ class SpanFinder:
         turn, marks, whole = chat.turns[index], chat.marks.of[index], chat.whole
         if calls_of(turn) and whole.first(marks.call) is None:
             raise NotRenderedError(
-                "it leaves out the tool calls of an assistant's turn: take a base whose chat template renders them, or write them"
-                " into the content"
+                "the chat template leaves out the tool calls of an assistant's turn: take a base whose chat template renders"
+                " them, or write them into the content"
             )
         opening, closing = whole.first(marks.opening), whole.last(marks.closing)
         if opening is None and closing is None:
@@ -184,7 +184,7 @@ class SpanFinder:
         after = self._template.render(turns[: index + 1], tools)
         if not index or not after.startswith(before) or not text.startswith(after):
             raise NotRenderedError(
-                "it writes an assistant's turn so that it cannot be found in the whole: put {% generation %} and"
+                "an assistant's turn cannot be found in what the chat template renders: put {% generation %} and"
                 " {% endgeneration %} around the assistant's content in the template"
             )
         return Found(self.checked(text, len(before), len(after), len(after)))

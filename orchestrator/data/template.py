@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.data.control import REASONING, ControlTokens
-from orchestrator.data.turns import Turn, TurnMarks, common_prefix
+from orchestrator.data.turn_marks import Turn, TurnMarks, common_prefix
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 QUESTION: Turn = {"role": "user", "content": "What is asked here"}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from orchestrator.data import load_tokenizer
@@ -319,12 +319,13 @@ def tokenizer_of(family: Family, folder: Path) -> Any:
 
 
 def _bytes() -> Tokenizer:
-    """Bytes, and runs of line breaks and of letters with the space before them, as a byte-level BPE merges them."""
+    """Bytes, some merged; line breaks are split from what follows them, as by the tokenizers after GPT-2's."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("Ċ", "Ċ"), ("Ġ", "g"), ("o", "o"), ("oo", "d"), ("g", "ood"), ("Ġg", "ood")]
     vocab = {token: number for number, token in enumerate([*letters, *("".join(pair) for pair in merges)])}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.Split(Regex(r"\s*[\r\n]+|\s+(?!\S)| ?[^\s]+|\s+"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     backend.post_processor = processors.ByteLevel(trim_offsets=True)
     backend.decoder = decoders.ByteLevel()
     return backend

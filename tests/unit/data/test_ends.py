@@ -84,10 +84,6 @@ def chats(prepare: Any, count: int = 30) -> None:
     prepare.jsonl("train.jsonl", [{"messages": each} for each in turns])
 
 
-def said(summary: Any) -> list[tuple[str, str]]:
-    return [(notice.level, notice.message) for notice in summary.notices if " read as " not in notice.message]
-
-
 def test_the_end_of_a_chats_turns_is_found_told_and_stored(prepare: Any, tmp_path: Path) -> None:
     prepare.base = base_of(FAMILIES["chatml"], tmp_path / "base")
     chats(prepare)
@@ -96,9 +92,9 @@ def test_the_end_of_a_chats_turns_is_found_told_and_stored(prepare: Any, tmp_pat
     expected = tuple(tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
     assert summary.stop_token_ids == expected
     assert {prepare.load(name).stop_ids for name in ("train", "eval", "test")} == {expected}
-    ((level, message),) = said(summary)
-    assert level == "info"
-    assert "'<|im_end|>'" in message
+    (told,) = [notice for notice in summary.notices if "answers end with" in notice.message]
+    assert told.level == "info"
+    assert told.message.startswith("answers end with '<|im_end|>': generation stops there and at '<|endoftext|>'")
     (prepare.base / "generation_config.json").write_text('{"eos_token_id": 5}')
     assert 5 in prepare.run("chat").stop_token_ids, "another declaration is another input"
 
@@ -107,8 +103,8 @@ def test_the_end_of_a_chats_turns_is_found_told_and_stored(prepare: Any, tmp_pat
 def test_a_template_that_never_ends_an_answer_is_warned_of(name: str, prepare: Any, tmp_path: Path) -> None:
     prepare.base = base_of(FAMILIES[name], tmp_path / "base")
     chats(prepare)
-    warnings = [notice for notice in prepare.run("chat").notices if notice.level == "warning"]
-    assert len(warnings) == 1
+    warnings = [notice for notice in prepare.run("chat").notices if "end token" in notice.message]
+    assert [notice.level for notice in warnings] == ["warning"]
     assert "no answer ends with an end token" in warnings[0].message
     assert "chat template" in warnings[0].remedy
 
@@ -120,7 +116,7 @@ def test_a_tokenizer_without_an_end_token_is_warned_of(prepare: Any, base_with: 
     (prepare.base / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
     prepare.jsonl("train.jsonl", rows_of_pairs(30))
     summary = prepare.run()
-    (warning,) = [notice for notice in summary.notices if notice.level == "warning"]
+    (warning,) = [notice for notice in summary.notices if "no answer ends" in notice.message]
     assert "nowhere" in warning.message
     assert "tokenizer_config.json" in warning.remedy
     assert summary.stop_token_ids == ()
@@ -131,7 +127,7 @@ def test_what_was_noticed_of_rows_is_counted_and_told_once(prepare: Any, rows_of
     for row in rows[:20]:
         row["prompt"] += " <|eos|>"
     prepare.jsonl("train.jsonl", rows)
-    (notice,) = [notice for notice in prepare.run().notices if " read as " not in notice.message]
+    (notice,) = [notice for notice in prepare.run().notices if "spell" in notice.message]
     assert "20 rows spell control tokens ('<|eos|>')" in notice.message
     assert notice.level == "warning", "prompts of completions are often rendered chats"
     assert "special_tokens_in_text: allow" in notice.remedy

@@ -19,7 +19,7 @@ from orchestrator.train.artifacts import save_artifact
 from orchestrator.train.base import load_base
 from orchestrator.train.branch import open_branch
 
-from ..unit.data.families import FAMILIES, base_of
+from .families import FAMILIES, base_of
 
 PLACES = ("shed", "attic", "cellar")
 CHATS = [
@@ -81,7 +81,7 @@ def learned(data: TokenizedSet, model: Any, parameters: list[torch.nn.Parameter]
     return loss.item()
 
 
-@pytest.mark.parametrize("name", ["chatml", "qwen3", "gemma", "mistral-v1", "phi3"])
+@pytest.mark.parametrize("name", ["chatml", "qwen3", "llama3", "gemma", "mistral-v1", "phi3"])
 def test_a_trained_chat_model_answers_and_stops_under_plain_transformers(name: str, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", name)
     if name == "gemma":
