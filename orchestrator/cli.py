@@ -58,7 +58,8 @@ def _interrupted() -> int:
     from orchestrator.store.stopping import stopped_by
 
     number = stopped_by()
-    if number is not None:  # it was said when the signal came
+    if number is not None:  # it was said when the signal came, and what ended in order may have come after it
+        print("stopped; the same command goes on from what is on disk", file=sys.stderr)
         return 128 + number
     print("interrupted; the same command goes on from what is on disk", file=sys.stderr)
     return INTERRUPTED
