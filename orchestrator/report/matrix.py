@@ -70,8 +70,9 @@ def _matrix(tune: str, step: int, rows: tuple[str, ...], trials: list[TrialRecor
         tried[row][column] += 1
         counts[row][column] += found is not None
         values[row][column] = _better(values[row][column], found, higher_is_better)
-    cells = (tuple(map(tuple, part)) for part in (values, counts, tried))
-    return RateMatrix(tune, step, rows, columns, ranges, *cells)
+    found = tuple(tuple(row) for row in values)
+    evaluated, begun = (tuple(tuple(row) for row in part) for part in (counts, tried))
+    return RateMatrix(tune, step, rows, columns, ranges, found, evaluated, begun)
 
 
 def _at(trial: TrialRecord, step: int) -> float | None:

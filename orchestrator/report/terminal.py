@@ -209,9 +209,11 @@ class SweepView:
         """The table as it stands now."""
         board, best = self._board, self._board.best
         elapsed = format_seconds(time.monotonic() - board.started)
-        title = [board.name, board.phase or "starting", elapsed, board.counted() if board.begun else ""]
+        title = [board.name, board.phase or "starting", elapsed]
         parts: list[RenderableType] = [_line(" · ".join(part for part in title if part), "bold")]
-        parts += [_line(line, "cyan") for line in self._awaited()]
+        left = left_text(board.now) if board.now is not None else ""
+        counted = [part for part in (board.counted() if board.begun else "", left) if part]
+        parts += [_line(line, "cyan") for line in (*self._awaited(), "; ".join(counted)) if line]
         if best is not None:
             parts += [_line(f"best  {best.label}", "green"), _line(f"      {board.against_base(best)}", "green")]
         if board.trials:
@@ -220,15 +222,14 @@ class SweepView:
         return Group(*parts)
 
     def _awaited(self) -> list[str]:
-        """What is going on beside the trials of the table, and when it is likely to end."""
+        """What is going on beside the trials of the table."""
         now = self._board.now
         if now is None:
             return []
         shown = [activity for activity in now.activities if activity.trial_id not in self._board.trials]
         if now.phase in ("training", "refit"):
             shown = list(now.activities)
-        lines = [activity_text(activity) for activity in shown[:MAX_EVENTS]]
-        return [*lines, *([left_text(now)] if now.seconds_left is not None else [])]
+        return [activity_text(activity) for activity in shown[:MAX_EVENTS]]
 
     def _activity_of(self, trial: TrialRecord) -> Activity | None:
         now = self._board.now
@@ -239,7 +240,9 @@ class SweepView:
         table = Table(box=None, pad_edge=False, width=min(WIDTH, self._console.width), header_style="dim")
         table.add_column("#", justify="right", width=4)
         table.add_column("trial", no_wrap=True, ratio=1)
-        for name, width in (("step", 11), (board.metric[:12], 12), ("forgetting", 10), ("state", 9)):
+        steps = max((len(str(trial.total_steps)) for trial in board.trials.values()), default=1)
+        metric = max(len(board.metric[:12]), 7)
+        for name, width in (("step", max(2 * steps + 1, 4)), (board.metric[:12], metric), ("forgetting", 10), ("state", 9)):
             table.add_column(name, justify="right" if name != "state" else "left", width=width, no_wrap=True)
         running = [trial for trial in board.trials.values() if trial.state == "running"]
         ended = sort_trials([trial for trial in board.trials.values() if trial.state != "running"], board.higher_is_better)
@@ -251,6 +254,7 @@ class SweepView:
             now = self._activity_of(trial) if trial.state == "running" else None
             state = "waiting" if trial.state == "running" and board.now is not None and now is None else trial.state
             step = f"{max(last.step if last else 0, now.step if now else 0)}/{trial.total_steps}"
+            step = MISSING if trial.control == "none" else step
             figures = (step, metric_text(trial.metric, board.metric), signed(trial.forgetting), now.doing if now else state)
             table.add_row(number, *(Text(cell, overflow="ellipsis", no_wrap=True) for cell in (what, *figures)), style=style)
         hidden = len(board.trials) - MAX_ROWS
