@@ -137,9 +137,14 @@ def test_what_the_rule_had_said_stays_however_often_a_person_decides() -> None:
 
 def test_the_view_is_started_on_the_chosen_trial_and_closed_whatever_happens() -> None:
     said = io.StringIO()
-    with pytest.raises(RuntimeError), Pulse(LogView(said), None) as pulse:
-        _show(pulse, SWEEP, "t001")
-        raise RuntimeError
+
+    def bundle() -> None:
+        with Pulse(LogView(said), None) as pulse:
+            _show(pulse, SWEEP, "t001")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        bundle()
     first, *_, last = said.getvalue().splitlines()
     assert first == "run: 1 trial, compared by loss"
     assert last.endswith("1 of 1 trial: 1 finished")
