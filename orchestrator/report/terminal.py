@@ -23,6 +23,8 @@ from orchestrator.values import strict_json
 WIDTH = 100
 QUIET_S = 8.5
 """Progress comes about once a second: with this, a log is never silent for ten."""
+FIRST = "start"
+"""The phase before a run is opened."""
 MAX_ROWS = 12
 MAX_EVENTS = 3
 LASTING = ("warning", "output_moved", "refit_passed_over", "control_left_out", "promoted_by_rule")
@@ -188,7 +190,8 @@ class SweepView:
     def phase(self, name: str, detail: str = "") -> None:
         self._board.phase = f"{name}: {detail}" if detail else name
         self._board.now = None
-        self._live.start()
+        if name != FIRST:  # until the run is opened nothing closes the view, and an error would leave the cursor hidden
+            self._live.start()
 
     def progress(self, now: Progress) -> None:
         self._board.now = now
