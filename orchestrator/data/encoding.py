@@ -155,7 +155,7 @@ class Encoder:
                     self._noticed.add("allowed", example.place, *held)
                     continue
                 self._noticed.add(kind, example.place, *held)
-                ids[index] = self._control.text_ids(self._control.stand_in(text) + end, special=special)
+                ids[index] = self._control.text_ids(self._control.stand_in(text) + suffix, special=special)
         return ids
 
     def _without_begin(self, text: str, example: Example) -> str:

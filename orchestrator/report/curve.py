@@ -26,9 +26,9 @@ def more_data(sweep: SweepResult) -> Html:
     trained = ", ".join(map(str, found.counts[:-1]))
     caption = (
         f"The promoted trial ({found.trial_id}) once more on {trained} of the {found.counts[-1]} training documents, for as many "
-        f"epochs and so for fewer steps; and the power law nearest to the losses on the eval set, {_law(found)}. More data is "
-        "more steps too: a part of what it brings, more epochs may bring. The interval is of the gain: it knows how few the eval "
-        "set's documents are and how far the points lie from the law, and not whether the law holds beyond what was measured."
+        f"epochs and so for fewer steps; and the power law fitted to the losses on the eval set, {_law(found)}. More data also "
+        "means more steps: more epochs may bring a part of the gain. The interval of the gain accounts for the size of the eval "
+        "set and for the distance of the points from the law, and not for an error of the law beyond the measured range."
     )
     rows = [
         [count, "all" if count == found.counts[-1] else "trained on", number(loss), number(found.law.at(count)), ""]

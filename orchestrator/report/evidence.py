@@ -32,7 +32,7 @@ MAX_BARS = 16
 def bundle(run: RunRecords, transfer: TransferReport) -> Html:
     """Where the bundle is, and that it is what was trained."""
     if transfer.bundle is None:
-        return html.paragraph("There is none: nothing was promoted.")
+        return html.paragraph("There is no bundle: nothing was promoted.")
     rows: list[tuple[object, object]] = [("folder", transfer.bundle)]
     check = transfer.verification
     if check is not None:
@@ -98,7 +98,7 @@ def plan_against_measured(run: RunRecords) -> Html:
         if run.plan.rejected:
             rows = [[way.way, way.reason] for way in run.plan.rejected]
             parts.append(html.table(["rejected", "because"], rows))
-    return html.join(parts or [html.paragraph("The run has no plan yet.")])
+    return html.join(parts or [html.paragraph("There is no plan yet.")])
 
 
 def _memory_bars(run: RunRecords) -> list[PlannedBar]:
@@ -123,16 +123,20 @@ def _gang_facts(sweep: SweepResult) -> list[tuple[object, object]]:
     engines = sorted({engine_text(t.engine.executor, t.engine.zero_stage, t.engine.ranks) for t in sweep.trials if t.engine})
     first = format_seconds(sweep.first_trial_seconds) if sweep.first_trial_seconds is not None else MISSING
     return [
-        ("gangs", ranks + (f", {sweep.gangs_replaced} replaced" if sweep.gangs_replaced else "")),
-        ("base loads", sweep.base_loads),
-        ("engines that served", "; ".join(engines) or MISSING),
-        ("trials that shared batches", sum(t.engine is not None and t.engine.fused_trials > 1 for t in sweep.trials)),
+        ("worker groups (gangs)", ranks + (f", {sweep.gangs_replaced} replaced" if sweep.gangs_replaced else "")),
+        ("base model loads", sweep.base_loads),
+        ("engines used", "; ".join(engines) or MISSING),
+        ("trials trained in shared batches", sum(t.engine is not None and t.engine.fused_trials > 1 for t in sweep.trials)),
         ("trials with compiled blocks", sum(t.engine is not None and t.engine.compiled for t in sweep.trials)),
         ("first trial's first step after", first),
-        ("gangs idle between trials", format_seconds(sweep.gang_idle_seconds)),
+        ("gang time idle between trials", format_seconds(sweep.gang_idle_seconds)),
         ("submissions", sweep.num_submissions),
-        ("GPU-hours used (without GPUs, hours of ranks)", _hours(sweep)),
+        ("GPU-hours used (without GPUs: rank-hours)", _hours(sweep)),
     ]
+
+
+def _quantized(quantize: str) -> str:
+    return "not quantized" if quantize == "none" else f"quantized to {quantize}"
 
 
 def _hours(sweep: SweepResult) -> str:
@@ -158,7 +162,7 @@ def data_notices(run: RunRecords) -> Html:
 
 def data_summary(run: RunRecords) -> Html:
     if not run.data_summary:
-        return html.paragraph("The data has no summary yet.")
+        return html.paragraph("The data has not been read yet.")
     return _tree(run.data_summary)
 
 
@@ -188,7 +192,7 @@ def _leaf(value: Any) -> object:
 def events(run: RunRecords) -> Html:
     """Everything automatic, as the run record has it."""
     if not run.events:
-        return html.paragraph("Nothing was recorded.")
+        return html.paragraph("No events yet.")
     rows = []
     for event in run.events[-MAX_EVENTS:]:
         rest = {key: value for key, value in event.items() if key not in ("time", "at", "kind", "message")}
@@ -213,8 +217,12 @@ def origin(run: RunRecords) -> Html:
     rows: list[tuple[object, object]] = [("run folder", run.folder)]
     if run.plan is not None:
         base = run.plan.base
+        size = f"{format_count(run.plan.num_parameters)} parameters"
         rows += [
-            ("base", f"{base.folder} ({base.model_type}, {format_count(run.plan.num_parameters)} parameters, {base.quantize})"),
+            (
+                "base model",
+                f"{base.folder} ({base.model_type}, {size}, {_quantized(base.quantize)})",
+            ),
             ("revision", base.revision or MISSING),
             ("spec hash", run.plan.spec_sha256),
             ("data", f"{run.plan.data.train_documents:,} training documents, {run.plan.data.train_tokens:,} tokens"),

@@ -41,14 +41,15 @@ def gains(transfer: TransferReport) -> Html:
     data = html.table(headers, rows, numeric=(1, 2, 3, 6, 7))
     if shown:
         caption = (
-            f"Paired per-example differences on the test set, which {_reads(transfer)}, on the bundle. Bars are 95% intervals. "
-            "Gain over the base may be style alone; only gain over shuffled answers, where that control ran, is the task."
+            f"Paired per-example differences on the test set, which {_reads(transfer)}, with the bundle. Bars are 95% intervals. "
+            "The gain over the base model includes style (form and length of the answers); the gain over shuffled answers, where "
+            "that control ran, is the task alone."
         )
         parts.append(html.picture(gains_figure.gains(shown), caption, data))
     elif rows:
         parts.append(data)
     else:
-        parts.append(html.tag("p", "Nothing was tested: the test set is read only for a bundle."))
+        parts.append(html.tag("p", "Not tested: the test set is read only for a bundle."))
     if transfer.controls_left_out:
         parts.append(
             html.tag("div", html.tag("strong", "Not compared:"), html.bullets(transfer.controls_left_out), css="warning")
@@ -64,7 +65,7 @@ def _by_seed(found: OverSeeds) -> Html:
     said = (
         f"The promoted trial was trained from {len(found.seeds)} seeds. Their mean gain over the base is {signed(found.mean)} "
         f"{found.unit} (95%: {signed(found.low)} to {signed(found.high)}, Student's t over seeds); the bundle's own comes first. "
-        "Where it is compared with another trained model, the interval is as wide as two seeds differ."
+        "Intervals over other trained models are widened to the difference between two seeds."
     )
     rows = [[seed, signed(value)] for seed, value in zip(found.seeds, found.values, strict=True)]
     return html.join([html.paragraph(said), html.table(["seed", f"gain, {found.unit}"], rows, numeric=(0, 1))])

@@ -24,12 +24,12 @@ NORM, RATIO = "relative gradient norm", "signal-to-noise ratio"
 def block_scores(run: RunRecords, sweep: SweepResult, found: LayerScores) -> Html:
     """A bar a block for both figures, what the policies by score came to, and the agreement with single-block trials."""
     if not found.scores:
-        return html.paragraph(f"The blocks could not be scored, and the search went on without: {found.failed}")
+        return html.paragraph(f"The blocks could not be scored, and the search continued without scores: {found.failed}")
     caption = (
-        f"What the gradients of the base model say of each block's matrices, over {_batches(found)} "
+        f"Scores of each block's matrices from the gradients of the base model, over {_batches(found)} "
         f"of {plural(found.num_documents, 'training document')} ({format_count(found.num_tokens)} tokens, "
-        f"{format_seconds(found.seconds)}; planned {found.share_of_trial:.1%} of a trial's operations). Blocks are chosen by the "
-        f"{NORM}: gradient over weights. The {RATIO} is the mean gradient over its spread between micro-batches."
+        f"{format_seconds(found.seconds)}; planned: {found.share_of_trial:.1%} of a trial's operations). Blocks are chosen by "
+        f"the {NORM}: gradient over weights. The {RATIO} is the mean gradient over its spread between micro-batches."
     )
     panels = [(NORM, found.relative_gradient_norms), (RATIO, found.signal_to_noise)]
     panels = [(title, values) for title, values in panels if any(value is not None for value in values)]
@@ -79,15 +79,17 @@ def _agreement(plan: RunPlan | None, sweep: SweepResult, found: LayerScores) -> 
         known = [(score, loss) for block, loss in points if (score := values[block]) is not None]
         agreement = rank_correlation([score for score, _ in known], [loss for _, loss in known])
         yield _sentence(title, agreement, len(known))
-    yield "Trials differ in learning rate too, and those that were stopped early count with their last rung."
+    yield "Trials also differ in learning rate, and those that were stopped early count with the loss at their last rung."
 
 
 def _sentence(title: str, agreement: Correlation | None, num_trials: int) -> str:
     if agreement is None:
-        return f"The {title} against the loss of {num_trials} single-block trials: too few of them, or all alike, to tell."
+        return (
+            f"The {title} against the loss of {num_trials} single-block trials: too few, or all alike, to compute a correlation."
+        )
     return (
         f"The {title} against the eval loss of {num_trials} single-block trials: Spearman's rank correlation is "
-        f"{number(agreement.value)}, 95% interval {number(agreement.low)} to {number(agreement.high)}. Below zero says that "
+        f"{number(agreement.value)}, 95% interval {number(agreement.low)} to {number(agreement.high)}. Below zero means that "
         "blocks with a higher score reach a lower loss."
     )
 

@@ -9,11 +9,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeVar
 
 from orchestrator.transfer.records import TrialRecord
 
-Cell = TypeVar("Cell")
 MAX_COLUMNS = 7
 MAX_BUDGETS = 3
 """Of more budgets, the first, one in the middle and the last are shown."""
@@ -72,11 +70,9 @@ def _matrix(tune: str, step: int, rows: tuple[str, ...], trials: list[TrialRecor
         tried[row][column] += 1
         counts[row][column] += found is not None
         values[row][column] = _better(values[row][column], found, higher_is_better)
-    return RateMatrix(tune, step, rows, columns, ranges, _frozen(values), _frozen(counts), _frozen(tried))
-
-
-def _frozen(table: list[list[Cell]]) -> tuple[tuple[Cell, ...], ...]:
-    return tuple(tuple(row) for row in table)
+    found = tuple(tuple(row) for row in values)
+    evaluated, begun = (tuple(tuple(row) for row in part) for part in (counts, tried))
+    return RateMatrix(tune, step, rows, columns, ranges, found, evaluated, begun)
 
 
 def _at(trial: TrialRecord, step: int) -> float | None:

@@ -11,15 +11,14 @@ from orchestrator.transfer.records import SweepResult
 from orchestrator.units import format_bytes
 
 ON_A_GPU = (
-    "Measured is the most that torch's allocator held on each rank while its trials trained and were scored. The CUDA "
-    "context, the collectives' buffers and what the allocator keeps in reserve lie outside of it and inside the planned "
-    "figure, so a ratio somewhat below 1 is as it should be, and one above 1 means that the plan is too small: a step with "
-    "longer documents may run out of memory."
+    "Measured is the peak of torch's allocator on each rank during training and scoring. The CUDA context, the collectives' "
+    "buffers and the allocator's reserve are not in it, but are in the planned figure. A ratio somewhat below 1 is expected; "
+    "above 1 the plan is too small, and a step with longer documents may run out of memory."
 )
 ON_A_CPU = (
-    "On a CPU measured is the resident memory of the process, looked at after every step and after scoring. Libraries, the "
-    "mapped base and what earlier trials left to the allocator are in it, and activations that a step gave back are not: "
-    "it says whether the order of magnitude is right, and no more."
+    "On a CPU measured is the resident memory of the process, read after every step and after scoring. It includes libraries, "
+    "the mapped base model and memory that the allocator kept from earlier trials, and excludes activations that a step has "
+    "freed: it shows the order of magnitude only."
 )
 MANY_RANKS = 8
 """Beyond so many, the table shows the least and the most."""
@@ -54,8 +53,8 @@ def _micro_batch(row: MemoryRow) -> str:
     if not row.num_out_of_memory:
         return now
     if row.num_failed_for_memory == row.num_trials:
-        return "ran out of memory; no smaller way was left"
-    went_on = f"ran out of memory; went on with {now}"
+        return "out of memory; no smaller way was left"
+    went_on = f"out of memory; retried with {now}"
     return f"{went_on} ({row.num_failed_for_memory} failed)" if row.num_failed_for_memory else went_on
 
 

@@ -96,7 +96,7 @@ def _sections(run: RunRecords) -> list[tuple[str, Html]]:
         found.append(("Loss curves", sections.loss_curves(run, sweep)))
         found.append(("Trials", trials.trial_table(run, sweep)))
     if run.results:
-        found.append(("The gangs' time", timeline.gang_times(run)))
+        found.append(("Worker groups (gangs) over time", timeline.gang_times(run)))
     found.append(("Plan against measured", evidence.plan_against_measured(run)))
     found.append(("Data", evidence.data_summary(run)))
     found.append(("Events", evidence.events(run)))

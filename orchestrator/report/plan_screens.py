@@ -19,7 +19,7 @@ UNKNOWN = "unknown: the GPU is not in the table of rates"
 
 
 def plan_view(plan: RunPlan, *, explain: bool = False) -> RenderableType:
-    """What learns, memory term by term, how it is run, what was rejected, what it costs.
+    """What is trained, memory term by term, how it is run, what was rejected, what it costs.
 
     Args:
         explain: With the derivations: memory of every choice, operations of a token, cost, disk, placement.
@@ -27,7 +27,10 @@ def plan_view(plan: RunPlan, *, explain: bool = False) -> RenderableType:
     base, options = plan.base, planned_options(plan)
     estimated = "" if plan.data.exact else " (estimated from file sizes)"
     parts: list[RenderableType] = [
-        Text(f"{plan.name}: {base.model_type}, {format_count(plan.num_parameters)} parameters, {base.quantize}", style="bold"),
+        Text(
+            f"{plan.name}: {base.model_type}, {format_count(plan.num_parameters)} parameters, {_quantized(base.quantize)}",
+            style="bold",
+        ),
         Text(
             f"{plan.data.train_documents:,} documents, {plan.data.train_tokens:,} tokens an epoch{estimated}; "
             f"{plan.total_steps:,} steps in all{_of_tokens(plan)}"
@@ -55,6 +58,10 @@ def _of_tokens(plan: RunPlan) -> str:
     return f" of up to {plan.data.tokens_per_step:,} tokens" if plan.data.tokens_per_step else ""
 
 
+def _quantized(quantize: str) -> str:
+    return "not quantized" if quantize == "none" else f"quantized to {quantize}"
+
+
 def _option_name(option: TrialOption) -> str:
     return f"{option.layers}, {option.method}"
 
@@ -64,7 +71,7 @@ def _options_table(plan: RunPlan, options: Sequence[TrialOption]) -> Table:
     table.add_column("layers", max_width=24)
     table.add_column("tune", no_wrap=True)
     table.add_column("learning rate", no_wrap=True)
-    for name in ("learns", "from block", "memory", "a token", "a trial"):
+    for name in ("trainable", "from block", "memory", "a token", "a trial"):
         table.add_column(name, justify="right", no_wrap=True)
     costs = plan.cost.options if plan.cost is not None else ()
     for index, option in enumerate(options):
@@ -96,7 +103,7 @@ def _terms_table(title: str, reason: str, rows: Iterable[tuple[str, str, str]], 
 
 
 def _execution_table(plan: RunPlan) -> Table:
-    rows = [("gangs", f"{plan.num_gangs} of {plural(plan.execution.ranks, 'rank')} each")]
+    rows = [("worker groups (gangs)", f"{plan.num_gangs} of {plural(plan.execution.ranks, 'rank')} each")]
     if plan.placement is not None:
         rows += [("placement" if index == 0 else "", line) for index, line in enumerate(plan.placement.sentences)]
     rows.append(("a trial runs by", _execution(plan.execution)))
@@ -135,7 +142,7 @@ def _costs(plan: RunPlan) -> list[tuple[str, str]]:
     else:
         rows.append(("GPU-hours", _gpu_hours(plan, cost)))
     if cost.wall_hours is not None:
-        rows.append(("arithmetic", f"{format_seconds(3600 * cost.wall_hours)} with every gang busy at the assumed rate"))
+        rows.append(("arithmetic", f"{format_seconds(3600 * cost.wall_hours)} with every worker group busy at the assumed rate"))
     if cost.price is not None and cost.price_without_stopping is not None:
         whole = f"; {cost.price_without_stopping:,.2f} without early stopping" if _stops(plan) else ""
         rows.append(("price", f"{cost.price:,.2f} at {cost.price_per_gpu_hour:g} a GPU-hour{whole}"))
@@ -167,7 +174,7 @@ def _option_derivation(plan: RunPlan, option: TrialOption) -> list[RenderableTyp
     parts: list[RenderableType] = [_memory_table(f"Memory of one rank: {name}", option.memory), Text()]
     if option.memory.phases:
         rows = [(phase.name, format_bytes(phase.num_bytes)) for phase in option.memory.phases]
-        parts += [_grid("By phase of a step, without slack and runtime: the first is what stands above", rows), Text()]
+        parts += [_grid("By phase of a step, without slack and runtime: the first is the one above", rows), Text()]
     if option.host_memory.terms:
         parts += [_memory_table(f"Host memory of one rank: {name}", option.host_memory), Text()]
     key = (option.layers, option.method)

@@ -255,10 +255,11 @@ def trade_off(sweep: SweepResult) -> Html:
     ]
     headers = ["trial", "what", "evaluated at step", sweep.metric, "forgetting", "on the front", "within the bound"]
     data = html.table(headers, rows, numeric=(0, 2, 3, 4))
+    bound = " The grey area is beyond the bound on forgetting." if math.isfinite(sweep.max_forgetting) else ""
     early = " Hollow trials were evaluated before their full budget." if any(point.early for point in points) else ""
     caption = (
         "No trial is better on the target and forgets less than one on the front (Pareto front); the base model, which is no "
-        f"trial, is drawn beside them. The grey area is beyond the bound on forgetting.{early}"
+        f"trial, is drawn beside them.{bound}{early}"
     )
     return html.join([html.paragraph(recommendation(sweep)), html.picture(svg, caption, data)])
 

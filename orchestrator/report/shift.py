@@ -14,11 +14,11 @@ def domain_shift(run: RunRecords, found: DomainShift) -> Html:
     told = next((str(event["message"]) for event in reversed(run.events) if event.get("kind") == "domain_shift"), "")
     parts = [html.paragraph(f"{told[:1].upper()}{told[1:]}.{_followed(run)}")] if told else []
     if not found.blocks:
-        return html.join([*parts, html.paragraph(f"Nothing was measured: {found.failed}")])
+        return html.join([*parts, html.paragraph(f"It could not be measured: {found.failed}")])
     caption = (
         f"Proxy A-distance between {plural(found.target_documents, 'training document')} and "
-        f"{found.retention_documents} of the retention set, by the mean of what enters a block: 0 where a linear probe cannot "
-        "tell them apart, 2 where it always can."
+        f"{found.retention_documents} of the retention set, by the mean of a block's input: 0 where a linear probe cannot "
+        "distinguish them, 2 where it always can."
     )
     rows = [[block.cut, f"{block.distance:.2f}", f"{block.low:.2f} to {block.high:.2f}"] for block in found.blocks]
     table = html.table(["block", "distance", "95% interval"], rows, numeric=range(2))
@@ -32,4 +32,4 @@ def _followed(run: RunRecords) -> str:
         return ""
     if search.algorithm != "optuna":
         return f" The trials keep their own order: search.algorithm is {search.algorithm}."
-    return " It orders the first trials, and leaves nothing out."
+    return " The first trials follow it; no choice is excluded."

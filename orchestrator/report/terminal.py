@@ -22,8 +22,10 @@ from orchestrator.units import format_seconds, printable
 from orchestrator.values import printable_json, strict_json
 
 WIDTH = 100
-QUIET_S = 8.5
-"""Progress comes about once a second: with this, a log is never silent for ten."""
+QUIET_S = 7.5
+"""Progress comes about once a second: with this, a log is never silent for ten, also on a busy machine."""
+FIRST = "start"
+"""The phase before a run is opened."""
 MAX_ROWS = 12
 MAX_EVENTS = 3
 LASTING = ("data", "warning", "default_section", "output_moved", "refit_passed_over", "control_left_out", "promoted_by_rule")
@@ -189,7 +191,8 @@ class SweepView:
     def phase(self, name: str, detail: str = "") -> None:
         self._board.phase = f"{name}: {detail}" if detail else name
         self._board.now = None
-        self._live.start()
+        if name != FIRST:  # until the run is opened nothing closes the view, and an error would leave the cursor hidden
+            self._live.start()
 
     def progress(self, now: Progress) -> None:
         self._board.now = now
@@ -210,9 +213,11 @@ class SweepView:
         """The table as it stands now."""
         board, best = self._board, self._board.best
         elapsed = format_seconds(time.monotonic() - board.started)
-        title = [board.name, board.phase or "starting", elapsed, board.counted() if board.begun else ""]
+        title = [board.name, board.phase or "starting", elapsed]
         parts: list[RenderableType] = [_line(" · ".join(part for part in title if part), "bold")]
-        parts += [_line(line, "cyan") for line in self._awaited()]
+        left = left_text(board.now) if board.now is not None else ""
+        counted = [part for part in (board.counted() if board.begun else "", left) if part]
+        parts += [_line(line, "cyan") for line in (*self._awaited(), "; ".join(counted)) if line]
         if best is not None:
             parts += [_line(f"best  {best.label}", "green"), _line(f"      {board.against_base(best)}", "green")]
         if board.trials:
@@ -221,15 +226,14 @@ class SweepView:
         return Group(*parts)
 
     def _awaited(self) -> list[str]:
-        """What is going on beside the trials of the table, and when it is likely to end."""
+        """What is going on beside the trials of the table."""
         now = self._board.now
         if now is None:
             return []
         shown = [activity for activity in now.activities if activity.trial_id not in self._board.trials]
         if now.phase in ("training", "refit"):
             shown = list(now.activities)
-        lines = [activity_text(activity) for activity in shown[:MAX_EVENTS]]
-        return [*lines, *([left_text(now)] if now.seconds_left is not None else [])]
+        return [activity_text(activity) for activity in shown[:MAX_EVENTS]]
 
     def _activity_of(self, trial: TrialRecord) -> Activity | None:
         now = self._board.now
@@ -240,7 +244,9 @@ class SweepView:
         table = Table(box=None, pad_edge=False, width=min(WIDTH, self._console.width), header_style="dim")
         table.add_column("#", justify="right", width=4)
         table.add_column("trial", no_wrap=True, ratio=1)
-        for name, width in (("step", 11), (board.metric[:12], 12), ("forgetting", 10), ("state", 9)):
+        steps = max((len(str(trial.total_steps)) for trial in board.trials.values()), default=1)
+        metric = max(len(board.metric[:12]), 7)
+        for name, width in (("step", max(2 * steps + 1, 4)), (board.metric[:12], metric), ("forgetting", 10), ("state", 9)):
             table.add_column(name, justify="right" if name != "state" else "left", width=width, no_wrap=True)
         running = [trial for trial in board.trials.values() if trial.state == "running"]
         ended = sort_trials([trial for trial in board.trials.values() if trial.state != "running"], board.higher_is_better)
@@ -252,6 +258,7 @@ class SweepView:
             now = self._activity_of(trial) if trial.state == "running" else None
             state = "waiting" if trial.state == "running" and board.now is not None and now is None else trial.state
             step = f"{max(last.step if last else 0, now.step if now else 0)}/{trial.total_steps}"
+            step = MISSING if trial.control == "none" else step
             figures = (step, metric_text(trial.metric, board.metric), signed(trial.forgetting), now.doing if now else state)
             table.add_row(number, *(Text(cell, overflow="ellipsis", no_wrap=True) for cell in (what, *figures)), style=style)
         hidden = len(board.trials) - MAX_ROWS

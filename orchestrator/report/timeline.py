@@ -29,8 +29,8 @@ NAMES: dict[Kind, str] = {
     "scoring": "scoring",
     "keeping": "opening and saving trials",
     "idle": "idle",
-    "starting": "starting and loading the base",
-    "lost": "work lost with a gang that died",
+    "starting": "starting and loading the base model",
+    "lost": "work lost with a failed gang",
 }
 COLOURS: dict[Kind, str] = {
     "training": BLUE,
@@ -205,7 +205,9 @@ def gang_times(run: RunRecords) -> Html:
     """The picture, its sentence and its table."""
     submissions = submissions_of(run)
     if not submissions:
-        return html.paragraph("No gang's time was recorded: the run is of an older version, or no gang finished a rung.")
+        return html.paragraph(
+            "No times were recorded: the run is of an older version, or no gang (worker group) finished a rung."
+        )
     spans = [span for part in submissions for span in part.spans]
     by_gang = {gang: [span for span in spans if span.gang == gang] for gang in sorted({span.gang for span in spans})}
     rows = [
@@ -214,8 +216,8 @@ def gang_times(run: RunRecords) -> Html:
         for gang, own in by_gang.items()
     ]
     table = html.table(["gang", "trials", *NAMES.values()], rows, numeric=range(2 + len(NAMES)))
-    cut = " A dashed line is where the run was submitted again; the time between is left out." if len(submissions) > 1 else ""
-    caption = f"{shares_sentence(submissions)} The numbers are the trials'.{cut}"
+    cut = " A dashed line marks where the run was submitted again; the time between is left out." if len(submissions) > 1 else ""
+    caption = f"A gang is a worker group. {shares_sentence(submissions)} The numbers are those of trials.{cut}"
     return html.picture(gang_chart(submissions), caption, table)
 
 

@@ -24,8 +24,8 @@ def trial_table(run: RunRecords, sweep: SweepResult) -> Html:
     rows = [_row(run, trial, sweep) for trial in ordered]
     said = (
         f"{plural(len(sweep.searched), 'trial')} ({by_state or 'none yet'}), best first by {_ranked_by(sweep)}; controls are on "
-        "top. `full` is full fine-tuning of the chosen layers, `lora` trains LoRA adapters in them; `trainable` is the number of "
-        "parameters that are trained."
+        "top. The method full is full fine-tuning of the chosen layers, lora trains LoRA adapters in them; trainable is how many "
+        "parameters are trained."
     )
     numeric = (0, 3, 4, *range(6, len(headers) - 1))
     return html.join([html.paragraph(said), html.table(headers, rows, numeric=numeric, marked=promoted)])

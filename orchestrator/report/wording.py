@@ -160,5 +160,5 @@ def verdict_sentence(sweep: SweepResult | None, transfer: TransferReport | None)
     if sweep is None:
         return "The run has not measured anything yet."
     if sweep.finished_at is None:
-        return "The run has not ended: what follows is as far as it came."
+        return "The run has not ended; this is its state so far."
     return f"Nothing was promoted: {sweep.promotion_reason}" if sweep.winner_id is None else sweep.promotion_reason

@@ -56,7 +56,9 @@ def _made(prepared: Prepared, view: RunView, measure: Measure) -> CompileChoice:
     choice = choice_of(plan, _times(prepared, plan, plan.option, measure))
     if plan.required and not choice.compiled:
         raise TrainingError(
-            choice.reason, where=str(prepared.run.path), remedy="mend what it says, or resources.compile: auto, and submit again"
+            choice.reason,
+            where=str(prepared.run.path),
+            remedy="fix the reported error, or set resources.compile: auto, and submit again",
         )
     return choice
 

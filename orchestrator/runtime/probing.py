@@ -84,7 +84,7 @@ def _scored(prepared: Prepared, execution: ExecutionPlan, view: RunView, score: 
         raise TrainingError(
             f"the blocks could not be scored: {found.failed}",
             where=str(prepared.run.path),
-            remedy="mend what it says and submit the same spec again, or name blocks instead of `top:` under another `name`",
+            remedy="fix the reported error and submit the same spec again, or name blocks instead of `top:` under another `name`",
         )
     write_json(prepared.run.layer_scores, found)
     plan = with_scores(prepared.plan, prepared.spec, prepared.anatomy, found)

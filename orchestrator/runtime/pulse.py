@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from orchestrator.store import PROGRESS, write_json
 from orchestrator.transfer.records import TrialRecord
 from orchestrator.transfer.view import Activity, Progress, RunView
 
+logger = logging.getLogger(__name__)
 BEAT_S = 1.0
 WRITE_S = 2.0
 """How often progress.json is written."""
@@ -52,10 +54,8 @@ class Pulse:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._over.set()
         self._thread.join()
-        if kind is not None:
-            self._write(self.now().model_copy(update={"ended": True, "error": f"{error}" or kind.__name__}))
-        else:
-            self._write(self.now().model_copy(update={"ended": True}))
+        why = "" if kind is None else str(error).partition("\n")[0] or kind.__name__
+        self._write(self.now().model_copy(update={"ended": True, "error": why}))
         with self._lock:
             self._view.close()
 
@@ -131,7 +131,11 @@ class Pulse:
 
     def _beat(self) -> None:
         while not self._over.wait(self._beat_s):
-            now = self.now()
+            try:
+                now = self.now()
+            except Exception:  # a look that fails is no trouble of the run; the next one may do
+                logger.debug("what is awaited is not known", exc_info=True)
+                continue
             if time.monotonic() - self._written >= WRITE_S:
                 self._write(now)
             with self._lock:

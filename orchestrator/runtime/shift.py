@@ -104,8 +104,10 @@ class Shift:
         works = {work.assignment.trial.trial_id: work for work in group}
         started = time.monotonic()
         self._running = group
-        answers, death = await self._answers(group)
-        self._running = ()
+        try:
+            answers, death = await self._answers(group)
+        finally:
+            self._running = ()
         answered_at = time.monotonic()
         self._figures.busy_s += answered_at - started
         if death is not None:

@@ -37,8 +37,8 @@ WRITABLE = "give `output` or --output a folder in which files can be written, wi
 class RunDirectory:
     """`runs/<name>/`, held by one driver at a time; see `open`.
 
-    Layout: spec.yaml run.json base.json plan.json layer_scores.json compile.json events.jsonl hours.json data/ trials/<id>/ tune/
-    refit/ bundle/ sweep.json transfer.json report.html
+    Layout: spec.yaml run.json base.json plan.json layer_scores.json compile.json events.jsonl progress.json
+    hours.json data/ trials/<id>/ tune/ refit/ bundle/ bundling.json sweep.json transfer.json report.html
     """
 
     def __init__(self, path: Path, lock: TextIO) -> None:

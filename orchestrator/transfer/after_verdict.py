@@ -9,7 +9,7 @@ from orchestrator.transfer.headline import advice_on_answers, gain_is_loss_only
 from orchestrator.transfer.records import ComparisonRecord, TransferReport, VerdictKind
 
 Decider = Literal["none", "scratch", "repeat"]
-_LOOK_AT_ROWS = "look at the rows that are learned from: `orchestrator data SPEC`"
+_LOOK_AT_ROWS = "look at the training rows: `orchestrator data SPEC`"
 _MORE_EVAL = "give more or cleaner eval rows (data.eval): what was promoted looked better on eval than it is on test"
 _ADVICE: dict[tuple[VerdictKind, Decider], tuple[str, ...]] = {
     ("negative", "none"): (

@@ -120,9 +120,9 @@ def _advice_on_failures(candidates: Sequence[TrialRecord]) -> tuple[str, ...]:
     reason, count = Counter(trial.reason for trial in failed).most_common(1)[0]
     lowest = min(trial.learning_rate for trial in failed)
     return (
-        f"mend what {count} of {len(failed)} failed trials died of: {reason or 'no reason given'}",
+        f"fix why {count} of {len(failed)} trials failed: {reason or 'no reason given'}",
         f"lower search.learning_rate: the lowest rate that failed is {lowest:.1e}",
-        "look at the rows that are learned from: `orchestrator data SPEC`",
+        "look at the training rows: `orchestrator data SPEC`",
     )
 
 
@@ -134,10 +134,10 @@ def _advice_on_negative(
     edge = _edge(best, scored, may_raise=gain >= 0)
     advice = [edge] if edge else []
     if gain > 0 and best.judged is best.last:
-        advice.append(f"raise train.epochs: {best.label} still got better, {moved}")
+        advice.append(f"raise train.epochs: {best.label} was still improving, {moved}")
     if gain < 0:
         advice.append(f"lower search.learning_rate or train.epochs, or learn from more rows: {best.label} got worse, {moved}")
-    advice.append("look at the rows that are learned from, and at which tokens are supervised: `orchestrator data SPEC`")
+    advice.append("look at the training rows, and at which tokens are supervised: `orchestrator data SPEC`")
     deepest = Counter(trial.layers for trial in scored).most_common()
     advice.append(f"try other layers: {', '.join(layers for layers, _ in deepest)} were tried; fewer blocks change less")
     if base is not None and base.metric is not None:

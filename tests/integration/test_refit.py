@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.store import check_folder
+from orchestrator.report.reading import RunRecords, read_run
+from orchestrator.store import PROGRESS, check_folder, read_json
 from orchestrator.train import find_latest
+from orchestrator.transfer.view import Progress
 
 from .runs import (
     TIMEOUT_S,
@@ -68,6 +70,8 @@ def assert_same_end(run: Path, other: Path, *, restarts: int) -> None:
 
 def test_one_trial_comes_to_a_verified_bundle_on_two_ranks(uninterrupted: Path) -> None:
     assert_same_end(uninterrupted, uninterrupted, restarts=0)
+    now = Progress.model_validate(read_json(uninterrupted / PROGRESS))
+    assert (now.phase, now.ended, now.error) == ("merge", True, "")
     refit = transfer_of(uninterrupted).refit
     assert refit is not None
     assert (refit.ran, refit.executor, refit.ranks) == (True, "torch", 2)
@@ -80,13 +84,20 @@ def test_a_killed_rank_goes_on_from_its_checkpoint(uninterrupted: Path, tmp_path
     spec = write(tmp_path)
     run = run_folder(spec)
 
+    seen: list[RunRecords] = []
+
     def kill_rank_0() -> None:
         wait_until(lambda: half_way(run))
+        seen.append(read_run(run))
         kill_process(int((run / "refit" / "starts.txt").read_text().split()[0]))
 
     with meanwhile(kill_rank_0):
         assert submit("finetune", spec) == 0
     assert_same_end(run, uninterrupted, restarts=1)
+    assert seen[0].alive, "the driver is heard of while it works"
+    assert seen[0].sweep is not None
+    (trial,) = seen[0].sweep.searched
+    assert seen[0].step_of(trial) > 0, "the report of a run in progress knows the step that stands on disk"
 
 
 @pytest.mark.slow

@@ -75,7 +75,7 @@ def test_a_run_without_scores_has_no_such_section(run_of):
 
 def test_a_failed_probe_says_why(run_of):
     folder, *_ = run_of(LayerScores(failed="3 gangs died while running it"))
-    assert "could not be scored, and the search went on without: 3 gangs died" in read(write_report(folder)).text
+    assert "could not be scored, and the search continued without scores: 3 gangs died" in read(write_report(folder)).text
 
 
 def test_one_micro_batch_draws_one_figure(run_of):

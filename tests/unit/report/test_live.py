@@ -8,7 +8,7 @@ import time
 import pytest
 
 from orchestrator.report import live
-from orchestrator.report.page import render_page, write_report
+from orchestrator.report.page import follow_run, render_page, write_report
 from orchestrator.report.reading import SILENT_S, read_run
 from orchestrator.store import PROGRESS
 from orchestrator.transfer.view import Activity, Progress
@@ -87,6 +87,13 @@ def test_a_followed_page_reloads_itself_where_the_reader_is(running):
     assert "scrollY" in written
     assert "5 * 1000" in written
     assert '<noscript><meta http-equiv="refresh" content="5"></noscript>' in written
+
+
+def test_a_run_that_has_ended_is_followed_to_its_end_at_once(fake_run, monkeypatch):
+    monkeypatch.setattr(live.os, "nice", lambda _: 0)
+    folder = fake_run()
+    follow_run(folder, every_s=1000)
+    assert read(folder / "report.html").count("script") == 0
 
 
 def test_following_ends_with_the_run_and_leaves_a_page_that_stands_still(running, monkeypatch):

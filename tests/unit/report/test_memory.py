@@ -25,7 +25,7 @@ def test_a_choice_that_ran_out_of_memory_says_how_it_went_on_and_has_no_ratio() 
     relieved, failed = trial("a", ENGINE, out_of_memory=True), trial("b", None, "failed", out_of_memory=True)
     assert "0.90x" in table(trial("a", ENGINE, out_of_memory=False))
     alone = table(relieved)
-    assert "ran out of memory; went on with 1 row<" in alone
+    assert "out of memory; retried with 1 row<" in alone
     assert "0.90x" not in alone
-    assert "ran out of memory; went on with 1 row (1 failed)" in table(relieved, failed)
-    assert "ran out of memory; no smaller way was left" in table(failed)
+    assert "out of memory; retried with 1 row (1 failed)" in table(relieved, failed)
+    assert "out of memory; no smaller way was left" in table(failed)

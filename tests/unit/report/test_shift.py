@@ -24,5 +24,5 @@ def test_only_what_follows_the_advice_is_said_to(fake_run, algorithm: str, prior
     run = replace(run, plan=run.plan.model_copy(update={"search": search}), events=events)
     said = str(domain_shift(run, DomainShift(failed="nobody knows")))
     assert "So it is." in said
-    assert ("It orders the first trials" in said) == follows
+    assert ("The first trials follow it" in said) == follows
     assert (f"keep their own order: search.algorithm is {algorithm}" in said) == own_order

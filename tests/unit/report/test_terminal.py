@@ -11,6 +11,7 @@ import pytest
 
 from orchestrator.report.console import SafeConsole
 from orchestrator.report.terminal import JsonView, LogView, SweepView, open_view
+from orchestrator.transfer.view import Activity, Progress
 
 
 class Terminal(io.StringIO):
@@ -122,3 +123,30 @@ def test_what_a_person_should_still_read_afterwards_stays_above_the_live_table(m
 
 def test_a_view_that_was_never_started_can_be_closed():
     SweepView(SafeConsole(file=Terminal())).close()
+
+
+def test_the_live_table_shows_what_is_awaited_from_the_first_phase_on(make):
+    console = SafeConsole(file=Terminal(), width=80, force_terminal=True, color_system=None)
+    view = SweepView(console)
+    view.phase("start", "loading libraries")
+    assert not view._live.is_started, "nothing would close it after an error"
+    view.phase("data", "reading and tokenising")
+    assert view._live.is_started
+    sweep = make.sweep(6)
+    view.start(name="quickstart", metric="loss", higher_is_better=False, max_forgetting=0.1, num_trials=6)
+    first, second = (trial.model_copy(update={"state": "running", "rungs": ()}) for trial in sweep.searched[:2])
+    view.trial(first)
+    view.trial(second)
+    activity = Activity(doing="training", gang=0, trial_id=first.trial_id, step=31, stop_step=54, total_steps=54)
+    loading = Activity(doing="loading the base model", gang=1)
+    view.progress(Progress(phase="search", activities=(activity, loading), seconds_left=84.0, at=1.0))
+    with console.capture() as captured:
+        console.print(view.render())
+    view.close()
+    shown = captured.get()
+    assert "gang 1 loading the base model" in shown
+    assert "about 1m24s left, until" in shown
+    table = [line for line in shown.splitlines() if " lr " in line]
+    assert any("31/54" in line and "training" in line for line in table)
+    assert any("0/54" in line and "waiting" in line for line in table)
+    assert all("lr " in line and "…" not in line for line in table), "a trial's rate can be read at 80 columns"

@@ -28,6 +28,7 @@ from orchestrator.runtime.hours import Meter
 from orchestrator.runtime.ledger import Ledger
 from orchestrator.runtime.scoring import Scoring
 from orchestrator.store import check_folder, commit_folder, read_json, write_json
+from orchestrator.transfer.view import Activity
 
 DEADLINE_S = 20
 RUNGS = (4, 12, 36)
@@ -68,12 +69,15 @@ class ScriptedGang:
         self.pids: tuple[int, ...] = ()
         self.base_loads = 0
         self.start_seconds = 0.0
+        self.starting = ""
         self.last: list[str] = []
         self.killed = asyncio.Event()
         self.death = GangDiedError(f"gang {index} was killed")
 
     async def start(self) -> None:
+        self.starting = "waiting for 1 free core"
         await self.gate.wait()
+        self.starting = ""
         if ScriptedGang.dead_starts:
             ScriptedGang.dead_starts -= 1
             raise ScriptedGang.refusal
@@ -224,6 +228,33 @@ def on_bench(
         return ScriptedGang.ran
 
     return play
+
+
+def test_the_exchange_says_what_each_gang_is_doing(on_bench: Callable[..., list[Assignment]]) -> None:
+    async def scene(bench: Bench) -> None:
+        async def until_any() -> Activity:
+            while not (found := await bench.exchange.activities()):
+                await asyncio.sleep(0.01)
+            return found[0]
+
+        ScriptedGang.gate.clear()
+        ScriptedGang.go.clear()
+        call = asyncio.create_task(bench.advance(bench.trial(0)))
+        assert await until_any() == Activity(doing="waiting for 1 free core", gang=0)
+        ScriptedGang.gate.set()
+        while (await until_any()).doing != "training":
+            await asyncio.sleep(0.01)
+        total = bench.trial(0).total_steps
+        assert await until_any() == Activity(doing="training", gang=0, trial_id="t0", stop_step=4, total_steps=total)
+        begun = [item["record"] for item in bench.exchange._news if item["kind"] == "trial"]
+        assert [(record.trial_id, record.state, record.last) for record in begun] == [("t0", "running", None)], (
+            "told as it begins"
+        )
+        ScriptedGang.go.set()
+        await call
+        assert await bench.exchange.activities() == (), "an idle gang is doing nothing"
+
+    on_bench(scene)
 
 
 def test_what_a_dead_gang_was_doing_is_done_by_the_next(on_bench: Callable[..., list[Assignment]]) -> None:

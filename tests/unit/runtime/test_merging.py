@@ -14,7 +14,8 @@ from orchestrator.plan.values import TrialSpec
 from orchestrator.report.sections import recommendation
 from orchestrator.report.terminal import LogView
 from orchestrator.runtime.ledger import Ledger
-from orchestrator.runtime.merging import _shown, choose, promoted_by_hand
+from orchestrator.runtime.merging import _show, choose, promoted_by_hand
+from orchestrator.runtime.pulse import Pulse
 from orchestrator.transfer.learning_curve import LearningCurve, PowerLaw
 from orchestrator.transfer.records import Control, RungRecord, SweepResult, TrialRecord
 
@@ -136,8 +137,14 @@ def test_what_the_rule_had_said_stays_however_often_a_person_decides() -> None:
 
 def test_the_view_is_started_on_the_chosen_trial_and_closed_whatever_happens() -> None:
     said = io.StringIO()
-    with pytest.raises(RuntimeError), _shown(LogView(said), SWEEP, "t001"):
-        raise RuntimeError
+
+    def bundle() -> None:
+        with Pulse(LogView(said), None) as pulse:
+            _show(pulse, SWEEP, "t001")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        bundle()
     first, *_, last = said.getvalue().splitlines()
     assert first == "run: 1 trial, compared by loss"
     assert last.endswith("1 of 1 trial: 1 finished")

@@ -183,6 +183,18 @@ def test_the_runs_folder_says_what_is_awaited_and_how_the_driver_ended(tmp_path:
     assert Progress.model_validate(read_json(tmp_path / PROGRESS)).error == "no rows"
 
 
+def test_a_look_that_fails_does_not_end_the_heartbeat(tmp_path: Path) -> None:
+    stream, failures = io.StringIO(), [RuntimeError("Ray is gone")] * 3
+
+    def look() -> tuple[Activity, ...]:
+        if failures:
+            raise failures.pop()
+        return (Activity(doing="scoring the blocks", gang=1),)
+
+    with Pulse(LogView(stream, quiet_s=0.0), tmp_path, beat_s=BEAT_S) as pulse, pulse.watching(look):
+        until(lambda: "gang 1 scoring the blocks" in stream.getvalue())
+
+
 def test_a_run_that_has_ended_is_only_looked_at(tmp_path: Path) -> None:
     with Pulse(LogView(io.StringIO()), None, beat_s=BEAT_S):
         time.sleep(3 * BEAT_S)

@@ -89,7 +89,7 @@ def scored_at(metrics: tuple[float, ...], *, judged: int | None = None, rate: fl
 
 
 LABEL = "last:4 · lora r8 · lr 1.0e-03"
-RAISE, LOWER = f"raise train.epochs: {LABEL} still got better", f"rows: {LABEL} got worse"
+RAISE, LOWER = f"raise train.epochs: {LABEL} was still improving", f"rows: {LABEL} got worse"
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_all_forget_too_much() -> None:
 def test_all_failed() -> None:
     found = promote([trial("a", None, state="failed", reason="the loss became nan") for _ in range(3)], BASE, 0.1)
     assert found.trial_id is None
-    assert "3 of 3 failed trials died of: the loss became nan" in found.advice[0]
+    assert "fix why 3 of 3 trials failed: the loss became nan" in found.advice[0]
 
 
 def test_no_retention_set_bounds_nothing() -> None:

@@ -262,10 +262,10 @@ def test_what_is_advised_says_its_figures(search: tuple[list[TrialRecord], Trial
     assert served is not None
     assert float(served[1]) == pytest.approx(base.metric, rel=1e-3)
     first, last = (rung.metric for rung in told.rungs)
-    moved = re.search(rf"(still got better|got worse), from ({NUMBER}) at step 30 to ({NUMBER}) at step 90", advice)
+    moved = re.search(rf"(was still improving|got worse), from ({NUMBER}) at step 30 to ({NUMBER}) at step 90", advice)
     assert (moved is None) == (first == last)
     if moved is not None and first is not None and last is not None:
-        assert moved[1] == ("still got better" if last < first else "got worse")
+        assert moved[1] == ("was still improving" if last < first else "got worse")
         assert ("raise train.epochs" in advice) == (last < first)
         assert float(moved[2]) == pytest.approx(first, rel=1e-3)
         assert float(moved[3]) == pytest.approx(last, rel=1e-3)
