@@ -394,7 +394,7 @@ def test_this_machine_is_a_cluster_of_one_node():
 
 def test_a_core_is_measured_in_a_moment_and_alike():
     """A laptop's core does tens of thousands of millions; were threads or other work counted, figures would lie far apart."""
-    rates = sorted(cli_machine.core_flops() for _ in range(5))
+    rates = sorted(this_machine.core_flops() for _ in range(5))
     assert rates[0] > 1e9
     assert rates[-1] < 1e12
     assert rates[3] < 2 * rates[1]
