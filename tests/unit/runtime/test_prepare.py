@@ -118,7 +118,8 @@ def test_the_plans_warnings_are_shown_and_recorded(submit: Callable[..., Prepare
     prepared = submit(several)
     (warning,) = prepared.plan.warnings
     assert f"warning: {warning}" in shown.getvalue()
-    assert [event["message"] for event in read_jsonl(prepared.run.path / "events.jsonl")] == [warning]
+    events = read_jsonl(prepared.run.path / "events.jsonl")
+    assert [event["message"] for event in events if event["kind"] != "data"] == [warning]
 
 
 def test_what_was_found_out_about_the_data_is_told_before_the_plan_and_recorded(
@@ -134,7 +135,8 @@ def test_what_was_found_out_about_the_data_is_told_before_the_plan_and_recorded(
     assert re.match(
         r"2\d of 4\d rows of train \(\d\d%\) are left out: 2\d longer than data.max_tokens = 64; to do: raise", warned[0]
     )
-    assert told[0].endswith("longer than data.max_tokens = 64 (tr\\x1bain.jsonl:2, tr\\x1bain.jsonl:4, tr\\x1bain.jsonl:6, ...)")
+    assert told[0].startswith("train: tr\\x1bain.jsonl is JSON Lines; 60 rows read as prompt_completion")
+    assert told[1].endswith("longer than data.max_tokens = 64 (tr\\x1bain.jsonl:2, tr\\x1bain.jsonl:4, tr\\x1bain.jsonl:6, ...)")
     assert "\x1b" not in shown.getvalue()
     assert all(f" warning: {line}\n" in shown.getvalue() for line in warned)
     assert all(f" data: {line}\n" in shown.getvalue() for line in told)
