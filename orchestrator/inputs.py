@@ -13,8 +13,8 @@ from rich.text import Text
 
 from orchestrator.anatomy import read_anatomy, resolve_base
 from orchestrator.data import DataSummary, prepare_data
-from orchestrator.data.labels import label_notices, refuse_quantities
-from orchestrator.data.measure import measure_data
+from orchestrator.data.reading.measure import measure_data
+from orchestrator.data.splitting.labels import label_notices, refuse_quantities
 from orchestrator.errors import UsageError
 from orchestrator.plan import make_plan, read_cluster_file
 from orchestrator.plan.defaults import with_section

@@ -11,18 +11,18 @@ import numpy as np
 from pydantic import ValidationError
 
 from orchestrator.data.batching import documents_of_steps
-from orchestrator.data.control import ControlTokens
-from orchestrator.data.encoding import Document, Encoder, load_tokenizer, mark_supervised
-from orchestrator.data.ends import declared_ends, end_tokens, tell_ends
-from orchestrator.data.gather import Sources, bad_rows_error, find_sources, read_examples
-from orchestrator.data.labels import check_labels, sort_classes, tell_missing
-from orchestrator.data.noticed import Noticed
-from orchestrator.data.reading import BadRow
+from orchestrator.data.encoding.control_tokens import ControlTokens
+from orchestrator.data.encoding.encoder import Document, Encoder, load_tokenizer, mark_supervised
+from orchestrator.data.encoding.ends import declared_ends, end_tokens, tell_ends
+from orchestrator.data.encoding.noticed import Noticed
+from orchestrator.data.reading.examples import RETENTION_TASKS, Example
+from orchestrator.data.reading.gather import Sources, bad_rows_error, find_sources, read_examples
+from orchestrator.data.reading.row import BadRow
 from orchestrator.data.retention import retention_sets
-from orchestrator.data.rows import RETENTION_TASKS, Example
 from orchestrator.data.seeded import CAPS, generator
 from orchestrator.data.sets import TokenizedSet, build_set
-from orchestrator.data.splits import make_splits
+from orchestrator.data.splitting.labels import check_labels, sort_classes, tell_missing
+from orchestrator.data.splitting.splits import make_splits
 from orchestrator.data.summary import DataSummary, LeftOut, SplitSummary, listed
 from orchestrator.errors import DataError, IntegrityError, RunConflictError
 from orchestrator.plan.remedies import most_replayed_tokens, needs_replayed_text

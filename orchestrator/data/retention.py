@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from orchestrator.data.encoding import Document
+from orchestrator.data.encoding.encoder import Document
 from orchestrator.data.seeded import RETENTION, generator
 from orchestrator.data.summary import LeftOut
 from orchestrator.errors import DataError

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from orchestrator.data.chat_turns import TurnNotes
-from orchestrator.data.files import read_path
-from orchestrator.data.gather import bad_rows_text
-from orchestrator.data.layouts import Layout, Layouts
-from orchestrator.data.reading import BadRow, Row, RowError
+from orchestrator.data.reading.chat_turns import TurnNotes
+from orchestrator.data.reading.files import read_path
+from orchestrator.data.reading.gather import bad_rows_text
+from orchestrator.data.reading.layouts import Layout, Layouts
+from orchestrator.data.reading.row import BadRow, Row, RowError
 from orchestrator.errors import DataError
 from orchestrator.serve.predict import Answer, Messages, Question, first_turn
 from orchestrator.spec.models import DataSpec, Task

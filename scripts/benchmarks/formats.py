@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _measure(name: str, folder: Path) -> dict[str, float]:
     """Processor seconds and peak memory of reading, without those of starting the interpreter and its imports."""
     from orchestrator.data import prepare_data
-    from orchestrator.data.gather import find_sources, read_examples
+    from orchestrator.data.reading.gather import find_sources, read_examples
     from orchestrator.data.summary import LeftOut
     from orchestrator.samples import SAMPLE_BASE
     from orchestrator.spec import load_spec

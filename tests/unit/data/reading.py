@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from orchestrator.data.formats import read_rows, sniff
-from orchestrator.data.reading import BadRow, Row
+from orchestrator.data.reading.formats import read_rows, sniff
+from orchestrator.data.reading.row import BadRow, Row
 
 
 def write(path: Path, content: str | bytes) -> Path:

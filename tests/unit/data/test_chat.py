@@ -12,11 +12,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from orchestrator.data import load_tokenizer
-from orchestrator.data.control import ControlTokens
-from orchestrator.data.encoding import Document, Encoder
-from orchestrator.data.noticed import Noticed
-from orchestrator.data.reading import BadRow
-from orchestrator.data.rows import Example
+from orchestrator.data.encoding.control_tokens import ControlTokens
+from orchestrator.data.encoding.encoder import Document, Encoder
+from orchestrator.data.encoding.noticed import Noticed
+from orchestrator.data.reading.examples import Example
+from orchestrator.data.reading.row import BadRow
 from orchestrator.spec.models import DataSpec
 
 from .families import FAMILIES, tokenizer_of

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestrator.data.encoding import Document, Encoder, load_tokenizer, mark_supervised
-from orchestrator.data.reading import BadRow
-from orchestrator.data.rows import Example
+from orchestrator.data.encoding.encoder import Document, Encoder, load_tokenizer, mark_supervised
+from orchestrator.data.reading.examples import Example
+from orchestrator.data.reading.row import BadRow
 from orchestrator.errors import BaseError
 from orchestrator.spec.models import DataSpec, Task
 

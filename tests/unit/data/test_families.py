@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from orchestrator.data import TokenizedSet, build_set
-from orchestrator.data.control import ControlTokens
-from orchestrator.data.encoding import Document, Encoder
-from orchestrator.data.ends import declared_ends, end_tokens
-from orchestrator.data.noticed import Noticed
-from orchestrator.data.reading import BadRow
-from orchestrator.data.rows import Example
+from orchestrator.data.encoding.control_tokens import ControlTokens
+from orchestrator.data.encoding.encoder import Document, Encoder
+from orchestrator.data.encoding.ends import declared_ends, end_tokens
+from orchestrator.data.encoding.noticed import Noticed
+from orchestrator.data.reading.examples import Example
+from orchestrator.data.reading.row import BadRow
 from orchestrator.spec.models import DataSpec
 from orchestrator.train.evaluation import exact_match
 from orchestrator.train.generate import generate_answers, wanted_answers

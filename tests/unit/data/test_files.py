@@ -9,8 +9,8 @@ from typing import Any
 import datasets
 import pytest
 
-from orchestrator.data.files import find_files, split_of
-from orchestrator.data.gather import find_sources
+from orchestrator.data.reading.files import find_files, split_of
+from orchestrator.data.reading.gather import find_sources
 from orchestrator.data.summary import LeftOut
 from orchestrator.errors import DataError
 from tests.unit.data.reading import write

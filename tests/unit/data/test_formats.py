@@ -16,8 +16,8 @@ import pyarrow.parquet as parquet
 import pytest
 from pyarrow import ipc
 
-from orchestrator.data.formats import read_rows, sniff
-from orchestrator.data.reading import Row, Unreadable
+from orchestrator.data.reading.formats import read_rows, sniff
+from orchestrator.data.reading.row import Row, Unreadable
 from orchestrator.errors import DataError
 from tests.unit.data.reading import bad_rows, read, write
 

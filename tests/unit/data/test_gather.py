@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from orchestrator.data.gather import bad_rows_error, find_sources, read_examples
-from orchestrator.data.measure import check_first_rows, measure_data
-from orchestrator.data.reading import BadRow
-from orchestrator.data.rows import Example
+from orchestrator.data.reading.examples import Example
+from orchestrator.data.reading.gather import bad_rows_error, find_sources, read_examples
+from orchestrator.data.reading.measure import check_first_rows, measure_data
+from orchestrator.data.reading.row import BadRow
 from orchestrator.data.summary import LeftOut
 from orchestrator.errors import DataError
 from orchestrator.spec import LoadedSpec, load_spec
@@ -144,7 +144,7 @@ def test_sizes_are_measured_alike_in_every_format(prepare: Any, rows_of_pairs: A
 
 
 def test_large_compressed_files_are_estimated(prepare: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.data.measure.SAMPLE_BYTES", 20_000)
+    monkeypatch.setattr("orchestrator.data.reading.measure.SAMPLE_BYTES", 20_000)
     lines = "".join(json.dumps({"prompt": f"question {n * 7919 % 10007}", "completion": f"{n}"}) + "\n" for n in range(20_000))
     for name, content in {"train.jsonl": lines.encode(), "train.jsonl.gz": gzip.compress(lines.encode())}.items():
         prepare.write(name, content)

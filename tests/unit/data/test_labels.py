@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.data.labels import label_notices, sort_classes
+from orchestrator.data.splitting.labels import label_notices, sort_classes
 from orchestrator.errors import DataError
 
 

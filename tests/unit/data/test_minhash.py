@@ -6,8 +6,8 @@ import random
 
 import numpy as np
 
-from orchestrator.data import minhash
-from orchestrator.data.minhash import NEAR, NUM_BINS, normalised, signatures_of, similarity
+from orchestrator.data.splitting import minhash
+from orchestrator.data.splitting.minhash import NEAR, NUM_BINS, normalised, signatures_of, similarity
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 

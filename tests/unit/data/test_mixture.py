@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.data.mixture import mixture
+from orchestrator.data.splitting.mixture import mixture
 
 
 @pytest.mark.parametrize(

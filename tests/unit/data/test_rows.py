@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.data.prompt_templates import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
-from orchestrator.data.reading import BadRow, Row, Unreadable
-from orchestrator.data.rows import Example, RowReader
+from orchestrator.data.reading.examples import Example, RowReader
+from orchestrator.data.reading.prompt_templates import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
+from orchestrator.data.reading.row import BadRow, Row, Unreadable
 from orchestrator.spec.models import JobSpec, Task
 
 

@@ -7,8 +7,8 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.data.rows import Example
-from orchestrator.data.splits import Share, split_by_share
+from orchestrator.data.reading.examples import Example
+from orchestrator.data.splitting.splits import Share, split_by_share
 
 UNCAPPED = 10**6
 

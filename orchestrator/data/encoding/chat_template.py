@@ -1,0 +1,100 @@
+"""A tokenizer's chat template: how it writes a chat, and what of its own it puts around the turns."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.data.encoding.control_tokens import REASONING, ControlTokens
+from orchestrator.data.encoding.turn_marks import Turn, TurnMarks, common_prefix
+
+GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+QUESTION: Turn = {"role": "user", "content": "What is asked here"}
+ANSWER: Turn = {"role": "assistant", "content": "What is answered here"}
+"""The chat from which a template's own text is known."""
+Tools = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a template writes turns, found by rendering one question with one answer; empty where it refuses them."""
+
+    generation_prompt: str = ""
+    """What asks for an answer, after a whole question."""
+    closing: str | None = None
+    """The control token after an answer."""
+    between: tuple[str, ...] = ()
+    """Control tokens that close a question."""
+    headers: tuple[str, ...] = ()
+    """Added tokens that are not special and begin or end a turn none the less."""
+
+
+class ChatTemplate:
+    """Renders chats with a tokenizer's template, which may raise anything that jinja2 does."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._has_marks = bool(GENERATION_MARK.search(str(tokenizer.chat_template)))
+
+    def render(self, turns: Sequence[Turn], tools: Tools = (), *, asks: bool = False) -> str:
+        """The chat as text; with `asks`, up to where an answer is asked for."""
+        return self._tokenizer.apply_chat_template(
+            list(turns), tools=list(tools) or None, tokenize=False, add_generation_prompt=asks
+        )
+
+    def render_with_marks(self, turns: Sequence[Turn], tools: Tools = ()) -> tuple[str, list[tuple[int, int]]]:
+        """The chat as text, and the characters between the template's `{% generation %}` marks."""
+        if not self._has_marks:
+            return self.render(turns, tools), []
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        given: Any = list(tools) or None
+        (text,), (spans,) = render_jinja_template(
+            conversations=[[{key: value for key, value in turn.items() if value is not None} for turn in turns]],
+            tools=given,
+            chat_template=self._tokenizer.get_chat_template(None, given),
+            return_assistant_tokens_mask=True,
+            **self._tokenizer.special_tokens_map,
+        )
+        return text, [(int(start), int(end)) for start, end in spans if end > start]
+
+    def style(self, control: ControlTokens) -> Style:
+        """What the template writes around a question and its answer."""
+        from jinja2 import TemplateError
+
+        marks = TurnMarks((QUESTION, ANSWER), "")
+        asked, answered = marks.of
+        turns = marks.marked()
+        try:
+            whole, prompt, question = (
+                marks.found_in(text) for text in (self.render(turns), self.render(turns[:1], asks=True), self.render(turns[:1]))
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError):
+            return Style()
+        ends = [place.last(asked.closing) for place in (whole, prompt, question)]
+        start, answer_end = whole.first(asked.opening), whole.first(answered.closing)
+        if start is None or answer_end is None or None in ends:
+            return Style()
+        after_question, after_prompt, after_alone = (
+            found.text[end:] for found, end in zip((whole, prompt, question), ends, strict=True)
+        )
+        shared = snapped(after_prompt, common_prefix(after_prompt, after_alone), control)
+        header = whole.text[:start] + after_prompt[: common_prefix(after_prompt, after_question)]
+        closing = control.pattern.search(whole.text, answer_end)
+        return Style(
+            generation_prompt=after_prompt[shared:],
+            closing=closing[0] if closing else None,
+            between=tuple(control.held_by(after_prompt[:shared])),
+            headers=tuple(text for text in control.added.findall(header) if not REASONING.fullmatch(text)),
+        )
+
+
+def snapped(text: str, place: int, control: ControlTokens) -> int:
+    """The place, or the beginning of the added token that it stands in."""
+    first = max(0, place - 100)
+    for found in control.added.finditer(text, first, place + 100):
+        if found.start() < place < found.end():
+            return found.start()
+    return place

@@ -1,0 +1,207 @@
+"""Which characters of a rendered chat the model has to write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from orchestrator.data.encoding.chat_template import ChatTemplate, Style, Tools, snapped
+from orchestrator.data.encoding.control_tokens import ControlTokens
+from orchestrator.data.encoding.turn_marks import Marked, Turn, TurnMarks, calls_of, common_prefix, reasoning_of, said
+
+
+class Span(NamedTuple):
+    """Characters of a rendering, from where the generation prompt ends."""
+
+    start: int
+    end: int
+    """After the closing token, where there is one."""
+    answer_end: int
+    """Before it."""
+
+
+class Found(NamedTuple):
+    """One turn of the assistant in the rendering of its chat."""
+
+    span: Span
+    unasked: str = ""
+    """What the generation prompt ends with and the turn does not begin with."""
+    has_text: bool = True
+    has_reasoning: bool = True
+    has_context: bool = True
+    """Whether every turn before it that says something is rendered."""
+
+
+class NotRenderedError(ValueError):
+    """The template leaves out what has to be learned, or writes it so that it cannot be found."""
+
+
+class SpanFinder:
+    """Finds turns in renderings of one template.
+
+    Args:
+        ends: Texts of the tokens at which the base stops as it is.
+    """
+
+    def __init__(self, template: ChatTemplate, control: ControlTokens, style: Style, ends: Sequence[str]) -> None:
+        self._template = template
+        self._control = control
+        self._style = style
+        self._ends = frozenset(ends)
+
+    def checked(self, text: str, start: int, end: int, limit: int) -> Span:
+        """What a template marks as a turn, less the generation prompt, to the closing token that stands within or after it.
+
+        Args:
+            limit: Where the next turn of the assistant begins.
+        """
+        prompt = self._style.generation_prompt
+        shared = common_prefix(prompt, text[start:end])
+        if shared and (shared == len(prompt) or self._control.pattern.search(text, start, start + shared)):
+            start = snapped(text, start + shared, self._control)
+        closing = None
+        for found in reversed(list(self._control.pattern.finditer(text, start, end))):
+            if text[found.end() : closing.start() if closing else end].strip():
+                break
+            if closing is None or found[0] == self._style.closing:
+                closing = found
+        if closing is not None:
+            return Span(start, closing.end(), closing.start())
+        after = self._closing(text, end, limit)
+        if after is not None and not text[end : after[0]].strip():
+            return Span(start, after[1], after[0])
+        return Span(start, end, end)
+
+    def find(self, turns: Sequence[Turn], tools: Tools, text: str, wanted: set[int]) -> dict[int, Found]:
+        """The wanted turns that the template renders.
+
+        Args:
+            text: The rendering of all turns.
+
+        Raises:
+            NotRenderedError: a tool call is left out, or turns are written so that they cannot be found.
+        """
+        marks = TurnMarks(turns, text)
+        for only_answers in (False, True):
+            given = marks.marked(lambda turn, only=only_answers: not only or turn["role"] == "assistant")
+            whole = marks.found_in(self._template.render(given, tools))
+            if whole.text == text and whole.places:
+                chat = _Chat(turns, tools, given, marks, whole, all_marked=not only_answers)
+                found = {index: self._found(chat, index) for index in sorted(wanted)}
+                return {index: turn for index, turn in found.items() if turn is not None}
+        return {index: self._by_prefixes(turns, tools, text, index) for index in sorted(wanted)}
+
+    def _found(self, chat: _Chat, index: int) -> Found | None:
+        turn, marks, whole = chat.turns[index], chat.marks.of[index], chat.whole
+        if calls_of(turn) and whole.first(marks.call) is None:
+            raise NotRenderedError(
+                "the chat template leaves out the tool calls of an assistant's turn: take a base whose chat template renders"
+                " them, or write them into the content"
+            )
+        opening, closing = whole.first(marks.opening), whole.last(marks.closing)
+        if opening is None and closing is None:
+            return None
+        said_here = closing if closing is not None else opening
+        assert said_here is not None
+        later = [place for other in chat.marks.of[index + 1 :] for mark in other for place in whole.places.get(mark, ())]
+        limit = min((place for place in later if place >= said_here), default=len(whole.text))
+        start, unasked = self._start(chat, index, opening if opening is not None else said_here)
+        after = max(said_here, start)
+        ending = self._closing(whole.text, after, limit)
+        if ending is None:
+            end = self._unclosed(chat, index, after, limit)
+            ending = (end, end)
+        places = whole.places.get(marks.opening, ())
+        parts = bool(said(turn).strip()) + bool(reasoning_of(turn).strip()) + len(calls_of(turn))
+        return Found(
+            Span(start, ending[1], ending[0]),
+            unasked if index == len(chat.turns) - 1 else "",
+            has_text=len(places) >= parts or not calls_of(turn),
+            has_reasoning=opening is not None and (len(places) >= parts or not reasoning_of(turn).strip()),
+            has_context=not chat.all_marked or all(map(chat.shows, range(index))),
+        )
+
+    def _start(self, chat: _Chat, index: int, opening: int) -> tuple[int, str]:
+        """(where the generation prompt ends, what of it does not stand there)."""
+        whole = chat.whole
+        earlier = [other.closing for other in chat.marks.of[:index]]
+        anchor = max((place for mark in earlier for place in whole.places.get(mark, ()) if place <= opening), default=0)
+        mark = next((mark for mark in earlier if anchor and anchor in whole.places.get(mark, ())), None)
+        between = whole.text[anchor:opening]
+        prompt = self._prompt(chat, index)
+        place = prompt.last(mark) if prompt is not None and mark is not None else 0 if mark is None else None
+        if prompt is not None and place is not None and index:
+            asked = prompt.text[place:]
+            shared = common_prefix(asked, between)
+            if shared == len(asked) and shared:
+                return anchor + shared, ""
+            header = self._style.generation_prompt.strip()
+            if shared and not (header and header in between):
+                return snapped(whole.text, anchor + shared, self._control), asked[shared:]
+        for header in (self._style.generation_prompt, self._style.generation_prompt.strip()):
+            if header and header in between:
+                return anchor + between.rindex(header) + len(header), ""
+        header = self._style.generation_prompt
+        shared = next((size for size in range(len(header), 0, -1) if between.endswith(header[:size])), 0)
+        return (anchor + len(between), header[shared:]) if shared else (opening, "")
+
+    def _prompt(self, chat: _Chat, index: int) -> Marked | None:
+        """The rendering that asks for a turn; None where the template does not render what stands before it alone."""
+        from jinja2 import TemplateError
+
+        if not index:
+            return None
+        try:
+            return chat.marks.found_in(self._template.render(chat.given[:index], chat.tools, asks=True))
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError):
+            return None
+
+    def _closing(self, text: str, start: int, limit: int) -> tuple[int, int] | None:
+        """(start, end) of the token that closes the turn whose words end at `start`."""
+        usual = self._style.closing
+        if usual and (place := text.find(usual, start, limit)) >= 0:
+            return place, place + len(usual)
+        found = self._control.pattern.search(text, start, limit)
+        if found and (found[0] in self._ends or found[0] in self._style.between or limit == len(text)):
+            return found.span()
+        return None
+
+    def _unclosed(self, chat: _Chat, index: int, start: int, limit: int) -> int:
+        """Where a turn without a closing token ends: with its own white space, or with what belongs to its tool calls."""
+        turn, after = chat.turns[index], chat.whole.text[start:limit]
+        if not calls_of(turn):
+            words = said(turn)
+            return start + common_prefix(after, words[len(words.rstrip()) :])
+        if limit < len(chat.whole.text):
+            alone = chat.marks.found_in(self._template.render(chat.given[: index + 1], chat.tools))
+            place = alone.last(chat.marks.of[index].closing)
+            after = after[: common_prefix(after, alone.text[place:])] if place is not None else after
+        return start + len(after.rstrip())
+
+    def _by_prefixes(self, turns: Sequence[Turn], tools: Tools, text: str, index: int) -> Found:
+        """A turn between the rendering that asks for it and the one that has it, where both begin the whole rendering."""
+        before = self._template.render(turns[:index], tools, asks=True) if index else ""
+        after = self._template.render(turns[: index + 1], tools)
+        if not index or not after.startswith(before) or not text.startswith(after):
+            raise NotRenderedError(
+                "an assistant's turn cannot be found in what the chat template renders: put {% generation %} and"
+                " {% endgeneration %} around the assistant's content in the template"
+            )
+        return Found(self.checked(text, len(before), len(after), len(after)))
+
+
+class _Chat(NamedTuple):
+    """A chat, its turns with marks, and the rendering of these."""
+
+    turns: Sequence[Turn]
+    tools: Tools
+    given: Sequence[Turn]
+    marks: TurnMarks
+    whole: Marked
+    all_marked: bool
+    """Whether the turns between the answers have marks too."""
+
+    def shows(self, index: int) -> bool:
+        """Whether a turn that is not an answer stands in the rendering, if it says anything."""
+        turn = self.turns[index]
+        return turn["role"] == "assistant" or not said(turn).strip() or self.whole.first(self.marks.of[index].closing) is not None

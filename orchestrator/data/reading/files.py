@@ -1,0 +1,239 @@
+"""Finding data files: what is read of a path, a folder or a glob, which split it belongs to, and what is left alone."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from orchestrator.data.reading.formats import READ, SUFFIXES, data_suffix, read_rows, sniff
+from orchestrator.data.reading.formats.sniff import TEXT_SUFFIXES
+from orchestrator.data.reading.row import BadRow, Row
+from orchestrator.data.reading.saved import find_saved
+from orchestrator.errors import DataError
+from orchestrator.units import printable
+
+SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "eval": ("validation", "valid", "val", "dev", "eval", "evaluation"),
+    "test": ("test", "testing"),
+}
+"""What a file's or a folder's name says of the split, as a word of its own: `train-00000-of-00001.parquet`, `dev.jsonl`."""
+WORD = re.compile(r"[a-z]+")
+HIDDEN_FOLDERS = ("__pycache__", "__MACOSX")
+BACKUP = re.compile(r"(~|\.(bak|swp|swo|orig|old|tmp|temp|part|partial|crdownload|lock)|#)$", re.IGNORECASE)
+ABOUT = re.compile(
+    r"^(readme|licen[cs]e|copying|notice|authors|contributors|changelog|requirements([-_.].*)?|citation|robots|todo)(\.(txt|md|text))?$",
+    re.IGNORECASE,
+)
+"""Texts that stand beside data and are none."""
+SETTINGS = re.compile(
+    r"^(dataset_infos?|dataset_dict|state|config|metadata|package(-lock)?|tokenizer(_config)?|special_tokens_map|"
+    r"generation_config|manifest|croissant|schema|\.?vscode)\.json$",
+    re.IGNORECASE,
+)
+ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".xlsx", ".xls", ".ods", ".orc", ".avro", ".h5", ".hdf5", ".db", ".sqlite")
+"""Kinds that may hold data and are not read."""
+
+
+@dataclass
+class Found:
+    """What stands at one path of the spec."""
+
+    path: str
+    files: dict[str, list[Path]] = field(default_factory=dict)
+    """By split; all of them under an empty name where names say nothing of splits."""
+    skipped: dict[str, list[str]] = field(default_factory=dict)
+    """By reason: names of what is not read, from the folder."""
+    doubtful: dict[str, list[str]] = field(default_factory=dict)
+    """Likewise, of what probably holds data."""
+    is_folder: bool = False
+    is_glob: bool = False
+
+    def all_files(self) -> list[Path]:
+        return sorted(path for paths in self.files.values() for path in paths)
+
+    @property
+    def has_splits(self) -> bool:
+        return "" not in self.files and len(self.files) > 1
+
+    def skip(self, reason: str, path: Path | str, *, doubtful: bool = False) -> None:
+        entries = self.doubtful if doubtful else self.skipped
+        shown = os.path.relpath(path, self.path) if self.is_folder else str(path)
+        entries.setdefault(reason, []).append(printable(shown))
+
+
+def find_files(pattern: str) -> Found:
+    """The files of a path, a folder (with those below it) or a glob, in the order of their paths.
+
+    Raises:
+        DataError: nothing there; names what lies near.
+    """
+    path = Path(pattern)
+    found = Found(pattern)
+    if path.is_file():
+        found.files[""] = [path]
+    elif path.is_dir():
+        found.is_folder = True
+        _search_folder(path, found)
+    else:
+        found.is_glob = True
+        _search_glob(pattern, found)
+    if not found.files:
+        raise _nothing(path, found)
+    return found
+
+
+def _nothing(path: Path, found: Found) -> DataError:
+    if not found.is_folder:
+        what = "is a broken link" if path.is_symlink() else "no such data file"
+        return DataError(what, where=found.path, expected="a file, a glob or a folder", remedy=_near(path))
+    aside = "; ".join(f"{reason}: {shown(names)}" for reason, names in (found.skipped | found.doubtful).items())
+    what = f"no data file in this folder ({aside})" if aside else "no data file in this folder"
+    return DataError(what, where=found.path, expected=READ, remedy="give another path, or put the data there")
+
+
+def _search_glob(pattern: str, found: Found) -> None:
+    matches = sorted(map(Path, glob.glob(pattern, recursive=True)))  # noqa: PTH207 - pathlib takes no absolute patterns
+    files: list[Path] = []
+    for path in matches:
+        if path.is_symlink() and not path.exists():
+            found.skip("broken links", path, doubtful=True)
+        elif path.is_file() and BACKUP.search(path.name):
+            found.skip("backup and temporary files", path)
+        elif path.is_file():
+            files.append(path)
+        elif path.is_dir() and not pattern.rstrip("/").endswith("**"):
+            found.skip("folders that the glob matches (only files are read)", path)
+    if files:
+        found.files[""] = _once(files, found)
+
+
+def _search_folder(folder: Path, found: Found) -> None:
+    saved = find_saved(folder)
+    if saved is not None:
+        found.files = saved
+        return
+    rows: list[Path] = []
+    texts: list[Path] = []
+    for path in _walk(folder, found):
+        suffix = data_suffix(path.name)
+        if BACKUP.search(path.name):
+            found.skip("backup and temporary files", path)
+        elif ABOUT.match(path.name):
+            found.skip("files about the data", path)
+        elif SETTINGS.match(path.name):
+            found.skip("settings files", path)
+        elif suffix in SUFFIXES:
+            (texts if suffix in TEXT_SUFFIXES else rows).append(path)
+        elif path.suffix.lower() in ARCHIVES or suffix in ARCHIVES:
+            found.skip("files of kinds that are not read", path, doubtful=True)
+        else:
+            found.skip("files of other kinds", path)
+    if rows:
+        for path in texts:
+            found.skip("text files beside files of rows (give them as a source of their own)", path, doubtful=True)
+    files = _once(sorted(rows or texts), found)
+    if files:
+        found.files = _by_split(folder, files, found)
+
+
+def _walk(folder: Path, found: Found) -> Iterator[Path]:
+    """Files below the folder; hidden ones and broken links are noted, a folder that links lead to twice is searched once."""
+    seen: set[tuple[int, int]] = set()
+    for here, folders, names in os.walk(folder, followlinks=True):
+        place = Path(here)
+        status = place.stat()
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            found.skip("links to folders that are read already", place)
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        for name in sorted(folders):
+            if name.startswith(".") or name in HIDDEN_FOLDERS:
+                folders.remove(name)
+                count = sum(len(files) for _, _, files in os.walk(place / name))
+                found.skip("hidden folders", f"{place / name}{f' ({count} files)' if count != 1 else ' (1 file)'}")
+        folders.sort()
+        for name in sorted(names):
+            path = place / name
+            if name.startswith("."):
+                found.skip("hidden files", path)
+            elif path.is_symlink() and not path.exists():
+                found.skip("broken links", path, doubtful=True)
+            elif path.is_file():
+                yield path
+
+
+def _once(files: list[Path], found: Found) -> list[Path]:
+    """Each file once, by its inode: links to one that is read already are noted."""
+    seen: set[tuple[int, int]] = set()
+    kept: list[Path] = []
+    for path in sorted(files, key=lambda path: (path.is_symlink(), path)):
+        status = path.stat()
+        if (status.st_dev, status.st_ino) in seen:
+            found.skip("links to files that are read already", path)
+        else:
+            seen.add((status.st_dev, status.st_ino))
+            kept.append(path)
+    return sorted(kept)
+
+
+def _by_split(folder: Path, files: list[Path], found: Found) -> dict[str, list[Path]]:
+    """Files by the split that their names, or else their folders' names, say.
+
+    Where some are of eval or test, the others are train if no name says train; if one does, the others belong to nothing and
+    are left out. Where names say nothing of eval and test, all of them stand under an empty name.
+    """
+    splits: dict[str, list[Path]] = {}
+    for path in files:
+        parts = path.relative_to(folder).parts
+        said = next((split for part in reversed(parts) if (split := split_of(part))), "")
+        splits.setdefault(said, []).append(path)
+    if not splits.keys() & {"eval", "test"} or splits.keys() <= {"eval"} or splits.keys() <= {"test"}:
+        return {"": files}
+    others = splits.pop("", [])
+    if "train" not in splits and others:
+        splits["train"] = others
+    else:
+        for path in others:
+            found.skip("files whose names say no split beside others whose names do", path, doubtful=True)
+    return splits
+
+
+def split_of(name: str) -> str:
+    """The split that a file's or folder's name says; empty where it says none, or several."""
+    words = set(WORD.findall(name.lower()))
+    said = [split for split, known in SPLIT_WORDS.items() if words & set(known)]
+    return said[0] if len(said) == 1 else ""
+
+
+def shown(names: list[str], limit: int = 5) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _near(path: Path) -> str:
+    """What to do about a missing path."""
+    folder = path.parent
+    if not folder.is_dir():
+        return f"the folder {folder} does not exist either; paths are relative to the spec's file"
+    names = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
+    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"the folder holds {', '.join(sorted(names)[:5]) or 'nothing'}."
+    return f"{printable(hint)} Paths are relative to the spec's file"
+
+
+def read_path(pattern: str) -> Iterator[Row | BadRow]:
+    """Every row of every file of a path, a folder or a glob, with all of its columns.
+
+    Raises:
+        DataError: no file, or one of a kind that is not read.
+    """
+    for path in find_files(pattern).all_files():
+        yield from read_rows(sniff(path))

@@ -1,0 +1,113 @@
+"""Rows out of CSV, with the lines that each of them takes."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+
+from orchestrator.data.reading.formats.json_rows import cut_short
+from orchestrator.data.reading.formats.opening import DAMAGE, NOT_UTF8, open_bytes
+from orchestrator.data.reading.formats.sniff import DataFile
+from orchestrator.data.reading.row import BadRow, ChooseColumns, Row, RowError
+from orchestrator.units import printable
+
+csv.field_size_limit(2**31 - 1)
+
+
+def read_csv(file: DataFile, choose: ChooseColumns) -> Iterator[Row | BadRow]:
+    """A row's line is the one it begins on: a quoted field may run over several."""
+    name = str(file.path)
+    try:
+        with open_bytes(file.path, file.compression) as stream:
+            errors = "surrogateescape" if "utf-8" in file.encoding else "strict"
+            lines = io.TextIOWrapper(stream, file.encoding, errors=errors, newline="")
+            for _ in range(file.dialect.skip_lines):
+                lines.readline()
+            yield from _Table(file, lines).rows(choose)
+    except UnicodeDecodeError as error:
+        yield BadRow(name, 1, f"damaged {file.encoding.upper()}", error.reason, ends_file=True)
+
+
+class _Table:
+    def __init__(self, file: DataFile, lines: io.TextIOWrapper) -> None:
+        self._file = file
+        self._name = str(file.path)
+        dialect = file.dialect
+        self._before = dialect.skip_lines
+        self._reader = csv.reader(lines, delimiter=dialect.delimiter, skipinitialspace=dialect.skips_blanks, strict=True)
+
+    def rows(self, choose: ChooseColumns) -> Iterator[Row | BadRow]:
+        name = self._name
+        chosen: list[tuple[str, int]] = []
+        header: list[str] | None = None
+        for line, fields in self._records():
+            if isinstance(fields, BadRow):
+                yield fields
+                if header is None:
+                    return
+            elif header is None:
+                header = [column.strip() for column in fields]
+                try:
+                    chosen = _chosen(header, choose)
+                except RowError as problem:
+                    yield BadRow(name, line, problem.reason, problem.detail, ends_file=True)
+                    return
+            elif not any(fields):
+                if fields:
+                    yield BadRow(name, line, "every field of the row is empty")
+            elif len(fields) == len(header):
+                values = {column: fields[index] for column, index in chosen}
+                yield Row(values, name, line) if _is_text(values.values()) else BadRow(name, line, NOT_UTF8)
+            else:
+                what = "more fields than the header" if len(fields) > len(header) else "fewer fields than the header"
+                shown = printable(", ".join(header))
+                last = self._reader.line_num + self._before
+                yield BadRow(name, line, what, f"{len(fields)}; the header has {len(header)}: {shown}", last)
+
+    def _records(self) -> Iterator[tuple[int, list[str] | BadRow]]:
+        """(the line it begins on, its fields); a quote that is never closed is told with the lines it swallows."""
+        while True:
+            line = self._reader.line_num + self._before + 1
+            try:
+                yield line, next(self._reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                last = self._reader.line_num + self._before
+                if "unexpected end" in str(error):
+                    count = last - line + 1
+                    detail = f"{count} line{'s' if count > 1 else ''} to the end of the file"
+                    yield line, BadRow(self._name, line, "a quote is opened and never closed", detail, last, ends_file=True)
+                    return
+                yield line, BadRow(self._name, line, f"malformed CSV: {printable(str(error))}", "", last)
+            except UnicodeDecodeError as error:
+                yield line, BadRow(self._name, line, f"damaged {self._file.encoding.upper()}", error.reason, ends_file=True)
+                return
+            except DAMAGE as error:
+                yield line, cut_short(self._file, line, error)
+                return
+
+
+def _chosen(header: Sequence[str], choose: ChooseColumns) -> list[tuple[str, int]]:
+    """(name, index) of the columns that are read.
+
+    Raises:
+        RowError: one of them is missing, or there twice.
+    """
+    names = list(choose(header))
+    twice = sorted({name for name in names if header.count(name) > 1})
+    if twice:
+        raise RowError("the header names a column more than once", printable(", ".join(map(repr, twice))))
+    return [(name, header.index(name)) for name in names]
+
+
+def _is_text(fields: Iterator[str] | Sequence[str] | object) -> bool:
+    """Whether every field was decoded: a byte that is no UTF-8 has become half a surrogate pair."""
+    for field in fields:  # type: ignore[attr-defined]
+        if not field.isascii():
+            try:
+                field.encode()
+            except UnicodeEncodeError:
+                return False
+    return True

@@ -1,0 +1,49 @@
+"""Prompts made of columns: `data.template`, and the two of Stanford Alpaca's authors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.data.reading.cells import to_text
+
+FIELD = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+ALPACA_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+"""`PROMPT_DICT` of github.com/tatsu-lab/stanford_alpaca, train.py; the answer follows without anything between."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """Text with `{column}` where a column's text stands; `{{` and `}}` are braces."""
+
+    text: str
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(match[1] for match in FIELD.finditer(self.text) if match[1]))
+
+    def fill(self, values: Mapping[str, Any]) -> str:
+        """The text with the values; null is no text.
+
+        Raises:
+            RowError: a value is no text.
+        """
+
+        def field(match: re.Match[str]) -> str:
+            if not match[1]:
+                return match[0][0]
+            value = values.get(match[1])
+            return "" if value is None else to_text(value, match[1])
+
+        return FIELD.sub(field, self.text)

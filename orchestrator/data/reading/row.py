@@ -1,0 +1,79 @@
+"""A row of a data file and its place, as every reader in `orchestrator.data.reading.formats` yields them.
+
+A row that cannot be read is a `BadRow` with its place, never an exception in the middle: the caller decides whether it
+stops the run, and all of them are reported together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(slots=True)
+class Row:
+    """One row of a file."""
+
+    values: dict[str, Any]
+    file: str
+    line: int
+    """From 1: the line on which the row begins; in Parquet and Arrow the row's number."""
+    is_document: bool = False
+    """Whether the row is text of a text file, which has no columns to rename."""
+    has_absent_as_null: bool = False
+    """Whether a key that is absent reads as None, as in the structs of Parquet and Arrow."""
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used, and why."""
+
+    file: str
+    line: int
+    reason: str
+    """The same text for every row with the same problem: values of the row stand in `detail`."""
+    detail: str = ""
+    """What was found in this row."""
+    last_line: int = 0
+    """Where the row runs over several lines, the last of them."""
+    ends_file: bool = False
+    """Whether the rest of the file cannot be read: never skipped, since nobody knows how many rows it held."""
+
+    @property
+    def place(self) -> str:
+        return f"{self.file}:{self.line}-{self.last_line}" if self.last_line > self.line else f"{self.file}:{self.line}"
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
+class RowError(Exception):
+    """Why a row or a whole table cannot be used: `reason` and `detail` as in `BadRow`."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A value of a Parquet or Arrow column that is no text, number, list or struct, for example a date."""
+
+    kind: str
+    """Its Arrow type."""
+    text: str
+    """As Arrow writes it; empty where it cannot."""
+
+
+ChooseColumns = Callable[[Sequence[str]], Sequence[str]]
+"""From the names of a table's columns to those that are read.
+
+Raises:
+    RowError: the table lacks a column.
+"""
+
+
+def all_columns(names: Sequence[str]) -> Sequence[str]:
+    return names

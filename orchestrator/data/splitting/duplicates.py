@@ -1,0 +1,233 @@
+"""Which rows say the same: equal rows, equal prompts or texts, one group, near-duplicates.
+
+A row's *question* is what is asked of the model: the prompt, the turns of a chat before its last answer (those of the assistant
+left out), the text to classify, or the whole text. Two questions are equal where they are after normalisation
+(`minhash.normalised`): Unicode's NFKC form, case folded, runs of white space as one space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, overload
+
+import numpy as np
+
+from orchestrator.data.reading.examples import Example
+from orchestrator.data.splitting.minhash import near_pairs, normalised
+
+Kind = Literal["row", "question", "group", "near"]
+INSTRUCTION = 0.5
+"""A prompt that at least this share of train's rows have is an instruction for all of them: the answers tell them apart."""
+FEWEST_OF_INSTRUCTION = 3
+
+
+@dataclass(frozen=True)
+class RowKeys:
+    """Hashes of N rows, int64; 0 where a row has no such thing. Python's own string hashes: equal within one process."""
+
+    row: np.ndarray
+    """[N]: of the whole row."""
+    question: np.ndarray
+    """[N]"""
+    group: np.ndarray
+    """[N]"""
+    earlier_row: np.ndarray
+    """[M]: a chat with several answers asks several questions; the row of each one before the last."""
+    earlier_question: np.ndarray
+    """[M]"""
+
+    def select(self, rows: np.ndarray) -> RowKeys:
+        """The keys of some rows (bool[N])."""
+        number = np.cumsum(rows) - 1
+        own = rows[self.earlier_row]
+        return RowKeys(
+            self.row[rows],
+            self.question[rows],
+            self.group[rows],
+            number[self.earlier_row[own]],
+            self.earlier_question[own],
+        )
+
+
+def row_keys(examples: Sequence[Example], instructions: frozenset[str] = frozenset()) -> RowKeys:
+    """Keys of every row.
+
+    Args:
+        instructions: Normalised prompts that tell no row from another: the answer belongs to the question there.
+    """
+    earlier: list[tuple[int, int]] = []
+    questions: list[int] = []
+    for number, example in enumerate(examples):
+        asked = questions_of(example)
+        final = compared_text(example, asked, instructions)
+        questions.append(_hash(final))
+        if len(asked) > 1:
+            earlier += [(number, _hash(question)) for question in asked[:-1] if question not in instructions]
+    count = len(examples)
+    return RowKeys(
+        row=np.fromiter((_hash(example.content_key) for example in examples), np.int64, count),
+        question=np.fromiter(questions, np.int64, count),
+        group=np.fromiter((_hash(group_of(example)) for example in examples), np.int64, count),
+        earlier_row=np.asarray([row for row, _ in earlier], np.int64),
+        earlier_question=np.asarray([key for _, key in earlier], np.int64),
+    )
+
+
+def _hash(text: str) -> int:
+    return hash(text) or 1 if text else 0
+
+
+def group_of(example: Example) -> str:
+    """The group's name; empty where the row has none, which an empty cell says too."""
+    return example.group if example.group and example.group.removeprefix("group/").strip() else ""
+
+
+def questions_of(example: Example) -> list[str]:
+    """What is asked before each answer, normalised; the last one is the row's question. Empty where nothing is asked."""
+    if example.messages is None:
+        question = normalised((example.prompt if example.text is None else example.text) or "")
+        return [question] if question else []
+    turns: list[str] = []
+    found: list[str] = []
+    answered = False
+    for turn in example.messages:
+        if turn["role"] == "assistant":
+            if turns and not answered:
+                found.append("\n".join(turns))
+            answered = True
+        elif content := normalised(str(turn.get("content") or "")):
+            turns.append(content if turn["role"] != "system" else f"system: {content}")
+            answered = False
+    return found if any(turn["role"] == "user" for turn in example.messages) else []
+
+
+def answer_of(example: Example) -> str:
+    """What is answered in the end, or the class; normalised."""
+    if example.messages is not None:
+        answers = [str(turn.get("content") or "") for turn in example.messages if turn["role"] == "assistant"]
+        return normalised(answers[-1]) if answers else ""
+    if example.label is not None:
+        return example.label.strip()
+    return normalised(example.completion or "")
+
+
+def compared_text(example: Example, asked: Sequence[str], instructions: frozenset[str]) -> str:
+    """The text by which a row is compared with others: its question, with the answer where the question is none."""
+    question = asked[-1] if asked else ""
+    if question and question not in instructions:
+        return question
+    answer = answer_of(example) if example.label is None else ""
+    return f"{question}\n{answer}" if answer else question
+
+
+def find_instructions(examples: Sequence[Example], questions: np.ndarray) -> dict[str, int]:
+    """Prompts (normalised) that half of the rows or more have, and how many do. A text to classify is none.
+
+    Args:
+        examples: Of train.
+        questions: int64[N], their keys.
+    """
+    if not examples or examples[0].text is not None:
+        return {}
+    values, first, counts = np.unique(questions, return_index=True, return_counts=True)
+    often = (values != 0) & (counts >= max(FEWEST_OF_INSTRUCTION, INSTRUCTION * len(examples)))
+    asked = [questions_of(examples[at]) for at in first[often].tolist()]
+    return {found[-1]: count for found, count in zip(asked, counts[often].tolist(), strict=True) if found}
+
+
+@dataclass(frozen=True)
+class _Questions(Sequence[str]):
+    """What some rows are compared by, made when it is read: a million long texts need not be held twice."""
+
+    examples: Sequence[Example]
+    rows: np.ndarray
+    instructions: frozenset[str]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        if isinstance(index, slice):
+            return _Questions(self.examples, self.rows[index], self.instructions)
+        example = self.examples[int(self.rows[index])]
+        return compared_text(example, questions_of(example), self.instructions)
+
+
+def near_clusters(examples: Sequence[Example], keys: RowKeys, instructions: frozenset[str]) -> np.ndarray:
+    """int64[N]: one number for all rows whose questions are equal or near-duplicates of one another; one without is alone."""
+    _, first, inverse = np.unique(keys.question, return_index=True, return_inverse=True)
+    distinct = first[keys.question[first] != 0]
+    roots = connected(len(distinct), near_pairs(_Questions(examples, distinct, instructions)))
+    number = np.full(len(first), -1, np.int64)
+    number[keys.question[first] != 0] = roots
+    result = number[inverse]
+    alone = result < 0
+    result[alone] = len(distinct) + np.flatnonzero(alone)
+    return result
+
+
+def same_as(keys: RowKeys, others: RowKeys) -> dict[Kind, np.ndarray]:
+    """bool[N] of each kind: whether a row's whole content, its question or its group stands among `others`.
+
+    The question of a chat also stands where it is asked in the middle of a longer one, and the other way round.
+    """
+    question = _among(keys.question, others.question) | _among(keys.question, others.earlier_question)
+    question[keys.earlier_row[_among(keys.earlier_question, others.question)]] = True
+    return {"row": _among(keys.row, others.row), "question": question, "group": _among(keys.group, others.group)}
+
+
+def _among(keys: np.ndarray, others: np.ndarray) -> np.ndarray:
+    return np.isin(keys, others) & (keys != 0)
+
+
+def components(keys: RowKeys, kinds: Iterable[Kind], clusters: np.ndarray | None) -> np.ndarray:
+    """int64[N]: one number for all rows that are joined, directly or over others, by something they share.
+
+    Args:
+        kinds: What joins rows.
+        clusters: Of near-duplicates, for kind `near`.
+    """
+    count = len(keys.row)
+    everyone = np.arange(count)
+    links: list[tuple[int, int]] = []
+    for kind in kinds:
+        if kind == "question":
+            asked = _among(keys.earlier_question, keys.question)
+            rows = np.concatenate([everyone, keys.earlier_row[asked]])
+            links += _links(rows, np.concatenate([keys.question, keys.earlier_question[asked]]))
+        elif kind == "near":
+            assert clusters is not None
+            links += _links(everyone, clusters + 1)
+        else:
+            links += _links(everyone, keys.row if kind == "row" else keys.group)
+    return connected(count, links)
+
+
+def _links(rows: np.ndarray, keys: np.ndarray) -> list[tuple[int, int]]:
+    """Each row with the first one of the same key."""
+    rows, keys = rows[keys != 0], keys[keys != 0]
+    _, first, inverse, counts = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
+    shared = counts[inverse] > 1
+    return list(zip(rows[first[inverse]][shared].tolist(), rows[shared].tolist(), strict=True))
+
+
+def connected(count: int, links: Iterable[tuple[int, int]]) -> np.ndarray:
+    """int64[count]: the lowest member of each one's component (union-find with path halving; Tarjan and van Leeuwen 1984)."""
+    parent = list(range(count))
+
+    def root(node: int) -> int:
+        while parent[node] != node:
+            parent[node] = parent[parent[node]]
+            node = parent[node]
+        return node
+
+    for first, second in links:
+        a, b = root(first), root(second)
+        if a != b:
+            parent[max(a, b)] = min(a, b)
+    return np.asarray([root(node) for node in range(count)], np.int64)

@@ -1,0 +1,146 @@
+"""What is odd about classes: two names of one, numbers to predict, classes that cannot be learned or scored."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from orchestrator.data.reading.examples import Example
+from orchestrator.data.splitting.minhash import normalised
+from orchestrator.data.summary import LeftOut, Notice
+from orchestrator.errors import DataError
+from orchestrator.spec import LoadedSpec
+from orchestrator.units import printable
+
+WHOLE = re.compile(r"-?\d+")
+NAMED = 8
+"""So many classes are named in one sentence."""
+FEW_ROWS = 2
+FEWEST_VALUES = 20
+"""From so many different numbers on, most of them on at most FEW_ROWS rows, labels look like a quantity."""
+SKEWED = 0.9
+"""A class with this share of the rows: always answering it is nearly always right."""
+
+
+def sort_classes(names: Iterable[str]) -> list[str]:
+    """In the order of their numbers where all are whole numbers ("9" before "10"), else in that of their characters."""
+    found = set(names)
+    if all(WHOLE.fullmatch(name) for name in found):
+        return sorted(found, key=lambda name: (int(name), name))
+    return sorted(found)
+
+
+def refuse_quantities(counts: Mapping[str, int], where: str) -> None:
+    """Stop where the labels are decimals of which most occur once or twice: they are measured, not chosen.
+
+    Raises:
+        DataError: they are.
+    """
+    numbers = _numbers(counts)
+    if _looks_like_a_quantity(counts, numbers) and any(number % 1 for number in numbers):
+        values = ", ".join(list(counts)[:3])
+        raise DataError(
+            f"the labels look like numbers to predict, not classes: {len(counts)} different values ({values}, ...) "
+            f"in {sum(counts.values())} rows",
+            where=where,
+            expected="classes, each with several rows; regression is not a task here",
+            remedy="check data.columns.label, or write ranges of the numbers as classes (such as low, middle, high)",
+        )
+
+
+def label_notices(counts: Mapping[str, int]) -> list[Notice]:
+    """Warnings about the classes of train.
+
+    Args:
+        counts: Rows of each class.
+    """
+    total = sum(counts.values())
+    found: list[tuple[str, str]] = []
+    for twins in _twins(counts):
+        names = " and ".join(f"{printable(repr(name))} ({counts[name]:,} rows)" for name in twins)
+        how = "in the way a number is written" if _numbers(twins) else "in case or blanks only"
+        found.append((f"classes that differ {how}: {names}", "write them the same way if they are one class"))
+    single = [name for name, count in counts.items() if count == 1]
+    if _looks_like_a_quantity(counts, _numbers(counts)):
+        found.append(
+            (
+                f"the labels look like numbers to predict, not classes: {len(counts)} different numbers in {total} rows",
+                "check data.columns.label, or write ranges of the numbers as classes",
+            )
+        )
+    elif single and len(single) > len(counts) / 2:
+        found.append(
+            (
+                f"{len(single):,} of {len(counts):,} classes have a single row: {_named(single)}",
+                "check data.columns.label: an identifier or free text is no class",
+            )
+        )
+    elif single:
+        found.append(
+            (
+                f"{len(single):,} of {len(counts):,} classes have a single row, which train keeps: {_named(single)}",
+                "give more rows of them, or join them with others: they are neither compared nor judged",
+            )
+        )
+    if counts and len(counts) > 1 and max(counts.values()) > SKEWED * total:
+        name = max(counts, key=lambda name: counts[name])
+        found.append(
+            (
+                f"class {printable(repr(name))} has {counts[name]:,} of {total:,} rows ({counts[name] / total:.0%})",
+                "always answering it is that often right: compare by search.metric: macro_f1, or give more rows of the others",
+            )
+        )
+    return [Notice(level="warning", message=message, remedy=remedy) for message, remedy in found]
+
+
+def check_labels(loaded: LoadedSpec, found: Mapping[str, list[Example]], left_out: LeftOut) -> None:
+    """Warn of what is odd about the classes of all rows that train's and its shares' come from.
+
+    Raises:
+        DataError: they are numbers to predict.
+    """
+    counts = Counter(str(example.label) for example in found["train"])
+    refuse_quantities(counts, loaded.where("data.columns.label"))
+    left_out.notices += label_notices(counts)
+
+
+def tell_missing(splits: Mapping[str, Sequence[Example]], left_out: LeftOut) -> None:
+    """Warn of classes that train has and eval or test has not."""
+    classes = sort_classes(str(example.label) for example in splits["train"])
+    for name in ("eval", "test"):
+        have = {str(example.label) for example in splits[name]}
+        missing = [label for label in classes if label not in have]
+        if missing:
+            left_out.warn(
+                f"{len(missing):,} of {len(classes):,} classes have no row in {name}: {_named(missing)}",
+                f"nothing is known of them from {name}: give more rows, or a larger data.{name}",
+            )
+
+
+def _twins(counts: Iterable[str]) -> list[list[str]]:
+    """Names that are equal but for case, blanks, Unicode's form, or the way a number is written; two or more each."""
+    alike: dict[str | float, list[str]] = {}
+    for name in counts:
+        number = _numbers([name])
+        alike.setdefault(number[0] if number else normalised(name), []).append(name)
+    return [sorted(names) for names in alike.values() if len(names) > 1]
+
+
+def _numbers(names: Iterable[str]) -> list[float]:
+    """The names as finite numbers; empty where one is none."""
+    try:
+        values = [float(name) for name in names]
+    except ValueError:
+        return []
+    return values if all(abs(value) < float("inf") for value in values) else []
+
+
+def _looks_like_a_quantity(counts: Mapping[str, int], numbers: Sequence[float]) -> bool:
+    few = sum(count <= FEW_ROWS for count in counts.values())
+    return len(numbers) >= FEWEST_VALUES and few > len(counts) / 2
+
+
+def _named(names: Sequence[str]) -> str:
+    shown = ", ".join(printable(repr(name)) for name in names[:NAMED])
+    return shown + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
