@@ -100,7 +100,7 @@ def sweep(
     Args:
         spec: See `Spec`.
         overrides: See `Overrides`.
-        output: Folder of the runs, instead of the spec's.
+        output: Folder for runs; overrides the spec's `output`.
         address: Ray to run on; RAY_ADDRESS or a private one without it.
         progress: Whether to print a line for every event to stderr.
 

@@ -59,9 +59,9 @@ def _interrupted() -> int:
 
     number = stopped_by()
     if number is not None:  # it was said when the signal came, and what ended in order may have come after it
-        print("stopped; the same command goes on from what is on disk", file=sys.stderr)
+        print("stopped; run the same command again to continue from what is on disk", file=sys.stderr)
         return 128 + number
-    print("interrupted; the same command goes on from what is on disk", file=sys.stderr)
+    print("interrupted; run the same command again to continue from what is on disk", file=sys.stderr)
     return INTERRUPTED
 
 
@@ -84,7 +84,10 @@ def _explain(error: Exception) -> int:
         where = f"{failed.filename}: " if failed.filename else ""
         print(printable(f"error: {where}{failed.strerror or failed}"), file=sys.stderr)
         print(
-            "  to do: make room or rights there, and give the same command again: it goes on from what is on disk",
+            (
+                "  to do: free space or grant write permission there, then run the same command again: it continues from "
+                "what is on disk"
+            ),
             file=sys.stderr,
         )
         return UNEXPECTED
@@ -104,15 +107,15 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 
-SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="The YAML file that says what is wanted.")]
+SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="The spec, a YAML file.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 JsonLines = Annotated[bool, typer.Option("--json", help="Print a JSON object per event, the result last.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="A value instead of the spec's, such as search.trials=4 (YAML); repeatable."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the spec, such as search.trials=4 (YAML); repeatable."),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan; start and write nothing.")]
-Output = Annotated[Path | None, typer.Option("--output", metavar="DIR", help="Folder of the runs, instead of the spec's.")]
+Output = Annotated[Path | None, typer.Option("--output", metavar="DIR", help="Folder for runs; overrides the spec's `output`.")]
 
 
 def _name_cluster(address: str | None) -> str | None:
@@ -124,7 +127,12 @@ def _name_cluster(address: str | None) -> str | None:
 
 Address = Annotated[
     str | None,
-    typer.Option("--address", envvar="RAY_ADDRESS", callback=_name_cluster, help="Ray to run on; without it a private one."),
+    typer.Option(
+        "--address",
+        envvar="RAY_ADDRESS",
+        callback=_name_cluster,
+        help="Ray cluster to run on; without it a private Ray is started.",
+    ),
 ]
 RequirePromotion = Annotated[bool, typer.Option("--require-promotion", help="Exit with 5 when nothing is worth promoting.")]
 
@@ -184,12 +192,14 @@ def plan(
     spec: SpecPath,
     cluster: Annotated[Path | None, typer.Option("--cluster", metavar="FILE", help="Plan for the cluster in this file.")] = None,
     overrides: Overrides = None,
-    job: Annotated[str, typer.Option("--job", help="sweep or finetune; by default the one that the spec has, sweep first.")] = "",
+    job: Annotated[
+        str, typer.Option("--job", help="sweep or finetune; by default the section that the spec has, sweep if both.")
+    ] = "",
     address: Address = None,
-    explain: Annotated[bool, typer.Option("--explain", help="Print the derivation of every number too.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Also print how every number is derived.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say what would be done: trials, memory, ZeRO stage, gangs, disk, GPU-hours. Needs no GPU, no cluster, no weights."""
+    """Show what a run would do: trials, memory, ZeRO stage, gangs, disk, GPU-hours. Needs no GPU, no cluster, no weights."""
     from orchestrator.inputs import plan_of
     from orchestrator.report import plan_view
     from orchestrator.spec import load_spec
@@ -314,9 +324,9 @@ def _report_what_there_is(loaded: LoadedSpec, output: Path | None) -> None:
 def merge(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],
     trial: Annotated[
-        str | None, typer.Option("--trial", metavar="TRIAL", help="Another trial: its number, id, or the id's beginning.")
+        str | None, typer.Option("--trial", metavar="TRIAL", help="Another trial, by its number, its id, or the start of its id.")
     ] = None,
-    promote: Annotated[bool, typer.Option("--promote", help="Promote it by hand; the run records that.")] = False,
+    promote: Annotated[bool, typer.Option("--promote", help="Promote this trial by hand; the run records it.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Merge a trial of a finished run into a verified bundle: the promoted one, or another that you promote by hand."""
@@ -333,11 +343,13 @@ def merge(
 @app.command()
 def verify(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")],
-    base: Annotated[Path | None, typer.Option("--base", metavar="DIR", help="The base, where it has moved.")] = None,
-    held_out: Annotated[Path | None, typer.Option("--held-out", metavar="FILE", help="Its documents, if they moved.")] = None,
+    base: Annotated[Path | None, typer.Option("--base", metavar="DIR", help="The base model's folder, if it has moved.")] = None,
+    held_out: Annotated[
+        Path | None, typer.Option("--held-out", metavar="FILE", help="The held-out documents, if they have moved.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check every file of a bundle against its manifest, and the merged model against what was trained."""
+    """Check every file of a bundle against its manifest, and the merged model against the trained one."""
     from orchestrator.serve import verify_bundle
 
     figures = verify_bundle(bundle, base=base, held_out=held_out)
@@ -350,9 +362,7 @@ def verify(
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],
-    follow: Annotated[
-        bool, typer.Option("--follow", help="Keep it up to date until the run ends; the page reloads itself.")
-    ] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Update it until the run ends; the page reloads itself.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write report.html from the run directory, finished or not."""
@@ -369,7 +379,7 @@ def report(
 
 @app.command()
 def doctor(address: Address = None, as_json: AsJson = False) -> None:
-    """Look at this machine: versions, memory, disk, GPUs, Ray; what is wrong, and how to mend it."""
+    """Check this machine: versions, memory, disk, GPUs, Ray; what is wrong, and how to fix it."""
     from orchestrator.this_machine import examine
 
     examination = examine(address)

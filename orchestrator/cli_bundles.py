@@ -20,16 +20,18 @@ if TYPE_CHECKING:
 NEW_TOKENS = 256
 TELL_EVERY_S = 10.0
 SHOWN_CLASSES = 5
-HELP = "a line is a question; /reset begins a new conversation, /quit or the end of the input ends"
+HELP = "type a question per line; /reset starts a new conversation, /quit or end of input exits"
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder, such as runs/quickstart/bundle.")]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens of an answer, at most.")]
-BaseFolder = Annotated[Path | None, typer.Option("--base-folder", metavar="DIR", help="The base, where it has moved.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Maximum number of tokens in an answer.")]
+BaseFolder = Annotated[
+    Path | None, typer.Option("--base-folder", metavar="DIR", help="The base model's folder, if it has moved.")
+]
 
 
 def chat(
     bundle: BundlePath,
-    base: Annotated[bool, typer.Option("--base", help="Answer with the untouched base beside it.")] = False,
+    base: Annotated[bool, typer.Option("--base", help="Also answer with the base model, for comparison.")] = False,
     base_folder: BaseFolder = None,
     max_tokens: MaxTokens = NEW_TOKENS,
 ) -> None:
@@ -111,7 +113,7 @@ def predict(
     file: Annotated[str, typer.Argument(metavar="FILE", help="Rows with prompts, messages or texts.")],
     output: Annotated[Path | None, typer.Option("--output", metavar="FILE", help="Answers; FILE.predictions.jsonl.")] = None,
     max_tokens: MaxTokens = NEW_TOKENS,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Answer or classify every row of a file, into a JSON Lines file."""
     from orchestrator.cli import print_json
@@ -132,7 +134,7 @@ def predict(
     several = len({one.file for one in asked}) > 1
     rows = [answer_row(one, answer, predictor.task, several_files=several) for one, answer in zip(asked, answers, strict=True)]
     if os.path.lexists(target):
-        raise UsageError("the file appeared meanwhile, and is not overwritten", where=str(target))
+        raise UsageError("the file was created meanwhile, and is not overwritten", where=str(target))
     write_atomic(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     cut = sum(not answer.ended for answer in answers)
     if as_json:
@@ -151,12 +153,12 @@ def _target(file: str, output: Path | None) -> Path:
     if output is None:
         if not Path(file).is_file():
             what = "no such file" if not Path(file).is_dir() and not set(file) & set("*?[") else "not one file"
-            raise UsageError(what, where=file, expected="a file of rows", remedy="for a folder or a glob give --output too")
+            raise UsageError(what, where=file, expected="a file of rows", remedy="for a folder or a glob, give --output too")
         output = Path(file).with_name(f"{Path(file).name.split('.')[0]}.predictions.jsonl")
     if os.path.lexists(output):
-        raise UsageError("the file exists, and is not overwritten", where=str(output), remedy="give another one with --output")
+        raise UsageError("the file exists, and is not overwritten", where=str(output), remedy="give another file with --output")
     if not output.absolute().parent.is_dir():
-        raise UsageError("its folder does not exist", where=str(output), remedy="make it, or give another --output")
+        raise UsageError("its folder does not exist", where=str(output), remedy="create it, or give another --output")
     return output
 
 

@@ -46,11 +46,11 @@ class Draft:
 
 def init(
     data: Annotated[
-        str | None, typer.Argument(metavar="[DATA]", help="A file, folder or glob; the sample data without it.")
+        str | None, typer.Argument(metavar="[DATA]", help="A data file, folder or glob; without it, the sample data.")
     ] = None,
     base: Annotated[str, typer.Option("--base", metavar="MODEL", help="The pretrained model's folder, or sample.")] = "sample",
-    task: Annotated[str, typer.Option("--task", help="chat, completion, text or classify; found out unless given.")] = "",
-    output: Annotated[Path, typer.Option("--output", metavar="FILE", help="The spec's file.")] = Path("spec.yaml"),
+    task: Annotated[str, typer.Option("--task", help="chat, completion, text or classify; detected unless given.")] = "",
+    output: Annotated[Path, typer.Option("--output", metavar="FILE", help="The spec file to write.")] = Path("spec.yaml"),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
     """Write a first spec from looking at the data: task, columns, lengths."""
@@ -59,9 +59,9 @@ def init(
     from orchestrator.store import write_atomic
 
     if os.path.lexists(output):
-        raise UsageError("the file exists, and is not overwritten", where=str(output), remedy="give another one with --output")
+        raise UsageError("the file exists, and is not overwritten", where=str(output), remedy="give another file with --output")
     if not output.absolute().parent.is_dir():
-        raise UsageError("its folder does not exist", where=str(output), remedy="make it, or give another --output")
+        raise UsageError("its folder does not exist", where=str(output), remedy="create it, or give another --output")
     draft = draft_spec(data, base, task, output)
     load_text(draft.text, draft.path)
     write_atomic(draft.path, draft.text)
@@ -87,7 +87,7 @@ def draft_spec(data: str | None, base: str, task: str, output: Path) -> Draft:
     from orchestrator.spec.unsupported import is_url
 
     if task and task not in get_args(Task):
-        raise UsageError(f"--task is {task!r}", expected=", ".join(get_args(Task)), remedy="leave it out to have it found out")
+        raise UsageError(f"--task is {task!r}", expected=", ".join(get_args(Task)), remedy="leave it out to detect the task")
     source = data if data is not None else str(SAMPLE_DATA / "train.jsonl")
     if is_url(source):
         raise DataError("not supported yet: data on a hub or an object store", where=source, remedy="copy it to a local file")
@@ -169,7 +169,7 @@ def _max_tokens(look: Look, base: Path, max_positions: int) -> tuple[int, str]:
         return bound, f"texts are cut into chunks of {bound} tokens"
     bound = min(next((step for step in TOKEN_STEPS if step >= wanted), TOKEN_STEPS[-1]), max_positions)
     kept = sum(count <= bound for count in counts) / len(counts)
-    return bound, f"{kept:.0%} of the first {len(counts):,} rows take at most {bound} tokens"
+    return bound, f"{kept:.0%} of the first {len(counts):,} rows have at most {bound} tokens"
 
 
 def _token_counts(texts: list[str], base: Path, look: Look) -> list[int]:
@@ -197,9 +197,9 @@ def _notes(look: Look, base: Path) -> list[str]:
     if look.bad:
         notes.append(f"{len(look.bad)} rows cannot be read, the first: {look.bad[0]}; `orchestrator data` lists them")
     if len(look.rows) < FEW_ROWS:
-        notes.append(f"only {len(look.rows)} rows: a search needs some hundreds to tell one choice from another")
+        notes.append(f"only {len(look.rows)} rows: a search needs a few hundred to distinguish the choices")
     if look.task == "chat" and not _has_chat_template(base):
-        notes.append("the base has no chat template: put a chat_template.jinja into its folder, or take an instruct base")
+        notes.append("the base has no chat template: put a chat_template.jinja into its folder, or use an instruct base")
     return notes
 
 
@@ -216,7 +216,7 @@ def _spec_text(facts: Mapping[str, Any], look: Look, source: str) -> str:
     optional = {
         "eval": ("eval: 0.1", "a share of train, or a file: trials are compared on it"),
         "test": ("test: 0.1", "a share of train, or a file: read once, for the verdict"),
-        "retain": ("retain: general.jsonl", "text that stands for what the model must not forget"),
+        "retain": ("retain: general.jsonl", "text that represents what the model must not forget"),
     }
     splits = [
         (f"  {name}: {_quoted(facts[name])}" if name in facts else f"  # {example}", meaning)
@@ -226,21 +226,21 @@ def _spec_text(facts: Mapping[str, Any], look: Look, source: str) -> str:
         (f"name: {_quoted(facts['name'])}", "the run's folder under output"),
         ("base:", ""),
         (f"  model: {_quoted(facts['base'])}", "a folder in Hugging Face's layout, or sample"),
-        ("  # quantize: nf4", "holds the frozen weights in 4 bits, on GPUs with little memory"),
-        (f"task: {look.task}", f"chat | completion | text | classify; found: {look.why}"),
+        ("  # quantize: nf4", "keeps the frozen weights in 4 bits, for GPUs with little memory"),
+        (f"task: {look.task}", f"chat | completion | text | classify; detected: {look.why}"),
         ("data:", ""),
         (f"  train: {_quoted(facts['train'])}", "a file, a folder, a glob, or a list of {path, weight}"),
         *splits,
         *([] if all(part == column for part, column in look.columns.items()) else [(f"  columns: {{{columns}}}", "")]),
         (
             f"  max_tokens: {facts['max_tokens']}",
-            "longer rows are left out, counted and listed" if look.task != "text" else "of a chunk",
+            "longer rows are dropped, counted and listed" if look.task != "text" else "of a chunk",
         ),
         ("search:", ""),
         (f"  layers: {json.dumps(facts['layers'])}", "which blocks are trained; also head, first:N, blocks:0-3, top:0.25"),
         ("  tune: [lora]", "lora | full"),
         ("  trials: 12", ""),
-        ("  # max_forgetting: 0.1", "largest accepted rise of the loss on retain, nats per token"),
+        ("  # max_forgetting: 0.1", "largest accepted increase of the loss on retain, nats per token"),
         ("output: runs", ""),
     ]
     head = [

@@ -96,7 +96,7 @@ class SpecError(OrchestratorError, ValueError):
         count = len(problems)
         super().__init__(
             f"{count} problem{'s' if count != 1 else ''} in the spec",
-            remedy="mend the lines above; `orchestrator render --schema` prints every key",
+            remedy="fix the lines above; `orchestrator render --schema` prints every key",
         )
         self.problems = tuple(problems)
 

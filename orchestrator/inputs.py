@@ -37,7 +37,9 @@ def plan_of(loaded: LoadedSpec, *, job: str = "", cluster_file: Path | None = No
     """
     spec = loaded.spec
     if job not in ("", "sweep", "finetune"):
-        raise UsageError(f"--job is {job!r}", expected="sweep or finetune", remedy="leave it out to plan what the spec has")
+        raise UsageError(
+            f"--job is {job!r}", expected="sweep or finetune", remedy="leave it out to plan the section that the spec has"
+        )
     alone = spec.search is None and spec.finetune is not None
     chosen = cast("Job", job or ("finetune" if alone else "sweep"))
     loaded = with_section(loaded, chosen)
@@ -83,7 +85,7 @@ class Inspection:
                 Text(", ".join(f"{printable(name)} {count}" for name, count in counted)),
                 Text(),
             ]
-        parts += [_dropped_table(summary) if summary.dropped else Text("No row was left out."), Text()]
+        parts += [_dropped_table(summary) if summary.dropped else Text("No row was dropped."), Text()]
         parts += [
             Text("One training example; what is between « and » is supervised", style="bold"),
             _example(summary.one_example),

@@ -59,7 +59,7 @@ class Examination:
         for finding in self.findings:
             said = f"{finding.found}\nto do: {finding.remedy}" if finding.remedy else finding.found
             table.add_row(Text(finding.state, style=style[finding.state]), finding.name, Text(said))
-        verdict = "all is well" if not self.num_wrong else f"{self.num_wrong} wrong; mend what `to do` says"
+        verdict = "no problems found" if not self.num_wrong else f"{self.num_wrong} wrong; follow `to do`"
         return Group(table, Text(), Text(verdict, style="bold"))
 
 
@@ -157,7 +157,9 @@ def _disk(folder: Path) -> Finding:
     free = shutil.disk_usage(folder).free
     if free >= MIN_DISK_BYTES:
         return Finding("disk", "ok", f"{format_bytes(free)} free in {folder}")
-    return Finding("disk", "wrong", f"{format_bytes(free)} free in {folder}", "free some, or give --output a folder with room")
+    return Finding(
+        "disk", "wrong", f"{format_bytes(free)} free in {folder}", "free some space, or give --output a folder with room"
+    )
 
 
 def _gpus() -> Finding:
@@ -165,7 +167,7 @@ def _gpus() -> Finding:
     if gpus:
         return Finding("GPUs", "ok", "; ".join(f"{gpu.name}, {format_bytes(gpu.memory_bytes)}" for gpu in gpus))
     missing = shutil.which("nvidia-smi") is None
-    found = "none: nvidia-smi is not on PATH" if missing else "none: nvidia-smi lists none"
+    found = "none: nvidia-smi is not on PATH" if missing else "none: nvidia-smi lists no GPU"
     return Finding("GPUs", "note", f"{found}; training runs on the CPU")
 
 
@@ -176,7 +178,7 @@ def _compiler() -> Finding:
     ]
     if not missing:
         return Finding("compiler", "ok", "ninja and a C++ compiler")
-    return Finding("compiler", "note", f"missing: {' and '.join(missing)}; DeepSpeed goes without its compiled ops")
+    return Finding("compiler", "note", f"missing: {' and '.join(missing)}; DeepSpeed runs without its compiled ops")
 
 
 def _on_path(tool: str) -> bool:

@@ -73,10 +73,10 @@ def read_values(folder: Path) -> dict[str, Any]:
     if isinstance(inner := values.get("text_config"), dict):
         text_type = cast("dict[str, Any]", inner).get("model_type")
         raise BaseError(
-            f"a model of text and more: model_type {values.get('model_type')!r} around a text model {text_type!r}",
+            f"a multimodal model: model_type {values.get('model_type')!r} around a text model {text_type!r}",
             where=str(path),
-            expected="a text model alone",
-            remedy="take the text-only base, or save the text model alone (`AutoModelForCausalLM` and `save_pretrained`)",
+            expected="a text-only model",
+            remedy="take the text-only base, or save only the text model (`AutoModelForCausalLM` and `save_pretrained`)",
         )
     return values
 
@@ -94,8 +94,8 @@ def read_config(folder: Path, values: dict[str, Any], layout: Layout) -> BaseCon
             raise BaseError(
                 f"{key} is {values[key]!r}",
                 where=str(path),
-                expected=f"{value!r}: other tensors would make another layout",
-                remedy="take another base",
+                expected=f"{value!r}: with these tensors it is another layout",
+                remedy="use another base",
             )
     sizes = _sizes(path, layout, values)
     activation = merged.get(layout.activation_key)
@@ -145,14 +145,14 @@ def _read_json(folder: Path, path: Path) -> dict[str, Any]:
             "the folder holds a LoRA adapter, not a model" if adapter else "config.json is missing",
             where=str(folder),
             expected="a folder as `save_pretrained` writes it",
-            remedy="merge the adapter into its base first" if adapter else "mend `base.model`, or copy the base again",
+            remedy="merge the adapter into its base first" if adapter else "fix `base.model`, or copy the base again",
         )
     try:
         values = json.loads(path.read_bytes())
     except ValueError as error:
-        raise BaseError(f"no valid JSON: {error}", where=str(path), remedy="copy config.json from the base again") from None
+        raise BaseError(f"not valid JSON: {error}", where=str(path), remedy="copy config.json from the base again") from None
     if not isinstance(values, dict):
-        raise BaseError("the file holds no JSON object", where=str(path), remedy="copy config.json from the base again")
+        raise BaseError("the file does not hold a JSON object", where=str(path), remedy="copy config.json from the base again")
     return cast("dict[str, Any]", values)
 
 
@@ -163,10 +163,10 @@ def _refuse_remote_code(folder: Path, values: dict[str, Any]) -> None:
         where = tokenizer
     if where is not None:
         raise BaseError(
-            "the base brings its own code (auto_map)",
+            "the base comes with its own code (auto_map)",
             where=str(where),
             expected=f"a layout that transformers itself knows: {', '.join(known_layouts())}",
-            remedy="remote code is never run; take a base of a known layout",
+            remedy="remote code is never run; use a base of a known layout",
         )
 
 
@@ -184,7 +184,7 @@ def unknown_layout(path: Path, values: dict[str, Any], why: str = "") -> BaseErr
         f"{found}; {why}" if why else found,
         where=str(path),
         expected=f"one of {', '.join(known_layouts())}",
-        remedy=f"did you mean {' or '.join(near)}?" if near else "take a base of a known layout",
+        remedy=f"did you mean {' or '.join(near)}?" if near else "use a base of a known layout",
     )
 
 
@@ -193,7 +193,7 @@ def plan_only_error(path: Path, model_type: str, reason: str) -> BaseError:
         f"a base of model_type {model_type!r} can be planned with, not trained: {reason}",
         where=str(path),
         expected=f"to train, a base of one of {', '.join(trainable_layouts())}",
-        remedy="take a base of such a layout; `orchestrator plan` works with this one",
+        remedy="use a base of such a layout; `orchestrator plan` works with this one",
     )
 
 
@@ -256,7 +256,7 @@ def _sizes(path: Path, layout: Layout, values: dict[str, Any]) -> dict[str, int]
             f"embeddings of {sizes['embedding']} in a model of hidden size {sizes['hidden']}",
             where=str(path),
             expected="embeddings as wide as the model, without projections between them",
-            remedy="take another size of this model",
+            remedy="use another size of this model",
         )
     if "patch" in sizes:
         sizes["positions"] = 1 + (sizes["image"] // sizes["patch"]) ** 2

@@ -36,7 +36,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             prefix = file.read(8)
             if (prefix + file.read(len(LFS_POINTER) - 8)).startswith(LFS_POINTER):
                 raise BaseError(
-                    "a Git LFS pointer stands where the weights should be",
+                    "the file is a Git LFS pointer, not the weights",
                     where=str(path),
                     remedy="fetch the weights: `git lfs pull` in the base's repository",
                 )
@@ -63,7 +63,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 def _check_length(path: Path, length: int, size: int) -> None:
     if length > LONGEST_HEADER_BYTES:
         raise BaseError(
-            f"not a safetensors file: its first eight bytes speak of a header of {length} bytes",
+            f"not a safetensors file: its first eight bytes announce a header of {length} bytes",
             where=str(path),
             remedy="convert the weights to safetensors",
         )
@@ -80,13 +80,13 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
     try:
         header = json.loads(text)
     except ValueError as error:
-        raise BaseError(f"the header is no JSON: {error}", where=str(path), remedy=AGAIN) from None
+        raise BaseError(f"the header is not valid JSON: {error}", where=str(path), remedy=AGAIN) from None
     if not isinstance(header, dict):
-        raise BaseError("the header is no JSON object", where=str(path), remedy=AGAIN)
+        raise BaseError("the header is not a JSON object", where=str(path), remedy=AGAIN)
     entries = cast("dict[str, Any]", header)
     entries.pop("__metadata__", None)
     if not entries:
-        raise BaseError("the file holds no tensor", where=str(path), remedy="check that this is the base that was meant")
+        raise BaseError("the file holds no tensor", where=str(path), remedy="check that this is the intended base")
     return entries
 
 
@@ -98,7 +98,7 @@ def _check_entry(path: Path, name: str, entry: Any) -> None:
     except (KeyError, TypeError, ValueError):
         dtype, begin, end, shape, whole = "", 0, 0, [], False
     if not whole:
-        raise BaseError(f"the header's entry for {name} makes no sense: {entry}", where=str(path), remedy=AGAIN)
+        raise BaseError(f"the header's entry for {name} is not valid: {entry}", where=str(path), remedy=AGAIN)
     expected = math.prod(shape) * DTYPE_BYTES.get(dtype, 0)
     if dtype in DTYPE_BYTES and end - begin != expected:
         raise BaseError(

@@ -117,7 +117,7 @@ def _check_count(folder: Path, config: BaseConfig, expected: dict[str, tuple[int
             f"{found:,} weights are stored",
             where=str(folder),
             expected=f"{implied:,} by config.json, for a {config.layout.model_type}",
-            remedy="config.json and weights must be of one model; copy both from one place",
+            remedy="config.json and weights must belong to the same model; copy both from the same source",
         )
 
 
@@ -143,7 +143,7 @@ def _match(
                 f"{tensor.name} has shape {list(tensor.shape)} in {tensor.file}",
                 where=str(folder),
                 expected=f"{list(shape)} by config.json",
-                remedy="config.json and weights are of two models; copy both from one place",
+                remedy="config.json and weights belong to different models; copy both from the same source",
             )
         if tensor.dtype not in TRAINABLE_DTYPES:
             raise BaseError(
@@ -167,12 +167,12 @@ def _check_names(
     missing = [name for name in expected if name not in tensors and name not in optional]
     head = config.layout.head_weight
     if missing:
-        hint = " if the head is tied, say `tie_word_embeddings: true` in config.json" if missing == [head] else ""
+        hint = " if the head is tied, set `tie_word_embeddings: true` in config.json" if missing == [head] else ""
         raise BaseError(
             f"{len(missing)} tensors missing: {', '.join(missing[:3])}",
             where=str(folder),
             expected=f"the {len(expected)} tensors of a {config.layout.model_type} with {config.sizes['blocks']} blocks",
-            remedy=hint.strip() or "copy the base again; config.json and weights must be of one model",
+            remedy=hint.strip() or "copy the base again; config.json and weights must belong to the same model",
         )
     used = {tensor.stored_name or tensor.name for tensor in tensors.values()}
     extra = [name for name in stored if name not in used and not _tolerated(config, name)]
@@ -180,7 +180,7 @@ def _check_names(
         raise BaseError(
             f"{len(extra)} tensors that a {config.layout.model_type} does not have: {', '.join(sorted(extra)[:3])}",
             where=str(folder),
-            remedy="config.json and weights must be of one model; check model_type and num_hidden_layers",
+            remedy="config.json and weights must belong to the same model; check model_type and num_hidden_layers",
         )
 
 

@@ -113,14 +113,14 @@ def _find_blocks(stored: Mapping[str, TensorInfo]) -> tuple[str, list[Block]]:
     blocks = [numbered[number] for number in range(len(numbered))]
     for number, block in enumerate(blocks):
         if {name: tensor.shape for name, tensor in block.items()} != {name: tensor.shape for name, tensor in blocks[0].items()}:
-            raise _UnrecognisedError(f"{stack}.{number}. has not the names and shapes of {stack}.0.")
+            raise _UnrecognisedError(f"{stack}.{number}. does not have the names and shapes of {stack}.0.")
     packed = [name for name, tensor in blocks[0].items() if tensor.dtype not in FLOATS]
     if packed:
         raise _UnrecognisedError(f"{stack}.0.{packed[0]} is stored as {blocks[0][packed[0]].dtype}, so its shape may be another")
     experts = sorted(name for name, tensor in blocks[0].items() if "expert" in name or len(tensor.shape) > 2)
     if experts:
         raise _UnrecognisedError(
-            f"{stack}.0.{experts[0]} belongs to a mixture of experts or a convolution, which a name does not tell"
+            f"{stack}.0.{experts[0]} belongs to a mixture of experts or a convolution, which its name does not show"
         )
     return stack, blocks
 

@@ -50,9 +50,9 @@ def select(
             raise SelectionError(f"{num_classes} classes", expected="at least two", remedy="check the label column")
     elif anatomy.kind == "encoder":
         raise SelectionError(
-            f"task {task!r} on {anatomy.model_type!r}, an encoder, which writes no text",
+            f"task {task!r} on {anatomy.model_type!r}, an encoder, which cannot generate text",
             expected="a decoder, or `task: classify`",
-            remedy="take a base that writes text, of the llama, mistral or qwen layout for example",
+            remedy="use a base that generates text, of the llama, mistral or qwen layout for example",
         )
     pending = parsed.kind == "top" and scores is None and num_of_share(parsed.fraction, anatomy.num_blocks) < anatomy.num_blocks
     blocks = _largest(parsed, anatomy) if pending else _blocks(parsed, anatomy, policy, scores)

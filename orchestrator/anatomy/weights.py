@@ -50,7 +50,7 @@ def _read_shards(folder: Path) -> dict[str, TensorInfo]:
         weight_map = cast("dict[str, Any]", json.loads(index.read_bytes()))["weight_map"]
         places = {str(name): str(file) for name, file in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise BaseError("no valid index: `weight_map` is missing", where=str(index), remedy="copy the index again") from None
+        raise BaseError("not a valid index: `weight_map` is missing", where=str(index), remedy="copy the index again") from None
     files = sorted(set(places.values()))
     outside = [file for file in files if Path(file).name != file]
     if outside:

@@ -9,7 +9,7 @@ from orchestrator.data.summary import DataSummary
 from orchestrator.errors import IntegrityError
 from orchestrator.store import read_record
 
-REMEDY = "submit the same spec again: the sets are made again from the same rows; or restore the file from a copy"
+REMEDY = "submit the same spec again: the sets are rebuilt from the same rows; or restore the file from a copy"
 
 
 def load_known(path: Path | str) -> TokenizedSet:

@@ -130,7 +130,7 @@ def _same_sets(folder: Path, summary: DataSummary) -> bool:
     hashes = [{name: part.sha256 for name, part in made.splits.items()} for made in (before, summary)]
     if hashes[0] != hashes[1] or before.classes != summary.classes:
         raise RunConflictError(
-            "the data has changed since this run began, or this version makes other sets of it",
+            "the data has changed since this run began, or this version tokenises it differently",
             where=str(folder),
             expected="the sets that its trials were trained on, from the same files, tokenizer and data section",
             remedy="put them back (or the version that began the run), or choose another `name`; nothing was overwritten",
@@ -257,7 +257,7 @@ def _encode_all(
         if not kept:
             gone = "; ".join(f"{count} {reason}" for reason, count in left_out.of(name).items())
             where = loaded.where(f"data.{name}")
-            raise DataError(f"no row is left for {name} ({gone})", where=where, remedy="raise data.max_tokens, or mend the rows")
+            raise DataError(f"no row is left for {name} ({gone})", where=where, remedy="raise data.max_tokens, or fix the rows")
     return documents | retention_sets(loaded, documents, left_out) if retain else documents
 
 
@@ -295,8 +295,8 @@ def _nothing_to_learn(document: Document, spec: JobSpec) -> BadRow | None:
         return None if len(document.ids) else BadRow(example.file, example.line, "the text has no token")
     if document.num_supervised and (spec.task != "completion" or str(example.completion).strip()):
         return None
-    what = {"chat": "no turn of the assistant says anything", "completion": f"column {spec.data.columns.completion!r} is empty"}
-    return BadRow(example.file, example.line, what.get(spec.task, "the text is too short") + ": nothing to learn from")
+    what = {"chat": "every turn of the assistant is empty", "completion": f"column {spec.data.columns.completion!r} is empty"}
+    return BadRow(example.file, example.line, what.get(spec.task, "the text is too short") + ": nothing to train on")
 
 
 def _capped(name: str, examples: list[Example], cap: int | None, seed: int, left_out: LeftOut) -> list[Example]:
@@ -318,7 +318,7 @@ def _classes(documents: dict[str, list[Document]], spec: JobSpec, left_out: Left
     """
     classes = tuple(sort_classes(str(document.example.label) for document in documents["train"]))
     if len(classes) < 2:
-        what = f"train has one class only: {', '.join(classes)}"
+        what = f"train has only one class: {', '.join(classes)}"
         raise DataError(what, expected="at least two", remedy="check data.columns.label")
     unseen: list[Document] = []
     for name in ("eval", "test"):
@@ -334,7 +334,7 @@ def _classes(documents: dict[str, list[Document]], spec: JobSpec, left_out: Left
         raise DataError(
             f"{len(unseen)} row(s) of eval or test with a class that train does not have:\n  {lines}",
             expected=listed(classes, ", "),
-            remedy="correct the labels, give train rows of every class, or leave them out by data.skip_bad_rows: true",
+            remedy="correct the labels, add rows of every class to train, or drop these rows with data.skip_bad_rows: true",
         )
     tell_missing({name: [document.example for document in kept] for name, kept in documents.items()}, left_out)
     return classes

@@ -47,14 +47,14 @@ def apart(loaded: LoadedSpec, documents: Mapping[str, list[Document]], left_out:
         if keeper is None:
             kept.append(document)
         else:
-            left_out.add("retain", f"also stands in {keeper}", document.example.place)
+            left_out.add("retain", f"also occurs in {keeper}", document.example.place)
     if not kept:
         reasons = "; ".join(f"{count} {reason}" for reason, count in left_out.of("retain").items())
         raise DataError(
             f"no row is left for retain ({reasons})",
             where=loaded.where("data.retain"),
-            expected="text that train, eval and test do not have",
-            remedy="give other text",
+            expected="text that is not in train, eval or test",
+            remedy="give different text",
         )
     return kept
 
@@ -99,9 +99,9 @@ def replayed(
     if not kept:
         tokens = sum(len(document.ids) for document in scored)
         raise DataError(
-            f"no retention text is left to learn from: all {tokens} tokens of it that no other split has are scored",
+            f"no retention text is left for replay: all {tokens} tokens that are in no other split are scored",
             where=loaded.where("data.retain"),
-            expected="more text than data.retain_tokens, since what is scored must not be learned from",
+            expected="more text than data.retain_tokens, since scored text must not be trained on",
             remedy=f"more text, or a data.retain_tokens below {tokens}",
         )
     return kept

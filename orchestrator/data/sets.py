@@ -134,9 +134,9 @@ class TokenizedSet:
                     tuple(texts.get("stop_ids", ())),
                 )
         except FileNotFoundError:
-            raise DataError("no tokenised set", where=str(path), remedy="submit the spec again: it is made anew") from None
+            raise DataError("no tokenised set", where=str(path), remedy="submit the spec again: it is rebuilt") from None
         except DAMAGE as error:
-            raise IntegrityError(f"damaged set: {error}", where=str(path), remedy="remove it; it is made anew") from error
+            raise IntegrityError(f"damaged set: {error}", where=str(path), remedy="remove it; it is rebuilt") from error
 
 
 def build_set(

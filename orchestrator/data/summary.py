@@ -25,11 +25,11 @@ KEPT = "the row is kept"
 REMEDIES = (
     ("longer than ", "raise data.max_tokens, or set data.long_rows: truncate_prompt"),
     ("malformed: ", "fix these rows"),
-    ("also stands in ", "give the splits different rows"),
+    ("also occurs in ", "give the splits different rows"),
     ("whose group ", "give the splits different groups"),
     ("whose prompt ", "give the splits different prompts; data.dedupe: none keeps these rows"),
     ("whose text ", "give the splits different texts; data.dedupe: none keeps these rows"),
-    ("nearly equal to ", "give the splits different rows; data.dedupe: exact keeps them"),
+    ("near-duplicate of ", "give the splits different rows; data.dedupe: exact keeps them"),
 )
 """What to do about rows that were lost, by how the reason begins."""
 
@@ -146,7 +146,7 @@ class LeftOut:
             cut = {reason: count for reason, count in self.of(split).items() if KEPT in reason}
             gone = sum(lost.values())
             if gone > LARGE_LOSS * (gone + rows):
-                message = f"{gone:,} of {gone + rows:,} rows of {split} ({gone / (gone + rows):.0%}) are left out"
+                message = f"{gone:,} of {gone + rows:,} rows of {split} ({gone / (gone + rows):.0%}) are dropped"
                 self.warn(f"{message}: {_reasons(lost)}", _remedy(lost))
             elif sum(cut.values()) > LARGE_LOSS * (gone + rows):
                 message = f"{sum(cut.values()):,} of {gone + rows:,} rows of {split} are cut"

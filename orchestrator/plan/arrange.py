@@ -156,7 +156,7 @@ def check_resources(resources: ResourcesSpec) -> None:
     offloads = resources.offload not in ("auto", "none")
     if offloads and resources.zero not in ("auto", OFFLOADING_STAGE):
         raise PlanError(
-            f"zero: {resources.zero} cannot offload the {resources.offload}",
+            f"ZeRO stage {resources.zero} cannot offload the {resources.offload}",
             where="resources.offload",
             expected=f"stage {OFFLOADING_STAGE}, the one that offloads",
             remedy="resources.zero: auto, or offload: none",
@@ -218,7 +218,7 @@ def _nothing_fits(found: Machines, spec: JobSpec, load: Load, counts: Sequence[i
         remedies.append("resources.zero and resources.offload: auto")
     return PlanError(
         f"nothing fits on {found.num_units} {found.unit}{'s' if found.num_units > 1 else ''}; "
-        f"the leanest way ({way}) {misfit(way, load, room_of(way.ranks))}",
+        f"the smallest configuration ({way}) {misfit(way, load, room_of(way.ranks))}",
         where="resources",
         remedy="; ".join(remedies),
     )

@@ -63,7 +63,7 @@ class Artifact(Value):
                 raise SelectionError(
                     f"{name} was trained with shape {list(info.shape)}",
                     where=self.folder,
-                    expected=f"{list(shapes[name])}, as the base has it",
+                    expected=f"{list(shapes[name])}, as in the base",
                     remedy="merge into the base that the trial was trained on",
                 )
         if selection is not None:
@@ -96,7 +96,7 @@ class Artifact(Value):
                 raise SelectionError(
                     f"the {what} of {wrong[0]} {state} ({len(wrong)} such)",
                     where=self.folder,
-                    expected=f"exactly what the policy {selection.policy} selects: {len(planned)}",
+                    expected=f"exactly the tensors that the policy {selection.policy} selects: {len(planned)}",
                     remedy="the folder belongs to another trial or was not saved whole; train the trial again",
                 )
 
@@ -127,7 +127,7 @@ def read_artifact(folder: Path) -> Artifact:
         whole |= _tensors(folder, f"{DELTA}/{DELTA_FILE}")
     if not low_rank and not whole:
         raise SelectionError(
-            "nothing trained is in the folder",
+            "the folder has no trained weights",
             where=str(folder),
             expected=f"{ADAPTER}/{ADAPTER_FILE} or {DELTA}/{DELTA_FILE}",
             remedy="give a rung or checkpoint folder of the run",

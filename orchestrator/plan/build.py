@@ -176,7 +176,7 @@ def _check_quantizable(spec: JobSpec, anatomy: ModelAnatomy, found: Machines) ->
             raise BaseError(
                 f"nf4 on a CPU cannot hold {name}: {width} columns",
                 where="base.quantize",
-                expected=f"a multiple of {NF4_BLOCK}, bitsandbytes' block; its CPU code gets other widths wrong",
+                expected=f"a multiple of {NF4_BLOCK}, bitsandbytes' block; its CPU code gives wrong results for other widths",
                 remedy="base.quantize: none, or train on a GPU",
             )
 

@@ -109,7 +109,7 @@ def _gpu_memory(values: Mapping[str, Any], where: str) -> int:
     if known is None or known.memory_bytes is None:
         name = f", and {values['gpu']!r} may have {'any' if known is None else 'more than one'} size" if "gpu" in values else ""
         raise UsageError(
-            f"gpus without gpu_memory{name}", where=where, expected="gpu_memory: 80GiB", remedy="say how much each GPU has"
+            f"gpus without gpu_memory{name}", where=where, expected="gpu_memory: 80GiB", remedy="give the memory of each GPU"
         )
     return known.memory_bytes
 
@@ -120,7 +120,10 @@ def _price(values: Mapping[str, Any], where: str) -> float | None:
         return None
     if isinstance(price, bool) or not isinstance(price, int | float) or not 0 < price < math.inf:
         raise UsageError(
-            f"price is {price!r}", where=f"{where}.price", expected="a number above zero, for one GPU and hour", remedy=_EXAMPLE
+            f"price is {price!r}",
+            where=f"{where}.price",
+            expected="a number above zero: the price of one GPU for one hour",
+            remedy=_EXAMPLE,
         )
     return float(price)
 
@@ -144,5 +147,5 @@ def _size(values: Mapping[str, Any], key: str, where: str) -> int:
         found = "is missing" if value is None else f"is {value!r}"
         raise UsageError(f"{key} {found}", where=f"{where}.{key}", expected="a size such as 80GiB", remedy=_EXAMPLE) from None
     if size <= 0:
-        raise UsageError(f"{key} is {value!r}", where=f"{where}.{key}", expected="a size above zero", remedy=_EXAMPLE)
+        raise UsageError(f"{key} is {value!r}", where=f"{where}.{key}", expected="a size greater than zero", remedy=_EXAMPLE)
     return size

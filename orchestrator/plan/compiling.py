@@ -58,15 +58,15 @@ def why_never(execution: ExecutionPlan, spec: JobSpec, anatomy: ModelAnatomy) ->
     if execution.executor != "torch":
         return "DeepSpeed's engines hook into every module"
     if execution.ranks > 1:
-        return "what one of several ranks cannot compile would leave the others waiting"
+        return "if one of several ranks cannot compile, the others would wait for it"
     if spec.base.quantize != "none":
-        return f"{spec.base.quantize} is multiplied by kernels of a library"
+        return f"{spec.base.quantize} is multiplied by library kernels, which cannot be compiled"
     if spec.task == "classify" or not execution.pack:
-        return "rows that are not packed are of many widths, and each would need code of its own"
+        return "rows that are not packed have many widths, and each width needs its own compilation"
     if anatomy.experts is not None:
-        return "routed experts take another number of tokens each time"
+        return "routed experts receive a different number of tokens each time"
     if anatomy.dropout:
-        return f"{anatomy.dropout} would draw other numbers"
+        return f"{anatomy.dropout} would draw different random numbers"
     return None
 
 
@@ -77,7 +77,7 @@ def _planned(plan: RunPlan, against: str | None, *, required: bool) -> CompilePl
     options = plan.search.options
     kinds = len({(option.tune, option.lora_rank) for option in options if learns_in_blocks(option)})
     if not kinds:
-        return CompilePlan(option=None, reason="the blocks are not compiled: none of them learns")
+        return CompilePlan(option=None, reason="the blocks are not compiled: none of them is trainable")
     seconds = gang_seconds(plan)
     option = max(
         (index for index, option in enumerate(options) if learns_in_blocks(option)),
@@ -85,10 +85,14 @@ def _planned(plan: RunPlan, against: str | None, *, required: bool) -> CompilePl
     )
     if required:
         return CompilePlan(
-            option=option, reason="the blocks are compiled, as asked", num_kinds=kinds, gang_seconds=seconds, required=True
+            option=option,
+            reason="the blocks are compiled, as resources.compile says",
+            num_kinds=kinds,
+            gang_seconds=seconds,
+            required=True,
         )
     if plan.search.max_fused > 1:
-        sharing = "trials share batches, and each company would need code of its own"
+        sharing = "trials share batches, and each set of batched trials needs its own compilation"
         return CompilePlan(option=None, reason=f"the blocks are not compiled: {sharing}")
     if seconds is None:
         return CompilePlan(option=None, reason="the blocks are not compiled: how long the search takes is unknown")
@@ -96,7 +100,7 @@ def _planned(plan: RunPlan, against: str | None, *, required: bool) -> CompilePl
     weighed = f"a gang trains for {format_seconds(seconds)}, and compiling takes about {format_seconds(expected)}"
     if seconds < WORTH * expected:
         return CompilePlan(option=None, reason=f"the blocks are not compiled: {weighed}")
-    said = f"whether compiled blocks pay is measured before the search: {weighed}"
+    said = f"whether compiled blocks save time is measured before the search: {weighed}"
     return CompilePlan(option=option, reason=said, num_kinds=kinds, gang_seconds=seconds)
 
 
@@ -133,7 +137,7 @@ def choice_of(plan: CompilePlan, times: CompileTimes) -> CompileChoice:
     spent = times.compile_seconds * plan.num_kinds
     said = (
         f"a compiled micro-batch takes {1e3 * times.compiled_seconds:.1f} ms, {share:.2f} of {1e3 * times.eager_seconds:.1f} ms; "
-        f"compiling takes {format_seconds(spent)} a gang"
+        f"compiling takes {format_seconds(spent)} per gang (worker group)"
     )
     if plan.required:
         return CompileChoice(compiled=True, reason=said, times=times)

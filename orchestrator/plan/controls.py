@@ -16,7 +16,7 @@ from orchestrator.spec.models import JobSpec
 def head_warnings(head: Footprint, way: Way, load: Load, room: RankRoom) -> tuple[str, ...]:
     """What to hear where the control `head` fits in no way that its gang can come down to."""
     reason = misfit(_smallest(way), replace(load, footprints=(head,)), room)
-    said = "the control `head` will fail for want of memory, and trials be compared with the untouched base alone"
+    said = "the control `head` will run out of memory, and trials will be compared with the base model only"
     return () if reason is None else (f"{said}: it {reason}",)
 
 
@@ -30,7 +30,7 @@ def with_scratch(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, way: Way, 
     footprint = weigh(anatomy, selection, spec.base.quantize, element_bytes, num_classes=plan.base.num_classes)
     reason = misfit(_smallest(way), replace(load, footprints=(footprint,)), room)
     if way.executor == "deepspeed" and way.zero_stage == 3:
-        reason = "cannot begin anew where each rank holds a part of the base (ZeRO-3)"
+        reason = "it cannot be initialised where each rank holds only a shard of the base (ZeRO-3)"
     if reason is not None:
         said = f"the control `scratch` is left out: training everything {reason}"
         return plan.model_copy(update={"warnings": (*plan.warnings, said)})

@@ -125,7 +125,7 @@ def misfit(way: Way, load: Load, room: RankRoom) -> str | None:
         worst = max(memory.device.terms, key=lambda term: term.num_bytes)
         return (
             f"needs {format_bytes(memory.device.total_bytes)} of {format_bytes(room.device_bytes)} a rank"
-            f"{_on(room.device_node)}, most of it {worst.name}: {format_bytes(worst.num_bytes)} ({worst.reason})"
+            f"{_on(room.device_node)}, mostly {worst.name}: {format_bytes(worst.num_bytes)} ({worst.reason})"
         )
     host_bytes = memory.host.total_bytes + memory.first_rank_bytes // min(way.ranks, room.ranks_per_node)
     if way.device == "cuda" and host_bytes > room.host_bytes:

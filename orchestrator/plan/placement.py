@@ -148,7 +148,7 @@ def machines(cluster: ClusterDescription, resources: ResourcesSpec) -> Machines:
     wants_gpu = resources.accelerator == "gpu" or (resources.accelerator == "auto" and cluster.num_gpus > 0)
     if wants_gpu and not cluster.num_gpus:
         raise PlanError(
-            f"a GPU is asked for, and {cluster.source or 'the cluster'} has none",
+            f"a GPU is required, and {cluster.source or 'the cluster'} has none",
             where="resources.accelerator",
             expected="accelerator: auto or cpu",
             remedy="resources.accelerator: auto, or a cluster with GPUs",
@@ -218,7 +218,7 @@ def _check_asked_ranks(found: Machines, resources: ResourcesSpec, total: int, cl
         has = f"the cluster's CPUs ({cluster.num_cpus}) place ranks on {total} of its {cluster.num_gpus}"
     bound = f"max_gpus: {resources.max_gpus} allows {found.num_units}" if found.num_units < total else has
     if ranks * gangs <= found.num_units:
-        bound = f"no gang shares a node with a part of another: there is room for {room}"
+        bound = f"no gang shares a node with part of another gang: there is room for {room}"
     raise PlanError(
         f"{_count(gangs, 'gang')} of {_count(ranks, 'rank')} need{'s' if gangs == 1 else ''} "
         f"{_count(ranks * gangs, found.unit)}, and {bound}",

@@ -24,7 +24,13 @@ from orchestrator.spec.policy import parse_policy
 MOST_BATCHES = 4
 MOST_OF_A_TRIAL = 0.05
 """Operations of the probe, as a share of those of the cheapest trial."""
-NOT_HELD = {"masters", "Adam's moments", "copy to restore", "host: copy to restore", "host: loading or saving"}
+NOT_HELD = {
+    "fp32 master weights",
+    "Adam's moments",
+    "copy for restoring the base",
+    "host: copy for restoring the base",
+    "host: loading or saving",
+}
 """What training the same blocks holds and the probe does not: it has no optimizer and changes nothing."""
 
 
@@ -48,14 +54,14 @@ def with_probe(
     if not waiting and not (plan.search is not None and spec.search is not None and spec.search.probe and len(choices) > 1):
         return plan
     if way.zero_stage == 3:
-        return _unprobed(plan, unknown, "under ZeRO-3 no rank has the whole gradient of a matrix", "a lower resources.zero")
+        return _unprobed(plan, unknown, "under ZeRO-3 no rank holds the whole gradient of a matrix", "a lower resources.zero")
     alone = replace(way, executor="torch", ranks=1, zero_stage=0, offload="none", micro_batch_rows=1)
     floor = bisect_left(range(anatomy.num_blocks), True, key=partial(_fits, plan, spec, anatomy, alone, room))
     if floor == anatomy.num_blocks:
-        return _unprobed(plan, unknown, "the sums of not even one block's gradients fit beside the base", "more memory")
+        return _unprobed(plan, unknown, "the gradient sums of a single block do not fit beside the base", "more memory")
     wanted = max((_num_chosen(option, anatomy) for option in waiting), default=0)
     if wanted > anatomy.num_blocks - floor:
-        fitting = f"the sums of no more than {anatomy.num_blocks - floor} blocks' gradients fit beside the base"
+        fitting = f"the gradient sums of only {anatomy.num_blocks - floor} blocks fit beside the base"
         return _unprobed(plan, unknown, fitting, "a smaller share, more memory")
     most_rows = way.micro_batch_rows
     while most_rows > 1 and not _fits(plan, spec, anatomy, replace(alone, micro_batch_rows=most_rows), room, floor):
@@ -67,7 +73,7 @@ def with_probe(
 def _unprobed(plan: RunPlan, waiting: Sequence[TrialOption], why: str, remedy: str) -> RunPlan:
     if waiting:
         raise PlanError(
-            f"{waiting[0].layers} needs the blocks scored, and that cannot be: {why}",
+            f"{waiting[0].layers} needs scored blocks, and they cannot be scored: {why}",
             where="search.layers" if plan.search is not None else "finetune.layers",
             remedy=f"name blocks, for example last:2; or {remedy}",
         )
@@ -86,7 +92,7 @@ def _fits(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, alone: Way, room:
     element_bytes = 2 if spec.train.dtype == "bfloat16" else 4
     learning = _learning(plan, anatomy, floor)
     footprint = weigh(anatomy, learning, spec.base.quantize, element_bytes, num_classes=plan.data.num_classes)
-    spared = NOT_HELD | {"learning weights"} if spec.base.quantize != "none" else NOT_HELD
+    spared = NOT_HELD | {"trainable weights"} if spec.base.quantize != "none" else NOT_HELD
     needed = (term.num_bytes for term in estimate(footprint, alone).device.terms if term.name not in spared)
     return sum(needed) <= room.device_bytes
 
@@ -118,17 +124,18 @@ def _cheapest_trial(plan: RunPlan, anatomy: ModelAnatomy) -> float:
 
 def _reasons(probe: ProbePlan, waiting: Sequence[TrialOption], anatomy: ModelAnatomy) -> Iterator[str]:
     blocks = "every block" if probe.floor == 0 else f"blocks {probe.floor} to {anatomy.num_blocks - 1}"
-    over = "" if probe.share_of_trial <= MOST_OF_A_TRIAL else f", more than {MOST_OF_A_TRIAL:.0%}: there is nothing smaller"
+    over = "" if probe.share_of_trial <= MOST_OF_A_TRIAL else f", more than {MOST_OF_A_TRIAL:.0%}, and cannot be reduced further"
     yield (
-        f"{blocks} is scored first: {probe.num_batches} x {probe.rows} rows, {probe.share_of_trial:.1%} of the operations of the "
+        (f"{blocks} is scored before the search: {probe.num_batches} x {probe.rows} rows, {probe.share_of_trial:.1%} "
+"of the operations of the ")
         f"cheapest trial{over}"
     )
     if probe.floor:
-        yield f"the sums of the gradients of blocks 0 to {probe.floor - 1} do not fit: no policy by score chooses these"
+        yield f"the sums of the gradients of blocks 0 to {probe.floor - 1} do not fit: `top:` does not choose these blocks"
     for layers, count in {option.layers: _num_chosen(option, anatomy) for option in waiting}.items():
         yield (
-            f"{layers} is weighed as its worst case, {count} of the largest blocks with the cut at block 0: which blocks it "
-            "means is known when they have been scored"
+            f"{layers} is planned as its worst case, {count} of the largest blocks with the cut at block 0: "
+            "the blocks are known only after scoring"
         )
 
 
@@ -145,7 +152,7 @@ def with_scores(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, found: Laye
     if not waited or plan.cost is None:
         return resolved
     trunk, reason = plan_trunk(resolved, spec, anatomy, plan.cost.rate)
-    return resolved.model_copy(update={"trunk": trunk, "notes": (*plan.notes, f"with the blocks known, {reason}")})
+    return resolved.model_copy(update={"trunk": trunk, "notes": (*plan.notes, f"after scoring, {reason}")})
 
 
 def _resolved(plan: RunPlan, anatomy: ModelAnatomy, found: LayerScores) -> RunPlan:

@@ -19,7 +19,7 @@ from orchestrator.plan.results import RungResult
 from orchestrator.plan.values import ExecutionPlan
 
 HIGHEST_STAGE_WITH_A_WHOLE_BASE = 2
-NO_SMALLER_WAY = "no smaller way is left in this gang"
+NO_SMALLER_WAY = "memory use cannot be reduced further in this gang"
 SAME_GANG = ("device", "ranks", "executor", "dtype", "offload", "row_tokens", "pack")
 """What two executions of one kind of gang have in common."""
 
@@ -30,30 +30,33 @@ class Relief:
 
     execution: ExecutionPlan
     sentence: str
-    """`started again with 2 rows in a micro-batch and more rounds`."""
+    """`started again with 2 rows per micro-batch and more accumulation rounds`."""
 
 
 def relieve(execution: ExecutionPlan) -> Relief | None:
     """The next step down from `execution`; None where the gang has none left (see `beyond_the_gang`)."""
     rows = execution.micro_batch_rows // 2
     if rows:
-        sentence = f"started again with {rows} row{'s' if rows > 1 else ''} in a micro-batch and more rounds"
+        sentence = f"restarted with {rows} row{'s' if rows > 1 else ''} per micro-batch and more accumulation rounds"
         return Relief(execution.model_copy(update={"micro_batch_rows": rows}), sentence)
     if not execution.checkpointing:
-        return Relief(execution.model_copy(update={"checkpointing": True}), "started again with gradient checkpointing")
+        return Relief(execution.model_copy(update={"checkpointing": True}), "restarted with gradient checkpointing")
     partitions = execution.executor == "deepspeed" and execution.ranks > 1
     if partitions and execution.zero_stage < HIGHEST_STAGE_WITH_A_WHOLE_BASE:
         stage = execution.zero_stage + 1
-        return Relief(execution.model_copy(update={"zero_stage": stage}), f"started again at ZeRO-{stage}")
+        return Relief(execution.model_copy(update={"zero_stage": stage}), f"restarted at ZeRO-{stage}")
     return None
 
 
 def beyond_the_gang(execution: ExecutionPlan) -> str:
     """What would make room where no step down is left: the next rung of the ladder, which is another plan."""
     if execution.ranks == 1:
-        return "resources.ranks_per_gang: 2 with zero: 3, which parts the base over ranks; or a smaller data.max_tokens"
+        return (
+            "resources.ranks_per_gang: 2 with zero: 3, which partitions (shards) the base across ranks; or a "
+            "smaller data.max_tokens"
+        )
     if execution.zero_stage < 3:
-        return "resources.zero: 3, which parts the base over the ranks; or a smaller data.max_tokens"
+        return "resources.zero: 3, which partitions (shards) the base across the ranks; or a smaller data.max_tokens"
     more = f"more ranks than {execution.ranks} (resources.ranks_per_gang), or a smaller data.max_tokens"
     if execution.device == "cpu" or execution.offload == "parameters":
         return more

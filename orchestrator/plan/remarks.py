@@ -34,12 +34,12 @@ def _threads(plan: RunPlan, found: Machines) -> Iterator[str]:
     own, part = plan.execution.threads_per_rank, found.threads_of_cores(plan.execution.ranks * plan.num_gangs)
     if own < part:
         count = "1 thread" if own == 1 else f"{own} threads"
-        yield f"{count} a rank, as OMP_NUM_THREADS={found.max_threads} says; its part of the cores would be {part}"
+        yield f"{count} a rank, as OMP_NUM_THREADS={found.max_threads} says; its share of the cores would be {part}"
 
 
 def _base_warnings(anatomy: ModelAnatomy) -> Iterator[str]:
     if anatomy.plan_only:
-        yield f"a base of type {anatomy.model_type} can be planned with and not be trained here: {anatomy.plan_only}"
+        yield f"a base of type {anatomy.model_type} can be planned but not trained: {anatomy.plan_only}"
 
 
 def _base_notes(spec: JobSpec, anatomy: ModelAnatomy) -> Iterator[str]:
@@ -49,7 +49,10 @@ def _base_notes(spec: JobSpec, anatomy: ModelAnatomy) -> Iterator[str]:
     if spec.base.quantize != "none":
         stacked = sum(anatomy.tensors[name].num_elements for block in anatomy.stacked for name in block)
         share = stacked / anatomy.num_parameters()
-        yield f"{spec.base.quantize} leaves routed experts, {share:.0%} of the parameters, in 16 bit: it takes linear layers"
+        yield (
+            f"{spec.base.quantize} leaves routed experts, {share:.0%} of the parameters, in 16 bit: it quantizes "
+            "linear layers only"
+        )
 
 
 def rate_note(rate: Rate) -> str:
@@ -57,10 +60,10 @@ def rate_note(rate: Rate) -> str:
     if rate.flops is None or rate.peak_flops is None:
         return f"no GPU-hours: the peak rate of {rate.device} is not in the table"
     if rate.device == "core":
-        return f"hours are arithmetic alone, at {rate.flops / 1e9:.0f} GFLOP/s a core"
+        return f"hours count arithmetic only, at {rate.flops / 1e9:.0f} GFLOP/s a core"
     found = "measured in the first steps" if rate.calibrated else "assumed"
     return (
-        f"hours count on {rate.achieved_share:.0%} ({found}) of {rate.peak_flops / 1e12:.0f} TFLOP/s of each GPU, and no time "
+        f"hours assume {rate.achieved_share:.0%} ({found}) of {rate.peak_flops / 1e12:.0f} TFLOP/s of each GPU, and no time "
         "for starting or saving"
     )
 
@@ -74,7 +77,7 @@ def _hours_warning(plan: RunPlan, allowed: float | None) -> Iterator[str]:
     most = "not even the controls and one trial fit" if fit < 1 else f"about {fit} of its {count} trials fit"
     yield (
         f"the sweep would take about {cost.gpu_hours:.3g} GPU-hours, and resources.max_gpu_hours allows {allowed:g}: {most}. It "
-        "ends in order there, with its best so far; fewer trials or epochs let it end by itself"
+        "ends in order there, with the best trial so far; with fewer trials or epochs it ends by itself"
     )
 
 
@@ -100,23 +103,23 @@ def _anchor_notes(plan: RunPlan, spec: JobSpec) -> Iterator[str]:
 def _notes(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDescription) -> list[str]:
     notes: list[str] = []
     if not plan.data.exact:
-        notes.append("token counts are guessed from file sizes, at 4 bytes a token")
+        notes.append("token counts are estimated from file sizes, at 4 bytes per token")
     most = spec.resources.max_gpus
     if found.device == "cuda" and most is not None and most > cluster.num_gpus:
-        notes.append(f"max_gpus: {most} is a bound; the cluster has {cluster.num_gpus} GPUs")
+        notes.append(f"max_gpus: {most} is an upper bound; the cluster has {cluster.num_gpus} GPUs")
     cores = sum(node.count * found.units_of(node) for node in found.nodes)
     if found.device == "cpu" and found.num_units < cores:
         notes.append(f"max_gpus: {most} bounds cores where no GPU is used: {found.num_units} of {cores} cores train")
     if found.device == "cuda" and len({node.gpu_memory_bytes for node in found.nodes}) > 1:
-        notes.append("nodes have unlike GPUs: every rank is planned for the one with the least memory")
+        notes.append("nodes have different GPUs: every rank is planned for the GPU with the least memory")
     if plan.search is not None and spec.search is not None and spec.search.algorithm != "fixed":
         points = len(spec.search.layers) * sum(len(spec.search.lora_rank) if t == "lora" else 1 for t in spec.search.tune)
         if points > len(plan.search.options):
-            notes.append(f"{points} combinations come to {len(plan.search.options)} different selections")
+            notes.append(f"{points} combinations give {len(plan.search.options)} different selections")
     if plan.execution.offload != "none":
-        notes.append(f"offload: {plan.execution.offload}, and the hours take no account of the bus: expect more")
+        notes.append(f"offload: {plan.execution.offload}, and the hours do not include transfers over the bus: expect more")
     if plan.search is None and spec.resources.gangs not in ("auto", 1):
-        notes.append("one trial runs in one gang: resources.gangs counts for sweeps")
+        notes.append("one trial runs in one gang (worker group): resources.gangs applies to sweeps only")
     return notes
 
 
@@ -136,15 +139,17 @@ def _warnings(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDes
     if found.left_out:
         counts = ", ".join(f"{node.count} x {found.name_of(node)}" for node in found.left_out)
         yield (
-            f"planned without the poorer nodes ({counts}): every rank is planned for the poorest node that it may stand on, and "
-            "with these the job would not fit or would take longer. Ray does not know: start its cluster without them"
+            f"planned without the smaller nodes ({counts}): every rank is planned for the smallest node it may run on, and with "
+            "these nodes the job would not fit or would take longer. Ray does not know this: start its cluster without them"
         )
     if found.device == "cuda" and idle_gpus(cluster):
-        yield f"{idle_gpus(cluster)} of {cluster.num_gpus} GPUs stay idle: their nodes have too few CPUs for a rank on each"
+        yield (
+            f"{idle_gpus(cluster)} of {cluster.num_gpus} GPUs stay idle: their nodes have too few CPUs to run a rank on each GPU"
+        )
     if plan.search is not None and spec.search is not None and spec.search.learning_curve and not plan.search.curve_shares:
         yield too_few_documents(plan.data.train_documents)
     if spec.task == "classify" and spec.data.retain is not None:
-        yield ("data.retain is not used: a classifier has no output projection left to measure forgetting with; leave it out")
+        yield ("data.retain is not used: a classifier has no output projection to measure forgetting with; remove it")
     if sum(node.count for node in found.nodes) > 1:
         yield (
             f"the run's folder ({spec.output}) must lie on storage that every node sees under the same path: gangs on "

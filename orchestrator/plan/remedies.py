@@ -144,9 +144,9 @@ def no_whole_adapters(held: AnchorPlan, loaded: LoadedSpec, job: Literal["sweep"
     """
     place = _place_of(held, loaded.spec, job)
     return PlanError(
-        f"the anchor `{held}` holds products of whole adapters, and without DeepSpeed, which lays them in parts, {misfit.what}",
+        f"the anchor `{held}` needs whole adapters, which DeepSpeed partitions; and without DeepSpeed {misfit.what}",
         where=f"{loaded.where(place)}: {place}",
-        remedy=f"take the anchor out, and DeepSpeed fits; or {misfit.remedy}",
+        remedy=f"remove the anchor, and DeepSpeed fits; or {misfit.remedy}",
     )
 
 

@@ -10,7 +10,7 @@ NUM_DOCUMENTS = 200
 """Of each set, drawn by the seed: the interval of a probe's error is then narrower than a tenth."""
 MOST_CUTS = 4
 """Where nothing is stored of the trunk, features are made at so many cuts, evenly over the blocks."""
-NO_RETENTION_SET = "there is no retention set in use to compare with"
+NO_RETENTION_SET = "there is no retention set to compare with"
 """Why nothing is measured where advice is asked for all the same."""
 
 

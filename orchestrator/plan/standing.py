@@ -114,7 +114,7 @@ def _where(gangs: Sequence[Stands], ranks: int, num_nodes: int, unit: str) -> st
         return f"{said}, each inside one node"
     over = f"{spans[0]}" if len(spans) == 1 else f"{spans[0]} to {spans[-1]}"
     return (
-        f"{said}, {'each ' if count > 1 else ''}over {over} nodes: no node holds one"
+        f"{said}, {'each ' if count > 1 else ''}over {over} nodes: no single node is large enough for one"
         if spans[0] > 1
-        else (f"{said}, inside a node where one fits, else over up to {spans[-1]} whole nodes")
+        else (f"{said}, within one node where it fits, else over up to {spans[-1]} whole nodes")
     )

@@ -46,7 +46,7 @@ def few_steps_sentence(total_steps: int) -> str:
     if total_steps >= FEW_STEPS:
         return ""
     count = "one optimizer step" if total_steps == 1 else f"{total_steps} optimizer steps"
-    return f"the whole training is {count}, and fewer than {FEW_STEPS} teach little and compare nothing well"
+    return f"the whole training is {count}: with fewer than {FEW_STEPS} a model learns little and trials cannot be compared well"
 
 
 def more_steps(train: TrainSpec, auto: int, tokens: int, steps_per_epoch: int) -> str:
@@ -58,10 +58,10 @@ def more_steps(train: TrainSpec, auto: int, tokens: int, steps_per_epoch: int) -
     """
     if train.tokens_per_step != "auto" and auto < train.tokens_per_step:
         steps = math.ceil(train.epochs * tokens / auto)
-        more = f"train.tokens_per_step: auto ({auto} here) makes about {steps}"
-        return more if steps >= FEW_STEPS else f"{more}, and more train.epochs or more rows more"
+        more = f"train.tokens_per_step: auto ({auto} here) gives about {steps}"
+        return more if steps >= FEW_STEPS else f"{more}; more train.epochs or more rows give more"
     epochs = math.ceil(LEAST_STEPS / max(1, steps_per_epoch))
-    return f"train.epochs: {epochs} makes about {epochs * steps_per_epoch}; more rows are better"
+    return f"train.epochs: {epochs} gives about {epochs * steps_per_epoch}; more rows are better"
 
 
 def tokens_per_step(train: TrainSpec, documents: int, tokens: int, longest_document_tokens: int) -> int:

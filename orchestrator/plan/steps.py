@@ -136,7 +136,7 @@ def row_tokens(spec: JobSpec, anatomy: ModelAnatomy, data: DataSize) -> int:
     longest = min(data.longest_document_tokens, spec.data.max_tokens) or 1
     if longest > anatomy.max_positions:
         raise PlanError(
-            f"documents of up to {longest} tokens, and the base has {anatomy.max_positions} positions",
+            f"documents have up to {longest} tokens, but the base has only {anatomy.max_positions} positions",
             where="data.max_tokens",
             remedy=f"data.max_tokens: {anatomy.max_positions}",
         )

@@ -41,30 +41,34 @@ def plan_trunk(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, rate: Rate) 
     known. A cut is left out where it does not pay, or where the budget has no room.
     """
     if spec.resources.cache_bytes == 0:
-        return None, "the trunk is computed at every step: resources.cache_bytes is 0"
+        return None, "the trunk (frozen lower blocks) is computed at every step: resources.cache_bytes is 0"
     if anatomy.dropout:
-        return None, f"the trunk is computed at every step: {anatomy.dropout} draws other numbers each time"
+        return None, f"the trunk (frozen lower blocks) is computed at every step: {anatomy.dropout} draws other numbers each time"
     sets = plan.data.train_tokens + plan.data.eval_tokens + plan.data.retain_tokens + plan.data.replay_tokens
     state_bytes = anatomy.hidden_size * (2 if plan.execution.dtype == "bfloat16" else 4)
     budget = spec.resources.cache_bytes
     uses = sorted(_uses(plan, anatomy), key=lambda use: use.cut)
     if not uses:
-        return None, "every trial learns from the first block up: there is no trunk to store"
+        return None, "every trial trains from the first block up: there is no trunk (frozen lower blocks) to store"
     if budget != "auto":
         room = int(budget // (sets * state_bytes))
         uses = sorted(sorted(uses, key=lambda use: -use.tokens * use.flops_per_token)[:room], key=lambda use: use.cut)
         if not uses:
-            return None, f"the trunk is computed at every step: one cut takes {format_bytes(sets * state_bytes)}"
+            return (
+                None,
+                f"the trunk (frozen lower blocks) is computed at every step: one cut takes {format_bytes(sets * state_bytes)}",
+            )
     chosen = _worthwhile(uses, sets, state_bytes, rate)
     if not chosen:
-        return None, "the trunk is computed at every step: storing it would take longer than it saves"
+        return None, "the trunk (frozen lower blocks) is computed at every step: storing it would take more time than it saves"
     cuts = tuple(use.cut for use in chosen)
     num_bytes = len(cuts) * sets * state_bytes
     saved = sum(use.tokens * use.flops_per_token for use in chosen) / (sets * chosen[-1].flops_per_token)
     where = "block " if len(cuts) == 1 else "blocks "
     reason = (
-        f"what enters {where}{', '.join(map(str, cuts))} is stored for {format_count(sets)} tokens, {format_bytes(num_bytes)}: "
-        f"one forward pass instead of about {saved:.3g}"
+        (f"activations entering {where}{', '.join(map(str, cuts))} are cached for {format_count(sets)} tokens, "
+f"{format_bytes(num_bytes)}, ")
+        f"saving about {saved - 1:.3g} forward passes"
     )
     folder = spec.resources.cache_folder or ""
     return TrunkPlan(cuts=cuts, num_bytes=num_bytes, folder=folder, max_bytes=None if budget == "auto" else budget), reason

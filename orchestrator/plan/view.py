@@ -31,7 +31,7 @@ def derivations(plan: RunPlan, spec: JobSpec) -> tuple[str, ...]:
         again = batch_line(plan.refit_execution, tokens_per_step, replay)
         lines.append(f"the winner is trained again to {plan.total_steps} steps: {again}")
     else:
-        lines.append("a winner at the last rung has had the full budget and is not trained again")
+        lines.append("a winner at the last rung already had the full budget and is not trained again")
     return tuple(lines)
 
 
@@ -56,14 +56,14 @@ def _few_lines(plan: RunPlan, search: SearchPlan) -> list[str]:
 
 
 def _rungs_line(search: SearchPlan) -> str:
-    steps, going_on = search.rung_steps, f"one trial in {search.reduction_factor} goes on"
+    steps, going_on = search.rung_steps, f"one trial in {search.reduction_factor} continues"
     listed = ", ".join(map(str, steps))
     if search.patience is None or len(steps) == 1:
         return f"trials are compared after {listed} steps" + (f"; {going_on}" if len(steps) > 1 else "")
     compared = [str(step) for rung, step in enumerate(steps[:-1]) if share_beyond(search, rung + 1) < share_beyond(search, rung)]
     return (
-        f"trials are scored after {listed} steps and judged by their best; {going_on} after {' and '.join(compared)}, and none "
-        f"whose held-out loss was not better for {search.patience} of them"
+        f"trials are scored after {listed} steps and judged by their best; {going_on} after {' and '.join(compared)}, and a "
+        f"trial ends when its held-out loss has not improved for {search.patience} of them"
     )
 
 
@@ -78,7 +78,7 @@ def batch_line(execution: ExecutionPlan, tokens_per_step: int, replay: float = 0
     product = rows * width * ranks * rounds
     end = f"{product} tokens per step" if product == tokens_per_step else f"{product}, room for {tokens_per_step} tokens per step"
     if replay:
-        end += f" of the target, up to about {Remedies(replay=replay).total_tokens(tokens_per_step)} with what is replayed"
+        end += f" of the target, in all up to about {Remedies(replay=replay).total_tokens(tokens_per_step)} with replayed tokens"
     return f"{_count(rows, 'row')} x {width} tokens x {_count(ranks, 'rank')} x {_count(rounds, 'round')} = {end}"
 
 
@@ -124,15 +124,15 @@ def way_line(execution: ExecutionPlan) -> str:
     ]
     parts += [f"{execution.offload} offloaded"] if execution.offload != "none" else []
     parts += ["checkpointing"] if execution.checkpointing else []
-    return " · ".join([*parts, f"{execution.micro_batch_rows} x {execution.row_tokens} tokens at once", execution.dtype])
+    return " · ".join([*parts, f"{execution.micro_batch_rows} x {execution.row_tokens} tokens at a time", execution.dtype])
 
 
 def option_line(option: TrialOption) -> str:
-    """`last:4 · lora r16 · 1.05M learn · lr 1.0e-04 to 5.0e-03 · 2.1 GiB`."""
+    """`last:4 · lora r16 · 1.05M trainable · lr 1.0e-04 to 5.0e-03 · 2.1 GiB`."""
     low, high = option.learning_rate_low, option.learning_rate_high
     rates = f"lr {low:.1e}" if low == high else f"lr {low:.1e} to {high:.1e}"
     learn = format_count(option.selection.num_trainable_parameters)
-    return f"{option.layers} · {option.method} · {learn} learn · {rates} · {format_bytes(option.memory.total_bytes)}"
+    return f"{option.layers} · {option.method} · {learn} trainable · {rates} · {format_bytes(option.memory.total_bytes)}"
 
 
 def cost_line(plan: RunPlan) -> str:
@@ -173,9 +173,12 @@ def _gangs_line(plan: RunPlan) -> str:
 def _stage_line(execution: ExecutionPlan) -> str:
     if execution.executor == "torch":
         if execution.ranks == 1:
-            return "one rank has nobody to share with: plain torch"
-        return f"each of {execution.ranks} ranks holds all that learns and sums gradients with the others: plain torch"
-    alone = "as asked" if execution.ranks == 1 else "the first stage that is allowed and fits"
+            return "one GPU per trial: DeepSpeed is not needed"
+        return (
+            f"each of {execution.ranks} ranks holds all trainable parameters and sums gradients with the others: "
+            "DeepSpeed is not needed"
+        )
+    alone = "as asked" if execution.ranks == 1 else "the lowest stage that is allowed and fits"
     return f"ZeRO-{execution.zero_stage}: {alone}"
 
 

@@ -158,7 +158,7 @@ def compare_runs(folders: Sequence[Path]) -> RunsCompared:
         UsageError: fewer than two, one twice, or a folder that is no run.
     """
     if len(folders) < 2:
-        raise UsageError("one run is nothing to compare", expected="two runs or more", remedy="orchestrator compare RUN RUN")
+        raise UsageError("one run cannot be compared", expected="two runs or more", remedy="orchestrator compare RUN RUN")
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UsageError("the same run is given twice", where=" ".join(map(str, folders)), expected="different runs")
     records = [read_run(folder) for folder in folders]
@@ -207,9 +207,7 @@ def _reasons(records: Sequence[RunRecords]) -> list[str]:
         said.append("a run has no test set yet")
     elif len(hashes) > 1:
         counts = " and ".join(f"{test.get('documents', 0):,}" for test in tests)
-        said.append(
-            f"the test sets differ (of {counts} documents, or tokenised otherwise): a figure on one says nothing of another"
-        )
+        said.append(f"the test sets differ (of {counts} documents, or tokenised differently): their figures cannot be compared")
     if len({record.sweep.task for record in records if record.sweep}) > 1:
         said.append("the tasks differ")
     if any(record.transfer is None or not record.transfer.scores for record in records):
@@ -274,7 +272,7 @@ def _paired(folders: Sequence[Path], names: Sequence[str]) -> list[str]:
         if first is None or other is None or not np.array_equal(first[1], other[1]):
             continue
         found = paired_comparison(first[0], other[0], first[1])
-        sure = "better" if found.low > 0 else "worse" if found.high < 0 else "not told apart from it"
+        sure = "better" if found.low > 0 else "worse" if found.high < 0 else "not significantly different"
         said.append(
             f"{names[0]} against {name}: {signed(found.mean)} nats per token [{number(found.low)}, {number(found.high)}], {sure}"
         )

@@ -39,7 +39,7 @@ RELOAD = """
 def in_progress(run: RunRecords) -> Html:
     """What a run that has not ended is waiting for, or that nobody works in it."""
     now = run.progress
-    again = "Submit the same spec again: it goes on from what is on disk."
+    again = "Submit the same spec again: it continues from what is on disk."
     if now is None:
         return html.tag("p", f"This run has not written its result: it is in progress or was interrupted. {again}", css="warning")
     if now.ended:
@@ -48,7 +48,7 @@ def in_progress(run: RunRecords) -> Html:
     doing = [activity_text(activity) for activity in now.activities]
     waiting = f"{now.phase}: {now.detail}" if now.detail else now.phase
     if not run.alive:
-        said = f"No sign of life since {_clock(now.at)}, in the phase {waiting}: the run was interrupted or killed. {again}"
+        said = f"No update since {_clock(now.at)}, in the phase {waiting}: the run was interrupted or killed. {again}"
         return html.tag("p", said, css="warning")
     left = f", {left_text(now)}" if now.seconds_left is not None else ""
     parts: list[object] = [

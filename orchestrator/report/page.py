@@ -23,7 +23,7 @@ def write_report(run_folder: Path) -> Path:
     """
     path = Path(run_folder) / REPORT
     page = render_page(read_run(run_folder))
-    with output_to(path, remedy="make room or rights in the run's folder, or copy it to where there are"):
+    with output_to(path, remedy="free space or grant write permission in the run's folder, or copy it elsewhere"):
         write_atomic(path, page)
     return path
 

@@ -129,7 +129,7 @@ def search_map(run: RunRecords, sweep: SweepResult) -> Html:
         return html.paragraph("No trial has been evaluated yet.")
     several = (
         "A row of panels holds the trials evaluated after the same number of steps, and has its own colour scale: compare "
-        "colours within a row. Hatched cells were tried and had ended, or had not come so far. "
+        "colours within a row. Hatched cells were tried but ended earlier, or have not reached that step. "
     )
     caption = (
         f"The best {sweep.metric} on the eval set of each choice of layers at each learning rate, over all LoRA ranks. "
@@ -227,7 +227,7 @@ def trade_off(sweep: SweepResult) -> Html:
     ]
     promotable = [trial for trial in measured if trial.control in PROMOTABLE_CONTROLS]
     if not promotable:
-        return html.paragraph("Retention was not measured: the spec names no `data.retain`, or no trial got that far.")
+        return html.paragraph("Retention was not measured: the spec names no `data.retain`, or no trial reached that point.")
     front = _front(promotable, sweep.higher_is_better)
     points = [
         TradeOff(

@@ -19,7 +19,7 @@ def trial_table(run: RunRecords, sweep: SweepResult) -> Html:
     promoted = [index for index, trial in enumerate(ordered) if trial.trial_id == sweep.winner_id]
     losses = [] if sweep.metric == "loss" else ["eval loss"]
     headers = ["trial", "layers", "method", "learning rate", "trainable", "state", "evaluated at step"]
-    headers += [sweep.metric, *losses, "forgetting", "time", "why it stands here"]
+    headers += [sweep.metric, *losses, "forgetting", "time", "why it ranks here"]
     by_state = ", ".join(f"{amount} {state}" for state, amount in counts(sweep.searched).items() if amount)
     rows = [_row(run, trial, sweep) for trial in ordered]
     said = (
@@ -89,7 +89,7 @@ def why_here(trial: TrialRecord, sweep: SweepResult) -> str:
     if judged is not None and last is not None and judged is not last:
         said.append(f"compared by step {judged.step}, its best; it was trained to step {last.step}")
     if trial.state == "stopped":
-        others = "" if last is None else f"stopped at step {last.step}: others were better there"
+        others = "" if last is None else f"stopped at step {last.step}: others were better at that step"
         said.append(trial.reason or others)
     elif trial.reason:
         said.append(trial.reason)

@@ -83,7 +83,7 @@ def reads_sentence(reads: int) -> str:
     """How often the test set was read, where that is more than the once that it should be."""
     if reads < 2:
         return ""
-    return f"the test set has been read {reads} times for this run: choose nothing by it, and take new rows for a fresh verdict"
+    return f"the test set has been read {reads} times for this run: do not base choices on it; use new rows for a new verdict"
 
 
 def amount(value: float | None, unit: str) -> str:

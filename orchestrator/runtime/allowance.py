@@ -38,7 +38,7 @@ class Allowance:
             if is_spent(used, self._max_hours, refit):
                 kept = f", and the refit will take about {refit:.3g}" if used < self._max_hours else ""
                 self.reason = f"resources.max_gpu_hours: {self._max_hours:g} is reached: {used:.3g} rank-hours used{kept}"
-                self._tell(f"{self.reason}; running rungs end, and the best so far is promoted")
+                self._tell(f"{self.reason}; running rungs finish, and the best trial so far is promoted")
         return bool(self.reason)
 
     def state(self) -> HoursState:

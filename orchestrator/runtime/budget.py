@@ -95,7 +95,7 @@ def _why_left_out(prepared: Prepared, entry: TrialEntry, assignment: Assignment)
         return ""
     expected = refit_hours(entry.results, total)
     own = prepared.scoring.judged(entry.results, base_result(Ledger(prepared.run.trials)))
-    instead = f"the trial's own rung of {own.step} steps is bundled instead"
+    instead = f"the trial's own rung at step {own.step} is bundled instead"
     if not affords_refit(expected, bound):
         return f"the refit to {total} steps would take about {expected:.3g} of max_gpu_hours: {bound:g}; {instead}"
     steps = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")]
@@ -118,7 +118,7 @@ def why_passed_over(refitted: RungResult, rung: RungResult, base: RungResult | N
     """
     lost, before = scoring.forgetting_of(refitted, base), scoring.forgetting_of(rung, base)
     bound = scoring.max_forgetting
-    instead = f"the trial's own rung of {rung.step} steps"
+    instead = f"the trial's own rung at step {rung.step}"
     if lost is None or before is None or lost <= bound or before > bound:
         if scoring.patience is None or scoring.score(refitted, base) <= scoring.score(rung, base):
             return ""
@@ -174,7 +174,7 @@ def run_refit(prepared: Prepared, assignments: list[Assignment]) -> list[RungRes
             where=str(prepared.run.refit),
             remedy=""
             if fits_in_no_way(failed)  # its reason says what would make room
-            else "a lower learning rate is the usual cure; submit under another `name`",
+            else "a lower learning rate usually helps; submit under another `name`",
         )
     return results
 

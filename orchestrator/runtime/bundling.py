@@ -111,7 +111,7 @@ def require_whole(inputs: BundleInputs) -> None:
                 "the base's files changed since the run was planned",
                 where=inputs.base.folder,
                 expected="the config and weights that the trials were trained on",
-                remedy="put the base back and submit the spec again; nothing was bundled",
+                remedy="restore the base and submit the spec again; nothing was bundled",
             )
 
 

@@ -89,7 +89,7 @@ def connected(address: str | None = None) -> Iterator[None]:
             ray.init(logging_level=logging.WARNING, log_to_driver=False, **options)
     except (ConnectionError, ValueError, RuntimeError, RayError) as error:
         raise UsageError(
-            f"no Ray that lets this process in: {str(error).strip().splitlines()[0]}",
+            f"Ray rejected this process: {str(error).strip().splitlines()[0]}",
             where=target or "this machine",
             remedy="check --address or RAY_ADDRESS, and RAY_AUTH_MODE with RAY_AUTH_TOKEN_PATH for a cluster with tokens",
         ) from error
@@ -152,7 +152,7 @@ def require_shared_storage(folder: Path) -> None:
         probe.unlink(missing_ok=True)
     if blind:
         raise PlanError(
-            f"{len(blind)} of {len(others)} other nodes do not see the run's folder: {', '.join(sorted(set(blind))[:3])}",
+            f"{len(blind)} of {len(others)} other nodes cannot see the run's folder: {', '.join(sorted(set(blind))[:3])}",
             where=str(folder),
             expected="a folder that every node with a gang sees under this path",
             remedy="give `output` or --output a folder on storage that all nodes share (NFS, Lustre, a shared volume claim)",
@@ -213,9 +213,9 @@ def _said(address: str, call: Any) -> Any:
     except RayError as error:
         lines = str(getattr(error, "cause", None) or error).strip().splitlines()
         raise PlanError(
-            f"a node of the cluster could not be asked: {type(error).__name__}: {lines[-1] if lines else ''}",
+            f"a node of the cluster did not answer: {type(error).__name__}: {lines[-1] if lines else ''}",
             where=address,
-            remedy="the node must be alive and have this project and its packages installed as the driver has",
+            remedy="the node must be running and have this project and its packages installed as the driver has",
         ) from error
 
 

@@ -54,7 +54,7 @@ def curve_of(prepared: Prepared, ledger: Ledger, winner: TrialEntry | None) -> L
     if prepared.plan.search is None or search is None or not search.learning_curve:
         return ""
     if winner is None:
-        return "nothing was promoted that could be trained on less"
+        return "no promoted trial to train on less data"
     base, num_documents = base_result(ledger), prepared.plan.data.train_documents
     shares = curve_shares(prepared, winner, base)
     if not shares:
@@ -85,5 +85,5 @@ def _what_befell(entry: TrialEntry | None) -> str:
     if entry.results[-1].state == "failed":
         return f"failed: {entry.results[-1].reason}"
     if not entry.ended_for_good:
-        return f"came no further than step {entry.results[-1].step} of {entry.trial.total_steps}"
+        return f"reached only step {entry.results[-1].step} of {entry.trial.total_steps}"
     return "has no finite loss on every eval document"

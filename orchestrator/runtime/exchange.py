@@ -72,7 +72,7 @@ class Exchange:
         if not is_spent(self._meter.used_hours, self._orders.max_gpu_hours):
             lifted = self._ledger.lift_bounds()
             if lifted:
-                self._tell("hours_raised", f"there are hours again: {', '.join(lifted)} may go on", trial_ids=lifted)
+                self._tell("hours_raised", f"more GPU-hours are available: {', '.join(lifted)} continue", trial_ids=lifted)
         for entry in self._ledger.entries():
             self._tell_trial(entry.trial.trial_id)
             # A driver that was killed may have left some behind; what is clean already costs a look.
@@ -231,7 +231,7 @@ class Exchange:
             await self._needed.wait()
             await shift.work_off()
         except Exception as error:
-            self._tell("gang_lost", f"gang {gang.index} serves no more: {error!r}", gang=gang.index)
+            self._tell("gang_lost", f"gang {gang.index} stopped serving: {error!r}", gang=gang.index)
             gang.pids = ()
             try:
                 gang.kill()

@@ -111,7 +111,7 @@ def controls_beside(prepared: Prepared, ledger: Ledger, trial: TrialSpec, bundle
         elif entry is None or not entry.results:
             left_out.append(f"{trial_id} was not trained")
         elif not entry.ended_for_good:
-            left_out.append(f"{trial_id} was held back after {entry.results[-1].step} steps")
+            left_out.append(f"{trial_id} was stopped by the GPU-hour bound after {entry.results[-1].step} steps")
         elif checkpoint := _checkpoint_beside(prepared, ledger, name, entry, bundled_step):
             if damage := _damage(Path(checkpoint)):
                 left_out.append(f"{trial_id} is damaged: {damage}")

@@ -60,7 +60,7 @@ class FirstSteps:
         try:
             return self._estimate(option, result)
         except Exception:
-            logger.exception("what the first steps say about the rest is not known")
+            logger.exception("no estimate can be made from the first steps")
             return None
 
     def _estimate(self, option: int | None, result: RungResult) -> dict[str, Any] | None:

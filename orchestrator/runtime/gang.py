@@ -257,7 +257,7 @@ class Gang:
         for wait in pending:
             wait.cancel()
         told = next((error for error in broken if ran_out_of_memory(error, device)), None)
-        what = f"gang {self.index} broke: {_first_line(told or _evicted(broken) or broken[0])}"
+        what = f"gang {self.index} failed: {_first_line(told or _evicted(broken) or broken[0])}"
         return GangDiedError(what, out_of_memory=told is not None)
 
 

@@ -89,7 +89,7 @@ class Meter:
             try:
                 self._save()
             except OSError as error:  # a full disk, say: the next one may succeed, and `close` raises where it does not
-                logger.warning("the hours are not on disk: %s", error)
+                logger.warning("the GPU-hours were not written to disk: %s", error)
 
     def _save(self) -> None:
         write_json(self._file, HoursRecord(used=self.used_hours))

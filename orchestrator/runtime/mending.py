@@ -62,14 +62,14 @@ class _Mender:
             (run.plan, _as(RunPlan), "the run is planned again"),
             (run.base, _base, "it is written from the base's folder as it is now"),
             (run.layer_scores, _as(LayerScores), "the blocks are scored again"),
-            (run.compile_choice, _as(CompileChoice), "the choice is that of the trials so far, or measured again"),
+            (run.compile_choice, _as(CompileChoice), "the choice follows the trials so far, or is measured again"),
             (run.domain_shift, _as(DomainShift), "it is measured again"),
-            (run.sweep, _as(SweepResult), "the search is summed up again from its trials"),
-            (run.transfer, _as(TransferReport), "the bundle is made and judged again"),
-            (run.hours, _as(HoursRecord), "the hours are counted again from the trials' results"),
-            (run.refit / TRIAL, _owner, "the refit goes on from checkpoints of its own trial"),
-            (run.refit / "result.json", _as(RungResult), "the refit goes on from its newest whole checkpoint"),
-            (run.refit / STEPPED_DOWN, _as(SteppedDown), "the refit is tried as it is planned"),
+            (run.sweep, _as(SweepResult), "the search results are recomputed from its trials"),
+            (run.transfer, _as(TransferReport), "the bundle is rebuilt and evaluated again"),
+            (run.hours, _as(HoursRecord), "the hours are recomputed from the trials' results"),
+            (run.refit / TRIAL, _owner, "the refit continues from checkpoints of its own trial"),
+            (run.refit / "result.json", _as(RungResult), "the refit continues from its newest complete checkpoint"),
+            (run.refit / STEPPED_DOWN, _as(SteppedDown), "the refit is retried as planned"),
         ):
             self._check(path, read, remedy)
 
@@ -78,14 +78,14 @@ class _Mender:
         head = folder / TRIAL
         if not head.exists():
             return
-        if self._check(head, _as(TrialHead), "the trial is begun again"):
+        if self._check(head, _as(TrialHead), "the trial is restarted"):
             for file in (*folder.glob("result-*.json"), folder / END):
                 self._put_away(file)
             return
         trial = read_record(head, TrialHead).trial
-        self._check(folder / "result.json", _as(RungResult), "it is trained from its newest whole checkpoint")
-        self._check(folder / STEPPED_DOWN, _as(SteppedDown), "it is tried as it is planned")
-        self._check(folder / END, _as(TrialEnd), "how the trial ended is decided again")
+        self._check(folder / "result.json", _as(RungResult), "it continues from its newest complete checkpoint")
+        self._check(folder / STEPPED_DOWN, _as(SteppedDown), "it is retried as planned")
+        self._check(folder / END, _as(TrialEnd), "the trial's end state is recomputed")
         for file in sorted(folder.glob("result-*.json"), key=result_number):
             told = f"trial {trial.trial_id} is trained again from the rung before it"
             lost = self._check(file, _as(RungResult), told)
@@ -165,13 +165,13 @@ def _as(kind: type[Any]) -> Read:
 def _base(path: Path) -> None:
     known = read_json(path)
     if not isinstance(known, dict) or not all(isinstance(known.get(key), dict) for key in ("config", "weights")):
-        raise IntegrityError("no config and weights of a base", where=str(path))
+        raise IntegrityError("not the config and weights of a base", where=str(path))
 
 
 def _owner(path: Path) -> None:
     known = read_json(path)
     if not isinstance(known, dict) or not isinstance(known.get("trial_id"), str):
-        raise IntegrityError("no trial's id", where=str(path))
+        raise IntegrityError("not a trial's id", where=str(path))
 
 
 def _arrays(path: Path) -> None:

@@ -20,7 +20,7 @@ from orchestrator.transfer.records import SweepResult
 from orchestrator.transfer.view import RunView
 
 BY_THE_RULE = "; by the rule: "
-_NOT_BY_THE_RULE = "it is measured of a trial that is promoted by the rule"
+_NOT_BY_THE_RULE = "it is measured only for a trial promoted by the rule"
 
 
 def merge_trial(
@@ -35,7 +35,7 @@ def merge_trial(
     prepared = reopen(run_folder.absolute())
     with prepared.run as run:
         if not run.sweep.exists():
-            raise UsageError("the search has not come to its end", where=str(run.path), remedy="submit the spec again")
+            raise UsageError("the search has not finished", where=str(run.path), remedy="submit the spec again")
         sweep = read_record(run.sweep, SweepResult)
         chosen = choose(sweep, Ledger(run.trials), trial_id, promote=promote)
         before = sweep.winner_id
@@ -60,13 +60,13 @@ def promoted_by_hand(sweep: SweepResult, trial_id: str) -> SweepResult:
     rule = sweep.promotion_reason.partition(BY_THE_RULE)[2] if sweep.promoted_by_hand else sweep.promotion_reason
     label = next((trial.label for trial in sweep.trials if trial.trial_id == trial_id), None)
     if label is None:
-        remedy = "submit the spec again: the search goes on to its end"
-        raise UsageError(f"trial {trial_id} came after the search was last summed up", remedy=remedy)
+        remedy = "submit the spec again: the search then finishes"
+        raise UsageError(f"trial {trial_id} was added after the search results were last written", remedy=remedy)
     reason = f"promoted by hand: {label}{BY_THE_RULE}{rule}"
     update = {"winner_id": trial_id, "promoted_by_hand": True, "promotion_reason": reason}
     if sweep.learning_curve is not None or sweep.no_learning_curve:
         curve = sweep.learning_curve
-        of = f"it was measured of {curve.trial_id}, before another was promoted by hand" if curve else _NOT_BY_THE_RULE
+        of = f"it was measured for {curve.trial_id}, before another was promoted by hand" if curve else _NOT_BY_THE_RULE
         update |= {"no_learning_curve": "" if curve is not None and curve.trial_id == trial_id else of}
     return sweep.model_copy(update=update)
 
@@ -107,14 +107,12 @@ def choose(sweep: SweepResult, ledger: Ledger, trial_id: str | None, *, promote:
     if entry is None:
         raise UsageError(f"no trial {chosen!r}", expected=known)
     if entry.trial.control not in PROMOTABLE_CONTROLS:
-        raise UsageError(f"{chosen} is the control {entry.trial.control}, and no candidate", expected=known)
+        raise UsageError(f"{chosen} is the control {entry.trial.control}, not a candidate", expected=known)
     if entry.end is not None and entry.end.state == "failed":
         raise UsageError(f"trial {chosen} failed: {entry.end.reason}", expected=known)
     if chosen not in mergeable:
         raise UsageError(f"trial {chosen} has no weights to merge", expected=known)
     if chosen != sweep.winner_id and not promote:
         instead = f"{sweep.winner_id} is" if sweep.winner_id else "nothing is"
-        raise UsageError(
-            f"{chosen} is not promoted: {instead}", remedy="add --promote: it is promoted by hand, and that is recorded"
-        )
+        raise UsageError(f"{chosen} is not promoted: {instead}", remedy="add --promote to promote it by hand; the run records it")
     return chosen

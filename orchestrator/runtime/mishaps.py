@@ -11,7 +11,7 @@ from ray import exceptions as ray_errors
 
 from orchestrator.errors import OrchestratorError, TrainingError
 
-GO_ON = "what was finished is on disk; submit the same spec again to continue"
+GO_ON = "finished work is on disk; submit the same spec again to continue"
 ACTORS = {
     "Exchange": "the exchange (the process that hands trials to the gangs)",
     "RankActor": "a rank of a gang",
@@ -58,7 +58,7 @@ def describe(error: BaseException) -> str:
     if isinstance(error, ray_errors.NodeDiedError):
         return "a node of the cluster died"
     if isinstance(error, ray_errors.OutOfMemoryError):
-        return "Ray ended a process of the run, for its node ran out of memory"
+        return "Ray ended a process of the run because its node ran out of memory"
     if isinstance(error, ray_errors.RayActorError):
         found = re.search(r"class_name: (\S+)", text)
         known = found[1].rpartition(".")[2] if found else ""

@@ -22,7 +22,7 @@ from orchestrator.transfer.learning_curve import LearningCurve
 from orchestrator.transfer.promotion import PROMOTABLE_CONTROLS
 from orchestrator.transfer.records import SweepResult, TransferReport, TrialRecord
 
-MORE_HOURS = "raise resources.max_gpu_hours and submit again: the search goes on from where it was ended"
+MORE_HOURS = "raise resources.max_gpu_hours and submit again: the search continues where it ended"
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def _ended_by_hours(
     missing += ["the learning curve"] if any(_is_missing(ledger, trial_id) for trial_id in points) else []
     if not missing:
         return ""
-    return f"all {asked} trials were searched, but for want of hours not {' and '.join(missing)}: {hours.spent}"
+    return f"all {asked} trials were searched, but out of GPU-hours for {' and '.join(missing)}: {hours.spent}"
 
 
 def _is_missing(ledger: Ledger, trial_id: str) -> bool:

@@ -35,5 +35,5 @@ def output_root(loaded: LoadedSpec, output: Path | None) -> OutputRoot:
     return OutputRoot(
         kept,
         f"`output: {loaded.spec.output}` lies in the working directory that Ray uploaded and will delete; "
-        f"the run goes to {kept} (say --output or an absolute `output` for another place)",
+        f"the run goes to {kept} (give --output or an absolute `output` for another place)",
     )

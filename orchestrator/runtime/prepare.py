@@ -134,7 +134,7 @@ def prepare(
     with output_to(run.data, remedy=WRITABLE, only_full=True):
         data = prepare_data(loaded, Path(anatomy.folder), run.data, keep=run.was_planned)
     if cluster is None:
-        assert known is not None, "a run whose plan is gone is planned again"
+        assert known is not None, "the run has no plan any more: planning it again"
         return Prepared(spec, run, anatomy, data, known)
     tell_data(data, run, view)
     view.phase("plan", "connecting to Ray")
@@ -170,7 +170,7 @@ def _claim_base(run: RunDirectory, anatomy: ModelAnatomy) -> tuple[str, RunPlan 
         raise RunConflictError(
             "the base's folder holds another base than when this run was planned",
             where=anatomy.folder,
-            remedy="put the base back, or choose another `name`; nothing was overwritten",
+            remedy="restore the base, or choose another `name`; nothing was overwritten",
         )
     return base_sha256, known
 

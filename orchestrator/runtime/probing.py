@@ -90,7 +90,7 @@ def _scored(prepared: Prepared, execution: ExecutionPlan, view: RunView, score: 
     plan = with_scores(prepared.plan, prepared.spec, prepared.anatomy, found)
     write_json(prepared.run.plan, plan)
     kind = "blocks_not_scored" if found.failed else "blocks_scored"
-    message = f"the search goes on without: {found.failed}" if found.failed else _sentence(found, plan)
+    message = f"the search continues without scores: {found.failed}" if found.failed else _sentence(found, plan)
     view.event(kind, message)
     prepared.run.event(kind, message=message, **found.model_dump(mode="json", exclude={"failed"}))
     return replace(prepared, plan=plan)

@@ -134,7 +134,7 @@ class Pulse:
             try:
                 now = self.now()
             except Exception:  # a look that fails is no trouble of the run; the next one may do
-                logger.debug("what is awaited is not known", exc_info=True)
+                logger.debug("the current wait is unknown", exc_info=True)
                 continue
             if time.monotonic() - self._written >= WRITE_S:
                 self._write(now)

@@ -80,7 +80,7 @@ def refit(base: BaseLoad, anatomy: ModelAnatomy, assignments: list[Assignment], 
             raise TrainingError(
                 f"the training on all ranks failed, after {MAX_RESTARTS} restarts at most: {_why(error, minder)}",
                 where=str(folder.parent),
-                remedy="submit the same spec again: it goes on from the newest whole checkpoint",
+                remedy="submit the same spec again: it continues from the newest complete checkpoint",
             ) from error
         return [read_record(result_file(assignment), RungResult) for assignment in assignments]
 

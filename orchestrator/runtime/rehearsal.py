@@ -28,7 +28,7 @@ class Rehearsal:
     data: DataSummary
     run_folder: Path
     would: str
-    """`start a new run`, `go on with an interrupted run`, ..."""
+    """`start a new run`, `continue an interrupted run`, ..."""
 
 
 def rehearse(loaded: LoadedSpec, job: Job, *, output: Path | None = None, cluster: Callable[[], ClusterDescription]) -> Rehearsal:
@@ -68,5 +68,5 @@ def _would(run_folder: Path, known: bool) -> str:
     if not known:
         return "start a new run"
     if read_outcome(run_folder) is None:
-        return "go on with an interrupted run"
-    return "take up a finished run: show its result, or add the trials that it lacks"
+        return "continue an interrupted run"
+    return "open a finished run: show its result, or add the missing trials"

@@ -163,7 +163,7 @@ class Shift:
                 self._queue.put(work)
             else:
                 failed.append(result)
-            then = "; ".join(work.notes[known:]) or f"its assignment {'is given up' if result else 'goes back'}"
+            then = "; ".join(work.notes[known:]) or f"its assignment {'is dropped' if result else 'is requeued'}"
             self._tell("gang_died", f"{death.what}; {then}", gang=gang.index, trial_id=work.assignment.trial.trial_id)
         if lived:  # the group that was being written may have been buried before the one that ran
             self._figures.replaced += 1

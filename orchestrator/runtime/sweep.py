@@ -47,7 +47,7 @@ def run_sweep(loaded: LoadedSpec, *, view: RunView, address: str | None = None, 
     Args:
         view: Whoever watches.
         address: Ray to run on; RAY_ADDRESS or a private one without it.
-        output: Folder of the runs, instead of the spec's.
+        output: Folder for runs; overrides the spec's `output`.
 
     Raises:
         OrchestratorError: whatever stops the run, see errors.py; what was done is on disk.
@@ -110,7 +110,7 @@ def _search(prepared: Prepared, view: Pulse, started_at: float) -> tuple[Prepare
         if untouched.state == "failed":
             raise TrainingError(
                 f"the base model could not be evaluated: {untouched.reason}",
-                remedy="fix the reported error and submit the same spec again: it is evaluated anew",
+                remedy="fix the reported error and submit the same spec again: it is evaluated again",
             )
         prepared = compiled_where_it_pays(scored_in_a_gang(prepared, exchange, view), exchange, view)
         prepared = advised_by_shift(prepared, exchange, view)
@@ -133,7 +133,7 @@ def _search(prepared: Prepared, view: Pulse, started_at: float) -> tuple[Prepare
         if sweep.no_learning_curve:
             _tell(prepared, view, "learning_curve_left_out", sweep.no_learning_curve)
         if earlier is not None and earlier.promoted_by_hand and earlier.winner_id != sweep.winner_id:
-            instead = f"{earlier.winner_id}, which was promoted by hand before the search went on"
+            instead = f"{earlier.winner_id}, which was promoted by hand before the search continued"
             _tell(
                 prepared,
                 view,

@@ -47,7 +47,7 @@ class Patience(Value):
         except ValueError:
             scale = 0.0
         if not 0 < scale < float("inf"):
-            raise UsageError("not a positive number", where=f"ORCHESTRATOR_PATIENCE={given}", remedy="give 1, or leave it unset")
+            raise UsageError("not a positive number", where=f"ORCHESTRATOR_PATIENCE={given}", remedy="set it to 1, or unset it")
         known = Patience()
         return Patience(silent_s=scale * known.silent_s, steady_s=scale * known.steady_s, opening_s=scale * known.opening_s)
 

@@ -18,12 +18,12 @@ from orchestrator.units import format_count
 NAMES = {"promoted": "this model", **CONTROL_NAMES}
 NOT_SHOWN = {
     "none": "a gain over the base was not shown",
-    "scratch": "a gain over the base was shown, one over random weights trained from scratch was not",
-    "repeat": "a gain over the base was shown for this model, and not for trainings from other seeds",
+    "scratch": "a gain over the base was shown, but not over random weights trained from scratch",
+    "repeat": "a gain over the base was shown for this model, but not for training from other seeds",
 }
 """What a verdict that is not `positive` leaves open, by what decided it."""
 MERGED_INTO = {
-    "dequantized": "the base's 4-bit weights as training held them, written out in 16 bits",
+    "dequantized": "the base's 4-bit weights as used in training, dequantized to 16 bits",
     "original": "the base's stored weights",
 }
 PROMPTS = {
@@ -115,8 +115,11 @@ def _results(transfer: TransferReport) -> str:
 
 def _reads(transfer: TransferReport) -> str:
     if transfer.test_set_reads > 1:
-        return f"The test set has been read {transfer.test_set_reads} times for this run; from the second on it is not unseen."
-    return "The test set was read once, after everything was decided."
+        return (
+            f"The test set has been read {transfer.test_set_reads} times for this run; after the first reading it "
+            "is no longer unseen."
+        )
+    return "The test set was read once, after all choices were made."
 
 
 def _score(scores: ModelScores, metric: str) -> str:
@@ -180,13 +183,13 @@ def _limitations(inputs: BundleInputs, transfer: TransferReport) -> str:
     said = [
         "The figures hold for data like the test set; nothing was measured beyond it"
         + (" and the retention set." if inputs.retain_set else "."),
-        "What the base model gets wrong or says out of place, this model may too.",
+        "This model may repeat the base model's errors and unwanted outputs.",
         licence_sentence(Path(inputs.base.folder)),
     ]
     if not inputs.retain_set:
-        said.append("No retention set was given: what the base has forgotten was not measured.")
+        said.append("No retention set was given: forgetting was not measured.")
     if gain_is_loss_only(transfer):
-        said.append("It gives no more right answers than the base: " + advice_on_answers(transfer)[0] + ".")
+        said.append("It gives no more correct answers than the base: " + advice_on_answers(transfer)[0] + ".")
     if transfer.verdict not in (None, "positive"):
         said.append(f"The verdict is `{transfer.verdict}`: {_not_shown(transfer)}.")
     return "## Limitations\n\n" + "\n".join(f"* {line}" for line in said)

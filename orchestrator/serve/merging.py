@@ -154,12 +154,12 @@ def _mapped(folder: Path, info: TensorInfo) -> torch.Tensor:
         with safe_open(path, framework="pt", device="cpu") as reader:
             tensor = reader.get_tensor(info.stored_name or info.name)
     except Exception as error:
-        raise BaseError(f"{info.name} cannot be read: {error}", where=str(path), remedy="make the merge plan again") from error
+        raise BaseError(f"{info.name} cannot be read: {error}", where=str(path), remedy="recompute the merge plan") from error
     if tuple(tensor.shape) != info.shape or tensor.dtype != DTYPES[info.dtype]:
         raise BaseError(
             f"{info.name} is now {tensor.dtype} {list(tensor.shape)}",
             where=str(path),
             expected=f"{info.dtype} {list(info.shape)}, as when the merge was planned",
-            remedy="make the merge plan again",
+            remedy="recompute the merge plan",
         )
     return tensor

@@ -111,7 +111,7 @@ def licence_sentence(base: Path) -> str:
     """What a reader must know of the licence."""
     found = licence_of(base)
     if not found.said_by:
-        return "The base model's files name no licence: find it out before you use or share this model."
+        return "The base model's files name no licence: check it before you use or share this model."
     name = found.values.get("license_name") or found.values["license"]
     return f"The base model's licence ({name}, by its {found.said_by}) and terms apply."
 

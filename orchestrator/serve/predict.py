@@ -127,7 +127,7 @@ class Predictor:
                 list(question.content), tools=list(question.tools) or None, tokenize=False, add_generation_prompt=True
             )
         except Exception as error:  # jinja's own, and whatever a template raises
-            raise DataError(f"the chat template refuses it: {error}", where=question.place, remedy="fix the messages") from None
+            raise DataError(f"the chat template rejects it: {error}", where=question.place, remedy="fix the messages") from None
         return self._plain_ids(text)
 
     def _plain_ids(self, text: str) -> list[int]:
@@ -213,7 +213,7 @@ def open_predictor(bundle: Path, *, untouched: bool = False, base: Path | None =
     folder = bundle
     if untouched:
         if task == "classify":
-            raise UsageError("the base of a classifier knows no classes", where=str(bundle), remedy="leave --base out")
+            raise UsageError("the base of a classifier has no classes", where=str(bundle), remedy="remove --base")
         folder = base if base is not None else Path(os.path.normpath(bundle.resolve() / record.base.path))
         if not (folder / "config.json").exists():
             raise UsageError("the base cannot be found", where=str(folder), remedy="give its folder with --base-folder")
@@ -225,7 +225,7 @@ def open_predictor(bundle: Path, *, untouched: bool = False, base: Path | None =
         tokenizer.pad_token_id = model.config.pad_token_id
     tokenizer.padding_side = "right"
     positions = getattr(model.config, "max_position_embeddings", None) or 1 << 20
-    name = f"{record.base.name}, untouched" if untouched else record.name
+    name = f"{record.base.name} (base model)" if untouched else record.name
     return Predictor(model, tokenizer, task, separator, name, _end_ids(model, tokenizer), int(positions))
 
 

@@ -50,7 +50,7 @@ def read_questions(pattern: str, task: Task, data: DataSpec) -> list[Asked]:
         else:
             found.append(asked)
     if bad:
-        count = f"{len(bad)} row{'s' if len(bad) > 1 else ''} cannot be asked"
+        count = f"{len(bad)} row{'s' if len(bad) > 1 else ''} cannot be answered"
         remedy = "fix or remove them; nothing was answered"
         raise DataError(f"{count}:\n  {bad_rows_text(bad)}", where=pattern, remedy=remedy)
     if not found:
@@ -103,7 +103,7 @@ def _before_answer(turns: Messages) -> Messages:
     while turns and turns[-1]["role"] == "assistant":
         turns = turns[:-1]
     if not turns:
-        raise RowError("there is no turn that could be answered")
+        raise RowError("there is no turn to answer")
     return turns
 
 

@@ -40,7 +40,7 @@ def verify_bundle(
     found = (anatomy.config_sha256, base_weights_sha256(files, folder, {}))
     if found != (record.base.config_sha256, record.base.weights_sha256):
         raise VerificationError(
-            "the folder holds another base than the one that was trained on",
+            "the folder holds a different base than the one that was trained",
             where=str(folder),
             expected=f"weights with the hash {record.base.weights_sha256}",
             remedy="give the base's folder with --base",
@@ -81,7 +81,7 @@ def _checked(bundle: Path) -> Manifest:
     if not (bundle / "manifest.json").is_file():
         unfinished = bundle.name.endswith(".partial")
         raise UsageError(
-            "the bundle was never finished" if unfinished else "not a bundle: there is no manifest.json",
+            "the bundle is incomplete" if unfinished else "not a bundle: there is no manifest.json",
             where=str(bundle),
             expected="a bundle/ folder of a run",
             remedy="submit the run again to finish it" if unfinished else "give the bundle's folder",
@@ -93,7 +93,7 @@ def _checked(bundle: Path) -> Manifest:
             error.what,
             where=error.where,
             expected=error.expected or "what manifest.json says",
-            remedy="do not serve it; make the bundle again with `orchestrator merge`",
+            remedy="do not serve it; rebuild the bundle with `orchestrator merge`",
         ) from error
 
 

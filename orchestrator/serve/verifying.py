@@ -217,6 +217,6 @@ def _check_in_fresh_process(probe: Path, bundle: Path, device: str, dtype: str) 
             f"plain transformers cannot load or run the bundle: {last}",
             where=str(bundle),
             expected="a model that `from_pretrained` loads",
-            remedy="see the files in the folder; it stays unfinished",
+            remedy="look at the files in the folder; it stays unfinished",
         )
     return json.loads(answer.read_text())

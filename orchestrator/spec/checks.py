@@ -89,7 +89,7 @@ def _ranges(spec: JobSpec) -> Iterator[Finding]:
         if pair is not None and pair[0] > pair[1]:
             path = ("search", "learning_rate", tune)
             yield Finding(
-                path, f"the range runs backwards: {pair[0]:g} to {pair[1]:g}", f"write [{pair[1]:g}, {pair[0]:g}]", (path,)
+                path, f"the range is reversed: {pair[0]:g} to {pair[1]:g}", f"write [{pair[1]:g}, {pair[0]:g}]", (path,)
             )
 
 
@@ -115,7 +115,7 @@ def _columns(spec: JobSpec) -> Iterator[Finding]:
         if not column.strip():
             yield Finding(path, "the column's name is empty")
         elif column != default and role not in read:
-            yield Finding(path, f"task {spec.task} reads no such column", f"it reads {' and '.join(used)}", (("task",), path))
+            yield Finding(path, f"task {spec.task} does not use this column", f"it reads {' and '.join(used)}", (("task",), path))
     for role in used:
         column = getattr(spec.data.columns, role)
         if column in roles:
@@ -132,13 +132,13 @@ def _format(spec: JobSpec) -> Iterator[Finding]:
         yield Finding(path, f"rows of format {data.format} do not fit task {spec.task}", hint, needs=(("task",), path))
     if data.template_without_input is not None and spec.task not in ("completion",):
         path = ("data", "template_without_input")
-        yield Finding(path, f"task {spec.task} reads no Alpaca prompts", "take it out", needs=(("task",), path))
+        yield Finding(path, f"task {spec.task} does not use Alpaca prompts", "remove it", needs=(("task",), path))
     for key in ("template", "template_without_input"):
         text = getattr(data, key)
         if text is not None and not TEMPLATE_COLUMN.search(text):
-            yield Finding(("data", key), "the template names no column", "write {name} where a column's text stands")
+            yield Finding(("data", key), "the template names no column", "write {name} where a column's text belongs")
     if data.delimiter is not None and data.delimiter in '"\r\n':
-        yield Finding(("data", "delimiter"), f"{data.delimiter!r} cannot separate fields", 'for example ";"')
+        yield Finding(("data", "delimiter"), f"{data.delimiter!r} cannot be a delimiter", 'for example ";"')
 
 
 def _metric(spec: JobSpec) -> Iterator[Finding]:
@@ -152,7 +152,9 @@ def _metric(spec: JobSpec) -> Iterator[Finding]:
     elif FUNCTION.match(metric) is None:
         near = near_names(metric, BUILT_IN_METRICS)
         hint = f"did you mean {near[0]}?" if near else ""
-        yield Finding(path, f"{metric!r} is no metric; expected {' | '.join(BUILT_IN_METRICS)} | package.module:function", hint)
+        yield Finding(
+            path, f"{metric!r} is not a metric; expected {' | '.join(BUILT_IN_METRICS)} | package.module:function", hint
+        )
 
 
 def _policies(spec: JobSpec) -> Iterator[Finding]:
@@ -163,11 +165,11 @@ def _policies(spec: JobSpec) -> Iterator[Finding]:
             yield Finding(path, f"{error.what}; expected {error.expected}", error.remedy)
             continue
         if policy.kind == "none":
-            hint = "leave it out" if path[0] == "search" else "write for example last:2"
+            hint = "remove it" if path[0] == "search" else "write for example last:2"
             yield Finding(path, "`none` trains nothing; as a control it always runs", hint)
         if policy.kind == "top" and path[0] == "search" and spec.search is not None and not spec.search.probe:
-            message = f"{text} chooses blocks by their scores, and search.probe: false scores none"
-            yield Finding(path, message, "leave search.probe out, or name blocks", needs=(("search", "probe"), path))
+            message = f"{text} chooses blocks by their scores, but search.probe: false turns scoring off"
+            yield Finding(path, message, "remove search.probe, or name blocks", needs=(("search", "probe"), path))
 
 
 def _points(spec: JobSpec) -> Iterator[Finding]:
@@ -178,7 +180,7 @@ def _points(spec: JobSpec) -> Iterator[Finding]:
     path = ("search", "points")
     needs = (("search", "algorithm"), path)
     if search.algorithm != "fixed":
-        hint = "write algorithm: fixed, or take the points out"
+        hint = "write algorithm: fixed, or remove the points"
         yield Finding(path, f"algorithm {search.algorithm} proposes its own trials and reads no points", hint, needs)
         return
     if not search.points:
@@ -187,18 +189,20 @@ def _points(spec: JobSpec) -> Iterator[Finding]:
     own = {"layers", "tune", "lora_rank", "replay", "anchor", "layer_decay"}
     for name, default in SearchSpec().model_dump(include=own).items():
         if getattr(search, name) != default:
-            hint = f"take it out; every point says its own {name}"
-            yield Finding(("search", name), "algorithm fixed tries its points and nothing else", hint, needs)
+            hint = f"remove it; every point has its own {name}"
+            yield Finding(("search", name), "algorithm fixed tries only its points", hint, needs)
     for number, point in enumerate(search.points):
         if point.tune == "full" and point.lora_rank is not None:
-            yield Finding((*path, number, "lora_rank"), "unfrozen weights have no lora_rank", "take it out, or write tune: lora")
+            yield Finding(
+                (*path, number, "lora_rank"), "lora_rank does not apply to full fine-tuning", "remove it, or write tune: lora"
+            )
 
 
 def _controls(spec: JobSpec) -> Iterator[Finding]:
     for number, control in enumerate(spec.search.controls if spec.search is not None else ()):
         if control == "k_shot" and spec.task in ("classify", "text"):
             message = f"task {spec.task} has no answers that could be shown in a prompt"
-            yield Finding(("search", "controls", number), message, "take k_shot out", (("task",),))
+            yield Finding(("search", "controls", number), message, "remove k_shot", (("task",),))
 
 
 def _remedies(spec: JobSpec) -> Iterator[Finding]:
@@ -222,7 +226,7 @@ def _duplicates(spec: JobSpec) -> Iterator[Finding]:
         for number, option in enumerate(options):
             normal = _normal(str(option), spec) if name == "layers" else str(option)
             if normal in first:
-                message = f"the option {_written(option)} is there already, as {first[normal]}"
+                message = f"the option {_written(option)} is a duplicate of {first[normal]}"
                 yield Finding(("search", name, number), message, "remove one")
             first.setdefault(normal, _written(option))
 

@@ -14,7 +14,7 @@ from orchestrator.errors import SelectionError
 
 Kind = Literal["none", "head", "last", "first", "blocks", "all", "top"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-FORMS = "none | head | last:N | first:N | blocks:0-3,8 | all | top:0.25, each with blocks also +head"
+FORMS = "none | head | last:N | first:N | blocks:0-3,8 | all | top:0.25; add +head to any blocks"
 EXAMPLES: dict[str, str] = {
     "none": "none",
     "head": "head",
@@ -74,7 +74,7 @@ def parse_policy(text: str) -> Policy:
         case "last" | "first":
             if not re.fullmatch(r"[0-9]{1,4}", argument) or int(argument) < 1:
                 remedy = "write none" if argument == "0" else f"write {kind}:2"
-                raise _wrong(text, f"`{kind}` wants a number of blocks, at least 1", remedy)
+                raise _wrong(text, f"`{kind}` needs a number of blocks, at least 1", remedy)
             return Policy(kind, count=int(argument), with_head=with_head)
         case "blocks":
             return Policy(kind, ranges=_parse_ranges(text, argument), with_head=with_head)
@@ -94,10 +94,10 @@ def _parse_ranges(text: str, argument: str) -> tuple[tuple[int, int], ...]:
     for part in argument.split(","):
         match = re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", part)
         if match is None:
-            raise _wrong(text, f"{part!r} is no block and no range of blocks", "write blocks:0-3,8")
+            raise _wrong(text, f"{part!r} is neither a block nor a range of blocks", "write blocks:0-3,8")
         low, high = int(match[1]), int(match[2] or match[1])
         if low > high:
-            raise _wrong(text, f"the range {part} runs backwards", f"write blocks:{high}-{low}")
+            raise _wrong(text, f"the range {part} is reversed", f"write blocks:{high}-{low}")
         blocks.update(range(low, high + 1))
     runs: list[tuple[int, int]] = []
     for block in sorted(blocks):
@@ -114,7 +114,7 @@ def _parse_fraction(text: str, argument: str) -> float:
     except ValueError:
         fraction = 0.0
     if not 0.0 < fraction <= 1.0:
-        raise _wrong(text, "`top` wants a share of the blocks between 0 and 1", "write top:0.25")
+        raise _wrong(text, "`top` needs a share of the blocks, between 0 and 1", "write top:0.25")
     return fraction
 
 
@@ -131,7 +131,7 @@ def _unknown(text: str, compact: str) -> SelectionError:
         remedy = f"did you mean {meant}{'+head' if extra else ''}?"
     else:
         remedy = "write for example last:2"
-    return _wrong(text, "no layer policy", remedy)
+    return _wrong(text, "not a layer policy", remedy)
 
 
 def _wrong(text: str, what: str, remedy: str) -> SelectionError:

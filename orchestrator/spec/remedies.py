@@ -43,10 +43,10 @@ def _anchors(spec: JobSpec) -> Iterator[tuple[KeyPath, Anchor]]:
 
 def _needs_text(spec: JobSpec, path: KeyPath, used: str) -> Iterator[Mistake]:
     if spec.task == "classify":
-        hint = "leave it out; l2sp holds unfrozen weights without any text"
-        yield path, f"a classifier has no output projection by which retention text could be {used}", hint, (("task",), path)
+        hint = "remove it; l2sp needs no retention text"
+        yield path, f"a classifier has no output projection with which retention text could be {used}", hint, (("task",), path)
     elif spec.data.retain is None:
-        yield path, f"there is no retention text that could be {used}", "give data.retain", (("data", "retain"), path)
+        yield path, f"there is no retention text to be {used}", "give data.retain", (("data", "retain"), path)
 
 
 def _anchor_mistakes(spec: JobSpec, path: KeyPath, anchor: AnchorSpec) -> Iterator[Mistake]:
@@ -65,21 +65,21 @@ def _anchor_mistakes(spec: JobSpec, path: KeyPath, anchor: AnchorSpec) -> Iterat
 def _misfit(anchor: AnchorSpec, where: str) -> tuple[str, str]:
     """Message and hint of an anchor that fits no way of tuning of these places."""
     if anchor.kind == "product":
-        return f"unfrozen weights ({where}) have no adapter whose product could be held", "write l2sp or ewc, or tune: lora"
+        return f"unfrozen weights ({where}) have no adapter, which `product` needs", "write l2sp or ewc, or tune: lora"
     why = (
         "the gradient by A is zero at the start, since B is, and so is its Fisher information"
         if anchor.kind == "ewc"
-        else "adapters begin beside the base's weights, which do not move"
+        else "adapters are added to the base's weights, which stay frozen"
     )
-    return f"{anchor.kind} holds unfrozen weights; with lora ({where}) {why}", "write product, or tune: full"
+    return f"{anchor.kind} is for full fine-tuning; with lora ({where}) {why}", "write product, or tune: full"
 
 
 def _needs_whole_adapters(spec: JobSpec, path: KeyPath) -> Iterator[Mistake]:
     """Any ZeRO stage that is given is DeepSpeed's, 0 too, and whatever is offloaded is at stage 3."""
     for key, asked in (("zero", spec.resources.zero), ("offload", spec.resources.offload)):
         if asked not in ("auto", "none"):
-            message = f"resources.{key}: {asked} asks for DeepSpeed, and products of adapters are held without it alone"
-            yield path, message, f"leave resources.{key} out", (("resources", key), path)
+            message = f"resources.{key}: {asked} requires DeepSpeed, which the anchor `product` does not support"
+            yield path, message, f"remove resources.{key}", (("resources", key), path)
 
 
 def _tunes(spec: JobSpec, path: KeyPath) -> list[tuple[set[Tune], KeyPath]]:
@@ -104,4 +104,4 @@ def _tunes(spec: JobSpec, path: KeyPath) -> list[tuple[set[Tune], KeyPath]]:
 def _elsewhere(spec: JobSpec, misfit: KeyPath) -> str:
     """What else is to be done about an anchor of `train` that fits one of two sections."""
     place = "search.points" if spec.search is not None and spec.search.algorithm == "fixed" else "search.anchor"
-    return f", or move it to {place}" if misfit[0] == "finetune" else f", or let {place} say otherwise"
+    return f", or move it to {place}" if misfit[0] == "finetune" else f", or override it with {place}"

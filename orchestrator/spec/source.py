@@ -93,7 +93,7 @@ def parse_source(text: str, file: str) -> Source:
     except ReaderError as error:
         raise SpecError([_forbidden(source, error)]) from None
     except (YAMLError, RecursionError) as error:
-        raise SpecError([SpecProblem("", f"no YAML: {str(error).splitlines()[0]}", source.file)]) from None
+        raise SpecError([SpecProblem("", f"not valid YAML: {str(error).splitlines()[0]}", source.file)]) from None
     if root is None:
         raise SpecError([SpecProblem("", "the file is empty", source.file, 1, 1, "start from jobs/specs/quickstart.yaml")])
     source.data = _Walk(source).value(root, ())
@@ -177,7 +177,7 @@ def _syntax(file: str, error: Any) -> SpecProblem:
         hint = "check the indentation"
     elif "expected a single document" in (error.context or ""):
         hint = "one file holds one spec: remove what follows `---`"
-    return SpecProblem("", f"no valid YAML: {problem}", file, line, column, hint)
+    return SpecProblem("", f"not valid YAML: {problem}", file, line, column, hint)
 
 
 class _Walk:
@@ -212,7 +212,7 @@ class _Walk:
             except (ValueError, YAMLError):
                 return str(node.value)
         if kind not in ("str", "timestamp"):
-            self.source.problems.append(self.source.problem(path, f"the tag {node.tag} means nothing here", "leave the tag out"))
+            self.source.problems.append(self.source.problem(path, f"the tag {node.tag} is not supported here", "remove the tag"))
         return str(node.value)
 
     def mapping(self, node: Any, path: KeyPath) -> dict[str, Any]:

@@ -88,8 +88,8 @@ UNSUPPORTED = (
     Unsupported("`base.quantize: int8`", "write nf4 or none", _int8),
     Unsupported(
         "`base.trust_remote_code: true`",
-        "take a base of a layout that transformers itself knows",
+        "use a base whose layout transformers itself knows",
         _remote_code,
-        verdict="refused, code that comes with a model never runs",
+        verdict="rejected: code that comes with a model is never run",
     ),
 )

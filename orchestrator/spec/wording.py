@@ -184,7 +184,7 @@ def found(value: object) -> str:
     """A value as the file has it, short."""
     match value:
         case None:
-            return "nothing is there"
+            return "the value is empty"
         case bool():
             return f"found {str(value).lower()}"
         case str():

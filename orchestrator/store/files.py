@@ -25,7 +25,7 @@ PARTIAL = ".partial-"
 """Stands in the names of files and folders that somebody is still writing, or died over."""
 
 
-RECORD_REMEDY = "submit the same spec again: what is damaged is set aside and made again; or restore the file from a copy"
+RECORD_REMEDY = "submit the same spec again: damaged files are set aside and rebuilt; or restore the file from a copy"
 Record = TypeVar("Record", bound=BaseModel)
 
 
@@ -99,7 +99,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise IntegrityError(f"no JSON: {error}", where=str(path), remedy=RECORD_REMEDY) from None
+        raise IntegrityError(f"not valid JSON: {error}", where=str(path), remedy=RECORD_REMEDY) from None
     except RecursionError:
         raise IntegrityError("JSON nested too deeply", where=str(path), remedy=RECORD_REMEDY) from None
 

@@ -28,7 +28,7 @@ from orchestrator.store.files import (
 from orchestrator.values import Value
 
 MANIFEST = "manifest.json"
-REMEDY = "restore the folder from a copy, or remove it and let it be made again"
+REMEDY = "restore the folder from a copy, or remove it to have it rebuilt"
 
 
 class FileRecord(Value):
@@ -153,7 +153,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return Manifest.model_validate(read_json(folder / MANIFEST))
     except (FileNotFoundError, NotADirectoryError):
-        what = "no manifest.json: the folder was never finished" if folder.is_dir() else "no such folder"
+        what = "no manifest.json: the folder is incomplete" if folder.is_dir() else "no such folder"
         raise IntegrityError(what, where=str(folder), remedy=REMEDY) from None
     except ValidationError as error:
         first = error.errors()[0]
@@ -192,7 +192,7 @@ def check_artifact(folder: Path) -> Manifest:
     """Compare the adapter or delta in a rung, checkpoint or bundle with the folder's manifest, which is returned.
 
     Raises:
-        IntegrityError: a file is not what was written, or the folder was never finished.
+        IntegrityError: a file is not what was written, or the folder is incomplete.
     """
     return check_folder(folder, only=(f"{ADAPTER}/", f"{DELTA}/"))
 

@@ -31,7 +31,7 @@ LOCK = ".lock"
 FREE_TO_CHANGE = ("output:", "resources.", "search.trials:")
 """What may differ between two submissions of one run."""
 LISTED = 20
-WRITABLE = "give `output` or --output a folder in which files can be written, with room; or make room or rights there"
+WRITABLE = "give `output` or --output a writable folder with free space; or free space or grant write permission there"
 
 
 class RunDirectory:
@@ -91,7 +91,7 @@ class RunDirectory:
         """
         with output_to(path, remedy=WRITABLE):
             if _read_identity(path) is None:
-                raise RunConflictError("the folder holds no run", where=str(path), remedy="give the folder of a run")
+                raise RunConflictError("the folder does not hold a run", where=str(path), remedy="give the folder of a run")
             return cls(path, _lock(path))
 
     @property
@@ -207,10 +207,9 @@ def require_same_base(path: Path, identity: dict[str, Any]) -> None:
     differences = describe_difference(known, identity)
     if differences:
         raise RunConflictError(
-            "the base's folder holds another base than when this run began; the difference (there -> here):\n  "
-            + _shown(differences),
+            "the base's folder differs from when this run began; the difference (there -> here):\n  " + _shown(differences),
             where=str(path),
-            remedy="put the base back, or choose another `name`; nothing was overwritten",
+            remedy="restore the base, or choose another `name`; nothing was overwritten",
         )
 
 
@@ -272,15 +271,15 @@ def _identity(loaded: LoadedSpec, spec_sha256: str, known: dict[str, Any] | None
 
 def _refuse_foreign(path: Path) -> None:
     """A folder without run.json is only taken where nothing but a lock, or the beginning of a run.json, lies in it."""
-    remedy = "choose another `name` or `output`; nothing was touched"
+    remedy = "choose another `name` or `output`; nothing was changed"
     if path.exists() and not path.is_dir():
-        raise RunConflictError("a file stands where the run's folder would be", where=str(path), remedy=remedy)
+        raise RunConflictError("a file is in the place of the run's folder", where=str(path), remedy=remedy)
     if not path.is_dir() or _planned_spec(path / "plan.json") is not None or _read_identity(path) is not None:
         return
     foreign = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK and PARTIAL not in entry.name)
     if foreign:
         more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
-        what = f"the folder holds files and is no run: {', '.join(foreign[:3])}{more}"
+        what = f"the folder holds files but is not a run: {', '.join(foreign[:3])}{more}"
         raise RunConflictError(what, where=str(path), remedy=remedy)
 
 
@@ -298,7 +297,9 @@ def _known_identity(run: RunDirectory, spec_sha256: str, loaded: LoadedSpec) -> 
             error.remedy = "restore run.json from a copy, or choose another `name` or `output`; nothing was overwritten"
             raise
         aside = set_aside(file)
-        message = f"{IDENTITY} is damaged ({error.what}): set aside as {aside.name}; the plan says that the run is of this spec"
+        message = (
+            f"{IDENTITY} is damaged ({error.what}): set aside as {aside.name}; the plan shows that the run belongs to this spec"
+        )
         run.event("record_damaged", message=message, path=IDENTITY, aside=aside.name)
         return {**_identity(loaded, spec_sha256, None), "submissions": []}
 
@@ -346,24 +347,24 @@ def _lock(path: Path) -> TextIO:
         lock.close()
         raise _busy(path, holder) from None
     lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {platform.node()}")
+    lock.write(f"process {os.getpid()} on host {platform.node()}")
     lock.flush()
     return lock
 
 
 def _busy(path: Path, holder: str) -> RunConflictError:
     return RunConflictError(
-        f"{holder} works in this run", where=str(path), remedy="wait for it, stop it, or choose another `name`"
+        f"{holder} is already running this run", where=str(path), remedy="wait for it, stop it, or choose another `name`"
     )
 
 
 def _conflict(path: Path, old: dict[str, Any], new: dict[str, Any]) -> RunConflictError:
     differences = [line for line in describe_difference(old, new) if not line.startswith(FREE_TO_CHANGE)]
-    shown = _shown(differences) or "none in the spec: it was submitted as the other job (sweep, finetune)"
+    shown = _shown(differences) or "not in the spec: it was submitted as the other job (sweep, finetune)"
     return RunConflictError(
         f"the folder holds another run; the difference (there -> here):\n  {shown}",
         where=str(path),
-        remedy="choose another `name` or `output`, or put the spec back; nothing was overwritten",
+        remedy="choose another `name` or `output`, or restore the spec; nothing was overwritten",
     )
 
 

@@ -113,10 +113,10 @@ def _checked(branch: Branch, tensors: Mapping[str, torch.Tensor]) -> dict[str, t
     planned = {name: tuple(full_shape(parameter)) for name, parameter in branch.learning_parameters()}
     for name in sorted(planned.keys() ^ tensors.keys()):
         raise TrainingError(
-            "was planned and is not there" if name in planned else "was not planned and is there",
+            "was planned but is missing" if name in planned else "is present but was not planned",
             where=name,
-            expected=f"exactly the {len(planned)} tensors that learn",
-            remedy="nothing was saved; gather every learning parameter before saving",
+            expected=f"exactly the {len(planned)} trainable tensors",
+            remedy="nothing was saved; gather every trainable parameter before saving",
         )
     for name, shape in planned.items():
         found = tuple(tensors[name].shape)
@@ -172,7 +172,7 @@ def load_artifact(branch: Branch, folder: Path, assign: Callable[[nn.Parameter, 
     """
     stored, learning = _stored_tensors(_read(folder)), dict(branch.learning_parameters())
     if unlike := _unlike(learning, stored):
-        raise IntegrityError(unlike, where=str(folder), expected=f"the {len(learning)} tensors that this trial trains")
+        raise IntegrityError(unlike, where=str(folder), expected=f"the {len(learning)} trainable tensors of this trial")
     for file in {info.file for info in stored.values()}:
         with safe_open(folder / file, framework="pt", device="cpu") as reader:
             for name, parameter in learning.items():
@@ -191,7 +191,7 @@ def misfit(branch: Branch, folder: Path) -> str:
 def _unlike(learning: Mapping[str, nn.Parameter], stored: Mapping[str, TensorInfo]) -> str:
     """The first tensor whose name or shape is another one; empty where none is."""
     for name in sorted(learning.keys() ^ stored.keys()):
-        return f"{name} is not in the artifact" if name in learning else f"{name} is not trained in this trial"
+        return f"{name} is not in the artifact" if name in learning else f"{name} is not trainable in this trial"
     for name, parameter in learning.items():
         planned = tuple(full_shape(parameter))
         if stored[name].shape != planned:

@@ -259,4 +259,4 @@ def _check_is_what_headers_say(base: LoadedBase) -> None:
         if planned != quantized:
             name = sorted(planned ^ quantized)[0]
             state = "is quantized" if name in quantized else "is not quantized"
-            raise BaseError(f"{name} {state} against the plan", where=base.load.folder)
+            raise BaseError(f"{name} {state}, contrary to the plan", where=base.load.folder)

@@ -132,7 +132,7 @@ def open_branch(
         BaseLostError: It failed to open, and the base could not be put back.
     """
     if any(parameter.requires_grad for parameter in base.model.parameters()):
-        raise TrainingError("the base has a branch already", remedy="close it before the next one is opened")
+        raise TrainingError("the base already has an open branch", remedy="close it before opening another")
     undo = ExitStack()
     try:
         check_names(base, selection)
@@ -156,7 +156,7 @@ def put_back(undo: ExitStack) -> None:
     try:
         undo.close()
     except Exception as error:
-        raise BaseLostError(f"the base could not be put back after a trial: {type(error).__name__}: {error}") from error
+        raise BaseLostError(f"the base could not be restored after a trial: {type(error).__name__}: {error}") from error
 
 
 def learning_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -191,17 +191,17 @@ def check_names(base: LoadedBase, selection: LayerSelection) -> None:
             )
     for name in selection.adapted:
         if not isinstance(base.model.get_submodule(_module_of(name)), nn.Linear):
-            raise SelectionError(f"{name} is no matrix product: LoRA cannot adapt it", where=base.load.folder)
+            raise SelectionError(f"{name} is not a matrix product: LoRA cannot adapt it", where=base.load.folder)
     planned = {*selection.trainable, *selection.adapted, *selection.frozen}
     forgotten = {name for name, _ in base.model.named_parameters() if name in base.anatomy.tensors} - planned
     if forgotten:
         raise SelectionError(
-            f"the selection says nothing about {sorted(forgotten)[0]}",
+            f"the selection does not cover {sorted(forgotten)[0]}",
             where=base.load.folder,
-            remedy="make the selection anew from this base's files",
+            remedy="recompute the selection from this base's files",
         )
     if selection.adapted and not selection.lora_rank:
-        raise SelectionError("adapted weights need a lora_rank")
+        raise SelectionError("LoRA needs a lora_rank")
 
 
 def _new_parameters(base: LoadedBase, selection: LayerSelection, seed: int, undo: ExitStack) -> set[str]:
@@ -272,8 +272,8 @@ def check_learning(selection: LayerSelection, learning: Sequence[tuple[str, nn.P
     actual = {name for name, _ in learning}
     if planned != actual:
         name = sorted(planned ^ actual)[0]
-        state = "learns and was not planned" if name in actual else "was planned and does not learn"
-        raise TrainingError(f"{name} {state}", expected=f"{len(planned)} parameters to learn, found {len(actual)}")
+        state = "is trainable but was not planned" if name in actual else "was planned but is not trainable"
+        raise TrainingError(f"{name} {state}", expected=f"{len(planned)} trainable parameters, found {len(actual)}")
     count = sum(full_shape(parameter).numel() for _, parameter in learning)
     if count != selection.num_trainable_parameters:
-        raise TrainingError(f"{count} elements learn, and the plan says {selection.num_trainable_parameters}")
+        raise TrainingError(f"{count} elements are trainable; the plan says {selection.num_trainable_parameters}")

@@ -46,7 +46,7 @@ def build_engine(
     weights: list[torch.Tensor] | None = None
     if plan is not None and plan.kind == "ewc":
         retention = sets.retention
-        assert retention is not None, "EWC is refused where there is no retention text"
+        assert retention is not None, "EWC needs retention text"
 
         def measure() -> list[torch.Tensor]:
             measuring = _engine(objective, branch, groups, execution, settings, ranks, measuring=True)

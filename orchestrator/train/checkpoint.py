@@ -89,15 +89,20 @@ def open_checkpoint(
     record = read_json(folder / "state.json")
     newer = [path.name for path in _on_the_way(trial_folder) if _step_of(path) > max(record["step"], _step_of(start))]
     if newer:
-        note(f"passed over as damaged or of a later attempt: {', '.join(newer)}")
+        note(f"skipped, damaged or from a later attempt: {', '.join(newer)}")
     if not record["has_optimizer"]:
-        raise TrainingError("the checkpoint holds no optimizer state", where=str(folder), remedy="start again from step 0")
+        raise TrainingError("the checkpoint holds no optimizer state", where=str(folder), remedy="restart from step 0")
     same_ranks, whole = record["ranks"] == ranks.count, wanted.layout == FLAT
     exact = record["layout"] == wanted.layout and (same_ranks or whole)
     if not exact:
-        note(f"{folder.name} is of another gang or ZeRO stage: weights taken over, Adam's moments start anew")
+        note(f"{folder.name} is from another gang or ZeRO stage: weights are loaded, Adam's moments restart at zero")
     elif not same_ranks:
-        note(f"{folder.name} was made by {record['ranks']} ranks, and {ranks.count} go on: last digits may differ from there")
+        note(
+            (
+                f"{folder.name} was made by {record['ranks']} ranks and is continued by {ranks.count}: last digits may "
+                "differ from here on"
+            )
+        )
     loss = None if record["loss"] is None else float(record["loss"])
     return StartPoint(folder, LoopState(record["step"], record["tokens"], loss), exact, whole)
 
@@ -116,7 +121,7 @@ def _own_checkpoint(start: Path, trial_folder: Path, wanted: Wanted) -> tuple[Pa
 
 
 def _goes_on(found: Path | None) -> str:
-    return f"goes on from {found.name}" if found is not None else "starts again from step 0"
+    return f"continues from {found.name}" if found is not None else "restarts from step 0"
 
 
 def _stranger(folder: Path, wanted: Wanted) -> str:
@@ -125,7 +130,7 @@ def _stranger(folder: Path, wanted: Wanted) -> str:
     if found := contradiction(read_manifest(folder).about, wanted.owner):
         return found
     if seed != wanted.seed:
-        return f"of seed {seed} and not of {wanted.seed}"
+        return f"of seed {seed}, not {wanted.seed}"
     return f"of another trial: {unlike}" if (unlike := wanted.misfit(folder)) else ""
 
 
@@ -162,7 +167,7 @@ def find_latest(folder: Path) -> Path | None:
             if record["has_optimizer"]:
                 found.append((int(record["step"]), candidate))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            logger.warning("checkpoint %s is passed over: %s", candidate, error)
+            logger.warning("checkpoint %s is skipped: %s", candidate, error)
     return next((path for _, path in sorted(found, key=lambda item: item[0], reverse=True) if is_whole(path)), None)
 
 
@@ -171,7 +176,7 @@ def is_whole(folder: Path) -> bool:
     try:
         check_folder(folder)
     except IntegrityError as error:
-        logger.warning("checkpoint %s is passed over: %s", folder, error)
+        logger.warning("checkpoint %s is skipped: %s", folder, error)
         return False
     return True
 

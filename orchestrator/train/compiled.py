@@ -71,7 +71,7 @@ def compiled_blocks(base: LoadedBase, cut: int, execution: ExecutionPlan) -> Ite
         return
     missing = missing_compiler(base.device)
     if missing:
-        raise TrainingError(f"the blocks cannot be compiled: {missing}", remedy="install one, or resources.compile: off")
+        raise TrainingError(f"the blocks cannot be compiled: {missing}", remedy="install one, or set resources.compile: off")
     dynamo = _prepared()
     shape = (execution.micro_batch_rows, width_of(execution.row_tokens))
     before = _seconds_compiling()

@@ -100,7 +100,7 @@ class FusedRun:
         first = members[0].run
         state = first.outcome.state
         if any((m.run.outcome.state.step, m.run.outcome.state.tokens) != (state.step, state.tokens) for m in members):
-            raise TrainingError("trials of one batch must stand at one step", remedy="run them apart")
+            raise TrainingError("trials in one batch must be at the same step", remedy="run them separately")
         started = time.perf_counter()
         for member in members:
             member.run.begin_steps()

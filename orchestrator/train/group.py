@@ -45,13 +45,13 @@ def open_group(base: LoadedBase, specs: Sequence[AdapterSpec]) -> BranchGroup:
         BaseLostError: it failed to open, and the base could not be put back.
     """
     if any(parameter.requires_grad for parameter in base.model.parameters()):
-        raise TrainingError("the base has a branch already", remedy="close it before the next one is opened")
+        raise TrainingError("the base already has an open branch", remedy="close it before opening another")
     for spec in specs:
         check_names(base, spec.selection)
         beside = spec.selection.trainable or base.anatomy.head_weight in spec.selection.adapted
         if beside or spec.selection.cut != specs[0].selection.cut:
             raise SelectionError(
-                f"{spec.selection.policy} cannot share a batch", expected="LoRA in blocks alone, with the cut of its neighbours"
+                f"{spec.selection.policy} cannot share a batch", expected="only LoRA in blocks, with the same cut"
             )
     undo = ExitStack()
     try:

@@ -78,7 +78,7 @@ class Groups:
             if is_out_of_memory(error):
                 self._host.check_shared(error)
             gc.collect()
-            return 1, f"no batch is shared: {first_line(error)}"
+            return 1, f"trials are not batched together: {first_line(error)}"
 
     def _run_fused(self, group: Sequence[Assignment], started: float, on_step: OnStep) -> list[RungResult]:
         """All of them in one batch; in halves where memory runs out, alone where it fails for any other reason."""
@@ -120,14 +120,14 @@ class Groups:
             host.check_shared(error)
             gc.collect()
             if host.give_up_held():
-                host.news.append("out of memory: what was kept of other rungs is given up, and the batch begins again")
+                host.news.append("out of memory: cached state of other rungs is released, and the batch is restarted")
                 return self.run(group, on_step)
             kind, width = kind_of_batch(group[0]), len(group) // 2
             self.widths[kind] = width
             self._tried.pop(kind, None)  # never wider again
-            host.news.append(f"out of memory: of {len(group)} trials that shared a batch, from now on {width} do")
+            host.news.append(f"out of memory: batches now hold {width} trials instead of {len(group)}")
             return self.run(group, on_step)
         if not isinstance(error, OrchestratorError):
             raise error
-        host.news.append(f"{len(group)} trials cannot share a batch and are run apart: {error}")
+        host.news.append(f"{len(group)} trials cannot share a batch and are run separately: {error}")
         return [host.carry(assignment, on_step) for assignment in group]

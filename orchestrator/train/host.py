@@ -221,7 +221,7 @@ class TrainHost:
                     raise
                 self.check_shared(error)
                 if self.give_up_held():
-                    notes.append("out of memory: what was kept of other rungs is given up, and it begins again")
+                    notes.append("out of memory: cached state of other rungs is released, and the trial is restarted")
                     del run
                     gc.collect()
                     continue
@@ -305,7 +305,7 @@ class TrainHost:
         (count,) = self._ranks.sum([len(moved)])
         if count:
             raise TrainingError(
-                f"the base was not put back after trial {assignment.trial.trial_id}: {count:.0f} tensors differ",
+                f"the base was not restored after trial {assignment.trial.trial_id}: {count:.0f} tensors differ",
                 where=moved[0] if moved else "on another rank",
                 remedy="this gang must be replaced",
             )

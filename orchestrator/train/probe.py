@@ -151,7 +151,7 @@ def score_blocks(
     finally:
         objective.train(was_training)
     if not all(math.isfinite(value) for value in (*norms, *ratios) if value is not None):
-        raise NonFiniteLossError("a gradient of the untouched base is not finite", remedy="train.dtype: float32")
+        raise NonFiniteLossError("a gradient of the base model is not finite", remedy="train.dtype: float32")
     return LayerScores(
         relative_gradient_norms=norms,
         signal_to_noise=ratios,

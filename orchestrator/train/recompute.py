@@ -35,9 +35,9 @@ def recomputed(blocks: Iterable[Any]) -> Iterator[None]:
     for block in switched:
         if not isinstance(block, GradientCheckpointingLayer):
             raise TrainingError(
-                f"a block of class {type(block).__name__} cannot be computed again in the backward pass",
+                f"a block of class {type(block).__name__} cannot be recomputed in the backward pass",
                 expected="transformers' GradientCheckpointingLayer",
-                remedy="gradient checkpointing has nothing to give here: more ranks (resources.ranks_per_gang) with zero: 3, "
+                remedy="gradient checkpointing does not help here: more ranks (resources.ranks_per_gang) with zero: 3, "
                 "or a smaller data.max_tokens",
             )
     for block in switched:

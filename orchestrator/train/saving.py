@@ -177,4 +177,6 @@ def _write(final: Path, snapshot: Snapshot, ranks: Ranks) -> None:
         raise
     except Exception as error:  # heard by whoever asks next, maybe another trial: it must be no trial's own failure
         what = f"the checkpoint could not be written: {type(error).__name__}: {error}"
-        raise CheckpointError(what, where=str(final), remedy="make room or rights there; the gang is replaced") from error
+        raise CheckpointError(
+            what, where=str(final), remedy="free space or grant write permission there; the gang is replaced"
+        ) from error

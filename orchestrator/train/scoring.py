@@ -121,5 +121,5 @@ def _not_finite(name: str, evaluation: Evaluation | None) -> NonFiniteLossError 
     return NonFiniteLossError(
         f"the loss on {name} became {evaluation.loss}",
         expected="a finite number",
-        remedy="lower the learning rate; where the untouched base does it too, train.dtype: float32",
+        remedy="lower the learning rate; if the base model's loss is not finite either, set train.dtype: float32",
     )

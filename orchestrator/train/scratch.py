@@ -57,4 +57,4 @@ def _copy(name: str, parameter: torch.Tensor, drawn: torch.Tensor) -> None:
 
 
 def _cannot_begin_with(name: str) -> TrainingError:
-    return TrainingError(f"the control `scratch` cannot begin anew with {name}", remedy="take scratch out of search.controls")
+    return TrainingError(f"the control `scratch` cannot reinitialise {name}", remedy="remove scratch from search.controls")

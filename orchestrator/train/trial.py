@@ -245,7 +245,7 @@ class TrialRun:
         (count,) = self.ranks.sum([len(moved)])
         if count:
             where = moved[0] if moved else "on another rank"
-            raise TrainingError(f"{count:.0f} frozen tensors changed while the trial learned", where=where)
+            raise TrainingError(f"{count:.0f} frozen tensors changed during training", where=where)
 
     def save_rung(self, engine: Engine, branch: Branch) -> None:
         """What the next rung goes on from, and what promotion takes."""

@@ -63,7 +63,7 @@ def best_width(
             break
         best, width = width, 2 * width
     said = ", ".join(f"{count}: {1e3 * each:.1f} ms" for count, each in seconds.items())
-    return best, f"{best} trials share a batch (a trial's micro-batch by trials in a batch: {said})"
+    return best, f"{best} trials share a batch (time per trial's micro-batch, by trials in a batch: {said})"
 
 
 def _slowest(base: LoadedBase, group: Sequence[Assignment], step: StepInput, ranks: Ranks) -> float | None:

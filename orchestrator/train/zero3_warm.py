@@ -111,7 +111,7 @@ def _release_cache() -> Any:
     for holder in (method, *(cell.cell_contents for cell in method.__closure__ or ())):
         if hasattr(holder, "cache_clear"):
             return holder
-    raise RuntimeError("this deepspeed keeps no cache of __params_to_release: read it again and mend this module")
+    raise RuntimeError("this deepspeed keeps no cache of __params_to_release: read its source again and fix this module")
 
 
 def _partition_again(parameter: Any) -> None:

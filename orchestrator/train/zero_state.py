@@ -30,7 +30,7 @@ def masters(engine: Any) -> list[torch.Tensor]:
             return [parameter for group in optimizer.param_groups for parameter in group["params"]]
         case other:
             raise TrainingError(
-                f"deepspeed's optimizer {other} keeps its masters where nobody knows",
+                f"deepspeed's optimizer {other} keeps its fp32 master weights in an unknown place",
                 remedy="install the versions of constraints.txt",
             )
 

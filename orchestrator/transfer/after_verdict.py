@@ -10,7 +10,7 @@ from orchestrator.transfer.records import ComparisonRecord, TransferReport, Verd
 
 Decider = Literal["none", "scratch", "repeat"]
 _LOOK_AT_ROWS = "look at the training rows: `orchestrator data SPEC`"
-_MORE_EVAL = "give more or cleaner eval rows (data.eval): what was promoted looked better on eval than it is on test"
+_MORE_EVAL = "give more or cleaner eval rows (data.eval): the promoted trial looked better on eval than on test"
 _ADVICE: dict[tuple[VerdictKind, Decider], tuple[str, ...]] = {
     ("negative", "none"): (
         "do not serve this bundle, serve the base model: it is better on the test set",
@@ -18,18 +18,18 @@ _ADVICE: dict[tuple[VerdictKind, Decider], tuple[str, ...]] = {
         _MORE_EVAL,
     ),
     ("negative", "scratch"): (
-        "do not serve this bundle: training from scratch is better on the test set, so another base may help, this one does not",
+        "do not serve this bundle: training from scratch is better on the test set, so another base may help; this one does not",
         _LOOK_AT_ROWS,
     ),
-    ("no gain", "none"): ("the base model serves as well: the test set leaves no room for a gain that matters",),
-    ("no gain", "scratch"): ("training from scratch serves as well: another base may help, this one does not",),
+    ("no gain", "none"): ("the base model is as good: the test set excludes a gain that matters",),
+    ("no gain", "scratch"): ("training from scratch is as good: another base may help; this one does not",),
     ("inconclusive", "none"): (
-        "more test rows would tell (data.test, data.test_rows); until then the base model may serve as well",
+        "use more test rows (data.test, data.test_rows) to decide; until then the base model may be as good",
     ),
     ("inconclusive", "scratch"): (
-        "more test rows or seeds would tell it from training from scratch (data.test, data.test_rows, search.repeats)",
+        "use more test rows or seeds (data.test, data.test_rows, search.repeats) to distinguish it from training from scratch",
     ),
-    ("inconclusive", "repeat"): ("more seeds would tell (search.repeats): from another one there may be no gain",),
+    ("inconclusive", "repeat"): ("use more seeds (search.repeats) to decide: another seed may give no gain",),
 }
 
 

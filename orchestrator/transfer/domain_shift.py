@@ -143,12 +143,12 @@ def advise(
     if num_documents <= FEW_EXAMPLES:
         return Advice(kind="few", sentence=f"few examples: the head or few blocks first ({said})")
     if (distance is not None and distance < NEAR) or (gap is not None and gap < LOSS_GAP):
-        return Advice(kind="near", sentence=f"the target lies near: many blocks at small rates first ({said})")
+        return Advice(kind="near", sentence=f"the target is near: many blocks at small rates first ({said})")
     if gap is None:
-        return Advice(kind="none", sentence=f"nothing says where to begin ({said})")
+        return Advice(kind="none", sentence=f"no recommendation on where to begin ({said})")
     if distance is None or distance > FAR:
-        return Advice(kind="far", sentence=f"the target lies far: the upper blocks first, the early ones frozen ({said})")
-    return Advice(kind="none", sentence=f"the target lies neither near nor far: no order is advised ({said})")
+        return Advice(kind="far", sentence=f"the target is far: the upper blocks first, the early ones frozen ({said})")
+    return Advice(kind="none", sentence=f"the target is neither near nor far: no order is recommended ({said})")
 
 
 def _figures(distance: float | None, target_loss: float | None, retention_loss: float | None, num_documents: int) -> str:

@@ -71,7 +71,7 @@ def headline(transfer: TransferReport) -> str:
         return f"{transfer.verdict}: {transfer.sentence}; {found}"
     what = "class" if found.metric == "accuracy" else "answer"
     several = "classes" if found.metric == "accuracy" else "answers"
-    said = f"but not one {what} is right" if found.own <= 0 else f"but no more {several} are right than the base's"
+    said = f"but not one {what} is correct" if found.own <= 0 else f"but no more {several} are correct than the base's"
     return f"{LOSS_ONLY}: {transfer.sentence}; {said}: {found}"
 
 
@@ -88,6 +88,6 @@ def advice_on_answers(transfer: TransferReport) -> tuple[str, ...]:
     return (
         "read the answers beside what was expected, in the report: likelier words are no right answers. Where several "
         "wordings are right, exact match cannot tell, and reading can",
-        "where they are wrong: raise train.epochs, give more rows, train more layers (all), and look at what is supervised: "
+        "if they are wrong: raise train.epochs, give more rows, train more layers (all), and look at what is supervised: "
         "`orchestrator data SPEC`",
     )

@@ -67,14 +67,14 @@ class LearningCurve(Value):
         if self.fit_failed:
             return (
                 f"the learning curve could not be fitted: its law gives {self.ahead_loss:.3f} with {there}, worse than the "
-                f"{self.losses[-1]:.3f} that was measured with all documents; it does not tell whether more data would help"
+                f"{self.losses[-1]:.3f} that was measured with all documents; it does not show whether more data would help"
             )
         now, reached = f"{self.losses[-1]:.3f}", f"about {self.ahead_loss:.3f} (95%: {self.low:.3f} to {self.high:.3f})"
         if self.high < self.losses[-1]:
             return f"{there} would bring the loss from {now} to {reached}"
         if self.losses[-1] - self.low < SMALLEST_GAIN:
-            return f"no gain is to be expected of more data: the loss is {now}, and with {there} it would be {reached}"
-        return f"whether more data would help cannot be told: the loss is {now}, and with {there} it would be {reached}"
+            return f"no gain is expected from more data: the loss is {now}, and with {there} it would be {reached}"
+        return f"it cannot be determined whether more data would help: the loss is {now}, and with {there} it would be {reached}"
 
 
 def fit_power_law(counts: Floats, losses: Floats) -> PowerLaw:

@@ -67,14 +67,14 @@ def promote(
         passed = "" if best is scored[0] else f"; {_passed_over(scored, best, better, max_forgetting)}"
         return Promotion(trial_id=best.trial_id, reason=f"{best.label}: {_figures(best, base, metric)}{passed}")
     if not scored:
-        return Promotion(trial_id=None, reason="no trial came to a measurement", advice=_advice_on_failures(candidates))
+        return Promotion(trial_id=None, reason="no trial was evaluated", advice=_advice_on_failures(candidates))
     if not better:
         reason = f"no trial is as good as the base model; the best, {scored[0].label}: {_figures(scored[0], base, metric)}"
         advice = _advice_on_negative(scored, base, metric, higher_is_better)
         return Promotion(trial_id=None, reason=reason, advice=advice)
     closest = min(better, key=lambda trial: trial.forgetting or 0.0)
     reason = (
-        f"every trial that gains forgets more than {max_forgetting:g}; "
+        f"every trial that improves on the base forgets more than {max_forgetting:g}; "
         f"the least, {closest.label}: {_figures(closest, base, metric)}"
     )
     return Promotion(trial_id=None, reason=reason, advice=_advice_on_forgetting(better, closest, max_forgetting))
@@ -110,13 +110,13 @@ def _passed_over(scored: Sequence[TrialRecord], best: TrialRecord, better: Seque
     forgot = sum(trial in better for trial in ahead)
     parts = [f"{forgot} forgot more than {max_forgetting:g}"] if forgot else []
     parts += [f"{len(ahead) - forgot} worse than the base"] if forgot < len(ahead) else []
-    return f"better-scored and passed over: {', '.join(parts)}"
+    return f"scored better but not promoted: {', '.join(parts)}"
 
 
 def _advice_on_failures(candidates: Sequence[TrialRecord]) -> tuple[str, ...]:
     failed = [trial for trial in candidates if trial.state == "failed"]
     if not failed:
-        return ("submit the same spec again: it goes on where it stopped, and no trial has ended yet",)
+        return ("submit the same spec again to continue: no trial has finished yet",)
     reason, count = Counter(trial.reason for trial in failed).most_common(1)[0]
     lowest = min(trial.learning_rate for trial in failed)
     return (
@@ -136,12 +136,12 @@ def _advice_on_negative(
     if gain > 0 and best.judged is best.last:
         advice.append(f"raise train.epochs: {best.label} was still improving, {moved}")
     if gain < 0:
-        advice.append(f"lower search.learning_rate or train.epochs, or learn from more rows: {best.label} got worse, {moved}")
+        advice.append(f"lower search.learning_rate or train.epochs, or train on more rows: {best.label} got worse, {moved}")
     advice.append("look at the training rows, and at which tokens are supervised: `orchestrator data SPEC`")
     deepest = Counter(trial.layers for trial in scored).most_common()
     advice.append(f"try other layers: {', '.join(layers for layers, _ in deepest)} were tried; fewer blocks change less")
     if base is not None and base.metric is not None:
-        advice.append(f"serve the base model: its {metric} of {base.metric:.4g} is the best known")
+        advice.append(f"serve the base model: its {metric} of {base.metric:.4g} is the best measured")
     return tuple(advice)
 
 
@@ -164,7 +164,7 @@ def _holding_advice(trial: TrialRecord) -> list[str]:
     """What else keeps what the base knew: replay and the anchor that fits, where the trial had none."""
     kind = "product" if trial.tune == "lora" else "l2sp"
     replay = "mix retention text into training: search.replay: [0.0, 0.1]"
-    anchor = f"hold the weights: search.anchor: [none, {{kind: {kind}, strength: 30}}]"
+    anchor = f"keep the weights near the base: search.anchor: [none, {{kind: {kind}, strength: 30}}]"
     return [advice for word, advice in (("replay", replay), (kind, anchor)) if word not in trial.remedies]
 
 
@@ -189,12 +189,12 @@ def _last_stretch(trial: TrialRecord, higher_is_better: bool) -> tuple[float, st
 
 
 def _edge(best: TrialRecord, scored: Sequence[TrialRecord], *, may_raise: bool) -> str | None:
-    """Advice when the best rate lies at the edge of those tried with the same method; to raise it only where it `may_raise`."""
+    """Advice when the best rate is at the edge of those tried with the same method; to raise it only where it `may_raise`."""
     rates = [trial.learning_rate for trial in scored if trial.tune == best.tune and trial.learning_rate > 0]
     if len(rates) < 3 or max(rates) == min(rates):
         return None
     position = math.log(best.learning_rate / min(rates)) / math.log(max(rates) / min(rates))
-    tried = f"the best rate, {best.learning_rate:.1e}, lies at the edge of {min(rates):.1e} to {max(rates):.1e}"
+    tried = f"the best rate, {best.learning_rate:.1e}, is at the edge of {min(rates):.1e} to {max(rates):.1e}"
     if position <= EDGE_SHARE:
         return f"lower search.learning_rate for {best.tune}: {tried}"
     return f"raise search.learning_rate for {best.tune}: {tried}" if may_raise and position >= 1 - EDGE_SHARE else None

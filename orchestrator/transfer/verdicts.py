@@ -61,10 +61,10 @@ def verdict(
     if over_seeds is not None:
         sentence += f"; {_seeds_sentence(over_seeds)}"
     if failed_seeds:
-        sentence += f"; from {failed_seeds} other seed{'s' if failed_seeds > 1 else ''} the training failed"
+        sentence += f"; from {failed_seeds} other seed{'s' if failed_seeds > 1 else ''} training failed"
     if kind == "positive" and (failed_seeds or (over_seeds is not None and over_seeds.low <= 0)):
         kind = "inconclusive"
-        sentence += ": the data cannot tell, from another seed it could have come out otherwise"
+        sentence += ": inconclusive, since another seed could give a different result"
     return Verdict(kind=kind, sentence=f"{kind}: {sentence}")
 
 
@@ -87,11 +87,7 @@ def _sentence(comparisons: Mapping[Control, Comparison]) -> str:
             continue
         unit = "" if parts else f" {_unit(comparison.unit)[1]}"
         parts.append(f"{_figure(comparison)}{unit} {_side(comparison)} than {_NAMES[against]}")
-    few = (
-        ": too few for an interval, the data cannot tell"
-        if any(not math.isfinite(_margin(c)) for c in comparisons.values())
-        else ""
-    )
+    few = ": too few for an interval" if any(not math.isfinite(_margin(c)) for c in comparisons.values()) else ""
     plural = "s" if base.num_examples != 1 else ""
     return f"{', '.join(parts)}, on {base.num_examples} test example{plural}{few}{task}"
 
@@ -103,12 +99,12 @@ def _task(gain: Comparison, over_shuffled: Comparison) -> str:
     scale, unit, _ = _unit(gain.unit)
     told, figure = f"the gain of {gain.mean * scale:.{_digits(gain)}f} {unit}", _figure(over_shuffled)
     if over_shuffled.high < 0:
-        return f"; of {told}, nothing is the task: shuffled answers bring {figure} more"
+        return f"; of {told}, nothing comes from the task: shuffled answers gain {figure} more"
     if over_shuffled.low <= 0:
-        return f"; of {told}, nothing that the data can tell is the task: shuffled answers bring as much ({figure} apart)"
+        return f"; of {told}, no measurable part comes from the task: shuffled answers gain as much (difference {figure})"
     if over_shuffled.mean < gain.mean:
-        return f"; of {told}, {figure} is the task; shuffled answers bring the rest"
-    return f"; all of {told} is the task: shuffled answers, {figure} behind, bring none of it"
+        return f"; of {told}, {figure} comes from the task; shuffled answers gain the rest"
+    return f"; all of {told} comes from the task: shuffled answers, {figure} behind, gain none of it"
 
 
 def _side(found: Comparison | OverSeeds) -> str:

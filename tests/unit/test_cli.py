@@ -367,7 +367,7 @@ def test_doctor_names_what_is_wrong_and_how_to_mend_it(monkeypatch):
 def test_doctor_is_content_with_the_environment_of_the_tests():
     result = run("doctor")
     assert result.exit_code == 0, result.stdout
-    assert "all is well" in result.stdout
+    assert "no problems found" in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 100
 
 

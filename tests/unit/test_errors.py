@@ -62,7 +62,7 @@ def test_a_spec_error_survives_pickling_with_all_its_problems() -> None:
         "s.yaml:3:9: train.epochs: found 0 (write 1)",
         "s.yaml: name: is missing",
         "2 problems in the spec; nothing was started",
-        "  to do: mend the lines above; `orchestrator render --schema` prints every key",
+        "  to do: fix the lines above; `orchestrator render --schema` prints every key",
     ]
 
 

@@ -75,7 +75,7 @@ class ChatEncoder:
         except NotRenderedError as error:
             return BadRow(example.file, example.line, str(error))
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
-            return BadRow(example.file, example.line, f"the chat template refuses it: {error}")
+            return BadRow(example.file, example.line, f"the chat template rejects it: {error}")
 
     def encode(self, chats: Sequence[RenderedChat]) -> list[tuple[list[int], list[bool]]]:
         """(token ids, whether each is supervised) of each chat; the ids are the tokenizer's own of the whole text."""

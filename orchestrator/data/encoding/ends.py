@@ -62,10 +62,14 @@ def tell_ends(train: TokenizedSet, tokenizer: Any, task: Task, left_out: LeftOut
     unended = len(last) - int(counts.sum())
     others = [number for number in stops if number not in learned]
     if not learned:
-        known = f"only at {_named(others, tokenizer)}, which no row teaches" if others else "nowhere: no end token is known"
+        known = (
+            f"only at {_named(others, tokenizer)}, which no training row contains" if others else "never: no end token is known"
+        )
         left_out.warn(f"no answer ends with an end token: generation stops {known}, or at its limit", NO_END[task])
     elif unended:
-        left_out.warn(f"{unended} of {len(last)} training rows do not end with an end token, and teach no end", NO_END[task])
+        left_out.warn(
+            f"{unended} of {len(last)} training rows do not end with an end token, so no end is learned from them", NO_END[task]
+        )
     if learned and (task == "chat" or others):
         also = f" and at {_named(others, tokenizer)}" if others else ""
         left_out.info(f"answers end with {_named(learned, tokenizer)}: generation stops there{also}, in the bundle too")

@@ -13,23 +13,23 @@ WORDS: dict[str, tuple[str, str]] = {
     "escaped": (f"{ESCAPED}; {ALLOW}", ""),
     "rendered": (ESCAPED, f"{ALLOW}, as in prompts that a chat template has rendered already"),
     "allowed": ("{rows} spell control tokens ({what}), which are read as control tokens (special_tokens_in_text: allow)", ""),
-    "ended": ("{rows} already end with the end token ({what}), which is learned once", ""),
-    "begun": ("{rows} already begin with the begin token ({what}), which stands once", ""),
+    "ended": ("{rows} already end with the end token ({what}), which is trained on once", ""),
+    "begun": ("{rows} already begin with the begin token ({what}), which is written once", ""),
     "tools": (
-        "the chat template does not render `tools`, which {rows} have: the model is not shown them",
-        "take a base whose chat template renders tools, or write them into the system turn",
+        "the chat template does not render `tools`, which {rows} have: the model does not see them",
+        "use a base whose chat template renders tools, or write them into the system turn",
     ),
     "reasoning": (
-        "the chat template leaves out the reasoning of the last answer in {rows}: it is not learned",
-        "take a chat template that renders reasoning_content, or write the reasoning into the content",
+        "the chat template leaves out the reasoning of the last answer in {rows}: it is not trained on",
+        "use a chat template that renders reasoning_content, or write the reasoning into the content",
     ),
-    "beside": ("the chat template leaves out what {rows} say beside a tool call: it is not learned", ""),
+    "beside": ("the chat template leaves out the text beside a tool call in {rows}: it is not trained on", ""),
     "unrendered": (
-        "the chat template leaves out an assistant's turn in {rows}: it is not learned",
+        "the chat template leaves out an assistant's turn in {rows}: it is not trained on",
         "look at the chat template, or reorder the turns",
     ),
     "unread": (
-        "the chat template leaves out a turn that {rows} have before an answer: the model is not shown it",
+        "the chat template leaves out a turn that {rows} have before an answer: the model does not see it",
         "look at the chat template; text of a system turn can be written into the first user turn",
     ),
     "prompt": (

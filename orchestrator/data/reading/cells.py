@@ -33,7 +33,7 @@ def to_text(value: Any, name: str) -> str:
         try:
             return value.decode()
         except UnicodeDecodeError:
-            raise RowError(f"column {quoted(name)} holds bytes that are no text, expected text") from None
+            raise RowError(f"column {quoted(name)} holds bytes that are not text, expected text") from None
     if isinstance(value, Unreadable):
         kind = printable(value.kind)
         raise RowError(f"column {quoted(name)} holds a value of type {kind}, expected text: write it as text in the file")
@@ -74,7 +74,7 @@ def kind_of(value: Any) -> str:
 
 def _number(value: float | Decimal, name: str) -> str:
     if value != value or abs(value) == float("inf"):
-        raise RowError(f"column {quoted(name)} holds no number (NaN or infinity), expected text")
+        raise RowError(f"column {quoted(name)} holds NaN or infinity, expected text")
     if value == int(value):
         return str(int(value))
     return format(value.normalize(), "f") if isinstance(value, Decimal) else repr(value)
@@ -85,4 +85,6 @@ def _check_unicode(text: str, name: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         where = f" of column {quoted(name)}" if name else ""
-        raise RowError(f"half of a surrogate pair, which is no Unicode text{where}", f"\\u{ord(text[error.start]):04x}") from None
+        raise RowError(
+            f"half of a surrogate pair, which is not valid Unicode text{where}", f"\\u{ord(text[error.start]):04x}"
+        ) from None

@@ -67,7 +67,7 @@ def read_turns(value: Any, name: str, place: str, notes: TurnNotes, *, absent_as
     """
     column = quoted(name)
     if isinstance(value, str):
-        value = _from_json(value, f"column {column} holds text that is no JSON list of turns")
+        value = _from_json(value, f"column {column} holds text that is not a JSON list of turns")
     if not isinstance(value, list) or not value:
         found = "an empty list" if value == [] else kind_of(value)
         raise RowError(f"column {column} holds {found}, expected a list of turns")
@@ -170,7 +170,7 @@ def _tool_calls(turn: Turn) -> list[Turn]:
     """`tool_calls`, or the older `function_call`, with the arguments as objects."""
     value = turn.get("tool_calls") or []
     if isinstance(value, str):
-        value = _from_json(value, "tool_calls is text that is no JSON")
+        value = _from_json(value, "tool_calls is text that is not JSON")
     if not isinstance(value, list):
         raise RowError(f"tool_calls is {kind_of(value)}, expected a list")
     calls = [_call(entry) for entry in cast("list[Any]", value)]
@@ -180,7 +180,7 @@ def _tool_calls(turn: Turn) -> list[Turn]:
 
 def _written_calls(value: Any) -> list[Turn]:
     """The calls that a ShareGPT turn of `function_call` writes as JSON."""
-    found = _from_json(value, "a function_call turn holds text that is no JSON") if isinstance(value, str) else value
+    found = _from_json(value, "a function_call turn holds text that is not JSON") if isinstance(value, str) else value
     calls = cast("list[Any]", found) if isinstance(found, list) else [found]
     if not calls:
         raise RowError("a function_call turn holds no call")
@@ -199,11 +199,11 @@ def _call(value: Any) -> Turn:
         raise RowError(f"a tool call has no name, {expected}")
     arguments = function.get("arguments", function.get("parameters"))
     if isinstance(arguments, str):
-        arguments = _from_json(arguments, "a tool call's arguments are no JSON object") if arguments.strip() else {}
+        arguments = _from_json(arguments, "a tool call's arguments are not a JSON object") if arguments.strip() else {}
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, dict):
-        raise RowError("a tool call's arguments are no JSON object", kind_of(arguments))
+        raise RowError("a tool call's arguments are not a JSON object", kind_of(arguments))
     result: Turn = {"type": "function", "function": {"name": name, "arguments": arguments}}
     return {"id": str(call["id"]), **result} if call.get("id") is not None else result
 
@@ -216,7 +216,7 @@ def read_tools(value: Any, name: str, *, absent_as_null: bool = False) -> tuple[
     """
     column = quoted(name)
     if isinstance(value, str):
-        value = _from_json(value, f"column {column} holds text that is no JSON list of tools") if value.strip() else None
+        value = _from_json(value, f"column {column} holds text that is not a JSON list of tools") if value.strip() else None
     if value is None or value == []:
         return ()
     if isinstance(value, dict):
@@ -226,7 +226,7 @@ def read_tools(value: Any, name: str, *, absent_as_null: bool = False) -> tuple[
     tools: list[Turn] = []
     for entry in cast("list[Any]", value):
         tool = without_nulls(entry) if absent_as_null else entry
-        tool = _from_json(tool, f"column {column} holds a tool that is no JSON") if isinstance(tool, str) else tool
+        tool = _from_json(tool, f"column {column} holds a tool that is not JSON") if isinstance(tool, str) else tool
         if not isinstance(tool, dict) or not ("function" in tool or "name" in tool):
             raise RowError(f"column {column} holds a tool without a name, expected JSON Schemas of functions")
         tools.append(tool if "function" in tool else {"type": "function", "function": tool})

@@ -186,4 +186,4 @@ def content_key(payload: Mapping[str, Any]) -> str:
     try:
         return hashlib.sha256(text.encode()).hexdigest()
     except UnicodeEncodeError:
-        raise RowError("half of a surrogate pair, which is no Unicode text") from None
+        raise RowError("half of a surrogate pair, which is not valid Unicode text") from None

@@ -136,7 +136,7 @@ def _search_folder(folder: Path, found: Found) -> None:
             found.skip("files of other kinds", path)
     if rows:
         for path in texts:
-            found.skip("text files beside files of rows (give them as a source of their own)", path, doubtful=True)
+            found.skip("text files beside files of rows (give them as a separate source)", path, doubtful=True)
     files = _once(sorted(rows or texts), found)
     if files:
         found.files = _by_split(folder, files, found)
@@ -201,7 +201,7 @@ def _by_split(folder: Path, files: list[Path], found: Found) -> dict[str, list[P
         splits["train"] = others
     else:
         for path in others:
-            found.skip("files whose names say no split beside others whose names do", path, doubtful=True)
+            found.skip("files whose names do not name a split, beside others whose names do", path, doubtful=True)
     return splits
 
 

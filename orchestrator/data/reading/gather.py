@@ -65,7 +65,7 @@ def find_sources(loaded: LoadedSpec, left_out: LeftOut | None = None) -> Sources
             target = split or name
             if target != name and isinstance(getattr(data, target), str):
                 notes.info(
-                    f"data.{target} names a path: not read of {notes.relative(entry.path)}: "
+                    f"data.{target} names a path, so these are not read from {notes.relative(entry.path)}: "
                     + ", ".join(notes.relative(str(path)) for path in files)
                 )
             else:
@@ -116,9 +116,9 @@ def _own_part(name: str, found: Found) -> Found:
     if name not in found.files:
         others = ", ".join(sorted(found.files))
         raise DataError(
-            f"the folder has files of {others} by their names, and none of {name}",
+            f"by their names, the folder has files of {others} and none of {name}",
             where=found.path,
-            expected=f"a file whose name says {name}",
+            expected=f"a file whose name contains {name}",
             remedy="give the file itself",
         )
     return found if name == "train" else replace(found, files={"": found.files[name]})
@@ -154,7 +154,7 @@ def _drop_repeated(found: list[tuple[str, float, Found]], notes: LeftOut) -> Non
             for path in files:
                 identity = _identity(path)
                 if identity in seen:
-                    remedy = f"to repeat its rows, write its weight once, for example weight: {seen[identity] + weight:g}"
+                    remedy = f"list it once with a larger weight, for example weight: {seen[identity] + weight:g}"
                     notes.warn(f"{notes.relative(str(path))} is named twice under data.train and read once", remedy)
                 else:
                     seen[identity] = weight
@@ -248,10 +248,10 @@ def bad_rows_error(bad: list[BadRow]) -> DataError:
     if any(row.ends_file for row in bad):
         remedy = (
             "fix the file, or name its columns in data.columns if they are others; "
-            "data.skip_bad_rows does not pass over a file that cannot be read to its end"
+            "data.skip_bad_rows does not skip a file that cannot be read to its end"
         )
     else:
-        remedy = "fix them, or set data.skip_bad_rows: true to leave them out (they are counted and listed)"
+        remedy = "fix them, or set data.skip_bad_rows: true to drop them (they are counted and listed)"
     return DataError(f"{count} row{'s' if count != 1 else ''} cannot be used:\n  {bad_rows_text(bad)}", remedy=remedy)
 
 

@@ -47,13 +47,13 @@ def _near(part: str, name: str, found: Sequence[str]) -> str:
 
 def _other_task(task: Task, found: Sequence[str]) -> str:
     if found and set(found) <= {"train", "validation", "valid", "dev", "eval", "test"}:
-        return "one object with several splits: write each into a file of its own"
+        return "one object with several splits: write each into its own file"
     if task != "chat" and ("messages" in found or "conversations" in found):
         return "such rows are chats: set task: chat"
     if "chosen" in found and "rejected" in found:
-        return "pairs of preferences are not learned from: choose the column of the answers with data.columns"
+        return "preference pairs are not supported: choose the column of the answers with data.columns"
     if task == "completion" and "text" in found and "label" in found:
-        return "such rows have classes: set task: classify"
+        return "such rows have labels: set task: classify"
     if task in ("completion", "chat") and found == ["text"]:
         return "such rows are plain text: set task: text"
     return ""

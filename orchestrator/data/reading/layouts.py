@@ -74,7 +74,7 @@ class Layouts:
 
     def _document(self) -> Layout:
         if self._task != "text":
-            raise RowError(f"a text file has no columns, and task {self._task} reads some", "only task `text` reads text files")
+            raise RowError(f"a text file has no columns, which task {self._task} needs", "only task `text` can use text files")
         return replace(self._texts("text", None), required=("text",))
 
     def _all(self) -> list[Layout]:
@@ -138,7 +138,7 @@ class Layouts:
         def read(row: Row) -> Payload:
             values = row.values
             if values.get("history"):
-                raise RowError("column 'history' holds earlier turns, which task completion cannot show: set task: chat")
+                raise RowError("column 'history' holds earlier turns, which task completion cannot use: set task: chat")
             parts = {**values, "instruction": to_full_text(values[instruction], instruction), "input": values.get(given)}
             template = with_input if _is_full(values.get(given)) else without_input
             answer = to_full_text(values[output], output)
@@ -231,7 +231,7 @@ def _history(value: Any) -> list[Turn]:
     turns: list[Turn] = []
     for entry in value or ():
         if not isinstance(entry, list | tuple) or len(entry) != 2:
-            raise RowError("column 'history' holds no list of [question, answer] pairs")
+            raise RowError("column 'history' does not hold a list of [question, answer] pairs")
         turns += [_said("user", to_text(entry[0], "history")), _said("assistant", to_text(entry[1], "history"))]
     return turns
 

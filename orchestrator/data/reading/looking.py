@@ -118,16 +118,16 @@ def look_at(pattern: str, task: Task | None = None) -> Look:
     rows, bad = _first_rows(pattern)
     if not rows:
         first = f"; {bad[0]}" if bad else ""
-        raise DataError(f"no row can be read{first}", where=pattern, remedy="mend the file, or give another")
+        raise DataError(f"no row can be read{first}", where=pattern, remedy="fix the file, or give another")
     found = _guess(_Table(rows), task)
     if found is None:
         columns = ", ".join(printable(name) for name in _Table(rows).names) or "none"
         wanted = f"the task {task}" if task else "a task"
         raise DataError(
-            f"no columns for {wanted} are found; the rows have {columns}",
+            f"no columns for {wanted} were found; the rows have {columns}",
             where=pattern,
             expected="a chat's messages, a prompt and its answer, a text and its class, or a text",
-            remedy="say --task, rename the columns, or write the spec by hand with data.columns",
+            remedy="give --task, rename the columns, or write the spec by hand with data.columns",
         )
     chosen, columns, why, num_classes = found
     unused = tuple(name for name in _Table(rows).names if name not in columns.values())
@@ -264,7 +264,7 @@ def _text(table: _Table, asked: bool) -> _Found | None:
     texts = [name for name in table.names if table.is_text(name)]
     usual = [name for name in table.named(TEXTS) if name in texts]
     column = usual[0] if usual else texts[0] if len(texts) == 1 or (asked and texts) else None
-    return ("text", {"text": column}, f"{printable(column)} is text, and nothing is its answer", 0) if column else None
+    return ("text", {"text": column}, f"{printable(column)} is text, and no column looks like its answer", 0) if column else None
 
 
 def _is_number(text: str) -> bool:

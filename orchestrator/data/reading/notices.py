@@ -36,14 +36,14 @@ def note_files(data: DataSpec, found: Sequence[tuple[str, Found]], left_out: Lef
         for reason, names in entry.skipped.items():
             left_out.info(f"not read in {where}: {reason} ({len(names)}): {shown(names)}")
         for reason, names in entry.doubtful.items():
-            left_out.warn(f"not read in {where}: {reason} ({len(names)}): {shown(names)}", "check that nothing is missed")
+            left_out.warn(f"not read in {where}: {reason} ({len(names)}): {shown(names)}", "check that nothing is missing")
         if name == "train" and entry.has_splits:
             _note_splits(data, entry, left_out)
         elif name == "train" and entry.is_glob:
             others = [left_out.relative(str(path)) for path in entry.all_files() if split_of(path.name) in ("eval", "test")]
             if others and len(entry.all_files()) > 1:
-                remedy = "give them as data.eval and data.test, or a pattern that leaves them out"
-                left_out.warn(f"data.train matches files whose names say eval or test: {shown(others)}", remedy)
+                remedy = "give them as data.eval and data.test, or a pattern that excludes them"
+                left_out.warn(f"data.train matches files whose names contain eval or test: {shown(others)}", remedy)
     _note_equal(found, left_out)
 
 
@@ -94,7 +94,7 @@ def note_reading(reading: SplitReading, left_out: LeftOut) -> None:
         if rows.columns_look_like_alpaca:
             remedy = "set data.format: alpaca, or join columns to a prompt with data.template"
             left_out.warn(
-                f"{split}: columns that are not read: {names}; these look like Alpaca rows, whose input is lost", remedy
+                f"{split}: columns that are not read: {names}; these look like Alpaca rows whose input would be lost", remedy
             )
         else:
             left_out.info(f"{split}: columns that are not read: {names}")
@@ -104,10 +104,10 @@ def note_reading(reading: SplitReading, left_out: LeftOut) -> None:
         places = next(iter(notes.unread_keys.values()))
         left_out.info(f"{split}: keys of turns that are not read (in how many turns): {keys}", places=places)
     if notes.empty_answers:
-        message = f"{split}: {len(notes.empty_answers)} turns of the assistant are empty and are not learned"
+        message = f"{split}: {len(notes.empty_answers)} turns of the assistant are empty and are not trained on"
         left_out.warn(message, "fill them, or remove these rows", places=notes.empty_answers)
     if notes.num_weights:
-        left_out.info(f"{split}: {notes.num_weights} turns have a weight; those of weight 0 are not learned")
+        left_out.info(f"{split}: {notes.num_weights} turns have a weight; those of weight 0 are not trained on")
     _note_kinds(reading, left_out)
 
 
@@ -139,7 +139,7 @@ def _note_kinds(reading: SplitReading, left_out: LeftOut) -> None:
     split = reading.split
     if len(texts) < len(reading.files):
         names = shown([left_out.relative(str(file.path)) for file in texts])
-        left_out.warn(f"{split}: text files beside files of rows: {names}", "give them as a source of their own")
+        left_out.warn(f"{split}: text files beside files of rows: {names}", "give them as a separate source")
     how = reading.rows.spec.data.text_documents
     if how != "file":
         left_out.info(f"{split}: each {how} of a text file is one document (data.text_documents)")

@@ -44,7 +44,7 @@ def refuse_quantities(counts: Mapping[str, int], where: str) -> None:
             f"the labels look like numbers to predict, not classes: {len(counts)} different values ({values}, ...) "
             f"in {sum(counts.values())} rows",
             where=where,
-            expected="classes, each with several rows; regression is not a task here",
+            expected="classes, each with several rows; regression is not supported",
             remedy="check data.columns.label, or write ranges of the numbers as classes (such as low, middle, high)",
         )
 
@@ -60,7 +60,7 @@ def label_notices(counts: Mapping[str, int]) -> list[Notice]:
     for twins in _twins(counts):
         names = " and ".join(f"{printable(repr(name))} ({counts[name]:,} rows)" for name in twins)
         how = "in the way a number is written" if _numbers(twins) else "in case or blanks only"
-        found.append((f"classes that differ {how}: {names}", "write them the same way if they are one class"))
+        found.append((f"classes that differ {how}: {names}", "spell them the same way if they are one class"))
     single = [name for name, count in counts.items() if count == 1]
     if _looks_like_a_quantity(counts, _numbers(counts)):
         found.append(
@@ -73,14 +73,14 @@ def label_notices(counts: Mapping[str, int]) -> list[Notice]:
         found.append(
             (
                 f"{len(single):,} of {len(counts):,} classes have a single row: {_named(single)}",
-                "check data.columns.label: an identifier or free text is no class",
+                "check data.columns.label: an identifier or free text is not a class",
             )
         )
     elif single:
         found.append(
             (
                 f"{len(single):,} of {len(counts):,} classes have a single row, which train keeps: {_named(single)}",
-                "give more rows of them, or join them with others: they are neither compared nor judged",
+                "give more rows of them, or merge them with others: they are in neither eval nor test",
             )
         )
     if counts and len(counts) > 1 and max(counts.values()) > SKEWED * total:
@@ -88,7 +88,7 @@ def label_notices(counts: Mapping[str, int]) -> list[Notice]:
         found.append(
             (
                 f"class {printable(repr(name))} has {counts[name]:,} of {total:,} rows ({counts[name] / total:.0%})",
-                "always answering it is that often right: compare by search.metric: macro_f1, or give more rows of the others",
+                "always predicting it has that accuracy: use search.metric: macro_f1, or give more rows of the other classes",
             )
         )
     return [Notice(level="warning", message=message, remedy=remedy) for message, remedy in found]
@@ -114,7 +114,7 @@ def tell_missing(splits: Mapping[str, Sequence[Example]], left_out: LeftOut) -> 
         if missing:
             left_out.warn(
                 f"{len(missing):,} of {len(classes):,} classes have no row in {name}: {_named(missing)}",
-                f"nothing is known of them from {name}: give more rows, or a larger data.{name}",
+                f"{name} does not measure them: give more rows, or a larger data.{name}",
             )
 
 

@@ -69,9 +69,9 @@ def _tell(
         f"({taken[number]:,} of {had[number]:,} rows, weight {weights[number]:g})"
         for number in sorted(taken)
     ]
-    message = f"train is mixed by the weights: {', '.join(parts)}; no row is repeated"
+    message = f"train is mixed by weight: {', '.join(parts)}; no row is repeated"
     if whole < (1 - THINNED) * sum(had.values()):
-        remedy = "leave the weights out to use every row once, or give more rows of the source that is used whole"
+        remedy = "remove the weights to use every row once, or give more rows of the source that is used whole"
         left_out.warn(message, remedy)
     else:
         left_out.info(message)

@@ -40,7 +40,7 @@ def tell_repeated(examples: Sequence[Example], keys: RowKeys, left_out: LeftOut)
     again[first] = False
     if again.any():
         left_out.info(
-            f"{int(again.sum()):,} of {len(examples):,} rows of train repeat another row; they are kept",
+            f"{int(again.sum()):,} of {len(examples):,} rows of train duplicate another row; they are kept",
             places=(examples[index].place for index in np.flatnonzero(again).tolist()),
         )
 
@@ -68,7 +68,7 @@ def tell_contradictions(examples: Sequence[Example], keys: RowKeys, left_out: Le
     else:
         left_out.warn(
             f"{_count(several, 'prompt')} ({len(rows):,} rows) with more than one answer, such as {example}",
-            "nothing, if several answers are right; equal prompts stay in one split",
+            "nothing if several answers are correct; equal prompts stay in one split",
             places=places,
         )
 
@@ -91,15 +91,18 @@ def tell_sides(
         near = np.isin(clusters[mine], clusters[theirs]) & ~equal
         if equal.any():
             left_out.warn(
-                f"{int(equal.sum()):,} of {len(mine):,} rows of {judge} have a {asked_name(examples[0])} that {other} has too",
-                "set data.dedupe: exact to keep them on one side: what stands in both says nothing about unseen rows",
+                (
+                    f"{int(equal.sum()):,} of {len(mine):,} rows of {judge} have a {asked_name(examples[0])} that also "
+                    f"occurs in {other}"
+                ),
+                "set data.dedupe: exact to keep them in one split: rows in both splits do not measure performance on unseen rows",
                 places=(examples[index].place for index in mine[equal].tolist()),
             )
         if near.any():
             message = f"{int(near.sum()):,} of {len(mine):,} rows of {judge} are near-duplicates of rows of {other}"
             places = (examples[index].place for index in mine[near].tolist())
             if near.sum() >= max(FEWEST_SERIOUS, SERIOUS * len(mine)) and other == "train":
-                left_out.warn(message, "set data.dedupe: near to keep them on one side", places=places)
+                left_out.warn(message, "set data.dedupe: near to keep them in one split", places=places)
             else:
                 left_out.info(message, places=places)
 

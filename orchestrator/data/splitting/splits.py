@@ -40,10 +40,10 @@ MOST_NOTICED = 3
 JUDGES = (("eval", "test"), ("train", "test"), ("train", "eval"))
 """(who loses a row that stands in both, who keeps it), in the order in which rows are taken out."""
 REASONS: dict[Kind, str] = {
-    "row": "also stands in {}",
-    "question": "whose {asked} also stands in {}",
-    "group": "whose group also stands in {}",
-    "near": "nearly equal to a row of {}",
+    "row": "also occurs in {}",
+    "question": "whose {asked} also occurs in {}",
+    "group": "whose group also occurs in {}",
+    "near": "near-duplicate of a row of {}",
 }
 
 
@@ -77,7 +77,7 @@ def make_splits(loaded: LoadedSpec, found: Mapping[str, list[Example]], left_out
     rows = _compare(found, left_out)
     for name in ("eval", "test"):
         if data.group and name in found and not any(map(group_of, found[name])):
-            left_out.info(f"{name} has no value in data.group = {data.group!r}: train's groups are not looked for there")
+            left_out.info(f"{name} has no value in data.group = {data.group!r}: it is not checked for train's groups")
     kept = _apart(rows, data.dedupe, left_out)
     pool = kept & (rows.split == "train")
     examples = [rows.examples[index] for index in np.flatnonzero(pool).tolist()]
@@ -166,7 +166,7 @@ def _tell(rows: Compared, split: np.ndarray, shares: Mapping[str, Share], dedupe
         if not wanted / 2 <= got <= 2 * wanted:
             left_out.warn(
                 f"{name} has {got:,} rows where data.{name} asks for {wanted:,} of {pool:,}: rows of one group stay together",
-                f"give {name} a file of its own, or more rows",
+                f"give {name} its own file, or more rows",
             )
 
 
@@ -182,7 +182,7 @@ def _empty(
     reasons += noticed[:MOST_NOTICED]
     remedy = "give more rows, or another share or path"
     if removed and loaded.spec.data.dedupe != "none":
-        remedy += "; data.dedupe: none keeps rows that stand in two splits"
+        remedy += "; data.dedupe: none keeps rows that are in two splits"
     return DataError(
         f"no row is left for {name}" + (f" ({'; '.join(reasons)})" if reasons else ""),
         where=loaded.where(f"data.{name}"),
@@ -203,7 +203,7 @@ def _why_not_shared(loaded: LoadedSpec, examples: Sequence[Example], names: Sequ
     if len(sizes) < count and len(sizes) <= num_shares:
         by = [f"a value of data.group = {printable(repr(data.group))}"] if data.group else []
         by += [] if data.dedupe == "none" else [f"a {asked_name(examples[0])}"]
-        shared = f"rows that have {' or '.join(by)} in common" + (", or are nearly equal," if data.dedupe == "near" else "")
+        shared = f"rows that have {' or '.join(by)} in common" + (", or are near-duplicates," if data.dedupe == "near" else "")
         name, size = sizes[0]
         place = examples[names.index(name)].place
         groups = "1 group" if len(sizes) == 1 else f"{len(sizes)} groups, the largest of {size} rows"

@@ -49,11 +49,11 @@ def disk_parts(
     checkpoint = (element + STATE_BYTES) * largest
     tokens = TOKEN_BYTES * all_tokens(plan.data)
     bundle = bundle_bytes(plan, anatomy, options)
-    parts = [Part(name="bundle", amount=bundle, reason="the merged model, each tensor in the dtype that the base has it in")]
+    parts = [Part(name="bundle", amount=bundle, reason="the merged model, each tensor in its dtype in the base")]
     if plan.search is not None:
         search, mean = plan.search, sum(learn) / len(learn)
         learned = head.num_trainable_parameters * len(search.rung_steps)
-        open_trials = f"{search.concurrent_trials} open at once x {STATE_BYTES} bytes x {format_count(largest)}"
+        open_trials = f"{search.concurrent_trials} at a time x {STATE_BYTES} bytes x {format_count(largest)}"
         parts += [
             Part(
                 name="trials",
@@ -63,7 +63,7 @@ def disk_parts(
             Part(
                 name="open trials",
                 amount=search.concurrent_trials * STATE_BYTES * largest,
-                reason=f"masters and moments: {open_trials}",
+                reason=f"fp32 master weights and moments: {open_trials}",
             ),
             Part(
                 name="control head",
@@ -72,6 +72,6 @@ def disk_parts(
             ),
         ]
     way = f"{KEPT_CHECKPOINTS} kept x {element + STATE_BYTES} bytes x {format_count(largest)} elements"
-    parts.append(Part(name="checkpoints on the way", amount=KEPT_CHECKPOINTS * checkpoint, reason=way))
+    parts.append(Part(name="intermediate checkpoints", amount=KEPT_CHECKPOINTS * checkpoint, reason=way))
     parts.append(Part(name="tokens", amount=tokens, reason=f"{TOKEN_BYTES} bytes x {format_count(all_tokens(plan.data))}"))
     return tuple(parts), checkpoint

@@ -39,7 +39,7 @@ TRIALS = "trials"
 def rate_of(found: Machines) -> Rate:
     """The rate of one GPU, or of one core. Ranks of a gang wait for each other: of unlike GPUs the slowest counts."""
     if found.device == "cpu":
-        return Rate(device="core", peak_flops=CPU_FLOPS_PER_CORE, achieved_share=1.0, source="measured, not a peak")
+        return Rate(device="core", peak_flops=CPU_FLOPS_PER_CORE, achieved_share=1.0, source="measured, not a peak rate")
     rows = [(node.gpu_name, find_accelerator(node.gpu_name)) for node in found.nodes]
     unknown = sorted({name or "unnamed" for name, row in rows if row is None})
     if unknown:
@@ -107,7 +107,7 @@ def _building_trunk(plan: RunPlan, anatomy: ModelAnatomy) -> Part | None:
     stop, tokens = plan.trunk.cuts[-1], all_tokens(plan.data)
     per_token = block_flops_per_token(anatomy, attention_width(anatomy, plan.execution, plan.data), stop)
     return Part(
-        name="trunk", amount=tokens * per_token, reason=f"{format_count(tokens)} tokens once through {stop} blocks, and stored"
+        name="trunk", amount=tokens * per_token, reason=f"{format_count(tokens)} tokens through {stop} blocks once, then stored"
     )
 
 
@@ -139,7 +139,7 @@ def _operations(plan: RunPlan, anatomy: ModelAnatomy, terms: Sequence[Sequence[F
         parts = (
             *built,
             Part(name="training", amount=trained, reason=f"{_rate(per_token[0])} x {format_count(plan.total_tokens)} tokens"),
-            Part(name="scoring", amount=2 * scored, reason="the untouched base and the trained model"),
+            Part(name="scoring", amount=2 * scored, reason="the base model and the trained model"),
         )
         return parts, sum(part.amount for part in parts)
     search = plan.search
@@ -162,11 +162,11 @@ def _operations(plan: RunPlan, anatomy: ModelAnatomy, terms: Sequence[Sequence[F
             amount=count * rungs * scored_trial,
             reason=f"{count} trials x {rungs:.3g} rungs x {format_flops(scored_trial)}, a forward pass",
         ),
-        Part(name="controls", amount=controls, reason="the untouched base, scored; the head alone, trained to the last rung"),
+        Part(name="controls", amount=controls, reason="the base model, scored; the head alone, trained to the last rung"),
     ]
     parts += late
     if again:
-        parts.append(Part(name=REFIT, amount=again, reason="the winner to the full budget, if it is the costliest choice"))
+        parts.append(Part(name=REFIT, amount=again, reason="the winner at the full budget, assuming the costliest choice"))
     searched = count * (mean * search.rung_steps[-1] * per_step + len(search.rung_steps) * scored_trial)
     whole = sum(part.amount for part in built) + searched + controls + sum(part.amount for part in late) + again
     return tuple(parts), whole

@@ -117,18 +117,18 @@ def train_terms(
             2.0 * (passing + head) if blocks else 0.0,
             f"2 x ({format_count(round(passing))} elements in {blocks} blocks + the head)",
         ),
-        ("gradients of weights", 2.0 * learning, f"2 x {format_count(round(learning))} elements that learn"),
+        ("gradients of weights", 2.0 * learning, f"2 x {format_count(round(learning))} trainable elements"),
         ("adapters", 6.0 * adapters, f"6 x {format_count(round(adapters))} elements, forward and both gradients"),
         (
             "attention backward",
             attention * BACKWARD_MATMULS / FORWARD_MATMULS,
-            f"{BACKWARD_MATMULS} products where forward has {FORWARD_MATMULS}, in {blocks} blocks",
+            f"{BACKWARD_MATMULS} matrix products where the forward pass has {FORWARD_MATMULS}, in {blocks} blocks",
         ),
-        ("blocks again", again, f"checkpointing: the forward pass of {blocks} blocks once more"),
+        ("blocks again", again, f"checkpointing: the forward pass of {blocks} blocks repeated"),
         (
             "head again",
             2.0 * (head + on_head * supervised_share) if head_twice else 0.0,
-            "logits in several chunks: each is computed again for its gradient",
+            "logits in several chunks, each recomputed for its gradient",
         ),
     )
 

@@ -29,18 +29,18 @@ def late_parts(plan: RunPlan, anatomy: ModelAnatomy, per_token: float, scored: f
     parts: list[Part] = []
     if plan.search.repeats > 1:
         others = plan.search.repeats - 1
-        reason = f"the winner from {others} other seed{'s' if others > 1 else ''}, if it is the costliest choice"
+        reason = f"the winner trained from {others} other seed{'s' if others > 1 else ''}, if it is the costliest choice"
         scorings = _num_scorings(plan, 1.0) * scored
         amount = others * (per_token * plan.total_tokens + scorings + fisher_of_repeat(plan, anatomy))
         parts.append(Part(name=REPEATS, amount=amount, reason=reason))
     if SHUFFLED in plan.search.controls:
-        reason = "the winner once more, on answers permuted among the prompts, if it is the costliest choice"
+        reason = "the winner trained again on answers permuted among the prompts, assuming the costliest choice"
         amount = _shuffled_per_token(plan, anatomy) * plan.total_tokens + scored
         parts.append(Part(name=SHUFFLED, amount=amount, reason=reason))
     if plan.scratch_memory is not None:
         everything = select_everything(anatomy, task=plan.base.task, num_classes=plan.data.num_classes)
         of_everything = sum(term.flops for term in option_terms(plan, anatomy, everything))
-        reason = "random weights, all of which learn, as long as the winner"
+        reason = "random weights, all trainable, for as many steps as the winner"
         parts.append(Part(name=SCRATCH, amount=of_everything * plan.total_tokens + scored, reason=reason))
     return parts
 
@@ -65,7 +65,7 @@ def curve_parts(plan: RunPlan, per_token: float, scored: float) -> list[Part]:
         return []
     total = plan.data.train_documents
     counts = ", ".join(str(share_documents(share, total)) for share in shares)
-    reason = f"the winner once more on {counts} of {total} documents each, if it is the costliest choice"
+    reason = f"the winner trained again on {counts} of {total} documents each, if it is the costliest choice"
     amount = sum(share * per_token * plan.total_tokens + _num_scorings(plan, share) * scored for share in shares)
     return [Part(name=CURVE, amount=amount, reason=reason)]
 

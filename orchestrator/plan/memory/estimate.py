@@ -87,5 +87,7 @@ def _loading_term(footprint: Footprint, steady_bytes: int) -> MemoryTerm:
     """Each rank loads a quantized model whole before it is partitioned (huggingface/peft#1844)."""
     whole = footprint.frozen_bytes + footprint.restore_bytes
     return MemoryTerm(
-        name="loading", num_bytes=max(0, whole - steady_bytes), reason="the whole quantized base, before it is partitioned"
+        name="loading",
+        num_bytes=max(0, whole - steady_bytes),
+        reason="the whole quantized base, before it is partitioned (sharded)",
     )

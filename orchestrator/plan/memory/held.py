@@ -51,10 +51,10 @@ def weight_terms(footprint: Footprint, way: Way) -> list[MemoryTerm]:
     terms = [MemoryTerm(name="frozen weights", num_bytes=frozen_bytes(footprint, way)[0], reason=f"{dtype}, {held}")]
     if parted:
         gathered = 2 * footprint.largest_block_bytes + footprint.head_bytes
-        terms.append(MemoryTerm(name="gathered weights", num_bytes=gathered, reason="a block, the next one, and the head"))
+        terms.append(MemoryTerm(name="gathered weights", num_bytes=gathered, reason="a block, the next block and the head"))
     if footprint.quantized:
         opened = footprint.scratch_bytes
-        terms.append(MemoryTerm(name="dequantized matrix", num_bytes=opened, reason="the largest one while it multiplies"))
+        terms.append(MemoryTerm(name="dequantized matrix", num_bytes=opened, reason="the largest one, during its multiplication"))
     return terms
 
 
@@ -73,10 +73,10 @@ def state_terms(footprint: Footprint, way: Way, shards: Shards) -> list[MemoryTe
     shared = " on every rank" if way.executor == "torch" else f" on {way.ranks} ranks, ZeRO-{way.zero_stage}"
     split = shared if way.ranks > 1 else ""
     sizes = {
-        "learning weights": (shards.weight_bytes, f"{footprint.element_bytes} bytes"),
+        "trainable weights": (shards.weight_bytes, f"{footprint.element_bytes} bytes"),
         "gradients": (shards.gradient_bytes, f"{footprint.element_bytes} bytes, kept between rounds"),
         "gradient sums": (shards.gradient_sum_bytes, "4 bytes"),
-        "masters": (shards.master_bytes, "4 bytes"),
+        "fp32 master weights": (shards.master_bytes, "4 bytes"),
         "Adam's moments": (shards.optimizer_bytes, "2 x 4 bytes"),
     }
     terms = [
@@ -88,9 +88,7 @@ def state_terms(footprint: Footprint, way: Way, shards: Shards) -> list[MemoryTe
             MemoryTerm(name="anchor", num_bytes=anchor_bytes(footprint, shards), reason=f"{footprint.anchor_copies} x 4 bytes")
         )
     if shards.bucket_stays:
-        terms.append(
-            MemoryTerm(name="reduce bucket", num_bytes=shards.bucket_bytes, reason="gradients on their way to other ranks")
-        )
+        terms.append(MemoryTerm(name="reduce bucket", num_bytes=shards.bucket_bytes, reason="gradient communication buffers"))
     return terms
 
 
@@ -117,11 +115,13 @@ def host_terms(footprint: Footprint, way: Way, shards: RankShards) -> list[Memor
     return [
         MemoryTerm(name="offloaded", num_bytes=offloaded, reason=f"{way.offload}, pinned"),
         MemoryTerm(
-            name="copy to restore", num_bytes=restored, reason="unfrozen weights as the base has them, for the next trial"
+            name="copy for restoring the base",
+            num_bytes=restored,
+            reason="the base's values of the unfrozen weights, for the next trial",
         ),
         MemoryTerm(
             name="loading or saving",
             num_bytes=max(copied - offloaded, saved),
-            reason="the larger of the base in the compute dtype, where its files hold another, and a checkpoint on its way",
+            reason="the larger of the base in the compute dtype, where its files hold another, and a checkpoint being written",
         ),
     ]

@@ -34,9 +34,7 @@ def phase_terms(footprint: Footprint, way: Way, shards: Shards) -> dict[str, lis
     if footprint.learning_blocks:
         phases["backward"] = [*kept, *sending, *_backward_terms(footprint, way, shards)]
     phases["update"] = [
-        MemoryTerm(
-            name="update", num_bytes=shards.transient_bytes, reason="what the optimizer copies of gradients and their norm"
-        )
+        MemoryTerm(name="update", num_bytes=shards.transient_bytes, reason="the optimizer's copies of gradients, and their norm")
     ]
     return phases
 
@@ -44,7 +42,7 @@ def phase_terms(footprint: Footprint, way: Way, shards: Shards) -> dict[str, lis
 def _sending_terms(shards: Shards) -> list[MemoryTerm]:
     if shards.bucket_stays:
         return []
-    return [MemoryTerm(name="reduce bucket", num_bytes=shards.bucket_bytes, reason="gradients on their way to other ranks")]
+    return [MemoryTerm(name="reduce bucket", num_bytes=shards.bucket_bytes, reason="gradient communication buffers")]
 
 
 def _kept_terms(footprint: Footprint, way: Way) -> list[MemoryTerm]:
@@ -86,7 +84,7 @@ def _backward_terms(footprint: Footprint, way: Way, shards: Shards) -> list[Memo
     terms = [MemoryTerm(name="one block back", num_bytes=working, reason="gradients of its activations, and of weights")]
     if way.checkpointing:
         whole = tokens * (footprint.whole_token_bytes + _pair_bytes(footprint, way) * way.row_tokens)
-        terms.append(MemoryTerm(name="one block again", num_bytes=whole, reason="what it keeps, computed again"))
+        terms.append(MemoryTerm(name="one block recomputed", num_bytes=whole, reason="its activations, recomputed"))
     return terms
 
 
@@ -107,7 +105,7 @@ def _forward_term(footprint: Footprint, way: Way) -> MemoryTerm:
     num_bytes = tokens * (
         footprint.forward_token_bytes + 4 * e * footprint.hidden_size + (pairs + _pair_bytes(footprint, way)) * way.row_tokens
     )
-    return MemoryTerm(name="one block", num_bytes=num_bytes, reason="its forward pass, nothing kept")
+    return MemoryTerm(name="one block", num_bytes=num_bytes, reason="forward pass, nothing kept")
 
 
 def _logit_term(footprint: Footprint, way: Way, *, learning: bool) -> MemoryTerm:

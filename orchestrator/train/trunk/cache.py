@@ -77,7 +77,7 @@ class TrunkCache:
             if _give_up(entry):
                 used -= _reserved(entry)
                 shutil.rmtree(entry)
-                logger.info("the stored trunk %s was given up for room", entry.name)
+                logger.info("the stored trunk %s was deleted to free space", entry.name)
         return used + num_bytes <= budget
 
 

@@ -83,7 +83,7 @@ class TrunkLibrary:
         random = random_below(self._base.model, blocks, max(plan.cuts))
         if random:
             self._refused = True
-            note(f"nothing is stored of the trunk: it is random below block {max(plan.cuts)} ({random})")
+            note(f"the trunk is not stored: it is random below block {max(plan.cuts)} ({random})")
             return 0.0
         builder = TrunkBuilder(self._base, objective, rows, self._ranks, partitioned)
         for path in wanted:
@@ -101,7 +101,7 @@ class TrunkLibrary:
                 failure = f"{type(error).__name__}: {error}"
             failures = [told for told in self._ranks.gather(failure) if told]
             if failures:
-                note(f"nothing is stored of the trunk: {failures[0]}")
+                note(f"the trunk is not stored: {failures[0]}")
                 self._refused = True
                 break
             for cut, states in made.items():
@@ -126,7 +126,7 @@ class TrunkLibrary:
         folders = self._folders(plan, tokens, rows, num_bytes, note, partitioned=partitioned)
         without = sum(folder is None for folder in folders)
         fits = without * num_bytes <= MEMORY_SHARE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        where = "kept in memory" if fits else "not stored: memory has no room either"
+        where = "kept in memory" if fits else "not stored: not enough free memory either"
         if without:
             note(f"{without} of {len(folders)} stored trunks have no room on disk and are {where}")
         if not all(self._ranks.gather(fits)):

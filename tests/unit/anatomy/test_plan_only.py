@@ -189,7 +189,7 @@ def test_a_recognised_layout_is_not_trained(tmp_path: Path) -> None:
     [
         ({"a.weight": (3, 4)}, {}, "found 0 repeated blocks"),
         (stranger(vision__layers__0__w=(4, 4)), {}, "found 2 repeated blocks"),
-        (stranger(net__h__1__attn__out__weight=(16, 8)), {}, "net.h.1. has not the names and shapes of net.h.0."),
+        (stranger(net__h__1__attn__out__weight=(16, 8)), {}, "net.h.1. does not have the names and shapes of net.h.0."),
         (stranger(net__h__1__extra__weight=(16,)), {}, "net.h.1. has not the names and shapes"),
         (stranger(net__h__3__ln_1__weight=(16,)), {}, "not numbered from 0 to 3"),
         (stranger(net__tok_emb__weight=None), {}, "an embedding [vocabulary, hidden] is not among"),

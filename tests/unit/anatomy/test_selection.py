@@ -196,7 +196,7 @@ def test_an_encoder_classifies_with_its_pooler_frozen_or_with_a_new_one(tmp_path
 
 
 def test_an_encoder_writes_no_text() -> None:
-    with pytest.raises(SelectionError, match="an encoder, which writes no text"):
+    with pytest.raises(SelectionError, match="an encoder, which cannot generate text"):
         pick("all", anatomy=anatomy_of("bert"))
 
 
@@ -207,7 +207,7 @@ def test_an_encoder_writes_no_text() -> None:
         ("first:99+head", "asks for 99 blocks", "write first:3 or all"),
         ("blocks:1-3", "asks for block 3; the base has 3 blocks", "did you mean blocks:1-2?"),
         ("blocks:7", "asks for block 7", "did you mean blocks:2?"),
-        ("lst:2", "no layer policy", "did you mean last:2?"),
+        ("lst:2", "not a layer policy", "did you mean last:2?"),
     ],
 )
 def test_policies_that_do_not_fit_the_base(policy: str, what: str, remedy: str) -> None:

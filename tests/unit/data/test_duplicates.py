@@ -81,7 +81,7 @@ def test_given_files_lose_what_a_judge_has(prepare: Any, rows_of_pairs: Any) -> 
     prepare.jsonl("train.jsonl", [*own, {"prompt": "ASKED  there", "completion": "x"}])
     prepare.jsonl("test.jsonl", [{"prompt": "asked there", "completion": "y"}, *rows_of_pairs(5, 50)])
     summary = prepare.run(test="test.jsonl", eval=0.2)
-    assert prepare.dropped(summary) == {("train", "whose prompt also stands in test"): (1, ("train.jsonl:31",))}
+    assert prepare.dropped(summary) == {("train", "whose prompt also occurs in test"): (1, ("train.jsonl:31",))}
     kept = prepare.run(test="test.jsonl", eval=0.2, dedupe="none")
     assert kept.dropped == ()
     assert "1 of 6 rows of test have a prompt that train has too" in messages(kept)
@@ -93,7 +93,7 @@ def test_an_instruction_for_all_rows_is_no_question(prepare: Any) -> None:
     prepare.jsonl("train.jsonl", rows)
     prepare.jsonl("test.jsonl", [rows[0], *({"prompt": "write a line.", "completion": sentence(n)} for n in range(50, 55))])
     summary = prepare.run(eval=0.2, test="test.jsonl")
-    assert prepare.dropped(summary) == {("train", "also stands in test"): (1, ("train.jsonl:1",))}
+    assert prepare.dropped(summary) == {("train", "also occurs in test"): (1, ("train.jsonl:1",))}
     assert "40 of 40 rows of train have one prompt, 'write a line.': taken as an instruction" in messages(summary, "info")
 
 
@@ -133,7 +133,7 @@ def test_near_duplicates_in_given_files(prepare: Any) -> None:
     assert told.dropped == ()
     summary = prepare.run(test="test.jsonl", eval=0.2, dedupe="near")
     assert prepare.dropped(summary) == {
-        ("train", "nearly equal to a row of test"): (3, ("train.jsonl:1", "train.jsonl:2", "train.jsonl:3"))
+        ("train", "near-duplicate of a row of test"): (3, ("train.jsonl:1", "train.jsonl:2", "train.jsonl:3"))
     }
 
 
@@ -148,7 +148,7 @@ def test_groups_hold_across_given_files(prepare: Any) -> None:
     for dedupe in ("exact", "none"):
         summary = prepare.run(test="test.jsonl", eval="eval.jsonl", group="doc", dedupe=dedupe)
         places = tuple(f"train.jsonl:{line}" for line in range(13, 17))
-        assert prepare.dropped(summary) == {("train", "whose group also stands in test"): (4, places)}
+        assert prepare.dropped(summary) == {("train", "whose group also occurs in test"): (4, places)}
 
 
 def test_a_group_column_that_a_given_file_lacks_is_told(prepare: Any) -> None:
@@ -162,7 +162,7 @@ def test_few_prompts_of_a_given_file_that_are_all_of_trains_are_refused_with_a_w
     rows = [{"prompt": f"Write a {'abcde'[n % 5]}.", "completion": sentence(n)} for n in range(60)]
     prepare.jsonl("train.jsonl", rows[:50])
     prepare.jsonl("test.jsonl", rows[50:])
-    with pytest.raises(DataError, match=r"no row is left for train \(50 whose prompt also stands in test") as caught:
+    with pytest.raises(DataError, match=r"no row is left for train \(50 whose prompt also occurs in test") as caught:
         prepare.run(test="test.jsonl")
     assert "data.dedupe: none" in caught.value.remedy
     summary = prepare.run(test="test.jsonl", dedupe="none")
@@ -190,7 +190,7 @@ def test_empty_group_cells_are_no_group(prepare: Any) -> None:
         (
             [{"text": sentence(0) + f" {'xyzuvw'[n]}{'xyzuvw'[n]}"} for n in range(6)],
             {"dedupe": "near"},
-            r"train has 6 rows in 1 group .* or are nearly equal, stay in one split",
+            r"train has 6 rows in 1 group .* or are near-duplicates, stay in one split",
         ),
     ],
 )
@@ -214,4 +214,4 @@ def test_a_group_of_nearly_all_rows_stays_in_train(prepare: Any) -> None:
 def test_repeated_rows_of_train_are_kept_and_counted(prepare: Any, rows_of_pairs: Any) -> None:
     prepare.jsonl("train.jsonl", rows_of_pairs(30) * 2)
     summary = prepare.run(eval=0.2, test=0.2)
-    assert "18 of 36 rows of train repeat another row; they are kept" in messages(summary, "info")
+    assert "18 of 36 rows of train duplicate another row; they are kept" in messages(summary, "info")

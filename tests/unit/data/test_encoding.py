@@ -138,7 +138,7 @@ def test_a_row_that_the_template_refuses_is_a_bad_row(base_with: Callable[[str |
     encoder = Encoder(tokenizer, "chat", DataSpec(train="x"))
     bad, good = encoder.encode([example(messages=CHAT), example(messages=CHAT[1:3])])
     assert isinstance(bad, BadRow)
-    assert str(bad) == "f:3: the chat template refuses it: the user speaks first"
+    assert str(bad) == "f:3: the chat template rejects it: the user speaks first"
     assert isinstance(good, Document)
 
 

@@ -152,7 +152,7 @@ def test_a_system_turn_is_read_and_never_learned(name: str, tmp_path: Path) -> N
     )
     if family.system == "refused":
         assert isinstance(document, BadRow)
-        assert document.reason == "the chat template refuses it: System role not supported"
+        assert document.reason == "the chat template rejects it: System role not supported"
         return
     assert ("be brief" in tokenizer.decode(document.ids)) == (family.system == "read")
     assert ("unread" in noticed.places) == (family.system == "left out")

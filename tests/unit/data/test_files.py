@@ -147,7 +147,9 @@ def test_files_of_a_folder_become_the_splits_unless_a_path_is_given(prepare: Any
     ]
     files, told = sources(prepare, train="data", eval="mine.jsonl")
     assert files == {"train": ["train.jsonl"], "eval": ["mine.jsonl"], "test": ["test.jsonl"]}
-    assert any(message.startswith("data.eval names a path: not read of data: data/validation.jsonl") for message in told)
+    assert any(
+        message.startswith("data.eval names a path, so these are not read from data: data/validation.jsonl") for message in told
+    )
     files, _ = sources(prepare, train="data/train.jsonl", eval="data", test="data")
     assert files == {"train": ["train.jsonl"], "eval": ["validation.jsonl"], "test": ["test.jsonl"]}
     _, told = sources(prepare, train="data", eval=0.3)
@@ -169,5 +171,5 @@ def test_what_is_held_out_is_not_trained_on_and_twice_is_once(prepare: Any) -> N
     assert sources(prepare, train="data")[1] == ["files of equal content: data/a.jsonl (train), data/copy.jsonl (train)"]
     fill(prepare.folder / "globbed", "a.jsonl", "test.jsonl")
     assert sources(prepare, train="globbed/*.jsonl")[1] == [
-        "data.train matches files whose names say eval or test: globbed/test.jsonl"
+        "data.train matches files whose names contain eval or test: globbed/test.jsonl"
     ]

@@ -58,8 +58,8 @@ def test_layouts_and_keys_of_chats_are_told(prepare: Any) -> None:
         "train: train.jsonl is JSON Lines; 3 rows read as sharegpt by the column 'conversations'; "
         "1 row read as messages by the column 'messages'; turns with ShareGPT's from and value in 3 of them",
         "train: keys of turns that are not read (in how many turns): 'id' (3)",
-        "train: 3 turns of the assistant are empty and are not learned",
-        "train: 3 turns have a weight; those of weight 0 are not learned",
+        "train: 3 turns of the assistant are empty and are not trained on",
+        "train: 3 turns have a weight; those of weight 0 are not trained on",
     ]
 
 

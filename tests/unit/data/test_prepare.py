@@ -54,15 +54,15 @@ def test_rows_in_two_splits_are_removed_counted_and_listed(prepare: Any, rows_of
     summary = prepare.run(eval="eval.jsonl", test="test.jsonl")
     assert {name: split.documents for name, split in summary.splits.items()} == {"train": 35, "eval": 3, "test": 10}
     assert prepare.dropped(summary) == {
-        ("eval", "also stands in test"): (7, tuple(f"eval.jsonl:{n}" for n in range(4, 11))),
-        ("train", "also stands in test"): (2, ("train.jsonl:39", "train.jsonl:40")),
-        ("train", "also stands in eval"): (3, ("train.jsonl:36", "train.jsonl:37", "train.jsonl:38")),
+        ("eval", "also occurs in test"): (7, tuple(f"eval.jsonl:{n}" for n in range(4, 11))),
+        ("train", "also occurs in test"): (2, ("train.jsonl:39", "train.jsonl:40")),
+        ("train", "also occurs in eval"): (3, ("train.jsonl:36", "train.jsonl:37", "train.jsonl:38")),
     }
 
 
 def test_a_train_that_is_all_in_eval_is_refused_with_the_count(prepare: Any, rows_of_pairs: Any) -> None:
     prepare.jsonl("train.jsonl", rows_of_pairs(5))
-    with pytest.raises(DataError, match=r"no row is left for train \(5 also stands in eval[;)]"):
+    with pytest.raises(DataError, match=r"no row is left for train \(5 also occurs in eval[;)]"):
         prepare.run(eval="train.jsonl", test=0.2)
 
 
@@ -242,13 +242,13 @@ def test_retention_that_another_split_has_is_not_scored_but_counted_and_listed(p
     summary = prepare.run(retain="general.jsonl", **data)
     assert prepare.load("retain").rows.tolist() == list(range(13, 21))
     assert prepare.dropped(summary) == {
-        ("retain", f"also stands in {name}"): (len(lines), tuple(f"general.jsonl:{line}" for line in lines))
+        ("retain", f"also occurs in {name}"): (len(lines), tuple(f"general.jsonl:{line}" for line in lines))
         for name, lines in (("train", range(1, 3)), ("eval", range(3, 8)), ("test", range(8, 13)))
     }
     for replay in (0.0, 0.1):
-        with pytest.raises(DataError, match=r"no row is left for retain \(5 also stands in test\)") as caught:
+        with pytest.raises(DataError, match=r"no row is left for retain \(5 also occurs in test\)") as caught:
             prepare.run(retain="test.jsonl", replay=replay, **data)
-        assert caught.value.expected == "text that train, eval and test do not have"
+        assert caught.value.expected == "text that is not in train, eval or test"
 
 
 def test_sets_of_an_earlier_format_are_made_anew_but_never_under_trials_that_learned_from_others(
@@ -338,7 +338,7 @@ def test_a_class_that_train_does_not_have_is_named_with_its_rows(prepare: Any) -
     assert prepare.dropped(summary)["eval", reason] == (2, ("eval.csv:3", "eval.csv:4"))
     assert summary.splits["eval"].documents == 1
     prepare.jsonl("train.jsonl", [{**row, "label": "a"} for row in LABELLED])
-    with pytest.raises(DataError, match="train has one class only: a"):
+    with pytest.raises(DataError, match="train has only one class: a"):
         prepare.run("classify", eval=0.2, test=0.2)
 
 

@@ -76,7 +76,7 @@ def test_what_another_split_has_is_not_replayed_but_counted_and_listed(prepare: 
         assert not sets["replay"] & sets[name], name
     dropped = prepare.dropped(summary)
     for name, first in (("train", 1), ("eval", 11), ("test", 21)):
-        assert dropped["retain", f"also stands in {name}"] == (10, tuple(f"general.jsonl:{first + n}" for n in range(10)))
+        assert dropped["retain", f"also occurs in {name}"] == (10, tuple(f"general.jsonl:{first + n}" for n in range(10)))
 
 
 def test_where_all_that_no_other_split_has_is_scored_nothing_is_left_to_replay(prepare: Any) -> None:

@@ -101,7 +101,9 @@ def test_more_gpus_never_make_fewer_gangs_of_equal_nodes() -> None:
 
 
 def test_the_sentences_say_where_and_why() -> None:
-    assert placement([("8 x H100", 4, 8)], 32, 1, unit="GPU").sentences == ("1 gang of 32 GPUs, over 4 nodes: no node holds one",)
+    assert placement([("8 x H100", 4, 8)], 32, 1, unit="GPU").sentences == (
+        "1 gang of 32 GPUs, over 4 nodes: no single node is large enough for one",
+    )
     assert placement([("8 x H100", 4, 8)], 8, 4, unit="GPU").sentences == ("4 gangs of 8 GPUs, each inside one node",)
     assert placement([("8 x H100", 2, 8)], 3, 4, unit="GPU").sentences[1] == (
         "4 of 16 GPUs are left over: no further gang of 3 fits"
@@ -111,13 +113,13 @@ def test_the_sentences_say_where_and_why() -> None:
         "5 of 8 GPUs are left over: max_gpus allows 3",
     )
     mixed = placement([("8 x H100", 1, 8), ("4 x L4", 4, 4)], 8, 3, unit="GPU")
-    assert mixed.sentences == ("3 gangs of 8 GPUs, inside a node where one fits, else over up to 2 whole nodes",)
+    assert mixed.sentences == ("3 gangs of 8 GPUs, within one node where it fits, else over up to 2 whole nodes",)
     assert [(kind.gangs_inside, kind.ranks_spanning, kind.left_over) for kind in mixed.nodes] == [(1, 0, 0), (0, 16, 0)]
 
 
 def test_gangs_that_would_share_a_node_with_a_part_of_another_are_refused() -> None:
     """Three gangs of five on two nodes of eight: 15 of 16 GPUs, and the third would lie over both."""
-    with pytest.raises(PlanError, match="no gang shares a node with a part of another: there is room for 2") as caught:
+    with pytest.raises(PlanError, match="no gang shares a node with part of another gang: there is room for 2") as caught:
         machines(cluster(8, 8), ResourcesSpec(gangs=3, ranks_per_gang=5))
     assert caught.value.exit_code == 3
     assert machines(cluster(8, 8), ResourcesSpec(gangs=2, ranks_per_gang=5)).max_gangs(5) == 2

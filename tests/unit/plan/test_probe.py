@@ -90,7 +90,7 @@ def test_the_plan_weighs_the_worst_case_and_says_so(planned: Any) -> None:
     plan = planned(["top:0.5"], search={"tune": ["lora", "full"]})
     first, worst = plan.search.options[1], planned(["blocks:0,1"], search={"tune": ["full"]}).search.options[0]
     assert first.memory.total_bytes == worst.memory.total_bytes
-    assert any("top:0.5 is weighed as its worst case, 2 of the largest blocks" in reason for reason in plan.reasons)
+    assert any("top:0.5 is planned as its worst case, 2 of the largest blocks" in reason for reason in plan.reasons)
     assert any("is scored first" in reason for reason in plan.reasons)
 
 
@@ -140,7 +140,7 @@ def test_scores_resolve_the_policies_and_leave_every_option_in_its_place(planned
     assert plan.trunk is None or 1 not in plan.trunk.cuts
     assert scored.trunk is not None
     assert 1 in scored.trunk.cuts, "a policy by score has found its cut"
-    assert scored.notes[-1].startswith("with the blocks known, what enters blocks")
+    assert scored.notes[-1].startswith("after scoring, activations entering blocks")
 
 
 def test_a_failed_probe_leaves_the_plan_as_it_is(planned: Any, base: Any, job: Any) -> None:

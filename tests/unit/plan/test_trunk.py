@@ -56,14 +56,14 @@ def finetune(layers: str, epochs: float) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("sections", "cuts", "said"),
     [
-        (sweep("last:2"), (30, 32), "what enters blocks 30, 32 is stored for 456k tokens"),
-        (sweep("last:1", "last:2", "last:8"), (24, 30, 31, 32), "what enters blocks 24, 30, 31, 32 is stored"),
+        (sweep("last:2"), (30, 32), "activations entering blocks 30, 32 are cached for 456k tokens"),
+        (sweep("last:1", "last:2", "last:8"), (24, 30, 31, 32), "activations entering blocks 24, 30, 31, 32 are cached"),
         (sweep("blocks:8-11"), (8, 32), "is stored"),
         (sweep("last:2", "all"), (30, 32), "is stored"),
-        (finetune("last:2", 1), (), "computed at every step: storing it would take longer than it saves"),
-        (finetune("last:2", 2), (30,), "what enters block 30 is stored for 456k tokens, 3.5 GiB: one forward pass instead of"),
-        (finetune("last:2", 8), (30,), "one forward pass instead of about 7.1"),
-        (finetune("all", 8), (), "every trial learns from the first block up: there is no trunk to store"),
+        (finetune("last:2", 1), (), "computed at every step: storing it would take more time than it saves"),
+        (finetune("last:2", 2), (30,), "activations entering block 30 are cached for 456k tokens, 3.5 GiB, saving about"),
+        (finetune("last:2", 8), (30,), "saving about 6.1 forward passes"),
+        (finetune("all", 8), (), "every trial trains from the first block up: there is no trunk (frozen lower blocks) to store"),
         (finetune("first:2", 8), (), "every trial learns from the first block up"),
         (sweep("last:2") | {"resources": {"cache_bytes": 0}}, (), "resources.cache_bytes is 0"),
         (sweep("last:2") | {"resources": {"cache_bytes": 10**6}}, (), "computed at every step: one cut takes 3.5 GiB"),
@@ -100,7 +100,12 @@ def test_dropout_refuses_it(
         assert refused == []
     else:
         assert found.trunk is None
-        assert refused == ["the trunk is computed at every step: attention_probs_dropout_prob 0.1 draws other numbers each time"]
+        assert refused == [
+            (
+                "the trunk (frozen lower blocks) is computed at every step: attention_probs_dropout_prob 0.1 draws other "
+                "numbers each time"
+            )
+        ]
 
 
 def test_a_budget_for_one_cut_takes_the_one_that_saves_most(plan: Any) -> None:

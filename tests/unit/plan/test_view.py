@@ -35,11 +35,11 @@ def test_the_derivation_multiplies_to_the_tokens_of_a_step(base: Any, job: Any, 
 def test_a_step_says_what_is_replayed_beside_it(base: Any, job: Any, cores: Any, data: Any) -> None:
     loaded = job(search={"replay": [0.0, 0.3, 0.1]}, train={"tokens_per_step": 8192})
     plan = make_plan(loaded, base("tiny"), data(), cores(), job="sweep", spec_sha256="0" * 64)
-    assert plan.reasons[0].endswith("= 8192 tokens per step of the target, up to about 11703 with what is replayed")
+    assert plan.reasons[0].endswith("= 8192 tokens per step of the target, in all up to about 11703 with replayed tokens")
     short = job(search={"replay": [0.5], "budget": 0.5}, train={"tokens_per_step": 8000})
     plan = make_plan(short, base("tiny"), data(), cores(), job="sweep", spec_sha256="0" * 64)
     (again,) = [reason for reason in plan.reasons if "is trained again to" in reason]
-    assert again.endswith("room for 8000 tokens per step of the target, up to about 16000 with what is replayed")
+    assert again.endswith("room for 8000 tokens per step of the target, in all up to about 16000 with replayed tokens")
 
 
 @pytest.mark.parametrize(("evaluation", "test", "share"), [(0.1, 0.1, 0.8), (0.2, "t.jsonl", 0.8), ("e.jsonl", "t.jsonl", 1.0)])
@@ -60,5 +60,5 @@ def test_a_guess_is_called_one(base: Any, job: Any, cores: Any) -> None:
     plan = make_plan(
         loaded, base("tiny"), estimate_data_size(10_000, 10, loaded.spec), cores(), job="sweep", spec_sha256="0" * 64
     )
-    assert "token counts are guessed from file sizes, at 4 bytes a token" in plan.notes
+    assert "token counts are estimated from file sizes, at 4 bytes per token" in plan.notes
     assert any("(estimated)" in line for line in plan_lines(plan))

@@ -54,7 +54,7 @@ def test_a_run_in_progress_shows_the_step_that_stands_on_disk(running):
 
 def test_a_silent_driver_is_told_and_its_trial_is_no_running_one(running):
     page = read(write_report(running(at=time.time() - SILENT_S - 5)))
-    assert "No sign of life since" in page.text
+    assert "No update since" in page.text
     assert "interrupted" in page.text
     assert "In progress" not in page.text
 

@@ -30,7 +30,7 @@ def test_why_each_stands_where_it_stands(sweep):
     _, winner, forgets, stopped, failed, ahead = sweep.trials
     assert why_here(winner, sweep) == "promoted"
     assert why_here(forgets, sweep) == "forgets more than the bound of 0.1: ranked as loss 3.300"
-    assert why_here(stopped, sweep) == "stopped at step 6: others were better there"
+    assert why_here(stopped, sweep) == "stopped at step 6: others were better at that step"
     assert why_here(failed, sweep) == "failed: the loss became NaN at step 3 (learning rate 5.0e-04)"
     assert why_here(ahead, sweep) == "better scored than the promoted trial, and not shown to be better than the base model"
     by_hand = sweep.model_copy(update={"promoted_by_hand": True})
@@ -59,7 +59,7 @@ def test_at_which_step_a_trial_was_evaluated(make):
 
 def test_the_page_has_the_reasons(fake_run, sweep):
     page = read(write_report(fake_run(sweep=sweep)))
-    assert "why it stands here" in page.text
+    assert "why it ranks here" in page.text
     assert "forgets more than the bound of 0.1: ranked as loss 3.300" in page.text
 
 

@@ -34,7 +34,7 @@ def test_every_node_must_see_the_runs_folder(two_nodes: None, tmp_path: Path, mo
     cluster.require_shared_storage(tmp_path)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(PlanError, match="1 of 1 other nodes do not see the run's folder") as caught:
+    with pytest.raises(PlanError, match="1 of 1 other nodes cannot see the run's folder") as caught:
         cluster.require_shared_storage(Path("/proc/self/cwd"))  # of each process another folder
     assert caught.value.exit_code == 3
     assert "share" in caught.value.remedy

@@ -115,7 +115,7 @@ def test_a_trial_that_stalled_is_judged_by_its_best_rung(prepared: Prepared) -> 
     told = summarise(prepared, ledger, [], started_at=0.0)
     assert told.learning_curve is None
     documents = round(prepared.plan.data.train_documents / 2)
-    assert told.no_learning_curve == f"the trial on {documents} documents came no further than step 2 of {last.total_steps}"
+    assert told.no_learning_curve == f"the trial on {documents} documents reached only step 2 of {last.total_steps}"
     ledger.end(last.trial_id, "finished")
     sweep = summarise(prepared, ledger, [], started_at=0.0)
     assert sweep.learning_curve is not None
@@ -170,7 +170,7 @@ def test_a_curve_that_waits_for_hours_is_told(prepared: Prepared) -> None:
     first, *_ = curve_trials(prepared, winner, None)
     add(ledger, first, 3.0)
     sweep = summarise(prepared, ledger, [], started_at=0.0, hours=HoursState(used=2, spent="the bound"))
-    assert sweep.ended_by_hours == "all 2 trials were searched, but for want of hours not the learning curve: the bound"
+    assert sweep.ended_by_hours == "all 2 trials were searched, but out of GPU-hours for the learning curve: the bound"
     assert sweep.no_learning_curve.endswith("did not run")
     for trial in curve_trials(prepared, winner, None)[1:]:
         add(ledger, trial, 2.5)

@@ -123,7 +123,7 @@ class ScriptedGang:
         for trial_id in group:
             if self.unwritten.get(trial_id, 0):
                 self.unwritten[trial_id] -= 1
-                raise GangDiedError(f"gang {self.index} broke: no space left on device")
+                raise GangDiedError(f"gang {self.index} failed: no space left on device")
 
     async def unless_killed(self, event: asyncio.Event) -> None:
         """Until something happens, or, as with real processes, until the gang is killed."""

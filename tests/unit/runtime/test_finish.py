@@ -125,9 +125,9 @@ def test_only_the_winners_own_shuffled_control_is_shown(submit: Callable[..., Pr
     [
         (1, {}, False, "the search was ended after 1 of 2 trials: the bound"),
         (2, {}, False, ""),
-        (2, SHUFFLED, False, "all 2 trials were searched, but for want of hours not the control shuffled: the bound"),
+        (2, SHUFFLED, False, "all 2 trials were searched, but out of GPU-hours for the control shuffled: the bound"),
         (2, SHUFFLED, True, ""),
-        (2, {"repeats": 2}, False, "all 2 trials were searched, but for want of hours not the control repeat-2: the bound"),
+        (2, {"repeats": 2}, False, "all 2 trials were searched, but out of GPU-hours for the control repeat-2: the bound"),
     ],
     ids=["a trial was held back", "nothing was", "a control was", "the control was there", "another seed was"],
 )

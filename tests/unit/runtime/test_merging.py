@@ -112,14 +112,12 @@ def test_the_learning_curve_is_of_the_trial_that_it_was_measured_of() -> None:
     assert promoted_by_hand(other, "t002").no_learning_curve == other.no_learning_curve
     back = promoted_by_hand(other, "t000")
     assert (back.curve_of_winner, back.no_learning_curve) == (found, "")
-    nothing = SWEEP.model_copy(
-        update={"winner_id": None, "no_learning_curve": "nothing was promoted that could be trained on less"}
-    )
-    assert promoted_by_hand(nothing, "t001").no_learning_curve == "it is measured of a trial that is promoted by the rule"
+    nothing = SWEEP.model_copy(update={"winner_id": None, "no_learning_curve": "no promoted trial to train on less data"})
+    assert promoted_by_hand(nothing, "t001").no_learning_curve == "it is measured only for a trial promoted by the rule"
 
 
 def test_a_trial_that_the_record_does_not_know_yet_is_refused() -> None:
-    with pytest.raises(UsageError, match="t007 came after the search was last summed up"):
+    with pytest.raises(UsageError, match="t007 was added after the search results were last written"):
         promoted_by_hand(SWEEP, "t007")
 
 
@@ -131,8 +129,8 @@ def test_what_the_rule_had_said_stays_however_often_a_person_decides() -> None:
     assert once.promotion_reason == promoted_by_hand(once, "t001").promotion_reason == said
     assert recommendation(once) == f"P{said[1:]}."
     assert recommendation(SWEEP) == f"Promoted: {SWEEP.promotion_reason}."
-    nothing = SWEEP.model_copy(update={"winner_id": None, "promotion_reason": "no trial came to a measurement"})
-    assert recommendation(nothing) == "Nothing was promoted: no trial came to a measurement."
+    nothing = SWEEP.model_copy(update={"winner_id": None, "promotion_reason": "no trial was evaluated"})
+    assert recommendation(nothing) == "Nothing was promoted: no trial was evaluated."
 
 
 def test_the_view_is_started_on_the_chosen_trial_and_closed_whatever_happens() -> None:

@@ -55,7 +55,7 @@ def test_what_a_submission_would_refuse_is_refused(spec: Path):
             rehearsed(loaded)
         run.plan.write_text("{}")
     before = {path: path.stat().st_mtime_ns for path in spec.parent.rglob("*")}
-    assert rehearsed(loaded).would == "go on with an interrupted run"
+    assert rehearsed(loaded).would == "continue an interrupted run"
     with pytest.raises(RunConflictError, match=r"train\.epochs: 2\.0 -> 3\.0"):
         rehearsed(load_spec(spec, ["train.epochs=3"]))
     assert {path: path.stat().st_mtime_ns for path in spec.parent.rglob("*")} == before

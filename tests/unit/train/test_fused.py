@@ -221,7 +221,7 @@ def test_the_width_that_takes_least_time_a_trial_is_taken(
     run = gang.host.trial_run(group[0], gang.execution, [], host.TrialOutcome())
     found, said = best_width(gang.host.base, group, run.sets.steps, run.rows, None, gang.host.ranks)
     assert found == width
-    assert said.startswith(f"{width} trials share a batch (a trial's micro-batch by trials in a batch: {tried}")
+    assert said.startswith(f"{width} trials share a batch (time per trial's micro-batch, by trials in a batch: {tried}")
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

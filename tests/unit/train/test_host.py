@@ -326,7 +326,7 @@ def test_without_a_whole_checkpoint_it_starts_again(bench: Bench) -> None:
     (Path(part.checkpoint or "") / "state.json").unlink()
     bench.host._saver.forget()
     again = bench.run("a", start=part.checkpoint, rung=1)
-    assert again.notes == ("rung-0 is damaged: starts again from step 0",)
+    assert again.notes == ("rung-0 is damaged: restarts from step 0",)
     assert again.eval_loss == straight.eval_loss
 
 
@@ -371,7 +371,9 @@ def with_little_memory(monkeypatch: pytest.MonkeyPatch, *, rows: int, recomputed
 
 
 WIDE = EXECUTION.model_copy(update={"micro_batch_rows": 4})
-HALVED = tuple(f"out of memory: started again with {rows} in a micro-batch and more rounds" for rows in ("2 rows", "1 row"))
+HALVED = tuple(
+    f"out of memory: restarted with {rows} per micro-batch and more accumulation rounds" for rows in ("2 rows", "1 row")
+)
 
 
 @pytest.mark.parametrize("fitting", [2, 1])
@@ -406,7 +408,7 @@ def test_what_is_kept_of_other_trials_is_given_up_before_a_trial_comes_down(
     monkeypatch.setattr(Objective, "forward", cramped)
     result = bench.run("a", execution=WIDE)
     assert (result.state, result.relieved) == ("done", None)
-    assert result.notes == ("out of memory: what was kept of other rungs is given up, and it begins again",)
+    assert result.notes == ("out of memory: cached state of other rungs is released, and the trial is restarted",)
     assert bench.bits("a") == bench.bits("alone")
 
 
@@ -414,7 +416,7 @@ def test_where_one_row_is_too_much_activations_are_computed_again(bench: Bench, 
     with_little_memory(monkeypatch, rows=0, recomputed=1)
     result = bench.run("a", execution=WIDE)
     assert result.state == "done"
-    assert result.notes == (*HALVED, "out of memory: started again with gradient checkpointing")
+    assert result.notes == (*HALVED, "out of memory: restarted with gradient checkpointing")
     assert result.relieved is not None
     assert (result.relieved.micro_batch_rows, result.relieved.checkpointing) == (1, True)
     monkeypatch.undo()
@@ -551,7 +553,7 @@ def test_a_rung_of_another_trial_is_set_aside_and_not_gone_on_from(bench: Bench)
     shutil.copytree(foreign, own)
     bench.host._saver.forget()
     again = bench.run("a", start=str(own), rung=1)
-    told = "rung-0 is that of trial b: set aside as rung-0.damaged-1; starts again from step 0"
+    told = "rung-0 is that of trial b: set aside as rung-0.damaged-1; restarts from step 0"
     assert (again.state, again.notes) == ("done", (told,))
     assert again.eval_loss == straight.eval_loss
     assert (own.parent / "rung-0.damaged-1" / "manifest.json").exists()

@@ -105,22 +105,24 @@ def curve_to(ahead: float, low: float, high: float, scale: float = 8.0) -> Learn
         ),
         (
             curve_to(1.79, 1.75, 1.83),
-            "whether more data would help cannot be told: the loss is 1.830, and with twice the data (1728 documents) it would "
+            ("it cannot be determined whether more data would help: the loss is 1.830, and with twice the data (1728 "
+"documents) it would ")
             "be about 1.790 (95%: 1.750 to 1.830)",
         ),
         (
             curve_to(1.9, 1.85, 1.95, scale=0.0),
             "the learning curve could not be fitted: its law gives 1.900 with twice the data (1728 documents), worse than the "
-            "1.830 that was measured with all documents; it does not tell whether more data would help",
+            "1.830 that was measured with all documents; it does not show whether more data would help",
         ),
         (
             curve_to(1.829, 1.821, 1.84),
-            "no gain is to be expected of more data: the loss is 1.830, and with twice the data (1728 documents) it would be "
+            "no gain is expected from more data: the loss is 1.830, and with twice the data (1728 documents) it would be "
             "about 1.829 (95%: 1.821 to 1.840)",
         ),
         (
             curve_to(1.8304, 1.819, 1.95, scale=0.0),
-            "whether more data would help cannot be told: the loss is 1.830, and with twice the data (1728 documents) it would "
+            ("it cannot be determined whether more data would help: the loss is 1.830, and with twice the data (1728 "
+"documents) it would ")
             "be about 1.830 (95%: 1.819 to 1.950)",
         ),
     ],

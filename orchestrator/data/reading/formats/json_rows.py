@@ -95,7 +95,7 @@ def _lines(file: DataFile) -> Iterator[tuple[int, str | BadRow]]:
 def cut_short(file: DataFile, line: int, error: BaseException) -> BadRow:
     """The end of what can be read of a damaged file."""
     what = f"damaged or cut short: the {file.compression} stream" if file.compression else "cannot be read to its end: the file"
-    return BadRow(str(file.path), line, f"{what} breaks off here", printable(str(error)), ends_file=True)
+    return BadRow(str(file.path), line, f"{what} ends abruptly here", printable(str(error)), ends_file=True)
 
 
 def read_json(file: DataFile) -> Iterator[Row | BadRow]:
@@ -120,7 +120,7 @@ def read_json(file: DataFile) -> Iterator[Row | BadRow]:
 
 
 def _broken(scanner: _Scanner | None, file: str, reason: str, detail: str = "") -> BadRow:
-    rest = "what follows in the file cannot be read"
+    rest = "the rest of the file cannot be read"
     return BadRow(file, scanner.line if scanner else 1, reason, f"{detail}; {rest}" if detail else rest, ends_file=True)
 
 
@@ -175,7 +175,7 @@ def _wrapped(scanner: _Scanner, file: str) -> Iterator[Row | BadRow]:
         else:
             value = scanner.value()
             if isinstance(value, list) and any(isinstance(entry, dict) for entry in cast("list[Any]", value)):
-                detail = f"{quoted(key)} beside {quoted(found)}: write each into a file of its own" if found else quoted(key)
+                detail = f"{quoted(key)} beside {quoted(found)}: write each into its own file" if found else quoted(key)
                 yield BadRow(file, line, "the JSON object holds several lists of rows", detail, ends_file=True)
                 scanner.skip_all()
                 return

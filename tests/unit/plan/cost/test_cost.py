@@ -328,11 +328,11 @@ def test_disk_holds_the_bundle_every_rung_and_what_may_go_on(plan: Any, cores: A
     assert disk["open trials"] == found.search.concurrent_trials * 12 * max(learn)
     assert disk["control head"] == 4 * len(found.search.rung_steps) * 512 * 64
     assert found.cost.checkpoint_bytes == (4 + 12) * max(learn)
-    assert disk["checkpoints on the way"] == 2 * found.cost.checkpoint_bytes
+    assert disk["intermediate checkpoints"] == 2 * found.cost.checkpoint_bytes
     assert disk["tokens"] == found.cost.cache_bytes == 5 * (400_000 + 40_000 + 16_384)
     assert found.disk_bytes == round(sum(disk.values()))
     one = plan("tiny", cores(2), kind="finetune", finetune={})
-    assert {each.name for each in one.cost.disk} == {"bundle", "checkpoints on the way", "tokens"}
+    assert {each.name for each in one.cost.disk} == {"bundle", "intermediate checkpoints", "tokens"}
 
 
 def test_the_bundle_is_as_wide_as_the_base_is_stored_and_has_a_head_of_its_own(plan: Any, cores: Any, base: Any) -> None:

@@ -58,7 +58,7 @@ def test_bytes_per_learning_element_on_four_ranks(base: Base, stage: int, per_el
     way = replace(ONE_GPU, ranks=4, executor="deepspeed", zero_stage=stage)  # type: ignore[arg-type]
     found = terms(base("8b"), way, tune="full")
     elements = select(base("8b"), "all", "full", None, task="completion").num_trainable_parameters
-    names = ("learning weights", "gradients", "gradient sums", "masters", "Adam's moments")
+    names = ("trainable weights", "gradients", "gradient sums", "fp32 master weights", "Adam's moments")
     assert tuple(found.get(name, 0) / elements for name in names) == pytest.approx(per_element, rel=1e-6)
 
 
@@ -66,7 +66,7 @@ def test_without_deepspeed_every_rank_holds_all_that_learns(base: Base) -> None:
     alone = terms(base("8b"), ONE_GPU, tune="full")
     shared = terms(base("8b"), replace(ONE_GPU, ranks=4), tune="full")
     elements = select(base("8b"), "all", "full", None, task="completion").num_trainable_parameters
-    names = ("learning weights", "gradients", "gradient sums", "masters", "Adam's moments")
+    names = ("trainable weights", "gradients", "gradient sums", "fp32 master weights", "Adam's moments")
     assert [shared.get(name, 0) / elements for name in names] == [2, 0, 4, 4, 8]
     assert shared.pop("collectives") > 0
     assert shared == alone
@@ -109,7 +109,7 @@ def test_checkpointing_keeps_inputs_and_one_block(base: Base) -> None:
     llama = base("8b")
     found = terms(llama, replace(ONE_GPU, checkpointing=True, micro_batch_rows=8))
     assert found["activations"] == 8 * 512 * 32 * 4096 * 2
-    assert found["one block again"] == 8 * 512 * (block_bytes(llama, "lora") + 2 * 512)
+    assert found["one block recomputed"] == 8 * 512 * (block_bytes(llama, "lora") + 2 * 512)
 
 
 def test_logits_come_in_pieces(base: Base) -> None:
@@ -138,7 +138,7 @@ def test_an_untied_copy_of_the_head_is_counted(base: Base) -> None:
     llama = base("tiny")
     head = 512 * 64
     assert terms(llama, ONE_GPU, "last:1+head")["frozen weights"] == 2 * (llama.num_parameters() + head)
-    assert terms(llama, ONE_GPU, "head", tune="full")["masters"] == 4 * head
+    assert terms(llama, ONE_GPU, "head", tune="full")["fp32 master weights"] == 4 * head
 
 
 def test_a_quantized_base_is_loaded_whole_before_stage_3(base: Base) -> None:
