@@ -126,8 +126,8 @@ def _reasons(probe: ProbePlan, waiting: Sequence[TrialOption], anatomy: ModelAna
     blocks = "every block" if probe.floor == 0 else f"blocks {probe.floor} to {anatomy.num_blocks - 1}"
     over = "" if probe.share_of_trial <= MOST_OF_A_TRIAL else f", more than {MOST_OF_A_TRIAL:.0%}, and cannot be reduced further"
     yield (
-        (f"{blocks} is scored before the search: {probe.num_batches} x {probe.rows} rows, {probe.share_of_trial:.1%} "
-"of the operations of the ")
+        f"{blocks} is scored before the search: {probe.num_batches} x {probe.rows} rows, {probe.share_of_trial:.1%} "
+        "of the operations of the "
         f"cheapest trial{over}"
     )
     if probe.floor:

@@ -66,8 +66,8 @@ def plan_trunk(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, rate: Rate) 
     saved = sum(use.tokens * use.flops_per_token for use in chosen) / (sets * chosen[-1].flops_per_token)
     where = "block " if len(cuts) == 1 else "blocks "
     reason = (
-        (f"activations entering {where}{', '.join(map(str, cuts))} are cached for {format_count(sets)} tokens, "
-f"{format_bytes(num_bytes)}, ")
+        f"activations entering {where}{', '.join(map(str, cuts))} are cached for {format_count(sets)} tokens, "
+        f"{format_bytes(num_bytes)}, "
         f"saving about {saved - 1:.3g} forward passes"
     )
     folder = spec.resources.cache_folder or ""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from orchestrator.anatomy import read_anatomy, resolve_base
 from orchestrator.data import DataSummary, prepare_data
-from orchestrator.errors import RunConflictError
+from orchestrator.errors import IntegrityError, RunConflictError
 from orchestrator.plan.defaults import with_section
 from orchestrator.plan.values import ClusterDescription, RunPlan
 from orchestrator.runtime.outcome import read_outcome
@@ -17,6 +17,7 @@ from orchestrator.runtime.places import output_root
 from orchestrator.runtime.prepare import Job, Tokenised, identity_of_base, plan_of_data, require_metric
 from orchestrator.spec import LoadedSpec, spec_sha256
 from orchestrator.store import read_record
+from orchestrator.store.files import Record
 from orchestrator.store.run_directory import is_same_run, require_same_base
 
 
@@ -52,16 +53,27 @@ def rehearse(loaded: LoadedSpec, job: Job, *, output: Path | None = None, cluste
     if known:
         require_same_base(run_folder, identity_of_base(anatomy))
     plan_file, summary_file = run_folder / "plan.json", run_folder / "data" / "summary.json"
-    planned = read_record(plan_file, RunPlan) if known and plan_file.exists() else None
+    planned = _read(plan_file, RunPlan) if known else None
     with tempfile.TemporaryDirectory(prefix="orchestrator-data-") as folder:
         data = prepare_data(loaded, Path(anatomy.folder), Path(folder))
-        if planned is not None and summary_file.exists():
-            before = read_record(summary_file, DataSummary)
-            if {name: part.sha256 for name, part in before.splits.items()} != {n: part.sha256 for n, part in data.splits.items()}:
-                what = "the data has changed since this run began"
-                raise RunConflictError(what, where=str(run_folder), remedy="put it back, or choose another `name`")
+        before = _read(summary_file, DataSummary) if planned is not None else None
+        if before is not None and _hashes(before) != _hashes(data):
+            what = "the data has changed since this run began"
+            raise RunConflictError(what, where=str(run_folder), remedy="put it back, or choose another `name`")
         plan = plan_of_data(loaded, anatomy, Tokenised(data, Path(folder), planned), cluster(), job)
     return Rehearsal(plan, data, run_folder, _would(run_folder, known))
+
+
+def _hashes(data: DataSummary) -> dict[str, str]:
+    return {name: part.sha256 for name, part in data.splits.items()}
+
+
+def _read(path: Path, kind: type[Record]) -> Record | None:
+    """A record of the run; None where there is none, or a damaged one, which a submission would set aside."""
+    try:
+        return read_record(path, kind)
+    except (FileNotFoundError, IntegrityError):
+        return None
 
 
 def _would(run_folder: Path, known: bool) -> str:

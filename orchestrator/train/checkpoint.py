@@ -98,10 +98,8 @@ def open_checkpoint(
         note(f"{folder.name} is from another gang or ZeRO stage: weights are loaded, Adam's moments restart at zero")
     elif not same_ranks:
         note(
-            (
-                f"{folder.name} was made by {record['ranks']} ranks and is continued by {ranks.count}: last digits may "
-                "differ from here on"
-            )
+            f"{folder.name} was made by {record['ranks']} ranks and is continued by {ranks.count}: last digits may "
+            "differ from here on"
         )
     loss = None if record["loss"] is None else float(record["loss"])
     return StartPoint(folder, LoopState(record["step"], record["tokens"], loss), exact, whole)

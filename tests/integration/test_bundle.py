@@ -297,7 +297,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trials, BundleIn
     scores = score_test(staged.folder, inputs, trials.folder / "run" / "test")
     transfer = TransferReport(
         verdict="positive",
-        sentence="positive: better than the base",
+        sentence="better than the base",
         scores=scores.models,
         prompts=scores.prompts,
         verification=figures,
@@ -338,7 +338,14 @@ def test_a_finished_bundle_says_where_it_comes_from_and_its_base_alone_by_its_pl
         elif file.suffix in (".json", ".md", ".jinja"):
             assert str(trials.folder) not in file.read_text(), file.name
     card = (bundle / "README.md").read_text()
-    for said in ("Positive: better than the base", "`last:2`", "vllm serve .", "transformers serve .", "0.001", "this model"):
+    for said in (
+        "Positive in loss only: better than the base; but not one answer",
+        "`last:2`",
+        "vllm serve .",
+        "transformers serve .",
+        "0.001",
+        "this model",
+    ):
         assert said in card, said
 
 

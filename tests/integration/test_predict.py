@@ -108,9 +108,12 @@ def test_a_file_is_answered_in_its_own_order_and_never_overwritten(bundle: Path,
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ('{"question": "w1"}\n{"question": 3}\n{"ask": "w2"}\n', ["2 rows cannot be answered", "rows.jsonl:2", "rows.jsonl:3"]),
+        (
+            '{"question": "w1"}\n{"question": {"w1": 3}}\n{"ask": "w2"}\n',
+            ["2 rows cannot be answered", "rows.jsonl:2", "rows.jsonl:3"],
+        ),
         ('{"question": "w1"}\n{broken\n', ["rows.jsonl:2", "malformed JSON"]),
-        ('{"question": "  "}\n', ["rows.jsonl:1", "holds no text"]),
+        ('{"question": "  "}\n', ["rows.jsonl:1", "the prompt is empty"]),
         ('{"question": "' + "w1 " * 80 + '"}\n', ["rows.jsonl:1: 82 tokens, and the model has 64 positions"]),
         ("", ["holds no row"]),
     ],

@@ -56,7 +56,7 @@ def prepared(folder: Path, base: Path) -> TokenizedSet:
     for number, name in enumerate(("train", "eval", "test")):
         rows = [[{**turns[0], "content": turns[0]["content"] + " " * number}, turns[1]] for turns in CHATS]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in rows))
-    data = {"train": "train.jsonl", "eval": "eval.jsonl", "test": "test.jsonl"}
+    data = {"train": "train.jsonl", "eval": "eval.jsonl", "test": "test.jsonl", "dedupe": "none"}
     values = {"name": "t", "base": {"model": str(base)}, "task": "chat", "data": data, "finetune": {}}
     (folder / "spec.yaml").write_text(json.dumps(values))
     prepare_data(load_spec(folder / "spec.yaml"), base, folder / "data")

@@ -172,8 +172,9 @@ def test_a_fixed_list_is_part_of_the_identity_and_survives_being_written(tmp_pat
 def test_runs_from_before_there_were_points_or_a_curve_keep_their_identity(tmp_path: Path) -> None:
     values = write(tmp_path).spec.model_dump(mode="json", exclude={"output", "resources", "finetune"})
     del values["search"]["trials"], values["search"]["points"], values["search"]["learning_curve"]
-    for key in ("format", "template", "template_without_input", "delimiter", "text_documents", "dedupe"):
+    for key in ("format", "template", "template_without_input", "delimiter", "text_documents", "dedupe", "train_on"):
         del values["data"][key]
+    del values["data"]["special_tokens_in_text"]
     for key in ("input", "system", "tools"):
         del values["data"]["columns"][key]
     found = write(tmp_path)

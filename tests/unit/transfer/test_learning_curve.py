@@ -105,8 +105,8 @@ def curve_to(ahead: float, low: float, high: float, scale: float = 8.0) -> Learn
         ),
         (
             curve_to(1.79, 1.75, 1.83),
-            ("it cannot be determined whether more data would help: the loss is 1.830, and with twice the data (1728 "
-"documents) it would ")
+            "it cannot be determined whether more data would help: the loss is 1.830, and with twice the data (1728 "
+            "documents) it would "
             "be about 1.790 (95%: 1.750 to 1.830)",
         ),
         (
@@ -121,8 +121,8 @@ def curve_to(ahead: float, low: float, high: float, scale: float = 8.0) -> Learn
         ),
         (
             curve_to(1.8304, 1.819, 1.95, scale=0.0),
-            ("it cannot be determined whether more data would help: the loss is 1.830, and with twice the data (1728 "
-"documents) it would ")
+            "it cannot be determined whether more data would help: the loss is 1.830, and with twice the data (1728 "
+            "documents) it would "
             "be about 1.830 (95%: 1.819 to 1.950)",
         ),
     ],
