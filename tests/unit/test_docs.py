@@ -108,9 +108,14 @@ def test_what_the_documents_link_to_is_there(repository):
             assert target.startswith("https://") or (document.parent / target).exists(), f"{document.name}: {target}"
 
 
-def test_the_readmes_spec_is_one(readme, tmp_path):
+def test_the_readmes_specs_are_valid(readme, tmp_path):
     from orchestrator.spec.models import JobSpec
 
-    code = section(readme, "Your own model and data").split("    name:")[1].split("\n\n")[0]
-    written = YAML(typ="safe").load("\n".join(line.removeprefix("    ") for line in ("    name:" + code).splitlines()))
-    assert JobSpec.model_validate_json(json.dumps(written)).search is not None
+    found = []
+    for block in section(readme, "Your own model and data").split("    name:")[1:]:
+        code = "    name:" + block.split("\n\n")[0]
+        written = YAML(typ="safe").load("\n".join(line.removeprefix("    ") for line in code.splitlines()))
+        found.append(JobSpec.model_validate_json(json.dumps(written)))
+    shortest, longer = found
+    assert shortest.model_fields_set == {"name", "base", "task", "data"}
+    assert longer.search is not None
