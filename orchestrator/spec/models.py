@@ -47,19 +47,19 @@ class BaseSpec(Section):
     trust_remote_code: bool = False
     """Whether code that comes with the model may run."""
     merge_into: Literal["auto", "original"] = "auto"
-    """What the winner is merged into: `auto` is what was trained (the dequantized base if quantized), `original` 16 bit."""
+    """What the winner is merged into: `auto`: the base as trained (dequantized if quantized); `original`: the 16-bit base."""
 
 
 class DataSource(Section):
-    """One training source; with weights, sources are mixed so that their numbers of rows are to one another as these."""
+    """One training source; with weights, sources are mixed so that their numbers of rows are in the ratio of the weights."""
 
     path: str
     weight: PositiveFloat | None = None
-    """Share of the rows, relative to the other sources (one without counts as 1); where none has a weight, every row is used."""
+    """Share of the rows, relative to the other sources (default 1); if no source has a weight, every row is used."""
 
 
 class ColumnsSpec(Section):
-    """Which columns of the files play which part; the defaults are the field's usual names."""
+    """Names of the columns of the data files; the defaults are the usual ones."""
 
     prompt: str = "prompt"
     completion: str = "completion"
@@ -67,15 +67,15 @@ class ColumnsSpec(Section):
     text: str = "text"
     label: str = "label"
     input: str = "input"
-    """Of Alpaca rows: what the instruction is about."""
+    """Alpaca rows: the input of the instruction."""
     system: str = "system"
-    """Of a chat: text that becomes its first turn."""
+    """Chats: text that becomes the first turn."""
     tools: str = "tools"
-    """Of a chat: the JSON Schemas of the functions that it may call."""
+    """Chats: the JSON Schemas of the functions that may be called."""
 
 
 class DataSpec(Section):
-    """What is learned from, compared on, judged by, and not to be forgotten."""
+    """Data for training, for comparing trials, for the verdict, and for measuring forgetting."""
 
     train: str | tuple[DataSource, ...]
     """A file, a glob, a folder, or a list of weighted sources (JSON Lines, JSON, CSV, Parquet, Arrow, text)."""
@@ -84,26 +84,26 @@ class DataSpec(Section):
     test: Share | str = 0.1
     """A share of train, or a path: read once, at the end, for the verdict."""
     retain: str | None = None
-    """Text that stands for what the base must not forget."""
+    """Text that represents what the base must not forget."""
     columns: ColumnsSpec = ColumnsSpec()
     format: DataFormat = "auto"
-    """How rows are laid out; `auto` finds it from their columns and says so."""
+    """Layout of the rows; `auto` detects it from their columns and reports it."""
     template: Annotated[str, Field(min_length=1)] | None = None
-    """The prompt (`text` and `labels`: the text) made of columns: `{name}` is a column. Alpaca rows have their authors' one."""
+    """The prompt (`text` and `labels`: the text) built from columns: `{name}` is a column. Alpaca rows have a default."""
     template_without_input: Annotated[str, Field(min_length=1)] | None = None
     """The same for Alpaca rows whose input is empty."""
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
-    """Separates the fields of a CSV; found from its header and first rows unless given."""
+    """Delimiter of a CSV; detected from its header and first rows unless given."""
     text_documents: TextDocuments = "file"
     """What a document is in a text file: the whole file, a line, or a paragraph."""
     separator: str = "\n"
-    """Stands between prompt and completion; not after an Alpaca prompt, whose template says how it ends."""
+    """Text between prompt and completion; not added after an Alpaca prompt, whose template defines its end."""
     train_on: Literal["all_assistant", "last_assistant"] = "all_assistant"
-    """Which of a chat's assistant turns are learned; those of `weight: 0` never are."""
+    """Which assistant turns of a chat are trained on; those with `weight: 0` never are."""
     special_tokens_in_text: Literal["escape", "allow"] = "escape"
-    """What control tokens are that a row spells (`<|im_end|>`): ordinary text, or control tokens."""
+    """How control tokens in a row's text (`<|im_end|>`) are read: as ordinary text, or as control tokens."""
     max_tokens: Annotated[int, Field(ge=8)] = 512
-    """The longest document."""
+    """Maximum number of tokens in a document."""
     pack: bool = True
     """Whether several documents share a row, kept apart by the attention mask."""
     long_rows: Literal["error", "drop", "truncate_prompt"] = "drop"
@@ -111,35 +111,35 @@ class DataSpec(Section):
     group: str | None = None
     """A column whose rows stay in one split, across given files too."""
     dedupe: Literal["exact", "near", "none"] = "exact"
-    """What never stands in two splits: `exact` equal rows, prompts and texts, `near` near-duplicates too; all are told."""
+    """What must not occur in two splits: `exact`: equal rows, prompts and texts; `near`: near-duplicates too."""
     skip_bad_rows: bool = False
     """Malformed rows are counted and listed instead of stopping the run."""
     retain_tokens: PositiveInt = 16384
-    """At most so many tokens of the retention set are scored, the same ones for every trial."""
+    """Maximum number of retention tokens that are scored, the same ones for every trial."""
     eval_rows: PositiveInt = 500
-    """At most so many rows of the eval set are scored, the same ones for every trial."""
+    """Maximum number of eval rows that are scored, the same ones for every trial."""
     test_rows: PositiveInt = 500
-    """At most so many rows of the test set are scored."""
+    """Maximum number of test rows that are scored."""
 
 
 class AnchorSpec(Section):
-    """What pulls the weights back to the base while they learn."""
+    """A penalty that keeps the weights near the base during training."""
 
     kind: Literal["l2sp", "ewc", "product"]
-    """`l2sp`: unfrozen weights, each alike; `ewc`: each by what the retention set makes of it; `product`: LoRA's product."""
+    """`l2sp`: all unfrozen weights equally; `ewc`: each by its importance for the retention set; `product`: LoRA's product."""
     strength: Annotated[float, Field(ge=0.0)]
-    """A step at rate r pulls what learns by about r x strength of its way back; 0 does not pull."""
+    """A step at learning rate r moves trainable weights back by about r x strength of their distance; 0: no effect."""
 
 
 Anchor = AnchorSpec | Literal["none"]
 
 
 class TrainSpec(Section):
-    """How a trial learns."""
+    """How a trial is trained."""
 
     epochs: PositiveFloat = 2
     tokens_per_step: Annotated[PositiveInt | Literal["auto"], BeforeValidator(_refuse_bool)] = "auto"
-    """A step is a fixed list of documents of at most so many tokens; `auto`: from the number and length of the documents."""
+    """Maximum number of tokens in an optimizer step; `auto`: from the number and length of the documents."""
     warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
     """Share of the training tokens over which the learning rate rises."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -148,13 +148,13 @@ class TrainSpec(Section):
     """Largest gradient norm; 0 turns clipping off."""
     seed: int = 0
     replay: ReplayShare = 0.0
-    """Share of retention tokens among the tokens that are trained on; `search.replay` tries several."""
+    """Share of retention tokens among the training tokens; `search.replay` tries several."""
     anchor: Anchor = "none"
-    """`none` or `{kind, strength}`: what holds the weights near the base; `search.anchor` tries several."""
+    """`none` or `{kind, strength}`: keeps the weights near the base; `search.anchor` tries several."""
     layer_decay: Factor = 1.0
-    """Each block learns at so much of the rate of the one above it; `search.layer_decay` tries several."""
+    """Ratio of a block's learning rate to that of the block above it; `search.layer_decay` tries several."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """What the forward and backward pass compute in; master weights and optimizer states are float32."""
+    """Dtype of the forward and backward pass; master weights and optimizer states are float32."""
 
 
 class RateRanges(Section):
@@ -186,9 +186,9 @@ class SearchSpec(Section):
     learning_rate: RateRanges = RateRanges()
     lora_rank: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (16,)
     replay: tuple[ReplayShare, ...] = ()
-    """Shares of retention tokens to try; empty takes `train.replay`. So do the two below."""
+    """Shares of retention tokens to try; empty uses `train.replay`. Likewise the two below."""
     anchor: tuple[Anchor, ...] = ()
-    """Of these, a choice gets those that fit its way of tuning."""
+    """Anchors to try, each with the tuning methods that it fits."""
     layer_decay: tuple[Factor, ...] = ()
     metric: str = "loss"
     """`loss`, `exact_match`, `accuracy`, `macro_f1` or `package.module:function`."""
@@ -198,21 +198,21 @@ class SearchSpec(Section):
     """The trials of algorithm `fixed`, in this order; `layers`, `tune` and `lora_rank` are then left out."""
     scheduler: Literal["asha", "none"] = "asha"
     rungs: PositiveInt = 3
-    """How often `asha` compares a trial at most, its end included; each rung has a third of the steps of the next one."""
+    """How often `asha` compares a trial at most, including its end; each rung has a third of the steps of the next one."""
     max_forgetting: Annotated[float, Field(ge=0.0)] = 0.10
-    """Largest accepted rise of the retention loss, nats per token."""
+    """Largest accepted increase of the retention loss, nats per token."""
     budget: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Share of `train` that a trial gets at most; below 1 the winner is trained again to the full budget."""
+    """Largest share of the full budget that a trial gets; below 1 the winner is trained again to the full budget."""
     probe: bool = True
-    """Whether blocks are scored by their gradients before the search, where it has more than one choice of blocks."""
+    """Score blocks by their gradients before the search, if it has more than one choice of blocks."""
     controls: tuple[Literal["shuffled", "scratch", "k_shot"], ...] = ()
     """Controls beyond `none` and `head`, which always run."""
     repeats: Annotated[PositiveInt | Literal["auto"], BeforeValidator(_refuse_bool)] = "auto"
-    """From how many seeds the promoted trial is trained in all; `auto`: 5 with at most 500 training documents, else 1."""
+    """Number of seeds that the promoted trial is trained with; `auto`: 5 with at most 500 training documents, else 1."""
     shots: PositiveInt = 4
-    """Examples that the control `k_shot` puts before each test document, as many as the base can read."""
+    """Examples in a prompt of the control `k_shot`, fewer if the base's context is too short."""
     learning_curve: bool = False
-    """Whether the promoted trial is trained on shares of the data too, to tell whether more data would help."""
+    """Also train the promoted trial on shares of the data, to estimate whether more data would help."""
 
     @property
     def num_trials(self) -> int:
@@ -230,27 +230,27 @@ class FinetuneSpec(Section):
 
 
 class ResourcesSpec(Section):
-    """What the job may use; `auto` leaves it to the plan."""
+    """Resources of the job; with `auto` the plan decides."""
 
     gangs: PositiveInt | Literal["auto"] = "auto"
     ranks_per_gang: PositiveInt | Literal["auto"] = "auto"
     max_gpus: PositiveInt | None = None
     max_gpu_hours: PositiveFloat | None = None
-    """A sweep ends in order where its hours do; one training that would take more is refused."""
+    """A sweep stops at this limit with its best trial so far; a finetune that would need more is rejected."""
     gpu_hour_price: PositiveFloat | None = None
-    """What an hour of one GPU costs, in any currency: the plan then says what the run does."""
+    """Price of one GPU for one hour, in any currency: the plan then shows the run's price."""
     zero: Annotated[Literal[0, 1, 2, 3, "auto"], BeforeValidator(_refuse_bool)] = "auto"
     offload: Literal["none", "optimizer", "parameters", "auto"] = "auto"
     max_fused: PositiveInt | Literal["auto"] = "auto"
-    """LoRA trials that may share a batch; `auto`: as many as fit and can pay. The gang measures how many of them do."""
+    """LoRA trials that may be batched together; `auto`: as many as fit and may save time. Each gang measures the best number."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Whether trials train with compiled blocks; `auto`: where a measurement before a long search says that it pays."""
+    """Whether blocks are compiled; `auto`: if a measurement before a long search shows that it saves time."""
     cache_bytes: Annotated[NonNegativeInt | Literal["auto"], BeforeValidator(_refuse_bool)] = "auto"
-    """What stored hidden states may take on each machine's own disk; `auto`: half of what is free, 0: none are stored."""
+    """Disk space on each machine for cached hidden states of the frozen blocks; `auto`: half of what is free; 0: off."""
     cache_folder: str | None = None
-    """Where they lie, for later sweeps over the same base and data too; `~/.cache/orchestrator` unless given."""
+    """Folder of this cache, reused by later sweeps over the same base and data; `~/.cache/orchestrator` unless given."""
     accelerator: Literal["auto", "gpu", "cpu"] = "auto"
-    """`gpu` refuses to start without one; `auto` takes GPUs where the cluster has them."""
+    """`gpu`: fail without a GPU; `cpu`: use no GPU; `auto`: use GPUs if the cluster has any."""
 
 
 class JobSpec(Section):

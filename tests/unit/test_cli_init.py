@@ -160,7 +160,7 @@ def test_lengths_set_the_longest_row_and_what_is_unused_is_told(tmp_path: Path, 
     ("arguments", "said"),
     [
         (["nowhere.jsonl"], "no such data file"),
-        (["odd.jsonl"], "no columns for a task are found; the rows have a, b, c"),
+        (["odd.jsonl"], "no columns for a task were found; the rows have a, b, c"),
         (["odd.jsonl", "--task", "chat"], "no columns for the task chat"),
         (["empty.jsonl"], "no row can be read"),
         (["pair.jsonl", "--task", "chatting"], "--task is 'chatting'"),

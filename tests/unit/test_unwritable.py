@@ -63,7 +63,7 @@ def test_a_run_s_folder_that_cannot_be_made(spec: Path, job: str, place: Callabl
     assert done.exit_code == 2, done.output
     assert "Traceback" not in done.output
     assert done.output.splitlines()[-1].startswith("  to do: ")
-    assert "cannot be written" in done.output or "a file stands where" in done.output
+    assert "cannot be written" in done.output or "a file is in the place of where" in done.output
 
 
 def test_a_report_that_cannot_be_written(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_leaves_the_last_one_who
     with pytest.raises(CheckpointError) as caught:
         _write(tmp_path / "rung-0", Breaking(), OneRank())  # type: ignore[arg-type]
     assert "No space left on device" in str(caught.value)
-    assert "make room" in caught.value.remedy
+    assert "free space" in caught.value.remedy
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 

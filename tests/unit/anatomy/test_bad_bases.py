@@ -74,10 +74,10 @@ def test_weights_that_are_too_long(base: Path) -> None:
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "Git LFS pointer"),
         (b"PK\x03\x04" + b"z" * 100, "not a safetensors file"),
-        (b"\x04" + bytes(7) + b"nope", "the header is no JSON"),
-        (b"\x02" + bytes(7) + b"[]", "no JSON object"),
+        (b"\x04" + bytes(7) + b"nope", "the header is not valid JSON"),
+        (b"\x02" + bytes(7) + b"[]", "not a JSON object"),
         (b"\x02" + bytes(7) + b"{}", "holds no tensor"),
-        (b"\x07" + bytes(7) + b'{"a":1}', "makes no sense"),
+        (b"\x07" + bytes(7) + b'{"a":1}', "is not valid"),
     ],
 )
 def test_what_is_no_safetensors_file(base: Path, content: bytes, what: str) -> None:
@@ -117,7 +117,7 @@ def test_remote_code_is_refused(base: Path, name: str) -> None:
     values = json.loads((base / name).read_text()) if (base / name).is_file() else {}
     (base / name).write_text(json.dumps({**values, "auto_map": {"AutoModel": "evil.Model"}}))
     error = error_of(base)
-    assert "brings its own code" in error.what
+    assert "comes with its own code" in error.what
     assert error.where.endswith(name)
 
 
@@ -152,11 +152,11 @@ def test_configs_that_do_not_fit(base: Path, changes: dict[str, Any], what: str)
 
 def test_a_config_that_is_no_json(base: Path) -> None:
     (base / "config.json").write_text("{")
-    assert "no valid JSON" in error_of(base).what
+    assert "not valid JSON" in error_of(base).what
     (base / "config.json").write_bytes(b"\xff\xfe{")
-    assert "no valid JSON" in error_of(base).what
+    assert "not valid JSON" in error_of(base).what
     (base / "config.json").write_text("[]")
-    assert "no JSON object" in error_of(base).what
+    assert "not hold a JSON object" in error_of(base).what
 
 
 def test_folders_that_are_no_base(tmp_path: Path, base: Path) -> None:
@@ -201,7 +201,7 @@ def test_a_shard_without_the_tensor_that_the_index_puts_there(tmp_path: Path) ->
 def test_a_broken_index(tmp_path: Path, text: str) -> None:
     folder = sharded(tmp_path)
     (folder / "model.safetensors.index.json").write_text(text)
-    assert "no valid index" in error_of(folder).what
+    assert "not a valid index" in error_of(folder).what
 
 
 def test_an_index_that_points_outside(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_a_config_key_can_make_a_base_plan_only(tmp_path: Path, model_type: str,
         ("llama", {"hidden_act": None}, "hidden_act is None"),
         ("vit", {"image_size": [224, 224]}, "image_size is [224, 224]"),
         ("bert", {"max_position_embeddings": None}, "max_position_embeddings is missing"),
-        ("llama", {"text_config": {"model_type": "llama"}}, "a model of text and more"),
+        ("llama", {"text_config": {"model_type": "llama"}}, "a multimodal model"),
     ],
 )
 def test_configs_that_make_another_layout(tmp_path: Path, model_type: str, changes: dict[str, Any], what: str) -> None:
@@ -190,7 +190,7 @@ def test_a_recognised_layout_is_not_trained(tmp_path: Path) -> None:
         ({"a.weight": (3, 4)}, {}, "found 0 repeated blocks"),
         (stranger(vision__layers__0__w=(4, 4)), {}, "found 2 repeated blocks"),
         (stranger(net__h__1__attn__out__weight=(16, 8)), {}, "net.h.1. does not have the names and shapes of net.h.0."),
-        (stranger(net__h__1__extra__weight=(16,)), {}, "net.h.1. has not the names and shapes"),
+        (stranger(net__h__1__extra__weight=(16,)), {}, "net.h.1. does not have the names and shapes"),
         (stranger(net__h__3__ln_1__weight=(16,)), {}, "not numbered from 0 to 3"),
         (stranger(net__tok_emb__weight=None), {}, "an embedding [vocabulary, hidden] is not among"),
         (stranger(), {"num_attention_heads": None}, "config.json has none of num_attention_heads"),

@@ -102,7 +102,7 @@ def test_where_nothing_without_deepspeed_fits_the_anchor_on_products_is_named(
     def loaded(**given: Any) -> Any:
         return replace(job(**given), places={place: (7, 11)})
 
-    with pytest.raises(PlanError, match="without DeepSpeed, which lays them in parts, nothing fits on 8 GPUs") as caught:
+    with pytest.raises(PlanError, match="which DeepSpeed partitions; and without DeepSpeed nothing fits on 8 GPUs") as caught:
         planned(base, loaded, gpus, data, 16, kind, **sections)
     assert caught.value.where == f"/specs/test.yaml:7:11: {place}"
     assert "take the anchor out, and DeepSpeed fits" in caught.value.remedy

@@ -244,7 +244,7 @@ def test_names_without_the_backbones_prefix_are_written_out_whole(tmp_path: Path
 def test_half_a_pair_and_an_empty_folder_are_refused(tmp_path: Path):
     anatomy = base_of(tmp_path / "base")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SelectionError, match="nothing trained"):
+    with pytest.raises(SelectionError, match="no trained weights"):
         make_merge_plan(anatomy, tmp_path / "empty", load_of(anatomy))
     folder = adapter_of(tmp_path / "half", {Q: (8, 8)})
     write_tensors(folder / "adapter" / "adapter_model.safetensors", {"base_model.model.x.lora_A.weight": (2, 8)})

@@ -110,13 +110,14 @@ def test_the_plan_says_how_auto_came_about(job: Any, base: Any, cores: Any, data
         (
             {"train_documents": 240, "train_tokens": 7000, "steps_per_epoch": 1, "longest_document_tokens": 60},
             {"train": {"tokens_per_step": 8192}},
-            "2 optimizer steps, and fewer than 30 teach little and compare nothing well: "
-            "train.tokens_per_step: auto (128 here) makes about 110",
+            "2 optimizer steps: with fewer than 30 a model learns little and trials cannot be compared well: "
+            "train.tokens_per_step: auto (128 here) gives about 110",
         ),
         (
             {"train_documents": 5, "train_tokens": 100, "steps_per_epoch": 5, "longest_document_tokens": 30},
             {},
-            "10 optimizer steps, and fewer than 30 teach little and compare nothing well: train.epochs: 8 makes about 40; "
+            ("10 optimizer steps: with fewer than 30 a model learns little and trials cannot be compared well: "
+"train.epochs: 8 gives about 40; ")
             "more rows are better",
         ),
     ],
@@ -132,7 +133,7 @@ def test_few_steps_are_warned_of_with_the_remedy(
 def test_enough_steps_are_not(job: Any, base: Any, cores: Any, data: Any) -> None:
     assert not any("optimizer step" in warning for warning in plan_of(job, base, cores, data()).warnings)
     assert few_steps_sentence(FEW_STEPS) == ""
-    assert few_steps_sentence(1).startswith("the whole training is one optimizer step,")
+    assert few_steps_sentence(1).startswith("the whole training is one optimizer step:")
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def test_row_width(base: Any, job: Any, data: Any, max_tokens: int, pack: bool, 
 
 def test_a_document_longer_than_the_positions_is_refused(base: Any, job: Any, data: Any) -> None:
     spec = job(data={"max_tokens": 10_000}).spec
-    with pytest.raises(PlanError, match="9000 tokens, and the base has 8192 positions") as caught:
+    with pytest.raises(PlanError, match="9000 tokens, but the base has only 8192 positions") as caught:
         row_tokens(spec, base("tiny"), data(longest_document_tokens=9000))
     assert caught.value.exit_code == 3
 

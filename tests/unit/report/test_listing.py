@@ -66,7 +66,7 @@ def test_every_run_has_a_line_with_its_state(runs: dict[str, Path]):
     assert lines["done"].verdict == "positive"
     assert lines["done"].trials == 16
     assert lines["done"].num_bytes > 1000
-    assert "no JSON" in lines["torn"].problem
+    assert "not valid JSON" in lines["torn"].problem
 
 
 def test_a_file_with_two_names_takes_its_room_once(runs: dict[str, Path]):

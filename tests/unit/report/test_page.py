@@ -183,7 +183,7 @@ def test_few_steps_stand_at_the_head(fake_run, make):
     assert "optimizer steps" not in read(write_report(fake_run())).text
     sweep = make.sweep()
     few = sweep.model_copy(update={"trials": tuple(trial.model_copy(update={"total_steps": 2}) for trial in sweep.trials)})
-    assert "The whole training is 2 optimizer steps, and fewer than 30" in read(write_report(fake_run(sweep=few))).text
+    assert "The whole training is 2 optimizer steps: with fewer than 30" in read(write_report(fake_run(sweep=few))).text
 
 
 def scored(trial, metric, forgetting):

@@ -52,7 +52,7 @@ def test_a_model_that_answers_nothing_is_not_praised(make):
     ]
     screen = final_screen(make.sweep(), make.transfer(scores=tuple(scores)))
     assert entry(screen, "verdict").startswith("verdict   positive in loss only: 2.09")
-    assert "but not one answer is right: exact match 0.0% on 40 of 180" in " ".join(screen.split())
+    assert "but not one answer is correct: exact match 0.0% on 40 of 180" in " ".join(screen.split())
     assert next_lines(screen).startswith("next read the answers beside what was expected, in the report")
 
 
@@ -99,7 +99,7 @@ def test_a_bundle_that_is_worse_than_the_base_is_not_to_be_served(make):
 
 def test_a_bundle_that_may_be_no_better_says_what_would_tell_before_how_it_is_served(make):
     sweep, transfer = make.sweep(advice=()), make.transfer(verdict="inconclusive", comparisons=compared(-0.1, 0.3))
-    assert next_lines(final_screen(sweep, transfer)).startswith("next more test rows would tell")
+    assert next_lines(final_screen(sweep, transfer)).startswith("next use more test rows")
     assert next_lines(final_screen(sweep, transfer)).endswith("transformers serve runs/quickstart/bundle")
     ended = sweep.model_copy(update={"ended_by_hours": "the bound", "advice": ("raise the bound",)})
     assert "may serve as well raise the bound transformers serve" in next_lines(final_screen(ended, transfer))

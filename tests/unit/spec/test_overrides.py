@@ -62,7 +62,7 @@ def test_a_value_takes_the_place_of_the_files(spec: Path, text: str, found):
         ("search.trials", "no key and value (write key=value"),
         ("=4", "no key: ''"),
         ("search..trials=4", "no key: 'search..trials'"),
-        ("search.layers=[all", "--set search.layers=[all: search.layers: no valid YAML"),
+        ("search.layers=[all", "--set search.layers=[all: search.layers: not valid YAML"),
         ("task=chta", "--set task=chta: task: found the text 'chta'; expected chat | completion | text | classify"),
         ("base.model=meta-llama/x", "--set base.model=meta-llama/x: base.model: not supported yet"),
     ],

@@ -119,10 +119,10 @@ def test_a_reader_that_restores_in_the_exchange_does_not_disturb_the_writer(
         (lambda f: (f / "weights").write_text("a" * 99 + "b"), "content changed"),
         (lambda f: (f / "deep" / "er" / "state.json").unlink(), "missing"),
         (lambda f: (f / "deep" / "more").write_text("x"), "does not list"),
-        (lambda f: (f / "manifest.json").unlink(), "never finished"),
-        (lambda f: (f / "manifest.json").write_text("{"), "no JSON"),
+        (lambda f: (f / "manifest.json").unlink(), "the folder is incomplete"),
+        (lambda f: (f / "manifest.json").write_text("{"), "not valid JSON"),
         (lambda f: (f / "manifest.json").write_text('{"files": 3}'), "damaged manifest"),
-        (lambda f: os.truncate(f / "manifest.json", 80), "no JSON"),
+        (lambda f: os.truncate(f / "manifest.json", 80), "not valid JSON"),
         (lambda f: shutil.rmtree(f), "no such folder"),
     ],
 )

@@ -116,7 +116,7 @@ def test_a_folder_that_is_no_run_is_refused_and_nothing_is_touched(
 def test_a_file_in_the_runs_place_is_refused(tmp_path: Path, loaded: LoadedSpec) -> None:
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "tutor").write_text("x")
-    with pytest.raises(RunConflictError, match="a file stands"):
+    with pytest.raises(RunConflictError, match="a file is in the place of"):
         opened(tmp_path, loaded)
 
 

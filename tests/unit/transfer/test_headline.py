@@ -37,19 +37,19 @@ def report(verdict: Any = "positive", sentence: str = SENTENCE, answered: int = 
         ),
         (
             report(exact_match=(0.0, 0.0), answered=40),
-            f"positive in loss only: {SENTENCE}; but not one answer is right: exact match 0.0% on 40 of 180 test "
+            f"positive in loss only: {SENTENCE}; but not one answer is correct: exact match 0.0% on 40 of 180 test "
             "documents, base 0.0%",
             True,
         ),
         (
             report(exact_match=(0.04, 0.05)),
-            f"positive in loss only: {SENTENCE}; but no more answers are right than the base's: exact match 4.0% on 180 of 180 "
+            f"positive in loss only: {SENTENCE}; but no more answers are correct than the base's: exact match 4.0% on 180 of 180 "
             "test documents, base 5.0%",
             True,
         ),
         (
             report(accuracy=(0.25, 0.25)),
-            f"positive in loss only: {SENTENCE}; but no more classes are right than the base's: accuracy 25.0% on 180 of "
+            f"positive in loss only: {SENTENCE}; but no more classes are correct than the base's: accuracy 25.0% on 180 of "
             "180 test documents, base 25.0%",
             True,
         ),

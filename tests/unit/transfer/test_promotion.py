@@ -125,7 +125,7 @@ def test_no_higher_rate_is_advised_to_what_gets_worse() -> None:
     }
     assert advised == {
         3.1: "raise search.learning_rate for lora",
-        3.3: "lower search.learning_rate or train.epochs, or learn from more rows",
+        3.3: "lower search.learning_rate or train.epochs, or train on more rows",
     }
 
 

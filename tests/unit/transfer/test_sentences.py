@@ -129,7 +129,7 @@ def test_the_verdicts_word_is_what_intervals_and_seeds_allow(found: tuple[dict[C
     word, alone = (verdict(none, scratch, over_seeds=each).sentence.partition(":")[0] for each in (seeds, None))
     doubted = alone == "positive" and seeds.low <= 0
     assert word == ("inconclusive" if doubted else alone)
-    assert ("from another seed" in verdict(none, scratch, over_seeds=seeds).sentence) == doubted
+    assert ("since another seed" in verdict(none, scratch, over_seeds=seeds).sentence) == doubted
 
 
 @given(judged())
@@ -148,10 +148,10 @@ def test_a_gain_is_split_into_the_task_and_the_rest(found: dict[Control, Compari
     assert figure is not None
     assert shown(figure[1], abs(task.mean) * scale)
     assert shown(figure[2], max(task.high - task.mean, task.mean - task.low) * scale)
-    assert ("bring the rest" in told) == (task.low > 0 and task.mean < gain.mean)
-    assert ("bring none of it" in told) == (task.low > 0 and task.mean >= gain.mean)
-    assert ("bring as much" in told) == (task.low <= 0 <= task.high)
-    assert (f"bring {figure[0]} more" in told) == (task.high < 0)
+    assert ("gain the rest" in told) == (task.low > 0 and task.mean < gain.mean)
+    assert ("gain none of it" in told) == (task.low > 0 and task.mean >= gain.mean)
+    assert ("gain as much" in told) == (task.low <= 0 <= task.high)
+    assert (f"gain {figure[0]} more" in told) == (task.high < 0)
 
 
 def test_the_split_in_words() -> None:
@@ -163,7 +163,7 @@ def test_the_split_in_words() -> None:
         "of the gain of 2.09 nats, 0.03 ± 0.01 comes from the task; shuffled answers gain the rest"
     )
     assert spoken({"none": over(2.04, 2.14), "shuffled": over(-0.003, 0.003)}).endswith(
-        "nothing that the data can tell is the task: shuffled answers bring as much (0.000 ± 0.003 apart)"
+        "no measurable part comes from the task: shuffled answers gain as much (difference 0.000 ± 0.003)"
     )
 
 

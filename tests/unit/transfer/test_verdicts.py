@@ -79,7 +79,7 @@ def test_small_gains_over_seeds_have_the_decimals_that_show_them() -> None:
 
 def test_a_small_gain_that_is_split_has_the_decimals_that_show_it() -> None:
     found = verdict(comparison(0.0008, 0.0014), others={"shuffled": comparison(0.0002, 0.0004)})
-    assert "of the gain of 0.0011 nats, 0.0003 ± 0.0001 is the task" in found.sentence
+    assert "of the gain of 0.0011 nats, 0.0003 ± 0.0001 comes from the task" in found.sentence
 
 
 @pytest.mark.parametrize("gains", [(0.41, -0.3, 0.5), (0.41, -0.5, -0.6, -0.55)], ids=["unlike", "the bundle alone gains"])
@@ -90,7 +90,9 @@ def test_seeds_that_hold_no_gain_make_it_inconclusive(gains: tuple[float, ...]) 
     assert found.sentence.endswith("): inconclusive, since another seed could give a different result")
 
 
-@pytest.mark.parametrize(("failed", "said"), [(1, "from 1 other seed training failed"), (4, "from 4 other seeds the training")])
+@pytest.mark.parametrize(
+    ("failed", "said"), [(1, "from 1 other seed training failed"), (4, ("from 4 other seeds training failed"))]
+)
 def test_a_seed_from_which_training_failed_could_have_been_the_bundles(failed: int, said: str) -> None:
     """Those that came through are no fair sample of what might have been."""
     survivors = seeds(0.41, 0.42, 0.40) if failed == 1 else None
