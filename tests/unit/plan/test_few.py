@@ -26,7 +26,7 @@ def test_up_to_500_documents_have_seeds_and_early_stopping(plan: Any) -> None:
     assert few.search.rung_steps == (12, 23, 34, 45, 57, 68, 79, 90)
     assert "500 documents: the winner is trained from 5 seeds, early stopping at 8 points" in few.reasons
     assert any(
-        line.endswith(("after 12 and 34, and a trial ends when its held-out loss has not improved for 2 of them"))
+        line.endswith("after 12 and 34, and a trial ends when its held-out loss has not improved for 2 of them")
         for line in few.reasons
     )
     assert (more.search.repeats, more.search.patience) == (1, None)

@@ -116,8 +116,8 @@ def test_the_plan_says_how_auto_came_about(job: Any, base: Any, cores: Any, data
         (
             {"train_documents": 5, "train_tokens": 100, "steps_per_epoch": 5, "longest_document_tokens": 30},
             {},
-            ("10 optimizer steps: with fewer than 30 a model learns little and trials cannot be compared well: "
-"train.epochs: 8 gives about 40; ")
+            "10 optimizer steps: with fewer than 30 a model learns little and trials cannot be compared well: "
+            "train.epochs: 8 gives about 40; "
             "more rows are better",
         ),
     ],

@@ -315,7 +315,7 @@ def test_checkpoints_on_the_way_and_the_newest_whole_one(bench: Bench) -> None:
     assert find_latest(folder) == folder / "checkpoint-2"
     again = bench.run("a", start=str(folder / "checkpoint-3"))
     assert again.state == "done"
-    assert again.notes == ("checkpoint-3 is damaged: goes on from checkpoint-2",)
+    assert again.notes == ("checkpoint-3 is damaged: continues from checkpoint-2",)
     assert again.eval_loss == straight.eval_loss
     assert bench.bits("a") == bench.bits("straight")
 
