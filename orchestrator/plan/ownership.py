@@ -37,11 +37,11 @@ def contradiction(about: Mapping[str, object], own: Mapping[str, object]) -> str
     if isinstance(found, Mapping) and isinstance(wanted, Mapping):
         theirs, ours = cast("Mapping[str, Any]", found), cast("Mapping[str, Any]", wanted)
         if theirs.get("trial_id", ours.get("trial_id")) != ours.get("trial_id"):
-            return f"it belongs to trial {theirs.get('trial_id')}"
+            return f"that of trial {theirs.get('trial_id')}"
         for name in ours.keys() & theirs.keys():
             if theirs[name] != ours[name]:
-                return f"it belongs to another trial with this id: {name} is {theirs[name]!r} there and {ours[name]!r} here"
+                return f"of another trial with this id: {name} is {theirs[name]!r} there and {ours[name]!r} here"
     for name, what in OF.items():
         if about.get(name) and own.get(name) and about[name] != own[name]:
-            return f"it was made for another {what}"
+            return f"made for another {what}"
     return ""

@@ -125,7 +125,7 @@ class Groups:
             kind, width = kind_of_batch(group[0]), len(group) // 2
             self.widths[kind] = width
             self._tried.pop(kind, None)  # never wider again
-            host.news.append(f"out of memory: batches now hold {width} trials instead of {len(group)}")
+            host.news.append(f"out of memory: trials per batch reduced from {len(group)} to {width}")
             return self.run(group, on_step)
         if not isinstance(error, OrchestratorError):
             raise error

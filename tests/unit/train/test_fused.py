@@ -193,7 +193,7 @@ def test_a_group_without_memory_goes_on_in_halves(gang: Gang, monkeypatch: pytes
         monkeypatch.setattr(FusedRun, "_member", no_room)
     results = gang.fused(TRIALS[:2])
     assert [result.state for result in results.values()] == ["done", "done"]
-    assert any("from now on 1 do" in note for result in results.values() for note in result.notes)
+    assert any("trials per batch reduced from" in note for result in results.values() for note in result.notes)
     assert gang.bits(TRIALS[0]) == gang.bits(TRIALS[0], "alone")[: RUNGS[0]]
 
 

@@ -467,7 +467,7 @@ def test_memory_that_runs_out_while_the_base_is_put_back_ends_the_gang(bench: Be
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(PlainKeeper, "restore", restore)
-    with pytest.raises(BaseLostError, match="could not be put back"):
+    with pytest.raises(BaseLostError, match="could not be restored"):
         bench.run("a", tune="full", execution=WIDE)
 
 

@@ -110,6 +110,6 @@ def test_what_a_new_model_leaves_without_values_is_refused_by_name(
     selection = select_everything(base.anatomy, task="completion")
     with (
         open_branch(base, selection, lora_alpha=0, seed=0) as branch,
-        pytest.raises(TrainingError, match=r"cannot begin anew with model\.layers\.0\.self_attn\.q_proj\.weight"),
+        pytest.raises(TrainingError, match=r"cannot reinitialise model\.layers\.0\.self_attn\.q_proj\.weight"),
     ):
         begin_anew(branch, 0)
