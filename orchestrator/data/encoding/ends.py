@@ -63,9 +63,11 @@ def tell_ends(train: TokenizedSet, tokenizer: Any, task: Task, left_out: LeftOut
     others = [number for number in stops if number not in learned]
     if not learned:
         known = (
-            f"only at {_named(others, tokenizer)}, which no training row contains" if others else "never: no end token is known"
+            f"only at its length limit or at {_named(others, tokenizer)}, which no training row contains"
+            if others
+            else "only at its length limit, since no end token is known"
         )
-        left_out.warn(f"no answer ends with an end token: generation stops {known}, or at its limit", NO_END[task])
+        left_out.warn(f"no answer ends with an end token: generation stops {known}", NO_END[task])
     elif unended:
         left_out.warn(
             f"{unended} of {len(last)} training rows do not end with an end token, so no end is learned from them", NO_END[task]

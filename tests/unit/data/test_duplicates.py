@@ -71,7 +71,7 @@ def test_none_parts_them_and_says_so(prepare: Any) -> None:
     prepare.jsonl("train.jsonl", rows)
     summary = prepare.run(eval=0.2, test=0.2, dedupe="none")
     assert any(len(splits) > 1 for splits in sides(prepare, [n // 4 for n in range(80)]).values())
-    assert "rows of test have a prompt that train has too" in messages(summary)
+    assert "rows of test have a prompt that also occurs in train" in messages(summary)
     assert "data.dedupe: exact" in messages(summary)
     assert summary.dropped == ()
 
@@ -84,7 +84,7 @@ def test_given_files_lose_what_a_judge_has(prepare: Any, rows_of_pairs: Any) -> 
     assert prepare.dropped(summary) == {("train", "whose prompt also occurs in test"): (1, ("train.jsonl:31",))}
     kept = prepare.run(test="test.jsonl", eval=0.2, dedupe="none")
     assert kept.dropped == ()
-    assert "1 of 6 rows of test have a prompt that train has too" in messages(kept)
+    assert "1 of 6 rows of test have a prompt that also occurs in train" in messages(kept)
 
 
 def test_an_instruction_for_all_rows_is_no_question(prepare: Any) -> None:

@@ -155,7 +155,7 @@ def test_files_of_a_folder_become_the_splits_unless_a_path_is_given(prepare: Any
     _, told = sources(prepare, train="data", eval=0.3)
     assert any("data.eval: 0.3 is not used" in message for message in told)
     fill(prepare.folder / "half", "train.jsonl", "test.jsonl")
-    with pytest.raises(DataError, match="files of test, train by their names, and none of eval"):
+    with pytest.raises(DataError, match="by their names, the folder has files of test, train and none of eval"):
         sources(prepare, train="data", eval="half")
 
 

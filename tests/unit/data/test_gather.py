@@ -34,7 +34,7 @@ def test_reasons_are_grouped_and_none_is_hidden() -> None:
     lines = str(bad_rows_error(bad)).splitlines()
     assert lines[:3] == ["31 rows cannot be used:", "  30 rows: one: a:1 (found 1), :2, :3 and 27 more", "  1 row: two: b:7-9"]
     assert "skip_bad_rows" in lines[-1]
-    assert "does not pass over a file" in bad_rows_error([BadRow("a", 1, "broken", ends_file=True)]).remedy
+    assert "does not skip a file" in bad_rows_error([BadRow("a", 1, "broken", ends_file=True)]).remedy
 
 
 def test_one_line_says_how_rows_are_read_and_one_what_is_not(prepare: Any, rows_of_pairs: Any) -> None:

@@ -83,5 +83,5 @@ def test_where_all_that_no_other_split_has_is_scored_nothing_is_left_to_replay(p
     prepare.jsonl("train.jsonl", [row("completion", number) for number in range(40)])
     prepare.jsonl("test.jsonl", [row("completion", number) for number in range(50, 60)])
     prepare.jsonl("general.jsonl", [row("completion", number) for number in range(50, 61)])
-    with pytest.raises(DataError, match=r"all [0-9]+ tokens of it that no other split has are scored"):
+    with pytest.raises(DataError, match=r"all [0-9]+ tokens that are in no other split are scored"):
         prepare.run(replay=0.1, test="test.jsonl", retain="general.jsonl")

@@ -133,7 +133,7 @@ def test_good_rows(task: Task, values: dict[str, Any], part: str, expected: Any)
         ("completion", {"prompt": "p", "completion": ["c"]}, "column 'completion' holds a list, expected text", ""),
         ("completion", {"prompt": "p", "completion": {"0": "c"}}, "holds an object, expected text", "orient='records'"),
         ("completion", {"train": [], "test": []}, "no column", "write each into its own file"),
-        ("completion", {"prompt": "p", "completion": float("nan")}, "column 'completion' holds no number (NaN", ""),
+        ("completion", {"prompt": "p", "completion": float("nan")}, "column 'completion' holds NaN", ""),
         ("completion", {"prompt": "p", "completion": "x\ud800"}, "half of a surrogate pair", "\\ud800"),
         ("completion", {"prompt": "p", "completion": Unreadable("date32[day]", "")}, "holds a value of type date32[day]", ""),
         ("completion", {"instruction": "i", "output": "o", "history": [["a", "b"]]}, "set task: chat", ""),
