@@ -161,7 +161,7 @@ def test_a_second_driver_is_refused_until_the_first_one_dies(tmp_path: Path, loa
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(RunConflictError) as caught:
             opened(tmp_path, loaded)
-        assert f"process {holder.pid} on {os.uname().nodename} is already running this run" in str(caught.value)
+        assert f"process {holder.pid} on host {os.uname().nodename} is already running this run" in str(caught.value)
         holder.send_signal(signal.SIGKILL)
         holder.wait()
         opened(tmp_path, loaded).close()
