@@ -145,8 +145,8 @@ def _candidates(signatures: np.ndarray, filled: np.ndarray) -> np.ndarray:
         begins[same] = False
         first = np.maximum.accumulate(np.where(begins, np.arange(len(order)), 0))
         later = rows[order[same]]
-        found += [np.stack([rows[order[before]], later], axis=1) for before in (same - 1, first[same])]
-    return np.unique(np.concatenate(found), axis=0)
+        found += [rows[order[before]] * len(signatures) + later for before in (same - 1, first[same])]
+    return np.stack(np.divmod(np.unique(np.concatenate(found)), max(1, len(signatures))), axis=1)
 
 
 def _parts(pairs: np.ndarray, size: int = 1 << 18) -> Iterator[np.ndarray]:
