@@ -146,7 +146,9 @@ def _candidates(signatures: np.ndarray, filled: np.ndarray) -> np.ndarray:
         first = np.maximum.accumulate(np.where(begins, np.arange(len(order)), 0))
         later = rows[order[same]]
         found += [rows[order[before]] * len(signatures) + later for before in (same - 1, first[same])]
-    return np.stack(np.divmod(np.unique(np.concatenate(found)), max(1, len(signatures))), axis=1)
+    pairs = np.sort(np.concatenate(found))  # np.unique's table of hashes is several times as slow here
+    pairs = pairs[np.diff(pairs, prepend=-1) > 0]
+    return np.stack(np.divmod(pairs, max(1, len(signatures))), axis=1)
 
 
 def _parts(pairs: np.ndarray, size: int = 1 << 18) -> Iterator[np.ndarray]:
