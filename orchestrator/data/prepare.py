@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -75,20 +76,8 @@ def prepare_data(loaded: LoadedSpec, tokenizer_folder: Path, out_folder: Path, *
     known = _made_before(out_folder, inputs)
     if known is not None:
         return known
-    found = read_examples(spec, sources, left_out)
-    if spec.task == "classify":
-        check_labels(loaded, found, left_out)
-    parts = make_splits(loaded, found, left_out)
-    tokenizer = load_tokenizer(tokenizer_folder)
-    ends = declared_ends(tokenizer_folder, tokenizer)
-    documents = _encode_all(loaded, tokenizer, ends, parts | {"retain": found.get("retain", [])}, left_out)
-    classes = _classes(documents, spec, left_out) if spec.task == "classify" else ()
-    left_out.warn_of_losses({name: len({doc.example.place for doc in kept}) for name, kept in documents.items()})
-    sets = {name: _to_set(docs, classes) for name, docs in documents.items()}
-    if spec.task in ANSWERING:
-        stops = end_tokens(sets["train"], ControlTokens(tokenizer), ends)
-        sets = {name: replace(part, stop_ids=stops) for name, part in sets.items()}
-        tell_ends(sets["train"], tokenizer, spec.task, left_out)
+    made = _make_sets(loaded, sources, tokenizer_folder, left_out)
+    sets, classes = made.sets, made.classes
     summary = DataSummary(
         inputs_sha256=inputs,
         splits={name: _summarise(part) for name, part in sets.items()},
@@ -98,13 +87,47 @@ def prepare_data(loaded: LoadedSpec, tokenizer_folder: Path, out_folder: Path, *
         stop_token_ids=sets["train"].stop_ids,
         class_counts=tuple(np.bincount(sets["train"].labels, minlength=len(classes)).tolist()) if classes else (),
         files=tuple(left_out.relative(str(path)) for entries in sources.values() for entry in entries for path in entry.files),
-        one_example=_show(documents["train"][0], tokenizer),
+        one_example=made.one_example,
     )
     if keep and _same_sets(out_folder, summary):
         write_json(out_folder / "summary.json", summary)
     else:
         _write(out_folder, sets, summary)
     return summary
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What is left of the rows."""
+
+    sets: dict[str, TokenizedSet]
+    classes: tuple[str, ...]
+    one_example: str
+
+
+def _make_sets(loaded: LoadedSpec, sources: Sources, tokenizer_folder: Path, left_out: LeftOut) -> _Made:
+    """Read, check, split and tokenise. Rows and documents, which take the most memory, are freed at its end."""
+    spec = loaded.spec
+    found = read_examples(spec, sources, left_out)
+    if spec.task == "classify":
+        check_labels(loaded, found, left_out)
+    parts = make_splits(loaded, found, left_out)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    ends = declared_ends(tokenizer_folder, tokenizer)
+    documents = _encode_all(loaded, tokenizer, ends, parts | {"retain": found.get("retain", [])}, left_out)
+    classes = _classes(documents, spec, left_out) if spec.task == "classify" else ()
+    left_out.warn_of_losses({name: _num_rows(kept) for name, kept in documents.items()})
+    sets = {name: _to_set(kept, classes) for name, kept in documents.items()}
+    if spec.task in ANSWERING:
+        stops = end_tokens(sets["train"], ControlTokens(tokenizer), ends)
+        sets = {name: replace(part, stop_ids=stops) for name, part in sets.items()}
+        tell_ends(sets["train"], tokenizer, spec.task, left_out)
+    return _Made(sets, classes, _show(documents["train"][0], tokenizer))
+
+
+def _num_rows(documents: Iterable[Document]) -> int:
+    """Rows that the documents are of; the chunks of one follow each other."""
+    return sum(1 for _ in itertools.groupby(documents, key=lambda document: id(document.example)))
 
 
 def _write(folder: Path, sets: Mapping[str, TokenizedSet], summary: DataSummary) -> None:
@@ -340,8 +363,7 @@ def _classes(documents: dict[str, list[Document]], spec: JobSpec, left_out: Left
     return classes
 
 
-def _to_set(documents: Iterable[Document], classes: tuple[str, ...]) -> TokenizedSet:
-    documents = list(documents)
+def _to_set(documents: list[Document], classes: tuple[str, ...]) -> TokenizedSet:
     number = {name: index for index, name in enumerate(classes)}
     has_answers = any(document.answer for document in documents)
     return build_set(

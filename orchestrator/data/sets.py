@@ -59,8 +59,9 @@ class TokenizedSet:
     @cached_property
     def num_supervised(self) -> np.ndarray:
         """int64[D]: supervised tokens of each document."""
-        totals = np.concatenate([[0], np.cumsum(self.supervised, dtype=np.int64)])
-        return totals[self.offsets[1:]] - totals[self.offsets[:-1]]
+        totals = np.zeros(self.num_tokens + 1, np.int32 if self.num_tokens < 2**31 else np.int64)
+        np.cumsum(self.supervised, out=totals[1:])
+        return (totals[self.offsets[1:]] - totals[self.offsets[:-1]]).astype(np.int64)
 
     def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids, supervised) of one document."""
@@ -86,14 +87,14 @@ class TokenizedSet:
         """Hash over tokens, masks, borders and classes: what training sees."""
         digest = hashlib.sha256()
         for array in (self.ids, self.supervised, self.offsets, self.labels):
-            digest.update(np.ascontiguousarray(array).tobytes())
+            digest.update(np.ascontiguousarray(array))
         return digest.hexdigest()
 
     @cached_property
     def tokens_sha256(self) -> str:
         """Hash over tokens and borders alone: what a frozen model makes of the set."""
-        digest = hashlib.sha256(np.ascontiguousarray(self.ids).tobytes())
-        digest.update(np.ascontiguousarray(self.offsets).tobytes())
+        digest = hashlib.sha256(np.ascontiguousarray(self.ids))
+        digest.update(np.ascontiguousarray(self.offsets))
         return digest.hexdigest()
 
     def save(self, path: Path | str) -> None:
@@ -151,8 +152,8 @@ def build_set(
     count = len(documents)
     lengths = [len(ids) for ids, _ in documents]
     return TokenizedSet(
-        ids=np.concatenate([ids for ids, _ in documents]).astype(np.int32) if documents else np.zeros(0, np.int32),
-        supervised=np.concatenate([mask for _, mask in documents]).astype(bool) if documents else np.zeros(0, bool),
+        ids=np.concatenate([ids for ids, _ in documents]).astype(np.int32, copy=False) if documents else np.zeros(0, np.int32),
+        supervised=np.concatenate([mask for _, mask in documents]).astype(bool, copy=False) if documents else np.zeros(0, bool),
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         labels=np.asarray(labels if labels is not None else [-1] * count, dtype=np.int32),
         rows=np.asarray(rows if rows is not None else range(count), dtype=np.int64),

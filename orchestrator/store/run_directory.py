@@ -23,7 +23,7 @@ from orchestrator.store.files import (
     write_json,
 )
 
-PACKAGES = ("orchestrator", "torch", "ray", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "optuna")
+PACKAGES = ("orchestrator", "torch", "ray", "deepspeed", "transformers", "peft", "bitsandbytes", "optuna")
 IDENTITY = "run.json"
 PROGRESS = "progress.json"
 """What the run is waiting for, kept up to date while its driver works (`transfer.view.Progress`)."""

@@ -9,6 +9,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ import pytest
 from orchestrator.samples import SAMPLE_DATA
 from orchestrator.store import check_folder, read_json, read_jsonl
 from orchestrator.units import MIB
+
+from .runs import training_trials, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 JOB_TIMEOUT_S = 600
@@ -168,6 +171,51 @@ def test_who_has_no_token_is_refused(head: Head, project: Path, token: str) -> N
     assert answer.returncode != 0
     assert "AuthenticationError" in answer.stderr
     assert len(json.loads(head.get("/api/jobs/"))) == len(before)
+
+
+@pytest.mark.parametrize(("mode", "token"), [("token", "0" * 64), ("disabled", "")], ids=["another token", "no token"])
+def test_a_driver_with_a_wrong_token_ends_in_words(head: Head, project: Path, mode: str, token: str) -> None:
+    environment = {**head.environment, "RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN": token}
+    del environment["RAY_AUTH_TOKEN_PATH"]
+    begun = time.monotonic()
+    answer = subprocess.run(
+        [sys.executable, "-m", "jobs.sweep", project / "spec.yaml"],
+        cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert time.monotonic() - begun < 60
+    assert answer.returncode == 2, answer.stderr
+    last = [line for line in answer.stderr.splitlines() if line.strip()][-2:]
+    assert last[-1].startswith("  to do: ")
+    assert "RAY_AUTH_TOKEN" in last[-1]
+    assert "Traceback" not in answer.stderr
+
+
+def test_a_job_that_is_stopped_says_how_to_go_on_and_leaves_nothing(head: Head, project: Path) -> None:
+    (project / "spec.yaml").write_text(SPEC.replace("name: submitted", "name: stopped").replace("epochs: 1", "epochs: 50"))
+    run = project / "runs" / "stopped"
+    submitted = head.ray(
+        "job", "submit", "--no-wait", "--submission-id", "to-be-stopped", "--working-dir", ".", "--",
+        "python", "-m", "jobs.sweep", project / "spec.yaml", "--output", run.parent,
+        cwd=project,
+    )  # fmt: skip
+    assert submitted.returncode == 0, submitted.stderr
+    wait_until(lambda: training_trials(run))
+    begun = time.monotonic()
+    stopped = head.ray("job", "stop", "to-be-stopped", cwd=project)
+    assert stopped.returncode == 0, stopped.stderr
+    assert time.monotonic() - begun < 30
+    assert json.loads(head.get("/api/jobs/to-be-stopped"))["status"] == "STOPPED"
+    logs = json.loads(head.get("/api/jobs/to-be-stopped/logs"))["logs"]
+    assert "stopped by SIGTERM; submit the same spec again to continue from what is on disk" in logs
+    assert "Traceback" not in logs
+    wait_until(lambda: not [process for process in processes_with(str(head.home)) if is_a_rank(process)])
+
+
+def is_a_rank(pid: int) -> bool:
+    try:
+        return b"RankActor" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def test_a_sweep_that_is_submitted_ends_with_a_bundle_and_a_report(head: Head, project: Path, repository: Path) -> None:

@@ -28,7 +28,9 @@ for number, cell in enumerate(json.load(open(sys.argv[1]))["cells"]):
         value = eval(compile(ast.Expression(last.value), f"cell {number}", "eval"), names)
         as_html = getattr(value, "_repr_html_", None)
         shown.append(as_html() if as_html else repr(value))
-print(json.dumps({"shown": shown, "folder": str(names["run"].folder)}))
+run = names["run"]
+scores = {each.model: each.metrics for each in run.transfer.scores}
+print(json.dumps({"shown": shown, "folder": str(run.folder), "steps": names["plan"].total_steps, "scores": scores}))
 """
 
 
@@ -50,6 +52,8 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last(repository: Path, tmp
     assert planned.startswith("(4, ")
     assert "topics" in run
     assert verdict in ("'positive'", "'no gain'", "'negative'", "'inconclusive'")
+    assert result["scores"]["promoted"]["exact_match"] > result["scores"]["none"]["exact_match"]
+    assert result["steps"] >= 30
     assert "<table" in trials
     assert figures.count("<svg") >= 3
     assert kind == "'LlamaForCausalLM'"

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from json.encoder import encode_basestring
 from typing import Any
 
 from orchestrator.data.reading.cells import to_group
@@ -182,7 +183,10 @@ def content_key(payload: Mapping[str, Any]) -> str:
     Raises:
         RowError: a text in it is no Unicode.
     """
-    text = json.dumps(payload, sort_keys=True, ensure_ascii=False, default=str)
+    if all(isinstance(value, str) for value in payload.values()):  # the same text, several times as fast
+        text = f"{{{', '.join(f'{encode_basestring(key)}: {encode_basestring(payload[key])}' for key in sorted(payload))}}}"
+    else:
+        text = json.dumps(payload, sort_keys=True, ensure_ascii=False, default=str)
     try:
         return hashlib.sha256(text.encode()).hexdigest()
     except UnicodeEncodeError:

@@ -145,8 +145,10 @@ def _candidates(signatures: np.ndarray, filled: np.ndarray) -> np.ndarray:
         begins[same] = False
         first = np.maximum.accumulate(np.where(begins, np.arange(len(order)), 0))
         later = rows[order[same]]
-        found += [np.stack([rows[order[before]], later], axis=1) for before in (same - 1, first[same])]
-    return np.unique(np.concatenate(found), axis=0)
+        found += [rows[order[before]] * len(signatures) + later for before in (same - 1, first[same])]
+    pairs = np.sort(np.concatenate(found))  # np.unique's table of hashes is several times as slow here
+    pairs = pairs[np.diff(pairs, prepend=-1) > 0]
+    return np.stack(np.divmod(pairs, max(1, len(signatures))), axis=1)
 
 
 def _parts(pairs: np.ndarray, size: int = 1 << 18) -> Iterator[np.ndarray]:

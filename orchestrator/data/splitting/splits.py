@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 
@@ -246,21 +247,25 @@ def _choose(groups: Mapping[str, list[Example]], shares: Mapping[str, Share], se
     order = sorted(groups, key=lambda name: _hash(f"{seed}/{name}"))
     first_of_class = {example.label: name for name in reversed(order) for example in groups[name] if example.label is not None}
     kept = {*first_of_class.values(), *held}
-    alone = {example.label: _classes([example]) for rows in groups.values() for example in rows}
-    classes = {name: _classes(rows) if len(rows := groups[name]) > 1 else alone[rows[0].label] for name in order}
     counts = _classes(example for group in groups.values() for example in group)
+    alone = {label: Counter([label]) for label in counts}
+    classes = {name: _classes(rows) if len(rows := groups[name]) > 1 else alone[rows[0].label] for name in order}
     total = counts.total()
     wanted = {split: wanted_rows(asked, total) for split, asked in shares.items()}
     if held:
         wanted = _scaled(wanted, sum(classes[name].total() for name in order if name not in kept))
     chosen: dict[str, str] = {}
+    free = {name: classes[name] for name in order if name not in kept}
+    room = counts.copy()
+    for name in kept:
+        room.subtract(classes[name])
     for split, asked in shares.items():
-        free = {name: classes[name] for name in order if name not in kept and name not in chosen}
-        room = _classes(example for name in free for example in groups[name])
         share = asked.share if wanted[split] == max(1, round(asked.share * total)) else wanted[split] / total
         ties = sorted(counts, key=lambda label: _hash(f"{seed}/{split}/{label}"))
         quotas = _quotas({label: share * counts[label] for label in ties}, room, wanted[split])
-        chosen |= dict.fromkeys(_take(free, quotas, wanted[split]), split)
+        for name in _take(free, quotas, wanted[split]):
+            chosen[name] = split
+            room.subtract(free.pop(name))
     return chosen
 
 
@@ -299,6 +304,8 @@ def _take(groups: Mapping[str, Counter[str | None]], quotas: Counter[str | None]
         if not wanted:
             break
     for name, classes in groups.items():
+        if not wanted:
+            break
         if name not in taken and classes.total() <= wanted:
             taken[name] = None
             wanted -= classes.total()
@@ -307,7 +314,7 @@ def _take(groups: Mapping[str, Counter[str | None]], quotas: Counter[str | None]
 
 def _classes(examples: Iterable[Example]) -> Counter[str | None]:
     """Rows of each class; of a task without classes, all of them are of one."""
-    return Counter(example.label for example in examples)
+    return Counter(map(attrgetter("label"), examples))
 
 
 def _hash(text: str) -> bytes:
