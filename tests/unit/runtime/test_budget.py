@@ -125,7 +125,7 @@ def test_a_refit_beyond_the_bound_gives_way_to_the_rung_that_was_promoted(prepar
     step, reason, said = chosen(prepared, trial, rung=4.04, refitted=4.15)
     assert step == 6
     assert "forgot +0.150 nats per token, more than the bound of 0.1" in reason
-    assert "the trial's own rung of 6 steps, at +0.040, is bundled instead" in reason
+    assert "the trial's own rung at step 6, at +0.040, is bundled instead" in reason
     assert "refit_passed_over: the refit to 54 steps forgot +0.150" in said
     (event,) = [event for event in read_jsonl(prepared.run.path / "events.jsonl") if event["kind"] == "refit_passed_over"]
     assert event["trial_id"] == trial.trial_id

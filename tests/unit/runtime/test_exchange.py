@@ -298,7 +298,7 @@ def test_a_gang_that_ran_out_of_memory_is_followed_by_one_with_half_the_rows(
         assert (await bench.advance(bench.trial(0), 1)).state == "done"
         died = [item for item in bench.exchange._news if item["kind"] == "gang_died"]
         assert [item["trial_id"] for item in died] == ["t0"] * (3 + MAX_ATTEMPTS - 1)
-        assert "started again with 4 rows" in died[MAX_ATTEMPTS - 1]["message"]
+        assert "restarted with 4 rows" in died[MAX_ATTEMPTS - 1]["message"]
         notes = [item["message"] for item in bench.exchange._news if item["kind"] == "trial_note"]
         assert len(notes) == 3, "they are told once, and not again with the next rung"
 
@@ -317,7 +317,7 @@ def test_a_trial_that_fits_no_gang_fails_and_the_others_go_on(on_bench: Callable
         ScriptedGang.fitting = {"t0": 0}
         large, small = await asyncio.gather(bench.advance(bench.trial(0)), bench.advance(bench.trial(1)))
         assert (large.state, large.ended, small.state) == ("failed", True, "done")
-        assert "out of memory on rank 1; no smaller way is left" in large.reason
+        assert "out of memory on rank 1; memory use cannot be reduced further" in large.reason
         assert "resources.ranks_per_gang" in large.reason
 
     ran = on_bench(scene)

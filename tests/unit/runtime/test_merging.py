@@ -108,7 +108,7 @@ def test_the_learning_curve_is_of_the_trial_that_it_was_measured_of() -> None:
     assert promoted_by_hand(sweep, "t000").curve_of_winner == found
     other = promoted_by_hand(sweep, "t001")
     assert other.curve_of_winner is None
-    assert other.no_learning_curve == "it was measured of t000, before another was promoted by hand"
+    assert other.no_learning_curve == "it was measured for t000, before another was promoted by hand"
     assert promoted_by_hand(other, "t002").no_learning_curve == other.no_learning_curve
     back = promoted_by_hand(other, "t000")
     assert (back.curve_of_winner, back.no_learning_curve) == (found, "")

@@ -133,7 +133,7 @@ def test_what_was_found_out_about_the_data_is_told_before_the_plan_and_recorded(
     prepared = submit(data={"train": "tr\x1bain.jsonl", "max_tokens": 64})
     warned, told = ([n.line for n in prepared.data.told if n.level == level] for level in ("warning", "info"))
     assert re.match(
-        r"2\d of 4\d rows of train \(\d\d%\) are left out: 2\d longer than data.max_tokens = 64; to do: raise", warned[0]
+        r"2\d of 4\d rows of train \(\d\d%\) are dropped: 2\d longer than data.max_tokens = 64; to do: raise", warned[0]
     )
     assert told[0].startswith("train: tr\\x1bain.jsonl is JSON Lines; 60 rows read as prompt_completion")
     assert told[1].endswith("longer than data.max_tokens = 64 (tr\\x1bain.jsonl:2, tr\\x1bain.jsonl:4, tr\\x1bain.jsonl:6, ...)")

@@ -86,7 +86,7 @@ def test_where_no_policy_needs_it_the_search_goes_on_without_and_stays_so(
     assert first.plan.search is not None
     assert first.plan.search.shares == ()
     assert kinds(first).count("blocks_not_scored") == 1
-    assert "goes on without: 3 gangs died" in shown.getvalue()
+    assert "continues without scores: 3 gangs died" in shown.getvalue()
     scorer = Scorer()
     again = scored(scorer, "last:1", "all", trials=5)
     assert not scorer.asked, "an order that trials have begun by is kept"

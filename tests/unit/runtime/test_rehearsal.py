@@ -51,7 +51,7 @@ def test_what_a_submission_would_refuse_is_refused(spec: Path):
     with pytest.raises(DataError, match="no column 'question'"):
         rehearsed(load_spec(spec, ["data.columns.prompt=question"]))
     with RunDirectory.open(spec.parent / "runs", "x", loaded, spec_sha256(loaded.spec, "sweep")) as run:
-        with pytest.raises(RunConflictError, match="works in this run"):
+        with pytest.raises(RunConflictError, match="already running this run"):
             rehearsed(loaded)
         run.plan.write_text("{}")
     before = {path: path.stat().st_mtime_ns for path in spec.parent.rglob("*")}

@@ -85,7 +85,7 @@ def test_the_card_says_what_was_done_and_found_and_not_where(inputs_of: Callable
         "Gain over head only: -0.250 nats per token, 95% interval [-0.300, -0.200], 180 examples (sign flip).",
         "| 2 \\| 3<br>what? | 5 |",
         "KL 3e-06",
-        "4-bit weights as training held them",
+        "4-bit weights as used in training",
         "'\\n'",
         "what the base has forgotten was not measured",
         "a gain over the base was not shown",
@@ -126,11 +126,11 @@ def compared(against: Control, low: float, high: float) -> ComparisonRecord:
     [
         ("negative", (-0.3, -0.1), None, "a gain over the base was not shown."),
         ("negative", (-0.1, 0.3), (-0.3, -0.1), "a gain over the base was not shown."),
-        ("negative", (0.1, 0.3), (-0.3, -0.1), "was shown, one over random weights trained from scratch was not."),
-        ("no gain", (0.1, 0.3), (-0.001, 0.001), "was shown, one over random weights trained from scratch was not."),
-        ("inconclusive", (0.1, 0.3), (-0.1, 0.2), "was shown, one over random weights trained from scratch was not."),
-        ("inconclusive", (0.1, 0.3), None, "was shown for this model, and not for trainings from other seeds."),
-        ("inconclusive", (0.1, 0.3), (0.1, 0.2), "was shown for this model, and not for trainings from other seeds."),
+        ("negative", (0.1, 0.3), (-0.3, -0.1), "was shown, but not over random weights trained from scratch."),
+        ("no gain", (0.1, 0.3), (-0.001, 0.001), "was shown, but not over random weights trained from scratch."),
+        ("inconclusive", (0.1, 0.3), (-0.1, 0.2), "was shown, but not over random weights trained from scratch."),
+        ("inconclusive", (0.1, 0.3), None, "was shown for this model, but not for training from other seeds."),
+        ("inconclusive", (0.1, 0.3), (0.1, 0.2), "was shown for this model, but not for training from other seeds."),
     ],
 )
 def test_the_card_says_of_what_a_gain_was_not_shown(

@@ -431,7 +431,7 @@ def test_a_trial_too_large_for_every_way_of_its_gang_fails_and_the_next_goes_on(
     result = bench.run("a", execution=WIDE)
     assert result.state == "failed"
     assert len(result.notes) == 3
-    assert "no smaller way is left" in result.reason
+    assert "memory use cannot be reduced further" in result.reason
     assert "zero: 3" in result.reason, "it says which rung comes next"
     assert "If reserved" not in result.reason
     monkeypatch.undo()
