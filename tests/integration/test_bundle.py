@@ -360,7 +360,7 @@ def test_a_changed_file_a_lost_base_and_another_base_are_found(finished: tuple[T
     with pytest.raises(UsageError, match="the base cannot be found"):
         verify_bundle(shutil.copytree(bundle, tmp_path / "moved" / "bundle"))
     other = make_base(tmp_path / "other", tied=False)
-    with pytest.raises(VerificationError, match="another base"):
+    with pytest.raises(VerificationError, match="a different base"):
         verify_bundle(bundle, base=other)
     with pytest.raises(UsageError, match="not a bundle"):
         verify_bundle(trials.base)

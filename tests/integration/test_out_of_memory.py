@@ -72,7 +72,7 @@ def test_under_zero_2_one_trial_goes_on_smaller_and_the_next_as_planned(tmp_path
     assert (relieved.micro_batch_rows, relieved.checkpointing, relieved.zero_stage) == (1, False, 2)
     (died,) = deaths_of(run, smaller.trial.trial_id)
     assert "out of memory on rank 1" in died
-    assert "started again with 1 row in a micro-batch" in died
+    assert "restarted with 1 row per micro-batch" in died
     notes = [event["message"] for event in events_of(run, "trial_note") if event["trial_id"] == smaller.trial.trial_id]
     assert len(notes) == 1
 
@@ -135,7 +135,7 @@ def test_a_job_of_one_trial_goes_on_smaller(tmp_path: Path) -> None:
     assert relieved is not None
     assert relieved.micro_batch_rows == 1
     (note,) = [event["message"] for event in events_of(run, "trial_note")]
-    assert "the worker group was replaced and the trial started again with 1 row in a micro-batch" in note
+    assert "the worker group was replaced and the trial restarted with 1 row per micro-batch" in note
     transfer = transfer_of(run)
     assert transfer.refit is not None
     assert transfer.refit.restarts == 1

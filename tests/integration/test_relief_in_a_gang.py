@@ -86,7 +86,7 @@ def test_without_deepspeed_too(matrix: Matrix) -> None:
     assert_relieved(matrix, "torch-rows", "torch-small", STEPS_DOWN[1][:1])
     for result in matrix.every_rank["torch-never"]:
         assert (result.state, len(steps_down(result))) == ("failed", 2)
-        assert "resources.zero: 3, which parts the base over the ranks" in result.reason
+        assert "resources.zero: 3, which partitions (shards) the base across ranks" in result.reason
 
 
 @pytest.mark.parametrize("kind", GROUPS)

@@ -97,7 +97,7 @@ def test_a_refit_that_is_worse_gives_way_with_early_stopping(
     assert (found.step, record.ran) == (step, True)
     if step < TOTAL_STEPS:
         assert record.reason.endswith(
-            "the refit to 54 steps is worse on the eval set than the trial's own rung of 12 steps (loss 1.1 against 1), "
+            "the refit to 54 steps is worse on the eval set than the trial's own rung at step 12 (loss 1.1 against 1), "
             "which is bundled instead"
         )
     assert full_budget(prepared, entry, BASE, LogView(io.StringIO()))[0].step == TOTAL_STEPS, "without patience it is taken"
