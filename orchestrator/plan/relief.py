@@ -56,7 +56,7 @@ def beyond_the_gang(execution: ExecutionPlan) -> str:
             "smaller data.max_tokens"
         )
     if execution.zero_stage < 3:
-        return "resources.zero: 3, which partitions (shards) the base across the ranks; or a smaller data.max_tokens"
+        return "resources.zero: 3, which partitions (shards) the base across ranks; or a smaller data.max_tokens"
     more = f"more ranks than {execution.ranks} (resources.ranks_per_gang), or a smaller data.max_tokens"
     if execution.device == "cpu" or execution.offload == "parameters":
         return more

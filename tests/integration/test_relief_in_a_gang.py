@@ -96,7 +96,7 @@ def test_ranks_agree_how_many_trials_share_a_batch(matrix: Matrix, kind: str) ->
     assert [result.state for result in results] == ["done"] * 8
     assert {result.engine.fused_trials for result in results if result.engine is not None} == {WIDTHS[kind]}
     notes = [note for result in results for note in result.notes]
-    said = "of 4 trials that shared a batch, from now on 2 do" if kind == "pair" else f"{WIDTHS[kind]} trials share a batch"
+    said = "trials per batch reduced from 4 to 2" if kind == "pair" else f"{WIDTHS[kind]} trials share a batch"
     assert sum(said in note for note in notes) == 2, notes
 
 

@@ -105,7 +105,7 @@ def test_where_nothing_without_deepspeed_fits_the_anchor_on_products_is_named(
     with pytest.raises(PlanError, match="which DeepSpeed partitions; and without DeepSpeed nothing fits on 8 GPUs") as caught:
         planned(base, loaded, gpus, data, 16, kind, **sections)
     assert caught.value.where == f"/specs/test.yaml:7:11: {place}"
-    assert "take the anchor out, and DeepSpeed fits" in caught.value.remedy
+    assert "remove the anchor, and DeepSpeed fits" in caught.value.remedy
     with pytest.raises(PlanError) as caught:
         planned(base, loaded, gpus, data, 1, kind, **sections)
     assert caught.value.where == "resources", "nothing at all fits"

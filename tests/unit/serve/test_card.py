@@ -87,7 +87,7 @@ def test_the_card_says_what_was_done_and_found_and_not_where(inputs_of: Callable
         "KL 3e-06",
         "4-bit weights as used in training",
         "'\\n'",
-        "what the base has forgotten was not measured",
+        "forgetting was not measured",
         "a gain over the base was not shown",
     ):
         assert said in card, said
