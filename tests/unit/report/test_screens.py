@@ -102,7 +102,7 @@ def test_a_bundle_that_may_be_no_better_says_what_would_tell_before_how_it_is_se
     assert next_lines(final_screen(sweep, transfer)).startswith("next use more test rows")
     assert next_lines(final_screen(sweep, transfer)).endswith("transformers serve runs/quickstart/bundle")
     ended = sweep.model_copy(update={"ended_by_hours": "the bound", "advice": ("raise the bound",)})
-    assert "may serve as well raise the bound transformers serve" in next_lines(final_screen(ended, transfer))
+    assert "may be as good raise the bound transformers serve" in next_lines(final_screen(ended, transfer))
 
 
 def test_every_trial_failed(make):
