@@ -173,7 +173,7 @@ def _gangs_line(plan: RunPlan) -> str:
 def _stage_line(execution: ExecutionPlan) -> str:
     if execution.executor == "torch":
         if execution.ranks == 1:
-            return "one GPU per trial: DeepSpeed is not needed"
+            return "one process per trial: DeepSpeed is not needed"
         return (
             f"each of {execution.ranks} ranks holds all trainable parameters and sums gradients with the others: "
             "DeepSpeed is not needed"

@@ -80,7 +80,7 @@ by the stored weights in fp32.
 
 Python's documentation is copyright (c) 2001-2023 Python Software Foundation; all rights reserved.
 The sample task (`orchestrator/samples/data`) uses words of the speeches. None of its rows was trained on, and the
-untouched base answers none of its prompts.
+base model answers none of its prompts.
 
 ## How to make it again
 
