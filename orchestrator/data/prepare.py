@@ -76,38 +76,6 @@ def prepare_data(loaded: LoadedSpec, tokenizer_folder: Path, out_folder: Path, *
     known = _made_before(out_folder, inputs)
     if known is not None:
         return known
-    made = _make_sets(loaded, sources, tokenizer_folder, left_out)
-    sets, classes = made.sets, made.classes
-    summary = DataSummary(
-        inputs_sha256=inputs,
-        splits={name: _summarise(part) for name, part in sets.items()},
-        dropped=left_out.summary(),
-        notices=tuple(left_out.notices),
-        classes=classes,
-        stop_token_ids=sets["train"].stop_ids,
-        class_counts=tuple(np.bincount(sets["train"].labels, minlength=len(classes)).tolist()) if classes else (),
-        files=tuple(left_out.relative(str(path)) for entries in sources.values() for entry in entries for path in entry.files),
-        one_example=made.one_example,
-    )
-    if keep and _same_sets(out_folder, summary):
-        write_json(out_folder / "summary.json", summary)
-    else:
-        _write(out_folder, sets, summary)
-    return summary
-
-
-@dataclass(frozen=True)
-class _Made:
-    """What is left of the rows."""
-
-    sets: dict[str, TokenizedSet]
-    classes: tuple[str, ...]
-    one_example: str
-
-
-def _make_sets(loaded: LoadedSpec, sources: Sources, tokenizer_folder: Path, left_out: LeftOut) -> _Made:
-    """Read, check, split and tokenise. Rows and documents, which take the most memory, are freed at its end."""
-    spec = loaded.spec
     found = read_examples(spec, sources, left_out)
     if spec.task == "classify":
         check_labels(loaded, found, left_out)
@@ -117,12 +85,29 @@ def _make_sets(loaded: LoadedSpec, sources: Sources, tokenizer_folder: Path, lef
     documents = _encode_all(loaded, tokenizer, ends, parts | {"retain": found.get("retain", [])}, left_out)
     classes = _classes(documents, spec, left_out) if spec.task == "classify" else ()
     left_out.warn_of_losses({name: _num_rows(kept) for name, kept in documents.items()})
-    sets = {name: _to_set(kept, classes) for name, kept in documents.items()}
+    sets = {name: _to_set(docs, classes) for name, docs in documents.items()}
+    one_example = _show(documents["train"][0], tokenizer)
+    del found, parts, documents  # by far the most memory, and the sets are to be written yet
     if spec.task in ANSWERING:
         stops = end_tokens(sets["train"], ControlTokens(tokenizer), ends)
         sets = {name: replace(part, stop_ids=stops) for name, part in sets.items()}
         tell_ends(sets["train"], tokenizer, spec.task, left_out)
-    return _Made(sets, classes, _show(documents["train"][0], tokenizer))
+    summary = DataSummary(
+        inputs_sha256=inputs,
+        splits={name: _summarise(part) for name, part in sets.items()},
+        dropped=left_out.summary(),
+        notices=tuple(left_out.notices),
+        classes=classes,
+        stop_token_ids=sets["train"].stop_ids,
+        class_counts=tuple(np.bincount(sets["train"].labels, minlength=len(classes)).tolist()) if classes else (),
+        files=tuple(left_out.relative(str(path)) for entries in sources.values() for entry in entries for path in entry.files),
+        one_example=one_example,
+    )
+    if keep and _same_sets(out_folder, summary):
+        write_json(out_folder / "summary.json", summary)
+    else:
+        _write(out_folder, sets, summary)
+    return summary
 
 
 def _num_rows(documents: Iterable[Document]) -> int:

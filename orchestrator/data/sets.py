@@ -87,14 +87,14 @@ class TokenizedSet:
         """Hash over tokens, masks, borders and classes: what training sees."""
         digest = hashlib.sha256()
         for array in (self.ids, self.supervised, self.offsets, self.labels):
-            digest.update(np.ascontiguousarray(array))
+            digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
     @cached_property
     def tokens_sha256(self) -> str:
         """Hash over tokens and borders alone: what a frozen model makes of the set."""
-        digest = hashlib.sha256(np.ascontiguousarray(self.ids))
-        digest.update(np.ascontiguousarray(self.offsets))
+        digest = hashlib.sha256(np.ascontiguousarray(self.ids).data)
+        digest.update(np.ascontiguousarray(self.offsets).data)
         return digest.hexdigest()
 
     def save(self, path: Path | str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import ray
 from ray.exceptions import OutOfMemoryError as EvictedError
+from ray.exceptions import RayActorError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -19,6 +20,7 @@ from orchestrator.plan.results import RungResult
 from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan
 from orchestrator.runtime.cluster import placement_strategy, rank_resources, worker_env
 from orchestrator.runtime.hours import Meter
+from orchestrator.runtime.mishaps import describe
 from orchestrator.runtime.processes import end_processes, own_seat, states_of
 from orchestrator.runtime.vigil import POLL_S, Patience, Seat, Vigil
 from orchestrator.train import pulse
@@ -299,6 +301,8 @@ def _evicted(errors: list[Exception]) -> Exception | None:
 
 def _first_line(error: BaseException) -> str:
     cause = getattr(error, "cause", None) or error
+    if isinstance(cause, RayActorError):
+        return describe(cause)
     text = str(cause).strip().splitlines()
     return f"{type(cause).__name__}: {text[0] if text else ''}"
 

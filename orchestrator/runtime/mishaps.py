@@ -59,6 +59,8 @@ def describe(error: BaseException) -> str:
         return "a node of the cluster died"
     if isinstance(error, ray_errors.OutOfMemoryError):
         return "Ray ended a process of the run because its node ran out of memory"
+    if isinstance(error, ray_errors.ActorUnavailableError):
+        return "a process of the run cannot be reached: its node died, or the network between failed"
     if isinstance(error, ray_errors.RayActorError):
         found = re.search(r"class_name: (\S+)", text)
         known = found[1].rpartition(".")[2] if found else ""

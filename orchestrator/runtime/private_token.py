@@ -1,4 +1,7 @@
-"""A token for the Ray that a run starts for itself. Imported before ray: ray reads its authentication mode once."""
+"""What ray reads from the environment once, when it is imported: so this comes before.
+
+A token for the Ray that a run starts for itself, and which of Ray's own messages a driver does not print.
+"""
 
 from __future__ import annotations
 
@@ -20,4 +23,11 @@ def set_private_token() -> None:
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
+def drop_raylet_logs() -> None:
+    """Have Ray print nothing where a node is lost: it prints the last 20 lines of that node manager's log, and the run says what
+    happened in words of its own."""
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", r"^(Raylet is terminated\.|The node with node id: )")
+
+
 set_private_token()
+drop_raylet_logs()

@@ -113,6 +113,7 @@ def test_a_stopped_worker_is_replaced_and_no_secret_reaches_a_log(folder: Path, 
     pid = hit(folder, "ray::RankActor", signal.SIGSTOP)
     stopped_at = time.monotonic()
     (died,) = wait_until(lambda: events_of(run, "gang_died"), while_alive=driver)
+    print(f"found {time.monotonic() - stopped_at:.1f} s after the fault")
     assert time.monotonic() - stopped_at < 60
     assert f"(pid {pid}) is stopped" in died["message"]
     assert re.search("while (preparing|training)", died["message"])
@@ -144,7 +145,9 @@ def test_what_a_run_cannot_do_without_ends_it_in_words(title: str, number: signa
     driver = begin("sweep", spec)
     wait_until(lambda: training_trials(run_folder(spec)), while_alive=driver)
     hit(folder, title, number)
+    since = time.monotonic()
     assert driver.wait(120) == 4, last_lines(spec, 20)
+    print(f"ended {time.monotonic() - since:.1f} s after the fault")
     ended_in_words(spec, named)
 
 
@@ -172,8 +175,10 @@ def test_a_stopped_rank_of_a_refit_is_replaced(folder: Path) -> None:
     driver = begin("finetune", spec)
     wait_until(lambda: any((run / "refit").glob("checkpoint-*")), while_alive=driver)
     pid = hit(folder, "ray::RayTrainWorker", signal.SIGSTOP)
+    since = time.monotonic()
+    (hung,) = wait_until(lambda: events_of(run, "hung"), while_alive=driver)
+    print(f"found {time.monotonic() - since:.1f} s after the fault")
     assert driver.wait(TIMEOUT_S) == 0, last_lines(spec, 20)
-    (hung,) = events_of(run, "hung")
     assert f"(pid {pid}) is stopped" in hung["message"]
     assert read_json(run / "transfer.json")["refit"]["restarts"] == 1
 
@@ -185,7 +190,9 @@ def test_a_driver_that_is_asked_to_end_says_how_to_go_on(number: signal.Signals,
     driver = begin("sweep", spec)
     wait_until(lambda: training_trials(run_folder(spec)), while_alive=driver)
     os.kill(driver.pid, number)
+    since = time.monotonic()
     assert driver.wait(60) == code, last_lines(spec, 20)
+    print(f"ended {time.monotonic() - since:.1f} s after the signal")
     assert "from what is on disk" in last_lines(spec, 1)[0]
 
 
@@ -206,6 +213,9 @@ def test_a_node_that_is_lost_costs_its_gang_alone(folder: Path, monkeypatch: pyt
         driver = begin("sweep", spec, RAY_ADDRESS=cluster.address, RAY_AUTH_MODE="disabled")
         wait_until(lambda: len(training_trials(run)) == 2, while_alive=driver)
         cluster.remove_node(second, allow_graceful=False)
+        since = time.monotonic()
+        wait_until(lambda: events_of(run, "gang_died"), while_alive=driver)
+        print(f"found {time.monotonic() - since:.1f} s after the fault")
         assert driver.wait(TIMEOUT_S) == 0, last_lines(spec, 20)
         with connected(cluster.address):
             groups = ray.util.placement_group_table().values()
@@ -213,7 +223,8 @@ def test_a_node_that_is_lost_costs_its_gang_alone(folder: Path, monkeypatch: pyt
             assert ray.available_resources()["CPU"] == 1
     finally:
         cluster.shutdown()
-    assert events_of(run, "gang_died")
+    assert "RpcError" not in events_of(run, "gang_died")[0]["message"]
+    assert "state-dump" not in spec.with_suffix(".log").read_text(), "Ray's node managers keep their logs to themselves"
     assert {trial.state for trial in sweep_of(run).searched} == {"finished"}
     assert len(sweep_of(run).searched) == 4
     check_folder(run / "bundle")

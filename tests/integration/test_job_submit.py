@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,7 @@ def test_a_driver_with_a_wrong_token_ends_in_words(head: Head, project: Path, mo
     assert "Traceback" not in answer.stderr
 
 
+@pytest.mark.slow
 def test_a_job_that_is_stopped_says_how_to_go_on_and_leaves_nothing(head: Head, project: Path) -> None:
     (project / "spec.yaml").write_text(SPEC.replace("name: submitted", "name: stopped").replace("epochs: 1", "epochs: 50"))
     run = project / "runs" / "stopped"
@@ -200,6 +202,7 @@ def test_a_job_that_is_stopped_says_how_to_go_on_and_leaves_nothing(head: Head, 
     )  # fmt: skip
     assert submitted.returncode == 0, submitted.stderr
     wait_until(lambda: training_trials(run))
+    assert ranks_of(head)
     begun = time.monotonic()
     stopped = head.ray("job", "stop", "to-be-stopped", cwd=project)
     assert stopped.returncode == 0, stopped.stderr
@@ -208,14 +211,17 @@ def test_a_job_that_is_stopped_says_how_to_go_on_and_leaves_nothing(head: Head, 
     logs = json.loads(head.get("/api/jobs/to-be-stopped/logs"))["logs"]
     assert "stopped by SIGTERM; submit the same spec again to continue from what is on disk" in logs
     assert "Traceback" not in logs
-    wait_until(lambda: not [process for process in processes_with(str(head.home)) if is_a_rank(process)])
+    wait_until(lambda: not ranks_of(head))
 
 
-def is_a_rank(pid: int) -> bool:
-    try:
-        return b"RankActor" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
+def ranks_of(head: Head) -> list[int]:
+    """Living processes of gangs on this head."""
+    found = []
+    for pid in processes_with(str(head.home)):
+        with suppress(OSError):  # it has just ended
+            if b"RankActor" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
 
 
 def test_a_sweep_that_is_submitted_ends_with_a_bundle_and_a_report(head: Head, project: Path, repository: Path) -> None:

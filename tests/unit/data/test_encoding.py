@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestrator.data.encoding.encoder import Document, Encoder, load_tokenizer, mark_supervised
+from orchestrator.data.encoding.encoder import Document, Encoder, bare_ids, load_tokenizer, mark_supervised
 from orchestrator.data.reading.examples import Example
 from orchestrator.data.reading.row import BadRow
 from orchestrator.errors import BaseError
@@ -66,6 +66,19 @@ def any_tokenizer(request: pytest.FixtureRequest, tokenizer: Any) -> Any:
 
 def begin(tokenizer: Any) -> list[int]:
     return [tokenizer.bos_token_id] if isinstance(tokenizer, WithBegin) else []
+
+
+def test_bare_ids_are_those_of_the_tokenizers_own_call(tokenizer: Any) -> None:
+    said = ["", " ", "hello  there\n", "na\u00efve \u212b \U0001f600", "<|eos|> <|user|>hello", "1234 " * 50]
+    expected = tokenizer(said, add_special_tokens=False)["input_ids"]
+    tokenizer(said, truncation=True, max_length=2, padding=True)  # leaves both set in the backend
+    assert bare_ids(tokenizer, said) == expected
+    tokenizer.split_special_tokens = True
+    try:
+        assert bare_ids(tokenizer, said) == tokenizer(said, add_special_tokens=False)["input_ids"] != expected
+    finally:
+        tokenizer.split_special_tokens = False
+        tokenizer("a")
 
 
 def test_completion_supervises_the_answer_and_the_end(any_tokenizer: Any) -> None:

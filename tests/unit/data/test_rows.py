@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import decimal
+import hashlib
 import json
 from typing import Any
 
 import pytest
 
-from orchestrator.data.reading.examples import Example, RowReader
+from orchestrator.data.reading.examples import Example, RowReader, content_key
 from orchestrator.data.reading.prompt_templates import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
 from orchestrator.data.reading.row import BadRow, Row, Unreadable
 from orchestrator.spec.models import JobSpec, Task
@@ -278,6 +279,13 @@ def test_equal_content_has_an_equal_key_whatever_else_the_row_holds() -> None:
     assert key(prompt="p", completion="1") == key(prompt="p", completion=1)
     chat = lambda **values: read("chat", {"messages": [U, A], **values}).content_key  # type: ignore[union-attr] # noqa: E731
     assert chat() == chat(tools=[]) != chat(tools=[TOOL])
+
+
+@pytest.mark.parametrize("value", ["", 'a "quoted" \\ path', "\u00e9\u2028\n\t\x00\x7f", "\U0001f600"])
+def test_the_key_is_the_hash_of_the_content_as_json(value: str) -> None:
+    for payload in ({"text": value}, {"prompt": value, "completion": value}, {"messages": ({"role": "user", "content": value},)}):
+        text = json.dumps(payload, sort_keys=True, ensure_ascii=False)
+        assert content_key(payload) == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_a_group_is_a_column_that_train_must_have_and_may_be_empty() -> None:

@@ -34,6 +34,7 @@ def task_error(cause: Exception) -> ray_errors.RayTaskError:
     ("error", "said"),
     [
         (Died(DIED), "the exchange (the process that hands trials to the gangs) died: it was killed"),
+        (ray_errors.ActorUnavailableError("RpcError: Socket closed", None), "a process of the run cannot be reached"),
         (ray_errors.WorkerCrashedError(), "a worker process of the run died"),
         (ray_errors.NodeDiedError("x"), "a node of the cluster died"),
         (ray_errors.LocalRayletDiedError(), "Ray's node manager (raylet)"),
