@@ -242,7 +242,7 @@ def test_a_run_whose_plan_was_set_aside_still_refuses_another_spec_and_base(
         submit(search={"layers": ["last:2"]})
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
-    with pytest.raises(RunConflictError, match="base.s folder differs"):
+    with pytest.raises(RunConflictError, match="folder differs from when"):
         submit()
 
 

@@ -75,7 +75,7 @@ def test_a_base_that_changed_under_a_planned_run_is_refused(submit: Callable[[],
     with pytest.raises(RunConflictError, match=r"weights\.model\.safetensors: \d+ bytes, \w+ -> \d+ bytes") as caught:
         submit()
     assert caught.value.exit_code == 2
-    with pytest.raises(RunConflictError, match="base.s folder differs"):
+    with pytest.raises(RunConflictError, match="folder differs from when"):
         reopen(run)
 
 
