@@ -17,7 +17,8 @@ from orchestrator.data.encoding.encoder import Document, Encoder, load_tokenizer
 from orchestrator.data.encoding.ends import declared_ends, end_tokens, tell_ends
 from orchestrator.data.encoding.noticed import Noticed
 from orchestrator.data.reading.examples import RETENTION_TASKS, Example
-from orchestrator.data.reading.gather import Sources, bad_rows_error, find_sources, read_examples
+from orchestrator.data.reading.files import shown
+from orchestrator.data.reading.gather import PLACES, Sources, bad_rows_error, find_sources, read_examples
 from orchestrator.data.reading.row import BadRow
 from orchestrator.data.retention import retention_sets
 from orchestrator.data.seeded import CAPS, generator
@@ -33,6 +34,7 @@ from orchestrator.plan.values import DataSize
 from orchestrator.spec import LoadedSpec
 from orchestrator.spec.models import JobSpec, Task
 from orchestrator.store import read_json, sha256_file, write_json
+from orchestrator.units import printable
 from orchestrator.values import content_hash
 
 ANSWERING: tuple[Task, ...] = ("completion", "chat")
@@ -221,15 +223,17 @@ class _Refused:
     """Rows that stop the run, collected over the splits so that all are told at once."""
 
     bad: list[BadRow] = field(default_factory=list)
-    too_long: list[str] = field(default_factory=list)
+    too_long: dict[str, int] = field(default_factory=dict)
+    """Tokens of each row, by its place."""
 
     def raise_any(self, loaded: LoadedSpec) -> None:
         if self.bad:
             raise bad_rows_error(self.bad)
         if self.too_long:
+            count, longest = len(self.too_long), max(self.too_long.values())
             raise DataError(
-                f"{len(self.too_long)} row(s) longer than data.max_tokens = {loaded.spec.data.max_tokens}:\n"
-                f"  {listed(self.too_long)}",
+                f"{count} row{'s' if count > 1 else ''} longer than data.max_tokens = {loaded.spec.data.max_tokens}"
+                f" (the longest of {longest:,} tokens): {shown(list(self.too_long), PLACES)}",
                 where=loaded.where("data.long_rows"),
                 remedy="raise data.max_tokens, or set data.long_rows to drop or truncate_prompt",
             )
@@ -286,7 +290,7 @@ def _fitting(
         place = document.example.place
         fitted = encoder.fit(document)
         if fitted is not document and spec.data.long_rows == "error":
-            refused.too_long.append(f"{place} ({name}): {len(document.ids)} tokens")
+            refused.too_long[f"{place} ({name})"] = len(document.ids)
         elif fitted is None:
             left_out.add(name, f"longer than {limit}", place)
         else:
@@ -303,7 +307,10 @@ def _nothing_to_learn(document: Document, spec: JobSpec) -> BadRow | None:
         return None if len(document.ids) else BadRow(example.file, example.line, "the text has no token")
     if document.num_supervised and (spec.task != "completion" or str(example.completion).strip()):
         return None
-    what = {"chat": "every turn of the assistant is empty", "completion": f"column {spec.data.columns.completion!r} is empty"}
+    what = {
+        "chat": "no turn of the assistant is trained on (empty, of weight 0, or not in the chat template's rendering)",
+        "completion": f"column {spec.data.columns.completion!r} is empty",
+    }
     return BadRow(example.file, example.line, what.get(spec.task, "the text is too short") + ": nothing to train on")
 
 
@@ -338,7 +345,10 @@ def _classes(documents: dict[str, list[Document]], spec: JobSpec, left_out: Left
         else:
             unseen += unknown
     if unseen:
-        lines = listed(f"{document.example.place}: {document.example.label}" for document in unseen)
+        places: dict[str, list[str]] = {}
+        for document in unseen:
+            places.setdefault(printable(repr(document.example.label)), []).append(printable(document.example.place))
+        lines = listed(f"{label} in {len(rows)}: {shown(rows, PLACES)}" for label, rows in places.items())
         raise DataError(
             f"{len(unseen)} row(s) of eval or test with a class that train does not have:\n  {lines}",
             expected=listed(classes, ", "),

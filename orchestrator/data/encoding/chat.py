@@ -59,6 +59,7 @@ class ChatEncoder:
         self._template = ChatTemplate(tokenizer)
         style = self._template.style(ControlTokens(tokenizer))
         self.control = ControlTokens(tokenizer, style.headers)
+        self._unasked = style.unasked
         self._finder = SpanFinder(self._template, self.control, style, ends)
         closings = [style.closing] if style.closing else []
         self._ends = tuple(dict.fromkeys([*closings, *ends]))
@@ -111,6 +112,8 @@ class ChatEncoder:
         text, marked = self._template.render_with_marks(turns, tools)
         if tools and not self._shows_tools(turns, tools, text):
             self._noticed.add("tools", example.place)
+        if self._unasked:
+            self._noticed.add("header", example.place, self._unasked)
         answers = [index for index, turn in enumerate(turns) if _answers(turn)]
         wanted = self._wanted(example)
         by_marks = 0 < len(marked) == len(answers) and not any(

@@ -27,6 +27,9 @@ class Style:
     """The control token after an answer."""
     between: tuple[str, ...] = ()
     """Control tokens that close a question."""
+    unasked: str = ""
+    """What stands before an answer and is not asked for: the template has no generation prompt, or a shorter one. Tags of
+    reasoning, which a model opens itself, are not counted."""
     headers: tuple[str, ...] = ()
     """Added tokens that are not special and begin or end a turn none the less."""
 
@@ -81,11 +84,13 @@ class ChatTemplate:
             found.text[end:] for found, end in zip((whole, prompt, question), ends, strict=True)
         )
         shared = snapped(after_prompt, common_prefix(after_prompt, after_alone), control)
+        between = whole.text[ends[0] : whole.first(answered.opening)]
         header = whole.text[:start] + after_prompt[: common_prefix(after_prompt, after_question)]
         closing = control.pattern.search(whole.text, answer_end)
         return Style(
             generation_prompt=after_prompt[shared:],
             closing=closing[0] if closing else None,
+            unasked=REASONING.sub("", between[len(after_prompt) :]).strip() if between.startswith(after_prompt) else "",
             between=tuple(control.held_by(after_prompt[:shared])),
             headers=tuple(text for text in control.added.findall(header) if not REASONING.fullmatch(text)),
         )

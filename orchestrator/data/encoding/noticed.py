@@ -32,6 +32,11 @@ WORDS: dict[str, tuple[str, str]] = {
         "the chat template leaves out a turn that {rows} have before an answer: the model does not see it",
         "look at the chat template; text of a system turn can be written into the first user turn",
     ),
+    "header": (
+        "the chat template's generation prompt does not write {what}, which stands before the answers of {rows}: it is learned"
+        " as a part of them",
+        "write it under {% if add_generation_prompt %} in the base's chat template",
+    ),
     "prompt": (
         "the generation prompt adds {what}, with which the last answer of {rows} does not begin: a server will ask otherwise than"
         " the training did",

@@ -37,9 +37,16 @@ def to_text(value: Any, name: str) -> str:
     if isinstance(value, Unreadable):
         kind = printable(value.kind)
         raise RowError(f"column {quoted(name)} holds a value of type {kind}, expected text: write it as text in the file")
-    by_columns = isinstance(value, dict) and "0" in value
-    hint = "a table written by columns? pandas writes rows with to_json(path, orient='records', lines=True)" if by_columns else ""
-    raise RowError(f"column {quoted(name)} holds {kind_of(value)}, expected text", hint)
+    raise RowError(f"column {quoted(name)} holds {kind_of(value)}, expected text", _hint(value))
+
+
+def _hint(value: Any) -> str:
+    """What a value that is no text probably is."""
+    if isinstance(value, list) and value and isinstance(value[0], dict) and value[0].keys() & {"role", "from"}:
+        return "turns of a chat? set task: chat"
+    if (isinstance(value, dict) and "0" in value) or (isinstance(value, list) and len(value) > 1):
+        return "a table written by columns? pandas writes rows with to_json(path, orient='records', lines=True)"
+    return ""
 
 
 def to_full_text(value: Any, name: str) -> str:
@@ -54,6 +61,8 @@ def to_label(value: Any, name: str) -> str:
     """A class: text, a whole number or a boolean."""
     if isinstance(value, float | Decimal) and value == value and value != int(value if abs(value) != float("inf") else 0):
         raise RowError(f"column {quoted(name)} holds a number that is not whole, expected a class: text or a whole number")
+    if isinstance(value, list | tuple):
+        raise RowError(f"column {quoted(name)} holds a list, expected one class: several labels of one row are not learned")
     return to_full_text(value, name)
 
 

@@ -22,6 +22,9 @@ ROLES = {
     "human": "user",
     "assistant": "assistant",
     "gpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "ai": "assistant",
     "chatgpt": "assistant",
     "bing": "assistant",
     "bard": "assistant",
@@ -111,7 +114,8 @@ def _filled(role: str, said: str, turn: Turn, place: str, notes: TurnNotes) -> T
     if calls and role != "assistant":
         raise RowError(f"a turn of the {role} has tool calls, expected them in a turn of the assistant")
     if content is None and not calls:
-        raise RowError("a turn has no content", "its content is null, and it has no tool calls" if "content" in turn else "")
+        has = f"it has {printable(', '.join(map(str, turn)))[:80]}"
+        raise RowError("a turn has no content", "its content is null, and it has no tool calls" if "content" in turn else has)
     if calls and not (content or "").strip():
         content = None
     result: Turn = {"role": role, "content": content}
@@ -244,4 +248,5 @@ def _from_json(text: str, problem: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise RowError(problem) from None
+        written_by_repr = text.lstrip().startswith(("[{'", "{'"))
+        raise RowError(problem, "written by Python's repr? use json.dumps" if written_by_repr else "") from None

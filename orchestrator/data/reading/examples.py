@@ -11,10 +11,11 @@ from typing import Any
 
 from orchestrator.data.reading.cells import to_group
 from orchestrator.data.reading.chat_turns import TurnNotes
+from orchestrator.data.reading.hints import names_found
 from orchestrator.data.reading.layouts import Layout, Layouts
 from orchestrator.data.reading.row import BadRow, Row, RowError
 from orchestrator.spec.models import JobSpec, Task
-from orchestrator.units import printable, quoted
+from orchestrator.units import quoted
 
 RETENTION_TASKS: tuple[Task, ...] = ("text", "completion", "chat")
 """How a row of the retention set may be read, the first that it has the columns for."""
@@ -145,8 +146,7 @@ class RowReader:
     def _choose(self, names: tuple[str, ...], is_document: bool) -> Layout:
         group = self._group
         if group and self.split == "train" and group not in names and not is_document:
-            found = printable(", ".join(sorted(map(str, names)))) or "none"
-            raise RowError(f"no column {quoted(group)}, which data.group names", f"it has {found}")
+            raise RowError(f"no column {quoted(group)}, which data.group names", f"it has {names_found(names)}")
         problems: list[RowError] = []
         for layouts in self._layouts:
             try:

@@ -90,6 +90,10 @@ def find_files(pattern: str) -> Found:
 
 def _nothing(path: Path, found: Found) -> DataError:
     if not found.is_folder:
+        if path.exists():
+            raise DataError(
+                "is no regular file", where=found.path, expected="a file, a glob or a folder", remedy="give another path"
+            )
         what = "is a broken link" if path.is_symlink() else "no such data file"
         return DataError(what, where=found.path, expected="a file, a glob or a folder", remedy=_near(path))
     aside = "; ".join(f"{reason}: {shown(names)}" for reason, names in (found.skipped | found.doubtful).items())
@@ -167,6 +171,8 @@ def _walk(folder: Path, found: Found) -> Iterator[Path]:
                 found.skip("broken links", path, doubtful=True)
             elif path.is_file():
                 yield path
+            else:
+                found.skip("no regular files", path)
 
 
 def _once(files: list[Path], found: Found) -> list[Path]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Sequence
 
 from orchestrator.spec.models import ColumnsSpec, Task
-from orchestrator.units import printable
+from orchestrator.units import printable, quoted
 
 SYNONYMS = {
     "prompt": ("question", "instruction", "input", "query", "problem", "source", "context", "request", "user"),
@@ -16,6 +17,9 @@ SYNONYMS = {
     "label": ("labels", "category", "class", "target", "intent", "sentiment", "topic", "score", "rating"),
 }
 """Names that other data sets have for a part; suggested, never taken."""
+MOST_NAMES = 15
+NAME_LENGTH = 40
+PLAIN = re.compile(r"[^\W\d](?:[\w .-]*\w)?")
 
 
 def missing_hint(task: Task, columns: ColumnsSpec, missing: Sequence[str], names: Collection[str]) -> str:
@@ -33,7 +37,20 @@ def missing_hint(task: Task, columns: ColumnsSpec, missing: Sequence[str], names
             renamed[part] = near
     if not renamed:
         return "; data.columns renames them" if found else ""
-    return f"; did you mean data.columns: {{{', '.join(f'{part}: {printable(name)}' for part, name in renamed.items())}}}?"
+    return f"; did you mean data.columns: {{{', '.join(f'{part}: {_yaml(name)}' for part, name in renamed.items())}}}?"
+
+
+def names_found(names: Collection[str]) -> str:
+    """The columns that are there, as far as one line shows them."""
+    found = sorted(map(str, names))
+    cut = [name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…" for name in found[:MOST_NAMES]]
+    more = f" and {len(found) - MOST_NAMES} more" if len(found) > MOST_NAMES else ""
+    return printable(", ".join(cut)) + more if found else "none"
+
+
+def _yaml(name: str) -> str:
+    """A name as it is written in a spec: with quotes where YAML would read something else without them."""
+    return printable(name) if PLAIN.fullmatch(name) else quoted(name)
 
 
 def _near(part: str, name: str, found: Sequence[str]) -> str:
@@ -48,6 +65,8 @@ def _near(part: str, name: str, found: Sequence[str]) -> str:
 def _other_task(task: Task, found: Sequence[str]) -> str:
     if found and set(found) <= {"train", "validation", "valid", "dev", "eval", "test"}:
         return "one object with several splits: write each into its own file"
+    if set(found) >= {"columns", "data"} or (len(found) > 1 and all(name.isdecimal() for name in found)):
+        return "a table as pandas writes it? it writes rows with to_json(path, orient='records', lines=True)"
     if task != "chat" and ("messages" in found or "conversations" in found):
         return "such rows are chats: set task: chat"
     if "chosen" in found and "rejected" in found:

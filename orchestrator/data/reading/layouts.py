@@ -8,11 +8,11 @@ from typing import Any
 
 from orchestrator.data.reading.cells import to_full_text, to_label, to_text
 from orchestrator.data.reading.chat_turns import Turn, TurnNotes, read_tools, read_turns
-from orchestrator.data.reading.hints import missing_hint
+from orchestrator.data.reading.hints import missing_hint, names_found
 from orchestrator.data.reading.prompt_templates import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, Template
 from orchestrator.data.reading.row import Row, RowError
 from orchestrator.spec.models import ColumnsSpec, DataFormat, DataSpec, Task
-from orchestrator.units import printable, quoted
+from orchestrator.units import quoted
 
 USUAL = ColumnsSpec()
 Payload = dict[str, Any]
@@ -64,17 +64,19 @@ class Layouts:
                 return layout
         nearest = min(self.layouts, key=lambda layout: len(layout.missing(names)) / len(layout.required))
         missing = nearest.missing(names)
-        found = printable(", ".join(sorted(map(str, names)))) or "none"
         columns = self._data.columns
         hint = missing_hint(self._task, columns, missing, names)
         if "did you mean" not in hint and nearest is not self.layouts[0]:
             first = missing_hint(self._task, columns, self.layouts[0].missing(names), names)
             hint = first if "did you mean" in first else hint
-        raise RowError(f"no column {' and '.join(quoted(name) for name in missing)}", f"it has {found}{hint}")
+        raise RowError(f"no column {' and '.join(quoted(name) for name in missing)}", f"it has {names_found(names)}{hint}")
 
     def _document(self) -> Layout:
         if self._task != "text":
-            raise RowError(f"a text file has no columns, which task {self._task} needs", "only task `text` can use text files")
+            raise RowError(
+                f"a text file has no columns, which task {self._task} needs",
+                "only task `text` can use text files; rename it to .csv or .jsonl if it is one",
+            )
         return replace(self._texts("text", None), required=("text",))
 
     def _all(self) -> list[Layout]:
@@ -140,7 +142,7 @@ class Layouts:
             if values.get("history"):
                 raise RowError("column 'history' holds earlier turns, which task completion cannot use: set task: chat")
             parts = {**values, "instruction": to_full_text(values[instruction], instruction), "input": values.get(given)}
-            template = with_input if _is_full(values.get(given)) else without_input
+            template = with_input if _is_full(values.get(given), given) else without_input
             answer = to_full_text(values[output], output)
             return {"prompt": template.fill(parts), "completion": answer, "separator": ""}
 
@@ -187,7 +189,7 @@ class Layouts:
             asked = to_full_text(values[instruction], instruction)
             if template is not None:
                 asked = template.fill({**values, "instruction": asked, "input": values.get(given)})
-            elif _is_full(values.get(given)):
+            elif _is_full(values.get(given), given):
                 asked = f"{asked}\n{to_text(values[given], given)}"
             answer = _said("assistant", to_full_text(values[output], output))
             return self._chat(row, (*_history(values.get("history")), _said("user", asked), answer))
@@ -204,7 +206,7 @@ class Layouts:
         """The turns with the row's system text before them, and its tools."""
         columns = self._data.columns
         system = row.values.get(columns.system)
-        if _is_full(system):
+        if _is_full(system, columns.system):
             if turns[0]["role"] == "system":
                 raise RowError(f"column {quoted(columns.system)} holds a system text, and so does the first turn")
             turns = (_said("system", to_text(system, columns.system)), *turns)
@@ -236,8 +238,8 @@ def _history(value: Any) -> list[Turn]:
     return turns
 
 
-def _is_full(value: Any) -> bool:
-    return value is not None and bool(to_text(value, "").strip())
+def _is_full(value: Any, name: str) -> bool:
+    return value is not None and bool(to_text(value, name).strip())
 
 
 def _unique(names: Iterable[str]) -> tuple[str, ...]:

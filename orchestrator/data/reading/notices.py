@@ -19,6 +19,10 @@ MANY_LINES = 20
 """Lines from which a text file may be meant as many documents."""
 
 
+SAY_WHAT_IS_LEARNED = frozenset(("train", "training", "trainable", "loss", "mask", "masked", "ignore"))
+"""Keys by which other trainers leave turns out."""
+
+
 @dataclass
 class SplitReading:
     """How the files of one split were read."""
@@ -40,11 +44,16 @@ def note_files(data: DataSpec, found: Sequence[tuple[str, Found]], left_out: Lef
         if name == "train" and entry.has_splits:
             _note_splits(data, entry, left_out)
         elif name == "train" and entry.is_glob:
-            others = [left_out.relative(str(path)) for path in entry.all_files() if split_of(path.name) in ("eval", "test")]
-            if others and len(entry.all_files()) > 1:
-                remedy = "give them as data.eval and data.test, or a pattern that excludes them"
-                left_out.warn(f"data.train matches files whose names contain eval or test: {shown(others)}", remedy)
+            _note_held_out(entry, "give them as data.eval and data.test, or a pattern that excludes them", left_out)
+        elif name == "train":
+            _note_held_out(entry, "check that these rows may be trained on", left_out)
     _note_equal(found, left_out)
+
+
+def _note_held_out(entry: Found, remedy: str, left_out: LeftOut) -> None:
+    others = [left_out.relative(str(path)) for path in entry.all_files() if split_of(path.name) in ("eval", "test")]
+    if others:
+        left_out.warn(f"data.train has files whose names say eval or test: {shown(others)}", remedy)
 
 
 def _note_splits(data: DataSpec, entry: Found, left_out: LeftOut) -> None:
@@ -102,7 +111,11 @@ def note_reading(reading: SplitReading, left_out: LeftOut) -> None:
     if notes.unread_keys:
         keys = shown([f"{quoted(key)} ({len(places)})" for key, places in sorted(notes.unread_keys.items())], 10)
         places = next(iter(notes.unread_keys.values()))
-        left_out.info(f"{split}: keys of turns that are not read (in how many turns): {keys}", places=places)
+        message = f"{split}: keys of turns that are not read (in how many turns): {keys}"
+        if notes.unread_keys.keys() & SAY_WHAT_IS_LEARNED:
+            left_out.warn(message, "write weight: 0 in the turns that are not to be learned", places=places)
+        else:
+            left_out.info(message, places=places)
     if notes.empty_answers:
         message = f"{split}: {len(notes.empty_answers)} turns of the assistant are empty and are not trained on"
         left_out.warn(message, "fill them, or remove these rows", places=notes.empty_answers)

@@ -57,6 +57,18 @@ def test_a_template_may_write_otherwise_what_stood_before(base_with: Callable[[s
     assert learned(tokenizer, asked("hello", "good day", "and now?", "good night")) == ["good day<|eos|>", "good night<|eos|>"]
 
 
+@pytest.mark.parametrize(
+    ("template", "header", "told"),
+    [(PLAIN, "", {}), (PLAIN.removesuffix(PROMPT), "<|assistant|>", {"header": {"<|assistant|>": None}})],
+)
+def test_a_header_that_the_template_does_not_ask_for_is_learned_and_told(
+    base_with: Callable[[str | None], Path], template: str, header: str, told: dict[str, Any]
+) -> None:
+    tokenizer = load_tokenizer(base_with(template))
+    assert learned(tokenizer, asked("hello", "good day")) == [f"{header}good day<|eos|>"]
+    assert encode(tokenizer, asked("hello", "good day"))[1].what == told
+
+
 @pytest.mark.parametrize("post", ["trimmed", "whole"])
 def test_tokens_of_white_space_are_learned_whatever_the_offsets_say(post: str, tmp_path: Path) -> None:
     tokenizer = tokenizer_of(FAMILIES["chatml"], tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -171,5 +172,15 @@ def test_what_is_held_out_is_not_trained_on_and_twice_is_once(prepare: Any) -> N
     assert sources(prepare, train="data")[1] == ["files of equal content: data/a.jsonl (train), data/copy.jsonl (train)"]
     fill(prepare.folder / "globbed", "a.jsonl", "test.jsonl")
     assert sources(prepare, train="globbed/*.jsonl")[1] == [
-        "data.train matches files whose names contain eval or test: globbed/test.jsonl"
+        "data.train has files whose names say eval or test: globbed/test.jsonl"
     ]
+    fill(prepare.folder / "only", "test.jsonl")
+    assert sources(prepare, train="only")[1] == ["data.train has files whose names say eval or test: only/test.jsonl"]
+
+
+def test_what_is_no_regular_file_is_told(prepare: Any) -> None:
+    fill(prepare.folder / "data", "a.jsonl")
+    os.mkfifo(prepare.folder / "data" / "b.jsonl")
+    assert sources(prepare, train="data") == ({"train": ["a.jsonl"]}, ["not read in data: no regular files (1): b.jsonl"])
+    with pytest.raises(DataError, match="is no regular file"):
+        sources(prepare, train="data/b.jsonl")

@@ -61,6 +61,7 @@ ARRAY = '[\n {"a": 1,\n  "b": [{"c": "]"}]},\n\n {"a": 2}, {"a": 3}\n]\n'
         ("a.json", '{\n "version": "1",\n "data": ' + ARRAY + "}", [4, 7, 7]),
         ("a.json", '{"data": [{"a": 1}, {"a": 2}, {"a": 3}], "n": 3}', [1, 1, 1]),
         ("a.json", '{"meta": {"x": [1]}, "more": [1, 2],\n"rows": [{"a": 1},\n{"a": 2},\n{"a": 3}]}', [2, 3, 4]),
+        ("a.json", '{"schema": {"fields": [{"name": "a"}]}, "data": [{"a": 1}, {"a": 2}, {"a": 3}]}', [1, 1, 1]),
         ("a.json", '{"a": 1}{"a": 2} {"a": 3}', [1, 1, 1]),
         ("a.json", '{\n "a": 1\n}\n{\n "a": 2\n}\n{"a": 3}', [1, 4, 7]),
         ("a.csv", '{"a": 1}\n{"a": 2}\n{"a": 3}\n', [1, 2, 3]),
@@ -111,11 +112,37 @@ def test_damage_in_json_over_lines_ends_the_file_and_is_told(
     assert bad.ends_file
 
 
-def test_lines_that_end_in_commas_are_each_a_bad_line(tmp_path: Path) -> None:
-    assert read(write(tmp_path / "a.jsonl", '{"a": 1},\n{"a": 2},\n')) == (
-        [],
-        [(n, "malformed JSON: Extra data") for n in (1, 2)],
-    )
+@pytest.mark.parametrize(
+    ("line", "reason", "detail"),
+    [
+        ('{"a": 1},', "malformed JSON: a comma after the object", "remove it, or put [ and ] around all lines"),
+        ("{'a': 1}", "malformed JSON: single quotes", "column 2; written by Python's repr? use json.dumps"),
+        ('{"a": "\x00"}', "NUL bytes, which no text holds: the file is damaged, or was not written to its end", ""),
+        ('"some words"', "a JSON text, expected an object", 'such as {"text": "..."}'),
+        ('{"a": ' + "1" * 5000 + "}", "malformed JSON: a number of too many digits", ""),
+        ('{"a": ' + "[" * 100_000, "malformed JSON: nested too deeply", ""),
+    ],
+)
+def test_mistakes_of_whole_files_are_named_in_every_line(tmp_path: Path, line: str, reason: str, detail: str) -> None:
+    bad = bad_rows(write(tmp_path / "a.jsonl", f"{line}\n{line}\n"))
+    assert [(row.line, row.reason, row.detail) for row in bad] == [(n, reason, detail) for n in (1, 2)]
+
+
+def test_a_few_nul_bytes_are_told_by_their_rows(tmp_path: Path) -> None:
+    content = "prompt,completion\n" + "p,c\n" * 3 + "p,\x00\n" + "p,c\n" * 3
+    good, bad = read(write(tmp_path / "a.csv", content), "prompt", "completion")
+    assert len(good) == 6
+    assert [(line, reason[:9]) for line, reason in bad] == [(5, "NUL bytes")]
+    good, bad = read(write(tmp_path / "a.jsonl", LINES + "\x00" * 9000))
+    assert len(good) == 5
+    assert [(line, reason[:9]) for line, reason in bad] == [(6, "NUL bytes")]
+
+
+def test_a_csv_under_the_name_of_json_is_read_as_one(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", "prompt;completion\np;c\n")
+    assert sniff(path, columns=("prompt", "completion")).label == "CSV with semicolons"
+    assert sniff(path, columns=("text", "label")).kind == "JSON Lines"
+    assert sniff(write(path, "prompt and completion\n"), columns=("prompt", "completion")).kind == "JSON Lines"
 
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
@@ -188,6 +215,7 @@ def test_the_delimiter_is_found(tmp_path: Path, mark: str) -> None:
         ("a.csv", "text\nhello; you | there\n", (), {"text": "hello; you | there"}),
         ("a.csv", 'text\n"hello, you"\n', (), {"text": "hello, you"}),
         ("a.csv", "sep=;\na;b\n1,5;2\n", (), {"a": "1,5", "b": "2"}),
+        ("a.csv", '"sep=;"\na;b\n1,5;2\n', (), {"a": "1,5", "b": "2"}),
         ("a.csv", 'a, b\n1, "x, y"\n', (), {"a": "1", "b": "x, y"}),
         ("a.csv", "id|note;text;label\n1|2;x;y\n", ("text", "label"), {"text": "x", "label": "y"}),
         ("a.tsv", "a,b\n1,2\n", (), {"a": "1", "b": "2"}),
@@ -334,6 +362,8 @@ def test_a_file_without_rows_is_named(tmp_path: Path, name: str, content: str) -
         ("a.bin", b"\x01\x02 something", "of a kind that is not recognized"),
         ("a.yaml", b"a: 1\n", "of a kind that is not recognized"),
         ("a.parquet.gz", gzip.compress(b"PAR1rest"), "Parquet inside gzip"),
+        ("a.jsonl.gz", gzip.compress(gzip.compress(b"{}")), "gzip inside gzip"),
+        ("a.pkl", b"\x80\x02}q", "a pickle"),
         ("a.tar", b"x" * 257 + b"ustar" + b"x" * 99, "a tar archive"),
     ],
 )

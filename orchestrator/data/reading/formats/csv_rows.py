@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from orchestrator.data.reading.formats.json_rows import cut_short
 from orchestrator.data.reading.formats.opening import DAMAGE, NOT_UTF8, open_bytes
@@ -51,14 +51,15 @@ class _Table:
                 try:
                     chosen = _chosen(header, choose)
                 except RowError as problem:
-                    yield BadRow(name, line, problem.reason, problem.detail, ends_file=True)
+                    yield BadRow(name, line, problem.reason, _about_header(problem.detail, header), ends_file=True)
                     return
             elif not any(fields):
                 if fields:
                     yield BadRow(name, line, "every field of the row is empty")
             elif len(fields) == len(header):
                 values = {column: fields[index] for column, index in chosen}
-                yield Row(values, name, line) if _is_text(values.values()) else BadRow(name, line, NOT_UTF8)
+                problem = _problem(values.values())
+                yield BadRow(name, line, problem) if problem else Row(values, name, line)
             else:
                 what = "more fields than the header" if len(fields) > len(header) else "fewer fields than the header"
                 shown = printable(", ".join(header))
@@ -80,7 +81,8 @@ class _Table:
                     detail = f"{count} line{'s' if count > 1 else ''} to the end of the file"
                     yield line, BadRow(self._name, line, "a quote is opened and never closed", detail, last, ends_file=True)
                     return
-                yield line, BadRow(self._name, line, f"malformed CSV: {printable(str(error))}", "", last)
+                hint = "a quote inside of a quoted field is written twice" if "expected after" in str(error) else ""
+                yield line, BadRow(self._name, line, f"malformed CSV: {printable(str(error))}", hint, last)
             except UnicodeDecodeError as error:
                 yield line, BadRow(self._name, line, f"damaged {self._file.encoding.upper()}", error.reason, ends_file=True)
                 return
@@ -102,12 +104,22 @@ def _chosen(header: Sequence[str], choose: ChooseColumns) -> list[tuple[str, int
     return [(name, header.index(name)) for name in names]
 
 
-def _is_text(fields: Iterator[str] | Sequence[str] | object) -> bool:
-    """Whether every field was decoded: a byte that is no UTF-8 has become half a surrogate pair."""
-    for field in fields:  # type: ignore[attr-defined]
+def _about_header(detail: str, header: Sequence[str]) -> str:
+    """What the file's first line was taken for, unless the columns that it names are nearly the right ones."""
+    if "did you mean" in detail:
+        return detail
+    hint = "; no delimiter was found: data.delimiter names it" if len(header) == 1 else ""
+    return f"{detail}; the first line is taken as the names of the columns{hint}"
+
+
+def _problem(fields: Iterable[str]) -> str:
+    """Why fields are no text, if so: a byte that is no UTF-8 has become half a surrogate pair."""
+    for field in fields:
         if not field.isascii():
             try:
                 field.encode()
             except UnicodeEncodeError:
-                return False
-    return True
+                return NOT_UTF8
+        if "\x00" in field:
+            return "NUL bytes, which no text holds: the file is damaged, or was not written to its end"
+    return ""

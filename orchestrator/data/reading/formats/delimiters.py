@@ -37,7 +37,7 @@ def sniff_dialect(text: str, suffix: str, columns: Collection[str], given: str |
         given: Overrides what is found.
     """
     line, _, rest = text.lstrip("\ufeff").partition("\n")
-    declared = line.strip()
+    declared = line.strip().strip('"')
     if declared.startswith("sep=") and len(declared) == 5:
         return Dialect(given or declared[4], 1, _has_blanks(rest, declared[4]))
     usual = USUAL.get(suffix, ",")

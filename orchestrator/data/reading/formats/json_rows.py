@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 from orchestrator.data.reading.formats.opening import DAMAGE, NOT_UTF8, open_bytes, text_chunks
-from orchestrator.data.reading.formats.sniff import HEAD_BYTES, WRAPPED, WRAPPERS, DataFile
+from orchestrator.data.reading.formats.sniff import HEAD_BYTES, WRAPPERS, DataFile, holds_rows
 from orchestrator.data.reading.row import BadRow, Row
 from orchestrator.units import printable, quoted
 
@@ -45,7 +45,8 @@ class Decoder:
             names = printable(", ".join(map(repr, sorted(self.twice))))
             return BadRow(file, line, "a JSON object has the same key more than once", f"the key {names}")
         if not isinstance(value, dict):
-            return BadRow(file, line, f"a JSON {_KINDS.get(type(value), 'value')}, expected an object")
+            hint = 'such as {"text": "..."}' if isinstance(value, str) else ""
+            return BadRow(file, line, f"a JSON {_KINDS.get(type(value), 'value')}, expected an object", hint)
         return Row(cast("dict[str, Any]", value), file, line)
 
 
@@ -64,11 +65,27 @@ def read_json_lines(file: DataFile) -> Iterator[Row | BadRow]:
         try:
             value = decoder.parse(text)
         except json.JSONDecodeError as error:
-            yield BadRow(name, line, f"malformed JSON: {error.msg}", f"column {min(error.pos, len(text.rstrip())) + 1}")
+            yield _malformed(name, line, text, error)
         except (ValueError, RecursionError) as error:
-            yield BadRow(name, line, f"malformed JSON: {type(error).__name__}")
+            yield BadRow(name, line, f"malformed JSON: {_too_big(error)}")
         else:
             yield decoder.row(value, name, line)
+
+
+def _malformed(name: str, line: int, text: str, error: json.JSONDecodeError) -> BadRow:
+    """What is wrong with a line, with what to do about the mistakes that whole files have."""
+    column = f"column {min(error.pos, len(text.rstrip())) + 1}"
+    if "\x00" in text:
+        return BadRow(name, line, "NUL bytes, which no text holds: the file is damaged, or was not written to its end")
+    if error.msg == "Extra data" and text[error.pos :].strip() == ",":
+        return BadRow(name, line, "malformed JSON: a comma after the object", "remove it, or put [ and ] around all lines")
+    if text.lstrip().startswith("{'"):
+        return BadRow(name, line, "malformed JSON: single quotes", f"{column}; written by Python's repr? use json.dumps")
+    return BadRow(name, line, f"malformed JSON: {error.msg}", column)
+
+
+def _too_big(error: Exception) -> str:
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number of too many digits"
 
 
 def _lines(file: DataFile) -> Iterator[tuple[int, str | BadRow]]:
@@ -116,7 +133,7 @@ def read_json(file: DataFile) -> Iterator[Row | BadRow]:
     except DAMAGE as error:
         yield cut_short(file, scanner.line if scanner else 1, error)
     except (ValueError, RecursionError) as error:
-        yield _broken(scanner, name, f"malformed JSON: {type(error).__name__}")
+        yield _broken(scanner, name, f"malformed JSON: {_too_big(error)}")
 
 
 def _broken(scanner: _Scanner | None, file: str, reason: str, detail: str = "") -> BadRow:
@@ -242,7 +259,7 @@ class _Scanner:
         """Whether the object that begins here holds its rows in a list under one of WRAPPERS."""
         while len(self._buffer) - self._position < HEAD_BYTES and self._more():
             pass
-        return WRAPPED.match(self._buffer[self._position : self._position + HEAD_BYTES]) is not None
+        return holds_rows(self._buffer[self._position : self._position + HEAD_BYTES])
 
     def skip_all(self) -> None:
         self._buffer, self._position, self._chunks = "", 0, iter(())

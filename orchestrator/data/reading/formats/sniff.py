@@ -39,7 +39,10 @@ REFUSED = (
     (b"Obj\x01", "an Avro file", "write it as Parquet"),
     (b"ORC", "an ORC file", "write it as Parquet"),
     (b"7z\xbc\xaf", "a 7z archive", "unpack it"),
-    (b"\x80\x04", "a pickle, which could run code", "write it as JSON Lines or Parquet"),
+    *(
+        (bytes((0x80, version)), "a pickle, which could run code", "write it as JSON Lines or Parquet")
+        for version in (2, 3, 4, 5)
+    ),
     (b"version https://git-lfs", "a pointer of Git LFS, not the data", "fetch the data with `git lfs pull`"),
     (b"<!DOCTYPE", "an HTML page", "download the file itself"),
     (b"<html", "an HTML page", "download the file itself"),
@@ -47,9 +50,11 @@ REFUSED = (
 """(first bytes, what it is, what to do) of kinds that users bring and that are not read."""
 WRAPPERS = ("data", "rows", "examples", "instances", "records", "items", "train")
 """Keys under which a JSON object holds the list of rows."""
-WRAPPED = re.compile(
-    r'^\{(\s*"[^"]*"\s*:\s*("[^"]*"|[\w.+-]+|\{[^{}]*\}|\[[^\[\]{}]*\])\s*,)*\s*"(' + "|".join(WRAPPERS) + r')"\s*:\s*\[\s*[{\]]'
-)
+KEY = re.compile(r'\s*"((?:[^"\\]|\\.)*)"\s*:\s*')
+LIST_OF_ROWS = re.compile(r"\[\s*[{\]]")
+COMMA = re.compile(r"\s*,")
+MANY_NULS = 0.2
+"""UTF-16 of western text is half NUL bytes; a damaged text file has fewer."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +107,15 @@ def sniff(path: Path, *, columns: Collection[str] = (), delimiter: str | None = 
         if compression:
             raise _unread(path, f"{kind} inside {compression}", "decompress it: the format compresses itself")
         return DataFile(path, kind)
+    if compression and compression_of(head):
+        raise _unread(path, f"{compression_of(head)} inside {compression}", "decompress it once")
     encoding = encoding_of(head)
-    if encoding == "utf-8" and b"\x00" in head[:4096] and suffix not in COLUMN_SUFFIXES:
+    if encoding == "utf-8" and suffix not in COLUMN_SUFFIXES and _is_binary(head[:4096]):
         raise _unread(path, "binary, or UTF-16 without a byte order mark", "save it as UTF-8")
     text = head.decode(encoding, "replace")
     kind = _kind_of_text(text, is_whole, suffix)
+    if kind == "JSON Lines" and suffix in JSON_SUFFIXES and _is_table(text, columns, is_whole=is_whole):
+        kind = "CSV"
     if kind is None:
         raise _unread(
             path, f"of a kind that is not recognized ({suffix or 'no suffix'})", "convert it, or rename it if it is CSV or text"
@@ -152,6 +161,45 @@ def _unread(path: Path, what: str, remedy: str) -> DataError:
     return DataError(f"{what}: such files are not read", where=printable(str(path)), expected=READ, remedy=remedy)
 
 
+def _is_binary(head: bytes) -> bool:
+    """Whether there are NUL bytes, and more of them than damage to a text leaves; the readers name the rows that hold a few."""
+    head = head.rstrip(b"\x00")
+    count = head.count(b"\x00")
+    if not count:
+        return False
+    try:
+        head[: head.rfind(b"\n") + 1].decode()
+    except UnicodeDecodeError:
+        return True
+    return count > MANY_NULS * len(head)
+
+
+def _is_table(text: str, columns: Collection[str], *, is_whole: bool) -> bool:
+    """Whether the text is no JSON, and its first line has two of the expected columns: a CSV under another name."""
+    if not columns or text.lstrip("\ufeff \t\r\n").startswith(("{", "[", '"{')):
+        return False
+    mark = sniff_dialect(text, "", columns, None, is_whole=is_whole).delimiter
+    header = text.lstrip("\ufeff").partition("\n")[0].split(mark)
+    return sum(name.strip(' \r"') in columns for name in header) > 1
+
+
+def holds_rows(text: str) -> bool:
+    """Whether a JSON object begins here that holds its rows under one of WRAPPERS, as the first of its lists of objects."""
+    decoder, place = json.JSONDecoder(), 1
+    while text.startswith("{") and (key := KEY.match(text, place)):
+        if key[1] in WRAPPERS and LIST_OF_ROWS.match(text, key.end()):
+            return True
+        try:
+            value, place = decoder.raw_decode(text, key.end())
+        except (ValueError, RecursionError):
+            return False
+        comma = COMMA.match(text, place)
+        if comma is None or (isinstance(value, list) and any(isinstance(entry, dict) for entry in value)):
+            return False
+        place = comma.end()
+    return False
+
+
 def _kind_of_text(text: str, is_whole: bool, suffix: str) -> Kind | None:
     text = text.lstrip("\ufeff")
     found = _json_kind(text.lstrip(), is_whole)
@@ -180,9 +228,9 @@ def _json_kind(text: str, is_whole: bool) -> Kind | None:
     if text.startswith("["):
         return "JSON Lines" if first is not None and rest.lstrip().startswith("[") else "JSON"
     if first is not None:
-        return "JSON" if not rest.strip() and is_whole and WRAPPED.match(line) else "JSON Lines"
+        return "JSON" if not rest.strip() and is_whole and holds_rows(line) else "JSON Lines"
     if not is_complete:
-        return "JSON" if WRAPPED.match(line) else "JSON Lines"
+        return "JSON" if holds_rows(line) else "JSON Lines"
     return "JSON" if _begins_over_lines(text, is_whole) else "JSON Lines"
 
 
@@ -190,7 +238,7 @@ def _shape(text: str) -> str:
     text = text.lstrip("\ufeff \t\r\n")
     if text.startswith("["):
         return "JSON array"
-    return "JSON object with a list of rows" if WRAPPED.match(text) else "JSON with objects over several lines"
+    return "JSON object with a list of rows" if holds_rows(text) else "JSON with objects over several lines"
 
 
 def _begins_over_lines(text: str, is_whole: bool) -> bool:
