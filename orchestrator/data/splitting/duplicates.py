@@ -7,6 +7,7 @@ left out), the text to classify, or the whole text. Two questions are equal wher
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, overload
@@ -75,7 +76,12 @@ def row_keys(examples: Sequence[Example], instructions: frozenset[str] = frozens
 
 
 def _hash(text: str) -> int:
-    return hash(text) or 1 if text else 0
+    """An int64 that is the same in every process, unlike Python's own: what stays together must not differ between two runs. 0
+    for an empty text alone."""
+    if not text:
+        return 0
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True) or 1
 
 
 def group_of(example: Example) -> str:
