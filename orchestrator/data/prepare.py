@@ -55,7 +55,9 @@ TOKENIZER_FILES = (
 )
 
 
-def prepare_data(loaded: LoadedSpec, tokenizer_folder: Path, out_folder: Path, *, keep: bool = False) -> DataSummary:
+def prepare_data(
+    loaded: LoadedSpec, tokenizer_folder: Path, out_folder: Path, *, keep: bool = False, planned_sha256: str = ""
+) -> DataSummary:
     """Read, check, split, tokenise; write train, eval, test, retain and replay .npz and summary.json.
 
     Called again with the same inputs it returns what it wrote, once the sets are found to be whole.
@@ -64,6 +66,7 @@ def prepare_data(loaded: LoadedSpec, tokenizer_folder: Path, out_folder: Path, *
         tokenizer_folder: The base's folder.
         out_folder: Made where it does not exist; summary.json is written last.
         keep: Trials were trained on the sets that are there: refuse to replace them by others.
+        planned_sha256: `DataSize.sets_sha256` of those sets, where a plan says it.
 
     Raises:
         DataError: a file is missing, rows cannot be used (all of them are named), a split or a row has nothing to
@@ -105,7 +108,7 @@ def prepare_data(loaded: LoadedSpec, tokenizer_folder: Path, out_folder: Path, *
         files=tuple(left_out.relative(str(path)) for entries in sources.values() for entry in entries for path in entry.files),
         one_example=one_example,
     )
-    if keep and _same_sets(out_folder, summary):
+    if keep and _same_sets(out_folder, summary, planned_sha256):
         write_json(out_folder / "summary.json", summary)
     else:
         _write(out_folder, sets, summary)
@@ -127,25 +130,31 @@ def _write(folder: Path, sets: Mapping[str, TokenizedSet], summary: DataSummary)
     write_json(folder / "summary.json", summary)
 
 
-def _same_sets(folder: Path, summary: DataSummary) -> bool:
+def _same_sets(folder: Path, summary: DataSummary, planned_sha256: str) -> bool:
     """Whether the sets of an earlier call lie there whole and are those of `summary`, though the inputs' hash may be another:
-    an earlier version of this program may have hashed other things, or made other sets of the same inputs.
+    an earlier version of this program may have hashed other things. False where they are to be written again: they are
+    damaged, or lack the end tokens, which older versions did not store.
 
     Raises:
         RunConflictError: the earlier call's sets were others.
     """
     before = _summary_of(folder)
-    if before is None:
-        return False
-    hashes = [{name: part.sha256 for name, part in made.splits.items()} for made in (before, summary)]
-    if hashes[0] != hashes[1] or before.classes != summary.classes:
+    differs = bool(planned_sha256) and sets_sha256(summary) != planned_sha256
+    if before is not None:
+        differs = differs or sets_sha256(before) != sets_sha256(summary) or before.classes != summary.classes
+    if differs:
         raise RunConflictError(
             "the data has changed since this run began, or this version tokenises it differently",
             where=str(folder),
             expected="the sets that its trials were trained on, from the same files, tokenizer and data section",
             remedy="put them back (or the version that began the run), or choose another `name`; nothing was overwritten",
         )
-    return _whole(folder, before)
+    return before is not None and before.stop_token_ids == summary.stop_token_ids and _whole(folder, before)
+
+
+def sets_sha256(summary: DataSummary) -> str:
+    """One hash over all sets."""
+    return content_hash({name: part.sha256 for name, part in summary.splits.items()})
 
 
 def data_size(summary: DataSummary, spec: JobSpec, folder: Path, *, planned: StepSize | None = None) -> DataSize:
@@ -177,7 +186,7 @@ def data_size(summary: DataSummary, spec: JobSpec, folder: Path, *, planned: Ste
         class_names=summary.classes,
         supervised_share=supervised / max(1, splits["train"].tokens),
         document_tokens=float(np.square(train.lengths, dtype=np.float64).sum() / max(1, splits["train"].tokens)),
-        sets_sha256=content_hash({name: part.sha256 for name, part in splits.items()}),
+        sets_sha256=sets_sha256(summary),
     )
 
 

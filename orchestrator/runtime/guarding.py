@@ -22,7 +22,7 @@ from orchestrator.errors import TrainingError
 from orchestrator.runtime.mishaps import GO_ON
 from orchestrator.runtime.processes import stat_of
 from orchestrator.runtime.vigil import POLL_S, Patience
-from orchestrator.store import unreachable
+from orchestrator.store import append_jsonl, unreachable
 
 RAYLET_S = 3.0
 """How long the node's own raylet may be away: without it Ray ends the driver soon."""
@@ -73,7 +73,7 @@ class Guard:
 
     def _watch(self) -> None:
         while not self._closed.wait(POLL_S):
-            found = descendants(os.getpid())
+            found = rays_processes(os.getpid())
             self._known |= found
             self._end_stopped(found)
             for name, (address, bound) in self._places.items():
@@ -98,17 +98,24 @@ class Guard:
         self._stopped_since = {one: self._stopped_since.get(one, now) for one in stopped}
         for (pid, _), since in self._stopped_since.items():
             if now - since > 2 * self._patience.silent_s:  # a gang's are seen first by those who look after it
+                self._record("hung", f"process {pid} is stopped; it is ended")
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
+
+    def _record(self, kind: str, message: str) -> None:
+        with contextlib.suppress(OSError):
+            append_jsonl(self._folder / "events.jsonl", {"time": time.time(), "kind": kind, "message": message})
 
     def _give_up(self, what: str) -> None:
         """End this process with what it has started, before Ray does that: nothing that Ray is asked for would end."""
         error = TrainingError(what, where=str(self._folder), remedy=GO_ON)
+        self._record("ray_died", what)
         for pid, started_at in self._known:
             if stat_of(pid)[1] == started_at:
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
-        sys.stdout.flush()
+        with contextlib.suppress(OSError, ValueError):  # nobody may read it any more
+            sys.stdout.flush()
         show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
         with contextlib.suppress(OSError):
             os.write(2, f"{show_cursor}\nerror: {error}\n".encode())
@@ -124,6 +131,23 @@ def guarded(run_folder: Path) -> Iterator[None]:
         yield
     finally:
         guard.close()
+
+
+def rays_processes(pid: int) -> set[tuple[int, int]]:
+    """(pid, start time) of Ray's processes that a process has started, and of what these have; other children are its own."""
+    found: set[tuple[int, int]] = set()
+    for child in descendants(pid):
+        if child not in found and _is_rays(child[0]):
+            found |= {child} | descendants(child[0])
+    return found
+
+
+def _is_rays(pid: int) -> bool:
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return any(mark in command for mark in (b"ray::", b"raylet", b"gcs_server", b"/ray/"))
 
 
 def descendants(pid: int) -> set[tuple[int, int]]:

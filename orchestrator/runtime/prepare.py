@@ -132,7 +132,9 @@ def prepare(
     base_sha256, known = _claim_base(run, anatomy)
     view.phase("data", "reading and tokenising")
     with output_to(run.data, remedy=WRITABLE, only_full=True):
-        data = prepare_data(loaded, Path(anatomy.folder), run.data, keep=run.was_planned)
+        planned_sha256 = known.data.sets_sha256 if known is not None else ""
+        base = Path(anatomy.folder)
+        data = prepare_data(loaded, base, run.data, keep=run.was_planned, planned_sha256=planned_sha256)
     if cluster is None:
         assert known is not None, "the run has no plan any more: planning it again"
         return Prepared(spec, run, anatomy, data, known)

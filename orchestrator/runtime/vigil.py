@@ -107,8 +107,7 @@ class Vigil:
         if pulse.beats != known.pulse.beats or pulse.phase != known.pulse.phase:
             known.moved_at = now
         known.pulse = pulse
-        if pulse.is_steady:
-            self._history[pulse.phase] = max(pulse.longest_s, self._history.get(pulse.phase, 0.0))
+        self._history[pulse.phase] = max(pulse.longest_s, self._history.get(pulse.phase, 0.0))
 
     def forget(self, seats: Iterable[Seat] | None = None) -> None:
         """These processes are gone, or all; what was learned stays."""
@@ -152,7 +151,8 @@ class Vigil:
             still, bound = now - each.moved_at, self._bound(each.pulse)
             if each.pulse.phase != "idle" and still > bound:
                 found[each.seat] = (
-                    f"{each.seat} made no progress for {still:.0f} s while {_doing(each.pulse)} (the bound is {bound:.0f} s)"
+                    f"{each.seat} made no progress for {still:.0f} s while {_doing(each.pulse)} (the bound is {bound:.0f} s; "
+                    "ORCHESTRATOR_PATIENCE=3 waits three times as long)"
                 )
         return found
 

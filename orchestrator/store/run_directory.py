@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import platform
@@ -10,8 +11,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
+from pydantic import ValidationError
+
 from orchestrator.errors import IntegrityError, RunConflictError
-from orchestrator.spec import LoadedSpec, describe_difference
+from orchestrator.spec import JobSpec, LoadedSpec, describe_difference
 from orchestrator.store.files import (
     PARTIAL,
     RECORD_REMEDY,
@@ -359,13 +362,28 @@ def _busy(path: Path, holder: str) -> RunConflictError:
 
 
 def _conflict(path: Path, old: dict[str, Any], new: dict[str, Any]) -> RunConflictError:
+    remedy = "choose another `name` or `output`, or restore the spec; nothing was overwritten"
+    old, new = _as_today(old), _as_today(new)
+    steps = old.get("train", {}).get("tokens_per_step")
+    if isinstance(steps, int) and new.get("train", {}).get("tokens_per_step") == "auto":
+        remedy = f"write train.tokens_per_step: {steps} to continue this run, or choose another `name`; nothing was overwritten"
     differences = [line for line in describe_difference(old, new) if not line.startswith(FREE_TO_CHANGE)]
     shown = _shown(differences) or "not in the spec: it was submitted as the other job (sweep, finetune)"
     return RunConflictError(
         f"the folder holds another run; the difference (there -> here):\n  {shown}",
         where=str(path),
-        remedy="choose another `name` or `output`, or restore the spec; nothing was overwritten",
+        remedy=remedy,
     )
+
+
+def _as_today(values: dict[str, Any]) -> dict[str, Any]:
+    """A recorded spec with the keys that came after it, at their defaults: they are no difference."""
+    with contextlib.suppress(ValidationError):
+        values = JobSpec.model_validate(values).model_dump(mode="json")
+    sources = values.get("data", {}).get("train")
+    for source in sources if isinstance(sources, list) else ():
+        source["weight"] = source.get("weight") or 1.0
+    return values
 
 
 def _shown(differences: list[str]) -> str:

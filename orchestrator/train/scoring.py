@@ -64,7 +64,6 @@ class Scorer:
     def score_trials(self, objective: Objective, num_trials: int) -> list[Scores | NonFiniteLossError]:
         """Of each of the trials that share the model's batches, its scores, or why it has none."""
         started = time.perf_counter()
-        pulse.enter("evaluating")
         data = self.assignment.data
         evaluations = self._evaluate(objective, data.eval, num_trials)
         retained: list[Evaluation | None] = [None] * num_trials
@@ -89,6 +88,7 @@ class Scorer:
         return Scores(evaluation, metrics=self._metrics(objective, evaluation))
 
     def _evaluate(self, objective: Objective, path: str, num_trials: int) -> list[Evaluation]:
+        pulse.enter("evaluating")
         states = self.trunk.states(path, self.assignment.selection.cut) if self.assignment.trunk is not None else None
         return evaluate_trials(objective, self.load_set(path), self.rows, self.ranks, num_trials, states)
 

@@ -383,7 +383,7 @@ def test_an_unverified_bundle_stays_partial(tmp_path: Path):
     assert staged.folder == tmp_path / "bundle.partial"
     assert staged.folder.exists()
     assert not (tmp_path / "bundle").exists()
-    with pytest.raises(UsageError, match="the folder is incomplete"):
+    with pytest.raises(UsageError, match="the bundle is incomplete"):
         verify_bundle(staged.folder)
 
 

@@ -160,7 +160,7 @@ def test_masters_and_moments_are_saved_once(matrix: Matrix) -> None:
 
 def test_another_number_of_ranks_goes_on_with_masters_and_moments(matrix: Matrix) -> None:
     (note,) = matrix.results["on-one"].notes
-    assert "was made by 2 ranks, and 1 go on" in note
+    assert "was made by 2 ranks and is continued by 1" in note
     np.testing.assert_allclose(matrix.losses("on-one"), matrix.losses("two-lora")[2:], rtol=FLOAT32_TOLERANCE)
     np.testing.assert_allclose(norms(matrix, "on-one"), norms(matrix, "two-lora")[2:], rtol=10 * FLOAT32_TOLERANCE)
 

@@ -140,7 +140,7 @@ def test_classes_come_with_their_probabilities(classifier: Path, tmp_path: Path)
     talked = run("chat", classifier, stdin="w1 w2 w3\n")
     assert talked.exit_code == 0
     assert answers[0]["class"] in talked.stdout.split()[0]
-    with pytest.raises(UsageError, match="knows no classes"):
+    with pytest.raises(UsageError, match="has no classes"):
         open_predictor(classifier, untouched=True)
 
 

@@ -41,6 +41,9 @@ def mixed(examples: list[Example], sources: str | Sequence[DataSource], seed: in
     by_source: dict[int, list[Example]] = {}
     for example in examples:
         by_source.setdefault(example.source, []).append(example)
+    for number in sorted(set(range(len(sources))) - by_source.keys()):
+        message = f"no row of {printable(sources[number].path)} is left for train, so its weight has no effect"
+        left_out.warn(message, "give it more rows, or give eval and test files of their own")
     weights = {number: source.weight or 1.0 for number, source in enumerate(sources)}
     taken = mixture({number: len(rows) for number, rows in by_source.items()}, weights)
     result: list[Example] = []

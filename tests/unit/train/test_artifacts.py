@@ -179,7 +179,7 @@ def test_an_empty_misshapen_missing_or_broken_tensor_is_never_saved(
         for broken, message in (
             ({**whole, victim: torch.empty(0)}, r"shape \[0\][\s\S]*gathered"),
             ({**whole, victim: whole[victim].T.contiguous()}, "expected"),
-            ({key: value for key, value in whole.items() if key != victim}, "is not there"),
+            ({key: value for key, value in whole.items() if key != victim}, "was planned but is missing"),
             ({**whole, "model.norm.weight": torch.ones(64)}, "was not planned"),
             ({**whole, victim: whole[victim] * float("nan")}, "NaN"),
         ):
