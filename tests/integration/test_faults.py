@@ -105,6 +105,13 @@ def ended_in_words(spec: Path, named: str) -> None:
     assert "bug in orchestrator" not in said
 
 
+def is_gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def test_a_stopped_worker_is_replaced_and_no_secret_reaches_a_log(folder: Path, session: Path) -> None:
     spec = write_spec(folder, "stopped", search=SEARCH, train={"epochs": 4}, resources={"gangs": 1, "ranks_per_gang": 1})
     run = run_folder(spec)
@@ -117,7 +124,7 @@ def test_a_stopped_worker_is_replaced_and_no_secret_reaches_a_log(folder: Path, 
     assert time.monotonic() - stopped_at < 60
     assert f"(pid {pid}) is stopped" in died["message"]
     assert re.search("while (preparing|training)", died["message"])
-    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    wait_until(lambda: is_gone(pid), while_alive=driver)  # the event is written as it is killed
     assert driver.wait(TIMEOUT_S) == 0, last_lines(spec, 20)
     assert sweep_of(run).gangs_replaced == 1
     assert {trial.state for trial in sweep_of(run).searched} == {"finished"}
