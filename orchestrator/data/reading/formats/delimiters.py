@@ -71,7 +71,7 @@ def _rows(text: str, delimiter: str, is_whole: bool) -> list[Sequence[str]]:
             if len(rows) > SAMPLE_ROWS:
                 break
     except csv.Error:
-        pass
+        pass  # the rows up to there decide; the reader reports what is malformed, with its line
     return rows
 
 
