@@ -7,7 +7,7 @@ The same call as `orchestrator finetune`, with the same options and exit codes.
 
 import sys
 
-from orchestrator.cli import main
+from orchestrator.cli.commands import main
 
 if __name__ == "__main__":
     main(["finetune", *sys.argv[1:]])

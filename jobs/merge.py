@@ -7,7 +7,7 @@ The same call as `orchestrator merge`, with the same options and exit codes.
 
 import sys
 
-from orchestrator.cli import main
+from orchestrator.cli.commands import main
 
 if __name__ == "__main__":
     main(["merge", *sys.argv[1:]])

@@ -7,7 +7,7 @@ The same call as `orchestrator sweep`, with the same options and exit codes.
 
 import sys
 
-from orchestrator.cli import main
+from orchestrator.cli.commands import main
 
 if __name__ == "__main__":
     main(["sweep", *sys.argv[1:]])

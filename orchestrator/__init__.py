@@ -9,8 +9,9 @@
 
 `api.py` has them (docs/api.md); they are imported when they are used, so that `import orchestrator` is quick.
 
-The rooms, from the ground up: `spec` (what was asked), `anatomy` (what the base is), `plan` (what will be done),
-`transfer` (what the figures mean), `store`, `data`, `train`, `serve` (what happens), `runtime` (Ray), `report`, `api`, `cli`.
+The rooms, from the ground up: `spec` (what was asked), `anatomy` (what the base is), `work` (the values that pass between
+rooms), `plan` (what will be done), `transfer` (what the figures mean), `store` and `run` (what is on disk), `data`, `train`,
+`serve` (what happens), `runtime` (Ray), `report`, `api`, `cli`.
 """
 
 from importlib import import_module

@@ -34,7 +34,7 @@ def main() -> None:
     text = text.replace(f"name: {asked.name}\n", f"name: {name}\n").replace("seed: 0}", f"seed: {asked.seed}}}")
     spec = out / f"{name}.yaml"
     spec.write_text(text, encoding="utf-8")
-    from orchestrator.cli import main as orchestrator
+    from orchestrator.cli.commands import main as orchestrator
 
     orchestrator(["finetune" if "\nfinetune:" in text else "sweep", str(spec)])
 

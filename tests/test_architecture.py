@@ -21,22 +21,24 @@ FLOORS: dict[str, tuple[int, int]] = {
     "samples": (0, 0),
     "spec": (1, 0),
     "anatomy": (2, 0),
-    "plan": (3, 0),
-    "transfer": (3, 0),
-    "store": (4, 1),
-    "data": (4, 2),
-    "train": (4, 3),
-    "serve": (4, 4),
-    "runtime": (5, 0),
-    "report": (5, 0),
-    "this_machine": (5, 0),
-    "inputs": (6, 0),
-    "api": (7, 0),
-    "cli": (8, 0),
-    "": (9, 0),
-    "__main__": (9, 0),
+    "work": (3, 0),
+    "plan": (4, 0),
+    "transfer": (4, 0),
+    "store": (5, 1),
+    "run": (5, 2),
+    "data": (5, 3),
+    "train": (5, 4),
+    "serve": (5, 5),
+    "runtime": (6, 0),
+    "report": (6, 0),
+    "this_machine": (6, 0),
+    "inputs": (7, 0),
+    "api": (8, 0),
+    "cli": (9, 0),
+    "": (10, 0),
+    "__main__": (10, 0),
 }
-"""Room -> floor and, on floor 4 alone, the place in its order. The package itself is the room without a name: it has the names
+"""Room -> floor and, on floor 5 alone, the place in its order. The package itself is the room without a name: it has the names
 of the Python API, and imports it when they are used."""
 PURE = ["", *(room for room, (floor, _) in FLOORS.items() if floor <= 3)]
 HEAVY = ("ray", "torch", "deepspeed", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
@@ -48,11 +50,11 @@ LONGEST_LOOP = 100
 
 
 def room_of(path: Path) -> str:
-    """`orchestrator/plan/memory/held.py` -> `plan`; `orchestrator/errors.py` -> `errors`; `this_machine.py` belongs to `cli`."""
+    """`orchestrator/plan/memory/resident.py` -> `plan`; `orchestrator/errors.py` -> `errors`."""
     first = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     if first == "__init__":
         return ""
-    return "cli" if first.startswith("cli_") else first
+    return first
 
 
 def imports_of(path: Path) -> Iterator[tuple[int, str]]:
@@ -71,10 +73,8 @@ def imports_of(path: Path) -> Iterator[tuple[int, str]]:
 def imported_rooms(path: Path) -> Iterator[tuple[int, str]]:
     for line, name in imports_of(path):
         parts = name.split(".")
-        if parts[0] == "orchestrator" and len(parts) > 1:
-            room = "cli" if parts[1].startswith("cli_") else parts[1]
-            if room in FLOORS:
-                yield line, room
+        if parts[0] == "orchestrator" and len(parts) > 1 and parts[1] in FLOORS:
+            yield line, parts[1]
 
 
 def may_import(room: str, other: str) -> bool:

@@ -27,9 +27,9 @@ from orchestrator.data.splitting.labels import check_labels, sort_classes, tell_
 from orchestrator.data.splitting.splits import make_splits
 from orchestrator.data.summary import DataSummary, LeftOut, SplitSummary, listed
 from orchestrator.errors import DataError, IntegrityError, RunConflictError
+from orchestrator.plan.data_size import tokens_per_step
 from orchestrator.plan.remedies import most_replayed_tokens, needs_replayed_text
-from orchestrator.plan.step_size import tokens_per_step
-from orchestrator.plan.steps import StepSize
+from orchestrator.plan.schedule import StepSize
 from orchestrator.plan.values import DataSize
 from orchestrator.spec import LoadedSpec
 from orchestrator.spec.models import JobSpec, Task

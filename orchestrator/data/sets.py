@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from orchestrator.data.seeded import SHUFFLED_ANSWERS, generator
+from orchestrator.data.summary import DataSummary
 from orchestrator.errors import DataError, IntegrityError
-from orchestrator.store import write_atomic
+from orchestrator.store import read_record, write_atomic
 
 DAMAGE = (ValueError, KeyError, OSError, EOFError, RuntimeError, MemoryError, SyntaxError, zipfile.BadZipFile, zlib.error)
 """What numpy and zipfile raise over a damaged file."""
@@ -238,3 +239,29 @@ def _deranged(prompts: np.ndarray, answers: np.ndarray, limit: int, seed: int) -
                 partner = int(found[0])
                 giver[index], giver[partner] = giver[partner], giver[index]
     return giver
+
+
+REMEDY = "submit the same spec again: the sets are rebuilt from the same rows; or restore the file from a copy"
+
+
+def load_known(path: Path | str) -> TokenizedSet:
+    """A set of a run, compared with what the summary.json beside it says; one that stands alone is read as it is.
+
+    Raises:
+        DataError: missing, or no tokenised set.
+        IntegrityError: another content than was written.
+    """
+    path = Path(path)
+    found = TokenizedSet.load(path)
+    file = path.parent / "summary.json"
+    if not file.exists():
+        return found
+    split = read_record(file, DataSummary).splits.get(path.stem)
+    if split is not None and split.sha256 != found.sha256:
+        raise IntegrityError(
+            f"the tokenised set changed after it was written: sha256 {found.sha256}",
+            where=str(path),
+            expected=split.sha256,
+            remedy=REMEDY,
+        )
+    return found

@@ -7,8 +7,8 @@ import numpy as np
 from orchestrator.data.batching import documents_of_steps
 from orchestrator.data.seeded import SHARES, generator
 from orchestrator.data.sets import TokenizedSet
-from orchestrator.plan.curve import share_documents
-from orchestrator.plan.size import DataSize
+from orchestrator.plan.data_size import DataSize
+from orchestrator.plan.schedule import share_documents
 
 
 def documents_of_share(data: TokenizedSet, share: float, seed: int) -> np.ndarray:

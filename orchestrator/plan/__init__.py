@@ -17,10 +17,11 @@ from typing import Any
 
 from orchestrator.plan.build import make_plan
 from orchestrator.plan.cluster import read_cluster_file
-from orchestrator.plan.options import grid_points
-from orchestrator.plan.probe import with_scores
-from orchestrator.plan.size import estimate_data_size
-from orchestrator.plan.steps import rung_steps
+from orchestrator.plan.data_size import estimate_data_size
+from orchestrator.plan.explain import plan_lines
+from orchestrator.plan.measurements import with_scores
+from orchestrator.plan.schedule import rung_steps
+from orchestrator.plan.search_space import grid_points
 from orchestrator.plan.trials import (
     LATE_CONTROLS,
     REPEAT,
@@ -38,7 +39,6 @@ from orchestrator.plan.trials import (
     shift_trial,
     shuffled_control,
 )
-from orchestrator.plan.view import plan_lines
 
 __all__ = [
     "LATE_CONTROLS",

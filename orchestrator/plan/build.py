@@ -7,39 +7,40 @@ from typing import Literal
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, select
 from orchestrator.errors import BaseError, PlanError
-from orchestrator.plan import few, steps
-from orchestrator.plan.arrange import (
+from orchestrator.plan import schedule as few
+from orchestrator.plan import schedule as steps
+from orchestrator.plan.cost import estimate as cost
+from orchestrator.plan.cost.duration import planned_duration
+from orchestrator.plan.estimates import MemoryEstimate
+from orchestrator.plan.explain import rate_note, with_remarks
+from orchestrator.plan.fusing import concurrent_trials, most_fused
+from orchestrator.plan.gangs import (
     Arrangement,
     arrange,
     check_resources,
     execution_plan,
+    head_warnings,
     refit_way,
     why_no_more_gangs,
+    with_scratch,
 )
-from orchestrator.plan.compiling import with_compiling
-from orchestrator.plan.controls import head_warnings, with_scratch
-from orchestrator.plan.cost import estimate as cost
-from orchestrator.plan.cost.duration import planned_duration
-from orchestrator.plan.curve import curve_shares
-from orchestrator.plan.estimates import MemoryEstimate
-from orchestrator.plan.fusing import most_fused
-from orchestrator.plan.grouping import concurrent_trials
 from orchestrator.plan.ladder import Load
+from orchestrator.plan.measurements import with_compiling, with_probe, with_scores, with_shift
+from orchestrator.plan.memory.candidate import Way
 from orchestrator.plan.memory.estimate import estimate
 from orchestrator.plan.memory.footprint import Footprint, weigh, with_anchor
 from orchestrator.plan.memory.quantized import NF4_BLOCK
-from orchestrator.plan.memory.way import Way
-from orchestrator.plan.options import Choice, planned_points, search_choices, told_at
 from orchestrator.plan.placement import Machines, candidates
-from orchestrator.plan.probe import with_probe, with_scores
-from orchestrator.plan.remarks import rate_note, with_remarks
-from orchestrator.plan.remedies import AnchorPlan, held_product, remedies_of_train
-from orchestrator.plan.scored import LayerScores
-from orchestrator.plan.shift import with_shift
+from orchestrator.plan.remedies import held_product, remedies_of_train
+from orchestrator.plan.schedule import curve_shares
+from orchestrator.plan.search_space import Choice, planned_points, search_choices, told_at
 from orchestrator.plan.trunk import plan_trunk
-from orchestrator.plan.values import BaseLoad, ClusterDescription, DataSize, RunPlan, SearchPlan, TrialOption
+from orchestrator.plan.values import ClusterDescription, DataSize, RunPlan, SearchPlan, TrialOption
 from orchestrator.spec import LoadedSpec, require_section
 from orchestrator.spec.models import JobSpec
+from orchestrator.work.execution import BaseLoad
+from orchestrator.work.measurements import LayerScores
+from orchestrator.work.remedies import AnchorPlan
 
 
 def make_plan(

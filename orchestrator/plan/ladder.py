@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
+from orchestrator.plan.memory.candidate import Device, Offload, Stage, Way
 from orchestrator.plan.memory.estimate import RankMemory, estimate
 from orchestrator.plan.memory.footprint import Footprint
-from orchestrator.plan.memory.way import Device, Offload, Stage, Way
-from orchestrator.plan.steps import accumulation, max_rows
+from orchestrator.plan.schedule import accumulation, max_rows
 from orchestrator.plan.values import RejectedWay
 from orchestrator.spec.models import ResourcesSpec
 from orchestrator.units import format_bytes

@@ -17,10 +17,10 @@ from pydantic import Field
 from orchestrator.anatomy.headers import read_header
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy, TensorInfo
 from orchestrator.errors import BaseError
-from orchestrator.plan.artifact import Artifact, LowRank, read_artifact
-from orchestrator.plan.values import BaseLoad
 from orchestrator.spec.models import Task
 from orchestrator.values import Value
+from orchestrator.work.artifact import Artifact, LowRank, read_artifact
+from orchestrator.work.execution import BaseLoad
 
 MergedInto = Literal["dequantized", "original"]
 

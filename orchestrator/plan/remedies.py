@@ -10,54 +10,10 @@ from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.errors import PlanError
 from orchestrator.spec import LoadedSpec
 from orchestrator.spec.models import Anchor, AnchorSpec, JobSpec, SearchPoint, SearchSpec, TrainSpec, Tune
-from orchestrator.values import Value
+from orchestrator.work.remedies import AnchorPlan, Remedies
 
-
-class AnchorPlan(Value):
-    """What pulls the weights back to the base after each update."""
-
-    kind: Literal["l2sp", "ewc", "product"]
-    strength: float
-
-    def __str__(self) -> str:
-        return f"{self.kind} {self.strength:g}"
-
-
-class Remedies(Value):
-    """All that a trial does; the defaults do nothing."""
-
-    replay: float = 0.0
-    """Share of retention tokens among the tokens that are trained on."""
-    anchor: AnchorPlan | None = None
-    layer_decay: float = 1.0
-    """Each block's learning rate is so much of that of the block above it."""
-
-    def __str__(self) -> str:
-        """`replay 0.1 · l2sp 30 · decay 0.8`; empty where nothing is done."""
-        parts = [f"replay {self.replay:g}"] if self.replay else []
-        parts += [str(self.anchor)] if self.anchor else []
-        parts += [f"decay {self.layer_decay:g}"] if self.layer_decay != 1.0 else []
-        return " · ".join(parts)
-
-    def total_tokens(self, target_tokens: int) -> int:
-        """Tokens that are trained on where `target_tokens` of them are the target's."""
-        return round(target_tokens / (1.0 - self.replay))
-
-    @property
-    def needs_replayed_text(self) -> bool:
-        """Whether retention text is wanted that is not scored: to learn from, or to weigh the weights by."""
-        return self.replay > 0 or (self.anchor is not None and self.anchor.kind == "ewc")
-
-
-NOTHING = Remedies()
 FISHER_DOCUMENTS = 64
 """Retention documents that EWC takes at most: with one backward pass for each, a few steps' work."""
-
-
-def method_name(tune: Tune, lora_rank: int | None, remedies: Remedies) -> str:
-    """`lora r16 · replay 0.1`: all of a choice but its layers, for people and to tell choices apart."""
-    said = f"lora r{lora_rank}" if tune == "lora" else "full"
-    return f"{said} · {remedies}" if remedies != NOTHING else said
 
 
 def fits(anchor: Anchor | AnchorPlan | None, tune: Tune) -> bool:

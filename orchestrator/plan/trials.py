@@ -6,25 +6,18 @@ import math
 from typing import Literal
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, select, select_everything
-from orchestrator.plan.compilation import CompilePlan
 from orchestrator.plan.cost.choices import planned_options
-from orchestrator.plan.options import head_rates
-from orchestrator.plan.relief import SAME_GANG
-from orchestrator.plan.remedies import NOTHING
-from orchestrator.plan.scored import ProbePlan
-from orchestrator.plan.values import (
-    Assignment,
-    DataPaths,
-    ExecutionPlan,
-    RunPlan,
-    ShiftPlan,
-    TrainSettings,
-    TrialOption,
-    TrialSpec,
-)
+from orchestrator.plan.search_space import head_rates
+from orchestrator.plan.values import RunPlan, TrialOption
 from orchestrator.spec import learning_rate_range
 from orchestrator.spec.models import JobSpec, SearchSpec
 from orchestrator.values import content_hash
+from orchestrator.work.assignment import Assignment
+from orchestrator.work.execution import DataPaths, ExecutionPlan, TrainSettings
+from orchestrator.work.measurements import CompilePlan, ProbePlan, ShiftPlan
+from orchestrator.work.memory_ladder import SAME_GANG
+from orchestrator.work.remedies import NOTHING
+from orchestrator.work.trial import TrialSpec
 
 LATE_CONTROLS = ("shuffled", "scratch", "repeat")
 """Controls that are trained once the winner is known, to stand beside what is bundled."""

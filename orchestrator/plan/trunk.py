@@ -11,9 +11,10 @@ from orchestrator.plan.cost.choices import planned_options
 from orchestrator.plan.cost.estimate import expected_rungs, expected_steps
 from orchestrator.plan.cost.flops import attention_width, block_flops_per_token
 from orchestrator.plan.estimates import Rate
-from orchestrator.plan.values import RunPlan, TrunkPlan
+from orchestrator.plan.values import RunPlan
 from orchestrator.spec.models import JobSpec
 from orchestrator.units import format_bytes, format_count
+from orchestrator.work.execution import TrunkPlan
 
 READ_BYTES_PER_S = 1e9
 """What stored states are counted to be read at: assumed. A page cache gives several times that, an NVMe disk two to seven

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 from orchestrator.anatomy.values import LayerSelection
-from orchestrator.plan.compilation import CompilePlan
+from orchestrator.plan.data_size import DataSize
 from orchestrator.plan.estimates import CostEstimate, MemoryEstimate, Placement
-from orchestrator.plan.remedies import NOTHING, Remedies, method_name
-from orchestrator.plan.scored import ProbePlan
-from orchestrator.plan.size import DataSize
-from orchestrator.spec.models import Quantize, Task, Tune
+from orchestrator.spec.models import Tune
 from orchestrator.values import Value
+from orchestrator.work.execution import BaseLoad, ExecutionPlan, TrunkPlan
+from orchestrator.work.measurements import CompilePlan, ProbePlan, ShiftPlan
+from orchestrator.work.remedies import NOTHING, Remedies, method_name
 
 
 class NodeDescription(Value):
@@ -52,159 +52,6 @@ class RejectedWay(Value):
 
     way: str
     reason: str
-
-
-class ExecutionPlan(Value):
-    """How one gang trains a trial. The same for every trial of a sweep."""
-
-    device: Literal["cpu", "cuda"]
-    ranks: int
-    threads_per_rank: int
-    executor: Literal["torch", "deepspeed"]
-    """`torch` where a rank holds all that learns; `deepspeed` to partition it, or where a ZeRO stage was asked for."""
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    offload: Literal["none", "optimizer", "parameters"] = "none"
-    checkpointing: bool = False
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    row_tokens: int
-    """Width of a row: documents are packed into rows of so many tokens."""
-    micro_batch_rows: int
-    """Rows that a rank computes at once."""
-    pack: bool = True
-    compiled: bool = False
-    """Whether the blocks from the cut up are compiled for training."""
-    backend: Literal["gloo", "nccl"] = "gloo"
-    inside_node: bool = False
-    """Whether every gang has a node that holds it: then its ranks wait for one rather than spread."""
-
-
-class TrialSpec(Value):
-    """One point of the search, or a control. Nothing of the cluster is in here."""
-
-    trial_id: str
-    number: int
-    control: Literal["none", "head", "shuffled", "scratch", "repeat", "curve"] | None = None
-    share: float = 1.0
-    """Of the training documents, what it learns from; below 1 for points of the learning curve."""
-    layers: str
-    tune: Tune
-    learning_rate: float
-    lora_rank: int | None = None
-    total_steps: int
-    """Steps of the full budget: the learning-rate schedule ends there."""
-    total_tokens: int
-    """Training tokens (with prompts and what is replayed, without padding) of the full budget."""
-    seed: int
-    remedies: Remedies = NOTHING
-
-    @property
-    def method(self) -> str:
-        """`lora r16 · replay 0.1`: how its layers learn."""
-        return method_name(self.tune, self.lora_rank, self.remedies)
-
-    @property
-    def lora_alpha(self) -> int:
-        """LoRA's scale is alpha / rank; twice the rank is the field's usual choice (Hu et al. 2021 keep it fixed)."""
-        return 2 * (self.lora_rank or 0)
-
-
-class BaseLoad(Value):
-    """How a rank loads the base."""
-
-    folder: str
-    model_type: str
-    quantize: Quantize
-    task: Task
-    num_classes: int = 0
-    class_names: tuple[str, ...] = ()
-    revision: str | None = None
-
-
-class TrainSettings(Value):
-    """The part of the spec's `train` that the loop needs."""
-
-    warmup: float
-    schedule: Literal["cosine", "linear", "constant"]
-    weight_decay: float
-    grad_clip: float
-    tokens_per_step: int
-
-
-class DataPaths(Value):
-    """Tokenised sets, as written by `data.TokenizedSet.save`. Absolute or store paths."""
-
-    train: str
-    eval: str
-    retain: str | None = None
-    """What is scored of the retention set."""
-    replay: str | None = None
-    """What is learned from of it: none of it is scored."""
-
-
-class TrunkPlan(Value):
-    """Hidden states that are stored once, for trials to begin from instead of the embeddings."""
-
-    cuts: tuple[int, ...]
-    """Where they are stored, ascending, each at least 1: what enters block `cut` (`num_blocks`: the final norm)."""
-    num_bytes: int
-    """Of all sets at all cuts."""
-    folder: str = ""
-    """On each machine's own disk; the user's cache folder where it is empty."""
-    max_bytes: int | None = None
-    """What the folder may hold; None for half of the disk's free space."""
-
-
-class ShiftPlan(Value):
-    """How the distance of target and retention set is measured before the search."""
-
-    cuts: tuple[int, ...]
-    """What enters these blocks is compared, ascending."""
-    num_documents: int
-    """Of each set, at most."""
-
-
-class Assignment(Value):
-    """All that a gang receives: carry this trial from `start` to `stop_step`, evaluate, save."""
-
-    trial: TrialSpec
-    selection: LayerSelection
-    execution: ExecutionPlan
-    settings: TrainSettings
-    data: DataPaths
-    metric: str
-    folder: str
-    """The trial's folder: steps.jsonl and rung-<n>/ are written here."""
-    rung: int
-    start: str | None = None
-    """Folder of the rung or checkpoint to continue from; None starts at step 0."""
-    stop_step: int
-    """Train up to and including this step; 0 only evaluates."""
-    keep_optimizer: bool = True
-    """Whether the trial may be continued from the checkpoint written at the end."""
-    checkpoint_every_steps: int = 0
-    """0: only at the end. The refit checkpoints in between."""
-    evaluate: bool = True
-    trunk: TrunkPlan | None = None
-    predicted_memory_bytes: int | None = None
-    """What the plan expects a rank to use for it; None where the plan has no figure."""
-    largest_memory_bytes: int | None = None
-    """Likewise, for any trial of the run: what its gang may still grow to."""
-    num_gangs: int = 1
-    """Of the run: at most so many share a node's memory."""
-    probe: ProbePlan | None = None
-    """Score the blocks and train nothing."""
-    shift: ShiftPlan | None = None
-    """Measure how far the target lies from the retention set, and train nothing."""
-    compiling: CompilePlan | None = None
-    """Measure what compiled blocks gain and train nothing."""
-    spec_sha256: str = ""
-    """Of the run's spec and of its base, for the manifests of what is written; empty where nobody knows."""
-    base_sha256: str = ""
-
-    @property
-    def measures(self) -> bool:
-        """Whether it is no trial: nothing of it stands in the record of trials."""
-        return self.probe is not None or self.compiling is not None or self.shift is not None
 
 
 class TrialOption(Value):

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 
 from matplotlib.figure import Figure
 
-from orchestrator.plan.scored import LayerScores
 from orchestrator.plan.values import RunPlan
 from orchestrator.report import figures, html
 from orchestrator.report.html import Html
@@ -17,6 +16,7 @@ from orchestrator.transfer import Correlation, rank_correlation
 from orchestrator.transfer.correlation import FEWEST
 from orchestrator.transfer.records import SweepResult
 from orchestrator.units import format_count, format_seconds
+from orchestrator.work.measurements import LayerScores
 
 NORM, RATIO = "relative gradient norm", "signal-to-noise ratio"
 

@@ -10,9 +10,10 @@ from rich.text import Text
 
 from orchestrator.plan.cost.choices import planned_options
 from orchestrator.plan.estimates import CostEstimate, MemoryEstimate, Part, Placement
-from orchestrator.plan.values import ExecutionPlan, RunPlan, TrialOption
+from orchestrator.plan.values import RunPlan, TrialOption
 from orchestrator.report.wording import number, plural
 from orchestrator.units import format_bytes, format_count, format_flops, format_seconds
+from orchestrator.work.execution import ExecutionPlan
 
 WIDTH = 100
 UNKNOWN = "unknown: the GPU is not in the table of rates"

@@ -15,16 +15,16 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from orchestrator.errors import UsageError
-from orchestrator.plan.results import EngineRecord, RungResult, StepReport
-from orchestrator.plan.scored import LayerScores
-from orchestrator.plan.shift import DomainShift
-from orchestrator.plan.values import RunPlan, TrialSpec
+from orchestrator.plan.values import RunPlan
 from orchestrator.store import PROGRESS
 from orchestrator.transfer import WORST_SCORE, forgetting, score
 from orchestrator.transfer.measured import EngineFigures
 from orchestrator.transfer.records import RungRecord, SweepResult, TransferReport, TrialRecord
 from orchestrator.transfer.view import Progress
 from orchestrator.values import Value
+from orchestrator.work.measurements import DomainShift, LayerScores
+from orchestrator.work.results import EngineRecord, RungResult, StepReport
+from orchestrator.work.trial import TrialSpec
 
 SILENT_S = 60.0
 """A heartbeat comes every few seconds; a driver that was silent for so long is gone, or its machine is."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 
-from orchestrator.plan.step_size import few_steps_sentence
+from orchestrator.plan.data_size import few_steps_sentence
 from orchestrator.report.wording import (
     best_trial,
     interval_text,

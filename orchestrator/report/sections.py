@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from datetime import UTC, datetime
 
-from orchestrator.plan.step_size import few_steps_sentence
+from orchestrator.plan.data_size import few_steps_sentence
 from orchestrator.report import evidence, figures, html
 from orchestrator.report.figures import Curve, TradeOff
 from orchestrator.report.heatmap import heatmap

@@ -15,13 +15,13 @@ from typing import Any, Literal
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from orchestrator.plan.results import RungResult
 from orchestrator.report import html
 from orchestrator.report.figures import BLUE, GREEN, IDLE, INK, ON_DARK, ORANGE, RED, SMALLEST_TEXT, draw
 from orchestrator.report.html import Html
 from orchestrator.report.reading import RunRecords
 from orchestrator.report.wording import plural
 from orchestrator.units import format_seconds
+from orchestrator.work.results import RungResult
 
 Kind = Literal["training", "scoring", "keeping", "idle", "starting", "lost"]
 NAMES: dict[Kind, str] = {

@@ -10,10 +10,10 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from orchestrator.errors import IntegrityError
-from orchestrator.plan.results import StepReport
-from orchestrator.plan.values import Assignment
 from orchestrator.store import read_json, write_json
 from orchestrator.transfer.view import Activity
+from orchestrator.work.assignment import Assignment
+from orchestrator.work.results import StepReport
 
 TAIL_BYTES = 16 * 1024
 """Of steps.jsonl: the last 40 steps or so, whose rate is the one shown."""

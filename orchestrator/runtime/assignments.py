@@ -10,15 +10,18 @@ from pathlib import Path
 from orchestrator.anatomy import LayerSelection, ModelAnatomy
 from orchestrator.errors import IntegrityError, TrainingError
 from orchestrator.plan import make_assignment
-from orchestrator.plan.relief import nothing_smaller, relieve, with_relief
-from orchestrator.plan.results import RungResult
-from orchestrator.plan.values import Assignment, DataPaths, ExecutionPlan, RunPlan, TrainSettings, TrialSpec
+from orchestrator.plan.values import RunPlan
+from orchestrator.run.scoring import Scoring
 from orchestrator.runtime.gang import GangDiedError
-from orchestrator.runtime.scoring import Scoring
-from orchestrator.runtime.vigil import Patience
+from orchestrator.runtime.hang_detection import Patience
 from orchestrator.store import read_json
 from orchestrator.transfer import WORST_SCORE
 from orchestrator.values import Value
+from orchestrator.work.assignment import Assignment
+from orchestrator.work.execution import DataPaths, ExecutionPlan, TrainSettings
+from orchestrator.work.memory_ladder import nothing_smaller, relieve, with_relief
+from orchestrator.work.results import RungResult
+from orchestrator.work.trial import TrialSpec
 
 MAX_ATTEMPTS = 3
 """How often an assignment is tried on a new gang, and how often a gang is started, before giving up."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from orchestrator.data.known import load_known
+from orchestrator.data.sets import load_known
 from orchestrator.errors import BaseError, IntegrityError
 from orchestrator.plan import REPEAT, repeat_control
 from orchestrator.runtime.activities import tell_bundling

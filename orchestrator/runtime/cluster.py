@@ -8,7 +8,8 @@ import os
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.errors import BaseError, PlanError, UsageError
 from orchestrator.plan.placement import GPU_RANK_CPUS, RANK_CPUS
-from orchestrator.plan.values import ClusterDescription, ExecutionPlan, NodeDescription
+from orchestrator.plan.values import ClusterDescription, NodeDescription
+from orchestrator.runtime.ray_health import guarded
 from orchestrator.store import file_identity, find_gpus, most_threads, num_usable_cpus, unreachable, write_atomic
 from orchestrator.store.stopping import stop_in_words
+from orchestrator.work.execution import ExecutionPlan
 
 SIGHT_S = 5.0
 """How long a file may take to be seen from another node."""
@@ -263,3 +266,19 @@ def _describe_gpu() -> tuple[str, int]:
             remedy="put nvidia-smi on the PATH of that node's Ray, or set resources.accelerator: cpu",
         )
     return smallest.name, smallest.memory_bytes
+
+
+def joins(stack: ExitStack, address: str | None, folder: Path) -> Callable[[], ClusterDescription]:
+    """Connects to Ray when it is called, until `stack` ends, and describes the cluster.
+
+    Args:
+        folder: The run's; every node must see it.
+    """
+
+    def cluster() -> ClusterDescription:
+        stack.enter_context(connected(address))
+        stack.enter_context(guarded(folder))
+        require_shared_storage(folder)
+        return probe_cluster()
+
+    return cluster

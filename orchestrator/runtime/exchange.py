@@ -11,14 +11,15 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from orchestrator.anatomy import LayerSelection
 from orchestrator.errors import OrchestratorError, TrainingError
-from orchestrator.plan.results import RungResult
-from orchestrator.plan.values import Assignment, RunPlan, TrialSpec
-from orchestrator.runtime.allowance import Allowance
+from orchestrator.plan.values import RunPlan
+from orchestrator.run.hours import Allowance, HoursState, Meter, is_spent
+from orchestrator.run.ledger import Ledger, TrialEntry, TrialState, drop_optimizer_state, is_tried_again
+from orchestrator.run.records import base_result, trial_record
 from orchestrator.runtime.assignments import (
     Answer,
     GangFigures,
@@ -30,15 +31,14 @@ from orchestrator.runtime.assignments import (
     held_back_answer,
     rung_assignment,
 )
-from orchestrator.runtime.cleaning import Cleaner
 from orchestrator.runtime.first_steps import FirstSteps
 from orchestrator.runtime.gang import Gang, why_no_start
-from orchestrator.runtime.hours import HoursState, Meter, is_spent
-from orchestrator.runtime.ledger import Ledger, TrialEntry, TrialState, is_tried_again
-from orchestrator.runtime.queue import WorkQueue
-from orchestrator.runtime.records import base_result, trial_record
-from orchestrator.runtime.shift import Shift
+from orchestrator.runtime.supervisor import Shift
+from orchestrator.runtime.work_queue import WorkQueue
 from orchestrator.transfer.view import Activity
+from orchestrator.work.assignment import Assignment
+from orchestrator.work.results import RungResult
+from orchestrator.work.trial import TrialSpec
 
 
 class Exchange:
@@ -291,3 +291,44 @@ class Exchange:
         assert entry is not None
         record = trial_record(entry, self._orders.scoring, base_result(self._ledger))
         self._news.append({"kind": "trial", "record": record})
+
+
+class Cleaner:
+    """Works beside the exchange, one folder after another: a folder has one writer at a time.
+
+    Args:
+        tell: Called with a sentence for each checkpoint that could not be cleaned.
+    """
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+        self._outdated: asyncio.Queue[Path] = asyncio.Queue()
+        self._task: asyncio.Task | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._clean())
+
+    def drop_optimizer_states(self, results: Iterable[RungResult]) -> None:
+        """These rungs keep their adapter or delta alone, soon."""
+        for result in results:
+            if result.checkpoint is not None:
+                self._outdated.put_nowait(Path(result.checkpoint))
+
+    async def join(self) -> None:
+        """Until everything asked for has been done."""
+        await self._outdated.join()
+
+    async def close(self) -> None:
+        if self._task is not None:
+            await self.join()
+            self._task.cancel()
+
+    async def _clean(self) -> None:
+        while True:
+            checkpoint = await self._outdated.get()
+            try:
+                await asyncio.to_thread(drop_optimizer_state, checkpoint)
+            except Exception as error:  # whatever it is: `close` waits until everything asked for has been looked at
+                self._tell(f"{checkpoint} keeps its optimizer state: {error}")
+            finally:
+                self._outdated.task_done()

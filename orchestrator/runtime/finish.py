@@ -10,27 +10,26 @@ import ray
 
 from orchestrator.errors import IntegrityError
 from orchestrator.plan import REPEAT, late_controls
-from orchestrator.plan.results import RungResult
-from orchestrator.plan.values import TrialSpec
+from orchestrator.run.hours import metered
+from orchestrator.run.ledger import Ledger, TrialEntry
+from orchestrator.run.records import base_result
+from orchestrator.run.scoring import Scoring
 from orchestrator.runtime.activities import tell_bundling
-from orchestrator.runtime.budget import full_budget, selection_of
 from orchestrator.runtime.bundling import bundle_and_judge
 from orchestrator.runtime.cluster import rank_resources, worker_env
-from orchestrator.runtime.hours import metered
-from orchestrator.runtime.ledger import Ledger, TrialEntry
-from orchestrator.runtime.measured import plan_against_measured
-from orchestrator.runtime.minding import Minder, in_a_minded_process, run_task
-from orchestrator.runtime.outcome import RunOutcome
+from orchestrator.runtime.hang_detection import Patience
+from orchestrator.runtime.outcome import RunOutcome, plan_against_measured
 from orchestrator.runtime.prepare import Prepared
-from orchestrator.runtime.records import base_result
-from orchestrator.runtime.scoring import Scoring
-from orchestrator.runtime.vigil import Patience
+from orchestrator.runtime.refit import full_budget, selection_of
+from orchestrator.runtime.task_supervision import Minder, in_a_minded_process, run_task
 from orchestrator.serve import BundleInputs
 from orchestrator.store import check_artifact, versions
 from orchestrator.store.folders import MANIFEST
 from orchestrator.transfer import memory_rows
 from orchestrator.transfer.records import BundledFigures, SweepResult, TransferReport
 from orchestrator.transfer.view import RunView
+from orchestrator.work.results import RungResult
+from orchestrator.work.trial import TrialSpec
 
 
 def finish(prepared: Prepared, sweep: SweepResult, view: RunView) -> RunOutcome:

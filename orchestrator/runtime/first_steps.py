@@ -8,14 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 from orchestrator.anatomy import ModelAnatomy
-from orchestrator.plan.cost.calibration import MeasuredSteps, calibrated, calibration_sentence
 from orchestrator.plan.cost.choices import scored_flops
-from orchestrator.plan.cost.duration import MeasuredTimes, measured_duration
+from orchestrator.plan.cost.duration import MeasuredSteps, MeasuredTimes, calibrated, calibration_sentence, measured_duration
 from orchestrator.plan.cost.estimate import units_of_gang
 from orchestrator.plan.estimates import CostEstimate, Duration
-from orchestrator.plan.results import RungResult
 from orchestrator.plan.values import RunPlan
 from orchestrator.units import format_seconds
+from orchestrator.work.results import RungResult
 
 TOLD_AGAIN = 1.5
 """A later estimate is told where it differs by this factor from the one that was told last."""

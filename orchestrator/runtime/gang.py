@@ -16,15 +16,16 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.anatomy import ModelAnatomy
 from orchestrator.errors import RankOutOfMemoryError, TrainingError
-from orchestrator.plan.results import RungResult
-from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan
+from orchestrator.run.hours import Meter
 from orchestrator.runtime.cluster import placement_strategy, rank_resources, worker_env
-from orchestrator.runtime.hours import Meter
-from orchestrator.runtime.mishaps import describe
+from orchestrator.runtime.failures import describe
+from orchestrator.runtime.hang_detection import POLL_S, Patience, Seat, Vigil
 from orchestrator.runtime.processes import end_processes, own_seat, states_of
-from orchestrator.runtime.vigil import POLL_S, Patience, Seat, Vigil
 from orchestrator.train import pulse
 from orchestrator.train.pulse import NOTHING_YET, Pulse
+from orchestrator.work.assignment import Assignment
+from orchestrator.work.execution import BaseLoad, ExecutionPlan
+from orchestrator.work.results import RungResult
 
 START_TIMEOUT_S = 600.0
 LOOK_AGAIN_S = 5.0

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from orchestrator.errors import UsageError
+from orchestrator.run.ledger import Ledger
 from orchestrator.runtime.cluster import connected, require_shared_storage
+from orchestrator.runtime.failures import in_plain_words
 from orchestrator.runtime.finish import finish
-from orchestrator.runtime.guarding import guarded
-from orchestrator.runtime.ledger import Ledger
-from orchestrator.runtime.mishaps import in_plain_words
+from orchestrator.runtime.heartbeat import Pulse
 from orchestrator.runtime.outcome import RunOutcome, write_outcome
 from orchestrator.runtime.prepare import reopen
-from orchestrator.runtime.pulse import Pulse
+from orchestrator.runtime.ray_health import guarded
 from orchestrator.store import read_record
 from orchestrator.transfer.naming import find_trial
 from orchestrator.transfer.promotion import PROMOTABLE_CONTROLS

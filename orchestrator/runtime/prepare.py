@@ -13,16 +13,15 @@ from pydantic import ValidationError
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, read_anatomy, resolve_base
 from orchestrator.data import DataSummary, data_size, prepare_data
 from orchestrator.errors import IntegrityError, RunConflictError, UsageError
-from orchestrator.plan import make_assignment, make_plan, steps
-from orchestrator.plan.compilation import CompileChoice
-from orchestrator.plan.compiling import standing_choice, with_choice
-from orchestrator.plan.scored import LayerScores
-from orchestrator.plan.steps import StepSize
-from orchestrator.plan.values import Assignment, ClusterDescription, DataPaths, RunPlan, TrainSettings, TrialSpec
+from orchestrator.plan import make_assignment, make_plan
+from orchestrator.plan import schedule as steps
+from orchestrator.plan.measurements import standing_choice, with_choice
+from orchestrator.plan.schedule import StepSize
+from orchestrator.plan.values import ClusterDescription, RunPlan
+from orchestrator.run.output_root import output_root
+from orchestrator.run.scoring import Scoring
 from orchestrator.runtime.cluster import require_base_everywhere
-from orchestrator.runtime.mending import mend
-from orchestrator.runtime.places import output_root
-from orchestrator.runtime.scoring import Scoring
+from orchestrator.runtime.recovery import mend
 from orchestrator.spec import JobSpec, LoadedSpec, spec_sha256
 from orchestrator.store import RunDirectory, base_identity, file_identity, output_to, read_record, write_json
 from orchestrator.store.files import RECORD_REMEDY
@@ -30,6 +29,10 @@ from orchestrator.store.run_directory import WRITABLE
 from orchestrator.train.evaluation import text_metric
 from orchestrator.transfer.view import RunView
 from orchestrator.values import content_hash
+from orchestrator.work.assignment import Assignment
+from orchestrator.work.execution import DataPaths, TrainSettings
+from orchestrator.work.measurements import CompileChoice, LayerScores
+from orchestrator.work.trial import TrialSpec
 
 Job = Literal["sweep", "finetune"]
 

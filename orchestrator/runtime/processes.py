@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrator.runtime.vigil import Seat
+from orchestrator.runtime.hang_detection import Seat
 
 NODE_S = 20.0
 """How long a node may take to answer."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.plan import grid_points
-from orchestrator.plan.options import van_der_corput
+from orchestrator.plan.search_space import van_der_corput
 from orchestrator.plan.values import SearchPlan, TrialOption
 
 NUM_CANDIDATES = 8

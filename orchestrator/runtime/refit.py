@@ -2,7 +2,7 @@
 
 What is committed is decided by our own checkpoints (`train.find_latest`), not by `ray.train.report`, which is not
 durable when it returns. A worker group that lost a rank starts again from the newest checkpoint that is whole; one in
-which a rank ran out of memory, also one step down (`plan.relief`), which its restarts do not count. A step down inside
+which a rank ran out of memory, also one step down (`work.memory_ladder`), which its restarts do not count. A step down inside
 a worker group is written down before it is taken: another group, or another submission, goes on by the same way.
 """
 
@@ -16,19 +16,28 @@ from typing import TYPE_CHECKING, Any
 from ray import train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from orchestrator.anatomy import ModelAnatomy
+from orchestrator.anatomy import LayerSelection, ModelAnatomy
 from orchestrator.errors import RankOutOfMemoryError, TrainingError
-from orchestrator.plan.ownership import owner_of
-from orchestrator.plan.relief import fits_in_no_way, nothing_smaller, relieve, with_relief
-from orchestrator.plan.results import RungResult
-from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan
-from orchestrator.runtime.activities import STARTS
+from orchestrator.plan import head_control
+from orchestrator.run.hours import affords_refit, is_left_for_refit, metered, read_hours, refit_hours, rung_hours
+from orchestrator.run.ledger import Ledger, TrialEntry
+from orchestrator.run.records import base_result
+from orchestrator.run.scoring import Scoring
+from orchestrator.runtime.activities import OWNER, STARTS, ranks_text
 from orchestrator.runtime.assignments import failed_result
 from orchestrator.runtime.cluster import placement_strategy, rank_resources, worker_env
-from orchestrator.runtime.minding import Minder, send_pulses
-from orchestrator.runtime.mishaps import describe
-from orchestrator.store import read_record, write_json
-from orchestrator.values import Value
+from orchestrator.runtime.failures import describe
+from orchestrator.runtime.hang_detection import Patience
+from orchestrator.runtime.prepare import Prepared
+from orchestrator.runtime.task_supervision import Minder, send_pulses
+from orchestrator.store import read_json, read_record, write_json
+from orchestrator.transfer.records import RefitRecord
+from orchestrator.transfer.view import RunView
+from orchestrator.work.assignment import Assignment, owner_of
+from orchestrator.work.execution import BaseLoad, ExecutionPlan
+from orchestrator.work.memory_ladder import STEPPED_DOWN, SteppedDown, fits_in_no_way, nothing_smaller, relieve, with_relief
+from orchestrator.work.results import RungResult
+from orchestrator.work.trial import TrialSpec
 
 if TYPE_CHECKING:
     from orchestrator.train import TrainHost
@@ -36,18 +45,6 @@ if TYPE_CHECKING:
 MAX_RESTARTS = 3
 MAX_FRUITLESS_STARTS = 10
 """How often a worker group is asked for where there is no place for it; each time Ray Train waits for a minute."""
-STEPPED_DOWN = "stepped-down.json"
-"""Beside an assignment's files: how it goes on after a worker group ran out of memory."""
-
-
-class SteppedDown(Value):
-    """How an assignment that ran out of memory goes on, also in a worker group after the one that found out."""
-
-    execution: ExecutionPlan | None
-    """The next smaller way; None where there is none left."""
-    notes: tuple[str, ...]
-    reason: str
-    """What was said of it."""
 
 
 def refit(base: BaseLoad, anatomy: ModelAnatomy, assignments: list[Assignment], folder: Path, minder: Minder) -> list[RungResult]:
@@ -211,3 +208,198 @@ def _note_start(folder: Path, pid: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / STARTS).open("a") as file:
         file.write(f"{pid}\n")
+
+
+REFIT_CHECKPOINTS = 4
+"""Checkpoints of a refit between its first and its last step."""
+
+
+def selection_of(prepared: Prepared, entry: TrialEntry) -> LayerSelection:
+    """What learns in a trial, or in the control `head`."""
+    plan = prepared.plan
+    if entry.option is not None and plan.search is not None:
+        return plan.search.options[entry.option].selection
+    if entry.option is not None and plan.finetune is not None:
+        return plan.finetune.selection
+    return head_control(plan, prepared.anatomy, prepared.spec, prepared.spec.train.seed)[1]
+
+
+def full_budget(prepared: Prepared, entry: TrialEntry, base: RungResult | None, view: RunView) -> tuple[RungResult, RefitRecord]:
+    """The result that is bundled: the trial's own rung where it had the full budget or stopped getting better, else the refit's.
+
+    A refit that forgot more than the bound, where the rung that was promoted had not, is passed over for that rung.
+
+    Args:
+        base: What the untouched base scored.
+
+    Raises:
+        TrainingError: the refit failed.
+    """
+    trial, last = entry.trial, entry.results[-1]
+    if prepared.plan.search is None:
+        return last, refit_record(prepared, last, "the job's one trial")
+    judged = prepared.scoring.judged(entry.results, base)
+    if stands_as_it_is(entry, base, prepared.scoring):
+        best = f"the promoted trial was best on the eval set after {judged.step} of {trial.total_steps} steps"
+        reason = best if judged.step < trial.total_steps else "the promoted trial had the full budget"
+        return judged, RefitRecord(ran=False, reason=reason, to_step=judged.step)
+    assignment = refit_assignment(prepared, trial, selection_of(prepared, entry), last.relieved)
+    left_out = _why_left_out(prepared, entry, assignment)
+    if left_out:
+        view.event("refit_left_out", left_out, trial_id=trial.trial_id)
+        prepared.run.event("refit_left_out", message=left_out, trial_id=trial.trial_id)
+        return judged, RefitRecord(ran=False, reason=left_out, to_step=judged.step, left_out_for_hours=True)
+    view.phase("refit", f"{trial.total_steps} steps on {ranks_text(prepared.plan.refit_execution.ranks)}")
+    result = run_refit(prepared, [assignment])[0]
+    reason = f"the promoted trial had {last.step} of {trial.total_steps} steps"
+    passed_over = why_passed_over(result, judged, base, prepared.scoring)
+    if not passed_over:
+        return result, refit_record(prepared, result, reason)
+    view.event("refit_passed_over", passed_over, trial_id=trial.trial_id)
+    prepared.run.event("refit_passed_over", message=passed_over, trial_id=trial.trial_id)
+    return judged, refit_record(prepared, result, f"{reason}; {passed_over}")
+
+
+def stands_as_it_is(entry: TrialEntry, base: RungResult | None, scoring: Scoring) -> bool:
+    """Whether a trial is bundled without a refit: it had the full budget, or more of it did it no good."""
+    return entry.results[-1].step >= entry.trial.total_steps or bool(scoring.stalled(entry.results, base))
+
+
+def steps_to_bundle(entry: TrialEntry, base: RungResult | None, scoring: Scoring) -> tuple[int, ...]:
+    """How long the artifact was trained that will be bundled of this trial; where a refit is to come, of both that may be: it can
+    give way to the trial's own rung."""
+    own = scoring.judged(entry.results, base).step
+    return (own,) if stands_as_it_is(entry, base, scoring) else (own, entry.trial.total_steps)
+
+
+def _why_left_out(prepared: Prepared, entry: TrialEntry, assignment: Assignment) -> str:
+    """Why there is no refit, for want of GPU-hours; nothing where there is one, or one has come to its end before."""
+    total, bound, folder = entry.trial.total_steps, prepared.spec.resources.max_gpu_hours, prepared.run.refit
+    if bound is None:
+        return ""
+    _claim(folder, entry.trial.trial_id)
+    if _stored_results([assignment]) is not None:
+        return ""
+    expected = refit_hours(entry.results, total)
+    own = prepared.scoring.judged(entry.results, base_result(Ledger(prepared.run.trials)))
+    instead = f"the trial's own rung at step {own.step} is bundled instead"
+    if not affords_refit(expected, bound):
+        return f"the refit to {total} steps would take about {expected:.3g} of max_gpu_hours: {bound:g}; {instead}"
+    steps = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")]
+    begun = max((int(step) for step in steps if step.isdigit()), default=0)
+    to_come, used = expected * (1 - begun / total), read_hours(prepared.run.hours)
+    slack = prepared.plan.num_gangs * rung_hours(entry.results)
+    if is_left_for_refit(to_come, used, bound, slack):
+        return ""
+    return (
+        f"the refit to {total} steps would take about {to_come:.3g} more, and {used:.3g} of max_gpu_hours: {bound:g} "
+        f"are used; {instead}"
+    )
+
+
+def why_passed_over(refitted: RungResult, rung: RungResult, base: RungResult | None, scoring: Scoring) -> str:
+    """Why a refit gives way to the rung that was promoted; nothing where it does not.
+
+    Where that rung is beyond the bound too (a person promoted it), the refit is bundled, and the verdict tells it. With early
+    stopping a refit that is worse on the eval set gives way too.
+    """
+    lost, before = scoring.forgetting_of(refitted, base), scoring.forgetting_of(rung, base)
+    bound = scoring.max_forgetting
+    instead = f"the trial's own rung at step {rung.step}"
+    if lost is None or before is None or lost <= bound or before > bound:
+        if scoring.patience is None or scoring.score(refitted, base) <= scoring.score(rung, base):
+            return ""
+        worse, better = scoring.metric_of(refitted), scoring.metric_of(rung)
+        figures = "" if worse is None or better is None else f" ({scoring.metric} {worse:.4g} against {better:.4g})"
+        return f"the refit to {refitted.step} steps is worse on the eval set than {instead}{figures}, which is bundled instead"
+    return (
+        f"the refit to {refitted.step} steps forgot {lost:+.3f} nats per token, more than the bound of {bound:g}; "
+        f"{instead}, at {before:+.3f}, is bundled instead"
+    )
+
+
+def refit_assignment(
+    prepared: Prepared, trial: TrialSpec, selection: LayerSelection, relieved: ExecutionPlan | None = None
+) -> Assignment:
+    """The whole training of a trial, in refit/, with checkpoints in between.
+
+    Args:
+        relieved: What the search had to train it by, where memory ran out there.
+    """
+    return prepared.assignment(
+        trial,
+        selection,
+        folder=prepared.run.refit,
+        stop_step=trial.total_steps,
+        execution=with_relief(prepared.plan.refit_execution, relieved),
+        keep_optimizer=False,
+        checkpoint_every_steps=max(1, trial.total_steps // (REFIT_CHECKPOINTS + 1)),
+    )
+
+
+def run_refit(prepared: Prepared, assignments: list[Assignment]) -> list[RungResult]:
+    """Run or go on with a refit; one of another trial is put aside, and found again when it is wanted.
+
+    Raises:
+        TrainingError: the training failed.
+    """
+    trial = assignments[-1].trial
+    _claim(prepared.run.refit, trial.trial_id)
+    results = _stored_results(assignments)
+    if results is None:
+        patience = Patience.from_environment().for_base(2 * prepared.anatomy.num_parameters())
+        with metered(prepared.run.hours, assignments[0].execution.ranks), Minder(prepared.run, patience) as minder:
+            results = refit(prepared.plan.base, prepared.anatomy, assignments, prepared.run.path / "ray-train", minder)
+        for note in (note for result in results for note in result.notes):
+            prepared.run.event("trial_note", message=f"{trial.trial_id}: {note}", trial_id=trial.trial_id)
+        if num_restarts(prepared.run.refit):
+            prepared.run.event("refit_restarted", message=f"{num_restarts(prepared.run.refit)} times", trial_id=trial.trial_id)
+    failed = next((result for result in results if result.state == "failed"), None)
+    if failed is not None:
+        raise TrainingError(
+            f"trial {failed.trial_id} failed: {failed.reason}",
+            where=str(prepared.run.refit),
+            remedy=""
+            if fits_in_no_way(failed)  # its reason says what would make room
+            else "a lower learning rate usually helps; submit under another `name`",
+        )
+    return results
+
+
+def _stored_results(assignments: list[Assignment]) -> list[RungResult] | None:
+    """What an earlier submission brought to its end; what failed in it is tried again."""
+    files = [result_file(assignment) for assignment in assignments]
+    if not all(file.exists() for file in files):
+        return None
+    results = [read_record(file, RungResult) for file in files]
+    return results if all(result.state == "done" for result in results) else None
+
+
+def _claim(folder: Path, trial_id: str) -> None:
+    """Have the refit's folder belong to this trial, so that no trial goes on from another's checkpoint."""
+    owner_file = folder / OWNER
+    owner = read_json(owner_file)["trial_id"] if owner_file.exists() else None
+    if owner == trial_id:
+        return
+    if folder.exists() and owner is not None:
+        folder.rename(folder.with_name(f"{folder.name}-{owner}"))
+    earlier = folder.with_name(f"{folder.name}-{trial_id}")
+    if earlier.exists():
+        earlier.rename(folder)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(owner_file, {"trial_id": trial_id})
+
+
+def refit_record(prepared: Prepared, result: RungResult, reason: str) -> RefitRecord:
+    engine = result.engine
+    return RefitRecord(
+        ran=True,
+        reason=reason,
+        to_step=result.step,
+        seconds=result.train_seconds + result.eval_seconds,
+        restarts=num_restarts(prepared.run.refit),
+        executor=engine.executor if engine else "",
+        zero_stage=engine.zero_stage if engine else 0,
+        ranks=engine.ranks if engine else 1,
+    )

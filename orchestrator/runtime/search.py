@@ -18,12 +18,13 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialSch
 from ray.tune.search import Searcher
 
 from orchestrator.plan import make_trial
-from orchestrator.plan.steps import pace
-from orchestrator.plan.values import RunPlan, TrialSpec
+from orchestrator.plan.schedule import pace
+from orchestrator.plan.values import RunPlan
+from orchestrator.run.ledger import TrialEntry
 from orchestrator.runtime.cluster import fetch, own_node
-from orchestrator.runtime.ledger import TrialEntry
-from orchestrator.runtime.mishaps import cause_of
+from orchestrator.runtime.failures import cause_of
 from orchestrator.runtime.proposals import Known, Proposal, propose
+from orchestrator.work.trial import TrialSpec
 
 MAX_RESTARTS = 1
 """How often Tune starts a thin trial again that died of itself: what it has done is answered from the ledger. Where

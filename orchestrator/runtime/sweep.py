@@ -15,26 +15,21 @@ from ray.exceptions import RayError
 from orchestrator.errors import TrainingError
 from orchestrator.plan import head_control, none_control
 from orchestrator.plan.defaults import with_section
+from orchestrator.run.hours import may_go_on, read_hours
+from orchestrator.run.ledger import Ledger
 from orchestrator.runtime.activities import ranks_text
 from orchestrator.runtime.assignments import Orders
-from orchestrator.runtime.carrying import hand_in, wait_for
-from orchestrator.runtime.cluster import fetch
-from orchestrator.runtime.compiling import compiled_where_it_pays
-from orchestrator.runtime.domain import advised_by_shift
+from orchestrator.runtime.cluster import fetch, joins
 from orchestrator.runtime.exchange import Exchange
+from orchestrator.runtime.failures import in_plain_words
 from orchestrator.runtime.finish import finish
-from orchestrator.runtime.hours import may_go_on, read_hours
-from orchestrator.runtime.joining import joins
-from orchestrator.runtime.late import train_late
-from orchestrator.runtime.ledger import Ledger
-from orchestrator.runtime.mishaps import in_plain_words
+from orchestrator.runtime.follow_up_trials import hand_in, train_late, wait_for
+from orchestrator.runtime.hang_detection import Patience
+from orchestrator.runtime.heartbeat import Pulse, Watcher
+from orchestrator.runtime.measurements import advised_by_shift, compiled_where_it_pays, scored_in_a_gang
 from orchestrator.runtime.outcome import RunOutcome, read_outcome, read_sweep, summarise, write_outcome
 from orchestrator.runtime.prepare import Prepared, open_run, prepare
-from orchestrator.runtime.probing import scored_in_a_gang
-from orchestrator.runtime.pulse import Pulse
 from orchestrator.runtime.search import run_search
-from orchestrator.runtime.vigil import Patience
-from orchestrator.runtime.watch import Watcher
 from orchestrator.spec import LoadedSpec
 from orchestrator.store import RunDirectory
 from orchestrator.transfer.records import SweepResult

@@ -24,9 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 from orchestrator.data import TokenizedSet, load_tokenizer, padding
 from orchestrator.errors import VerificationError
-from orchestrator.plan.artifact import ADAPTER, ADAPTER_CONFIG, DELTA
 from orchestrator.plan.merge import LinkShard, MergedInto, MergePlan, make_merge_plan
-from orchestrator.plan.values import BaseLoad, TrialSpec
 from orchestrator.serve.card import NEEDS_SERVING, model_card
 from orchestrator.serve.inputs import BundleInputs, shown_base
 from orchestrator.serve.merging import MergeRecord, merge
@@ -36,6 +34,9 @@ from orchestrator.spec.models import Task
 from orchestrator.store import commit_folder, read_json, sha256_file, versions, write_json
 from orchestrator.transfer.records import TransferReport, VerificationFigures
 from orchestrator.values import Value, content_hash
+from orchestrator.work.artifact import ADAPTER, ADAPTER_CONFIG, DELTA
+from orchestrator.work.execution import BaseLoad
+from orchestrator.work.trial import TrialSpec
 
 SIDE_FILES = (
     "tokenizer.json",

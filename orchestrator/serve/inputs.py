@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Literal
 
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
-from orchestrator.plan.values import BaseLoad, TrialSpec
 from orchestrator.values import Value
+from orchestrator.work.execution import BaseLoad
+from orchestrator.work.trial import TrialSpec
 
 
 class BundleInputs(Value):

@@ -16,7 +16,6 @@ from safetensors import safe_open
 
 from orchestrator.anatomy.values import TensorInfo
 from orchestrator.errors import BaseError
-from orchestrator.plan.artifact import LowRank
 from orchestrator.plan.merge import (
     AddLowRank,
     Dequantize,
@@ -33,6 +32,7 @@ from orchestrator.serve.shards import ShardWriter, link_or_copy, write_order
 from orchestrator.store import sha256_file
 from orchestrator.units import MIB
 from orchestrator.values import Value
+from orchestrator.work.artifact import LowRank
 
 PIECE_BYTES = MIB
 """float32 bytes of one piece: what stays in a core's own cache is several times as fast as what does not."""

@@ -15,15 +15,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from orchestrator.data import TokenizedSet, load_tokenizer, with_shots
-from orchestrator.data.known import load_known
+from orchestrator.data.sets import load_known
 from orchestrator.serve.inputs import BundleInputs
 from orchestrator.serve.verifying import fitting_device
-from orchestrator.train.artifacts import attach_artifact
-from orchestrator.train.base import LoadedBase, load_base
+from orchestrator.train.adapters.artifacts import attach_artifact
 from orchestrator.train.batches import RowPlan
 from orchestrator.train.evaluation import Evaluation, answer_accuracy, class_prior, evaluate, exact_match
 from orchestrator.train.generate import generate_answers, wanted_answers
-from orchestrator.train.objective import Objective, final_norm_of
+from orchestrator.train.model.base import LoadedBase, load_base
+from orchestrator.train.model.objective import Objective, final_norm_of
 from orchestrator.train.ranks import Ranks
 from orchestrator.transfer import forgetting
 from orchestrator.transfer.records import ModelScores, PromptComparison

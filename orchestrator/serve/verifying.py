@@ -29,17 +29,17 @@ from torch import nn
 from torch.nn import functional
 
 from orchestrator.anatomy.values import ModelAnatomy
-from orchestrator.data.known import load_known
+from orchestrator.data.sets import load_known
 from orchestrator.errors import DataError, VerificationError
 from orchestrator.plan.memory.estimate import RESIDENT_SHARE
 from orchestrator.plan.merge import MergedInto
-from orchestrator.plan.values import BaseLoad
 from orchestrator.serve import check_process
-from orchestrator.train.artifacts import attach_artifact
-from orchestrator.train.base import LoadedBase, load_base
+from orchestrator.train.adapters.artifacts import attach_artifact
+from orchestrator.train.model.base import LoadedBase, load_base
 from orchestrator.transfer.records import VerificationFigures
 from orchestrator.units import MIB
 from orchestrator.values import Value
+from orchestrator.work.execution import BaseLoad
 
 PROBE_TOKENS = 2048
 PROBE_BYTES = 512 * MIB

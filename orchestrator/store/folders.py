@@ -14,7 +14,6 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from orchestrator.errors import IntegrityError
-from orchestrator.plan.artifact import ADAPTER, DELTA
 from orchestrator.store.files import (
     PARTIAL,
     fsync_file,
@@ -26,6 +25,7 @@ from orchestrator.store.files import (
     write_json,
 )
 from orchestrator.values import Value
+from orchestrator.work.artifact import ADAPTER, DELTA
 
 MANIFEST = "manifest.json"
 REMEDY = "restore the folder from a copy, or remove it to have it rebuilt"

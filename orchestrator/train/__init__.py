@@ -12,32 +12,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from orchestrator.train.artifacts import load_artifact, read_artifact, save_artifact
-    from orchestrator.train.base import LoadedBase, load_base
-    from orchestrator.train.branch import Branch, open_branch
-    from orchestrator.train.checkpoint import drop_later_checkpoints, find_latest, find_own
+    from orchestrator.train.adapters.artifacts import load_artifact, read_artifact, save_artifact
+    from orchestrator.train.adapters.branch import Branch, open_branch
+    from orchestrator.train.checkpoint.resume import drop_later_checkpoints, find_latest, find_own
     from orchestrator.train.evaluation import Evaluation, evaluate
     from orchestrator.train.generate import continue_prompts, generate_answers
     from orchestrator.train.host import TrainHost
-    from orchestrator.train.objective import Objective
+    from orchestrator.train.model.base import LoadedBase, load_base
+    from orchestrator.train.model.objective import Objective
 
 _HOMES = {
-    "Branch": "branch",
+    "Branch": "adapters.branch",
     "Evaluation": "evaluation",
-    "LoadedBase": "base",
-    "Objective": "objective",
+    "LoadedBase": "model.base",
+    "Objective": "model.objective",
     "TrainHost": "host",
     "continue_prompts": "generate",
-    "drop_later_checkpoints": "checkpoint",
+    "drop_later_checkpoints": "checkpoint.resume",
     "evaluate": "evaluation",
-    "find_latest": "checkpoint",
-    "find_own": "checkpoint",
+    "find_latest": "checkpoint.resume",
+    "find_own": "checkpoint.resume",
     "generate_answers": "generate",
-    "load_artifact": "artifacts",
-    "load_base": "base",
-    "open_branch": "branch",
-    "read_artifact": "artifacts",
-    "save_artifact": "artifacts",
+    "load_artifact": "adapters.artifacts",
+    "load_base": "model.base",
+    "open_branch": "adapters.branch",
+    "read_artifact": "adapters.artifacts",
+    "save_artifact": "adapters.artifacts",
 }
 __all__ = [
     "Branch",

@@ -20,8 +20,8 @@ from orchestrator.data import (
     replayed_documents,
 )
 from orchestrator.data.batching import width_of
-from orchestrator.plan.values import ExecutionPlan
 from orchestrator.train.trunk.states import TrunkStates
+from orchestrator.work.execution import ExecutionPlan
 
 
 @dataclass

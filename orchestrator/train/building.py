@@ -10,17 +10,19 @@ import torch
 from torch import nn
 
 from orchestrator.data import TokenizedSet
-from orchestrator.plan.remedies import AnchorPlan, LearningGroup, learning_groups
-from orchestrator.plan.values import Assignment, ExecutionPlan, TrainSettings
+from orchestrator.plan.remedies import LearningGroup, learning_groups
+from orchestrator.train.adapters.branch import Branch
 from orchestrator.train.anchors import Anchor, ElementAnchor, ProductAnchor
 from orchestrator.train.batches import RowPlan
-from orchestrator.train.branch import Branch
-from orchestrator.train.engine import Engine, layout_of
-from orchestrator.train.fisher import fisher_information, importances, read_fisher, write_fisher
+from orchestrator.train.engines.engine import Engine, layout_of
+from orchestrator.train.engines.torch_engine import TorchEngine
 from orchestrator.train.learned import LearnedSets
+from orchestrator.train.measure.fisher import fisher_information, importances, read_fisher, write_fisher
 from orchestrator.train.ranks import Ranks
-from orchestrator.train.torch_engine import TorchEngine
 from orchestrator.values import content_hash
+from orchestrator.work.assignment import Assignment
+from orchestrator.work.execution import ExecutionPlan, TrainSettings
+from orchestrator.work.remedies import AnchorPlan
 
 
 def build_engine(
@@ -99,7 +101,7 @@ def _engine(
             groups=groups,
             measuring=measuring,
         )
-    from orchestrator.train.deepspeed_engine import DeepSpeedTrainer
+    from orchestrator.train.engines.deepspeed_engine import DeepSpeedTrainer
 
     return DeepSpeedTrainer(objective, branch.learning_parameters(), execution, settings, ranks, groups, measuring=measuring)
 

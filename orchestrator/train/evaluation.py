@@ -14,10 +14,10 @@ import torch
 
 from orchestrator.data import TokenizedSet
 from orchestrator.errors import TrainingError, UsageError
-from orchestrator.plan.grouping import TEACHER_FORCED
+from orchestrator.plan.fusing import TEACHER_FORCED
 from orchestrator.train import pulse
 from orchestrator.train.batches import RowPlan, repeated, to_tensors
-from orchestrator.train.objective import Objective
+from orchestrator.train.model.objective import Objective
 from orchestrator.train.ranks import Ranks
 from orchestrator.train.trunk.states import TrunkStates
 

@@ -11,22 +11,21 @@ from dataclasses import dataclass, replace
 import torch
 
 from orchestrator.errors import NonFiniteLossError, OutOfMemoryError, TrainingError
-from orchestrator.plan.results import StepReport
-from orchestrator.plan.values import Assignment
 from orchestrator.train import pulse
-from orchestrator.train.adapters import AdapterSpec
-from orchestrator.train.base import LoadedBase
+from orchestrator.train.adapters.branch import Branch
+from orchestrator.train.adapters.group import open_group
+from orchestrator.train.adapters.lora import AdapterSpec
 from orchestrator.train.batches import StepInput, repeated, step_inputs
-from orchestrator.train.branch import Branch
-from orchestrator.train.engine import Engine
-from orchestrator.train.group import open_group
-from orchestrator.train.loop import LoopState
+from orchestrator.train.engines.engine import Engine
+from orchestrator.train.loop import LoopState, step_learning_rate
 from orchestrator.train.memory import is_out_of_memory, memory_in_use
-from orchestrator.train.objective import Objective, objective_of
+from orchestrator.train.model.base import LoadedBase
+from orchestrator.train.model.objective import Objective, objective_of
+from orchestrator.train.model.recompute import recomputed
 from orchestrator.train.ranks import Ranks
-from orchestrator.train.recompute import recomputed
-from orchestrator.train.schedule import step_learning_rate
 from orchestrator.train.trial import TrialRun
+from orchestrator.work.assignment import Assignment
+from orchestrator.work.results import StepReport
 
 
 @dataclass

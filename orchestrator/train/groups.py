@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from orchestrator.errors import OrchestratorError
-from orchestrator.plan.results import RungResult, StepReport
-from orchestrator.plan.values import Assignment
 from orchestrator.train import pulse
 from orchestrator.train.fused import FusedRun
 from orchestrator.train.memory import first_line, is_out_of_memory, reset_peak
 from orchestrator.train.outcome import TRIAL_ERRORS, TrialOutcome, result_of
 from orchestrator.train.widths import best_width, kind_of_batch
+from orchestrator.work.assignment import Assignment
+from orchestrator.work.results import RungResult, StepReport
 
 if TYPE_CHECKING:
     from orchestrator.train.host import TrainHost

@@ -12,29 +12,30 @@ import torch
 
 from orchestrator.anatomy.values import ModelAnatomy
 from orchestrator.data import TokenizedSet
-from orchestrator.data.known import load_known
+from orchestrator.data.sets import load_known
 from orchestrator.errors import (
     OutOfMemoryError,
     RankOutOfMemoryError,
     TrainingError,
 )
-from orchestrator.plan.relief import nothing_smaller, relieve
-from orchestrator.plan.results import RungResult, StepReport
-from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan
 from orchestrator.train import pulse
-from orchestrator.train.base import LoadedBase, load_base, loading_device
+from orchestrator.train.adapters.branch import head_name
 from orchestrator.train.batches import RowPlan
-from orchestrator.train.branch import head_name
-from orchestrator.train.engine import forward_ready, is_partitioned
+from orchestrator.train.checkpoint.saving import Saver
+from orchestrator.train.engines.engine import forward_ready, is_partitioned
 from orchestrator.train.groups import Groups
 from orchestrator.train.integrity import base_fingerprint, changed_base
 from orchestrator.train.memory import first_line, is_out_of_memory, reset_peak
-from orchestrator.train.objective import objective_of
+from orchestrator.train.model.base import LoadedBase, load_base, loading_device
+from orchestrator.train.model.objective import objective_of
 from orchestrator.train.outcome import TRIAL_ERRORS, TrialOutcome, result_of
 from orchestrator.train.ranks import Ranks, join_gang, leave_gang
-from orchestrator.train.saving import Saver
 from orchestrator.train.trial import TrialRun
 from orchestrator.train.trunk.library import TrunkLibrary
+from orchestrator.work.assignment import Assignment
+from orchestrator.work.execution import BaseLoad, ExecutionPlan
+from orchestrator.work.memory_ladder import nothing_smaller, relieve
+from orchestrator.work.results import RungResult, StepReport
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class TrainHost:
         load_on = loading_device(base_load, execution, ranks.device)
         self._base = load_base(base_load, anatomy, dtype=dtype, device=ranks.device, load_on=load_on)
         if execution.executor == "deepspeed":
-            from orchestrator.train import deepspeed_engine
+            from orchestrator.train.engines import deepspeed_engine
 
             deepspeed_engine.prepare_base(self._base.model, execution, ranks.device)
         self._fingerprint = base_fingerprint(self._base.model)
@@ -89,7 +90,7 @@ class TrainHost:
         """
         pulse.enter("loading the base")
         if execution.executor == "deepspeed":
-            from orchestrator.train import deepspeed_engine
+            from orchestrator.train.engines import deepspeed_engine
 
             deepspeed_engine.load_deepspeed(execution.device)
         return cls(base, anatomy, execution, join_gang(execution, rank, world_size, init_method))
@@ -165,7 +166,7 @@ class TrainHost:
             return self._trunk.open(plan, assignment.data, rows, objective, partitioned=partitioned, note=note)
 
     def run_group(self, group: Sequence[Assignment], on_step: Callable[[StepReport], None] | None = None) -> list[RungResult]:
-        """Carry trials that may share a batch (`plan.grouping`) to their next rung, as many in one as pays on this machine.
+        """Carry trials that may share a batch (`plan.fusing`) to their next rung, as many in one as pays on this machine.
 
         Their rungs may be on their way to the disk still when it returns, and the next group may begin: an answer counts
         after a `settle` that was called later.
@@ -202,7 +203,7 @@ class TrainHost:
         notes: list[str],
         outcome: TrialOutcome,
     ) -> None:
-        """Run it, one step down (`plan.relief`) each time memory runs out and every rank knows.
+        """Run it, one step down (`work.memory_ladder`) each time memory runs out and every rank knows.
 
         Raises:
             OutOfMemoryError: on every rank alike, when nothing smaller is left.

@@ -9,10 +9,10 @@ from functools import cached_property
 import numpy as np
 
 from orchestrator.data import TokenizedSet, documents_of_share, shuffled
-from orchestrator.plan.values import Assignment
 from orchestrator.train.batches import StepPlan
 from orchestrator.train.trunk.library import TrunkLibrary
 from orchestrator.train.trunk.states import TrunkStates, chosen_states, joined_states
+from orchestrator.work.assignment import Assignment
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,15 @@ from dataclasses import dataclass, replace
 import torch
 
 from orchestrator.errors import NonFiniteLossError, OutOfMemoryError
-from orchestrator.plan.results import StepReport
-from orchestrator.plan.values import TrainSettings, TrialSpec
 from orchestrator.train import pulse
 from orchestrator.train.batches import RowPlan, StepInput, StepPlan, step_inputs
-from orchestrator.train.engine import Engine
+from orchestrator.train.engines.engine import Engine
 from orchestrator.train.memory import is_out_of_memory, memory_in_use
 from orchestrator.train.ranks import Ranks
-from orchestrator.train.schedule import step_learning_rate
 from orchestrator.train.trunk.states import TrunkStates
+from orchestrator.work.execution import TrainSettings
+from orchestrator.work.results import StepReport
+from orchestrator.work.trial import TrialSpec
 
 
 @dataclass(frozen=True)
@@ -109,3 +109,55 @@ def _accumulate(engine: Engine, step: StepInput, supervised: int, ranks: Ranks) 
     if not math.isfinite(loss):
         raise NonFiniteLossError(f"the training loss became {loss}", expected="a finite number", remedy="lower the learning rate")
     return loss
+
+
+def learning_rate_at(tokens: float, *, total_tokens: int, peak: float, settings: TrainSettings) -> float:
+    """The learning rate where `tokens` training tokens have been seen.
+
+    It rises linearly from 0 to `peak` over the first `warmup` share of `total_tokens`, then falls to 0 as a half
+    cosine (Loshchilov and Hutter 2017) or a line, or stays. Beyond `total_tokens` it keeps its last value.
+    """
+    warm = settings.warmup * total_tokens
+    if tokens < warm:
+        return peak * tokens / warm
+    if settings.schedule == "constant" or total_tokens <= warm:
+        return peak
+    progress = min(1.0, (tokens - warm) / (total_tokens - warm))
+    if settings.schedule == "linear":
+        return peak * (1.0 - progress)
+    return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def step_learning_rate(tokens_before: int, step_tokens: int, *, total_tokens: int, peak: float, settings: TrainSettings) -> float:
+    """The learning rate of one step: that of its middle token, so that neither the first nor the last step is lost."""
+    return learning_rate_at(tokens_before + step_tokens / 2, total_tokens=total_tokens, peak=peak, settings=settings)
+
+
+WARM_UP_STEPS = 2
+"""Kernels are chosen, caches filled and buffers allocated in the first steps of an engine."""
+
+
+class SteadySpeed:
+    """Training tokens a second of an assignment's steps, without its first ones.
+
+    Args:
+        tokens: Training tokens that the trial had seen before.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        self._tokens = tokens
+        self._num_steps = 0
+        self._steady_tokens = 0
+        self._steady_seconds = 0.0
+
+    def add(self, report: StepReport) -> None:
+        tokens, self._tokens = report.tokens - self._tokens, report.tokens
+        self._num_steps += 1
+        if self._num_steps > WARM_UP_STEPS and report.tokens_per_s > 0:
+            self._steady_tokens += tokens
+            self._steady_seconds += tokens / report.tokens_per_s
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Over all ranks; None where there were no more steps than those to warm up."""
+        return self._steady_tokens / self._steady_seconds if self._steady_seconds else None

@@ -6,13 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from orchestrator.errors import DataError, IntegrityError, SelectionError, TrainingError, UsageError
-from orchestrator.plan.compilation import CompileTimes
-from orchestrator.plan.results import EngineRecord, RungResult
-from orchestrator.plan.scored import LayerScores
-from orchestrator.plan.shift import DomainShift
-from orchestrator.plan.values import Assignment, ExecutionPlan
 from orchestrator.train.loop import LoopState
 from orchestrator.train.scoring import Scores
+from orchestrator.work.assignment import Assignment
+from orchestrator.work.execution import ExecutionPlan
+from orchestrator.work.measurements import CompileTimes, DomainShift, LayerScores
+from orchestrator.work.results import EngineRecord, RungResult
 
 TRIAL_ERRORS = (TrainingError, SelectionError, IntegrityError, UsageError, DataError)
 """What a trial may fail by while the gang stays whole: raised on every rank alike."""

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from orchestrator.errors import TrainingError
-from orchestrator.plan.values import ExecutionPlan
+from orchestrator.work.execution import ExecutionPlan
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 
 from orchestrator.data import TokenizedSet
 from orchestrator.errors import NonFiniteLossError
-from orchestrator.plan.values import Assignment
 from orchestrator.train import pulse
-from orchestrator.train.base import LoadedBase
 from orchestrator.train.batches import RowPlan
 from orchestrator.train.evaluation import Evaluation, answer_accuracy, class_prior, evaluate_trials, score_texts
 from orchestrator.train.generate import generate_answers, wanted_answers
-from orchestrator.train.objective import Objective
+from orchestrator.train.model.base import LoadedBase
+from orchestrator.train.model.objective import Objective
 from orchestrator.train.ranks import Ranks
 from orchestrator.train.trunk.library import TrunkLibrary
+from orchestrator.work.assignment import Assignment
 
 
 @dataclass

@@ -13,18 +13,13 @@ import torch
 
 from orchestrator.data import TokenizedSet
 from orchestrator.errors import TrainingError
-from orchestrator.plan.ownership import owner_of
-from orchestrator.plan.results import EngineRecord, StepReport
-from orchestrator.plan.scored import ProbePlan
-from orchestrator.plan.values import Assignment, ExecutionPlan, ShiftPlan
 from orchestrator.store import append_jsonl
 from orchestrator.train import pulse
-from orchestrator.train.artifacts import load_artifact, misfit
-from orchestrator.train.base import LoadedBase
+from orchestrator.train.adapters.artifacts import load_artifact, misfit
+from orchestrator.train.adapters.branch import Branch, open_branch
 from orchestrator.train.batches import RowPlan, step_inputs
-from orchestrator.train.branch import Branch, open_branch
 from orchestrator.train.building import build_engine
-from orchestrator.train.checkpoint import (
+from orchestrator.train.checkpoint.resume import (
     StartPoint,
     Wanted,
     checkpoint_folder,
@@ -32,25 +27,29 @@ from orchestrator.train.checkpoint import (
     open_checkpoint,
     rung_folder,
 )
-from orchestrator.train.compiled import LOOKED_AT, compiled_blocks, time_compiled
-from orchestrator.train.engine import Engine, forward_ready, is_partitioned, layout_of, num_live_engines, weight_keeper
-from orchestrator.train.features import measure_shift
+from orchestrator.train.checkpoint.saving import Saver
+from orchestrator.train.checkpoint.snapshot import take_snapshot
+from orchestrator.train.engines.engine import Engine, forward_ready, is_partitioned, layout_of, num_live_engines, weight_keeper
 from orchestrator.train.integrity import changed_frozen
 from orchestrator.train.learned import LearnedSets
-from orchestrator.train.loop import LoopState, train_steps
+from orchestrator.train.loop import LoopState, SteadySpeed, train_steps
+from orchestrator.train.measure.domain_shift import measure_shift
+from orchestrator.train.measure.layer_scores import score_blocks
 from orchestrator.train.memory import growth_bytes, memory_in_use
-from orchestrator.train.objective import Objective, objective_of
+from orchestrator.train.model.base import LoadedBase
+from orchestrator.train.model.compiled import LOOKED_AT, compiled_blocks, time_compiled
+from orchestrator.train.model.objective import Objective, objective_of
+from orchestrator.train.model.recompute import recomputed
+from orchestrator.train.model.scratch import begin_anew
 from orchestrator.train.outcome import TrialOutcome
-from orchestrator.train.probe import score_blocks
 from orchestrator.train.ranks import Ranks
-from orchestrator.train.recompute import recomputed
-from orchestrator.train.saving import Saver
 from orchestrator.train.scoring import Scorer
-from orchestrator.train.scratch import begin_anew
-from orchestrator.train.snapshot import take_snapshot
-from orchestrator.train.speed import SteadySpeed
 from orchestrator.train.trunk.build import TrunkBuilder
 from orchestrator.train.trunk.library import TrunkLibrary
+from orchestrator.work.assignment import Assignment, owner_of
+from orchestrator.work.execution import ExecutionPlan
+from orchestrator.work.measurements import ProbePlan, ShiftPlan
+from orchestrator.work.results import EngineRecord, StepReport
 
 
 class TrialRun:
@@ -139,7 +138,7 @@ class TrialRun:
         if not is_partitioned(self.execution):
             load_artifact(branch, folder)
             return
-        from orchestrator.train.zero3_warm import assign_whole
+        from orchestrator.train.engines.zero3_warm import assign_whole
 
         load_artifact(branch, folder, assign_whole)
 

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from orchestrator.errors import OutOfMemoryError
-from orchestrator.plan.values import Assignment
-from orchestrator.train.base import LoadedBase
+from orchestrator.train.adapters.group import open_group
 from orchestrator.train.batches import RowPlan, StepInput, StepPlan, step_inputs
 from orchestrator.train.fused import accumulate, spec_of
-from orchestrator.train.group import open_group
 from orchestrator.train.memory import is_out_of_memory
-from orchestrator.train.objective import objective_of
+from orchestrator.train.model.base import LoadedBase
+from orchestrator.train.model.objective import objective_of
+from orchestrator.train.model.recompute import recomputed
 from orchestrator.train.ranks import Ranks
-from orchestrator.train.recompute import recomputed
 from orchestrator.train.trunk.states import TrunkStates
+from orchestrator.work.assignment import Assignment
 
 GAIN = 0.97
 """A wider batch is taken where it needs at most this share of the time of the narrower one, a trial: less is noise."""

@@ -13,9 +13,9 @@ from orchestrator.transfer.comparison import Comparison, between_trained, paired
 from orchestrator.transfer.correlation import Correlation, rank_correlation
 from orchestrator.transfer.memory import memory_rows
 from orchestrator.transfer.promotion import Promotion, pareto_front, promote
-from orchestrator.transfer.scoring import FORGETTING_WEIGHT, WORST_SCORE, forgetting, score
+from orchestrator.transfer.scoring import FORGETTING_WEIGHT, SMALLEST_GAIN, WORST_SCORE, forgetting, score
 from orchestrator.transfer.seeds import OverSeeds, over_seeds
-from orchestrator.transfer.verdicts import SMALLEST_GAIN, Verdict, verdict
+from orchestrator.transfer.verdicts import Verdict, verdict
 
 __all__ = [
     "FORGETTING_WEIGHT",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from orchestrator.transfer.gains import SMALLEST_GAIN
 from orchestrator.transfer.headline import advice_on_answers, gain_is_loss_only
 from orchestrator.transfer.records import ComparisonRecord, TransferReport, VerdictKind
+from orchestrator.transfer.scoring import SMALLEST_GAIN
 
 Decider = Literal["none", "scratch", "repeat"]
 _LOOK_AT_ROWS = "look at the training rows: `orchestrator data SPEC`"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.transfer.gains import SMALLEST_GAIN
+from orchestrator.transfer.scoring import SMALLEST_GAIN
 from orchestrator.values import Value
 
 Floats = NDArray[np.float64]

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 
+SMALLEST_GAIN = 0.01
+"""A gain that matters: a hundredth of a nat per token, one point of an accuracy. Where an interval holds no gain too, it
+parts `no gain` (a gain that matters is excluded) from `inconclusive` (it is not)."""
+
 FORGETTING_WEIGHT = 10.0
 """What a nat per token of forgetting beyond the bound costs, in nats of the target or in whole units of an
 accuracy: a tenth of a nat too much outweighs any gain that a search of sane rates brings, and the slope still

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 
 from orchestrator.transfer.comparison import Comparison
-from orchestrator.transfer.gains import SMALLEST_GAIN
 from orchestrator.transfer.records import Control, VerdictKind
+from orchestrator.transfer.scoring import SMALLEST_GAIN
 from orchestrator.transfer.seeds import OverSeeds
 from orchestrator.values import Value
 

@@ -21,12 +21,12 @@ from torch.utils._pytree import tree_iter
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy
-from orchestrator.plan.values import BaseLoad
 from orchestrator.train import LoadedBase, Objective, open_branch
-from orchestrator.train.branch import Branch
-from orchestrator.train.objective import final_norm_of
-from orchestrator.train.recompute import recomputed
-from orchestrator.train.torch_engine import TorchEngine
+from orchestrator.train.adapters.branch import Branch
+from orchestrator.train.engines.torch_engine import TorchEngine
+from orchestrator.train.model.objective import final_norm_of
+from orchestrator.train.model.recompute import recomputed
+from orchestrator.work.execution import BaseLoad
 
 BY_MASK = {
     torch.ops.aten.index.Tensor,

@@ -29,13 +29,13 @@ from transformers.utils import logging
 
 from orchestrator.anatomy import read_anatomy, select
 from orchestrator.data import build_set
-from orchestrator.plan.values import BaseLoad, ExecutionPlan, TrainSettings
 from orchestrator.train import LoadedBase, Objective, load_base, open_branch
 from orchestrator.train.batches import RowPlan, to_tensors
-from orchestrator.train.engine import Engine
-from orchestrator.train.objective import final_norm_of
+from orchestrator.train.engines.engine import Engine
+from orchestrator.train.engines.torch_engine import TorchEngine
+from orchestrator.train.model.objective import final_norm_of
 from orchestrator.train.ranks import Ranks
-from orchestrator.train.torch_engine import TorchEngine
+from orchestrator.work.execution import BaseLoad, ExecutionPlan, TrainSettings
 
 GOAL = 0.9
 SETTINGS = TrainSettings(warmup=0.0, schedule="constant", weight_decay=0.0, grad_clip=1.0, tokens_per_step=1)
@@ -113,7 +113,7 @@ def _engine_step(engine: Engine, tensors: dict[str, torch.Tensor], num_supervise
 def _engine(objective: Objective, learning: list, stage: int | None) -> Engine:
     if stage is None:
         return TorchEngine(objective, learning, weight_decay=0.0, grad_clip=1.0)
-    from orchestrator.train.deepspeed_engine import DeepSpeedTrainer, prepare_base
+    from orchestrator.train.engines.deepspeed_engine import DeepSpeedTrainer, prepare_base
 
     execution = ExecutionPlan.model_validate(
         {

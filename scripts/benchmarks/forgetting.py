@@ -28,11 +28,13 @@ from typing import Any
 
 from orchestrator.anatomy import read_anatomy, select
 from orchestrator.data import data_size, prepare_data
-from orchestrator.plan import steps
-from orchestrator.plan.remedies import NOTHING, AnchorPlan, Remedies
-from orchestrator.plan.values import Assignment, BaseLoad, DataPaths, ExecutionPlan, TrainSettings, TrialSpec
+from orchestrator.plan import schedule as steps
 from orchestrator.spec import LoadedSpec, load_spec
 from orchestrator.transfer.seeds import student_t_quantile
+from orchestrator.work.assignment import Assignment
+from orchestrator.work.execution import BaseLoad, DataPaths, ExecutionPlan, TrainSettings
+from orchestrator.work.remedies import NOTHING, AnchorPlan, Remedies
+from orchestrator.work.trial import TrialSpec
 
 NUM_SCORES = 4
 WITHIN = 1.02

@@ -11,9 +11,9 @@ import tempfile
 from itertools import pairwise
 from pathlib import Path
 
-from orchestrator.plan.results import RungResult
 from orchestrator.report.timeline import side_by_side
 from orchestrator.store import read_json
+from orchestrator.work.results import RungResult
 
 SPEC = """
 name: gangs

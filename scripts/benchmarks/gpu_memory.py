@@ -28,9 +28,9 @@ import torch
 from allocations import bare_base, batch, train_and_score
 
 from orchestrator.anatomy import ModelAnatomy, read_anatomy, select
+from orchestrator.plan.memory.candidate import Way
 from orchestrator.plan.memory.estimate import estimate
 from orchestrator.plan.memory.footprint import weigh
-from orchestrator.plan.memory.way import Way
 from orchestrator.train import open_branch
 from orchestrator.units import GIB
 

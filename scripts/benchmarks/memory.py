@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, read_anatomy, select
+from orchestrator.plan.memory.candidate import Way
 from orchestrator.plan.memory.estimate import estimate
 from orchestrator.plan.memory.footprint import weigh
-from orchestrator.plan.memory.way import Way
 from orchestrator.units import GIB
 
 GOAL = 0.05

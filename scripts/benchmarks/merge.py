@@ -152,8 +152,8 @@ def _run_worker(folder: Path, options: argparse.Namespace) -> dict:
 def _measure_merge(folder: Path, quantize: str) -> dict:
     from orchestrator.anatomy import read_anatomy
     from orchestrator.plan.merge import make_merge_plan
-    from orchestrator.plan.values import BaseLoad
     from orchestrator.serve.merging import merge
+    from orchestrator.work.execution import BaseLoad
 
     target = folder / "merged"
     shutil.rmtree(target, ignore_errors=True)

@@ -23,10 +23,12 @@ from typing import Any
 from orchestrator.anatomy import ModelAnatomy, read_anatomy, resolve_base
 from orchestrator.data import data_size, prepare_data
 from orchestrator.plan import make_assignment, make_plan, make_trial, probe_trial, with_scores
-from orchestrator.plan.values import Assignment, ClusterDescription, DataPaths, NodeDescription, RunPlan, TrainSettings
+from orchestrator.plan.values import ClusterDescription, NodeDescription, RunPlan
 from orchestrator.spec import LoadedSpec, load_spec
 from orchestrator.train import TrainHost
 from orchestrator.units import GIB
+from orchestrator.work.assignment import Assignment
+from orchestrator.work.execution import DataPaths, TrainSettings
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "jobs" / "specs" / "quickstart.yaml"
 ONE_CORE = ClusterDescription(nodes=(NodeDescription(num_cpus=1, memory_bytes=8 * GIB),))

@@ -31,18 +31,20 @@ from transformers.utils import logging
 
 from orchestrator.anatomy import select
 from orchestrator.data import TokenizedSet
-from orchestrator.plan.remedies import NOTHING, AnchorPlan, Remedies
-from orchestrator.plan.values import Assignment, DataPaths, ExecutionPlan, TrainSettings, TrialSpec
 from orchestrator.spec.models import Tune
 from orchestrator.train import open_branch
-from orchestrator.train.base import LoadedBase
 from orchestrator.train.batches import RowPlan, StepPlan, step_inputs
 from orchestrator.train.building import build_engine
 from orchestrator.train.integrity import base_fingerprint
 from orchestrator.train.learned import LearnedSets
-from orchestrator.train.objective import objective_of
+from orchestrator.train.model.base import LoadedBase
+from orchestrator.train.model.objective import objective_of
 from orchestrator.train.ranks import ALONE
 from orchestrator.train.trunk.library import TrunkLibrary
+from orchestrator.work.assignment import Assignment
+from orchestrator.work.execution import DataPaths, ExecutionPlan, TrainSettings
+from orchestrator.work.remedies import NOTHING, AnchorPlan, Remedies
+from orchestrator.work.trial import TrialSpec
 
 ANCHOR_TIMES, REPLAY_TIMES = 1.10, 1.05
 """The second allows for rows that pack a little worse or better."""

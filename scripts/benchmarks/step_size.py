@@ -28,11 +28,13 @@ from typing import Any
 
 from orchestrator.anatomy import read_anatomy, resolve_base, select
 from orchestrator.data import data_size, prepare_data
-from orchestrator.plan import steps
-from orchestrator.plan.values import Assignment, BaseLoad, DataPaths, ExecutionPlan, TrainSettings, TrialSpec, TrunkPlan
+from orchestrator.plan import schedule as steps
 from orchestrator.spec import load_spec
 from orchestrator.store import append_jsonl
 from orchestrator.train import TrainHost
+from orchestrator.work.assignment import Assignment
+from orchestrator.work.execution import BaseLoad, DataPaths, ExecutionPlan, TrainSettings, TrunkPlan
+from orchestrator.work.trial import TrialSpec
 
 SAMPLES = Path(__file__).resolve().parents[2] / "orchestrator" / "samples" / "data"
 HELD = 300

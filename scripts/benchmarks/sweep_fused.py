@@ -18,12 +18,12 @@ from torch.utils._pytree import tree_iter
 from orchestrator.anatomy import select
 from orchestrator.data import TokenizedSet
 from orchestrator.train import LoadedBase
-from orchestrator.train.adapters import AdapterSpec
+from orchestrator.train.adapters.group import open_group
+from orchestrator.train.adapters.lora import AdapterSpec
 from orchestrator.train.batches import RowPlan, StepInput, to_tensors
+from orchestrator.train.engines.torch_engine import TorchEngine
 from orchestrator.train.fused import accumulate
-from orchestrator.train.group import open_group
-from orchestrator.train.objective import Objective, objective_of
-from orchestrator.train.torch_engine import TorchEngine
+from orchestrator.train.model.objective import Objective, objective_of
 from orchestrator.train.trunk.states import TrunkStates
 
 NUM_TRIALS = 8

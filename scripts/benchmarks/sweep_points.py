@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from orchestrator.anatomy import read_anatomy
 from orchestrator.data import data_size, prepare_data
-from orchestrator.plan.steps import REDUCTION_FACTOR, rung_steps, total_steps
+from orchestrator.plan.schedule import REDUCTION_FACTOR, rung_steps, total_steps
 from orchestrator.spec import LoadedSpec, load_spec
 
 LAYERS = ("last:1", "last:2", "last:4", "all")

@@ -19,18 +19,18 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from orchestrator.anatomy import read_anatomy, select
 from orchestrator.data import TokenizedSet, documents_of_steps
-from orchestrator.plan.compilation import CompileTimes
-from orchestrator.plan.values import BaseLoad, ExecutionPlan
 from orchestrator.train import LoadedBase, load_base, open_branch
 from orchestrator.train.batches import RowPlan, StepPlan, step_inputs, to_tensors
-from orchestrator.train.compiled import LOOKED_AT, TIMED, time_compiled
-from orchestrator.train.engine import Engine
-from orchestrator.train.objective import objective_of
+from orchestrator.train.engines.engine import Engine
+from orchestrator.train.engines.torch_engine import TorchEngine
+from orchestrator.train.model.compiled import LOOKED_AT, TIMED, time_compiled
+from orchestrator.train.model.objective import objective_of
 from orchestrator.train.ranks import Ranks
-from orchestrator.train.torch_engine import TorchEngine
 from orchestrator.train.trunk.build import TrunkBuilder
 from orchestrator.train.trunk.chunks import MemoryChunks
 from orchestrator.train.trunk.states import TrunkStates
+from orchestrator.work.execution import BaseLoad, ExecutionPlan
+from orchestrator.work.measurements import CompileTimes
 
 Batch = Mapping[str, torch.Tensor]
 Step = Callable[[], object]

@@ -14,22 +14,16 @@ import numpy as np
 from orchestrator.anatomy import read_anatomy, select
 from orchestrator.data import TokenizedSet, data_size, documents_of_steps, prepare_data
 from orchestrator.data.sets import build_set, joined
-from orchestrator.plan import steps
-from orchestrator.plan.values import (
-    Assignment,
-    BaseLoad,
-    DataPaths,
-    ExecutionPlan,
-    TrainSettings,
-    TrialSpec,
-    TrunkPlan,
-)
+from orchestrator.plan import schedule as steps
 from orchestrator.spec import load_spec
 from orchestrator.spec.models import Task, Tune
 from orchestrator.train import TrainHost
 from orchestrator.train.evaluation import Evaluation
 from orchestrator.transfer import Comparison, paired_comparison, score
 from orchestrator.transfer.records import RungRecord, TrialRecord
+from orchestrator.work.assignment import Assignment
+from orchestrator.work.execution import BaseLoad, DataPaths, ExecutionPlan, TrainSettings, TrunkPlan
+from orchestrator.work.trial import TrialSpec
 
 MAX_TOKENS = 512
 TOKENS_PER_STEP = 1024

@@ -19,11 +19,13 @@ import torch
 
 from orchestrator.anatomy import read_anatomy, select
 from orchestrator.data import build_set
-from orchestrator.plan.memory.moving import LOGIT_CHUNK_BYTES
-from orchestrator.plan.results import RungResult
-from orchestrator.plan.values import Assignment, BaseLoad, DataPaths, ExecutionPlan, TrainSettings, TrialSpec
+from orchestrator.plan.memory.transient import LOGIT_CHUNK_BYTES
 from orchestrator.samples import SAMPLE_BASE
 from orchestrator.store import read_jsonl
+from orchestrator.work.assignment import Assignment
+from orchestrator.work.execution import BaseLoad, DataPaths, ExecutionPlan, TrainSettings
+from orchestrator.work.results import RungResult
+from orchestrator.work.trial import TrialSpec
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,11 +11,11 @@ from typing import Any
 import ray
 
 from orchestrator.plan import make_trial
-from orchestrator.plan.values import TrialSpec
 from orchestrator.runtime.assignments import Answer, Orders
 from orchestrator.runtime.cluster import fetch
 from orchestrator.runtime.exchange import Exchange
 from orchestrator.runtime.prepare import Prepared, reopen
+from orchestrator.work.trial import TrialSpec
 
 from .runs import TIMEOUT_S
 

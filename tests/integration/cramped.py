@@ -50,7 +50,7 @@ def _hook(fitting: FittingRows, cramped_rank: int) -> Callable[[], None]:
 
         import torch
 
-        from orchestrator.train.objective import Objective
+        from orchestrator.train.model.objective import Objective
         from orchestrator.train.trial import TrialRun
 
         forward, run, fits = Objective.forward, TrialRun.run, {"rows": 10**9}

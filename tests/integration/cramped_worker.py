@@ -22,12 +22,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from orchestrator.plan.values import Assignment
 from orchestrator.train import widths
 from orchestrator.train.fused import FusedRun
-from orchestrator.train.objective import Objective
+from orchestrator.train.model.objective import Objective
 from orchestrator.train.trial import TrialRun
 from orchestrator.train.trunk.build import TrunkBuilder
+from orchestrator.work.assignment import Assignment
 
 sys.path.insert(0, str(Path(__file__).parent))
 from ranks_worker import main

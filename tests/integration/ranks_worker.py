@@ -23,11 +23,13 @@ import torch
 
 from orchestrator.anatomy import ModelAnatomy
 from orchestrator.data import TokenizedSet
-from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan
-from orchestrator.train import TrainHost, objective
-from orchestrator.train.deepspeed_engine import load_deepspeed
+from orchestrator.train import TrainHost
+from orchestrator.train.engines.deepspeed_engine import load_deepspeed
+from orchestrator.train.model import objective
 from orchestrator.train.trunk.build import TrunkBuilder
 from orchestrator.train.widths import kind_of_batch
+from orchestrator.work.assignment import Assignment
+from orchestrator.work.execution import BaseLoad, ExecutionPlan
 
 
 def main(jobs_file: str, rank: str, world_size: str, meeting: str, out_file: str) -> None:

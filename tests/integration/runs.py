@@ -17,12 +17,12 @@ from typing import Any, Literal, TypeVar
 import psutil
 import pytest
 
-from orchestrator.cli import main
-from orchestrator.plan.results import RungResult
-from orchestrator.runtime.ledger import Ledger, TrialEntry
+from orchestrator.cli.commands import main
+from orchestrator.run.ledger import Ledger, TrialEntry
 from orchestrator.samples import SAMPLE_DATA
 from orchestrator.store import read_json, read_jsonl
 from orchestrator.transfer.records import SweepResult, TransferReport
+from orchestrator.work.results import RungResult
 
 Job = Literal["sweep", "finetune"]
 Found = TypeVar("Found")

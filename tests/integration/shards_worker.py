@@ -24,14 +24,14 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from orchestrator.anatomy import read_anatomy, select
-from orchestrator.plan.values import BaseLoad, ExecutionPlan, TrainSettings
-from orchestrator.train import deepspeed_engine, zero_state
-from orchestrator.train.base import load_base
-from orchestrator.train.branch import open_branch
-from orchestrator.train.deepspeed_engine import DeepSpeedTrainer
-from orchestrator.train.objective import Objective, final_norm_of
+from orchestrator.train.adapters.branch import open_branch
+from orchestrator.train.engines import deepspeed_engine, zero_state
+from orchestrator.train.engines.deepspeed_engine import DeepSpeedTrainer
+from orchestrator.train.engines.zero3_warm import PartitionKeeper
+from orchestrator.train.model.base import load_base
+from orchestrator.train.model.objective import Objective, final_norm_of
 from orchestrator.train.ranks import Ranks
-from orchestrator.train.zero3_warm import PartitionKeeper
+from orchestrator.work.execution import BaseLoad, ExecutionPlan, TrainSettings
 
 NUM_ROUNDS = 2
 LET_GO_S = 0.05

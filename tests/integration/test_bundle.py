@@ -29,7 +29,6 @@ from orchestrator.anatomy import read_anatomy, select
 from orchestrator.data import TokenizedSet, build_set
 from orchestrator.errors import UsageError, VerificationError
 from orchestrator.plan.merge import make_merge_plan
-from orchestrator.plan.values import BaseLoad, TrialSpec
 from orchestrator.serve import (
     BundleInputs,
     commit_bundle,
@@ -46,10 +45,12 @@ from orchestrator.serve import (
 from orchestrator.serve.card import model_card
 from orchestrator.store import check_folder
 from orchestrator.store.files import usual_mode
-from orchestrator.train.artifacts import save_artifact
-from orchestrator.train.base import load_base
-from orchestrator.train.branch import open_branch
+from orchestrator.train.adapters.artifacts import save_artifact
+from orchestrator.train.adapters.branch import open_branch
+from orchestrator.train.model.base import load_base
 from orchestrator.transfer.records import PromptComparison, TransferReport, VerificationFigures
+from orchestrator.work.execution import BaseLoad
+from orchestrator.work.trial import TrialSpec
 
 WORDS = [f"w{number}" for number in range(93)]
 CLASSES = ("low", "mid", "high")

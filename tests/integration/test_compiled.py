@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.plan.compilation import CompileChoice
 from orchestrator.plan.values import RunPlan
 from orchestrator.store import read_json, read_jsonl
-from orchestrator.train.compiled import missing_compiler
+from orchestrator.train.model.compiled import missing_compiler
+from orchestrator.work.measurements import CompileChoice
 
 from .runs import TIMEOUT_S, events_of, result_of, run_folder, submit, transfer_of, trials_of, write_spec
 

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 from orchestrator.anatomy import read_anatomy
 from orchestrator.data import TokenizedSet
-from orchestrator.plan.values import Assignment, BaseLoad, ExecutionPlan
 from orchestrator.train import TrainHost
 from orchestrator.train.batches import RowPlan, StepPlan
+from orchestrator.work.assignment import Assignment
+from orchestrator.work.execution import BaseLoad, ExecutionPlan
 
 from .test_ranks import NUM_STEPS, SKEWED_TOKENS_PER_STEP, Matrix, make_base, make_sets, plan
 

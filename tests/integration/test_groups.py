@@ -14,14 +14,15 @@ import pytest
 import ray
 
 import orchestrator.runtime  # noqa: F401 - before a test imports ray: the private Ray asks for a token, as for users
-from orchestrator.plan.values import ClusterDescription, NodeDescription, TrialSpec
+from orchestrator.plan.values import ClusterDescription, NodeDescription
 from orchestrator.report.terminal import LogView
+from orchestrator.run.ledger import Ledger
 from orchestrator.runtime.assignments import Answer
 from orchestrator.runtime.cluster import WORKER_ENV, fetch
-from orchestrator.runtime.ledger import Ledger
 from orchestrator.runtime.prepare import Prepared, open_run, prepare
 from orchestrator.spec import load_spec
 from orchestrator.units import GIB
+from orchestrator.work.trial import TrialSpec
 
 from .counter import Counter
 from .runs import TIMEOUT_S, losses_in, write_spec

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.runtime.hours import read_hours
+from orchestrator.run.hours import read_hours
 from orchestrator.store import check_folder
 
 from .runs import (

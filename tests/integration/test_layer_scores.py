@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.plan.scored import LayerScores
 from orchestrator.plan.values import RunPlan
 from orchestrator.store import read_json
+from orchestrator.work.measurements import LayerScores
 
 from .runs import TIMEOUT_S, events_of, result_of, run_folder, submit, sweep_of, transfer_of, trials_of, write_spec
 

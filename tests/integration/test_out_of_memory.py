@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.plan.values import ExecutionPlan
-from orchestrator.runtime.ledger import TrialEntry
+from orchestrator.run.ledger import TrialEntry
+from orchestrator.work.execution import ExecutionPlan
 
 from .counter import open_counter
 from .cramped import cramped_ray

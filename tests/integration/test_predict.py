@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from orchestrator.cli import app
+from orchestrator.cli.commands import app
 from orchestrator.errors import DataError, UsageError
 from orchestrator.serve import commit_bundle, stage_bundle, trained_model, verify
 from orchestrator.serve.predict import Question, answer_all, open_predictor

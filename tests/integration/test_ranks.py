@@ -23,12 +23,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from orchestrator.anatomy import read_anatomy, select
 from orchestrator.data import build_set
-from orchestrator.plan.memory.moving import LOGIT_CHUNK_BYTES
-from orchestrator.plan.remedies import NOTHING, Remedies
-from orchestrator.plan.results import RungResult
-from orchestrator.plan.values import Assignment, BaseLoad, DataPaths, ExecutionPlan, TrainSettings, TrialSpec, TrunkPlan
+from orchestrator.plan.memory.transient import LOGIT_CHUNK_BYTES
 from orchestrator.store import read_jsonl
 from orchestrator.train.batches import RowPlan, StepPlan
+from orchestrator.work.assignment import Assignment
+from orchestrator.work.execution import BaseLoad, DataPaths, ExecutionPlan, TrainSettings, TrunkPlan
+from orchestrator.work.remedies import NOTHING, Remedies
+from orchestrator.work.results import RungResult
+from orchestrator.work.trial import TrialSpec
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1500)]
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from orchestrator.anatomy import read_anatomy
 from orchestrator.data import build_set
-from orchestrator.plan.remedies import AnchorPlan, Remedies
-from orchestrator.plan.values import ExecutionPlan
+from orchestrator.work.execution import ExecutionPlan
+from orchestrator.work.remedies import AnchorPlan, Remedies
 
 from .test_ranks import Matrix, make_base, make_sets, plan
 

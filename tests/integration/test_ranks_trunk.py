@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from orchestrator.anatomy import read_anatomy
-from orchestrator.plan.values import TrunkPlan
+from orchestrator.work.execution import TrunkPlan
 
 from .test_ranks import NUM_STEPS, TOLERANCE, Matrix, make_base, make_sets, plan
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.anatomy import read_anatomy
-from orchestrator.plan.results import RungResult
-from orchestrator.plan.values import ExecutionPlan, TrunkPlan
+from orchestrator.work.execution import ExecutionPlan, TrunkPlan
+from orchestrator.work.results import RungResult
 
 from .test_ranks import Matrix, make_base, make_sets, plan
 

@@ -13,12 +13,11 @@ import ray
 from ruamel.yaml import YAML
 
 from orchestrator.data import TokenizedSet
-from orchestrator.plan.curve import SHARES
-from orchestrator.plan.few import PATIENCE
+from orchestrator.plan.schedule import PATIENCE, SHARES
 from orchestrator.plan.values import RunPlan
-from orchestrator.runtime.ledger import Ledger
-from orchestrator.runtime.records import base_result
-from orchestrator.runtime.scoring import Scoring
+from orchestrator.run.ledger import Ledger
+from orchestrator.run.records import base_result
+from orchestrator.run.scoring import Scoring
 from orchestrator.samples import SAMPLE_BASE
 from orchestrator.store import check_folder, read_json
 

@@ -13,15 +13,16 @@ import pytest
 import ray
 
 import orchestrator.runtime  # noqa: F401 - before a test imports ray: the private Ray asks for a token, as for users
-from orchestrator.plan.values import ClusterDescription, NodeDescription, TrialSpec
+from orchestrator.plan.values import ClusterDescription, NodeDescription
 from orchestrator.report.terminal import LogView
+from orchestrator.run.ledger import Ledger
 from orchestrator.runtime.assignments import Answer
 from orchestrator.runtime.cluster import WORKER_ENV, fetch
-from orchestrator.runtime.ledger import Ledger
 from orchestrator.runtime.prepare import open_run, prepare
 from orchestrator.spec import load_spec
 from orchestrator.store import check_folder
 from orchestrator.units import GIB
+from orchestrator.work.trial import TrialSpec
 
 from .counter import Counter
 from .runs import TIMEOUT_S, kill_process, losses_in, wait_until, write_spec
@@ -53,7 +54,7 @@ def _hook(folder: str, held: str) -> Callable[[], None]:
         if "MKL_NUM_THREADS" not in os.environ:
             return  # no rank
 
-        from orchestrator.train import saving
+        from orchestrator.train.checkpoint import saving
 
         write = saving.write_snapshot
 

@@ -16,9 +16,10 @@ import pytest
 from typer.testing import CliRunner
 
 import orchestrator
-from orchestrator import cli, this_machine
-from orchestrator.cli import app
-from orchestrator.cli_group import GROUPS
+from orchestrator import this_machine
+from orchestrator.cli import commands as cli
+from orchestrator.cli.commands import app
+from orchestrator.cli.group import GROUPS
 from orchestrator.errors import (
     DataError,
     NonFiniteLossError,

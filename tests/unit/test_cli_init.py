@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from orchestrator.cli import app
+from orchestrator.cli.commands import app
 from orchestrator.data.reading.looking import look_at
 from orchestrator.errors import DataError
 from orchestrator.spec import load_spec

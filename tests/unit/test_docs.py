@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from orchestrator import errors
-from orchestrator.cli import INTERRUPTED, app
+from orchestrator.cli.commands import INTERRUPTED, app
 from orchestrator.errors import OrchestratorError
 from orchestrator.plan import read_cluster_file
 from orchestrator.plan.cluster import NODE_KEYS

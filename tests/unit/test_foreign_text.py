@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.testing import CliRunner
 
-from orchestrator.cli import app
+from orchestrator.cli.commands import app
 from orchestrator.errors import DataError, SpecError, SpecProblem, UsageError
 from orchestrator.report.console import SafeConsole
 from orchestrator.report.terminal import JsonView, LogView, SweepView

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from orchestrator.cli import app
+from orchestrator.cli.commands import app
 from orchestrator.errors import CheckpointError
 from orchestrator.store import commit_folder
-from orchestrator.train.saving import _write
+from orchestrator.train.checkpoint.saving import _write
 
 
 @pytest.fixture

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.plan.cost.flops import attention_width, forward_flops_per_token, runs_head_twice, train_terms
-from orchestrator.plan.estimates import FlopTerm
+from orchestrator.plan.estimates import FlopTerm, Part
+from orchestrator.plan.remedies import FISHER_DOCUMENTS
 from orchestrator.plan.values import RunPlan, TrialOption
+from orchestrator.units import format_count
+from orchestrator.work.execution import ExecutionPlan
 
 
 def planned_options(plan: RunPlan) -> tuple[TrialOption, ...]:
@@ -51,3 +54,51 @@ def per_target_token(options: Sequence[TrialOption], terms: Sequence[Sequence[Fl
     return [
         sum(term.flops for term in each) / (1.0 - option.remedies.replay) for option, each in zip(options, terms, strict=True)
     ]
+
+
+def measurements(plan: RunPlan, anatomy: ModelAnatomy, execution: ExecutionPlan) -> list[float]:
+    """Operations of each that the plan's choices need on a gang that runs so, the costliest first; none without EWC.
+
+    A measurement is kept for all trials with what it depends on (`train.building`): beside what is the same in the whole run
+    the weights that learn, the layer decay, the seed, and how ranks hold what learns. Every rank computes every document, alone
+    in its row and from the embeddings on, whatever is stored; all of its positions are predicted.
+    """
+    data = plan.data.model_copy(update={"supervised_share": 1.0, "document_tokens": None})
+    alone = execution.model_copy(update={"micro_batch_rows": 1})
+    bare = plan.model_copy(update={"trunk": None, "data": data, "execution": alone})
+    needed = {
+        (option.selection.pending, option.selection.trainable, option.remedies.layer_decay): option.selection
+        for option in planned_options(plan)
+        if option.remedies.anchor is not None and option.remedies.anchor.kind == "ewc"
+    }
+    per_token = (sum(term.flops for term in option_terms(bare, anatomy, selection)) for selection in needed.values())
+    return sorted((execution.ranks * _tokens(plan) * flops for flops in per_token), reverse=True)
+
+
+def fisher_parts(plan: RunPlan, anatomy: ModelAnatomy) -> list[Part]:
+    """What the searched trials, or the one trial, take of them; of more selections than trials the costliest."""
+    found = measurements(plan, anatomy, plan.execution)
+    if plan.search is not None:
+        found = found[: plan.search.num_trials]
+    if not found:
+        return []
+    ranks, tokens = plan.execution.ranks, format_count(_tokens(plan))
+    of = f"{len(found)} x " + (f"{ranks} ranks x " if ranks > 1 else "")
+    reason = f"EWC: {of}up to {tokens} retention tokens, forward and backward, for all trials that learn the same weights"
+    return [Part(name="fisher", amount=sum(found), reason=reason)]
+
+
+def fisher_of_repeat(plan: RunPlan, anatomy: ModelAnatomy) -> float:
+    """Another seed takes other documents: of the costliest choice with EWC."""
+    return max(measurements(plan, anatomy, plan.execution), default=0.0)
+
+
+def fisher_of_refit(plan: RunPlan, anatomy: ModelAnatomy) -> float:
+    """Likewise a refit whose ranks hold what learns in another way; else the trial's own measurement is read."""
+    trial, refit = ((each.ranks, each.executor, each.zero_stage) for each in (plan.execution, plan.refit_execution))
+    return max(measurements(plan, anatomy, plan.refit_execution), default=0.0) if refit != trial else 0.0
+
+
+def _tokens(plan: RunPlan) -> int:
+    """Of one measurement, whose documents may be as long as a row; where all of the retention set is scored, they are of that."""
+    return min(FISHER_DOCUMENTS * plan.execution.row_tokens, plan.data.replay_tokens or plan.data.retain_tokens)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
+from orchestrator.plan.data_size import DataSize
 from orchestrator.plan.estimates import Part
-from orchestrator.plan.size import DataSize
 from orchestrator.plan.values import RunPlan, TrialOption
 from orchestrator.units import format_count
 

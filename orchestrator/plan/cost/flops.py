@@ -2,20 +2,20 @@
 
 What is counted is what torch's `FlopCounterMode` counts: matrix products and attention, not norms, activations and
 optimizers. L is how many tokens a token is compared with: the width of its row or, where documents are computed apart
-(`plan.attention`), its document's length. q is the query width (heads x head size), k the share of the blocks above the cut.
+(`plan.memory.activations`), its document's length. q is the query width (heads x head size), k the share of the blocks
+above the cut.
 A test runs real steps under that counter and compares.
 """
 
 from __future__ import annotations
 
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
-from orchestrator.plan.attention import attends_by_document
+from orchestrator.plan.data_size import DataSize
 from orchestrator.plan.estimates import FlopTerm
-from orchestrator.plan.memory.activations import FUSED_PROJECTIONS
-from orchestrator.plan.memory.moving import LOGIT_CHUNK_BYTES
-from orchestrator.plan.size import DataSize
-from orchestrator.plan.values import ExecutionPlan
+from orchestrator.plan.memory.activations import FUSED_PROJECTIONS, attends_by_document
+from orchestrator.plan.memory.transient import LOGIT_CHUNK_BYTES
 from orchestrator.units import format_count
+from orchestrator.work.execution import ExecutionPlan
 
 BACKWARD_MATMULS, FORWARD_MATMULS = 5, 2
 """Of a fused attention kernel: forward is scores and their use; backward makes the scores again, then the gradients of
@@ -56,7 +56,7 @@ def forward_terms(
     - Matrices: 2 an element (Kaplan et al. 2020, section 2.1). The embedding look-up multiplies nothing. Of routed experts
       a token passes `experts_per_token`, so that share of their elements counts; routers and shared experts count whole.
     - Attention: two products, scores and their use, of 2·L·q each: 4·L·q a block.
-    - Head: 2 an element, at supervised positions only (`train.objective`); to classify, one position a document.
+    - Head: 2 an element, at supervised positions only (`train.model.objective`); to classify, one position a document.
     """
     blocks, head = block_elements(anatomy, first), head_elements(anatomy, num_classes) * supervised_share
     where = "" if supervised_share == 1.0 else f" at {supervised_share:.0%} of the positions"
@@ -95,7 +95,7 @@ def train_terms(
     - Checkpointing runs the blocks above the cut again: 2 an element, adapters too, and attention's forward.
       torch stops as soon as all that backward needs is there, which a block's last matrix is not part of unless it is
       adapted (`_last_matrix`).
-    - A head that does not make its gradient with its loss (`train.loss`) and whose logits take several chunks is
+    - A head that does not make its gradient with its loss (`train.model.loss`) and whose logits take several chunks is
       checkpointed too: 2 an element again (`runs_head_twice`).
     """
     first = selection.cut if stored_trunk else 0

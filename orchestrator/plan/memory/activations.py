@@ -173,3 +173,11 @@ def _mlp_width(anatomy: ModelAnatomy, block: int) -> int:
     if experts is None or not anatomy.stacked[block]:
         return anatomy.intermediate_size
     return experts.experts_per_token * experts.intermediate_size + experts.shared_intermediate_size
+
+
+def attends_by_document(anatomy: ModelAnatomy, device: str, *, classify: bool) -> bool:
+    """Whether the documents of a row are computed one by one (`train.model.attention`) instead of the whole row under a mask.
+
+    On CPUs, for decoders that a fused kernel serves. Rows that are classified hold one document and its padding.
+    """
+    return device == "cpu" and anatomy.kind == "decoder" and anatomy.attention == "fused" and not classify

@@ -13,10 +13,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from orchestrator.plan.estimates import MemoryEstimate, MemoryPhase, MemoryTerm
+from orchestrator.plan.memory.candidate import Way
 from orchestrator.plan.memory.footprint import Footprint
-from orchestrator.plan.memory.held import host_terms, shards_of, state_terms, weight_terms
-from orchestrator.plan.memory.moving import phase_terms
-from orchestrator.plan.memory.way import Way
+from orchestrator.plan.memory.resident import host_terms, shards_of, state_terms, weight_terms
+from orchestrator.plan.memory.transient import phase_terms
 from orchestrator.units import GIB, MIB
 
 RUNTIME_BYTES = {"cuda": GIB, "cpu": GIB // 2}

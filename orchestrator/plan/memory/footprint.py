@@ -6,11 +6,10 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
-from orchestrator.plan.attention import attends_by_document
-from orchestrator.plan.memory.activations import activations
+from orchestrator.plan.memory.activations import activations, attends_by_document
 from orchestrator.plan.memory.quantized import dequantize_scratch_bytes, quantized_bytes
-from orchestrator.plan.remedies import AnchorPlan
 from orchestrator.spec.models import Quantize
+from orchestrator.work.remedies import AnchorPlan
 
 ANCHOR_COPIES = {"l2sp": 1, "ewc": 2, "product": 0}
 """See `Footprint.anchor_copies`; `train.anchors` holds them."""

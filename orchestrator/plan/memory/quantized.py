@@ -1,4 +1,4 @@
-"""What one quantized matrix takes, to the byte, as `train.base` loads it with bitsandbytes 0.50.2.
+"""What one quantized matrix takes, to the byte, as `train.model.base` loads it with bitsandbytes 0.50.2.
 
 Measured and compared in tests/unit/plan/test_quantized.py with the storages of real quantized modules.
 """

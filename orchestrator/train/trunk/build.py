@@ -17,9 +17,9 @@ from torch import nn
 
 from orchestrator.data import MicroBatch, TokenizedSet
 from orchestrator.train import pulse
-from orchestrator.train.base import LoadedBase
 from orchestrator.train.batches import RowPlan, to_tensors
-from orchestrator.train.objective import Objective
+from orchestrator.train.model.base import LoadedBase
+from orchestrator.train.model.objective import Objective
 from orchestrator.train.ranks import Ranks
 from orchestrator.train.trunk.cache import piece_lock
 from orchestrator.train.trunk.chunks import Chunks, DiskChunks, chunk_borders

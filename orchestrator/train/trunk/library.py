@@ -11,15 +11,15 @@ from typing import cast
 from torch import nn
 
 from orchestrator.data import TokenizedSet
-from orchestrator.plan.values import DataPaths, TrunkPlan
-from orchestrator.train.base import LoadedBase
 from orchestrator.train.batches import RowPlan
-from orchestrator.train.objective import Objective
+from orchestrator.train.model.base import LoadedBase
+from orchestrator.train.model.objective import Objective
 from orchestrator.train.ranks import Ranks
 from orchestrator.train.trunk.build import TrunkBuilder, random_below, trunk_key
 from orchestrator.train.trunk.cache import TrunkCache
 from orchestrator.train.trunk.chunks import Chunks, DiskChunks, MemoryChunks
 from orchestrator.train.trunk.states import TrunkStates
+from orchestrator.work.execution import DataPaths, TrunkPlan
 
 MEMORY_SHARE = 0.25
 """Of the memory that is free, what stored states may take where no disk has room."""

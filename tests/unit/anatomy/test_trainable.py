@@ -15,15 +15,15 @@ from orchestrator.anatomy import known_layouts, read_anatomy, select, trainable_
 from orchestrator.anatomy.layouts import LAYOUTS
 from orchestrator.data import TokenizedSet, build_set
 from orchestrator.plan.merge import make_merge_plan
-from orchestrator.plan.values import BaseLoad
 from orchestrator.serve.bundle import bundle_config
 from orchestrator.serve.merging import merge
 from orchestrator.spec.models import Task, Tune
-from orchestrator.train.artifacts import save_artifact
-from orchestrator.train.base import LoadedBase, load_base
+from orchestrator.train.adapters.artifacts import save_artifact
+from orchestrator.train.adapters.branch import open_branch
 from orchestrator.train.batches import RowPlan, to_tensors
-from orchestrator.train.branch import open_branch
-from orchestrator.train.objective import Objective, final_norm_of
+from orchestrator.train.model.base import LoadedBase, load_base
+from orchestrator.train.model.objective import Objective, final_norm_of
+from orchestrator.work.execution import BaseLoad
 
 from .bases import config_of
 

@@ -12,12 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from orchestrator.anatomy import read_anatomy, select
 from orchestrator.data import TokenizedSet, prepare_data
-from orchestrator.plan.values import BaseLoad, TrialSpec
 from orchestrator.serve import BundleInputs, score_test, stage_bundle
 from orchestrator.spec import load_spec
-from orchestrator.train.artifacts import save_artifact
-from orchestrator.train.base import load_base
-from orchestrator.train.branch import open_branch
+from orchestrator.train.adapters.artifacts import save_artifact
+from orchestrator.train.adapters.branch import open_branch
+from orchestrator.train.model.base import load_base
+from orchestrator.work.execution import BaseLoad
+from orchestrator.work.trial import TrialSpec
 
 from .families import FAMILIES, base_of
 

@@ -11,8 +11,8 @@ import pytest
 
 from orchestrator.data import data_size, documents_of_steps, prepare_data
 from orchestrator.errors import DataError, RunConflictError
-from orchestrator.plan.step_size import auto_tokens_per_step
-from orchestrator.plan.steps import StepSize
+from orchestrator.plan.data_size import auto_tokens_per_step
+from orchestrator.plan.schedule import StepSize
 from orchestrator.spec import load_spec
 from orchestrator.store import read_json
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from orchestrator.data import TokenizedSet, build_set, documents_of_share, documents_of_steps, size_of_share
-from orchestrator.plan.curve import SHARES, curve_shares
+from orchestrator.plan.schedule import SHARES, curve_shares
 from orchestrator.plan.values import DataSize
 
 

@@ -8,9 +8,9 @@ import pytest
 
 from orchestrator.errors import PlanError
 from orchestrator.plan import make_plan
-from orchestrator.plan.compilation import CompileChoice, CompilePlan, CompileTimes
-from orchestrator.plan.compiling import KIND_SECONDS, WORTH, choice_of, gang_seconds, standing_choice, with_choice
+from orchestrator.plan.measurements import KIND_SECONDS, WORTH, choice_of, gang_seconds, standing_choice, with_choice
 from orchestrator.plan.values import RunPlan
+from orchestrator.work.measurements import CompileChoice, CompilePlan, CompileTimes
 
 
 @pytest.fixture

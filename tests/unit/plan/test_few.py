@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from orchestrator.plan import make_plan, rung_steps
-from orchestrator.plan.steps import even_rung_steps, pace, share_beyond
+from orchestrator.plan.schedule import even_rung_steps, pace, share_beyond
 from orchestrator.plan.values import RunPlan
 
 

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 
 from orchestrator.anatomy import read_anatomy, select
-from orchestrator.plan.grouping import FuseKey, concurrent_trials, fuse_key
-from orchestrator.plan.relief import relieve
-from orchestrator.plan.values import Assignment, DataPaths, ExecutionPlan, TrainSettings, TrialSpec
+from orchestrator.plan.fusing import FuseKey, concurrent_trials, fuse_key
 from orchestrator.samples import SAMPLE_BASE
+from orchestrator.work.assignment import Assignment
+from orchestrator.work.execution import DataPaths, ExecutionPlan, TrainSettings
+from orchestrator.work.memory_ladder import relieve
+from orchestrator.work.trial import TrialSpec
 
 ANATOMY = read_anatomy(SAMPLE_BASE, need_weights=False)
 PLANNED = ExecutionPlan(device="cpu", ranks=1, threads_per_rank=1, executor="torch", row_tokens=64, micro_batch_rows=4)

@@ -113,7 +113,7 @@ def test_where_nothing_without_deepspeed_fits_the_anchor_on_products_is_named(
 
 @pytest.mark.parametrize("zero", ["auto", 0, 1, 2, 3])
 def test_only_what_the_engine_offloads_is_planned_to_be(zero: Any) -> None:
-    """`train.deepspeed_engine` offloads at stage 3 alone."""
+    """`train.engines.deepspeed_engine` offloads at stage 3 alone."""
     offloading = [way for way in ways(ResourcesSpec(zero=zero), "cuda", [1, 2, 8], 512) if way.offload != "none"]
     assert {way.zero_stage for way in offloading} == ({3} if zero in ("auto", 3) else set())
 

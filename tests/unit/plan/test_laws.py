@@ -17,13 +17,14 @@ from orchestrator.data import build_set, micro_batches, pack_rows
 from orchestrator.errors import BaseError, PlanError
 from orchestrator.plan import make_plan
 from orchestrator.plan.cost.choices import planned_options
+from orchestrator.plan.memory.candidate import Way
 from orchestrator.plan.memory.estimate import estimate
 from orchestrator.plan.memory.footprint import Footprint, weigh
-from orchestrator.plan.memory.way import Way
 from orchestrator.plan.placement import num_places
-from orchestrator.plan.relief import relieve
-from orchestrator.plan.values import ClusterDescription, ExecutionPlan, NodeDescription, RunPlan
+from orchestrator.plan.values import ClusterDescription, NodeDescription, RunPlan
 from orchestrator.units import GIB
+from orchestrator.work.execution import ExecutionPlan
+from orchestrator.work.memory_ladder import relieve
 
 SETTINGS = settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]

@@ -10,7 +10,7 @@ from orchestrator.anatomy import ModelAnatomy, read_anatomy, select
 from orchestrator.anatomy.headers import read_header
 from orchestrator.errors import BaseError, SelectionError
 from orchestrator.plan.merge import LinkShard, MergePlan, WriteTensor, make_merge_plan
-from orchestrator.plan.values import BaseLoad
+from orchestrator.work.execution import BaseLoad
 
 HIDDEN, INNER, VOCAB, BLOCKS = 8, 16, 11, 2
 ITEM = {"BF16": 2, "F32": 4}

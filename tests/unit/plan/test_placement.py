@@ -9,8 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from orchestrator.errors import PlanError
-from orchestrator.plan.placement import machines
-from orchestrator.plan.standing import count_gangs, lay_out, placement
+from orchestrator.plan.placement import count_gangs, lay_out, machines, placement
 from orchestrator.plan.values import ClusterDescription, NodeDescription
 from orchestrator.spec.models import ResourcesSpec
 from orchestrator.units import GIB

@@ -9,18 +9,9 @@ import pytest
 
 from orchestrator.anatomy import ModelAnatomy, select
 from orchestrator.plan import make_plan
-from orchestrator.plan.remedies import (
-    NOTHING,
-    AnchorPlan,
-    Remedies,
-    learning_groups,
-    left_out,
-    method_name,
-    remedies_of_point,
-    remedies_of_train,
-    searched_remedies,
-)
+from orchestrator.plan.remedies import learning_groups, left_out, remedies_of_point, remedies_of_train, searched_remedies
 from orchestrator.spec.models import SearchPoint, SearchSpec, TrainSpec
+from orchestrator.work.remedies import NOTHING, AnchorPlan, Remedies, method_name
 
 L2SP, PRODUCT = {"kind": "l2sp", "strength": 30}, {"kind": "product", "strength": 2}
 

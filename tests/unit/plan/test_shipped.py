@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from orchestrator.anatomy import read_anatomy, select
+from orchestrator.plan.memory.candidate import Way
 from orchestrator.plan.memory.estimate import estimate
 from orchestrator.plan.memory.footprint import weigh
-from orchestrator.plan.memory.way import Way
 from orchestrator.units import GIB
 
 SPEC = Path(__file__).parents[3] / "jobs" / "specs" / "llama-8b-qlora.yaml"

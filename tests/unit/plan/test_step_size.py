@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from orchestrator.plan import estimate_data_size, make_plan
-from orchestrator.plan.size import DataSize
-from orchestrator.plan.step_size import FEW_STEPS, LEAST_STEPS, MOST_TOKENS, auto_tokens_per_step, few_steps_sentence
-from orchestrator.plan.steps import StepSize, filling_step, row_tokens, tokens_per_step, total_steps
+from orchestrator.plan.data_size import FEW_STEPS, LEAST_STEPS, MOST_TOKENS, DataSize, auto_tokens_per_step, few_steps_sentence
+from orchestrator.plan.schedule import StepSize, filling_step, row_tokens, tokens_per_step, total_steps
 
 SIZES = [1, 2, 8, 30, 100, 240, 300, 1000, 7500, 10_000, 52_000, 500_000, 10_000_000]
 

@@ -19,10 +19,10 @@ from orchestrator.plan import (
     shift_trial,
     shuffled_control,
 )
-from orchestrator.plan.compilation import CompilePlan
-from orchestrator.plan.remedies import Remedies
-from orchestrator.plan.scored import ProbePlan
-from orchestrator.plan.values import DataPaths, RunPlan, ShiftPlan, TrainSettings
+from orchestrator.plan.values import RunPlan
+from orchestrator.work.execution import DataPaths, TrainSettings
+from orchestrator.work.measurements import CompilePlan, ProbePlan, ShiftPlan
+from orchestrator.work.remedies import Remedies
 
 SEARCH = {"layers": ["last:1", "all"], "tune": ["lora"], "lora_rank": [4], "learning_rate": {"lora": [1e-3, 1e-1]}}
 

@@ -15,8 +15,7 @@ import pytest
 
 from orchestrator.anatomy.values import LayerSelection
 from orchestrator.plan.estimates import MemoryEstimate, MemoryTerm
-from orchestrator.plan.results import StepReport
-from orchestrator.plan.values import BaseLoad, DataSize, ExecutionPlan, RejectedWay, RunPlan, SearchPlan, TrialOption
+from orchestrator.plan.values import DataSize, RejectedWay, RunPlan, SearchPlan, TrialOption
 from orchestrator.transfer.records import (
     ComparisonRecord,
     EngineFigures,
@@ -30,6 +29,8 @@ from orchestrator.transfer.records import (
     TrialRecord,
     VerificationFigures,
 )
+from orchestrator.work.execution import BaseLoad, ExecutionPlan
+from orchestrator.work.results import StepReport
 
 TOTAL_STEPS, TOKENS_PER_STEP, BASE_LOSS, BASE_RETAIN = 54, 4096, 3.92, 4.081
 MIB = 1024**2

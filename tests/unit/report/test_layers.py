@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.plan.scored import LayerScores
 from orchestrator.report.layers import single_block_losses
 from orchestrator.report.page import write_report
+from orchestrator.work.measurements import LayerScores
 
 from .test_page import read
 

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 import orchestrator
-from orchestrator.cli import app
+from orchestrator.cli.commands import app
 from orchestrator.errors import UsageError
 from orchestrator.report.listing import compare_runs, list_runs
 

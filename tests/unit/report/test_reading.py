@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from orchestrator.plan.results import EngineRecord, RungResult
-from orchestrator.plan.values import TrialSpec
 from orchestrator.report.reading import read_run
+from orchestrator.work.results import EngineRecord, RungResult
+from orchestrator.work.trial import TrialSpec
 
 
 def write_trial(folder, trial, *, results, end=None):

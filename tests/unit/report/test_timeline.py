@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from orchestrator.plan.results import RungResult
 from orchestrator.report.page import render_page
 from orchestrator.report.reading import RunRecords, read_run
 from orchestrator.report.timeline import gang_times, seconds_by_kind, shares_sentence, side_by_side, submissions_of
+from orchestrator.work.results import RungResult
 
 START = 1_790_000_000.0
 

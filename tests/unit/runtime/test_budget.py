@@ -10,15 +10,16 @@ import pytest
 
 from orchestrator.errors import TrainingError
 from orchestrator.plan import make_trial
-from orchestrator.plan.relief import nothing_smaller
-from orchestrator.plan.results import RungResult
-from orchestrator.plan.values import ExecutionPlan, TrialSpec
 from orchestrator.report.terminal import LogView
-from orchestrator.runtime import budget
-from orchestrator.runtime.budget import full_budget, refit_assignment, run_refit, steps_to_bundle
-from orchestrator.runtime.ledger import TrialEntry
+from orchestrator.run.ledger import TrialEntry
+from orchestrator.runtime import refit as budget
 from orchestrator.runtime.prepare import Prepared
+from orchestrator.runtime.refit import full_budget, refit_assignment, run_refit, steps_to_bundle
 from orchestrator.store import read_jsonl, write_json
+from orchestrator.work.execution import ExecutionPlan
+from orchestrator.work.memory_ladder import nothing_smaller
+from orchestrator.work.results import RungResult
+from orchestrator.work.trial import TrialSpec
 
 TOTAL_STEPS = 54
 ALONE = ExecutionPlan(

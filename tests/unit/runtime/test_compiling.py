@@ -10,15 +10,16 @@ import pytest
 
 from orchestrator.errors import TrainingError
 from orchestrator.plan import make_trial
-from orchestrator.plan.compilation import CompileChoice, CompilePlan, CompileTimes
-from orchestrator.plan.results import RungResult
-from orchestrator.plan.values import Assignment, RunPlan
+from orchestrator.plan.values import RunPlan
 from orchestrator.report.terminal import LogView
-from orchestrator.runtime import compiling
+from orchestrator.run.ledger import Ledger
+from orchestrator.runtime import measurements as compiling
 from orchestrator.runtime.assignments import failed_result
-from orchestrator.runtime.ledger import Ledger
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.store import read_json, read_jsonl
+from orchestrator.work.assignment import Assignment
+from orchestrator.work.measurements import CompileChoice, CompilePlan, CompileTimes
+from orchestrator.work.results import RungResult
 
 FAST = CompileTimes(eager_seconds=1.0, compiled_seconds=0.5, compile_seconds=10.0)
 SLOW = CompileTimes(eager_seconds=1.0, compiled_seconds=1.1, compile_seconds=10.0)

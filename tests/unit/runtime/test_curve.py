@@ -11,15 +11,14 @@ import pytest
 
 from orchestrator.data import TokenizedSet, documents_of_share
 from orchestrator.plan import curve_trial_id
-from orchestrator.plan.curve import SHARES
-from orchestrator.plan.results import RungResult
-from orchestrator.plan.steps import total_steps
-from orchestrator.plan.values import TrialSpec
-from orchestrator.runtime.curve import curve_trials
-from orchestrator.runtime.hours import HoursState
-from orchestrator.runtime.ledger import Ledger, TrialEntry
+from orchestrator.plan.schedule import SHARES, total_steps
+from orchestrator.run.hours import HoursState
+from orchestrator.run.ledger import Ledger, TrialEntry
+from orchestrator.runtime.follow_up_trials import curve_trials
 from orchestrator.runtime.outcome import summarise
 from orchestrator.runtime.prepare import Prepared
+from orchestrator.work.results import RungResult
+from orchestrator.work.trial import TrialSpec
 
 NUM_EVAL = 30
 TRIAL = TrialSpec(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from orchestrator.report.terminal import LogView
-from orchestrator.runtime import domain
+from orchestrator.runtime import measurements as domain
 from orchestrator.runtime.prepare import Prepared
 
 

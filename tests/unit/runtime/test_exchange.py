@@ -16,19 +16,23 @@ import pytest
 from orchestrator.anatomy import ModelAnatomy
 from orchestrator.errors import TrainingError
 from orchestrator.plan import make_assignment, make_trial
-from orchestrator.plan.results import RungResult
-from orchestrator.plan.scored import ProbePlan
-from orchestrator.plan.values import Assignment, DataPaths, RunPlan, TrainSettings, TrialSpec
-from orchestrator.runtime import cleaning, queue
+from orchestrator.plan.values import RunPlan
+from orchestrator.run.hours import Meter
+from orchestrator.run.ledger import Ledger
+from orchestrator.run.scoring import Scoring
+from orchestrator.runtime import exchange as cleaning
 from orchestrator.runtime import exchange as exchange_module
+from orchestrator.runtime import work_queue as queue
 from orchestrator.runtime.assignments import MAX_ATTEMPTS, Answer, Orders, failed_result
 from orchestrator.runtime.exchange import Exchange
 from orchestrator.runtime.gang import GangDiedError
-from orchestrator.runtime.hours import Meter
-from orchestrator.runtime.ledger import Ledger
-from orchestrator.runtime.scoring import Scoring
 from orchestrator.store import check_folder, commit_folder, read_json, write_json
 from orchestrator.transfer.view import Activity
+from orchestrator.work.assignment import Assignment
+from orchestrator.work.execution import DataPaths, TrainSettings
+from orchestrator.work.measurements import ProbePlan
+from orchestrator.work.results import RungResult
+from orchestrator.work.trial import TrialSpec
 
 DEADLINE_S = 20
 RUNGS = (4, 12, 36)

@@ -10,16 +10,15 @@ import pytest
 
 from orchestrator.plan import repeat_control, shuffled_control
 from orchestrator.plan.cost.estimate import CPU_FLOPS_PER_CORE, run_flops
-from orchestrator.plan.results import RungResult
-from orchestrator.plan.values import TrialSpec
+from orchestrator.run.hours import HoursState
+from orchestrator.run.ledger import Ledger
 from orchestrator.runtime.assignments import GangFigures
 from orchestrator.runtime.finish import Controls, _inputs, controls_beside
-from orchestrator.runtime.hours import HoursState
-from orchestrator.runtime.ledger import Ledger
-from orchestrator.runtime.measured import plan_against_measured
-from orchestrator.runtime.outcome import summarise
+from orchestrator.runtime.outcome import plan_against_measured, summarise
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.transfer.records import RefitRecord
+from orchestrator.work.results import RungResult
+from orchestrator.work.trial import TrialSpec
 
 TRIAL = TrialSpec(
     trial_id="t000", number=0, layers="last:1", tune="full", learning_rate=1e-3, total_steps=9, total_tokens=900, seed=0

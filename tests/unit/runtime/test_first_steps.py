@@ -11,20 +11,20 @@ import pytest
 
 from orchestrator.anatomy import ModelAnatomy
 from orchestrator.plan import make_plan, make_trial
-from orchestrator.plan.cost.calibration import MeasuredSteps, calibrated
-from orchestrator.plan.results import RungResult
-from orchestrator.plan.values import ClusterDescription, DataPaths, DataSize, NodeDescription, RunPlan, TrainSettings
+from orchestrator.plan.cost.duration import MeasuredSteps, calibrated
+from orchestrator.plan.values import ClusterDescription, DataSize, NodeDescription, RunPlan
+from orchestrator.run.ledger import Ledger
+from orchestrator.run.scoring import Scoring
 from orchestrator.runtime.assignments import Orders
 from orchestrator.runtime.exchange import Exchange
 from orchestrator.runtime.first_steps import FirstSteps
-from orchestrator.runtime.ledger import Ledger
-from orchestrator.runtime.measured import plan_against_measured
-from orchestrator.runtime.outcome import summarise
+from orchestrator.runtime.outcome import plan_against_measured, summarise
 from orchestrator.runtime.prepare import Prepared
-from orchestrator.runtime.scoring import Scoring
 from orchestrator.spec import load_spec
 from orchestrator.transfer.records import RefitRecord
 from orchestrator.units import GIB
+from orchestrator.work.execution import DataPaths, TrainSettings
+from orchestrator.work.results import RungResult
 
 
 def result(trial_id: str = "t0", *, rung: int = 0, seconds: float = 2.0, **changes: object) -> RungResult:

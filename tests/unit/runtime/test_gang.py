@@ -13,10 +13,10 @@ from ray.exceptions import OutOfMemoryError as EvictedError
 from orchestrator.anatomy import ModelAnatomy
 from orchestrator.errors import RankOutOfMemoryError
 from orchestrator.plan.values import RunPlan
+from orchestrator.run.hours import Meter
 from orchestrator.runtime import gang as gang_module
 from orchestrator.runtime.gang import Gang, GangDiedError
-from orchestrator.runtime.hours import Meter
-from orchestrator.runtime.vigil import Patience, Seat
+from orchestrator.runtime.hang_detection import Patience, Seat
 from orchestrator.train.pulse import NOTHING_YET, Pulse
 
 LOST = ConnectionError("connection closed by peer")

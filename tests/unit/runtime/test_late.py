@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from orchestrator.plan import make_trial
-from orchestrator.plan.results import RungResult
 from orchestrator.report.terminal import LogView
-from orchestrator.runtime import late
+from orchestrator.run.ledger import Ledger, TrialEntry
+from orchestrator.runtime import follow_up_trials as late
 from orchestrator.runtime.assignments import Answer
-from orchestrator.runtime.ledger import Ledger, TrialEntry
 from orchestrator.runtime.prepare import Prepared
+from orchestrator.work.results import RungResult
 
 
 def stopped_early(prepared: Prepared) -> TrialEntry:

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import UsageError
-from orchestrator.plan.results import RungResult
-from orchestrator.plan.values import TrialSpec
 from orchestrator.report.sections import recommendation
 from orchestrator.report.terminal import LogView
-from orchestrator.runtime.ledger import Ledger
+from orchestrator.run.ledger import Ledger
+from orchestrator.runtime.heartbeat import Pulse
 from orchestrator.runtime.merging import _show, choose, promoted_by_hand
-from orchestrator.runtime.pulse import Pulse
 from orchestrator.transfer.learning_curve import LearningCurve, PowerLaw
 from orchestrator.transfer.records import Control, RungRecord, SweepResult, TrialRecord
+from orchestrator.work.results import RungResult
+from orchestrator.work.trial import TrialSpec
 
 
 def trial(trial_id: str, loss: float, control: Control | None = None) -> TrialRecord:

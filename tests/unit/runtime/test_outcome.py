@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Literal
 
 from orchestrator.plan import shuffled_control
-from orchestrator.plan.results import RungResult
-from orchestrator.plan.values import TrialSpec
-from orchestrator.runtime.ledger import Ledger
+from orchestrator.run.ledger import Ledger
 from orchestrator.runtime.outcome import summarise
 from orchestrator.runtime.prepare import Prepared
+from orchestrator.work.results import RungResult
+from orchestrator.work.trial import TrialSpec
 
 TRIAL = TrialSpec(
     trial_id="t000", number=0, layers="last:1", tune="full", learning_rate=1e-3, total_steps=9, total_tokens=900, seed=0

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import TrainingError
-from orchestrator.plan.results import RungResult
-from orchestrator.plan.scored import LayerScores
-from orchestrator.plan.values import Assignment, RunPlan
+from orchestrator.plan.values import RunPlan
 from orchestrator.report.terminal import LogView
-from orchestrator.runtime import probing
+from orchestrator.runtime import measurements as probing
 from orchestrator.runtime.assignments import failed_result
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.store import read_json, read_jsonl
+from orchestrator.work.assignment import Assignment
+from orchestrator.work.measurements import LayerScores
+from orchestrator.work.results import RungResult
 
 
 class Scorer:

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import pytest
 
 from orchestrator.runtime import processes
-from orchestrator.runtime.guarding import descendants
+from orchestrator.runtime.hang_detection import Seat
 from orchestrator.runtime.processes import stat_of
-from orchestrator.runtime.vigil import Seat
+from orchestrator.runtime.ray_health import descendants
 
 
 @pytest.fixture

@@ -10,15 +10,15 @@ import pytest
 
 from orchestrator.errors import RankOutOfMemoryError
 from orchestrator.plan import make_trial
-from orchestrator.plan.relief import nothing_smaller
-from orchestrator.plan.results import RungResult
-from orchestrator.plan.values import Assignment, ExecutionPlan
 from orchestrator.runtime.assignments import failed_result
-from orchestrator.runtime.budget import refit_assignment
 from orchestrator.runtime.prepare import Prepared
-from orchestrator.runtime.refit import _run
+from orchestrator.runtime.refit import _run, refit_assignment
 from orchestrator.store import commit_folder, write_json
 from orchestrator.train.ranks import Ranks
+from orchestrator.work.assignment import Assignment
+from orchestrator.work.execution import ExecutionPlan
+from orchestrator.work.memory_ladder import nothing_smaller
+from orchestrator.work.results import RungResult
 
 HALVED = "out of memory: started again with fewer rows"
 

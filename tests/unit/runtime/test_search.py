@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from ray.tune.schedulers import TrialScheduler
 
-from orchestrator.plan.steps import pace, share_beyond
-from orchestrator.plan.values import RunPlan, TrialSpec
-from orchestrator.runtime.ledger import TrialEntry
+from orchestrator.plan.schedule import pace, share_beyond
+from orchestrator.plan.values import RunPlan
+from orchestrator.run.ledger import TrialEntry
 from orchestrator.runtime.search import RecordedSearch, _scheduler
+from orchestrator.work.trial import TrialSpec
 
 SEED = 7
 

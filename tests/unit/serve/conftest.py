@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from orchestrator.anatomy import ModelAnatomy, read_anatomy
-from orchestrator.plan.values import BaseLoad
 from orchestrator.store.files import usual_mode
+from orchestrator.work.execution import BaseLoad
 
 VOCAB, HIDDEN = 97, 128
 LORA_RANK, LORA_ALPHA = 4, 8

@@ -6,7 +6,6 @@ import pytest
 
 from orchestrator.anatomy import select
 from orchestrator.plan.merge import MergePlan
-from orchestrator.plan.values import TrialSpec
 from orchestrator.serve.bundle import bundle_config, serve_commands
 from orchestrator.serve.card import model_card
 from orchestrator.serve.inputs import BundleInputs, shown_base
@@ -19,6 +18,7 @@ from orchestrator.transfer.records import (
     TransferReport,
     VerificationFigures,
 )
+from orchestrator.work.trial import TrialSpec
 
 FIGURES = VerificationFigures(passed=True, kl_bundle=3e-6, kl_base=0.5, limit=0.01, num_prompts=9, merged_into="dequantized")
 

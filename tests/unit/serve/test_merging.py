@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM
 from orchestrator.anatomy import ModelAnatomy
 from orchestrator.errors import BaseError
 from orchestrator.plan.merge import LinkShard, make_merge_plan
-from orchestrator.plan.values import BaseLoad
 from orchestrator.serve import shards
 from orchestrator.serve.dequantize import hold_quantized
 from orchestrator.serve.merging import merge
 from orchestrator.store.files import usual_mode
-from orchestrator.train.base import load_base
+from orchestrator.train.model.base import load_base
+from orchestrator.work.execution import BaseLoad
 
 DOWN = "model.layers.{}.mlp.down_proj.weight"
 QUERY = "model.layers.{}.self_attn.q_proj.weight"

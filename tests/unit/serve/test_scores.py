@@ -6,9 +6,10 @@ from pathlib import Path
 
 from orchestrator.anatomy import read_anatomy, select
 from orchestrator.data import build_set, load_tokenizer
-from orchestrator.plan.values import BaseLoad, TrialSpec
 from orchestrator.samples import SAMPLE_BASE
 from orchestrator.serve import BundleInputs, score_test
+from orchestrator.work.execution import BaseLoad
+from orchestrator.work.trial import TrialSpec
 
 NUM_DOCUMENTS = 6
 

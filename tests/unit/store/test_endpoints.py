@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from orchestrator.cli import main
+from orchestrator.cli.commands import main
 from orchestrator.store import unreachable
 
 SOON_S = 0.5

@@ -10,9 +10,9 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from orchestrator.anatomy import LayerSelection, read_anatomy, select
-from orchestrator.plan.values import BaseLoad
 from orchestrator.spec.models import Tune
-from orchestrator.train.base import LoadedBase, load_base
+from orchestrator.train.model.base import LoadedBase, load_base
+from orchestrator.work.execution import BaseLoad
 
 VOCAB = 97
 NUM_CLASSES = 3

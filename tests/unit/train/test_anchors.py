@@ -8,7 +8,7 @@ from torch import nn
 
 from orchestrator.plan.remedies import LearningGroup
 from orchestrator.train.anchors import ElementAnchor, ProductAnchor
-from orchestrator.train.torch_engine import TorchEngine
+from orchestrator.train.engines.torch_engine import TorchEngine
 
 RATE = 0.05
 

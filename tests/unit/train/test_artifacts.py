@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from orchestrator.anatomy import LayerSelection
 from orchestrator.errors import IntegrityError, TrainingError
 from orchestrator.store import commit_folder
-from orchestrator.train.artifacts import attach_artifact, load_artifact, save_artifact, selection_of
-from orchestrator.train.base import LoadedBase
-from orchestrator.train.branch import Branch, open_branch
-from orchestrator.train.fingerprint import changed, fingerprint, tensors_of
+from orchestrator.train.adapters.artifacts import attach_artifact, load_artifact, save_artifact, selection_of
+from orchestrator.train.adapters.branch import Branch, open_branch
+from orchestrator.train.integrity import changed, fingerprint, tensors_of
+from orchestrator.train.model.base import LoadedBase
 
 IDS = torch.arange(1, 17)[None]
 Selector = Callable[..., LayerSelection]

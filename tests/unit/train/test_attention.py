@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
-from orchestrator.train import attention
-from orchestrator.train.attention import BY_DOCUMENT, document_lengths, documents_apart
-from orchestrator.train.recompute import recomputed
+from orchestrator.train.model import attention
+from orchestrator.train.model.attention import BY_DOCUMENT, document_lengths, documents_apart
+from orchestrator.train.model.recompute import recomputed
 
 LENGTHS = [[9, 14, 5, 4], [32], [1, 31], [20, 10, 2]]
 SIZES = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -12,9 +12,9 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForC
 
 from orchestrator.anatomy import read_anatomy
 from orchestrator.errors import BaseError
-from orchestrator.plan.values import BaseLoad, ExecutionPlan
-from orchestrator.train.base import load_base, loading_device, num_loads
-from orchestrator.train.fingerprint import changed, fingerprint, tensors_of
+from orchestrator.train.integrity import changed, fingerprint, tensors_of
+from orchestrator.train.model.base import load_base, loading_device, num_loads
+from orchestrator.work.execution import BaseLoad, ExecutionPlan
 
 IDS = torch.arange(1, 17)[None]
 

@@ -10,10 +10,10 @@ from torch import nn
 
 from orchestrator.anatomy import LayerSelection
 from orchestrator.errors import SelectionError, TrainingError
-from orchestrator.train.adapters import LoraLinear
-from orchestrator.train.base import LoadedBase
-from orchestrator.train.branch import Branch, open_branch, parameter_named
-from orchestrator.train.fingerprint import changed, fingerprint, tensor_hash, tensors_of
+from orchestrator.train.adapters.branch import Branch, open_branch, parameter_named
+from orchestrator.train.adapters.lora import LoraLinear
+from orchestrator.train.integrity import changed, fingerprint, tensor_hash, tensors_of
+from orchestrator.train.model.base import LoadedBase
 
 IDS = torch.arange(1, 17)[None]
 Selector = Callable[..., LayerSelection]

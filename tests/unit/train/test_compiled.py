@@ -29,15 +29,18 @@ from transformers import (
 from orchestrator.anatomy import read_anatomy, select
 from orchestrator.data import TokenizedSet, build_set
 from orchestrator.errors import TrainingError
-from orchestrator.plan.compilation import CompilePlan
-from orchestrator.plan.results import RungResult
-from orchestrator.plan.values import Assignment, BaseLoad, DataPaths, ExecutionPlan, TrainSettings, TrialSpec
 from orchestrator.store import read_jsonl
-from orchestrator.train import TrainHost, compiled
-from orchestrator.train.base import LoadedBase
+from orchestrator.train import TrainHost
 from orchestrator.train.batches import RowPlan, StepPlan, step_inputs
-from orchestrator.train.compiled import compiled_blocks, missing_compiler
+from orchestrator.train.model import compiled
+from orchestrator.train.model.base import LoadedBase
+from orchestrator.train.model.compiled import compiled_blocks, missing_compiler
 from orchestrator.train.widths import kind_of_batch
+from orchestrator.work.assignment import Assignment
+from orchestrator.work.execution import BaseLoad, DataPaths, ExecutionPlan, TrainSettings
+from orchestrator.work.measurements import CompilePlan
+from orchestrator.work.results import RungResult
+from orchestrator.work.trial import TrialSpec
 
 VOCAB, STEPS = 97, 20
 CPU = torch.device("cpu")

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from orchestrator.errors import NonFiniteLossError
-from orchestrator.plan.memory.held import REDUCE_BUCKET_ELEMENTS
-from orchestrator.plan.values import ExecutionPlan
-from orchestrator.train.deepspeed_engine import deepspeed_config
-from orchestrator.train.engine import layout_of, num_live_engines
-from orchestrator.train.torch_engine import TorchEngine
+from orchestrator.plan.memory.resident import REDUCE_BUCKET_ELEMENTS
+from orchestrator.train.engines.deepspeed_engine import deepspeed_config
+from orchestrator.train.engines.engine import layout_of, num_live_engines
+from orchestrator.train.engines.torch_engine import TorchEngine
+from orchestrator.work.execution import ExecutionPlan
 
 
 class Line(nn.Module):

@@ -12,7 +12,6 @@ from torch.nn import functional
 
 from orchestrator.data import TokenizedSet, build_set
 from orchestrator.errors import TrainingError, UsageError
-from orchestrator.train.base import LoadedBase
 from orchestrator.train.batches import RowPlan
 from orchestrator.train.evaluation import (
     Evaluation,
@@ -24,7 +23,8 @@ from orchestrator.train.evaluation import (
     text_metric,
 )
 from orchestrator.train.generate import generate_answers, prompt_and_answer, wanted_answers
-from orchestrator.train.objective import Objective, final_norm_of
+from orchestrator.train.model.base import LoadedBase
+from orchestrator.train.model.objective import Objective, final_norm_of
 from orchestrator.train.ranks import Ranks
 
 LENGTHS = [9, 14, 7, 30, 5, 21]

@@ -10,15 +10,16 @@ import pytest
 import torch
 
 from orchestrator.data import TokenizedSet, build_set
-from orchestrator.plan.values import DataPaths, ShiftPlan, TrunkPlan
-from orchestrator.train.base import LoadedBase
 from orchestrator.train.batches import RowPlan
-from orchestrator.train.features import measure_shift
 from orchestrator.train.integrity import base_fingerprint
-from orchestrator.train.objective import objective_of
+from orchestrator.train.measure.domain_shift import measure_shift
+from orchestrator.train.model.base import LoadedBase
+from orchestrator.train.model.objective import objective_of
 from orchestrator.train.ranks import ALONE
 from orchestrator.train.trunk.build import TrunkBuilder
 from orchestrator.train.trunk.library import TrunkLibrary
+from orchestrator.work.execution import DataPaths, TrunkPlan
+from orchestrator.work.measurements import ShiftPlan
 
 PLAN = ShiftPlan(cuts=(1, 2), num_documents=40)
 ROWS = RowPlan(64, 4, pack=True)

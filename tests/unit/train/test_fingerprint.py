@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from orchestrator.train import fingerprint as module
-from orchestrator.train.fingerprint import changed, fingerprint, tensor_hash
+from orchestrator.train import integrity as module
+from orchestrator.train.integrity import changed, fingerprint, tensor_hash
 
 
 def test_a_hash_follows_every_bit_the_shape_and_the_type():

@@ -12,14 +12,14 @@ import torch
 from orchestrator.anatomy import LayerSelection
 from orchestrator.data import TokenizedSet, build_set
 from orchestrator.plan.remedies import FISHER_DOCUMENTS
-from orchestrator.train.base import LoadedBase
+from orchestrator.train.adapters.branch import open_branch
 from orchestrator.train.batches import RowPlan
-from orchestrator.train.branch import open_branch
-from orchestrator.train.fisher import fisher_information, importances, read_fisher, write_fisher
-from orchestrator.train.objective import objective_of
+from orchestrator.train.engines.torch_engine import TorchEngine
+from orchestrator.train.measure.fisher import fisher_information, importances, read_fisher, write_fisher
+from orchestrator.train.model.base import LoadedBase
+from orchestrator.train.model.objective import objective_of
+from orchestrator.train.model.recompute import recomputed
 from orchestrator.train.ranks import ALONE
-from orchestrator.train.recompute import recomputed
-from orchestrator.train.torch_engine import TorchEngine
 
 
 def texts(count: int) -> TokenizedSet:

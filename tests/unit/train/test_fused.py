@@ -15,14 +15,16 @@ import torch
 from orchestrator.anatomy import read_anatomy, select
 from orchestrator.data import build_set
 from orchestrator.errors import RankOutOfMemoryError, SelectionError
-from orchestrator.plan.results import RungResult
-from orchestrator.plan.values import Assignment, BaseLoad, DataPaths, ExecutionPlan, TrainSettings, TrialSpec, TrunkPlan
 from orchestrator.store import read_jsonl
 from orchestrator.train import TrainHost, groups, host, widths
-from orchestrator.train.adapters import AdapterSpec, LoraLinear
+from orchestrator.train.adapters.group import open_group
+from orchestrator.train.adapters.lora import AdapterSpec, LoraLinear
 from orchestrator.train.fused import FusedRun
-from orchestrator.train.group import open_group
 from orchestrator.train.widths import best_width, kind_of_batch
+from orchestrator.work.assignment import Assignment
+from orchestrator.work.execution import BaseLoad, DataPaths, ExecutionPlan, TrainSettings, TrunkPlan
+from orchestrator.work.results import RungResult
+from orchestrator.work.trial import TrialSpec
 
 RUNGS = (3, 8)
 

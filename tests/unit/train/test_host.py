@@ -19,15 +19,18 @@ from transformers import PreTrainedTokenizerFast
 from orchestrator.anatomy import read_anatomy, select
 from orchestrator.data import build_set
 from orchestrator.errors import BaseLostError, RankOutOfMemoryError, TrainingError
-from orchestrator.plan.remedies import NOTHING, AnchorPlan, Remedies
-from orchestrator.plan.results import RungResult
-from orchestrator.plan.values import Assignment, BaseLoad, DataPaths, ExecutionPlan, TrainSettings, TrialSpec
 from orchestrator.store import check_folder, read_jsonl
-from orchestrator.train import TrainHost, building, find_latest, saving
-from orchestrator.train.branch import PlainKeeper
-from orchestrator.train.engine import num_live_engines
-from orchestrator.train.objective import Objective
-from orchestrator.train.torch_engine import TorchEngine
+from orchestrator.train import TrainHost, building, find_latest
+from orchestrator.train.adapters.branch import PlainKeeper
+from orchestrator.train.checkpoint import saving
+from orchestrator.train.engines.engine import num_live_engines
+from orchestrator.train.engines.torch_engine import TorchEngine
+from orchestrator.train.model.objective import Objective
+from orchestrator.work.assignment import Assignment
+from orchestrator.work.execution import BaseLoad, DataPaths, ExecutionPlan, TrainSettings
+from orchestrator.work.remedies import NOTHING, AnchorPlan, Remedies
+from orchestrator.work.results import RungResult
+from orchestrator.work.trial import TrialSpec
 
 EXECUTION = ExecutionPlan(
     device="cpu", ranks=1, threads_per_rank=1, executor="torch", dtype="float32", row_tokens=32, micro_batch_rows=2

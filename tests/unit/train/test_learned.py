@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from orchestrator.data import TokenizedSet, build_set
-from orchestrator.plan.values import Assignment, DataPaths
 from orchestrator.train.learned import LearnedSets
 from orchestrator.train.trunk.library import TrunkLibrary
+from orchestrator.work.assignment import Assignment
+from orchestrator.work.execution import DataPaths
 
 
 def set_named(path: str) -> TokenizedSet:

@@ -10,15 +10,16 @@ import torch
 from orchestrator.anatomy import LayerSelection
 from orchestrator.data import TokenizedSet, build_set
 from orchestrator.errors import NonFiniteLossError, OutOfMemoryError
-from orchestrator.plan.results import StepReport
-from orchestrator.plan.values import TrainSettings, TrialSpec
-from orchestrator.train.base import LoadedBase
+from orchestrator.train.adapters.branch import Branch, open_branch
 from orchestrator.train.batches import RowPlan, StepPlan
-from orchestrator.train.branch import Branch, open_branch
+from orchestrator.train.engines.torch_engine import TorchEngine
 from orchestrator.train.loop import LoopState, train_steps
-from orchestrator.train.objective import Objective, final_norm_of
+from orchestrator.train.model.base import LoadedBase
+from orchestrator.train.model.objective import Objective, final_norm_of
 from orchestrator.train.ranks import Ranks
-from orchestrator.train.torch_engine import TorchEngine
+from orchestrator.work.execution import TrainSettings
+from orchestrator.work.results import StepReport
+from orchestrator.work.trial import TrialSpec
 
 SETTINGS = TrainSettings(warmup=0.0, schedule="constant", weight_decay=0.0, grad_clip=1.0, tokens_per_step=64)
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from orchestrator.train import loss as loss_module
-from orchestrator.train.loss import is_plain, linear_cross_entropy, token_losses
+from orchestrator.train.model import loss as loss_module
+from orchestrator.train.model.loss import is_plain, linear_cross_entropy, token_losses
 
 HIDDEN, VOCAB, ROWS = 48, 131, 60
 

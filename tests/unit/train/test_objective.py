@@ -12,11 +12,11 @@ from torch.nn import functional
 
 from orchestrator.anatomy import LayerSelection
 from orchestrator.data import TokenizedSet, build_set
-from orchestrator.train import objective as objective_module
-from orchestrator.train.base import LoadedBase
+from orchestrator.train.adapters.branch import open_branch
 from orchestrator.train.batches import RowPlan, to_tensors
-from orchestrator.train.branch import open_branch
-from orchestrator.train.objective import Objective, final_norm_of
+from orchestrator.train.model import objective as objective_module
+from orchestrator.train.model.base import LoadedBase
+from orchestrator.train.model.objective import Objective, final_norm_of
 
 CPU = torch.device("cpu")
 

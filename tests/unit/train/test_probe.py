@@ -13,14 +13,14 @@ import torch
 from orchestrator.anatomy import LayerSelection
 from orchestrator.data import TokenizedSet, build_set
 from orchestrator.errors import TrainingError
-from orchestrator.plan.scored import LayerScores, ProbePlan
-from orchestrator.plan.values import ExecutionPlan
-from orchestrator.train.base import LoadedBase
+from orchestrator.train.adapters.branch import open_branch
 from orchestrator.train.batches import to_tensors
-from orchestrator.train.branch import open_branch
-from orchestrator.train.fingerprint import fingerprint, tensors_of
-from orchestrator.train.objective import Objective
-from orchestrator.train.probe import MatrixSums, probe_batches, score_blocks
+from orchestrator.train.integrity import fingerprint, tensors_of
+from orchestrator.train.measure.layer_scores import MatrixSums, probe_batches, score_blocks
+from orchestrator.train.model.base import LoadedBase
+from orchestrator.train.model.objective import Objective
+from orchestrator.work.execution import ExecutionPlan
+from orchestrator.work.measurements import LayerScores, ProbePlan
 
 EXECUTION = ExecutionPlan(
     device="cpu", ranks=1, threads_per_rank=1, executor="torch", dtype="float32", row_tokens=32, micro_batch_rows=4

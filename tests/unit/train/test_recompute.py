@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from orchestrator.errors import TrainingError
-from orchestrator.train.base import LoadedBase
-from orchestrator.train.recompute import recomputed
+from orchestrator.train.model.base import LoadedBase
+from orchestrator.train.model.recompute import recomputed
 
 
 def test_nothing_below_the_cut_has_a_gradient(llama_folder: Callable[..., Path], base_of: Callable[..., LoadedBase]) -> None:

@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 
 from orchestrator.errors import CheckpointError
 from orchestrator.store import check_folder, free_memory_bytes
-from orchestrator.train import saving
-from orchestrator.train.checkpoint import checkpoint_folder, rung_folder
+from orchestrator.train.checkpoint import saving
+from orchestrator.train.checkpoint.resume import checkpoint_folder, rung_folder
+from orchestrator.train.checkpoint.saving import Saver
+from orchestrator.train.checkpoint.snapshot import Snapshot, write_snapshot
 from orchestrator.train.loop import LoopState
 from orchestrator.train.memory import growth_bytes, memory_in_use
 from orchestrator.train.outcome import TRIAL_ERRORS
 from orchestrator.train.ranks import Ranks
-from orchestrator.train.saving import Saver
-from orchestrator.train.snapshot import Snapshot, write_snapshot
 
 NUM_BYTES = 40_000
 PLENTY = 10**12

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.plan.values import TrainSettings
-from orchestrator.train.schedule import learning_rate_at, step_learning_rate
+from orchestrator.train.loop import learning_rate_at, step_learning_rate
+from orchestrator.work.execution import TrainSettings
 
 
 def settings(schedule: str, warmup: float = 0.1) -> TrainSettings:

@@ -15,9 +15,9 @@ from orchestrator.anatomy import select_everything, trainable_layouts
 from orchestrator.anatomy.layouts import LAYOUTS
 from orchestrator.errors import TrainingError
 from orchestrator.spec.models import Task
-from orchestrator.train.base import LoadedBase
-from orchestrator.train.branch import open_branch
-from orchestrator.train.scratch import begin_anew
+from orchestrator.train.adapters.branch import open_branch
+from orchestrator.train.model.base import LoadedBase
+from orchestrator.train.model.scratch import begin_anew
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,

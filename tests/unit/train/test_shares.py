@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from orchestrator.data import TokenizedSet, documents_of_share
-from orchestrator.plan.values import Assignment, TrunkPlan
 from orchestrator.store import read_jsonl
+from orchestrator.work.assignment import Assignment
+from orchestrator.work.execution import TrunkPlan
 
 from .test_host import Bench
 

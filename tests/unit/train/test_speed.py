@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.plan.results import StepReport
-from orchestrator.train.speed import SteadySpeed
+from orchestrator.train.loop import SteadySpeed
+from orchestrator.work.results import StepReport
 
 
 def step(number: int, tokens: int, tokens_per_s: float) -> StepReport:

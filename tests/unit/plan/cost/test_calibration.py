@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from orchestrator.plan import make_plan
-from orchestrator.plan.cost.calibration import MeasuredSteps, achieved_share, calibrated, calibration_sentence
 from orchestrator.plan.cost.choices import scored_flops
+from orchestrator.plan.cost.duration import MeasuredSteps, achieved_share, calibrated, calibration_sentence
 from orchestrator.plan.cost.estimate import ACHIEVED_SHARE
 from orchestrator.plan.values import ClusterDescription, RunPlan
 

@@ -12,8 +12,8 @@ from orchestrator.plan import make_plan
 from orchestrator.plan.cost.accelerators import peak_flops
 from orchestrator.plan.cost.choices import scored_flops
 from orchestrator.plan.cost.estimate import ACHIEVED_SHARE, expected_rungs, expected_steps
-from orchestrator.plan.remarks import trials_within
-from orchestrator.plan.steps import late_rung_steps
+from orchestrator.plan.explain import trials_within
+from orchestrator.plan.schedule import late_rung_steps
 from orchestrator.plan.values import ClusterDescription, RunPlan, SearchPlan
 
 

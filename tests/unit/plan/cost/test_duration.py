@@ -7,11 +7,18 @@ from typing import Any
 import pytest
 
 from orchestrator.plan import make_plan
-from orchestrator.plan.cost.calibration import MeasuredSteps, calibrated
-from orchestrator.plan.cost.duration import FINISH_S, START_S, MeasuredTimes, measured_duration, planned_duration
+from orchestrator.plan.cost.duration import (
+    FINISH_S,
+    START_S,
+    MeasuredSteps,
+    MeasuredTimes,
+    calibrated,
+    measured_duration,
+    planned_duration,
+)
 from orchestrator.plan.cost.estimate import CPU_FLOPS_PER_CORE
+from orchestrator.plan.explain import cost_line
 from orchestrator.plan.values import RunPlan
-from orchestrator.plan.view import cost_line
 
 
 @pytest.fixture

@@ -30,17 +30,17 @@ from orchestrator.plan.cost.flops import (
     runs_head_twice,
     train_terms,
 )
-from orchestrator.plan.size import DataSize
-from orchestrator.plan.values import BaseLoad, ExecutionPlan
-from orchestrator.train import objective as objective_module
-from orchestrator.train.base import LoadedBase, load_base
+from orchestrator.plan.data_size import DataSize
+from orchestrator.train.adapters.branch import open_branch
 from orchestrator.train.batches import RowPlan, to_tensors
-from orchestrator.train.branch import open_branch
-from orchestrator.train.objective import IGNORED, Objective, final_norm_of, objective_of
+from orchestrator.train.model import objective as objective_module
+from orchestrator.train.model.base import LoadedBase, load_base
+from orchestrator.train.model.objective import IGNORED, Objective, final_norm_of, objective_of
+from orchestrator.train.model.recompute import recomputed
 from orchestrator.train.ranks import Ranks
-from orchestrator.train.recompute import recomputed
 from orchestrator.train.trunk.build import TrunkBuilder
 from orchestrator.train.trunk.chunks import MemoryChunks
+from orchestrator.work.execution import BaseLoad, ExecutionPlan
 
 aten = torch.ops.aten
 ROWS = 2

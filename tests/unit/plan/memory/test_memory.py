@@ -15,12 +15,12 @@ import pytest
 from orchestrator.anatomy import ModelAnatomy, select
 from orchestrator.plan.ladder import OFFLOADS
 from orchestrator.plan.memory.activations import activations
+from orchestrator.plan.memory.candidate import Way
 from orchestrator.plan.memory.estimate import estimate
 from orchestrator.plan.memory.footprint import weigh
-from orchestrator.plan.memory.held import shards_of
-from orchestrator.plan.memory.moving import phase_terms
 from orchestrator.plan.memory.quantized import quantized_bytes
-from orchestrator.plan.memory.way import Way
+from orchestrator.plan.memory.resident import shards_of
+from orchestrator.plan.memory.transient import phase_terms
 from orchestrator.units import GIB, MIB
 
 Base = Callable[[str], ModelAnatomy]
@@ -153,7 +153,7 @@ def test_a_quantized_base_is_loaded_whole_before_stage_3(base: Base) -> None:
 def test_activations_agree_with_what_torch_keeps(base: Base, tune: str, attention: str) -> None:
     """Bytes that autograd holds after a forward pass on packed rows, of four blocks less that of two: within 1%."""
     torch, transformers, peft = (pytest.importorskip(name) for name in ("torch", "transformers", "peft"))
-    from orchestrator.train.attention import documents_apart
+    from orchestrator.train.model.attention import documents_apart
 
     llama, rows, width = base("tiny"), 2, 128
 

@@ -11,9 +11,9 @@ import pytest
 
 from orchestrator.anatomy import ModelAnatomy, read_anatomy, select
 from orchestrator.plan.ladder import Load, RankRoom, misfit
+from orchestrator.plan.memory.candidate import Way
 from orchestrator.plan.memory.estimate import estimate
 from orchestrator.plan.memory.footprint import weigh
-from orchestrator.plan.memory.way import Way
 from orchestrator.units import GIB
 
 LLAMA: dict[str, Any] = {

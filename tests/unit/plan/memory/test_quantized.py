@@ -16,9 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from orchestrator.anatomy import read_anatomy, select
 from orchestrator.plan.memory.footprint import weigh
 from orchestrator.plan.memory.quantized import QuantizedBytes, dequantize_scratch_bytes, quantized_bytes
-from orchestrator.plan.values import BaseLoad
-from orchestrator.train.base import LoadedBase, load_base
-from orchestrator.train.branch import open_branch
+from orchestrator.train.adapters.branch import open_branch
+from orchestrator.train.model.base import LoadedBase, load_base
+from orchestrator.work.execution import BaseLoad
 
 SHAPES = [(64, 64), (32, 8), (129, 255), (256, 1000), (1, 8), (8, 2049), (512, 300)]
 """One block and less, blocks that are not whole, just over 256 scales, odd sizes."""

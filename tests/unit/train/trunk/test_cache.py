@@ -16,18 +16,18 @@ import pytest
 import torch
 
 from orchestrator.data import TokenizedSet, build_set
-from orchestrator.plan.values import DataPaths, TrunkPlan
-from orchestrator.train.base import LoadedBase
+from orchestrator.train.adapters.branch import head_name
 from orchestrator.train.batches import RowPlan, to_tensors
-from orchestrator.train.branch import head_name
 from orchestrator.train.integrity import base_fingerprint
-from orchestrator.train.objective import objective_of
+from orchestrator.train.model.base import LoadedBase
+from orchestrator.train.model.objective import objective_of
 from orchestrator.train.ranks import Ranks
 from orchestrator.train.trunk import chunks
 from orchestrator.train.trunk.build import TrunkBuilder, trunk_key
 from orchestrator.train.trunk.cache import TrunkCache
 from orchestrator.train.trunk.chunks import DiskChunks
 from orchestrator.train.trunk.library import TrunkLibrary
+from orchestrator.work.execution import DataPaths, TrunkPlan
 
 ROWS = RowPlan(32, 2, pack=True)
 BuildBase = Callable[..., LoadedBase]

@@ -26,18 +26,19 @@ from transformers import (
 
 from orchestrator.anatomy import read_anatomy, select
 from orchestrator.data import TokenizedSet, build_set
-from orchestrator.plan.values import BaseLoad, TrainSettings, TrialSpec
-from orchestrator.train.base import LoadedBase, load_base
+from orchestrator.train.adapters.branch import head_name, open_branch
 from orchestrator.train.batches import RowPlan, StepPlan
-from orchestrator.train.branch import head_name, open_branch
+from orchestrator.train.engines.torch_engine import TorchEngine
 from orchestrator.train.evaluation import evaluate
 from orchestrator.train.loop import LoopState, train_steps
-from orchestrator.train.objective import objective_of
+from orchestrator.train.model.base import LoadedBase, load_base
+from orchestrator.train.model.objective import objective_of
 from orchestrator.train.ranks import Ranks
-from orchestrator.train.torch_engine import TorchEngine
 from orchestrator.train.trunk.build import TrunkBuilder
 from orchestrator.train.trunk.chunks import MemoryChunks
 from orchestrator.train.trunk.states import TrunkStates
+from orchestrator.work.execution import BaseLoad, TrainSettings
+from orchestrator.work.trial import TrialSpec
 
 STEPS, VOCAB = 50, 97
 SIZES: dict[str, Any] = {

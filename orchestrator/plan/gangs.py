@@ -1,0 +1,276 @@
+"""Gangs and their way: how many, how many ranks each, and what to say when nothing fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from orchestrator.anatomy import ModelAnatomy, select_everything
+from orchestrator.errors import PlanError
+from orchestrator.plan.ladder import OFFLOADING_STAGE, Load, RankRoom, RoomOf, cheapest, heaviest, misfit, ways
+from orchestrator.plan.memory.candidate import Device, Way
+from orchestrator.plan.memory.estimate import estimate
+from orchestrator.plan.memory.footprint import Footprint, weigh
+from orchestrator.plan.placement import Machines
+from orchestrator.plan.remedies import no_whole_adapters
+from orchestrator.plan.values import RejectedWay, RunPlan
+from orchestrator.spec import LoadedSpec
+from orchestrator.spec.models import JobSpec, ResourcesSpec
+from orchestrator.work.execution import ExecutionPlan
+from orchestrator.work.remedies import AnchorPlan
+
+QUANTIZABLE = ("frozen weights", "gathered weights")
+"""Terms that to quantize the base makes smaller."""
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """The gangs, and the cheaper ways that were turned down."""
+
+    way: Way
+    num_gangs: int
+    rejected: tuple[RejectedWay, ...]
+
+
+def arrange(
+    head: Footprint,
+    found: Machines,
+    loaded: LoadedSpec,
+    load: Load,
+    num_trials: int,
+    *,
+    held: AnchorPlan | None,
+    job: Literal["sweep", "finetune"],
+) -> Arrangement:
+    """The job's gangs.
+
+    Args:
+        head: What the control `head` of a sweep needs.
+        held: The anchor for whose sake the load needs whole adapters.
+
+    Raises:
+        PlanError: nothing fits, or nothing but DeepSpeed, which cannot hold such an anchor.
+    """
+
+    def arranged(load: Load) -> Arrangement:
+        spec = loaded.spec
+        return _arrange_beside(head, found, spec, load, num_trials) if job == "sweep" else arrange_one(found, spec, load)
+
+    try:
+        return arranged(load)
+    except PlanError as unfit:
+        if held is None:
+            raise
+        arranged(replace(load, whole_adapters=False))  # where that does not fit either, it says what is short
+        raise no_whole_adapters(held, loaded, job, unfit) from None
+
+
+def arrange_sweep(found: Machines, spec: JobSpec, load: Load, num_trials: int) -> Arrangement:
+    """Gangs as small as possible, and as many as there is room and work for.
+
+    Raises:
+        PlanError: nothing fits.
+    """
+    if found.device == "cpu":
+        return _arrange_cores(found, spec, load, num_trials)
+    resources = spec.resources
+    asked = 1 if resources.gangs == "auto" else resources.gangs
+    counts = [n for n in found.rank_counts() if found.max_gangs(n) >= asked]
+    if resources.ranks_per_gang != "auto":
+        counts = [resources.ranks_per_gang]
+
+    def gangs_of(ranks: int) -> int:
+        return max(1, min(num_trials, found.max_gangs(ranks))) if resources.gangs == "auto" else resources.gangs
+
+    def room_of(ranks: int) -> RankRoom:
+        return found.room(ranks, gangs_of(ranks))
+
+    way, rejected = cheapest(_ways(resources, "cuda", counts, load), load, room_of)
+    if way is None:
+        raise _nothing_fits(found, spec, load, counts, room_of)
+    return Arrangement(way, gangs_of(way.ranks), tuple(rejected))
+
+
+def arrange_one(found: Machines, spec: JobSpec, load: Load) -> Arrangement:
+    """One gang for one trial: on GPUs as many ranks as a step has rows for, on a CPU one process with every core.
+
+    Raises:
+        PlanError: nothing fits.
+    """
+    resources = spec.resources
+    if resources.ranks_per_gang != "auto":
+        counts = [resources.ranks_per_gang]
+    elif found.device == "cpu":
+        counts = [1]
+    else:
+        useful = max(1, load.tokens_per_step // load.row_tokens)
+        all_counts = found.rank_counts()
+        most = max((n for n in all_counts if n <= useful), default=1)
+        counts = [n for n in all_counts if n >= most]
+    way, rejected = cheapest(_ways(resources, found.device, counts, load), load, found.room_of_one)
+    if way is None:
+        raise _nothing_fits(found, spec, load, counts, found.room_of_one)
+    return Arrangement(way, 1, tuple(rejected))
+
+
+def refit_way(found: Machines, spec: JobSpec, load: Load, sweep: Arrangement) -> Way:
+    """All the sweep's ranks in one gang, as far as a step has rows for them; else the sweep's own way."""
+    useful = load.tokens_per_step // load.row_tokens
+    gangs = max(1, min(sweep.num_gangs, useful // sweep.way.ranks))
+    ranks = sweep.way.ranks * gangs
+    if ranks == sweep.way.ranks:
+        return sweep.way
+    way, _ = cheapest(_ways(spec.resources, found.device, [ranks], load), load, found.room_of_one)
+    return way or sweep.way
+
+
+def why_no_more_gangs(resources: ResourcesSpec, num_trials: int) -> str:
+    """Where there is room for more."""
+    if num_trials == 1:
+        return "one trial runs in one gang"
+    return f"{num_trials} trials keep no more gangs busy" if resources.gangs == "auto" else f"resources.gangs: {resources.gangs}"
+
+
+def execution_plan(way: Way, found: Machines, num_gangs: int, spec: JobSpec, *, pack: bool) -> ExecutionPlan:
+    """The way as the value that gangs receive."""
+    return ExecutionPlan(
+        device=way.device,
+        ranks=way.ranks,
+        threads_per_rank=found.threads(way.ranks * num_gangs),
+        executor=way.executor,
+        zero_stage=way.zero_stage,
+        offload=way.offload,
+        checkpointing=way.checkpointing,
+        dtype=spec.train.dtype,
+        row_tokens=way.row_tokens,
+        micro_batch_rows=way.micro_batch_rows,
+        pack=pack,
+        backend="nccl" if way.device == "cuda" else "gloo",
+        inside_node=found.placement(way.ranks, num_gangs, "").num_spanning == 0,
+    )
+
+
+def check_resources(resources: ResourcesSpec) -> None:
+    """Refuse a ZeRO stage that cannot offload what is asked.
+
+    Raises:
+        PlanError: `offload: optimizer` or `parameters` below stage 3.
+    """
+    offloads = resources.offload not in ("auto", "none")
+    if offloads and resources.zero not in ("auto", OFFLOADING_STAGE):
+        raise PlanError(
+            f"ZeRO stage {resources.zero} cannot offload the {resources.offload}",
+            where="resources.offload",
+            expected=f"stage {OFFLOADING_STAGE}, the one that offloads",
+            remedy="resources.zero: auto, or offload: none",
+        )
+
+
+def _arrange_beside(head: Footprint, found: Machines, spec: JobSpec, load: Load, num_trials: int) -> Arrangement:
+    """Gangs that carry the control `head` too, which is in every sweep, where a smaller micro-batch or checkpointing is all
+    that it costs; a dearer kind of gang is not taken for a control's sake."""
+    alone = arrange_sweep(found, spec, load, num_trials)
+    try:
+        both = arrange_sweep(found, spec, replace(load, footprints=(*load.footprints, head)), num_trials)
+    except PlanError:
+        return alone
+    kinds = {(gangs.num_gangs, gangs.way.ranks, gangs.way.zero_stage, gangs.way.offload) for gangs in (alone, both)}
+    return both if len(kinds) == 1 else alone
+
+
+def _arrange_cores(found: Machines, spec: JobSpec, load: Load, num_trials: int) -> Arrangement:
+    """On a CPU every rank takes its part of one memory, so that fewer gangs is what makes room."""
+    resources = spec.resources
+    ranks = 1 if resources.ranks_per_gang == "auto" else resources.ranks_per_gang
+    most = max(1, min(num_trials, found.max_gangs(ranks)))
+    choices = range(most, 0, -1) if resources.gangs == "auto" else [resources.gangs]
+    reason = ""
+    for gangs in choices:
+        room = found.room(ranks, gangs)
+        way, rejected = cheapest(_ways(resources, "cpu", [ranks], load), load, lambda _, room=room: room)
+        if way is not None:
+            fewer = (RejectedWay(way=_gangs(most, gangs + 1), reason=reason),) if gangs < choices[0] else ()
+            return Arrangement(way, gangs, (*fewer, *rejected))
+        reason = rejected[-1].reason if rejected else ""
+    raise _nothing_fits(found, spec, load, [ranks], lambda _: found.room(ranks, choices[-1]))
+
+
+def _ways(resources: ResourcesSpec, device: Device, rank_counts: Sequence[int], load: Load) -> Iterator[Way]:
+    return ways(resources, device, rank_counts, load.row_tokens, whole_adapters=load.whole_adapters)
+
+
+def _gangs(most: int, least: int) -> str:
+    return f"{most} gangs" if most == least else f"{most} to {least} gangs"
+
+
+def _nothing_fits(found: Machines, spec: JobSpec, load: Load, counts: Sequence[int], room_of: RoomOf) -> PlanError:
+    """What the leanest way lacks, and what would help."""
+    tried = list(_ways(spec.resources, found.device, counts, load))
+    assert tried, "the spec refuses products of adapters where resources ask for DeepSpeed"
+    needed = {way: heaviest(way, load.footprints) for way in tried}
+    on_device = [way for way in tried if needed[way].device.total_bytes <= room_of(way.ranks).device_bytes]
+    if on_device:
+        way = min(on_device, key=lambda way: needed[way].host.total_bytes)
+        remedies = _host_remedies(room_of(way.ranks))
+    else:
+        way = min(tried, key=lambda way: needed[way].device.total_bytes)
+        remedies = _device_remedies(found, spec, load, way)
+    if any(footprint.learning_blocks for footprint in load.footprints):
+        remedies.append("fewer layers (last:2), or tune: [lora]")
+    if spec.resources.zero != "auto" or spec.resources.offload != "auto":
+        remedies.append("resources.zero and resources.offload: auto")
+    return PlanError(
+        f"nothing fits on {found.num_units} {found.unit}{'s' if found.num_units > 1 else ''}; "
+        f"the smallest configuration ({way}) {misfit(way, load, room_of(way.ranks))}",
+        where="resources",
+        remedy="; ".join(remedies),
+    )
+
+
+def _host_remedies(room: RankRoom) -> list[str]:
+    """Where the device has room and its node's memory has not."""
+    fewer = ["fewer ranks a node: a smaller resources.gangs or max_gpus"] if room.ranks_per_node > 1 else []
+    return ["nodes with more host memory", *fewer]
+
+
+def _device_remedies(found: Machines, spec: JobSpec, load: Load, way: Way) -> list[str]:
+    """To quantize helps where frozen weights are most of what is needed, and a smaller row what rows take."""
+    terms = heaviest(way, load.footprints).device.terms
+    remedies = [f"more or larger {found.unit}s" if found.device == "cuda" else "more memory"]
+    if spec.base.quantize == "none" and max(terms, key=lambda term: term.num_bytes).name in QUANTIZABLE:
+        remedies.append("base.quantize: nf4")
+    elif spec.base.quantize != "none" and any(term.name == "loading" for term in terms):
+        remedies.append("base.quantize: none, which ZeRO-3 partitions as it is loaded")
+    if any(term.moving for term in terms):
+        remedies.append("a smaller data.max_tokens")
+    return remedies
+
+
+def head_warnings(head: Footprint, way: Way, load: Load, room: RankRoom) -> tuple[str, ...]:
+    """What to hear where the control `head` fits in no way that its gang can come down to."""
+    reason = misfit(_smallest(way), replace(load, footprints=(head,)), room)
+    said = "the control `head` will run out of memory, and trials will be compared with the base model only"
+    return () if reason is None else (f"{said}: it {reason}",)
+
+
+def with_scratch(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, way: Way, load: Load, room: RankRoom) -> RunPlan:
+    """The plan with the memory of the control `scratch` where it was asked for; left out, with a warning, where it cannot be
+    trained by the gangs that the trials need."""
+    if spec.search is None or plan.search is None or "scratch" not in spec.search.controls:
+        return plan
+    selection = select_everything(anatomy, task=plan.base.task, num_classes=plan.base.num_classes)
+    element_bytes = 2 if plan.execution.dtype == "bfloat16" else 4
+    footprint = weigh(anatomy, selection, spec.base.quantize, element_bytes, num_classes=plan.base.num_classes)
+    reason = misfit(_smallest(way), replace(load, footprints=(footprint,)), room)
+    if way.executor == "deepspeed" and way.zero_stage == 3:
+        reason = "it cannot be initialised where each rank holds only a shard of the base (ZeRO-3)"
+    if reason is not None:
+        said = f"the control `scratch` is left out: training everything {reason}"
+        return plan.model_copy(update={"warnings": (*plan.warnings, said)})
+    return plan.model_copy(update={"scratch_memory": estimate(footprint, way).device})
+
+
+def _smallest(way: Way) -> Way:
+    """What a gang comes down to by itself when memory runs out."""
+    return replace(way, micro_batch_rows=1, checkpointing=True)

@@ -1,0 +1,361 @@
+"""Whether the blocks that learn are compiled: what speaks against it, whether measuring it is worth its time, and what follows.
+
+Compiled code adds up in another order than the libraries' kernels, so that its losses differ in their last bits. That all
+trials of a run are comparable and a trial's numbers hang on nothing but itself, the choice is the run's, made once.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Literal
+
+from orchestrator.anatomy import LayerSelection, ModelAnatomy, select
+from orchestrator.anatomy.selection import num_of_share
+from orchestrator.errors import PlanError
+from orchestrator.plan.cost.choices import option_terms, planned_options
+from orchestrator.plan.cost.estimate import TRIALS, units_of_gang
+from orchestrator.plan.fusing import concurrent_trials
+from orchestrator.plan.ladder import RankRoom
+from orchestrator.plan.memory.candidate import Way
+from orchestrator.plan.memory.estimate import estimate
+from orchestrator.plan.memory.footprint import weigh
+from orchestrator.plan.trunk import plan_trunk
+from orchestrator.plan.values import RunPlan, TrialOption
+from orchestrator.spec.models import JobSpec
+from orchestrator.spec.policy import parse_policy
+from orchestrator.units import format_seconds
+from orchestrator.work.execution import ExecutionPlan
+from orchestrator.work.measurements import CompileChoice, CompilePlan, CompileTimes, LayerScores, ProbePlan, ShiftPlan
+
+KIND_SECONDS = 90.0
+"""What compiling is taken to need for one choice of (tune, lora_rank), whatever the number of its blocks: two kinds of blocks,
+the one at the cut, whose input needs no gradient, and those above it. From an empty cache 35 s of a core were measured
+(`scripts/bench sweep compile`), and a core is seldom free; on a GPU assumed."""
+WORTH = 20.0
+"""Compiled blocks are measured where the search trains at least so many times as long as compiling would take."""
+MOST_OF_EAGER = 0.95
+"""A compiled step must take at most this share of the other's time: less gain is noise."""
+
+
+def with_compiling(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy) -> RunPlan:
+    """The plan with what is measured of compiled blocks before the search, or a note why nothing is.
+
+    Raises:
+        PlanError: `resources.compile: on`, where blocks cannot be compiled.
+    """
+    asked = spec.resources.compile
+    against = why_never(plan.execution if plan.search is not None else plan.refit_execution, spec, anatomy)
+    if asked == "off":
+        return plan
+    if asked == "on" and against is not None:
+        raise PlanError(
+            f"the blocks cannot be compiled: {against}",
+            where="resources.compile",
+            expected="auto or off",
+            remedy="leave it to auto",
+        )
+    if plan.search is None:
+        execution = plan.refit_execution.model_copy(update={"compiled": asked == "on"})
+        return plan.model_copy(update={"refit_execution": execution})
+    found = _planned(plan, against, required=asked == "on")
+    if asked == "on" and found.option is None:
+        raise PlanError(found.reason, where="resources.compile", expected="auto or off", remedy="leave it to auto")
+    return plan.model_copy(update={"compiling": found, "notes": (*plan.notes, found.reason)})
+
+
+def why_never(execution: ExecutionPlan, spec: JobSpec, anatomy: ModelAnatomy) -> str | None:
+    """What keeps blocks from being compiled, whatever that would gain; None where nothing does."""
+    if execution.executor != "torch":
+        return "DeepSpeed's engines hook into every module"
+    if execution.ranks > 1:
+        return "if one of several ranks cannot compile, the others would wait for it"
+    if spec.base.quantize != "none":
+        return f"{spec.base.quantize} is multiplied by library kernels, which cannot be compiled"
+    if spec.task == "classify" or not execution.pack:
+        return "rows that are not packed have many widths, and each width needs its own compilation"
+    if anatomy.experts is not None:
+        return "routed experts receive a different number of tokens each time"
+    if anatomy.dropout:
+        return f"{anatomy.dropout} would draw different random numbers"
+    return None
+
+
+def _planned(plan: RunPlan, against: str | None, *, required: bool) -> CompilePlan:
+    assert plan.search is not None
+    if against is not None:
+        return CompilePlan(option=None, reason=f"the blocks are not compiled: {against}")
+    options = plan.search.options
+    kinds = len({(option.tune, option.lora_rank) for option in options if learns_in_blocks(option)})
+    if not kinds:
+        return CompilePlan(option=None, reason="the blocks are not compiled: none of them is trainable")
+    seconds = gang_seconds(plan)
+    option = max(
+        (index for index, option in enumerate(options) if learns_in_blocks(option)),
+        key=lambda index: (not options[index].selection.pending, options[index].selection.num_trainable_parameters),
+    )
+    if required:
+        return CompilePlan(
+            option=option,
+            reason="the blocks are compiled, as resources.compile says",
+            num_kinds=kinds,
+            gang_seconds=seconds,
+            required=True,
+        )
+    if plan.search.max_fused > 1:
+        sharing = "trials share batches, and each set of batched trials needs its own compilation"
+        return CompilePlan(option=None, reason=f"the blocks are not compiled: {sharing}")
+    if seconds is None:
+        return CompilePlan(option=None, reason="the blocks are not compiled: how long the search takes is unknown")
+    expected = kinds * KIND_SECONDS
+    weighed = f"a gang trains for {format_seconds(seconds)}, and compiling takes about {format_seconds(expected)}"
+    if seconds < WORTH * expected:
+        return CompilePlan(option=None, reason=f"the blocks are not compiled: {weighed}")
+    said = f"whether compiled blocks save time is measured before the search: {weighed}"
+    return CompilePlan(option=option, reason=said, num_kinds=kinds, gang_seconds=seconds)
+
+
+def learns_in_blocks(option: TrialOption) -> bool:
+    """Whether a choice has a block to compile; one that waits for scores will have."""
+    return option.selection.pending or bool(option.selection.blocks)
+
+
+def gang_seconds(plan: RunPlan) -> float | None:
+    """What a gang is planned to train for in the search, controls and refit left out; None where the rate is unknown."""
+    if plan.cost is None or plan.cost.rate.flops is None:
+        return None
+    trained = sum(part.amount for part in plan.cost.operations if part.name == TRIALS)
+    return trained / (plan.cost.rate.flops * units_of_gang(plan.execution) * plan.num_gangs)
+
+
+def standing_choice(asked: Literal["auto", "on", "off"], known: CompileChoice | None) -> CompileChoice | None:
+    """What needs no measuring: what is asked for, or what an earlier submission of the run has chosen."""
+    if asked == "off":
+        return CompileChoice(compiled=False, reason="resources.compile is off")
+    if known is None or (asked == "on" and not known.compiled):
+        return None
+    return known
+
+
+def choice_of(plan: CompilePlan, times: CompileTimes) -> CompileChoice:
+    """What follows from a measurement: compiled blocks must gain more over the search than compiling all of them takes.
+
+    What it gains is the share that is saved of a full micro-batch's time, of what a gang is planned to train for with such.
+    """
+    if times.failed:
+        return CompileChoice(compiled=False, reason=f"the blocks cannot be compiled: {times.failed}", times=times)
+    share = times.compiled_seconds / times.eager_seconds
+    spent = times.compile_seconds * plan.num_kinds
+    said = (
+        f"a compiled micro-batch takes {1e3 * times.compiled_seconds:.1f} ms, {share:.2f} of {1e3 * times.eager_seconds:.1f} ms; "
+        f"compiling takes {format_seconds(spent)} per gang (worker group)"
+    )
+    if plan.required:
+        return CompileChoice(compiled=True, reason=said, times=times)
+    saved = (1 - share) * times.full_share * (plan.gang_seconds or 0.0)
+    said = f"{said}, and saves {format_seconds(max(0.0, saved))}"
+    return CompileChoice(compiled=share <= MOST_OF_EAGER and spent < saved, reason=said, times=times)
+
+
+def with_choice(plan: RunPlan, choice: CompileChoice | None) -> RunPlan:
+    """The plan once the choice is made; nothing is left to measure. Where blocks are compiled, trials share no batch.
+
+    Without a choice the plan itself.
+    """
+    if choice is None:
+        return plan
+    compiled = choice.compiled and plan.execution.executor == "torch"
+    refit = choice.compiled and plan.refit_execution.executor == "torch"
+    search = plan.search
+    if compiled and search is not None:
+        concurrent = concurrent_trials(search.num_trials, plan.num_gangs, 1)
+        search = search.model_copy(update={"max_fused": 1, "concurrent_trials": concurrent})
+    return plan.model_copy(
+        update={
+            "execution": plan.execution.model_copy(update={"compiled": compiled}),
+            "refit_execution": plan.refit_execution.model_copy(update={"compiled": refit}),
+            "search": search,
+            "compiling": None,
+        }
+    )
+
+
+MOST_BATCHES = 4
+MOST_OF_A_TRIAL = 0.05
+"""Operations of the probe, as a share of those of the cheapest trial."""
+NOT_HELD = {
+    "fp32 master weights",
+    "Adam's moments",
+    "copy for restoring the base",
+    "host: copy for restoring the base",
+    "host: loading or saving",
+}
+"""What training the same blocks holds and the probe does not: it has no optimizer and changes nothing."""
+
+
+def with_probe(
+    plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, way: Way, room: RankRoom, *, are_scored: bool = False
+) -> RunPlan:
+    """The plan with its probe, where there is one, and the reasons for it.
+
+    Args:
+        way: How the gang that runs it trains.
+        room: Of each of its ranks.
+        are_scored: Whether the run knows the scores: then these gangs need not be able to find them.
+
+    Raises:
+        PlanError: a policy by score, where the blocks that it chooses among cannot be scored.
+    """
+    options = planned_options(plan)
+    waiting = [option for option in options if option.selection.pending]
+    unknown = [] if are_scored else waiting
+    choices = {option.selection.blocks for option in options if option.selection.blocks}
+    if not waiting and not (plan.search is not None and spec.search is not None and spec.search.probe and len(choices) > 1):
+        return plan
+    if way.zero_stage == 3:
+        return _unprobed(plan, unknown, "under ZeRO-3 no rank holds the whole gradient of a matrix", "a lower resources.zero")
+    alone = replace(way, executor="torch", ranks=1, zero_stage=0, offload="none", micro_batch_rows=1)
+    floor = bisect_left(range(anatomy.num_blocks), True, key=partial(_fits, plan, spec, anatomy, alone, room))
+    if floor == anatomy.num_blocks:
+        return _unprobed(plan, unknown, "the gradient sums of a single block do not fit beside the base", "more memory")
+    wanted = max((_num_chosen(option, anatomy) for option in waiting), default=0)
+    if wanted > anatomy.num_blocks - floor:
+        fitting = f"the gradient sums of only {anatomy.num_blocks - floor} blocks fit beside the base"
+        return _unprobed(plan, unknown, fitting, "a smaller share, more memory")
+    most_rows = way.micro_batch_rows
+    while most_rows > 1 and not _fits(plan, spec, anatomy, replace(alone, micro_batch_rows=most_rows), room, floor):
+        most_rows //= 2
+    probe = _probe(plan, anatomy, floor, most_rows).model_copy(update={"required": bool(waiting)})
+    return plan.model_copy(update={"probe": probe, "reasons": (*plan.reasons, *_reasons(probe, waiting, anatomy))})
+
+
+def _unprobed(plan: RunPlan, waiting: Sequence[TrialOption], why: str, remedy: str) -> RunPlan:
+    if waiting:
+        raise PlanError(
+            f"{waiting[0].layers} needs scored blocks, and they cannot be scored: {why}",
+            where="search.layers" if plan.search is not None else "finetune.layers",
+            remedy=f"name blocks, for example last:2; or {remedy}",
+        )
+    return plan.model_copy(update={"notes": (*plan.notes, f"the blocks are not scored before the search: {why}")})
+
+
+def _num_chosen(option: TrialOption, anatomy: ModelAnatomy) -> int:
+    return num_of_share(parse_policy(option.layers).fraction, anatomy.num_blocks)
+
+
+def _fits(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, alone: Way, room: RankRoom, floor: int) -> bool:
+    """Whether blocks from a floor up can be scored by one rank.
+
+    As unfreezing them by that rank alone, which sums gradients in float32 too, without what the probe does not hold.
+    """
+    element_bytes = 2 if spec.train.dtype == "bfloat16" else 4
+    learning = _learning(plan, anatomy, floor)
+    footprint = weigh(anatomy, learning, spec.base.quantize, element_bytes, num_classes=plan.data.num_classes)
+    spared = NOT_HELD | {"trainable weights"} if spec.base.quantize != "none" else NOT_HELD
+    needed = (term.num_bytes for term in estimate(footprint, alone).device.terms if term.name not in spared)
+    return sum(needed) <= room.device_bytes
+
+
+def _learning(plan: RunPlan, anatomy: ModelAnatomy, floor: int) -> LayerSelection:
+    policy = f"blocks:{floor}-{anatomy.num_blocks - 1}"
+    return select(anatomy, policy, "full", None, task=plan.base.task, num_classes=plan.data.num_classes)
+
+
+def _probe(plan: RunPlan, anatomy: ModelAnatomy, floor: int, most_rows: int) -> ProbePlan:
+    """Four micro-batches of the plan's rows; to stay within the share of a trial fewer rows in each, then fewer of them."""
+    per_token = sum(term.flops for term in option_terms(plan, anatomy, _learning(plan, anatomy, floor)))
+    trial = _cheapest_trial(plan, anatomy)
+    row = per_token * plan.execution.row_tokens
+    affordable = int(MOST_OF_A_TRIAL * trial / row)
+    num_batches = max(1, min(MOST_BATCHES, affordable))
+    rows = max(1, min(most_rows, affordable // num_batches))
+    return ProbePlan(num_batches=num_batches, rows=rows, floor=floor, share_of_trial=num_batches * rows * row / trial)
+
+
+def _cheapest_trial(plan: RunPlan, anatomy: ModelAnatomy) -> float:
+    """Operations of the cheapest trial that nothing stops."""
+    tokens = float(plan.total_tokens)
+    if plan.search is not None:
+        tokens *= plan.search.rung_steps[-1] / plan.total_steps
+    each = (option_terms(plan, anatomy, option.selection) for option in planned_options(plan))
+    return tokens * min(sum(term.flops for term in terms) for terms in each)
+
+
+def _reasons(probe: ProbePlan, waiting: Sequence[TrialOption], anatomy: ModelAnatomy) -> Iterator[str]:
+    blocks = "every block" if probe.floor == 0 else f"blocks {probe.floor} to {anatomy.num_blocks - 1}"
+    over = "" if probe.share_of_trial <= MOST_OF_A_TRIAL else f", more than {MOST_OF_A_TRIAL:.0%}, and cannot be reduced further"
+    yield (
+        f"{blocks} is scored before the search: {probe.num_batches} x {probe.rows} rows, {probe.share_of_trial:.1%} "
+        "of the operations of the "
+        f"cheapest trial{over}"
+    )
+    if probe.floor:
+        yield f"the sums of the gradients of blocks 0 to {probe.floor - 1} do not fit: `top:` does not choose these blocks"
+    for layers, count in {option.layers: _num_chosen(option, anatomy) for option in waiting}.items():
+        yield (
+            f"{layers} is planned as its worst case, {count} of the largest blocks with the cut at block 0: "
+            "the blocks are known only after scoring"
+        )
+
+
+def with_scores(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, found: LayerScores | None) -> RunPlan:
+    """The plan once the blocks are scored: policies by score name their blocks, and the search knows each option's share.
+
+    Options keep their places, for trials refer to them by index; what was planned for their worst case stands, but for the
+    trunk, which is weighed again where a policy has found its cut.
+    """
+    if found is None or not found.scores:
+        return plan
+    resolved = _resolved(plan, anatomy, found)
+    waited = any(option.selection.pending for option in planned_options(plan))
+    if not waited or plan.cost is None:
+        return resolved
+    trunk, reason = plan_trunk(resolved, spec, anatomy, plan.cost.rate)
+    return resolved.model_copy(update={"trunk": trunk, "notes": (*plan.notes, f"after scoring, {reason}")})
+
+
+def _resolved(plan: RunPlan, anatomy: ModelAnatomy, found: LayerScores) -> RunPlan:
+
+    def chosen(option: TrialOption) -> TrialOption:
+        if not option.selection.pending:
+            return option
+        task, num_classes = plan.base.task, plan.data.num_classes
+        selection = select(
+            anatomy, option.layers, option.tune, option.lora_rank, task=task, num_classes=num_classes, scores=found.scores
+        )
+        return option.model_copy(update={"selection": selection})
+
+    if plan.finetune is not None:
+        return plan.model_copy(update={"finetune": chosen(plan.finetune)})
+    assert plan.search is not None
+    options = tuple(chosen(option) for option in plan.search.options)
+    shares = score_shares([option.selection.blocks for option in options], found.scores)
+    return plan.model_copy(update={"search": plan.search.model_copy(update={"options": options, "shares": shares})})
+
+
+def score_shares(blocks: Sequence[Sequence[int]], scores: Sequence[float | None]) -> tuple[float, ...]:
+    """What each choice of blocks holds of the summed scores: 1 for all of them, 0 for none."""
+    each = [score or 0.0 for score in scores]
+    whole = sum(each) or 1.0
+    return tuple(sum(each[block] for block in chosen) / whole for chosen in blocks)
+
+
+NUM_DOCUMENTS = 200
+"""Of each set, drawn by the seed: the interval of a probe's error is then narrower than a tenth."""
+MOST_CUTS = 4
+"""Where nothing is stored of the trunk, features are made at so many cuts, evenly over the blocks."""
+NO_RETENTION_SET = "there is no retention set to compare with"
+"""Why nothing is measured where advice is asked for all the same."""
+
+
+def with_shift(plan: RunPlan, anatomy: ModelAnatomy) -> RunPlan:
+    """The plan with what is measured of the domain shift, where there is a retention set: at the cuts that are stored of the
+    trunk, which costs no forward pass, or at a few others. A classifier uses no retention set, given or not."""
+    if plan.search is None or not plan.data.retain_tokens or plan.base.task == "classify":
+        return plan
+    count = anatomy.num_blocks
+    few = tuple(dict.fromkeys(max(1, round(count * part / MOST_CUTS)) for part in range(1, MOST_CUTS + 1)))
+    cuts = plan.trunk.cuts if plan.trunk is not None else few
+    return plan.model_copy(update={"shift": ShiftPlan(cuts=cuts, num_documents=NUM_DOCUMENTS)})

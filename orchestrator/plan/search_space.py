@@ -1,0 +1,158 @@
+"""The search's discrete choices: layers x tune x lora_rank, each with its selection and its learning-rate range."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from orchestrator.anatomy import LayerSelection, ModelAnatomy, select
+from orchestrator.errors import SelectionError
+from orchestrator.plan.remedies import effective, remedies_of_point, searched_remedies
+from orchestrator.plan.values import PlannedPoint, SearchPlan
+from orchestrator.spec import LoadedSpec, learning_rate_range
+from orchestrator.spec.models import JobSpec, SearchSpec, Task, TrainSpec, Tune
+from orchestrator.work.remedies import NOTHING, Remedies
+
+FRESH_HEAD_FACTOR = 10.0
+"""A classification head that starts from random numbers, alone, is a linear probe: a convex problem that takes a
+rate ten times that of pretrained weights."""
+
+
+DEFAULT_LORA_RANK = 16
+"""Of a fixed point that gives none, as in a search that gives none."""
+_Key = tuple[object, ...]
+
+
+class Choice(NamedTuple):
+    """A selection with its learning-rate range."""
+
+    selection: LayerSelection
+    rates: tuple[float, float]
+    remedies: Remedies = NOTHING
+
+
+class _Asked(NamedTuple):
+    """A combination as the spec has it, and where; a fixed point with its rate."""
+
+    place: str
+    layers: str
+    tune: Tune
+    lora_rank: int | None
+    remedies: Remedies
+    rate: float | None = None
+
+
+def head_rates(search: SearchSpec, task: Task) -> tuple[float, float]:
+    """The range for a head that learns alone: that of `full`, tenfold where the head is a new classifier."""
+    factor = FRESH_HEAD_FACTOR if task == "classify" else 1.0
+    low, high = learning_rate_range(search, "full")
+    return low * factor, high * factor
+
+
+@contextmanager
+def told_at(place: str) -> Generator[None]:
+    """A policy that does not fit the base is told where the spec writes it."""
+    try:
+        yield
+    except SelectionError as error:
+        error.where = place
+        raise
+
+
+def search_choices(loaded: LoadedSpec, anatomy: ModelAnatomy, num_classes: int) -> list[Choice]:
+    """Every different selection of `search`, in the order of the spec.
+
+    Policies that come to the same selection (`last:8` and `all` on eight blocks; `head` to classify, with lora or
+    full) are one choice: the first. A policy by score is a choice of its own until the blocks are scored. Each selection is
+    tried with every combination of remedies that fits its way of tuning and changes what it learns.
+
+    Raises:
+        SelectionError: a policy that matches nothing.
+    """
+    spec = loaded.spec
+    assert spec.search is not None, "the sweep needs `search`"
+    found: dict[_Key, Choice] = {}
+    for asked in _asked(spec.search, spec.train):
+        with told_at(loaded.where(asked.place)):
+            selection = _selection(asked, anatomy, spec.task, num_classes)
+        remedies = effective(anatomy, selection, asked.remedies)
+        rates = (asked.rate, asked.rate) if asked.rate is not None else _rates(spec.search, spec.task, selection)
+        key = _key(selection, remedies)
+        known = found.get(key, Choice(selection, rates, remedies))
+        wider = (min(rates[0], known.rates[0]), max(rates[1], known.rates[1]))
+        found[key] = known._replace(rates=wider if asked.rate is not None else known.rates)
+    return list(found.values())
+
+
+def planned_points(spec: JobSpec, anatomy: ModelAnatomy, num_classes: int) -> tuple[PlannedPoint, ...]:
+    """The spec's fixed points, by the numbers of their choices as `search_choices` counts them."""
+    assert spec.search is not None, "the sweep needs `search`"
+    numbers: dict[_Key, int] = {}
+    points: list[PlannedPoint] = []
+    for asked in _asked(spec.search, spec.train):
+        if asked.rate is not None:
+            selection = _selection(asked, anatomy, spec.task, num_classes)
+            remedies = effective(anatomy, selection, asked.remedies)
+            number = numbers.setdefault(_key(selection, remedies), len(numbers))
+            points.append(PlannedPoint(option=number, learning_rate=asked.rate))
+    return tuple(points)
+
+
+def _asked(search: SearchSpec, train: TrainSpec) -> Iterator[_Asked]:
+    """Every combination of policy, way of tuning, rank of LoRA and remedies; of a fixed list every point."""
+    if search.algorithm == "fixed":
+        for number, point in enumerate(search.points):
+            lora_rank = (point.lora_rank or DEFAULT_LORA_RANK) if point.tune == "lora" else None
+            remedies = remedies_of_point(point, train)
+            yield _Asked(f"search.points[{number}].layers", point.layers, point.tune, lora_rank, remedies, point.learning_rate)
+        return
+    for number, layers in enumerate(search.layers):
+        for tune in search.tune:
+            for lora_rank in search.lora_rank if tune == "lora" else (None,):
+                for remedies in searched_remedies(search, train, tune):
+                    yield _Asked(f"search.layers[{number}]", layers, tune, lora_rank, remedies)
+
+
+def _selection(asked: _Asked, anatomy: ModelAnatomy, task: Task, num_classes: int) -> LayerSelection:
+    """What learns. LoRA with nothing to adapt (a new classifier alone) is `full`."""
+    selection = select(anatomy, asked.layers, asked.tune, asked.lora_rank, task=task, num_classes=num_classes)
+    if asked.tune == "lora" and not selection.adapted:
+        return select(anatomy, asked.layers, "full", None, task=task, num_classes=num_classes)
+    return selection
+
+
+def _key(selection: LayerSelection, remedies: Remedies) -> _Key:
+    """Equal for what comes to the same."""
+    lora_rank = selection.lora_rank if selection.adapted else None
+    return selection.pending, selection.trainable, selection.adapted, lora_rank, remedies
+
+
+def _rates(search: SearchSpec, task: Task, selection: LayerSelection) -> tuple[float, float]:
+    only_head = selection.new_classifier and len(selection.trainable) == 1 and not selection.adapted
+    return head_rates(search, task) if only_head else learning_rate_range(search, selection.tune)
+
+
+def grid_points(search: SearchPlan) -> list[tuple[int, float]]:
+    """`num_trials` points (option index, learning rate) of a grid over options and log-spaced rates.
+
+    Options take turns. An option's rates halve its log range again and again (1/2, 1/4, 3/4, 1/8, 5/8, ...: van der
+    Corput's sequence, evenly spaced at 1, 3, 7, ... rates), so that raising `trials` adds points and moves none.
+    """
+    points: list[tuple[int, float]] = []
+    for number in range(search.num_trials):
+        turn, index = divmod(number, len(search.options))
+        option = search.options[index]
+        low, high = math.log(option.learning_rate_low), math.log(option.learning_rate_high)
+        points.append((index, math.exp(low + van_der_corput(turn + 1) * (high - low))))
+    return points
+
+
+def van_der_corput(number: int) -> float:
+    value, scale = 0.0, 0.5
+    while number:
+        value += scale * (number & 1)
+        number >>= 1
+        scale /= 2
+    return value

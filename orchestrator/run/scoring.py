@@ -1,0 +1,61 @@
+"""From a rung's result to the one number that the search minimises."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from orchestrator.transfer import WORST_SCORE, forgetting, score
+from orchestrator.values import Value
+from orchestrator.work.results import RungResult
+
+
+class Scoring(Value):
+    """The search's metric and its bound on forgetting."""
+
+    metric: str
+    max_forgetting: float
+    patience: int | None = None
+    """As `SearchPlan.patience`."""
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.metric != "loss"
+
+    def metric_of(self, result: RungResult) -> float | None:
+        """The metric's value, or None where it was not measured."""
+        return result.metrics.get(self.metric, result.eval_loss if self.metric == "loss" else None)
+
+    def forgetting_of(self, result: RungResult, base: RungResult | None) -> float | None:
+        """Rise of the retention loss over the untouched base's, nats per token."""
+        if base is None or result.retain_loss is None or base.retain_loss is None:
+            return None
+        return forgetting(result.retain_loss, base.retain_loss)
+
+    def judged(self, results: Sequence[RungResult], base: RungResult | None) -> RungResult:
+        """The rung that a trial is compared by: the last, or, where its held-out loss may end it, the best so far."""
+        done = [result for result in results if result.state == "done"]
+        if self.patience is None or not done:
+            return results[-1]
+        return min(done, key=lambda result: self.score(result, base))
+
+    def stalled(self, results: Sequence[RungResult], base: RungResult | None) -> str:
+        """Why a trial ends early: in its last `patience` rungs neither its loss on the eval set nor its score has become better
+        (Prechelt 1998, "Early stopping - but when?"). Nothing where one has."""
+        if self.patience is None or len(results) <= self.patience or results[-1].state == "failed":
+            return ""
+        scores = [self.score(result, base) for result in results]
+        losses = [loss if (loss := result.eval_loss) is not None and math.isfinite(loss) else math.inf for result in results]
+        best = max(scores.index(min(scores)), losses.index(min(losses)))
+        if best >= len(results) - self.patience:
+            return ""
+        what = "its held-out loss has not" if self.metric == "loss" else f"neither its held-out loss nor its {self.metric} has"
+        return f"{what} improved since step {results[best].step}"
+
+    def score(self, result: RungResult, base: RungResult | None) -> float:
+        """Lower is better; `WORST_SCORE` for a trial that failed or could not be measured."""
+        value = self.metric_of(result)
+        if result.state == "failed" or value is None:
+            return WORST_SCORE
+        lost = self.forgetting_of(result, base)
+        return score(value, self.higher_is_better, lost, self.max_forgetting)

@@ -1,0 +1,162 @@
+"""What is trained once the winner is known: its controls, itself from other seeds, and on shares of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from orchestrator.anatomy import LayerSelection
+from orchestrator.data import size_of_share
+from orchestrator.data.sets import load_known
+from orchestrator.plan import curve_trial, curve_trial_id, repeat_control, scratch_control, shuffled_control
+from orchestrator.plan.schedule import late_rung_steps, share_documents, too_few_documents, total_steps, total_tokens
+from orchestrator.run.ledger import Ledger, TrialEntry
+from orchestrator.run.records import base_result
+from orchestrator.runtime.assignments import Answer
+from orchestrator.runtime.cluster import fetch
+from orchestrator.runtime.prepare import Prepared
+from orchestrator.runtime.refit import selection_of, stands_as_it_is, steps_to_bundle
+from orchestrator.transfer.learning_curve import LearningCurve, learning_curve
+from orchestrator.transfer.view import RunView
+from orchestrator.work.results import RungResult
+from orchestrator.work.trial import TrialSpec
+
+
+class LateTrial(NamedTuple):
+    trial: TrialSpec
+    selection: LayerSelection
+    stops: tuple[int, ...]
+    """The step at which each of its rungs ends."""
+
+
+def late_trials(prepared: Prepared, winner: TrialEntry, base: RungResult | None) -> list[LateTrial]:
+    """Controls that the spec asks for, trained as long as what will be bundled, the winner from as many other seeds as the plan
+    says, and its learning curve. With early stopping other seeds and shares of the data are scored where the searched trials
+    are, and end where these would.
+
+    Args:
+        base: What the untouched base scored.
+    """
+    plan, spec, search = prepared.plan, prepared.spec, prepared.plan.search
+    assert search is not None
+    selection = selection_of(prepared, winner)
+    as_long = steps_to_bundle(winner, base, prepared.scoring)
+    found: list[LateTrial] = []
+    if "shuffled" in search.controls:
+        found.append(LateTrial(shuffled_control(winner.trial), selection, as_long))
+    if "scratch" in search.controls and plan.scratch_memory is not None:
+        found.append(LateTrial(*scratch_control(plan, prepared.anatomy, spec, winner.trial), as_long))
+    again = [repeat_control(winner.trial, number) for number in range(2, search.repeats + 1)]
+    again += curve_trials(prepared, winner, base)
+    rungs = [late_rung_steps(search, winner.trial.total_steps, trial.total_steps) for trial in again]
+    return found + [LateTrial(trial, selection, stops) for trial, stops in zip(again, rungs, strict=True)]
+
+
+def train_late(prepared: Prepared, exchange: Any, winner: TrialEntry, view: RunView) -> bool:
+    """Train them; one that is held back for want of hours is told.
+
+    All are handed in at once, so that the gangs share them.
+
+    Returns:
+        Whether there were any.
+    """
+    late = late_trials(prepared, winner, base_result(Ledger(prepared.run.trials)))
+    if late:
+        view.phase("controls", ", ".join(each.trial.trial_id for each in late))
+    calls = [(each.trial, hand_in(exchange, *each)) for each in late]
+    for trial, call in calls:
+        answer = wait_for(exchange, trial.trial_id, call)
+        if answer.state == "stopped" and trial.control != "curve":  # of the curve, what is missing is told where it is drawn
+            message = f"{trial.trial_id}: {answer.reason}"
+            view.event("control_left_out", message)
+            prepared.run.event("control_left_out", message=message)
+    return bool(late)
+
+
+def hand_in(exchange: Any, trial: TrialSpec, selection: LayerSelection, stops: Sequence[int]) -> Any:
+    """Have a gang take it up; `wait_for` takes what this returns.
+
+    Args:
+        stops: The step at which each of its rungs ends.
+    """
+    return exchange.carry.remote(trial, selection, tuple(stops))
+
+
+def wait_for(exchange: Any, trial_id: str, call: Any) -> Answer:
+    """Its last answer, once it has ended."""
+    answer = fetch(call)
+    fetch(exchange.finish.remote(trial_id, "failed" if answer.state == "failed" else "finished"))
+    return answer
+
+
+def curve_shares(prepared: Prepared, winner: TrialEntry, base: RungResult | None) -> tuple[float, ...]:
+    """Of the documents, what trials of the curve learn from: of all of them too, where the winner has neither had its full budget
+    nor stopped getting better. None where no curve is planned.
+
+    Args:
+        base: What the untouched base scored.
+    """
+    search = prepared.plan.search
+    if search is None or not search.curve_shares:
+        return ()
+    stands = stands_as_it_is(winner, base, prepared.scoring)
+    return search.curve_shares if stands else (*search.curve_shares, 1.0)
+
+
+def curve_ids(prepared: Prepared, winner: TrialEntry, base: RungResult | None) -> list[str]:
+    """Of the trials of the winner's curve."""
+    return [curve_trial_id(share, winner.trial.trial_id) for share in curve_shares(prepared, winner, base)]
+
+
+def curve_trials(prepared: Prepared, winner: TrialEntry, base: RungResult | None) -> list[TrialSpec]:
+    """The winner on each share, for as many epochs."""
+    spec, train = prepared.spec, load_known(prepared.data_paths.train)
+    trials: list[TrialSpec] = []
+    for share in curve_shares(prepared, winner, base):
+        size = size_of_share(prepared.plan.data, train, share, prepared.settings.tokens_per_step, winner.trial.seed)
+        trials.append(curve_trial(winner.trial, share, total_steps(spec, size), total_tokens(spec, size)))
+    return trials
+
+
+def curve_of(prepared: Prepared, ledger: Ledger, winner: TrialEntry | None) -> LearningCurve | str:
+    """The promoted trial's curve, or why there is none; nothing where none was asked for. Every point is of the rung that its
+    trial is judged by, the winner's of the one that is bundled."""
+    search = prepared.spec.search
+    if prepared.plan.search is None or search is None or not search.learning_curve:
+        return ""
+    if winner is None:
+        return "no promoted trial to train on less data"
+    base, num_documents = base_result(ledger), prepared.plan.data.train_documents
+    shares = curve_shares(prepared, winner, base)
+    if not shares:
+        return too_few_documents(num_documents)
+    points = [(share, ledger.get(curve_trial_id(share, winner.trial.trial_id))) for share in shares]
+    points += [(1.0, winner)] if 1.0 not in shares else []
+    losses: list[np.ndarray] = []
+    weights = np.zeros(0)
+    for share, entry in points:
+        measured = entry is not None and (entry is winner or _is_measured(entry))
+        found = ledger.document_losses(prepared.scoring.judged(entry.results, base)) if entry and measured else None
+        if found is None or not np.isfinite(found[0]).all():
+            return f"the trial on {share_documents(share, num_documents)} documents {_what_befell(entry)}"
+        losses.append(found[0])
+        weights = found[1]
+    counts = [share_documents(share, num_documents) for share, _ in points]
+    return learning_curve(winner.trial.trial_id, counts, losses, weights, prepared.spec.train.seed)
+
+
+def _is_measured(entry: TrialEntry) -> bool:
+    """Whether it came to its end, and well: one held back between its rungs is not yet judged."""
+    return entry.ended_for_good and bool(entry.results) and entry.results[-1].state == "done"
+
+
+def _what_befell(entry: TrialEntry | None) -> str:
+    if entry is None or not entry.results:
+        return "did not run"
+    if entry.results[-1].state == "failed":
+        return f"failed: {entry.results[-1].reason}"
+    if not entry.ended_for_good:
+        return f"reached only step {entry.results[-1].step} of {entry.trial.total_steps}"
+    return "has no finite loss on every eval document"

@@ -1,0 +1,133 @@
+"""What waits for a gang, and how it is given out: first things first, in groups that share a batch."""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+from orchestrator.anatomy import ModelAnatomy
+from orchestrator.plan.fusing import FuseKey, fuse_key
+from orchestrator.plan.values import RunPlan
+from orchestrator.runtime.assignments import Work
+from orchestrator.work.results import RungResult
+
+REUNION_S = 0.5
+"""How long a free gang waits at most for trials that have just shared a batch: Tune decides on them one by one, within
+milliseconds of each other."""
+
+
+class WorkQueue:
+    """Work by priority. A gang takes the first and, with it, others that may share its batch.
+
+    A group has at most `max_fused` members. Where several gangs are free, none takes more than its even part: of n that
+    may share a batch, with g free gangs, n / g, rounded up. A gang that starts counts as free.
+
+    Args:
+        plan: Of the search; its `max_fused` of 1 gives out every piece of work alone, at once.
+        anatomy: Of the base.
+        clock: Seconds that only go forward.
+    """
+
+    def __init__(self, plan: RunPlan, anatomy: ModelAnatomy, num_gangs: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._planned, self._anatomy = plan.execution, anatomy
+        self._max_fused = plan.search.max_fused if plan.search is not None else 1
+        self._last_rung = len(plan.search.rung_steps) - 1 if plan.search is not None else 0
+        self._num_free = num_gangs
+        self._clock = clock
+        self._works: list[Work] = []
+        """Sorted. What has ended meanwhile lies here until somebody looks."""
+        self._awaited: dict[str, tuple[int, float]] = {}
+        """By trial: the rung that it may ask for, and until when it is waited for."""
+        self._paying: dict[int, int] = {}
+        """By cut, where a gang has tried more: how many trials share a batch there."""
+        self._changed = asyncio.Event()
+
+    def put(self, work: Work) -> None:
+        bisect.insort(self._works, work)
+        self._wake()
+
+    def clear(self) -> list[Work]:
+        """Everything that nobody has taken, which is nobody's now."""
+        works, self._works = self._living(), []
+        return works
+
+    @asynccontextmanager
+    async def next_group(self, gang: int | None = None) -> AsyncIterator[list[Work]]:
+        """What a gang does next, as soon as there is something. The gang is not free for as long as the block runs.
+
+        Args:
+            gang: Which one asks: of what is equally urgent it gets first what it may remember.
+        """
+        group = await self._take(gang)
+        self._num_free -= 1
+        try:
+            yield group
+        finally:
+            self._num_free += 1
+
+    def lose_gang(self) -> None:
+        """A gang that was free will take nothing any more."""
+        self._num_free -= 1
+
+    def expect(self, results: Sequence[RungResult]) -> None:
+        """A group has ended: those of it that go on had better share a batch again."""
+        if len(results) > 1 and results[0].rung < self._last_rung:
+            deadline = self._clock() + REUNION_S
+            self._awaited.update({result.trial_id: (result.rung + 1, deadline) for result in results})
+
+    def heard_from(self, trial_id: str) -> None:
+        """A trial has asked for its next rung, or has ended."""
+        if self._awaited.pop(trial_id, None) is not None:
+            self._wake()
+
+    def note_width(self, group: Sequence[Work], results: Sequence[RungResult]) -> None:
+        """Where a gang found that fewer pay than it was given, later groups are no larger: what shares no batch had
+        better wait here, for any gang. A gang tries widths of 1, 2, 4, ...
+        """
+        width = max((result.engine.fused_trials for result in results if result.engine is not None), default=len(group))
+        if 2 * width <= len(group):
+            self._paying[group[0].assignment.selection.cut] = width
+
+    async def _take(self, gang: int | None) -> list[Work]:
+        while True:
+            self._works = self._living()
+            patience = self._patience()
+            if self._works and patience <= 0:
+                return self._pick(gang)
+            try:
+                await asyncio.wait_for(self._changed.wait(), patience if self._works else None)
+            except TimeoutError:
+                continue
+
+    def _pick(self, gang: int | None) -> list[Work]:
+        works = sorted(self._works, key=lambda work: (work.priority[:2], work.home != gang, work.priority))
+        first = works[0]
+        key = self._key(first)
+        alike = [work for work in works if key is not None and self._key(work) == key]
+        even_part = math.ceil(len(alike) / self._num_free)
+        paying = self._paying.get(first.assignment.selection.cut, self._max_fused)
+        group = alike[: min(paying, even_part)] or [first]
+        self._works = [work for work in self._works if work not in group]
+        return group
+
+    def _key(self, work: Work) -> FuseKey | None:
+        """After a gang has died of it, work is done alone, so that what kills gangs is found."""
+        return None if work.attempts else fuse_key(work.assignment, self._planned, self._anatomy)
+
+    def _patience(self) -> float:
+        """Seconds that a free gang still waits for company; none where what comes first comes before those awaited too."""
+        now = self._clock()
+        first = self._works[0].priority[:2] if self._works else (math.inf, 0)
+        return max((until - now for rung, until in self._awaited.values() if first >= (1, -rung)), default=0.0)
+
+    def _wake(self) -> None:
+        """Every gang that waits looks again."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _living(self) -> list[Work]:
+        return [work for work in self._works if not work.future.done()]

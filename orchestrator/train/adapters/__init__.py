@@ -1,0 +1,1 @@
+"""What a trial trains: adapters or unfrozen weights on the base, and the artifacts saved of them."""

@@ -1,0 +1,259 @@
+"""What a trial leaves behind: an adapter in PEFT's own format, or a delta of the changed tensors only.
+
+adapter/  adapter_config.json  adapter_model.safetensors     `peft.PeftModel.from_pretrained` loads it
+delta/    delta.json           delta.safetensors             tensors under their checkpoint names
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, TaskType
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from orchestrator.anatomy.values import LayerSelection, TensorInfo
+from orchestrator.errors import IntegrityError, OrchestratorError, TrainingError
+from orchestrator.store import check_artifact
+from orchestrator.store.folders import MANIFEST
+from orchestrator.train.adapters.branch import Branch, full_shape, open_branch
+from orchestrator.train.model.base import LoadedBase
+from orchestrator.work.artifact import (
+    ADAPTER,
+    ADAPTER_FILE,
+    DELTA,
+    DELTA_FILE,
+    PEFT_PREFIX,
+    SUFFIX_A,
+    SUFFIX_B,
+    Artifact,
+    read_artifact,
+)
+
+
+@dataclass(frozen=True)
+class ReadyArtifact:
+    """What a branch learned, checked and on the CPU. The branch may learn on, or be closed, before it is written."""
+
+    tensors: Mapping[str, torch.Tensor]
+    """Whole, by stable name."""
+    metadata: dict[str, str]
+    about: LoraConfig | dict[str, object]
+    """PEFT's configuration of an adapter, or the description of a delta."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def write(self, folder: Path) -> Path:
+        """Write `folder/adapter` or `folder/delta`, which is returned; the caller makes the write atomic."""
+        if isinstance(self.about, LoraConfig):
+            target = folder / ADAPTER
+            target.mkdir(parents=True)
+            self.about.save_pretrained(str(target))
+            named = {PEFT_PREFIX + name: tensor for name, tensor in self.tensors.items()}
+            save_file(named, target / ADAPTER_FILE, self.metadata)
+            return target
+        target = folder / DELTA
+        target.mkdir(parents=True)
+        save_file(dict(self.tensors), target / DELTA_FILE, self.metadata)
+        (target / "delta.json").write_text(json.dumps(self.about, indent=2) + "\n")
+        return target
+
+
+def ready_artifact(branch: Branch, tensors: Mapping[str, torch.Tensor]) -> ReadyArtifact:
+    """What is written of a branch as it stands now.
+
+    Args:
+        branch: Says what was planned: names and shapes.
+        tensors: Every learning parameter, whole, by its stable name (gathered by the engine), on any device.
+
+    Raises:
+        TrainingError: A tensor is missing, empty, of another shape than planned, or not finite (law 4).
+    """
+    whole = _checked(branch, tensors)
+    selection = branch.selection
+    about: LoraConfig | dict[str, object] = (
+        _peft_config(branch)
+        if selection.adapted
+        else {
+            "format": 1,
+            "policy": selection.policy,
+            "base_config_sha256": branch.base.anatomy.config_sha256,
+            "trainable": sorted(whole),
+            "unties_head": selection.unties_head,
+            "new_classifier": selection.new_classifier,
+            "task": branch.base.load.task,
+            "class_names": list(branch.base.load.class_names),
+        }
+    )
+    return ReadyArtifact(whole, _metadata(branch), about)
+
+
+def save_artifact(branch: Branch, folder: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
+    """Write what the branch learned to `folder/adapter` or `folder/delta`, which is returned. As `ready_artifact`."""
+    return ready_artifact(branch, tensors).write(folder)
+
+
+def _metadata(branch: Branch) -> dict[str, str]:
+    return {
+        "format": "pt",
+        "policy": branch.selection.policy,
+        "base_config_sha256": branch.base.anatomy.config_sha256,
+    }
+
+
+def _checked(branch: Branch, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    planned = {name: tuple(full_shape(parameter)) for name, parameter in branch.learning_parameters()}
+    for name in sorted(planned.keys() ^ tensors.keys()):
+        raise TrainingError(
+            "was planned but is missing" if name in planned else "is present but was not planned",
+            where=name,
+            expected=f"exactly the {len(planned)} trainable tensors",
+            remedy="nothing was saved; gather every trainable parameter before saving",
+        )
+    for name, shape in planned.items():
+        found = tuple(tensors[name].shape)
+        if found != shape or tensors[name].numel() == 0:
+            raise TrainingError(
+                f"has shape {list(found)}",
+                where=name,
+                expected=f"{list(shape)}",
+                remedy="nothing was saved; a partitioned parameter must be gathered first",
+            )
+        if not bool(torch.isfinite(tensors[name]).all()):
+            raise TrainingError("holds NaN or infinity", where=name, remedy="nothing was saved; lower the learning rate")
+    return {name: _own_bytes(tensors[name]) for name in planned}
+
+
+def _own_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """On the CPU, contiguous, and no view of a larger buffer, which safetensors would refuse."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _peft_config(branch: Branch) -> LoraConfig:
+    selection = branch.selection
+    modules = sorted({name.rpartition(".")[0] for name in selection.trainable})
+    return LoraConfig(
+        task_type=TaskType.SEQ_CLS if branch.base.load.task == "classify" else TaskType.CAUSAL_LM,
+        base_model_name_or_path=branch.base.load.folder,
+        revision=branch.base.load.revision,
+        inference_mode=True,
+        r=selection.lora_rank or 0,
+        lora_alpha=branch.lora_alpha,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=sorted(name.rpartition(".")[0] for name in selection.adapted),
+        modules_to_save=modules or None,
+    )
+
+
+def _copy(parameter: nn.Parameter, value: torch.Tensor) -> None:
+    parameter.data.copy_(value)
+
+
+def load_artifact(branch: Branch, folder: Path, assign: Callable[[nn.Parameter, torch.Tensor], None] = _copy) -> None:
+    """Put a saved adapter or delta back into a branch of the same selection, before an engine takes its parameters.
+
+    Args:
+        branch: Freshly opened.
+        folder: Holds `adapter/` or `delta/`.
+        assign: Gives a parameter a whole value; another one where parameters are partitioned.
+
+    Raises:
+        IntegrityError: Damaged, or names or shapes differ from what learns in this branch; nothing was changed.
+    """
+    stored, learning = _stored_tensors(_read(folder)), dict(branch.learning_parameters())
+    if unlike := _unlike(learning, stored):
+        raise IntegrityError(unlike, where=str(folder), expected=f"the {len(learning)} trainable tensors of this trial")
+    for file in {info.file for info in stored.values()}:
+        with safe_open(folder / file, framework="pt", device="cpu") as reader:
+            for name, parameter in learning.items():
+                if stored[name].file == file:
+                    assign(parameter, reader.get_tensor(stored[name].name))
+
+
+def misfit(branch: Branch, folder: Path) -> str:
+    """Why what lies in `folder` cannot be put into a branch, from its headers; empty where it can."""
+    try:
+        return _unlike(dict(branch.learning_parameters()), _stored_tensors(_read(folder)))
+    except IntegrityError as error:
+        return error.what
+
+
+def _unlike(learning: Mapping[str, nn.Parameter], stored: Mapping[str, TensorInfo]) -> str:
+    """The first tensor whose name or shape is another one; empty where none is."""
+    for name in sorted(learning.keys() ^ stored.keys()):
+        return f"{name} is not in the artifact" if name in learning else f"{name} is not trainable in this trial"
+    for name, parameter in learning.items():
+        planned = tuple(full_shape(parameter))
+        if stored[name].shape != planned:
+            return f"{name} has shape {list(stored[name].shape)} there and {list(planned)} here"
+    return ""
+
+
+@contextmanager
+def attach_artifact(base: LoadedBase, folder: Path) -> Iterator[Branch]:
+    """The live trained model: the base with a saved artifact on it, as long as the context lasts.
+
+    Args:
+        folder: Where it has a manifest, as every committed folder has, its files are compared with that before they are read.
+
+    Raises:
+        IntegrityError: The artifact is damaged or belongs to another base.
+    """
+    if (folder / MANIFEST).exists():
+        check_artifact(folder)
+    selection, lora_alpha = selection_of(base, folder)
+    with open_branch(base, selection, lora_alpha=lora_alpha, seed=0) as branch:
+        load_artifact(branch, folder)
+        yield branch
+
+
+def selection_of(base: LoadedBase, folder: Path) -> tuple[LayerSelection, int]:
+    """What the artifact's trial had learning, on this base; and its lora_alpha."""
+    artifact, anatomy = _read(folder), base.anatomy
+    stored = _stored_tensors(artifact)
+    with safe_open(folder / next(iter(stored.values())).file, framework="pt", device="cpu") as reader:
+        metadata = reader.metadata() or {}
+    if metadata.get("base_config_sha256", anatomy.config_sha256) != anatomy.config_sha256:
+        raise IntegrityError("the artifact belongs to another base", where=str(folder), expected=base.load.folder)
+    learns = {*artifact.low_rank, *artifact.whole}
+    pair = next(iter(artifact.low_rank.values()), None)
+    blocks = [number for number, block in enumerate(anatomy.blocks) if learns & set(block)]
+    selection = LayerSelection(
+        policy=metadata.get("policy", ""),
+        tune="lora" if artifact.low_rank else "full",
+        lora_rank=pair.a.shape[0] if pair else None,
+        trainable=tuple(artifact.whole),
+        adapted=tuple(artifact.low_rank),
+        frozen=tuple(name for name, _ in base.model.named_parameters() if name not in learns),
+        cut=min(blocks, default=anatomy.num_blocks),
+        unties_head=anatomy.tied and anatomy.head_weight in learns,
+        new_classifier=anatomy.classifier_weight in learns,
+        num_trainable_parameters=sum(info.num_elements for info in stored.values()),
+    )
+    return selection, round(pair.scale * pair.a.shape[0]) if pair else 0
+
+
+def _read(folder: Path) -> Artifact:
+    try:
+        return read_artifact(folder)
+    except (OrchestratorError, OSError, ValueError, KeyError) as error:
+        raise IntegrityError(f"the artifact is damaged or missing: {error}", where=str(folder)) from error
+
+
+def _stored_tensors(artifact: Artifact) -> dict[str, TensorInfo]:
+    """By the names that `Branch.learning_parameters` gives them; `TensorInfo.name` is the key in the file."""
+    tensors = dict(artifact.whole)
+    for weight, pair in artifact.low_rank.items():
+        module = weight.rpartition(".")[0]
+        tensors |= {module + SUFFIX_A: pair.a, module + SUFFIX_B: pair.b}
+    return tensors

@@ -1,0 +1,300 @@
+"""One trial's part of the base: its adapters or unfrozen weights, put in and taken out without a trace."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from orchestrator.anatomy.values import LayerSelection
+from orchestrator.errors import BaseLostError, SelectionError, TrainingError
+from orchestrator.train.adapters.lora import AdapterSpec, LoraLinear, adapt, stable_name
+from orchestrator.train.model.base import LoadedBase, initial_value, new_parameter_names
+from orchestrator.work.artifact import SUFFIX_A, SUFFIX_B
+
+
+class WeightKeeper(Protocol):
+    """Keeps the base's unfrozen tensors while a branch learns on them.
+
+    Where an engine partitions parameters (ZeRO-3), its keeper saves and restores the local part.
+    """
+
+    def save(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> None:
+        """Called once, before anything learns, with the base's own parameters that will."""
+        ...
+
+    def restore(self) -> None:
+        """Called when the branch closes: every saved parameter is as it was, bit for bit."""
+        ...
+
+
+class PlainKeeper:
+    """Keeps copies of whole tensors in host memory; right for everything but ZeRO-3."""
+
+    def __init__(self) -> None:
+        self._saved: list[tuple[nn.Parameter, torch.Tensor, dict[str, Any]]] = []
+
+    def save(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> None:
+        self._saved = [(parameter, parameter.data.to("cpu", copy=True), dict(vars(parameter))) for _, parameter in parameters]
+
+    def restore(self) -> None:
+        for parameter, data, attributes in self._saved:
+            if _owns_its_storage(parameter, data):
+                parameter.data.copy_(data)  # nothing is allocated: memory may have run out just now
+            else:
+                parameter.data = data.to(parameter.device)
+            vars(parameter).clear()
+            vars(parameter).update(attributes)
+        self._saved = []
+
+
+def _owns_its_storage(parameter: nn.Parameter, like: torch.Tensor) -> bool:
+    """Whether a parameter is a whole tensor of its own still, and no view of an engine's flat buffer."""
+    own = parameter.data
+    same = (own.shape, own.dtype, own.stride()) == (like.shape, like.dtype, like.stride())
+    return same and own.untyped_storage().nbytes() == own.nbytes
+
+
+class Branch:
+    """The base with exactly the planned parameters learning. Open it with `open_branch`; it is a context manager."""
+
+    def __init__(
+        self,
+        base: LoadedBase,
+        selection: LayerSelection,
+        lora_alpha: int,
+        learning: list[tuple[str, nn.Parameter]],
+        undo: ExitStack,
+    ) -> None:
+        self.base = base
+        self.selection = selection
+        self.lora_alpha = lora_alpha
+        self._learning = learning
+        self._undo = undo
+
+    @property
+    def model(self) -> nn.Module:
+        """The base's own model object, changed in place."""
+        return self.base.model
+
+    def backbone(self) -> nn.Module:
+        """The module whose forward returns `last_hidden_state` [B, L, hidden_size]."""
+        return self.model.get_submodule(self.base.anatomy.backbone)
+
+    def head(self) -> nn.Module:
+        """The module from hidden states to logits: the output projection, or the classifier."""
+        return self.model.get_submodule(_module_of(head_name(self.base)))
+
+    def learning_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """What learns, in the model's order: checkpoint names, LoRA's as `<module>.lora_A.weight` and `.lora_B.weight`."""
+        return list(self._learning)
+
+    def close(self) -> None:
+        """Take everything out again: the base is bit for bit what it was. A second call does nothing.
+
+        Raises:
+            BaseLostError: it could not be put back.
+        """
+        put_back(self._undo)
+        self._learning = []
+
+    def __enter__(self) -> Branch:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def open_branch(
+    base: LoadedBase, selection: LayerSelection, *, lora_alpha: int, seed: int, keeper: WeightKeeper | None = None
+) -> Branch:
+    """Make exactly the planned parameters of the base learn.
+
+    The same (selection, seed) gives the same values of every new parameter, whatever ran before.
+    New parameters have the base's dtype; engines keep their own float32 masters.
+
+    Args:
+        base: Not in use by another branch.
+        selection: Its names must be the model's.
+        lora_alpha: LoRA's product is scaled by `lora_alpha / lora_rank`.
+        seed: Of LoRA's A and of a new classifier.
+        keeper: Keeps the unfrozen tensors of the base; `PlainKeeper` unless given.
+
+    Raises:
+        SelectionError: A planned name that the model does not have, or that cannot learn as planned.
+        TrainingError: What learns is not what was planned (law 1), or the base has an open branch.
+        BaseLostError: It failed to open, and the base could not be put back.
+    """
+    if any(parameter.requires_grad for parameter in base.model.parameters()):
+        raise TrainingError("the base already has an open branch", remedy="close it before opening another")
+    undo = ExitStack()
+    try:
+        check_names(base, selection)
+        undo.callback(ModuleStates(base.model).restore)
+        new = _new_parameters(base, selection, seed, undo)
+        _unfreeze(base, [name for name in selection.trainable if name not in new], keeper or PlainKeeper(), undo)
+        if selection.adapted:
+            adapt(base, [AdapterSpec(selection, lora_alpha, seed)], undo)
+        for name in selection.trainable:
+            parameter_named(base.model, name).requires_grad_(True)
+        learning = learning_parameters(base.model)
+        check_learning(selection, learning)
+        return Branch(base, selection, lora_alpha, learning, undo)
+    except BaseException:
+        put_back(undo)
+        raise
+
+
+def put_back(undo: ExitStack) -> None:
+    """Undo everything. What fails here is no trial's failure, and no want of memory that a smaller trial would mend."""
+    try:
+        undo.close()
+    except Exception as error:
+        raise BaseLostError(f"the base could not be restored after a trial: {type(error).__name__}: {error}") from error
+
+
+def learning_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Every parameter with a gradient under its stable name."""
+    return [(stable_name(name), parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def head_name(base: LoadedBase) -> str:
+    return base.anatomy.classifier_weight if base.load.task == "classify" else base.anatomy.head_weight
+
+
+def parameter_named(model: nn.Module, name: str) -> nn.Parameter:
+    """The parameter of this checkpoint name, also inside a LoRA layer."""
+    module = model.get_submodule(_module_of(name))
+    if isinstance(module, LoraLinear):
+        module = module.base_layer
+    return module.get_parameter(name.rpartition(".")[2])
+
+
+def _module_of(parameter_name: str) -> str:
+    return parameter_name.rpartition(".")[0]
+
+
+def check_names(base: LoadedBase, selection: LayerSelection) -> None:
+    """Raises SelectionError where the model has no such names, or the selection leaves some out."""
+    known = {name for name, _ in base.model.named_parameters(remove_duplicate=False)}
+    for name in (*selection.trainable, *selection.adapted):
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
+            raise SelectionError(
+                f"the base has no parameter {name}", where=base.load.folder, expected=f"for example {', '.join(near)}"
+            )
+    for name in selection.adapted:
+        if not isinstance(base.model.get_submodule(_module_of(name)), nn.Linear):
+            raise SelectionError(f"{name} is not a matrix product: LoRA cannot adapt it", where=base.load.folder)
+    planned = {*selection.trainable, *selection.adapted, *selection.frozen}
+    forgotten = {name for name, _ in base.model.named_parameters() if name in base.anatomy.tensors} - planned
+    if forgotten:
+        raise SelectionError(
+            f"the selection does not cover {sorted(forgotten)[0]}",
+            where=base.load.folder,
+            remedy="recompute the selection from this base's files",
+        )
+    if selection.adapted and not selection.lora_rank:
+        raise SelectionError("LoRA needs a lora_rank")
+
+
+def _new_parameters(base: LoadedBase, selection: LayerSelection, seed: int, undo: ExitStack) -> set[str]:
+    """Parameters that stand in for the base's own until the branch closes; their names."""
+    model, names = base.model, set()
+    learning = set(selection.trainable)
+    if base.load.task == "classify":
+        std = getattr(model.config, "initializer_range", 0.02)
+        for name in new_parameter_names(model, base.anatomy):
+            if name in learning:
+                shape = full_shape(model.get_parameter(name))
+                _stand_in(base, name, initial_value(name, shape, seed, std), undo)
+                names.add(name)
+    if selection.unties_head and base.anatomy.head_weight in learning:
+        tied_to = base.anatomy.embeddings[0]
+        _stand_in(base, base.anatomy.head_weight, base.read_original([tied_to])[tied_to], undo)
+        undo.callback(setattr, model.config, "tie_word_embeddings", model.config.tie_word_embeddings)
+        model.config.tie_word_embeddings = False
+        names.add(base.anatomy.head_weight)
+    quantized = [name for name in selection.trainable if hasattr(model.get_parameter(name), "quant_state")]
+    for name, weight in base.read_original(quantized).items():
+        _stand_in_linear(model, _module_of(name), weight, undo)
+        names.add(name)
+    return names
+
+
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """The whole parameter's shape, also where an engine has partitioned it."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _stand_in(base: LoadedBase, name: str, value: torch.Tensor, undo: ExitStack) -> None:
+    module, attribute = base.model.get_submodule(_module_of(name)), name.rpartition(".")[2]
+    undo.callback(setattr, module, attribute, getattr(module, attribute))
+    setattr(module, attribute, nn.Parameter(value.to(device=base.device, dtype=base.dtype), requires_grad=False))
+
+
+def _stand_in_linear(model: nn.Module, name: str, weight: torch.Tensor, undo: ExitStack) -> None:
+    """Put a plain linear layer of this weight [out, in] in the place of a quantized one; the bias is shared."""
+    parent, attribute = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+    quantized = getattr(parent, attribute)
+    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    plain.bias = quantized.bias
+    plain.train(quantized.training)
+    undo.callback(setattr, parent, attribute, quantized)
+    setattr(parent, attribute, plain)
+
+
+def _unfreeze(base: LoadedBase, names: Iterable[str], keeper: WeightKeeper, undo: ExitStack) -> None:
+    named = [(name, base.model.get_parameter(name)) for name in names]
+
+    def freeze() -> None:
+        for _, parameter in named:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        keeper.restore()
+
+    keeper.save(named)
+    undo.callback(freeze)
+
+
+def check_learning(selection: LayerSelection, learning: Sequence[tuple[str, nn.Parameter]]) -> None:
+    """Law 1, both ways."""
+    planned = set(selection.trainable)
+    for name in selection.adapted:
+        planned |= {_module_of(name) + SUFFIX_A, _module_of(name) + SUFFIX_B}
+    actual = {name for name, _ in learning}
+    if planned != actual:
+        name = sorted(planned ^ actual)[0]
+        state = "is trainable but was not planned" if name in actual else "was planned but is not trainable"
+        raise TrainingError(f"{name} {state}", expected=f"{len(planned)} trainable parameters, found {len(actual)}")
+    count = sum(full_shape(parameter).numel() for _, parameter in learning)
+    if count != selection.num_trainable_parameters:
+        raise TrainingError(f"{count} elements are trainable; the plan says {selection.num_trainable_parameters}")
+
+
+class ModuleStates:
+    """Hooks, attributes and train mode of every module, as they were when this was made."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._states = [(module, set(vars(module)), module.training, _hooks(module)) for module in model.modules()]
+
+    def restore(self) -> None:
+        """Take off hooks and attributes that came later; they keep an old engine's tensors alive."""
+        for module, attributes, training, hooks in self._states:
+            for name in set(vars(module)) - attributes:
+                del vars(module)[name]
+            for name, entries in hooks.items():
+                registered = vars(module)[name]
+                registered.clear()
+                registered.update(entries)
+            module.training = training
+
+
+def _hooks(module: nn.Module) -> dict[str, dict[int, Callable[..., Any]]]:
+    return {name: dict(value) for name, value in vars(module).items() if "hooks" in name and isinstance(value, dict)}

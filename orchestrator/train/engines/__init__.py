@@ -1,0 +1,1 @@
+"""Engines: what computes gradients, clips them and updates the trainable tensors, with and without DeepSpeed."""

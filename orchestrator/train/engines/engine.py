@@ -1,0 +1,147 @@
+"""What the loop asks of an engine, whichever library does the work.
+
+An engine owns the numbers that learn while a trial runs: the 16-bit weights in the model, their float32 masters,
+the gradients and Adam's moments. Both engines keep the same arithmetic, so that their losses agree: gradients
+summed over rounds in float32, one global norm, decoupled weight decay (Loshchilov and Hutter 2019) on every
+learning tensor, the update made on the masters and rounded into the model.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from orchestrator.errors import NonFiniteLossError
+from orchestrator.train.adapters.branch import WeightKeeper
+from orchestrator.train.anchors import Anchor
+from orchestrator.work.execution import ExecutionPlan
+
+ADAM_BETAS = (0.9, 0.999)
+ADAM_EPSILON = 1e-8
+
+_live_parts: dict[str, weakref.WeakSet[Any]] = {}
+
+
+class Engine(Protocol):
+    """One trial's optimizer around one objective.
+
+    Calls come in the order `loss`, `backward` (any number of rounds), `step`; every rank makes the same calls.
+    """
+
+    name: str
+    """The classes that do the update, for the record."""
+    objective: nn.Module
+    """What is minimised; evaluation calls it directly."""
+    communicates_in_backward: bool
+    """Whether the rounds hold collectives, so that a rank that fails in one leaves the others waiting."""
+
+    def loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Sum of the token losses of this rank's micro-batch: a float32 scalar with a gradient."""
+        ...
+
+    def backward(self, loss_sum: torch.Tensor, scale: float) -> None:
+        """Add the gradient of `loss_sum * scale`. Over all ranks and rounds of a step the gradients are *summed*."""
+        ...
+
+    def step(self, learning_rate: float) -> float:
+        """Clip, update, forget the gradients; returns the gradient norm before clipping.
+
+        Raises:
+            NonFiniteLossError: on every rank alike, when the norm is not finite; no weight was changed.
+        """
+        ...
+
+    def full_tensors(self) -> dict[str, torch.Tensor]:
+        """The learning tensors by parameter name, complete and on the CPU. Rank 0's are filled, others may be empty."""
+        ...
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """This rank's masters and Adam moments; what `load_state_dict` needs to go on bit-identically."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take `state` over and round the masters into the model."""
+        ...
+
+    def hold(self, anchor: Anchor) -> None:
+        """Have it pull after every update."""
+        ...
+
+    def refresh_masters(self) -> None:
+        """Take over what the model's learning tensors hold now."""
+        ...
+
+    def anchored_masters(self) -> list[torch.Tensor]:
+        """This rank's part of what learns and has a value in the base: float32, flat."""
+        ...
+
+    def squared_gradients(self) -> list[torch.Tensor]:
+        """Of an engine that measures, the squares that its steps have added up, shaped as `anchored_masters`."""
+        ...
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of masters and moments that this rank holds."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the model. The learning tensors keep their values; the branch puts the base back."""
+        ...
+
+
+FLAT = "flat"
+"""The layout of masters and moments that every rank holds whole, and the same."""
+
+
+def layout_of(execution: ExecutionPlan) -> str:
+    """What a state dictionary is laid out by: only an engine of the same layout can take it over, and of the same ranks,
+    unless it is FLAT."""
+    return FLAT if execution.executor == "torch" else f"zero-{execution.zero_stage} {execution.dtype}"
+
+
+def is_partitioned(execution: ExecutionPlan) -> bool:
+    """Whether ZeRO-3 holds the base in parts."""
+    return execution.executor == "deepspeed" and execution.zero_stage == 3
+
+
+def forward_ready(objective: nn.Module, execution: ExecutionPlan) -> AbstractContextManager[None]:
+    """In this context the objective can be called though nothing learns: a partitioned base is gathered module by module."""
+    if not is_partitioned(execution):
+        return nullcontext()
+    from orchestrator.train.engines.deepspeed_engine import forward_only
+
+    return forward_only(objective, execution)
+
+
+def weight_keeper(execution: ExecutionPlan) -> WeightKeeper | None:
+    """What keeps the base's weights while a branch learns on them, where that is not what `open_branch` takes by itself."""
+    if not is_partitioned(execution):
+        return None
+    from orchestrator.train.engines.zero3_warm import PartitionKeeper
+
+    return PartitionKeeper()
+
+
+def register_engine(*parts: Any) -> None:
+    """Count an engine, and each further part that it must not leave behind, until the garbage collector has taken them."""
+    for part in parts:
+        _live_parts.setdefault(type(part).__name__, weakref.WeakSet()).add(part)
+
+
+def num_live_engines() -> int:
+    """Engines (or orphaned parts of one) that this process still holds: 1 while a trial runs, or something leaks."""
+    gc.collect()
+    return max((len(parts) for parts in _live_parts.values()), default=0)
+
+
+def check_norm(norm: float) -> float:
+    """`norm`, or NonFiniteLossError when the gradient became NaN or infinite."""
+    if norm != norm or norm in (float("inf"), float("-inf")):
+        raise NonFiniteLossError(f"the gradient norm became {norm}", expected="a finite number", remedy="lower the learning rate")
+    return norm

@@ -1,0 +1,1 @@
+"""Measurements on the base that train nothing: block scores, domain shift, Fisher information."""

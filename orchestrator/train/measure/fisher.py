@@ -1,0 +1,73 @@
+"""How much each weight that learns matters to the retention set: EWC's diagonal Fisher information."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from orchestrator.data import TokenizedSet
+from orchestrator.data.seeded import FISHER, generator
+from orchestrator.plan.remedies import FISHER_DOCUMENTS
+from orchestrator.store import write_atomic
+from orchestrator.train.batches import RowPlan, to_tensors
+from orchestrator.train.engines.engine import Engine
+from orchestrator.train.model.recompute import keep_recomputing
+from orchestrator.train.ranks import Ranks
+
+
+def fisher_information(engine: Engine, data: TokenizedSet, rows: RowPlan, ranks: Ranks, seed: int) -> list[torch.Tensor]:
+    """float32, shaped as this rank's masters: the mean over documents of the squared gradient of a document's loss sum.
+
+    That is the diagonal of the empirical Fisher information (Kirkpatrick et al. 2017; on the documents' own tokens, not on
+    tokens drawn from the model: Kunstner et al. 2019 tell the difference). Every rank computes the same documents, one at a
+    time, since a gradient that is summed over ranks or rows can no longer be squared document by document.
+
+    Args:
+        engine: At the base's weights, with an optimizer that adds up squares: see `SquaredGradients`.
+        data: The retention set, or a part of it that is not scored.
+        seed: Of the choice of documents.
+    """
+    chosen = generator(seed, FISHER).permutation(len(data))[:FISHER_DOCUMENTS]
+    alone = RowPlan(rows.row_tokens, 1, pack=False)
+    was_training = engine.objective.training
+    engine.objective.eval()  # dropout would add its own noise
+    keep_recomputing(engine.objective)
+    for document in np.sort(chosen).tolist():
+        (batch,) = alone.batches(data, np.asarray([document]))
+        engine.backward(engine.loss(to_tensors(batch, ranks.device)), 1.0 / ranks.count)
+        engine.step(0.0)
+    engine.objective.train(was_training)
+    return [square.div_(len(chosen)) for square in engine.squared_gradients()]
+
+
+def importances(fisher: Sequence[torch.Tensor], num_weights: int, ranks: Ranks, *, partitioned: bool) -> list[torch.Tensor]:
+    """The Fisher information over its mean, that of all ranks: 1 on average. All 1 where it is nothing everywhere.
+
+    Args:
+        fisher: Becomes the answer, in place: it is as large as what learns.
+        num_weights: That learn, on all ranks together; masters may be longer, for what they are padded with.
+        partitioned: Whether each rank has a part of them, and not all.
+    """
+    (total,) = ranks.sum([sum(float(part.double().sum()) for part in fisher)])
+    mean = total / (num_weights if partitioned else num_weights * ranks.count)
+    return [part.div_(mean) if mean > 0 else part.fill_(1.0) for part in fisher]
+
+
+def read_fisher(file: Path, device: torch.device) -> list[torch.Tensor] | None:
+    """What was written there; None where nothing was, or it is damaged."""
+    try:
+        found = load_file(file, device=str(device))
+    except (OSError, SafetensorError):
+        return None
+    return [found[str(index)] for index in range(len(found))]
+
+
+def write_fisher(file: Path, fisher: Sequence[torch.Tensor]) -> None:
+    """Whole or not at all; two gangs that compute the same write the same."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, save({str(index): part.cpu().contiguous() for index, part in enumerate(fisher)}))

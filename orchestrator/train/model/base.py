@@ -1,0 +1,262 @@
+"""Loading the base: once per process, frozen, the same numbers whatever ran before."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from orchestrator.anatomy.values import ModelAnatomy
+from orchestrator.errors import BaseError
+from orchestrator.plan.memory.activations import attends_by_document
+from orchestrator.train.model.attention import BY_DOCUMENT
+from orchestrator.work.execution import BaseLoad, ExecutionPlan
+
+_num_loads = 0
+PACKING = "support_avx512bf16_for_cpu"
+"""bitsandbytes' switch on a `Linear4bit`: repack the weight in place at the first eval-mode forward."""
+
+
+def num_loads() -> int:
+    """How often this process has loaded a base (law 11)."""
+    return _num_loads
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedBase:
+    """The base in memory: every parameter frozen, in train mode, without a key-value cache.
+
+    Train mode keeps bitsandbytes from repacking 4-bit weights; engines switch to eval mode to evaluate.
+    """
+
+    model: PreTrainedModel
+    anatomy: ModelAnatomy
+    load: BaseLoad
+    dtype: torch.dtype
+    """What the forward and backward pass compute in; also the storage of 4-bit weights, as ZeRO-3 needs."""
+    device: torch.device
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(self.load.folder, local_files_only=True, trust_remote_code=False)
+
+    @property
+    def num_loads(self) -> int:
+        return num_loads()
+
+    def read_original(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """These tensors as the checkpoint holds them, in `dtype` on `device`: 16-bit also where the base is quantized.
+
+        Raises:
+            BaseError: A name that the checkpoint does not have, or a file that cannot be read.
+        """
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            if name not in self.anatomy.tensors:
+                raise BaseError(f"the checkpoint has no tensor {name}", where=self.load.folder)
+            by_file.setdefault(self.anatomy.tensors[name].file, []).append(name)
+        tensors: dict[str, torch.Tensor] = {}
+        for file, wanted in by_file.items():
+            path = Path(self.load.folder) / file
+            try:
+                with safe_open(path, framework="pt", device="cpu") as reader:
+                    for name in wanted:
+                        tensors[name] = reader.get_tensor(self.anatomy.tensors[name].stored_name or name).to(
+                            device=self.device, dtype=self.dtype
+                        )
+            except (OSError, SafetensorError) as error:
+                raise BaseError(f"the weights cannot be read: {error}", where=str(path)) from error
+        return tensors
+
+
+def load_base(
+    load: BaseLoad, anatomy: ModelAnatomy, *, dtype: torch.dtype, device: torch.device, load_on: torch.device | None = None
+) -> LoadedBase:
+    """Load the base from its local folder, for its task, as `load.quantize` says.
+
+    On a CPU, weights whose files hold `dtype` stay mapped into memory: processes of one machine share them, and what
+    is not touched takes none.
+
+    Args:
+        load: Folder, task and quantization. `classify` gets a new head of `num_classes`.
+        anatomy: Of the same folder; the loaded model is checked against it.
+        dtype: bfloat16 or float32.
+        device: Where the model computes.
+        load_on: Where the weights are put for now, by default `device`; see `loading_device`.
+
+    Raises:
+        BaseError: No weights, pickle-only or damaged weights, remote code, or a model that is not what its headers say.
+    """
+    global _num_loads
+    if not anatomy.has_weights:
+        raise BaseError("the folder has no weights", where=load.folder, remedy="put the model's *.safetensors beside config.json")
+    if load.quantize == "int8":
+        raise BaseError("quantize: int8 is not supported yet", where=load.folder, remedy="use none or nf4")
+    by_document = attends_by_document(anatomy, device.type, classify=load.task == "classify")
+    model = _from_folder(load, anatomy, dtype, load_on or device, attention=BY_DOCUMENT if by_document else "sdpa")
+    model.train()
+    model.config.use_cache = False
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    keep_packing(model)
+    base = LoadedBase(model=model, anatomy=anatomy, load=load, dtype=dtype, device=device)
+    _check_is_what_headers_say(base)
+    _num_loads += 1
+    return base
+
+
+def loading_device(load: BaseLoad, execution: ExecutionPlan, device: torch.device) -> torch.device:
+    """Where a rank loads the base: under ZeRO-3 on the CPU, for it may be larger than the device that gets a part of it.
+
+    A quantized base is made on the device itself, whole; the plan's memory has a term for that.
+    """
+    partitioned = execution.executor == "deepspeed" and execution.zero_stage == 3
+    return torch.device("cpu") if partitioned and load.quantize == "none" else device
+
+
+def _from_folder(
+    load: BaseLoad, anatomy: ModelAnatomy, dtype: torch.dtype, device: torch.device, *, attention: str
+) -> PreTrainedModel:
+    options: dict[str, object] = {
+        "local_files_only": True,
+        "use_safetensors": True,
+        "trust_remote_code": False,
+        "attn_implementation": attention,
+        "dtype": dtype,
+        "device_map": {"": str(device)},
+    }
+    if load.quantize == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=dtype,
+            llm_int8_skip_modules=_not_quantized(anatomy),
+        )
+    try:
+        with torch.random.fork_rng(devices=rng_devices(device)), _no_progress_bars():
+            torch.manual_seed(0)
+            if load.task != "classify":
+                return AutoModelForCausalLM.from_pretrained(load.folder, **options)
+            model = AutoModelForSequenceClassification.from_pretrained(
+                load.folder, config=_classify_config(load), ignore_mismatched_sizes=True, **options
+            )
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise BaseError(f"the base cannot be loaded: {error}", where=load.folder) from error
+    reset_new_parameters(model, new_parameter_names(model, anatomy), seed=0)
+    return model
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Logs stay free of control codes."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _classify_config(load: BaseLoad) -> PreTrainedConfig:
+    names = load.class_names or tuple(f"class {number}" for number in range(load.num_classes))
+    config = AutoConfig.from_pretrained(
+        load.folder,
+        local_files_only=True,
+        trust_remote_code=False,
+        num_labels=load.num_classes,
+        id2label=dict(enumerate(names)),
+        label2id={name: number for number, name in enumerate(names)},
+    )
+    if config.pad_token_id is None:
+        config.pad_token_id = config.eos_token_id if isinstance(config.eos_token_id, int) else 0
+    return config
+
+
+def _not_quantized(anatomy: ModelAnatomy) -> list[str]:
+    """Modules that keep 16 bits: everything outside the blocks that has a weight."""
+    outside = [tensor.name for tensor in anatomy.new_tensors] + [
+        name for name in anatomy.tensors if not name.startswith(f"{anatomy.blocks_module}.")
+    ]
+    return sorted({name.rpartition(".")[0] for name in (anatomy.head_weight, anatomy.classifier_weight, *outside)})
+
+
+def keep_packing(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on CPUs with avx512-bf16: frozen weights must stay as they are."""
+    for module in model.modules():
+        if hasattr(module, PACKING):
+            setattr(module, PACKING, False)
+
+
+def new_parameter_names(model: nn.Module, anatomy: ModelAnatomy) -> tuple[str, ...]:
+    """Parameters of the model that the checkpoint does not hold: a classifier, an encoder's missing pooler."""
+    classifier = anatomy.classifier_weight.rpartition(".")[0] + "."
+    return tuple(name for name, _ in model.named_parameters() if name not in anatomy.tensors or name.startswith(classifier))
+
+
+def reset_new_parameters(model: nn.Module, names: Iterable[str], seed: int) -> None:
+    """Initialise these parameters in place, each from its own generator: the same seed gives the same values."""
+    std = getattr(model.config, "initializer_range", 0.02)
+    for name in names:
+        parameter = model.get_parameter(name)
+        parameter.data.copy_(initial_value(name, parameter.shape, seed, std))
+
+
+def initial_value(name: str, shape: Iterable[int], seed: int, std: float) -> torch.Tensor:
+    """float32 on CPU: normal(0, std) for a matrix, zeros for a bias; a pure function of (seed, name, shape)."""
+    shape = tuple(shape)
+    if len(shape) < 2:
+        return torch.zeros(shape)
+    return torch.empty(shape).normal_(0.0, std, generator=generator_for(seed, name))
+
+
+def rng_devices(device: torch.device) -> list[torch.device]:
+    """Whose generators `fork_rng` must keep, beside the CPU's."""
+    return [device] if device.type == "cuda" else []
+
+
+def generator_for(seed: int, name: str) -> torch.Generator:
+    """A CPU generator of this parameter alone, so that no other parameter or trial shifts its numbers."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _check_is_what_headers_say(base: LoadedBase) -> None:
+    """Every stored tensor of the blocks is a parameter, and exactly the blocks' matrices are quantized."""
+    parameters = dict(base.model.named_parameters())
+    missing = [name for block in base.anatomy.blocks for name in block if name not in parameters]
+    if missing:
+        raise BaseError(
+            f"the loaded model has no parameter {missing[0]}",
+            where=base.load.folder,
+            expected=f"names like {next(iter(parameters))}",
+        )
+    if base.load.quantize == "nf4":
+        planned = {name for linears in base.anatomy.linears for name in linears}
+        quantized = {name for name, parameter in parameters.items() if hasattr(parameter, "quant_state")}
+        if planned != quantized:
+            name = sorted(planned ^ quantized)[0]
+            state = "is quantized" if name in quantized else "is not quantized"
+            raise BaseError(f"{name} {state}, contrary to the plan", where=base.load.folder)

@@ -1,0 +1,149 @@
+"""Cross entropy of a projection onto the vocabulary, with its gradients made in the forward pass.
+
+Logits are the widest tensors of a step, and the loss is the last thing that a forward pass computes: whoever has them can
+make their gradient at once, and then nobody needs them again. So they are made a chunk of positions at a time, become
+their own gradient in place, and go; they are never computed twice (Hsu et al. 2024, "Liger Kernel", section 3.2).
+
+Shapes: S supervised positions, H hidden size, V vocabulary, G groups of equally many positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from orchestrator.plan.memory.transient import LOGIT_PIECE_BYTES
+
+
+def is_plain(head: nn.Module) -> bool:
+    """Whether a head is one whole matrix: no adapter beside it, not quantized, not partitioned over ranks."""
+    return type(head) is nn.Linear and not any(hasattr(parameter, "ds_tensor") for parameter in head.parameters())
+
+
+def linear_cross_entropy(
+    head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, *, chunk_rows: int, num_groups: int = 1
+) -> torch.Tensor:
+    """float32[G]: the summed cross entropy of each group, in nats.
+
+    A group's sum and gradients are computed from its own positions alone, in chunks that begin where it begins: they are
+    the same bits whatever groups stand beside it.
+
+    Args:
+        head: A plain one (`is_plain`), of hidden's dtype. Where it learns there must be one group: gradients of a weight are
+            sums over positions, and could no longer be scaled group by group.
+        hidden: [S, H], each group's positions together.
+        targets: int64[S].
+        chunk_rows: Positions whose logits are there at once.
+        num_groups: G.
+
+    Raises:
+        ValueError: S is no multiple of G, or several groups and a head that learns.
+    """
+    if hidden.shape[0] % num_groups:
+        raise ValueError(f"{hidden.shape[0]} positions are not {num_groups} groups of equally many")
+    if num_groups > 1 and any(parameter.requires_grad for parameter in head.parameters()):
+        raise ValueError(f"a head that learns has one group, not {num_groups}")
+    return _LinearCrossEntropy.apply(hidden, head.weight, head.bias, targets, chunk_rows, num_groups)  # type: ignore[no-any-return]
+
+
+def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(float32[S] cross entropies in nats, int64[S] likeliest entries) of logits[S, V]; for scoring, without gradients."""
+    rows = _piece_rows(logits)
+    losses, predictions = [], []
+    for piece, wanted in zip(logits.split(rows), targets.split(rows), strict=True):
+        log_probabilities = torch.log_softmax(piece, dim=-1, dtype=torch.float32)
+        losses.append(-log_probabilities.gather(1, wanted[:, None])[:, 0])
+        predictions.append(piece.argmax(-1))
+    return torch.cat(losses), torch.cat(predictions)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """See `linear_cross_entropy`. What it keeps for the backward pass are the gradients themselves, to be scaled there."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        chunk_rows: int,
+        num_groups: int,
+    ) -> torch.Tensor:
+        wanted = ctx.needs_input_grad
+        hidden_gradient = torch.empty_like(hidden) if wanted[0] else None
+        group_rows = hidden.shape[0] // num_groups
+        several = group_rows > chunk_rows
+        weight_sum = _Sum(weight, several=several) if wanted[1] else None
+        bias_sum = _Sum(bias, several=several) if bias is not None and wanted[2] else None
+        sums = []
+        for group in range(num_groups):
+            total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+            start, end = group * group_rows, (group + 1) * group_rows
+            for first in range(start, end, chunk_rows):
+                rows = slice(first, min(first + chunk_rows, end))
+                logits = functional.linear(hidden[rows], weight, bias)
+                total += _into_gradient(logits, targets[rows])
+                if hidden_gradient is not None:
+                    hidden_gradient[rows] = logits @ weight
+                if weight_sum is not None:
+                    weight_sum.add(logits.T @ hidden[rows])
+                if bias_sum is not None:
+                    bias_sum.add(logits.sum(0))
+                del logits
+            sums.append(total)
+        ctx.save_for_backward(hidden_gradient, weight_sum and weight_sum.rounded(), bias_sum and bias_sum.rounded())
+        return torch.stack(sums)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight, bias = ctx.saved_tensors
+        scales = outer[0].unbind()
+        if hidden is not None:
+            groups = hidden.unflatten(0, (len(scales), hidden.shape[0] // len(scales))).unbind()
+            hidden = torch.cat([group * scale for group, scale in zip(groups, scales, strict=True)])
+        learnt = [None if gradient is None else gradient * scales[0] for gradient in (weight, bias)]
+        return hidden, *learnt, None, None, None
+
+
+class _Sum:
+    """The gradient of a parameter, in its dtype, summed over chunks: in float32 where there are several."""
+
+    def __init__(self, parameter: torch.Tensor, *, several: bool) -> None:
+        self._parameter = parameter
+        self._several = several
+        self._total: torch.Tensor | None = None
+
+    def add(self, part: torch.Tensor) -> None:
+        if self._total is None:
+            self._total = part.float() if self._several else part
+        else:
+            self._total += part
+
+    def rounded(self) -> torch.Tensor:
+        return torch.zeros_like(self._parameter) if self._total is None else self._total.to(self._parameter.dtype)
+
+
+def _into_gradient(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The summed cross entropy of logits[n, V], each of which is overwritten by its gradient: softmax, less 1 at the target.
+
+    In pieces, so that what is computed in float32 stays within a processor's cache.
+    """
+    total = torch.zeros((), dtype=torch.float32, device=logits.device)
+    rows = _piece_rows(logits)
+    for piece, wanted in zip(logits.split(rows), targets.split(rows), strict=True):
+        at_targets = wanted[:, None]
+        values = torch.log_softmax(piece, dim=-1, dtype=torch.float32)
+        total -= values.gather(1, at_targets).sum()
+        values.exp_().scatter_add_(1, at_targets, values.new_full(at_targets.shape, -1.0))
+        piece.copy_(values)
+    return total
+
+
+def _piece_rows(logits: torch.Tensor) -> int:
+    return max(1, LOGIT_PIECE_BYTES // (4 * logits.shape[-1]))

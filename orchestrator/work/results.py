@@ -1,0 +1,106 @@
+"""What comes back from a gang: steps, rungs, and the machinery that served them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from orchestrator.values import Value
+from orchestrator.work.execution import ExecutionPlan
+from orchestrator.work.measurements import CompileTimes, DomainShift, LayerScores
+
+
+class EngineRecord(Value):
+    """Which machinery served a trial; law 9 and the sweep's proof that ZeRO was real."""
+
+    executor: Literal["torch", "deepspeed", "none"]
+    engine_class: str
+    zero_stage: int
+    ranks: int
+    partitioned_bytes: int
+    """Bytes of optimizer state and master weights that rank 0 holds of the partitioned whole."""
+    trainable_parameters: int
+    peak_memory_bytes: int
+    """Measured, of the rank that used most; see `rank_peak_memory_bytes`."""
+    live_engines: int
+    base_loads: int
+    """How often this process has loaded the base; always 1."""
+    ordinal: int
+    """How many assignments this gang had run before."""
+    device: str = ""
+    rank_peak_memory_bytes: tuple[int, ...] = ()
+    """Measured while it trained and was scored, by rank: on a GPU the most that torch's allocator held, on a CPU the
+    process's resident memory, looked at after every step and at the end."""
+    predicted_memory_bytes: int | None = None
+    """What the plan expected a rank to use, for the micro-batch that it planned."""
+    micro_batch_rows: int = 0
+    checkpointing: bool = False
+    fused_trials: int = 1
+    """How many trials shared its batches."""
+    from_memory: bool = False
+    """Whether it went on from what its process remembered of the trial's last rung; else from the files, or from step 0."""
+    compiled: bool = False
+    """Whether its blocks were compiled."""
+    compile_seconds: float = 0.0
+    """What of its training was spent on compiling: nothing where an earlier trial of the gang had the same kind of blocks."""
+    trunk_cut: int | None = None
+    """The cut whose stored states it trained on; None where the trunk was computed at every step."""
+
+
+class RungResult(Value):
+    """What a gang answers."""
+
+    trial_id: str
+    rung: int
+    step: int
+    tokens: int
+    state: Literal["done", "failed"]
+    reason: str = ""
+    train_loss: float | None = None
+    """Loss of the last step, nats per supervised token."""
+    eval_loss: float | None = None
+    metrics: dict[str, float] = {}
+    """Every metric that was computed, by name (`loss`, `accuracy`, `macro_f1`, `exact_match`)."""
+    retain_loss: float | None = None
+    retain_accuracy: float | None = None
+    """Share of the retention set's answers that greedy decoding would give exactly; None where it has none."""
+    checkpoint: str | None = None
+    """The rung's folder; None when nothing was trained (the control `none`)."""
+    engine: EngineRecord | None = None
+    relieved: ExecutionPlan | None = None
+    """How the trial was trained in the end, where memory had run out on the way; its later rungs start like that."""
+    steady_tokens_per_s: float | None = None
+    """Of its steps after the first two, without saving and scoring: what a plan's hours can be calibrated by."""
+    train_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    trunk_seconds: float = 0.0
+    """Spent before it on hidden states that were not stored yet."""
+    started_at: float = 0.0
+    finished_at: float = 0.0
+    """When its gang was free for the next; the rung may have been on disk a little later."""
+    gang: int = -1
+    notes: tuple[str, ...] = ()
+    """What happened by itself on the way (law 9): a micro-batch halved, a damaged checkpoint passed over."""
+    layer_scores: LayerScores | None = None
+    """What a probe found."""
+    domain_shift: DomainShift | None = None
+    """How far the target lies from the retention set, where that was asked for."""
+    compile_times: CompileTimes | None = None
+    """What was measured of compiled blocks."""
+
+
+class StepReport(Value):
+    """One optimizer step, a line of steps.jsonl."""
+
+    step: int
+    epoch: int
+    tokens: int
+    """Tokens seen so far."""
+    supervised_tokens: int
+    """Supervised tokens of this step."""
+    loss: float
+    loss_hex: str
+    """The same loss, exactly (`float.hex`)."""
+    learning_rate: float
+    grad_norm: float
+    tokens_per_s: float
+    memory_bytes: int

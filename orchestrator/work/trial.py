@@ -1,0 +1,39 @@
+"""One trial of the search, or a control."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from orchestrator.spec.models import Tune
+from orchestrator.values import Value
+from orchestrator.work.remedies import NOTHING, Remedies, method_name
+
+
+class TrialSpec(Value):
+    """One point of the search, or a control. Nothing of the cluster is in here."""
+
+    trial_id: str
+    number: int
+    control: Literal["none", "head", "shuffled", "scratch", "repeat", "curve"] | None = None
+    share: float = 1.0
+    """Of the training documents, what it learns from; below 1 for points of the learning curve."""
+    layers: str
+    tune: Tune
+    learning_rate: float
+    lora_rank: int | None = None
+    total_steps: int
+    """Steps of the full budget: the learning-rate schedule ends there."""
+    total_tokens: int
+    """Training tokens (with prompts and what is replayed, without padding) of the full budget."""
+    seed: int
+    remedies: Remedies = NOTHING
+
+    @property
+    def method(self) -> str:
+        """`lora r16 · replay 0.1`: how its layers learn."""
+        return method_name(self.tune, self.lora_rank, self.remedies)
+
+    @property
+    def lora_alpha(self) -> int:
+        """LoRA's scale is alpha / rank; twice the rank is the field's usual choice (Hu et al. 2021 keep it fixed)."""
+        return 2 * (self.lora_rank or 0)
