@@ -21,6 +21,7 @@ from scripts.comparison.figures import results, trial_label
 REPOSITORY = Path(__file__).resolve().parents[2]
 ROWS = {"train": 120, "eval": 16, "test": 16, "retain": 2}
 JOB_TIMEOUT_S = 600
+STOP_TIMEOUT_S = 60
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "ray", "bitsandbytes", "numpy")
 """Their versions decide whether kept results of a commit still hold."""
 
@@ -196,7 +197,8 @@ class Side:
             while process.poll() is None and time.monotonic() < deadline:
                 if reached(self.run_folder(job)):
                     process.send_signal(signal.SIGTERM)
-                    return process.wait(60) != 0
+                    with suppress(subprocess.TimeoutExpired):
+                        return process.wait(STOP_TIMEOUT_S) != 0
                 time.sleep(0.05)
         finally:
             _end(process)
