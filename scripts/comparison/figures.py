@@ -54,20 +54,20 @@ def differences(before: Mapping[str, str], after: Mapping[str, str]) -> list[Dif
 def run_figures(run: Path) -> dict[str, Figures]:
     """Return the figures of a finished run, by part: `data`, one for each trial (`trial 0`, `head`), and `bundle`."""
     parts: dict[str, Figures] = {"data": dict(_data(run))}
-    for folder in sorted((run / "trials").iterdir()):
-        part = parts.setdefault(trial_label(folder), {"id": folder.name})
-        part.update(_trial(folder))
-    if (run / "refit").is_dir():
-        part = parts.setdefault(trial_label(run / "refit"), {})
-        part.update({f"refit {name}": value for name, value in _trial(run / "refit")})
+    labels = {folder.name: trial_label(folder) for folder in sorted((run / "trials").iterdir())}
+    for name, label in labels.items():
+        parts[label] = {"id": name, **dict(_trial(run / "trials" / name))}
+    refit = run / "refit"
+    if refit.is_dir():
+        refitted = labels[read_json(refit / "trial.json")["trial_id"]]
+        parts[refitted].update({f"refit {name}": value for name, value in _trial(refit)})
     parts["bundle"] = dict(_bundle(run))
     return parts
 
 
 def trial_label(folder: Path) -> str:
     """Return the name of a trial that does not depend on how ids are made: its control, or its number."""
-    read = read_json(folder / "trial.json")
-    trial = read.get("trial", read)
+    trial = read_json(folder / "trial.json")["trial"]
     return str(trial["control"] or f"trial {trial['number']}")
 
 

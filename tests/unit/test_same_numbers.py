@@ -30,6 +30,9 @@ def write_run(run: Path) -> Path:
     (trial / "steps.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     result = {"eval_loss": LOSS, "metrics": {"loss": LOSS}, "engine": {"executor": "torch", "fused_trials": 2}, "started_at": 1.0}
     (trial / "result-0.json").write_text(json.dumps(result))
+    (run / "refit").mkdir()
+    (run / "refit" / "trial.json").write_text(json.dumps({"trial_id": "t000-abc"}))
+    (run / "refit" / "steps.jsonl").write_text(json.dumps(steps[0]) + "\n")
     save_file(ADAPTER, rung / "adapter" / "adapter_model.safetensors")
     np.savez(rung / "eval.npz", loss_sums=np.array([LOSS, LOSS]))
     np.savez(run / "data" / "train.npz", ids=np.arange(5))
