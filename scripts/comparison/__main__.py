@@ -21,6 +21,8 @@ from scripts.comparison.old_runs import INTERRUPTED, Check, UnexpectedError, fin
 from scripts.comparison.sides import CASES, JOBS, REPOSITORY, Case, JobFailedError, Side, cases_key
 
 EQUAL = "equal"
+FAILURES = (JobFailedError, UnexpectedError, OSError, LookupError, TypeError, ValueError)
+"""A command failed, or its run folder has not what every run folder has."""
 
 
 def main() -> int:
@@ -171,17 +173,17 @@ def compare(kept: Kept, head: Side, cases: dict[str, Case], jobs: list[str]) -> 
     """Train on both sides; yield a row for each case and one for the rest of each job."""
     head.check_imports()
     for job in jobs:
-        with kept.locked():
-            kept.make(job)
         own = {name: case for name, case in cases.items() if case.job == job}
         shutil.rmtree(head.folder / job, ignore_errors=True)
         head.write(job)
         try:
+            with kept.locked():
+                kept.make(job)
             print(f"[working tree] {job}: {head.submit(job):.0f} s", file=sys.stderr)
             before = run_figures(kept.finished / job / "runs" / job)
             after = run_figures(head.run_folder(job))
-        except JobFailedError as error:
-            yield from ((name, "-", f"failed: {error}") for name in own)
+        except FAILURES as error:
+            yield from ((name, "-", _told(error)) for name in own)
             continue
         for name, case in own.items():
             labels = {f"trial {number}" for number in case.trials}
@@ -223,11 +225,17 @@ def compare_old_runs(kept: Kept, jobs: list[str]) -> Iterator[Row]:
 def _checked(named: tuple[str, Check]) -> Row:
     name, check = named
     try:
-        found, verdict = check(), EQUAL
-    except (JobFailedError, UnexpectedError, OSError) as error:
-        found, verdict = "-", f"failed: {error}"
-    print(f"[working tree] {name}: {found if verdict == EQUAL else verdict}", file=sys.stderr)
-    return name, found, verdict
+        found = check()
+    except FAILURES as error:
+        return name, "-", _told(error)
+    print(f"[working tree] {name}: {found}", file=sys.stderr)
+    return name, found, EQUAL
+
+
+def _told(error: Exception) -> str:
+    """Print a failure whole; return its first line for the table."""
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    return f"failed: {type(error).__name__}: {error}".splitlines()[0]
 
 
 def table(rows: list[Row]) -> str:
