@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from orchestrator.cli.output import print_json
 from orchestrator.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -116,7 +117,6 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Answer or classify every row of a file, into a JSON Lines file."""
-    from orchestrator.cli.commands import print_json
     from orchestrator.store import write_atomic
 
     target = _target(file, output)

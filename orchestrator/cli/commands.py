@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
 import os
 import sys
@@ -24,15 +23,13 @@ from orchestrator.cli import bundles as cli_bundles
 from orchestrator.cli import init as cli_init
 from orchestrator.cli import runs as cli_runs
 from orchestrator.cli.group import EPILOG, GroupedHelp, print_version
+from orchestrator.cli.output import AsJson, print_facts, print_json, print_rich
 from orchestrator.errors import NothingPromotedError, OrchestratorError, UsageError, VerificationError
 from orchestrator.units import printable, printable_lines
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from orchestrator.runtime import RunOutcome
     from orchestrator.spec import LoadedSpec
-    from orchestrator.values import Value
 
 INTERRUPTED = 130
 UNEXPECTED = 4
@@ -110,7 +107,6 @@ app = typer.Typer(
 )
 
 SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="The spec, a YAML file.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 JsonLines = Annotated[bool, typer.Option("--json", help="Print a JSON object per event, the result last.")]
 Overrides = Annotated[
     list[str] | None,
@@ -165,13 +161,13 @@ def render(
     from orchestrator.spec import dump_yaml, json_schema, load_spec
 
     if schema:
-        _print_json(json_schema())
+        print_json(json_schema())
         return
     if spec is None:
         raise UsageError("render was given no SPEC", expected="a YAML file, or --schema", remedy="orchestrator render SPEC")
     loaded = load_spec(spec, overrides or ())
     if as_json:
-        _print_json(loaded.spec.model_dump(mode="json"))
+        print_json(loaded.spec.model_dump(mode="json"))
     else:
         print(dump_yaml(loaded), end="")
 
@@ -184,9 +180,9 @@ def data(spec: SpecPath, overrides: Overrides = None, as_json: AsJson = False) -
 
     inspection = inspect_data(load_spec(spec, overrides or ()))
     if as_json:
-        _print_json(inspection.as_json())
+        print_json(inspection.as_json())
     else:
-        _print_rich(inspection.view())
+        print_rich(inspection.view())
 
 
 @app.command()
@@ -208,9 +204,9 @@ def plan(
 
     planned = plan_of(load_spec(spec, overrides or ()), job=job, cluster_file=cluster, address=address)
     if as_json:
-        _print_json(planned)
+        print_json(planned)
     else:
-        _print_rich(plan_view(planned, explain=explain))
+        print_rich(plan_view(planned, explain=explain))
 
 
 @app.command()
@@ -265,9 +261,9 @@ def _rehearse(
 
     rehearsal = rehearse(loaded, job, output=output, cluster=lambda: cluster_of(None, address))
     if as_json:
-        _print_json({"run": str(rehearsal.run_folder), "would": rehearsal.would, "plan": rehearsal.plan.model_dump(mode="json")})
+        print_json({"run": str(rehearsal.run_folder), "would": rehearsal.would, "plan": rehearsal.plan.model_dump(mode="json")})
         return
-    _print_rich(plan_view(rehearsal.plan))
+    print_rich(plan_view(rehearsal.plan))
     print(f"\ndry run: nothing was started and nothing was written; without --dry-run this would {rehearsal.would}")
     print(f"run       {rehearsal.run_folder}")
 
@@ -306,7 +302,7 @@ def _show_outcome(outcome: RunOutcome, as_json: bool) -> None:
         print(f"the report was not written: {error}", file=sys.stderr)
     if as_json:
         result = {"sweep": outcome.sweep.model_dump(mode="json"), "transfer": transfer.model_dump(mode="json")}
-        _print_json({"kind": "result", "run": str(outcome.run_folder), **result}, indent=None)
+        print_json({"kind": "result", "run": str(outcome.run_folder), **result}, indent=None)
     else:
         print(printable_lines(final_screen(outcome.sweep, transfer)), flush=True)
 
@@ -356,9 +352,9 @@ def verify(
 
     figures = verify_bundle(bundle, base=base, held_out=held_out)
     if as_json:
-        _print_json(figures)
+        print_json(figures)
     else:
-        _print_facts(figures)
+        print_facts(figures)
 
 
 @app.command()
@@ -372,7 +368,7 @@ def report(
 
     path = write_report(run)
     if as_json:
-        _print_json({"report": str(path)})
+        print_json({"report": str(path)})
     else:
         print(printable(str(path)), flush=True)
     if follow:
@@ -386,37 +382,12 @@ def doctor(address: Address = None, as_json: AsJson = False) -> None:
 
     examination = examine(address)
     if as_json:
-        _print_json(examination.as_json())
+        print_json(examination.as_json())
     else:
-        _print_rich(examination.view())
+        print_rich(examination.view())
     if examination.num_wrong:
         raise typer.Exit(UNEXPECTED)
 
-
-def _print_json(value: object, *, indent: int | None = 2) -> None:
-    """Strict JSON: what is not finite is null."""
-    from orchestrator.values import printable_json, strict_json
-
-    text = json.dumps(strict_json(value), indent=indent, ensure_ascii=False, allow_nan=False)
-    print(printable_json(text), flush=True)
-
-
-def _print_facts(value: Value) -> None:
-    for name, content in value.model_dump(mode="json").items():
-        print(printable(f"{name.replace('_', ' '):<24} {content}"))
-
-
-def _print_rich(content: RenderableType) -> None:
-    """At most 100 columns; without control codes where stdout is not a terminal."""
-    from orchestrator.report.console import SafeConsole
-
-    console = SafeConsole()
-    console.width = min(100, console.width) if console.is_terminal else 100
-    console.print(content)
-
-
-print_json, print_rich = _print_json, _print_rich
-"""For the commands of the modules beside this one."""
 
 app.command()(cli_init.init)
 app.command()(cli_runs.runs)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
+from orchestrator.cli.output import AsJson, print_json
 from orchestrator.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -51,10 +52,9 @@ def init(
     base: Annotated[str, typer.Option("--base", metavar="MODEL", help="The pretrained model's folder, or sample.")] = "sample",
     task: Annotated[str, typer.Option("--task", help="chat, completion, text or classify; detected unless given.")] = "",
     output: Annotated[Path, typer.Option("--output", metavar="FILE", help="The spec file to write.")] = Path("spec.yaml"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a first spec from looking at the data: task, columns, lengths."""
-    from orchestrator.cli.commands import print_json
     from orchestrator.spec.loader import load_text
     from orchestrator.store import write_atomic
 
