@@ -1,8 +1,8 @@
-"""The command line: `orchestrator COMMAND`, or `python -m orchestrator COMMAND`; the commands stand in `cli.group.GROUPS`.
+"""The command line: `orchestrator COMMAND`, or `python -m orchestrator COMMAND`; `cli.group.GROUPS` lists the commands.
 
 Exit codes: 0 done, whatever the verdict · 2 bad spec, data or usage · 3 the plan does not fit · 4 training failed ·
 5 nothing promoted, and `--require-promotion` was given · 6 the bundle failed its verification · 130 interrupted · 143 stopped.
-Results go to stdout, progress and errors to stderr. Whatever is slow to import is imported by the command that
+Results go to stdout, progress and errors to stderr. What is slow to import is imported inside the command that
 needs it, so that `--help` and `plan` answer at once.
 """
 
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 UNEXPECTED = 4
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
-"""What the operating system says of a place where nothing more can be written."""
+"""Errors of the operating system that mean: nothing can be written there."""
 
 
 class Commands(GroupedHelp):
-    """The one place where an exception becomes a message and an exit code."""
+    """The command group; the only place that turns an exception into a message and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -53,11 +53,11 @@ class Commands(GroupedHelp):
 
 
 def _interrupted() -> int:
-    """The exit code: 128 and the number of the signal, as shells have it."""
+    """Print how to continue and return the exit code: 128 plus the signal's number, as in shells."""
     from orchestrator.store.stopping import stopped_by
 
     number = stopped_by()
-    if number is not None:  # it was said when the signal came, and what ended in order may have come after it
+    if number is not None:  # the signal itself was reported when it arrived; an orderly shutdown may follow it
         print("stopped; run the same command again to continue from what is on disk", file=sys.stderr)
         return 128 + number
     print("interrupted; run the same command again to continue from what is on disk", file=sys.stderr)
@@ -65,8 +65,8 @@ def _interrupted() -> int:
 
 
 def _explain(error: Exception) -> int:
-    """Print what happened, the remedy last, and return the exit code. A bug shows its traceback, once."""
-    # An error out of a Ray worker carries the original as its `cause`.
+    """Print the error, its remedy last, and return the exit code. A bug prints its traceback once."""
+    # An error raised in a Ray worker carries the original as its `cause`.
     known = next((e for e in (getattr(error, "cause", None), error) if isinstance(e, OrchestratorError)), None)
     if known is not None:
         print("\n".join(map(printable, f"error: {known}".split("\n"))), file=sys.stderr)
@@ -117,7 +117,7 @@ Output = Annotated[Path | None, typer.Option("--output", metavar="DIR", help="Fo
 
 
 def _name_cluster(address: str | None) -> str | None:
-    """Ray reads its environment when it is imported, which comes later."""
+    """Put the address into the environment, which Ray reads when it is imported, later."""
     if address:
         os.environ["RAY_ADDRESS"] = address
     return address
@@ -147,7 +147,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def orchestrator(
     version: Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
-    """Holds the options that come before a command."""
+    """Accept the options before a command."""
 
 
 @app.command()
@@ -254,7 +254,7 @@ def _load(spec: Path, overrides: list[str] | None) -> LoadedSpec:
 def _rehearse(
     job: Literal["sweep", "finetune"], loaded: LoadedSpec, output: Path | None, address: str | None, as_json: bool
 ) -> None:
-    """Everything up to and including the plan."""
+    """Check and print everything up to and including the plan."""
     from orchestrator.inputs import cluster_of
     from orchestrator.report import plan_view
     from orchestrator.runtime import rehearse
@@ -298,7 +298,7 @@ def _show_outcome(outcome: RunOutcome, as_json: bool) -> None:
     transfer = outcome.transfer
     try:
         transfer = transfer.model_copy(update={"report": str(write_report(outcome.run_folder))})
-    except UsageError as error:  # the run is done, whatever becomes of its page
+    except UsageError as error:  # the run itself is complete
         print(f"the report was not written: {error}", file=sys.stderr)
     if as_json:
         result = {"sweep": outcome.sweep.model_dump(mode="json"), "transfer": transfer.model_dump(mode="json")}
@@ -308,7 +308,7 @@ def _show_outcome(outcome: RunOutcome, as_json: bool) -> None:
 
 
 def _report_what_there_is(loaded: LoadedSpec, output: Path | None) -> None:
-    """A run that failed late has a report too; it says where the trouble is."""
+    """Write the report of a run that failed late; it shows the failure."""
     from orchestrator.report.page import write_report
     from orchestrator.run.output_root import output_root
 

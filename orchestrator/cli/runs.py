@@ -1,4 +1,4 @@
-"""`orchestrator runs` and `compare`: what lies in a folder of runs, and runs side by side."""
+"""`orchestrator runs` and `compare`: the runs in a folder, and runs side by side."""
 
 from __future__ import annotations
 
