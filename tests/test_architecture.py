@@ -180,6 +180,11 @@ def test_a_tune_trial_and_the_exchange_import_nothing_that_computes() -> None:
     assert loaded_by(THIN) == ["ray"]
 
 
+def test_a_rank_imports_deepspeed_only_when_it_is_planned() -> None:
+    """It takes seconds and memory, and it must learn its device before it is imported."""
+    assert "deepspeed" not in loaded_by(["orchestrator.train.host"])
+
+
 def test_a_cycle_is_found() -> None:
     assert find_cycle({"a": {"b"}, "b": {"c", "d"}, "c": set(), "d": {"b"}}) == ["b", "d", "b"]
     assert find_cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
