@@ -15,11 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.errors import OrchestratorError, UsageError
-from orchestrator.report.reading import RunRecords, read_run
 from orchestrator.report.wording import best_trial, measured_of, metric_text, number, score_text, signed
+from orchestrator.run.directory import IDENTITY, running_driver
+from orchestrator.run.reader import RunRecords, read_run
 from orchestrator.spec import describe_difference
 from orchestrator.store import read_json
-from orchestrator.store.run_directory import IDENTITY, running_driver
 from orchestrator.transfer import paired_comparison
 from orchestrator.transfer.records import CONTROL_NAMES, ModelScores
 from orchestrator.units import format_bytes, format_seconds, printable

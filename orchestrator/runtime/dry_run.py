@@ -12,13 +12,12 @@ from orchestrator.data import DataSummary, prepare_data
 from orchestrator.errors import IntegrityError, RunConflictError
 from orchestrator.plan.defaults import with_section
 from orchestrator.plan.values import ClusterDescription, RunPlan
-from orchestrator.run.output_root import output_root
+from orchestrator.run.directory import is_same_run, output_root, require_same_base
 from orchestrator.runtime.outcome import read_outcome
 from orchestrator.runtime.prepare import Job, Tokenised, identity_of_base, plan_of_data, require_metric
 from orchestrator.spec import LoadedSpec, spec_sha256
 from orchestrator.store import read_record
 from orchestrator.store.files import Record
-from orchestrator.store.run_directory import is_same_run, require_same_base
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from typing import Any
 
 from ray.exceptions import RayError
 
+from orchestrator.run.directory import PROGRESS, RunDirectory
 from orchestrator.runtime.activities import on_disk, with_steps
 from orchestrator.runtime.cluster import fetch
-from orchestrator.store import PROGRESS, RunDirectory, write_json
+from orchestrator.store import write_json
 from orchestrator.transfer.records import TrialRecord
 from orchestrator.transfer.view import Activity, Progress, RunView
 

@@ -18,14 +18,13 @@ from orchestrator.plan import schedule as steps
 from orchestrator.plan.measurements import standing_choice, with_choice
 from orchestrator.plan.schedule import StepSize
 from orchestrator.plan.values import ClusterDescription, RunPlan
-from orchestrator.run.output_root import output_root
+from orchestrator.run.directory import WRITABLE, RunDirectory, output_root
 from orchestrator.run.scoring import Scoring
 from orchestrator.runtime.cluster import require_base_everywhere
 from orchestrator.runtime.recovery import mend
 from orchestrator.spec import JobSpec, LoadedSpec, spec_sha256
-from orchestrator.store import RunDirectory, base_identity, file_identity, output_to, read_record, write_json
+from orchestrator.store import base_identity, file_identity, output_to, read_record, write_json
 from orchestrator.store.files import RECORD_REMEDY
-from orchestrator.store.run_directory import WRITABLE
 from orchestrator.train.evaluation import text_metric
 from orchestrator.transfer.view import RunView
 from orchestrator.values import content_hash

@@ -14,9 +14,10 @@ import numpy as np
 
 from orchestrator.errors import IntegrityError
 from orchestrator.plan.values import RunPlan
+from orchestrator.run.directory import RunDirectory
 from orchestrator.run.hours import HoursRecord
 from orchestrator.run.ledger import END, EVALUATION, TRIAL, TrialEnd, TrialHead, result_number
-from orchestrator.store import RunDirectory, check_folder, read_json, read_record, set_aside, write_json
+from orchestrator.store import check_folder, read_json, read_record, set_aside, write_json
 from orchestrator.transfer.records import SweepResult, TransferReport
 from orchestrator.transfer.view import RunView
 from orchestrator.work.assignment import contradiction, ownership

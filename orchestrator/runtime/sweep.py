@@ -15,6 +15,7 @@ from ray.exceptions import RayError
 from orchestrator.errors import TrainingError
 from orchestrator.plan import head_control, none_control
 from orchestrator.plan.defaults import with_section
+from orchestrator.run.directory import RunDirectory
 from orchestrator.run.hours import may_go_on, read_hours
 from orchestrator.run.ledger import Ledger
 from orchestrator.runtime.activities import ranks_text
@@ -31,7 +32,6 @@ from orchestrator.runtime.outcome import RunOutcome, read_outcome, read_sweep, s
 from orchestrator.runtime.prepare import Prepared, open_run, prepare
 from orchestrator.runtime.search import run_search
 from orchestrator.spec import LoadedSpec
-from orchestrator.store import RunDirectory
 from orchestrator.transfer.records import SweepResult
 from orchestrator.transfer.view import RunView
 

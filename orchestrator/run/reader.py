@@ -16,7 +16,7 @@ from ruamel.yaml.error import YAMLError
 
 from orchestrator.errors import UsageError
 from orchestrator.plan.values import RunPlan
-from orchestrator.store import PROGRESS
+from orchestrator.run.directory import PROGRESS
 from orchestrator.transfer import WORST_SCORE, forgetting, score
 from orchestrator.transfer.measured import EngineFigures
 from orchestrator.transfer.records import RungRecord, SweepResult, TransferReport, TrialRecord

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from orchestrator.report.reading import read_run
+from orchestrator.run.reader import read_run
 from orchestrator.work.results import EngineRecord, RungResult
 from orchestrator.work.trial import TrialSpec
 

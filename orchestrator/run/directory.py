@@ -7,7 +7,7 @@ import fcntl
 import os
 import platform
 import time
-from importlib import metadata
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from orchestrator.errors import IntegrityError, RunConflictError
 from orchestrator.spec import JobSpec, LoadedSpec, describe_difference
+from orchestrator.store import versions
 from orchestrator.store.files import (
     PARTIAL,
     RECORD_REMEDY,
@@ -26,7 +27,6 @@ from orchestrator.store.files import (
     write_json,
 )
 
-PACKAGES = ("orchestrator", "torch", "ray", "deepspeed", "transformers", "peft", "bitsandbytes", "optuna")
 IDENTITY = "run.json"
 PROGRESS = "progress.json"
 """What the run is waiting for, kept up to date while its driver works (`transfer.view.Progress`)."""
@@ -34,6 +34,8 @@ LOCK = ".lock"
 FREE_TO_CHANGE = ("output:", "resources.", "search.trials:")
 """What may differ between two submissions of one run."""
 LISTED = 20
+UPLOADED = "runtime_resources/working_dir_files"
+"""Part of the path of a working directory that `ray job submit` uploaded; Ray deletes it when it needs the room."""
 WRITABLE = "give `output` or --output a writable folder with free space; or free space or grant write permission there"
 
 
@@ -248,17 +250,6 @@ def running_driver(path: Path) -> str:
     return ""
 
 
-def versions() -> dict[str, str]:
-    """Versions of what decides a run's numbers; a package that is not installed is left out."""
-    found: dict[str, str] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def _identity(loaded: LoadedSpec, spec_sha256: str, known: dict[str, Any] | None) -> dict[str, Any]:
     now = time.time()
     return {
@@ -389,3 +380,31 @@ def _as_today(values: dict[str, Any]) -> dict[str, Any]:
 def _shown(differences: list[str]) -> str:
     more = [f"and {len(differences) - LISTED} more"] if len(differences) > LISTED else []
     return "\n  ".join(differences[:LISTED] + more)
+
+
+@dataclass(frozen=True)
+class OutputRoot:
+    """The folder of the runs."""
+
+    path: Path
+    moved: str = ""
+    """Why it is not the one that the spec says; empty where it is."""
+
+
+def output_root(loaded: LoadedSpec, output: Path | None) -> OutputRoot:
+    """The folder of the runs: `--output`, or the spec's.
+
+    Where the spec lies in a working directory that Ray uploaded and `output` is relative to it, the run would vanish
+    with that copy: it goes to `~/orchestrator-runs` of the node.
+    """
+    if output is not None:
+        return OutputRoot(output.expanduser().absolute())
+    root = loaded.output_root
+    if UPLOADED not in root.as_posix():
+        return OutputRoot(root)
+    kept = Path.home() / "orchestrator-runs"
+    return OutputRoot(
+        kept,
+        f"`output: {loaded.spec.output}` lies in the working directory that Ray uploaded and will delete; "
+        f"the run goes to {kept} (give --output or an absolute `output` for another place)",
+    )
