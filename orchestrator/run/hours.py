@@ -15,8 +15,7 @@ from pathlib import Path
 
 from pydantic import Field, NonNegativeFloat
 
-from orchestrator.run.ledger import Ledger
-from orchestrator.run.records import base_result
+from orchestrator.run.ledger import Ledger, base_result
 from orchestrator.run.scoring import Scoring
 from orchestrator.store import read_record, write_json
 from orchestrator.values import Value

@@ -126,6 +126,12 @@ class Ledger:
         return lifted
 
 
+def base_result(ledger: Ledger) -> RungResult | None:
+    """What the untouched base scored, once it has been measured."""
+    entry = ledger.get("none")
+    return entry.results[-1] if entry is not None and entry.results else None
+
+
 def drop_optimizer_state(checkpoint: Path) -> None:
     """Rewrite a checkpoint without what only a continuation needs; a reader sees the old folder or the new one.
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from orchestrator.run.ledger import Ledger, TrialEntry
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.run.hours import read_hours
+from orchestrator.run.ledger import Ledger, TrialEntry, base_result
 from orchestrator.run.scoring import Scoring
+from orchestrator.store import read_record, write_json
 from orchestrator.transfer.measured import EngineFigures
-from orchestrator.transfer.records import RungRecord, TrialRecord
+from orchestrator.transfer.records import RungRecord, SweepResult, TransferReport, TrialRecord
 from orchestrator.work.memory_ladder import fits_in_no_way
 from orchestrator.work.results import RungResult
 
@@ -14,12 +20,6 @@ def trial_records(ledger: Ledger, scoring: Scoring) -> tuple[TrialRecord, ...]:
     """Every trial and control of the ledger, by number."""
     base = base_result(ledger)
     return tuple(trial_record(entry, scoring, base) for entry in ledger.entries())
-
-
-def base_result(ledger: Ledger) -> RungResult | None:
-    """What the untouched base scored, once it has been measured."""
-    entry = ledger.get("none")
-    return entry.results[-1] if entry is not None and entry.results else None
 
 
 def trial_record(entry: TrialEntry, scoring: Scoring, base: RungResult | None) -> TrialRecord:
@@ -66,3 +66,35 @@ def _rung_record(result: RungResult, scoring: Scoring, base: RungResult | None) 
         score=scoring.score(result, base),
         seconds=result.train_seconds + result.eval_seconds,
     )
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """A finished run: where it lies, what was found, and what it is worth."""
+
+    run_folder: Path
+    sweep: SweepResult
+    transfer: TransferReport
+
+
+def read_outcome(run_folder: Path) -> RunOutcome | None:
+    """The outcome of a run that came to its end; None for any other."""
+    sweep, transfer_file = read_sweep(run_folder), run_folder / "transfer.json"
+    if sweep is None or sweep.finished_at is None or not transfer_file.exists():
+        return None
+    return RunOutcome(run_folder, sweep, read_record(transfer_file, TransferReport))
+
+
+def write_outcome(outcome: RunOutcome) -> RunOutcome:
+    """transfer.json first: sweep.json with its end time says that both stand."""
+    write_json(outcome.run_folder / "transfer.json", outcome.transfer)
+    used = read_hours(outcome.run_folder / "hours.json")
+    sweep = outcome.sweep.model_copy(update={"finished_at": time.time(), "gpu_hours_used": used})
+    write_json(outcome.run_folder / "sweep.json", sweep)
+    return RunOutcome(outcome.run_folder, sweep, outcome.transfer)
+
+
+def read_sweep(run_folder: Path) -> SweepResult | None:
+    """What an earlier submission left in sweep.json."""
+    file = run_folder / "sweep.json"
+    return read_record(file, SweepResult) if file.exists() else None

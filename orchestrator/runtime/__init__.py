@@ -7,11 +7,11 @@ probe_cluster()                                               # what the live cl
 """
 
 from orchestrator.runtime import private_token  # isort: skip - before ray is imported
+from orchestrator.run.records import RunOutcome, read_outcome
 from orchestrator.runtime.cluster import probe_cluster
 from orchestrator.runtime.dry_run import Rehearsal, rehearse
 from orchestrator.runtime.finetune import run_finetune
 from orchestrator.runtime.merging import merge_trial
-from orchestrator.runtime.outcome import RunOutcome, read_outcome
 from orchestrator.runtime.sweep import run_sweep
 
 __all__ = [

@@ -13,7 +13,7 @@ from orchestrator.errors import IntegrityError, RunConflictError
 from orchestrator.plan.defaults import with_section
 from orchestrator.plan.values import ClusterDescription, RunPlan
 from orchestrator.run.directory import is_same_run, output_root, require_same_base
-from orchestrator.runtime.outcome import read_outcome
+from orchestrator.run.records import read_outcome
 from orchestrator.runtime.prepare import Job, Tokenised, identity_of_base, plan_of_data, require_metric
 from orchestrator.spec import LoadedSpec, spec_sha256
 from orchestrator.store import read_record

@@ -8,14 +8,15 @@ from pathlib import Path
 
 from orchestrator.plan import make_trial, none_control
 from orchestrator.plan.defaults import with_section
+from orchestrator.run.activities import ranks_text
 from orchestrator.run.ledger import Ledger
-from orchestrator.runtime.activities import ranks_text
+from orchestrator.run.records import RunOutcome, read_outcome, write_outcome
 from orchestrator.runtime.cluster import joins
 from orchestrator.runtime.failures import in_plain_words
 from orchestrator.runtime.finish import finish
 from orchestrator.runtime.heartbeat import Pulse
 from orchestrator.runtime.measurements import scored_alone
-from orchestrator.runtime.outcome import RunOutcome, read_outcome, summarise, write_outcome
+from orchestrator.runtime.outcome import summarise
 from orchestrator.runtime.prepare import Prepared, open_run, prepare
 from orchestrator.runtime.refit import refit_assignment, run_refit
 from orchestrator.spec import LoadedSpec

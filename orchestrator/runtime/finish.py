@@ -10,15 +10,15 @@ import ray
 
 from orchestrator.errors import IntegrityError
 from orchestrator.plan import REPEAT, late_controls
+from orchestrator.run.activities import tell_bundling
 from orchestrator.run.hours import metered
-from orchestrator.run.ledger import Ledger, TrialEntry
-from orchestrator.run.records import base_result
+from orchestrator.run.ledger import Ledger, TrialEntry, base_result
+from orchestrator.run.records import RunOutcome
 from orchestrator.run.scoring import Scoring
-from orchestrator.runtime.activities import tell_bundling
 from orchestrator.runtime.bundling import bundle_and_judge
 from orchestrator.runtime.cluster import rank_resources, worker_env
 from orchestrator.runtime.hang_detection import Patience
-from orchestrator.runtime.outcome import RunOutcome, plan_against_measured
+from orchestrator.runtime.outcome import plan_against_measured
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.runtime.refit import full_budget, selection_of
 from orchestrator.runtime.task_supervision import Minder, in_a_minded_process, run_task

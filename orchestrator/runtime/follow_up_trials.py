@@ -12,8 +12,7 @@ from orchestrator.data import size_of_share
 from orchestrator.data.sets import load_known
 from orchestrator.plan import curve_trial, curve_trial_id, repeat_control, scratch_control, shuffled_control
 from orchestrator.plan.schedule import late_rung_steps, share_documents, too_few_documents, total_steps, total_tokens
-from orchestrator.run.ledger import Ledger, TrialEntry
-from orchestrator.run.records import base_result
+from orchestrator.run.ledger import Ledger, TrialEntry, base_result
 from orchestrator.runtime.assignments import Answer
 from orchestrator.runtime.cluster import fetch
 from orchestrator.runtime.prepare import Prepared

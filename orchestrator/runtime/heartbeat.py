@@ -14,8 +14,8 @@ from typing import Any
 
 from ray.exceptions import RayError
 
+from orchestrator.run.activities import on_disk, with_steps
 from orchestrator.run.directory import PROGRESS, RunDirectory
-from orchestrator.runtime.activities import on_disk, with_steps
 from orchestrator.runtime.cluster import fetch
 from orchestrator.store import write_json
 from orchestrator.transfer.records import TrialRecord

@@ -16,8 +16,7 @@ from orchestrator.plan.measurements import NO_RETENTION_SET, choice_of, standing
 from orchestrator.plan.schedule import has_few
 from orchestrator.plan.values import RunPlan
 from orchestrator.run.hours import metered
-from orchestrator.run.ledger import Ledger
-from orchestrator.run.records import base_result
+from orchestrator.run.ledger import Ledger, base_result
 from orchestrator.runtime.cluster import fetch, rank_resources, worker_env
 from orchestrator.runtime.hang_detection import Patience
 from orchestrator.runtime.prepare import Prepared, read_choice, read_scores

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from orchestrator.errors import UsageError
 from orchestrator.run.ledger import Ledger
+from orchestrator.run.records import RunOutcome, write_outcome
 from orchestrator.runtime.cluster import connected, require_shared_storage
 from orchestrator.runtime.failures import in_plain_words
 from orchestrator.runtime.finish import finish
 from orchestrator.runtime.heartbeat import Pulse
-from orchestrator.runtime.outcome import RunOutcome, write_outcome
 from orchestrator.runtime.prepare import reopen
 from orchestrator.runtime.ray_health import guarded
 from orchestrator.store import read_record

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,51 +13,19 @@ from orchestrator.plan.cost.choices import planned_options
 from orchestrator.plan.cost.duration import MeasuredSteps, calibrated
 from orchestrator.plan.cost.estimate import CPU_FLOPS_PER_CORE, run_flops
 from orchestrator.plan.values import RunPlan
-from orchestrator.run.hours import HoursState, read_hours
-from orchestrator.run.ledger import Ledger
-from orchestrator.run.records import base_result, trial_records
+from orchestrator.run.hours import HoursState
+from orchestrator.run.ledger import Ledger, base_result
+from orchestrator.run.records import trial_records
 from orchestrator.runtime.assignments import GangFigures
 from orchestrator.runtime.follow_up_trials import curve_ids, curve_of
 from orchestrator.runtime.prepare import Prepared
-from orchestrator.store import read_record, write_json
+from orchestrator.store import write_json
 from orchestrator.transfer import Comparison, Promotion, paired_comparison, pareto_front, promote
 from orchestrator.transfer.learning_curve import LearningCurve
 from orchestrator.transfer.promotion import PROMOTABLE_CONTROLS
-from orchestrator.transfer.records import PlanAgainstMeasured, RefitRecord, SweepResult, TransferReport, TrialRecord
+from orchestrator.transfer.records import PlanAgainstMeasured, RefitRecord, SweepResult, TrialRecord
 
 MORE_HOURS = "raise resources.max_gpu_hours and submit again: the search continues where it ended"
-
-
-@dataclass(frozen=True)
-class RunOutcome:
-    """A finished run: where it lies, what was found, and what it is worth."""
-
-    run_folder: Path
-    sweep: SweepResult
-    transfer: TransferReport
-
-
-def read_outcome(run_folder: Path) -> RunOutcome | None:
-    """The outcome of a run that came to its end; None for any other."""
-    sweep, transfer_file = read_sweep(run_folder), run_folder / "transfer.json"
-    if sweep is None or sweep.finished_at is None or not transfer_file.exists():
-        return None
-    return RunOutcome(run_folder, sweep, read_record(transfer_file, TransferReport))
-
-
-def write_outcome(outcome: RunOutcome) -> RunOutcome:
-    """transfer.json first: sweep.json with its end time says that both stand."""
-    write_json(outcome.run_folder / "transfer.json", outcome.transfer)
-    used = read_hours(outcome.run_folder / "hours.json")
-    sweep = outcome.sweep.model_copy(update={"finished_at": time.time(), "gpu_hours_used": used})
-    write_json(outcome.run_folder / "sweep.json", sweep)
-    return RunOutcome(outcome.run_folder, sweep, outcome.transfer)
-
-
-def read_sweep(run_folder: Path) -> SweepResult | None:
-    """What an earlier submission left in sweep.json."""
-    file = run_folder / "sweep.json"
-    return read_record(file, SweepResult) if file.exists() else None
 
 
 def summarise(

@@ -19,11 +19,10 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from orchestrator.anatomy import LayerSelection, ModelAnatomy
 from orchestrator.errors import RankOutOfMemoryError, TrainingError
 from orchestrator.plan import head_control
+from orchestrator.run.activities import OWNER, STARTS, ranks_text
 from orchestrator.run.hours import affords_refit, is_left_for_refit, metered, read_hours, refit_hours, rung_hours
-from orchestrator.run.ledger import Ledger, TrialEntry
-from orchestrator.run.records import base_result
+from orchestrator.run.ledger import Ledger, TrialEntry, base_result
 from orchestrator.run.scoring import Scoring
-from orchestrator.runtime.activities import OWNER, STARTS, ranks_text
 from orchestrator.runtime.assignments import failed_result
 from orchestrator.runtime.cluster import placement_strategy, rank_resources, worker_env
 from orchestrator.runtime.failures import describe

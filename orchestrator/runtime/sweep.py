@@ -15,10 +15,11 @@ from ray.exceptions import RayError
 from orchestrator.errors import TrainingError
 from orchestrator.plan import head_control, none_control
 from orchestrator.plan.defaults import with_section
+from orchestrator.run.activities import ranks_text
 from orchestrator.run.directory import RunDirectory
 from orchestrator.run.hours import may_go_on, read_hours
 from orchestrator.run.ledger import Ledger
-from orchestrator.runtime.activities import ranks_text
+from orchestrator.run.records import RunOutcome, read_outcome, read_sweep, write_outcome
 from orchestrator.runtime.assignments import Orders
 from orchestrator.runtime.cluster import fetch, joins
 from orchestrator.runtime.exchange import Exchange
@@ -28,7 +29,7 @@ from orchestrator.runtime.follow_up_trials import hand_in, train_late, wait_for
 from orchestrator.runtime.hang_detection import Patience
 from orchestrator.runtime.heartbeat import Pulse, Watcher
 from orchestrator.runtime.measurements import advised_by_shift, compiled_where_it_pays, scored_in_a_gang
-from orchestrator.runtime.outcome import RunOutcome, read_outcome, read_sweep, summarise, write_outcome
+from orchestrator.runtime.outcome import summarise
 from orchestrator.runtime.prepare import Prepared, open_run, prepare
 from orchestrator.runtime.search import run_search
 from orchestrator.spec import LoadedSpec

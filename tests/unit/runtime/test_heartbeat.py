@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.report.terminal import JsonView, LogView
+from orchestrator.run.activities import BUNDLING, OWNER, STARTS, last_steps, on_disk, tell_bundling, with_steps
 from orchestrator.run.directory import PROGRESS
-from orchestrator.runtime.activities import BUNDLING, OWNER, STARTS, last_steps, on_disk, tell_bundling, with_steps
 from orchestrator.runtime.heartbeat import Pulse
 from orchestrator.store import read_json
 from orchestrator.transfer.view import Activity, Progress
