@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -16,10 +15,10 @@ from rich.text import Text
 
 from orchestrator.errors import OrchestratorError, UsageError
 from orchestrator.report.wording import best_trial, measured_of, metric_text, number, score_text, signed
-from orchestrator.run.directory import IDENTITY, running_driver
-from orchestrator.run.reader import RunRecords, read_run
+from orchestrator.run.directory import running_driver
+from orchestrator.run.layout import IDENTITY
+from orchestrator.run.reader import RunRecords, find_runs, num_bytes_of, promoted_losses, read_run
 from orchestrator.spec import describe_difference
-from orchestrator.store import read_json
 from orchestrator.transfer import paired_comparison
 from orchestrator.transfer.records import CONTROL_NAMES, ModelScores
 from orchestrator.units import format_bytes, format_seconds, printable
@@ -61,22 +60,18 @@ def list_runs(folder: Path) -> list[RunLine]:
     if not folder.is_dir():
         remedy = "give the folder that holds the runs; the spec's `output` names it, `runs` unless given"
         raise UsageError("no such folder", where=str(folder), expected="a folder of runs", remedy=remedy)
-    here = [folder] if is_run(folder) else sorted(child for child in folder.iterdir() if child.is_dir() and is_run(child))
-    return sorted(map(describe_run, here), key=lambda line: line.started_at or 0.0)
-
-
-def is_run(folder: Path) -> bool:
-    return (folder / IDENTITY).is_file()
+    return sorted(map(describe_run, find_runs(folder)), key=lambda line: line.started_at or 0.0)
 
 
 def describe_run(folder: Path) -> RunLine:
     """What a run's records say of it; damaged records are said to be."""
     size = num_bytes_of(folder)
     try:
-        identity, records = read_json(folder / IDENTITY), read_run(folder)
-        created = float(identity["created"])
-    except (OrchestratorError, OSError, ValueError, KeyError, TypeError) as error:
-        problem = str(error).splitlines()[0]
+        records = read_run(folder)
+    except (OrchestratorError, OSError) as error:
+        return RunLine(name=folder.name, folder=str(folder), state="damaged", num_bytes=size, problem=str(error).splitlines()[0])
+    if records.created is None:
+        problem = next((gap for gap in records.gaps if IDENTITY in gap), f"{IDENTITY} does not say when the run was created")
         return RunLine(name=folder.name, folder=str(folder), state="damaged", num_bytes=size, problem=problem)
     sweep, transfer = records.sweep, records.transfer
     best = (sweep.winner or best_trial(sweep.searched, sweep.higher_is_better)) if sweep else None
@@ -89,7 +84,7 @@ def describe_run(folder: Path) -> RunLine:
         best=best.label if best else "",
         metric=sweep.metric if sweep else "",
         value=measured_of(best, transfer).metric if best else None,
-        started_at=created,
+        started_at=records.created,
         trials=len(sweep.searched) if sweep else 0,
         num_bytes=size,
         problem="; ".join(records.gaps),
@@ -103,19 +98,6 @@ def state_of(folder: Path, records: RunRecords) -> State:
     if records.complete:
         return "finished"
     return "interrupted" if records.plan is not None else "not planned"
-
-
-def num_bytes_of(folder: Path) -> int:
-    """What a folder takes on disk: a file with several names counts once, links to elsewhere not at all."""
-    sizes: dict[tuple[int, int], int] = {}
-    for root, _, names in os.walk(folder):
-        for name in names:
-            try:
-                found = os.lstat(Path(root) / name)
-            except OSError:  # a run in progress moves its files
-                continue
-            sizes[found.st_dev, found.st_ino] = found.st_size
-    return sum(sizes.values())
 
 
 def runs_view(lines: Sequence[RunLine]) -> RenderableType:
@@ -168,7 +150,7 @@ def compare_runs(folders: Sequence[Path]) -> RunsCompared:
     reasons = tuple(_reasons(records))
     return RunsCompared(
         runs=tuple(names),
-        spec=tuple(_spec_differences(folders)),
+        spec=tuple(_spec_differences(records)),
         figures=tuple(_figures(folders, records)),
         comparable=not reasons,
         reasons=reasons,
@@ -176,18 +158,13 @@ def compare_runs(folders: Sequence[Path]) -> RunsCompared:
     )
 
 
-def _spec_differences(folders: Sequence[Path]) -> list[tuple[str, tuple[str, ...]]]:
+def _spec_differences(records: Sequence[RunRecords]) -> list[tuple[str, tuple[str, ...]]]:
     """Keys of the resolved specs that are not the same in all of them."""
-    values = [_identity(folder).get("values", {}) for folder in folders]
+    values = [record.identity.get("values", {}) for record in records]
     lines = [describe_difference(one, other) for one, other in pairwise([*values, values[0]])]
     keys = dict.fromkeys(line.partition(": ")[0] for found in lines for line in found if not line.startswith("name:"))
     parts = [key for key in keys if not any(other.startswith(f"{key}.") for other in keys)]
     return [(key, tuple(_value_at(value, key) for value in values)) for key in parts]
-
-
-def _identity(folder: Path) -> dict[str, Any]:
-    file = folder / IDENTITY
-    return read_json(file) if file.exists() else {}
 
 
 def _value_at(values: Any, key: str) -> str:
@@ -265,7 +242,7 @@ def _test_scores(scores: dict[str, ModelScores]) -> list[tuple[str, str]]:
 
 def _paired(folders: Sequence[Path], names: Sequence[str]) -> list[str]:
     """The first run's promoted model against each other's, document by document."""
-    losses = [_document_losses(folder) for folder in folders]
+    losses = [promoted_losses(folder) for folder in folders]
     said: list[str] = []
     for name, other in zip(names[1:], losses[1:], strict=True):
         first = losses[0]
@@ -277,16 +254,6 @@ def _paired(folders: Sequence[Path], names: Sequence[str]) -> list[str]:
             f"{names[0]} against {name}: {signed(found.mean)} nats per token [{number(found.low)}, {number(found.high)}], {sure}"
         )
     return said
-
-
-def _document_losses(folder: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """Mean loss and supervised tokens of each test document, of the promoted model."""
-    file = folder / "test" / "promoted.npz"
-    if not file.exists():
-        return None
-    with np.load(file, allow_pickle=False) as arrays:
-        sums, tokens = arrays["loss_sums"], arrays["num_tokens"]
-    return (sums / tokens, tokens) if len(sums) and np.isfinite(sums).all() else None
 
 
 def comparison_view(compared: RunsCompared) -> RenderableType:

@@ -8,12 +8,15 @@ import os
 import platform
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
 from pydantic import ValidationError
 
 from orchestrator.errors import IntegrityError, RunConflictError
+from orchestrator.run.layout import IDENTITY, PLAN, RunFolder
+from orchestrator.run.ledger import Ledger
 from orchestrator.spec import JobSpec, LoadedSpec, describe_difference
 from orchestrator.store import versions
 from orchestrator.store.files import (
@@ -27,9 +30,6 @@ from orchestrator.store.files import (
     write_json,
 )
 
-IDENTITY = "run.json"
-PROGRESS = "progress.json"
-"""What the run is waiting for, kept up to date while its driver works (`transfer.view.Progress`)."""
 LOCK = ".lock"
 FREE_TO_CHANGE = ("output:", "resources.", "search.trials:")
 """What may differ between two submissions of one run."""
@@ -39,15 +39,11 @@ UPLOADED = "runtime_resources/working_dir_files"
 WRITABLE = "give `output` or --output a writable folder with free space; or free space or grant write permission there"
 
 
-class RunDirectory:
-    """`runs/<name>/`, held by one driver at a time; see `open`.
-
-    Layout: spec.yaml run.json base.json plan.json layer_scores.json compile.json events.jsonl progress.json
-    hours.json data/ trials/<id>/ tune/ refit/ bundle/ bundling.json sweep.json transfer.json report.html
-    """
+class RunDirectory(RunFolder):
+    """`runs/<name>/`, held by one driver at a time; see `open`."""
 
     def __init__(self, path: Path, lock: TextIO) -> None:
-        self.path = path
+        super().__init__(path)
         self._lock = lock
 
     @classmethod
@@ -78,8 +74,8 @@ class RunDirectory:
             if known is not None and not same and run.was_planned:
                 raise _conflict(path, known["values"], loaded.spec.model_dump(mode="json"))
             identity = _identity(loaded, spec_sha256, known if same else None)
-            write_json(path / IDENTITY, identity)
-            write_atomic(path / "spec.yaml", loaded.text)
+            write_json(run.identity_file, identity)
+            write_atomic(run.spec, loaded.text)
             if known is not None and same and known["versions"] != identity["versions"]:
                 run.event("versions_changed", changes=describe_difference(known["versions"], identity["versions"]))
         except BaseException:
@@ -102,69 +98,17 @@ class RunDirectory:
     @property
     def identity(self) -> dict[str, Any]:
         """What run.json says: name, spec_sha256, created, submissions, seed, versions, values (the resolved spec)."""
-        return read_json(self.path / IDENTITY)
-
-    @property
-    def plan(self) -> Path:
-        return self.path / "plan.json"
+        return read_json(self.identity_file)
 
     @property
     def was_planned(self) -> bool:
         """Whether it has a plan, or had one that was damaged and set aside: then its trials rest on its base and data."""
         return was_planned(self.path)
 
-    @property
-    def base(self) -> Path:
-        """Which base the run trains: its config and the hashes of its weight files."""
-        return self.path / "base.json"
-
-    @property
-    def data(self) -> Path:
-        return self.path / "data"
-
-    @property
-    def trials(self) -> Path:
-        return self.path / "trials"
-
-    @property
-    def refit(self) -> Path:
-        return self.path / "refit"
-
-    @property
-    def bundle(self) -> Path:
-        return self.path / "bundle"
-
-    @property
-    def hours(self) -> Path:
-        """What the run has used of GPUs, over all its submissions."""
-        return self.path / "hours.json"
-
-    @property
-    def layer_scores(self) -> Path:
-        """What the probe found of each block; written once, before the first trial."""
-        return self.path / "layer_scores.json"
-
-    @property
-    def compile_choice(self) -> Path:
-        """Whether the run's trials train with compiled blocks; written once, before the first trial."""
-        return self.path / "compile.json"
-
-    @property
-    def domain_shift(self) -> Path:
-        """How far the target lies from the retention set; written once, before the first trial."""
-        return self.path / "domain_shift.json"
-
-    @property
-    def sweep(self) -> Path:
-        return self.path / "sweep.json"
-
-    @property
-    def transfer(self) -> Path:
-        return self.path / "transfer.json"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report.html"
+    @cached_property
+    def ledger(self) -> Ledger:
+        """The driver's ledger, read at first use. Refresh it where the exchange has written since."""
+        return Ledger(self.trials)
 
     def claim_base(self, identity: dict[str, Any]) -> None:
         """Write down which base this run trains; once it was planned, refuse another.
@@ -179,7 +123,7 @@ class RunDirectory:
 
     def event(self, kind: str, **fields: Any) -> None:
         """A line in events.jsonl: everything that happened by itself (micro-batch halved, gang replaced, trial retried)."""
-        append_jsonl(self.path / "events.jsonl", {"time": time.time(), "kind": kind, **fields})
+        append_jsonl(self.events, {"time": time.time(), "kind": kind, **fields})
 
     def close(self) -> None:
         """Let another driver work here."""
@@ -194,7 +138,7 @@ class RunDirectory:
 
 def was_planned(path: Path) -> bool:
     """Whether the run in `path` has a plan, or had one that was damaged and set aside."""
-    return (path / "plan.json").exists() or any(path.glob("plan.json.damaged-*"))
+    return (path / PLAN).exists() or any(path.glob(f"{PLAN}.damaged-*"))
 
 
 def require_same_base(path: Path, identity: dict[str, Any]) -> None:
@@ -204,11 +148,12 @@ def require_same_base(path: Path, identity: dict[str, Any]) -> None:
         RunConflictError: names what differs.
         IntegrityError: what is known of that base is damaged.
     """
-    if not (was_planned(path) and (path / "base.json").exists()):
+    file = RunFolder(path).base
+    if not (was_planned(path) and file.exists()):
         return
-    known = read_json(path / "base.json")
+    known = read_json(file)
     if not isinstance(known, dict):
-        raise IntegrityError("no identity of a base", where=str(path / "base.json"), remedy=RECORD_REMEDY)
+        raise IntegrityError("no identity of a base", where=str(file), remedy=RECORD_REMEDY)
     differences = describe_difference(known, identity)
     if differences:
         raise RunConflictError(
@@ -231,7 +176,7 @@ def is_same_run(path: Path, loaded: LoadedSpec, spec_sha256: str) -> bool:
     if known is None:
         return False
     if known["spec_sha256"] != spec_sha256:
-        if (path / "plan.json").exists():
+        if (path / PLAN).exists():
             raise _conflict(path, known["values"], loaded.spec.model_dump(mode="json"))
         return False
     return True
@@ -268,7 +213,7 @@ def _refuse_foreign(path: Path) -> None:
     remedy = "choose another `name` or `output`; nothing was changed"
     if path.exists() and not path.is_dir():
         raise RunConflictError("a file is in the place of the run's folder", where=str(path), remedy=remedy)
-    if not path.is_dir() or _planned_spec(path / "plan.json") is not None or _read_identity(path) is not None:
+    if not path.is_dir() or _planned_spec(path / PLAN) is not None or _read_identity(path) is not None:
         return
     foreign = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK and PARTIAL not in entry.name)
     if foreign:

@@ -1,91 +1,106 @@
-"""A run directory, read as far as it goes: a run that is still going, was killed, or failed has a report too."""
+"""A run directory, read as far as possible: a run in progress, a killed or a failed one has a report too.
+
+Trials are read and scored by the functions that the runtime uses, so that a report shows what the search saw.
+"""
 
 from __future__ import annotations
 
 import json
-import math
+import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from orchestrator.errors import UsageError
+from orchestrator.errors import IntegrityError, UsageError
 from orchestrator.plan.values import RunPlan
-from orchestrator.run.directory import PROGRESS
-from orchestrator.transfer import WORST_SCORE, forgetting, score
-from orchestrator.transfer.measured import EngineFigures
-from orchestrator.transfer.records import RungRecord, SweepResult, TransferReport, TrialRecord
+from orchestrator.run.layout import OWNER, RESULT, STEPS, RunFolder
+from orchestrator.run.ledger import Ledger, TrialEnd, TrialEntry, base_result
+from orchestrator.run.records import trial_record
+from orchestrator.run.scoring import scoring_of
+from orchestrator.spec.models import SearchSpec
+from orchestrator.store import read_record
+from orchestrator.store.folders import MANIFEST
+from orchestrator.transfer.records import SweepResult, TransferReport, TrialRecord
 from orchestrator.transfer.view import Progress
 from orchestrator.values import Value
 from orchestrator.work.measurements import DomainShift, LayerScores
-from orchestrator.work.results import EngineRecord, RungResult, StepReport
-from orchestrator.work.trial import TrialSpec
+from orchestrator.work.results import RungResult, StepReport
 
 SILENT_S = 60.0
-"""A heartbeat comes every few seconds; a driver that was silent for so long is gone, or its machine is."""
+"""The driver writes progress.json every few seconds; after so long without it the driver or its machine is gone."""
 AFTER_SEARCH = ("refit", "merge", "verify", "test")
-"""Phases in which sweep.json has the search as it was found."""
+"""Phases in which sweep.json holds the results of this submission's search."""
 Read = TypeVar("Read", bound=Value)
 
 
 @dataclass(frozen=True)
 class RunRecords:
-    """What a run directory says. Whatever is not there yet is None or empty; `gaps` says in words what could not be read."""
+    """The content of a run directory. What is not there yet is None or empty; `gaps` says in words what could not be read."""
 
     folder: Path
     name: str
+    identity: dict[str, Any]
+    """What run.json says: name, created, submissions, versions, values (the resolved spec); empty where it cannot be read."""
     spec_text: str
     plan: RunPlan | None
     sweep: SweepResult | None
-    """Put together from the trials' folders where the run has not written one yet."""
+    """Summarised from the trials' folders where the run has not written one yet."""
     transfer: TransferReport | None
     complete: bool
-    """Whether the run came to its end."""
+    """Whether the run has finished."""
     steps: dict[str, tuple[StepReport, ...]] = field(default_factory=dict)
     """By trial id, in order of steps."""
     events: tuple[dict[str, Any], ...] = ()
     layer_scores: LayerScores | None = None
-    """What the probe found of each block; None where there was none, or none yet."""
+    """The score of each block; None where the blocks are not scored, or not yet."""
     domain_shift: DomainShift | None = None
-    """How far the target lies from the retention set; None where nobody asked, or not yet."""
+    """The distance between target and retention set; None where it is not measured, or not yet."""
     data_summary: dict[str, Any] = field(default_factory=dict)
     bundle_manifest: dict[str, Any] = field(default_factory=dict)
     gaps: tuple[str, ...] = ()
     results: tuple[RungResult, ...] = ()
-    """Of every rung of every trial and control, in the order in which gangs took them up."""
+    """Results of every rung of every trial and control, in the order in which gangs started them."""
     submissions: tuple[float, ...] = ()
     """Unix times at which the run was submitted."""
     progress: Progress | None = None
-    """What the driver last said that the run is waiting for; None where it never did."""
+    """What the run was waiting for when the driver last wrote it; None where it never did."""
     refit_of: str = ""
     """Id of the trial that refit/ belongs to."""
     read_at: float = 0.0
     """Unix time."""
 
     @property
+    def created(self) -> float | None:
+        """Unix time of the first submission; None where run.json does not say it."""
+        created = self.identity.get("created")
+        return float(created) if isinstance(created, int | float) else None
+
+    @property
     def alive(self) -> bool:
-        """Whether a driver works in the run, as far as its heartbeat says."""
+        """Whether a driver is running the run, judged by its last progress.json."""
         now = self.progress
         return not self.complete and now is not None and not now.ended and self.read_at - now.at < SILENT_S
 
     def step_of(self, trial: TrialRecord) -> int:
-        """The last step of a trial that stands on disk, of its search or of its refit."""
+        """Return the last recorded step of a trial, in its search or its refit."""
         steps = self.steps_of(trial)
         return steps[-1].step if steps else 0
 
     def steps_of(self, trial: TrialRecord) -> tuple[StepReport, ...]:
-        """The steps of a trial that stand on disk, of its search or of its refit, whichever came further."""
+        """Return the recorded steps of a trial, of its search or its refit, whichever got further."""
         own = self.steps.get(trial.trial_id, ())
         refit = self.steps.get("refit", ()) if trial.trial_id == self.refit_of else ()
         return max(own, refit, key=lambda steps: steps[-1].step if steps else 0)
 
     def state_of(self, trial: TrialRecord) -> str:
-        """The trial's state; of one that has not ended, whether it is being trained, waits, or was interrupted."""
+        """Return the trial's state; for one that has not ended, whether it is training, waiting or interrupted."""
         if trial.state != "running":
             return trial.state
         if not self.alive or self.progress is None:
@@ -95,13 +110,14 @@ class RunRecords:
 
 
 def read_run(folder: Path) -> RunRecords:
-    """Read a run directory.
+    """Read a run directory. A damaged file, or one of another version, is a gap with its reason, not an error.
 
     Raises:
         UsageError: `folder` is not a run directory.
     """
     folder = Path(folder)
-    if not any((folder / name).exists() for name in ("plan.json", "sweep.json", "trials", "spec.yaml")):
+    run = RunFolder(folder)
+    if not any(path.exists() for path in (run.plan, run.sweep, run.trials, run.spec)):
         raise UsageError(
             "not a run directory: neither plan.json nor sweep.json nor trials/ is in it",
             where=str(folder),
@@ -109,48 +125,78 @@ def read_run(folder: Path) -> RunRecords:
             remedy="give the run's folder; `orchestrator sweep SPEC` makes one",
         )
     gaps: list[str] = []
-    spec_text = _text(folder / "spec.yaml", gaps)
-    plan = _value(folder / "plan.json", RunPlan, gaps)
-    steps = {trial.name: _steps(trial / "steps.jsonl", gaps) for trial in _folders(folder / "trials")}
-    if (folder / "refit" / "steps.jsonl").exists():
-        steps["refit"] = _steps(folder / "refit" / "steps.jsonl", gaps)
-    progress, read_at = _value(folder / PROGRESS, Progress, gaps), time.time()
+    identity, spec_text = _object(run.identity_file, gaps), _text(run.spec, gaps)
+    plan = _value(run.plan, RunPlan, gaps)
+    ledger = Ledger(run.trials, lambda path, what: gaps.append(f"{path.parent.name}/{path.name}: {what}"))
+    steps = {trial.name: _steps(trial / STEPS, gaps) for trial in _folders(run.trials)}
+    if (run.refit / STEPS).exists():
+        steps["refit"] = _steps(run.refit / STEPS, gaps)
+    progress, read_at = _value(run.progress, Progress, gaps), time.time()
     active = progress is not None and not progress.ended and read_at - progress.at < SILENT_S
-    finished = _value(folder / "sweep.json", SweepResult, gaps)
+    finished = _value(run.sweep, SweepResult, gaps)
     if active and progress is not None and progress.phase not in AFTER_SEARCH:
         finished = None  # of an earlier submission: more trials are being searched
+    results = (result for entry in ledger.entries() for result in entry.results)
     return RunRecords(
         folder=folder,
         name=finished.name if finished else plan.name if plan else folder.name,
+        identity=identity,
         spec_text=spec_text,
         plan=plan,
-        sweep=finished or _sweep_so_far(folder, plan, spec_text, gaps),
-        transfer=None if active else _value(folder / "transfer.json", TransferReport, gaps),
+        sweep=finished or _sweep_so_far(run, plan, _spec_values(identity, spec_text), ledger),
+        transfer=None if active else _value(run.transfer, TransferReport, gaps),
         complete=not active and finished is not None and finished.finished_at is not None,
         steps=steps,
-        events=tuple(_lines(folder / "events.jsonl", gaps, dict)),
-        layer_scores=_value(folder / "layer_scores.json", LayerScores, gaps),
-        domain_shift=_value(folder / "domain_shift.json", DomainShift, gaps),
-        data_summary=_object(folder / "data" / "summary.json", gaps),
-        bundle_manifest=_object(folder / "bundle" / "manifest.json", gaps),
-        results=_results(folder / "trials", gaps),
-        submissions=_submissions(_object(folder / "run.json", gaps)),
+        events=tuple(_lines(run.events, gaps, dict)),
+        layer_scores=_value(run.layer_scores, LayerScores, gaps),
+        domain_shift=_value(run.domain_shift, DomainShift, gaps),
+        data_summary=_object(run.data_summary, gaps),
+        bundle_manifest=_object(run.bundle / MANIFEST, gaps),
+        results=tuple(sorted(results, key=lambda result: result.started_at)),
+        submissions=_submissions(identity),
         progress=progress,
-        refit_of=str(_object(folder / "refit" / "trial.json", gaps).get("trial_id", "")),
+        refit_of=str(_object(run.refit / OWNER, gaps).get("trial_id", "")),
         read_at=read_at,
         gaps=tuple(gaps),
     )
 
 
+def is_run(folder: Path) -> bool:
+    """Return whether a folder holds a run."""
+    return RunFolder(folder).identity_file.is_file()
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """Return the folders of the runs in `folder`, or `folder` itself where it is one."""
+    return [folder] if is_run(folder) else sorted(child for child in _folders(folder) if is_run(child))
+
+
+def num_bytes_of(folder: Path) -> int:
+    """Return the disk space of a folder: a file with several hard links counts once, symbolic links to elsewhere not at all."""
+    sizes: dict[tuple[int, int], int] = {}
+    for root, _, names in os.walk(folder):
+        for name in names:
+            try:
+                found = os.lstat(Path(root) / name)
+            except OSError:  # a run in progress moves its files
+                continue
+            sizes[found.st_dev, found.st_ino] = found.st_size
+    return sum(sizes.values())
+
+
+def promoted_losses(folder: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return (mean loss, supervised tokens) of each test document for the promoted model; None where they are not all finite."""
+    file = RunFolder(folder).promoted_losses
+    if not file.exists():
+        return None
+    with np.load(file, allow_pickle=False) as arrays:
+        sums, tokens = arrays["loss_sums"], arrays["num_tokens"]
+    return (sums / tokens, tokens) if len(sums) and np.isfinite(sums).all() else None
+
+
 def _submissions(identity: dict[str, Any]) -> tuple[float, ...]:
     found = identity.get("submissions")
     return tuple(time for time in found if isinstance(time, int | float)) if isinstance(found, list) else ()
-
-
-def _results(trials: Path, gaps: list[str]) -> tuple[RungResult, ...]:
-    files = [file for trial in _folders(trials) for file in sorted(trial.glob("result-*.json"))]
-    found = [_value(file, RungResult, gaps) for file in files]
-    return tuple(sorted((result for result in found if result), key=lambda result: result.started_at))
 
 
 def _folders(parent: Path) -> list[Path]:
@@ -189,7 +235,7 @@ def _object(path: Path, gaps: list[str]) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        gaps.append(f"{path.parent.name}/{path.name}: {error}")
+        gaps.append(f"{path.parent.name}/{path.name}: not valid JSON: {error}")
         return {}
     if isinstance(value, dict):
         return value
@@ -198,7 +244,7 @@ def _object(path: Path, gaps: list[str]) -> dict[str, Any]:
 
 
 def _lines(path: Path, gaps: list[str], read: Callable[[dict[str, Any]], Any]) -> list[Any]:
-    """Lines of a JSONL file. A last line that was torn by a kill is left out; another bad line is a gap."""
+    """Read a JSONL file. A torn last line, which a kill leaves, is left out; any other bad line is a gap."""
     lines = _text(path, gaps).split("\n")
     found: list[Any] = []
     for number, line in enumerate(lines, 1):
@@ -213,138 +259,80 @@ def _lines(path: Path, gaps: list[str], read: Callable[[dict[str, Any]], Any]) -
 
 
 def _steps(path: Path, gaps: list[str]) -> tuple[StepReport, ...]:
-    """Steps in order; where a resumed trial wrote a step again, the later line counts."""
+    """Read steps in order; where a resumed trial wrote a step again, the later line counts."""
     by_step = {report.step: report for report in _lines(path, gaps, StepReport.model_validate)}
     return tuple(by_step[step] for step in sorted(by_step))
 
 
-def _sweep_so_far(folder: Path, plan: RunPlan | None, spec_text: str, gaps: list[str]) -> SweepResult | None:
-    search = _search_section(spec_text)
-    metric = str(search.get("metric", "loss"))
+def _sweep_so_far(run: RunFolder, plan: RunPlan | None, values: dict[str, Any], ledger: Ledger) -> SweepResult | None:
+    """Summarise the trials so far as `runtime.outcome.summarise` would, without a promotion."""
+    entries = [_settled(entry) for entry in ledger.entries() if entry.trial.control != "curve"]
+    if not entries and plan is None:
+        return None
+    one_trial = plan is not None and plan.search is None
+    scoring = scoring_of(None if one_trial else _search_spec(values), plan)
+    base = base_result(ledger) or _lone_result(run.trials / "none")
     options = {} if plan is None or plan.search is None else {(o.layers, o.method): o for o in plan.search.options}
     trials: list[TrialRecord] = []
-    for trial_folder in _folders(folder / "trials"):
-        trial = _trial(trial_folder / "trial.json", gaps)
-        if trial is None or trial.control == "curve":
-            continue
-        end = _object(trial_folder / "end.json", gaps)
-        option = options.get((trial.layers, trial.method))
-        # The one-trial job's worker group writes result.json for the base model; the record by rung follows at its end.
-        files = sorted(trial_folder.glob("result-*.json")) or list(trial_folder.glob("result.json"))
-        results = [_value(path, RungResult, gaps) for path in files]
-        learns = option.selection.num_trainable_parameters if option else 0
-        trials.append(_trial_record(trial, [result for result in results if result], end, metric, learns))
-    if not trials and plan is None:
-        return None
-    base = next((trial.retain_loss for trial in trials if trial.control == "none"), None)
-    asked = search.get("max_forgetting")
-    bound = math.inf if plan is not None and plan.search is None else float(asked) if isinstance(asked, int | float) else 0.10
-    best_counts = plan is not None and plan.search is not None and plan.search.patience is not None
-    compared = [_compared(_scored(trial, base, metric, bound), best_counts) for trial in trials]
+    for entry in entries:
+        if entry.trial.control == "none" and not entry.results and base is not None:
+            entry = entry.model_copy(update={"results": (base,)})
+        record = trial_record(entry, scoring, base)
+        option = options.get((record.layers, record.method))
+        if record.engine is None and option is not None:  # nothing is measured yet: the planned number
+            record = record.model_copy(update={"trainable_parameters": option.selection.num_trainable_parameters})
+        trials.append(record)
     return SweepResult(
-        name=plan.name if plan else folder.name,
-        job="finetune" if plan is not None and plan.search is None else "sweep",
-        task=plan.base.task if plan else "completion",
-        metric=metric,
-        higher_is_better=metric != "loss",
-        max_forgetting=bound,
-        trials=tuple(sorted(compared, key=lambda trial: trial.number)),
+        name=plan.name if plan else run.path.name,
+        job="finetune" if one_trial else "sweep",
+        task=plan.base.task if plan else str(values.get("task", "completion")),
+        metric=scoring.metric,
+        higher_is_better=scoring.higher_is_better,
+        max_forgetting=scoring.max_forgetting,
+        trials=tuple(trials),
         winner_id=None,
         promotion_reason="the run has not ended",
         num_gangs=plan.num_gangs if plan else 1,
+        ranks_per_gang=plan.execution.ranks if plan else 1,
     )
 
 
-def _search_section(spec_text: str) -> dict[str, Any]:
+def _settled(entry: TrialEntry) -> TrialEntry:
+    """Return a failed trial with its end, where the writer was killed between the two: a resumed run ends it the same way."""
+    failed = next((result for result in entry.results if result.state == "failed"), None)
+    if failed is None or entry.end is not None:
+        return entry
+    return entry.model_copy(update={"end": TrialEnd(state="failed", reason=failed.reason)})
+
+
+def _lone_result(folder: Path) -> RungResult | None:
+    """Read what the worker group of the one-trial job writes for the base model; the ledger gets it when the job ends."""
+    try:
+        return read_record(folder / RESULT, RungResult)
+    except (OSError, IntegrityError):
+        return None
+
+
+def _search_spec(values: dict[str, Any]) -> SearchSpec:
+    """Return the keys that score a trial, with the spec's defaults.
+
+    Only these are read, so that a spec of another version, whose other keys may be unknown here, is scored by its own values.
+    """
+    section = values.get("search")
+    found = section if isinstance(section, dict) else {}
+    try:
+        return SearchSpec.model_validate({key: found[key] for key in ("metric", "max_forgetting") if key in found})
+    except ValidationError:
+        return SearchSpec()
+
+
+def _spec_values(identity: dict[str, Any], spec_text: str) -> dict[str, Any]:
+    """Return the resolved spec, which has the values of `--set` too; without it the keys of spec.yaml."""
+    values = identity.get("values")
+    if isinstance(values, dict):
+        return values
     try:
         spec = YAML(typ="safe", pure=True).load(spec_text) if spec_text else {}
     except (YAMLError, ValueError, RecursionError):
         return {}
-    section = spec.get("search") if isinstance(spec, dict) else None
-    return section if isinstance(section, dict) else {}
-
-
-def _trial(path: Path, gaps: list[str]) -> TrialSpec | None:
-    written = _object(path, gaps)
-    if not written:
-        return None
-    try:
-        return TrialSpec.model_validate(written.get("trial", written))
-    except ValidationError as error:
-        gaps.append(f"{path.parent.name}/{path.name}: {error.errors()[0]['msg']}")
-        return None
-
-
-def _trial_record(
-    trial: TrialSpec, results: Iterable[RungResult], end: dict[str, Any], metric: str, trainable_parameters: int
-) -> TrialRecord:
-    ordered = sorted(results, key=lambda result: result.rung)
-    failed = next((result.reason for result in ordered if result.state == "failed"), "")
-    done = [result for result in ordered if result.state == "done"]
-    engine = next((result.engine for result in reversed(ordered) if result.engine), None)
-    return TrialRecord(
-        trial_id=trial.trial_id,
-        number=trial.number,
-        control=trial.control,
-        share=trial.share,
-        layers=trial.layers,
-        tune=trial.tune,
-        lora_rank=trial.lora_rank,
-        learning_rate=trial.learning_rate,
-        remedies=str(trial.remedies),
-        seed=trial.seed,
-        state="failed" if failed else _state(end),
-        reason=failed or str(end.get("reason", "")),
-        rungs=tuple(_rung_record(result, metric) for result in done),
-        total_steps=trial.total_steps,
-        trainable_parameters=engine.trainable_parameters if engine else trainable_parameters,
-        gang=ordered[-1].gang if ordered else -1,
-        engine=engine_figures(engine) if engine else None,
-    )
-
-
-def _state(end: dict[str, Any]) -> Literal["running", "finished", "stopped", "failed"]:
-    match end.get("state"):
-        case "finished" | "stopped" | "failed" as state:
-            return state
-        case _:
-            return "running"
-
-
-def _rung_record(result: RungResult, metric: str) -> RungRecord:
-    return RungRecord(
-        rung=result.rung,
-        step=result.step,
-        tokens=result.tokens,
-        train_loss=result.train_loss,
-        eval_loss=result.eval_loss,
-        metric=result.metrics.get(metric, result.eval_loss if metric == "loss" else None),
-        retain_loss=result.retain_loss,
-        retain_accuracy=result.retain_accuracy,
-        seconds=result.train_seconds + result.eval_seconds,
-    )
-
-
-def engine_figures(engine: EngineRecord) -> EngineFigures:
-    """The figures of an engine's record that reports show."""
-    shown = {name: getattr(engine, name) for name in EngineFigures.model_fields}
-    return EngineFigures.model_validate(shown)
-
-
-def _scored(trial: TrialRecord, base_retain_loss: float | None, metric: str, bound: float) -> TrialRecord:
-    """Its rungs with forgetting and with the score that the search minimises."""
-    rungs: list[RungRecord] = []
-    for rung in trial.rungs:
-        after, lost = rung.retain_loss, None
-        if after is not None and base_retain_loss is not None:
-            lost = forgetting(after, base_retain_loss)
-        value = WORST_SCORE if rung.metric is None else score(rung.metric, metric != "loss", lost, bound)
-        rungs.append(rung.model_copy(update={"forgetting": lost, "score": value}))
-    return trial.model_copy(update={"rungs": tuple(rungs)})
-
-
-def _compared(trial: TrialRecord, best_counts: bool) -> TrialRecord:
-    """Judged as the search judges it: by its last rung, or, where its held-out loss may end it, by the best so far."""
-    if not best_counts or not trial.rungs:
-        return trial
-    return trial.model_copy(update={"judged_rung": min(trial.rungs, key=lambda rung: rung.score or 0.0).rung})
+    return spec if isinstance(spec, dict) else {}

@@ -1,4 +1,4 @@
-"""From the ledger's entries to the records that report and terminal read."""
+"""The records that report and terminal show, made from the ledger; sweep.json and transfer.json, read and written."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.run.hours import read_hours
+from orchestrator.run.layout import RunFolder
 from orchestrator.run.ledger import Ledger, TrialEntry, base_result
 from orchestrator.run.scoring import Scoring
 from orchestrator.store import read_record, write_json
@@ -17,7 +18,7 @@ from orchestrator.work.results import RungResult
 
 
 def trial_records(ledger: Ledger, scoring: Scoring) -> tuple[TrialRecord, ...]:
-    """Every trial and control of the ledger, by number."""
+    """Return a record of every trial and control, by number."""
     base = base_result(ledger)
     return tuple(trial_record(entry, scoring, base) for entry in ledger.entries())
 
@@ -70,7 +71,7 @@ def _rung_record(result: RungResult, scoring: Scoring, base: RungResult | None) 
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """A finished run: where it lies, what was found, and what it is worth."""
+    """A finished run: its folder, what the search found, and what the result is worth."""
 
     run_folder: Path
     sweep: SweepResult
@@ -78,23 +79,23 @@ class RunOutcome:
 
 
 def read_outcome(run_folder: Path) -> RunOutcome | None:
-    """The outcome of a run that came to its end; None for any other."""
-    sweep, transfer_file = read_sweep(run_folder), run_folder / "transfer.json"
-    if sweep is None or sweep.finished_at is None or not transfer_file.exists():
+    """Read the outcome of a run that has finished; None for any other."""
+    sweep, transfer = read_sweep(run_folder), RunFolder(run_folder).transfer
+    if sweep is None or sweep.finished_at is None or not transfer.exists():
         return None
-    return RunOutcome(run_folder, sweep, read_record(transfer_file, TransferReport))
+    return RunOutcome(run_folder, sweep, read_record(transfer, TransferReport))
 
 
 def write_outcome(outcome: RunOutcome) -> RunOutcome:
-    """transfer.json first: sweep.json with its end time says that both stand."""
-    write_json(outcome.run_folder / "transfer.json", outcome.transfer)
-    used = read_hours(outcome.run_folder / "hours.json")
-    sweep = outcome.sweep.model_copy(update={"finished_at": time.time(), "gpu_hours_used": used})
-    write_json(outcome.run_folder / "sweep.json", sweep)
+    """Write transfer.json, then sweep.json with its end time: that time says that both are there."""
+    run = RunFolder(outcome.run_folder)
+    write_json(run.transfer, outcome.transfer)
+    sweep = outcome.sweep.model_copy(update={"finished_at": time.time(), "gpu_hours_used": read_hours(run.hours)})
+    write_json(run.sweep, sweep)
     return RunOutcome(outcome.run_folder, sweep, outcome.transfer)
 
 
 def read_sweep(run_folder: Path) -> SweepResult | None:
-    """What an earlier submission left in sweep.json."""
-    file = run_folder / "sweep.json"
+    """Read sweep.json, as this or an earlier submission left it."""
+    file = RunFolder(run_folder).sweep
     return read_record(file, SweepResult) if file.exists() else None

@@ -47,7 +47,8 @@ def finish(prepared: Prepared, sweep: SweepResult, view: RunView) -> RunOutcome:
             versions=versions(),
         )
         return RunOutcome(prepared.run.path, sweep, transfer)
-    ledger = Ledger(prepared.run.trials)
+    ledger = prepared.run.ledger
+    ledger.refresh()  # the exchange may have written until it was closed
     entry = ledger.get(sweep.winner_id)
     assert entry is not None
     base = base_result(ledger)

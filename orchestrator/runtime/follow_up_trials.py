@@ -61,7 +61,7 @@ def train_late(prepared: Prepared, exchange: Any, winner: TrialEntry, view: RunV
     Returns:
         Whether there were any.
     """
-    late = late_trials(prepared, winner, base_result(Ledger(prepared.run.trials)))
+    late = late_trials(prepared, winner, base_result(prepared.run.ledger))
     if late:
         view.phase("controls", ", ".join(each.trial.trial_id for each in late))
     calls = [(each.trial, hand_in(exchange, *each)) for each in late]

@@ -37,7 +37,7 @@ def merge_trial(
         if not run.sweep.exists():
             raise UsageError("the search has not finished", where=str(run.path), remedy="submit the spec again")
         sweep = read_record(run.sweep, SweepResult)
-        chosen = choose(sweep, Ledger(run.trials), trial_id, promote=promote)
+        chosen = choose(sweep, run.ledger, trial_id, promote=promote)
         before = sweep.winner_id
         if chosen != before:
             sweep = promoted_by_hand(sweep, chosen)

@@ -19,7 +19,8 @@ from orchestrator.plan.measurements import standing_choice, with_choice
 from orchestrator.plan.schedule import StepSize
 from orchestrator.plan.values import ClusterDescription, RunPlan
 from orchestrator.run.directory import WRITABLE, RunDirectory, output_root
-from orchestrator.run.scoring import Scoring
+from orchestrator.run.layout import RunFolder
+from orchestrator.run.scoring import Scoring, scoring_of
 from orchestrator.runtime.cluster import require_base_everywhere
 from orchestrator.runtime.recovery import mend
 from orchestrator.spec import JobSpec, LoadedSpec, spec_sha256
@@ -86,10 +87,7 @@ class Prepared:
 
     @property
     def scoring(self) -> Scoring:
-        search = self.spec.search
-        if search is None or self.plan.search is None:
-            return Scoring(metric="loss", max_forgetting=float("inf"))
-        return Scoring(metric=search.metric, max_forgetting=search.max_forgetting, patience=self.plan.search.patience)
+        return scoring_of(self.spec.search, self.plan)
 
 
 def open_run(loaded: LoadedSpec, job: Job, output: Path | None, view: RunView) -> RunDirectory:
@@ -258,7 +256,7 @@ def reopen(run_folder: Path) -> Prepared:
         BaseError: the base is no longer where the plan says.
         RunConflictError: a driver works in it, or the base's folder holds another base now.
     """
-    if not (run_folder / "plan.json").exists():
+    if not RunFolder(run_folder).plan.exists():
         raise UsageError("no planned run", where=str(run_folder), expected="a folder with plan.json, as a sweep leaves it")
     run = RunDirectory.reopen(run_folder)
     try:
@@ -266,7 +264,7 @@ def reopen(run_folder: Path) -> Prepared:
         spec = _recorded_spec(run)
         anatomy = read_anatomy(Path(plan.base.folder), need_weights=True)
         run.claim_base(identity_of_base(anatomy))
-        data = read_record(run.data / "summary.json", DataSummary)
+        data = read_record(run.data_summary, DataSummary)
     except BaseException:
         run.close()
         raise
@@ -278,7 +276,7 @@ def _recorded_spec(run: RunDirectory) -> JobSpec:
         return JobSpec.model_validate(run.identity["values"])
     except ValidationError as error:
         what = f"no spec: {error.errors()[0]['msg']}"
-        raise IntegrityError(what, where=str(run.path / "run.json"), remedy=RECORD_REMEDY) from None
+        raise IntegrityError(what, where=str(run.identity_file), remedy=RECORD_REMEDY) from None
 
 
 def identity_of_base(anatomy: ModelAnatomy) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.run.directory import PROGRESS
+from orchestrator.run.layout import PROGRESS
 from orchestrator.run.reader import RunRecords, read_run
 from orchestrator.store import check_folder, read_json
 from orchestrator.train import find_latest

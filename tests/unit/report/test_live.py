@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.report import live
 from orchestrator.report.page import follow_run, render_page, write_report
-from orchestrator.run.directory import PROGRESS
+from orchestrator.run.layout import PROGRESS
 from orchestrator.run.reader import SILENT_S, read_run
 from orchestrator.transfer.view import Activity, Progress
 
