@@ -1,4 +1,4 @@
-"""The runs of a folder, a line each; and several runs side by side."""
+"""List the runs of a folder, one line each, and compare several runs side by side."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NONE = "-"
 
 
 class RunLine(Value):
-    """One run, as a list shows it."""
+    """One run in a list."""
 
     name: str
     folder: str
@@ -44,15 +44,15 @@ class RunLine(Value):
     started_at: float | None = None
     """Unix time of the first submission."""
     trials: int = 0
-    """Searched trials that have begun."""
+    """Searched trials that have started."""
     num_bytes: int = 0
-    """On disk; what is linked several times counts once."""
+    """On disk; a file with several hard links counts once."""
     problem: str = ""
-    """Why it could not be read, where it could not."""
+    """What could not be read; empty where everything could."""
 
 
 def list_runs(folder: Path) -> list[RunLine]:
-    """Every run in `folder`, or `folder` itself where it is one; the newest last.
+    """Return every run in `folder`, or `folder` itself where it is one; the newest last.
 
     Raises:
         UsageError: there is no such folder.
@@ -64,7 +64,7 @@ def list_runs(folder: Path) -> list[RunLine]:
 
 
 def describe_run(folder: Path) -> RunLine:
-    """What a run's records say of it; damaged records are said to be."""
+    """Summarise a run by its records; a run that cannot be read is listed as damaged."""
     size = num_bytes_of(folder)
     try:
         records = read_run(folder)
@@ -92,7 +92,7 @@ def describe_run(folder: Path) -> RunLine:
 
 
 def state_of(folder: Path, records: RunRecords) -> State:
-    """Whether a driver works in the run, it came to its end, or it waits to be submitted again."""
+    """Return whether a driver is running the run, it has finished, or it can be continued by submitting it again."""
     if running_driver(folder):
         return "running"
     if records.complete:
@@ -101,7 +101,7 @@ def state_of(folder: Path, records: RunRecords) -> State:
 
 
 def runs_view(lines: Sequence[RunLine]) -> RenderableType:
-    """The table of `orchestrator runs`."""
+    """Return the table of `orchestrator runs`."""
     table = Table(box=None, pad_edge=False)
     for name in ("name", "state", "verdict", "best"):
         table.add_column(name, overflow="fold", no_wrap=name in ("state", "verdict"))
@@ -121,23 +121,23 @@ class RunsCompared(Value):
     """Several runs side by side."""
 
     runs: tuple[str, ...]
-    """Names, made different by their folders where they are alike."""
+    """Names; the folders where two names are the same."""
     spec: tuple[tuple[str, tuple[str, ...]], ...]
-    """Keys whose values differ, with each run's."""
+    """Keys whose values differ, with the value of each run."""
     figures: tuple[tuple[str, tuple[str, ...]], ...]
-    """What was found, by what is said of it, with each run's."""
+    """Names of the results, with the value of each run."""
     comparable: bool
     reasons: tuple[str, ...]
-    """Why the figures must not be compared, where they must not."""
+    """Why the figures are not comparable; empty where they are."""
     differences: tuple[str, ...] = ()
-    """Paired differences of the promoted models on the one test set, the first run against each other one."""
+    """Paired differences of the promoted models on the shared test set, the first run against each other one."""
 
 
 def compare_runs(folders: Sequence[Path]) -> RunsCompared:
-    """Put runs side by side.
+    """Compare runs side by side.
 
     Raises:
-        UsageError: fewer than two, one twice, or a folder that is no run.
+        UsageError: fewer than two runs, the same run twice, or a folder that is not a run.
     """
     if len(folders) < 2:
         raise UsageError("one run cannot be compared", expected="two runs or more", remedy="orchestrator compare RUN RUN")
@@ -159,7 +159,7 @@ def compare_runs(folders: Sequence[Path]) -> RunsCompared:
 
 
 def _spec_differences(records: Sequence[RunRecords]) -> list[tuple[str, tuple[str, ...]]]:
-    """Keys of the resolved specs that are not the same in all of them."""
+    """Return the keys whose values differ between the resolved specs."""
     values = [record.identity.get("values", {}) for record in records]
     lines = [describe_difference(one, other) for one, other in pairwise([*values, values[0]])]
     keys = dict.fromkeys(line.partition(": ")[0] for found in lines for line in found if not line.startswith("name:"))
@@ -176,7 +176,7 @@ def _value_at(values: Any, key: str) -> str:
 
 
 def _reasons(records: Sequence[RunRecords]) -> list[str]:
-    """Why figures on the test set are not figures of the same thing."""
+    """Return why the figures on the test set are not comparable."""
     said: list[str] = []
     tests = [record.data_summary.get("splits", {}).get("test", {}) for record in records]
     hashes = {test.get("sha256") for test in tests}
@@ -229,7 +229,7 @@ def _figures_of(folder: Path, record: RunRecords) -> list[tuple[str, str]]:
 
 
 def _test_scores(scores: dict[str, ModelScores]) -> list[tuple[str, str]]:
-    """Of the promoted model and, beside it, the untouched base."""
+    """Return the test scores of the promoted model, with the base model's beside them."""
     promoted, base = scores.get("promoted"), scores.get("none")
     if promoted is None:
         return []
@@ -241,7 +241,7 @@ def _test_scores(scores: dict[str, ModelScores]) -> list[tuple[str, str]]:
 
 
 def _paired(folders: Sequence[Path], names: Sequence[str]) -> list[str]:
-    """The first run's promoted model against each other's, document by document."""
+    """Compare the first run's promoted model with each other run's, document by document."""
     losses = [promoted_losses(folder) for folder in folders]
     said: list[str] = []
     for name, other in zip(names[1:], losses[1:], strict=True):
@@ -257,7 +257,7 @@ def _paired(folders: Sequence[Path], names: Sequence[str]) -> list[str]:
 
 
 def comparison_view(compared: RunsCompared) -> RenderableType:
-    """The screen of `orchestrator compare`."""
+    """Return the screen of `orchestrator compare`."""
     parts: list[RenderableType] = []
     if not compared.comparable:
         parts += [Text(f"NOT COMPARABLE: {reason}", style="bold yellow") for reason in compared.reasons] + [Text()]
