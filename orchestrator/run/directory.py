@@ -102,7 +102,7 @@ class RunDirectory(RunFolder):
 
     @property
     def was_planned(self) -> bool:
-        """Whether the run has a plan, or had a damaged one: then its trials depend on its base and data, which must not change."""
+        """Whether the run has a plan, or had a damaged one: its trials then depend on its base and data."""
         return was_planned(self.path)
 
     @cached_property

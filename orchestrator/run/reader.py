@@ -46,8 +46,6 @@ class RunRecords:
 
     folder: Path
     name: str
-    identity: dict[str, Any]
-    """What run.json says: name, created, submissions, versions, values (the resolved spec); empty where it cannot be read."""
     spec_text: str
     plan: RunPlan | None
     sweep: SweepResult | None
@@ -67,6 +65,8 @@ class RunRecords:
     gaps: tuple[str, ...] = ()
     results: tuple[RungResult, ...] = ()
     """Results of every rung of every trial and control, in the order in which gangs started them."""
+    identity: dict[str, Any] = field(default_factory=dict)
+    """What run.json says: name, created, submissions, versions, values (the resolved spec); empty where it cannot be read."""
     submissions: tuple[float, ...] = ()
     """Unix times at which the run was submitted."""
     progress: Progress | None = None

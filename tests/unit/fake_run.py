@@ -30,7 +30,8 @@ from orchestrator.transfer.records import (
     VerificationFigures,
 )
 from orchestrator.work.execution import BaseLoad, ExecutionPlan
-from orchestrator.work.results import StepReport
+from orchestrator.work.results import EngineRecord, RungResult, StepReport
+from orchestrator.work.trial import TrialSpec
 
 TOTAL_STEPS, TOKENS_PER_STEP, BASE_LOSS, BASE_RETAIN = 54, 4096, 3.92, 4.081
 MIB = 1024**2
@@ -306,6 +307,60 @@ def make_steps(trial: TrialRecord) -> list[StepReport]:
             )
         )
     return steps
+
+
+def write_trial(folder, trial, *, results, end=None):
+    """A trial's folder as the runtime writes it."""
+    trial_folder = folder / "trials" / trial.trial_id
+    trial_folder.mkdir(parents=True)
+    (trial_folder / "trial.json").write_text(json.dumps({"trial": trial.model_dump(mode="json"), "option": 3}))
+    for result in results:
+        (trial_folder / f"result-{result.rung}.json").write_text(result.model_dump_json())
+    if end is not None:
+        (trial_folder / "end.json").write_text(json.dumps(end))
+
+
+def trial_spec(number=0, control=None):
+    return TrialSpec(
+        trial_id=f"t{number:03d}" if control is None else control,
+        number=number,
+        control=control,
+        layers="last:4",
+        tune="lora",
+        lora_rank=16,
+        learning_rate=1e-3,
+        total_steps=54,
+        total_tokens=221184,
+        seed=0,
+    )
+
+
+def rung_result(trial_id, rung, loss, retain, **changes):
+    values = {
+        "trial_id": trial_id,
+        "rung": rung,
+        "step": (6, 18, 54)[rung],
+        "tokens": 1000,
+        "state": "done",
+        "eval_loss": loss,
+        "metrics": {"loss": loss},
+        "retain_loss": retain,
+        "train_seconds": 2.0,
+        "eval_seconds": 0.5,
+        "engine": EngineRecord(
+            executor="deepspeed",
+            engine_class="DeepSpeedEngine",
+            zero_stage=2,
+            ranks=2,
+            partitioned_bytes=1000,
+            trainable_parameters=4242,
+            peak_memory_bytes=2000,
+            live_engines=1,
+            base_loads=1,
+            ordinal=rung,
+        ),
+    }
+    return RungResult(**(values | changes))
 
 
 @dataclass

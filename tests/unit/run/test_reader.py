@@ -12,62 +12,7 @@ from orchestrator.run.records import trial_records
 from orchestrator.run.scoring import scoring_of
 from orchestrator.spec.models import SearchSpec
 from orchestrator.work.memory_ladder import nothing_smaller
-from orchestrator.work.results import EngineRecord, RungResult
-from orchestrator.work.trial import TrialSpec
-
-
-def write_trial(folder, trial, *, results, end=None):
-    """A trial's folder as the runtime writes it."""
-    trial_folder = folder / "trials" / trial.trial_id
-    trial_folder.mkdir(parents=True)
-    (trial_folder / "trial.json").write_text(json.dumps({"trial": trial.model_dump(mode="json"), "option": 3}))
-    for result in results:
-        (trial_folder / f"result-{result.rung}.json").write_text(result.model_dump_json())
-    if end is not None:
-        (trial_folder / "end.json").write_text(json.dumps(end))
-
-
-def trial_spec(number=0, control=None):
-    return TrialSpec(
-        trial_id=f"t{number:03d}" if control is None else control,
-        number=number,
-        control=control,
-        layers="last:4",
-        tune="lora",
-        lora_rank=16,
-        learning_rate=1e-3,
-        total_steps=54,
-        total_tokens=221184,
-        seed=0,
-    )
-
-
-def rung_result(trial_id, rung, loss, retain, **changes):
-    values = {
-        "trial_id": trial_id,
-        "rung": rung,
-        "step": (6, 18, 54)[rung],
-        "tokens": 1000,
-        "state": "done",
-        "eval_loss": loss,
-        "metrics": {"loss": loss},
-        "retain_loss": retain,
-        "train_seconds": 2.0,
-        "eval_seconds": 0.5,
-        "engine": EngineRecord(
-            executor="deepspeed",
-            engine_class="DeepSpeedEngine",
-            zero_stage=2,
-            ranks=2,
-            partitioned_bytes=1000,
-            trainable_parameters=4242,
-            peak_memory_bytes=2000,
-            live_engines=1,
-            base_loads=1,
-            ordinal=rung,
-        ),
-    }
-    return RungResult(**(values | changes))
+from tests.unit.fake_run import rung_result, trial_spec, write_trial
 
 
 def test_everything_of_a_finished_run(fake_run):
