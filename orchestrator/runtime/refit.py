@@ -19,11 +19,11 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from orchestrator.anatomy import LayerSelection, ModelAnatomy
 from orchestrator.errors import RankOutOfMemoryError, TrainingError
 from orchestrator.plan import head_control
+from orchestrator.run.activities import ranks_text
 from orchestrator.run.hours import affords_refit, is_left_for_refit, metered, read_hours, refit_hours, rung_hours
-from orchestrator.run.ledger import Ledger, TrialEntry
-from orchestrator.run.records import base_result
+from orchestrator.run.layout import OWNER, RESULT, STARTS
+from orchestrator.run.ledger import TrialEntry
 from orchestrator.run.scoring import Scoring
-from orchestrator.runtime.activities import OWNER, STARTS, ranks_text
 from orchestrator.runtime.assignments import failed_result
 from orchestrator.runtime.cluster import placement_strategy, rank_resources, worker_env
 from orchestrator.runtime.failures import describe
@@ -122,7 +122,7 @@ def num_restarts(folder: Path) -> int:
 
 
 def result_file(assignment: Assignment) -> Path:
-    return Path(assignment.folder) / "result.json"
+    return Path(assignment.folder) / RESULT
 
 
 def _worker(payload: dict[str, Any]) -> None:
@@ -238,7 +238,7 @@ def full_budget(prepared: Prepared, entry: TrialEntry, base: RungResult | None, 
         reason = best if judged.step < trial.total_steps else "the promoted trial had the full budget"
         return judged, RefitRecord(ran=False, reason=reason, to_step=judged.step)
     assignment = refit_assignment(prepared, trial, selection_of(prepared, entry), last.relieved)
-    left_out = _why_left_out(prepared, entry, assignment)
+    left_out = _why_left_out(prepared, entry, base, assignment)
     if left_out:
         view.event("refit_left_out", left_out, trial_id=trial.trial_id)
         prepared.run.event("refit_left_out", message=left_out, trial_id=trial.trial_id)
@@ -266,7 +266,7 @@ def steps_to_bundle(entry: TrialEntry, base: RungResult | None, scoring: Scoring
     return (own,) if stands_as_it_is(entry, base, scoring) else (own, entry.trial.total_steps)
 
 
-def _why_left_out(prepared: Prepared, entry: TrialEntry, assignment: Assignment) -> str:
+def _why_left_out(prepared: Prepared, entry: TrialEntry, base: RungResult | None, assignment: Assignment) -> str:
     """Why there is no refit, for want of GPU-hours; nothing where there is one, or one has come to its end before."""
     total, bound, folder = entry.trial.total_steps, prepared.spec.resources.max_gpu_hours, prepared.run.refit
     if bound is None:
@@ -275,7 +275,7 @@ def _why_left_out(prepared: Prepared, entry: TrialEntry, assignment: Assignment)
     if _stored_results([assignment]) is not None:
         return ""
     expected = refit_hours(entry.results, total)
-    own = prepared.scoring.judged(entry.results, base_result(Ledger(prepared.run.trials)))
+    own = prepared.scoring.judged(entry.results, base)
     instead = f"the trial's own rung at step {own.step} is bundled instead"
     if not affords_refit(expected, bound):
         return f"the refit to {total} steps would take about {expected:.3g} of max_gpu_hours: {bound:g}; {instead}"
