@@ -326,7 +326,7 @@ class Run:
         Raises:
             UsageError: no such trial; names those that are near.
         """
-        from orchestrator.transfer.naming import find_trial
+        from orchestrator.transfer.trial_lookup import find_trial
 
         known = {trial.trial_id: trial for trial in (self.sweep.trials if self.sweep else ())}
         return known[find_trial(wanted, {trial_id: trial.number for trial_id, trial in known.items()})]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from orchestrator.data.seeded import generator
+from orchestrator.data.rng import generator
 from orchestrator.data.sets import TokenizedSet
 
 UNSUPERVISED = -100

@@ -14,14 +14,14 @@ from pydantic import ValidationError
 from orchestrator.data.batching import documents_of_steps
 from orchestrator.data.encoding.control_tokens import ControlTokens
 from orchestrator.data.encoding.encoder import Document, Encoder, load_tokenizer, mark_supervised
-from orchestrator.data.encoding.ends import declared_ends, end_tokens, tell_ends
-from orchestrator.data.encoding.noticed import Noticed
+from orchestrator.data.encoding.end_tokens import declared_ends, end_tokens, tell_ends
+from orchestrator.data.encoding.row_notices import Noticed
 from orchestrator.data.reading.examples import RETENTION_TASKS, Example
 from orchestrator.data.reading.files import shown
 from orchestrator.data.reading.gather import PLACES, Sources, bad_rows_error, find_sources, read_examples
 from orchestrator.data.reading.row import BadRow
 from orchestrator.data.retention import retention_sets
-from orchestrator.data.seeded import CAPS, generator
+from orchestrator.data.rng import CAPS, generator
 from orchestrator.data.sets import TokenizedSet, build_set
 from orchestrator.data.splitting.labels import check_labels, sort_classes, tell_missing
 from orchestrator.data.splitting.splits import make_splits

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from orchestrator.data.seeded import REPLAY, generator
+from orchestrator.data.rng import REPLAY, generator
 
 
 def replayed_documents(lengths: np.ndarray, target_tokens: Iterable[int], share: float, seed: int) -> Iterator[np.ndarray]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from orchestrator.data.encoding.encoder import Document
-from orchestrator.data.seeded import RETENTION, generator
+from orchestrator.data.rng import RETENTION, generator
 from orchestrator.data.summary import LeftOut
 from orchestrator.errors import DataError
 from orchestrator.plan.remedies import most_replayed_tokens, needs_replayed_text

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from orchestrator.data.seeded import SHUFFLED_ANSWERS, generator
+from orchestrator.data.rng import SHUFFLED_ANSWERS, generator
 from orchestrator.data.summary import DataSummary
 from orchestrator.errors import DataError, IntegrityError
 from orchestrator.store import read_record, write_atomic

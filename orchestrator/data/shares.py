@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from orchestrator.data.batching import documents_of_steps
-from orchestrator.data.seeded import SHARES, generator
+from orchestrator.data.rng import SHARES, generator
 from orchestrator.data.sets import TokenizedSet
 from orchestrator.plan.data_size import DataSize
 from orchestrator.plan.schedule import share_documents

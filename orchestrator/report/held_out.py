@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 
-from orchestrator.report import gains as gains_figure
-from orchestrator.report import html
+from orchestrator.report import gain_chart, html
 from orchestrator.report.html import Html
 from orchestrator.report.wording import (
     MISSING,
@@ -45,7 +44,7 @@ def gains(transfer: TransferReport) -> Html:
             "The gain over the base model includes style (form and length of the answers); the gain over shuffled answers, where "
             "that control ran, is the task alone."
         )
-        parts.append(html.picture(gains_figure.gains(shown), caption, data))
+        parts.append(html.picture(gain_chart.gains(shown), caption, data))
     elif rows:
         parts.append(data)
     else:

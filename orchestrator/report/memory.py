@@ -6,8 +6,7 @@ from orchestrator.report import html
 from orchestrator.report.html import Html
 from orchestrator.report.wording import MISSING
 from orchestrator.transfer import memory_rows
-from orchestrator.transfer.measured import MemoryRow
-from orchestrator.transfer.records import SweepResult
+from orchestrator.transfer.records import MemoryRow, SweepResult
 from orchestrator.units import format_bytes
 
 ON_A_GPU = (

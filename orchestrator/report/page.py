@@ -5,8 +5,18 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from orchestrator.report import curve, evidence, held_out, html, layers, live, sections, timeline, trials
-from orchestrator.report import domain_shift as shift
+from orchestrator.report import (
+    block_scores,
+    domain_shift,
+    held_out,
+    html,
+    learning_curve,
+    live_page,
+    run_details,
+    sections,
+    timeline,
+    trial_table,
+)
 from orchestrator.report.html import Html
 from orchestrator.run.reader import RunRecords, read_run
 from orchestrator.store import output_to, write_atomic
@@ -41,7 +51,7 @@ def follow_run(run_folder: Path, *, every_s: float = FOLLOW_S) -> None:
         write_atomic(Path(run_folder) / REPORT, render_page(run, reload_s=reload_s))
         return run
 
-    live.follow(write, every_s=every_s)
+    live_page.follow(write, every_s=every_s)
 
 
 def render_page(run: RunRecords, *, reload_s: float | None = None) -> str:
@@ -59,7 +69,7 @@ def render_page(run: RunRecords, *, reload_s: float | None = None) -> str:
             Html('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
             html.tag("title", f"{run.name}: report"),
             html.tag("style", Html(style)),
-            *([live.reloading(reload_s)] if reload_s is not None else []),
+            *([live_page.reloading(reload_s)] if reload_s is not None else []),
         ),
         html.tag(
             "body",
@@ -82,24 +92,24 @@ def _sections(run: RunRecords) -> list[tuple[str, Html]]:
         if sweep.job == "sweep":
             found.append(("Layers and learning rate", sections.search_map(run, sweep)))
         if run.layer_scores is not None:
-            found.append(("Blocks by score", layers.block_scores(run, sweep, run.layer_scores)))
+            found.append(("Blocks by score", block_scores.block_scores(run, sweep, run.layer_scores)))
         if run.domain_shift is not None:
-            found.append(("Domain shift", shift.domain_shift(run, run.domain_shift)))
+            found.append(("Domain shift", domain_shift.domain_shift(run, run.domain_shift)))
         found.append(("Target against retention", sections.trade_off(sweep)))
         if sweep.curve_of_winner is not None or sweep.no_learning_curve:
-            found.append(("Would more data help?", curve.more_data(sweep)))
+            found.append(("Would more data help?", learning_curve.more_data(sweep)))
     if transfer is not None:
         found.append(("Prompts, before and after", held_out.prompts(transfer)))
-        found.append(("Bundle", evidence.bundle(run, transfer)))
+        found.append(("Bundle", run_details.bundle(run, transfer)))
     if sweep is not None:
         if run.complete or sweep.advice or transfer is not None:
             found.append(("What to try next", sections.next_steps(sweep, transfer)))
         found.append(("Loss curves", sections.loss_curves(run, sweep)))
-        found.append(("Trials", trials.trial_table(run, sweep)))
+        found.append(("Trials", trial_table.trial_table(run, sweep)))
     if run.results:
         found.append(("Worker groups (gangs) over time", timeline.gang_times(run)))
-    found.append(("Plan against measured", evidence.plan_against_measured(run)))
-    found.append(("Data", evidence.data_summary(run)))
-    found.append(("Events", evidence.events(run)))
-    found.append(("Origin", evidence.origin(run)))
+    found.append(("Plan against measured", run_details.plan_against_measured(run)))
+    found.append(("Data", run_details.data_summary(run)))
+    found.append(("Events", run_details.events(run)))
+    found.append(("Origin", run_details.origin(run)))
     return found

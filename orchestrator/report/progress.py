@@ -6,7 +6,7 @@ import re
 from datetime import datetime, timedelta
 
 from orchestrator.report.wording import number, plural
-from orchestrator.transfer.view import Activity, Progress
+from orchestrator.transfer.run_view import Activity, Progress
 from orchestrator.units import format_count, format_seconds
 
 SHOWN = 4

@@ -18,8 +18,8 @@ from orchestrator.report.wording import (
     summary_sentence,
     verdict_sentence,
 )
-from orchestrator.transfer.after_verdict import advice_after
 from orchestrator.transfer.records import PromptComparison, SweepResult, TransferReport, TrialRecord
+from orchestrator.transfer.verdict_advice import advice_after
 from orchestrator.units import printable
 
 WIDTH = 100

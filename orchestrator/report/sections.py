@@ -6,13 +6,13 @@ import math
 from datetime import UTC, datetime
 
 from orchestrator.plan.data_size import few_steps_sentence
-from orchestrator.report import evidence, figures, html
+from orchestrator.report import figures, html, run_details
 from orchestrator.report.figures import Curve, TradeOff
 from orchestrator.report.heatmap import heatmap
 from orchestrator.report.html import Html
-from orchestrator.report.live import in_progress
+from orchestrator.report.live_page import in_progress
 from orchestrator.report.matrix import RateMatrix, rate_matrices
-from orchestrator.report.trials import evaluated_early
+from orchestrator.report.trial_table import evaluated_early
 from orchestrator.report.wording import (
     MISSING,
     best_trial,
@@ -28,10 +28,10 @@ from orchestrator.report.wording import (
 )
 from orchestrator.run.reader import RunRecords
 from orchestrator.transfer import pareto_front
-from orchestrator.transfer.after_verdict import advice_after
 from orchestrator.transfer.headline import gain_is_loss_only
 from orchestrator.transfer.promotion import PROMOTABLE_CONTROLS
 from orchestrator.transfer.records import CONTROL_NAMES, SweepResult, TransferReport, TrialRecord
+from orchestrator.transfer.verdict_advice import advice_after
 from orchestrator.units import format_count, format_seconds
 
 SMOOTHING = 0.15
@@ -52,7 +52,7 @@ def head(run: RunRecords) -> Html:
     promoted = (run.sweep.winner or best_trial(run.sweep.searched, run.sweep.higher_is_better)) if run.sweep else None
     if few := few_steps_sentence(promoted.total_steps) if promoted is not None and promoted.total_steps else "":
         parts.append(html.tag("p", _capital(few) + ".", css="warning"))
-    parts.append(evidence.data_notices(run))
+    parts.append(run_details.data_notices(run))
     if not run.complete:
         parts.append(in_progress(run))
     if run.gaps:

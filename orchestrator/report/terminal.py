@@ -17,7 +17,7 @@ from orchestrator.report.console import SafeConsole
 from orchestrator.report.progress import activity_text, left_text, progress_text
 from orchestrator.report.wording import MISSING, best_trial, counts, metric_text, plural, signed, sort_trials
 from orchestrator.transfer.records import TrialRecord
-from orchestrator.transfer.view import Activity, Progress, RunView
+from orchestrator.transfer.run_view import Activity, Progress, RunView
 from orchestrator.units import format_seconds, printable
 from orchestrator.values import printable_json, strict_json
 

@@ -25,11 +25,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from orchestrator.data import TokenizedSet, load_tokenizer, padding
 from orchestrator.errors import VerificationError
 from orchestrator.plan.merge import LinkShard, MergedInto, MergePlan, make_merge_plan
+from orchestrator.serve.bundle_inputs import BundleInputs, shown_base
 from orchestrator.serve.card import NEEDS_SERVING, model_card
-from orchestrator.serve.inputs import BundleInputs, shown_base
 from orchestrator.serve.merging import MergeRecord, merge
 from orchestrator.serve.shards import link_or_copy
-from orchestrator.serve.verifying import TrainedModel, require_passed
+from orchestrator.serve.verification import TrainedModel, require_passed
 from orchestrator.spec.models import Task
 from orchestrator.store import commit_folder, read_json, sha256_file, versions, write_json
 from orchestrator.transfer.records import TransferReport, VerificationFigures

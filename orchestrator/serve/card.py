@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from orchestrator.plan import REPEAT
-from orchestrator.serve.inputs import BundleInputs, shown_base
+from orchestrator.serve.bundle_inputs import BundleInputs, shown_base
 from orchestrator.serve.metadata import front_matter, licence_sentence
 from orchestrator.serve.usage import snippet
-from orchestrator.transfer.after_verdict import advice_after, decided_by
 from orchestrator.transfer.headline import advice_on_answers, gain_is_loss_only, headline
 from orchestrator.transfer.records import CONTROL_NAMES, ModelScores, PromptComparison, TransferReport, VerificationFigures
+from orchestrator.transfer.verdict_advice import advice_after, decided_by
 from orchestrator.units import format_count
 
 NAMES = {"promoted": "this model", **CONTROL_NAMES}

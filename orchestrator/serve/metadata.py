@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from orchestrator.serve.inputs import BundleInputs, shown_base
+from orchestrator.serve.bundle_inputs import BundleInputs, shown_base
 from orchestrator.transfer.records import ModelScores, TransferReport
 
 UNKNOWN = "unknown"

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from orchestrator.data import load_tokenizer
 from orchestrator.errors import BaseError, DataError, IntegrityError, UsageError
 from orchestrator.serve.bundle import SPEC, BundleRecord
-from orchestrator.serve.recheck import read_record
+from orchestrator.serve.bundle_check import read_record
 from orchestrator.spec.models import Task
 from orchestrator.store import read_json
 

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from orchestrator.data import TokenizedSet, load_tokenizer, with_shots
 from orchestrator.data.sets import load_known
-from orchestrator.serve.inputs import BundleInputs
-from orchestrator.serve.verifying import fitting_device
+from orchestrator.serve.bundle_inputs import BundleInputs
+from orchestrator.serve.verification import fitting_device
 from orchestrator.train.adapters.artifacts import attach_artifact
 from orchestrator.train.batches import RowPlan
 from orchestrator.train.evaluation import Evaluation, answer_accuracy, class_prior, evaluate, exact_match

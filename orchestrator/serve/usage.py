@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator.serve.inputs import BundleInputs
+from orchestrator.serve.bundle_inputs import BundleInputs
 from orchestrator.transfer.records import TransferReport
 
 LONGEST_PROMPT = 240

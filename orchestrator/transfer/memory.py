@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orchestrator.transfer.measured import EngineFigures, MemoryRow
-from orchestrator.transfer.records import TrialRecord
+from orchestrator.transfer.records import EngineFigures, MemoryRow, TrialRecord
 
 
 def memory_rows(trials: Sequence[TrialRecord]) -> tuple[MemoryRow, ...]:

@@ -20,7 +20,7 @@ from typing import Any
 
 from orchestrator.data.encoding.chat_template import ChatTemplate, Tools
 from orchestrator.data.encoding.control_tokens import ControlTokens
-from orchestrator.data.encoding.noticed import Noticed
+from orchestrator.data.encoding.row_notices import Noticed
 from orchestrator.data.encoding.spans import Found, NotRenderedError, Span, SpanFinder
 from orchestrator.data.encoding.turn_marks import Turn, calls_of, mapped, reasoning_of, said, strings_of
 from orchestrator.data.reading.examples import Example

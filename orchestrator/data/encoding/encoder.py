@@ -13,7 +13,7 @@ import numpy as np
 
 from orchestrator.data.encoding.chat import ChatEncoder, RenderedChat
 from orchestrator.data.encoding.control_tokens import ControlTokens
-from orchestrator.data.encoding.noticed import Noticed
+from orchestrator.data.encoding.row_notices import Noticed
 from orchestrator.data.reading.examples import Example
 from orchestrator.data.reading.row import BadRow
 from orchestrator.errors import BaseError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from orchestrator.data.reading.examples import Example
-from orchestrator.data.seeded import WEIGHTS, generator
+from orchestrator.data.rng import WEIGHTS, generator
 from orchestrator.data.summary import LeftOut
 from orchestrator.spec.models import DataSource
 from orchestrator.units import printable

@@ -26,7 +26,7 @@ COLLECTIVES_BYTES = {"nccl": GIB // 2, "gloo": 32 * MIB}
 """Buffers of a process group."""
 RESIDENT_SHARE = 0.7
 """A whole model that needs more of a device's free memory than this is not put there: to verify and to score a bundle
-takes one forward pass at a time beside it. `serve.check_process`, which imports nothing of ours, has the same figure."""
+takes one forward pass at a time beside it. `serve.verification_process`, which imports nothing of ours, has the same figure."""
 SLACK_SHARE = 0.05
 """What an allocator loses to rounding and fragmentation; assumed."""
 

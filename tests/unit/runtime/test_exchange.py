@@ -27,7 +27,7 @@ from orchestrator.runtime.assignments import MAX_ATTEMPTS, Answer, Orders
 from orchestrator.runtime.exchange import Exchange
 from orchestrator.runtime.gang import GangDiedError
 from orchestrator.store import check_folder, commit_folder, read_json, write_json
-from orchestrator.transfer.view import Activity
+from orchestrator.transfer.run_view import Activity
 from orchestrator.work.assignment import EvaluateBase, ScoreBlocks, TrainRung, Work
 from orchestrator.work.execution import DataPaths, TrainSettings
 from orchestrator.work.measurements import LayerScores, ProbePlan

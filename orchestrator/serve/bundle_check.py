@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from orchestrator.anatomy import read_anatomy
 from orchestrator.errors import BaseError, IntegrityError, UsageError, VerificationError
 from orchestrator.serve.bundle import BundleRecord, base_weights_sha256
-from orchestrator.serve.verifying import TrainedModel, require_passed, verify
+from orchestrator.serve.verification import TrainedModel, require_passed, verify
 from orchestrator.store import Manifest, check_folder
 from orchestrator.transfer.records import VerificationFigures
 

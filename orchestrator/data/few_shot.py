@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from orchestrator.data.seeded import SHOTS, generator
+from orchestrator.data.rng import SHOTS, generator
 from orchestrator.data.sets import TokenizedSet, build_set
 
 

@@ -2,7 +2,7 @@
 
 Run as a script by a fresh interpreter that does not know this package (law 5):
 
-    python -I check_process.py PROBE.safetensors BUNDLE ANSWER.json --device cpu --dtype float32
+    python -I verification_process.py PROBE.safetensors BUNDLE ANSWER.json --device cpu --dtype float32
 
 Nothing of this package may be imported here. The probe holds `ids` int64[N], `offsets` int64[D + 1] of D documents, and
 `log_probs` float32[P, V] of the trained model: P positions (to classify: documents), V tokens (classes).

@@ -1,7 +1,7 @@
 """Law 5: the bundle, loaded by plain transformers in a fresh process, reproduces the model that was trained.
 
 The trained model is put together live in this process (base, then adapter or delta on it) and its distributions on
-held-out documents are written down; `check_process.py` compares the bundle's with them, in an interpreter that does
+held-out documents are written down; `verification_process.py` compares the bundle's with them, in an interpreter that does
 not import this package. Both compute in float32 where that fits, so that what is measured is the merge and not the
 rounding of two forward passes.
 """
@@ -33,7 +33,7 @@ from orchestrator.data.sets import load_known
 from orchestrator.errors import DataError, VerificationError
 from orchestrator.plan.memory.estimate import RESIDENT_SHARE
 from orchestrator.plan.merge import MergedInto
-from orchestrator.serve import check_process
+from orchestrator.serve import verification_process
 from orchestrator.train.adapters.artifacts import attach_artifact
 from orchestrator.train.model.base import LoadedBase, load_base
 from orchestrator.transfer.records import VerificationFigures
@@ -127,12 +127,12 @@ def _write_probe(probe: Path, trained: TrainedModel, device: torch.device, dtype
     classify = trained.base.task == "classify"
     width = trained.base.num_classes if classify else trained.anatomy.vocab_size
     ids, offsets = _held_out(trained, max_tokens if classify else min(max_tokens, PROBE_BYTES // (4 * width)))
-    documents = check_process.documents_of(ids, offsets)
+    documents = verification_process.documents_of(ids, offsets)
     with torch.no_grad():
         untouched = _distributions(base, documents, classify, dtype)
         with attach_artifact(base, Path(trained.artifact)):
             found = _distributions(base, documents, classify, dtype)
-    kl_base = sum(check_process.divergence(new, old) for new, old in zip(found, untouched, strict=True))
+    kl_base = sum(verification_process.divergence(new, old) for new, old in zip(found, untouched, strict=True))
     log_probs = torch.cat(found)
     save_file({"ids": ids, "offsets": offsets, "log_probs": log_probs}, probe, {"task": trained.base.task})
     return kl_base / len(log_probs), len(log_probs), len(documents)
@@ -147,7 +147,7 @@ def _distributions(base: LoadedBase, documents: list[torch.Tensor], classify: bo
     pad = model.config.pad_token_id
     model.config.pad_token_id = None if classify else pad
     try:
-        return list(check_process.distributions(model, documents, classify=classify))
+        return list(verification_process.distributions(model, documents, classify=classify))
     finally:
         model.config.pad_token_id = pad
         model.train()
@@ -205,7 +205,7 @@ def free_bytes(device: str) -> int:
 
 def _check_in_fresh_process(probe: Path, bundle: Path, device: str, dtype: str) -> dict[str, Any]:
     answer = probe.with_name("answer.json")
-    command = [sys.executable, "-I", check_process.__file__, str(probe), str(bundle.resolve()), str(answer)]
+    command = [sys.executable, "-I", verification_process.__file__, str(probe), str(bundle.resolve()), str(answer)]
     command += ["--device", device, "--dtype", dtype, "--free-bytes", str(free_bytes(device))]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
