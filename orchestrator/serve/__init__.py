@@ -1,4 +1,4 @@
-"""From the promoted trial to a folder that can be served. No Ray in here.
+"""Build, verify, score and query serving bundles. Does not import Ray.
 
     staged = stage_bundle(inputs, run.bundle)                              # merge; everything lies in bundle.partial
     figures = verify(staged.folder, trained_model(inputs, staged.plan))    # law 5, in a fresh process

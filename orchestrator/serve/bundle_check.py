@@ -1,4 +1,4 @@
-"""Verifying a finished bundle again: first its hashes, then the comparison with the live trained model."""
+"""Verify a finished bundle again: its hashes, then the comparison with the trained model."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def verify_bundle(
 
 
 def read_record(bundle: Path) -> BundleRecord:
-    """The bundle's record, after comparing every file with the manifest.
+    """Return the bundle's record, after comparing every file with the manifest.
 
     Raises:
         UsageError: not a bundle.

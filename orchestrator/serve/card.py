@@ -1,4 +1,4 @@
-"""The model card: what the bundle is, how it was made, what was measured, how it is served."""
+"""The model card: what the bundle is, how it was made, what was measured, how to serve it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NOT_SHOWN = {
     "scratch": "a gain over the base was shown, but not over random weights trained from scratch",
     "repeat": "a gain over the base was shown for this model, but not for training from other seeds",
 }
-"""What a verdict that is not `positive` leaves open, by what decided it."""
+"""What remains unproven by a verdict that is not `positive`, by the comparison that decided it."""
 MERGED_INTO = {
     "dequantized": "the base's 4-bit weights as used in training, dequantized to 16 bits",
     "original": "the base's stored weights",
@@ -30,15 +30,15 @@ PROMPTS = {
     "completion": "A prompt is followed by the separator {separator}; the answer ends with the tokenizer's end token.",
     "chat": "Prompts go through the tokenizer's chat template.",
 }
-"""How a prompt must be put, by task."""
+"""Prompt format of each task."""
 NEEDS_SERVING = "# pip install 'transformers[serving]'"
-"""Behind `transformers serve`, which the plain package refuses to do."""
+"""Comment after `transformers serve`, which needs more than the plain package."""
 CELL = 240
 """Characters of a prompt or an answer that a card shows."""
 
 
 def model_card(inputs: BundleInputs, transfer: TransferReport, versions: Mapping[str, str]) -> str:
-    """The text of README.md. Nothing of this machine's folders is in it."""
+    """Return the text of README.md. It contains no paths of this machine."""
     assert transfer.verification is not None
     sections = [
         front_matter(inputs, transfer),
@@ -79,7 +79,7 @@ def _how_it_was_made(inputs: BundleInputs, versions: Mapping[str, str]) -> str:
 
 
 def _steps(inputs: BundleInputs) -> str:
-    """`40 steps, 12k tokens`; `12 of 40 steps` where it was taken earlier."""
+    """Return `40 steps, 12k tokens`; `12 of 40 steps` for an earlier checkpoint."""
     trial = inputs.trial
     if inputs.step is not None and inputs.step < trial.total_steps:
         return f"{inputs.step} of {trial.total_steps} steps"
@@ -196,7 +196,7 @@ def _limitations(inputs: BundleInputs, transfer: TransferReport) -> str:
 
 
 def _not_shown(transfer: TransferReport) -> str:
-    """A gain over the base that is not clear goes before whatever decided."""
+    """Return what was not proven: an unclear gain over the base comes before whatever else decided."""
     gain = next((comparison for comparison in transfer.comparisons if comparison.against == "none"), None)
     return NOT_SHOWN[decided_by(transfer) if gain is not None and gain.low > 0 else "none"]
 

@@ -1,4 +1,4 @@
-"""How a bundle is used from Python: the snippet of its card, which runs in the bundle's folder as it stands."""
+"""Python snippet for the model card; it runs unchanged in the bundle's folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from orchestrator.serve.bundle_inputs import BundleInputs
 from orchestrator.transfer.records import TransferReport
 
 LONGEST_PROMPT = 240
-"""Characters of a prompt out of the test set that the snippet shows."""
+"""Maximum characters of a test prompt that the snippet shows."""
 NEW_TOKENS = 64
 LOAD = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,7 +19,7 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 
 
 def snippet(inputs: BundleInputs, transfer: TransferReport) -> str:
-    """Python that loads the bundle from the current folder and prints one answer, by the bundle's task."""
+    """Return Python that loads the bundle from the current folder and prints one answer, by the bundle's task."""
     task = inputs.base.task
     shown = next((pair.prompt for pair in transfer.prompts if 0 < len(pair.prompt) <= LONGEST_PROMPT), "")
     if task == "classify":

@@ -1,4 +1,4 @@
-"""Who watches a run, as the runtime sees them."""
+"""The interface through which the runtime reports its progress to a terminal, a log or a script."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from orchestrator.values import Value
 
 
 class Activity(Value):
-    """One thing that is being done at this moment: by a worker group (gang), by the refit, or by the bundling worker."""
+    """Work in progress of a worker group (gang), the refit, or the bundling worker."""
 
     doing: str
     """`training`, `scoring`, `loading the base model`, `waiting for free places`, ..."""
@@ -17,68 +17,68 @@ class Activity(Value):
     """None outside the search."""
     trial_id: str = ""
     step: int = 0
-    """Last step that stands in the trial's steps.jsonl."""
+    """Last step in the trial's steps.jsonl."""
     stop_step: int = 0
-    """Where this stretch of training ends; 0 where nothing is trained."""
+    """Step at which this stretch of training ends; 0 if nothing is trained."""
     total_steps: int = 0
-    """Of the trial's full budget."""
+    """Steps of the trial's full budget."""
     loss: float | None = None
-    """Of the last step, nats per supervised token."""
+    """Loss of the last step, nats per supervised token."""
     tokens_per_s: float | None = None
-    """Over the last steps."""
+    """Throughput of the last steps."""
     seconds_left: float | None = None
-    """To `stop_step`, at the rate of the last steps; scoring and saving come on top."""
+    """Estimated time to `stop_step` at the rate of the last steps, without scoring and saving."""
 
 
 class Progress(Value):
-    """What a run is waiting for at this moment; also the file progress.json of a run in progress."""
+    """Current activities of a run; progress.json holds it while the run is in progress."""
 
     phase: str
     detail: str = ""
     phase_seconds: float = 0.0
-    """How long the phase has lasted."""
+    """Time since the phase began."""
     run_seconds: float = 0.0
     activities: tuple[Activity, ...] = ()
     seconds_left: float | None = None
-    """Until the phase ends, as far as that can be estimated."""
+    """Estimated time until the phase ends; None if unknown."""
     at: float = 0.0
     """Unix time."""
     last_event: str = ""
     ended: bool = False
-    """The run's driver has come to its end; in progress.json alone."""
+    """True if the run's driver has ended; set in progress.json only."""
     error: str = ""
-    """Why it ended before the run did."""
+    """Error that ended the driver before the run was finished."""
 
 
 class RunView(Protocol):
-    """Whoever watches a run: a terminal, a log, a script. The run calls, the view shows; a view never raises.
+    """Observer of a run: a terminal, a log or a script. The run calls it; a view never raises.
 
     Calls come from several threads, one at a time.
     """
 
     def start(self, *, name: str, metric: str, higher_is_better: bool, max_forgetting: float, num_trials: int) -> None:
-        """The run is planned and begins; `num_trials` counts the searched trials, without controls."""
+        """Show that the run is planned and begins; `num_trials` counts the searched trials, without controls."""
         ...
 
     def phase(self, name: str, detail: str = "") -> None:
-        """A new stretch of the run: `data`, `plan`, `gangs`, `probe`, `search`, `refit`, `merge`, `verify`, `test`.
+        """Show a new phase of the run: `data`, `plan`, `gangs`, `probe`, `search`, `refit`, `merge`, `verify`, `test`.
 
         The first one comes before `start`.
         """
         ...
 
     def progress(self, now: Progress) -> None:
-        """What is awaited; called about once a second, whatever else happens."""
+        """Show the current activities; called about once a second."""
         ...
 
     def trial(self, record: TrialRecord) -> None:
-        """A trial started, reached a rung, or ended; the whole record, every time."""
+        """Show a trial that started, reached a rung, or ended; gets the whole record each time."""
         ...
 
     def event(self, kind: str, message: str, **fields: object) -> None:
-        """Anything automatic that the run record also gets: a micro-batch halved, a gang replaced, a trial retried."""
+        """Show an event of the run record: a micro-batch halved, a gang replaced, a trial retried."""
         ...
 
     def close(self) -> None:
-        """The run has ended, well or not."""
+        """Show that the run has ended, successfully or not."""
         ...
