@@ -1,4 +1,4 @@
-"""What is learned from: reading, checking, splitting, tokenising, packing.
+"""Read, check, split, tokenize and pack the data.
 
     summary = prepare_data(loaded, tokenizer_folder, run.data)     # train.npz eval.npz test.npz retain.npz summary.json
     train = TokenizedSet.load(run.data / "train.npz")

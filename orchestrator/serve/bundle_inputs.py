@@ -37,6 +37,7 @@ class BundleInputs(Value):
     test_set: str
     retain_set: str | None = None
     controls: dict[str, str] = {}
+    """Control (`head`, `shuffled`, `repeat-2`) -> folder that holds its adapter or delta."""
     failed_seeds: int = 0
     """Seeds for which the same training failed."""
     shots: int = 0
