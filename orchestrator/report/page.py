@@ -1,4 +1,4 @@
-"""The report: one HTML file that needs no network, no script and no other file."""
+"""The report: one HTML file that needs no network and no other file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from orchestrator.store import output_to, write_atomic
 
 REPORT = "report.html"
 FOLLOW_S = 5.0
-"""Seconds between two pages of a run that is followed."""
+"""Seconds between two versions of a followed page."""
 
 
 def write_report(run_folder: Path) -> Path:
@@ -40,7 +40,7 @@ def write_report(run_folder: Path) -> Path:
 
 
 def follow_run(run_folder: Path, *, every_s: float = FOLLOW_S) -> None:
-    """Write `report.html` every `every_s` seconds until the run has ended; in a browser the page reloads itself meanwhile.
+    """Write `report.html` every `every_s` seconds until the run has ended; the page in the browser reloads itself.
 
     Raises:
         UsageError: `run_folder` is not a run directory.
@@ -55,10 +55,11 @@ def follow_run(run_folder: Path, *, every_s: float = FOLLOW_S) -> None:
 
 
 def render_page(run: RunRecords, *, reload_s: float | None = None) -> str:
-    """The whole page as text.
+    """Return the whole page as text.
 
     Args:
-        reload_s: Have the page reload itself every so many seconds; None: it stands as it is.
+        reload_s: Interval in seconds at which the page reloads itself; None for never.
+
     """
     found = _sections(run)
     style = resources.files("orchestrator.report").joinpath("style.css").read_text(encoding="utf-8")
@@ -83,7 +84,7 @@ def render_page(run: RunRecords, *, reload_s: float | None = None) -> str:
 
 
 def _sections(run: RunRecords) -> list[tuple[str, Html]]:
-    """Titles and contents, what matters most first."""
+    """Return titles and contents, most important first."""
     sweep, transfer = run.sweep, run.transfer
     found: list[tuple[str, Html]] = []
     if transfer is not None:

@@ -1,4 +1,4 @@
-"""What a person wants to know first: the verdict, the search, its trade-off, and what to do next."""
+"""First sections of the report: the verdict, the search, its trade-off, and what to do next."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SMOOTHING = 0.15
 
 
 def head(run: RunRecords) -> Html:
-    """Title, verdict and the figures that matter."""
+    """Return title, verdict and the main figures."""
     parts = [html.tag("h1", run.name), html.tag("p", _under_title(run), css="under")]
     kind = run.transfer.verdict if run.transfer else None
     proud = kind == "positive" and run.transfer is not None and not gain_is_loss_only(run.transfer)
@@ -120,7 +120,7 @@ def _point(trial: TrialRecord | None) -> str:
 
 
 def search_map(run: RunRecords, sweep: SweepResult) -> Html:
-    """Layers by learning rate."""
+    """Return the heatmap of layers by learning rate."""
     order = [option.layers for option in run.plan.search.options] if run.plan and run.plan.search else []
     budgets = rate_matrices(sweep.searched, sweep.higher_is_better, order)
     panels = [panel for each in budgets for panel in each]
@@ -159,7 +159,7 @@ def _cell(value: float | None, count: int, tried: int, metric: str) -> str:
 
 
 def loss_curves(run: RunRecords, sweep: SweepResult) -> Html:
-    """The metric at the rungs and the training loss, over training tokens."""
+    """Return the metric at the rungs and the training loss, over training tokens."""
     best = sweep.winner or best_trial(sweep.searched, sweep.higher_is_better)
     at_rungs = [curve for trial in sweep.trials if (curve := _rung_curve(trial, sweep, trial is best)) is not None]
     training = [curve for trial in sweep.searched if (curve := _training_curve(run, trial, trial is best)) is not None]
@@ -218,7 +218,7 @@ def _training_curve(run: RunRecords, trial: TrialRecord, promoted: bool) -> Curv
 
 
 def trade_off(sweep: SweepResult) -> Html:
-    """Target against retention."""
+    """Return the chart of target and retention."""
     drawn = (trial for trial in sweep.trials if trial.control in (*PROMOTABLE_CONTROLS, "none") and trial.state != "failed")
     measured = [
         trial
@@ -265,7 +265,7 @@ def trade_off(sweep: SweepResult) -> Html:
 
 
 def recommendation(sweep: SweepResult) -> str:
-    """What was promoted and why, or why nothing was, in one sentence."""
+    """Return in one sentence what was promoted and why, or why nothing was."""
     reason = sweep.promotion_reason
     if sweep.promoted_by_hand:
         return f"{_capital(reason)}."
@@ -273,7 +273,7 @@ def recommendation(sweep: SweepResult) -> str:
 
 
 def _front(trials: list[TrialRecord], higher_is_better: bool) -> set[str]:
-    """Ids on the front; both coordinates turned so that less is better."""
+    """Return the ids on the Pareto front; both coordinates are converted so that lower is better."""
     sign = -1.0 if higher_is_better else 1.0
     points = [(sign * (trial.metric or 0.0), trial.forgetting or 0.0) for trial in trials]
     return {trials[index].trial_id for index in pareto_front(points)}

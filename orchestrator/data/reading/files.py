@@ -1,4 +1,4 @@
-"""Finding data files: what is read of a path, a folder or a glob, which split it belongs to, and what is left alone."""
+"""Find data files: the files of a path, a folder or a glob, their splits, and what is ignored."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SPLIT_WORDS = {
     "eval": ("validation", "valid", "val", "dev", "eval", "evaluation"),
     "test": ("test", "testing"),
 }
-"""What a file's or a folder's name says of the split, as a word of its own: `train-00000-of-00001.parquet`, `dev.jsonl`."""
+"""Split named by a word of a file's or folder's name: `train-00000-of-00001.parquet`, `dev.jsonl`."""
 WORD = re.compile(r"[a-z]+")
 HIDDEN_FOLDERS = ("__pycache__", "__MACOSX")
 BACKUP = re.compile(r"(~|\.(bak|swp|swo|orig|old|tmp|temp|part|partial|crdownload|lock)|#)$", re.IGNORECASE)
@@ -31,27 +31,27 @@ ABOUT = re.compile(
     r"^(readme|licen[cs]e|copying|notice|authors|contributors|changelog|requirements([-_.].*)?|citation|robots|todo)(\.(txt|md|text))?$",
     re.IGNORECASE,
 )
-"""Texts that stand beside data and are none."""
+"""Names of text files that accompany data and contain none."""
 SETTINGS = re.compile(
     r"^(dataset_infos?|dataset_dict|state|config|metadata|package(-lock)?|tokenizer(_config)?|special_tokens_map|"
     r"generation_config|manifest|croissant|schema|\.?vscode)\.json$",
     re.IGNORECASE,
 )
 ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".xlsx", ".xls", ".ods", ".orc", ".avro", ".h5", ".hdf5", ".db", ".sqlite")
-"""Kinds that may hold data and are not read."""
+"""Suffixes of files that may hold data and are not read."""
 
 
 @dataclass
 class Found:
-    """What stands at one path of the spec."""
+    """Files at one path of the spec."""
 
     path: str
     files: dict[str, list[Path]] = field(default_factory=dict)
-    """By split; all of them under an empty name where names say nothing of splits."""
+    """Files by split; all of them under an empty name if no name contains a split."""
     skipped: dict[str, list[str]] = field(default_factory=dict)
-    """By reason: names of what is not read, from the folder."""
+    """Names of ignored files, relative to the folder, by reason."""
     doubtful: dict[str, list[str]] = field(default_factory=dict)
-    """Likewise, of what probably holds data."""
+    """Names of ignored files that probably hold data, by reason."""
     is_folder: bool = False
     is_glob: bool = False
 
@@ -69,7 +69,7 @@ class Found:
 
 
 def find_files(pattern: str) -> Found:
-    """The files of a path, a folder (with those below it) or a glob, in the order of their paths.
+    """Return the files of a path, a folder (recursively) or a glob, sorted by path.
 
     Raises:
         DataError: nothing there; names what lies near.
@@ -148,7 +148,7 @@ def _search_folder(folder: Path, found: Found) -> None:
 
 
 def _walk(folder: Path, found: Found) -> Iterator[Path]:
-    """Files below the folder; hidden ones and broken links are noted, a folder that links lead to twice is searched once."""
+    """Yield files below the folder; hidden ones and broken links are noted, a folder reached by two links is searched once."""
     seen: set[tuple[int, int]] = set()
     for here, folders, names in os.walk(folder, followlinks=True):
         place = Path(here)
@@ -177,7 +177,7 @@ def _walk(folder: Path, found: Found) -> Iterator[Path]:
 
 
 def _once(files: list[Path], found: Found) -> list[Path]:
-    """Each file once, by its inode: links to one that is read already are noted."""
+    """Return each file once, by its inode: links to a file that is already read are noted."""
     seen: set[tuple[int, int]] = set()
     kept: list[Path] = []
     for path in sorted(files, key=lambda path: (path.is_symlink(), path)):
@@ -191,7 +191,7 @@ def _once(files: list[Path], found: Found) -> list[Path]:
 
 
 def _by_split(folder: Path, files: list[Path], found: Found) -> dict[str, list[Path]]:
-    """Files by the split that their names, or else their folders' names, say.
+    """Group files by the split in their names, or else in their folders' names.
 
     Where some are of eval or test, the others are train if no name says train; if one does, the others belong to nothing and
     are left out. Where names say nothing of eval and test, all of them stand under an empty name.
@@ -213,20 +213,20 @@ def _by_split(folder: Path, files: list[Path], found: Found) -> dict[str, list[P
 
 
 def split_of(name: str) -> str:
-    """The split that a file's or folder's name says; empty where it says none, or several."""
+    """Return the split that a file's or folder's name contains; empty if none or several."""
     words = set(WORD.findall(name.lower()))
     said = [split for split, known in SPLIT_WORDS.items() if words & set(known)]
     return said[0] if len(said) == 1 else ""
 
 
 def shown(names: list[str], limit: int = 5) -> str:
-    """The first names, and how many more there are."""
+    """Return the first names, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
 
 def _near(path: Path) -> str:
-    """What to do about a missing path."""
+    """Return what to do about a missing path."""
     folder = path.parent
     if not folder.is_dir():
         return f"the folder {folder} does not exist either; paths are relative to the spec's file"
@@ -237,7 +237,7 @@ def _near(path: Path) -> str:
 
 
 def read_path(pattern: str) -> Iterator[Row | BadRow]:
-    """Every row of every file of a path, a folder or a glob, with all of its columns.
+    """Yield every row of every file of a path, a folder or a glob, with all of its columns.
 
     Raises:
         DataError: no file, or one of a kind that is not read.
@@ -259,7 +259,8 @@ SAVED_SPLITS = {
 
 
 def find_saved(folder: Path) -> dict[str, list[Path]] | None:
-    """Files by split (one Dataset: under an empty name) in the order of the dataset; None where `datasets` did not write it.
+    """Return the files of a folder written by `datasets.save_to_disk`, by split (one Dataset: under an empty name), in the
+    dataset's order; None if it is not one.
 
     Raises:
         DataError: a file that it names is missing or damaged, or a split has a name that says nothing.
