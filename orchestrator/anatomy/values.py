@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from orchestrator.spec.adapters import ADAPTER_KINDS, AdapterKind, AdapterName
 from orchestrator.values import Value
 
 
@@ -113,7 +114,7 @@ class ModelAnatomy(Value):
 class LayerSelection(Value):
     """What a policy becomes on one base. The three sets are disjoint and cover every parameter.
 
-    Names are checkpoint names. `trainable` learns itself; `adapted` stays frozen and gets a LoRA
+    Names are checkpoint names. `trainable` learns itself; `adapted` stays frozen and gets an
     adapter beside it; `frozen` does neither. A new classification head is in `trainable` under
     `ModelAnatomy.classifier_weight`; an untied output projection under `ModelAnatomy.head_weight`.
     """
@@ -121,6 +122,7 @@ class LayerSelection(Value):
     policy: str
     tune: Literal["lora", "full"]
     lora_rank: int | None
+    adapter: AdapterName = "lora"
     trainable: tuple[str, ...]
     adapted: tuple[str, ...]
     frozen: tuple[str, ...]
@@ -135,4 +137,8 @@ class LayerSelection(Value):
     """The tied output projection is copied before training."""
     new_classifier: bool = False
     num_trainable_parameters: int
-    """Elements with a gradient: trainable tensors plus LoRA's A and B."""
+    """Elements with a gradient: trainable tensors and those of the adapters."""
+
+    @property
+    def adapter_kind(self) -> AdapterKind:
+        return ADAPTER_KINDS[self.adapter]

@@ -19,7 +19,7 @@ from orchestrator.anatomy.values import LayerSelection, ModelAnatomy, TensorInfo
 from orchestrator.errors import BaseError
 from orchestrator.spec.models import Task
 from orchestrator.values import Value
-from orchestrator.work.artifact import Artifact, LowRank, read_artifact
+from orchestrator.work.artifact import Artifact, StoredAdapter, read_artifact
 from orchestrator.work.execution import BaseLoad
 
 MergedInto = Literal["dequantized", "original"]
@@ -31,11 +31,11 @@ class Keep(Value):
     kind: Literal["keep"] = "keep"
 
 
-class AddLowRank(Value):
-    """W + scale * B @ A (Hu et al. 2021), accumulated in float32, rounded once."""
+class ApplyAdapter(Value):
+    """The base's tensor with its adapter, computed in float32 and rounded once."""
 
-    kind: Literal["add_low_rank"] = "add_low_rank"
-    low_rank: LowRank
+    kind: Literal["apply_adapter"] = "apply_adapter"
+    adapter: StoredAdapter
 
 
 class Replace(Value):
@@ -49,7 +49,7 @@ class Dequantize(Value):
     """The base's tensor as training held it: through nf4 and back (Dettmers et al. 2023), then the adapter, if any."""
 
     kind: Literal["dequantize"] = "dequantize"
-    low_rank: LowRank | None = None
+    adapter: StoredAdapter | None = None
 
 
 class NewTensor(Value):
@@ -59,7 +59,7 @@ class NewTensor(Value):
     trained: TensorInfo
 
 
-Operation = Annotated[Keep | AddLowRank | Replace | Dequantize | NewTensor, Field(discriminator="kind")]
+Operation = Annotated[Keep | ApplyAdapter | Replace | Dequantize | NewTensor, Field(discriminator="kind")]
 
 
 class WriteTensor(Value):
@@ -175,7 +175,7 @@ def make_merge_plan(
         if name not in dropped
     }
     new = [_new_tensor(name, info, anatomy) for name, info in artifact.whole.items() if name not in anatomy.tensors]
-    if anatomy.tied and anatomy.head_weight in artifact.low_rank:
+    if anatomy.tied and anatomy.head_weight in artifact.adapters:
         new.append(_untied_head(anatomy, artifact))
     return MergePlan(
         base_folder=anatomy.folder,
@@ -184,19 +184,19 @@ def make_merge_plan(
         held_dtype=held_dtype,
         task=base_load.task,
         class_names=base_load.class_names,
-        unties_head=anatomy.tied and (anatomy.head_weight in artifact.whole or anatomy.head_weight in artifact.low_rank),
+        unties_head=anatomy.tied and (anatomy.head_weight in artifact.whole or anatomy.head_weight in artifact.adapters),
         shards=_shards(Path(anatomy.folder), tensors, new),
     )
 
 
 def _operation(name: str, artifact: Artifact, held_quantized: set[str]) -> Operation:
     """What learned whole was held in 16 bits, so only the other matrices of the blocks went through nf4."""
-    low_rank = artifact.low_rank.get(name)
+    adapter = artifact.adapters.get(name)
     if name in artifact.whole:
         return Replace(trained=artifact.whole[name])
     if name in held_quantized:
-        return Dequantize(low_rank=low_rank)
-    return AddLowRank(low_rank=low_rank) if low_rank else Keep()
+        return Dequantize(adapter=adapter)
+    return ApplyAdapter(adapter=adapter) if adapter else Keep()
 
 
 def _new_tensor(name: str, trained: TensorInfo, anatomy: ModelAnatomy) -> WriteTensor:
@@ -205,13 +205,13 @@ def _new_tensor(name: str, trained: TensorInfo, anatomy: ModelAnatomy) -> WriteT
 
 
 def _untied_head(anatomy: ModelAnatomy, artifact: Artifact) -> WriteTensor:
-    """A tied output projection with an adapter: the embedding's weights plus the product, as a tensor of its own."""
+    """A tied output projection with an adapter: the embedding's weights with it, as a tensor of its own."""
     embedding = anatomy.tensors[anatomy.embeddings[0]]
     return WriteTensor(
         name=anatomy.head_weight,
         shape=embedding.shape,
         dtype=embedding.dtype,
-        operation=AddLowRank(low_rank=artifact.low_rank[anatomy.head_weight]),
+        operation=ApplyAdapter(adapter=artifact.adapters[anatomy.head_weight]),
         source=embedding,
     )
 

@@ -24,7 +24,7 @@ class Footprint:
     statistics_bytes: int
     """Of these, what belongs to quantized matrices and is whole on every rank: scales and tables."""
     learning_counts: tuple[int, ...]
-    """Elements of every tensor that learns, in the model's order; of an adapted matrix its A and its B."""
+    """Elements of every tensor that learns, in the model's order; of an adapted matrix those of its adapter."""
     restore_bytes: int
     """A copy of the unfrozen weights as the base holds them, so that the next trial finds the base unchanged."""
     largest_block_bytes: int
@@ -147,7 +147,7 @@ def _converted_bytes(anatomy: ModelAnatomy, element_bytes: int) -> int:
 
 
 def learning_counts(anatomy: ModelAnatomy, selection: LayerSelection, *, num_classes: int = 0) -> tuple[int, ...]:
-    """Elements of each tensor that learns, as the engine lists them: in the model's order, an adapted one as A and B."""
+    """Return the elements of each tensor that learns, as the engine lists them: in the model's order."""
     head = (anatomy.vocab_size, anatomy.hidden_size)
     shapes = {name: tensor.shape for name, tensor in anatomy.tensors.items()} | {
         tensor.name: tensor.shape for tensor in anatomy.new_tensors
@@ -160,5 +160,5 @@ def learning_counts(anatomy: ModelAnatomy, selection: LayerSelection, *, num_cla
         if name in trainable:
             counts.append(prod(shape))
         elif name in adapted:
-            counts += [rank * shape[1], rank * shape[0]]
+            counts += [prod(each) for each in selection.adapter_kind.shapes(shape, rank).values()]
     return tuple(counts)
