@@ -28,7 +28,7 @@ from orchestrator.errors import NothingPromotedError, OrchestratorError, UsageEr
 from orchestrator.units import printable, printable_lines
 
 if TYPE_CHECKING:
-    from orchestrator.runtime import RunOutcome
+    from orchestrator.run.records import RunOutcome
     from orchestrator.spec import LoadedSpec
 
 INTERRUPTED = 130
@@ -310,7 +310,7 @@ def _show_outcome(outcome: RunOutcome, as_json: bool) -> None:
 def _report_what_there_is(loaded: LoadedSpec, output: Path | None) -> None:
     """Write the report of a run that failed late; it shows the failure."""
     from orchestrator.report.page import write_report
-    from orchestrator.run.output_root import output_root
+    from orchestrator.run.directory import output_root
 
     folder = output_root(loaded, output).path / loaded.spec.name
     if folder.is_dir():
@@ -329,7 +329,7 @@ def merge(
 ) -> None:
     """Merge a trial of a finished run into a verified bundle: the promoted one, or another that you promote by hand."""
     from orchestrator.report import open_view
-    from orchestrator.report.reading import read_run
+    from orchestrator.run.reader import read_run
 
     read_run(run)
     from orchestrator.runtime import merge_trial

@@ -21,26 +21,21 @@ if TYPE_CHECKING:
     from orchestrator.runtime.dry_run import Rehearsal, rehearse
     from orchestrator.runtime.finetune import run_finetune
     from orchestrator.runtime.merging import merge_trial
-    from orchestrator.runtime.outcome import RunOutcome, read_outcome
     from orchestrator.runtime.sweep import run_sweep
 
 _HOMES = {
     "Rehearsal": "dry_run",
-    "RunOutcome": "outcome",
     "merge_trial": "merging",
     "probe_cluster": "cluster",
-    "read_outcome": "outcome",
     "rehearse": "dry_run",
     "run_finetune": "finetune",
     "run_sweep": "sweep",
 }
 __all__ = [
     "Rehearsal",
-    "RunOutcome",
     "merge_trial",
     "private_token",
     "probe_cluster",
-    "read_outcome",
     "rehearse",
     "run_finetune",
     "run_sweep",

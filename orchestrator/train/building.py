@@ -21,7 +21,7 @@ from orchestrator.train.learned import LearnedSets
 from orchestrator.train.measure.fisher import fisher_information, importances, read_fisher, write_fisher
 from orchestrator.train.ranks import Ranks
 from orchestrator.values import content_hash
-from orchestrator.work.assignment import Assignment
+from orchestrator.work.assignment import TrainRung
 from orchestrator.work.execution import ExecutionPlan
 from orchestrator.work.remedies import AnchorPlan
 
@@ -29,7 +29,7 @@ from orchestrator.work.remedies import AnchorPlan
 def build_engine(
     objective: nn.Module,
     branch: Branch,
-    assignment: Assignment,
+    assignment: TrainRung,
     execution: ExecutionPlan,
     ranks: Ranks,
     rows: RowPlan,
@@ -91,7 +91,7 @@ def _anchor(plan: AnchorPlan, engine: Engine, branch: Branch, weights: Sequence[
 
 
 def _fisher_name(
-    assignment: Assignment, execution: ExecutionPlan, ranks: Ranks, retention: TokenizedSet, fingerprint: Mapping[str, str]
+    assignment: TrainRung, execution: ExecutionPlan, ranks: Ranks, retention: TokenizedSet, fingerprint: Mapping[str, str]
 ) -> str:
     """One file for each rank and selection: what lies where depends on the layout and on the rates' groups."""
     key = {

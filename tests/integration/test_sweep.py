@@ -15,8 +15,7 @@ from ruamel.yaml import YAML
 from orchestrator.data import TokenizedSet
 from orchestrator.plan.schedule import PATIENCE, SHARES
 from orchestrator.plan.values import RunPlan
-from orchestrator.run.ledger import Ledger
-from orchestrator.run.records import base_result
+from orchestrator.run.ledger import Ledger, base_result
 from orchestrator.run.scoring import Scoring
 from orchestrator.samples import SAMPLE_BASE
 from orchestrator.store import check_folder, read_json
