@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ray import train
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -31,6 +31,7 @@ from orchestrator.runtime.hang_detection import Patience
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.runtime.task_supervision import Minder, send_pulses
 from orchestrator.store import read_json, read_record, write_json
+from orchestrator.train import TrainHost, drop_later_checkpoints, find_own
 from orchestrator.transfer.records import RefitRecord
 from orchestrator.transfer.view import RunView
 from orchestrator.work.assignment import Assignment, owner_of
@@ -38,9 +39,6 @@ from orchestrator.work.execution import BaseLoad, ExecutionPlan
 from orchestrator.work.memory_ladder import STEPPED_DOWN, SteppedDown, fits_in_no_way, nothing_smaller, relieve, with_relief
 from orchestrator.work.results import RungResult
 from orchestrator.work.trial import TrialSpec
-
-if TYPE_CHECKING:
-    from orchestrator.train import TrainHost
 
 MAX_RESTARTS = 3
 MAX_FRUITLESS_STARTS = 10
@@ -129,8 +127,6 @@ def result_file(assignment: Assignment) -> Path:
 
 def _worker(payload: dict[str, Any]) -> None:
     """One rank of the refit. Ray Train has made the process group."""
-    from orchestrator.train import TrainHost
-
     base, anatomy = BaseLoad.model_validate(payload["base"]), ModelAnatomy.model_validate(payload["anatomy"])
     assignments = [Assignment.model_validate(values) for values in payload["assignments"]]
     context = train.get_context()
@@ -155,8 +151,6 @@ def _run(host: TrainHost, assignment: Assignment) -> RungResult:
     Raises:
         RankOutOfMemoryError: memory ran out on this rank alone; how the next worker group goes on is written down.
     """
-    from orchestrator.train import drop_later_checkpoints, find_own
-
     ranks, folder = host.ranks, Path(assignment.folder)
     found = (find_own(folder, owner_of(assignment)), _stepped_down(assignment)) if ranks.first else None
     (newest, told), known = ranks.broadcast(found)
