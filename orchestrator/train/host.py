@@ -23,7 +23,9 @@ from orchestrator.train import pulse
 from orchestrator.train.adapters.branch import head_name
 from orchestrator.train.batches import RowPlan
 from orchestrator.train.checkpoint.saving import Saver
-from orchestrator.train.engines.engine import forward_ready, is_partitioned
+from orchestrator.train.engines import deepspeed_engine
+from orchestrator.train.engines.construction import forward_ready
+from orchestrator.train.engines.engine import is_partitioned
 from orchestrator.train.groups import Groups
 from orchestrator.train.integrity import base_fingerprint, changed_base
 from orchestrator.train.measure.measurement import Bench, Found, measure_on
@@ -53,8 +55,6 @@ class TrainHost:
         load_on = loading_device(base_load, execution, ranks.device)
         self._base = load_base(base_load, anatomy, dtype=dtype, device=ranks.device, load_on=load_on)
         if execution.executor == "deepspeed":
-            from orchestrator.train.engines import deepspeed_engine
-
             deepspeed_engine.prepare_base(self._base.model, execution, ranks.device)
         self._fingerprint = base_fingerprint(self._base.model)
         self._sets: dict[str, TokenizedSet] = {}
@@ -93,8 +93,6 @@ class TrainHost:
         """
         pulse.enter("loading the base")
         if execution.executor == "deepspeed":
-            from orchestrator.train.engines import deepspeed_engine
-
             deepspeed_engine.load_deepspeed(execution.device)
         return cls(base, anatomy, execution, join_gang(execution, rank, world_size, init_method))
 

@@ -28,7 +28,9 @@ from orchestrator.train.checkpoint.resume import (
 )
 from orchestrator.train.checkpoint.saving import Saver
 from orchestrator.train.checkpoint.snapshot import take_snapshot
-from orchestrator.train.engines.engine import Engine, forward_ready, is_partitioned, layout_of, num_live_engines, weight_keeper
+from orchestrator.train.engines.construction import forward_ready, weight_keeper
+from orchestrator.train.engines.engine import Engine, is_partitioned, layout_of, num_live_engines
+from orchestrator.train.engines.zero3_warm import assign_whole
 from orchestrator.train.integrity import prove_frozen
 from orchestrator.train.learned import LearnedSets
 from orchestrator.train.loop import LoopState, SteadySpeed, train_steps
@@ -129,8 +131,6 @@ class TrialRun:
         if not is_partitioned(self.execution):
             load_artifact(branch, folder)
             return
-        from orchestrator.train.engines.zero3_warm import assign_whole
-
         load_artifact(branch, folder, assign_whole)
 
     def start_point(self, branch: Branch) -> StartPoint | None:

@@ -13,7 +13,8 @@ from orchestrator.data import TokenizedSet
 from orchestrator.train.adapters.branch import Branch, open_branch
 from orchestrator.train.batches import RowPlan, step_inputs
 from orchestrator.train.building import build_engine
-from orchestrator.train.engines.engine import forward_ready, is_partitioned, weight_keeper
+from orchestrator.train.engines.construction import forward_ready, weight_keeper
+from orchestrator.train.engines.engine import is_partitioned
 from orchestrator.train.integrity import prove_frozen
 from orchestrator.train.learned import LearnedSets
 from orchestrator.train.measure.domain_shift import measure_shift
