@@ -20,17 +20,17 @@ from orchestrator.plan.gangs import (
     check_resources,
     execution_plan,
     head_warnings,
-    refit_way,
+    refit_candidate,
     why_no_more_gangs,
     with_scratch,
 )
 from orchestrator.plan.ladder import Load
 from orchestrator.plan.measurements import with_compiling, with_probe, with_scores, with_shift
-from orchestrator.plan.memory.candidate import Way
+from orchestrator.plan.memory.candidate import Candidate
 from orchestrator.plan.memory.estimate import estimate
 from orchestrator.plan.memory.footprint import Footprint, weigh, with_anchor
 from orchestrator.plan.memory.quantized import NF4_BLOCK
-from orchestrator.plan.placement import Machines, candidates
+from orchestrator.plan.placement import Machines, node_subsets
 from orchestrator.plan.remedies import held_product, remedies_of_train
 from orchestrator.plan.schedule import curve_shares
 from orchestrator.plan.search_space import Choice, planned_points, search_choices, told_at
@@ -71,7 +71,7 @@ def make_plan(
     spec = loaded.spec
     choices = _choices(loaded, anatomy, data, job)
     check_resources(spec.resources)
-    whole, *parts = candidates(cluster, spec.resources)
+    whole, *parts = node_subsets(cluster, spec.resources)
     _check_quantizable(spec, anatomy, whole)
 
     def on(found: Machines) -> RunPlan:
@@ -126,8 +126,8 @@ def _plan_on(
     num_trials = spec.search.num_trials if job == "sweep" and spec.search is not None else 1
     untouched, head = (_weigh(spec, anatomy, data, _control(policy, spec, anatomy, data)) for policy in ("none", "head"))
     gangs = arrange(head, found, loaded, load, num_trials, held=held, job=job)
-    refit = refit_way(found, spec, load, gangs)
-    options, room = _options(choices, load.footprints, gangs.way), found.room(gangs.way.ranks, gangs.num_gangs)
+    refit = refit_candidate(found, spec, load, gangs)
+    options, room = _options(choices, load.footprints, gangs.candidate), found.room(gangs.candidate.ranks, gangs.num_gangs)
     pack, fused = steps.packs(spec), _most_fused(spec, anatomy, choices, load, gangs, found)
     plan = RunPlan(
         name=spec.name,
@@ -135,11 +135,11 @@ def _plan_on(
         base=_base_load(spec, anatomy, data),
         num_parameters=anatomy.num_parameters(),
         data=data,
-        execution=execution_plan(gangs.way, found, gangs.num_gangs, spec, pack=pack),
+        execution=execution_plan(gangs.candidate, found, gangs.num_gangs, spec, pack=pack),
         refit_execution=execution_plan(refit, found, 1, spec, pack=pack),
         num_gangs=gangs.num_gangs,
-        head_memory=estimate(head, gangs.way).device if job == "sweep" else None,
-        base_memory=estimate(untouched, gangs.way).device,
+        head_memory=estimate(head, gangs.candidate).device if job == "sweep" else None,
+        base_memory=estimate(untouched, gangs.candidate).device,
         search=_search_plan(spec, anatomy, data, options, gangs, fused) if job == "sweep" else None,
         finetune=options[0] if job == "finetune" else None,
         total_steps=steps.total_steps(spec, data),
@@ -148,17 +148,17 @@ def _plan_on(
         gpu_hours=None,
         reasons=(),
         rejected=gangs.rejected,
-        warnings=head_warnings(head, gangs.way, load, room) if job == "sweep" else (),
-        placement=found.placement(gangs.way.ranks, gangs.num_gangs, why_no_more_gangs(spec.resources, num_trials)),
+        warnings=head_warnings(head, gangs.candidate, load, room) if job == "sweep" else (),
+        placement=found.placement(gangs.candidate.ranks, gangs.num_gangs, why_no_more_gangs(spec.resources, num_trials)),
         refit_placement=found.placement(refit.ranks, 1, "a step has rows for no more ranks"),
     )
-    plan = with_scratch(plan, spec, anatomy, gangs.way, load, room)
+    plan = with_scratch(plan, spec, anatomy, gangs.candidate, load, room)
     trunk, reason = plan_trunk(plan, spec, anatomy, cost.rate_of(found))
     plan = _with_costs(plan.model_copy(update={"trunk": trunk}), anatomy, found, spec, loaded.defaulted)
     _check_gpu_hours(plan, spec)
     plan = with_remarks(plan.model_copy(update={"notes": (*plan.notes, reason)}), spec, anatomy, found, cluster)
     plan = with_compiling(plan, spec, anatomy)
-    return with_shift(with_probe(plan, spec, anatomy, gangs.way, room, are_scored=scores is not None), anatomy)
+    return with_shift(with_probe(plan, spec, anatomy, gangs.candidate, room, are_scored=scores is not None), anatomy)
 
 
 def _check_quantizable(spec: JobSpec, anatomy: ModelAnatomy, found: Machines) -> None:
@@ -204,8 +204,8 @@ def _weigh(
     return with_anchor(weigh(anatomy, selection, spec.base.quantize, element_bytes, num_classes=data.num_classes), anchor)
 
 
-def _options(choices: Sequence[Choice], footprints: Sequence[Footprint], way: Way) -> tuple[TrialOption, ...]:
-    needed = [estimate(footprint, way) for footprint in footprints]
+def _options(choices: Sequence[Choice], footprints: Sequence[Footprint], candidate: Candidate) -> tuple[TrialOption, ...]:
+    needed = [estimate(footprint, candidate) for footprint in footprints]
     return tuple(
         TrialOption(
             layers=selection.policy,
@@ -213,7 +213,7 @@ def _options(choices: Sequence[Choice], footprints: Sequence[Footprint], way: Wa
             lora_rank=selection.lora_rank,
             selection=selection,
             memory=memory.device,
-            host_memory=memory.host if way.device == "cuda" else MemoryEstimate(terms=()),
+            host_memory=memory.host if candidate.device == "cuda" else MemoryEstimate(terms=()),
             learning_rate_low=low,
             learning_rate_high=high,
             remedies=remedies,
@@ -270,8 +270,8 @@ def _most_fused(
         return 1
     alone = [footprint for choice, footprint in zip(choices, load.footprints, strict=True) if not choice.selection.trainable]
     kinds = {(choice.selection.cut, choice.selection.trainable) for choice in choices}
-    room = found.room(gangs.way.ranks, gangs.num_gangs)
-    return most_fused(alone, gangs.way, load, room, spec.resources.max_fused, num_kinds=len(kinds))
+    room = found.room(gangs.candidate.ranks, gangs.num_gangs)
+    return most_fused(alone, gangs.candidate, load, room, spec.resources.max_fused, num_kinds=len(kinds))
 
 
 def _with_costs(plan: RunPlan, anatomy: ModelAnatomy, found: Machines, spec: JobSpec, defaulted: str) -> RunPlan:

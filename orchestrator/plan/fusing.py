@@ -8,7 +8,7 @@ from typing import Literal
 
 from orchestrator.anatomy.values import ModelAnatomy
 from orchestrator.plan.ladder import Load, misfit
-from orchestrator.plan.memory.candidate import Way
+from orchestrator.plan.memory.candidate import Candidate
 from orchestrator.plan.memory.footprint import Footprint
 from orchestrator.plan.placement import TRIALS_PER_GANG, RankRoom
 from orchestrator.work.assignment import Assignment
@@ -23,7 +23,7 @@ GPU: assumed. A gang measures what really pays before it uses a width, and this 
 
 def most_fused(
     footprints: Sequence[Footprint],
-    way: Way,
+    candidate: Candidate,
     load: Load,
     room: RankRoom,
     asked: int | Literal["auto"] = "auto",
@@ -41,12 +41,12 @@ def most_fused(
         num_kinds: Kinds of choices that cannot share a batch with each other. To fill batches of every kind the search would
             run ahead so many times as far, and its sampler learn late: they divide what can pay.
     """
-    if not footprints or way.executor != "torch":
+    if not footprints or candidate.executor != "torch":
         return 1
-    most = min(MOST, FULL_TOKENS[way.device] // way.micro_batch_tokens) // num_kinds if asked == "auto" else asked
+    most = min(MOST, FULL_TOKENS[candidate.device] // candidate.micro_batch_tokens) // num_kinds if asked == "auto" else asked
     width = 1
     while 2 * width <= most:
-        wider = replace(way, micro_batch_rows=2 * width * way.micro_batch_rows)
+        wider = replace(candidate, micro_batch_rows=2 * width * candidate.micro_batch_rows)
         held = tuple(replace(footprint, learning_counts=footprint.learning_counts * 2 * width) for footprint in footprints)
         if misfit(wider, replace(load, footprints=held), room) is not None:
             break

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from orchestrator.plan.memory.candidate import Device, Offload, Stage, Way
+from orchestrator.plan.memory.candidate import Candidate, Device, Offload, Stage
 from orchestrator.plan.memory.estimate import RankMemory, estimate
 from orchestrator.plan.memory.footprint import Footprint
 from orchestrator.plan.schedule import accumulation, max_rows
@@ -64,9 +64,9 @@ class Load:
     """Whether a rank must have every adapter whole, as an anchor on products needs it: DeepSpeed lays them in parts."""
 
 
-def ways(
+def candidates(
     resources: ResourcesSpec, device: Device, rank_counts: Sequence[int], row_tokens: int, *, whole_adapters: bool = False
-) -> Iterator[Way]:
+) -> Iterator[Candidate]:
     """Every way that the spec's `resources` allow, cheapest first, with one row a micro-batch.
 
     Args:
@@ -79,7 +79,7 @@ def ways(
                     executor = "torch" if resources.zero == "auto" and stage == 0 else "deepspeed"
                     if whole_adapters and executor == "deepspeed":
                         continue
-                    yield Way(
+                    yield Candidate(
                         device=device,
                         ranks=ranks,
                         executor=executor,
@@ -90,27 +90,27 @@ def ways(
                     )
 
 
-def cheapest(candidates: Iterable[Way], load: Load, room_of: RoomOf) -> tuple[Way | None, list[RejectedWay]]:
+def cheapest(candidates: Iterable[Candidate], load: Load, room_of: RoomOf) -> tuple[Candidate | None, list[RejectedWay]]:
     """The first way that fits, with its micro-batch, and the ways before it with the term that broke them.
 
     Of a number of ranks at which nothing fits, only the leanest way is told.
     """
-    refused: list[Way] = []
-    for way in candidates:
-        if misfit(way, load, room_of(way.ranks)) is None:
-            return _with_rows(way, load, room_of(way.ranks)), _tell(refused, way, load, room_of)
-        refused.append(way)
+    refused: list[Candidate] = []
+    for candidate in candidates:
+        if misfit(candidate, load, room_of(candidate.ranks)) is None:
+            return _with_rows(candidate, load, room_of(candidate.ranks)), _tell(refused, candidate, load, room_of)
+        refused.append(candidate)
     return None, _tell(refused, None, load, room_of)
 
 
-def leanest(candidates: Iterable[Way], load: Load) -> Way:
+def leanest(candidates: Iterable[Candidate], load: Load) -> Candidate:
     """The way that needs least of a rank's device."""
-    return min(candidates, key=lambda way: heaviest(way, load.footprints).device.total_bytes)
+    return min(candidates, key=lambda candidate: heaviest(candidate, load.footprints).device.total_bytes)
 
 
-def heaviest(way: Way, footprints: Sequence[Footprint]) -> RankMemory:
+def heaviest(candidate: Candidate, footprints: Sequence[Footprint]) -> RankMemory:
     """The most that any of these needs of the device, and the most that any needs of the host."""
-    estimates = [estimate(footprint, way) for footprint in footprints]
+    estimates = [estimate(footprint, candidate) for footprint in footprints]
     return RankMemory(
         device=max((memory.device for memory in estimates), key=lambda memory: memory.total_bytes),
         host=max((memory.host for memory in estimates), key=lambda memory: memory.total_bytes),
@@ -118,17 +118,17 @@ def heaviest(way: Way, footprints: Sequence[Footprint]) -> RankMemory:
     )
 
 
-def misfit(way: Way, load: Load, room: RankRoom) -> str | None:
+def misfit(candidate: Candidate, load: Load, room: RankRoom) -> str | None:
     """Why a way does not fit, or None when it does."""
-    memory = heaviest(way, load.footprints)
+    memory = heaviest(candidate, load.footprints)
     if memory.device.total_bytes > room.device_bytes:
         worst = max(memory.device.terms, key=lambda term: term.num_bytes)
         return (
             f"needs {format_bytes(memory.device.total_bytes)} of {format_bytes(room.device_bytes)} a rank"
             f"{_on(room.device_node)}, mostly {worst.name}: {format_bytes(worst.num_bytes)} ({worst.reason})"
         )
-    host_bytes = memory.host.total_bytes + memory.first_rank_bytes // min(way.ranks, room.ranks_per_node)
-    if way.device == "cuda" and host_bytes > room.host_bytes:
+    host_bytes = memory.host.total_bytes + memory.first_rank_bytes // min(candidate.ranks, room.ranks_per_node)
+    if candidate.device == "cuda" and host_bytes > room.host_bytes:
         worst = max(memory.host.terms, key=lambda term: term.num_bytes)
         return (
             f"puts {format_bytes(host_bytes)} into host memory, and a rank has {format_bytes(room.host_bytes)} "
@@ -142,26 +142,26 @@ def _on(node: str) -> str:
     return f" on a node of {node}" if node else ""
 
 
-def _tell(refused: Sequence[Way], taken: Way | None, load: Load, room_of: RoomOf) -> list[RejectedWay]:
-    told: list[Way] = []
-    for at, same in groupby(refused, key=lambda way: (way.offload, way.ranks)):
+def _tell(refused: Sequence[Candidate], taken: Candidate | None, load: Load, room_of: RoomOf) -> list[RejectedWay]:
+    told: list[Candidate] = []
+    for at, same in groupby(refused, key=lambda candidate: (candidate.offload, candidate.ranks)):
         group = list(same)
         told += group if taken and at == (taken.offload, taken.ranks) else [leanest(group, load)]
-    return [RejectedWay(way=str(way), reason=misfit(way, load, room_of(way.ranks)) or "") for way in told]
+    return [RejectedWay(way=str(candidate), reason=misfit(candidate, load, room_of(candidate.ranks)) or "") for candidate in told]
 
 
-def _with_rows(way: Way, load: Load, room: RankRoom) -> Way:
+def _with_rows(candidate: Candidate, load: Load, room: RankRoom) -> Candidate:
     """The way with the most rows that fit, spread evenly over the rounds of a step. One row is known to fit."""
-    low, high = 1, max_rows(load.row_tokens, way.ranks, load.tokens_per_step, way.device)
+    low, high = 1, max_rows(load.row_tokens, candidate.ranks, load.tokens_per_step, candidate.device)
     while low < high:
         middle = (low + high + 1) // 2
-        if misfit(replace(way, micro_batch_rows=middle), load, room) is None:
+        if misfit(replace(candidate, micro_batch_rows=middle), load, room) is None:
             low = middle
         else:
             high = middle - 1
-    rounds = accumulation(low, load.row_tokens, way.ranks, load.tokens_per_step)
-    even = math.ceil(load.tokens_per_step / (load.row_tokens * way.ranks * rounds))
-    return replace(way, micro_batch_rows=min(low, even))
+    rounds = accumulation(low, load.row_tokens, candidate.ranks, load.tokens_per_step)
+    even = math.ceil(load.tokens_per_step / (load.row_tokens * candidate.ranks * rounds))
+    return replace(candidate, micro_batch_rows=min(low, even))
 
 
 def _offloads(resources: ResourcesSpec, device: Device) -> tuple[Offload, ...]:

@@ -171,7 +171,7 @@ def machines(cluster: ClusterDescription, resources: ResourcesSpec) -> Machines:
     return found
 
 
-def candidates(cluster: ClusterDescription, resources: ResourcesSpec) -> list[Machines]:
+def node_subsets(cluster: ClusterDescription, resources: ResourcesSpec) -> list[Machines]:
     """The whole cluster, then the parts of it that leave out its poorest nodes.
 
     Ranks are planned for the poorest node, so that one which is not needed may make the rest useless. Poor is what has less

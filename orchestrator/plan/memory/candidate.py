@@ -11,7 +11,7 @@ Stage = Literal[0, 1, 2, 3]
 
 
 @dataclass(frozen=True)
-class Way:
+class Candidate:
     """One way to run a gang: all that a rank's memory depends on besides the model."""
 
     device: Device

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from orchestrator.plan.estimates import MemoryEstimate, MemoryPhase, MemoryTerm
-from orchestrator.plan.memory.candidate import Way
+from orchestrator.plan.memory.candidate import Candidate
 from orchestrator.plan.memory.footprint import Footprint
 from orchestrator.plan.memory.resident import host_terms, shards_of, state_terms, weight_terms
 from orchestrator.plan.memory.transient import phase_terms
@@ -42,18 +42,18 @@ class RankMemory(NamedTuple):
     """Of the host, on the gang's first rank alone: what learns, gathered there to be saved."""
 
 
-def estimate(footprint: Footprint, way: Way) -> RankMemory:
+def estimate(footprint: Footprint, candidate: Candidate) -> RankMemory:
     """The memory of one rank, on its device and on its host."""
-    shards = shards_of(footprint, way)
-    host = host_terms(footprint, way, shards)
-    steady = [*weight_terms(footprint, way), *state_terms(footprint, way, shards.device)]
-    phases = phase_terms(footprint, way, shards.device)
-    if way.device == "cpu":
+    shards = shards_of(footprint, candidate)
+    host = host_terms(footprint, candidate, shards)
+    steady = [*weight_terms(footprint, candidate), *state_terms(footprint, candidate, shards.device)]
+    phases = phase_terms(footprint, candidate, shards.device)
+    if candidate.device == "cpu":
         *there, passing = (term.model_copy(update={"name": f"host: {term.name}"}) for term in host)
         steady += there
         phases["saving"] = [passing]
     held = sum(term.num_bytes for term in steady)
-    if footprint.quantized and way.zero_stage == 3:
+    if footprint.quantized and candidate.zero_stage == 3:
         phases["loading"] = [_loading_term(footprint, held)]
     sizes = {name: sum(term.num_bytes for term in terms) for name, terms in phases.items()}
     ordered = sorted(sizes, key=lambda name: -sizes[name])
@@ -62,7 +62,7 @@ def estimate(footprint: Footprint, way: Way) -> RankMemory:
         name="allocator slack", num_bytes=round(SLACK_SHARE * used), reason=f"{SLACK_SHARE:.0%} of the above", outside=True
     )
     moving = [term.model_copy(update={"moving": True}) for term in phases[ordered[0]]]
-    terms = (*steady, *moving, slack, *_runtime_terms(way))
+    terms = (*steady, *moving, slack, *_runtime_terms(candidate))
     return RankMemory(
         device=MemoryEstimate(
             terms=tuple(term for term in terms if term.num_bytes),
@@ -73,11 +73,11 @@ def estimate(footprint: Footprint, way: Way) -> RankMemory:
     )
 
 
-def _runtime_terms(way: Way) -> list[MemoryTerm]:
-    what = "CUDA context and libraries" if way.device == "cuda" else "interpreter and libraries"
-    terms = [MemoryTerm(name="runtime", num_bytes=RUNTIME_BYTES[way.device], reason=what, outside=True)]
-    if way.ranks > 1:
-        backend = "nccl" if way.device == "cuda" else "gloo"
+def _runtime_terms(candidate: Candidate) -> list[MemoryTerm]:
+    what = "CUDA context and libraries" if candidate.device == "cuda" else "interpreter and libraries"
+    terms = [MemoryTerm(name="runtime", num_bytes=RUNTIME_BYTES[candidate.device], reason=what, outside=True)]
+    if candidate.ranks > 1:
+        backend = "nccl" if candidate.device == "cuda" else "gloo"
         reason = f"{backend} buffers"
         terms.append(MemoryTerm(name="collectives", num_bytes=COLLECTIVES_BYTES[backend], reason=reason, outside=True))
     return terms

@@ -17,7 +17,7 @@ from orchestrator.data import build_set, micro_batches, pack_rows
 from orchestrator.errors import BaseError, PlanError
 from orchestrator.plan import make_plan
 from orchestrator.plan.cost.choices import planned_options
-from orchestrator.plan.memory.candidate import Way
+from orchestrator.plan.memory.candidate import Candidate
 from orchestrator.plan.memory.estimate import estimate
 from orchestrator.plan.memory.footprint import Footprint, weigh
 from orchestrator.plan.placement import num_places
@@ -149,8 +149,8 @@ def used_nodes(found: RunPlan, cluster: ClusterDescription) -> list[NodeDescript
     ]
 
 
-def way_of(execution: ExecutionPlan) -> Way:
-    return Way(
+def way_of(execution: ExecutionPlan) -> Candidate:
+    return Candidate(
         device=execution.device,
         ranks=execution.ranks,
         executor=execution.executor,

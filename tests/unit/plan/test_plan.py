@@ -81,7 +81,7 @@ def test_a_70b_in_16_bit_needs_stage_3_and_says_why(plan: Any, gpus: Any) -> Non
     assert found.num_gangs * found.execution.ranks == 32
     refused = {rejected.way: rejected.reason for rejected in found.rejected}
     assert "frozen weights: 131.4 GiB" in refused[f"{found.execution.ranks} ranks, ZeRO-2"]
-    assert any(way.startswith("1 rank") for way in refused)
+    assert any(candidate.startswith("1 rank") for candidate in refused)
 
 
 def test_a_merged_model_larger_than_a_gpu_is_verified_on_the_cpu_and_the_plan_says_so(plan: Any, gpus: Any) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from orchestrator.anatomy import ModelAnatomy, read_anatomy, select
 from orchestrator.plan.ladder import Load, RankRoom, misfit
-from orchestrator.plan.memory.candidate import Way
+from orchestrator.plan.memory.candidate import Candidate
 from orchestrator.plan.memory.estimate import estimate
 from orchestrator.plan.memory.footprint import weigh
 from orchestrator.units import GIB
@@ -99,8 +99,8 @@ def anatomy(tmp_path: Path):
     return read
 
 
-def way_of(run: Run) -> Way:
-    return Way(
+def way_of(run: Run) -> Candidate:
+    return Candidate(
         device="cuda",
         ranks=run.ranks,
         executor="torch" if run.ranks == 1 and not run.zero_stage else "deepspeed",
