@@ -17,7 +17,7 @@ from orchestrator.anatomy.values import TensorInfo
 from orchestrator.errors import BaseError
 from orchestrator.units import format_bytes
 
-LONGEST_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 LFS_POINTER = b"version https://git-lfs"
@@ -61,7 +61,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def _check_length(path: Path, length: int, size: int) -> None:
-    if length > LONGEST_HEADER_BYTES:
+    if length > MAX_HEADER_BYTES:
         raise BaseError(
             f"not a safetensors file: its first eight bytes announce a header of {length} bytes",
             where=str(path),

@@ -7,12 +7,11 @@ from typing import Literal
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, select
 from orchestrator.errors import BaseError, PlanError
-from orchestrator.plan import schedule as few
-from orchestrator.plan import schedule as steps
+from orchestrator.plan import schedule
 from orchestrator.plan.cost import estimate as cost
 from orchestrator.plan.cost.duration import planned_duration
 from orchestrator.plan.estimates import MemoryEstimate
-from orchestrator.plan.explain import rate_note, with_remarks
+from orchestrator.plan.explain import rate_note, with_explanations
 from orchestrator.plan.fusing import concurrent_trials, most_fused
 from orchestrator.plan.gangs import (
     Arrangement,
@@ -28,12 +27,12 @@ from orchestrator.plan.ladder import Load
 from orchestrator.plan.measurements import with_compiling, with_probe, with_scores, with_shift
 from orchestrator.plan.memory.candidate import Candidate
 from orchestrator.plan.memory.estimate import estimate
-from orchestrator.plan.memory.footprint import Footprint, weigh, with_anchor
+from orchestrator.plan.memory.footprint import Footprint, make_footprint, with_anchor
 from orchestrator.plan.memory.quantized import NF4_BLOCK
 from orchestrator.plan.placement import Machines, node_subsets
-from orchestrator.plan.remedies import held_product, remedies_of_train
+from orchestrator.plan.remedies import product_anchor, remedies_of_train
 from orchestrator.plan.schedule import curve_shares
-from orchestrator.plan.search_space import Choice, planned_points, search_choices, told_at
+from orchestrator.plan.search_space import Choice, located_at, planned_points, search_choices
 from orchestrator.plan.trunk import plan_trunk
 from orchestrator.plan.values import ClusterDescription, DataSize, RunPlan, SearchPlan, TrialOption
 from orchestrator.spec import LoadedSpec, require_section
@@ -52,7 +51,7 @@ def make_plan(
     job: Literal["sweep", "finetune"],
     spec_sha256: str,
     scores: LayerScores | None = None,
-    resize: Callable[[steps.StepSize], DataSize] | None = None,
+    resize: Callable[[schedule.StepSize], DataSize] | None = None,
 ) -> RunPlan:
     """Decide everything before anything runs.
 
@@ -78,7 +77,7 @@ def make_plan(
         return _plan_on(found, loaded, anatomy, data, cluster, choices, job=job, spec_sha256=spec_sha256, scores=scores)
 
     plan = with_scores(_cheapest_plan(on, [whole, *parts]), spec, anatomy, scores)
-    filling = steps.filling_step(spec, data, plan.execution.ranks) if resize is not None else None
+    filling = schedule.filling_step(spec, data, plan.execution.ranks) if resize is not None else None
     if resize is None or filling is None:
         return plan
     return make_plan(loaded, anatomy, resize(filling), cluster, job=job, spec_sha256=spec_sha256, scores=scores)
@@ -116,19 +115,19 @@ def _plan_on(
     spec_sha256: str,
     scores: LayerScores | None,
 ) -> RunPlan:
-    spec, held = loaded.spec, held_product(choice.remedies for choice in choices)
+    spec, held = loaded.spec, product_anchor(choice.remedies for choice in choices)
     load = Load(
-        footprints=tuple(_weigh(spec, anatomy, data, choice.selection, choice.remedies.anchor) for choice in choices),
-        row_tokens=steps.row_tokens(spec, anatomy, data),
-        tokens_per_step=steps.tokens_per_step(spec, data),
+        footprints=tuple(_footprint(spec, anatomy, data, choice.selection, choice.remedies.anchor) for choice in choices),
+        row_tokens=schedule.row_tokens(spec, anatomy, data),
+        tokens_per_step=schedule.tokens_per_step(spec, data),
         whole_adapters=held is not None,
     )
     num_trials = spec.search.num_trials if job == "sweep" and spec.search is not None else 1
-    untouched, head = (_weigh(spec, anatomy, data, _control(policy, spec, anatomy, data)) for policy in ("none", "head"))
+    untouched, head = (_footprint(spec, anatomy, data, _control(policy, spec, anatomy, data)) for policy in ("none", "head"))
     gangs = arrange(head, found, loaded, load, num_trials, held=held, job=job)
     refit = refit_candidate(found, spec, load, gangs)
     options, room = _options(choices, load.footprints, gangs.candidate), found.room(gangs.candidate.ranks, gangs.num_gangs)
-    pack, fused = steps.packs(spec), _most_fused(spec, anatomy, choices, load, gangs, found)
+    pack, fused = schedule.packs(spec), _most_fused(spec, anatomy, choices, load, gangs, found)
     plan = RunPlan(
         name=spec.name,
         spec_sha256=spec_sha256,
@@ -142,8 +141,8 @@ def _plan_on(
         base_memory=estimate(untouched, gangs.candidate).device,
         search=_search_plan(spec, anatomy, data, options, gangs, fused) if job == "sweep" else None,
         finetune=options[0] if job == "finetune" else None,
-        total_steps=steps.total_steps(spec, data),
-        total_tokens=steps.total_tokens(spec, data),
+        total_steps=schedule.total_steps(spec, data),
+        total_tokens=schedule.total_tokens(spec, data),
         disk_bytes=0,
         gpu_hours=None,
         reasons=(),
@@ -156,7 +155,7 @@ def _plan_on(
     trunk, reason = plan_trunk(plan, spec, anatomy, cost.rate_of(found))
     plan = _with_costs(plan.model_copy(update={"trunk": trunk}), anatomy, found, spec, loaded.defaulted)
     _check_gpu_hours(plan, spec)
-    plan = with_remarks(plan.model_copy(update={"notes": (*plan.notes, reason)}), spec, anatomy, found, cluster)
+    plan = with_explanations(plan.model_copy(update={"notes": (*plan.notes, reason)}), spec, anatomy, found, cluster)
     plan = with_compiling(plan, spec, anatomy)
     return with_shift(with_probe(plan, spec, anatomy, gangs.candidate, room, are_scored=scores is not None), anatomy)
 
@@ -188,7 +187,7 @@ def _choices(loaded: LoadedSpec, anatomy: ModelAnatomy, data: DataSize, job: Lit
     asked = loaded.spec.finetune
     assert asked is not None, "the section was required"
     lora_rank = asked.lora_rank if asked.tune == "lora" else None
-    with told_at(loaded.where("finetune.layers")):
+    with located_at(loaded.where("finetune.layers")):
         selection = select(anatomy, asked.layers, asked.tune, lora_rank, task=loaded.spec.task, num_classes=data.num_classes)
     return [Choice(selection, (asked.learning_rate, asked.learning_rate), remedies_of_train(loaded.spec.train, asked.tune))]
 
@@ -197,11 +196,13 @@ def _control(policy: str, spec: JobSpec, anatomy: ModelAnatomy, data: DataSize) 
     return select(anatomy, policy, "full", None, task=spec.task, num_classes=data.num_classes)
 
 
-def _weigh(
+def _footprint(
     spec: JobSpec, anatomy: ModelAnatomy, data: DataSize, selection: LayerSelection, anchor: AnchorPlan | None = None
 ) -> Footprint:
     element_bytes = 2 if spec.train.dtype == "bfloat16" else 4
-    return with_anchor(weigh(anatomy, selection, spec.base.quantize, element_bytes, num_classes=data.num_classes), anchor)
+    return with_anchor(
+        make_footprint(anatomy, selection, spec.base.quantize, element_bytes, num_classes=data.num_classes), anchor
+    )
 
 
 def _options(choices: Sequence[Choice], footprints: Sequence[Footprint], candidate: Candidate) -> tuple[TrialOption, ...]:
@@ -242,22 +243,22 @@ def _search_plan(
     gangs: Arrangement,
     max_fused: int,
 ) -> SearchPlan:
-    search, total_steps = spec.search, steps.total_steps(spec, data)
+    search, total_steps = spec.search, schedule.total_steps(spec, data)
     assert search is not None
     return SearchPlan(
         options=options,
         num_trials=search.num_trials,
         algorithm=search.algorithm,
         scheduler=search.scheduler,
-        rung_steps=few.search_rungs(search, data, total_steps),
+        rung_steps=schedule.search_rungs(search, data, total_steps),
         total_steps=total_steps,
-        reduction_factor=steps.REDUCTION_FACTOR,
-        patience=few.patience(search, data),
+        reduction_factor=schedule.REDUCTION_FACTOR,
+        patience=schedule.patience(search, data),
         concurrent_trials=concurrent_trials(search.num_trials, gangs.num_gangs, max_fused),
         max_fused=max_fused,
         controls=search.controls,
         curve_shares=curve_shares(data.train_documents) if search.learning_curve else (),
-        repeats=few.num_repeats(search, data),
+        repeats=schedule.num_repeats(search, data),
         points=planned_points(spec, anatomy, data.num_classes),
     )
 

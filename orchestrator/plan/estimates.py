@@ -15,7 +15,7 @@ class FlopTerm(Value):
     reason: str
 
 
-class Part(Value):
+class CostItem(Value):
     """A part of the run's operations, or of its disk."""
 
     name: str
@@ -77,7 +77,7 @@ class CostEstimate(Value):
 
     rate: Rate
     options: tuple[OptionCost, ...]
-    operations: tuple[Part, ...]
+    operations: tuple[CostItem, ...]
     """Of the run as it is expected to go, with early stopping."""
     operations_without_stopping: float
     """Of the run with every trial trained to its whole budget."""
@@ -99,7 +99,7 @@ class CostEstimate(Value):
     price: float | None = None
     """`gpu_hours` at that price; GPUs that stand idle are not in it."""
     price_without_stopping: float | None = None
-    disk: tuple[Part, ...] = ()
+    disk: tuple[CostItem, ...] = ()
     disk_bytes: int = 0
     checkpoint_bytes: int = 0
     """One checkpoint of the largest choice: what it learned, with masters and moments."""
@@ -108,7 +108,7 @@ class CostEstimate(Value):
     """Tokenised data."""
 
 
-class NodePlaces(Value):
+class NodeSlots(Value):
     """What stands on the nodes of one kind."""
 
     node: str
@@ -131,7 +131,7 @@ class Placement(Value):
     num_gangs: int
     num_spanning: int
     """Gangs that lie over several nodes."""
-    nodes: tuple[NodePlaces, ...]
+    nodes: tuple[NodeSlots, ...]
     sentences: tuple[str, ...]
     """Where gangs stand; what is left over, and why."""
 

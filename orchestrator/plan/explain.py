@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 from orchestrator.anatomy.values import ModelAnatomy
 from orchestrator.plan.cost.choices import planned_options
-from orchestrator.plan.data_size import auto_tokens_per_step, few_steps_sentence, more_steps
+from orchestrator.plan.data_size import auto_tokens_per_step, more_steps, too_few_steps_warning
 from orchestrator.plan.estimates import MemoryEstimate, Rate
 from orchestrator.plan.memory.estimate import RESIDENT_SHARE
 from orchestrator.plan.placement import Machines, idle_gpus
-from orchestrator.plan.remedies import left_out
-from orchestrator.plan.schedule import accumulation, share_beyond, too_few_documents
+from orchestrator.plan.remedies import tunes_without_anchor
+from orchestrator.plan.schedule import accumulation, surviving_share, too_few_documents
 from orchestrator.plan.schedule import tokens_per_step as planned_tokens_per_step
 from orchestrator.plan.values import ClusterDescription, RunPlan, SearchPlan, TrialOption
 from orchestrator.spec.models import AnchorSpec, JobSpec
@@ -21,7 +21,9 @@ from orchestrator.work.execution import ExecutionPlan
 from orchestrator.work.remedies import Remedies
 
 
-def with_remarks(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, found: Machines, cluster: ClusterDescription) -> RunPlan:
+def with_explanations(
+    plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, found: Machines, cluster: ClusterDescription
+) -> RunPlan:
     """The plan with reasons and warnings, and more notes."""
     return plan.model_copy(
         update={
@@ -99,7 +101,7 @@ def trials_within(plan: RunPlan, gpu_hours: float) -> int:
 
 def _anchor_notes(plan: RunPlan, spec: JobSpec) -> Iterator[str]:
     if plan.search is not None and spec.search is not None and isinstance(spec.train.anchor, AnchorSpec):
-        for tune in left_out(spec.search, spec.train):
+        for tune in tunes_without_anchor(spec.search, spec.train):
             yield f"the anchor {spec.train.anchor.kind} of train is left out of {tune} trials"
 
 
@@ -128,7 +130,7 @@ def _notes(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDescri
 
 def _few_steps(plan: RunPlan, spec: JobSpec) -> Iterator[str]:
     """Too few steps to learn from are the commonest reason why nothing was learned."""
-    data, said = plan.data, few_steps_sentence(plan.total_steps)
+    data, said = plan.data, too_few_steps_warning(plan.total_steps)
     if said:
         mean = math.ceil(data.train_tokens / max(1, data.train_documents))
         longest = data.longest_document_tokens if data.exact else mean
@@ -190,7 +192,7 @@ def derivations(plan: RunPlan, spec: JobSpec) -> tuple[str, ...]:
     if plan.search is None:
         return tuple(lines)
     last = plan.search.rung_steps[-1]
-    lines += [*_few_lines(plan, plan.search), _rungs_line(plan.search)]
+    lines += [*_few_examples_lines(plan, plan.search), _rungs_line(plan.search)]
     if last < plan.total_steps:
         again = batch_line(plan.refit_execution, tokens_per_step, replay)
         lines.append(f"the winner is trained again to {plan.total_steps} steps: {again}")
@@ -211,7 +213,7 @@ def _auto_line(plan: RunPlan, tokens_per_step: int) -> str:
     )
 
 
-def _few_lines(plan: RunPlan, search: SearchPlan) -> list[str]:
+def _few_examples_lines(plan: RunPlan, search: SearchPlan) -> list[str]:
     """`360 documents: the winner is trained from 5 seeds, early stopping at 8 points`."""
     said = [f"the winner is trained from {search.repeats} seeds"] if search.repeats > 1 else []
     if search.patience is not None and len(search.rung_steps) > search.patience:
@@ -224,7 +226,9 @@ def _rungs_line(search: SearchPlan) -> str:
     listed = ", ".join(map(str, steps))
     if search.patience is None or len(steps) == 1:
         return f"trials are compared after {listed} steps" + (f"; {going_on}" if len(steps) > 1 else "")
-    compared = [str(step) for rung, step in enumerate(steps[:-1]) if share_beyond(search, rung + 1) < share_beyond(search, rung)]
+    compared = [
+        str(step) for rung, step in enumerate(steps[:-1]) if surviving_share(search, rung + 1) < surviving_share(search, rung)
+    ]
     return (
         f"trials are scored after {listed} steps and judged by their best; {going_on} after {' and '.join(compared)}, and a "
         f"trial ends when its held-out loss has not improved for {search.patience} of them"
@@ -259,8 +263,8 @@ def plan_lines(plan: RunPlan) -> list[str]:
         f"  gangs       {plan.num_gangs} of {_count(execution.ranks, 'rank')} on {execution.device}, "
         f"{_count(execution.threads_per_rank, 'thread')} a rank",
         *(f"  placement   {line}" for line in (plan.placement.sentences if plan.placement is not None else ())),
-        f"  execution   {way_line(execution)}",
-        f"  refit       {way_line(plan.refit_execution)}",
+        f"  execution   {execution_line(execution)}",
+        f"  refit       {execution_line(plan.refit_execution)}",
     ]
     if plan.search is not None:
         search = plan.search
@@ -280,7 +284,7 @@ def plan_lines(plan: RunPlan) -> list[str]:
     return lines + [f"  note        {note}" for note in plan.notes]
 
 
-def way_line(execution: ExecutionPlan) -> str:
+def execution_line(execution: ExecutionPlan) -> str:
     """`deepspeed ZeRO-2 · 2 ranks · checkpointing · bfloat16`."""
     parts = [
         "torch" if execution.executor == "torch" else f"deepspeed ZeRO-{execution.zero_stage}",

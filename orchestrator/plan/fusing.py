@@ -7,14 +7,14 @@ from dataclasses import replace
 from typing import Literal
 
 from orchestrator.anatomy.values import ModelAnatomy
-from orchestrator.plan.ladder import Load, misfit
+from orchestrator.plan.ladder import Load, shortage
 from orchestrator.plan.memory.candidate import Candidate
 from orchestrator.plan.memory.footprint import Footprint
 from orchestrator.plan.placement import TRIALS_PER_GANG, RankRoom
 from orchestrator.work.assignment import Assignment
 from orchestrator.work.execution import ExecutionPlan
 
-MOST = 8
+MAX_FUSED = 8
 FULL_TOKENS = {"cpu": 1024, "cuda": 16384}
 """Tokens in flight beyond which a wider batch gains nothing. On a core: measured on a base of 7 million parameters, a step
 in a batch of 8 takes 0.54 of its time alone at 108 tokens, 0.76 at 417 and 1.0 from 751 up (`scripts/bench sweep fused`). On a
@@ -43,12 +43,14 @@ def most_fused(
     """
     if not footprints or candidate.executor != "torch":
         return 1
-    most = min(MOST, FULL_TOKENS[candidate.device] // candidate.micro_batch_tokens) // num_kinds if asked == "auto" else asked
+    most = (
+        min(MAX_FUSED, FULL_TOKENS[candidate.device] // candidate.micro_batch_tokens) // num_kinds if asked == "auto" else asked
+    )
     width = 1
     while 2 * width <= most:
         wider = replace(candidate, micro_batch_rows=2 * width * candidate.micro_batch_rows)
         held = tuple(replace(footprint, learning_counts=footprint.learning_counts * 2 * width) for footprint in footprints)
-        if misfit(wider, replace(load, footprints=held), room) is not None:
+        if shortage(wider, replace(load, footprints=held), room) is not None:
             break
         width *= 2
     return width

@@ -8,10 +8,10 @@ from typing import Literal
 
 from orchestrator.anatomy import ModelAnatomy, select_everything
 from orchestrator.errors import PlanError
-from orchestrator.plan.ladder import OFFLOADING_STAGE, Load, RankRoom, RoomOf, candidates, cheapest, heaviest, misfit
+from orchestrator.plan.ladder import OFFLOADING_STAGE, Load, RankRoom, RoomOf, candidates, cheapest, heaviest, shortage
 from orchestrator.plan.memory.candidate import Candidate, Device
 from orchestrator.plan.memory.estimate import estimate
-from orchestrator.plan.memory.footprint import Footprint, weigh
+from orchestrator.plan.memory.footprint import Footprint, make_footprint
 from orchestrator.plan.placement import Machines
 from orchestrator.plan.remedies import no_whole_adapters
 from orchestrator.plan.values import RejectedWay, RunPlan
@@ -226,7 +226,7 @@ def _nothing_fits(found: Machines, spec: JobSpec, load: Load, counts: Sequence[i
         remedies.append("resources.zero and resources.offload: auto")
     return PlanError(
         f"nothing fits on {found.num_units} {found.unit}{'s' if found.num_units > 1 else ''}; "
-        f"the smallest configuration ({candidate}) {misfit(candidate, load, room_of(candidate.ranks))}",
+        f"the smallest configuration ({candidate}) {shortage(candidate, load, room_of(candidate.ranks))}",
         where="resources",
         remedy="; ".join(remedies),
     )
@@ -253,7 +253,7 @@ def _device_remedies(found: Machines, spec: JobSpec, load: Load, candidate: Cand
 
 def head_warnings(head: Footprint, candidate: Candidate, load: Load, room: RankRoom) -> tuple[str, ...]:
     """What to hear where the control `head` fits in no way that its gang can come down to."""
-    reason = misfit(_smallest(candidate), replace(load, footprints=(head,)), room)
+    reason = shortage(_smallest(candidate), replace(load, footprints=(head,)), room)
     said = "the control `head` will run out of memory, and trials will be compared with the base model only"
     return () if reason is None else (f"{said}: it {reason}",)
 
@@ -267,8 +267,8 @@ def with_scratch(
         return plan
     selection = select_everything(anatomy, task=plan.base.task, num_classes=plan.base.num_classes)
     element_bytes = 2 if plan.execution.dtype == "bfloat16" else 4
-    footprint = weigh(anatomy, selection, spec.base.quantize, element_bytes, num_classes=plan.base.num_classes)
-    reason = misfit(_smallest(candidate), replace(load, footprints=(footprint,)), room)
+    footprint = make_footprint(anatomy, selection, spec.base.quantize, element_bytes, num_classes=plan.base.num_classes)
+    reason = shortage(_smallest(candidate), replace(load, footprints=(footprint,)), room)
     if candidate.executor == "deepspeed" and candidate.zero_stage == 3:
         reason = "it cannot be initialised where each rank holds only a shard of the base (ZeRO-3)"
     if reason is not None:

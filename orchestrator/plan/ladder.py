@@ -97,7 +97,7 @@ def cheapest(candidates: Iterable[Candidate], load: Load, room_of: RoomOf) -> tu
     """
     refused: list[Candidate] = []
     for candidate in candidates:
-        if misfit(candidate, load, room_of(candidate.ranks)) is None:
+        if shortage(candidate, load, room_of(candidate.ranks)) is None:
             return _with_rows(candidate, load, room_of(candidate.ranks)), _tell(refused, candidate, load, room_of)
         refused.append(candidate)
     return None, _tell(refused, None, load, room_of)
@@ -118,7 +118,7 @@ def heaviest(candidate: Candidate, footprints: Sequence[Footprint]) -> RankMemor
     )
 
 
-def misfit(candidate: Candidate, load: Load, room: RankRoom) -> str | None:
+def shortage(candidate: Candidate, load: Load, room: RankRoom) -> str | None:
     """Why a way does not fit, or None when it does."""
     memory = heaviest(candidate, load.footprints)
     if memory.device.total_bytes > room.device_bytes:
@@ -147,7 +147,9 @@ def _tell(refused: Sequence[Candidate], taken: Candidate | None, load: Load, roo
     for at, same in groupby(refused, key=lambda candidate: (candidate.offload, candidate.ranks)):
         group = list(same)
         told += group if taken and at == (taken.offload, taken.ranks) else [leanest(group, load)]
-    return [RejectedWay(way=str(candidate), reason=misfit(candidate, load, room_of(candidate.ranks)) or "") for candidate in told]
+    return [
+        RejectedWay(way=str(candidate), reason=shortage(candidate, load, room_of(candidate.ranks)) or "") for candidate in told
+    ]
 
 
 def _with_rows(candidate: Candidate, load: Load, room: RankRoom) -> Candidate:
@@ -155,7 +157,7 @@ def _with_rows(candidate: Candidate, load: Load, room: RankRoom) -> Candidate:
     low, high = 1, max_rows(load.row_tokens, candidate.ranks, load.tokens_per_step, candidate.device)
     while low < high:
         middle = (low + high + 1) // 2
-        if misfit(replace(candidate, micro_batch_rows=middle), load, room) is None:
+        if shortage(replace(candidate, micro_batch_rows=middle), load, room) is None:
             low = middle
         else:
             high = middle - 1

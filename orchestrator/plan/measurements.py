@@ -21,7 +21,7 @@ from orchestrator.plan.fusing import concurrent_trials
 from orchestrator.plan.ladder import RankRoom
 from orchestrator.plan.memory.candidate import Candidate
 from orchestrator.plan.memory.estimate import estimate
-from orchestrator.plan.memory.footprint import weigh
+from orchestrator.plan.memory.footprint import make_footprint
 from orchestrator.plan.trunk import plan_trunk
 from orchestrator.plan.values import RunPlan, TrialOption
 from orchestrator.spec.models import JobSpec
@@ -252,7 +252,7 @@ def _fits(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, alone: Candidate,
     """
     element_bytes = 2 if spec.train.dtype == "bfloat16" else 4
     learning = _learning(plan, anatomy, floor)
-    footprint = weigh(anatomy, learning, spec.base.quantize, element_bytes, num_classes=plan.data.num_classes)
+    footprint = make_footprint(anatomy, learning, spec.base.quantize, element_bytes, num_classes=plan.data.num_classes)
     spared = NOT_HELD | {"trainable weights"} if spec.base.quantize != "none" else NOT_HELD
     needed = (term.num_bytes for term in estimate(footprint, alone).device.terms if term.name not in spared)
     return sum(needed) <= room.device_bytes

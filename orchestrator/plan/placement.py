@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from orchestrator.errors import PlanError
-from orchestrator.plan.estimates import NodePlaces, Placement
+from orchestrator.plan.estimates import NodeSlots, Placement
 from orchestrator.plan.ladder import RankRoom
 from orchestrator.plan.memory.candidate import Device
 from orchestrator.plan.values import ClusterDescription, NodeDescription
@@ -27,7 +27,7 @@ FEW_NODES = 8
 """Up to so many, gangs over any number of nodes are tried; beyond, over powers of two."""
 MAX_GANG_RANKS = 2**14
 """No gang is planned larger unless it is asked for."""
-MOST_THREADS = 2**16
+MAX_THREADS = 2**16
 MAX_GPU_RANK_THREADS = 8
 """A rank's CPU work beside a GPU is data and launches: more threads gain nothing."""
 
@@ -50,7 +50,7 @@ class Machines:
         return "GPU" if self.device == "cuda" else "core"
 
     def units_of(self, node: NodeDescription) -> int:
-        return num_places(node, self.device)
+        return num_slots(node, self.device)
 
     @property
     def units_per_node(self) -> int:
@@ -87,7 +87,7 @@ class Machines:
 
     def threads(self, num_ranks: int) -> int:
         """Threads of each rank when `num_ranks` run at once: its part of the cores, and no more than the environment allows."""
-        return min(self.threads_of_cores(num_ranks), self.max_threads or MOST_THREADS)
+        return min(self.threads_of_cores(num_ranks), self.max_threads or MAX_THREADS)
 
     def threads_of_cores(self, num_ranks: int) -> int:
         """As `threads`, whatever the environment says."""
@@ -131,7 +131,7 @@ class Machines:
         return sum(price * gpus for price, gpus in paid) / sum(gpus for _, gpus in paid) if len(paid) == len(self.nodes) else None
 
 
-def num_places(node: NodeDescription, device: Device) -> int:
+def num_slots(node: NodeDescription, device: Device) -> int:
     """Ranks that Ray can place on one node: each with a GPU takes some CPU too, and its trials a little."""
     if device == "cpu":
         return node.num_cpus
@@ -156,7 +156,7 @@ def machines(cluster: ClusterDescription, resources: ResourcesSpec) -> Machines:
             remedy="resources.accelerator: auto, or a cluster with GPUs",
         )
     device: Device = "cuda" if wants_gpu else "cpu"
-    nodes = tuple(node for node in cluster.nodes if num_places(node, device))
+    nodes = tuple(node for node in cluster.nodes if num_slots(node, device))
     if not nodes:
         raise PlanError(
             f"no rank can be placed: the cluster has {cluster.num_gpus} GPUs and {cluster.num_cpus} CPUs",
@@ -164,7 +164,7 @@ def machines(cluster: ClusterDescription, resources: ResourcesSpec) -> Machines:
             expected=f"{GPU_RANK_CPUS} CPUs of a node's own for each rank on its GPUs" if wants_gpu else "a CPU for each rank",
             remedy="start Ray's nodes with their CPUs (--num-cpus)",
         )
-    total = sum(node.count * num_places(node, device) for node in nodes)
+    total = sum(node.count * num_slots(node, device) for node in nodes)
     num_units = min(total, resources.max_gpus or total)
     found = Machines(device=device, nodes=nodes, num_units=num_units, max_threads=cluster.max_threads)
     _check_asked_ranks(found, resources, total, cluster)
@@ -206,7 +206,7 @@ def node_subsets(cluster: ClusterDescription, resources: ResourcesSpec) -> list[
 
 def idle_gpus(cluster: ClusterDescription) -> int:
     """GPUs that no rank can use, for their nodes have too few CPUs."""
-    return sum(node.count * (node.num_gpus - num_places(node, "cuda")) for node in cluster.nodes)
+    return sum(node.count * (node.num_gpus - num_slots(node, "cuda")) for node in cluster.nodes)
 
 
 def _check_asked_ranks(found: Machines, resources: ResourcesSpec, total: int, cluster: ClusterDescription) -> None:
@@ -236,7 +236,7 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-class Stands(NamedTuple):
+class GangGroup(NamedTuple):
     """Gangs that stand alike."""
 
     times: int
@@ -244,7 +244,7 @@ class Stands(NamedTuple):
     """(kind of node, ranks on it) for every node of one such gang, rising."""
 
 
-def lay_out(kinds: Sequence[tuple[int, int]], ranks: int) -> list[Stands]:
+def assign_gangs(kinds: Sequence[tuple[int, int]], ranks: int) -> list[GangGroup]:
     """Every gang of `ranks` that there is room for. What it takes does not grow with the nodes of a kind.
 
     Nodes that hold a gang take as many as they can; what remains of them is left over. Smaller nodes are taken whole,
@@ -255,7 +255,9 @@ def lay_out(kinds: Sequence[tuple[int, int]], ranks: int) -> list[Stands]:
         kinds: (nodes, ranks that each has room for) for each kind of node.
     """
     gangs = [
-        Stands(count * (each // ranks), ((kind, ranks),)) for kind, (count, each) in enumerate(kinds) if count and each >= ranks
+        GangGroup(count * (each // ranks), ((kind, ranks),))
+        for kind, (count, each) in enumerate(kinds)
+        if count and each >= ranks
     ]
     free = {kind: count for kind, (count, each) in enumerate(kinds) if count and 0 < each < ranks}
     order = sorted(free, key=lambda kind: (-kinds[kind][1], kind))
@@ -272,14 +274,14 @@ def lay_out(kinds: Sequence[tuple[int, int]], ranks: int) -> list[Stands]:
             stood.append((rest, missing))
             whole[rest] += 1
         times = min(free[kind] // count for kind, count in whole.items() if count)
-        gangs.append(Stands(times, tuple(sorted(stood))))
+        gangs.append(GangGroup(times, tuple(sorted(stood))))
         free = {kind: count - times * whole[kind] for kind, count in free.items()}
     return gangs
 
 
 def count_gangs(kinds: Sequence[tuple[int, int]], ranks: int) -> int:
     """How many gangs of `ranks` there is room for."""
-    return sum(stands.times for stands in lay_out(kinds, ranks))
+    return sum(stands.times for stands in assign_gangs(kinds, ranks))
 
 
 def placement(kinds: Sequence[tuple[str, int, int]], ranks: int, num_gangs: int, *, unit: str, bound: str = "") -> Placement:
@@ -289,14 +291,14 @@ def placement(kinds: Sequence[tuple[str, int, int]], ranks: int, num_gangs: int,
         kinds: (description, nodes, places of a node) for each kind of node.
         bound: Why there are no more gangs, where there is room for more.
     """
-    room = lay_out([(count, each) for _, count, each in kinds], ranks)
+    room = assign_gangs([(count, each) for _, count, each in kinds], ranks)
     gangs = _first(room, num_gangs)
     inside, spanning = Counter[int](), Counter[int]()
     for times, nodes_of_one in gangs:
         for kind, held in nodes_of_one:
             (inside if len(nodes_of_one) == 1 else spanning)[kind] += times * held
     nodes = tuple(
-        NodePlaces(
+        NodeSlots(
             node=name,
             count=count,
             gangs_inside=inside[index] // ranks,
@@ -320,8 +322,8 @@ def placement(kinds: Sequence[tuple[str, int, int]], ranks: int, num_gangs: int,
     )
 
 
-def _first(room: Sequence[Stands], num_gangs: int) -> list[Stands]:
-    taken: list[Stands] = []
+def _first(room: Sequence[GangGroup], num_gangs: int) -> list[GangGroup]:
+    taken: list[GangGroup] = []
     for stands in room:
         times = min(stands.times, num_gangs)
         num_gangs -= times
@@ -330,7 +332,7 @@ def _first(room: Sequence[Stands], num_gangs: int) -> list[Stands]:
     return taken
 
 
-def _where(gangs: Sequence[Stands], ranks: int, num_nodes: int, unit: str) -> str:
+def _where(gangs: Sequence[GangGroup], ranks: int, num_nodes: int, unit: str) -> str:
     """`4 gangs of 8 GPUs, each inside one node`."""
     count = sum(stands.times for stands in gangs)
     said = f"{count} gang{'s' if count != 1 else ''} of {ranks} {unit}{'s' if ranks != 1 else ''}"

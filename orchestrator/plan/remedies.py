@@ -16,21 +16,21 @@ FISHER_DOCUMENTS = 64
 """Retention documents that EWC takes at most: with one backward pass for each, a few steps' work."""
 
 
-def fits(anchor: Anchor | AnchorPlan | None, tune: Tune) -> bool:
+def anchor_fits(anchor: Anchor | AnchorPlan | None, tune: Tune) -> bool:
     """`product` is of adapters, the other anchors are of unfrozen weights."""
     return not isinstance(anchor, AnchorSpec | AnchorPlan) or (anchor.kind == "product") == (tune == "lora")
 
 
 def remedies_of_train(train: TrainSpec, tune: Tune) -> Remedies:
     """Of a job with one trial; an anchor that does not fit its way of tuning, which the spec refuses, is left out."""
-    anchor = train.anchor if fits(train.anchor, tune) else "none"
+    anchor = train.anchor if anchor_fits(train.anchor, tune) else "none"
     return Remedies(replay=train.replay, anchor=_planned(anchor), layer_decay=train.layer_decay)
 
 
 def searched_remedies(search: SearchSpec, train: TrainSpec, tune: Tune) -> list[Remedies]:
     """Every combination that fits a way of tuning, without what comes to the same. Where no anchor that is asked for fits,
     there is none."""
-    anchors: Sequence[Anchor] = [anchor for anchor in search.anchor or (train.anchor,) if fits(anchor, tune)] or ["none"]
+    anchors: Sequence[Anchor] = [anchor for anchor in search.anchor or (train.anchor,) if anchor_fits(anchor, tune)] or ["none"]
     combined = itertools.product(search.replay or (train.replay,), anchors, search.layer_decay or (train.layer_decay,))
     found = (Remedies(replay=replay, anchor=_planned(anchor), layer_decay=decay) for replay, anchor, decay in combined)
     return list(dict.fromkeys(found))
@@ -38,7 +38,7 @@ def searched_remedies(search: SearchSpec, train: TrainSpec, tune: Tune) -> list[
 
 def remedies_of_point(point: SearchPoint, train: TrainSpec) -> Remedies:
     """Of a trial of a fixed list; an anchor of `train` that does not fit its way of tuning is left out."""
-    anchor = point.anchor if point.anchor is not None else train.anchor if fits(train.anchor, point.tune) else "none"
+    anchor = point.anchor if point.anchor is not None else train.anchor if anchor_fits(train.anchor, point.tune) else "none"
     return Remedies(
         replay=train.replay if point.replay is None else point.replay,
         anchor=_planned(anchor),
@@ -46,12 +46,12 @@ def remedies_of_point(point: SearchPoint, train: TrainSpec) -> Remedies:
     )
 
 
-def left_out(search: SearchSpec, train: TrainSpec) -> list[Tune]:
+def tunes_without_anchor(search: SearchSpec, train: TrainSpec) -> list[Tune]:
     """The ways of tuning whose trials would have the anchor of `train`, if it fitted them."""
     if search.anchor or _planned(train.anchor) is None:
         return []
     taking: Sequence[Tune] = [point.tune for point in search.points if point.anchor is None] if search.points else search.tune
-    return [tune for tune in dict.fromkeys(taking) if not fits(train.anchor, tune)]
+    return [tune for tune in dict.fromkeys(taking) if not anchor_fits(train.anchor, tune)]
 
 
 def _planned(anchor: Anchor) -> AnchorPlan | None:
@@ -87,22 +87,22 @@ def _all_remedies(spec: JobSpec) -> list[Remedies]:
     return found + [remedies for tune in search.tune for remedies in searched_remedies(search, train, tune)]
 
 
-def held_product(choices: Iterable[Remedies]) -> AnchorPlan | None:
+def product_anchor(choices: Iterable[Remedies]) -> AnchorPlan | None:
     """The first anchor on products of adapters, which DeepSpeed lays in parts: see `Load.whole_adapters`."""
     return next((remedies.anchor for remedies in choices if remedies.anchor and remedies.anchor.kind == "product"), None)
 
 
-def no_whole_adapters(held: AnchorPlan, loaded: LoadedSpec, job: Literal["sweep", "finetune"], misfit: PlanError) -> PlanError:
+def no_whole_adapters(anchor: AnchorPlan, loaded: LoadedSpec, job: Literal["sweep", "finetune"], error: PlanError) -> PlanError:
     """Of a job that DeepSpeed would fit: an anchor on products stands in its way.
 
     Args:
         misfit: Says that nothing without DeepSpeed fits.
     """
-    place = _place_of(held, loaded.spec, job)
+    place = _place_of(anchor, loaded.spec, job)
     return PlanError(
-        f"the anchor `{held}` needs whole adapters, which DeepSpeed partitions; and without DeepSpeed {misfit.what}",
+        f"the anchor `{anchor}` needs whole adapters, which DeepSpeed partitions; and without DeepSpeed {error.what}",
         where=f"{loaded.where(place)}: {place}",
-        remedy=f"remove the anchor, and DeepSpeed fits; or {misfit.remedy}",
+        remedy=f"remove the anchor, and DeepSpeed fits; or {error.remedy}",
     )
 
 

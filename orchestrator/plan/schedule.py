@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from orchestrator.anatomy.values import ModelAnatomy
 from orchestrator.errors import PlanError
-from orchestrator.plan.data_size import GRAIN, LEAST_STEPS, MOST_TOKENS, DataSize
+from orchestrator.plan.data_size import MAX_STEP_TOKENS, MIN_TOTAL_STEPS, STEP_TOKENS_MULTIPLE, DataSize
 from orchestrator.plan.data_size import tokens_per_step as of_a_step
 from orchestrator.plan.values import SearchPlan
 from orchestrator.spec.models import FEW_EXAMPLES, JobSpec, SearchSpec
@@ -39,7 +39,7 @@ class StepSize(NamedTuple):
 
 
 def filling_step(spec: JobSpec, size: DataSize, ranks: int) -> StepSize | None:
-    """Of `auto`: so large a step that every rank of a gang has a document in it, as far as LEAST_STEPS steps are left.
+    """Of `auto`: so large a step that every rank of a gang has a document in it, as far as MIN_TOTAL_STEPS steps are left.
 
     None for one rank, and where the spec has a number.
 
@@ -49,8 +49,12 @@ def filling_step(spec: JobSpec, size: DataSize, ranks: int) -> StepSize | None:
     if spec.train.tokens_per_step != "auto" or ranks <= 1:
         return None
     mean = size.train_tokens / max(1, size.train_documents)
-    each = GRAIN * math.ceil((size.longest_document_tokens if size.exact else mean) / GRAIN)
-    tokens = min(ranks * each, GRAIN * math.ceil(spec.train.epochs * size.train_tokens / LEAST_STEPS / GRAIN), MOST_TOKENS)
+    each = STEP_TOKENS_MULTIPLE * math.ceil((size.longest_document_tokens if size.exact else mean) / STEP_TOKENS_MULTIPLE)
+    tokens = min(
+        ranks * each,
+        STEP_TOKENS_MULTIPLE * math.ceil(spec.train.epochs * size.train_tokens / MIN_TOTAL_STEPS / STEP_TOKENS_MULTIPLE),
+        MAX_STEP_TOKENS,
+    )
     return StepSize(max(size.tokens_per_step, tokens), ranks)
 
 
@@ -94,7 +98,7 @@ def even_rung_steps(total_steps: int, *, budget: float = 1.0, min_steps: int = M
     return tuple(math.ceil(last * rung / count) for rung in range(1, count + 1))
 
 
-def late_rung_steps(search: SearchPlan, total_steps: int, own_steps: int) -> tuple[int, ...]:
+def follow_up_rung_steps(search: SearchPlan, total_steps: int, own_steps: int) -> tuple[int, ...]:
     """Steps at which what is trained late is scored, up to its end: with early stopping where the searched trials are, in
     parts of its own budget, so that its best is the best of as many; else at its end alone.
 
@@ -107,15 +111,15 @@ def late_rung_steps(search: SearchPlan, total_steps: int, own_steps: int) -> tup
     return tuple(sorted({*(math.ceil(step * own_steps / total_steps) for step in search.rung_steps), own_steps}))
 
 
-def pace(search: SearchPlan, rung: int) -> int:
+def asha_time(search: SearchPlan, rung: int) -> int:
     """ASHA's clock at the end of a rung. It compares trials at 1, 3, 9, ... on it (powers of the reduction factor): every rung
     where they are spaced like that, the first and the third of evenly spaced ones."""
     return rung + 1 if search.patience is not None else search.reduction_factor**rung
 
 
-def share_beyond(search: SearchPlan, rung: int) -> float:
+def surviving_share(search: SearchPlan, rung: int) -> float:
     """Of all trials, how many ASHA lets begin a rung, as far as it decides: one in `reduction_factor` at each comparison."""
-    compared = sum(search.reduction_factor**power <= pace(search, rung - 1) for power in range(rung)) if rung else 0
+    compared = sum(search.reduction_factor**power <= asha_time(search, rung - 1) for power in range(rung)) if rung else 0
     return search.reduction_factor**-compared
 
 
@@ -163,20 +167,20 @@ PATIENCE = 2
 """Rungs in a row that may bring nothing better; one alone may be chance."""
 
 
-def has_few(data: DataSize) -> bool:
+def has_few_examples(data: DataSize) -> bool:
     return data.train_documents <= FEW_EXAMPLES
 
 
 def num_repeats(search: SearchSpec, data: DataSize) -> int:
     """From how many seeds the promoted trial is trained in all."""
     if search.repeats == "auto":
-        return AUTO_REPEATS if has_few(data) else 1
+        return AUTO_REPEATS if has_few_examples(data) else 1
     return search.repeats
 
 
 def patience(search: SearchSpec, data: DataSize) -> int | None:
     """After how many rungs without anything better a trial ends, to be judged by its best one; None: by its last."""
-    return PATIENCE if has_few(data) and search.scheduler == "asha" else None
+    return PATIENCE if has_few_examples(data) and search.scheduler == "asha" else None
 
 
 def search_rungs(search: SearchSpec, data: DataSize, total_steps: int) -> tuple[int, ...]:
@@ -190,7 +194,7 @@ SHARES = (0.0625, 0.125, 0.25, 0.5)
 """Of the training documents, beside all of them: each share doubles the one before, so that points lie even on a log scale.
 The smallest costs next to nothing, and two points more than the law has numbers tell how far a point may lie from it: in
 simulations the interval that follows tells a gain twice as often as with one."""
-FEWEST_POINTS = 4
+MIN_CURVE_POINTS = 4
 """A law of three numbers goes through any three points, and leaves nothing to tell by how sure it is."""
 
 
@@ -203,12 +207,12 @@ def curve_shares(num_documents: int) -> tuple[float, ...]:
     """The shares to train on beside all documents: those of at least one document; none where the points would be too few."""
     shares = {share_documents(share, num_documents): share for share in SHARES}
     shares = {count: share for count, share in shares.items() if 0 < count < num_documents}
-    return tuple(shares.values()) if len(shares) + 1 >= FEWEST_POINTS else ()
+    return tuple(shares.values()) if len(shares) + 1 >= MIN_CURVE_POINTS else ()
 
 
 def too_few_documents(num_documents: int) -> str:
     """What to hear where a curve was asked for and there are no shares."""
     return (
         f"search.learning_curve is left out: of {num_documents} training document{'' if num_documents == 1 else 's'} there are "
-        f"not {FEWEST_POINTS} different shares"
+        f"not {MIN_CURVE_POINTS} different shares"
     )

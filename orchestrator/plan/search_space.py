@@ -52,7 +52,7 @@ def head_rates(search: SearchSpec, task: Task) -> tuple[float, float]:
 
 
 @contextmanager
-def told_at(place: str) -> Generator[None]:
+def located_at(place: str) -> Generator[None]:
     """A policy that does not fit the base is told where the spec writes it."""
     try:
         yield
@@ -75,7 +75,7 @@ def search_choices(loaded: LoadedSpec, anatomy: ModelAnatomy, num_classes: int) 
     assert spec.search is not None, "the sweep needs `search`"
     found: dict[_Key, Choice] = {}
     for asked in _asked(spec.search, spec.train):
-        with told_at(loaded.where(asked.place)):
+        with located_at(loaded.where(asked.place)):
             selection = _selection(asked, anatomy, spec.task, num_classes)
         remedies = effective(anatomy, selection, asked.remedies)
         rates = (asked.rate, asked.rate) if asked.rate is not None else _rates(spec.search, spec.task, selection)

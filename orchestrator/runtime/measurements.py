@@ -13,7 +13,7 @@ from orchestrator.errors import TrainingError
 from orchestrator.plan import compile_trial, probe_trial, shift_trial, with_scores
 from orchestrator.plan.cost.choices import planned_options
 from orchestrator.plan.measurements import NO_RETENTION_SET, choice_of, standing_choice, with_choice
-from orchestrator.plan.schedule import has_few
+from orchestrator.plan.schedule import has_few_examples
 from orchestrator.plan.values import RunPlan
 from orchestrator.run.hours import metered
 from orchestrator.run.ledger import Ledger
@@ -199,7 +199,7 @@ def advised_by_shift(prepared: Prepared, exchange: Any, view: RunView) -> Prepar
     """
     plan = prepared.plan
     file = prepared.run.domain_shift
-    if plan.search is None or (plan.shift is None and not has_few(plan.data)):
+    if plan.search is None or (plan.shift is None and not has_few_examples(plan.data)):
         return prepared
     known = read_record(file, DomainShift) if file.exists() else None
     found = known or _measured(prepared, lambda assignment: fetch(exchange.probe.remote(assignment)))

@@ -56,13 +56,18 @@ def _anchor_mistakes(spec: JobSpec, path: KeyPath, anchor: AnchorSpec) -> Iterat
         yield from _needs_whole_adapters(spec, path)
     needed = "lora" if anchor.kind == "product" else "full"
     judged = _tunes(spec, path)
-    misfits = tuple(place for tunes, place in judged if needed not in tunes)
-    if misfits:
-        message, hint = _misfit(anchor, " and ".join(map(spell_path, misfits)))
-        yield path, message, hint + (_elsewhere(spec, misfits[0]) if len(misfits) < len(judged) else ""), (*misfits, path)
+    mismatched = tuple(place for tunes, place in judged if needed not in tunes)
+    if mismatched:
+        message, hint = _mismatch(anchor, " and ".join(map(spell_path, mismatched)))
+        yield (
+            path,
+            message,
+            hint + (_elsewhere(spec, mismatched[0]) if len(mismatched) < len(judged) else ""),
+            (*mismatched, path),
+        )
 
 
-def _misfit(anchor: AnchorSpec, where: str) -> tuple[str, str]:
+def _mismatch(anchor: AnchorSpec, where: str) -> tuple[str, str]:
     """Message and hint of an anchor that fits no way of tuning of these places."""
     if anchor.kind == "product":
         return f"unfrozen weights ({where}) have no adapter, which `product` needs", "write l2sp or ewc, or tune: lora"
@@ -101,7 +106,7 @@ def _tunes(spec: JobSpec, path: KeyPath) -> list[tuple[set[Tune], KeyPath]]:
     return found
 
 
-def _elsewhere(spec: JobSpec, misfit: KeyPath) -> str:
+def _elsewhere(spec: JobSpec, mismatched: KeyPath) -> str:
     """What else is to be done about an anchor of `train` that fits one of two sections."""
     place = "search.points" if spec.search is not None and spec.search.algorithm == "fixed" else "search.anchor"
-    return f", or move it to {place}" if misfit[0] == "finetune" else f", or override it with {place}"
+    return f", or move it to {place}" if mismatched[0] == "finetune" else f", or override it with {place}"

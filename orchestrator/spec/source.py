@@ -21,10 +21,10 @@ KeyPath = tuple[str | int, ...]
 Place = tuple[int, int]
 """Line and column, both from 1."""
 
-MOST_BYTES = 1_000_000
-MOST_VALUES = 10_000
+MAX_BYTES = 1_000_000
+MAX_VALUES = 10_000
 """In the file, and again once its aliases and merges are written out. A spec with every key has fewer than a hundred."""
-DEEPEST = 40
+MAX_DEPTH = 40
 """Levels of mappings and lists, and of mappings merged into one another."""
 TAG = "tag:yaml.org,2002:"
 MERGE_KEY = "<<"
@@ -116,7 +116,7 @@ def _compose(source: Source) -> Any:
         event = next_event()
         depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
         count += isinstance(event, NodeEvent)
-        if depth > DEEPEST or count > 2 * MOST_VALUES:
+        if depth > MAX_DEPTH or count > 2 * MAX_VALUES:
             raise SpecError([_too_much(source.file, (), _start(event))])
         return event
 
@@ -128,7 +128,7 @@ def _compose(source: Source) -> Any:
 
 
 def _too_much(file: str, path: KeyPath, place: Place) -> SpecProblem:
-    hint = f"a file may have {MOST_VALUES} values and {DEEPEST} levels, its aliases and merges written out"
+    hint = f"a file may have {MAX_VALUES} values and {MAX_DEPTH} levels, its aliases and merges written out"
     return SpecProblem(spell_path(path[:4]), "too many or too deeply nested values", file, *place, hint)
 
 
@@ -143,9 +143,9 @@ def _read_text(path: Path) -> str:
         raise SpecError([SpecProblem("", "there is no such file", str(path), hint=hint)]) from None
     except OSError as error:
         raise SpecError([SpecProblem("", f"cannot be read: {error.strerror}", str(path))]) from None
-    if len(raw) > MOST_BYTES:
+    if len(raw) > MAX_BYTES:
         raise SpecError(
-            [SpecProblem("", f"{len(raw)} bytes; a spec has at most {MOST_BYTES}", str(path), hint="is this the data?")]
+            [SpecProblem("", f"{len(raw)} bytes; a spec has at most {MAX_BYTES}", str(path), hint="is this the data?")]
         )
     try:
         return raw.decode("utf-8-sig")
@@ -194,7 +194,7 @@ class _Walk:
     def value(self, node: Any, path: KeyPath) -> Any:
         self.count += 1
         place = _start(node)
-        if self.count > MOST_VALUES or len(path) > DEEPEST:
+        if self.count > MAX_VALUES or len(path) > MAX_DEPTH:
             raise SpecError([_too_much(self.source.file, path, place)])
         nothing = node.id == "scalar" and not node.value and not node.style
         self.source.values[path] = self.source.keys.get(path, place) if nothing else place
@@ -240,7 +240,7 @@ class _Walk:
         """
         if id(node) in self._pairs:
             return self._pairs[id(node)]
-        if id(node) in self._merging or len(self._merging) > DEEPEST:
+        if id(node) in self._merging or len(self._merging) > MAX_DEPTH:
             raise SpecError([_too_much(self.source.file, (), _start(node))])
         self._merging.append(id(node))
         found: list[tuple[Any, Any]] = []
@@ -257,7 +257,7 @@ class _Walk:
                     own.add(str(key_node.value))
                     found.append((key_node, value_node))
             self.count += 1
-            if len(found) > MOST_VALUES or self.count > MOST_VALUES:
+            if len(found) > MAX_VALUES or self.count > MAX_VALUES:
                 raise SpecError([_too_much(self.source.file, (), _start(mapping))])
         self._merging.pop()
         self._pairs[id(node)] = found

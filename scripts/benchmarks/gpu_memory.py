@@ -30,7 +30,7 @@ from allocations import bare_base, batch, train_and_score
 from orchestrator.anatomy import ModelAnatomy, read_anatomy, select
 from orchestrator.plan.memory.candidate import Candidate
 from orchestrator.plan.memory.estimate import estimate
-from orchestrator.plan.memory.footprint import weigh
+from orchestrator.plan.memory.footprint import make_footprint
 from orchestrator.train import open_branch
 from orchestrator.units import GIB
 
@@ -83,7 +83,7 @@ def measure(device: torch.device) -> Iterator[dict[str, Any]]:
     for (layers, tune), checkpointing, row_tokens in itertools.product(POLICIES, (False, True), ROW_TOKENS):
         selection = select(anatomy, layers, tune, 16 if tune == "lora" else None, task="completion")  # type: ignore[arg-type]
         candidate = Candidate("cuda", 1, "torch", 0, "none", checkpointing, row_tokens, ROWS)
-        planned = estimate(weigh(anatomy, selection, "none", 2), candidate).device.allocated_bytes
+        planned = estimate(make_footprint(anatomy, selection, "none", 2), candidate).device.allocated_bytes
         base = bare_base(anatomy, device)
         torch.cuda.reset_peak_memory_stats(device)
         with open_branch(base, selection, lora_alpha=2 * (selection.lora_rank or 0), seed=0) as branch:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.plan.cost.flops import attention_width, forward_flops_per_token, runs_head_twice, train_terms
-from orchestrator.plan.estimates import FlopTerm, Part
+from orchestrator.plan.estimates import CostItem, FlopTerm
 from orchestrator.plan.remedies import FISHER_DOCUMENTS
 from orchestrator.plan.values import RunPlan, TrialOption
 from orchestrator.units import format_count
@@ -75,7 +75,7 @@ def measurements(plan: RunPlan, anatomy: ModelAnatomy, execution: ExecutionPlan)
     return sorted((execution.ranks * _tokens(plan) * flops for flops in per_token), reverse=True)
 
 
-def fisher_parts(plan: RunPlan, anatomy: ModelAnatomy) -> list[Part]:
+def fisher_costs(plan: RunPlan, anatomy: ModelAnatomy) -> list[CostItem]:
     """What the searched trials, or the one trial, take of them; of more selections than trials the costliest."""
     found = measurements(plan, anatomy, plan.execution)
     if plan.search is not None:
@@ -85,7 +85,7 @@ def fisher_parts(plan: RunPlan, anatomy: ModelAnatomy) -> list[Part]:
     ranks, tokens = plan.execution.ranks, format_count(_tokens(plan))
     of = f"{len(found)} x " + (f"{ranks} ranks x " if ranks > 1 else "")
     reason = f"EWC: {of}up to {tokens} retention tokens, forward and backward, for all trials that learn the same weights"
-    return [Part(name="fisher", amount=sum(found), reason=reason)]
+    return [CostItem(name="fisher", amount=sum(found), reason=reason)]
 
 
 def fisher_of_repeat(plan: RunPlan, anatomy: ModelAnatomy) -> float:

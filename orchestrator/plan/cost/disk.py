@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.plan.data_size import DataSize
-from orchestrator.plan.estimates import Part
+from orchestrator.plan.estimates import CostItem
 from orchestrator.plan.values import RunPlan, TrialOption
 from orchestrator.units import format_count
 
@@ -30,9 +30,9 @@ def all_tokens(data: DataSize) -> int:
     return data.train_tokens + data.eval_tokens + data.retain_tokens + data.replay_tokens
 
 
-def disk_parts(
+def disk_usage(
     plan: RunPlan, anatomy: ModelAnatomy, options: Sequence[TrialOption], head: LayerSelection, rungs: float
-) -> tuple[tuple[Part, ...], int]:
+) -> tuple[tuple[CostItem, ...], int]:
     """(what the run directory grows to, bytes of one checkpoint of the largest choice).
 
     A checkpoint holds what was learned in the compute dtype and, while its trial may go on, a float32 master and two
@@ -49,29 +49,29 @@ def disk_parts(
     checkpoint = (element + STATE_BYTES) * largest
     tokens = TOKEN_BYTES * all_tokens(plan.data)
     bundle = bundle_bytes(plan, anatomy, options)
-    parts = [Part(name="bundle", amount=bundle, reason="the merged model, each tensor in its dtype in the base")]
+    parts = [CostItem(name="bundle", amount=bundle, reason="the merged model, each tensor in its dtype in the base")]
     if plan.search is not None:
         search, mean = plan.search, sum(learn) / len(learn)
         learned = head.num_trainable_parameters * len(search.rung_steps)
         open_trials = f"{search.concurrent_trials} at a time x {STATE_BYTES} bytes x {format_count(largest)}"
         parts += [
-            Part(
+            CostItem(
                 name="trials",
                 amount=search.num_trials * rungs * element * mean,
                 reason=f"{search.num_trials} trials x {rungs:.3g} rungs x {element} bytes x {format_count(mean)} elements, mean",
             ),
-            Part(
+            CostItem(
                 name="open trials",
                 amount=search.concurrent_trials * STATE_BYTES * largest,
                 reason=f"fp32 master weights and moments: {open_trials}",
             ),
-            Part(
+            CostItem(
                 name="control head",
                 amount=element * learned,
                 reason=f"{element} bytes x {format_count(learned)} elements, all rungs",
             ),
         ]
     way = f"{KEPT_CHECKPOINTS} kept x {element + STATE_BYTES} bytes x {format_count(largest)} elements"
-    parts.append(Part(name="intermediate checkpoints", amount=KEPT_CHECKPOINTS * checkpoint, reason=way))
-    parts.append(Part(name="tokens", amount=tokens, reason=f"{TOKEN_BYTES} bytes x {format_count(all_tokens(plan.data))}"))
+    parts.append(CostItem(name="intermediate checkpoints", amount=KEPT_CHECKPOINTS * checkpoint, reason=way))
+    parts.append(CostItem(name="tokens", amount=tokens, reason=f"{TOKEN_BYTES} bytes x {format_count(all_tokens(plan.data))}"))
     return tuple(parts), checkpoint

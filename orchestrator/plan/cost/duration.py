@@ -98,8 +98,8 @@ def _steps_of_a_gang(plan: RunPlan) -> float:
     """Steps that each gang makes, with early stopping, and those of the winner's trainings."""
     if plan.search is None:
         return plan.total_steps
-    late = plan.search.repeats * plan.total_steps
-    return (plan.search.num_trials * expected_steps(plan.search) + late) / max(1, plan.num_gangs)
+    follow_up = plan.search.repeats * plan.total_steps
+    return (plan.search.num_trials * expected_steps(plan.search) + follow_up) / max(1, plan.num_gangs)
 
 
 def _rungs_of_a_gang(plan: RunPlan) -> float:
@@ -147,7 +147,7 @@ def calibrated(plan: RunPlan, anatomy: ModelAnatomy, measured: Iterable[Measured
     return estimate_cost(plan, anatomy, rate, price_per_gpu_hour=plan.cost.price_per_gpu_hour)
 
 
-def calibration_sentence(planned: CostEstimate, found: CostEstimate) -> str:
+def calibration_message(planned: CostEstimate, found: CostEstimate) -> str:
     """`the first steps reach 41% of the peak: about 12.3 GPU-hours in all (14.4 at the 35% that the plan assumed)`."""
     if found.core_hours is not None and planned.core_hours is not None and found.rate.flops is not None:
         return (

@@ -68,7 +68,7 @@ class Footprint:
     """Of the base, in the compute dtype, where its files hold another: loading cannot map those and makes a copy."""
 
 
-def weigh(
+def make_footprint(
     anatomy: ModelAnatomy, selection: LayerSelection, quantize: Quantize, element_bytes: int, *, num_classes: int = 0
 ) -> Footprint:
     """Weigh a selection.

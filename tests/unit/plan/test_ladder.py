@@ -11,14 +11,14 @@ from orchestrator.anatomy import select
 from orchestrator.errors import PlanError
 from orchestrator.plan import make_plan
 from orchestrator.plan.ladder import Load, RankRoom, candidates, cheapest, heaviest
-from orchestrator.plan.memory.footprint import weigh
+from orchestrator.plan.memory.footprint import make_footprint
 from orchestrator.spec.models import ResourcesSpec
 from orchestrator.units import GIB
 
 
 def load(base: Any, policy: str = "all", tokens_per_step: int = 2**20) -> Load:
     selection = select(base("8b"), policy, "lora", 16, task="completion")
-    return Load(footprints=(weigh(base("8b"), selection, "none", 2),), row_tokens=512, tokens_per_step=tokens_per_step)
+    return Load(footprints=(make_footprint(base("8b"), selection, "none", 2),), row_tokens=512, tokens_per_step=tokens_per_step)
 
 
 def test_cheaper_ways_come_first() -> None:

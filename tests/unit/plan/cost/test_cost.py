@@ -13,7 +13,7 @@ from orchestrator.plan.cost.accelerators import peak_flops
 from orchestrator.plan.cost.choices import scored_flops
 from orchestrator.plan.cost.estimate import ACHIEVED_SHARE, expected_rungs, expected_steps
 from orchestrator.plan.explain import trials_within
-from orchestrator.plan.schedule import late_rung_steps
+from orchestrator.plan.schedule import follow_up_rung_steps
 from orchestrator.plan.values import ClusterDescription, RunPlan, SearchPlan
 
 
@@ -203,7 +203,7 @@ def test_a_learning_curve_costs_its_shares(plan: Any, gpus: Any, base: Any, data
     few = plan("8b", gpus(), **sections, size=data(train_documents=500), search={"learning_curve": True})
     whole = max(option.flops_per_token for option in few.cost.options) * few.total_tokens
     steps = [math.ceil(share * few.total_steps) for share in few.search.curve_shares]
-    scorings = sum(len(late_rung_steps(few.search, few.total_steps, each)) for each in steps)
+    scorings = sum(len(follow_up_rung_steps(few.search, few.total_steps, each)) for each in steps)
     assert scorings > 4, "with early stopping a share is scored as often as the searched trials are"
     scoring_few = max(scored_flops(few, base("8b"), option.selection.cut) for option in few.search.options)
     assert part(few, "curve") == pytest.approx(0.9375 * whole + scorings * scoring_few)

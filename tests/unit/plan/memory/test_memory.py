@@ -17,7 +17,7 @@ from orchestrator.plan.ladder import OFFLOADS
 from orchestrator.plan.memory.activations import activations
 from orchestrator.plan.memory.candidate import Candidate
 from orchestrator.plan.memory.estimate import estimate
-from orchestrator.plan.memory.footprint import weigh
+from orchestrator.plan.memory.footprint import make_footprint
 from orchestrator.plan.memory.quantized import quantized_bytes
 from orchestrator.plan.memory.resident import shards_of
 from orchestrator.plan.memory.transient import phase_terms
@@ -31,7 +31,7 @@ def terms(
     anatomy: ModelAnatomy, candidate: Candidate, policy: str = "all", tune: str = "lora", quantize: str = "none"
 ) -> dict[str, int]:
     selection = select(anatomy, policy, tune, 16 if tune == "lora" else None, task="completion")  # type: ignore[arg-type]
-    memory = estimate(weigh(anatomy, selection, quantize, 2), candidate).device  # type: ignore[arg-type]
+    memory = estimate(make_footprint(anatomy, selection, quantize, 2), candidate).device  # type: ignore[arg-type]
     return {term.name: term.num_bytes for term in memory.terms}
 
 
@@ -83,7 +83,7 @@ def test_stage_3_partitions_what_is_frozen_and_gathers_blocks(base: Base) -> Non
 
 def test_offloading_moves_state_to_the_host(base: Base) -> None:
     selection = select(base("8b"), "last:8", "full", None, task="completion")
-    footprint = weigh(base("8b"), selection, "none", 2)
+    footprint = make_footprint(base("8b"), selection, "none", 2)
     candidate = replace(ONE_GPU, executor="deepspeed", zero_stage=3)
     plain, optimizer, everything = (estimate(footprint, replace(candidate, offload=offload)) for offload in OFFLOADS)
     offloaded = [
@@ -95,7 +95,7 @@ def test_offloading_moves_state_to_the_host(base: Base) -> None:
 
 
 def test_on_a_cpu_offloaded_state_stays_in_the_same_memory(base: Base) -> None:
-    footprint = weigh(base("tiny"), select(base("tiny"), "all", "full", None, task="completion"), "none", 2)
+    footprint = make_footprint(base("tiny"), select(base("tiny"), "all", "full", None, task="completion"), "none", 2)
     candidate = replace(ONE_GPU, device="cpu", executor="deepspeed", zero_stage=3, offload="parameters")
     memory = estimate(footprint, candidate)
     (offloaded,) = (term.num_bytes for term in memory.host.terms if term.name == "offloaded")
@@ -125,7 +125,7 @@ def test_logits_come_in_pieces(base: Base) -> None:
 
 def logit_bytes(anatomy: ModelAnatomy, candidate: Candidate, policy: str = "all") -> int:
     """Of the phase `loss`, which need not be the largest."""
-    footprint = weigh(anatomy, select(anatomy, policy, "lora", 16, task="completion"), "none", 2)
+    footprint = make_footprint(anatomy, select(anatomy, policy, "lora", 16, task="completion"), "none", 2)
     (found,) = (
         term
         for term in phase_terms(footprint, candidate, shards_of(footprint, candidate).device)["loss"]
@@ -208,7 +208,7 @@ def test_stage_3_loads_through_host_memory_only_what_cannot_be_mapped(base: Base
     selection = select(llama, "all", "lora", 16, task="completion")
     saved = 12 * selection.num_trainable_parameters / 8
     host = [
-        estimate(weigh(anatomy, selection, "none", 2), candidate).host.total_bytes
+        estimate(make_footprint(anatomy, selection, "none", 2), candidate).host.total_bytes
         for anatomy in (llama, llama.model_copy(update={"tensors": other}))
     ]
     assert host == [pytest.approx(saved, rel=1e-6), 2 * llama.num_parameters()]
