@@ -1,4 +1,4 @@
-"""From spec, base, data and machines to the plan: every number that a run uses."""
+"""Build the plan from the spec, the base, the data and the cluster."""
 
 from __future__ import annotations
 
@@ -56,15 +56,15 @@ def make_plan(
     """Decide everything before anything runs.
 
     Args:
-        scores: Of the blocks, where an earlier submission of the run has scored them.
-        resize: The same data in steps of another size, so that `tokens_per_step: auto` fills the ranks of a gang; None where
-            the size of a step is settled.
+        scores: Scores of the blocks, if an earlier submission of the run measured them.
+        resize: Returns the same data cut into steps of another size, so that `tokens_per_step: auto` fills the ranks of a gang;
+            None if the step size is settled.
 
     Raises:
         SpecError: the spec has no section for the job.
-        SelectionError: a policy that matches nothing.
-        BaseError: a base whose widths nf4 cannot hold on a CPU.
-        PlanError: the job does not fit the cluster, or its one training would use more GPU-hours than it may.
+        SelectionError: a policy matches nothing.
+        BaseError: nf4 on a CPU cannot represent one of the base's matrices.
+        PlanError: the job does not fit the cluster, or its single training run would exceed `max_gpu_hours`.
     """
     require_section(loaded, job)
     spec = loaded.spec
@@ -84,10 +84,10 @@ def make_plan(
 
 
 def _cheapest_plan(on: Callable[[Machines], RunPlan], machines: Sequence[Machines]) -> RunPlan:
-    """The plan that takes least time; of equals the one with most nodes, which comes first.
+    """Return the plan that takes the least time; ties go to the plan with the most nodes, which comes first.
 
     Raises:
-        PlanError: the job fits none; told is why it does not fit all.
+        PlanError: the job fits none of these machines; the reason reported is the one for the whole cluster.
     """
     plans: list[RunPlan] = []
     errors: list[PlanError] = []
@@ -115,16 +115,16 @@ def _plan_on(
     spec_sha256: str,
     scores: LayerScores | None,
 ) -> RunPlan:
-    spec, held = loaded.spec, product_anchor(choice.remedies for choice in choices)
+    spec, anchor = loaded.spec, product_anchor(choice.remedies for choice in choices)
     load = Load(
         footprints=tuple(_footprint(spec, anatomy, data, choice.selection, choice.remedies.anchor) for choice in choices),
         row_tokens=schedule.row_tokens(spec, anatomy, data),
         tokens_per_step=schedule.tokens_per_step(spec, data),
-        whole_adapters=held is not None,
+        whole_adapters=anchor is not None,
     )
     num_trials = spec.search.num_trials if job == "sweep" and spec.search is not None else 1
     untouched, head = (_footprint(spec, anatomy, data, _control(policy, spec, anatomy, data)) for policy in ("none", "head"))
-    gangs = arrange(head, found, loaded, load, num_trials, held=held, job=job)
+    gangs = arrange(head, found, loaded, load, num_trials, anchor=anchor, job=job)
     refit = refit_candidate(found, spec, load, gangs)
     options, room = _options(choices, load.footprints, gangs.candidate), found.room(gangs.candidate.ranks, gangs.num_gangs)
     pack, fused = schedule.packs(spec), _most_fused(spec, anatomy, choices, load, gangs, found)
@@ -161,9 +161,9 @@ def _plan_on(
 
 
 def _check_quantizable(spec: JobSpec, anatomy: ModelAnatomy, found: Machines) -> None:
-    """Refuse what bitsandbytes 0.50.2 gets wrong on a CPU, in silence: rows that end inside one of its blocks.
+    """Reject matrices that bitsandbytes 0.50.2 silently corrupts on a CPU: rows that end inside one of its blocks.
 
-    Measured there: matrices of 32, 96 or 160 columns dequantize to other weights than they had.
+    Measured: matrices of 32, 96 or 160 columns dequantize to weights other than those that were quantized.
 
     Raises:
         BaseError: names the first such matrix.
@@ -266,7 +266,7 @@ def _search_plan(
 def _most_fused(
     spec: JobSpec, anatomy: ModelAnatomy, choices: Sequence[Choice], load: Load, gangs: Arrangement, found: Machines
 ) -> int:
-    """How many trials may share a batch, of those whose choices are adapters alone."""
+    """Return how many trials may share a batch, among those that train only adapters."""
     if anatomy.dropout or spec.resources.compile == "on":
         return 1
     alone = [footprint for choice, footprint in zip(choices, load.footprints, strict=True) if not choice.selection.trainable]
@@ -293,7 +293,8 @@ def _with_costs(plan: RunPlan, anatomy: ModelAnatomy, found: Machines, spec: Job
 
 
 def _check_gpu_hours(plan: RunPlan, spec: JobSpec) -> None:
-    """A sweep ends in order where its hours do, with the best trial so far. One training that is cut short is nothing."""
+    """Reject a training run that would exceed `max_gpu_hours`. A sweep is not rejected: it ends at the limit with its best trial
+    so far, but a single training run that is cut short has no usable result."""
     allowed = spec.resources.max_gpu_hours
     if plan.search is not None or allowed is None or plan.gpu_hours is None or plan.gpu_hours <= allowed:
         return

@@ -1,4 +1,4 @@
-"""What a plan says beside its numbers: how they follow, what to know, and what to hear before a run."""
+"""Explain a plan in sentences: how its numbers were derived, and which notes and warnings go with it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from orchestrator.work.remedies import Remedies
 def with_explanations(
     plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, found: Machines, cluster: ClusterDescription
 ) -> RunPlan:
-    """The plan with reasons and warnings, and more notes."""
+    """Return the plan with its reasons, its warnings and further notes."""
     return plan.model_copy(
         update={
             "reasons": (*derivations(plan, spec), *_threads(plan, found)),
@@ -35,7 +35,7 @@ def with_explanations(
 
 
 def _threads(plan: RunPlan, found: Machines) -> Iterator[str]:
-    """Where the environment gives a rank fewer threads than its part of the cores."""
+    """Explain that the environment gives a rank fewer threads than its share of the cores, if it does."""
     own, part = plan.execution.threads_per_rank, found.threads_of_cores(plan.execution.ranks * plan.num_gangs)
     if own < part:
         count = "1 thread" if own == 1 else f"{own} threads"
@@ -61,7 +61,7 @@ def _base_notes(spec: JobSpec, anatomy: ModelAnatomy) -> Iterator[str]:
 
 
 def rate_note(rate: Rate) -> str:
-    """What hours rest on."""
+    """Return a note that says which rate the hours assume."""
     if rate.flops is None or rate.peak_flops is None:
         return f"no GPU-hours: the peak rate of {rate.device} is not in the table"
     if rate.device == "core":
@@ -74,7 +74,7 @@ def rate_note(rate: Rate) -> str:
 
 
 def _hours_warning(plan: RunPlan, allowed: float | None) -> Iterator[str]:
-    """A sweep that would pass its hours says so before."""
+    """Warn before a sweep that it would exceed its GPU-hours."""
     cost = plan.cost
     if allowed is None or plan.search is None or cost is None or cost.gpu_hours is None or cost.gpu_hours <= allowed:
         return
@@ -87,7 +87,7 @@ def _hours_warning(plan: RunPlan, allowed: float | None) -> Iterator[str]:
 
 
 def trials_within(plan: RunPlan, gpu_hours: float) -> int:
-    """Trials of a sweep that fit into so many GPU-hours, beside its controls and its refit."""
+    """Return how many trials of a sweep fit into a number of GPU-hours, besides its controls and its refit."""
     cost, search = plan.cost, plan.search
     assert cost is not None
     assert search is not None
@@ -129,7 +129,7 @@ def _notes(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDescri
 
 
 def _few_steps(plan: RunPlan, spec: JobSpec) -> Iterator[str]:
-    """Too few steps to learn from are the commonest reason why nothing was learned."""
+    """Warn of too few steps, the most common reason why a training run achieves nothing."""
     data, said = plan.data, too_few_steps_warning(plan.total_steps)
     if said:
         mean = math.ceil(data.train_tokens / max(1, data.train_documents))
@@ -164,7 +164,7 @@ def _warnings(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDes
 
 
 def _bundle_warnings(plan: RunPlan, found: Machines) -> Iterator[str]:
-    """Where verification and the test set cannot have a GPU, since each takes the whole merged model at once."""
+    """Warn if verification and the test set cannot use a GPU, because each needs the whole merged model in memory at once."""
     whole = plan.num_parameters * (2 if plan.execution.dtype == "bfloat16" else 4)
     smallest = min(node.gpu_memory_bytes for node in found.nodes)
     if found.device == "cpu" or whole <= RESIDENT_SHARE * smallest:
@@ -179,7 +179,7 @@ def _bundle_warnings(plan: RunPlan, found: Machines) -> Iterator[str]:
 
 
 def derivations(plan: RunPlan, spec: JobSpec) -> tuple[str, ...]:
-    """How the plan's numbers follow from each other, one sentence each."""
+    """Return one sentence for each step in the derivation of the plan's numbers."""
     tokens_per_step, replay = planned_tokens_per_step(spec, plan.data), max(o.remedies.replay for o in planned_options(plan))
     lines = [
         *([_auto_line(plan, tokens_per_step)] if spec.train.tokens_per_step == "auto" else []),
@@ -202,7 +202,7 @@ def derivations(plan: RunPlan, spec: JobSpec) -> tuple[str, ...]:
 
 
 def _auto_line(plan: RunPlan, tokens_per_step: int) -> str:
-    """`tokens_per_step: auto: 240 documents of 21 tokens -> 176 tokens per step -> 62 steps`."""
+    """Return a line such as `tokens_per_step: auto: 240 documents of 21 tokens -> 176 tokens per step -> 62 steps`."""
     data = plan.data
     mean = data.train_tokens / max(1, data.train_documents)
     estimated = "" if data.exact else " (estimated)"
@@ -214,7 +214,7 @@ def _auto_line(plan: RunPlan, tokens_per_step: int) -> str:
 
 
 def _few_examples_lines(plan: RunPlan, search: SearchPlan) -> list[str]:
-    """`360 documents: the winner is trained from 5 seeds, early stopping at 8 points`."""
+    """Return a line such as `360 documents: the winner is trained from 5 seeds, early stopping at 8 points`."""
     said = [f"the winner is trained from {search.repeats} seeds"] if search.repeats > 1 else []
     if search.patience is not None and len(search.rung_steps) > search.patience:
         said.append(f"early stopping at {len(search.rung_steps)} points")
@@ -236,10 +236,10 @@ def _rungs_line(search: SearchPlan) -> str:
 
 
 def batch_line(execution: ExecutionPlan, tokens_per_step: int, replay: float = 0.0) -> str:
-    """`8 rows x 512 tokens x 1 rank x 2 rounds = 8192 tokens per step`.
+    """Return a line such as `8 rows x 512 tokens x 1 rank x 2 rounds = 8192 tokens per step`.
 
     Args:
-        replay: The largest share of any trial. Its tokens come beside those of the target.
+        replay: Largest replay share of any trial. Replayed tokens come on top of the target's tokens.
     """
     rows, width, ranks = execution.micro_batch_rows, execution.row_tokens, execution.ranks
     rounds = accumulation(rows, width, ranks, tokens_per_step)
@@ -251,7 +251,7 @@ def batch_line(execution: ExecutionPlan, tokens_per_step: int, replay: float = 0
 
 
 def plan_lines(plan: RunPlan) -> list[str]:
-    """The whole plan as plain text, for a log."""
+    """Return the whole plan as lines of plain text, for a log."""
     execution = plan.execution
     lines = [
         f"plan {plan.name} ({plan.spec_sha256[:12]})",
@@ -285,7 +285,7 @@ def plan_lines(plan: RunPlan) -> list[str]:
 
 
 def execution_line(execution: ExecutionPlan) -> str:
-    """`deepspeed ZeRO-2 · 2 ranks · checkpointing · bfloat16`."""
+    """Return a line such as `deepspeed ZeRO-2 · 2 ranks · checkpointing · bfloat16`."""
     parts = [
         "torch" if execution.executor == "torch" else f"deepspeed ZeRO-{execution.zero_stage}",
         _count(execution.ranks, "rank"),
@@ -296,7 +296,7 @@ def execution_line(execution: ExecutionPlan) -> str:
 
 
 def option_line(option: TrialOption) -> str:
-    """`last:4 · lora r16 · 1.05M trainable · lr 1.0e-04 to 5.0e-03 · 2.1 GiB`."""
+    """Return a line such as `last:4 · lora r16 · 1.05M trainable · lr 1.0e-04 to 5.0e-03 · 2.1 GiB`."""
     low, high = option.learning_rate_low, option.learning_rate_high
     rates = f"lr {low:.1e}" if low == high else f"lr {low:.1e} to {high:.1e}"
     learn = format_count(option.selection.num_trainable_parameters)
@@ -304,7 +304,7 @@ def option_line(option: TrialOption) -> str:
 
 
 def cost_line(plan: RunPlan) -> str:
-    """`1.2 GPU-hours (3.1 without early stopping) · 6m10s to 31m00s · 3.00 · 16.1 GiB of disk`."""
+    """Return a line such as `1.2 GPU-hours (3.1 without early stopping) · 6m10s to 31m00s · 3.00 · 16.1 GiB of disk`."""
     cost, disk = plan.cost, f"{format_bytes(plan.disk_bytes)} of disk"
     if cost is None or (cost.gpu_hours is None and cost.core_hours is None):
         return f"GPU-hours unknown · {disk}"
@@ -320,12 +320,12 @@ def cost_line(plan: RunPlan) -> str:
 
 
 def heaviest_option(plan: RunPlan) -> TrialOption:
-    """The option that needs most memory: the one the way was chosen for."""
+    """Return the option that needs the most memory, the one that decided the configuration."""
     return max(planned_options(plan), key=lambda option: option.memory.total_bytes)
 
 
 def memory_lines(memory: MemoryEstimate) -> list[str]:
-    """A line per term, largest first."""
+    """Return one line for each term, the largest first."""
     ordered = sorted(memory.terms, key=lambda term: -term.num_bytes)
     return [f"{term.name:<18} {format_bytes(term.num_bytes):>10}  {term.reason}" for term in ordered]
 

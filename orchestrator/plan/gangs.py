@@ -1,4 +1,4 @@
-"""Gangs and their way: how many, how many ranks each, and what to say when nothing fits."""
+"""Decide how many gangs there are, how many ranks each has and how they run; explain why nothing fits."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from orchestrator.work.execution import ExecutionPlan
 from orchestrator.work.remedies import AnchorPlan
 
 QUANTIZABLE = ("frozen weights", "gathered weights")
-"""Terms that to quantize the base makes smaller."""
+"""Memory terms that shrink if the base is quantized."""
 
 
 @dataclass(frozen=True)
 class Arrangement:
-    """The gangs, and the cheaper ways that were turned down."""
+    """The gangs, and the cheaper configurations that were rejected."""
 
     candidate: Candidate
     num_gangs: int
@@ -40,17 +40,17 @@ def arrange(
     load: Load,
     num_trials: int,
     *,
-    held: AnchorPlan | None,
+    anchor: AnchorPlan | None,
     job: Literal["sweep", "finetune"],
 ) -> Arrangement:
-    """The job's gangs.
+    """Decide the job's gangs.
 
     Args:
-        head: What the control `head` of a sweep needs.
-        held: The anchor for whose sake the load needs whole adapters.
+        head: Footprint of a sweep's control `head`.
+        anchor: The anchor because of which every rank must hold whole adapters.
 
     Raises:
-        PlanError: nothing fits, or nothing but DeepSpeed, which cannot hold such an anchor.
+        PlanError: nothing fits, or only DeepSpeed fits, which cannot hold such an anchor.
     """
 
     def arranged(load: Load) -> Arrangement:
@@ -60,14 +60,14 @@ def arrange(
     try:
         return arranged(load)
     except PlanError as unfit:
-        if held is None:
+        if anchor is None:
             raise
         arranged(replace(load, whole_adapters=False))  # where that does not fit either, it says what is short
-        raise no_whole_adapters(held, loaded, job, unfit) from None
+        raise no_whole_adapters(anchor, loaded, job, unfit) from None
 
 
 def arrange_sweep(found: Machines, spec: JobSpec, load: Load, num_trials: int) -> Arrangement:
-    """Gangs as small as possible, and as many as there is room and work for.
+    """Return gangs that are as small as possible, and as many as the machines have room and the search has work for.
 
     Raises:
         PlanError: nothing fits.
@@ -93,7 +93,7 @@ def arrange_sweep(found: Machines, spec: JobSpec, load: Load, num_trials: int) -
 
 
 def arrange_one(found: Machines, spec: JobSpec, load: Load) -> Arrangement:
-    """One gang for one trial: on GPUs as many ranks as a step has rows for, on a CPU one process with every core.
+    """Return one gang for one trial: on GPUs with as many ranks as a step has rows, on a CPU one process with every core.
 
     Raises:
         PlanError: nothing fits.
@@ -115,7 +115,7 @@ def arrange_one(found: Machines, spec: JobSpec, load: Load) -> Arrangement:
 
 
 def refit_candidate(found: Machines, spec: JobSpec, load: Load, sweep: Arrangement) -> Candidate:
-    """All the sweep's ranks in one gang, as far as a step has rows for them; else the sweep's own way."""
+    """Return all the sweep's ranks in one gang, as far as a step has rows for them; else the sweep's own configuration."""
     useful = load.tokens_per_step // load.row_tokens
     gangs = max(1, min(sweep.num_gangs, useful // sweep.candidate.ranks))
     ranks = sweep.candidate.ranks * gangs
@@ -126,14 +126,14 @@ def refit_candidate(found: Machines, spec: JobSpec, load: Load, sweep: Arrangeme
 
 
 def why_no_more_gangs(resources: ResourcesSpec, num_trials: int) -> str:
-    """Where there is room for more."""
+    """Explain why there are no more gangs although there is room for them."""
     if num_trials == 1:
         return "one trial runs in one gang"
     return f"{num_trials} trials keep no more gangs busy" if resources.gangs == "auto" else f"resources.gangs: {resources.gangs}"
 
 
 def execution_plan(candidate: Candidate, found: Machines, num_gangs: int, spec: JobSpec, *, pack: bool) -> ExecutionPlan:
-    """The way as the value that gangs receive."""
+    """Return the candidate as the value that gangs receive."""
     return ExecutionPlan(
         device=candidate.device,
         ranks=candidate.ranks,
@@ -152,7 +152,7 @@ def execution_plan(candidate: Candidate, found: Machines, num_gangs: int, spec: 
 
 
 def check_resources(resources: ResourcesSpec) -> None:
-    """Refuse a ZeRO stage that cannot offload what is asked.
+    """Reject a ZeRO stage that cannot offload what the spec asks for.
 
     Raises:
         PlanError: `offload: optimizer` or `parameters` below stage 3.
@@ -168,8 +168,8 @@ def check_resources(resources: ResourcesSpec) -> None:
 
 
 def _arrange_beside(head: Footprint, found: Machines, spec: JobSpec, load: Load, num_trials: int) -> Arrangement:
-    """Gangs that carry the control `head` too, which is in every sweep, where a smaller micro-batch or checkpointing is all
-    that it costs; a dearer kind of gang is not taken for a control's sake."""
+    """Return gangs that can also train the control `head`, which is part of every sweep, if that costs no more than a smaller
+    micro-batch or checkpointing; more expensive gangs are not chosen for a control."""
     alone = arrange_sweep(found, spec, load, num_trials)
     try:
         both = arrange_sweep(found, spec, replace(load, footprints=(*load.footprints, head)), num_trials)
@@ -182,7 +182,7 @@ def _arrange_beside(head: Footprint, found: Machines, spec: JobSpec, load: Load,
 
 
 def _arrange_cores(found: Machines, spec: JobSpec, load: Load, num_trials: int) -> Arrangement:
-    """On a CPU every rank takes its part of one memory, so that fewer gangs is what makes room."""
+    """Return gangs on CPUs, where all ranks share one memory, so that fewer gangs leave more room for each."""
     resources = spec.resources
     ranks = 1 if resources.ranks_per_gang == "auto" else resources.ranks_per_gang
     most = max(1, min(num_trials, found.max_gangs(ranks)))
@@ -207,7 +207,7 @@ def _gangs(most: int, least: int) -> str:
 
 
 def _nothing_fits(found: Machines, spec: JobSpec, load: Load, counts: Sequence[int], room_of: RoomOf) -> PlanError:
-    """What the leanest way lacks, and what would help."""
+    """Return an error that says what the smallest configuration lacks and what would help."""
     tried = list(_candidates(spec.resources, found.device, counts, load))
     assert tried, "the spec refuses products of adapters where resources ask for DeepSpeed"
     needed = {candidate: heaviest(candidate, load.footprints) for candidate in tried}
@@ -233,13 +233,13 @@ def _nothing_fits(found: Machines, spec: JobSpec, load: Load, counts: Sequence[i
 
 
 def _host_remedies(room: RankRoom) -> list[str]:
-    """Where the device has room and its node's memory has not."""
+    """Return remedies for a device that has room while its node's host memory has not."""
     fewer = ["fewer ranks a node: a smaller resources.gangs or max_gpus"] if room.ranks_per_node > 1 else []
     return ["nodes with more host memory", *fewer]
 
 
 def _device_remedies(found: Machines, spec: JobSpec, load: Load, candidate: Candidate) -> list[str]:
-    """To quantize helps where frozen weights are most of what is needed, and a smaller row what rows take."""
+    """Return remedies for a device: quantizing if frozen weights dominate, shorter rows if activations matter."""
     terms = heaviest(candidate, load.footprints).device.terms
     remedies = [f"more or larger {found.unit}s" if found.device == "cuda" else "more memory"]
     if spec.base.quantize == "none" and max(terms, key=lambda term: term.num_bytes).name in QUANTIZABLE:
@@ -252,7 +252,7 @@ def _device_remedies(found: Machines, spec: JobSpec, load: Load, candidate: Cand
 
 
 def head_warnings(head: Footprint, candidate: Candidate, load: Load, room: RankRoom) -> tuple[str, ...]:
-    """What to hear where the control `head` fits in no way that its gang can come down to."""
+    """Warn if the control `head` does not fit even in the smallest configuration that its gang can fall back to."""
     reason = shortage(_smallest(candidate), replace(load, footprints=(head,)), room)
     said = "the control `head` will run out of memory, and trials will be compared with the base model only"
     return () if reason is None else (f"{said}: it {reason}",)
@@ -261,8 +261,8 @@ def head_warnings(head: Footprint, candidate: Candidate, load: Load, room: RankR
 def with_scratch(
     plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, candidate: Candidate, load: Load, room: RankRoom
 ) -> RunPlan:
-    """The plan with the memory of the control `scratch` where it was asked for; left out, with a warning, where it cannot be
-    trained by the gangs that the trials need."""
+    """Return the plan with the memory of the control `scratch`, if the spec asks for it; without it, with a warning, if the gangs
+    that the trials need cannot train it."""
     if spec.search is None or plan.search is None or "scratch" not in spec.search.controls:
         return plan
     selection = select_everything(anatomy, task=plan.base.task, num_classes=plan.base.num_classes)
@@ -278,5 +278,5 @@ def with_scratch(
 
 
 def _smallest(candidate: Candidate) -> Candidate:
-    """What a gang comes down to by itself when memory runs out."""
+    """Return the configuration that a gang falls back to when it runs out of memory."""
     return replace(candidate, micro_batch_rows=1, checkpointing=True)

@@ -1,15 +1,16 @@
-"""The cheapest way to run a gang that fits, and why the cheaper ones do not.
+"""Find the cheapest candidate configuration of a gang that fits, and why cheaper ones do not.
 
-Cost is GPU-seconds per trained token, and ways are tried in this order:
+Cost is GPU-seconds per trained token, and candidates are tried in this order:
 
-1. nothing offloaded, then the optimizer offloaded, then the parameters: the bus is slower than any collective. The
-   engine offloads at ZeRO-3 alone;
+1. nothing offloaded, then the optimizer offloaded, then the parameters: the bus is slower than any collective. DeepSpeed
+   offloads only at ZeRO-3;
 2. few ranks before many: ranks of one gang wait for each other, gangs do not;
-3. without checkpointing before with it: running the blocks again costs up to 2kN operations of 4 to 6N;
-4. without DeepSpeed, each rank with all that learns, before ZeRO-1 before 2 before 3. Stages 0 to 2 move as many numbers
-   (Rajbhandari et al. 2020, section 7); without DeepSpeed no engine is built for each trial, and LoRA trials may share a
-   batch. Stage 3 moves half as many again, and on a frozen base far more than the gradients of LoRA do;
-5. the micro-batch is the largest that fits; a way is out when not even one row does.
+3. without checkpointing before with it: recomputing the blocks costs up to 2kN operations in addition to 4N to 6N;
+4. without DeepSpeed, with all trainable parameters on each rank, before ZeRO-1 before 2 before 3. Stages 0 to 2 communicate
+   the same number of elements (Rajbhandari et al. 2020, section 7); without DeepSpeed no engine is built for each trial, and
+   LoRA trials may share a batch. Stage 3 communicates half as much again, and on a frozen base far more than the gradients of
+   LoRA;
+5. the micro-batch is the largest that fits; a candidate is rejected if not even one row fits.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from orchestrator.units import format_bytes
 
 OFFLOADS: tuple[Offload, ...] = ("none", "optimizer", "parameters")
 STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
-"""With `zero: auto` stage 0 is plain torch."""
+"""ZeRO stages; with `zero: auto` stage 0 means plain torch."""
 OFFLOADING_STAGE: Stage = 3
-"""The one stage at which the engine offloads anything."""
+"""The only stage at which DeepSpeed offloads anything."""
 
 
 @dataclass(frozen=True)
 class RankRoom:
-    """What one rank may fill."""
+    """Memory that one rank may fill."""
 
     device_bytes: int
     host_bytes: int
@@ -55,22 +56,23 @@ RoomOf = Callable[[int], RankRoom]
 
 @dataclass(frozen=True)
 class Load:
-    """What a gang has to carry: the heaviest of these decides."""
+    """What a gang has to train; the candidate must fit every footprint."""
 
     footprints: tuple[Footprint, ...]
     row_tokens: int
     tokens_per_step: int
     whole_adapters: bool = False
-    """Whether a rank must have every adapter whole, as an anchor on products needs it: DeepSpeed lays them in parts."""
+    """True if every rank must hold every adapter whole, as an anchor on LoRA products needs it; DeepSpeed partitions adapters
+    across ranks."""
 
 
 def candidates(
     resources: ResourcesSpec, device: Device, rank_counts: Sequence[int], row_tokens: int, *, whole_adapters: bool = False
 ) -> Iterator[Candidate]:
-    """Every way that the spec's `resources` allow, cheapest first, with one row a micro-batch.
+    """Yield every candidate that the spec's `resources` allow, the cheapest first, with one row per micro-batch.
 
     Args:
-        whole_adapters: See `Load`: leaves those without DeepSpeed.
+        whole_adapters: As in `Load`; excludes candidates with DeepSpeed.
     """
     for offload in _offloads(resources, device):
         for ranks in rank_counts:
@@ -91,9 +93,9 @@ def candidates(
 
 
 def cheapest(candidates: Iterable[Candidate], load: Load, room_of: RoomOf) -> tuple[Candidate | None, list[RejectedWay]]:
-    """The first way that fits, with its micro-batch, and the ways before it with the term that broke them.
+    """Return the first candidate that fits, with its micro-batch, and the rejected ones before it, each with its largest term.
 
-    Of a number of ranks at which nothing fits, only the leanest way is told.
+    Where nothing fits for some number of ranks, only the candidate with the least memory is listed for it.
     """
     refused: list[Candidate] = []
     for candidate in candidates:
@@ -104,12 +106,12 @@ def cheapest(candidates: Iterable[Candidate], load: Load, room_of: RoomOf) -> tu
 
 
 def leanest(candidates: Iterable[Candidate], load: Load) -> Candidate:
-    """The way that needs least of a rank's device."""
+    """Return the candidate that needs the least memory on a rank's device."""
     return min(candidates, key=lambda candidate: heaviest(candidate, load.footprints).device.total_bytes)
 
 
 def heaviest(candidate: Candidate, footprints: Sequence[Footprint]) -> RankMemory:
-    """The most that any of these needs of the device, and the most that any needs of the host."""
+    """Return the largest need on the device over the footprints, and the largest need on the host."""
     estimates = [estimate(footprint, candidate) for footprint in footprints]
     return RankMemory(
         device=max((memory.device for memory in estimates), key=lambda memory: memory.total_bytes),
@@ -119,7 +121,7 @@ def heaviest(candidate: Candidate, footprints: Sequence[Footprint]) -> RankMemor
 
 
 def shortage(candidate: Candidate, load: Load, room: RankRoom) -> str | None:
-    """Why a way does not fit, or None when it does."""
+    """Return why a candidate does not fit, or None if it fits."""
     memory = heaviest(candidate, load.footprints)
     if memory.device.total_bytes > room.device_bytes:
         worst = max(memory.device.terms, key=lambda term: term.num_bytes)
@@ -153,7 +155,7 @@ def _tell(refused: Sequence[Candidate], taken: Candidate | None, load: Load, roo
 
 
 def _with_rows(candidate: Candidate, load: Load, room: RankRoom) -> Candidate:
-    """The way with the most rows that fit, spread evenly over the rounds of a step. One row is known to fit."""
+    """Return the candidate with the most rows that fit, distributed evenly over the rounds of a step. One row is known to fit."""
     low, high = 1, max_rows(load.row_tokens, candidate.ranks, load.tokens_per_step, candidate.device)
     while low < high:
         middle = (low + high + 1) // 2
