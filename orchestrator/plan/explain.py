@@ -130,12 +130,12 @@ def _notes(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDescri
 
 def _few_steps(plan: RunPlan, spec: JobSpec) -> Iterator[str]:
     """Warn of too few steps, the most common reason why a training run achieves nothing."""
-    data, said = plan.data, too_few_steps_warning(plan.total_steps)
-    if said:
+    data, warning = plan.data, too_few_steps_warning(plan.total_steps)
+    if warning:
         mean = math.ceil(data.train_tokens / max(1, data.train_documents))
         longest = data.longest_document_tokens if data.exact else mean
         auto = auto_tokens_per_step(data.train_documents, data.train_tokens, longest, spec.train.epochs)
-        yield f"{said}: {more_steps(spec.train, auto, data.train_tokens, data.steps_per_epoch)}"
+        yield f"{warning}: {more_steps(spec.train, auto, data.train_tokens, data.steps_per_epoch)}"
 
 
 def _warnings(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDescription) -> Iterator[str]:

@@ -50,8 +50,8 @@ def most_fused(
     width = 1
     while 2 * width <= most:
         wider = replace(candidate, micro_batch_rows=2 * width * candidate.micro_batch_rows)
-        held = tuple(replace(footprint, learning_counts=footprint.learning_counts * 2 * width) for footprint in footprints)
-        if shortage(wider, replace(load, footprints=held), room) is not None:
+        fused = tuple(replace(footprint, learning_counts=footprint.learning_counts * 2 * width) for footprint in footprints)
+        if shortage(wider, replace(load, footprints=fused), room) is not None:
             break
         width *= 2
     return width

@@ -254,8 +254,8 @@ def _device_remedies(found: Machines, spec: JobSpec, load: Load, candidate: Cand
 def head_warnings(head: Footprint, candidate: Candidate, load: Load, room: RankRoom) -> tuple[str, ...]:
     """Warn if the control `head` does not fit even in the smallest configuration that its gang can fall back to."""
     reason = shortage(_smallest(candidate), replace(load, footprints=(head,)), room)
-    said = "the control `head` will run out of memory, and trials will be compared with the base model only"
-    return () if reason is None else (f"{said}: it {reason}",)
+    warning = "the control `head` will run out of memory, and trials will be compared with the base model only"
+    return () if reason is None else (f"{warning}: it {reason}",)
 
 
 def with_scratch(
@@ -272,8 +272,8 @@ def with_scratch(
     if candidate.executor == "deepspeed" and candidate.zero_stage == 3:
         reason = "it cannot be initialised where each rank holds only a shard of the base (ZeRO-3)"
     if reason is not None:
-        said = f"the control `scratch` is left out: training everything {reason}"
-        return plan.model_copy(update={"warnings": (*plan.warnings, said)})
+        warning = f"the control `scratch` is left out: training everything {reason}"
+        return plan.model_copy(update={"warnings": (*plan.warnings, warning)})
     return plan.model_copy(update={"scratch_memory": estimate(footprint, candidate).device})
 
 

@@ -100,9 +100,9 @@ def cheapest(candidates: Iterable[Candidate], load: Load, room_of: RoomOf) -> tu
     refused: list[Candidate] = []
     for candidate in candidates:
         if shortage(candidate, load, room_of(candidate.ranks)) is None:
-            return _with_rows(candidate, load, room_of(candidate.ranks)), _tell(refused, candidate, load, room_of)
+            return _with_rows(candidate, load, room_of(candidate.ranks)), _rejections(refused, candidate, load, room_of)
         refused.append(candidate)
-    return None, _tell(refused, None, load, room_of)
+    return None, _rejections(refused, None, load, room_of)
 
 
 def leanest(candidates: Iterable[Candidate], load: Load) -> Candidate:
@@ -144,13 +144,13 @@ def _on(node: str) -> str:
     return f" on a node of {node}" if node else ""
 
 
-def _tell(refused: Sequence[Candidate], taken: Candidate | None, load: Load, room_of: RoomOf) -> list[RejectedWay]:
-    told: list[Candidate] = []
+def _rejections(refused: Sequence[Candidate], taken: Candidate | None, load: Load, room_of: RoomOf) -> list[RejectedWay]:
+    listed: list[Candidate] = []
     for at, same in groupby(refused, key=lambda candidate: (candidate.offload, candidate.ranks)):
         group = list(same)
-        told += group if taken and at == (taken.offload, taken.ranks) else [leanest(group, load)]
+        listed += group if taken and at == (taken.offload, taken.ranks) else [leanest(group, load)]
     return [
-        RejectedWay(way=str(candidate), reason=shortage(candidate, load, room_of(candidate.ranks)) or "") for candidate in told
+        RejectedWay(way=str(candidate), reason=shortage(candidate, load, room_of(candidate.ranks)) or "") for candidate in listed
     ]
 
 

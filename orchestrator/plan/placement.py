@@ -136,8 +136,7 @@ class Machines:
 
 
 def num_slots(node: NodeDescription, device: Device) -> int:
-    """Return how many ranks Ray can place on one node. A rank with a GPU takes some CPU too, and the processes of its trials a
-    little."""
+    """Return how many ranks Ray can place on a node; beside a GPU each takes some CPU, and so do the processes of its trials."""
     if device == "cpu":
         return node.num_cpus
     return min(node.num_gpus, math.floor(node.num_cpus / (GPU_RANK_CPUS + TRIALS_PER_GANG * THIN_TRIAL_CPUS)))
@@ -147,7 +146,8 @@ def machines(cluster: ClusterDescription, resources: ResourcesSpec) -> Machines:
     """Return the machines that the job may use.
 
     Raises:
-        PlanError: `accelerator: gpu` on a cluster without GPUs; a cluster without nodes; more ranks than units; no CPU for a rank.
+        PlanError: `accelerator: gpu` on a cluster without GPUs; a cluster without nodes; more ranks than units; no CPU for a
+            rank.
     """
     if not cluster.nodes:
         raise PlanError("the cluster has no nodes", where=cluster.source, remedy="start one, or describe one in a file")

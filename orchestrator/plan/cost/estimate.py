@@ -1,7 +1,7 @@
-"""What a run costs: operations of every part, GPU-hours, money, disk.
+"""Estimate the cost of a run: operations item by item, GPU-hours, price and disk space.
 
-Hours are operations over the rate that is counted on, a share of the GPU's peak. Until a run has taken its first steps the
-share is assumed, and the hours are rough; starting, loading, saving and merging are in none of them.
+Hours are operations divided by the expected rate, a share of the GPU's peak. Until a run has taken its first steps the share
+is assumed and the hours are rough; they do not include starting, loading, saving and merging.
 """
 
 from __future__ import annotations
@@ -34,18 +34,19 @@ from orchestrator.units import format_count, format_flops
 from orchestrator.work.execution import ExecutionPlan
 
 ACHIEVED_SHARE = 0.35
-"""Share of a GPU's peak that a training step reaches: assumed. Published runs of large dense models reach 0.38 to 0.43 on
-H100s (Llama Team 2024, The Llama 3 Herd of Models, table 4); short rows, small models and adapters reach less."""
+"""Assumed share of a GPU's peak that a training step reaches. Published runs of large dense models reach 0.38 to 0.43 on H100s
+(Llama Team 2024, The Llama 3 Herd of Models, table 4); short rows, small models and adapters reach less."""
 CPU_FLOPS_PER_CORE = 40e9
-"""A core in float32 and bf16 at rows of 128 and more: measured, 35 to 42."""
+"""Rate of a core in float32 and bf16 at rows of 128 and more: measured, 35 to 42 GFLOP/s."""
 REFIT = "refit"
-"""The part of the operations that trains the winner again."""
+"""Item of training the winner again to the full budget."""
 TRIALS = "trials"
-"""The part that trains the searched trials."""
+"""Item of training the searched trials."""
 
 
 def rate_of(found: Machines) -> Rate:
-    """The rate of one GPU, or of one core. Ranks of a gang wait for each other: of unlike GPUs the slowest counts."""
+    """Return the rate of one GPU, or of one core. Ranks of a gang wait for each other, so the slowest of different GPUs
+    decides."""
     if found.device == "cpu":
         return Rate(device="core", peak_flops=CPU_FLOPS_PER_CORE, achieved_share=1.0, source="measured, not a peak rate")
     rows = [(node.gpu_name, find_accelerator(node.gpu_name)) for node in found.nodes]
@@ -58,7 +59,7 @@ def rate_of(found: Machines) -> Rate:
 
 
 def estimate_cost(plan: RunPlan, anatomy: ModelAnatomy, rate: Rate, *, price_per_gpu_hour: float | None = None) -> CostEstimate:
-    """Operations, hours, money and disk of a plan at a rate."""
+    """Estimate operations, hours, price and disk space of a plan at a rate."""
     options = planned_options(plan)
     terms = [option_terms(plan, anatomy, option.selection) for option in options]
     operations, without_stopping = _operations(plan, anatomy, terms)
@@ -109,7 +110,7 @@ def estimate_cost(plan: RunPlan, anatomy: ModelAnatomy, rate: Rate, *, price_per
 
 
 def _building_trunk(plan: RunPlan, anatomy: ModelAnatomy) -> CostItem | None:
-    """The one forward pass over all sets that fills what is stored."""
+    """Return the one forward pass over all sets that fills the trunk cache."""
     if plan.trunk is None:
         return None
     stop, tokens = plan.trunk.cuts[-1], all_tokens(plan.data)
@@ -120,24 +121,24 @@ def _building_trunk(plan: RunPlan, anatomy: ModelAnatomy) -> CostItem | None:
 
 
 def expected_rungs(search: SearchPlan) -> float:
-    """Rungs that a trial reaches on average when one in `reduction_factor` goes on past each comparison."""
+    """Return the rungs that a trial reaches on average if one in `reduction_factor` continues after each comparison."""
     return sum(surviving_share(search, rung) for rung in range(len(search.rung_steps)))
 
 
 def expected_steps(search: SearchPlan) -> float:
-    """Steps that a trial trains on average when one in `reduction_factor` goes on past each comparison."""
+    """Return the steps that a trial trains on average if one in `reduction_factor` continues after each comparison."""
     befores = (0, *search.rung_steps)
     return sum((step - befores[rung]) * surviving_share(search, rung) for rung, step in enumerate(search.rung_steps))
 
 
 def run_flops(plan: RunPlan, anatomy: ModelAnatomy) -> float:
-    """Operations of the whole run as it is expected to go."""
+    """Return the operations of the whole run as expected."""
     parts, _ = _operations(plan, anatomy, [option_terms(plan, anatomy, option.selection) for option in planned_options(plan)])
     return sum(part.amount for part in parts)
 
 
 def _operations(plan: RunPlan, anatomy: ModelAnatomy, terms: Sequence[Sequence[FlopTerm]]) -> tuple[tuple[CostItem, ...], float]:
-    """(parts of the run as it is expected to go, operations when no trial is stopped)."""
+    """Return (items of the run as expected, operations if no trial is stopped early)."""
     per_token = per_target_token(planned_options(plan), terms)
     scored, trunk = scored_flops(plan, anatomy), _building_trunk(plan, anatomy)
     built = (*((trunk,) if trunk is not None else ()), *fisher_costs(plan, anatomy))
@@ -160,7 +161,7 @@ def _operations(plan: RunPlan, anatomy: ModelAnatomy, terms: Sequence[Sequence[F
     controls = head * search.rung_steps[-1] * per_step + scored + len(search.rung_steps) * scored_head
     follow_up = follow_up_costs(plan, anatomy, max(per_token), scored) + learning_curve_costs(plan, max(per_token), max(at_cut))
     refits = search.rung_steps[-1] < plan.total_steps
-    again = max(per_token) * plan.total_tokens + fisher_of_refit(plan, anatomy) if refits else 0.0
+    refit = max(per_token) * plan.total_tokens + fisher_of_refit(plan, anatomy) if refits else 0.0
     of = f"{count} trials x {steps:.4g} of {search.rung_steps[-1]} steps"
     parts = [
         *built,
@@ -175,10 +176,10 @@ def _operations(plan: RunPlan, anatomy: ModelAnatomy, terms: Sequence[Sequence[F
         CostItem(name="controls", amount=controls, reason="the base model, scored; the head alone, trained to the last rung"),
     ]
     parts += follow_up
-    if again:
-        parts.append(CostItem(name=REFIT, amount=again, reason="the winner at the full budget, assuming the costliest choice"))
+    if refit:
+        parts.append(CostItem(name=REFIT, amount=refit, reason="the winner at the full budget, assuming the costliest choice"))
     searched = count * (mean * search.rung_steps[-1] * per_step + len(search.rung_steps) * scored_trial)
-    whole = sum(part.amount for part in built) + searched + controls + sum(part.amount for part in follow_up) + again
+    whole = sum(part.amount for part in built) + searched + controls + sum(part.amount for part in follow_up) + refit
     return tuple(parts), whole
 
 
@@ -203,7 +204,7 @@ def _times(hours: float | None, price: float | None) -> float | None:
 
 
 def units_of_gang(execution: ExecutionPlan) -> int:
-    """GPUs, or cores, of one gang."""
+    """Return the number of GPUs, or cores, of one gang."""
     return execution.ranks * (1 if execution.device == "cuda" else execution.threads_per_rank)
 
 
@@ -212,20 +213,20 @@ def _busy_gangs(plan: RunPlan) -> int:
 
 
 def _budget(plan: RunPlan) -> float:
-    """Share of the full budget that a trial gets which nothing stops."""
+    """Return the share of the full budget that a trial gets if nothing stops it."""
     return plan.search.rung_steps[-1] / plan.total_steps if plan.search is not None else 1.0
 
 
 SHUFFLED, SCRATCH, REPEATS, CURVE = FOLLOW_UP_COSTS = ("shuffled", "scratch", "repeats", "curve")
-"""Names of the parts, not of the controls (`LATE_CONTROLS`). Each training is one gang's, and gangs do them side by side."""
+"""Names of the cost items of follow-up trials (not of controls). One gang trains each; gangs work in parallel."""
 
 
 def follow_up_costs(plan: RunPlan, anatomy: ModelAnatomy, per_token: float, scored: float) -> list[CostItem]:
-    """Controls that are trained once the winner is known, and the winner itself from other seeds.
+    """Return the cost of the follow-up trials: controls trained once the winner is known, and the winner from other seeds.
 
     Args:
-        per_token: Of the costliest choice, with what is stored of the trunk.
-        scored: Of scoring all of the base.
+        per_token: Operations per token of the costliest choice, given the trunk cache.
+        scored: Operations of scoring the base without a cache.
     """
     assert plan.search is not None
     parts: list[CostItem] = []
@@ -248,18 +249,20 @@ def follow_up_costs(plan: RunPlan, anatomy: ModelAnatomy, per_token: float, scor
 
 
 def curve_trained_shares(plan: RunPlan) -> tuple[float, ...]:
-    """Shares that the curve's trials learn from; the whole is one where no trial of the search gets the full budget."""
+    """Return the shares that the learning curve's trials train on, including the whole if no trial of the search gets the full
+    budget."""
     assert plan.search is not None
     shares = plan.search.curve_shares
     return (*shares, 1.0) if shares and plan.search.rung_steps[-1] < plan.total_steps else shares
 
 
 def learning_curve_costs(plan: RunPlan, per_token: float, scored: float) -> list[CostItem]:
-    """The winner on shares of the documents; on all of them too, where no trial of the search gets the full budget.
+    """Return the cost of training the winner on shares of the documents, including all of them if no trial of the search gets
+    the full budget.
 
     Args:
-        per_token: Of the costliest choice, with what is stored of the trunk: a share's documents are among those stored.
-        scored: Of the costliest choice.
+        per_token: Operations per token of the costliest choice, given the trunk cache: a share's documents are among the cached.
+        scored: Operations of scoring the costliest choice.
     """
     assert plan.search is not None
     shares = curve_trained_shares(plan)
@@ -273,7 +276,7 @@ def learning_curve_costs(plan: RunPlan, per_token: float, scored: float) -> list
 
 
 def follow_up_work(plan: RunPlan, operations: Sequence[CostItem]) -> tuple[float, float]:
-    """(operations of all that is trained late, those of the gang that is busy with it longest)."""
+    """Return (operations of all follow-up trials, operations of the gang that is busy with them longest)."""
     parts = {part.name: part.amount for part in operations if part.name in FOLLOW_UP_COSTS}
     if not parts:
         return 0.0, 0.0
@@ -285,13 +288,14 @@ def follow_up_work(plan: RunPlan, operations: Sequence[CostItem]) -> tuple[float
 
 
 def _num_scorings(plan: RunPlan, share: float) -> int:
-    """How often the winner is scored that learns from a share of the documents once more, if nothing ends it early."""
+    """Return how often a follow-up trial on a share of the documents is scored if nothing stops it early."""
     assert plan.search is not None
     return len(follow_up_rung_steps(plan.search, plan.total_steps, math.ceil(share * plan.total_steps)))
 
 
 def _shuffled_per_token(plan: RunPlan, anatomy: ModelAnatomy) -> float:
-    """Of the costliest choice. Other answers are other documents, for which nothing is stored."""
+    """Return the operations per token of the costliest choice without the trunk cache, which does not hold the shuffled
+    documents."""
     bare = plan.model_copy(update={"trunk": None})
     options = planned_options(plan)
     return max(per_target_token(options, [option_terms(bare, anatomy, option.selection) for option in options]))

@@ -1,4 +1,4 @@
-"""What comes and goes within a step, by phase. Letters as in `plan.memory`; every coefficient in a docstring."""
+"""Transient memory of a step, by phase. Symbols as in `plan.memory.estimate`; every coefficient is derived in a docstring."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from orchestrator.plan.memory.shards import Shards
 from orchestrator.units import MIB
 
 LOGIT_CHUNK_BYTES = 256 * MIB
-"""Logits are computed in chunks that would take at most so many bytes in float32; `train.model.objective` keeps to it."""
+"""Logits are computed in chunks of at most this many bytes in float32; `train.model.objective` uses the same limit."""
 
 LOGIT_PIECE_BYTES = 8 * MIB
-"""Of a chunk at most so much is in float32 at once; `train/model/loss.py` keeps to it. Measured on a CPU core at 4096 and 32000
-entries, the loss and its gradient took the same time from 2 to 16 MiB (within 10%) and a quarter to a half more from 64 MiB."""
+"""At most this much of a chunk is in float32 at once; `train/model/loss.py` uses the same limit. Measured on a CPU core at
+4096 and 32000 entries: the loss and its gradient take the same time from 2 to 16 MiB (within 10%), and 25% to 50% more from 64
+MiB."""
 
 
 def phase_terms(footprint: Footprint, candidate: Candidate, shards: Shards) -> dict[str, list[MemoryTerm]]:
-    """What each phase of a step holds beside what is always there.
+    """Return the transient memory of each phase of a step.
 
-    `loss`: every activation, and logits. `backward`: activations, one block on its way back, gradients on theirs. `update`:
-    what the optimizer copies, when activations are gone. `one block forward` and `scores`: an evaluation.
+    `loss`: every activation, and logits. `backward`: activations, and the gradients of one block. `update`: the optimizer's
+    copies, after activations are freed. `one block forward` and `scores`: an evaluation.
     """
     phases = {
         "one block forward": [_forward_term(footprint, candidate)],
@@ -46,11 +47,11 @@ def _sending_terms(shards: Shards) -> list[MemoryTerm]:
 
 
 def _kept_terms(footprint: Footprint, candidate: Candidate) -> list[MemoryTerm]:
-    """What blocks from the cut up keep for the backward pass; with checkpointing their inputs alone, h·e a token.
+    """Return what blocks from the cut up keep for the backward pass; with checkpointing only their inputs, h·e per token.
 
-    The mask of packed documents is boolean, one byte per pair of positions in a row; each block that is whole
-    keeps it once more as numbers, or the scores of every head where no fused kernel serves its layout. On a CPU documents are
-    computed apart (`train.model.attention`), without a mask.
+    The mask of packed documents is boolean, one byte per pair of positions in a row; each block that is not checkpointed keeps
+    it once more as numbers, or keeps the scores of every head if no fused kernel supports its layout. On a CPU documents are
+    computed one by one (`train.model.attention`), without a mask.
     """
     tokens, blocks, e = candidate.micro_batch_tokens, footprint.learning_blocks, footprint.element_bytes
     shape = f"{candidate.micro_batch_rows} x {candidate.row_tokens} tokens"
@@ -72,10 +73,9 @@ def _kept_terms(footprint: Footprint, candidate: Candidate) -> list[MemoryTerm]:
 
 
 def _backward_terms(footprint: Footprint, candidate: Candidate, shards: Shards) -> list[MemoryTerm]:
-    """One block on its way back: with checkpointing all that it keeps, and its mask; the gradients of its activations, and of
-    its input and output, e·2h. The gradients of activations are widest inside the MLP; those of its weights are made, and sent,
-    before or after that, and those of attention scores, where no fused kernel makes them, last.
-    """
+    """Return the memory of one block's backward pass: with checkpointing everything that it keeps, and its mask; the gradients
+    of its activations, and of its input and output, e·2h. The gradients of activations peak inside the MLP; those of its
+    weights are computed and sent before or after that, and those of attention scores, without a fused kernel, last."""
     tokens, e = candidate.micro_batch_tokens, footprint.element_bytes
     wide = tokens * footprint.working_token_bytes
     weights = shards.in_flight_bytes + tokens * footprint.at_weight_token_bytes
@@ -89,8 +89,8 @@ def _backward_terms(footprint: Footprint, candidate: Candidate, shards: Shards) 
 
 
 def _last_hidden_term(footprint: Footprint, candidate: Candidate, *, learning: bool) -> MemoryTerm:
-    """After the last block: its states and those at supervised positions (or, to learn, the latter with their gradient),
-    e·2h; and what the final norm keeps, 4h + 4, where a block learns."""
+    """Return the memory after the last block: its output and that at supervised positions (when training, the latter and its
+    gradient), e·2h; and what the final norm keeps, 4h + 4, if a block is trained."""
     tokens, h, e = candidate.micro_batch_tokens, footprint.hidden_size, footprint.element_bytes
     norm = 4 * h + 4 if learning and footprint.learning_blocks else 0
     return MemoryTerm(
@@ -99,7 +99,7 @@ def _last_hidden_term(footprint: Footprint, candidate: Candidate, *, learning: b
 
 
 def _forward_term(footprint: Footprint, candidate: Candidate) -> MemoryTerm:
-    """One block's forward pass where nothing is kept, its mask as booleans and as numbers, and the states around it."""
+    """Return one block's forward pass if nothing is kept: its mask as booleans and as numbers, and its input and output."""
     tokens, e = candidate.micro_batch_tokens, footprint.element_bytes
     pairs = 0 if _attends_by_document(footprint, candidate) else 1
     num_bytes = tokens * (
@@ -111,14 +111,14 @@ def _forward_term(footprint: Footprint, candidate: Candidate) -> MemoryTerm:
 
 
 def _logit_term(footprint: Footprint, candidate: Candidate, *, learning: bool) -> MemoryTerm:
-    """Logits of the supervised positions, at most all of them, a chunk at a time.
+    """Return the logits of the supervised positions, at most all of them, chunk by chunk.
 
-    A chunk takes e a vocabulary entry, and a piece of it 8, its float32 copy and its log-softmax, which becomes the gradient
-    that goes back into the chunk (`train/model/loss.py`). A trainable head has its gradient (e·V·h) too, which is there twice
-    when it is scaled; with several chunks it is summed in float32 (4·V·h), beside the next one's.
+    A chunk takes e per vocabulary entry, and a piece of it 8: its float32 copy and its log-softmax, which becomes the gradient
+    that is written back into the chunk (`train/model/loss.py`). A trainable head also has its gradient (e·V·h), which exists
+    twice while it is scaled; with several chunks it is summed in float32 (4·V·h), besides the next chunk's.
 
-    A head with an adapter or in parts, and a classifier, goes through torch's own cross entropy instead: 12, for the
-    log-softmax, that one's gradient, and the logit's gradient, in float32.
+    A head with an adapter or a partitioned head, and a classifier, use torch's own cross entropy instead: 12 per entry, for
+    the log-softmax, its gradient and the logits' gradient in float32.
     """
     positions = candidate.micro_batch_rows if footprint.classify else candidate.micro_batch_tokens
     chunk = max(1, min(positions, LOGIT_CHUNK_BYTES // (4 * footprint.logit_width)))
@@ -141,7 +141,8 @@ def _logit_term(footprint: Footprint, candidate: Candidate, *, learning: bool) -
 
 
 def _head_is_plain(footprint: Footprint, candidate: Candidate) -> bool:
-    """As `train.model.loss.is_plain` finds it: one whole matrix, that makes its gradient with its loss."""
+    """Return what `train.model.loss.is_plain` would: the head is one whole matrix that computes its gradient together with the
+    loss."""
     partitioned = candidate.executor == "deepspeed" and candidate.zero_stage == 3
     return not (footprint.classify or footprint.head_adapted or partitioned)
 
@@ -151,10 +152,10 @@ def _attends_by_document(footprint: Footprint, candidate: Candidate) -> bool:
 
 
 def _kept_token_bytes(footprint: Footprint, candidate: Candidate) -> int:
-    """Of all blocks that learn, per token."""
+    """Return the bytes per token of all trainable blocks."""
     return footprint.kept_token_bytes + (footprint.by_document_token_bytes if _attends_by_document(footprint, candidate) else 0)
 
 
 def _pair_bytes(footprint: Footprint, candidate: Candidate) -> int:
-    """Of one block, per token and position of its row; documents that are computed apart have no mask."""
+    """Return the bytes of one block per token and position of its row; documents that are computed one by one have no mask."""
     return 0 if _attends_by_document(footprint, candidate) else footprint.pair_bytes
