@@ -1,8 +1,8 @@
-"""The headers of safetensors files, read by hand: names, shapes and types without a single weight.
+"""Read the headers of safetensors files: names, shapes and types, without loading weights.
 
-The format (huggingface/safetensors, README "Format"): eight bytes, the header's length N as a little-endian
-unsigned integer; N bytes of JSON, name -> {dtype, shape, data_offsets: [begin, end]}; then the tensors, whose
-offsets count from the end of the header and cover the rest of the file without a hole.
+The format (huggingface/safetensors, README "Format"): eight bytes, the header's length N as a little-endian unsigned integer;
+N bytes of JSON, name -> {dtype, shape, data_offsets: [begin, end]}; then the tensors, whose offsets count from the end of the
+header and cover the rest of the file without gaps.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from orchestrator.errors import BaseError
 from orchestrator.units import format_bytes
 
 MAX_HEADER_BYTES = 100_000_000
-"""The format's own limit."""
+"""Limit of the format itself."""
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 LFS_POINTER = b"version https://git-lfs"
 AGAIN = "download or copy the file again and compare its checksum"
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Stored tensors of one file by stored name, after proving that the file is as long as its header says.
+    """Return the tensors of one file by stored name, after checking that the file is as long as its header says.
 
     Raises:
-        BaseError: the file is missing, truncated, longer than it should be, no safetensors file, or a Git LFS pointer.
+        BaseError: the file is missing, truncated, too long, not a safetensors file, or a Git LFS pointer.
     """
     try:
         with path.open("rb") as file:

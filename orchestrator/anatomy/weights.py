@@ -1,4 +1,4 @@
-"""The stored tensors of a base's folder: one safetensors file, or shards with their index."""
+"""Read the stored tensors of a base's folder: one safetensors file, or shards with their index."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 def read_weights(folder: Path) -> dict[str, TensorInfo] | None:
-    """Stored tensors by stored name; None when the folder has no weights at all.
+    """Return the stored tensors by stored name, or None if the folder has no weights at all.
 
     Raises:
         BaseError: pickles, a broken or missing index, a missing or damaged file.

@@ -1,4 +1,4 @@
-"""What only the whole spec can tell: keys that are right alone and wrong together."""
+"""Checks of the whole spec: keys that are valid alone but not together."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ OPTIONAL_COLUMNS_BY_TASK = {
     "chat": ("prompt", "completion", "input", "system", "tools"),
     "text": (),
 }
-"""Columns that a task reads where rows have them."""
+"""Columns that a task reads if rows have them."""
 FORMATS_BY_TASK = {
     "classify": ("labels",),
     "completion": ("prompt_completion", "alpaca"),
@@ -47,7 +47,7 @@ FUNCTION = re.compile(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")
 
 @dataclass(frozen=True)
 class Finding:
-    """A mistake, where it stands, and which places it was judged by (none of which may be broken itself)."""
+    """A mistake, its place, and the places on which the judgement depends (none of which may itself be invalid)."""
 
     path: KeyPath
     message: str
@@ -56,7 +56,7 @@ class Finding:
 
 
 def find_mistakes(spec: JobSpec, folder: Path) -> Iterator[Finding]:
-    """All findings of all checks. `folder` is where the spec's relative paths start."""
+    """Yield the findings of all checks. `folder` is the base of the spec's relative paths."""
     for check in CHECKS:
         yield from check(spec)
     for row in UNSUPPORTED:
@@ -173,7 +173,7 @@ def _policies(spec: JobSpec) -> Iterator[Finding]:
 
 
 def _points(spec: JobSpec) -> Iterator[Finding]:
-    """A fixed list is all that is tried: nothing else may say what is."""
+    """Find settings beside a fixed list of points, which is all that is tried."""
     search = spec.search
     if search is None or (search.algorithm != "fixed" and not search.points):
         return
@@ -232,7 +232,7 @@ def _duplicates(spec: JobSpec) -> Iterator[Finding]:
 
 
 def _written(option: object) -> str:
-    """As the file has it: `{kind: l2sp, strength: 3}`."""
+    """Return an option as the file has it: `{kind: l2sp, strength: 3}`."""
     if isinstance(option, AnchorSpec):
         return f"{{kind: {option.kind}, strength: {repr(option.strength).removesuffix('.0')}}}"
     return repr(option)

@@ -1,4 +1,4 @@
-"""What the spec's remedies against forgetting need, and what they cannot be asked for."""
+"""Checks of the spec's remedies against forgetting."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from orchestrator.spec.models import Anchor, AnchorSpec, JobSpec, Tune
 from orchestrator.spec.source import KeyPath, spell_path
 
 Mistake = tuple[KeyPath, str, str, tuple[KeyPath, ...]]
-"""Path, message, hint, and the places that it was judged by."""
+"""Path, message, hint, and the places on which the judgement depends."""
 
 
 def remedy_mistakes(spec: JobSpec) -> Iterator[Mistake]:
-    """Replay without text to replay, anchors that fit no way of tuning, and what the task or the engine does not have."""
+    """Yield mistakes: replay without text to replay, anchors that fit no tuning method, and what the task or the engine does
+    not support."""
     for path, share in _replays(spec):
         if share:
             yield from _needs_text(spec, path, "replayed")
@@ -68,7 +69,7 @@ def _anchor_mistakes(spec: JobSpec, path: KeyPath, anchor: AnchorSpec) -> Iterat
 
 
 def _mismatch(anchor: AnchorSpec, where: str) -> tuple[str, str]:
-    """Message and hint of an anchor that fits no way of tuning of these places."""
+    """Return message and hint for an anchor that fits no tuning method of these places."""
     if anchor.kind == "product":
         return f"unfrozen weights ({where}) have no adapter, which `product` needs", "write l2sp or ewc, or tune: lora"
     why = (
@@ -80,7 +81,7 @@ def _mismatch(anchor: AnchorSpec, where: str) -> tuple[str, str]:
 
 
 def _needs_whole_adapters(spec: JobSpec, path: KeyPath) -> Iterator[Mistake]:
-    """Any ZeRO stage that is given is DeepSpeed's, 0 too, and whatever is offloaded is at stage 3."""
+    """Yield settings that require DeepSpeed: any given ZeRO stage, 0 too, and any offloading, which uses stage 3."""
     for key, asked in (("zero", spec.resources.zero), ("offload", spec.resources.offload)):
         if asked not in ("auto", "none"):
             message = f"resources.{key}: {asked} requires DeepSpeed, which the anchor `product` does not support"
@@ -88,8 +89,8 @@ def _needs_whole_adapters(spec: JobSpec, path: KeyPath) -> Iterator[Mistake]:
 
 
 def _tunes(spec: JobSpec, path: KeyPath) -> list[tuple[set[Tune], KeyPath]]:
-    """The ways of tuning that an anchor at this place is meant for, and where they stand: one of `train` for those of each
-    section, but for trials that have anchors of their own."""
+    """Return the tuning methods that an anchor at this place applies to, and their places: an anchor of `train` applies to
+    each section, except to trials that have anchors of their own."""
     search, of_train = spec.search, path[0] == "train"
     found: list[tuple[set[Tune], KeyPath]] = []
     if search is not None and path[:2] == ("search", "points"):
@@ -107,6 +108,6 @@ def _tunes(spec: JobSpec, path: KeyPath) -> list[tuple[set[Tune], KeyPath]]:
 
 
 def _elsewhere(spec: JobSpec, mismatched: KeyPath) -> str:
-    """What else is to be done about an anchor of `train` that fits one of two sections."""
+    """Return the hint for an anchor of `train` that fits only one of two sections."""
     place = "search.points" if spec.search is not None and spec.search.algorithm == "fixed" else "search.anchor"
     return f", or move it to {place}" if mismatched[0] == "finetune" else f", or override it with {place}"
