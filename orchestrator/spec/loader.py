@@ -7,19 +7,20 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from pydantic import ValidationError
+from ruamel.yaml import YAML
 
 from orchestrator.errors import SpecError, SpecProblem
 from orchestrator.spec.checks import find_mistakes
-from orchestrator.spec.dump import resolved_yaml
+from orchestrator.spec.messages import explain, found
 from orchestrator.spec.models import FinetuneSpec, JobSpec, SearchSpec
 from orchestrator.spec.overrides import Override, apply_overrides, override_values, parse_overrides
 from orchestrator.spec.source import KeyPath, Place, Source, parse_source, read_source, spell_path
 from orchestrator.spec.unsupported import is_url
-from orchestrator.spec.wording import explain, found
 
 PLACEHOLDERS: dict[KeyPath, Any] = {
     ("name",): "unnamed",
@@ -140,6 +141,15 @@ def _text(source: Source, spec: JobSpec, path: Path) -> str:
     origin = path.name if source.text else "a program's values"
     options = "".join(f"#   {' '.join(option.split())}\n" for option in source.overrides.values())
     return f"# Resolved from {origin}{', changed by' if options else ''}\n{options}{resolved_yaml(spec)}"
+
+
+def resolved_yaml(spec: JobSpec) -> str:
+    """Return the spec as YAML that loads again: every key with its value, defaults included."""
+    yaml: Any = YAML()
+    yaml.width = 120
+    stream = StringIO()
+    yaml.dump(spec.model_dump(mode="json"), stream)
+    return stream.getvalue()
 
 
 def require_section(loaded: LoadedSpec, job: Literal["sweep", "finetune"]) -> SearchSpec | FinetuneSpec:

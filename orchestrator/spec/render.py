@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, cast
 
-from orchestrator.spec.dump import resolved_yaml
-from orchestrator.spec.loader import LoadedSpec
+from orchestrator.spec.loader import LoadedSpec, resolved_yaml
 from orchestrator.spec.models import DataSpec, JobSpec, SearchSpec, Tune
 from orchestrator.values import content_hash
 
