@@ -61,7 +61,7 @@ class Examination:
         for finding in self.findings:
             said = f"{finding.found}\nto do: {finding.remedy}" if finding.remedy else finding.found
             table.add_row(Text(finding.state, style=style[finding.state]), finding.name, Text(said))
-        verdict = "no problems found" if not self.num_wrong else f"{self.num_wrong} wrong; follow `to do`"
+        verdict = "no problems found" if not self.num_wrong else f"{self.num_wrong} to fix; follow `to do`"
         return Group(table, Text(), Text(verdict, style="bold"))
 
 

@@ -138,7 +138,7 @@ def _read_json(folder: Path, path: Path) -> dict[str, Any]:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "there is no such folder"
         raise BaseError(
-            what, where=str(folder), expected="a folder with config.json and safetensors weights", remedy="mend `base.model`"
+            what, where=str(folder), expected="a folder with config.json and safetensors weights", remedy="fix `base.model`"
         )
     if not path.is_file():
         adapter = (folder / "adapter_config.json").is_file()
@@ -193,7 +193,7 @@ def unknown_layout(path: Path, values: dict[str, Any], why: str = "") -> BaseErr
 def plan_only_error(path: Path, model_type: str, reason: str) -> BaseError:
     """Return the error for a base that can be planned for but not trained."""
     return BaseError(
-        f"a base of model_type {model_type!r} can be planned with, not trained: {reason}",
+        f"a base of model_type {model_type!r} can be planned for, not trained: {reason}",
         where=str(path),
         expected=f"to train, a base of one of {', '.join(trainable_layouts())}",
         remedy="use a base of such a layout; `orchestrator plan` works with this one",

@@ -55,7 +55,7 @@ def read_anatomy(folder: Path | str, *, need_weights: bool) -> ModelAnatomy:
     stored = read_weights(folder)
     if stored is None and need_weights:
         raise BaseError(
-            "the folder has a config but no weights: it can be planned with, not trained",
+            "the folder has a config but no weights: it can be planned for, not trained",
             where=str(folder),
             expected=f"{SINGLE}, or shards with {INDEX}",
             remedy="put the base's safetensors files there, or point `base.model` at a folder that has them",

@@ -174,7 +174,7 @@ def _check_quantizable(spec: JobSpec, anatomy: ModelAnatomy, found: Machines) ->
         width = anatomy.tensors[name].shape[-1]
         if width % NF4_BLOCK:
             raise BaseError(
-                f"nf4 on a CPU cannot hold {name}: {width} columns",
+                f"nf4 on a CPU does not support {name}: {width} columns",
                 where="base.quantize",
                 expected=f"a multiple of {NF4_BLOCK}, bitsandbytes' block; its CPU code gives wrong results for other widths",
                 remedy="base.quantize: none, or train on a GPU",
@@ -302,5 +302,5 @@ def _check_gpu_hours(plan: RunPlan, spec: JobSpec) -> None:
         f"the training would take about {plan.gpu_hours:.3g} GPU-hours, and max_gpu_hours allows {allowed:g}",
         where="resources.max_gpu_hours",
         expected=f"at most {allowed:g}",
-        remedy="fewer epochs, or a higher bound",
+        remedy="fewer epochs, or a higher limit",
     )

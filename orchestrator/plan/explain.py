@@ -39,7 +39,7 @@ def _threads(plan: RunPlan, found: Machines) -> Iterator[str]:
     own, part = plan.execution.threads_per_rank, found.threads_of_cores(plan.execution.ranks * plan.num_gangs)
     if own < part:
         count = "1 thread" if own == 1 else f"{own} threads"
-        yield f"{count} a rank, as OMP_NUM_THREADS={found.max_threads} says; its share of the cores would be {part}"
+        yield f"{count} per rank, since OMP_NUM_THREADS={found.max_threads} is set; its share of the cores would be {part}"
 
 
 def _base_warnings(anatomy: ModelAnatomy) -> Iterator[str]:
@@ -63,12 +63,12 @@ def _base_notes(spec: JobSpec, anatomy: ModelAnatomy) -> Iterator[str]:
 def rate_note(rate: Rate) -> str:
     """Return a note that says which rate the hours assume."""
     if rate.flops is None or rate.peak_flops is None:
-        return f"no GPU-hours: the peak rate of {rate.device} is not in the table"
+        return f"GPU-hours unknown: the peak rate of {rate.device} is not in the table"
     if rate.device == "core":
-        return f"hours count arithmetic only, at {rate.flops / 1e9:.0f} GFLOP/s a core"
+        return f"hours count computing only, at {rate.flops / 1e9:.0f} GFLOP/s per core"
     found = "measured in the first steps" if rate.calibrated else "assumed"
     return (
-        f"hours assume {rate.achieved_share:.0%} ({found}) of {rate.peak_flops / 1e12:.0f} TFLOP/s of each GPU, and no time "
+        f"hours assume {rate.achieved_share:.0%} ({found}) of {rate.peak_flops / 1e12:.0f} TFLOP/s per GPU, and no time "
         "for starting or saving"
     )
 
@@ -82,7 +82,7 @@ def _hours_warning(plan: RunPlan, allowed: float | None) -> Iterator[str]:
     most = "not even the controls and one trial fit" if fit < 1 else f"about {fit} of its {count} trials fit"
     yield (
         f"the sweep would take about {cost.gpu_hours:.3g} GPU-hours, and resources.max_gpu_hours allows {allowed:g}: {most}. It "
-        "ends in order there, with the best trial so far; with fewer trials or epochs it ends by itself"
+        "stops there with the best trial so far; fewer trials or epochs avoid this"
     )
 
 
@@ -102,7 +102,7 @@ def trials_within(plan: RunPlan, gpu_hours: float) -> int:
 def _anchor_notes(plan: RunPlan, spec: JobSpec) -> Iterator[str]:
     if plan.search is not None and spec.search is not None and isinstance(spec.train.anchor, AnchorSpec):
         for tune in tunes_without_anchor(spec.search, spec.train):
-            yield f"the anchor {spec.train.anchor.kind} of train is left out of {tune} trials"
+            yield f"train.anchor ({spec.train.anchor.kind}) does not apply to {tune} trials"
 
 
 def _notes(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDescription) -> list[str]:
@@ -114,7 +114,7 @@ def _notes(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDescri
         notes.append(f"max_gpus: {most} is an upper bound; the cluster has {cluster.num_gpus} GPUs")
     cores = sum(node.count * found.units_of(node) for node in found.nodes)
     if found.device == "cpu" and found.num_units < cores:
-        notes.append(f"max_gpus: {most} bounds cores where no GPU is used: {found.num_units} of {cores} cores train")
+        notes.append(f"max_gpus: {most} limits cores if no GPU is used: {found.num_units} of {cores} cores train")
     if found.device == "cuda" and len({node.gpu_memory_bytes for node in found.nodes}) > 1:
         notes.append("nodes have different GPUs: every rank is planned for the GPU with the least memory")
     if plan.search is not None and spec.search is not None and spec.search.algorithm != "fixed":
@@ -261,7 +261,7 @@ def plan_lines(plan: RunPlan) -> list[str]:
         f"eval {format_count(plan.data.eval_tokens)}, retain {format_count(plan.data.retain_tokens)}"
         + ("" if plan.data.exact else " (estimated)"),
         f"  gangs       {plan.num_gangs} of {_count(execution.ranks, 'rank')} on {execution.device}, "
-        f"{_count(execution.threads_per_rank, 'thread')} a rank",
+        f"{_count(execution.threads_per_rank, 'thread')} per rank",
         *(f"  placement   {line}" for line in (plan.placement.sentences if plan.placement is not None else ())),
         f"  execution   {execution_line(execution)}",
         f"  refit       {execution_line(plan.refit_execution)}",
@@ -275,7 +275,7 @@ def plan_lines(plan: RunPlan) -> list[str]:
     if plan.finetune is not None:
         lines.append(f"  finetune    {option_line(plan.finetune)}")
     heaviest = heaviest_option(plan)
-    lines.append(f"  memory of a rank, {heaviest.layers} {heaviest.tune}: {format_bytes(heaviest.memory.total_bytes)}")
+    lines.append(f"  memory per rank, {heaviest.layers} {heaviest.tune}: {format_bytes(heaviest.memory.total_bytes)}")
     lines += [f"    {line}" for line in memory_lines(heaviest.memory)]
     lines.append(f"  cost        {cost_line(plan)}")
     lines += [f"  because     {reason}" for reason in plan.reasons]
@@ -292,7 +292,7 @@ def execution_line(execution: ExecutionPlan) -> str:
     ]
     parts += [f"{execution.offload} offloaded"] if execution.offload != "none" else []
     parts += ["checkpointing"] if execution.checkpointing else []
-    return " · ".join([*parts, f"{execution.micro_batch_rows} x {execution.row_tokens} tokens at a time", execution.dtype])
+    return " · ".join([*parts, f"{execution.micro_batch_rows} x {execution.row_tokens} tokens per micro-batch", execution.dtype])
 
 
 def option_line(option: TrialOption) -> str:
@@ -346,7 +346,7 @@ def _stage_line(execution: ExecutionPlan) -> str:
             f"each of {execution.ranks} ranks holds all trainable parameters and sums gradients with the others: "
             "DeepSpeed is not needed"
         )
-    alone = "as asked" if execution.ranks == 1 else "the lowest stage that is allowed and fits"
+    alone = "as requested" if execution.ranks == 1 else "the lowest stage that is allowed and fits"
     return f"ZeRO-{execution.zero_stage}: {alone}"
 
 

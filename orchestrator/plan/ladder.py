@@ -126,15 +126,15 @@ def shortage(candidate: Candidate, load: Load, room: RankRoom) -> str | None:
     if memory.device.total_bytes > room.device_bytes:
         worst = max(memory.device.terms, key=lambda term: term.num_bytes)
         return (
-            f"needs {format_bytes(memory.device.total_bytes)} of {format_bytes(room.device_bytes)} a rank"
+            f"needs {format_bytes(memory.device.total_bytes)} of {format_bytes(room.device_bytes)} per rank"
             f"{_on(room.device_node)}, mostly {worst.name}: {format_bytes(worst.num_bytes)} ({worst.reason})"
         )
     host_bytes = memory.host.total_bytes + memory.first_rank_bytes // min(candidate.ranks, room.ranks_per_node)
     if candidate.device == "cuda" and host_bytes > room.host_bytes:
         worst = max(memory.host.terms, key=lambda term: term.num_bytes)
         return (
-            f"puts {format_bytes(host_bytes)} into host memory, and a rank has {format_bytes(room.host_bytes)} "
-            f"there{_on(room.host_node)}; "
+            f"needs {format_bytes(host_bytes)} of host memory, and a rank has {format_bytes(room.host_bytes)}"
+            f"{_on(room.host_node)}; "
             f"{worst.name}: {format_bytes(worst.num_bytes)} ({worst.reason})"
         )
     return None

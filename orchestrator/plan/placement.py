@@ -165,7 +165,7 @@ def machines(cluster: ClusterDescription, resources: ResourcesSpec) -> Machines:
         raise PlanError(
             f"no rank can be placed: the cluster has {cluster.num_gpus} GPUs and {cluster.num_cpus} CPUs",
             where=cluster.source,
-            expected=f"{GPU_RANK_CPUS} CPUs of a node's own for each rank on its GPUs" if wants_gpu else "a CPU for each rank",
+            expected=f"{GPU_RANK_CPUS} CPUs on the same node for each rank with a GPU" if wants_gpu else "a CPU for each rank",
             remedy="start Ray's nodes with their CPUs (--num-cpus)",
         )
     total = sum(node.count * num_slots(node, device) for node in nodes)

@@ -218,6 +218,6 @@ def curve_shares(num_documents: int) -> tuple[float, ...]:
 def too_few_documents(num_documents: int) -> str:
     """Return the warning that a learning curve was asked for but there are too few documents."""
     return (
-        f"search.learning_curve is left out: of {num_documents} training document{'' if num_documents == 1 else 's'} there are "
-        f"not {MIN_CURVE_POINTS} different shares"
+        f"search.learning_curve is skipped: {num_documents} training document{'' if num_documents == 1 else 's'} cannot be "
+        f"divided into {MIN_CURVE_POINTS} different shares"
     )

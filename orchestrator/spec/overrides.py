@@ -38,7 +38,7 @@ def parse_overrides(texts: Sequence[str]) -> list[Override]:
         key, sign, value = text.partition("=")
         path = parse_path(key.strip())
         if not sign or not path:
-            problems.append(SpecProblem("", "no key and value" if not sign else f"no key: {key!r}", option, hint=EXAMPLE))
+            problems.append(SpecProblem("", "no key and value" if not sign else f"not a key: {key!r}", option, hint=EXAMPLE))
             continue
         try:
             source = parse_source(value, option) if value.strip() else Source(option, value)
@@ -60,7 +60,9 @@ def override_values(values: Mapping[str, Any]) -> list[Override]:
     """
     wrong = [key for key in values if not parse_path(key)]
     if wrong:
-        raise SpecError([SpecProblem("", f"no key: {key!r}", "overrides", hint="for example 'search.trials'") for key in wrong])
+        raise SpecError(
+            [SpecProblem("", f"not a key: {key!r}", "overrides", hint="for example 'search.trials'") for key in wrong]
+        )
     return [Override(parse_path(key), value, f"overrides[{key!r}]") for key, value in values.items()]
 
 
@@ -105,5 +107,5 @@ def _put(data: Any, path: KeyPath, value: Any) -> str:
                 items[step] = value
             data = items[step]
         else:
-            return f"{around} is no {'mapping with keys' if isinstance(step, str) else 'list with items'}"
+            return f"{around} is not a {'mapping with keys' if isinstance(step, str) else 'list with items'}"
     return ""

@@ -188,7 +188,7 @@ def _head(plan: RunPlan, anatomy: ModelAnatomy) -> LayerSelection:
 
 
 def _rate(flops_per_token: float) -> str:
-    return f"{format_flops(flops_per_token)} a token"
+    return f"{format_flops(flops_per_token)} per token"
 
 
 def _seconds(rate: Rate, operations: float) -> float | None:
@@ -232,7 +232,7 @@ def follow_up_costs(plan: RunPlan, anatomy: ModelAnatomy, per_token: float, scor
     parts: list[CostItem] = []
     if plan.search.repeats > 1:
         others = plan.search.repeats - 1
-        reason = f"the winner trained from {others} other seed{'s' if others > 1 else ''}, if it is the costliest choice"
+        reason = f"the winner trained from {others} other seed{'s' if others > 1 else ''}, assuming the costliest choice"
         scorings = _num_scorings(plan, 1.0) * scored
         amount = others * (per_token * plan.total_tokens + scorings + fisher_of_repeat(plan, anatomy))
         parts.append(CostItem(name=REPEATS, amount=amount, reason=reason))
@@ -270,7 +270,7 @@ def learning_curve_costs(plan: RunPlan, per_token: float, scored: float) -> list
         return []
     total = plan.data.train_documents
     counts = ", ".join(str(share_documents(share, total)) for share in shares)
-    reason = f"the winner trained again on {counts} of {total} documents each, if it is the costliest choice"
+    reason = f"the winner trained again on {counts} of {total} documents each, assuming the costliest choice"
     amount = sum(share * per_token * plan.total_tokens + _num_scorings(plan, share) * scored for share in shares)
     return [CostItem(name=CURVE, amount=amount, reason=reason)]
 

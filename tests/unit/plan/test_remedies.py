@@ -79,7 +79,7 @@ def test_the_plan_notes_which_trials_go_without_the_anchor_of_train(base: Any, j
         plan = make_plan(loaded, base("tiny"), data(), cores(), job="sweep", spec_sha256="0" * 64)
         return [note for note in plan.notes if "anchor" in note]
 
-    assert notes(tune=["lora", "full"]) == ["the anchor l2sp of train is left out of lora trials"]
+    assert notes(tune=["lora", "full"]) == ["train.anchor (l2sp) does not apply to lora trials"]
     assert notes(tune=["full"]) == []
 
 

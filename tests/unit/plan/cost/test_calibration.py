@@ -77,7 +77,7 @@ def test_cores_are_calibrated_too(plan: Any, base: Any, cores: Any) -> None:
     found = calibrated(planned, base("tiny"), [MeasuredSteps(0, 1000, 2 * seconds)])
     assert found is not None
     assert found.core_hours == pytest.approx(2 * planned.cost.core_hours)
-    assert "20 GFLOP/s a core" in calibration_message(planned.cost, found)
+    assert "20 GFLOP/s per core" in calibration_message(planned.cost, found)
 
 
 def test_nothing_is_made_up(plan: Any, base: Any, gpus: Any) -> None:
