@@ -15,7 +15,7 @@ from orchestrator.errors import TrainingError
 from orchestrator.plan import make_trial, with_scores
 from orchestrator.plan.cost.choices import planned_options
 from orchestrator.plan.measurements import NO_RETENTION_SET, choice_of, standing_choice, with_choice
-from orchestrator.plan.schedule import has_few
+from orchestrator.plan.schedule import has_few_examples
 from orchestrator.plan.values import RunPlan
 from orchestrator.run.hours import metered
 from orchestrator.run.ledger import base_result
@@ -311,7 +311,7 @@ class TargetShift(Step[DomainShift]):
     @property
     def _is_wanted(self) -> bool:
         plan = self.prepared.plan
-        return plan.shift is not None or has_few(plan.data)
+        return plan.shift is not None or has_few_examples(plan.data)
 
     def known(self) -> DomainShift | None:
         return read_record(self.file, DomainShift) if self._is_wanted and self.file.exists() else None
