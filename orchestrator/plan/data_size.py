@@ -82,6 +82,7 @@ def estimate_data_size(
     retain_tokens = round(retain_bytes / BYTES_PER_TOKEN)
     documents = max(1, round(share * rows))
     in_a_step = tokens_per_step(spec.train, documents, train_tokens, min(spec.data.max_tokens, math.ceil(tokens / rows)))
+    # Tokens that are scored are never trained on, so replay has what is left of the retention set.
     replayed = min(max(0, retain_tokens - spec.data.retain_tokens), most_replayed_tokens(spec, train_tokens))
     return DataSize(
         train_documents=documents,

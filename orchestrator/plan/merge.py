@@ -241,6 +241,7 @@ def _file_names(base_files: list[str]) -> list[str]:
 def _shard(base: Path, file: str, base_file: str, tensors: list[WriteTensor]) -> Shard:
     if base_file and all(tensor.operation.kind == "keep" for tensor in tensors):
         names = tuple(tensor.name for tensor in tensors)
+        # A shard that also stores tensors which the output drops cannot be linked.
         if set(read_header(base / base_file)) == set(names):
             return LinkShard(file=file, base_file=base_file, names=names, num_bytes=sum(t.num_bytes for t in tensors))
     return WriteShard(file=file, tensors=tuple(tensors))

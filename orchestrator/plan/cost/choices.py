@@ -52,7 +52,9 @@ def scored_flops(plan: RunPlan, anatomy: ModelAnatomy, cut: int = 0) -> float:
 def per_target_token(options: Sequence[TrialOption], terms: Sequence[Sequence[FlopTerm]]) -> list[float]:
     """Return, for each choice, the operations of training on one token of the target and on the tokens replayed beside it."""
     return [
-        sum(term.flops for term in each) / (1.0 - option.remedies.replay) for option, each in zip(options, terms, strict=True)
+        # A share s of all tokens is replayed, so each token of the target means 1 / (1 - s) tokens in all.
+        sum(term.flops for term in each) / (1.0 - option.remedies.replay)
+        for option, each in zip(options, terms, strict=True)
     ]
 
 
@@ -80,6 +82,7 @@ def fisher_costs(plan: RunPlan, anatomy: ModelAnatomy) -> list[CostItem]:
     """Return the measurements of the searched trials, or of the one trial; with more selections than trials, the costliest."""
     found = measurements(plan, anatomy, plan.execution)
     if plan.search is not None:
+        # More selections than trials: not all of them can be trained, and which ones is not known, so assume the costliest.
         found = found[: plan.search.num_trials]
     if not found:
         return []

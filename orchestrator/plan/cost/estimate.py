@@ -53,6 +53,7 @@ def rate_of(found: Machines) -> Rate:
     unknown = sorted({name or "unnamed" for name, row in rows if row is None})
     if unknown:
         return Rate(device=", ".join(unknown), peak_flops=None, achieved_share=ACHIEVED_SHARE, source="not in the table")
+    # Ranks of a gang wait for each other at every step.
     name, slowest = min(((name, row) for name, row in rows if row), key=lambda pair: pair[1].peak_flops)
     source = f"peak: {slowest.source}; share: assumed"
     return Rate(device=name, peak_flops=slowest.peak_flops, achieved_share=ACHIEVED_SHARE, source=source)
@@ -68,6 +69,7 @@ def estimate_cost(plan: RunPlan, anatomy: ModelAnatomy, rate: Rate, *, price_per
     trial = [flops * plan.total_tokens * _budget(plan) for flops in per_target_token(options, terms)]
     units, refit_units = units_of_gang(plan.execution), units_of_gang(plan.refit_execution)
     follow_up, longest_follow_up = follow_up_work(plan, operations)
+    # However many gangs there are, the search takes at least as long as one trial that is not stopped.
     searched = max((total - refit - follow_up) / (units * _busy_gangs(plan)), max(trial, default=0.0) / units)
     search_seconds = _seconds(rate, searched + longest_follow_up / units)
     rungs = expected_rungs(plan.search) if plan.search is not None else 0.0
@@ -144,6 +146,7 @@ def _operations(plan: RunPlan, anatomy: ModelAnatomy, terms: Sequence[Sequence[F
     built = (*((trunk,) if trunk is not None else ()), *fisher_costs(plan, anatomy))
     at_cut = [scored_flops(plan, anatomy, option.selection.cut) for option in planned_options(plan)]
     if plan.search is None:
+        # The base is scored through all of its blocks, the trained model from its cut if the trunk is cached.
         trained, scored = per_token[0] * plan.total_tokens, (scored + at_cut[0]) / 2
         parts = (
             *built,
@@ -282,6 +285,7 @@ def follow_up_work(plan: RunPlan, operations: Sequence[CostItem]) -> tuple[float
         return 0.0, 0.0
     assert plan.search is not None
     shares = curve_trained_shares(plan)
+    # An item of several training runs is divided among gangs, so what keeps one gang busy is its largest single run.
     largest = {REPEATS: 1.0 / max(1, plan.search.repeats - 1), CURVE: max(shares) / sum(shares) if shares else 1.0}
     total, longest = sum(parts.values()), max(amount * largest.get(name, 1.0) for name, amount in parts.items())
     return total, max(total / plan.num_gangs, longest)

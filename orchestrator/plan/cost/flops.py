@@ -44,6 +44,7 @@ def block_flops_per_token(anatomy: ModelAnatomy, attended_tokens: float, stop: i
     """Return the operations of the forward pass of the blocks below `stop`."""
     return sum(
         sign * (2.0 * block_elements(anatomy, first) + _attention(anatomy, first, attended_tokens))
+        # All blocks, less those from `stop` up: the helpers count from a block to the top.
         for first, sign in ((0, 1.0), (stop, -1.0))
     )
 
@@ -100,6 +101,7 @@ def train_terms(
     """
     first = selection.cut if stored_trunk else 0
     forward = forward_terms(anatomy, attended_tokens, num_classes, supervised_share=supervised_share, first=first)
+    # The control `none` is only evaluated.
     if not selection.trainable and not selection.adapted:
         return forward
     above, blocks = block_elements(anatomy, selection.cut), anatomy.num_blocks - selection.cut
@@ -108,6 +110,7 @@ def train_terms(
     in_blocks, on_head = adapter_elements(anatomy, selection)
     adapters = in_blocks + on_head * supervised_share
     attention = _attention(anatomy, selection.cut, attended_tokens)
+    # With LoRA nothing below these matrices needs a gradient, so autograd skips the gradient of their input.
     passing = above - _first_matrices(anatomy, selection)
     skipped = sum(_last_matrix(anatomy, selection, block) for block in range(selection.cut, anatomy.num_blocks))
     again = 2.0 * (above - skipped + in_blocks) + attention if checkpointing else 0.0
@@ -210,6 +213,7 @@ def _first_matrices(anatomy: ModelAnatomy, selection: LayerSelection) -> int:
     names = anatomy.blocks[selection.cut] if selection.cut < anatomy.num_blocks else ()
     if set(names) & set(selection.trainable):
         return 0
+    # The second-last component of a parameter's name is its module: `model.layers.0.self_attn.q_proj.weight` -> `q_proj`.
     adapted = set(names) & set(selection.adapted)
     return sum(anatomy.tensors[name].num_elements for name in adapted if name.split(".")[-2] in QUERY_KEY_VALUE)
 

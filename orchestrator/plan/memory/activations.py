@@ -95,6 +95,7 @@ def _norms(anatomy: ModelAnatomy, names: tuple[str, ...], learning: frozenset[st
     total = 0
     for name in names:
         shape = anatomy.tensors[name].shape
+        # Norms are found by their names (`ln_` is GPT-2's) and by being vectors; q_norm and k_norm run once per head.
         if ("norm" not in name.lower() and "ln_" not in name) or len(shape) != 1 or not name.endswith("weight"):
             continue
         if shape[0] == anatomy.head_dim and anatomy.head_dim != anatomy.hidden_size:
