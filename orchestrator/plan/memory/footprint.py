@@ -148,7 +148,7 @@ def _converted_bytes(anatomy: ModelAnatomy, element_bytes: int) -> int:
 
 
 def learning_counts(anatomy: ModelAnatomy, selection: LayerSelection, *, num_classes: int = 0) -> tuple[int, ...]:
-    """Return the elements of each trainable tensor in the engine's order: the model's, an adapted one as the tensors of its adapter."""
+    """Return the elements of each trainable tensor in the engine's order: the model's, an adapted one as its adapter's."""
     head = (anatomy.vocab_size, anatomy.hidden_size)
     shapes = {name: tensor.shape for name, tensor in anatomy.tensors.items()} | {
         tensor.name: tensor.shape for tensor in anatomy.new_tensors
