@@ -110,7 +110,6 @@ def train_terms(
     in_blocks, on_head = adapter_elements(anatomy, selection)
     adapters = in_blocks + on_head * supervised_share
     attention = _attention(anatomy, selection.cut, attended_tokens)
-    # With LoRA nothing below these matrices needs a gradient, so autograd skips the gradient of their input.
     passing = above - _first_matrices(anatomy, selection)
     skipped = sum(_last_matrix(anatomy, selection, block) for block in range(selection.cut, anatomy.num_blocks))
     again = 2.0 * (above - skipped + in_blocks) + attention if checkpointing else 0.0
