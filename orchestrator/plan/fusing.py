@@ -11,7 +11,7 @@ from orchestrator.plan.ladder import Load, shortage
 from orchestrator.plan.memory.candidate import Candidate
 from orchestrator.plan.memory.footprint import Footprint
 from orchestrator.plan.placement import TRIALS_PER_GANG, RankRoom
-from orchestrator.work.assignment import Assignment
+from orchestrator.work.assignment import TrainRung, Work
 from orchestrator.work.execution import ExecutionPlan
 
 MAX_FUSED = 8
@@ -64,18 +64,20 @@ FuseKey = tuple[object, ...]
 """Key that is equal for assignments that may share a batch."""
 
 
-def fuse_key(assignment: Assignment, planned: ExecutionPlan, anatomy: ModelAnatomy) -> FuseKey | None:
+def fuse_key(assignment: Work, planned: ExecutionPlan, anatomy: ModelAnatomy) -> FuseKey | None:
     """Return what must be equal for assignments to share a batch; None for an assignment that must run alone.
 
     These run alone: controls; trials that train anything besides adapters of the blocks (a shared head takes the positions of one
-    trial at a time, and has no adapters of its own); evaluations; gangs of DeepSpeed; metrics that need generated text; bases
-    with dropout (masks would be drawn for all trials at once); and a trial that was reduced to less memory than planned.
+    trial at a time, and has no adapters of its own); evaluations and measurements; gangs of DeepSpeed; metrics that need
+    generated text; bases with dropout (masks would be drawn for all trials at once); and a trial that was reduced to less memory than planned.
 
     Args:
         assignment: What a gang is asked to do.
         planned: The planned execution of trials.
         anatomy: Anatomy of the base.
     """
+    if not isinstance(assignment, TrainRung):
+        return None
     trial, selection, execution = assignment.trial, assignment.selection, assignment.execution
     # The objective passes the head one trial's positions at a time, so an adapted head would apply adapters to the wrong trial.
     if trial.control is not None or trial.tune != "lora" or selection.trainable or anatomy.head_weight in selection.adapted:
@@ -84,7 +86,7 @@ def fuse_key(assignment: Assignment, planned: ExecutionPlan, anatomy: ModelAnato
     # batch.
     if anatomy.dropout or execution.executor != "torch" or execution != planned:
         return None
-    if assignment.stop_step == 0 or assignment.metric not in TEACHER_FORCED:
+    if assignment.metric not in TEACHER_FORCED:
         return None
     return (
         selection.cut,

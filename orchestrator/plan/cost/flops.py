@@ -162,11 +162,12 @@ def head_elements(anatomy: ModelAnatomy, num_classes: int = 0) -> int:
 
 
 def adapter_elements(anatomy: ModelAnatomy, selection: LayerSelection) -> tuple[int, int]:
-    """Return (elements of A and B in the blocks, elements of A and B on the head)."""
-    rank = selection.lora_rank or 0
+    """Return the elements of adapters that a token is multiplied with: (in the blocks, on the head)."""
+    kind, rank = selection.adapter_kind, selection.lora_rank or 0
     stored = [name for name in selection.adapted if name != anatomy.head_weight]
-    on_head = rank * (anatomy.vocab_size + anatomy.hidden_size) if len(stored) < len(selection.adapted) else 0
-    return rank * sum(sum(anatomy.tensors[name].shape) for name in stored), on_head
+    head = (anatomy.vocab_size, anatomy.hidden_size)
+    on_head = kind.multiplied_elements(head, rank) if len(stored) < len(selection.adapted) else 0
+    return sum(kind.multiplied_elements(anatomy.tensors[name].shape, rank) for name in stored), on_head
 
 
 def _active(anatomy: ModelAnatomy, name: str) -> float:
