@@ -14,7 +14,7 @@ more."""
 
 
 class DataSize(Value):
-    """What the plan needs to know about the tokenized data. Estimated from file sizes if nothing is tokenized yet."""
+    """Size of the tokenized data as far as the plan needs it. Estimated from file sizes if nothing is tokenized yet."""
 
     train_documents: int
     train_tokens: int

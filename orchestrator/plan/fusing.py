@@ -1,4 +1,4 @@
-"""How many LoRA trials may share a batch: as many as memory allows, if a batch of one trial leaves the processor idle."""
+"""Number of LoRA trials that may share a batch: as many as memory allows, if a batch of one trial leaves the processor idle."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ def fuse_key(assignment: Work, planned: ExecutionPlan, anatomy: ModelAnatomy) ->
 
     These run alone: controls; trials that train anything besides adapters of the blocks (a shared head takes the positions of one
     trial at a time, and has no adapters of its own); evaluations and measurements; gangs of DeepSpeed; metrics that need
-    generated text; bases with dropout (masks would be drawn for all trials at once); and a trial that was reduced to less memory than planned.
+    generated text; bases with dropout (masks would be drawn for all trials at once); and a trial that ran out of memory and was
+    reduced.
 
     Args:
         assignment: What a gang is asked to do.

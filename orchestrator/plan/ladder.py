@@ -56,7 +56,7 @@ RoomOf = Callable[[int], RankRoom]
 
 @dataclass(frozen=True)
 class Load:
-    """What a gang has to train; the candidate must fit every footprint."""
+    """Training that a gang has to carry: the candidate must fit every footprint."""
 
     footprints: tuple[Footprint, ...]
     row_tokens: int
