@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from orchestrator.errors import IntegrityError
 from orchestrator.store import read_json, write_json
 from orchestrator.transfer.view import Activity
-from orchestrator.work.assignment import Assignment
+from orchestrator.work.assignment import MeasureShift, ScoreBlocks, TimeCompiling, TrainRung, Work
 from orchestrator.work.results import StepReport
 
 TAIL_BYTES = 16 * 1024
@@ -48,14 +48,19 @@ def last_steps(file: Path) -> list[StepReport]:
     return found
 
 
-def activity_of(assignment: Assignment, gang: int) -> Activity:
-    """What a gang does with an assignment, as far as that is known without its files."""
-    if assignment.measures:
-        kinds = {"scoring the blocks": assignment.probe, "measuring the domain shift": assignment.shift}
-        doing = next((doing for doing, plan in kinds.items() if plan is not None), "timing compiled blocks")
-        return Activity(doing=doing, gang=gang)
+MEASURING = {
+    ScoreBlocks: "scoring the blocks",
+    MeasureShift: "measuring the domain shift",
+    TimeCompiling: "timing compiled blocks",
+}
+
+
+def activity_of(assignment: Work, gang: int) -> Activity:
+    """Return what a gang does with its work, as far as that is known without its files."""
+    if isinstance(assignment, ScoreBlocks | MeasureShift | TimeCompiling):
+        return Activity(doing=MEASURING[type(assignment)], gang=gang)
     trial = assignment.trial
-    if assignment.stop_step == 0:
+    if not isinstance(assignment, TrainRung):
         return Activity(doing="evaluating the base model", gang=gang, trial_id=trial.trial_id)
     return Activity(
         doing="training",

@@ -6,7 +6,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from orchestrator.plan import make_trial, none_control
+from orchestrator.plan import evaluate_base, make_trial, none_control
 from orchestrator.plan.defaults import with_section
 from orchestrator.run.ledger import Ledger
 from orchestrator.runtime.activities import ranks_text
@@ -62,8 +62,8 @@ def _train(prepared: Prepared, view: RunView, started_at: float) -> SweepResult:
     ledger.register(none, None)
     ledger.register(trial, 0)
     view.phase("training", f"{trial.total_steps} steps on {ranks_text(plan.refit_execution.ranks)}")
-    here = ledger.folder("none")
-    untouched = prepared.assignment(none, nothing, folder=here, stop_step=0, execution=plan.refit_execution)
+    context, execution = prepared.work_context(plan.refit_execution), plan.refit_execution
+    untouched = evaluate_base(plan, context, none, nothing, str(ledger.folder("none")), execution)
     results = run_refit(prepared, [untouched, refit_assignment(prepared, trial, plan.finetune.selection)])
     for result in results:
         ledger.add(result)

@@ -10,10 +10,10 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import ValidationError
 
-from orchestrator.anatomy import LayerSelection, ModelAnatomy, read_anatomy, resolve_base
+from orchestrator.anatomy import ModelAnatomy, read_anatomy, resolve_base
 from orchestrator.data import DataSummary, data_size, prepare_data
 from orchestrator.errors import IntegrityError, RunConflictError, UsageError
-from orchestrator.plan import make_assignment, make_plan
+from orchestrator.plan import make_plan, work_context
 from orchestrator.plan import schedule as steps
 from orchestrator.plan.measurements import standing_choice, with_choice
 from orchestrator.plan.schedule import StepSize
@@ -29,10 +29,9 @@ from orchestrator.store.run_directory import WRITABLE
 from orchestrator.train.evaluation import text_metric
 from orchestrator.transfer.view import RunView
 from orchestrator.values import content_hash
-from orchestrator.work.assignment import Assignment
-from orchestrator.work.execution import DataPaths, TrainSettings
+from orchestrator.work.assignment import WorkContext
+from orchestrator.work.execution import DataPaths, ExecutionPlan, TrainSettings
 from orchestrator.work.measurements import CompileChoice, LayerScores
-from orchestrator.work.trial import TrialSpec
 
 Job = Literal["sweep", "finetune"]
 
@@ -69,21 +68,10 @@ class Prepared:
             tokens_per_step=steps.tokens_per_step(self.spec, self.plan.data),
         )
 
-    def assignment(self, trial: TrialSpec, selection: LayerSelection, *, folder: Path, stop_step: int, **how: Any) -> Assignment:
-        """From step 0, outside the search; `how` as in `make_assignment`."""
-        return make_assignment(
-            self.plan,
-            trial,
-            selection,
-            settings=self.settings,
-            data=self.data_paths,
-            metric=self.scoring.metric,
-            folder=str(folder),
-            rung=0,
-            start=None,
-            stop_step=stop_step,
-            **how,
-        )
+    def work_context(self, execution: ExecutionPlan | None = None) -> WorkContext:
+        """Return what all work for one kind of gang shares: the search's gangs, or those of another execution."""
+        metric = self.scoring.metric
+        return work_context(self.plan, settings=self.settings, data=self.data_paths, metric=metric, execution=execution)
 
     @property
     def scoring(self) -> Scoring:

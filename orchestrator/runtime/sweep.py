@@ -26,7 +26,7 @@ from orchestrator.runtime.finish import finish
 from orchestrator.runtime.follow_up_trials import hand_in, train_late, wait_for
 from orchestrator.runtime.hang_detection import Patience
 from orchestrator.runtime.heartbeat import Pulse, Watcher
-from orchestrator.runtime.measurements import advised_by_shift, compiled_where_it_pays, scored_in_a_gang
+from orchestrator.runtime.measurements import measured_in_a_gang
 from orchestrator.runtime.outcome import RunOutcome, read_outcome, read_sweep, summarise, write_outcome
 from orchestrator.runtime.prepare import Prepared, open_run, prepare
 from orchestrator.runtime.search import run_search
@@ -107,8 +107,7 @@ def _search(prepared: Prepared, view: Pulse, started_at: float) -> tuple[Prepare
                 f"the base model could not be evaluated: {untouched.reason}",
                 remedy="fix the reported error and submit the same spec again: it is evaluated again",
             )
-        prepared = compiled_where_it_pays(scored_in_a_gang(prepared, exchange, view), exchange, view)
-        prepared = advised_by_shift(prepared, exchange, view)
+        prepared = measured_in_a_gang(prepared, exchange, view)
         plan = prepared.plan
         assert plan.search is not None
         view.phase("search", f"{plan.search.num_trials} trials")

@@ -25,7 +25,9 @@ from orchestrator.work.execution import ExecutionPlan, TrainSettings
 from orchestrator.work.remedies import AnchorPlan
 
 
-def build_engine(context: HostContext, execution: ExecutionPlan, sets: TrainingSets, objective: nn.Module, branch: Branch) -> Engine:
+def build_engine(
+    context: HostContext, execution: ExecutionPlan, sets: TrainingSets, objective: nn.Module, branch: Branch
+) -> Engine:
     """Build the engine that trains a branch, with what anchors its weights to the base.
 
     Args:

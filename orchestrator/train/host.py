@@ -87,7 +87,13 @@ class TrainHost:
         return self.context.ranks
 
     def run(self, work: Work, on_step: OnStep = None, on_relief: OnRelief | None = None) -> WorkResult:
-        """Do the work: a trial is trained to its next rung, on disk. A trial's own failure is a result with the reason, on every rank.
+        """Do the work: `run_trial` for a trial, `measure` for a measurement."""
+        if isinstance(work, TrainRung | EvaluateBase):
+            return self.run_trial(work, on_step, on_relief)
+        return self.measure(work)
+
+    def run_trial(self, work: TrainRung | EvaluateBase, on_step: OnStep = None, on_relief: OnRelief | None = None) -> RungResult:
+        """Train a trial to its next rung, on disk, or evaluate the base. A trial's own failure is a result with the reason.
 
         Args:
             work: What to do.
@@ -100,9 +106,33 @@ class TrainHost:
             BaseLostError: the base could not be restored: this gang must be replaced.
             Exception: whatever else breaks the gang itself (a lost rank, a full disk).
         """
-        result = self._run_one(work, on_step, on_relief)
+        result = self._train_or_evaluate(work, on_step, on_relief)
         self.settle()
-        return result.model_copy(update={"finished_at": time.time()}) if isinstance(result, RungResult) else result
+        return result.model_copy(update={"finished_at": time.time()})
+
+    def measure(self, work: Measurement) -> MeasurementResult:
+        """Measure. A failure of the measurement itself is a result with the reason, on every rank.
+
+        Raises:
+            Exception: as `run_trial`.
+        """
+        pulse.enter("preparing")
+        notes = self._take_news()
+
+        def attempt(execution: ExecutionPlan) -> Found:
+            return measure(work, self.context, execution)
+
+        try:
+            self.context.open_trunk(work.trunk, work.data, notes.append)
+            self._check_gang(work.execution)
+            pulse.enter("preparing")
+            found = run_within_memory(self.context, attempt, work.execution, notes)
+            result = MeasurementResult(work_id=work.work_id, found=found)
+        except TRIAL_ERRORS as error:
+            result = work.failed(str(error))
+            logger.warning("%s failed: %s", work.work_id, error)
+        self._finish(work)
+        return result.model_copy(update={"notes": tuple(notes)})
 
     def run_group(self, group: Sequence[Work], on_step: OnStep = None) -> list[WorkResult]:
         """Do the work of a group: trials that may share a batch (`plan.fusing`), or a single piece of any kind.
@@ -115,13 +145,17 @@ class TrainHost:
             on_step: Called after each step of each trial.
 
         Raises:
-            Exception: as `run`.
+            Exception: as `run_trial`.
         """
         rungs = [work for work in group if isinstance(work, TrainRung)]
+        results: list[WorkResult]
         if len(rungs) == len(group):
-            results = self._run_rungs(rungs, on_step)
+            results = [*self._run_rungs(rungs, on_step)]
         else:  # only rungs can share a batch
-            results = [self._run_one(work, on_step) for work in group]
+            results = [
+                self._train_or_evaluate(work, on_step) if isinstance(work, TrainRung | EvaluateBase) else self.measure(work)
+                for work in group
+            ]
         pulse.enter("idle")
         return results
 
@@ -140,10 +174,14 @@ class TrainHost:
         gc.unfreeze()
         leave_gang()
 
-    def _run_one(
-        self, work: Work, on_step: OnStep = None, on_relief: OnRelief | None = None, started_at: float | None = None
-    ) -> WorkResult:
-        """Do one piece of work. Its rung may still be being written: the result counts after `settle`."""
+    def _train_or_evaluate(
+        self,
+        work: TrainRung | EvaluateBase,
+        on_step: OnStep = None,
+        on_relief: OnRelief | None = None,
+        started_at: float | None = None,
+    ) -> RungResult:
+        """Do a trial's work. Its rung may still be being written: the result counts after `settle`."""
         started_at = started_at or time.time()
         if isinstance(work, TrainRung):
             rung = TrialOutcome(work, self._take_news(), started_at)
@@ -151,13 +189,11 @@ class TrainHost:
             def train(execution: ExecutionPlan) -> None:
                 TrainingSession(self.context, [rung], execution, self._ordinal).run(on_step)
 
-            return self._run_trial(rung, train, on_relief)
-        if isinstance(work, EvaluateBase):
-            base = TrialOutcome(work, self._take_news(), started_at)
-            return self._run_trial(base, lambda execution: evaluate_base(self.context, base, execution, self._ordinal), on_relief)
-        return self._measure(work)
+            return self._fill(rung, train, on_relief)
+        base = TrialOutcome(work, self._take_news(), started_at)
+        return self._fill(base, lambda execution: evaluate_base(self.context, base, execution, self._ordinal), on_relief)
 
-    def _run_trial(
+    def _fill(
         self,
         outcome: TrialOutcome[TrainRung] | TrialOutcome[EvaluateBase],
         run: Callable[[ExecutionPlan], None],
@@ -183,21 +219,21 @@ class TrainHost:
         self._finish(work)
         return outcome.result()
 
-    def _run_rungs(self, group: Sequence[TrainRung], on_step: OnStep) -> list[WorkResult]:
+    def _run_rungs(self, group: Sequence[TrainRung], on_step: OnStep) -> list[RungResult]:
         """Train the trials, batch after batch."""
         group = sorted(group, key=lambda work: work.trial.lora_rank or 0)  # equal LoRA ranks are stacked
-        results: list[WorkResult] = []
+        results: list[RungResult] = []
         while len(results) < len(group):
             rest = group[len(results) :]
             started_at = time.time()
             batch = rest[: self.batch_sizes.choose(rest, self._news.append)]
             if len(batch) == 1:
-                results.append(self._run_one(batch[0], on_step, started_at=started_at))
+                results.append(self._train_or_evaluate(batch[0], on_step, started_at=started_at))
             else:
                 results += self._run_fused(batch, started_at, on_step)
         return results
 
-    def _run_fused(self, group: Sequence[TrainRung], started_at: float, on_step: OnStep) -> list[WorkResult]:
+    def _run_fused(self, group: Sequence[TrainRung], started_at: float, on_step: OnStep) -> list[RungResult]:
         """Train the trials in one batch; in halves where memory runs out, separately where the batch fails for another reason."""
         news = self._take_news()
         outcomes = [TrialOutcome(work, started_at=started_at) for work in group]
@@ -215,7 +251,7 @@ class TrainHost:
             outcome.trunk_seconds = trunk_seconds / len(group)
         return [outcome.result() for outcome in outcomes]
 
-    def _split(self, group: Sequence[TrainRung], error: Exception, on_step: OnStep) -> list[WorkResult]:
+    def _split(self, group: Sequence[TrainRung], error: Exception, on_step: OnStep) -> list[RungResult]:
         """Train a group that failed in one batch once more, from where each of its trials began.
 
         Raises:
@@ -235,27 +271,7 @@ class TrainHost:
         if not isinstance(error, OrchestratorError):
             raise error
         self._news.append(f"{len(group)} trials cannot share a batch and are run separately: {error}")
-        return [self._run_one(work, on_step) for work in group]
-
-    def _measure(self, work: Measurement) -> MeasurementResult:
-        """Measure; a failure of the measurement itself is a result with the reason, on every rank."""
-        pulse.enter("preparing")
-        notes = self._take_news()
-
-        def attempt(execution: ExecutionPlan) -> Found:
-            return measure(work, self.context, execution)
-
-        try:
-            self.context.open_trunk(work.trunk, work.data, notes.append)
-            self._check_gang(work.execution)
-            pulse.enter("preparing")
-            found = run_within_memory(self.context, attempt, work.execution, notes)
-            result = MeasurementResult(work_id=work.work_id, found=found)
-        except TRIAL_ERRORS as error:
-            result = work.failed(str(error))
-            logger.warning("%s failed: %s", work.work_id, error)
-        self._finish(work)
-        return result.model_copy(update={"notes": tuple(notes)})
+        return [self._train_or_evaluate(work, on_step) for work in group]
 
     def _take_news(self) -> list[str]:
         """Return the notes for the next result; they are reported once."""

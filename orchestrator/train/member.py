@@ -33,6 +33,7 @@ from orchestrator.work.results import StepReport
 
 OnStep = Callable[[StepReport], None] | None
 
+
 @dataclass(frozen=True)
 class SessionSetup:
     """How a session runs all of its trials."""

@@ -73,9 +73,7 @@ class TrialOutcome(Generic[TrialWork]):
         """Record the memory that every rank has used at most. Called on every rank, after the engine was recorded."""
         peaks = context.ranks.gather(own_bytes)
         assert self.engine is not None
-        self.engine = self.engine.model_copy(
-            update={"peak_memory_bytes": max(peaks), "rank_peak_memory_bytes": tuple(peaks)}
-        )
+        self.engine = self.engine.model_copy(update={"peak_memory_bytes": max(peaks), "rank_peak_memory_bytes": tuple(peaks)})
 
 
 def forward_record(context: HostContext, work: TrainRung | EvaluateBase, execution: ExecutionPlan, ordinal: int) -> EngineRecord:

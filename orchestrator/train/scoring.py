@@ -82,7 +82,9 @@ class Scorer:
     def _evaluate(self, objective: Objective, path: str, num_trials: int) -> list[Evaluation]:
         pulse.enter("evaluating")
         states = self.context.trunk.states(path, self.work.selection.cut) if self.work.trunk is not None else None
-        return evaluate_trials(objective, self.context.sets.load(path), self.context.rows(self.execution), self.context.ranks, num_trials, states)
+        return evaluate_trials(
+            objective, self.context.sets.load(path), self.context.rows(self.execution), self.context.ranks, num_trials, states
+        )
 
     def _retain_accuracy(self, retain: Evaluation | None) -> float | None:
         path = self.work.data.retain
@@ -96,7 +98,9 @@ class Scorer:
             pulse.enter("generating")
             counting = objective.model.register_forward_pre_hook(pulse.beat_before)
             try:
-                made = generate_answers(objective.model, tokenizer, data, self.context.ranks, synced=is_partitioned(self.execution))
+                made = generate_answers(
+                    objective.model, tokenizer, data, self.context.ranks, synced=is_partitioned(self.execution)
+                )
             finally:
                 counting.remove()
             pulse.enter("computing the metric")

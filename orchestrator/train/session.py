@@ -118,9 +118,7 @@ class TrainingSession:
                 outcome.scores = scores
 
 
-def open_branches(
-    base: LoadedBase, works: Sequence[TrainRung], execution: ExecutionPlan, stack: ExitStack
-) -> Sequence[Branch]:
+def open_branches(base: LoadedBase, works: Sequence[TrainRung], execution: ExecutionPlan, stack: ExitStack) -> Sequence[Branch]:
     """Open each trial's branch until the stack closes. A trial that is alone may train anything, several only adapters in blocks."""
     if len(works) > 1:
         return open_stacked(base, works, stack)
