@@ -1,4 +1,4 @@
-"""What a rank of a gang holds for all the work that it is given: the loaded base, the other ranks, data, checkpoints, activations."""
+"""What a rank of a gang holds for all its work: the loaded base, the other ranks, data, checkpoints, activations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A training session: one trial, or several in one batch, trained to their next rung. And the evaluation of the untouched base."""
+"""A training session: one trial, or several in one batch, trained to their next rung; and the base's evaluation."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class TrainingSession:
 
 
 def open_branches(base: LoadedBase, works: Sequence[TrainRung], execution: ExecutionPlan, stack: ExitStack) -> Sequence[Branch]:
-    """Open each trial's branch until the stack closes. A trial that is alone may train anything, several only adapters in blocks."""
+    """Open each trial's branch until the stack closes. A trial alone may train anything, several only adapters in blocks."""
     if len(works) > 1:
         return open_stacked(base, works, stack)
     trial, keeper = works[0].trial, weight_keeper(execution)

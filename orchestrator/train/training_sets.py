@@ -43,7 +43,7 @@ class TrainingSets:
 
     @cached_property
     def states(self) -> TrunkStates | None:
-        """The stored activations of these documents at the trial's cut. None for shuffled answers: those documents are not stored."""
+        """The stored activations of these documents at the trial's cut; none are stored for shuffled answers."""
         work = self.work
         if work.trunk is None or work.trial.control == "shuffled":
             return None
