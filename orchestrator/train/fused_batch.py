@@ -70,7 +70,7 @@ class FusedBatchSizes:
         self._tried.pop(kind, None)
 
     def _measured(self, group: Sequence[TrainRung], note: Callable[[str], None]) -> tuple[int, str]:
-        """Return the measured size and a sentence about it. Where the measurement fails, trials are run alone and fail by themselves."""
+        """Return the measured size and a sentence about it; 1 where the measurement fails, for a trial alone fails by itself."""
         try:
             self._context.open_trunk(group[0].trunk, group[0].data, note)
             pulse.enter("preparing")

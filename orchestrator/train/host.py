@@ -244,15 +244,24 @@ class TrainHost:
             TrainingSession(self.context, outcomes, group[0].execution, self._ordinal).run(on_step)
         except (*TRIAL_ERRORS, RuntimeError, MemoryError) as error:
             self._news += news
-            return self._split(group, error, on_step)
-        self._finish(*group)
-        outcomes[0].notes = [*news, *outcomes[0].notes]
-        for outcome in outcomes:
-            outcome.trunk_seconds = trunk_seconds / len(group)
-        return [outcome.result() for outcome in outcomes]
+            separately = self._shrink_batch(group, error)
+        else:
+            self._finish(*group)
+            outcomes[0].notes = [*news, *outcomes[0].notes]
+            for outcome in outcomes:
+                outcome.trunk_seconds = trunk_seconds / len(group)
+            return [outcome.result() for outcome in outcomes]
+        # Restarted out here: inside the handler the error's traceback still holds the tensors of the batch.
+        gc.collect()
+        if separately:
+            return [self._train_or_evaluate(work, on_step) for work in group]
+        return self._run_rungs(group, on_step)
 
-    def _split(self, group: Sequence[TrainRung], error: Exception, on_step: OnStep) -> list[RungResult]:
-        """Train a group that failed in one batch once more, from where each of its trials began.
+    def _shrink_batch(self, group: Sequence[TrainRung], error: Exception) -> bool:
+        """Decide how trials that failed in one batch are trained, each from where it began.
+
+        Returns:
+            Whether each is trained separately; otherwise in batches again, smaller ones unless memory was released.
 
         Raises:
             RankOutOfMemoryError: memory ran out on this rank while the others wait for it.
@@ -260,18 +269,17 @@ class TrainHost:
         """
         if is_out_of_memory(error):
             check_shared(self.ranks, error)
-            gc.collect()
             if self.context.release_cached_state():
                 self._news.append("out of memory: cached state of other rungs is released, and the batch is restarted")
-            else:
-                size = len(group) // 2
-                self.batch_sizes.limit(group[0], size)
-                self._news.append(f"out of memory: trials per batch reduced from {len(group)} to {size}")
-            return self._run_rungs(group, on_step)
+                return False
+            size = len(group) // 2
+            self.batch_sizes.limit(group[0], size)
+            self._news.append(f"out of memory: trials per batch reduced from {len(group)} to {size}")
+            return False
         if not isinstance(error, OrchestratorError):
             raise error
         self._news.append(f"{len(group)} trials cannot share a batch and are run separately: {error}")
-        return [self._train_or_evaluate(work, on_step) for work in group]
+        return True
 
     def _take_news(self) -> list[str]:
         """Return the notes for the next result; they are reported once."""
