@@ -19,8 +19,8 @@ from orchestrator.errors import OrchestratorError, TrainingError
 from orchestrator.plan import evaluate_base
 from orchestrator.plan.values import RunPlan
 from orchestrator.run.hours import Allowance, HoursState, Meter, is_spent
-from orchestrator.run.ledger import Ledger, TrialEntry, TrialState, drop_optimizer_state, is_tried_again
-from orchestrator.run.records import base_result, trial_record
+from orchestrator.run.ledger import Ledger, TrialEntry, TrialState, base_result, drop_optimizer_state, is_tried_again
+from orchestrator.run.records import trial_record
 from orchestrator.runtime.assignments import (
     Answer,
     GangFigures,

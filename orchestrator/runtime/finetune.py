@@ -8,14 +8,14 @@ from pathlib import Path
 
 from orchestrator.plan import evaluate_base, make_trial, none_control
 from orchestrator.plan.defaults import with_section
-from orchestrator.run.ledger import Ledger
-from orchestrator.runtime.activities import ranks_text
+from orchestrator.run.activities import ranks_text
+from orchestrator.run.records import RunOutcome, read_outcome, write_outcome
 from orchestrator.runtime.cluster import joins
 from orchestrator.runtime.failures import in_plain_words
 from orchestrator.runtime.finish import finish
 from orchestrator.runtime.heartbeat import Pulse
 from orchestrator.runtime.measurements import scored_alone
-from orchestrator.runtime.outcome import RunOutcome, read_outcome, summarise, write_outcome
+from orchestrator.runtime.outcome import summarise
 from orchestrator.runtime.prepare import Prepared, open_run, prepare
 from orchestrator.runtime.refit import refit_assignment, run_refit
 from orchestrator.spec import LoadedSpec
@@ -58,7 +58,7 @@ def _train(prepared: Prepared, view: RunView, started_at: float) -> SweepResult:
     assert plan.finetune is not None
     none, nothing = none_control(plan, prepared.anatomy, seed)
     trial = make_trial(plan, plan.finetune, plan.finetune.learning_rate_low, 0, seed)
-    ledger = Ledger(prepared.run.trials)
+    ledger = prepared.run.ledger
     ledger.register(none, None)
     ledger.register(trial, 0)
     view.phase("training", f"{trial.total_steps} steps on {ranks_text(plan.refit_execution.ranks)}")
@@ -68,7 +68,7 @@ def _train(prepared: Prepared, view: RunView, started_at: float) -> SweepResult:
     for result in results:
         ledger.add(result)
         ledger.end(result.trial_id, "finished")
-    sweep = summarise(prepared, Ledger(prepared.run.trials), [], started_at)
+    sweep = summarise(prepared, ledger, [], started_at)
     for record in sweep.trials:
         view.trial(record)
     return sweep

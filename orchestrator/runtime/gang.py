@@ -68,7 +68,7 @@ class RankActor:
 
     def start(self, base: BaseLoad, anatomy: ModelAnatomy, execution: ExecutionPlan, meeting: tuple[str, int]) -> int:
         """Load the base. Returns the process id."""
-        from orchestrator.train import TrainHost
+        from orchestrator.train import TrainHost  # here, because the exchange imports this module and must not import torch
 
         self._host = TrainHost.create(
             base, anatomy, execution, self._rank, execution.ranks, init_method=f"tcp://{meeting[0]}:{meeting[1]}"

@@ -18,8 +18,7 @@ from orchestrator.plan.measurements import NO_RETENTION_SET, choice_of, standing
 from orchestrator.plan.schedule import has_few
 from orchestrator.plan.values import RunPlan
 from orchestrator.run.hours import metered
-from orchestrator.run.ledger import Ledger
-from orchestrator.run.records import base_result
+from orchestrator.run.ledger import base_result
 from orchestrator.runtime.cluster import fetch, rank_resources, worker_env
 from orchestrator.runtime.hang_detection import Patience
 from orchestrator.runtime.prepare import Prepared, read_choice, read_scores
@@ -257,7 +256,7 @@ class CompiledBlocks(Step[CompileChoice]):
         plan = self.prepared.plan.compiling
         if plan is None or plan.option is None:
             return CompileChoice(compiled=False, reason=plan.reason if plan is not None else "nothing is measured")
-        begun = any(entry.trial.control is None for entry in Ledger(self.prepared.run.trials).entries())
+        begun = any(entry.trial.control is None for entry in self.prepared.run.ledger.entries())
         if begun and not plan.required:
             return CompileChoice(compiled=False, reason="the run's first trials were trained without")
         return None
@@ -345,7 +344,7 @@ class TargetShift(Step[DomainShift]):
 
 
 def advice_of(prepared: Prepared, found: DomainShift) -> Advice:
-    base = base_result(Ledger(prepared.run.trials))
+    base = base_result(prepared.run.ledger)
     return advise(
         [block.distance for block in found.blocks],
         target_loss=base.eval_loss if base is not None else None,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
 from ray import train
@@ -20,17 +20,18 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from orchestrator.anatomy import LayerSelection, ModelAnatomy
 from orchestrator.errors import RankOutOfMemoryError, TrainingError
 from orchestrator.plan import head_control, train_rung
+from orchestrator.run.activities import ranks_text
 from orchestrator.run.hours import affords_refit, is_left_for_refit, metered, read_hours, refit_hours, rung_hours
-from orchestrator.run.ledger import Ledger, TrialEntry
-from orchestrator.run.records import base_result
+from orchestrator.run.layout import OWNER, RESULT, STARTS
+from orchestrator.run.ledger import TrialEntry
 from orchestrator.run.scoring import Scoring
-from orchestrator.runtime.activities import OWNER, STARTS, ranks_text
 from orchestrator.runtime.cluster import placement_strategy, rank_resources, worker_env
 from orchestrator.runtime.failures import describe
 from orchestrator.runtime.hang_detection import Patience
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.runtime.task_supervision import Minder, send_pulses
 from orchestrator.store import read_json, read_record, write_json
+from orchestrator.train import TrainHost, drop_later_checkpoints, find_own
 from orchestrator.transfer.records import RefitRecord
 from orchestrator.transfer.view import RunView
 from orchestrator.work.assignment import EvaluateBase, TrainRung, owner_of
@@ -38,9 +39,6 @@ from orchestrator.work.execution import BaseLoad, ExecutionPlan
 from orchestrator.work.memory_ladder import STEPPED_DOWN, SteppedDown, fits_in_no_way, nothing_smaller, relieve, with_relief
 from orchestrator.work.results import RungResult
 from orchestrator.work.trial import TrialSpec
-
-if TYPE_CHECKING:
-    from orchestrator.train import TrainHost
 
 RefitWork = TrainRung | EvaluateBase
 """What a worker group does: the one-trial job's evaluates the base first."""
@@ -127,13 +125,11 @@ def num_restarts(folder: Path) -> int:
 
 
 def result_file(assignment: RefitWork) -> Path:
-    return Path(assignment.folder) / "result.json"
+    return Path(assignment.folder) / RESULT
 
 
 def _worker(payload: dict[str, Any]) -> None:
     """One rank of the refit. Ray Train has made the process group."""
-    from orchestrator.train import TrainHost
-
     base, anatomy = BaseLoad.model_validate(payload["base"]), ModelAnatomy.model_validate(payload["anatomy"])
     assignments = [REFIT_WORK.validate_python(values) for values in payload["assignments"]]
     context = train.get_context()
@@ -158,8 +154,6 @@ def _run(host: TrainHost, assignment: RefitWork) -> RungResult:
     Raises:
         RankOutOfMemoryError: memory ran out on this rank alone; how the next worker group goes on is written down.
     """
-    from orchestrator.train import drop_later_checkpoints, find_own
-
     ranks, folder = host.ranks, Path(assignment.folder)
     found = (find_own(folder, owner_of(assignment)), _stepped_down(assignment)) if ranks.first else None
     (newest, told), known = ranks.broadcast(found)
@@ -250,7 +244,7 @@ def full_budget(prepared: Prepared, entry: TrialEntry, base: RungResult | None, 
         reason = best if judged.step < trial.total_steps else "the promoted trial had the full budget"
         return judged, RefitRecord(ran=False, reason=reason, to_step=judged.step)
     assignment = refit_assignment(prepared, trial, selection_of(prepared, entry), last.relieved)
-    left_out = _why_left_out(prepared, entry, assignment)
+    left_out = _why_left_out(prepared, entry, base, assignment)
     if left_out:
         view.event("refit_left_out", left_out, trial_id=trial.trial_id)
         prepared.run.event("refit_left_out", message=left_out, trial_id=trial.trial_id)
@@ -278,7 +272,7 @@ def steps_to_bundle(entry: TrialEntry, base: RungResult | None, scoring: Scoring
     return (own,) if stands_as_it_is(entry, base, scoring) else (own, entry.trial.total_steps)
 
 
-def _why_left_out(prepared: Prepared, entry: TrialEntry, assignment: RefitWork) -> str:
+def _why_left_out(prepared: Prepared, entry: TrialEntry, base: RungResult | None, assignment: RefitWork) -> str:
     """Why there is no refit, for want of GPU-hours; nothing where there is one, or one has come to its end before."""
     total, bound, folder = entry.trial.total_steps, prepared.spec.resources.max_gpu_hours, prepared.run.refit
     if bound is None:
@@ -287,7 +281,7 @@ def _why_left_out(prepared: Prepared, entry: TrialEntry, assignment: RefitWork) 
     if _stored_results([assignment]) is not None:
         return ""
     expected = refit_hours(entry.results, total)
-    own = prepared.scoring.judged(entry.results, base_result(Ledger(prepared.run.trials)))
+    own = prepared.scoring.judged(entry.results, base)
     instead = f"the trial's own rung at step {own.step} is bundled instead"
     if not affords_refit(expected, bound):
         return f"the refit to {total} steps would take about {expected:.3g} of max_gpu_hours: {bound:g}; {instead}"

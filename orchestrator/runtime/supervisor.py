@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from orchestrator.errors import TrainingError
-from orchestrator.runtime.activities import activity_of
+from orchestrator.run.activities import activity_of
 from orchestrator.runtime.assignments import MAX_ATTEMPTS, GangFigures, QueuedWork, next_attempt, with_history
 from orchestrator.runtime.gang import Gang, GangDiedError, why_no_start
 from orchestrator.runtime.work_queue import WorkQueue

@@ -20,13 +20,13 @@ from orchestrator.train.checkpoint.resume import (
 )
 from orchestrator.train.checkpoint.snapshot import take_snapshot
 from orchestrator.train.context import HostContext
-from orchestrator.train.engine_builder import build_engine
 from orchestrator.train.engines.engine import Engine, is_partitioned, layout_of
 from orchestrator.train.loop import LoopState, LoopTrial, SteadySpeed
 from orchestrator.train.memory import growth_bytes, memory_in_use
 from orchestrator.train.model.objective import Objective
 from orchestrator.train.outcome import TrialOutcome, forward_record
 from orchestrator.train.training_sets import TrainingSets
+from orchestrator.train.trial_engine import build_engine
 from orchestrator.work.assignment import TrainRung, owner_of
 from orchestrator.work.execution import ExecutionPlan
 from orchestrator.work.results import StepReport

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from orchestrator.train.trial_engine import build_engine
 from sweep_points import LORA_RANK, SEED, Sets, Task, make_sets
 from sweep_steps import ROW_TOKENS, TOKENS_PER_STEP, Batch, load_our_base, num_tokens, our_step
 from transformers.utils import logging
@@ -35,7 +36,6 @@ from orchestrator.spec.models import Tune
 from orchestrator.train import open_branch
 from orchestrator.train.batches import RowPlan, StepPlan, step_inputs
 from orchestrator.train.context import HostContext
-from orchestrator.train.engine_builder import build_engine
 from orchestrator.train.integrity import base_fingerprint
 from orchestrator.train.model.base import LoadedBase
 from orchestrator.train.model.objective import objective_of

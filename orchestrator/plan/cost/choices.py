@@ -59,7 +59,7 @@ def per_target_token(options: Sequence[TrialOption], terms: Sequence[Sequence[Fl
 def measurements(plan: RunPlan, anatomy: ModelAnatomy, execution: ExecutionPlan) -> list[float]:
     """Operations of each that the plan's choices need on a gang that runs so, the costliest first; none without EWC.
 
-    A measurement is kept for all trials with what it depends on (`train.engine_builder`): beside what the whole run shares,
+    A measurement is kept for all trials with what it depends on (`train.trial_engine`): beside what the whole run shares,
     the weights that learn, the layer decay, the seed, and how ranks hold what learns. Every rank computes every document, alone
     in its row and from the embeddings on, whatever is stored; all of its positions are predicted.
     """

@@ -11,7 +11,6 @@ from orchestrator.anatomy import select
 from orchestrator.train.adapters.branch import Branch, open_branch
 from orchestrator.train.batches import step_inputs
 from orchestrator.train.context import HostContext
-from orchestrator.train.engine_builder import build_engine
 from orchestrator.train.engines.engine import forward_ready, is_partitioned, weight_keeper
 from orchestrator.train.integrity import prove_frozen
 from orchestrator.train.measure.domain_shift import measure_shift
@@ -20,6 +19,7 @@ from orchestrator.train.model.compiled import LOOKED_AT, time_compiled
 from orchestrator.train.model.objective import objective_of
 from orchestrator.train.session import open_branches, prepared_objective
 from orchestrator.train.training_sets import TrainingSets
+from orchestrator.train.trial_engine import build_engine
 from orchestrator.train.trunk.build import TrunkBuilder
 from orchestrator.work.assignment import Measurement, MeasureShift, ScoreBlocks, TimeCompiling, TrainRung
 from orchestrator.work.execution import ExecutionPlan

@@ -20,7 +20,7 @@ from orchestrator.anatomy import read_anatomy, select
 from orchestrator.data import build_set
 from orchestrator.errors import BaseLostError, RankOutOfMemoryError, TrainingError
 from orchestrator.store import check_folder, read_jsonl
-from orchestrator.train import TrainHost, engine_builder, find_latest, memory_retry
+from orchestrator.train import TrainHost, find_latest, memory_retry, trial_engine
 from orchestrator.train.adapters.branch import PlainKeeper
 from orchestrator.train.checkpoint import saving
 from orchestrator.train.engines.engine import num_live_engines
@@ -210,8 +210,8 @@ def test_a_resumed_trial_is_held_to_the_base_still(bench: Bench, tune: str, reme
 def test_what_measured_the_weights_is_gone_before_what_learns_is_held(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan counts one engine, and the weights are measured once for all trials of a selection."""
     alive: list[int] = []
-    anchor = engine_builder._anchor
-    monkeypatch.setattr(engine_builder, "_anchor", lambda *given: (alive.append(num_live_engines()), anchor(*given))[1])
+    anchor = trial_engine._anchor
+    monkeypatch.setattr(trial_engine, "_anchor", lambda *given: (alive.append(num_live_engines()), anchor(*given))[1])
     for name in ("first", "second"):
         bench.run(name, tune="full", remedies=Remedies(anchor=AnchorPlan(kind="ewc", strength=1.0)))
     assert alive == [1, 1]
