@@ -12,7 +12,8 @@ from orchestrator.train import pulse
 from orchestrator.train.adapters.branch import head_name
 from orchestrator.train.batches import RowPlan
 from orchestrator.train.checkpoint.saving import Saver
-from orchestrator.train.engines.engine import forward_ready, is_partitioned
+from orchestrator.train.engines.construction import forward_ready
+from orchestrator.train.engines.engine import is_partitioned
 from orchestrator.train.model.base import LoadedBase
 from orchestrator.train.model.objective import objective_of
 from orchestrator.train.ranks import Ranks

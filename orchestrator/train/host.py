@@ -13,6 +13,7 @@ from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.errors import OrchestratorError, TrainingError
 from orchestrator.train import pulse
 from orchestrator.train.context import HostContext
+from orchestrator.train.engines import deepspeed_engine
 from orchestrator.train.fused_batch import FusedBatchSizes
 from orchestrator.train.integrity import base_fingerprint, changed_base
 from orchestrator.train.measure.measurement import Found, measure
@@ -38,8 +39,6 @@ class TrainHost:
         load_on = loading_device(base_load, execution, ranks.device)
         base = load_base(base_load, anatomy, dtype=dtype, device=ranks.device, load_on=load_on)
         if execution.executor == "deepspeed":
-            from orchestrator.train.engines import deepspeed_engine
-
             deepspeed_engine.prepare_base(base.model, execution, ranks.device)
         self.context = HostContext.create(base, base_fingerprint(base.model), execution, ranks)
         self.batch_sizes = FusedBatchSizes(self.context)
@@ -76,8 +75,6 @@ class TrainHost:
         """
         pulse.enter("loading the base")
         if execution.executor == "deepspeed":
-            from orchestrator.train.engines import deepspeed_engine
-
             deepspeed_engine.load_deepspeed(execution.device)
         return cls(base, anatomy, execution, join_gang(execution, rank, world_size, init_method))
 

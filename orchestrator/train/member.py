@@ -21,6 +21,7 @@ from orchestrator.train.checkpoint.resume import (
 from orchestrator.train.checkpoint.snapshot import take_snapshot
 from orchestrator.train.context import HostContext
 from orchestrator.train.engines.engine import Engine, is_partitioned, layout_of
+from orchestrator.train.engines.zero3_warm import assign_whole
 from orchestrator.train.loop import LoopState, LoopTrial, SteadySpeed
 from orchestrator.train.memory import growth_bytes, memory_in_use
 from orchestrator.train.model.objective import Objective
@@ -184,9 +185,7 @@ def _start_point(setup: SessionSetup, outcome: TrialOutcome[TrainRung], branch: 
 
 
 def _load_weights(branch: Branch, folder: Path, execution: ExecutionPlan) -> None:
-    if not is_partitioned(execution):
+    if is_partitioned(execution):
+        load_artifact(branch, folder, assign_whole)
+    else:
         load_artifact(branch, folder)
-        return
-    from orchestrator.train.engines.zero3_warm import assign_whole  # imports DeepSpeed, which takes seconds
-
-    load_artifact(branch, folder, assign_whole)

@@ -17,7 +17,7 @@ from orchestrator.train.adapters.group import open_group
 from orchestrator.train.adapters.lora import AdapterSpec
 from orchestrator.train.batches import step_inputs
 from orchestrator.train.context import HostContext
-from orchestrator.train.engines.engine import forward_ready, weight_keeper
+from orchestrator.train.engines.construction import forward_ready, weight_keeper
 from orchestrator.train.integrity import prove_frozen
 from orchestrator.train.loop import EngineRounds, StackedRounds, train_steps
 from orchestrator.train.member import Member, OnStep, SessionSetup, open_member

@@ -11,7 +11,8 @@ from orchestrator.anatomy import select
 from orchestrator.train.adapters.branch import Branch, open_branch
 from orchestrator.train.batches import step_inputs
 from orchestrator.train.context import HostContext
-from orchestrator.train.engines.engine import forward_ready, is_partitioned, weight_keeper
+from orchestrator.train.engines.construction import forward_ready, weight_keeper
+from orchestrator.train.engines.engine import is_partitioned
 from orchestrator.train.integrity import prove_frozen
 from orchestrator.train.measure.domain_shift import measure_shift
 from orchestrator.train.measure.layer_scores import score_blocks
