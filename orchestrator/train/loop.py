@@ -215,7 +215,7 @@ def _losses(rounds: Rounds, step: StepInput, supervised: int, ranks: Ranks, num_
 
 
 def learning_rate_at(tokens: float, *, total_tokens: int, peak: float, settings: TrainSettings) -> float:
-    """The learning rate where `tokens` training tokens have been seen.
+    """Return the learning rate after `tokens` training tokens.
 
     It rises linearly from 0 to `peak` over the first `warmup` share of `total_tokens`, then falls to 0 as a half
     cosine (Loshchilov and Hutter 2017) or a line, or stays. Beyond `total_tokens` it keeps its last value.
@@ -232,16 +232,16 @@ def learning_rate_at(tokens: float, *, total_tokens: int, peak: float, settings:
 
 
 def step_learning_rate(tokens_before: int, step_tokens: int, *, total_tokens: int, peak: float, settings: TrainSettings) -> float:
-    """The learning rate of one step: that of its middle token, so that neither the first nor the last step is lost."""
+    """Return the learning rate of one step: that of its middle token, so that neither the first nor the last step has rate 0."""
     return learning_rate_at(tokens_before + step_tokens / 2, total_tokens=total_tokens, peak=peak, settings=settings)
 
 
 WARM_UP_STEPS = 2
-"""Kernels are chosen, caches filled and buffers allocated in the first steps of an engine."""
+"""In the first steps of an engine kernels are chosen, caches filled and buffers allocated."""
 
 
 class SteadySpeed:
-    """Training tokens a second of an assignment's steps, without its first ones.
+    """Training tokens per second of a rung's steps, without the first ones.
 
     Args:
         tokens: Training tokens that the trial had seen before.
@@ -262,5 +262,5 @@ class SteadySpeed:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Over all ranks; None where there were no more steps than those to warm up."""
+        """Training tokens per second over all ranks; None where there were only warm-up steps."""
         return self._steady_tokens / self._steady_seconds if self._steady_seconds else None

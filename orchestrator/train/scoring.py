@@ -1,4 +1,4 @@
-"""What a trial scores: losses on its sets, metrics, and what a model that nobody trained has instead."""
+"""Scores of a trial: losses on its held-out sets, metrics, and the class prior of a classifier that is not trained yet."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Scores:
     seconds: float = 0.0
 
     def by_set(self) -> dict[str, Evaluation]:
-        """The evaluations that there are, by the name of their set."""
+        """Return the evaluations that were made, by the name of their set."""
         both = {"eval": self.evaluation, "retain": self.retain}
         return {name: evaluation for name, evaluation in both.items() if evaluation is not None}
 
@@ -54,7 +54,7 @@ class Scorer:
         return scores
 
     def score_trials(self, objective: Objective, num_trials: int) -> list[Scores | NonFiniteLossError]:
-        """Of each of the trials that share the model's batches, its scores, or why it has none."""
+        """Return, for each trial of the batch, its scores or why it has none."""
         started = time.perf_counter()
         data = self.work.data
         evaluations = self._evaluate(objective, data.eval, num_trials)
@@ -74,7 +74,7 @@ class Scorer:
         ]
 
     def score_prior(self, objective: Objective) -> Scores:
-        """A classifier that nobody trained is the class prior."""
+        """Score a classifier whose head is not trained yet: it predicts the class prior."""
         data, train = self.context.sets.load(self.work.data.eval), self.context.sets.load(self.work.data.train)
         evaluation = class_prior(data, train, self.context.base.load.num_classes)
         return Scores(evaluation, metrics=self._metrics(objective, evaluation))
