@@ -82,7 +82,7 @@ def _anchor(plan: AnchorPlan, engine: Engine, branch: Branch, weights: Sequence[
     if plan.kind != "product":
         return ElementAnchor(engine.anchored_masters(), plan.strength, weights)
     assert isinstance(engine, TorchEngine), "refused by the plan"
-    scale = branch.lora_alpha / (branch.selection.lora_rank or 1)
+    scale = branch.selection.adapter_kind.scale(branch.lora_alpha, branch.selection.lora_rank or 1)
     return ProductAnchor(engine.adapters(), plan.strength, scale)
 
 
