@@ -145,6 +145,14 @@ def test_a_neighbour_that_diverges_fails_alone(gang: Gang) -> None:
     assert results[TRIALS[0]].state == results[TRIALS[1]].state == "done"
     assert gang.bits(TRIALS[0]) == gang.bits(TRIALS[0], "alone")[: RUNGS[0]]
     assert not (gang.folder / "fused" / "1e30-r4" / "rung-0").exists()
+    assert results["1e30-r4"].eval_loss is None, "a trial that failed has no scores, as when it is alone"
+
+
+def test_a_batch_ends_where_all_of_its_trials_have_failed(gang: Gang) -> None:
+    results = gang.fused(["1e30-r4", "2e30-r4"])
+    assert [result.state for result in results.values()] == ["failed", "failed"]
+    assert all(result.step < RUNGS[0] and result.eval_loss is None for result in results.values())
+    assert gang.host.run(gang.assignment(TRIALS[0])).state == "done"
 
 
 def test_other_blocks_above_the_same_cut(gang: Gang) -> None:
