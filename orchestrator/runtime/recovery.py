@@ -1,6 +1,6 @@
 """Before a run continues, its damaged records and checkpoints are set aside, each with an event.
 
-A damaged file is renamed to `<name>.damaged-<n>`. What depended on it is done again: a rung is trained from the last undamaged one
+A damaged file is renamed to `<name>.damaged-<n>`. What depended on it is done again: a rung is trained from the last whole one
 before it, a figure is measured again, the plan is made again.
 """
 
