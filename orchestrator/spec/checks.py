@@ -12,35 +12,10 @@ from orchestrator.spec.models import AnchorSpec, ColumnsSpec, JobSpec, SearchSpe
 from orchestrator.spec.policy import Policy, parse_policy
 from orchestrator.spec.remedies import remedy_mistakes
 from orchestrator.spec.source import KeyPath
+from orchestrator.spec.tasks import METRICS, RETENTION_TASKS, TASKS
 from orchestrator.spec.unsupported import UNSUPPORTED, policies_of
 from orchestrator.spec.wording import is_number, near_names
 
-METRICS_BY_TASK = {
-    "classify": ("loss", "accuracy", "macro_f1"),
-    "completion": ("loss", "exact_match"),
-    "chat": ("loss", "exact_match"),
-    "text": ("loss",),
-}
-COLUMNS_BY_TASK = {
-    "classify": ("text", "label"),
-    "completion": ("prompt", "completion"),
-    "chat": ("messages",),
-    "text": ("text",),
-}
-OPTIONAL_COLUMNS_BY_TASK = {
-    "classify": (),
-    "completion": ("input",),
-    "chat": ("prompt", "completion", "input", "system", "tools"),
-    "text": (),
-}
-"""Columns that a task reads where rows have them."""
-FORMATS_BY_TASK = {
-    "classify": ("labels",),
-    "completion": ("prompt_completion", "alpaca"),
-    "chat": ("messages", "sharegpt", "prompt_completion", "alpaca"),
-    "text": ("text",),
-}
-BUILT_IN_METRICS = ("loss", "exact_match", "accuracy", "macro_f1")
 TEMPLATE_COLUMN = re.compile(r"(?<!\{)\{[^{}]+\}")
 FUNCTION = re.compile(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")
 
@@ -106,9 +81,10 @@ def _shares(spec: JobSpec) -> Iterator[Finding]:
 
 
 def _columns(spec: JobSpec) -> Iterator[Finding]:
-    used = COLUMNS_BY_TASK[spec.task]
-    read = {*used, *OPTIONAL_COLUMNS_BY_TASK[spec.task]}
-    read |= {"text", "prompt", "completion", "messages"} if spec.data.retain is not None else set()
+    used = spec.traits.columns
+    read = {*used, *spec.traits.optional_columns}
+    if spec.data.retain is not None:
+        read |= {column for task in RETENTION_TASKS for column in TASKS[task].columns}
     roles: dict[str, str] = {}
     for role, default in ColumnsSpec().model_dump().items():
         path, column = ("data", "columns", role), getattr(spec.data.columns, role)
@@ -126,11 +102,11 @@ def _columns(spec: JobSpec) -> Iterator[Finding]:
 
 def _format(spec: JobSpec) -> Iterator[Finding]:
     data, path = spec.data, ("data", "format")
-    fitting = FORMATS_BY_TASK[spec.task]
+    fitting = spec.traits.formats
     if data.format not in ("auto", *fitting):
         hint = f"fitting: {' | '.join(('auto', *fitting))}"
         yield Finding(path, f"rows of format {data.format} do not fit task {spec.task}", hint, needs=(("task",), path))
-    if data.template_without_input is not None and spec.task not in ("completion",):
+    if data.template_without_input is not None and not spec.traits.fills_alpaca_templates:
         path = ("data", "template_without_input")
         yield Finding(path, f"task {spec.task} does not use Alpaca prompts", "remove it", needs=(("task",), path))
     for key in ("template", "template_without_input"):
@@ -145,16 +121,14 @@ def _metric(spec: JobSpec) -> Iterator[Finding]:
     if spec.search is None:
         return
     metric, path = spec.search.metric, ("search", "metric")
-    fitting = METRICS_BY_TASK[spec.task]
-    if metric in BUILT_IN_METRICS:
+    fitting = spec.traits.metrics
+    if metric in METRICS:
         if metric not in fitting:
             yield Finding(path, f"{metric} does not fit task {spec.task}", f"fitting: {' | '.join(fitting)}", (("task",), path))
     elif FUNCTION.match(metric) is None:
-        near = near_names(metric, BUILT_IN_METRICS)
+        near = near_names(metric, METRICS)
         hint = f"did you mean {near[0]}?" if near else ""
-        yield Finding(
-            path, f"{metric!r} is not a metric; expected {' | '.join(BUILT_IN_METRICS)} | package.module:function", hint
-        )
+        yield Finding(path, f"{metric!r} is not a metric; expected {' | '.join(METRICS)} | package.module:function", hint)
 
 
 def _policies(spec: JobSpec) -> Iterator[Finding]:
@@ -200,7 +174,7 @@ def _points(spec: JobSpec) -> Iterator[Finding]:
 
 def _controls(spec: JobSpec) -> Iterator[Finding]:
     for number, control in enumerate(spec.search.controls if spec.search is not None else ()):
-        if control == "k_shot" and spec.task in ("classify", "text"):
+        if control == "k_shot" and not spec.traits.has_answers:
             message = f"task {spec.task} has no answers that could be shown in a prompt"
             yield Finding(("search", "controls", number), message, "remove k_shot", (("task",),))
 
@@ -243,7 +217,7 @@ def _normal(text: str, spec: JobSpec) -> str:
         policy = parse_policy(text)
     except SelectionError:
         return text
-    if spec.task == "classify":
+    if spec.traits.head.is_new:  # there is no output projection that `+head` could add
         policy = Policy(policy.kind, policy.count, policy.ranges, policy.fraction)
     return str(policy)
 

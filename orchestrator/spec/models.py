@@ -6,13 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
+from orchestrator.spec.tasks import TASKS, DataFormat, Task, TaskTraits
 from orchestrator.values import Value
 
-Task = Literal["chat", "completion", "text", "classify"]
 Tune = Literal["lora", "full"]
 Quantize = Literal["none", "nf4", "int8"]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
-DataFormat = Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "text", "labels"]
 TextDocuments = Literal["file", "line", "paragraph"]
 ReplayShare = Annotated[float, Field(ge=0.0, lt=1.0)]
 Factor = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -266,3 +265,8 @@ class JobSpec(Section):
     finetune: FinetuneSpec | None = None
     resources: ResourcesSpec = ResourcesSpec()
     output: str = "runs"
+
+    @property
+    def traits(self) -> TaskTraits:
+        """The traits of the task."""
+        return TASKS[self.task]
