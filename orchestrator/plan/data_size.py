@@ -38,7 +38,7 @@ class DataSize(Value):
     sets_sha256: str = ""
     """Over every split's tokens, masks and classes."""
     supervised_share: float = 1.0
-    """Positions that are predicted, of all; to classify, documents. The output projection is computed at these alone."""
+    """Positions that are predicted, of all, or documents. The output projection is computed at these alone."""
     document_tokens: float | None = None
     """Length of the document that a training token stands in, on average: squared lengths over lengths, summed. None: unknown."""
     replay_tokens: int = 0
@@ -67,7 +67,7 @@ def estimate_data_size(
     share = 1.0 - sum(part for part in (spec.data.eval, spec.data.test) if isinstance(part, float))
     tokens = max(1, round(num_bytes / BYTES_PER_TOKEN))
     rows = max(1, num_rows)
-    if spec.task == "text":  # cut into chunks
+    if spec.traits.cuts_into_chunks:
         rows = max(rows, math.ceil(tokens / spec.data.max_tokens))
     else:  # longer rows are dropped or cut
         tokens = min(tokens, rows * spec.data.max_tokens)
@@ -89,7 +89,7 @@ def estimate_data_size(
         retain_tokens=min(retain_tokens, spec.data.retain_tokens),
         longest_document_tokens=spec.data.max_tokens,
         num_classes=num_classes,
-        supervised_share=min(1.0, rows / tokens) if spec.task == "classify" else 1.0,
+        supervised_share=min(1.0, rows / tokens) if spec.traits.head.supervises == "documents" else 1.0,
         replay_tokens=replayed if needs_replayed_text(spec) else 0,
         exact=False,
     )

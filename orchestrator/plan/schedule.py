@@ -120,8 +120,8 @@ def share_beyond(search: SearchPlan, rung: int) -> float:
 
 
 def packs(spec: JobSpec) -> bool:
-    """Whether documents share rows: `classify` reads one document a row."""
-    return spec.data.pack and spec.task != "classify"
+    """Return whether documents share rows."""
+    return spec.data.pack and not spec.traits.head.one_document_per_row
 
 
 def row_tokens(spec: JobSpec, anatomy: ModelAnatomy, data: DataSize) -> int:

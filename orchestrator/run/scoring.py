@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from orchestrator.spec.tasks import higher_is_better
 from orchestrator.transfer import WORST_SCORE, forgetting, score
 from orchestrator.values import Value
 from orchestrator.work.results import RungResult
@@ -20,7 +21,7 @@ class Scoring(Value):
 
     @property
     def higher_is_better(self) -> bool:
-        return self.metric != "loss"
+        return higher_is_better(self.metric)
 
     def metric_of(self, result: RungResult) -> float | None:
         """The metric's value, or None where it was not measured."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from orchestrator.plan import REPEAT
 from orchestrator.serve.inputs import BundleInputs, shown_base
 from orchestrator.serve.metadata import front_matter, licence_sentence
-from orchestrator.serve.usage import snippet
+from orchestrator.serve.usage import prompt_rule, snippet
 from orchestrator.transfer.after_verdict import advice_after, decided_by
 from orchestrator.transfer.headline import advice_on_answers, gain_is_loss_only, headline
 from orchestrator.transfer.records import CONTROL_NAMES, ModelScores, PromptComparison, TransferReport, VerificationFigures
@@ -26,11 +26,6 @@ MERGED_INTO = {
     "dequantized": "the base's 4-bit weights as used in training, dequantized to 16 bits",
     "original": "the base's stored weights",
 }
-PROMPTS = {
-    "completion": "A prompt is followed by the separator {separator}; the answer ends with the tokenizer's end token.",
-    "chat": "Prompts go through the tokenizer's chat template.",
-}
-"""How a prompt must be put, by task."""
 NEEDS_SERVING = "# pip install 'transformers[serving]'"
 """Behind `transformers serve`, which the plain package refuses to do."""
 CELL = 240
@@ -161,13 +156,13 @@ def _verification(figures: VerificationFigures) -> str:
 
 
 def _serving(inputs: BundleInputs, transfer: TransferReport) -> str:
-    task = inputs.base.task
-    if task == "classify":
-        commands = ["vllm serve . --runner pooling"]
+    head = inputs.base.traits.head
+    if head.runner:
+        commands = [f"vllm serve . --runner {head.runner}"]
         said = ["The class names are in config.json."]
     else:
         commands = [f"transformers serve .    {NEEDS_SERVING}", "vllm serve ."]
-        said = [PROMPTS[task].format(separator=repr(inputs.separator))] if task in PROMPTS else []
+        said = [line for line in (prompt_rule(inputs),) if line]
     if inputs.trial.tune == "lora":
         said.append("The LoRA adapter alone is in `adapter/`; `peft.PeftModel.from_pretrained` loads it on the base.")
     else:

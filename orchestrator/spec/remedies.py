@@ -42,7 +42,7 @@ def _anchors(spec: JobSpec) -> Iterator[tuple[KeyPath, Anchor]]:
 
 
 def _needs_text(spec: JobSpec, path: KeyPath, used: str) -> Iterator[Mistake]:
-    if spec.task == "classify":
+    if not spec.traits.head.scores_retention:
         hint = "remove it; l2sp needs no retention text"
         yield path, f"a classifier has no output projection with which retention text could be {used}", hint, (("task",), path)
     elif spec.data.retain is None:

@@ -1,6 +1,7 @@
 """The tasks: one row of traits each.
 
-Every other room asks for the trait that it needs (`spec.traits.head.is_new`), never for a task's name. To add a task, add its name to `Task`, a row to `TASKS`, and its entry in the registries that are keyed by task: how its rows are laid out
+Every other room asks for the trait that it needs (`spec.traits.head.is_new`), never for a task's name. To add a task, add its
+name to `Task`, a row to `TASKS`, and its entry in the registries that are keyed by task: how its rows are laid out
 (`data.reading.layouts`), how they are found (`data.reading.looking`), how they are tokenised (`data.encoding.encoder`), and how a
 prompt is put in the model card (`serve.usage`). A task that needs a new kind of head also needs a `HeadTraits` row and a class in
 `train.model.heads`.
@@ -131,6 +132,11 @@ class TaskTraits:
     cuts_into_chunks: bool = False
     """Rows are running text: a text file is a document, and a long document becomes several chunks."""
 
+    @property
+    def has_labels(self) -> bool:
+        """Whether a row has a class as its label."""
+        return "label" in self.columns
+
 
 TASKS: Mapping[Task, TaskTraits] = {
     "chat": TaskTraits(
@@ -172,5 +178,12 @@ TASKS: Mapping[Task, TaskTraits] = {
         question="text",
     ),
 }
+
+
+def loss_unit(task: str) -> str:
+    """Return the unit of a task's loss; a task that this version does not know is taken for one that supervises tokens."""
+    return next((traits.head.unit for name, traits in TASKS.items() if name == task), LANGUAGE_MODEL.unit)
+
+
 RETENTION_TASKS: tuple[Task, ...] = ("text", "completion", "chat")
 """How a row of the retention set is read: by the first of these that it has the columns for."""

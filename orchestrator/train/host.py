@@ -157,7 +157,7 @@ class TrainHost:
         plan, execution = assignment.trunk, self._execution
         if plan is None or assignment.probe is not None:
             return 0.0
-        rows = RowPlan.of(execution, self._ranks.rank, classify=self._base.load.task == "classify")
+        rows = RowPlan.of(execution, self._ranks.rank, one_document_per_row=self._base.load.traits.head.one_document_per_row)
         head = self._base.model.get_submodule(head_name(self._base).rpartition(".")[0])
         objective = objective_of(self._base, head)
         with forward_ready(objective, execution):

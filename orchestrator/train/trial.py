@@ -85,7 +85,7 @@ class TrialRun:
         self._from_memory = False
         self._peak_bytes = 0
         self._speed = SteadySpeed(0)
-        self.rows = RowPlan.of(execution, ranks.rank, classify=base.load.task == "classify")
+        self.rows = RowPlan.of(execution, ranks.rank, one_document_per_row=base.load.traits.head.one_document_per_row)
         self.scorer = Scorer(base, assignment, self.rows, ranks, load_set, is_partitioned(execution), trunk)
 
     def run(self, on_step: Callable[[StepReport], None] | None) -> None:
@@ -209,8 +209,8 @@ class TrialRun:
             self._save(checkpoint_folder(folder, state.step), engine, branch, final=False)
 
     def _score_untrained(self, objective: Objective, stack: ExitStack) -> None:
-        """The untouched base; a classifier that nobody trained is the class prior."""
-        if self.base.load.task == "classify":
+        """Score the untouched base, or, for a new head, which knows nothing yet, the class prior."""
+        if self.base.load.traits.head.untouched == "class prior":
             self.outcome.scores = self.scorer.score_prior(objective)
         elif self.assignment.evaluate:
             stack.enter_context(forward_ready(objective, self.execution))

@@ -20,7 +20,7 @@ TOKEN_BYTES = 5
 
 def bundle_bytes(plan: RunPlan, anatomy: ModelAnatomy, options: Sequence[TrialOption]) -> int:
     """The merged model at its largest: every tensor in its stored dtype, and a copy of a tied head that learns."""
-    dropped = {anatomy.head_weight} if plan.base.task == "classify" and anatomy.kind == "decoder" else set[str]()
+    dropped = {anatomy.head_weight} if plan.base.traits.head.is_new and anatomy.kind == "decoder" else set[str]()
     kept = sum(tensor.num_bytes for name, tensor in anatomy.tensors.items() if name not in dropped)
     unties = any(option.selection.unties_head for option in options)
     return kept + (anatomy.tensors[anatomy.embeddings[0]].num_bytes if unties else 0)

@@ -175,9 +175,9 @@ def _mlp_width(anatomy: ModelAnatomy, block: int) -> int:
     return experts.experts_per_token * experts.intermediate_size + experts.shared_intermediate_size
 
 
-def attends_by_document(anatomy: ModelAnatomy, device: str, *, classify: bool) -> bool:
+def attends_by_document(anatomy: ModelAnatomy, device: str, *, one_document_per_row: bool) -> bool:
     """Whether the documents of a row are computed one by one (`train.model.attention`) instead of the whole row under a mask.
 
-    On CPUs, for decoders that a fused kernel serves. Rows that are classified hold one document and its padding.
+    On CPUs, for decoders that a fused kernel serves. A row that holds one document and its padding has nothing to keep apart.
     """
-    return device == "cpu" and anatomy.kind == "decoder" and anatomy.attention == "fused" and not classify
+    return device == "cpu" and anatomy.kind == "decoder" and anatomy.attention == "fused" and not one_document_per_row

@@ -60,7 +60,8 @@ class Footprint:
     hidden_size: int
     logit_width: int
     """Vocabulary, or classes."""
-    classify: bool
+    one_target_per_row: bool
+    """Whether a row has one prediction, off its last position, instead of one for each supervised token."""
     element_bytes: int
     anchor_copies: int = 0
     """float32 numbers that an anchor holds beside each one that learns: where it was, and for EWC how much it matters."""
@@ -111,7 +112,7 @@ def weigh(
         learning_blocks=anatomy.num_blocks - selection.cut if learns else 0,
         kept_token_bytes=sum(block.kept_bytes for block in above),
         by_document_token_bytes=sum(block.by_document_bytes for block in above),
-        by_document_on_cpu=attends_by_document(anatomy, "cpu", classify=num_classes > 0),
+        by_document_on_cpu=attends_by_document(anatomy, "cpu", one_document_per_row=num_classes > 0),
         whole_token_bytes=max((block.kept_bytes for block in above), default=0),
         pair_bytes=max((block.kept_pair_bytes for block in every), default=0),
         working_token_bytes=max((block.working_bytes for block in above), default=0),
@@ -123,7 +124,7 @@ def weigh(
         head_adapted=anatomy.head_weight in selection.adapted,
         hidden_size=anatomy.hidden_size,
         logit_width=num_classes or anatomy.vocab_size,
-        classify=num_classes > 0,
+        one_target_per_row=num_classes > 0,
         element_bytes=element_bytes,
         converted_bytes=_converted_bytes(anatomy, element_bytes),
     )

@@ -118,14 +118,14 @@ def _logit_term(footprint: Footprint, way: Way, *, learning: bool) -> MemoryTerm
     A head with an adapter or in parts, and a classifier, goes through torch's own cross entropy instead: 12, for the
     log-softmax, that one's gradient, and the logit's gradient, in float32.
     """
-    positions = way.micro_batch_rows if footprint.classify else way.micro_batch_tokens
+    positions = way.micro_batch_rows if footprint.one_target_per_row else way.micro_batch_tokens
     chunk = max(1, min(positions, LOGIT_CHUNK_BYTES // (4 * footprint.logit_width)))
     piece = max(1, min(chunk, LOGIT_PIECE_BYTES // (4 * footprint.logit_width)))
     e, entries = footprint.element_bytes, chunk * footprint.logit_width
     in_float32 = 8 * piece * footprint.logit_width
-    gradient = footprint.head_bytes if footprint.head_learns and not footprint.classify else 0
+    gradient = footprint.head_bytes if footprint.head_learns and not footprint.one_target_per_row else 0
     if not learning:
-        num_bytes = entries * (8 + e) if footprint.classify else e * entries + in_float32
+        num_bytes = entries * (8 + e) if footprint.one_target_per_row else e * entries + in_float32
     elif _head_is_plain(footprint, way):
         summed = gradient * 4 // e
         several = e * entries + summed + max(gradient, in_float32)
@@ -141,7 +141,7 @@ def _logit_term(footprint: Footprint, way: Way, *, learning: bool) -> MemoryTerm
 def _head_is_plain(footprint: Footprint, way: Way) -> bool:
     """As `train.model.loss.is_plain` finds it: one whole matrix, that makes its gradient with its loss."""
     partitioned = way.executor == "deepspeed" and way.zero_stage == 3
-    return not (footprint.classify or footprint.head_adapted or partitioned)
+    return not (footprint.one_target_per_row or footprint.head_adapted or partitioned)
 
 
 def _attends_by_document(footprint: Footprint, way: Way) -> bool:
