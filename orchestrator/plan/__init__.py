@@ -3,7 +3,8 @@
     plan = make_plan(loaded, anatomy, data_size, cluster, job="sweep", spec_sha256=...)
     print("\\n".join(plan_lines(plan)))
     trial = make_trial(plan, plan.search.options[0], 3e-4, number=0, seed=0)
-    assignment = make_assignment(plan, trial, plan.search.options[0].selection, ...)
+    context = work_context(plan, settings=..., data=..., metric="loss")
+    work = train_rung(plan, context, trial, plan.search.options[0].selection, folder=..., stop_step=36)
 
 `memory/` estimates a rank's memory term by term, `ladder.py` orders the ways to run a gang by cost, `arrange.py` picks the
 first that fits, `placement.py` and `standing.py` say where gangs stand, `cost/` what it all takes, and `relief.py` what to do
@@ -25,44 +26,42 @@ from orchestrator.plan.search_space import grid_points
 from orchestrator.plan.trials import (
     LATE_CONTROLS,
     REPEAT,
-    compile_trial,
     curve_trial,
     curve_trial_id,
+    evaluate_base,
     head_control,
     late_controls,
-    make_assignment,
     make_trial,
     none_control,
-    probe_trial,
     repeat_control,
     scratch_control,
-    shift_trial,
     shuffled_control,
+    train_rung,
+    work_context,
 )
 
 __all__ = [
     "LATE_CONTROLS",
     "REPEAT",
-    "compile_trial",
     "curve_trial",
     "curve_trial_id",
     "estimate_data_size",
+    "evaluate_base",
     "grid_points",
     "head_control",
     "late_controls",
-    "make_assignment",
     "make_plan",
     "make_trial",
     "none_control",
     "plan_lines",
-    "probe_trial",
     "read_cluster_file",
     "repeat_control",
     "rung_steps",
     "scratch_control",
-    "shift_trial",
     "shuffled_control",
+    "train_rung",
     "with_scores",
+    "work_context",
 ]
 
 

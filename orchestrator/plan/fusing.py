@@ -11,7 +11,7 @@ from orchestrator.plan.ladder import Load, misfit
 from orchestrator.plan.memory.candidate import Way
 from orchestrator.plan.memory.footprint import Footprint
 from orchestrator.plan.placement import TRIALS_PER_GANG, RankRoom
-from orchestrator.work.assignment import Assignment
+from orchestrator.work.assignment import TrainRung, Work
 from orchestrator.work.execution import ExecutionPlan
 
 MOST = 8
@@ -60,25 +60,27 @@ FuseKey = tuple[object, ...]
 """Equal for assignments that may share a batch."""
 
 
-def fuse_key(assignment: Assignment, planned: ExecutionPlan, anatomy: ModelAnatomy) -> FuseKey | None:
+def fuse_key(assignment: Work, planned: ExecutionPlan, anatomy: ModelAnatomy) -> FuseKey | None:
     """What must be equal of assignments that share a batch; None for one that must run alone.
 
     Alone run the controls, whatever learns beside adapters of the blocks (a shared head takes one trial's positions at
-    a time, and has no adapters of its own), what is only evaluated, gangs of DeepSpeed, metrics that
-    need a generated text, bases that drop out (masks would be drawn for all at once), and a trial that came down to
-    less memory than was planned.
+    a time, and has no adapters of its own), evaluations and measurements, gangs of DeepSpeed, metrics that
+    need a generated text, bases with dropout (masks would be drawn for all at once), and a trial whose memory use was
+    reduced after it ran out.
 
     Args:
-        assignment: What a gang is to do.
+        assignment: What a gang is given.
         planned: How the plan has trials trained.
         anatomy: Of the base.
     """
+    if not isinstance(assignment, TrainRung):
+        return None
     trial, selection, execution = assignment.trial, assignment.selection, assignment.execution
     if trial.control is not None or trial.tune != "lora" or selection.trainable or anatomy.head_weight in selection.adapted:
         return None
     if anatomy.dropout or execution.executor != "torch" or execution != planned:
         return None
-    if assignment.stop_step == 0 or assignment.metric not in TEACHER_FORCED:
+    if assignment.metric not in TEACHER_FORCED:
         return None
     return (
         selection.cut,

@@ -8,7 +8,7 @@ from pathlib import Path
 from orchestrator.report import curve, evidence, held_out, html, layers, live, sections, timeline, trials
 from orchestrator.report import domain_shift as shift
 from orchestrator.report.html import Html
-from orchestrator.report.reading import RunRecords, read_run
+from orchestrator.run.reader import RunRecords, read_run
 from orchestrator.store import output_to, write_atomic
 
 REPORT = "report.html"

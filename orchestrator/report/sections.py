@@ -12,7 +12,6 @@ from orchestrator.report.heatmap import heatmap
 from orchestrator.report.html import Html
 from orchestrator.report.live import in_progress
 from orchestrator.report.matrix import RateMatrix, rate_matrices
-from orchestrator.report.reading import RunRecords
 from orchestrator.report.trials import evaluated_early
 from orchestrator.report.wording import (
     MISSING,
@@ -27,6 +26,7 @@ from orchestrator.report.wording import (
     summary_sentence,
     verdict_sentence,
 )
+from orchestrator.run.reader import RunRecords
 from orchestrator.transfer import pareto_front
 from orchestrator.transfer.after_verdict import advice_after
 from orchestrator.transfer.headline import gain_is_loss_only

@@ -14,9 +14,11 @@ import numpy as np
 
 from orchestrator.errors import IntegrityError
 from orchestrator.plan.values import RunPlan
+from orchestrator.run.directory import RunDirectory
 from orchestrator.run.hours import HoursRecord
-from orchestrator.run.ledger import END, EVALUATION, TRIAL, TrialEnd, TrialHead, result_number
-from orchestrator.store import RunDirectory, check_folder, read_json, read_record, set_aside, write_json
+from orchestrator.run.layout import END, EVALUATION, OWNER, RESULT, TRIAL, rung_files, rung_number
+from orchestrator.run.ledger import TrialEnd, TrialHead
+from orchestrator.store import check_folder, read_json, read_record, set_aside, write_json
 from orchestrator.transfer.records import SweepResult, TransferReport
 from orchestrator.transfer.view import RunView
 from orchestrator.work.assignment import contradiction, ownership
@@ -66,8 +68,8 @@ class _Mender:
             (run.sweep, _as(SweepResult), "the search results are recomputed from its trials"),
             (run.transfer, _as(TransferReport), "the bundle is rebuilt and evaluated again"),
             (run.hours, _as(HoursRecord), "the hours are recomputed from the trials' results"),
-            (run.refit / TRIAL, _owner, "the refit continues from checkpoints of its own trial"),
-            (run.refit / "result.json", _as(RungResult), "the refit continues from its newest complete checkpoint"),
+            (run.refit / OWNER, _owner, "the refit continues from checkpoints of its own trial"),
+            (run.refit / RESULT, _as(RungResult), "the refit continues from its newest complete checkpoint"),
             (run.refit / STEPPED_DOWN, _as(SteppedDown), "the refit is retried as planned"),
         ):
             self._check(path, read, remedy)
@@ -78,14 +80,14 @@ class _Mender:
         if not head.exists():
             return
         if self._check(head, _as(TrialHead), "the trial is restarted"):
-            for file in (*folder.glob("result-*.json"), folder / END):
+            for file in (*rung_files(folder), folder / END):
                 self._put_away(file)
             return
         trial = read_record(head, TrialHead).trial
-        self._check(folder / "result.json", _as(RungResult), "it continues from its newest complete checkpoint")
+        self._check(folder / RESULT, _as(RungResult), "it continues from its newest complete checkpoint")
         self._check(folder / STEPPED_DOWN, _as(SteppedDown), "it is retried as planned")
         self._check(folder / END, _as(TrialEnd), "the trial's end state is recomputed")
-        for file in sorted(folder.glob("result-*.json"), key=result_number):
+        for file in rung_files(folder):
             told = f"trial {trial.trial_id} is trained again from the rung before it"
             lost = self._check(file, _as(RungResult), told)
             if not lost:
@@ -93,7 +95,7 @@ class _Mender:
                 lost = self._mend_checkpoint(folder, trial, result, plan) if with_checkpoints else False
                 self._count(trial, result)
             if lost:
-                self._drop_from(folder, result_number(file))
+                self._drop_from(folder, rung_number(file))
                 return
 
     def _mend_checkpoint(self, folder: Path, trial: TrialSpec, result: RungResult, plan: RunPlan | None) -> bool:
@@ -113,8 +115,8 @@ class _Mender:
         return self._check(checkpoint, whole_and_own, f"trial {trial.trial_id} is trained again from the rung before it")
 
     def _drop_from(self, folder: Path, rung: int) -> None:
-        for file in folder.glob("result-*.json"):
-            if result_number(file) >= rung:
+        for file in rung_files(folder):
+            if rung_number(file) >= rung:
                 self._put_away(file)
         self._put_away(folder / END)
 

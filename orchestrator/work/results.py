@@ -47,7 +47,7 @@ class EngineRecord(Value):
 
 
 class RungResult(Value):
-    """What a gang answers."""
+    """What a gang answers for a trial: trained to a rung, or the base evaluated."""
 
     trial_id: str
     rung: int
@@ -80,12 +80,25 @@ class RungResult(Value):
     gang: int = -1
     notes: tuple[str, ...] = ()
     """What happened by itself on the way (law 9): a micro-batch halved, a damaged checkpoint passed over."""
-    layer_scores: LayerScores | None = None
-    """What a probe found."""
-    domain_shift: DomainShift | None = None
-    """How far the target lies from the retention set, where that was asked for."""
-    compile_times: CompileTimes | None = None
-    """What was measured of compiled blocks."""
+
+    @property
+    def work_id(self) -> str:
+        """The name of the work that it answers."""
+        return self.trial_id
+
+
+class MeasurementResult(Value):
+    """What a gang answers to a measurement. What it found says itself whether it failed."""
+
+    work_id: str
+    found: LayerScores | DomainShift | CompileTimes
+    gang: int = -1
+    notes: tuple[str, ...] = ()
+    """As those of a rung."""
+
+
+WorkResult = RungResult | MeasurementResult
+"""What a gang answers."""
 
 
 class StepReport(Value):

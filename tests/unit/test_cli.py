@@ -67,7 +67,7 @@ def in_a_process(code: str, *arguments: str, **options) -> subprocess.CompletedP
 def test_light_commands_import_nothing_heavy(arguments, spec):
     code = f"""
         import sys
-        from orchestrator.cli import app
+        from orchestrator.cli.commands import app
         app(args=sys.argv[1:], standalone_mode=False)
         heavy = [name for name in {HEAVY} if name in sys.modules]
         assert not heavy, heavy
@@ -145,7 +145,7 @@ def test_the_plan_of_a_70b_on_four_nodes_imports_nothing_heavy(repository):
     """From a laptop: no weights, no GPU, no cluster, and an answer at once (`scripts/bench plan` measures it)."""
     code = f"""
         import sys
-        from orchestrator.cli import app
+        from orchestrator.cli.commands import app
         app(args=sys.argv[1:], standalone_mode=False)
         heavy = [name for name in {HEAVY} if name in sys.modules]
         assert not heavy, heavy
