@@ -17,8 +17,8 @@ FISHER_DOCUMENTS = 64
 
 
 def fits(anchor: Anchor | AnchorPlan | None, tune: Tune) -> bool:
-    """`product` is of adapters, the other anchors are of unfrozen weights."""
-    return not isinstance(anchor, AnchorSpec | AnchorPlan) or (anchor.kind == "product") == (tune == "lora")
+    """Return whether an anchor can pull what this tuning method trains."""
+    return not isinstance(anchor, AnchorSpec | AnchorPlan) or anchor.traits.tune == tune
 
 
 def remedies_of_train(train: TrainSpec, tune: Tune) -> Remedies:
@@ -88,8 +88,8 @@ def _all_remedies(spec: JobSpec) -> list[Remedies]:
 
 
 def held_product(choices: Iterable[Remedies]) -> AnchorPlan | None:
-    """The first anchor on products of adapters, which DeepSpeed lays in parts: see `Load.whole_adapters`."""
-    return next((remedies.anchor for remedies in choices if remedies.anchor and remedies.anchor.kind == "product"), None)
+    """Return the first anchor that needs whole adapters, which DeepSpeed partitions: see `Load.whole_adapters`."""
+    return next((remedies.anchor for remedies in choices if remedies.anchor and remedies.anchor.traits.whole_adapters), None)
 
 
 def no_whole_adapters(held: AnchorPlan, loaded: LoadedSpec, job: Literal["sweep", "finetune"], misfit: PlanError) -> PlanError:
@@ -161,7 +161,7 @@ def effective(anatomy: ModelAnatomy, selection: LayerSelection, remedies: Remedi
     groups = learning_groups(anatomy, selection, remedies, (*selection.trainable, *selection.adapted))
     decays = any(group.rate_factor != 1.0 for group in groups)
     anchor = remedies.anchor
-    if anchor is not None and anchor.kind == "product":
+    if anchor is not None and anchor.traits.tune == "lora":
         pulls = bool(selection.adapted)
     else:
         pulls = any(group.anchored for group in groups)

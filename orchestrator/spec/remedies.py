@@ -50,35 +50,23 @@ def _needs_text(spec: JobSpec, path: KeyPath, used: str) -> Iterator[Mistake]:
 
 
 def _anchor_mistakes(spec: JobSpec, path: KeyPath, anchor: AnchorSpec) -> Iterator[Mistake]:
-    if anchor.kind == "ewc":
+    if anchor.traits.uses_fisher:
         yield from _needs_text(spec, path, "weighed by")
-    if anchor.kind == "product":
-        yield from _needs_whole_adapters(spec, path)
-    needed = "lora" if anchor.kind == "product" else "full"
+    if anchor.traits.whole_adapters:
+        yield from _needs_whole_adapters(spec, path, anchor)
     judged = _tunes(spec, path)
-    misfits = tuple(place for tunes, place in judged if needed not in tunes)
+    misfits = tuple(place for tunes, place in judged if anchor.traits.tune not in tunes)
     if misfits:
-        message, hint = _misfit(anchor, " and ".join(map(spell_path, misfits)))
-        yield path, message, hint + (_elsewhere(spec, misfits[0]) if len(misfits) < len(judged) else ""), (*misfits, path)
+        hint = anchor.traits.instead + (_elsewhere(spec, misfits[0]) if len(misfits) < len(judged) else "")
+        message = anchor.traits.misfit.format(where=" and ".join(map(spell_path, misfits)))
+        yield path, message, hint, (*misfits, path)
 
 
-def _misfit(anchor: AnchorSpec, where: str) -> tuple[str, str]:
-    """Message and hint of an anchor that fits no way of tuning of these places."""
-    if anchor.kind == "product":
-        return f"unfrozen weights ({where}) have no adapter, which `product` needs", "write l2sp or ewc, or tune: lora"
-    why = (
-        "the gradient by A is zero at the start, since B is, and so is its Fisher information"
-        if anchor.kind == "ewc"
-        else "adapters are added to the base's weights, which stay frozen"
-    )
-    return f"{anchor.kind} is for full fine-tuning; with lora ({where}) {why}", "write product, or tune: full"
-
-
-def _needs_whole_adapters(spec: JobSpec, path: KeyPath) -> Iterator[Mistake]:
+def _needs_whole_adapters(spec: JobSpec, path: KeyPath, anchor: AnchorSpec) -> Iterator[Mistake]:
     """Any ZeRO stage that is given is DeepSpeed's, 0 too, and whatever is offloaded is at stage 3."""
     for key, asked in (("zero", spec.resources.zero), ("offload", spec.resources.offload)):
         if asked not in ("auto", "none"):
-            message = f"resources.{key}: {asked} requires DeepSpeed, which the anchor `product` does not support"
+            message = f"resources.{key}: {asked} requires DeepSpeed, which the anchor `{anchor.kind}` does not support"
             yield path, message, f"remove resources.{key}", (("resources", key), path)
 
 

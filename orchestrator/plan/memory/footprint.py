@@ -11,9 +11,6 @@ from orchestrator.plan.memory.quantized import dequantize_scratch_bytes, quantiz
 from orchestrator.spec.models import Quantize
 from orchestrator.work.remedies import AnchorPlan
 
-ANCHOR_COPIES = {"l2sp": 1, "ewc": 2, "product": 0}
-"""See `Footprint.anchor_copies`; `train.anchors` holds them."""
-
 
 @dataclass(frozen=True)
 class Footprint:
@@ -132,7 +129,7 @@ def weigh(
 
 def with_anchor(footprint: Footprint, anchor: AnchorPlan | None) -> Footprint:
     """Of a trial that such an anchor pulls."""
-    return footprint if anchor is None else replace(footprint, anchor_copies=ANCHOR_COPIES[anchor.kind])
+    return footprint if anchor is None else replace(footprint, anchor_copies=anchor.traits.copies)
 
 
 def _head_learns(anatomy: ModelAnatomy, selection: LayerSelection) -> bool:

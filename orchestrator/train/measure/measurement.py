@@ -49,7 +49,7 @@ class Bench:
     @property
     def rows(self) -> RowPlan:
         """How documents share rows."""
-        return RowPlan.of(self.execution, self.ranks.rank, classify=self.base.load.task == "classify")
+        return RowPlan.of(self.execution, self.ranks.rank, one_document_per_row=self.base.load.traits.head.one_document_per_row)
 
     def untouched(self) -> LayerSelection:
         """Return the selection under which nothing of the base learns."""
