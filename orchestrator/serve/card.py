@@ -10,6 +10,7 @@ from orchestrator.plan import REPEAT
 from orchestrator.serve.inputs import BundleInputs, shown_base
 from orchestrator.serve.metadata import front_matter, licence_sentence
 from orchestrator.serve.usage import prompt_rule, snippet
+from orchestrator.spec.tasks import HeadTraits
 from orchestrator.transfer.after_verdict import advice_after, decided_by
 from orchestrator.transfer.headline import advice_on_answers, gain_is_loss_only, headline
 from orchestrator.transfer.records import CONTROL_NAMES, ModelScores, PromptComparison, TransferReport, VerificationFigures
@@ -41,7 +42,7 @@ def model_card(inputs: BundleInputs, transfer: TransferReport, versions: Mapping
         _how_it_was_made(inputs, versions),
         _results(transfer),
         _prompts(transfer.prompts),
-        _verification(transfer.verification),
+        _verification(transfer.verification, inputs.base.traits.head),
         _serving(inputs, transfer),
         _limitations(inputs, transfer),
     ]
@@ -145,11 +146,11 @@ def _prompts(prompts: tuple[PromptComparison, ...]) -> str:
     return "## Answers\n\nThe first documents of the test set.\n\n" + _table(("prompt", "expected", "base", "this model"), rows)
 
 
-def _verification(figures: VerificationFigures) -> str:
+def _verification(figures: VerificationFigures, head: HeadTraits) -> str:
     merged_into = MERGED_INTO.get(figures.merged_into, figures.merged_into)
     return (
         f"## Verification\n\nMerged into {merged_into}. Loaded by plain transformers in a fresh process, the merged model "
-        f"differs from the trained one by KL {figures.kl_bundle:.2g} nats a token (the base model: {figures.kl_base:.2g}; "
+        f"differs from the trained one by KL {figures.kl_bundle:.2g} {head.unit} (the base model: {figures.kl_base:.2g}; "
         f"limit {figures.limit:.2g}), on {figures.num_prompts} held-out documents. `manifest.json` has the SHA-256 of every "
         "file; `orchestrator verify .` repeats the check."
     )
