@@ -11,6 +11,7 @@ from orchestrator.plan.ladder import Load, misfit
 from orchestrator.plan.memory.candidate import Way
 from orchestrator.plan.memory.footprint import Footprint
 from orchestrator.plan.placement import TRIALS_PER_GANG, RankRoom
+from orchestrator.spec.tasks import METRICS
 from orchestrator.work.assignment import TrainRung, Work
 from orchestrator.work.execution import ExecutionPlan
 
@@ -54,7 +55,7 @@ def most_fused(
     return width
 
 
-TEACHER_FORCED = frozenset({"loss", "perplexity", "accuracy", "macro_f1"})
+TEACHER_FORCED = frozenset({"perplexity", *(name for name, metric in METRICS.items() if not metric.generated)})
 """Metrics that are read off the losses of given answers. Others need a text from each trial's own model."""
 FuseKey = tuple[object, ...]
 """Equal for assignments that may share a batch."""

@@ -23,6 +23,7 @@ from orchestrator.train.batches import RowPlan
 from orchestrator.train.evaluation import Evaluation, answer_accuracy, class_prior, evaluate, exact_match
 from orchestrator.train.generate import generate_answers, wanted_answers
 from orchestrator.train.model.base import LoadedBase, load_base
+from orchestrator.train.model.heads import head_of
 from orchestrator.train.model.objective import Objective, final_norm_of
 from orchestrator.train.ranks import Ranks
 from orchestrator.transfer import forgetting
@@ -138,7 +139,7 @@ class _Scorer:
 
     def _objective(self, model: nn.Module) -> Objective:
         anatomy = self._inputs.anatomy
-        head = anatomy.classifier_weight if self._head.is_new else anatomy.head_weight
+        head = head_of(self._inputs.base.task).weight_name(anatomy)
         return Objective(
             model,
             model.get_submodule(anatomy.backbone),
