@@ -199,6 +199,20 @@ def test_modules_do_not_import_each_other_in_a_circle() -> None:
     assert " -> ".join(find_cycle(edges)) == ""
 
 
+def test_the_report_reads_a_run_through_its_reader_alone() -> None:
+    reading = {"read_json", "read_jsonl", "read_record", "read_text", "read_bytes", "glob", "rglob", "iterdir", "walk", "load"}
+    wrong = [
+        f"{relative(path)}:{node.lineno} {name}"
+        for path in FILES
+        if room_of(path) == "report"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Name | ast.Attribute)
+        and (name := node.id if isinstance(node, ast.Name) else node.attr) in reading
+        and "style.css" not in path.read_text().splitlines()[node.lineno - 1]  # the report's own file
+    ]
+    assert not wrong, f"reading a run belongs in orchestrator/run: {wrong}"
+
+
 def test_one_function_writes_the_deepspeed_config() -> None:
     writers = [
         f"{relative(path)}:{node.name}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from datetime import UTC, datetime
 
-from orchestrator.plan.data_size import few_steps_sentence
+from orchestrator.plan.data_size import too_few_steps_warning
 from orchestrator.report import evidence, figures, html
 from orchestrator.report.figures import Curve, TradeOff
 from orchestrator.report.heatmap import heatmap
@@ -51,7 +51,7 @@ def head(run: RunRecords) -> Html:
     if run.sweep is not None and run.sweep.ended_by_hours:
         parts.append(html.tag("p", _capital(run.sweep.ended_by_hours) + ".", css="warning"))
     promoted = (run.sweep.winner or best_trial(run.sweep.searched, run.sweep.higher_is_better)) if run.sweep else None
-    if few := few_steps_sentence(promoted.total_steps) if promoted is not None and promoted.total_steps else "":
+    if few := too_few_steps_warning(promoted.total_steps) if promoted is not None and promoted.total_steps else "":
         parts.append(html.tag("p", _capital(few) + ".", css="warning"))
     parts.append(evidence.data_notices(run))
     if not run.complete:

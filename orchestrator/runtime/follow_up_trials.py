@@ -11,7 +11,7 @@ from orchestrator.anatomy import LayerSelection
 from orchestrator.data import size_of_share
 from orchestrator.data.sets import load_known
 from orchestrator.plan import curve_trial, curve_trial_id, repeat_control, scratch_control, shuffled_control
-from orchestrator.plan.schedule import late_rung_steps, share_documents, too_few_documents, total_steps, total_tokens
+from orchestrator.plan.schedule import follow_up_rung_steps, share_documents, too_few_documents, total_steps, total_tokens
 from orchestrator.run.ledger import Ledger, TrialEntry, base_result
 from orchestrator.runtime.assignments import Answer
 from orchestrator.runtime.cluster import fetch
@@ -50,7 +50,7 @@ def late_trials(prepared: Prepared, winner: TrialEntry, base: RungResult | None)
         found.append(LateTrial(*scratch_control(plan, prepared.anatomy, spec, winner.trial), as_long))
     again = [repeat_control(winner.trial, number) for number in range(2, search.repeats + 1)]
     again += curve_trials(prepared, winner, base)
-    rungs = [late_rung_steps(search, winner.trial.total_steps, trial.total_steps) for trial in again]
+    rungs = [follow_up_rung_steps(search, winner.trial.total_steps, trial.total_steps) for trial in again]
     return found + [LateTrial(trial, selection, stops) for trial, stops in zip(again, rungs, strict=True)]
 
 

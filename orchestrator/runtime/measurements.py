@@ -15,7 +15,7 @@ from orchestrator.errors import TrainingError
 from orchestrator.plan import make_trial, with_scores
 from orchestrator.plan.cost.choices import planned_options
 from orchestrator.plan.measurements import NO_RETENTION_SET, choice_of, standing_choice, with_choice
-from orchestrator.plan.schedule import has_few
+from orchestrator.plan.schedule import has_few_examples
 from orchestrator.plan.values import RunPlan
 from orchestrator.run.hours import metered
 from orchestrator.run.ledger import base_result
@@ -25,6 +25,7 @@ from orchestrator.runtime.prepare import Prepared, read_choice, read_scores
 from orchestrator.runtime.task_supervision import Minder, in_a_minded_process, run_task
 from orchestrator.spec import parse_policy
 from orchestrator.store import read_record, write_json
+from orchestrator.train import TrainHost
 from orchestrator.transfer.domain_shift import Advice, advise
 from orchestrator.transfer.view import RunView
 from orchestrator.work.assignment import Measurement, MeasureShift, ScoreBlocks, TimeCompiling
@@ -166,8 +167,6 @@ def scored_alone(prepared: Prepared, view: RunView) -> Prepared:
 
 def measure_in_this_process(base: BaseLoad, anatomy: ModelAnatomy, work: Measurement) -> MeasurementResult:
     """Load the base and measure."""
-    from orchestrator.train import TrainHost
-
     host = TrainHost.create(base, anatomy, work.execution, 0, 1, init_method=None)
     try:
         return host.measure(work)
@@ -312,7 +311,7 @@ class TargetShift(Step[DomainShift]):
     @property
     def _is_wanted(self) -> bool:
         plan = self.prepared.plan
-        return plan.shift is not None or has_few(plan.data)
+        return plan.shift is not None or has_few_examples(plan.data)
 
     def known(self) -> DomainShift | None:
         return read_record(self.file, DomainShift) if self._is_wanted and self.file.exists() else None

@@ -83,7 +83,7 @@ def _fisher(file: Path, measure: Callable[[], list[torch.Tensor]], execution: Ex
 
 
 def _anchor(plan: AnchorPlan, engine: Engine, branch: Branch, weights: Sequence[torch.Tensor] | None) -> Anchor:
-    scale = branch.lora_alpha / (branch.selection.lora_rank or 1)
+    scale = branch.selection.adapter_kind.scale(branch.lora_alpha, branch.selection.lora_rank or 1)
     adapters = engine.adapters if isinstance(engine, TorchEngine) else None
     return CLASSES[plan.kind](Anchored(plan.strength, engine.anchored_masters, adapters, scale, weights))
 
