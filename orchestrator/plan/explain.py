@@ -217,10 +217,10 @@ def _auto_line(plan: RunPlan, tokens_per_step: int) -> str:
 
 def _few_examples_lines(plan: RunPlan, search: SearchPlan) -> list[str]:
     """Return a line such as `360 documents: the winner is trained from 5 seeds, early stopping at 8 points`."""
-    said = [f"the winner is trained from {search.repeats} seeds"] if search.repeats > 1 else []
+    parts = [f"the winner is trained from {search.repeats} seeds"] if search.repeats > 1 else []
     if search.patience is not None and len(search.rung_steps) > search.patience:
-        said.append(f"early stopping at {len(search.rung_steps)} points")
-    return [f"{_count(plan.data.train_documents, 'document')}: {', '.join(said)}"] if said else []
+        parts.append(f"early stopping at {len(search.rung_steps)} points")
+    return [f"{_count(plan.data.train_documents, 'document')}: {', '.join(parts)}"] if parts else []
 
 
 def _rungs_line(search: SearchPlan) -> str:
@@ -311,14 +311,14 @@ def cost_line(plan: RunPlan) -> str:
     if cost is None or (cost.gpu_hours is None and cost.core_hours is None):
         return f"GPU-hours unknown · {disk}"
     if cost.gpu_hours is None:
-        said = [f"{cost.core_hours:.3g} core-hours"]
+        parts = [f"{cost.core_hours:.3g} core-hours"]
     else:
         stops = plan.search is not None and len(plan.search.rung_steps) > 1
         whole = f" ({cost.gpu_hours_without_stopping:.3g} without early stopping)" if stops else ""
-        said = [f"{cost.gpu_hours:.3g} GPU-hours{whole}"]
-    said += [str(cost.duration)] if cost.duration is not None else []
-    said += [f"{cost.price:,.2f} in money"] if cost.price is not None else []
-    return " · ".join([*said, disk])
+        parts = [f"{cost.gpu_hours:.3g} GPU-hours{whole}"]
+    parts += [str(cost.duration)] if cost.duration is not None else []
+    parts += [f"{cost.price:,.2f} in money"] if cost.price is not None else []
+    return " · ".join([*parts, disk])
 
 
 def heaviest_option(plan: RunPlan) -> TrialOption:
