@@ -67,8 +67,9 @@ def fuse_key(assignment: Work, planned: ExecutionPlan, anatomy: ModelAnatomy) ->
     """Return what must be equal for assignments to share a batch; None for an assignment that must run alone.
 
     These run alone: controls; trials that train anything besides adapters of the blocks (a shared head takes the positions of one
-    trial at a time, and has no adapters of its own); evaluations and measurements; gangs of DeepSpeed; metrics that need generated text; bases
-    with dropout (masks would be drawn for all trials at once); and a trial that was reduced to less memory than planned.
+    trial at a time, and has no adapters of its own); evaluations and measurements; gangs of DeepSpeed; metrics that need
+    generated text; bases with dropout (masks would be drawn for all trials at once); and a trial that was reduced to less
+    memory than planned.
 
     Args:
         assignment: What a gang is asked to do.

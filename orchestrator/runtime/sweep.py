@@ -86,9 +86,7 @@ def _search(prepared: Prepared, view: Pulse, started_at: float) -> tuple[Prepare
     Returns:
         The run with its policies by score resolved, and what was found.
     """
-    spec, plan = prepared.spec, prepared.plan
-    assert spec.search is not None
-    assert plan.search is not None
+    spec, plan = prepared.spec, prepared.sweep_plan
     view.start(
         name=spec.name,
         metric=prepared.scoring.metric,
@@ -110,8 +108,7 @@ def _search(prepared: Prepared, view: Pulse, started_at: float) -> tuple[Prepare
         ledger = prepared.run.ledger
         ledger.refresh()  # the exchange, another process, has written the base model's scores
         prepared = measured_in_a_gang(prepared, exchange, view)
-        plan = prepared.plan
-        assert plan.search is not None
+        plan = prepared.sweep_plan
         view.phase("search", f"{plan.search.num_trials} trials")
         stops = plan.search.rung_steps if plan.search.patience is not None else plan.search.rung_steps[-1:]
         head = hand_in(exchange, *head_control(plan, prepared.anatomy, spec, seed), stops)
@@ -126,21 +123,26 @@ def _search(prepared: Prepared, view: Pulse, started_at: float) -> tuple[Prepare
             hours = fetch(exchange.hours.remote())
             ledger.refresh()
             sweep = summarise(prepared, ledger, figures, started_at, earlier, hours)
-        if sweep.learning_curve is not None:
-            _tell(prepared, view, "learning_curve", sweep.learning_curve.sentence)
-        if sweep.no_learning_curve:
-            _tell(prepared, view, "learning_curve_left_out", sweep.no_learning_curve)
-        if earlier is not None and earlier.promoted_by_hand and earlier.winner_id != sweep.winner_id:
-            instead = f"{earlier.winner_id}, which was promoted by hand before the search continued"
-            _tell(
-                prepared,
-                view,
-                "promoted_by_rule",
-                f"{sweep.winner_id or 'nothing'} is promoted by the rule, instead of {instead}",
-            )
-        if sweep.ended_by_hours:
-            _tell(prepared, view, "ended_by_hours", sweep.ended_by_hours)
+        _report_findings(prepared, view, sweep, earlier)
     return prepared, sweep
+
+
+def _report_findings(prepared: Prepared, view: RunView, sweep: SweepResult, earlier: SweepResult | None) -> None:
+    """Report what the search came to besides its trials."""
+    if sweep.learning_curve is not None:
+        _tell(prepared, view, "learning_curve", sweep.learning_curve.sentence)
+    if sweep.no_learning_curve:
+        _tell(prepared, view, "learning_curve_left_out", sweep.no_learning_curve)
+    if earlier is not None and earlier.promoted_by_hand and earlier.winner_id != sweep.winner_id:
+        instead = f"{earlier.winner_id}, which was promoted by hand before the search continued"
+        _tell(
+            prepared,
+            view,
+            "promoted_by_rule",
+            f"{sweep.winner_id or 'nothing'} is promoted by the rule, instead of {instead}",
+        )
+    if sweep.ended_by_hours:
+        _tell(prepared, view, "ended_by_hours", sweep.ended_by_hours)
 
 
 def _tell(prepared: Prepared, view: RunView, kind: str, message: str) -> None:
@@ -154,7 +156,7 @@ def _exchange(prepared: Prepared) -> Iterator[Any]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     orders = Orders(
-        plan=prepared.plan,
+        plan=prepared.sweep_plan,
         anatomy=prepared.anatomy,
         settings=prepared.settings,
         data=prepared.data_paths,
