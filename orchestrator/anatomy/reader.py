@@ -133,6 +133,7 @@ def _match(
     prefix = config.layout.backbone + "."
     tensors: dict[str, TensorInfo] = {}
     for name, shape in expected.items():
+        # A checkpoint may store a parameter under another name of its layout, or without the backbone's prefix.
         spellings = (name, config.layout.stored_as.get(name, name), name.removeprefix(prefix))
         tensor = next((stored[spelling] for spelling in spellings if spelling in stored), None)
         if tensor is None:

@@ -26,7 +26,7 @@ Block = dict[str, TensorInfo]
 
 
 class _UnrecognisedError(Exception):
-    """What was looked for and not found."""
+    """Raised for an expected part of a layout that was not found."""
 
 
 def recognise(folder: Path, values: dict[str, Any], stored: Mapping[str, TensorInfo]) -> ModelAnatomy:
@@ -114,6 +114,7 @@ def _find_blocks(stored: Mapping[str, TensorInfo]) -> tuple[str, list[Block]]:
     for number, block in enumerate(blocks):
         if {name: tensor.shape for name, tensor in block.items()} != {name: tensor.shape for name, tensor in blocks[0].items()}:
             raise _UnrecognisedError(f"{stack}.{number}. does not have the names and shapes of {stack}.0.")
+    # A quantized checkpoint packs several weights into one stored element.
     packed = [name for name, tensor in blocks[0].items() if tensor.dtype not in FLOATS]
     if packed:
         raise _UnrecognisedError(f"{stack}.0.{packed[0]} is stored as {blocks[0][packed[0]].dtype}, so its shape may be another")

@@ -8,6 +8,7 @@ from itertools import chain
 
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.errors import SelectionError
+from orchestrator.spec.adapters import ADAPTER_KINDS
 from orchestrator.spec.models import Task, Tune
 from orchestrator.spec.policy import Policy, parse_policy
 
@@ -213,8 +214,8 @@ def _lora(
             f"LoRA on {parsed} with rank {lora_rank}", expected="a rank of at least 1", remedy="give `lora_rank`"
         )
     adapted = [name for block in blocks for name in anatomy.linears[block]]
-    axes = sum(sum(anatomy.tensors[name].shape) for name in adapted)
-    axes += len(head) * (anatomy.vocab_size + anatomy.hidden_size)
+    shapes = [anatomy.tensors[name].shape for name in adapted] + [(anatomy.vocab_size, anatomy.hidden_size)] * len(head)
+    elements = sum(ADAPTER_KINDS["lora"].num_elements(shape, lora_rank) for shape in shapes)
     new = _new_names(anatomy, task, parsed)
     taken = {*adapted, *head}
     return LayerSelection(
@@ -228,7 +229,7 @@ def _lora(
         blocks=tuple(blocks),
         unties_head=bool(head) and anatomy.tied,
         new_classifier=bool(new),
-        num_trainable_parameters=lora_rank * axes + _new_elements(anatomy, task, parsed, num_classes),
+        num_trainable_parameters=elements + _new_elements(anatomy, task, parsed, num_classes),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from orchestrator.spec.adapters import ADAPTER_KINDS, AdapterKind, AdapterName
 from orchestrator.values import Value
 
 
@@ -114,7 +115,7 @@ class ModelAnatomy(Value):
 class LayerSelection(Value):
     """The parameters that a policy selects on a base. The three sets are disjoint and cover every parameter.
 
-    Names are checkpoint names. `trainable` parameters are trained; `adapted` ones stay frozen and get a LoRA adapter; `frozen`
+    Names are checkpoint names. `trainable` parameters are trained; `adapted` ones stay frozen and get an adapter; `frozen`
     ones are neither. A new classification head is in `trainable` under `ModelAnatomy.classifier_weight`; an untied output
     projection under `ModelAnatomy.head_weight`.
     """
@@ -122,6 +123,7 @@ class LayerSelection(Value):
     policy: str
     tune: Literal["lora", "full"]
     lora_rank: int | None
+    adapter: AdapterName = "lora"
     trainable: tuple[str, ...]
     adapted: tuple[str, ...]
     frozen: tuple[str, ...]
@@ -136,4 +138,8 @@ class LayerSelection(Value):
     """True if the tied output projection is copied before training."""
     new_classifier: bool = False
     num_trainable_parameters: int
-    """Elements with a gradient: trainable tensors plus LoRA's A and B."""
+    """Elements with a gradient: trainable tensors and those of the adapters."""
+
+    @property
+    def adapter_kind(self) -> AdapterKind:
+        return ADAPTER_KINDS[self.adapter]

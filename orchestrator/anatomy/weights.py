@@ -56,6 +56,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     for name, entry in entries.items():
         _check_entry(path, name, entry)
         data_bytes = max(data_bytes, entry["data_offsets"][1])
+    # The format allows no gaps, so the header determines the size of the file and a truncated download is found.
     _check_size(path, expected=8 + length + data_bytes, found=size)
     return {
         name: TensorInfo(name=name, shape=tuple(entry["shape"]), dtype=entry["dtype"], file=path.name)

@@ -70,6 +70,7 @@ def make_plan(
     spec = loaded.spec
     choices = _choices(loaded, anatomy, data, job)
     check_resources(spec.resources)
+    # The whole cluster comes first: it wins ties, and its error is the one that is reported.
     whole, *parts = node_subsets(cluster, spec.resources)
     _check_quantizable(spec, anatomy, whole)
 
@@ -77,6 +78,8 @@ def make_plan(
         return _plan_on(found, loaded, anatomy, data, cluster, choices, job=job, spec_sha256=spec_sha256, scores=scores)
 
     plan = with_scores(_cheapest_plan(on, [whole, *parts]), spec, anatomy, scores)
+    # The step size decides how many ranks a gang has, and with `auto` the ranks decide the step size: plan once for the data
+    # alone, then again with a step that gives every rank a row.
     filling = schedule.filling_step(spec, data, plan.execution.ranks) if resize is not None else None
     if resize is None or filling is None:
         return plan
@@ -98,6 +101,7 @@ def _cheapest_plan(on: Callable[[Machines], RunPlan], machines: Sequence[Machine
             errors.append(error)
     if not plans:
         raise errors[0]
+    # Times are compared only if all are known. Without them the first plan that fits is taken, the one with the most nodes.
     hours = [plan.cost.wall_hours if plan.cost is not None else None for plan in plans]
     known = [each for each in hours if each is not None]
     return plans[hours.index(min(known))] if len(known) == len(plans) else plans[0]
@@ -124,6 +128,7 @@ def _plan_on(
     )
     num_trials = spec.search.num_trials if job == "sweep" and spec.search is not None else 1
     untouched, head = (_footprint(spec, anatomy, data, _control(policy, spec, anatomy, data)) for policy in ("none", "head"))
+    # The controls `none` and `head` run on the trials' gangs, so their memory is estimated for the same candidate.
     gangs = arrange(head, found, loaded, load, num_trials, anchor=anchor, job=job)
     refit = refit_candidate(found, spec, load, gangs)
     options, room = _options(choices, load.footprints, gangs.candidate), found.room(gangs.candidate.ranks, gangs.num_gangs)
@@ -159,6 +164,7 @@ def _plan_on(
     plan = _with_costs(plan.model_copy(update={"trunk": trunk}), anatomy, found, spec, loaded.defaulted)
     _check_gpu_hours(plan, spec)
     plan = with_explanations(plan.model_copy(update={"notes": (*plan.notes, reason)}), spec, anatomy, found, cluster)
+    # The measurements come last: each is limited to a share of the operations that were just estimated.
     plan = with_compiling(plan, spec, anatomy)
     return with_shift(with_probe(plan, spec, anatomy, gangs.candidate, room, are_scored=scores is not None), anatomy)
 
@@ -270,9 +276,12 @@ def _most_fused(
     spec: JobSpec, anatomy: ModelAnatomy, choices: Sequence[Choice], load: Load, gangs: Arrangement, found: Machines
 ) -> int:
     """Return how many trials may share a batch, among those that train only adapters."""
+    # Fused trials must give the same results to the last bit as alone, and dropout would draw one mask for all of them. Compiled
+    # blocks would have to be compiled again for every set of fused trials.
     if anatomy.dropout or spec.resources.compile == "on":
         return 1
     alone = [footprint for choice, footprint in zip(choices, load.footprints, strict=True) if not choice.selection.trainable]
+    # Trials with different cuts cannot share a batch (`fuse_key`).
     kinds = {(choice.selection.cut, choice.selection.trainable) for choice in choices}
     room = found.room(gangs.candidate.ranks, gangs.num_gangs)
     return most_fused(alone, gangs.candidate, load, room, spec.resources.max_fused, num_kinds=len(kinds))

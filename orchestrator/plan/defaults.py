@@ -90,4 +90,5 @@ def usual_lora_rate(anatomy: ModelAnatomy) -> float:
 
 
 def _one_digit(rate: float) -> float:
+    # The rule that gives the rate is not more precise than one digit.
     return float(f"{rate:.0e}")

@@ -90,6 +90,7 @@ def trials_within(plan: SweepPlan, gpu_hours: float) -> int:
     cost, search = plan.cost, plan.search
     assert cost is not None
     assert cost.gpu_hours
+    # Only these items grow with the number of trials; controls, follow-up trials and the refit are trained once.
     of_trials = sum(part.amount for part in cost.operations if part.name in ("trials", "scoring"))
     hours_per_operation = cost.gpu_hours / sum(part.amount for part in cost.operations)
     fixed = cost.gpu_hours - of_trials * hours_per_operation
@@ -165,6 +166,7 @@ def _bundle_warnings(plan: RunPlan, found: Machines) -> Iterator[str]:
     """Warn if verification and the test set cannot use a GPU, because each needs the whole merged model in memory at once."""
     whole = plan.num_parameters * (2 if plan.execution.dtype == "bfloat16" else 4)
     smallest = min(node.gpu_memory_bytes for node in found.nodes)
+    # The bundle is verified by code that imports nothing of ours and knows no sharding: it needs the model whole.
     if found.device == "cpu" or whole <= RESIDENT_SHARE * smallest:
         return
     host = min(node.memory_bytes for node in found.nodes)

@@ -1,4 +1,4 @@
-"""How many LoRA trials may share a batch: as many as memory allows, if a batch of one trial leaves the processor idle."""
+"""Number of LoRA trials that may share a batch: as many as memory allows, if a batch of one trial leaves the processor idle."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ def most_fused(
     )
     width = 1
     while 2 * width <= most:
+        # Each fused trial brings its own rows, and its own adapters with their gradients and optimizer state.
         wider = replace(candidate, micro_batch_rows=2 * width * candidate.micro_batch_rows)
         fused = tuple(replace(footprint, learning_counts=footprint.learning_counts * 2 * width) for footprint in footprints)
         if shortage(wider, replace(load, footprints=fused), room) is not None:
@@ -66,10 +67,10 @@ FuseKey = tuple[object, ...]
 def fuse_key(assignment: Work, planned: ExecutionPlan, anatomy: ModelAnatomy) -> FuseKey | None:
     """Return what must be equal for assignments to share a batch; None for an assignment that must run alone.
 
-    These run alone: controls; trials that train anything besides adapters of the blocks (a shared head takes the positions of one
-    trial at a time, and has no adapters of its own); evaluations and measurements; gangs of DeepSpeed; metrics that need
-    generated text; bases with dropout (masks would be drawn for all trials at once); and a trial that was reduced to less
-    memory than planned.
+    These run alone: controls; trials that train anything besides adapters of the blocks (a shared head takes the positions of
+    one trial at a time, and has no adapters of its own); evaluations and measurements; gangs of DeepSpeed; metrics that need
+    generated text; bases with dropout (masks would be drawn for all trials at once); and a trial that was reduced to less memory
+    than planned.
 
     Args:
         assignment: What a gang is asked to do.
@@ -79,8 +80,11 @@ def fuse_key(assignment: Work, planned: ExecutionPlan, anatomy: ModelAnatomy) ->
     if not isinstance(assignment, TrainRung):
         return None
     trial, selection, execution = assignment.trial, assignment.selection, assignment.execution
+    # The objective passes the head one trial's positions at a time, so an adapted head would apply adapters to the wrong trial.
     if trial.control is not None or trial.tune != "lora" or selection.trainable or anatomy.head_weight in selection.adapted:
         return None
+    # `execution != planned`: a trial that ran out of memory before keeps its smaller micro-batch, and must not lose it in a
+    # batch.
     if anatomy.dropout or execution.executor != "torch" or execution != planned:
         return None
     if assignment.metric not in TEACHER_FORCED:

@@ -62,7 +62,8 @@ def arrange(
     except PlanError as unfit:
         if anchor is None:
             raise
-        arranged(replace(load, whole_adapters=False))  # where that does not fit either, it says what is short
+        # If DeepSpeed does not fit either, this raises the error that says what is missing; the anchor is not to blame.
+        arranged(replace(load, whole_adapters=False))
         raise no_whole_adapters(anchor, loaded, job, unfit) from None
 
 
@@ -104,6 +105,8 @@ def arrange_one(found: Machines, spec: JobSpec, load: Load) -> Arrangement:
     elif found.device == "cpu":
         counts = [1]
     else:
+        # A rank without a row in a step would idle, so the gang has at most as many ranks as a step has rows; larger gangs are
+        # tried only if the model does not fit otherwise.
         useful = max(1, load.tokens_per_step // load.row_tokens)
         all_counts = found.rank_counts()
         most = max((n for n in all_counts if n <= useful), default=1)
@@ -147,6 +150,7 @@ def execution_plan(candidate: Candidate, found: Machines, num_gangs: int, spec: 
         micro_batch_rows=candidate.micro_batch_rows,
         pack=pack,
         backend="nccl" if candidate.device == "cuda" else "gloo",
+        # Ray packs a gang strictly onto one node only if every gang of the plan fits inside a node.
         inside_node=found.placement(candidate.ranks, num_gangs, "").num_spanning == 0,
     )
 
@@ -175,6 +179,7 @@ def _arrange_beside(head: Footprint, found: Machines, spec: JobSpec, load: Load,
         both = arrange_sweep(found, spec, replace(load, footprints=(*load.footprints, head)), num_trials)
     except PlanError:
         return alone
+    # Micro-batch and checkpointing may differ between the two; everything that makes a gang more expensive may not.
     kinds = {
         (gangs.num_gangs, gangs.candidate.ranks, gangs.candidate.zero_stage, gangs.candidate.offload) for gangs in (alone, both)
     }
@@ -186,6 +191,7 @@ def _arrange_cores(found: Machines, spec: JobSpec, load: Load, num_trials: int) 
     resources = spec.resources
     ranks = 1 if resources.ranks_per_gang == "auto" else resources.ranks_per_gang
     most = max(1, min(num_trials, found.max_gangs(ranks)))
+    # From many gangs to few: with fewer gangs each rank gets a larger share of the memory.
     choices = range(most, 0, -1) if resources.gangs == "auto" else [resources.gangs]
     reason = ""
     for gangs in choices:
@@ -211,6 +217,8 @@ def _nothing_fits(found: Machines, spec: JobSpec, load: Load, counts: Sequence[i
     tried = list(_candidates(spec.resources, found.device, counts, load))
     assert tried, "the spec refuses products of adapters where resources ask for DeepSpeed"
     needed = {candidate: heaviest(candidate, load.footprints) for candidate in tried}
+    # If some candidate fits the device, host memory is what is missing, and the candidate that needs the least of it shows by how
+    # much.
     on_device = [
         candidate for candidate in tried if needed[candidate].device.total_bytes <= room_of(candidate.ranks).device_bytes
     ]
@@ -267,6 +275,7 @@ def with_scratch(
         return plan
     selection = select_everything(anatomy, task=plan.base.task, num_classes=plan.base.num_classes)
     element_bytes = 2 if plan.execution.dtype == "bfloat16" else 4
+    # `scratch` trains every parameter, so it can need far more memory than any trial; it must not change the gangs.
     footprint = make_footprint(anatomy, selection, spec.base.quantize, element_bytes, num_classes=plan.base.num_classes)
     reason = shortage(_smallest(candidate), replace(load, footprints=(footprint,)), room)
     if candidate.executor == "deepspeed" and candidate.zero_stage == 3:

@@ -56,7 +56,7 @@ RoomOf = Callable[[int], RankRoom]
 
 @dataclass(frozen=True)
 class Load:
-    """What a gang has to train; the candidate must fit every footprint."""
+    """Training that a gang has to carry: the candidate must fit every footprint."""
 
     footprints: tuple[Footprint, ...]
     row_tokens: int
@@ -74,10 +74,12 @@ def candidates(
     Args:
         whole_adapters: As in `Load`; excludes candidates with DeepSpeed.
     """
+    # The nesting of the loops is the order of cost in the module's docstring.
     for offload in _offloads(resources, device):
         for ranks in rank_counts:
             for checkpointing in (False, True):
                 for stage in _stages(resources, ranks, offload):
+                    # A stage that the spec gives is DeepSpeed's, 0 too; only `zero: auto` may choose plain torch.
                     executor = "torch" if resources.zero == "auto" and stage == 0 else "deepspeed"
                     if whole_adapters and executor == "deepspeed":
                         continue
@@ -129,6 +131,8 @@ def shortage(candidate: Candidate, load: Load, room: RankRoom) -> str | None:
             f"needs {format_bytes(memory.device.total_bytes)} of {format_bytes(room.device_bytes)} per rank"
             f"{_on(room.device_node)}, mostly {worst.name}: {format_bytes(worst.num_bytes)} ({worst.reason})"
         )
+    # Only the first rank of a gang gathers the trainable weights to save them: its extra memory is shared out over the ranks of
+    # the gang that are on its node.
     host_bytes = memory.host.total_bytes + memory.first_rank_bytes // min(candidate.ranks, room.ranks_per_node)
     if candidate.device == "cuda" and host_bytes > room.host_bytes:
         worst = max(memory.host.terms, key=lambda term: term.num_bytes)
@@ -156,6 +160,7 @@ def _rejections(refused: Sequence[Candidate], taken: Candidate | None, load: Loa
 
 def _with_rows(candidate: Candidate, load: Load, room: RankRoom) -> Candidate:
     """Return the candidate with the most rows that fit, distributed evenly over the rounds of a step. One row is known to fit."""
+    # Memory grows with the number of rows, so the largest number that fits is found by bisection.
     low, high = 1, max_rows(load.row_tokens, candidate.ranks, load.tokens_per_step, candidate.device)
     while low < high:
         middle = (low + high + 1) // 2
@@ -164,6 +169,7 @@ def _with_rows(candidate: Candidate, load: Load, room: RankRoom) -> Candidate:
         else:
             high = middle - 1
     rounds = accumulation(low, load.row_tokens, candidate.ranks, load.tokens_per_step)
+    # Rows are spread evenly over the rounds: a larger micro-batch would need memory without saving a round.
     even = math.ceil(load.tokens_per_step / (load.row_tokens * candidate.ranks * rounds))
     return replace(candidate, micro_batch_rows=min(low, even))
 
@@ -171,6 +177,7 @@ def _with_rows(candidate: Candidate, load: Load, room: RankRoom) -> Candidate:
 def _offloads(resources: ResourcesSpec, device: Device) -> tuple[Offload, ...]:
     if resources.offload != "auto":
         return (resources.offload,)
+    # Without a GPU device and host memory are the same, so there is nothing to gain from offloading.
     return ("none",) if device == "cpu" or resources.zero not in ("auto", OFFLOADING_STAGE) else OFFLOADS
 
 
@@ -179,4 +186,5 @@ def _stages(resources: ResourcesSpec, ranks: int, offload: Offload) -> tuple[Sta
         return (resources.zero,) if offload == "none" or resources.zero == OFFLOADING_STAGE else ()
     if offload != "none":
         return (OFFLOADING_STAGE,)
+    # One rank has no other ranks to share its state with, so all stages would be equivalent.
     return (0,) if ranks == 1 else STAGES

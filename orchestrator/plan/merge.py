@@ -19,7 +19,7 @@ from orchestrator.anatomy.weights import read_header
 from orchestrator.errors import BaseError
 from orchestrator.spec.models import Task
 from orchestrator.values import Value
-from orchestrator.work.artifact import Artifact, LowRank, read_artifact
+from orchestrator.work.artifact import Artifact, StoredAdapter, read_artifact
 from orchestrator.work.execution import BaseLoad
 
 MergedInto = Literal["dequantized", "original"]
@@ -31,11 +31,11 @@ class Keep(Value):
     kind: Literal["keep"] = "keep"
 
 
-class AddLowRank(Value):
-    """Write W + scale * B @ A (Hu et al. 2021), accumulated in float32 and rounded once."""
+class ApplyAdapter(Value):
+    """Write the base's tensor with its adapter, computed in float32 and rounded once."""
 
-    kind: Literal["add_low_rank"] = "add_low_rank"
-    low_rank: LowRank
+    kind: Literal["apply_adapter"] = "apply_adapter"
+    adapter: StoredAdapter
 
 
 class Replace(Value):
@@ -50,7 +50,7 @@ class Dequantize(Value):
     if any."""
 
     kind: Literal["dequantize"] = "dequantize"
-    low_rank: LowRank | None = None
+    adapter: StoredAdapter | None = None
 
 
 class NewTensor(Value):
@@ -60,7 +60,7 @@ class NewTensor(Value):
     trained: TensorInfo
 
 
-Operation = Annotated[Keep | AddLowRank | Replace | Dequantize | NewTensor, Field(discriminator="kind")]
+Operation = Annotated[Keep | ApplyAdapter | Replace | Dequantize | NewTensor, Field(discriminator="kind")]
 
 
 class WriteTensor(Value):
@@ -177,7 +177,7 @@ def make_merge_plan(
         if name not in dropped
     }
     new = [_new_tensor(name, info, anatomy) for name, info in artifact.whole.items() if name not in anatomy.tensors]
-    if anatomy.tied and anatomy.head_weight in artifact.low_rank:
+    if anatomy.tied and anatomy.head_weight in artifact.adapters:
         new.append(_untied_head(anatomy, artifact))
     return MergePlan(
         base_folder=anatomy.folder,
@@ -186,7 +186,7 @@ def make_merge_plan(
         held_dtype=held_dtype,
         task=base_load.task,
         class_names=base_load.class_names,
-        unties_head=anatomy.tied and (anatomy.head_weight in artifact.whole or anatomy.head_weight in artifact.low_rank),
+        unties_head=anatomy.tied and (anatomy.head_weight in artifact.whole or anatomy.head_weight in artifact.adapters),
         shards=_shards(Path(anatomy.folder), tensors, new),
     )
 
@@ -194,12 +194,12 @@ def make_merge_plan(
 def _operation(name: str, artifact: Artifact, held_quantized: set[str]) -> Operation:
     """Return the operation on one tensor. Unfrozen matrices were trained in 16 bits, so only the others of the blocks went
     through nf4."""
-    low_rank = artifact.low_rank.get(name)
+    adapter = artifact.adapters.get(name)
     if name in artifact.whole:
         return Replace(trained=artifact.whole[name])
     if name in held_quantized:
-        return Dequantize(low_rank=low_rank)
-    return AddLowRank(low_rank=low_rank) if low_rank else Keep()
+        return Dequantize(adapter=adapter)
+    return ApplyAdapter(adapter=adapter) if adapter else Keep()
 
 
 def _new_tensor(name: str, trained: TensorInfo, anatomy: ModelAnatomy) -> WriteTensor:
@@ -208,13 +208,13 @@ def _new_tensor(name: str, trained: TensorInfo, anatomy: ModelAnatomy) -> WriteT
 
 
 def _untied_head(anatomy: ModelAnatomy, artifact: Artifact) -> WriteTensor:
-    """Return a tied output projection with an adapter: the embedding's weights plus the product, as a tensor of its own."""
+    """Return a tied output projection with an adapter: the embedding's weights with it, as a tensor of its own."""
     embedding = anatomy.tensors[anatomy.embeddings[0]]
     return WriteTensor(
         name=anatomy.head_weight,
         shape=embedding.shape,
         dtype=embedding.dtype,
-        operation=AddLowRank(low_rank=artifact.low_rank[anatomy.head_weight]),
+        operation=ApplyAdapter(adapter=artifact.adapters[anatomy.head_weight]),
         source=embedding,
     )
 
@@ -241,6 +241,7 @@ def _file_names(base_files: list[str]) -> list[str]:
 def _shard(base: Path, file: str, base_file: str, tensors: list[WriteTensor]) -> Shard:
     if base_file and all(tensor.operation.kind == "keep" for tensor in tensors):
         names = tuple(tensor.name for tensor in tensors)
+        # A shard that also stores tensors which the output drops cannot be linked.
         if set(read_header(base / base_file)) == set(names):
             return LinkShard(file=file, base_file=base_file, names=names, num_bytes=sum(t.num_bytes for t in tensors))
     return WriteShard(file=file, tensors=tuple(tensors))

@@ -86,6 +86,8 @@ class Machines:
         return self.room(ranks, 1)
 
     def _ranks_on(self, node: NodeDescription, ranks: int, all_ranks: int) -> int:
+        # A node holds whole gangs, or, if it is smaller than a gang, one gang's ranks on all of its slots: no gang shares a node
+        # with part of another gang.
         places = self.units_of(node)
         return min(places // ranks * ranks or places, all_ranks)
 
@@ -106,6 +108,7 @@ class Machines:
         per_node = self.units_per_node
         inside = [2**power for power in range(per_node.bit_length()) if 2**power < per_node]
         powers = [2**power for power in range((MAX_GANG_RANKS // per_node).bit_length())]
+        # Every count up to FEW_NODES, beyond it powers of two: the time to plan must not grow with the cluster.
         nodes = [per_node * count for count in (*range(1, FEW_NODES), *powers)]
         most = min(self.num_units, max(MAX_GANG_RANKS, per_node))
         return sorted({n for n in (*inside, *nodes, most) if n <= most})
@@ -139,6 +142,7 @@ def num_slots(node: NodeDescription, device: Device) -> int:
     """Return how many ranks Ray can place on a node; beside a GPU each takes some CPU, and so do the processes of its trials."""
     if device == "cpu":
         return node.num_cpus
+    # A rank that finds no CPU beside its GPU would wait in Ray forever, so such GPUs must not be planned for.
     return min(node.num_gpus, math.floor(node.num_cpus / (GPU_RANK_CPUS + TRIALS_PER_GANG * THIN_TRIAL_CPUS)))
 
 
@@ -189,6 +193,8 @@ def node_subsets(cluster: ClusterDescription, resources: ResourcesSpec) -> list[
     memories = {node.memory_bytes for node in whole.nodes}
     shares = {node.memory_bytes // whole.units_of(node) for node in whole.nodes}
     found = {whole.nodes: whole}
+    # A node's memory is shared by its ranks, so a node may have too little in total or too little per slot: both bounds are
+    # tried.
     for gpu_memory, memory, share in sorted(
         {(gpu, memory, 0) for gpu in gpu_memories for memory in memories}
         | {(gpu, 0, share) for gpu in gpu_memories for share in shares}
@@ -202,6 +208,7 @@ def node_subsets(cluster: ClusterDescription, resources: ResourcesSpec) -> list[
         )
         if not nodes or nodes in found:
             continue
+        # A part of the cluster may be too small for the gangs that the spec asks for; the whole cluster has passed that check.
         with suppress(PlanError):
             part = machines(cluster.model_copy(update={"nodes": nodes}), resources)
             found[nodes] = replace(part, left_out=tuple(node for node in whole.nodes if node not in nodes))
@@ -276,6 +283,8 @@ def assign_gangs(kinds: Sequence[tuple[int, int]], ranks: int) -> list[GangGroup
             rest = min((kind for kind in order if free[kind] > whole[kind]), key=lambda kind: (kinds[kind][1], kind))
             stood.append((rest, missing))
             whole[rest] += 1
+        # The same combination of nodes repeats until one kind of node runs out, so the loop runs once per kind instead of once
+        # per gang.
         times = min(free[kind] // count for kind, count in whole.items() if count)
         gangs.append(GangGroup(times, tuple(sorted(stood))))
         free = {kind: count - times * whole[kind] for kind, count in free.items()}

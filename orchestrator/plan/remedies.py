@@ -33,6 +33,7 @@ def searched_remedies(search: SearchSpec, train: TrainSpec, tune: Tune) -> list[
     anchors: Sequence[Anchor] = [anchor for anchor in search.anchor or (train.anchor,) if anchor_fits(anchor, tune)] or ["none"]
     combined = itertools.product(search.replay or (train.replay,), anchors, search.layer_decay or (train.layer_decay,))
     found = (Remedies(replay=replay, anchor=_planned(anchor), layer_decay=decay) for replay, anchor, decay in combined)
+    # Anchors of strength 0 are equal to none, so distinct values of the spec may give equal trials.
     return list(dict.fromkeys(found))
 
 
@@ -72,6 +73,7 @@ def most_replayed_tokens(spec: JobSpec, train_tokens: int) -> int:
     Args:
         train_tokens: Number of training tokens.
     """
+    # If a share s of all tokens is replayed, each token of the target comes with s / (1 - s) replayed ones.
     share = max((remedies.replay for remedies in _all_remedies(spec)), default=0.0)
     return max(round(share / (1.0 - share) * spec.train.epochs * train_tokens), FISHER_DOCUMENTS * spec.data.max_tokens)
 
@@ -147,9 +149,11 @@ def learning_groups(
     top = anatomy.num_blocks - 1
 
     def kind(name: str) -> tuple[float, bool]:
+        # Parameters outside the blocks, such as the head, learn at the rate of the last block.
         factor = remedies.layer_decay ** (top - depth.get(_module(name), top)) if remedies.layer_decay != 1.0 else 1.0
         return factor, name not in new or remedies.anchor is None
 
+    # Only neighbours are grouped, so that the groups one after another keep the model's order.
     runs = ((factor, anchored, tuple(run)) for (factor, anchored), run in itertools.groupby(names, kind))
     return [LearningGroup(run, factor, anchored) for factor, anchored, run in runs]
 

@@ -49,6 +49,7 @@ def filling_step(spec: JobSpec, size: DataSize, ranks: int) -> StepSize | None:
     if spec.train.tokens_per_step != "auto" or ranks <= 1:
         return None
     mean = size.train_tokens / max(1, size.train_documents)
+    # Before tokenization the longest document is only known to have at most `data.max_tokens`, so the mean stands in for it.
     each = STEP_TOKENS_MULTIPLE * math.ceil((size.longest_document_tokens if size.exact else mean) / STEP_TOKENS_MULTIPLE)
     tokens = min(
         ranks * each,
@@ -121,6 +122,7 @@ def asha_time(search: SearchPlan, rung: int) -> int:
 
 def surviving_share(search: SearchPlan, rung: int) -> float:
     """Return the share of trials that ASHA lets begin a rung: one in `reduction_factor` at each comparison."""
+    # ASHA has compared a trial once for each power of the reduction factor that its clock passed before this rung.
     compared = sum(search.reduction_factor**power <= asha_time(search, rung - 1) for power in range(rung)) if rung else 0
     return search.reduction_factor**-compared
 
@@ -147,6 +149,7 @@ def row_tokens(spec: JobSpec, anatomy: ModelAnatomy, data: DataSize) -> int:
             where="data.max_tokens",
             remedy=f"data.max_tokens: {anatomy.max_positions}",
         )
+    # A packed row wider than a rank's share of the step would leave other ranks without a row.
     of_a_rank = tokens_per_step(spec, data) // data.step_ranks
     width = max(longest, min(spec.data.max_tokens, of_a_rank)) if packs(spec) else longest
     return -(-width // 8) * 8
@@ -210,6 +213,7 @@ def share_documents(share: float, num_documents: int) -> int:
 
 def curve_shares(num_documents: int) -> tuple[float, ...]:
     """Return the shares to train on besides all documents, of at least one document each; none if the points would be too few."""
+    # Shares of a small set may round to the same number of documents; each number is trained on once.
     shares = {share_documents(share, num_documents): share for share in SHARES}
     shares = {count: share for count, share in shares.items() if 0 < count < num_documents}
     return tuple(shares.values()) if len(shares) + 1 >= MIN_CURVE_POINTS else ()

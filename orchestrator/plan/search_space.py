@@ -80,6 +80,7 @@ def search_choices(loaded: LoadedSpec, anatomy: ModelAnatomy, num_classes: int) 
         remedies = effective(anatomy, selection, asked.remedies)
         rates = (asked.rate, asked.rate) if asked.rate is not None else _rates(spec.search, spec.task, selection)
         key = _key(selection, remedies)
+        # Points of a fixed list may have the same selection at different rates: the range of their choice covers them all.
         known = found.get(key, Choice(selection, rates, remedies))
         wider = (min(rates[0], known.rates[0]), max(rates[1], known.rates[1]))
         found[key] = known._replace(rates=wider if asked.rate is not None else known.rates)
@@ -119,6 +120,7 @@ def _selection(asked: _Asked, anatomy: ModelAnatomy, task: Task, num_classes: in
     """Return what is trained. LoRA with nothing to adapt (a new classifier alone) becomes `full`."""
     selection = select(anatomy, asked.layers, asked.tune, asked.lora_rank, task=task, num_classes=num_classes)
     if asked.tune == "lora" and not selection.adapted:
+        # A new classifier is trained whole under `lora` too, so without adapters the two tuning methods are the same trial.
         return select(anatomy, asked.layers, "full", None, task=task, num_classes=num_classes)
     return selection
 

@@ -24,7 +24,7 @@ WRITE_BYTES_PER_S = 0.5e9
 
 @dataclass(frozen=True)
 class CutUse:
-    """How much the trials use the hidden states at one cut."""
+    """Use of the hidden states at one cut by the trials."""
 
     cut: int
     tokens: float
@@ -51,6 +51,7 @@ def plan_trunk(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, rate: Rate) 
     if not uses:
         return None, "every trial trains from the first block up: there is no trunk (frozen lower blocks) to store"
     if budget != "auto":
+        # If not all cuts fit, those are cached that save the most operations.
         room = int(budget // (sets * state_bytes))
         uses = sorted(sorted(uses, key=lambda use: -use.tokens * use.flops_per_token)[:room], key=lambda use: use.cut)
         if not uses:
@@ -63,6 +64,8 @@ def plan_trunk(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, rate: Rate) 
         return None, "the trunk (frozen lower blocks) is computed at every step: storing it would take more time than it saves"
     cuts = tuple(use.cut for use in chosen)
     num_bytes = len(cuts) * sets * state_bytes
+    # Measured in forward passes over the sets up to the highest cut. Filling the cache takes one of them, which the sentence
+    # subtracts.
     saved = sum(use.tokens * use.flops_per_token for use in chosen) / (sets * chosen[-1].flops_per_token)
     where = "block " if len(cuts) == 1 else "blocks "
     reason = (
@@ -86,6 +89,7 @@ def _uses(plan: RunPlan, anatomy: ModelAnatomy) -> list[CutUse]:
         for option in options:
             cut = option.selection.cut
             tokens[cut] = tokens.get(cut, 0.0) + each * search.num_trials / len(options)
+        # The control `head` is part of every sweep, begins above the last block and is trained to the last rung.
         head = select(anatomy, "head", "full", None, task=plan.base.task, num_classes=plan.data.num_classes).cut
         tokens[head] = tokens.get(head, 0.0) + search.rung_steps[-1] * per_step + scored
     width = attention_width(anatomy, plan.execution, plan.data)

@@ -24,6 +24,7 @@ from orchestrator.runtime.prepare import Prepared, read_choice, read_scores
 from orchestrator.runtime.task_supervision import Minder, in_a_minded_process, run_task
 from orchestrator.spec import parse_policy
 from orchestrator.store import read_record, write_json
+from orchestrator.train import TrainHost
 from orchestrator.transfer.domain_shift import Advice, advise
 from orchestrator.transfer.view import RunView
 from orchestrator.work.assignment import Measurement, MeasureShift, ScoreBlocks, TimeCompiling
@@ -165,8 +166,6 @@ def scored_alone(prepared: Prepared, view: RunView) -> Prepared:
 
 def measure_in_this_process(base: BaseLoad, anatomy: ModelAnatomy, work: Measurement) -> MeasurementResult:
     """Load the base and measure."""
-    from orchestrator.train import TrainHost
-
     host = TrainHost.create(base, anatomy, work.execution, 0, 1, init_method=None)
     try:
         return host.measure(work)

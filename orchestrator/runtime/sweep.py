@@ -123,24 +123,23 @@ def _search(prepared: Prepared, view: Pulse, started_at: float) -> tuple[Prepare
             hours = fetch(exchange.hours.remote())
             ledger.refresh()
             sweep = summarise(prepared, ledger, figures, started_at, earlier, hours)
-        _report_findings(prepared, view, sweep, earlier)
+        _tell_findings(prepared, view, sweep, earlier)
     return prepared, sweep
 
 
-def _report_findings(prepared: Prepared, view: RunView, sweep: SweepResult, earlier: SweepResult | None) -> None:
-    """Report what the search came to besides its trials."""
+def _tell_findings(prepared: Prepared, view: RunView, sweep: SweepResult, earlier: SweepResult | None) -> None:
+    """Report what the search found beside its trials.
+
+    Args:
+        earlier: The summary of earlier submissions.
+    """
     if sweep.learning_curve is not None:
         _tell(prepared, view, "learning_curve", sweep.learning_curve.sentence)
     if sweep.no_learning_curve:
         _tell(prepared, view, "learning_curve_left_out", sweep.no_learning_curve)
     if earlier is not None and earlier.promoted_by_hand and earlier.winner_id != sweep.winner_id:
         instead = f"{earlier.winner_id}, which was promoted by hand before the search continued"
-        _tell(
-            prepared,
-            view,
-            "promoted_by_rule",
-            f"{sweep.winner_id or 'nothing'} is promoted by the rule, instead of {instead}",
-        )
+        _tell(prepared, view, "promoted_by_rule", f"{sweep.winner_id or 'nothing'} is promoted by the rule, instead of {instead}")
     if sweep.ended_by_hours:
         _tell(prepared, view, "ended_by_hours", sweep.ended_by_hours)
 

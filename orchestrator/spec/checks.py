@@ -255,12 +255,8 @@ def _anchor_mistakes(spec: JobSpec, path: KeyPath, anchor: AnchorSpec) -> Iterat
     mismatched = tuple(place for tunes, place in judged if needed not in tunes)
     if mismatched:
         message, hint = _mismatch(anchor, " and ".join(map(spell_path, mismatched)))
-        yield (
-            path,
-            message,
-            hint + (_elsewhere(spec, mismatched[0]) if len(mismatched) < len(judged) else ""),
-            (*mismatched, path),
-        )
+        hint += _elsewhere(spec, mismatched[0]) if len(mismatched) < len(judged) else ""
+        yield Finding(path, message, hint, (*mismatched, path))
 
 
 def _mismatch(anchor: AnchorSpec, where: str) -> tuple[str, str]:

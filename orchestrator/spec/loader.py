@@ -173,6 +173,7 @@ def _mapping(data: Any) -> dict[str, Any] | None:
 
 def _validate(source: Source) -> tuple[JobSpec | None, dict[KeyPath, SpecProblem]]:
     try:
+        # Strict validation of JSON still accepts a list for a tuple, which strict validation of Python values does not.
         return JobSpec.model_validate_json(json.dumps(source.data), strict=True), {}
     except ValidationError as error:
         return None, explain(error.errors(include_url=False, include_context=False), source)
@@ -199,6 +200,7 @@ def _remove(data: dict[str, Any], path: KeyPath) -> None:
     """Remove an invalid value. An invalid policy is replaced, so that the others keep their numbers; other lists are removed
     whole."""
     if path[:2] == ("search", "layers") and len(path) == 3 and isinstance(path[2], int):
+        # Each stand-in is a different policy, so that they are not reported as duplicates of each other.
         data["search"]["layers"][path[2]] = f"blocks:{9000 + path[2]}"
         return
     depth = next((number for number, step in enumerate(path) if isinstance(step, int)), len(path))

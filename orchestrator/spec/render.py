@@ -17,17 +17,19 @@ def spec_sha256(spec: JobSpec, job: Job) -> str:
 
     Excluded: `output`, `resources`, `search.trials` (raising it extends a finished sweep) and the other job's section.
     """
+    # Keys that were added to the spec later are left out at their defaults, so that runs begun before they existed keep their
+    # identity.
     values = spec.model_dump(mode="json", exclude={"output", "resources", "finetune" if job == "sweep" else "search"})
     if job == "sweep" and values["search"] is not None:
         del values["search"]["trials"]
         if not values["search"]["points"]:
-            del values["search"]["points"]  # so that runs begun before there were points keep their identity
+            del values["search"]["points"]
         if not values["search"]["learning_curve"]:
-            del values["search"]["learning_curve"]  # likewise
+            del values["search"]["learning_curve"]
     if values["data"]["dedupe"] == "exact":
-        del values["data"]["dedupe"]  # likewise; where it gives other sets, `prepare_data` tells
+        del values["data"]["dedupe"]  # if the default now gives other sets, `prepare_data` reports it
     for source in values["data"]["train"] if isinstance(values["data"]["train"], list) else ():
-        source["weight"] = 1.0 if source["weight"] is None else source["weight"]  # likewise
+        source["weight"] = 1.0 if source["weight"] is None else source["weight"]
     usual = DataSpec(train="").model_dump(mode="json")
     for key in (
         "format",
@@ -39,10 +41,10 @@ def spec_sha256(spec: JobSpec, job: Job) -> str:
         "special_tokens_in_text",
     ):
         if values["data"][key] == usual[key]:
-            del values["data"][key]  # likewise
+            del values["data"][key]
     for key in ("input", "system", "tools"):
         if values["data"]["columns"][key] == usual["columns"][key]:
-            del values["data"]["columns"][key]  # likewise
+            del values["data"]["columns"][key]
     return content_hash({"job": job, **values})
 
 

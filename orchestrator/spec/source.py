@@ -108,6 +108,7 @@ def _compose(source: Source) -> Any:
         SpecError: too many or too deeply nested values.
         YAMLError: not YAML.
     """
+    # The pure-Python parser can be wrapped, so that a small file which expands to very many values is stopped while it is parsed.
     reader: Any = YAML(typ="safe", pure=True)
     constructor, parser = reader.get_constructor_parser(source.text)
     next_event, depth, count = parser.get_event, 0, 0
@@ -239,6 +240,7 @@ class _Walk:
         Raises:
             SpecError: a mapping merges itself, or merges are nested too deeply or expand to too many pairs.
         """
+        # A mapping that many others merge is expanded once: without this a file of 1.7 KB with nested merges took hours.
         if id(node) in self._pairs:
             return self._pairs[id(node)]
         if id(node) in self._merging or len(self._merging) > MAX_DEPTH:

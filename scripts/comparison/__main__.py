@@ -213,13 +213,17 @@ def compare_old_runs(kept: Kept, jobs: list[str]) -> Iterator[Row]:
         for job in jobs:
             kept.make(job)
             kept.restore(job, kept.finished)
-        for job in stopped:
-            kept.make_interrupted(job)
-            kept.restore(job, kept.interrupted)
         finished, interrupted = (Side(REPOSITORY, kept.work(copies)) for copies in (kept.finished, kept.interrupted))
         finished.check_imports()
         yield from map(_checked, finished_checks(finished, jobs))
-        yield from map(_checked, interrupted_checks(interrupted, kept.finished, stopped))
+        for job in stopped:
+            try:
+                kept.make_interrupted(job)
+            except FAILURES as error:
+                yield f"finish {job}", "-", _told(error)
+                continue
+            kept.restore(job, kept.interrupted)
+            yield from map(_checked, interrupted_checks(interrupted, kept.finished, [job]))
 
 
 def _checked(named: tuple[str, Check]) -> Row:

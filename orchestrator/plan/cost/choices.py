@@ -45,7 +45,9 @@ def scored_flops(plan: RunPlan, anatomy: ModelAnatomy, cut: int = 0) -> float:
 def per_target_token(options: Sequence[TrialOption], terms: Sequence[Sequence[FlopTerm]]) -> list[float]:
     """Return, for each choice, the operations of training on one token of the target and on the tokens replayed beside it."""
     return [
-        sum(term.flops for term in each) / (1.0 - option.remedies.replay) for option, each in zip(options, terms, strict=True)
+        # A share s of all tokens is replayed, so each token of the target means 1 / (1 - s) tokens in all.
+        sum(term.flops for term in each) / (1.0 - option.remedies.replay)
+        for option, each in zip(options, terms, strict=True)
     ]
 
 
@@ -61,6 +63,7 @@ def measurements(plan: RunPlan, anatomy: ModelAnatomy, execution: ExecutionPlan)
     alone = execution.model_copy(update={"micro_batch_rows": 1})
     bare = plan.model_copy(update={"trunk": None, "data": data, "execution": alone})
     needed = {
+        # Choices with the same key share one measurement.
         (option.selection.pending, option.selection.trainable, option.remedies.layer_decay): option.selection
         for option in plan.options
         if option.remedies.anchor is not None and option.remedies.anchor.kind == "ewc"
@@ -73,6 +76,7 @@ def fisher_costs(plan: RunPlan, anatomy: ModelAnatomy) -> list[CostItem]:
     """Return the measurements of the searched trials, or of the one trial; with more selections than trials, the costliest."""
     found = measurements(plan, anatomy, plan.execution)
     if isinstance(plan, SweepPlan):
+        # More selections than trials: not all of them can be trained, and which ones is not known, so assume the costliest.
         found = found[: plan.search.num_trials]
     if not found:
         return []

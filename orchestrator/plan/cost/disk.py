@@ -21,6 +21,7 @@ TOKEN_BYTES = 5
 def bundle_bytes(plan: RunPlan, anatomy: ModelAnatomy, options: Sequence[TrialOption]) -> int:
     """Return the size of the merged model, at most: every tensor in its stored dtype, and a copy of a tied head that is
     trained."""
+    # A classifier's bundle has no output projection.
     dropped = {anatomy.head_weight} if plan.base.task == "classify" and anatomy.kind == "decoder" else set[str]()
     kept = sum(tensor.num_bytes for name, tensor in anatomy.tensors.items() if name not in dropped)
     unties = any(option.selection.unties_head for option in options)
@@ -55,6 +56,7 @@ def disk_usage(
     if isinstance(plan, SweepPlan):
         search, mean = plan.search, sum(learn) / len(learn)
         learned = head.num_trainable_parameters * len(search.rung_steps)
+        # Only trials that may continue keep the optimizer's state.
         open_trials = f"{search.concurrent_trials} at a time x {STATE_BYTES} bytes x {format_count(largest)}"
         parts += [
             CostItem(

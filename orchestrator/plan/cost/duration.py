@@ -54,6 +54,7 @@ def planned_duration(plan: RunPlan, cost: CostEstimate, base_bytes: int, core_fl
     if cost.wall_hours is None:
         return None
     rungs = _rungs_of_a_gang(plan)
+    # The plan assumes CPU_FLOPS_PER_CORE for every core; the clock depends on what this machine's cores really do.
     speed = CORE_SHARE * core_flops / CPU_FLOPS_PER_CORE if core_flops and plan.execution.device == "cpu" else 1.0
 
     def seconds(end: int, rate: float, not_stopped: float) -> float:
@@ -62,6 +63,7 @@ def planned_duration(plan: RunPlan, cost: CostEstimate, base_bytes: int, core_fl
         return fixed + _computing(cost, not_stopped) / (rate * speed)
 
     low, high = seconds(0, RATES[0], NOT_STOPPED[0]), seconds(1, RATES[1], NOT_STOPPED[2])
+    # The uncertainty is a factor rather than a number of seconds, so the middle is the geometric mean.
     return Duration(low_s=low, middle_s=(low * high) ** 0.5, high_s=high)
 
 
@@ -80,6 +82,7 @@ def measured_duration(plan: RunPlan, found: CostEstimate, measured: MeasuredTime
         (CALIBRATED[1], NOT_STOPPED[2], FINISH_S[1]),
     )
     low, middle, high = (
+        # A run cannot take less time than has already passed.
         max(measured.elapsed_s, started + (_computing(found, not_stopped) + rungs) / rate) + finish
         for rate, not_stopped, finish in ends
     )
@@ -153,8 +156,8 @@ def calibration_message(planned: CostEstimate, found: CostEstimate) -> str:
     plan assumed)`."""
     if found.core_hours is not None and planned.core_hours is not None and found.rate.flops is not None:
         return (
-            f"the first steps reach {found.rate.flops / 1e9:.3g} GFLOP/s a core: about {found.core_hours:.3g} core-hours in all "
-            f"({planned.core_hours:.3g} by the plan)"
+            f"the first steps reach {found.rate.flops / 1e9:.3g} GFLOP/s per core: about {found.core_hours:.3g} core-hours in "
+            f"all ({planned.core_hours:.3g} by the plan)"
         )
     assert found.gpu_hours is not None
     assert planned.gpu_hours is not None

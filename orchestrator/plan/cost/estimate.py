@@ -52,6 +52,7 @@ def rate_of(found: Machines) -> Rate:
     unknown = sorted({name or "unnamed" for name, row in rows if row is None})
     if unknown:
         return Rate(device=", ".join(unknown), peak_flops=None, achieved_share=ACHIEVED_SHARE, source="not in the table")
+    # Ranks of a gang wait for each other at every step.
     name, slowest = min(((name, row) for name, row in rows if row), key=lambda pair: pair[1].peak_flops)
     source = f"peak: {slowest.source}; share: assumed"
     return Rate(device=name, peak_flops=slowest.peak_flops, achieved_share=ACHIEVED_SHARE, source=source)
@@ -67,6 +68,7 @@ def estimate_cost(plan: RunPlan, anatomy: ModelAnatomy, rate: Rate, *, price_per
     trial = [flops * plan.total_tokens * _budget(plan) for flops in per_target_token(options, terms)]
     units, refit_units = units_of_gang(plan.execution), units_of_gang(plan.refit_execution)
     follow_up, longest_follow_up = follow_up_work(plan, operations)
+    # However many gangs there are, the search takes at least as long as one trial that is not stopped.
     searched = max((total - refit - follow_up) / (units * _busy_gangs(plan)), max(trial, default=0.0) / units)
     search_seconds = _seconds(rate, searched + longest_follow_up / units)
     rungs = expected_rungs(plan.search) if isinstance(plan, SweepPlan) else 0.0
@@ -143,6 +145,7 @@ def _operations(plan: RunPlan, anatomy: ModelAnatomy, terms: Sequence[Sequence[F
     built = (*((trunk,) if trunk is not None else ()), *fisher_costs(plan, anatomy))
     at_cut = [scored_flops(plan, anatomy, option.selection.cut) for option in plan.options]
     if not isinstance(plan, SweepPlan):
+        # The base is scored through all of its blocks, the trained model from its cut if the trunk is cached.
         trained, scored = per_token[0] * plan.total_tokens, (scored + at_cut[0]) / 2
         parts = (
             *built,
@@ -151,12 +154,14 @@ def _operations(plan: RunPlan, anatomy: ModelAnatomy, terms: Sequence[Sequence[F
         )
         return parts, sum(part.amount for part in parts)
     search = plan.search
+    # A mean, since the last step of an epoch is usually not full.
     per_step = plan.total_tokens / plan.total_steps
     mean, count = sum(per_token) / len(per_token), search.num_trials
     steps, rungs = expected_steps(search), expected_rungs(search)
     head = sum(term.flops for term in option_terms(plan, anatomy, _head(plan, anatomy)))
     scored_trial = sum(at_cut) / len(at_cut)
     scored_head = scored_flops(plan, anatomy, _head(plan, anatomy).cut)
+    # The control `none` is scored once; `head` is trained to the last rung and scored at every rung.
     controls = head * search.rung_steps[-1] * per_step + scored + len(search.rung_steps) * scored_head
     follow_up = follow_up_costs(plan, anatomy, max(per_token), scored) + learning_curve_costs(plan, max(per_token), max(at_cut))
     refits = search.rung_steps[-1] < plan.total_steps
@@ -277,6 +282,7 @@ def follow_up_work(plan: RunPlan, operations: Sequence[CostItem]) -> tuple[float
     if not parts or not isinstance(plan, SweepPlan):
         return 0.0, 0.0
     shares = curve_trained_shares(plan)
+    # An item of several training runs is divided among gangs, so what keeps one gang busy is its largest single run.
     largest = {REPEATS: 1.0 / max(1, plan.search.repeats - 1), CURVE: max(shares) / sum(shares) if shares else 1.0}
     total, longest = sum(parts.values()), max(amount * largest.get(name, 1.0) for name, amount in parts.items())
     return total, max(total / plan.num_gangs, longest)

@@ -44,6 +44,7 @@ def block_flops_per_token(anatomy: ModelAnatomy, attended_tokens: float, stop: i
     """Return the operations of the forward pass of the blocks below `stop`."""
     return sum(
         sign * (2.0 * block_elements(anatomy, first) + _attention(anatomy, first, attended_tokens))
+        # All blocks, less those from `stop` up: the helpers count from a block to the top.
         for first, sign in ((0, 1.0), (stop, -1.0))
     )
 
@@ -100,6 +101,7 @@ def train_terms(
     """
     first = selection.cut if stored_trunk else 0
     forward = forward_terms(anatomy, attended_tokens, num_classes, supervised_share=supervised_share, first=first)
+    # The control `none` is only evaluated.
     if not selection.trainable and not selection.adapted:
         return forward
     above, blocks = block_elements(anatomy, selection.cut), anatomy.num_blocks - selection.cut
@@ -111,12 +113,10 @@ def train_terms(
     passing = above - _first_matrices(anatomy, selection)
     skipped = sum(_last_matrix(anatomy, selection, block) for block in range(selection.cut, anatomy.num_blocks))
     again = 2.0 * (above - skipped + in_blocks) + attention if checkpointing else 0.0
+    all_passing = 2.0 * (passing + head) if blocks else 0.0
+    head_again = 2.0 * (head + on_head * supervised_share) if head_twice else 0.0
     return forward + _kept(
-        (
-            "gradients of activations",
-            2.0 * (passing + head) if blocks else 0.0,
-            f"2 x ({format_count(round(passing))} elements in {blocks} blocks + the head)",
-        ),
+        ("gradients of activations", all_passing, f"2 x ({format_count(round(passing))} elements in {blocks} blocks + the head)"),
         ("gradients of weights", 2.0 * learning, f"2 x {format_count(round(learning))} trainable elements"),
         ("adapters", 6.0 * adapters, f"6 x {format_count(round(adapters))} elements, forward and both gradients"),
         (
@@ -125,11 +125,7 @@ def train_terms(
             f"{BACKWARD_MATMULS} matrix products where the forward pass has {FORWARD_MATMULS}, in {blocks} blocks",
         ),
         ("blocks again", again, f"checkpointing: the forward pass of {blocks} blocks repeated"),
-        (
-            "head again",
-            2.0 * (head + on_head * supervised_share) if head_twice else 0.0,
-            "logits in several chunks, each recomputed for its gradient",
-        ),
+        ("head again", head_again, "logits in several chunks, each recomputed for its gradient"),
     )
 
 
@@ -160,11 +156,12 @@ def head_elements(anatomy: ModelAnatomy, num_classes: int = 0) -> int:
 
 
 def adapter_elements(anatomy: ModelAnatomy, selection: LayerSelection) -> tuple[int, int]:
-    """Return (elements of A and B in the blocks, elements of A and B on the head)."""
-    rank = selection.lora_rank or 0
+    """Return the elements of adapters that a token is multiplied with: (in the blocks, on the head)."""
+    kind, rank = selection.adapter_kind, selection.lora_rank or 0
     stored = [name for name in selection.adapted if name != anatomy.head_weight]
-    on_head = rank * (anatomy.vocab_size + anatomy.hidden_size) if len(stored) < len(selection.adapted) else 0
-    return rank * sum(sum(anatomy.tensors[name].shape) for name in stored), on_head
+    head = (anatomy.vocab_size, anatomy.hidden_size)
+    on_head = kind.multiplied_elements(head, rank) if len(stored) < len(selection.adapted) else 0
+    return sum(kind.multiplied_elements(anatomy.tensors[name].shape, rank) for name in stored), on_head
 
 
 def _active(anatomy: ModelAnatomy, name: str) -> float:
@@ -209,6 +206,7 @@ def _first_matrices(anatomy: ModelAnatomy, selection: LayerSelection) -> int:
     names = anatomy.blocks[selection.cut] if selection.cut < anatomy.num_blocks else ()
     if set(names) & set(selection.trainable):
         return 0
+    # The second-last component of a parameter's name is its module: `model.layers.0.self_attn.q_proj.weight` -> `q_proj`.
     adapted = set(names) & set(selection.adapted)
     return sum(anatomy.tensors[name].num_elements for name in adapted if name.split(".")[-2] in QUERY_KEY_VALUE)
 

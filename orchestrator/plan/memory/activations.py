@@ -10,6 +10,7 @@ compute dtype.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
@@ -52,23 +53,27 @@ class BlockActivations:
 def activations(anatomy: ModelAnatomy, selection: LayerSelection, element_bytes: int) -> list[BlockActivations]:
     """Return the activations of every block, as if all were above the cut."""
     learning, adapted = frozenset(selection.trainable), frozenset(selection.adapted)
-    return [
-        _block(anatomy, block, learning, adapted, selection.lora_rank or 0, element_bytes) for block in range(anatomy.num_blocks)
-    ]
+    kind, rank = selection.adapter_kind, selection.lora_rank or 0
+    kept = {
+        name: kind.kept_elements(anatomy.tensors[name].shape, rank)
+        for names in anatomy.linears
+        for name in names
+        if name in adapted
+    }
+    return [_block(anatomy, block, learning, kept, element_bytes) for block in range(anatomy.num_blocks)]
 
 
 def _block(
-    anatomy: ModelAnatomy, block: int, learning: frozenset[str], adapted: frozenset[str], lora_rank: int, element_bytes: int
+    anatomy: ModelAnatomy, block: int, learning: frozenset[str], kept_by_adapters: Mapping[str, int], element_bytes: int
 ) -> BlockActivations:
     names = anatomy.blocks[block]
-    pairs = sum(name in adapted for name in names)
-    needs_inputs = pairs > 0 or any(name in learning for name in names)
+    needs_inputs = any(name in kept_by_adapters or name in learning for name in names)
     mlp, working, at_weight = _mlp(anatomy, block, learning, element_bytes, needs_inputs=needs_inputs)
     kept = (
         _norms(anatomy, names, learning, element_bytes)
         + _attention(anatomy, block, element_bytes, needs_inputs=needs_inputs)
         + mlp
-        + element_bytes * lora_rank * pairs
+        + element_bytes * sum(kept_by_adapters.get(name, 0) for name in names)
     )
     forward = 4 * element_bytes * _mlp_width(anatomy, block)
     return BlockActivations(
@@ -90,6 +95,7 @@ def _norms(anatomy: ModelAnatomy, names: tuple[str, ...], learning: frozenset[st
     total = 0
     for name in names:
         shape = anatomy.tensors[name].shape
+        # Norms are found by their names (`ln_` is GPT-2's) and by being vectors; q_norm and k_norm run once per head.
         if ("norm" not in name.lower() and "ln_" not in name) or len(shape) != 1 or not name.endswith("weight"):
             continue
         if shape[0] == anatomy.head_dim and anatomy.head_dim != anatomy.hidden_size:
@@ -158,6 +164,7 @@ def _mlp(anatomy: ModelAnatomy, block: int, learning: frozenset[str], e: int, *,
         tensors = inner + (needs_inputs if gated else 0)
         width = anatomy.intermediate_size
         return e * (h * needs_inputs + width * tensors), e * width * (most - tensors), e * width
+    # The routed experts of all tokens are computed as one batch of k copies per token.
     k, learns = experts.experts_per_token, any(name in learning for name in anatomy.stacked[block])
     routed = k * (e * (experts.intermediate_size * (inner + learns) + h * (1 + learns)) + ROUTING_BYTES)
     shared = e * experts.shared_intermediate_size * (inner + needs_inputs)

@@ -48,6 +48,7 @@ def estimate(footprint: Footprint, candidate: Candidate) -> RankMemory:
     host = host_terms(footprint, candidate, shards)
     steady = [*weight_terms(footprint, candidate), *state_terms(footprint, candidate, shards.device)]
     phases = phase_terms(footprint, candidate, shards.device)
+    # Without a GPU device and host memory are the same, so the host's terms count too, with saving as one more phase.
     if candidate.device == "cpu":
         *resident, while_saving = (term.model_copy(update={"name": f"host: {term.name}"}) for term in host)
         steady += resident
@@ -56,6 +57,7 @@ def estimate(footprint: Footprint, candidate: Candidate) -> RankMemory:
     if footprint.quantized and candidate.zero_stage == 3:
         phases["loading"] = [_loading_term(footprint, resident_bytes)]
     sizes = {name: sum(term.num_bytes for term in terms) for name, terms in phases.items()}
+    # Transient memory of different phases never exists at the same time, so only the largest phase counts.
     ordered = sorted(sizes, key=lambda name: -sizes[name])
     used = resident_bytes + sizes[ordered[0]]
     slack = MemoryTerm(

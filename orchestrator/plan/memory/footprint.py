@@ -24,7 +24,7 @@ class Footprint:
     statistics_bytes: int
     """Part of the frozen weights that is not partitioned: scales and tables of quantized matrices."""
     learning_counts: tuple[int, ...]
-    """Elements of every trainable tensor, in the model's order; for an adapted matrix its A and its B."""
+    """Elements of every trainable tensor, in the model's order; for an adapted matrix those of its adapter."""
     restore_bytes: int
     """Copy of the unfrozen weights as in the base, so that the next trial finds the base unchanged."""
     largest_block_bytes: int
@@ -85,6 +85,7 @@ def make_footprint(
         name: quantized[name].total if name in quantized else tensor.num_elements * element_bytes
         for name, tensor in anatomy.tensors.items()
     }
+    # An untied head is a tensor of its own, besides the embedding that it was tied to.
     if selection.unties_head:
         loaded[anatomy.head_weight] = head_bytes
     waiting = [name for name in selection.trainable if name in quantized]
@@ -148,7 +149,7 @@ def _converted_bytes(anatomy: ModelAnatomy, element_bytes: int) -> int:
 
 
 def learning_counts(anatomy: ModelAnatomy, selection: LayerSelection, *, num_classes: int = 0) -> tuple[int, ...]:
-    """Return the elements of each trainable tensor in the engine's order: the model's, an adapted one as A and B."""
+    """Return the elements of each trainable tensor in the engine's order: the model's, an adapted one as its adapter's."""
     head = (anatomy.vocab_size, anatomy.hidden_size)
     shapes = {name: tensor.shape for name, tensor in anatomy.tensors.items()} | {
         tensor.name: tensor.shape for tensor in anatomy.new_tensors
@@ -161,5 +162,5 @@ def learning_counts(anatomy: ModelAnatomy, selection: LayerSelection, *, num_cla
         if name in trainable:
             counts.append(prod(shape))
         elif name in adapted:
-            counts += [rank * shape[1], rank * shape[0]]
+            counts += [prod(each) for each in selection.adapter_kind.shapes(shape, rank).values()]
     return tuple(counts)

@@ -68,6 +68,7 @@ def weight_terms(footprint: Footprint, candidate: Candidate) -> list[MemoryTerm]
 
 def frozen_bytes(footprint: Footprint, candidate: Candidate) -> tuple[int, int]:
     """Return the frozen weights of a rank: (on the device, offloaded)."""
+    # bitsandbytes keeps the scales as plain attributes of the parameter, which ZeRO-3 does not partition.
     packed = footprint.frozen_bytes - footprint.statistics_bytes
     share = -(-packed // candidate.ranks) if candidate.zero_stage == 3 else packed
     if candidate.offload == "parameters":
@@ -130,6 +131,8 @@ def host_terms(footprint: Footprint, candidate: Candidate, shards: RankShards) -
             reason="the base's values of the unfrozen weights, for the next trial",
         ),
         MemoryTerm(
+            # The copy is made before anything is offloaded, so only what exceeds the offloaded state is extra; and a run loads
+            # before it saves, so the larger of the two counts.
             name="loading or saving",
             num_bytes=max(copied - offloaded, saved),
             reason="the larger of the base in the compute dtype, where its files hold another, and a checkpoint being written",

@@ -110,6 +110,7 @@ def rank_shards(
             return RankShards(device=_stage_0(counts, size), host=Shards())
         case 3:
             return _stage_3(counts, ranks, size, bucket_elements, offload)
+        # DeepSpeed has an optimizer class of its own for stage 1 in bf16; in float32 stage 1 uses the class of stage 2.
         case 1 if size == 2:
             return RankShards(device=_bf16_optimizer(counts, ranks), host=Shards())
         case _:
@@ -237,6 +238,7 @@ def _stage_3(counts: Sequence[int], ranks: int, size: int, bucket_elements: int,
     """
     shares = [-(-count // ranks) for count in counts]
     total, largest = sum(shares), max(counts)
+    # Tensors that fit the bucket are sent together, each padded to a multiple of the ranks.
     small = sum(ranks * share for share, count in zip(shares, counts, strict=True) if count <= bucket_elements)
     in_flight = 4 * min(bucket_elements + ranks * len(counts), small) + size * largest
     for share, count in zip(shares, counts, strict=True):
@@ -280,6 +282,8 @@ def _unlike_partitions(counts: Sequence[int], share: int) -> dict[int, list[tupl
     for end, count in zip(accumulate(counts), counts, strict=True):
         start = end - count
         first, last = start // share, (end - 1) // share
+        # Of a tensor that spans many partitions, those inside it are alike: one of them stands for all, so that the work does not
+        # grow with the ranks.
         for number in sorted({first, min(first + 1, last), last}):
             piece = min(end, (number + 1) * share) - max(start, number * share)
             found.setdefault(number, []).append((count, piece))
@@ -294,6 +298,7 @@ def _largest_group(shares: Sequence[int]) -> int:
     for share in shares:
         group += share
         largest = max(largest, group)
+        # DeepSpeed closes a group once it has reached the limit, so a group may exceed it by almost a tensor.
         if group >= SUB_GROUP_ELEMENTS:
             group = 0
     return largest
@@ -401,6 +406,7 @@ def _sent(bucket: Sequence[_Gradient], size: int, bucket_elements: int, rank: in
     """
     pieces: list[tuple[int, int]] = []
     for partition, elements in (piece for gradient in bucket for piece in gradient.pieces):
+        # `average_tensor` joins neighbouring pieces for the same rank, except for the rank that runs it.
         if pieces and pieces[-1][0] == partition != rank:
             pieces[-1] = (partition, pieces[-1][1] + elements)
         else:

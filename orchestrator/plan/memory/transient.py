@@ -27,6 +27,7 @@ def phase_terms(footprint: Footprint, candidate: Candidate, shards: Shards) -> d
         "one block forward": [_forward_term(footprint, candidate)],
         "scores": [_last_hidden_term(footprint, candidate, learning=False), _logit_term(footprint, candidate, learning=False)],
     }
+    # The control `none` is only evaluated.
     if not footprint.learning_counts:
         return phases
     kept, sending = _kept_terms(footprint, candidate), _sending_terms(shards)
@@ -129,6 +130,7 @@ def _logit_term(footprint: Footprint, candidate: Candidate, *, learning: bool) -
     if not learning:
         num_bytes = entries * (8 + e) if footprint.classify else e * entries + in_float32
     elif _head_is_plain(footprint, candidate):
+        # The gradients of several chunks are summed in float32: rounding each sum to bfloat16 would lose digits.
         summed = gradient * 4 // e
         several = e * entries + summed + max(gradient, in_float32)
         num_bytes = several if chunk < positions else max(e * entries + max(gradient, in_float32), 2 * gradient)

@@ -15,7 +15,6 @@ from orchestrator.anatomy.values import LayerSelection
 from orchestrator.errors import BaseLostError, SelectionError, TrainingError
 from orchestrator.train.adapters.lora import AdapterSpec, LoraLinear, adapt, stable_name
 from orchestrator.train.model.base import LoadedBase, initial_value, new_parameter_names
-from orchestrator.work.artifact import SUFFIX_A, SUFFIX_B
 
 
 class WeightKeeper(Protocol):
@@ -267,7 +266,7 @@ def check_learning(selection: LayerSelection, learning: Sequence[tuple[str, nn.P
     """Law 1, both ways."""
     planned = set(selection.trainable)
     for name in selection.adapted:
-        planned |= {_module_of(name) + SUFFIX_A, _module_of(name) + SUFFIX_B}
+        planned |= {_module_of(name) + suffix for suffix in selection.adapter_kind.shapes((0, 0), 0)}
     actual = {name for name, _ in learning}
     if planned != actual:
         name = sorted(planned ^ actual)[0]
