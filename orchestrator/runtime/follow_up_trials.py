@@ -66,7 +66,7 @@ def train_late(prepared: Prepared, exchange: Any, winner: TrialEntry, view: RunV
     late = late_trials(prepared, winner, base_result(prepared.run.ledger))
     if late:
         view.phase("controls", ", ".join(each.trial.trial_id for each in late))
-    calls = [(each.trial, hand_in(exchange, *each)) for each in late]
+    calls = [(each.trial, submit(exchange, *each)) for each in late]
     for trial, call in calls:
         answer = wait_for(exchange, trial.trial_id, call)
         if answer.state == "stopped" and trial.control != "curve":  # what is missing of the curve is reported with the curve
@@ -76,7 +76,7 @@ def train_late(prepared: Prepared, exchange: Any, winner: TrialEntry, view: RunV
     return bool(late)
 
 
-def hand_in(exchange: Any, trial: TrialSpec, selection: LayerSelection, stops: Sequence[int]) -> Any:
+def submit(exchange: Any, trial: TrialSpec, selection: LayerSelection, stops: Sequence[int]) -> Any:
     """Submit a trial to the gangs; pass the returned call to `wait_for`.
 
     Args:

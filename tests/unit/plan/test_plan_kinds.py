@@ -9,7 +9,6 @@ import pytest
 from pydantic import ValidationError
 
 from orchestrator.plan.values import FinetunePlan, RunPlan, SweepPlan
-
 from tests.unit.fake_run import make_plan
 
 
