@@ -107,7 +107,7 @@ def _memory_bars(run: RunRecords) -> list[PlannedBar]:
     plan = run.plan
     if plan is None:
         return []
-    options = plan.search.options if plan.search else (plan.finetune,) if plan.finetune else ()
+    options = plan.options
     bars = []
     for option in options[:MAX_BARS]:
         peaks = [

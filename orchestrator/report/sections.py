@@ -6,6 +6,7 @@ import math
 from datetime import UTC, datetime
 
 from orchestrator.plan.data_size import too_few_steps_warning
+from orchestrator.plan.values import SweepPlan
 from orchestrator.report import evidence, figures, html
 from orchestrator.report.figures import Curve, TradeOff
 from orchestrator.report.heatmap import heatmap
@@ -122,7 +123,7 @@ def _point(trial: TrialRecord | None) -> str:
 
 def search_map(run: RunRecords, sweep: SweepResult) -> Html:
     """Layers by learning rate."""
-    order = [option.layers for option in run.plan.search.options] if run.plan and run.plan.search else []
+    order = [option.layers for option in run.plan.options] if isinstance(run.plan, SweepPlan) else []
     budgets = rate_matrices(sweep.searched, sweep.higher_is_better, order)
     panels = [panel for each in budgets for panel in each]
     shown = figures.finite([value for panel in panels for row in panel.values for value in row])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.plan.data_size import DataSize
 from orchestrator.plan.estimates import CostItem
-from orchestrator.plan.values import RunPlan, TrialOption
+from orchestrator.plan.values import RunPlan, SweepPlan, TrialOption
 from orchestrator.units import format_count
 
 KEPT_CHECKPOINTS = 2
@@ -53,7 +53,7 @@ def disk_usage(
     tokens = TOKEN_BYTES * all_tokens(plan.data)
     bundle = bundle_bytes(plan, anatomy, options)
     parts = [CostItem(name="bundle", amount=bundle, reason="the merged model, each tensor in its dtype in the base")]
-    if plan.search is not None:
+    if isinstance(plan, SweepPlan):
         search, mean = plan.search, sum(learn) / len(learn)
         learned = head.num_trainable_parameters * len(search.rung_steps)
         # Only trials that may continue keep the optimizer's state.
