@@ -45,7 +45,6 @@ HEAVY = ("ray", "torch", "deepspeed", "transformers", "peft", "accelerate", "bit
 HOMES = {"ray": {"runtime"}, "deepspeed": {"train"}}
 THIN = ("orchestrator.runtime.search", "orchestrator.runtime.exchange", "orchestrator.runtime.task_supervision")
 """What Ray imports in the processes of a Tune trial, the exchange and the pulse board: nothing that computes."""
-KNOWN_CYCLES = [{"orchestrator.train.groups", "orchestrator.train.host"}]
 LONGEST_FILE = 450
 LONGEST_FUNCTION = 60
 LONGEST_LOOP = 100
@@ -193,10 +192,21 @@ def test_a_cycle_is_found() -> None:
 def test_modules_do_not_import_each_other_in_a_circle() -> None:
     modules = {module_name(path): path for path in FILES}
     edges = {name: imported_modules(modules, name) for name in modules}
-    for known in KNOWN_CYCLES:
-        for name in known & set(edges):
-            edges[name] -= known
     assert " -> ".join(find_cycle(edges)) == ""
+
+
+def test_the_report_reads_a_run_through_its_reader_alone() -> None:
+    reading = {"read_json", "read_jsonl", "read_record", "read_text", "read_bytes", "glob", "rglob", "iterdir", "walk", "load"}
+    wrong = [
+        f"{relative(path)}:{node.lineno} {name}"
+        for path in FILES
+        if room_of(path) == "report"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Name | ast.Attribute)
+        and (name := node.id if isinstance(node, ast.Name) else node.attr) in reading
+        and "style.css" not in path.read_text().splitlines()[node.lineno - 1]  # the report's own file
+    ]
+    assert not wrong, f"reading a run belongs in orchestrator/run: {wrong}"
 
 
 def test_one_function_writes_the_deepspeed_config() -> None:

@@ -1,4 +1,4 @@
-"""What a layer policy becomes on one base."""
+"""Resolve a layer policy on a base."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from itertools import chain
 
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.errors import SelectionError
+from orchestrator.spec.adapters import ADAPTER_KINDS
 from orchestrator.spec.models import Task, Tune
 from orchestrator.spec.policy import Policy, parse_policy
+from orchestrator.spec.tasks import TASKS
 
 ROUNDING = 1e-9
-"""A share of the blocks is a decimal fraction, and a tenth of thirty is a little more than three in binary."""
+"""Tolerance for shares of the blocks: 0.1 x 30 is slightly more than 3 in binary floating point."""
 
 
 def select(
@@ -27,28 +29,29 @@ def select(
 ) -> LayerSelection:
     """Sort every parameter into trainable, adapted and frozen, and find the cut.
 
-    Blocks mean all their parameters for `full` (norms, biases, experts too) and all their linear layers for
-    `lora` (a router and routed experts are none). Embeddings and the final norm stay frozen. `+head` (or `head`)
-    adds the output projection, for `full` with its bias; a tied one is untied first. `classify` has no output
-    projection: it trains its own new classifier under every policy but `none`, together with what else the checkpoint
-    lacks (`ModelAnatomy.new_tensors`); there `head` is that classifier alone, which `full` trains whatever `tune` says.
+    `full` trains all parameters of the blocks (norms, biases, experts too), `lora` adapts all their linear layers (a router
+    and routed experts are not linear layers here). Embeddings and the final norm stay frozen. `+head` (or `head`) adds the
+    output projection, for `full` with its bias; a tied one is untied first. `classify` has no output projection: it trains its
+    own new classifier under every policy but `none`, together with what else the checkpoint lacks
+    (`ModelAnatomy.new_tensors`); there `head` is that classifier alone, which `full` trains whatever `tune` says.
 
-    `top:F` means the best-scored blocks, `num_of_share` of them. Without scores the selection is `pending`; a share of 1
-    is every block and needs none.
+    `top:F` selects the best-scored blocks, `num_of_share` of them. Without scores the selection is `pending`; a share of 1 is
+    every block and needs none.
 
     Args:
-        scores: Of each block, the higher the better; None for a block that was not scored and cannot be chosen.
+        scores: Score of each block, higher is better; None for a block that was not scored and cannot be selected.
 
     Raises:
-        SelectionError: no policy, a block that the base does not have, LoRA without a rank, an encoder for a
-            task that writes text, fewer than two classes, fewer blocks with a score than are asked for.
+        SelectionError: not a policy, a block that the base does not have, LoRA without a rank, an encoder for a task that
+            generates text, fewer than two classes, fewer scored blocks than are asked for.
     """
     parsed = parse_policy(policy)
-    if task == "classify":
+    head_is_new = TASKS[task].head.is_new
+    if head_is_new:
         parsed = Policy(parsed.kind, parsed.count, parsed.ranges, parsed.fraction)
         if num_classes < 2 and parsed.kind != "none":
             raise SelectionError(f"{num_classes} classes", expected="at least two", remedy="check the label column")
-    elif anatomy.kind == "encoder":
+    if anatomy.kind == "encoder" and not TASKS[task].head.encoders:
         raise SelectionError(
             f"task {task!r} on {anatomy.model_type!r}, an encoder, which cannot generate text",
             expected="a decoder, or `task: classify`",
@@ -57,7 +60,7 @@ def select(
     pending = parsed.kind == "top" and scores is None and num_of_share(parsed.fraction, anatomy.num_blocks) < anatomy.num_blocks
     blocks = _largest(parsed, anatomy) if pending else _blocks(parsed, anatomy, policy, scores)
     wants_head = parsed.with_head or parsed.kind == "head"
-    head = [anatomy.head_weight] if wants_head and task != "classify" else []
+    head = [anatomy.head_weight] if wants_head and not head_is_new else []
     if tune == "lora" and (blocks or head):
         selection = _lora(anatomy, parsed, blocks, head, lora_rank, task, num_classes)
     else:
@@ -66,7 +69,7 @@ def select(
 
 
 def select_everything(anatomy: ModelAnatomy, *, task: Task, num_classes: int = 0) -> LayerSelection:
-    """Every parameter learns, embeddings and norms too: what training from random weights needs."""
+    """Select every parameter as trainable, embeddings and norms too, as training from random weights needs it."""
     blocks = tuple(range(anatomy.num_blocks))
     policy = Policy("all")
     names = tuple(_stored_names(anatomy, task))
@@ -87,12 +90,12 @@ def select_everything(anatomy: ModelAnatomy, *, task: Task, num_classes: int = 0
 
 
 def num_of_share(share: float, num_blocks: int) -> int:
-    """Blocks of `top:F`: the share rounded up, at least one."""
+    """Return the number of blocks of `top:F`: the share rounded up, at least one."""
     return max(1, math.ceil(share * num_blocks - ROUNDING))
 
 
 def best_scored(scores: Sequence[float | None], count: int) -> list[int]:
-    """The blocks with the highest scores, ascending; of equal ones those nearer to the output.
+    """Return the blocks with the highest scores, ascending; ties go to blocks nearer to the output.
 
     Returns:
         Fewer than `count` where fewer have a score.
@@ -102,13 +105,13 @@ def best_scored(scores: Sequence[float | None], count: int) -> list[int]:
 
 
 def _largest(parsed: Policy, anatomy: ModelAnatomy) -> list[int]:
-    """As many of the largest blocks as `top:` asks for, ascending."""
+    """Return as many of the largest blocks as `top:` asks for, ascending."""
     sizes = [sum(anatomy.tensors[name].num_elements for name in block) for block in anatomy.blocks]
     return best_scored(sizes, num_of_share(parsed.fraction, anatomy.num_blocks))
 
 
 def _blocks(parsed: Policy, anatomy: ModelAnatomy, written: str, scores: Sequence[float | None] | None) -> list[int]:
-    """Numbers of the blocks that learn, ascending."""
+    """Return the indices of the trainable blocks, ascending."""
     count = anatomy.num_blocks
     match parsed.kind:
         case "all":
@@ -154,23 +157,23 @@ def _out_of_range(written: str, anatomy: ModelAnatomy, what: str, remedy: str) -
 
 
 def _new_names(anatomy: ModelAnatomy, task: Task, parsed: Policy) -> list[str]:
-    """What `classify` makes anew and trains."""
-    if task != "classify" or parsed.kind == "none":
+    """Return the tensors of a new head, which every policy but `none` trains."""
+    if not TASKS[task].head.is_new or parsed.kind == "none":
         return []
     bias = [anatomy.classifier_bias] if anatomy.classifier_bias else []
     return [tensor.name for tensor in anatomy.new_tensors] + [anatomy.classifier_weight, *bias]
 
 
 def _new_elements(anatomy: ModelAnatomy, task: Task, parsed: Policy, num_classes: int) -> int:
-    if task != "classify" or parsed.kind == "none":
+    if not TASKS[task].head.is_new or parsed.kind == "none":
         return 0
     classifier = num_classes * (anatomy.hidden_size + bool(anatomy.classifier_bias))
     return classifier + sum(tensor.num_elements for tensor in anatomy.new_tensors)
 
 
 def _stored_names(anatomy: ModelAnatomy, task: Task) -> Iterable[str]:
-    """Parameters of the model that is loaded for the task: `classify` loads no output projection."""
-    head = (anatomy.head_weight, anatomy.head_bias) if task == "classify" else ()
+    """Return the parameters of the model that is loaded for the task; a new head replaces the output projection."""
+    head = (anatomy.head_weight, anatomy.head_bias) if TASKS[task].head.is_new else ()
     return (name for name in anatomy.tensors if name not in head)
 
 
@@ -213,8 +216,8 @@ def _lora(
             f"LoRA on {parsed} with rank {lora_rank}", expected="a rank of at least 1", remedy="give `lora_rank`"
         )
     adapted = [name for block in blocks for name in anatomy.linears[block]]
-    axes = sum(sum(anatomy.tensors[name].shape) for name in adapted)
-    axes += len(head) * (anatomy.vocab_size + anatomy.hidden_size)
+    shapes = [anatomy.tensors[name].shape for name in adapted] + [(anatomy.vocab_size, anatomy.hidden_size)] * len(head)
+    elements = sum(ADAPTER_KINDS["lora"].num_elements(shape, lora_rank) for shape in shapes)
     new = _new_names(anatomy, task, parsed)
     taken = {*adapted, *head}
     return LayerSelection(
@@ -228,10 +231,10 @@ def _lora(
         blocks=tuple(blocks),
         unties_head=bool(head) and anatomy.tied,
         new_classifier=bool(new),
-        num_trainable_parameters=lora_rank * axes + _new_elements(anatomy, task, parsed, num_classes),
+        num_trainable_parameters=elements + _new_elements(anatomy, task, parsed, num_classes),
     )
 
 
 def _head_elements(anatomy: ModelAnatomy) -> int:
-    """A tied output projection, once it is a copy of its own."""
+    """Return the elements of a tied output projection once it is a copy of its own."""
     return anatomy.vocab_size * anatomy.hidden_size

@@ -1,4 +1,4 @@
-"""What will be done: every number that a run uses, derived before anything runs.
+"""The plan: every number that a run uses, derived before anything runs.
 
     plan = make_plan(loaded, anatomy, data_size, cluster, job="sweep", spec_sha256=...)
     print("\\n".join(plan_lines(plan)))
@@ -6,9 +6,10 @@
     context = work_context(plan, settings=..., data=..., metric="loss")
     work = train_rung(plan, context, trial, plan.search.options[0].selection, folder=..., stop_step=36)
 
-`memory/` estimates a rank's memory term by term, `ladder.py` orders the ways to run a gang by cost, `arrange.py` picks the
-first that fits, `placement.py` and `standing.py` say where gangs stand, `cost/` what it all takes, and `relief.py` what to do
-when memory runs out all the same. Nothing here does I/O but `read_cluster_file`, and nothing imports torch or ray.
+`memory/` estimates the memory of one rank term by term, `ladder.py` orders the candidate configurations of a gang by cost and
+takes the first that fits, `gangs.py` decides how many gangs there are and how many ranks each has, `placement.py` assigns them to
+nodes, `cost/` estimates operations, time, price and disk, and `explain.py` writes the reasons and warnings. Nothing here does I/O
+except `read_cluster_file`, and nothing imports torch or Ray.
 """
 
 import sys
@@ -66,7 +67,7 @@ __all__ = [
 
 
 class _CallableRoom(ModuleType):
-    """Lets `orchestrator.plan(spec)` of the Python API be called, although this package has its name."""
+    """Module type that makes `orchestrator.plan(spec)` of the Python API callable, although this package has the same name."""
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         return import_module("orchestrator.api").plan(*arguments, **options)

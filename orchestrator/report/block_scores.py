@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from matplotlib.figure import Figure
 
-from orchestrator.plan.values import RunPlan
+from orchestrator.plan.values import RunPlan, SweepPlan
 from orchestrator.report import figures, html
 from orchestrator.report.html import Html
 from orchestrator.report.wording import MISSING, number, plural
@@ -63,7 +63,7 @@ def _bars(panels: Sequence[tuple[str, Sequence[float | None]]]) -> str:
 
 
 def _chosen(plan: RunPlan) -> Iterator[str]:
-    options = plan.search.options if plan.search is not None else (plan.finetune,) if plan.finetune is not None else ()
+    options = plan.options
     chosen = {option.layers: option.selection.blocks for option in options if option.layers.startswith("top:")}
     for layers, blocks in chosen.items():
         yield f"{layers} is block{'s' if len(blocks) > 1 else ''} {', '.join(map(str, blocks))}"
@@ -96,7 +96,7 @@ def _sentence(title: str, agreement: Correlation | None, num_trials: int) -> str
 
 def single_block_losses(plan: RunPlan | None, sweep: SweepResult) -> list[tuple[int, float]]:
     """Return (block, eval loss at the last rung) of every searched trial that trains exactly one block and has a finite loss."""
-    if plan is None or plan.search is None:
+    if not isinstance(plan, SweepPlan):
         return []
     blocks = {(option.layers, option.method): option.selection.blocks for option in plan.search.options}
     found: list[tuple[int, float]] = []

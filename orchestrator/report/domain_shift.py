@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from orchestrator.plan.values import SweepPlan
 from orchestrator.report import html
 from orchestrator.report.html import Html
 from orchestrator.report.wording import plural
@@ -27,7 +28,7 @@ def domain_shift(run: RunRecords, found: DomainShift) -> Html:
 
 def _followed(run: RunRecords) -> str:
     """Return how the search used the recommendation: only `optuna` chooses its first trials by it."""
-    search = run.plan.search if run.plan is not None else None
+    search = run.plan.search if isinstance(run.plan, SweepPlan) else None
     if search is None or search.prior == "none":
         return ""
     if search.algorithm != "optuna":

@@ -8,9 +8,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.plan.cost.choices import planned_options
-from orchestrator.plan.estimates import CostEstimate, MemoryEstimate, Part, Placement
-from orchestrator.plan.values import RunPlan, TrialOption
+from orchestrator.plan.estimates import CostEstimate, CostItem, MemoryEstimate, Placement
+from orchestrator.plan.values import RunPlan, SweepPlan, TrialOption
 from orchestrator.report.wording import number, plural
 from orchestrator.units import format_bytes, format_count, format_flops, format_seconds
 from orchestrator.work.execution import ExecutionPlan
@@ -25,7 +24,7 @@ def plan_view(plan: RunPlan, *, explain: bool = False) -> RenderableType:
     Args:
         explain: With the derivations: memory of every choice, operations of a token, cost, disk, placement.
     """
-    base, options = plan.base, planned_options(plan)
+    base, options = plan.base, plan.options
     estimated = "" if plan.data.exact else " (estimated from file sizes)"
     parts: list[RenderableType] = [
         Text(
@@ -109,7 +108,7 @@ def _execution_table(plan: RunPlan) -> Table:
         rows += [("placement" if index == 0 else "", line) for index, line in enumerate(plan.placement.sentences)]
     rows.append(("a trial runs by", _execution(plan.execution)))
     rows.append(("the refit runs by", _execution(plan.refit_execution)))
-    if plan.search is not None:
+    if isinstance(plan, SweepPlan):
         search = plan.search
         rungs = ", ".join(map(str, search.rung_steps))
         rows.append(
@@ -162,7 +161,7 @@ def _gpu_hours(plan: RunPlan, cost: CostEstimate) -> str:
 
 
 def _stops(plan: RunPlan) -> bool:
-    return plan.search is not None and len(plan.search.rung_steps) > 1
+    return isinstance(plan, SweepPlan) and len(plan.search.rung_steps) > 1
 
 
 def _hours(hours: float) -> str:
@@ -203,7 +202,7 @@ def _derivations(plan: RunPlan) -> list[RenderableType]:
     return parts
 
 
-def _rows(parts: Iterable[Part], say: Callable[[float], str]) -> list[tuple[str, str, str]]:
+def _rows(parts: Iterable[CostItem], say: Callable[[float], str]) -> list[tuple[str, str, str]]:
     return [(part.name, say(part.amount), part.reason) for part in parts]
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from datetime import UTC, datetime
 
-from orchestrator.plan.data_size import few_steps_sentence
+from orchestrator.plan.data_size import too_few_steps_warning
+from orchestrator.plan.values import SweepPlan
 from orchestrator.report import figures, html, run_details
 from orchestrator.report.figures import Curve, TradeOff
 from orchestrator.report.heatmap import heatmap
@@ -27,6 +28,7 @@ from orchestrator.report.wording import (
     verdict_sentence,
 )
 from orchestrator.run.reader import RunRecords
+from orchestrator.spec.tasks import loss_unit
 from orchestrator.transfer import pareto_front
 from orchestrator.transfer.headline import gain_is_loss_only
 from orchestrator.transfer.promotion import PROMOTABLE_CONTROLS
@@ -50,7 +52,7 @@ def head(run: RunRecords) -> Html:
     if run.sweep is not None and run.sweep.ended_by_hours:
         parts.append(html.tag("p", _capital(run.sweep.ended_by_hours) + ".", css="warning"))
     promoted = (run.sweep.winner or best_trial(run.sweep.searched, run.sweep.higher_is_better)) if run.sweep else None
-    if few := few_steps_sentence(promoted.total_steps) if promoted is not None and promoted.total_steps else "":
+    if few := too_few_steps_warning(promoted.total_steps) if promoted is not None and promoted.total_steps else "":
         parts.append(html.tag("p", _capital(few) + ".", css="warning"))
     parts.append(run_details.data_notices(run))
     if not run.complete:
@@ -121,7 +123,7 @@ def _point(trial: TrialRecord | None) -> str:
 
 def search_map(run: RunRecords, sweep: SweepResult) -> Html:
     """Return the heatmap of layers by learning rate."""
-    order = [option.layers for option in run.plan.search.options] if run.plan and run.plan.search else []
+    order = [option.layers for option in run.plan.options] if isinstance(run.plan, SweepPlan) else []
     budgets = rate_matrices(sweep.searched, sweep.higher_is_better, order)
     panels = [panel for each in budgets for panel in each]
     shown = figures.finite([value for panel in panels for row in panel.values for value in row])
@@ -165,7 +167,7 @@ def loss_curves(run: RunRecords, sweep: SweepResult) -> Html:
     training = [curve for trial in sweep.searched if (curve := _training_curve(run, trial, trial is best)) is not None]
     panels = [
         (f"{sweep.metric} on the eval set", sweep.metric, at_rungs),
-        ("training loss, smoothed", "nats per supervised token", training),
+        ("training loss, smoothed", loss_unit(sweep.task), training),
     ]
     drawn = [panel for panel in panels if any(curve.emphasis not in ("base", "head") for curve in panel[2])]
     if not drawn:

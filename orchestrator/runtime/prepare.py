@@ -17,7 +17,7 @@ from orchestrator.plan import make_plan, work_context
 from orchestrator.plan import schedule as steps
 from orchestrator.plan.measurements import standing_choice, with_choice
 from orchestrator.plan.schedule import StepSize
-from orchestrator.plan.values import ClusterDescription, RunPlan
+from orchestrator.plan.values import ClusterDescription, FinetunePlan, RunPlan, SweepPlan
 from orchestrator.run.directory import WRITABLE, RunDirectory, output_root
 from orchestrator.run.layout import RunFolder
 from orchestrator.run.scoring import Scoring, scoring_of
@@ -45,6 +45,18 @@ class Prepared:
     anatomy: ModelAnatomy
     data: DataSummary
     plan: RunPlan
+
+    @property
+    def sweep_plan(self) -> SweepPlan:
+        """The plan of a sweep."""
+        assert isinstance(self.plan, SweepPlan)
+        return self.plan
+
+    @property
+    def finetune_plan(self) -> FinetunePlan:
+        """The plan of the one-trial job."""
+        assert isinstance(self.plan, FinetunePlan)
+        return self.plan
 
     @property
     def data_paths(self) -> DataPaths:
@@ -132,7 +144,7 @@ def prepare(
     folder = Path(anatomy.folder)
     require_base_everywhere(folder, {name: file_identity(folder / name) for name in _files_of(anatomy)})
     plan = plan_of_data(loaded, anatomy, Tokenised(data, run.data, known), machines, job, read_scores(run))
-    if plan.search is not None:
+    if isinstance(plan, SweepPlan):
         plan = with_choice(plan, standing_choice(spec.resources.compile, read_choice(run)))
     plan = plan.model_copy(update={"base_sha256": base_sha256})
     with output_to(run.plan, remedy=WRITABLE):

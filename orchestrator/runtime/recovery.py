@@ -1,7 +1,7 @@
-"""Before a run is gone on with: records and checkpoints that were damaged since are set aside, each with an event.
+"""Before a run continues, its damaged records and checkpoints are set aside, each with an event.
 
-What is set aside is found again beside it as `<name>.damaged-<n>`. What rested on it is done again: a rung is trained from the
-last one before it that is whole, a figure is measured again, the plan is made again.
+A damaged file is renamed to `<name>.damaged-<n>`. What depended on it is done again: a rung is trained from the last whole one
+before it, a figure is measured again, the plan is made again.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ Read = Callable[[Path], Any]
 
 
 def mend(run: RunDirectory, view: RunView) -> list[str]:
-    """Set aside what is damaged of a run that this process holds; what was told of it.
+    """Set aside the damaged files of a run that this process holds; return what was reported of them.
 
-    Checkpoints of a run that has come to its end are not read: nothing goes on from them.
+    Checkpoints of a finished run are not read: nothing continues from them.
     """
     mender = _Mender(run, view)
     mender.mend_records()
@@ -75,7 +75,7 @@ class _Mender:
             self._check(path, read, remedy)
 
     def mend_trial(self, folder: Path, plan: RunPlan | None, *, with_checkpoints: bool) -> None:
-        """One trial's records; what came after a damaged rung goes with it."""
+        """Check one trial's records. Everything after a damaged rung is set aside with it."""
         head = folder / TRIAL
         if not head.exists():
             return
@@ -99,13 +99,13 @@ class _Mender:
                 return
 
     def _mend_checkpoint(self, folder: Path, trial: TrialSpec, result: RungResult, plan: RunPlan | None) -> bool:
-        """Whether the rung has to be trained, or the untouched base scored, again."""
+        """Return whether the rung has to be trained, or the base model evaluated, again."""
         if result.checkpoint is None:
             file = folder / EVALUATION
             return file.exists() and self._check(file, _arrays, f"{trial.trial_id} is scored again")
         checkpoint = folder / Path(result.checkpoint).name
         if not checkpoint.is_dir():
-            return False  # removed by somebody, or moved with its run: whoever needs it says so
+            return False  # removed by hand, or moved with its run: loading it reports that
         own = ownership(trial, plan.spec_sha256, plan.base_sha256) if plan is not None else ownership(trial)
 
         def whole_and_own(path: Path) -> None:
@@ -138,7 +138,7 @@ class _Mender:
             write_json(file, CompileChoice(compiled=self._compiled, reason=reason))
 
     def _check(self, path: Path, read: Read, remedy: str) -> bool:
-        """Whether it was damaged, and is set aside."""
+        """Return whether a file was damaged and has been set aside."""
         if not path.exists():
             return False
         try:

@@ -24,7 +24,7 @@ from orchestrator.runtime.cluster import fetch, joins
 from orchestrator.runtime.exchange import Exchange
 from orchestrator.runtime.failures import in_plain_words
 from orchestrator.runtime.finish import finish
-from orchestrator.runtime.follow_up_trials import hand_in, train_late, wait_for
+from orchestrator.runtime.follow_up_trials import submit, train_late, wait_for
 from orchestrator.runtime.hang_detection import Patience
 from orchestrator.runtime.heartbeat import Pulse, Watcher
 from orchestrator.runtime.measurements import measured_in_a_gang
@@ -86,9 +86,7 @@ def _search(prepared: Prepared, view: Pulse, started_at: float) -> tuple[Prepare
     Returns:
         The run with its policies by score resolved, and what was found.
     """
-    spec, plan = prepared.spec, prepared.plan
-    assert spec.search is not None
-    assert plan.search is not None
+    spec, plan = prepared.spec, prepared.sweep_plan
     view.start(
         name=spec.name,
         metric=prepared.scoring.metric,
@@ -100,7 +98,7 @@ def _search(prepared: Prepared, view: Pulse, started_at: float) -> tuple[Prepare
     earlier = read_sweep(prepared.run.path)
     with _exchange(prepared) as exchange, Watcher(exchange, view, prepared.run) as watcher, view.watching(watcher.look):
         view.phase("gangs", f"{plan.num_gangs} worker group(s) of {ranks_text(plan.execution.ranks)}")
-        base = hand_in(exchange, *none_control(plan, prepared.anatomy, seed), [0])
+        base = submit(exchange, *none_control(plan, prepared.anatomy, seed), [0])
         untouched = wait_for(exchange, "none", base)
         if untouched.state == "failed":
             raise TrainingError(
@@ -110,11 +108,10 @@ def _search(prepared: Prepared, view: Pulse, started_at: float) -> tuple[Prepare
         ledger = prepared.run.ledger
         ledger.refresh()  # the exchange, another process, has written the base model's scores
         prepared = measured_in_a_gang(prepared, exchange, view)
-        plan = prepared.plan
-        assert plan.search is not None
+        plan = prepared.sweep_plan
         view.phase("search", f"{plan.search.num_trials} trials")
         stops = plan.search.rung_steps if plan.search.patience is not None else plan.search.rung_steps[-1:]
-        head = hand_in(exchange, *head_control(plan, prepared.anatomy, spec, seed), stops)
+        head = submit(exchange, *head_control(plan, prepared.anatomy, spec, seed), stops)
         recorded = [entry for entry in ledger.entries() if entry.trial.control is None]
         run_search(plan, exchange, recorded, prepared.run.path / "tune", seed)
         wait_for(exchange, "head", head)
@@ -126,21 +123,25 @@ def _search(prepared: Prepared, view: Pulse, started_at: float) -> tuple[Prepare
             hours = fetch(exchange.hours.remote())
             ledger.refresh()
             sweep = summarise(prepared, ledger, figures, started_at, earlier, hours)
-        if sweep.learning_curve is not None:
-            _tell(prepared, view, "learning_curve", sweep.learning_curve.sentence)
-        if sweep.no_learning_curve:
-            _tell(prepared, view, "learning_curve_left_out", sweep.no_learning_curve)
-        if earlier is not None and earlier.promoted_by_hand and earlier.winner_id != sweep.winner_id:
-            instead = f"{earlier.winner_id}, which was promoted by hand before the search continued"
-            _tell(
-                prepared,
-                view,
-                "promoted_by_rule",
-                f"{sweep.winner_id or 'nothing'} is promoted by the rule, instead of {instead}",
-            )
-        if sweep.ended_by_hours:
-            _tell(prepared, view, "ended_by_hours", sweep.ended_by_hours)
+        _tell_findings(prepared, view, sweep, earlier)
     return prepared, sweep
+
+
+def _tell_findings(prepared: Prepared, view: RunView, sweep: SweepResult, earlier: SweepResult | None) -> None:
+    """Report what the search found beside its trials.
+
+    Args:
+        earlier: The summary of earlier submissions.
+    """
+    if sweep.learning_curve is not None:
+        _tell(prepared, view, "learning_curve", sweep.learning_curve.sentence)
+    if sweep.no_learning_curve:
+        _tell(prepared, view, "learning_curve_left_out", sweep.no_learning_curve)
+    if earlier is not None and earlier.promoted_by_hand and earlier.winner_id != sweep.winner_id:
+        instead = f"{earlier.winner_id}, which was promoted by hand before the search continued"
+        _tell(prepared, view, "promoted_by_rule", f"{sweep.winner_id or 'nothing'} is promoted by the rule, instead of {instead}")
+    if sweep.ended_by_hours:
+        _tell(prepared, view, "ended_by_hours", sweep.ended_by_hours)
 
 
 def _tell(prepared: Prepared, view: RunView, kind: str, message: str) -> None:
@@ -154,7 +155,7 @@ def _exchange(prepared: Prepared) -> Iterator[Any]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     orders = Orders(
-        plan=prepared.plan,
+        plan=prepared.sweep_plan,
         anatomy=prepared.anatomy,
         settings=prepared.settings,
         data=prepared.data_paths,

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from orchestrator.anatomy.values import TensorInfo
 from orchestrator.errors import BaseError
 from orchestrator.plan.merge import (
-    AddLowRank,
+    ApplyAdapter,
     Dequantize,
     Keep,
     LinkShard,
@@ -30,9 +30,10 @@ from orchestrator.plan.merge import (
 from orchestrator.serve.dequantize import HeldWeight, hold_quantized
 from orchestrator.serve.shards import ShardWriter, link_or_copy, write_order
 from orchestrator.store import sha256_file
+from orchestrator.train.adapters.kinds import LIVE_KINDS
 from orchestrator.units import MIB
 from orchestrator.values import Value
-from orchestrator.work.artifact import LowRank
+from orchestrator.work.artifact import StoredAdapter
 
 PIECE_BYTES = MIB
 """float32 bytes of one piece: pieces that fit in a core's own cache are merged several times as fast."""
@@ -107,13 +108,13 @@ def _pieces(plan: MergePlan, tensor: WriteTensor) -> Iterator[torch.Tensor]:
         case Keep():
             assert tensor.source is not None
             yield from _stored_pieces(base, tensor.source, tensor)
-        case AddLowRank(low_rank=low_rank):
+        case ApplyAdapter(adapter=adapter):
             assert tensor.source is not None
-            yield from _low_rank_pieces(plan, _mapped(base, tensor.source), low_rank, tensor)
-        case Dequantize(low_rank=low_rank):
+            yield from _adapted_pieces(plan, _mapped(base, tensor.source), adapter, tensor)
+        case Dequantize(adapter=adapter):
             assert tensor.source is not None
             held = hold_quantized(_mapped(base, tensor.source), getattr(torch, plan.held_dtype))
-            yield from _low_rank_pieces(plan, held, low_rank, tensor)
+            yield from _adapted_pieces(plan, held, adapter, tensor)
 
 
 def _stored_pieces(folder: Path, info: TensorInfo, tensor: WriteTensor) -> Iterator[torch.Tensor]:
@@ -125,21 +126,21 @@ def _stored_pieces(folder: Path, info: TensorInfo, tensor: WriteTensor) -> Itera
             yield piece.to(DTYPES[tensor.dtype])
 
 
-def _low_rank_pieces(
-    plan: MergePlan, weight: torch.Tensor | HeldWeight, low_rank: LowRank | None, tensor: WriteTensor
+def _adapted_pieces(
+    plan: MergePlan, weight: torch.Tensor | HeldWeight, adapter: StoredAdapter | None, tensor: WriteTensor
 ) -> Iterator[torch.Tensor]:
-    """Yield rows of W + scale * B @ A: W[out, in], B[out, rank], A[rank, in]."""
+    """Yield rows of the weight [out, in] with its adapter, if it has one."""
     num_rows, width = tensor.shape
     step = max(1, PIECE_BYTES // (4 * width))
-    a = b = torch.empty(0)
-    if low_rank is not None:
-        trained = Path(plan.artifact_folder)
-        a, b = _mapped(trained, low_rank.a).float(), _mapped(trained, low_rank.b)
+    merge_rows = None
+    if adapter is not None:
+        trained = {suffix: _mapped(Path(plan.artifact_folder), info) for suffix, info in adapter.tensors.items()}
+        merge_rows = LIVE_KINDS[adapter.kind].merger(trained, adapter.scale)
     for start in range(0, num_rows, step):
         stop = min(start + step, num_rows)
         rows = weight.rows(start, stop) if isinstance(weight, HeldWeight) else weight[start:stop]
-        if low_rank is not None:
-            rows = torch.addmm(rows.float(), b[start:stop].float(), a, alpha=low_rank.scale)
+        if merge_rows is not None:
+            rows = merge_rows(rows.float(), slice(start, stop))
         yield rows.to(DTYPES[tensor.dtype])
 
 

@@ -1,4 +1,4 @@
-"""What only the whole spec can tell: keys that are right alone and wrong together."""
+"""Checks of the whole spec: keys that are valid alone but not together."""
 
 from __future__ import annotations
 
@@ -8,46 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.errors import SelectionError
-from orchestrator.spec.models import AnchorSpec, ColumnsSpec, JobSpec, SearchSpec
+from orchestrator.spec.messages import is_number, near_names
+from orchestrator.spec.models import Anchor, AnchorSpec, ColumnsSpec, JobSpec, SearchSpec, Tune
 from orchestrator.spec.policy import Policy, parse_policy
-from orchestrator.spec.remedies import remedy_mistakes
-from orchestrator.spec.source import KeyPath
+from orchestrator.spec.source import KeyPath, spell_path
+from orchestrator.spec.tasks import METRICS, RETENTION_TASKS, TASKS
 from orchestrator.spec.unsupported import UNSUPPORTED, policies_of
-from orchestrator.spec.wording import is_number, near_names
 
-METRICS_BY_TASK = {
-    "classify": ("loss", "accuracy", "macro_f1"),
-    "completion": ("loss", "exact_match"),
-    "chat": ("loss", "exact_match"),
-    "text": ("loss",),
-}
-COLUMNS_BY_TASK = {
-    "classify": ("text", "label"),
-    "completion": ("prompt", "completion"),
-    "chat": ("messages",),
-    "text": ("text",),
-}
-OPTIONAL_COLUMNS_BY_TASK = {
-    "classify": (),
-    "completion": ("input",),
-    "chat": ("prompt", "completion", "input", "system", "tools"),
-    "text": (),
-}
-"""Columns that a task reads where rows have them."""
-FORMATS_BY_TASK = {
-    "classify": ("labels",),
-    "completion": ("prompt_completion", "alpaca"),
-    "chat": ("messages", "sharegpt", "prompt_completion", "alpaca"),
-    "text": ("text",),
-}
-BUILT_IN_METRICS = ("loss", "exact_match", "accuracy", "macro_f1")
 TEMPLATE_COLUMN = re.compile(r"(?<!\{)\{[^{}]+\}")
 FUNCTION = re.compile(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A mistake, where it stands, and which places it was judged by (none of which may be broken itself)."""
+    """A mistake, its place, and the places on which the judgement depends (none of which may itself be invalid)."""
 
     path: KeyPath
     message: str
@@ -56,7 +30,7 @@ class Finding:
 
 
 def find_mistakes(spec: JobSpec, folder: Path) -> Iterator[Finding]:
-    """All findings of all checks. `folder` is where the spec's relative paths start."""
+    """Yield the findings of all checks. `folder` is the base of the spec's relative paths."""
     for check in CHECKS:
         yield from check(spec)
     for row in UNSUPPORTED:
@@ -106,9 +80,10 @@ def _shares(spec: JobSpec) -> Iterator[Finding]:
 
 
 def _columns(spec: JobSpec) -> Iterator[Finding]:
-    used = COLUMNS_BY_TASK[spec.task]
-    read = {*used, *OPTIONAL_COLUMNS_BY_TASK[spec.task]}
-    read |= {"text", "prompt", "completion", "messages"} if spec.data.retain is not None else set()
+    used = spec.traits.columns
+    read = {*used, *spec.traits.optional_columns}
+    if spec.data.retain is not None:
+        read |= {column for task in RETENTION_TASKS for column in TASKS[task].columns}
     roles: dict[str, str] = {}
     for role, default in ColumnsSpec().model_dump().items():
         path, column = ("data", "columns", role), getattr(spec.data.columns, role)
@@ -126,11 +101,11 @@ def _columns(spec: JobSpec) -> Iterator[Finding]:
 
 def _format(spec: JobSpec) -> Iterator[Finding]:
     data, path = spec.data, ("data", "format")
-    fitting = FORMATS_BY_TASK[spec.task]
+    fitting = spec.traits.formats
     if data.format not in ("auto", *fitting):
         hint = f"fitting: {' | '.join(('auto', *fitting))}"
         yield Finding(path, f"rows of format {data.format} do not fit task {spec.task}", hint, needs=(("task",), path))
-    if data.template_without_input is not None and spec.task not in ("completion",):
+    if data.template_without_input is not None and not spec.traits.fills_alpaca_templates:
         path = ("data", "template_without_input")
         yield Finding(path, f"task {spec.task} does not use Alpaca prompts", "remove it", needs=(("task",), path))
     for key in ("template", "template_without_input"):
@@ -145,16 +120,14 @@ def _metric(spec: JobSpec) -> Iterator[Finding]:
     if spec.search is None:
         return
     metric, path = spec.search.metric, ("search", "metric")
-    fitting = METRICS_BY_TASK[spec.task]
-    if metric in BUILT_IN_METRICS:
+    fitting = spec.traits.metrics
+    if metric in METRICS:
         if metric not in fitting:
             yield Finding(path, f"{metric} does not fit task {spec.task}", f"fitting: {' | '.join(fitting)}", (("task",), path))
     elif FUNCTION.match(metric) is None:
-        near = near_names(metric, BUILT_IN_METRICS)
+        near = near_names(metric, METRICS)
         hint = f"did you mean {near[0]}?" if near else ""
-        yield Finding(
-            path, f"{metric!r} is not a metric; expected {' | '.join(BUILT_IN_METRICS)} | package.module:function", hint
-        )
+        yield Finding(path, f"{metric!r} is not a metric; expected {' | '.join(METRICS)} | package.module:function", hint)
 
 
 def _policies(spec: JobSpec) -> Iterator[Finding]:
@@ -173,7 +146,7 @@ def _policies(spec: JobSpec) -> Iterator[Finding]:
 
 
 def _points(spec: JobSpec) -> Iterator[Finding]:
-    """A fixed list is all that is tried: nothing else may say what is."""
+    """Find settings beside a fixed list of points, which is all that is tried."""
     search = spec.search
     if search is None or (search.algorithm != "fixed" and not search.points):
         return
@@ -200,13 +173,96 @@ def _points(spec: JobSpec) -> Iterator[Finding]:
 
 def _controls(spec: JobSpec) -> Iterator[Finding]:
     for number, control in enumerate(spec.search.controls if spec.search is not None else ()):
-        if control == "k_shot" and spec.task in ("classify", "text"):
+        if control == "k_shot" and not spec.traits.has_answers:
             message = f"task {spec.task} has no answers that could be shown in a prompt"
             yield Finding(("search", "controls", number), message, "remove k_shot", (("task",),))
 
 
 def _remedies(spec: JobSpec) -> Iterator[Finding]:
-    return (Finding(*mistake) for mistake in remedy_mistakes(spec))
+    """Yield mistakes: replay without text to replay, anchors that fit no tuning method, and what the task or the engine does
+    not support."""
+    for path, share in _replays(spec):
+        if share:
+            yield from _needs_text(spec, path, "replayed")
+    for path, anchor in _anchors(spec):
+        if isinstance(anchor, AnchorSpec) and anchor.strength:
+            yield from _anchor_mistakes(spec, path, anchor)
+
+
+def _replays(spec: JobSpec) -> Iterator[tuple[KeyPath, float]]:
+    yield ("train", "replay"), spec.train.replay
+    if spec.search is not None:
+        for number, share in enumerate(spec.search.replay):
+            yield ("search", "replay", number), share
+        for number, point in enumerate(spec.search.points):
+            if point.replay is not None:
+                yield ("search", "points", number, "replay"), point.replay
+
+
+def _anchors(spec: JobSpec) -> Iterator[tuple[KeyPath, Anchor]]:
+    yield ("train", "anchor"), spec.train.anchor
+    if spec.search is not None:
+        for number, anchor in enumerate(spec.search.anchor):
+            yield ("search", "anchor", number), anchor
+        for number, point in enumerate(spec.search.points):
+            if point.anchor is not None:
+                yield ("search", "points", number, "anchor"), point.anchor
+
+
+def _needs_text(spec: JobSpec, path: KeyPath, used: str) -> Iterator[Finding]:
+    if not spec.traits.head.scores_retention:
+        hint = "remove it; l2sp needs no retention text"
+        yield Finding(
+            path, f"a classifier has no output projection with which retention text could be {used}", hint, (("task",), path)
+        )
+    elif spec.data.retain is None:
+        yield Finding(path, f"there is no retention text to be {used}", "give data.retain", (("data", "retain"), path))
+
+
+def _anchor_mistakes(spec: JobSpec, path: KeyPath, anchor: AnchorSpec) -> Iterator[Finding]:
+    if anchor.traits.uses_fisher:
+        yield from _needs_text(spec, path, "weighed by")
+    if anchor.traits.whole_adapters:
+        yield from _needs_whole_adapters(spec, path, anchor)
+    judged = _tunes(spec, path)
+    mismatched = tuple(place for tunes, place in judged if anchor.traits.tune not in tunes)
+    if mismatched:
+        message = anchor.traits.misfit.format(where=" and ".join(map(spell_path, mismatched)))
+        elsewhere = _elsewhere(spec, mismatched[0]) if len(mismatched) < len(judged) else ""
+        yield Finding(path, message, anchor.traits.instead + elsewhere, (*mismatched, path))
+
+
+def _needs_whole_adapters(spec: JobSpec, path: KeyPath, anchor: AnchorSpec) -> Iterator[Finding]:
+    """Yield settings that require DeepSpeed: any given ZeRO stage, 0 too, and any offloading, which uses stage 3."""
+    for key, asked in (("zero", spec.resources.zero), ("offload", spec.resources.offload)):
+        if asked not in ("auto", "none"):
+            message = f"resources.{key}: {asked} requires DeepSpeed, which the anchor `{anchor.kind}` does not support"
+            yield Finding(path, message, f"remove resources.{key}", (("resources", key), path))
+
+
+def _tunes(spec: JobSpec, path: KeyPath) -> list[tuple[set[Tune], KeyPath]]:
+    """Return the tuning methods that an anchor at this place applies to, and their places: an anchor of `train` applies to
+    each section, except to trials that have anchors of their own."""
+    search, of_train = spec.search, path[0] == "train"
+    found: list[tuple[set[Tune], KeyPath]] = []
+    if search is not None and path[:2] == ("search", "points"):
+        number = path[2]
+        assert isinstance(number, int)
+        found.append(({search.points[number].tune}, (*path[:3], "tune")))
+    elif search is not None and search.algorithm == "fixed":
+        tunes: set[Tune] = {point.tune for point in search.points if point.anchor is None or not of_train}
+        found += [(tunes, ("search", "points"))] if tunes else []
+    elif search is not None and not (of_train and search.anchor):
+        found.append((set(search.tune), ("search", "tune")))
+    if spec.finetune is not None and of_train:
+        found.append(({spec.finetune.tune}, ("finetune", "tune")))
+    return found
+
+
+def _elsewhere(spec: JobSpec, mismatched: KeyPath) -> str:
+    """Return the hint for an anchor of `train` that fits only one of two sections."""
+    place = "search.points" if spec.search is not None and spec.search.algorithm == "fixed" else "search.anchor"
+    return f", or move it to {place}" if mismatched[0] == "finetune" else f", or override it with {place}"
 
 
 def _duplicates(spec: JobSpec) -> Iterator[Finding]:
@@ -232,7 +288,7 @@ def _duplicates(spec: JobSpec) -> Iterator[Finding]:
 
 
 def _written(option: object) -> str:
-    """As the file has it: `{kind: l2sp, strength: 3}`."""
+    """Return an option as the file has it: `{kind: l2sp, strength: 3}`."""
     if isinstance(option, AnchorSpec):
         return f"{{kind: {option.kind}, strength: {repr(option.strength).removesuffix('.0')}}}"
     return repr(option)
@@ -243,7 +299,7 @@ def _normal(text: str, spec: JobSpec) -> str:
         policy = parse_policy(text)
     except SelectionError:
         return text
-    if spec.task == "classify":
+    if spec.traits.head.is_new:  # there is no output projection that `+head` could add
         policy = Policy(policy.kind, policy.count, policy.ranges, policy.fraction)
     return str(policy)
 

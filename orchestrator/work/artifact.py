@@ -1,4 +1,4 @@
-"""What a trial leaves behind, from its headers: low-rank pairs in PEFT's format, whole changed tensors, or both."""
+"""What a trial leaves behind, read from its headers: adapters in PEFT's format, whole changed tensors, or both."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from orchestrator.anatomy.headers import read_header
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy, TensorInfo
+from orchestrator.anatomy.weights import read_header
 from orchestrator.errors import SelectionError
+from orchestrator.spec.adapters import ADAPTER_KINDS, LORA_A, AdapterKind, AdapterName, Shape
 from orchestrator.values import Value
 
 ADAPTER, DELTA = "adapter", "delta"
 ADAPTER_FILE, ADAPTER_CONFIG, DELTA_FILE = "adapter_model.safetensors", "adapter_config.json", "delta.safetensors"
 PEFT_PREFIX = "base_model.model."
-SUFFIX_A, SUFFIX_B = ".lora_A.weight", ".lora_B.weight"
 UNSUPPORTED: dict[str, object] = {
     "use_dora": False,
     "fan_in_fan_out": False,
@@ -25,23 +25,28 @@ UNSUPPORTED: dict[str, object] = {
     "rank_pattern": {},
     "alpha_pattern": {},
 }
-"""Options of a LoRA whose product is not simply scale * B @ A, and the value that each must have."""
+"""Options of PEFT's LoraConfig that no kind of adapter here has, and the value that each must have."""
 
 
-class LowRank(Value):
-    """One adapted weight's pair: A[rank, in], B[out, rank]."""
+class StoredAdapter(Value):
+    """The adapter of one weight, as it lies in its file."""
 
-    a: TensorInfo
-    b: TensorInfo
+    kind: AdapterName
+    tensors: dict[str, TensorInfo]
+    """By suffix; see `AdapterKind.shapes`."""
     scale: float
-    """alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA (Kalajdzievski 2023)."""
+    """What the product of B and A is multiplied by."""
+
+    @property
+    def rank(self) -> int:
+        return self.tensors[LORA_A].shape[0]
 
 
 class Artifact(Value):
     """What was trained, by the base's tensor names. Files are relative to `folder`."""
 
     folder: str
-    low_rank: dict[str, LowRank]
+    adapters: dict[str, StoredAdapter]
     whole: dict[str, TensorInfo]
 
     def check(self, anatomy: ModelAnatomy, num_classes: int, selection: LayerSelection | None) -> None:
@@ -53,8 +58,8 @@ class Artifact(Value):
         Raises:
             SelectionError: names the tensor, and near names where the base does not have it.
         """
-        for name, pair in self.low_rank.items():
-            self._check_pair(name, pair, anatomy)
+        for name, adapter in self.adapters.items():
+            self._check_adapter(name, adapter, anatomy)
         shapes = {name: info.shape for name, info in anatomy.tensors.items()} | new_shapes(anatomy, num_classes)
         for name, info in self.whole.items():
             if name not in shapes:
@@ -69,25 +74,28 @@ class Artifact(Value):
         if selection is not None:
             self._check_selection(selection, anatomy)
 
-    def _check_pair(self, name: str, pair: LowRank, anatomy: ModelAnatomy) -> None:
+    def _check_adapter(self, name: str, adapter: StoredAdapter, anatomy: ModelAnatomy) -> None:
         shapes = {name: info.shape for name, info in anatomy.tensors.items()}
         shapes.setdefault(anatomy.head_weight, (anatomy.vocab_size, anatomy.hidden_size))
         if name not in shapes:
             raise _unknown(self.folder, name, shapes)
         shape = shapes[name]
-        found = (pair.a.shape, pair.b.shape)
-        if len(shape) != 2 or pair.a.shape[1:] != shape[1:] or pair.b.shape != (shape[0], pair.a.shape[0]):
+        found = {suffix: info.shape for suffix, info in adapter.tensors.items()}
+        expected = ADAPTER_KINDS[adapter.kind].shapes(shape, adapter.rank) if len(shape) == 2 else {}
+        if found != expected:
             raise SelectionError(
-                f"the adapter of {name} has A {list(found[0])} and B {list(found[1])}",
+                f"the adapter of {name} has {_spell_shapes(found)}",
                 where=self.folder,
-                expected=f"A [rank, in] and B [out, rank] of a weight {list(shape)}",
+                expected=f"{_spell_shapes(expected)}, of a weight {list(shape)}"
+                if expected
+                else f"none: the weight is {list(shape)}",
                 remedy="merge into the base that the adapter was trained on",
             )
 
     def _check_selection(self, selection: LayerSelection, anatomy: ModelAnatomy) -> None:
         new = {anatomy.classifier_bias, *(info.name for info in anatomy.new_tensors)} - {""}
         for what, planned, found in (
-            ("adapter", set(selection.adapted), self.low_rank.keys()),
+            ("adapter", set(selection.adapted), self.adapters.keys()),
             ("trained tensor", set(selection.trainable), self.whole.keys()),
         ):
             wrong = sorted((planned ^ found) - new)
@@ -116,37 +124,37 @@ def read_artifact(folder: Path) -> Artifact:
     """Headers of `adapter/` and `delta/` in `folder`.
 
     Raises:
-        SelectionError: neither is there; an empty tensor, half a pair, a kind of adapter that cannot be merged.
+        SelectionError: neither is there; an empty tensor, part of an adapter, a kind of adapter that cannot be merged.
         BaseError: a damaged safetensors file.
     """
-    low_rank: dict[str, LowRank] = {}
+    adapters: dict[str, StoredAdapter] = {}
     whole: dict[str, TensorInfo] = {}
     if (folder / ADAPTER).is_dir():
-        low_rank, whole = _read_adapter(folder / ADAPTER)
+        adapters, whole = _read_adapter(folder / ADAPTER)
     if (folder / DELTA).is_dir():
         whole |= _tensors(folder, f"{DELTA}/{DELTA_FILE}")
-    if not low_rank and not whole:
+    if not adapters and not whole:
         raise SelectionError(
             "the folder has no trained weights",
             where=str(folder),
             expected=f"{ADAPTER}/{ADAPTER_FILE} or {DELTA}/{DELTA_FILE}",
             remedy="give a rung or checkpoint folder of the run",
         )
-    for info in (*whole.values(), *(half for pair in low_rank.values() for half in (pair.a, pair.b))):
+    for info in (*whole.values(), *(info for adapter in adapters.values() for info in adapter.tensors.values())):
         if 0 in info.shape:
             raise SelectionError(
                 f"{info.name} is empty, of shape {list(info.shape)}",
                 where=str(folder / info.file),
                 remedy="it was saved before its shards were gathered; train the trial again",
             )
-    return Artifact(folder=str(folder), low_rank=low_rank, whole=whole)
+    return Artifact(folder=str(folder), adapters=adapters, whole=whole)
 
 
 def _tensors(folder: Path, file: str) -> dict[str, TensorInfo]:
     return {name: info.model_copy(update={"file": file}) for name, info in read_header(folder / file).items()}
 
 
-def _read_adapter(adapter: Path) -> tuple[dict[str, LowRank], dict[str, TensorInfo]]:
+def _read_adapter(adapter: Path) -> tuple[dict[str, StoredAdapter], dict[str, TensorInfo]]:
     config = cast("dict[str, Any]", json.loads((adapter / ADAPTER_CONFIG).read_bytes()))
     for option, wanted in UNSUPPORTED.items():
         if config.get(option, wanted) not in (wanted, None):
@@ -158,27 +166,39 @@ def _read_adapter(adapter: Path) -> tuple[dict[str, LowRank], dict[str, TensorIn
             )
     stored = _tensors(adapter.parent, f"{ADAPTER}/{ADAPTER_FILE}")
     by_name = {key.removeprefix(PEFT_PREFIX): info for key, info in stored.items()}
-    pairs: dict[str, LowRank] = {}
+    kind = ADAPTER_KINDS["lora"]
+    suffixes = tuple(kind.shapes((0, 0), 0))
+    modules: dict[str, dict[str, TensorInfo]] = {}
     whole: dict[str, TensorInfo] = {}
     for key, info in by_name.items():
-        if key.endswith(SUFFIX_A):
-            module = key.removesuffix(SUFFIX_A)
-            b = by_name.get(module + SUFFIX_B)
-            if b is None:
-                raise SelectionError(
-                    f"{module} has a lora_A without a lora_B", where=str(adapter), remedy="train the trial again"
-                )
-            pairs[module + ".weight"] = LowRank(a=info, b=b, scale=_scale(config, info.shape[0]))
-        elif not key.endswith(SUFFIX_B):
+        suffix = next((suffix for suffix in suffixes if key.endswith(suffix)), None)
+        if suffix is None:
             whole[key.replace(".modules_to_save", "")] = info
-        elif key.removesuffix(SUFFIX_B) + SUFFIX_A not in by_name:
-            raise SelectionError(f"{key} has no lora_A beside it", where=str(adapter), remedy="train the trial again")
-    return pairs, whole
+        else:
+            modules.setdefault(key.removesuffix(suffix), {})[suffix] = info
+    adapters: dict[str, StoredAdapter] = {}
+    for module, tensors in modules.items():
+        for suffix in suffixes:
+            if suffix not in tensors:
+                raise SelectionError(
+                    f"the adapter of {module} has no {_role(suffix)}", where=str(adapter), remedy="train the trial again"
+                )
+        adapters[f"{module}.weight"] = StoredAdapter(kind=kind.name, tensors=tensors, scale=_scale(kind, config, tensors[LORA_A]))
+    return adapters, whole
 
 
-def _scale(config: Mapping[str, Any], rank: int) -> float:
-    alpha = float(config["lora_alpha"])
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / max(rank, 1)
+def _scale(kind: AdapterKind, config: Mapping[str, Any], a: TensorInfo) -> float:
+    alpha, rank = float(config["lora_alpha"]), max(a.shape[0], 1)
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else kind.scale(alpha, rank)
+
+
+def _role(suffix: str) -> str:
+    """`.lora_A.weight` -> `lora_A`."""
+    return suffix.split(".")[1]
+
+
+def _spell_shapes(shapes: Mapping[str, Shape]) -> str:
+    return " and ".join(f"{_role(suffix)} {list(shape)}" for suffix, shape in shapes.items())
 
 
 def _unknown(where: str, name: str, names: Iterable[str]) -> SelectionError:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast
+
+from pydantic import model_validator
 
 from orchestrator.values import Value
 from orchestrator.work.execution import ExecutionPlan
@@ -46,6 +48,10 @@ class EngineRecord(Value):
     """The cut whose stored states it trained on; None where the trunk was computed at every step."""
 
 
+FORMER_KEYS = frozenset({"layer_scores", "domain_shift", "compile_times"})
+"""What a rung's record held in older versions, always null in the files of a run: measurements were answered as rungs."""
+
+
 class RungResult(Value):
     """What a gang answers for a trial: trained to a rung, or the base evaluated."""
 
@@ -80,6 +86,14 @@ class RungResult(Value):
     gang: int = -1
     notes: tuple[str, ...] = ()
     """What happened by itself on the way (law 9): a micro-batch halved, a damaged checkpoint passed over."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_former_keys(cls, values: object) -> object:
+        if not isinstance(values, dict):
+            return values
+        given = cast("dict[str, object]", values)
+        return {key: value for key, value in given.items() if key not in FORMER_KEYS or value is not None}
 
     @property
     def work_id(self) -> str:

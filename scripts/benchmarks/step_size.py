@@ -190,7 +190,7 @@ class Bench:
             stop_step=trial.total_steps,
         )
         started = time.monotonic()
-        result = self._host.run(assignment)
+        result = self._host.run_trial(assignment)
         print(
             f"# {trial.trial_id}: {trial.total_steps} steps, {result.eval_loss}, {time.monotonic() - started:.1f} s", flush=True
         )

@@ -147,7 +147,7 @@ class Bench:
             rung=0,
             stop_step=trial.total_steps,
         )
-        result = self._host.run(assignment)
+        result = self._host.run_trial(assignment)
         assert result.state == "done", result.reason
         found = Evaluation.load(Path(result.checkpoint or assignment.folder) / "eval.npz")
         wrong = None if found.predictions is None else (found.predictions != self._held.labels).astype(float)

@@ -27,9 +27,8 @@ from orchestrator.anatomy import ModelAnatomy
 from orchestrator.data import TokenizedSet
 from orchestrator.train import TrainHost
 from orchestrator.train.engines.deepspeed_engine import load_deepspeed
-from orchestrator.train.model import objective
+from orchestrator.train.model import heads
 from orchestrator.train.trunk.build import TrunkBuilder
-from orchestrator.train.widths import kind_of_batch
 from orchestrator.work.assignment import Work
 from orchestrator.work.execution import BaseLoad, ExecutionPlan
 
@@ -44,7 +43,7 @@ def main(jobs_file: str, rank: str, world_size: str, meeting: str, out_file: str
     host: TrainHost | None = None
     load_deepspeed("cpu")  # before the group of a host that has no use for it
     for job in json.loads(Path(jobs_file).read_text()):
-        objective.LOGIT_CHUNK_BYTES = job["chunk_bytes"]
+        heads.LOGIT_CHUNK_BYTES = job["chunk_bytes"]
         host = TrainHost.create(
             BaseLoad.model_validate(job["base"]),
             ModelAnatomy.model_validate(job["anatomy"]),
@@ -57,7 +56,7 @@ def main(jobs_file: str, rank: str, world_size: str, meeting: str, out_file: str
             group = [WORK.validate_python(each) for each in values.get("group", [values])]
             keys, before = {each.trial.trial_id: f"{each.folder}#{each.rung}" for each in group}, sum(computed)
             if values.get("width"):
-                host._groups.widths[kind_of_batch(group[0])] = values["width"]
+                host.batch_sizes.limit(group[0], values["width"])
             for result in host.run_group(group):
                 results[keys[result.trial_id]] = result.model_dump(mode="json")
                 built[keys[result.trial_id]] = sum(computed) - before

@@ -53,9 +53,9 @@ def _hook() -> Callable[[], None]:
         if "MKL_NUM_THREADS" not in os.environ:
             return  # no rank
 
-        from orchestrator.train import groups
+        from orchestrator.train import fused_batch
 
-        groups.best_width = lambda base, group, *_: (len(group), "all share a batch")  # type: ignore[assignment]
+        fused_batch.measure_batch_size = lambda context, group: (len(group), "all share a batch")  # type: ignore[assignment]
 
     return install
 
@@ -68,7 +68,6 @@ def prepared(folder: Path, ranks: int) -> Prepared:
     with open_run(loaded, "sweep", folder / "runs", view) as run:
         made = prepare(loaded, "sweep", run, view, lambda: cluster)
     plan = made.plan
-    assert plan.search is not None
     search = plan.search.model_copy(update={"max_fused": MAX_FUSED, "rung_steps": (4, plan.total_steps)})
     execution = plan.execution.model_copy(update={"threads_per_rank": 1})
     return replace(made, plan=plan.model_copy(update={"search": search, "execution": execution}))
@@ -78,7 +77,6 @@ def prepared(folder: Path, ranks: int) -> Prepared:
 def test_what_shares_batches_has_the_losses_of_what_runs_alone(ray_that_shares: None, tmp_path: Path, ranks: int) -> None:
     counter = Counter(prepared(tmp_path, ranks), tmp_path / "trials")
     assert (counter.plan.execution.executor, counter.plan.execution.ranks) == ("torch", ranks)
-    assert counter.plan.search is not None
     rungs = counter.plan.search.rung_steps
     shared = [counter.trial("lora", rate, number) for number, rate in enumerate(RATES)]
     alone = [trial.model_copy(update={"trial_id": f"alone-{trial.number}"}) for trial in shared]

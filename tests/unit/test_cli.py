@@ -319,7 +319,7 @@ def test_a_bug_shows_its_traceback_once_and_exits_with_4(spec, monkeypatch):
 def test_an_interrupt_exits_with_130_and_one_line(spec):
     code = """
         import sys, time
-        from orchestrator import cli
+        from orchestrator.cli import commands as cli
         def wait(*_):
             print("ready", flush=True)
             time.sleep(60)

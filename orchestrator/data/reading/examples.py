@@ -15,10 +15,8 @@ from orchestrator.data.reading.hints import names_found
 from orchestrator.data.reading.layouts import Layout, Layouts
 from orchestrator.data.reading.row import BadRow, Row, RowError
 from orchestrator.spec.models import JobSpec, Task
+from orchestrator.spec.tasks import RETENTION_TASKS
 from orchestrator.units import quoted
-
-RETENTION_TASKS: tuple[Task, ...] = ("text", "completion", "chat")
-"""Ways to read a row of the retention set; the first one whose columns exist is used."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,7 @@ def measure_data(loaded: LoadedSpec) -> Measured:
     check_first_rows(loaded, sources)
     spec = with_found_splits(loaded.spec, sources)
     sizes = {name: _size_of(spec, name, sources) for name in sources}
-    labels = _count_classes(spec, sources) if spec.task == "classify" else None
+    labels = _count_classes(spec, sources) if spec.traits.has_labels else None
     classes = sort_classes(labels) if labels is not None else []
     estimate = estimate_data_size(
         sizes["train"].num_bytes,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, TaskType
@@ -30,8 +31,6 @@ from orchestrator.work.artifact import (
     DELTA,
     DELTA_FILE,
     PEFT_PREFIX,
-    SUFFIX_A,
-    SUFFIX_B,
     Artifact,
     read_artifact,
 )
@@ -141,8 +140,9 @@ def _own_bytes(tensor: torch.Tensor) -> torch.Tensor:
 def _peft_config(branch: Branch) -> LoraConfig:
     selection = branch.selection
     modules = sorted({name.rpartition(".")[0] for name in selection.trainable})
+    options: dict[str, Any] = dict(selection.adapter_kind.peft_options)
     return LoraConfig(
-        task_type=TaskType.SEQ_CLS if branch.base.load.task == "classify" else TaskType.CAUSAL_LM,
+        task_type=TaskType[branch.base.load.traits.head.peft_task],
         base_model_name_or_path=branch.base.load.folder,
         revision=branch.base.load.revision,
         inference_mode=True,
@@ -150,6 +150,7 @@ def _peft_config(branch: Branch) -> LoraConfig:
         lora_alpha=branch.lora_alpha,
         lora_dropout=0.0,
         bias="none",
+        **options,
         target_modules=sorted(name.rpartition(".")[0] for name in selection.adapted),
         modules_to_save=modules or None,
     )
@@ -225,22 +226,23 @@ def selection_of(base: LoadedBase, folder: Path) -> tuple[LayerSelection, int]:
         metadata = reader.metadata() or {}
     if metadata.get("base_config_sha256", anatomy.config_sha256) != anatomy.config_sha256:
         raise IntegrityError("the artifact belongs to another base", where=str(folder), expected=base.load.folder)
-    learns = {*artifact.low_rank, *artifact.whole}
-    pair = next(iter(artifact.low_rank.values()), None)
+    learns = {*artifact.adapters, *artifact.whole}
+    adapter = next(iter(artifact.adapters.values()), None)
     blocks = [number for number, block in enumerate(anatomy.blocks) if learns & set(block)]
     selection = LayerSelection(
         policy=metadata.get("policy", ""),
-        tune="lora" if artifact.low_rank else "full",
-        lora_rank=pair.a.shape[0] if pair else None,
+        tune="lora" if adapter else "full",
+        lora_rank=adapter.rank if adapter else None,
+        adapter=adapter.kind if adapter else "lora",
         trainable=tuple(artifact.whole),
-        adapted=tuple(artifact.low_rank),
+        adapted=tuple(artifact.adapters),
         frozen=tuple(name for name, _ in base.model.named_parameters() if name not in learns),
         cut=min(blocks, default=anatomy.num_blocks),
         unties_head=anatomy.tied and anatomy.head_weight in learns,
         new_classifier=anatomy.classifier_weight in learns,
         num_trainable_parameters=sum(info.num_elements for info in stored.values()),
     )
-    return selection, round(pair.scale * pair.a.shape[0]) if pair else 0
+    return selection, round(adapter.scale * adapter.rank) if adapter else 0
 
 
 def _read(folder: Path) -> Artifact:
@@ -253,7 +255,7 @@ def _read(folder: Path) -> Artifact:
 def _stored_tensors(artifact: Artifact) -> dict[str, TensorInfo]:
     """By the names that `Branch.learning_parameters` gives them; `TensorInfo.name` is the key in the file."""
     tensors = dict(artifact.whole)
-    for weight, pair in artifact.low_rank.items():
+    for weight, adapter in artifact.adapters.items():
         module = weight.rpartition(".")[0]
-        tensors |= {module + SUFFIX_A: pair.a, module + SUFFIX_B: pair.b}
+        tensors |= {module + suffix: info for suffix, info in adapter.tensors.items()}
     return tensors

@@ -15,7 +15,7 @@ from orchestrator.anatomy.values import LayerSelection
 from orchestrator.errors import BaseLostError, SelectionError, TrainingError
 from orchestrator.train.adapters.lora import AdapterSpec, LoraLinear, adapt, stable_name
 from orchestrator.train.model.base import LoadedBase, initial_value, new_parameter_names
-from orchestrator.work.artifact import SUFFIX_A, SUFFIX_B
+from orchestrator.train.model.heads import head_of
 
 
 class WeightKeeper(Protocol):
@@ -164,7 +164,8 @@ def learning_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def head_name(base: LoadedBase) -> str:
-    return base.anatomy.classifier_weight if base.load.task == "classify" else base.anatomy.head_weight
+    """Return the name of the weight of the head that the base's task trains with."""
+    return head_of(base.load.task).weight_name(base.anatomy)
 
 
 def parameter_named(model: nn.Module, name: str) -> nn.Parameter:
@@ -207,7 +208,7 @@ def _new_parameters(base: LoadedBase, selection: LayerSelection, seed: int, undo
     """Parameters that stand in for the base's own until the branch closes; their names."""
     model, names = base.model, set()
     learning = set(selection.trainable)
-    if base.load.task == "classify":
+    if base.load.traits.head.is_new:
         std = getattr(model.config, "initializer_range", 0.02)
         for name in new_parameter_names(model, base.anatomy):
             if name in learning:
@@ -267,7 +268,7 @@ def check_learning(selection: LayerSelection, learning: Sequence[tuple[str, nn.P
     """Law 1, both ways."""
     planned = set(selection.trainable)
     for name in selection.adapted:
-        planned |= {_module_of(name) + SUFFIX_A, _module_of(name) + SUFFIX_B}
+        planned |= {_module_of(name) + suffix for suffix in selection.adapter_kind.shapes((0, 0), 0)}
     actual = {name for name, _ in learning}
     if planned != actual:
         name = sorted(planned ^ actual)[0]

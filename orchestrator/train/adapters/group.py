@@ -8,7 +8,7 @@ from types import TracebackType
 
 from orchestrator.errors import SelectionError, TrainingError
 from orchestrator.train.adapters.branch import Branch, ModuleStates, check_learning, check_names, put_back
-from orchestrator.train.adapters.lora import AdapterSpec, adapt, live_a, live_b, stable_name
+from orchestrator.train.adapters.lora import AdapterSpec, adapt, own_parameters
 from orchestrator.train.model.base import LoadedBase
 
 
@@ -63,7 +63,6 @@ def open_group(base: LoadedBase, specs: Sequence[AdapterSpec]) -> BranchGroup:
 
 
 def _branch(base: LoadedBase, spec: AdapterSpec, trial: int) -> Branch:
-    own = (f".{live_a(trial)}", f".{live_b(trial)}")
-    learning = [(stable_name(name, trial), p) for name, p in base.model.named_parameters() if name.endswith(own)]
+    learning = own_parameters(base.model, trial)
     check_learning(spec.selection, learning)
     return Branch(base, spec.selection, spec.lora_alpha, learning, ExitStack())

@@ -1,4 +1,4 @@
-"""LoRA on a live model: adapters of one trial, or of several that are trained in one batch, beside each adapted weight.
+"""Adapters on a live model: those of one trial, or of several that are trained in one batch, beside each adapted weight.
 
 Shapes: T trials, N tokens of each.
 """
@@ -15,11 +15,18 @@ import torch
 from torch import nn
 
 from orchestrator.anatomy.values import LayerSelection
+from orchestrator.spec.adapters import ADAPTER_KINDS, AdapterName
+from orchestrator.train.adapters.kinds import LIVE_KINDS
 from orchestrator.train.model.base import LoadedBase, generator_for
-from orchestrator.work.artifact import SUFFIX_A, SUFFIX_B
 
 BASE_LAYER = "base_layer"
 """Where a LoraLinear keeps the layer that it stands for; names of frozen parameters leave it out."""
+LIVE_NAMES = {
+    suffix: suffix.removeprefix(".").removesuffix(".weight")
+    for kind in ADAPTER_KINDS.values()
+    for suffix in kind.shapes((0, 0), 0)
+}
+"""`.lora_A.weight` -> `lora_A`: the parameter of trial 0 is `lora_A_0`."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +39,10 @@ class AdapterSpec:
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer, and beside it the low-rank products of T trials (Hu et al. 2021).
+    """A frozen linear layer, and beside it the adapters of T trials.
 
-    The rows of the input are T equal parts, one a trial. The layer itself runs once for all of them, and the products of
-    neighbours of one lora_rank are stacked. Ranks are not filled up to each other with zeros: measured on a CPU in
+    The rows of the input are T equal parts, one a trial. The layer itself runs once for all of them, and the adapters of
+    neighbours of one kind and rank are stacked. Ranks are not filled up to each other with zeros: measured on a CPU in
     float32, that changes the last bits, and how many trials are stacked does not. The parameters are this module's own, for
     ZeRO-3 gathers those of the module that is called.
     """
@@ -43,18 +50,21 @@ class LoraLinear(nn.Module):
     def __init__(self, base_layer: nn.Module, name: str, specs: Sequence[AdapterSpec], base: LoadedBase) -> None:
         super().__init__()
         self.base_layer = base_layer
-        ranks = [spec.selection.lora_rank or 0 if f"{name}.weight" in spec.selection.adapted else 0 for spec in specs]
-        scales = [spec.lora_alpha / rank if rank else 0.0 for spec, rank in zip(specs, ranks, strict=True)]
         self.num_trials = len(specs)
-        self._stacks = _neighbours(list(zip(ranks, scales, strict=True)))
+        kinds = [_stacked_kind(spec) if f"{name}.weight" in spec.selection.adapted else None for spec in specs]
+        self._stacks = _neighbours(kinds)
         size: Any = base_layer
-        for trial, (spec, rank) in enumerate(zip(specs, ranks, strict=True)):
-            if not rank:
+        for trial, (spec, kind) in enumerate(zip(specs, kinds, strict=True)):
+            if kind is None:
                 continue
-            a = _initial_a(name, rank, size.in_features, spec.seed).to(device=base.device, dtype=base.dtype)
-            b = torch.zeros(size.out_features, rank, device=base.device, dtype=base.dtype)
-            self.register_parameter(live_a(trial), nn.Parameter(a))
-            self.register_parameter(live_b(trial), nn.Parameter(b))
+            values = LIVE_KINDS[kind.name].initial(
+                (size.out_features, size.in_features),
+                kind.rank,
+                lambda suffix, seed=spec.seed: generator_for(seed, f"{name}{suffix}"),
+            )
+            for suffix, value in values.items():
+                parameter = nn.Parameter(value.to(device=base.device, dtype=base.dtype))
+                self.register_parameter(live_name(suffix, trial), parameter)
 
     @property
     def weight(self) -> Any:
@@ -69,31 +79,45 @@ class LoraLinear(nn.Module):
         """[T * rows, tokens, in] -> [T * rows, tokens, out]"""
         out = self.base_layer(x)
         inputs, outputs = (states.reshape(self.num_trials, -1, states.shape[-1]) for states in (x, out))
-        parts = [self._product(stack, inputs[stack.trials], outputs[stack.trials]) for stack in self._stacks]
+        parts = [self._adapted(stack, inputs[stack.trials], outputs[stack.trials]) for stack in self._stacks]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(out.shape)
 
-    def _product(self, stack: Stack, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
-        """`outputs` [t, N, out] of the base and, of these t trials, what their adapters add to it."""
-        if not stack.lora_rank:
+    def _adapted(self, stack: Stack, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+        """`outputs` [t, N, out] of the base with the adapters of these t trials."""
+        if stack.kind is None:
             return outputs
         trials = range(stack.trials.start, stack.trials.stop)
-        a = torch.stack([getattr(self, live_a(trial)) for trial in trials])
-        b = torch.stack([getattr(self, live_b(trial)) for trial in trials])
-        return torch.baddbmm(outputs, torch.bmm(inputs, a.mT), b.mT, alpha=stack.scale)
+        tensors = {
+            suffix: torch.stack([getattr(self, live_name(suffix, trial)) for trial in trials])
+            for suffix in ADAPTER_KINDS[stack.kind.name].shapes((0, 0), 0)
+        }
+        return LIVE_KINDS[stack.kind.name].forward(inputs, outputs, tensors, stack.kind.scale)
 
 
-class Stack(NamedTuple):
-    """Neighbours whose products have one shape."""
+class StackedKind(NamedTuple):
+    """What adapters that are stacked have in common."""
 
-    trials: slice
-    lora_rank: int
+    name: AdapterName
+    rank: int
     scale: float
 
 
-def _neighbours(kinds: Sequence[tuple[int, float]]) -> list[Stack]:
-    """Runs of equal (lora_rank, scale)."""
+class Stack(NamedTuple):
+    """Neighbours whose adapters are stacked; without a kind, trials that do not adapt this weight."""
+
+    trials: slice
+    kind: StackedKind | None
+
+
+def _stacked_kind(spec: AdapterSpec) -> StackedKind:
+    rank = spec.selection.lora_rank or 0
+    return StackedKind(spec.selection.adapter, rank, spec.selection.adapter_kind.scale(spec.lora_alpha, rank))
+
+
+def _neighbours(kinds: Sequence[StackedKind | None]) -> list[Stack]:
+    """Runs of equal kinds."""
     borders = [index for index in range(len(kinds)) if index == 0 or kinds[index] != kinds[index - 1]]
-    return [Stack(slice(first, last), *kinds[first]) for first, last in pairwise([*borders, len(kinds)])]
+    return [Stack(slice(first, last), kinds[first]) for first, last in pairwise([*borders, len(kinds)])]
 
 
 def adapt(base: LoadedBase, specs: Sequence[AdapterSpec], undo: ExitStack) -> None:
@@ -108,23 +132,21 @@ def adapt(base: LoadedBase, specs: Sequence[AdapterSpec], undo: ExitStack) -> No
         setattr(parent, attribute, adapted)
 
 
-def live_a(trial: int) -> str:
-    return f"lora_A_{trial}"
+def live_name(suffix: str, trial: int) -> str:
+    """`.lora_A.weight` -> `lora_A_0`: a parameter's name within its LoraLinear."""
+    return f"{LIVE_NAMES[suffix]}_{trial}"
 
 
-def live_b(trial: int) -> str:
-    return f"lora_B_{trial}"
+def own_parameters(model: nn.Module, trial: int) -> list[tuple[str, nn.Parameter]]:
+    """One trial's adapters under their stable names, in the model's order."""
+    own = tuple(f".{live_name(suffix, trial)}" for suffix in LIVE_NAMES)
+    return [(stable_name(name, trial), parameter) for name, parameter in model.named_parameters() if name.endswith(own)]
 
 
 def stable_name(name: str, trial: int = 0) -> str:
     """A parameter's name without what adapting put in: `q_proj.lora_A_0` -> `q_proj.lora_A.weight`, as PEFT saves it."""
     name = name.replace(f".{BASE_LAYER}.", ".")
-    for live, suffix in ((live_a(trial), SUFFIX_A), (live_b(trial), SUFFIX_B)):
-        name = name.removesuffix(f".{live}") + suffix if name.endswith(f".{live}") else name
+    for suffix in LIVE_NAMES:
+        live = f".{live_name(suffix, trial)}"
+        name = name.removesuffix(live) + suffix if name.endswith(live) else name
     return name
-
-
-def _initial_a(name: str, rank: int, width: int, seed: int) -> torch.Tensor:
-    """uniform(-1/sqrt(in), 1/sqrt(in)) (kaiming with a = sqrt 5, as Hu et al. 2021 and PEFT do); B begins at zero."""
-    bound = width**-0.5
-    return torch.empty(rank, width).uniform_(-bound, bound, generator=generator_for(seed, f"{name}{SUFFIX_A}"))

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from orchestrator.plan.remedies import LearningGroup
+from orchestrator.spec.adapters import LORA_A, LORA_B
 from orchestrator.train.anchors import Anchor, SquaredGradients
 from orchestrator.train.engines.engine import ADAM_BETAS, ADAM_EPSILON, check_norm, register_engine
 from orchestrator.train.ranks import ALONE, Ranks
-from orchestrator.work.artifact import SUFFIX_A, SUFFIX_B
 
 
 class TorchEngine:
@@ -139,8 +139,8 @@ class TorchEngine:
         found: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         views = dict(zip(self._names, self._views(self._master), strict=True))
         for group, part in zip(self._groups, self._parts, strict=True):
-            names = [name for name in group.names if name.endswith(SUFFIX_A)]
-            found[id(part)] = [(views[name], views[name.removesuffix(SUFFIX_A) + SUFFIX_B]) for name in names]
+            names = [name for name in group.names if name.endswith(LORA_A)]
+            found[id(part)] = [(views[name], views[name.removesuffix(LORA_A) + LORA_B]) for name in names]
         return found
 
     @property

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.anatomy import ModelAnatomy, read_anatomy, select
-from orchestrator.anatomy.headers import read_header
+from orchestrator.anatomy.weights import read_header
 from orchestrator.errors import BaseError, SelectionError
 from orchestrator.plan.merge import LinkShard, MergePlan, WriteTensor, make_merge_plan
 from orchestrator.work.execution import BaseLoad
@@ -115,19 +115,19 @@ def test_an_adapter_changes_its_own_tensors_and_leaves_the_other_shard_linked(tm
     anatomy = base_of(tmp_path / "base")
     plan = make_merge_plan(anatomy, adapter_of(tmp_path / "rung", {Q: (8, 8), UP: (16, 8)}), load_of(anatomy))
     found = operations(plan)
-    assert {name for name, kind in found.items() if kind == "add_low_rank"} == {Q, UP}
+    assert {name for name, kind in found.items() if kind == "apply_adapter"} == {Q, UP}
     assert {name for name, kind in found.items() if kind == "link"} == {"model.embed_tokens.weight", *anatomy.blocks[0]}
     assert found.keys() == anatomy.tensors.keys()
     assert plan.merged_into == "original"
     assert plan.total_bytes == sum(info.num_bytes for info in anatomy.tensors.values())
-    assert written(plan, Q).operation.low_rank.scale == 1.5
+    assert written(plan, Q).operation.adapter.scale == 1.5
     assert MergePlan.model_validate_json(plan.model_dump_json()) == plan
 
 
 def test_rank_stabilised_lora_divides_by_the_root(tmp_path: Path):
     anatomy = base_of(tmp_path / "base")
     plan = make_merge_plan(anatomy, adapter_of(tmp_path / "rung", {Q: (8, 8)}, rank=4, use_rslora=True), load_of(anatomy))
-    assert written(plan, Q).operation.low_rank.scale == 1.5
+    assert written(plan, Q).operation.adapter.scale == 1.5
 
 
 def test_a_delta_on_nf4_dequantizes_what_stayed_quantized_and_nothing_else(tmp_path: Path):
@@ -146,11 +146,11 @@ def test_an_adapter_on_nf4_is_added_to_dequantized_weights(tmp_path: Path):
     artifact = adapter_of(tmp_path / "rung", {Q: (8, 8)})
     plan = make_merge_plan(anatomy, artifact, load_of(anatomy, "nf4"))
     assert written(plan, Q).operation.kind == "dequantize"
-    assert written(plan, Q).operation.low_rank is not None
-    assert written(plan, V).operation.low_rank is None
+    assert written(plan, Q).operation.adapter is not None
+    assert written(plan, V).operation.adapter is None
     original = make_merge_plan(anatomy, artifact, load_of(anatomy, "nf4"), merge_into="original")
     assert original.merged_into == "original"
-    assert operations(original)[Q] == "add_low_rank"
+    assert operations(original)[Q] == "apply_adapter"
     assert "dequantize" not in operations(original).values()
 
 
@@ -248,7 +248,7 @@ def test_half_a_pair_and_an_empty_folder_are_refused(tmp_path: Path):
         make_merge_plan(anatomy, tmp_path / "empty", load_of(anatomy))
     folder = adapter_of(tmp_path / "half", {Q: (8, 8)})
     write_tensors(folder / "adapter" / "adapter_model.safetensors", {"base_model.model.x.lora_A.weight": (2, 8)})
-    with pytest.raises(SelectionError, match="lora_A without a lora_B"):
+    with pytest.raises(SelectionError, match="has no lora_B"):
         make_merge_plan(anatomy, folder, load_of(anatomy))
 
 

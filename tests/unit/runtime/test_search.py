@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from ray.tune.schedulers import TrialScheduler
 
-from orchestrator.plan.schedule import pace, share_beyond
+from orchestrator.plan.schedule import asha_time, surviving_share
 from orchestrator.plan.values import RunPlan
 from orchestrator.run.ledger import TrialEntry
 from orchestrator.runtime.search import RecordedSearch, _scheduler
@@ -26,7 +26,6 @@ class Tuner:
     """Keeps `concurrent` trials open, as Tune does, and ends open trials in an order of its own."""
 
     def __init__(self, plan: RunPlan, recorded: list[TrialEntry], order: int) -> None:
-        assert plan.search is not None
         self.search = RecordedSearch(plan, SEED, recorded, in_batches=True)
         self.num_trials = plan.search.num_trials
         self.concurrent = plan.search.concurrent_trials
@@ -80,7 +79,6 @@ def test_what_stands_in_the_record_is_tried_again_as_it_stands(plan: RunPlan, wh
 
 
 def test_more_trials_leave_the_earlier_ones_alone(plan: RunPlan, whole: list[TrialEntry]) -> None:
-    assert plan.search is not None
     more = plan.model_copy(update={"search": plan.search.model_copy(update={"num_trials": plan.search.num_trials + 3})})
     extended = Tuner(more, whole, order=0).run()
     assert extended[: len(whole)] == whole
@@ -105,10 +103,9 @@ def test_a_proposal_keeps_away_from_those_that_still_run(plan: RunPlan) -> None:
 )
 def test_asha_stops_trials_where_the_plan_counts_on_it(plan: RunPlan, changed: dict[str, Any], compared: list[int]) -> None:
     """Ray's scheduler, on the plan's clock: of two trials that report at every rung the worse one would be stopped at these."""
-    assert plan.search is not None
     search = plan.search.model_copy(update=changed)
     rungs = range(len(search.rung_steps) - 1)
-    assert [rung for rung in rungs if share_beyond(search, rung + 1) < share_beyond(search, rung)] == compared
+    assert [rung for rung in rungs if surviving_share(search, rung + 1) < surviving_share(search, rung)] == compared
     scheduler = _scheduler(plan.model_copy(update={"search": search}))
     stopped_at: list[int] = []
     if compared:
@@ -118,7 +115,7 @@ def test_asha_stops_trials_where_the_plan_counts_on_it(plan: RunPlan, changed: d
         scheduler.on_trial_add(None, trial)  # type: ignore[arg-type]
     for rung in rungs:
         answers = [
-            scheduler.on_trial_result(None, trials[name], {"score": score, "pace": pace(search, rung)})  # type: ignore[arg-type]
+            scheduler.on_trial_result(None, trials[name], {"score": score, "pace": asha_time(search, rung)})  # type: ignore[arg-type]
             for name, score in (("good", 1.0), ("bad", 2.0))
         ]
         stopped_at += [rung] * (answers == [TrialScheduler.CONTINUE, TrialScheduler.STOP])

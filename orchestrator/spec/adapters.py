@@ -1,0 +1,48 @@
+"""Adapter kinds as facts: what each puts beside a frozen weight. `train.adapters.kinds` holds their arithmetic.
+
+To add a kind: its name in `AdapterName`, a class and its row here, and its arithmetic there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from typing import ClassVar, Literal
+
+AdapterName = Literal["lora"]
+Shape = tuple[int, ...]
+LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+
+
+class AdapterKind:
+    """LoRA, W + scale * B @ A (Hu et al. 2021), and the base class of the other kinds. W is [out, in], r the rank.
+
+    Tensors are named by what PEFT appends to the adapted module's name when it saves them.
+    """
+
+    name: ClassVar[AdapterName] = "lora"
+    peft_options: ClassVar[Mapping[str, bool]] = {}
+    """The options of PEFT's `LoraConfig` that make an adapter one of this kind."""
+    adds_product: ClassVar[bool] = True
+    """Whether scale * B @ A is all that changes in the weight, so that the anchor `product` measures that change."""
+
+    def scale(self, alpha: float, rank: int) -> float:
+        return alpha / rank
+
+    def shapes(self, weight: Shape, rank: int) -> dict[str, Shape]:
+        """The tensors that learn, in the order in which the model lists them."""
+        return {LORA_A: (rank, weight[1]), LORA_B: (weight[0], rank)}
+
+    def num_elements(self, weight: Shape, rank: int) -> int:
+        return sum(prod(shape) for shape in self.shapes(weight, rank).values())
+
+    def multiplied_elements(self, weight: Shape, rank: int) -> int:
+        """Elements that each token is multiplied with."""
+        return rank * (weight[0] + weight[1])
+
+    def kept_elements(self, weight: Shape, rank: int) -> int:
+        """Numbers that the forward pass keeps for the backward pass, per token, beside the input of the layer."""
+        return rank
+
+
+ADAPTER_KINDS: dict[AdapterName, AdapterKind] = {kind.name: kind for kind in (AdapterKind(),)}
