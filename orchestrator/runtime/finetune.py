@@ -53,7 +53,7 @@ def run_finetune(loaded: LoadedSpec, *, view: RunView, address: str | None = Non
 
 
 def _train(prepared: Prepared, view: RunView, started_at: float) -> SweepResult:
-    """The untouched base's scores and the trial, by one worker group."""
+    """Score the base model and train the trial, in one worker group."""
     plan, seed = prepared.finetune_plan, prepared.spec.train.seed
     none, nothing = none_control(plan, prepared.anatomy, seed)
     trial = make_trial(plan, plan.finetune, plan.finetune.learning_rate_low, 0, seed)

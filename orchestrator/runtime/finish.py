@@ -1,4 +1,4 @@
-"""From the promoted trial to the bundle and the verdict: refit, merge, verify, the test set, the card."""
+"""Turn the promoted trial into the bundle and the verdict: refit, merge, verify, score on the test set, write the card."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Controls:
     artifacts: dict[str, str]
     """Checkpoint by control."""
     left_out: tuple[str, ...] = ()
-    """For each requested control that is missing, the reason."""
+    """Return the reason for each requested control that is missing."""
     failed_seeds: int = 0
     """Number of other seeds from which the same training failed."""
 

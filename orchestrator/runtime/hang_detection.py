@@ -1,7 +1,7 @@
-"""When a process that does not end is given up: it is stopped, or it has made no progress for too long.
+"""Detect processes that hang: those that are stopped, and those that have made no progress for too long.
 
-What is too long comes from the process's own history: a multiple of the longest time that a part of the same phase has
-taken. Where there is no history yet (loading, compiling, a first step), a bound of minutes holds.
+The limit comes from the process's own history: a multiple of the longest time that a part of the same phase has taken. Without
+a history (loading, compiling, a first step) it is minutes, since these can legitimately take that long.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from orchestrator.train.heartbeat import Heartbeat
 from orchestrator.values import Value
 
 POLL_S = 1.0
-"""How often whoever looks after processes asks them."""
+"""Seconds between two polls of the supervised processes."""
 
 
 class HangTimeouts(Value):
-    """How long a process may go without progress, seconds."""
+    """Limits on the time that a process may go without progress, in seconds."""
 
     silent_s: float = 20.0
-    """Without any answer, before its node is asked whether it is stopped."""
+    """Time without any answer before its node is asked whether it is stopped."""
     steady_s: float = 60.0
-    """In a phase of many like parts, at least."""
+    """Lower bound on the limit in a phase of many similar parts."""
     opening_s: float = 600.0
-    """Where nothing is known yet of how long a part takes."""
+    """Limit while there is no history of how long a part takes."""
     factor: float = 10.0
-    """A part may take so many times as long as the longest before it."""
+    """Ratio of the limit to the longest part so far."""
     load_bytes_per_s: float = 20e6
-    """A base is read at least so fast, also over a slow network."""
+    """Lowest plausible reading speed of a base, also over a slow network."""
 
     @staticmethod
     def from_environment() -> HangTimeouts:
-        """The defaults, scaled by ORCHESTRATOR_PATIENCE: 3 waits three times as long, for slow storage or a debugger.
+        """Return the defaults scaled by ORCHESTRATOR_PATIENCE: 3 waits three times as long, for slow storage or a debugger.
 
         Raises:
-            UsageError: it is no positive number.
+            UsageError: it is not a positive number.
         """
         given = os.environ.get("ORCHESTRATOR_PATIENCE", "1")
         try:
@@ -52,19 +52,19 @@ class HangTimeouts(Value):
         return HangTimeouts(silent_s=scale * known.silent_s, steady_s=scale * known.steady_s, opening_s=scale * known.opening_s)
 
     def for_base(self, num_bytes: int) -> HangTimeouts:
-        """For processes that load a base of so many bytes."""
+        """Return the limits for processes that load a base of `num_bytes`."""
         return self.model_copy(update={"opening_s": self.opening_s + num_bytes / self.load_bytes_per_s})
 
 
 class ProcessId(NamedTuple):
-    """A process, and where it runs. Plain values, for it is sent."""
+    """The identity of a process and its node. Plain values, since it is sent between processes."""
 
     rank: int
     host: str
     node_id: str
     pid: int
     started_at: int
-    """As its kernel counts: with the pid it names one process for good."""
+    """Start time in the kernel's clock ticks: with the pid it identifies one process, even if the pid is reused."""
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host} (pid {self.pid})"
@@ -75,30 +75,30 @@ class _Watched:
     process: ProcessId
     heartbeat: Heartbeat
     moved_at: float
-    """When its heartbeat was last seen to move."""
+    """Time at which its heartbeat last advanced."""
     answered_at: float
 
 
 @dataclass
 class HangDetector:
-    """Follows the heartbeats of some processes and says which of them hang.
+    """Follows the heartbeats of some processes and reports which of them hang.
 
-    One that looks seldom, since it was stopped itself (a suspended job, a sleeping machine), blames nobody for that time.
+    Time in which the detector itself did not run (a suspended job, a sleeping machine) does not count against the processes.
 
     Args:
-        timeouts: How long is too long.
-        clock: Seconds that only go forward.
+        timeouts: The limits.
+        clock: A monotonic clock, in seconds.
     """
 
     timeouts: HangTimeouts
     clock: Callable[[], float] = time.monotonic
     _watched: dict[int, _Watched] = field(default_factory=dict)
     _history: dict[str, float] = field(default_factory=dict)
-    """By phase, the longest part of processes before these."""
+    """Longest part seen by phase, also of processes that are gone."""
     _looked_at: float | None = None
 
     def record(self, process: ProcessId, heartbeat: Heartbeat) -> None:
-        """A process has answered."""
+        """Record the heartbeat that a process has answered with."""
         now, known = self.clock(), self._watched.get(process.rank)
         if known is None or known.process != process:
             self._watched[process.rank] = _Watched(process, heartbeat, now, now)
@@ -110,12 +110,12 @@ class HangDetector:
         self._history[heartbeat.phase] = max(heartbeat.longest_s, self._history.get(heartbeat.phase, 0.0))
 
     def forget(self, processes: Iterable[ProcessId] | None = None) -> None:
-        """These processes are gone, or all; what was learned stays."""
+        """Forget these processes, or all; the history of their phases stays."""
         gone = None if processes is None else set(processes)
         self._watched = {} if gone is None else {r: each for r, each in self._watched.items() if each.process not in gone}
 
     def tick(self) -> None:
-        """To be called every POLL_S: time in which nobody looked does not count."""
+        """Discount the time since the last call beyond ten polls; to be called every POLL_S."""
         now = self.clock()
         missed = 0.0 if self._looked_at is None else now - self._looked_at - 10 * POLL_S
         if missed > 0:
@@ -125,15 +125,15 @@ class HangDetector:
         self._looked_at = now
 
     def silent(self) -> list[ProcessId]:
-        """Those that have not answered for long: they may be stopped."""
+        """Return the processes that have not answered for a while: they may be stopped."""
         now = self.clock()
         return [each.process for each in self._watched.values() if now - each.answered_at > self.timeouts.silent_s]
 
     def stopped(self, states: Mapping[ProcessId, str]) -> dict[ProcessId, str]:
-        """Of those that are silent, which are stopped, and what to say of each.
+        """Return the silent processes that are stopped, each with a message.
 
         Args:
-            states: As `processes.states_of` gives them.
+            states: Kernel states by process; see `processes.states_of`.
         """
         now, found = self.clock(), dict[ProcessId, str]()
         for each in self._watched.values():
@@ -145,7 +145,7 @@ class HangDetector:
         return found
 
     def hung(self) -> dict[ProcessId, str]:
-        """Those that have made no progress for too long, and what to say of each; those that idle are not meant to."""
+        """Return the processes that made no progress for too long, each with a message; idle ones are not expected to."""
         now, found = self.clock(), dict[ProcessId, str]()
         for each in self._watched.values():
             still, bound = now - each.moved_at, self._bound(each.heartbeat)

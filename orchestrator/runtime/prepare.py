@@ -1,4 +1,4 @@
-"""From a spec to a plan: everything that is decided before anything runs."""
+"""Prepare a run from its spec: everything that is decided before anything runs."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ class Prepared:
 
     @property
     def sweep_plan(self) -> SweepPlan:
-        """The plan of a sweep."""
+        """Return the plan of a sweep."""
         assert isinstance(self.plan, SweepPlan)
         return self.plan
 
     @property
     def finetune_plan(self) -> FinetunePlan:
-        """The plan of the one-trial job."""
+        """Return the plan of the one-trial job."""
         assert isinstance(self.plan, FinetunePlan)
         return self.plan
 
@@ -182,7 +182,7 @@ class Tokenised(NamedTuple):
 
     summary: DataSummary
     folder: Path
-    """Where `prepare_data` wrote the sets."""
+    """Folder in which `prepare_data` wrote the sets."""
     known: RunPlan | None = None
 
 

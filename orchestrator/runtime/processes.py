@@ -1,6 +1,6 @@
-"""Processes of a run, seen and ended on the nodes where they are.
+"""Inspect and end processes of a run on their own nodes.
 
-A process that is stopped answers no call, so that Ray cannot end it either: its node's kernel can.
+A stopped process (SIGSTOP, a debugger) answers no call, so that Ray cannot end it either; the kernel of its node can.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from orchestrator.runtime.hang_detection import ProcessId
 
 NODE_S = 20.0
-"""How long a node may take to answer."""
+"""Seconds that a node may take to answer."""
 
 
 def own_process(rank: int = 0) -> ProcessId:
-    """Of the process that calls."""
+    """Return the identity of the calling process."""
     host, pid = socket.gethostname(), os.getpid()
     return ProcessId(rank, host, ray.get_runtime_context().get_node_id(), pid, stat_of(pid)[1])
 
 
 def states_of(processes: Iterable[ProcessId]) -> dict[ProcessId, str]:
-    """The kernel's letter for each (`T`: stopped; empty: gone); those whose node does not answer are left out."""
+    """Return each one's state letter (`T`: stopped; empty: gone), without those whose node does not answer."""
     return dict(_asked(_states, processes))
 
 
 def end_processes(processes: Iterable[ProcessId]) -> None:
-    """SIGKILL, which ends a stopped process too. What is gone already, or whose node does not answer, is left."""
+    """Send SIGKILL, which ends a stopped process too; skip those that are gone or whose node does not answer."""
     _asked(_end, processes)
 
 
 def _asked(what: Any, processes: Iterable[ProcessId]) -> list[tuple[ProcessId, str]]:
-    """What a function says about processes, each called on its node."""
+    """Call a function about the processes of each node on that node, and return its answers."""
     by_node: dict[str, list[ProcessId]] = defaultdict(list)
     for process in processes:
         by_node[process.node_id].append(process)
@@ -72,13 +72,13 @@ def _end(processes: Sequence[ProcessId]) -> list[str]:
 
 
 def _state(process: ProcessId) -> str:
-    """Empty where the process is gone, also where another has its pid."""
+    """Return the state letter; empty if the process is gone, also if another process has its pid now."""
     state, started_at = stat_of(process.pid)
     return state if started_at == process.started_at and state != "Z" else ""
 
 
 def stat_of(pid: int) -> tuple[str, int]:
-    """State and start time by /proc/PID/stat (proc(5): fields 3 and 22, counted behind the name in parentheses)."""
+    """Return state and start time from /proc/PID/stat (proc(5): fields 3 and 22, counted after the name in parentheses)."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -64,7 +64,7 @@ def run_sweep(loaded: LoadedSpec, *, view: RunView, address: str | None = None, 
 
 
 def _finished(run: RunDirectory, loaded: LoadedSpec) -> RunOutcome | None:
-    """The outcome, where this very sweep has come to its end, and neither more trials nor more hours are given."""
+    """Return the outcome if this sweep is finished and neither more trials nor more hours are requested."""
     assert loaded.spec.search is not None
     outcome = read_outcome(run.path)
     if outcome is None:
@@ -151,7 +151,7 @@ def _emit(prepared: Prepared, view: RunView, kind: str, message: str) -> None:
 
 @contextmanager
 def _exchange(prepared: Prepared) -> Iterator[Any]:
-    """The exchange actor with its gangs, on the driver's own node; closed in order whatever happens."""
+    """Start the exchange actor with its gangs on the driver's own node; close them in order whatever happens."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     orders = Orders(

@@ -1,4 +1,4 @@
-"""How many trials share a batch: measured on the machine, since what is fastest there cannot be known beforehand."""
+"""Choose how many trials share a batch, by measuring: the fastest number on a machine is not known beforehand."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def kind_of_batch(work: TrainRung) -> BatchKind:
 
 
 class FusedBatchSizes:
-    """How many trials share a batch on this host, by kind of batch. Every rank comes to the same numbers."""
+    """The measured fused batch sizes of this host, by kind of batch. Every rank computes the same numbers."""
 
     def __init__(self, context: HostContext) -> None:
         self._context = context
         self._sizes: dict[BatchKind, int] = {}
         self._tried: dict[BatchKind, int] = {}
-        """How many trials the largest group had for which the size was measured."""
+        """Size of the largest group for which the fused batch size was measured, by kind of batch."""
 
     def choose(self, group: Sequence[TrainRung], note: Callable[[str], None]) -> int:
         """Return how many of the group share the next batch.

@@ -43,7 +43,7 @@ class TrainHost:
         self.context = HostContext.create(base, base_fingerprint(base.model), execution, ranks)
         self.batch_sizes = FusedBatchSizes(self.context)
         self._ordinal = 0
-        """How many pieces of work were run before."""
+        """Number of pieces of work that were run before."""
         self._news: list[str] = []
         """Notes for the next result."""
         gc.collect()
@@ -80,7 +80,7 @@ class TrainHost:
 
     @property
     def ranks(self) -> Ranks:
-        """This process among the others."""
+        """Return the ranks of this process's gang."""
         return self.context.ranks
 
     def run(self, work: Work, on_step: OnStep = None, on_relief: OnRelief | None = None) -> WorkResult:

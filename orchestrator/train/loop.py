@@ -24,7 +24,7 @@ from orchestrator.work.trial import TrialSpec
 
 @dataclass(frozen=True)
 class LoopState:
-    """How far a trial is trained: steps, training tokens, the loss of the last step."""
+    """The training progress of a trial: steps, training tokens, the loss of the last step."""
 
     step: int = 0
     tokens: int = 0
@@ -73,10 +73,10 @@ class LoopTrial:
 
 
 class Rounds(Protocol):
-    """How a step is computed: forward and backward passes over this rank's micro-batches."""
+    """The computation of a step: forward and backward passes over this rank's micro-batches."""
 
     communicates: bool
-    """Whether the rounds contain collectives, so that a rank that fails in one leaves the others waiting."""
+    """True if the rounds contain collectives, so that a rank that fails in one leaves the others waiting."""
 
     def accumulate(self, step: StepInput, supervised: int) -> torch.Tensor:
         """Compute the gradients of the losses over `supervised` tokens and leave them with the engines.
@@ -237,7 +237,7 @@ def step_learning_rate(tokens_before: int, step_tokens: int, *, total_tokens: in
 
 
 WARM_UP_STEPS = 2
-"""In the first steps of an engine kernels are chosen, caches filled and buffers allocated."""
+"""Steps of a new engine that are not timed: kernels are chosen, caches filled and buffers allocated in them."""
 
 
 class SteadySpeed:
