@@ -81,7 +81,8 @@ def shuffled_control(winner: TrialSpec) -> TrialSpec:
 def scratch_control(plan: RunPlan, anatomy: ModelAnatomy, spec: JobSpec, winner: TrialSpec) -> tuple[TrialSpec, LayerSelection]:
     """Return the control with random weights, all trainable, on the winner's documents for as many steps.
 
-    It uses the highest rate that the search tries for full fine-tuning: a new model takes a higher one than a trained one."""
+    It uses the highest rate that the search tries for full fine-tuning: a new model takes a higher one than a trained one.
+    """
     selection = select_everything(anatomy, task=plan.base.task, num_classes=plan.base.num_classes)
     _, high = learning_rate_range(spec.search or SearchSpec(), "full")
     trial = _control(plan, "scratch", selection, high, winner.seed)
@@ -140,7 +141,8 @@ def curve_trial_id(share: float, winner_id: str) -> str:
 def follow_up_id(name: str, winner_id: str) -> str:
     """Return the id of a control that is trained once the winner is known.
 
-    It names the winner, since an extended sweep may have another one."""
+    It names the winner, since an extended sweep may have another one.
+    """
     return f"{name}-{winner_id}"
 
 

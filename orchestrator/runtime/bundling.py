@@ -135,7 +135,8 @@ def _comparisons(
 ) -> dict[Control, Comparison]:
     """Compare the bundle with every other scored model, document by document.
 
-    If that model was trained too, the interval is as wide as the difference between two seeds."""
+    If that model was trained too, the interval is as wide as the difference between two seeds.
+    """
     by_answer, unit = _judged_by(inputs, metric)
     labels = load_known(inputs.test_set).labels
     own, weights = _losses(scores, PROMOTED, labels, by_answer)

@@ -181,6 +181,7 @@ def _bundle(prepared: Prepared, inputs: BundleInputs) -> TransferReport:
     task = remote.options(
         num_cpus=resources["CPU"],
         num_gpus=resources.get("GPU", 0),
+        # `run_task` restarts the task itself, and reports why; Ray would do it silently.
         max_retries=0,
         runtime_env={"env_vars": worker_env(execution)},
     )

@@ -48,6 +48,8 @@ class GangDiedError(TrainingError):
         self.out_of_memory = out_of_memory
 
 
+# Never restarted alone: the other ranks would wait in a collective for a rank without a base. The whole gang is replaced. The
+# groups are threads of their own, in which heartbeats and `settle` are answered while `run` computes.
 @ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={BESIDE: 1, WATCH: 1})  # type: ignore[call-overload]
 class RankActor:
     """One process of a gang. Every rank receives the same calls in the same order."""
@@ -59,6 +61,7 @@ class RankActor:
     def hello(self) -> tuple[ProcessId, tuple[str, int]]:
         """Return this process and its rendezvous: the node's address and a port that is free now."""
         with socket.socket() as probe:
+            # The kernel picks the port. It may be taken before rank 0 listens on it; then the start fails and is tried again.
             probe.bind(("", 0))
             return own_process(self._rank), (ray.util.get_node_ip_address(), probe.getsockname()[1])
 
@@ -112,6 +115,7 @@ class Gang:
         self._anatomy = anatomy
         self._execution = execution
         self._meter = meter
+        # Two bytes a parameter: what a rank reads of a 16-bit base at least.
         self._timeouts = (timeouts or HangTimeouts()).for_base(2 * anatomy.num_parameters())
         self._detector = HangDetector(self._timeouts)
         self._processes: tuple[ProcessId, ...] = ()
@@ -133,6 +137,7 @@ class Gang:
         bundles = [rank_resources(execution) for _ in range(execution.ranks)]
         self._placement = placement_group(bundles, strategy=placement_strategy(execution))
         await asyncio.wait_for(_ready(self._placement), START_TIMEOUT_S)
+        # From here on the GPUs are taken from others, so the hours count, loading included.
         self._meter.hold(self.index, execution.ranks)
         self.starting = "loading the base model"
         resources = rank_resources(execution)
@@ -175,6 +180,7 @@ class Gang:
             raise GangDiedError(f"gang {self.index} is gone")
         bound = self._timeouts.opening_s
         try:
+            # Rank 0 alone writes checkpoints in the background; what all ranks write together is written when `run` returns.
             await asyncio.wait_for(self._all([self._ranks[0].settle.remote()]), bound)
         except TimeoutError:
             await asyncio.to_thread(end_processes, self._processes)
@@ -198,6 +204,7 @@ class Gang:
         """End in order: every rank leaves its process group first."""
         if self._ranks:
             calls = [asyncio.ensure_future(_settled(rank.close.remote())) for rank in self._ranks]
+            # A clean end took 0.2 to 3.6 s when measured; a rank that needs longer is stuck.
             _, pending = await asyncio.wait(calls, timeout=5)
             if pending:
                 await asyncio.to_thread(end_processes, self._processes)
@@ -230,7 +237,8 @@ class Gang:
     async def _until_one_hangs(self) -> None:
         """Wait until a rank hangs; keep its description and end all processes of the gang.
 
-        They are killed on their nodes: a stopped process answers no call of Ray's."""
+        They are killed on their nodes: a stopped process answers no call of Ray's.
+        """
         asked: dict[ProcessId, asyncio.Future] = {}
         looked_at: dict[ProcessId, float] = {}
         while True:
@@ -247,6 +255,7 @@ class Gang:
             silent = [
                 process for process in self._detector.silent() if time.monotonic() - looked_at.get(process, 0.0) > LOOK_AGAIN_S
             ]
+            # Asking a node blocks for up to NODE_S, hence the thread, and only every few seconds.
             if silent:
                 said = self._detector.stopped(await asyncio.to_thread(states_of, silent)) or said
                 looked_at |= dict.fromkeys(silent, time.monotonic())

@@ -117,6 +117,7 @@ class HangDetector:
     def tick(self) -> None:
         """Discount the time since the last call beyond ten polls; to be called every POLL_S."""
         now = self.clock()
+        # Ten polls of tolerance, since asking the nodes delays a tick without anything being wrong.
         missed = 0.0 if self._looked_at is None else now - self._looked_at - 10 * POLL_S
         if missed > 0:
             for each in self._watched.values():
@@ -137,6 +138,7 @@ class HangDetector:
         """
         now, found = self.clock(), dict[ProcessId, str]()
         for each in self._watched.values():
+            # `t`: stopped by a tracer, a debugger. A process that merely computes, or waits for a disk, is R, S or D.
             if states.get(each.process) in ("T", "t"):
                 found[each.process] = (
                     f"{each.process} is stopped (SIGSTOP, or a debugger): no answer for {now - each.answered_at:.0f} s "
@@ -157,6 +159,7 @@ class HangDetector:
         return found
 
     def _bound(self, heartbeat: Heartbeat) -> float:
+        # A process that replaces another one is judged by its predecessor's history too.
         longest = max(heartbeat.longest_s if heartbeat.is_steady else 0.0, self._history.get(heartbeat.phase, 0.0))
         floor = self.timeouts.steady_s if longest and heartbeat.is_steady else self.timeouts.opening_s
         return max(floor, self.timeouts.factor * longest)

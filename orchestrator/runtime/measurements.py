@@ -304,7 +304,8 @@ class TargetShift(Step[DomainShift]):
     """Measures the distance between the target and the retention set, which orders the first proposals.
 
     Without a retention set there is no measurement: a small number of examples still orders the proposals, a larger one changes
-    nothing."""
+    nothing.
+    """
 
     @property
     def file(self) -> Path:

@@ -111,15 +111,18 @@ class Guard:
         """End this process and those it has started, before Ray does: no call to Ray would return any more."""
         error = TrainingError(what, where=str(self._folder), remedy=GO_ON)
         self._record("ray_died", what)
+        # By pid and start time: a pid alone may name another process by now.
         for pid, started_at in self._known:
             if stat_of(pid)[1] == started_at:
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
         with contextlib.suppress(OSError, ValueError):  # the reader may be gone
             sys.stdout.flush()
+        # A progress display hides the cursor, and nothing will run that shows it again.
         show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
         with contextlib.suppress(OSError):
             os.write(2, f"{show_cursor}\nerror: {error}\n".encode())
+        # `sys.exit` would end this thread only, and Ray's exit handlers would wait for the parts that are gone.
         os._exit(MACHINERY)
 
 

@@ -29,6 +29,7 @@ from orchestrator.work.trial import TrialSpec
 MAX_RESTARTS = 1
 """Restarts by Tune of a thin trial that failed by itself: its finished rungs are answered from the ledger. If the exchange is
 gone, each restart wastes seconds."""
+# Tune refuses trials without resources. Every node has 1.0 of a resource of its own address, so this allows 10,000 of them.
 SHARE_OF_NODE = 1e-4
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
 """Environment variables that `ray.tune.execution.class_cache` passes on."""
@@ -147,6 +148,7 @@ def run_search(plan: SweepPlan, exchange: Any, recorded: list[TrialEntry], folde
         folder: Where Tune keeps its own experiment.
     """
     search = plan.search
+    # Tune's newer output writes tables to the terminal beside the run's own progress.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     # Tune's own handler makes an interrupted search look finished.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
@@ -163,12 +165,15 @@ def run_search(plan: SweepPlan, exchange: Any, recorded: list[TrialEntry], folde
             ),
             scheduler=_scheduler(plan),
             max_concurrent_trials=search.concurrent_trials,
+            # Starting a process for each of 16 trials took 33 s on two cores, and reusing four of them 7 s.
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(
             name="search",
             storage_path=str(folder),
             verbose=0,
+            # A trial that ASHA stops is not told: the callback follows its last report by milliseconds, and frees the gang's
+            # place.
             callbacks=[EndOfTrial(exchange, _last_pace(plan))],
             failure_config=tune.FailureConfig(max_failures=MAX_RESTARTS),
         ),

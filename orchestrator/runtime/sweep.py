@@ -168,6 +168,7 @@ def _exchange(prepared: Prepared) -> Iterator[Any]:
     )
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor: Any = ray.remote(Exchange)
+    # Every trial waits in a call of its own, and the watcher and the driver call beside them: none must queue behind another.
     exchange = actor.options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here).remote(orders)
     try:
         fetch(exchange.open.remote())

@@ -102,6 +102,7 @@ class EngineRounds:
         loss_sum = torch.zeros((), dtype=torch.float64)
         for batch in step.micro_batches:
             loss = self._engine.loss({name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()})
+            # In float64, so that the rounding of many rounds does not show in the reported loss.
             loss_sum += loss.detach().double().cpu()
             self._engine.backward(loss, 1.0 / supervised)
         return loss_sum.reshape(1)
@@ -157,6 +158,7 @@ def train_steps(trials: Sequence[LoopTrial], rounds: Rounds, steps: Iterator[Ste
     """
     started = time.perf_counter()
     for step in steps:
+        # The denominator of the loss comes before the forward passes, since every round's gradient is scaled by it.
         tokens, supervised = (int(count) for count in ranks.sum([step.num_tokens, step.num_supervised]))
         losses = _losses(rounds, step, supervised, ranks, len(trials))
         # Every trial is updated before one is reported: a report may write a checkpoint, which is not training time.
@@ -205,6 +207,7 @@ def _losses(rounds: Rounds, step: StepInput, supervised: int, ranks: Ranks, num_
         if not is_out_of_memory(error) or (ranks.count > 1 and rounds.communicates):
             raise
         out_of_memory = error
+    # One collective for losses and for the news of a failure: no rank can leave the step alone.
     *totals, num_out = ranks.sum([*sums, float(out_of_memory is not None)])
     if num_out:
         raise OutOfMemoryError(

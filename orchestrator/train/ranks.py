@@ -38,6 +38,7 @@ class Ranks:
         if self.count == 1:
             return [float(number) for number in numbers]
         own = torch.tensor(list(numbers), dtype=torch.float64, device=self.device)
+        # Gathered and not reduced: the order of a reduction depends on the backend and on the length of the tensor.
         parts = [torch.empty_like(own) for _ in range(self.count)]
         dist.all_gather(parts, own)
         return [sum(column) for column in zip(*(part.tolist() for part in parts), strict=True)]
@@ -52,6 +53,7 @@ class Ranks:
         if self.count == 1:
             return value
         holder = [value]
+        # NCCL sends tensors of its own device only.
         dist.broadcast_object_list(holder, src=0, device=self.device)
         return holder[0]
 
@@ -87,7 +89,9 @@ def join_gang(execution: ExecutionPlan, rank: int, world_size: int, init_method:
     if execution.ranks != world_size:
         raise TrainingError(f"the plan has {execution.ranks} ranks and the gang {world_size}")
     torch.set_num_threads(execution.threads_per_rank)
+    # Only a warning where an operation has no deterministic form: such a base still trains.
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # Deterministic mode would fill every new tensor with NaN, which takes time and which nothing here reads.
     import_module("torch.utils.deterministic").fill_uninitialized_memory = False  # type: ignore[attr-defined]
     device = _device(execution)
     if world_size > 1 or execution.executor == "deepspeed":
@@ -112,6 +116,7 @@ def _device(execution: ExecutionPlan) -> torch.device:
     if not torch.cuda.is_available():
         raise TrainingError("the plan trains on GPUs and this process sees none")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic matrix products need
+    # An actor sees only its own GPU; a worker of Ray Train may see all GPUs of its node.
     index = int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.device_count() > 1 else 0
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
@@ -128,6 +133,7 @@ def _join(execution: ExecutionPlan, rank: int, world_size: int, init_method: str
         "MASTER_PORT": str(place.port or 29500),
     }
     for name, value in defaults.items():
+        # Ray Train has set these in its workers; a gang's actors have only what is set here.
         os.environ.setdefault(name, value)
     if not dist.is_initialized():
         dist.init_process_group(execution.backend, init_method=init_method, rank=rank, world_size=world_size)

@@ -86,6 +86,7 @@ class Saver:
         if rung:
             self._forget_trial(final.parent)
         fits = self._make_room(snapshot.num_bytes, growth_bytes, num_gangs)
+        # As if alone: a collective from this thread would meet those of the training on the other ranks.
         done = self._thread.submit(_write, final, snapshot, replace(ranks, count=1))
         self._writes = [*self._writes, _Write(final, snapshot.num_bytes, done)]
         if not fits:
@@ -96,6 +97,7 @@ class Saver:
 
     def find(self, folder: Path, *, seed: int, layout: str) -> StartPoint | None:
         """Return the cached state of a rung; None if it has to be read from disk."""
+        # Taken out and put back at the end: the dictionary's order is that of the last use.
         found = self._remembered.pop(folder, None)
         if found is None:
             return None

@@ -116,6 +116,7 @@ def register_engine(*parts: Any) -> None:
 
 def num_live_engines() -> int:
     """Engines (or orphaned parts of one) that this process still holds: 1 while a trial runs, or something leaks."""
+    # Engines are in reference cycles: without a collection a closed one would still be counted.
     gc.collect()
     return max((len(parts) for parts in _live_parts.values()), default=0)
 

@@ -94,6 +94,7 @@ def release(objective: nn.Module) -> None:
     for module in modules:
         for name in _MODULE_ATTRIBUTES:
             module.__dict__.pop(name, None)
+        # Set while a module computes; a failure leaves it set, and reading a parameter would then gather it.
         if hasattr(module._parameters, "_in_forward"):
             module._parameters._in_forward = False
     parameters: list[Any] = list(objective.parameters())

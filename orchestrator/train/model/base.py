@@ -109,6 +109,7 @@ def load_base(
         raise BaseError("quantize: int8 is not supported yet", where=load.folder, remedy="use none or nf4")
     by_document = attends_by_document(anatomy, device.type, one_document_per_row=load.traits.head.one_document_per_row)
     model = _from_folder(load, anatomy, dtype, load_on or device, attention=BY_DOCUMENT if by_document else "sdpa")
+    # `from_pretrained` returns eval mode, in which bitsandbytes repacks 4-bit weights at the first forward pass on a CPU.
     model.train()
     model.config.use_cache = False
     for parameter in model.parameters():
@@ -147,14 +148,17 @@ def _from_folder(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
+            # ZeRO-3 partitions tensors of one dtype: the packed 4-bit weights are stored in that of the others.
             bnb_4bit_quant_storage=dtype,
             llm_int8_skip_modules=_not_quantized(anatomy),
         )
     try:
         with torch.random.fork_rng(devices=rng_devices(device)), _no_progress_bars():
+            # transformers draws missing parameters at random; the seed, inside the fork, changes nobody else's numbers.
             torch.manual_seed(0)
             model = head_of(load.task).load_model(load, options)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        # A RuntimeError too, but not the fault of the folder.
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise BaseError(f"the base cannot be loaded: {error}", where=load.folder) from error
@@ -220,6 +224,7 @@ def rng_devices(device: torch.device) -> list[torch.device]:
 def generator_for(seed: int, name: str) -> torch.Generator:
     """Return a CPU generator for this parameter alone, so that no other parameter or trial shifts its numbers."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    # 63 bits: a seed is a signed integer.
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 

@@ -142,6 +142,7 @@ class TrunkBuilder:
 
     def _make(self, filling: _Filling) -> None:
         """Make the pieces that no other process is making; then wait for the others' pieces, or make them if those are gone."""
+        # First without waiting: processes that start together then make different pieces rather than queue for the same one.
         for wait in (False, True):
             for number in range(filling.num_pieces):
                 if not filling.missing(number):
@@ -149,12 +150,14 @@ class TrunkBuilder:
                 with _lock(filling.chunks, number, wait=wait) as mine:
                     if not mine:
                         continue
+                    # Another process may have made it between the look above and the lock.
                     filling.look(number)
                     if cuts := filling.missing(number):
                         filling.keep(number, self._compute(filling.data, filling.documents(number), cuts))
 
     def _make_together(self, filling: _Filling) -> None:
         """Run the same micro-batches on every rank (ZeRO-3 gathers each matrix from all); each keeps the pieces that it lacks."""
+        # All ranks must run the same forward passes, and each may find other pieces in its own node's cache.
         mine = {number for number in range(filling.num_pieces) if filling.missing(number)}
         for number in sorted(set().union(*self.ranks.gather(mine))):
             made = self._compute(filling.data, filling.documents(number), sorted(filling.chunks))

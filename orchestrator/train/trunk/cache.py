@@ -52,7 +52,9 @@ class TrunkCache:
                 (entry / RESERVED).write_text(str(num_bytes))
             if key not in self._held:
                 self._held[key] = os.open(entry / IN_USE, os.O_RDWR | os.O_CREAT)
+                # The kernel releases the lock with the process, also when it is killed: no stale locks to clean up.
                 fcntl.flock(self._held[key], fcntl.LOCK_SH)
+            # The time of last use, by which entries are evicted.
             os.utime(entry / IN_USE)
         return entry
 
@@ -124,6 +126,7 @@ def piece_lock(folder: Path, number: int, *, wait: bool) -> Iterator[bool]:
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
     try:
         try:
+            # A lock on one byte of the file per piece: thousands of pieces need no file of their own.
             fcntl.lockf(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, number)
         except BlockingIOError:
             yield False
