@@ -88,7 +88,7 @@ class Artifact(Value):
                 where=self.folder,
                 expected=f"{_spell_shapes(expected)}, of a weight {list(shape)}"
                 if expected
-                else f"none: the weight is {list(shape)}",
+                else f"a matrix, not a weight {list(shape)}",
                 remedy="merge into the base that the adapter was trained on",
             )
 
