@@ -8,7 +8,7 @@ from itertools import chain
 
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.errors import SelectionError
-from orchestrator.spec.adapters import ADAPTER_KINDS
+from orchestrator.spec.adapters import ADAPTER_KINDS, PLAIN_LORA, AdapterOptions
 from orchestrator.spec.models import Task, Tune
 from orchestrator.spec.policy import Policy, parse_policy
 
@@ -22,6 +22,7 @@ def select(
     tune: Tune,
     lora_rank: int | None,
     *,
+    adapter: AdapterOptions = PLAIN_LORA,
     task: Task,
     num_classes: int = 0,
     scores: Sequence[float | None] | None = None,
@@ -38,6 +39,7 @@ def select(
     is every block and needs none.
 
     Args:
+        adapter: What the adapters of `lora` are.
         scores: Of each block, the higher the better; None for a block that was not scored and cannot be chosen.
 
     Raises:
@@ -60,7 +62,7 @@ def select(
     wants_head = parsed.with_head or parsed.kind == "head"
     head = [anatomy.head_weight] if wants_head and task != "classify" else []
     if tune == "lora" and (blocks or head):
-        selection = _lora(anatomy, parsed, blocks, head, lora_rank, task, num_classes)
+        selection = _adapted(anatomy, parsed, blocks, head, lora_rank, adapter, task, num_classes)
     else:
         selection = _full(anatomy, parsed, blocks, head, task, num_classes)
     return selection.model_copy(update={"pending": True, "cut": 0}) if pending else selection
@@ -200,12 +202,13 @@ def _full(
     )
 
 
-def _lora(
+def _adapted(
     anatomy: ModelAnatomy,
     parsed: Policy,
     blocks: list[int],
     head: list[str],
     lora_rank: int | None,
+    adapter: AdapterOptions,
     task: Task,
     num_classes: int,
 ) -> LayerSelection:
@@ -215,13 +218,14 @@ def _lora(
         )
     adapted = [name for block in blocks for name in anatomy.linears[block]]
     shapes = [anatomy.tensors[name].shape for name in adapted] + [(anatomy.vocab_size, anatomy.hidden_size)] * len(head)
-    elements = sum(ADAPTER_KINDS["lora"].num_elements(shape, lora_rank) for shape in shapes)
+    elements = sum(ADAPTER_KINDS[adapter.kind].num_elements(shape, lora_rank) for shape in shapes)
     new = _new_names(anatomy, task, parsed)
     taken = {*adapted, *head}
     return LayerSelection(
         policy=str(parsed),
         tune="lora",
         lora_rank=lora_rank,
+        adapter=adapter,
         trainable=tuple(new),
         adapted=tuple(adapted + head),
         frozen=tuple(name for name in _stored_names(anatomy, task) if name not in taken),

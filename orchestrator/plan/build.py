@@ -33,7 +33,7 @@ from orchestrator.plan.memory.quantized import NF4_BLOCK
 from orchestrator.plan.placement import Machines, candidates
 from orchestrator.plan.remedies import held_product, remedies_of_train
 from orchestrator.plan.schedule import curve_shares
-from orchestrator.plan.search_space import Choice, planned_points, search_choices, told_at
+from orchestrator.plan.search_space import Choice, adapter_asked, planned_points, search_choices, told_at
 from orchestrator.plan.trunk import plan_trunk
 from orchestrator.plan.values import ClusterDescription, DataSize, RunPlan, SearchPlan, TrialOption
 from orchestrator.spec import LoadedSpec, require_section
@@ -189,7 +189,15 @@ def _choices(loaded: LoadedSpec, anatomy: ModelAnatomy, data: DataSize, job: Lit
     assert asked is not None, "the section was required"
     lora_rank = asked.lora_rank if asked.tune == "lora" else None
     with told_at(loaded.where("finetune.layers")):
-        selection = select(anatomy, asked.layers, asked.tune, lora_rank, task=loaded.spec.task, num_classes=data.num_classes)
+        selection = select(
+            anatomy,
+            asked.layers,
+            asked.tune,
+            lora_rank,
+            adapter=adapter_asked(asked),
+            task=loaded.spec.task,
+            num_classes=data.num_classes,
+        )
     return [Choice(selection, (asked.learning_rate, asked.learning_rate), remedies_of_train(loaded.spec.train, asked.tune))]
 
 

@@ -88,7 +88,7 @@ def _planned(plan: RunPlan, against: str | None, *, required: bool) -> CompilePl
     if against is not None:
         return CompilePlan(option=None, reason=f"the blocks are not compiled: {against}")
     options = plan.search.options
-    kinds = len({(option.tune, option.lora_rank) for option in options if learns_in_blocks(option)})
+    kinds = len({(option.tune, option.lora_rank, option.selection.adapter) for option in options if learns_in_blocks(option)})
     if not kinds:
         return CompilePlan(option=None, reason="the blocks are not compiled: none of them is trainable")
     seconds = gang_seconds(plan)
@@ -323,7 +323,14 @@ def _resolved(plan: RunPlan, anatomy: ModelAnatomy, found: LayerScores) -> RunPl
             return option
         task, num_classes = plan.base.task, plan.data.num_classes
         selection = select(
-            anatomy, option.layers, option.tune, option.lora_rank, task=task, num_classes=num_classes, scores=found.scores
+            anatomy,
+            option.layers,
+            option.tune,
+            option.lora_rank,
+            adapter=option.selection.adapter,
+            task=task,
+            num_classes=num_classes,
+            scores=found.scores,
         )
         return option.model_copy(update={"selection": selection})
 

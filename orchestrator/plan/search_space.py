@@ -1,7 +1,8 @@
-"""The search's discrete choices: layers x tune x lora_rank, each with its selection and its learning-rate range."""
+"""The search's discrete choices: layers x tune x adapters, each with its selection and its learning-rate range."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,8 @@ from orchestrator.errors import SelectionError
 from orchestrator.plan.remedies import effective, remedies_of_point, searched_remedies
 from orchestrator.plan.values import PlannedPoint, SearchPlan
 from orchestrator.spec import LoadedSpec, learning_rate_range
-from orchestrator.spec.models import JobSpec, SearchSpec, Task, TrainSpec, Tune
+from orchestrator.spec.adapters import PLAIN_LORA, AdapterOptions
+from orchestrator.spec.models import FinetuneSpec, JobSpec, SearchPoint, SearchSpec, Task, TrainSpec, Tune
 from orchestrator.work.remedies import NOTHING, Remedies
 
 FRESH_HEAD_FACTOR = 10.0
@@ -40,6 +42,7 @@ class _Asked(NamedTuple):
     layers: str
     tune: Tune
     lora_rank: int | None
+    adapter: AdapterOptions
     remedies: Remedies
     rate: float | None = None
 
@@ -106,18 +109,31 @@ def _asked(search: SearchSpec, train: TrainSpec) -> Iterator[_Asked]:
         for number, point in enumerate(search.points):
             lora_rank = (point.lora_rank or DEFAULT_LORA_RANK) if point.tune == "lora" else None
             remedies = remedies_of_point(point, train)
-            yield _Asked(f"search.points[{number}].layers", point.layers, point.tune, lora_rank, remedies, point.learning_rate)
+            place, adapter = f"search.points[{number}].layers", adapter_asked(point)
+            yield _Asked(place, point.layers, point.tune, lora_rank, adapter, remedies, point.learning_rate)
         return
     for number, layers in enumerate(search.layers):
         for tune in search.tune:
-            for lora_rank in search.lora_rank if tune == "lora" else (None,):
+            for lora_rank, adapter in searched_adapters(search) if tune == "lora" else ((None, PLAIN_LORA),):
                 for remedies in searched_remedies(search, train, tune):
-                    yield _Asked(f"search.layers[{number}]", layers, tune, lora_rank, remedies)
+                    yield _Asked(f"search.layers[{number}]", layers, tune, lora_rank, adapter, remedies)
+
+
+def searched_adapters(search: SearchSpec) -> list[tuple[int, AdapterOptions]]:
+    """Every combination of rank and options of adapters that the search tries."""
+    return [(rank, AdapterOptions(kind=kind)) for rank, kind in itertools.product(search.lora_rank, search.adapter)]
+
+
+def adapter_asked(section: SearchPoint | FinetuneSpec) -> AdapterOptions:
+    """The adapters of one trial that the spec describes itself."""
+    return AdapterOptions(kind=section.adapter)
 
 
 def _selection(asked: _Asked, anatomy: ModelAnatomy, task: Task, num_classes: int) -> LayerSelection:
     """What learns. LoRA with nothing to adapt (a new classifier alone) is `full`."""
-    selection = select(anatomy, asked.layers, asked.tune, asked.lora_rank, task=task, num_classes=num_classes)
+    selection = select(
+        anatomy, asked.layers, asked.tune, asked.lora_rank, adapter=asked.adapter, task=task, num_classes=num_classes
+    )
     if asked.tune == "lora" and not selection.adapted:
         return select(anatomy, asked.layers, "full", None, task=task, num_classes=num_classes)
     return selection
@@ -125,8 +141,8 @@ def _selection(asked: _Asked, anatomy: ModelAnatomy, task: Task, num_classes: in
 
 def _key(selection: LayerSelection, remedies: Remedies) -> _Key:
     """Equal for what comes to the same."""
-    lora_rank = selection.lora_rank if selection.adapted else None
-    return selection.pending, selection.trainable, selection.adapted, lora_rank, remedies
+    adapters = (selection.lora_rank, selection.adapter) if selection.adapted else None
+    return selection.pending, selection.trainable, selection.adapted, adapters, remedies
 
 
 def _rates(search: SearchSpec, task: Task, selection: LayerSelection) -> tuple[float, float]:

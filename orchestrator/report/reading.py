@@ -290,6 +290,7 @@ def _trial_record(
         layers=trial.layers,
         tune=trial.tune,
         lora_rank=trial.lora_rank,
+        adapter=trial.adapter,
         learning_rate=trial.learning_rate,
         remedies=str(trial.remedies),
         seed=trial.seed,

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from math import prod
 from typing import ClassVar, Literal
 
+from orchestrator.values import Value
+
 AdapterName = Literal["lora"]
 Shape = tuple[int, ...]
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
@@ -46,3 +48,16 @@ class AdapterKind:
 
 
 ADAPTER_KINDS: dict[AdapterName, AdapterKind] = {kind.name: kind for kind in (AdapterKind(),)}
+
+
+class AdapterOptions(Value):
+    """What a trial's adapters are, beside their rank; the defaults are plain LoRA."""
+
+    kind: AdapterName = "lora"
+
+    def method(self, rank: int | None) -> str:
+        """`lora r16`: the kind, the rank, and every option that is not the default."""
+        return f"{self.kind} r{rank}"
+
+
+PLAIN_LORA = AdapterOptions()

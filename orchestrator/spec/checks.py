@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.errors import SelectionError
-from orchestrator.spec.models import AnchorSpec, ColumnsSpec, JobSpec, SearchSpec
+from orchestrator.spec.models import ADAPTER_KEYS, AnchorSpec, ColumnsSpec, JobSpec, SearchSpec
 from orchestrator.spec.policy import Policy, parse_policy
 from orchestrator.spec.remedies import remedy_mistakes
 from orchestrator.spec.source import KeyPath
@@ -186,16 +186,18 @@ def _points(spec: JobSpec) -> Iterator[Finding]:
     if not search.points:
         hint = "write points: [{layers: last:2, learning_rate: 1.0e-3}]"
         yield Finding(("search", "algorithm"), "algorithm fixed has no points to try", hint, needs)
-    own = {"layers", "tune", "lora_rank", "replay", "anchor", "layer_decay"}
+    own = {"layers", "tune", "lora_rank", *ADAPTER_KEYS, "replay", "anchor", "layer_decay"}
     for name, default in SearchSpec().model_dump(include=own).items():
         if getattr(search, name) != default:
             hint = f"remove it; every point has its own {name}"
             yield Finding(("search", name), "algorithm fixed tries only its points", hint, needs)
     for number, point in enumerate(search.points):
-        if point.tune == "full" and point.lora_rank is not None:
-            yield Finding(
-                (*path, number, "lora_rank"), "lora_rank does not apply to full fine-tuning", "remove it, or write tune: lora"
-            )
+        of_adapters = {"lora_rank", *ADAPTER_KEYS} & point.model_fields_set
+        for name in sorted(of_adapters) if point.tune == "full" else ():
+            if getattr(point, name) is not None:
+                yield Finding(
+                    (*path, number, name), f"{name} does not apply to full fine-tuning", "remove it, or write tune: lora"
+                )
 
 
 def _controls(spec: JobSpec) -> Iterator[Finding]:
@@ -216,6 +218,7 @@ def _duplicates(spec: JobSpec) -> Iterator[Finding]:
         "layers": spec.search.layers,
         "tune": spec.search.tune,
         "lora_rank": spec.search.lora_rank,
+        **{name: getattr(spec.search, name) for name in ADAPTER_KEYS},
         "controls": spec.search.controls,
         "replay": spec.search.replay,
         "anchor": spec.search.anchor,

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
+from orchestrator.spec.adapters import AdapterName
 from orchestrator.values import Value
 
 Task = Literal["chat", "completion", "text", "classify"]
@@ -171,6 +172,7 @@ class SearchPoint(Section):
     tune: Tune = "lora"
     lora_rank: PositiveInt | None = None
     """16 unless given; none with `full`."""
+    adapter: AdapterName = "lora"
     learning_rate: LearningRate
     replay: ReplayShare | None = None
     """As `train.replay` unless given; so are the two below."""
@@ -185,6 +187,8 @@ class SearchSpec(Section):
     tune: Annotated[tuple[Tune, ...], Field(min_length=1)] = ("lora",)
     learning_rate: RateRanges = RateRanges()
     lora_rank: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (16,)
+    adapter: Annotated[tuple[AdapterName, ...], Field(min_length=1)] = ("lora",)
+    """Kinds of adapters to try with `tune: lora`."""
     replay: tuple[ReplayShare, ...] = ()
     """Shares of retention tokens to try; empty uses `train.replay`. Likewise the two below."""
     anchor: tuple[Anchor, ...] = ()
@@ -195,7 +199,7 @@ class SearchSpec(Section):
     trials: PositiveInt = 24
     algorithm: Literal["optuna", "random", "grid", "fixed"] = "optuna"
     points: tuple[SearchPoint, ...] = ()
-    """The trials of algorithm `fixed`, in this order; `layers`, `tune` and `lora_rank` are then left out."""
+    """The trials of algorithm `fixed`, in this order; `layers`, `tune` and what describes adapters are then left out."""
     scheduler: Literal["asha", "none"] = "asha"
     rungs: PositiveInt = 3
     """How often `asha` compares a trial at most, including its end; each rung has a third of the steps of the next one."""
@@ -227,6 +231,12 @@ class FinetuneSpec(Section):
     tune: Tune = "lora"
     learning_rate: LearningRate = 2e-4
     lora_rank: PositiveInt = 16
+    adapter: AdapterName = "lora"
+    """Kind of the adapters."""
+
+
+ADAPTER_KEYS = ("adapter",)
+"""Keys of `search`, its points and `finetune` that describe adapters beside their rank."""
 
 
 class ResourcesSpec(Section):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal, cast
 
 from orchestrator.spec.dump import resolved_yaml
 from orchestrator.spec.loader import LoadedSpec
-from orchestrator.spec.models import DataSpec, JobSpec, SearchSpec, Tune
+from orchestrator.spec.models import ADAPTER_KEYS, DataSpec, FinetuneSpec, JobSpec, SearchPoint, SearchSpec, Tune
 from orchestrator.values import content_hash
 
 Job = Literal["sweep", "finetune"]
@@ -25,6 +26,10 @@ def spec_sha256(spec: JobSpec, job: Job) -> str:
             del values["search"]["points"]  # so that runs begun before there were points keep their identity
         if not values["search"]["learning_curve"]:
             del values["search"]["learning_curve"]  # likewise
+    for section, usual in _adapter_sections(values):
+        for key in ADAPTER_KEYS:
+            if section[key] == usual[key]:
+                del section[key]  # likewise
     if values["data"]["dedupe"] == "exact":
         del values["data"]["dedupe"]  # likewise; where it gives other sets, `prepare_data` tells
     for source in values["data"]["train"] if isinstance(values["data"]["train"], list) else ():
@@ -45,6 +50,16 @@ def spec_sha256(spec: JobSpec, job: Job) -> str:
         if values["data"]["columns"][key] == usual["columns"][key]:
             del values["data"]["columns"][key]  # likewise
     return content_hash({"job": job, **values})
+
+
+def _adapter_sections(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Yield each section that describes adapters, and its defaults."""
+    if values.get("search") is not None:
+        yield values["search"], SearchSpec().model_dump(mode="json")
+        point = SearchPoint(layers="all", learning_rate=1.0).model_dump(mode="json")
+        yield from ((each, point) for each in values["search"].get("points", ()))
+    if values.get("finetune") is not None:
+        yield values["finetune"], FinetuneSpec().model_dump(mode="json")
 
 
 def describe_difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from orchestrator.spec.adapters import PLAIN_LORA, AdapterOptions
 from orchestrator.transfer.learning_curve import LearningCurve
 from orchestrator.transfer.measured import EngineFigures, MemoryRow, PlanAgainstMeasured, VerificationFigures
 from orchestrator.transfer.seeds import OverSeeds
@@ -59,6 +60,7 @@ class TrialRecord(Value):
     layers: str
     tune: Literal["lora", "full"]
     lora_rank: int | None = None
+    adapter: AdapterOptions = PLAIN_LORA
     learning_rate: float
     remedies: str = ""
     """What was done against forgetting: `replay 0.1 · l2sp 30`."""
@@ -108,7 +110,7 @@ class TrialRecord(Value):
     @property
     def method(self) -> str:
         """`lora r16 · replay 0.1`: how its layers learned."""
-        tune = f"lora r{self.lora_rank}" if self.tune == "lora" else "full"
+        tune = self.adapter.method(self.lora_rank) if self.tune == "lora" else "full"
         return f"{tune} · {self.remedies}" if self.remedies else tune
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from orchestrator.spec.adapters import AdapterOptions
 from orchestrator.spec.models import Tune
 from orchestrator.values import Value
 
@@ -47,7 +48,7 @@ class Remedies(Value):
 NOTHING = Remedies()
 
 
-def method_name(tune: Tune, lora_rank: int | None, remedies: Remedies) -> str:
+def method_name(tune: Tune, lora_rank: int | None, adapter: AdapterOptions, remedies: Remedies) -> str:
     """`lora r16 · replay 0.1`: all of a choice but its layers, for people and to tell choices apart."""
-    said = f"lora r{lora_rank}" if tune == "lora" else "full"
+    said = adapter.method(lora_rank) if tune == "lora" else "full"
     return f"{said} · {remedies}" if remedies != NOTHING else said

@@ -21,6 +21,7 @@ from torch import nn
 
 from orchestrator.anatomy.values import LayerSelection, TensorInfo
 from orchestrator.errors import IntegrityError, OrchestratorError, TrainingError
+from orchestrator.spec.adapters import PLAIN_LORA, AdapterOptions
 from orchestrator.store import check_artifact
 from orchestrator.store.folders import MANIFEST
 from orchestrator.train.adapters.branch import Branch, full_shape, open_branch
@@ -233,7 +234,7 @@ def selection_of(base: LoadedBase, folder: Path) -> tuple[LayerSelection, int]:
         policy=metadata.get("policy", ""),
         tune="lora" if adapter else "full",
         lora_rank=adapter.rank if adapter else None,
-        adapter=adapter.kind if adapter else "lora",
+        adapter=AdapterOptions(kind=adapter.kind) if adapter else PLAIN_LORA,
         trainable=tuple(artifact.whole),
         adapted=tuple(artifact.adapters),
         frozen=tuple(name for name, _ in base.model.named_parameters() if name not in learns),

@@ -111,7 +111,7 @@ class Stack(NamedTuple):
 
 def _stacked_kind(spec: AdapterSpec) -> StackedKind:
     rank = spec.selection.lora_rank or 0
-    return StackedKind(spec.selection.adapter, rank, spec.selection.adapter_kind.scale(spec.lora_alpha, rank))
+    return StackedKind(spec.selection.adapter.kind, rank, spec.selection.adapter_kind.scale(spec.lora_alpha, rank))
 
 
 def _neighbours(kinds: Sequence[StackedKind | None]) -> list[Stack]:
