@@ -35,6 +35,10 @@ class AdapterKind:
         """The tensors that learn, in the order in which the model lists them."""
         return {LORA_A: (rank, weight[1]), LORA_B: (weight[0], rank)}
 
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        return tuple(self.shapes((0, 0), 0))
+
     def num_elements(self, weight: Shape, rank: int) -> int:
         return sum(prod(shape) for shape in self.shapes(weight, rank).values())
 
@@ -45,6 +49,10 @@ class AdapterKind:
     def kept_elements(self, weight: Shape, rank: int) -> int:
         """Numbers that the forward pass keeps for the backward pass, per token, beside the input of the layer."""
         return rank
+
+    def elements_per_pass(self, weight: Shape, rank: int) -> int:
+        """Multiply-adds of a forward pass that do not depend on its number of tokens."""
+        return 0
 
 
 ADAPTER_KINDS: dict[AdapterName, AdapterKind] = {kind.name: kind for kind in (AdapterKind(),)}

@@ -82,6 +82,7 @@ def train_terms(
     supervised_share: float = 1.0,
     head_twice: bool = False,
     stored_trunk: bool = False,
+    forward_tokens: float = float("inf"),
 ) -> tuple[FlopTerm, ...]:
     """One training step, per token. N elements multiply, a share k of them above the cut.
 
@@ -91,12 +92,16 @@ def train_terms(
       block at the cut give their input none (`_first_matrices`).
     - Gradients of weights: 2 an element that learns. So full tuning is 6N, LoRA on every block 4N, above a cut 2N + 2kN.
     - Adapters: 6 an element (forward, and both gradients), those on that input counted as if they gave it one.
+    - What adapters compute once in a forward pass, however many tokens it has (`AdapterKind.elements_per_pass`): 2 each.
     - Attention's backward: 5 products where forward has 2, above the cut.
     - Checkpointing runs the blocks above the cut again: 2 an element, adapters too, and attention's forward.
       torch stops as soon as all that backward needs is there, which a block's last matrix is not part of unless it is
       adapted (`_last_matrix`).
     - A head that does not make its gradient with its loss (`train.model.loss`) and whose logits take several chunks is
       checkpointed too: 2 an element again (`runs_head_twice`).
+
+    Args:
+        forward_tokens: Of one forward pass.
     """
     first = selection.cut if stored_trunk else 0
     forward = forward_terms(anatomy, attended_tokens, num_classes, supervised_share=supervised_share, first=first)
@@ -111,6 +116,7 @@ def train_terms(
     passing = above - _first_matrices(anatomy, selection)
     skipped = sum(_last_matrix(anatomy, selection, block) for block in range(selection.cut, anatomy.num_blocks))
     again = 2.0 * (above - skipped + in_blocks) + attention if checkpointing else 0.0
+    per_pass = adapter_elements_per_pass(anatomy, selection) * (1 + checkpointing) / forward_tokens
     return forward + _kept(
         (
             "gradients of activations",
@@ -119,6 +125,7 @@ def train_terms(
         ),
         ("gradients of weights", 2.0 * learning, f"2 x {format_count(round(learning))} trainable elements"),
         ("adapters", 6.0 * adapters, f"6 x {format_count(round(adapters))} elements, forward and both gradients"),
+        ("adapters, once per pass", 2.0 * per_pass, f"over the {forward_tokens:.0f} tokens of a pass"),
         (
             "attention backward",
             attention * BACKWARD_MATMULS / FORWARD_MATMULS,
@@ -164,6 +171,13 @@ def adapter_elements(anatomy: ModelAnatomy, selection: LayerSelection) -> tuple[
     head = (anatomy.vocab_size, anatomy.hidden_size)
     on_head = kind.multiplied_elements(head, rank) if len(stored) < len(selection.adapted) else 0
     return sum(kind.multiplied_elements(anatomy.tensors[name].shape, rank) for name in stored), on_head
+
+
+def adapter_elements_per_pass(anatomy: ModelAnatomy, selection: LayerSelection) -> int:
+    """Return the multiply-adds of all adapters in a forward pass that do not depend on its number of tokens."""
+    kind, head = selection.adapter_kind, (anatomy.vocab_size, anatomy.hidden_size)
+    shapes = (anatomy.tensors[name].shape if name in anatomy.tensors else head for name in selection.adapted)
+    return sum(kind.elements_per_pass(shape, selection.lora_rank or 0) for shape in shapes)
 
 
 def _active(anatomy: ModelAnatomy, name: str) -> float:

@@ -243,7 +243,7 @@ def selection_of(base: LoadedBase, folder: Path) -> tuple[LayerSelection, int]:
         new_classifier=anatomy.classifier_weight in learns,
         num_trainable_parameters=sum(info.num_elements for info in stored.values()),
     )
-    return selection, round(adapter.scale * adapter.rank) if adapter else 0
+    return selection, round(adapter.alpha) if adapter else 0
 
 
 def _read(folder: Path) -> Artifact:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -31,6 +31,10 @@ class WeightKeeper(Protocol):
         """Called when the branch closes: every saved parameter is as it was, bit for bit."""
         ...
 
+    def whole(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+        """Return a context in which these parameters of the base can be read as whole tensors."""
+        ...
+
 
 class PlainKeeper:
     """Keeps copies of whole tensors in host memory; right for everything but ZeRO-3."""
@@ -50,6 +54,9 @@ class PlainKeeper:
             vars(parameter).clear()
             vars(parameter).update(attributes)
         self._saved = []
+
+    def whole(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def _owns_its_storage(parameter: nn.Parameter, like: torch.Tensor) -> bool:
@@ -136,9 +143,10 @@ def open_branch(
         check_names(base, selection)
         undo.callback(ModuleStates(base.model).restore)
         new = _new_parameters(base, selection, seed, undo)
-        _unfreeze(base, [name for name in selection.trainable if name not in new], keeper or PlainKeeper(), undo)
+        keeper = keeper or PlainKeeper()
+        _unfreeze(base, [name for name in selection.trainable if name not in new], keeper, undo)
         if selection.adapted:
-            adapt(base, [AdapterSpec(selection, lora_alpha, seed)], undo)
+            adapt(base, [AdapterSpec(selection, lora_alpha, seed)], undo, keeper.whole)
         for name in selection.trainable:
             parameter_named(base.model, name).requires_grad_(True)
         learning = learning_parameters(base.model)
@@ -266,7 +274,7 @@ def check_learning(selection: LayerSelection, learning: Sequence[tuple[str, nn.P
     """Law 1, both ways."""
     planned = set(selection.trainable)
     for name in selection.adapted:
-        planned |= {_module_of(name) + suffix for suffix in selection.adapter_kind.shapes((0, 0), 0)}
+        planned |= {_module_of(name) + suffix for suffix in selection.adapter_kind.suffixes}
     actual = {name for name, _ in learning}
     if planned != actual:
         name = sorted(planned ^ actual)[0]

@@ -5,8 +5,8 @@ Shapes: T trials, N tokens of each.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -16,17 +16,22 @@ from torch import nn
 
 from orchestrator.anatomy.values import LayerSelection
 from orchestrator.spec.adapters import ADAPTER_KINDS, AdapterName
-from orchestrator.train.adapters.kinds import LIVE_KINDS
-from orchestrator.train.model.base import LoadedBase, generator_for
+from orchestrator.train.adapters.kinds import LIVE_KINDS, LayerPass
+from orchestrator.train.model.base import LoadedBase, dequantized, generator_for
 
 BASE_LAYER = "base_layer"
 """Where a LoraLinear keeps the layer that it stands for; names of frozen parameters leave it out."""
 LIVE_NAMES = {
-    suffix: suffix.removeprefix(".").removesuffix(".weight")
-    for kind in ADAPTER_KINDS.values()
-    for suffix in kind.shapes((0, 0), 0)
+    suffix: suffix.removeprefix(".").removesuffix(".weight") for kind in ADAPTER_KINDS.values() for suffix in kind.suffixes
 }
 """`.lora_A.weight` -> `lora_A`: the parameter of trial 0 is `lora_A_0`."""
+
+
+MakeWhole = Callable[[Iterable[nn.Parameter]], AbstractContextManager[None]]
+
+
+def _as_they_are(_: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -47,24 +52,31 @@ class LoraLinear(nn.Module):
     ZeRO-3 gathers those of the module that is called.
     """
 
-    def __init__(self, base_layer: nn.Module, name: str, specs: Sequence[AdapterSpec], base: LoadedBase) -> None:
+    def __init__(
+        self, base_layer: nn.Module, name: str, specs: Sequence[AdapterSpec], base: LoadedBase, whole: MakeWhole = _as_they_are
+    ) -> None:
         super().__init__()
-        self.base_layer = base_layer
+        self.base_layer: Any = base_layer
         self.num_trials = len(specs)
         kinds = [_stacked_kind(spec) if f"{name}.weight" in spec.selection.adapted else None for spec in specs]
         self._stacks = _neighbours(kinds)
-        size: Any = base_layer
-        for trial, (spec, kind) in enumerate(zip(specs, kinds, strict=True)):
-            if kind is None:
-                continue
-            values = LIVE_KINDS[kind.name].initial(
-                (size.out_features, size.in_features),
-                kind.rank,
-                lambda suffix, seed=spec.seed: generator_for(seed, f"{name}{suffix}"),
-            )
-            for suffix, value in values.items():
-                parameter = nn.Parameter(value.to(device=base.device, dtype=base.dtype))
-                self.register_parameter(live_name(suffix, trial), parameter)
+        self._row_norms: list[torch.Tensor | None] = [None] * len(self._stacks)
+        reads_weight = any(kind is not None and LIVE_KINDS[kind.name].reads_weight for kind in kinds)
+        with whole(base_layer.parameters()) if reads_weight else nullcontext():
+            for trial, (spec, kind) in enumerate(zip(specs, kinds, strict=True)):
+                if kind is not None:
+                    self._add(trial, kind, base, lambda suffix, seed=spec.seed: generator_for(seed, f"{name}{suffix}"))
+        if reads_weight:
+            # An engine that partitions W has it whole only while the layer runs: this hook comes before the engine's own.
+            base_layer.register_forward_hook(self._read_weight)
+
+    def _add(self, trial: int, kind: StackedKind, base: LoadedBase, generator: Callable[[str], torch.Generator]) -> None:
+        layer = self.base_layer
+        shape = (layer.out_features, layer.in_features)
+        values = LIVE_KINDS[kind.name].initial(shape, kind.rank, generator, lambda: dequantized(layer.weight))
+        for suffix, value in values.items():
+            parameter = nn.Parameter(value.to(device=base.device, dtype=base.dtype))
+            self.register_parameter(live_name(suffix, trial), parameter)
 
     @property
     def weight(self) -> Any:
@@ -79,19 +91,37 @@ class LoraLinear(nn.Module):
         """[T * rows, tokens, in] -> [T * rows, tokens, out]"""
         out = self.base_layer(x)
         inputs, outputs = (states.reshape(self.num_trials, -1, states.shape[-1]) for states in (x, out))
-        parts = [self._adapted(stack, inputs[stack.trials], outputs[stack.trials]) for stack in self._stacks]
+        norms = list(self._row_norms)
+        self._row_norms[:] = [None] * len(norms)  # of this call alone: the next one finds other adapters
+        parts = [
+            self._adapted(stack, inputs[stack.trials], outputs[stack.trials], row_norms)
+            for stack, row_norms in zip(self._stacks, norms, strict=True)
+        ]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(out.shape)
 
-    def _adapted(self, stack: Stack, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+    def _adapted(self, stack: Stack, inputs: torch.Tensor, outputs: torch.Tensor, row_norms: torch.Tensor | None) -> torch.Tensor:
         """`outputs` [t, N, out] of the base with the adapters of these t trials."""
         if stack.kind is None:
             return outputs
+        call = LayerPass(inputs, outputs, outputs, self.base_layer.bias, row_norms)
+        return LIVE_KINDS[stack.kind.name].forward(call, self._tensors(stack), stack.kind.scale)
+
+    def _tensors(self, stack: Stack) -> dict[str, torch.Tensor]:
+        """The adapters of a stack, by suffix, stacked."""
+        assert stack.kind is not None
         trials = range(stack.trials.start, stack.trials.stop)
-        tensors = {
+        return {
             suffix: torch.stack([getattr(self, live_name(suffix, trial)) for trial in trials])
-            for suffix in ADAPTER_KINDS[stack.kind.name].shapes((0, 0), 0)
+            for suffix in ADAPTER_KINDS[stack.kind.name].suffixes
         }
-        return LIVE_KINDS[stack.kind.name].forward(inputs, outputs, tensors, stack.kind.scale)
+
+    @torch.no_grad()
+    def _read_weight(self, layer: Any, *_: object) -> None:
+        """Take what the kinds that read the weight need of it, while it is whole."""
+        for number, stack in enumerate(self._stacks):
+            if stack.kind is not None and LIVE_KINDS[stack.kind.name].reads_weight:
+                weight = dequantized(layer.weight)
+                self._row_norms[number] = LIVE_KINDS[stack.kind.name].row_norms(weight, self._tensors(stack), stack.kind.scale)
 
 
 class StackedKind(NamedTuple):
@@ -120,13 +150,17 @@ def _neighbours(kinds: Sequence[StackedKind | None]) -> list[Stack]:
     return [Stack(slice(first, last), kinds[first]) for first, last in pairwise([*borders, len(kinds)])]
 
 
-def adapt(base: LoadedBase, specs: Sequence[AdapterSpec], undo: ExitStack) -> None:
-    """Put adapters beside every weight that one of the trials adapts; `undo` takes them out again."""
+def adapt(base: LoadedBase, specs: Sequence[AdapterSpec], undo: ExitStack, whole: MakeWhole = _as_they_are) -> None:
+    """Put adapters beside every weight that one of the trials adapts; `undo` takes them out again, but for their hooks.
+
+    Args:
+        whole: Gives a context in which parameters of the base can be read whole; see `WeightKeeper.whole`.
+    """
     names = dict.fromkeys(name.rpartition(".")[0] for spec in specs for name in spec.selection.adapted)
     for name in names:
         parent, attribute = base.model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         layer = getattr(parent, attribute)
-        adapted = LoraLinear(layer, name, specs, base)
+        adapted = LoraLinear(layer, name, specs, base, whole)
         adapted.train(layer.training)
         undo.callback(setattr, parent, attribute, layer)
         setattr(parent, attribute, adapted)
