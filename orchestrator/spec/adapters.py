@@ -6,12 +6,12 @@ To add a kind: its name in `AdapterName`, a class and its row here, and its arit
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import prod
+from math import prod, sqrt
 from typing import ClassVar, Literal
 
 from orchestrator.values import Value
 
-AdapterName = Literal["lora"]
+AdapterName = Literal["lora", "rslora"]
 Shape = tuple[int, ...]
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 
@@ -55,7 +55,17 @@ class AdapterKind:
         return 0
 
 
-ADAPTER_KINDS: dict[AdapterName, AdapterKind] = {kind.name: kind for kind in (AdapterKind(),)}
+class RankStabilizedLora(AdapterKind):
+    """LoRA whose product is divided by the root of its rank (Kalajdzievski 2023)."""
+
+    name = "rslora"
+    peft_options: ClassVar[Mapping[str, bool]] = {"use_rslora": True}
+
+    def scale(self, alpha: float, rank: int) -> float:
+        return alpha / sqrt(rank)
+
+
+ADAPTER_KINDS: dict[AdapterName, AdapterKind] = {kind.name: kind for kind in (AdapterKind(), RankStabilizedLora())}
 
 
 class AdapterOptions(Value):

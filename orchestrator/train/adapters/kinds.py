@@ -81,4 +81,4 @@ def _with_product(outputs: torch.Tensor, inputs: torch.Tensor, tensors: Tensors,
     return torch.baddbmm(outputs, torch.bmm(inputs, tensors[LORA_A].mT), tensors[LORA_B].mT, alpha=scale)
 
 
-LIVE_KINDS: dict[AdapterName, LiveLora] = {"lora": LiveLora()}
+LIVE_KINDS: dict[AdapterName, LiveLora] = {"lora": LiveLora(), "rslora": LiveLora()}
