@@ -11,9 +11,9 @@ from typing import ClassVar, Literal
 
 from orchestrator.values import Value
 
-AdapterName = Literal["lora", "rslora"]
+AdapterName = Literal["lora", "rslora", "dora"]
 Shape = tuple[int, ...]
-LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+LORA_A, LORA_B, LORA_MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 
 
 class AdapterKind:
@@ -65,7 +65,26 @@ class RankStabilizedLora(AdapterKind):
         return alpha / sqrt(rank)
 
 
-ADAPTER_KINDS: dict[AdapterName, AdapterKind] = {kind.name: kind for kind in (AdapterKind(), RankStabilizedLora())}
+class Dora(AdapterKind):
+    """LoRA on a weight that is split into the direction and the magnitude m [out] of each row (Liu et al. 2024)."""
+
+    name = "dora"
+    peft_options: ClassVar[Mapping[str, bool]] = {"use_dora": True}
+    adds_product = False
+
+    def shapes(self, weight: Shape, rank: int) -> dict[str, Shape]:
+        return {**super().shapes(weight, rank), LORA_MAGNITUDE: (weight[0],)}
+
+    def kept_elements(self, weight: Shape, rank: int) -> int:
+        """With what is multiplied by the magnitudes, for their gradient."""
+        return rank + weight[0]
+
+    def elements_per_pass(self, weight: Shape, rank: int) -> int:
+        """B @ A, for the norms of the rows."""
+        return rank * weight[0] * weight[1]
+
+
+ADAPTER_KINDS: dict[AdapterName, AdapterKind] = {kind.name: kind for kind in (AdapterKind(), RankStabilizedLora(), Dora())}
 
 
 class AdapterOptions(Value):

@@ -5,16 +5,18 @@ Shapes: T trials, N tokens of each, a frozen weight W [out, in], r the rank. Ten
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from orchestrator.spec.adapters import LORA_A, LORA_B, AdapterName, Shape
+from orchestrator.spec.adapters import LORA_A, LORA_B, LORA_MAGNITUDE, AdapterName, Shape
 
 Tensors = Mapping[str, torch.Tensor]
 MergeRows = Callable[[torch.Tensor, slice], torch.Tensor]
 """From rows of W in float32, and which rows they are, the same rows with the adapter, in float32."""
+PIECE_ELEMENTS = 2**20
+"""Of a weight whose rows are measured: so many are in float32 at a time."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,64 @@ class LiveLora:
         return lambda rows, which: torch.addmm(rows, b[which].float(), a, alpha=scale)
 
 
+class LiveDora(LiveLora):
+    """m * V / |V| with V = W + scale * B @ A and |V| the norm of each row, held constant (Liu et al. 2024, section 4.3).
+
+    A row's norm is rounded to the compute dtype, as the magnitude m is: before the first step their ratio is exactly one.
+    """
+
+    reads_weight = True
+
+    def initial(
+        self, shape: Shape, rank: int, generator: Callable[[str], torch.Generator], weight: Callable[[], torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        plain, frozen = super().initial(shape, rank, generator, weight), weight()
+        stacked = {suffix: tensor.to(frozen.device)[None] for suffix, tensor in plain.items()}
+        return plain | {LORA_MAGNITUDE: self.row_norms(frozen, stacked, 1.0)[0]}
+
+    @torch.no_grad()
+    def row_norms(self, weight: torch.Tensor, tensors: Tensors, scale: float) -> torch.Tensor:
+        """Return |V| [T, out]: a few rows of V are there at a time."""
+        return torch.stack(
+            [
+                torch.cat([_norms(torch.addmm(weight[rows].float(), b[rows].float(), a.float(), alpha=scale), weight.dtype)
+                           for rows in _pieces(weight)])
+                for a, b in zip(tensors[LORA_A], tensors[LORA_B], strict=True)
+            ]
+        )  # fmt: skip
+
+    def forward(self, call: LayerPass, tensors: Tensors, scale: float) -> torch.Tensor:
+        """As PEFT has it: what plain LoRA gives, and (m / |V| - 1) times what V alone gives, without the bias."""
+        assert call.row_norms is not None, "W was read"
+        lora = _with_product(call.outputs, call.inputs, tensors, scale)
+        whole = call.outputs_of_inputs is call.outputs
+        alone = lora if whole else _with_product(call.outputs_of_inputs, call.inputs, tensors, scale)
+        alone = alone if call.bias is None else alone - call.bias
+        factor = tensors[LORA_MAGNITUDE].float() / call.row_norms.float() - 1.0
+        return lora + factor.to(lora.dtype)[:, None] * alone
+
+    def merger(self, tensors: Tensors, scale: float, dtype: torch.dtype) -> MergeRows:
+        with_product, magnitude = super().merger(tensors, scale, dtype), tensors[LORA_MAGNITUDE].float()
+
+        def merge_rows(rows: torch.Tensor, which: slice) -> torch.Tensor:
+            directions = with_product(rows, which)
+            return directions * (magnitude[which] / _norms(directions, dtype).float())[:, None]
+
+        return merge_rows
+
+
 def _with_product(outputs: torch.Tensor, inputs: torch.Tensor, tensors: Tensors, scale: float) -> torch.Tensor:
     return torch.baddbmm(outputs, torch.bmm(inputs, tensors[LORA_A].mT), tensors[LORA_B].mT, alpha=scale)
 
 
-LIVE_KINDS: dict[AdapterName, LiveLora] = {"lora": LiveLora(), "rslora": LiveLora()}
+def _norms(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Norms of rows, above zero, so that a row of zeros stays one."""
+    return torch.linalg.vector_norm(rows, dim=1).clamp(min=torch.finfo(dtype).tiny).to(dtype)
+
+
+def _pieces(weight: torch.Tensor) -> Iterator[slice]:
+    step = max(1, PIECE_ELEMENTS // weight.shape[1])
+    return (slice(start, start + step) for start in range(0, weight.shape[0], step))
+
+
+LIVE_KINDS: dict[AdapterName, LiveLora] = {"lora": LiveLora(), "rslora": LiveLora(), "dora": LiveDora()}
