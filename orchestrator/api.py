@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from orchestrator.plan.values import RunPlan
-    from orchestrator.report.reading import RunRecords
+    from orchestrator.run.reader import RunRecords
     from orchestrator.serve.predict import Answer
     from orchestrator.transfer.records import SweepResult, TransferReport, TrialRecord
 
@@ -272,7 +272,7 @@ class Run:
     @cached_property
     def records(self) -> RunRecords:
         """Everything that was read: plan, steps, events, what could not be read."""
-        from orchestrator.report.reading import read_run
+        from orchestrator.run.reader import read_run
 
         return read_run(self.folder)
 

@@ -1,4 +1,4 @@
-"""Every error that a user may meet, in one picklable tree.
+"""All errors that a user may see, in one picklable tree.
 
     OrchestratorError             exit code
     ├── SpecError                 2   the spec; carries one SpecProblem per mistake, all at once
@@ -9,17 +9,17 @@
     ├── RunConflictError          2   the run folder belongs to another run
     ├── IntegrityError            4   a file is not what its manifest says
     ├── PlanError                 3   the plan does not fit the cluster
-    ├── TrainingError             4   training failed for a reason of its own
+    ├── TrainingError             4   training failed
     │   ├── NonFiniteLossError    4   the loss or the gradient became NaN or infinite
-    │   └── OutOfMemoryError      4   no memory left, known on every rank; at the smallest micro-batch the trial's end
-    ├── CheckpointError           4   a checkpoint could not be written: the gang's end
-    ├── RankOutOfMemoryError      4   no memory left on one rank, while the others wait for it: the gang's end
-    ├── BaseLostError             4   the base could not be put back after a trial: the gang's end
-    ├── NothingPromotedError      5   `--require-promotion`, and no trial was worth promoting
+    │   └── OutOfMemoryError      4   out of memory on every rank, at the smallest micro-batch: the trial fails
+    ├── CheckpointError           4   a checkpoint could not be written: the gang is replaced
+    ├── RankOutOfMemoryError      4   out of memory on one rank while the others wait: the gang is replaced
+    ├── BaseLostError             4   the base could not be restored after a trial: the gang is replaced
+    ├── NothingPromotedError      5   `--require-promotion`, and no trial was promoted
     └── VerificationError         6   the bundle does not reproduce the trained model
 
-A message says what was found, where, what was expected and what to do; the remedy is the last line,
-where Ray's job view shows it. Control codes in it, out of a file's name or a row, are written as escapes.
+A message says what was found, where, what was expected and what to do; the remedy is the last line, where
+Ray's job view shows it. Control codes from file names or data rows are written as escapes.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class OrchestratorError(Exception):
 
     Args:
         what: What is wrong, with the value that was found.
-        where: The place: `file:line:column`, a tensor's name, a folder. Empty when there is none.
-        expected: What would have been right. Empty when `what` says it.
+        where: Place of the problem: `file:line:column`, a tensor's name, a folder. Empty if there is none.
+        expected: What would be valid. Empty if `what` says it.
         remedy: What to do next; printed last.
     """
 
@@ -71,7 +71,7 @@ def _rebuild(kind: type[OrchestratorError], state: dict[str, object]) -> Orchest
 
 @dataclass(frozen=True)
 class SpecProblem:
-    """One mistake in a spec. `line` and `column` count from 1; 0 when the file has no such place."""
+    """One mistake in a spec. `line` and `column` count from 1; 0 if the file has no such place."""
 
     path: str
     message: str
@@ -88,7 +88,7 @@ class SpecProblem:
 
 
 class SpecError(OrchestratorError, ValueError):
-    """The spec is wrong; `problems` holds every mistake found in one reading."""
+    """The spec is invalid; `problems` holds every mistake, all found in one pass."""
 
     exit_code = 2
 
@@ -139,7 +139,7 @@ class IntegrityError(OrchestratorError, OSError):
 
 
 class PlanError(OrchestratorError, RuntimeError):
-    """No way to run the spec on the described cluster."""
+    """The spec cannot run on the described cluster."""
 
     exit_code = 3
 
@@ -149,7 +149,7 @@ class TrainingError(OrchestratorError, RuntimeError):
 
 
 class CheckpointError(OrchestratorError, OSError):
-    """A checkpoint could not be written: the gang has to be replaced, whichever trial's it was."""
+    """A checkpoint could not be written; the gang has to be replaced."""
 
 
 class NonFiniteLossError(TrainingError):
@@ -157,27 +157,27 @@ class NonFiniteLossError(TrainingError):
 
 
 class OutOfMemoryError(TrainingError, MemoryError):
-    """Memory ran out, and every rank knows: the gang stays whole. A trial fails by it where nothing smaller is left."""
+    """Out of memory, known on every rank, so the gang survives. The trial fails if its micro-batch cannot be reduced further."""
 
 
 class RankOutOfMemoryError(OrchestratorError):
-    """Memory ran out on one rank while the others wait for it in a collective: the gang has to be replaced.
+    """Out of memory on one rank while the others wait for it in a collective: the gang has to be replaced.
 
-    No TrainingError, for a trial's own failure leaves the gang whole.
+    Not a TrainingError, since the gang survives a trial's own failure.
     """
 
 
 class BaseLostError(OrchestratorError):
-    """The base could not be put back as it was after a trial: the gang has to be replaced, whatever the trial said."""
+    """The base could not be restored after a trial: the gang has to be replaced, whatever the trial reported."""
 
 
 class NothingPromotedError(OrchestratorError):
-    """No trial was worth promoting, and `--require-promotion` asked for one."""
+    """No trial was promoted, and `--require-promotion` asked for one."""
 
     exit_code = 5
 
 
 class VerificationError(OrchestratorError, RuntimeError):
-    """The bundle failed its verification."""
+    """The bundle failed verification."""
 
     exit_code = 6

@@ -1,4 +1,4 @@
-"""A job's inputs, looked at without running it: the plan, estimated from file sizes, and what becomes of the data."""
+"""Look at a job's inputs without running it: the plan, estimated from file sizes, and how the data is read."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WIDTH = 100
 
 
 def plan_of(loaded: LoadedSpec, *, job: str = "", cluster_file: Path | None = None, address: str | None = None) -> RunPlan:
-    """The plan of a spec's job on a described cluster, on a live one, or on this machine. Data is estimated from file sizes.
+    """Plan a spec's job on a described cluster, on a live one, or on this machine. Data is estimated from file sizes.
 
     Raises:
         UsageError: `job` is neither sweep nor finetune.
@@ -55,7 +55,7 @@ def plan_of(loaded: LoadedSpec, *, job: str = "", cluster_file: Path | None = No
 
 
 def cluster_of(cluster_file: Path | None, address: str | None) -> ClusterDescription:
-    """The cluster of a file, the live one at `address`, or this machine."""
+    """Return the cluster of a file, the live one at `address`, or this machine."""
     if cluster_file is not None:
         return read_cluster_file(cluster_file)
     if address:
@@ -67,7 +67,7 @@ def cluster_of(cluster_file: Path | None, address: str | None) -> ClusterDescrip
 
 @dataclass(frozen=True)
 class Inspection:
-    """What became of the data of one spec."""
+    """How the data of a spec was read."""
 
     summary: DataSummary
 
@@ -75,7 +75,7 @@ class Inspection:
         return self.summary.model_dump(mode="json")
 
     def view(self) -> RenderableType:
-        """Counts, what was left out and why, and one example."""
+        """Return counts, what was dropped and why, and one example."""
         summary = self.summary
         parts: list[RenderableType] = [_splits_table(summary), Text(), *_notices(summary)]
         if summary.classes:
@@ -117,7 +117,7 @@ def _splits_table(summary: DataSummary) -> Table:
 
 
 def _notices(summary: DataSummary) -> list[RenderableType]:
-    """One line each, warnings first, in yellow on a terminal."""
+    """Return one line for each notice, warnings first, in yellow on a terminal."""
     noticed = sorted(summary.notices, key=lambda notice: notice.level != "warning")
     lines = [
         Text(f"{notice.level}: {printable(notice.line)}", style="yellow" if notice.level == "warning" else "")
@@ -141,7 +141,8 @@ def _dropped_table(summary: DataSummary) -> Table:
 
 
 def _example(marked: str) -> Text:
-    """The text between the marks in green on a terminal; the marks stay, for logs. Its lines stay, control codes are escaped."""
+    """Return the example, with the text between the marks in green on a terminal; the marks stay, for logs. Line breaks stay,
+    control codes are escaped."""
     example = Text("\n".join(map(printable, marked.split("\n"))))
     example.highlight_regex(r"(?s)«.*?»", "green")
     return example

@@ -1,4 +1,4 @@
-"""This machine, described without torch, deepspeed or Ray: for `plan` and `doctor`."""
+"""Describe this machine without torch, deepspeed or Ray, for `plan` and `doctor`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CONSTRAINTS = Path(__file__).resolve().parent.parent / "constraints.txt"
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """Result of one check."""
 
     name: str
     state: Literal["ok", "note", "wrong"]
@@ -41,6 +41,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class Examination:
+    """Results of all checks."""
+
     findings: tuple[Finding, ...]
 
     @property
@@ -59,12 +61,12 @@ class Examination:
         for finding in self.findings:
             said = f"{finding.found}\nto do: {finding.remedy}" if finding.remedy else finding.found
             table.add_row(Text(finding.state, style=style[finding.state]), finding.name, Text(said))
-        verdict = "no problems found" if not self.num_wrong else f"{self.num_wrong} wrong; follow `to do`"
+        verdict = "no problems found" if not self.num_wrong else f"{self.num_wrong} to fix; follow `to do`"
         return Group(table, Text(), Text(verdict, style="bold"))
 
 
 def describe_this_machine() -> ClusterDescription:
-    """One node: this machine's cores (as many as this process may use), memory and GPUs."""
+    """Return this machine as a cluster of one node: its cores (as many as this process may use), memory and GPUs."""
     gpus = find_gpus()
     node = NodeDescription(
         num_cpus=num_usable_cpus(),
@@ -78,8 +80,8 @@ def describe_this_machine() -> ClusterDescription:
 
 
 def core_flops(size: int = 64, seconds: float = 0.02) -> float:
-    """Operations a second of one core in a float32 product of matrices: the best of some, by processor time, so that other work
-    hardly counts. Larger matrices would be shared among the library's threads, which wait for each other busily."""
+    """Measure the operations per second of one core in a float32 matrix product: the best of several, by processor time, so
+    that other load hardly matters. Larger matrices would use the library's threads, which wait for each other busily."""
     one, other, product = (np.ones((size, size), dtype=np.float32) for _ in range(3))
     np.matmul(one, other, out=product)
     best, begun, times = 0.0, time.process_time(), 16
@@ -92,7 +94,7 @@ def core_flops(size: int = 64, seconds: float = 0.02) -> float:
 
 
 def memory_bytes(proc: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
-    """Host memory in bytes, or the container's limit where that is smaller."""
+    """Return the host memory in bytes, or the container's limit if that is smaller."""
     total = re.search(r"^MemTotal:\s+(\d+) kB", proc.read_text(), re.MULTILINE) if proc.exists() else None
     sizes = [int(total[1]) * 1024] if total else [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     if cgroup.exists() and (limit := cgroup.read_text().strip()).isdigit():
@@ -101,7 +103,7 @@ def memory_bytes(proc: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/f
 
 
 def examine(address: str | None = None) -> Examination:
-    """Everything that a run needs of this machine. Nothing is started and nothing is downloaded."""
+    """Check everything that a run needs from this machine. Nothing is started and nothing is downloaded."""
     return Examination(
         (
             _python(),
@@ -172,7 +174,8 @@ def _gpus() -> Finding:
 
 
 def _compiler() -> Finding:
-    """DeepSpeed builds its shared-memory op at first use where it can; without ninja and a compiler it goes without."""
+    """Look for ninja and a compiler, with which DeepSpeed builds its shared-memory op at first use; without them it runs
+    without."""
     missing = [
         name for name, tools in (("ninja", ("ninja",)), ("a C++ compiler", ("c++", "g++"))) if not any(map(_on_path, tools))
     ]

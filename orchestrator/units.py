@@ -1,4 +1,4 @@
-"""Bytes, tokens, counts, seconds and foreign text, written for people."""
+"""Format bytes, tokens, counts, seconds and untrusted text for people."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ GIB = 1024**3
 
 
 def format_bytes(num_bytes: float) -> str:
-    """`1536` -> `1.5 KiB`."""
+    """Format a size: `1536` -> `1.5 KiB`."""
     size = float(num_bytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(size) < 1024:
@@ -18,7 +18,7 @@ def format_bytes(num_bytes: float) -> str:
 
 
 def format_count(count: float) -> str:
-    """`6950000` -> `6.95M`."""
+    """Format a count: `6950000` -> `6.95M`."""
     for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(count) >= limit:
             return f"{count / limit:.3g}{suffix}"
@@ -26,7 +26,7 @@ def format_count(count: float) -> str:
 
 
 def format_flops(operations: float) -> str:
-    """`2.24e10` -> `22.4 GFLOP`."""
+    """Format operations: `2.24e10` -> `22.4 GFLOP`."""
     for limit, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
         if abs(operations) >= limit:
             return f"{operations / limit:.3g} {prefix}FLOP" if operations < 1e21 else f"{operations / limit:.0f} {prefix}FLOP"
@@ -34,7 +34,7 @@ def format_flops(operations: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """`75.2` -> `1m15s`; below a minute with one decimal."""
+    """Format a time: `75.2` -> `1m15s`; below a minute with one decimal."""
     if seconds < 60:
         return f"{seconds:.1f}s"
     minutes, rest = divmod(round(seconds), 60)
@@ -43,7 +43,8 @@ def format_seconds(seconds: float) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with control characters, line breaks and half surrogates written as escapes, so that no terminal obeys them.
+    """Return `text` with control characters, line breaks and unpaired surrogates as escapes, so that no terminal interprets
+    them.
 
     `"\\x1b[31mred"` -> `"\\\\x1b[31mred"`. What a user reads out of data, file names, classes and column names goes through here.
     """
@@ -51,10 +52,10 @@ def printable(text: str) -> str:
 
 
 def printable_lines(text: str) -> str:
-    """As `printable`, with its line feeds kept: for a message of several lines."""
+    """Return `text` like `printable`, but keep its line feeds: for a message of several lines."""
     return text if text.isprintable() else "\n".join(map(printable, text.split("\n")))
 
 
 def quoted(name: str) -> str:
-    """`printable` between quotes: `'label'`."""
+    """Return `printable` text in quotes: `'label'`."""
     return f"'{printable(name)}'"

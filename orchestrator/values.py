@@ -1,4 +1,4 @@
-"""The base class of the values that flow from room to room."""
+"""Base class of the values that pass between packages, and their canonical JSON."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from typing import Any, cast
 from pydantic import BaseModel, ConfigDict
 
 UNUSUAL = re.compile(r"[^ -~\n]")
-"""Characters that may be no printable ones."""
+"""Characters that may not be printable."""
 
 
 class Value(BaseModel):
-    """A frozen value with a JSON form; unknown keys are refused."""
+    """A frozen value with a JSON form; unknown keys are rejected."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
 
 def canonical_json(value: object) -> str:
-    """The one JSON text of a value: sorted keys, no spaces. Two equal values give the same text."""
+    """Return the canonical JSON text of a value: sorted keys, no spaces. Equal values give equal texts."""
     plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
     return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def content_hash(value: object) -> str:
-    """SHA-256 of the canonical JSON, in hexadecimal."""
+    """Return the SHA-256 of the canonical JSON, in hexadecimal."""
     return hashlib.sha256(canonical_json(value).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def strict_json(value: object, *, named: bool = False) -> Any:
-    """What strict JSON can say of a value, for `json.dumps(..., allow_nan=False)`.
+    """Return a value that strict JSON can represent, for `json.dumps(..., allow_nan=False)`.
 
     Args:
         value: A `Value`, or a tree of dictionaries and lists.
@@ -53,7 +53,7 @@ def strict_json(value: object, *, named: bool = False) -> Any:
 
 
 def printable_json(text: str) -> str:
-    """The same JSON in text that no terminal obeys and any file can hold: control characters and half surrogates as escapes.
+    """Return the same JSON with control characters and unpaired surrogates as escapes, safe for terminals and any file.
 
     Args:
         text: JSON, in which line feeds stand between values only.

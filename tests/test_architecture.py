@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -43,6 +43,9 @@ of the Python API, and imports it when they are used."""
 PURE = ["", *(room for room, (floor, _) in FLOORS.items() if floor <= 3)]
 HEAVY = ("ray", "torch", "deepspeed", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
 HOMES = {"ray": {"runtime"}, "deepspeed": {"train"}}
+THIN = ("orchestrator.runtime.search", "orchestrator.runtime.exchange", "orchestrator.runtime.task_supervision")
+"""What Ray imports in the processes of a Tune trial, the exchange and the pulse board: nothing that computes."""
+KNOWN_CYCLES = [{"orchestrator.train.groups", "orchestrator.train.host"}]
 LONGEST_FILE = 450
 LONGEST_FUNCTION = 60
 LONGEST_LOOP = 100
@@ -84,6 +87,54 @@ def may_import(room: str, other: str) -> bool:
     return floor > below or (floor == below and place > other_place)
 
 
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported_modules(modules: dict[str, Path], name: str) -> set[str]:
+    """The project's modules that a module imports, at its top, in functions and for type checking alike.
+
+    `from package import name` is an import of the submodule `name` where there is one, of the package otherwise.
+    """
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(modules[name].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{name}:{node.lineno} is a relative import"
+            members = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {member if member in modules else str(node.module) for member in members.values()}
+    return (found & set(modules)) - {name}
+
+
+def find_cycle(edges: dict[str, set[str]]) -> list[str]:
+    """Return the nodes of a cycle, its first node again at the end; empty without one."""
+    done: set[str] = set()
+
+    def walk(path: list[str]) -> list[str]:
+        for other in sorted(edges[path[-1]] - done):
+            if other in path:
+                return [*path[path.index(other) :], other]
+            if cycle := walk([*path, other]):
+                return cycle
+        done.add(path[-1])
+        return []
+
+    return next((cycle for node in sorted(edges) if node not in done and (cycle := walk([node]))), [])
+
+
+def loaded_by(modules: Iterable[str]) -> list[str]:
+    """The heavy libraries that a fresh interpreter has loaded after importing the modules."""
+    script = (
+        "import importlib, sys\n"
+        f"for name in {list(modules)!r}: importlib.import_module(name)\n"
+        f"print(*(library for library in {HEAVY!r} if library in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
 def relative(path: Path) -> str:
     return str(path.relative_to(REPOSITORY))
 
@@ -121,19 +172,45 @@ def test_a_library_is_imported_in_its_room_alone(library: str) -> None:
 
 
 def test_pure_floors_import_nothing_heavy() -> None:
-    modules = [
-        ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+    assert loaded_by(module_name(path) for path in FILES if room_of(path) in PURE) == []
+
+
+def test_a_tune_trial_and_the_exchange_import_nothing_that_computes() -> None:
+    """Each concurrent trial is a process: with torch and transformers it takes twice the memory, and seconds longer to start."""
+    assert loaded_by(THIN) == ["ray"]
+
+
+def test_a_rank_imports_deepspeed_only_when_it_is_planned() -> None:
+    """It takes seconds and memory, and it must learn its device before it is imported."""
+    assert "deepspeed" not in loaded_by(["orchestrator.train.host"])
+
+
+def test_a_cycle_is_found() -> None:
+    assert find_cycle({"a": {"b"}, "b": {"c", "d"}, "c": set(), "d": {"b"}}) == ["b", "d", "b"]
+    assert find_cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_modules_do_not_import_each_other_in_a_circle() -> None:
+    modules = {module_name(path): path for path in FILES}
+    edges = {name: imported_modules(modules, name) for name in modules}
+    for known in KNOWN_CYCLES:
+        for name in known & set(edges):
+            edges[name] -= known
+    assert " -> ".join(find_cycle(edges)) == ""
+
+
+def test_the_report_reads_a_run_through_its_reader_alone() -> None:
+    reading = {"read_json", "read_jsonl", "read_record", "read_text", "read_bytes", "glob", "rglob", "iterdir", "walk", "load"}
+    wrong = [
+        f"{relative(path)}:{node.lineno} {name}"
         for path in FILES
-        if room_of(path) in PURE
+        if room_of(path) == "report"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Name | ast.Attribute)
+        and (name := node.id if isinstance(node, ast.Name) else node.attr) in reading
+        and "style.css" not in path.read_text().splitlines()[node.lineno - 1]  # the report's own file
     ]
-    script = (
-        "import importlib, sys\n"
-        f"for name in {modules!r}: importlib.import_module(name)\n"
-        f"print(*(library for library in {HEAVY!r} if library in sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=REPOSITORY, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == []
+    assert not wrong, f"reading a run belongs in orchestrator/run: {wrong}"
 
 
 def test_one_function_writes_the_deepspeed_config() -> None:

@@ -1,12 +1,12 @@
-"""What the base is: blocks, parameter names, shapes and types; and what a layer policy becomes on it.
+"""Anatomy of a base: blocks, parameter names, shapes and types; and the layers that a policy selects.
 
     folder = resolve_base("sample", spec_folder)
     anatomy = read_anatomy(folder, need_weights=True)      # config.json and safetensors headers, no weights read
     selection = select(anatomy, "last:2", "lora", 16, task="completion")
 
-`known_layouts()` lists the model types that can be planned with, `trainable_layouts()` those that can be trained; the table
-is in `layouts/`, and a new type is a new row there. A type that it does not have is recognised from its tensors' names
-(`recognise.py`), to plan with.
+`known_layouts()` lists the model types that can be planned for, `trainable_layouts()` those that can be trained; the table is
+in `layouts/`, and a new type is a new row there. A type that is not in the table is recognised from the names of its tensors
+(`recognise.py`), for planning only.
 """
 
 from orchestrator.anatomy.layouts import known_layouts, trainable_layouts

@@ -1,4 +1,4 @@
-"""config.json of a base: what is refused, and the sizes that follow from it."""
+"""Read a base's config.json: reject what is unsupported, and derive the sizes."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ COPY_AGAIN = "copy config.json from the base again"
 
 @dataclass(frozen=True)
 class BaseConfig:
-    """A config.json that was understood."""
+    """A parsed config.json."""
 
     path: Path
     values: dict[str, Any]
     layout: Layout
     sizes: dict[str, int]
-    """Size name -> number, defaults filled in as transformers does."""
+    """Size name -> number, with transformers' defaults."""
     flags: dict[str, object]
     tied: bool
     dtype: str
-    """safetensors spelling."""
+    """Dtype in safetensors' spelling."""
     activation: str
     sparse: frozenset[int]
-    """Numbers of the blocks with a mixture of experts."""
+    """Indices of the blocks with a mixture of experts."""
     dropout: str
-    """What is dropped out while training: the first config key with a rate above zero; empty where nothing is."""
+    """First config key with a dropout rate above zero, with the rate; empty if there is none."""
     plan_only: str
-    """Why this base cannot be trained; empty where it can."""
+    """Why this base cannot be trained; empty if it can."""
 
     @property
     def experts(self) -> Experts | None:
+        """Mixture of experts of the sparse blocks, or None."""
         if not self.sparse:
             return None
         return Experts(
@@ -51,11 +52,11 @@ class BaseConfig:
 
 
 def read_values(folder: Path) -> dict[str, Any]:
-    """The keys of `folder`/config.json.
+    """Read the keys of `folder`/config.json.
 
     Raises:
-        BaseError: the folder or file is missing, or no JSON; the base would run its own code; its weights are quantized
-            already; it is more than a language model.
+        BaseError: the folder or file is missing, or not JSON; the base would run its own code; its weights are already quantized;
+            it is a multimodal model.
     """
     path = folder / "config.json"
     values = _read_json(folder, path)
@@ -82,10 +83,10 @@ def read_values(folder: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path, values: dict[str, Any], layout: Layout) -> BaseConfig:
-    """Judge the config of a known layout.
+    """Interpret the config of a known layout.
 
     Raises:
-        BaseError: a size is missing or makes no sense, or a key makes another layout.
+        BaseError: a size is missing or makes no sense, or a key implies another layout.
     """
     path = folder / "config.json"
     merged = {**layout.defaults, **values}
@@ -126,7 +127,7 @@ def _dropout(layout: Layout, values: dict[str, Any]) -> str:
 
 
 def dtype_of(path: Path, values: dict[str, Any]) -> str:
-    """The config's dtype in safetensors' spelling, float32 where it says none."""
+    """Return the config's dtype in safetensors' spelling, float32 if it gives none."""
     dtype = values.get("dtype") or values.get("torch_dtype") or "float32"
     if dtype not in DTYPES:
         raise BaseError(f"dtype {dtype!r}", where=str(path), expected=" | ".join(DTYPES), remedy="convert the weights")
@@ -137,7 +138,7 @@ def _read_json(folder: Path, path: Path) -> dict[str, Any]:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "there is no such folder"
         raise BaseError(
-            what, where=str(folder), expected="a folder with config.json and safetensors weights", remedy="mend `base.model`"
+            what, where=str(folder), expected="a folder with config.json and safetensors weights", remedy="fix `base.model`"
         )
     if not path.is_file():
         adapter = (folder / "adapter_config.json").is_file()
@@ -171,12 +172,13 @@ def _refuse_remote_code(folder: Path, values: dict[str, Any]) -> None:
 
 
 def find_layout(values: dict[str, Any]) -> Layout | None:
+    """Return the layout of the config's model type, or None if the table does not have it."""
     model_type = values.get("model_type")
     return LAYOUTS.get(model_type) if isinstance(model_type, str) else None
 
 
 def unknown_layout(path: Path, values: dict[str, Any], why: str = "") -> BaseError:
-    """A model type that the table does not have; `why` says what was looked for beside it and not found."""
+    """Return the error for a model type that is not in the table; `why` says what else was looked for and not found."""
     model_type = values.get("model_type")
     found = "model_type is missing" if model_type is None else f"unknown layout: model_type {model_type!r}"
     near = difflib.get_close_matches(str(model_type).lower(), known_layouts(), n=3, cutoff=0.5)
@@ -189,8 +191,9 @@ def unknown_layout(path: Path, values: dict[str, Any], why: str = "") -> BaseErr
 
 
 def plan_only_error(path: Path, model_type: str, reason: str) -> BaseError:
+    """Return the error for a base that can be planned for but not trained."""
     return BaseError(
-        f"a base of model_type {model_type!r} can be planned with, not trained: {reason}",
+        f"a base of model_type {model_type!r} can be planned for, not trained: {reason}",
         where=str(path),
         expected=f"to train, a base of one of {', '.join(trainable_layouts())}",
         remedy="use a base of such a layout; `orchestrator plan` works with this one",
@@ -198,6 +201,7 @@ def plan_only_error(path: Path, model_type: str, reason: str) -> BaseError:
 
 
 def whole_number(path: Path, key: str, value: object) -> int:
+    """Return a config value that must be a whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise BaseError(
             f"{key} is {value!r}",
@@ -264,7 +268,8 @@ def _sizes(path: Path, layout: Layout, values: dict[str, Any]) -> dict[str, int]
 
 
 def _sparse_blocks(path: Path, layout: Layout, merged: dict[str, Any], num_blocks: int) -> frozenset[int]:
-    """Every `decoder_sparse_step`-th block has experts, but for those in `mlp_only_layers` (transformers, Qwen2-MoE)."""
+    """Return the blocks with experts: every `decoder_sparse_step`-th, except those in `mlp_only_layers` (transformers,
+    Qwen2-MoE)."""
     if not layout.sparse_block:
         return frozenset()
     step = whole_number(path, "decoder_sparse_step", merged["decoder_sparse_step"])

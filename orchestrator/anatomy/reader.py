@@ -1,4 +1,4 @@
-"""From a base's folder to its anatomy."""
+"""Read a base's folder as its anatomy."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ TRAINABLE_DTYPES = ("F32", "BF16", "F16")
 
 
 def resolve_base(model: str, spec_folder: Path) -> Path:
-    """The folder of `base.model`: the sample, or a folder relative to the spec's."""
+    """Return the folder of `base.model`: the sample, or a folder relative to the spec's."""
     if model == "sample":
         return Path(SAMPLE_BASE).resolve()
     return (spec_folder / Path(model).expanduser()).resolve()
 
 
 def read_anatomy(folder: Path | str, *, need_weights: bool) -> ModelAnatomy:
-    """Blocks, names, shapes and types of a base, from config.json and safetensors headers alone.
+    """Read blocks, names, shapes and types of a base from config.json and safetensors headers alone.
 
-    Without weights beside config.json the tensors are those that the config implies, in its dtype, and
-    `has_weights` is False: enough to plan. So it is with a layout that is `plan_only`, whose checkpoints may use other
-    names; of its weights only the number of elements is compared. A model type that the table does not have is
-    recognised from its tensors' names where weights are there and not needed.
+    Without weights beside config.json the tensors are those that the config implies, in its dtype, and `has_weights` is False:
+    enough to plan. The same goes for a layout that is `plan_only`, whose checkpoints may use other names; of its weights only
+    the number of elements is compared. A model type that is not in the table is recognised from the names of its tensors, if
+    there are weights and they are not needed for training.
 
     Args:
-        folder: With config.json.
-        need_weights: Whether the base is to be trained.
+        folder: Folder with config.json.
+        need_weights: True if the base is to be trained.
 
     Raises:
-        BaseError: see `read_values`, `read_config` and `read_weights`; weights missing though needed, quantized, or
-            not what the config implies; a layout that cannot be trained, or is not known at all.
+        BaseError: see `read_values`, `read_config` and `read_weights`; weights missing but needed, quantized, or not what the
+            config implies; a layout that cannot be trained, or is unknown.
     """
     folder = Path(folder).resolve()
     values = read_values(folder)
@@ -55,7 +55,7 @@ def read_anatomy(folder: Path | str, *, need_weights: bool) -> ModelAnatomy:
     stored = read_weights(folder)
     if stored is None and need_weights:
         raise BaseError(
-            "the folder has a config but no weights: it can be planned with, not trained",
+            "the folder has a config but no weights: it can be planned for, not trained",
             where=str(folder),
             expected=f"{SINGLE}, or shards with {INDEX}",
             remedy="put the base's safetensors files there, or point `base.model` at a folder that has them",
@@ -74,7 +74,7 @@ def read_anatomy(folder: Path | str, *, need_weights: bool) -> ModelAnatomy:
 
 
 def _blocks(config: BaseConfig) -> list[dict[str, TensorTemplate]]:
-    """The tensors of each block by complete name."""
+    """Return the tensors of each block by complete name."""
     dense = present(config.layout.block, config.flags)
     sparse = present(config.layout.sparse_block, config.flags)
     blocks: list[dict[str, TensorTemplate]] = []
@@ -85,7 +85,7 @@ def _blocks(config: BaseConfig) -> list[dict[str, TensorTemplate]]:
 
 
 def _all_templates(config: BaseConfig) -> dict[str, TensorTemplate]:
-    """Every tensor that the config implies, in the order of the forward pass."""
+    """Return every tensor that the config implies, in the order of the forward pass."""
     layout = config.layout
     templates = {template.name: template for template in layout.embeddings}
     for block in _blocks(config):
@@ -103,13 +103,13 @@ def _shape(template: TensorTemplate, config: BaseConfig) -> tuple[int, ...]:
 
 
 def _tolerated(config: BaseConfig, name: str) -> bool:
-    """Whether a stored tensor is none of the model's parameters and does no harm."""
+    """Return whether a stored tensor is not a parameter of the model and can be ignored."""
     patterns = (*config.layout.ignored, *([config.layout.head_weight] if config.tied else []))
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _check_count(folder: Path, config: BaseConfig, expected: dict[str, tuple[int, ...]], stored: dict[str, TensorInfo]) -> None:
-    """For checkpoints under other names: as many elements as the config implies."""
+    """Check a checkpoint with other names: it must have as many elements as the config implies."""
     found = sum(tensor.num_elements for name, tensor in stored.items() if not _tolerated(config, name))
     implied = sum(math.prod(shape) for shape in expected.values())
     if found != implied:
@@ -129,10 +129,11 @@ def _match(
     optional: set[str],
     stored: dict[str, TensorInfo],
 ) -> dict[str, TensorInfo]:
-    """Stored tensors under their parameters' names, after comparing names, shapes and types with the config."""
+    """Return the stored tensors by parameter name, after comparing names, shapes and types with the config."""
     prefix = config.layout.backbone + "."
     tensors: dict[str, TensorInfo] = {}
     for name, shape in expected.items():
+        # A checkpoint may store a parameter under another name of its layout, or without the backbone's prefix.
         spellings = (name, config.layout.stored_as.get(name, name), name.removeprefix(prefix))
         tensor = next((stored[spelling] for spelling in spellings if spelling in stored), None)
         if tensor is None:

@@ -1,4 +1,4 @@
-"""A layout that the table does not have, recognised from the names and shapes of its stored tensors."""
+"""Recognise a layout that is not in the table from the names and shapes of its stored tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from orchestrator.values import content_hash
 RECOGNISED = "its layout is not in the table and was recognised from its tensors' names"
 NUMBERED = re.compile(r"(?P<stack>.+?)\.(?P<number>\d+)\.(?P<rest>.+)")
 BUFFERS = re.compile(r".*(inv_freq|masked_bias|position_ids|attn\.bias|attention\.bias)")
-"""Stored tensors that are no parameters: rotary frequencies and causal masks of older checkpoints."""
+"""Stored tensors that are not parameters: rotary frequencies and causal masks of older checkpoints."""
 HIDDEN = ("hidden_size", "n_embd", "d_model", "dim")
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 KV_HEADS = ("num_key_value_heads", "n_kv_heads", "num_kv_heads")
@@ -30,11 +30,11 @@ class _UnrecognisedError(Exception):
 
 
 def recognise(folder: Path, values: dict[str, Any], stored: Mapping[str, TensorInfo]) -> ModelAnatomy:
-    """The anatomy that these tensors speak of, `plan_only`.
+    """Return the anatomy that these tensors imply, as `plan_only`.
 
-    Looked for: one stack of blocks `x.y.{n}.` numbered from 0, all with the same names and shapes; an input embedding
-    [vocabulary, hidden] outside of it, and perhaps an output projection of the same shape. Heads and positions are the
-    config's, all other sizes the tensors'.
+    It needs one stack of blocks `x.y.{n}.` numbered from 0, all with the same names and shapes; an input embedding
+    [vocabulary, hidden] outside of it, and optionally an output projection of the same shape. Heads and positions are read
+    from the config, all other sizes from the tensors.
 
     Raises:
         BaseError: one of these was not found.
@@ -98,7 +98,7 @@ def _recognise(folder: Path, path: Path, values: dict[str, Any], stored: Mapping
 
 
 def _find_blocks(stored: Mapping[str, TensorInfo]) -> tuple[str, list[Block]]:
-    """The module list's name and its blocks in order."""
+    """Return the name of the module list and its blocks in order."""
     stacks: dict[str, dict[int, Block]] = {}
     for name, tensor in stored.items():
         if match := NUMBERED.fullmatch(name):
@@ -114,6 +114,7 @@ def _find_blocks(stored: Mapping[str, TensorInfo]) -> tuple[str, list[Block]]:
     for number, block in enumerate(blocks):
         if {name: tensor.shape for name, tensor in block.items()} != {name: tensor.shape for name, tensor in blocks[0].items()}:
             raise _UnrecognisedError(f"{stack}.{number}. does not have the names and shapes of {stack}.0.")
+    # A quantized checkpoint packs several weights into one stored element.
     packed = [name for name, tensor in blocks[0].items() if tensor.dtype not in FLOATS]
     if packed:
         raise _UnrecognisedError(f"{stack}.0.{packed[0]} is stored as {blocks[0][packed[0]].dtype}, so its shape may be another")
@@ -130,7 +131,7 @@ def _tensors(blocks: Iterable[Block]) -> Iterable[TensorInfo]:
 
 
 def _find_embedding(outside: Mapping[str, TensorInfo]) -> tuple[str, str]:
-    """Names of the input embedding and of the output projection; the second is empty where it is tied."""
+    """Return the names of the input embedding and of the output projection; the second is empty if it is tied."""
     matrices = {name: tensor for name, tensor in outside.items() if _is_matrix(tensor)}
     largest = max((tensor.shape for tensor in matrices.values()), key=lambda shape: shape[0] * shape[1], default=(0, 0))
     tables = [name for name, tensor in matrices.items() if tensor.shape == largest]
@@ -153,7 +154,7 @@ def _positions(path: Path, values: dict[str, Any], outside: Mapping[str, TensorI
 
 
 def _kind(values: dict[str, Any]) -> Literal["decoder", "encoder"]:
-    """By the class that the config names: a decoder unless it fills masks or classifies."""
+    """Return the kind by the class that the config names: a decoder unless it is for masked LM or classification."""
     named = " ".join(map(str, values.get("architectures") or ()))
     return "encoder" if re.search(r"MaskedLM|ForSequenceClassification|ForImageClassification", named) else "decoder"
 

@@ -1,4 +1,4 @@
-"""What a layer policy becomes on one base."""
+"""Resolve a layer policy on a base."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from orchestrator.spec.models import Task, Tune
 from orchestrator.spec.policy import Policy, parse_policy
 
 ROUNDING = 1e-9
-"""A share of the blocks is a decimal fraction, and a tenth of thirty is a little more than three in binary."""
+"""Tolerance for shares of the blocks: 0.1 x 30 is slightly more than 3 in binary floating point."""
 
 
 def select(
@@ -29,22 +29,22 @@ def select(
 ) -> LayerSelection:
     """Sort every parameter into trainable, adapted and frozen, and find the cut.
 
-    Blocks mean all their parameters for `full` (norms, biases, experts too) and all their linear layers for
-    `lora` (a router and routed experts are none). Embeddings and the final norm stay frozen. `+head` (or `head`)
-    adds the output projection, for `full` with its bias; a tied one is untied first. `classify` has no output
-    projection: it trains its own new classifier under every policy but `none`, together with what else the checkpoint
-    lacks (`ModelAnatomy.new_tensors`); there `head` is that classifier alone, which `full` trains whatever `tune` says.
+    `full` trains all parameters of the blocks (norms, biases, experts too), `lora` adapts all their linear layers (a router
+    and routed experts are not linear layers here). Embeddings and the final norm stay frozen. `+head` (or `head`) adds the
+    output projection, for `full` with its bias; a tied one is untied first. `classify` has no output projection: it trains its
+    own new classifier under every policy but `none`, together with what else the checkpoint lacks
+    (`ModelAnatomy.new_tensors`); there `head` is that classifier alone, which `full` trains whatever `tune` says.
 
-    `top:F` means the best-scored blocks, `num_of_share` of them. Without scores the selection is `pending`; a share of 1
-    is every block and needs none.
+    `top:F` selects the best-scored blocks, `num_of_share` of them. Without scores the selection is `pending`; a share of 1 is
+    every block and needs none.
 
     Args:
         adapter: What the adapters of `lora` are.
-        scores: Of each block, the higher the better; None for a block that was not scored and cannot be chosen.
+        scores: Score of each block, higher is better; None for a block that was not scored and cannot be selected.
 
     Raises:
-        SelectionError: no policy, a block that the base does not have, LoRA without a rank, an encoder for a
-            task that writes text, fewer than two classes, fewer blocks with a score than are asked for.
+        SelectionError: not a policy, a block that the base does not have, LoRA without a rank, an encoder for a task that
+            generates text, fewer than two classes, fewer scored blocks than are asked for.
     """
     parsed = parse_policy(policy)
     if task == "classify":
@@ -69,7 +69,7 @@ def select(
 
 
 def select_everything(anatomy: ModelAnatomy, *, task: Task, num_classes: int = 0) -> LayerSelection:
-    """Every parameter learns, embeddings and norms too: what training from random weights needs."""
+    """Select every parameter as trainable, embeddings and norms too, as training from random weights needs it."""
     blocks = tuple(range(anatomy.num_blocks))
     policy = Policy("all")
     names = tuple(_stored_names(anatomy, task))
@@ -90,12 +90,12 @@ def select_everything(anatomy: ModelAnatomy, *, task: Task, num_classes: int = 0
 
 
 def num_of_share(share: float, num_blocks: int) -> int:
-    """Blocks of `top:F`: the share rounded up, at least one."""
+    """Return the number of blocks of `top:F`: the share rounded up, at least one."""
     return max(1, math.ceil(share * num_blocks - ROUNDING))
 
 
 def best_scored(scores: Sequence[float | None], count: int) -> list[int]:
-    """The blocks with the highest scores, ascending; of equal ones those nearer to the output.
+    """Return the blocks with the highest scores, ascending; ties go to blocks nearer to the output.
 
     Returns:
         Fewer than `count` where fewer have a score.
@@ -105,13 +105,13 @@ def best_scored(scores: Sequence[float | None], count: int) -> list[int]:
 
 
 def _largest(parsed: Policy, anatomy: ModelAnatomy) -> list[int]:
-    """As many of the largest blocks as `top:` asks for, ascending."""
+    """Return as many of the largest blocks as `top:` asks for, ascending."""
     sizes = [sum(anatomy.tensors[name].num_elements for name in block) for block in anatomy.blocks]
     return best_scored(sizes, num_of_share(parsed.fraction, anatomy.num_blocks))
 
 
 def _blocks(parsed: Policy, anatomy: ModelAnatomy, written: str, scores: Sequence[float | None] | None) -> list[int]:
-    """Numbers of the blocks that learn, ascending."""
+    """Return the indices of the trainable blocks, ascending."""
     count = anatomy.num_blocks
     match parsed.kind:
         case "all":
@@ -157,7 +157,7 @@ def _out_of_range(written: str, anatomy: ModelAnatomy, what: str, remedy: str) -
 
 
 def _new_names(anatomy: ModelAnatomy, task: Task, parsed: Policy) -> list[str]:
-    """What `classify` makes anew and trains."""
+    """Return the tensors that `classify` initialises and trains."""
     if task != "classify" or parsed.kind == "none":
         return []
     bias = [anatomy.classifier_bias] if anatomy.classifier_bias else []
@@ -172,7 +172,7 @@ def _new_elements(anatomy: ModelAnatomy, task: Task, parsed: Policy, num_classes
 
 
 def _stored_names(anatomy: ModelAnatomy, task: Task) -> Iterable[str]:
-    """Parameters of the model that is loaded for the task: `classify` loads no output projection."""
+    """Return the parameters of the model that is loaded for the task: `classify` loads no output projection."""
     head = (anatomy.head_weight, anatomy.head_bias) if task == "classify" else ()
     return (name for name in anatomy.tensors if name not in head)
 
@@ -238,5 +238,5 @@ def _adapted(
 
 
 def _head_elements(anatomy: ModelAnatomy) -> int:
-    """A tied output projection, once it is a copy of its own."""
+    """Return the elements of a tied output projection once it is a copy of its own."""
     return anatomy.vocab_size * anatomy.hidden_size

@@ -1,4 +1,4 @@
-"""What the base is, and what a policy becomes on it: the values of this room."""
+"""Values of this package: the anatomy of a base, and a selection of its layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from orchestrator.values import Value
 
 
 class TensorInfo(Value):
-    """One stored tensor. `file` is relative to the base's folder; empty when only the config is known."""
+    """One stored tensor. `file` is relative to the base's folder; empty if only the config is known."""
 
     name: str
     shape: tuple[int, ...]
@@ -17,7 +17,7 @@ class TensorInfo(Value):
     """safetensors spelling: BF16, F16, F32."""
     file: str = ""
     stored_name: str = ""
-    """The name in the file where it differs: some checkpoints leave the backbone's prefix out."""
+    """Name in the file, if different: some checkpoints omit the backbone's prefix."""
 
     @property
     def num_elements(self) -> int:
@@ -32,21 +32,21 @@ class TensorInfo(Value):
 
 
 class Experts(Value):
-    """The mixture of experts of a base whose blocks have one."""
+    """Mixture of experts in the blocks of a base."""
 
     num_experts: int
     experts_per_token: int
     intermediate_size: int
     """MLP width of one routed expert."""
     shared_intermediate_size: int = 0
-    """MLP width of the expert that every token passes; 0 where there is none."""
+    """MLP width of the shared expert, which every token passes through; 0 if there is none."""
 
 
 class ModelAnatomy(Value):
-    """The base, from config.json and safetensors headers alone.
+    """The structure of a base, from config.json and safetensors headers alone.
 
-    Tensor names are the parameter names of the transformers model (`model.layers.0.self_attn.q_proj.weight`);
-    where the checkpoint has another, it is the tensor's `stored_name`.
+    Tensor names are the parameter names of the transformers model (`model.layers.0.self_attn.q_proj.weight`); if the
+    checkpoint uses another, it is the tensor's `stored_name`.
     """
 
     model_type: str
@@ -54,7 +54,7 @@ class ModelAnatomy(Value):
     folder: str
     """Absolute path of the base's folder."""
     has_weights: bool
-    """False when only config.json is there, or where `plan_only`: enough to plan, not to train."""
+    """False if there is only config.json, or if `plan_only`: enough to plan, not to train."""
     num_blocks: int
     hidden_size: int
     intermediate_size: int
@@ -62,33 +62,33 @@ class ModelAnatomy(Value):
     num_kv_heads: int
     head_dim: int
     vocab_size: int
-    """0 where there is none (a vision transformer)."""
+    """0 if there is none (a vision transformer)."""
     max_positions: int
     tied: bool
-    """Whether the output projection shares the input embedding's tensor."""
+    """True if the output projection shares the input embedding's tensor."""
     block_prefix: str
     """`model.layers.{}.`"""
     blocks_module: str
-    """`model.layers`: the module list."""
+    """`model.layers`: the module list of the blocks."""
     backbone: str
     """`model`: the attribute of the causal LM that returns hidden states."""
     head_weight: str
-    """`lm_head.weight`: the output projection's name, stored or (when tied) not."""
+    """`lm_head.weight`: name of the output projection, also if it is tied and therefore not stored."""
     classifier_weight: str
-    """`score.weight`: the name of the new head that `classify` adds."""
+    """`score.weight`: name of the new head that `classify` adds."""
     embeddings: tuple[str, ...]
     final_norm: tuple[str, ...]
     blocks: tuple[tuple[str, ...], ...]
     """Parameter names of each block, block 0 at the input."""
     linears: tuple[tuple[str, ...], ...]
-    """For each block the weights that are matrix products: what LoRA adapts and quantization compresses."""
+    """For each block the weights of its matrix products: what LoRA adapts and quantization compresses."""
     tensors: dict[str, TensorInfo]
-    """Every stored tensor by name (a tied head is not in here)."""
+    """Every stored tensor by name (without a tied head)."""
     config_sha256: str
     classifier_bias: str = ""
-    """`classifier.bias`; empty where the new head of `classify` has none."""
+    """`classifier.bias`; empty if the new head of `classify` has none."""
     head_bias: str = ""
-    """`lm_head.bias`; empty where the output projection has none."""
+    """`lm_head.bias`; empty if the output projection has none."""
     attention: Literal["fused", "eager"] = "fused"
     """`eager`: transformers has no fused kernel for the layout, and the scores of every pair of positions are kept."""
     norm: Literal["rms", "layer"] = "rms"
@@ -101,22 +101,23 @@ class ModelAnatomy(Value):
     """For each block the weights [experts, out, in] of its routed experts, empty for a dense block. They are in `blocks` and
     not in `linears`: LoRA does not adapt them and bitsandbytes does not quantize them."""
     dropout: str = ""
-    """The config key and rate of what its blocks or embeddings drop out while training; empty where nothing is."""
+    """Config key and rate of dropout in blocks or embeddings during training; empty if there is none."""
     plan_only: str = ""
-    """Why a base of this layout can be planned with and not be trained; empty where it can."""
+    """Why a base of this layout can be planned for but not trained; empty if it can be trained."""
     new_tensors: tuple[TensorInfo, ...] = ()
-    """What `classify` needs beside the classifier and the checkpoint lacks (an encoder's pooler): made anew, learns with it."""
+    """Tensors besides the classifier that `classify` needs and the checkpoint lacks (an encoder's pooler): initialised and
+    trained with it."""
 
     def num_parameters(self) -> int:
         return sum(tensor.num_elements for tensor in self.tensors.values())
 
 
 class LayerSelection(Value):
-    """What a policy becomes on one base. The three sets are disjoint and cover every parameter.
+    """The parameters that a policy selects on a base. The three sets are disjoint and cover every parameter.
 
-    Names are checkpoint names. `trainable` learns itself; `adapted` stays frozen and gets an
-    adapter beside it; `frozen` does neither. A new classification head is in `trainable` under
-    `ModelAnatomy.classifier_weight`; an untied output projection under `ModelAnatomy.head_weight`.
+    Names are checkpoint names. `trainable` parameters are trained; `adapted` ones stay frozen and get an adapter; `frozen`
+    ones are neither. A new classification head is in `trainable` under `ModelAnatomy.classifier_weight`; an untied output
+    projection under `ModelAnatomy.head_weight`.
     """
 
     policy: str
@@ -127,14 +128,14 @@ class LayerSelection(Value):
     adapted: tuple[str, ...]
     frozen: tuple[str, ...]
     cut: int
-    """First block that holds anything that learns; `num_blocks` when only a head learns or nothing does."""
+    """First block with anything trainable; `num_blocks` if only a head is trained or nothing is."""
     blocks: tuple[int, ...] = ()
-    """The blocks that learn, ascending. Empty in plans of older versions."""
+    """Trainable blocks, ascending. Empty in plans of older versions."""
     pending: bool = False
-    """A policy by score whose blocks are not known yet. As many of the largest blocks stand in, with the cut at 0: no choice
-    weighs more. It is planned with and never trained."""
+    """True for a policy by score whose blocks are not known yet. As many of the largest blocks stand in for them, with the cut
+    at 0, so that no choice needs more memory. It is used for planning and never trained."""
     unties_head: bool = False
-    """The tied output projection is copied before training."""
+    """True if the tied output projection is copied before training."""
     new_classifier: bool = False
     num_trainable_parameters: int
     """Elements with a gradient: trainable tensors and those of the adapters."""

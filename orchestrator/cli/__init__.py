@@ -1,5 +1,5 @@
 """The command line: `orchestrator COMMAND`."""
 
-from orchestrator.cli.commands import main
+from orchestrator.cli.commands import app, main
 
-__all__ = ["main"]
+__all__ = ["app", "main"]

@@ -1,4 +1,4 @@
-"""`orchestrator chat` and `predict`: a bundle that answers."""
+"""`orchestrator chat` and `predict`: answers from a bundle."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from orchestrator.cli.output import print_json
 from orchestrator.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def chat(
     base_folder: BaseFolder = None,
     max_tokens: MaxTokens = NEW_TOKENS,
 ) -> None:
-    """Talk to a bundle: questions from the terminal or a pipe, answers as they come."""
+    """Talk to a bundle: questions from the terminal or a pipe, answers streamed."""
     _quieten()
     from orchestrator.serve.predict import open_predictor
 
@@ -56,7 +57,7 @@ def chat(
 
 
 def _lines() -> Iterator[str]:
-    """Questions until the input ends, /quit, or an interrupt at the prompt."""
+    """Yield questions until the input ends, /quit, or an interrupt at the prompt."""
     interactive = sys.stdin.isatty()
     while True:
         if interactive:
@@ -74,7 +75,7 @@ def _lines() -> Iterator[str]:
 
 
 def _reply(predictor: Predictor, line: str, turns: Messages, max_tokens: int) -> Messages:
-    """Print the answer; the conversation with the question and the answer, or as it was where it cannot be answered."""
+    """Print the answer and return the conversation extended by question and answer; unchanged if it cannot be answered."""
     from orchestrator.serve.predict import Question, with_turn
 
     asked = with_turn(turns, "user", line) if predictor.task == "chat" else ()
@@ -95,7 +96,7 @@ def _reply(predictor: Predictor, line: str, turns: Messages, max_tokens: int) ->
 
 
 def _write(piece: str) -> None:
-    """Print a piece of an answer; control codes in it are shown, and not obeyed."""
+    """Print a piece of an answer, with control codes made visible."""
     from orchestrator.units import printable
 
     print("".join(char if char in "\n\t" else printable(char) for char in piece), end="", flush=True)
@@ -116,7 +117,6 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Answer or classify every row of a file, into a JSON Lines file."""
-    from orchestrator.cli.commands import print_json
     from orchestrator.store import write_atomic
 
     target = _target(file, output)
@@ -145,10 +145,10 @@ def predict(
 
 
 def _target(file: str, output: Path | None) -> Path:
-    """Where the answers go.
+    """Return the file to write the answers to.
 
     Raises:
-        UsageError: it stands there, its folder does not, or it does not follow from a folder or a glob.
+        UsageError: it exists, its folder does not, or none was given for a folder or a glob.
     """
     if output is None:
         if not Path(file).is_file():
@@ -163,7 +163,7 @@ def _target(file: str, output: Path | None) -> Path:
 
 
 def _answers(predictor: Predictor, questions: list, max_tokens: int) -> list[Answer]:
-    """In the order of the questions; how far it came is told now and then."""
+    """Return the answers in the order of the questions, printing progress every TELL_EVERY_S."""
     from orchestrator.serve.predict import answer_all
 
     found: dict[int, Answer] = {}
@@ -179,7 +179,7 @@ def _answers(predictor: Predictor, questions: list, max_tokens: int) -> list[Ans
 
 
 def _quieten() -> None:
-    """No progress bars and no advice of the libraries between the answers."""
+    """Silence the progress bars and warnings of libraries."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import transformers
 

@@ -1,8 +1,8 @@
-"""The command line: `orchestrator COMMAND`, or `python -m orchestrator COMMAND`; the commands stand in `cli.group.GROUPS`.
+"""The command line: `orchestrator COMMAND`, or `python -m orchestrator COMMAND`; `cli.group.GROUPS` lists the commands.
 
 Exit codes: 0 done, whatever the verdict · 2 bad spec, data or usage · 3 the plan does not fit · 4 training failed ·
 5 nothing promoted, and `--require-promotion` was given · 6 the bundle failed its verification · 130 interrupted · 143 stopped.
-Results go to stdout, progress and errors to stderr. Whatever is slow to import is imported by the command that
+Results go to stdout, progress and errors to stderr. What is slow to import is imported inside the command that
 needs it, so that `--help` and `plan` answer at once.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
 import os
 import sys
@@ -24,24 +23,22 @@ from orchestrator.cli import bundles as cli_bundles
 from orchestrator.cli import init as cli_init
 from orchestrator.cli import runs as cli_runs
 from orchestrator.cli.group import EPILOG, GroupedHelp, print_version
+from orchestrator.cli.output import AsJson, print_facts, print_json, print_rich
 from orchestrator.errors import NothingPromotedError, OrchestratorError, UsageError, VerificationError
 from orchestrator.units import printable, printable_lines
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from orchestrator.runtime import RunOutcome
+    from orchestrator.run.records import RunOutcome
     from orchestrator.spec import LoadedSpec
-    from orchestrator.values import Value
 
 INTERRUPTED = 130
 UNEXPECTED = 4
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
-"""What the operating system says of a place where nothing more can be written."""
+"""Errors of the operating system that mean: nothing can be written there."""
 
 
 class Commands(GroupedHelp):
-    """The one place where an exception becomes a message and an exit code."""
+    """The command group; the only place that turns an exception into a message and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -56,11 +53,11 @@ class Commands(GroupedHelp):
 
 
 def _interrupted() -> int:
-    """The exit code: 128 and the number of the signal, as shells have it."""
+    """Print how to continue and return the exit code: 128 plus the signal's number, as in shells."""
     from orchestrator.store.stopping import stopped_by
 
     number = stopped_by()
-    if number is not None:  # it was said when the signal came, and what ended in order may have come after it
+    if number is not None:  # the signal itself was reported when it arrived; an orderly shutdown may follow it
         print("stopped; run the same command again to continue from what is on disk", file=sys.stderr)
         return 128 + number
     print("interrupted; run the same command again to continue from what is on disk", file=sys.stderr)
@@ -68,8 +65,8 @@ def _interrupted() -> int:
 
 
 def _explain(error: Exception) -> int:
-    """Print what happened, the remedy last, and return the exit code. A bug shows its traceback, once."""
-    # An error out of a Ray worker carries the original as its `cause`.
+    """Print the error, its remedy last, and return the exit code. A bug prints its traceback once."""
+    # An error raised in a Ray worker carries the original as its `cause`.
     known = next((e for e in (getattr(error, "cause", None), error) if isinstance(e, OrchestratorError)), None)
     if known is not None:
         print("\n".join(map(printable, f"error: {known}".split("\n"))), file=sys.stderr)
@@ -110,7 +107,6 @@ app = typer.Typer(
 )
 
 SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="The spec, a YAML file.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 JsonLines = Annotated[bool, typer.Option("--json", help="Print a JSON object per event, the result last.")]
 Overrides = Annotated[
     list[str] | None,
@@ -121,7 +117,7 @@ Output = Annotated[Path | None, typer.Option("--output", metavar="DIR", help="Fo
 
 
 def _name_cluster(address: str | None) -> str | None:
-    """Ray reads its environment when it is imported, which comes later."""
+    """Put the address into the environment, which Ray reads when it is imported, later."""
     if address:
         os.environ["RAY_ADDRESS"] = address
     return address
@@ -151,7 +147,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def orchestrator(
     version: Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
-    """Holds the options that come before a command."""
+    """Accept the options before a command."""
 
 
 @app.command()
@@ -165,13 +161,13 @@ def render(
     from orchestrator.spec import dump_yaml, json_schema, load_spec
 
     if schema:
-        _print_json(json_schema())
+        print_json(json_schema())
         return
     if spec is None:
         raise UsageError("render was given no SPEC", expected="a YAML file, or --schema", remedy="orchestrator render SPEC")
     loaded = load_spec(spec, overrides or ())
     if as_json:
-        _print_json(loaded.spec.model_dump(mode="json"))
+        print_json(loaded.spec.model_dump(mode="json"))
     else:
         print(dump_yaml(loaded), end="")
 
@@ -184,9 +180,9 @@ def data(spec: SpecPath, overrides: Overrides = None, as_json: AsJson = False) -
 
     inspection = inspect_data(load_spec(spec, overrides or ()))
     if as_json:
-        _print_json(inspection.as_json())
+        print_json(inspection.as_json())
     else:
-        _print_rich(inspection.view())
+        print_rich(inspection.view())
 
 
 @app.command()
@@ -208,9 +204,9 @@ def plan(
 
     planned = plan_of(load_spec(spec, overrides or ()), job=job, cluster_file=cluster, address=address)
     if as_json:
-        _print_json(planned)
+        print_json(planned)
     else:
-        _print_rich(plan_view(planned, explain=explain))
+        print_rich(plan_view(planned, explain=explain))
 
 
 @app.command()
@@ -258,16 +254,16 @@ def _load(spec: Path, overrides: list[str] | None) -> LoadedSpec:
 def _rehearse(
     job: Literal["sweep", "finetune"], loaded: LoadedSpec, output: Path | None, address: str | None, as_json: bool
 ) -> None:
-    """Everything up to and including the plan."""
+    """Check and print everything up to and including the plan."""
     from orchestrator.inputs import cluster_of
     from orchestrator.report import plan_view
     from orchestrator.runtime import rehearse
 
     rehearsal = rehearse(loaded, job, output=output, cluster=lambda: cluster_of(None, address))
     if as_json:
-        _print_json({"run": str(rehearsal.run_folder), "would": rehearsal.would, "plan": rehearsal.plan.model_dump(mode="json")})
+        print_json({"run": str(rehearsal.run_folder), "would": rehearsal.would, "plan": rehearsal.plan.model_dump(mode="json")})
         return
-    _print_rich(plan_view(rehearsal.plan))
+    print_rich(plan_view(rehearsal.plan))
     print(f"\ndry run: nothing was started and nothing was written; without --dry-run this would {rehearsal.would}")
     print(f"run       {rehearsal.run_folder}")
 
@@ -302,19 +298,19 @@ def _show_outcome(outcome: RunOutcome, as_json: bool) -> None:
     transfer = outcome.transfer
     try:
         transfer = transfer.model_copy(update={"report": str(write_report(outcome.run_folder))})
-    except UsageError as error:  # the run is done, whatever becomes of its page
+    except UsageError as error:  # the run itself is complete
         print(f"the report was not written: {error}", file=sys.stderr)
     if as_json:
         result = {"sweep": outcome.sweep.model_dump(mode="json"), "transfer": transfer.model_dump(mode="json")}
-        _print_json({"kind": "result", "run": str(outcome.run_folder), **result}, indent=None)
+        print_json({"kind": "result", "run": str(outcome.run_folder), **result}, indent=None)
     else:
         print(printable_lines(final_screen(outcome.sweep, transfer)), flush=True)
 
 
 def _report_what_there_is(loaded: LoadedSpec, output: Path | None) -> None:
-    """A run that failed late has a report too; it says where the trouble is."""
+    """Write the report of a run that failed late; it shows the failure."""
     from orchestrator.report.page import write_report
-    from orchestrator.run.output_root import output_root
+    from orchestrator.run.directory import output_root
 
     folder = output_root(loaded, output).path / loaded.spec.name
     if folder.is_dir():
@@ -333,7 +329,7 @@ def merge(
 ) -> None:
     """Merge a trial of a finished run into a verified bundle: the promoted one, or another that you promote by hand."""
     from orchestrator.report import open_view
-    from orchestrator.report.reading import read_run
+    from orchestrator.run.reader import read_run
 
     read_run(run)
     from orchestrator.runtime import merge_trial
@@ -356,9 +352,9 @@ def verify(
 
     figures = verify_bundle(bundle, base=base, held_out=held_out)
     if as_json:
-        _print_json(figures)
+        print_json(figures)
     else:
-        _print_facts(figures)
+        print_facts(figures)
 
 
 @app.command()
@@ -372,7 +368,7 @@ def report(
 
     path = write_report(run)
     if as_json:
-        _print_json({"report": str(path)})
+        print_json({"report": str(path)})
     else:
         print(printable(str(path)), flush=True)
     if follow:
@@ -386,37 +382,12 @@ def doctor(address: Address = None, as_json: AsJson = False) -> None:
 
     examination = examine(address)
     if as_json:
-        _print_json(examination.as_json())
+        print_json(examination.as_json())
     else:
-        _print_rich(examination.view())
+        print_rich(examination.view())
     if examination.num_wrong:
         raise typer.Exit(UNEXPECTED)
 
-
-def _print_json(value: object, *, indent: int | None = 2) -> None:
-    """Strict JSON: what is not finite is null."""
-    from orchestrator.values import printable_json, strict_json
-
-    text = json.dumps(strict_json(value), indent=indent, ensure_ascii=False, allow_nan=False)
-    print(printable_json(text), flush=True)
-
-
-def _print_facts(value: Value) -> None:
-    for name, content in value.model_dump(mode="json").items():
-        print(printable(f"{name.replace('_', ' '):<24} {content}"))
-
-
-def _print_rich(content: RenderableType) -> None:
-    """At most 100 columns; without control codes where stdout is not a terminal."""
-    from orchestrator.report.console import SafeConsole
-
-    console = SafeConsole()
-    console.width = min(100, console.width) if console.is_terminal else 100
-    console.print(content)
-
-
-print_json, print_rich = _print_json, _print_rich
-"""For the commands of the modules beside this one."""
 
 app.command()(cli_init.init)
 app.command()(cli_runs.runs)

@@ -1,4 +1,4 @@
-"""The help of the command line as a whole: its commands in groups, and its version."""
+"""The command line's help, with commands in groups, and its version."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Look at runs": ("runs", "compare", "report"),
     "Use a bundle": ("chat", "predict", "verify"),
 }
-"""Heading in `--help` -> commands, in the order in which one comes to need them."""
+"""Heading in `--help` -> commands, in the order of a typical workflow."""
 EPILOG = (
     """A first spec of your own: orchestrator init DATA.jsonl --base FOLDER. Options of a command: orchestrator COMMAND --help."""
 )
 
 
 class GroupedHelp(TyperGroup):
-    """Commands by what they are for, instead of one list."""
+    """A command group whose help lists commands by purpose."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         listed = {name for names in GROUPS.values() for name in names}
@@ -35,7 +35,7 @@ class GroupedHelp(TyperGroup):
 
 
 def print_version(asked: bool) -> None:
-    """The callback of `--version`."""
+    """Print the version and exit, as the callback of `--version`."""
     if asked:
         print(f"orchestrator {__version__}")
         raise typer.Exit

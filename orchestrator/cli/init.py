@@ -1,4 +1,4 @@
-"""`orchestrator init`: a first spec, written from looking at the data."""
+"""`orchestrator init`: a first spec, derived from the data."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
+from orchestrator.cli.output import AsJson, print_json
 from orchestrator.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -28,13 +29,13 @@ FITTING_SHARE = 0.99
 SPARE_TOKENS = 4
 """For begin, end and separator."""
 TURN_TOKENS = 8
-"""What a chat template puts around a turn, roughly."""
+"""Tokens that a chat template adds to a turn, roughly."""
 FEW_ROWS = 50
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A spec that is to be written, and what it was made from."""
+    """A spec to be written, and what it was derived from."""
 
     path: Path
     text: str
@@ -51,10 +52,9 @@ def init(
     base: Annotated[str, typer.Option("--base", metavar="MODEL", help="The pretrained model's folder, or sample.")] = "sample",
     task: Annotated[str, typer.Option("--task", help="chat, completion, text or classify; detected unless given.")] = "",
     output: Annotated[Path, typer.Option("--output", metavar="FILE", help="The spec file to write.")] = Path("spec.yaml"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a first spec from looking at the data: task, columns, lengths."""
-    from orchestrator.cli.commands import print_json
     from orchestrator.spec.loader import load_text
     from orchestrator.store import write_atomic
 
@@ -73,7 +73,7 @@ def init(
 
 
 def draft_spec(data: str | None, base: str, task: str, output: Path) -> Draft:
-    """Look at data and base, and write the spec's text.
+    """Return a spec derived from data and base.
 
     Raises:
         UsageError: no such task.
@@ -117,7 +117,7 @@ def _require_local(base: str) -> None:
 
 
 def _splits_of(source: Path) -> dict[str, str]:
-    """A folder whose files are called train, validation, test: each split by its file or glob; else the source as `train`."""
+    """Return the file or glob of each split in a folder with files named train, validation, test; else the source as `train`."""
     if not source.is_dir():
         return {"train": str(source)}
     found: dict[str, str] = {}
@@ -139,7 +139,7 @@ def _sample_splits() -> dict[str, str]:
 
 
 def _relative(path: str, folder: Path) -> str:
-    """The path as the spec writes it: from its own folder, or in full where nothing is shared but the root."""
+    """Return the path relative to the spec's folder, or absolute if they share only the root."""
     whole = os.path.normpath(Path.cwd() / Path(path).expanduser())
     near = os.path.relpath(whole, folder)
     shared = os.path.commonpath([whole, folder.absolute()])
@@ -149,7 +149,7 @@ def _relative(path: str, folder: Path) -> str:
 
 
 def _name(source: str, folder: Path) -> str:
-    """The run's name: the file's, or, where that says nothing, its folder's; numbered where runs/ has one already."""
+    """Return the run's name: the file's, or its folder's if the file's is generic; numbered if runs/ already has it."""
     path = Path(os.path.normpath(Path.cwd() / source))
     candidates = [part.split(".")[0] for part in (path.name, path.parent.name, path.parent.parent.name)]
     wanted = next((part for part in candidates if part.lower() not in (*GENERIC, "") and "*" not in part), "first-run")
@@ -159,7 +159,7 @@ def _name(source: str, folder: Path) -> str:
 
 
 def _max_tokens(look: Look, base: Path, max_positions: int) -> tuple[int, str]:
-    """The smallest usual bound that FITTING_SHARE of the first rows keep, and the sentence that says so."""
+    """Return the smallest of TOKEN_STEPS that fits FITTING_SHARE of the first rows, and a sentence about it."""
     from orchestrator.data.reading.looking import contents
 
     counts = sorted(_token_counts(contents(look, MEASURED_ROWS), base, look))
@@ -173,7 +173,7 @@ def _max_tokens(look: Look, base: Path, max_positions: int) -> tuple[int, str]:
 
 
 def _token_counts(texts: list[str], base: Path, look: Look) -> list[int]:
-    """Tokens of each text; three characters a token where the base has no tokenizer.json."""
+    """Count the tokens of each text; estimated at three characters a token if the base has no tokenizer.json."""
     turns = [TURN_TOKENS * text.count("<|role|>") for text in texts] if look.task == "chat" else [0] * len(texts)
     file = base / "tokenizer.json"
     if file.exists():
@@ -187,7 +187,7 @@ def _token_counts(texts: list[str], base: Path, look: Look) -> list[int]:
 
 
 def _layers(anatomy: ModelAnatomy) -> list[str]:
-    """The upper quarter, the upper half, and all of the blocks."""
+    """Return policies for the upper quarter, the upper half, and all of the blocks."""
     counts = sorted({-(-anatomy.num_blocks // 4), anatomy.num_blocks // 2} - {0, anatomy.num_blocks})
     return [*(f"last:{count}" for count in counts), "all"]
 
@@ -211,7 +211,7 @@ def _has_chat_template(base: Path) -> bool:
 
 
 def _spec_text(facts: Mapping[str, Any], look: Look, source: str) -> str:
-    """The commented YAML. Texts are quoted as JSON, which YAML reads too."""
+    """Return the commented YAML. Texts are quoted as JSON, which is valid YAML."""
     columns = ", ".join(f"{part}: {json.dumps(column, ensure_ascii=False)}" for part, column in look.columns.items())
     optional = {
         "eval": ("eval: 0.1", "a share of train, or a file: trials are compared on it"),

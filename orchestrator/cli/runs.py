@@ -1,4 +1,4 @@
-"""`orchestrator runs` and `compare`: what lies in a folder of runs, and runs side by side."""
+"""`orchestrator runs` and `compare`: the runs in a folder, and runs side by side."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+from orchestrator.cli.output import AsJson, print_json, print_rich
 
 
 def runs(
@@ -15,7 +15,6 @@ def runs(
     as_json: AsJson = False,
 ) -> None:
     """List the runs of a folder: state, verdict, best trial, size."""
-    from orchestrator.cli.commands import print_json, print_rich
     from orchestrator.report.listing import list_runs, runs_view
 
     found = list_runs(folder)
@@ -32,7 +31,6 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Put runs side by side: what differs in their specs, and what they found."""
-    from orchestrator.cli.commands import print_json, print_rich
     from orchestrator.report.listing import compare_runs, comparison_view
 
     compared = compare_runs(run)

@@ -1,13 +1,15 @@
-"""What will be done: every number that a run uses, derived before anything runs.
+"""The plan: every number that a run uses, derived before anything runs.
 
     plan = make_plan(loaded, anatomy, data_size, cluster, job="sweep", spec_sha256=...)
     print("\\n".join(plan_lines(plan)))
     trial = make_trial(plan, plan.search.options[0], 3e-4, number=0, seed=0)
-    assignment = make_assignment(plan, trial, plan.search.options[0].selection, ...)
+    context = work_context(plan, settings=..., data=..., metric="loss")
+    work = train_rung(plan, context, trial, plan.search.options[0].selection, folder=..., stop_step=36)
 
-`memory/` estimates a rank's memory term by term, `ladder.py` orders the ways to run a gang by cost, `arrange.py` picks the
-first that fits, `placement.py` and `standing.py` say where gangs stand, `cost/` what it all takes, and `relief.py` what to do
-when memory runs out all the same. Nothing here does I/O but `read_cluster_file`, and nothing imports torch or ray.
+`memory/` estimates the memory of one rank term by term, `ladder.py` orders the candidate configurations of a gang by cost and
+takes the first that fits, `gangs.py` decides how many gangs there are and how many ranks each has, `placement.py` assigns them to
+nodes, `cost/` estimates operations, time, price and disk, and `explain.py` writes the reasons and warnings. Nothing here does I/O
+except `read_cluster_file`, and nothing imports torch or Ray.
 """
 
 import sys
@@ -25,49 +27,47 @@ from orchestrator.plan.search_space import grid_points
 from orchestrator.plan.trials import (
     LATE_CONTROLS,
     REPEAT,
-    compile_trial,
     curve_trial,
     curve_trial_id,
+    evaluate_base,
     head_control,
     late_controls,
-    make_assignment,
     make_trial,
     none_control,
-    probe_trial,
     repeat_control,
     scratch_control,
-    shift_trial,
     shuffled_control,
+    train_rung,
+    work_context,
 )
 
 __all__ = [
     "LATE_CONTROLS",
     "REPEAT",
-    "compile_trial",
     "curve_trial",
     "curve_trial_id",
     "estimate_data_size",
+    "evaluate_base",
     "grid_points",
     "head_control",
     "late_controls",
-    "make_assignment",
     "make_plan",
     "make_trial",
     "none_control",
     "plan_lines",
-    "probe_trial",
     "read_cluster_file",
     "repeat_control",
     "rung_steps",
     "scratch_control",
-    "shift_trial",
     "shuffled_control",
+    "train_rung",
     "with_scores",
+    "work_context",
 ]
 
 
 class _CallableRoom(ModuleType):
-    """Lets `orchestrator.plan(spec)` of the Python API be called, although this package has its name."""
+    """Module type that makes `orchestrator.plan(spec)` of the Python API callable, although this package has the same name."""
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         return import_module("orchestrator.api").plan(*arguments, **options)

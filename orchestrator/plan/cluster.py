@@ -1,9 +1,9 @@
-"""A cluster described by a file, to plan for machines that one does not stand on.
+"""Read a file that describes a cluster, to plan for a remote cluster.
 
 nodes:
   - {count: 4, cpus: 96, gpus: 8, gpu: H100-80GB, gpu_memory: 80GiB, memory: 1000GiB, price: 2.5}
 
-`gpu_memory` may be left out for a GPU of the table in `accelerators.py`; `price` is that of one GPU for an hour.
+`gpu_memory` may be omitted for a GPU in the table of `cost/accelerators.py`; `price` is the price of one GPU for one hour.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NODE_KEYS = ("count", "cpus", "gpus", "gpu", "gpu_memory", "memory", "price")
 _DECIMAL = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS = {**_DECIMAL, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 MAX_NODES = 100_000
-"""Of one kind; what is more is a slip of the finger."""
+"""Largest `count` of one kind of node; anything larger is taken for a typing error."""
 _EXAMPLE = "nodes: [{count: 1, cpus: 96, gpus: 8, gpu: H100-80GB, gpu_memory: 80GiB, memory: 1000GiB}]"
 
 
@@ -47,7 +47,7 @@ def read_cluster_file(path: str | Path) -> ClusterDescription:
 
 
 def _read_yaml(path: Path) -> Any:
-    """As a spec is read, with the same bounds on what aliases and merges may come to."""
+    """Read the file like a spec, with the same limits on the size that aliases and merges may expand to."""
     try:
         source = read_source(path)
         problems = source.problems
@@ -63,7 +63,7 @@ def _read_yaml(path: Path) -> Any:
 
 
 def parse_size(text: str) -> int:
-    """`80GiB` -> 85899345920; `1.5 TB` -> 1500000000000; a bare number is bytes. ValueError otherwise."""
+    """Parse a size: `80GiB` -> 85899345920, `1.5 TB` -> 1500000000000; a bare number is bytes. Raises ValueError otherwise."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in _UNITS:
         raise ValueError(text)
@@ -102,7 +102,7 @@ def _node(entry: Any, where: str) -> NodeDescription:
 
 
 def _gpu_memory(values: Mapping[str, Any], where: str) -> int:
-    """As the file says, else what the table has for a GPU of that name."""
+    """Return the file's value, or the table's value for a GPU of that name."""
     if "gpu_memory" in values:
         return _size(values, "gpu_memory", where)
     known = find_accelerator(str(values.get("gpu", "")))

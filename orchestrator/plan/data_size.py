@@ -1,4 +1,4 @@
-"""How much data there is; guessed from file sizes, enough to plan before anything is tokenised."""
+"""The size of the data; estimated from file sizes, which is enough to plan before anything is tokenized."""
 
 from __future__ import annotations
 
@@ -9,40 +9,43 @@ from orchestrator.spec.models import JobSpec, TrainSpec
 from orchestrator.values import Value
 
 BYTES_PER_TOKEN = 4
-"""English text under the usual vocabularies of 32k to 128k entries; other text differs by a factor of two and more."""
+"""Bytes per token of English text with typical vocabularies of 32k to 128k entries; other text may differ by a factor of two or
+more."""
 
 
 class DataSize(Value):
-    """What the plan needs to know of the tokenised data. Estimated from file sizes where nothing was tokenised yet."""
+    """What the plan needs to know about the tokenized data. Estimated from file sizes if nothing is tokenized yet."""
 
     train_documents: int
     train_tokens: int
     steps_per_epoch: int
     tokens_per_step: int = 0
-    """Of a step, at most; 0 in plans of older versions, whose specs all have a number."""
+    """Maximum number of tokens in a step; 0 in plans of older versions, whose specs all give a number."""
     step_ranks: int = 1
-    """Ranks of a gang that `auto` gave a row each in a full step; 1 where the spec has a number."""
+    """Number of ranks that `auto` gave one row each in a full step; 1 if the spec gives a number."""
 
     def with_step(self, tokens_per_step: int, step_ranks: int) -> DataSize:
-        """With other steps; how many they are is estimated."""
+        """Return this size with other steps; the number of steps per epoch is then an estimate."""
         steps = max(1, math.ceil(self.train_tokens / tokens_per_step))
         update = {"tokens_per_step": tokens_per_step, "step_ranks": step_ranks, "steps_per_epoch": steps}
         return self.model_copy(update=update)
 
     eval_tokens: int
     retain_tokens: int
-    """Of the retention set, what is scored."""
+    """Tokens of the retention set that are scored."""
     longest_document_tokens: int
     num_classes: int = 0
     class_names: tuple[str, ...] = ()
     sets_sha256: str = ""
-    """Over every split's tokens, masks and classes."""
+    """SHA-256 over the tokens, masks and classes of every split."""
     supervised_share: float = 1.0
-    """Positions that are predicted, of all; to classify, documents. The output projection is computed at these alone."""
+    """Share of positions that are predicted (for `classify`, documents per token). The output projection is computed only at
+    these."""
     document_tokens: float | None = None
-    """Length of the document that a training token stands in, on average: squared lengths over lengths, summed. None: unknown."""
+    """Average length of the document that a training token belongs to: sum of squared lengths divided by sum of lengths. None if
+    unknown."""
     replay_tokens: int = 0
-    """Of the retention set, what is learned from."""
+    """Tokens of the retention set that replay trains on."""
     exact: bool = True
     """False when estimated from file sizes."""
 
@@ -56,11 +59,11 @@ def estimate_data_size(
     retain_bytes: int = 0,
     num_classes: int = 0,
 ) -> DataSize:
-    """A DataSize with `exact=False`. How much of it is supervised is not known either: all of it, at most.
+    """Estimate the size of the data from its files' sizes.
 
     Args:
-        num_bytes: Of the training files, before the splits are taken off.
-        num_rows: Of the training files.
+        num_bytes: Size of the training files, including what the splits take.
+        num_rows: Number of rows in the training files.
         eval_bytes: Of the eval file, where eval is a path.
         retain_bytes: Of the retention files.
     """
@@ -79,6 +82,7 @@ def estimate_data_size(
     retain_tokens = round(retain_bytes / BYTES_PER_TOKEN)
     documents = max(1, round(share * rows))
     in_a_step = tokens_per_step(spec.train, documents, train_tokens, min(spec.data.max_tokens, math.ceil(tokens / rows)))
+    # Tokens that are scored are never trained on, so replay has what is left of the retention set.
     replayed = min(max(0, retain_tokens - spec.data.retain_tokens), most_replayed_tokens(spec, train_tokens))
     return DataSize(
         train_documents=documents,
@@ -96,22 +100,23 @@ def estimate_data_size(
 
 
 DOCUMENTS_PER_STEP = 0.25
-"""Documents of a step, over the square root of the training documents."""
-LEAST_STEPS = 40
-"""Steps that a training is given, as long as a step holds a document at all: below, warm-up and decay are most of it."""
-MOST_TOKENS = 65536
-"""Of a step, however much data there is: larger steps gain little and delay every comparison of trials."""
-FEW_STEPS = 30
-"""Fewer steps than this are warned of: AdamW's second moment (beta 0.999) and the schedule have hardly begun."""
-GRAIN = 16
-"""A step's tokens are rounded up to a multiple of this."""
+"""Documents in a step, divided by the square root of the number of training documents."""
+MIN_TOTAL_STEPS = 40
+"""Minimum number of steps in a training run, if each can hold a document: with fewer, warm-up and decay dominate."""
+MAX_STEP_TOKENS = 65536
+"""Maximum number of tokens in a step, however large the data: larger steps gain little and delay every comparison of trials."""
+TOO_FEW_STEPS = 30
+"""Fewer steps than this cause a warning: AdamW's second moment (beta 0.999) and the schedule have hardly begun."""
+STEP_TOKENS_MULTIPLE = 16
+"""The tokens of a step are rounded up to a multiple of this."""
 
 
 def auto_tokens_per_step(documents: int, tokens: int, longest_document_tokens: int, epochs: float) -> int:
-    """Tokens of a step, from the training data alone: half the square root of the number of documents, at their mean length.
+    """Derive the tokens of a step from the training data: half the square root of the number of documents, at their mean length.
 
     So 300 documents make steps of 9 documents and 35 steps an epoch, 10,000 steps of 50 and 200 an epoch. Bounds, the later
-    one first: at most MOST_TOKENS; at least LEAST_STEPS steps in the whole training; at least one document, the longest too.
+    one taking precedence: at most MAX_STEP_TOKENS; at least MIN_TOTAL_STEPS steps in the whole training; at least the longest
+    document.
 
     Sources. The batch size above which more examples a step no longer save steps (McCandlish et al. 2018, "An Empirical Model of
     Large-Batch Training") grows with the amount of data, about as its square root, and hardly with the model (Zhang et al. 2024,
@@ -120,41 +125,44 @@ def auto_tokens_per_step(documents: int, tokens: int, longest_document_tokens: i
     of the examples, 20 of 10,000 (50). On three corpora against fixed sizes: `scripts/bench step_size`, docs/results.md.
 
     Args:
-        documents: Of the training set, as they are after cutting and dropping.
-        tokens: Of the training set.
-        longest_document_tokens: Of the training set.
+        documents: Number of training documents after truncating and dropping.
+        tokens: Number of training tokens.
+        longest_document_tokens: Length of the longest training document.
+        epochs: Number of passes over the training set.
     """
     documents = max(1, documents)
-    in_a_step = min(DOCUMENTS_PER_STEP * math.sqrt(documents), epochs * documents / LEAST_STEPS)
-    wanted = min(max(1.0, in_a_step) * tokens / documents, MOST_TOKENS)
-    return GRAIN * math.ceil(max(wanted, longest_document_tokens, 1) / GRAIN)
+    in_a_step = min(DOCUMENTS_PER_STEP * math.sqrt(documents), epochs * documents / MIN_TOTAL_STEPS)
+    wanted = min(max(1.0, in_a_step) * tokens / documents, MAX_STEP_TOKENS)
+    return STEP_TOKENS_MULTIPLE * math.ceil(max(wanted, longest_document_tokens, 1) / STEP_TOKENS_MULTIPLE)
 
 
-def few_steps_sentence(total_steps: int) -> str:
-    """What a training of so many steps is worth; nothing where they are enough."""
-    if total_steps >= FEW_STEPS:
+def too_few_steps_warning(total_steps: int) -> str:
+    """Return a warning about a training run of so few steps, or an empty text if there are enough."""
+    if total_steps >= TOO_FEW_STEPS:
         return ""
     count = "one optimizer step" if total_steps == 1 else f"{total_steps} optimizer steps"
-    return f"the whole training is {count}: with fewer than {FEW_STEPS} a model learns little and trials cannot be compared well"
+    return (
+        f"the whole training is {count}: with fewer than {TOO_FEW_STEPS} a model learns little and trials cannot be compared well"
+    )
 
 
 def more_steps(train: TrainSpec, auto: int, tokens: int, steps_per_epoch: int) -> str:
-    """How a training gets LEAST_STEPS steps: smaller steps where the data has them, else more epochs.
+    """Suggest how a training run can get MIN_TOTAL_STEPS steps: smaller steps if the data allows them, else more epochs.
 
     Args:
-        auto: What `auto` comes to for this training set.
-        tokens: Of the training set.
+        auto: Tokens per step that `auto` gives for this training set.
+        tokens: Number of training tokens.
     """
     if train.tokens_per_step != "auto" and auto < train.tokens_per_step:
         steps = math.ceil(train.epochs * tokens / auto)
         more = f"train.tokens_per_step: auto ({auto} here) gives about {steps}"
-        return more if steps >= FEW_STEPS else f"{more}; more train.epochs or more rows give more"
-    epochs = math.ceil(LEAST_STEPS / max(1, steps_per_epoch))
+        return more if steps >= TOO_FEW_STEPS else f"{more}; more train.epochs or more rows give more"
+    epochs = math.ceil(MIN_TOTAL_STEPS / max(1, steps_per_epoch))
     return f"train.epochs: {epochs} gives about {epochs * steps_per_epoch}; more rows are better"
 
 
 def tokens_per_step(train: TrainSpec, documents: int, tokens: int, longest_document_tokens: int) -> int:
-    """The spec's own number, or what `auto` comes to for this training set."""
+    """Return the spec's own number, or what `auto` gives for this training set."""
     if train.tokens_per_step != "auto":
         return train.tokens_per_step
     return auto_tokens_per_step(documents, tokens, longest_document_tokens, train.epochs)

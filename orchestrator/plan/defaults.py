@@ -1,4 +1,4 @@
-"""The section that a job needs, where the spec has neither `search` nor `finetune`: shaped for the base."""
+"""Default `search` or `finetune` section, derived from the base, for a spec that has neither."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from orchestrator.spec import LoadedSpec, require_section
 from orchestrator.spec.models import FinetuneSpec, RateRanges, SearchSpec
 
 DEFAULT_TRIALS = 12
-"""Four learning rates for each of three choices of layers: as much as a small machine does in a sitting."""
+"""Four learning rates for each of three choices of layers: what a small machine can do in one session."""
 USUAL_BLOCKS = 4
-"""What `search.layers` asks for where it is not given: last:2, last:4, all."""
+"""Number of blocks that the default `search.layers` (last:2, last:4, all) needs."""
 RATE_SPAN = (1 / 6, 3.0)
-"""Ends of the searched range over the usual rate: higher ones diverge sooner than lower ones stand still."""
+"""Ends of the default range, relative to the usual rate: high rates diverge sooner than low ones stop making progress."""
 
 
 def with_section(loaded: LoadedSpec, job: Literal["sweep", "finetune"]) -> LoadedSpec:
-    """The spec with what its job needs: as it is, or, where it has neither section, with the default one and a note of it.
+    """Return the spec with the section that its job needs: unchanged, or with the default section and a note that says so.
 
     Raises:
-        SpecError: the spec has the other job's section alone.
-        BaseError: the base's config cannot be read, which the default is shaped by.
+        SpecError: the spec has only the other job's section.
+        BaseError: the base's config, from which the default is derived, cannot be read.
     """
     if loaded.spec.search is not None or loaded.spec.finetune is not None:
         require_section(loaded, job)
@@ -46,7 +46,7 @@ def with_section(loaded: LoadedSpec, job: Literal["sweep", "finetune"]) -> Loade
 
 
 def _with_fitting_layers(loaded: LoadedSpec) -> LoadedSpec:
-    """Where the search names no layers and the base has fewer blocks than the usual ones ask for, those that fit."""
+    """Replace the default layers by fitting ones if the search names none and the base has too few blocks for them."""
     search = loaded.spec.search
     if search is None or search.algorithm == "fixed" or "layers" in search.model_fields_set:
         return loaded
@@ -55,8 +55,8 @@ def _with_fitting_layers(loaded: LoadedSpec) -> LoadedSpec:
         return loaded
     layers = default_search(anatomy).layers
     spec = loaded.spec.model_copy(update={"search": search.model_copy(update={"layers": layers})})
-    said = f"`search` names no layers; the base has {anatomy.num_blocks} of them: {', '.join(layers)}"
-    return replace(loaded, spec=spec, defaulted=said)
+    sentence = f"`search` names no layers; the base has {anatomy.num_blocks} of them: {', '.join(layers)}"
+    return replace(loaded, spec=spec, defaulted=sentence)
 
 
 def _anatomy(loaded: LoadedSpec) -> ModelAnatomy:
@@ -64,7 +64,7 @@ def _anatomy(loaded: LoadedSpec) -> ModelAnatomy:
 
 
 def default_search(anatomy: ModelAnatomy) -> SearchSpec:
-    """LoRA on the upper quarter, the upper half and all of the blocks, at rates around the usual one for the base's width."""
+    """Return a search over LoRA on the upper quarter, the upper half and all blocks, at rates around the usual one."""
     counts = sorted({-(-anatomy.num_blocks // 4), anatomy.num_blocks // 2} - {0, anatomy.num_blocks})
     rate = usual_lora_rate(anatomy)
     low, high = (_one_digit(rate * factor) for factor in RATE_SPAN)
@@ -76,18 +76,19 @@ def default_search(anatomy: ModelAnatomy) -> SearchSpec:
 
 
 def default_finetune(anatomy: ModelAnatomy) -> FinetuneSpec:
-    """LoRA on every block, at the usual rate for the base's width."""
+    """Return LoRA on every block, at the usual rate for the base's width."""
     return FinetuneSpec(learning_rate=_one_digit(usual_lora_rate(anatomy)))
 
 
 def usual_lora_rate(anatomy: ModelAnatomy) -> float:
-    """5e-4 x (2000 / hidden size)^0.781: what was fitted to sweeps of LoRA on Llamas, ten times the rate of full fine-tuning
-    (Schulman and Thinking Machines Lab 2025, "LoRA Without Regret"; `get_lr` of their tinker-cookbook).
+    """Return the usual LoRA learning rate for a hidden size: 5e-4 x (2000 / hidden size)^0.781.
 
-    2.9e-4 at 4096, 3.1e-3 at 192.
+    The formula was fitted to sweeps of LoRA on Llama models and is ten times the rate of full fine-tuning (Schulman and Thinking
+    Machines Lab 2025, "LoRA Without Regret"; `get_lr` of their tinker-cookbook). It gives 2.9e-4 at 4096 and 3.1e-3 at 192.
     """
     return 5e-4 * (2000 / anatomy.hidden_size) ** 0.781
 
 
 def _one_digit(rate: float) -> float:
+    # The rule that gives the rate is not more precise than one digit.
     return float(f"{rate:.0e}")

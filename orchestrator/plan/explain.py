@@ -1,4 +1,4 @@
-"""What a plan says beside its numbers: how they follow, what to know, and what to hear before a run."""
+"""Explain a plan in sentences: how its numbers were derived, and which notes and warnings go with it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 from orchestrator.anatomy.values import ModelAnatomy
 from orchestrator.plan.cost.choices import planned_options
-from orchestrator.plan.data_size import auto_tokens_per_step, few_steps_sentence, more_steps
+from orchestrator.plan.data_size import auto_tokens_per_step, more_steps, too_few_steps_warning
 from orchestrator.plan.estimates import MemoryEstimate, Rate
 from orchestrator.plan.memory.estimate import RESIDENT_SHARE
 from orchestrator.plan.placement import Machines, idle_gpus
-from orchestrator.plan.remedies import left_out
-from orchestrator.plan.schedule import accumulation, share_beyond, too_few_documents
+from orchestrator.plan.remedies import tunes_without_anchor
+from orchestrator.plan.schedule import accumulation, surviving_share, too_few_documents
 from orchestrator.plan.schedule import tokens_per_step as planned_tokens_per_step
 from orchestrator.plan.search_space import searched_adapters
 from orchestrator.plan.values import ClusterDescription, RunPlan, SearchPlan, TrialOption
@@ -22,8 +22,10 @@ from orchestrator.work.execution import ExecutionPlan
 from orchestrator.work.remedies import Remedies
 
 
-def with_remarks(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, found: Machines, cluster: ClusterDescription) -> RunPlan:
-    """The plan with reasons and warnings, and more notes."""
+def with_explanations(
+    plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, found: Machines, cluster: ClusterDescription
+) -> RunPlan:
+    """Return the plan with its reasons, its warnings and further notes."""
     return plan.model_copy(
         update={
             "reasons": (*derivations(plan, spec), *_threads(plan, found)),
@@ -34,11 +36,11 @@ def with_remarks(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, found: Mac
 
 
 def _threads(plan: RunPlan, found: Machines) -> Iterator[str]:
-    """Where the environment gives a rank fewer threads than its part of the cores."""
+    """Explain that the environment gives a rank fewer threads than its share of the cores, if it does."""
     own, part = plan.execution.threads_per_rank, found.threads_of_cores(plan.execution.ranks * plan.num_gangs)
     if own < part:
         count = "1 thread" if own == 1 else f"{own} threads"
-        yield f"{count} a rank, as OMP_NUM_THREADS={found.max_threads} says; its share of the cores would be {part}"
+        yield f"{count} per rank, since OMP_NUM_THREADS={found.max_threads} is set; its share of the cores would be {part}"
 
 
 def _base_warnings(anatomy: ModelAnatomy) -> Iterator[str]:
@@ -60,20 +62,20 @@ def _base_notes(spec: JobSpec, anatomy: ModelAnatomy) -> Iterator[str]:
 
 
 def rate_note(rate: Rate) -> str:
-    """What hours rest on."""
+    """Return a note that says which rate the hours assume."""
     if rate.flops is None or rate.peak_flops is None:
-        return f"no GPU-hours: the peak rate of {rate.device} is not in the table"
+        return f"GPU-hours unknown: the peak rate of {rate.device} is not in the table"
     if rate.device == "core":
-        return f"hours count arithmetic only, at {rate.flops / 1e9:.0f} GFLOP/s a core"
+        return f"hours count computing only, at {rate.flops / 1e9:.0f} GFLOP/s per core"
     found = "measured in the first steps" if rate.calibrated else "assumed"
     return (
-        f"hours assume {rate.achieved_share:.0%} ({found}) of {rate.peak_flops / 1e12:.0f} TFLOP/s of each GPU, and no time "
+        f"hours assume {rate.achieved_share:.0%} ({found}) of {rate.peak_flops / 1e12:.0f} TFLOP/s per GPU, and no time "
         "for starting or saving"
     )
 
 
 def _hours_warning(plan: RunPlan, allowed: float | None) -> Iterator[str]:
-    """A sweep that would pass its hours says so before."""
+    """Warn before a sweep that it would exceed its GPU-hours."""
     cost = plan.cost
     if allowed is None or plan.search is None or cost is None or cost.gpu_hours is None or cost.gpu_hours <= allowed:
         return
@@ -81,16 +83,17 @@ def _hours_warning(plan: RunPlan, allowed: float | None) -> Iterator[str]:
     most = "not even the controls and one trial fit" if fit < 1 else f"about {fit} of its {count} trials fit"
     yield (
         f"the sweep would take about {cost.gpu_hours:.3g} GPU-hours, and resources.max_gpu_hours allows {allowed:g}: {most}. It "
-        "ends in order there, with the best trial so far; with fewer trials or epochs it ends by itself"
+        "stops there with the best trial so far; fewer trials or epochs avoid this"
     )
 
 
 def trials_within(plan: RunPlan, gpu_hours: float) -> int:
-    """Trials of a sweep that fit into so many GPU-hours, beside its controls and its refit."""
+    """Return how many trials of a sweep fit into a number of GPU-hours, besides its controls and its refit."""
     cost, search = plan.cost, plan.search
     assert cost is not None
     assert search is not None
     assert cost.gpu_hours
+    # Only these items grow with the number of trials; controls, follow-up trials and the refit are trained once.
     of_trials = sum(part.amount for part in cost.operations if part.name in ("trials", "scoring"))
     hours_per_operation = cost.gpu_hours / sum(part.amount for part in cost.operations)
     fixed = cost.gpu_hours - of_trials * hours_per_operation
@@ -100,8 +103,8 @@ def trials_within(plan: RunPlan, gpu_hours: float) -> int:
 
 def _anchor_notes(plan: RunPlan, spec: JobSpec) -> Iterator[str]:
     if plan.search is not None and spec.search is not None and isinstance(spec.train.anchor, AnchorSpec):
-        for tune in left_out(spec.search, spec.train):
-            yield f"the anchor {spec.train.anchor.kind} of train is left out of {tune} trials"
+        for tune in tunes_without_anchor(spec.search, spec.train):
+            yield f"train.anchor ({spec.train.anchor.kind}) does not apply to {tune} trials"
 
 
 def _notes(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDescription) -> list[str]:
@@ -113,7 +116,7 @@ def _notes(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDescri
         notes.append(f"max_gpus: {most} is an upper bound; the cluster has {cluster.num_gpus} GPUs")
     cores = sum(node.count * found.units_of(node) for node in found.nodes)
     if found.device == "cpu" and found.num_units < cores:
-        notes.append(f"max_gpus: {most} bounds cores where no GPU is used: {found.num_units} of {cores} cores train")
+        notes.append(f"max_gpus: {most} limits cores if no GPU is used: {found.num_units} of {cores} cores train")
     if found.device == "cuda" and len({node.gpu_memory_bytes for node in found.nodes}) > 1:
         notes.append("nodes have different GPUs: every rank is planned for the GPU with the least memory")
     if plan.search is not None and spec.search is not None and spec.search.algorithm != "fixed":
@@ -130,13 +133,13 @@ def _notes(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDescri
 
 
 def _few_steps(plan: RunPlan, spec: JobSpec) -> Iterator[str]:
-    """Too few steps to learn from are the commonest reason why nothing was learned."""
-    data, said = plan.data, few_steps_sentence(plan.total_steps)
-    if said:
+    """Warn of too few steps, the most common reason why a training run achieves nothing."""
+    data, warning = plan.data, too_few_steps_warning(plan.total_steps)
+    if warning:
         mean = math.ceil(data.train_tokens / max(1, data.train_documents))
         longest = data.longest_document_tokens if data.exact else mean
         auto = auto_tokens_per_step(data.train_documents, data.train_tokens, longest, spec.train.epochs)
-        yield f"{said}: {more_steps(spec.train, auto, data.train_tokens, data.steps_per_epoch)}"
+        yield f"{warning}: {more_steps(spec.train, auto, data.train_tokens, data.steps_per_epoch)}"
 
 
 def _warnings(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDescription) -> Iterator[str]:
@@ -165,9 +168,10 @@ def _warnings(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDes
 
 
 def _bundle_warnings(plan: RunPlan, found: Machines) -> Iterator[str]:
-    """Where verification and the test set cannot have a GPU, since each takes the whole merged model at once."""
+    """Warn if verification and the test set cannot use a GPU, because each needs the whole merged model in memory at once."""
     whole = plan.num_parameters * (2 if plan.execution.dtype == "bfloat16" else 4)
     smallest = min(node.gpu_memory_bytes for node in found.nodes)
+    # The bundle is verified by code that imports nothing of ours and knows no sharding: it needs the model whole.
     if found.device == "cpu" or whole <= RESIDENT_SHARE * smallest:
         return
     host = min(node.memory_bytes for node in found.nodes)
@@ -180,7 +184,7 @@ def _bundle_warnings(plan: RunPlan, found: Machines) -> Iterator[str]:
 
 
 def derivations(plan: RunPlan, spec: JobSpec) -> tuple[str, ...]:
-    """How the plan's numbers follow from each other, one sentence each."""
+    """Return one sentence for each step in the derivation of the plan's numbers."""
     tokens_per_step, replay = planned_tokens_per_step(spec, plan.data), max(o.remedies.replay for o in planned_options(plan))
     lines = [
         *([_auto_line(plan, tokens_per_step)] if spec.train.tokens_per_step == "auto" else []),
@@ -193,7 +197,7 @@ def derivations(plan: RunPlan, spec: JobSpec) -> tuple[str, ...]:
     if plan.search is None:
         return tuple(lines)
     last = plan.search.rung_steps[-1]
-    lines += [*_few_lines(plan, plan.search), _rungs_line(plan.search)]
+    lines += [*_few_examples_lines(plan, plan.search), _rungs_line(plan.search)]
     if last < plan.total_steps:
         again = batch_line(plan.refit_execution, tokens_per_step, replay)
         lines.append(f"the winner is trained again to {plan.total_steps} steps: {again}")
@@ -203,7 +207,7 @@ def derivations(plan: RunPlan, spec: JobSpec) -> tuple[str, ...]:
 
 
 def _auto_line(plan: RunPlan, tokens_per_step: int) -> str:
-    """`tokens_per_step: auto: 240 documents of 21 tokens -> 176 tokens per step -> 62 steps`."""
+    """Return a line such as `tokens_per_step: auto: 240 documents of 21 tokens -> 176 tokens per step -> 62 steps`."""
     data = plan.data
     mean = data.train_tokens / max(1, data.train_documents)
     estimated = "" if data.exact else " (estimated)"
@@ -214,8 +218,8 @@ def _auto_line(plan: RunPlan, tokens_per_step: int) -> str:
     )
 
 
-def _few_lines(plan: RunPlan, search: SearchPlan) -> list[str]:
-    """`360 documents: the winner is trained from 5 seeds, early stopping at 8 points`."""
+def _few_examples_lines(plan: RunPlan, search: SearchPlan) -> list[str]:
+    """Return a line such as `360 documents: the winner is trained from 5 seeds, early stopping at 8 points`."""
     said = [f"the winner is trained from {search.repeats} seeds"] if search.repeats > 1 else []
     if search.patience is not None and len(search.rung_steps) > search.patience:
         said.append(f"early stopping at {len(search.rung_steps)} points")
@@ -227,7 +231,9 @@ def _rungs_line(search: SearchPlan) -> str:
     listed = ", ".join(map(str, steps))
     if search.patience is None or len(steps) == 1:
         return f"trials are compared after {listed} steps" + (f"; {going_on}" if len(steps) > 1 else "")
-    compared = [str(step) for rung, step in enumerate(steps[:-1]) if share_beyond(search, rung + 1) < share_beyond(search, rung)]
+    compared = [
+        str(step) for rung, step in enumerate(steps[:-1]) if surviving_share(search, rung + 1) < surviving_share(search, rung)
+    ]
     return (
         f"trials are scored after {listed} steps and judged by their best; {going_on} after {' and '.join(compared)}, and a "
         f"trial ends when its held-out loss has not improved for {search.patience} of them"
@@ -235,10 +241,10 @@ def _rungs_line(search: SearchPlan) -> str:
 
 
 def batch_line(execution: ExecutionPlan, tokens_per_step: int, replay: float = 0.0) -> str:
-    """`8 rows x 512 tokens x 1 rank x 2 rounds = 8192 tokens per step`.
+    """Return a line such as `8 rows x 512 tokens x 1 rank x 2 rounds = 8192 tokens per step`.
 
     Args:
-        replay: The largest share of any trial. Its tokens come beside those of the target.
+        replay: Largest replay share of any trial. Replayed tokens come on top of the target's tokens.
     """
     rows, width, ranks = execution.micro_batch_rows, execution.row_tokens, execution.ranks
     rounds = accumulation(rows, width, ranks, tokens_per_step)
@@ -250,7 +256,7 @@ def batch_line(execution: ExecutionPlan, tokens_per_step: int, replay: float = 0
 
 
 def plan_lines(plan: RunPlan) -> list[str]:
-    """The whole plan as plain text, for a log."""
+    """Return the whole plan as lines of plain text, for a log."""
     execution = plan.execution
     lines = [
         f"plan {plan.name} ({plan.spec_sha256[:12]})",
@@ -260,10 +266,10 @@ def plan_lines(plan: RunPlan) -> list[str]:
         f"eval {format_count(plan.data.eval_tokens)}, retain {format_count(plan.data.retain_tokens)}"
         + ("" if plan.data.exact else " (estimated)"),
         f"  gangs       {plan.num_gangs} of {_count(execution.ranks, 'rank')} on {execution.device}, "
-        f"{_count(execution.threads_per_rank, 'thread')} a rank",
+        f"{_count(execution.threads_per_rank, 'thread')} per rank",
         *(f"  placement   {line}" for line in (plan.placement.sentences if plan.placement is not None else ())),
-        f"  execution   {way_line(execution)}",
-        f"  refit       {way_line(plan.refit_execution)}",
+        f"  execution   {execution_line(execution)}",
+        f"  refit       {execution_line(plan.refit_execution)}",
     ]
     if plan.search is not None:
         search = plan.search
@@ -274,7 +280,7 @@ def plan_lines(plan: RunPlan) -> list[str]:
     if plan.finetune is not None:
         lines.append(f"  finetune    {option_line(plan.finetune)}")
     heaviest = heaviest_option(plan)
-    lines.append(f"  memory of a rank, {heaviest.layers} {heaviest.tune}: {format_bytes(heaviest.memory.total_bytes)}")
+    lines.append(f"  memory per rank, {heaviest.layers} {heaviest.tune}: {format_bytes(heaviest.memory.total_bytes)}")
     lines += [f"    {line}" for line in memory_lines(heaviest.memory)]
     lines.append(f"  cost        {cost_line(plan)}")
     lines += [f"  because     {reason}" for reason in plan.reasons]
@@ -283,19 +289,19 @@ def plan_lines(plan: RunPlan) -> list[str]:
     return lines + [f"  note        {note}" for note in plan.notes]
 
 
-def way_line(execution: ExecutionPlan) -> str:
-    """`deepspeed ZeRO-2 · 2 ranks · checkpointing · bfloat16`."""
+def execution_line(execution: ExecutionPlan) -> str:
+    """Return a line such as `deepspeed ZeRO-2 · 2 ranks · checkpointing · bfloat16`."""
     parts = [
         "torch" if execution.executor == "torch" else f"deepspeed ZeRO-{execution.zero_stage}",
         _count(execution.ranks, "rank"),
     ]
     parts += [f"{execution.offload} offloaded"] if execution.offload != "none" else []
     parts += ["checkpointing"] if execution.checkpointing else []
-    return " · ".join([*parts, f"{execution.micro_batch_rows} x {execution.row_tokens} tokens at a time", execution.dtype])
+    return " · ".join([*parts, f"{execution.micro_batch_rows} x {execution.row_tokens} tokens per micro-batch", execution.dtype])
 
 
 def option_line(option: TrialOption) -> str:
-    """`last:4 · lora r16 · 1.05M trainable · lr 1.0e-04 to 5.0e-03 · 2.1 GiB`."""
+    """Return a line such as `last:4 · lora r16 · 1.05M trainable · lr 1.0e-04 to 5.0e-03 · 2.1 GiB`."""
     low, high = option.learning_rate_low, option.learning_rate_high
     rates = f"lr {low:.1e}" if low == high else f"lr {low:.1e} to {high:.1e}"
     learn = format_count(option.selection.num_trainable_parameters)
@@ -303,7 +309,7 @@ def option_line(option: TrialOption) -> str:
 
 
 def cost_line(plan: RunPlan) -> str:
-    """`1.2 GPU-hours (3.1 without early stopping) · 6m10s to 31m00s · 3.00 · 16.1 GiB of disk`."""
+    """Return a line such as `1.2 GPU-hours (3.1 without early stopping) · 6m10s to 31m00s · 3.00 · 16.1 GiB of disk`."""
     cost, disk = plan.cost, f"{format_bytes(plan.disk_bytes)} of disk"
     if cost is None or (cost.gpu_hours is None and cost.core_hours is None):
         return f"GPU-hours unknown · {disk}"
@@ -319,12 +325,12 @@ def cost_line(plan: RunPlan) -> str:
 
 
 def heaviest_option(plan: RunPlan) -> TrialOption:
-    """The option that needs most memory: the one the way was chosen for."""
+    """Return the option that needs the most memory, the one that decided the configuration."""
     return max(planned_options(plan), key=lambda option: option.memory.total_bytes)
 
 
 def memory_lines(memory: MemoryEstimate) -> list[str]:
-    """A line per term, largest first."""
+    """Return one line for each term, the largest first."""
     ordered = sorted(memory.terms, key=lambda term: -term.num_bytes)
     return [f"{term.name:<18} {format_bytes(term.num_bytes):>10}  {term.reason}" for term in ordered]
 
@@ -345,7 +351,7 @@ def _stage_line(execution: ExecutionPlan) -> str:
             f"each of {execution.ranks} ranks holds all trainable parameters and sums gradients with the others: "
             "DeepSpeed is not needed"
         )
-    alone = "as asked" if execution.ranks == 1 else "the lowest stage that is allowed and fits"
+    alone = "as requested" if execution.ranks == 1 else "the lowest stage that is allowed and fits"
     return f"ZeRO-{execution.zero_stage}: {alone}"
 
 

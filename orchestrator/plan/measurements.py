@@ -19,9 +19,9 @@ from orchestrator.plan.cost.choices import option_terms, planned_options
 from orchestrator.plan.cost.estimate import TRIALS, units_of_gang
 from orchestrator.plan.fusing import concurrent_trials
 from orchestrator.plan.ladder import RankRoom
-from orchestrator.plan.memory.candidate import Way
+from orchestrator.plan.memory.candidate import Candidate
 from orchestrator.plan.memory.estimate import estimate
-from orchestrator.plan.memory.footprint import weigh
+from orchestrator.plan.memory.footprint import make_footprint
 from orchestrator.plan.trunk import plan_trunk
 from orchestrator.plan.values import RunPlan, TrialOption
 from orchestrator.spec.models import JobSpec
@@ -196,7 +196,7 @@ NOT_HELD = {
 
 
 def with_probe(
-    plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, way: Way, room: RankRoom, *, are_scored: bool = False
+    plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, way: Candidate, room: RankRoom, *, are_scored: bool = False
 ) -> RunPlan:
     """The plan with its probe, where there is one, and the reasons for it.
 
@@ -245,14 +245,14 @@ def _num_chosen(option: TrialOption, anatomy: ModelAnatomy) -> int:
     return num_of_share(parse_policy(option.layers).fraction, anatomy.num_blocks)
 
 
-def _fits(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, alone: Way, room: RankRoom, floor: int) -> bool:
+def _fits(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, alone: Candidate, room: RankRoom, floor: int) -> bool:
     """Whether blocks from a floor up can be scored by one rank.
 
     As unfreezing them by that rank alone, which sums gradients in float32 too, without what the probe does not hold.
     """
     element_bytes = 2 if spec.train.dtype == "bfloat16" else 4
     learning = _learning(plan, anatomy, floor)
-    footprint = weigh(anatomy, learning, spec.base.quantize, element_bytes, num_classes=plan.data.num_classes)
+    footprint = make_footprint(anatomy, learning, spec.base.quantize, element_bytes, num_classes=plan.data.num_classes)
     spared = NOT_HELD | {"trainable weights"} if spec.base.quantize != "none" else NOT_HELD
     needed = (term.num_bytes for term in estimate(footprint, alone).device.terms if term.name not in spared)
     return sum(needed) <= room.device_bytes

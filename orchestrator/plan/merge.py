@@ -1,9 +1,9 @@
-"""The merge as a value: what becomes of every tensor of the base, with every shape checked before a byte is touched.
+"""The merge plan: what becomes of every tensor of the base, with every shape checked before any file is written.
 
     plan = make_merge_plan(anatomy, artifact_folder, base_load, selection, merge_into="auto")
 
-Only headers are read here: those of the base's shards and those of what was trained (`adapter/` as PEFT writes it,
-`delta/` with whole changed tensors, or both).
+Only headers are read here: those of the base's shards and those of the trained weights (`adapter/` as PEFT writes it, `delta/`
+with whole changed tensors, or both).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from orchestrator.anatomy.headers import read_header
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy, TensorInfo
+from orchestrator.anatomy.weights import read_header
 from orchestrator.errors import BaseError
 from orchestrator.spec.models import Task
 from orchestrator.values import Value
@@ -26,34 +26,35 @@ MergedInto = Literal["dequantized", "original"]
 
 
 class Keep(Value):
-    """The base's tensor, byte for byte."""
+    """Copy the base's tensor unchanged."""
 
     kind: Literal["keep"] = "keep"
 
 
 class ApplyAdapter(Value):
-    """The base's tensor with its adapter, computed in float32 and rounded once."""
+    """Write the base's tensor with its adapter, computed in float32 and rounded once."""
 
     kind: Literal["apply_adapter"] = "apply_adapter"
     adapter: StoredAdapter
 
 
 class Replace(Value):
-    """A whole trained tensor in the place of the base's."""
+    """Write a trained tensor instead of the base's."""
 
     kind: Literal["replace"] = "replace"
     trained: TensorInfo
 
 
 class Dequantize(Value):
-    """The base's tensor as training held it: through nf4 and back (Dettmers et al. 2023), then the adapter, if any."""
+    """Write the base's tensor as training used it: quantized to nf4 and dequantized (Dettmers et al. 2023), plus the adapter,
+    if any."""
 
     kind: Literal["dequantize"] = "dequantize"
     adapter: StoredAdapter | None = None
 
 
 class NewTensor(Value):
-    """A trained tensor that the base does not have: a classifier, or the copy of a tied head."""
+    """Write a trained tensor that the base does not have: a classifier, or the copy of a tied head."""
 
     kind: Literal["new"] = "new"
     trained: TensorInfo
@@ -63,7 +64,7 @@ Operation = Annotated[Keep | ApplyAdapter | Replace | Dequantize | NewTensor, Fi
 
 
 class WriteTensor(Value):
-    """One tensor of the output. `source` is the base's tensor; None for a new one."""
+    """One tensor of the output. `source` is the base's tensor, or None for a new one."""
 
     name: str
     shape: tuple[int, ...]
@@ -77,14 +78,14 @@ class WriteTensor(Value):
 
 
 class LinkShard(Value):
-    """A shard of the base in which nothing changes: a hard link, or a copy where links are not possible."""
+    """A shard of the base without changes: a hard link, or a copy if links are not possible."""
 
     kind: Literal["link"] = "link"
     file: str
     base_file: str
     names: tuple[str, ...]
     num_bytes: int
-    """Bytes of its tensors."""
+    """Size of its tensors."""
 
 
 class WriteShard(Value):
@@ -107,14 +108,14 @@ Shard = Annotated[LinkShard | WriteShard, Field(discriminator="kind")]
 
 
 class MergePlan(Value):
-    """Everything that the merge will do. Files are relative to `base_folder`, trained files to `artifact_folder`."""
+    """All steps of the merge. Files are relative to `base_folder`, trained files to `artifact_folder`."""
 
     base_folder: str
     artifact_folder: str
     merged_into: MergedInto
-    """`dequantized`: the weights that training held quantized go through nf4 first. `original`: the stored base."""
+    """`dequantized`: weights that were quantized in training go through nf4 first. `original`: the stored base."""
     held_dtype: Literal["bfloat16", "float32"]
-    """What training dequantized to."""
+    """Dtype that training dequantized to."""
     task: Task
     class_names: tuple[str, ...] = ()
     unties_head: bool = False
@@ -122,16 +123,17 @@ class MergePlan(Value):
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all output tensors, headers not counted."""
+        """Size of all output tensors, without headers."""
         return sum(shard.num_bytes for shard in self.shards)
 
     @property
     def largest_tensor_bytes(self) -> int:
+        """Size of the largest tensor that is written."""
         return max((t.num_bytes for shard in self.shards if isinstance(shard, WriteShard) for t in shard.tensors), default=0)
 
     @property
     def weight_map(self) -> dict[str, str]:
-        """Tensor name -> output file."""
+        """Output file by tensor name."""
         return {name: shard.file for shard in self.shards for name in shard.names}
 
 
@@ -147,14 +149,14 @@ def make_merge_plan(
     """Decide what becomes of every tensor.
 
     Args:
-        artifact_folder: Holds `adapter/` or `delta/` or both.
-        selection: When given, what was trained must be exactly what it says.
-        merge_into: `auto` is the base as training held it; `original` the stored one, also when training had it quantized.
-        held_dtype: What training computed in.
+        artifact_folder: Folder with `adapter/` or `delta/` or both.
+        selection: If given, the trained tensors must be exactly those it names.
+        merge_into: `auto`: the base as training used it; `original`: the stored one, even if training quantized it.
+        held_dtype: Compute dtype of the training.
 
     Raises:
         BaseError: the base has no weights, or its files changed.
-        SelectionError: what was trained does not fit the base; names the tensor.
+        SelectionError: the trained tensors do not fit the base; names the tensor.
     """
     if not anatomy.has_weights:
         raise BaseError("the folder has no weights", where=anatomy.folder, remedy="put the base's safetensors files there")
@@ -190,7 +192,8 @@ def make_merge_plan(
 
 
 def _operation(name: str, artifact: Artifact, held_quantized: set[str]) -> Operation:
-    """What learned whole was held in 16 bits, so only the other matrices of the blocks went through nf4."""
+    """Return the operation on one tensor. Unfrozen matrices were trained in 16 bits, so only the others of the blocks went
+    through nf4."""
     adapter = artifact.adapters.get(name)
     if name in artifact.whole:
         return Replace(trained=artifact.whole[name])
@@ -205,7 +208,7 @@ def _new_tensor(name: str, trained: TensorInfo, anatomy: ModelAnatomy) -> WriteT
 
 
 def _untied_head(anatomy: ModelAnatomy, artifact: Artifact) -> WriteTensor:
-    """A tied output projection with an adapter: the embedding's weights with it, as a tensor of its own."""
+    """Return a tied output projection with an adapter: the embedding's weights with it, as a tensor of its own."""
     embedding = anatomy.tensors[anatomy.embeddings[0]]
     return WriteTensor(
         name=anatomy.head_weight,
@@ -217,7 +220,7 @@ def _untied_head(anatomy: ModelAnatomy, artifact: Artifact) -> WriteTensor:
 
 
 def _shards(base: Path, tensors: Mapping[str, WriteTensor], new: list[WriteTensor]) -> tuple[Shard, ...]:
-    """The base's own shards, in the order of their names, and one more for what is new."""
+    """Return the base's own shards, ordered by name, and one more for new tensors."""
     by_file: dict[str, list[WriteTensor]] = {}
     for tensor in tensors.values():
         assert tensor.source is not None
@@ -228,7 +231,7 @@ def _shards(base: Path, tensors: Mapping[str, WriteTensor], new: list[WriteTenso
 
 
 def _file_names(base_files: list[str]) -> list[str]:
-    """Output names: the base's where the shards are the same, else numbered as transformers numbers them."""
+    """Return the output names: the base's if there is only one shard, else numbered as transformers numbers them."""
     count = len(base_files)
     if "" not in base_files and count == 1:
         return ["model.safetensors"]
@@ -238,6 +241,7 @@ def _file_names(base_files: list[str]) -> list[str]:
 def _shard(base: Path, file: str, base_file: str, tensors: list[WriteTensor]) -> Shard:
     if base_file and all(tensor.operation.kind == "keep" for tensor in tensors):
         names = tuple(tensor.name for tensor in tensors)
+        # A shard that also stores tensors which the output drops cannot be linked.
         if set(read_header(base / base_file)) == set(names):
             return LinkShard(file=file, base_file=base_file, names=names, num_bytes=sum(t.num_bytes for t in tensors))
     return WriteShard(file=file, tensors=tuple(tensors))

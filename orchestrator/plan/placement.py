@@ -1,4 +1,4 @@
-"""How many ranks and gangs there can be, and what room each rank has."""
+"""Decide how many ranks and gangs the machines can hold, how much memory each rank has, and on which nodes the gangs are."""
 
 from __future__ import annotations
 
@@ -10,58 +10,62 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from orchestrator.errors import PlanError
-from orchestrator.plan.estimates import NodePlaces, Placement
+from orchestrator.plan.estimates import NodeSlots, Placement
 from orchestrator.plan.ladder import RankRoom
 from orchestrator.plan.memory.candidate import Device
 from orchestrator.plan.values import ClusterDescription, NodeDescription
 from orchestrator.spec.models import ResourcesSpec
 
 RANK_CPUS = 0.9
-"""Logical CPUs of a rank on a cluster without GPUs: what is left of each core carries Tune's thin trials."""
+"""Logical CPUs of a rank on a cluster without GPUs; the rest of each core is for the processes in which Tune tracks the
+trials."""
 GPU_RANK_CPUS = 0.5
-"""Of a rank with a GPU; the thin trials must find room beside it."""
+"""Logical CPUs of a rank with a GPU; the processes that track its trials must fit on the node too."""
 THIN_TRIAL_CPUS = 0.01
+"""Logical CPUs of the process that tracks one trial."""
 TRIALS_PER_GANG = 2
-"""Trials kept open per gang: starting one takes Tune about a second, in which its gang works for another."""
+"""Trials kept open per gang: Tune needs about a second to start one, and its gang works on another meanwhile."""
 FEW_NODES = 8
-"""Up to so many, gangs over any number of nodes are tried; beyond, over powers of two."""
+"""Up to this many nodes, gangs over any number of nodes are tried; beyond it, only over powers of two."""
 MAX_GANG_RANKS = 2**14
-"""No gang is planned larger unless it is asked for."""
-MOST_THREADS = 2**16
+"""No larger gang is planned unless the spec asks for it."""
+MAX_THREADS = 2**16
+"""Limit on the threads of a rank if the environment sets none."""
 MAX_GPU_RANK_THREADS = 8
-"""A rank's CPU work beside a GPU is data and launches: more threads gain nothing."""
+"""Threads of a rank with a GPU: its CPU work is loading data and launching kernels, and more threads gain nothing."""
 
 
 @dataclass(frozen=True)
 class Machines:
-    """The part of a cluster that a job may use. A unit is a GPU with CPUs for its rank, or without GPUs a core."""
+    """The part of a cluster that a job may use. A unit is a GPU with the CPUs of its rank, or on a cluster without GPUs a
+    core."""
 
     device: Device
     nodes: tuple[NodeDescription, ...]
     num_units: int
-    """At most `max_gpus`, which bounds cores where the job trains on cores."""
+    """Number of usable units, limited by `max_gpus`, which limits cores if the job trains on cores."""
     max_threads: int | None = None
-    """Of one rank, as the environment says (OMP_NUM_THREADS)."""
+    """Limit on the threads of one rank that the environment sets (OMP_NUM_THREADS)."""
     left_out: tuple[NodeDescription, ...] = ()
-    """Poorer nodes that the job is planned without."""
+    """Nodes with less memory that the job is planned without."""
 
     @property
     def unit(self) -> str:
         return "GPU" if self.device == "cuda" else "core"
 
     def units_of(self, node: NodeDescription) -> int:
-        return num_places(node, self.device)
+        return num_slots(node, self.device)
 
     @property
     def units_per_node(self) -> int:
-        """Of the largest node."""
+        """Number of units on the largest node."""
         return max(self.units_of(node) for node in self.nodes)
 
     def room(self, ranks: int, num_gangs: int) -> RankRoom:
-        """What each rank of `num_gangs` gangs of `ranks` may fill; of unlike nodes the poorest counts.
+        """Return the memory that each rank of `num_gangs` gangs of `ranks` may fill, on the node with the least.
 
-        A node's memory is for the ranks that can come to stand there together, which are fewer than its places where the
-        job has fewer.
+        A node's memory is divided among the ranks that can run there at the same time, which are fewer than its slots if the
+        job has fewer ranks.
         """
         standing = {node: self._ranks_on(node, ranks, ranks * num_gangs) for node in self.nodes}
         hosting = min(self.nodes, key=lambda node: node.memory_bytes // standing[node])
@@ -78,43 +82,46 @@ class Machines:
         )
 
     def room_of_one(self, ranks: int) -> RankRoom:
-        """Where one gang stands alone."""
+        """Return the memory of each rank if there is only one gang."""
         return self.room(ranks, 1)
 
     def _ranks_on(self, node: NodeDescription, ranks: int, all_ranks: int) -> int:
+        # A node holds whole gangs, or, if it is smaller than a gang, one gang's ranks on all of its slots: no gang shares a node
+        # with part of another gang.
         places = self.units_of(node)
         return min(places // ranks * ranks or places, all_ranks)
 
     def threads(self, num_ranks: int) -> int:
-        """Threads of each rank when `num_ranks` run at once: its part of the cores, and no more than the environment allows."""
-        return min(self.threads_of_cores(num_ranks), self.max_threads or MOST_THREADS)
+        """Return the threads of each rank if `num_ranks` run at once: its share of the cores, up to the environment's limit."""
+        return min(self.threads_of_cores(num_ranks), self.max_threads or MAX_THREADS)
 
     def threads_of_cores(self, num_ranks: int) -> int:
-        """As `threads`, whatever the environment says."""
+        """Return the threads of each rank without the environment's limit."""
         if self.device == "cuda":
             return max(1, min(MAX_GPU_RANK_THREADS, min(node.num_cpus // node.num_gpus for node in self.nodes)))
         cores = [min(node.num_cpus, self.num_units) for node in self.nodes]
         return max(1, min(each // min(num_ranks, each) for each in cores))
 
     def rank_counts(self) -> list[int]:
-        """Sizes that a gang may have, rising: powers of two inside a node; of whole nodes any few, then
-        powers of two; then everything."""
+        """Return the sizes that a gang may have, ascending: powers of two inside a node; then 1 to 7 whole nodes; then powers
+        of two of nodes; then everything."""
         per_node = self.units_per_node
         inside = [2**power for power in range(per_node.bit_length()) if 2**power < per_node]
         powers = [2**power for power in range((MAX_GANG_RANKS // per_node).bit_length())]
+        # Every count up to FEW_NODES, beyond it powers of two: the time to plan must not grow with the cluster.
         nodes = [per_node * count for count in (*range(1, FEW_NODES), *powers)]
         most = min(self.num_units, max(MAX_GANG_RANKS, per_node))
         return sorted({n for n in (*inside, *nodes, most) if n <= most})
 
     def max_gangs(self, ranks: int) -> int:
-        """Gangs of `ranks` that there is room for: inside nodes where they fit, on whole nodes where they do not."""
+        """Return how many gangs of `ranks` fit: inside nodes if they are large enough, else on whole nodes."""
         return min(count_gangs([(node.count, self.units_of(node)) for node in self.nodes], ranks), self.num_units // ranks)
 
     def placement(self, ranks: int, num_gangs: int, why_no_more: str) -> Placement:
-        """Where the gangs stand.
+        """Assign the gangs to nodes.
 
         Args:
-            why_no_more: Why there are no more gangs than that, unless it is for want of room or for `max_gpus`.
+            why_no_more: Why there are no more gangs, unless the reason is lack of room or `max_gpus`.
         """
         kinds = [(self.name_of(node), node.count, self.units_of(node)) for node in self.nodes]
         bounded = num_gangs == self.max_gangs(ranks)
@@ -126,24 +133,25 @@ class Machines:
 
     @property
     def gpu_hour_price(self) -> float | None:
-        """Of the cluster file: the mean over the GPUs; None where a node has no price."""
+        """Mean price of a GPU-hour over the GPUs of the cluster file; None if any node has no price."""
         paid = [(node.gpu_hour_price, node.count * self.units_of(node)) for node in self.nodes if node.gpu_hour_price is not None]
         return sum(price * gpus for price, gpus in paid) / sum(gpus for _, gpus in paid) if len(paid) == len(self.nodes) else None
 
 
-def num_places(node: NodeDescription, device: Device) -> int:
-    """Ranks that Ray can place on one node: each with a GPU takes some CPU too, and its trials a little."""
+def num_slots(node: NodeDescription, device: Device) -> int:
+    """Return how many ranks Ray can place on a node; beside a GPU each takes some CPU, and so do the processes of its trials."""
     if device == "cpu":
         return node.num_cpus
+    # A rank that finds no CPU beside its GPU would wait in Ray forever, so such GPUs must not be planned for.
     return min(node.num_gpus, math.floor(node.num_cpus / (GPU_RANK_CPUS + TRIALS_PER_GANG * THIN_TRIAL_CPUS)))
 
 
 def machines(cluster: ClusterDescription, resources: ResourcesSpec) -> Machines:
-    """What the job may use.
+    """Return the machines that the job may use.
 
     Raises:
-        PlanError: `accelerator: gpu` on a cluster without GPUs; a cluster without nodes; more ranks than units; no CPU
-            for a rank.
+        PlanError: `accelerator: gpu` on a cluster without GPUs; a cluster without nodes; more ranks than units; no CPU for a
+            rank.
     """
     if not cluster.nodes:
         raise PlanError("the cluster has no nodes", where=cluster.source, remedy="start one, or describe one in a file")
@@ -156,35 +164,37 @@ def machines(cluster: ClusterDescription, resources: ResourcesSpec) -> Machines:
             remedy="resources.accelerator: auto, or a cluster with GPUs",
         )
     device: Device = "cuda" if wants_gpu else "cpu"
-    nodes = tuple(node for node in cluster.nodes if num_places(node, device))
+    nodes = tuple(node for node in cluster.nodes if num_slots(node, device))
     if not nodes:
         raise PlanError(
             f"no rank can be placed: the cluster has {cluster.num_gpus} GPUs and {cluster.num_cpus} CPUs",
             where=cluster.source,
-            expected=f"{GPU_RANK_CPUS} CPUs of a node's own for each rank on its GPUs" if wants_gpu else "a CPU for each rank",
+            expected=f"{GPU_RANK_CPUS} CPUs on the same node for each rank with a GPU" if wants_gpu else "a CPU for each rank",
             remedy="start Ray's nodes with their CPUs (--num-cpus)",
         )
-    total = sum(node.count * num_places(node, device) for node in nodes)
+    total = sum(node.count * num_slots(node, device) for node in nodes)
     num_units = min(total, resources.max_gpus or total)
     found = Machines(device=device, nodes=nodes, num_units=num_units, max_threads=cluster.max_threads)
     _check_asked_ranks(found, resources, total, cluster)
     return found
 
 
-def candidates(cluster: ClusterDescription, resources: ResourcesSpec) -> list[Machines]:
-    """The whole cluster, then the parts of it that leave out its poorest nodes.
+def node_subsets(cluster: ClusterDescription, resources: ResourcesSpec) -> list[Machines]:
+    """Return the whole cluster, and then the parts of it that leave out the nodes with the least memory.
 
-    Ranks are planned for the poorest node, so that one which is not needed may make the rest useless. Poor is what has less
-    GPU memory, host memory, or host memory a place: every figure that a node has is a bound, nodes below it are left out.
+    Ranks are planned for the smallest node, so one node that is not needed may make the others useless. Nodes are compared by
+    GPU memory, host memory and host memory per slot; every figure that some node has is tried as a lower bound.
 
     Raises:
-        PlanError: as `machines`, for the whole cluster.
+        PlanError: as in `machines`, for the whole cluster.
     """
     whole = machines(cluster, resources)
     gpu_memories = {node.gpu_memory_bytes for node in whole.nodes}
     memories = {node.memory_bytes for node in whole.nodes}
     shares = {node.memory_bytes // whole.units_of(node) for node in whole.nodes}
     found = {whole.nodes: whole}
+    # A node's memory is shared by its ranks, so a node may have too little in total or too little per slot: both bounds are
+    # tried.
     for gpu_memory, memory, share in sorted(
         {(gpu, memory, 0) for gpu in gpu_memories for memory in memories}
         | {(gpu, 0, share) for gpu in gpu_memories for share in shares}
@@ -198,6 +208,7 @@ def candidates(cluster: ClusterDescription, resources: ResourcesSpec) -> list[Ma
         )
         if not nodes or nodes in found:
             continue
+        # A part of the cluster may be too small for the gangs that the spec asks for; the whole cluster has passed that check.
         with suppress(PlanError):
             part = machines(cluster.model_copy(update={"nodes": nodes}), resources)
             found[nodes] = replace(part, left_out=tuple(node for node in whole.nodes if node not in nodes))
@@ -205,8 +216,8 @@ def candidates(cluster: ClusterDescription, resources: ResourcesSpec) -> list[Ma
 
 
 def idle_gpus(cluster: ClusterDescription) -> int:
-    """GPUs that no rank can use, for their nodes have too few CPUs."""
-    return sum(node.count * (node.num_gpus - num_places(node, "cuda")) for node in cluster.nodes)
+    """Return the number of GPUs that no rank can use because their nodes have too few CPUs."""
+    return sum(node.count * (node.num_gpus - num_slots(node, "cuda")) for node in cluster.nodes)
 
 
 def _check_asked_ranks(found: Machines, resources: ResourcesSpec, total: int, cluster: ClusterDescription) -> None:
@@ -236,26 +247,27 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-class Stands(NamedTuple):
-    """Gangs that stand alike."""
+class GangGroup(NamedTuple):
+    """A number of gangs that are assigned to nodes in the same way."""
 
     times: int
     nodes: tuple[tuple[int, int], ...]
-    """(kind of node, ranks on it) for every node of one such gang, rising."""
+    """(kind of node, ranks on it) for every node of one such gang, ascending."""
 
 
-def lay_out(kinds: Sequence[tuple[int, int]], ranks: int) -> list[Stands]:
-    """Every gang of `ranks` that there is room for. What it takes does not grow with the nodes of a kind.
+def assign_gangs(kinds: Sequence[tuple[int, int]], ranks: int) -> list[GangGroup]:
+    """Assign as many gangs of `ranks` as fit. The time it takes does not depend on the number of nodes of a kind.
 
-    Nodes that hold a gang take as many as they can; what remains of them is left over. Smaller nodes are taken whole,
-    several to a gang: largest first while they are needed whole, then the smallest that covers the rest, whose
-    remainder no other gang uses.
+    Nodes that can hold a gang take as many as fit; their remaining slots are left over. Smaller nodes are combined into gangs:
+    whole nodes, the largest first, and then the smallest node that covers the rest, whose remaining slots no other gang uses.
 
     Args:
-        kinds: (nodes, ranks that each has room for) for each kind of node.
+        kinds: (number of nodes, slots of a node) for each kind of node.
     """
     gangs = [
-        Stands(count * (each // ranks), ((kind, ranks),)) for kind, (count, each) in enumerate(kinds) if count and each >= ranks
+        GangGroup(count * (each // ranks), ((kind, ranks),))
+        for kind, (count, each) in enumerate(kinds)
+        if count and each >= ranks
     ]
     free = {kind: count for kind, (count, each) in enumerate(kinds) if count and 0 < each < ranks}
     order = sorted(free, key=lambda kind: (-kinds[kind][1], kind))
@@ -271,32 +283,34 @@ def lay_out(kinds: Sequence[tuple[int, int]], ranks: int) -> list[Stands]:
             rest = min((kind for kind in order if free[kind] > whole[kind]), key=lambda kind: (kinds[kind][1], kind))
             stood.append((rest, missing))
             whole[rest] += 1
+        # The same combination of nodes repeats until one kind of node runs out, so the loop runs once per kind instead of once
+        # per gang.
         times = min(free[kind] // count for kind, count in whole.items() if count)
-        gangs.append(Stands(times, tuple(sorted(stood))))
+        gangs.append(GangGroup(times, tuple(sorted(stood))))
         free = {kind: count - times * whole[kind] for kind, count in free.items()}
     return gangs
 
 
 def count_gangs(kinds: Sequence[tuple[int, int]], ranks: int) -> int:
-    """How many gangs of `ranks` there is room for."""
-    return sum(stands.times for stands in lay_out(kinds, ranks))
+    """Return how many gangs of `ranks` fit."""
+    return sum(stands.times for stands in assign_gangs(kinds, ranks))
 
 
 def placement(kinds: Sequence[tuple[str, int, int]], ranks: int, num_gangs: int, *, unit: str, bound: str = "") -> Placement:
-    """Where `num_gangs` gangs stand, what is left over, and why.
+    """Describe where `num_gangs` gangs are, what is left over, and why.
 
     Args:
-        kinds: (description, nodes, places of a node) for each kind of node.
-        bound: Why there are no more gangs, where there is room for more.
+        kinds: (description, number of nodes, slots of a node) for each kind of node.
+        bound: Why there are no more gangs although there is room.
     """
-    room = lay_out([(count, each) for _, count, each in kinds], ranks)
+    room = assign_gangs([(count, each) for _, count, each in kinds], ranks)
     gangs = _first(room, num_gangs)
     inside, spanning = Counter[int](), Counter[int]()
     for times, nodes_of_one in gangs:
         for kind, held in nodes_of_one:
             (inside if len(nodes_of_one) == 1 else spanning)[kind] += times * held
     nodes = tuple(
-        NodePlaces(
+        NodeSlots(
             node=name,
             count=count,
             gangs_inside=inside[index] // ranks,
@@ -320,8 +334,8 @@ def placement(kinds: Sequence[tuple[str, int, int]], ranks: int, num_gangs: int,
     )
 
 
-def _first(room: Sequence[Stands], num_gangs: int) -> list[Stands]:
-    taken: list[Stands] = []
+def _first(room: Sequence[GangGroup], num_gangs: int) -> list[GangGroup]:
+    taken: list[GangGroup] = []
     for stands in room:
         times = min(stands.times, num_gangs)
         num_gangs -= times
@@ -330,8 +344,8 @@ def _first(room: Sequence[Stands], num_gangs: int) -> list[Stands]:
     return taken
 
 
-def _where(gangs: Sequence[Stands], ranks: int, num_nodes: int, unit: str) -> str:
-    """`4 gangs of 8 GPUs, each inside one node`."""
+def _where(gangs: Sequence[GangGroup], ranks: int, num_nodes: int, unit: str) -> str:
+    """Return a sentence such as `4 gangs of 8 GPUs, each inside one node`."""
     count = sum(stands.times for stands in gangs)
     said = f"{count} gang{'s' if count != 1 else ''} of {ranks} {unit}{'s' if ranks != 1 else ''}"
     if num_nodes == 1:

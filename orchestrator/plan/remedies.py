@@ -1,4 +1,4 @@
-"""What a trial does against forgetting, beside its layers and its rate: replay, an anchor, rates that fall with depth."""
+"""Remedies against forgetting in a trial: replay, an anchor, and learning rates that decay with depth."""
 
 from __future__ import annotations
 
@@ -13,32 +13,33 @@ from orchestrator.spec.models import Anchor, AnchorSpec, JobSpec, SearchPoint, S
 from orchestrator.work.remedies import AnchorPlan, Remedies
 
 FISHER_DOCUMENTS = 64
-"""Retention documents that EWC takes at most: with one backward pass for each, a few steps' work."""
+"""Maximum number of retention documents for EWC: one backward pass for each, as expensive as a few steps."""
 
 
-def fits(anchor: Anchor | AnchorPlan | None, tune: Tune) -> bool:
-    """`product` is of adapters, the other anchors are of unfrozen weights."""
+def anchor_fits(anchor: Anchor | AnchorPlan | None, tune: Tune) -> bool:
+    """Return whether an anchor fits the tuning method: `product` acts on adapters, the other kinds on unfrozen weights."""
     return not isinstance(anchor, AnchorSpec | AnchorPlan) or (anchor.kind == "product") == (tune == "lora")
 
 
 def remedies_of_train(train: TrainSpec, tune: Tune) -> Remedies:
-    """Of a job with one trial; an anchor that does not fit its way of tuning, which the spec refuses, is left out."""
-    anchor = train.anchor if fits(train.anchor, tune) else "none"
+    """Return the remedies of a job with one trial, without an anchor that does not fit the tuning method (the spec rejects
+    one)."""
+    anchor = train.anchor if anchor_fits(train.anchor, tune) else "none"
     return Remedies(replay=train.replay, anchor=_planned(anchor), layer_decay=train.layer_decay)
 
 
 def searched_remedies(search: SearchSpec, train: TrainSpec, tune: Tune) -> list[Remedies]:
-    """Every combination that fits a way of tuning, without what comes to the same. Where no anchor that is asked for fits,
-    there is none."""
-    anchors: Sequence[Anchor] = [anchor for anchor in search.anchor or (train.anchor,) if fits(anchor, tune)] or ["none"]
+    """Return every distinct combination that fits the tuning method; without an anchor if none that is asked for fits."""
+    anchors: Sequence[Anchor] = [anchor for anchor in search.anchor or (train.anchor,) if anchor_fits(anchor, tune)] or ["none"]
     combined = itertools.product(search.replay or (train.replay,), anchors, search.layer_decay or (train.layer_decay,))
     found = (Remedies(replay=replay, anchor=_planned(anchor), layer_decay=decay) for replay, anchor, decay in combined)
+    # Anchors of strength 0 are equal to none, so distinct values of the spec may give equal trials.
     return list(dict.fromkeys(found))
 
 
 def remedies_of_point(point: SearchPoint, train: TrainSpec) -> Remedies:
-    """Of a trial of a fixed list; an anchor of `train` that does not fit its way of tuning is left out."""
-    anchor = point.anchor if point.anchor is not None else train.anchor if fits(train.anchor, point.tune) else "none"
+    """Return the remedies of one trial of a fixed list, without an anchor of `train` that does not fit its tuning method."""
+    anchor = point.anchor if point.anchor is not None else train.anchor if anchor_fits(train.anchor, point.tune) else "none"
     return Remedies(
         replay=train.replay if point.replay is None else point.replay,
         anchor=_planned(anchor),
@@ -46,38 +47,39 @@ def remedies_of_point(point: SearchPoint, train: TrainSpec) -> Remedies:
     )
 
 
-def left_out(search: SearchSpec, train: TrainSpec) -> list[Tune]:
-    """The ways of tuning whose trials would have the anchor of `train`, if it fitted them."""
+def tunes_without_anchor(search: SearchSpec, train: TrainSpec) -> list[Tune]:
+    """Return the tuning methods whose trials go without the anchor of `train` because it does not fit them."""
     if search.anchor or _planned(train.anchor) is None:
         return []
     taking: Sequence[Tune] = [point.tune for point in search.points if point.anchor is None] if search.points else search.tune
-    return [tune for tune in dict.fromkeys(taking) if not fits(train.anchor, tune)]
+    return [tune for tune in dict.fromkeys(taking) if not anchor_fits(train.anchor, tune)]
 
 
 def _planned(anchor: Anchor) -> AnchorPlan | None:
-    """None too for one that does not pull, so that such a trial is bit for bit a plain one."""
+    """Return the anchor, or None for one without strength, so that such a trial is bit-identical to one without an anchor."""
     if isinstance(anchor, AnchorSpec) and anchor.strength > 0:
         return AnchorPlan(kind=anchor.kind, strength=anchor.strength)
     return None
 
 
 def needs_replayed_text(spec: JobSpec) -> bool:
-    """Whether any trial wants retention text that is not scored."""
+    """Return whether any trial needs retention text that is not scored."""
     return any(remedies.needs_replayed_text for remedies in _all_remedies(spec))
 
 
 def most_replayed_tokens(spec: JobSpec, train_tokens: int) -> int:
-    """Of all trials, what one replays at most, if it read no token twice; and enough for EWC's documents.
+    """Return the most tokens that any trial replays if it reads no token twice; at least enough for EWC's documents.
 
     Args:
-        train_tokens: Of the training set.
+        train_tokens: Number of training tokens.
     """
+    # If a share s of all tokens is replayed, each token of the target comes with s / (1 - s) replayed ones.
     share = max((remedies.replay for remedies in _all_remedies(spec)), default=0.0)
     return max(round(share / (1.0 - share) * spec.train.epochs * train_tokens), FISHER_DOCUMENTS * spec.data.max_tokens)
 
 
 def _all_remedies(spec: JobSpec) -> list[Remedies]:
-    """Those of every trial that the spec's jobs may train."""
+    """Return the remedies of every trial that the spec's jobs may train."""
     search, train = spec.search, spec.train
     found = [remedies_of_train(train, spec.finetune.tune)] if spec.finetune is not None else []
     if search is None:
@@ -87,27 +89,27 @@ def _all_remedies(spec: JobSpec) -> list[Remedies]:
     return found + [remedies for tune in search.tune for remedies in searched_remedies(search, train, tune)]
 
 
-def held_product(choices: Iterable[Remedies]) -> AnchorPlan | None:
-    """The first anchor on products of adapters, which DeepSpeed lays in parts: see `Load.whole_adapters`."""
+def product_anchor(choices: Iterable[Remedies]) -> AnchorPlan | None:
+    """Return the first anchor on products of adapters, which DeepSpeed would partition; see `Load.whole_adapters`."""
     return next((remedies.anchor for remedies in choices if remedies.anchor and remedies.anchor.kind == "product"), None)
 
 
-def no_whole_adapters(held: AnchorPlan, loaded: LoadedSpec, job: Literal["sweep", "finetune"], misfit: PlanError) -> PlanError:
-    """Of a job that DeepSpeed would fit: an anchor on products stands in its way.
+def no_whole_adapters(anchor: AnchorPlan, loaded: LoadedSpec, job: Literal["sweep", "finetune"], error: PlanError) -> PlanError:
+    """Return the error for a job that would fit with DeepSpeed, but whose anchor on products rules DeepSpeed out.
 
     Args:
-        misfit: Says that nothing without DeepSpeed fits.
+        error: The error saying that nothing fits without DeepSpeed.
     """
-    place = _place_of(held, loaded.spec, job)
+    place = _place_of(anchor, loaded.spec, job)
     return PlanError(
-        f"the anchor `{held}` needs whole adapters, which DeepSpeed partitions; and without DeepSpeed {misfit.what}",
+        f"the anchor `{anchor}` needs whole adapters, which DeepSpeed partitions; and without DeepSpeed {error.what}",
         where=f"{loaded.where(place)}: {place}",
-        remedy=f"remove the anchor, and DeepSpeed fits; or {misfit.remedy}",
+        remedy=f"remove the anchor, and DeepSpeed fits; or {error.remedy}",
     )
 
 
 def _place_of(anchor: AnchorPlan, spec: JobSpec, job: Literal["sweep", "finetune"]) -> str:
-    """Where the spec asks for it: what a search does not list itself is `train`'s."""
+    """Return the key of the spec that asks for the anchor: an item of `search`, or `train.anchor`."""
     if job == "sweep" and spec.search is not None:
         for number, point in enumerate(spec.search.points):
             if point.anchor is not None and _planned(point.anchor) == anchor:
@@ -119,26 +121,27 @@ def _place_of(anchor: AnchorPlan, spec: JobSpec, job: Literal["sweep", "finetune
 
 
 class LearningGroup(NamedTuple):
-    """Parameters that learn alike and follow each other in the model."""
+    """Consecutive parameters with the same learning rate and the same anchor."""
 
     names: tuple[str, ...]
     rate_factor: float
-    """Share of the trial's learning rate."""
+    """Ratio to the trial's learning rate."""
     anchored: bool
-    """Whether they have a value in the base that an anchor may pull to."""
+    """True if they have a value in the base that an anchor can pull towards."""
 
 
 def learning_groups(
     anatomy: ModelAnatomy, selection: LayerSelection, remedies: Remedies, names: Sequence[str]
 ) -> list[LearningGroup]:
-    """What learns, in its order, cut where the rate or the anchor changes; without remedies one group.
+    """Split the trainable parameters, in their order, where the rate or the anchor changes; without remedies there is one
+    group.
 
-    The last block and the head learn at the whole rate, each block below at `layer_decay` of the one above it (Howard and
-    Ruder 2018, "discriminative fine-tuning"; as a factor for every layer: Clark et al. 2020, ELECTRA). A new classifier was
-    never in the base, and no anchor pulls at it.
+    The last block and the head learn at the full rate, each block below at `layer_decay` times the rate of the block above it
+    (Howard and Ruder 2018, "discriminative fine-tuning"; as a factor for every layer: Clark et al. 2020, ELECTRA). A new
+    classifier is not part of the base, so no anchor applies to it.
 
     Args:
-        names: Of the parameters, as checkpoints have them; an adapter's begins with its module's.
+        names: Parameter names as in checkpoints; the name of an adapter's matrix begins with that of its module.
     """
     new = {anatomy.classifier_weight, anatomy.classifier_bias, *(tensor.name for tensor in anatomy.new_tensors)}
     new = new if selection.new_classifier else set[str]()
@@ -146,16 +149,18 @@ def learning_groups(
     top = anatomy.num_blocks - 1
 
     def kind(name: str) -> tuple[float, bool]:
+        # Parameters outside the blocks, such as the head, learn at the rate of the last block.
         factor = remedies.layer_decay ** (top - depth.get(_module(name), top)) if remedies.layer_decay != 1.0 else 1.0
         return factor, name not in new or remedies.anchor is None
 
+    # Only neighbours are grouped, so that the groups one after another keep the model's order.
     runs = ((factor, anchored, tuple(run)) for (factor, anchored), run in itertools.groupby(names, kind))
     return [LearningGroup(run, factor, anchored) for factor, anchored, run in runs]
 
 
 def effective(anatomy: ModelAnatomy, selection: LayerSelection, remedies: Remedies) -> Remedies:
-    """The remedies without those that change nothing of what learns: a decay where all of it learns at the whole rate, an anchor
-    where nothing that it could pull learns. A policy whose blocks are not known yet keeps all."""
+    """Return the remedies without those that have no effect on what is trained: a decay if everything learns at the full rate,
+    an anchor if nothing that it could pull is trained. A policy whose blocks are not known yet keeps all."""
     if selection.pending:
         return remedies
     groups = learning_groups(anatomy, selection, remedies, (*selection.trainable, *selection.adapted))

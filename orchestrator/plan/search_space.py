@@ -1,4 +1,4 @@
-"""The search's discrete choices: layers x tune x adapters, each with its selection and its learning-rate range."""
+"""The search's discrete choices: layers x tuning method x adapters, each with its selection and its range of learning rates."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from orchestrator.spec.models import FinetuneSpec, JobSpec, SearchPoint, SearchS
 from orchestrator.work.remedies import NOTHING, Remedies
 
 FRESH_HEAD_FACTOR = 10.0
-"""A classification head that starts from random numbers, alone, is a linear probe: a convex problem that takes a
-rate ten times that of pretrained weights."""
+"""Factor on the learning rate of a randomly initialised classification head that is trained alone: this is a linear probe, a
+convex problem that takes a rate ten times that of pretrained weights."""
 
 
 DEFAULT_LORA_RANK = 16
-"""Of a fixed point that gives none, as in a search that gives none."""
+"""LoRA rank of a fixed point that gives none, the same as a search's default."""
 _Key = tuple[object, ...]
 
 
@@ -36,7 +36,7 @@ class Choice(NamedTuple):
 
 
 class _Asked(NamedTuple):
-    """A combination as the spec has it, and where; a fixed point with its rate."""
+    """A combination as the spec gives it, with its place in the spec; for a fixed point also its rate."""
 
     place: str
     layers: str
@@ -48,15 +48,15 @@ class _Asked(NamedTuple):
 
 
 def head_rates(search: SearchSpec, task: Task) -> tuple[float, float]:
-    """The range for a head that learns alone: that of `full`, tenfold where the head is a new classifier."""
+    """Return the range for a head that is trained alone: that of `full`, times ten if the head is a new classifier."""
     factor = FRESH_HEAD_FACTOR if task == "classify" else 1.0
     low, high = learning_rate_range(search, "full")
     return low * factor, high * factor
 
 
 @contextmanager
-def told_at(place: str) -> Generator[None]:
-    """A policy that does not fit the base is told where the spec writes it."""
+def located_at(place: str) -> Generator[None]:
+    """Give a selection error the place in the spec that names the policy."""
     try:
         yield
     except SelectionError as error:
@@ -65,24 +65,25 @@ def told_at(place: str) -> Generator[None]:
 
 
 def search_choices(loaded: LoadedSpec, anatomy: ModelAnatomy, num_classes: int) -> list[Choice]:
-    """Every different selection of `search`, in the order of the spec.
+    """Return every distinct selection of `search`, in the order of the spec.
 
-    Policies that come to the same selection (`last:8` and `all` on eight blocks; `head` to classify, with lora or
-    full) are one choice: the first. A policy by score is a choice of its own until the blocks are scored. Each selection is
-    tried with every combination of remedies that fits its way of tuning and changes what it learns.
+    Policies that give the same selection (`last:8` and `all` on eight blocks; `head` for `classify`, with lora or full) are one
+    choice, the first of them. A policy by score is a choice of its own until the blocks are scored. Each selection is tried with
+    every combination of remedies that fits its tuning method and has an effect on what it trains.
 
     Raises:
-        SelectionError: a policy that matches nothing.
+        SelectionError: a policy matches nothing.
     """
     spec = loaded.spec
     assert spec.search is not None, "the sweep needs `search`"
     found: dict[_Key, Choice] = {}
     for asked in _asked(spec.search, spec.train):
-        with told_at(loaded.where(asked.place)):
+        with located_at(loaded.where(asked.place)):
             selection = _selection(asked, anatomy, spec.task, num_classes)
         remedies = effective(anatomy, selection, asked.remedies)
         rates = (asked.rate, asked.rate) if asked.rate is not None else _rates(spec.search, spec.task, selection)
         key = _key(selection, remedies)
+        # Points of a fixed list may have the same selection at different rates: the range of their choice covers them all.
         known = found.get(key, Choice(selection, rates, remedies))
         wider = (min(rates[0], known.rates[0]), max(rates[1], known.rates[1]))
         found[key] = known._replace(rates=wider if asked.rate is not None else known.rates)
@@ -90,7 +91,7 @@ def search_choices(loaded: LoadedSpec, anatomy: ModelAnatomy, num_classes: int) 
 
 
 def planned_points(spec: JobSpec, anatomy: ModelAnatomy, num_classes: int) -> tuple[PlannedPoint, ...]:
-    """The spec's fixed points, by the numbers of their choices as `search_choices` counts them."""
+    """Return the spec's fixed points, each with the index of its choice in `search_choices`."""
     assert spec.search is not None, "the sweep needs `search`"
     numbers: dict[_Key, int] = {}
     points: list[PlannedPoint] = []
@@ -104,7 +105,7 @@ def planned_points(spec: JobSpec, anatomy: ModelAnatomy, num_classes: int) -> tu
 
 
 def _asked(search: SearchSpec, train: TrainSpec) -> Iterator[_Asked]:
-    """Every combination of policy, way of tuning, rank of LoRA and remedies; of a fixed list every point."""
+    """Yield every combination of policy, tuning method, LoRA rank and remedies; for a fixed list every point."""
     if search.algorithm == "fixed":
         for number, point in enumerate(search.points):
             lora_rank = (point.lora_rank or DEFAULT_LORA_RANK) if point.tune == "lora" else None
@@ -130,17 +131,18 @@ def adapter_asked(section: SearchPoint | FinetuneSpec) -> AdapterOptions:
 
 
 def _selection(asked: _Asked, anatomy: ModelAnatomy, task: Task, num_classes: int) -> LayerSelection:
-    """What learns. LoRA with nothing to adapt (a new classifier alone) is `full`."""
+    """Return what is trained. LoRA with nothing to adapt (a new classifier alone) becomes `full`."""
     selection = select(
         anatomy, asked.layers, asked.tune, asked.lora_rank, adapter=asked.adapter, task=task, num_classes=num_classes
     )
     if asked.tune == "lora" and not selection.adapted:
+        # A new classifier is trained whole under `lora` too, so without adapters the two tuning methods are the same trial.
         return select(anatomy, asked.layers, "full", None, task=task, num_classes=num_classes)
     return selection
 
 
 def _key(selection: LayerSelection, remedies: Remedies) -> _Key:
-    """Equal for what comes to the same."""
+    """Return a key that is equal for equivalent choices."""
     adapters = (selection.lora_rank, selection.adapter) if selection.adapted else None
     return selection.pending, selection.trainable, selection.adapted, adapters, remedies
 
@@ -151,10 +153,10 @@ def _rates(search: SearchSpec, task: Task, selection: LayerSelection) -> tuple[f
 
 
 def grid_points(search: SearchPlan) -> list[tuple[int, float]]:
-    """`num_trials` points (option index, learning rate) of a grid over options and log-spaced rates.
+    """Return `num_trials` points (option index, learning rate) of a grid over options and log-spaced rates.
 
-    Options take turns. An option's rates halve its log range again and again (1/2, 1/4, 3/4, 1/8, 5/8, ...: van der
-    Corput's sequence, evenly spaced at 1, 3, 7, ... rates), so that raising `trials` adds points and moves none.
+    Options take turns. The rates of an option bisect its log range again and again (1/2, 1/4, 3/4, 1/8, 5/8, ...: the van der
+    Corput sequence, evenly spaced at 1, 3, 7, ... rates), so that raising `trials` adds points without moving any.
     """
     points: list[tuple[int, float]] = []
     for number in range(search.num_trials):
@@ -166,6 +168,7 @@ def grid_points(search: SearchPlan) -> list[tuple[int, float]]:
 
 
 def van_der_corput(number: int) -> float:
+    """Return the element of the base-2 van der Corput sequence with this number: its binary digits mirrored at the point."""
     value, scale = 0.0, 0.5
     while number:
         value += scale * (number & 1)

@@ -1,9 +1,9 @@
-"""Trials, controls and the assignments that carry them."""
+"""Trials and controls, and the work that trains and evaluates them."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, Required, TypedDict, Unpack
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, select, select_everything
 from orchestrator.plan.cost.choices import planned_options
@@ -13,10 +13,8 @@ from orchestrator.spec import learning_rate_range
 from orchestrator.spec.adapters import PLAIN_LORA
 from orchestrator.spec.models import JobSpec, SearchSpec
 from orchestrator.values import content_hash
-from orchestrator.work.assignment import Assignment
+from orchestrator.work.assignment import EvaluateBase, TrainRung, WorkContext
 from orchestrator.work.execution import DataPaths, ExecutionPlan, TrainSettings
-from orchestrator.work.measurements import CompilePlan, ProbePlan, ShiftPlan
-from orchestrator.work.memory_ladder import SAME_GANG
 from orchestrator.work.remedies import NOTHING
 from orchestrator.work.trial import TrialSpec
 
@@ -26,14 +24,6 @@ CONTROL_NUMBERS = {"none": -5, "head": -4, "shuffled": -3, "scratch": -2, "repea
 """Controls stand before the searched trials, which count from 0."""
 REPEAT = "repeat-"
 """How the name begins, beside the bundle, of the winner from another seed; its number follows."""
-PROBE = "probe"
-"""The name of the work that scores the blocks. It is the untouched base's, and no trial: nothing of it is in the ledger."""
-
-
-SHIFT = "shift"
-"""Likewise, of the work that measures the domain shift."""
-COMPILE = "compile"
-"""Likewise, of the work that measures compiled blocks."""
 
 
 def make_trial(
@@ -78,26 +68,6 @@ def none_control(plan: RunPlan, anatomy: ModelAnatomy, seed: int) -> tuple[Trial
     """The untouched base; to classify, the class prior. It is only evaluated."""
     selection = _select(plan, anatomy, "none")
     return _control(plan, "none", selection, 0.0, seed), selection
-
-
-def probe_trial(plan: RunPlan, anatomy: ModelAnatomy, seed: int) -> tuple[TrialSpec, LayerSelection]:
-    """The untouched base once more, to be scored block by block."""
-    trial, selection = none_control(plan, anatomy, seed)
-    return trial.model_copy(update={"trial_id": PROBE, "number": CONTROL_NUMBERS["none"] - 1}), selection
-
-
-def shift_trial(plan: RunPlan, anatomy: ModelAnatomy, seed: int) -> tuple[TrialSpec, LayerSelection]:
-    """The untouched base once more, to be compared on two sets."""
-    trial, selection = none_control(plan, anatomy, seed)
-    return trial.model_copy(update={"trial_id": SHIFT, "number": CONTROL_NUMBERS["none"] - 3}), selection
-
-
-def compile_trial(plan: RunPlan, option: int, seed: int) -> TrialSpec:
-    """A choice of the search, to be measured with and without compiled blocks. A control, so that nothing holds it back."""
-    assert plan.search is not None
-    found = plan.search.options[option]
-    trial = make_trial(plan, found, found.learning_rate_low, CONTROL_NUMBERS["none"] - 2, seed, "none")
-    return trial.model_copy(update={"trial_id": COMPILE})
 
 
 def head_control(plan: RunPlan, anatomy: ModelAnatomy, spec: JobSpec, seed: int) -> tuple[TrialSpec, LayerSelection]:
@@ -178,65 +148,80 @@ def late_control_id(name: str, winner_id: str) -> str:
     return f"{name}-{winner_id}"
 
 
-def make_assignment(
-    plan: RunPlan,
-    trial: TrialSpec,
-    selection: LayerSelection,
-    *,
-    settings: TrainSettings,
-    data: DataPaths,
-    metric: str,
-    folder: str,
-    rung: int,
-    start: str | None,
-    stop_step: int,
-    execution: ExecutionPlan | None = None,
-    keep_optimizer: bool = True,
-    checkpoint_every_steps: int = 0,
-    evaluate: bool = True,
-    probe: ProbePlan | None = None,
-    compiling: CompilePlan | None = None,
-    shift: ShiftPlan | None = None,
-) -> Assignment:
-    """All that a gang needs to carry `trial` to `stop_step`, by the plan's execution unless another is given.
+def work_context(
+    plan: RunPlan, *, settings: TrainSettings, data: DataPaths, metric: str, execution: ExecutionPlan | None = None
+) -> WorkContext:
+    """Return what all work shares that is run by one kind of gang.
 
     Args:
-        folder: The trial's folder.
-        start: The rung's folder to go on from; None starts at step 0.
-        probe: Score the blocks instead of training.
-        compiling: Measure what compiled blocks gain instead of training.
-        shift: Measure how far the target lies from the retention set instead of training.
+        execution: Of the gang where it is another than those of the search: the refit's stands alone where it has other ranks.
     """
-    assert not selection.pending, "blocks are scored before anything is trained"
-    return Assignment(
-        trial=trial,
-        spec_sha256=plan.spec_sha256,
-        base_sha256=plan.base_sha256,
-        selection=selection,
-        execution=execution or plan.execution,
+    alone = execution is not None and execution.ranks != plan.execution.ranks
+    return WorkContext(
         settings=settings,
         data=data,
         metric=metric,
-        folder=folder,
-        rung=rung,
-        start=start,
-        stop_step=stop_step,
-        keep_optimizer=keep_optimizer,
-        checkpoint_every_steps=checkpoint_every_steps,
-        evaluate=evaluate,
-        trunk=plan.trunk if trial.control not in ("none", "scratch") or compiling is not None or shift is not None else None,
-        predicted_memory_bytes=_predicted_memory_bytes(plan, trial, execution or plan.execution),
+        trunk=plan.trunk,
         largest_memory_bytes=max((option.memory.total_bytes for option in planned_options(plan)), default=None),
-        num_gangs=plan.num_gangs if execution is None or execution.ranks == plan.execution.ranks else 1,
-        probe=probe,
-        compiling=compiling,
-        shift=shift,
+        num_gangs=1 if alone else plan.num_gangs,
+        spec_sha256=plan.spec_sha256,
+        base_sha256=plan.base_sha256,
+    )
+
+
+class RungFields(TypedDict, total=False):
+    """Fields of a `TrainRung` that are neither the trial's nor the gang's."""
+
+    folder: Required[str]
+    stop_step: Required[int]
+    rung: int
+    start: str | None
+    keep_optimizer: bool
+    checkpoint_every_steps: int
+    evaluate: bool
+
+
+def train_rung(
+    plan: RunPlan,
+    context: WorkContext,
+    trial: TrialSpec,
+    selection: LayerSelection,
+    *,
+    execution: ExecutionPlan | None = None,
+    **rung: Unpack[RungFields],
+) -> TrainRung:
+    """Return the work that carries `trial` to a step, by the plan's execution unless another is given.
+
+    Args:
+        rung: The remaining fields of `TrainRung`.
+    """
+    assert not selection.pending, "blocks are scored before anything is trained"
+    execution = execution or plan.execution
+    predicted = _predicted_memory_bytes(plan, trial, execution)
+    return TrainRung(
+        context=context, execution=execution, trial=trial, selection=selection, predicted_memory_bytes=predicted, **rung
+    )
+
+
+def evaluate_base(
+    plan: RunPlan,
+    context: WorkContext,
+    control: TrialSpec,
+    selection: LayerSelection,
+    folder: str,
+    execution: ExecutionPlan | None = None,
+) -> EvaluateBase:
+    """Return the work that scores the untouched base (see `none_control`)."""
+    execution = execution or plan.execution
+    predicted = _predicted_memory_bytes(plan, control, execution)
+    return EvaluateBase(
+        context=context, execution=execution, trial=control, selection=selection, folder=folder, predicted_memory_bytes=predicted
     )
 
 
 def _predicted_memory_bytes(plan: RunPlan, trial: TrialSpec, execution: ExecutionPlan) -> int | None:
-    """The plan's figure for a rank; None for another kind of gang than the plan's, and for what it did not weigh."""
-    if any(getattr(execution, name) != getattr(plan.execution, name) for name in SAME_GANG):
+    """Return the plan's figure for a rank; None for another kind of gang than the plan's, and where the plan has no figure."""
+    if execution.gang_kind != plan.execution.gang_kind:
         return None
     if trial.control == "none":
         return plan.base_memory.total_bytes
@@ -244,9 +229,8 @@ def _predicted_memory_bytes(plan: RunPlan, trial: TrialSpec, execution: Executio
         return plan.head_memory.total_bytes
     if trial.control == "scratch":
         return plan.scratch_memory.total_bytes if plan.scratch_memory is not None else None
-    options = plan.search.options if plan.search is not None else (plan.finetune,) if plan.finetune is not None else ()
     choice = (trial.layers, trial.method)
-    found = (option for option in options if (option.layers, option.method) == choice)
+    found = (option for option in planned_options(plan) if (option.layers, option.method) == choice)
     return next((option.memory.total_bytes for option in found), None)
 
 

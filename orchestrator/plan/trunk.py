@@ -1,4 +1,4 @@
-"""Whether the trunk is computed once and stored: decided by what it costs against what it saves."""
+"""Decide whether the trunk is computed once and cached, by comparing what caching costs with what it saves."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from orchestrator.units import format_bytes, format_count
 from orchestrator.work.execution import TrunkPlan
 
 READ_BYTES_PER_S = 1e9
-"""What stored states are counted to be read at: assumed. A page cache gives several times that, an NVMe disk two to seven
-(vendors' data sheets), a network volume less."""
+"""Assumed rate of reading cached states. A page cache is several times as fast, an NVMe disk two to seven times (vendors' data
+sheets), a network volume slower."""
 WRITE_BYTES_PER_S = 0.5e9
-"""Likewise, written and synced."""
+"""Assumed rate of writing and syncing them."""
 
 
 @dataclass(frozen=True)
 class CutUse:
-    """What trials make of the hidden states at one cut."""
+    """How much the trials use the hidden states at one cut."""
 
     cut: int
     tokens: float
-    """Trained on or scored, over all trials that begin there, as the run is expected to go."""
+    """Tokens trained on or scored by all trials with this cut, in the run as expected."""
     flops_per_token: float
-    """Of the blocks below it."""
+    """Operations per token of the blocks below the cut."""
 
 
 def plan_trunk(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, rate: Rate) -> tuple[TrunkPlan | None, str]:
-    """(what is stored, why). The plan has its options, its execution and its data.
+    """Return (what is cached, why). The plan must have its options, execution and data.
 
-    One forward pass over the sets, to the highest cut that is stored, is weighed against the blocks below each trial's cut at
-    every token that it trains on or is scored on; reading and writing the states counts too, where the rate of the machine is
-    known. A cut is left out where it does not pay, or where the budget has no room.
+    One forward pass over the sets, to the highest cached cut, is weighed against running the blocks below each trial's cut for
+    every token that it trains on or is scored on; reading and writing the states counts too, if the rate of the machine is known.
+    A cut is omitted if it does not pay off, or if the budget has no room for it.
     """
     if spec.resources.cache_bytes == 0:
         return None, "the trunk (frozen lower blocks) is computed at every step: resources.cache_bytes is 0"
     if anatomy.dropout:
-        return None, f"the trunk (frozen lower blocks) is computed at every step: {anatomy.dropout} draws other numbers each time"
+        return None, f"the trunk (frozen lower blocks) is computed at every step: {anatomy.dropout} is random at every step"
     sets = plan.data.train_tokens + plan.data.eval_tokens + plan.data.retain_tokens + plan.data.replay_tokens
     state_bytes = anatomy.hidden_size * (2 if plan.execution.dtype == "bfloat16" else 4)
     budget = spec.resources.cache_bytes
@@ -52,6 +52,7 @@ def plan_trunk(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, rate: Rate) 
     if not uses:
         return None, "every trial trains from the first block up: there is no trunk (frozen lower blocks) to store"
     if budget != "auto":
+        # If not all cuts fit, those are cached that save the most operations.
         room = int(budget // (sets * state_bytes))
         uses = sorted(sorted(uses, key=lambda use: -use.tokens * use.flops_per_token)[:room], key=lambda use: use.cut)
         if not uses:
@@ -64,6 +65,8 @@ def plan_trunk(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, rate: Rate) 
         return None, "the trunk (frozen lower blocks) is computed at every step: storing it would take more time than it saves"
     cuts = tuple(use.cut for use in chosen)
     num_bytes = len(cuts) * sets * state_bytes
+    # Measured in forward passes over the sets up to the highest cut. Filling the cache takes one of them, which the sentence
+    # subtracts.
     saved = sum(use.tokens * use.flops_per_token for use in chosen) / (sets * chosen[-1].flops_per_token)
     where = "block " if len(cuts) == 1 else "blocks "
     reason = (
@@ -87,6 +90,7 @@ def _uses(plan: RunPlan, anatomy: ModelAnatomy) -> list[CutUse]:
         for option in options:
             cut = option.selection.cut
             tokens[cut] = tokens.get(cut, 0.0) + each * search.num_trials / len(options)
+        # The control `head` is part of every sweep, begins above the last block and is trained to the last rung.
         head = select(anatomy, "head", "full", None, task=plan.base.task, num_classes=plan.data.num_classes).cut
         tokens[head] = tokens.get(head, 0.0) + search.rung_steps[-1] * per_step + scored
     width = attention_width(anatomy, plan.execution, plan.data)
@@ -94,7 +98,7 @@ def _uses(plan: RunPlan, anatomy: ModelAnatomy) -> list[CutUse]:
 
 
 def _worthwhile(uses: Sequence[CutUse], sets: int, state_bytes: int, rate: Rate) -> list[CutUse]:
-    """The cuts whose storing gains most together: one at a time is left out, as long as that gains."""
+    """Return the cuts that save the most together: cuts are dropped one at a time, as long as that increases the saving."""
     chosen = list(uses)
     while chosen:
         gain = _gain(chosen, sets, state_bytes, rate)
@@ -107,7 +111,7 @@ def _worthwhile(uses: Sequence[CutUse], sets: int, state_bytes: int, rate: Rate)
 
 
 def _gain(uses: Sequence[CutUse], sets: int, state_bytes: int, rate: Rate) -> float:
-    """Seconds of one rank; operations where its rate is unknown, and reading and writing count nothing."""
+    """Return the saving in seconds of one rank; in operations if its rate is unknown, without the cost of reading and writing."""
     if not uses:
         return 0.0
     operations = sum(use.tokens * use.flops_per_token for use in uses) - sets * max(use.flops_per_token for use in uses)

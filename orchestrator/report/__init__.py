@@ -3,7 +3,7 @@
     from orchestrator.report.page import write_report            # draws with matplotlib, so it is imported where it is used
     from orchestrator.report import SweepView, final_screen, plan_view
 
-Reads run directories and records; knows neither Ray nor torch.
+Renders what `run.reader` gives and reads no file of a run itself; imports neither Ray nor torch.
 """
 
 from orchestrator.report.plan_screens import plan_view

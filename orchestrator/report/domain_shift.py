@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from orchestrator.report import html
 from orchestrator.report.html import Html
-from orchestrator.report.reading import RunRecords
 from orchestrator.report.wording import plural
+from orchestrator.run.reader import RunRecords
 from orchestrator.work.measurements import DomainShift
 
 

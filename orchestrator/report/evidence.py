@@ -13,7 +13,6 @@ from orchestrator.report import figures, html
 from orchestrator.report.figures import PlannedBar
 from orchestrator.report.html import Html
 from orchestrator.report.memory import memory_table
-from orchestrator.report.reading import RunRecords
 from orchestrator.report.wording import (
     MISSING,
     amount,
@@ -22,6 +21,7 @@ from orchestrator.report.wording import (
     plural,
     ratio,
 )
+from orchestrator.run.reader import RunRecords
 from orchestrator.transfer.records import SweepResult, TransferReport
 from orchestrator.units import GIB, MIB, format_bytes, format_count, format_seconds
 

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from orchestrator.plan.values import RunPlan
 from orchestrator.report import figures, html
 from orchestrator.report.html import Html
-from orchestrator.report.reading import RunRecords
 from orchestrator.report.wording import MISSING, number, plural
+from orchestrator.run.reader import RunRecords
 from orchestrator.transfer import Correlation, rank_correlation
 from orchestrator.transfer.correlation import FEWEST
 from orchestrator.transfer.records import SweepResult

@@ -1,8 +1,7 @@
-"""The runs of a folder, a line each; and several runs side by side."""
+"""List the runs of a folder, one line each, and compare several runs side by side."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -15,11 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.errors import OrchestratorError, UsageError
-from orchestrator.report.reading import RunRecords, read_run
 from orchestrator.report.wording import best_trial, measured_of, metric_text, number, score_text, signed
+from orchestrator.run.directory import running_driver
+from orchestrator.run.layout import IDENTITY
+from orchestrator.run.reader import RunRecords, find_runs, num_bytes_of, promoted_losses, read_run
 from orchestrator.spec import describe_difference
-from orchestrator.store import read_json
-from orchestrator.store.run_directory import IDENTITY, running_driver
 from orchestrator.transfer import paired_comparison
 from orchestrator.transfer.records import CONTROL_NAMES, ModelScores
 from orchestrator.units import format_bytes, format_seconds, printable
@@ -30,7 +29,7 @@ NONE = "-"
 
 
 class RunLine(Value):
-    """One run, as a list shows it."""
+    """One run in a list."""
 
     name: str
     folder: str
@@ -45,15 +44,15 @@ class RunLine(Value):
     started_at: float | None = None
     """Unix time of the first submission."""
     trials: int = 0
-    """Searched trials that have begun."""
+    """Searched trials that have started."""
     num_bytes: int = 0
-    """On disk; what is linked several times counts once."""
+    """On disk; a file with several hard links counts once."""
     problem: str = ""
-    """Why it could not be read, where it could not."""
+    """What could not be read; empty where everything could."""
 
 
 def list_runs(folder: Path) -> list[RunLine]:
-    """Every run in `folder`, or `folder` itself where it is one; the newest last.
+    """Return every run in `folder`, or `folder` itself where it is one; the newest last.
 
     Raises:
         UsageError: there is no such folder.
@@ -61,22 +60,18 @@ def list_runs(folder: Path) -> list[RunLine]:
     if not folder.is_dir():
         remedy = "give the folder that holds the runs; the spec's `output` names it, `runs` unless given"
         raise UsageError("no such folder", where=str(folder), expected="a folder of runs", remedy=remedy)
-    here = [folder] if is_run(folder) else sorted(child for child in folder.iterdir() if child.is_dir() and is_run(child))
-    return sorted(map(describe_run, here), key=lambda line: line.started_at or 0.0)
-
-
-def is_run(folder: Path) -> bool:
-    return (folder / IDENTITY).is_file()
+    return sorted(map(describe_run, find_runs(folder)), key=lambda line: line.started_at or 0.0)
 
 
 def describe_run(folder: Path) -> RunLine:
-    """What a run's records say of it; damaged records are said to be."""
+    """Summarise a run by its records; a run that cannot be read is listed as damaged."""
     size = num_bytes_of(folder)
     try:
-        identity, records = read_json(folder / IDENTITY), read_run(folder)
-        created = float(identity["created"])
-    except (OrchestratorError, OSError, ValueError, KeyError, TypeError) as error:
-        problem = str(error).splitlines()[0]
+        records = read_run(folder)
+    except (OrchestratorError, OSError) as error:
+        return RunLine(name=folder.name, folder=str(folder), state="damaged", num_bytes=size, problem=str(error).splitlines()[0])
+    if records.created is None:
+        problem = next((gap for gap in records.gaps if IDENTITY in gap), f"{IDENTITY} does not say when the run was created")
         return RunLine(name=folder.name, folder=str(folder), state="damaged", num_bytes=size, problem=problem)
     sweep, transfer = records.sweep, records.transfer
     best = (sweep.winner or best_trial(sweep.searched, sweep.higher_is_better)) if sweep else None
@@ -89,7 +84,7 @@ def describe_run(folder: Path) -> RunLine:
         best=best.label if best else "",
         metric=sweep.metric if sweep else "",
         value=measured_of(best, transfer).metric if best else None,
-        started_at=created,
+        started_at=records.created,
         trials=len(sweep.searched) if sweep else 0,
         num_bytes=size,
         problem="; ".join(records.gaps),
@@ -97,7 +92,7 @@ def describe_run(folder: Path) -> RunLine:
 
 
 def state_of(folder: Path, records: RunRecords) -> State:
-    """Whether a driver works in the run, it came to its end, or it waits to be submitted again."""
+    """Return whether a driver is running the run, it has finished, or it can be continued by submitting it again."""
     if running_driver(folder):
         return "running"
     if records.complete:
@@ -105,21 +100,8 @@ def state_of(folder: Path, records: RunRecords) -> State:
     return "interrupted" if records.plan is not None else "not planned"
 
 
-def num_bytes_of(folder: Path) -> int:
-    """What a folder takes on disk: a file with several names counts once, links to elsewhere not at all."""
-    sizes: dict[tuple[int, int], int] = {}
-    for root, _, names in os.walk(folder):
-        for name in names:
-            try:
-                found = os.lstat(Path(root) / name)
-            except OSError:  # a run in progress moves its files
-                continue
-            sizes[found.st_dev, found.st_ino] = found.st_size
-    return sum(sizes.values())
-
-
 def runs_view(lines: Sequence[RunLine]) -> RenderableType:
-    """The table of `orchestrator runs`."""
+    """Return the table of `orchestrator runs`."""
     table = Table(box=None, pad_edge=False)
     for name in ("name", "state", "verdict", "best"):
         table.add_column(name, overflow="fold", no_wrap=name in ("state", "verdict"))
@@ -139,23 +121,23 @@ class RunsCompared(Value):
     """Several runs side by side."""
 
     runs: tuple[str, ...]
-    """Names, made different by their folders where they are alike."""
+    """Names; the folders where two names are the same."""
     spec: tuple[tuple[str, tuple[str, ...]], ...]
-    """Keys whose values differ, with each run's."""
+    """Keys whose values differ, with the value of each run."""
     figures: tuple[tuple[str, tuple[str, ...]], ...]
-    """What was found, by what is said of it, with each run's."""
+    """Names of the results, with the value of each run."""
     comparable: bool
     reasons: tuple[str, ...]
-    """Why the figures must not be compared, where they must not."""
+    """Why the figures are not comparable; empty where they are."""
     differences: tuple[str, ...] = ()
-    """Paired differences of the promoted models on the one test set, the first run against each other one."""
+    """Paired differences of the promoted models on the shared test set, the first run against each other one."""
 
 
 def compare_runs(folders: Sequence[Path]) -> RunsCompared:
-    """Put runs side by side.
+    """Compare runs side by side.
 
     Raises:
-        UsageError: fewer than two, one twice, or a folder that is no run.
+        UsageError: fewer than two runs, the same run twice, or a folder that is not a run.
     """
     if len(folders) < 2:
         raise UsageError("one run cannot be compared", expected="two runs or more", remedy="orchestrator compare RUN RUN")
@@ -168,7 +150,7 @@ def compare_runs(folders: Sequence[Path]) -> RunsCompared:
     reasons = tuple(_reasons(records))
     return RunsCompared(
         runs=tuple(names),
-        spec=tuple(_spec_differences(folders)),
+        spec=tuple(_spec_differences(records)),
         figures=tuple(_figures(folders, records)),
         comparable=not reasons,
         reasons=reasons,
@@ -176,18 +158,13 @@ def compare_runs(folders: Sequence[Path]) -> RunsCompared:
     )
 
 
-def _spec_differences(folders: Sequence[Path]) -> list[tuple[str, tuple[str, ...]]]:
-    """Keys of the resolved specs that are not the same in all of them."""
-    values = [_identity(folder).get("values", {}) for folder in folders]
+def _spec_differences(records: Sequence[RunRecords]) -> list[tuple[str, tuple[str, ...]]]:
+    """Return the keys whose values differ between the resolved specs."""
+    values = [record.identity.get("values", {}) for record in records]
     lines = [describe_difference(one, other) for one, other in pairwise([*values, values[0]])]
     keys = dict.fromkeys(line.partition(": ")[0] for found in lines for line in found if not line.startswith("name:"))
     parts = [key for key in keys if not any(other.startswith(f"{key}.") for other in keys)]
     return [(key, tuple(_value_at(value, key) for value in values)) for key in parts]
-
-
-def _identity(folder: Path) -> dict[str, Any]:
-    file = folder / IDENTITY
-    return read_json(file) if file.exists() else {}
 
 
 def _value_at(values: Any, key: str) -> str:
@@ -199,7 +176,7 @@ def _value_at(values: Any, key: str) -> str:
 
 
 def _reasons(records: Sequence[RunRecords]) -> list[str]:
-    """Why figures on the test set are not figures of the same thing."""
+    """Return why the figures on the test set are not comparable."""
     said: list[str] = []
     tests = [record.data_summary.get("splits", {}).get("test", {}) for record in records]
     hashes = {test.get("sha256") for test in tests}
@@ -252,7 +229,7 @@ def _figures_of(folder: Path, record: RunRecords) -> list[tuple[str, str]]:
 
 
 def _test_scores(scores: dict[str, ModelScores]) -> list[tuple[str, str]]:
-    """Of the promoted model and, beside it, the untouched base."""
+    """Return the test scores of the promoted model, with the base model's beside them."""
     promoted, base = scores.get("promoted"), scores.get("none")
     if promoted is None:
         return []
@@ -264,8 +241,8 @@ def _test_scores(scores: dict[str, ModelScores]) -> list[tuple[str, str]]:
 
 
 def _paired(folders: Sequence[Path], names: Sequence[str]) -> list[str]:
-    """The first run's promoted model against each other's, document by document."""
-    losses = [_document_losses(folder) for folder in folders]
+    """Compare the first run's promoted model with each other run's, document by document."""
+    losses = [promoted_losses(folder) for folder in folders]
     said: list[str] = []
     for name, other in zip(names[1:], losses[1:], strict=True):
         first = losses[0]
@@ -279,18 +256,8 @@ def _paired(folders: Sequence[Path], names: Sequence[str]) -> list[str]:
     return said
 
 
-def _document_losses(folder: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """Mean loss and supervised tokens of each test document, of the promoted model."""
-    file = folder / "test" / "promoted.npz"
-    if not file.exists():
-        return None
-    with np.load(file, allow_pickle=False) as arrays:
-        sums, tokens = arrays["loss_sums"], arrays["num_tokens"]
-    return (sums / tokens, tokens) if len(sums) and np.isfinite(sums).all() else None
-
-
 def comparison_view(compared: RunsCompared) -> RenderableType:
-    """The screen of `orchestrator compare`."""
+    """Return the screen of `orchestrator compare`."""
     parts: list[RenderableType] = []
     if not compared.comparable:
         parts += [Text(f"NOT COMPARABLE: {reason}", style="bold yellow") for reason in compared.reasons] + [Text()]

@@ -10,7 +10,7 @@ from datetime import datetime
 from orchestrator.report import html
 from orchestrator.report.html import Html
 from orchestrator.report.progress import activity_text, left_text
-from orchestrator.report.reading import RunRecords
+from orchestrator.run.reader import RunRecords
 from orchestrator.units import format_seconds
 
 NICE = 10

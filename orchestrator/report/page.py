@@ -8,10 +8,10 @@ from pathlib import Path
 from orchestrator.report import curve, evidence, held_out, html, layers, live, sections, timeline, trials
 from orchestrator.report import domain_shift as shift
 from orchestrator.report.html import Html
-from orchestrator.report.reading import RunRecords, read_run
+from orchestrator.run.layout import RunFolder
+from orchestrator.run.reader import RunRecords, read_run
 from orchestrator.store import output_to, write_atomic
 
-REPORT = "report.html"
 FOLLOW_S = 5.0
 """Seconds between two pages of a run that is followed."""
 
@@ -22,7 +22,7 @@ def write_report(run_folder: Path) -> Path:
     Raises:
         UsageError: `run_folder` is not a run directory, or nothing can be written into it.
     """
-    path = Path(run_folder) / REPORT
+    path = RunFolder(Path(run_folder)).report
     page = render_page(read_run(run_folder))
     with output_to(path, remedy="free space or grant write permission in the run's folder, or copy it elsewhere"):
         write_atomic(path, page)
@@ -38,7 +38,7 @@ def follow_run(run_folder: Path, *, every_s: float = FOLLOW_S) -> None:
 
     def write(reload_s: float | None) -> RunRecords:
         run = read_run(run_folder)
-        write_atomic(Path(run_folder) / REPORT, render_page(run, reload_s=reload_s))
+        write_atomic(RunFolder(Path(run_folder)).report, render_page(run, reload_s=reload_s))
         return run
 
     live.follow(write, every_s=every_s)

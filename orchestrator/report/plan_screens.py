@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.plan.cost.choices import planned_options
-from orchestrator.plan.estimates import CostEstimate, MemoryEstimate, Part, Placement
+from orchestrator.plan.estimates import CostEstimate, CostItem, MemoryEstimate, Placement
 from orchestrator.plan.values import RunPlan, TrialOption
 from orchestrator.report.wording import number, plural
 from orchestrator.units import format_bytes, format_count, format_flops, format_seconds
@@ -203,7 +203,7 @@ def _derivations(plan: RunPlan) -> list[RenderableType]:
     return parts
 
 
-def _rows(parts: Iterable[Part], say: Callable[[float], str]) -> list[tuple[str, str, str]]:
+def _rows(parts: Iterable[CostItem], say: Callable[[float], str]) -> list[tuple[str, str, str]]:
     return [(part.name, say(part.amount), part.reason) for part in parts]
 
 

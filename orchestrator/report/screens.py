@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 
-from orchestrator.plan.data_size import few_steps_sentence
+from orchestrator.plan.data_size import too_few_steps_warning
 from orchestrator.report.wording import (
     best_trial,
     interval_text,
@@ -33,7 +33,7 @@ def final_screen(sweep: SweepResult, transfer: TransferReport) -> str:
     lines = [*_best(sweep, best, transfer), *_entry("verdict", verdict_sentence(sweep, transfer))]
     if sweep.ended_by_hours:
         lines += _entry("ended", sweep.ended_by_hours)
-    if few := few_steps_sentence(best.total_steps) if best is not None and best.total_steps else "":
+    if few := too_few_steps_warning(best.total_steps) if best is not None and best.total_steps else "":
         lines += _entry("warning", few)
     if sweep.curve_of_winner is not None:
         lines += _entry("more data", sweep.curve_of_winner.sentence)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from datetime import UTC, datetime
 
-from orchestrator.plan.data_size import few_steps_sentence
+from orchestrator.plan.data_size import too_few_steps_warning
 from orchestrator.report import evidence, figures, html
 from orchestrator.report.figures import Curve, TradeOff
 from orchestrator.report.heatmap import heatmap
 from orchestrator.report.html import Html
 from orchestrator.report.live import in_progress
 from orchestrator.report.matrix import RateMatrix, rate_matrices
-from orchestrator.report.reading import RunRecords
 from orchestrator.report.trials import evaluated_early
 from orchestrator.report.wording import (
     MISSING,
@@ -27,6 +26,7 @@ from orchestrator.report.wording import (
     summary_sentence,
     verdict_sentence,
 )
+from orchestrator.run.reader import RunRecords
 from orchestrator.transfer import pareto_front
 from orchestrator.transfer.after_verdict import advice_after
 from orchestrator.transfer.headline import gain_is_loss_only
@@ -50,7 +50,7 @@ def head(run: RunRecords) -> Html:
     if run.sweep is not None and run.sweep.ended_by_hours:
         parts.append(html.tag("p", _capital(run.sweep.ended_by_hours) + ".", css="warning"))
     promoted = (run.sweep.winner or best_trial(run.sweep.searched, run.sweep.higher_is_better)) if run.sweep else None
-    if few := few_steps_sentence(promoted.total_steps) if promoted is not None and promoted.total_steps else "":
+    if few := too_few_steps_warning(promoted.total_steps) if promoted is not None and promoted.total_steps else "":
         parts.append(html.tag("p", _capital(few) + ".", css="warning"))
     parts.append(evidence.data_notices(run))
     if not run.complete:

@@ -18,8 +18,8 @@ from matplotlib.patches import Patch
 from orchestrator.report import html
 from orchestrator.report.figures import BLUE, GREEN, IDLE, INK, ON_DARK, ORANGE, RED, SMALLEST_TEXT, draw
 from orchestrator.report.html import Html
-from orchestrator.report.reading import RunRecords
 from orchestrator.report.wording import plural
+from orchestrator.run.reader import RunRecords
 from orchestrator.units import format_seconds
 from orchestrator.work.results import RungResult
 

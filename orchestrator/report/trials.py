@@ -6,8 +6,8 @@ import math
 
 from orchestrator.report import html
 from orchestrator.report.html import Html
-from orchestrator.report.reading import RunRecords
 from orchestrator.report.wording import MISSING, counts, metric_text, number, plural, signed, sort_trials
+from orchestrator.run.reader import RunRecords
 from orchestrator.transfer.records import CONTROL_NAMES, SweepResult, TrialRecord
 from orchestrator.units import format_count, format_seconds
 

@@ -1,7 +1,7 @@
-"""GPU-hours: what a run has used over all its submissions, and whether its search may still give out work.
+"""GPU-hours: how many a run has used over all its submissions, and whether its search may start more work.
 
-A rank's hour is an hour in which the run holds the rank's place, whatever it does there: on a GPU a GPU-hour. On a
-cluster without GPUs a rank's hour counts as one too, so that `resources.max_gpu_hours` holds there as well.
+A rank-hour is an hour in which the run holds a rank's resources, busy or idle: on a GPU, a GPU-hour. Without GPUs a rank-hour
+counts the same, so that `resources.max_gpu_hours` works there too.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from pathlib import Path
 
 from pydantic import Field, NonNegativeFloat
 
-from orchestrator.run.ledger import Ledger
-from orchestrator.run.records import base_result
+from orchestrator.run.ledger import Ledger, base_result
 from orchestrator.run.scoring import Scoring
 from orchestrator.store import read_record, write_json
 from orchestrator.values import Value
@@ -24,20 +23,20 @@ from orchestrator.work.results import RungResult
 from orchestrator.work.trial import TrialSpec
 
 SAVE_EVERY_S = 5.0
-"""What a killed driver forgets at most."""
+"""A killed process loses at most this much of the count."""
 MOST_FOR_THE_REFIT = 0.5
-"""Share of the bound: a refit that would take more gets no reserve, and the promoted trial's own last rung is bundled."""
+"""Share of the bound: no hours are reserved for a longer refit; the promoted trial's own last rung is bundled instead."""
 
 
 logger = logging.getLogger(__name__)
 
 
 class HoursState(Value):
-    """What the exchange says when the search is over."""
+    """The hours at the end of the search, as the exchange reports them."""
 
     used: float
     spent: str = ""
-    """Why no more work was given out; empty where the bound was not reached."""
+    """Why no more work was started; empty where the bound was not reached."""
 
 
 class HoursRecord(Value):
@@ -47,13 +46,13 @@ class HoursRecord(Value):
 
 
 class Meter:
-    """Counts the hours of the places that are held, on top of what earlier submissions used.
+    """Counts the rank-hours of the resources that are held, on top of those of earlier submissions.
 
     One process at a time counts for a run: the exchange during the search, the driver after it.
 
     Args:
-        file: Where the figure outlives the process, at most SAVE_EVERY_S old while the meter is open.
-        clock: Seconds that only go forward.
+        file: hours.json, written every SAVE_EVERY_S while the meter is open.
+        clock: A monotonic clock, in seconds.
     """
 
     def __init__(self, file: Path, clock: Callable[[], float] = time.monotonic) -> None:
@@ -73,13 +72,15 @@ class Meter:
         self._save()
 
     def hold(self, what: object, num_ranks: int) -> None:
-        """Ranks have been given their places."""
+        """Start counting ranks, under the key `what`."""
         self._held[what] = (num_ranks, self._clock())
 
     def release(self, what: object) -> None:
-        """They have given them back; nothing happens where none was held."""
+        """Stop counting what `hold` began; does nothing where nothing is held."""
         num_ranks, since = self._held.get(what, (0, 0.0))
-        self._seconds += num_ranks * (self._clock() - since)  # first: a save between the two counts too much, never too little
+        self._seconds += num_ranks * (
+            self._clock() - since
+        )  # before the pop: a save between the two counts twice rather than not at all
         self._held.pop(what, None)
 
     @property
@@ -92,7 +93,7 @@ class Meter:
         while not self._closed.wait(SAVE_EVERY_S):
             try:
                 self._save()
-            except OSError as error:  # a full disk, say: the next one may succeed, and `close` raises where it does not
+            except OSError as error:  # a full disk, for instance: a later save may succeed, and `close` raises if it does not
                 logger.warning("the GPU-hours were not written to disk: %s", error)
 
     def _save(self) -> None:
@@ -101,7 +102,7 @@ class Meter:
 
 @contextmanager
 def metered(file: Path, num_ranks: int) -> Iterator[None]:
-    """The driver holds so many ranks while the block runs."""
+    """Count `num_ranks` ranks while the block runs."""
     meter = Meter(file)
     meter.open()
     meter.hold("driver", num_ranks)
@@ -113,14 +114,14 @@ def metered(file: Path, num_ranks: int) -> Iterator[None]:
 
 
 def read_hours(file: Path) -> float:
-    """Hours that a run has used, by its file."""
+    """Read the rank-hours that a run has used."""
     return read_record(file, HoursRecord).used if file.exists() else 0.0
 
 
 def refit_hours(results: Sequence[RungResult], total_steps: int) -> float:
-    """What the refit of a trial will take, at the speed that the trial has shown; 0 where it had the full budget.
+    """Return the expected rank-hours of a trial's refit, at the trial's measured speed; 0 where it had the full budget.
 
-    Measured rather than planned: by now the run knows what the plan had to guess.
+    The measured speed is used because the plan's is an estimate.
     """
     done = [result for result in results if result.state == "done"]
     if not done or not 0 < done[-1].step < total_steps:
@@ -130,25 +131,26 @@ def refit_hours(results: Sequence[RungResult], total_steps: int) -> float:
 
 
 def affords_refit(expected_hours: float, max_hours: float | None) -> bool:
+    """Return whether a refit is short enough for hours to be reserved for it."""
     return max_hours is None or expected_hours <= MOST_FOR_THE_REFIT * max_hours
 
 
 def is_left_for_refit(expected_hours: float, used_hours: float, max_hours: float | None, slack_hours: float) -> bool:
-    """Whether what is left of the bound is enough for what is left of the refit.
+    """Return whether the rest of the bound is enough for the rest of the refit.
 
     Args:
-        slack_hours: What the rungs took at most that were under way when the search kept the rest for the refit.
+        slack_hours: The most that the rungs in progress took after the search had reserved the rest for the refit.
     """
     return max_hours is None or used_hours + expected_hours <= max_hours + slack_hours
 
 
 def rung_hours(results: Sequence[RungResult]) -> float:
-    """Rank-hours of the longest rung of a trial, its evaluation included."""
+    """Return the rank-hours of a trial's longest rung, with its evaluation."""
     return max((_ranks(result) * (result.train_seconds + result.eval_seconds) for result in results), default=0.0) / 3600
 
 
 def is_spent(used_hours: float, max_hours: float | None, expected_refit_hours: float = 0.0) -> bool:
-    """Whether no more work may be given out: what is left goes to the refit of the best trial so far."""
+    """Return whether no more work may be started: the rest is reserved for the refit of the best trial so far."""
     if max_hours is None:
         return False
     reserve = expected_refit_hours if affords_refit(expected_refit_hours, max_hours) else 0.0
@@ -156,7 +158,7 @@ def is_spent(used_hours: float, max_hours: float | None, expected_refit_hours: f
 
 
 def may_go_on(earlier_max_hours: float | None, used_hours: float, max_hours: float | None) -> bool:
-    """Whether a search that was ended by its bound may be taken up again: the bound was raised, and beyond what is used."""
+    """Return whether a search that its bound ended may continue: the bound was raised beyond the hours used."""
     return max_hours is None or max_hours > max(earlier_max_hours or 0.0, used_hours)
 
 
@@ -165,10 +167,10 @@ def _ranks(result: RungResult) -> int:
 
 
 class Allowance:
-    """Says no once, and stays with it: what is left is for the refit of the best trial so far.
+    """Decides whether a trial may get more work. Once it refuses, it keeps refusing: the rest is for the refit of the best trial.
 
     Args:
-        tell: Called with a sentence, the one time that the bound is reached.
+        tell: Called with a sentence, once, when the bound is reached.
     """
 
     def __init__(
@@ -180,10 +182,10 @@ class Allowance:
         self._scoring = scoring
         self._tell = tell
         self.reason = ""
-        """Why no more work is given out; empty until then."""
+        """Why no more work is started; empty until then."""
 
     def refuses(self, trial: TrialSpec | None = None) -> bool:
-        """Whether this trial, or any new one, gets no more work; the untouched base is measured all the same."""
+        """Return whether this trial, or any new one, gets no more work. The base model is always evaluated."""
         if trial is not None and trial.control == "none":
             return False
         if not self.reason and self._max_hours is not None:
@@ -198,7 +200,7 @@ class Allowance:
         return HoursState(used=self._meter.used_hours, spent=self.reason)
 
     def _refit_hours(self) -> float:
-        """What the refit of the best trial so far will take."""
+        """Return the expected rank-hours of the refit of the best trial so far."""
         base = base_result(self._ledger)
         entries = [entry for entry in self._ledger.entries() if entry.trial.control is None and entry.results]
         scoring = self._scoring

@@ -1,18 +1,20 @@
-"""What happened to every trial, on disk: trials/<id>/{trial,result-<rung>,end}.json.
+"""The record of every trial, on disk: trials/<id>/{trial,result-<rung>,end}.json.
 
-One process writes (the exchange); anybody may read. What stands here is never computed again: a sweep that is
-submitted a second time answers from here.
+One process writes: the exchange during a search, the driver in the one-trial job. Any process may read. A recorded result is
+never computed again: a sweep that is submitted a second time takes it from here.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from orchestrator.errors import IntegrityError
+from orchestrator.run.layout import END, EVALUATION, TRIAL, rung_file, rung_files
 from orchestrator.store import check_folder, commit_folder, read_json, read_manifest, read_record, write_json
 from orchestrator.store.files import Record
 from orchestrator.store.folders import MANIFEST
@@ -22,30 +24,29 @@ from orchestrator.work.trial import TrialSpec
 
 logger = logging.getLogger(__name__)
 OPTIMIZER_STATE = "state-rank"
-"""How the files begin that hold a rank's masters, moments and random state."""
-TRIAL, END = "trial.json", "end.json"
-EVALUATION = "eval.npz"
+"""Prefix of the files with a rank's fp32 master weights, optimizer moments and random state."""
+Damaged = Callable[[Path, str], None]
 TrialState = Literal["finished", "stopped", "failed"]
 
 
 class TrialEnd(Value):
-    """How a trial ended. A trial without this file was interrupted and goes on from its last rung."""
+    """end.json: how a trial ended. A trial without this file was interrupted and continues from its last rung."""
 
     state: TrialState
     reason: str = ""
     for_want_of_hours: bool = False
-    """It was stopped by `resources.max_gpu_hours` alone, and goes on from its last rung where that is raised."""
+    """Stopped only by `resources.max_gpu_hours`: it continues from its last rung once that is raised."""
 
 
 class TrialHead(Value):
-    """trial.json: what was registered before it began."""
+    """trial.json: written before the trial starts."""
 
     trial: TrialSpec
     option: int | None
 
 
 class TrialEntry(Value):
-    """All that is known of one trial."""
+    """Everything recorded of one trial."""
 
     trial: TrialSpec
     option: int | None
@@ -59,15 +60,32 @@ class TrialEntry(Value):
 
 
 class Ledger:
-    """The folder `trials/` of a run."""
+    """The folder `trials/` of a run, read when the ledger is made and kept up to date by its own writes.
 
-    def __init__(self, folder: Path) -> None:
+    What another process has written since is seen after `refresh`.
+
+    Args:
+        folder: The run's trials/.
+        damaged: Called with every record that cannot be read and why; the record is left out. Without it a damaged record is
+            logged, and an error of the disk is raised: a driver must not train again what is only unreachable.
+
+    Raises:
+        OSError: a record cannot be read, and `damaged` is not given.
+    """
+
+    def __init__(self, folder: Path, damaged: Damaged | None = None) -> None:
         self._folder = folder
-        entries = map(_read_entry, sorted(folder.glob(f"*/{TRIAL}")))
+        self._damaged = damaged
+        self._entries: dict[str, TrialEntry] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the folder again."""
+        entries = [_read_entry(path.parent, self._damaged) for path in sorted(self._folder.glob(f"*/{TRIAL}"))]
         self._entries = {entry.trial.trial_id: entry for entry in entries if entry is not None}
 
     def entries(self) -> list[TrialEntry]:
-        """Every trial and control, by number, controls first."""
+        """Return every trial and control by number, controls first."""
         return sorted(self._entries.values(), key=lambda entry: (entry.trial.number, entry.trial.trial_id))
 
     def get(self, trial_id: str) -> TrialEntry | None:
@@ -77,7 +95,7 @@ class Ledger:
         return self._folder / trial_id
 
     def register(self, trial: TrialSpec, option: int | None) -> TrialEntry:
-        """Write the trial down before it starts. A trial that stands already is returned as it stands."""
+        """Record a trial before it starts. One that is recorded already is returned as it is."""
         entry = self._entries.get(trial.trial_id)
         if entry is None:
             entry = TrialEntry(trial=trial, option=option)
@@ -87,14 +105,14 @@ class Ledger:
         return entry
 
     def add(self, result: RungResult) -> None:
-        """Write a rung's result down."""
+        """Record the result of a rung."""
         entry = self._entries[result.trial_id]
-        write_json(self.folder(result.trial_id) / f"result-{result.rung}.json", result)
+        write_json(self.folder(result.trial_id) / rung_file(result.rung), result)
         results = (*(known for known in entry.results if known.rung != result.rung), result)
         self._entries[result.trial_id] = entry.model_copy(update={"results": tuple(sorted(results, key=lambda r: r.rung))})
 
     def end(self, trial_id: str, state: TrialState, reason: str = "", *, for_want_of_hours: bool = False) -> None:
-        """Write a trial's end down; the first end counts."""
+        """Record how a trial ended; the first end counts."""
         entry = self._entries[trial_id]
         if entry.end is None:
             end = TrialEnd(state=state, reason=reason, for_want_of_hours=for_want_of_hours)
@@ -102,10 +120,10 @@ class Ledger:
             self._entries[trial_id] = entry.model_copy(update={"end": end})
 
     def document_losses(self, result: RungResult) -> tuple[np.ndarray, np.ndarray] | None:
-        """(mean loss, supervised tokens) of every eval document, as a rung left them; None where it did not.
+        """Return (mean loss, supervised tokens) of every eval document, as a rung wrote them; None where it did not.
 
         Raises:
-            IntegrityError: they are not what the rung's manifest says.
+            IntegrityError: they differ from the rung's manifest.
         """
         folder = Path(result.checkpoint) if result.checkpoint else self.folder(result.trial_id)
         if not (folder / EVALUATION).exists():
@@ -116,7 +134,7 @@ class Ledger:
             return arrays["loss_sums"] / arrays["num_tokens"], arrays["num_tokens"].astype(float)
 
     def lift_bounds(self) -> list[str]:
-        """There are hours again: trials that were stopped for want of them are interrupted ones now. Their ids."""
+        """Turn trials that the GPU-hour bound stopped into interrupted ones, which continue. Return their ids."""
         lifted = []
         for trial_id, entry in self._entries.items():
             if entry.end is not None and entry.end.for_want_of_hours:
@@ -124,6 +142,12 @@ class Ledger:
                 self._entries[trial_id] = entry.model_copy(update={"end": None})
                 lifted.append(trial_id)
         return lifted
+
+
+def base_result(ledger: Ledger) -> RungResult | None:
+    """Return the scores of the base model, once it has been evaluated."""
+    entry = ledger.get("none")
+    return entry.results[-1] if entry is not None and entry.results else None
 
 
 def drop_optimizer_state(checkpoint: Path) -> None:
@@ -148,36 +172,42 @@ def drop_optimizer_state(checkpoint: Path) -> None:
         write_json(folder / "state.json", read_json(state_file) | {"has_optimizer": False})
 
 
-def _read_entry(path: Path) -> TrialEntry | None:
-    """What is whole of it. A damaged record is passed over, with what came after it; `runtime.recovery` sets it aside."""
-    folder = path.parent
-    head = _whole(path, TrialHead)
+def _read_entry(folder: Path, damaged: Damaged | None) -> TrialEntry | None:
+    """Read a trial's records up to the first damaged rung.
+
+    Later rungs started from the damaged one, so they do not count: a resumed run trains them again, and `runtime.recovery` sets
+    their files aside.
+    """
+    head = _read(folder / TRIAL, TrialHead, damaged)
     if head is None:
         return None
     results: list[RungResult] = []
-    for file in sorted(folder.glob("result-*.json"), key=result_number):
-        result = _whole(file, RungResult)
+    for file in rung_files(folder):
+        result = _read(file, RungResult, damaged)
         if result is None:
             return TrialEntry(trial=head.trial, option=head.option, results=tuple(results))
         results.append(result)
-    end = _whole(folder / END, TrialEnd) if (folder / END).exists() else None
+    end = _read(folder / END, TrialEnd, damaged) if (folder / END).exists() else None
     return TrialEntry(trial=head.trial, option=head.option, results=tuple(results), end=end)
 
 
-def _whole(path: Path, kind: type[Record]) -> Record | None:
+def _read(path: Path, kind: type[Record], damaged: Damaged | None) -> Record | None:
     try:
         return read_record(path, kind)
+    except FileNotFoundError:
+        return None  # set aside since the folder was listed
     except IntegrityError as error:
-        logger.warning("passed over: %s", error)
-        return None
-
-
-def result_number(file: Path) -> int:
-    """The rung of `result-<rung>.json`; -1 for another file."""
-    number = file.stem.removeprefix("result-")
-    return int(number) if number.isdecimal() else -1
+        if damaged is None:
+            logger.warning("left out: %s", error)
+        else:
+            damaged(path, error.what)
+    except OSError as error:
+        if damaged is None:
+            raise
+        damaged(path, str(error))
+    return None
 
 
 def is_tried_again(trial: TrialSpec, state: str) -> bool:
-    """Whether a new submission tries it again: without the untouched base nothing can be compared, so its failure is not kept."""
+    """Return whether a new submission runs a failed trial again: only the base model, without which nothing can be compared."""
     return trial.control == "none" and state == "failed"

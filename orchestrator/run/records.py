@@ -1,25 +1,26 @@
-"""From the ledger's entries to the records that report and terminal read."""
+"""The records that report and terminal show, made from the ledger; sweep.json and transfer.json, read and written."""
 
 from __future__ import annotations
 
-from orchestrator.run.ledger import Ledger, TrialEntry
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.run.hours import read_hours
+from orchestrator.run.layout import RunFolder
+from orchestrator.run.ledger import Ledger, TrialEntry, base_result
 from orchestrator.run.scoring import Scoring
+from orchestrator.store import read_record, write_json
 from orchestrator.transfer.measured import EngineFigures
-from orchestrator.transfer.records import RungRecord, TrialRecord
+from orchestrator.transfer.records import RungRecord, SweepResult, TransferReport, TrialRecord
 from orchestrator.work.memory_ladder import fits_in_no_way
 from orchestrator.work.results import RungResult
 
 
 def trial_records(ledger: Ledger, scoring: Scoring) -> tuple[TrialRecord, ...]:
-    """Every trial and control of the ledger, by number."""
+    """Return a record of every trial and control, by number."""
     base = base_result(ledger)
     return tuple(trial_record(entry, scoring, base) for entry in ledger.entries())
-
-
-def base_result(ledger: Ledger) -> RungResult | None:
-    """What the untouched base scored, once it has been measured."""
-    entry = ledger.get("none")
-    return entry.results[-1] if entry is not None and entry.results else None
 
 
 def trial_record(entry: TrialEntry, scoring: Scoring, base: RungResult | None) -> TrialRecord:
@@ -67,3 +68,35 @@ def _rung_record(result: RungResult, scoring: Scoring, base: RungResult | None) 
         score=scoring.score(result, base),
         seconds=result.train_seconds + result.eval_seconds,
     )
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """A finished run: its folder, what the search found, and what the result is worth."""
+
+    run_folder: Path
+    sweep: SweepResult
+    transfer: TransferReport
+
+
+def read_outcome(run_folder: Path) -> RunOutcome | None:
+    """Read the outcome of a run that has finished; None for any other."""
+    sweep, transfer = read_sweep(run_folder), RunFolder(run_folder).transfer
+    if sweep is None or sweep.finished_at is None or not transfer.exists():
+        return None
+    return RunOutcome(run_folder, sweep, read_record(transfer, TransferReport))
+
+
+def write_outcome(outcome: RunOutcome) -> RunOutcome:
+    """Write transfer.json, then sweep.json with its end time: that time says that both are there."""
+    run = RunFolder(outcome.run_folder)
+    write_json(run.transfer, outcome.transfer)
+    sweep = outcome.sweep.model_copy(update={"finished_at": time.time(), "gpu_hours_used": read_hours(run.hours)})
+    write_json(run.sweep, sweep)
+    return RunOutcome(outcome.run_folder, sweep, outcome.transfer)
+
+
+def read_sweep(run_folder: Path) -> SweepResult | None:
+    """Read sweep.json, as this or an earlier submission left it."""
+    file = RunFolder(run_folder).sweep
+    return read_record(file, SweepResult) if file.exists() else None

@@ -1,17 +1,19 @@
-"""From a rung's result to the one number that the search minimises."""
+"""The score of a rung's result: the one number that the search minimises."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
+from orchestrator.plan.values import RunPlan
+from orchestrator.spec.models import SearchSpec
 from orchestrator.transfer import WORST_SCORE, forgetting, score
 from orchestrator.values import Value
 from orchestrator.work.results import RungResult
 
 
 class Scoring(Value):
-    """The search's metric and its bound on forgetting."""
+    """The search's metric and its bound on forgetting; see `scoring_of`."""
 
     metric: str
     max_forgetting: float
@@ -23,25 +25,25 @@ class Scoring(Value):
         return self.metric != "loss"
 
     def metric_of(self, result: RungResult) -> float | None:
-        """The metric's value, or None where it was not measured."""
+        """Return the metric's value, or None where it was not measured."""
         return result.metrics.get(self.metric, result.eval_loss if self.metric == "loss" else None)
 
     def forgetting_of(self, result: RungResult, base: RungResult | None) -> float | None:
-        """Rise of the retention loss over the untouched base's, nats per token."""
+        """Return the increase of the retention loss over the base model's, in nats per token."""
         if base is None or result.retain_loss is None or base.retain_loss is None:
             return None
         return forgetting(result.retain_loss, base.retain_loss)
 
     def judged(self, results: Sequence[RungResult], base: RungResult | None) -> RungResult:
-        """The rung that a trial is compared by: the last, or, where its held-out loss may end it, the best so far."""
+        """Return the rung that a trial is compared by: the last, or with early stopping the best so far."""
         done = [result for result in results if result.state == "done"]
         if self.patience is None or not done:
             return results[-1]
         return min(done, key=lambda result: self.score(result, base))
 
     def stalled(self, results: Sequence[RungResult], base: RungResult | None) -> str:
-        """Why a trial ends early: in its last `patience` rungs neither its loss on the eval set nor its score has become better
-        (Prechelt 1998, "Early stopping - but when?"). Nothing where one has."""
+        """Return why a trial stops early: in its last `patience` rungs neither its loss on the eval set nor its score improved
+        (Prechelt 1998, "Early stopping - but when?"). Empty where one has."""
         if self.patience is None or len(results) <= self.patience or results[-1].state == "failed":
             return ""
         scores = [self.score(result, base) for result in results]
@@ -53,9 +55,21 @@ class Scoring(Value):
         return f"{what} improved since step {results[best].step}"
 
     def score(self, result: RungResult, base: RungResult | None) -> float:
-        """Lower is better; `WORST_SCORE` for a trial that failed or could not be measured."""
+        """Return the score, lower is better; `WORST_SCORE` for a trial that failed or could not be measured."""
         value = self.metric_of(result)
         if result.state == "failed" or value is None:
             return WORST_SCORE
         lost = self.forgetting_of(result, base)
         return score(value, self.higher_is_better, lost, self.max_forgetting)
+
+
+def scoring_of(search: SearchSpec | None, plan: RunPlan | None) -> Scoring:
+    """Return how a run's trials are scored. The one-trial job compares nothing: its metric is the loss, without a bound.
+
+    Args:
+        plan: None where it cannot be read; then trials are judged by their last rung.
+    """
+    if search is None or (plan is not None and plan.search is None):
+        return Scoring(metric="loss", max_forgetting=math.inf)
+    patience = plan.search.patience if plan is not None and plan.search is not None else None
+    return Scoring(metric=search.metric, max_forgetting=search.max_forgetting, patience=patience)

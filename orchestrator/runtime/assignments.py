@@ -9,7 +9,7 @@ from pathlib import Path
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy
 from orchestrator.errors import IntegrityError, TrainingError
-from orchestrator.plan import make_assignment
+from orchestrator.plan import train_rung, work_context
 from orchestrator.plan.values import RunPlan
 from orchestrator.run.scoring import Scoring
 from orchestrator.runtime.gang import GangDiedError
@@ -17,10 +17,10 @@ from orchestrator.runtime.hang_detection import Patience
 from orchestrator.store import read_json
 from orchestrator.transfer import WORST_SCORE
 from orchestrator.values import Value
-from orchestrator.work.assignment import Assignment
+from orchestrator.work.assignment import TrainRung, Work, WorkContext
 from orchestrator.work.execution import DataPaths, ExecutionPlan, TrainSettings
 from orchestrator.work.memory_ladder import nothing_smaller, relieve, with_relief
-from orchestrator.work.results import RungResult
+from orchestrator.work.results import RungResult, WorkResult
 from orchestrator.work.trial import TrialSpec
 
 MAX_ATTEMPTS = 3
@@ -41,6 +41,10 @@ class Orders(Value):
     max_gpu_hours: float | None = None
     patience: Patience = Patience()
 
+    def context(self) -> WorkContext:
+        """Return what all work of the search shares."""
+        return work_context(self.plan, settings=self.settings, data=self.data, metric=self.scoring.metric)
+
 
 class Answer(Value):
     """What a thin trial gets back for one rung."""
@@ -56,13 +60,13 @@ class Answer(Value):
 
 
 @dataclass(order=True)
-class Work:
-    """One assignment on its way; smaller is served first."""
+class QueuedWork:
+    """Work on its way to a gang and back; smaller is served first."""
 
     priority: tuple[int, int, int]
     """The untouched base first, since every score needs it; then the higher rung; then who came first."""
-    assignment: Assignment = field(compare=False)
-    future: asyncio.Future[RungResult | None] = field(compare=False)
+    assignment: Work = field(compare=False)
+    future: asyncio.Future[WorkResult | None] = field(compare=False)
     """None where the bound on GPU-hours was reached before a gang took it up."""
     attempts: int = field(default=0, compare=False)
     """Gangs that died while running it, for want of anything but memory."""
@@ -71,7 +75,7 @@ class Work:
     home: int | None = field(default=None, compare=False)
     """The gang that ran the trial's last rung, and may remember it."""
 
-    def answer(self, result: RungResult | None) -> None:
+    def answer(self, result: WorkResult | None) -> None:
         """To whoever waits; nothing happens where the trial has ended meanwhile."""
         if not self.future.done():
             self.future.set_result(result)
@@ -95,33 +99,32 @@ class GangFigures:
 
 
 def rung_assignment(
-    orders: Orders,
+    plan: RunPlan,
+    context: WorkContext,
     trial: TrialSpec,
     selection: LayerSelection,
     folder: str,
     results: Sequence[RungResult],
     rung: int,
     stop_step: int,
-) -> Assignment:
-    """A trial's next rung, from where its last one ended, and no larger than what it came down to.
+) -> TrainRung:
+    """Return a trial's next rung, from where its last one ended, with memory use as reduced as it ended.
 
     Args:
         folder: The trial's.
         results: Of its rungs so far.
     """
     before = results[-1] if results else None
-    return make_assignment(
-        orders.plan,
+    return train_rung(
+        plan,
+        context,
         trial,
         selection,
-        settings=orders.settings,
-        data=orders.data,
-        metric=orders.scoring.metric,
         folder=folder,
         rung=rung,
         start=_resumable(before.checkpoint) if before else None,
         stop_step=stop_step,
-        execution=with_relief(orders.plan.execution, before.relieved if before else None),
+        execution=with_relief(plan.execution, before.relieved if before else None),
         keep_optimizer=stop_step < trial.total_steps,
     )
 
@@ -165,15 +168,10 @@ def held_back_answer(reason: str) -> Answer:
     return Answer(score=WORST_SCORE, step=0, ended=True, state="stopped", reason=reason)
 
 
-def failed_result(assignment: Assignment, reason: str) -> RungResult:
-    """For an assignment that no gang brought to an end."""
-    return RungResult(trial_id=assignment.trial.trial_id, rung=assignment.rung, step=0, tokens=0, state="failed", reason=reason)
+def next_attempt(work: QueuedWork, death: TrainingError, planned: ExecutionPlan) -> WorkResult | None:
+    """Prepare work for another gang after one failed while running it: as it is, or with less memory where that ran out.
 
-
-def next_attempt(work: Work, death: TrainingError, planned: ExecutionPlan) -> RungResult | None:
-    """Make work ready for another gang after one died of it: as it is, or smaller where memory ran out.
-
-    A death for want of memory is no attempt: each leads to a smaller way, so that they end by themselves.
+    Running out of memory does not count as an attempt: each time leads to a smaller execution, so that this ends by itself.
 
     Args:
         planned: What the plan gives every trial.
@@ -186,20 +184,20 @@ def next_attempt(work: Work, death: TrainingError, planned: ExecutionPlan) -> Ru
         work.attempts += 1
         if work.attempts < MAX_ATTEMPTS:
             return None
-        return with_history(
-            failed_result(assignment, f"{MAX_ATTEMPTS} gangs died while running it, the last: {death}"), work, planned
-        )
+        return with_history(assignment.failed(f"{MAX_ATTEMPTS} gangs died while running it, the last: {death}"), work, planned)
     relief = relieve(assignment.execution)
     if relief is None:
         reason = str(nothing_smaller(death.what, assignment.execution))
-        return with_history(failed_result(assignment, reason), work, planned)
+        return with_history(assignment.failed(reason), work, planned)
     work.notes.append(f"out of memory: the gang was replaced and the trial {relief.sentence}")
     work.assignment = assignment.model_copy(update={"execution": relief.execution})
     return None
 
 
-def with_history(result: RungResult, work: Work, planned: ExecutionPlan) -> RungResult:
-    """A result, with what happened to its work on gangs before, and with the smaller way that it was given, if it was."""
+def with_history(result: WorkResult, work: QueuedWork, planned: ExecutionPlan) -> WorkResult:
+    """Return a result with the notes from gangs that failed before, and for a rung its reduced execution."""
+    if not isinstance(result, RungResult):
+        return result.model_copy(update={"notes": (*work.notes, *result.notes)})
     execution = work.assignment.execution
     relieved = result.relieved or (execution if execution != planned else None)
     return result.model_copy(update={"notes": (*work.notes, *result.notes), "relieved": relieved})

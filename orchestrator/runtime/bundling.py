@@ -11,7 +11,7 @@ import numpy as np
 from orchestrator.data.sets import load_known
 from orchestrator.errors import BaseError, IntegrityError
 from orchestrator.plan import REPEAT, repeat_control
-from orchestrator.runtime.activities import tell_bundling
+from orchestrator.run.activities import tell_bundling
 from orchestrator.serve import (
     BundleInputs,
     HeldOutScores,

@@ -12,13 +12,13 @@ from orchestrator.data import DataSummary, prepare_data
 from orchestrator.errors import IntegrityError, RunConflictError
 from orchestrator.plan.defaults import with_section
 from orchestrator.plan.values import ClusterDescription, RunPlan
-from orchestrator.run.output_root import output_root
-from orchestrator.runtime.outcome import read_outcome
+from orchestrator.run.directory import is_same_run, output_root, require_same_base
+from orchestrator.run.layout import RunFolder
+from orchestrator.run.records import read_outcome
 from orchestrator.runtime.prepare import Job, Tokenised, identity_of_base, plan_of_data, require_metric
 from orchestrator.spec import LoadedSpec, spec_sha256
 from orchestrator.store import read_record
 from orchestrator.store.files import Record
-from orchestrator.store.run_directory import is_same_run, require_same_base
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ def rehearse(loaded: LoadedSpec, job: Job, *, output: Path | None = None, cluste
     anatomy = read_anatomy(resolve_base(loaded.spec.base.model, loaded.folder), need_weights=True)
     if known:
         require_same_base(run_folder, identity_of_base(anatomy))
-    plan_file, summary_file = run_folder / "plan.json", run_folder / "data" / "summary.json"
-    planned = _read(plan_file, RunPlan) if known else None
+    run = RunFolder(run_folder)
+    planned = _read(run.plan, RunPlan) if known else None
     with tempfile.TemporaryDirectory(prefix="orchestrator-data-") as folder:
         data = prepare_data(loaded, Path(anatomy.folder), Path(folder))
-        before = _read(summary_file, DataSummary) if planned is not None else None
+        before = _read(run.data_summary, DataSummary) if planned is not None else None
         if before is not None and _hashes(before) != _hashes(data):
             what = "the data has changed since this run began"
             raise RunConflictError(what, where=str(run_folder), remedy="put it back, or choose another `name`")

@@ -1,8 +1,8 @@
 """The exchange: where Tune's thin trials bring their branches, and gangs take them up.
 
 One actor. It owns the gangs, the queue between trials and gangs, and the ledger. An assignment is in exactly one
-place: in the queue, or with one gang (`shift.py`), alone or in a group, being run or being written. A result is written
-down, and told, once its rung stands on disk.
+place: in the queue, or with one gang (`supervisor.py`), alone or in a group, being run or being written. A result is
+recorded and answered once its rung is on disk.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from pathlib import Path
 
 from orchestrator.anatomy import LayerSelection
 from orchestrator.errors import OrchestratorError, TrainingError
+from orchestrator.plan import evaluate_base
 from orchestrator.plan.values import RunPlan
 from orchestrator.run.hours import Allowance, HoursState, Meter, is_spent
-from orchestrator.run.ledger import Ledger, TrialEntry, TrialState, drop_optimizer_state, is_tried_again
-from orchestrator.run.records import base_result, trial_record
+from orchestrator.run.ledger import Ledger, TrialEntry, TrialState, base_result, drop_optimizer_state, is_tried_again
+from orchestrator.run.records import trial_record
 from orchestrator.runtime.assignments import (
     Answer,
     GangFigures,
     Orders,
-    Work,
+    QueuedWork,
     answer_of,
     failed_answer,
-    failed_result,
     held_back_answer,
     rung_assignment,
 )
 from orchestrator.runtime.first_steps import FirstSteps
 from orchestrator.runtime.gang import Gang, why_no_start
-from orchestrator.runtime.supervisor import Shift
+from orchestrator.runtime.supervisor import Supervisor
 from orchestrator.runtime.work_queue import WorkQueue
 from orchestrator.transfer.view import Activity
-from orchestrator.work.assignment import Assignment
-from orchestrator.work.results import RungResult
+from orchestrator.work.assignment import Measurement, TrainRung, TrialWork, Work
+from orchestrator.work.results import MeasurementResult, RungResult, WorkResult
 from orchestrator.work.trial import TrialSpec
 
 
@@ -46,15 +46,16 @@ class Exchange:
 
     def __init__(self, orders: Orders, clock: Callable[[], float] = time.monotonic) -> None:
         self._orders = orders
+        self._context = orders.context()
         self._ledger = Ledger(Path(orders.trials_folder))
         self._queue = WorkQueue(orders.plan, orders.anatomy, orders.num_gangs)
         self._sequence = itertools.count()
         self._needed = asyncio.Event()
-        self._inflight: dict[str, Work] = {}
+        self._inflight: dict[str, QueuedWork] = {}
         self._news: list[dict] = []
         self._figures = [GangFigures() for _ in range(orders.num_gangs)]
-        self._supervisors: list[asyncio.Task] = []
-        self._shifts: list[Shift] = []
+        self._serving: list[asyncio.Task] = []
+        self._supervisors: list[Supervisor] = []
         self._broken: OrchestratorError | None = None
         self._cleaner = Cleaner(lambda message: self._tell("not_cleaned", message))
         self._first_steps = FirstSteps(orders.plan, orders.anatomy, orders.num_gangs)
@@ -82,9 +83,11 @@ class Exchange:
         plan = self._orders.plan
         for index in range(self._orders.num_gangs):
             gang = Gang(index, plan.base, self._orders.anatomy, plan.execution, self._meter, self._orders.patience)
-            figures, refuses = self._figures[index], self._allowance.refuses
-            self._shifts.append(Shift(gang, plan.execution, self._queue, figures, refuses, self._settle, self._tell))
-            self._supervisors.append(asyncio.create_task(self._serve(self._shifts[-1])))
+            supervisor = Supervisor(
+                gang, plan.execution, self._queue, self._figures[index], self._refuses, self._settle, self._tell
+            )
+            self._supervisors.append(supervisor)
+            self._serving.append(asyncio.create_task(self._serve(supervisor)))
 
     async def advance(self, trial: TrialSpec, selection: LayerSelection, option: int | None, rung: int, stop_step: int) -> Answer:
         """Carry a trial to a rung, or answer from the ledger where that has been done.
@@ -128,13 +131,16 @@ class Exchange:
                 return answer
         return await self.advance(trial, selection, None, len(stops) - 1, stops[-1])
 
-    async def probe(self, assignment: Assignment) -> RungResult | None:
-        """Have a gang measure something; nothing of it stands in the ledger."""
-        return await self._hand_out(assignment)
+    async def measure(self, work: Measurement) -> MeasurementResult:
+        """Have a gang measure something; nothing of it is in the ledger."""
+        result = await self._hand_out(work)
+        assert isinstance(result, MeasurementResult), "a measurement is never held back"
+        return result
 
     async def replan(self, plan: RunPlan) -> None:
         """The plan once more is known; its gangs and options are the same ones."""
         self._orders = self._orders.model_copy(update={"plan": plan})
+        self._context = self._orders.context()
         begun = self._first_steps.begun
         self._first_steps = FirstSteps(plan, self._orders.anatomy, self._orders.num_gangs, begun=begun)
 
@@ -143,7 +149,7 @@ class Exchange:
         self._queue.heard_from(trial_id)
         work = self._inflight.pop(trial_id, None)
         if work is not None:
-            work.answer(failed_result(work.assignment, f"{state} before it ran"))
+            work.answer(work.assignment.failed(f"{state} before it ran"))
         entry = self._ledger.get(trial_id)
         if entry is not None and entry.end is None and not is_tried_again(entry.trial, state):
             self._ledger.end(trial_id, state, reason)
@@ -166,18 +172,18 @@ class Exchange:
 
     async def activities(self) -> tuple[Activity, ...]:
         """What each gang is doing; idle ones are left out."""
-        return tuple(activity for shift in self._shifts for activity in shift.activities())
+        return tuple(activity for supervisor in self._supervisors for activity in supervisor.activities())
 
     async def gang_pids(self) -> list[tuple[int, ...]]:
-        return [shift.gang.pids for shift in self._shifts]
+        return [supervisor.gang.pids for supervisor in self._supervisors]
 
     async def close(self) -> None:
         """Release the gangs, in order, with their placement groups. What they are still writing is awaited, and written down."""
-        for supervisor in self._supervisors:
-            supervisor.cancel()
-        await asyncio.gather(*self._supervisors, return_exceptions=True)
-        await asyncio.gather(*(shift.written() for shift in self._shifts), return_exceptions=True)
-        await asyncio.gather(*(shift.gang.close() for shift in self._shifts))
+        for serving in self._serving:
+            serving.cancel()
+        await asyncio.gather(*self._serving, return_exceptions=True)
+        await asyncio.gather(*(supervisor.written() for supervisor in self._supervisors), return_exceptions=True)
+        await asyncio.gather(*(supervisor.gang.close() for supervisor in self._supervisors))
         self._meter.close()
         await self._cleaner.close()
 
@@ -188,26 +194,37 @@ class Exchange:
         entry = self._ledger.get(trial.trial_id)
         assert entry is not None
         known = self._inflight.get(trial.trial_id)
-        if known is not None and known.assignment.rung == rung:  # who asked before is gone, and Tune has started it again
-            return await asyncio.shield(known.future)
+        if known is not None and isinstance(known.assignment, TrialWork) and known.assignment.rung == rung:
+            # Who asked before is gone, and Tune has started the trial again.
+            return _rung_of(await asyncio.shield(known.future))
         folder = str(self._ledger.folder(trial.trial_id))
-        assignment = rung_assignment(self._orders, trial, selection, folder, entry.results, rung, stop_step)
-        return await self._hand_out(assignment, home=entry.results[-1].gang if entry.results else None)
+        plan, context, results = self._orders.plan, self._context, entry.results
+        if trial.control == "none":
+            return _rung_of(await self._hand_out(evaluate_base(plan, context, trial, selection, folder)))
+        work = rung_assignment(plan, context, trial, selection, folder, results, rung, stop_step)
+        return _rung_of(await self._hand_out(work, home=results[-1].gang if results else None))
 
-    async def _hand_out(self, assignment: Assignment, home: int | None = None) -> RungResult | None:
-        """Queue an assignment and await its result; None where the bound on hours came before a gang did."""
+    async def _hand_out(self, assignment: Work, home: int | None = None) -> WorkResult | None:
+        """Queue work and await its result; None where the bound on hours came before a gang did."""
         if self._broken is not None:
             raise self._broken
-        trial = assignment.trial
-        priority = (0 if trial.control == "none" else 1, -assignment.rung, next(self._sequence))
-        work = Work(priority, assignment, asyncio.get_running_loop().create_future(), home=home)
-        self._inflight[trial.trial_id] = work
+        work = QueuedWork(self._priority(assignment), assignment, asyncio.get_running_loop().create_future(), home=home)
+        self._inflight[assignment.work_id] = work
         self._queue.put(work)
         self._needed.set()
         try:
             return await work.future
         finally:
-            self._inflight.pop(trial.trial_id, None)
+            self._inflight.pop(assignment.work_id, None)
+
+    def _priority(self, assignment: Work) -> tuple[int, int, int]:
+        """Measurements and the untouched base first: the search waits for them."""
+        if isinstance(assignment, TrainRung):
+            return (1, -assignment.rung, next(self._sequence))
+        return (0, 0, next(self._sequence))
+
+    def _refuses(self, assignment: Work) -> bool:
+        return isinstance(assignment, TrainRung) and self._allowance.refuses(assignment.trial)
 
     async def _end_where_it_stalls(self, entry: TrialEntry) -> None:
         reason = self._orders.scoring.stalled(entry.results, base_result(self._ledger))
@@ -224,12 +241,12 @@ class Exchange:
             return held_back_answer(reason)
         return self._answer(entry.results[-1], ended=True).model_copy(update={"state": "stopped", "reason": reason})
 
-    async def _serve(self, shift: Shift) -> None:
-        """One gang's life, to its end; a gang that cannot go on is told, never lost in silence."""
-        gang = shift.gang
+    async def _serve(self, supervisor: Supervisor) -> None:
+        """Serve one gang to its end; one that cannot go on is reported, never lost in silence."""
+        gang = supervisor.gang
         try:
             await self._needed.wait()
-            await shift.work_off()
+            await supervisor.serve()
         except Exception as error:
             self._tell("gang_lost", f"gang {gang.index} stopped serving: {error!r}", gang=gang.index)
             gang.pids = ()
@@ -237,22 +254,24 @@ class Exchange:
                 gang.kill()
             finally:  # what it was writing goes back to the queue before that is looked through
                 with contextlib.suppress(Exception):
-                    await shift.written()
+                    await supervisor.written()
                 self._queue.lose_gang()
                 self._give_up(error)
 
-    def _settle(self, work: Work, result: RungResult) -> None:
-        """Write a result down, then answer whoever waits for it."""
+    def _settle(self, work: QueuedWork, result: WorkResult) -> None:
+        """Record a result, then answer whoever waits for it."""
+        if not isinstance(result, RungResult):
+            work.answer(result)
+            return
         try:
-            if not work.assignment.measures:
-                self._record(result)
+            self._record(result)
         except Exception as error:  # a full disk, say: whoever waits must hear of it
             work.fail(error)
             return
         work.answer(result)
         entry = self._ledger.get(result.trial_id)
-        if entry is not None:  # a probe has none
-            self._cleaner.drop_optimizer_states(other for other in entry.results if other.rung < result.rung)
+        assert entry is not None
+        self._cleaner.drop_optimizer_states(other for other in entry.results if other.rung < result.rung)
 
     def _record(self, result: RungResult) -> None:
         entry = self._ledger.get(result.trial_id)
@@ -275,7 +294,7 @@ class Exchange:
 
     def _give_up(self, error: BaseException) -> None:
         """No gang can be started: everybody who waits must hear of it."""
-        if any(not task.done() for task in self._supervisors if task is not asyncio.current_task()):
+        if any(not task.done() for task in self._serving if task is not asyncio.current_task()):
             return
         self._broken = TrainingError(
             f"no gang could be started: {why_no_start(error)}", remedy="see the gang_failed_to_start lines in events.jsonl"
@@ -291,6 +310,11 @@ class Exchange:
         assert entry is not None
         record = trial_record(entry, self._orders.scoring, base_result(self._ledger))
         self._news.append({"kind": "trial", "record": record})
+
+
+def _rung_of(result: WorkResult | None) -> RungResult | None:
+    assert not isinstance(result, MeasurementResult)
+    return result
 
 
 class Cleaner:

@@ -6,16 +6,16 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from orchestrator.plan import make_trial, none_control
+from orchestrator.plan import evaluate_base, make_trial, none_control
 from orchestrator.plan.defaults import with_section
-from orchestrator.run.ledger import Ledger
-from orchestrator.runtime.activities import ranks_text
+from orchestrator.run.activities import ranks_text
+from orchestrator.run.records import RunOutcome, read_outcome, write_outcome
 from orchestrator.runtime.cluster import joins
 from orchestrator.runtime.failures import in_plain_words
 from orchestrator.runtime.finish import finish
 from orchestrator.runtime.heartbeat import Pulse
 from orchestrator.runtime.measurements import scored_alone
-from orchestrator.runtime.outcome import RunOutcome, read_outcome, summarise, write_outcome
+from orchestrator.runtime.outcome import summarise
 from orchestrator.runtime.prepare import Prepared, open_run, prepare
 from orchestrator.runtime.refit import refit_assignment, run_refit
 from orchestrator.spec import LoadedSpec
@@ -58,17 +58,17 @@ def _train(prepared: Prepared, view: RunView, started_at: float) -> SweepResult:
     assert plan.finetune is not None
     none, nothing = none_control(plan, prepared.anatomy, seed)
     trial = make_trial(plan, plan.finetune, plan.finetune.learning_rate_low, 0, seed)
-    ledger = Ledger(prepared.run.trials)
+    ledger = prepared.run.ledger
     ledger.register(none, None)
     ledger.register(trial, 0)
     view.phase("training", f"{trial.total_steps} steps on {ranks_text(plan.refit_execution.ranks)}")
-    here = ledger.folder("none")
-    untouched = prepared.assignment(none, nothing, folder=here, stop_step=0, execution=plan.refit_execution)
+    context, execution = prepared.work_context(plan.refit_execution), plan.refit_execution
+    untouched = evaluate_base(plan, context, none, nothing, str(ledger.folder("none")), execution)
     results = run_refit(prepared, [untouched, refit_assignment(prepared, trial, plan.finetune.selection)])
     for result in results:
         ledger.add(result)
         ledger.end(result.trial_id, "finished")
-    sweep = summarise(prepared, Ledger(prepared.run.trials), [], started_at)
+    sweep = summarise(prepared, ledger, [], started_at)
     for record in sweep.trials:
         view.trial(record)
     return sweep

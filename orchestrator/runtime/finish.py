@@ -10,15 +10,15 @@ import ray
 
 from orchestrator.errors import IntegrityError
 from orchestrator.plan import REPEAT, late_controls
+from orchestrator.run.activities import tell_bundling
 from orchestrator.run.hours import metered
-from orchestrator.run.ledger import Ledger, TrialEntry
-from orchestrator.run.records import base_result
+from orchestrator.run.ledger import Ledger, TrialEntry, base_result
+from orchestrator.run.records import RunOutcome
 from orchestrator.run.scoring import Scoring
-from orchestrator.runtime.activities import tell_bundling
 from orchestrator.runtime.bundling import bundle_and_judge
 from orchestrator.runtime.cluster import rank_resources, worker_env
 from orchestrator.runtime.hang_detection import Patience
-from orchestrator.runtime.outcome import RunOutcome, plan_against_measured
+from orchestrator.runtime.outcome import plan_against_measured
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.runtime.refit import full_budget, selection_of
 from orchestrator.runtime.task_supervision import Minder, in_a_minded_process, run_task
@@ -33,11 +33,11 @@ from orchestrator.work.trial import TrialSpec
 
 
 def finish(prepared: Prepared, sweep: SweepResult, view: RunView) -> RunOutcome:
-    """Bundle the promoted trial and speak the verdict; where nothing was promoted, say so.
+    """Bundle the promoted trial and compute the verdict; where nothing was promoted, the report says why.
 
     Raises:
         TrainingError: the refit failed.
-        VerificationError: the bundle does not reproduce the trained model; it stays `bundle.partial`.
+        VerificationError: the bundle does not reproduce the trained model; it is left as `bundle.partial`.
     """
     if sweep.winner_id is None:
         transfer = TransferReport(
@@ -47,7 +47,8 @@ def finish(prepared: Prepared, sweep: SweepResult, view: RunView) -> RunOutcome:
             versions=versions(),
         )
         return RunOutcome(prepared.run.path, sweep, transfer)
-    ledger = Ledger(prepared.run.trials)
+    ledger = prepared.run.ledger
+    ledger.refresh()  # the exchange may have written until it was closed
     entry = ledger.get(sweep.winner_id)
     assert entry is not None
     base = base_result(ledger)
@@ -73,7 +74,7 @@ def finish(prepared: Prepared, sweep: SweepResult, view: RunView) -> RunOutcome:
 
 
 def bundled_figures(result: RungResult, scoring: Scoring, base: RungResult | None) -> BundledFigures:
-    """What was measured of the artifact that is bundled."""
+    """Return the measured figures of the bundled artifact."""
     return BundledFigures(
         step=result.step,
         metric=scoring.metric_of(result),
@@ -84,19 +85,22 @@ def bundled_figures(result: RungResult, scoring: Scoring, base: RungResult | Non
 
 @dataclass(frozen=True)
 class Controls:
-    """The trained controls that stand beside the bundle in the comparison."""
+    """The trained controls that the bundle is compared with."""
 
     artifacts: dict[str, str]
     """Checkpoint by control."""
     left_out: tuple[str, ...] = ()
-    """Why one that was wanted does not."""
+    """For each requested control that is missing, the reason."""
     failed_seeds: int = 0
-    """From how many other seeds the same training failed."""
+    """Number of other seeds from which the same training failed."""
 
 
 def controls_beside(prepared: Prepared, ledger: Ledger, trial: TrialSpec, bundled_step: int) -> Controls:
-    """`head`, and what was trained late to as many steps as what is bundled: another budget is no control. With early stopping
-    every seed ends where it is best on the eval set, as the winner did. The one-trial job has none."""
+    """Return `head` and the follow-up controls, trained for as many steps as the bundled artifact; the one-trial job has none.
+
+    A control with another budget would not be comparable. With early stopping every seed counts at its best rung on the eval set,
+    as the winner does.
+    """
     if prepared.plan.search is None:
         return Controls({})
     artifacts, left_out, failed_seeds = dict[str, str](), list[str](), 0
@@ -122,9 +126,9 @@ def controls_beside(prepared: Prepared, ledger: Ledger, trial: TrialSpec, bundle
 
 
 def _damage(checkpoint: Path) -> str:
-    """What of a control's adapter or delta is not what its manifest says; empty where all of it is."""
+    """Return how a control's adapter or delta differs from its manifest; empty where it does not."""
     if not (checkpoint / MANIFEST).exists():
-        return ""  # whoever attaches it says what is missing
+        return ""  # loading it reports what is missing
     try:
         check_artifact(checkpoint)
     except IntegrityError as error:
@@ -133,7 +137,7 @@ def _damage(checkpoint: Path) -> str:
 
 
 def _checkpoint_beside(prepared: Prepared, ledger: Ledger, name: str, entry: TrialEntry, bundled_step: int) -> str | None:
-    """That of the rung that stands beside what is bundled; None where there is none of its budget."""
+    """Return the checkpoint of the rung that is compared with the bundle; None where no rung has the same budget."""
     scoring = prepared.scoring
     if name == "head" or (name.startswith(REPEAT) and scoring.patience is not None):
         return scoring.judged(entry.results, base_result(ledger)).checkpoint
@@ -169,7 +173,7 @@ def _inputs(prepared: Prepared, entry: TrialEntry, bundled: RungResult, controls
 
 
 def _bundle(prepared: Prepared, inputs: BundleInputs) -> TransferReport:
-    """On a worker, with one rank's resources: the driver may have neither GPU nor memory for it."""
+    """Merge, verify and score on a worker with one rank's resources: the driver may have neither the GPU nor the memory."""
     execution = prepared.plan.execution
     resources = rank_resources(execution)
     remote: Any = ray.remote(in_a_minded_process)
@@ -181,6 +185,6 @@ def _bundle(prepared: Prepared, inputs: BundleInputs) -> TransferReport:
     )
     scoring = prepared.scoring
     given = (inputs, str(prepared.run.bundle), scoring.metric, scoring.max_forgetting, prepared.spec.train.seed)
-    # Merging makes no beats: only a process that is stopped is known to hang.
+    # Merging sends no heartbeats, so only a stopped process counts as hung.
     with metered(prepared.run.hours, 1), Minder(prepared.run, Patience.from_environment(), progress=False) as minder:
         return run_task(minder, "making the bundle", task, bundle_and_judge, *given)

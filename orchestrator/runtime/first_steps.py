@@ -9,7 +9,7 @@ from typing import Any
 
 from orchestrator.anatomy import ModelAnatomy
 from orchestrator.plan.cost.choices import scored_flops
-from orchestrator.plan.cost.duration import MeasuredSteps, MeasuredTimes, calibrated, calibration_sentence, measured_duration
+from orchestrator.plan.cost.duration import MeasuredSteps, MeasuredTimes, calibrated, calibration_message, measured_duration
 from orchestrator.plan.cost.estimate import units_of_gang
 from orchestrator.plan.estimates import CostEstimate, Duration
 from orchestrator.plan.values import RunPlan
@@ -107,7 +107,7 @@ class FirstSteps:
                 return None
         elif self._num_first > self._wanted:
             return None
-        message, ends = calibration_sentence(planned, found), dict[str, float]()
+        message, ends = calibration_message(planned, found), dict[str, float]()
         if before is not None:
             message = message.replace("the first steps reach", "the steps so far reach", 1)
         if duration is not None:

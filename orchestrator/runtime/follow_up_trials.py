@@ -1,4 +1,4 @@
-"""What is trained once the winner is known: its controls, itself from other seeds, and on shares of the data."""
+"""Trials that follow the search, once its winner is known: controls, other seeds, and shares of the data."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from orchestrator.anatomy import LayerSelection
 from orchestrator.data import size_of_share
 from orchestrator.data.sets import load_known
 from orchestrator.plan import curve_trial, curve_trial_id, repeat_control, scratch_control, shuffled_control
-from orchestrator.plan.schedule import late_rung_steps, share_documents, too_few_documents, total_steps, total_tokens
-from orchestrator.run.ledger import Ledger, TrialEntry
-from orchestrator.run.records import base_result
+from orchestrator.plan.schedule import follow_up_rung_steps, share_documents, too_few_documents, total_steps, total_tokens
+from orchestrator.run.ledger import Ledger, TrialEntry, base_result
 from orchestrator.runtime.assignments import Answer
 from orchestrator.runtime.cluster import fetch
 from orchestrator.runtime.prepare import Prepared
@@ -32,12 +31,13 @@ class LateTrial(NamedTuple):
 
 
 def late_trials(prepared: Prepared, winner: TrialEntry, base: RungResult | None) -> list[LateTrial]:
-    """Controls that the spec asks for, trained as long as what will be bundled, the winner from as many other seeds as the plan
-    says, and its learning curve. With early stopping other seeds and shares of the data are scored where the searched trials
-    are, and end where these would.
+    """Return the follow-up trials: the requested controls, the winner from other seeds, and its learning curve.
+
+    Controls train for as many steps as the bundled model. With early stopping the other seeds and shares of the data are
+    evaluated at the rungs of the search and stop by its rule.
 
     Args:
-        base: What the untouched base scored.
+        base: The base model's scores.
     """
     plan, spec, search = prepared.plan, prepared.spec, prepared.plan.search
     assert search is not None
@@ -50,25 +50,25 @@ def late_trials(prepared: Prepared, winner: TrialEntry, base: RungResult | None)
         found.append(LateTrial(*scratch_control(plan, prepared.anatomy, spec, winner.trial), as_long))
     again = [repeat_control(winner.trial, number) for number in range(2, search.repeats + 1)]
     again += curve_trials(prepared, winner, base)
-    rungs = [late_rung_steps(search, winner.trial.total_steps, trial.total_steps) for trial in again]
+    rungs = [follow_up_rung_steps(search, winner.trial.total_steps, trial.total_steps) for trial in again]
     return found + [LateTrial(trial, selection, stops) for trial, stops in zip(again, rungs, strict=True)]
 
 
 def train_late(prepared: Prepared, exchange: Any, winner: TrialEntry, view: RunView) -> bool:
-    """Train them; one that is held back for want of hours is told.
+    """Train the follow-up trials, and report each that the GPU-hour bound stopped.
 
-    All are handed in at once, so that the gangs share them.
+    All are submitted at once, so that the gangs share them.
 
     Returns:
         Whether there were any.
     """
-    late = late_trials(prepared, winner, base_result(Ledger(prepared.run.trials)))
+    late = late_trials(prepared, winner, base_result(prepared.run.ledger))
     if late:
         view.phase("controls", ", ".join(each.trial.trial_id for each in late))
     calls = [(each.trial, hand_in(exchange, *each)) for each in late]
     for trial, call in calls:
         answer = wait_for(exchange, trial.trial_id, call)
-        if answer.state == "stopped" and trial.control != "curve":  # of the curve, what is missing is told where it is drawn
+        if answer.state == "stopped" and trial.control != "curve":  # what is missing of the curve is reported with the curve
             message = f"{trial.trial_id}: {answer.reason}"
             view.event("control_left_out", message)
             prepared.run.event("control_left_out", message=message)
@@ -76,7 +76,7 @@ def train_late(prepared: Prepared, exchange: Any, winner: TrialEntry, view: RunV
 
 
 def hand_in(exchange: Any, trial: TrialSpec, selection: LayerSelection, stops: Sequence[int]) -> Any:
-    """Have a gang take it up; `wait_for` takes what this returns.
+    """Submit a trial to the gangs; pass the returned call to `wait_for`.
 
     Args:
         stops: The step at which each of its rungs ends.
@@ -85,18 +85,19 @@ def hand_in(exchange: Any, trial: TrialSpec, selection: LayerSelection, stops: S
 
 
 def wait_for(exchange: Any, trial_id: str, call: Any) -> Answer:
-    """Its last answer, once it has ended."""
+    """Wait for a submitted trial to end, and return its last answer."""
     answer = fetch(call)
     fetch(exchange.finish.remote(trial_id, "failed" if answer.state == "failed" else "finished"))
     return answer
 
 
 def curve_shares(prepared: Prepared, winner: TrialEntry, base: RungResult | None) -> tuple[float, ...]:
-    """Of the documents, what trials of the curve learn from: of all of them too, where the winner has neither had its full budget
-    nor stopped getting better. None where no curve is planned.
+    """Return the shares of the documents that the curve's trials train on; empty where no curve is planned.
+
+    The whole is among them where the winner had less than its full budget and was still improving.
 
     Args:
-        base: What the untouched base scored.
+        base: The base model's scores.
     """
     search = prepared.plan.search
     if search is None or not search.curve_shares:
@@ -106,12 +107,12 @@ def curve_shares(prepared: Prepared, winner: TrialEntry, base: RungResult | None
 
 
 def curve_ids(prepared: Prepared, winner: TrialEntry, base: RungResult | None) -> list[str]:
-    """Of the trials of the winner's curve."""
+    """Return the ids of the trials of the winner's learning curve."""
     return [curve_trial_id(share, winner.trial.trial_id) for share in curve_shares(prepared, winner, base)]
 
 
 def curve_trials(prepared: Prepared, winner: TrialEntry, base: RungResult | None) -> list[TrialSpec]:
-    """The winner on each share, for as many epochs."""
+    """Return the winner as a trial on each share, for the same number of epochs."""
     spec, train = prepared.spec, load_known(prepared.data_paths.train)
     trials: list[TrialSpec] = []
     for share in curve_shares(prepared, winner, base):
@@ -121,8 +122,10 @@ def curve_trials(prepared: Prepared, winner: TrialEntry, base: RungResult | None
 
 
 def curve_of(prepared: Prepared, ledger: Ledger, winner: TrialEntry | None) -> LearningCurve | str:
-    """The promoted trial's curve, or why there is none; nothing where none was asked for. Every point is of the rung that its
-    trial is judged by, the winner's of the one that is bundled."""
+    """Return the promoted trial's learning curve, or why there is none; empty where it was not requested.
+
+    Every point is the rung that its trial is compared by; the winner's is the bundled one.
+    """
     search = prepared.spec.search
     if prepared.plan.search is None or search is None or not search.learning_curve:
         return ""
@@ -140,7 +143,7 @@ def curve_of(prepared: Prepared, ledger: Ledger, winner: TrialEntry | None) -> L
         measured = entry is not None and (entry is winner or _is_measured(entry))
         found = ledger.document_losses(prepared.scoring.judged(entry.results, base)) if entry and measured else None
         if found is None or not np.isfinite(found[0]).all():
-            return f"the trial on {share_documents(share, num_documents)} documents {_what_befell(entry)}"
+            return f"the trial on {share_documents(share, num_documents)} documents {_why_unmeasured(entry)}"
         losses.append(found[0])
         weights = found[1]
     counts = [share_documents(share, num_documents) for share, _ in points]
@@ -148,11 +151,12 @@ def curve_of(prepared: Prepared, ledger: Ledger, winner: TrialEntry | None) -> L
 
 
 def _is_measured(entry: TrialEntry) -> bool:
-    """Whether it came to its end, and well: one held back between its rungs is not yet judged."""
+    """Return whether a trial ended without failing; one stopped between its rungs is not compared yet."""
     return entry.ended_for_good and bool(entry.results) and entry.results[-1].state == "done"
 
 
-def _what_befell(entry: TrialEntry | None) -> str:
+def _why_unmeasured(entry: TrialEntry | None) -> str:
+    """Return the end of a sentence that begins with the trial."""
     if entry is None or not entry.results:
         return "did not run"
     if entry.results[-1].state == "failed":

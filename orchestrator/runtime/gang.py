@@ -23,9 +23,9 @@ from orchestrator.runtime.hang_detection import POLL_S, Patience, Seat, Vigil
 from orchestrator.runtime.processes import end_processes, own_seat, states_of
 from orchestrator.train import pulse
 from orchestrator.train.pulse import NOTHING_YET, Pulse
-from orchestrator.work.assignment import Assignment
+from orchestrator.work.assignment import Work
 from orchestrator.work.execution import BaseLoad, ExecutionPlan
-from orchestrator.work.results import RungResult
+from orchestrator.work.results import WorkResult
 
 START_TIMEOUT_S = 600.0
 LOOK_AGAIN_S = 5.0
@@ -68,14 +68,14 @@ class RankActor:
 
     def start(self, base: BaseLoad, anatomy: ModelAnatomy, execution: ExecutionPlan, meeting: tuple[str, int]) -> int:
         """Load the base. Returns the process id."""
-        from orchestrator.train import TrainHost
+        from orchestrator.train import TrainHost  # here, because the exchange imports this module and must not import torch
 
         self._host = TrainHost.create(
             base, anatomy, execution, self._rank, execution.ranks, init_method=f"tcp://{meeting[0]}:{meeting[1]}"
         )
         return os.getpid()
 
-    def run(self, group: Sequence[Assignment]) -> list[RungResult]:
+    def run(self, group: Sequence[Work]) -> list[WorkResult]:
         assert self._host is not None, "start() comes first"
         return self._host.run_group(group)
 
@@ -155,7 +155,7 @@ class Gang:
         self.starting = ""
         self.start_seconds = time.monotonic() - started
 
-    async def run(self, group: Sequence[Assignment]) -> list[RungResult]:
+    async def run(self, group: Sequence[Work]) -> list[WorkResult]:
         """Run one assignment, or several that may share a batch, on every rank; rank 0's answers count, in any order, once
         they are settled.
 

@@ -14,9 +14,11 @@ from typing import Any
 
 from ray.exceptions import RayError
 
-from orchestrator.runtime.activities import on_disk, with_steps
+from orchestrator.run.activities import on_disk, with_steps
+from orchestrator.run.directory import RunDirectory
+from orchestrator.run.layout import PROGRESS
 from orchestrator.runtime.cluster import fetch
-from orchestrator.store import PROGRESS, RunDirectory, write_json
+from orchestrator.store import write_json
 from orchestrator.transfer.records import TrialRecord
 from orchestrator.transfer.view import Activity, Progress, RunView
 
@@ -184,7 +186,7 @@ class Watcher:
             found = fetch(self._exchange.activities.remote(), LOOK_S)
         except RayError:
             return ()
-        return tuple(with_steps(activity, self._run.trials / activity.trial_id / "steps.jsonl") for activity in found)
+        return tuple(with_steps(activity, self._run.steps(activity.trial_id)) for activity in found)
 
     def _follow(self) -> None:
         while not self._done.wait(POLL_S):

@@ -1,64 +1,146 @@
-"""What a gang measures before the search, outside the ledger."""
+"""What a run measures before its search: block scores, compiled blocks, domain shift; each once in the run's life."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import ray
 
 from orchestrator.anatomy import ModelAnatomy
 from orchestrator.errors import TrainingError
-from orchestrator.plan import compile_trial, probe_trial, shift_trial, with_scores
+from orchestrator.plan import make_trial, with_scores
 from orchestrator.plan.cost.choices import planned_options
 from orchestrator.plan.measurements import NO_RETENTION_SET, choice_of, standing_choice, with_choice
-from orchestrator.plan.schedule import has_few
+from orchestrator.plan.schedule import has_few_examples
 from orchestrator.plan.values import RunPlan
 from orchestrator.run.hours import metered
-from orchestrator.run.ledger import Ledger
-from orchestrator.run.records import base_result
+from orchestrator.run.ledger import base_result
 from orchestrator.runtime.cluster import fetch, rank_resources, worker_env
 from orchestrator.runtime.hang_detection import Patience
 from orchestrator.runtime.prepare import Prepared, read_choice, read_scores
 from orchestrator.runtime.task_supervision import Minder, in_a_minded_process, run_task
 from orchestrator.spec import parse_policy
 from orchestrator.store import read_record, write_json
+from orchestrator.train import TrainHost
 from orchestrator.transfer.domain_shift import Advice, advise
 from orchestrator.transfer.view import RunView
-from orchestrator.work.assignment import Assignment
+from orchestrator.work.assignment import Measurement, MeasureShift, ScoreBlocks, TimeCompiling
 from orchestrator.work.execution import BaseLoad, ExecutionPlan
-from orchestrator.work.measurements import CompileChoice, CompilePlan, CompileTimes, DomainShift, LayerScores
-from orchestrator.work.results import RungResult
+from orchestrator.work.measurements import CompileChoice, CompileTimes, DomainShift, LayerScores
+from orchestrator.work.results import MeasurementResult
 
-Measure = Callable[[Assignment], RungResult | None]
-"""Has an assignment run somewhere."""
-
-
-def measured(prepared: Prepared, assignment: Assignment, measure: Measure) -> RungResult:
-    """What came of it; its notes are in the run's record."""
-    result = measure(assignment)
-    assert result is not None, "a control's work is never held back"
-    trial_id = assignment.trial.trial_id
-    for note in result.notes:
-        prepared.run.event("trial_note", message=f"{trial_id}: {note}", trial_id=trial_id)
-    return result
+Measure = Callable[[Measurement], MeasurementResult]
+"""Has a measurement made somewhere: in a gang, or in a process of its own."""
+Found = LayerScores | DomainShift | CompileTimes
+Finding = TypeVar("Finding", LayerScores, CompileChoice, DomainShift)
 
 
-def scored_in_a_gang(prepared: Prepared, exchange: Any, view: RunView) -> Prepared:
-    """The run with its blocks scored by one of its gangs, and its policies by score resolved, there and in the exchange.
+@dataclass(frozen=True)
+class Event:
+    """What is reported of a finding, once in the run's life."""
+
+    kind: str
+    message: str
+    fields: dict[str, Any]
+    shown: bool = True
+    """Whether a person who watches sees it; the run's record has it in any case."""
+
+
+class Step(ABC, Generic[Finding]):
+    """One measurement of a run: what is known of it, what it takes, what follows."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.prepared = prepared
+
+    @property
+    @abstractmethod
+    def file(self) -> Path:
+        """The file of the finding."""
+
+    @abstractmethod
+    def known(self) -> Finding | None:
+        """Return what an earlier submission found."""
+
+    def settled(self, known: Finding | None) -> Finding | None:
+        """Return what needs no measuring: what is known, or what the spec or the plan says."""
+        return known
+
+    @abstractmethod
+    def work(self) -> Measurement | None:
+        """Return the work to hand out; None where nothing is to be measured."""
+
+    def announce(self, view: RunView) -> None:
+        """Show that the measurement begins."""
+
+    @abstractmethod
+    def finding(self, found: Found) -> Finding:
+        """Return what follows from the measurement.
+
+        Raises:
+            TrainingError: it failed, and the run cannot go on without.
+        """
+
+    @abstractmethod
+    def plan(self, finding: Finding) -> RunPlan:
+        """Return the run's plan once this is known."""
+
+    @abstractmethod
+    def event(self, finding: Finding, plan: RunPlan) -> Event: ...
+
+
+def measure_once(step: Step[Finding], view: RunView, measure: Measure) -> Prepared:
+    """Return the run with one more thing known: from disk, else from the plan, else measured; recorded and planned with.
 
     Raises:
-        TrainingError: the blocks could not be scored, and a policy needs it.
+        TrainingError: the measurement failed, and the run cannot go on without.
     """
-    scored = _scored(prepared, prepared.plan.execution, view, lambda assignment: fetch(exchange.probe.remote(assignment)))
-    if scored is not prepared:
-        fetch(exchange.replan.remote(scored.plan))
-    return scored
+    prepared = step.prepared
+    known = step.known()
+    finding = step.settled(known)
+    if finding is None:
+        work = step.work()
+        if work is None:
+            return prepared
+        step.announce(view)
+        result = measure(work)
+        for note in result.notes:
+            prepared.run.event("trial_note", message=f"{work.work_id}: {note}", trial_id=work.work_id)
+        finding = step.finding(result.found)
+    plan = step.plan(finding)
+    if finding != known:
+        write_json(step.file, finding)
+    if plan != prepared.plan:
+        write_json(prepared.run.plan, plan)
+    if finding != known:
+        event = step.event(finding, plan)
+        if event.shown:
+            view.event(event.kind, event.message)
+        prepared.run.event(event.kind, message=event.message, **event.fields)
+    return prepared if plan == prepared.plan else replace(prepared, plan=plan)
+
+
+def measured_in_a_gang(prepared: Prepared, exchange: Any, view: RunView) -> Prepared:
+    """Return the run with all known that its search begins with, there and in the exchange.
+
+    Raises:
+        TrainingError: blocks could not be scored, and a policy needs it; or `resources.compile: on`, and they cannot be compiled.
+    """
+
+    def measured(step: Step[Finding]) -> Prepared:
+        after = measure_once(step, view, lambda work: fetch(exchange.measure.remote(work)))
+        if after.plan is not step.prepared.plan:
+            fetch(exchange.replan.remote(after.plan))
+        return after
+
+    return measured(TargetShift(measured(CompiledBlocks(measured(BlockScores(prepared))))))
 
 
 def scored_alone(prepared: Prepared, view: RunView) -> Prepared:
-    """Likewise for the one-trial job, which has no gang yet: in a process of its own, with one rank's resources.
+    """Return the one-trial job with its blocks scored, in a process of its own with one rank's resources: it has no gang yet.
 
     Raises:
         TrainingError: the blocks could not be scored, and a policy needs it.
@@ -67,7 +149,7 @@ def scored_alone(prepared: Prepared, view: RunView) -> Prepared:
     execution = whole.model_copy(update={"ranks": 1, "executor": "torch", "zero_stage": 0, "offload": "none"})
     resources = rank_resources(execution)
 
-    def score(assignment: Assignment) -> RungResult:
+    def score(work: Measurement) -> MeasurementResult:
         remote: Any = ray.remote(max_calls=1)(in_a_minded_process)  # the base is gone when it ends
         task = remote.options(
             num_cpus=resources["CPU"],
@@ -77,52 +159,71 @@ def scored_alone(prepared: Prepared, view: RunView) -> Prepared:
         )
         patience = Patience.from_environment().for_base(2 * prepared.anatomy.num_parameters())
         with metered(prepared.run.hours, 1), Minder(prepared.run, patience) as minder:
-            given = (prepared.plan.base, prepared.anatomy, assignment)
-            return run_task(minder, "scoring the blocks", task, score_in_this_process, *given)
+            given = (prepared.plan.base, prepared.anatomy, work)
+            return run_task(minder, "scoring the blocks", task, measure_in_this_process, *given)
 
-    return _scored(prepared, execution, view, score)
+    return measure_once(BlockScores(prepared, execution), view, score)
 
 
-def score_in_this_process(base: BaseLoad, anatomy: ModelAnatomy, assignment: Assignment) -> RungResult:
-    """Load the base, score its blocks."""
-    from orchestrator.train import TrainHost
-
-    host = TrainHost.create(base, anatomy, assignment.execution, 0, 1, init_method=None)
+def measure_in_this_process(base: BaseLoad, anatomy: ModelAnatomy, work: Measurement) -> MeasurementResult:
+    """Load the base and measure."""
+    host = TrainHost.create(base, anatomy, work.execution, 0, 1, init_method=None)
     try:
-        return host.run(assignment)
+        return host.measure(work)
     finally:
         host.close()
 
 
-def _scored(prepared: Prepared, execution: ExecutionPlan, view: RunView, score: Measure) -> Prepared:
-    probe = prepared.plan.probe
-    if probe is None or read_scores(prepared.run) is not None:
-        return prepared  # an earlier submission scored them: the plan knows
-    view.phase("probe", f"{probe.num_batches} x {probe.rows} rows")
-    found = _run(prepared, execution, score)
-    if found.failed and probe.required:
-        raise TrainingError(
-            f"the blocks could not be scored: {found.failed}",
-            where=str(prepared.run.path),
-            remedy="fix the reported error and submit the same spec again, or name blocks instead of `top:` under another `name`",
-        )
-    write_json(prepared.run.layer_scores, found)
-    plan = with_scores(prepared.plan, prepared.spec, prepared.anatomy, found)
-    write_json(prepared.run.plan, plan)
-    kind = "blocks_not_scored" if found.failed else "blocks_scored"
-    message = f"the search continues without scores: {found.failed}" if found.failed else _sentence(found, plan)
-    view.event(kind, message)
-    prepared.run.event(kind, message=message, **found.model_dump(mode="json", exclude={"failed"}))
-    return replace(prepared, plan=plan)
+class BlockScores(Step[LayerScores]):
+    """The blocks scored by their gradients, and policies by score resolved.
 
+    Args:
+        execution: Of the rank that scores; the search's gangs unless given.
+    """
 
-def _run(prepared: Prepared, execution: ExecutionPlan, score: Measure) -> LayerScores:
-    """What was found, or why there is nothing."""
-    trial, nothing = probe_trial(prepared.plan, prepared.anatomy, prepared.spec.train.seed)
-    probe = prepared.plan.probe
-    assignment = prepared.assignment(trial, nothing, folder=prepared.run.path, stop_step=0, execution=execution, probe=probe)
-    result = measured(prepared, assignment, score)
-    return result.layer_scores or LayerScores(failed=result.reason)
+    def __init__(self, prepared: Prepared, execution: ExecutionPlan | None = None) -> None:
+        super().__init__(prepared)
+        self._execution = execution or prepared.plan.execution
+
+    @property
+    def file(self) -> Path:
+        return self.prepared.run.layer_scores
+
+    def known(self) -> LayerScores | None:
+        return read_scores(self.prepared.run)
+
+    def work(self) -> Measurement | None:
+        prepared, plan = self.prepared, self.prepared.plan.probe
+        if plan is None:
+            return None
+        context, seed = prepared.work_context(self._execution), prepared.spec.train.seed
+        return ScoreBlocks(context=context, execution=self._execution, seed=seed, plan=plan)
+
+    def announce(self, view: RunView) -> None:
+        plan = self.prepared.plan.probe
+        assert plan is not None
+        view.phase("probe", f"{plan.num_batches} x {plan.rows} rows")
+
+    def finding(self, found: Found) -> LayerScores:
+        assert isinstance(found, LayerScores)
+        plan = self.prepared.plan.probe
+        if found.failed and plan is not None and plan.required:
+            raise TrainingError(
+                f"the blocks could not be scored: {found.failed}",
+                where=str(self.prepared.run.path),
+                remedy="fix the reported error and submit the same spec again, or name blocks instead of `top:` under another "
+                "`name`",
+            )
+        return found
+
+    def plan(self, finding: LayerScores) -> RunPlan:
+        return with_scores(self.prepared.plan, self.prepared.spec, self.prepared.anatomy, finding)
+
+    def event(self, finding: LayerScores, plan: RunPlan) -> Event:
+        fields = finding.model_dump(mode="json", exclude={"failed"})
+        if finding.failed:
+            return Event("blocks_not_scored", f"the search continues without scores: {finding.failed}", fields)
+        return Event("blocks_scored", _sentence(finding, plan), fields)
 
 
 def _sentence(found: LayerScores, plan: RunPlan) -> str:
@@ -137,86 +238,112 @@ def _sentence(found: LayerScores, plan: RunPlan) -> str:
     return "; ".join([said, *(f"{layers} is blocks {', '.join(map(str, blocks))}" for layers, blocks in chosen.items())])
 
 
-def compiled_where_it_pays(prepared: Prepared, exchange: Any, view: RunView) -> Prepared:
-    """The run with its choice made, there and in the exchange; one of its gangs measures where the plan says so.
+class CompiledBlocks(Step[CompileChoice]):
+    """Whether the run's trials train with compiled blocks: all of them do, or none."""
 
-    Raises:
-        TrainingError: `resources.compile: on`, and the blocks cannot be compiled.
-    """
-    chosen = _chosen(prepared, view, lambda assignment: fetch(exchange.probe.remote(assignment)))
-    if chosen.plan is not prepared.plan:
-        fetch(exchange.replan.remote(chosen.plan))
-    return chosen
+    @property
+    def file(self) -> Path:
+        return self.prepared.run.compile_choice
 
+    def known(self) -> CompileChoice | None:
+        return read_choice(self.prepared.run)
 
-def _chosen(prepared: Prepared, view: RunView, measure: Measure) -> Prepared:
-    known, asked = read_choice(prepared.run), prepared.spec.resources.compile
-    choice = standing_choice(asked, known) or _made(prepared, view, measure)
-    if choice == known:
-        return prepared  # the plan knows
-    plan = with_choice(prepared.plan, choice)
-    write_json(prepared.run.compile_choice, choice)
-    write_json(prepared.run.plan, plan)
-    kind = "blocks_compiled" if choice.compiled else "blocks_not_compiled"
-    if choice.times is not None:
-        view.event(kind, choice.reason)
-    times = choice.times.model_dump(mode="json") if choice.times is not None else {}
-    prepared.run.event(kind, message=choice.reason, **times)
-    return replace(prepared, plan=plan)
+    def settled(self, known: CompileChoice | None) -> CompileChoice | None:
+        choice = standing_choice(self.prepared.spec.resources.compile, known)
+        if choice is not None:
+            return choice
+        plan = self.prepared.plan.compiling
+        if plan is None or plan.option is None:
+            return CompileChoice(compiled=False, reason=plan.reason if plan is not None else "nothing is measured")
+        begun = any(entry.trial.control is None for entry in self.prepared.run.ledger.entries())
+        if begun and not plan.required:
+            return CompileChoice(compiled=False, reason="the run's first trials were trained without")
+        return None
 
-
-def _made(prepared: Prepared, view: RunView, measure: Measure) -> CompileChoice:
-    plan = prepared.plan.compiling
-    if plan is None or plan.option is None:
-        return CompileChoice(compiled=False, reason=plan.reason if plan is not None else "nothing is measured")
-    begun = any(entry.trial.control is None for entry in Ledger(prepared.run.trials).entries())
-    if begun and not plan.required:
-        return CompileChoice(compiled=False, reason="the run's first trials were trained without")
-    view.phase("compiling")
-    choice = choice_of(plan, _times(prepared, plan, plan.option, measure))
-    if plan.required and not choice.compiled:
-        raise TrainingError(
-            choice.reason,
-            where=str(prepared.run.path),
-            remedy="fix the reported error, or set resources.compile: auto, and submit again",
+    def work(self) -> Measurement | None:
+        prepared, plan = self.prepared, self.prepared.plan.compiling
+        if plan is None or plan.option is None:
+            return None
+        option, seed = planned_options(prepared.plan)[plan.option], prepared.spec.train.seed
+        return TimeCompiling(
+            context=prepared.work_context(),
+            execution=prepared.plan.execution,
+            seed=seed,
+            plan=plan,
+            trial=make_trial(prepared.plan, option, option.learning_rate_low, 0, seed),
+            selection=option.selection,
         )
-    return choice
+
+    def announce(self, view: RunView) -> None:
+        view.phase("compiling")
+
+    def finding(self, found: Found) -> CompileChoice:
+        plan = self.prepared.plan.compiling
+        assert isinstance(found, CompileTimes)
+        assert plan is not None
+        choice = choice_of(plan, found)
+        if plan.required and not choice.compiled:
+            raise TrainingError(
+                choice.reason,
+                where=str(self.prepared.run.path),
+                remedy="fix the reported error, or set resources.compile: auto, and submit again",
+            )
+        return choice
+
+    def plan(self, finding: CompileChoice) -> RunPlan:
+        return with_choice(self.prepared.plan, finding)
+
+    def event(self, finding: CompileChoice, plan: RunPlan) -> Event:
+        kind = "blocks_compiled" if finding.compiled else "blocks_not_compiled"
+        if finding.times is None:  # nothing was measured: the plan's notes have said why
+            return Event(kind, finding.reason, {}, shown=False)
+        return Event(kind, finding.reason, finding.times.model_dump(mode="json"))
 
 
-def _times(prepared: Prepared, plan: CompilePlan, option: int, measure: Measure) -> CompileTimes:
-    """What was measured, or why there is nothing."""
-    assert prepared.plan.search is not None
-    selection = prepared.plan.search.options[option].selection
-    trial = compile_trial(prepared.plan, option, prepared.spec.train.seed)
-    assignment = prepared.assignment(trial, selection, folder=prepared.run.path, stop_step=0, compiling=plan)
-    result = measured(prepared, assignment, measure)
-    return result.compile_times or CompileTimes(failed=result.reason)
+class TargetShift(Step[DomainShift]):
+    """How far the target lies from the retention set, which orders the first proposals. Without a retention set nothing is
+    measured: few examples order them all the same, and more change nothing."""
 
+    @property
+    def file(self) -> Path:
+        return self.prepared.run.domain_shift
 
-def advised_by_shift(prepared: Prepared, exchange: Any, view: RunView) -> Prepared:
-    """The run with its first proposals ordered by what was measured. Without a retention set nothing is measured: few examples
-    order them all the same, and more change nothing.
-    """
-    plan = prepared.plan
-    file = prepared.run.domain_shift
-    if plan.search is None or (plan.shift is None and not has_few(plan.data)):
-        return prepared
-    known = read_record(file, DomainShift) if file.exists() else None
-    found = known or _measured(prepared, lambda assignment: fetch(exchange.probe.remote(assignment)))
-    advice = advice_of(prepared, found)
-    if known is None:
-        write_json(file, found)
-        view.event("domain_shift", advice.sentence)
-        prepared.run.event("domain_shift", message=advice.sentence, **found.model_dump(mode="json"))
-    search = plan.search.model_copy(update={"prior": advice.kind})
-    plan = plan.model_copy(update={"search": search})
-    write_json(prepared.run.plan, plan)
-    fetch(exchange.replan.remote(plan))
-    return replace(prepared, plan=plan)
+    @property
+    def _is_wanted(self) -> bool:
+        plan = self.prepared.plan
+        return plan.shift is not None or has_few_examples(plan.data)
+
+    def known(self) -> DomainShift | None:
+        return read_record(self.file, DomainShift) if self._is_wanted and self.file.exists() else None
+
+    def settled(self, known: DomainShift | None) -> DomainShift | None:
+        if known is None and self._is_wanted and self.prepared.plan.shift is None:
+            return DomainShift(failed=NO_RETENTION_SET)
+        return known
+
+    def work(self) -> Measurement | None:
+        prepared, plan = self.prepared, self.prepared.plan.shift
+        if plan is None:
+            return None
+        context, seed = prepared.work_context(), prepared.spec.train.seed
+        return MeasureShift(context=context, execution=prepared.plan.execution, seed=seed, plan=plan)
+
+    def finding(self, found: Found) -> DomainShift:
+        assert isinstance(found, DomainShift)
+        return found
+
+    def plan(self, finding: DomainShift) -> RunPlan:
+        plan = self.prepared.plan
+        assert plan.search is not None
+        search = plan.search.model_copy(update={"prior": advice_of(self.prepared, finding).kind})
+        return plan.model_copy(update={"search": search})
+
+    def event(self, finding: DomainShift, plan: RunPlan) -> Event:
+        return Event("domain_shift", advice_of(self.prepared, finding).sentence, finding.model_dump(mode="json"))
 
 
 def advice_of(prepared: Prepared, found: DomainShift) -> Advice:
-    base = base_result(Ledger(prepared.run.trials))
+    base = base_result(prepared.run.ledger)
     return advise(
         [block.distance for block in found.blocks],
         target_loss=base.eval_loss if base is not None else None,
@@ -224,12 +351,3 @@ def advice_of(prepared: Prepared, found: DomainShift) -> Advice:
         num_documents=prepared.plan.data.train_documents,
         failed=found.failed,
     )
-
-
-def _measured(prepared: Prepared, measure: Measure) -> DomainShift:
-    if prepared.plan.shift is None:
-        return DomainShift(failed=NO_RETENTION_SET)
-    trial, nothing = shift_trial(prepared.plan, prepared.anatomy, prepared.spec.train.seed)
-    assignment = prepared.assignment(trial, nothing, folder=prepared.run.path, stop_step=0, shift=prepared.plan.shift)
-    result = measured(prepared, assignment, measure)
-    return result.domain_shift or DomainShift(failed=result.reason)

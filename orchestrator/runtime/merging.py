@@ -1,4 +1,4 @@
-"""Bundling a trial of a run again, or one that a person promotes by hand."""
+"""Bundle a trial of a run again, or one that a person promotes by hand."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from pathlib import Path
 
 from orchestrator.errors import UsageError
 from orchestrator.run.ledger import Ledger
+from orchestrator.run.records import RunOutcome, write_outcome
 from orchestrator.runtime.cluster import connected, require_shared_storage
 from orchestrator.runtime.failures import in_plain_words
 from orchestrator.runtime.finish import finish
 from orchestrator.runtime.heartbeat import Pulse
-from orchestrator.runtime.outcome import RunOutcome, write_outcome
 from orchestrator.runtime.prepare import reopen
 from orchestrator.runtime.ray_health import guarded
 from orchestrator.store import read_record
@@ -26,18 +26,18 @@ _NOT_BY_THE_RULE = "it is measured only for a trial promoted by the rule"
 def merge_trial(
     run_folder: Path, trial_id: str | None, *, promote: bool = False, view: RunView, address: str | None = None
 ) -> RunOutcome:
-    """Bundle the promoted trial again; or, with `promote`, the one that is named, recorded as promoted by hand.
+    """Bundle the promoted trial again; with `promote`, bundle the named one and record it as promoted by hand.
 
     Raises:
-        UsageError: no such trial, it has failed or is a control, another one is promoted, or nothing is.
-        PlanError: another node of the cluster does not see the run's folder.
+        UsageError: there is no such trial, it failed or is a control, or it is not the promoted one.
+        PlanError: another node of the cluster cannot read the run's folder.
     """
     prepared = reopen(run_folder.absolute())
     with prepared.run as run:
         if not run.sweep.exists():
             raise UsageError("the search has not finished", where=str(run.path), remedy="submit the spec again")
         sweep = read_record(run.sweep, SweepResult)
-        chosen = choose(sweep, Ledger(run.trials), trial_id, promote=promote)
+        chosen = choose(sweep, run.ledger, trial_id, promote=promote)
         before = sweep.winner_id
         if chosen != before:
             sweep = promoted_by_hand(sweep, chosen)
@@ -51,11 +51,13 @@ def merge_trial(
 
 
 def promoted_by_hand(sweep: SweepResult, trial_id: str) -> SweepResult:
-    """The record with another trial promoted. What the rule had said stays, however often a person decides; so does the learning
-    curve, and is told where its own trial is promoted.
+    """Return the summary with another trial promoted.
+
+    The reason by the rule is kept, however often a person promotes. So is the learning curve, which is shown only while its own
+    trial is the promoted one.
 
     Raises:
-        UsageError: the record does not know the trial yet.
+        UsageError: the trial is not in the summary yet.
     """
     rule = sweep.promotion_reason.partition(BY_THE_RULE)[2] if sweep.promoted_by_hand else sweep.promotion_reason
     label = next((trial.label for trial in sweep.trials if trial.trial_id == trial_id), None)
@@ -72,7 +74,7 @@ def promoted_by_hand(sweep: SweepResult, trial_id: str) -> SweepResult:
 
 
 def _show(view: RunView, sweep: SweepResult, chosen: str) -> None:
-    """Start the view on the one trial that is bundled, beside the base model."""
+    """Start the view with the bundled trial and the base model."""
     view.start(
         name=sweep.name,
         metric=sweep.metric,
@@ -86,10 +88,10 @@ def _show(view: RunView, sweep: SweepResult, chosen: str) -> None:
 
 
 def choose(sweep: SweepResult, ledger: Ledger, trial_id: str | None, *, promote: bool) -> str:
-    """The id of the trial to merge: the promoted one, unless `promote` names another, by id or number.
+    """Return the id of the trial to merge: the promoted one, or with `promote` another, given by id or number.
 
     Raises:
-        UsageError: as `merge_trial` says.
+        UsageError: as in `merge_trial`.
     """
     mergeable = [
         entry.trial.trial_id

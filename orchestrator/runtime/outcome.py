@@ -1,10 +1,9 @@
-"""What a run leaves: sweep.json, transfer.json, and the words for them."""
+"""The result of a search: the promotion, what ended it, and the plan against what was measured."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,51 +13,19 @@ from orchestrator.plan.cost.choices import planned_options
 from orchestrator.plan.cost.duration import MeasuredSteps, calibrated
 from orchestrator.plan.cost.estimate import CPU_FLOPS_PER_CORE, run_flops
 from orchestrator.plan.values import RunPlan
-from orchestrator.run.hours import HoursState, read_hours
-from orchestrator.run.ledger import Ledger
-from orchestrator.run.records import base_result, trial_records
+from orchestrator.run.hours import HoursState
+from orchestrator.run.ledger import Ledger, base_result
+from orchestrator.run.records import trial_records
 from orchestrator.runtime.assignments import GangFigures
 from orchestrator.runtime.follow_up_trials import curve_ids, curve_of
 from orchestrator.runtime.prepare import Prepared
-from orchestrator.store import read_record, write_json
+from orchestrator.store import write_json
 from orchestrator.transfer import Comparison, Promotion, paired_comparison, pareto_front, promote
 from orchestrator.transfer.learning_curve import LearningCurve
 from orchestrator.transfer.promotion import PROMOTABLE_CONTROLS
-from orchestrator.transfer.records import PlanAgainstMeasured, RefitRecord, SweepResult, TransferReport, TrialRecord
+from orchestrator.transfer.records import PlanAgainstMeasured, RefitRecord, SweepResult, TrialRecord
 
 MORE_HOURS = "raise resources.max_gpu_hours and submit again: the search continues where it ended"
-
-
-@dataclass(frozen=True)
-class RunOutcome:
-    """A finished run: where it lies, what was found, and what it is worth."""
-
-    run_folder: Path
-    sweep: SweepResult
-    transfer: TransferReport
-
-
-def read_outcome(run_folder: Path) -> RunOutcome | None:
-    """The outcome of a run that came to its end; None for any other."""
-    sweep, transfer_file = read_sweep(run_folder), run_folder / "transfer.json"
-    if sweep is None or sweep.finished_at is None or not transfer_file.exists():
-        return None
-    return RunOutcome(run_folder, sweep, read_record(transfer_file, TransferReport))
-
-
-def write_outcome(outcome: RunOutcome) -> RunOutcome:
-    """transfer.json first: sweep.json with its end time says that both stand."""
-    write_json(outcome.run_folder / "transfer.json", outcome.transfer)
-    used = read_hours(outcome.run_folder / "hours.json")
-    sweep = outcome.sweep.model_copy(update={"finished_at": time.time(), "gpu_hours_used": used})
-    write_json(outcome.run_folder / "sweep.json", sweep)
-    return RunOutcome(outcome.run_folder, sweep, outcome.transfer)
-
-
-def read_sweep(run_folder: Path) -> SweepResult | None:
-    """What an earlier submission left in sweep.json."""
-    file = run_folder / "sweep.json"
-    return read_record(file, SweepResult) if file.exists() else None
 
 
 def summarise(
@@ -69,13 +36,13 @@ def summarise(
     earlier: SweepResult | None = None,
     hours: HoursState | None = None,
 ) -> SweepResult:
-    """The search as a record, with the promotion decided; also written to sweep.json, unfinished.
+    """Summarise the search and decide the promotion; write both to sweep.json, still without an end time.
 
     Args:
-        figures: How each gang spent its time in this submission.
+        figures: The time of each gang in this submission.
         started_at: Unix time of this submission.
-        earlier: What earlier submissions of the run left; their time counts.
-        hours: What the search used of GPUs, and whether that ended it.
+        earlier: The summary of earlier submissions; their time counts.
+        hours: The GPU-hours of the search, and whether they ended it.
     """
     scoring = prepared.scoring
     trials = trial_records(ledger, scoring)
@@ -126,7 +93,7 @@ def summarise(
 def _ended_by_hours(
     prepared: Prepared, ledger: Ledger, hours: HoursState | None, late: Mapping[str, str], points: Sequence[str]
 ) -> str:
-    """How far the search came where the bound held a trial or a control back; nothing where it did not.
+    """Return how far the search came where the GPU-hour bound stopped a trial or a control; empty where it did not.
 
     Args:
         late: The ids of the promoted trial's controls, by name.
@@ -152,7 +119,7 @@ def _is_missing(ledger: Ledger, trial_id: str) -> bool:
 
 
 def decide(prepared: Prepared, ledger: Ledger, trials: Sequence[TrialRecord]) -> Promotion:
-    """Which trial is promoted, from the paired differences to the untouched base on the eval set."""
+    """Decide which trial is promoted, from the paired differences to the base model on the eval set."""
     base = next((trial for trial in trials if trial.control == "none"), None)
     return promote(
         trials,
@@ -165,7 +132,7 @@ def decide(prepared: Prepared, ledger: Ledger, trials: Sequence[TrialRecord]) ->
 
 
 def _eval_comparisons(prepared: Prepared, ledger: Ledger) -> dict[str, Comparison]:
-    """Of every trial with the base, by per-document losses on the eval set; only where the metric is the loss."""
+    """Compare every trial with the base model by per-document losses on the eval set; only where the metric is the loss."""
     none = ledger.get("none")
     if prepared.scoring.metric != "loss" or none is None or not none.results:
         return {}
@@ -188,7 +155,7 @@ def _target(trial: TrialRecord, higher_is_better: bool) -> float:
 
 
 def _first_trial_seconds(ledger: Ledger, started_at: float) -> float | None:
-    """From the submission to the end of the first step that it made for a searched trial; None where it made none."""
+    """Return the seconds from the submission to its first step of a searched trial; None where it made none."""
     stretches = [
         (result, result.step - (entry.results[index - 1].step if index else 0))
         for entry in ledger.entries()
@@ -204,10 +171,10 @@ def _first_trial_seconds(ledger: Ledger, started_at: float) -> float | None:
 def plan_against_measured(
     prepared: Prepared, sweep: SweepResult, refitted: RefitRecord | None
 ) -> tuple[PlanAgainstMeasured, ...]:
-    """Memory, disk, base loads and computing time.
+    """Compare the plan with what was measured: memory, disk, base loads and computing time.
 
     Args:
-        refitted: How the bundle's trial came to the full budget; None where there is no bundle.
+        refitted: The refit of the bundled trial; None where there is no bundle.
     """
     plan = prepared.plan
     options = plan.search.options if plan.search is not None else (plan.finetune,) if plan.finetune is not None else ()
@@ -235,7 +202,7 @@ def plan_against_measured(
 
 
 def first_steps(plan: RunPlan, sweep: SweepResult) -> list[MeasuredSteps]:
-    """The first rung of every searched trial, its evaluation included."""
+    """Return the first rung of every searched trial, with its evaluation."""
     options = [(option.layers, option.method) for option in planned_options(plan)]
     return [
         MeasuredSteps(options.index(key), first.tokens, first.seconds, evaluations=1)
@@ -246,9 +213,10 @@ def first_steps(plan: RunPlan, sweep: SweepResult) -> list[MeasuredSteps]:
 
 
 def _computing_time(prepared: Prepared, sweep: SweepResult, refitted: RefitRecord | None) -> PlanAgainstMeasured:
-    """Seconds of training and scoring, summed over GPUs, or over cores where there is none.
+    """Return the seconds of training and scoring, summed over GPUs, or over cores without them.
 
-    Planned is arithmetic alone at the rates of `plan.cost`; a bundle's merge is in neither, and what is trained late is in both.
+    The plan counts arithmetic operations at the rates of `plan.cost`. Neither side includes the merge; both include the follow-up
+    trials.
     """
     plan = prepared.plan
     on_gpus = plan.execution.device == "cuda"

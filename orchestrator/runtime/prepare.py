@@ -10,29 +10,28 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import ValidationError
 
-from orchestrator.anatomy import LayerSelection, ModelAnatomy, read_anatomy, resolve_base
+from orchestrator.anatomy import ModelAnatomy, read_anatomy, resolve_base
 from orchestrator.data import DataSummary, data_size, prepare_data
 from orchestrator.errors import IntegrityError, RunConflictError, UsageError
-from orchestrator.plan import make_assignment, make_plan
+from orchestrator.plan import make_plan, work_context
 from orchestrator.plan import schedule as steps
 from orchestrator.plan.measurements import standing_choice, with_choice
 from orchestrator.plan.schedule import StepSize
 from orchestrator.plan.values import ClusterDescription, RunPlan
-from orchestrator.run.output_root import output_root
-from orchestrator.run.scoring import Scoring
+from orchestrator.run.directory import WRITABLE, RunDirectory, output_root
+from orchestrator.run.layout import RunFolder
+from orchestrator.run.scoring import Scoring, scoring_of
 from orchestrator.runtime.cluster import require_base_everywhere
 from orchestrator.runtime.recovery import mend
 from orchestrator.spec import JobSpec, LoadedSpec, spec_sha256
-from orchestrator.store import RunDirectory, base_identity, file_identity, output_to, read_record, write_json
+from orchestrator.store import base_identity, file_identity, output_to, read_record, write_json
 from orchestrator.store.files import RECORD_REMEDY
-from orchestrator.store.run_directory import WRITABLE
 from orchestrator.train.evaluation import text_metric
 from orchestrator.transfer.view import RunView
 from orchestrator.values import content_hash
-from orchestrator.work.assignment import Assignment
-from orchestrator.work.execution import DataPaths, TrainSettings
+from orchestrator.work.assignment import WorkContext
+from orchestrator.work.execution import DataPaths, ExecutionPlan, TrainSettings
 from orchestrator.work.measurements import CompileChoice, LayerScores
-from orchestrator.work.trial import TrialSpec
 
 Job = Literal["sweep", "finetune"]
 
@@ -69,35 +68,21 @@ class Prepared:
             tokens_per_step=steps.tokens_per_step(self.spec, self.plan.data),
         )
 
-    def assignment(self, trial: TrialSpec, selection: LayerSelection, *, folder: Path, stop_step: int, **how: Any) -> Assignment:
-        """From step 0, outside the search; `how` as in `make_assignment`."""
-        return make_assignment(
-            self.plan,
-            trial,
-            selection,
-            settings=self.settings,
-            data=self.data_paths,
-            metric=self.scoring.metric,
-            folder=str(folder),
-            rung=0,
-            start=None,
-            stop_step=stop_step,
-            **how,
-        )
+    def work_context(self, execution: ExecutionPlan | None = None) -> WorkContext:
+        """Return what all work for one kind of gang shares: the search's gangs, or those of another execution."""
+        metric = self.scoring.metric
+        return work_context(self.plan, settings=self.settings, data=self.data_paths, metric=metric, execution=execution)
 
     @property
     def scoring(self) -> Scoring:
-        search = self.spec.search
-        if search is None or self.plan.search is None:
-            return Scoring(metric="loss", max_forgetting=float("inf"))
-        return Scoring(metric=search.metric, max_forgetting=search.max_forgetting, patience=self.plan.search.patience)
+        return scoring_of(self.spec.search, self.plan)
 
 
 def open_run(loaded: LoadedSpec, job: Job, output: Path | None, view: RunView) -> RunDirectory:
-    """The run's folder under `output`, or under the spec's, locked.
+    """Open and lock the run's folder under `output`, or under the spec's.
 
     Raises:
-        RunConflictError: it holds another run, or another driver works in it.
+        RunConflictError: it holds another run, or another driver is running it.
     """
     root = output_root(loaded, output)
     run = RunDirectory.open(root.path, loaded.spec.name, loaded, spec_sha256(loaded.spec, job))
@@ -115,11 +100,11 @@ def open_run(loaded: LoadedSpec, job: Job, output: Path | None, view: RunView) -
 def prepare(
     loaded: LoadedSpec, job: Job, run: RunDirectory, view: RunView, cluster: Callable[[], ClusterDescription] | None
 ) -> Prepared:
-    """Read the base, tokenise, plan; write plan.json.
+    """Read the base model, tokenise, plan; write plan.json.
 
     Args:
-        cluster: Describes the cluster; called once the input has been found good, so that a bad one starts nothing.
-            None for a run that has come to its end: its plan stands.
+        cluster: Describes the cluster; called only after the input is checked, so that bad input starts nothing. None for a
+            finished run, which keeps its plan.
 
     Raises:
         BaseError, SelectionError, DataError: the input cannot be used, or a node has another base.
@@ -162,10 +147,10 @@ def prepare(
 
 
 def _claim_base(run: RunDirectory, anatomy: ModelAnatomy) -> tuple[str, RunPlan | None]:
-    """(the base's hash, the run's plan where it has one), once the base is found to be what the plan was made for.
+    """Check that the base model is the one that the run was planned for; return its hash, and the plan where there is one.
 
     Raises:
-        RunConflictError: it is another one.
+        RunConflictError: it is another base model.
     """
     identity = identity_of_base(anatomy)
     run.claim_base(identity)
@@ -181,7 +166,7 @@ def _claim_base(run: RunDirectory, anatomy: ModelAnatomy) -> tuple[str, RunPlan 
 
 
 class Tokenised(NamedTuple):
-    """The data of a run, and the plan that was made of it before, if any."""
+    """The data of a run, and the plan of an earlier submission, if any."""
 
     summary: DataSummary
     folder: Path
@@ -197,7 +182,7 @@ def plan_of_data(
     job: Job,
     scores: LayerScores | None = None,
 ) -> RunPlan:
-    """The exact plan of a job. A run goes on with the steps of its first plan, whatever cluster it is on by now.
+    """Make the exact plan of a job. A resumed run keeps the steps of its first plan, whatever cluster it is on now.
 
     Raises:
         SelectionError: a layer policy does not fit the base.
@@ -212,7 +197,7 @@ def plan_of_data(
 
 
 def tell_data(data: DataSummary, run: RunDirectory, view: RunView) -> None:
-    """What was found out about the data, in one line each: on the screen, in the log and in the record, before the training."""
+    """Report the findings about the data, one line each, to the view and to events.jsonl."""
     for notice in data.told:
         kind = "warning" if notice.level == "warning" else "data"
         view.event(kind, notice.line)
@@ -220,17 +205,17 @@ def tell_data(data: DataSummary, run: RunDirectory, view: RunView) -> None:
 
 
 def read_scores(run: RunDirectory) -> LayerScores | None:
-    """What the run's probe found, once it has been; also that it failed."""
+    """Read the scores of the blocks, or that scoring failed; None where they are not scored yet."""
     return read_record(run.layer_scores, LayerScores) if run.layer_scores.exists() else None
 
 
 def read_choice(run: RunDirectory) -> CompileChoice | None:
-    """Whether the run's trials train with compiled blocks, once that is settled."""
+    """Read whether the trials train with compiled blocks; None where that is not decided yet."""
     return read_record(run.compile_choice, CompileChoice) if run.compile_choice.exists() else None
 
 
 def require_metric(loaded: LoadedSpec) -> None:
-    """Import the search's metric where it is a user's own function, from where the workers import it too.
+    """Import the search's metric where it is a user's own function, from the path that the workers use too.
 
     Raises:
         UsageError: there is no such module or function.
@@ -252,14 +237,14 @@ def require_metric(loaded: LoadedSpec) -> None:
 
 
 def reopen(run_folder: Path) -> Prepared:
-    """A run that was prepared before, from its own folder.
+    """Open a run that was prepared before, by its own folder.
 
     Raises:
         UsageError: the folder holds no planned run.
-        BaseError: the base is no longer where the plan says.
-        RunConflictError: a driver works in it, or the base's folder holds another base now.
+        BaseError: the base model is no longer where the plan says.
+        RunConflictError: another driver is running it, or the base's folder holds another base model now.
     """
-    if not (run_folder / "plan.json").exists():
+    if not RunFolder(run_folder).plan.exists():
         raise UsageError("no planned run", where=str(run_folder), expected="a folder with plan.json, as a sweep leaves it")
     run = RunDirectory.reopen(run_folder)
     try:
@@ -267,7 +252,7 @@ def reopen(run_folder: Path) -> Prepared:
         spec = _recorded_spec(run)
         anatomy = read_anatomy(Path(plan.base.folder), need_weights=True)
         run.claim_base(identity_of_base(anatomy))
-        data = read_record(run.data / "summary.json", DataSummary)
+        data = read_record(run.data_summary, DataSummary)
     except BaseException:
         run.close()
         raise
@@ -279,11 +264,11 @@ def _recorded_spec(run: RunDirectory) -> JobSpec:
         return JobSpec.model_validate(run.identity["values"])
     except ValidationError as error:
         what = f"no spec: {error.errors()[0]['msg']}"
-        raise IntegrityError(what, where=str(run.path / "run.json"), remedy=RECORD_REMEDY) from None
+        raise IntegrityError(what, where=str(run.identity_file), remedy=RECORD_REMEDY) from None
 
 
 def identity_of_base(anatomy: ModelAnatomy) -> dict[str, Any]:
-    """What `RunDirectory.claim_base` compares."""
+    """Return what `RunDirectory.claim_base` compares."""
     return base_identity(Path(anatomy.folder), _weight_files(anatomy))
 
 
@@ -292,5 +277,5 @@ def _weight_files(anatomy: ModelAnatomy) -> list[str]:
 
 
 def _files_of(anatomy: ModelAnatomy) -> list[str]:
-    """What a gang reads of the base: its weights, and the JSON files of the model and its tokenizer."""
+    """Return the files that a gang reads: the weights, and the JSON files of the model and its tokenizer."""
     return [*sorted(path.name for path in Path(anatomy.folder).glob("*.json")), *_weight_files(anatomy)]

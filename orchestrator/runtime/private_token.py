@@ -1,6 +1,6 @@
-"""What ray reads from the environment once, when it is imported: so this comes before.
+"""Environment variables that ray reads once, when it is imported: import this module before ray.
 
-A token for the Ray that a run starts for itself, and which of Ray's own messages a driver does not print.
+The token of a private Ray, and which of Ray's own messages a driver does not print.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import sys
 
 
 def set_private_token() -> None:
-    """Have a private Ray ask for a token that only this process and its workers know.
+    """Make a private Ray require a token that only this process and its workers know.
 
-    Ray's ports run anybody's code without one. Nothing changes where RAY_ADDRESS names a cluster, where RAY_AUTH_MODE
-    says what is wanted, or where Ray was imported before: the processes it starts would ask for a token that it does
-    not show.
+    Without one, Ray's ports execute anybody's code. Nothing changes if RAY_ADDRESS names a cluster, if RAY_AUTH_MODE is
+    set, or if Ray was imported already: the processes that it starts would require a token that it does not send.
     """
     if "RAY_ADDRESS" in os.environ or "RAY_AUTH_MODE" in os.environ or "ray" in sys.modules:
         return
@@ -24,8 +23,7 @@ def set_private_token() -> None:
 
 
 def drop_raylet_logs() -> None:
-    """Have Ray print nothing where a node is lost: it prints the last 20 lines of that node manager's log, and the run says what
-    happened in words of its own."""
+    """Stop Ray from printing the last 20 lines of a lost node manager's log: the run reports the lost node itself."""
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", r"^(Raylet is terminated\.|The node with node id: )")
 
 

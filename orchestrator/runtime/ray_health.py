@@ -19,6 +19,7 @@ from pathlib import Path
 import ray
 
 from orchestrator.errors import TrainingError
+from orchestrator.run.layout import RunFolder
 from orchestrator.runtime.failures import GO_ON
 from orchestrator.runtime.hang_detection import POLL_S, Patience
 from orchestrator.runtime.processes import stat_of
@@ -104,7 +105,7 @@ class Guard:
 
     def _record(self, kind: str, message: str) -> None:
         with contextlib.suppress(OSError):
-            append_jsonl(self._folder / "events.jsonl", {"time": time.time(), "kind": kind, "message": message})
+            append_jsonl(RunFolder(self._folder).events, {"time": time.time(), "kind": kind, "message": message})
 
     def _give_up(self, what: str) -> None:
         """End this process with what it has started, before Ray does that: nothing that Ray is asked for would end."""

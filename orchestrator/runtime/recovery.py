@@ -1,7 +1,7 @@
-"""Before a run is gone on with: records and checkpoints that were damaged since are set aside, each with an event.
+"""Before a run continues, its damaged records and checkpoints are set aside, each with an event.
 
-What is set aside is found again beside it as `<name>.damaged-<n>`. What rested on it is done again: a rung is trained from the
-last one before it that is whole, a figure is measured again, the plan is made again.
+A damaged file is renamed to `<name>.damaged-<n>`. What depended on it is done again: a rung is trained from the last
+undamaged one before it, a figure is measured again, the plan is made again.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import numpy as np
 
 from orchestrator.errors import IntegrityError
 from orchestrator.plan.values import RunPlan
+from orchestrator.run.directory import RunDirectory
 from orchestrator.run.hours import HoursRecord
-from orchestrator.run.ledger import END, EVALUATION, TRIAL, TrialEnd, TrialHead, result_number
-from orchestrator.store import RunDirectory, check_folder, read_json, read_record, set_aside, write_json
+from orchestrator.run.layout import END, EVALUATION, OWNER, RESULT, TRIAL, rung_files, rung_number
+from orchestrator.run.ledger import TrialEnd, TrialHead
+from orchestrator.store import check_folder, read_json, read_record, set_aside, write_json
 from orchestrator.transfer.records import SweepResult, TransferReport
 from orchestrator.transfer.view import RunView
 from orchestrator.work.assignment import contradiction, ownership
@@ -29,9 +31,9 @@ Read = Callable[[Path], Any]
 
 
 def mend(run: RunDirectory, view: RunView) -> list[str]:
-    """Set aside what is damaged of a run that this process holds; what was told of it.
+    """Set aside the damaged files of a run that this process holds; return what was reported of them.
 
-    Checkpoints of a run that has come to its end are not read: nothing goes on from them.
+    Checkpoints of a finished run are not read: nothing continues from them.
     """
     mender = _Mender(run, view)
     mender.mend_records()
@@ -66,26 +68,26 @@ class _Mender:
             (run.sweep, _as(SweepResult), "the search results are recomputed from its trials"),
             (run.transfer, _as(TransferReport), "the bundle is rebuilt and evaluated again"),
             (run.hours, _as(HoursRecord), "the hours are recomputed from the trials' results"),
-            (run.refit / TRIAL, _owner, "the refit continues from checkpoints of its own trial"),
-            (run.refit / "result.json", _as(RungResult), "the refit continues from its newest complete checkpoint"),
+            (run.refit / OWNER, _owner, "the refit continues from checkpoints of its own trial"),
+            (run.refit / RESULT, _as(RungResult), "the refit continues from its newest complete checkpoint"),
             (run.refit / STEPPED_DOWN, _as(SteppedDown), "the refit is retried as planned"),
         ):
             self._check(path, read, remedy)
 
     def mend_trial(self, folder: Path, plan: RunPlan | None, *, with_checkpoints: bool) -> None:
-        """One trial's records; what came after a damaged rung goes with it."""
+        """Check one trial's records. Everything after a damaged rung is set aside with it."""
         head = folder / TRIAL
         if not head.exists():
             return
         if self._check(head, _as(TrialHead), "the trial is restarted"):
-            for file in (*folder.glob("result-*.json"), folder / END):
+            for file in (*rung_files(folder), folder / END):
                 self._put_away(file)
             return
         trial = read_record(head, TrialHead).trial
-        self._check(folder / "result.json", _as(RungResult), "it continues from its newest complete checkpoint")
+        self._check(folder / RESULT, _as(RungResult), "it continues from its newest complete checkpoint")
         self._check(folder / STEPPED_DOWN, _as(SteppedDown), "it is retried as planned")
         self._check(folder / END, _as(TrialEnd), "the trial's end state is recomputed")
-        for file in sorted(folder.glob("result-*.json"), key=result_number):
+        for file in rung_files(folder):
             told = f"trial {trial.trial_id} is trained again from the rung before it"
             lost = self._check(file, _as(RungResult), told)
             if not lost:
@@ -93,17 +95,17 @@ class _Mender:
                 lost = self._mend_checkpoint(folder, trial, result, plan) if with_checkpoints else False
                 self._count(trial, result)
             if lost:
-                self._drop_from(folder, result_number(file))
+                self._drop_from(folder, rung_number(file))
                 return
 
     def _mend_checkpoint(self, folder: Path, trial: TrialSpec, result: RungResult, plan: RunPlan | None) -> bool:
-        """Whether the rung has to be trained, or the untouched base scored, again."""
+        """Return whether the rung has to be trained, or the base model evaluated, again."""
         if result.checkpoint is None:
             file = folder / EVALUATION
             return file.exists() and self._check(file, _arrays, f"{trial.trial_id} is scored again")
         checkpoint = folder / Path(result.checkpoint).name
         if not checkpoint.is_dir():
-            return False  # removed by somebody, or moved with its run: whoever needs it says so
+            return False  # removed by hand, or moved with its run: loading it reports that
         own = ownership(trial, plan.spec_sha256, plan.base_sha256) if plan is not None else ownership(trial)
 
         def whole_and_own(path: Path) -> None:
@@ -113,8 +115,8 @@ class _Mender:
         return self._check(checkpoint, whole_and_own, f"trial {trial.trial_id} is trained again from the rung before it")
 
     def _drop_from(self, folder: Path, rung: int) -> None:
-        for file in folder.glob("result-*.json"):
-            if result_number(file) >= rung:
+        for file in rung_files(folder):
+            if rung_number(file) >= rung:
                 self._put_away(file)
         self._put_away(folder / END)
 
@@ -136,7 +138,7 @@ class _Mender:
             write_json(file, CompileChoice(compiled=self._compiled, reason=reason))
 
     def _check(self, path: Path, read: Read, remedy: str) -> bool:
-        """Whether it was damaged, and is set aside."""
+        """Return whether a file was damaged and has been set aside."""
         if not path.exists():
             return False
         try:

@@ -11,43 +11,44 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
+from pydantic import Field, TypeAdapter
 from ray import train
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy
 from orchestrator.errors import RankOutOfMemoryError, TrainingError
-from orchestrator.plan import head_control
+from orchestrator.plan import head_control, train_rung
+from orchestrator.run.activities import ranks_text
 from orchestrator.run.hours import affords_refit, is_left_for_refit, metered, read_hours, refit_hours, rung_hours
-from orchestrator.run.ledger import Ledger, TrialEntry
-from orchestrator.run.records import base_result
+from orchestrator.run.layout import OWNER, RESULT, STARTS
+from orchestrator.run.ledger import TrialEntry
 from orchestrator.run.scoring import Scoring
-from orchestrator.runtime.activities import OWNER, STARTS, ranks_text
-from orchestrator.runtime.assignments import failed_result
 from orchestrator.runtime.cluster import placement_strategy, rank_resources, worker_env
 from orchestrator.runtime.failures import describe
 from orchestrator.runtime.hang_detection import Patience
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.runtime.task_supervision import Minder, send_pulses
 from orchestrator.store import read_json, read_record, write_json
+from orchestrator.train import TrainHost, drop_later_checkpoints, find_own
 from orchestrator.transfer.records import RefitRecord
 from orchestrator.transfer.view import RunView
-from orchestrator.work.assignment import Assignment, owner_of
+from orchestrator.work.assignment import EvaluateBase, TrainRung, owner_of
 from orchestrator.work.execution import BaseLoad, ExecutionPlan
 from orchestrator.work.memory_ladder import STEPPED_DOWN, SteppedDown, fits_in_no_way, nothing_smaller, relieve, with_relief
 from orchestrator.work.results import RungResult
 from orchestrator.work.trial import TrialSpec
 
-if TYPE_CHECKING:
-    from orchestrator.train import TrainHost
-
+RefitWork = TrainRung | EvaluateBase
+"""What a worker group does: the one-trial job's evaluates the base first."""
+REFIT_WORK: TypeAdapter[RefitWork] = TypeAdapter(Annotated[RefitWork, Field(discriminator="kind")])
 MAX_RESTARTS = 3
 MAX_FRUITLESS_STARTS = 10
 """How often a worker group is asked for where there is no place for it; each time Ray Train waits for a minute."""
 
 
-def refit(base: BaseLoad, anatomy: ModelAnatomy, assignments: list[Assignment], folder: Path, minder: Minder) -> list[RungResult]:
+def refit(base: BaseLoad, anatomy: ModelAnatomy, assignments: list[RefitWork], folder: Path, minder: Minder) -> list[RungResult]:
     """Run assignments one after another in one worker group.
 
     Args:
@@ -90,7 +91,7 @@ def _why(error: Exception, minder: Minder) -> str:
     return describe(getattr(first, "cause", None) or first)
 
 
-def _trainer(base: BaseLoad, anatomy: ModelAnatomy, assignments: list[Assignment], folder: Path, board: Any) -> TorchTrainer:
+def _trainer(base: BaseLoad, anatomy: ModelAnatomy, assignments: list[RefitWork], folder: Path, board: Any) -> TorchTrainer:
     execution = assignments[0].execution
     payload = {
         "base": base.model_dump(mode="json"),
@@ -123,16 +124,14 @@ def num_restarts(folder: Path) -> int:
     return max(0, len(starts.read_bytes().splitlines()) - 1) if starts.exists() else 0
 
 
-def result_file(assignment: Assignment) -> Path:
-    return Path(assignment.folder) / "result.json"
+def result_file(assignment: RefitWork) -> Path:
+    return Path(assignment.folder) / RESULT
 
 
 def _worker(payload: dict[str, Any]) -> None:
     """One rank of the refit. Ray Train has made the process group."""
-    from orchestrator.train import TrainHost
-
     base, anatomy = BaseLoad.model_validate(payload["base"]), ModelAnatomy.model_validate(payload["anatomy"])
-    assignments = [Assignment.model_validate(values) for values in payload["assignments"]]
+    assignments = [REFIT_WORK.validate_python(values) for values in payload["assignments"]]
     context = train.get_context()
     rank = context.get_world_rank()
     send_pulses(payload["board"], rank)
@@ -149,23 +148,24 @@ def _worker(payload: dict[str, Any]) -> None:
         host.close()
 
 
-def _run(host: TrainHost, assignment: Assignment) -> RungResult:
+def _run(host: TrainHost, assignment: RefitWork) -> RungResult:
     """Go on from the newest checkpoint, by the way that an earlier worker group came down to.
 
     Raises:
         RankOutOfMemoryError: memory ran out on this rank alone; how the next worker group goes on is written down.
     """
-    from orchestrator.train import drop_later_checkpoints, find_own
-
     ranks, folder = host.ranks, Path(assignment.folder)
     found = (find_own(folder, owner_of(assignment)), _stepped_down(assignment)) if ranks.first else None
     (newest, told), known = ranks.broadcast(found)
     notes = (*(known.notes if known is not None else ()), *told)
     if known is not None and known.execution is None:
-        return failed_result(assignment, known.reason).model_copy(update={"notes": notes})
+        return assignment.failed(known.reason).model_copy(update={"notes": notes})
     execution = with_relief(assignment.execution, known.execution if known is not None else None)
-    start = newest or (Path(assignment.start) if assignment.start else None)
-    update = {"execution": execution, "start": str(start) if start else None}
+    update: dict[str, Any] = {"execution": execution}
+    start: Path | None = None
+    if isinstance(assignment, TrainRung):
+        start = newest or (Path(assignment.start) if assignment.start else None)
+        update["start"] = str(start) if start else None
     now = SteppedDown(execution=execution, notes=notes, reason="")
 
     def on_relief(smaller: ExecutionPlan, note: str) -> None:
@@ -176,7 +176,7 @@ def _run(host: TrainHost, assignment: Assignment) -> RungResult:
             write_json(_stepped_down_file(assignment), now)
 
     try:
-        result = host.run(assignment.model_copy(update=update), on_relief=on_relief)
+        result = host.run_trial(assignment.model_copy(update=update), on_relief=on_relief)
     except RankOutOfMemoryError as error:
         assert now.execution is not None
         write_json(_stepped_down_file(assignment), _step_down(now.execution, now.notes, error))
@@ -195,12 +195,12 @@ def _step_down(execution: ExecutionPlan, notes: tuple[str, ...], error: RankOutO
     return SteppedDown(execution=relief.execution, notes=(*notes, note), reason=error.what)
 
 
-def _stepped_down(assignment: Assignment) -> SteppedDown | None:
+def _stepped_down(assignment: RefitWork) -> SteppedDown | None:
     file = _stepped_down_file(assignment)
     return read_record(file, SteppedDown) if file.exists() else None
 
 
-def _stepped_down_file(assignment: Assignment) -> Path:
+def _stepped_down_file(assignment: RefitWork) -> Path:
     return Path(assignment.folder) / STEPPED_DOWN
 
 
@@ -244,7 +244,7 @@ def full_budget(prepared: Prepared, entry: TrialEntry, base: RungResult | None, 
         reason = best if judged.step < trial.total_steps else "the promoted trial had the full budget"
         return judged, RefitRecord(ran=False, reason=reason, to_step=judged.step)
     assignment = refit_assignment(prepared, trial, selection_of(prepared, entry), last.relieved)
-    left_out = _why_left_out(prepared, entry, assignment)
+    left_out = _why_left_out(prepared, entry, base, assignment)
     if left_out:
         view.event("refit_left_out", left_out, trial_id=trial.trial_id)
         prepared.run.event("refit_left_out", message=left_out, trial_id=trial.trial_id)
@@ -272,7 +272,7 @@ def steps_to_bundle(entry: TrialEntry, base: RungResult | None, scoring: Scoring
     return (own,) if stands_as_it_is(entry, base, scoring) else (own, entry.trial.total_steps)
 
 
-def _why_left_out(prepared: Prepared, entry: TrialEntry, assignment: Assignment) -> str:
+def _why_left_out(prepared: Prepared, entry: TrialEntry, base: RungResult | None, assignment: RefitWork) -> str:
     """Why there is no refit, for want of GPU-hours; nothing where there is one, or one has come to its end before."""
     total, bound, folder = entry.trial.total_steps, prepared.spec.resources.max_gpu_hours, prepared.run.refit
     if bound is None:
@@ -281,7 +281,7 @@ def _why_left_out(prepared: Prepared, entry: TrialEntry, assignment: Assignment)
     if _stored_results([assignment]) is not None:
         return ""
     expected = refit_hours(entry.results, total)
-    own = prepared.scoring.judged(entry.results, base_result(Ledger(prepared.run.trials)))
+    own = prepared.scoring.judged(entry.results, base)
     instead = f"the trial's own rung at step {own.step} is bundled instead"
     if not affords_refit(expected, bound):
         return f"the refit to {total} steps would take about {expected:.3g} of max_gpu_hours: {bound:g}; {instead}"
@@ -320,24 +320,27 @@ def why_passed_over(refitted: RungResult, rung: RungResult, base: RungResult | N
 
 def refit_assignment(
     prepared: Prepared, trial: TrialSpec, selection: LayerSelection, relieved: ExecutionPlan | None = None
-) -> Assignment:
+) -> TrainRung:
     """The whole training of a trial, in refit/, with checkpoints in between.
 
     Args:
         relieved: What the search had to train it by, where memory ran out there.
     """
-    return prepared.assignment(
+    execution = prepared.plan.refit_execution
+    return train_rung(
+        prepared.plan,
+        prepared.work_context(execution),
         trial,
         selection,
-        folder=prepared.run.refit,
+        execution=with_relief(execution, relieved),
+        folder=str(prepared.run.refit),
         stop_step=trial.total_steps,
-        execution=with_relief(prepared.plan.refit_execution, relieved),
         keep_optimizer=False,
         checkpoint_every_steps=max(1, trial.total_steps // (REFIT_CHECKPOINTS + 1)),
     )
 
 
-def run_refit(prepared: Prepared, assignments: list[Assignment]) -> list[RungResult]:
+def run_refit(prepared: Prepared, assignments: list[RefitWork]) -> list[RungResult]:
     """Run or go on with a refit; one of another trial is put aside, and found again when it is wanted.
 
     Raises:
@@ -366,7 +369,7 @@ def run_refit(prepared: Prepared, assignments: list[Assignment]) -> list[RungRes
     return results
 
 
-def _stored_results(assignments: list[Assignment]) -> list[RungResult] | None:
+def _stored_results(assignments: list[RefitWork]) -> list[RungResult] | None:
     """What an earlier submission brought to its end; what failed in it is tried again."""
     files = [result_file(assignment) for assignment in assignments]
     if not all(file.exists() for file in files):

@@ -18,7 +18,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialSch
 from ray.tune.search import Searcher
 
 from orchestrator.plan import make_trial
-from orchestrator.plan.schedule import pace
+from orchestrator.plan.schedule import asha_time
 from orchestrator.plan.values import RunPlan
 from orchestrator.run.ledger import TrialEntry
 from orchestrator.runtime.cluster import fetch, own_node
@@ -115,7 +115,7 @@ def thin_trial(config: dict[str, Any], exchange: Any, plan: RunPlan) -> None:
         tune.report(
             {
                 "score": answer.score,
-                "pace": pace(plan.search, rung),
+                "pace": asha_time(plan.search, rung),
                 "step": answer.step,
                 "metric": answer.metric,
                 "state": answer.state,
@@ -202,7 +202,7 @@ def _without_credentials() -> Iterator[None]:
 
 def _last_pace(plan: RunPlan) -> int:
     assert plan.search is not None
-    return pace(plan.search, len(plan.search.rung_steps) - 1)
+    return asha_time(plan.search, len(plan.search.rung_steps) - 1)
 
 
 def _scheduler(plan: RunPlan) -> TrialScheduler:

@@ -1,4 +1,4 @@
-"""One gang at work: it takes what is next while what it has just learned is written, and is replaced when it dies."""
+"""Supervision of one gang: it takes the next work while the last is written, and is replaced when it fails."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from orchestrator.errors import TrainingError
-from orchestrator.runtime.activities import activity_of
-from orchestrator.runtime.assignments import MAX_ATTEMPTS, GangFigures, Work, next_attempt, with_history
+from orchestrator.run.activities import activity_of
+from orchestrator.runtime.assignments import MAX_ATTEMPTS, GangFigures, QueuedWork, next_attempt, with_history
 from orchestrator.runtime.gang import Gang, GangDiedError, why_no_start
 from orchestrator.runtime.work_queue import WorkQueue
 from orchestrator.transfer.view import Activity
+from orchestrator.work.assignment import Work
 from orchestrator.work.execution import ExecutionPlan
-from orchestrator.work.results import RungResult
-from orchestrator.work.trial import TrialSpec
+from orchestrator.work.results import RungResult, WorkResult
 
 
-class Shift:
-    """What one gang does, from the first work to the end.
+class Supervisor:
+    """Serves one gang, from its first work to the end.
 
-    It has at most two groups: one that runs, and the one before it, whose rungs are written beside that. When the gang
-    dies, what it has goes back to the queue, to start again from each trial's last rung.
+    The gang has at most two groups: one that runs, and the one before it, whose rungs are written meanwhile. When the gang
+    fails, what it has is requeued, to start again from each trial's last rung.
 
     Args:
         gang: Not started.
         planned: What the plan gives every trial.
         queue: Where work comes from.
         figures: How the gang spends its time goes here.
-        refuses: Whether the bound on hours holds a trial back.
-        settle: Writes a result down, whose rung stands, and answers whoever waits for it.
-        tell: Writes an event down.
+        refuses: Whether the bound on hours holds work back.
+        settle: Records a result, whose rung is on disk, and answers whoever waits for it.
+        tell: Records an event.
     """
 
     def __init__(
@@ -40,8 +40,8 @@ class Shift:
         planned: ExecutionPlan,
         queue: WorkQueue,
         figures: GangFigures,
-        refuses: Callable[[TrialSpec], bool],
-        settle: Callable[[Work, RungResult], None],
+        refuses: Callable[[Work], bool],
+        settle: Callable[[QueuedWork, WorkResult], None],
         tell: Tell,
     ) -> None:
         self.gang = gang
@@ -52,7 +52,7 @@ class Shift:
         self._settle = settle
         self._tell = tell
         self._writing: asyncio.Task[None] | None = None
-        self._running: Sequence[Work] = ()
+        self._running: Sequence[QueuedWork] = ()
 
     def activities(self) -> tuple[Activity, ...]:
         """What the gang is doing at this moment; nothing while it is idle."""
@@ -60,22 +60,22 @@ class Shift:
             return (Activity(doing=self.gang.starting, gang=self.gang.index),)
         return tuple(activity_of(work.assignment, self.gang.index) for work in self._running)
 
-    async def work_off(self) -> None:
-        """Start, take work, answer; start again when the gang dies. Raises what the last failed start raised."""
+    async def serve(self) -> None:
+        """Start the gang, take work, answer it; start again when the gang fails. Raises what the last failed start raised."""
         idle_since: float | None = None
         while True:
             if not self.gang.pids:
                 await self.written()
                 await start_gang(self.gang, self._figures, self._tell)
             async with self._queue.next_group(self.gang.index) as group:
-                if group[0].attempts:  # a gang has died of it: what it does is done alone
+                if group[0].attempts:  # a gang has failed while running it: it is run alone
                     await self.written()
-                if not self.gang.pids:  # it died over what it was writing
+                if not self.gang.pids:  # it failed while writing the group before
                     idle_since = None
                     for work in group:
                         self._queue.put(work)
                     continue
-                if self._refuses(group[0].assignment.trial):
+                if self._refuses(group[0].assignment):
                     for work in group:
                         work.answer(None)
                     continue
@@ -96,13 +96,13 @@ class Shift:
             writing, self._writing = self._writing, None
             writing.result()
 
-    async def _run(self, group: Sequence[Work]) -> float:
-        """Run a group and leave it to be written; on a dead gang, put it back and leave the gang to be replaced.
+    async def _run(self, group: Sequence[QueuedWork]) -> float:
+        """Run a group and leave it to be written; requeue it where the gang fails, which is left to be replaced.
 
         Returns:
             When the gang had nothing more to do, by the monotonic clock: it may have to wait for the group before to be written.
         """
-        works = {work.assignment.trial.trial_id: work for work in group}
+        works = {work.assignment.work_id: work for work in group}
         started = time.monotonic()
         self._running = group
         try:
@@ -113,12 +113,12 @@ class Shift:
         self._figures.busy_s += answered_at - started
         if death is not None:
             await self.written()
-            for result in self._bury(group, death):
-                self._settle(works[result.trial_id], result)
+            for result in self._requeue_or_fail(group, death):
+                self._settle(works[result.work_id], result)
             return answered_at
-        results = [with_history(result, works[result.trial_id], self._planned) for result in answers]
-        self._queue.note_width(group, results)
-        self._queue.expect(_going_on(works, results))
+        results = [with_history(result, works[result.work_id], self._planned) for result in answers]
+        self._queue.note_fused_size(group, [result for result in results if isinstance(result, RungResult)])
+        self._queue.expect(_continuing(works, results))
         # Kept before anything is awaited: who is cancelled here has its results written down all the same.
         before, self._writing = self._writing, asyncio.create_task(self._write(self._writing, works, results))
         if before is not None:
@@ -128,33 +128,35 @@ class Shift:
             await self.written()
         return answered_at
 
-    async def _answers(self, group: Sequence[Work]) -> tuple[list[RungResult], TrainingError | None]:
-        """What the gang answers, or what it died of."""
+    async def _answers(self, group: Sequence[QueuedWork]) -> tuple[list[WorkResult], TrainingError | None]:
+        """Return what the gang answers, or what it failed of."""
         try:
             return await self.gang.run([work.assignment for work in group]), None
         except TrainingError as death:
             return [], death
 
-    async def _write(self, before: asyncio.Task[None] | None, works: Mapping[str, Work], results: Sequence[RungResult]) -> None:
+    async def _write(
+        self, before: asyncio.Task[None] | None, works: Mapping[str, QueuedWork], results: Sequence[WorkResult]
+    ) -> None:
         """Answer each member of a group once its rung stands, after the group before it."""
         try:
             if before is not None:
                 await asyncio.wait([before])
             try:
                 await self.gang.settle()
-            except TrainingError as death:  # if for want of memory, then of the group that runs now: this one had enough
-                results = self._bury(list(works.values()), GangDiedError(death.what))
-            going_on = _going_on(works, results)
+            except TrainingError as death:  # out of memory: because of the group that runs now, for this one had enough
+                results = self._requeue_or_fail(list(works.values()), GangDiedError(death.what))
+            continuing = _continuing(works, results)
             for result in results:
-                self._settle(works[result.trial_id], result)
-            self._queue.expect(going_on)
+                self._settle(works[result.work_id], result)
+            self._queue.expect(continuing)
         except Exception as error:
             for work in works.values():
                 work.fail(error)
             raise
 
-    def _bury(self, group: Sequence[Work], death: TrainingError) -> list[RungResult]:
-        """Leave a dead gang to be replaced; its work goes back to the queue, but for the failed results that are returned."""
+    def _requeue_or_fail(self, group: Sequence[QueuedWork], death: TrainingError) -> list[WorkResult]:
+        """Leave a failed gang to be replaced and requeue its work; return the results of work that is not tried again."""
         gang, failed = self.gang, []
         lived, gang.pids = bool(gang.pids), ()
         for work in group:
@@ -165,16 +167,17 @@ class Shift:
             else:
                 failed.append(result)
             then = "; ".join(work.notes[known:]) or f"its assignment {'is dropped' if result else 'is requeued'}"
-            self._tell("gang_died", f"{death.what}; {then}", gang=gang.index, trial_id=work.assignment.trial.trial_id)
-        if lived:  # the group that was being written may have been buried before the one that ran
+            self._tell("gang_died", f"{death.what}; {then}", gang=gang.index, trial_id=work.assignment.work_id)
+        if lived:  # the group that was being written may have been requeued before the one that ran
             self._figures.replaced += 1
             gang.kill()
         return failed
 
 
-def _going_on(works: Mapping[str, Work], results: Sequence[RungResult]) -> list[RungResult]:
-    """Of a group, the trials that may ask for their next rung."""
-    return [result for result in results if result.state == "done" and not works[result.trial_id].future.done()]
+def _continuing(works: Mapping[str, QueuedWork], results: Sequence[WorkResult]) -> list[RungResult]:
+    """Return the results of a group whose trials may ask for their next rung."""
+    rungs = [result for result in results if isinstance(result, RungResult)]
+    return [result for result in rungs if result.state == "done" and not works[result.work_id].future.done()]
 
 
 class Tell(Protocol):

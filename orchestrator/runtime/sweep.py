@@ -15,9 +15,10 @@ from ray.exceptions import RayError
 from orchestrator.errors import TrainingError
 from orchestrator.plan import head_control, none_control
 from orchestrator.plan.defaults import with_section
+from orchestrator.run.activities import ranks_text
+from orchestrator.run.directory import RunDirectory
 from orchestrator.run.hours import may_go_on, read_hours
-from orchestrator.run.ledger import Ledger
-from orchestrator.runtime.activities import ranks_text
+from orchestrator.run.records import RunOutcome, read_outcome, read_sweep, write_outcome
 from orchestrator.runtime.assignments import Orders
 from orchestrator.runtime.cluster import fetch, joins
 from orchestrator.runtime.exchange import Exchange
@@ -26,12 +27,11 @@ from orchestrator.runtime.finish import finish
 from orchestrator.runtime.follow_up_trials import hand_in, train_late, wait_for
 from orchestrator.runtime.hang_detection import Patience
 from orchestrator.runtime.heartbeat import Pulse, Watcher
-from orchestrator.runtime.measurements import advised_by_shift, compiled_where_it_pays, scored_in_a_gang
-from orchestrator.runtime.outcome import RunOutcome, read_outcome, read_sweep, summarise, write_outcome
+from orchestrator.runtime.measurements import measured_in_a_gang
+from orchestrator.runtime.outcome import summarise
 from orchestrator.runtime.prepare import Prepared, open_run, prepare
 from orchestrator.runtime.search import run_search
 from orchestrator.spec import LoadedSpec
-from orchestrator.store import RunDirectory
 from orchestrator.transfer.records import SweepResult
 from orchestrator.transfer.view import RunView
 
@@ -107,37 +107,44 @@ def _search(prepared: Prepared, view: Pulse, started_at: float) -> tuple[Prepare
                 f"the base model could not be evaluated: {untouched.reason}",
                 remedy="fix the reported error and submit the same spec again: it is evaluated again",
             )
-        prepared = compiled_where_it_pays(scored_in_a_gang(prepared, exchange, view), exchange, view)
-        prepared = advised_by_shift(prepared, exchange, view)
+        ledger = prepared.run.ledger
+        ledger.refresh()  # the exchange, another process, has written the base model's scores
+        prepared = measured_in_a_gang(prepared, exchange, view)
         plan = prepared.plan
         assert plan.search is not None
         view.phase("search", f"{plan.search.num_trials} trials")
         stops = plan.search.rung_steps if plan.search.patience is not None else plan.search.rung_steps[-1:]
         head = hand_in(exchange, *head_control(plan, prepared.anatomy, spec, seed), stops)
-        recorded = [entry for entry in Ledger(prepared.run.trials).entries() if entry.trial.control is None]
+        recorded = [entry for entry in ledger.entries() if entry.trial.control is None]
         run_search(plan, exchange, recorded, prepared.run.path / "tune", seed)
         wait_for(exchange, "head", head)
         figures, hours = fetch(exchange.figures.remote()), fetch(exchange.hours.remote())
-        sweep = summarise(prepared, Ledger(prepared.run.trials), figures, started_at, earlier, hours)
-        winner = Ledger(prepared.run.trials).get(sweep.winner_id) if sweep.winner_id is not None else None
+        ledger.refresh()
+        sweep = summarise(prepared, ledger, figures, started_at, earlier, hours)
+        winner = ledger.get(sweep.winner_id) if sweep.winner_id is not None else None
         if winner is not None and train_late(prepared, exchange, winner, view):
             hours = fetch(exchange.hours.remote())
-            sweep = summarise(prepared, Ledger(prepared.run.trials), figures, started_at, earlier, hours)
-        if sweep.learning_curve is not None:
-            _tell(prepared, view, "learning_curve", sweep.learning_curve.sentence)
-        if sweep.no_learning_curve:
-            _tell(prepared, view, "learning_curve_left_out", sweep.no_learning_curve)
-        if earlier is not None and earlier.promoted_by_hand and earlier.winner_id != sweep.winner_id:
-            instead = f"{earlier.winner_id}, which was promoted by hand before the search continued"
-            _tell(
-                prepared,
-                view,
-                "promoted_by_rule",
-                f"{sweep.winner_id or 'nothing'} is promoted by the rule, instead of {instead}",
-            )
-        if sweep.ended_by_hours:
-            _tell(prepared, view, "ended_by_hours", sweep.ended_by_hours)
+            ledger.refresh()
+            sweep = summarise(prepared, ledger, figures, started_at, earlier, hours)
+        _tell_findings(prepared, view, sweep, earlier)
     return prepared, sweep
+
+
+def _tell_findings(prepared: Prepared, view: RunView, sweep: SweepResult, earlier: SweepResult | None) -> None:
+    """Report what the search found beside its trials.
+
+    Args:
+        earlier: The summary of earlier submissions.
+    """
+    if sweep.learning_curve is not None:
+        _tell(prepared, view, "learning_curve", sweep.learning_curve.sentence)
+    if sweep.no_learning_curve:
+        _tell(prepared, view, "learning_curve_left_out", sweep.no_learning_curve)
+    if earlier is not None and earlier.promoted_by_hand and earlier.winner_id != sweep.winner_id:
+        instead = f"{earlier.winner_id}, which was promoted by hand before the search continued"
+        _tell(prepared, view, "promoted_by_rule", f"{sweep.winner_id or 'nothing'} is promoted by the rule, instead of {instead}")
+    if sweep.ended_by_hours:
+        _tell(prepared, view, "ended_by_hours", sweep.ended_by_hours)
 
 
 def _tell(prepared: Prepared, view: RunView, kind: str, message: str) -> None:

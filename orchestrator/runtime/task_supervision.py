@@ -13,11 +13,11 @@ from ray.exceptions import RayError, WorkerCrashedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.errors import TrainingError
+from orchestrator.run.directory import RunDirectory
 from orchestrator.runtime.cluster import fetch
 from orchestrator.runtime.failures import GO_ON, describe
 from orchestrator.runtime.hang_detection import POLL_S, Patience, Seat, Vigil
 from orchestrator.runtime.processes import end_processes, own_seat, states_of
-from orchestrator.store import RunDirectory
 from orchestrator.train import pulse
 from orchestrator.train.pulse import Pulse
 

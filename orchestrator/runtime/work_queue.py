@@ -12,7 +12,8 @@ from contextlib import asynccontextmanager
 from orchestrator.anatomy import ModelAnatomy
 from orchestrator.plan.fusing import FuseKey, fuse_key
 from orchestrator.plan.values import RunPlan
-from orchestrator.runtime.assignments import Work
+from orchestrator.runtime.assignments import QueuedWork
+from orchestrator.work.assignment import TrainRung
 from orchestrator.work.results import RungResult
 
 REUNION_S = 0.5
@@ -38,25 +39,25 @@ class WorkQueue:
         self._last_rung = len(plan.search.rung_steps) - 1 if plan.search is not None else 0
         self._num_free = num_gangs
         self._clock = clock
-        self._works: list[Work] = []
+        self._works: list[QueuedWork] = []
         """Sorted. What has ended meanwhile lies here until somebody looks."""
         self._awaited: dict[str, tuple[int, float]] = {}
         """By trial: the rung that it may ask for, and until when it is waited for."""
-        self._paying: dict[int, int] = {}
+        self._fused_sizes: dict[int | None, int] = {}
         """By cut, where a gang has tried more: how many trials share a batch there."""
         self._changed = asyncio.Event()
 
-    def put(self, work: Work) -> None:
+    def put(self, work: QueuedWork) -> None:
         bisect.insort(self._works, work)
         self._wake()
 
-    def clear(self) -> list[Work]:
+    def clear(self) -> list[QueuedWork]:
         """Everything that nobody has taken, which is nobody's now."""
         works, self._works = self._living(), []
         return works
 
     @asynccontextmanager
-    async def next_group(self, gang: int | None = None) -> AsyncIterator[list[Work]]:
+    async def next_group(self, gang: int | None = None) -> AsyncIterator[list[QueuedWork]]:
         """What a gang does next, as soon as there is something. The gang is not free for as long as the block runs.
 
         Args:
@@ -74,25 +75,25 @@ class WorkQueue:
         self._num_free -= 1
 
     def expect(self, results: Sequence[RungResult]) -> None:
-        """A group has ended: those of it that go on had better share a batch again."""
+        """Wait a moment for trials of a group that has ended: those that continue should share a batch again."""
         if len(results) > 1 and results[0].rung < self._last_rung:
             deadline = self._clock() + REUNION_S
             self._awaited.update({result.trial_id: (result.rung + 1, deadline) for result in results})
 
     def heard_from(self, trial_id: str) -> None:
-        """A trial has asked for its next rung, or has ended."""
+        """Stop waiting for a trial: it has asked for its next rung, or has ended."""
         if self._awaited.pop(trial_id, None) is not None:
             self._wake()
 
-    def note_width(self, group: Sequence[Work], results: Sequence[RungResult]) -> None:
-        """Where a gang found that fewer pay than it was given, later groups are no larger: what shares no batch had
-        better wait here, for any gang. A gang tries widths of 1, 2, 4, ...
+    def note_fused_size(self, group: Sequence[QueuedWork], results: Sequence[RungResult]) -> None:
+        """Make later groups no larger where a gang found that batches of fewer trials are faster: what shares no batch should
+        wait here, for any gang. A gang tries batches of 1, 2, 4, ... trials.
         """
-        width = max((result.engine.fused_trials for result in results if result.engine is not None), default=len(group))
-        if 2 * width <= len(group):
-            self._paying[group[0].assignment.selection.cut] = width
+        size = max((result.engine.fused_trials for result in results if result.engine is not None), default=len(group))
+        if 2 * size <= len(group):
+            self._fused_sizes[_cut(group[0])] = size
 
-    async def _take(self, gang: int | None) -> list[Work]:
+    async def _take(self, gang: int | None) -> list[QueuedWork]:
         while True:
             self._works = self._living()
             patience = self._patience()
@@ -103,19 +104,19 @@ class WorkQueue:
             except TimeoutError:
                 continue
 
-    def _pick(self, gang: int | None) -> list[Work]:
+    def _pick(self, gang: int | None) -> list[QueuedWork]:
         works = sorted(self._works, key=lambda work: (work.priority[:2], work.home != gang, work.priority))
         first = works[0]
         key = self._key(first)
         alike = [work for work in works if key is not None and self._key(work) == key]
         even_part = math.ceil(len(alike) / self._num_free)
-        paying = self._paying.get(first.assignment.selection.cut, self._max_fused)
-        group = alike[: min(paying, even_part)] or [first]
+        fused_size = self._fused_sizes.get(_cut(first), self._max_fused)
+        group = alike[: min(fused_size, even_part)] or [first]
         self._works = [work for work in self._works if work not in group]
         return group
 
-    def _key(self, work: Work) -> FuseKey | None:
-        """After a gang has died of it, work is done alone, so that what kills gangs is found."""
+    def _key(self, work: QueuedWork) -> FuseKey | None:
+        """Return None after a gang has failed while running it: work is then done alone, so that the cause is found."""
         return None if work.attempts else fuse_key(work.assignment, self._planned, self._anatomy)
 
     def _patience(self) -> float:
@@ -129,5 +130,10 @@ class WorkQueue:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def _living(self) -> list[Work]:
+    def _living(self) -> list[QueuedWork]:
         return [work for work in self._works if not work.future.done()]
+
+
+def _cut(work: QueuedWork) -> int | None:
+    """Return where a trial's training begins; None for work that shares no batch."""
+    return work.assignment.selection.cut if isinstance(work.assignment, TrainRung) else None

@@ -1,13 +1,13 @@
-"""What the user asked: one YAML file as frozen values.
+"""The spec: what the user asks for, one YAML file as frozen values.
 
     loaded = load_spec("jobs/specs/quickstart.yaml")    # or SpecError: every mistake with file:line:column
-    load_spec("spec.yaml", ["search.trials=4"])         # with values of options, as `--set` gives them
-    loaded.spec.train.epochs                            # the spec, nothing derived in it
+    load_spec("spec.yaml", ["search.trials=4"])         # with overrides, as `--set` gives them
+    loaded.spec.train.epochs                            # the values as written, nothing derived
     loaded.resolve(loaded.spec.output)                  # paths are relative to the spec's file
     spec_sha256(loaded.spec, "sweep")                   # the run's identity
 
-`json_schema()` describes every key, `dump_yaml` prints the resolved spec, `parse_policy` reads a layer policy,
-`UNSUPPORTED` lists what is refused as not built yet.
+`json_schema()` describes every key, `dump_yaml` prints the resolved spec, `parse_policy` parses a layer policy, `UNSUPPORTED`
+lists what is rejected because it is not implemented yet.
 """
 
 from orchestrator.spec.loader import LoadedSpec, load_spec, load_values, require_section

@@ -1,4 +1,4 @@
-"""What only the whole spec can tell: keys that are right alone and wrong together."""
+"""Checks of the whole spec: keys that are valid alone but not together."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.errors import SelectionError
-from orchestrator.spec.models import ADAPTER_KEYS, AnchorSpec, ColumnsSpec, JobSpec, SearchSpec
+from orchestrator.spec.messages import is_number, near_names
+from orchestrator.spec.models import ADAPTER_KEYS, Anchor, AnchorSpec, ColumnsSpec, JobSpec, SearchSpec, Tune
 from orchestrator.spec.policy import Policy, parse_policy
-from orchestrator.spec.remedies import remedy_mistakes
-from orchestrator.spec.source import KeyPath
+from orchestrator.spec.source import KeyPath, spell_path
 from orchestrator.spec.unsupported import UNSUPPORTED, policies_of
-from orchestrator.spec.wording import is_number, near_names
 
 METRICS_BY_TASK = {
     "classify": ("loss", "accuracy", "macro_f1"),
@@ -33,7 +32,7 @@ OPTIONAL_COLUMNS_BY_TASK = {
     "chat": ("prompt", "completion", "input", "system", "tools"),
     "text": (),
 }
-"""Columns that a task reads where rows have them."""
+"""Columns that a task reads if rows have them."""
 FORMATS_BY_TASK = {
     "classify": ("labels",),
     "completion": ("prompt_completion", "alpaca"),
@@ -47,7 +46,7 @@ FUNCTION = re.compile(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")
 
 @dataclass(frozen=True)
 class Finding:
-    """A mistake, where it stands, and which places it was judged by (none of which may be broken itself)."""
+    """A mistake, its place, and the places on which the judgement depends (none of which may itself be invalid)."""
 
     path: KeyPath
     message: str
@@ -56,7 +55,7 @@ class Finding:
 
 
 def find_mistakes(spec: JobSpec, folder: Path) -> Iterator[Finding]:
-    """All findings of all checks. `folder` is where the spec's relative paths start."""
+    """Yield the findings of all checks. `folder` is the base of the spec's relative paths."""
     for check in CHECKS:
         yield from check(spec)
     for row in UNSUPPORTED:
@@ -173,7 +172,7 @@ def _policies(spec: JobSpec) -> Iterator[Finding]:
 
 
 def _points(spec: JobSpec) -> Iterator[Finding]:
-    """A fixed list is all that is tried: nothing else may say what is."""
+    """Find settings beside a fixed list of points, which is all that is tried."""
     search = spec.search
     if search is None or (search.algorithm != "fixed" and not search.points):
         return
@@ -208,7 +207,107 @@ def _controls(spec: JobSpec) -> Iterator[Finding]:
 
 
 def _remedies(spec: JobSpec) -> Iterator[Finding]:
-    return (Finding(*mistake) for mistake in remedy_mistakes(spec))
+    """Yield mistakes: replay without text to replay, anchors that fit no tuning method, and what the task or the engine does
+    not support."""
+    for path, share in _replays(spec):
+        if share:
+            yield from _needs_text(spec, path, "replayed")
+    for path, anchor in _anchors(spec):
+        if isinstance(anchor, AnchorSpec) and anchor.strength:
+            yield from _anchor_mistakes(spec, path, anchor)
+
+
+def _replays(spec: JobSpec) -> Iterator[tuple[KeyPath, float]]:
+    yield ("train", "replay"), spec.train.replay
+    if spec.search is not None:
+        for number, share in enumerate(spec.search.replay):
+            yield ("search", "replay", number), share
+        for number, point in enumerate(spec.search.points):
+            if point.replay is not None:
+                yield ("search", "points", number, "replay"), point.replay
+
+
+def _anchors(spec: JobSpec) -> Iterator[tuple[KeyPath, Anchor]]:
+    yield ("train", "anchor"), spec.train.anchor
+    if spec.search is not None:
+        for number, anchor in enumerate(spec.search.anchor):
+            yield ("search", "anchor", number), anchor
+        for number, point in enumerate(spec.search.points):
+            if point.anchor is not None:
+                yield ("search", "points", number, "anchor"), point.anchor
+
+
+def _needs_text(spec: JobSpec, path: KeyPath, used: str) -> Iterator[Finding]:
+    if spec.task == "classify":
+        hint = "remove it; l2sp needs no retention text"
+        yield Finding(
+            path, f"a classifier has no output projection with which retention text could be {used}", hint, (("task",), path)
+        )
+    elif spec.data.retain is None:
+        yield Finding(path, f"there is no retention text to be {used}", "give data.retain", (("data", "retain"), path))
+
+
+def _anchor_mistakes(spec: JobSpec, path: KeyPath, anchor: AnchorSpec) -> Iterator[Finding]:
+    if anchor.kind == "ewc":
+        yield from _needs_text(spec, path, "weighed by")
+    if anchor.kind == "product":
+        yield from _needs_whole_adapters(spec, path)
+    needed = "lora" if anchor.kind == "product" else "full"
+    judged = _tunes(spec, path)
+    mismatched = tuple(place for tunes, place in judged if needed not in tunes)
+    if mismatched:
+        message, hint = _mismatch(anchor, " and ".join(map(spell_path, mismatched)))
+        yield (
+            path,
+            message,
+            hint + (_elsewhere(spec, mismatched[0]) if len(mismatched) < len(judged) else ""),
+            (*mismatched, path),
+        )
+
+
+def _mismatch(anchor: AnchorSpec, where: str) -> tuple[str, str]:
+    """Return message and hint for an anchor that fits no tuning method of these places."""
+    if anchor.kind == "product":
+        return f"unfrozen weights ({where}) have no adapter, which `product` needs", "write l2sp or ewc, or tune: lora"
+    why = (
+        "the gradient by A is zero at the start, since B is, and so is its Fisher information"
+        if anchor.kind == "ewc"
+        else "adapters are added to the base's weights, which stay frozen"
+    )
+    return f"{anchor.kind} is for full fine-tuning; with lora ({where}) {why}", "write product, or tune: full"
+
+
+def _needs_whole_adapters(spec: JobSpec, path: KeyPath) -> Iterator[Finding]:
+    """Yield settings that require DeepSpeed: any given ZeRO stage, 0 too, and any offloading, which uses stage 3."""
+    for key, asked in (("zero", spec.resources.zero), ("offload", spec.resources.offload)):
+        if asked not in ("auto", "none"):
+            message = f"resources.{key}: {asked} requires DeepSpeed, which the anchor `product` does not support"
+            yield Finding(path, message, f"remove resources.{key}", (("resources", key), path))
+
+
+def _tunes(spec: JobSpec, path: KeyPath) -> list[tuple[set[Tune], KeyPath]]:
+    """Return the tuning methods that an anchor at this place applies to, and their places: an anchor of `train` applies to
+    each section, except to trials that have anchors of their own."""
+    search, of_train = spec.search, path[0] == "train"
+    found: list[tuple[set[Tune], KeyPath]] = []
+    if search is not None and path[:2] == ("search", "points"):
+        number = path[2]
+        assert isinstance(number, int)
+        found.append(({search.points[number].tune}, (*path[:3], "tune")))
+    elif search is not None and search.algorithm == "fixed":
+        tunes: set[Tune] = {point.tune for point in search.points if point.anchor is None or not of_train}
+        found += [(tunes, ("search", "points"))] if tunes else []
+    elif search is not None and not (of_train and search.anchor):
+        found.append((set(search.tune), ("search", "tune")))
+    if spec.finetune is not None and of_train:
+        found.append(({spec.finetune.tune}, ("finetune", "tune")))
+    return found
+
+
+def _elsewhere(spec: JobSpec, mismatched: KeyPath) -> str:
+    """Return the hint for an anchor of `train` that fits only one of two sections."""
+    place = "search.points" if spec.search is not None and spec.search.algorithm == "fixed" else "search.anchor"
+    return f", or move it to {place}" if mismatched[0] == "finetune" else f", or override it with {place}"
 
 
 def _duplicates(spec: JobSpec) -> Iterator[Finding]:
@@ -235,7 +334,7 @@ def _duplicates(spec: JobSpec) -> Iterator[Finding]:
 
 
 def _written(option: object) -> str:
-    """As the file has it: `{kind: l2sp, strength: 3}`."""
+    """Return an option as the file has it: `{kind: l2sp, strength: 3}`."""
     if isinstance(option, AnchorSpec):
         return f"{{kind: {option.kind}, strength: {repr(option.strength).removesuffix('.0')}}}"
     return repr(option)

@@ -1,4 +1,4 @@
-"""From a YAML file to a spec, or to all that is wrong with it."""
+"""Load a YAML file as a spec, or report everything that is wrong with it."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from pydantic import ValidationError
+from ruamel.yaml import YAML
 
 from orchestrator.errors import SpecError, SpecProblem
 from orchestrator.spec.checks import find_mistakes
-from orchestrator.spec.dump import resolved_yaml
+from orchestrator.spec.messages import explain, found
 from orchestrator.spec.models import FinetuneSpec, JobSpec, SearchSpec
 from orchestrator.spec.overrides import Override, apply_overrides, override_values, parse_overrides
 from orchestrator.spec.source import KeyPath, Place, Source, parse_source, read_source, spell_path
 from orchestrator.spec.unsupported import is_url
-from orchestrator.spec.wording import explain, found
 
 PLACEHOLDERS: dict[KeyPath, Any] = {
     ("name",): "unnamed",
@@ -27,41 +28,43 @@ PLACEHOLDERS: dict[KeyPath, Any] = {
     ("task",): "text",
     ("data", "train"): "x.txt",
 }
-"""Stand in for required keys that are broken, so that the rest can still be judged."""
+"""Stand-ins for required keys that are invalid, so that the rest can still be checked."""
 
 
 @dataclass(frozen=True)
 class LoadedSpec:
-    """A spec and where it came from."""
+    """A spec and its source."""
 
     spec: JobSpec
     path: Path
     """Absolute path of the spec's file."""
     text: str
     places: Mapping[str, Place] = field(default_factory=dict[str, Place])
-    """Line and column of every value that the file gives, by dotted path (`search.layers[1]`)."""
+    """Line and column of every value in the file, by dotted path (`search.layers[1]`)."""
     defaulted: str = ""
-    """What stands in for a section that the file does not have, in a sentence."""
+    """Sentence that describes the default for a section that the file does not have."""
     overrides: Mapping[str, str] = field(default_factory=dict[str, str])
-    """The options that gave values instead of the file, by dotted path: `search.trials` -> `--set search.trials=4`."""
+    """Options that override the file, by dotted path: `search.trials` -> `--set search.trials=4`."""
 
     @property
     def folder(self) -> Path:
-        """Where the spec's relative paths start."""
+        """Base folder of the spec's relative paths."""
         return self.path.parent
 
     @property
     def output_root(self) -> Path:
+        """Absolute path of `output`."""
         return Path(self.resolve(self.spec.output))
 
     def resolve(self, path: str) -> str:
-        """Absolute form of a path in the spec (a glob keeps its stars); an object store's URL stays as it is."""
+        """Return the absolute form of a path in the spec (a glob keeps its wildcards); an object store's URL is returned
+        unchanged."""
         if is_url(path):
             return path
         return os.path.normpath(self.folder / Path(path).expanduser())
 
     def where(self, path: str) -> str:
-        """`file:line:column` of a value, for errors that are found later; the option that gave it, or the file alone."""
+        """Return `file:line:column` of a value, for errors found later; or the option that gave it, or the file alone."""
         option = next((self.overrides[key] for key in self.overrides if _is_within(path, key)), "")
         if option:
             return option
@@ -70,16 +73,16 @@ class LoadedSpec:
 
 
 def load_spec(path: Path | str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> LoadedSpec:
-    """Read, validate and judge a spec.
+    """Read, validate and check a spec.
 
-    Numbers are strict: a quoted number, or true where a number is due, is an error.
+    Numbers are strict: a quoted number, or true instead of a number, is an error.
 
     Args:
         path: The YAML file.
-        overrides: Values that take the place of the file's: `key=value` texts as `--set` takes them, or values by dotted key.
+        overrides: Values that replace the file's: `key=value` texts as `--set` takes them, or values by dotted key.
 
     Raises:
-        SpecError: everything that is wrong, each with file:line:column, or with the option that gave it.
+        SpecError: lists everything that is wrong, each with file:line:column or with the option that gave it.
     """
     path = Path(path).expanduser()
     given = override_values(overrides) if isinstance(overrides, Mapping) else parse_overrides(overrides)
@@ -87,29 +90,29 @@ def load_spec(path: Path | str, overrides: Sequence[str] | Mapping[str, Any] = (
 
 
 def load_text(text: str, path: Path) -> LoadedSpec:
-    """A spec out of YAML text that is not, or not yet, in the file `path`.
+    """Load a spec from YAML text that is not (or not yet) in the file `path`.
 
     Raises:
-        SpecError: everything that is wrong, as if it stood there.
+        SpecError: lists everything that is wrong, as if it were there.
     """
     return _load(parse_source(text, str(path)), path.absolute(), [])
 
 
 def load_values(values: Mapping[str, Any], folder: Path, overrides: Mapping[str, Any] | None = None) -> LoadedSpec:
-    """A spec out of a dictionary with the keys of a spec's file, as `load_spec` judges one.
+    """Load a spec from a dictionary with the keys of a spec file, checked as `load_spec` checks one.
 
     Args:
-        folder: Where relative paths start.
+        folder: Base of relative paths.
 
     Raises:
-        SpecError: everything that is wrong, by key.
+        SpecError: lists everything that is wrong, by key.
     """
     plain = json.loads(json.dumps(values, default=str))
     return _load(Source("the given spec", "", plain), folder.absolute() / "spec", override_values(overrides or {}))
 
 
 def _load(source: Source, path: Path, overrides: Sequence[Override]) -> LoadedSpec:
-    """The spec of a source; `path` is where it comes from, absolute."""
+    """Load the spec from a source; `path` is the absolute path that it comes from."""
     data = _mapping(source.data)
     if data is None:
         keys = ", ".join(JobSpec.model_fields)
@@ -132,7 +135,7 @@ def _load(source: Source, path: Path, overrides: Sequence[Override]) -> LoadedSp
 
 
 def _text(source: Source, spec: JobSpec, path: Path) -> str:
-    """The file as it stands; where options or a program gave values, the resolved spec, and by what it came about."""
+    """Return the file's text; if options or a program gave values, the resolved spec with a comment about their origin."""
     if source.text and not source.overrides:
         return source.text
     origin = path.name if source.text else "a program's values"
@@ -140,8 +143,17 @@ def _text(source: Source, spec: JobSpec, path: Path) -> str:
     return f"# Resolved from {origin}{', changed by' if options else ''}\n{options}{resolved_yaml(spec)}"
 
 
+def resolved_yaml(spec: JobSpec) -> str:
+    """Return the spec as YAML that loads again: every key with its value, defaults included."""
+    yaml: Any = YAML()
+    yaml.width = 120
+    stream = StringIO()
+    yaml.dump(spec.model_dump(mode="json"), stream)
+    return stream.getvalue()
+
+
 def require_section(loaded: LoadedSpec, job: Literal["sweep", "finetune"]) -> SearchSpec | FinetuneSpec:
-    """The section that a job needs.
+    """Return the section that a job needs.
 
     Raises:
         SpecError: the spec does not have it.
@@ -161,13 +173,14 @@ def _mapping(data: Any) -> dict[str, Any] | None:
 
 def _validate(source: Source) -> tuple[JobSpec | None, dict[KeyPath, SpecProblem]]:
     try:
+        # Strict validation of JSON still accepts a list for a tuple, which strict validation of Python values does not.
         return JobSpec.model_validate_json(json.dumps(source.data), strict=True), {}
     except ValidationError as error:
         return None, explain(error.errors(include_url=False, include_context=False), source)
 
 
 def _salvage(data: dict[str, Any], broken: list[KeyPath]) -> JobSpec | None:
-    """The spec without its broken places, so that the others are judged in the same reading."""
+    """Return the spec without its invalid places, so that the others are checked in the same pass."""
     rest = copy.deepcopy(data)
     for path in broken:
         _remove(rest, path)
@@ -184,8 +197,10 @@ def _salvage(data: dict[str, Any], broken: list[KeyPath]) -> JobSpec | None:
 
 
 def _remove(data: dict[str, Any], path: KeyPath) -> None:
-    """Take a value out. A broken policy is replaced, so that the others keep their numbers; other lists go whole."""
+    """Remove an invalid value. An invalid policy is replaced, so that the others keep their numbers; other lists are removed
+    whole."""
     if path[:2] == ("search", "layers") and len(path) == 3 and isinstance(path[2], int):
+        # Each stand-in is a different policy, so that they are not reported as duplicates of each other.
         data["search"]["layers"][path[2]] = f"blocks:{9000 + path[2]}"
         return
     depth = next((number for number, step in enumerate(path) if isinstance(step, int)), len(path))
@@ -197,7 +212,7 @@ def _remove(data: dict[str, Any], path: KeyPath) -> None:
 
 
 def _is_within(path: str, key: str) -> bool:
-    """Whether `search.layers[1]` lies at or below `search.layers`."""
+    """Return whether `search.layers[1]` is at or below `search.layers`."""
     return path == key or path.startswith((f"{key}.", f"{key}["))
 
 

@@ -1,4 +1,4 @@
-"""What the user asked: the spec as frozen values. Nothing derived is stored here."""
+"""The spec as frozen values. Nothing derived is stored here."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ ReplayShare = Annotated[float, Field(ge=0.0, lt=1.0)]
 Factor = Annotated[float, Field(gt=0.0, le=1.0)]
 LearningRate = Annotated[float, Field(gt=0.0, le=10.0)]
 FEW_EXAMPLES = 500
-"""Training documents up to which chance decides much: of the split, of the seed, and of when training should end."""
+"""Training documents up to which chance has a large effect: in the split, the seed, and when training should end."""
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
 
 def _refuse_bool(value: object) -> object:
-    """Keep `true` from passing as the 1 of a choice."""
+    """Reject `true` where a choice includes 1."""
     if isinstance(value, bool):
         raise ValueError("a choice, not true or false")
     return value
 
 
 class Section(Value):
-    """A section of the spec: frozen, numbers finite, the line under each key its description in the JSON Schema."""
+    """A section of the spec: frozen, finite numbers only; the docstring of each key is its description in the JSON Schema."""
 
     model_config = ConfigDict(allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -220,7 +220,7 @@ class SearchSpec(Section):
 
     @property
     def num_trials(self) -> int:
-        """How many are searched: a fixed list has no more trials than points."""
+        """Number of searched trials: a fixed list has no more trials than points."""
         return min(self.trials, len(self.points)) if self.algorithm == "fixed" else self.trials
 
 

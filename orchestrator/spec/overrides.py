@@ -22,14 +22,14 @@ class Override:
     path: KeyPath
     value: Any
     option: str
-    """As it was given, for messages: `--set search.trials=4`."""
+    """The option as given, for messages: `--set search.trials=4`."""
 
 
 def parse_overrides(texts: Sequence[str]) -> list[Override]:
-    """`key=value` texts: the key dotted, `[n]` for an item of a list, the value YAML (empty: null).
+    """Parse `key=value` texts: a dotted key, `[n]` for an item of a list, and a YAML value (empty: null).
 
     Raises:
-        SpecError: every text that is none, named by its option.
+        SpecError: lists every text that cannot be parsed, with its option.
     """
     found: list[Override] = []
     problems: list[SpecProblem] = []
@@ -38,7 +38,7 @@ def parse_overrides(texts: Sequence[str]) -> list[Override]:
         key, sign, value = text.partition("=")
         path = parse_path(key.strip())
         if not sign or not path:
-            problems.append(SpecProblem("", "no key and value" if not sign else f"no key: {key!r}", option, hint=EXAMPLE))
+            problems.append(SpecProblem("", "no key and value" if not sign else f"not a key: {key!r}", option, hint=EXAMPLE))
             continue
         try:
             source = parse_source(value, option) if value.strip() else Source(option, value)
@@ -53,19 +53,21 @@ def parse_overrides(texts: Sequence[str]) -> list[Override]:
 
 
 def override_values(values: Mapping[str, Any]) -> list[Override]:
-    """Overrides of the Python API: values by dotted key.
+    """Return overrides of the Python API: values by dotted key.
 
     Raises:
-        SpecError: a key that is none.
+        SpecError: a key cannot be parsed.
     """
     wrong = [key for key in values if not parse_path(key)]
     if wrong:
-        raise SpecError([SpecProblem("", f"no key: {key!r}", "overrides", hint="for example 'search.trials'") for key in wrong])
+        raise SpecError(
+            [SpecProblem("", f"not a key: {key!r}", "overrides", hint="for example 'search.trials'") for key in wrong]
+        )
     return [Override(parse_path(key), value, f"overrides[{key!r}]") for key, value in values.items()]
 
 
 def parse_path(key: str) -> KeyPath:
-    """`search.layers[1]` -> `("search", "layers", 1)`; empty for what is no dotted key."""
+    """Parse a dotted key: `search.layers[1]` -> `("search", "layers", 1)`; empty if it is not one."""
     path: list[str | int] = []
     position = 0
     while position < len(key):
@@ -78,7 +80,7 @@ def parse_path(key: str) -> KeyPath:
 
 
 def apply_overrides(source: Source, overrides: Sequence[Override]) -> None:
-    """Put values into what a file said, the later one of a key last; what cannot be put there goes to `source.problems`."""
+    """Apply overrides in order to what a file contains; those that cannot be applied are added to `source.problems`."""
     for override in overrides:
         problem = _put(source.data, override.path, override.value)
         source.overrides[override.path] = override.option
@@ -87,7 +89,7 @@ def apply_overrides(source: Source, overrides: Sequence[Override]) -> None:
 
 
 def _put(data: Any, path: KeyPath, value: Any) -> str:
-    """Set a value, making the sections on its way; what is wrong, or nothing."""
+    """Set a value, creating sections on the way; return what is wrong, or an empty text."""
     for depth, step in enumerate(path):
         around, last = spell_path(path[:depth]) or "the spec", depth == len(path) - 1
         if isinstance(data, dict) and isinstance(step, str):
@@ -105,5 +107,5 @@ def _put(data: Any, path: KeyPath, value: Any) -> str:
                 items[step] = value
             data = items[step]
         else:
-            return f"{around} is no {'mapping with keys' if isinstance(step, str) else 'list with items'}"
+            return f"{around} is not a {'mapping with keys' if isinstance(step, str) else 'list with items'}"
     return ""

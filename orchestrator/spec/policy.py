@@ -1,6 +1,6 @@
-"""The grammar of layer policies: `none`, `head`, `last:N`, `first:N`, `blocks:0-3,8`, `all`, `top:F`, most with `+head`.
+"""Grammar of layer policies: `none`, `head`, `last:N`, `first:N`, `blocks:0-3,8`, `all`, `top:F`, most with `+head`.
 
-What a policy means on one base is `anatomy.select`'s business.
+`anatomy.select` resolves a policy on a base.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ EXAMPLES: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Policy:
-    """A policy that was understood."""
+    """A parsed layer policy."""
 
     kind: Kind
     count: int = 0
-    """Blocks of `last` and `first`."""
+    """Number of blocks for `last` and `first`."""
     ranges: tuple[tuple[int, int], ...] = ()
-    """First and last block of each run of `blocks`, ascending, apart from each other."""
+    """First and last block of each run of `blocks`, ascending and not adjacent."""
     fraction: float = 0.0
-    """Share of `top`."""
+    """Share of the blocks for `top`."""
     with_head: bool = False
 
     def __str__(self) -> str:
-        """The normal form: `parse_policy(str(policy)) == policy`."""
+        """Return the normal form: `parse_policy(str(policy)) == policy`."""
         match self.kind:
             case "last" | "first":
                 text = f"{self.kind}:{self.count}"
@@ -54,10 +54,10 @@ class Policy:
 
 
 def parse_policy(text: str) -> Policy:
-    """Understand a policy, generous about spaces and case.
+    """Parse a policy, ignoring spaces and case.
 
     Raises:
-        SelectionError: no policy; `expected` lists the forms, `remedy` the near one.
+        SelectionError: not a policy; `expected` lists the forms, `remedy` suggests a similar one.
     """
     compact = re.sub(r"\s+", "", text).lower()
     body, plus, extra = compact.partition("+")
@@ -85,7 +85,8 @@ def parse_policy(text: str) -> Policy:
 
 
 def normal_form(text: str) -> str:
-    """`last: 2` -> `last:2`, `blocks:8,0-3` -> `blocks:0-3,8`. Raises SelectionError like `parse_policy`."""
+    """Return the normal form: `last: 2` -> `last:2`, `blocks:8,0-3` -> `blocks:0-3,8`. Raises SelectionError like
+    `parse_policy`."""
     return str(parse_policy(text))
 
 
@@ -119,7 +120,7 @@ def _parse_fraction(text: str, argument: str) -> float:
 
 
 def _unknown(text: str, compact: str) -> SelectionError:
-    """`lst:2`, `last2`, `last=2`, `4`: name the policy that was probably meant."""
+    """Return the error for `lst:2`, `last2`, `last=2` or `4`, with the policy that was probably meant."""
     match = re.fullmatch(r"([a-z]*)[^a-z0-9+]*([0-9.,-]*)((?:\+.*)?)", compact)
     word, argument, extra = match.groups() if match else (compact, "", "")
     near = difflib.get_close_matches(word, EXAMPLES, n=1, cutoff=0.5)

@@ -1,12 +1,11 @@
-"""The spec's other forms: its identity, its difference to another, its JSON Schema, and the resolved YAML."""
+"""Other forms of the spec: its identity, its difference from another, its JSON Schema, and the resolved YAML."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any, Literal, cast
 
-from orchestrator.spec.dump import resolved_yaml
-from orchestrator.spec.loader import LoadedSpec
+from orchestrator.spec.loader import LoadedSpec, resolved_yaml
 from orchestrator.spec.models import ADAPTER_KEYS, DataSpec, FinetuneSpec, JobSpec, SearchPoint, SearchSpec, Tune
 from orchestrator.values import content_hash
 
@@ -15,25 +14,27 @@ ABSENT = "(absent)"
 
 
 def spec_sha256(spec: JobSpec, job: Job) -> str:
-    """The identity of a run: the spec with its defaults, without what may change between two submissions of one run.
+    """Return the identity of a run: a hash of the spec with its defaults, without what may change between submissions.
 
-    Left out: `output`, `resources`, `search.trials` (raising it extends a finished sweep) and the other job's section.
+    Excluded: `output`, `resources`, `search.trials` (raising it extends a finished sweep) and the other job's section.
     """
+    # Keys that were added to the spec later are left out at their defaults, so that runs begun before they existed keep their
+    # identity.
     values = spec.model_dump(mode="json", exclude={"output", "resources", "finetune" if job == "sweep" else "search"})
     if job == "sweep" and values["search"] is not None:
         del values["search"]["trials"]
         if not values["search"]["points"]:
-            del values["search"]["points"]  # so that runs begun before there were points keep their identity
+            del values["search"]["points"]
         if not values["search"]["learning_curve"]:
-            del values["search"]["learning_curve"]  # likewise
-    for section, usual in _adapter_sections(values):
+            del values["search"]["learning_curve"]
+    for section, default in _adapter_sections(values):
         for key in ADAPTER_KEYS:
-            if section[key] == usual[key]:
-                del section[key]  # likewise
+            if section[key] == default[key]:
+                del section[key]
     if values["data"]["dedupe"] == "exact":
-        del values["data"]["dedupe"]  # likewise; where it gives other sets, `prepare_data` tells
+        del values["data"]["dedupe"]  # if the default now gives other sets, `prepare_data` reports it
     for source in values["data"]["train"] if isinstance(values["data"]["train"], list) else ():
-        source["weight"] = 1.0 if source["weight"] is None else source["weight"]  # likewise
+        source["weight"] = 1.0 if source["weight"] is None else source["weight"]
     usual = DataSpec(train="").model_dump(mode="json")
     for key in (
         "format",
@@ -45,10 +46,10 @@ def spec_sha256(spec: JobSpec, job: Job) -> str:
         "special_tokens_in_text",
     ):
         if values["data"][key] == usual[key]:
-            del values["data"][key]  # likewise
+            del values["data"][key]
     for key in ("input", "system", "tools"):
         if values["data"]["columns"][key] == usual["columns"][key]:
-            del values["data"]["columns"][key]  # likewise
+            del values["data"]["columns"][key]
     return content_hash({"job": job, **values})
 
 
@@ -63,7 +64,7 @@ def _adapter_sections(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], 
 
 
 def describe_difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """`train.epochs: 2 -> 3`, a line for each value that differs, in the order of `new`."""
+    """Return a line such as `train.epochs: 2 -> 3` for each value that differs, in the order of `new`."""
     before, after = _flatten(old), _flatten(new)
     paths = [*after, *(path for path in before if path not in after)]
     return [
@@ -74,12 +75,12 @@ def describe_difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def json_schema() -> dict[str, Any]:
-    """The spec's JSON Schema, for editors and checks."""
+    """Return the spec's JSON Schema, for editors and checks."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **JobSpec.model_json_schema()}
 
 
 def dump_yaml(loaded: LoadedSpec) -> str:
-    """The resolved spec, defaults filled in, its hashes on top as comments; itself a spec that loads."""
+    """Return the resolved spec as YAML, with defaults and with its hashes as comments at the top; it loads as a spec."""
     jobs: list[Job] = []
     if loaded.spec.search is not None:
         jobs.append("sweep")
@@ -90,7 +91,7 @@ def dump_yaml(loaded: LoadedSpec) -> str:
 
 
 def learning_rate_range(search: SearchSpec, tune: Tune) -> tuple[float, float]:
-    """The range to search; for `full` a tenth of LoRA's unless given."""
+    """Return the range to search; for `full` a tenth of LoRA's unless given."""
     low, high = search.learning_rate.lora
     if tune == "lora":
         return low, high

@@ -1,7 +1,7 @@
 """A YAML file as plain values, with the line and column of every key and value.
 
-YAML 1.2 by ruamel.yaml: `1e-4` is a number, `no` is text, dates are text. The node tree is walked here and
-not constructed by the library, so that all mistakes are reported at once and every value keeps its place.
+YAML 1.2 by ruamel.yaml: `1e-4` is a number, `no` is text, dates are text. The node tree is walked here instead of being
+constructed by the library, so that all mistakes are reported at once and every value keeps its place.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from orchestrator.errors import SpecError, SpecProblem
 
 KeyPath = tuple[str | int, ...]
 Place = tuple[int, int]
-"""Line and column, both from 1."""
+"""Line and column, counted from 1."""
 
-MOST_BYTES = 1_000_000
-MOST_VALUES = 10_000
-"""In the file, and again once its aliases and merges are written out. A spec with every key has fewer than a hundred."""
-DEEPEST = 40
-"""Levels of mappings and lists, and of mappings merged into one another."""
+MAX_BYTES = 1_000_000
+MAX_VALUES = 10_000
+"""Limit on the values in the file, before and after aliases and merges are expanded. A spec with every key has fewer than 100."""
+MAX_DEPTH = 40
+"""Limit on the nesting of mappings and lists, and of merged mappings."""
 TAG = "tag:yaml.org,2002:"
 MERGE_KEY = "<<"
 
 
 def spell_path(path: KeyPath) -> str:
-    """`("search", "layers", 1)` -> `search.layers[1]`."""
+    """Return the dotted form: `("search", "layers", 1)` -> `search.layers[1]`."""
     text = ""
     for step in path:
         text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step
@@ -40,7 +40,7 @@ def spell_path(path: KeyPath) -> str:
 
 @dataclass
 class Source:
-    """What a YAML file says and where it says it."""
+    """The content of a YAML file with the place of each part."""
 
     file: str
     text: str
@@ -49,10 +49,10 @@ class Source:
     values: dict[KeyPath, Place] = field(default_factory=dict[KeyPath, Place])
     problems: list[SpecProblem] = field(default_factory=list[SpecProblem])
     overrides: dict[KeyPath, str] = field(default_factory=dict[KeyPath, str])
-    """Values that an option gives instead of the file, by their path: the option as it was written."""
+    """Options that give values instead of the file, by the values' path; each as it was written."""
 
     def place(self, path: KeyPath, *, key: bool = False) -> Place:
-        """Where a value (or its key) stands; for what the file does not have, where the nearest thing around it begins."""
+        """Return the place of a value (or its key); for what the file does not have, the place of the nearest enclosing value."""
         if path in self.values and not (key and path in self.keys):
             return self.values[path]
         while path and path not in self.values:
@@ -67,24 +67,24 @@ class Source:
         return SpecProblem(spell_path(path), message, self.file, line, column, hint)
 
     def option(self, path: KeyPath) -> str:
-        """The option that gives the value at `path`: it alone, what lies around it, or a part of what the file lacks."""
+        """Return the option that gives the value at `path`, something around it, or a part of it that the file lacks."""
         around = [self.overrides[path[:depth]] for depth in range(len(path), 0, -1) if path[:depth] in self.overrides]
         within = [option for inner, option in self.overrides.items() if path and inner[: len(path)] == path]
         return next(iter(around), "") or (next(iter(within), "") if path not in self.values else "")
 
 
 def read_source(path: Path) -> Source:
-    """Read and walk a YAML file; duplicate keys, custom tags and keys that are no text go to `problems`.
+    """Read and walk a YAML file; duplicate keys, custom tags and keys that are not text are added to `problems`.
 
     Raises:
-        SpecError: the file is missing, no file, not UTF-8, too long, empty, or no YAML; it has more values or levels than any
-            spec, as it stands or once its aliases and merges are written out.
+        SpecError: the file is missing, not a file, not UTF-8, too long, empty, or not YAML; it has more values or levels than any
+            spec, before or after its aliases and merges are expanded.
     """
     return parse_source(_read_text(path), str(path))
 
 
 def parse_source(text: str, file: str) -> Source:
-    """Walk YAML text as `read_source` does; `file` is what its mistakes are named by."""
+    """Walk YAML text like `read_source`; `file` is the name used in messages."""
     source = Source(file, text)
     try:
         root = _compose(source)
@@ -101,12 +101,14 @@ def parse_source(text: str, file: str) -> Source:
 
 
 def _compose(source: Source) -> Any:
-    """The root node, or None for an empty file. Bounded while it is parsed, for a parser's time grows faster than its text.
+    """Return the root node, or None for an empty file. Limited while it is parsed, since parsing time grows faster than the
+    text.
 
     Raises:
         SpecError: too many or too deeply nested values.
-        YAMLError: no YAML.
+        YAMLError: not YAML.
     """
+    # The pure-Python parser can be wrapped, so that a small file which expands to very many values is stopped while it is parsed.
     reader: Any = YAML(typ="safe", pure=True)
     constructor, parser = reader.get_constructor_parser(source.text)
     next_event, depth, count = parser.get_event, 0, 0
@@ -116,7 +118,7 @@ def _compose(source: Source) -> Any:
         event = next_event()
         depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
         count += isinstance(event, NodeEvent)
-        if depth > DEEPEST or count > 2 * MOST_VALUES:
+        if depth > MAX_DEPTH or count > 2 * MAX_VALUES:
             raise SpecError([_too_much(source.file, (), _start(event))])
         return event
 
@@ -128,7 +130,7 @@ def _compose(source: Source) -> Any:
 
 
 def _too_much(file: str, path: KeyPath, place: Place) -> SpecProblem:
-    hint = f"a file may have {MOST_VALUES} values and {DEEPEST} levels, its aliases and merges written out"
+    hint = f"a file may have {MAX_VALUES} values and {MAX_DEPTH} levels, its aliases and merges written out"
     return SpecProblem(spell_path(path[:4]), "too many or too deeply nested values", file, *place, hint)
 
 
@@ -143,9 +145,9 @@ def _read_text(path: Path) -> str:
         raise SpecError([SpecProblem("", "there is no such file", str(path), hint=hint)]) from None
     except OSError as error:
         raise SpecError([SpecProblem("", f"cannot be read: {error.strerror}", str(path))]) from None
-    if len(raw) > MOST_BYTES:
+    if len(raw) > MAX_BYTES:
         raise SpecError(
-            [SpecProblem("", f"{len(raw)} bytes; a spec has at most {MOST_BYTES}", str(path), hint="is this the data?")]
+            [SpecProblem("", f"{len(raw)} bytes; a spec has at most {MAX_BYTES}", str(path), hint="is this the data?")]
         )
     try:
         return raw.decode("utf-8-sig")
@@ -181,7 +183,7 @@ def _syntax(file: str, error: Any) -> SpecProblem:
 
 
 class _Walk:
-    """Turns ruamel's nodes (untyped: `id`, `tag`, `value`, `start_mark`) into plain values and notes their places."""
+    """Converts ruamel's nodes (untyped: `id`, `tag`, `value`, `start_mark`) into plain values and records their places."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -194,7 +196,7 @@ class _Walk:
     def value(self, node: Any, path: KeyPath) -> Any:
         self.count += 1
         place = _start(node)
-        if self.count > MOST_VALUES or len(path) > DEEPEST:
+        if self.count > MAX_VALUES or len(path) > MAX_DEPTH:
             raise SpecError([_too_much(self.source.file, path, place)])
         nothing = node.id == "scalar" and not node.value and not node.style
         self.source.values[path] = self.source.keys.get(path, place) if nothing else place
@@ -233,14 +235,15 @@ class _Walk:
         return result
 
     def pairs(self, node: Any) -> list[tuple[Any, Any]]:
-        """Own pairs; then those of mappings merged by `<<` whose keys are not among them.
+        """Return the mapping's own pairs, then those of mappings merged by `<<` whose keys are not among them.
 
         Raises:
-            SpecError: a mapping merges itself, or merges nest too deeply or come to too many pairs.
+            SpecError: a mapping merges itself, or merges are nested too deeply or expand to too many pairs.
         """
+        # A mapping that many others merge is expanded once: without this a file of 1.7 KB with nested merges took hours.
         if id(node) in self._pairs:
             return self._pairs[id(node)]
-        if id(node) in self._merging or len(self._merging) > DEEPEST:
+        if id(node) in self._merging or len(self._merging) > MAX_DEPTH:
             raise SpecError([_too_much(self.source.file, (), _start(node))])
         self._merging.append(id(node))
         found: list[tuple[Any, Any]] = []
@@ -257,7 +260,7 @@ class _Walk:
                     own.add(str(key_node.value))
                     found.append((key_node, value_node))
             self.count += 1
-            if len(found) > MOST_VALUES or self.count > MOST_VALUES:
+            if len(found) > MAX_VALUES or self.count > MAX_VALUES:
                 raise SpecError([_too_much(self.source.file, (), _start(mapping))])
         self._merging.pop()
         self._pairs[id(node)] = found

@@ -1,4 +1,4 @@
-"""What the spec allows and this version does not do yet, refused at its position. The README lists the same rows."""
+"""What the spec allows but this version does not support yet, rejected with its place. The README lists the same rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from orchestrator.spec.models import JobSpec
 from orchestrator.spec.source import KeyPath
 
 Found = Iterator[tuple[KeyPath, str]]
-"""Where it stands and the value found there."""
+"""Places and the values found there."""
 STORE_URL = re.compile(r"^(hub:|[A-Za-z][A-Za-z0-9+.-]*://)")
 
 
@@ -26,12 +26,12 @@ class Unsupported:
 
 
 def is_url(path: str) -> bool:
-    """Whether a path names an object store or a hub and no local file."""
+    """Return whether a path names an object store or a hub instead of a local file."""
     return STORE_URL.match(path) is not None
 
 
 def policies_of(spec: JobSpec) -> Iterator[tuple[KeyPath, str]]:
-    """Every layer policy with its place."""
+    """Yield every layer policy with its place."""
     if spec.search is not None:
         for number, policy in enumerate(spec.search.layers):
             yield ("search", "layers", number), policy
@@ -42,7 +42,7 @@ def policies_of(spec: JobSpec) -> Iterator[tuple[KeyPath, str]]:
 
 
 def data_paths_of(spec: JobSpec) -> Iterator[tuple[KeyPath, str]]:
-    """Every data path with its place."""
+    """Yield every data path with its place."""
     if isinstance(spec.data.train, str):
         yield ("data", "train"), spec.data.train
     else:

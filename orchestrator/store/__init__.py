@@ -1,9 +1,8 @@
-"""Files and folders that are whole or absent, and the run's own folder.
+"""Files and folders that are whole or absent.
 
 write_json(path, value); read_json(path); append_jsonl(path, event); read_jsonl(path)
 with commit_folder(run.bundle) as folder: ...      # hashed into manifest.json, renamed at the end
 check_folder(run.bundle)                           # IntegrityError where a file is not what the manifest says
-run = RunDirectory.open(root, name, loaded, identity)
 """
 
 from orchestrator.store.endpoints import Unreachable, unreachable
@@ -30,15 +29,12 @@ from orchestrator.store.folders import (
     restore_folder,
     write_manifest,
 )
-from orchestrator.store.identity import base_identity, file_identity
+from orchestrator.store.identity import base_identity, file_identity, versions
 from orchestrator.store.machine import find_gpus, free_memory_bytes, most_threads, num_usable_cpus, parse_gpus
-from orchestrator.store.run_directory import PROGRESS, RunDirectory, versions
 
 __all__ = [
-    "PROGRESS",
     "FileRecord",
     "Manifest",
-    "RunDirectory",
     "Unreachable",
     "append_jsonl",
     "base_identity",

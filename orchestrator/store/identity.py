@@ -1,12 +1,16 @@
-"""What a base's files hold, in a few lines that tell it from any other."""
+"""What tells one base model, and one set of installed packages, from another."""
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from orchestrator.store.files import read_json, sampled_sha256
+
+PACKAGES = ("orchestrator", "torch", "ray", "deepspeed", "transformers", "peft", "bitsandbytes", "optuna")
 
 
 def base_identity(folder: Path, files: Iterable[str]) -> dict[str, Any]:
@@ -25,3 +29,14 @@ def file_identity(path: Path) -> str:
         return f"{path.stat().st_size} bytes, {sampled_sha256(path)[:16]}"
     except OSError:
         return ""
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a run's numbers; a package that is not installed is left out."""
+    found: dict[str, str] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -10,25 +10,26 @@ import torch
 from torch import nn
 
 from orchestrator.data import TokenizedSet
-from orchestrator.plan.remedies import LearningGroup, learning_groups
+from orchestrator.plan.remedies import learning_groups
 from orchestrator.train.adapters.branch import Branch
 from orchestrator.train.anchors import Anchor, ElementAnchor, ProductAnchor
 from orchestrator.train.batches import RowPlan
+from orchestrator.train.engines.construction import construct_engine
 from orchestrator.train.engines.engine import Engine, layout_of
 from orchestrator.train.engines.torch_engine import TorchEngine
 from orchestrator.train.learned import LearnedSets
 from orchestrator.train.measure.fisher import fisher_information, importances, read_fisher, write_fisher
 from orchestrator.train.ranks import Ranks
 from orchestrator.values import content_hash
-from orchestrator.work.assignment import Assignment
-from orchestrator.work.execution import ExecutionPlan, TrainSettings
+from orchestrator.work.assignment import TrainRung
+from orchestrator.work.execution import ExecutionPlan
 from orchestrator.work.remedies import AnchorPlan
 
 
 def build_engine(
     objective: nn.Module,
     branch: Branch,
-    assignment: Assignment,
+    assignment: TrainRung,
     execution: ExecutionPlan,
     ranks: Ranks,
     rows: RowPlan,
@@ -51,7 +52,7 @@ def build_engine(
         assert retention is not None, "EWC needs retention text"
 
         def measure() -> list[torch.Tensor]:
-            measuring = _engine(objective, branch, groups, execution, settings, ranks, measuring=True)
+            measuring = construct_engine(objective, branch, groups, execution, settings, ranks, measuring=True)
             found = fisher_information(measuring, retention, rows, ranks, trial.seed)
             measuring.close()
             return found
@@ -62,7 +63,7 @@ def build_engine(
         num_weights = sum(getattr(p, "ds_numel", p.numel()) for name, p in branch.learning_parameters() if name in held)
         partitioned = execution.executor == "deepspeed" and execution.zero_stage > 0
         weights = importances(fisher, num_weights, ranks, partitioned=partitioned)
-    engine = _engine(objective, branch, groups, execution, settings, ranks)
+    engine = construct_engine(objective, branch, groups, execution, settings, ranks)
     if plan is not None:
         engine.hold(_anchor(plan, engine, branch, weights))
     return engine
@@ -81,31 +82,6 @@ def _fisher(file: Path, measure: Callable[[], list[torch.Tensor]], execution: Ex
     return measured
 
 
-def _engine(
-    objective: nn.Module,
-    branch: Branch,
-    groups: Sequence[LearningGroup],
-    execution: ExecutionPlan,
-    settings: TrainSettings,
-    ranks: Ranks,
-    *,
-    measuring: bool = False,
-) -> Engine:
-    if execution.executor == "torch":
-        return TorchEngine(
-            objective,
-            branch.learning_parameters(),
-            weight_decay=settings.weight_decay,
-            grad_clip=settings.grad_clip,
-            ranks=ranks,
-            groups=groups,
-            measuring=measuring,
-        )
-    from orchestrator.train.engines.deepspeed_engine import DeepSpeedTrainer
-
-    return DeepSpeedTrainer(objective, branch.learning_parameters(), execution, settings, ranks, groups, measuring=measuring)
-
-
 def _anchor(plan: AnchorPlan, engine: Engine, branch: Branch, weights: Sequence[torch.Tensor] | None) -> Anchor:
     if plan.kind != "product":
         return ElementAnchor(engine.anchored_masters(), plan.strength, weights)
@@ -115,7 +91,7 @@ def _anchor(plan: AnchorPlan, engine: Engine, branch: Branch, weights: Sequence[
 
 
 def _fisher_name(
-    assignment: Assignment, execution: ExecutionPlan, ranks: Ranks, retention: TokenizedSet, fingerprint: Mapping[str, str]
+    assignment: TrainRung, execution: ExecutionPlan, ranks: Ranks, retention: TokenizedSet, fingerprint: Mapping[str, str]
 ) -> str:
     """One file for each rank and selection: what lies where depends on the layout and on the rates' groups."""
     key = {

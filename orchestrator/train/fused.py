@@ -24,7 +24,7 @@ from orchestrator.train.model.objective import Objective, objective_of
 from orchestrator.train.model.recompute import recomputed
 from orchestrator.train.ranks import Ranks
 from orchestrator.train.trial import TrialRun
-from orchestrator.work.assignment import Assignment
+from orchestrator.work.assignment import TrainRung
 from orchestrator.work.results import StepReport
 
 
@@ -104,7 +104,7 @@ class FusedRun:
         for member in members:
             member.run.begin_steps()
         objective.train()
-        steps = step_inputs(first.sets.steps, first.rows, state.step, first.assignment.stop_step, first.sets.states)
+        steps = step_inputs(first.sets.steps, first.rows, state.step, first.training.stop_step, first.sets.states)
         for step in steps:
             self._step(objective, members, step, on_step)
             if all(member.failure for member in members):
@@ -148,7 +148,7 @@ class FusedRun:
 
     def _score(self, objective: Objective, members: Sequence[Member]) -> None:
         """All trials of the group at once, also those that failed; their scores are dropped."""
-        if not members[0].run.assignment.evaluate or all(member.failure for member in members):
+        if not members[0].run.training.evaluate or all(member.failure for member in members):
             return
         for member, scores in zip(members, members[0].run.scorer.score_trials(objective, len(members)), strict=True):
             if isinstance(scores, NonFiniteLossError):
@@ -173,7 +173,7 @@ def _update(member: Member, tokens: int, loss: float) -> tuple[float, float] | N
         return None
 
 
-def spec_of(assignment: Assignment) -> AdapterSpec:
+def spec_of(assignment: TrainRung) -> AdapterSpec:
     return AdapterSpec(assignment.selection, assignment.trial.lora_alpha, assignment.trial.seed)
 
 

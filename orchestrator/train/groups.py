@@ -14,8 +14,8 @@ from orchestrator.train.fused import FusedRun
 from orchestrator.train.memory import first_line, is_out_of_memory, reset_peak
 from orchestrator.train.outcome import TRIAL_ERRORS, TrialOutcome, result_of
 from orchestrator.train.widths import best_width, kind_of_batch
-from orchestrator.work.assignment import Assignment
-from orchestrator.work.results import RungResult, StepReport
+from orchestrator.work.assignment import TrainRung, Work
+from orchestrator.work.results import StepReport, WorkResult
 
 if TYPE_CHECKING:
     from orchestrator.train.host import TrainHost
@@ -34,21 +34,27 @@ class Groups:
         self._tried: dict[tuple[int, int, int], int] = {}
         """By kind of batch, how many trials the group had that was measured."""
 
-    def run(self, group: Sequence[Assignment], on_step: OnStep) -> list[RungResult]:
+    def run(self, group: Sequence[Work], on_step: OnStep) -> list[WorkResult]:
         """See `TrainHost.run_group`."""
+        rungs = [assignment for assignment in group if isinstance(assignment, TrainRung)]
+        if len(rungs) < len(group):  # nothing but a rung shares a batch
+            return [self._host.carry(assignment, on_step) for assignment in group]
+        return self._run_rungs(rungs, on_step)
+
+    def _run_rungs(self, group: Sequence[TrainRung], on_step: OnStep) -> list[WorkResult]:
         group = sorted(group, key=lambda assignment: assignment.trial.lora_rank or 0)  # equal ranks are stacked
-        results: list[RungResult] = []
+        results: list[WorkResult] = []
         while len(results) < len(group):
             rest = group[len(results) :]
             started = time.time()
             part = rest[: self._width_of(rest)]
             if len(part) == 1:
-                results.append(self._host.carry(part[0], on_step).model_copy(update={"started_at": started}))
+                results.append(self._host.carry_trial(part[0], on_step).model_copy(update={"started_at": started}))
             else:
                 results += self._run_fused(part, started, on_step)
         return results
 
-    def _width_of(self, group: Sequence[Assignment]) -> int:
+    def _width_of(self, group: Sequence[TrainRung]) -> int:
         """How many of the group share a batch; measured for each kind of batch, and again for the first group in which
         twice as many could, where nobody has tried that."""
         first, kind = group[0], kind_of_batch(group[0])
@@ -61,7 +67,7 @@ class Groups:
             self._host.news.append(said)
         return min(len(group), self.widths.get(kind, 1))
 
-    def _measured(self, first: Assignment, group: Sequence[Assignment]) -> tuple[int, str]:
+    def _measured(self, first: TrainRung, group: Sequence[TrainRung]) -> tuple[int, str]:
         """A trial that breaks the measurement is run alone, where it fails by itself.
 
         Raises:
@@ -80,7 +86,7 @@ class Groups:
             gc.collect()
             return 1, f"trials are not batched together: {first_line(error)}"
 
-    def _run_fused(self, group: Sequence[Assignment], started: float, on_step: OnStep) -> list[RungResult]:
+    def _run_fused(self, group: Sequence[TrainRung], started: float, on_step: OnStep) -> Sequence[WorkResult]:
         """All of them in one batch; in halves where memory runs out, alone where it fails for any other reason."""
         host = self._host
         told, host.news[:] = [*host.news], []
@@ -108,7 +114,7 @@ class Groups:
             for assignment, outcome, failure, own in zip(group, outcomes, failures, notes, strict=True)
         ]
 
-    def _apart(self, group: Sequence[Assignment], error: Exception, on_step: OnStep) -> list[RungResult]:
+    def _apart(self, group: Sequence[TrainRung], error: Exception, on_step: OnStep) -> Sequence[WorkResult]:
         """The group once more, from where each of its trials began.
 
         Raises:
@@ -121,12 +127,12 @@ class Groups:
             gc.collect()
             if host.give_up_held():
                 host.news.append("out of memory: cached state of other rungs is released, and the batch is restarted")
-                return self.run(group, on_step)
+                return self._run_rungs(group, on_step)
             kind, width = kind_of_batch(group[0]), len(group) // 2
             self.widths[kind] = width
             self._tried.pop(kind, None)  # never wider again
             host.news.append(f"out of memory: trials per batch reduced from {len(group)} to {width}")
-            return self.run(group, on_step)
+            return self._run_rungs(group, on_step)
         if not isinstance(error, OrchestratorError):
             raise error
         host.news.append(f"{len(group)} trials cannot share a batch and are run separately: {error}")

@@ -7,10 +7,11 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-from orchestrator.anatomy.values import ModelAnatomy
+from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.data import TokenizedSet
 from orchestrator.data.sets import load_known
 from orchestrator.errors import (
@@ -22,9 +23,12 @@ from orchestrator.train import pulse
 from orchestrator.train.adapters.branch import head_name
 from orchestrator.train.batches import RowPlan
 from orchestrator.train.checkpoint.saving import Saver
-from orchestrator.train.engines.engine import forward_ready, is_partitioned
+from orchestrator.train.engines import deepspeed_engine
+from orchestrator.train.engines.construction import forward_ready
+from orchestrator.train.engines.engine import is_partitioned
 from orchestrator.train.groups import Groups
 from orchestrator.train.integrity import base_fingerprint, changed_base
+from orchestrator.train.measure.measurement import Bench, Found, measure_on
 from orchestrator.train.memory import first_line, is_out_of_memory, reset_peak
 from orchestrator.train.model.base import LoadedBase, load_base, loading_device
 from orchestrator.train.model.objective import objective_of
@@ -32,12 +36,13 @@ from orchestrator.train.outcome import TRIAL_ERRORS, TrialOutcome, result_of
 from orchestrator.train.ranks import Ranks, join_gang, leave_gang
 from orchestrator.train.trial import TrialRun
 from orchestrator.train.trunk.library import TrunkLibrary
-from orchestrator.work.assignment import Assignment
+from orchestrator.work.assignment import EvaluateBase, Measurement, MeasureShift, ScoreBlocks, TrainRung, Work
 from orchestrator.work.execution import BaseLoad, ExecutionPlan
-from orchestrator.work.memory_ladder import nothing_smaller, relieve
-from orchestrator.work.results import RungResult, StepReport
+from orchestrator.work.memory_ladder import Relief, nothing_smaller, relieve
+from orchestrator.work.results import MeasurementResult, RungResult, StepReport, WorkResult
 
 logger = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
 
 
 class TrainHost:
@@ -50,8 +55,6 @@ class TrainHost:
         load_on = loading_device(base_load, execution, ranks.device)
         self._base = load_base(base_load, anatomy, dtype=dtype, device=ranks.device, load_on=load_on)
         if execution.executor == "deepspeed":
-            from orchestrator.train.engines import deepspeed_engine
-
             deepspeed_engine.prepare_base(self._base.model, execution, ranks.device)
         self._fingerprint = base_fingerprint(self._base.model)
         self._sets: dict[str, TokenizedSet] = {}
@@ -90,8 +93,6 @@ class TrainHost:
         """
         pulse.enter("loading the base")
         if execution.executor == "deepspeed":
-            from orchestrator.train.engines import deepspeed_engine
-
             deepspeed_engine.load_deepspeed(execution.device)
         return cls(base, anatomy, execution, join_gang(execution, rank, world_size, init_method))
 
@@ -107,11 +108,11 @@ class TrainHost:
 
     def run(
         self,
-        assignment: Assignment,
+        assignment: Work,
         on_step: Callable[[StepReport], None] | None = None,
         on_relief: Callable[[ExecutionPlan, str], None] | None = None,
-    ) -> RungResult:
-        """Carry the trial to its next rung, on disk. A trial's own failure is a result with the reason, on every rank.
+    ) -> WorkResult:
+        """Do the work: carry a trial to its next rung, on disk. A trial's own failure is a result with the reason, on every rank.
 
         Args:
             assignment: What to do.
@@ -124,26 +125,68 @@ class TrainHost:
             BaseLostError: the base could not be put back as it was: this gang must be replaced.
             Exception: whatever else breaks the gang itself (a lost rank, a full disk).
         """
-        result = self.carry(assignment, on_step, on_relief)
-        self.settle()
-        return result.model_copy(update={"finished_at": time.time()})
+        if isinstance(assignment, TrainRung | EvaluateBase):
+            return self.run_trial(assignment, on_step, on_relief)
+        return self.measure(assignment)
 
-    def carry(
+    def run_trial(
         self,
-        assignment: Assignment,
+        assignment: TrainRung | EvaluateBase,
         on_step: Callable[[StepReport], None] | None = None,
         on_relief: Callable[[ExecutionPlan, str], None] | None = None,
     ) -> RungResult:
+        """Train a trial to its next rung, or evaluate the base; see `run`."""
+        result = self.carry_trial(assignment, on_step, on_relief)
+        self.settle()
+        return result.model_copy(update={"finished_at": time.time()})
+
+    def carry(self, assignment: Work, on_step: Callable[[StepReport], None] | None = None) -> WorkResult:
         """As `run`, but the rung may be on its way to the disk still: the result counts after `settle`."""
+        if isinstance(assignment, TrainRung | EvaluateBase):
+            return self.carry_trial(assignment, on_step)
+        return self.measure(assignment)
+
+    def measure(self, assignment: Measurement) -> MeasurementResult:
+        """Measure; a failure of the measurement itself is a result with the reason, on every rank."""
+        pulse.enter("preparing")
+        notes = [*self.news]
+        self.news.clear()
+
+        def attempt(execution: ExecutionPlan) -> Found:
+            return measure_on(
+                assignment, Bench(self._base, execution, self._ranks, self._load_set, self._trunk, self._fingerprint)
+            )
+
+        try:
+            self.open_trunk(assignment, notes.append)
+            result = MeasurementResult(work_id=assignment.work_id, found=self._in_memory(attempt, assignment, notes))
+        except TRIAL_ERRORS as error:
+            result = assignment.failed(str(error))
+            logger.warning("%s failed: %s", assignment.work_id, error)
+        self.finish(assignment)
+        return result.model_copy(update={"notes": tuple(notes)})
+
+    def carry_trial(
+        self,
+        assignment: TrainRung | EvaluateBase,
+        on_step: Callable[[StepReport], None] | None = None,
+        on_relief: Callable[[ExecutionPlan, str], None] | None = None,
+    ) -> RungResult:
+        """Train a trial to its next rung, or evaluate the base; the result counts after `settle`."""
         started = time.time()
         pulse.enter("preparing")
         notes = [*self.news]
         self.news.clear()
         outcome, reason = TrialOutcome(), ""
         trunk_seconds = 0.0
+
+        def attempt(execution: ExecutionPlan) -> None:
+            outcome.relieved = execution if execution is not assignment.execution else None
+            self.trial_run(assignment, execution, notes, outcome).run(on_step)
+
         try:
             trunk_seconds = self.open_trunk(assignment, notes.append)
-            self._run_in_memory(assignment, on_step, on_relief, notes, outcome)
+            self._in_memory(attempt, assignment, notes, on_relief)
         except TRIAL_ERRORS as error:
             reason = str(error)
             logger.warning("trial %s failed: %s", assignment.trial.trial_id, reason)
@@ -152,10 +195,10 @@ class TrainHost:
         update = {"started_at": started, "finished_at": time.time(), "notes": tuple(notes), "trunk_seconds": trunk_seconds}
         return result.model_copy(update=update)
 
-    def open_trunk(self, assignment: Assignment, note: Callable[[str], None]) -> float:
+    def open_trunk(self, assignment: Work, note: Callable[[str], None]) -> float:
         """Seconds spent on hidden states that were not stored yet."""
         plan, execution = assignment.trunk, self._execution
-        if plan is None or assignment.probe is not None:
+        if plan is None:
             return 0.0
         rows = RowPlan.of(execution, self._ranks.rank, classify=self._base.load.task == "classify")
         head = self._base.model.get_submodule(head_name(self._base).rpartition(".")[0])
@@ -165,7 +208,7 @@ class TrainHost:
             pulse.enter("caching activations")
             return self._trunk.open(plan, assignment.data, rows, objective, partitioned=partitioned, note=note)
 
-    def run_group(self, group: Sequence[Assignment], on_step: Callable[[StepReport], None] | None = None) -> list[RungResult]:
+    def run_group(self, group: Sequence[Work], on_step: Callable[[StepReport], None] | None = None) -> list[WorkResult]:
         """Carry trials that may share a batch (`plan.fusing`) to their next rung, as many in one as pays on this machine.
 
         Their rungs may be on their way to the disk still when it returns, and the next group may begin: an answer counts
@@ -195,18 +238,17 @@ class TrainHost:
         rank, where memory ran out: a trial must not come down to less for what its gang has run before."""
         return any(self._ranks.gather(self._saver.give_up()))
 
-    def _run_in_memory(
+    def _in_memory(
         self,
-        assignment: Assignment,
-        on_step: Callable[[StepReport], None] | None,
-        on_relief: Callable[[ExecutionPlan, str], None] | None,
+        attempt: Callable[[ExecutionPlan], Answer],
+        assignment: Work,
         notes: list[str],
-        outcome: TrialOutcome,
-    ) -> None:
-        """Run it, one step down (`work.memory_ladder`) each time memory runs out and every rank knows.
+        on_relief: Callable[[ExecutionPlan, str], None] | None = None,
+    ) -> Answer:
+        """Attempt the work, one step down (`work.memory_ladder`) each time memory runs out and every rank knows.
 
         Raises:
-            OutOfMemoryError: on every rank alike, when nothing smaller is left.
+            OutOfMemoryError: on every rank alike, when memory use cannot be reduced further.
             RankOutOfMemoryError: memory ran out on this rank while the others wait for it.
         """
         self._check_fits(assignment.execution)
@@ -214,32 +256,38 @@ class TrainHost:
         execution = assignment.execution
         while True:
             reset_peak(self._ranks.device)
-            run = self.trial_run(assignment, execution, notes, outcome)
             try:
-                return run.run(on_step)
+                return attempt(execution)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 self.check_shared(error)
-                if self.give_up_held():
-                    notes.append("out of memory: cached state of other rungs is released, and the trial is restarted")
-                    del run
-                    gc.collect()
-                    continue
-                relief = relieve(execution)
-                if relief is None:
-                    raise nothing_smaller(f"out of memory: {first_line(error)}", execution) from None
-            execution = outcome.relieved = relief.execution
-            notes.append(f"out of memory: {relief.sentence}")
-            del run
+                relief = None if self.give_up_held() else self._smaller(execution, error)
+            # Collected out here: the error's traceback holds everything that the attempt had in memory.
             gc.collect()
+            if relief is None:
+                notes.append("out of memory: cached state of other rungs is released, and the trial is restarted")
+                continue
+            execution = relief.execution
+            notes.append(f"out of memory: {relief.sentence}")
             self._saver.settle()  # nothing of the larger way is written once it has been left
             if on_relief is not None:
                 on_relief(execution, notes[-1])
 
+    def _smaller(self, execution: ExecutionPlan, error: BaseException) -> Relief:
+        """Return the next step down.
+
+        Raises:
+            OutOfMemoryError: there is none.
+        """
+        relief = relieve(execution)
+        if relief is None:
+            raise nothing_smaller(f"out of memory: {first_line(error)}", execution) from None
+        return relief
+
     def trial_run(
         self,
-        assignment: Assignment,
+        assignment: TrainRung | EvaluateBase,
         execution: ExecutionPlan,
         notes: list[str],
         outcome: TrialOutcome,
@@ -274,10 +322,8 @@ class TrainHost:
         return isinstance(error, OutOfMemoryError) or self._ranks.count == 1
 
     def _check_fits(self, execution: ExecutionPlan) -> None:
-        """The base lies in memory for one kind of execution; stages 0 to 2 share it."""
-        kind = ("device", "ranks", "executor", "dtype")
-        alike = is_partitioned(execution) == is_partitioned(self._execution)
-        if not alike or any(getattr(execution, k) != getattr(self._execution, k) for k in kind):
+        """The base lies in memory for one kind of gang."""
+        if execution.gang_kind != self._execution.gang_kind:
             raise TrainingError(
                 f"this gang cannot train with {execution.executor} ZeRO-{execution.zero_stage} on {execution.ranks} ranks",
                 expected=f"{self._execution.executor} ZeRO-{self._execution.zero_stage} on {self._execution.ranks} ranks",
@@ -289,24 +335,25 @@ class TrainHost:
             self._sets[path] = load_known(Path(path))
         return self._sets[path]
 
-    def finish(self, *assignments: Assignment) -> None:
-        """One more was run, alone or in company; the base is as it was.
+    def finish(self, *assignments: Work) -> None:
+        """One more was run, alone or fused; the base is as it was.
 
         Raises:
             TrainingError: it is not: this gang must be replaced.
         """
         self._ordinal += 1
         for assignment in assignments:
-            self._check_base(assignment)
+            if not isinstance(assignment, ScoreBlocks | MeasureShift):  # nothing learns in these
+                self._check_base(assignment.selection, assignment.work_id)
 
-    def _check_base(self, assignment: Assignment) -> None:
-        """What learned was put back; the frozen rest was proven before the branch closed."""
-        names = frozenset((*assignment.selection.trainable, *assignment.selection.adapted))
+    def _check_base(self, selection: LayerSelection, work_id: str) -> None:
+        """What was trained was put back; the frozen rest was proven before the branch closed."""
+        names = frozenset((*selection.trainable, *selection.adapted))
         moved = changed_base(self._base.model, self._fingerprint, names)
         (count,) = self._ranks.sum([len(moved)])
         if count:
             raise TrainingError(
-                f"the base was not restored after trial {assignment.trial.trial_id}: {count:.0f} tensors differ",
+                f"the base was not restored after trial {work_id}: {count:.0f} tensors differ",
                 where=moved[0] if moved else "on another rank",
                 remedy="this gang must be replaced",
             )

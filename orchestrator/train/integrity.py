@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from orchestrator.errors import TrainingError
+from orchestrator.train.ranks import Ranks
+
 
 def base_fingerprint(model: nn.Module) -> dict[str, str]:
     """Hashes of every tensor that this rank holds of the base, by name."""
@@ -20,6 +23,19 @@ def changed_frozen(model: nn.Module, reference: Mapping[str, str]) -> list[str]:
     learning = frozenset(name for name, parameter in _parameters(model) if parameter.requires_grad)
     now = fingerprint(_local_tensors(model, learning))
     return changed({name: reference[name] for name in now if name in reference}, {n: h for n, h in now.items() if n in reference})
+
+
+def prove_frozen(model: nn.Module, reference: Mapping[str, str], ranks: Ranks) -> None:
+    """Prove law 2: what did not learn is bit for bit what was loaded. Called on every rank.
+
+    Raises:
+        TrainingError: a frozen tensor changed, on any rank.
+    """
+    moved = changed_frozen(model, reference)
+    (count,) = ranks.sum([len(moved)])
+    if count:
+        where = moved[0] if moved else "on another rank"
+        raise TrainingError(f"{count:.0f} frozen tensors changed during training", where=where)
 
 
 def changed_base(model: nn.Module, reference: Mapping[str, str], names: frozenset[str]) -> list[str]:

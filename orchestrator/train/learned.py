@@ -12,14 +12,14 @@ from orchestrator.data import TokenizedSet, documents_of_share, shuffled
 from orchestrator.train.batches import StepPlan
 from orchestrator.train.trunk.library import TrunkLibrary
 from orchestrator.train.trunk.states import TrunkStates, chosen_states, joined_states
-from orchestrator.work.assignment import Assignment
+from orchestrator.work.assignment import EvaluateBase, TrainRung
 
 
 @dataclass(frozen=True)
 class LearnedSets:
     """The training set of an assignment and, where it replays, the retention text beside it."""
 
-    assignment: Assignment
+    assignment: TrainRung | EvaluateBase
     load_set: Callable[[str], TokenizedSet]
     trunk: TrunkLibrary
 

@@ -8,9 +8,8 @@ from pathlib import Path
 from orchestrator.errors import DataError, IntegrityError, SelectionError, TrainingError, UsageError
 from orchestrator.train.loop import LoopState
 from orchestrator.train.scoring import Scores
-from orchestrator.work.assignment import Assignment
+from orchestrator.work.assignment import TrialWork
 from orchestrator.work.execution import ExecutionPlan
-from orchestrator.work.measurements import CompileTimes, DomainShift, LayerScores
 from orchestrator.work.results import EngineRecord, RungResult
 
 TRIAL_ERRORS = (TrainingError, SelectionError, IntegrityError, UsageError, DataError)
@@ -27,15 +26,12 @@ class TrialOutcome:
     train_seconds: float = 0.0
     steady_tokens_per_s: float | None = None
     engine: EngineRecord | None = None
-    layer_scores: LayerScores | None = None
-    domain_shift: DomainShift | None = None
-    compile_times: CompileTimes | None = None
     compile_seconds: float = 0.0
     relieved: ExecutionPlan | None = None
     """What it came down to where memory ran out."""
 
 
-def result_of(assignment: Assignment, outcome: TrialOutcome, reason: str) -> RungResult:
+def result_of(assignment: TrialWork, outcome: TrialOutcome, reason: str) -> RungResult:
     """What the gang answers; with a `reason`, how far the trial came before it failed."""
     evaluation, retain = outcome.scores.evaluation, outcome.scores.retain
     return RungResult(
@@ -52,9 +48,6 @@ def result_of(assignment: Assignment, outcome: TrialOutcome, reason: str) -> Run
         retain_accuracy=outcome.scores.retain_accuracy,
         checkpoint=None if outcome.checkpoint is None else str(outcome.checkpoint),
         engine=outcome.engine,
-        layer_scores=outcome.layer_scores,
-        domain_shift=outcome.domain_shift,
-        compile_times=outcome.compile_times,
         relieved=outcome.relieved,
         steady_tokens_per_s=outcome.steady_tokens_per_s,
         train_seconds=outcome.train_seconds,

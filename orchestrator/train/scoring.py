@@ -17,7 +17,7 @@ from orchestrator.train.model.base import LoadedBase
 from orchestrator.train.model.objective import Objective
 from orchestrator.train.ranks import Ranks
 from orchestrator.train.trunk.library import TrunkLibrary
-from orchestrator.work.assignment import Assignment
+from orchestrator.work.assignment import EvaluateBase, TrainRung
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Scorer:
     """Scores one assignment. Every rank calls the same methods and gets the same answers."""
 
     base: LoadedBase
-    assignment: Assignment
+    assignment: TrainRung | EvaluateBase
     rows: RowPlan
     ranks: Ranks
     load_set: Callable[[str], TokenizedSet]

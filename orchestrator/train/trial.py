@@ -1,4 +1,4 @@
-"""One assignment on one rank: open the branch, train, evaluate, prove that nothing frozen moved, save, close."""
+"""A trial on one rank: open the branch, train, evaluate, prove that nothing frozen moved, save, close."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from typing import Literal
 import torch
 
 from orchestrator.data import TokenizedSet
-from orchestrator.errors import TrainingError
 from orchestrator.store import append_jsonl
 from orchestrator.train import pulse
 from orchestrator.train.adapters.artifacts import load_artifact, misfit
 from orchestrator.train.adapters.branch import Branch, open_branch
-from orchestrator.train.batches import RowPlan, step_inputs
+from orchestrator.train.batches import RowPlan
 from orchestrator.train.building import build_engine
 from orchestrator.train.checkpoint.resume import (
     StartPoint,
@@ -29,26 +28,24 @@ from orchestrator.train.checkpoint.resume import (
 )
 from orchestrator.train.checkpoint.saving import Saver
 from orchestrator.train.checkpoint.snapshot import take_snapshot
-from orchestrator.train.engines.engine import Engine, forward_ready, is_partitioned, layout_of, num_live_engines, weight_keeper
-from orchestrator.train.integrity import changed_frozen
+from orchestrator.train.engines.construction import forward_ready, weight_keeper
+from orchestrator.train.engines.engine import Engine, is_partitioned, layout_of, num_live_engines
+from orchestrator.train.engines.zero3_warm import assign_whole
+from orchestrator.train.integrity import prove_frozen
 from orchestrator.train.learned import LearnedSets
 from orchestrator.train.loop import LoopState, SteadySpeed, train_steps
-from orchestrator.train.measure.domain_shift import measure_shift
-from orchestrator.train.measure.layer_scores import score_blocks
 from orchestrator.train.memory import growth_bytes, memory_in_use
 from orchestrator.train.model.base import LoadedBase
-from orchestrator.train.model.compiled import LOOKED_AT, compiled_blocks, time_compiled
+from orchestrator.train.model.compiled import compiled_blocks
 from orchestrator.train.model.objective import Objective, objective_of
 from orchestrator.train.model.recompute import recomputed
 from orchestrator.train.model.scratch import begin_anew
 from orchestrator.train.outcome import TrialOutcome
 from orchestrator.train.ranks import Ranks
 from orchestrator.train.scoring import Scorer
-from orchestrator.train.trunk.build import TrunkBuilder
 from orchestrator.train.trunk.library import TrunkLibrary
-from orchestrator.work.assignment import Assignment, owner_of
+from orchestrator.work.assignment import EvaluateBase, TrainRung, owner_of
 from orchestrator.work.execution import ExecutionPlan
-from orchestrator.work.measurements import ProbePlan, ShiftPlan
 from orchestrator.work.results import EngineRecord, StepReport
 
 
@@ -58,7 +55,7 @@ class TrialRun:
     def __init__(
         self,
         base: LoadedBase,
-        assignment: Assignment,
+        assignment: TrainRung | EvaluateBase,
         execution: ExecutionPlan,
         ranks: Ranks,
         load_set: Callable[[str], TokenizedSet],
@@ -88,6 +85,12 @@ class TrialRun:
         self.rows = RowPlan.of(execution, ranks.rank, classify=base.load.task == "classify")
         self.scorer = Scorer(base, assignment, self.rows, ranks, load_set, is_partitioned(execution), trunk)
 
+    @property
+    def training(self) -> TrainRung:
+        """The assignment, where it trains."""
+        assert isinstance(self.assignment, TrainRung)
+        return self.assignment
+
     def run(self, on_step: Callable[[StepReport], None] | None) -> None:
         """Fill `outcome`; what stands in it after an error is how far the trial came."""
         assignment, trial = self.assignment, self.assignment.trial
@@ -100,13 +103,7 @@ class TrialRun:
             if trial.control == "scratch":
                 begin_anew(branch, trial.seed)
             objective = objective_of(self.base, branch.head(), assignment.selection.cut)
-            if assignment.probe is not None:
-                self._score_blocks(assignment.probe, objective, branch)
-                return
-            if assignment.shift is not None:
-                self._measure_shift(assignment.shift, objective, stack)
-                return
-            if assignment.compiling is None and (trial.control == "none" or assignment.stop_step == 0):
+            if isinstance(assignment, EvaluateBase):
                 self._score_untrained(objective, stack)
                 return
             start = self.start_point(branch)
@@ -118,16 +115,12 @@ class TrialRun:
             if start is not None and not start.exact:
                 self.take_weights(branch, start.folder)
                 engine.refresh_masters()
-            if assignment.compiling is not None:
-                steps = step_inputs(self.sets.steps, replace(self.rows, one_shape=True), 0, LOOKED_AT, self.sets.states)
-                self.outcome.compile_times = time_compiled(self.base, engine, assignment.selection.cut, self.execution, steps)
-                return
             if start is not None and start.exact:
                 start.resume(engine, self.ranks)
             self.outcome.state = start.state if start is not None else LoopState()
             self.record_engine(engine)
             self._train(engine, branch, on_step)
-            if assignment.evaluate:
+            if self.training.evaluate:
                 self.outcome.scores = self.scorer.score(objective)
             pulse.enter("saving")
             self.record_peaks()
@@ -138,15 +131,13 @@ class TrialRun:
         if not is_partitioned(self.execution):
             load_artifact(branch, folder)
             return
-        from orchestrator.train.engines.zero3_warm import assign_whole
-
         load_artifact(branch, folder, assign_whole)
 
     def start_point(self, branch: Branch) -> StartPoint | None:
         """Where the trial goes on from: a whole checkpoint of its own that fits its freshly opened branch."""
-        if self.assignment.start is None:
+        if self.training.start is None:
             return None
-        start, folder, seed = Path(self.assignment.start), Path(self.assignment.folder), self.assignment.trial.seed
+        start, folder, seed = Path(self.training.start), Path(self.assignment.folder), self.assignment.trial.seed
         layout = layout_of(self.execution)
         remembered = self._saver.find(start, seed=seed, layout=layout)
         self._from_memory = remembered is not None
@@ -159,10 +150,10 @@ class TrialRun:
     def build_engine(self, objective: Objective, branch: Branch) -> Engine:
         """The branch holds the base's own weights still."""
         sets, execution, fingerprint = self.sets, self.execution, self._base_fingerprint
-        return build_engine(objective, branch, self.assignment, execution, self.ranks, self.rows, sets, fingerprint)
+        return build_engine(objective, branch, self.training, execution, self.ranks, self.rows, sets, fingerprint)
 
     def _train(self, engine: Engine, branch: Branch, on_step: Callable[[StepReport], None] | None) -> None:
-        assignment = self.assignment
+        assignment = self.training
 
         def after_step(report: StepReport, state: LoopState) -> None:
             self.after_step(report, state, engine, branch)
@@ -198,21 +189,21 @@ class TrialRun:
 
     def after_step(self, report: StepReport, state: LoopState, engine: Engine, branch: Branch) -> None:
         """Write the step down, and a checkpoint where one is due."""
-        folder, every = Path(self.assignment.folder), self.assignment.checkpoint_every_steps
+        folder, every = Path(self.assignment.folder), self.training.checkpoint_every_steps
         self._speed.add(report)
         self.outcome.steady_tokens_per_s = self._speed.tokens_per_s
         self._peak_bytes = max(self._peak_bytes, report.memory_bytes)
         self.outcome.state = state
         if self.ranks.first:
             append_jsonl(folder / "steps.jsonl", report)
-        if every and state.step % every == 0 and state.step < self.assignment.stop_step:
+        if every and state.step % every == 0 and state.step < self.training.stop_step:
             self._save(checkpoint_folder(folder, state.step), engine, branch, final=False)
 
     def _score_untrained(self, objective: Objective, stack: ExitStack) -> None:
         """The untouched base; a classifier that nobody trained is the class prior."""
         if self.base.load.task == "classify":
             self.outcome.scores = self.scorer.score_prior(objective)
-        elif self.assignment.evaluate:
+        else:
             stack.enter_context(forward_ready(objective, self.execution))
             self.outcome.scores = self.scorer.score(objective)
         self.outcome.engine = self._engine_record("none", "", partitioned_bytes=0, trainable_parameters=0)
@@ -223,28 +214,9 @@ class TrialRun:
             for name, evaluation in self.outcome.scores.by_set().items():
                 evaluation.save(folder / f"{name}.npz")
 
-    def _score_blocks(self, plan: ProbePlan, objective: Objective, branch: Branch) -> None:
-        """Every rank has the whole base and computes the same."""
-        data = self._load_set(self.assignment.data.train)
-        seed = self.assignment.trial.seed
-        self.outcome.layer_scores = score_blocks(self.base, objective, data, plan, self.execution, seed)
-        self.prove_frozen(branch)
-
-    def _measure_shift(self, plan: ShiftPlan, objective: Objective, stack: ExitStack) -> None:
-        data, seed = self.assignment.data, self.assignment.trial.seed
-        assert data.retain is not None, "planned where there is a retention set"
-        stack.enter_context(forward_ready(objective, self.execution))
-        builder = TrunkBuilder(self.base, objective, self.rows, self.ranks, is_partitioned(self.execution))
-        target, retention = ((path, self._load_set(path)) for path in (data.train, data.retain))
-        self.outcome.domain_shift = measure_shift(plan, target, retention, self.sets.trunk, builder, seed)
-
     def prove_frozen(self, branch: Branch) -> None:
         """Law 2: what did not learn is bit for bit what was loaded; every rank hears of a difference on any."""
-        moved = changed_frozen(branch.model, self._base_fingerprint)
-        (count,) = self.ranks.sum([len(moved)])
-        if count:
-            where = moved[0] if moved else "on another rank"
-            raise TrainingError(f"{count:.0f} frozen tensors changed during training", where=where)
+        prove_frozen(branch.model, self._base_fingerprint, self.ranks)
 
     def save_rung(self, engine: Engine, branch: Branch) -> None:
         """What the next rung goes on from, and what promotion takes."""
@@ -260,7 +232,7 @@ class TrialRun:
             self.ranks,
             seed=self.assignment.trial.seed,
             layout=layout_of(self.execution),
-            keep_optimizer=self.assignment.keep_optimizer or not final,
+            keep_optimizer=self.training.keep_optimizer or not final,
             evaluations=self.outcome.scores.by_set() if final else {},
             gathered=not together,
             owner=owner_of(self.assignment),

@@ -16,21 +16,21 @@ from orchestrator.train.model.objective import objective_of
 from orchestrator.train.model.recompute import recomputed
 from orchestrator.train.ranks import Ranks
 from orchestrator.train.trunk.states import TrunkStates
-from orchestrator.work.assignment import Assignment
+from orchestrator.work.assignment import TrainRung
 
 GAIN = 0.97
 """A wider batch is taken where it needs at most this share of the time of the narrower one, a trial: less is noise."""
 TIMED = 2
 
 
-def kind_of_batch(assignment: Assignment) -> tuple[int, int, int]:
+def kind_of_batch(assignment: TrainRung) -> tuple[int, int, int]:
     """What decides how many trials had better share one: where it begins, its rows, and their width."""
     execution = assignment.execution
     return (assignment.selection.cut, execution.micro_batch_rows, execution.row_tokens)
 
 
 def best_width(
-    base: LoadedBase, group: Sequence[Assignment], steps: StepPlan, rows: RowPlan, trunk: TrunkStates | None, ranks: Ranks
+    base: LoadedBase, group: Sequence[TrainRung], steps: StepPlan, rows: RowPlan, trunk: TrunkStates | None, ranks: Ranks
 ) -> tuple[int, str]:
     """The number of trials in a batch at which a trial's micro-batch takes least time, and a sentence about it.
 
@@ -66,7 +66,7 @@ def best_width(
     return best, f"{best} trials share a batch (time per trial's micro-batch, by trials in a batch: {said})"
 
 
-def _slowest(base: LoadedBase, group: Sequence[Assignment], step: StepInput, ranks: Ranks) -> float | None:
+def _slowest(base: LoadedBase, group: Sequence[TrainRung], step: StepInput, ranks: Ranks) -> float | None:
     """Seconds on the slowest rank; None where any has no memory for so many. Nothing is sent before all have measured."""
     own: float | None = None
     try:
@@ -78,7 +78,7 @@ def _slowest(base: LoadedBase, group: Sequence[Assignment], step: StepInput, ran
     return None if None in every else max(every)
 
 
-def _seconds(base: LoadedBase, group: Sequence[Assignment], step: StepInput) -> float:
+def _seconds(base: LoadedBase, group: Sequence[TrainRung], step: StepInput) -> float:
     """The fastest of a few forward and backward passes, after one to warm up."""
     with ExitStack() as stack:
         opened = stack.enter_context(open_group(base, [spec_of(assignment) for assignment in group]))

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from orchestrator.anatomy.headers import read_header
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy, TensorInfo
+from orchestrator.anatomy.weights import read_header
 from orchestrator.errors import SelectionError
 from orchestrator.spec.adapters import ADAPTER_KINDS, LORA_A, AdapterKind, AdapterName, Shape
 from orchestrator.values import Value

@@ -1,59 +1,186 @@
-"""What a gang receives: one trial to train up to a step, or one measurement, and who owns the checkpoints written for it."""
+"""What a gang is given to do, as a union: train a rung, evaluate the base, or one of three measurements.
+
+Each kind says what it needs and nothing else; what all work of a run shares is one `WorkContext`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
+
+from pydantic import Field
 
 from orchestrator.anatomy.values import LayerSelection
 from orchestrator.values import Value, content_hash
 from orchestrator.work.execution import DataPaths, ExecutionPlan, TrainSettings, TrunkPlan
-from orchestrator.work.measurements import CompilePlan, ProbePlan, ShiftPlan
+from orchestrator.work.measurements import CompilePlan, CompileTimes, DomainShift, LayerScores, ProbePlan, ShiftPlan
+from orchestrator.work.results import MeasurementResult, RungResult
 from orchestrator.work.trial import TrialSpec
 
 
-class Assignment(Value):
-    """All that a gang receives: carry this trial from `start` to `stop_step`, evaluate, save."""
+class WorkContext(Value):
+    """What all work shares that a run gives to one kind of gang."""
 
-    trial: TrialSpec
-    selection: LayerSelection
-    execution: ExecutionPlan
     settings: TrainSettings
     data: DataPaths
     metric: str
+    trunk: TrunkPlan | None = None
+    """As planned for the run; not all work reads it (see the `trunk` of each kind)."""
+    largest_memory_bytes: int | None = None
+    """What the plan expects a rank to use for the largest trial of the run: what its gang may still grow to."""
+    num_gangs: int = 1
+    """At most so many share a node's memory."""
+    spec_sha256: str = ""
+    """Of the run's spec and of its base, for the manifests of what is written; empty where they are unknown."""
+    base_sha256: str = ""
+
+
+class GangWork(Value):
+    """What every kind of work has: the context, and how it is run (smaller than planned once memory has run out)."""
+
+    context: WorkContext
+    execution: ExecutionPlan
+
+    @property
+    def settings(self) -> TrainSettings:
+        return self.context.settings
+
+    @property
+    def data(self) -> DataPaths:
+        return self.context.data
+
+
+class TrialWork(GangWork):
+    """Work on a trial of the ledger. Its answer is a `RungResult`."""
+
+    trial: TrialSpec
+    selection: LayerSelection
     folder: str
     """The trial's folder: steps.jsonl and rung-<n>/ are written here."""
-    rung: int
+    rung: int = 0
+    predicted_memory_bytes: int | None = None
+    """What the plan expects a rank to use for it; None where the plan has no figure."""
+
+    @property
+    def work_id(self) -> str:
+        """The name of the work in events and results."""
+        return self.trial.trial_id
+
+    @property
+    def metric(self) -> str:
+        return self.context.metric
+
+    @property
+    def largest_memory_bytes(self) -> int | None:
+        return self.context.largest_memory_bytes
+
+    @property
+    def num_gangs(self) -> int:
+        return self.context.num_gangs
+
+    def failed(self, reason: str) -> RungResult:
+        """Return the result of work that no gang brought to its end."""
+        return RungResult(trial_id=self.trial.trial_id, rung=self.rung, step=0, tokens=0, state="failed", reason=reason)
+
+
+class TrainRung(TrialWork):
+    """Train a trial from `start` up to and including `stop_step`, evaluate it and save the rung."""
+
+    kind: Literal["train_rung"] = "train_rung"
     start: str | None = None
     """Folder of the rung or checkpoint to continue from; None starts at step 0."""
     stop_step: int
-    """Train up to and including this step; 0 only evaluates."""
     keep_optimizer: bool = True
     """Whether the trial may be continued from the checkpoint written at the end."""
     checkpoint_every_steps: int = 0
     """0: only at the end. The refit checkpoints in between."""
     evaluate: bool = True
-    trunk: TrunkPlan | None = None
-    predicted_memory_bytes: int | None = None
-    """What the plan expects a rank to use for it; None where the plan has no figure."""
-    largest_memory_bytes: int | None = None
-    """Likewise, for any trial of the run: what its gang may still grow to."""
-    num_gangs: int = 1
-    """Of the run: at most so many share a node's memory."""
-    probe: ProbePlan | None = None
-    """Score the blocks and train nothing."""
-    shift: ShiftPlan | None = None
-    """Measure how far the target lies from the retention set, and train nothing."""
-    compiling: CompilePlan | None = None
-    """Measure what compiled blocks gain and train nothing."""
-    spec_sha256: str = ""
-    """Of the run's spec and of its base, for the manifests of what is written; empty where nobody knows."""
-    base_sha256: str = ""
 
     @property
-    def measures(self) -> bool:
-        """Whether it is no trial: nothing of it stands in the record of trials."""
-        return self.probe is not None or self.compiling is not None or self.shift is not None
+    def trunk(self) -> TrunkPlan | None:
+        """The activations that the trial may begin from; a model with random weights has other activations."""
+        return None if self.trial.control == "scratch" else self.context.trunk
+
+
+class EvaluateBase(TrialWork):
+    """Evaluate the untouched base, the control `none`; for a classifier that is the class prior."""
+
+    kind: Literal["evaluate_base"] = "evaluate_base"
+
+    @property
+    def trunk(self) -> TrunkPlan | None:
+        """None: the base is scored by its own forward pass."""
+        return None
+
+
+class MeasuringWork(GangWork):
+    """A measurement before the search. It is no trial: nothing of it is in the ledger. Its answer is a `MeasurementResult`."""
+
+    NAME: ClassVar[str]
+    seed: int
+
+    @property
+    def work_id(self) -> str:
+        """The name of the work in events and results."""
+        return self.NAME
+
+
+class ScoreBlocks(MeasuringWork):
+    """Score the blocks of the base by their gradients."""
+
+    NAME: ClassVar[str] = "probe"
+    kind: Literal["score_blocks"] = "score_blocks"
+    plan: ProbePlan
+
+    @property
+    def trunk(self) -> TrunkPlan | None:
+        """None: every block is passed through."""
+        return None
+
+    def failed(self, reason: str) -> MeasurementResult:
+        """Return the result where there are no scores."""
+        return MeasurementResult(work_id=self.work_id, found=LayerScores(failed=reason))
+
+
+class MeasureShift(MeasuringWork):
+    """Measure how far the target lies from the retention set in the base's own activations."""
+
+    NAME: ClassVar[str] = "shift"
+    kind: Literal["measure_shift"] = "measure_shift"
+    plan: ShiftPlan
+
+    @property
+    def trunk(self) -> TrunkPlan | None:
+        """What is stored is compared without another forward pass."""
+        return self.context.trunk
+
+    def failed(self, reason: str) -> MeasurementResult:
+        """Return the result where there are no distances."""
+        return MeasurementResult(work_id=self.work_id, found=DomainShift(failed=reason))
+
+
+class TimeCompiling(MeasuringWork):
+    """Time the first micro-batch of a trial of the search with and without compiled blocks."""
+
+    NAME: ClassVar[str] = "compile"
+    kind: Literal["time_compiling"] = "time_compiling"
+    plan: CompilePlan
+    trial: TrialSpec
+    """A trial of the choice that is timed, as the search would train it."""
+    selection: LayerSelection
+
+    @property
+    def trunk(self) -> TrunkPlan | None:
+        return self.context.trunk
+
+    def failed(self, reason: str) -> MeasurementResult:
+        """Return the result where there are no times."""
+        return MeasurementResult(work_id=self.work_id, found=CompileTimes(failed=reason))
+
+
+Measurement = Annotated[ScoreBlocks | MeasureShift | TimeCompiling, Field(discriminator="kind")]
+Work = Annotated[TrainRung | EvaluateBase | ScoreBlocks | MeasureShift | TimeCompiling, Field(discriminator="kind")]
+"""All that a gang may be given."""
 
 
 OF = {"spec_sha256": "spec", "base_sha256": "base"}
@@ -67,9 +194,9 @@ def ownership(trial: TrialSpec, spec_sha256: str = "", base_sha256: str = "") ->
     return {"trial": values, "trial_sha256": content_hash(values), **{name: value for name, value in hashes.items() if value}}
 
 
-def owner_of(assignment: Assignment) -> dict[str, object]:
+def owner_of(assignment: TrialWork) -> dict[str, object]:
     """As `ownership`, of what an assignment writes."""
-    return ownership(assignment.trial, assignment.spec_sha256, assignment.base_sha256)
+    return ownership(assignment.trial, assignment.context.spec_sha256, assignment.context.base_sha256)
 
 
 def contradiction(about: Mapping[str, object], own: Mapping[str, object]) -> str:

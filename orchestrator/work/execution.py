@@ -8,6 +8,20 @@ from orchestrator.spec.models import Quantize, Task
 from orchestrator.values import Value
 
 
+class GangKind(Value):
+    """What a gang is started for: executions with the same kind can be run by the same gang, one after another."""
+
+    device: Literal["cpu", "cuda"]
+    ranks: int
+    executor: Literal["torch", "deepspeed"]
+    dtype: Literal["bfloat16", "float32"]
+    offload: Literal["none", "optimizer", "parameters"]
+    row_tokens: int
+    pack: bool
+    shards_base: bool
+    """Whether the base is sharded over the ranks (ZeRO-3); stages 0 to 2 hold it whole, and can follow each other."""
+
+
 class ExecutionPlan(Value):
     """How one gang trains a trial. The same for every trial of a sweep."""
 
@@ -30,6 +44,20 @@ class ExecutionPlan(Value):
     backend: Literal["gloo", "nccl"] = "gloo"
     inside_node: bool = False
     """Whether every gang has a node that holds it: then its ranks wait for one rather than spread."""
+
+    @property
+    def gang_kind(self) -> GangKind:
+        """Return what must be equal for this execution to be run by the gang of another one."""
+        return GangKind(
+            device=self.device,
+            ranks=self.ranks,
+            executor=self.executor,
+            dtype=self.dtype,
+            offload=self.offload,
+            row_tokens=self.row_tokens,
+            pack=self.pack,
+            shards_base=self.zero_stage == 3,
+        )
 
 
 class BaseLoad(Value):

@@ -21,8 +21,6 @@ from orchestrator.work.results import RungResult
 
 HIGHEST_STAGE_WITH_A_WHOLE_BASE = 2
 NO_SMALLER_WAY = "memory use cannot be reduced further in this gang"
-SAME_GANG = ("device", "ranks", "executor", "dtype", "offload", "row_tokens", "pack")
-"""What two executions of one kind of gang have in common."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def nothing_smaller(what: str, execution: ExecutionPlan) -> OutOfMemoryError:
 
 
 def fits_in_no_way(result: RungResult) -> bool:
-    """Whether a trial failed for want of memory; its reason ends with what would make room."""
+    """Whether a trial failed because memory cannot be reduced further; its reason ends with what would make room."""
     return result.state == "failed" and NO_SMALLER_WAY in result.reason
 
 
@@ -78,12 +76,9 @@ def with_relief(planned: ExecutionPlan, relieved: ExecutionPlan | None) -> Execu
     """`planned`, and no larger than what a trial came down to before; a gang of another kind starts as planned.
 
     Args:
-        relieved: What the trial was trained by after memory had run out; None where it never did.
+        relieved: How the trial was trained after memory had run out; None where it never did.
     """
-    if relieved is None or any(getattr(planned, name) != getattr(relieved, name) for name in SAME_GANG):
-        return planned
-    parted = 3 in (planned.zero_stage, relieved.zero_stage)
-    if parted and planned.zero_stage != relieved.zero_stage:
+    if relieved is None or planned.gang_kind != relieved.gang_kind:
         return planned
     return planned.model_copy(
         update={

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast
+
+from pydantic import model_validator
 
 from orchestrator.values import Value
 from orchestrator.work.execution import ExecutionPlan
@@ -46,8 +48,12 @@ class EngineRecord(Value):
     """The cut whose stored states it trained on; None where the trunk was computed at every step."""
 
 
+FORMER_KEYS = frozenset({"layer_scores", "domain_shift", "compile_times"})
+"""What a rung's record held in older versions, always null in the files of a run: measurements were answered as rungs."""
+
+
 class RungResult(Value):
-    """What a gang answers."""
+    """What a gang answers for a trial: trained to a rung, or the base evaluated."""
 
     trial_id: str
     rung: int
@@ -80,12 +86,33 @@ class RungResult(Value):
     gang: int = -1
     notes: tuple[str, ...] = ()
     """What happened by itself on the way (law 9): a micro-batch halved, a damaged checkpoint passed over."""
-    layer_scores: LayerScores | None = None
-    """What a probe found."""
-    domain_shift: DomainShift | None = None
-    """How far the target lies from the retention set, where that was asked for."""
-    compile_times: CompileTimes | None = None
-    """What was measured of compiled blocks."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_former_keys(cls, values: object) -> object:
+        if not isinstance(values, dict):
+            return values
+        given = cast("dict[str, object]", values)
+        return {key: value for key, value in given.items() if key not in FORMER_KEYS or value is not None}
+
+    @property
+    def work_id(self) -> str:
+        """The name of the work that it answers."""
+        return self.trial_id
+
+
+class MeasurementResult(Value):
+    """What a gang answers to a measurement. What it found says itself whether it failed."""
+
+    work_id: str
+    found: LayerScores | DomainShift | CompileTimes
+    gang: int = -1
+    notes: tuple[str, ...] = ()
+    """As those of a rung."""
+
+
+WorkResult = RungResult | MeasurementResult
+"""What a gang answers."""
 
 
 class StepReport(Value):

@@ -31,7 +31,7 @@ from orchestrator.data import data_size, prepare_data
 from orchestrator.plan import schedule as steps
 from orchestrator.spec import LoadedSpec, load_spec
 from orchestrator.transfer.seeds import student_t_quantile
-from orchestrator.work.assignment import Assignment
+from orchestrator.work.assignment import EvaluateBase, TrainRung, WorkContext
 from orchestrator.work.execution import BaseLoad, DataPaths, ExecutionPlan, TrainSettings
 from orchestrator.work.remedies import NOTHING, AnchorPlan, Remedies
 from orchestrator.work.trial import TrialSpec
@@ -114,8 +114,15 @@ def run_trial(settings: Settings, remedies: Remedies, seed: int) -> dict[str, An
     start: str | None = None
     for rung in range(NUM_SCORES + 1):
         stop = settings.total_steps * rung // NUM_SCORES
-        assignment = Assignment(
-            trial=TrialSpec(
+        shared: dict[str, Any] = {
+            "context": WorkContext(
+                settings=TrainSettings(
+                    warmup=0.05, schedule="cosine", weight_decay=0.0, grad_clip=1.0, tokens_per_step=settings.tokens_per_step
+                ),
+                data=DataPaths(**{name: str(folder / "sets" / f"{name}.npz") for name in ("train", "eval", "retain", "replay")}),
+                metric="loss",
+            ),
+            "trial": TrialSpec(
                 trial_id=trial_folder.name,
                 number=0,
                 control="none" if rung == 0 else None,
@@ -127,19 +134,13 @@ def run_trial(settings: Settings, remedies: Remedies, seed: int) -> dict[str, An
                 seed=seed,
                 remedies=remedies,
             ),
-            selection=select(anatomy, "none" if rung == 0 else settings.layers, "full", None, task="completion"),
-            execution=execution,
-            settings=TrainSettings(
-                warmup=0.05, schedule="cosine", weight_decay=0.0, grad_clip=1.0, tokens_per_step=settings.tokens_per_step
-            ),
-            data=DataPaths(**{name: str(folder / "sets" / f"{name}.npz") for name in ("train", "eval", "retain", "replay")}),
-            metric="loss",
-            folder=str(trial_folder),
-            rung=rung,
-            start=start,
-            stop_step=stop,
-        )
-        result = host.run(assignment)
+            "selection": select(anatomy, "none" if rung == 0 else settings.layers, "full", None, task="completion"),
+            "execution": execution,
+            "folder": str(trial_folder),
+            "rung": rung,
+        }
+        work = TrainRung(**shared, start=start, stop_step=stop) if rung else EvaluateBase(**shared)
+        result = host.run_trial(work)
         assert result.state == "done", result.reason
         assert result.eval_loss is not None
         assert result.retain_loss is not None

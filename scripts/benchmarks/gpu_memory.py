@@ -28,9 +28,9 @@ import torch
 from allocations import bare_base, batch, train_and_score
 
 from orchestrator.anatomy import ModelAnatomy, read_anatomy, select
-from orchestrator.plan.memory.candidate import Way
+from orchestrator.plan.memory.candidate import Candidate
 from orchestrator.plan.memory.estimate import estimate
-from orchestrator.plan.memory.footprint import weigh
+from orchestrator.plan.memory.footprint import make_footprint
 from orchestrator.train import open_branch
 from orchestrator.units import GIB
 
@@ -82,8 +82,8 @@ def measure(device: torch.device) -> Iterator[dict[str, Any]]:
     anatomy = _anatomy(4 if torch.cuda.get_device_properties(device).total_memory > 40 * GIB else 2)
     for (layers, tune), checkpointing, row_tokens in itertools.product(POLICIES, (False, True), ROW_TOKENS):
         selection = select(anatomy, layers, tune, 16 if tune == "lora" else None, task="completion")  # type: ignore[arg-type]
-        way = Way("cuda", 1, "torch", 0, "none", checkpointing, row_tokens, ROWS)
-        planned = estimate(weigh(anatomy, selection, "none", 2), way).device.allocated_bytes
+        candidate = Candidate("cuda", 1, "torch", 0, "none", checkpointing, row_tokens, ROWS)
+        planned = estimate(make_footprint(anatomy, selection, "none", 2), candidate).device.allocated_bytes
         base = bare_base(anatomy, device)
         torch.cuda.reset_peak_memory_stats(device)
         with open_branch(base, selection, lora_alpha=2 * (selection.lora_rank or 0), seed=0) as branch:
@@ -103,9 +103,9 @@ def measure(device: torch.device) -> Iterator[dict[str, Any]]:
 
 
 def _line(row: dict[str, Any]) -> str:
-    way = f"{row['policy']:<13}{'checkpointing' if row['checkpointing'] else '':<14}{ROWS} x {row['row_tokens']:>5} tokens"
+    candidate = f"{row['policy']:<13}{'checkpointing' if row['checkpointing'] else '':<14}{ROWS} x {row['row_tokens']:>5} tokens"
     planned, measured = row["planned_bytes"] / GIB, row["measured_bytes"] / GIB
-    return f"{way}  planned {planned:7.2f} GiB  measured {measured:7.2f} GiB  {row['ratio']:.3f}"
+    return f"{candidate}  planned {planned:7.2f} GiB  measured {measured:7.2f} GiB  {row['ratio']:.3f}"
 
 
 def _anatomy(blocks: int) -> ModelAnatomy:

@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, read_anatomy, select
-from orchestrator.plan.memory.candidate import Way
+from orchestrator.plan.memory.candidate import Candidate
 from orchestrator.plan.memory.estimate import estimate
-from orchestrator.plan.memory.footprint import weigh
+from orchestrator.plan.memory.footprint import make_footprint
 from orchestrator.units import GIB
 
 GOAL = 0.05
@@ -91,8 +91,8 @@ def measure(bases: dict[str, dict[str, Any]], policies: list[str], tokens: list[
             selection = _selection(anatomy, policy)
             started = time.perf_counter()
             counted = count_step(anatomy, selection, rows=1, row_tokens=row_tokens, checkpointing=checkpointing)
-            way = Way("cuda", 1, "torch", 0, "none", checkpointing, row_tokens)
-            memory = estimate(weigh(anatomy, selection, "none", 2), way).device
+            candidate = Candidate("cuda", 1, "torch", 0, "none", checkpointing, row_tokens)
+            memory = estimate(make_footprint(anatomy, selection, "none", 2), candidate).device
             moving = sum(term.num_bytes for term in memory.terms if term.moving)
             yield {
                 "base": name,

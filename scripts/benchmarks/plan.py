@@ -26,9 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     result = {
-        "plan_seconds": _median(
-            [sys.executable, "-m", "orchestrator.cli.commands", "plan", SPEC, "--cluster", CLUSTER], options.rounds
-        ),
+        "plan_seconds": _median([sys.executable, "-m", "orchestrator", "plan", SPEC, "--cluster", CLUSTER], options.rounds),
         "interpreter_seconds": _median([sys.executable, "-c", "pass"], options.rounds),
         "bound_seconds": BOUND_S,
     }

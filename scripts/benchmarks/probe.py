@@ -22,12 +22,12 @@ from typing import Any
 
 from orchestrator.anatomy import ModelAnatomy, read_anatomy, resolve_base
 from orchestrator.data import data_size, prepare_data
-from orchestrator.plan import make_assignment, make_plan, make_trial, probe_trial, with_scores
+from orchestrator.plan import make_plan, make_trial, train_rung, with_scores, work_context
 from orchestrator.plan.values import ClusterDescription, NodeDescription, RunPlan
 from orchestrator.spec import LoadedSpec, load_spec
 from orchestrator.train import TrainHost
 from orchestrator.units import GIB
-from orchestrator.work.assignment import Assignment
+from orchestrator.work.assignment import ScoreBlocks, TrainRung, Work
 from orchestrator.work.execution import DataPaths, TrainSettings
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "jobs" / "specs" / "quickstart.yaml"
@@ -55,15 +55,17 @@ def measure(loaded: LoadedSpec, folder: Path, num_steps: int) -> dict[str, Any]:
     assert plan.probe is not None, "the spec has one choice of blocks, or says search.probe: false"
     host = TrainHost.create(plan.base, anatomy, plan.execution, 0, 1, None)
     work = _Work(loaded, plan, anatomy, folder)
-    trial, nothing = probe_trial(plan, anatomy, spec.train.seed)
-    _cpu_seconds(host, work.assignment(trial, nothing, 0))  # warms up
-    seconds, found = _cpu_seconds(host, work.assignment(trial, nothing, 0))
-    plan = with_scores(plan, anatomy, found.layer_scores)
+    scoring = ScoreBlocks(context=work.context, execution=plan.execution, seed=spec.train.seed, plan=plan.probe)
+    _cpu_seconds(host, scoring)  # warms up
+    seconds, measured = _cpu_seconds(host, scoring)
+    assert not measured.found.failed, measured.found.failed
+    plan = with_scores(plan, spec, anatomy, measured.found)
     assert plan.search is not None
     trials: dict[str, float] = {}
     for number, option in enumerate(plan.search.options):
         spec_of = make_trial(plan, option, option.learning_rate_low, number, spec.train.seed)
-        took, result = _cpu_seconds(host, work.assignment(spec_of, option.selection, num_steps))
+        took, result = _cpu_seconds(host, work.rung(spec_of, option.selection, num_steps))
+        assert result.state == "done", result.reason
         trials[f"{option.layers} {option.tune}"] = took / result.tokens * plan.total_tokens
     host.close()
     planned = plan.probe.share_of_trial if plan.probe else 0.0
@@ -77,7 +79,7 @@ class _Work:
     def __init__(self, loaded: LoadedSpec, plan: RunPlan, anatomy: ModelAnatomy, folder: Path) -> None:
         self._plan, self._folder = plan, folder
         train = loaded.spec.train
-        self._settings = TrainSettings(
+        settings = TrainSettings(
             warmup=train.warmup,
             schedule=train.schedule,
             weight_decay=train.weight_decay,
@@ -85,29 +87,26 @@ class _Work:
             tokens_per_step=train.tokens_per_step,
         )
 
-    def assignment(self, trial: Any, selection: Any, stop_step: int) -> Assignment:
-        return make_assignment(
+        data = DataPaths(train=str(folder / "train.npz"), eval=str(folder / "eval.npz"))
+        self.context = work_context(plan, settings=settings, data=data, metric="loss")
+
+    def rung(self, trial: Any, selection: Any, stop_step: int) -> TrainRung:
+        return train_rung(
             self._plan,
+            self.context,
             trial,
             selection,
-            settings=self._settings,
-            data=DataPaths(train=str(self._folder / "train.npz"), eval=str(self._folder / "eval.npz")),
-            metric="loss",
             folder=str(self._folder / trial.trial_id),
-            rung=0,
-            start=None,
             stop_step=stop_step,
             keep_optimizer=False,
             evaluate=False,
-            probe=self._plan.probe if stop_step == 0 else None,
         )
 
 
-def _cpu_seconds(host: TrainHost, assignment: Assignment) -> tuple[float, Any]:
+def _cpu_seconds(host: TrainHost, assignment: Work) -> tuple[float, Any]:
     started = time.process_time()
     result = host.run(assignment)
     took = time.process_time() - started
-    assert result.state == "done", result.reason
     return took, result
 
 

@@ -41,7 +41,7 @@ from orchestrator.train.model.base import LoadedBase
 from orchestrator.train.model.objective import objective_of
 from orchestrator.train.ranks import ALONE
 from orchestrator.train.trunk.library import TrunkLibrary
-from orchestrator.work.assignment import Assignment
+from orchestrator.work.assignment import TrainRung, WorkContext
 from orchestrator.work.execution import DataPaths, ExecutionPlan, TrainSettings
 from orchestrator.work.remedies import NOTHING, AnchorPlan, Remedies
 from orchestrator.work.trial import TrialSpec
@@ -129,9 +129,16 @@ class Bench:
             engine.close()
         return found
 
-    def _assignment(self, case: Case, remedies: Remedies) -> Assignment:
+    def _assignment(self, case: Case, remedies: Remedies) -> TrainRung:
         lora_rank = LORA_RANK if case.tune == "lora" else None
-        return Assignment(
+        return TrainRung(
+            context=WorkContext(
+                settings=TrainSettings(
+                    warmup=0, schedule="constant", weight_decay=0, grad_clip=1, tokens_per_step=TOKENS_PER_STEP
+                ),
+                data=DataPaths(train=str(self.sets.train), eval=str(self.sets.eval), replay=str(self.sets.eval)),
+                metric="loss",
+            ),
             trial=TrialSpec(
                 trial_id="bench",
                 number=0,
@@ -148,9 +155,6 @@ class Bench:
             execution=ExecutionPlan(
                 device="cpu", ranks=1, threads_per_rank=1, executor="torch", row_tokens=ROW_TOKENS, micro_batch_rows=1
             ),
-            settings=TrainSettings(warmup=0, schedule="constant", weight_decay=0, grad_clip=1, tokens_per_step=TOKENS_PER_STEP),
-            data=DataPaths(train=str(self.sets.train), eval=str(self.sets.eval), replay=str(self.sets.eval)),
-            metric="loss",
             folder=str(self.sets.train.parent / "trial"),
             rung=0,
             stop_step=1,

@@ -32,7 +32,7 @@ from orchestrator.plan import schedule as steps
 from orchestrator.spec import load_spec
 from orchestrator.store import append_jsonl
 from orchestrator.train import TrainHost
-from orchestrator.work.assignment import Assignment
+from orchestrator.work.assignment import TrainRung, WorkContext
 from orchestrator.work.execution import BaseLoad, DataPaths, ExecutionPlan, TrainSettings, TrunkPlan
 from orchestrator.work.trial import TrialSpec
 
@@ -169,26 +169,28 @@ class Bench:
             seed=0,
         )
         train = self._spec.train
-        assignment = Assignment(
+        assignment = TrainRung(
+            context=WorkContext(
+                settings=TrainSettings(
+                    warmup=train.warmup,
+                    schedule=train.schedule,
+                    weight_decay=train.weight_decay,
+                    grad_clip=train.grad_clip,
+                    tokens_per_step=tokens_per_step,
+                ),
+                data=DataPaths(train=str(self._folder / "sets/train.npz"), eval=str(self._folder / "sets/eval.npz")),
+                metric="loss",
+                trunk=self._trunk,
+            ),
             trial=trial,
             selection=self._selection,
             execution=self._execution,
-            settings=TrainSettings(
-                warmup=train.warmup,
-                schedule=train.schedule,
-                weight_decay=train.weight_decay,
-                grad_clip=train.grad_clip,
-                tokens_per_step=tokens_per_step,
-            ),
-            data=DataPaths(train=str(self._folder / "sets/train.npz"), eval=str(self._folder / "sets/eval.npz")),
-            metric="loss",
             folder=str(self._folder / "trials" / trial.trial_id),
             rung=0,
             stop_step=trial.total_steps,
-            trunk=self._trunk,
         )
         started = time.monotonic()
-        result = self._host.run(assignment)
+        result = self._host.run_trial(assignment)
         print(
             f"# {trial.trial_id}: {trial.total_steps} steps, {result.eval_loss}, {time.monotonic() - started:.1f} s", flush=True
         )

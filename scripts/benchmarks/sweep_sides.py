@@ -15,8 +15,8 @@ from gangs import pauses_between_trials, read_results
 from sweep_points import Sets, Task, write_spec
 
 from orchestrator.plan.values import RunPlan
-from orchestrator.report.reading import RunRecords, read_run
 from orchestrator.report.timeline import NAMES, seconds_by_kind, submissions_of
+from orchestrator.run.reader import RunRecords, read_run
 from orchestrator.store import read_json
 from orchestrator.work.results import RungResult
 

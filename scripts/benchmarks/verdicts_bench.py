@@ -21,7 +21,7 @@ from orchestrator.train import TrainHost
 from orchestrator.train.evaluation import Evaluation
 from orchestrator.transfer import Comparison, paired_comparison, score
 from orchestrator.transfer.records import RungRecord, TrialRecord
-from orchestrator.work.assignment import Assignment
+from orchestrator.work.assignment import TrainRung, WorkContext
 from orchestrator.work.execution import BaseLoad, DataPaths, ExecutionPlan, TrainSettings, TrunkPlan
 from orchestrator.work.trial import TrialSpec
 
@@ -129,23 +129,25 @@ class Bench:
 
     def _scored(self, trial: TrialSpec, train: str) -> Scored:
         load = self._load
-        assignment = Assignment(
+        assignment = TrainRung(
+            context=WorkContext(
+                settings=TrainSettings(
+                    warmup=0.05, schedule="cosine", weight_decay=0.0, grad_clip=1.0, tokens_per_step=TOKENS_PER_STEP
+                ),
+                data=DataPaths(train=train, eval=str(self._folder / "sets" / "held.npz")),
+                metric="loss",
+                trunk=self._trunk,
+            ),
             trial=trial,
             selection=select(
                 self._anatomy, trial.layers, trial.tune, trial.lora_rank, task=load.task, num_classes=load.num_classes
             ),
             execution=self._execution,
-            settings=TrainSettings(
-                warmup=0.05, schedule="cosine", weight_decay=0.0, grad_clip=1.0, tokens_per_step=TOKENS_PER_STEP
-            ),
-            data=DataPaths(train=train, eval=str(self._folder / "sets" / "held.npz")),
-            metric="loss",
             folder=str(self._folder / "trials" / trial.trial_id),
             rung=0,
             stop_step=trial.total_steps,
-            trunk=self._trunk,
         )
-        result = self._host.run(assignment)
+        result = self._host.run_trial(assignment)
         assert result.state == "done", result.reason
         found = Evaluation.load(Path(result.checkpoint or assignment.folder) / "eval.npz")
         wrong = None if found.predictions is None else (found.predictions != self._held.labels).astype(float)

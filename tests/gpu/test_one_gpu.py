@@ -22,7 +22,7 @@ from orchestrator.data import build_set
 from orchestrator.plan.memory.transient import LOGIT_CHUNK_BYTES
 from orchestrator.samples import SAMPLE_BASE
 from orchestrator.store import read_jsonl
-from orchestrator.work.assignment import Assignment
+from orchestrator.work.assignment import TrainRung, WorkContext
 from orchestrator.work.execution import BaseLoad, DataPaths, ExecutionPlan, TrainSettings
 from orchestrator.work.results import RungResult
 from orchestrator.work.trial import TrialSpec
@@ -56,13 +56,15 @@ def job(folder: Path, quantize: str, plan: ExecutionPlan) -> dict[str, Any]:
     anatomy = read_anatomy(SAMPLE_BASE, need_weights=True)
     base = {"folder": str(SAMPLE_BASE), "model_type": anatomy.model_type, "quantize": quantize, "task": "completion"}
     trial = {"trial_id": "trial", "number": 0, "layers": "last:2", "tune": "lora", "learning_rate": 5e-3, "lora_rank": 8}
-    assignment = Assignment(
+    assignment = TrainRung(
+        context=WorkContext(
+            settings=TrainSettings(warmup=0.1, schedule="cosine", weight_decay=0.0, grad_clip=1.0, tokens_per_step=256),
+            data=DataPaths(train=str(folder / "train.npz"), eval=str(folder / "eval.npz")),
+            metric="loss",
+        ),
         trial=TrialSpec.model_validate({**trial, "total_steps": STEPS, "total_tokens": 256 * STEPS, "seed": 1}),
         selection=select(anatomy, "last:2", "lora", 8, task="completion"),
         execution=plan,
-        settings=TrainSettings(warmup=0.1, schedule="cosine", weight_decay=0.0, grad_clip=1.0, tokens_per_step=256),
-        data=DataPaths(train=str(folder / "train.npz"), eval=str(folder / "eval.npz")),
-        metric="loss",
         folder=str(folder / "trial"),
         rung=0,
         stop_step=STEPS,

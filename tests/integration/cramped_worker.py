@@ -27,7 +27,7 @@ from orchestrator.train.fused import FusedRun
 from orchestrator.train.model.objective import Objective
 from orchestrator.train.trial import TrialRun
 from orchestrator.train.trunk.build import TrunkBuilder
-from orchestrator.work.assignment import Assignment
+from orchestrator.work.assignment import TrainRung
 
 sys.path.insert(0, str(Path(__file__).parent))
 from ranks_worker import main
@@ -43,7 +43,7 @@ forward, run, run_fused, seconds, build = (
 FULL = "CUDA out of memory. Tried to allocate 20.00 GiB."
 
 
-def kind_of(assignment: Assignment) -> str:
+def kind_of(assignment: TrainRung) -> str:
     return assignment.trial.trial_id.rpartition("-")[2]
 
 
@@ -72,7 +72,7 @@ def cramped_forward(self: Objective, **batch):
     return forward(self, **batch)
 
 
-def uneven_seconds(base, group: Sequence[Assignment], step) -> float:
+def uneven_seconds(base, group: Sequence[TrainRung], step) -> float:
     """Rank 0 takes a second whatever the width; rank 1 may take as much longer, or have no memory."""
     kind, cramped = kind_of(group[0]), dist.get_rank() == 1
     if kind == "full" and cramped and len(group) > 2:

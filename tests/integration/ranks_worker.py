@@ -3,8 +3,8 @@
     python ranks_worker.py JOBS.json RANK WORLD_SIZE MEETING_FILE OUT.json
 
 JOBS.json is a list of hosts: {"base": BaseLoad, "anatomy": ModelAnatomy, "execution": ExecutionPlan,
-"assignments": [Assignment, ...], "chunk_bytes": the most that logits may take at once}. In the place of an assignment may
-stand a group, {"group": [Assignment, ...], "width": how many share a batch, or null to measure it}. Several hosts follow
+"assignments": [Work, ...], "chunk_bytes": the most that logits may take at once}. In the place of an assignment may
+stand a group, {"group": [Work, ...], "width": how many share a batch, or null to measure it}. Several hosts follow
 each other in the same process, each with its own base. Beside OUT.json stands OUT.built.json: of how many documents each
 assignment computed the trunk here. No thread of a process group may be left at the end.
 """
@@ -17,9 +17,11 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 
 from orchestrator.anatomy import ModelAnatomy
 from orchestrator.data import TokenizedSet
@@ -28,8 +30,10 @@ from orchestrator.train.engines.deepspeed_engine import load_deepspeed
 from orchestrator.train.model import objective
 from orchestrator.train.trunk.build import TrunkBuilder
 from orchestrator.train.widths import kind_of_batch
-from orchestrator.work.assignment import Assignment
+from orchestrator.work.assignment import Work
 from orchestrator.work.execution import BaseLoad, ExecutionPlan
+
+WORK: TypeAdapter[Any] = TypeAdapter(Work)
 
 
 def main(jobs_file: str, rank: str, world_size: str, meeting: str, out_file: str) -> None:
@@ -50,7 +54,7 @@ def main(jobs_file: str, rank: str, world_size: str, meeting: str, out_file: str
             f"file://{meeting}",
         )
         for values in job["assignments"]:
-            group = [Assignment.model_validate(each) for each in values.get("group", [values])]
+            group = [WORK.validate_python(each) for each in values.get("group", [values])]
             keys, before = {each.trial.trial_id: f"{each.folder}#{each.rung}" for each in group}, sum(computed)
             if values.get("width"):
                 host._groups.widths[kind_of_batch(group[0])] = values["width"]

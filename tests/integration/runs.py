@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -132,6 +133,31 @@ def meanwhile(action: Callable[[], object]) -> Iterator[None]:
         acted = pool.submit(action)
         yield
         acted.result(TIMEOUT_S)
+
+
+@contextmanager
+def mapped_libraries(names: tuple[str, ...]) -> Iterator[dict[str, set[str]]]:
+    """While the block runs, collect which of the libraries each kind of Ray process below this one has mapped.
+
+    A library counts by its shared objects. Keys are the processes' titles up to the method, such as `ray::Exchange`.
+    """
+    found: dict[str, set[str]] = {}
+    ended = threading.Event()
+
+    def collect() -> None:
+        while not ended.wait(0.5):
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error, OSError):
+                    title = " ".join(process.cmdline()).partition(".")[0]
+                    if title.startswith("ray::"):
+                        maps = Path(f"/proc/{process.pid}/maps").read_text()
+                        found.setdefault(title, set()).update(name for name in names if f"/{name}/" in maps)
+
+    with meanwhile(collect):
+        try:
+            yield found
+        finally:
+            ended.set()
 
 
 # -- what a run left ---------------------------------------------------------------------------------------------------

@@ -10,19 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import load_file
 
 from orchestrator.anatomy import read_anatomy
 from orchestrator.data import TokenizedSet
 from orchestrator.train import TrainHost
 from orchestrator.train.batches import RowPlan, StepPlan
-from orchestrator.work.assignment import Assignment
+from orchestrator.work.assignment import Work
 from orchestrator.work.execution import BaseLoad, ExecutionPlan
 
 from .test_ranks import NUM_STEPS, SKEWED_TOKENS_PER_STEP, Matrix, make_base, make_sets, plan
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
+WORK: TypeAdapter[Any] = TypeAdapter(Work)
 FLOAT32_TOLERANCE = 1e-5
 ONE_DOCUMENT_TOKENS = 60
 """A step that has rows for one rank alone: the other's micro-batch is empty."""
@@ -45,7 +47,7 @@ def run_here(matrix: Matrix) -> None:
         execution = ExecutionPlan.model_validate(job["execution"])
         host = TrainHost.create(BaseLoad.model_validate(job["base"]), matrix.anatomy, execution, 0, 1, None)
         for values in job["assignments"]:
-            assignment = Assignment.model_validate(values)
+            assignment = WORK.validate_python(values)
             matrix.results[assignment.trial.trial_id] = host.run(assignment)
         host.close()
 

@@ -26,7 +26,7 @@ from orchestrator.data import build_set
 from orchestrator.plan.memory.transient import LOGIT_CHUNK_BYTES
 from orchestrator.store import read_jsonl
 from orchestrator.train.batches import RowPlan, StepPlan
-from orchestrator.work.assignment import Assignment
+from orchestrator.work.assignment import EvaluateBase, TrainRung, WorkContext
 from orchestrator.work.execution import BaseLoad, DataPaths, ExecutionPlan, TrainSettings, TrunkPlan
 from orchestrator.work.remedies import NOTHING, Remedies
 from orchestrator.work.results import RungResult
@@ -125,22 +125,7 @@ class Matrix:
     ) -> None:
         selection = select(self.anatomy, policy, tune, 8 if tune == "lora" else None, task="completion")
         rate = rate if rate is not None else {"lora": 5e-3, "full": 5e-4}[tune]
-        assignment = Assignment(
-            trial=TrialSpec(
-                trial_id=name,
-                number=0,
-                control=control,
-                layers=policy,
-                tune="lora" if tune == "lora" else "full",
-                learning_rate=rate,
-                lora_rank=selection.lora_rank,
-                total_steps=num_steps,
-                total_tokens=num_steps * TOKENS_PER_STEP,
-                seed=3,
-                remedies=remedies,
-            ),
-            selection=selection,
-            execution=execution,
+        context = WorkContext(
             settings=TrainSettings(
                 warmup=0.1, schedule="cosine", weight_decay=0.01, grad_clip=1.0, tokens_per_step=tokens_per_step
             ),
@@ -150,11 +135,29 @@ class Matrix:
                 replay=str(self.folder / "replay.npz") if remedies.needs_replayed_text else None,
             ),
             metric=metric,
-            folder=str(self.folder / "trials" / name),
-            rung=rung,
-            start=str(self.folder / "trials" / start) if start else None,
-            stop_step=num_steps if stop is None else stop,
             trunk=trunk,
+        )
+        spec = TrialSpec(
+            trial_id=name,
+            number=0,
+            control=control,
+            layers=policy,
+            tune="lora" if tune == "lora" else "full",
+            learning_rate=rate,
+            lora_rank=selection.lora_rank,
+            total_steps=num_steps,
+            total_tokens=num_steps * TOKENS_PER_STEP,
+            seed=3,
+            remedies=remedies,
+        )
+        own = {"context": context, "trial": spec, "selection": selection, "execution": execution}
+        own["folder"] = str(self.folder / "trials" / name)
+        stop_step = num_steps if stop is None else stop
+        begun = str(self.folder / "trials" / start) if start else None
+        assignment = (
+            EvaluateBase.model_validate(own)
+            if control == "none"
+            else TrainRung.model_validate({**own, "rung": rung, "start": begun, "stop_step": stop_step})
         )
         self.jobs[execution.ranks][-1]["assignments"].append(assignment.model_dump(mode="json"))
 

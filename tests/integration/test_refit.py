@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.report.reading import RunRecords, read_run
-from orchestrator.store import PROGRESS, check_folder, read_json
+from orchestrator.run.layout import PROGRESS
+from orchestrator.run.reader import RunRecords, read_run
+from orchestrator.store import check_folder, read_json
 from orchestrator.train import find_latest
 from orchestrator.transfer.view import Progress
 

@@ -15,8 +15,7 @@ from ruamel.yaml import YAML
 from orchestrator.data import TokenizedSet
 from orchestrator.plan.schedule import PATIENCE, SHARES
 from orchestrator.plan.values import RunPlan
-from orchestrator.run.ledger import Ledger
-from orchestrator.run.records import base_result
+from orchestrator.run.ledger import Ledger, base_result
 from orchestrator.run.scoring import Scoring
 from orchestrator.samples import SAMPLE_BASE
 from orchestrator.store import check_folder, read_json
@@ -31,6 +30,7 @@ from .runs import (
     kill_process,
     losses_in,
     losses_of,
+    mapped_libraries,
     meanwhile,
     result_of,
     run_folder,
@@ -186,11 +186,26 @@ def test_a_gang_gives_the_same_numbers_to_the_first_and_to_the_fourth_trial(two_
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory, ray_here: None) -> Path:
+def libraries() -> dict[str, set[str]]:
+    """The large libraries that each kind of process of the uninterrupted sweep had loaded."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, ray_here: None, libraries: dict[str, set[str]]) -> Path:
     """The spec of a sweep that ran to its end undisturbed."""
     spec = write_spec(tmp_path_factory.mktemp("whole"), "search", search=SEARCH, resources=TWO_GANGS)
-    assert submit("sweep", spec) == 0
+    with mapped_libraries(("torch", "tokenizers")) as found:
+        assert submit("sweep", spec) == 0
+    libraries |= found
     return spec
+
+
+def test_only_ranks_load_torch_and_transformers(uninterrupted: Path, libraries: dict[str, set[str]]) -> None:
+    """transformers has no shared object of its own, but loads tokenizers' when it is imported."""
+    assert libraries["ray::RankActor"] == {"torch", "tokenizers"}
+    assert libraries["ray::ImplicitFunc"] == set(), "a Tune trial"
+    assert libraries["ray::Exchange"] == set()
 
 
 def one_has_ended_and_one_trains(run: Path) -> bool:

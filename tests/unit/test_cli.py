@@ -67,7 +67,7 @@ def in_a_process(code: str, *arguments: str, **options) -> subprocess.CompletedP
 def test_light_commands_import_nothing_heavy(arguments, spec):
     code = f"""
         import sys
-        from orchestrator.cli import app
+        from orchestrator.cli.commands import app
         app(args=sys.argv[1:], standalone_mode=False)
         heavy = [name for name in {HEAVY} if name in sys.modules]
         assert not heavy, heavy
@@ -145,7 +145,7 @@ def test_the_plan_of_a_70b_on_four_nodes_imports_nothing_heavy(repository):
     """From a laptop: no weights, no GPU, no cluster, and an answer at once (`scripts/bench plan` measures it)."""
     code = f"""
         import sys
-        from orchestrator.cli import app
+        from orchestrator.cli.commands import app
         app(args=sys.argv[1:], standalone_mode=False)
         heavy = [name for name in {HEAVY} if name in sys.modules]
         assert not heavy, heavy
@@ -319,7 +319,7 @@ def test_a_bug_shows_its_traceback_once_and_exits_with_4(spec, monkeypatch):
 def test_an_interrupt_exits_with_130_and_one_line(spec):
     code = """
         import sys, time
-        from orchestrator import cli
+        from orchestrator.cli import commands as cli
         def wait(*_):
             print("ready", flush=True)
             time.sleep(60)

@@ -51,7 +51,7 @@ def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         wheel.extractall(site)
     about = next(site.glob("*.dist-info"))
-    assert "orchestrator = orchestrator.cli.commands:main" in (about / "entry_points.txt").read_text()
+    assert "orchestrator = orchestrator.cli:main" in (about / "entry_points.txt").read_text()
     assert list(about.rglob("LICENSE"))
     code = "import sys; from orchestrator.cli import main; main(sys.argv[1:])"
     for arguments in (

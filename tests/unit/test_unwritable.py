@@ -90,7 +90,7 @@ def full_disk(code: str, *arguments: str, num_bytes: int) -> subprocess.Complete
 
 @pytest.mark.parametrize("num_bytes", [2000])
 def test_a_full_disk_before_anything_is_started(spec: Path, num_bytes: int) -> None:
-    code = "import sys; from orchestrator.cli import app; app(args=sys.argv[1:])"
+    code = "import sys; from orchestrator.cli.commands import app; app(args=sys.argv[1:])"
     done = full_disk(code, "sweep", str(spec), "--output", str(spec.parent / "runs"), num_bytes=num_bytes)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr

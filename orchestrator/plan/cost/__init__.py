@@ -1,5 +1,6 @@
-"""What a run takes: operations, hours, money, disk.
+"""Cost of a run: operations, hours, price and disk space.
 
-`flops.py` counts the operations of one token, `accelerators.py` knows what a GPU reaches at most, `estimate.py` makes hours
-and bytes of it for the whole run, and `calibration.py` does so again at the rate that the run's first steps reach.
+`flops.py` counts the operations of one token, `choices.py` those of one trial of each choice, `accelerators.py` lists the peak
+rate of GPUs, `estimate.py` turns them into hours and bytes for the whole run, `disk.py` counts what it leaves on disk, and
+`duration.py` estimates wall-clock time, again once the run's first steps have been measured.
 """

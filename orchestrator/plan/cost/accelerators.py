@@ -1,8 +1,8 @@
-"""GPUs by the names that their drivers print: peak rate and memory.
+"""GPUs by the names that their drivers report: peak rate and memory.
 
-Peaks are dense 16-bit operations a second with float32 accumulation on tensor cores (bf16; fp16 on Volta and Turing, which
-have no bf16), from the makers' data sheets; those often print twice the figure, "with sparsity". Memory is what the driver
-reports (`nvidia-smi --query-gpu=memory.total`), a little less than the round figure on the box.
+Peaks are dense 16-bit operations per second with float32 accumulation on tensor cores (bf16; fp16 on Volta and Turing, which
+have no bf16), from the vendors' data sheets, which often print twice the figure ("with sparsity"). Memory is what the driver
+reports (`nvidia-smi --query-gpu=memory.total`), slightly less than the nominal figure.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ TERA = 1e12
 
 @dataclass(frozen=True)
 class Accelerator:
-    """A row of the table: one kind of GPU."""
+    """One kind of GPU, a row of the table."""
 
     pattern: str
-    """A regular expression that is searched in the name, in lower case with `-` and `_` as blanks."""
+    """Regular expression that is searched for in the name, in lower case with `-` and `_` replaced by spaces."""
     peak_flops: float
-    """Dense 16-bit operations a second."""
+    """Dense 16-bit operations per second."""
     memory_bytes: int | None
-    """What the driver reports; None where GPUs of this name come with unlike memories."""
+    """Memory that the driver reports; None if GPUs of this name come with different memory sizes."""
     source: str
 
 
@@ -71,16 +71,16 @@ ACCELERATORS = (
     _row(r"\bmi300x\b", 1307.4, 196592, "AMD Instinct MI300X data sheet"),
     _row(r"\bmi250x\b", 191.5, 65520, "AMD Instinct MI250X data sheet, one of the two devices that it appears as"),
 )
-"""The first pattern that is found in a name counts."""
+"""The first row whose pattern is found in a name applies, so specific patterns come before general ones."""
 
 
 def find_accelerator(gpu_name: str) -> Accelerator | None:
-    """The row of a GPU by its name; None for one that the table does not have."""
+    """Return the row of a GPU by its name, or None if the table does not have it."""
     name = re.sub(r"[-_\s]+", " ", gpu_name.lower())
     return next((row for row in ACCELERATORS if re.search(row.pattern, name)), None)
 
 
 def peak_flops(gpu_name: str) -> float | None:
-    """Dense 16-bit operations a second of a GPU by its name; None for one that the table does not have."""
+    """Return the dense 16-bit operations per second of a GPU by its name, or None if the table does not have it."""
     found = find_accelerator(gpu_name)
     return found.peak_flops if found is not None else None

@@ -1,4 +1,4 @@
-"""How long a run takes by the clock, as a range: what is computed, and what starting, saving and judging take beside it."""
+"""Wall-clock time of a run as a range: computing, and what starting, saving and evaluating add."""
 
 from __future__ import annotations
 
@@ -12,48 +12,49 @@ from orchestrator.plan.estimates import CostEstimate, Duration
 from orchestrator.plan.values import RunPlan
 
 START_S = (10.0, 60.0)
-"""Ray, the gangs' imports, data and the base's figures, before the first step: least and most that is expected."""
+"""Ray, the gangs' imports, data and scoring the base, before the first step: expected minimum and maximum."""
 FINISH_S = (15.0, 120.0)
-"""Merge, verification in a fresh process, the test set and the report."""
+"""Merging, verification in a fresh process, the test set and the report."""
 RUNG_S = (0.05, 1.0)
-"""Of a trial at each rung, beside arithmetic: building its branch, saving, answering."""
+"""Time of a trial at each rung besides computing: building its branch, saving, reporting."""
 STEP_S = (0.0, 0.03)
-"""Of a step, beside arithmetic: launching kernels, reading weights for few rows."""
+"""Time of a step besides computing: launching kernels, reading weights for few rows."""
 LOAD_BYTES_PER_S = (2e9, 2e8)
-"""How fast a base is read: fast local disk, slow shared storage."""
+"""Rate at which a base is read: from fast local disk, from slow shared storage."""
 RATES = (1.5, 0.25)
-"""Of the rate that is counted on, what a run may reach: more than the plan assumes, or what small shapes, short rows and a
-machine with other work leave of it. Measured between 0.3 and 1.1 of it on quiet cores, 0.05 on crowded ones."""
+"""Actual rate relative to the expected one, at most and at least: small shapes, short rows and other load on the machine
+reduce it. Measured: between 0.3 and 1.1 on idle cores, 0.05 on overloaded ones."""
 CORE_SHARE = 0.4
-"""Of what a core does in a large float32 product, what training reaches on it: 40 of 80 to 110 GFLOP/s."""
+"""Rate of training on a core relative to a large float32 matrix product: 40 of 80 to 110 GFLOP/s."""
 CALIBRATED = (1.25, 0.6)
-"""The same once a run's own first steps have been measured."""
+"""The same ratio once the run's own first steps have been measured."""
 NOT_STOPPED = (0.0, 0.3, 0.7)
-"""Of what early stopping may save, how much it does not, for the low, the middle and the high figure. The first trials at a rung
-have nobody to lose against, and later ones are proposed by what did well."""
+"""Share of early stopping's possible saving that is lost, for the low, middle and high figure: the first trials at a rung have
+no others to be compared with, and later ones are proposed near the good ones."""
 
 
 class MeasuredTimes(NamedTuple):
-    """What of a run is known once it has taken its first steps."""
+    """Times of a run that are known after its first steps."""
 
     elapsed_s: float
-    """Since the run was planned."""
+    """Time since the run was planned."""
     computing_s: float
-    """Of it, since its first trial began."""
+    """Part of it since the first trial began."""
     rung_s: float
-    """Of a gang at each rung of a trial, beside the arithmetic that is counted."""
+    """Time of a gang at each rung of a trial besides the counted operations."""
 
 
 def planned_duration(plan: RunPlan, cost: CostEstimate, base_bytes: int, core_flops: float = 0.0) -> Duration | None:
-    """Before anything has run; None where the rate is unknown.
+    """Estimate the duration before anything has run; None if the rate is unknown.
 
     Args:
-        base_bytes: What every gang reads before its first step.
-        core_flops: Of a large product of matrices on one core of the machines, measured; 0 where it was not.
+        base_bytes: Bytes that every gang reads before its first step.
+        core_flops: Measured rate of a large matrix product on one core of the machines; 0 if it was not measured.
     """
     if cost.wall_hours is None:
         return None
     rungs = _rungs_of_a_gang(plan)
+    # The plan assumes CPU_FLOPS_PER_CORE for every core; the clock depends on what this machine's cores really do.
     speed = CORE_SHARE * core_flops / CPU_FLOPS_PER_CORE if core_flops and plan.execution.device == "cpu" else 1.0
 
     def seconds(end: int, rate: float, not_stopped: float) -> float:
@@ -62,11 +63,12 @@ def planned_duration(plan: RunPlan, cost: CostEstimate, base_bytes: int, core_fl
         return fixed + _computing(cost, not_stopped) / (rate * speed)
 
     low, high = seconds(0, RATES[0], NOT_STOPPED[0]), seconds(1, RATES[1], NOT_STOPPED[2])
+    # The uncertainty is a factor rather than a number of seconds, so the middle is the geometric mean.
     return Duration(low_s=low, middle_s=(low * high) ** 0.5, high_s=high)
 
 
 def measured_duration(plan: RunPlan, found: CostEstimate, measured: MeasuredTimes) -> Duration | None:
-    """Of the whole run, at the rate that its first steps reached.
+    """Estimate the duration of the whole run from the rate of its first steps.
 
     Args:
         found: The cost at that rate.
@@ -80,6 +82,7 @@ def measured_duration(plan: RunPlan, found: CostEstimate, measured: MeasuredTime
         (CALIBRATED[1], NOT_STOPPED[2], FINISH_S[1]),
     )
     low, middle, high = (
+        # A run cannot take less time than has already passed.
         max(measured.elapsed_s, started + (_computing(found, not_stopped) + rungs) / rate) + finish
         for rate, not_stopped, finish in ends
     )
@@ -87,7 +90,8 @@ def measured_duration(plan: RunPlan, found: CostEstimate, measured: MeasuredTime
 
 
 def _computing(cost: CostEstimate, not_stopped: float) -> float:
-    """Seconds of arithmetic; of what early stopping is expected to save, `not_stopped` is computed all the same."""
+    """Return the seconds of computing; `not_stopped` is the share of early stopping's expected saving that is computed after
+    all."""
     assert cost.wall_hours is not None
     expected = sum(part.amount for part in cost.operations)
     more = max(0.0, cost.operations_without_stopping - expected) / expected if expected else 0.0
@@ -95,15 +99,15 @@ def _computing(cost: CostEstimate, not_stopped: float) -> float:
 
 
 def _steps_of_a_gang(plan: RunPlan) -> float:
-    """Steps that each gang makes, with early stopping, and those of the winner's trainings."""
+    """Return the steps of each gang, with early stopping, including its share of the winner's follow-up trials."""
     if plan.search is None:
         return plan.total_steps
-    late = plan.search.repeats * plan.total_steps
-    return (plan.search.num_trials * expected_steps(plan.search) + late) / max(1, plan.num_gangs)
+    follow_up = plan.search.repeats * plan.total_steps
+    return (plan.search.num_trials * expected_steps(plan.search) + follow_up) / max(1, plan.num_gangs)
 
 
 def _rungs_of_a_gang(plan: RunPlan) -> float:
-    """Rungs that each gang carries trials to, at most."""
+    """Return the rungs that each gang trains trials to, at most."""
     if plan.search is None:
         return 1.0
     trials = plan.search.num_trials + plan.search.repeats + 1
@@ -116,15 +120,15 @@ class MeasuredSteps(NamedTuple):
     option: int
     """Index in the plan's options."""
     tokens: int
-    """Trained on, with prompts and without padding."""
+    """Tokens trained on, including prompts, without padding."""
     seconds: float
-    """Of the gang."""
+    """Time of the gang."""
     evaluations: int = 0
-    """How often the eval and retention sets were scored in that time."""
+    """Number of times the eval and retention sets were scored in that time."""
 
 
 def achieved_share(plan: RunPlan, anatomy: ModelAnatomy, measured: Iterable[MeasuredSteps]) -> float | None:
-    """Share of the peak: operations of the measured steps over peak x ranks x seconds. None without a peak or a second."""
+    """Return operations of the measured steps / (peak x ranks x seconds), or None without a peak or without measured time."""
     peak = plan.cost.rate.peak_flops if plan.cost is not None else None
     options = planned_options(plan)
     operations, seconds = 0.0, 0.0
@@ -138,7 +142,7 @@ def achieved_share(plan: RunPlan, anatomy: ModelAnatomy, measured: Iterable[Meas
 
 
 def calibrated(plan: RunPlan, anatomy: ModelAnatomy, measured: Iterable[MeasuredSteps]) -> CostEstimate | None:
-    """The plan's cost at the share of the peak that these steps reached; None where none can be told."""
+    """Return the plan's cost at the measured share of the peak, or None if there is no measurement."""
     share = achieved_share(plan, anatomy, measured)
     if share is None or plan.cost is None:
         return None
@@ -147,8 +151,9 @@ def calibrated(plan: RunPlan, anatomy: ModelAnatomy, measured: Iterable[Measured
     return estimate_cost(plan, anatomy, rate, price_per_gpu_hour=plan.cost.price_per_gpu_hour)
 
 
-def calibration_sentence(planned: CostEstimate, found: CostEstimate) -> str:
-    """`the first steps reach 41% of the peak: about 12.3 GPU-hours in all (14.4 at the 35% that the plan assumed)`."""
+def calibration_message(planned: CostEstimate, found: CostEstimate) -> str:
+    """Return a message such as `the first steps reach 41% of the peak: about 12.3 GPU-hours in all (14.4 at the 35% that the
+    plan assumed)`."""
     if found.core_hours is not None and planned.core_hours is not None and found.rate.flops is not None:
         return (
             f"the first steps reach {found.rate.flops / 1e9:.3g} GFLOP/s a core: about {found.core_hours:.3g} core-hours in all "

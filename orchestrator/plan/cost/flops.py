@@ -1,10 +1,9 @@
 """Floating-point operations per token, term by term. A multiplication and an addition are two operations.
 
-What is counted is what torch's `FlopCounterMode` counts: matrix products and attention, not norms, activations and
-optimizers. L is how many tokens a token is compared with: the width of its row or, where documents are computed apart
-(`plan.memory.activations`), its document's length. q is the query width (heads x head size), k the share of the blocks
-above the cut.
-A test runs real steps under that counter and compares.
+The count matches torch's `FlopCounterMode`: matrix products and attention, not norms, activations and the optimizer; a test
+runs real steps under that counter and compares. L is the number of tokens that a token attends over: the width of its row or,
+if documents are computed one by one (`plan.memory.activations`), the length of its document. q is the query width (heads x
+head size), k the share of the blocks above the cut.
 """
 
 from __future__ import annotations
@@ -18,32 +17,34 @@ from orchestrator.units import format_count
 from orchestrator.work.execution import ExecutionPlan
 
 BACKWARD_MATMULS, FORWARD_MATMULS = 5, 2
-"""Of a fused attention kernel: forward is scores and their use; backward makes the scores again, then the gradients of
-the scores, of values, of queries and of keys (Dao et al. 2022, FlashAttention, algorithm 4; `sdpa_backward_flop_count`
-in torch.utils.flop_counter counts the same). Both for whole rows: a mask saves no counted operation."""
+"""Matrix products of a fused attention kernel. Forward: scores, and their product with the values; backward: the scores again,
+then the gradients of the scores, values, queries and keys (Dao et al. 2022, FlashAttention, algorithm 4;
+`sdpa_backward_flop_count` in torch.utils.flop_counter counts the same). Both are counted for whole rows: a mask saves no
+counted operation."""
 
 QUERY_KEY_VALUE = (
     *("q_proj", "k_proj", "v_proj", "query", "key", "value", "q_lin", "k_lin", "v_lin"),
     *FUSED_PROJECTIONS,
 )
-"""Modules that read what enters a block's attention."""
+"""Modules whose input is the input of a block's attention."""
 
 ENDING_IN_DROPOUT = ("gpt2", "opt")
-"""Decoders that drop out a tenth of each block's output unless their config says otherwise (transformers' defaults)."""
+"""Decoders that apply dropout of 0.1 to each block's output unless their config says otherwise (transformers' defaults)."""
 
 
 def forward_flops_per_token(
     anatomy: ModelAnatomy, attended_tokens: float, num_classes: int = 0, *, supervised_share: float = 1.0, first: int = 0
 ) -> float:
-    """One forward pass from block `first` up, scoring what is supervised."""
+    """Return the operations of one forward pass from block `first` up, with the head at the supervised positions."""
     terms = forward_terms(anatomy, attended_tokens, num_classes, supervised_share=supervised_share, first=first)
     return sum(term.flops for term in terms)
 
 
 def block_flops_per_token(anatomy: ModelAnatomy, attended_tokens: float, stop: int) -> float:
-    """The forward pass of the blocks below `stop`."""
+    """Return the operations of the forward pass of the blocks below `stop`."""
     return sum(
         sign * (2.0 * block_elements(anatomy, first) + _attention(anatomy, first, attended_tokens))
+        # All blocks, less those from `stop` up: the helpers count from a block to the top.
         for first, sign in ((0, 1.0), (stop, -1.0))
     )
 
@@ -51,7 +52,7 @@ def block_flops_per_token(anatomy: ModelAnatomy, attended_tokens: float, stop: i
 def forward_terms(
     anatomy: ModelAnatomy, attended_tokens: float, num_classes: int = 0, *, supervised_share: float = 1.0, first: int = 0
 ) -> tuple[FlopTerm, ...]:
-    """The forward pass, from block `first` up where the states that enter it are stored.
+    """Return the terms of the forward pass, from block `first` up if the states that enter it are cached.
 
     - Matrices: 2 an element (Kaplan et al. 2020, section 2.1). The embedding look-up multiplies nothing. Of routed experts
       a token passes `experts_per_token`, so that share of their elements counts; routers and shared experts count whole.
@@ -84,7 +85,7 @@ def train_terms(
     stored_trunk: bool = False,
     forward_tokens: float = float("inf"),
 ) -> tuple[FlopTerm, ...]:
-    """One training step, per token. N elements multiply, a share k of them above the cut.
+    """Return the terms of one training step, per token. N elements multiply, a share k of them above the cut.
 
     - The forward pass, 2N (`forward_terms`); with a stored trunk 2kN, and no attention below the cut.
     - Gradients of activations, from the loss down to the cut: 2 an element of the head and of the blocks there; none
@@ -105,6 +106,7 @@ def train_terms(
     """
     first = selection.cut if stored_trunk else 0
     forward = forward_terms(anatomy, attended_tokens, num_classes, supervised_share=supervised_share, first=first)
+    # The control `none` is only evaluated.
     if not selection.trainable and not selection.adapted:
         return forward
     above, blocks = block_elements(anatomy, selection.cut), anatomy.num_blocks - selection.cut
@@ -113,6 +115,7 @@ def train_terms(
     in_blocks, on_head = adapter_elements(anatomy, selection)
     adapters = in_blocks + on_head * supervised_share
     attention = _attention(anatomy, selection.cut, attended_tokens)
+    # With LoRA nothing below these matrices needs a gradient, so autograd skips the gradient of their input.
     passing = above - _first_matrices(anatomy, selection)
     skipped = sum(_last_matrix(anatomy, selection, block) for block in range(selection.cut, anatomy.num_blocks))
     again = 2.0 * (above - skipped + in_blocks) + attention if checkpointing else 0.0
@@ -141,26 +144,28 @@ def train_terms(
 
 
 def runs_head_twice(anatomy: ModelAnatomy, selection: LayerSelection, execution: ExecutionPlan, data: DataSize) -> bool:
-    """Whether logits are computed again in the backward pass: a head with an adapter, or in parts, whose float32 logits of a
-    micro-batch take several chunks. Any other makes its gradient with its loss."""
+    """Return whether logits are computed again in the backward pass: for a head with an adapter, or a partitioned one, whose
+    float32 logits of a micro-batch need several chunks. Any other head computes its gradient together with the loss."""
     plain = anatomy.head_weight not in selection.adapted and not (execution.executor == "deepspeed" and execution.zero_stage == 3)
     positions = execution.micro_batch_rows * execution.row_tokens * data.supervised_share
     return not (data.num_classes or plain) and 4 * positions * anatomy.vocab_size > LOGIT_CHUNK_BYTES
 
 
 def attention_width(anatomy: ModelAnatomy, execution: ExecutionPlan, data: DataSize) -> float:
-    """How many tokens a token is compared with: its row's, or its document's alone. A mask saves no counted operation."""
+    """Return the number of tokens that a token attends over: those of its row, or only those of its document. A mask saves no
+    counted operation."""
     if data.document_tokens is None or not attends_by_document(anatomy, execution.device, classify=data.num_classes > 0):
         return execution.row_tokens
     return min(data.document_tokens, execution.row_tokens)
 
 
 def block_elements(anatomy: ModelAnatomy, first: int) -> float:
-    """Elements that a token multiplies with in the blocks from `first` up: of routed experts only its own."""
+    """Return the elements that a token is multiplied with in the blocks from `first` up; of routed experts only its own."""
     return sum(_active(anatomy, name) for block in anatomy.blocks[first:] for name in block)
 
 
 def head_elements(anatomy: ModelAnatomy, num_classes: int = 0) -> int:
+    """Return the elements of the output projection, or of the classifier."""
     return (num_classes or anatomy.vocab_size) * anatomy.hidden_size
 
 
@@ -181,7 +186,7 @@ def adapter_elements_per_pass(anatomy: ModelAnatomy, selection: LayerSelection) 
 
 
 def _active(anatomy: ModelAnatomy, name: str) -> float:
-    """Elements of a parameter of a block that one token multiplies with; a norm or a bias does not multiply."""
+    """Return the elements of a block's parameter that one token is multiplied with; none for a norm or a bias."""
     tensor = anatomy.tensors[name]
     if len(tensor.shape) < 2:
         return 0.0
@@ -192,7 +197,7 @@ def _active(anatomy: ModelAnatomy, name: str) -> float:
 
 
 def _learning_elements(anatomy: ModelAnatomy, selection: LayerSelection, num_classes: int, supervised_share: float) -> float:
-    """Elements whose gradients are matrix products."""
+    """Return the trainable elements whose gradients are matrix products."""
     learning = set(selection.trainable)
     blocks = sum(_active(anatomy, name) for block in anatomy.blocks for name in block if name in learning)
     heads = {anatomy.classifier_weight} if num_classes else {anatomy.head_weight}
@@ -200,10 +205,10 @@ def _learning_elements(anatomy: ModelAnatomy, selection: LayerSelection, num_cla
 
 
 def _last_matrix(anatomy: ModelAnatomy, selection: LayerSelection, block: int) -> int:
-    """Elements of a block's last matrix where nothing after it keeps anything for backward, so that it is not run again.
+    """Return the elements of a block's last matrix if nothing after it keeps anything for backward, so it is not recomputed.
 
-    So in decoders whose blocks end in `x + down(...)`; a norm after it, dropout, or experts that are weighed and summed
-    keep something. An adapted matrix is run again: peft computes it before the adapter, whose inputs backward needs.
+    This is so in decoders whose blocks end in `x + down(...)`; a norm after it, dropout, or a weighted sum of experts keeps
+    something. An adapted matrix is recomputed: peft computes it before the adapter, whose inputs backward needs.
     """
     sparse = bool(anatomy.stacked and anatomy.stacked[block])
     norm_after = anatomy.kind == "encoder" or any("post_feedforward" in name for name in anatomy.blocks[block])
@@ -214,13 +219,15 @@ def _last_matrix(anatomy: ModelAnatomy, selection: LayerSelection, block: int) -
 
 
 def _first_matrices(anatomy: ModelAnatomy, selection: LayerSelection) -> int:
-    """Elements of the adapted query, key and value matrices of the block at the cut, where nothing before them learns.
+    """Return the elements of the adapted query, key and value matrices of the block at the cut, if nothing before them is
+    trained.
 
-    A parallel MLP reads the same input, and is left with its gradient: an upper bound.
+    A parallel MLP reads the same input; the gradient of its input is counted although it is not computed: an upper bound.
     """
     names = anatomy.blocks[selection.cut] if selection.cut < anatomy.num_blocks else ()
     if set(names) & set(selection.trainable):
         return 0
+    # The second-last component of a parameter's name is its module: `model.layers.0.self_attn.q_proj.weight` -> `q_proj`.
     adapted = set(names) & set(selection.adapted)
     return sum(anatomy.tensors[name].num_elements for name in adapted if name.split(".")[-2] in QUERY_KEY_VALUE)
 

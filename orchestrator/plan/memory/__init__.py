@@ -1,7 +1,7 @@
-"""What one rank needs, term by term.
+"""Memory of one rank, term by term.
 
-`footprint.py` weighs a selection on a base: its weights (`quantized.py`: to the byte) and what its blocks keep
-(`activations.py`). `way.py` is one way to run it. From both follow what a rank holds all the time (`held.py`, with
-`shards.py` and `reduction.py` for what DeepSpeed's engines hold, to the byte) and what comes and goes (`moving.py`);
-`estimate.py` puts them together.
+`footprint.py` derives from a base and a selection what does not depend on the configuration of the gang: the size of the
+weights (`quantized.py`, to the byte) and of the activations that blocks keep (`activations.py`). `candidate.py` is one
+configuration. Together they give the resident memory (`resident.py`, with `shards.py` for what the training engines hold, to
+the byte) and the transient memory of each phase of a step (`transient.py`); `estimate.py` adds them up.
 """

@@ -1,8 +1,8 @@
-"""What a block of the base keeps for its backward pass, and what that pass needs beside it. Bytes per token.
+"""Activations that a block keeps for its backward pass, and memory that this pass needs in addition. Bytes per token.
 
-The counts follow the operators that transformers' blocks run and what torch saves of each, after Korthikanti et al. 2022
-("Reducing Activation Recomputation", section 4.1), redone for RMS norms, gated MLPs, LoRA and experts; attention is
-fused and keeps no scores. `scripts/bench memory` compares them with every allocation of a step.
+The counts follow the operators in transformers' blocks and the tensors that torch saves for each, after Korthikanti et al.
+2022 ("Reducing Activation Recomputation", section 4.1), redone for RMS norms, gated MLPs, LoRA and experts; fused attention
+keeps no scores. `scripts/bench memory` compares them with every allocation of a step.
 
 h is the hidden size, q the width of all query heads, f the MLP width, r the LoRA rank, e the bytes of an element of the
 compute dtype.
@@ -16,40 +16,42 @@ from dataclasses import dataclass
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 
 NONLINEARITY_KEEPS = {"relu": 0, "gelu_new": 4, "gelu_fast": 4, "quick_gelu": 3}
-"""Tensors of the MLP's width that a nonlinearity keeps beside its result. A kernel of torch's own keeps its input (1, the
-rule); ReLU keeps its result alone; those that transformers composes of several operators keep what each of these does."""
+"""Tensors of the MLP's width that a nonlinearity saves besides its result. A kernel of torch's own saves its input (1, the
+default); ReLU saves only its result; those that transformers composes of several operators save what each of these saves."""
 ROUTING_BYTES = 64
-"""Of a token in a block with experts, for each expert that it goes to: sort, permutation and weights, in int64 and float32."""
+"""Bytes per token and chosen expert in a block with experts: sort order, permutation and weights, in int64 and float32."""
 
 
 FUSED_PROJECTIONS = ("qkv_proj", "query_key_value", "c_attn")
-"""Modules that make query, key and value in one product."""
+"""Modules that compute query, key and value in one product."""
 
 
 @dataclass(frozen=True)
 class BlockActivations:
-    """One block, per token."""
+    """Activations of one block, in bytes per token."""
 
     kept_bytes: int
-    """From its forward to its backward pass."""
+    """Bytes kept from its forward to its backward pass."""
     by_document_bytes: int
-    """How much more of that there is where documents are computed apart; below zero where it is less."""
+    """Bytes to add to them if documents are computed one by one; negative if that needs less."""
     kept_pair_bytes: int
-    """Likewise, per token and position of its row."""
+    """Bytes kept per token and position of its row (attention masks and scores)."""
     working_bytes: int
-    """Beside what is kept, at the largest moment of its backward pass."""
+    """Bytes besides those kept, at the peak of its backward pass."""
     at_weight_bytes: int
-    """Likewise, when the gradient of its largest weight is made; below zero where part of what is kept is gone by then."""
+    """Bytes besides those kept while the gradient of its largest weight is computed; negative if part of what was kept is
+    freed by then."""
     at_scores_bytes: int
-    """Likewise, when the gradients of attention scores are made, beside `at_scores_pair_bytes`: what the MLP kept is gone."""
+    """Bytes besides those kept while the gradients of attention scores are computed, to which `at_scores_pair_bytes` is added;
+    negative because what the MLP kept is freed by then."""
     at_scores_pair_bytes: int
-    """Likewise, per token and position of its row."""
+    """The part of it per token and position of its row."""
     forward_bytes: int
-    """At the largest moment of its forward pass, where nothing is kept."""
+    """Bytes at the peak of its forward pass if nothing is kept."""
 
 
 def activations(anatomy: ModelAnatomy, selection: LayerSelection, element_bytes: int) -> list[BlockActivations]:
-    """Weigh every block, as if all were above the cut."""
+    """Return the activations of every block, as if all were above the cut."""
     learning, adapted = frozenset(selection.trainable), frozenset(selection.adapted)
     kind, rank = selection.adapter_kind, selection.lora_rank or 0
     kept = {
@@ -87,13 +89,13 @@ def _block(
 
 
 def _norms(anatomy: ModelAnatomy, names: tuple[str, ...], learning: frozenset[str], e: int) -> int:
-    """RMS norms compute in float32 and keep their input and its scale: 4h + 4, and what they scaled, e·h, where the
-    norm learns. torch's layer norm keeps its input in the compute dtype, a mean and a scale: e·h + 8. Norms of queries and
-    keys run over the heads' width instead of h.
-    """
+    """Return what norms keep. RMS norms compute in float32 and keep their input and its scale, 4h + 4, and if the norm is
+    trained also the normalized input, e·h. torch's layer norm keeps its input in the compute dtype, a mean and a scale: e·h +
+    8. Norms of queries and keys have the width of the heads instead of h."""
     total = 0
     for name in names:
         shape = anatomy.tensors[name].shape
+        # Norms are found by their names (`ln_` is GPT-2's) and by being vectors; q_norm and k_norm run once per head.
         if ("norm" not in name.lower() and "ln_" not in name) or len(shape) != 1 or not name.endswith("weight"):
             continue
         if shape[0] == anatomy.head_dim and anatomy.head_dim != anatomy.hidden_size:
@@ -109,10 +111,10 @@ def _norms(anatomy: ModelAnatomy, names: tuple[str, ...], learning: frozenset[st
 
 
 def _attention(anatomy: ModelAnatomy, block: int, e: int, *, needs_inputs: bool) -> int:
-    """The input of the projections, e·h, where they learn; query, key and value as the kernel takes them (a mask has the
-    keys and values repeated to the query heads) and its result, e·4q; a float32 scale per head. Where one matrix makes query,
-    key and value, and no head shares a value, the value is a view of its product, which is kept whole: e·2q more.
-    """
+    """Return what attention keeps: the input of the projections, e·h, if they are trained; query, key and value as the kernel
+    takes them (with a mask, keys and values are repeated to the number of query heads) and its result, e·4q; a float32 scale
+    per head. If one matrix computes query, key and value, and no head shares a value, the value is a view of its product,
+    which is kept whole: e·2q more."""
     h, q = anatomy.hidden_size, anatomy.num_heads * anatomy.head_dim
     whole = any(name.rpartition(".")[0].endswith(FUSED_PROJECTIONS) for name in anatomy.linears[block])
     views = 2 * e * q if whole and anatomy.num_heads == anatomy.num_kv_heads else 0
@@ -120,39 +122,39 @@ def _attention(anatomy: ModelAnatomy, block: int, e: int, *, needs_inputs: bool)
 
 
 def _by_document(anatomy: ModelAnatomy, e: int, *, needs_inputs: bool) -> int:
-    """Without a mask the kernel takes keys and values as they are, not repeated to the query heads. The results of the
-    documents are kept beside their concatenation, e·q, where that is kept as an input of the output projection.
-    """
+    """Return the difference if documents are computed one by one: without a mask the kernel takes keys and values as they are,
+    not repeated to the query heads. The results of the documents are kept besides their concatenation, e·q, if that is kept as
+    the input of the output projection."""
     repeats = anatomy.num_heads - anatomy.num_kv_heads
     return e * anatomy.head_dim * ((anatomy.num_heads if needs_inputs else 0) - 2 * repeats)
 
 
 def _pairs(anatomy: ModelAnatomy, e: int) -> int:
-    """Per pair of positions in a row. The fused kernel keeps the mask as numbers, e. Without it each head keeps its scores
-    before their cap (the tanh's result, e), their softmax in float32 (4), and that rounded (e).
-    """
+    """Return what is kept per pair of positions in a row. The fused kernel keeps the mask as numbers, e. Without it each head
+    keeps its scores before their cap (the tanh's result, e), their softmax in float32 (4), and the rounded softmax (e)."""
     return e if anatomy.attention == "fused" else anatomy.num_heads * (2 * e + 4)
 
 
 def _score_gradients(anatomy: ModelAnatomy, e: int) -> int:
-    """Per pair of positions, where no fused kernel serves the layout: the gradient of each head's softmax and of its scores, in
-    float32 (8), when the rounded softmax (e) is gone again."""
+    """Return the bytes per pair of positions if no fused kernel supports the layout: the gradients of each head's softmax and
+    scores in float32 (8), after the rounded softmax (e) is freed."""
     return 0 if anatomy.attention == "fused" else anatomy.num_heads * (8 - e)
 
 
 def _mlp(anatomy: ModelAnatomy, block: int, learning: frozenset[str], e: int, *, needs_inputs: bool) -> tuple[int, int, int]:
-    """(kept, working, at_weight).
+    """Return (kept, working, at_weight) of the MLP.
 
-    Kept: what the nonlinearity keeps and its result, and where gated the other half: e·f each; where its matrices learn
-    their inputs too, e·h and, of the one down, e·f. The backward pass is widest between the two products, where six
-    tensors of a gated MLP's width are there in all, four of a plain one's.
+    Kept: what the nonlinearity keeps, its result, and if gated the other half, e·f each; if its matrices are trained, also
+    their inputs, e·h and, for the down projection, e·f. The backward pass peaks between the two products, when a gated MLP has
+    six tensors of its width in memory, a plain one four.
 
-    With experts, each of the k that a token goes to has its own of these, its result before it is weighed (e·h) and, where
-    experts learn, its sorted copy of the input (e·h). Where results are weighed, three more of these are there on the way back
-    (the gradient, sorted, weighed), which is widest where experts are narrow. A shared expert is a gated MLP of its own width.
+    With experts, each of the k that a token is routed to has its own copies of these, its result before weighting (e·h) and,
+    if experts are trained, its sorted copy of the input (e·h). While results are weighted, three more of these exist in the
+    backward pass (the gradient, sorted, weighted), which is the peak if experts are narrow. A shared expert is a gated MLP of
+    its own width.
 
-    Beside the gradient of a dense MLP's weight one tensor of its width is there; the largest weight of experts is their first
-    (gate and up in one), and then the gradients of its two results are all that is left of the inner tensors.
+    Besides the gradient of a dense MLP's weight, one tensor of its width exists; the largest weight of experts is their first
+    (gate and up in one), and at that time only the gradients of its two results remain of the inner tensors.
     """
     h, experts = anatomy.hidden_size, anatomy.experts
     gated = anatomy.mlp == "gated"
@@ -181,8 +183,8 @@ def _mlp_width(anatomy: ModelAnatomy, block: int) -> int:
 
 
 def attends_by_document(anatomy: ModelAnatomy, device: str, *, classify: bool) -> bool:
-    """Whether the documents of a row are computed one by one (`train.model.attention`) instead of the whole row under a mask.
+    """Return whether attention runs document by document (`train.model.attention`) instead of on the whole row under a mask.
 
-    On CPUs, for decoders that a fused kernel serves. Rows that are classified hold one document and its padding.
+    This is so on CPUs, for decoders that a fused kernel supports. Rows that are classified hold one document and its padding.
     """
     return device == "cpu" and anatomy.kind == "decoder" and anatomy.attention == "fused" and not classify

@@ -1,4 +1,4 @@
-"""One way to run a gang."""
+"""A candidate configuration of a gang."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ Stage = Literal[0, 1, 2, 3]
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to run a gang: all that a rank's memory depends on besides the model."""
+class Candidate:
+    """A candidate configuration of a gang: everything that a rank's memory depends on besides the model."""
 
     device: Device
     ranks: int
@@ -28,6 +28,7 @@ class Way:
         return self.micro_batch_rows * self.row_tokens
 
     def __str__(self) -> str:
+        """Return a short description such as `2 ranks, ZeRO-2, checkpointing`."""
         ranks = "1 rank" if self.ranks == 1 else f"{self.ranks} ranks"
         parts = [ranks] if self.executor == "torch" else [ranks, f"ZeRO-{self.zero_stage}"]
         parts += ["checkpointing"] if self.checkpointing else []

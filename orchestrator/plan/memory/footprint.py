@@ -1,4 +1,4 @@
-"""What a selection on a base weighs, whatever the way to run it. Bytes throughout."""
+"""Memory footprint of a selection on a base, independent of the gang's configuration. All figures are bytes."""
 
 from __future__ import annotations
 
@@ -12,70 +12,71 @@ from orchestrator.spec.models import Quantize
 from orchestrator.work.remedies import AnchorPlan
 
 ANCHOR_COPIES = {"l2sp": 1, "ewc": 2, "product": 0}
-"""See `Footprint.anchor_copies`; `train.anchors` holds them."""
+"""Values of `Footprint.anchor_copies`; `train.anchors` holds the copies."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a selection on a base weighs, whatever the way to run it."""
+    """Memory footprint of a selection on a base, independent of the gang's configuration."""
 
     frozen_bytes: int
-    """Weights that do not learn, as they are loaded: quantized matrices, the rest in the compute dtype."""
+    """Frozen weights as loaded: quantized matrices, the rest in the compute dtype."""
     statistics_bytes: int
-    """Of these, what belongs to quantized matrices and is whole on every rank: scales and tables."""
+    """Part of the frozen weights that is not partitioned: scales and tables of quantized matrices."""
     learning_counts: tuple[int, ...]
-    """Elements of every tensor that learns, in the model's order; of an adapted matrix those of its adapter."""
+    """Elements of every trainable tensor, in the model's order; for an adapted matrix those of its adapter."""
     restore_bytes: int
-    """A copy of the unfrozen weights as the base holds them, so that the next trial finds the base unchanged."""
+    """Copy of the unfrozen weights as in the base, so that the next trial finds the base unchanged."""
     largest_block_bytes: int
     head_bytes: int
     quantized: bool
     scratch_bytes: int
-    """What the largest quantized matrix takes while it multiplies."""
+    """Temporary memory of the largest quantized matrix during its multiplication."""
     learning_blocks: int
-    """Blocks from the cut up: those that a backward pass goes through."""
+    """Number of blocks from the cut up, through which the backward pass runs."""
     kept_token_bytes: int
     """Activations that all of them keep for the backward pass, per token."""
     by_document_token_bytes: int
-    """How much more that is where documents are computed apart; below zero where it is less."""
+    """Bytes to add to that if documents are computed one by one; negative if that needs less."""
     by_document_on_cpu: bool
-    """Whether a CPU computes attention document by document."""
+    """True if attention runs document by document on a CPU."""
     whole_token_bytes: int
-    """What the largest of them keeps, per token."""
+    """Activations that the largest of them keeps, per token."""
     pair_bytes: int
-    """What one of them keeps per token and position of its row."""
+    """Bytes that one of them keeps per token and position of its row."""
     working_token_bytes: int
-    """What the backward pass of one needs beside it, per token, at most."""
+    """Bytes per token, at most, that the backward pass of one block needs besides the activations."""
     at_weight_token_bytes: int
-    """Likewise, when the gradient of its largest weight is made; below zero where part of what is kept is gone by then."""
+    """The same while the gradient of the block's largest weight is computed; negative if kept activations are freed by then."""
     at_scores_token_bytes: int
-    """Likewise, when the gradients of attention scores are made, beside `at_scores_pair_bytes`."""
+    """The same while the gradients of attention scores are computed; `at_scores_pair_bytes` is added."""
     at_scores_pair_bytes: int
-    """Likewise, per token and position of its row; 0 where attention is fused."""
+    """The part of it per token and position of its row; 0 if attention is fused."""
     forward_token_bytes: int
-    """What the forward pass of one block needs where nothing is kept, per token, at most."""
+    """Bytes per token, at most, of the forward pass of one block if nothing is kept."""
     head_learns: bool
     head_adapted: bool
-    """Whether an adapter learns beside the output projection."""
+    """True if the output projection has an adapter."""
     hidden_size: int
     logit_width: int
-    """Vocabulary, or classes."""
+    """Size of the vocabulary, or number of classes."""
     classify: bool
     element_bytes: int
     anchor_copies: int = 0
-    """float32 numbers that an anchor holds beside each one that learns: where it was, and for EWC how much it matters."""
+    """float32 values that an anchor holds per trainable element: its initial value, and for EWC its importance."""
     converted_bytes: int = 0
-    """Of the base, in the compute dtype, where its files hold another: loading cannot map those and makes a copy."""
+    """Part of the base, in the compute dtype, that its files store in another dtype: it cannot be memory-mapped and is copied
+    while loading."""
 
 
-def weigh(
+def make_footprint(
     anatomy: ModelAnatomy, selection: LayerSelection, quantize: Quantize, element_bytes: int, *, num_classes: int = 0
 ) -> Footprint:
-    """Weigh a selection.
+    """Derive the footprint of a selection.
 
-    Quantization holds the blocks' matrices; embeddings, norms and the output projection stay in the compute dtype. What is
-    unfrozen learns in the compute dtype, read from the original, while its quantized matrix waits beside it for the next
-    trial: nothing of it has to be copied to be restored. A tied head is stored once.
+    Only the matrices of the blocks are quantized; embeddings, norms and the output projection stay in the compute dtype.
+    Unfrozen weights are trained in the compute dtype, read from the original, while their quantized matrices stay in memory
+    for the next trial, so that nothing has to be copied to restore them. A tied head is stored once.
     """
     matrices = {name for block in anatomy.linears for name in block} if quantize != "none" else set[str]()
     quantized = {name: quantized_bytes(anatomy.tensors[name].shape, quantize, element_bytes) for name in matrices}
@@ -130,24 +131,24 @@ def weigh(
 
 
 def with_anchor(footprint: Footprint, anchor: AnchorPlan | None) -> Footprint:
-    """Of a trial that such an anchor pulls."""
+    """Return the footprint of a trial with this anchor."""
     return footprint if anchor is None else replace(footprint, anchor_copies=ANCHOR_COPIES[anchor.kind])
 
 
 def _head_learns(anatomy: ModelAnatomy, selection: LayerSelection) -> bool:
-    """Itself, by an adapter, or as the embeddings that it is tied to."""
+    """Return whether the head is trained: itself, by an adapter, or through the embeddings that it is tied to."""
     own = anatomy.head_weight in (*selection.trainable, *selection.adapted)
     return own or (anatomy.tied and anatomy.embeddings[0] in selection.trainable)
 
 
 def _converted_bytes(anatomy: ModelAnatomy, element_bytes: int) -> int:
-    """Of the tensors whose files hold another dtype."""
+    """Return the size of the tensors that files store in another dtype."""
     dtype = {2: "BF16", 4: "F32"}[element_bytes]
     return sum(tensor.num_elements * element_bytes for tensor in anatomy.tensors.values() if tensor.dtype != dtype)
 
 
 def learning_counts(anatomy: ModelAnatomy, selection: LayerSelection, *, num_classes: int = 0) -> tuple[int, ...]:
-    """Return the elements of each tensor that learns, as the engine lists them: in the model's order."""
+    """Return the elements of each trainable tensor in the engine's order: the model's, an adapted one as its adapter's."""
     head = (anatomy.vocab_size, anatomy.hidden_size)
     shapes = {name: tensor.shape for name, tensor in anatomy.tensors.items()} | {
         tensor.name: tensor.shape for tensor in anatomy.new_tensors

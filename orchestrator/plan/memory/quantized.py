@@ -1,6 +1,6 @@
-"""What one quantized matrix takes, to the byte, as `train.model.base` loads it with bitsandbytes 0.50.2.
+"""Size of one quantized matrix, to the byte, as `train.model.base` loads it with bitsandbytes 0.50.2.
 
-Measured and compared in tests/unit/plan/test_quantized.py with the storages of real quantized modules.
+Measured, and compared in tests/unit/plan/memory/test_quantized.py with the storages of real quantized modules.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from math import prod
 from orchestrator.spec.models import Quantize
 
 NF4_BLOCK = 64
-"""Weights that share a scale (`absmax`) in nf4: `Params4bit.blocksize`, which transformers leaves at its default."""
+"""Weights per scale (`absmax`) in nf4: `Params4bit.blocksize`, which transformers leaves at its default."""
 NF4_NESTED_BLOCK = 256
-"""Scales that share a scale of their own under double quantization: `quantize_4bit` calls `quantize_blockwise` so."""
+"""Scales per second-level scale under double quantization: how `quantize_4bit` calls `quantize_blockwise`."""
 NF4_CODE_BYTES = 4 * 16
-"""float32 values of the 16 codes: `get_4bit_type` makes a new table for every matrix."""
+"""float32 values of the 16 codes: `get_4bit_type` creates a new table for every matrix."""
 NESTED_CODE_BYTES = 4 * 256
 """float32 values of the 256 codes of a scale: `quantize_blockwise` copies the table for every matrix (`copy=True`)."""
 
 
 @dataclass(frozen=True)
 class QuantizedBytes:
-    """Bytes that one matrix owns, by tensor. Nothing is shared between matrices."""
+    """Bytes of one matrix, by tensor. Nothing is shared between matrices."""
 
     packed: int
-    """The parameter itself. All that ZeRO-3 partitions: the rest is plain attributes, whole on every rank."""
+    """The parameter itself, the only part that ZeRO-3 partitions: the rest is plain attributes, whole on every rank."""
     absmax: int = 0
     """nf4: a byte per block of 64 weights (`quant_state.absmax`). int8: a float32 per row (`SCB`)."""
     nested_absmax: int = 0
@@ -40,7 +40,7 @@ class QuantizedBytes:
 
     @property
     def statistics(self) -> int:
-        """Everything but the packed weights."""
+        """Bytes of everything but the packed weights."""
         return self.absmax + self.nested_absmax + self.offset + self.code + self.nested_code
 
     @property
@@ -49,22 +49,22 @@ class QuantizedBytes:
 
 
 def quantized_bytes(shape: Sequence[int], quantize: Quantize, element_bytes: int) -> QuantizedBytes:
-    """Bytes of one matrix.
+    """Return the bytes of one matrix.
 
     With n elements:
 
     - none: n·e, the compute dtype.
     - nf4: two weights a byte, ⌈n/2⌉ (`quantize_4bit`). The storage dtype is the compute dtype, so the bytes are seen as
-      numbers of e bytes; that changes the shape of the parameter and not its size. bitsandbytes refuses on a CPU what
-      is no whole number of them, which no matrix with even dimensions is. A scale per 64 weights, ⌈n/64⌉ bytes; a
-      float32 per 256 of those; two tables and an offset, 1092 bytes (Dettmers et al. 2023, QLoRA, section 3).
+      numbers of e bytes; that changes the shape of the parameter and not its size. On a CPU bitsandbytes rejects a matrix
+      whose bytes are not a whole number of them, which cannot happen with even dimensions. A scale per 64 weights, ⌈n/64⌉
+      bytes; a float32 per 256 of those; two tables and an offset, 1092 bytes (Dettmers et al. 2023, QLoRA, section 3).
     - int8: n bytes and a float32 per row (`Int8Params._quantize`; `CB` is the parameter's own storage). Whatever the
       compute dtype (Dettmers et al. 2022, LLM.int8(), section 2.1).
 
     Args:
         shape: (rows, columns): out and in features.
         quantize: How the base is loaded.
-        element_bytes: Of a number in the compute dtype.
+        element_bytes: Bytes of a number in the compute dtype.
     """
     elements = prod(shape)
     match quantize:
@@ -85,28 +85,28 @@ def quantized_bytes(shape: Sequence[int], quantize: Quantize, element_bytes: int
 
 
 def dequantize_scratch_bytes(shape: Sequence[int], quantize: Quantize, element_bytes: int) -> int:
-    """What one matrix takes for the moment in which it multiplies, forward or backward, beside inputs and outputs.
+    """Return the temporary memory of one matrix during its multiplication, forward or backward, besides inputs and outputs.
 
-    One matrix at a time: the forward and the backward pass each let it go before they return. With n elements of e
-    bytes:
+    Only one matrix at a time: both passes free it before they return. With n elements of e bytes:
 
     - nf4: the matrix in the compute dtype, n·e, and its scales in float32, twice at the most, 8·⌈n/64⌉. Forward
-      (bitsandbytes backends/cuda/ops.py, `_dequant_linear_fallback`, which more than a few dozen to 1536 tokens take,
-      by GPU and shape; below that a fused kernel needs none of it): `absmax_dq` and its sum with the offset both live
-      until it returns. Backward (`MatMul4Bit.backward`, `dequantize_4bit`): the offset is added in place, 4·⌈n/64⌉.
-      The `.to(grad_output.dtype)` there copies nothing, for both are the compute dtype.
-    - int8: forward, the product is made of int8 numbers and the matrix stays as it is (`MatMul8bitLt`). Backward, a copy
-      in the compute dtype is scaled in place, n·e, by row scales in float32, 4 a row.
+      (bitsandbytes backends/cuda/ops.py, `_dequant_linear_fallback`, used above a few dozen to 1536 tokens,
+      depending on GPU and shape; below that a fused kernel needs no temporary memory): `absmax_dq` and its sum with the
+      offset both live until it returns. Backward (`MatMul4Bit.backward`, `dequantize_4bit`): the offset is added in place,
+      4·⌈n/64⌉.
+      The `.to(grad_output.dtype)` there copies nothing, since both are the compute dtype.
+    - int8: forward, the product uses the int8 matrix directly (`MatMul8bitLt`). Backward, a copy in the compute dtype,
+      n·e, is scaled in place by row scales in float32, 4 per row.
 
-    On a CPU nf4's forward has the scales once while the matrix is there; int8's scaling in place goes through float32
-    copies, and its forward opens the matrix too (`MatMul8bitFp`). What int8 makes of a batch of tokens on a GPU is not
-    in here: with k columns, r rows, per token k·(2 + 1) bytes for the input in float16 and int8, and r·(4 + 2 + e) for the
-    product in int32, float16 and the compute dtype.
+    On a CPU nf4's forward holds the scales once while the matrix exists; int8's in-place scaling goes through float32
+    copies, and its forward dequantizes the matrix too (`MatMul8bitFp`). int8's temporary tensors per token on a GPU are not
+    included: with k columns and r rows, k·(2 + 1) bytes for the input in float16 and int8, and r·(4 + 2 + e) for the product
+    in int32, float16 and the compute dtype.
 
     Args:
         shape: (rows, columns): out and in features.
         quantize: How the base is loaded.
-        element_bytes: Of a number in the compute dtype.
+        element_bytes: Bytes of a number in the compute dtype.
     """
     elements = prod(shape)
     match quantize:

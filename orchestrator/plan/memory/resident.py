@@ -1,4 +1,4 @@
-"""What a rank holds all the time: weights, what learns, and what lies in host memory. Letters as in `plan.memory`."""
+"""Resident memory of a rank: weights, training state, and what is in host memory. Symbols as in `plan.memory.estimate`."""
 
 from __future__ import annotations
 
@@ -6,50 +6,58 @@ from dataclasses import replace
 from functools import lru_cache
 
 from orchestrator.plan.estimates import MemoryTerm
-from orchestrator.plan.memory.candidate import Way
+from orchestrator.plan.memory.candidate import Candidate
 from orchestrator.plan.memory.footprint import Footprint
 from orchestrator.plan.memory.shards import RankShards, Shards, rank_shards
 from orchestrator.units import format_count
 
 REDUCE_BUCKET_ELEMENTS = 2**22
-"""Gradients that DeepSpeed collects before it reduces them, at most; `train.engines.deepspeed_engine` gives it the figure. What
-learns is small, and a new engine per trial would pay for big buckets."""
+"""Maximum number of gradient elements that DeepSpeed collects before it reduces them; `train.engines.deepspeed_engine` passes
+it on. Few elements are trainable, and a new engine is built for every trial, so large buckets would cost more than they save."""
 
 
-def shards_of(footprint: Footprint, way: Way) -> RankShards:
-    """What the rank that holds most has of the numbers that learn, to the byte: see `plan.memory.shards`."""
+def shards_of(footprint: Footprint, candidate: Candidate) -> RankShards:
+    """Return the training state of the rank that holds the most, to the byte; see `plan.memory.shards`."""
     return _shards(
-        footprint.learning_counts, footprint.element_bytes, replace(way, checkpointing=False, row_tokens=1, micro_batch_rows=1)
+        footprint.learning_counts,
+        footprint.element_bytes,
+        replace(candidate, checkpointing=False, row_tokens=1, micro_batch_rows=1),
     )
 
 
 @lru_cache(maxsize=4096)
-def _shards(counts: tuple[int, ...], element_bytes: int, way: Way) -> RankShards:
-    """Kept, since a ladder asks for it at every micro-batch; rows do not matter to it."""
+def _shards(counts: tuple[int, ...], element_bytes: int, candidate: Candidate) -> RankShards:
+    """Cached, since the ladder asks for it at every micro-batch size, which it does not depend on."""
     return rank_shards(
         counts,
-        ranks=way.ranks,
-        zero_stage=way.zero_stage,
+        ranks=candidate.ranks,
+        zero_stage=candidate.zero_stage,
         dtype="bfloat16" if element_bytes == 2 else "float32",
-        executor=way.executor,
+        executor=candidate.executor,
         bucket_elements=REDUCE_BUCKET_ELEMENTS,
-        offload=way.offload,
+        offload=candidate.offload,
     )
 
 
-def weight_terms(footprint: Footprint, way: Way) -> list[MemoryTerm]:
-    """Weights that do not learn, and what is opened of them at a time.
+def weight_terms(footprint: Footprint, candidate: Candidate) -> list[MemoryTerm]:
+    """Return the frozen weights, and what is gathered or dequantized of them at a time.
 
-    Stage 3 gathers a module's weights for as long as it computes, and `stage3_max_reuse_distance: 0` lets none wait: a block
-    and what is fetched ahead of it are less than two blocks, beside the head. Of quantized matrices it partitions the packed
-    numbers alone; their statistics are whole on every rank.
+    Stage 3 gathers a module's weights while it computes, and `stage3_max_reuse_distance: 0` frees them at once: a block and
+    what is prefetched are less than two blocks, besides the head. Of quantized matrices it partitions only the packed weights;
+    their statistics are whole on every rank.
     """
-    parted = way.zero_stage == 3
-    away = way.offload == "parameters"
-    held = "offloaded" if away else f"1/{way.ranks} of them" if parted and way.ranks > 1 else "whole on every rank"
+    partitioned = candidate.zero_stage == 3
+    offloaded = candidate.offload == "parameters"
+    where = (
+        "offloaded"
+        if offloaded
+        else f"1/{candidate.ranks} of them"
+        if partitioned and candidate.ranks > 1
+        else "whole on every rank"
+    )
     dtype = "quantized matrices, the rest 16 bit" if footprint.quantized else f"{8 * footprint.element_bytes} bit"
-    terms = [MemoryTerm(name="frozen weights", num_bytes=frozen_bytes(footprint, way)[0], reason=f"{dtype}, {held}")]
-    if parted:
+    terms = [MemoryTerm(name="frozen weights", num_bytes=frozen_bytes(footprint, candidate)[0], reason=f"{dtype}, {where}")]
+    if partitioned:
         gathered = 2 * footprint.largest_block_bytes + footprint.head_bytes
         terms.append(MemoryTerm(name="gathered weights", num_bytes=gathered, reason="a block, the next block and the head"))
     if footprint.quantized:
@@ -58,20 +66,22 @@ def weight_terms(footprint: Footprint, way: Way) -> list[MemoryTerm]:
     return terms
 
 
-def frozen_bytes(footprint: Footprint, way: Way) -> tuple[int, int]:
-    """Frozen weights of a rank: (on the device, offloaded)."""
+def frozen_bytes(footprint: Footprint, candidate: Candidate) -> tuple[int, int]:
+    """Return the frozen weights of a rank: (on the device, offloaded)."""
+    # bitsandbytes keeps the scales as plain attributes of the parameter, which ZeRO-3 does not partition.
     packed = footprint.frozen_bytes - footprint.statistics_bytes
-    share = -(-packed // way.ranks) if way.zero_stage == 3 else packed
-    if way.offload == "parameters":
+    share = -(-packed // candidate.ranks) if candidate.zero_stage == 3 else packed
+    if candidate.offload == "parameters":
         return footprint.statistics_bytes, share
     return share + footprint.statistics_bytes, 0
 
 
-def state_terms(footprint: Footprint, way: Way, shards: Shards) -> list[MemoryTerm]:
-    """The numbers that learn: weights, gradients, sums, masters and Adam's moments (ZeRO: Rajbhandari et al. 2020)."""
+def state_terms(footprint: Footprint, candidate: Candidate, shards: Shards) -> list[MemoryTerm]:
+    """Return the training state: weights, gradients, sums, fp32 master weights and Adam's moments (ZeRO: Rajbhandari et al.
+    2020)."""
     elements = f"{format_count(sum(footprint.learning_counts))} elements"
-    shared = " on every rank" if way.executor == "torch" else f" on {way.ranks} ranks, ZeRO-{way.zero_stage}"
-    split = shared if way.ranks > 1 else ""
+    shared = " on every rank" if candidate.executor == "torch" else f" on {candidate.ranks} ranks, ZeRO-{candidate.zero_stage}"
+    split = shared if candidate.ranks > 1 else ""
     sizes = {
         "trainable weights": (shards.weight_bytes, f"{footprint.element_bytes} bytes"),
         "gradients": (shards.gradient_bytes, f"{footprint.element_bytes} bytes, kept between rounds"),
@@ -93,33 +103,36 @@ def state_terms(footprint: Footprint, way: Way, shards: Shards) -> list[MemoryTe
 
 
 def anchor_bytes(footprint: Footprint, shards: Shards) -> int:
-    """As many numbers as there are masters; Adam's moments, which lie where those do, are two for each."""
+    """Return the anchor's copies, each as many elements as the master weights; Adam's two moments, stored with them, are twice
+    that."""
     return footprint.anchor_copies * shards.optimizer_bytes // 2
 
 
-def host_terms(footprint: Footprint, way: Way, shards: RankShards) -> list[MemoryTerm]:
-    """What a rank puts into host memory; the last term comes and goes.
+def host_terms(footprint: Footprint, candidate: Candidate, shards: RankShards) -> list[MemoryTerm]:
+    """Return what a rank allocates in host memory; the last term is transient.
 
-    What is offloaded, and a copy of the weights that are unfrozen, all the time. Its part of a checkpoint's masters and
-    moments on their way to the disk. A 16-bit base that ZeRO-3 partitions is loaded there before: mapped from its files
-    (measured: no anonymous memory) or, where they hold another dtype, as a copy; a quantized one is made on the device,
-    matrix by matrix.
+    Resident: offloaded state, and a copy of the unfrozen base weights. Transient: the rank's share of a checkpoint's master
+    weights and moments while they are written. A 16-bit base that ZeRO-3 partitions is first loaded there: memory-mapped from
+    its files (measured: no anonymous memory) or, if they store another dtype, as a copy; a quantized base is created on the
+    device, matrix by matrix.
     """
-    offloaded = shards.host.resting_bytes + anchor_bytes(footprint, shards.host) + frozen_bytes(footprint, way)[1]
-    parted = way.zero_stage == 3
-    copied = footprint.converted_bytes if parted and not footprint.quantized else 0
+    offloaded = shards.host.resting_bytes + anchor_bytes(footprint, shards.host) + frozen_bytes(footprint, candidate)[1]
+    partitioned = candidate.zero_stage == 3
+    copied = footprint.converted_bytes if partitioned and not footprint.quantized else 0
     saved = max(shards.device.master_bytes, shards.host.master_bytes) + max(
         shards.device.optimizer_bytes, shards.host.optimizer_bytes
     )
-    restored = -(-footprint.restore_bytes // way.ranks) if parted else footprint.restore_bytes
+    restored = -(-footprint.restore_bytes // candidate.ranks) if partitioned else footprint.restore_bytes
     return [
-        MemoryTerm(name="offloaded", num_bytes=offloaded, reason=f"{way.offload}, pinned"),
+        MemoryTerm(name="offloaded", num_bytes=offloaded, reason=f"{candidate.offload}, pinned"),
         MemoryTerm(
             name="copy for restoring the base",
             num_bytes=restored,
             reason="the base's values of the unfrozen weights, for the next trial",
         ),
         MemoryTerm(
+            # The copy is made before anything is offloaded, so only what exceeds the offloaded state is extra; and a run loads
+            # before it saves, so the larger of the two counts.
             name="loading or saving",
             num_bytes=max(copied - offloaded, saved),
             reason="the larger of the base in the compute dtype, where its files hold another, and a checkpoint being written",

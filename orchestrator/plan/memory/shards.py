@@ -1,9 +1,10 @@
-"""What one rank holds of the numbers that learn, to the byte, for every engine that the plan can choose.
+"""Training state of one rank, to the byte, for every engine that the plan can choose.
 
-Read in the source of deepspeed 0.19.8 with the configuration that `train.engines.deepspeed_engine` writes, and compared with the
-storages of real engines in tests/integration/test_shards.py. Letters in the docstrings: n the elements of one tensor, P of
-all that learn, W the ranks, e the bytes of an element in the compute dtype (2 or 4), B the reduce bucket's elements. Masters,
-moments and sums are float32. Scalars (norms, AdamW's step counter per master) are not counted.
+Derived from the source of deepspeed 0.19.8 with the configuration that `train.engines.deepspeed_engine` writes, and compared
+with the storages of real engines in tests/integration/test_shards.py. Symbols in the docstrings: n is the number of elements
+of one tensor, P of all trainable ones, W the number of ranks, e the bytes of an element in the compute dtype (2 or 4), B the
+elements of the reduce bucket. Master weights, moments and sums are float32. Scalars (norms, AdamW's step counter per master
+weight) are not counted.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from itertools import accumulate
 from typing import Literal
 
 ALIGNMENT = 2
-"""A flat buffer of stages 1 and 2 is padded to a multiple of so many elements per rank: `nccl_start_alignment_factor`, in
+"""A flat buffer of stages 1 and 2 is padded to a multiple of this many elements per rank: `nccl_start_alignment_factor`, in
 bf16_optimizer.py and zero/stage_1_and_2.py."""
 ALLREDUCE_ELEMENTS = 500_000_000
-"""Stage 0 sends gradients in pieces that end once they pass this: `MEMORY_OPT_ALLREDUCE_SIZE`, engine.py."""
+"""Stage 0 reduces gradients in groups that end once they exceed this: `MEMORY_OPT_ALLREDUCE_SIZE`, engine.py."""
 SUB_GROUP_ELEMENTS = 10**9
-"""Stage 3 updates a group of partitions at a time, which ends once it reaches this: `sub_group_size` of our configuration."""
+"""Stage 3 updates partitions in groups that end once they reach this: `sub_group_size` of our configuration."""
 
 Executor = Literal["torch", "deepspeed"]
 Dtype = Literal["bfloat16", "float32"]
@@ -29,47 +30,47 @@ Offload = Literal["none", "optimizer", "parameters"]
 
 @dataclass(frozen=True)
 class Shards:
-    """Bytes in one memory of one rank."""
+    """Bytes of training state in one memory (device or host) of one rank."""
 
     weight_bytes: int = 0
-    """The learning weights, as the model computes with them. In float32 without partitions they are the masters too."""
+    """Trainable weights as the model computes with them. In float32 without partitioning they are the master weights too."""
     gradient_bytes: int = 0
-    """Gradients in the compute dtype that stay between the rounds of a step."""
+    """Gradients in the compute dtype that persist between the rounds of a step."""
     gradient_sum_bytes: int = 0
-    """float32 sums of gradients that stay between the rounds of a step."""
+    """float32 sums of gradients that persist between the rounds of a step."""
     master_bytes: int = 0
-    """float32 copies that AdamW updates."""
+    """fp32 master weights, which AdamW updates."""
     optimizer_bytes: int = 0
-    """Adam's two moments; from the first update on."""
+    """Adam's two moments; allocated at the first update."""
     bucket_bytes: int = 0
-    """The buffer that collects gradients before they are sent, during the backward pass."""
+    """Buffer that collects gradients before they are reduced, during the backward pass."""
     in_flight_bytes: int = 0
-    """The most that the backward pass holds beyond all of the above, while a gradient is made, converted and sent."""
+    """Peak of the backward pass beyond all of the above, while a gradient is computed, converted and sent."""
     transient_bytes: int = 0
-    """The most that the update holds beyond the above."""
+    """Peak of the update beyond the above."""
     bucket_stays: bool = False
-    """Whether the bucket is still there at the update."""
+    """True if the bucket still exists during the update."""
 
     @property
     def resting_bytes(self) -> int:
-        """Between two rounds, once there was an update."""
+        """Bytes between two rounds, after the first update."""
         learned = self.weight_bytes + self.gradient_bytes + self.gradient_sum_bytes
         return learned + self.master_bytes + self.optimizer_bytes
 
     @property
     def backward_bytes(self) -> int:
-        """The most during a backward pass."""
+        """Peak of a backward pass."""
         return self.resting_bytes + self.bucket_bytes + self.in_flight_bytes
 
     @property
     def update_bytes(self) -> int:
-        """The most during an update, when the activations are gone."""
+        """Peak of an update, after the activations are freed."""
         return self.resting_bytes + (self.bucket_bytes if self.bucket_stays else 0) + self.transient_bytes
 
 
 @dataclass(frozen=True)
 class RankShards:
-    """What a rank holds on its device, and what offloading puts into host memory instead."""
+    """Training state of a rank on its device, and in host memory if it is offloaded."""
 
     device: Shards
     host: Shards
@@ -86,17 +87,18 @@ def rank_shards(
     offload: Offload = "none",
     rank: int | None = None,
 ) -> RankShards:
-    """What one rank holds of a trial.
+    """Return the training state of one rank in one trial.
 
     Args:
-        counts: Elements of every tensor that learns, in the model's order.
-        ranks: Of the gang.
-        zero_stage: Ignored where torch is the executor.
-        dtype: What the model computes in.
+        counts: Elements of every trainable tensor, in the model's order.
+        ranks: Number of ranks of the gang.
+        zero_stage: Ignored if the executor is torch.
+        dtype: Compute dtype of the model.
         executor: `torch` partitions nothing.
         bucket_elements: DeepSpeed's `reduce_bucket_size`.
-        offload: Only stage 3 has it.
-        rank: Which one; None for the one that holds most. They differ in stages 1 and 2 alone, by whose tensors are cut.
+        offload: Only stage 3 supports it.
+        rank: Number of the rank; None for the one that holds the most. Ranks differ only in stages 1 and 2, where tensors are
+            split at the partitions' bounds.
     """
     if not counts:
         return RankShards(device=Shards(), host=Shards())
@@ -108,6 +110,7 @@ def rank_shards(
             return RankShards(device=_stage_0(counts, size), host=Shards())
         case 3:
             return _stage_3(counts, ranks, size, bucket_elements, offload)
+        # DeepSpeed has an optimizer class of its own for stage 1 in bf16; in float32 stage 1 uses the class of stage 2.
         case 1 if size == 2:
             return RankShards(device=_bf16_optimizer(counts, ranks), host=Shards())
         case _:
@@ -115,9 +118,9 @@ def rank_shards(
 
 
 def _torch(counts: Sequence[int], size: int) -> Shards:
-    """`train.engines.torch_engine`: flat float32 masters, sums and moments (4P, 4P, 8P). A gradient is let go as soon as it is
-    added to its sum, so that one at a time is there (e·n); the fused AdamW and the norm make no copies, and sums are added up
-    over the ranks where they lie."""
+    """Return the state of `train.engines.torch_engine`: flat float32 master weights, sums and moments (4P, 4P, 8P). A gradient
+    is freed as soon as it is added to its sum, so that only one exists at a time (e·n); the fused AdamW and the norm make no
+    copies, and sums are all-reduced in place."""
     total = sum(counts)
     return Shards(
         weight_bytes=size * total,
@@ -193,9 +196,9 @@ def _stage_1_and_2(
     padded = _padded(sum(counts), ranks)
     share = padded // ranks
     partitions = _unlike_partitions(counts, share) if rank is None else {rank: _of_partition(counts, rank * share, share)}
-    numbers, held = list(partitions), list(partitions.values())
-    touched = max(sum(whole for whole, _ in partition) for partition in held)
-    largest_piece = max((piece for partition in held for _, piece in partition), default=0)
+    numbers, overlaps = list(partitions), list(partitions.values())
+    touched = max(sum(whole for whole, _ in partition) for partition in overlaps)
+    largest_piece = max((piece for partition in overlaps for _, piece in partition), default=0)
     in_flight = 0
     if zero_stage == 2:
         in_flight = in_flight_bytes(counts, share=share, size=size, bucket_elements=bucket_elements, ranks=numbers)
@@ -223,26 +226,27 @@ def _stage_3(counts: Sequence[int], ranks: int, size: int, bucket_elements: int,
     in float32 too), moments 8S.
 
     Backward: a full bucket is sent from a copy with every tensor padded to W·s (`reduce_scatter_coalesced`, 4), while the
-    gradient that no longer fitted waits (e·n). A tensor larger than the bucket goes alone: its gradient (e·n), in float32
-    (4n, in bf16), in a padded copy only if W does not divide it (4·W·s), and the next gradient.
+    gradient that no longer fitted waits (e·n). A tensor larger than the bucket is sent alone: its gradient (e·n), its float32
+    copy (4n, in bf16), a padded copy only if W does not divide n (4·W·s), and the next gradient.
     Update: `_prepare_fp32_grad_for_sub_group` flattens the sums of a group into a copy (4S, 10⁹ elements at a time); the
     norm makes one partition float64 (8s). The larger.
 
-    Optimizer on the host: there lie masters, moments, sums, and once more the sums as `.grad` of the masters
+    Optimizer on the host: master weights, moments and sums are there, and a copy of the sums as `.grad` of the master weights
     (`initialize_optimizer_states`, 4S); on the device one partition at a time is normed, in float64 beside its float32
-    (12s). Parameters on the host: also the weights (`param_groups_fp16_flat_cpu_memory`, e·S). Pinned memory, which a GPU's
-    gang asks for, is rounded up to a power of two by torch's allocator, a buffer; that is not counted.
+    (12s). Parameters on the host: also the weights (`param_groups_fp16_flat_cpu_memory`, e·S). Pinned memory, which a gang on
+    GPUs uses, is rounded up to a power of two per buffer by torch's allocator; that is not counted.
     """
     shares = [-(-count // ranks) for count in counts]
     total, largest = sum(shares), max(counts)
+    # Tensors that fit the bucket are sent together, each padded to a multiple of the ranks.
     small = sum(ranks * share for share, count in zip(shares, counts, strict=True) if count <= bucket_elements)
     in_flight = 4 * min(bucket_elements + ranks * len(counts), small) + size * largest
     for share, count in zip(shares, counts, strict=True):
         if count > bucket_elements:
             copies = (4 * count if size == 2 else 0) + (4 * ranks * share if count % ranks else 0)
             in_flight = max(in_flight, size * (count + largest) + copies)
-    away = offload != "none"
-    state = Shards(gradient_sum_bytes=(8 if away else 4) * total, master_bytes=4 * total, optimizer_bytes=8 * total)
+    offloaded = offload != "none"
+    state = Shards(gradient_sum_bytes=(8 if offloaded else 4) * total, master_bytes=4 * total, optimizer_bytes=8 * total)
     nothing, whole = Shards(), replace(state, weight_bytes=size * total)
     weights_alone = Shards(weight_bytes=size * total)
     device, host = {
@@ -253,31 +257,33 @@ def _stage_3(counts: Sequence[int], ranks: int, size: int, bucket_elements: int,
     device = replace(
         device,
         bucket_bytes=4 * bucket_elements,
-        in_flight_bytes=in_flight + (4 * max(shares) if away else 0),
-        transient_bytes=12 * max(shares) if away else max(4 * _largest_group(shares), 8 * max(shares)),
+        in_flight_bytes=in_flight + (4 * max(shares) if offloaded else 0),
+        transient_bytes=12 * max(shares) if offloaded else max(4 * _largest_group(shares), 8 * max(shares)),
         bucket_stays=True,
     )
     return RankShards(device=device, host=host)
 
 
 def _padded(elements: int, ranks: int) -> int:
-    """A flat buffer: `align_dense_tensors` (runtime/utils.py) pads to the alignment times the ranks."""
+    """Return the size of a flat buffer: `align_dense_tensors` (runtime/utils.py) pads to the alignment times the ranks."""
     return -(-elements // (ALIGNMENT * ranks)) * ALIGNMENT * ranks
 
 
 def _of_partition(counts: Sequence[int], start: int, share: int) -> list[tuple[int, int]]:
-    """(elements of the whole tensor, elements of its piece) of every tensor that reaches into a partition."""
+    """Return (elements of the whole tensor, elements of its piece) for every tensor that overlaps a partition."""
     ends = accumulate(counts)
     pieces = ((count, min(end, start + share) - max(end - count, start)) for count, end in zip(counts, ends, strict=True))
     return [(count, piece) for count, piece in pieces if piece > 0]
 
 
 def _unlike_partitions(counts: Sequence[int], share: int) -> dict[int, list[tuple[int, int]]]:
-    """`_of_partition` of every partition that holds anything, of those inside one tensor the first alone: they are alike."""
+    """Return `_of_partition` for every non-empty partition; of those inside one tensor, which are alike, only the first."""
     found: dict[int, list[tuple[int, int]]] = {}
     for end, count in zip(accumulate(counts), counts, strict=True):
         start = end - count
         first, last = start // share, (end - 1) // share
+        # Of a tensor that spans many partitions, those inside it are alike: one of them stands for all, so that the work does not
+        # grow with the ranks.
         for number in sorted({first, min(first + 1, last), last}):
             piece = min(end, (number + 1) * share) - max(start, number * share)
             found.setdefault(number, []).append((count, piece))
@@ -285,13 +291,14 @@ def _unlike_partitions(counts: Sequence[int], share: int) -> dict[int, list[tupl
 
 
 def _largest_group(shares: Sequence[int]) -> int:
-    """Elements of stage 3's largest sub-group (`_create_fp16_sub_groups`)."""
+    """Return the elements of stage 3's largest sub-group (`_create_fp16_sub_groups`)."""
     if sum(shares) <= SUB_GROUP_ELEMENTS:
         return sum(shares)
     largest = group = 0
     for share in shares:
         group += share
         largest = max(largest, group)
+        # DeepSpeed closes a group once it has reached the limit, so a group may exceed it by almost a tensor.
         if group >= SUB_GROUP_ELEMENTS:
             group = 0
     return largest
@@ -299,25 +306,28 @@ def _largest_group(shares: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class _Gradient:
+    """One gradient and the partitions that it overlaps."""
+
     elements: int
     pieces: tuple[tuple[int, int], ...]
-    """(partition, elements) of every partition that the tensor reaches into."""
+    """(partition, elements) for every partition that the tensor overlaps."""
 
 
 def in_flight_bytes(counts: Sequence[int], *, share: int, size: int, bucket_elements: int, ranks: Iterable[int]) -> int:
-    """The most that stage 2 has under way in a backward pass, beyond the bucket itself, on that of `ranks` with most.
+    """Return the most that stage 2 has in flight in a backward pass, beyond the bucket itself, on the rank of `ranks` with the
+    most.
 
-    Gradients come in the reverse of the model's order and are copied into the bucket. One that no longer fits waits (e·n)
-    while the bucket is sent. One larger than the bucket is not copied (`reduce_independent_p_g_buckets_and_remove_grads`):
-    it is sent when the next one is there, and if this rank's partition has a piece of it, it stays until the pass is over
+    Gradients arrive in the reverse of the model's order and are copied into the bucket. One that no longer fits waits (e·n)
+    while the bucket is sent. One larger than the bucket is not copied (`reduce_independent_p_g_buckets_and_remove_grads`): it
+    is sent when the next one arrives, and if this rank's partition has a piece of it, it stays until the pass is over
     (`copy_grads_in_partition` returns without clearing it; `_clear_param_grad_only` does).
 
     Args:
-        counts: Elements of every tensor that learns, in the model's order.
+        counts: Elements of every trainable tensor, in the model's order.
         share: Elements of a partition.
         size: Bytes of an element in the compute dtype.
         bucket_elements: DeepSpeed's `reduce_bucket_size`.
-        ranks: Whose partition is the rank's own, for each.
+        ranks: Ranks to compare; each owns the partition with its number.
     """
     gradients = [_Gradient(n, _pieces(end - n, n, share)) for end, n in zip(accumulate(counts), counts, strict=True)]
     buckets = _buckets(gradients[::-1], bucket_elements)
@@ -342,7 +352,7 @@ def in_flight_bytes(counts: Sequence[int], *, share: int, size: int, bucket_elem
 
 
 def _buckets(gradients: Sequence[_Gradient], bucket_elements: int) -> list[list[_Gradient]]:
-    """What is sent together."""
+    """Return the gradients that are sent together."""
     buckets: list[list[_Gradient]] = [[]]
     filled = 0
     for gradient in gradients:
@@ -355,7 +365,7 @@ def _buckets(gradients: Sequence[_Gradient], bucket_elements: int) -> list[list[
 
 
 def _reached(buckets: Sequence[Sequence[_Gradient]]) -> dict[int, dict[int, int]]:
-    """Partition -> number of a bucket, rising -> pieces of it that are the partition's."""
+    """Return, for each partition, the numbers of the buckets that overlap it, ascending, each with its number of pieces there."""
     reached: dict[int, dict[int, int]] = {}
     for number, bucket in enumerate(buckets):
         for gradient in bucket:
@@ -366,12 +376,13 @@ def _reached(buckets: Sequence[Sequence[_Gradient]]) -> dict[int, dict[int, int]
 
 
 def _alone(bucket: Sequence[_Gradient], bucket_elements: int) -> int:
-    """Elements of a gradient that the bucket cannot hold, which is sent by itself."""
+    """Return the elements of a gradient that the bucket cannot hold and that is sent by itself."""
     return bucket[0].elements if bucket[0].elements > bucket_elements else 0
 
 
 def _at(buckets: Sequence[Sequence[_Gradient]], number: int, size: int, bucket_elements: int, rank: int | None) -> int:
-    """The most while a bucket is sent, beyond what is kept; `rank` where more than one of its pieces is the rank's own."""
+    """Return the peak while a bucket is sent, beyond the gradients that stay; `rank` is given if it owns more than one of the
+    bucket's pieces."""
     bucket = buckets[number]
     waiting = buckets[number + 1][0].elements if number + 1 < len(buckets) else 0
     largest = max(gradient.elements for gradient in bucket)
@@ -387,14 +398,15 @@ def _pieces(start: int, elements: int, share: int) -> tuple[tuple[int, int], ...
 
 
 def _sent(bucket: Sequence[_Gradient], size: int, bucket_elements: int, rank: int | None) -> int:
-    """The copies that `average_tensor` makes of a bucket.
+    """Return the size of the copies that `average_tensor` makes of a bucket.
 
-    Pieces that follow each other for one other rank are one piece; the rank's own stay apart. `allreduce_and_scatter` sends
-    them in groups that end once they pass the bucket's size: flattened into a copy (e) where there are several, and in
-    float32 (4) where the gradients are not.
+    Consecutive pieces for one other rank are merged; the rank's own stay separate. `allreduce_and_scatter` sends them in
+    groups that end once they exceed the bucket's size: flattened into a copy (e) if there are several, and in float32 (4) if
+    the gradients are not.
     """
     pieces: list[tuple[int, int]] = []
     for partition, elements in (piece for gradient in bucket for piece in gradient.pieces):
+        # `average_tensor` joins neighbouring pieces for the same rank, except for the rank that runs it.
         if pieces and pieces[-1][0] == partition != rank:
             pieces[-1] = (partition, pieces[-1][1] + elements)
         else:

@@ -11,14 +11,12 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from orchestrator.errors import NonFiniteLossError
-from orchestrator.train.adapters.branch import WeightKeeper
 from orchestrator.train.anchors import Anchor
 from orchestrator.work.execution import ExecutionPlan
 
@@ -108,24 +106,6 @@ def layout_of(execution: ExecutionPlan) -> str:
 def is_partitioned(execution: ExecutionPlan) -> bool:
     """Whether ZeRO-3 holds the base in parts."""
     return execution.executor == "deepspeed" and execution.zero_stage == 3
-
-
-def forward_ready(objective: nn.Module, execution: ExecutionPlan) -> AbstractContextManager[None]:
-    """In this context the objective can be called though nothing learns: a partitioned base is gathered module by module."""
-    if not is_partitioned(execution):
-        return nullcontext()
-    from orchestrator.train.engines.deepspeed_engine import forward_only
-
-    return forward_only(objective, execution)
-
-
-def weight_keeper(execution: ExecutionPlan) -> WeightKeeper | None:
-    """What keeps the base's weights while a branch learns on them, where that is not what `open_branch` takes by itself."""
-    if not is_partitioned(execution):
-        return None
-    from orchestrator.train.engines.zero3_warm import PartitionKeeper
-
-    return PartitionKeeper()
 
 
 def register_engine(*parts: Any) -> None:

@@ -42,7 +42,7 @@ def test_the_base_of_these_tests_is_good(base: Path) -> None:
 def test_no_weights_can_be_planned_with_but_not_trained(base: Path) -> None:
     (base / "model.safetensors").unlink()
     assert not read_anatomy(base, need_weights=False).has_weights
-    assert "no weights: it can be planned with, not trained" in error_of(base).what
+    assert "no weights: it can be planned for, not trained" in error_of(base).what
 
 
 @pytest.mark.parametrize("cut", [1, 1000])

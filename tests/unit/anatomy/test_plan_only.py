@@ -54,7 +54,7 @@ def test_the_reference_lists_every_layout(repository: Path) -> None:
 def test_a_plan_only_layout_says_why_it_cannot_be_trained(tmp_path: Path, model_type: str) -> None:
     folder = save(tmp_path, model_type)
     error = error_of(folder, need_weights=True)
-    assert "can be planned with, not trained" in error.what
+    assert "can be planned for, not trained" in error.what
     assert read_anatomy(folder, need_weights=False).plan_only in error.what
     assert "llama" in error.expected
     assert model_type not in error.expected.replace(",", "").split()

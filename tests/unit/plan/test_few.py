@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from orchestrator.plan import make_plan, rung_steps
-from orchestrator.plan.schedule import even_rung_steps, pace, share_beyond
+from orchestrator.plan.schedule import asha_time, even_rung_steps, surviving_share
 from orchestrator.plan.values import RunPlan
 
 
@@ -54,7 +54,7 @@ def test_points_are_evenly_spaced_and_four_steps_apart(steps: int, rungs: tuple[
 
 def test_asha_compares_at_the_first_and_at_the_third_point(plan: Any) -> None:
     few, more = plan(500).search, plan(501).search
-    assert [pace(few, rung) for rung in range(8)] == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert [share_beyond(few, rung) for rung in range(8)] == pytest.approx([1, 1 / 3, 1 / 3, *[1 / 9] * 5])
-    assert [pace(more, rung) for rung in range(3)] == [1, 3, 9]
-    assert [share_beyond(more, rung) for rung in range(3)] == pytest.approx([1, 1 / 3, 1 / 9])
+    assert [asha_time(few, rung) for rung in range(8)] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [surviving_share(few, rung) for rung in range(8)] == pytest.approx([1, 1 / 3, 1 / 3, *[1 / 9] * 5])
+    assert [asha_time(more, rung) for rung in range(3)] == [1, 3, 9]
+    assert [surviving_share(more, rung) for rung in range(3)] == pytest.approx([1, 1 / 3, 1 / 9])

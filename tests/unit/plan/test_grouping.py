@@ -9,7 +9,7 @@ import pytest
 from orchestrator.anatomy import read_anatomy, select
 from orchestrator.plan.fusing import FuseKey, concurrent_trials, fuse_key
 from orchestrator.samples import SAMPLE_BASE
-from orchestrator.work.assignment import Assignment
+from orchestrator.work.assignment import TrainRung, WorkContext
 from orchestrator.work.execution import DataPaths, ExecutionPlan, TrainSettings
 from orchestrator.work.memory_ladder import relieve
 from orchestrator.work.trial import TrialSpec
@@ -23,7 +23,7 @@ assert SMALLER is not None
 
 def assignment(
     policy: str = "last:2", lora_rank: int = 8, learning_rate: float = 1e-3, trial: dict[str, Any] | None = None, **values: Any
-) -> Assignment:
+) -> TrainRung:
     tune = (trial or {}).get("tune", "lora")
     spec = TrialSpec(
         trial_id=f"{policy} {lora_rank} {learning_rate}",
@@ -36,21 +36,20 @@ def assignment(
         total_tokens=36 * 512,
         seed=0,
     )
-    made = Assignment(
+    made = TrainRung(
+        context=WorkContext(settings=SETTINGS, data=DataPaths(train="train.npz", eval="eval.npz"), metric="loss"),
         trial=spec.model_copy(update=trial or {}),
         selection=select(ANATOMY, policy, tune, lora_rank if tune == "lora" else None, task="completion"),
         execution=PLANNED,
-        settings=SETTINGS,
-        data=DataPaths(train="train.npz", eval="eval.npz"),
-        metric="loss",
         folder=f"trials/{policy}",
         rung=0,
         stop_step=4,
     )
-    return made.model_copy(update=values)
+    shared = {name: values.pop(name) for name in list(values) if name in WorkContext.model_fields}
+    return made.model_copy(update={**values, "context": made.context.model_copy(update=shared)})
 
 
-def key(of: Assignment) -> FuseKey | None:
+def key(of: TrainRung) -> FuseKey | None:
     return fuse_key(of, PLANNED, ANATOMY)
 
 
@@ -68,7 +67,6 @@ CLASSIFIER = select(ANATOMY, "last:2", "lora", 8, task="classify", num_classes=3
         {"execution": SMALLER.execution},
         {"metric": "exact_match"},
         {"metric": "package.module:function"},
-        {"stop_step": 0},
     ],
     ids=[
         "a control",
@@ -79,7 +77,6 @@ CLASSIFIER = select(ANATOMY, "last:2", "lora", 8, task="classify", num_classes=3
         "relieved",
         "generates",
         "anything",
-        "only scored",
     ],
 )
 def test_what_runs_alone(alone: dict[str, Any]) -> None:

@@ -10,19 +10,19 @@ import pytest
 from orchestrator.anatomy import select
 from orchestrator.errors import PlanError
 from orchestrator.plan import make_plan
-from orchestrator.plan.ladder import Load, RankRoom, cheapest, heaviest, ways
-from orchestrator.plan.memory.footprint import weigh
+from orchestrator.plan.ladder import Load, RankRoom, candidates, cheapest, heaviest
+from orchestrator.plan.memory.footprint import make_footprint
 from orchestrator.spec.models import ResourcesSpec
 from orchestrator.units import GIB
 
 
 def load(base: Any, policy: str = "all", tokens_per_step: int = 2**20) -> Load:
     selection = select(base("8b"), policy, "lora", 16, task="completion")
-    return Load(footprints=(weigh(base("8b"), selection, "none", 2),), row_tokens=512, tokens_per_step=tokens_per_step)
+    return Load(footprints=(make_footprint(base("8b"), selection, "none", 2),), row_tokens=512, tokens_per_step=tokens_per_step)
 
 
 def test_cheaper_ways_come_first() -> None:
-    order = [str(way) for way in ways(ResourcesSpec(), "cuda", [1, 2], 512)]
+    order = [str(candidate) for candidate in candidates(ResourcesSpec(), "cuda", [1, 2], 512)]
     assert order[:10] == [
         "1 rank",
         "1 rank, checkpointing",
@@ -41,7 +41,10 @@ def test_cheaper_ways_come_first() -> None:
 
 def test_what_is_asked_for_is_deepspeeds_and_what_is_not_is_without_it_first() -> None:
     def executors(zero: Any) -> list[tuple[str, int]]:
-        return [(way.executor, way.zero_stage) for way in ways(ResourcesSpec(zero=zero, offload="none"), "cuda", [2], 512)][:4]
+        return [
+            (candidate.executor, candidate.zero_stage)
+            for candidate in candidates(ResourcesSpec(zero=zero, offload="none"), "cuda", [2], 512)
+        ][:4]
 
     assert executors("auto") == [("torch", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)]
     for stage in (0, 1, 2, 3):
@@ -49,7 +52,7 @@ def test_what_is_asked_for_is_deepspeeds_and_what_is_not_is_without_it_first() -
 
 
 def test_whole_adapters_are_had_without_deepspeed_alone() -> None:
-    order = [str(way) for way in ways(ResourcesSpec(), "cuda", [1, 8], 512, whole_adapters=True)]
+    order = [str(candidate) for candidate in candidates(ResourcesSpec(), "cuda", [1, 8], 512, whole_adapters=True)]
     assert order == ["1 rank", "1 rank, checkpointing", "8 ranks", "8 ranks, checkpointing"]
 
 
@@ -114,22 +117,24 @@ def test_where_nothing_without_deepspeed_fits_the_anchor_on_products_is_named(
 @pytest.mark.parametrize("zero", ["auto", 0, 1, 2, 3])
 def test_only_what_the_engine_offloads_is_planned_to_be(zero: Any) -> None:
     """`train.engines.deepspeed_engine` offloads at stage 3 alone."""
-    offloading = [way for way in ways(ResourcesSpec(zero=zero), "cuda", [1, 2, 8], 512) if way.offload != "none"]
-    assert {way.zero_stage for way in offloading} == ({3} if zero in ("auto", 3) else set())
+    offloading = [
+        candidate for candidate in candidates(ResourcesSpec(zero=zero), "cuda", [1, 2, 8], 512) if candidate.offload != "none"
+    ]
+    assert {candidate.zero_stage for candidate in offloading} == ({3} if zero in ("auto", 3) else set())
 
 
 def test_cores_have_nowhere_to_offload_to() -> None:
-    assert [str(way) for way in ways(ResourcesSpec(), "cpu", [1], 512)] == ["1 rank", "1 rank, checkpointing"]
+    assert [str(candidate) for candidate in candidates(ResourcesSpec(), "cpu", [1], 512)] == ["1 rank", "1 rank, checkpointing"]
 
 
 @pytest.mark.parametrize("gib", [30, 40, 80])
 def test_the_micro_batch_is_the_largest_that_fits(base: Any, gib: int) -> None:
     """With a step without end, one row more would be too much; rows spread evenly may leave out less than a round."""
     work, room = load(base, tokens_per_step=512 * 10**6), RankRoom(gib * GIB, 100 * GIB)
-    way, _ = cheapest(ways(ResourcesSpec(), "cuda", [1], 512), work, lambda _: room)
-    assert way is not None
-    assert heaviest(way, work.footprints).device.total_bytes <= room.device_bytes
-    more = replace(way, micro_batch_rows=way.micro_batch_rows + 1)
+    candidate, _ = cheapest(candidates(ResourcesSpec(), "cuda", [1], 512), work, lambda _: room)
+    assert candidate is not None
+    assert heaviest(candidate, work.footprints).device.total_bytes <= room.device_bytes
+    more = replace(candidate, micro_batch_rows=candidate.micro_batch_rows + 1)
     assert heaviest(more, work.footprints).device.total_bytes > room.device_bytes
 
 
@@ -138,11 +143,14 @@ def test_rows_are_spread_evenly_over_rounds(base: Any) -> None:
     work = load(base, tokens_per_step=20 * 512)
     rows = [18, 10]
     per_row = [
-        heaviest(replace(next(ways(ResourcesSpec(), "cuda", [1], 512)), micro_batch_rows=n), work.footprints).device for n in rows
+        heaviest(replace(next(candidates(ResourcesSpec(), "cuda", [1], 512)), micro_batch_rows=n), work.footprints).device
+        for n in rows
     ]
-    way, _ = cheapest(ways(ResourcesSpec(), "cuda", [1], 512), work, lambda _: RankRoom(per_row[0].total_bytes, 100 * GIB))
-    assert way is not None
-    assert way.micro_batch_rows == 10
+    candidate, _ = cheapest(
+        candidates(ResourcesSpec(), "cuda", [1], 512), work, lambda _: RankRoom(per_row[0].total_bytes, 100 * GIB)
+    )
+    assert candidate is not None
+    assert candidate.micro_batch_rows == 10
 
 
 def test_gangs_that_were_asked_for_leave_each_other_room(base: Any, job: Any, gpus: Any, data: Any) -> None:

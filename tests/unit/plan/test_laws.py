@@ -17,10 +17,10 @@ from orchestrator.data import build_set, micro_batches, pack_rows
 from orchestrator.errors import BaseError, PlanError
 from orchestrator.plan import make_plan
 from orchestrator.plan.cost.choices import planned_options
-from orchestrator.plan.memory.candidate import Way
+from orchestrator.plan.memory.candidate import Candidate
 from orchestrator.plan.memory.estimate import estimate
-from orchestrator.plan.memory.footprint import Footprint, weigh
-from orchestrator.plan.placement import num_places
+from orchestrator.plan.memory.footprint import Footprint, make_footprint
+from orchestrator.plan.placement import num_slots
 from orchestrator.plan.values import ClusterDescription, NodeDescription, RunPlan
 from orchestrator.units import GIB
 from orchestrator.work.execution import ExecutionPlan
@@ -145,12 +145,12 @@ def used_nodes(found: RunPlan, cluster: ClusterDescription) -> list[NodeDescript
     return [
         kind
         for kind in cluster.nodes
-        if (f"{num_places(kind, found.execution.device)} x {kind.gpu_name}" if on_gpus else f"{kind.num_cpus} cores") in names
+        if (f"{num_slots(kind, found.execution.device)} x {kind.gpu_name}" if on_gpus else f"{kind.num_cpus} cores") in names
     ]
 
 
-def way_of(execution: ExecutionPlan) -> Way:
-    return Way(
+def way_of(execution: ExecutionPlan) -> Candidate:
+    return Candidate(
         device=execution.device,
         ranks=execution.ranks,
         executor=execution.executor,
@@ -204,7 +204,7 @@ def test_a_plan_keeps_within_memory_and_gpus_and_more_memory_never_breaks_it(
     assert again is not None, "more memory made a feasible job infeasible"
     nodes = used_nodes(found, cluster)
     for option in planned_options(found):
-        footprint = weigh(anatomy, option.selection, quantize, 2)
+        footprint = make_footprint(anatomy, option.selection, quantize, 2)
         assert option.memory.total_bytes == estimate(footprint, way_of(found.execution)).device.total_bytes
         assert_within(found.execution, found.num_gangs, footprint, nodes)
         assert_within(found.refit_execution, 1, footprint, nodes)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import PlanError
-from orchestrator.plan import make_assignment, make_plan, make_trial, with_scores
+from orchestrator.plan import make_plan, make_trial, train_rung, with_scores, work_context
 from orchestrator.plan.cost.choices import option_terms
 from orchestrator.plan.measurements import MOST_OF_A_TRIAL, score_shares
 from orchestrator.plan.values import RunPlan
@@ -159,9 +159,6 @@ def test_nobody_is_given_a_selection_that_is_pending(planned: Any) -> None:
     plan = planned(["top:0.5"])
     option = plan.search.options[0]
     settings = TrainSettings(warmup=0, schedule="constant", weight_decay=0, grad_clip=0, tokens_per_step=512)
-    paths = DataPaths(train="t", eval="e")
+    context = work_context(plan, settings=settings, data=DataPaths(train="t", eval="e"), metric="loss")
     with pytest.raises(AssertionError, match="scored before"):
-        make_assignment(
-            plan, make_trial(plan, option, 1e-3, 0, 0), option.selection, settings=settings, data=paths, metric="loss",
-            folder="f", rung=0, start=None, stop_step=1,
-        )  # fmt: skip
+        train_rung(plan, context, make_trial(plan, option, 1e-3, 0, 0), option.selection, folder="f", stop_step=1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.anatomy import ModelAnatomy, read_anatomy, select
-from orchestrator.anatomy.headers import read_header
+from orchestrator.anatomy.weights import read_header
 from orchestrator.errors import BaseError, SelectionError
 from orchestrator.plan.merge import LinkShard, MergePlan, WriteTensor, make_merge_plan
 from orchestrator.work.execution import BaseLoad

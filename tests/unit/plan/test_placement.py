@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from orchestrator.errors import PlanError
-from orchestrator.plan.placement import count_gangs, lay_out, machines, placement
+from orchestrator.plan.placement import assign_gangs, count_gangs, machines, placement
 from orchestrator.plan.values import ClusterDescription, NodeDescription
 from orchestrator.spec.models import ResourcesSpec
 from orchestrator.units import GIB
@@ -25,7 +25,7 @@ def cluster(*sizes: int) -> ClusterDescription:
 
 def stands_of(places: list[int], ranks: int) -> list[tuple[tuple[int, int], ...]]:
     """Gang by gang, every node a kind of its own."""
-    return [nodes for times, nodes in lay_out([(1, each) for each in places], ranks) for _ in range(times)]
+    return [nodes for times, nodes in assign_gangs([(1, each) for each in places], ranks) for _ in range(times)]
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_host_memory_is_for_the_ranks_that_stand_on_a_node_together() -> None:
 )
 def test_like_nodes_stand_together_as_they_do_one_by_one(kinds: list[tuple[int, int]], ranks: int) -> None:
     places = [each for count, each in kinds for _ in range(count)]
-    together = sorted(sorted(held for _, held in nodes) for times, nodes in lay_out(kinds, ranks) for _ in range(times))
+    together = sorted(sorted(held for _, held in nodes) for times, nodes in assign_gangs(kinds, ranks) for _ in range(times))
     assert together == sorted(sorted(held for _, held in gang) for gang in stands_of(places, ranks))
 
 

@@ -81,7 +81,7 @@ def test_a_70b_in_16_bit_needs_stage_3_and_says_why(plan: Any, gpus: Any) -> Non
     assert found.num_gangs * found.execution.ranks == 32
     refused = {rejected.way: rejected.reason for rejected in found.rejected}
     assert "frozen weights: 131.4 GiB" in refused[f"{found.execution.ranks} ranks, ZeRO-2"]
-    assert any(way.startswith("1 rank") for way in refused)
+    assert any(candidate.startswith("1 rank") for candidate in refused)
 
 
 def test_a_merged_model_larger_than_a_gpu_is_verified_on_the_cpu_and_the_plan_says_so(plan: Any, gpus: Any) -> None:
@@ -176,7 +176,7 @@ def test_max_gpus_bounds_cores_where_the_job_trains_on_cores(plan: Any, cores: A
     assert (found.num_gangs, found.execution.ranks, found.execution.threads_per_rank) == (gangs, 1, 1)
     assert found.refit_execution.ranks * found.refit_execution.threads_per_rank <= bound
     told = [note for note in found.notes if "max_gpus" in note]
-    assert told == ([f"max_gpus: {bound} bounds cores where no GPU is used: {bound} of 4 cores train"] if bound < 4 else [])
+    assert told == ([f"max_gpus: {bound} limits cores if no GPU is used: {bound} of 4 cores train"] if bound < 4 else [])
 
 
 def test_max_gpus_bounds_the_threads_of_one_trial_on_cores(plan: Any, cores: Any) -> None:
@@ -196,7 +196,7 @@ def test_the_environment_bounds_the_threads_of_a_rank(plan: Any, cores: Any, mos
     assert (found.num_gangs, found.execution.threads_per_rank) == (2, threads)
     told = [reason for reason in found.reasons if "OMP_NUM_THREADS" in reason]
     assert len(told) == (threads < 4)
-    assert all(f"OMP_NUM_THREADS={most} says; its share of the cores would be 4" in reason for reason in told)
+    assert all(f"OMP_NUM_THREADS={most} is set; its share of the cores would be 4" in reason for reason in told)
 
 
 def test_fewer_trials_than_cores_get_more_threads(plan: Any, cores: Any) -> None:
@@ -305,7 +305,7 @@ def test_more_ranks_than_the_cpus_carry_are_refused_before_anything_waits(plan: 
 
 
 def test_widths_that_nf4_gets_wrong_on_a_cpu_are_refused(plan: Any, cores: Any, gpus: Any) -> None:
-    with pytest.raises(BaseError, match=r"cannot hold model\.layers\.0\.self_attn\.q_proj\.weight: 96 columns") as caught:
+    with pytest.raises(BaseError, match=r"does not support model\.layers\.0\.self_attn\.q_proj\.weight: 96 columns") as caught:
         plan("narrow", cores(), quantize="nf4")
     assert caught.value.exit_code == 2
     for name, cluster, quantize in (("narrow", cores(), "none"), ("narrow", gpus(), "nf4"), ("tiny", cores(), "nf4")):

@@ -9,7 +9,13 @@ import pytest
 
 from orchestrator.anatomy import ModelAnatomy, select
 from orchestrator.plan import make_plan
-from orchestrator.plan.remedies import learning_groups, left_out, remedies_of_point, remedies_of_train, searched_remedies
+from orchestrator.plan.remedies import (
+    learning_groups,
+    remedies_of_point,
+    remedies_of_train,
+    searched_remedies,
+    tunes_without_anchor,
+)
 from orchestrator.spec.models import SearchPoint, SearchSpec, TrainSpec
 from orchestrator.work.remedies import NOTHING, AnchorPlan, Remedies, method_name
 
@@ -63,8 +69,8 @@ def test_a_point_says_its_own_and_else_what_train_says() -> None:
 )
 def test_trials_that_go_without_the_anchor_of_train_are_known(search: dict[str, Any], left: list[str]) -> None:
     held, free = (TrainSpec.model_validate({"anchor": {**L2SP, "strength": strength}}) for strength in (30, 0))
-    assert left_out(SearchSpec.model_validate(search), held) == left
-    assert left_out(SearchSpec.model_validate(search), free) == []
+    assert tunes_without_anchor(SearchSpec.model_validate(search), held) == left
+    assert tunes_without_anchor(SearchSpec.model_validate(search), free) == []
 
 
 def test_the_plan_notes_which_trials_go_without_the_anchor_of_train(base: Any, job: Any, cores: Any, data: Any) -> None:
@@ -73,7 +79,7 @@ def test_the_plan_notes_which_trials_go_without_the_anchor_of_train(base: Any, j
         plan = make_plan(loaded, base("tiny"), data(), cores(), job="sweep", spec_sha256="0" * 64)
         return [note for note in plan.notes if "anchor" in note]
 
-    assert notes(tune=["lora", "full"]) == ["the anchor l2sp of train is left out of lora trials"]
+    assert notes(tune=["lora", "full"]) == ["train.anchor (l2sp) does not apply to lora trials"]
     assert notes(tune=["full"]) == []
 
 

@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 
 from orchestrator.plan import estimate_data_size, make_plan
-from orchestrator.plan.data_size import FEW_STEPS, LEAST_STEPS, MOST_TOKENS, DataSize, auto_tokens_per_step, few_steps_sentence
+from orchestrator.plan.data_size import (
+    MAX_STEP_TOKENS,
+    MIN_TOTAL_STEPS,
+    TOO_FEW_STEPS,
+    DataSize,
+    auto_tokens_per_step,
+    too_few_steps_warning,
+)
 from orchestrator.plan.schedule import StepSize, filling_step, row_tokens, tokens_per_step, total_steps
 
 SIZES = [1, 2, 8, 30, 100, 240, 300, 1000, 7500, 10_000, 52_000, 500_000, 10_000_000]
@@ -32,7 +39,7 @@ def steps_of(documents: int, mean: int, epochs: float = 2.0) -> float:
         (7500, 150, 3248, 692.7),
         (10_000, 15, 384, 781.2),
         (52_000, 100, 5712, 1820.7),
-        (10_000_000, 500, MOST_TOKENS, 152587.9),
+        (10_000_000, 500, MAX_STEP_TOKENS, 152587.9),
     ],
 )
 def test_the_rule(documents: int, mean: int, tokens: int, steps: float) -> None:
@@ -52,7 +59,7 @@ def test_more_documents_never_make_smaller_steps_or_fewer_of_them(mean: int) -> 
 @pytest.mark.parametrize("epochs", [0.5, 1.0, 2.0, 10.0])
 def test_a_training_gets_enough_steps_where_it_has_the_documents(documents: int, epochs: float) -> None:
     found = steps_of(documents, 160, epochs)
-    assert found >= min(0.9 * LEAST_STEPS, 0.9 * epochs * documents)
+    assert found >= min(0.9 * MIN_TOTAL_STEPS, 0.9 * epochs * documents)
 
 
 def test_a_step_holds_the_longest_document_and_is_bounded() -> None:
@@ -131,8 +138,8 @@ def test_few_steps_are_warned_of_with_the_remedy(
 
 def test_enough_steps_are_not(job: Any, base: Any, cores: Any, data: Any) -> None:
     assert not any("optimizer step" in warning for warning in plan_of(job, base, cores, data()).warnings)
-    assert few_steps_sentence(FEW_STEPS) == ""
-    assert few_steps_sentence(1).startswith("the whole training is one optimizer step:")
+    assert too_few_steps_warning(TOO_FEW_STEPS) == ""
+    assert too_few_steps_warning(1).startswith("the whole training is one optimizer step:")
 
 
 @pytest.mark.parametrize(

@@ -6,21 +6,22 @@ import math
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
 from orchestrator.plan import (
-    compile_trial,
     curve_trial,
+    evaluate_base,
     head_control,
-    make_assignment,
     make_plan,
     make_trial,
     none_control,
-    probe_trial,
-    shift_trial,
     shuffled_control,
+    train_rung,
+    work_context,
 )
 from orchestrator.plan.values import RunPlan
-from orchestrator.work.execution import DataPaths, TrainSettings
+from orchestrator.work.assignment import Measurement, MeasureShift, ScoreBlocks, TimeCompiling, Work, WorkContext
+from orchestrator.work.execution import DataPaths, TrainSettings, TrunkPlan
 from orchestrator.work.measurements import CompilePlan, ProbePlan, ShiftPlan
 from orchestrator.work.remedies import Remedies
 
@@ -104,42 +105,61 @@ def test_a_point_of_the_curve_is_the_winner_on_a_share_with_a_schedule_of_its_ow
     assert all(getattr(point, name) == getattr(winner, name) for name in same)
 
 
-def test_what_a_gang_measures_is_no_trial(run_plan: RunPlan, base: Any) -> None:
-    """Nothing of it may be looked for in the ledger."""
-    nothing, selection = none_control(run_plan, base("tiny"), seed=0)
-    given: Any = {
-        "settings": TrainSettings(warmup=0.05, schedule="cosine", weight_decay=0.0, grad_clip=1.0, tokens_per_step=8192),
-        "data": DataPaths(train="train.npz", eval="eval.npz"),
-        "metric": "loss",
-        "folder": "run",
-        "rung": 0,
-        "start": None,
-        "stop_step": 0,
-    }
-    measured: list[tuple[Any, dict[str, Any]]] = [
-        (probe_trial(run_plan, base("tiny"), seed=0)[0], {"probe": ProbePlan(num_batches=1, rows=1)}),
-        (shift_trial(run_plan, base("tiny"), seed=0)[0], {"shift": ShiftPlan(cuts=(1,), num_documents=20)}),
-        (compile_trial(run_plan, 0, seed=0), {"compiling": CompilePlan(option=0, reason="")}),
-    ]
-    for trial, what in measured:
-        assert make_assignment(run_plan, trial, selection, **given, **what).measures
-    assert not make_assignment(run_plan, nothing, selection, **given).measures
+def context_of(plan: RunPlan, execution: Any = None) -> WorkContext:
+    settings = TrainSettings(warmup=0.05, schedule="cosine", weight_decay=0.0, grad_clip=1.0, tokens_per_step=8192)
+    data = DataPaths(train="train.npz", eval="eval.npz")
+    return work_context(plan, settings=settings, data=data, metric="loss", execution=execution)
 
 
-def test_an_assignment_takes_the_plans_execution_unless_told(run_plan: RunPlan) -> None:
+def test_a_measurement_is_no_trial_and_is_read_back_as_what_it_is(run_plan: RunPlan) -> None:
     option = options(run_plan)[0]
-    trial = make_trial(run_plan, option, 1e-3, 0, 0)
-    given: Any = {
-        "settings": TrainSettings(warmup=0.05, schedule="cosine", weight_decay=0.0, grad_clip=1.0, tokens_per_step=8192),
-        "data": DataPaths(train="train.npz", eval="eval.npz"),
-        "metric": "loss",
-        "folder": "trials/x",
-        "rung": 1,
-        "start": "trials/x/rung-0",
-        "stop_step": 30,
-    }
-    assignment = make_assignment(run_plan, trial, option.selection, **given)
-    assert assignment.execution == run_plan.execution
-    assert (assignment.rung, assignment.start, assignment.stop_step) == (1, "trials/x/rung-0", 30)
-    refit = make_assignment(run_plan, trial, option.selection, **given, execution=run_plan.refit_execution)
-    assert refit.execution == run_plan.refit_execution
+    shared: Any = {"context": context_of(run_plan), "execution": run_plan.execution, "seed": 0}
+    measured: list[Measurement] = [
+        ScoreBlocks(**shared, plan=ProbePlan(num_batches=1, rows=1)),
+        MeasureShift(**shared, plan=ShiftPlan(cuts=(1,), num_documents=20)),
+        TimeCompiling(
+            **shared,
+            plan=CompilePlan(option=0, reason=""),
+            trial=make_trial(run_plan, option, 1e-3, 0, 0),
+            selection=option.selection,
+        ),
+    ]
+    assert [work.work_id for work in measured] == ["probe", "shift", "compile"]
+    for work in measured:
+        assert TypeAdapter[Any](Work).validate_json(work.model_dump_json()) == work
+        failed = work.failed("it broke")
+        assert (failed.work_id, failed.found.failed) == (work.work_id, "it broke")
+
+
+def test_only_work_that_reads_the_trunk_is_told_of_it(run_plan: RunPlan, base: Any) -> None:
+    plan = run_plan.model_copy(update={"trunk": TrunkPlan(cuts=(1,), num_bytes=1)})
+    context, option = context_of(plan), options(plan)[0]
+    trial = make_trial(plan, option, 1e-3, 0, 0)
+    rung = train_rung(plan, context, trial, option.selection, folder="f", stop_step=1)
+    assert rung.trunk == plan.trunk
+    anew = trial.model_copy(update={"control": "scratch"})
+    assert train_rung(plan, context, anew, option.selection, folder="f", stop_step=1).trunk is None
+    none, nothing = none_control(plan, base("tiny"), seed=0)
+    assert evaluate_base(plan, context, none, nothing, "f").trunk is None
+
+
+def test_a_rung_takes_the_plans_execution_unless_told(run_plan: RunPlan) -> None:
+    option = options(run_plan)[0]
+    trial, refit = make_trial(run_plan, option, 1e-3, 0, 0), run_plan.refit_execution
+    given: Any = {"folder": "trials/x", "rung": 1, "start": "trials/x/rung-0", "stop_step": 30}
+    rung = train_rung(run_plan, context_of(run_plan), trial, option.selection, **given)
+    assert rung.execution == run_plan.execution
+    assert (rung.rung, rung.start, rung.stop_step) == (1, "trials/x/rung-0", 30)
+    assert rung.num_gangs == run_plan.num_gangs
+    made = train_rung(run_plan, context_of(run_plan, refit), trial, option.selection, **given, execution=refit)
+    assert made.execution == refit
+
+
+def test_a_gang_of_other_ranks_stands_alone_and_has_no_figure_of_the_plan(run_plan: RunPlan) -> None:
+    option, many = options(run_plan)[0], run_plan.model_copy(update={"num_gangs": 3})
+    wide = many.execution.model_copy(update={"ranks": many.execution.ranks + 1})
+    trial = make_trial(many, option, 1e-3, 0, 0)
+    rung = train_rung(many, context_of(many, wide), trial, option.selection, folder="f", stop_step=1, execution=wide)
+    assert (rung.num_gangs, rung.predicted_memory_bytes) == (1, None)
+    own = train_rung(many, context_of(many), trial, option.selection, folder="f", stop_step=1)
+    assert (own.num_gangs, own.predicted_memory_bytes) == (3, option.memory.total_bytes)

@@ -94,7 +94,7 @@ def test_dropout_refuses_it(
     bert = read_anatomy(tmp_path, need_weights=False)
     sections = sweep("last:2") | {"task": "classify", "data": {"max_tokens": 256}, "train": {"epochs": 8}}
     found = plan(bert, on=cores(), size=data(num_classes=3, longest_document_tokens=200), **sections)
-    refused = [note for note in found.notes if "draws other numbers each time" in note]
+    refused = [note for note in found.notes if "is random at every step" in note]
     if cuts:
         assert cuts_of(found) == cuts
         assert refused == []

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from orchestrator.report.domain_shift import domain_shift
-from orchestrator.report.reading import read_run
+from orchestrator.run.reader import read_run
 from orchestrator.work.measurements import DomainShift
 
 

@@ -9,12 +9,12 @@ import pytest
 
 from orchestrator.report import live
 from orchestrator.report.page import follow_run, render_page, write_report
-from orchestrator.report.reading import SILENT_S, read_run
-from orchestrator.store import PROGRESS
+from orchestrator.run.layout import PROGRESS
+from orchestrator.run.reader import SILENT_S, read_run
 from orchestrator.transfer.view import Activity, Progress
+from tests.unit.fake_run import trial_spec, write_trial
 
 from .test_page import read
-from .test_reading import trial_spec, write_trial
 
 
 @pytest.fixture

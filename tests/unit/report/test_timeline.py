@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from orchestrator.report.page import render_page
-from orchestrator.report.reading import RunRecords, read_run
 from orchestrator.report.timeline import gang_times, seconds_by_kind, shares_sentence, side_by_side, submissions_of
+from orchestrator.run.reader import RunRecords, read_run
 from orchestrator.work.results import RungResult
 
 START = 1_790_000_000.0

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.run.ledger import Ledger, TrialEnd, TrialEntry
-from orchestrator.run.records import trial_record, trial_records
+from orchestrator.run.records import RunOutcome, read_outcome, trial_record, trial_records, write_outcome
 from orchestrator.run.scoring import Scoring
-from orchestrator.runtime.outcome import RunOutcome, read_outcome, write_outcome
 from orchestrator.store import read_json
 from orchestrator.transfer import WORST_SCORE
 from orchestrator.transfer.records import SweepResult, TransferReport

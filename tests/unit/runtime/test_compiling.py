@@ -13,13 +13,12 @@ from orchestrator.plan import make_trial
 from orchestrator.plan.values import RunPlan
 from orchestrator.report.terminal import LogView
 from orchestrator.run.ledger import Ledger
-from orchestrator.runtime import measurements as compiling
-from orchestrator.runtime.assignments import failed_result
+from orchestrator.runtime.measurements import CompiledBlocks, measure_once
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.store import read_json, read_jsonl
-from orchestrator.work.assignment import Assignment
+from orchestrator.work.assignment import Measurement, TimeCompiling
 from orchestrator.work.measurements import CompileChoice, CompilePlan, CompileTimes
-from orchestrator.work.results import RungResult
+from orchestrator.work.results import MeasurementResult
 
 FAST = CompileTimes(eager_seconds=1.0, compiled_seconds=0.5, compile_seconds=10.0)
 SLOW = CompileTimes(eager_seconds=1.0, compiled_seconds=1.1, compile_seconds=10.0)
@@ -30,15 +29,14 @@ class Measurer:
     """A stand-in for the gang; what it was asked, and what it answers."""
 
     def __init__(self, times: CompileTimes | None = None, reason: str = "") -> None:
-        self.asked: list[Assignment] = []
+        self.asked: list[Measurement] = []
         self.times, self.reason = times, reason
 
-    def __call__(self, assignment: Assignment) -> RungResult:
-        self.asked.append(assignment)
-        failed = failed_result(assignment, self.reason)
+    def __call__(self, work: Measurement) -> MeasurementResult:
+        self.asked.append(work)
         if self.times is None:
-            return failed
-        return failed.model_copy(update={"state": "done", "compile_times": self.times, "notes": ("fewer rows",)})
+            return work.failed(self.reason)
+        return MeasurementResult(work_id=work.work_id, found=self.times, notes=("fewer rows",))
 
 
 @pytest.fixture
@@ -49,7 +47,7 @@ def chosen(submit: Callable[..., Prepared], shown: io.StringIO) -> Callable[...,
         prepared = submit(search=search, resources={"compile": asked})
         if plan is not None and prepared.plan.compiling is not None:
             object.__setattr__(prepared, "plan", prepared.plan.model_copy(update={"compiling": plan}))
-        return compiling._chosen(prepared, LogView(shown), measurer)
+        return measure_once(CompiledBlocks(prepared), LogView(shown), measurer)
 
     return go
 
@@ -66,8 +64,8 @@ def test_what_pays_is_chosen_once_and_kept_by_a_second_submission(chosen: Callab
     measurer = Measurer(FAST)
     first = chosen(measurer, LONG)
     (asked,) = measurer.asked
-    assert asked.compiling == LONG
-    assert (asked.trial.trial_id, asked.trial.control, asked.stop_step, asked.measures) == ("compile", "none", 0, True)
+    assert isinstance(asked, TimeCompiling)
+    assert (asked.work_id, asked.plan, asked.trial.control) == ("compile", LONG, None)
     assert first.plan.search is not None
     assert asked.selection == first.plan.search.options[0].selection
     assert first.plan.execution.compiled

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import DataError, RunConflictError, UsageError
+from orchestrator.run.directory import RunDirectory
 from orchestrator.runtime import rehearse
 from orchestrator.spec import LoadedSpec, load_spec, spec_sha256
-from orchestrator.store import RunDirectory
 from orchestrator.this_machine import describe_this_machine
 
 

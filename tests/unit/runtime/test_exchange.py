@@ -15,7 +15,7 @@ import pytest
 
 from orchestrator.anatomy import ModelAnatomy
 from orchestrator.errors import TrainingError
-from orchestrator.plan import make_assignment, make_trial
+from orchestrator.plan import make_trial
 from orchestrator.plan.values import RunPlan
 from orchestrator.run.hours import Meter
 from orchestrator.run.ledger import Ledger
@@ -23,15 +23,15 @@ from orchestrator.run.scoring import Scoring
 from orchestrator.runtime import exchange as cleaning
 from orchestrator.runtime import exchange as exchange_module
 from orchestrator.runtime import work_queue as queue
-from orchestrator.runtime.assignments import MAX_ATTEMPTS, Answer, Orders, failed_result
+from orchestrator.runtime.assignments import MAX_ATTEMPTS, Answer, Orders
 from orchestrator.runtime.exchange import Exchange
 from orchestrator.runtime.gang import GangDiedError
 from orchestrator.store import check_folder, commit_folder, read_json, write_json
 from orchestrator.transfer.view import Activity
-from orchestrator.work.assignment import Assignment
+from orchestrator.work.assignment import EvaluateBase, ScoreBlocks, TrainRung, Work
 from orchestrator.work.execution import DataPaths, TrainSettings
-from orchestrator.work.measurements import ProbePlan
-from orchestrator.work.results import RungResult
+from orchestrator.work.measurements import LayerScores, ProbePlan
+from orchestrator.work.results import MeasurementResult, RungResult, WorkResult
 from orchestrator.work.trial import TrialSpec
 
 DEADLINE_S = 20
@@ -61,7 +61,7 @@ class ScriptedGang:
     refusal: Exception
     broken: set[str]
     losses: dict[str, list[float]]
-    ran: list[Assignment]
+    ran: list[Any]
     groups: list[list[str]]
     gate: asyncio.Event
     go: asyncio.Event
@@ -90,29 +90,31 @@ class ScriptedGang:
         self.killed = asyncio.Event()
         self.pids = (self.base_loads,)
 
-    async def run(self, group: Sequence[Assignment]) -> list[RungResult]:
+    async def run(self, group: Sequence[Work]) -> list[WorkResult]:
         await asyncio.sleep(0)
         await self.unless_killed(self.go)
         Clock.now_s += HOUR_S
-        self.groups.append([assignment.trial.trial_id for assignment in group])
+        self.groups.append([assignment.work_id for assignment in group])
         self.ran.extend(group)
         self.last = self.groups[-1]
         return [self.run_one(assignment) for assignment in group]
 
-    def run_one(self, assignment: Assignment) -> RungResult:
-        trial_id = assignment.trial.trial_id
+    def run_one(self, assignment: Work) -> WorkResult:
+        trial_id = assignment.work_id
         if self.deaths.get(trial_id, 0):
             self.deaths[trial_id] -= 1
             raise GangDiedError(f"gang {self.index} broke")
         if assignment.execution.micro_batch_rows > self.fitting.get(trial_id, 99):
             raise GangDiedError("out of memory on rank 1", out_of_memory=True)
         if trial_id in self.broken:
-            return failed_result(assignment, "it broke")
+            return assignment.failed("it broke")
+        if not isinstance(assignment, TrainRung | EvaluateBase):
+            return MeasurementResult(work_id=assignment.work_id, found=LayerScores())
         checkpoint = f"{assignment.folder}/rung-{assignment.rung}"
         return RungResult(
             trial_id=trial_id,
             rung=assignment.rung,
-            step=assignment.stop_step,
+            step=assignment.stop_step if isinstance(assignment, TrainRung) else 0,
             tokens=1,
             state="done",
             eval_loss=self.losses[trial_id][assignment.rung] if trial_id in self.losses else 2.0,
@@ -187,9 +189,7 @@ Play = Callable[[Bench], Coroutine[Any, Any, None]]
 
 
 @pytest.fixture
-def on_bench(
-    plan: RunPlan, anatomy: ModelAnatomy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., list[Assignment]]:
+def on_bench(plan: RunPlan, anatomy: ModelAnatomy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
     """Play a scene with an open exchange; what the gangs were given to run."""
     monkeypatch.setattr(exchange_module, "Gang", ScriptedGang)
 
@@ -202,7 +202,7 @@ def on_bench(
         max_gpu_hours: float | None = None,
         max_fused: int = 1,
         patience: int | None = None,
-    ) -> list[Assignment]:
+    ) -> list[Any]:
         assert plan.search is not None
         changed = {"max_fused": max_fused, "patience": patience}
         fusing = plan.model_copy(update={"search": plan.search.model_copy(update=changed)})
@@ -234,7 +234,7 @@ def on_bench(
     return play
 
 
-def test_the_exchange_says_what_each_gang_is_doing(on_bench: Callable[..., list[Assignment]]) -> None:
+def test_the_exchange_says_what_each_gang_is_doing(on_bench: Callable[..., list[Any]]) -> None:
     async def scene(bench: Bench) -> None:
         async def until_any() -> Activity:
             while not (found := await bench.exchange.activities()):
@@ -261,7 +261,7 @@ def test_the_exchange_says_what_each_gang_is_doing(on_bench: Callable[..., list[
     on_bench(scene)
 
 
-def test_what_a_dead_gang_was_doing_is_done_by_the_next(on_bench: Callable[..., list[Assignment]]) -> None:
+def test_what_a_dead_gang_was_doing_is_done_by_the_next(on_bench: Callable[..., list[Any]]) -> None:
     async def scene(bench: Bench) -> None:
         assert (await bench.advance(bench.trial(0))).state == "done"
         (figures,) = await bench.exchange.figures()
@@ -271,7 +271,7 @@ def test_what_a_dead_gang_was_doing_is_done_by_the_next(on_bench: Callable[..., 
     assert len(on_bench(scene, deaths={"t0": 1})) == 2
 
 
-def test_a_trial_that_kills_every_gang_fails_and_the_others_go_on(on_bench: Callable[..., list[Assignment]]) -> None:
+def test_a_trial_that_kills_every_gang_fails_and_the_others_go_on(on_bench: Callable[..., list[Any]]) -> None:
     async def scene(bench: Bench) -> None:
         deadly, harmless = await asyncio.gather(bench.advance(bench.trial(0)), bench.advance(bench.trial(1)))
         assert (deadly.state, deadly.ended, harmless.state) == ("failed", True, "done")
@@ -281,15 +281,15 @@ def test_a_trial_that_kills_every_gang_fails_and_the_others_go_on(on_bench: Call
         assert "gangs died" in entry.end.reason
 
     ran = on_bench(scene, deaths={"t0": 99})
-    assert [assignment.trial.trial_id for assignment in ran].count("t0") == MAX_ATTEMPTS
+    assert [assignment.work_id for assignment in ran].count("t0") == MAX_ATTEMPTS
 
 
-def rows_of(assignments: list[Assignment]) -> list[int]:
+def rows_of(assignments: list[Any]) -> list[int]:
     return [assignment.execution.micro_batch_rows for assignment in assignments]
 
 
 def test_a_gang_that_ran_out_of_memory_is_followed_by_one_with_half_the_rows(
-    on_bench: Callable[..., list[Assignment]], plan: RunPlan
+    on_bench: Callable[..., list[Any]], plan: RunPlan
 ) -> None:
     """Such deaths are no attempts; what it came down to holds for the trial's later rungs, and for nobody else's."""
     assert plan.execution.micro_batch_rows == 8
@@ -316,7 +316,7 @@ def test_a_gang_that_ran_out_of_memory_is_followed_by_one_with_half_the_rows(
     assert rows_of(on_bench(again)) == [1], "a later submission knows it too"
 
 
-def test_a_trial_that_fits_no_gang_fails_and_the_others_go_on(on_bench: Callable[..., list[Assignment]]) -> None:
+def test_a_trial_that_fits_no_gang_fails_and_the_others_go_on(on_bench: Callable[..., list[Any]]) -> None:
     async def scene(bench: Bench) -> None:
         ScriptedGang.fitting = {"t0": 0}
         large, small = await asyncio.gather(bench.advance(bench.trial(0)), bench.advance(bench.trial(1)))
@@ -330,7 +330,7 @@ def test_a_trial_that_fits_no_gang_fails_and_the_others_go_on(on_bench: Callable
 
 
 def test_a_gang_that_cannot_even_be_ended_leaves_nobody_waiting(
-    on_bench: Callable[..., list[Assignment]], monkeypatch: pytest.MonkeyPatch
+    on_bench: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ray itself is gone, say: what is told comes before what may raise."""
 
@@ -349,7 +349,7 @@ def test_a_gang_that_cannot_even_be_ended_leaves_nobody_waiting(
 
 
 @pytest.mark.parametrize("gangs", [1, 2])
-def test_whoever_waits_hears_that_no_gang_can_be_started(on_bench: Callable[..., list[Assignment]], gangs: int) -> None:
+def test_whoever_waits_hears_that_no_gang_can_be_started(on_bench: Callable[..., list[Any]], gangs: int) -> None:
     async def scene(bench: Bench) -> None:
         for number in (0, 1):
             with pytest.raises(TrainingError, match="no room"):
@@ -358,7 +358,7 @@ def test_whoever_waits_hears_that_no_gang_can_be_started(on_bench: Callable[...,
     assert on_bench(scene, dead_starts=99, gangs=gangs) == []
 
 
-def test_a_gang_that_finds_no_place_in_time_says_so(on_bench: Callable[..., list[Assignment]]) -> None:
+def test_a_gang_that_finds_no_place_in_time_says_so(on_bench: Callable[..., list[Any]]) -> None:
     """The text of a timeout is empty."""
 
     async def scene(bench: Bench) -> None:
@@ -371,14 +371,14 @@ def test_a_gang_that_finds_no_place_in_time_says_so(on_bench: Callable[..., list
     assert on_bench(scene, dead_starts=99) == []
 
 
-def test_a_gang_that_starts_late_is_no_failure(on_bench: Callable[..., list[Assignment]]) -> None:
+def test_a_gang_that_starts_late_is_no_failure(on_bench: Callable[..., list[Any]]) -> None:
     async def scene(bench: Bench) -> None:
         assert (await bench.advance(bench.trial(0))).state == "done"
 
     assert len(on_bench(scene, dead_starts=MAX_ATTEMPTS - 1)) == 1
 
 
-def test_what_is_known_is_answered_without_a_gang(on_bench: Callable[..., list[Assignment]]) -> None:
+def test_what_is_known_is_answered_without_a_gang(on_bench: Callable[..., list[Any]]) -> None:
     async def first(bench: Bench) -> None:
         for rung in (0, 1):
             await bench.advance(bench.trial(0), rung)
@@ -394,7 +394,7 @@ def test_what_is_known_is_answered_without_a_gang(on_bench: Callable[..., list[A
     assert on_bench(second) == []
 
 
-def test_a_failure_of_the_untouched_base_is_not_kept(on_bench: Callable[..., list[Assignment]]) -> None:
+def test_a_failure_of_the_untouched_base_is_not_kept(on_bench: Callable[..., list[Any]]) -> None:
     """Nothing can be compared without it: whoever submits again has it evaluated again."""
 
     async def broken(bench: Bench) -> None:
@@ -412,7 +412,7 @@ def test_a_failure_of_the_untouched_base_is_not_kept(on_bench: Callable[..., lis
     assert [assignment.trial.trial_id for assignment in on_bench(mended)] == ["none"]
 
 
-def test_what_a_killed_driver_left_is_cleaned_by_the_next(on_bench: Callable[..., list[Assignment]]) -> None:
+def test_what_a_killed_driver_left_is_cleaned_by_the_next(on_bench: Callable[..., list[Any]]) -> None:
     """Of a trial that ended, every rung; of one that goes on, all but the last."""
 
     def rung(bench: Bench, trial_id: str, number: int) -> Path:
@@ -439,7 +439,7 @@ def test_what_a_killed_driver_left_is_cleaned_by_the_next(on_bench: Callable[...
     assert on_bench(again) == []
 
 
-def test_a_rung_starts_where_the_one_before_ended(on_bench: Callable[..., list[Assignment]]) -> None:
+def test_a_rung_starts_where_the_one_before_ended(on_bench: Callable[..., list[Any]]) -> None:
     async def scene(bench: Bench) -> None:
         for rung in range(len(RUNGS)):
             await bench.advance(bench.trial(0), rung)
@@ -451,7 +451,7 @@ def test_a_rung_starts_where_the_one_before_ended(on_bench: Callable[..., list[A
     assert [assignment.keep_optimizer for assignment in (first, second, last)] == [True, True, False]
 
 
-def test_the_base_is_served_first_then_the_higher_rungs(on_bench: Callable[..., list[Assignment]]) -> None:
+def test_the_base_is_served_first_then_the_higher_rungs(on_bench: Callable[..., list[Any]]) -> None:
     async def scene(bench: Bench) -> None:
         await bench.advance(bench.trial(0))
         ScriptedGang.gate.clear()
@@ -466,10 +466,10 @@ def test_the_base_is_served_first_then_the_higher_rungs(on_bench: Callable[..., 
         await asyncio.gather(*calls)
 
     ran = on_bench(scene)
-    assert [assignment.trial.trial_id for assignment in ran] == ["t0", "t1", "none", "t0", "t1", "t2"]
+    assert [assignment.work_id for assignment in ran] == ["t0", "t1", "none", "t0", "t1", "t2"]
 
 
-def test_a_result_that_cannot_be_written_is_heard_of(on_bench: Callable[..., list[Assignment]]) -> None:
+def test_a_result_that_cannot_be_written_is_heard_of(on_bench: Callable[..., list[Any]]) -> None:
     async def scene(bench: Bench) -> None:
         (bench.folder / "t0" / "result-0.json").mkdir(parents=True)
         with pytest.raises(OSError, match="result-0"):
@@ -479,9 +479,7 @@ def test_a_result_that_cannot_be_written_is_heard_of(on_bench: Callable[..., lis
     assert len(on_bench(scene)) == 2
 
 
-def test_an_estimate_that_fails_is_no_trials_failure(
-    on_bench: Callable[..., list[Assignment]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_estimate_that_fails_is_no_trials_failure(on_bench: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     def hear(*_: object) -> None:
         raise ZeroDivisionError
 
@@ -493,7 +491,7 @@ def test_an_estimate_that_fails_is_no_trials_failure(
 
 
 def test_what_cannot_be_cleaned_is_told_and_holds_nobody_up(
-    on_bench: Callable[..., list[Assignment]], monkeypatch: pytest.MonkeyPatch
+    on_bench: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def damaged(_: Path) -> None:
         raise KeyError("has_optimizer")
@@ -509,7 +507,7 @@ def test_what_cannot_be_cleaned_is_told_and_holds_nobody_up(
     on_bench(scene)
 
 
-def test_a_trial_that_is_ended_releases_its_caller(on_bench: Callable[..., list[Assignment]]) -> None:
+def test_a_trial_that_is_ended_releases_its_caller(on_bench: Callable[..., list[Any]]) -> None:
     async def scene(bench: Bench) -> None:
         ScriptedGang.gate.clear()
         call = asyncio.create_task(bench.advance(bench.trial(0)))
@@ -522,7 +520,7 @@ def test_a_trial_that_is_ended_releases_its_caller(on_bench: Callable[..., list[
     assert [assignment.trial.trial_id for assignment in on_bench(scene)] == ["t1"]
 
 
-def test_when_the_hours_are_used_up_the_search_ends_in_order_and_can_go_on(on_bench: Callable[..., list[Assignment]]) -> None:
+def test_when_the_hours_are_used_up_the_search_ends_in_order_and_can_go_on(on_bench: Callable[..., list[Any]]) -> None:
     """Two ranks, an hour an assignment, and a bound of five GPU-hours: three assignments, the last one begun before it."""
 
     async def first(bench: Bench) -> None:
@@ -558,7 +556,7 @@ def test_when_the_hours_are_used_up_the_search_ends_in_order_and_can_go_on(on_be
         assert (await bench.exchange.hours()).used == pytest.approx(12)
 
     ran = on_bench(first, max_gpu_hours=5)
-    assert [assignment.trial.trial_id for assignment in ran] == ["t0", "t1", "t2", "none"]
+    assert [assignment.work_id for assignment in ran] == ["t0", "t1", "t2", "none"]
     entries = {entry.trial.trial_id: entry for entry in Ledger(Path(ran[0].folder).parent).entries()}
     assert "t9" not in entries, "what was not begun leaves nothing"
     assert {name for name, entry in entries.items() if entry.end is not None} == {"t0", "t3", "t4"}
@@ -568,56 +566,41 @@ def test_when_the_hours_are_used_up_the_search_ends_in_order_and_can_go_on(on_be
     assert [assignment.start for assignment in went_on] == [f"{ran[0].folder}/rung-0", None]
 
 
-def probe_of(bench: Bench) -> Assignment:
-    trial = bench.none().model_copy(update={"trial_id": "probe"})
-    return make_assignment(
-        bench.plan,
-        trial,
-        bench.option.selection,
-        settings=TrainSettings(warmup=0, schedule="constant", weight_decay=0, grad_clip=0, tokens_per_step=512),
-        data=DataPaths(train="train.npz", eval="eval.npz"),
-        metric="loss",
-        folder=str(bench.folder),
-        rung=0,
-        start=None,
-        stop_step=0,
-        probe=ProbePlan(num_batches=4, rows=2),
-    )
+def probe_of(bench: Bench) -> ScoreBlocks:
+    context = bench.exchange._context
+    return ScoreBlocks(context=context, execution=bench.plan.execution, seed=0, plan=ProbePlan(num_batches=4, rows=2))
 
 
-def test_a_probe_goes_through_the_queue_and_leaves_nothing_in_the_ledger(on_bench: Callable[..., list[Assignment]]) -> None:
+def test_a_probe_goes_through_the_queue_and_leaves_nothing_in_the_ledger(on_bench: Callable[..., list[Any]]) -> None:
     async def scene(bench: Bench) -> None:
-        result = await bench.exchange.probe(probe_of(bench))
-        assert result is not None
-        assert result.state == "done"
+        result = await bench.exchange.measure(probe_of(bench))
+        assert result.found == LayerScores()
         assert Ledger(bench.folder).entries() == []
         assert (await bench.advance(bench.trial(0))).state == "done"
 
     ran = on_bench(scene, deaths={"probe": 1})
-    assert [assignment.trial.trial_id for assignment in ran] == ["probe", "probe", "t0"]
+    assert [assignment.work_id for assignment in ran] == ["probe", "probe", "t0"]
 
 
-def test_a_probe_that_kills_every_gang_is_a_failed_result(on_bench: Callable[..., list[Assignment]]) -> None:
+def test_a_probe_that_kills_every_gang_is_a_failed_result(on_bench: Callable[..., list[Any]]) -> None:
     async def scene(bench: Bench) -> None:
-        result = await bench.exchange.probe(probe_of(bench))
-        assert result is not None
-        assert result.state == "failed"
-        assert "gangs died" in result.reason
+        result = await bench.exchange.measure(probe_of(bench))
+        assert "gangs died" in result.found.failed
         assert (await bench.advance(bench.trial(0))).state == "done", "the search goes on"
 
     on_bench(scene, deaths={"probe": 99})
 
 
-def test_a_probe_is_not_held_back_for_want_of_hours(on_bench: Callable[..., list[Assignment]]) -> None:
+def test_a_probe_is_not_held_back_for_want_of_hours(on_bench: Callable[..., list[Any]]) -> None:
     async def scene(bench: Bench) -> None:
         await bench.advance(bench.none())
         assert await bench.exchange.is_spent()
-        assert await bench.exchange.probe(probe_of(bench)) is not None
+        assert (await bench.exchange.measure(probe_of(bench))).found == LayerScores()
 
     on_bench(scene, max_gpu_hours=1.0)
 
 
-def test_later_work_is_made_by_the_resolved_plan(on_bench: Callable[..., list[Assignment]]) -> None:
+def test_later_work_is_made_by_the_resolved_plan(on_bench: Callable[..., list[Any]]) -> None:
     async def scene(bench: Bench) -> None:
         resolved = bench.plan.model_copy(update={"name": "resolved"})
         await bench.exchange.replan(resolved)
@@ -642,7 +625,7 @@ def first_rungs(bench: Bench, count: int) -> list[Coroutine[Any, Any, Answer]]:
     return [bench.advance(bench.trial(number)) for number in range(count)]
 
 
-def test_each_member_of_a_group_has_its_own_answer_and_its_own_failure(on_bench: Callable[..., list[Assignment]]) -> None:
+def test_each_member_of_a_group_has_its_own_answer_and_its_own_failure(on_bench: Callable[..., list[Any]]) -> None:
     async def scene(bench: Bench) -> None:
         ScriptedGang.broken = {"t1"}
         answers = await asyncio.gather(*await at_once(bench, first_rungs(bench, 3)))
@@ -655,7 +638,7 @@ def test_each_member_of_a_group_has_its_own_answer_and_its_own_failure(on_bench:
 
 
 def test_a_member_whose_result_cannot_be_written_is_heard_of_and_the_others_go_on(
-    on_bench: Callable[..., list[Assignment]],
+    on_bench: Callable[..., list[Any]],
 ) -> None:
     async def scene(bench: Bench) -> None:
         (bench.folder / "t0" / "result-0.json").mkdir(parents=True)
@@ -668,7 +651,7 @@ def test_a_member_whose_result_cannot_be_written_is_heard_of_and_the_others_go_o
 
 
 def test_after_a_death_every_member_goes_on_alone_so_that_the_one_that_kills_is_found(
-    on_bench: Callable[..., list[Assignment]],
+    on_bench: Callable[..., list[Any]],
 ) -> None:
     async def scene(bench: Bench) -> None:
         answers = await asyncio.gather(*await at_once(bench, first_rungs(bench, 3)))
@@ -683,7 +666,7 @@ def test_after_a_death_every_member_goes_on_alone_so_that_the_one_that_kills_is_
     assert ScriptedGang.groups == [["t0", "t1", "t2"], ["t0"], ["t1"], ["t1"], ["t2"]]
 
 
-def test_after_a_death_for_want_of_memory_each_goes_on_smaller_and_alone(on_bench: Callable[..., list[Assignment]]) -> None:
+def test_after_a_death_for_want_of_memory_each_goes_on_smaller_and_alone(on_bench: Callable[..., list[Any]]) -> None:
     async def scene(bench: Bench) -> None:
         ScriptedGang.fitting = {"t1": 4}
         answers = await asyncio.gather(*await at_once(bench, first_rungs(bench, 2)))
@@ -693,7 +676,7 @@ def test_after_a_death_for_want_of_memory_each_goes_on_smaller_and_alone(on_benc
     assert ScriptedGang.groups == [["t0", "t1"], ["t0"], ["t1"]]
 
 
-def test_a_queued_member_that_is_ended_leaves_its_group(on_bench: Callable[..., list[Assignment]]) -> None:
+def test_a_queued_member_that_is_ended_leaves_its_group(on_bench: Callable[..., list[Any]]) -> None:
     async def scene(bench: Bench) -> None:
         ScriptedGang.gate.clear()
         calls = [asyncio.create_task(call) for call in first_rungs(bench, 3)]
@@ -706,7 +689,7 @@ def test_a_queued_member_that_is_ended_leaves_its_group(on_bench: Callable[..., 
     assert ScriptedGang.groups == [["t0", "t2"]]
 
 
-def test_a_group_that_comes_when_the_hours_are_used_up_is_held_back(on_bench: Callable[..., list[Assignment]]) -> None:
+def test_a_group_that_comes_when_the_hours_are_used_up_is_held_back(on_bench: Callable[..., list[Any]]) -> None:
     async def scene(bench: Bench) -> None:
         answers = await asyncio.gather(*await at_once(bench, first_rungs(bench, 4)))
         assert [answer.state for answer in answers] == ["done", "done", "stopped", "stopped"]
@@ -716,7 +699,7 @@ def test_a_group_that_comes_when_the_hours_are_used_up_is_held_back(on_bench: Ca
 
 
 def test_those_of_a_group_that_go_on_share_a_batch_again(
-    on_bench: Callable[..., list[Assignment]], monkeypatch: pytest.MonkeyPatch
+    on_bench: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They ask one by one, while something lower waits; one has ended while the group ran, another ends after it."""
     monkeypatch.setattr(queue, "REUNION_S", 99)
@@ -744,7 +727,7 @@ def test_those_of_a_group_that_go_on_share_a_batch_again(
 
 
 def test_nobody_is_waited_for_long_nor_while_the_untouched_base_waits(
-    on_bench: Callable[..., list[Assignment]], monkeypatch: pytest.MonkeyPatch
+    on_bench: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(queue, "REUNION_S", 0.2)
 
@@ -760,7 +743,7 @@ def test_nobody_is_waited_for_long_nor_while_the_untouched_base_waits(
     assert ScriptedGang.groups == [["t0", "t1"], ["none"], ["t0"]]
 
 
-def test_without_groups_nobody_waits(on_bench: Callable[..., list[Assignment]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_groups_nobody_waits(on_bench: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(queue, "REUNION_S", 99)
 
     async def scene(bench: Bench) -> None:
@@ -781,17 +764,17 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def gang_of(bench: Bench) -> ScriptedGang:
-    gang = bench.exchange._shifts[0].gang
+    gang = bench.exchange._supervisors[0].gang
     assert isinstance(gang, ScriptedGang)
     return gang
 
 
-def ids_of(assignments: Sequence[Assignment]) -> list[str]:
+def ids_of(assignments: Sequence[Any]) -> list[str]:
     return [assignment.trial.trial_id for assignment in assignments]
 
 
 def test_the_next_trial_runs_while_the_last_is_written_and_is_told_of_when_it_stands(
-    on_bench: Callable[..., list[Assignment]],
+    on_bench: Callable[..., list[Any]],
 ) -> None:
     async def scene(bench: Bench) -> None:
         ScriptedGang.disk.clear()
@@ -808,7 +791,7 @@ def test_the_next_trial_runs_while_the_last_is_written_and_is_told_of_when_it_st
     assert ids_of(on_bench(scene)) == ["t0", "t1"]
 
 
-def test_no_more_than_one_group_waits_to_be_written(on_bench: Callable[..., list[Assignment]]) -> None:
+def test_no_more_than_one_group_waits_to_be_written(on_bench: Callable[..., list[Any]]) -> None:
     async def scene(bench: Bench) -> None:
         ScriptedGang.disk.clear()
         calls = await at_once(bench, first_rungs(bench, 3))
@@ -821,7 +804,7 @@ def test_no_more_than_one_group_waits_to_be_written(on_bench: Callable[..., list
     assert ids_of(on_bench(scene)) == ["t0", "t1", "t2"]
 
 
-def test_a_gang_killed_between_result_and_commit_loses_both_of_its_groups_once(on_bench: Callable[..., list[Assignment]]) -> None:
+def test_a_gang_killed_between_result_and_commit_loses_both_of_its_groups_once(on_bench: Callable[..., list[Any]]) -> None:
     async def scene(bench: Bench) -> None:
         ScriptedGang.disk.clear()
         first, second = await at_once(bench, first_rungs(bench, 2))
@@ -844,7 +827,7 @@ def test_a_gang_killed_between_result_and_commit_loses_both_of_its_groups_once(o
 
 @pytest.mark.parametrize("others", [0, 1])
 def test_what_cannot_be_written_is_done_again_and_then_fails_and_the_others_go_on(
-    on_bench: Callable[..., list[Assignment]], others: int
+    on_bench: Callable[..., list[Any]], others: int
 ) -> None:
     """Whoever runs meanwhile loses one attempt by it: from then on the culprit is alone."""
 
@@ -863,7 +846,7 @@ def test_what_cannot_be_written_is_done_again_and_then_fails_and_the_others_go_o
     assert ran.count("t1") in ((1, 2) if others else (0,))
 
 
-def test_what_a_gang_has_died_of_is_run_and_written_alone(on_bench: Callable[..., list[Assignment]]) -> None:
+def test_what_a_gang_has_died_of_is_run_and_written_alone(on_bench: Callable[..., list[Any]]) -> None:
     """Before it begins, what came before it stands; and nothing begins before it stands itself."""
 
     async def scene(bench: Bench) -> None:
@@ -887,7 +870,7 @@ def test_what_a_gang_has_died_of_is_run_and_written_alone(on_bench: Callable[...
     assert ids_of(on_bench(scene)) == ["t0", "t1", "t0", "t1", "t1", "t2"]
 
 
-def test_a_group_that_is_written_is_not_made_smaller_by_a_want_of_memory(on_bench: Callable[..., list[Assignment]]) -> None:
+def test_a_group_that_is_written_is_not_made_smaller_by_a_want_of_memory(on_bench: Callable[..., list[Any]]) -> None:
     """It had enough: the group that ran beside it had not."""
 
     async def scene(bench: Bench) -> None:
@@ -904,7 +887,7 @@ def test_a_group_that_is_written_is_not_made_smaller_by_a_want_of_memory(on_benc
     assert rows == {("t0", 8), ("t1", 8), ("t1", 4)}
 
 
-def test_what_is_being_written_when_the_exchange_closes_is_written_down(on_bench: Callable[..., list[Assignment]]) -> None:
+def test_what_is_being_written_when_the_exchange_closes_is_written_down(on_bench: Callable[..., list[Any]]) -> None:
     folders: list[Path] = []
 
     async def scene(bench: Bench) -> None:
@@ -920,7 +903,7 @@ def test_what_is_being_written_when_the_exchange_closes_is_written_down(on_bench
     assert [result.state for result in entry.results] == ["done"]
 
 
-def test_a_gang_gets_first_what_it_may_remember(on_bench: Callable[..., list[Assignment]]) -> None:
+def test_a_gang_gets_first_what_it_may_remember(on_bench: Callable[..., list[Any]]) -> None:
     """Of what is equally urgent: a higher rung of another gang still comes before."""
 
     async def scene(bench: Bench) -> None:
@@ -946,7 +929,7 @@ def test_a_gang_gets_first_what_it_may_remember(on_bench: Callable[..., list[Ass
 EVEN = (5, 10, 15, 20, 25, 30, 36)
 
 
-def test_a_trial_that_gets_worse_ends_and_is_worth_its_best_rung(on_bench: Callable[..., list[Assignment]]) -> None:
+def test_a_trial_that_gets_worse_ends_and_is_worth_its_best_rung(on_bench: Callable[..., list[Any]]) -> None:
     async def scene(bench: Bench) -> None:
         ScriptedGang.losses = {"t0": [3.0, 2.5, 2.6, 2.7], "t1": [3.0, 2.5, 2.6, 2.4, 2.5, 2.45, 2.6], "t2": [9.0]}
         for number, reached in ((0, 4), (1, 6)):
@@ -972,7 +955,7 @@ def test_a_trial_that_gets_worse_ends_and_is_worth_its_best_rung(on_bench: Calla
     assert on_bench(again, patience=2) == [], "what is known is not trained again"
 
 
-def test_a_driver_that_died_before_the_end_was_written_changes_nothing(on_bench: Callable[..., list[Assignment]]) -> None:
+def test_a_driver_that_died_before_the_end_was_written_changes_nothing(on_bench: Callable[..., list[Any]]) -> None:
     async def first(bench: Bench) -> None:
         ScriptedGang.losses = {"t0": [2.5, 2.6, 2.7]}
         for rung in range(3):
@@ -987,7 +970,7 @@ def test_a_driver_that_died_before_the_end_was_written_changes_nothing(on_bench:
     assert on_bench(again, patience=2) == []
 
 
-def test_a_trial_at_its_last_step_does_not_stall(on_bench: Callable[..., list[Assignment]]) -> None:
+def test_a_trial_at_its_last_step_does_not_stall(on_bench: Callable[..., list[Any]]) -> None:
     async def scene(bench: Bench) -> None:
         ScriptedGang.losses = {"t0": [2.0, 3.0, 4.0]}
         for rung, step in enumerate((5, 10, bench.trial(0).total_steps)):
@@ -998,7 +981,7 @@ def test_a_trial_at_its_last_step_does_not_stall(on_bench: Callable[..., list[As
     assert len(on_bench(scene, patience=2)) == 3
 
 
-def test_without_patience_a_trial_is_worth_its_last_rung(on_bench: Callable[..., list[Assignment]]) -> None:
+def test_without_patience_a_trial_is_worth_its_last_rung(on_bench: Callable[..., list[Any]]) -> None:
     async def scene(bench: Bench) -> None:
         ScriptedGang.losses = {"t0": [2.0, 3.0, 4.0, 5.0]}
         for rung in range(4):
@@ -1008,7 +991,7 @@ def test_without_patience_a_trial_is_worth_its_last_rung(on_bench: Callable[...,
     on_bench(scene)
 
 
-def test_a_control_is_carried_from_rung_to_rung_until_it_gets_worse(on_bench: Callable[..., list[Assignment]]) -> None:
+def test_a_control_is_carried_from_rung_to_rung_until_it_gets_worse(on_bench: Callable[..., list[Any]]) -> None:
     async def scene(bench: Bench) -> None:
         ScriptedGang.losses = {"t0": [3.0, 2.0, 2.1, 2.2, 1.0], "t1": [3.0]}
         assert (await bench.exchange.carry(bench.trial(0), bench.option.selection, EVEN)).score == 2.0

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from orchestrator.report.terminal import JsonView, LogView
-from orchestrator.runtime.activities import BUNDLING, OWNER, STARTS, last_steps, on_disk, tell_bundling, with_steps
+from orchestrator.run.activities import last_steps, on_disk, tell_bundling, with_steps
+from orchestrator.run.layout import OWNER, PROGRESS, STARTS
 from orchestrator.runtime.heartbeat import Pulse
-from orchestrator.store import PROGRESS, read_json
+from orchestrator.store import read_json
 from orchestrator.transfer.view import Activity, Progress
 from orchestrator.work.results import StepReport
 
@@ -105,7 +106,7 @@ def test_the_bundling_worker_says_what_it_does(tmp_path: Path) -> None:
     assert on_disk(tmp_path, "merge", since=0) == ()
     tell_bundling(tmp_path, "verifying")
     assert on_disk(tmp_path, "merge", since=0) == (Activity(doing="verifying"),)
-    (tmp_path / BUNDLING).write_text("torn {")
+    (tmp_path / "bundling.json").write_text("torn {")
     assert on_disk(tmp_path, "merge", since=0) == ()
 
 

@@ -8,34 +8,34 @@ from typing import Any
 
 import pytest
 
+from orchestrator.anatomy import read_anatomy
 from orchestrator.errors import TrainingError
 from orchestrator.plan.values import RunPlan
 from orchestrator.report.terminal import LogView
-from orchestrator.runtime import measurements as probing
-from orchestrator.runtime.assignments import failed_result
+from orchestrator.runtime.measurements import BlockScores, measure_once
 from orchestrator.runtime.prepare import Prepared
+from orchestrator.samples import SAMPLE_BASE
 from orchestrator.store import read_json, read_jsonl
-from orchestrator.work.assignment import Assignment
+from orchestrator.work.assignment import Measurement, ScoreBlocks
 from orchestrator.work.measurements import LayerScores
-from orchestrator.work.results import RungResult
+from orchestrator.work.results import MeasurementResult
 
 
 class Scorer:
     """A stand-in for the gang; what it was asked, and what it answers."""
 
     def __init__(self, reason: str = "") -> None:
-        self.asked: list[Assignment] = []
+        self.asked: list[Measurement] = []
         self.reason = reason
 
-    def __call__(self, assignment: Assignment) -> RungResult:
-        self.asked.append(assignment)
-        failed = failed_result(assignment, self.reason)
+    def __call__(self, work: Measurement) -> MeasurementResult:
+        self.asked.append(work)
         if self.reason:
-            return failed
-        num_blocks = 1 + max(block for block in range(64) if any(f".layers.{block}." in n for n in assignment.selection.frozen))
+            return work.failed(self.reason)
+        num_blocks = len(read_anatomy(SAMPLE_BASE, need_weights=False).linears)
         norms = tuple(float(num_blocks - block) for block in range(num_blocks))
         found = LayerScores(relative_gradient_norms=norms, signal_to_noise=(1.0,) * num_blocks, num_batches=4, seconds=0.1)
-        return failed.model_copy(update={"state": "done", "layer_scores": found, "notes": ("fewer rows",)})
+        return MeasurementResult(work_id=work.work_id, found=found, notes=("fewer rows",))
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def scored(submit: Callable[..., Prepared], shown: io.StringIO) -> Callable[...,
 
     def go(scorer: Scorer, *layers: str, **search: Any) -> Prepared:
         prepared = submit(search={"layers": list(layers), **search})
-        return probing._scored(prepared, prepared.plan.execution, LogView(shown), scorer)
+        return measure_once(BlockScores(prepared), LogView(shown), scorer)
 
     return go
 
@@ -62,8 +62,8 @@ def test_a_run_is_scored_once_and_a_second_submission_reads_it(scored: Callable[
     scorer = Scorer()
     first = scored(scorer, "last:1", "top:0.25")
     (asked,) = scorer.asked
-    assert asked.probe == first.plan.probe
-    assert (asked.trial.trial_id, asked.trial.control, asked.stop_step) == ("probe", "none", 0)
+    assert isinstance(asked, ScoreBlocks)
+    assert (asked.work_id, asked.plan) == ("probe", first.plan.probe)
     chosen = blocks_of(first.plan)["top:0.25"]
     assert 0 in chosen, "this stand-in scores the lowest block highest"
     assert RunPlan.model_validate(read_json(first.run.plan)) == first.plan

@@ -14,12 +14,12 @@ import pytest
 from orchestrator.errors import IntegrityError, OrchestratorError, RunConflictError
 from orchestrator.plan import make_trial, none_control
 from orchestrator.report.page import write_report
-from orchestrator.report.reading import read_run
 from orchestrator.report.terminal import LogView
 from orchestrator.run.hours import read_hours
 from orchestrator.run.ledger import Ledger
+from orchestrator.run.reader import read_run
+from orchestrator.run.records import read_outcome
 from orchestrator.runtime.merging import merge_trial
-from orchestrator.runtime.outcome import read_outcome
 from orchestrator.runtime.prepare import Prepared, open_run, reopen
 from orchestrator.spec import load_spec
 from orchestrator.store import append_jsonl, commit_folder, read_jsonl, write_json

@@ -10,12 +10,11 @@ import pytest
 
 from orchestrator.errors import RankOutOfMemoryError
 from orchestrator.plan import make_trial
-from orchestrator.runtime.assignments import failed_result
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.runtime.refit import _run, refit_assignment
 from orchestrator.store import commit_folder, write_json
 from orchestrator.train.ranks import Ranks
-from orchestrator.work.assignment import Assignment
+from orchestrator.work.assignment import TrainRung
 from orchestrator.work.execution import ExecutionPlan
 from orchestrator.work.memory_ladder import nothing_smaller
 from orchestrator.work.results import RungResult
@@ -34,9 +33,9 @@ class ScriptedHost:
 
     def __init__(self, saves: int | None, end: Exception | None) -> None:
         self._saves, self._end = saves, end
-        self.ran: list[Assignment] = []
+        self.ran: list[TrainRung] = []
 
-    def run(self, assignment: Assignment, *, on_relief: Callable[[ExecutionPlan, str], None]) -> RungResult:
+    def run_trial(self, assignment: TrainRung, *, on_relief: Callable[[ExecutionPlan, str], None]) -> RungResult:
         self.ran.append(assignment)
         notes: tuple[str, ...] = ()
         if self._end is not None:
@@ -55,7 +54,7 @@ def save(folder: Path, step: int) -> None:
 
 
 @pytest.fixture
-def assignment(submit: Callable[[], Prepared]) -> Assignment:
+def assignment(submit: Callable[[], Prepared]) -> TrainRung:
     prepared = submit()
     assert prepared.plan.search is not None
     option = prepared.plan.search.options[0]
@@ -65,9 +64,7 @@ def assignment(submit: Callable[[], Prepared]) -> Assignment:
 
 
 @pytest.mark.parametrize("saves", [None, 2])
-def test_what_was_done_by_the_larger_way_is_dropped_and_the_smaller_way_is_kept(
-    assignment: Assignment, saves: int | None
-) -> None:
+def test_what_was_done_by_the_larger_way_is_dropped_and_the_smaller_way_is_kept(assignment: TrainRung, saves: int | None) -> None:
     with pytest.raises(KilledError):
         _run(ScriptedHost(saves, KilledError()), assignment)  # type: ignore[arg-type]
     after = ScriptedHost(None, None)
@@ -79,7 +76,7 @@ def test_what_was_done_by_the_larger_way_is_dropped_and_the_smaller_way_is_kept(
     assert result.relieved is not None
 
 
-def test_a_rank_alone_that_runs_out_goes_down_from_where_its_group_had_come(assignment: Assignment) -> None:
+def test_a_rank_alone_that_runs_out_goes_down_from_where_its_group_had_come(assignment: TrainRung) -> None:
     with pytest.raises(RankOutOfMemoryError):
         _run(ScriptedHost(None, RankOutOfMemoryError("out of memory on rank 1")), assignment)  # type: ignore[arg-type]
     after = ScriptedHost(None, None)
@@ -88,13 +85,13 @@ def test_a_rank_alone_that_runs_out_goes_down_from_where_its_group_had_come(assi
     assert [note.startswith("out of memory") for note in result.notes] == [True, True]
 
 
-def test_what_fits_in_no_way_is_tried_again_as_planned(assignment: Assignment) -> None:
+def test_what_fits_in_no_way_is_tried_again_as_planned(assignment: TrainRung) -> None:
     class FullHost(ScriptedHost):
-        def run(self, assignment: Assignment, *, on_relief: Callable[[ExecutionPlan, str], None]) -> RungResult:
+        def run_trial(self, assignment: TrainRung, *, on_relief: Callable[[ExecutionPlan, str], None]) -> RungResult:
             with suppress(KilledError):
-                super().run(assignment, on_relief=on_relief)
+                super().run_trial(assignment, on_relief=on_relief)
             reason = str(nothing_smaller("out of memory", assignment.execution))
-            return failed_result(assignment, reason)
+            return assignment.failed(reason)
 
     assert _run(FullHost(None, KilledError()), assignment).state == "failed"  # type: ignore[arg-type]
     after = ScriptedHost(None, None)

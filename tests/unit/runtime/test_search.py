@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from ray.tune.schedulers import TrialScheduler
 
-from orchestrator.plan.schedule import pace, share_beyond
+from orchestrator.plan.schedule import asha_time, surviving_share
 from orchestrator.plan.values import RunPlan
 from orchestrator.run.ledger import TrialEntry
 from orchestrator.runtime.search import RecordedSearch, _scheduler
@@ -108,7 +108,7 @@ def test_asha_stops_trials_where_the_plan_counts_on_it(plan: RunPlan, changed: d
     assert plan.search is not None
     search = plan.search.model_copy(update=changed)
     rungs = range(len(search.rung_steps) - 1)
-    assert [rung for rung in rungs if share_beyond(search, rung + 1) < share_beyond(search, rung)] == compared
+    assert [rung for rung in rungs if surviving_share(search, rung + 1) < surviving_share(search, rung)] == compared
     scheduler = _scheduler(plan.model_copy(update={"search": search}))
     stopped_at: list[int] = []
     if compared:
@@ -118,7 +118,7 @@ def test_asha_stops_trials_where_the_plan_counts_on_it(plan: RunPlan, changed: d
         scheduler.on_trial_add(None, trial)  # type: ignore[arg-type]
     for rung in rungs:
         answers = [
-            scheduler.on_trial_result(None, trials[name], {"score": score, "pace": pace(search, rung)})  # type: ignore[arg-type]
+            scheduler.on_trial_result(None, trials[name], {"score": score, "pace": asha_time(search, rung)})  # type: ignore[arg-type]
             for name, score in (("good", 1.0), ("bad", 2.0))
         ]
         stopped_at += [rung] * (answers == [TrialScheduler.CONTINUE, TrialScheduler.STOP])

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from orchestrator.anatomy import ModelAnatomy
-from orchestrator.plan import make_assignment, make_trial
+from orchestrator.plan import make_trial, train_rung, work_context
 from orchestrator.plan.values import RunPlan
 from orchestrator.runtime import work_queue as queue
-from orchestrator.runtime.assignments import Work, failed_result
+from orchestrator.runtime.assignments import QueuedWork
 from orchestrator.runtime.work_queue import WorkQueue
+from orchestrator.work.assignment import TrainRung
 from orchestrator.work.execution import DataPaths, TrainSettings
-from orchestrator.work.results import EngineRecord, RungResult
+from orchestrator.work.results import EngineRecord, RungResult, WorkResult
 
 SETTINGS = TrainSettings(warmup=0, schedule="constant", weight_decay=0, grad_clip=0, tokens_per_step=512)
 
@@ -33,22 +34,13 @@ class Bench:
 
     def put(self, number: int, option: int = 0, attempts: int = 0, home: int | None = None) -> None:
         trial = make_trial(self.plan, self.options[option], 1e-3, number, seed=0).model_copy(update={"trial_id": f"t{number}"})
-        assignment = make_assignment(
-            self.plan,
-            trial,
-            self.options[option].selection,
-            settings=SETTINGS,
-            data=DataPaths(train="train.npz", eval="eval.npz"),
-            metric="loss",
-            folder=trial.trial_id,
-            rung=0,
-            start=None,
-            stop_step=4,
-        )
-        future: asyncio.Future[RungResult | None] = asyncio.get_running_loop().create_future()
-        self.queue.put(Work((1, 0, number), assignment, future, attempts, home=home))
+        data, selection = DataPaths(train="train.npz", eval="eval.npz"), self.options[option].selection
+        context = work_context(self.plan, settings=SETTINGS, data=data, metric="loss")
+        assignment = train_rung(self.plan, context, trial, selection, folder=trial.trial_id, stop_step=4)
+        future: asyncio.Future[WorkResult | None] = asyncio.get_running_loop().create_future()
+        self.queue.put(QueuedWork((1, 0, number), assignment, future, attempts, home=home))
 
-    async def take(self, stack: AsyncExitStack, gang: int | None = None) -> list[Work]:
+    async def take(self, stack: AsyncExitStack, gang: int | None = None) -> list[QueuedWork]:
         return await asyncio.wait_for(stack.enter_async_context(self.queue.next_group(gang)), 5)
 
     async def done(self, gang: int | None = None) -> list[int]:
@@ -57,15 +49,20 @@ class Bench:
             return numbers(await self.take(stack, gang))
 
 
-def numbers(group: Sequence[Work]) -> list[int]:
-    return [work.assignment.trial.number for work in group]
+def rung_of(work: QueuedWork) -> TrainRung:
+    assert isinstance(work.assignment, TrainRung)
+    return work.assignment
 
 
-def served(group: Sequence[Work], widths: Sequence[int]) -> list[RungResult]:
+def numbers(group: Sequence[QueuedWork]) -> list[int]:
+    return [rung_of(work).trial.number for work in group]
+
+
+def served(group: Sequence[QueuedWork], widths: Sequence[int]) -> list[RungResult]:
     """Results by how many trials shared their batches."""
     engine = EngineRecord.model_construct(fused_trials=1)
     return [
-        failed_result(work.assignment, "").model_copy(update={"engine": engine.model_copy(update={"fused_trials": width})})
+        rung_of(work).failed("").model_copy(update={"engine": engine.model_copy(update={"fused_trials": width})})
         for work, width in zip(group, widths, strict=True)
     ]
 
@@ -169,7 +166,7 @@ def test_where_fewer_pay_later_groups_are_smaller(
             bench.put(number)
         async with AsyncExitStack() as stack:
             group = await bench.take(stack)
-        bench.queue.note_width(group, served(group, widths))
+        bench.queue.note_fused_size(group, served(group, widths))
         for number in range(10, 14):
             bench.put(number)
         assert len(await bench.done()) == later

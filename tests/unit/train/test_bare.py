@@ -28,9 +28,9 @@ sys.meta_path.insert(0, Absent())
 found = importlib.util.find_spec  # how libraries ask whether another one is there
 importlib.util.find_spec = lambda name, package=None: None if absent(name) else found(name, package)
 from orchestrator.anatomy import read_anatomy, select
-from orchestrator.plan.values import (
-    Assignment, BaseLoad, DataPaths, ExecutionPlan, TrainSettings, TrialSpec, TrunkPlan
-)
+from orchestrator.work.assignment import TrainRung, WorkContext
+from orchestrator.work.execution import BaseLoad, DataPaths, ExecutionPlan, TrainSettings, TrunkPlan
+from orchestrator.work.trial import TrialSpec
 from orchestrator.train import TrainHost
 
 base, data, folder = sys.argv[1:]
@@ -42,15 +42,18 @@ load = BaseLoad(folder=base, model_type="llama", quantize="none", task="completi
 host = TrainHost.create(load, anatomy, execution, 0, 1, None)
 
 def assignment(name):
-    return Assignment(
+    return TrainRung(
+        context=WorkContext(
+            settings=TrainSettings(warmup=0.0, schedule="constant", weight_decay=0.0, grad_clip=1.0, tokens_per_step=32),
+            data=DataPaths(train=data, eval=data), metric="loss",
+            trunk=TrunkPlan(cuts=(3,), num_bytes=0, folder=f"{folder}/cache"),
+        ),
         trial=TrialSpec(
             trial_id=name, number=0, layers="last:1", tune="lora", learning_rate=1e-3, lora_rank=4, total_steps=2,
             total_tokens=64, seed=1,
         ),
         selection=select(anatomy, "last:1", "lora", 4, task="completion"), execution=execution,
-        settings=TrainSettings(warmup=0.0, schedule="constant", weight_decay=0.0, grad_clip=1.0, tokens_per_step=32),
-        data=DataPaths(train=data, eval=data), metric="loss", folder=f"{folder}/{name}", rung=0, stop_step=2,
-        trunk=TrunkPlan(cuts=(3,), num_bytes=0, folder=f"{folder}/cache"),
+        folder=f"{folder}/{name}", stop_step=2,
     )
 
 results = host.run_group([assignment("a"), assignment("b")])

@@ -36,7 +36,7 @@ from orchestrator.train.model import compiled
 from orchestrator.train.model.base import LoadedBase
 from orchestrator.train.model.compiled import compiled_blocks, missing_compiler
 from orchestrator.train.widths import kind_of_batch
-from orchestrator.work.assignment import Assignment
+from orchestrator.work.assignment import TimeCompiling, TrainRung, WorkContext
 from orchestrator.work.execution import BaseLoad, DataPaths, ExecutionPlan, TrainSettings
 from orchestrator.work.measurements import CompilePlan
 from orchestrator.work.results import RungResult
@@ -98,7 +98,7 @@ class Gang:
         lora_rank: int = 4,
         stop: int = STEPS,
         **way: Any,
-    ) -> Assignment:
+    ) -> TrainRung:
         rank = lora_rank if tune == "lora" else None
         trial = TrialSpec(
             trial_id=place,
@@ -112,20 +112,22 @@ class Gang:
             seed=1,
         )
         train, scored = str(self.folder / "train.npz"), str(self.folder / "eval.npz")
-        return Assignment(
+        return TrainRung(
+            context=WorkContext(
+                settings=TrainSettings(warmup=0.1, schedule="cosine", weight_decay=0.1, grad_clip=0.5, tokens_per_step=64),
+                data=DataPaths(train=train, eval=scored),
+                metric="loss",
+            ),
             trial=trial,
             selection=select(self.anatomy, policy, tune, rank, task="completion"),
             execution=self.execution.model_copy(update={"compiled": compiled, **way}),
-            settings=TrainSettings(warmup=0.1, schedule="cosine", weight_decay=0.1, grad_clip=0.5, tokens_per_step=64),
-            data=DataPaths(train=train, eval=scored),
-            metric="loss",
             folder=str(self.folder / place),
             rung=0,
             stop_step=stop,
         )
 
     def run(self, place: str, **how: Any) -> RungResult:
-        result = self.host.run(self.assignment(place, **how))
+        result = self.host.run_trial(self.assignment(place, **how))
         assert result.state == "done", result.reason
         return result
 
@@ -293,12 +295,11 @@ def test_without_a_compiler_nothing_is_measured_and_what_must_be_compiled_fails(
 ) -> None:
     gang = gang_of(LlamaConfig(**SIZES, num_hidden_layers=1, num_key_value_heads=2))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    plan = CompilePlan(option=0, reason="")
-    measured = gang.host.run(gang.assignment("measured", compiled=False, stop=0).model_copy(update={"compiling": plan}))
-    assert measured.state == "done"
-    assert measured.compile_times is not None
-    assert measured.compile_times.failed == "there is no C++ compiler (no-such-compiler)"
-    failed = gang.host.run(gang.assignment("failed", compiled=True))
+    rung = gang.assignment("measured", compiled=False)
+    shared = {"context": rung.context, "execution": rung.execution, "trial": rung.trial, "selection": rung.selection}
+    measured = gang.host.measure(TimeCompiling(**shared, seed=1, plan=CompilePlan(option=0, reason="")))
+    assert measured.found.failed == "there is no C++ compiler (no-such-compiler)"
+    failed = gang.host.run_trial(gang.assignment("failed", compiled=True))
     assert failed.state == "failed"
     assert "no C++ compiler" in failed.reason
     gang.run("eager", compiled=False)

@@ -21,7 +21,7 @@ from orchestrator.train.adapters.group import open_group
 from orchestrator.train.adapters.lora import AdapterSpec, LoraLinear
 from orchestrator.train.fused import FusedRun
 from orchestrator.train.widths import best_width, kind_of_batch
-from orchestrator.work.assignment import Assignment
+from orchestrator.work.assignment import TrainRung, WorkContext
 from orchestrator.work.execution import BaseLoad, DataPaths, ExecutionPlan, TrainSettings, TrunkPlan
 from orchestrator.work.results import RungResult
 from orchestrator.work.trial import TrialSpec
@@ -53,7 +53,7 @@ class Gang:
         load = BaseLoad(folder=str(base_folder), model_type="llama", quantize="none", task="completion")
         self.host = TrainHost.create(load, self.anatomy, self.execution, 0, 1, None)
 
-    def assignment(self, name: str, rung: int = 0, *, place: str = "alone", policy: str = "last:2", **values: Any) -> Assignment:
+    def assignment(self, name: str, rung: int = 0, *, place: str = "alone", policy: str = "last:2", **values: Any) -> TrainRung:
         rate, rank = name.split("-r")
         folder = self.folder / place / name
         trial = TrialSpec(
@@ -67,20 +67,22 @@ class Gang:
             total_tokens=64 * RUNGS[-1],
             seed=1,
         )
-        return Assignment(
+        return TrainRung(
+            context=WorkContext(
+                settings=TrainSettings(warmup=0.1, schedule="cosine", weight_decay=0.1, grad_clip=0.5, tokens_per_step=64),
+                data=DataPaths(
+                    **{s: str(self.folder / f"{'train' if s == 'train' else 'eval'}.npz") for s in ("train", "eval", "retain")}
+                ),
+                metric="loss",
+                trunk=TrunkPlan(cuts=(2,), num_bytes=0),
+            ),
             trial=trial,
             selection=select(self.anatomy, policy, "lora", int(rank), task="completion"),
             execution=self.execution,
-            settings=TrainSettings(warmup=0.1, schedule="cosine", weight_decay=0.1, grad_clip=0.5, tokens_per_step=64),
-            data=DataPaths(
-                **{s: str(self.folder / f"{'train' if s == 'train' else 'eval'}.npz") for s in ("train", "eval", "retain")}
-            ),
-            metric="loss",
             folder=str(folder),
             rung=rung,
             start=str(folder / f"rung-{rung - 1}") if rung else None,
             stop_step=RUNGS[rung],
-            trunk=TrunkPlan(cuts=(2,), num_bytes=0),
             **values,
         )
 
@@ -239,7 +241,7 @@ def test_a_measurement_leaves_the_base_as_it_was(gang: Gang, checkpointing: bool
 def test_the_width_is_measured_again_where_nobody_has_tried_so_many(gang: Gang, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[int] = []
 
-    def all_pay(_: object, group: list[Assignment], *rest: object) -> tuple[int, str]:
+    def all_pay(_: object, group: list[TrainRung], *rest: object) -> tuple[int, str]:
         measured.append(len(group))
         return (2 if len(group) < 4 else 4), ""
 

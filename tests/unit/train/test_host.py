@@ -26,8 +26,8 @@ from orchestrator.train.checkpoint import saving
 from orchestrator.train.engines.engine import num_live_engines
 from orchestrator.train.engines.torch_engine import TorchEngine
 from orchestrator.train.model.objective import Objective
-from orchestrator.work.assignment import Assignment
-from orchestrator.work.execution import BaseLoad, DataPaths, ExecutionPlan, TrainSettings
+from orchestrator.work.assignment import EvaluateBase, TrainRung, WorkContext
+from orchestrator.work.execution import BaseLoad, DataPaths, ExecutionPlan, TrainSettings, TrunkPlan
 from orchestrator.work.remedies import NOTHING, AnchorPlan, Remedies
 from orchestrator.work.results import RungResult
 from orchestrator.work.trial import TrialSpec
@@ -67,12 +67,21 @@ class Bench:
         control: Any = None,
         execution: ExecutionPlan = EXECUTION,
         remedies: Remedies = NOTHING,
+        metric: str = "loss",
+        trunk: TrunkPlan | None = None,
         **values: Any,
-    ) -> Assignment:
+    ) -> Any:
         rank, held = 4 if tune == "lora" else None, str(self.folder / "eval.npz")
         replay = held if remedies.needs_replayed_text else None
         data = DataPaths(train=str(self.folder / "train.npz"), eval=held, retain=held, replay=replay)
-        return Assignment(
+        kind: Any = EvaluateBase if control == "none" else TrainRung
+        return kind(
+            context=WorkContext(
+                settings=TrainSettings(warmup=0.1, schedule="cosine", weight_decay=0.0, grad_clip=1.0, tokens_per_step=64),
+                data=data,
+                metric=metric,
+                trunk=trunk,
+            ),
             trial=TrialSpec(
                 trial_id=name,
                 number=0,
@@ -88,18 +97,21 @@ class Bench:
             ),
             selection=select(self.anatomy, policy, tune, rank, task=self.task, num_classes=self.num_classes),
             execution=execution,
-            settings=TrainSettings(warmup=0.1, schedule="cosine", weight_decay=0.0, grad_clip=1.0, tokens_per_step=64),
-            data=data,
             folder=str(self.folder / name),
-            stop_step=stop,
-            **({"rung": 0, "metric": "loss"} | values),
+            **({} if control == "none" else {"stop_step": stop}),
+            **values,
         )
 
     def run(self, name: str, **values: Any) -> RungResult:
-        return self.host.run(self.assignment(name, **values))
+        return self.host.run_trial(self.assignment(name, **values))
 
     def bits(self, name: str) -> list[str]:
         return [line["loss_hex"] for line in read_jsonl(self.folder / name / "steps.jsonl")]
+
+
+def with_data(assignment: TrainRung, **paths: str) -> TrainRung:
+    data = assignment.data.model_copy(update=paths)
+    return assignment.model_copy(update={"context": assignment.context.model_copy(update={"data": data})})
 
 
 @pytest.fixture
@@ -491,7 +503,7 @@ def test_a_loss_that_is_not_finite_at_evaluation_fails_the_trial(
     file = bench.folder / "poisoned.npz"
     build_set([(np.full(8, 95), np.arange(8) >= 4)]).save(file)
     assignment = bench.assignment("a")
-    result = bench.host.run(assignment.model_copy(update={"data": assignment.data.model_copy(update={name: str(file)})}))
+    result = bench.host.run(with_data(assignment, **{name: str(file)}))
     assert result.state == "failed"
     assert f"the loss on {name} became nan" in result.reason
     assert (result.step, result.eval_loss, result.metrics, result.checkpoint) == (STEPS, None, {}, None)

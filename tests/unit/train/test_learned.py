@@ -7,7 +7,7 @@ import numpy as np
 from orchestrator.data import TokenizedSet, build_set
 from orchestrator.train.learned import LearnedSets
 from orchestrator.train.trunk.library import TrunkLibrary
-from orchestrator.work.assignment import Assignment
+from orchestrator.work.assignment import TrainRung, WorkContext
 from orchestrator.work.execution import DataPaths
 
 
@@ -16,7 +16,9 @@ def set_named(path: str) -> TokenizedSet:
 
 
 def retention_of(**paths: str) -> TokenizedSet | None:
-    assignment = Assignment.model_construct(data=DataPaths(train="train", eval="eval", **paths))
+    assignment = TrainRung.model_construct(
+        context=WorkContext.model_construct(data=DataPaths(train="train", eval="eval", **paths))
+    )
     return LearnedSets(assignment, set_named, TrunkLibrary.__new__(TrunkLibrary)).retention
 
 

@@ -10,10 +10,10 @@ import pytest
 
 from orchestrator.data import TokenizedSet, documents_of_share
 from orchestrator.store import read_jsonl
-from orchestrator.work.assignment import Assignment
+from orchestrator.work.assignment import TrainRung
 from orchestrator.work.execution import TrunkPlan
 
-from .test_host import Bench
+from .test_host import Bench, with_data
 
 
 @pytest.fixture
@@ -23,17 +23,16 @@ def bench(llama_folder: Callable[..., Path], tmp_path: Path) -> Iterator[Bench]:
     made.host.close()
 
 
-def on_share(bench: Bench, name: str, share: float, trunk: TrunkPlan | None = None, replay: float = 0.0) -> Assignment:
+def on_share(bench: Bench, name: str, share: float, trunk: TrunkPlan | None = None, replay: float = 0.0) -> TrainRung:
     found = bench.assignment(name, trunk=trunk)
     remedies = found.trial.remedies.model_copy(update={"replay": replay})
-    data = found.data.model_copy(update={"replay": str(bench.folder / "eval.npz")})
     trial = found.trial.model_copy(update={"control": "curve", "share": share, "remedies": remedies})
-    return found.model_copy(update={"trial": trial, "data": data})
+    return with_data(found.model_copy(update={"trial": trial}), replay=str(bench.folder / "eval.npz"))
 
 
 def test_all_documents_are_the_trial_itself(bench: Bench) -> None:
     assert bench.run("whole").state == "done"
-    assert bench.host.run(on_share(bench, "share", 1.0)).state == "done"
+    assert bench.host.run_trial(on_share(bench, "share", 1.0)).state == "done"
     assert bench.bits("share") == bench.bits("whole")
 
 
@@ -41,7 +40,8 @@ def test_all_documents_are_the_trial_itself(bench: Bench) -> None:
 def test_a_share_learns_from_its_documents_alone_and_from_what_is_stored_of_them(bench: Bench, replay: float) -> None:
     trunk = TrunkPlan(cuts=(3,), num_bytes=0, folder=str(bench.folder / "trunk"), max_bytes=10**9)
     results = {
-        name: bench.host.run(on_share(bench, name, 0.5, stored, replay)) for name, stored in (("plain", None), ("stored", trunk))
+        name: bench.host.run_trial(on_share(bench, name, 0.5, stored, replay))
+        for name, stored in (("plain", None), ("stored", trunk))
     }
     assert [result.engine.trunk_cut for result in results.values() if result.engine] == [None, 3]
     losses = {name: [float.fromhex(bits) for bits in bench.bits(name)] for name in results}
@@ -52,7 +52,7 @@ def test_a_share_learns_from_its_documents_alone_and_from_what_is_stored_of_them
     alone = bench.folder / "alone.npz"
     chosen.save(alone)
     cut_out = on_share(bench, "cut-out", 1.0, replay=replay)
-    cut_out = cut_out.model_copy(update={"data": cut_out.data.model_copy(update={"train": str(alone)})})
+    cut_out = with_data(cut_out, train=str(alone))
     assert bench.host.run(cut_out).state == "done"
     assert bench.bits("cut-out") == bench.bits("plain")
     if not replay:

@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.plan import make_plan
 from orchestrator.plan.cost.choices import scored_flops
-from orchestrator.plan.cost.duration import MeasuredSteps, achieved_share, calibrated, calibration_sentence
+from orchestrator.plan.cost.duration import MeasuredSteps, achieved_share, calibrated, calibration_message
 from orchestrator.plan.cost.estimate import ACHIEVED_SHARE
 from orchestrator.plan.values import ClusterDescription, RunPlan
 
@@ -64,7 +64,7 @@ def test_hours_follow_the_share_and_operations_stay(plan: Any, base: Any) -> Non
     assert found.operations == planned.cost.operations
     assert found.rate.calibrated
     assert found.rate.source.endswith("share: measured in the run's first steps")
-    assert calibration_sentence(planned.cost, found) == (
+    assert calibration_message(planned.cost, found) == (
         f"the first steps reach 41% of the peak: about {found.gpu_hours:.3g} GPU-hours in all "
         f"({planned.gpu_hours:.3g} at the 35% that the plan assumed)"
     )
@@ -77,7 +77,7 @@ def test_cores_are_calibrated_too(plan: Any, base: Any, cores: Any) -> None:
     found = calibrated(planned, base("tiny"), [MeasuredSteps(0, 1000, 2 * seconds)])
     assert found is not None
     assert found.core_hours == pytest.approx(2 * planned.cost.core_hours)
-    assert "20 GFLOP/s a core" in calibration_sentence(planned.cost, found)
+    assert "20 GFLOP/s per core" in calibration_message(planned.cost, found)
 
 
 def test_nothing_is_made_up(plan: Any, base: Any, gpus: Any) -> None:

@@ -13,7 +13,7 @@ from orchestrator.plan.cost.accelerators import peak_flops
 from orchestrator.plan.cost.choices import scored_flops
 from orchestrator.plan.cost.estimate import ACHIEVED_SHARE, expected_rungs, expected_steps
 from orchestrator.plan.explain import trials_within
-from orchestrator.plan.schedule import late_rung_steps
+from orchestrator.plan.schedule import follow_up_rung_steps
 from orchestrator.plan.values import ClusterDescription, RunPlan, SearchPlan
 
 
@@ -138,7 +138,7 @@ def test_cores_have_core_hours_and_no_price(plan: Any, cores: Any) -> None:
 def test_a_gpu_that_the_table_lacks(plan: Any, gpus: Any) -> None:
     found = plan("8b", gpus(name="Quantum 9000"), quantize="nf4", resources={"max_gpu_hours": 1e-9})
     assert (found.gpu_hours, found.cost.wall_hours, found.cost.options[0].trial_seconds) == (None, None, None)
-    assert "no GPU-hours: the peak rate of Quantum 9000 is not in the table" in found.notes
+    assert "GPU-hours unknown: the peak rate of Quantum 9000 is not in the table" in found.notes
     assert found.cost.operations_without_stopping > 0
 
 
@@ -203,7 +203,7 @@ def test_a_learning_curve_costs_its_shares(plan: Any, gpus: Any, base: Any, data
     few = plan("8b", gpus(), **sections, size=data(train_documents=500), search={"learning_curve": True})
     whole = max(option.flops_per_token for option in few.cost.options) * few.total_tokens
     steps = [math.ceil(share * few.total_steps) for share in few.search.curve_shares]
-    scorings = sum(len(late_rung_steps(few.search, few.total_steps, each)) for each in steps)
+    scorings = sum(len(follow_up_rung_steps(few.search, few.total_steps, each)) for each in steps)
     assert scorings > 4, "with early stopping a share is scored as often as the searched trials are"
     scoring_few = max(scored_flops(few, base("8b"), option.selection.cut) for option in few.search.options)
     assert part(few, "curve") == pytest.approx(0.9375 * whole + scorings * scoring_few)
@@ -216,7 +216,7 @@ def test_too_few_documents_leave_the_curve_out_and_say_so(plan: Any, gpus: Any, 
     found = plan("8b", gpus(), size=few, quantize="nf4", search={"learning_curve": True})
     assert found.search.curve_shares == ()
     assert "curve" not in {each.name for each in found.cost.operations}
-    assert any("search.learning_curve is left out: of 2 training documents" in warning for warning in found.warnings)
+    assert any("search.learning_curve is skipped: 2 training documents" in warning for warning in found.warnings)
 
 
 def test_the_winner_from_other_seeds_is_in_the_plan(plan: Any, gpus: Any, data: Any, base: Any) -> None:

@@ -81,6 +81,6 @@ def test_it_is_never_over_before_what_has_passed(plan: Any, base: Any, cores: An
     found = plan(cores(2))
     cost = calibrated(found, base("tiny"), [MeasuredSteps(0, 10**9, 1.0)])
     assert cost is not None
-    late = measured_duration(found, cost, MeasuredTimes(elapsed_s=900.0, computing_s=800.0, rung_s=0.0))
-    assert late is not None
-    assert late.low_s == 900 + FINISH_S[0]
+    follow_up = measured_duration(found, cost, MeasuredTimes(elapsed_s=900.0, computing_s=800.0, rung_s=0.0))
+    assert follow_up is not None
+    assert follow_up.low_s == 900 + FINISH_S[0]

@@ -15,21 +15,23 @@ import pytest
 from orchestrator.anatomy import ModelAnatomy, select
 from orchestrator.plan.ladder import OFFLOADS
 from orchestrator.plan.memory.activations import activations
-from orchestrator.plan.memory.candidate import Way
+from orchestrator.plan.memory.candidate import Candidate
 from orchestrator.plan.memory.estimate import estimate
-from orchestrator.plan.memory.footprint import weigh
+from orchestrator.plan.memory.footprint import make_footprint
 from orchestrator.plan.memory.quantized import quantized_bytes
 from orchestrator.plan.memory.resident import shards_of
 from orchestrator.plan.memory.transient import phase_terms
 from orchestrator.units import GIB, MIB
 
 Base = Callable[[str], ModelAnatomy]
-ONE_GPU = Way(device="cuda", ranks=1, executor="torch", zero_stage=0, offload="none", checkpointing=False, row_tokens=512)
+ONE_GPU = Candidate(device="cuda", ranks=1, executor="torch", zero_stage=0, offload="none", checkpointing=False, row_tokens=512)
 
 
-def terms(anatomy: ModelAnatomy, way: Way, policy: str = "all", tune: str = "lora", quantize: str = "none") -> dict[str, int]:
+def terms(
+    anatomy: ModelAnatomy, candidate: Candidate, policy: str = "all", tune: str = "lora", quantize: str = "none"
+) -> dict[str, int]:
     selection = select(anatomy, policy, tune, 16 if tune == "lora" else None, task="completion")  # type: ignore[arg-type]
-    memory = estimate(weigh(anatomy, selection, quantize, 2), way).device  # type: ignore[arg-type]
+    memory = estimate(make_footprint(anatomy, selection, quantize, 2), candidate).device  # type: ignore[arg-type]
     return {term.name: term.num_bytes for term in memory.terms}
 
 
@@ -55,8 +57,8 @@ def test_frozen_weights_of_an_8b(base: Base) -> None:
 )
 def test_bytes_per_learning_element_on_four_ranks(base: Base, stage: int, per_element: tuple[float, ...]) -> None:
     """DeepSpeed's stage 1 in bfloat16 partitions neither gradients nor their float32 sums: see `plan.memory.shards`."""
-    way = replace(ONE_GPU, ranks=4, executor="deepspeed", zero_stage=stage)  # type: ignore[arg-type]
-    found = terms(base("8b"), way, tune="full")
+    candidate = replace(ONE_GPU, ranks=4, executor="deepspeed", zero_stage=stage)  # type: ignore[arg-type]
+    found = terms(base("8b"), candidate, tune="full")
     elements = select(base("8b"), "all", "full", None, task="completion").num_trainable_parameters
     names = ("trainable weights", "gradients", "gradient sums", "fp32 master weights", "Adam's moments")
     assert tuple(found.get(name, 0) / elements for name in names) == pytest.approx(per_element, rel=1e-6)
@@ -73,17 +75,17 @@ def test_without_deepspeed_every_rank_holds_all_that_learns(base: Base) -> None:
 
 
 def test_stage_3_partitions_what_is_frozen_and_gathers_blocks(base: Base) -> None:
-    way = replace(ONE_GPU, ranks=8, executor="deepspeed", zero_stage=3)
-    found = terms(base("70b"), way)
+    candidate = replace(ONE_GPU, ranks=8, executor="deepspeed", zero_stage=3)
+    found = terms(base("70b"), candidate)
     assert found["frozen weights"] == pytest.approx(2 * base("70b").num_parameters() / 8, rel=1e-6)
     assert 5 * GIB < found["gathered weights"] < 6 * GIB
 
 
 def test_offloading_moves_state_to_the_host(base: Base) -> None:
     selection = select(base("8b"), "last:8", "full", None, task="completion")
-    footprint = weigh(base("8b"), selection, "none", 2)
-    way = replace(ONE_GPU, executor="deepspeed", zero_stage=3)
-    plain, optimizer, everything = (estimate(footprint, replace(way, offload=offload)) for offload in OFFLOADS)
+    footprint = make_footprint(base("8b"), selection, "none", 2)
+    candidate = replace(ONE_GPU, executor="deepspeed", zero_stage=3)
+    plain, optimizer, everything = (estimate(footprint, replace(candidate, offload=offload)) for offload in OFFLOADS)
     offloaded = [
         sum(term.num_bytes for term in memory.host.terms if term.name == "offloaded") for memory in (plain, optimizer, everything)
     ]
@@ -93,9 +95,9 @@ def test_offloading_moves_state_to_the_host(base: Base) -> None:
 
 
 def test_on_a_cpu_offloaded_state_stays_in_the_same_memory(base: Base) -> None:
-    footprint = weigh(base("tiny"), select(base("tiny"), "all", "full", None, task="completion"), "none", 2)
-    way = replace(ONE_GPU, device="cpu", executor="deepspeed", zero_stage=3, offload="parameters")
-    memory = estimate(footprint, way)
+    footprint = make_footprint(base("tiny"), select(base("tiny"), "all", "full", None, task="completion"), "none", 2)
+    candidate = replace(ONE_GPU, device="cpu", executor="deepspeed", zero_stage=3, offload="parameters")
+    memory = estimate(footprint, candidate)
     (offloaded,) = (term.num_bytes for term in memory.host.terms if term.name == "offloaded")
     assert {term.name: term.num_bytes for term in memory.device.terms}["host: offloaded"] == offloaded > 0
 
@@ -115,16 +117,20 @@ def test_checkpointing_keeps_inputs_and_one_block(base: Base) -> None:
 def test_logits_come_in_pieces(base: Base) -> None:
     """4096 positions of a 128k vocabulary would be 2 GiB in float32 alone; a chunk of 256 MiB is half of that in 16 bits, and
     becomes its own gradient. A head with an adapter goes through torch's cross entropy, and a partitioned one too."""
-    way = replace(ONE_GPU, micro_batch_rows=8)
-    assert logit_bytes(base("8b"), way) <= (128 + 2 * 8) * MIB
-    assert logit_bytes(base("8b"), way, "all+head") > 3 * 255 * MIB
-    assert logit_bytes(base("8b"), replace(way, executor="deepspeed", zero_stage=3, ranks=2)) > 3 * 255 * MIB
+    candidate = replace(ONE_GPU, micro_batch_rows=8)
+    assert logit_bytes(base("8b"), candidate) <= (128 + 2 * 8) * MIB
+    assert logit_bytes(base("8b"), candidate, "all+head") > 3 * 255 * MIB
+    assert logit_bytes(base("8b"), replace(candidate, executor="deepspeed", zero_stage=3, ranks=2)) > 3 * 255 * MIB
 
 
-def logit_bytes(anatomy: ModelAnatomy, way: Way, policy: str = "all") -> int:
+def logit_bytes(anatomy: ModelAnatomy, candidate: Candidate, policy: str = "all") -> int:
     """Of the phase `loss`, which need not be the largest."""
-    footprint = weigh(anatomy, select(anatomy, policy, "lora", 16, task="completion"), "none", 2)
-    (found,) = (term for term in phase_terms(footprint, way, shards_of(footprint, way).device)["loss"] if term.name == "logits")
+    footprint = make_footprint(anatomy, select(anatomy, policy, "lora", 16, task="completion"), "none", 2)
+    (found,) = (
+        term
+        for term in phase_terms(footprint, candidate, shards_of(footprint, candidate).device)["loss"]
+        if term.name == "logits"
+    )
     return found.num_bytes
 
 
@@ -142,8 +148,8 @@ def test_an_untied_copy_of_the_head_is_counted(base: Base) -> None:
 
 
 def test_a_quantized_base_is_loaded_whole_before_stage_3(base: Base) -> None:
-    way = replace(ONE_GPU, ranks=32, executor="deepspeed", zero_stage=3, checkpointing=True)
-    found = terms(base("70b"), way, quantize="nf4")
+    candidate = replace(ONE_GPU, ranks=32, executor="deepspeed", zero_stage=3, checkpointing=True)
+    found = terms(base("70b"), candidate, quantize="nf4")
     whole = terms(base("70b"), ONE_GPU, quantize="nf4")["frozen weights"]
     assert sum(found.values()) - sum(found[name] for name in ("allocator slack", "runtime", "collectives")) == whole
 
@@ -196,13 +202,13 @@ def more_by_document(anatomy: ModelAnatomy, tune: str) -> int:
 
 def test_stage_3_loads_through_host_memory_only_what_cannot_be_mapped(base: Base) -> None:
     """A base stored as it is computed with is mapped from its files; another dtype is a copy in every rank."""
-    way = replace(ONE_GPU, ranks=8, executor="deepspeed", zero_stage=3)
+    candidate = replace(ONE_GPU, ranks=8, executor="deepspeed", zero_stage=3)
     llama = base("8b")
     other = {name: tensor.model_copy(update={"dtype": "F32"}) for name, tensor in llama.tensors.items()}
     selection = select(llama, "all", "lora", 16, task="completion")
     saved = 12 * selection.num_trainable_parameters / 8
     host = [
-        estimate(weigh(anatomy, selection, "none", 2), way).host.total_bytes
+        estimate(make_footprint(anatomy, selection, "none", 2), candidate).host.total_bytes
         for anatomy in (llama, llama.model_copy(update={"tensors": other}))
     ]
     assert host == [pytest.approx(saved, rel=1e-6), 2 * llama.num_parameters()]

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from orchestrator.anatomy import ModelAnatomy, read_anatomy, select
-from orchestrator.plan.ladder import Load, RankRoom, misfit
-from orchestrator.plan.memory.candidate import Way
+from orchestrator.plan.ladder import Load, RankRoom, shortage
+from orchestrator.plan.memory.candidate import Candidate
 from orchestrator.plan.memory.estimate import estimate
-from orchestrator.plan.memory.footprint import weigh
+from orchestrator.plan.memory.footprint import make_footprint
 from orchestrator.units import GIB
 
 LLAMA: dict[str, Any] = {
@@ -99,8 +99,8 @@ def anatomy(tmp_path: Path):
     return read
 
 
-def way_of(run: Run) -> Way:
-    return Way(
+def way_of(run: Run) -> Candidate:
+    return Candidate(
         device="cuda",
         ranks=run.ranks,
         executor="torch" if run.ranks == 1 and not run.zero_stage else "deepspeed",
@@ -116,10 +116,10 @@ def way_of(run: Run) -> Way:
 def test_what_ran_is_feasible_and_what_did_not_is_not(anatomy: Any, run: Run) -> None:
     base = anatomy(run.base)
     selection = select(base, "all", run.tune, run.lora_rank if run.tune == "lora" else None, task="completion")  # type: ignore[arg-type]
-    footprint = weigh(base, selection, run.quantize, 2)  # type: ignore[arg-type]
+    footprint = make_footprint(base, selection, run.quantize, 2)  # type: ignore[arg-type]
     load = Load(footprints=(footprint,), row_tokens=run.row_tokens, tokens_per_step=2**20)
     room = RankRoom(device_bytes=round(run.gpu_gib * GIB), host_bytes=500 * GIB, ranks_per_node=8)
-    reason = misfit(way_of(run), load, room)
+    reason = shortage(way_of(run), load, room)
     assert (reason is None) == run.fits, f"{run.source}; planned: {reason}"
 
 
@@ -127,7 +127,7 @@ def test_the_published_36_6_gb_are_planned(anatomy: Any) -> None:
     """What it takes is the whole quantized base, before ZeRO-3 partitions it: within 5% of PEFT's figure."""
     run = RUNS[0]
     base = anatomy(run.base)
-    footprint = weigh(base, select(base, "all", "lora", 8, task="completion"), "nf4", 2)
+    footprint = make_footprint(base, select(base, "all", "lora", 8, task="completion"), "nf4", 2)
     memory = estimate(footprint, way_of(run)).device
     assert memory.phases[0].name == "loading"
     assert memory.allocated_bytes == pytest.approx(36.6e9, rel=0.05)

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from orchestrator.anatomy import read_anatomy, select
-from orchestrator.plan.memory.footprint import weigh
+from orchestrator.plan.memory.footprint import make_footprint
 from orchestrator.plan.memory.quantized import QuantizedBytes, dequantize_scratch_bytes, quantized_bytes
 from orchestrator.train.adapters.branch import open_branch
 from orchestrator.train.model.base import LoadedBase, load_base
@@ -122,7 +122,7 @@ def test_a_loaded_base_takes_what_is_planned(tmp_path: Path, dtype: torch.dtype)
 def _check_unfrozen(base: LoadedBase, quantized: dict[str, int]) -> None:
     """What is unfrozen learns in the compute dtype beside its quantized matrix, which waits for the next trial."""
     selection = select(base.anatomy, "last:1", "full", None, task="completion")
-    footprint = weigh(base.anatomy, selection, "nf4", base.dtype.itemsize)
+    footprint = make_footprint(base.anatomy, selection, "nf4", base.dtype.itemsize)
     waiting = [weakref.ref(base.model.get_parameter(name)) for name in quantized]
     with open_branch(base, selection, lora_alpha=1, seed=0) as branch:
         assert all(parameter() is not None for parameter in waiting)

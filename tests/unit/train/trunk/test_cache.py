@@ -224,12 +224,12 @@ from pathlib import Path
 import numpy as np, torch
 from orchestrator.anatomy import read_anatomy
 from orchestrator.data import TokenizedSet
-from orchestrator.plan.values import BaseLoad, DataPaths, TrunkPlan
-from orchestrator.train.base import load_base
+from orchestrator.work.execution import BaseLoad, DataPaths, TrunkPlan
+from orchestrator.train.model.base import load_base
 from orchestrator.train.batches import RowPlan
 from orchestrator.train.integrity import base_fingerprint
 from orchestrator.train.ranks import Ranks
-from orchestrator.train.objective import objective_of
+from orchestrator.train.model.objective import objective_of
 from orchestrator.train.trunk import build, chunks
 from orchestrator.train.trunk.library import TrunkLibrary
 

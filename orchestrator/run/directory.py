@@ -1,4 +1,4 @@
-"""The folder of one run: whose it is, who works in it, and where everything stands."""
+"""The folder of one run, held by a driver: which spec and base it belongs to, and the lock that keeps a second driver out."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ import fcntl
 import os
 import platform
 import time
-from importlib import metadata
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
 from pydantic import ValidationError
 
 from orchestrator.errors import IntegrityError, RunConflictError
+from orchestrator.run.layout import IDENTITY, PLAN, RunFolder
+from orchestrator.run.ledger import Ledger
 from orchestrator.spec import JobSpec, LoadedSpec, describe_difference
+from orchestrator.store import versions
 from orchestrator.store.files import (
     PARTIAL,
     RECORD_REMEDY,
@@ -26,38 +30,32 @@ from orchestrator.store.files import (
     write_json,
 )
 
-PACKAGES = ("orchestrator", "torch", "ray", "deepspeed", "transformers", "peft", "bitsandbytes", "optuna")
-IDENTITY = "run.json"
-PROGRESS = "progress.json"
-"""What the run is waiting for, kept up to date while its driver works (`transfer.view.Progress`)."""
 LOCK = ".lock"
 FREE_TO_CHANGE = ("output:", "resources.", "search.trials:")
-"""What may differ between two submissions of one run."""
+"""Keys of the spec that may differ between two submissions of one run."""
 LISTED = 20
+UPLOADED = "runtime_resources/working_dir_files"
+"""Part of the path of a working directory that `ray job submit` uploaded; Ray deletes it when it needs the room."""
 WRITABLE = "give `output` or --output a writable folder with free space; or free space or grant write permission there"
 
 
-class RunDirectory:
-    """`runs/<name>/`, held by one driver at a time; see `open`.
-
-    Layout: spec.yaml run.json base.json plan.json layer_scores.json compile.json events.jsonl progress.json
-    hours.json data/ trials/<id>/ tune/ refit/ bundle/ bundling.json sweep.json transfer.json report.html
-    """
+class RunDirectory(RunFolder):
+    """`runs/<name>/`, held by one driver at a time; see `open`."""
 
     def __init__(self, path: Path, lock: TextIO) -> None:
-        self.path = path
+        super().__init__(path)
         self._lock = lock
 
     @classmethod
     def open(cls, root: Path, name: str, loaded: LoadedSpec, spec_sha256: str) -> RunDirectory:
-        """Make the run's folder, or take up the one that an earlier submission of the same spec left.
+        """Create the run's folder, or open the one of an earlier submission of the same spec.
 
-        A folder of another spec in which nothing was ever planned (its data was refused, say) is taken over. What a
-        killed driver was still writing is cleared away; a change of versions between submissions is an event.
+        A folder of another spec that was never planned (its data was rejected, for instance) is reused. Partial files of a killed
+        driver are removed; a change of package versions between submissions is recorded as an event.
 
         Raises:
-            RunConflictError: another run, something that is no run, or a run that another driver works in.
-            UsageError: nothing can be written there.
+            RunConflictError: the folder holds another run or something else, or another driver is running it.
+            UsageError: the folder is not writable.
         """
         path = root / name
         with output_to(path, remedy=WRITABLE):
@@ -76,8 +74,8 @@ class RunDirectory:
             if known is not None and not same and run.was_planned:
                 raise _conflict(path, known["values"], loaded.spec.model_dump(mode="json"))
             identity = _identity(loaded, spec_sha256, known if same else None)
-            write_json(path / IDENTITY, identity)
-            write_atomic(path / "spec.yaml", loaded.text)
+            write_json(run.identity_file, identity)
+            write_atomic(run.spec, loaded.text)
             if known is not None and same and known["versions"] != identity["versions"]:
                 run.event("versions_changed", changes=describe_difference(known["versions"], identity["versions"]))
         except BaseException:
@@ -87,10 +85,10 @@ class RunDirectory:
 
     @classmethod
     def reopen(cls, path: Path) -> RunDirectory:
-        """Take up a run by its folder, without its spec.
+        """Open a run by its folder, without its spec.
 
         Raises:
-            RunConflictError: no run, or one that another driver works in.
+            RunConflictError: the folder holds no run, or another driver is running it.
         """
         with output_to(path, remedy=WRITABLE):
             if _read_identity(path) is None:
@@ -99,76 +97,24 @@ class RunDirectory:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What run.json says: name, spec_sha256, created, submissions, seed, versions, values (the resolved spec)."""
-        return read_json(self.path / IDENTITY)
-
-    @property
-    def plan(self) -> Path:
-        return self.path / "plan.json"
+        """The content of run.json: name, spec_sha256, created, submissions, seed, versions, values (the resolved spec)."""
+        return read_json(self.identity_file)
 
     @property
     def was_planned(self) -> bool:
-        """Whether it has a plan, or had one that was damaged and set aside: then its trials rest on its base and data."""
+        """Whether the run has a plan, or had a damaged one: its trials then depend on its base and data."""
         return was_planned(self.path)
 
-    @property
-    def base(self) -> Path:
-        """Which base the run trains: its config and the hashes of its weight files."""
-        return self.path / "base.json"
-
-    @property
-    def data(self) -> Path:
-        return self.path / "data"
-
-    @property
-    def trials(self) -> Path:
-        return self.path / "trials"
-
-    @property
-    def refit(self) -> Path:
-        return self.path / "refit"
-
-    @property
-    def bundle(self) -> Path:
-        return self.path / "bundle"
-
-    @property
-    def hours(self) -> Path:
-        """What the run has used of GPUs, over all its submissions."""
-        return self.path / "hours.json"
-
-    @property
-    def layer_scores(self) -> Path:
-        """What the probe found of each block; written once, before the first trial."""
-        return self.path / "layer_scores.json"
-
-    @property
-    def compile_choice(self) -> Path:
-        """Whether the run's trials train with compiled blocks; written once, before the first trial."""
-        return self.path / "compile.json"
-
-    @property
-    def domain_shift(self) -> Path:
-        """How far the target lies from the retention set; written once, before the first trial."""
-        return self.path / "domain_shift.json"
-
-    @property
-    def sweep(self) -> Path:
-        return self.path / "sweep.json"
-
-    @property
-    def transfer(self) -> Path:
-        return self.path / "transfer.json"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report.html"
+    @cached_property
+    def ledger(self) -> Ledger:
+        """The driver's ledger, read at first use. Refresh it where the exchange has written since."""
+        return Ledger(self.trials)
 
     def claim_base(self, identity: dict[str, Any]) -> None:
-        """Write down which base this run trains; once it was planned, refuse another.
+        """Record which base model this run trains; once it was planned, reject another.
 
         Raises:
-            RunConflictError: the base's folder holds another base than at the submission before; names what differs.
+            RunConflictError: the base's folder holds another base than at the last submission; names the differences.
         """
         if not (self.was_planned and self.base.exists()):
             write_json(self.base, identity)
@@ -176,11 +122,11 @@ class RunDirectory:
         require_same_base(self.path, identity)
 
     def event(self, kind: str, **fields: Any) -> None:
-        """A line in events.jsonl: everything that happened by itself (micro-batch halved, gang replaced, trial retried)."""
-        append_jsonl(self.path / "events.jsonl", {"time": time.time(), "kind": kind, **fields})
+        """Append an automatic action to events.jsonl (micro-batch halved, gang replaced, trial retried)."""
+        append_jsonl(self.events, {"time": time.time(), "kind": kind, **fields})
 
     def close(self) -> None:
-        """Let another driver work here."""
+        """Release the lock."""
         self._lock.close()
 
     def __enter__(self) -> RunDirectory:
@@ -191,22 +137,23 @@ class RunDirectory:
 
 
 def was_planned(path: Path) -> bool:
-    """Whether the run in `path` has a plan, or had one that was damaged and set aside."""
-    return (path / "plan.json").exists() or any(path.glob("plan.json.damaged-*"))
+    """Return whether the run in `path` has a plan, or had a damaged one that was set aside."""
+    return (path / PLAN).exists() or any(path.glob(f"{PLAN}.damaged-*"))
 
 
 def require_same_base(path: Path, identity: dict[str, Any]) -> None:
-    """Refuse another base than the one that a planned run in `path` trained; a run that was not planned has none.
+    """Reject another base than the one that the planned run in `path` trained; a run without a plan accepts any.
 
     Raises:
-        RunConflictError: names what differs.
-        IntegrityError: what is known of that base is damaged.
+        RunConflictError: names the differences.
+        IntegrityError: the record of the run's base is damaged.
     """
-    if not (was_planned(path) and (path / "base.json").exists()):
+    file = RunFolder(path).base
+    if not (was_planned(path) and file.exists()):
         return
-    known = read_json(path / "base.json")
+    known = read_json(file)
     if not isinstance(known, dict):
-        raise IntegrityError("no identity of a base", where=str(path / "base.json"), remedy=RECORD_REMEDY)
+        raise IntegrityError("no identity of a base", where=str(file), remedy=RECORD_REMEDY)
     differences = describe_difference(known, identity)
     if differences:
         raise RunConflictError(
@@ -217,10 +164,10 @@ def require_same_base(path: Path, identity: dict[str, Any]) -> None:
 
 
 def is_same_run(path: Path, loaded: LoadedSpec, spec_sha256: str) -> bool:
-    """Whether `RunDirectory.open` would take up an earlier submission in `path`, asked without writing anything.
+    """Return whether `RunDirectory.open` would continue an earlier submission in `path`, without writing anything.
 
     Raises:
-        RunConflictError: it would refuse: another run, something that is no run, or a run that another driver works in.
+        RunConflictError: it would refuse: the folder holds another run or something else, or another driver is running it.
     """
     _refuse_foreign(path)
     known = _read_identity(path)
@@ -229,14 +176,14 @@ def is_same_run(path: Path, loaded: LoadedSpec, spec_sha256: str) -> bool:
     if known is None:
         return False
     if known["spec_sha256"] != spec_sha256:
-        if (path / "plan.json").exists():
+        if (path / PLAN).exists():
             raise _conflict(path, known["values"], loaded.spec.model_dump(mode="json"))
         return False
     return True
 
 
 def running_driver(path: Path) -> str:
-    """The process that works in a run's folder now (`process 123 on host`); empty where none does."""
+    """Return the process that is running the run now (`process 123 on host`); empty where there is none."""
     file = path / LOCK
     if not file.exists():
         return ""
@@ -246,17 +193,6 @@ def running_driver(path: Path) -> str:
         except OSError:
             return lock.read().strip() or "another process"
     return ""
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides a run's numbers; a package that is not installed is left out."""
-    found: dict[str, str] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _identity(loaded: LoadedSpec, spec_sha256: str, known: dict[str, Any] | None) -> dict[str, Any]:
@@ -273,11 +209,11 @@ def _identity(loaded: LoadedSpec, spec_sha256: str, known: dict[str, Any] | None
 
 
 def _refuse_foreign(path: Path) -> None:
-    """A folder without run.json is only taken where nothing but a lock, or the beginning of a run.json, lies in it."""
+    """Reject a folder without run.json unless it holds only a lock, or a partial run.json."""
     remedy = "choose another `name` or `output`; nothing was changed"
     if path.exists() and not path.is_dir():
         raise RunConflictError("a file is in the place of the run's folder", where=str(path), remedy=remedy)
-    if not path.is_dir() or _planned_spec(path / "plan.json") is not None or _read_identity(path) is not None:
+    if not path.is_dir() or _planned_spec(path / PLAN) is not None or _read_identity(path) is not None:
         return
     foreign = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK and PARTIAL not in entry.name)
     if foreign:
@@ -287,10 +223,10 @@ def _refuse_foreign(path: Path) -> None:
 
 
 def _known_identity(run: RunDirectory, spec_sha256: str, loaded: LoadedSpec) -> dict[str, Any] | None:
-    """As `_read_identity`; a damaged run.json is set aside where the plan proves that the run is this very spec's.
+    """Read run.json. A damaged one is set aside where the plan's hash shows that the run belongs to this spec.
 
     Raises:
-        IntegrityError, RunConflictError: run.json is damaged or foreign, and no plan says that the run is of this spec.
+        IntegrityError, RunConflictError: run.json is damaged or foreign, and no plan shows that the run belongs to this spec.
     """
     file = run.path / IDENTITY
     try:
@@ -316,7 +252,7 @@ def _planned_spec(plan: Path) -> str | None:
 
 
 def _read_identity(path: Path) -> dict[str, Any] | None:
-    """What an earlier submission wrote, or None."""
+    """Read what an earlier submission wrote; None where there is nothing."""
     file = path / IDENTITY
     if not file.exists():
         return None
@@ -333,14 +269,14 @@ def _is_shaped(known: dict[str, Any]) -> bool:
 
 
 def _clear_partial(path: Path) -> None:
-    """Remove files that a killed driver had not finished; folders are left to `commit_folder`, which knows their story."""
+    """Remove partial files of a killed driver. Partial folders are left to `commit_folder`, which can recover them."""
     for partial in (*path.glob(f".*{PARTIAL}*"), *path.glob(f"data/.*{PARTIAL}*")):
         if partial.is_file():
             partial.unlink(missing_ok=True)
 
 
 def _lock(path: Path) -> TextIO:
-    """The lock of a driver that died is free: the operating system gave it back."""
+    """Take the lock. The operating system has released that of a dead driver."""
     lock = (path / LOCK).open("a+")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -377,7 +313,7 @@ def _conflict(path: Path, old: dict[str, Any], new: dict[str, Any]) -> RunConfli
 
 
 def _as_today(values: dict[str, Any]) -> dict[str, Any]:
-    """A recorded spec with the keys that came after it, at their defaults: they are no difference."""
+    """Return a recorded spec with newer keys at their defaults, so that they are not reported as differences."""
     with contextlib.suppress(ValidationError):
         values = JobSpec.model_validate(values).model_dump(mode="json")
     sources = values.get("data", {}).get("train")
@@ -389,3 +325,31 @@ def _as_today(values: dict[str, Any]) -> dict[str, Any]:
 def _shown(differences: list[str]) -> str:
     more = [f"and {len(differences) - LISTED} more"] if len(differences) > LISTED else []
     return "\n  ".join(differences[:LISTED] + more)
+
+
+@dataclass(frozen=True)
+class OutputRoot:
+    """The folder that holds the runs."""
+
+    path: Path
+    moved: str = ""
+    """Why it differs from the spec's `output`; empty where it does not."""
+
+
+def output_root(loaded: LoadedSpec, output: Path | None) -> OutputRoot:
+    """Return the folder that holds the runs: `--output`, or the spec's.
+
+    A spec in a working directory that Ray uploaded, with a relative `output`, would put the run into that copy, which Ray
+    deletes: the run goes to `~/orchestrator-runs` of the node instead.
+    """
+    if output is not None:
+        return OutputRoot(output.expanduser().absolute())
+    root = loaded.output_root
+    if UPLOADED not in root.as_posix():
+        return OutputRoot(root)
+    kept = Path.home() / "orchestrator-runs"
+    return OutputRoot(
+        kept,
+        f"`output: {loaded.spec.output}` lies in the working directory that Ray uploaded and will delete; "
+        f"the run goes to {kept} (give --output or an absolute `output` for another place)",
+    )

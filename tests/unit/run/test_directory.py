@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import IntegrityError, RunConflictError
+from orchestrator.run.directory import RunDirectory
 from orchestrator.spec import LoadedSpec, load_spec, spec_sha256
-from orchestrator.store import RunDirectory, read_jsonl, versions
+from orchestrator.store import read_jsonl, versions
 
 SPEC = """\
 name: tutor
@@ -144,7 +145,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from orchestrator.spec import load_spec, spec_sha256
-from orchestrator.store import RunDirectory
+from orchestrator.run.directory import RunDirectory
 loaded = load_spec(sys.argv[1])
 run = RunDirectory.open(Path(sys.argv[2]), loaded.spec.name, loaded, spec_sha256(loaded.spec, "sweep"))
 print("held", flush=True)

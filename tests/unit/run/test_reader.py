@@ -6,63 +6,13 @@ import json
 
 import pytest
 
-from orchestrator.report.reading import read_run
-from orchestrator.work.results import EngineRecord, RungResult
-from orchestrator.work.trial import TrialSpec
-
-
-def write_trial(folder, trial, *, results, end=None):
-    """A trial's folder as the runtime writes it."""
-    trial_folder = folder / "trials" / trial.trial_id
-    trial_folder.mkdir(parents=True)
-    (trial_folder / "trial.json").write_text(json.dumps({"trial": trial.model_dump(mode="json"), "option": 3}))
-    for result in results:
-        (trial_folder / f"result-{result.rung}.json").write_text(result.model_dump_json())
-    if end is not None:
-        (trial_folder / "end.json").write_text(json.dumps(end))
-
-
-def trial_spec(number=0, control=None):
-    return TrialSpec(
-        trial_id=f"t{number:03d}" if control is None else control,
-        number=number,
-        control=control,
-        layers="last:4",
-        tune="lora",
-        lora_rank=16,
-        learning_rate=1e-3,
-        total_steps=54,
-        total_tokens=221184,
-        seed=0,
-    )
-
-
-def rung_result(trial_id, rung, loss, retain, **changes):
-    values = {
-        "trial_id": trial_id,
-        "rung": rung,
-        "step": (6, 18, 54)[rung],
-        "tokens": 1000,
-        "state": "done",
-        "eval_loss": loss,
-        "metrics": {"loss": loss},
-        "retain_loss": retain,
-        "train_seconds": 2.0,
-        "eval_seconds": 0.5,
-        "engine": EngineRecord(
-            executor="deepspeed",
-            engine_class="DeepSpeedEngine",
-            zero_stage=2,
-            ranks=2,
-            partitioned_bytes=1000,
-            trainable_parameters=4242,
-            peak_memory_bytes=2000,
-            live_engines=1,
-            base_loads=1,
-            ordinal=rung,
-        ),
-    }
-    return RungResult(**(values | changes))
+from orchestrator.run.ledger import Ledger
+from orchestrator.run.reader import read_run
+from orchestrator.run.records import trial_records
+from orchestrator.run.scoring import scoring_of
+from orchestrator.spec.models import SearchSpec
+from orchestrator.work.memory_ladder import nothing_smaller
+from tests.unit.fake_run import rung_result, trial_spec, write_trial
 
 
 def test_everything_of_a_finished_run(fake_run):
@@ -164,3 +114,81 @@ def test_a_step_written_twice_counts_once(fake_run, make):
     steps = read_run(folder).steps[winner.trial_id]
     assert [step.step for step in steps] == list(range(1, 55))
     assert steps[10].loss == 9.0
+
+
+def test_an_unfinished_run_shows_which_trials_ran_out_of_memory(fake_run, make):
+    folder = fake_run(sweep=None, transfer=None)
+    smaller = make.plan().execution.model_copy(update={"micro_batch_rows": 2})
+    nowhere = {"state": "failed", "reason": str(nothing_smaller("out of memory", smaller)), "metrics": {}, "eval_loss": None}
+    write_trial(folder, trial_spec(0), results=[rung_result("t000", 0, 2.9, 4.02, relieved=smaller)])
+    write_trial(folder, trial_spec(1), results=[rung_result("t001", 0, None, None, **nowhere)])
+    write_trial(folder, trial_spec(2), results=[rung_result("t002", 0, 2.8, 4.02)])
+    assert [trial.out_of_memory for trial in read_run(folder).sweep.trials] == [True, True, False]
+
+
+@pytest.mark.parametrize("metric", ["loss", "accuracy"])
+def test_an_unfinished_run_reads_as_the_search_saw_it(fake_run, make, metric):
+    """The resolved spec in run.json counts: spec.yaml knows neither `--set` nor the defaults."""
+    plan = make.plan()
+    plan = plan.model_copy(update={"execution": plan.execution.model_copy(update={"ranks": 2})})
+    folder = fake_run(plan=plan, sweep=None, transfer=None, spec_text="name: x\n")
+    asked = SearchSpec(metric=metric, max_forgetting=0.02)
+    (folder / "run.json").write_text(json.dumps({"values": {"search": asked.model_dump(mode="json")}}))
+    figures = {"loss": 2.9, "accuracy": 0.61}
+    write_trial(folder, trial_spec(-2, "none"), results=[rung_result("none", 0, 3.9, 4.0, metrics={"accuracy": 0.5})])
+    write_trial(folder, trial_spec(0), results=[rung_result("t000", 0, 2.9, 4.05, metrics=figures)])
+    sweep, scoring = read_run(folder).sweep, scoring_of(asked, plan)
+    assert sweep.trials == trial_records(Ledger(folder / "trials"), scoring)
+    assert (sweep.metric, sweep.higher_is_better) == (metric, metric == "accuracy")
+    assert sweep.max_forgetting == 0.02
+    assert sweep.trials[1].score == pytest.approx((1 - 0.61 if metric == "accuracy" else 2.9) + 10 * (0.05 - 0.02))
+    assert sweep.ranks_per_gang == 2
+
+
+@pytest.mark.parametrize("spec_text", ["name: x\n", "name: x\nsearch: {trials: 4, key_of_another_version: 1}\n", "search: [", ""])
+def test_a_spec_without_the_bound_gets_the_default_of_the_spec(fake_run, spec_text):
+    default = SearchSpec().max_forgetting
+    folder = fake_run(sweep=None, transfer=None, spec_text=spec_text)
+    assert read_run(folder).sweep.max_forgetting == default
+
+
+def test_rungs_after_a_damaged_one_do_not_count(fake_run):
+    """As for the runtime, which trains them again."""
+    folder = fake_run(sweep=None, transfer=None)
+    write_trial(folder, trial_spec(0), results=[rung_result("t000", rung, 2.9 - rung, 4.0) for rung in range(3)])
+    (folder / "trials" / "t000" / "result-1.json").write_text("{")
+    run = read_run(folder)
+    assert [rung.rung for rung in run.sweep.trials[0].rungs] == [0]
+    assert run.sweep.trials == trial_records(Ledger(folder / "trials"), scoring_of(SearchSpec(), run.plan))
+    assert len(run.gaps) == 1
+    assert run.gaps[0].startswith("t000/result-1.json: not valid JSON")
+
+
+def test_an_unreadable_record_is_a_gap_for_a_reader_and_an_error_for_a_driver(fake_run):
+    folder = fake_run(sweep=None, transfer=None)
+    write_trial(folder, trial_spec(0), results=[])
+    (folder / "trials" / "t000" / "result-0.json").mkdir()
+    run = read_run(folder)
+    assert run.sweep.trials[0].rungs == ()
+    assert run.gaps[0].startswith("t000/result-0.json: ")
+    with pytest.raises(IsADirectoryError):
+        Ledger(folder / "trials")
+
+
+def test_the_base_model_of_a_one_trial_job_counts_before_the_job_ends(fake_run, make):
+    """Its worker group writes result.json; the ledger gets the result when the training has ended."""
+    folder = fake_run(plan=make.plan(search=False), sweep=None, transfer=None)
+    write_trial(folder, trial_spec(-2, "none"), results=[])
+    (folder / "trials" / "none" / "result.json").write_text(rung_result("none", 0, 3.9, 4.0).model_dump_json())
+    write_trial(folder, trial_spec(0), results=[])
+    sweep = read_run(folder).sweep
+    assert (sweep.job, sweep.control("none").metric) == ("finetune", 3.9)
+    assert sweep.max_forgetting == float("inf")
+
+
+def test_a_trial_that_failed_just_before_its_driver_was_killed_has_failed(fake_run):
+    folder = fake_run(sweep=None, transfer=None)
+    broken = rung_result("t000", 1, None, None, state="failed", reason="NaN at step 9", metrics={})
+    write_trial(folder, trial_spec(0), results=[rung_result("t000", 0, 2.9, 4.0), broken])
+    trial = read_run(folder).sweep.trials[0]
+    assert (trial.state, trial.reason, trial.metric) == ("failed", "NaN at step 9", 2.9)

@@ -1,4 +1,4 @@
-"""Pydantic's findings in the user's words: one problem per place, what was found, what was expected, a hint."""
+"""Pydantic's validation errors in plain words: one problem per place, with what was found, what was expected, and a hint."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Shape:
 
 
 def explain(errors: Sequence[ErrorDetails], source: Source) -> dict[KeyPath, SpecProblem]:
-    """One problem for each place that is wrong, by its path."""
+    """Return one problem for each place that is wrong, by its path."""
     by_path: dict[KeyPath, list[str]] = {}
     for error in errors:
         by_path.setdefault(_data_path(error, source.data), []).append(error["type"])
@@ -40,7 +40,7 @@ def explain(errors: Sequence[ErrorDetails], source: Source) -> dict[KeyPath, Spe
 
 
 def _data_path(error: ErrorDetails, data: Any) -> KeyPath:
-    """The error's location without the names of union members that pydantic puts in."""
+    """Return the error's location without the names of union members that pydantic inserts."""
     path: KeyPath = ()
     *_, last = (None, *error["loc"])
     for step in error["loc"]:
@@ -53,7 +53,7 @@ def _data_path(error: ErrorDetails, data: Any) -> KeyPath:
 
 
 def _children(data: Any) -> dict[str | int, Any]:
-    """What lies one step below a value."""
+    """Return the values one level below a value."""
     if isinstance(data, dict):
         return cast("dict[str | int, Any]", data)
     return dict(enumerate(cast("list[Any]", data))) if isinstance(data, list) else {}
@@ -86,14 +86,14 @@ def _unknown_key(path: KeyPath, source: Source) -> SpecProblem:
 
 
 def near_names(name: str, known: Iterable[str]) -> list[str]:
-    """Known names that look like `name`, the nearest first."""
+    """Return known names that are similar to `name`, the most similar first."""
     by_folded = {other.lower().replace("-", "_"): other for other in known}
     folded = difflib.get_close_matches(name.lower().replace("-", "_"), by_folded, n=2, cutoff=0.6)
     return [by_folded[match] for match in folded]
 
 
 def _sections_with(key: str) -> Iterator[str]:
-    """Sections that have such a key; the top level is the empty text."""
+    """Yield the sections that have such a key; the top level is the empty text."""
     if key in JobSpec.model_fields:
         yield ""
     for name, field in JobSpec.model_fields.items():
@@ -126,7 +126,7 @@ def _shape_at(path: KeyPath) -> Shape:
 
 
 def _flat(shape: Shape) -> Shape:
-    """Annotated types and nested fields unwrapped: a bare annotation and its constraints."""
+    """Unwrap annotated types and nested fields: a bare annotation and its constraints."""
     annotation, constraints = shape.annotation, list(shape.constraints)
     while get_origin(annotation) is Annotated:
         annotation, *extra = get_args(annotation)
@@ -138,7 +138,7 @@ def _flat(shape: Shape) -> Shape:
 
 
 def describe(shape: Shape) -> str:
-    """`a number above 0`, `none | nf4 | int8`, `a list of texts`: what a place wants."""
+    """Describe what a place expects: `a number above 0`, `none | nf4 | int8`, `a list, each text`."""
     shape = _flat(shape)
     annotation = shape.annotation
     members = [member for member in _members(annotation) if member is not type(None)]
@@ -181,7 +181,7 @@ def _bounds(constraints: Sequence[Any]) -> str:
 
 
 def found(value: object) -> str:
-    """A value as the file has it, short."""
+    """Describe a value briefly, as the file has it."""
     match value:
         case None:
             return "the value is empty"
@@ -246,7 +246,7 @@ def _text_hint(value: str, members: list[Any], choices: list[str]) -> str:
 
 
 def is_number(text: str) -> bool:
-    """Whether a text would be a number without its quotes."""
+    """Return whether a text would be a number without its quotes."""
     try:
         float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What a run is doing at this moment, from the files that its workers write while they work."""
+"""What a run is doing at this moment, read from the files that its workers write while they work."""
 
 from __future__ import annotations
 
@@ -10,19 +10,14 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from orchestrator.errors import IntegrityError
+from orchestrator.run.layout import OWNER, RESULT, STARTS, STEPS, TRIAL, RunFolder, rung_files
 from orchestrator.store import read_json, write_json
 from orchestrator.transfer.view import Activity
-from orchestrator.work.assignment import Assignment
+from orchestrator.work.assignment import MeasureShift, ScoreBlocks, TimeCompiling, TrainRung, Work
 from orchestrator.work.results import StepReport
 
 TAIL_BYTES = 16 * 1024
-"""Of steps.jsonl: the last 40 steps or so, whose rate is the one shown."""
-BUNDLING = "bundling.json"
-"""In the run's folder: what the worker that merges, verifies and scores is doing."""
-STARTS = "starts.txt"
-"""In refit/: a line for every time that its worker group had loaded the base."""
-OWNER = "trial.json"
-"""In refit/: whose it is."""
+"""Read from the end of steps.jsonl: about 40 steps, over which the shown rate is averaged."""
 
 
 def ranks_text(count: int) -> str:
@@ -30,7 +25,7 @@ def ranks_text(count: int) -> str:
 
 
 def last_steps(file: Path) -> list[StepReport]:
-    """The last steps of a steps.jsonl, in order, read from its end; none where there is no file yet."""
+    """Return the last steps of a steps.jsonl, in order, read from its end; none where there is no file yet."""
     try:
         with file.open("rb") as stream:
             stream.seek(0, 2)
@@ -48,14 +43,19 @@ def last_steps(file: Path) -> list[StepReport]:
     return found
 
 
-def activity_of(assignment: Assignment, gang: int) -> Activity:
-    """What a gang does with an assignment, as far as that is known without its files."""
-    if assignment.measures:
-        kinds = {"scoring the blocks": assignment.probe, "measuring the domain shift": assignment.shift}
-        doing = next((doing for doing, plan in kinds.items() if plan is not None), "timing compiled blocks")
-        return Activity(doing=doing, gang=gang)
+MEASURING = {
+    ScoreBlocks: "scoring the blocks",
+    MeasureShift: "measuring the domain shift",
+    TimeCompiling: "timing compiled blocks",
+}
+
+
+def activity_of(assignment: Work, gang: int) -> Activity:
+    """Return what a gang does with its work, as far as that is known without its files."""
+    if isinstance(assignment, ScoreBlocks | MeasureShift | TimeCompiling):
+        return Activity(doing=MEASURING[type(assignment)], gang=gang)
     trial = assignment.trial
-    if assignment.stop_step == 0:
+    if not isinstance(assignment, TrainRung):
         return Activity(doing="evaluating the base model", gang=gang, trial_id=trial.trial_id)
     return Activity(
         doing="training",
@@ -67,7 +67,7 @@ def activity_of(assignment: Assignment, gang: int) -> Activity:
 
 
 def with_steps(activity: Activity, file: Path) -> Activity:
-    """A stretch of training with the step it has reached; where that is its last, the trial is being scored.
+    """Return a training activity with the step that it has reached; after its last step the trial is being scored.
 
     Args:
         file: The trial's steps.jsonl.
@@ -93,7 +93,11 @@ def with_steps(activity: Activity, file: Path) -> Activity:
 
 
 def _tokens_of(steps: Sequence[StepReport]) -> Iterable[tuple[int, StepReport]]:
-    """Each step with the tokens that it had; of the first one in the tail they follow from its place."""
+    """Yield each step with its own number of tokens.
+
+    `tokens` counts from the start of the trial. The step before the first one in the tail is not known, so that one gets the
+    average of all steps up to it.
+    """
     before = steps[0].tokens - steps[0].tokens // max(1, steps[0].step)
     for report in steps:
         yield max(0, report.tokens - before), report
@@ -101,45 +105,45 @@ def _tokens_of(steps: Sequence[StepReport]) -> Iterable[tuple[int, StepReport]]:
 
 
 def on_disk(run_folder: Path, phase: str, since: float) -> tuple[Activity, ...]:
-    """What the refit's worker group or the bundling worker is doing; nothing in other phases.
+    """Return what the refit's worker group or the bundling worker is doing; nothing in other phases.
 
     Args:
-        since: Unix time at which the phase began: older files tell of an earlier submission.
+        since: Unix time at which the phase began: older files are of an earlier submission.
     """
+    run = RunFolder(run_folder)
     if phase in ("training", "refit"):
-        return (_refit(run_folder, since),)
+        return (_refit(run, since),)
     if phase in ("merge", "verify", "test"):
-        return _bundling(run_folder)
+        return _bundling(run)
     return ()
 
 
-def _refit(run_folder: Path, since: float) -> Activity:
-    """The one-trial job's worker group evaluates the base model first."""
-    folder = run_folder / "refit"
-    trial_id = str(_read(folder / OWNER).get("trial_id", ""))
-    trial = _read(run_folder / "trials" / trial_id / "trial.json").get("trial", {}) if trial_id else {}
+def _refit(run: RunFolder, since: float) -> Activity:
+    """Return what the worker group of Ray Train is doing; in the one-trial job it evaluates the base model first."""
+    trial_id = str(_read(run.refit / OWNER).get("trial_id", ""))
+    trial = _read(run.trials / trial_id / TRIAL).get("trial", {}) if trial_id else {}
     total = int(trial.get("total_steps", 0)) if isinstance(trial, dict) else 0
     training = Activity(doing="training", trial_id=trial_id, stop_step=total, total_steps=total)
-    if _modified(folder / STARTS) < since:
+    if _modified(run.refit / STARTS) < since:
         return training.model_copy(update={"doing": "waiting for free places and loading the base model"})
-    none = run_folder / "trials" / "none"
-    if (none / "trial.json").exists() and not any(none.glob("result*.json")):
+    none = run.trials / "none"
+    if (none / TRIAL).exists() and not (none / RESULT).exists() and not rung_files(none):
         return Activity(doing="evaluating the base model", trial_id="none")
-    return with_steps(training, folder / "steps.jsonl")
+    return with_steps(training, run.refit / STEPS)
 
 
 def tell_bundling(run_folder: Path, doing: str) -> None:
-    """Write down what the bundling worker does next, for whoever watches the run."""
-    write_json(run_folder / BUNDLING, {"doing": doing, "since": time.time()})
+    """Record what the bundling worker does next, for `on_disk`."""
+    write_json(RunFolder(run_folder).bundling, {"doing": doing, "since": time.time()})
 
 
-def _bundling(run_folder: Path) -> tuple[Activity, ...]:
-    doing = _read(run_folder / BUNDLING).get("doing")
+def _bundling(run: RunFolder) -> tuple[Activity, ...]:
+    doing = _read(run.bundling).get("doing")
     return (Activity(doing=str(doing)),) if doing else ()
 
 
 def _modified(file: Path) -> float:
-    """Unix time; 0 where there is no such file."""
+    """Return when a file was last written, as Unix time; 0 where there is none."""
     try:
         return file.stat().st_mtime
     except OSError:
@@ -147,7 +151,7 @@ def _modified(file: Path) -> float:
 
 
 def _read(file: Path) -> dict[str, object]:
-    """A JSON object; an empty one where there is none, or none that can be read."""
+    """Read a JSON object; an empty one where there is no file, or it cannot be read."""
     try:
         value = read_json(file)
     except (OSError, IntegrityError):
