@@ -285,11 +285,15 @@ def _most_fused(
     # blocks would have to be compiled again for every set of fused trials.
     if anatomy.dropout or spec.resources.compile == "on":
         return 1
-    alone = [footprint for choice, footprint in zip(choices, load.footprints, strict=True) if not choice.selection.trainable]
+    alone = [footprint for choice, footprint in zip(choices, load.footprints, strict=True) if _may_share(choice)]
     # Trials with different cuts cannot share a batch (`fuse_key`).
-    kinds = {(choice.selection.cut, choice.selection.trainable) for choice in choices}
+    kinds = {(choice.selection.cut, choice.selection.trainable) for choice in choices if not choice.selection.adapter.dropout}
     room = found.room(gangs.candidate.ranks, gangs.num_gangs)
     return most_fused(alone, gangs.candidate, load, room, spec.resources.max_fused, num_kinds=len(kinds))
+
+
+def _may_share(choice: Choice) -> bool:
+    return not choice.selection.trainable and not choice.selection.adapter.dropout
 
 
 def _with_costs(plan: RunPlan, anatomy: ModelAnatomy, found: Machines, spec: JobSpec, defaulted: str) -> RunPlan:

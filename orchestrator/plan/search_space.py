@@ -13,7 +13,7 @@ from orchestrator.errors import SelectionError
 from orchestrator.plan.remedies import effective, remedies_of_point, searched_remedies
 from orchestrator.plan.values import PlannedPoint, SearchPlan
 from orchestrator.spec import LoadedSpec, learning_rate_range
-from orchestrator.spec.adapters import PLAIN_LORA, AdapterOptions
+from orchestrator.spec.adapters import PLAIN_LORA, AdapterName, AdapterOptions
 from orchestrator.spec.models import FinetuneSpec, JobSpec, SearchPoint, SearchSpec, Task, TrainSpec, Tune
 from orchestrator.work.remedies import NOTHING, Remedies
 
@@ -122,12 +122,21 @@ def _asked(search: SearchSpec, train: TrainSpec) -> Iterator[_Asked]:
 
 def searched_adapters(search: SearchSpec) -> list[tuple[int, AdapterOptions]]:
     """Every combination of rank and options of adapters that the search tries."""
-    return [(rank, AdapterOptions(kind=kind)) for rank, kind in itertools.product(search.lora_rank, search.adapter)]
+    alphas = search.lora_alpha or (None,)
+    combined = itertools.product(search.lora_rank, search.adapter, alphas, search.lora_dropout)
+    return [(rank, _options(rank, kind, alpha, dropout)) for rank, kind, alpha, dropout in combined]
 
 
 def adapter_asked(section: SearchPoint | FinetuneSpec) -> AdapterOptions:
-    """The adapters of one trial that the spec describes itself."""
-    return AdapterOptions(kind=section.adapter)
+    """Return the adapters of one trial that the spec describes itself."""
+    if section.tune != "lora":
+        return PLAIN_LORA
+    return _options(section.lora_rank or DEFAULT_LORA_RANK, section.adapter, section.lora_alpha, section.lora_dropout)
+
+
+def _options(rank: int, kind: AdapterName, alpha: int | None, dropout: float) -> AdapterOptions:
+    """Return the options; an alpha of twice the rank is the default, so that equal trials are one choice."""
+    return AdapterOptions(kind=kind, alpha=None if alpha == 2 * rank else alpha, dropout=dropout)
 
 
 def _selection(asked: _Asked, anatomy: ModelAnatomy, task: Task, num_classes: int) -> LayerSelection:

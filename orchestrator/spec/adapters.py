@@ -25,6 +25,8 @@ class AdapterKind:
     name: ClassVar[AdapterName] = "lora"
     peft_options: ClassVar[Mapping[str, bool]] = {}
     """The options of PEFT's `LoraConfig` that make an adapter one of this kind."""
+    runs_layer_on_its_input: ClassVar[bool] = False
+    """Whether the frozen layer must also run on the adapter's own input where dropout makes that another one."""
     adds_product: ClassVar[bool] = True
     """Whether scale * B @ A is all that changes in the weight, so that the anchor `product` measures that change."""
 
@@ -71,6 +73,7 @@ class Dora(AdapterKind):
     name = "dora"
     peft_options: ClassVar[Mapping[str, bool]] = {"use_dora": True}
     adds_product = False
+    runs_layer_on_its_input = True
 
     def shapes(self, weight: Shape, rank: int) -> dict[str, Shape]:
         return {**super().shapes(weight, rank), LORA_MAGNITUDE: (weight[0],)}
@@ -91,10 +94,20 @@ class AdapterOptions(Value):
     """What a trial's adapters are, beside their rank; the defaults are plain LoRA."""
 
     kind: AdapterName = "lora"
+    alpha: int | None = None
+    """lora_alpha; None is twice the rank, the field's usual choice (Hu et al. 2021 keep it fixed)."""
+    dropout: float = 0.0
+    """Share of an adapter's input that is dropped out in training."""
 
     def method(self, rank: int | None) -> str:
-        """`lora r16`: the kind, the rank, and every option that is not the default."""
-        return f"{self.kind} r{rank}"
+        """`lora r16 · alpha 8`: the kind, the rank, and every option that is not the default."""
+        parts = [f"{self.kind} r{rank}"]
+        parts += [f"alpha {self.alpha}"] if self.alpha is not None else []
+        parts += [f"dropout {self.dropout:g}"] if self.dropout else []
+        return " · ".join(parts)
+
+    def alpha_of(self, rank: int | None) -> int:
+        return 2 * (rank or 0) if self.alpha is None else self.alpha
 
 
 PLAIN_LORA = AdapterOptions()

@@ -16,6 +16,7 @@ Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 DataFormat = Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "text", "labels"]
 TextDocuments = Literal["file", "line", "paragraph"]
 ReplayShare = Annotated[float, Field(ge=0.0, lt=1.0)]
+Dropout = Annotated[float, Field(ge=0.0, lt=1.0)]
 Factor = Annotated[float, Field(gt=0.0, le=1.0)]
 LearningRate = Annotated[float, Field(gt=0.0, le=10.0)]
 FEW_EXAMPLES = 500
@@ -173,6 +174,9 @@ class SearchPoint(Section):
     lora_rank: PositiveInt | None = None
     """16 unless given; none with `full`."""
     adapter: AdapterName = "lora"
+    """As in `finetune`; so are the two below."""
+    lora_alpha: PositiveInt | None = None
+    lora_dropout: Dropout = 0.0
     learning_rate: LearningRate
     replay: ReplayShare | None = None
     """As `train.replay` unless given; so are the two below."""
@@ -188,7 +192,11 @@ class SearchSpec(Section):
     learning_rate: RateRanges = RateRanges()
     lora_rank: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (16,)
     adapter: Annotated[tuple[AdapterName, ...], Field(min_length=1)] = ("lora",)
-    """Kinds of adapters to try with `tune: lora`."""
+    """Kinds of adapters to try with `tune: lora`: LoRA, rank-stabilised LoRA, weight-decomposed LoRA (DoRA)."""
+    lora_alpha: tuple[PositiveInt, ...] = ()
+    """Values of alpha to try; empty uses twice the rank."""
+    lora_dropout: Annotated[tuple[Dropout, ...], Field(min_length=1)] = (0.0,)
+    """Shares of the adapters' input to drop out in training; a trial with dropout shares no batch with others."""
     replay: tuple[ReplayShare, ...] = ()
     """Shares of retention tokens to try; empty uses `train.replay`. Likewise the two below."""
     anchor: tuple[Anchor, ...] = ()
@@ -232,10 +240,14 @@ class FinetuneSpec(Section):
     learning_rate: LearningRate = 2e-4
     lora_rank: PositiveInt = 16
     adapter: AdapterName = "lora"
-    """Kind of the adapters."""
+    """`lora`; `rslora`: scaled by alpha / sqrt(rank) instead of alpha / rank; `dora`: trains the magnitudes of rows apart."""
+    lora_alpha: PositiveInt | None = None
+    """Twice the rank unless given."""
+    lora_dropout: Dropout = 0.0
+    """Share of the adapters' input that is dropped out in training."""
 
 
-ADAPTER_KEYS = ("adapter",)
+ADAPTER_KEYS = ("adapter", "lora_alpha", "lora_dropout")
 """Keys of `search`, its points and `finetune` that describe adapters beside their rank."""
 
 

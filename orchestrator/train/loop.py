@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -56,6 +57,8 @@ def train_steps(
     started = time.perf_counter()
     for step in step_inputs(steps, rows, state.step, stop_step, trunk):
         tokens, supervised = ranks.sum([step.num_tokens, step.num_supervised])
+        if trial.adapter.dropout:
+            torch.manual_seed(step_seed(trial.seed, ranks.rank, state.step))
         loss = _accumulate(engine, step, int(supervised), ranks)
         rate = step_learning_rate(
             state.tokens, int(tokens), total_tokens=trial.total_tokens, peak=trial.learning_rate, settings=settings
@@ -78,6 +81,11 @@ def train_steps(
         pulse.beat(state.step)
         started = time.perf_counter()
     return state
+
+
+def step_seed(seed: int, rank: int, step: int) -> int:
+    """Return the seed of what a rank drops out in one step: a resumed trial draws the same masks."""
+    return int.from_bytes(hashlib.sha256(f"dropout:{seed}:{rank}:{step}".encode()).digest()[:8], "little") >> 1
 
 
 def _accumulate(engine: Engine, step: StepInput, supervised: int, ranks: Ranks) -> float:

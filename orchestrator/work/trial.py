@@ -37,5 +37,4 @@ class TrialSpec(Value):
 
     @property
     def lora_alpha(self) -> int:
-        """LoRA's scale is alpha / rank; twice the rank is the field's usual choice (Hu et al. 2021 keep it fixed)."""
-        return 2 * (self.lora_rank or 0)
+        return self.adapter.alpha_of(self.lora_rank)

@@ -149,7 +149,7 @@ def _peft_config(branch: Branch) -> LoraConfig:
         inference_mode=True,
         r=selection.lora_rank or 0,
         lora_alpha=branch.lora_alpha,
-        lora_dropout=0.0,
+        lora_dropout=selection.adapter.dropout,
         bias="none",
         **options,
         target_modules=sorted(name.rpartition(".")[0] for name in selection.adapted),

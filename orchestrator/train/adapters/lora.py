@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from orchestrator.anatomy.values import LayerSelection
 from orchestrator.spec.adapters import ADAPTER_KINDS, AdapterName
@@ -103,8 +104,13 @@ class LoraLinear(nn.Module):
         """`outputs` [t, N, out] of the base with the adapters of these t trials."""
         if stack.kind is None:
             return outputs
-        call = LayerPass(inputs, outputs, outputs, self.base_layer.bias, row_norms)
-        return LIVE_KINDS[stack.kind.name].forward(call, self._tensors(stack), stack.kind.scale)
+        name, outputs_of_inputs = stack.kind.name, outputs
+        if stack.kind.dropout and self.training:
+            inputs = functional.dropout(inputs, stack.kind.dropout)
+            if ADAPTER_KINDS[name].runs_layer_on_its_input:
+                outputs_of_inputs = self.base_layer(inputs)
+        call = LayerPass(inputs, outputs, outputs_of_inputs, self.base_layer.bias, row_norms)
+        return LIVE_KINDS[name].forward(call, self._tensors(stack), stack.kind.scale)
 
     def _tensors(self, stack: Stack) -> dict[str, torch.Tensor]:
         """The adapters of a stack, by suffix, stacked."""
@@ -130,6 +136,7 @@ class StackedKind(NamedTuple):
     name: AdapterName
     rank: int
     scale: float
+    dropout: float
 
 
 class Stack(NamedTuple):
@@ -140,8 +147,9 @@ class Stack(NamedTuple):
 
 
 def _stacked_kind(spec: AdapterSpec) -> StackedKind:
-    rank = spec.selection.lora_rank or 0
-    return StackedKind(spec.selection.adapter.kind, rank, spec.selection.adapter_kind.scale(spec.lora_alpha, rank))
+    selection, rank = spec.selection, spec.selection.lora_rank or 0
+    scale = selection.adapter_kind.scale(spec.lora_alpha, rank)
+    return StackedKind(selection.adapter.kind, rank, scale, selection.adapter.dropout)
 
 
 def _neighbours(kinds: Sequence[StackedKind | None]) -> list[Stack]:
