@@ -67,7 +67,7 @@ def cluster_of(cluster_file: Path | None, address: str | None) -> ClusterDescrip
 
 @dataclass(frozen=True)
 class Inspection:
-    """How the data of a spec was read."""
+    """Summary of a spec's data as it was read."""
 
     summary: DataSummary
 

@@ -26,7 +26,7 @@ Block = dict[str, TensorInfo]
 
 
 class _UnrecognisedError(Exception):
-    """What was looked for and not found."""
+    """Raised for an expected part of a layout that was not found."""
 
 
 def recognise(folder: Path, values: dict[str, Any], stored: Mapping[str, TensorInfo]) -> ModelAnatomy:

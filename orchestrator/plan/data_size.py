@@ -14,7 +14,7 @@ more."""
 
 
 class DataSize(Value):
-    """What the plan needs to know about the tokenized data. Estimated from file sizes if nothing is tokenized yet."""
+    """Size of the tokenized data as far as the plan needs it. Estimated from file sizes if nothing is tokenized yet."""
 
     train_documents: int
     train_tokens: int
@@ -64,8 +64,8 @@ def estimate_data_size(
     Args:
         num_bytes: Size of the training files, including what the splits take.
         num_rows: Number of rows in the training files.
-        eval_bytes: Of the eval file, where eval is a path.
-        retain_bytes: Of the retention files.
+        eval_bytes: Size of the eval file, if eval is a path.
+        retain_bytes: Size of the retention files.
     """
     share = 1.0 - sum(part for part in (spec.data.eval, spec.data.test) if isinstance(part, float))
     tokens = max(1, round(num_bytes / BYTES_PER_TOKEN))

@@ -110,7 +110,7 @@ class CostEstimate(Value):
 
 
 class NodeSlots(Value):
-    """How the nodes of one kind are used."""
+    """Use of the nodes of one kind."""
 
     node: str
     """Description of the node, such as `8 x H100-80GB`."""

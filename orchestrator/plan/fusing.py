@@ -1,4 +1,4 @@
-"""How many LoRA trials may share a batch: as many as memory allows, if a batch of one trial leaves the processor idle."""
+"""Number of LoRA trials that may share a batch: as many as memory allows, if a batch of one trial leaves the processor idle."""
 
 from __future__ import annotations
 

@@ -150,6 +150,7 @@ def execution_plan(candidate: Candidate, found: Machines, num_gangs: int, spec: 
         micro_batch_rows=candidate.micro_batch_rows,
         pack=pack,
         backend="nccl" if candidate.device == "cuda" else "gloo",
+        # Ray packs a gang strictly onto one node only if every gang of the plan fits inside a node.
         inside_node=found.placement(candidate.ranks, num_gangs, "").num_spanning == 0,
     )
 
@@ -190,7 +191,7 @@ def _arrange_cores(found: Machines, spec: JobSpec, load: Load, num_trials: int) 
     resources = spec.resources
     ranks = 1 if resources.ranks_per_gang == "auto" else resources.ranks_per_gang
     most = max(1, min(num_trials, found.max_gangs(ranks)))
-    # From many gangs to few: each gang less leaves the others a larger share of the memory.
+    # From many gangs to few: with fewer gangs each rank gets a larger share of the memory.
     choices = range(most, 0, -1) if resources.gangs == "auto" else [resources.gangs]
     reason = ""
     for gangs in choices:

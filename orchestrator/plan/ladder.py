@@ -56,7 +56,7 @@ RoomOf = Callable[[int], RankRoom]
 
 @dataclass(frozen=True)
 class Load:
-    """What a gang has to train; the candidate must fit every footprint."""
+    """Training that a gang has to carry: the candidate must fit every footprint."""
 
     footprints: tuple[Footprint, ...]
     row_tokens: int
@@ -169,8 +169,7 @@ def _with_rows(candidate: Candidate, load: Load, room: RankRoom) -> Candidate:
         else:
             high = middle - 1
     rounds = accumulation(low, load.row_tokens, candidate.ranks, load.tokens_per_step)
-    # Needing no more rounds, a smaller micro-batch of equal rounds saves memory that the largest one would waste on a last round
-    # which is not full.
+    # Rows are spread evenly over the rounds: a larger micro-batch would need memory without saving a round.
     even = math.ceil(load.tokens_per_step / (load.row_tokens * candidate.ranks * rounds))
     return replace(candidate, micro_batch_rows=min(low, even))
 
@@ -187,5 +186,5 @@ def _stages(resources: ResourcesSpec, ranks: int, offload: Offload) -> tuple[Sta
         return (resources.zero,) if offload == "none" or resources.zero == OFFLOADING_STAGE else ()
     if offload != "none":
         return (OFFLOADING_STAGE,)
-    # One rank has nobody to share its state with, so all stages would be equivalent.
+    # One rank has no other ranks to share its state with, so all stages would be equivalent.
     return (0,) if ranks == 1 else STAGES

@@ -48,6 +48,8 @@ def with_compiling(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy) -> RunPl
     """
     asked = spec.resources.compile
     against = why_never(plan.execution if plan.search is not None else plan.refit_execution, spec, anatomy)
+    if any(option.selection.adapter.dropout for option in planned_options(plan)):
+        against = against or "lora_dropout would draw different random numbers"
     if asked == "off":
         return plan
     if asked == "on" and against is not None:

@@ -25,7 +25,7 @@ WRITE_BYTES_PER_S = 0.5e9
 
 @dataclass(frozen=True)
 class CutUse:
-    """How much the trials use the hidden states at one cut."""
+    """Use of the hidden states at one cut by the trials."""
 
     cut: int
     tokens: float

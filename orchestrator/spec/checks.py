@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.errors import SelectionError
+from orchestrator.spec.adapters import ADAPTER_KINDS, AdapterName
 from orchestrator.spec.messages import is_number, near_names
 from orchestrator.spec.models import ADAPTER_KEYS, Anchor, AnchorSpec, ColumnsSpec, JobSpec, SearchSpec, Tune
 from orchestrator.spec.policy import Policy, parse_policy
@@ -252,17 +253,14 @@ def _anchor_mistakes(spec: JobSpec, path: KeyPath, anchor: AnchorSpec) -> Iterat
         yield from _needs_text(spec, path, "weighed by")
     if anchor.kind == "product":
         yield from _needs_whole_adapters(spec, path)
+        yield from _needs_products(spec, path)
     needed = "lora" if anchor.kind == "product" else "full"
     judged = _tunes(spec, path)
     mismatched = tuple(place for tunes, place in judged if needed not in tunes)
     if mismatched:
         message, hint = _mismatch(anchor, " and ".join(map(spell_path, mismatched)))
-        yield (
-            path,
-            message,
-            hint + (_elsewhere(spec, mismatched[0]) if len(mismatched) < len(judged) else ""),
-            (*mismatched, path),
-        )
+        hint += _elsewhere(spec, mismatched[0]) if len(mismatched) < len(judged) else ""
+        yield Finding(path, message, hint, (*mismatched, path))
 
 
 def _mismatch(anchor: AnchorSpec, where: str) -> tuple[str, str]:
@@ -283,6 +281,24 @@ def _needs_whole_adapters(spec: JobSpec, path: KeyPath) -> Iterator[Finding]:
         if asked not in ("auto", "none"):
             message = f"resources.{key}: {asked} requires DeepSpeed, which the anchor `product` does not support"
             yield Finding(path, message, f"remove resources.{key}", (("resources", key), path))
+
+
+def _needs_products(spec: JobSpec, path: KeyPath) -> Iterator[Finding]:
+    """Yield kinds of adapters that change a weight by more than a product."""
+    for place, kind in _kinds(spec, of_train=path[0] == "train"):
+        if not ADAPTER_KINDS[kind].adds_product:
+            message = f"{kind} ({spell_path(place)}) changes weights by more than the product that `product` penalises"
+            yield Finding(path, message, f"remove the anchor, or {kind}", (place, path))
+
+
+def _kinds(spec: JobSpec, *, of_train: bool) -> Iterator[tuple[KeyPath, AdapterName]]:
+    if spec.search is not None:
+        for number, kind in enumerate(spec.search.adapter):
+            yield ("search", "adapter", number), kind
+        for number, point in enumerate(spec.search.points):
+            yield ("search", "points", number, "adapter"), point.adapter
+    if spec.finetune is not None and of_train:
+        yield ("finetune", "adapter"), spec.finetune.adapter
 
 
 def _tunes(spec: JobSpec, path: KeyPath) -> list[tuple[set[Tune], KeyPath]]:

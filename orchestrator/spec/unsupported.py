@@ -1,4 +1,5 @@
-"""What the spec allows but this version does not support yet, rejected with its place. The README lists the same rows."""
+"""Settings that the spec allows but this version does not support yet, rejected with their place. The README lists the same
+rows."""
 
 from __future__ import annotations
 

@@ -1,23 +1,20 @@
-"""What a trial scores: losses on its sets, metrics, and what a model that nobody trained has instead."""
+"""Scores of a trial: losses on its held-out sets, metrics, and the class prior of a classifier that is not trained yet."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from orchestrator.data import TokenizedSet
 from orchestrator.errors import NonFiniteLossError
 from orchestrator.train import pulse
-from orchestrator.train.batches import RowPlan
+from orchestrator.train.context import HostContext
+from orchestrator.train.engines.engine import is_partitioned
 from orchestrator.train.evaluation import Evaluation, answer_accuracy, class_prior, evaluate_trials, score_texts
 from orchestrator.train.generate import generate_answers, wanted_answers
-from orchestrator.train.model.base import LoadedBase
 from orchestrator.train.model.objective import Objective
-from orchestrator.train.ranks import Ranks
-from orchestrator.train.trunk.library import TrunkLibrary
 from orchestrator.work.assignment import EvaluateBase, TrainRung
+from orchestrator.work.execution import ExecutionPlan
 
 
 @dataclass
@@ -32,23 +29,18 @@ class Scores:
     seconds: float = 0.0
 
     def by_set(self) -> dict[str, Evaluation]:
-        """The evaluations that there are, by the name of their set."""
+        """Return the evaluations that were made, by the name of their set."""
         both = {"eval": self.evaluation, "retain": self.retain}
         return {name: evaluation for name, evaluation in both.items() if evaluation is not None}
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """Scores one assignment. Every rank calls the same methods and gets the same answers."""
+    """Scores one piece of work. Every rank calls the same methods and gets the same answers."""
 
-    base: LoadedBase
-    assignment: TrainRung | EvaluateBase
-    rows: RowPlan
-    ranks: Ranks
-    load_set: Callable[[str], TokenizedSet]
-    partitioned: bool
-    """Whether ZeRO-3 holds the base in parts."""
-    trunk: TrunkLibrary
+    context: HostContext
+    work: TrainRung | EvaluateBase
+    execution: ExecutionPlan
 
     def score(self, objective: Objective) -> Scores:
         """Evaluate on `eval` and, where there is one, on `retain`.
@@ -62,12 +54,12 @@ class Scorer:
         return scores
 
     def score_trials(self, objective: Objective, num_trials: int) -> list[Scores | NonFiniteLossError]:
-        """Of each of the trials that share the model's batches, its scores, or why it has none."""
+        """Return, for each trial of the batch, its scores or why it has none."""
         started = time.perf_counter()
-        data = self.assignment.data
+        data = self.work.data
         evaluations = self._evaluate(objective, data.eval, num_trials)
         retained: list[Evaluation | None] = [None] * num_trials
-        if data.retain and self.base.load.task != "classify":
+        if data.retain and self.context.base.load.task != "classify":
             retained = list(self._evaluate(objective, data.retain, num_trials))
         both = list(zip(evaluations, retained, strict=True))
         failures = [_not_finite("eval", evaluation) or _not_finite("retain", retain) for evaluation, retain in both]
@@ -82,36 +74,40 @@ class Scorer:
         ]
 
     def score_prior(self, objective: Objective) -> Scores:
-        """A classifier that nobody trained is the class prior."""
-        data, train = self.load_set(self.assignment.data.eval), self.load_set(self.assignment.data.train)
-        evaluation = class_prior(data, train, self.base.load.num_classes)
+        """Score a classifier whose head is not trained yet: it predicts the class prior."""
+        data, train = self.context.sets.load(self.work.data.eval), self.context.sets.load(self.work.data.train)
+        evaluation = class_prior(data, train, self.context.base.load.num_classes)
         return Scores(evaluation, metrics=self._metrics(objective, evaluation))
 
     def _evaluate(self, objective: Objective, path: str, num_trials: int) -> list[Evaluation]:
         pulse.enter("evaluating")
-        states = self.trunk.states(path, self.assignment.selection.cut) if self.assignment.trunk is not None else None
-        return evaluate_trials(objective, self.load_set(path), self.rows, self.ranks, num_trials, states)
+        states = self.context.trunk.states(path, self.work.selection.cut) if self.work.trunk is not None else None
+        return evaluate_trials(
+            objective, self.context.sets.load(path), self.context.rows(self.execution), self.context.ranks, num_trials, states
+        )
 
     def _retain_accuracy(self, retain: Evaluation | None) -> float | None:
-        path = self.assignment.data.retain
-        return answer_accuracy(retain, self.load_set(path)) if retain is not None and path is not None else None
+        path = self.work.data.retain
+        return answer_accuracy(retain, self.context.sets.load(path)) if retain is not None and path is not None else None
 
     def _metrics(self, objective: Objective, evaluation: Evaluation) -> dict[str, float]:
-        data, metric = self.load_set(self.assignment.data.eval), self.assignment.metric
+        data, metric = self.context.sets.load(self.work.data.eval), self.work.metric
 
         def generate() -> tuple[list[str], list[str]]:
-            tokenizer = self.base.tokenizer
+            tokenizer = self.context.base.tokenizer
             pulse.enter("generating")
             counting = objective.model.register_forward_pre_hook(pulse.beat_before)
             try:
-                made = generate_answers(objective.model, tokenizer, data, self.ranks, synced=self.partitioned)
+                made = generate_answers(
+                    objective.model, tokenizer, data, self.context.ranks, synced=is_partitioned(self.execution)
+                )
             finally:
                 counting.remove()
             pulse.enter("computing the metric")
             return made, wanted_answers(data, tokenizer)
 
         pulse.enter("computing the metric")
-        value = score_texts(metric, evaluation, data, self.base.load.class_names, generate)
+        value = score_texts(metric, evaluation, data, self.context.base.load.class_names, generate)
         return evaluation.metrics if value is None else evaluation.metrics | {metric: value}
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from orchestrator.train.trial_engine import build_engine
 from sweep_points import LORA_RANK, SEED, Sets, Task, make_sets
 from sweep_steps import ROW_TOKENS, TOKENS_PER_STEP, Batch, load_our_base, num_tokens, our_step
 from transformers.utils import logging
@@ -34,13 +35,12 @@ from orchestrator.data import TokenizedSet
 from orchestrator.spec.models import Tune
 from orchestrator.train import open_branch
 from orchestrator.train.batches import RowPlan, StepPlan, step_inputs
-from orchestrator.train.building import build_engine
+from orchestrator.train.context import HostContext
 from orchestrator.train.integrity import base_fingerprint
-from orchestrator.train.learned import LearnedSets
 from orchestrator.train.model.base import LoadedBase
 from orchestrator.train.model.objective import objective_of
 from orchestrator.train.ranks import ALONE
-from orchestrator.train.trunk.library import TrunkLibrary
+from orchestrator.train.training_sets import TrainingSets
 from orchestrator.work.assignment import TrainRung, WorkContext
 from orchestrator.work.execution import DataPaths, ExecutionPlan, TrainSettings
 from orchestrator.work.remedies import NOTHING, AnchorPlan, Remedies
@@ -79,8 +79,6 @@ class Bench:
     sets: Sets
     train: TokenizedSet
     replayed: TokenizedSet
-    trunk: TrunkLibrary
-    """Stores nothing: every way runs through the whole model."""
     num_steps: int
 
     def measure(self, case: Case) -> dict[str, Any]:
@@ -116,10 +114,9 @@ class Bench:
         with open_branch(self.base, selection, lora_alpha=assignment.trial.lora_alpha, seed=SEED) as branch:
             objective = objective_of(self.base, branch.head(), selection.cut)
             started = time.process_time()
-            rows = RowPlan(ROW_TOKENS, 1, pack=True)
-            fingerprint = base_fingerprint(self.base.model)
-            sets = LearnedSets(assignment, TokenizedSet.load, self.trunk)
-            engine = build_engine(objective, branch, assignment, assignment.execution, ALONE, rows, sets, fingerprint)
+            context = HostContext.create(self.base, base_fingerprint(self.base.model), assignment.execution, ALONE)
+            sets = TrainingSets(assignment, TokenizedSet.load, context.trunk)
+            engine = build_engine(context, assignment.execution, sets, objective, branch)
             built.setdefault(with_it, time.process_time() - started)
             for number in range(1 + self.num_steps):
                 started = time.process_time()
@@ -177,8 +174,7 @@ def main() -> None:
         sets = make_sets(Task(options.base.resolve(), options.data.resolve(), rows=options.rows), folder)
         train, other = TokenizedSet.load(sets.train), TokenizedSet.load(sets.eval)
         base = load_our_base(options.base)
-        trunk = TrunkLibrary(base, {}, ALONE, TokenizedSet.load)
-        bench = Bench(base, sets, train, other, trunk, options.steps)
+        bench = Bench(base, sets, train, other, options.steps)
         found = [bench.measure(case) for case in CASES]
     if options.json:
         print(json.dumps(found, indent=1))

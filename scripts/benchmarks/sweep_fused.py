@@ -22,7 +22,7 @@ from orchestrator.train.adapters.group import open_group
 from orchestrator.train.adapters.lora import AdapterSpec
 from orchestrator.train.batches import RowPlan, StepInput, to_tensors
 from orchestrator.train.engines.torch_engine import TorchEngine
-from orchestrator.train.fused import accumulate
+from orchestrator.train.loop import StackedRounds
 from orchestrator.train.model.objective import Objective, objective_of
 from orchestrator.train.trunk.states import TrunkStates
 
@@ -48,7 +48,7 @@ def trials(base: LoadedBase, layers: str, count: int) -> Iterator[tuple[Objectiv
 
 
 def take_step(objective: Objective, engines: Sequence[TorchEngine], step: StepInput) -> None:
-    accumulate(objective, step, len(engines), step.num_supervised)
+    StackedRounds(objective, len(engines)).accumulate(step, step.num_supervised)
     for engine in engines:
         engine.step(1e-4)
 

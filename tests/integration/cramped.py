@@ -51,14 +51,14 @@ def _hook(fitting: FittingRows, cramped_rank: int) -> Callable[[], None]:
         import torch
 
         from orchestrator.train.model.objective import Objective
-        from orchestrator.train.trial import TrialRun
+        from orchestrator.train.session import TrainingSession
 
-        forward, run, fits = Objective.forward, TrialRun.run, {"rows": 10**9}
+        forward, run, fits = Objective.forward, TrainingSession.run, {"rows": 10**9}
 
         def noting_run(self, on_step):
-            trial = self.assignment.trial
+            trial = self.outcomes[0].work.trial
             known = fitting.get((trial.layers, trial.tune)) if trial.control is None else None
-            fits["rows"] = 10**9 if known is None or self.ranks.rank != cramped_rank else known
+            fits["rows"] = 10**9 if known is None or self.context.ranks.rank != cramped_rank else known
             return run(self, on_step)
 
         def cramped_forward(self, **batch):
@@ -66,6 +66,6 @@ def _hook(fitting: FittingRows, cramped_rank: int) -> Callable[[], None]:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
             return forward(self, **batch)
 
-        TrialRun.run, Objective.forward = noting_run, cramped_forward
+        TrainingSession.run, Objective.forward = noting_run, cramped_forward
 
     return install

@@ -22,24 +22,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from orchestrator.train import widths
-from orchestrator.train.fused import FusedRun
+from orchestrator.train import fused_batch
 from orchestrator.train.model.objective import Objective
-from orchestrator.train.trial import TrialRun
+from orchestrator.train.session import TrainingSession
 from orchestrator.train.trunk.build import TrunkBuilder
 from orchestrator.work.assignment import TrainRung
 
 sys.path.insert(0, str(Path(__file__).parent))
 from ranks_worker import main
 
-under_way: list[TrialRun] = []
-forward, run, run_fused, seconds, build = (
-    Objective.forward,
-    TrialRun.run,
-    FusedRun.run,
-    widths._seconds,
-    TrunkBuilder.build,
-)
+under_way: list[TrainingSession] = []
+forward, run, build = Objective.forward, TrainingSession.run, TrunkBuilder.build
 FULL = "CUDA out of memory. Tried to allocate 20.00 GiB."
 
 
@@ -47,32 +40,27 @@ def kind_of(assignment: TrainRung) -> str:
     return assignment.trial.trial_id.rpartition("-")[2]
 
 
-def noting_run(self: TrialRun, on_step):
+def noting_run(self: TrainingSession, on_step):
     under_way[:] = [self]
     return run(self, on_step)
-
-
-def noting_group(self: FusedRun, on_step):
-    under_way[:] = self._runs[:1]
-    return run_fused(self, on_step)
 
 
 def cramped_forward(self: Objective, **batch):
     if not self.training or dist.get_rank() != 1 or not under_way:
         return forward(self, **batch)
-    (trial,) = under_way
+    (session,) = under_way
     full = {
-        "rows": len(batch["input_ids"]) > 1 and trial.outcome.state.step > 0,
-        "ladder": trial.execution.zero_stage < 2,
+        "rows": len(batch["input_ids"]) > 1 and session.outcomes[0].state.step > 0,
+        "ladder": session.execution.zero_stage < 2,
         "never": True,
         "pair": batch.get("num_trials", 1) > 2,
     }
-    if full.get(kind_of(trial.assignment), False):
+    if full.get(kind_of(session.outcomes[0].work), False):
         raise torch.OutOfMemoryError(FULL)
     return forward(self, **batch)
 
 
-def uneven_seconds(base, group: Sequence[TrainRung], step) -> float:
+def uneven_seconds(context, group: Sequence[TrainRung], step) -> float:
     """Rank 0 takes a second whatever the width; rank 1 may take as much longer, or have no memory."""
     kind, cramped = kind_of(group[0]), dist.get_rank() == 1
     if kind == "full" and cramped and len(group) > 2:
@@ -87,6 +75,6 @@ def cramped_build(self: TrunkBuilder, data, chunks):
 
 
 if __name__ == "__main__":
-    TrialRun.run, FusedRun.run, Objective.forward = noting_run, noting_group, cramped_forward
-    widths._seconds, TrunkBuilder.build = uneven_seconds, cramped_build
+    TrainingSession.run, Objective.forward = noting_run, cramped_forward
+    fused_batch._seconds, TrunkBuilder.build = uneven_seconds, cramped_build
     main(*sys.argv[1:])

@@ -29,7 +29,6 @@ from orchestrator.train import TrainHost
 from orchestrator.train.engines.deepspeed_engine import load_deepspeed
 from orchestrator.train.model import objective
 from orchestrator.train.trunk.build import TrunkBuilder
-from orchestrator.train.widths import kind_of_batch
 from orchestrator.work.assignment import Work
 from orchestrator.work.execution import BaseLoad, ExecutionPlan
 
@@ -57,7 +56,7 @@ def main(jobs_file: str, rank: str, world_size: str, meeting: str, out_file: str
             group = [WORK.validate_python(each) for each in values.get("group", [values])]
             keys, before = {each.trial.trial_id: f"{each.folder}#{each.rung}" for each in group}, sum(computed)
             if values.get("width"):
-                host._groups.widths[kind_of_batch(group[0])] = values["width"]
+                host.batch_sizes.limit(group[0], values["width"])
             for result in host.run_group(group):
                 results[keys[result.trial_id]] = result.model_dump(mode="json")
                 built[keys[result.trial_id]] = sum(computed) - before

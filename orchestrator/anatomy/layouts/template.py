@@ -1,4 +1,4 @@
-"""What a row of the layout table is made of: tensor templates, config keys and defaults."""
+"""Row of the layout table: tensor templates, config keys and defaults."""
 
 from __future__ import annotations
 
@@ -51,23 +51,23 @@ DROPOUT_KEYS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How models of one type are built."""
+    """Layout of the models of one type."""
 
     model_type: str
     kind: Literal["decoder", "encoder"]
     backbone: str
-    """The attribute that returns hidden states; also the prefix that some checkpoints leave out."""
+    """Attribute that returns hidden states; also the prefix that some checkpoints omit."""
     blocks_module: str
     embeddings: tuple[TensorTemplate, ...]
     block: tuple[TensorTemplate, ...]
     """A block with a dense MLP."""
     sparse_block: tuple[TensorTemplate, ...] = ()
-    """A block with a mixture of experts, where the layout has one."""
+    """A block with a mixture of experts, if the layout has one."""
     final_norm: tuple[TensorTemplate, ...]
     pooler: tuple[TensorTemplate, ...] = ()
-    """Between the last block and the classifier; new (and learning with the classifier) where it is not stored."""
+    """Tensors between the last block and the classifier; new (and trained with the classifier) if they are not stored."""
     pooler_is_new: bool = False
-    """Whether base checkpoints come without the pooler: so it is counted where there is only a config."""
+    """True if base checkpoints lack the pooler, so that it is not counted if there is only a config."""
     head_weight: str
     head_bias: str = ""
     classifier_weight: str
@@ -77,17 +77,17 @@ class Layout:
     mlp: Literal["gated", "plain"]
     activation_key: str = "hidden_act"
     defaults: Mapping[str, object]
-    """What the transformers config class assumes for a key that config.json leaves out."""
+    """Defaults of the transformers config class for keys that config.json omits."""
     keys: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: SIZE_KEYS)
-    """Size name -> its config key, and the other spellings that transformers takes for it."""
+    """Size name -> its config key, and the other spellings that transformers accepts for it."""
     otherwise: Mapping[str, str] = field(default_factory=lambda: {"kv_heads": "heads"})
-    """Size name -> what it is, in other sizes, where config and default say null."""
+    """Size name -> its value in terms of other sizes, if config and default say null."""
     dropout: Mapping[str, float] = field(default_factory=dict[str, float])
-    """What the transformers config class drops out where config.json says nothing, by config key."""
+    """Default dropout rates of the transformers config class, by config key."""
     unused_positions: int = 0
-    """How many of `positions` no token ever takes."""
+    """Number of `positions` that no token ever takes."""
     fixed: Mapping[str, object] = field(default_factory=dict[str, object])
-    """Config keys that must have this value: another one makes another layout."""
+    """Config keys that must have this value: another value means another layout."""
     stored_as: Mapping[str, str] = field(default_factory=dict[str, str])
     """Parameter name -> its name in the files, where that differs."""
     ignored: tuple[str, ...] = ()

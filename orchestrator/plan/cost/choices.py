@@ -71,6 +71,7 @@ def measurements(plan: RunPlan, anatomy: ModelAnatomy, execution: ExecutionPlan)
     alone = execution.model_copy(update={"micro_batch_rows": 1})
     bare = plan.model_copy(update={"trunk": None, "data": data, "execution": alone})
     needed = {
+        # Choices with the same key share one measurement.
         (option.selection.pending, option.selection.trainable, option.remedies.layer_decay): option.selection
         for option in planned_options(plan)
         if option.remedies.anchor is not None and option.remedies.anchor.kind == "ewc"

@@ -156,8 +156,8 @@ def calibration_message(planned: CostEstimate, found: CostEstimate) -> str:
     plan assumed)`."""
     if found.core_hours is not None and planned.core_hours is not None and found.rate.flops is not None:
         return (
-            f"the first steps reach {found.rate.flops / 1e9:.3g} GFLOP/s a core: about {found.core_hours:.3g} core-hours in all "
-            f"({planned.core_hours:.3g} by the plan)"
+            f"the first steps reach {found.rate.flops / 1e9:.3g} GFLOP/s per core: about {found.core_hours:.3g} core-hours in "
+            f"all ({planned.core_hours:.3g} by the plan)"
         )
     assert found.gpu_hours is not None
     assert planned.gpu_hours is not None

@@ -155,12 +155,14 @@ def _operations(plan: RunPlan, anatomy: ModelAnatomy, terms: Sequence[Sequence[F
         )
         return parts, sum(part.amount for part in parts)
     search = plan.search
+    # A mean, since the last step of an epoch is usually not full.
     per_step = plan.total_tokens / plan.total_steps
     mean, count = sum(per_token) / len(per_token), search.num_trials
     steps, rungs = expected_steps(search), expected_rungs(search)
     head = sum(term.flops for term in option_terms(plan, anatomy, _head(plan, anatomy)))
     scored_trial = sum(at_cut) / len(at_cut)
     scored_head = scored_flops(plan, anatomy, _head(plan, anatomy).cut)
+    # The control `none` is scored once; `head` is trained to the last rung and scored at every rung.
     controls = head * search.rung_steps[-1] * per_step + scored + len(search.rung_steps) * scored_head
     follow_up = follow_up_costs(plan, anatomy, max(per_token), scored) + learning_curve_costs(plan, max(per_token), max(at_cut))
     refits = search.rung_steps[-1] < plan.total_steps

@@ -115,17 +115,14 @@ def train_terms(
     in_blocks, on_head = adapter_elements(anatomy, selection)
     adapters = in_blocks + on_head * supervised_share
     attention = _attention(anatomy, selection.cut, attended_tokens)
-    # With LoRA nothing below these matrices needs a gradient, so autograd skips the gradient of their input.
     passing = above - _first_matrices(anatomy, selection)
     skipped = sum(_last_matrix(anatomy, selection, block) for block in range(selection.cut, anatomy.num_blocks))
     again = 2.0 * (above - skipped + in_blocks) + attention if checkpointing else 0.0
     per_pass = adapter_elements_per_pass(anatomy, selection) * (1 + checkpointing) / forward_tokens
+    all_passing = 2.0 * (passing + head) if blocks else 0.0
+    head_again = 2.0 * (head + on_head * supervised_share) if head_twice else 0.0
     return forward + _kept(
-        (
-            "gradients of activations",
-            2.0 * (passing + head) if blocks else 0.0,
-            f"2 x ({format_count(round(passing))} elements in {blocks} blocks + the head)",
-        ),
+        ("gradients of activations", all_passing, f"2 x ({format_count(round(passing))} elements in {blocks} blocks + the head)"),
         ("gradients of weights", 2.0 * learning, f"2 x {format_count(round(learning))} trainable elements"),
         ("adapters", 6.0 * adapters, f"6 x {format_count(round(adapters))} elements, forward and both gradients"),
         ("adapters, once per pass", 2.0 * per_pass, f"over the {forward_tokens:.0f} tokens of a pass"),
@@ -135,11 +132,7 @@ def train_terms(
             f"{BACKWARD_MATMULS} matrix products where the forward pass has {FORWARD_MATMULS}, in {blocks} blocks",
         ),
         ("blocks again", again, f"checkpointing: the forward pass of {blocks} blocks repeated"),
-        (
-            "head again",
-            2.0 * (head + on_head * supervised_share) if head_twice else 0.0,
-            "logits in several chunks, each recomputed for its gradient",
-        ),
+        ("head again", head_again, "logits in several chunks, each recomputed for its gradient"),
     )
 
 

@@ -164,6 +164,7 @@ def _mlp(anatomy: ModelAnatomy, block: int, learning: frozenset[str], e: int, *,
         tensors = inner + (needs_inputs if gated else 0)
         width = anatomy.intermediate_size
         return e * (h * needs_inputs + width * tensors), e * width * (most - tensors), e * width
+    # The routed experts of all tokens are computed as one batch of k copies per token.
     k, learns = experts.experts_per_token, any(name in learning for name in anatomy.stacked[block])
     routed = k * (e * (experts.intermediate_size * (inner + learns) + h * (1 + learns)) + ROUTING_BYTES)
     shared = e * experts.shared_intermediate_size * (inner + needs_inputs)

@@ -85,6 +85,7 @@ def make_footprint(
         name: quantized[name].total if name in quantized else tensor.num_elements * element_bytes
         for name, tensor in anatomy.tensors.items()
     }
+    # An untied head is a tensor of its own, besides the embedding that it was tied to.
     if selection.unties_head:
         loaded[anatomy.head_weight] = head_bytes
     waiting = [name for name in selection.trainable if name in quantized]

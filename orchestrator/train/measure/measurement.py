@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
-from orchestrator.anatomy import LayerSelection, select
-from orchestrator.data import TokenizedSet
+from orchestrator.anatomy import select
 from orchestrator.train.adapters.branch import Branch, open_branch
-from orchestrator.train.batches import RowPlan, step_inputs
-from orchestrator.train.building import build_engine
+from orchestrator.train.batches import step_inputs
+from orchestrator.train.context import HostContext
 from orchestrator.train.engines.construction import forward_ready, weight_keeper
 from orchestrator.train.engines.engine import is_partitioned
 from orchestrator.train.integrity import prove_frozen
-from orchestrator.train.learned import LearnedSets
 from orchestrator.train.measure.domain_shift import measure_shift
 from orchestrator.train.measure.layer_scores import score_blocks
-from orchestrator.train.model.base import LoadedBase
 from orchestrator.train.model.compiled import LOOKED_AT, time_compiled
 from orchestrator.train.model.objective import objective_of
-from orchestrator.train.model.recompute import recomputed
-from orchestrator.train.ranks import Ranks
+from orchestrator.train.session import open_branches, prepared_objective
+from orchestrator.train.training_sets import TrainingSets
+from orchestrator.train.trial_engine import build_engine
 from orchestrator.train.trunk.build import TrunkBuilder
-from orchestrator.train.trunk.library import TrunkLibrary
 from orchestrator.work.assignment import Measurement, MeasureShift, ScoreBlocks, TimeCompiling, TrainRung
 from orchestrator.work.execution import ExecutionPlan
 from orchestrator.work.measurements import CompileTimes, DomainShift, LayerScores
@@ -33,36 +29,13 @@ from orchestrator.work.measurements import CompileTimes, DomainShift, LayerScore
 Found = LayerScores | DomainShift | CompileTimes
 
 
-@dataclass(frozen=True)
-class Bench:
-    """What a rank measures with. Every rank has one and makes the same calls in the same order."""
+def measure(work: Measurement, context: HostContext, execution: ExecutionPlan) -> Found:
+    """Measure what the work asks for; the base is left as it was.
 
-    base: LoadedBase
-    execution: ExecutionPlan
-    """How the work is run now: smaller than planned where memory ran out."""
-    ranks: Ranks
-    load_set: Callable[[str], TokenizedSet]
-    trunk: TrunkLibrary
-    fingerprint: Mapping[str, str]
-    """Hashes of the base's tensors."""
-
-    @property
-    def rows(self) -> RowPlan:
-        """How documents share rows."""
-        return RowPlan.of(self.execution, self.ranks.rank, classify=self.base.load.task == "classify")
-
-    def untouched(self) -> LayerSelection:
-        """Return the selection under which nothing of the base learns."""
-        load = self.base.load
-        return select(self.base.anatomy, "none", "full", None, task=load.task, num_classes=load.num_classes)
-
-    def open(self, selection: LayerSelection, *, lora_alpha: int, seed: int) -> Branch:
-        """Open a branch of the base, to be closed by its context."""
-        return open_branch(self.base, selection, lora_alpha=lora_alpha, seed=seed, keeper=weight_keeper(self.execution))
-
-
-def measure_on(work: Measurement, bench: Bench) -> Found:
-    """Measure on this bench what the work asks for; the base is left as it was.
+    Args:
+        work: What to measure.
+        context: What this rank holds.
+        execution: How the model is run; smaller than planned where memory ran out.
 
     Raises:
         TrainingError: the measurement failed, on every rank alike.
@@ -70,50 +43,54 @@ def measure_on(work: Measurement, bench: Bench) -> Found:
     torch.manual_seed(work.seed)
     match work:
         case ScoreBlocks():
-            return _block_scores(work, bench)
+            return _block_scores(work, context, execution)
         case MeasureShift():
-            return _domain_shift(work, bench)
+            return _domain_shift(work, context, execution)
         case TimeCompiling():
-            return _compile_times(work, bench)
+            return _compile_times(work, context, execution)
 
 
-def _block_scores(work: ScoreBlocks, bench: Bench) -> LayerScores:
-    """Every rank has the whole base and computes the same."""
-    selection = bench.untouched()
-    with bench.open(selection, lora_alpha=0, seed=work.seed) as branch:
-        objective = objective_of(bench.base, branch.head(), selection.cut)
-        data = bench.load_set(work.data.train)
-        found = score_blocks(bench.base, objective, data, work.plan, bench.execution, work.seed)
-        prove_frozen(branch.model, bench.fingerprint, bench.ranks)
+def _untouched(context: HostContext, seed: int, execution: ExecutionPlan) -> Branch:
+    """Open a branch in which nothing is trainable, to be closed by its context."""
+    load = context.base.load
+    selection = select(context.base.anatomy, "none", "full", None, task=load.task, num_classes=load.num_classes)
+    return open_branch(context.base, selection, lora_alpha=0, seed=seed, keeper=weight_keeper(execution))
+
+
+def _block_scores(work: ScoreBlocks, context: HostContext, execution: ExecutionPlan) -> LayerScores:
+    """Score the blocks: every rank has the whole base and computes the same."""
+    with _untouched(context, work.seed, execution) as branch:
+        objective = objective_of(context.base, branch.head(), branch.selection.cut)
+        data = context.sets.load(work.data.train)
+        found = score_blocks(context.base, objective, data, work.plan, execution, work.seed)
+        prove_frozen(branch.model, context.fingerprint, context.ranks)
     return found
 
 
-def _domain_shift(work: MeasureShift, bench: Bench) -> DomainShift:
-    data, selection = work.data, bench.untouched()
+def _domain_shift(work: MeasureShift, context: HostContext, execution: ExecutionPlan) -> DomainShift:
+    data, partitioned = work.data, is_partitioned(execution)
     assert data.retain is not None, "planned where there is a retention set"
     with ExitStack() as stack:
-        branch = stack.enter_context(bench.open(selection, lora_alpha=0, seed=work.seed))
-        objective = objective_of(bench.base, branch.head(), selection.cut)
-        stack.enter_context(forward_ready(objective, bench.execution))
-        builder = TrunkBuilder(bench.base, objective, bench.rows, bench.ranks, is_partitioned(bench.execution))
-        target, retention = ((path, bench.load_set(path)) for path in (data.train, data.retain))
-        return measure_shift(work.plan, target, retention, bench.trunk, builder, work.seed)
+        branch = stack.enter_context(_untouched(context, work.seed, execution))
+        objective = objective_of(context.base, branch.head(), branch.selection.cut)
+        stack.enter_context(forward_ready(objective, execution))
+        builder = TrunkBuilder(context.base, objective, context.rows(execution), context.ranks, partitioned)
+        target, retention = ((path, context.sets.load(path)) for path in (data.train, data.retain))
+        return measure_shift(work.plan, target, retention, context.trunk, builder, work.seed)
 
 
-def _compile_times(work: TimeCompiling, bench: Bench) -> CompileTimes:
+def _compile_times(work: TimeCompiling, context: HostContext, execution: ExecutionPlan) -> CompileTimes:
     """Time the trial's own first micro-batches in its own engine, which takes no step."""
-    trial, selection, execution = work.trial, work.selection, bench.execution
+    trial, selection = work.trial, work.selection
     rung = TrainRung(
         context=work.context, execution=execution, trial=trial, selection=selection, folder="", stop_step=trial.total_steps
     )
-    sets = LearnedSets(rung, bench.load_set, bench.trunk)
+    sets = TrainingSets(rung, context.sets.load, context.trunk)
     with ExitStack() as stack:
-        branch = stack.enter_context(bench.open(selection, lora_alpha=trial.lora_alpha, seed=trial.seed))
-        objective = objective_of(bench.base, branch.head(), selection.cut)
-        if execution.checkpointing:
-            blocks = branch.model.get_submodule(bench.base.anatomy.blocks_module)
-            stack.enter_context(recomputed(list(blocks.children())[selection.cut :]))
-        engine = build_engine(objective, branch, rung, execution, bench.ranks, bench.rows, sets, bench.fingerprint)
+        (branch,) = open_branches(context.base, [rung], execution, stack)
+        objective = prepared_objective(context.base, branch, selection.cut, execution, stack)
+        engine = build_engine(context, execution, sets, objective, branch)
         stack.callback(engine.close)
-        steps = step_inputs(sets.steps, replace(bench.rows, one_shape=True), 0, LOOKED_AT, sets.states)
-        return time_compiled(bench.base, engine, selection.cut, execution, steps)
+        rows = replace(context.rows(execution), one_shape=True)
+        steps = step_inputs(sets.steps, rows, 0, LOOKED_AT, sets.states)
+        return time_compiled(context.base, engine, selection.cut, execution, steps)

@@ -164,7 +164,7 @@ def test_gangs_that_were_asked_for_leave_each_other_room(base: Any, job: Any, gp
 
 
 def test_one_rank_has_the_memory_of_its_node_to_itself(base: Any, job: Any, gpus: Any, data: Any) -> None:
-    """8B tuned whole on one GPU puts more into host memory than an eighth of the node's."""
+    """8B tuned whole on one GPU needs more host memory than an eighth of the node's."""
     sections: dict[str, Any] = {"search": {"layers": ["all"], "tune": ["full"]}, "resources": {"max_gpus": 1}}
     found = make_plan(job(**sections), base("8b"), data(), gpus(), job="sweep", spec_sha256="0" * 64)
     assert found.search is not None
@@ -177,13 +177,13 @@ def test_one_rank_has_the_memory_of_its_node_to_itself(base: Any, job: Any, gpus
         (
             {"search": {"layers": ["all"], "tune": ["full"]}, "resources": {"gangs": 8}},
             {"host": 200},
-            ["into host memory", "nodes with more host memory", "fewer ranks a node"],
+            ["of host memory", "nodes with more host memory", "fewer ranks a node"],
             ["quantize", "max_tokens", "larger GPUs"],
         ),
         (
             {"search": {"layers": ["all"], "tune": ["full"]}, "resources": {"max_gpus": 1}},
             {"host": 20},
-            ["into host memory", "nodes with more host memory"],
+            ["of host memory", "nodes with more host memory"],
             ["fewer ranks a node", "quantize"],
         ),
         (

@@ -102,8 +102,8 @@ def test_dropout_refuses_it(
         assert found.trunk is None
         assert refused == [
             (
-                "the trunk (frozen lower blocks) is computed at every step: attention_probs_dropout_prob 0.1 draws other "
-                "numbers each time"
+                "the trunk (frozen lower blocks) is computed at every step: attention_probs_dropout_prob 0.1 is random at "
+                "every step"
             )
         ]
 

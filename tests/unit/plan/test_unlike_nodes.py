@@ -51,9 +51,9 @@ def test_like_nodes_are_all_used(plan: Any) -> None:
     assert found.num_gangs == 16
 
 
-def test_a_misfit_names_the_node(plan: Any) -> None:
+def test_a_shortage_names_the_node(plan: Any) -> None:
     small = [T4, T4.model_copy(update={"gpu_memory_bytes": 6 * GIB, "gpu_name": "P4"})]
-    with pytest.raises(PlanError, match=r"of 6.0 GiB a rank on a node of 1 x P4, mostly"):
+    with pytest.raises(PlanError, match=r"of 6.0 GiB per rank on a node of 1 x P4, mostly"):
         plan(*small, search={"layers": ["all"], "tune": ["full"]}, resources={"offload": "none"})
 
 

@@ -57,7 +57,7 @@ def test_a_value_takes_the_place_of_the_files(spec: Path, text: str, found):
         ("search.trials=many", "--set search.trials=many: search.trials: found the text 'many'; expected a whole number above 0"),
         ("search.trials='4'", "drop the quotes"),
         ("search.layers=[last:2, lats:4]", "--set search.layers=[last:2, lats:4]: search.layers[1]"),
-        ("search.trials.most=2", "search.trials is no mapping with keys"),
+        ("search.trials.most=2", "search.trials is not a mapping with keys"),
         ("search.layers[7]=all", "search.layers has 2 items, the last one is [1]"),
         ("search.trials", "no key and value (write key=value"),
         ("=4", "not a key: ''"),

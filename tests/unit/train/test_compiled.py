@@ -35,7 +35,6 @@ from orchestrator.train.batches import RowPlan, StepPlan, step_inputs
 from orchestrator.train.model import compiled
 from orchestrator.train.model.base import LoadedBase
 from orchestrator.train.model.compiled import compiled_blocks, missing_compiler
-from orchestrator.train.widths import kind_of_batch
 from orchestrator.work.assignment import TimeCompiling, TrainRung, WorkContext
 from orchestrator.work.execution import BaseLoad, DataPaths, ExecutionPlan, TrainSettings
 from orchestrator.work.measurements import CompilePlan
@@ -134,7 +133,7 @@ class Gang:
     def run_together(self, *places: str) -> list[RungResult]:
         """Compiled trials that might share a batch, on a gang that finds that this pays."""
         group = [self.assignment(place, compiled=True) for place in places]
-        self.host._groups.widths[kind_of_batch(group[0])] = len(group)
+        self.host.batch_sizes.limit(group[0], len(group))
         return self.host.run_group(group)
 
     def num_full(self) -> int:

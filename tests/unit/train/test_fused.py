@@ -16,11 +16,11 @@ from orchestrator.anatomy import read_anatomy, select
 from orchestrator.data import build_set
 from orchestrator.errors import RankOutOfMemoryError, SelectionError
 from orchestrator.store import read_jsonl
-from orchestrator.train import TrainHost, groups, host, widths
+from orchestrator.train import TrainHost, fused_batch, memory_retry, session
 from orchestrator.train.adapters.group import open_group
 from orchestrator.train.adapters.lora import AdapterSpec, LoraLinear
-from orchestrator.train.fused import FusedRun
-from orchestrator.train.widths import best_width, kind_of_batch
+from orchestrator.train.fused_batch import FusedBatchSizes, measure_batch_size
+from orchestrator.train.member import SessionSetup
 from orchestrator.work.assignment import TrainRung, WorkContext
 from orchestrator.work.execution import BaseLoad, DataPaths, ExecutionPlan, TrainSettings, TrunkPlan
 from orchestrator.work.results import RungResult
@@ -91,7 +91,7 @@ class Gang:
 
     def fused(self, names: list[str], rung: int = 0, place: str = "fused", **values: Any) -> dict[str, RungResult]:
         group = [self.assignment(name, rung, place=place, **values) for name in names]
-        self.host._groups.widths[kind_of_batch(group[0])] = len(group)
+        self.host.batch_sizes.limit(group[0], len(group))
         results = self.host.run_group(group)
         self.host.settle()
         return {result.trial_id: result for result in results}
@@ -123,7 +123,7 @@ def test_the_same_bits_alone_and_in_company_also_when_a_neighbour_leaves(gang: G
     second = gang.fused([*TRIALS[:2], *TWINS], rung=1)  # the third is stopped at the rung
     third = gang.fused(TRIALS[2:], rung=1)  # and comes back later
     gang.fused([*TRIALS, *TWINS], place="disk")
-    gang.host._saver.forget()
+    gang.host.context.saver.forget()
     from_disk = gang.fused([*TRIALS, *TWINS], rung=1, place="disk")
     assert [result.engine.from_memory for result in from_disk.values() if result.engine] == [False] * 5
     assert [result.engine.from_memory for result in (second | third).values() if result.engine] == [True] * 5
@@ -145,18 +145,26 @@ def test_a_neighbour_that_diverges_fails_alone(gang: Gang) -> None:
     assert results[TRIALS[0]].state == results[TRIALS[1]].state == "done"
     assert gang.bits(TRIALS[0]) == gang.bits(TRIALS[0], "alone")[: RUNGS[0]]
     assert not (gang.folder / "fused" / "1e30-r4" / "rung-0").exists()
+    assert results["1e30-r4"].eval_loss is None, "a trial that failed has no scores, as when it is alone"
+
+
+def test_a_batch_ends_where_all_of_its_trials_have_failed(gang: Gang) -> None:
+    results = gang.fused(["1e30-r4", "2e30-r4"])
+    assert [result.state for result in results.values()] == ["failed", "failed"]
+    assert all(result.step < RUNGS[0] and result.eval_loss is None for result in results.values())
+    assert gang.host.run(gang.assignment(TRIALS[0])).state == "done"
 
 
 def test_other_blocks_above_the_same_cut(gang: Gang) -> None:
     gang.host.run(gang.assignment(TRIALS[0]))
     group = [gang.assignment(TRIALS[0], place="fused"), gang.assignment(TRIALS[1], place="fused", policy="blocks:2")]
-    gang.host._groups.widths[kind_of_batch(group[0])] = 2
+    gang.host.batch_sizes.limit(group[0], 2)
     assert [result.state for result in gang.host.run_group(group)] == ["done", "done"]
     assert gang.bits(TRIALS[0]) == gang.bits(TRIALS[0], "alone")
 
 
 def test_the_base_product_of_each_module_runs_once_for_all(gang: Gang) -> None:
-    base = gang.host.base
+    base = gang.host.context.base
     specs = [AdapterSpec(select(gang.anatomy, "last:2", "lora", 4, task="completion"), 8, seed) for seed in range(3)]
     calls: Counter[str] = Counter()
     with open_group(base, specs):
@@ -174,8 +182,8 @@ def test_what_learns_beside_adapters_shares_no_batch(gang: Gang) -> None:
     adapts = select(gang.anatomy, "last:2+head", "lora", 4, task="completion")
     for head in (learns, adapts):
         with pytest.raises(SelectionError, match="share a batch"):
-            open_group(gang.host.base, [AdapterSpec(head, 8, 0)])
-    assert not any(parameter.requires_grad for parameter in gang.host.base.model.parameters())
+            open_group(gang.host.context.base, [AdapterSpec(head, 8, 0)])
+    assert not any(parameter.requires_grad for parameter in gang.host.context.base.model.parameters())
 
 
 @pytest.mark.parametrize("place", ["forward", "optimizer"])
@@ -188,13 +196,17 @@ def test_a_group_without_memory_goes_on_in_halves(gang: Gang, monkeypatch: pytes
             raise MemoryError("out of memory")
         return forward(self, x)
 
-    def no_room(*_: object) -> None:
-        raise MemoryError("out of memory")
+    open_member = session.open_member
+
+    def no_room_for_two(setup: SessionSetup, *rest: Any) -> Any:
+        if setup.num_members > 1:
+            raise MemoryError("out of memory")
+        return open_member(setup, *rest)
 
     if place == "forward":
         monkeypatch.setattr(LoraLinear, "forward", cramped)
     else:
-        monkeypatch.setattr(FusedRun, "_member", no_room)
+        monkeypatch.setattr(session, "open_member", no_room_for_two)
     results = gang.fused(TRIALS[:2])
     assert [result.state for result in results.values()] == ["done", "done"]
     assert any("trials per batch reduced from" in note for result in results.values() for note in result.notes)
@@ -207,8 +219,8 @@ def test_a_group_without_memory_on_one_rank_alone_ends_the_gang(gang: Gang, monk
     def no_room(*_: object) -> None:
         raise MemoryError("out of memory")
 
-    monkeypatch.setattr(FusedRun, "_member", no_room)
-    monkeypatch.setattr(TrainHost, "_is_shared", lambda *_: False)
+    monkeypatch.setattr(session, "open_member", no_room)
+    monkeypatch.setattr(memory_retry, "is_shared", lambda *_: False)
     with pytest.raises(RankOutOfMemoryError, match="out of memory on rank 0"):
         gang.fused(TRIALS[:2])
 
@@ -220,10 +232,9 @@ def test_the_width_that_takes_least_time_a_trial_is_taken(
     gang: Gang, monkeypatch: pytest.MonkeyPatch, seconds: tuple[float, ...], width: int, tried: str
 ) -> None:
     taken = iter(seconds)
-    monkeypatch.setattr(widths, "_seconds", lambda *_: next(taken))
+    monkeypatch.setattr(fused_batch, "_seconds", lambda *_: next(taken))
     group = [gang.assignment(f"{rate}e-3-r4") for rate in range(1, 5)]
-    run = gang.host.trial_run(group[0], gang.execution, [], host.TrialOutcome())
-    found, said = best_width(gang.host.base, group, run.sets.steps, run.rows, None, gang.host.ranks)
+    found, said = measure_batch_size(gang.host.context, group)
     assert found == width
     assert said.startswith(f"{width} trials share a batch (time per trial's micro-batch, by trials in a batch: {tried}")
 
@@ -232,10 +243,9 @@ def test_the_width_that_takes_least_time_a_trial_is_taken(
 def test_a_measurement_leaves_the_base_as_it_was(gang: Gang, checkpointing: bool) -> None:
     execution = gang.execution.model_copy(update={"checkpointing": checkpointing})
     group = [gang.assignment(name).model_copy(update={"execution": execution}) for name in TRIALS]
-    run = gang.host.trial_run(group[0], execution, [], host.TrialOutcome())
-    best_width(gang.host.base, group, run.sets.steps, run.rows, None, gang.host.ranks)
-    assert not any(isinstance(module, LoraLinear) for module in gang.host.base.model.modules())
-    assert not any(getattr(module, "gradient_checkpointing", False) for module in gang.host.base.model.modules())
+    measure_batch_size(gang.host.context, group)
+    assert not any(isinstance(module, LoraLinear) for module in gang.host.context.base.model.modules())
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in gang.host.context.base.model.modules())
 
 
 def test_the_width_is_measured_again_where_nobody_has_tried_so_many(gang: Gang, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,11 +255,10 @@ def test_the_width_is_measured_again_where_nobody_has_tried_so_many(gang: Gang, 
         measured.append(len(group))
         return (2 if len(group) < 4 else 4), ""
 
-    monkeypatch.setattr(groups, "best_width", all_pay)
+    monkeypatch.setattr(fused_batch, "measure_batch_size", all_pay)
     group = [gang.assignment(name) for name in (*TRIALS, "2e-3-r4")]
-    widths = [gang.host._groups._width_of(group[:count]) for count in (1, 2, 3, 4, 3, 4)]
-    assert widths == [1, 2, 2, 4, 3, 4]
+    sizes = FusedBatchSizes(gang.host.context)
+    assert [sizes.choose(group[:count], lambda _: None) for count in (1, 2, 3, 4, 3, 4)] == [1, 2, 2, 4, 3, 4]
     assert measured == [2, 4]
-    gang.host._groups.widths[kind_of_batch(group[0])] = 2
-    gang.host._groups._tried.pop(kind_of_batch(group[0]))
-    assert gang.host._groups._width_of(group) == 2, "there was no memory for more"
+    sizes.limit(group[0], 2)
+    assert sizes.choose(group, lambda _: None) == 2, "there was no memory for more"

@@ -20,7 +20,7 @@ from orchestrator.anatomy import read_anatomy, select
 from orchestrator.data import build_set
 from orchestrator.errors import BaseLostError, RankOutOfMemoryError, TrainingError
 from orchestrator.store import check_folder, read_jsonl
-from orchestrator.train import TrainHost, building, find_latest
+from orchestrator.train import TrainHost, find_latest, memory_retry, trial_engine
 from orchestrator.train.adapters.branch import PlainKeeper
 from orchestrator.train.checkpoint import saving
 from orchestrator.train.engines.engine import num_live_engines
@@ -200,7 +200,7 @@ def test_a_resumed_trial_is_held_to_the_base_still(bench: Bench, tune: str, reme
     settings: dict[str, Any] = {"tune": tune, "policy": "last:2", "remedies": remedies}
     bench.run("straight", **settings)
     part = bench.run("parts", stop=2, **settings)
-    bench.host._saver.forget()
+    bench.host.context.saver.forget()
     bench.run("parts", start=part.checkpoint, rung=1, **settings)
     assert bench.bits("parts") == bench.bits("straight")
     bench.run("plain", tune=tune, policy="last:2")
@@ -210,8 +210,8 @@ def test_a_resumed_trial_is_held_to_the_base_still(bench: Bench, tune: str, reme
 def test_what_measured_the_weights_is_gone_before_what_learns_is_held(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan counts one engine, and the weights are measured once for all trials of a selection."""
     alive: list[int] = []
-    anchor = building._anchor
-    monkeypatch.setattr(building, "_anchor", lambda *given: (alive.append(num_live_engines()), anchor(*given))[1])
+    anchor = trial_engine._anchor
+    monkeypatch.setattr(trial_engine, "_anchor", lambda *given: (alive.append(num_live_engines()), anchor(*given))[1])
     for name in ("first", "second"):
         bench.run(name, tune="full", remedies=Remedies(anchor=AnchorPlan(kind="ewc", strength=1.0)))
     assert alive == [1, 1]
@@ -233,7 +233,7 @@ def test_a_trial_goes_on_from_memory_as_from_disk(bench: Bench, tune: str) -> No
         part = bench.run(name, tune=tune, stop=2)
         bench.run("between", tune=tune)
         if name == "disk":
-            bench.host._saver.forget()
+            bench.host.context.saver.forget()
         else:
             shutil.rmtree(part.checkpoint or "")
         results[name] = bench.run(name, tune=tune, start=part.checkpoint, rung=1)
@@ -339,7 +339,7 @@ def test_without_a_whole_checkpoint_it_starts_again(bench: Bench) -> None:
     straight = bench.run("straight")
     part = bench.run("a", stop=2)
     (Path(part.checkpoint or "") / "state.json").unlink()
-    bench.host._saver.forget()
+    bench.host.context.saver.forget()
     again = bench.run("a", start=part.checkpoint, rung=1)
     assert again.notes == ("rung-0 is damaged: restarts from step 0",)
     assert again.eval_loss == straight.eval_loss
@@ -366,7 +366,7 @@ def test_weights_of_another_gang_are_taken_over(bench: Bench) -> None:
 
     shutil.move(bench.folder / "state.json", folder / "state.json")
     write_manifest(folder)
-    bench.host._saver.forget()
+    bench.host.context.saver.forget()
     again = bench.run("a", start=part.checkpoint, rung=1)
     assert (again.state, again.step) == ("done", STEPS)
     assert "another gang" in again.notes[0]
@@ -412,7 +412,7 @@ def test_what_is_kept_of_other_trials_is_given_up_before_a_trial_comes_down(
     """Else a trial's numbers would hang on what its gang has run before."""
     bench.run("alone", execution=WIDE)
     bench.run("before", stop=2)
-    forward, saver = Objective.forward, bench.host._saver
+    forward, saver = Objective.forward, bench.host.context.saver
     assert saver.held_bytes > 0
 
     def cramped(self: Objective, **batch: Any) -> Any:
@@ -456,7 +456,7 @@ def test_a_trial_too_large_for_every_way_of_its_gang_fails_and_the_next_goes_on(
 def test_memory_that_runs_out_on_one_rank_alone_ends_the_gang(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is no answer of the trial's: the other ranks wait in their collective."""
     with_little_memory(monkeypatch, rows=0)
-    monkeypatch.setattr(TrainHost, "_is_shared", lambda *_: False)
+    monkeypatch.setattr(memory_retry, "is_shared", lambda *_: False)
     with pytest.raises(RankOutOfMemoryError, match="out of memory on rank 0"):
         bench.run("a")
 
@@ -519,7 +519,7 @@ def test_weights_that_blow_up_in_the_last_step_fail_the_trial(bench: Bench) -> N
 
 def test_frozen_weights_that_move_fail_the_trial(bench: Bench) -> None:
     """Law 2, broken on purpose: a hook nudges a frozen norm while the trial learns."""
-    norm = bench.host._base.model.get_parameter("model.norm.weight")
+    norm = bench.host.context.base.model.get_parameter("model.norm.weight")
     before = norm.data.clone()
     result = bench.host.run(bench.assignment("a"), on_step=lambda _: norm.data.add_(1e-3))
     assert result.state == "failed"
@@ -566,7 +566,7 @@ def test_a_rung_of_another_trial_is_set_aside_and_not_gone_on_from(bench: Bench)
     own, foreign = Path(part.checkpoint or ""), Path(other.checkpoint or "")
     shutil.rmtree(own)
     shutil.copytree(foreign, own)
-    bench.host._saver.forget()
+    bench.host.context.saver.forget()
     again = bench.run("a", start=str(own), rung=1)
     told = "rung-0 is that of trial b: set aside as rung-0.damaged-1; restarts from step 0"
     assert (again.state, again.notes) == ("done", (told,))
@@ -584,7 +584,7 @@ def test_a_nameless_rung_of_other_shapes_is_set_aside(bench: Bench) -> None:
     file = next((own / "adapter").glob("*.safetensors"))
     save_file({name: tensor[:, :-1].contiguous() for name, tensor in load_file(file).items()}, file)
     write_manifest(own)
-    bench.host._saver.forget()
+    bench.host.context.saver.forget()
     again = bench.run("a", start=str(own), rung=1)
     assert again.state == "done"
     (told,) = again.notes
@@ -599,7 +599,7 @@ def test_a_nameless_rung_that_fits_is_gone_on_from(bench: Bench) -> None:
     straight = bench.run("straight")
     part = bench.run("a", stop=2)
     write_manifest(Path(part.checkpoint or ""))
-    bench.host._saver.forget()
+    bench.host.context.saver.forget()
     again = bench.run("a", start=part.checkpoint, rung=1)
     assert (again.state, again.notes, again.eval_loss) == ("done", (), straight.eval_loss)
 
@@ -610,11 +610,11 @@ def test_a_set_that_changed_after_it_was_written_is_not_trained_on(bench: Bench)
     wrong = SplitSummary(documents=1, tokens=1, supervised_tokens=1, longest_document_tokens=1, sha256="0" * 64)
     summary = DataSummary(inputs_sha256="", splits={"train": wrong}, dropped=(), files=(), one_example="")
     (bench.folder / "summary.json").write_text(summary.model_dump_json())
-    bench.host._sets.clear()
+    bench.host.context.sets.clear()
     try:
         failed = bench.run("a")
     finally:
         (bench.folder / "summary.json").unlink()
-        bench.host._sets.clear()
+        bench.host.context.sets.clear()
     assert failed.state == "failed"
     assert "the tokenised set changed after it was written" in failed.reason

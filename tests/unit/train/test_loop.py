@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,11 +10,11 @@ import torch
 
 from orchestrator.anatomy import LayerSelection
 from orchestrator.data import TokenizedSet, build_set
-from orchestrator.errors import NonFiniteLossError, OutOfMemoryError
+from orchestrator.errors import OutOfMemoryError
 from orchestrator.train.adapters.branch import Branch, open_branch
-from orchestrator.train.batches import RowPlan, StepPlan
+from orchestrator.train.batches import RowPlan, StepPlan, step_inputs
 from orchestrator.train.engines.torch_engine import TorchEngine
-from orchestrator.train.loop import LoopState, train_steps
+from orchestrator.train.loop import EngineRounds, LoopState, LoopTrial, train_steps
 from orchestrator.train.model.base import LoadedBase
 from orchestrator.train.model.objective import Objective, final_norm_of
 from orchestrator.train.ranks import Ranks
@@ -54,21 +55,20 @@ def engine_on(branch: Branch) -> TorchEngine:
     return TorchEngine(objective_of(branch), branch.learning_parameters(), weight_decay=0.0, grad_clip=1.0)
 
 
-def run(
+def run_trial(
     engine: TorchEngine, *, stop: int = 4, rows: int = 2, rate: float = 1e-2, state: LoopState | None = None
-) -> list[StepReport]:
+) -> tuple[LoopTrial, list[StepReport]]:
     reports: list[StepReport] = []
-    train_steps(
-        engine,
-        StepPlan(documents(), SETTINGS.tokens_per_step, 0),
-        RowPlan(32, rows, pack=True),
-        trial(rate),
-        SETTINGS,
-        Ranks(),
-        state or LoopState(),
-        stop,
-        lambda report, _: reports.append(report),
-    )
+    made = LoopTrial(engine, trial(rate), SETTINGS, lambda report, _: reports.append(report), state or LoopState())
+    plan, first = StepPlan(documents(), SETTINGS.tokens_per_step, 0), made.state.step
+    steps = step_inputs(plan, RowPlan(32, rows, pack=True), first, stop)
+    train_steps([made], EngineRounds(engine, torch.device("cpu")), steps, Ranks())
+    return made, reports
+
+
+def run(engine: TorchEngine, **how: Any) -> list[StepReport]:
+    made, reports = run_trial(engine, **how)
+    assert not made.failure
     return reports
 
 
@@ -136,8 +136,9 @@ def test_a_loss_that_is_not_finite_ends_the_trial_before_the_update(branch: Bran
     for _, parameter in branch.learning_parameters():
         parameter.data.fill_(float("nan"))
     before = {name: tensor.clone() for name, tensor in engine.state_dict().items()}
-    with pytest.raises(NonFiniteLossError, match="training loss became nan"):
-        run(engine, stop=2, state=LoopState(1, 60))
+    made, reports = run_trial(engine, stop=3, state=LoopState(1, 60))
+    assert "training loss became nan" in made.failure
+    assert (made.state, reports) == (LoopState(1, 60), []), "it takes no step, nor a later one"
     assert all(torch.equal(tensor, before[name]) for name, tensor in engine.state_dict().items())
 
 

@@ -27,10 +27,10 @@ from transformers import (
 from orchestrator.anatomy import read_anatomy, select
 from orchestrator.data import TokenizedSet, build_set
 from orchestrator.train.adapters.branch import head_name, open_branch
-from orchestrator.train.batches import RowPlan, StepPlan
+from orchestrator.train.batches import RowPlan, StepPlan, step_inputs
 from orchestrator.train.engines.torch_engine import TorchEngine
 from orchestrator.train.evaluation import evaluate
-from orchestrator.train.loop import LoopState, train_steps
+from orchestrator.train.loop import EngineRounds, LoopTrial, train_steps
 from orchestrator.train.model.base import LoadedBase, load_base
 from orchestrator.train.model.objective import objective_of
 from orchestrator.train.ranks import Ranks
@@ -122,10 +122,10 @@ def losses(
     with open_branch(base, selection, lora_alpha=8, seed=1) as branch:
         objective = objective_of(base, branch.head(), selection.cut)
         engine = TorchEngine(objective, branch.learning_parameters(), weight_decay=0.0, grad_clip=1.0)
-        plan = StepPlan(data, 96, 1)
-        train_steps(
-            engine, plan, rows, trial, settings, Ranks(), LoopState(), STEPS, lambda report, _: made.append(report.loss), trunk
-        )
+        steps = step_inputs(StepPlan(data, 96, 1), rows, 0, STEPS, trunk)
+        in_loop = LoopTrial(engine, trial, settings, lambda report, _: made.append(report.loss))
+        train_steps([in_loop], EngineRounds(engine, torch.device("cpu")), steps, Ranks())
+        assert not in_loop.failure
         after = evaluate(objective, data, rows, Ranks(), trunk).loss
         engine.close()
     return made, after

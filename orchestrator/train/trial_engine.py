@@ -1,9 +1,9 @@
-"""From an open branch to its engine: what learns in groups, at which rates, and what pulls it back."""
+"""From an open branch to its engine: parameter groups with their learning rates, and the anchor that pulls them to the base."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,13 +13,13 @@ from orchestrator.data import TokenizedSet
 from orchestrator.plan.remedies import learning_groups
 from orchestrator.train.adapters.branch import Branch
 from orchestrator.train.anchors import Anchor, ElementAnchor, ProductAnchor
-from orchestrator.train.batches import RowPlan
+from orchestrator.train.context import HostContext
 from orchestrator.train.engines.construction import construct_engine
 from orchestrator.train.engines.engine import Engine, layout_of
 from orchestrator.train.engines.torch_engine import TorchEngine
-from orchestrator.train.learned import LearnedSets
 from orchestrator.train.measure.fisher import fisher_information, importances, read_fisher, write_fisher
 from orchestrator.train.ranks import Ranks
+from orchestrator.train.training_sets import TrainingSets
 from orchestrator.values import content_hash
 from orchestrator.work.assignment import TrainRung
 from orchestrator.work.execution import ExecutionPlan
@@ -27,24 +27,20 @@ from orchestrator.work.remedies import AnchorPlan
 
 
 def build_engine(
-    objective: nn.Module,
-    branch: Branch,
-    assignment: TrainRung,
-    execution: ExecutionPlan,
-    ranks: Ranks,
-    rows: RowPlan,
-    sets: LearnedSets,
-    fingerprint: Mapping[str, str],
+    context: HostContext, execution: ExecutionPlan, sets: TrainingSets, objective: nn.Module, branch: Branch
 ) -> Engine:
-    """The trial's engine. The branch holds the base's own weights: what an anchor pulls to is what is there now.
+    """Build the engine that trains a branch, with what anchors its weights to the base.
 
     Args:
-        sets: Hold the text that EWC weighs the weights by.
-        fingerprint: Hashes of the base's tensors.
+        context: What this rank holds.
+        execution: How the trial is trained.
+        sets: The trial's, with the retention text by which EWC weights the parameters.
+        objective: Of the branch.
+        branch: It holds the base's own weights still: an anchor pulls to the values that are there now.
     """
-    trial, settings = assignment.trial, assignment.settings
+    trial, settings, ranks = sets.work.trial, sets.work.settings, context.ranks
     names = [name for name, _ in branch.learning_parameters()]
-    groups = learning_groups(branch.base.anatomy, assignment.selection, trial.remedies, names)
+    groups = learning_groups(context.base.anatomy, sets.work.selection, trial.remedies, names)
     plan = trial.remedies.anchor
     weights: list[torch.Tensor] | None = None
     if plan is not None and plan.kind == "ewc":
@@ -53,11 +49,11 @@ def build_engine(
 
         def measure() -> list[torch.Tensor]:
             measuring = construct_engine(objective, branch, groups, execution, settings, ranks, measuring=True)
-            found = fisher_information(measuring, retention, rows, ranks, trial.seed)
+            found = fisher_information(measuring, retention, context.rows(execution), ranks, trial.seed)
             measuring.close()
             return found
 
-        file = Path(assignment.data.train).parent / "fisher" / _fisher_name(assignment, execution, ranks, retention, fingerprint)
+        file = Path(sets.work.data.train).parent / "fisher" / _fisher_name(context, execution, sets.work, retention)
         fisher = _fisher(file, measure, execution, ranks)
         held = {name for group in groups if group.anchored for name in group.names}
         num_weights = sum(getattr(p, "ds_numel", p.numel()) for name, p in branch.learning_parameters() if name in held)
@@ -70,14 +66,14 @@ def build_engine(
 
 
 def _fisher(file: Path, measure: Callable[[], list[torch.Tensor]], execution: ExecutionPlan, ranks: Ranks) -> list[torch.Tensor]:
-    """This rank's, on the device of its masters; measured by all ranks together where one of them has not got it."""
+    """Return this rank's Fisher information, on the device of its masters; all ranks measure where one of them has none."""
     known = read_fisher(file, torch.device("cpu") if execution.offload != "none" else ranks.device)
     if all(ranks.gather(known is not None)):
         assert known is not None
         return known
     del known
     measured = measure()
-    gc.collect()  # the engine that measured: its masters and gradients must not stand beside those of the one that learns
+    gc.collect()  # the engine that measured: its masters and gradients must be gone before the training engine has its own
     write_fisher(file, measured)
     return measured
 
@@ -90,18 +86,16 @@ def _anchor(plan: AnchorPlan, engine: Engine, branch: Branch, weights: Sequence[
     return ProductAnchor(engine.adapters(), plan.strength, scale)
 
 
-def _fisher_name(
-    assignment: TrainRung, execution: ExecutionPlan, ranks: Ranks, retention: TokenizedSet, fingerprint: Mapping[str, str]
-) -> str:
-    """One file for each rank and selection: what lies where depends on the layout and on the rates' groups."""
+def _fisher_name(context: HostContext, execution: ExecutionPlan, work: TrainRung, retention: TokenizedSet) -> str:
+    """Return the file of a rank and selection: what it holds depends on the layout and on the learning-rate groups."""
     key = {
-        "base": dict(fingerprint),
-        "trainable": assignment.selection.trainable,
-        "layer_decay": assignment.trial.remedies.layer_decay,
+        "base": dict(context.fingerprint),
+        "trainable": work.selection.trainable,
+        "layer_decay": work.trial.remedies.layer_decay,
         "layout": layout_of(execution),
-        "ranks": ranks.count,
+        "ranks": context.ranks.count,
         "retention": retention.sha256,
-        "seed": assignment.trial.seed,
+        "seed": work.trial.seed,
         "row_tokens": execution.row_tokens,
     }
-    return f"{content_hash(key)[:16]}-rank{ranks.rank}.safetensors"
+    return f"{content_hash(key)[:16]}-rank{context.ranks.rank}.safetensors"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from orchestrator.data import TokenizedSet, build_set
-from orchestrator.train.learned import LearnedSets
+from orchestrator.train.training_sets import TrainingSets
 from orchestrator.train.trunk.library import TrunkLibrary
 from orchestrator.work.assignment import TrainRung, WorkContext
 from orchestrator.work.execution import DataPaths
@@ -19,7 +19,7 @@ def retention_of(**paths: str) -> TokenizedSet | None:
     assignment = TrainRung.model_construct(
         context=WorkContext.model_construct(data=DataPaths(train="train", eval="eval", **paths))
     )
-    return LearnedSets(assignment, set_named, TrunkLibrary.__new__(TrunkLibrary)).retention
+    return TrainingSets(assignment, set_named, TrunkLibrary.__new__(TrunkLibrary)).retention
 
 
 def test_weights_are_weighed_by_retention_text_that_is_not_scored() -> None:

@@ -1,4 +1,4 @@
-"""What one trial learns from: its steps, and what is stored of their documents."""
+"""What one trial trains on: its steps, and the activations that are stored of their documents."""
 
 from __future__ import annotations
 
@@ -12,51 +12,52 @@ from orchestrator.data import TokenizedSet, documents_of_share, shuffled
 from orchestrator.train.batches import StepPlan
 from orchestrator.train.trunk.library import TrunkLibrary
 from orchestrator.train.trunk.states import TrunkStates, chosen_states, joined_states
-from orchestrator.work.assignment import EvaluateBase, TrainRung
+from orchestrator.work.assignment import TrainRung
 
 
 @dataclass(frozen=True)
-class LearnedSets:
-    """The training set of an assignment and, where it replays, the retention text beside it."""
+class TrainingSets:
+    """The training set of a trial and, where it replays, the retention text beside it."""
 
-    assignment: TrainRung | EvaluateBase
+    work: TrainRung
     load_set: Callable[[str], TokenizedSet]
     trunk: TrunkLibrary
 
     @cached_property
     def chosen(self) -> np.ndarray | None:
-        """The training documents that it learns from, where they are a share; None where they are all."""
-        trial = self.assignment.trial
+        """The documents that the trial trains on, where they are a share of the set; None where they are all."""
+        trial = self.work.trial
         if trial.share == 1.0:
             return None
-        return documents_of_share(self.load_set(self.assignment.data.train), trial.share, trial.seed)
+        return documents_of_share(self.load_set(self.work.data.train), trial.share, trial.seed)
 
     @cached_property
     def steps(self) -> StepPlan:
-        trial, paths = self.assignment.trial, self.assignment.data
+        """The documents of every step."""
+        trial, paths = self.work.trial, self.work.data
         read = self.load_set(paths.train)
         target = shuffled(read, trial.seed) if trial.control == "shuffled" else read
         target = target if self.chosen is None else target.select(self.chosen)
         replayed = self.load_set(paths.replay) if paths.replay is not None else None
-        return StepPlan.of(target, replayed, self.assignment.settings.tokens_per_step, trial.seed, trial.remedies.replay)
+        return StepPlan.of(target, replayed, self.work.settings.tokens_per_step, trial.seed, trial.remedies.replay)
 
     @cached_property
     def states(self) -> TrunkStates | None:
-        """What is stored of these documents at the trial's cut. Other answers are other documents, and are not stored."""
-        assignment = self.assignment
-        if assignment.trunk is None or assignment.trial.control == "shuffled":
+        """The stored activations of these documents at the trial's cut; none are stored for shuffled answers."""
+        work = self.work
+        if work.trunk is None or work.trial.control == "shuffled":
             return None
-        cut, paths = assignment.selection.cut, assignment.data
+        cut, paths = work.selection.cut, work.data
         target = self.trunk.states(paths.train, cut)
         if target is not None and self.chosen is not None:
             target = chosen_states(target, self.chosen)
-        if not assignment.trial.remedies.replay or paths.replay is None:
+        if not work.trial.remedies.replay or paths.replay is None:
             return target
         replayed = self.trunk.states(paths.replay, cut)
         return None if target is None or replayed is None else joined_states(target, replayed)
 
     @cached_property
     def retention(self) -> TokenizedSet | None:
-        """Retention text that is not scored; a trial that wants some has some, or its data would have been refused."""
-        replay = self.assignment.data.replay
+        """Retention text that is not scored. A trial that needs some has some: the data would have been rejected otherwise."""
+        replay = self.work.data.replay
         return self.load_set(replay) if replay is not None else None

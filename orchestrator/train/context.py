@@ -1,0 +1,93 @@
+"""What a rank of a gang holds for all its work: the loaded base, the other ranks, data, checkpoints, activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.data import TokenizedSet
+from orchestrator.data.sets import load_known
+from orchestrator.train import pulse
+from orchestrator.train.adapters.branch import head_name
+from orchestrator.train.batches import RowPlan
+from orchestrator.train.checkpoint.saving import Saver
+from orchestrator.train.engines.construction import forward_ready
+from orchestrator.train.engines.engine import is_partitioned
+from orchestrator.train.model.base import LoadedBase
+from orchestrator.train.model.objective import objective_of
+from orchestrator.train.ranks import Ranks
+from orchestrator.train.trunk.library import TrunkLibrary
+from orchestrator.work.execution import DataPaths, ExecutionPlan, TrunkPlan
+
+
+class SetCache:
+    """Tokenised sets, each read once per process."""
+
+    def __init__(self) -> None:
+        self._sets: dict[str, TokenizedSet] = {}
+
+    def load(self, path: str) -> TokenizedSet:
+        """Return a set, read at its first use.
+
+        Raises:
+            DataError: the set changed after it was written.
+        """
+        if path not in self._sets:
+            self._sets[path] = load_known(Path(path))
+        return self._sets[path]
+
+    def clear(self) -> None:
+        """Read every set again at its next use."""
+        self._sets.clear()
+
+
+@dataclass(frozen=True)
+class HostContext:
+    """What training, evaluating and measuring on this rank begin from. Every rank of the gang has one."""
+
+    base: LoadedBase
+    fingerprint: Mapping[str, str]
+    """Hashes of the base's tensors as they were loaded."""
+    execution: ExecutionPlan
+    """How the base was loaded; a trial may be run by a smaller execution of the same gang."""
+    ranks: Ranks
+    sets: SetCache
+    trunk: TrunkLibrary
+    saver: Saver
+
+    @classmethod
+    def create(cls, base: LoadedBase, fingerprint: Mapping[str, str], execution: ExecutionPlan, ranks: Ranks) -> HostContext:
+        """Return the context of a freshly loaded base: nothing is read, stored or remembered yet."""
+        sets = SetCache()
+        return cls(base, fingerprint, execution, ranks, sets, TrunkLibrary(base, fingerprint, ranks, sets.load), Saver())
+
+    def rows(self, execution: ExecutionPlan) -> RowPlan:
+        """Return how documents share this rank's rows under an execution."""
+        return RowPlan.of(execution, self.ranks.rank, classify=self.base.load.task == "classify")
+
+    def open_trunk(self, plan: TrunkPlan | None, data: DataPaths, note: Callable[[str], None]) -> float:
+        """Compute the planned activations that are not stored yet. Called on every rank, with no branch open.
+
+        Returns:
+            Seconds that it took.
+        """
+        if plan is None:
+            return 0.0
+        head = self.base.model.get_submodule(head_name(self.base).rpartition(".")[0])
+        objective = objective_of(self.base, head)
+        with forward_ready(objective, self.execution):
+            pulse.enter("caching activations")
+            partitioned = is_partitioned(self.execution)
+            return self.trunk.open(plan, data, self.rows(self.execution), objective, partitioned=partitioned, note=note)
+
+    def release_cached_state(self) -> bool:
+        """Write and forget the checkpoints and rung states that any rank holds in memory; called on every rank.
+
+        Where memory runs out this comes first: a trial must not be trained by a smaller execution because of what its gang
+        ran before it.
+
+        Returns:
+            Whether any rank held some.
+        """
+        return any(self.ranks.gather(self.saver.give_up()))
