@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterable, Sequence
 from itertools import chain
 
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.errors import SelectionError
-from orchestrator.spec.adapters import ADAPTER_KINDS, PLAIN_LORA, AdapterOptions
+from orchestrator.spec.adapters import ADAPTER_KINDS, PLAIN_LORA, AdapterOptions, Modules
 from orchestrator.spec.models import Task, Tune
 from orchestrator.spec.policy import Policy, parse_policy
 
@@ -87,6 +88,46 @@ def select_everything(anatomy: ModelAnatomy, *, task: Task, num_classes: int = 0
         new_classifier=bool(new),
         num_trainable_parameters=elements + _new_elements(anatomy, task, policy, num_classes),
     )
+
+
+def is_attention(anatomy: ModelAnatomy, weight: str) -> bool:
+    """Return whether a linear layer of a block belongs to its attention; the others are its MLP's."""
+    return any("attn" in part or part in ("attention", "att") for part in _within_block(anatomy, weight).split("."))
+
+
+def is_chosen(anatomy: ModelAnatomy, weight: str, modules: Modules) -> bool:
+    """Return whether these modules take a linear layer in. A name is that of the layer within its block, or the end of it."""
+    if isinstance(modules, str):
+        return modules == "all" or (modules == "attention") == is_attention(anatomy, weight)
+    return any(f".{_within_block(anatomy, weight)}".endswith(f".{name}") for name in modules)
+
+
+def check_modules(anatomy: ModelAnatomy, modules: Modules) -> None:
+    """Raise SelectionError where a name, or a part of the blocks, has no linear layer in any block."""
+    known = module_names(anatomy)
+    weights = [name for block in anatomy.linears for name in block]
+    parts: list[Modules] = [modules] if isinstance(modules, str) else [(name,) for name in modules]
+    for asked in parts:
+        if not any(is_chosen(anatomy, weight, asked) for weight in weights):
+            name = asked if isinstance(asked, str) else asked[0]
+            near = difflib.get_close_matches(
+                name, [*known, *(end for each in known if (end := each.rpartition(".")[2]) != each)], n=1
+            )
+            raise SelectionError(
+                f"the blocks have no linear layer {name!r}",
+                expected=f"all, attention, mlp, or names among {', '.join(known)}",
+                remedy=f"did you mean {near[0]}?" if near else "",
+            )
+
+
+def module_names(anatomy: ModelAnatomy) -> list[str]:
+    """Names of the linear layers within their blocks."""
+    return list(dict.fromkeys(_within_block(anatomy, name) for block in anatomy.linears for name in block))
+
+
+def _within_block(anatomy: ModelAnatomy, weight: str) -> str:
+    """`model.layers.3.mlp.up_proj.weight` -> `mlp.up_proj`"""
+    return weight.removeprefix(f"{anatomy.blocks_module}.").partition(".")[2].removesuffix(".weight")
 
 
 def num_of_share(share: float, num_blocks: int) -> int:
@@ -216,7 +257,14 @@ def _adapted(
         raise SelectionError(
             f"LoRA on {parsed} with rank {lora_rank}", expected="a rank of at least 1", remedy="give `lora_rank`"
         )
-    adapted = [name for block in blocks for name in anatomy.linears[block]]
+    adapted = [name for block in blocks for name in anatomy.linears[block] if is_chosen(anatomy, name, adapter.modules)]
+    if blocks and not adapted:
+        raise SelectionError(
+            f"no block of {parsed} has a linear layer of the modules {adapter.modules}",
+            where=anatomy.folder,
+            expected=f"some of {', '.join(module_names(anatomy))}",
+            remedy="choose other modules, or other blocks",
+        )
     shapes = [anatomy.tensors[name].shape for name in adapted] + [(anatomy.vocab_size, anatomy.hidden_size)] * len(head)
     elements = sum(ADAPTER_KINDS[adapter.kind].num_elements(shape, lora_rank) for shape in shapes)
     new = _new_names(anatomy, task, parsed)

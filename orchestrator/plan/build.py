@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from orchestrator.anatomy import LayerSelection, ModelAnatomy, select
+from orchestrator.anatomy import LayerSelection, ModelAnatomy, check_modules, select
 from orchestrator.errors import BaseError, PlanError
 from orchestrator.plan import schedule
 from orchestrator.plan.cost import estimate as cost
@@ -193,6 +193,8 @@ def _choices(loaded: LoadedSpec, anatomy: ModelAnatomy, data: DataSize, job: Lit
     asked = loaded.spec.finetune
     assert asked is not None, "the section was required"
     lora_rank = asked.lora_rank if asked.tune == "lora" else None
+    with located_at(loaded.where("finetune.modules")):
+        check_modules(anatomy, asked.modules)
     with located_at(loaded.where("finetune.layers")):
         selection = select(
             anatomy,

@@ -8,12 +8,12 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from orchestrator.anatomy import LayerSelection, ModelAnatomy, select
+from orchestrator.anatomy import LayerSelection, ModelAnatomy, check_modules, select
 from orchestrator.errors import SelectionError
 from orchestrator.plan.remedies import effective, remedies_of_point, searched_remedies
 from orchestrator.plan.values import PlannedPoint, SearchPlan
 from orchestrator.spec import LoadedSpec, learning_rate_range
-from orchestrator.spec.adapters import PLAIN_LORA, AdapterName, AdapterOptions
+from orchestrator.spec.adapters import PLAIN_LORA, AdapterName, AdapterOptions, Modules
 from orchestrator.spec.models import FinetuneSpec, JobSpec, SearchPoint, SearchSpec, Task, TrainSpec, Tune
 from orchestrator.work.remedies import NOTHING, Remedies
 
@@ -77,6 +77,9 @@ def search_choices(loaded: LoadedSpec, anatomy: ModelAnatomy, num_classes: int) 
     spec = loaded.spec
     assert spec.search is not None, "the sweep needs `search`"
     found: dict[_Key, Choice] = {}
+    for place, modules in _modules(spec.search):
+        with located_at(loaded.where(place)):
+            check_modules(anatomy, modules)
     for asked in _asked(spec.search, spec.train):
         with located_at(loaded.where(asked.place)):
             selection = _selection(asked, anatomy, spec.task, num_classes)
@@ -121,22 +124,33 @@ def _asked(search: SearchSpec, train: TrainSpec) -> Iterator[_Asked]:
 
 
 def searched_adapters(search: SearchSpec) -> list[tuple[int, AdapterOptions]]:
-    """Every combination of rank and options of adapters that the search tries."""
+    """Return every combination of rank and options of adapters that the search tries."""
     alphas = search.lora_alpha or (None,)
-    combined = itertools.product(search.lora_rank, search.adapter, alphas, search.lora_dropout)
-    return [(rank, _options(rank, kind, alpha, dropout)) for rank, kind, alpha, dropout in combined]
+    combined = itertools.product(search.lora_rank, search.adapter, alphas, search.lora_dropout, search.modules)
+    return [(rank, _options(rank, kind, alpha, dropout, modules)) for rank, kind, alpha, dropout, modules in combined]
 
 
 def adapter_asked(section: SearchPoint | FinetuneSpec) -> AdapterOptions:
     """Return the adapters of one trial that the spec describes itself."""
     if section.tune != "lora":
         return PLAIN_LORA
-    return _options(section.lora_rank or DEFAULT_LORA_RANK, section.adapter, section.lora_alpha, section.lora_dropout)
+    rank = section.lora_rank or DEFAULT_LORA_RANK
+    return _options(rank, section.adapter, section.lora_alpha, section.lora_dropout, section.modules)
 
 
-def _options(rank: int, kind: AdapterName, alpha: int | None, dropout: float) -> AdapterOptions:
+def _options(rank: int, kind: AdapterName, alpha: int | None, dropout: float, modules: Modules) -> AdapterOptions:
     """Return the options; an alpha of twice the rank is the default, so that equal trials are one choice."""
-    return AdapterOptions(kind=kind, alpha=None if alpha == 2 * rank else alpha, dropout=dropout)
+    return AdapterOptions(kind=kind, alpha=None if alpha == 2 * rank else alpha, dropout=dropout, modules=modules)
+
+
+def _modules(search: SearchSpec) -> Iterator[tuple[str, Modules]]:
+    """Yield every choice of modules with its place in the spec."""
+    if search.algorithm == "fixed":
+        for number, point in enumerate(search.points):
+            yield f"search.points[{number}].modules", point.modules
+        return
+    for number, modules in enumerate(search.modules):
+        yield f"search.modules[{number}]", modules
 
 
 def _selection(asked: _Asked, anatomy: ModelAnatomy, task: Task, num_classes: int) -> LayerSelection:
@@ -152,7 +166,9 @@ def _selection(asked: _Asked, anatomy: ModelAnatomy, task: Task, num_classes: in
 
 def _key(selection: LayerSelection, remedies: Remedies) -> _Key:
     """Return a key that is equal for equivalent choices."""
-    adapters = (selection.lora_rank, selection.adapter) if selection.adapted else None
+    # The names of modules that were asked for do not matter where others choose the same layers.
+    options = selection.adapter.model_copy(update={"modules": "all"})
+    adapters = (selection.lora_rank, options) if selection.adapted else None
     return selection.pending, selection.trainable, selection.adapted, adapters, remedies
 
 

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod, sqrt
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+from annotated_types import MinLen
 
 from orchestrator.values import Value
 
 AdapterName = Literal["lora", "rslora", "dora"]
+Modules = Literal["all", "attention", "mlp"] | Annotated[tuple[str, ...], MinLen(1)]
+"""Linear layers of a block: all, those of its attention or of its MLP, or those of these names."""
 Shape = tuple[int, ...]
 LORA_A, LORA_B, LORA_MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 
@@ -98,12 +102,15 @@ class AdapterOptions(Value):
     """lora_alpha; None is twice the rank, the field's usual choice (Hu et al. 2021 keep it fixed)."""
     dropout: float = 0.0
     """Share of an adapter's input that is dropped out in training."""
+    modules: Modules = "all"
+    """Which linear layers of the blocks have one."""
 
     def method(self, rank: int | None) -> str:
         """`lora r16 · alpha 8`: the kind, the rank, and every option that is not the default."""
         parts = [f"{self.kind} r{rank}"]
         parts += [f"alpha {self.alpha}"] if self.alpha is not None else []
         parts += [f"dropout {self.dropout:g}"] if self.dropout else []
+        parts += [] if self.modules == "all" else [self.modules if isinstance(self.modules, str) else "+".join(self.modules)]
         return " · ".join(parts)
 
     def alpha_of(self, rank: int | None) -> int:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from orchestrator.spec.adapters import AdapterName
+from orchestrator.spec.adapters import AdapterName, Modules
 from orchestrator.values import Value
 
 Task = Literal["chat", "completion", "text", "classify"]
@@ -174,9 +174,10 @@ class SearchPoint(Section):
     lora_rank: PositiveInt | None = None
     """16 unless given; none with `full`."""
     adapter: AdapterName = "lora"
-    """As in `finetune`; so are the two below."""
+    """As in `finetune`; so are the three below."""
     lora_alpha: PositiveInt | None = None
     lora_dropout: Dropout = 0.0
+    modules: Modules = "all"
     learning_rate: LearningRate
     replay: ReplayShare | None = None
     """As `train.replay` unless given; so are the two below."""
@@ -197,6 +198,8 @@ class SearchSpec(Section):
     """Values of alpha to try; empty uses twice the rank."""
     lora_dropout: Annotated[tuple[Dropout, ...], Field(min_length=1)] = (0.0,)
     """Shares of the adapters' input to drop out in training; a trial with dropout shares no batch with others."""
+    modules: Annotated[tuple[Modules, ...], Field(min_length=1)] = ("all",)
+    """Linear layers of the chosen blocks to adapt: `all`, `attention`, `mlp`, or a list of names such as `[q_proj, v_proj]`."""
     replay: tuple[ReplayShare, ...] = ()
     """Shares of retention tokens to try; empty uses `train.replay`. Likewise the two below."""
     anchor: tuple[Anchor, ...] = ()
@@ -245,9 +248,11 @@ class FinetuneSpec(Section):
     """Twice the rank unless given."""
     lora_dropout: Dropout = 0.0
     """Share of the adapters' input that is dropped out in training."""
+    modules: Modules = "all"
+    """Linear layers of the chosen blocks to adapt: `all`, `attention`, `mlp`, or a list of names such as `[q_proj, v_proj]`."""
 
 
-ADAPTER_KEYS = ("adapter", "lora_alpha", "lora_dropout")
+ADAPTER_KEYS = ("adapter", "lora_alpha", "lora_dropout", "modules")
 """Keys of `search`, its points and `finetune` that describe adapters beside their rank."""
 
 
