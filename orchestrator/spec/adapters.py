@@ -27,6 +27,7 @@ class AdapterKind:
     """
 
     name: ClassVar[AdapterName] = "lora"
+    title: ClassVar[str] = "LoRA"
     peft_options: ClassVar[Mapping[str, bool]] = {}
     """The options of PEFT's `LoraConfig` that make an adapter one of this kind."""
     runs_layer_on_its_input: ClassVar[bool] = False
@@ -65,6 +66,7 @@ class RankStabilizedLora(AdapterKind):
     """LoRA whose product is divided by the root of its rank (Kalajdzievski 2023)."""
 
     name = "rslora"
+    title = "rank-stabilised LoRA"
     peft_options: ClassVar[Mapping[str, bool]] = {"use_rslora": True}
 
     def scale(self, alpha: float, rank: int) -> float:
@@ -75,6 +77,7 @@ class Dora(AdapterKind):
     """LoRA on a weight that is split into the direction and the magnitude m [out] of each row (Liu et al. 2024)."""
 
     name = "dora"
+    title = "DoRA"
     peft_options: ClassVar[Mapping[str, bool]] = {"use_dora": True}
     adds_product = False
     runs_layer_on_its_input = True
@@ -110,8 +113,18 @@ class AdapterOptions(Value):
         parts = [f"{self.kind} r{rank}"]
         parts += [f"alpha {self.alpha}"] if self.alpha is not None else []
         parts += [f"dropout {self.dropout:g}"] if self.dropout else []
-        parts += [] if self.modules == "all" else [self.modules if isinstance(self.modules, str) else "+".join(self.modules)]
+        parts += [] if self.modules == "all" else [self._modules()]
         return " · ".join(parts)
+
+    def sentence(self, rank: int | None) -> str:
+        """`LoRA, rank 16, alpha 32`, for readers who do not know the keys of the spec."""
+        parts = [ADAPTER_KINDS[self.kind].title, f"rank {rank}", f"alpha {self.alpha_of(rank)}"]
+        parts += [f"dropout {self.dropout:g}"] if self.dropout else []
+        parts += [] if self.modules == "all" else [f"on {self._modules()}"]
+        return ", ".join(parts)
+
+    def _modules(self) -> str:
+        return self.modules if isinstance(self.modules, str) else "+".join(self.modules)
 
     def alpha_of(self, rank: int | None) -> int:
         return 2 * (rank or 0) if self.alpha is None else self.alpha

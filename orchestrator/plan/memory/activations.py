@@ -77,19 +77,21 @@ def _block(
     element_bytes: int,
 ) -> BlockActivations:
     names = anatomy.blocks[block]
-    dropout = selection.adapter.dropout > 0
-    kept_inputs = _kept_inputs(anatomy, block, learning if dropout else learning | adapted)
+    trained = (learning | adapted).intersection(names)
+    kept_inputs = _kept_inputs(anatomy, block, trained)
+    # Backward ends in the block at the cut: where only its MLP is trained, it does not get to the attention.
+    attends = block != selection.cut or not trained or kept_inputs.attention or kept_inputs.attention_output
     mlp, working, at_weight = _mlp(anatomy, block, learning, element_bytes, kept_inputs)
     kept = (
         _norms(anatomy, names, learning, element_bytes)
-        + _attention(anatomy, block, element_bytes, kept_inputs)
+        + (_attention(anatomy, block, element_bytes, kept_inputs) if attends else 0)
         + mlp
-        + element_bytes * sum(_by_adapter(anatomy, selection, name) for name in names if name in adapted)
+        + element_bytes * _by_adapters(anatomy, selection, [name for name in names if name in adapted], kept_inputs)
     )
     forward = 4 * element_bytes * _mlp_width(anatomy, block)
     return BlockActivations(
         kept_bytes=kept,
-        by_document_bytes=_by_document(anatomy, element_bytes, kept_inputs),
+        by_document_bytes=_by_document(anatomy, element_bytes, kept_inputs) if attends else 0,
         kept_pair_bytes=_pairs(anatomy, element_bytes),
         working_bytes=working,
         at_weight_bytes=at_weight,
@@ -99,12 +101,19 @@ def _block(
     )
 
 
-def _by_adapter(anatomy: ModelAnatomy, selection: LayerSelection, name: str) -> int:
-    """Return the numbers that an adapter keeps per token. With dropout it has its own copy of the input, and a mask, which
-    torch's CPU kernel makes in the compute dtype (the CUDA kernel's takes a byte)."""
-    shape = anatomy.tensors[name].shape
-    dropped = 2 * shape[1] if selection.adapter.dropout else 0
-    return selection.adapter_kind.kept_elements(shape, selection.lora_rank or 0) + dropped
+def _by_adapters(anatomy: ModelAnatomy, selection: LayerSelection, names: list[str], kept_inputs: _KeptInputs) -> int:
+    """Return the numbers that the adapters of a block keep per token.
+
+    With dropout each keeps a copy of its input and a mask, which torch's CPU kernel makes in the compute dtype (the CUDA
+    kernel's takes a byte), in place of the inputs that several would share.
+    """
+    kind, rank = selection.adapter_kind, selection.lora_rank or 0
+    shapes = [anatomy.tensors[name].shape for name in names]
+    kept = sum(kind.kept_elements(shape, rank) for shape in shapes)
+    if not selection.adapter.dropout:
+        return kept
+    shared = anatomy.hidden_size * (kept_inputs.attention + kept_inputs.mlp) + anatomy.intermediate_size * kept_inputs.mlp_output
+    return kept + 2 * sum(shape[1] for shape in shapes) - shared
 
 
 def _kept_inputs(anatomy: ModelAnatomy, block: int, keeping: frozenset[str]) -> _KeptInputs:
