@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from orchestrator.errors import UsageError
 from orchestrator.spec import JobSpec, LoadedSpec, load_spec
 from orchestrator.spec.loader import load_values
+from orchestrator.spec.tasks import TASKS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -237,13 +238,13 @@ class Bundle:
         Raises:
             UsageError: it is no bundle.
         """
-        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+        import transformers
 
         from orchestrator.serve.predict import read_spec
 
-        kind = AutoModelForSequenceClassification if read_spec(self.folder)["task"] == "classify" else AutoModelForCausalLM
+        kind = getattr(transformers, TASKS[read_spec(self.folder)["task"]].head.auto_model)
         model = kind.from_pretrained(self.folder, **{"local_files_only": True, "dtype": "auto", **options})
-        return model, AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        return model, transformers.AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
 
     def predict(self, questions: list[Any], *, max_new_tokens: int = 256) -> list[Answer]:
         """Greedy answers to prompts (or to lists of messages), or the classes of texts, in their order.
@@ -254,7 +255,7 @@ class Bundle:
         from orchestrator.serve.predict import Question, answer_all, first_turn, open_predictor
 
         predictor = open_predictor(self.folder)
-        chat = predictor.task == "chat"
+        chat = predictor.chats
         contents = [
             (first_turn(content) if chat else content) if isinstance(content, str) else tuple(content) for content in questions
         ]

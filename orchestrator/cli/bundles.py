@@ -78,7 +78,7 @@ def _reply(predictor: Predictor, line: str, turns: Messages, max_tokens: int) ->
     """Print the answer and return the conversation extended by question and answer; unchanged if it cannot be answered."""
     from orchestrator.serve.predict import Question, with_turn
 
-    asked = with_turn(turns, "user", line) if predictor.task == "chat" else ()
+    asked = with_turn(turns, "user", line) if predictor.chats else ()
     try:
         answer = predictor.stream(Question(asked or line), _write, max_tokens)
     except DataError as error:

@@ -16,7 +16,7 @@ from orchestrator.data.encoding.control_tokens import ControlTokens
 from orchestrator.data.encoding.encoder import Document, Encoder, load_tokenizer, mark_supervised
 from orchestrator.data.encoding.ends import declared_ends, end_tokens, tell_ends
 from orchestrator.data.encoding.noticed import Noticed
-from orchestrator.data.reading.examples import RETENTION_TASKS, Example
+from orchestrator.data.reading.examples import Example
 from orchestrator.data.reading.files import shown
 from orchestrator.data.reading.gather import PLACES, Sources, bad_rows_error, find_sources, read_examples
 from orchestrator.data.reading.row import BadRow
@@ -32,13 +32,12 @@ from orchestrator.plan.remedies import most_replayed_tokens, needs_replayed_text
 from orchestrator.plan.schedule import StepSize
 from orchestrator.plan.values import DataSize
 from orchestrator.spec import LoadedSpec
-from orchestrator.spec.models import JobSpec, Task
+from orchestrator.spec.models import JobSpec
+from orchestrator.spec.tasks import RETENTION_TASKS
 from orchestrator.store import read_json, sha256_file, write_json
 from orchestrator.units import printable
 from orchestrator.values import content_hash
 
-ANSWERING: tuple[Task, ...] = ("completion", "chat")
-"""Tasks whose models write answers."""
 SETS = ("train", "eval", "test", "retain", "replay")
 FORMAT = 6
 CLASSIFY_FORMAT = 5
@@ -82,18 +81,18 @@ def prepare_data(
     if known is not None:
         return known
     found = read_examples(spec, sources, left_out)
-    if spec.task == "classify":
+    if spec.traits.has_labels:
         check_labels(loaded, found, left_out)
     parts = make_splits(loaded, found, left_out)
     tokenizer = load_tokenizer(tokenizer_folder)
     ends = declared_ends(tokenizer_folder, tokenizer)
     documents = _encode_all(loaded, tokenizer, ends, parts | {"retain": found.get("retain", [])}, left_out)
-    classes = _classes(documents, spec, left_out) if spec.task == "classify" else ()
+    classes = _classes(documents, spec, left_out) if spec.traits.has_labels else ()
     left_out.warn_of_losses({name: _num_rows(kept) for name, kept in documents.items()})
     sets = {name: _to_set(docs, classes) for name, docs in documents.items()}
     one_example = _show(documents["train"][0], tokenizer)
     del found, parts, documents  # by far the most memory, and the sets are to be written yet
-    if spec.task in ANSWERING:
+    if spec.traits.has_answers:
         stops = end_tokens(sets["train"], ControlTokens(tokenizer), ends)
         sets = {name: replace(part, stop_ids=stops) for name, part in sets.items()}
         tell_ends(sets["train"], tokenizer, spec.task, left_out)
@@ -217,7 +216,7 @@ def _inputs_sha256(spec: JobSpec, sources: Sources, tokenizer_folder: Path) -> s
     found = sorted({path for pattern in TOKENIZER_FILES for path in tokenizer_folder.glob(pattern) if path.is_file()})
     tokenizer = {path.name: sha256_file(path) for path in found}
     section = spec.data.model_dump(mode="json")
-    number = RETENTION_FORMAT if "retain" in sources else CLASSIFY_FORMAT if spec.task == "classify" else FORMAT
+    number = RETENTION_FORMAT if "retain" in sources else CLASSIFY_FORMAT if spec.traits.has_labels else FORMAT
     inputs = {"format": number, "files": files, "tokenizer": tokenizer, "data": section, "task": spec.task}
     return content_hash(inputs | {"seed": spec.train.seed} | _replay_inputs(spec))
 
@@ -312,15 +311,17 @@ def _fitting(
 def _nothing_to_learn(document: Document, spec: JobSpec) -> BadRow | None:
     """Why a document teaches nothing, if so."""
     example = document.example
-    if spec.task == "classify":
+    if spec.traits.has_labels:
         return None if len(document.ids) else BadRow(example.file, example.line, "the text has no token")
-    if document.num_supervised and (spec.task != "completion" or str(example.completion).strip()):
+    if document.num_supervised and (example.completion is None or str(example.completion).strip()):
         return None
-    what = {
-        "chat": "no turn of the assistant is trained on (empty, of weight 0, or not in the chat template's rendering)",
-        "completion": f"column {spec.data.columns.completion!r} is empty",
-    }
-    return BadRow(example.file, example.line, what.get(spec.task, "the text is too short") + ": nothing to train on")
+    if spec.traits.uses_chat_template:
+        what = "no turn of the assistant is trained on (empty, of weight 0, or not in the chat template's rendering)"
+    elif spec.traits.has_answers:
+        what = f"column {spec.data.columns.completion!r} is empty"
+    else:
+        what = "the text is too short"
+    return BadRow(example.file, example.line, f"{what}: nothing to train on")
 
 
 def _capped(name: str, examples: list[Example], cap: int | None, seed: int, left_out: LeftOut) -> list[Example]:

@@ -152,7 +152,7 @@ def _warnings(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDes
         )
     if isinstance(plan, SweepPlan) and spec.search is not None and spec.search.learning_curve and not plan.search.curve_shares:
         yield too_few_documents(plan.data.train_documents)
-    if spec.task == "classify" and spec.data.retain is not None:
+    if not spec.traits.head.scores_retention and spec.data.retain is not None:
         yield ("data.retain is not used: a classifier has no output projection to measure forgetting with; remove it")
     if sum(node.count for node in found.nodes) > 1:
         yield (

@@ -74,7 +74,7 @@ def why_never(execution: ExecutionPlan, spec: JobSpec, anatomy: ModelAnatomy) ->
         return "if one of several ranks cannot compile, the others would wait for it"
     if spec.base.quantize != "none":
         return f"{spec.base.quantize} is multiplied by library kernels, which cannot be compiled"
-    if spec.task == "classify" or not execution.pack:
+    if spec.traits.head.one_document_per_row or not execution.pack:
         return "rows that are not packed have many widths, and each width needs its own compilation"
     if anatomy.experts is not None:
         return "routed experts receive a different number of tokens each time"
@@ -348,7 +348,7 @@ NO_RETENTION_SET = "there is no retention set to compare with"
 def with_shift(plan: RunPlan, anatomy: ModelAnatomy) -> RunPlan:
     """The plan with what is measured of the domain shift, where there is a retention set: at the cuts that are stored of the
     trunk, which costs no forward pass, or at a few others. A classifier uses no retention set, given or not."""
-    if not isinstance(plan, SweepPlan) or not plan.data.retain_tokens or plan.base.task == "classify":
+    if not isinstance(plan, SweepPlan) or not plan.data.retain_tokens or not plan.base.traits.head.scores_retention:
         return plan
     count = anatomy.num_blocks
     few = tuple(dict.fromkeys(max(1, round(count * part / MOST_CUTS)) for part in range(1, MOST_CUTS + 1)))

@@ -13,6 +13,7 @@ from orchestrator.plan.remedies import effective, remedies_of_point, searched_re
 from orchestrator.plan.values import PlannedPoint, SearchPlan
 from orchestrator.spec import LoadedSpec, learning_rate_range
 from orchestrator.spec.models import JobSpec, SearchSpec, Task, TrainSpec, Tune
+from orchestrator.spec.tasks import TASKS
 from orchestrator.work.remedies import NOTHING, Remedies
 
 FRESH_HEAD_FACTOR = 10.0
@@ -46,7 +47,7 @@ class _Asked(NamedTuple):
 
 def head_rates(search: SearchSpec, task: Task) -> tuple[float, float]:
     """Return the range for a head that is trained alone: that of `full`, times ten if the head is a new classifier."""
-    factor = FRESH_HEAD_FACTOR if task == "classify" else 1.0
+    factor = FRESH_HEAD_FACTOR if TASKS[task].head.is_new else 1.0
     low, high = learning_rate_range(search, "full")
     return low * factor, high * factor
 

@@ -11,6 +11,7 @@ from orchestrator.report import figures, html
 from orchestrator.report.figures import BLUE, GREY, PAPER, RED
 from orchestrator.report.html import Html
 from orchestrator.report.wording import number
+from orchestrator.spec.tasks import loss_unit
 from orchestrator.transfer.learning_curve import LearningCurve
 from orchestrator.transfer.records import SweepResult
 
@@ -39,7 +40,7 @@ def more_data(sweep: SweepResult) -> Html:
         rows.append([found.ahead_count, "extrapolated to", "", number(found.ahead_loss), interval])
     table = html.table(["documents", "", "eval loss", "law", "95% interval"], rows, numeric=(0, 2, 3, 4))
     sentence = found.sentence
-    unit = "nats per document" if sweep.task == "classify" else "nats per token"
+    unit = loss_unit(sweep.task)
     picture = html.picture(_drawn(found, unit), caption, table)
     return html.join([html.paragraph(f"{sentence[:1].upper()}{sentence[1:]}."), picture])
 

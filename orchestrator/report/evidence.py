@@ -22,6 +22,7 @@ from orchestrator.report.wording import (
     ratio,
 )
 from orchestrator.run.reader import RunRecords
+from orchestrator.spec.tasks import loss_unit
 from orchestrator.transfer.records import SweepResult, TransferReport
 from orchestrator.units import GIB, MIB, format_bytes, format_count, format_seconds
 
@@ -37,10 +38,11 @@ def bundle(run: RunRecords, transfer: TransferReport) -> Html:
     check = transfer.verification
     if check is not None:
         outcome = "passed" if check.passed else "FAILED"
+        unit = loss_unit(run.sweep.task if run.sweep is not None else "")
         rows += [
             ("verification", f"{outcome} on {check.num_prompts} held-out prompts in {format_seconds(check.seconds)}"),
-            ("KL(trained || bundle)", f"{number(check.kl_bundle)} nats per token, at most {number(check.limit)} allowed"),
-            ("KL(trained || base)", f"{number(check.kl_base)} nats per token"),
+            ("KL(trained || bundle)", f"{number(check.kl_bundle)} {unit}, at most {number(check.limit)} allowed"),
+            ("KL(trained || base)", f"{number(check.kl_base)} {unit}"),
             ("merged into", f"the {check.merged_into} base" if check.merged_into else MISSING),
         ]
     if transfer.refit is not None:

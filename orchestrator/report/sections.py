@@ -28,6 +28,7 @@ from orchestrator.report.wording import (
     verdict_sentence,
 )
 from orchestrator.run.reader import RunRecords
+from orchestrator.spec.tasks import loss_unit
 from orchestrator.transfer import pareto_front
 from orchestrator.transfer.after_verdict import advice_after
 from orchestrator.transfer.headline import gain_is_loss_only
@@ -166,7 +167,7 @@ def loss_curves(run: RunRecords, sweep: SweepResult) -> Html:
     training = [curve for trial in sweep.searched if (curve := _training_curve(run, trial, trial is best)) is not None]
     panels = [
         (f"{sweep.metric} on the eval set", sweep.metric, at_rungs),
-        ("training loss, smoothed", "nats per supervised token", training),
+        ("training loss, smoothed", loss_unit(sweep.task), training),
     ]
     drawn = [panel for panel in panels if any(curve.emphasis not in ("base", "head") for curve in panel[2])]
     if not drawn:

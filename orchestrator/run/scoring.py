@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from orchestrator.plan.values import RunPlan, SweepPlan
 from orchestrator.spec.models import SearchSpec
+from orchestrator.spec.tasks import higher_is_better
 from orchestrator.transfer import WORST_SCORE, forgetting, score
 from orchestrator.values import Value
 from orchestrator.work.results import RungResult
@@ -22,7 +23,7 @@ class Scoring(Value):
 
     @property
     def higher_is_better(self) -> bool:
-        return self.metric != "loss"
+        return higher_is_better(self.metric)
 
     def metric_of(self, result: RungResult) -> float | None:
         """Return the metric's value, or None where it was not measured."""

@@ -31,6 +31,7 @@ from orchestrator.serve.merging import MergeRecord, merge
 from orchestrator.serve.shards import link_or_copy
 from orchestrator.serve.verifying import TrainedModel, require_passed
 from orchestrator.spec.models import Task
+from orchestrator.spec.tasks import TASKS
 from orchestrator.store import commit_folder, read_json, sha256_file, versions, write_json
 from orchestrator.transfer.records import TransferReport, VerificationFigures
 from orchestrator.values import Value, content_hash
@@ -129,8 +130,9 @@ def stage_bundle(inputs: BundleInputs, final: Path) -> StagedBundle:
     merged = merge(plan, folder)
     base = Path(inputs.base.folder)
     write_json(folder / "config.json", bundle_config(json.loads((base / "config.json").read_bytes()), plan))
-    _copy_side_files(base, folder, classify=inputs.base.task == "classify")
-    if inputs.base.task != "classify":
+    traits = inputs.base.traits
+    _copy_side_files(base, folder, generates=traits.head.supervises == "tokens")
+    if traits.head.supervises == "tokens":
         _write_ends(base, folder, TokenizedSet.load(inputs.eval_set).stop_ids)
     _put_artifact(Path(inputs.artifact), folder, base)
     return StagedBundle(folder, final, plan, merged)
@@ -141,7 +143,7 @@ def bundle_config(config: dict[str, Any], plan: MergePlan) -> dict[str, Any]:
     config = dict(config)
     if plan.unties_head:
         config["tie_word_embeddings"] = False
-    if plan.task == "classify":
+    if TASKS[plan.task].head.is_new:
         config["architectures"] = [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[config["model_type"]]]
         config["id2label"] = {str(number): name for number, name in enumerate(plan.class_names)}
         config["label2id"] = {name: number for number, name in enumerate(plan.class_names)}
@@ -189,8 +191,9 @@ def commit_bundle(staged: StagedBundle, inputs: BundleInputs, transfer: Transfer
 
 def serve_commands(bundle: Path | str, task: Task) -> tuple[str, ...]:
     """How the bundle is served; `transformers serve` generates text only."""
-    if task == "classify":
-        return (f"vllm serve {bundle} --runner pooling",)
+    runner = TASKS[task].head.runner
+    if runner:
+        return (f"vllm serve {bundle} --runner {runner}",)
     return f"transformers serve {bundle}    {NEEDS_SERVING}", f"vllm serve {bundle}"
 
 
@@ -239,10 +242,10 @@ def _without_folders(value: Any) -> Any:
     return value
 
 
-def _copy_side_files(base: Path, folder: Path, *, classify: bool) -> None:
+def _copy_side_files(base: Path, folder: Path, *, generates: bool) -> None:
     for pattern in SIDE_FILES:
         for source in sorted(base.glob(pattern)):
-            if classify and source.name == GENERATION:
+            if not generates and source.name == GENERATION:
                 continue
             target = folder / source.relative_to(base)
             target.parent.mkdir(exist_ok=True)

@@ -9,7 +9,8 @@ from pathlib import Path
 from orchestrator.plan import REPEAT
 from orchestrator.serve.inputs import BundleInputs, shown_base
 from orchestrator.serve.metadata import front_matter, licence_sentence
-from orchestrator.serve.usage import snippet
+from orchestrator.serve.usage import prompt_rule, snippet
+from orchestrator.spec.tasks import HeadTraits
 from orchestrator.transfer.after_verdict import advice_after, decided_by
 from orchestrator.transfer.headline import advice_on_answers, gain_is_loss_only, headline
 from orchestrator.transfer.records import CONTROL_NAMES, ModelScores, PromptComparison, TransferReport, VerificationFigures
@@ -26,11 +27,6 @@ MERGED_INTO = {
     "dequantized": "the base's 4-bit weights as used in training, dequantized to 16 bits",
     "original": "the base's stored weights",
 }
-PROMPTS = {
-    "completion": "A prompt is followed by the separator {separator}; the answer ends with the tokenizer's end token.",
-    "chat": "Prompts go through the tokenizer's chat template.",
-}
-"""How a prompt must be put, by task."""
 NEEDS_SERVING = "# pip install 'transformers[serving]'"
 """Behind `transformers serve`, which the plain package refuses to do."""
 CELL = 240
@@ -46,7 +42,7 @@ def model_card(inputs: BundleInputs, transfer: TransferReport, versions: Mapping
         _how_it_was_made(inputs, versions),
         _results(transfer),
         _prompts(transfer.prompts),
-        _verification(transfer.verification),
+        _verification(transfer.verification, inputs.base.traits.head),
         _serving(inputs, transfer),
         _limitations(inputs, transfer),
     ]
@@ -150,24 +146,24 @@ def _prompts(prompts: tuple[PromptComparison, ...]) -> str:
     return "## Answers\n\nThe first documents of the test set.\n\n" + _table(("prompt", "expected", "base", "this model"), rows)
 
 
-def _verification(figures: VerificationFigures) -> str:
+def _verification(figures: VerificationFigures, head: HeadTraits) -> str:
     merged_into = MERGED_INTO.get(figures.merged_into, figures.merged_into)
     return (
         f"## Verification\n\nMerged into {merged_into}. Loaded by plain transformers in a fresh process, the merged model "
-        f"differs from the trained one by KL {figures.kl_bundle:.2g} nats a token (the base model: {figures.kl_base:.2g}; "
+        f"differs from the trained one by KL {figures.kl_bundle:.2g} {head.unit} (the base model: {figures.kl_base:.2g}; "
         f"limit {figures.limit:.2g}), on {figures.num_prompts} held-out documents. `manifest.json` has the SHA-256 of every "
         "file; `orchestrator verify .` repeats the check."
     )
 
 
 def _serving(inputs: BundleInputs, transfer: TransferReport) -> str:
-    task = inputs.base.task
-    if task == "classify":
-        commands = ["vllm serve . --runner pooling"]
+    head = inputs.base.traits.head
+    if head.runner:
+        commands = [f"vllm serve . --runner {head.runner}"]
         said = ["The class names are in config.json."]
     else:
         commands = [f"transformers serve .    {NEEDS_SERVING}", "vllm serve ."]
-        said = [PROMPTS[task].format(separator=repr(inputs.separator))] if task in PROMPTS else []
+        said = [line for line in (prompt_rule(inputs),) if line]
     if inputs.trial.tune == "lora":
         said.append("The LoRA adapter alone is in `adapter/`; `peft.PeftModel.from_pretrained` loads it on the base.")
     else:

@@ -5,7 +5,7 @@ Run as a script by a fresh interpreter that does not know this package (law 5):
     python -I check_process.py PROBE.safetensors BUNDLE ANSWER.json --device cpu --dtype float32
 
 Nothing of this package may be imported here. The probe holds `ids` int64[N], `offsets` int64[D + 1] of D documents, and
-`log_probs` float32[P, V] of the trained model: P positions (to classify: documents), V tokens (classes).
+`log_probs` float32[P, V] of the trained model: P positions (or documents, where those are supervised), V tokens (classes).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 LOGIT_BYTES = 256 * 1024**2
 """Logits (float32) of one forward pass."""
@@ -30,14 +30,15 @@ RESIDENT_SHARE = 0.7
 
 
 @torch.no_grad()
-def distributions(model: Any, documents: Sequence[torch.Tensor], *, classify: bool) -> Iterator[torch.Tensor]:
+def distributions(model: Any, documents: Sequence[torch.Tensor], *, by_document: bool) -> Iterator[torch.Tensor]:
     """Log-probabilities of each document, in order: float32[L, V] at its L positions, or [1, classes].
 
     Args:
         model: A whole transformers model, in eval mode.
-        documents: int64[L] each. Several share a forward pass, padded on the right; to classify, each is alone.
+        documents: int64[L] each. Several share a forward pass, padded on the right.
+        by_document: One prediction for a document, at its end; each document is then alone in its forward pass.
     """
-    if classify:
+    if by_document:
         for ids in documents:
             logits = model(
                 input_ids=ids[None].to(model.device), attention_mask=torch.ones_like(ids)[None].to(model.device)
@@ -80,9 +81,9 @@ def _batches(documents: Sequence[torch.Tensor], tokens: int) -> Iterator[list[to
         yield batch
 
 
-def _load(bundle: Path, *, classify: bool, device: str, dtype: str, free_bytes: int, offload: str) -> tuple[Any, dict[str, Any]]:
+def _load(bundle: Path, *, auto_model: str, device: str, dtype: str, free_bytes: int, offload: str) -> tuple[Any, dict[str, Any]]:
     """The bundle as anybody would load it; with what does not fit left on the disk."""
-    kind = AutoModelForSequenceClassification if classify else AutoModelForCausalLM
+    kind = getattr(transformers, auto_model)
     stored = sum(file.stat().st_size for file in bundle.glob("*.safetensors"))
     needed = stored * 2 if dtype == "float32" else stored
     if needed <= RESIDENT_SHARE * free_bytes:
@@ -106,10 +107,10 @@ def main() -> None:
     parser.add_argument("--free-bytes", type=int, required=True, help="memory that the model may take")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as offload, safe_open(options.probe, framework="pt", device="cpu") as probe:
-        classify = probe.metadata()["task"] == "classify"
+        head = probe.metadata()
         model, loading = _load(
             options.bundle,
-            classify=classify,
+            auto_model=head["auto_model"],
             device=options.device,
             dtype=options.dtype,
             free_bytes=options.free_bytes,
@@ -118,7 +119,7 @@ def main() -> None:
         model.eval()
         documents = documents_of(probe.get_tensor("ids"), probe.get_tensor("offsets"))
         trained, total, start = probe.get_slice("log_probs"), 0.0, 0
-        for found in distributions(model, documents, classify=classify):
+        for found in distributions(model, documents, by_document=head["supervises"] == "documents"):
             total += divergence(trained[start : start + len(found)], found)
             start += len(found)
     answer = {

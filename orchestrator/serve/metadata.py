@@ -56,10 +56,9 @@ class Licence(NamedTuple):
 
 def front_matter(inputs: BundleInputs, transfer: TransferReport) -> str:
     """The card's metadata between its `---` lines."""
-    classify = inputs.base.task == "classify"
     values: dict[str, Any] = {
         "library_name": "transformers",
-        "pipeline_tag": "text-classification" if classify else "text-generation",
+        "pipeline_tag": inputs.base.traits.head.pipeline_tag,
         "base_model": base_id(inputs),
         "base_model_relation": "finetune",
         **licence_of(Path(inputs.base.folder)).values,
@@ -126,7 +125,7 @@ def _metrics(transfer: TransferReport) -> Iterator[dict[str, Any]]:
 
 
 def _result(inputs: BundleInputs, metrics: list[dict[str, Any]], sources: list[str]) -> dict[str, Any]:
-    task = "text-classification" if inputs.base.task == "classify" else "text-generation"
+    task = inputs.base.traits.head.pipeline_tag
     data = {"type": sources[0] if sources else "private", "name": f"test set of {inputs.name}", "split": "test"}
     return {"task": {"type": task}, "dataset": data, "metrics": metrics}
 

@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TextStreamer
+import transformers
+from transformers import TextStreamer
 
 from orchestrator.data import load_tokenizer
 from orchestrator.errors import BaseError, DataError, IntegrityError, UsageError
 from orchestrator.serve.bundle import SPEC, BundleRecord
 from orchestrator.serve.recheck import read_record
 from orchestrator.spec.models import Task
+from orchestrator.spec.tasks import TASKS
 from orchestrator.store import read_json
 
 BATCH_ROWS = 16
@@ -69,13 +71,23 @@ class Predictor:
     longest: int
     """Positions that the model has, for question and answer together."""
 
+    @property
+    def classifies(self) -> bool:
+        """Whether an answer is a class instead of generated text."""
+        return TASKS[self.task].head.supervises == "documents"
+
+    @property
+    def chats(self) -> bool:
+        """Whether a question is a conversation."""
+        return TASKS[self.task].uses_chat_template
+
     def answer(self, questions: Sequence[Question], max_new_tokens: int) -> list[Answer]:
         """Answers in the order of the questions, from one batch.
 
         Raises:
             DataError: a question that the chat template refuses, or that leaves no room for an answer; names its place.
         """
-        if self.task == "classify":
+        if self.classifies:
             return self._classified(questions)
         rows = [self.question_ids(question) for question in questions]
         room = max(0, self.longest - max(map(len, rows)))
@@ -92,7 +104,7 @@ class Predictor:
         Raises:
             DataError: as `answer` says.
         """
-        if self.task == "classify":
+        if self.classifies:
             return self._classified([question])[0]
         row = self.question_ids(question)
         ids = torch.tensor([row])
@@ -212,16 +224,16 @@ def open_predictor(bundle: Path, *, untouched: bool = False, base: Path | None =
     task = record.base.load.task
     folder = bundle
     if untouched:
-        if task == "classify":
+        if record.base.load.traits.head.is_new:
             raise UsageError("the base of a classifier has no classes", where=str(bundle), remedy="remove --base")
         folder = base if base is not None else Path(os.path.normpath(bundle.resolve() / record.base.path))
         if not (folder / "config.json").exists():
             raise UsageError("the base cannot be found", where=str(folder), remedy="give its folder with --base-folder")
     model = _load(folder, record)
     spec = read_spec(bundle)
-    separator = str(spec.get("data", {}).get("separator", "\\n")) if task == "completion" else ""
+    separator = str(spec.get("data", {}).get("separator", "\\n")) if TASKS[task].uses_separator else ""
     tokenizer = load_tokenizer(folder)
-    if tokenizer.pad_token_id is None and task == "classify":
+    if tokenizer.pad_token_id is None and TASKS[task].head.supervises == "documents":
         tokenizer.pad_token_id = model.config.pad_token_id
     tokenizer.padding_side = "right"
     positions = getattr(model.config, "max_position_embeddings", None) or 1 << 20
@@ -246,7 +258,7 @@ def read_spec(bundle: Path) -> dict[str, Any]:
 
 
 def _load(folder: Path, record: BundleRecord) -> Any:
-    kind = AutoModelForSequenceClassification if record.base.load.task == "classify" else AutoModelForCausalLM
+    kind = getattr(transformers, record.base.load.traits.head.auto_model)
     where: Any = "auto" if torch.cuda.is_available() else {"": "cpu"}
     dtype = getattr(torch, record.held_dtype)
     try:
@@ -274,7 +286,7 @@ def answer_all(
     Raises:
         DataError: a question cannot be put; raised before the first answer, and names the first of them.
     """
-    if predictor.task == "classify":
+    if predictor.classifies:
         lengths = [len(str(question.content)) for question in questions]
     else:
         lengths = [len(predictor.question_ids(question)) for question in questions]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,9 +13,8 @@ from orchestrator.data.reading.row import BadRow, Row, RowError
 from orchestrator.errors import DataError
 from orchestrator.serve.predict import Answer, Messages, Question, first_turn
 from orchestrator.spec.models import DataSpec, Task
+from orchestrator.spec.tasks import TASKS
 
-QUESTION_PART: Mapping[Task, str] = {"completion": "prompt", "chat": "prompt", "text": "text", "classify": "text"}
-"""What a question is called in the answers' file, where it is not a chat's messages."""
 NO_ANSWER = "-"
 """Stands for the answer that rows to be answered need not have; it is never read."""
 
@@ -65,7 +63,7 @@ class _QuestionReader:
         specs = [data, usual] if data.format == "auto" else [data]
         self._layouts = [Layouts(task, spec, TurnNotes()) for spec in specs]
         self._answers = {spec.columns.completion: NO_ANSWER for spec in specs} | {"output": NO_ANSWER}
-        self._answers |= {spec.columns.label: NO_ANSWER for spec in specs} if task == "classify" else {}
+        self._answers |= {spec.columns.label: NO_ANSWER for spec in specs} if TASKS[task].has_labels else {}
 
     def read(self, row: Row) -> Asked | BadRow:
         try:
@@ -77,7 +75,7 @@ class _QuestionReader:
         place = f"{row.file}:{row.line}"
         if row.is_document:
             text = str(row.values["text"])
-            return Question(first_turn(text) if self._task == "chat" else text, place)
+            return Question(first_turn(text) if TASKS[self._task].uses_chat_template else text, place)
         whole = replace(row, values={**self._answers, **row.values})
         payload = self._layout(tuple(whole.values)).read(whole)
         if "messages" in payload:
@@ -110,7 +108,7 @@ def _before_answer(turns: Messages) -> Messages:
 def answer_row(asked: Asked, answer: Answer, task: Task, *, several_files: bool) -> dict[str, Any]:
     """One line of the answers' file: the place, the question, and the answer or the class with the probabilities."""
     content = asked.question.content
-    part = "messages" if not isinstance(content, str) else QUESTION_PART[task]
+    part = "messages" if not isinstance(content, str) else TASKS[task].question
     place = {"file": asked.file, "line": asked.line} if several_files else {"line": asked.line}
     row = {**place, part: content if isinstance(content, str) else list(content)}
     if answer.probabilities is not None:

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from orchestrator.data import TokenizedSet, load_tokenizer, with_shots
 from orchestrator.data.sets import load_known
@@ -23,6 +23,7 @@ from orchestrator.train.batches import RowPlan
 from orchestrator.train.evaluation import Evaluation, answer_accuracy, class_prior, evaluate, exact_match
 from orchestrator.train.generate import generate_answers, wanted_answers
 from orchestrator.train.model.base import LoadedBase, load_base
+from orchestrator.train.model.heads import head_of
 from orchestrator.train.model.objective import Objective, final_norm_of
 from orchestrator.train.ranks import Ranks
 from orchestrator.transfer import forgetting
@@ -100,10 +101,10 @@ class _Scorer:
         self._ranks = Ranks(device=device)
         self._tokenizer = load_tokenizer(Path(inputs.base.folder))
         self._data = load_known(inputs.test_set)
-        self._classify = inputs.base.task == "classify"
-        retained = inputs.retain_set if not self._classify else None
+        self._head = inputs.base.traits.head
+        retained = inputs.retain_set if self._head.scores_retention else None
         self._retained = load_known(retained) if retained else None
-        answered = _affordable(self._data, num_prompts, generated_tokens) if inputs.base.task in ("completion", "chat") else 0
+        answered = _affordable(self._data, num_prompts, generated_tokens) if inputs.base.traits.has_answers else 0
         self._generated = self._data.select(np.arange(answered))
         self.device, self.dtype = device, getattr(torch, inputs.held_dtype)
         self.test: dict[str, Evaluation] = {}
@@ -114,14 +115,14 @@ class _Scorer:
         """Examples in a prompt of `k_shot`, on average."""
 
     def score_bundle(self, bundle: Path) -> None:
-        kind = AutoModelForSequenceClassification if self._classify else AutoModelForCausalLM
+        kind = getattr(transformers, self._head.auto_model)
         model = kind.from_pretrained(bundle, dtype=self.dtype, local_files_only=True, device_map={"": str(self.device)})
         self.score(PROMOTED, model, generate=True)
         del model
         gc.collect()
 
     def score_untouched(self, base: LoadedBase) -> None:
-        if self._classify:
+        if self._head.untouched == "class prior":
             train = load_known(self._inputs.train_set)
             self.test[UNTOUCHED] = class_prior(self._data, train, self._inputs.base.num_classes)
         else:
@@ -138,7 +139,7 @@ class _Scorer:
 
     def _objective(self, model: nn.Module) -> Objective:
         anatomy = self._inputs.anatomy
-        head = anatomy.classifier_weight if self._classify else anatomy.head_weight
+        head = head_of(self._inputs.base.task).weight_name(anatomy)
         return Objective(
             model,
             model.get_submodule(anatomy.backbone),
@@ -162,7 +163,7 @@ class _Scorer:
 
     def _evaluate(self, objective: Objective, data: TokenizedSet) -> Evaluation:
         longest = int(data.lengths.max())
-        if self._classify:
+        if self._head.one_document_per_row:
             return evaluate(objective, data, RowPlan(longest, 16, pack=False), self._ranks)
         return evaluate(objective, data, RowPlan(max(longest, ROW_TOKENS), 2, pack=True), self._ranks)
 
@@ -185,7 +186,7 @@ class _Scorer:
 
     def prompts(self, count: int) -> tuple[PromptComparison, ...]:
         """The first `count` test documents, as base and bundle answer them."""
-        if self._classify:
+        if self._head.supervises == "documents":
             return tuple(self._classified(index) for index in range(min(count, len(self._data))))
         wanted = wanted_answers(self._generated, self._tokenizer) if self._answers else []
         return tuple(

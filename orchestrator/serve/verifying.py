@@ -76,7 +76,7 @@ def verify(
         max_tokens: Of held-out documents, taken from the set's beginning.
 
     Returns:
-        KL(trained || bundle) and KL(trained || untouched base), means in nats per token (to classify: per document),
+        KL(trained || bundle) and KL(trained || untouched base), means in nats per token (of a classifier: per document),
         and whether the first is within its limit: 2% of the second, or 1e-4 where that is larger. See `require_passed`.
 
     Raises:
@@ -124,30 +124,35 @@ def require_passed(figures: VerificationFigures, folder: Path) -> None:
 def _write_probe(probe: Path, trained: TrainedModel, device: torch.device, dtype: str, max_tokens: int) -> tuple[float, int, int]:
     """Write the trained model's distributions; returns (mean KL to the base, positions, documents)."""
     base = load_base(trained.base, trained.anatomy, dtype=getattr(torch, trained.held_dtype), device=device)
-    classify = trained.base.task == "classify"
-    width = trained.base.num_classes if classify else trained.anatomy.vocab_size
-    ids, offsets = _held_out(trained, max_tokens if classify else min(max_tokens, PROBE_BYTES // (4 * width)))
+    head = trained.base.traits.head
+    by_document = head.supervises == "documents"
+    width = trained.base.num_classes if by_document else trained.anatomy.vocab_size
+    ids, offsets = _held_out(trained, max_tokens if by_document else min(max_tokens, PROBE_BYTES // (4 * width)))
     documents = check_process.documents_of(ids, offsets)
     with torch.no_grad():
-        untouched = _distributions(base, documents, classify, dtype)
+        untouched = _distributions(base, documents, by_document, dtype)
         with attach_artifact(base, Path(trained.artifact)):
-            found = _distributions(base, documents, classify, dtype)
+            found = _distributions(base, documents, by_document, dtype)
     kl_base = sum(check_process.divergence(new, old) for new, old in zip(found, untouched, strict=True))
     log_probs = torch.cat(found)
-    save_file({"ids": ids, "offsets": offsets, "log_probs": log_probs}, probe, {"task": trained.base.task})
+    save_file(
+        {"ids": ids, "offsets": offsets, "log_probs": log_probs},
+        probe,
+        {"auto_model": head.auto_model, "supervises": head.supervises},
+    )
     return kl_base / len(log_probs), len(log_probs), len(documents)
 
 
-def _distributions(base: LoadedBase, documents: list[torch.Tensor], classify: bool, dtype: str) -> list[torch.Tensor]:
+def _distributions(base: LoadedBase, documents: list[torch.Tensor], by_document: bool, dtype: str) -> list[torch.Tensor]:
     """Of the live model as training computed it: a class is read off a document's last token, whatever that token is."""
     model: Any = base.model
     if dtype == "float32":
         compute_in_float32(model)
     model.eval()
     pad = model.config.pad_token_id
-    model.config.pad_token_id = None if classify else pad
+    model.config.pad_token_id = None if by_document else pad
     try:
-        return list(check_process.distributions(model, documents, classify=classify))
+        return list(check_process.distributions(model, documents, by_document=by_document))
     finally:
         model.config.pad_token_id = pad
         model.train()

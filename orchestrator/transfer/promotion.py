@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from orchestrator.spec.anchors import ANCHORS
 from orchestrator.transfer.comparison import Comparison
 from orchestrator.transfer.records import TrialRecord
 from orchestrator.values import Value
@@ -162,7 +163,7 @@ def _advice_on_forgetting(better: Sequence[TrialRecord], closest: TrialRecord, m
 
 def _holding_advice(trial: TrialRecord) -> list[str]:
     """What else keeps what the base knew: replay and the anchor that fits, where the trial had none."""
-    kind = "product" if trial.tune == "lora" else "l2sp"
+    kind = next(kind for kind, traits in ANCHORS.items() if traits.tune == trial.tune)
     replay = "mix retention text into training: search.replay: [0.0, 0.1]"
     anchor = f"keep the weights near the base: search.anchor: [none, {{kind: {kind}, strength: 30}}]"
     return [advice for word, advice in (("replay", replay), (kind, anchor)) if word not in trial.remedies]

@@ -18,6 +18,7 @@ from orchestrator.data.reading.examples import Example
 from orchestrator.data.reading.row import BadRow
 from orchestrator.errors import BaseError
 from orchestrator.spec.models import DataSpec, Task
+from orchestrator.spec.tasks import TASKS
 
 BATCH_ROWS = 256
 """So many texts are tokenised at once."""
@@ -79,15 +80,15 @@ class Encoder:
         self._data = data
         self._bos = _bos_ids(tokenizer)
         self._eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-        self._task = task
+        self._traits = TASKS[task]
         self._noticed = noticed if noticed is not None else Noticed()
-        if task == "chat" and not tokenizer.chat_template:
+        if self._traits.uses_chat_template and not tokenizer.chat_template:
             raise BaseError(
                 "the tokenizer has no chat template",
                 expected="chat_template.jinja in the base's folder",
                 remedy="add one, or set task: completion",
             )
-        if task == "chat":
+        if self._traits.uses_chat_template:
             texts = [str(text) for text in tokenizer.convert_ids_to_tokens([*self._eos, *ends]) if text]
             self._chat = ChatEncoder(tokenizer, data, texts, self._noticed)
         else:
@@ -115,7 +116,7 @@ class Encoder:
         excess = len(document.ids) - self._data.max_tokens
         if excess <= 0:
             return document
-        if self._task == "classify":
+        if self._traits.head.supervises == "documents":
             return self._beginning(document)
         kept = len(self._bos) if document.ids[: len(self._bos)].tolist() == self._bos else 0
         prompt_end = int(np.argmax(document.supervised)) if document.supervised.any() else 0
@@ -127,7 +128,7 @@ class Encoder:
     @property
     def cut_part(self) -> str:
         """What `truncate_prompt` takes away."""
-        return "text's end" if self._task == "classify" else "prompt's beginning"
+        return "text's end" if self._traits.head.supervises == "documents" else "prompt's beginning"
 
     def _beginning(self, document: Document) -> Document | None:
         end = _num_end_tokens(self._tokenizer)
@@ -153,7 +154,7 @@ class Encoder:
             return ids
         for index, (text, suffix, example) in enumerate(zip(texts, suffixes, examples, strict=True)):
             if held := self._control.held_by(text):
-                kind = "escaped" if self._task == "classify" else "rendered"
+                kind = "rendered" if self._traits.head.supervises == "tokens" else "escaped"
                 if self._data.special_tokens_in_text == "allow":
                     self._noticed.add("allowed", example.place, *held)
                     continue

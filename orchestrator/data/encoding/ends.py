@@ -13,13 +13,12 @@ from orchestrator.data.sets import TokenizedSet
 from orchestrator.data.summary import LeftOut
 from orchestrator.errors import IntegrityError
 from orchestrator.spec.models import Task
+from orchestrator.spec.tasks import TASKS
 from orchestrator.store import read_json
 from orchestrator.units import printable
 
-NO_END: dict[Task, str] = {
-    "chat": "write the end token after the assistant's content in the base's chat template ({{ eos_token }})",
-    "completion": "set eos_token in the base's tokenizer_config.json",
-}
+NO_END_IN_TEMPLATE = "write the end token after the assistant's content in the base's chat template ({{ eos_token }})"
+NO_END = "set eos_token in the base's tokenizer_config.json"
 
 
 def declared_ends(folder: Path, tokenizer: Any) -> tuple[int, ...]:
@@ -56,6 +55,7 @@ def end_tokens(train: TokenizedSet, control: ControlTokens, declared: Sequence[i
 def tell_ends(train: TokenizedSet, tokenizer: Any, task: Task, left_out: LeftOut) -> None:
     """Say at which tokens answers end, and warn where nothing of the kind is learned."""
     stops = train.stop_ids
+    remedy = NO_END_IN_TEMPLATE if TASKS[task].uses_chat_template else NO_END
     last = train.ids[_last_supervised(train)]
     numbers, counts = np.unique(last[np.isin(last, np.asarray(stops, np.int32))], return_counts=True)
     learned = [int(number) for number in numbers[np.argsort(-counts, kind="stable")]]
@@ -67,12 +67,12 @@ def tell_ends(train: TokenizedSet, tokenizer: Any, task: Task, left_out: LeftOut
             if others
             else "only at its length limit, since no end token is known"
         )
-        left_out.warn(f"no answer ends with an end token: generation stops {known}", NO_END[task])
+        left_out.warn(f"no answer ends with an end token: generation stops {known}", remedy)
     elif unended:
         left_out.warn(
-            f"{unended} of {len(last)} training rows do not end with an end token, so no end is learned from them", NO_END[task]
+            f"{unended} of {len(last)} training rows do not end with an end token, so no end is learned from them", remedy
         )
-    if learned and (task == "chat" or others):
+    if learned and (TASKS[task].uses_chat_template or others):
         also = f" and at {_named(others, tokenizer)}" if others else ""
         left_out.info(f"answers end with {_named(learned, tokenizer)}: generation stops there{also}, in the bundle too")
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:

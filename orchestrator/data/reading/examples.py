@@ -15,10 +15,8 @@ from orchestrator.data.reading.hints import names_found
 from orchestrator.data.reading.layouts import Layout, Layouts
 from orchestrator.data.reading.row import BadRow, Row, RowError
 from orchestrator.spec.models import JobSpec, Task
+from orchestrator.spec.tasks import RETENTION_TASKS
 from orchestrator.units import quoted
-
-RETENTION_TASKS: tuple[Task, ...] = ("text", "completion", "chat")
-"""How a row of the retention set may be read, the first that it has the columns for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -224,7 +224,7 @@ def _check_documents(spec: JobSpec, found: dict[str, list[Example]]) -> None:
     """
     shares = sum(name not in found and isinstance(getattr(spec.data, name), float) for name in ("eval", "test"))
     train = found["train"]
-    if spec.task != "text" or not shares or len(train) > shares or spec.data.text_documents != "file":
+    if not spec.traits.cuts_into_chunks or not shares or len(train) > shares or spec.data.text_documents != "file":
         return
     lines = {example.file: (example.text or "").count("\n") + 1 for example in train if _is_text_file(example)}
     if len(lines) == len(train):

@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Sequence
 
 from orchestrator.spec.models import ColumnsSpec, Task
+from orchestrator.spec.tasks import TASKS
 from orchestrator.units import printable, quoted
 
 SYNONYMS = {
@@ -67,12 +68,12 @@ def _other_task(task: Task, found: Sequence[str]) -> str:
         return "one object with several splits: write each into its own file"
     if set(found) >= {"columns", "data"} or (len(found) > 1 and all(name.isdecimal() for name in found)):
         return "a table as pandas writes it? it writes rows with to_json(path, orient='records', lines=True)"
-    if task != "chat" and ("messages" in found or "conversations" in found):
+    if not TASKS[task].uses_chat_template and ("messages" in found or "conversations" in found):
         return "such rows are chats: set task: chat"
     if "chosen" in found and "rejected" in found:
         return "preference pairs are not supported: choose the column of the answers with data.columns"
-    if task == "completion" and "text" in found and "label" in found:
+    if TASKS[task].uses_separator and "text" in found and "label" in found:
         return "such rows have labels: set task: classify"
-    if task in ("completion", "chat") and found == ["text"]:
+    if TASKS[task].has_answers and found == ["text"]:
         return "such rows are plain text: set task: text"
     return ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from orchestrator.data.reading.hints import missing_hint, names_found
 from orchestrator.data.reading.prompt_templates import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, Template
 from orchestrator.data.reading.row import Row, RowError
 from orchestrator.spec.models import ColumnsSpec, DataFormat, DataSpec, Task
+from orchestrator.spec.tasks import TASKS
 from orchestrator.units import quoted
 
 USUAL = ColumnsSpec()
@@ -72,7 +73,7 @@ class Layouts:
         raise RowError(f"no column {' and '.join(quoted(name) for name in missing)}", f"it has {names_found(names)}{hint}")
 
     def _document(self) -> Layout:
-        if self._task != "text":
+        if not TASKS[self._task].cuts_into_chunks:
             raise RowError(
                 f"a text file has no columns, which task {self._task} needs",
                 "only task `text` can use text files; rename it to .csv or .jsonl if it is one",
@@ -81,13 +82,15 @@ class Layouts:
 
     def _all(self) -> list[Layout]:
         columns, template = self._data.columns, Template(self._data.template) if self._data.template else None
-        if self._task == "text":
-            return self._with_usual(lambda names: self._texts(names.text, template), columns)
-        if self._task == "classify":
-            return [self._labels(template)]
-        if self._task == "completion":
-            pairs = self._with_usual(lambda names: self._pairs(names, template), columns)
-            return [*pairs, self._alpaca()]
+        readers: Mapping[Task, Callable[[], list[Layout]]] = {
+            "chat": lambda: self._all_chats(columns, template),
+            "completion": lambda: [*self._with_usual(lambda names: self._pairs(names, template), columns), self._alpaca()],
+            "text": lambda: self._with_usual(lambda names: self._texts(names.text, template), columns),
+            "classify": lambda: [self._labels(template)],
+        }
+        return readers[self._task]()
+
+    def _all_chats(self, columns: ColumnsSpec, template: Template | None) -> list[Layout]:
         chats = [self._chats(columns.messages, "messages")]
         if columns.messages == USUAL.messages or self._any:
             chats.append(self._chats("conversations", "sharegpt"))

@@ -48,7 +48,7 @@ class Measured(NamedTuple):
 
 
 def measure_data(loaded: LoadedSpec) -> Measured:
-    """Rows, bytes and, for `classify`, classes of the files that the spec names; nothing is tokenised.
+    """Rows, bytes and, where documents have labels, classes of the files that the spec names; nothing is tokenised.
 
     Raises:
         DataError: a path matches no file, or the first rows of one cannot be used.
@@ -57,7 +57,7 @@ def measure_data(loaded: LoadedSpec) -> Measured:
     check_first_rows(loaded, sources)
     spec = with_found_splits(loaded.spec, sources)
     sizes = {name: _size_of(spec, name, sources) for name in sources}
-    labels = _count_classes(spec, sources) if spec.task == "classify" else None
+    labels = _count_classes(spec, sources) if spec.traits.has_labels else None
     classes = sort_classes(labels) if labels is not None else []
     estimate = estimate_data_size(
         sizes["train"].num_bytes,

@@ -66,7 +66,7 @@ def measurements(plan: RunPlan, anatomy: ModelAnatomy, execution: ExecutionPlan)
         # Choices with the same key share one measurement.
         (option.selection.pending, option.selection.trainable, option.remedies.layer_decay): option.selection
         for option in plan.options
-        if option.remedies.anchor is not None and option.remedies.anchor.kind == "ewc"
+        if option.remedies.anchor is not None and option.remedies.anchor.traits.uses_fisher
     }
     per_token = (sum(term.flops for term in option_terms(bare, anatomy, selection)) for selection in needed.values())
     return sorted((execution.ranks * _tokens(plan) * flops for flops in per_token), reverse=True)

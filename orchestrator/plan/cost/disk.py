@@ -22,7 +22,7 @@ def bundle_bytes(plan: RunPlan, anatomy: ModelAnatomy, options: Sequence[TrialOp
     """Return the size of the merged model, at most: every tensor in its stored dtype, and a copy of a tied head that is
     trained."""
     # A classifier's bundle has no output projection.
-    dropped = {anatomy.head_weight} if plan.base.task == "classify" and anatomy.kind == "decoder" else set[str]()
+    dropped = {anatomy.head_weight} if plan.base.traits.head.is_new and anatomy.kind == "decoder" else set[str]()
     kept = sum(tensor.num_bytes for name, tensor in anatomy.tensors.items() if name not in dropped)
     unties = any(option.selection.unties_head for option in options)
     return kept + (anatomy.tensors[anatomy.embeddings[0]].num_bytes if unties else 0)
