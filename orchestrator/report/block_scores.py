@@ -85,7 +85,7 @@ def _agreement(plan: RunPlan | None, sweep: SweepResult, found: LayerScores) -> 
 def _sentence(title: str, agreement: Correlation | None, num_trials: int) -> str:
     if agreement is None:
         return (
-            f"The {title} against the loss of {num_trials} single-block trials: too few, or all alike, to compute a correlation."
+            f"The {title} against the loss of {num_trials} single-block trials: too few, or all equal, to compute a correlation."
         )
     return (
         f"The {title} against the eval loss of {num_trials} single-block trials: Spearman's rank correlation is "

@@ -97,8 +97,8 @@ def _verified(transfer: TransferReport) -> str:
     if check is None:
         return "not verified"
     if check.passed:
-        return f"verified: KL {check.kl_bundle:.1e} a token against the trained model"
-    return f"VERIFICATION FAILED: KL {check.kl_bundle:.1e} a token against the trained model, at most {check.limit:.1e} allowed"
+        return f"verified: KL {check.kl_bundle:.1e} per token against the trained model"
+    return f"VERIFICATION FAILED: KL {check.kl_bundle:.1e} per token against the trained model, at most {check.limit:.1e} allowed"
 
 
 def _answers(pair: PromptComparison) -> list[str]:

@@ -86,7 +86,7 @@ def why_here(trial: TrialRecord, sweep: SweepResult) -> str:
     if (trial.forgetting or 0.0) > sweep.max_forgetting:
         said.append(f"forgets more than the bound of {sweep.max_forgetting:g}{_penalised(trial, sweep)}")
     elif trial.control is None and _better_than_winner(trial, sweep):
-        said.append("better scored than the promoted trial, and not shown to be better than the base model")
+        said.append("scored better than the promoted trial, but not shown to be better than the base model")
     if judged is not None and last is not None and judged is not last:
         said.append(f"compared by step {judged.step}, its best; it was trained to step {last.step}")
     if trial.state == "stopped":

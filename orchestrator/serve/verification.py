@@ -225,6 +225,6 @@ def _check_in_fresh_process(probe: Path, bundle: Path, device: str, dtype: str) 
             f"plain transformers cannot load or run the bundle: {last}",
             where=str(bundle),
             expected="a model that `from_pretrained` loads",
-            remedy="look at the files in the folder; it stays unfinished",
+            remedy="check the files in the folder; it is kept as an unfinished bundle",
         )
     return json.loads(answer.read_text())

@@ -359,7 +359,7 @@ class TransferReport(Value):
     bundled: BundledFigures | None = None
     plan_against_measured: tuple[PlanAgainstMeasured, ...] = ()
     memory: tuple[MemoryRow, ...] = ()
-    """Memory of a rank for each choice."""
+    """Memory per rank for each choice."""
     serve_commands: tuple[str, ...] = ()
     report: str | None = None
     versions: dict[str, str] = {}

@@ -104,7 +104,7 @@ def _task(gain: Comparison, over_shuffled: Comparison) -> str:
         return f"; of {told}, no measurable part comes from the task: shuffled answers gain as much (difference {figure})"
     if over_shuffled.mean < gain.mean:
         return f"; of {told}, {figure} comes from the task; shuffled answers gain the rest"
-    return f"; all of {told} comes from the task: shuffled answers, {figure} behind, gain none of it"
+    return f"; all of {told} comes from the task: shuffled answers gain none of it, and are {figure} behind"
 
 
 def _side(found: Comparison | OverSeeds) -> str:

@@ -69,9 +69,7 @@ def tell_ends(train: TokenizedSet, tokenizer: Any, task: Task, left_out: LeftOut
         )
         left_out.warn(f"no answer ends with an end token: generation stops {known}", remedy)
     elif unended:
-        left_out.warn(
-            f"{unended} of {len(last)} training rows do not end with an end token, so no end is learned from them", remedy
-        )
+        left_out.warn(f"{unended} of {len(last)} training rows do not end with an end token, so no end is trained on", remedy)
     if learned and (TASKS[task].uses_chat_template or others):
         also = f" and at {_named(others, tokenizer)}" if others else ""
         left_out.info(f"answers end with {_named(learned, tokenizer)}: generation stops there{also}, in the bundle too")

@@ -93,7 +93,7 @@ def _nothing(path: Path, found: Found) -> DataError:
     if not found.is_folder:
         if path.exists():
             raise DataError(
-                "is no regular file", where=found.path, expected="a file, a glob or a folder", remedy="give another path"
+                "is not a regular file", where=found.path, expected="a file, a glob or a folder", remedy="give another path"
             )
         what = "is a broken link" if path.is_symlink() else "no such data file"
         return DataError(what, where=found.path, expected="a file, a glob or a folder", remedy=_near(path))
@@ -173,7 +173,7 @@ def _walk(folder: Path, found: Found) -> Iterator[Path]:
             elif path.is_file():
                 yield path
             else:
-                found.skip("no regular files", path)
+                found.skip("not regular files", path)
 
 
 def _once(files: list[Path], found: Found) -> list[Path]:
@@ -208,7 +208,7 @@ def _by_split(folder: Path, files: list[Path], found: Found) -> dict[str, list[P
         splits["train"] = others
     else:
         for path in others:
-            found.skip("files whose names do not name a split, beside others whose names do", path, doubtful=True)
+            found.skip("files without a split in their names, beside files with one", path, doubtful=True)
     return splits
 
 

@@ -70,7 +70,7 @@ def tell_contradictions(examples: Sequence[Example], keys: RowKeys, left_out: Le
     else:
         left_out.warn(
             f"{_count(several, 'prompt')} ({len(rows):,} rows) with more than one answer, such as {example}",
-            "nothing if several answers are correct; equal prompts stay in one split",
+            "no action is needed if several answers are correct; equal prompts stay in one split",
             places=places,
         )
 

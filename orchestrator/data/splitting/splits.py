@@ -210,7 +210,7 @@ def _why_not_shared(loaded: LoadedSpec, examples: Sequence[Example], names: Sequ
         place = examples[names.index(name)].place
         groups = "1 group" if len(sizes) == 1 else f"{len(sizes)} groups, the largest of {size} rows"
         return [f"{rows} in {groups} (such as {place}); {shared} stay in one split"]
-    kept = "of each class train keeps a row" if loaded.spec.traits.has_labels else "rows of one group stay in one split"
+    kept = "train keeps a row of each class" if loaded.spec.traits.has_labels else "rows of one group stay in one split"
     return [f"{rows}; {kept}, and eval and test share the rest"]
 
 

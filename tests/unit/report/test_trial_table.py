@@ -32,7 +32,7 @@ def test_why_each_stands_where_it_stands(sweep):
     assert why_here(forgets, sweep) == "forgets more than the bound of 0.1: ranked as loss 3.300"
     assert why_here(stopped, sweep) == "stopped at step 6: others were better at that step"
     assert why_here(failed, sweep) == "failed: the loss became NaN at step 3 (learning rate 5.0e-04)"
-    assert why_here(ahead, sweep) == "better scored than the promoted trial, and not shown to be better than the base model"
+    assert why_here(ahead, sweep) == "scored better than the promoted trial, but not shown to be better than the base model"
     by_hand = sweep.model_copy(update={"promoted_by_hand": True})
     assert why_here(winner, by_hand) == "promoted by hand"
     assert why_here(ahead, by_hand) == ""

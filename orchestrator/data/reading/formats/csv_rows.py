@@ -81,7 +81,7 @@ class _Table:
                     detail = f"{count} line{'s' if count > 1 else ''} to the end of the file"
                     yield line, BadRow(self._name, line, "a quote is opened and never closed", detail, last, ends_file=True)
                     return
-                hint = "a quote inside of a quoted field is written twice" if "expected after" in str(error) else ""
+                hint = "inside a quoted field a quote is written as two" if "expected after" in str(error) else ""
                 yield line, BadRow(self._name, line, f"malformed CSV: {printable(str(error))}", hint, last)
             except UnicodeDecodeError as error:
                 yield line, BadRow(self._name, line, f"damaged {self._file.encoding.upper()}", error.reason, ends_file=True)
@@ -121,5 +121,5 @@ def _problem(fields: Iterable[str]) -> str:
             except UnicodeEncodeError:
                 return NOT_UTF8
         if "\x00" in field:
-            return "NUL bytes, which no text holds: the file is damaged, or was not written to its end"
+            return "NUL bytes, which text does not contain: the file is damaged, or was not written to its end"
     return ""

@@ -81,7 +81,7 @@ def _malformed(name: str, line: int, text: str, error: json.JSONDecodeError) -> 
     """Return what is wrong with a line, with the remedy for mistakes that affect whole files."""
     column = f"column {min(error.pos, len(text.rstrip())) + 1}"
     if "\x00" in text:
-        return BadRow(name, line, "NUL bytes, which no text holds: the file is damaged, or was not written to its end")
+        return BadRow(name, line, "NUL bytes, which text does not contain: the file is damaged, or was not written to its end")
     if error.msg == "Extra data" and text[error.pos :].strip() == ",":
         return BadRow(name, line, "malformed JSON: a comma after the object", "remove it, or put [ and ] around all lines")
     if text.lstrip().startswith("{'"):

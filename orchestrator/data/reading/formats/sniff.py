@@ -43,7 +43,7 @@ REFUSED = (
         (bytes((0x80, version)), "a pickle, which could run code", "write it as JSON Lines or Parquet")
         for version in (2, 3, 4, 5)
     ),
-    (b"version https://git-lfs", "a pointer of Git LFS, not the data", "fetch the data with `git lfs pull`"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the data", "fetch the data with `git lfs pull`"),
     (b"<!DOCTYPE", "an HTML page", "download the file itself"),
     (b"<html", "an HTML page", "download the file itself"),
 )
