@@ -59,8 +59,8 @@ class Examination:
         table.add_column(ratio=1)
         style = {"ok": "green", "note": "yellow", "wrong": "bold red"}
         for finding in self.findings:
-            said = f"{finding.found}\nto do: {finding.remedy}" if finding.remedy else finding.found
-            table.add_row(Text(finding.state, style=style[finding.state]), finding.name, Text(said))
+            text = f"{finding.found}\nto do: {finding.remedy}" if finding.remedy else finding.found
+            table.add_row(Text(finding.state, style=style[finding.state]), finding.name, Text(text))
         verdict = "no problems found" if not self.num_wrong else f"{self.num_wrong} to fix; follow `to do`"
         return Group(table, Text(), Text(verdict, style="bold"))
 

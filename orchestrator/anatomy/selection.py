@@ -12,6 +12,7 @@ from orchestrator.errors import SelectionError
 from orchestrator.spec.adapters import ADAPTER_KINDS, PLAIN_LORA, AdapterOptions, Modules
 from orchestrator.spec.models import Task, Tune
 from orchestrator.spec.policy import Policy, parse_policy
+from orchestrator.spec.tasks import TASKS
 
 ROUNDING = 1e-9
 """Tolerance for shares of the blocks: 0.1 x 30 is slightly more than 3 in binary floating point."""
@@ -48,11 +49,12 @@ def select(
             generates text, fewer than two classes, fewer scored blocks than are asked for.
     """
     parsed = parse_policy(policy)
-    if task == "classify":
+    head_is_new = TASKS[task].head.is_new
+    if head_is_new:
         parsed = Policy(parsed.kind, parsed.count, parsed.ranges, parsed.fraction)
         if num_classes < 2 and parsed.kind != "none":
             raise SelectionError(f"{num_classes} classes", expected="at least two", remedy="check the label column")
-    elif anatomy.kind == "encoder":
+    if anatomy.kind == "encoder" and not TASKS[task].head.encoders:
         raise SelectionError(
             f"task {task!r} on {anatomy.model_type!r}, an encoder, which cannot generate text",
             expected="a decoder, or `task: classify`",
@@ -61,7 +63,7 @@ def select(
     pending = parsed.kind == "top" and scores is None and num_of_share(parsed.fraction, anatomy.num_blocks) < anatomy.num_blocks
     blocks = _largest(parsed, anatomy) if pending else _blocks(parsed, anatomy, policy, scores)
     wants_head = parsed.with_head or parsed.kind == "head"
-    head = [anatomy.head_weight] if wants_head and task != "classify" else []
+    head = [anatomy.head_weight] if wants_head and not head_is_new else []
     if tune == "lora" and (blocks or head):
         selection = _adapted(anatomy, parsed, blocks, head, lora_rank, adapter, task, num_classes)
     else:
@@ -198,23 +200,23 @@ def _out_of_range(written: str, anatomy: ModelAnatomy, what: str, remedy: str) -
 
 
 def _new_names(anatomy: ModelAnatomy, task: Task, parsed: Policy) -> list[str]:
-    """Return the tensors that `classify` initialises and trains."""
-    if task != "classify" or parsed.kind == "none":
+    """Return the tensors of a new head, which every policy but `none` trains."""
+    if not TASKS[task].head.is_new or parsed.kind == "none":
         return []
     bias = [anatomy.classifier_bias] if anatomy.classifier_bias else []
     return [tensor.name for tensor in anatomy.new_tensors] + [anatomy.classifier_weight, *bias]
 
 
 def _new_elements(anatomy: ModelAnatomy, task: Task, parsed: Policy, num_classes: int) -> int:
-    if task != "classify" or parsed.kind == "none":
+    if not TASKS[task].head.is_new or parsed.kind == "none":
         return 0
     classifier = num_classes * (anatomy.hidden_size + bool(anatomy.classifier_bias))
     return classifier + sum(tensor.num_elements for tensor in anatomy.new_tensors)
 
 
 def _stored_names(anatomy: ModelAnatomy, task: Task) -> Iterable[str]:
-    """Return the parameters of the model that is loaded for the task: `classify` loads no output projection."""
-    head = (anatomy.head_weight, anatomy.head_bias) if task == "classify" else ()
+    """Return the parameters of the model that is loaded for the task; a new head replaces the output projection."""
+    head = (anatomy.head_weight, anatomy.head_bias) if TASKS[task].head.is_new else ()
     return (name for name in anatomy.tensors if name not in head)
 
 

@@ -78,7 +78,7 @@ def _reply(predictor: Predictor, line: str, turns: Messages, max_tokens: int) ->
     """Print the answer and return the conversation extended by question and answer; unchanged if it cannot be answered."""
     from orchestrator.serve.predict import Question, with_turn
 
-    asked = with_turn(turns, "user", line) if predictor.task == "chat" else ()
+    asked = with_turn(turns, "user", line) if predictor.chats else ()
     try:
         answer = predictor.stream(Question(asked or line), _write, max_tokens)
     except DataError as error:
@@ -124,7 +124,7 @@ def predict(
         raise UsageError("not a bundle: there is no manifest.json", where=str(bundle), expected="a bundle/ folder of a run")
     _quieten()
     from orchestrator.serve.predict import open_predictor, read_spec
-    from orchestrator.serve.questions import answer_row, read_questions
+    from orchestrator.serve.prediction_rows import answer_row, read_questions
     from orchestrator.spec.models import DataSpec
 
     spec = read_spec(bundle)

@@ -16,10 +16,11 @@ import typer
 
 from orchestrator.cli.output import AsJson, print_json
 from orchestrator.errors import DataError, UsageError
+from orchestrator.spec.tasks import TASKS
 
 if TYPE_CHECKING:
     from orchestrator.anatomy import ModelAnatomy
-    from orchestrator.data.reading.looking import Look
+    from orchestrator.data.reading.guess import Look
 
 GENERIC = ("train", "training", "data", "dataset", "rows", "examples", "all", "input", "files")
 SPLIT_NAMES = {"train": ("train", "training"), "eval": ("eval", "validation", "valid", "val", "dev"), "test": ("test",)}
@@ -81,7 +82,7 @@ def draft_spec(data: str | None, base: str, task: str, output: Path) -> Draft:
         BaseError: the base cannot be read.
     """
     from orchestrator.anatomy import read_anatomy, resolve_base
-    from orchestrator.data.reading.looking import look_at
+    from orchestrator.data.reading.guess import look_at
     from orchestrator.samples import SAMPLE_DATA
     from orchestrator.spec.models import Task
     from orchestrator.spec.unsupported import is_url
@@ -160,11 +161,11 @@ def _name(source: str, folder: Path) -> str:
 
 def _max_tokens(look: Look, base: Path, max_positions: int) -> tuple[int, str]:
     """Return the smallest of TOKEN_STEPS that fits FITTING_SHARE of the first rows, and a sentence about it."""
-    from orchestrator.data.reading.looking import contents
+    from orchestrator.data.reading.guess import contents
 
     counts = sorted(_token_counts(contents(look, MEASURED_ROWS), base, look))
     wanted = counts[math.ceil(FITTING_SHARE * len(counts)) - 1]
-    if look.task == "text":
+    if TASKS[look.task].cuts_into_chunks:
         bound = min(512, max_positions)
         return bound, f"texts are cut into chunks of {bound} tokens"
     bound = min(next((step for step in TOKEN_STEPS if step >= wanted), TOKEN_STEPS[-1]), max_positions)
@@ -174,7 +175,7 @@ def _max_tokens(look: Look, base: Path, max_positions: int) -> tuple[int, str]:
 
 def _token_counts(texts: list[str], base: Path, look: Look) -> list[int]:
     """Count the tokens of each text; estimated at three characters a token if the base has no tokenizer.json."""
-    turns = [TURN_TOKENS * text.count("<|role|>") for text in texts] if look.task == "chat" else [0] * len(texts)
+    turns = [TURN_TOKENS * text.count("<|role|>") for text in texts] if TASKS[look.task].uses_chat_template else [0] * len(texts)
     file = base / "tokenizer.json"
     if file.exists():
         from tokenizers import Tokenizer
@@ -198,7 +199,7 @@ def _notes(look: Look, base: Path) -> list[str]:
         notes.append(f"{len(look.bad)} rows cannot be read, the first: {look.bad[0]}; `orchestrator data` lists them")
     if len(look.rows) < FEW_ROWS:
         notes.append(f"only {len(look.rows)} rows: a search needs a few hundred to distinguish the choices")
-    if look.task == "chat" and not _has_chat_template(base):
+    if TASKS[look.task].uses_chat_template and not _has_chat_template(base):
         notes.append("the base has no chat template: put a chat_template.jinja into its folder, or use an instruct base")
     return notes
 
@@ -234,7 +235,7 @@ def _spec_text(facts: Mapping[str, Any], look: Look, source: str) -> str:
         *([] if all(part == column for part, column in look.columns.items()) else [(f"  columns: {{{columns}}}", "")]),
         (
             f"  max_tokens: {facts['max_tokens']}",
-            "longer rows are dropped, counted and listed" if look.task != "text" else "of a chunk",
+            "longer rows are dropped, counted and listed" if not TASKS[look.task].cuts_into_chunks else "of a chunk",
         ),
         ("search:", ""),
         (f"  layers: {json.dumps(facts['layers'])}", "which blocks are trained; also head, first:N, blocks:0-3, top:0.25"),

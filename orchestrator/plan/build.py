@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, check_modules, select
 from orchestrator.errors import BaseError, PlanError
@@ -34,7 +34,7 @@ from orchestrator.plan.remedies import product_anchor, remedies_of_train
 from orchestrator.plan.schedule import curve_shares
 from orchestrator.plan.search_space import Choice, adapter_asked, located_at, planned_points, search_choices
 from orchestrator.plan.trunk import plan_trunk
-from orchestrator.plan.values import ClusterDescription, DataSize, RunPlan, SearchPlan, TrialOption
+from orchestrator.plan.values import ClusterDescription, DataSize, FinetunePlan, RunPlan, SearchPlan, SweepPlan, TrialOption
 from orchestrator.spec import LoadedSpec, require_section
 from orchestrator.spec.models import JobSpec
 from orchestrator.work.execution import BaseLoad
@@ -133,28 +133,31 @@ def _plan_on(
     refit = refit_candidate(found, spec, load, gangs)
     options, room = _options(choices, load.footprints, gangs.candidate), found.room(gangs.candidate.ranks, gangs.num_gangs)
     pack, fused = schedule.packs(spec), _most_fused(spec, anatomy, choices, load, gangs, found)
-    plan = RunPlan(
-        name=spec.name,
-        spec_sha256=spec_sha256,
-        base=_base_load(spec, anatomy, data),
-        num_parameters=anatomy.num_parameters(),
-        data=data,
-        execution=execution_plan(gangs.candidate, found, gangs.num_gangs, spec, pack=pack),
-        refit_execution=execution_plan(refit, found, 1, spec, pack=pack),
-        num_gangs=gangs.num_gangs,
-        head_memory=estimate(head, gangs.candidate).device if job == "sweep" else None,
-        base_memory=estimate(untouched, gangs.candidate).device,
-        search=_search_plan(spec, anatomy, data, options, gangs, fused) if job == "sweep" else None,
-        finetune=options[0] if job == "finetune" else None,
-        total_steps=schedule.total_steps(spec, data),
-        total_tokens=schedule.total_tokens(spec, data),
-        disk_bytes=0,
-        gpu_hours=None,
-        reasons=(),
-        rejected=gangs.rejected,
-        warnings=head_warnings(head, gangs.candidate, load, room) if job == "sweep" else (),
-        placement=found.placement(gangs.candidate.ranks, gangs.num_gangs, why_no_more_gangs(spec.resources, num_trials)),
-        refit_placement=found.placement(refit.ranks, 1, "a step has rows for no more ranks"),
+    shared: dict[str, Any] = {
+        "name": spec.name,
+        "spec_sha256": spec_sha256,
+        "base": _base_load(spec, anatomy, data),
+        "num_parameters": anatomy.num_parameters(),
+        "data": data,
+        "execution": execution_plan(gangs.candidate, found, gangs.num_gangs, spec, pack=pack),
+        "refit_execution": execution_plan(refit, found, 1, spec, pack=pack),
+        "num_gangs": gangs.num_gangs,
+        "head_memory": estimate(head, gangs.candidate).device if job == "sweep" else None,
+        "base_memory": estimate(untouched, gangs.candidate).device,
+        "total_steps": schedule.total_steps(spec, data),
+        "total_tokens": schedule.total_tokens(spec, data),
+        "disk_bytes": 0,
+        "gpu_hours": None,
+        "reasons": (),
+        "rejected": gangs.rejected,
+        "warnings": head_warnings(head, gangs.candidate, load, room) if job == "sweep" else (),
+        "placement": found.placement(gangs.candidate.ranks, gangs.num_gangs, why_no_more_gangs(spec.resources, num_trials)),
+        "refit_placement": found.placement(refit.ranks, 1, "a step has rows for no more ranks"),
+    }
+    plan: RunPlan = (
+        SweepPlan(**shared, search=_search_plan(spec, anatomy, data, options, gangs, fused))
+        if job == "sweep"
+        else FinetunePlan(**shared, finetune=options[0])
     )
     plan = with_scratch(plan, spec, anatomy, gangs.candidate, load, room)
     trunk, reason = plan_trunk(plan, spec, anatomy, cost.rate_of(found))
@@ -319,7 +322,7 @@ def _check_gpu_hours(plan: RunPlan, spec: JobSpec) -> None:
     """Reject a training run that would exceed `max_gpu_hours`. A sweep is not rejected: it ends at the limit with its best trial
     so far, but a single training run that is cut short has no usable result."""
     allowed = spec.resources.max_gpu_hours
-    if plan.search is not None or allowed is None or plan.gpu_hours is None or plan.gpu_hours <= allowed:
+    if isinstance(plan, SweepPlan) or allowed is None or plan.gpu_hours is None or plan.gpu_hours <= allowed:
         return
     raise PlanError(
         f"the training would take about {plan.gpu_hours:.3g} GPU-hours, and max_gpu_hours allows {allowed:g}",

@@ -70,7 +70,7 @@ def estimate_data_size(
     share = 1.0 - sum(part for part in (spec.data.eval, spec.data.test) if isinstance(part, float))
     tokens = max(1, round(num_bytes / BYTES_PER_TOKEN))
     rows = max(1, num_rows)
-    if spec.task == "text":  # cut into chunks
+    if spec.traits.cuts_into_chunks:  # cut into chunks
         rows = max(rows, math.ceil(tokens / spec.data.max_tokens))
     else:  # longer rows are dropped or cut
         tokens = min(tokens, rows * spec.data.max_tokens)
@@ -93,7 +93,7 @@ def estimate_data_size(
         retain_tokens=min(retain_tokens, spec.data.retain_tokens),
         longest_document_tokens=spec.data.max_tokens,
         num_classes=num_classes,
-        supervised_share=min(1.0, rows / tokens) if spec.task == "classify" else 1.0,
+        supervised_share=min(1.0, rows / tokens) if spec.traits.head.supervises == "documents" else 1.0,
         replay_tokens=replayed if needs_replayed_text(spec) else 0,
         exact=False,
     )

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 
 from orchestrator.anatomy.values import ModelAnatomy
-from orchestrator.plan.cost.choices import planned_options
 from orchestrator.plan.data_size import auto_tokens_per_step, more_steps, too_few_steps_warning
 from orchestrator.plan.estimates import MemoryEstimate, Rate
 from orchestrator.plan.memory.estimate import RESIDENT_SHARE
@@ -15,7 +14,7 @@ from orchestrator.plan.remedies import tunes_without_anchor
 from orchestrator.plan.schedule import accumulation, surviving_share, too_few_documents
 from orchestrator.plan.schedule import tokens_per_step as planned_tokens_per_step
 from orchestrator.plan.search_space import searched_adapters
-from orchestrator.plan.values import ClusterDescription, RunPlan, SearchPlan, TrialOption
+from orchestrator.plan.values import ClusterDescription, FinetunePlan, RunPlan, SearchPlan, SweepPlan, TrialOption
 from orchestrator.spec.models import AnchorSpec, JobSpec
 from orchestrator.units import format_bytes, format_count
 from orchestrator.work.execution import ExecutionPlan
@@ -77,7 +76,7 @@ def rate_note(rate: Rate) -> str:
 def _hours_warning(plan: RunPlan, allowed: float | None) -> Iterator[str]:
     """Warn before a sweep that it would exceed its GPU-hours."""
     cost = plan.cost
-    if allowed is None or plan.search is None or cost is None or cost.gpu_hours is None or cost.gpu_hours <= allowed:
+    if allowed is None or not isinstance(plan, SweepPlan) or cost is None or cost.gpu_hours is None or cost.gpu_hours <= allowed:
         return
     fit, count = trials_within(plan, allowed), plan.search.num_trials
     most = "not even the controls and one trial fit" if fit < 1 else f"about {fit} of its {count} trials fit"
@@ -87,11 +86,10 @@ def _hours_warning(plan: RunPlan, allowed: float | None) -> Iterator[str]:
     )
 
 
-def trials_within(plan: RunPlan, gpu_hours: float) -> int:
+def trials_within(plan: SweepPlan, gpu_hours: float) -> int:
     """Return how many trials of a sweep fit into a number of GPU-hours, besides its controls and its refit."""
     cost, search = plan.cost, plan.search
     assert cost is not None
-    assert search is not None
     assert cost.gpu_hours
     # Only these items grow with the number of trials; controls, follow-up trials and the refit are trained once.
     of_trials = sum(part.amount for part in cost.operations if part.name in ("trials", "scoring"))
@@ -102,7 +100,7 @@ def trials_within(plan: RunPlan, gpu_hours: float) -> int:
 
 
 def _anchor_notes(plan: RunPlan, spec: JobSpec) -> Iterator[str]:
-    if plan.search is not None and spec.search is not None and isinstance(spec.train.anchor, AnchorSpec):
+    if isinstance(plan, SweepPlan) and spec.search is not None and isinstance(spec.train.anchor, AnchorSpec):
         for tune in tunes_without_anchor(spec.search, spec.train):
             yield f"train.anchor ({spec.train.anchor.kind}) does not apply to {tune} trials"
 
@@ -119,15 +117,14 @@ def _notes(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDescri
         notes.append(f"max_gpus: {most} limits cores if no GPU is used: {found.num_units} of {cores} cores train")
     if found.device == "cuda" and len({node.gpu_memory_bytes for node in found.nodes}) > 1:
         notes.append("nodes have different GPUs: every rank is planned for the GPU with the least memory")
-    if plan.search is not None and spec.search is not None and spec.search.algorithm != "fixed":
-        points = len(spec.search.layers) * sum(
-            len(searched_adapters(spec.search)) if t == "lora" else 1 for t in spec.search.tune
-        )
+    if isinstance(plan, SweepPlan) and spec.search is not None and spec.search.algorithm != "fixed":
+        adapters = len(searched_adapters(spec.search))
+        points = len(spec.search.layers) * sum(adapters if tune == "lora" else 1 for tune in spec.search.tune)
         if points > len(plan.search.options):
             notes.append(f"{points} combinations give {len(plan.search.options)} different selections")
     if plan.execution.offload != "none":
         notes.append(f"offload: {plan.execution.offload}, and the hours do not include transfers over the bus: expect more")
-    if plan.search is None and spec.resources.gangs not in ("auto", 1):
+    if not isinstance(plan, SweepPlan) and spec.resources.gangs not in ("auto", 1):
         notes.append("one trial runs in one gang (worker group): resources.gangs applies to sweeps only")
     return notes
 
@@ -155,9 +152,9 @@ def _warnings(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDes
         yield (
             f"{idle_gpus(cluster)} of {cluster.num_gpus} GPUs stay idle: their nodes have too few CPUs to run a rank on each GPU"
         )
-    if plan.search is not None and spec.search is not None and spec.search.learning_curve and not plan.search.curve_shares:
+    if isinstance(plan, SweepPlan) and spec.search is not None and spec.search.learning_curve and not plan.search.curve_shares:
         yield too_few_documents(plan.data.train_documents)
-    if spec.task == "classify" and spec.data.retain is not None:
+    if not spec.traits.head.scores_retention and spec.data.retain is not None:
         yield ("data.retain is not used: a classifier has no output projection to measure forgetting with; remove it")
     if sum(node.count for node in found.nodes) > 1:
         yield (
@@ -185,7 +182,7 @@ def _bundle_warnings(plan: RunPlan, found: Machines) -> Iterator[str]:
 
 def derivations(plan: RunPlan, spec: JobSpec) -> tuple[str, ...]:
     """Return one sentence for each step in the derivation of the plan's numbers."""
-    tokens_per_step, replay = planned_tokens_per_step(spec, plan.data), max(o.remedies.replay for o in planned_options(plan))
+    tokens_per_step, replay = planned_tokens_per_step(spec, plan.data), max(o.remedies.replay for o in plan.options)
     lines = [
         *([_auto_line(plan, tokens_per_step)] if spec.train.tokens_per_step == "auto" else []),
         batch_line(plan.execution, tokens_per_step, replay),
@@ -194,7 +191,7 @@ def derivations(plan: RunPlan, spec: JobSpec) -> tuple[str, ...]:
         _gangs_line(plan),
         _stage_line(plan.execution),
     ]
-    if plan.search is None:
+    if not isinstance(plan, SweepPlan):
         return tuple(lines)
     last = plan.search.rung_steps[-1]
     lines += [*_few_examples_lines(plan, plan.search), _rungs_line(plan.search)]
@@ -220,10 +217,10 @@ def _auto_line(plan: RunPlan, tokens_per_step: int) -> str:
 
 def _few_examples_lines(plan: RunPlan, search: SearchPlan) -> list[str]:
     """Return a line such as `360 documents: the winner is trained from 5 seeds, early stopping at 8 points`."""
-    said = [f"the winner is trained from {search.repeats} seeds"] if search.repeats > 1 else []
+    parts = [f"the winner is trained from {search.repeats} seeds"] if search.repeats > 1 else []
     if search.patience is not None and len(search.rung_steps) > search.patience:
-        said.append(f"early stopping at {len(search.rung_steps)} points")
-    return [f"{_count(plan.data.train_documents, 'document')}: {', '.join(said)}"] if said else []
+        parts.append(f"early stopping at {len(search.rung_steps)} points")
+    return [f"{_count(plan.data.train_documents, 'document')}: {', '.join(parts)}"] if parts else []
 
 
 def _rungs_line(search: SearchPlan) -> str:
@@ -271,13 +268,13 @@ def plan_lines(plan: RunPlan) -> list[str]:
         f"  execution   {execution_line(execution)}",
         f"  refit       {execution_line(plan.refit_execution)}",
     ]
-    if plan.search is not None:
+    if isinstance(plan, SweepPlan):
         search = plan.search
         lines.append(
             f"  search      {search.num_trials} trials of {len(search.options)} options · {search.algorithm} · {search.scheduler}"
         )
         lines += [f"    {option_line(option)}" for option in search.options]
-    if plan.finetune is not None:
+    if isinstance(plan, FinetunePlan):
         lines.append(f"  finetune    {option_line(plan.finetune)}")
     heaviest = heaviest_option(plan)
     lines.append(f"  memory per rank, {heaviest.layers} {heaviest.tune}: {format_bytes(heaviest.memory.total_bytes)}")
@@ -314,19 +311,19 @@ def cost_line(plan: RunPlan) -> str:
     if cost is None or (cost.gpu_hours is None and cost.core_hours is None):
         return f"GPU-hours unknown · {disk}"
     if cost.gpu_hours is None:
-        said = [f"{cost.core_hours:.3g} core-hours"]
+        parts = [f"{cost.core_hours:.3g} core-hours"]
     else:
-        stops = plan.search is not None and len(plan.search.rung_steps) > 1
+        stops = isinstance(plan, SweepPlan) and len(plan.search.rung_steps) > 1
         whole = f" ({cost.gpu_hours_without_stopping:.3g} without early stopping)" if stops else ""
-        said = [f"{cost.gpu_hours:.3g} GPU-hours{whole}"]
-    said += [str(cost.duration)] if cost.duration is not None else []
-    said += [f"{cost.price:,.2f} in money"] if cost.price is not None else []
-    return " · ".join([*said, disk])
+        parts = [f"{cost.gpu_hours:.3g} GPU-hours{whole}"]
+    parts += [str(cost.duration)] if cost.duration is not None else []
+    parts += [f"{cost.price:,.2f} in money"] if cost.price is not None else []
+    return " · ".join([*parts, disk])
 
 
 def heaviest_option(plan: RunPlan) -> TrialOption:
     """Return the option that needs the most memory, the one that decided the configuration."""
-    return max(planned_options(plan), key=lambda option: option.memory.total_bytes)
+    return max(plan.options, key=lambda option: option.memory.total_bytes)
 
 
 def memory_lines(memory: MemoryEstimate) -> list[str]:
@@ -337,7 +334,7 @@ def memory_lines(memory: MemoryEstimate) -> list[str]:
 
 def _gangs_line(plan: RunPlan) -> str:
     ranks = plan.execution.ranks
-    if plan.search is None:
+    if not isinstance(plan, SweepPlan):
         return f"one trial: one gang of {_count(ranks, 'rank')}"
     each = "the base and a trial fit one rank" if ranks == 1 else f"a gang has {ranks} ranks"
     return f"{each}: {_count(plan.num_gangs, 'gang')}, each running trials one after another"

@@ -14,7 +14,7 @@ from orchestrator.plan.memory.estimate import estimate
 from orchestrator.plan.memory.footprint import Footprint, make_footprint
 from orchestrator.plan.placement import Machines
 from orchestrator.plan.remedies import no_whole_adapters
-from orchestrator.plan.values import RejectedWay, RunPlan
+from orchestrator.plan.values import RejectedWay, RunPlan, SweepPlan
 from orchestrator.spec import LoadedSpec
 from orchestrator.spec.models import JobSpec, ResourcesSpec
 from orchestrator.work.execution import ExecutionPlan
@@ -271,7 +271,7 @@ def with_scratch(
 ) -> RunPlan:
     """Return the plan with the memory of the control `scratch`, if the spec asks for it; without it, with a warning, if the gangs
     that the trials need cannot train it."""
-    if spec.search is None or plan.search is None or "scratch" not in spec.search.controls:
+    if not isinstance(plan, SweepPlan) or "scratch" not in plan.search.controls:
         return plan
     selection = select_everything(anatomy, task=plan.base.task, num_classes=plan.base.num_classes)
     element_bytes = 2 if plan.execution.dtype == "bfloat16" else 4

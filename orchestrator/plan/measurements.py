@@ -15,7 +15,7 @@ from typing import Literal
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, select
 from orchestrator.anatomy.selection import num_of_share
 from orchestrator.errors import PlanError
-from orchestrator.plan.cost.choices import option_terms, planned_options
+from orchestrator.plan.cost.choices import option_terms
 from orchestrator.plan.cost.estimate import TRIALS, units_of_gang
 from orchestrator.plan.fusing import concurrent_trials
 from orchestrator.plan.ladder import RankRoom
@@ -23,7 +23,7 @@ from orchestrator.plan.memory.candidate import Candidate
 from orchestrator.plan.memory.estimate import estimate
 from orchestrator.plan.memory.footprint import make_footprint
 from orchestrator.plan.trunk import plan_trunk
-from orchestrator.plan.values import RunPlan, TrialOption
+from orchestrator.plan.values import FinetunePlan, RunPlan, SweepPlan, TrialOption
 from orchestrator.spec.models import JobSpec
 from orchestrator.spec.policy import parse_policy
 from orchestrator.units import format_seconds
@@ -47,8 +47,8 @@ def with_compiling(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy) -> RunPl
         PlanError: `resources.compile: on`, where blocks cannot be compiled.
     """
     asked = spec.resources.compile
-    against = why_never(plan.execution if plan.search is not None else plan.refit_execution, spec, anatomy)
-    if any(option.selection.adapter.dropout for option in planned_options(plan)):
+    against = why_never(plan.execution if isinstance(plan, SweepPlan) else plan.refit_execution, spec, anatomy)
+    if any(option.selection.adapter.dropout for option in plan.options):
         against = against or "lora_dropout would draw different random numbers"
     if asked == "off":
         return plan
@@ -59,7 +59,7 @@ def with_compiling(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy) -> RunPl
             expected="auto or off",
             remedy="leave it to auto",
         )
-    if plan.search is None:
+    if not isinstance(plan, SweepPlan):
         execution = plan.refit_execution.model_copy(update={"compiled": asked == "on"})
         return plan.model_copy(update={"refit_execution": execution})
     found = _planned(plan, against, required=asked == "on")
@@ -76,7 +76,7 @@ def why_never(execution: ExecutionPlan, spec: JobSpec, anatomy: ModelAnatomy) ->
         return "if one of several ranks cannot compile, the others would wait for it"
     if spec.base.quantize != "none":
         return f"{spec.base.quantize} is multiplied by library kernels, which cannot be compiled"
-    if spec.task == "classify" or not execution.pack:
+    if spec.traits.head.one_document_per_row or not execution.pack:
         return "rows that are not packed have many widths, and each width needs its own compilation"
     if anatomy.experts is not None:
         return "routed experts receive a different number of tokens each time"
@@ -85,8 +85,7 @@ def why_never(execution: ExecutionPlan, spec: JobSpec, anatomy: ModelAnatomy) ->
     return None
 
 
-def _planned(plan: RunPlan, against: str | None, *, required: bool) -> CompilePlan:
-    assert plan.search is not None
+def _planned(plan: SweepPlan, against: str | None, *, required: bool) -> CompilePlan:
     if against is not None:
         return CompilePlan(option=None, reason=f"the blocks are not compiled: {against}")
     options = plan.search.options
@@ -170,18 +169,15 @@ def with_choice(plan: RunPlan, choice: CompileChoice | None) -> RunPlan:
         return plan
     compiled = choice.compiled and plan.execution.executor == "torch"
     refit = choice.compiled and plan.refit_execution.executor == "torch"
-    search = plan.search
-    if compiled and search is not None:
-        concurrent = concurrent_trials(search.num_trials, plan.num_gangs, 1)
-        search = search.model_copy(update={"max_fused": 1, "concurrent_trials": concurrent})
-    return plan.model_copy(
-        update={
-            "execution": plan.execution.model_copy(update={"compiled": compiled}),
-            "refit_execution": plan.refit_execution.model_copy(update={"compiled": refit}),
-            "search": search,
-            "compiling": None,
-        }
-    )
+    update: dict[str, object] = {
+        "execution": plan.execution.model_copy(update={"compiled": compiled}),
+        "refit_execution": plan.refit_execution.model_copy(update={"compiled": refit}),
+        "compiling": None,
+    }
+    if compiled and isinstance(plan, SweepPlan):
+        concurrent = concurrent_trials(plan.search.num_trials, plan.num_gangs, 1)
+        update["search"] = plan.search.model_copy(update={"max_fused": 1, "concurrent_trials": concurrent})
+    return plan.model_copy(update=update)
 
 
 MOST_BATCHES = 4
@@ -210,11 +206,11 @@ def with_probe(
     Raises:
         PlanError: a policy by score, where the blocks that it chooses among cannot be scored.
     """
-    options = planned_options(plan)
+    options = plan.options
     waiting = [option for option in options if option.selection.pending]
     unknown = [] if are_scored else waiting
     choices = {option.selection.blocks for option in options if option.selection.blocks}
-    if not waiting and not (plan.search is not None and spec.search is not None and spec.search.probe and len(choices) > 1):
+    if not waiting and not (isinstance(plan, SweepPlan) and spec.search is not None and spec.search.probe and len(choices) > 1):
         return plan
     if way.zero_stage == 3:
         return _unprobed(plan, unknown, "under ZeRO-3 no rank holds the whole gradient of a matrix", "a lower resources.zero")
@@ -237,7 +233,7 @@ def _unprobed(plan: RunPlan, waiting: Sequence[TrialOption], why: str, remedy: s
     if waiting:
         raise PlanError(
             f"{waiting[0].layers} needs scored blocks, and they cannot be scored: {why}",
-            where="search.layers" if plan.search is not None else "finetune.layers",
+            where="search.layers" if isinstance(plan, SweepPlan) else "finetune.layers",
             remedy=f"name blocks, for example last:2; or {remedy}",
         )
     return plan.model_copy(update={"notes": (*plan.notes, f"the blocks are not scored before the search: {why}")})
@@ -279,9 +275,9 @@ def _probe(plan: RunPlan, anatomy: ModelAnatomy, floor: int, most_rows: int) -> 
 def _cheapest_trial(plan: RunPlan, anatomy: ModelAnatomy) -> float:
     """Operations of the cheapest trial that nothing stops."""
     tokens = float(plan.total_tokens)
-    if plan.search is not None:
+    if isinstance(plan, SweepPlan):
         tokens *= plan.search.rung_steps[-1] / plan.total_steps
-    each = (option_terms(plan, anatomy, option.selection) for option in planned_options(plan))
+    each = (option_terms(plan, anatomy, option.selection) for option in plan.options)
     return tokens * min(sum(term.flops for term in terms) for terms in each)
 
 
@@ -311,7 +307,7 @@ def with_scores(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, found: Laye
     if found is None or not found.scores:
         return plan
     resolved = _resolved(plan, anatomy, found)
-    waited = any(option.selection.pending for option in planned_options(plan))
+    waited = any(option.selection.pending for option in plan.options)
     if not waited or plan.cost is None:
         return resolved
     trunk, reason = plan_trunk(resolved, spec, anatomy, plan.cost.rate)
@@ -319,7 +315,6 @@ def with_scores(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, found: Laye
 
 
 def _resolved(plan: RunPlan, anatomy: ModelAnatomy, found: LayerScores) -> RunPlan:
-
     def chosen(option: TrialOption) -> TrialOption:
         if not option.selection.pending:
             return option
@@ -336,9 +331,9 @@ def _resolved(plan: RunPlan, anatomy: ModelAnatomy, found: LayerScores) -> RunPl
         )
         return option.model_copy(update={"selection": selection})
 
-    if plan.finetune is not None:
+    if isinstance(plan, FinetunePlan):
         return plan.model_copy(update={"finetune": chosen(plan.finetune)})
-    assert plan.search is not None
+    assert isinstance(plan, SweepPlan)
     options = tuple(chosen(option) for option in plan.search.options)
     shares = score_shares([option.selection.blocks for option in options], found.scores)
     return plan.model_copy(update={"search": plan.search.model_copy(update={"options": options, "shares": shares})})
@@ -362,7 +357,7 @@ NO_RETENTION_SET = "there is no retention set to compare with"
 def with_shift(plan: RunPlan, anatomy: ModelAnatomy) -> RunPlan:
     """The plan with what is measured of the domain shift, where there is a retention set: at the cuts that are stored of the
     trunk, which costs no forward pass, or at a few others. A classifier uses no retention set, given or not."""
-    if plan.search is None or not plan.data.retain_tokens or plan.base.task == "classify":
+    if not isinstance(plan, SweepPlan) or not plan.data.retain_tokens or not plan.base.traits.head.scores_retention:
         return plan
     count = anatomy.num_blocks
     few = tuple(dict.fromkeys(max(1, round(count * part / MOST_CUTS)) for part in range(1, MOST_CUTS + 1)))

@@ -161,10 +161,10 @@ def make_merge_plan(
     if not anatomy.has_weights:
         raise BaseError("the folder has no weights", where=anatomy.folder, remedy="put the base's safetensors files there")
     artifact = read_artifact(Path(artifact_folder))
-    artifact.check(anatomy, base_load.num_classes if base_load.task == "classify" else 0, selection)
+    artifact.check(anatomy, base_load.num_classes if base_load.traits.head.is_new else 0, selection)
     dequantized = base_load.quantize == "nf4" and merge_into == "auto"
     held_quantized = {name for linears in anatomy.linears for name in linears} if dequantized else set[str]()
-    dropped = {anatomy.head_weight} if base_load.task == "classify" and anatomy.kind == "decoder" else set[str]()
+    dropped = {anatomy.head_weight} if base_load.traits.head.is_new and anatomy.kind == "decoder" else set[str]()
     tensors = {
         name: WriteTensor(
             name=name,

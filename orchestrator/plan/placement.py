@@ -88,8 +88,8 @@ class Machines:
     def _ranks_on(self, node: NodeDescription, ranks: int, all_ranks: int) -> int:
         # A node holds whole gangs, or, if it is smaller than a gang, one gang's ranks on all of its slots: no gang shares a node
         # with part of another gang.
-        places = self.units_of(node)
-        return min(places // ranks * ranks or places, all_ranks)
+        slots = self.units_of(node)
+        return min(slots // ranks * ranks or slots, all_ranks)
 
     def threads(self, num_ranks: int) -> int:
         """Return the threads of each rank if `num_ranks` run at once: its share of the cores, up to the environment's limit."""
@@ -124,8 +124,8 @@ class Machines:
             why_no_more: Why there are no more gangs, unless the reason is lack of room or `max_gpus`.
         """
         kinds = [(self.name_of(node), node.count, self.units_of(node)) for node in self.nodes]
-        bounded = num_gangs == self.max_gangs(ranks)
-        bound = f"max_gpus allows {self.num_units}" if bounded else why_no_more
+        is_limited = num_gangs == self.max_gangs(ranks)
+        bound = f"max_gpus allows {self.num_units}" if is_limited else why_no_more
         return placement(kinds, ranks, num_gangs, unit=self.unit, bound=bound)
 
     def name_of(self, node: NodeDescription) -> str:
@@ -277,23 +277,23 @@ def assign_gangs(kinds: Sequence[tuple[int, int]], ranks: int) -> list[GangGroup
         for kind in order:
             whole[kind] = min(free[kind], missing // kinds[kind][1])
             missing -= whole[kind] * kinds[kind][1]
-        stood = [(kind, kinds[kind][1]) for kind, count in whole.items() for _ in range(count)]
+        assigned = [(kind, kinds[kind][1]) for kind, count in whole.items() for _ in range(count)]
         if missing:
-            # Every node that was passed over has more places than were missing then.
+            # Every node that was passed over has more slots than were missing then.
             rest = min((kind for kind in order if free[kind] > whole[kind]), key=lambda kind: (kinds[kind][1], kind))
-            stood.append((rest, missing))
+            assigned.append((rest, missing))
             whole[rest] += 1
         # The same combination of nodes repeats until one kind of node runs out, so the loop runs once per kind instead of once
         # per gang.
         times = min(free[kind] // count for kind, count in whole.items() if count)
-        gangs.append(GangGroup(times, tuple(sorted(stood))))
+        gangs.append(GangGroup(times, tuple(sorted(assigned))))
         free = {kind: count - times * whole[kind] for kind, count in free.items()}
     return gangs
 
 
 def count_gangs(kinds: Sequence[tuple[int, int]], ranks: int) -> int:
     """Return how many gangs of `ranks` fit."""
-    return sum(stands.times for stands in assign_gangs(kinds, ranks))
+    return sum(group.times for group in assign_gangs(kinds, ranks))
 
 
 def placement(kinds: Sequence[tuple[str, int, int]], ranks: int, num_gangs: int, *, unit: str, bound: str = "") -> Placement:
@@ -307,8 +307,8 @@ def placement(kinds: Sequence[tuple[str, int, int]], ranks: int, num_gangs: int,
     gangs = _first(room, num_gangs)
     inside, spanning = Counter[int](), Counter[int]()
     for times, nodes_of_one in gangs:
-        for kind, held in nodes_of_one:
-            (inside if len(nodes_of_one) == 1 else spanning)[kind] += times * held
+        for kind, num_ranks in nodes_of_one:
+            (inside if len(nodes_of_one) == 1 else spanning)[kind] += times * num_ranks
     nodes = tuple(
         NodeSlots(
             node=name,
@@ -322,13 +322,13 @@ def placement(kinds: Sequence[tuple[str, int, int]], ranks: int, num_gangs: int,
     sentences = [_where(gangs, ranks, sum(count for _, count, _ in kinds), unit)]
     left, total = sum(kind.left_over for kind in nodes), sum(count * each for _, count, each in kinds)
     if left:
-        why = bound if num_gangs < sum(stands.times for stands in room) else f"no further gang of {ranks} fits"
+        why = bound if num_gangs < sum(group.times for group in room) else f"no further gang of {ranks} fits"
         sentences.append(f"{left} of {total} {unit}s {'is' if left == 1 else 'are'} left over: {why}")
     return Placement(
         unit=unit,
         ranks=ranks,
-        num_gangs=sum(stands.times for stands in gangs),
-        num_spanning=sum(stands.times for stands in gangs if len(stands.nodes) > 1),
+        num_gangs=sum(group.times for group in gangs),
+        num_spanning=sum(group.times for group in gangs if len(group.nodes) > 1),
         nodes=nodes,
         sentences=tuple(sentences),
     )
@@ -336,26 +336,26 @@ def placement(kinds: Sequence[tuple[str, int, int]], ranks: int, num_gangs: int,
 
 def _first(room: Sequence[GangGroup], num_gangs: int) -> list[GangGroup]:
     taken: list[GangGroup] = []
-    for stands in room:
-        times = min(stands.times, num_gangs)
+    for group in room:
+        times = min(group.times, num_gangs)
         num_gangs -= times
         if times:
-            taken.append(stands._replace(times=times))
+            taken.append(group._replace(times=times))
     return taken
 
 
 def _where(gangs: Sequence[GangGroup], ranks: int, num_nodes: int, unit: str) -> str:
     """Return a sentence such as `4 gangs of 8 GPUs, each inside one node`."""
-    count = sum(stands.times for stands in gangs)
-    said = f"{count} gang{'s' if count != 1 else ''} of {ranks} {unit}{'s' if ranks != 1 else ''}"
+    count = sum(group.times for group in gangs)
+    sentence = f"{count} gang{'s' if count != 1 else ''} of {ranks} {unit}{'s' if ranks != 1 else ''}"
     if num_nodes == 1:
-        return f"{said} on one node"
-    spans = sorted({len(stands.nodes) for stands in gangs})
+        return f"{sentence} on one node"
+    spans = sorted({len(group.nodes) for group in gangs})
     if spans == [1]:
-        return f"{said}, each inside one node"
+        return f"{sentence}, each inside one node"
     over = f"{spans[0]}" if len(spans) == 1 else f"{spans[0]} to {spans[-1]}"
     return (
-        f"{said}, {'each ' if count > 1 else ''}over {over} nodes: no single node is large enough for one"
+        f"{sentence}, {'each ' if count > 1 else ''}over {over} nodes: no single node is large enough for one"
         if spans[0] > 1
-        else (f"{said}, within one node where it fits, else over up to {spans[-1]} whole nodes")
+        else (f"{sentence}, within one node where it fits, else over up to {spans[-1]} whole nodes")
     )

@@ -17,8 +17,8 @@ FISHER_DOCUMENTS = 64
 
 
 def anchor_fits(anchor: Anchor | AnchorPlan | None, tune: Tune) -> bool:
-    """Return whether an anchor fits the tuning method: `product` acts on adapters, the other kinds on unfrozen weights."""
-    return not isinstance(anchor, AnchorSpec | AnchorPlan) or (anchor.kind == "product") == (tune == "lora")
+    """Return whether an anchor fits the tuning method."""
+    return not isinstance(anchor, AnchorSpec | AnchorPlan) or anchor.traits.tune == tune
 
 
 def remedies_of_train(train: TrainSpec, tune: Tune) -> Remedies:
@@ -90,8 +90,8 @@ def _all_remedies(spec: JobSpec) -> list[Remedies]:
 
 
 def product_anchor(choices: Iterable[Remedies]) -> AnchorPlan | None:
-    """Return the first anchor on products of adapters, which DeepSpeed would partition; see `Load.whole_adapters`."""
-    return next((remedies.anchor for remedies in choices if remedies.anchor and remedies.anchor.kind == "product"), None)
+    """Return the first anchor that needs whole adapters, which DeepSpeed would partition; see `Load.whole_adapters`."""
+    return next((remedies.anchor for remedies in choices if remedies.anchor and remedies.anchor.traits.whole_adapters), None)
 
 
 def no_whole_adapters(anchor: AnchorPlan, loaded: LoadedSpec, job: Literal["sweep", "finetune"], error: PlanError) -> PlanError:
@@ -166,7 +166,7 @@ def effective(anatomy: ModelAnatomy, selection: LayerSelection, remedies: Remedi
     groups = learning_groups(anatomy, selection, remedies, (*selection.trainable, *selection.adapted))
     decays = any(group.rate_factor != 1.0 for group in groups)
     anchor = remedies.anchor
-    if anchor is not None and anchor.kind == "product":
+    if anchor is not None and anchor.traits.tune == "lora":
         pulls = bool(selection.adapted)
     else:
         pulls = any(group.anchored for group in groups)

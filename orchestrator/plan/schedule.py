@@ -128,8 +128,8 @@ def surviving_share(search: SearchPlan, rung: int) -> float:
 
 
 def packs(spec: JobSpec) -> bool:
-    """Return whether documents share rows: `classify` reads one document per row."""
-    return spec.data.pack and spec.task != "classify"
+    """Return whether documents share rows."""
+    return spec.data.pack and not spec.traits.head.one_document_per_row
 
 
 def row_tokens(spec: JobSpec, anatomy: ModelAnatomy, data: DataSize) -> int:

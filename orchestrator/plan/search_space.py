@@ -15,6 +15,7 @@ from orchestrator.plan.values import PlannedPoint, SearchPlan
 from orchestrator.spec import LoadedSpec, learning_rate_range
 from orchestrator.spec.adapters import PLAIN_LORA, AdapterName, AdapterOptions, Modules
 from orchestrator.spec.models import FinetuneSpec, JobSpec, SearchPoint, SearchSpec, Task, TrainSpec, Tune
+from orchestrator.spec.tasks import TASKS
 from orchestrator.work.remedies import NOTHING, Remedies
 
 FRESH_HEAD_FACTOR = 10.0
@@ -49,7 +50,7 @@ class _Asked(NamedTuple):
 
 def head_rates(search: SearchSpec, task: Task) -> tuple[float, float]:
     """Return the range for a head that is trained alone: that of `full`, times ten if the head is a new classifier."""
-    factor = FRESH_HEAD_FACTOR if task == "classify" else 1.0
+    factor = FRESH_HEAD_FACTOR if TASKS[task].head.is_new else 1.0
     low, high = learning_rate_range(search, "full")
     return low * factor, high * factor
 

@@ -6,9 +6,8 @@ import math
 from typing import Literal, Required, TypedDict, Unpack
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, select, select_everything
-from orchestrator.plan.cost.choices import planned_options
 from orchestrator.plan.search_space import head_rates
-from orchestrator.plan.values import RunPlan, TrialOption
+from orchestrator.plan.values import RunPlan, SweepPlan, TrialOption
 from orchestrator.spec import learning_rate_range
 from orchestrator.spec.adapters import PLAIN_LORA
 from orchestrator.spec.models import JobSpec, SearchSpec
@@ -129,7 +128,7 @@ def curve_trial(winner: TrialSpec, share: float, total_steps: int, target_tokens
 
 def late_controls(plan: RunPlan, winner_id: str) -> dict[str, str]:
     """Ids of the controls that are to be trained once this winner is known, by the name that each has beside the bundle."""
-    if plan.search is None:
+    if not isinstance(plan, SweepPlan):
         return {}
     fitting = {"shuffled": True, "scratch": plan.scratch_memory is not None}
     names = [name for name, fits in fitting.items() if fits and name in plan.search.controls]
@@ -162,7 +161,7 @@ def work_context(
         data=data,
         metric=metric,
         trunk=plan.trunk,
-        largest_memory_bytes=max((option.memory.total_bytes for option in planned_options(plan)), default=None),
+        largest_memory_bytes=max((option.memory.total_bytes for option in plan.options), default=None),
         num_gangs=1 if alone else plan.num_gangs,
         spec_sha256=plan.spec_sha256,
         base_sha256=plan.base_sha256,
@@ -230,7 +229,7 @@ def _predicted_memory_bytes(plan: RunPlan, trial: TrialSpec, execution: Executio
     if trial.control == "scratch":
         return plan.scratch_memory.total_bytes if plan.scratch_memory is not None else None
     choice = (trial.layers, trial.method)
-    found = (option for option in planned_options(plan) if (option.layers, option.method) == choice)
+    found = (option for option in plan.options if (option.layers, option.method) == choice)
     return next((option.memory.total_bytes for option in found), None)
 
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 from orchestrator.anatomy import select
 from orchestrator.anatomy.values import ModelAnatomy
-from orchestrator.plan.cost.choices import planned_options
 from orchestrator.plan.cost.estimate import expected_rungs, expected_steps
 from orchestrator.plan.cost.flops import attention_width, block_flops_per_token
 from orchestrator.plan.estimates import Rate
-from orchestrator.plan.values import RunPlan
+from orchestrator.plan.values import RunPlan, SweepPlan
 from orchestrator.spec.models import JobSpec
 from orchestrator.units import format_bytes, format_count
 from orchestrator.work.execution import TrunkPlan
@@ -79,9 +78,9 @@ def plan_trunk(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, rate: Rate) 
 
 
 def _uses(plan: RunPlan, anatomy: ModelAnatomy) -> list[CutUse]:
-    options = planned_options(plan)
+    options = plan.options
     scored = plan.data.eval_tokens + plan.data.retain_tokens
-    if plan.search is None:
+    if not isinstance(plan, SweepPlan):
         tokens = {option.selection.cut: float(plan.total_tokens + scored) for option in options}
     else:
         search, per_step = plan.search, plan.total_tokens / plan.total_steps

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, Self, cast
+
+from pydantic import ModelWrapValidatorHandler, ValidationError, model_validator
 
 from orchestrator.anatomy.values import LayerSelection
 from orchestrator.plan.data_size import DataSize
@@ -112,7 +114,10 @@ class SearchPlan(Value):
 
 
 class RunPlan(Value):
-    """Everything derived before anything runs."""
+    """Everything derived before anything runs, of a sweep or of a fine-tuning: what both have.
+
+    plan.json has both `search` and `finetune`, one of them null. Read as a `RunPlan` it becomes the kind that it is.
+    """
 
     name: str
     spec_sha256: str
@@ -129,8 +134,6 @@ class RunPlan(Value):
     """Of the control `scratch`; None where it was not asked for, or does not fit."""
     head_memory: MemoryEstimate | None = None
     """Of the control `head`; None where the job has none."""
-    search: SearchPlan | None
-    finetune: TrialOption | None
     total_steps: int
     total_tokens: int
     disk_bytes: int
@@ -154,3 +157,43 @@ class RunPlan(Value):
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     """What a person should hear before the run, also where only a log is read."""
+
+    @property
+    def options(self) -> tuple[TrialOption, ...]:
+        """Return the choices that are planned: the search's, or the one trial."""
+        raise NotImplementedError
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _of_its_kind(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> RunPlan:
+        if cls is not RunPlan or not isinstance(values, dict):
+            return handler(values)
+        given = cast("dict[str, Any]", values)
+        kind = SweepPlan if given.get("search") is not None else FinetunePlan
+        try:
+            return kind.model_validate(given)
+        except ValidationError as error:  # said in one line, as of any other record
+            first = error.errors()[0]
+            raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+class SweepPlan(RunPlan):
+    """The plan of a sweep."""
+
+    search: SearchPlan
+    finetune: None = None
+
+    @property
+    def options(self) -> tuple[TrialOption, ...]:
+        return self.search.options
+
+
+class FinetunePlan(RunPlan):
+    """The plan of a fine-tuning, the one-trial job."""
+
+    search: None = None
+    finetune: TrialOption
+
+    @property
+    def options(self) -> tuple[TrialOption, ...]:
+        return (self.finetune,)

@@ -1,4 +1,4 @@
-"""Memory of a rank as planned and as measured: a line for every choice of the search."""
+"""Table of planned and measured memory per rank, one row for each choice of the search."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from orchestrator.report import html
 from orchestrator.report.html import Html
 from orchestrator.report.wording import MISSING
 from orchestrator.transfer import memory_rows
-from orchestrator.transfer.measured import MemoryRow
-from orchestrator.transfer.records import SweepResult
+from orchestrator.transfer.records import MemoryRow, SweepResult
 from orchestrator.units import format_bytes
 
 ON_A_GPU = (
@@ -21,11 +20,11 @@ ON_A_CPU = (
     "freed: it shows the order of magnitude only."
 )
 MANY_RANKS = 8
-"""Beyond so many, the table shows the least and the most."""
+"""Number of ranks above which the table shows only minimum and maximum."""
 
 
 def memory_table(sweep: SweepResult) -> Html:
-    """Nothing where no trial has measured anything."""
+    """Return the table; empty if no trial has measured anything."""
     rows = memory_rows(sweep.trials)
     if not rows:
         return Html()
@@ -41,10 +40,10 @@ def memory_table(sweep: SweepResult) -> Html:
         ]
         for row in rows
     ]
-    headers = ["choice", "trials", "micro-batch", "planned a rank", "measured, most", "by rank", "measured / planned"]
+    headers = ["choice", "trials", "micro-batch", "planned per rank", "measured, most", "by rank", "measured / planned"]
     table = html.table(headers, cells, numeric=(1, 3, 4, 6))
     said = ON_A_GPU if any(row.device == "cuda" for row in rows) else ON_A_CPU
-    return html.join([html.tag("h3", "Memory of a rank"), table, html.paragraph(said)])
+    return html.join([html.tag("h3", "Memory per rank"), table, html.paragraph(said)])
 
 
 def _micro_batch(row: MemoryRow) -> str:
@@ -53,7 +52,7 @@ def _micro_batch(row: MemoryRow) -> str:
     if not row.num_out_of_memory:
         return now
     if row.num_failed_for_memory == row.num_trials:
-        return "out of memory; no smaller way was left"
+        return "out of memory; could not be reduced further"
     went_on = f"out of memory; retried with {now}"
     return f"{went_on} ({row.num_failed_for_memory} failed)" if row.num_failed_for_memory else went_on
 

@@ -1,4 +1,4 @@
-"""The plan for people, in at most 100 columns: what was decided, and on request how every number follows."""
+"""The plan as a terminal screen of at most 100 columns: the decisions, and on request every derivation."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.plan.cost.choices import planned_options
 from orchestrator.plan.estimates import CostEstimate, CostItem, MemoryEstimate, Placement
-from orchestrator.plan.values import RunPlan, TrialOption
+from orchestrator.plan.values import RunPlan, SweepPlan, TrialOption
 from orchestrator.report.wording import number, plural
 from orchestrator.units import format_bytes, format_count, format_flops, format_seconds
 from orchestrator.work.execution import ExecutionPlan
 
 WIDTH = 100
-UNKNOWN = "unknown: the GPU is not in the table of rates"
+UNKNOWN = "unknown: the GPU's peak rate is not in the table"
 
 
 def plan_view(plan: RunPlan, *, explain: bool = False) -> RenderableType:
@@ -25,7 +24,7 @@ def plan_view(plan: RunPlan, *, explain: bool = False) -> RenderableType:
     Args:
         explain: With the derivations: memory of every choice, operations of a token, cost, disk, placement.
     """
-    base, options = plan.base, planned_options(plan)
+    base, options = plan.base, plan.options
     estimated = "" if plan.data.exact else " (estimated from file sizes)"
     parts: list[RenderableType] = [
         Text(
@@ -33,7 +32,7 @@ def plan_view(plan: RunPlan, *, explain: bool = False) -> RenderableType:
             style="bold",
         ),
         Text(
-            f"{plan.data.train_documents:,} documents, {plan.data.train_tokens:,} tokens an epoch{estimated}; "
+            f"{plan.data.train_documents:,} documents, {plan.data.train_tokens:,} tokens per epoch{estimated}; "
             f"{plan.total_steps:,} steps in all{_of_tokens(plan)}"
         ),
         Text(),
@@ -45,17 +44,17 @@ def plan_view(plan: RunPlan, *, explain: bool = False) -> RenderableType:
     elif options:
         largest = max(options, key=lambda option: option.memory.total_bytes)
         parts += [_memory_table(f"Memory of one rank, largest choice ({_option_name(largest)})", largest.memory), Text()]
-    parts += [_execution_table(plan), Text(), _grid("What it takes", _costs(plan)), Text()]
+    parts += [_execution_table(plan), Text(), _grid("Time and disk", _costs(plan)), Text()]
     if explain:
         parts += _derivations(plan)
     if plan.rejected:
-        parts += [_grid("Cheaper ways, rejected", [(way.way, way.reason) for way in plan.rejected]), Text()]
+        parts += [_grid("Cheaper options, rejected", [(way.way, way.reason) for way in plan.rejected]), Text()]
     said = [("warning", plan.warnings), ("because", plan.reasons), ("note", plan.notes)]
     return Group(*parts, _grid("", [(name, line) for name, lines in said for line in lines]))
 
 
 def _of_tokens(plan: RunPlan) -> str:
-    """` of up to 256 tokens`; nothing in plans of older versions."""
+    """Return ` of up to 256 tokens`; empty in plans of older versions."""
     return f" of up to {plan.data.tokens_per_step:,} tokens" if plan.data.tokens_per_step else ""
 
 
@@ -68,7 +67,7 @@ def _option_name(option: TrialOption) -> str:
 
 
 def _options_table(plan: RunPlan, options: Sequence[TrialOption]) -> Table:
-    table = Table(title="What is tried", title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table = Table(title="Choices", title_justify="left", title_style="bold", box=None, pad_edge=False)
     table.add_column("layers", max_width=24)
     table.add_column("tune", no_wrap=True)
     table.add_column("learning rate", no_wrap=True)
@@ -107,15 +106,15 @@ def _execution_table(plan: RunPlan) -> Table:
     rows = [("worker groups (gangs)", f"{plan.num_gangs} of {plural(plan.execution.ranks, 'rank')} each")]
     if plan.placement is not None:
         rows += [("placement" if index == 0 else "", line) for index, line in enumerate(plan.placement.sentences)]
-    rows.append(("a trial runs by", _execution(plan.execution)))
-    rows.append(("the refit runs by", _execution(plan.refit_execution)))
-    if plan.search is not None:
+    rows.append(("trials run on", _execution(plan.execution)))
+    rows.append(("the refit runs on", _execution(plan.refit_execution)))
+    if isinstance(plan, SweepPlan):
         search = plan.search
         rungs = ", ".join(map(str, search.rung_steps))
         rows.append(
             ("search", f"{search.num_trials} trials by {search.algorithm}, {search.scheduler}; compared at steps {rungs}")
         )
-    return _grid("How it is run", rows)
+    return _grid("Execution", rows)
 
 
 def _execution(execution: ExecutionPlan) -> str:
@@ -130,7 +129,7 @@ def _execution(execution: ExecutionPlan) -> str:
 
 
 def _costs(plan: RunPlan) -> list[tuple[str, str]]:
-    """Hours before and after early stopping, money, disk."""
+    """Return hours before and after early stopping, money, disk."""
     cost = plan.cost
     if cost is None:
         hours = number(plan.gpu_hours, 2) if plan.gpu_hours is not None else UNKNOWN
@@ -146,8 +145,8 @@ def _costs(plan: RunPlan) -> list[tuple[str, str]]:
         rows.append(("arithmetic", f"{format_seconds(3600 * cost.wall_hours)} with every worker group busy at the assumed rate"))
     if cost.price is not None and cost.price_without_stopping is not None:
         whole = f"; {cost.price_without_stopping:,.2f} without early stopping" if _stops(plan) else ""
-        rows.append(("price", f"{cost.price:,.2f} at {cost.price_per_gpu_hour:g} a GPU-hour{whole}"))
-    disk = f"{format_bytes(cost.disk_bytes)}, of it the bundle {format_bytes(cost.bundle_bytes)}"
+        rows.append(("price", f"{cost.price:,.2f} at {cost.price_per_gpu_hour:g} per GPU-hour{whole}"))
+    disk = f"{format_bytes(cost.disk_bytes)}, including the bundle at {format_bytes(cost.bundle_bytes)}"
     rows.append(("disk", f"{disk}; a checkpoint of the largest choice {format_bytes(cost.checkpoint_bytes)}"))
     return rows
 
@@ -162,7 +161,7 @@ def _gpu_hours(plan: RunPlan, cost: CostEstimate) -> str:
 
 
 def _stops(plan: RunPlan) -> bool:
-    return plan.search is not None and len(plan.search.rung_steps) > 1
+    return isinstance(plan, SweepPlan) and len(plan.search.rung_steps) > 1
 
 
 def _hours(hours: float) -> str:
@@ -170,7 +169,7 @@ def _hours(hours: float) -> str:
 
 
 def _option_derivation(plan: RunPlan, option: TrialOption) -> list[RenderableType]:
-    """Memory of a rank and operations of a token, for one choice."""
+    """Return memory of a rank and operations per token, for one choice."""
     name = _option_name(option)
     parts: list[RenderableType] = [_memory_table(f"Memory of one rank: {name}", option.memory), Text()]
     if option.memory.phases:
@@ -188,7 +187,7 @@ def _option_derivation(plan: RunPlan, option: TrialOption) -> list[RenderableTyp
 
 
 def _derivations(plan: RunPlan) -> list[RenderableType]:
-    """Of the whole run: operations, rate, disk, placement."""
+    """Return the derivations for the whole run: operations, rate, disk, placement."""
     parts: list[RenderableType] = []
     cost = plan.cost
     if cost is not None:

@@ -19,7 +19,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from orchestrator.errors import IntegrityError, UsageError
-from orchestrator.plan.values import RunPlan
+from orchestrator.plan.values import RunPlan, SweepPlan
 from orchestrator.run.layout import OWNER, RESULT, STEPS, RunFolder
 from orchestrator.run.ledger import Ledger, TrialEnd, TrialEntry, base_result
 from orchestrator.run.records import trial_record
@@ -28,7 +28,7 @@ from orchestrator.spec.models import SearchSpec
 from orchestrator.store import read_record
 from orchestrator.store.folders import MANIFEST
 from orchestrator.transfer.records import SweepResult, TransferReport, TrialRecord
-from orchestrator.transfer.view import Progress
+from orchestrator.transfer.run_view import Progress
 from orchestrator.values import Value
 from orchestrator.work.measurements import DomainShift, LayerScores
 from orchestrator.work.results import RungResult, StepReport
@@ -269,10 +269,10 @@ def _sweep_so_far(run: RunFolder, plan: RunPlan | None, values: dict[str, Any], 
     entries = [_settled(entry) for entry in ledger.entries() if entry.trial.control != "curve"]
     if not entries and plan is None:
         return None
-    one_trial = plan is not None and plan.search is None
+    one_trial = plan is not None and not isinstance(plan, SweepPlan)
     scoring = scoring_of(None if one_trial else _search_spec(values), plan)
     base = base_result(ledger) or _lone_result(run.trials / "none")
-    options = {} if plan is None or plan.search is None else {(o.layers, o.method): o for o in plan.search.options}
+    options = {(o.layers, o.method): o for o in plan.options} if isinstance(plan, SweepPlan) else {}
     trials: list[TrialRecord] = []
     for entry in entries:
         if entry.trial.control == "none" and not entry.results and base is not None:

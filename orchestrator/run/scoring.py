@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from orchestrator.plan.values import RunPlan
+from orchestrator.plan.values import RunPlan, SweepPlan
 from orchestrator.spec.models import SearchSpec
+from orchestrator.spec.tasks import higher_is_better
 from orchestrator.transfer import WORST_SCORE, forgetting, score
 from orchestrator.values import Value
 from orchestrator.work.results import RungResult
@@ -22,7 +23,7 @@ class Scoring(Value):
 
     @property
     def higher_is_better(self) -> bool:
-        return self.metric != "loss"
+        return higher_is_better(self.metric)
 
     def metric_of(self, result: RungResult) -> float | None:
         """Return the metric's value, or None where it was not measured."""
@@ -69,7 +70,7 @@ def scoring_of(search: SearchSpec | None, plan: RunPlan | None) -> Scoring:
     Args:
         plan: None where it cannot be read; then trials are judged by their last rung.
     """
-    if search is None or (plan is not None and plan.search is None):
+    if search is None or (plan is not None and not isinstance(plan, SweepPlan)):
         return Scoring(metric="loss", max_forgetting=math.inf)
-    patience = plan.search.patience if plan is not None and plan.search is not None else None
+    patience = plan.search.patience if isinstance(plan, SweepPlan) else None
     return Scoring(metric=search.metric, max_forgetting=search.max_forgetting, patience=patience)

@@ -10,7 +10,7 @@ from pathlib import Path
 from orchestrator.anatomy import LayerSelection, ModelAnatomy
 from orchestrator.errors import IntegrityError, TrainingError
 from orchestrator.plan import train_rung, work_context
-from orchestrator.plan.values import RunPlan
+from orchestrator.plan.values import SweepPlan
 from orchestrator.run.scoring import Scoring
 from orchestrator.runtime.gang import GangDiedError
 from orchestrator.runtime.hang_detection import Patience
@@ -30,7 +30,7 @@ MAX_ATTEMPTS = 3
 class Orders(Value):
     """What the exchange needs to know of the run."""
 
-    plan: RunPlan
+    plan: SweepPlan
     anatomy: ModelAnatomy
     settings: TrainSettings
     data: DataPaths
@@ -99,7 +99,7 @@ class GangFigures:
 
 
 def rung_assignment(
-    plan: RunPlan,
+    plan: SweepPlan,
     context: WorkContext,
     trial: TrialSpec,
     selection: LayerSelection,

@@ -166,8 +166,9 @@ def _gain_over_seeds(inputs: BundleInputs, scores: HeldOutScores, metric: str) -
 
 def _judged_by(inputs: BundleInputs, metric: str) -> tuple[bool, str]:
     """(whether right and wrong answers are compared rather than losses, the unit of a difference)."""
-    by_answer = inputs.base.task == "classify" and metric != "loss"
-    return by_answer, "accuracy" if by_answer else "nats per token"
+    head = inputs.base.traits.head
+    by_answer = head.supervises == "documents" and metric != "loss"
+    return by_answer, "accuracy" if by_answer else head.unit
 
 
 def _losses(scores: HeldOutScores, model: str, labels: np.ndarray, by_answer: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from orchestrator.anatomy import LayerSelection
 from orchestrator.errors import OrchestratorError, TrainingError
 from orchestrator.plan import evaluate_base
-from orchestrator.plan.values import RunPlan
+from orchestrator.plan.values import SweepPlan
 from orchestrator.run.hours import Allowance, HoursState, Meter, is_spent
 from orchestrator.run.ledger import Ledger, TrialEntry, TrialState, base_result, drop_optimizer_state, is_tried_again
 from orchestrator.run.records import trial_record
@@ -35,7 +35,7 @@ from orchestrator.runtime.first_steps import FirstSteps
 from orchestrator.runtime.gang import Gang, why_no_start
 from orchestrator.runtime.supervisor import Supervisor
 from orchestrator.runtime.work_queue import WorkQueue
-from orchestrator.transfer.view import Activity
+from orchestrator.transfer.run_view import Activity
 from orchestrator.work.assignment import Measurement, TrainRung, TrialWork, Work
 from orchestrator.work.results import MeasurementResult, RungResult, WorkResult
 from orchestrator.work.trial import TrialSpec
@@ -137,7 +137,7 @@ class Exchange:
         assert isinstance(result, MeasurementResult), "a measurement is never held back"
         return result
 
-    async def replan(self, plan: RunPlan) -> None:
+    async def replan(self, plan: SweepPlan) -> None:
         """The plan once more is known; its gangs and options are the same ones."""
         self._orders = self._orders.model_copy(update={"plan": plan})
         self._context = self._orders.context()

@@ -20,7 +20,7 @@ from orchestrator.runtime.prepare import Prepared, open_run, prepare
 from orchestrator.runtime.refit import refit_assignment, run_refit
 from orchestrator.spec import LoadedSpec
 from orchestrator.transfer.records import SweepResult
-from orchestrator.transfer.view import RunView
+from orchestrator.transfer.run_view import RunView
 
 
 def run_finetune(loaded: LoadedSpec, *, view: RunView, address: str | None = None, output: Path | None = None) -> RunOutcome:
@@ -54,8 +54,7 @@ def run_finetune(loaded: LoadedSpec, *, view: RunView, address: str | None = Non
 
 def _train(prepared: Prepared, view: RunView, started_at: float) -> SweepResult:
     """The untouched base's scores and the trial, by one worker group."""
-    plan, seed = prepared.plan, prepared.spec.train.seed
-    assert plan.finetune is not None
+    plan, seed = prepared.finetune_plan, prepared.spec.train.seed
     none, nothing = none_control(plan, prepared.anatomy, seed)
     trial = make_trial(plan, plan.finetune, plan.finetune.learning_rate_low, 0, seed)
     ledger = prepared.run.ledger

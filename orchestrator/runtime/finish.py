@@ -10,6 +10,7 @@ import ray
 
 from orchestrator.errors import IntegrityError
 from orchestrator.plan import REPEAT, late_controls
+from orchestrator.plan.values import SweepPlan
 from orchestrator.run.activities import tell_bundling
 from orchestrator.run.hours import metered
 from orchestrator.run.ledger import Ledger, TrialEntry, base_result
@@ -27,7 +28,7 @@ from orchestrator.store import check_artifact, versions
 from orchestrator.store.folders import MANIFEST
 from orchestrator.transfer import memory_rows
 from orchestrator.transfer.records import BundledFigures, SweepResult, TransferReport
-from orchestrator.transfer.view import RunView
+from orchestrator.transfer.run_view import RunView
 from orchestrator.work.results import RungResult
 from orchestrator.work.trial import TrialSpec
 
@@ -101,7 +102,7 @@ def controls_beside(prepared: Prepared, ledger: Ledger, trial: TrialSpec, bundle
     A control with another budget would not be comparable. With early stopping every seed counts at its best rung on the eval set,
     as the winner does.
     """
-    if prepared.plan.search is None:
+    if not isinstance(prepared.plan, SweepPlan):
         return Controls({})
     artifacts, left_out, failed_seeds = dict[str, str](), list[str](), 0
     for name, trial_id in {"head": "head", **late_controls(prepared.plan, trial.trial_id)}.items():

@@ -12,7 +12,7 @@ from orchestrator.plan.cost.choices import scored_flops
 from orchestrator.plan.cost.duration import MeasuredSteps, MeasuredTimes, calibrated, calibration_message, measured_duration
 from orchestrator.plan.cost.estimate import units_of_gang
 from orchestrator.plan.estimates import CostEstimate, Duration
-from orchestrator.plan.values import RunPlan
+from orchestrator.plan.values import SweepPlan
 from orchestrator.units import format_seconds
 from orchestrator.work.results import RungResult
 
@@ -33,7 +33,7 @@ class FirstSteps:
 
     def __init__(
         self,
-        plan: RunPlan,
+        plan: SweepPlan,
         anatomy: ModelAnatomy,
         num_gangs: int,
         *,
@@ -41,7 +41,7 @@ class FirstSteps:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._plan, self._anatomy, self._clock = plan, anatomy, clock
-        self._wanted = min(num_gangs, plan.search.num_trials) if plan.search is not None else 1
+        self._wanted = min(num_gangs, plan.search.num_trials)
         self.begun = clock() if begun is None else begun
         self._num_first = 0
         self._steady: list[MeasuredSteps] = []

@@ -12,13 +12,14 @@ from orchestrator.data import size_of_share
 from orchestrator.data.sets import load_known
 from orchestrator.plan import curve_trial, curve_trial_id, repeat_control, scratch_control, shuffled_control
 from orchestrator.plan.schedule import follow_up_rung_steps, share_documents, too_few_documents, total_steps, total_tokens
+from orchestrator.plan.values import SweepPlan
 from orchestrator.run.ledger import Ledger, TrialEntry, base_result
 from orchestrator.runtime.assignments import Answer
 from orchestrator.runtime.cluster import fetch
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.runtime.refit import selection_of, stands_as_it_is, steps_to_bundle
 from orchestrator.transfer.learning_curve import LearningCurve, learning_curve
-from orchestrator.transfer.view import RunView
+from orchestrator.transfer.run_view import RunView
 from orchestrator.work.results import RungResult
 from orchestrator.work.trial import TrialSpec
 
@@ -39,8 +40,8 @@ def late_trials(prepared: Prepared, winner: TrialEntry, base: RungResult | None)
     Args:
         base: The base model's scores.
     """
-    plan, spec, search = prepared.plan, prepared.spec, prepared.plan.search
-    assert search is not None
+    plan, spec = prepared.sweep_plan, prepared.spec
+    search = plan.search
     selection = selection_of(prepared, winner)
     as_long = steps_to_bundle(winner, base, prepared.scoring)
     found: list[LateTrial] = []
@@ -65,7 +66,7 @@ def train_late(prepared: Prepared, exchange: Any, winner: TrialEntry, view: RunV
     late = late_trials(prepared, winner, base_result(prepared.run.ledger))
     if late:
         view.phase("controls", ", ".join(each.trial.trial_id for each in late))
-    calls = [(each.trial, hand_in(exchange, *each)) for each in late]
+    calls = [(each.trial, submit(exchange, *each)) for each in late]
     for trial, call in calls:
         answer = wait_for(exchange, trial.trial_id, call)
         if answer.state == "stopped" and trial.control != "curve":  # what is missing of the curve is reported with the curve
@@ -75,7 +76,7 @@ def train_late(prepared: Prepared, exchange: Any, winner: TrialEntry, view: RunV
     return bool(late)
 
 
-def hand_in(exchange: Any, trial: TrialSpec, selection: LayerSelection, stops: Sequence[int]) -> Any:
+def submit(exchange: Any, trial: TrialSpec, selection: LayerSelection, stops: Sequence[int]) -> Any:
     """Submit a trial to the gangs; pass the returned call to `wait_for`.
 
     Args:
@@ -99,11 +100,11 @@ def curve_shares(prepared: Prepared, winner: TrialEntry, base: RungResult | None
     Args:
         base: The base model's scores.
     """
-    search = prepared.plan.search
-    if search is None or not search.curve_shares:
+    plan = prepared.plan
+    if not isinstance(plan, SweepPlan) or not plan.search.curve_shares:
         return ()
     stands = stands_as_it_is(winner, base, prepared.scoring)
-    return search.curve_shares if stands else (*search.curve_shares, 1.0)
+    return plan.search.curve_shares if stands else (*plan.search.curve_shares, 1.0)
 
 
 def curve_ids(prepared: Prepared, winner: TrialEntry, base: RungResult | None) -> list[str]:
@@ -127,7 +128,7 @@ def curve_of(prepared: Prepared, ledger: Ledger, winner: TrialEntry | None) -> L
     Every point is the rung that its trial is compared by; the winner's is the bundled one.
     """
     search = prepared.spec.search
-    if prepared.plan.search is None or search is None or not search.learning_curve:
+    if not isinstance(prepared.plan, SweepPlan) or search is None or not search.learning_curve:
         return ""
     if winner is None:
         return "no promoted trial to train on less data"

@@ -13,7 +13,6 @@ import ray
 from orchestrator.anatomy import ModelAnatomy
 from orchestrator.errors import TrainingError
 from orchestrator.plan import make_trial, with_scores
-from orchestrator.plan.cost.choices import planned_options
 from orchestrator.plan.measurements import NO_RETENTION_SET, choice_of, standing_choice, with_choice
 from orchestrator.plan.schedule import has_few_examples
 from orchestrator.plan.values import RunPlan
@@ -27,7 +26,7 @@ from orchestrator.spec import parse_policy
 from orchestrator.store import read_record, write_json
 from orchestrator.train import TrainHost
 from orchestrator.transfer.domain_shift import Advice, advise
-from orchestrator.transfer.view import RunView
+from orchestrator.transfer.run_view import RunView
 from orchestrator.work.assignment import Measurement, MeasureShift, ScoreBlocks, TimeCompiling
 from orchestrator.work.execution import BaseLoad, ExecutionPlan
 from orchestrator.work.measurements import CompileChoice, CompileTimes, DomainShift, LayerScores
@@ -233,7 +232,7 @@ def _sentence(found: LayerScores, plan: RunPlan) -> str:
         f"{batches} of {found.num_documents} documents, {found.num_tokens} tokens, in "
         f"{found.seconds:.1f} s: {found.share_of_trial:.1%} of the cheapest trial's operations"
     )
-    options = planned_options(plan)
+    options = plan.options
     chosen = {option.layers: option.selection.blocks for option in options if parse_policy(option.layers).kind == "top"}
     return "; ".join([said, *(f"{layers} is blocks {', '.join(map(str, blocks))}" for layers, blocks in chosen.items())])
 
@@ -264,7 +263,7 @@ class CompiledBlocks(Step[CompileChoice]):
         prepared, plan = self.prepared, self.prepared.plan.compiling
         if plan is None or plan.option is None:
             return None
-        option, seed = planned_options(prepared.plan)[plan.option], prepared.spec.train.seed
+        option, seed = prepared.plan.options[plan.option], prepared.spec.train.seed
         return TimeCompiling(
             context=prepared.work_context(),
             execution=prepared.plan.execution,
@@ -333,8 +332,7 @@ class TargetShift(Step[DomainShift]):
         return found
 
     def plan(self, finding: DomainShift) -> RunPlan:
-        plan = self.prepared.plan
-        assert plan.search is not None
+        plan = self.prepared.sweep_plan
         search = plan.search.model_copy(update={"prior": advice_of(self.prepared, finding).kind})
         return plan.model_copy(update={"search": search})
 

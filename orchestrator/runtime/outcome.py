@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from orchestrator.plan import LATE_CONTROLS, late_controls
-from orchestrator.plan.cost.choices import planned_options
 from orchestrator.plan.cost.duration import MeasuredSteps, calibrated
 from orchestrator.plan.cost.estimate import CPU_FLOPS_PER_CORE, run_flops
-from orchestrator.plan.values import RunPlan
+from orchestrator.plan.values import RunPlan, SweepPlan
 from orchestrator.run.hours import HoursState
 from orchestrator.run.ledger import Ledger, base_result
 from orchestrator.run.records import trial_records
@@ -56,7 +55,7 @@ def summarise(
     ended_by_hours = _ended_by_hours(prepared, ledger, hours, late, points)
     result = SweepResult(
         name=prepared.spec.name,
-        job="sweep" if prepared.plan.search is not None else "finetune",
+        job="sweep" if isinstance(prepared.plan, SweepPlan) else "finetune",
         task=prepared.spec.task,
         metric=scoring.metric,
         higher_is_better=scoring.higher_is_better,
@@ -99,7 +98,7 @@ def _ended_by_hours(
         late: The ids of the promoted trial's controls, by name.
         points: Ids of the trials of its learning curve.
     """
-    if hours is None or not hours.spent or prepared.plan.search is None:
+    if hours is None or not hours.spent or not isinstance(prepared.plan, SweepPlan):
         return ""
     done = sum(entry.trial.control is None and entry.ended_for_good for entry in ledger.entries())
     asked = prepared.plan.search.num_trials
@@ -177,8 +176,7 @@ def plan_against_measured(
         refitted: The refit of the bundled trial; None where there is no bundle.
     """
     plan = prepared.plan
-    options = plan.search.options if plan.search is not None else (plan.finetune,) if plan.finetune is not None else ()
-    planned = max((option.memory.total_bytes for option in options if option is not None), default=None)
+    planned = max((option.memory.total_bytes for option in plan.options), default=None)
     peaks = [trial.engine.peak_memory_bytes for trial in sweep.trials if trial.engine is not None]
     ran_out = sum(trial.out_of_memory for trial in sweep.trials)
     name = "peak memory of a rank"
@@ -188,7 +186,7 @@ def plan_against_measured(
     if refitted is not None:  # the plan counts the bundle too
         folder = sum(file.stat().st_size for file in Path(prepared.run.path).rglob("*") if file.is_file())
         rows.append(PlanAgainstMeasured(name="disk, with the bundle", planned=plan.disk_bytes, measured=folder, unit="bytes"))
-    if plan.search is not None:
+    if isinstance(plan, SweepPlan):
         gangs, loads = float(plan.num_gangs), float(sweep.base_loads)
         name = "base loads in the last submission's search"
         rows.append(PlanAgainstMeasured(name=name, planned=gangs, measured=loads, unit="count"))
@@ -203,7 +201,7 @@ def plan_against_measured(
 
 def first_steps(plan: RunPlan, sweep: SweepResult) -> list[MeasuredSteps]:
     """Return the first rung of every searched trial, with its evaluation."""
-    options = [(option.layers, option.method) for option in planned_options(plan)]
+    options = [(option.layers, option.method) for option in plan.options]
     return [
         MeasuredSteps(options.index(key), first.tokens, first.seconds, evaluations=1)
         for trial in sweep.searched
@@ -223,10 +221,10 @@ def _computing_time(prepared: Prepared, sweep: SweepResult, refitted: RefitRecor
     searching, refitting = (
         execution.ranks * (1 if on_gpus else execution.threads_per_rank) for execution in (plan.execution, plan.refit_execution)
     )
-    planned_late = {*plan.search.controls, "repeat"} if plan.search is not None else set[str]()
+    planned_late = {*plan.search.controls, "repeat"} if isinstance(plan, SweepPlan) else set[str]()
     trials = sum(trial.seconds for trial in sweep.trials if trial.control not in LATE_CONTROLS or trial.control in planned_late)
     trials += sweep.learning_curve_seconds
-    if plan.search is None:
+    if not isinstance(plan, SweepPlan):
         measured = trials * refitting
     else:
         measured = trials * searching + (refitted.seconds * refitting if refitted is not None else 0.0)

@@ -17,7 +17,7 @@ from orchestrator.plan import make_plan, work_context
 from orchestrator.plan import schedule as steps
 from orchestrator.plan.measurements import standing_choice, with_choice
 from orchestrator.plan.schedule import StepSize
-from orchestrator.plan.values import ClusterDescription, RunPlan
+from orchestrator.plan.values import ClusterDescription, FinetunePlan, RunPlan, SweepPlan
 from orchestrator.run.directory import WRITABLE, RunDirectory, output_root
 from orchestrator.run.layout import RunFolder
 from orchestrator.run.scoring import Scoring, scoring_of
@@ -27,7 +27,7 @@ from orchestrator.spec import JobSpec, LoadedSpec, spec_sha256
 from orchestrator.store import base_identity, file_identity, output_to, read_record, write_json
 from orchestrator.store.files import RECORD_REMEDY
 from orchestrator.train.evaluation import text_metric
-from orchestrator.transfer.view import RunView
+from orchestrator.transfer.run_view import RunView
 from orchestrator.values import content_hash
 from orchestrator.work.assignment import WorkContext
 from orchestrator.work.execution import DataPaths, ExecutionPlan, TrainSettings
@@ -45,6 +45,18 @@ class Prepared:
     anatomy: ModelAnatomy
     data: DataSummary
     plan: RunPlan
+
+    @property
+    def sweep_plan(self) -> SweepPlan:
+        """The plan of a sweep."""
+        assert isinstance(self.plan, SweepPlan)
+        return self.plan
+
+    @property
+    def finetune_plan(self) -> FinetunePlan:
+        """The plan of the one-trial job."""
+        assert isinstance(self.plan, FinetunePlan)
+        return self.plan
 
     @property
     def data_paths(self) -> DataPaths:
@@ -132,7 +144,7 @@ def prepare(
     folder = Path(anatomy.folder)
     require_base_everywhere(folder, {name: file_identity(folder / name) for name in _files_of(anatomy)})
     plan = plan_of_data(loaded, anatomy, Tokenised(data, run.data, known), machines, job, read_scores(run))
-    if plan.search is not None:
+    if isinstance(plan, SweepPlan):
         plan = with_choice(plan, standing_choice(spec.resources.compile, read_choice(run)))
     plan = plan.model_copy(update={"base_sha256": base_sha256})
     with output_to(run.plan, remedy=WRITABLE):

@@ -20,6 +20,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from orchestrator.anatomy import LayerSelection, ModelAnatomy
 from orchestrator.errors import RankOutOfMemoryError, TrainingError
 from orchestrator.plan import head_control, train_rung
+from orchestrator.plan.values import SweepPlan
 from orchestrator.run.activities import ranks_text
 from orchestrator.run.hours import affords_refit, is_left_for_refit, metered, read_hours, refit_hours, rung_hours
 from orchestrator.run.layout import OWNER, RESULT, STARTS
@@ -33,7 +34,7 @@ from orchestrator.runtime.task_supervision import Minder, send_pulses
 from orchestrator.store import read_json, read_record, write_json
 from orchestrator.train import TrainHost, drop_later_checkpoints, find_own
 from orchestrator.transfer.records import RefitRecord
-from orchestrator.transfer.view import RunView
+from orchestrator.transfer.run_view import RunView
 from orchestrator.work.assignment import EvaluateBase, TrainRung, owner_of
 from orchestrator.work.execution import BaseLoad, ExecutionPlan
 from orchestrator.work.memory_ladder import STEPPED_DOWN, SteppedDown, fits_in_no_way, nothing_smaller, relieve, with_relief
@@ -217,10 +218,8 @@ REFIT_CHECKPOINTS = 4
 def selection_of(prepared: Prepared, entry: TrialEntry) -> LayerSelection:
     """What learns in a trial, or in the control `head`."""
     plan = prepared.plan
-    if entry.option is not None and plan.search is not None:
-        return plan.search.options[entry.option].selection
-    if entry.option is not None and plan.finetune is not None:
-        return plan.finetune.selection
+    if entry.option is not None:
+        return plan.options[entry.option].selection
     return head_control(plan, prepared.anatomy, prepared.spec, prepared.spec.train.seed)[1]
 
 
@@ -236,7 +235,7 @@ def full_budget(prepared: Prepared, entry: TrialEntry, base: RungResult | None, 
         TrainingError: the refit failed.
     """
     trial, last = entry.trial, entry.results[-1]
-    if prepared.plan.search is None:
+    if not isinstance(prepared.plan, SweepPlan):
         return last, refit_record(prepared, last, "the job's one trial")
     judged = prepared.scoring.judged(entry.results, base)
     if stands_as_it_is(entry, base, prepared.scoring):

@@ -19,7 +19,7 @@ from ray.tune.search import Searcher
 
 from orchestrator.plan import make_trial
 from orchestrator.plan.schedule import asha_time
-from orchestrator.plan.values import RunPlan
+from orchestrator.plan.values import SweepPlan
 from orchestrator.run.ledger import TrialEntry
 from orchestrator.runtime.cluster import fetch, own_node
 from orchestrator.runtime.failures import cause_of
@@ -44,7 +44,7 @@ class RecordedSearch(Searcher):
 
     def __init__(
         self,
-        plan: RunPlan,
+        plan: SweepPlan,
         seed: int,
         recorded: list[TrialEntry],
         *,
@@ -52,7 +52,6 @@ class RecordedSearch(Searcher):
         is_over: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__(metric="score", mode="min")
-        assert plan.search is not None
         self._plan = plan
         self._search = plan.search
         self._seed = seed
@@ -105,9 +104,8 @@ class RecordedSearch(Searcher):
         """Nothing: the ledger is the memory."""
 
 
-def thin_trial(config: dict[str, Any], exchange: Any, plan: RunPlan) -> None:
+def thin_trial(config: dict[str, Any], exchange: Any, plan: SweepPlan) -> None:
     """Carry one trial from rung to rung, for as long as the scheduler lets it."""
-    assert plan.search is not None
     trial = TrialSpec.model_validate(config["trial"])
     option = plan.search.options[config["option"]]
     for rung, stop_step in enumerate(plan.search.rung_steps):
@@ -139,7 +137,7 @@ class EndOfTrial(tune.Callback):
         self._exchange.finish.remote(trial.config["trial"]["trial_id"], state)
 
 
-def run_search(plan: RunPlan, exchange: Any, recorded: list[TrialEntry], folder: Path, seed: int) -> None:
+def run_search(plan: SweepPlan, exchange: Any, recorded: list[TrialEntry], folder: Path, seed: int) -> None:
     """Run Tune until every trial has ended. Results are in the ledger, not in Tune's own folder.
 
     Args:
@@ -147,7 +145,6 @@ def run_search(plan: RunPlan, exchange: Any, recorded: list[TrialEntry], folder:
         recorded: Searched trials of earlier submissions.
         folder: Where Tune keeps its own experiment.
     """
-    assert plan.search is not None
     search = plan.search
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     # Tune's own handler makes an interrupted search look finished.
@@ -200,14 +197,12 @@ def _without_credentials() -> Iterator[None]:
         os.environ.update(held)
 
 
-def _last_pace(plan: RunPlan) -> int:
-    assert plan.search is not None
+def _last_pace(plan: SweepPlan) -> int:
     return asha_time(plan.search, len(plan.search.rung_steps) - 1)
 
 
-def _scheduler(plan: RunPlan) -> TrialScheduler:
+def _scheduler(plan: SweepPlan) -> TrialScheduler:
     """ASHA (Li et al. 2020) over the plan's rungs; every trial to its end without it."""
-    assert plan.search is not None
     if plan.search.scheduler == "none" or len(plan.search.rung_steps) == 1:
         return FIFOScheduler()
     return AsyncHyperBandScheduler(

@@ -24,7 +24,7 @@ from orchestrator.runtime.cluster import fetch, joins
 from orchestrator.runtime.exchange import Exchange
 from orchestrator.runtime.failures import in_plain_words
 from orchestrator.runtime.finish import finish
-from orchestrator.runtime.follow_up_trials import hand_in, train_late, wait_for
+from orchestrator.runtime.follow_up_trials import submit, train_late, wait_for
 from orchestrator.runtime.hang_detection import Patience
 from orchestrator.runtime.heartbeat import Pulse, Watcher
 from orchestrator.runtime.measurements import measured_in_a_gang
@@ -33,7 +33,7 @@ from orchestrator.runtime.prepare import Prepared, open_run, prepare
 from orchestrator.runtime.search import run_search
 from orchestrator.spec import LoadedSpec
 from orchestrator.transfer.records import SweepResult
-from orchestrator.transfer.view import RunView
+from orchestrator.transfer.run_view import RunView
 
 
 def run_sweep(loaded: LoadedSpec, *, view: RunView, address: str | None = None, output: Path | None = None) -> RunOutcome:
@@ -86,9 +86,7 @@ def _search(prepared: Prepared, view: Pulse, started_at: float) -> tuple[Prepare
     Returns:
         The run with its policies by score resolved, and what was found.
     """
-    spec, plan = prepared.spec, prepared.plan
-    assert spec.search is not None
-    assert plan.search is not None
+    spec, plan = prepared.spec, prepared.sweep_plan
     view.start(
         name=spec.name,
         metric=prepared.scoring.metric,
@@ -100,7 +98,7 @@ def _search(prepared: Prepared, view: Pulse, started_at: float) -> tuple[Prepare
     earlier = read_sweep(prepared.run.path)
     with _exchange(prepared) as exchange, Watcher(exchange, view, prepared.run) as watcher, view.watching(watcher.look):
         view.phase("gangs", f"{plan.num_gangs} worker group(s) of {ranks_text(plan.execution.ranks)}")
-        base = hand_in(exchange, *none_control(plan, prepared.anatomy, seed), [0])
+        base = submit(exchange, *none_control(plan, prepared.anatomy, seed), [0])
         untouched = wait_for(exchange, "none", base)
         if untouched.state == "failed":
             raise TrainingError(
@@ -110,11 +108,10 @@ def _search(prepared: Prepared, view: Pulse, started_at: float) -> tuple[Prepare
         ledger = prepared.run.ledger
         ledger.refresh()  # the exchange, another process, has written the base model's scores
         prepared = measured_in_a_gang(prepared, exchange, view)
-        plan = prepared.plan
-        assert plan.search is not None
+        plan = prepared.sweep_plan
         view.phase("search", f"{plan.search.num_trials} trials")
         stops = plan.search.rung_steps if plan.search.patience is not None else plan.search.rung_steps[-1:]
-        head = hand_in(exchange, *head_control(plan, prepared.anatomy, spec, seed), stops)
+        head = submit(exchange, *head_control(plan, prepared.anatomy, spec, seed), stops)
         recorded = [entry for entry in ledger.entries() if entry.trial.control is None]
         run_search(plan, exchange, recorded, prepared.run.path / "tune", seed)
         wait_for(exchange, "head", head)
@@ -158,7 +155,7 @@ def _exchange(prepared: Prepared) -> Iterator[Any]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     orders = Orders(
-        plan=prepared.plan,
+        plan=prepared.sweep_plan,
         anatomy=prepared.anatomy,
         settings=prepared.settings,
         data=prepared.data_paths,

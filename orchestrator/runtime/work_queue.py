@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 
 from orchestrator.anatomy import ModelAnatomy
 from orchestrator.plan.fusing import FuseKey, fuse_key
-from orchestrator.plan.values import RunPlan
+from orchestrator.plan.values import SweepPlan
 from orchestrator.runtime.assignments import QueuedWork
 from orchestrator.work.assignment import TrainRung
 from orchestrator.work.results import RungResult
@@ -33,10 +33,12 @@ class WorkQueue:
         clock: Seconds that only go forward.
     """
 
-    def __init__(self, plan: RunPlan, anatomy: ModelAnatomy, num_gangs: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, plan: SweepPlan, anatomy: ModelAnatomy, num_gangs: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._planned, self._anatomy = plan.execution, anatomy
-        self._max_fused = plan.search.max_fused if plan.search is not None else 1
-        self._last_rung = len(plan.search.rung_steps) - 1 if plan.search is not None else 0
+        self._max_fused = plan.search.max_fused
+        self._last_rung = len(plan.search.rung_steps) - 1
         self._num_free = num_gangs
         self._clock = clock
         self._works: list[QueuedWork] = []

@@ -1,4 +1,4 @@
-"""A bundle that answers, by plain transformers: a prompt at a time with its tokens as they come, or a file of rows in batches.
+"""Generate answers with a bundle by plain transformers: one prompt with streamed tokens, or a file of rows in batches.
 
     predictor = open_predictor(bundle)                 # or open_predictor(bundle, untouched=True): the base it came from
     predictor.answer(questions, max_new_tokens=256)    # in batches, greedily
@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TextStreamer
+import transformers
+from transformers import TextStreamer
 
 from orchestrator.data import load_tokenizer
 from orchestrator.errors import BaseError, DataError, IntegrityError, UsageError
 from orchestrator.serve.bundle import SPEC, BundleRecord
-from orchestrator.serve.recheck import read_record
+from orchestrator.serve.bundle_check import read_record
 from orchestrator.spec.models import Task
+from orchestrator.spec.tasks import TASKS
 from orchestrator.store import read_json
 
 BATCH_ROWS = 16
@@ -32,32 +34,32 @@ Messages = tuple[Mapping[str, Any], ...]
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked: a text, or a chat's turns; and what it is called in messages."""
+    """Prompt or chat to answer, with its name for messages."""
 
     content: str | Messages
     place: str = ""
-    """`file:line`, where it comes from a file."""
+    """`file:line`, if it comes from a file."""
     separator: str | None = None
-    """Follows a text instead of the bundle's own separator."""
+    """Replaces the bundle's own separator after a text."""
     tools: tuple[dict[str, Any], ...] = ()
     """JSON Schemas of the functions that a chat may call."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A greedy answer, or a class."""
+    """Greedy answer, or predicted class."""
 
     text: str
-    """The answer without its end token; of a classifier the likeliest class."""
+    """Answer without its end token; for a classifier the most likely class."""
     ended: bool = True
-    """Whether the model ended it; False where it was cut off at `max_new_tokens`."""
+    """True if the model ended it; False if it was cut off at `max_new_tokens`."""
     probabilities: Mapping[str, float] | None = None
-    """Of a classifier: every class, the likeliest first."""
+    """For a classifier: all classes, most likely first."""
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """A loaded model with its tokenizer, and how its task puts a question."""
+    """Loaded model with its tokenizer and its task's prompt format."""
 
     model: Any
     tokenizer: Any
@@ -67,15 +69,25 @@ class Predictor:
     end_ids: frozenset[int]
     """Tokens that end an answer."""
     longest: int
-    """Positions that the model has, for question and answer together."""
+    """Maximum positions of the model, for question and answer together."""
+
+    @property
+    def classifies(self) -> bool:
+        """Whether an answer is a class instead of generated text."""
+        return TASKS[self.task].head.supervises == "documents"
+
+    @property
+    def chats(self) -> bool:
+        """Whether a question is a conversation."""
+        return TASKS[self.task].uses_chat_template
 
     def answer(self, questions: Sequence[Question], max_new_tokens: int) -> list[Answer]:
-        """Answers in the order of the questions, from one batch.
+        """Answer one batch of questions, in their order.
 
         Raises:
             DataError: a question that the chat template refuses, or that leaves no room for an answer; names its place.
         """
-        if self.task == "classify":
+        if self.classifies:
             return self._classified(questions)
         rows = [self.question_ids(question) for question in questions]
         room = max(0, self.longest - max(map(len, rows)))
@@ -87,12 +99,12 @@ class Predictor:
         return [self._answered(row[width:].tolist()) for row in output]
 
     def stream(self, question: Question, write: Callable[[str], None], max_new_tokens: int) -> Answer:
-        """Answer one question and hand its text to `write` piece by piece.
+        """Answer one question and pass its text to `write` piece by piece.
 
         Raises:
             DataError: as `answer` says.
         """
-        if self.task == "classify":
+        if self.classifies:
             return self._classified([question])[0]
         row = self.question_ids(question)
         ids = torch.tensor([row])
@@ -101,7 +113,7 @@ class Predictor:
         return self._answered(output[0][len(row) :].tolist())
 
     def question_ids(self, question: Question) -> list[int]:
-        """The question's tokens as training had them before an answer.
+        """Return the question's tokens as training had them before an answer.
 
         Raises:
             DataError: as `answer` says.
@@ -134,7 +146,7 @@ class Predictor:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _begin_ids(self) -> list[int]:
-        """The begin token, where the tokenizer puts one before a text by itself."""
+        """Return the begin token, if the tokenizer adds one."""
         bos = self.tokenizer.bos_token_id
         return [bos] if bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos] else []
 
@@ -184,7 +196,7 @@ def _class_answer(shares: Mapping[str, float]) -> Answer:
 
 
 class _Pieces(TextStreamer):
-    """Hands on whole characters: a piece is held back while it may still change."""
+    """Emits complete characters: text is held back while it may still change."""
 
     def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -212,16 +224,16 @@ def open_predictor(bundle: Path, *, untouched: bool = False, base: Path | None =
     task = record.base.load.task
     folder = bundle
     if untouched:
-        if task == "classify":
+        if record.base.load.traits.head.is_new:
             raise UsageError("the base of a classifier has no classes", where=str(bundle), remedy="remove --base")
         folder = base if base is not None else Path(os.path.normpath(bundle.resolve() / record.base.path))
         if not (folder / "config.json").exists():
             raise UsageError("the base cannot be found", where=str(folder), remedy="give its folder with --base-folder")
     model = _load(folder, record)
     spec = read_spec(bundle)
-    separator = str(spec.get("data", {}).get("separator", "\\n")) if task == "completion" else ""
+    separator = str(spec.get("data", {}).get("separator", "\\n")) if TASKS[task].uses_separator else ""
     tokenizer = load_tokenizer(folder)
-    if tokenizer.pad_token_id is None and task == "classify":
+    if tokenizer.pad_token_id is None and TASKS[task].head.supervises == "documents":
         tokenizer.pad_token_id = model.config.pad_token_id
     tokenizer.padding_side = "right"
     positions = getattr(model.config, "max_position_embeddings", None) or 1 << 20
@@ -230,7 +242,7 @@ def open_predictor(bundle: Path, *, untouched: bool = False, base: Path | None =
 
 
 def read_spec(bundle: Path) -> dict[str, Any]:
-    """The spec that the bundle was made from: its values by key, `task` and `data` among them.
+    """Read the spec that the bundle was made from; `task` and `data` are among its keys.
 
     Raises:
         UsageError: there is none.
@@ -246,7 +258,7 @@ def read_spec(bundle: Path) -> dict[str, Any]:
 
 
 def _load(folder: Path, record: BundleRecord) -> Any:
-    kind = AutoModelForSequenceClassification if record.base.load.task == "classify" else AutoModelForCausalLM
+    kind = getattr(transformers, record.base.load.traits.head.auto_model)
     where: Any = "auto" if torch.cuda.is_available() else {"": "cpu"}
     dtype = getattr(torch, record.held_dtype)
     try:
@@ -260,7 +272,7 @@ def _load(folder: Path, record: BundleRecord) -> Any:
 
 
 def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """What ends an answer: by the generation_config, and the tokenizer's end token where that names none."""
+    """Return the tokens that end an answer: from generation_config.json, else the tokenizer's end token."""
     said = getattr(model.generation_config, "eos_token_id", None) if hasattr(model, "generation_config") else None
     said = said if isinstance(said, list | tuple) else [said] if said is not None else []
     return frozenset(said or ([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []))
@@ -269,12 +281,12 @@ def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
 def answer_all(
     predictor: Predictor, questions: Sequence[Question], max_new_tokens: int, *, rows: int = BATCH_ROWS
 ) -> Iterator[tuple[int, Answer]]:
-    """(number of the question, its answer), in batches of questions of like length.
+    """Yield (number of the question, its answer), in batches of questions of similar length.
 
     Raises:
         DataError: a question cannot be put; raised before the first answer, and names the first of them.
     """
-    if predictor.task == "classify":
+    if predictor.classifies:
         lengths = [len(str(question.content)) for question in questions]
     else:
         lengths = [len(predictor.question_ids(question)) for question in questions]
@@ -285,12 +297,12 @@ def answer_all(
 
 
 def with_turn(messages: Messages, role: str, content: str) -> Messages:
-    """A chat with one more turn."""
+    """Return a chat with one more turn."""
     return (*messages, {"role": role, "content": content})
 
 
 def first_turn(text: str) -> Messages:
-    """A chat that begins with a user's text."""
+    """Return a chat that begins with a user's text."""
     return with_turn((), "user", text)
 
 

@@ -1,4 +1,4 @@
-"""The test set, read once: the bundle as anybody would load it, beside the untouched base and the controls."""
+"""Score the bundle, the untouched base and the controls on the test set, which is read once."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from orchestrator.data import TokenizedSet, load_tokenizer, with_shots
 from orchestrator.data.sets import load_known
-from orchestrator.serve.inputs import BundleInputs
-from orchestrator.serve.verifying import fitting_device
+from orchestrator.serve.bundle_inputs import BundleInputs
+from orchestrator.serve.verification import fitting_device
 from orchestrator.train.adapters.artifacts import attach_artifact
 from orchestrator.train.batches import RowPlan
 from orchestrator.train.evaluation import Evaluation, answer_accuracy, class_prior, evaluate, exact_match
 from orchestrator.train.generate import generate_answers, wanted_answers
 from orchestrator.train.model.base import LoadedBase, load_base
+from orchestrator.train.model.heads import head_of
 from orchestrator.train.model.objective import Objective, final_norm_of
 from orchestrator.train.ranks import Ranks
 from orchestrator.transfer import forgetting
@@ -32,18 +33,18 @@ from orchestrator.values import Value
 PROMOTED, UNTOUCHED, SHOWN = "promoted", "none", "k_shot"
 NUM_PROMPTS = 4
 GENERATED_TOKENS = 8192
-"""Answers are generated for the first documents of the test set, as many as fit in this budget of new tokens."""
+"""Token budget for generated answers: the first documents of the test set that fit are answered."""
 ROW_TOKENS, PROMPTS_AT_ONCE = 1024, 32
 
 
 class HeldOutScores(Value):
-    """What the test set said."""
+    """Scores on the test set."""
 
     models: tuple[ModelScores, ...]
-    """`promoted` first, then `none`, then the controls that ran."""
+    """Scores of `promoted`, then `none`, then the controls that ran."""
     prompts: tuple[PromptComparison, ...]
     folder: str
-    """Holds <model>.npz: per-document losses, see `document_scores`."""
+    """Folder with <model>.npz: per-document losses, see `document_scores`."""
     seconds: float
 
 
@@ -90,7 +91,7 @@ def score_test(
 
 
 def document_scores(folder: Path | str, model: str) -> Evaluation:
-    """The per-document losses that `score_test` wrote: `promoted`, `none`, or a control."""
+    """Read the per-document losses that `score_test` wrote for `promoted`, `none`, or a control."""
     return Evaluation.load(Path(folder) / f"{model}.npz")
 
 
@@ -100,10 +101,10 @@ class _Scorer:
         self._ranks = Ranks(device=device)
         self._tokenizer = load_tokenizer(Path(inputs.base.folder))
         self._data = load_known(inputs.test_set)
-        self._classify = inputs.base.task == "classify"
-        retained = inputs.retain_set if not self._classify else None
+        self._head = inputs.base.traits.head
+        retained = inputs.retain_set if self._head.scores_retention else None
         self._retained = load_known(retained) if retained else None
-        answered = _affordable(self._data, num_prompts, generated_tokens) if inputs.base.task in ("completion", "chat") else 0
+        answered = _affordable(self._data, num_prompts, generated_tokens) if inputs.base.traits.has_answers else 0
         self._generated = self._data.select(np.arange(answered))
         self.device, self.dtype = device, getattr(torch, inputs.held_dtype)
         self.test: dict[str, Evaluation] = {}
@@ -114,14 +115,14 @@ class _Scorer:
         """Examples in a prompt of `k_shot`, on average."""
 
     def score_bundle(self, bundle: Path) -> None:
-        kind = AutoModelForSequenceClassification if self._classify else AutoModelForCausalLM
+        kind = getattr(transformers, self._head.auto_model)
         model = kind.from_pretrained(bundle, dtype=self.dtype, local_files_only=True, device_map={"": str(self.device)})
         self.score(PROMOTED, model, generate=True)
         del model
         gc.collect()
 
     def score_untouched(self, base: LoadedBase) -> None:
-        if self._classify:
+        if self._head.untouched == "class prior":
             train = load_known(self._inputs.train_set)
             self.test[UNTOUCHED] = class_prior(self._data, train, self._inputs.base.num_classes)
         else:
@@ -129,7 +130,7 @@ class _Scorer:
 
     @torch.no_grad()
     def score_with_shots(self, base: LoadedBase) -> None:
-        """The untouched base once more, with examples of the training set in its prompts."""
+        """Score the untouched base with examples of the training set in its prompts."""
         limit, seed = self._inputs.anatomy.max_positions, self._inputs.trial.seed
         found = with_shots(self._data, load_known(self._inputs.train_set), self._inputs.shots, limit, seed)
         self.num_shots = found.mean
@@ -138,7 +139,7 @@ class _Scorer:
 
     def _objective(self, model: nn.Module) -> Objective:
         anatomy = self._inputs.anatomy
-        head = anatomy.classifier_weight if self._classify else anatomy.head_weight
+        head = head_of(self._inputs.base.task).weight_name(anatomy)
         return Objective(
             model,
             model.get_submodule(anatomy.backbone),
@@ -162,7 +163,7 @@ class _Scorer:
 
     def _evaluate(self, objective: Objective, data: TokenizedSet) -> Evaluation:
         longest = int(data.lengths.max())
-        if self._classify:
+        if self._head.one_document_per_row:
             return evaluate(objective, data, RowPlan(longest, 16, pack=False), self._ranks)
         return evaluate(objective, data, RowPlan(max(longest, ROW_TOKENS), 2, pack=True), self._ranks)
 
@@ -184,8 +185,8 @@ class _Scorer:
         )
 
     def prompts(self, count: int) -> tuple[PromptComparison, ...]:
-        """The first `count` test documents, as base and bundle answer them."""
-        if self._classify:
+        """Return the first `count` test documents with the answers of base and bundle."""
+        if self._head.supervises == "documents":
             return tuple(self._classified(index) for index in range(min(count, len(self._data))))
         wanted = wanted_answers(self._generated, self._tokenizer) if self._answers else []
         return tuple(
@@ -218,7 +219,7 @@ class _Scorer:
 
 
 def _affordable(data: TokenizedSet, at_least: int, tokens: int | None) -> int:
-    """How many documents can be answered when each answer takes as long as the longest expected one."""
+    """Return how many documents can be answered if each answer takes as long as the longest expected one."""
     if tokens is None:
         return len(data)
     return min(len(data), max(at_least, tokens // max(1, int(data.num_supervised.max()))))

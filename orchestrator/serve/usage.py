@@ -1,12 +1,12 @@
-"""How a bundle is used from Python: the snippet of its card, which runs in the bundle's folder as it stands."""
+"""Python snippet for the model card; it runs unchanged in the bundle's folder."""
 
 from __future__ import annotations
 
-from orchestrator.serve.inputs import BundleInputs
+from orchestrator.serve.bundle_inputs import BundleInputs
 from orchestrator.transfer.records import TransferReport
 
 LONGEST_PROMPT = 240
-"""Characters of a prompt out of the test set that the snippet shows."""
+"""Maximum characters of a test prompt that the snippet shows."""
 NEW_TOKENS = 64
 LOAD = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,24 +18,34 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 """
 
 
+def prompt_rule(inputs: BundleInputs) -> str:
+    """Return how a prompt must be put to the bundle; empty where any text will do."""
+    if inputs.base.traits.uses_chat_template:
+        return "Prompts go through the tokenizer's chat template."
+    if inputs.base.traits.uses_separator:
+        separator = repr(inputs.separator)
+        return f"A prompt is followed by the separator {separator}; the answer ends with the tokenizer's end token."
+    return ""
+
+
 def snippet(inputs: BundleInputs, transfer: TransferReport) -> str:
-    """Python that loads the bundle from the current folder and prints one answer, by the bundle's task."""
-    task = inputs.base.task
+    """Return Python that loads the bundle from the current folder and prints one answer, by the bundle's task."""
+    traits = inputs.base.traits
     shown = next((pair.prompt for pair in transfer.prompts if 0 < len(pair.prompt) <= LONGEST_PROMPT), "")
-    if task == "classify":
+    if traits.head.supervises == "documents":
         text = shown or "A text to classify."
         return f"""from transformers import pipeline
 
-classifier = pipeline("text-classification", model=".")
+classifier = pipeline({traits.head.pipeline_tag!r}, model=".")
 print(classifier({text!r}))
 """
-    if task == "chat":
+    if traits.uses_chat_template:
         return f"""{LOAD}
 messages = [{{"role": "user", "content": "A question."}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
 {ANSWER}"""
     prompt = f"{(shown or 'A prompt.')!r}"
-    if task == "completion":  # as in training, the separator stands between prompt and answer
+    if traits.uses_separator:  # as in training, the separator stands between prompt and answer
         prompt = f"{prompt} + {inputs.separator!r}"
     return f"""{LOAD}
 prompt = {prompt}

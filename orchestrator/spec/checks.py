@@ -13,34 +13,9 @@ from orchestrator.spec.messages import is_number, near_names
 from orchestrator.spec.models import ADAPTER_KEYS, Anchor, AnchorSpec, ColumnsSpec, JobSpec, SearchSpec, Tune
 from orchestrator.spec.policy import Policy, parse_policy
 from orchestrator.spec.source import KeyPath, spell_path
+from orchestrator.spec.tasks import METRICS, RETENTION_TASKS, TASKS
 from orchestrator.spec.unsupported import UNSUPPORTED, policies_of
 
-METRICS_BY_TASK = {
-    "classify": ("loss", "accuracy", "macro_f1"),
-    "completion": ("loss", "exact_match"),
-    "chat": ("loss", "exact_match"),
-    "text": ("loss",),
-}
-COLUMNS_BY_TASK = {
-    "classify": ("text", "label"),
-    "completion": ("prompt", "completion"),
-    "chat": ("messages",),
-    "text": ("text",),
-}
-OPTIONAL_COLUMNS_BY_TASK = {
-    "classify": (),
-    "completion": ("input",),
-    "chat": ("prompt", "completion", "input", "system", "tools"),
-    "text": (),
-}
-"""Columns that a task reads if rows have them."""
-FORMATS_BY_TASK = {
-    "classify": ("labels",),
-    "completion": ("prompt_completion", "alpaca"),
-    "chat": ("messages", "sharegpt", "prompt_completion", "alpaca"),
-    "text": ("text",),
-}
-BUILT_IN_METRICS = ("loss", "exact_match", "accuracy", "macro_f1")
 TEMPLATE_COLUMN = re.compile(r"(?<!\{)\{[^{}]+\}")
 FUNCTION = re.compile(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")
 
@@ -106,9 +81,10 @@ def _shares(spec: JobSpec) -> Iterator[Finding]:
 
 
 def _columns(spec: JobSpec) -> Iterator[Finding]:
-    used = COLUMNS_BY_TASK[spec.task]
-    read = {*used, *OPTIONAL_COLUMNS_BY_TASK[spec.task]}
-    read |= {"text", "prompt", "completion", "messages"} if spec.data.retain is not None else set()
+    used = spec.traits.columns
+    read = {*used, *spec.traits.optional_columns}
+    if spec.data.retain is not None:
+        read |= {column for task in RETENTION_TASKS for column in TASKS[task].columns}
     roles: dict[str, str] = {}
     for role, default in ColumnsSpec().model_dump().items():
         path, column = ("data", "columns", role), getattr(spec.data.columns, role)
@@ -126,11 +102,11 @@ def _columns(spec: JobSpec) -> Iterator[Finding]:
 
 def _format(spec: JobSpec) -> Iterator[Finding]:
     data, path = spec.data, ("data", "format")
-    fitting = FORMATS_BY_TASK[spec.task]
+    fitting = spec.traits.formats
     if data.format not in ("auto", *fitting):
         hint = f"fitting: {' | '.join(('auto', *fitting))}"
         yield Finding(path, f"rows of format {data.format} do not fit task {spec.task}", hint, needs=(("task",), path))
-    if data.template_without_input is not None and spec.task not in ("completion",):
+    if data.template_without_input is not None and not spec.traits.fills_alpaca_templates:
         path = ("data", "template_without_input")
         yield Finding(path, f"task {spec.task} does not use Alpaca prompts", "remove it", needs=(("task",), path))
     for key in ("template", "template_without_input"):
@@ -145,16 +121,14 @@ def _metric(spec: JobSpec) -> Iterator[Finding]:
     if spec.search is None:
         return
     metric, path = spec.search.metric, ("search", "metric")
-    fitting = METRICS_BY_TASK[spec.task]
-    if metric in BUILT_IN_METRICS:
+    fitting = spec.traits.metrics
+    if metric in METRICS:
         if metric not in fitting:
             yield Finding(path, f"{metric} does not fit task {spec.task}", f"fitting: {' | '.join(fitting)}", (("task",), path))
     elif FUNCTION.match(metric) is None:
-        near = near_names(metric, BUILT_IN_METRICS)
+        near = near_names(metric, METRICS)
         hint = f"did you mean {near[0]}?" if near else ""
-        yield Finding(
-            path, f"{metric!r} is not a metric; expected {' | '.join(BUILT_IN_METRICS)} | package.module:function", hint
-        )
+        yield Finding(path, f"{metric!r} is not a metric; expected {' | '.join(METRICS)} | package.module:function", hint)
 
 
 def _policies(spec: JobSpec) -> Iterator[Finding]:
@@ -202,7 +176,7 @@ def _points(spec: JobSpec) -> Iterator[Finding]:
 
 def _controls(spec: JobSpec) -> Iterator[Finding]:
     for number, control in enumerate(spec.search.controls if spec.search is not None else ()):
-        if control == "k_shot" and spec.task in ("classify", "text"):
+        if control == "k_shot" and not spec.traits.has_answers:
             message = f"task {spec.task} has no answers that could be shown in a prompt"
             yield Finding(("search", "controls", number), message, "remove k_shot", (("task",),))
 
@@ -239,7 +213,7 @@ def _anchors(spec: JobSpec) -> Iterator[tuple[KeyPath, Anchor]]:
 
 
 def _needs_text(spec: JobSpec, path: KeyPath, used: str) -> Iterator[Finding]:
-    if spec.task == "classify":
+    if not spec.traits.head.scores_retention:
         hint = "remove it; l2sp needs no retention text"
         yield Finding(
             path, f"a classifier has no output projection with which retention text could be {used}", hint, (("task",), path)
@@ -249,45 +223,32 @@ def _needs_text(spec: JobSpec, path: KeyPath, used: str) -> Iterator[Finding]:
 
 
 def _anchor_mistakes(spec: JobSpec, path: KeyPath, anchor: AnchorSpec) -> Iterator[Finding]:
-    if anchor.kind == "ewc":
+    if anchor.traits.uses_fisher:
         yield from _needs_text(spec, path, "weighed by")
-    if anchor.kind == "product":
-        yield from _needs_whole_adapters(spec, path)
-        yield from _needs_products(spec, path)
-    needed = "lora" if anchor.kind == "product" else "full"
+    if anchor.traits.whole_adapters:
+        yield from _needs_whole_adapters(spec, path, anchor)
+        yield from _needs_products(spec, path, anchor)
     judged = _tunes(spec, path)
-    mismatched = tuple(place for tunes, place in judged if needed not in tunes)
+    mismatched = tuple(place for tunes, place in judged if anchor.traits.tune not in tunes)
     if mismatched:
-        message, hint = _mismatch(anchor, " and ".join(map(spell_path, mismatched)))
-        hint += _elsewhere(spec, mismatched[0]) if len(mismatched) < len(judged) else ""
-        yield Finding(path, message, hint, (*mismatched, path))
+        message = anchor.traits.misfit.format(where=" and ".join(map(spell_path, mismatched)))
+        elsewhere = _elsewhere(spec, mismatched[0]) if len(mismatched) < len(judged) else ""
+        yield Finding(path, message, anchor.traits.instead + elsewhere, (*mismatched, path))
 
 
-def _mismatch(anchor: AnchorSpec, where: str) -> tuple[str, str]:
-    """Return message and hint for an anchor that fits no tuning method of these places."""
-    if anchor.kind == "product":
-        return f"unfrozen weights ({where}) have no adapter, which `product` needs", "write l2sp or ewc, or tune: lora"
-    why = (
-        "the gradient by A is zero at the start, since B is, and so is its Fisher information"
-        if anchor.kind == "ewc"
-        else "adapters are added to the base's weights, which stay frozen"
-    )
-    return f"{anchor.kind} is for full fine-tuning; with lora ({where}) {why}", "write product, or tune: full"
-
-
-def _needs_whole_adapters(spec: JobSpec, path: KeyPath) -> Iterator[Finding]:
+def _needs_whole_adapters(spec: JobSpec, path: KeyPath, anchor: AnchorSpec) -> Iterator[Finding]:
     """Yield settings that require DeepSpeed: any given ZeRO stage, 0 too, and any offloading, which uses stage 3."""
     for key, asked in (("zero", spec.resources.zero), ("offload", spec.resources.offload)):
         if asked not in ("auto", "none"):
-            message = f"resources.{key}: {asked} requires DeepSpeed, which the anchor `product` does not support"
+            message = f"resources.{key}: {asked} requires DeepSpeed, which the anchor `{anchor.kind}` does not support"
             yield Finding(path, message, f"remove resources.{key}", (("resources", key), path))
 
 
-def _needs_products(spec: JobSpec, path: KeyPath) -> Iterator[Finding]:
+def _needs_products(spec: JobSpec, path: KeyPath, anchor: AnchorSpec) -> Iterator[Finding]:
     """Yield kinds of adapters that change a weight by more than a product."""
     for place, kind in _kinds(spec, of_train=path[0] == "train"):
         if not ADAPTER_KINDS[kind].adds_product:
-            message = f"{kind} ({spell_path(place)}) changes weights by more than the product that `product` penalises"
+            message = f"{kind} ({spell_path(place)}) changes weights by more than the product that `{anchor.kind}` penalises"
             yield Finding(path, message, f"remove the anchor, or {kind}", (place, path))
 
 
@@ -361,7 +322,7 @@ def _normal(text: str, spec: JobSpec) -> str:
         policy = parse_policy(text)
     except SelectionError:
         return text
-    if spec.task == "classify":
+    if spec.traits.head.is_new:  # there is no output projection that `+head` could add
         policy = Policy(policy.kind, policy.count, policy.ranges, policy.fraction)
     return str(policy)
 

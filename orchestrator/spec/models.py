@@ -7,13 +7,13 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from orchestrator.spec.adapters import AdapterName, Modules
+from orchestrator.spec.anchors import ANCHORS, AnchorKind, AnchorTraits
+from orchestrator.spec.tasks import TASKS, DataFormat, Task, TaskTraits
 from orchestrator.values import Value
 
-Task = Literal["chat", "completion", "text", "classify"]
 Tune = Literal["lora", "full"]
 Quantize = Literal["none", "nf4", "int8"]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
-DataFormat = Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "text", "labels"]
 TextDocuments = Literal["file", "line", "paragraph"]
 ReplayShare = Annotated[float, Field(ge=0.0, lt=1.0)]
 Dropout = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -127,10 +127,15 @@ class DataSpec(Section):
 class AnchorSpec(Section):
     """A penalty that keeps the weights near the base during training."""
 
-    kind: Literal["l2sp", "ewc", "product"]
+    kind: AnchorKind
     """`l2sp`: all unfrozen weights equally; `ewc`: each by its importance for the retention set; `product`: LoRA's product."""
     strength: Annotated[float, Field(ge=0.0)]
     """A step at learning rate r moves trainable weights back by about r x strength of their distance; 0: no effect."""
+
+    @property
+    def traits(self) -> AnchorTraits:
+        """The traits of the kind."""
+        return ANCHORS[self.kind]
 
 
 Anchor = AnchorSpec | Literal["none"]
@@ -293,3 +298,8 @@ class JobSpec(Section):
     finetune: FinetuneSpec | None = None
     resources: ResourcesSpec = ResourcesSpec()
     output: str = "runs"
+
+    @property
+    def traits(self) -> TaskTraits:
+        """The traits of the task."""
+        return TASKS[self.task]

@@ -10,10 +10,13 @@ Shapes: r is LoRA's rank, a matrix is [out, in]. Masters are float32 and hold th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+
+from orchestrator.spec.anchors import AnchorKind
 
 CHUNK = 2**20
 """Numbers that are pulled at once, so that what that takes beside them is small."""
@@ -30,6 +33,21 @@ class Anchor(Protocol):
             learning_rate: Of the step, as this master was updated with it.
         """
         ...
+
+
+@dataclass(frozen=True)
+class Anchored:
+    """What an anchor may be made from: an engine at the base's weights, and what was measured of them."""
+
+    strength: float
+    masters: Callable[[], Sequence[torch.Tensor]]
+    """The masters that have a value in the base."""
+    adapters: Callable[[], Mapping[int, Sequence[tuple[torch.Tensor, torch.Tensor]]]] | None
+    """(A, B) of every adapter by the id of its master; None of an engine that partitions them."""
+    adapter_scale: float
+    """What an adapter's product is multiplied by in the model."""
+    importances: Sequence[torch.Tensor] | None
+    """Fisher information of each master; None of an anchor that does not use it."""
 
 
 class ElementAnchor:
@@ -54,6 +72,10 @@ class ElementAnchor:
         self._importances = {
             id(master): each.to(master.device) for master, each in zip(masters, importances or (), strict=importances is not None)
         }
+
+    @classmethod
+    def of(cls, anchored: Anchored) -> ElementAnchor:
+        return cls(anchored.masters(), anchored.strength, anchored.importances)
 
     @torch.no_grad()
     def pull(self, master: torch.Tensor, learning_rate: float) -> None:
@@ -90,6 +112,11 @@ class ProductAnchor:
         self._adapters = adapters
         self._strength = strength * scale**2
 
+    @classmethod
+    def of(cls, anchored: Anchored) -> ProductAnchor:
+        assert anchored.adapters is not None, "the plan leaves out engines that partition adapters"
+        return cls(anchored.adapters(), anchored.strength, anchored.adapter_scale)
+
     @torch.no_grad()
     def pull(self, master: torch.Tensor, learning_rate: float) -> None:
         reach = learning_rate * self._strength
@@ -97,6 +124,14 @@ class ProductAnchor:
             unit = torch.eye(a.shape[0], device=a.device)
             a.copy_(torch.linalg.solve(unit + reach * (b.T @ b), a))
             b.copy_(torch.linalg.solve(unit + reach * (a @ a.T), b.T).T)
+
+
+CLASSES: Mapping[AnchorKind, Callable[[Anchored], Anchor]] = {
+    "l2sp": ElementAnchor.of,
+    "ewc": ElementAnchor.of,
+    "product": ProductAnchor.of,
+}
+"""What makes each kind of anchor."""
 
 
 class AnchoredAdamW(torch.optim.AdamW):

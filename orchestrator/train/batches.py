@@ -83,9 +83,9 @@ class RowPlan:
     """Whether all full micro-batches are as wide as a row may be, and so of one shape."""
 
     @classmethod
-    def of(cls, execution: ExecutionPlan, rank: int, *, classify: bool) -> RowPlan:
-        """Documents that are classified stand alone in their rows."""
-        pack = execution.pack and not classify
+    def of(cls, execution: ExecutionPlan, rank: int, *, one_document_per_row: bool) -> RowPlan:
+        """Return how `execution` lays out rows on this rank."""
+        pack = execution.pack and not one_document_per_row
         return cls(execution.row_tokens, execution.micro_batch_rows, pack, rank, execution.ranks)
 
     def batches(self, data: TokenizedSet, documents: np.ndarray) -> list[MicroBatch]:

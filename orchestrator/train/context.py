@@ -64,7 +64,7 @@ class HostContext:
 
     def rows(self, execution: ExecutionPlan) -> RowPlan:
         """Return how documents share this rank's rows under an execution."""
-        return RowPlan.of(execution, self.ranks.rank, classify=self.base.load.task == "classify")
+        return RowPlan.of(execution, self.ranks.rank, one_document_per_row=self.base.load.traits.head.one_document_per_row)
 
     def open_trunk(self, plan: TrunkPlan | None, data: DataPaths, note: Callable[[str], None]) -> float:
         """Compute the planned activations that are not stored yet. Called on every rank, with no branch open.

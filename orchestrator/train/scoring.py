@@ -59,7 +59,7 @@ class Scorer:
         data = self.work.data
         evaluations = self._evaluate(objective, data.eval, num_trials)
         retained: list[Evaluation | None] = [None] * num_trials
-        if data.retain and self.context.base.load.task != "classify":
+        if data.retain and self.context.base.load.traits.head.scores_retention:
             retained = list(self._evaluate(objective, data.retain, num_trials))
         both = list(zip(evaluations, retained, strict=True))
         failures = [_not_finite("eval", evaluation) or _not_finite("retain", retain) for evaluation, retain in both]

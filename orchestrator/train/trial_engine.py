@@ -12,7 +12,7 @@ from torch import nn
 from orchestrator.data import TokenizedSet
 from orchestrator.plan.remedies import learning_groups
 from orchestrator.train.adapters.branch import Branch
-from orchestrator.train.anchors import Anchor, ElementAnchor, ProductAnchor
+from orchestrator.train.anchors import CLASSES, Anchor, Anchored
 from orchestrator.train.context import HostContext
 from orchestrator.train.engines.construction import construct_engine
 from orchestrator.train.engines.engine import Engine, layout_of
@@ -43,7 +43,7 @@ def build_engine(
     groups = learning_groups(context.base.anatomy, sets.work.selection, trial.remedies, names)
     plan = trial.remedies.anchor
     weights: list[torch.Tensor] | None = None
-    if plan is not None and plan.kind == "ewc":
+    if plan is not None and plan.traits.uses_fisher:
         retention = sets.retention
         assert retention is not None, "EWC needs retention text"
 
@@ -79,11 +79,9 @@ def _fisher(file: Path, measure: Callable[[], list[torch.Tensor]], execution: Ex
 
 
 def _anchor(plan: AnchorPlan, engine: Engine, branch: Branch, weights: Sequence[torch.Tensor] | None) -> Anchor:
-    if plan.kind != "product":
-        return ElementAnchor(engine.anchored_masters(), plan.strength, weights)
-    assert isinstance(engine, TorchEngine), "refused by the plan"
     scale = branch.selection.adapter_kind.scale(branch.lora_alpha, branch.selection.lora_rank or 1)
-    return ProductAnchor(engine.adapters(), plan.strength, scale)
+    adapters = engine.adapters if isinstance(engine, TorchEngine) else None
+    return CLASSES[plan.kind](Anchored(plan.strength, engine.anchored_masters, adapters, scale, weights))
 
 
 def _fisher_name(context: HostContext, execution: ExecutionPlan, work: TrainRung, retention: TokenizedSet) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from orchestrator.spec.models import Quantize, Task
+from orchestrator.spec.tasks import TASKS, TaskTraits
 from orchestrator.values import Value
 
 
@@ -70,6 +71,11 @@ class BaseLoad(Value):
     num_classes: int = 0
     class_names: tuple[str, ...] = ()
     revision: str | None = None
+
+    @property
+    def traits(self) -> TaskTraits:
+        """The traits of the task."""
+        return TASKS[self.task]
 
 
 class TrainSettings(Value):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from orchestrator.spec.adapters import AdapterOptions
+from orchestrator.spec.anchors import ANCHORS, AnchorKind, AnchorTraits
 from orchestrator.spec.models import Tune
 from orchestrator.values import Value
 
@@ -12,8 +11,13 @@ from orchestrator.values import Value
 class AnchorPlan(Value):
     """What pulls the weights back to the base after each update."""
 
-    kind: Literal["l2sp", "ewc", "product"]
+    kind: AnchorKind
     strength: float
+
+    @property
+    def traits(self) -> AnchorTraits:
+        """The traits of the kind."""
+        return ANCHORS[self.kind]
 
     def __str__(self) -> str:
         return f"{self.kind} {self.strength:g}"
@@ -42,7 +46,7 @@ class Remedies(Value):
     @property
     def needs_replayed_text(self) -> bool:
         """Whether retention text is wanted that is not scored: to learn from, or to weigh the weights by."""
-        return self.replay > 0 or (self.anchor is not None and self.anchor.kind == "ewc")
+        return self.replay > 0 or (self.anchor is not None and self.anchor.traits.uses_fisher)
 
 
 NOTHING = Remedies()

@@ -60,7 +60,6 @@ def measure(loaded: LoadedSpec, folder: Path, num_steps: int) -> dict[str, Any]:
     seconds, measured = _cpu_seconds(host, scoring)
     assert not measured.found.failed, measured.found.failed
     plan = with_scores(plan, spec, anatomy, measured.found)
-    assert plan.search is not None
     trials: dict[str, float] = {}
     for number, option in enumerate(plan.search.options):
         spec_of = make_trial(plan, option, option.learning_rate_low, number, spec.train.seed)

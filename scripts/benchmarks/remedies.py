@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from orchestrator.train.trial_engine import build_engine
 from sweep_points import LORA_RANK, SEED, Sets, Task, make_sets
 from sweep_steps import ROW_TOKENS, TOKENS_PER_STEP, Batch, load_our_base, num_tokens, our_step
 from transformers.utils import logging
@@ -41,6 +40,7 @@ from orchestrator.train.model.base import LoadedBase
 from orchestrator.train.model.objective import objective_of
 from orchestrator.train.ranks import ALONE
 from orchestrator.train.training_sets import TrainingSets
+from orchestrator.train.trial_engine import build_engine
 from orchestrator.work.assignment import TrainRung, WorkContext
 from orchestrator.work.execution import DataPaths, ExecutionPlan, TrainSettings
 from orchestrator.work.remedies import NOTHING, AnchorPlan, Remedies

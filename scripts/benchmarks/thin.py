@@ -105,7 +105,6 @@ def measure(folder: Path) -> dict[str, Any]:
     loaded = load_spec(QUICKSTART, ["resources.gangs=2", "resources.ranks_per_gang=1"])
     anatomy = read_anatomy(resolve_base(loaded.spec.base.model, loaded.folder), need_weights=False)
     plan: RunPlan = make_plan(loaded, anatomy, SMALL, TWO_CORES, job="sweep", spec_sha256="")
-    assert plan.search is not None
     num_trials = plan.search.concurrent_trials
     plan = plan.model_copy(update={"search": plan.search.model_copy(update={"num_trials": num_trials})})
     with connected():

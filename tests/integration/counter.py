@@ -24,7 +24,6 @@ class Counter:
     """The exchange of a gang, driven without Tune; its trials go to a folder of their own."""
 
     def __init__(self, prepared: Prepared, folder: Path) -> None:
-        assert prepared.plan.search is not None
         self.plan = prepared.plan
         self.options = prepared.plan.search.options
         self.folder = folder

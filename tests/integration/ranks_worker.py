@@ -27,7 +27,7 @@ from orchestrator.anatomy import ModelAnatomy
 from orchestrator.data import TokenizedSet
 from orchestrator.train import TrainHost
 from orchestrator.train.engines.deepspeed_engine import load_deepspeed
-from orchestrator.train.model import objective
+from orchestrator.train.model import heads
 from orchestrator.train.trunk.build import TrunkBuilder
 from orchestrator.work.assignment import Work
 from orchestrator.work.execution import BaseLoad, ExecutionPlan
@@ -43,7 +43,7 @@ def main(jobs_file: str, rank: str, world_size: str, meeting: str, out_file: str
     host: TrainHost | None = None
     load_deepspeed("cpu")  # before the group of a host that has no use for it
     for job in json.loads(Path(jobs_file).read_text()):
-        objective.LOGIT_CHUNK_BYTES = job["chunk_bytes"]
+        heads.LOGIT_CHUNK_BYTES = job["chunk_bytes"]
         host = TrainHost.create(
             BaseLoad.model_validate(job["base"]),
             ModelAnatomy.model_validate(job["anatomy"]),

@@ -68,7 +68,6 @@ def prepared(folder: Path, ranks: int) -> Prepared:
     with open_run(loaded, "sweep", folder / "runs", view) as run:
         made = prepare(loaded, "sweep", run, view, lambda: cluster)
     plan = made.plan
-    assert plan.search is not None
     search = plan.search.model_copy(update={"max_fused": MAX_FUSED, "rung_steps": (4, plan.total_steps)})
     execution = plan.execution.model_copy(update={"threads_per_rank": 1})
     return replace(made, plan=plan.model_copy(update={"search": search, "execution": execution}))
@@ -78,7 +77,6 @@ def prepared(folder: Path, ranks: int) -> Prepared:
 def test_what_shares_batches_has_the_losses_of_what_runs_alone(ray_that_shares: None, tmp_path: Path, ranks: int) -> None:
     counter = Counter(prepared(tmp_path, ranks), tmp_path / "trials")
     assert (counter.plan.execution.executor, counter.plan.execution.ranks) == ("torch", ranks)
-    assert counter.plan.search is not None
     rungs = counter.plan.search.rung_steps
     shared = [counter.trial("lora", rate, number) for number, rate in enumerate(RATES)]
     alone = [trial.model_copy(update={"trial_id": f"alone-{trial.number}"}) for trial in shared]

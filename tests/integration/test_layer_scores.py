@@ -40,7 +40,6 @@ def test_a_sweep_scores_its_blocks_once(tmp_path: Path, ray_here: None) -> None:
     plan = RunPlan.model_validate(read_json(run / "plan.json"))
     assert plan.probe is not None
     assert (plan.probe.num_batches, plan.probe.rows) == (1, 1), "the least there is, for trials as small as these"
-    assert plan.search is not None
     by_score = plan.search.options[1]
     assert by_score.layers == by_score.selection.policy == "top:0.5"
     assert not by_score.selection.pending

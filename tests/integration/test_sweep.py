@@ -119,7 +119,6 @@ def test_every_trial_was_served_by_a_deepspeed_engine(two_ranks: Path) -> None:
 
 def test_the_memory_of_every_rank_stands_beside_the_plans(two_ranks: Path) -> None:
     plan = RunPlan.model_validate(read_json(two_ranks / "plan.json"))
-    assert plan.search is not None
     planned = {(option.layers, option.tune): option.memory.total_bytes for option in plan.search.options}
     for entry in trials_of(two_ranks):
         if entry.results[-1].state == "failed":

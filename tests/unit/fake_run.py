@@ -15,7 +15,7 @@ import pytest
 
 from orchestrator.anatomy.values import LayerSelection
 from orchestrator.plan.estimates import MemoryEstimate, MemoryTerm
-from orchestrator.plan.values import DataSize, RejectedWay, RunPlan, SearchPlan, TrialOption
+from orchestrator.plan.values import DataSize, FinetunePlan, RejectedWay, RunPlan, SearchPlan, SweepPlan, TrialOption
 from orchestrator.transfer.records import (
     ComparisonRecord,
     EngineFigures,
@@ -76,18 +76,18 @@ def make_plan(*, search: bool = True, task: str = "completion") -> RunPlan:
         device="cpu", ranks=1, threads_per_rank=1, executor="torch", row_tokens=512, micro_batch_rows=4, dtype="float32"
     )
     classify = task == "classify"
-    return RunPlan(
-        name="quickstart",
-        spec_sha256="5d41402abc4b2a76b9719d911017c592ae3f8f2b2a1f0e8ed6f7d1f1f8a4c1de",
-        base=BaseLoad(
+    shared: dict[str, Any] = {
+        "name": "quickstart",
+        "spec_sha256": "5d41402abc4b2a76b9719d911017c592ae3f8f2b2a1f0e8ed6f7d1f1f8a4c1de",
+        "base": BaseLoad(
             folder="/models/sample",
             model_type="llama",
             quantize="none",
             task="classify" if classify else "completion",
             num_classes=77 if classify else 0,
         ),
-        num_parameters=6_100_000,
-        data=DataSize(
+        "num_parameters": 6_100_000,
+        "data": DataSize(
             train_documents=1200,
             train_tokens=110_592,
             steps_per_epoch=27,
@@ -95,34 +95,34 @@ def make_plan(*, search: bool = True, task: str = "completion") -> RunPlan:
             retain_tokens=16384,
             longest_document_tokens=120,
         ),
-        execution=execution,
-        refit_execution=execution.model_copy(update={"ranks": 2, "executor": "deepspeed", "zero_stage": 2}),
-        num_gangs=2,
-        base_memory=MemoryEstimate(terms=options[0].memory.terms[:1]),
-        search=SearchPlan(
-            options=options,
-            num_trials=16,
-            algorithm="optuna",
-            scheduler="asha",
-            rung_steps=(6, 18, 54),
-            total_steps=TOTAL_STEPS,
-            reduction_factor=3,
-            concurrent_trials=4,
-        )
-        if search
-        else None,
-        finetune=None if search else options[3],
-        total_steps=TOTAL_STEPS,
-        total_tokens=TOTAL_STEPS * TOKENS_PER_STEP,
-        disk_bytes=220 * MIB,
-        gpu_hours=None,
-        reasons=(
+        "execution": execution,
+        "refit_execution": execution.model_copy(update={"ranks": 2, "executor": "deepspeed", "zero_stage": 2}),
+        "num_gangs": 2,
+        "base_memory": MemoryEstimate(terms=options[0].memory.terms[:1]),
+        "total_steps": TOTAL_STEPS,
+        "total_tokens": TOTAL_STEPS * TOKENS_PER_STEP,
+        "disk_bytes": 220 * MIB,
+        "gpu_hours": None,
+        "reasons": (
             "micro-batch 4 rows x 512 tokens x 2 accumulation rounds x 1 rank = 4096 tokens a step",
             "2 gangs: 2 cores, one rank each",
         ),
-        rejected=(RejectedWay(way="4 gangs", reason="there are 2 cores"),),
-        notes=("CPU only: GPU-hours are not estimated",),
+        "rejected": (RejectedWay(way="4 gangs", reason="there are 2 cores"),),
+        "notes": ("CPU only: GPU-hours are not estimated",),
+    }
+    if not search:
+        return FinetunePlan(**shared, finetune=options[3])
+    planned = SearchPlan(
+        options=options,
+        num_trials=16,
+        algorithm="optuna",
+        scheduler="asha",
+        rung_steps=(6, 18, 54),
+        total_steps=TOTAL_STEPS,
+        reduction_factor=3,
+        concurrent_trials=4,
     )
+    return SweepPlan(**shared, search=planned)
 
 
 def make_trial(number: int, layers: str, tune: str, rank: int | None, rate: float, *, state: str = "finished") -> TrialRecord:

@@ -8,16 +8,9 @@ from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.plan.cost.flops import attention_width, forward_flops_per_token, runs_head_twice, train_terms
 from orchestrator.plan.estimates import CostItem, FlopTerm
 from orchestrator.plan.remedies import FISHER_DOCUMENTS
-from orchestrator.plan.values import RunPlan, TrialOption
+from orchestrator.plan.values import RunPlan, SweepPlan, TrialOption
 from orchestrator.units import format_count
 from orchestrator.work.execution import ExecutionPlan
-
-
-def planned_options(plan: RunPlan) -> tuple[TrialOption, ...]:
-    """Return the search's choices, or the choice of a finetune."""
-    if plan.search is not None:
-        return plan.search.options
-    return (plan.finetune,) if plan.finetune is not None else ()
 
 
 def option_terms(plan: RunPlan, anatomy: ModelAnatomy, selection: LayerSelection) -> tuple[FlopTerm, ...]:
@@ -73,8 +66,8 @@ def measurements(plan: RunPlan, anatomy: ModelAnatomy, execution: ExecutionPlan)
     needed = {
         # Choices with the same key share one measurement.
         (option.selection.pending, option.selection.trainable, option.remedies.layer_decay): option.selection
-        for option in planned_options(plan)
-        if option.remedies.anchor is not None and option.remedies.anchor.kind == "ewc"
+        for option in plan.options
+        if option.remedies.anchor is not None and option.remedies.anchor.traits.uses_fisher
     }
     per_token = (sum(term.flops for term in option_terms(bare, anatomy, selection)) for selection in needed.values())
     return sorted((execution.ranks * _tokens(plan) * flops for flops in per_token), reverse=True)
@@ -83,7 +76,7 @@ def measurements(plan: RunPlan, anatomy: ModelAnatomy, execution: ExecutionPlan)
 def fisher_costs(plan: RunPlan, anatomy: ModelAnatomy) -> list[CostItem]:
     """Return the measurements of the searched trials, or of the one trial; with more selections than trials, the costliest."""
     found = measurements(plan, anatomy, plan.execution)
-    if plan.search is not None:
+    if isinstance(plan, SweepPlan):
         # More selections than trials: not all of them can be trained, and which ones is not known, so assume the costliest.
         found = found[: plan.search.num_trials]
     if not found:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.plan.data_size import DataSize
 from orchestrator.plan.estimates import CostItem
-from orchestrator.plan.values import RunPlan, TrialOption
+from orchestrator.plan.values import RunPlan, SweepPlan, TrialOption
 from orchestrator.units import format_count
 
 KEPT_CHECKPOINTS = 2
@@ -22,7 +22,7 @@ def bundle_bytes(plan: RunPlan, anatomy: ModelAnatomy, options: Sequence[TrialOp
     """Return the size of the merged model, at most: every tensor in its stored dtype, and a copy of a tied head that is
     trained."""
     # A classifier's bundle has no output projection.
-    dropped = {anatomy.head_weight} if plan.base.task == "classify" and anatomy.kind == "decoder" else set[str]()
+    dropped = {anatomy.head_weight} if plan.base.traits.head.is_new and anatomy.kind == "decoder" else set[str]()
     kept = sum(tensor.num_bytes for name, tensor in anatomy.tensors.items() if name not in dropped)
     unties = any(option.selection.unties_head for option in options)
     return kept + (anatomy.tensors[anatomy.embeddings[0]].num_bytes if unties else 0)
@@ -53,7 +53,7 @@ def disk_usage(
     tokens = TOKEN_BYTES * all_tokens(plan.data)
     bundle = bundle_bytes(plan, anatomy, options)
     parts = [CostItem(name="bundle", amount=bundle, reason="the merged model, each tensor in its dtype in the base")]
-    if plan.search is not None:
+    if isinstance(plan, SweepPlan):
         search, mean = plan.search, sum(learn) / len(learn)
         learned = head.num_trainable_parameters * len(search.rung_steps)
         # Only trials that may continue keep the optimizer's state.

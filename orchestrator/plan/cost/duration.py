@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from orchestrator.anatomy.values import ModelAnatomy
-from orchestrator.plan.cost.choices import option_terms, planned_options, scored_flops
+from orchestrator.plan.cost.choices import option_terms, scored_flops
 from orchestrator.plan.cost.estimate import CPU_FLOPS_PER_CORE, estimate_cost, expected_steps, units_of_gang
 from orchestrator.plan.estimates import CostEstimate, Duration
-from orchestrator.plan.values import RunPlan
+from orchestrator.plan.values import RunPlan, SweepPlan
 
 START_S = (10.0, 60.0)
 """Ray, the gangs' imports, data and scoring the base, before the first step: expected minimum and maximum."""
@@ -100,7 +100,7 @@ def _computing(cost: CostEstimate, not_stopped: float) -> float:
 
 def _steps_of_a_gang(plan: RunPlan) -> float:
     """Return the steps of each gang, with early stopping, including its share of the winner's follow-up trials."""
-    if plan.search is None:
+    if not isinstance(plan, SweepPlan):
         return plan.total_steps
     follow_up = plan.search.repeats * plan.total_steps
     return (plan.search.num_trials * expected_steps(plan.search) + follow_up) / max(1, plan.num_gangs)
@@ -108,7 +108,7 @@ def _steps_of_a_gang(plan: RunPlan) -> float:
 
 def _rungs_of_a_gang(plan: RunPlan) -> float:
     """Return the rungs that each gang trains trials to, at most."""
-    if plan.search is None:
+    if not isinstance(plan, SweepPlan):
         return 1.0
     trials = plan.search.num_trials + plan.search.repeats + 1
     return trials * len(plan.search.rung_steps) / max(1, plan.num_gangs)
@@ -130,7 +130,7 @@ class MeasuredSteps(NamedTuple):
 def achieved_share(plan: RunPlan, anatomy: ModelAnatomy, measured: Iterable[MeasuredSteps]) -> float | None:
     """Return operations of the measured steps / (peak x ranks x seconds), or None without a peak or without measured time."""
     peak = plan.cost.rate.peak_flops if plan.cost is not None else None
-    options = planned_options(plan)
+    options = plan.options
     operations, seconds = 0.0, 0.0
     for steps in measured:
         per_token = sum(term.flops for term in option_terms(plan, anatomy, options[steps.option].selection))

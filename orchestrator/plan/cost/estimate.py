@@ -18,7 +18,6 @@ from orchestrator.plan.cost.choices import (
     fisher_of_repeat,
     option_terms,
     per_target_token,
-    planned_options,
     scored_flops,
 )
 from orchestrator.plan.cost.disk import TOKEN_BYTES, all_tokens, bundle_bytes, disk_usage
@@ -29,7 +28,7 @@ from orchestrator.plan.cost.flops import (
 from orchestrator.plan.estimates import CostEstimate, CostItem, FlopTerm, OptionCost, Rate
 from orchestrator.plan.placement import Machines
 from orchestrator.plan.schedule import follow_up_rung_steps, share_documents, surviving_share
-from orchestrator.plan.values import RunPlan, SearchPlan
+from orchestrator.plan.values import RunPlan, SearchPlan, SweepPlan
 from orchestrator.units import format_count, format_flops
 from orchestrator.work.execution import ExecutionPlan
 
@@ -61,7 +60,7 @@ def rate_of(found: Machines) -> Rate:
 
 def estimate_cost(plan: RunPlan, anatomy: ModelAnatomy, rate: Rate, *, price_per_gpu_hour: float | None = None) -> CostEstimate:
     """Estimate operations, hours, price and disk space of a plan at a rate."""
-    options = planned_options(plan)
+    options = plan.options
     terms = [option_terms(plan, anatomy, option.selection) for option in options]
     operations, without_stopping = _operations(plan, anatomy, terms)
     total = sum(part.amount for part in operations)
@@ -72,7 +71,7 @@ def estimate_cost(plan: RunPlan, anatomy: ModelAnatomy, rate: Rate, *, price_per
     # However many gangs there are, the search takes at least as long as one trial that is not stopped.
     searched = max((total - refit - follow_up) / (units * _busy_gangs(plan)), max(trial, default=0.0) / units)
     search_seconds = _seconds(rate, searched + longest_follow_up / units)
-    rungs = expected_rungs(plan.search) if plan.search is not None else 0.0
+    rungs = expected_rungs(plan.search) if isinstance(plan, SweepPlan) else 0.0
     disk, checkpoint_bytes = disk_usage(plan, anatomy, options, _head(plan, anatomy), rungs)
     on_gpus = plan.execution.device == "cuda"
     gpu_hours, core_hours = (_hours(rate, total), None) if on_gpus else (None, _hours(rate, total))
@@ -135,17 +134,17 @@ def expected_steps(search: SearchPlan) -> float:
 
 def run_flops(plan: RunPlan, anatomy: ModelAnatomy) -> float:
     """Return the operations of the whole run as expected."""
-    parts, _ = _operations(plan, anatomy, [option_terms(plan, anatomy, option.selection) for option in planned_options(plan)])
+    parts, _ = _operations(plan, anatomy, [option_terms(plan, anatomy, option.selection) for option in plan.options])
     return sum(part.amount for part in parts)
 
 
 def _operations(plan: RunPlan, anatomy: ModelAnatomy, terms: Sequence[Sequence[FlopTerm]]) -> tuple[tuple[CostItem, ...], float]:
     """Return (items of the run as expected, operations if no trial is stopped early)."""
-    per_token = per_target_token(planned_options(plan), terms)
+    per_token = per_target_token(plan.options, terms)
     scored, trunk = scored_flops(plan, anatomy), _building_trunk(plan, anatomy)
     built = (*((trunk,) if trunk is not None else ()), *fisher_costs(plan, anatomy))
-    at_cut = [scored_flops(plan, anatomy, option.selection.cut) for option in planned_options(plan)]
-    if plan.search is None:
+    at_cut = [scored_flops(plan, anatomy, option.selection.cut) for option in plan.options]
+    if not isinstance(plan, SweepPlan):
         # The base is scored through all of its blocks, the trained model from its cut if the trunk is cached.
         trained, scored = per_token[0] * plan.total_tokens, (scored + at_cut[0]) / 2
         parts = (
@@ -214,26 +213,25 @@ def units_of_gang(execution: ExecutionPlan) -> int:
 
 
 def _busy_gangs(plan: RunPlan) -> int:
-    return min(plan.num_gangs, plan.search.num_trials) if plan.search is not None else 1
+    return min(plan.num_gangs, plan.search.num_trials) if isinstance(plan, SweepPlan) else 1
 
 
 def _budget(plan: RunPlan) -> float:
     """Return the share of the full budget that a trial gets if nothing stops it."""
-    return plan.search.rung_steps[-1] / plan.total_steps if plan.search is not None else 1.0
+    return plan.search.rung_steps[-1] / plan.total_steps if isinstance(plan, SweepPlan) else 1.0
 
 
 SHUFFLED, SCRATCH, REPEATS, CURVE = FOLLOW_UP_COSTS = ("shuffled", "scratch", "repeats", "curve")
 """Names of the cost items of follow-up trials (not of controls). One gang trains each; gangs work in parallel."""
 
 
-def follow_up_costs(plan: RunPlan, anatomy: ModelAnatomy, per_token: float, scored: float) -> list[CostItem]:
+def follow_up_costs(plan: SweepPlan, anatomy: ModelAnatomy, per_token: float, scored: float) -> list[CostItem]:
     """Return the cost of the follow-up trials: controls trained once the winner is known, and the winner from other seeds.
 
     Args:
         per_token: Operations per token of the costliest choice, given the trunk cache.
         scored: Operations of scoring the base without a cache.
     """
-    assert plan.search is not None
     parts: list[CostItem] = []
     if plan.search.repeats > 1:
         others = plan.search.repeats - 1
@@ -253,15 +251,14 @@ def follow_up_costs(plan: RunPlan, anatomy: ModelAnatomy, per_token: float, scor
     return parts
 
 
-def curve_trained_shares(plan: RunPlan) -> tuple[float, ...]:
+def curve_trained_shares(plan: SweepPlan) -> tuple[float, ...]:
     """Return the shares that the learning curve's trials train on, including the whole if no trial of the search gets the full
     budget."""
-    assert plan.search is not None
     shares = plan.search.curve_shares
     return (*shares, 1.0) if shares and plan.search.rung_steps[-1] < plan.total_steps else shares
 
 
-def learning_curve_costs(plan: RunPlan, per_token: float, scored: float) -> list[CostItem]:
+def learning_curve_costs(plan: SweepPlan, per_token: float, scored: float) -> list[CostItem]:
     """Return the cost of training the winner on shares of the documents, including all of them if no trial of the search gets
     the full budget.
 
@@ -269,7 +266,6 @@ def learning_curve_costs(plan: RunPlan, per_token: float, scored: float) -> list
         per_token: Operations per token of the costliest choice, given the trunk cache: a share's documents are among the cached.
         scored: Operations of scoring the costliest choice.
     """
-    assert plan.search is not None
     shares = curve_trained_shares(plan)
     if not shares:
         return []
@@ -283,9 +279,8 @@ def learning_curve_costs(plan: RunPlan, per_token: float, scored: float) -> list
 def follow_up_work(plan: RunPlan, operations: Sequence[CostItem]) -> tuple[float, float]:
     """Return (operations of all follow-up trials, operations of the gang that is busy with them longest)."""
     parts = {part.name: part.amount for part in operations if part.name in FOLLOW_UP_COSTS}
-    if not parts:
+    if not parts or not isinstance(plan, SweepPlan):
         return 0.0, 0.0
-    assert plan.search is not None
     shares = curve_trained_shares(plan)
     # An item of several training runs is divided among gangs, so what keeps one gang busy is its largest single run.
     largest = {REPEATS: 1.0 / max(1, plan.search.repeats - 1), CURVE: max(shares) / sum(shares) if shares else 1.0}
@@ -293,9 +288,8 @@ def follow_up_work(plan: RunPlan, operations: Sequence[CostItem]) -> tuple[float
     return total, max(total / plan.num_gangs, longest)
 
 
-def _num_scorings(plan: RunPlan, share: float) -> int:
+def _num_scorings(plan: SweepPlan, share: float) -> int:
     """Return how often a follow-up trial on a share of the documents is scored if nothing stops it early."""
-    assert plan.search is not None
     return len(follow_up_rung_steps(plan.search, plan.total_steps, math.ceil(share * plan.total_steps)))
 
 
@@ -303,5 +297,5 @@ def _shuffled_per_token(plan: RunPlan, anatomy: ModelAnatomy) -> float:
     """Return the operations per token of the costliest choice without the trunk cache, which does not hold the shuffled
     documents."""
     bare = plan.model_copy(update={"trunk": None})
-    options = planned_options(plan)
+    options = plan.options
     return max(per_target_token(options, [option_terms(bare, anatomy, option.selection) for option in options]))

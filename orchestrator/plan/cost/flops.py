@@ -154,7 +154,9 @@ def runs_head_twice(anatomy: ModelAnatomy, selection: LayerSelection, execution:
 def attention_width(anatomy: ModelAnatomy, execution: ExecutionPlan, data: DataSize) -> float:
     """Return the number of tokens that a token attends over: those of its row, or only those of its document. A mask saves no
     counted operation."""
-    if data.document_tokens is None or not attends_by_document(anatomy, execution.device, classify=data.num_classes > 0):
+    if data.document_tokens is None or not attends_by_document(
+        anatomy, execution.device, one_document_per_row=data.num_classes > 0
+    ):
         return execution.row_tokens
     return min(data.document_tokens, execution.row_tokens)
 

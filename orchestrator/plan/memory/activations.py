@@ -220,9 +220,9 @@ def _mlp_width(anatomy: ModelAnatomy, block: int) -> int:
     return experts.experts_per_token * experts.intermediate_size + experts.shared_intermediate_size
 
 
-def attends_by_document(anatomy: ModelAnatomy, device: str, *, classify: bool) -> bool:
+def attends_by_document(anatomy: ModelAnatomy, device: str, *, one_document_per_row: bool) -> bool:
     """Return whether attention runs document by document (`train.model.attention`) instead of on the whole row under a mask.
 
-    This is so on CPUs, for decoders that a fused kernel supports. Rows that are classified hold one document and its padding.
+    This is so on CPUs, for decoders that a fused kernel supports. A row that holds one document has nothing to keep apart.
     """
-    return device == "cpu" and anatomy.kind == "decoder" and anatomy.attention == "fused" and not classify
+    return device == "cpu" and anatomy.kind == "decoder" and anatomy.attention == "fused" and not one_document_per_row

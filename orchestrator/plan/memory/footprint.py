@@ -11,9 +11,6 @@ from orchestrator.plan.memory.quantized import dequantize_scratch_bytes, quantiz
 from orchestrator.spec.models import Quantize
 from orchestrator.work.remedies import AnchorPlan
 
-ANCHOR_COPIES = {"l2sp": 1, "ewc": 2, "product": 0}
-"""Values of `Footprint.anchor_copies`; `train.anchors` holds the copies."""
-
 
 @dataclass(frozen=True)
 class Footprint:
@@ -60,7 +57,8 @@ class Footprint:
     hidden_size: int
     logit_width: int
     """Size of the vocabulary, or number of classes."""
-    classify: bool
+    one_target_per_row: bool
+    """Whether a row has one prediction, off its last position, instead of one for each supervised token."""
     element_bytes: int
     anchor_copies: int = 0
     """float32 values that an anchor holds per trainable element: its initial value, and for EWC its importance."""
@@ -113,7 +111,7 @@ def make_footprint(
         learning_blocks=anatomy.num_blocks - selection.cut if learns else 0,
         kept_token_bytes=sum(block.kept_bytes for block in above),
         by_document_token_bytes=sum(block.by_document_bytes for block in above),
-        by_document_on_cpu=attends_by_document(anatomy, "cpu", classify=num_classes > 0),
+        by_document_on_cpu=attends_by_document(anatomy, "cpu", one_document_per_row=num_classes > 0),
         whole_token_bytes=max((block.kept_bytes for block in above), default=0),
         pair_bytes=max((block.kept_pair_bytes for block in every), default=0),
         working_token_bytes=max((block.working_bytes for block in above), default=0),
@@ -125,7 +123,7 @@ def make_footprint(
         head_adapted=anatomy.head_weight in selection.adapted,
         hidden_size=anatomy.hidden_size,
         logit_width=num_classes or anatomy.vocab_size,
-        classify=num_classes > 0,
+        one_target_per_row=num_classes > 0,
         element_bytes=element_bytes,
         converted_bytes=_converted_bytes(anatomy, element_bytes),
     )
@@ -133,7 +131,7 @@ def make_footprint(
 
 def with_anchor(footprint: Footprint, anchor: AnchorPlan | None) -> Footprint:
     """Return the footprint of a trial with this anchor."""
-    return footprint if anchor is None else replace(footprint, anchor_copies=ANCHOR_COPIES[anchor.kind])
+    return footprint if anchor is None else replace(footprint, anchor_copies=anchor.traits.copies)
 
 
 def _head_learns(anatomy: ModelAnatomy, selection: LayerSelection) -> bool:

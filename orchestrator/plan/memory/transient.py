@@ -121,14 +121,14 @@ def _logit_term(footprint: Footprint, candidate: Candidate, *, learning: bool) -
     A head with an adapter or a partitioned head, and a classifier, use torch's own cross entropy instead: 12 per entry, for
     the log-softmax, its gradient and the logits' gradient in float32.
     """
-    positions = candidate.micro_batch_rows if footprint.classify else candidate.micro_batch_tokens
+    positions = candidate.micro_batch_rows if footprint.one_target_per_row else candidate.micro_batch_tokens
     chunk = max(1, min(positions, LOGIT_CHUNK_BYTES // (4 * footprint.logit_width)))
     piece = max(1, min(chunk, LOGIT_PIECE_BYTES // (4 * footprint.logit_width)))
     e, entries = footprint.element_bytes, chunk * footprint.logit_width
     in_float32 = 8 * piece * footprint.logit_width
-    gradient = footprint.head_bytes if footprint.head_learns and not footprint.classify else 0
+    gradient = footprint.head_bytes if footprint.head_learns and not footprint.one_target_per_row else 0
     if not learning:
-        num_bytes = entries * (8 + e) if footprint.classify else e * entries + in_float32
+        num_bytes = entries * (8 + e) if footprint.one_target_per_row else e * entries + in_float32
     elif _head_is_plain(footprint, candidate):
         # The gradients of several chunks are summed in float32: rounding each sum to bfloat16 would lose digits.
         summed = gradient * 4 // e
@@ -146,7 +146,7 @@ def _head_is_plain(footprint: Footprint, candidate: Candidate) -> bool:
     """Return what `train.model.loss.is_plain` would: the head is one whole matrix that computes its gradient together with the
     loss."""
     partitioned = candidate.executor == "deepspeed" and candidate.zero_stage == 3
-    return not (footprint.classify or footprint.head_adapted or partitioned)
+    return not (footprint.one_target_per_row or footprint.head_adapted or partitioned)
 
 
 def _attends_by_document(footprint: Footprint, candidate: Candidate) -> bool:

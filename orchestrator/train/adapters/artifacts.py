@@ -143,7 +143,7 @@ def _peft_config(branch: Branch) -> LoraConfig:
     modules = sorted({name.rpartition(".")[0] for name in selection.trainable})
     options: dict[str, Any] = dict(selection.adapter_kind.peft_options)
     return LoraConfig(
-        task_type=TaskType.SEQ_CLS if branch.base.load.task == "classify" else TaskType.CAUSAL_LM,
+        task_type=TaskType[branch.base.load.traits.head.peft_task],
         base_model_name_or_path=branch.base.load.folder,
         revision=branch.base.load.revision,
         inference_mode=True,

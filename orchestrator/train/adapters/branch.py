@@ -15,6 +15,7 @@ from orchestrator.anatomy.values import LayerSelection
 from orchestrator.errors import BaseLostError, SelectionError, TrainingError
 from orchestrator.train.adapters.lora import AdapterSpec, LoraLinear, adapt, stable_name
 from orchestrator.train.model.base import LoadedBase, initial_value, new_parameter_names
+from orchestrator.train.model.heads import head_of
 
 
 class WeightKeeper(Protocol):
@@ -171,7 +172,8 @@ def learning_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def head_name(base: LoadedBase) -> str:
-    return base.anatomy.classifier_weight if base.load.task == "classify" else base.anatomy.head_weight
+    """Return the name of the weight of the head that the base's task trains with."""
+    return head_of(base.load.task).weight_name(base.anatomy)
 
 
 def parameter_named(model: nn.Module, name: str) -> nn.Parameter:
@@ -214,7 +216,7 @@ def _new_parameters(base: LoadedBase, selection: LayerSelection, seed: int, undo
     """Parameters that stand in for the base's own until the branch closes; their names."""
     model, names = base.model, set()
     learning = set(selection.trainable)
-    if base.load.task == "classify":
+    if base.load.traits.head.is_new:
         std = getattr(model.config, "initializer_range", 0.02)
         for name in new_parameter_names(model, base.anatomy):
             if name in learning:

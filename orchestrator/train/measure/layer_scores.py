@@ -142,7 +142,9 @@ def score_blocks(
             probe = stack.enter_context(BlockProbe(base, plan.floor))
             if execution.checkpointing:
                 stack.enter_context(_recomputed_without_dropout(base, plan.floor))
-            for batch in probe_batches(data, plan, execution, seed, classify=base.load.task == "classify"):
+            for batch in probe_batches(
+                data, plan, execution, seed, one_document_per_row=base.load.traits.head.one_document_per_row
+            ):
                 loss = objective(**to_tensors(batch, base.device)) / batch.num_supervised
                 loss.backward()
                 documents.update(int(document) for document in batch.document_ids.flatten() if document >= 0)
@@ -164,11 +166,11 @@ def score_blocks(
 
 
 def probe_batches(
-    data: TokenizedSet, plan: ProbePlan, execution: ExecutionPlan, seed: int, *, classify: bool
+    data: TokenizedSet, plan: ProbePlan, execution: ExecutionPlan, seed: int, *, one_document_per_row: bool
 ) -> Iterator[MicroBatch]:
     """The first micro-batches in the order of the seed, no document in two of them; fewer where the set has no more."""
     rows = min(plan.rows, execution.micro_batch_rows)
-    layout = RowPlan(execution.row_tokens, rows, execution.pack and not classify)
+    layout = RowPlan(execution.row_tokens, rows, execution.pack and not one_document_per_row)
     for documents in documents_of_steps(data.offsets, rows * layout.row_tokens, seed, epoch=0)[: plan.num_batches]:
         yield layout.batches(data, documents if layout.pack else documents[:rows])[0]
 

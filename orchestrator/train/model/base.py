@@ -13,12 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -28,6 +24,7 @@ from orchestrator.anatomy.values import ModelAnatomy
 from orchestrator.errors import BaseError
 from orchestrator.plan.memory.activations import attends_by_document
 from orchestrator.train.model.attention import BY_DOCUMENT
+from orchestrator.train.model.heads import head_of
 from orchestrator.work.execution import BaseLoad, ExecutionPlan
 
 _num_loads = 0
@@ -96,7 +93,7 @@ def load_base(
     is not touched takes none.
 
     Args:
-        load: Folder, task and quantization. `classify` gets a new head of `num_classes`.
+        load: Folder, task and quantization. A classifier gets a new head of `num_classes`.
         anatomy: Of the same folder; the loaded model is checked against it.
         dtype: bfloat16 or float32.
         device: Where the model computes.
@@ -110,7 +107,7 @@ def load_base(
         raise BaseError("the folder has no weights", where=load.folder, remedy="put the model's *.safetensors beside config.json")
     if load.quantize == "int8":
         raise BaseError("quantize: int8 is not supported yet", where=load.folder, remedy="use none or nf4")
-    by_document = attends_by_document(anatomy, device.type, classify=load.task == "classify")
+    by_document = attends_by_document(anatomy, device.type, one_document_per_row=load.traits.head.one_document_per_row)
     model = _from_folder(load, anatomy, dtype, load_on or device, attention=BY_DOCUMENT if by_document else "sdpa")
     model.train()
     model.config.use_cache = False
@@ -155,16 +152,13 @@ def _from_folder(
     try:
         with torch.random.fork_rng(devices=rng_devices(device)), _no_progress_bars():
             torch.manual_seed(0)
-            if load.task != "classify":
-                return AutoModelForCausalLM.from_pretrained(load.folder, **options)
-            model = AutoModelForSequenceClassification.from_pretrained(
-                load.folder, config=_classify_config(load), ignore_mismatched_sizes=True, **options
-            )
+            model = head_of(load.task).load_model(load, options)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise BaseError(f"the base cannot be loaded: {error}", where=load.folder) from error
-    reset_new_parameters(model, new_parameter_names(model, anatomy), seed=0)
+    if load.traits.head.is_new:
+        reset_new_parameters(model, new_parameter_names(model, anatomy), seed=0)
     return model
 
 
@@ -178,21 +172,6 @@ def _no_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _classify_config(load: BaseLoad) -> PreTrainedConfig:
-    names = load.class_names or tuple(f"class {number}" for number in range(load.num_classes))
-    config = AutoConfig.from_pretrained(
-        load.folder,
-        local_files_only=True,
-        trust_remote_code=False,
-        num_labels=load.num_classes,
-        id2label=dict(enumerate(names)),
-        label2id={name: number for number, name in enumerate(names)},
-    )
-    if config.pad_token_id is None:
-        config.pad_token_id = config.eos_token_id if isinstance(config.eos_token_id, int) else 0
-    return config
 
 
 def _not_quantized(anatomy: ModelAnatomy) -> list[str]:

@@ -16,7 +16,6 @@ from orchestrator.anatomy import ModelAnatomy, read_anatomy
 from orchestrator.data import build_set, micro_batches, pack_rows
 from orchestrator.errors import BaseError, PlanError
 from orchestrator.plan import make_plan
-from orchestrator.plan.cost.choices import planned_options
 from orchestrator.plan.memory.candidate import Candidate
 from orchestrator.plan.memory.estimate import estimate
 from orchestrator.plan.memory.footprint import Footprint, make_footprint
@@ -203,7 +202,7 @@ def test_a_plan_keeps_within_memory_and_gpus_and_more_memory_never_breaks_it(
     again = plan_or_none(loaded, anatomy, size, richer(cluster, factor), kind)
     assert again is not None, "more memory made a feasible job infeasible"
     nodes = used_nodes(found, cluster)
-    for option in planned_options(found):
+    for option in found.options:
         footprint = make_footprint(anatomy, option.selection, quantize, 2)
         assert option.memory.total_bytes == estimate(footprint, way_of(found.execution)).device.total_bytes
         assert_within(found.execution, found.num_gangs, footprint, nodes)

@@ -77,7 +77,6 @@ def test_the_probe_takes_no_more_than_its_share_of_the_cheapest_trial(planned: A
 
 
 def all_blocks(plan: RunPlan) -> Any:
-    assert plan.search is not None
     return next(option.selection for option in plan.search.options if option.layers == "all")
 
 
@@ -109,7 +108,6 @@ def test_a_run_whose_blocks_are_scored_may_go_on_under_zero3(base: Any, job: Any
     loaded = job(search={"layers": ["last:1", "top:0.5"]}, resources={"ranks_per_gang": 2, "zero": 3})
     plan = make_plan(loaded, base("tiny"), data(), gpus(), job="sweep", spec_sha256="0" * 64, scores=SCORES)
     assert plan.probe is None
-    assert plan.search is not None
     assert plan.search.options[1].selection.blocks == (1, 3)
 
 

@@ -39,7 +39,6 @@ def run_plan(base: Any, loaded: Any, cores: Any, data: Any) -> RunPlan:
 
 
 def options(plan: RunPlan) -> Any:
-    assert plan.search is not None
     return plan.search.options
 
 

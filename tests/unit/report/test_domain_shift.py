@@ -18,7 +18,6 @@ from orchestrator.work.measurements import DomainShift
 def test_only_what_follows_the_advice_is_said_to(fake_run, algorithm: str, prior: str, follows: bool, own_order: bool) -> None:
     run = read_run(fake_run())
     assert run.plan is not None
-    assert run.plan.search is not None
     search = run.plan.search.model_copy(update={"algorithm": algorithm, "prior": prior})
     events = ({"kind": "domain_shift", "message": "so it is"},)
     run = replace(run, plan=run.plan.model_copy(update={"search": search}), events=events)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from orchestrator.report.memory import memory_table
-from orchestrator.transfer.measured import EngineFigures
-from orchestrator.transfer.records import SweepResult, TrialRecord
+from orchestrator.transfer.records import EngineFigures, SweepResult, TrialRecord
 
 ENGINE = EngineFigures(
     executor="torch", device="cuda", rank_peak_memory_bytes=(90,), predicted_memory_bytes=100, micro_batch_rows=1
@@ -28,4 +27,4 @@ def test_a_choice_that_ran_out_of_memory_says_how_it_went_on_and_has_no_ratio() 
     assert "out of memory; retried with 1 row<" in alone
     assert "0.90x" not in alone
     assert "out of memory; retried with 1 row (1 failed)" in table(relieved, failed)
-    assert "out of memory; no smaller way was left" in table(failed)
+    assert "out of memory; could not be reduced further" in table(failed)

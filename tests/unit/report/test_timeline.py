@@ -13,6 +13,7 @@ from orchestrator.report.page import render_page
 from orchestrator.report.timeline import gang_times, seconds_by_kind, shares_sentence, side_by_side, submissions_of
 from orchestrator.run.reader import RunRecords, read_run
 from orchestrator.work.results import RungResult
+from tests.unit.fake_run import trial_spec, write_trial
 
 START = 1_790_000_000.0
 
@@ -158,10 +159,8 @@ def test_a_run_with_some_results_of_an_older_version_begins_with_the_others() ->
 def test_the_page_shows_a_row_for_every_gang(fake_run: Callable[..., Path]) -> None:
     folder = fake_run(events=STARTS)
     (folder / "run.json").write_text(json.dumps({"submissions": [START]}))
-    for result in TWO_GANGS:
-        trial = folder / "trials" / result.trial_id
-        trial.mkdir(parents=True)
-        (trial / "result-0.json").write_text(result.model_dump_json())
+    for number, result in enumerate(TWO_GANGS):
+        write_trial(folder, trial_spec(number).model_copy(update={"trial_id": result.trial_id}), results=[result])
     page = render_page(read_run(folder))
     assert "Worker groups (gangs) over time" in page
     assert "50% was training" in page

@@ -20,6 +20,9 @@ from orchestrator.runtime.prepare import Prepared, open_run, prepare
 from orchestrator.samples import SAMPLE_BASE
 from orchestrator.spec import load_spec
 from orchestrator.units import GIB
+from tests.unit.runtime.exchange_bench import on_bench
+
+__all__ = ["on_bench"]
 
 TWO_CORES = ClusterDescription(nodes=(NodeDescription(num_cpus=2, memory_bytes=8 * GIB),))
 

@@ -44,14 +44,12 @@ def prepared(submit: Callable[..., Prepared]) -> Prepared:
 @pytest.fixture
 def trial(prepared: Prepared) -> TrialSpec:
     """One that the scheduler may have stopped before its last step."""
-    assert prepared.plan.search is not None
     drawn = make_trial(prepared.plan, prepared.plan.search.options[0], 1e-3, 0, seed=0)
     return drawn.model_copy(update={"total_steps": TOTAL_STEPS})
 
 
 def with_patience(prepared: Prepared) -> Prepared:
     """The same run with early stopping."""
-    assert prepared.plan.search is not None
     search = prepared.plan.search.model_copy(update={"patience": 2})
     return replace(prepared, plan=prepared.plan.model_copy(update={"search": search}))
 
@@ -149,7 +147,6 @@ def test_a_refit_that_broke_is_not_a_number_within_the_bound(prepared: Prepared,
 def test_a_refit_that_failed_is_tried_again_by_the_next_submission(
     prepared: Prepared, trial: TrialSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert prepared.plan.search is not None
     assignment = refit_assignment(prepared, trial, prepared.plan.search.options[0].selection)
     answers = [
         result(trial.trial_id, 3, None, state="failed", reason="the loss became nan", checkpoint=None),
@@ -228,7 +225,6 @@ def test_a_refit_that_has_come_to_its_end_is_used_whatever_hours_are_left(prepar
 def test_a_lower_learning_rate_is_no_cure_for_want_of_memory(
     prepared: Prepared, trial: TrialSpec, monkeypatch: pytest.MonkeyPatch, reason: str, lower_rate: bool
 ) -> None:
-    assert prepared.plan.search is not None
     failed = result(trial.trial_id, 3, None, state="failed", reason=reason, checkpoint=None)
     monkeypatch.setattr(budget, "refit", lambda *_: [failed])
     with pytest.raises(TrainingError) as raised:
@@ -240,7 +236,6 @@ def test_a_lower_learning_rate_is_no_cure_for_want_of_memory(
 def test_a_refit_starts_as_small_as_its_trial_had_to_become(prepared: Prepared, trial: TrialSpec) -> None:
     planned = prepared.plan.refit_execution
     assert planned.micro_batch_rows > 1
-    assert prepared.plan.search is not None
     selection = prepared.plan.search.options[0].selection
     relieved = planned.model_copy(update={"micro_batch_rows": 1, "checkpointing": True})
     assert refit_assignment(prepared, trial, selection).execution == planned

@@ -66,7 +66,6 @@ def test_what_pays_is_chosen_once_and_kept_by_a_second_submission(chosen: Callab
     (asked,) = measurer.asked
     assert isinstance(asked, TimeCompiling)
     assert (asked.work_id, asked.plan, asked.trial.control) == ("compile", LONG, None)
-    assert first.plan.search is not None
     assert asked.selection == first.plan.search.options[0].selection
     assert first.plan.execution.compiled
     assert RunPlan.model_validate(read_json(first.run.plan)) == first.plan
@@ -100,7 +99,6 @@ def test_a_search_that_grows_long_goes_on_as_it_began(chosen: Callable[..., Prep
 def test_trials_of_an_older_version_are_not_left_alone(chosen: Callable[..., Prepared]) -> None:
     run = chosen(Measurer(), asked="off")
     run.run.compile_choice.unlink()
-    assert run.plan.search is not None
     trial = make_trial(run.plan, run.plan.search.options[0], 1e-3, 0, 0)
     Ledger(run.run.trials).register(trial, 0)
     measurer = Measurer(FAST)

@@ -113,7 +113,6 @@ def test_the_exchange_tells_it(plan: RunPlan, anatomy: ModelAnatomy, tmp_path: P
         hours_file=str(tmp_path / "hours.json"),
     )
     exchange = Exchange(orders)
-    assert plan.search is not None
     trial = make_trial(plan, plan.search.options[0], 1e-3, 0, seed=0).model_copy(update={"trial_id": "t0"})
     exchange._ledger.register(trial, 0)
     exchange._record(result())
@@ -125,7 +124,6 @@ def test_the_exchange_tells_it(plan: RunPlan, anatomy: ModelAnatomy, tmp_path: P
 def test_the_record_has_the_time_at_that_rate_too(submit: Callable[[], Prepared]) -> None:
     prepared = submit()
     plan = prepared.plan
-    assert plan.search is not None
     trial = make_trial(plan, plan.search.options[0], 1e-3, 0, seed=0)
     ledger = Ledger(prepared.run.trials)
     ledger.register(trial, 0)

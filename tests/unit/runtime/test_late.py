@@ -18,7 +18,6 @@ from orchestrator.work.results import RungResult
 
 
 def stopped_early(prepared: Prepared) -> TrialEntry:
-    assert prepared.plan.search is not None
     winner = make_trial(prepared.plan, prepared.plan.search.options[0], 1e-3, 0, seed=7)
     ledger = Ledger(prepared.run.trials)
     ledger.register(winner, 0)
@@ -39,7 +38,6 @@ def test_a_winner_from_other_seeds_is_itself_but_for_the_seed(submit: Callable[.
     assert [trial.seed for trial in (winner.trial, shuffled, second, third)] == [7, 7, 8, 9]
     own = {"trial_id", "number", "control", "seed"}
     assert all(trial.model_dump(exclude=own) == winner.trial.model_dump(exclude=own) for trial in (shuffled, second, third))
-    assert prepared.plan.search is not None
     search = prepared.plan.search.model_copy(update={"repeats": 1, "controls": ()})
     assert late.late_trials(replace(prepared, plan=prepared.plan.model_copy(update={"search": search})), winner, None) == []
 
@@ -51,7 +49,7 @@ def test_all_are_handed_in_before_any_is_waited_for_and_one_held_back_is_told(
     winner = stopped_early(prepared)
     happened: list[tuple[str, str, tuple[int, ...]]] = []
 
-    def hand_in(_exchange: Any, trial: Any, _selection: Any, stops: tuple[int, ...]) -> None:
+    def record(_exchange: Any, trial: Any, _selection: Any, stops: tuple[int, ...]) -> None:
         happened.append(("handed in", trial.trial_id, stops))
 
     def wait_for(_exchange: Any, trial_id: str, _call: Any) -> Answer:
@@ -59,7 +57,7 @@ def test_all_are_handed_in_before_any_is_waited_for_and_one_held_back_is_told(
         held_back = trial_id.startswith("repeat-3")
         return Answer(score=0.0, step=9, ended=True, state="stopped" if held_back else "done", reason="no hours left")
 
-    monkeypatch.setattr(late, "hand_in", hand_in)
+    monkeypatch.setattr(late, "submit", record)
     monkeypatch.setattr(late, "wait_for", wait_for)
     assert late.train_late(prepared, None, winner, LogView(shown))
     assert [what for what, _, _ in happened] == ["handed in"] * 3 + ["waited for"] * 3
@@ -74,7 +72,6 @@ def test_all_are_handed_in_before_any_is_waited_for_and_one_held_back_is_told(
 
 def test_with_early_stopping_other_seeds_end_by_themselves_and_controls_with_the_winner(submit: Callable[..., Prepared]) -> None:
     prepared = submit(search={"repeats": 2, "controls": ["shuffled"]})
-    assert prepared.plan.search is not None
     search = prepared.plan.search.model_copy(update={"rung_steps": (4, 8, 12, 16), "patience": 2})
     prepared = replace(prepared, plan=prepared.plan.model_copy(update={"search": search, "total_steps": 20}))
     winner = make_trial(prepared.plan, search.options[0], 1e-3, 0, seed=0)

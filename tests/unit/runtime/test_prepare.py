@@ -59,8 +59,7 @@ def test_what_stands_in_for_a_section_is_told(tmp_path: Path, base: Path, shown:
     loaded = with_section(load_spec(tmp_path / "spec.yaml"), "sweep")
     view, cluster = LogView(shown), ClusterDescription(nodes=(NodeDescription(num_cpus=2, memory_bytes=8 * GIB),))
     with open_run(loaded, "sweep", tmp_path / "runs", view) as run:
-        prepared = prepare(loaded, "sweep", run, view, lambda: cluster)
-    assert prepared.plan.search is not None
+        prepare(loaded, "sweep", run, view, lambda: cluster)
     assert "default_section: the spec has no `search` section; the default search: last:2" in shown.getvalue()
     assert [line for line in read_jsonl(run.path / "events.jsonl") if line["kind"] == "default_section"]
     assert reopen(run.path).spec.search == loaded.spec.search

@@ -54,7 +54,6 @@ def kinds(prepared: Prepared) -> list[str]:
 
 
 def blocks_of(plan: RunPlan) -> dict[str, tuple[int, ...]]:
-    assert plan.search is not None
     return {option.layers: option.selection.blocks for option in plan.search.options}
 
 
@@ -74,8 +73,6 @@ def test_a_run_is_scored_once_and_a_second_submission_reads_it(scored: Callable[
 
     again = scored(Scorer("this must not be asked"), "last:1", "top:0.25", trials=5)
     assert blocks_of(again.plan)["top:0.25"] == chosen
-    assert again.plan.search is not None
-    assert first.plan.search is not None
     assert again.plan.search.shares == first.plan.search.shares
     assert kinds(again).count("blocks_scored") == 1
 
@@ -84,14 +81,12 @@ def test_where_no_policy_needs_it_the_search_goes_on_without_and_stays_so(
     scored: Callable[..., Prepared], shown: io.StringIO
 ) -> None:
     first = scored(Scorer("3 gangs died while running it"), "last:1", "all")
-    assert first.plan.search is not None
     assert first.plan.search.shares == ()
     assert kinds(first).count("blocks_not_scored") == 1
     assert "continues without scores: 3 gangs died" in shown.getvalue()
     scorer = Scorer()
     again = scored(scorer, "last:1", "all", trials=5)
     assert not scorer.asked, "an order that trials have begun by is kept"
-    assert again.plan.search is not None
     assert again.plan.search.shares == ()
 
 

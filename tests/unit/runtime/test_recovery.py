@@ -94,7 +94,6 @@ def fill(prepared: Prepared, *, finished: bool) -> None:
     """What gangs and exchange would have left: the base scored, one trial at its second rung."""
     run = prepared.run
     none, _ = none_control(prepared.plan, prepared.anatomy, 0)
-    assert prepared.plan.search is not None
     trial = make_trial(prepared.plan, prepared.plan.search.options[0], 1e-3, 0, 0).model_copy(update={"trial_id": "t0000"})
     ledger = Ledger(run.trials)
     for each, option in ((none, None), (trial, 0)):

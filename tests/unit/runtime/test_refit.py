@@ -56,7 +56,6 @@ def save(folder: Path, step: int) -> None:
 @pytest.fixture
 def assignment(submit: Callable[[], Prepared]) -> TrainRung:
     prepared = submit()
-    assert prepared.plan.search is not None
     option = prepared.plan.search.options[0]
     execution = prepared.plan.refit_execution.model_copy(update={"micro_batch_rows": 8})
     made = refit_assignment(prepared, make_trial(prepared.plan, option, 1e-3, 0, seed=0), option.selection)

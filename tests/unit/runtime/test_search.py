@@ -26,7 +26,6 @@ class Tuner:
     """Keeps `concurrent` trials open, as Tune does, and ends open trials in an order of its own."""
 
     def __init__(self, plan: RunPlan, recorded: list[TrialEntry], order: int) -> None:
-        assert plan.search is not None
         self.search = RecordedSearch(plan, SEED, recorded, in_batches=True)
         self.num_trials = plan.search.num_trials
         self.concurrent = plan.search.concurrent_trials
@@ -80,7 +79,6 @@ def test_what_stands_in_the_record_is_tried_again_as_it_stands(plan: RunPlan, wh
 
 
 def test_more_trials_leave_the_earlier_ones_alone(plan: RunPlan, whole: list[TrialEntry]) -> None:
-    assert plan.search is not None
     more = plan.model_copy(update={"search": plan.search.model_copy(update={"num_trials": plan.search.num_trials + 3})})
     extended = Tuner(more, whole, order=0).run()
     assert extended[: len(whole)] == whole
@@ -105,7 +103,6 @@ def test_a_proposal_keeps_away_from_those_that_still_run(plan: RunPlan) -> None:
 )
 def test_asha_stops_trials_where_the_plan_counts_on_it(plan: RunPlan, changed: dict[str, Any], compared: list[int]) -> None:
     """Ray's scheduler, on the plan's clock: of two trials that report at every rung the worse one would be stopped at these."""
-    assert plan.search is not None
     search = plan.search.model_copy(update=changed)
     rungs = range(len(search.rung_steps) - 1)
     assert [rung for rung in rungs if surviving_share(search, rung + 1) < surviving_share(search, rung)] == compared

@@ -27,7 +27,6 @@ class Bench:
     """A queue, and work for it: trials of the plan's options, by number."""
 
     def __init__(self, plan: RunPlan, anatomy: ModelAnatomy, num_gangs: int, max_fused: int) -> None:
-        assert plan.search is not None
         self.plan = plan.model_copy(update={"search": plan.search.model_copy(update={"max_fused": max_fused})})
         self.options = plan.search.options
         self.queue = WorkQueue(self.plan, anatomy, num_gangs)

@@ -14,7 +14,7 @@ from orchestrator.anatomy import LayerSelection
 from orchestrator.data import TokenizedSet, build_set
 from orchestrator.train.adapters.branch import open_branch
 from orchestrator.train.batches import RowPlan, to_tensors
-from orchestrator.train.model import objective as objective_module
+from orchestrator.train.model import heads as heads_module
 from orchestrator.train.model.base import LoadedBase
 from orchestrator.train.model.objective import Objective, final_norm_of
 
@@ -100,7 +100,7 @@ def test_long_logits_in_pieces_change_nothing(base: LoadedBase, monkeypatch: pyt
         return loss.detach(), gradient
 
     whole = loss_and_gradient()
-    monkeypatch.setattr(objective_module, "LOGIT_CHUNK_BYTES", 4 * 97 * 7)
+    monkeypatch.setattr(heads_module, "LOGIT_CHUNK_BYTES", 4 * 97 * 7)
     pieces = loss_and_gradient()
     torch.testing.assert_close(pieces[0], whole[0], rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(pieces[1], whole[1], rtol=1e-4, atol=1e-5)
@@ -199,7 +199,7 @@ def test_stacked_trials_have_a_loss_each(
     policy: str,
 ) -> None:
     """Losses, and gradients of the states that they are made of: the same bits as alone, whatever the neighbour comes to."""
-    monkeypatch.setattr(objective_module, "LOGIT_CHUNK_BYTES", 4 * 97 * 7)
+    monkeypatch.setattr(heads_module, "LOGIT_CHUNK_BYTES", 4 * 97 * 7)
     base = base_of(llama_folder(), task=task)
     data = documents([12, 9, 14], labels=[1, 0, 2] if task == "classify" else None)
     (batch,) = RowPlan(24, 3, pack=task != "classify").batches(data, np.arange(3))

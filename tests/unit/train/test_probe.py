@@ -68,7 +68,9 @@ def brute_force(base: LoadedBase, originals: dict[str, torch.Tensor] | None = No
     names = [name for block in base.anatomy.linears for name in block]
     parameters = dict(base.model.named_parameters())
     gradients: list[dict[str, torch.Tensor]] = []
-    for batch in probe_batches(train_set(classify=base.load.task == "classify"), PLAN, EXECUTION, SEED, classify=False):
+    for batch in probe_batches(
+        train_set(classify=base.load.task == "classify"), PLAN, EXECUTION, SEED, one_document_per_row=False
+    ):
         for name in names:
             parameters[name].requires_grad_(True)
             parameters[name].grad = None
@@ -189,7 +191,7 @@ def test_micro_batches_are_those_of_the_seed_and_share_no_document() -> None:
     data = train_set()
 
     def documents(seed: int) -> list[set[int]]:
-        batches = probe_batches(data, PLAN, EXECUTION, seed, classify=False)
+        batches = probe_batches(data, PLAN, EXECUTION, seed, one_document_per_row=False)
         return [{int(document) for document in batch.document_ids.flatten() if document >= 0} for batch in batches]
 
     first = documents(SEED)
@@ -197,12 +199,12 @@ def test_micro_batches_are_those_of_the_seed_and_share_no_document() -> None:
     assert len(first) == 4
     assert sum(map(len, first)) == len(set().union(*first))
     smaller = EXECUTION.model_copy(update={"micro_batch_rows": 1})
-    assert all(len(batch.lengths) == 1 for batch in probe_batches(data, PLAN, smaller, SEED, classify=False))
+    assert all(len(batch.lengths) == 1 for batch in probe_batches(data, PLAN, smaller, SEED, one_document_per_row=False))
 
 
 def test_a_set_of_few_documents_gives_fewer_micro_batches() -> None:
     data = train_set().select(np.arange(3))
-    assert len(list(probe_batches(data, PLAN, EXECUTION, SEED, classify=False))) == 1
+    assert len(list(probe_batches(data, PLAN, EXECUTION, SEED, one_document_per_row=False))) == 1
 
 
 def test_what_is_kept_does_not_grow_with_the_micro_batches() -> None:

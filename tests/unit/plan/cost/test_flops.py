@@ -34,9 +34,10 @@ from orchestrator.plan.data_size import DataSize
 from orchestrator.spec.adapters import AdapterOptions
 from orchestrator.train.adapters.branch import open_branch
 from orchestrator.train.batches import RowPlan, to_tensors
-from orchestrator.train.model import objective as objective_module
+from orchestrator.train.model import heads as heads_module
 from orchestrator.train.model.base import LoadedBase, load_base
-from orchestrator.train.model.objective import IGNORED, Objective, final_norm_of, objective_of
+from orchestrator.train.model.heads import IGNORED, LanguageModelHead
+from orchestrator.train.model.objective import Objective, final_norm_of, objective_of
 from orchestrator.train.model.recompute import recomputed
 from orchestrator.train.ranks import Ranks
 from orchestrator.train.trunk.build import TrunkBuilder
@@ -159,7 +160,9 @@ def counted(
         with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
             if isinstance(batch["labels"], FakeTensor):
                 hidden = branch.backbone()(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).last_hidden_state
-                objective._token_loss_sum(branch.head(), hidden.flatten(0, 1), batch["labels"].flatten()).backward()
+                head, parts = objective._head, objective._parts
+                assert isinstance(head, LanguageModelHead)
+                head.token_loss_sum(parts, hidden.flatten(0, 1), batch["labels"].flatten()).backward()
             else:
                 objective(**batch).backward()
         for _, parameter in branch.learning_parameters():
@@ -299,7 +302,7 @@ def test_a_head_with_an_adapter_in_several_chunks_is_computed_twice(
     selection = select(base.anatomy, policy, "lora", 8, task="completion")
     batch, vocab = rows(256, base.anatomy.vocab_size, 1.0), base.anatomy.vocab_size
     once = counted(base, selection, batch, False)
-    for module in (objective_module, flops_module):
+    for module in (heads_module, flops_module):
         monkeypatch.setattr(module, "LOGIT_CHUNK_BYTES", 4 * vocab * 100)
     found = counted(base, selection, batch, False)
     execution = ExecutionPlan.model_validate(

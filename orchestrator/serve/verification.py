@@ -1,0 +1,230 @@
+"""Merge verification (docs/design.md, law 5): the bundle, loaded by plain transformers in a fresh process, reproduces the
+trained model.
+
+The trained model is assembled in this process (base, then adapter or delta) and its distributions on held-out documents are
+saved; `verification_process.py` compares the bundle's with them, in an interpreter that does not import this package. Both
+compute in float32 if that fits, so that the comparison measures the merge and not the rounding of two forward passes.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn.modules import Linear4bit
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional
+
+from orchestrator.anatomy.values import ModelAnatomy
+from orchestrator.data.sets import load_known
+from orchestrator.errors import DataError, VerificationError
+from orchestrator.plan.memory.estimate import RESIDENT_SHARE
+from orchestrator.plan.merge import MergedInto
+from orchestrator.serve import verification_process
+from orchestrator.train.adapters.artifacts import attach_artifact
+from orchestrator.train.model.base import LoadedBase, load_base
+from orchestrator.transfer.records import VerificationFigures
+from orchestrator.units import MIB
+from orchestrator.values import Value
+from orchestrator.work.execution import BaseLoad
+
+PROBE_TOKENS = 2048
+PROBE_BYTES = 512 * MIB
+"""Largest size of the file with the trained model's distributions."""
+SHARE_OF_BASE = 0.02
+SMALLEST_LIMIT = 1e-4
+"""Lower bound of the limit, nats per token."""
+CHECK_TIMEOUT_S = 6 * 3600.0
+
+
+class TrainedModel(Value):
+    """Parts of the trained model, from which the reference is assembled."""
+
+    base: BaseLoad
+    anatomy: ModelAnatomy
+    artifact: str
+    """Folder that holds `adapter/` or `delta/`."""
+    held_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Compute type of training."""
+    merged_into: MergedInto = "original"
+    documents: str
+    """A TokenizedSet of held-out documents."""
+
+
+def verify(
+    bundle: Path, trained: TrainedModel, *, device: str | None = None, max_tokens: int = PROBE_TOKENS
+) -> VerificationFigures:
+    """Compare the merged model in `bundle` with the trained one.
+
+    Args:
+        bundle: A folder that transformers can load; need not be finished.
+        trained: The model it must reproduce.
+        device: `cpu`, `cuda`, ...; by default a GPU where there is one that holds the merged model.
+        max_tokens: Of held-out documents, taken from the set's beginning.
+
+    Returns:
+        KL(trained || bundle) and KL(trained || untouched base), means in nats per token (of a classifier: per document),
+        and whether the first is within its limit: 2% of the second, or 1e-4 where that is larger. See `require_passed`.
+
+    Raises:
+        VerificationError: the fresh process could not load the bundle.
+        DataError: no documents.
+    """
+    started = time.monotonic()
+    device = device or fitting_device(trained.anatomy, trained.held_dtype)
+    with tempfile.TemporaryDirectory(prefix="verify-") as name:
+        probe = Path(name) / "probe.safetensors"
+        dtype = _compute_dtype(trained, device)
+        kl_base, positions, num_prompts = _write_probe(probe, trained, torch.device(device), dtype, max_tokens)
+        gc.collect()
+        answer = _check_in_fresh_process(probe, bundle, device, dtype)
+    assert answer["positions"] == positions
+    kl_bundle = answer["kl_sum"] / positions
+    limit = max(SHARE_OF_BASE * kl_base, SMALLEST_LIMIT)
+    complete = not answer["missing"] and not answer["mismatched"] and not answer["knows_package"]
+    return VerificationFigures(
+        passed=complete and math.isfinite(kl_bundle) and kl_bundle <= limit,
+        kl_bundle=kl_bundle,
+        kl_base=kl_base,
+        limit=limit,
+        num_prompts=num_prompts,
+        num_tokens=positions,
+        seconds=time.monotonic() - started,
+        merged_into=trained.merged_into,
+    )
+
+
+def require_passed(figures: VerificationFigures, folder: Path) -> None:
+    """Raise unless the bundle reproduces the trained model.
+
+    Raises:
+        VerificationError: it does not.
+
+    """
+    if not figures.passed:
+        raise VerificationError(
+            f"KL(trained || bundle) is {figures.kl_bundle:.3g} nats per token",
+            where=str(folder),
+            expected=f"at most {figures.limit:.3g}: 2% of KL(trained || base) = {figures.kl_base:.3g}, or {SMALLEST_LIMIT}",
+            remedy="do not serve it; merge again, and if it fails again report both figures",
+        )
+
+
+def _write_probe(probe: Path, trained: TrainedModel, device: torch.device, dtype: str, max_tokens: int) -> tuple[float, int, int]:
+    """Write the trained model's distributions; return (mean KL to the base, positions, documents)."""
+    base = load_base(trained.base, trained.anatomy, dtype=getattr(torch, trained.held_dtype), device=device)
+    head = trained.base.traits.head
+    by_document = head.supervises == "documents"
+    width = trained.base.num_classes if by_document else trained.anatomy.vocab_size
+    ids, offsets = _held_out(trained, max_tokens if by_document else min(max_tokens, PROBE_BYTES // (4 * width)))
+    documents = verification_process.documents_of(ids, offsets)
+    with torch.no_grad():
+        untouched = _distributions(base, documents, by_document, dtype)
+        with attach_artifact(base, Path(trained.artifact)):
+            found = _distributions(base, documents, by_document, dtype)
+    kl_base = sum(verification_process.divergence(new, old) for new, old in zip(found, untouched, strict=True))
+    log_probs = torch.cat(found)
+    save_file(
+        {"ids": ids, "offsets": offsets, "log_probs": log_probs},
+        probe,
+        {"auto_model": head.auto_model, "supervises": head.supervises},
+    )
+    return kl_base / len(log_probs), len(log_probs), len(documents)
+
+
+def _distributions(base: LoadedBase, documents: list[torch.Tensor], by_document: bool, dtype: str) -> list[torch.Tensor]:
+    """Return the trained model's distributions as training computed them: a class is read from a document's last token, even
+    if that is the padding token."""
+    model: Any = base.model
+    if dtype == "float32":
+        compute_in_float32(model)
+    model.eval()
+    pad = model.config.pad_token_id
+    model.config.pad_token_id = None if by_document else pad
+    try:
+        return list(verification_process.distributions(model, documents, by_document=by_document))
+    finally:
+        model.config.pad_token_id = pad
+        model.train()
+
+
+def compute_in_float32(model: nn.Module) -> None:
+    """Let a loaded model compute in float32 with unchanged weights; 4-bit ones dequantize as in training."""
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            setattr(module, "forward", partial(_dequantized_linear, module))  # noqa: B010 (an instance's own forward)
+    for parameter in model.parameters():
+        if not hasattr(parameter, "quant_state") and parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+
+
+def _dequantized_linear(layer: Linear4bit, inputs: torch.Tensor) -> torch.Tensor:
+    weight: Any = layer.weight
+    return functional.linear(inputs, dequantize_4bit(weight.data, weight.quant_state).float(), layer.bias)
+
+
+def _held_out(trained: TrainedModel, max_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (ids, offsets) of the first documents within the budget; the first one is cut to it."""
+    data = load_known(trained.documents)
+    if not len(data):
+        raise DataError("no held-out document to verify with", where=trained.documents)
+    last = max(1, int(np.searchsorted(data.offsets, max_tokens, side="right")) - 1)
+    offsets = np.minimum(data.offsets[: last + 1], max_tokens)
+    ids = np.asarray(data.ids[: offsets[-1]], dtype=np.int64)
+    return torch.from_numpy(ids), torch.from_numpy(offsets.astype(np.int64))
+
+
+def fitting_device(anatomy: ModelAnatomy, held_dtype: str) -> str:
+    """Return a GPU if one holds the whole merged model; else the CPU, where weights are memory-mapped."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    whole = (2 if held_dtype == "bfloat16" else 4) * anatomy.num_parameters()
+    return "cuda" if whole <= RESIDENT_SHARE * free_bytes("cuda") else "cpu"
+
+
+def _compute_dtype(trained: TrainedModel, device: str) -> str:
+    """Return float32 if the whole model fits in it; else the compute type of training."""
+    float32_bytes = 4 * trained.anatomy.num_parameters()
+    return "float32" if float32_bytes <= RESIDENT_SHARE * free_bytes(device) else trained.held_dtype
+
+
+def free_bytes(device: str) -> int:
+    """Return the memory that a model may use now: the device's, or the host's."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(torch.device(device))[0])
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/meminfo has no MemAvailable")
+
+
+def _check_in_fresh_process(probe: Path, bundle: Path, device: str, dtype: str) -> dict[str, Any]:
+    answer = probe.with_name("answer.json")
+    command = [sys.executable, "-I", verification_process.__file__, str(probe), str(bundle.resolve()), str(answer)]
+    command += ["--device", device, "--dtype", dtype, "--free-bytes", str(free_bytes(device))]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(
+        command, cwd=probe.parent, env=environment, capture_output=True, text=True, check=False, timeout=CHECK_TIMEOUT_S
+    )
+    if done.returncode != 0 or not answer.is_file():
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise VerificationError(
+            f"plain transformers cannot load or run the bundle: {last}",
+            where=str(bundle),
+            expected="a model that `from_pretrained` loads",
+            remedy="check the files in the folder; it is kept as an unfinished bundle",
+        )
+    return json.loads(answer.read_text())

@@ -1,0 +1,137 @@
+"""Compare a bundle, loaded by plain transformers, with the distributions saved from the trained model.
+
+Run as a script by a fresh interpreter that does not know this package (docs/design.md, law 5):
+
+    python -I verification_process.py PROBE.safetensors BUNDLE ANSWER.json --device cpu --dtype float32
+
+Nothing of this package may be imported here. The probe holds `ids` int64[N], `offsets` int64[D + 1] of D documents, and
+`log_probs` float32[P, V] of the trained model: P positions (for classification: documents), V tokens (classes).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+
+LOGIT_BYTES = 256 * 1024**2
+"""Limit on the logits (float32) of one forward pass."""
+RESIDENT_SHARE = 0.7
+"""Share of free memory above which a model is offloaded to disk, block by block."""
+
+
+@torch.no_grad()
+def distributions(model: Any, documents: Sequence[torch.Tensor], *, by_document: bool) -> Iterator[torch.Tensor]:
+    """Yield the log-probabilities of each document, in order: float32[L, V] at its L positions, or [1, classes].
+
+    Args:
+        model: A whole transformers model, in eval mode.
+        documents: int64[L] each. Several share a forward pass, padded on the right.
+        by_document: One prediction for a document, at its end; each document is then alone in its forward pass.
+    """
+    if by_document:
+        for ids in documents:
+            logits = model(
+                input_ids=ids[None].to(model.device), attention_mask=torch.ones_like(ids)[None].to(model.device)
+            ).logits
+            yield torch.log_softmax(logits.float(), dim=-1).cpu()
+        return
+    for batch in _batches(documents, LOGIT_BYTES // (4 * model.config.vocab_size)):
+        width = max(len(ids) for ids in batch)
+        ids = torch.zeros(len(batch), width, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, document in enumerate(batch):
+            ids[row, : len(document)] = document
+            mask[row, : len(document)] = 1
+        logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
+        for row, document in enumerate(batch):
+            yield torch.log_softmax(logits[row, : len(document)].float(), dim=-1).cpu()
+
+
+def divergence(reference: torch.Tensor, other: torch.Tensor) -> float:
+    """Return the sum over positions of KL(reference || other), nats; both log-probabilities [positions, V]."""
+    terms = reference.exp() * (reference - other)
+    return float(terms.masked_fill_(reference == -torch.inf, 0.0).sum(dtype=torch.float64))
+
+
+def documents_of(ids: torch.Tensor, offsets: torch.Tensor) -> list[torch.Tensor]:
+    bounds = offsets.tolist()
+    return [ids[begin:end] for begin, end in itertools.pairwise(bounds)]
+
+
+def _batches(documents: Sequence[torch.Tensor], tokens: int) -> Iterator[list[torch.Tensor]]:
+    """Group consecutive documents: at most `tokens` with padding, at least one document."""
+    batch: list[torch.Tensor] = []
+    for document in documents:
+        widest = max(len(ids) for ids in [*batch, document])
+        if batch and widest * (len(batch) + 1) > tokens:
+            yield batch
+            batch = []
+        batch.append(document)
+    if batch:
+        yield batch
+
+
+def _load(bundle: Path, *, auto_model: str, device: str, dtype: str, free_bytes: int, offload: str) -> tuple[Any, dict[str, Any]]:
+    """Load the bundle by plain transformers, offloading to disk what does not fit."""
+    kind = getattr(transformers, auto_model)
+    stored = sum(file.stat().st_size for file in bundle.glob("*.safetensors"))
+    needed = stored * 2 if dtype == "float32" else stored
+    if needed <= RESIDENT_SHARE * free_bytes:
+        place: dict[str, Any] = {"device_map": {"": device}}
+    else:
+        limits = {"cpu": int(RESIDENT_SHARE * free_bytes)}
+        place = {"device_map": "auto", "offload_folder": offload, "max_memory": limits}
+    loaded: Any = kind.from_pretrained(
+        bundle, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True, **place
+    )
+    return loaded
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("probe", type=Path)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("answer", type=Path)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--free-bytes", type=int, required=True, help="memory that the model may take")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as offload, safe_open(options.probe, framework="pt", device="cpu") as probe:
+        head = probe.metadata()
+        model, loading = _load(
+            options.bundle,
+            auto_model=head["auto_model"],
+            device=options.device,
+            dtype=options.dtype,
+            free_bytes=options.free_bytes,
+            offload=offload,
+        )
+        model.eval()
+        documents = documents_of(probe.get_tensor("ids"), probe.get_tensor("offsets"))
+        trained, total, start = probe.get_slice("log_probs"), 0.0, 0
+        for found in distributions(model, documents, by_document=head["supervises"] == "documents"):
+            total += divergence(trained[start : start + len(found)], found)
+            start += len(found)
+    answer = {
+        "kl_sum": total,
+        "positions": start,
+        "missing": sorted(map(str, loading["missing_keys"])),
+        "mismatched": sorted(map(str, loading["mismatched_keys"])),
+        "offloaded": "disk" in set(map(str, getattr(model, "hf_device_map", {}).values())),
+        "knows_package": "orchestrator" in sys.modules,
+    }
+    options.answer.write_text(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

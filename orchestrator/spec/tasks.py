@@ -1,0 +1,189 @@
+"""The tasks: one row of traits each.
+
+Every other room asks for the trait that it needs (`spec.traits.head.is_new`), never for a task's name. To add a task, add its
+name to `Task`, a row to `TASKS`, and its entry in the registries that are keyed by task: how its rows are laid out
+(`data.reading.layouts`), how they are found (`data.reading.looking`), how they are tokenised (`data.encoding.encoder`), and how a
+prompt is put in the model card (`serve.usage`). A task that needs a new kind of head also needs a `HeadTraits` row and a class in
+`train.model.heads`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Task = Literal["chat", "completion", "text", "classify"]
+HeadKind = Literal["language_model", "classification"]
+Untouched = Literal["evaluation", "class prior"]
+DataFormat = Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "text", "labels"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric that needs no function of the user."""
+
+    higher_is_better: bool = True
+    generated: bool = False
+    """Whether it is measured on generated answers instead of teacher-forced predictions."""
+
+
+METRICS: Mapping[str, Metric] = {
+    "loss": Metric(higher_is_better=False),
+    "exact_match": Metric(generated=True),
+    "accuracy": Metric(),
+    "macro_f1": Metric(),
+}
+"""The built-in metrics by name, in the order in which messages list them."""
+
+
+def higher_is_better(metric: str) -> bool:
+    """Return whether larger values of a metric are better; a user's function (`package.module:function`) is always maximised."""
+    known = METRICS.get(metric)
+    return known.higher_is_better if known is not None else True
+
+
+@dataclass(frozen=True)
+class HeadTraits:
+    """What sits on top of the blocks, and what follows from it."""
+
+    kind: HeadKind
+    """Selects the class in `train.model.heads`."""
+    is_new: bool
+    """The checkpoint has no such head: it is initialised, trained under every policy but `none`, and saved. The base's own output
+    projection is then neither loaded nor merged."""
+    supervises: Literal["tokens", "documents"]
+    """What the loss counts: each supervised token, or each document once."""
+    one_document_per_row: bool
+    """The prediction is read off the end of a row, so that documents cannot be packed."""
+    scores_retention: bool
+    """The model still predicts tokens, so that retention text can be scored, replayed, and used for EWC."""
+    encoders: bool
+    """Encoders can be trained, beside decoders."""
+    untouched: Untouched
+    """What the control `none` is: an evaluation of the base, or, for a new head, the frequencies of the classes."""
+    auto_model: str
+    """The transformers class that loads the bundle."""
+    pipeline_tag: str
+    """The Hugging Face hub's name of the task, for the model card."""
+    peft_task: str
+    """PEFT's `TaskType`, for adapter_config.json."""
+    runner: str
+    """The value of vLLM's `--runner`; empty for its default, which generates text."""
+
+    @property
+    def unit(self) -> str:
+        """The unit of a loss."""
+        return f"nats per {self.supervises.removesuffix('s')}"
+
+
+LANGUAGE_MODEL = HeadTraits(
+    kind="language_model",
+    is_new=False,
+    supervises="tokens",
+    one_document_per_row=False,
+    scores_retention=True,
+    encoders=False,
+    untouched="evaluation",
+    auto_model="AutoModelForCausalLM",
+    pipeline_tag="text-generation",
+    peft_task="CAUSAL_LM",
+    runner="",
+)
+CLASSIFICATION = HeadTraits(
+    kind="classification",
+    is_new=True,
+    supervises="documents",
+    one_document_per_row=True,
+    scores_retention=False,
+    encoders=True,
+    untouched="class prior",
+    auto_model="AutoModelForSequenceClassification",
+    pipeline_tag="text-classification",
+    peft_task="SEQ_CLS",
+    runner="pooling",
+)
+HEADS: Mapping[HeadKind, HeadTraits] = {head.kind: head for head in (LANGUAGE_MODEL, CLASSIFICATION)}
+
+
+@dataclass(frozen=True)
+class TaskTraits:
+    """How a task reads its rows, what it trains on, and what can be measured."""
+
+    head: HeadTraits
+    columns: tuple[str, ...]
+    """Keys of `data.columns` that a row must have."""
+    optional_columns: tuple[str, ...]
+    """Keys of `data.columns` that are read where rows have them."""
+    formats: tuple[DataFormat, ...]
+    metrics: tuple[str, ...]
+    """Built-in metrics that fit; the first is the default."""
+    question: str
+    """The column of a question in an answers' file, unless the question is a list of messages."""
+    has_answers: bool = False
+    """A row has a prompt and an answer, which the model can generate: answers end with a learned end token, are compared with the
+    expected ones, and can be shown in a prompt (`k_shot`)."""
+    uses_chat_template: bool = False
+    """Prompts are chat turns, rendered by the tokenizer's chat template."""
+    uses_separator: bool = False
+    """`data.separator` stands between prompt and answer, in training and at serving."""
+    fills_alpaca_templates: bool = False
+    """Alpaca rows become text by a template, with a second one for rows without input."""
+    cuts_into_chunks: bool = False
+    """Rows are running text: a text file is a document, and a long document becomes several chunks."""
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether a row has a class as its label."""
+        return "label" in self.columns
+
+
+TASKS: Mapping[Task, TaskTraits] = {
+    "chat": TaskTraits(
+        head=LANGUAGE_MODEL,
+        columns=("messages",),
+        optional_columns=("prompt", "completion", "input", "system", "tools"),
+        formats=("messages", "sharegpt", "prompt_completion", "alpaca"),
+        metrics=("loss", "exact_match"),
+        question="prompt",
+        has_answers=True,
+        uses_chat_template=True,
+    ),
+    "completion": TaskTraits(
+        head=LANGUAGE_MODEL,
+        columns=("prompt", "completion"),
+        optional_columns=("input",),
+        formats=("prompt_completion", "alpaca"),
+        metrics=("loss", "exact_match"),
+        question="prompt",
+        has_answers=True,
+        uses_separator=True,
+        fills_alpaca_templates=True,
+    ),
+    "text": TaskTraits(
+        head=LANGUAGE_MODEL,
+        columns=("text",),
+        optional_columns=(),
+        formats=("text",),
+        metrics=("loss",),
+        question="text",
+        cuts_into_chunks=True,
+    ),
+    "classify": TaskTraits(
+        head=CLASSIFICATION,
+        columns=("text", "label"),
+        optional_columns=(),
+        formats=("labels",),
+        metrics=("loss", "accuracy", "macro_f1"),
+        question="text",
+    ),
+}
+
+
+def loss_unit(task: str) -> str:
+    """Return the unit of a task's loss; a task that this version does not know is taken for one that supervises tokens."""
+    return next((traits.head.unit for name, traits in TASKS.items() if name == task), LANGUAGE_MODEL.unit)
+
+
+RETENTION_TASKS: tuple[Task, ...] = ("text", "completion", "chat")
+"""How a row of the retention set is read: by the first of these that it has the columns for."""

@@ -1,0 +1,294 @@
+"""The heads on top of the blocks, one class each: how the model is loaded, what its forward pass is given, and its losses.
+
+To add a kind of head, add a row of `HeadTraits` (`spec.tasks`) and a class here.
+
+Shapes: B rows, L tokens a row, H hidden size, V vocabulary, S supervised positions of the micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from orchestrator.anatomy.values import ModelAnatomy
+from orchestrator.plan.memory.transient import LOGIT_CHUNK_BYTES
+from orchestrator.spec.tasks import TASKS, HeadKind, Task
+from orchestrator.train.model.attention import documents_apart
+from orchestrator.train.model.loss import is_plain, linear_cross_entropy, token_losses
+from orchestrator.work.execution import BaseLoad
+
+IGNORED = -100
+"""A label that stands for no label."""
+
+
+class DocumentLosses(NamedTuple):
+    """What evaluation needs of a micro-batch; one entry for each supervised position or, of a classifier, each row."""
+
+    losses: torch.Tensor
+    """float32[S]: negative log-likelihoods, nats."""
+    document_ids: torch.Tensor
+    """int64[S]: the document of each."""
+    predictions: torch.Tensor
+    """int64[S]: the likeliest token or class."""
+    targets: torch.Tensor
+    """int64[S]: the expected one."""
+
+
+class FinalNorm(NamedTuple):
+    """The norm that the backbone applies last, and where it stands."""
+
+    module: nn.Module
+    parent: nn.Module
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """A model in the parts that its loss is computed from."""
+
+    model: Any
+    backbone: nn.Module
+    """Its forward returns `last_hidden_state` [B, L, H]."""
+    head: nn.Module
+    """From hidden states to logits."""
+    encoder: bool
+    """An encoder classifies by itself, from layers of its own."""
+    final_norm: FinalNorm | None
+
+
+class Targets(NamedTuple):
+    """What a micro-batch is to predict, and of which documents."""
+
+    labels: torch.Tensor
+    """int64[B, L], already shifted: the token to be predicted at each position, or -100."""
+    document_ids: torch.Tensor
+    """int64[B, L], -1 where a row is padded."""
+    class_labels: torch.Tensor
+    """int64[B], the class of each row's one document, or -1 (an empty row)."""
+    lengths: torch.Tensor
+    """int64[B], tokens of each row."""
+
+
+class Supervised(NamedTuple):
+    """The supervised positions of a micro-batch, or, of a classifier, its documents."""
+
+    values: torch.Tensor
+    """[S, H] after the final norm, which the head takes; of a classifier logits [S, classes]."""
+    targets: torch.Tensor
+    """int64[S]: the token or class to be predicted."""
+    document_ids: torch.Tensor
+    """int64[S]: the document of each."""
+
+
+class Head(Protocol):
+    """What differs between the kinds of heads."""
+
+    def load_model(self, load: BaseLoad, options: Mapping[str, Any]) -> PreTrainedModel:
+        """Load the base's model for this head, with these options of `from_pretrained`."""
+        ...
+
+    def weight_name(self, anatomy: ModelAnatomy) -> str:
+        """Return the name of the head's weight."""
+        ...
+
+    def run_blocks(
+        self, parts: Parts, inputs: Mapping[str, torch.Tensor], position_ids: torch.Tensor, lengths: torch.Tensor
+    ) -> torch.Tensor:
+        """Return what `select` takes, from `input_ids` or `inputs_embeds`.
+
+        Args:
+            position_ids: int64[B, L], restarting at 0 with each document.
+            lengths: int64[B].
+        """
+        ...
+
+    def select(self, parts: Parts, states: torch.Tensor, targets: Targets) -> Supervised:
+        """Return what is supervised of the states that `run_blocks` gave."""
+        ...
+
+    def loss_sum(self, parts: Parts, supervised: Supervised, num_trials: int) -> torch.Tensor:
+        """Return the loss sum of the micro-batch, or float32[num_trials] of as many equal parts of its rows."""
+        ...
+
+    def losses(self, parts: Parts, supervised: Supervised) -> DocumentLosses:
+        """Return every loss by itself."""
+        ...
+
+
+class LanguageModelHead:
+    """The base's own output projection: the loss of each supervised token.
+
+    The final norm and the output projection are computed at supervised positions only.
+    """
+
+    def load_model(self, load: BaseLoad, options: Mapping[str, Any]) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(load.folder, **options)
+
+    def weight_name(self, anatomy: ModelAnatomy) -> str:
+        return anatomy.head_weight
+
+    def run_blocks(
+        self, parts: Parts, inputs: Mapping[str, torch.Tensor], position_ids: torch.Tensor, lengths: torch.Tensor
+    ) -> torch.Tensor:
+        """[B, L, H] before the final norm."""
+        with _norm_left_out(parts.final_norm), documents_apart(parts.model.config, position_ids):
+            return parts.backbone(**inputs, position_ids=position_ids, use_cache=False).last_hidden_state
+
+    def select(self, parts: Parts, states: torch.Tensor, targets: Targets) -> Supervised:
+        chosen = targets.labels != IGNORED
+        states = states[chosen]
+        # By the module's own call, also where nothing is supervised: under ZeRO-3 that gathers its weight, on every rank.
+        states = states if parts.final_norm is None else parts.final_norm.module(states)
+        return Supervised(states, targets.labels[chosen], targets.document_ids[chosen])
+
+    def loss_sum(self, parts: Parts, supervised: Supervised, num_trials: int) -> torch.Tensor:
+        return self.token_loss_sum(parts, supervised.values, supervised.targets, num_trials)
+
+    def losses(self, parts: Parts, supervised: Supervised) -> DocumentLosses:
+        states, tokens, owners = supervised
+        scored = [token_losses(parts.head(part), part_tokens) for part, part_tokens in _chunks(parts, states, tokens)]
+        return DocumentLosses(torch.cat([s[0] for s in scored]), owners, torch.cat([s[1] for s in scored]), tokens)
+
+    def token_loss_sum(self, parts: Parts, hidden: torch.Tensor, tokens: torch.Tensor, num_trials: int = 1) -> torch.Tensor:
+        """Return the loss sum of tokens[S] from hidden[S, H] after the final norm, a chunk of logits at a time."""
+        head = parts.head
+        learns = any(parameter.requires_grad for parameter in head.parameters())
+        if isinstance(head, nn.Linear) and is_plain(head) and not (learns and num_trials > 1):
+            sums = linear_cross_entropy(head, hidden, tokens, chunk_rows=_chunk_rows(parts), num_groups=num_trials)
+            return sums[0] if num_trials == 1 else sums
+
+        def loss_sum(part: torch.Tensor, part_tokens: torch.Tensor) -> torch.Tensor:
+            return functional.cross_entropy(head(part).float(), part_tokens, reduction="sum")
+
+        def trial_sum(part: torch.Tensor, part_tokens: torch.Tensor) -> torch.Tensor:
+            chunks = _chunks(parts, part, part_tokens)
+            if len(chunks) == 1:
+                return loss_sum(*chunks[0])
+            return torch.stack([checkpoint(loss_sum, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+
+        return _per_trial(trial_sum, hidden, tokens, num_trials)
+
+
+class ClassificationHead:
+    """A new head over the classes: the loss of each document, off the last token of its row."""
+
+    def load_model(self, load: BaseLoad, options: Mapping[str, Any]) -> PreTrainedModel:
+        return AutoModelForSequenceClassification.from_pretrained(
+            load.folder, config=_classify_config(load), ignore_mismatched_sizes=True, **options
+        )
+
+    def weight_name(self, anatomy: ModelAnatomy) -> str:
+        return anatomy.classifier_weight
+
+    def run_blocks(
+        self, parts: Parts, inputs: Mapping[str, torch.Tensor], position_ids: torch.Tensor, lengths: torch.Tensor
+    ) -> torch.Tensor:
+        """[B, L, H] of a decoder; an encoder's own class logits [B, classes]."""
+        num_tokens = position_ids.shape[1]
+        positions = torch.arange(num_tokens, device=position_ids.device)
+        mask = (positions < lengths.clamp(min=1)[:, None]).long()
+        if parts.encoder:
+            return parts.model(**inputs, attention_mask=mask).logits
+        return parts.backbone(**inputs, attention_mask=mask, use_cache=False).last_hidden_state
+
+    def select(self, parts: Parts, states: torch.Tensor, targets: Targets) -> Supervised:
+        """Rows that hold no document are left out."""
+        logits = states
+        if not parts.encoder:
+            rows = torch.arange(states.shape[0], device=states.device)
+            logits = parts.head(states[rows, (targets.lengths - 1).clamp(min=0)])
+        chosen = targets.class_labels >= 0
+        return Supervised(logits[chosen], targets.class_labels[chosen], targets.document_ids[:, 0][chosen])
+
+    def loss_sum(self, parts: Parts, supervised: Supervised, num_trials: int) -> torch.Tensor:
+        return _per_trial(_class_loss_sum, supervised.values, supervised.targets, num_trials)
+
+    def losses(self, parts: Parts, supervised: Supervised) -> DocumentLosses:
+        logits, classes, owners = supervised
+        losses = functional.cross_entropy(logits.float(), classes, reduction="none")
+        return DocumentLosses(losses, owners, logits.argmax(-1), classes)
+
+
+HEADS: Mapping[HeadKind, Head] = {"language_model": LanguageModelHead(), "classification": ClassificationHead()}
+
+
+def head_of(task: Task) -> Head:
+    """Return the head that a task trains with."""
+    return HEADS[TASKS[task].head.kind]
+
+
+@contextmanager
+def _norm_left_out(norm: FinalNorm | None) -> Iterator[None]:
+    """Let the backbone end with its last block's states: a stand-in returns what it is given."""
+    if norm is None:
+        yield
+        return
+    setattr(norm.parent, norm.name, nn.Identity())
+    try:
+        yield
+    finally:
+        setattr(norm.parent, norm.name, norm.module)
+
+
+def _chunks(parts: Parts, hidden: torch.Tensor, tokens: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return pieces of hidden[S, H] and tokens[S] whose float32 logits stay within LOGIT_CHUNK_BYTES; at least one, maybe empty.
+
+    Under ZeRO-3 as many on every rank, since each use of the head gathers it.
+    """
+    rows = _chunk_rows(parts)
+    chunks = list(zip(hidden.split(rows), tokens.split(rows), strict=True)) or [(hidden, tokens)]
+    partitioned = any(hasattr(parameter, "ds_tensor") for parameter in parts.head.parameters())
+    if not (partitioned and dist.is_initialized()):
+        return chunks
+    most = torch.tensor(len(chunks), device=hidden.device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return chunks + [(hidden[:0], tokens[:0])] * (int(most) - len(chunks))
+
+
+def _chunk_rows(parts: Parts) -> int:
+    return max(1, LOGIT_CHUNK_BYTES // (4 * parts.model.config.vocab_size))
+
+
+def _class_loss_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return functional.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def _per_trial(
+    loss_sum: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], values: torch.Tensor, targets: torch.Tensor, num_trials: int
+) -> torch.Tensor:
+    """Return the loss sum of all rows, or float32[num_trials] of as many equal parts of them."""
+    if num_trials == 1:
+        return loss_sum(values, targets)
+    shape = (num_trials, values.shape[0] // num_trials)
+    parts = zip(values.unflatten(0, shape).unbind(), targets.unflatten(0, shape).unbind(), strict=True)
+    return torch.stack([loss_sum(part, part_targets) for part, part_targets in parts])
+
+
+def _classify_config(load: BaseLoad) -> PreTrainedConfig:
+    names = load.class_names or tuple(f"class {number}" for number in range(load.num_classes))
+    config = AutoConfig.from_pretrained(
+        load.folder,
+        local_files_only=True,
+        trust_remote_code=False,
+        num_labels=load.num_classes,
+        id2label=dict(enumerate(names)),
+        label2id={name: number for number, name in enumerate(names)},
+    )
+    if config.pad_token_id is None:
+        config.pad_token_id = config.eos_token_id if isinstance(config.eos_token_id, int) else 0
+    return config
