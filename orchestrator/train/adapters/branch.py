@@ -13,7 +13,7 @@ from torch import nn
 
 from orchestrator.anatomy.values import LayerSelection
 from orchestrator.errors import BaseLostError, SelectionError, TrainingError
-from orchestrator.train.adapters.lora import AdapterSpec, LoraLinear, adapt, stable_name
+from orchestrator.train.adapters.layers import AdaptedLinear, AdapterSpec, adapt, stable_name
 from orchestrator.train.model.base import LoadedBase, initial_value, new_parameter_names
 from orchestrator.train.model.heads import head_of
 
@@ -179,7 +179,7 @@ def head_name(base: LoadedBase) -> str:
 def parameter_named(model: nn.Module, name: str) -> nn.Parameter:
     """The parameter of this checkpoint name, also inside a LoRA layer."""
     module = model.get_submodule(_module_of(name))
-    if isinstance(module, LoraLinear):
+    if isinstance(module, AdaptedLinear):
         module = module.base_layer
     return module.get_parameter(name.rpartition(".")[2])
 

@@ -8,7 +8,7 @@ from types import TracebackType
 
 from orchestrator.errors import SelectionError, TrainingError
 from orchestrator.train.adapters.branch import Branch, ModuleStates, check_learning, check_names, put_back
-from orchestrator.train.adapters.lora import AdapterSpec, adapt, own_parameters
+from orchestrator.train.adapters.layers import AdapterSpec, adapt, own_parameters
 from orchestrator.train.model.base import LoadedBase
 
 

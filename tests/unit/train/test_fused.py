@@ -20,7 +20,7 @@ from orchestrator.spec.adapters import PLAIN_LORA, AdapterOptions
 from orchestrator.store import read_jsonl
 from orchestrator.train import TrainHost, fused_batch, memory_retry, session
 from orchestrator.train.adapters.group import open_group
-from orchestrator.train.adapters.lora import AdapterSpec, LoraLinear
+from orchestrator.train.adapters.layers import AdaptedLinear, AdapterSpec
 from orchestrator.train.fused_batch import FusedBatchSizes, measure_batch_size
 from orchestrator.train.member import SessionSetup
 from orchestrator.work.assignment import TrainRung, WorkContext
@@ -200,7 +200,7 @@ def test_the_base_product_of_each_module_runs_once_for_all(gang: Gang) -> None:
     specs = [AdapterSpec(select(gang.anatomy, "last:2", "lora", 4, task="completion"), 8, seed) for seed in range(3)]
     calls: Counter[str] = Counter()
     with open_group(base, specs):
-        adapted = [(name, module) for name, module in base.model.named_modules() if isinstance(module, LoraLinear)]
+        adapted = [(name, module) for name, module in base.model.named_modules() if isinstance(module, AdaptedLinear)]
         for name, module in adapted:
             module.base_layer.register_forward_hook(lambda *_, name=name: calls.update([name]))
         ids = torch.arange(3, 11).repeat(6, 1)
@@ -221,9 +221,9 @@ def test_what_learns_beside_adapters_shares_no_batch(gang: Gang) -> None:
 @pytest.mark.parametrize("place", ["forward", "optimizer"])
 def test_a_group_without_memory_goes_on_in_halves(gang: Gang, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     gang.alone(TRIALS[0])
-    forward = LoraLinear.forward
+    forward = AdaptedLinear.forward
 
-    def cramped(self: LoraLinear, x: torch.Tensor) -> torch.Tensor:
+    def cramped(self: AdaptedLinear, x: torch.Tensor) -> torch.Tensor:
         if self.num_trials > 1:
             raise MemoryError("out of memory")
         return forward(self, x)
@@ -236,7 +236,7 @@ def test_a_group_without_memory_goes_on_in_halves(gang: Gang, monkeypatch: pytes
         return open_member(setup, *rest)
 
     if place == "forward":
-        monkeypatch.setattr(LoraLinear, "forward", cramped)
+        monkeypatch.setattr(AdaptedLinear, "forward", cramped)
     else:
         monkeypatch.setattr(session, "open_member", no_room_for_two)
     results = gang.fused(TRIALS[:2])
@@ -276,7 +276,7 @@ def test_a_measurement_leaves_the_base_as_it_was(gang: Gang, checkpointing: bool
     execution = gang.execution.model_copy(update={"checkpointing": checkpointing})
     group = [gang.assignment(name).model_copy(update={"execution": execution}) for name in TRIALS]
     measure_batch_size(gang.host.context, group)
-    assert not any(isinstance(module, LoraLinear) for module in gang.host.context.base.model.modules())
+    assert not any(isinstance(module, AdaptedLinear) for module in gang.host.context.base.model.modules())
     assert not any(getattr(module, "gradient_checkpointing", False) for module in gang.host.context.base.model.modules())
 
 

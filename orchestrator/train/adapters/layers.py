@@ -21,7 +21,7 @@ from orchestrator.train.adapters.kinds import LIVE_KINDS, LayerPass
 from orchestrator.train.model.base import LoadedBase, dequantized, generator_for
 
 BASE_LAYER = "base_layer"
-"""Where a LoraLinear keeps the layer that it stands for; names of frozen parameters leave it out."""
+"""Where a AdaptedLinear keeps the layer that it stands for; names of frozen parameters leave it out."""
 LIVE_NAMES = {
     suffix: suffix.removeprefix(".").removesuffix(".weight") for kind in ADAPTER_KINDS.values() for suffix in kind.suffixes
 }
@@ -44,7 +44,7 @@ class AdapterSpec:
     seed: int
 
 
-class LoraLinear(nn.Module):
+class AdaptedLinear(nn.Module):
     """A frozen linear layer, and beside it the adapters of T trials.
 
     The rows of the input are T equal parts, one a trial. The layer itself runs once for all of them, and the adapters of
@@ -168,14 +168,14 @@ def adapt(base: LoadedBase, specs: Sequence[AdapterSpec], undo: ExitStack, whole
     for name in names:
         parent, attribute = base.model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         layer = getattr(parent, attribute)
-        adapted = LoraLinear(layer, name, specs, base, whole)
+        adapted = AdaptedLinear(layer, name, specs, base, whole)
         adapted.train(layer.training)
         undo.callback(setattr, parent, attribute, layer)
         setattr(parent, attribute, adapted)
 
 
 def live_name(suffix: str, trial: int) -> str:
-    """`.lora_A.weight` -> `lora_A_0`: a parameter's name within its LoraLinear."""
+    """`.lora_A.weight` -> `lora_A_0`: a parameter's name within its AdaptedLinear."""
     return f"{LIVE_NAMES[suffix]}_{trial}"
 
 
