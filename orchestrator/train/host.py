@@ -218,7 +218,7 @@ class TrainHost:
 
     def _run_rungs(self, group: Sequence[TrainRung], on_step: OnStep) -> list[RungResult]:
         """Train the trials, batch after batch."""
-        group = sorted(group, key=lambda work: work.trial.lora_rank or 0)  # equal LoRA ranks are stacked
+        group = sorted(group, key=lambda work: (work.trial.lora_rank or 0, work.trial.adapter.kind))  # equal adapters are stacked
         results: list[RungResult] = []
         while len(results) < len(group):
             rest = group[len(results) :]

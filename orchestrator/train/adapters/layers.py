@@ -21,7 +21,7 @@ from orchestrator.train.adapters.kinds import LIVE_KINDS, LayerPass
 from orchestrator.train.model.base import LoadedBase, dequantized, generator_for
 
 BASE_LAYER = "base_layer"
-"""Where a AdaptedLinear keeps the layer that it stands for; names of frozen parameters leave it out."""
+"""Where an AdaptedLinear keeps the layer that it stands for; names of frozen parameters leave it out."""
 LIVE_NAMES = {
     suffix: suffix.removeprefix(".").removesuffix(".weight") for kind in ADAPTER_KINDS.values() for suffix in kind.suffixes
 }
