@@ -8,6 +8,8 @@ head size), k the share of the blocks above the cut.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from orchestrator.anatomy.selection import is_attention
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.plan.data_size import DataSize
@@ -116,7 +118,6 @@ def train_terms(
     head = head_elements(anatomy, num_classes) * supervised_share
     learning = _learning_elements(anatomy, selection, num_classes, supervised_share)
     in_blocks, on_head = adapter_elements(anatomy, selection)
-    adapters = in_blocks + on_head * supervised_share
     attention = _attention(anatomy, selection.cut, attended_tokens)
     without_gradient, skips_attention = _without_gradient(anatomy, selection)
     passing = above - without_gradient
@@ -124,15 +125,12 @@ def train_terms(
     rerun = _elements_run_again(anatomy, selection, supervised_share)
     skipped = sum(_last_matrix(anatomy, selection, block) for block in range(selection.cut, anatomy.num_blocks))
     again = 2.0 * (above - skipped + in_blocks + rerun) + attention if checkpointing else 0.0
-    per_pass = adapter_elements_per_pass(anatomy, selection) * (1 + checkpointing) / forward_tokens
     all_passing = 2.0 * (passing + head) if blocks else 0.0
     head_again = 2.0 * (head + on_head * supervised_share) if head_twice else 0.0
     return forward + _kept(
         ("gradients of activations", all_passing, f"2 x ({format_count(round(passing))} elements in {blocks} blocks + the head)"),
         ("gradients of weights", 2.0 * learning, f"2 x {format_count(round(learning))} trainable elements"),
-        ("adapters", 6.0 * adapters, f"6 x {format_count(round(adapters))} elements, forward and both gradients"),
-        ("adapters, once per pass", 2.0 * per_pass, f"over the {forward_tokens:.0f} tokens of a pass"),
-        ("frozen layers on dropped-out inputs", 4.0 * rerun, f"4 x {format_count(round(rerun))} elements"),
+        *_adapter_terms(anatomy, selection, in_blocks + on_head * supervised_share, rerun, forward_tokens / (1 + checkpointing)),
         (
             "attention backward",
             attention_backward * BACKWARD_MATMULS / FORWARD_MATMULS,
@@ -141,6 +139,22 @@ def train_terms(
         ("blocks again", again, f"checkpointing: the forward pass of {blocks} blocks repeated"),
         ("head again", head_again, "logits in several chunks, each recomputed for its gradient"),
     )
+
+
+def _adapter_terms(
+    anatomy: ModelAnatomy, selection: LayerSelection, elements: float, rerun: float, tokens: float
+) -> Iterator[tuple[str, float, str]]:
+    """Yield the terms of adapters.
+
+    Args:
+        elements: Those that a token is multiplied with.
+        rerun: Elements of frozen layers that run again on dropped-out inputs.
+        tokens: Tokens for each time that a pass is computed.
+    """
+    yield "adapters", 6.0 * elements, f"6 x {format_count(round(elements))} elements, forward and both gradients"
+    per_pass = adapter_elements_per_pass(anatomy, selection)
+    yield "adapters, once per pass", 2.0 * per_pass / tokens, f"2 x {format_count(per_pass)} elements over {tokens:.0f} tokens"
+    yield "frozen layers on dropped-out inputs", 4.0 * rerun, f"4 x {format_count(round(rerun))} elements"
 
 
 def runs_head_twice(anatomy: ModelAnatomy, selection: LayerSelection, execution: ExecutionPlan, data: DataSize) -> bool:
