@@ -96,7 +96,7 @@ def train_terms(
       give their input none as far as nothing before them is adapted (`_without_gradient`).
     - Gradients of weights: 2 an element that learns. So full tuning is 6N, LoRA on every block 4N, above a cut 2N + 2kN.
     - Adapters: 6 an element (forward, and both gradients), those on that input counted as if they gave it one.
-    - What adapters compute once in a forward pass, however many tokens it has (`AdapterKind.elements_per_pass`): 2 each.
+    - What adapters compute once in a pass of `forward_tokens` (`AdapterKind.elements_per_pass`): 2 each.
     - A frozen layer that must also run on what dropout leaves of its input (`AdapterKind.runs_layer_on_its_input`): 4 an
       element of the adapted matrices, forward and the gradient of activations.
     - Attention's backward: 5 products where forward has 2, above the cut.
@@ -105,9 +105,6 @@ def train_terms(
       adapted (`_last_matrix`).
     - A head that does not make its gradient with its loss (`train.model.loss`) and whose logits take several chunks is
       checkpointed too: 2 an element again (`runs_head_twice`).
-
-    Args:
-        forward_tokens: Of one forward pass.
     """
     first = selection.cut if stored_trunk else 0
     forward = forward_terms(anatomy, attended_tokens, num_classes, supervised_share=supervised_share, first=first)
