@@ -1,4 +1,4 @@
-"""The Python API: what the commands do, from a program or a notebook.
+"""The Python API: the commands as functions, for programs and notebooks.
 
     import orchestrator
 
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from orchestrator.transfer.records import SweepResult, TransferReport, TrialRecord
 
 Spec = str | Path | Mapping[str, Any] | JobSpec | LoadedSpec
-"""A YAML file, its values as a dictionary, or a spec that was read."""
+"""Path of a YAML file, its values as a dictionary, or a spec that was read."""
 Overrides = Mapping[str, Any]
-"""Values in place of the spec's, by dotted key: `{"search.trials": 4, "search.layers": ["last:2"]}`."""
+"""Values that replace the spec's, by dotted key: `{"search.trials": 4, "search.layers": ["last:2"]}`."""
 TRIAL_COLUMNS = (
     "trial_id",
     "number",
@@ -63,7 +63,7 @@ TRIAL_COLUMNS = (
     "trainable_parameters",
     "promoted",
 )
-"""Of `Run.trials`, the first of them its index. Losses are nats per token, times seconds."""
+"""Columns of `Run.trials`; the first is its index. Losses are nats per token, times seconds."""
 SECTION = re.compile(r"<section\b.*?</section>", re.DOTALL)
 HEADING = re.compile(r"<h2[^>]*>(.*?)</h2>", re.DOTALL)
 PICTURE = re.compile(r"<svg\b.*?</svg>", re.DOTALL)
@@ -71,7 +71,7 @@ TAG = re.compile(r"<[^>]+>")
 
 
 def plan(spec: Spec, *, overrides: Overrides | None = None, job: str = "", cluster: Path | str | None = None) -> RunPlan:
-    """What a job would do and take, with the data estimated from the files' sizes.
+    """Plan a job: trials, memory and time, with the data estimated from file sizes.
 
     Args:
         spec: See `Spec`.
@@ -96,7 +96,7 @@ def sweep(
     address: str | None = None,
     progress: bool = True,
 ) -> Run:
-    """Search layers and learning rate, refit the winner, merge, verify, judge it; or go on where an earlier call was interrupted.
+    """Search layers and learning rate, refit the winner, merge, verify and judge it; or continue an interrupted run.
 
     Args:
         spec: See `Spec`.
@@ -119,12 +119,12 @@ def finetune(
     address: str | None = None,
     progress: bool = True,
 ) -> Run:
-    """Train the spec's one trial, merge, verify, judge it. Arguments and errors as for `sweep`."""
+    """Train the spec's one trial, merge, verify and judge it. Arguments and errors as for `sweep`."""
     return _run("finetune", spec, overrides, output, address, progress)
 
 
 def load_run(folder: Path | str) -> Run:
-    """A run by its folder, finished or not.
+    """Open a run by its folder, finished or not.
 
     Raises:
         UsageError: it is no run directory.
@@ -135,7 +135,7 @@ def load_run(folder: Path | str) -> Run:
 
 
 def as_loaded(spec: Spec, overrides: Overrides | None = None) -> LoadedSpec:
-    """The spec, read and judged. Relative paths start at its file's folder, or at the current folder where it has no file.
+    """Load and validate the spec. Relative paths start at its file's folder, or at the current folder if it has no file.
 
     Raises:
         SpecError: everything that is wrong with it.
@@ -154,7 +154,7 @@ def as_loaded(spec: Spec, overrides: Overrides | None = None) -> LoadedSpec:
 
 
 def _values_of(spec: JobSpec) -> dict[str, Any]:
-    """Only what was given: a default that is written out may be judged otherwise."""
+    """Return only the values that were given: an explicit default may be validated differently."""
     return spec.model_dump(mode="json", exclude_unset=True)
 
 
@@ -180,7 +180,7 @@ def _run(
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture of the report."""
+    """Picture of the report."""
 
     title: str
     """The heading of its section."""
@@ -200,7 +200,7 @@ class Figure:
 
 
 class Figures(Mapping[str, Figure]):
-    """The report's pictures by the headings of their sections; a notebook shows them all."""
+    """Pictures of the report by section heading; a notebook shows all of them."""
 
     def __init__(self, figures: Mapping[str, Figure]) -> None:
         self._figures = dict(figures)
@@ -225,12 +225,12 @@ class Figures(Mapping[str, Figure]):
 
 @dataclass(frozen=True)
 class Bundle:
-    """A finished bundle: the merged model with its tokenizer, checked against what was trained."""
+    """Finished bundle: merged model with its tokenizer, verified against the trained model."""
 
     folder: Path
 
     def load(self, **options: Any) -> tuple[Any, Any]:
-        """Model and tokenizer by plain transformers; of a classifier an `AutoModelForSequenceClassification`.
+        """Return model and tokenizer loaded by plain transformers; a classifier as `AutoModelForSequenceClassification`.
 
         Args:
             options: For the model's `from_pretrained`, such as `device_map="auto"`.
@@ -247,7 +247,7 @@ class Bundle:
         return model, transformers.AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
 
     def predict(self, questions: list[Any], *, max_new_tokens: int = 256) -> list[Answer]:
-        """Greedy answers to prompts (or to lists of messages), or the classes of texts, in their order.
+        """Return greedy answers to prompts (or to lists of messages), or the classes of texts, in their order.
 
         Raises:
             DataError: a question that cannot be put, by its number.
@@ -266,19 +266,19 @@ class Bundle:
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory, as far as the run has come. What is read is kept; `reload()` looks again."""
+    """Run directory, finished or in progress. What was read is cached; `reload()` reads it again."""
 
     folder: Path
 
     @cached_property
     def records(self) -> RunRecords:
-        """Everything that was read: plan, steps, events, what could not be read."""
+        """All records of the run: plan, steps, events, and what could not be read."""
         from orchestrator.run.reader import read_run
 
         return read_run(self.folder)
 
     def reload(self) -> Run:
-        """The run as it stands now."""
+        """Read the run again."""
         return load_run(self.folder)
 
     @property
@@ -287,34 +287,34 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether it came to its end."""
+        """True if the run is complete."""
         return self.records.complete
 
     @property
     def sweep(self) -> SweepResult | None:
-        """What the search found; None where no trial has begun."""
+        """Results of the search; None before the first trial."""
         return self.records.sweep
 
     @property
     def transfer(self) -> TransferReport | None:
-        """What the promoted model is worth, on the test set; None before it was judged."""
+        """Evaluation of the promoted model on the test set; None before it was judged."""
         return self.records.transfer
 
     @property
     def verdict(self) -> str | None:
-        """`positive`, `no gain`, `negative` or `inconclusive`; None where nothing was promoted, or not yet."""
+        """`positive`, `no gain`, `negative` or `inconclusive`; None if nothing was promoted, or not yet."""
         return self.transfer.verdict if self.transfer else None
 
     @property
     def sentence(self) -> str:
-        """The verdict in a sentence with its figures."""
+        """Verdict in one sentence with its figures."""
         from orchestrator.report.wording import verdict_sentence
 
         return verdict_sentence(self.sweep, self.transfer)
 
     @cached_property
     def trials(self) -> pd.DataFrame:
-        """Trials and controls, a row each, by their ids: what was tried, and the figures that they are compared by."""
+        """Trials and controls by id, one row each: their settings, and the figures by which they are compared."""
         import pandas as pd
 
         sweep = self.sweep
@@ -322,19 +322,19 @@ class Run:
         return pd.DataFrame(rows, columns=list(TRIAL_COLUMNS)).set_index("trial_id")
 
     def trial(self, wanted: str | int) -> TrialRecord:
-        """A trial by its number, its id, or the beginning of its id.
+        """Return a trial by its number, its id, or the beginning of its id.
 
         Raises:
             UsageError: no such trial; names those that are near.
         """
-        from orchestrator.transfer.naming import find_trial
+        from orchestrator.transfer.trial_lookup import find_trial
 
         known = {trial.trial_id: trial for trial in (self.sweep.trials if self.sweep else ())}
         return known[find_trial(wanted, {trial_id: trial.number for trial_id, trial in known.items()})]
 
     @cached_property
     def figures(self) -> Figures:
-        """The report's pictures as SVG, by the headings of their sections."""
+        """Pictures of the report as SVG, by section heading."""
         from orchestrator.report.page import render_page
 
         found: dict[str, Figure] = {}

@@ -124,7 +124,7 @@ def predict(
         raise UsageError("not a bundle: there is no manifest.json", where=str(bundle), expected="a bundle/ folder of a run")
     _quieten()
     from orchestrator.serve.predict import open_predictor, read_spec
-    from orchestrator.serve.questions import answer_row, read_questions
+    from orchestrator.serve.prediction_rows import answer_row, read_questions
     from orchestrator.spec.models import DataSpec
 
     spec = read_spec(bundle)

@@ -54,7 +54,7 @@ class Commands(GroupedHelp):
 
 def _interrupted() -> int:
     """Print how to continue and return the exit code: 128 plus the signal's number, as in shells."""
-    from orchestrator.store.stopping import stopped_by
+    from orchestrator.store.signals import stopped_by
 
     number = stopped_by()
     if number is not None:  # the signal itself was reported when it arrived; an orderly shutdown may follow it
@@ -274,7 +274,7 @@ def _run(job: str, loaded: LoadedSpec, output: Path | None, address: str | None,
     view = open_view(json_lines=as_json, stream=sys.stdout if as_json else sys.stderr)
     view.phase("start", "loading libraries")
     from orchestrator.runtime import run_finetune, run_sweep
-    from orchestrator.store.stopping import stop_in_words
+    from orchestrator.store.signals import stop_in_words
 
     stop_in_words()
     try:

@@ -20,7 +20,7 @@ from orchestrator.spec.tasks import TASKS
 
 if TYPE_CHECKING:
     from orchestrator.anatomy import ModelAnatomy
-    from orchestrator.data.reading.looking import Look
+    from orchestrator.data.reading.guess import Look
 
 GENERIC = ("train", "training", "data", "dataset", "rows", "examples", "all", "input", "files")
 SPLIT_NAMES = {"train": ("train", "training"), "eval": ("eval", "validation", "valid", "val", "dev"), "test": ("test",)}
@@ -82,7 +82,7 @@ def draft_spec(data: str | None, base: str, task: str, output: Path) -> Draft:
         BaseError: the base cannot be read.
     """
     from orchestrator.anatomy import read_anatomy, resolve_base
-    from orchestrator.data.reading.looking import look_at
+    from orchestrator.data.reading.guess import look_at
     from orchestrator.samples import SAMPLE_DATA
     from orchestrator.spec.models import Task
     from orchestrator.spec.unsupported import is_url
@@ -161,7 +161,7 @@ def _name(source: str, folder: Path) -> str:
 
 def _max_tokens(look: Look, base: Path, max_positions: int) -> tuple[int, str]:
     """Return the smallest of TOKEN_STEPS that fits FITTING_SHARE of the first rows, and a sentence about it."""
-    from orchestrator.data.reading.looking import contents
+    from orchestrator.data.reading.guess import contents
 
     counts = sorted(_token_counts(contents(look, MEASURED_ROWS), base, look))
     wanted = counts[math.ceil(FITTING_SHARE * len(counts)) - 1]

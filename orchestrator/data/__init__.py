@@ -1,4 +1,4 @@
-"""What is learned from: reading, checking, splitting, tokenising, packing.
+"""Read, check, split, tokenize and pack the data.
 
     summary = prepare_data(loaded, tokenizer_folder, run.data)     # train.npz eval.npz test.npz retain.npz summary.json
     train = TokenizedSet.load(run.data / "train.npz")
@@ -19,12 +19,12 @@ without a word, and documents see each other. Rows that are classified hold one 
 
 from orchestrator.data.batching import UNSUPERVISED, MicroBatch, documents_of_steps, micro_batches, pack_rows
 from orchestrator.data.encoding.encoder import load_tokenizer
-from orchestrator.data.encoding.ends import padding
+from orchestrator.data.encoding.end_tokens import padding
+from orchestrator.data.few_shot import with_shots
 from orchestrator.data.prepare import data_size, prepare_data
 from orchestrator.data.replay import replayed_documents
 from orchestrator.data.sets import TokenizedSet, build_set, joined, shuffled
 from orchestrator.data.shares import documents_of_share, size_of_share
-from orchestrator.data.shots import with_shots
 from orchestrator.data.summary import DataSummary, Dropped, SplitSummary
 
 __all__ = [

@@ -11,18 +11,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from orchestrator.data.seeded import generator
+from orchestrator.data.rng import generator
 from orchestrator.data.sets import TokenizedSet
 
 UNSUPERVISED = -100
-"""The label that cross-entropy leaves out."""
+"""Label that cross-entropy ignores."""
 WIDTH_MULTIPLE = 8
-"""Rows are cut to a multiple of this many tokens: what tensor cores and vector units like, and few distinct shapes."""
+"""Rows are padded to a multiple of this many tokens: efficient on tensor cores and vector units, and few distinct shapes."""
 
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """B rows of L tokens, computed at once by one rank. An empty one (all padding) fills a rank's last rounds."""
+    """B rows of L tokens that one rank computes at once. An empty one (all padding) fills a rank's last rounds."""
 
     input_ids: np.ndarray
     """int64[B, L]"""
@@ -43,13 +43,13 @@ class MicroBatch:
 
     @property
     def num_supervised(self) -> int:
-        """Predictions that the loss counts; to classify, documents."""
+        """Predictions that the loss counts; for classification, documents."""
         classified = int((self.class_labels >= 0).sum())
         return classified or int((self.labels != UNSUPERVISED).sum())
 
 
 def documents_of_steps(offsets: np.ndarray, tokens_per_step: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """The documents of every step of an epoch.
+    """Return the documents of every step of an epoch.
 
     A seeded order, cut wherever the next document would bring the step over `tokens_per_step` tokens.
 
@@ -76,7 +76,7 @@ def documents_of_steps(offsets: np.ndarray, tokens_per_step: int, seed: int, epo
 
 
 def pack_rows(lengths: np.ndarray, documents: Sequence[int] | np.ndarray, row_tokens: int, pack: bool) -> list[list[int]]:
-    """Lists of documents that share a row of at most `row_tokens` tokens: first-fit, longest first; no document is cut.
+    """Return lists of documents that share a row of at most `row_tokens` tokens: first-fit, longest first; no document is cut.
 
     Args:
         lengths: int64[D], tokens of every document of the set.
@@ -108,11 +108,11 @@ def micro_batches(
     rows_per_micro_batch: int,
     full_width: int = 0,
 ) -> list[MicroBatch]:
-    """One rank's share of `rows`, as micro-batches; every rank gets the same number of them.
+    """Return one rank's share of `rows` as micro-batches; every rank gets the same number of them.
 
-    Rows are dealt longest first, to and fro over the ranks, so that the shares are of about equal tokens. A rank whose
-    share ends early gets empty micro-batches, since collectives wait for everybody. The longest row of a micro-batch
-    is its width; a full one has `full_width`, where that is given: then all full ones are of one shape.
+    Rows are assigned longest first, back and forth over the ranks, so that shares have about equal tokens. A rank whose share
+    ends early gets empty micro-batches, since collective operations need all ranks. A micro-batch is as wide as its longest
+    row; a full one has `full_width`, if given, so that all full ones have one shape.
     """
     tokens = [int(sum(data.lengths[document] for document in row)) for row in rows]
     longest_first = sorted(range(len(rows)), key=lambda index: -tokens[index])
@@ -125,12 +125,12 @@ def micro_batches(
 
 
 def width_of(longest: int) -> int:
-    """Tokens that a row of `longest` tokens is padded to."""
+    """Return the tokens that a row of `longest` tokens is padded to."""
     return max(WIDTH_MULTIPLE, -(-longest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE)
 
 
 def _owner(turn: int, num_ranks: int) -> int:
-    """0 1 2 2 1 0 0 1 2 ...: boustrophedon dealing."""
+    """Return the rank of a turn: 0 1 2 2 1 0 0 1 2 ... (boustrophedon order)."""
     lap, place = divmod(turn, num_ranks)
     return place if lap % 2 == 0 else num_ranks - 1 - place
 

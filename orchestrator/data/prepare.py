@@ -1,4 +1,4 @@
-"""From a spec's data section to tokenised sets on disk, with a count of everything that was left out."""
+"""Turn a spec's data section into tokenized sets on disk, and count everything left out."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pydantic import ValidationError
 from orchestrator.data.batching import documents_of_steps
 from orchestrator.data.encoding.control_tokens import ControlTokens
 from orchestrator.data.encoding.encoder import Document, Encoder, load_tokenizer, mark_supervised
-from orchestrator.data.encoding.ends import declared_ends, end_tokens, tell_ends
-from orchestrator.data.encoding.noticed import Noticed
+from orchestrator.data.encoding.end_tokens import declared_ends, end_tokens, tell_ends
+from orchestrator.data.encoding.row_notices import Noticed
 from orchestrator.data.reading.examples import Example
 from orchestrator.data.reading.files import shown
 from orchestrator.data.reading.gather import PLACES, Sources, bad_rows_error, find_sources, read_examples
 from orchestrator.data.reading.row import BadRow
 from orchestrator.data.retention import retention_sets
-from orchestrator.data.seeded import CAPS, generator
+from orchestrator.data.rng import CAPS, generator
 from orchestrator.data.sets import TokenizedSet, build_set
 from orchestrator.data.splitting.labels import check_labels, sort_classes, tell_missing
 from orchestrator.data.splitting.splits import make_splits
@@ -42,7 +42,7 @@ SETS = ("train", "eval", "test", "retain", "replay")
 FORMAT = 6
 CLASSIFY_FORMAT = 5
 RETENTION_FORMAT = 7
-"""Raised when the same inputs give other sets, so that older ones are made anew: those that are concerned."""
+"""Version of each kind of set: raised when the same inputs give other sets, so that affected older ones are rebuilt."""
 TOKENIZER_FILES = (
     "tokenizer*",
     "chat_template*",
@@ -57,21 +57,22 @@ TOKENIZER_FILES = (
 def prepare_data(
     loaded: LoadedSpec, tokenizer_folder: Path, out_folder: Path, *, keep: bool = False, planned_sha256: str = ""
 ) -> DataSummary:
-    """Read, check, split, tokenise; write train, eval, test, retain and replay .npz and summary.json.
+    """Read, check, split, tokenize; write train, eval, test, retain and replay .npz and summary.json.
 
-    Called again with the same inputs it returns what it wrote, once the sets are found to be whole.
+    Called again with the same inputs it returns the earlier summary, after checking that the sets are complete.
 
     Args:
         tokenizer_folder: The base's folder.
-        out_folder: Made where it does not exist; summary.json is written last.
-        keep: Trials were trained on the sets that are there: refuse to replace them by others.
-        planned_sha256: `DataSize.sets_sha256` of those sets, where a plan says it.
+        out_folder: Created if it does not exist; summary.json is written last.
+        keep: Trials were trained on the existing sets: refuse to replace them by others.
+        planned_sha256: `DataSize.sets_sha256` of those sets, if a plan has it.
 
     Raises:
         DataError: a file is missing, rows cannot be used (all of them are named), a split or a row has nothing to
-            learn from.
+            train on.
         RunConflictError: other sets, and `keep`.
         BaseError: the base has no tokenizer, or no chat template where the task needs one.
+
     """
     spec = loaded.spec
     left_out = LeftOut(loaded.folder)
@@ -115,7 +116,7 @@ def prepare_data(
 
 
 def _num_rows(documents: Iterable[Document]) -> int:
-    """Rows that the documents are of; the chunks of one follow each other."""
+    """Return the number of rows that the documents come from; chunks of one row are consecutive."""
     return sum(1 for _ in itertools.groupby(documents, key=lambda document: id(document.example)))
 
 
@@ -130,12 +131,13 @@ def _write(folder: Path, sets: Mapping[str, TokenizedSet], summary: DataSummary)
 
 
 def _same_sets(folder: Path, summary: DataSummary, planned_sha256: str) -> bool:
-    """Whether the sets of an earlier call lie there whole and are those of `summary`, though the inputs' hash may be another:
-    an earlier version of this program may have hashed other things. False where they are to be written again: they are
-    damaged, or lack the end tokens, which older versions did not store.
+    """Return True if an earlier call's sets are complete and equal to those of `summary`, even if the inputs' hash differs: an
+    earlier version of this program may have hashed other things. False if they must be rewritten: damaged, or without the end
+    tokens, which older versions did not store.
 
     Raises:
         RunConflictError: the earlier call's sets were others.
+
     """
     before = _summary_of(folder)
     differs = bool(planned_sha256) and sets_sha256(summary) != planned_sha256
@@ -152,12 +154,12 @@ def _same_sets(folder: Path, summary: DataSummary, planned_sha256: str) -> bool:
 
 
 def sets_sha256(summary: DataSummary) -> str:
-    """One hash over all sets."""
+    """Return one hash over all sets."""
     return content_hash({name: part.sha256 for name, part in summary.splits.items()})
 
 
 def data_size(summary: DataSummary, spec: JobSpec, folder: Path, *, planned: StepSize | None = None) -> DataSize:
-    """What the plan needs to know, exactly.
+    """Return the exact sizes that the plan needs.
 
     Args:
         folder: Where `prepare_data` wrote the sets: the number of steps depends on every document's length.
@@ -190,7 +192,7 @@ def data_size(summary: DataSummary, spec: JobSpec, folder: Path, *, planned: Ste
 
 
 def _summary_of(folder: Path) -> DataSummary | None:
-    """Of an earlier call; None where it is missing or damaged."""
+    """Return the summary of an earlier call; None if it is missing or damaged."""
     try:
         return DataSummary.model_validate(read_json(folder / "summary.json"))
     except (FileNotFoundError, IntegrityError, ValidationError):
@@ -198,7 +200,7 @@ def _summary_of(folder: Path) -> DataSummary | None:
 
 
 def _whole(folder: Path, summary: DataSummary) -> bool:
-    """Whether all sets of a summary lie there undamaged."""
+    """Return True if all sets of a summary exist undamaged."""
     try:
         return all(TokenizedSet.load(folder / f"{name}.npz").sha256 == part.sha256 for name, part in summary.splits.items())
     except (IntegrityError, DataError):
@@ -206,7 +208,7 @@ def _whole(folder: Path, summary: DataSummary) -> bool:
 
 
 def _made_before(folder: Path, inputs_sha256: str) -> DataSummary | None:
-    """The summary of an earlier call with the same inputs whose sets are all whole."""
+    """Return the summary of an earlier call with the same inputs, if all its sets are complete."""
     known = _summary_of(folder)
     return known if known is not None and known.inputs_sha256 == inputs_sha256 and _whole(folder, known) else None
 
@@ -222,13 +224,13 @@ def _inputs_sha256(spec: JobSpec, sources: Sources, tokenizer_folder: Path) -> s
 
 
 def _replay_inputs(spec: JobSpec) -> dict[str, int]:
-    """How much is replayed of each token that is trained on decides how much text is kept for it."""
+    """Return the replay settings that decide how much retention text is kept for training."""
     return {"replay": most_replayed_tokens(spec, 10**6)} if needs_replayed_text(spec) else {}
 
 
 @dataclass
 class _Refused:
-    """Rows that stop the run, collected over the splits so that all are told at once."""
+    """Rows that stop the run, collected over the splits so that all are reported at once."""
 
     bad: list[BadRow] = field(default_factory=list)
     too_long: dict[str, int] = field(default_factory=dict)
@@ -250,7 +252,7 @@ class _Refused:
 def _encode_all(
     loaded: LoadedSpec, tokenizer: Any, ends: tuple[int, ...], parts: dict[str, list[Example]], left_out: LeftOut
 ) -> dict[str, list[Document]]:
-    """Documents of each split.
+    """Encode the documents of each split.
 
     Args:
         ends: Ids at which the base stops as it is.
@@ -284,7 +286,7 @@ def _encode_all(
 def _fitting(
     name: str, encoder: Encoder, examples: list[Example], spec: JobSpec, left_out: LeftOut, refused: _Refused
 ) -> list[Document]:
-    """Documents with something to learn, long rows by `long_rows`."""
+    """Yield documents with something to train on; long rows are handled by `long_rows`."""
     limit = f"data.max_tokens = {spec.data.max_tokens}"
     kept: list[Document] = []
     for document in encoder.encode(examples):
@@ -309,7 +311,7 @@ def _fitting(
 
 
 def _nothing_to_learn(document: Document, spec: JobSpec) -> BadRow | None:
-    """Why a document teaches nothing, if so."""
+    """Return why a document has nothing to train on, if so."""
     example = document.example
     if spec.traits.has_labels:
         return None if len(document.ids) else BadRow(example.file, example.line, "the text has no token")
@@ -325,7 +327,7 @@ def _nothing_to_learn(document: Document, spec: JobSpec) -> BadRow | None:
 
 
 def _capped(name: str, examples: list[Example], cap: int | None, seed: int, left_out: LeftOut) -> list[Example]:
-    """A seeded choice of at most `cap` examples, in their order."""
+    """Return a seeded choice of at most `cap` examples, in their order."""
     if cap is None or len(examples) <= cap:
         return examples
     chosen = set(generator(seed, CAPS).permutation(len(examples))[:cap].tolist())
@@ -336,7 +338,7 @@ def _capped(name: str, examples: list[Example], cap: int | None, seed: int, left
 
 
 def _classes(documents: dict[str, list[Document]], spec: JobSpec, left_out: LeftOut) -> tuple[str, ...]:
-    """Class names of train, sorted. Rows of eval and test with a class that train does not have are bad rows.
+    """Return the class names of train, sorted. Rows of eval and test with a class that train does not have are bad rows.
 
     Raises:
         DataError: one class only; or bad rows, and `data.skip_bad_rows` is false; or nothing but bad rows.

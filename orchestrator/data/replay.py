@@ -1,4 +1,4 @@
-"""Which retention documents are learned from beside each step of the target."""
+"""Choose the retention documents that are replayed with each step."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from orchestrator.data.seeded import REPLAY, generator
+from orchestrator.data.rng import REPLAY, generator
 
 
 def replayed_documents(lengths: np.ndarray, target_tokens: Iterable[int], share: float, seed: int) -> Iterator[np.ndarray]:
-    """For every step of the target, the documents that are replayed beside it.
+    """Yield for every step of the target the documents that are replayed with it.
 
     Documents are drawn in a seeded order, every one once before any comes again. After each step the replayed tokens of all
     steps so far are `share` of all tokens so far, to within half of a document: what a step lacks or has too much, the next
@@ -38,7 +38,7 @@ def replayed_documents(lengths: np.ndarray, target_tokens: Iterable[int], share:
 
 
 def _endless(count: int, seed: int) -> Iterator[int]:
-    """Every index once, in a seeded order, then again in the same one."""
+    """Yield every index once, in a seeded order, then repeat the same order."""
     order = generator(seed, REPLAY).permutation(count).tolist()
     while True:
         yield from order

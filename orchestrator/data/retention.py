@@ -1,11 +1,11 @@
-"""The retention set in two: what is scored, and what may be learned from."""
+"""Divide the retention set into text that is scored and text that may be trained on."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from orchestrator.data.encoding.encoder import Document
-from orchestrator.data.seeded import RETENTION, generator
+from orchestrator.data.rng import RETENTION, generator
 from orchestrator.data.summary import LeftOut
 from orchestrator.errors import DataError
 from orchestrator.plan.remedies import most_replayed_tokens, needs_replayed_text
@@ -13,7 +13,8 @@ from orchestrator.spec import LoadedSpec
 
 
 def retention_sets(loaded: LoadedSpec, documents: Mapping[str, list[Document]], left_out: LeftOut) -> dict[str, list[Document]]:
-    """`retain`, which is scored, and `replay`, where some trial learns from retention text: neither has what another split has.
+    """Return `retain`, which is scored, and `replay`, if any trial replays retention text: neither shares text with another
+    split.
 
     Args:
         documents: Of train, eval, test and the whole retention set.
@@ -34,11 +35,14 @@ def retention_sets(loaded: LoadedSpec, documents: Mapping[str, list[Document]], 
 
 
 def apart(loaded: LoadedSpec, documents: Mapping[str, list[Document]], left_out: LeftOut) -> list[Document]:
-    """The retention documents that stand in no other split. What stands in train says nothing about forgetting; what stands
-    in eval or test must not be learned from, and test is not read before the verdict.
+    """Return the retention documents that occur in no other split.
+
+    Text in train says nothing about forgetting; text in eval or test must not be trained on, and test is not read before the
+    verdict.
 
     Raises:
         DataError: none is left.
+
     """
     keepers = {document.ids.tobytes(): name for name in ("train", "eval", "test") for document in documents[name]}
     kept: list[Document] = []
@@ -60,7 +64,7 @@ def apart(loaded: LoadedSpec, documents: Mapping[str, list[Document]], left_out:
 
 
 def within_tokens(documents: list[Document], budget: int, seed: int) -> tuple[list[Document], list[Document]]:
-    """(a seeded choice of whole chunks of at most `budget` tokens together, at least one; the rest)."""
+    """Return (a seeded choice of whole chunks of at most `budget` tokens together, at least one; the rest)."""
     chosen: set[int] = set()
     tokens = 0
     for index in generator(seed, RETENTION).permutation(len(documents)).tolist():
@@ -76,8 +80,8 @@ def within_tokens(documents: list[Document], budget: int, seed: int) -> tuple[li
 def replayed(
     loaded: LoadedSpec, scored: list[Document], rest: list[Document], train_tokens: int, left_out: LeftOut
 ) -> list[Document]:
-    """What is learned from of the retention set: chunks none of which is scored, nor equal to one that is; a seeded choice of
-    as many as a trial can replay.
+    """Return the retention chunks to train on: not scored, nor equal to a scored one; a seeded choice of as many as a trial
+    can replay.
 
     Args:
         train_tokens: Of the training set.

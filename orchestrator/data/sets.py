@@ -1,4 +1,4 @@
-"""A tokenised set: flat arrays, one document after another."""
+"""A tokenized set: flat arrays, one document after another."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from pathlib import Path
 
 import numpy as np
 
-from orchestrator.data.seeded import SHUFFLED_ANSWERS, generator
+from orchestrator.data.rng import SHUFFLED_ANSWERS, generator
 from orchestrator.data.summary import DataSummary
 from orchestrator.errors import DataError, IntegrityError
 from orchestrator.store import read_record, write_atomic
 
 DAMAGE = (ValueError, KeyError, OSError, EOFError, RuntimeError, MemoryError, SyntaxError, zipfile.BadZipFile, zlib.error)
-"""What numpy and zipfile raise over a damaged file."""
+"""Errors that numpy and zipfile raise for a damaged file."""
 TRIES = 16
-"""So many partners are drawn before all are looked at."""
+"""Number of partners drawn before all are tried."""
 
 
 @dataclass(frozen=True, eq=False)
 class TokenizedSet:
-    """D documents of N tokens altogether."""
+    """D documents with N tokens in total."""
 
     ids: np.ndarray
     """int32[N]: token ids."""
@@ -37,13 +37,13 @@ class TokenizedSet:
     labels: np.ndarray
     """int32[D]: class of each document; -1 where there are no classes."""
     rows: np.ndarray
-    """int64[D]: where each document came from, a line or row number."""
+    """int64[D]: line or row number that each document came from."""
     prompts: list[str] = field(default_factory=list)
-    """D texts that stand before the answer (completion, chat), else empty."""
+    """D texts before the answer (completion, chat), else empty."""
     answers: list[str] = field(default_factory=list)
     """D expected answers (completion, chat), else empty."""
     stop_ids: tuple[int, ...] = ()
-    """Token ids at which an answer ends (completion, chat), see `data.ends`."""
+    """Token ids at which an answer ends (completion, chat), see `data.encoding.end_tokens`."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -65,12 +65,12 @@ class TokenizedSet:
         return (totals[self.offsets[1:]] - totals[self.offsets[:-1]]).astype(np.int64)
 
     def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, supervised) of one document."""
+        """Return (ids, supervised) of one document."""
         part = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
         return self.ids[part], self.supervised[part]
 
     def select(self, documents: np.ndarray) -> TokenizedSet:
-        """The same set with these documents only, in this order."""
+        """Return the set with these documents only, in this order."""
         parts = [self.document(int(index)) for index in documents]
         return TokenizedSet(
             ids=np.concatenate([ids for ids, _ in parts]) if parts else self.ids[:0],
@@ -85,7 +85,7 @@ class TokenizedSet:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash over tokens, masks, borders and classes: what training sees."""
+        """Return the hash over tokens, masks, borders and classes: all that training sees."""
         digest = hashlib.sha256()
         for array in (self.ids, self.supervised, self.offsets, self.labels):
             digest.update(np.ascontiguousarray(array).data)
@@ -93,13 +93,13 @@ class TokenizedSet:
 
     @cached_property
     def tokens_sha256(self) -> str:
-        """Hash over tokens and borders alone: what a frozen model makes of the set."""
+        """Return the hash over tokens and borders only: all that a frozen model sees."""
         digest = hashlib.sha256(np.ascontiguousarray(self.ids).data)
         digest.update(np.ascontiguousarray(self.offsets).data)
         return digest.hexdigest()
 
     def save(self, path: Path | str) -> None:
-        """Write an .npz file, atomically; texts go in as UTF-8 JSON, nothing is pickled."""
+        """Write an .npz file, atomically; texts are UTF-8 JSON, nothing is pickled."""
         buffer = io.BytesIO()
         values = {"prompts": self.prompts, "answers": self.answers, "stop_ids": self.stop_ids}
         texts = json.dumps(values, ensure_ascii=False).encode()
@@ -149,7 +149,7 @@ def build_set(
     prompts: list[str] | None = None,
     answers: list[str] | None = None,
 ) -> TokenizedSet:
-    """From (ids, supervised) of every document."""
+    """Build a set from (ids, supervised) of every document."""
     count = len(documents)
     lengths = [len(ids) for ids, _ in documents]
     return TokenizedSet(
@@ -164,7 +164,7 @@ def build_set(
 
 
 def joined(first: TokenizedSet, second: TokenizedSet) -> TokenizedSet:
-    """The documents of both, those of `second` after those of `first`. Texts are left out where only one has them."""
+    """Concatenate two sets. Texts are left out if only one of them has them."""
     both = bool(first.prompts) and bool(second.prompts)
     return TokenizedSet(
         ids=np.concatenate([first.ids, second.ids]),
@@ -179,7 +179,7 @@ def joined(first: TokenizedSet, second: TokenizedSet) -> TokenizedSet:
 
 
 def shuffled(data: TokenizedSet, seed: int) -> TokenizedSet:
-    """Answers permuted among the prompts (to classify: classes among the texts): what style alone buys.
+    """Permute the answers among the prompts (for classification: classes among the texts), as a control for style.
 
     A document's answer begins at its first supervised token (in a chat: the first assistant turn and all that follows).
     Nothing is cut: a prompt only gets an answer with which it is no longer than the longest document of the set, and no
@@ -213,10 +213,10 @@ def _answer_start(data: TokenizedSet, index: int) -> int:
 
 
 def _deranged(prompts: np.ndarray, answers: np.ndarray, limit: int, seed: int) -> np.ndarray:
-    """int64[D]: whose answer each document gets, so that prompts[i] + answers[giver[i]] <= limit for every i.
+    """Return int64[D]: whose answer each document gets, so that prompts[i] + answers[giver[i]] <= limit for every i.
 
-    Exchanges of two documents' answers, each between partners that both stay within the limit; so every state on the way
-    is allowed, and the first one (everybody its own) is. Two rounds: the first mixes, the second frees who still has its own.
+    Two documents exchange their answers if both stay within the limit, so every intermediate state is valid, starting from the
+    identity. Two rounds: the first shuffles, the second replaces answers that are still in their own place.
     """
     count = len(prompts)
     everyone = np.arange(count)
@@ -245,7 +245,7 @@ REMEDY = "submit the same spec again: the sets are rebuilt from the same rows; o
 
 
 def load_known(path: Path | str) -> TokenizedSet:
-    """A set of a run, compared with what the summary.json beside it says; one that stands alone is read as it is.
+    """Load a set of a run and compare it with the summary.json beside it; without a summary it is loaded unchecked.
 
     Raises:
         DataError: missing, or no tokenised set.

@@ -1,4 +1,4 @@
-"""What became of the data: counts, and everything that was left out, with places and reasons."""
+"""Summary of the prepared data: counts, and everything left out, with places and reasons."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from orchestrator.units import printable
 from orchestrator.values import Value
 
 LISTED = 20
-"""How many places of one kind are listed; the count is always whole."""
+"""Number of places listed for each reason; the count is always complete."""
 IN_A_LINE = 3
-"""How many places stand in a notice's one line."""
+"""Number of places in a notice's line."""
 LARGE_LOSS = 0.1
-"""A split that loses more than this share of its rows is a warning."""
+"""Share of lost rows above which a split gives a warning."""
 ON_PURPOSE = ("over data.", "thinned by ", "more than a trial ", "equal to a chunk ")
-"""How the reasons begin for which rows are left out as the spec asks."""
+"""Prefixes of reasons for which the spec asks to leave rows out."""
 KEPT = "the row is kept"
-"""In the reasons for which a row is cut, and counted, and not left out."""
+"""Marks the reasons for rows that are cut and counted, but not left out."""
 REMEDIES = (
     ("longer than ", "raise data.max_tokens, or set data.long_rows: truncate_prompt"),
     ("malformed: ", "fix these rows"),
@@ -31,30 +31,30 @@ REMEDIES = (
     ("whose text ", "give the splits different texts; data.dedupe: none keeps these rows"),
     ("near-duplicate of ", "give the splits different rows; data.dedupe: exact keeps them"),
 )
-"""What to do about rows that were lost, by how the reason begins."""
+"""What to do about lost rows, by the beginning of the reason."""
 
 
 class Dropped(Value):
-    """Rows left out of a split (or cut, where the reason says so) for one reason."""
+    """Rows left out of a split (or cut, if the reason says so) for one reason."""
 
     split: str
     reason: str
     count: int
     places: tuple[str, ...]
-    """`file:line` of the first LISTED ones, from the spec's folder or from the root, whichever is shorter."""
+    """`file:line` of the first LISTED ones, relative to the spec's folder or from the root, whichever is shorter."""
 
 
 class Notice(Value):
-    """One thing about the data that a user should know before the training: one line on every screen."""
+    """Something about the data that a user should know before training: one line on every screen."""
 
     level: Literal["info", "warning"]
-    """`warning`: the run goes on, and its result is likely not what the user wants."""
+    """`warning`: the run continues, and its result is probably not what the user wants."""
     message: str
-    """One sentence with its counts. Text out of the data is escaped (`printable`)."""
+    """One sentence with its counts. Text from the data is escaped (`printable`)."""
     remedy: str = ""
-    """What to do about it; empty for what was done as it should be."""
+    """What to do about it; empty if nothing needs to be done."""
     places: tuple[str, ...] = ()
-    """`file:line` of the first LISTED rows concerned, where rows are."""
+    """`file:line` of the first LISTED rows concerned."""
 
     @property
     def line(self) -> str:
@@ -73,28 +73,28 @@ class SplitSummary(Value):
 
 
 class DataSummary(Value):
-    """What `prepare_data` found and wrote."""
+    """Results of `prepare_data`."""
 
     inputs_sha256: str
-    """Over the files, the spec's data section, the task, the seed and the tokenizer: the same inputs are not read again."""
+    """Hash over the files, the spec's data section, the task, the seed and the tokenizer: equal inputs are not read again."""
     splits: dict[str, SplitSummary]
-    """train, eval, test and, where there is one, retain."""
+    """train, eval, test and, if given, retain."""
     dropped: tuple[Dropped, ...]
     notices: tuple[Notice, ...] = ()
-    """What was found out, decided and noticed, in the order of the reading."""
+    """Findings and decisions, in the order of reading."""
     classes: tuple[str, ...] = ()
-    """Names of the classes in the order of their numbers."""
+    """Class names in the order of their indices."""
     class_counts: tuple[int, ...] = ()
-    """Documents of each class in train."""
+    """Number of training documents of each class."""
     stop_token_ids: tuple[int, ...] = ()
-    """At which an answer ends, and generation stops; empty where nothing is generated."""
+    """Tokens that end an answer and stop generation; empty if nothing is generated."""
     files: tuple[str, ...]
     one_example: str
-    """A training document; «» marks what is supervised."""
+    """Training document; «» marks supervised parts."""
 
     @property
     def told(self) -> tuple[Notice, ...]:
-        """Everything that a user should know before the training, warnings first: the notices, and what was left out."""
+        """Everything that a user should know before training, warnings first: the notices, and what was left out."""
         lines = [
             Notice(level="info", message=f"{entry.split}: {entry.count:,} left out, {entry.reason}", places=entry.places)
             if KEPT not in entry.reason
@@ -109,10 +109,10 @@ class DataSummary(Value):
 
 @dataclass
 class LeftOut:
-    """Collects what is left out."""
+    """Collects notices, and rows that are left out."""
 
     folder: Path
-    """Of the spec: places are relative to it."""
+    """Folder of the spec: places are relative to it."""
     entries: dict[tuple[str, str], list[str]] = field(default_factory=dict)
     notices: list[Notice] = field(default_factory=list)
 
@@ -120,11 +120,11 @@ class LeftOut:
         self.entries.setdefault((split, printable(reason)), []).append(self.relative(place))
 
     def info(self, message: str, *, places: Iterable[str] = ()) -> None:
-        """Tell what was found or decided."""
+        """Add a finding or decision."""
         self._notice("info", message, "", places)
 
     def warn(self, message: str, remedy: str, *, places: Iterable[str] = ()) -> None:
-        """Tell what is likely wrong, and what to do about it."""
+        """Add a warning, with what to do about it."""
         self._notice("warning", message, remedy, places)
 
     def _notice(self, level: Literal["info", "warning"], message: str, remedy: str, places: Iterable[str]) -> None:
@@ -132,11 +132,11 @@ class LeftOut:
         self.notices.append(Notice(level=level, message=printable(message), remedy=printable(remedy), places=shown))
 
     def relative(self, place: str) -> str:
-        """The shorter of a place's two names, from the spec's folder or from the root; control codes escaped."""
+        """Return the shorter of a place's two names, relative to the spec's folder or from the root; control codes escaped."""
         return printable(min(os.path.relpath(place, self.folder), place, key=len))
 
     def warn_of_losses(self, kept: Mapping[str, int]) -> None:
-        """Warn of splits that lost more than LARGE_LOSS of their rows, with what to do about the commonest reason.
+        """Warn of splits that lost more than LARGE_LOSS of their rows, with the remedy for the most frequent reason.
 
         Args:
             kept: Rows of each split that stay.
@@ -153,7 +153,7 @@ class LeftOut:
                 self.warn(f"{message}: {_reasons(cut)}", "raise data.max_tokens")
 
     def of(self, split: str) -> dict[str, int]:
-        """Counts of one split by reason."""
+        """Return the counts of one split by reason."""
         return {reason: len(places) for (name, reason), places in self.entries.items() if name == split}
 
     def summary(self) -> tuple[Dropped, ...]:
@@ -164,12 +164,12 @@ class LeftOut:
 
 
 def is_loss(reason: str) -> bool:
-    """Whether rows are left out for it though nobody asked for that."""
+    """Return True if rows are left out for this reason although the spec did not ask for it."""
     return KEPT not in reason and not reason.startswith(ON_PURPOSE)
 
 
 def _reasons(counts: Mapping[str, int]) -> str:
-    """The three commonest."""
+    """Return the three most frequent reasons."""
     common = sorted(counts, key=lambda reason: -counts[reason])
     more = [f"{len(common) - 3} more reasons"] if len(common) > 3 else []
     return ", ".join([*(f"{counts[reason]:,} {reason}" for reason in common[:3]), *more])
@@ -181,7 +181,7 @@ def _remedy(counts: Mapping[str, int]) -> str:
 
 
 def listed(items: Iterable[object], separator: str = "\n  ") -> str:
-    """The first LISTED items, and how many more there are."""
+    """Return the first LISTED items, and how many more there are."""
     found: Sequence[object] = list(items)
     more = [f"and {len(found) - LISTED} more"] if len(found) > LISTED else []
     return separator.join([*map(str, found[:LISTED]), *more])

@@ -1,4 +1,4 @@
-"""What people see: the HTML report of a run directory, and the terminal's screens.
+"""The HTML report of a run directory, and the terminal's screens.
 
     from orchestrator.report.page import write_report            # draws with matplotlib, so it is imported where it is used
     from orchestrator.report import SweepView, final_screen, plan_view

@@ -1,4 +1,4 @@
-"""How far the target lies from the retention set, and what that advised."""
+"""Domain shift section: distance between target and retention set, and the recommended search order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from orchestrator.work.measurements import DomainShift
 
 
 def domain_shift(run: RunRecords, found: DomainShift) -> Html:
-    """The advice with its figures, and the distance at each cut."""
+    """Return the recommendation with its figures, and the distance at each block."""
     told = next((str(event["message"]) for event in reversed(run.events) if event.get("kind") == "domain_shift"), "")
     parts = [html.paragraph(f"{told[:1].upper()}{told[1:]}.{_followed(run)}")] if told else []
     if not found.blocks:
@@ -27,7 +27,7 @@ def domain_shift(run: RunRecords, found: DomainShift) -> Html:
 
 
 def _followed(run: RunRecords) -> str:
-    """What the search made of the advice: only `optuna` chooses its first trials by it."""
+    """Return how the search used the recommendation: only `optuna` chooses its first trials by it."""
     search = run.plan.search if isinstance(run.plan, SweepPlan) else None
     if search is None or search.prior == "none":
         return ""

@@ -1,4 +1,4 @@
-"""Pictures as inline SVG, drawn by matplotlib without a display. Text stays text, so it can be searched and read aloud.
+"""Figures as inline SVG, drawn by matplotlib without a display. Text stays text, so it can be searched and read aloud.
 
 Colours are from the Okabe-Ito palette (Okabe & Ito 2008, "Color Universal Design"), told apart by colour-blind readers;
 lora and full differ in marker too, so a page printed in grey can still be read. Ink, lines and some data colours are CSS
@@ -37,11 +37,11 @@ BY_PAGE = {
     GREY: "muted",
     BLUE: "data-blue",
 }
-"""Colours that the page decides, by the name of its CSS variable (style.css)."""
+"""CSS variable (style.css) of each colour that the page decides."""
 WIDE = 5.0
-"""Values whose largest is so many times the smallest are drawn on a logarithmic axis."""
+"""Ratio of largest to smallest value above which the axis is logarithmic."""
 SMALLEST_TEXT = 9
-"""Points. A picture is never shown smaller than drawn (style.css): 9 pt are 12 px."""
+"""Font size in points. A figure is never shown smaller than drawn (style.css): 9 pt are 12 px."""
 KIND_LOOK: dict[str, dict[str, Any]] = {
     "lora": {"s": 38, "color": BLUE, "marker": "o"},
     "full": {"s": 38, "color": ORANGE, "marker": "s"},
@@ -49,9 +49,9 @@ KIND_LOOK: dict[str, dict[str, Any]] = {
     CONTROL_NAMES["head"]: {"s": 60, "color": GREEN, "marker": "D"},
 }
 METHODS = {"lora": "LoRA", "full": "full fine-tuning"}
-"""What people read of each way of tuning."""
+"""Display name of each training method."""
 TERM_HATCHES = ("", "///", "xxx")
-"""More terms than colours: the second round is hatched."""
+"""Hatches for the second round of colours, if there are more terms than colours."""
 TERM_COLOURS = (BLUE, "#56b4e9", GREEN, "#f0e442", ORANGE, RED, PURPLE, GREY)
 
 STYLE: dict[Any, Any] = {
@@ -81,19 +81,19 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of the loss picture. x is training tokens."""
+    """Line of the loss figure; x is training tokens."""
 
     label: str
     tokens: tuple[float, ...]
     values: tuple[float, ...]
     emphasis: str = ""
-    """`promoted`, `base`, `head`, or empty for the crowd."""
+    """`promoted`, `base`, `head`, or empty for all others."""
     marked: bool = False
 
 
 @dataclass(frozen=True)
 class TradeOff:
-    """A trial or control by its forgetting (nats per token) and its metric; both finite."""
+    """Forgetting (nats per token) and metric of a trial or control; both finite."""
 
     kind: str
     """A key of KIND_LOOK."""
@@ -102,12 +102,12 @@ class TradeOff:
     on_front: bool = False
     promoted: bool = False
     early: bool = False
-    """It was evaluated before its full budget: drawn hollow."""
+    """True if it was evaluated before its full budget: drawn hollow."""
 
 
 @dataclass(frozen=True)
 class PlannedBar:
-    """Planned memory of one choice, term by term, and what was measured of it. Bytes per rank."""
+    """Planned memory of one choice by term, and its measured peak. Bytes per rank."""
 
     label: str
     terms: tuple[tuple[str, float], ...]
@@ -115,7 +115,7 @@ class PlannedBar:
 
 
 def draw(name: str, size: tuple[float, float], paint: Callable[[Figure], None], description: str) -> str:
-    """An `<svg>` of `size` inches; `name` keeps its ids apart from those of the page's other pictures."""
+    """Return an `<svg>` of `size` inches; `name` makes its ids unique on the page."""
     with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
@@ -132,7 +132,7 @@ def draw(name: str, size: tuple[float, float], paint: Callable[[Figure], None], 
 
 
 def _coloured_by_page(svg: str) -> str:
-    """Colours as CSS variables, which only a style may name: an attribute such as `fill="#222222"` is left as it is."""
+    """Replace colours by CSS variables, which only a style may use: an attribute such as `fill="#222222"` is kept."""
     names = "|".join(BY_PAGE)
     return re.sub(rf"(?<=: )({names})(?=[;\"])", lambda found: f"var(--{BY_PAGE[found[1]]}, {found[1]})", svg)
 
@@ -142,7 +142,7 @@ def finite(values: Sequence[float | None]) -> list[float]:
 
 
 def curves(panels: Sequence[tuple[str, str, Sequence[Curve]]]) -> str:
-    """Panels (title, y label, curves) side by side over training tokens. A diverged trial leaves the frame."""
+    """Draw panels (title, y label, curves) side by side over training tokens. A diverged trial leaves the frame."""
 
     def paint(figure: Figure) -> None:
         for axis, (title, label, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -181,7 +181,7 @@ def _curve(axis: Axes, line: Curve) -> None:
 
 
 def _frame(axis: Axes, values: Sequence[float], kept: Sequence[float] = ()) -> None:
-    """Keep the y axis on the bulk of the values, and on all that must be seen."""
+    """Fit the y axis to the bulk of the values, and to all that must be visible."""
     ordered = sorted(finite(values))
     if not ordered:
         return
@@ -192,7 +192,7 @@ def _frame(axis: Axes, values: Sequence[float], kept: Sequence[float] = ()) -> N
 
 
 def _spread(axis: Axes, values: Sequence[float]) -> None:
-    """A logarithmic axis where the values span so much that the differences between good trials would not be seen."""
+    """Use a logarithmic axis if the range would hide the differences between good trials."""
     shown = finite(values)
     if not shown or min(shown) <= 0 or max(shown) < WIDE * min(shown):
         return
@@ -205,7 +205,7 @@ def _spread(axis: Axes, values: Sequence[float]) -> None:
 
 
 def front(points: Sequence[TradeOff], bound: float, metric: str, higher_is_better: bool) -> str:
-    """Target against forgetting, with the Pareto front, the bound (where there is one) and the promoted trial."""
+    """Draw target and forgetting, with the Pareto front, the bound (if any) and the promoted trial."""
 
     def paint(figure: Figure) -> None:
         axis = figure.subplots()
@@ -246,7 +246,7 @@ def _scatter(axis: Axes, points: Sequence[TradeOff], **look: Any) -> None:
 
 
 def memory(bars: Sequence[PlannedBar], scale: float, unit: str) -> str:
-    """Planned memory per rank, stacked by term, with a diamond where it was measured."""
+    """Draw planned memory per rank, stacked by term, with a diamond at the measured peak."""
     names = list(dict.fromkeys(name for bar in bars for name, _ in bar.terms))
 
     def paint(figure: Figure) -> None:

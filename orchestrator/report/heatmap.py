@@ -1,4 +1,4 @@
-"""The picture of the search: layers by learning rate, a row of panels for each budget, each with its own colour scale."""
+"""Heatmap of the search: layers by learning rate, a row of panels for each budget, each with its own colour scale."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FLOOR = 1e-9
 
 
 def heatmap(budgets: Panels, metric: str, higher_is_better: bool) -> str:
-    """Best metric by layers and learning rate, lora and full apart, a row of panels for each budget.
+    """Draw the best metric by layers and learning rate, lora and full in separate panels, a row of panels for each budget.
 
     Colours are compared within a row alone: all its trials had trained for as many steps. A hatched cell was tried and had
     not come so far.
@@ -48,7 +48,7 @@ def heatmap(budgets: Panels, metric: str, higher_is_better: bool) -> str:
 
 
 def _scale(panels: Sequence[RateMatrix], higher_is_better: bool) -> Normalize:
-    """From the best to the worst of one budget; a diverged trial must not turn all the others into one colour."""
+    """Return the colour scale of one budget; a diverged trial must not flatten the differences between the others."""
     shown = finite([value for panel in panels for row in panel.values for value in row]) or [0.0]
     best, worst = (max(shown), min(shown)) if higher_is_better else (min(shown), max(shown))
     middle = sorted(shown)[len(shown) // 2]
@@ -75,14 +75,14 @@ def _panel(axis: Axes, panel: RateMatrix, colours: Colormap, norm: Normalize) ->
 
 
 def _cell(axis: Axes, x: int, y: int, value: float, colour: tuple[float, float, float, float]) -> None:
-    """A filled square with its figure, in whichever ink can be read on it."""
+    """Draw a filled square with its figure, in the more readable ink."""
     axis.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, facecolor=colour, edgecolor=IDLE, linewidth=0.5))
     said = f"{value:.3g}" if math.isfinite(value) else "failed"
     axis.text(x, y, said, ha="center", va="center", color=ink_on(colour), fontsize=SMALLEST_TEXT)
 
 
 def ink_on(colour: tuple[float, float, float, float]) -> str:
-    """Dark or light ink, whichever has the higher contrast by WCAG 2's relative luminance: always 4.5 to 1 or more."""
+    """Return dark or light ink, whichever has the higher contrast by WCAG 2's relative luminance: always at least 4.5 to 1."""
 
     def linear(part: float) -> float:
         return part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4

@@ -1,11 +1,10 @@
-"""What the test set said: gains over the controls, scores, and held-out prompts before and after."""
+"""Test set sections: gains over the controls, scores, and held-out prompts before and after."""
 
 from __future__ import annotations
 
 import math
 
-from orchestrator.report import gains as gains_figure
-from orchestrator.report import html
+from orchestrator.report import gain_chart, html
 from orchestrator.report.html import Html
 from orchestrator.report.wording import (
     MISSING,
@@ -23,7 +22,7 @@ METHOD = {"bootstrap": "bootstrap", "sign_flip": "sign-flip test"}
 
 
 def gains(transfer: TransferReport) -> Html:
-    """Gain over the controls, on the test set."""
+    """Return the gains over the controls on the test set."""
     parts: list[object] = []
     shown = [c for c in transfer.comparisons if math.isfinite(c.mean) and math.isfinite(c.low) and math.isfinite(c.high)]
     rows = [
@@ -45,7 +44,7 @@ def gains(transfer: TransferReport) -> Html:
             "The gain over the base model includes style (form and length of the answers); the gain over shuffled answers, where "
             "that control ran, is the task alone."
         )
-        parts.append(html.picture(gains_figure.gains(shown), caption, data))
+        parts.append(html.picture(gain_chart.gains(shown), caption, data))
     elif rows:
         parts.append(data)
     else:
@@ -61,7 +60,7 @@ def gains(transfer: TransferReport) -> Html:
 
 
 def _by_seed(found: OverSeeds) -> Html:
-    """The gain over the base of every training of the promoted trial."""
+    """Return the gain over the base for every seed of the promoted trial."""
     said = (
         f"The promoted trial was trained from {len(found.seeds)} seeds. Their mean gain over the base is {signed(found.mean)} "
         f"{found.unit} (95%: {signed(found.low)} to {signed(found.high)}, Student's t over seeds); the bundle's own comes first. "
@@ -95,7 +94,7 @@ def _scores(transfer: TransferReport) -> Html:
 
 
 def prompts(transfer: TransferReport) -> Html:
-    """Held-out prompts, answered by base and by bundle."""
+    """Return held-out prompts with the answers of base and bundle."""
     shown = [
         html.tag(
             "div",

@@ -1,4 +1,4 @@
-"""HTML in small pieces. Text is escaped by default: only an `Html` goes into a page as it is."""
+"""HTML elements. Text is escaped by default: only an `Html` is inserted unchanged."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import html
 from collections.abc import Iterable, Sequence
 
 EMPTY = ("", "-")
-"""What a cell without anything to say holds."""
+"""Values of a cell without content."""
 
 
 class Html(str):
-    """Markup that is safe to put into a page."""
+    """Markup that is safe to insert into a page."""
 
     __slots__ = ()
 
 
 def text(value: object) -> Html:
-    """`value` as page text: an `Html` unchanged, anything else escaped."""
+    """Return `value` as page text: an `Html` unchanged, anything else escaped."""
     return value if isinstance(value, Html) else Html(html.escape(str(value), quote=True))
 
 
@@ -35,7 +35,7 @@ def tag(name: str, *content: object, **attributes: str) -> Html:
 def table(
     headers: Sequence[object], rows: Iterable[Sequence[object]], *, numeric: Sequence[int] = (), marked: Sequence[int] = ()
 ) -> Html:
-    """A table in a box that scrolls sideways where it is wider than the page. Columns in which no row says anything are left out.
+    """Return a table in a box that scrolls sideways if it is wider than the page. Columns without any content are left out.
 
     Args:
         headers: One per column.
@@ -61,12 +61,12 @@ def table(
 
 
 def _scrolling(content: Html) -> Html:
-    """A box of its own, which the keyboard can scroll too."""
+    """Return a scrollable box that the keyboard can scroll too."""
     return tag("div", content, css="scroll", tabindex="0")
 
 
 def facts(pairs: Iterable[tuple[object, object]]) -> Html:
-    """Name and value, a line each."""
+    """Return name and value pairs, one per line."""
     return tag("dl", *(join((tag("dt", name), tag("dd", value))) for name, value in pairs))
 
 
@@ -75,7 +75,7 @@ def details(summary: object, content: object) -> Html:
 
 
 def picture(svg: str, caption: object, data: Html) -> Html:
-    """An inline picture, what it shows in words, and its figures as a plain table."""
+    """Return an inline picture, its caption, and its figures as a table."""
     return tag("figure", _scrolling(Html(svg)), tag("figcaption", caption), details("The same as a table", data))
 
 
@@ -84,7 +84,7 @@ def section(title: str, content: Html) -> Html:
 
 
 def link(title: str) -> Html:
-    """To the section of that title."""
+    """Return a link to the section with that title."""
     return tag("a", title, href=f"#{_anchor(title)}")
 
 

@@ -44,9 +44,9 @@ class RunLine(Value):
     started_at: float | None = None
     """Unix time of the first submission."""
     trials: int = 0
-    """Searched trials that have started."""
+    """Number of searched trials that have started."""
     num_bytes: int = 0
-    """On disk; a file with several hard links counts once."""
+    """Size on disk; a file with several hard links counts once."""
     problem: str = ""
     """What could not be read; empty where everything could."""
 

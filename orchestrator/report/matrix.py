@@ -1,6 +1,6 @@
-"""Layers by learning rate: the search's two questions as one small matrix each for lora and full, at one budget each.
+"""Matrices of layers by learning rate, for lora and full, at one budget each.
 
-Trials are compared at equal budgets only: a loss after 37 steps says nothing beside one after 327.
+Trials are compared only at equal budgets: a loss after 37 steps is not comparable with one after 327.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from orchestrator.transfer.records import TrialRecord
 
 MAX_COLUMNS = 7
 MAX_BUDGETS = 3
-"""Of more budgets, the first, one in the middle and the last are shown."""
+"""Number of budgets shown; of more, the first, a middle one and the last."""
 
 
 @dataclass(frozen=True)
@@ -25,19 +25,19 @@ class RateMatrix:
     step: int
     rows: tuple[str, ...]
     columns: tuple[str, ...]
-    """Learning rates, or the middle of each of seven equal steps of its logarithm."""
+    """Learning rates, or the middle of each of seven equal steps of their logarithm."""
     ranges: tuple[str, ...]
-    """What each column spans."""
+    """Range of each column."""
     values: tuple[tuple[float | None, ...], ...]
-    """None where no trial was evaluated at this step, NaN where every trial failed."""
+    """None if no trial was evaluated at this step, NaN if every trial failed."""
     counts: tuple[tuple[int, ...], ...]
     """Trials of each cell that were evaluated at this step, or failed."""
     tried: tuple[tuple[int, ...], ...]
-    """Trials of each cell, also those that had not come so far."""
+    """Trials of each cell, including those that have not reached this step."""
 
 
 def budgets_of(trials: Sequence[TrialRecord]) -> tuple[int, ...]:
-    """Steps at which searched trials were evaluated, ascending; at most MAX_BUDGETS of them."""
+    """Return the steps at which searched trials were evaluated, ascending; at most MAX_BUDGETS."""
     steps = sorted({rung.step for trial in trials if trial.control is None for rung in trial.rungs if rung.metric is not None})
     if len(steps) <= MAX_BUDGETS:
         return tuple(steps)
@@ -47,7 +47,7 @@ def budgets_of(trials: Sequence[TrialRecord]) -> tuple[int, ...]:
 def rate_matrices(
     trials: Sequence[TrialRecord], higher_is_better: bool, order: Sequence[str] = ()
 ) -> list[tuple[RateMatrix, ...]]:
-    """For each budget one matrix for each way of tuning that was searched, all with the same rows.
+    """Return for each budget one matrix per training method that was searched, all with the same rows.
 
     Args:
         order: Layer policies in the order of the spec; others follow in the order of their trials.
@@ -76,7 +76,7 @@ def _matrix(tune: str, step: int, rows: tuple[str, ...], trials: list[TrialRecor
 
 
 def _at(trial: TrialRecord, step: int) -> float | None:
-    """The trial's metric after so many steps; NaN for one that failed before it."""
+    """Return the trial's metric at this step; NaN if it failed before."""
     metric = next((rung.metric for rung in trial.rungs if rung.step == step), None)
     return math.nan if metric is None and trial.state == "failed" else metric
 
@@ -90,7 +90,7 @@ def _better(held: float | None, new: float | None, higher_is_better: bool) -> fl
 
 
 def _columns(rates: list[float]) -> tuple[tuple[str, ...], tuple[str, ...], dict[float, int]]:
-    """Column names, spans and the column of each rate: the rates themselves where few, else equal steps of the logarithm."""
+    """Return column names, ranges and the column of each rate: the rates themselves if few, else equal steps of the logarithm."""
     distinct = sorted(set(rates))
     if len(distinct) <= MAX_COLUMNS:
         names = tuple(f"{rate:.1e}" for rate in distinct)

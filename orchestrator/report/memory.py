@@ -1,4 +1,4 @@
-"""Memory of a rank as planned and as measured: a line for every choice of the search."""
+"""Table of planned and measured memory per rank, one row for each choice of the search."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from orchestrator.report import html
 from orchestrator.report.html import Html
 from orchestrator.report.wording import MISSING
 from orchestrator.transfer import memory_rows
-from orchestrator.transfer.measured import MemoryRow
-from orchestrator.transfer.records import SweepResult
+from orchestrator.transfer.records import MemoryRow, SweepResult
 from orchestrator.units import format_bytes
 
 ON_A_GPU = (
@@ -21,11 +20,11 @@ ON_A_CPU = (
     "freed: it shows the order of magnitude only."
 )
 MANY_RANKS = 8
-"""Beyond so many, the table shows the least and the most."""
+"""Number of ranks above which the table shows only minimum and maximum."""
 
 
 def memory_table(sweep: SweepResult) -> Html:
-    """Nothing where no trial has measured anything."""
+    """Return the table; empty if no trial has measured anything."""
     rows = memory_rows(sweep.trials)
     if not rows:
         return Html()

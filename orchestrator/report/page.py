@@ -1,19 +1,29 @@
-"""The report: one HTML file that needs no network, no script and no other file."""
+"""The report: one HTML file that needs no network and no other file."""
 
 from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
 
-from orchestrator.report import curve, evidence, held_out, html, layers, live, sections, timeline, trials
-from orchestrator.report import domain_shift as shift
+from orchestrator.report import (
+    block_scores,
+    domain_shift,
+    held_out,
+    html,
+    learning_curve,
+    live_page,
+    run_details,
+    sections,
+    timeline,
+    trial_table,
+)
 from orchestrator.report.html import Html
 from orchestrator.run.layout import RunFolder
 from orchestrator.run.reader import RunRecords, read_run
 from orchestrator.store import output_to, write_atomic
 
 FOLLOW_S = 5.0
-"""Seconds between two pages of a run that is followed."""
+"""Seconds between two versions of a followed page."""
 
 
 def write_report(run_folder: Path) -> Path:
@@ -30,7 +40,7 @@ def write_report(run_folder: Path) -> Path:
 
 
 def follow_run(run_folder: Path, *, every_s: float = FOLLOW_S) -> None:
-    """Write `report.html` every `every_s` seconds until the run has ended; in a browser the page reloads itself meanwhile.
+    """Write `report.html` every `every_s` seconds until the run has ended; the page in the browser reloads itself.
 
     Raises:
         UsageError: `run_folder` is not a run directory.
@@ -41,14 +51,15 @@ def follow_run(run_folder: Path, *, every_s: float = FOLLOW_S) -> None:
         write_atomic(RunFolder(Path(run_folder)).report, render_page(run, reload_s=reload_s))
         return run
 
-    live.follow(write, every_s=every_s)
+    live_page.follow(write, every_s=every_s)
 
 
 def render_page(run: RunRecords, *, reload_s: float | None = None) -> str:
-    """The whole page as text.
+    """Return the whole page as text.
 
     Args:
-        reload_s: Have the page reload itself every so many seconds; None: it stands as it is.
+        reload_s: Interval in seconds at which the page reloads itself; None for never.
+
     """
     found = _sections(run)
     style = resources.files("orchestrator.report").joinpath("style.css").read_text(encoding="utf-8")
@@ -59,7 +70,7 @@ def render_page(run: RunRecords, *, reload_s: float | None = None) -> str:
             Html('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
             html.tag("title", f"{run.name}: report"),
             html.tag("style", Html(style)),
-            *([live.reloading(reload_s)] if reload_s is not None else []),
+            *([live_page.reloading(reload_s)] if reload_s is not None else []),
         ),
         html.tag(
             "body",
@@ -73,7 +84,7 @@ def render_page(run: RunRecords, *, reload_s: float | None = None) -> str:
 
 
 def _sections(run: RunRecords) -> list[tuple[str, Html]]:
-    """Titles and contents, what matters most first."""
+    """Return titles and contents, most important first."""
     sweep, transfer = run.sweep, run.transfer
     found: list[tuple[str, Html]] = []
     if transfer is not None:
@@ -82,24 +93,24 @@ def _sections(run: RunRecords) -> list[tuple[str, Html]]:
         if sweep.job == "sweep":
             found.append(("Layers and learning rate", sections.search_map(run, sweep)))
         if run.layer_scores is not None:
-            found.append(("Blocks by score", layers.block_scores(run, sweep, run.layer_scores)))
+            found.append(("Blocks by score", block_scores.block_scores(run, sweep, run.layer_scores)))
         if run.domain_shift is not None:
-            found.append(("Domain shift", shift.domain_shift(run, run.domain_shift)))
+            found.append(("Domain shift", domain_shift.domain_shift(run, run.domain_shift)))
         found.append(("Target against retention", sections.trade_off(sweep)))
         if sweep.curve_of_winner is not None or sweep.no_learning_curve:
-            found.append(("Would more data help?", curve.more_data(sweep)))
+            found.append(("Would more data help?", learning_curve.more_data(sweep)))
     if transfer is not None:
         found.append(("Prompts, before and after", held_out.prompts(transfer)))
-        found.append(("Bundle", evidence.bundle(run, transfer)))
+        found.append(("Bundle", run_details.bundle(run, transfer)))
     if sweep is not None:
         if run.complete or sweep.advice or transfer is not None:
             found.append(("What to try next", sections.next_steps(sweep, transfer)))
         found.append(("Loss curves", sections.loss_curves(run, sweep)))
-        found.append(("Trials", trials.trial_table(run, sweep)))
+        found.append(("Trials", trial_table.trial_table(run, sweep)))
     if run.results:
         found.append(("Worker groups (gangs) over time", timeline.gang_times(run)))
-    found.append(("Plan against measured", evidence.plan_against_measured(run)))
-    found.append(("Data", evidence.data_summary(run)))
-    found.append(("Events", evidence.events(run)))
-    found.append(("Origin", evidence.origin(run)))
+    found.append(("Plan against measured", run_details.plan_against_measured(run)))
+    found.append(("Data", run_details.data_summary(run)))
+    found.append(("Events", run_details.events(run)))
+    found.append(("Origin", run_details.origin(run)))
     return found

@@ -1,4 +1,4 @@
-"""The plan for people, in at most 100 columns: what was decided, and on request how every number follows."""
+"""The plan as a terminal screen of at most 100 columns: the decisions, and on request every derivation."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def plan_view(plan: RunPlan, *, explain: bool = False) -> RenderableType:
 
 
 def _of_tokens(plan: RunPlan) -> str:
-    """` of up to 256 tokens`; nothing in plans of older versions."""
+    """Return ` of up to 256 tokens`; empty in plans of older versions."""
     return f" of up to {plan.data.tokens_per_step:,} tokens" if plan.data.tokens_per_step else ""
 
 
@@ -129,7 +129,7 @@ def _execution(execution: ExecutionPlan) -> str:
 
 
 def _costs(plan: RunPlan) -> list[tuple[str, str]]:
-    """Hours before and after early stopping, money, disk."""
+    """Return hours before and after early stopping, money, disk."""
     cost = plan.cost
     if cost is None:
         hours = number(plan.gpu_hours, 2) if plan.gpu_hours is not None else UNKNOWN
@@ -169,7 +169,7 @@ def _hours(hours: float) -> str:
 
 
 def _option_derivation(plan: RunPlan, option: TrialOption) -> list[RenderableType]:
-    """Memory of a rank and operations of a token, for one choice."""
+    """Return memory of a rank and operations per token, for one choice."""
     name = _option_name(option)
     parts: list[RenderableType] = [_memory_table(f"Memory of one rank: {name}", option.memory), Text()]
     if option.memory.phases:
@@ -187,7 +187,7 @@ def _option_derivation(plan: RunPlan, option: TrialOption) -> list[RenderableTyp
 
 
 def _derivations(plan: RunPlan) -> list[RenderableType]:
-    """Of the whole run: operations, rate, disk, placement."""
+    """Return the derivations for the whole run: operations, rate, disk, placement."""
     parts: list[RenderableType] = []
     cost = plan.cost
     if cost is not None:

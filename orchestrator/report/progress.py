@@ -1,4 +1,4 @@
-"""What a run is waiting for, in words: the same in a log, in the live table and on the page of a run in progress."""
+"""Text for the current activities of a run: the same in a log, in the live table and in the report."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import re
 from datetime import datetime, timedelta
 
 from orchestrator.report.wording import number, plural
-from orchestrator.transfer.view import Activity, Progress
+from orchestrator.transfer.run_view import Activity, Progress
 from orchestrator.units import format_count, format_seconds
 
 SHOWN = 4
-"""Activities that a line names; of more, the rest are counted."""
+"""Number of activities that a line names; the rest are counted."""
 
 
 def trial_name(trial_id: str) -> str:
-    """`t007-3fa2c1` -> `trial 7`; a control by its name."""
+    """Return `trial 7` for `t007-3fa2c1`; the name for a control."""
     found = re.match(r"t(\d+)(?:-|$)", trial_id)
     return f"trial {int(found[1])}" if found else trial_id
 
 
 def activity_text(activity: Activity, phase: str = "") -> str:
-    """`trial 3 training: step 37 of 327, loss 1.832, 3.4k tokens/s`.
+    """Return `trial 3 training: step 37 of 327, loss 1.832, 3.4k tokens/s`.
 
     Args:
         phase: What stands before it already, and is not said twice.
@@ -47,7 +47,8 @@ def _step(activity: Activity) -> str:
 
 
 def progress_text(now: Progress) -> str:
-    """`search: trial 3 training: step 37 of 109, loss 1.8 · gang 1 loading the base model; about 4m10s left, until 14:03`."""
+    """Return `search: trial 3 training: step 37 of 109, loss 1.8 · gang 1 loading the base model; about 4m10s left, until
+    14:03`."""
     doing = [activity_text(activity, now.phase) for activity in now.activities[:SHOWN]]
     if len(now.activities) > SHOWN:
         doing.append(f"and {len(now.activities) - SHOWN} more")
@@ -56,12 +57,12 @@ def progress_text(now: Progress) -> str:
 
 
 def whole_seconds(seconds: float) -> str:
-    """`9s`, `4m10s`: nobody needs tenths of what is awaited."""
+    """Return `9s`, `4m10s`: a time without fractions."""
     return f"{round(seconds)}s" if seconds < 59.5 else format_seconds(round(seconds))
 
 
 def left_text(now: Progress) -> str:
-    """`about 4m10s left, until 14:03`; nothing where that is not known. The clock is the local one."""
+    """Return `about 4m10s left, until 14:03` in local time; empty if unknown."""
     if now.seconds_left is None:
         return ""
     until = datetime.fromtimestamp(now.at) + timedelta(seconds=now.seconds_left)
@@ -69,7 +70,7 @@ def left_text(now: Progress) -> str:
 
 
 def waiting_text(now: Progress) -> str:
-    """The phase with what it is waiting for, short enough for a title line."""
+    """Return the phase with its activities, short enough for a title line."""
     if now.activities and now.activities[0].stop_step:
         count = len({activity.trial_id for activity in now.activities if activity.trial_id})
         return f"{now.phase}: {plural(count, 'trial')} in training"

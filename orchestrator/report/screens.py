@@ -1,4 +1,4 @@
-"""The last screen of a run: what was found."""
+"""The final screen of a run."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from orchestrator.report.wording import (
     summary_sentence,
     verdict_sentence,
 )
-from orchestrator.transfer.after_verdict import advice_after
 from orchestrator.transfer.records import PromptComparison, SweepResult, TransferReport, TrialRecord
+from orchestrator.transfer.verdict_advice import advice_after
 from orchestrator.units import printable
 
 WIDTH = 100
@@ -28,7 +28,7 @@ ANSWER_CHARACTERS = 160
 
 
 def final_screen(sweep: SweepResult, transfer: TransferReport) -> str:
-    """What was found, in at most 100 columns: best, verdict, one prompt, bundle, report, next."""
+    """Return the results in at most 100 columns: best trial, verdict, one prompt, bundle, report, next steps."""
     best = sweep.winner or best_trial(sweep.searched, sweep.higher_is_better)
     lines = [*_best(sweep, best, transfer), *_entry("verdict", verdict_sentence(sweep, transfer))]
     if sweep.ended_by_hours:
@@ -53,7 +53,7 @@ def final_screen(sweep: SweepResult, transfer: TransferReport) -> str:
 
 
 def _following(sweep: SweepResult, transfer: TransferReport) -> list[str]:
-    """What to do next; how to serve a bundle only where that is not advised against."""
+    """Return what to do next; how to serve a bundle only if that is recommended."""
     if not transfer.bundle:
         return list(sweep.advice[:3])
     hours = sweep.advice[:1] if sweep.ended_by_hours else ()
@@ -62,7 +62,7 @@ def _following(sweep: SweepResult, transfer: TransferReport) -> list[str]:
 
 
 def _entry(name: str, written: str) -> list[str]:
-    """`name` in its own column, the text wrapped beside it. A path is never broken."""
+    """Return `name` in its own column, with the text wrapped beside it. A path is never broken."""
     wrapped = textwrap.wrap(
         " ".join(written.split("\n")), WIDTH - INDENT, break_long_words=False, break_on_hyphens=False, replace_whitespace=False
     )
@@ -85,7 +85,7 @@ def _best(sweep: SweepResult, best: TrialRecord | None, transfer: TransferReport
 
 
 def _figure(sweep: SweepResult, best: TrialRecord, transfer: TransferReport) -> str:
-    """`1.830`; trained from several seeds `1.812 ± 0.042 over 5 seeds (1.830 in the bundle)`."""
+    """Return `1.830`; with several seeds `1.812 ± 0.042 over 5 seeds (1.830 in the bundle)`."""
     own, by_seed = metric_text(measured_of(best, transfer).metric, sweep.metric), metric_over_seeds(sweep, best, transfer)
     if by_seed is None:
         return own

@@ -1,4 +1,4 @@
-"""What a person wants to know first: the verdict, the search, its trade-off, and what to do next."""
+"""First sections of the report: the verdict, the search, its trade-off, and what to do next."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from datetime import UTC, datetime
 
 from orchestrator.plan.data_size import too_few_steps_warning
 from orchestrator.plan.values import SweepPlan
-from orchestrator.report import evidence, figures, html
+from orchestrator.report import figures, html, run_details
 from orchestrator.report.figures import Curve, TradeOff
 from orchestrator.report.heatmap import heatmap
 from orchestrator.report.html import Html
-from orchestrator.report.live import in_progress
+from orchestrator.report.live_page import in_progress
 from orchestrator.report.matrix import RateMatrix, rate_matrices
-from orchestrator.report.trials import evaluated_early
+from orchestrator.report.trial_table import evaluated_early
 from orchestrator.report.wording import (
     MISSING,
     best_trial,
@@ -30,10 +30,10 @@ from orchestrator.report.wording import (
 from orchestrator.run.reader import RunRecords
 from orchestrator.spec.tasks import loss_unit
 from orchestrator.transfer import pareto_front
-from orchestrator.transfer.after_verdict import advice_after
 from orchestrator.transfer.headline import gain_is_loss_only
 from orchestrator.transfer.promotion import PROMOTABLE_CONTROLS
 from orchestrator.transfer.records import CONTROL_NAMES, SweepResult, TransferReport, TrialRecord
+from orchestrator.transfer.verdict_advice import advice_after
 from orchestrator.units import format_count, format_seconds
 
 SMOOTHING = 0.15
@@ -41,7 +41,7 @@ SMOOTHING = 0.15
 
 
 def head(run: RunRecords) -> Html:
-    """Title, verdict and the figures that matter."""
+    """Return title, verdict and the main figures."""
     parts = [html.tag("h1", run.name), html.tag("p", _under_title(run), css="under")]
     kind = run.transfer.verdict if run.transfer else None
     proud = kind == "positive" and run.transfer is not None and not gain_is_loss_only(run.transfer)
@@ -54,7 +54,7 @@ def head(run: RunRecords) -> Html:
     promoted = (run.sweep.winner or best_trial(run.sweep.searched, run.sweep.higher_is_better)) if run.sweep else None
     if few := too_few_steps_warning(promoted.total_steps) if promoted is not None and promoted.total_steps else "":
         parts.append(html.tag("p", _capital(few) + ".", css="warning"))
-    parts.append(evidence.data_notices(run))
+    parts.append(run_details.data_notices(run))
     if not run.complete:
         parts.append(in_progress(run))
     if run.gaps:
@@ -122,7 +122,7 @@ def _point(trial: TrialRecord | None) -> str:
 
 
 def search_map(run: RunRecords, sweep: SweepResult) -> Html:
-    """Layers by learning rate."""
+    """Return the heatmap of layers by learning rate."""
     order = [option.layers for option in run.plan.options] if isinstance(run.plan, SweepPlan) else []
     budgets = rate_matrices(sweep.searched, sweep.higher_is_better, order)
     panels = [panel for each in budgets for panel in each]
@@ -161,7 +161,7 @@ def _cell(value: float | None, count: int, tried: int, metric: str) -> str:
 
 
 def loss_curves(run: RunRecords, sweep: SweepResult) -> Html:
-    """The metric at the rungs and the training loss, over training tokens."""
+    """Return the metric at the rungs and the training loss, over training tokens."""
     best = sweep.winner or best_trial(sweep.searched, sweep.higher_is_better)
     at_rungs = [curve for trial in sweep.trials if (curve := _rung_curve(trial, sweep, trial is best)) is not None]
     training = [curve for trial in sweep.searched if (curve := _training_curve(run, trial, trial is best)) is not None]
@@ -220,7 +220,7 @@ def _training_curve(run: RunRecords, trial: TrialRecord, promoted: bool) -> Curv
 
 
 def trade_off(sweep: SweepResult) -> Html:
-    """Target against retention."""
+    """Return the chart of target and retention."""
     drawn = (trial for trial in sweep.trials if trial.control in (*PROMOTABLE_CONTROLS, "none") and trial.state != "failed")
     measured = [
         trial
@@ -267,7 +267,7 @@ def trade_off(sweep: SweepResult) -> Html:
 
 
 def recommendation(sweep: SweepResult) -> str:
-    """What was promoted and why, or why nothing was, in one sentence."""
+    """Return in one sentence what was promoted and why, or why nothing was."""
     reason = sweep.promotion_reason
     if sweep.promoted_by_hand:
         return f"{_capital(reason)}."
@@ -275,7 +275,7 @@ def recommendation(sweep: SweepResult) -> str:
 
 
 def _front(trials: list[TrialRecord], higher_is_better: bool) -> set[str]:
-    """Ids on the front; both coordinates turned so that less is better."""
+    """Return the ids on the Pareto front; both coordinates are converted so that lower is better."""
     sign = -1.0 if higher_is_better else 1.0
     points = [(sign * (trial.metric or 0.0), trial.forgetting or 0.0) for trial in trials]
     return {trials[index].trial_id for index in pareto_front(points)}

@@ -1,4 +1,4 @@
-"""Watching a run: a live table in a terminal, a line per event in a log, JSON lines for a script."""
+"""Views of a run: a live table in a terminal, a log with one line per event, JSON lines for a script."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from orchestrator.report.console import SafeConsole
 from orchestrator.report.progress import activity_text, left_text, progress_text
 from orchestrator.report.wording import MISSING, best_trial, counts, metric_text, plural, signed, sort_trials
 from orchestrator.transfer.records import TrialRecord
-from orchestrator.transfer.view import Activity, Progress, RunView
+from orchestrator.transfer.run_view import Activity, Progress, RunView
 from orchestrator.units import format_seconds, printable
 from orchestrator.values import printable_json, strict_json
 
 WIDTH = 100
 QUIET_S = 7.5
-"""Progress comes about once a second: with this, a log is never silent for ten, also on a busy machine."""
+"""Longest silence of a log. Progress arrives about once a second, so even a busy machine prints every ten seconds."""
 FIRST = "start"
-"""The phase before a run is opened."""
+"""Phase before a run is opened."""
 MAX_ROWS = 12
 MAX_EVENTS = 3
 LASTING = ("data", "warning", "default_section", "output_moved", "refit_passed_over", "control_left_out", "promoted_by_rule")
-"""Events that stay on a terminal, above the live table, which vanishes at the end."""
+"""Events that stay on the terminal above the live table, which vanishes at the end."""
 
 
 class Board:
-    """What is known of the run so far; every view reads from one."""
+    """Current state of the run, shared by all views."""
 
     def __init__(self) -> None:
         self.name = ""
@@ -61,13 +61,13 @@ class Board:
         return next((trial.metric for trial in self.trials.values() if trial.control == control), None)
 
     def counted(self) -> str:
-        """`7 of 16 trials: 2 running, 3 finished, 2 stopped`."""
+        """Return `7 of 16 trials: 2 running, 3 finished, 2 stopped`."""
         by_state = [f"{count} {state}" for state, count in counts(self.searched).items() if count]
         total = max(self.num_trials, len(self.searched))
         return f"{len(self.searched)} of {plural(total, 'trial')}" + (": " + ", ".join(by_state) if by_state else "")
 
     def against_base(self, trial: TrialRecord | None) -> str:
-        """`loss 1.830, base 3.920, head 3.100, forgetting +0.040 (bound 0.1)`."""
+        """Return `loss 1.830, base 3.920, head 3.100, forgetting +0.040 (bound 0.1)`."""
         said = [f"{self.metric} {metric_text(trial.metric if trial else None, self.metric)}"]
         said += [
             f"{control} {metric_text(value, self.metric)}"
@@ -81,7 +81,7 @@ class Board:
 
 
 class LogView:
-    """A line per event, without control codes; where nothing has happened for a while, what is awaited.
+    """Log with one line per event, without control codes; the current activities after a silence.
 
     Args:
         quiet_s: After so many seconds without a line.
@@ -137,7 +137,7 @@ class LogView:
 
 
 class JsonView:
-    """A JSON object per line: `kind` and the event's fields; every few seconds one of the kind `progress`.
+    """JSON lines: `kind` and the event's fields; every few seconds one of the kind `progress`.
 
     Args:
         quiet_s: Seconds between two of those.
@@ -176,7 +176,7 @@ class JsonView:
 
 
 class SweepView:
-    """The live table of a terminal: the best trial so far against the untouched base, and the trials; at most 100 columns."""
+    """Live table of a terminal: the best trial so far and the untouched base, and the trials; at most 100 columns."""
 
     def __init__(self, console: SafeConsole | None = None) -> None:
         self._console = console or SafeConsole(stderr=True)
@@ -210,7 +210,7 @@ class SweepView:
         self._live.stop()
 
     def render(self) -> RenderableType:
-        """The table as it stands now."""
+        """Return the current table."""
         board, best = self._board, self._board.best
         elapsed = format_seconds(time.monotonic() - board.started)
         title = [board.name, board.phase or "starting", elapsed]
@@ -226,7 +226,7 @@ class SweepView:
         return Group(*parts)
 
     def _awaited(self) -> list[str]:
-        """What is going on beside the trials of the table."""
+        """Return the activities besides the trials of the table."""
         now = self._board.now
         if now is None:
             return []
@@ -280,7 +280,7 @@ def _begin(board: Board, name: str, metric: str, higher_is_better: bool, max_for
 
 
 def open_view(*, json_lines: bool = False, stream: TextIO | None = None) -> RunView:
-    """The view for where the output goes: JSON lines where asked for, a live table on a terminal, else a log.
+    """Return the view for the output: JSON lines on request, a live table on a terminal, else a log.
 
     Args:
         stream: stderr unless given, so that stdout carries only results.

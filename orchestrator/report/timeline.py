@@ -1,7 +1,7 @@
-"""How every gang spent its time: a row a gang over the run's wall time, and the shares in a sentence.
+"""Timeline of the gangs: one row per gang over the run's wall time, and the shares in a sentence.
 
-What a gang did is read from its rungs' results and from the events of its starts and deaths. Where the records do not say
-(before a gang's first start, after its last work in a run that was broken off), nothing is drawn and nothing is counted.
+Spans are derived from the rungs' results and from the events of gang starts and failures. Periods without records (before a
+gang's first start, after its last work in an interrupted run) are neither drawn nor counted.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ COLOURS: dict[Kind, str] = {
     "lost": RED,
 }
 NUMBERED_SHARE = 0.03
-"""A bar of less than this share of the picture's width is too narrow for its trial's number."""
+"""Share of the figure's width below which a bar is too narrow for its trial's number."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """One gang doing one thing. Unix times, seconds."""
+    """Period in which a gang did one thing. Unix times, seconds."""
 
     gang: int
     kind: Kind
@@ -61,7 +61,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Submission:
-    """The part of a run that one submission made, and what its gangs did in it."""
+    """Part of a run made by one submission, with the spans of its gangs."""
 
     start: float
     end: float
@@ -69,7 +69,7 @@ class Submission:
 
 
 def submissions_of(run: RunRecords) -> tuple[Submission, ...]:
-    """What the gangs did, by submission; empty where nothing with a time was recorded."""
+    """Return the gangs' spans by submission; empty if nothing with a time was recorded."""
     results = [result for result in run.results if result.gang >= 0 and 0 < result.started_at <= result.finished_at]
     if not results:
         return ()
@@ -89,7 +89,7 @@ def submissions_of(run: RunRecords) -> tuple[Submission, ...]:
 
 
 def _submission(start: float, results: Sequence[RungResult], events: Sequence[dict[str, Any]], *, whole: bool) -> Submission:
-    """Gangs stay until the last of them has done its work, where the run came to its end (`whole`)."""
+    """Return one submission; if the run finished (`whole`), its gangs stay until the last one's work is done."""
     gangs = sorted({result.gang for result in results} | {int(e["gang"]) for e in events if _seconds_of_start(e) is not None})
     last = max((result.finished_at for result in results), default=start)
     spans = [
@@ -109,7 +109,7 @@ def _submission(start: float, results: Sequence[RungResult], events: Sequence[di
 def _spans_of_gang(
     gang: int, begun: float, results: Sequence[RungResult], events: Sequence[dict[str, Any]], last: float | None
 ) -> list[Span]:
-    """Starts and assignments as they are recorded, and between them what follows from both."""
+    """Return recorded starts and assignments, and the spans between them."""
     deaths = [_time(event) for event in events if event.get("kind") in ("gang_died", "gang_lost")]
     recorded = [list(_assignment(result)) for result in side_by_side(results)]
     for event in events:
@@ -128,8 +128,10 @@ def _spans_of_gang(
 
 
 def side_by_side(results: Sequence[RungResult]) -> list[RungResult]:
-    """One after another, as if each trial that shared its batches had had its even part of their time: the seconds of
-    training and scoring in a result are such parts, its beginning and end are those of the whole group."""
+    """Spread trials that shared batches over their common time, one after another in equal parts.
+
+    Their results record even parts of the training and scoring time, but the beginning and end of the whole group.
+    """
     groups: dict[tuple[int, float, float], list[RungResult]] = {}
     for result in results:
         groups.setdefault((result.gang, result.started_at, result.finished_at), []).append(result)
@@ -144,7 +146,7 @@ def side_by_side(results: Sequence[RungResult]) -> list[RungResult]:
 
 
 def _between(before: Span, after: Span, deaths: Sequence[float]) -> Iterator[Span]:
-    """The gap between two things that a gang is known to have done."""
+    """Return the span between two recorded ones."""
     died = next((time for time in deaths if before.end < time <= after.start), None)
     if died is not None:
         yield Span(before.gang, "lost", before.end, died)
@@ -155,8 +157,8 @@ def _between(before: Span, after: Span, deaths: Sequence[float]) -> Iterator[Spa
 
 
 def _assignment(result: RungResult) -> Iterator[Span]:
-    """Only the seconds of training and scoring are recorded, not when they began: what was needed to open and to save the
-    trial is put at the end."""
+    """Return the spans of one assignment. Only the seconds of training and scoring are recorded, not their start times, so the
+    time to open and save the trial is put at the end."""
     start = result.started_at
     parts: dict[Kind, float] = {"training": result.train_seconds, "scoring": result.eval_seconds, "keeping": float("inf")}
     for kind, seconds in parts.items():
@@ -171,7 +173,7 @@ def _time(event: dict[str, Any]) -> float:
 
 
 def _seconds_of_start(event: dict[str, Any]) -> float | None:
-    """How long a gang took to start; None for another event. Older versions say it in the message alone."""
+    """Return how long a gang took to start; None for other events. Older versions record it only in the message."""
     if event.get("kind") != "gang_ready" or not isinstance(event.get("gang"), int):
         return None
     if isinstance(event.get("seconds"), int | float):
@@ -181,14 +183,14 @@ def _seconds_of_start(event: dict[str, Any]) -> float | None:
 
 
 def seconds_by_kind(submissions: Sequence[Submission]) -> dict[Kind, float]:
-    """Seconds of all gangs together; kinds that did not occur are left out."""
+    """Return the seconds of all gangs by kind of span; kinds that did not occur are left out."""
     spans = [span for part in submissions for span in part.spans]
     sums: dict[Kind, float] = {kind: sum(span.seconds for span in spans if span.kind == kind) for kind in NAMES}
     return {kind: seconds for kind, seconds in sums.items() if seconds}
 
 
 def shares_sentence(submissions: Sequence[Submission]) -> str:
-    """`Of the 2 gangs' 1m40s, 80% was training, 10% scoring, ... and 2% idle.`"""
+    """Return `Of the 2 gangs' 1m40s, 80% was training, 10% scoring, ... and 2% idle.`"""
     by_kind = seconds_by_kind(submissions)
     total = sum(by_kind.values())
     gangs = {span.gang for part in submissions for span in part.spans}
@@ -202,7 +204,7 @@ def shares_sentence(submissions: Sequence[Submission]) -> str:
 
 
 def gang_times(run: RunRecords) -> Html:
-    """The picture, its sentence and its table."""
+    """Return the timeline with its sentence and its table."""
     submissions = submissions_of(run)
     if not submissions:
         return html.paragraph(
@@ -222,7 +224,7 @@ def gang_times(run: RunRecords) -> Html:
 
 
 def gang_chart(submissions: Sequence[Submission]) -> str:
-    """A row a gang, a colour for what it did; the submissions one after another."""
+    """Draw one row per gang, coloured by activity; submissions are concatenated."""
     gangs = sorted({span.gang for part in submissions for span in part.spans})
     lengths = [part.end - part.start for part in submissions]
     offsets = [sum(lengths[:index]) for index in range(len(lengths))]
@@ -251,6 +253,6 @@ def gang_chart(submissions: Sequence[Submission]) -> str:
 
 
 def _short(trial_id: str) -> str:
-    """`t007-3fa2c1` -> `7`; a control by its name."""
+    """Return `7` for `t007-3fa2c1`; the name for a control."""
     found = re.match(r"t(\d+)-", trial_id)
     return str(int(found[1])) if found else trial_id.partition("-")[0]

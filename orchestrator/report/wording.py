@@ -1,4 +1,4 @@
-"""Figures in words, the same on the page and in the terminal."""
+"""Figures as text, the same in the report and in the terminal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PERCENT = ("accuracy", "macro_f1", "exact_match")
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """`1.8304` -> `1.830`; NaN says so; what was not measured is a dash."""
+    """Return `1.830` for `1.8304`; NaN as text; a dash for None."""
     if value is None:
         return MISSING
     if not math.isfinite(value):
@@ -39,21 +39,21 @@ def signed(value: float | None, digits: int = 3) -> str:
 
 
 def metric_text(value: float | None, metric: str) -> str:
-    """Shares as per cent, losses with three digits."""
+    """Return shares as per cent, losses with three digits."""
     if value is not None and math.isfinite(value) and metric in PERCENT:
         return f"{100 * value:.1f}%"
     return number(value)
 
 
 def model_name(model: str) -> str:
-    """`head` -> `head only`, `repeat-2` -> `another seed (2)`."""
+    """Return `head only` for `head`, `another seed (2)` for `repeat-2`."""
     kind, _, count = model.partition("-")
     name = CONTROL_NAMES.get(kind, model)
     return f"{name} ({count})" if count and kind in CONTROL_NAMES else name
 
 
 def metric_over_seeds(sweep: SweepResult, trial: TrialRecord, transfer: TransferReport | None) -> OverSeeds | None:
-    """The metric on the eval set of a trial, or of its bundle, and of the same trial from other seeds; None with one seed."""
+    """Return the eval metric of a trial, or of its bundle, and of its repeats from other seeds; None with one seed."""
     own = measured_of(trial, transfer).metric
     repeats = [other for other in sweep.trials if other.control == "repeat" and other.trial_id.endswith(f"-{trial.trial_id}")]
     if transfer is not None and transfer.scores:  # those that stand beside the bundle: the others were trained otherwise
@@ -66,13 +66,13 @@ def metric_over_seeds(sweep: SweepResult, trial: TrialRecord, transfer: Transfer
 
 
 def interval_text(found: OverSeeds, metric: str) -> str:
-    """`1.830 ± 0.042`; shares as per cent."""
+    """Return `1.830 ± 0.042`; shares as per cent."""
     half = f"{100 * found.half_width:.1f}" if metric in PERCENT else number(found.half_width)
     return f"{metric_text(found.mean, metric)} ± {half}"
 
 
 def score_text(scores: ModelScores, metric: str) -> str:
-    """`41.2% on 200 of 500` for what was taken over fewer documents than the losses, or may be; else the metric alone."""
+    """Return the metric; `41.2% on 200 of 500` if it may cover fewer documents than the losses."""
     value = metric_text(scores.metrics.get(metric), metric)
     if metric != "exact_match" or metric not in scores.metrics or not scores.num_answered:
         return value
@@ -80,14 +80,14 @@ def score_text(scores: ModelScores, metric: str) -> str:
 
 
 def reads_sentence(reads: int) -> str:
-    """How often the test set was read, where that is more than the once that it should be."""
+    """Return a warning if the test set was read more than once; otherwise empty."""
     if reads < 2:
         return ""
     return f"the test set has been read {reads} times for this run: do not base choices on it; use new rows for a new verdict"
 
 
 def amount(value: float | None, unit: str) -> str:
-    """A figure of `PlanAgainstMeasured` with its unit."""
+    """Return a figure of `PlanAgainstMeasured` with its unit."""
     if value is None or not math.isfinite(value):
         return number(value)
     written = {"bytes": format_bytes, "seconds": format_seconds, "count": format_count}
@@ -101,7 +101,7 @@ def ratio(row: PlanAgainstMeasured) -> str:
 
 
 def sort_trials(trials: Iterable[TrialRecord], higher_is_better: bool) -> list[TrialRecord]:
-    """Best score first; then those without one; failed ones last."""
+    """Sort by score, best first; then trials without a score; failed ones last."""
 
     def key(trial: TrialRecord) -> tuple[int, float]:
         value = trial.score
@@ -114,25 +114,25 @@ def sort_trials(trials: Iterable[TrialRecord], higher_is_better: bool) -> list[T
 
 
 def best_trial(trials: Sequence[TrialRecord], higher_is_better: bool) -> TrialRecord | None:
-    """The best trial so far; None when none has a figure."""
+    """Return the best trial so far; None if none has a figure."""
     measured = [trial for trial in trials if trial.state != "failed" and trial.metric is not None and math.isfinite(trial.metric)]
     return sort_trials(measured, higher_is_better)[0] if measured else None
 
 
 def measured_of(trial: TrialRecord, transfer: TransferReport | None) -> TrialRecord | BundledFigures:
-    """The trial's figures: what was measured of its bundle, or, where it has none, at its last rung."""
+    """Return the trial's figures: those of its bundle or, without one, of its last rung."""
     if transfer is not None and transfer.bundled is not None and transfer.trial_id == trial.trial_id:
         return transfer.bundled
     return trial
 
 
 def counts(trials: Sequence[TrialRecord]) -> dict[str, int]:
-    """How many trials are in each state."""
+    """Return the number of trials in each state."""
     return {state: sum(trial.state == state for trial in trials) for state in ("running", "finished", "stopped", "failed")}
 
 
 def engine_text(executor: str, zero_stage: int, ranks: int) -> str:
-    """`deepspeed, ZeRO 2, 2 ranks`."""
+    """Return `deepspeed, ZeRO 2, 2 ranks`."""
     stage = f", ZeRO {zero_stage}" if executor == "deepspeed" else ""
     return f"{executor}{stage}, {plural(ranks, 'rank')}"
 
@@ -142,7 +142,7 @@ def plural(count: int, word: str) -> str:
 
 
 def summary_sentence(sweep: SweepResult) -> str:
-    """`16 trials in 1m14s on 2 worker groups, 9 stopped early, 1 failed`."""
+    """Return `16 trials in 1m14s on 2 worker groups, 9 stopped early, 1 failed`."""
     by_state = counts(sweep.searched)
     took = f" in {format_seconds(sweep.wall_seconds)}" if sweep.wall_seconds else ""
     said = [f"{plural(len(sweep.searched), 'trial')}{took} on {plural(sweep.num_gangs, 'worker group')}"]
@@ -154,7 +154,7 @@ def summary_sentence(sweep: SweepResult) -> str:
 
 
 def verdict_sentence(sweep: SweepResult | None, transfer: TransferReport | None) -> str:
-    """The verdict, or why there is none."""
+    """Return the verdict, or why there is none."""
     if transfer is not None and transfer.sentence:
         return headline(transfer)
     if sweep is None:

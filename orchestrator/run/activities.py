@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from orchestrator.errors import IntegrityError
 from orchestrator.run.layout import OWNER, RESULT, STARTS, STEPS, TRIAL, RunFolder, rung_files
 from orchestrator.store import read_json, write_json
-from orchestrator.transfer.view import Activity
+from orchestrator.transfer.run_view import Activity
 from orchestrator.work.assignment import MeasureShift, ScoreBlocks, TimeCompiling, TrainRung, Work
 from orchestrator.work.results import StepReport
 

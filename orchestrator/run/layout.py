@@ -13,7 +13,7 @@ SPEC = "spec.yaml"
 SWEEP = "sweep.json"
 TRIALS = "trials"
 PROGRESS = "progress.json"
-"""What the run is waiting for, kept up to date while its driver works (`transfer.view.Progress`)."""
+"""What the run is waiting for, kept up to date while its driver works (`transfer.run_view.Progress`)."""
 
 TRIAL, END = "trial.json", "end.json"
 """In a trial's folder: what was registered before it began, and how it ended."""

@@ -28,7 +28,7 @@ from orchestrator.spec.models import SearchSpec
 from orchestrator.store import read_record
 from orchestrator.store.folders import MANIFEST
 from orchestrator.transfer.records import SweepResult, TransferReport, TrialRecord
-from orchestrator.transfer.view import Progress
+from orchestrator.transfer.run_view import Progress
 from orchestrator.values import Value
 from orchestrator.work.measurements import DomainShift, LayerScores
 from orchestrator.work.results import RungResult, StepReport

@@ -11,8 +11,7 @@ from orchestrator.run.layout import RunFolder
 from orchestrator.run.ledger import Ledger, TrialEntry, base_result
 from orchestrator.run.scoring import Scoring
 from orchestrator.store import read_record, write_json
-from orchestrator.transfer.measured import EngineFigures
-from orchestrator.transfer.records import RungRecord, SweepResult, TransferReport, TrialRecord
+from orchestrator.transfer.records import EngineFigures, RungRecord, SweepResult, TransferReport, TrialRecord
 from orchestrator.work.memory_ladder import fits_in_no_way
 from orchestrator.work.results import RungResult
 

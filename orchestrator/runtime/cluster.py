@@ -22,7 +22,7 @@ from orchestrator.plan.placement import GPU_RANK_CPUS, RANK_CPUS
 from orchestrator.plan.values import ClusterDescription, NodeDescription
 from orchestrator.runtime.ray_health import guarded
 from orchestrator.store import file_identity, find_gpus, most_threads, num_usable_cpus, unreachable, write_atomic
-from orchestrator.store.stopping import stop_in_words
+from orchestrator.store.signals import stop_in_words
 from orchestrator.work.execution import ExecutionPlan
 
 SIGHT_S = 5.0

@@ -35,7 +35,7 @@ from orchestrator.runtime.first_steps import FirstSteps
 from orchestrator.runtime.gang import Gang, why_no_start
 from orchestrator.runtime.supervisor import Supervisor
 from orchestrator.runtime.work_queue import WorkQueue
-from orchestrator.transfer.view import Activity
+from orchestrator.transfer.run_view import Activity
 from orchestrator.work.assignment import Measurement, TrainRung, TrialWork, Work
 from orchestrator.work.results import MeasurementResult, RungResult, WorkResult
 from orchestrator.work.trial import TrialSpec

@@ -20,7 +20,7 @@ from orchestrator.runtime.prepare import Prepared, open_run, prepare
 from orchestrator.runtime.refit import refit_assignment, run_refit
 from orchestrator.spec import LoadedSpec
 from orchestrator.transfer.records import SweepResult
-from orchestrator.transfer.view import RunView
+from orchestrator.transfer.run_view import RunView
 
 
 def run_finetune(loaded: LoadedSpec, *, view: RunView, address: str | None = None, output: Path | None = None) -> RunOutcome:

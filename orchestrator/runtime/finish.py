@@ -28,7 +28,7 @@ from orchestrator.store import check_artifact, versions
 from orchestrator.store.folders import MANIFEST
 from orchestrator.transfer import memory_rows
 from orchestrator.transfer.records import BundledFigures, SweepResult, TransferReport
-from orchestrator.transfer.view import RunView
+from orchestrator.transfer.run_view import RunView
 from orchestrator.work.results import RungResult
 from orchestrator.work.trial import TrialSpec
 

@@ -19,7 +19,7 @@ from orchestrator.runtime.cluster import fetch
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.runtime.refit import selection_of, stands_as_it_is, steps_to_bundle
 from orchestrator.transfer.learning_curve import LearningCurve, learning_curve
-from orchestrator.transfer.view import RunView
+from orchestrator.transfer.run_view import RunView
 from orchestrator.work.results import RungResult
 from orchestrator.work.trial import TrialSpec
 

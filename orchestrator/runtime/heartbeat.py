@@ -20,7 +20,7 @@ from orchestrator.run.layout import PROGRESS
 from orchestrator.runtime.cluster import fetch
 from orchestrator.store import write_json
 from orchestrator.transfer.records import TrialRecord
-from orchestrator.transfer.view import Activity, Progress, RunView
+from orchestrator.transfer.run_view import Activity, Progress, RunView
 
 logger = logging.getLogger(__name__)
 BEAT_S = 1.0

@@ -26,7 +26,7 @@ from orchestrator.spec import parse_policy
 from orchestrator.store import read_record, write_json
 from orchestrator.train import TrainHost
 from orchestrator.transfer.domain_shift import Advice, advise
-from orchestrator.transfer.view import RunView
+from orchestrator.transfer.run_view import RunView
 from orchestrator.work.assignment import Measurement, MeasureShift, ScoreBlocks, TimeCompiling
 from orchestrator.work.execution import BaseLoad, ExecutionPlan
 from orchestrator.work.measurements import CompileChoice, CompileTimes, DomainShift, LayerScores

@@ -14,10 +14,10 @@ from orchestrator.runtime.heartbeat import Pulse
 from orchestrator.runtime.prepare import reopen
 from orchestrator.runtime.ray_health import guarded
 from orchestrator.store import read_record
-from orchestrator.transfer.naming import find_trial
 from orchestrator.transfer.promotion import PROMOTABLE_CONTROLS
 from orchestrator.transfer.records import SweepResult
-from orchestrator.transfer.view import RunView
+from orchestrator.transfer.run_view import RunView
+from orchestrator.transfer.trial_lookup import find_trial
 
 BY_THE_RULE = "; by the rule: "
 _NOT_BY_THE_RULE = "it is measured only for a trial promoted by the rule"

@@ -27,7 +27,7 @@ from orchestrator.spec import JobSpec, LoadedSpec, spec_sha256
 from orchestrator.store import base_identity, file_identity, output_to, read_record, write_json
 from orchestrator.store.files import RECORD_REMEDY
 from orchestrator.train.evaluation import text_metric
-from orchestrator.transfer.view import RunView
+from orchestrator.transfer.run_view import RunView
 from orchestrator.values import content_hash
 from orchestrator.work.assignment import WorkContext
 from orchestrator.work.execution import DataPaths, ExecutionPlan, TrainSettings

@@ -20,7 +20,7 @@ from orchestrator.run.layout import END, EVALUATION, OWNER, RESULT, TRIAL, rung_
 from orchestrator.run.ledger import TrialEnd, TrialHead
 from orchestrator.store import check_folder, read_json, read_record, set_aside, write_json
 from orchestrator.transfer.records import SweepResult, TransferReport
-from orchestrator.transfer.view import RunView
+from orchestrator.transfer.run_view import RunView
 from orchestrator.work.assignment import contradiction, ownership
 from orchestrator.work.measurements import CompileChoice, DomainShift, LayerScores
 from orchestrator.work.memory_ladder import STEPPED_DOWN, SteppedDown

@@ -34,7 +34,7 @@ from orchestrator.runtime.task_supervision import Minder, send_pulses
 from orchestrator.store import read_json, read_record, write_json
 from orchestrator.train import TrainHost, drop_later_checkpoints, find_own
 from orchestrator.transfer.records import RefitRecord
-from orchestrator.transfer.view import RunView
+from orchestrator.transfer.run_view import RunView
 from orchestrator.work.assignment import EvaluateBase, TrainRung, owner_of
 from orchestrator.work.execution import BaseLoad, ExecutionPlan
 from orchestrator.work.memory_ladder import STEPPED_DOWN, SteppedDown, fits_in_no_way, nothing_smaller, relieve, with_relief

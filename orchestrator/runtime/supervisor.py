@@ -12,7 +12,7 @@ from orchestrator.run.activities import activity_of
 from orchestrator.runtime.assignments import MAX_ATTEMPTS, GangFigures, QueuedWork, next_attempt, with_history
 from orchestrator.runtime.gang import Gang, GangDiedError, why_no_start
 from orchestrator.runtime.work_queue import WorkQueue
-from orchestrator.transfer.view import Activity
+from orchestrator.transfer.run_view import Activity
 from orchestrator.work.assignment import Work
 from orchestrator.work.execution import ExecutionPlan
 from orchestrator.work.results import RungResult, WorkResult

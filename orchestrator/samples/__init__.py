@@ -1,4 +1,4 @@
-"""The sample that ships with the project: a real, small base and a task to tune it on, both usable without a network.
+"""Sample base model and sample task that ship with the package; both work without a network.
 
 `SAMPLE_BASE` is a folder in Hugging Face's layout (what `base.model: sample` means). `SAMPLE_DATA` holds `train.jsonl`,
 `eval.jsonl` and `test.jsonl` with columns `prompt` and `completion`, and `retain.jsonl` with a column `text`. Each

@@ -1,4 +1,4 @@
-"""From the promoted trial to a folder that can be served. No Ray in here.
+"""Build, verify, score and query serving bundles. Does not import Ray.
 
     staged = stage_bundle(inputs, run.bundle)                              # merge; everything lies in bundle.partial
     figures = verify(staged.folder, trained_model(inputs, staged.plan))    # law 5, in a fresh process
@@ -18,29 +18,29 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from orchestrator.serve.bundle import BundleRecord, StagedBundle, commit_bundle, serve_commands, stage_bundle, trained_model
-    from orchestrator.serve.inputs import BundleInputs
+    from orchestrator.serve.bundle_check import read_record, verify_bundle
+    from orchestrator.serve.bundle_inputs import BundleInputs
     from orchestrator.serve.merging import merge
-    from orchestrator.serve.recheck import read_record, verify_bundle
     from orchestrator.serve.scores import HeldOutScores, document_scores, score_test
-    from orchestrator.serve.verifying import TrainedModel, require_passed, verify
+    from orchestrator.serve.verification import TrainedModel, require_passed, verify
 
 _HOMES = {
-    "BundleInputs": "inputs",
+    "BundleInputs": "bundle_inputs",
     "BundleRecord": "bundle",
     "HeldOutScores": "scores",
     "StagedBundle": "bundle",
-    "TrainedModel": "verifying",
+    "TrainedModel": "verification",
     "commit_bundle": "bundle",
     "document_scores": "scores",
     "merge": "merging",
-    "read_record": "recheck",
-    "require_passed": "verifying",
+    "read_record": "bundle_check",
+    "require_passed": "verification",
     "score_test": "scores",
     "serve_commands": "bundle",
     "stage_bundle": "bundle",
     "trained_model": "bundle",
-    "verify": "verifying",
-    "verify_bundle": "recheck",
+    "verify": "verification",
+    "verify_bundle": "bundle_check",
 }
 __all__ = [
     "BundleInputs",

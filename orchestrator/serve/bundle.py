@@ -1,4 +1,4 @@
-"""The bundle: a folder that goes to serving, whole or not there at all.
+"""The bundle: a folder for serving that is either complete or absent.
 
     staged = stage_bundle(inputs, final)                     # merged weights, config, tokenizer, adapter or delta
     figures = verify(staged.folder, trained_model(inputs, staged.plan))
@@ -25,11 +25,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from orchestrator.data import TokenizedSet, load_tokenizer, padding
 from orchestrator.errors import VerificationError
 from orchestrator.plan.merge import LinkShard, MergedInto, MergePlan, make_merge_plan
+from orchestrator.serve.bundle_inputs import BundleInputs, shown_base
 from orchestrator.serve.card import NEEDS_SERVING, model_card
-from orchestrator.serve.inputs import BundleInputs, shown_base
 from orchestrator.serve.merging import MergeRecord, merge
 from orchestrator.serve.shards import link_or_copy
-from orchestrator.serve.verifying import TrainedModel, require_passed
+from orchestrator.serve.verification import TrainedModel, require_passed
 from orchestrator.spec.models import Task
 from orchestrator.spec.tasks import TASKS
 from orchestrator.store import commit_folder, read_json, sha256_file, versions, write_json
@@ -54,26 +54,26 @@ SIDE_FILES = (
     "generation_config.json",
     "LICENSE*",
 )
-"""What of the base's folder a served model needs beside weights and config."""
+"""Files of the base's folder that a served model needs besides weights and config."""
 CARD, SPEC, GENERATION = "README.md", "spec.json", "generation_config.json"
 
 
 class BaseRecord(Value):
-    """Which base the bundle was made from."""
+    """Base that the bundle was made from."""
 
     name: str
     path: str
-    """Relative to the bundle's folder."""
+    """Path relative to the bundle's folder."""
     revision: str | None
     config_sha256: str
     weights_sha256: str
-    """Over the names and hashes of its weight files."""
+    """Hash over the names and hashes of its weight files."""
     load: BaseLoad
-    """How training loaded it; its `folder` is left empty."""
+    """Options that training loaded it with; `folder` is empty."""
 
 
 class BundleRecord(Value):
-    """The bundle's own part of manifest.json: where it comes from, and what was proved of it."""
+    """The bundle's part of manifest.json: its origin and its verification."""
 
     format: Literal[1] = 1
     name: str
@@ -86,10 +86,10 @@ class BundleRecord(Value):
     merged_into: MergedInto
     held_dtype: Literal["bfloat16", "float32"]
     drift: float
-    """KL(trained || bundle), nats per token: what merging and rounding changed."""
+    """KL(trained || bundle), nats per token: the effect of merging and rounding."""
     verification: VerificationFigures
     held_out: str
-    """The documents of the verification, relative to the bundle's folder."""
+    """Documents used for verification, relative to the bundle's folder."""
     data_sha256: str
     verdict: str | None = None
     versions: dict[str, str] = {}
@@ -97,7 +97,7 @@ class BundleRecord(Value):
 
 @dataclass(frozen=True)
 class StagedBundle:
-    """A bundle on its way: complete but for card and manifest, and not yet verified."""
+    """Bundle without card and manifest, not yet verified."""
 
     folder: Path
     """`<bundle>.partial`."""
@@ -107,13 +107,14 @@ class StagedBundle:
 
 
 def stage_bundle(inputs: BundleInputs, final: Path) -> StagedBundle:
-    """Merge the promoted trial and put beside it what serving needs.
+    """Merge the promoted trial and add the files that serving needs.
 
-    An earlier, unfinished try in the same place is removed.
+    An earlier incomplete attempt in the same place is removed.
 
     Raises:
-        SelectionError: what was trained does not fit the base.
+        SelectionError: the trained weights do not fit the base.
         BaseError: the base's files changed or are gone.
+
     """
     plan = make_merge_plan(
         inputs.anatomy,
@@ -139,7 +140,7 @@ def stage_bundle(inputs: BundleInputs, final: Path) -> StagedBundle:
 
 
 def bundle_config(config: dict[str, Any], plan: MergePlan) -> dict[str, Any]:
-    """The base's config.json, changed where the merged model is another."""
+    """Return the base's config.json with the changes that the merged model needs."""
     config = dict(config)
     if plan.unties_head:
         config["tie_word_embeddings"] = False
@@ -155,7 +156,7 @@ def bundle_config(config: dict[str, Any], plan: MergePlan) -> dict[str, Any]:
 
 
 def trained_model(inputs: BundleInputs, plan: MergePlan) -> TrainedModel:
-    """What the staged bundle must reproduce."""
+    """Return the model that the staged bundle must reproduce."""
     return TrainedModel(
         base=inputs.base,
         anatomy=inputs.anatomy,
@@ -167,7 +168,7 @@ def trained_model(inputs: BundleInputs, plan: MergePlan) -> TrainedModel:
 
 
 def commit_bundle(staged: StagedBundle, inputs: BundleInputs, transfer: TransferReport) -> Path:
-    """Write card, spec and manifest, and give the bundle its name.
+    """Write card, spec and manifest, and rename the bundle to its final name.
 
     Args:
         transfer: With `verification`; verdict, scores and prompts go into the card.
@@ -190,7 +191,7 @@ def commit_bundle(staged: StagedBundle, inputs: BundleInputs, transfer: Transfer
 
 
 def serve_commands(bundle: Path | str, task: Task) -> tuple[str, ...]:
-    """How the bundle is served; `transformers serve` generates text only."""
+    """Return the commands that serve the bundle; `transformers serve` generates text only."""
     runner = TASKS[task].head.runner
     if runner:
         return (f"vllm serve {bundle} --runner {runner}",)
@@ -198,7 +199,7 @@ def serve_commands(bundle: Path | str, task: Task) -> tuple[str, ...]:
 
 
 def base_weights_sha256(anatomy_files: set[str], folder: Path, known: dict[str, str]) -> str:
-    """One hash over the base's weight files; those in `known` are not read again."""
+    """Return one hash over the base's weight files; those in `known` are not read again."""
     return content_hash({file: known.get(file) or sha256_file(folder / file) for file in sorted(anatomy_files)})
 
 
@@ -232,7 +233,7 @@ def _record(staged: StagedBundle, inputs: BundleInputs, transfer: TransferReport
 
 
 def _without_folders(value: Any) -> Any:
-    """Absolute paths in the spec say where somebody's files lie; only their last part goes out."""
+    """Replace absolute paths in the spec by their last part: the folders of this machine are not published."""
     if isinstance(value, dict):
         return {key: _without_folders(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -253,10 +254,10 @@ def _copy_side_files(base: Path, folder: Path, *, generates: bool) -> None:
 
 
 def _write_ends(base: Path, folder: Path, stops: Sequence[int]) -> None:
-    """generation_config.json with the tokens that end an answer, so that whoever generates stops there.
+    """Write generation_config.json with the tokens that end an answer, so that generation stops there.
 
-    The base's file stays as it is where it names them already. transformers takes a file that calls itself made from
-    config.json for no word of its own: the new one does not.
+    The base's file is kept if it already names them. `_from_model_config` is dropped, since transformers ignores a file that
+    claims to be derived from config.json.
     """
     file = folder / GENERATION
     known = read_json(file) if file.exists() else None
@@ -272,9 +273,9 @@ def _write_ends(base: Path, folder: Path, stops: Sequence[int]) -> None:
 
 
 def _put_artifact(artifact: Path, folder: Path, base: Path) -> None:
-    """The adapter or delta itself, linked where possible: the live model can be put together from it again.
+    """Add the adapter or delta itself, linked where possible, so that the trained model can be rebuilt from it.
 
-    An adapter names the base's folder in full: PEFT looks for a relative path from wherever the process stands.
+    An adapter names the base's folder as an absolute path: PEFT resolves a relative one against the current folder.
     """
     for name in (ADAPTER, DELTA):
         if not (artifact / name).is_dir():

@@ -1,4 +1,4 @@
-"""The model card: what the bundle is, how it was made, what was measured, how it is served."""
+"""The model card: what the bundle is, how it was made, what was measured, how to serve it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from orchestrator.plan import REPEAT
-from orchestrator.serve.inputs import BundleInputs, shown_base
+from orchestrator.serve.bundle_inputs import BundleInputs, shown_base
 from orchestrator.serve.metadata import front_matter, licence_sentence
 from orchestrator.serve.usage import prompt_rule, snippet
 from orchestrator.spec.tasks import HeadTraits
-from orchestrator.transfer.after_verdict import advice_after, decided_by
 from orchestrator.transfer.headline import advice_on_answers, gain_is_loss_only, headline
 from orchestrator.transfer.records import CONTROL_NAMES, ModelScores, PromptComparison, TransferReport, VerificationFigures
+from orchestrator.transfer.verdict_advice import advice_after, decided_by
 from orchestrator.units import format_count
 
 NAMES = {"promoted": "this model", **CONTROL_NAMES}
@@ -22,19 +22,19 @@ NOT_SHOWN = {
     "scratch": "a gain over the base was shown, but not over random weights trained from scratch",
     "repeat": "a gain over the base was shown for this model, but not for training from other seeds",
 }
-"""What a verdict that is not `positive` leaves open, by what decided it."""
+"""What remains unproven by a verdict that is not `positive`, by the comparison that decided it."""
 MERGED_INTO = {
     "dequantized": "the base's 4-bit weights as used in training, dequantized to 16 bits",
     "original": "the base's stored weights",
 }
 NEEDS_SERVING = "# pip install 'transformers[serving]'"
-"""Behind `transformers serve`, which the plain package refuses to do."""
+"""Comment after `transformers serve`, which needs more than the plain package."""
 CELL = 240
 """Characters of a prompt or an answer that a card shows."""
 
 
 def model_card(inputs: BundleInputs, transfer: TransferReport, versions: Mapping[str, str]) -> str:
-    """The text of README.md. Nothing of this machine's folders is in it."""
+    """Return the text of README.md. It contains no paths of this machine."""
     assert transfer.verification is not None
     sections = [
         front_matter(inputs, transfer),
@@ -75,7 +75,7 @@ def _how_it_was_made(inputs: BundleInputs, versions: Mapping[str, str]) -> str:
 
 
 def _steps(inputs: BundleInputs) -> str:
-    """`40 steps, 12k tokens`; `12 of 40 steps` where it was taken earlier."""
+    """Return `40 steps, 12k tokens`; `12 of 40 steps` for an earlier checkpoint."""
     trial = inputs.trial
     if inputs.step is not None and inputs.step < trial.total_steps:
         return f"{inputs.step} of {trial.total_steps} steps"
@@ -192,7 +192,7 @@ def _limitations(inputs: BundleInputs, transfer: TransferReport) -> str:
 
 
 def _not_shown(transfer: TransferReport) -> str:
-    """A gain over the base that is not clear goes before whatever decided."""
+    """Return what was not proven: an unclear gain over the base comes before whatever else decided."""
     gain = next((comparison for comparison in transfer.comparisons if comparison.against == "none"), None)
     return NOT_SHOWN[decided_by(transfer) if gain is not None and gain.low > 0 else "none"]
 

@@ -1,4 +1,4 @@
-"""What a frozen weight is after nf4: the numbers that training multiplied with (QLoRA, Dettmers et al. 2023).
+"""The values of a frozen weight after nf4 quantization: those that training multiplied with (QLoRA, Dettmers et al. 2023).
 
 Settings as in training: nf4, blocks of 64, double quantization (the blocks' scales in 8 bits, 256 at a time, as
 bitsandbytes fixes it). bitsandbytes' own CPU quantizer takes about 90 ns an element, so the way there and back is
@@ -17,24 +17,24 @@ BLOCK = 64
 SCALE_BLOCK = 256
 PIECE_ELEMENTS = 1 << 18
 BINS = 64
-"""Equal bins over [-1, 1], narrow enough that each holds at most one boundary between two codes."""
+"""Number of equal bins over [-1, 1]: narrow enough that each holds at most one boundary between two codes."""
 
 
 @dataclass(frozen=True)
 class HeldWeight:
-    """A weight[out, in] whose rows can be had as training held them."""
+    """Weight[out, in] whose rows can be read with the values that training used."""
 
     weight: torch.Tensor
-    """As stored, mapped from its file."""
+    """Stored weight, memory-mapped from its file."""
     absmax: torch.Tensor
-    """float32[out * in / 64]: each block's scale, exact."""
+    """float32[out * in / 64]: exact scale of each block."""
     held_absmax: torch.Tensor
-    """The same after its own quantization."""
+    """Scales after their own quantization."""
     dtype: torch.dtype
-    """What training loaded the weight as, and dequantized it to."""
+    """Type that training loaded the weight as, and dequantized it to."""
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Rows [stop - start, in] in `dtype`."""
+        """Return rows [stop - start, in] in `dtype`."""
         width = self.weight.shape[1]
         blocks = slice(start * width // BLOCK, stop * width // BLOCK)
         scaled = _blocks(self.weight[start:stop], self.dtype) * (1.0 / self.absmax[blocks].clamp(min=1e-38))[:, None]
@@ -43,7 +43,7 @@ class HeldWeight:
 
 
 def hold_quantized(weight: torch.Tensor, dtype: torch.dtype) -> HeldWeight | torch.Tensor:
-    """A weight[out, in] through nf4 and back.
+    """Quantize a weight[out, in] to nf4 and return it with readable rows.
 
     Where a row is no whole number of blocks it comes back as a whole tensor: bitsandbytes' CPU kernel (0.50) then
     places the blocks by the tensor's shape, and what training saw is what that kernel gives.
@@ -63,19 +63,19 @@ def hold_quantized(weight: torch.Tensor, dtype: torch.dtype) -> HeldWeight | tor
 
 
 def _blocks(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """float32[elements / 64, 64], a copy."""
+    """Return float32[elements / 64, 64], a copy."""
     return rows.to(dtype).to(torch.float32, copy=True).reshape(-1, BLOCK)
 
 
 def _double_quantized(absmax: torch.Tensor) -> torch.Tensor:
-    """The blocks' scales through 8 bits and back, as `compress_statistics` does it."""
+    """Quantize the blocks' scales to 8 bits and back, as `compress_statistics` does."""
     offset = absmax.mean()
     codes, state = functional.quantize_blockwise(absmax - offset, blocksize=SCALE_BLOCK)
     return (functional.dequantize_blockwise(codes, state) + offset).float()
 
 
 def _nearest_codes(scaled: torch.Tensor) -> torch.Tensor:
-    """float32[n, 64] in [-1, 1] -> the code that bitsandbytes picks: the first whose upper boundary is not exceeded."""
+    """Map float32[n, 64] in [-1, 1] to the code that bitsandbytes picks: the first whose upper boundary is not exceeded."""
     boundaries, values = _tables()
     bins = ((scaled + 1) * (BINS / 2)).to(torch.int32).clamp_(max=BINS - 1).reshape(-1)
     above = scaled.reshape(-1) > boundaries.index_select(0, bins)
@@ -84,7 +84,7 @@ def _nearest_codes(scaled: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _tables() -> tuple[torch.Tensor, torch.Tensor]:
-    """For each bin the boundary within it (2 where there is none), and the codes below and above that boundary."""
+    """Return for each bin the boundary within it (2 if there is none), and the codes below and above that boundary."""
     codes = functional.get_4bit_type("nf4", device="cpu")
     midpoints = (codes[:-1] + codes[1:]) / 2
     edges = torch.linspace(-1, 1, BINS + 1)

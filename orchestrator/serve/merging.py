@@ -1,7 +1,7 @@
-"""Carrying a MergePlan out, tensor by tensor: one mapped from the base, a few rows of it in float32 at a time.
+"""Execute a MergePlan tensor by tensor: mapped from the base, a few rows at a time in float32.
 
-Memory beside mapped files is a few pieces of PIECE_BYTES, one adapter, and the scales of one quantized tensor.
-Sums are made in float32 and rounded once, to the base's type.
+Besides mapped files, memory holds a few pieces of PIECE_BYTES, one low-rank pair, and the scales of one quantized tensor. Sums
+are computed in float32 and rounded once, to the base's type.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from orchestrator.values import Value
 from orchestrator.work.artifact import StoredAdapter
 
 PIECE_BYTES = MIB
-"""float32 bytes of one piece: what stays in a core's own cache is several times as fast as what does not."""
+"""float32 bytes of one piece: pieces that fit in a core's own cache are merged several times as fast."""
 COPY_BYTES = 8 * MIB
 INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -47,11 +47,11 @@ class MergedFile(Value):
     sha256: str
     num_bytes: int
     linked: bool = False
-    """Shares its bytes on the disk with the base's own shard."""
+    """True if it is a hard link to the base's own shard."""
 
 
 class MergeRecord(Value):
-    """What the merge wrote; hashes were taken while the bytes went by."""
+    """Files that the merge wrote; hashes are computed while writing."""
 
     files: tuple[MergedFile, ...]
     seconds: float
@@ -66,7 +66,7 @@ class MergeRecord(Value):
 
 
 def merge(plan: MergePlan, folder: Path) -> MergeRecord:
-    """Write the merged weights, and the index where there are several shards, into `folder`.
+    """Write the merged weights, and the index if there are several shards, into `folder`.
 
     Args:
         folder: Exists, holds none of the output files, and is not yet what anybody reads.
@@ -100,7 +100,7 @@ def _write(plan: MergePlan, shard: WriteShard, folder: Path) -> MergedFile:
 
 
 def _pieces(plan: MergePlan, tensor: WriteTensor) -> Iterator[torch.Tensor]:
-    """The output tensor's rows in order, in its own type, a piece at a time."""
+    """Yield the output tensor's rows in order, in its own type, one piece at a time."""
     base, trained = Path(plan.base_folder), Path(plan.artifact_folder)
     match tensor.operation:
         case Replace(trained=info) | NewTensor(trained=info):
@@ -145,7 +145,7 @@ def _adapted_pieces(
 
 
 def _mapped(folder: Path, info: TensorInfo) -> torch.Tensor:
-    """A stored tensor, mapped from its file: its pages are the page cache's, not this process's own.
+    """Return a stored tensor, memory-mapped: its pages belong to the page cache, not to this process.
 
     Raises:
         BaseError: the file or the tensor is gone, or it has changed since the plan was made.

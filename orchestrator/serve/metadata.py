@@ -1,4 +1,4 @@
-"""The YAML at the head of a model card, as the Hugging Face hub reads it, and what the base says of its licence.
+"""YAML metadata of a model card for the Hugging Face hub, and the licence that the base names.
 
 Format: https://huggingface.co/docs/hub/model-cards, metrics in its `model-index`.
 """
@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from orchestrator.serve.inputs import BundleInputs, shown_base
+from orchestrator.serve.bundle_inputs import BundleInputs, shown_base
 from orchestrator.transfer.records import ModelScores, TransferReport
 
 UNKNOWN = "unknown"
-"""The hub's own word for a licence that nobody knows."""
+"""The hub's identifier for an unknown licence."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 LICENCE_TEXTS = (
     ("apache-2.0", r"apache license\s+version 2\.0"),
@@ -33,7 +33,7 @@ LICENCE_TEXTS = (
     ("llama2", r"llama 2 community license"),
     ("gemma", r"gemma terms of use"),
 )
-"""The hub's identifier, and how the beginning of the licence's text reads."""
+"""Hub identifier, and a pattern for the beginning of the licence's text."""
 METRIC_NAMES = {
     "loss": "loss, nats per supervised token",
     "perplexity": "perplexity",
@@ -42,20 +42,20 @@ METRIC_NAMES = {
     "macro_f1": "macro F1",
 }
 METRIC_TYPES = {"macro_f1": "f1"}
-"""The hub's name of a metric, where it is another than ours."""
+"""The hub's name of a metric, if it differs from ours."""
 
 
 class Licence(NamedTuple):
-    """What the base's files say."""
+    """Licence as the base's files name it."""
 
     values: dict[str, str]
-    """`license`, and for one of its own `license_name` and `license_link`."""
+    """`license`, and for a custom one `license_name` and `license_link`."""
     said_by: str
-    """Which file says it; empty where none does."""
+    """File that names it; empty if none does."""
 
 
 def front_matter(inputs: BundleInputs, transfer: TransferReport) -> str:
-    """The card's metadata between its `---` lines."""
+    """Return the card's metadata between its `---` lines."""
     values: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": inputs.base.traits.head.pipeline_tag,
@@ -78,7 +78,7 @@ def front_matter(inputs: BundleInputs, transfer: TransferReport) -> str:
 
 
 def base_id(inputs: BundleInputs) -> str:
-    """The hub's id of the base where the spec or the base itself gives one, else its name; never a path of this machine."""
+    """Return the base's hub id if the spec or the base gives one, else its name; never a path of this machine."""
     shown = shown_base(inputs.base_name)
     if HUB_ID.fullmatch(shown):
         return shown
@@ -87,7 +87,7 @@ def base_id(inputs: BundleInputs) -> str:
 
 
 def licence_of(base: Path) -> Licence:
-    """By the head of its README.md, its config.json, or the text of its licence file, in this order."""
+    """Find the licence in the base's README.md, its config.json, or its licence file, in this order."""
     head = _head_of(base / "README.md")
     if isinstance(head.get("license"), list):
         head["license"] = next(iter(head["license"]), None)
@@ -107,7 +107,7 @@ def licence_of(base: Path) -> Licence:
 
 
 def licence_sentence(base: Path) -> str:
-    """What a reader must know of the licence."""
+    """Return what a reader must know about the licence."""
     found = licence_of(base)
     if not found.said_by:
         return "The base model's files name no licence: check it before you use or share this model."
@@ -116,7 +116,7 @@ def licence_sentence(base: Path) -> str:
 
 
 def _metrics(transfer: TransferReport) -> Iterator[dict[str, Any]]:
-    """Of this model on the test set; what is not finite is left out."""
+    """Return the model's finite metrics on the test set."""
     own: ModelScores | None = next((scores for scores in transfer.scores if scores.model == "promoted"), None)
     for name, value in own.metrics.items() if own is not None else ():
         if math.isfinite(value):
@@ -131,7 +131,7 @@ def _result(inputs: BundleInputs, metrics: list[dict[str, Any]], sources: list[s
 
 
 def _hub_data_sets(inputs: BundleInputs) -> Iterator[str]:
-    """Ids of the data sets that the spec takes from the hub; files of this machine are nobody's business."""
+    """Return the ids of data sets that the spec takes from the hub; local files are not published."""
     data = inputs.spec.get("data")
     train = data.get("train") if isinstance(data, dict) else None
     for source in train if isinstance(train, list | tuple) else [train]:
@@ -141,7 +141,7 @@ def _hub_data_sets(inputs: BundleInputs) -> Iterator[str]:
 
 
 def _head_of(file: Path) -> dict[str, Any]:
-    """The YAML at the head of a README.md; an empty one where there is none that can be read."""
+    """Return the YAML metadata of a README.md; empty if there is none that can be parsed."""
     found = re.match(r"\A---\r?\n(.*?)\r?\n---", _text(file), re.DOTALL)
     try:
         value = YAML(typ="safe", pure=True).load(found[1]) if found else {}

@@ -1,4 +1,4 @@
-"""A bundle that answers, by plain transformers: a prompt at a time with its tokens as they come, or a file of rows in batches.
+"""Generate answers with a bundle by plain transformers: one prompt with streamed tokens, or a file of rows in batches.
 
     predictor = open_predictor(bundle)                 # or open_predictor(bundle, untouched=True): the base it came from
     predictor.answer(questions, max_new_tokens=256)    # in batches, greedily
@@ -23,7 +23,7 @@ from transformers import TextStreamer
 from orchestrator.data import load_tokenizer
 from orchestrator.errors import BaseError, DataError, IntegrityError, UsageError
 from orchestrator.serve.bundle import SPEC, BundleRecord
-from orchestrator.serve.recheck import read_record
+from orchestrator.serve.bundle_check import read_record
 from orchestrator.spec.models import Task
 from orchestrator.spec.tasks import TASKS
 from orchestrator.store import read_json
@@ -34,32 +34,32 @@ Messages = tuple[Mapping[str, Any], ...]
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked: a text, or a chat's turns; and what it is called in messages."""
+    """Prompt or chat to answer, with its name for messages."""
 
     content: str | Messages
     place: str = ""
-    """`file:line`, where it comes from a file."""
+    """`file:line`, if it comes from a file."""
     separator: str | None = None
-    """Follows a text instead of the bundle's own separator."""
+    """Replaces the bundle's own separator after a text."""
     tools: tuple[dict[str, Any], ...] = ()
     """JSON Schemas of the functions that a chat may call."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A greedy answer, or a class."""
+    """Greedy answer, or predicted class."""
 
     text: str
-    """The answer without its end token; of a classifier the likeliest class."""
+    """Answer without its end token; for a classifier the most likely class."""
     ended: bool = True
-    """Whether the model ended it; False where it was cut off at `max_new_tokens`."""
+    """True if the model ended it; False if it was cut off at `max_new_tokens`."""
     probabilities: Mapping[str, float] | None = None
-    """Of a classifier: every class, the likeliest first."""
+    """For a classifier: all classes, most likely first."""
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """A loaded model with its tokenizer, and how its task puts a question."""
+    """Loaded model with its tokenizer and its task's prompt format."""
 
     model: Any
     tokenizer: Any
@@ -69,7 +69,7 @@ class Predictor:
     end_ids: frozenset[int]
     """Tokens that end an answer."""
     longest: int
-    """Positions that the model has, for question and answer together."""
+    """Maximum positions of the model, for question and answer together."""
 
     @property
     def classifies(self) -> bool:
@@ -82,7 +82,7 @@ class Predictor:
         return TASKS[self.task].uses_chat_template
 
     def answer(self, questions: Sequence[Question], max_new_tokens: int) -> list[Answer]:
-        """Answers in the order of the questions, from one batch.
+        """Answer one batch of questions, in their order.
 
         Raises:
             DataError: a question that the chat template refuses, or that leaves no room for an answer; names its place.
@@ -99,7 +99,7 @@ class Predictor:
         return [self._answered(row[width:].tolist()) for row in output]
 
     def stream(self, question: Question, write: Callable[[str], None], max_new_tokens: int) -> Answer:
-        """Answer one question and hand its text to `write` piece by piece.
+        """Answer one question and pass its text to `write` piece by piece.
 
         Raises:
             DataError: as `answer` says.
@@ -113,7 +113,7 @@ class Predictor:
         return self._answered(output[0][len(row) :].tolist())
 
     def question_ids(self, question: Question) -> list[int]:
-        """The question's tokens as training had them before an answer.
+        """Return the question's tokens as training had them before an answer.
 
         Raises:
             DataError: as `answer` says.
@@ -146,7 +146,7 @@ class Predictor:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _begin_ids(self) -> list[int]:
-        """The begin token, where the tokenizer puts one before a text by itself."""
+        """Return the begin token, if the tokenizer adds one."""
         bos = self.tokenizer.bos_token_id
         return [bos] if bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos] else []
 
@@ -196,7 +196,7 @@ def _class_answer(shares: Mapping[str, float]) -> Answer:
 
 
 class _Pieces(TextStreamer):
-    """Hands on whole characters: a piece is held back while it may still change."""
+    """Emits complete characters: text is held back while it may still change."""
 
     def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -242,7 +242,7 @@ def open_predictor(bundle: Path, *, untouched: bool = False, base: Path | None =
 
 
 def read_spec(bundle: Path) -> dict[str, Any]:
-    """The spec that the bundle was made from: its values by key, `task` and `data` among them.
+    """Read the spec that the bundle was made from; `task` and `data` are among its keys.
 
     Raises:
         UsageError: there is none.
@@ -272,7 +272,7 @@ def _load(folder: Path, record: BundleRecord) -> Any:
 
 
 def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """What ends an answer: by the generation_config, and the tokenizer's end token where that names none."""
+    """Return the tokens that end an answer: from generation_config.json, else the tokenizer's end token."""
     said = getattr(model.generation_config, "eos_token_id", None) if hasattr(model, "generation_config") else None
     said = said if isinstance(said, list | tuple) else [said] if said is not None else []
     return frozenset(said or ([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []))
@@ -281,7 +281,7 @@ def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
 def answer_all(
     predictor: Predictor, questions: Sequence[Question], max_new_tokens: int, *, rows: int = BATCH_ROWS
 ) -> Iterator[tuple[int, Answer]]:
-    """(number of the question, its answer), in batches of questions of like length.
+    """Yield (number of the question, its answer), in batches of questions of similar length.
 
     Raises:
         DataError: a question cannot be put; raised before the first answer, and names the first of them.
@@ -297,12 +297,12 @@ def answer_all(
 
 
 def with_turn(messages: Messages, role: str, content: str) -> Messages:
-    """A chat with one more turn."""
+    """Return a chat with one more turn."""
     return (*messages, {"role": role, "content": content})
 
 
 def first_turn(text: str) -> Messages:
-    """A chat that begins with a user's text."""
+    """Return a chat that begins with a user's text."""
     return with_turn((), "user", text)
 
 

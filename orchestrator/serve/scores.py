@@ -1,4 +1,4 @@
-"""The test set, read once: the bundle as anybody would load it, beside the untouched base and the controls."""
+"""Score the bundle, the untouched base and the controls on the test set, which is read once."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch import nn
 
 from orchestrator.data import TokenizedSet, load_tokenizer, with_shots
 from orchestrator.data.sets import load_known
-from orchestrator.serve.inputs import BundleInputs
-from orchestrator.serve.verifying import fitting_device
+from orchestrator.serve.bundle_inputs import BundleInputs
+from orchestrator.serve.verification import fitting_device
 from orchestrator.train.adapters.artifacts import attach_artifact
 from orchestrator.train.batches import RowPlan
 from orchestrator.train.evaluation import Evaluation, answer_accuracy, class_prior, evaluate, exact_match
@@ -33,18 +33,18 @@ from orchestrator.values import Value
 PROMOTED, UNTOUCHED, SHOWN = "promoted", "none", "k_shot"
 NUM_PROMPTS = 4
 GENERATED_TOKENS = 8192
-"""Answers are generated for the first documents of the test set, as many as fit in this budget of new tokens."""
+"""Token budget for generated answers: the first documents of the test set that fit are answered."""
 ROW_TOKENS, PROMPTS_AT_ONCE = 1024, 32
 
 
 class HeldOutScores(Value):
-    """What the test set said."""
+    """Scores on the test set."""
 
     models: tuple[ModelScores, ...]
-    """`promoted` first, then `none`, then the controls that ran."""
+    """Scores of `promoted`, then `none`, then the controls that ran."""
     prompts: tuple[PromptComparison, ...]
     folder: str
-    """Holds <model>.npz: per-document losses, see `document_scores`."""
+    """Folder with <model>.npz: per-document losses, see `document_scores`."""
     seconds: float
 
 
@@ -91,7 +91,7 @@ def score_test(
 
 
 def document_scores(folder: Path | str, model: str) -> Evaluation:
-    """The per-document losses that `score_test` wrote: `promoted`, `none`, or a control."""
+    """Read the per-document losses that `score_test` wrote for `promoted`, `none`, or a control."""
     return Evaluation.load(Path(folder) / f"{model}.npz")
 
 
@@ -130,7 +130,7 @@ class _Scorer:
 
     @torch.no_grad()
     def score_with_shots(self, base: LoadedBase) -> None:
-        """The untouched base once more, with examples of the training set in its prompts."""
+        """Score the untouched base with examples of the training set in its prompts."""
         limit, seed = self._inputs.anatomy.max_positions, self._inputs.trial.seed
         found = with_shots(self._data, load_known(self._inputs.train_set), self._inputs.shots, limit, seed)
         self.num_shots = found.mean
@@ -185,7 +185,7 @@ class _Scorer:
         )
 
     def prompts(self, count: int) -> tuple[PromptComparison, ...]:
-        """The first `count` test documents, as base and bundle answer them."""
+        """Return the first `count` test documents with the answers of base and bundle."""
         if self._head.supervises == "documents":
             return tuple(self._classified(index) for index in range(min(count, len(self._data))))
         wanted = wanted_answers(self._generated, self._tokenizer) if self._answers else []
@@ -219,7 +219,7 @@ class _Scorer:
 
 
 def _affordable(data: TokenizedSet, at_least: int, tokens: int | None) -> int:
-    """How many documents can be answered when each answer takes as long as the longest expected one."""
+    """Return how many documents can be answered if each answer takes as long as the longest expected one."""
     if tokens is None:
         return len(data)
     return min(len(data), max(at_least, tokens // max(1, int(data.num_supervised.max()))))

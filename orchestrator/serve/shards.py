@@ -1,4 +1,4 @@
-"""Putting files of weights in place: linked, or written front to back, hashed and synced on the way."""
+"""Write or link weight files: written sequentially, hashed and synced along the way."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ from orchestrator.store.files import usual_mode
 from orchestrator.units import MIB
 
 SYNC_BYTES = 256 * MIB
-"""Dirty pages that may pile up before they are forced out."""
+"""Bytes written between syncs, so that few dirty pages accumulate."""
 CHUNKS_IN_FLIGHT = 2
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 def write_order(tensors: Sequence[WriteTensor]) -> list[WriteTensor]:
-    """Wide types first, so that every tensor starts at a multiple of its item size, as the format's own writer does."""
+    """Return the tensors with wide types first, so that each starts at a multiple of its item size, as in the format's own
+    writer."""
     return sorted(tensors, key=lambda tensor: -ITEM_BYTES[tensor.dtype])
 
 
 class ShardWriter:
-    """Takes the tensors' bytes in `write_order` and puts them into one file.
+    """Writes tensors in `write_order` into one safetensors file.
 
     A second thread hashes and writes while the caller computes the next piece; at most CHUNKS_IN_FLIGHT pieces wait.
     """
@@ -58,7 +59,7 @@ class ShardWriter:
             self._pending.popleft().result()
 
     def finish(self) -> tuple[str, int]:
-        """SHA-256 and size of the file, which is on the disk when this returns."""
+        """Return SHA-256 and size of the file, after it was synced to disk."""
         while self._pending:
             self._pending.popleft().result()
         assert self._left == 0, f"{self.path.name}: {self._left} bytes of its tensors were not written"
@@ -96,10 +97,11 @@ def _header(tensors: Sequence[WriteTensor]) -> bytes:
 
 
 def link_or_copy(source: Path, target: Path) -> bool:
-    """A hard link; a copy where the file systems allow none, or where the source has another mode than a new file.
+    """Make a hard link; copy if the file system allows none, or if the source has another mode than a new file.
 
     Returns:
-        Whether it is a link.
+        True if it is a link.
+
     """
     source = source.resolve()
     if stat.S_IMODE(source.stat().st_mode) == usual_mode(target.parent):

@@ -1,12 +1,12 @@
-"""How a bundle is used from Python: the snippet of its card, which runs in the bundle's folder as it stands."""
+"""Python snippet for the model card; it runs unchanged in the bundle's folder."""
 
 from __future__ import annotations
 
-from orchestrator.serve.inputs import BundleInputs
+from orchestrator.serve.bundle_inputs import BundleInputs
 from orchestrator.transfer.records import TransferReport
 
 LONGEST_PROMPT = 240
-"""Characters of a prompt out of the test set that the snippet shows."""
+"""Maximum characters of a test prompt that the snippet shows."""
 NEW_TOKENS = 64
 LOAD = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -29,7 +29,7 @@ def prompt_rule(inputs: BundleInputs) -> str:
 
 
 def snippet(inputs: BundleInputs, transfer: TransferReport) -> str:
-    """Python that loads the bundle from the current folder and prints one answer, by the bundle's task."""
+    """Return Python that loads the bundle from the current folder and prints one answer, by the bundle's task."""
     traits = inputs.base.traits
     shown = next((pair.prompt for pair in transfer.prompts if 0 < len(pair.prompt) <= LONGEST_PROMPT), "")
     if traits.head.supervises == "documents":

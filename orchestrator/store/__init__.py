@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent.
+"""Files and folders that are complete or absent, and what a process may use of its machine.
 
 write_json(path, value); read_json(path); append_jsonl(path, event); read_jsonl(path)
 with commit_folder(run.bundle) as folder: ...      # hashed into manifest.json, renamed at the end

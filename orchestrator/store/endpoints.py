@@ -1,6 +1,6 @@
-"""Whether a Ray cluster answers at an address, found out without Ray and within seconds.
+"""Check within seconds, and without Ray, that a Ray cluster answers at an address.
 
-Ray itself tries for a quarter of an hour to connect to a cluster that is gone.
+Ray itself retries for a quarter of an hour to connect to a cluster that is gone.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import threading
 from dataclasses import dataclass
 
 CONNECT_S = 8.0
-"""How long a host may take to accept a connection, its name included, and then to say its first word."""
+"""Time allowed to resolve and connect to a host, and again to receive its first bytes."""
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-"""What a client of HTTP/2 (gRPC is that) says first: RFC 9113, section 3.4, with an empty SETTINGS frame."""
+"""First bytes of an HTTP/2 client (gRPC is one): RFC 9113, section 3.4, with an empty SETTINGS frame."""
 SETTINGS = 4
-"""Type of the frame that a server of HTTP/2 answers first."""
+"""Type of the frame that an HTTP/2 server answers first."""
 DEFAULT_REMEDY = (
     "check that the cluster is up (`ray status` on its head) and that this is the address of its head, HOST:6379 unless it "
     "was started with another --port; unset RAY_ADDRESS, or leave --address out, to run on this machine alone"
@@ -25,16 +25,16 @@ DEFAULT_REMEDY = (
 
 @dataclass(frozen=True)
 class Unreachable:
-    """Why no Ray can be reached at an address, and what to do."""
+    """Reason why no Ray cluster can be reached at an address, and the remedy."""
 
     reason: str
     remedy: str = DEFAULT_REMEDY
     is_refused: bool = False
-    """Whether nobody listens there: not merely slow."""
+    """True if nothing listens there, as opposed to a slow answer."""
 
 
 def unreachable(address: str, timeout_s: float = CONNECT_S) -> Unreachable | None:
-    """Why no Ray cluster answers at `address`; None where one does, or where only Ray itself can tell (`auto`, `local`).
+    """Return why no Ray cluster answers at `address`; None if one does, or if only Ray can find out (`auto`, `local`).
 
     Takes at most three times `timeout_s`.
     """
@@ -63,7 +63,7 @@ _Place = tuple[socket.AddressFamily, tuple[object, ...]]
 
 
 def _resolve(host: str, port: int, timeout_s: float) -> _Place | Unreachable:
-    """In a thread, for the resolver has no timeout that can be set."""
+    """Resolve a host name in a thread, since the resolver has no timeout that can be set."""
     answer: list[_Place | Unreachable] = []
 
     def look_up() -> None:

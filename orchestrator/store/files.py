@@ -1,4 +1,4 @@
-"""Files that are old or new, never half: temporary name, flush, fsync, rename, fsync of the folder."""
+"""Atomic files: temporary name, flush, fsync, rename, fsync of the folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHUNK_BYTES = 4 * 1024**2
 NUM_SAMPLES, SAMPLE_BYTES = 64, 256 * 1024
 """Pieces of a large file that `sampled_sha256` reads."""
 PARTIAL = ".partial-"
-"""Stands in the names of files and folders that somebody is still writing, or died over."""
+"""Marks the names of files and folders that are being written, or whose writer was killed."""
 
 
 RECORD_REMEDY = "submit the same spec again: damaged files are set aside and rebuilt; or restore the file from a copy"
@@ -30,16 +30,16 @@ Record = TypeVar("Record", bound=BaseModel)
 
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
-"""A disk, a quota or a file that takes no more."""
+"""Error numbers for a full disk, an exceeded quota, or a file at its size limit."""
 CLOSED = frozenset(
     {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT}
 )
-"""A place where nothing may, or can, be written."""
+"""Error numbers for a place that cannot be written to."""
 
 
 @contextmanager
 def output_to(path: Path, *, remedy: str, only_full: bool = False) -> Iterator[None]:
-    """Say in plain words that nothing can be written there.
+    """Turn an operating system error into a message that the output cannot be written.
 
     Args:
         only_full: Also input is read while the block runs, so that only a full disk is surely the output's.
@@ -63,7 +63,7 @@ def what_failed(error: OSError) -> str:
 
 
 def partial_path(final: Path) -> Path:
-    """A new temporary name in the folder of `final`, so that a rename puts it there."""
+    """Return a new temporary name in the folder of `final`, so that a rename puts it in place."""
     return final.with_name(f".{final.name}{PARTIAL}{secrets.token_hex(4)}")
 
 
@@ -84,13 +84,13 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 
 def write_json(path: Path, value: BaseModel | dict[str, Any] | list[Any]) -> None:
-    """Write a value as indented JSON, atomically: strict JSON, NaN and infinities by name."""
+    """Write a value as indented JSON, atomically: strict JSON, NaN and infinities as strings."""
     text = json.dumps(strict_json(value, named=True), indent=2, ensure_ascii=False, allow_nan=False)
     write_atomic(path, printable_json(text) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """The value of a JSON file.
+    """Return the value of a JSON file.
 
     Raises:
         IntegrityError: the file is not JSON.
@@ -105,7 +105,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_record(path: Path, kind: type[Record]) -> Record:
-    """A value that this program wrote.
+    """Read a record that this program wrote.
 
     Raises:
         IntegrityError: the file is no JSON, or says something else than such a value.
@@ -124,7 +124,7 @@ def read_record(path: Path, kind: type[Record]) -> Record:
 
 
 def set_aside(path: Path) -> Path:
-    """Give a damaged or foreign file or folder another name beside its own, which is returned: `result-0.json.damaged-1`."""
+    """Rename a damaged or foreign file or folder beside the original and return the new name: `result-0.json.damaged-1`."""
     number = 1
     while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
         number += 1
@@ -134,7 +134,7 @@ def set_aside(path: Path) -> Path:
 
 
 def append_jsonl(path: Path, value: BaseModel | dict[str, Any]) -> None:
-    """Add one line, in one write, after mending a torn last line of a writer that was killed."""
+    """Append one line in one write, after repairing a truncated last line of a killed writer."""
     text = json.dumps(strict_json(value, named=True), ensure_ascii=False, allow_nan=False)
     line = printable_json(text).encode() + b"\n"
     with path.open("ab+") as file:
@@ -144,7 +144,7 @@ def append_jsonl(path: Path, value: BaseModel | dict[str, Any]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Every whole line; one that was torn by a killed writer is left out. A missing file has no lines.
+    """Return the complete lines; a line truncated by a killed writer is left out. A missing file has no lines.
 
     Lines end at line feeds alone: JSON strings may hold the other separators of Unicode.
     """
@@ -162,7 +162,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal, read in chunks."""
+    """Return the SHA-256 of a file's content, in hexadecimal, read in chunks."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
@@ -171,7 +171,7 @@ def sha256_file(path: Path) -> str:
 
 
 def sampled_sha256(path: Path) -> str:
-    """SHA-256 of a file's size and content, of a large file's content only evenly spread pieces, first and last among them.
+    """Return the SHA-256 of a file's size and content; of a large file only evenly spaced samples, including first and last.
 
     Tells apart two sets of weights of one shape in a second where the whole of them takes minutes: training changes
     nearly every byte. It does not find a single changed byte; `sha256_file` does.
@@ -188,7 +188,8 @@ def sampled_sha256(path: Path) -> str:
 
 
 def usual_mode(folder: Path) -> int:
-    """The mode that a new file of this process gets in `folder`, by its umask. Asked of a file, for reading the umask sets it."""
+    """Return the mode of a new file of this process in `folder`. A file is created to find out, since reading the umask sets
+    it."""
     probe = partial_path(folder / "mode")
     try:
         with probe.open("xb") as file:

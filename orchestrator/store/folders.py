@@ -1,4 +1,4 @@
-"""Folders that are whole or absent, each with a manifest of its files' hashes."""
+"""Folders that are complete or absent, each with a manifest of its files' hashes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class FileRecord(Value):
 
 
 class Manifest(Value):
-    """What a folder holds; `about` is the writer's own."""
+    """Files of a folder with their hashes; `about` belongs to the writer."""
 
     files: tuple[FileRecord, ...]
     about: dict[str, object] = {}
@@ -54,7 +54,7 @@ class Manifest(Value):
 def commit_folder(
     final: Path, *, known_sha256: Mapping[str, str] | None = None, about: dict[str, object] | None = None
 ) -> Iterator[Path]:
-    """A temporary folder beside `final`, which takes its place when the block ends without an error.
+    """Yield a temporary folder beside `final`, which takes its place if the block ends without an error.
 
     Every file is synced and hashed into manifest.json first. A folder that stood at `final` is moved aside and
     removed only after the new one has its name; `recover_folder` finishes what a crash in between left.
@@ -80,7 +80,7 @@ def commit_folder(
 
 
 def restore_folder(final: Path) -> None:
-    """Put back what `commit_folder` had moved aside when it was killed before the new folder had its name.
+    """Put back the folder that `commit_folder` had moved aside when it was killed before the rename.
 
     Every reader may call it, also while a writer works: that one then moves the folder aside again.
     """
@@ -91,7 +91,8 @@ def restore_folder(final: Path) -> None:
 
 
 def recover_folder(final: Path) -> None:
-    """Finish an exchange of folders that a crash cut short, and clear unfinished ones away. Not while somebody writes there."""
+    """Finish a replacement of folders that a crash interrupted, and remove incomplete ones. Not safe while another process
+    writes there."""
     restore_folder(final)
     _remove_replaced(final)
     for partial in final.parent.glob(f".{glob.escape(final.name)}{PARTIAL}*"):
@@ -114,7 +115,7 @@ def _put_in_place(temporary: Path, final: Path) -> None:
 
 
 def _remove_replaced(final: Path) -> None:
-    """Remove what the folder at `final` has replaced; under another name, so that a half-removed one is never restored."""
+    """Remove the folder that `final` replaced; renamed first, so that a half-removed folder is never restored."""
     replaced = _aside(final)
     if final.exists() and replaced.exists():
         doomed = partial_path(final)
@@ -144,7 +145,7 @@ def write_manifest(
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest alone, unchecked against the files.
+    """Return the manifest without checking the files.
 
     Raises:
         IntegrityError: missing or damaged.

@@ -1,4 +1,4 @@
-"""What tells one base model, and one set of installed packages, from another."""
+"""Fingerprints of a base model and of the installed packages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGES = ("orchestrator", "torch", "ray", "deepspeed", "transformers", "peft",
 
 
 def base_identity(folder: Path, files: Iterable[str]) -> dict[str, Any]:
-    """The base's config, and what its weight files hold; folders and times are left out, for copies are the same base.
+    """Return a fingerprint of the base's config and weight files; folders and times do not count, so a copy is the same base.
 
     Args:
         files: Names of its weight files.
@@ -24,7 +24,7 @@ def base_identity(folder: Path, files: Iterable[str]) -> dict[str, Any]:
 
 
 def file_identity(path: Path) -> str:
-    """Size and a sampled hash of a file; empty where there is none. Cheap for files of any size."""
+    """Return size and sampled hash of a file; empty if it does not exist. Cheap for files of any size."""
     try:
         return f"{path.stat().st_size} bytes, {sampled_sha256(path)[:16]}"
     except OSError:
@@ -32,7 +32,7 @@ def file_identity(path: Path) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides a run's numbers; a package that is not installed is left out."""
+    """Return the versions of the packages that affect a run's numbers, as far as they are installed."""
     found: dict[str, str] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

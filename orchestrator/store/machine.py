@@ -1,4 +1,4 @@
-"""What this process may use of its machine."""
+"""CPU cores, memory and GPUs that this process may use."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from orchestrator.units import MIB
 CGROUP = Path("/sys/fs/cgroup")
 CGROUP_CPU_MAX = CGROUP / "cpu.max"
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Holds the configuration of a job, in the environment of the driver that `ray job submit` starts."""
+"""Environment variable with the job's configuration, set for a driver that `ray job submit` starts."""
 
 
 def num_usable_cpus(cpu_max: Path = CGROUP_CPU_MAX) -> int:
-    """Cores of this process: its affinity, or its container's quota where that is smaller; at least one."""
+    """Return the cores of this process: its CPU affinity, or its container's quota if smaller; at least one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota, _, period = cpu_max.read_text().strip().partition(" ") if cpu_max.exists() else ("max", "", "")
     return max(1, min(cores, int(quota) // int(period))) if quota.isdigit() else cores
 
 
 def most_threads(environment: Mapping[str, str] = os.environ) -> int | None:
-    """The bound that OMP_NUM_THREADS sets on a process's threads; None where it is not set, or no number.
+    """Return the limit that OMP_NUM_THREADS sets on a process's threads; None if it is unset or not a number.
 
     A list ("4,2", one number a nesting level) counts by its first. Ray sets the variable to 1 in the process that starts a
     submitted job's driver: there a 1 counts only where the job's own `env_vars` say so.
@@ -49,9 +49,9 @@ def _job_variables(config: str) -> Collection[str]:
 
 
 def free_memory_bytes(cgroup: Path = CGROUP) -> int:
-    """Host memory that processes here can still have: the machine's, or their container's where that is less.
+    """Return the host memory still available to processes here: the machine's, or the container's if less.
 
-    What is cached of files counts as free, for it is given up when memory is wanted.
+    The page cache counts as free, since the kernel reclaims it on demand.
     """
     free = psutil.virtual_memory().available
     try:
@@ -71,7 +71,7 @@ class Gpu:
 
 
 def find_gpus() -> list[Gpu]:
-    """The GPUs that nvidia-smi lists; none where it is missing or fails. CUDA is not touched."""
+    """Return the GPUs that nvidia-smi lists; none if it is missing or fails. CUDA is not initialised."""
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
@@ -83,6 +83,6 @@ def find_gpus() -> list[Gpu]:
 
 
 def parse_gpus(listed: str) -> list[Gpu]:
-    """`NVIDIA H100 80GB HBM3, 81559` a line; the size is in MiB."""
+    """Parse lines such as `NVIDIA H100 80GB HBM3, 81559`; sizes are in MiB."""
     rows = [line.rsplit(",", 1) for line in listed.splitlines() if "," in line]
     return [Gpu(name.strip(), int(size) * MIB) for name, size in rows if size.strip().isdigit()]

@@ -1,4 +1,4 @@
-"""What the figures mean: scores, paired comparisons, the verdict, the front and the promotion.
+"""Scores, paired comparisons, the verdict, the Pareto front and the promotion.
 
     score(metric, higher_is_better, forgetting(retain, base_retain), bound)     what the search minimises
     vs_none = paired_comparison(tuned_losses, base_losses, tokens, seed)        positive: tuned is better

@@ -1,4 +1,4 @@
-"""Two models on the same examples: the mean paired difference, with a 95% interval.
+"""Paired comparison of two models on the same examples: the mean difference and its 95% interval.
 
 Shapes: n examples, B resamples.
 """
@@ -18,10 +18,10 @@ from orchestrator.transfer.seeds import OverSeeds
 from orchestrator.values import Value
 
 BOOTSTRAP_FROM = 200
-"""Examples from which the bootstrap's interval is used; below, it is too narrow."""
+"""Number of examples from which the bootstrap is used; with fewer, its interval is too narrow."""
 NUM_RESAMPLES = 10_000
 EXACT_UP_TO = 14
-"""Examples up to which all 2^n sign patterns are enumerated."""
+"""Largest number of examples for which all 2^n sign patterns are enumerated."""
 NUM_FLIPS = 20_000
 LEVEL = 0.95
 _CELLS_AT_ONCE = 2_000_000
@@ -30,22 +30,22 @@ Floats: TypeAlias = NDArray[np.float64]
 
 
 class Comparison(Value):
-    """Candidate against reference. A positive mean says that the candidate is better (its losses are lower)."""
+    """Candidate compared with a reference. A positive mean says that the candidate is better (its losses are lower)."""
 
     mean: float
     low: float
-    """Lower end of the 95% interval; minus infinity where there are too few examples for one (below 6)."""
+    """Lower end of the 95% interval; minus infinity if there are too few examples for one (below 6)."""
     high: float
     method: Literal["bootstrap", "sign_flip"]
     num_examples: int
     p_value: float | None = None
-    """Two-sided, from the sign-flip test; the bootstrap gives none."""
+    """Two-sided p-value of the sign-flip test; None for the bootstrap."""
     unit: str = "nats per token"
     over_seeds: bool = False
-    """Whether the interval is as wide as two seeds of one training differ."""
+    """True if the interval includes the variation between seeds."""
 
     def record(self, against: Control) -> ComparisonRecord:
-        """The same figures as they stand in transfer.json."""
+        """Return the same figures as the record that transfer.json holds."""
         return ComparisonRecord(against=against, **self.model_dump())
 
 
@@ -59,7 +59,7 @@ def paired_comparison(
     num_resamples: int = NUM_RESAMPLES,
     num_flips: int = NUM_FLIPS,
 ) -> Comparison:
-    """Weighted mean of reference - candidate over examples, and its 95% interval.
+    """Return the weighted mean of reference - candidate over examples, and its 95% interval.
 
     From 200 examples up a BCa bootstrap (Efron 1987) over examples; below, the sign-flip test (Fisher 1935) and the
     interval of the differences that it does not reject.
@@ -87,7 +87,7 @@ def paired_comparison(
 
 
 def between_trained(comparison: Comparison, gains: OverSeeds | None) -> Comparison:
-    """A comparison of two trained models, with the luck of both trainings in its interval.
+    """Return a comparison of two trained models whose interval includes the variation between seeds of both trainings.
 
     An interval over examples knows nothing of what another seed would have brought: with enough examples two seeds of one
     configuration are surely different models. So to the variance over examples comes that of a difference of two trainings,
@@ -107,7 +107,7 @@ def between_trained(comparison: Comparison, gains: OverSeeds | None) -> Comparis
 def bootstrap_interval(
     difference: Floats, weight: Floats, seed: int, *, num_resamples: int = NUM_RESAMPLES
 ) -> tuple[float, float]:
-    """BCa interval of the weighted mean of difference[n].
+    """Return the BCa interval of the weighted mean of difference[n].
 
     Each resample draws n examples with their weights and takes the ratio of the two sums, since the tokens of a
     resample vary too. The acceleration comes from the jackknife (Efron 1987, equation 6.6).
@@ -143,7 +143,7 @@ def bootstrap_interval(
 def sign_flip_interval(
     difference: Floats, weight: Floats, seed: int, *, num_flips: int = NUM_FLIPS
 ) -> tuple[float, float, float]:
-    """(low, high, two-sided p-value) of the sign-flip test on difference[n].
+    """Return (low, high, two-sided p-value) of the sign-flip test on difference[n].
 
     If the differences are symmetric about t, flipping the signs of any subset of (difference - t) changes nothing.
     A flip gives a sum at least as large as the observed one exactly when the weighted mean of the flipped subset is
@@ -162,7 +162,7 @@ def sign_flip_interval(
 
 
 def _subset_means(difference: Floats, weight: Floats, seed: int, num_flips: int) -> tuple[Floats, int]:
-    """Weighted means of non-empty subsets of the examples, and the number of sign patterns with the empty one.
+    """Return the weighted means of non-empty subsets of the examples, and the number of sign patterns including the empty one.
 
     A subset that is drawn empty, rarer than one in 30,000 past 14 examples, gets one example.
     """
@@ -182,7 +182,7 @@ def _subset_means(difference: Floats, weight: Floats, seed: int, num_flips: int)
 
 
 def _chunks(total: int, width: int) -> Iterator[int]:
-    """Sizes that sum to `total`, so that a size x width array stays small."""
+    """Yield sizes that sum to `total`, so that a size x width array stays small."""
     most = max(1, _CELLS_AT_ONCE // width)
     while total > 0:
         yield min(most, total)

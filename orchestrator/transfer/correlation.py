@@ -1,4 +1,4 @@
-"""Whether two figures rank things alike: Spearman's correlation with a 95% interval."""
+"""Spearman's rank correlation of two figures, with a 95% interval."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from orchestrator.values import Value
 
 LEVEL = 0.95
 FEWEST = 4
-"""Pairs for an interval: its width divides by the number of pairs less three."""
+"""Fewest pairs for an interval: its standard error divides by the number of pairs minus three."""
 
 
 class Correlation(Value):
@@ -27,7 +27,7 @@ class Correlation(Value):
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> Correlation | None:
-    """Spearman's correlation of first[n] and second[n], equal values sharing the mean of their ranks.
+    """Return Spearman's correlation of first[n] and second[n]; equal values share the mean of their ranks.
 
     The interval is Fisher's, on the scale of the inverse hyperbolic tangent, with the standard error
     sqrt((1 + r^2 / 2) / (n - 3)) of Bonett & Wright 2000 ("Sample size requirements for estimating Pearson, Kendall and
@@ -56,6 +56,6 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> Correla
 
 
 def _ranks(values: Sequence[float]) -> NDArray[np.float64]:
-    """From 1; equal values share the mean of theirs."""
+    """Return ranks from 1; equal values share the mean of theirs."""
     given = np.asarray(values, float)
     return np.asarray([(given < value).sum() + ((given == value).sum() + 1) / 2 for value in given], float)

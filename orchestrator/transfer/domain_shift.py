@@ -1,4 +1,4 @@
-"""How far the target lies from the retention set in the base's own features, and what that advises."""
+"""Distance between target and retention set in the base model's features, and the search order that it recommends."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from orchestrator.values import Value
 Floats = NDArray[np.float64]
 NUM_FOLDS = 5
 RIDGES = (1e-2, 1e0, 1e2)
-"""Of the linear probe, times the features' variance; the best by leave-one-fold-out of the training folds alone."""
+"""Ridge coefficients of the linear probe, relative to the features' variance; the best one is chosen by leave-one-fold-out on
+the training folds only."""
 MIN_DOCUMENTS = 10
-"""Of each side; the interval says how little ten tell."""
+"""Fewest documents of each set. With ten the interval is wide, and shows it."""
 NEAR, FAR = 0.8, 1.6
 """On a scale from 0 (nothing tells the two apart) to 2 (everything does): errors of 0.3 and 0.1 of a probe. Chosen, not
 measured; so are the next two."""
@@ -25,7 +26,7 @@ LOSS_GAP = 0.5
 
 
 def proxy_a_distance(target: Floats, reference: Floats, seed: int) -> tuple[float, float, float]:
-    """2 (1 - 2 e) with its 95% interval, of the error e of a linear probe that tells the two sets apart.
+    """Return 2 (1 - 2 e) with its 95% interval, from the error e of a linear probe that separates the two sets.
 
     The error is balanced (the mean of both sides' own) and cross-validated: every document is judged by a probe that has not
     seen it (Ben-David et al. 2007, "Analysis of representations for domain adaptation", section 6, there on one split). The probe
@@ -66,7 +67,7 @@ def _check(target: Floats, reference: Floats) -> None:
 
 
 def _folds(side: Floats, seed: int) -> NDArray[np.int64]:
-    """As many of each side in every fold as go."""
+    """Assign documents to folds, with both sets spread evenly over them."""
     random = np.random.default_rng(seed)
     folds = np.zeros(len(side), dtype=np.int64)
     for of in (1.0, -1.0):
@@ -87,7 +88,7 @@ def _best_ridge(features: Floats, side: Floats, folds: NDArray[np.int64]) -> flo
 
 
 def _decide(features: Floats, side: Floats, asked: Floats, ridge: float) -> Floats:
-    """Above 0 where the probe takes a document for the target's. Both sides weigh alike."""
+    """Return the probe's decision values: above 0 means target. Both sets have the same total weight."""
     mean, scale = features.mean(0), features.std(0)
     scale = np.where(scale > 0, scale, 1.0)
     known, unknown = (features - mean) / scale, (asked - mean) / scale
@@ -101,7 +102,7 @@ def _decide(features: Floats, side: Floats, asked: Floats, ridge: float) -> Floa
 
 
 def _wilson_variance(rate: float, count: int) -> float:
-    """Of a proportion, as Wilson's interval has it: not 0 where no error was made."""
+    """Return the variance of a proportion by Wilson's interval: not 0 even if no error was made."""
     centre = (rate * count + 2) / (count + 4)
     return centre * (1 - centre) / (count + 4)
 
@@ -110,7 +111,7 @@ Prior = Literal["none", "near", "far", "few"]
 
 
 class Advice(Value):
-    """What a search had better try first. A prior: nothing is left out for it."""
+    """What the search should try first. A prior only: no choice is excluded."""
 
     kind: Prior
     sentence: str
@@ -124,7 +125,7 @@ def advise(
     num_documents: int,
     failed: str = "",
 ) -> Advice:
-    """`few` where the data are too few for many weights; else `near`, `far` or `none`.
+    """Return `few` if there are too few examples to train many weights; else `near`, `far` or `none`.
 
     Features alone would call every target far: a linear probe tells nearly any two sources apart. So a target counts as far
     only where the base is known to fit it worse than the retention set by LOSS_GAP, and the features are far or not known; as
@@ -152,7 +153,7 @@ def advise(
 
 
 def _figures(distance: float | None, target_loss: float | None, retention_loss: float | None, num_documents: int) -> str:
-    """`distance 1.93 of 2, the base's loss 5.27 on the target and 3.10 on the retention set, 900 examples`"""
+    """Return `distance 1.93 of 2, the base's loss 5.27 on the target and 3.10 on the retention set, 900 examples`."""
     parts = [f"distance {distance:.2f} of 2"] if distance is not None else []
     if target_loss is not None and retention_loss is not None:
         parts.append(f"the base's loss {target_loss:.2f} on the target and {retention_loss:.2f} on the retention set")

@@ -1,4 +1,4 @@
-"""The verdict as people read it first: on the last screen, on top of the report, in the model card."""
+"""The verdict in the form that users read first: final screen, top of the report, model card."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from orchestrator.transfer.records import ModelScores, TransferReport
 
 LOSS_ONLY = "positive in loss only"
-"""What a `positive` verdict is called where the bundle gives no more right answers than the base."""
+"""Label of a `positive` verdict if the bundle gives no more correct answers than the base."""
 _PLAINLY = {"exact_match": "exact match", "accuracy": "accuracy"}
 
 
 @dataclass(frozen=True)
 class RightAnswers:
-    """How many answers are right, of bundle and base; classes that are right, to classify."""
+    """Share of correct answers (for classification: of correct classes) of bundle and base."""
 
     metric: str
     """`exact_match` or `accuracy`."""
@@ -24,7 +24,7 @@ class RightAnswers:
 
     @property
     def no_more(self) -> bool:
-        """Whether the bundle gives no right answer, or no more of them than the base."""
+        """True if the bundle gives no correct answer, or no more of them than the base."""
         return self.own <= 0 or (self.base is not None and self.own <= self.base)
 
     def __str__(self) -> str:
@@ -36,7 +36,7 @@ class RightAnswers:
 
 
 def right_answers(transfer: TransferReport) -> RightAnswers | None:
-    """Of the test set, where answers were generated or classes predicted; None where the task has neither."""
+    """Return the correct answers on the test set; None if the task neither generates answers nor predicts classes."""
     scores = {score.model: score for score in transfer.scores}
     promoted, base = scores.get("promoted"), scores.get("none")
     if promoted is None:
@@ -54,14 +54,14 @@ def _counted(metric: str, promoted: ModelScores, base: ModelScores | None, num_a
 
 
 def gain_is_loss_only(transfer: TransferReport) -> bool:
-    """Whether a verdict `positive` rests on the loss only: the answers are no more often right than the base's."""
+    """Return True if a `positive` verdict rests on the loss only: no more answers are correct than the base's."""
     found = right_answers(transfer)
     return transfer.verdict == "positive" and found is not None and found.no_more
 
 
 def headline(transfer: TransferReport) -> str:
-    """`positive: 2.09 ± 0.05 nats better than the base, on 180 test examples; exact match 41.2% on 180 of 180 test documents,
-    base 0.0%`; nothing where no verdict was reached and nothing is said instead."""
+    """Return the verdict's line: `positive: 2.09 ± 0.05 nats better than the base, on 180 test examples; exact match 41.2% on
+    180 of 180 test documents, base 0.0%`. Empty if there is no verdict."""
     if not transfer.sentence or transfer.verdict is None:
         return transfer.sentence
     found = right_answers(transfer)
@@ -76,7 +76,7 @@ def headline(transfer: TransferReport) -> str:
 
 
 def advice_on_answers(transfer: TransferReport) -> tuple[str, ...]:
-    """What a gain in loss without a gain in right answers means, and what to try; nothing where there is a gain in both."""
+    """Return what to try if the loss improved and the answers did not; empty if both improved."""
     found = right_answers(transfer)
     if not gain_is_loss_only(transfer) or found is None:
         return ()

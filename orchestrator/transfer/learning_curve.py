@@ -1,4 +1,4 @@
-"""Would more data help: losses at growing shares of the data, a power law through them, and where it goes."""
+"""Learning curve: losses at growing shares of the data, a power law fitted to them, and its extrapolation."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from orchestrator.values import Value
 
 Floats = NDArray[np.float64]
 AHEAD = 2
-"""How many times the data there is the curve is followed to."""
+"""Factor on the number of training documents to which the curve is extrapolated."""
 POWERS = np.linspace(0.05, 1.5, 59)
-"""Exponents that are tried. Published ones lie between 0.05 and 0.7 (Hestness et al. 2017, "Deep learning scaling is
+"""Exponents that the fit tries. Published ones lie between 0.05 and 0.7 (Hestness et al. 2017, "Deep learning scaling is
 predictable, empirically")."""
 NUM_IN_LAW = 3
-"""Numbers that a law has."""
+"""Number of parameters of a power law."""
 NUM_RESAMPLES = 400
 LEVEL = 0.95
 
 
 class PowerLaw(Value):
-    """loss(n) = floor + scale n^-power, of n training documents."""
+    """loss(n) = floor + scale * n^-power, for n training documents."""
 
     floor: float
     scale: float
@@ -34,35 +34,35 @@ class PowerLaw(Value):
 
 
 class LearningCurve(Value):
-    """The promoted trial, trained on growing shares."""
+    """Losses of the promoted trial, trained on growing shares of the data."""
 
     trial_id: str
     counts: tuple[int, ...]
-    """Training documents, ascending; the last are all there are."""
+    """Training documents of each share, ascending; the last is the full set."""
     losses: tuple[float, ...]
-    """On the eval set, nats per token."""
+    """Losses on the eval set, nats per token."""
     law: PowerLaw
     ahead_count: int
     """AHEAD times the largest of `counts`."""
     ahead_loss: float
-    """What the law says there."""
+    """Loss extrapolated to `ahead_count`."""
     low: float
-    """Lower end of the 95% interval of `ahead_loss`, beside the loss on all documents as it was measured."""
+    """Lower end of the 95% interval of `ahead_loss`, relative to the measured loss on all documents."""
     high: float
 
     @property
     def gain(self) -> float:
-        """Nats per token that AHEAD times the data would bring, by the law."""
+        """Predicted gain, nats per token, from AHEAD times the data."""
         return self.losses[-1] - self.ahead_loss
 
     @property
     def fit_failed(self) -> bool:
-        """Whether the law gives a worse loss with more data than was measured, in the digits that are shown."""
+        """True if the law predicts a worse loss for more data than was measured, in the digits shown."""
         return float(f"{self.ahead_loss:.3f}") > float(f"{self.losses[-1]:.3f}")
 
     @property
     def sentence(self) -> str:
-        """Whether more data would help, with its figures: none is expected only where the interval holds no gain that matters."""
+        """Whether more data would help, in one sentence: `no gain` only if the interval excludes a gain that matters."""
         there = f"twice the data ({self.ahead_count} documents)"
         if self.fit_failed:
             return (
@@ -78,7 +78,7 @@ class LearningCurve(Value):
 
 
 def fit_power_law(counts: Floats, losses: Floats) -> PowerLaw:
-    """Least squares over floor >= 0, scale >= 0 and POWERS.
+    """Fit a power law by least squares over floor >= 0, scale >= 0 and POWERS.
 
     Args:
         counts: float[k], at least three different numbers above 0.
@@ -89,7 +89,8 @@ def fit_power_law(counts: Floats, losses: Floats) -> PowerLaw:
 
 
 def _fit(counts: Floats, losses: Floats) -> tuple[Floats, Floats, Floats]:
-    """(floor, scale, power), float[R] each, for losses float[R, k]: the nearest line in n^-power, for the best of POWERS."""
+    """Return (floor, scale, power), float[R] each, for losses float[R, k]: the nearest line in n^-power, for the best of
+    POWERS."""
     x = counts ** -POWERS[:, None]
     mean_x, mean_y = x.mean(axis=1), losses.mean(axis=1, keepdims=True)
     spread = x - mean_x[:, None]
@@ -107,7 +108,7 @@ def _fit(counts: Floats, losses: Floats) -> tuple[Floats, Floats, Floats]:
 def learning_curve(
     trial_id: str, counts: Sequence[int], document_losses: Sequence[Floats], weights: Floats, seed: int
 ) -> LearningCurve:
-    """The curve through a trial's losses on one eval set, and where AHEAD times the data would bring it.
+    """Return the curve through a trial's losses on one eval set, and its extrapolation to AHEAD times the data.
 
     The interval is of the gain beyond the loss on all documents, from laws fitted to the points as they might have been. The
     eval set's documents are drawn anew, the same ones for every share, so that documents that are hard for all alike do not

@@ -1,17 +1,16 @@
-"""Memory of a rank as planned beside as measured, for every choice of the search."""
+"""Planned and measured memory per rank for each choice of the search."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orchestrator.transfer.measured import EngineFigures, MemoryRow
-from orchestrator.transfer.records import TrialRecord
+from orchestrator.transfer.records import EngineFigures, MemoryRow, TrialRecord
 
 
 def memory_rows(trials: Sequence[TrialRecord]) -> tuple[MemoryRow, ...]:
-    """A row for every choice whose trials measured something or ran out of memory, in the order of the trials.
+    """Return a row for each choice whose trials measured memory or ran out of it, in the order of the trials.
 
-    The head control stands with the choice `head`, and the shuffled control with what it repeats: they train the same.
+    The head control counts with the choice `head`, and the shuffled control with the trial it repeats: they train the same.
     """
     by_choice: dict[str, list[TrialRecord]] = {}
     for trial in trials:

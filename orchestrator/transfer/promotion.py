@@ -1,4 +1,4 @@
-"""Which trial is promoted, the front of target against retention, and what to try when nothing is."""
+"""Choose the promoted trial, compute the Pareto front of target and retention, and recommend what to try next."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from orchestrator.transfer.records import TrialRecord
 from orchestrator.values import Value
 
 PROMOTABLE_CONTROLS = (None, "head")
-"""A `head` winner is a success: feature extraction was enough."""
+"""Controls that may win: a `head` winner is a success, since feature extraction was enough."""
 EDGE_SHARE = 0.15
-"""A best rate within this share of the tried range's log width counts as lying at its edge."""
+"""Share of the log range of learning rates tried; a best rate closer to an end than this counts as being at the edge."""
 
 
 class Promotion(Value):
-    """The promoted trial, or None, with the reason and what to try next, in order."""
+    """Promoted trial, or None, with the reason and what to try next, in order."""
 
     trial_id: str | None
     reason: str
@@ -26,7 +26,8 @@ class Promotion(Value):
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points (target, forgetting), lower is better in both, that no other point beats; by rising target.
+    """Return the indices of the points (target, forgetting), lower is better in both, that no other point dominates; by
+    ascending target.
 
     A point is beaten by one that is no worse in both and better in one; equal points stay together. A point with
     NaN is never on the front.
@@ -49,7 +50,7 @@ def promote(
     metric: str = "loss",
     comparisons: Mapping[str, Comparison] | None = None,
 ) -> Promotion:
-    """The best-scored trial that is not negative and within `max_forgetting`; the control `head` may win.
+    """Promote the best-scored trial that is not worse than the base and within `max_forgetting`; the control `head` may win.
 
     Args:
         candidates: Trials and controls, any state; failed ones and other controls than `head` are passed over.
@@ -100,7 +101,7 @@ def _negative(trial: TrialRecord, base: TrialRecord | None, higher_is_better: bo
 
 
 def _figures(trial: TrialRecord, base: TrialRecord | None, metric: str) -> str:
-    """`loss 1.83 against the base's 3.92, retention +0.04`."""
+    """Return `loss 1.83 against the base's 3.92, retention +0.04`."""
     against = f" against the base's {base.metric:.4g}" if base is not None and base.metric is not None else ""
     kept = f", retention {trial.forgetting:+.3f}" if trial.forgetting is not None else ""
     return f"{metric} {trial.metric:.4g}{against}{kept}"
@@ -162,7 +163,7 @@ def _advice_on_forgetting(better: Sequence[TrialRecord], closest: TrialRecord, m
 
 
 def _holding_advice(trial: TrialRecord) -> list[str]:
-    """What else keeps what the base knew: replay and the anchor that fits, where the trial had none."""
+    """Recommend replay and the suitable anchor, as far as the trial did not use them."""
     kind = next(kind for kind, traits in ANCHORS.items() if traits.tune == trial.tune)
     replay = "mix retention text into training: search.replay: [0.0, 0.1]"
     anchor = f"keep the weights near the base: search.anchor: [none, {{kind: {kind}, strength: 30}}]"
@@ -174,9 +175,10 @@ def _steps(trial: TrialRecord) -> int:
 
 
 def _last_stretch(trial: TrialRecord, higher_is_better: bool) -> tuple[float, str]:
-    """By how much the metric became better (below 0: worse) up to the last rung, and `from 3.20 at step 30 to 3.10 at step 90`:
-    since the rung that the trial is judged by or, where that is the last, since the one before it. 0 where four digits show no
-    change.
+    """Return the metric's improvement (below 0: worse) up to the last rung, and `from 3.20 at step 30 to 3.10 at step 90`.
+
+    It is measured from the rung that the trial is compared by or, if that is the last, from the one before. 0 if four digits
+    show no change.
     """
     if len(trial.rungs) < 2 or trial.judged is None:
         return 0.0, ""
@@ -190,7 +192,8 @@ def _last_stretch(trial: TrialRecord, higher_is_better: bool) -> tuple[float, st
 
 
 def _edge(best: TrialRecord, scored: Sequence[TrialRecord], *, may_raise: bool) -> str | None:
-    """Advice when the best rate is at the edge of those tried with the same method; to raise it only where it `may_raise`."""
+    """Recommend other rates if the best one is at the edge of those tried with the same method; higher ones only if
+    `may_raise`."""
     rates = [trial.learning_rate for trial in scored if trial.tune == best.tune and trial.learning_rate > 0]
     if len(rates) < 3 or max(rates) == min(rates):
         return None

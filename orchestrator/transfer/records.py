@@ -1,4 +1,4 @@
-"""What a sweep found and what it is worth, as records that outlast the process: sweep.json and transfer.json.
+"""Records of a sweep and its verdict that outlive the process: sweep.json and transfer.json.
 
 Losses are nats per supervised token (retention: nats per token), times are seconds, sizes are bytes. A
 figure that was not measured is None; one that broke is NaN.
@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Literal
 
 from orchestrator.transfer.learning_curve import LearningCurve
-from orchestrator.transfer.measured import EngineFigures, MemoryRow, PlanAgainstMeasured, VerificationFigures
 from orchestrator.transfer.seeds import OverSeeds
 from orchestrator.values import Value
 
@@ -23,12 +22,89 @@ CONTROL_NAMES: dict[str, str] = {
     "curve": "a share of the data",
     "repeat": "another seed",
 }
-"""What people read of each, wherever it is shown."""
+"""Display name of each control."""
 VerdictKind = Literal["positive", "no gain", "negative", "inconclusive"]
 
 
+class EngineFigures(Value):
+    """Execution of a trial in figures: engine, ranks, memory."""
+
+    executor: str
+    engine_class: str = ""
+    zero_stage: int = 0
+    ranks: int = 1
+    partitioned_bytes: int = 0
+    peak_memory_bytes: int = 0
+    base_loads: int = 1
+    ordinal: int = 0
+    """Number of assignments that the gang had run before."""
+    device: str = ""
+    rank_peak_memory_bytes: tuple[int, ...] = ()
+    """Measured peak of each rank: on a GPU torch's allocator, on a CPU the resident memory of the process."""
+    predicted_memory_bytes: int | None = None
+    """Memory that the plan predicted for a rank."""
+    micro_batch_rows: int = 0
+    checkpointing: bool = False
+    fused_trials: int = 1
+    """Number of trials that shared the batches of its last rung."""
+    compiled: bool = False
+    """True if its blocks were compiled."""
+    compile_seconds: float = 0.0
+    """Compilation time in its last rung."""
+
+
+class PlanAgainstMeasured(Value):
+    """A planned figure and the measured one."""
+
+    name: str
+    planned: float | None
+    measured: float | None
+    unit: Literal["bytes", "seconds", "count", "tokens/s"]
+
+
+class MemoryRow(Value):
+    """Predicted memory of a rank for one choice of the search, and what its trials measured."""
+
+    label: str
+    """`last:4 · lora r16`, or `untouched base`."""
+    num_trials: int
+    device: str
+    predicted_bytes: int | None
+    """None if the plan has no figure for it."""
+    measured_bytes: int
+    """Highest peak over ranks and trials: on a GPU of torch's allocator, on a CPU of the resident memory. 0 if no trial got as
+    far as a measurement."""
+    rank_peak_bytes: tuple[int, ...]
+    """Highest peak of each rank over the trials."""
+    ratio: float | None
+    """Measured / predicted; None also if a trial ran out of memory, since it then ran with another micro-batch than planned."""
+    micro_batch_rows: int
+    """Smallest micro-batch that a trial was reduced to."""
+    checkpointing: bool = False
+    num_out_of_memory: int = 0
+    """Number of trials that ran out of memory."""
+    num_failed_for_memory: int = 0
+    """Number of those that failed because nothing smaller was left to try."""
+
+
+class VerificationFigures(Value):
+    """Comparison of the bundle with the trained model (docs/design.md, law 5). KL divergences are means, nats per token."""
+
+    passed: bool
+    kl_bundle: float
+    """KL(trained || bundle)."""
+    kl_base: float
+    """KL(trained || base)."""
+    limit: float
+    num_prompts: int
+    num_tokens: int = 0
+    seconds: float = 0.0
+    merged_into: str = ""
+    """`dequantized` or `original`: the weights that the adapter was merged into."""
+
+
 class RungRecord(Value):
-    """One comparison point of a trial."""
+    """Figures of a trial at one rung."""
 
     rung: int = 0
     step: int
@@ -36,16 +112,17 @@ class RungRecord(Value):
     train_loss: float | None = None
     eval_loss: float | None = None
     metric: float | None = None
-    """The search's metric on the eval set."""
+    """Search metric on the eval set."""
     retain_loss: float | None = None
     retain_accuracy: float | None = None
-    """Share of the retention set's answers that greedy decoding gives exactly; None where it has none."""
+    """Share of the retention set's answers that greedy decoding reproduces exactly; None without answers."""
     forgetting: float | None = None
     """Rise of the retention loss over the base's."""
     score: float | None = None
-    """What the search minimises: the metric (turned round when higher is better) plus the penalty beyond the bound."""
+    """Objective that the search minimises: the metric (sign reversed if higher is better) plus the penalty for forgetting
+    beyond the bound."""
     seconds: float = 0.0
-    """Training and evaluation since the rung before."""
+    """Training and evaluation time since the previous rung."""
 
 
 class TrialRecord(Value):
@@ -55,26 +132,26 @@ class TrialRecord(Value):
     number: int
     control: Control | None = None
     share: float = 1.0
-    """Of the training documents, what it learned from."""
+    """Share of the training documents that it was trained on."""
     layers: str
     tune: Literal["lora", "full"]
     lora_rank: int | None = None
     learning_rate: float
     remedies: str = ""
-    """What was done against forgetting: `replay 0.1 · l2sp 30`."""
+    """Remedies against forgetting: `replay 0.1 · l2sp 30`."""
     seed: int = 0
     state: Literal["running", "finished", "stopped", "failed"]
-    """`stopped`: the scheduler saw no promise in it, or the hours were used up; `failed`: for a reason of its own."""
+    """`stopped`: by the scheduler or because the GPU-hours were used up; `failed`: by an error of its own."""
     reason: str = ""
     rungs: tuple[RungRecord, ...] = ()
     judged_rung: int | None = None
-    """The one that it is compared by, where that is not the last: with early stopping the best on the eval set."""
+    """Rung that it is compared by, if not the last: with early stopping the best one on the eval set."""
     total_steps: int = 0
     trainable_parameters: int = 0
     gang: int = -1
     engine: EngineFigures | None = None
     out_of_memory: bool = False
-    """Memory ran out in it: it went on smaller, or failed for that."""
+    """True if it ran out of memory: it was retried with less, or failed."""
 
     @property
     def last(self) -> RungRecord | None:
@@ -82,7 +159,7 @@ class TrialRecord(Value):
 
     @property
     def judged(self) -> RungRecord | None:
-        """The rung that it is compared by."""
+        """Rung that the trial is compared by."""
         return next((rung for rung in self.rungs if rung.rung == self.judged_rung), self.last)
 
     @property
@@ -107,13 +184,13 @@ class TrialRecord(Value):
 
     @property
     def method(self) -> str:
-        """`lora r16 · replay 0.1`: how its layers learned."""
+        """Training method: `lora r16 · replay 0.1`."""
         tune = f"lora r{self.lora_rank}" if self.tune == "lora" else "full"
         return f"{tune} · {self.remedies}" if self.remedies else tune
 
     @property
     def label(self) -> str:
-        """`last:4 · lora r16 · lr 3.1e-03`; a control is called by its name."""
+        """`last:4 · lora r16 · lr 3.1e-03`; the display name for a control."""
         if self.control == "none":
             return "base model"
         point = f"{self.layers} · {self.method} · lr {self.learning_rate:.1e}"
@@ -125,7 +202,7 @@ class TrialRecord(Value):
 
 
 class SweepResult(Value):
-    """What the search found; also written by the one-trial job, with one trial in it."""
+    """Results of the search; the finetune job writes the same record, with one trial."""
 
     name: str
     job: Literal["sweep", "finetune"] = "sweep"
@@ -133,48 +210,48 @@ class SweepResult(Value):
     metric: str
     higher_is_better: bool
     max_forgetting: float
-    """Infinite where there is no bound."""
+    """Bound on forgetting; infinite without one."""
     trials: tuple[TrialRecord, ...]
-    """Every trial and control by number; controls have `control` set. Those of the learning curve are left out."""
+    """All trials and controls by number; controls have `control` set. Trials of the learning curve are not included."""
     winner_id: str | None
-    """The promoted trial; None when nothing was worth promoting."""
+    """Promoted trial; None if no trial was worth promoting."""
     promotion_reason: str
     promoted_by_hand: bool = False
     advice: tuple[str, ...] = ()
-    """What to try next, in order."""
+    """Recommendations, in order."""
     front: tuple[str, ...] = ()
-    """Trial ids on the Pareto front of target against retention; empty lets a reader compute it."""
+    """Trial ids on the Pareto front of target and retention; if empty, the reader computes it."""
     num_gangs: int = 1
     ranks_per_gang: int = 1
     base_loads: int = 0
-    """How often the base was loaded; law 11 wants it equal to the number of gangs, plus one for each that was replaced."""
+    """Number of times the base was loaded: one for each gang and one for each replaced gang (docs/design.md, law 11)."""
     gangs_replaced: int = 0
     gang_idle_seconds: float = 0.0
-    """Summed over the gangs, from the first trial's start to the last one's end."""
+    """Idle time summed over the gangs, from the first trial's start to the last one's end."""
     first_trial_seconds: float | None = None
-    """From submission to the first trial's first step."""
+    """Time from submission to the first trial's first step."""
     wall_seconds: float = 0.0
     started_at: float = 0.0
     """Unix time."""
     finished_at: float | None = None
-    """None while it runs."""
+    """Unix time; None while the run is in progress."""
     num_submissions: int = 1
     gpu_hours_used: float = 0.0
-    """Over all submissions, the refit and the bundle included where `finished_at` stands; without GPUs, hours of ranks."""
+    """GPU-hours of all submissions, including refit and bundle once `finished_at` is set; rank-hours without GPUs."""
     max_gpu_hours: float | None = None
-    """The bound of the last submission."""
+    """Limit of the last submission."""
     ended_by_hours: str = ""
-    """How far the search came where `max_gpu_hours` ended it; it goes on where that is raised."""
+    """Progress of the search when `max_gpu_hours` ended it; raising the limit continues it."""
     learning_curve: LearningCurve | None = None
-    """Of the trial that was promoted by the rule, where it was asked for and measured; see `curve_of_winner`."""
+    """Learning curve of the trial promoted by the rule, if requested and measured; see `curve_of_winner`."""
     no_learning_curve: str = ""
-    """Why there is none of the promoted trial, where it was asked for."""
+    """Reason why a requested learning curve is missing."""
     learning_curve_seconds: float = 0.0
-    """Of training and scoring its trials, which are not among `trials`."""
+    """Time to train and score its trials, which are not among `trials`."""
 
     @property
     def searched(self) -> tuple[TrialRecord, ...]:
-        """The trials without the controls."""
+        """Trials without the controls."""
         return tuple(trial for trial in self.trials if trial.control is None)
 
     @property
@@ -183,7 +260,7 @@ class SweepResult(Value):
 
     @property
     def curve_of_winner(self) -> LearningCurve | None:
-        """The learning curve, where it is that of the promoted trial."""
+        """Learning curve, if it belongs to the promoted trial."""
         curve = self.learning_curve
         return curve if curve is not None and curve.trial_id == self.winner_id else None
 
@@ -204,28 +281,28 @@ class ComparisonRecord(Value):
     p_value: float | None = None
     unit: str = "nats per token"
     over_seeds: bool = False
-    """Whether the interval is as wide as two seeds of one training differ."""
+    """True if the interval includes the variation between seeds."""
 
 
 class ModelScores(Value):
-    """One model on the test set and on the retention set."""
+    """Scores of one model on the test set and on the retention set."""
 
     model: str
     """`promoted`, or a control's name."""
     metrics: dict[str, float] = {}
     num_documents: int = 0
-    """Documents of the test set that were scored."""
+    """Number of test documents scored."""
     num_answered: int = 0
-    """Documents that were answered: what `exact_match` was taken over, the first ones of the test set."""
+    """Number of test documents answered, from the beginning of the set: those that `exact_match` covers."""
     retain_loss: float | None = None
     retain_accuracy: float | None = None
     forgetting: float | None = None
     num_shots: float | None = None
-    """Examples in each prompt of `k_shot`, on average; fewer than asked for where no more fitted."""
+    """Mean number of examples in a prompt of `k_shot`; fewer than requested if no more fit."""
 
 
 class PromptComparison(Value):
-    """One held-out prompt, answered by base and by bundle."""
+    """One held-out prompt with the answers of base and bundle."""
 
     prompt: str
     expected: str = ""
@@ -234,11 +311,11 @@ class PromptComparison(Value):
 
 
 class RefitRecord(Value):
-    """How the winner came to the full budget."""
+    """How the winner was trained to the full budget."""
 
     ran: bool
     reason: str
-    """Why it ran, or why it was not needed; and why it was passed over, where it was."""
+    """Why it ran, was not needed, or was skipped."""
     to_step: int = 0
     seconds: float = 0.0
     restarts: int = 0
@@ -246,35 +323,35 @@ class RefitRecord(Value):
     zero_stage: int = 0
     ranks: int = 1
     left_out_for_hours: bool = False
-    """It would have taken more than its share of `max_gpu_hours`; it is made up for where that is raised."""
+    """True if it would have exceeded its share of `max_gpu_hours`; it is made up for if the limit is raised."""
 
 
 class BundledFigures(Value):
-    """What was measured of the artifact that is bundled: the refit's result, or a rung's of the trial itself."""
+    """Figures of the bundled artifact: the refit's, or those of one of the trial's rungs."""
 
     step: int
     metric: float | None = None
-    """The search's metric on the eval set."""
+    """Search metric on the eval set."""
     retain_loss: float | None = None
     forgetting: float | None = None
     """Rise of the retention loss over the base's."""
 
 
 class TransferReport(Value):
-    """The verdict, spoken on the test set, which is read once, on the bundle; who asks again is counted."""
+    """Verdict of the bundle on the test set. The test set is read once; further readings are counted."""
 
     verdict: VerdictKind | None = None
-    """None when nothing was promoted and so nothing was tested."""
+    """None if nothing was promoted, and so nothing was tested."""
     sentence: str = ""
     trial_id: str | None = None
     comparisons: tuple[ComparisonRecord, ...] = ()
     controls_left_out: tuple[str, ...] = ()
-    """Why a control that was wanted is not among the comparisons."""
+    """Reason for each requested control that is missing from the comparisons."""
     gain_over_seeds: OverSeeds | None = None
-    """Gain over the base by each seed that the promoted trial was trained from, the bundle's first; None with one seed."""
+    """Gain over the base for each seed of the promoted trial, the bundle's first; None with one seed."""
     scores: tuple[ModelScores, ...] = ()
     test_set_reads: int = 0
-    """How often the test set has been read for this run, this reading included; from the second on it is no longer unseen."""
+    """Number of readings of the test set in this run, including this one; after the first it is no longer unseen."""
     prompts: tuple[PromptComparison, ...] = ()
     bundle: str | None = None
     verification: VerificationFigures | None = None
@@ -282,7 +359,7 @@ class TransferReport(Value):
     bundled: BundledFigures | None = None
     plan_against_measured: tuple[PlanAgainstMeasured, ...] = ()
     memory: tuple[MemoryRow, ...] = ()
-    """Memory of a rank, choice by choice."""
+    """Memory of a rank for each choice."""
     serve_commands: tuple[str, ...] = ()
     report: str | None = None
     versions: dict[str, str] = {}

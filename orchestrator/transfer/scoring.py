@@ -1,28 +1,27 @@
-"""One number per trial: what the search minimises, and what it holds against forgetting."""
+"""The objective of the search: one number per trial, from the metric and the penalty for forgetting."""
 
 from __future__ import annotations
 
 import math
 
 SMALLEST_GAIN = 0.01
-"""A gain that matters: a hundredth of a nat per token, one point of an accuracy. Where an interval holds no gain too, it
-parts `no gain` (a gain that matters is excluded) from `inconclusive` (it is not)."""
+"""Smallest gain that matters: a hundredth of a nat per token, one point of accuracy. An interval that excludes it gives `no
+gain`; one that includes both it and zero gives `inconclusive`."""
 
 FORGETTING_WEIGHT = 10.0
-"""What a nat per token of forgetting beyond the bound costs, in nats of the target or in whole units of an
-accuracy: a tenth of a nat too much outweighs any gain that a search of sane rates brings, and the slope still
-tells the sampler which way is back."""
+"""Penalty per nat per token of forgetting beyond the bound, in nats of the target or in whole units of accuracy. A tenth of a
+nat above the bound outweighs any gain between reasonable rates, and the slope still guides the sampler back."""
 WORST_SCORE = 1e9
-"""Of what failed, or has a score that is not a number: finite, since schedulers average, and worse than any other."""
+"""Score of a trial that failed or has no finite score: finite, since schedulers average scores, and worse than any other."""
 
 
 def forgetting(retain_loss: float, base_retain_loss: float) -> float:
-    """Rise of the retention loss over the untouched base's, nats per token; negative where the model got better."""
+    """Return the rise of the retention loss over the untouched base's, nats per token; negative if the model improved."""
     return retain_loss - base_retain_loss
 
 
 def score(metric_value: float, higher_is_better: bool, forgetting: float | None, bound: float) -> float:
-    """Target plus penalty; lower is better, and always finite.
+    """Return target plus penalty; lower is better, and it is always finite.
 
     The target is a loss as it stands, and 1 - value for a metric that is better when higher (accuracy, F1, exact
     match: 0 is perfect). Beyond `bound` each nat per token of forgetting adds FORGETTING_WEIGHT.

@@ -1,4 +1,4 @@
-"""One figure from several seeds: its mean, and where the mean of all seeds may lie."""
+"""Mean of a figure over several seeds, with its confidence interval."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ LEVEL = 0.95
 
 
 class OverSeeds(Value):
-    """What one thing came to from several seeds."""
+    """One figure from several seeds, with mean and interval."""
 
     seeds: tuple[int, ...]
     values: tuple[float, ...]
-    """By seed."""
+    """One value per seed."""
     mean: float
     low: float
     """Lower end of the 95% interval of the mean."""
@@ -30,7 +30,7 @@ class OverSeeds(Value):
 
 
 def over_seeds(seeds: Sequence[int], values: Sequence[float], unit: str = "") -> OverSeeds | None:
-    """Mean of values[n], one for each seed, with Student's t interval (Student 1908, "The probable error of a mean").
+    """Return the mean of values[n], one per seed, with Student's t interval (Student 1908, "The probable error of a mean").
 
     It takes the seeds' figures as drawn from one normal distribution; it knows nothing of how few the examples are that each was
     measured on.
@@ -60,7 +60,7 @@ def over_seeds(seeds: Sequence[int], values: Sequence[float], unit: str = "") ->
 
 
 def student_t_quantile(degrees: int, level: float = LEVEL) -> float:
-    """The t that |T| stays below with probability `level`, of Student's distribution with so many degrees of freedom."""
+    """Return the t with P(|T| < t) = `level`, for Student's distribution with the given degrees of freedom."""
     low, high = 0.0, 1.0
     while _within(high, degrees) < level:
         high *= 2
@@ -71,7 +71,7 @@ def student_t_quantile(degrees: int, level: float = LEVEL) -> float:
 
 
 def _within(t: float, degrees: int) -> float:
-    """P(|T| < t): the finite series of Abramowitz & Stegun 1964, 26.7.3 (odd degrees) and 26.7.4 (even)."""
+    """Return P(|T| < t) by the finite series of Abramowitz & Stegun 1964, 26.7.3 (odd degrees) and 26.7.4 (even)."""
     angle = math.atan(t / math.sqrt(degrees))
     term, total = 1.0, 0.0
     if degrees % 2:

@@ -1,4 +1,4 @@
-"""The verdict: what the paired comparisons on the test set allow to be said."""
+"""The verdict: what follows from the paired comparisons on the test set."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NAMES: dict[Control, str] = {
 
 
 class Verdict(Value):
-    """What was found, and the sentence that says it with its figures."""
+    """Kind of the verdict, and a sentence with its figures."""
 
     kind: VerdictKind
     sentence: str
@@ -37,7 +37,7 @@ def verdict(
     over_seeds: OverSeeds | None = None,
     failed_seeds: int = 0,
 ) -> Verdict:
-    """Judge the promoted model.
+    """Return the verdict on the promoted model.
 
     `negative` when it is worse than the base or than training from scratch; `positive` when it is better than both
     (than the one that ran); else `no gain` when no gain that matters is possible against one of them, and
@@ -69,7 +69,7 @@ def verdict(
 
 
 def _kind(comparison: Comparison) -> VerdictKind:
-    """What one comparison says by itself."""
+    """Return the verdict that one comparison alone leads to."""
     if comparison.low > 0:
         return "positive"
     if comparison.high < 0:
@@ -78,7 +78,7 @@ def _kind(comparison: Comparison) -> VerdictKind:
 
 
 def _sentence(comparisons: Mapping[Control, Comparison]) -> str:
-    """`2.09 ± 0.05 nats better than the base, 1.27 ± 0.04 better than head, on 180 test examples`."""
+    """Return `2.09 ± 0.05 nats better than the base, 1.27 ± 0.04 better than head, on 180 test examples`."""
     base = comparisons["none"]
     task = _task(base, comparisons["shuffled"]) if "shuffled" in comparisons else ""
     parts: list[str] = []
@@ -93,7 +93,7 @@ def _sentence(comparisons: Mapping[Control, Comparison]) -> str:
 
 
 def _task(gain: Comparison, over_shuffled: Comparison) -> str:
-    """What of a gain over the base is the task, and what answers to other prompts bring too; nothing where there is no gain."""
+    """Return the part of a gain over the base that the task explains; shuffled answers explain the rest. Empty without a gain."""
     if gain.low <= 0 or not math.isfinite(_margin(over_shuffled)):
         return ""
     scale, unit, _ = _unit(gain.unit)
@@ -112,14 +112,14 @@ def _side(found: Comparison | OverSeeds) -> str:
 
 
 def _figure(found: Comparison | OverSeeds) -> str:
-    """`2.09 ± 0.05`, without its sign, and without its margin where there is none."""
+    """Return `2.09 ± 0.05`: without the sign, and without the margin if there is none."""
     scale, digits = _unit(found.unit)[0], _digits(found)
     mean, margin = abs(found.mean) * scale, _margin(found) * scale
     return f"{mean:.{digits}f} ± {margin:.{digits}f}" if math.isfinite(margin) else f"{mean:.{digits}f}"
 
 
 def _digits(found: Comparison | OverSeeds) -> int:
-    """As many decimals as show the margin: the unit's at least, MOST_DIGITS at most."""
+    """Return the decimals that show the margin: at least the unit's, at most MOST_DIGITS."""
     scale, _, digits = _unit(found.unit)
     margin = _margin(found) * scale
     if margin <= 0 or not math.isfinite(margin):
@@ -128,12 +128,12 @@ def _digits(found: Comparison | OverSeeds) -> int:
 
 
 def _margin(found: Comparison | OverSeeds) -> float:
-    """The longer side of the interval."""
+    """Return the longer side of the interval."""
     return max(found.high - found.mean, found.mean - found.low)
 
 
 def _seeds_sentence(found: OverSeeds) -> str:
-    """`over 3 seeds, on the same examples, 0.41 ± 0.20 nats better than the base (each alone: +0.32, +0.43, +0.48)`."""
+    """Return `over 3 seeds, on the same examples, 0.41 ± 0.20 nats better than the base (each alone: +0.32, +0.43, +0.48)`."""
     (scale, unit, _), digits = _unit(found.unit), _digits(found)
     gain = f"{_figure(found)} {unit} {_side(found)}"
     each = ", ".join(f"{value * scale:+.{digits}f}" for value in found.values)
@@ -141,5 +141,5 @@ def _seeds_sentence(found: OverSeeds) -> str:
 
 
 def _unit(unit: str) -> tuple[float, str, int]:
-    """Factor, word and digits: losses in nats, shares in percentage points."""
+    """Return factor, word and digits: losses in nats, shares in percentage points."""
     return (1.0, "nats", 2) if unit.startswith("nats") else (100.0, f"points of {unit}", 1)

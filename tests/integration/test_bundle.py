@@ -38,9 +38,9 @@ from orchestrator.serve import (
     score_test,
     stage_bundle,
     trained_model,
+    verification,
     verify,
     verify_bundle,
-    verifying,
 )
 from orchestrator.serve.card import model_card
 from orchestrator.store import check_folder
@@ -248,9 +248,9 @@ def test_a_model_that_does_not_fit_in_memory_is_checked_from_the_disk(tmp_path: 
     inputs = trials.trial()
     staged = stage_bundle(inputs, tmp_path / "bundle")
     answers = []
-    fresh = verifying._check_in_fresh_process
-    monkeypatch.setattr(verifying, "_check_in_fresh_process", lambda *given: answers.append(fresh(*given)) or answers[-1])
-    monkeypatch.setattr(verifying, "free_bytes", lambda device: 1_000_000)
+    fresh = verification._check_in_fresh_process
+    monkeypatch.setattr(verification, "_check_in_fresh_process", lambda *given: answers.append(fresh(*given)) or answers[-1])
+    monkeypatch.setattr(verification, "free_bytes", lambda device: 1_000_000)
     figures = verify(staged.folder, trained_model(inputs, staged.plan))
     assert answers[0]["offloaded"]
     assert not answers[0]["knows_package"]
@@ -378,9 +378,9 @@ def test_an_unverified_bundle_stays_partial(tmp_path: Path):
     inputs = trials.trial()
     staged = stage_bundle(inputs, tmp_path / "bundle")
     failed = VerificationFigures(passed=False, kl_bundle=1.0, kl_base=1.0, limit=0.02, num_prompts=1)
-    for verification in (None, failed):
+    for found in (None, failed):
         with pytest.raises(VerificationError):
-            commit_bundle(staged, inputs, TransferReport(verification=verification))
+            commit_bundle(staged, inputs, TransferReport(verification=found))
     assert staged.folder == tmp_path / "bundle.partial"
     assert staged.folder.exists()
     assert not (tmp_path / "bundle").exists()

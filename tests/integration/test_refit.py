@@ -10,7 +10,7 @@ from orchestrator.run.layout import PROGRESS
 from orchestrator.run.reader import RunRecords, read_run
 from orchestrator.store import check_folder, read_json
 from orchestrator.train import find_latest
-from orchestrator.transfer.view import Progress
+from orchestrator.transfer.run_view import Progress
 
 from .runs import (
     TIMEOUT_S,

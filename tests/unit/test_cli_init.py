@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from orchestrator.cli.commands import app
-from orchestrator.data.reading.looking import look_at
+from orchestrator.data.reading.guess import look_at
 from orchestrator.errors import DataError
 from orchestrator.spec import load_spec
 

@@ -19,7 +19,7 @@ from orchestrator.errors import DataError, SpecError, SpecProblem, UsageError
 from orchestrator.report.console import SafeConsole
 from orchestrator.report.terminal import JsonView, LogView, SweepView
 from orchestrator.store import append_jsonl, read_json, read_jsonl, write_json
-from orchestrator.transfer.view import RunView
+from orchestrator.transfer.run_view import RunView
 from orchestrator.units import printable, printable_lines
 from orchestrator.values import printable_json
 

@@ -1,1 +1,1 @@
-"""From examples to tokens and masks: an encoder for each task, chats by the base's template, where answers end."""
+"""Encode examples as tokens and masks: an encoder for each task, the base's chat template, end tokens."""

@@ -1,12 +1,12 @@
-"""What a model learns of a chat: the assistant's turns, found in the rendering of the whole.
+"""Supervision of chats: the assistant's turns, located in the rendered chat.
 
 A turn begins where the generation prompt ends: where the rendering of all turns before it, with the prompt for an answer, and
-the rendering of the whole part. So what a template puts before the content (an empty block of reasoning) is learned, since the
-model has to write it. A turn ends with the first token that closes it. Nothing else is demanded of the template: it may show
-a turn otherwise once another one follows, as those of reasoning models do.
+the rendering of the whole chat diverge. So what a template puts before the content (an empty block of reasoning) is trained
+on, since the model has to write it. A turn ends with the first token that closes it. The template may be irregular otherwise:
+it may render a turn differently once another one follows, as those of reasoning models do.
 
-`{% generation %}` marks of the template say where its turns are, less the generation prompt, and with the closing token where
-the marks leave it out.
+`{% generation %}` marks of the template take precedence: they say where its turns are, less the generation prompt, and with
+the closing token if the marks leave it out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from orchestrator.data.encoding.chat_template import ChatTemplate, Tools
 from orchestrator.data.encoding.control_tokens import ControlTokens
-from orchestrator.data.encoding.noticed import Noticed
+from orchestrator.data.encoding.row_notices import Noticed
 from orchestrator.data.encoding.spans import Found, NotRenderedError, Span, SpanFinder
 from orchestrator.data.encoding.turn_marks import Turn, calls_of, mapped, reasoning_of, said, strings_of
 from orchestrator.data.reading.examples import Example
@@ -28,23 +28,23 @@ from orchestrator.data.reading.row import BadRow
 from orchestrator.spec.models import DataSpec
 
 MOST_SHOWN = 256
-"""So many sequences of roles are remembered."""
+"""Number of role sequences that are remembered."""
 
 
 @dataclass(frozen=True)
 class RenderedChat:
-    """One chat as the template writes it."""
+    """Chat as the template renders it."""
 
     example: Example
     text: str
     spans: tuple[Span, ...]
-    """Of the supervised turns, in order."""
+    """Supervised turns, in order."""
     escaped: bool
-    """Whether `text` has stand-ins for control tokens that the row spells."""
+    """True if `text` has stand-ins for control tokens spelled in the row."""
 
 
 class ChatEncoder:
-    """Tokenises chats with one tokenizer.
+    """Tokenizes chats with one tokenizer.
 
     Args:
         tokenizer: Has a chat template.
@@ -68,7 +68,7 @@ class ChatEncoder:
         """Sequences of roles of which the template leaves nothing out."""
 
     def render(self, example: Example) -> RenderedChat | BadRow:
-        """The chat and the spans of its supervised turns; a BadRow where the template cannot take it."""
+        """Return the chat and the spans of its supervised turns; a BadRow if the template rejects it."""
         from jinja2 import TemplateError
 
         try:
@@ -79,7 +79,7 @@ class ChatEncoder:
             return BadRow(example.file, example.line, f"the chat template rejects it: {error}")
 
     def encode(self, chats: Sequence[RenderedChat]) -> list[tuple[list[int], list[bool]]]:
-        """(token ids, whether each is supervised) of each chat; the ids are the tokenizer's own of the whole text."""
+        """Return (token ids, whether each is supervised) of each chat; the ids are the tokenizer's for the whole text."""
         found: dict[int, tuple[list[int], list[bool]]] = {}
         for escaped in (False, True):
             chosen = [index for index, chat in enumerate(chats) if chat.escaped == escaped]
@@ -93,7 +93,7 @@ class ChatEncoder:
         return [found[index] for index in range(len(chats))]
 
     def prompt_and_answer(self, chat: RenderedChat) -> tuple[str, str]:
-        """The text before the last supervised turn, and that turn without its closing token."""
+        """Return the text before the last supervised turn, and that turn without its closing token."""
         if not chat.spans:
             return "", ""
         last = chat.spans[-1]
@@ -101,7 +101,7 @@ class ChatEncoder:
         return (self.control.literal(prompt), self.control.literal(answer)) if chat.escaped else (prompt, answer)
 
     def _respelled(self, chat: RenderedChat) -> tuple[str, list[tuple[int, int]]]:
-        """A rendering as the tokenizer without control tokens reads it, and its spans there."""
+        """Return a rendering as the tokenizer without control tokens reads it, and its spans there."""
         edges = [0, *(edge for span in chat.spans for edge in span[:2]), len(chat.text)]
         pieces = [self.control.spelled(chat.text[start:end]) for start, end in itertools.pairwise(edges)]
         places = [0, *itertools.accumulate(map(len, pieces))]
@@ -134,7 +134,7 @@ class ChatEncoder:
         return RenderedChat(example, text, tuple(spans), escaped)
 
     def _wanted(self, example: Example) -> set[int]:
-        """The assistant's turns that are learned: they say something, `weight` is not 0, and the last one by `train_on`."""
+        """Return the assistant's turns to train on: not empty, `weight` not 0, and only the last one if `train_on` says so."""
         chosen = [
             index
             for index, turn in enumerate(example.messages or ())
@@ -143,12 +143,12 @@ class ChatEncoder:
         return set(chosen[-1:] if self._data.train_on == "last_assistant" else chosen)
 
     def _shows_tools(self, turns: Sequence[Turn], tools: Tools, text: str) -> bool:
-        """Whether the template renders tools; once it did, it is not asked again."""
+        """Return True if the template renders tools; a positive result is cached."""
         self._renders_tools = self._renders_tools or self._template.render(turns) != text
         return self._renders_tools
 
     def _look_at(self, example: Example, turns: Sequence[Turn], tools: Tools, text: str, wanted: set[int]) -> None:
-        """Note what a template with marks leaves out, once for each sequence of roles of which it leaves out nothing."""
+        """Note what a template with marks leaves out; checked once for each role sequence that it renders completely."""
         roles = tuple(turn["role"] for turn in turns)
         if roles in self._shown:
             return
@@ -159,7 +159,7 @@ class ChatEncoder:
             self._shown.add(roles)
 
     def _tell(self, example: Example, wanted: set[int], found: dict[int, Found], last: int) -> bool:
-        """Note what the template leaves out; False where anything is."""
+        """Note what the template leaves out; return False if it leaves out anything."""
         turns = list(found.values())
         final = [found[last]] if last in found else []
         missing = {
@@ -174,9 +174,9 @@ class ChatEncoder:
         return not any(missing.values())
 
     def _escaped(self, example: Example) -> tuple[list[Turn], list[dict[str, Any]], bool]:
-        """Turns and tools with stand-ins for the control tokens that they spell, and whether there are any.
+        """Return turns and tools with stand-ins for the control tokens that they spell, and whether there are any.
 
-        End tokens at the end of an answer are taken off, since the template writes one.
+        End tokens at the end of an answer are removed, since the template writes one.
         """
         turns: list[Turn] = [{key: value for key, value in turn.items() if key != "weight"} for turn in example.messages or ()]
         tools = list(example.tools)
@@ -214,15 +214,15 @@ def _as_it_is(chat: RenderedChat) -> tuple[str, list[tuple[int, int]]]:
 
 
 def _narrowed(span: Span, marked: Sequence[tuple[int, int]]) -> Span:
-    """A turn from where the template's marks within it begin, if it has any."""
+    """Return a turn from where the template's marks within it begin, if it has any."""
     starts = [start for start, end in marked if start < span.end and end > span.start]
     return span._replace(start=max(span.start, min(starts))) if starts else span
 
 
 def _supervised(text: str, offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
-    """Whether each token begins in one of the spans.
+    """Return for each token whether it begins in one of the spans.
 
-    A token that begins before a span and reaches into it belongs to it where only white space stands before.
+    A token that begins before a span and reaches into it counts if only white space precedes the span.
     """
     starts = [start for start, _ in offsets]
     mask = [False] * len(offsets)

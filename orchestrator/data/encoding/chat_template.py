@@ -1,4 +1,4 @@
-"""A tokenizer's chat template: how it writes a chat, and what of its own it puts around the turns."""
+"""A tokenizer's chat template: how it renders a chat, and the text that it puts around turns."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from orchestrator.data.encoding.turn_marks import Turn, TurnMarks, common_prefix
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 QUESTION: Turn = {"role": "user", "content": "What is asked here"}
 ANSWER: Turn = {"role": "assistant", "content": "What is answered here"}
-"""The chat from which a template's own text is known."""
+"""Chat that is rendered to find the template's own text."""
 Tools = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Style:
-    """How a template writes turns, found by rendering one question with one answer; empty where it refuses them."""
+    """How a template renders turns, found by rendering one question with one answer; empty if it rejects them."""
 
     generation_prompt: str = ""
-    """What asks for an answer, after a whole question."""
+    """Text that requests an answer, after a complete question."""
     closing: str | None = None
-    """The control token after an answer."""
+    """Control token after an answer."""
     between: tuple[str, ...] = ()
     """Control tokens that close a question."""
     unasked: str = ""
-    """What stands before an answer and is not asked for: the template has no generation prompt, or a shorter one. Tags of
-    reasoning, which a model opens itself, are not counted."""
+    """Text before an answer that the generation prompt does not contain: it is missing, or shorter. Tags of reasoning, which a
+    model opens itself, do not count."""
     headers: tuple[str, ...] = ()
-    """Added tokens that are not special and begin or end a turn none the less."""
+    """Added tokens that are not special but begin or end a turn."""
 
 
 class ChatTemplate:
@@ -42,13 +42,13 @@ class ChatTemplate:
         self._has_marks = bool(GENERATION_MARK.search(str(tokenizer.chat_template)))
 
     def render(self, turns: Sequence[Turn], tools: Tools = (), *, asks: bool = False) -> str:
-        """The chat as text; with `asks`, up to where an answer is asked for."""
+        """Return the chat as text; with `asks`, up to where an answer is requested."""
         return self._tokenizer.apply_chat_template(
             list(turns), tools=list(tools) or None, tokenize=False, add_generation_prompt=asks
         )
 
     def render_with_marks(self, turns: Sequence[Turn], tools: Tools = ()) -> tuple[str, list[tuple[int, int]]]:
-        """The chat as text, and the characters between the template's `{% generation %}` marks."""
+        """Return the chat as text, and the characters between the template's `{% generation %}` marks."""
         if not self._has_marks:
             return self.render(turns, tools), []
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -64,7 +64,7 @@ class ChatTemplate:
         return text, [(int(start), int(end)) for start, end in spans if end > start]
 
     def style(self, control: ControlTokens) -> Style:
-        """What the template writes around a question and its answer."""
+        """Text that the template writes around a question and its answer."""
         from jinja2 import TemplateError
 
         marks = TurnMarks((QUESTION, ANSWER), "")
@@ -97,7 +97,7 @@ class ChatTemplate:
 
 
 def snapped(text: str, place: int, control: ControlTokens) -> int:
-    """The place, or the beginning of the added token that it stands in."""
+    """Return the position, or the beginning of the added token that contains it."""
     first = max(0, place - 100)
     for found in control.added.finditer(text, first, place + 100):
         if found.start() < place < found.end():

@@ -1,8 +1,8 @@
-"""Control tokens, and text that spells one: it is tokenised as text, so that no row can begin or end a turn.
+"""Control tokens, and text that spells one: it is tokenized as text, so that no row can begin or end a turn.
 
-A fast tokenizer splits a text at its added tokens before anything else, whoever wrote them. Text is therefore tokenised by
-a copy of the tokenizer in which every control token is spelled in another way, which nobody can guess: the ids and the
-treatment of white space are the same, and what used to spell a control token is ordinary text.
+A fast tokenizer splits a text at its added tokens first, regardless of their origin. Text is therefore tokenized by a copy of
+the tokenizer in which every control token has another, unguessable spelling: ids and white space treatment are the same, and
+the usual spelling of a control token is ordinary text.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from functools import cached_property
 from typing import Any
 
 PRIVATE_USE = range(0xF0000, 0x10F000)
-"""Characters of Unicode's private-use planes that may stand for something while a row is rendered."""
+"""Unicode's private-use planes: stand-ins are taken from them while a row is rendered."""
 BEFORE_NAME, BEFORE_SPELLING = "\U0010fffc", "\U0010fffd"
 REASONING = re.compile(r"\W*((start|begin|end)_(of_)?)?(think|thinking|thought|reasoning)\W*", re.IGNORECASE)
-"""Tags around reasoning are part of an answer, whether or not the tokenizer calls them special."""
+"""Tags around reasoning belong to the answer, even if the tokenizer marks them as special."""
 
 
 class ControlTokens:
-    """The tokens that steer a model rather than say something: special added tokens, and others that a caller names.
+    """Tokens that control a model instead of carrying text: special added tokens, and others that a caller names.
 
     Args:
         tokenizer: A fast one.
@@ -52,8 +52,8 @@ class ControlTokens:
 
     @cached_property
     def exact(self) -> Any:
-        """The tokenizer's backend with offsets that cover white space too: a trimming post-processor leaves tokens of white
-        space alone with empty offsets."""
+        """Return the tokenizer's backend with offsets that include white space: a trimming post-processor gives white space
+        tokens empty offsets."""
         backend = self._tokenizer.backend_tokenizer
         if "trim_offsets=True" not in str(backend.post_processor):
             return backend
@@ -61,11 +61,12 @@ class ControlTokens:
 
     @cached_property
     def plain(self) -> Any:
-        """The backend to which control tokens are ordinary text; their ids have the private spellings."""
+        """Return the backend that treats control tokens as ordinary text; their ids have the private spellings."""
         return _changed(self._tokenizer.backend_tokenizer, self._respell)
 
     def _respell(self, parts: dict[str, Any]) -> None:
-        """Among the added tokens, and in the vocabulary and its merges, by which a piece of text could come to be one."""
+        """Respell the control tokens among the added tokens, and in the vocabulary and merges, which could produce one from
+        text."""
         parts["post_processor"] = _untrimmed(parts["post_processor"])
         for token in parts["added_tokens"]:
             if token["content"] in self._spellings:
@@ -83,31 +84,31 @@ class ControlTokens:
             model["merges"] = [pair for pair in pairs if not {*pair, "".join(pair)} & self._spellings.keys()]
 
     def held_by(self, text: str) -> list[str]:
-        """The control tokens that a text spells, in order."""
+        """Return the control tokens that a text spells, in order."""
         return self.pattern.findall(text)
 
     def stand_in(self, text: str) -> str:
-        """The text with stand-ins for the control tokens that it spells; `literal` undoes it."""
+        """Replace the control tokens that a text spells by stand-ins; `literal` reverses it."""
         return self.pattern.sub(lambda found: self._stand_ins[found[0]], text)
 
     def stand_in_answer(self, text: str) -> str:
-        """As `stand_in`; in an answer, the tags around reasoning stay what they are."""
+        """Do the same as `stand_in`, but keep the tags around reasoning."""
         return self.pattern.sub(lambda found: found[0] if REASONING.fullmatch(found[0]) else self._stand_ins[found[0]], text)
 
     def stood_for(self, text: str) -> list[str]:
-        """The control tokens whose stand-ins a text holds."""
+        """Return the control tokens whose stand-ins a text contains."""
         return [self._literal[found] for found in self._stands.findall(text)]
 
     def literal(self, text: str) -> str:
-        """What the row said, of a text with stand-ins."""
+        """Replace stand-ins by the row's own text."""
         return self._stands.sub(lambda found: self._literal[found[0]], text)
 
     def spelled(self, text: str) -> str:
-        """A rendering as `plain` reads it: control tokens of the template respelled, a row's written out."""
+        """Return a rendering as `plain` reads it: the template's control tokens respelled, the row's written out."""
         return self.literal(self.pattern.sub(lambda found: self._spellings[found[0]], text))
 
     def without_ends(self, text: str, ends: Sequence[str]) -> tuple[str, list[str]]:
-        """(an answer without the end tokens that it already ends with, those)."""
+        """Return (an answer without the end tokens that it already ends with, those tokens)."""
         taken: list[str] = []
         while end := next((end for end in ends if end and text.rstrip().endswith(end)), None):
             text = text.rstrip().removesuffix(end)
@@ -115,7 +116,7 @@ class ControlTokens:
         return text, taken
 
     def text_ids(self, text: str, *, special: bool = False) -> list[int]:
-        """Token ids of a text in which stand-ins are ordinary text, and control tokens what they are.
+        """Return the token ids of a text in which stand-ins are ordinary text, and control tokens keep their meaning.
 
         Args:
             special: Whether the tokenizer puts its own special tokens around it.
@@ -124,7 +125,7 @@ class ControlTokens:
 
 
 def one_of(texts: Iterable[str]) -> re.Pattern[str]:
-    """Matches any of the texts, the longest where several fit; nothing where there are none."""
+    """Return a pattern for any of the texts, longest match first; matches nothing if there are none."""
     return re.compile("|".join(map(re.escape, sorted(filter(None, texts), key=len, reverse=True))) or r"(?!)")
 
 
@@ -137,7 +138,7 @@ def _changed(backend: Any, change: Callable[[dict[str, Any]], None]) -> Any:
 
 
 def _untrimmed(processor: Any) -> Any:
-    """A post-processor, and those within it, that leaves offsets as they are."""
+    """Return a post-processor, with those nested in it, that leaves offsets unchanged."""
     if isinstance(processor, dict):
         return {key: False if key == "trim_offsets" else _untrimmed(value) for key, value in processor.items()}
     return [_untrimmed(value) for value in processor] if isinstance(processor, list) else processor

@@ -1,4 +1,4 @@
-"""From examples to tokens and masks: what each task supervises."""
+"""Encode examples as tokens and masks, by the supervision of each task."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from orchestrator.data.encoding.chat import ChatEncoder, RenderedChat
 from orchestrator.data.encoding.control_tokens import ControlTokens
-from orchestrator.data.encoding.noticed import Noticed
+from orchestrator.data.encoding.row_notices import Noticed
 from orchestrator.data.reading.examples import Example
 from orchestrator.data.reading.row import BadRow
 from orchestrator.errors import BaseError
@@ -21,12 +21,12 @@ from orchestrator.spec.models import DataSpec, Task
 from orchestrator.spec.tasks import TASKS
 
 BATCH_ROWS = 256
-"""So many texts are tokenised at once."""
+"""Number of texts tokenized at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One tokenised document of L tokens."""
+    """Tokenized document of L tokens."""
 
     ids: np.ndarray
     """int32[L]"""
@@ -42,7 +42,7 @@ class Document:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The base's fast tokenizer, from its folder alone.
+    """Load the base's fast tokenizer, from its folder only.
 
     Raises:
         BaseError: there is none, it is damaged, or it is not a fast one.
@@ -63,7 +63,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 class Encoder:
-    """Tokenises examples of one task with one tokenizer.
+    """Tokenizes examples of one task with one tokenizer.
 
     Args:
         ends: Ids at which the base stops as it is, beside the tokenizer's own end token.
@@ -102,12 +102,13 @@ class Encoder:
         self._encode = encoders[task]
 
     def encode(self, examples: Sequence[Example]) -> Iterator[Document | BadRow]:
-        """Documents of the examples, in order; `text` gives one a chunk. A row that the chat template refuses is a BadRow."""
+        """Yield the documents of the examples, in order; task `text` gives one per chunk. A row that the chat template rejects
+        is a BadRow."""
         for start in range(0, len(examples), BATCH_ROWS):
             yield from self._encode(examples[start : start + BATCH_ROWS])
 
     def fit(self, document: Document) -> Document | None:
-        """The document within `max_tokens`, or None where it has to be dropped.
+        """Return the document within `max_tokens`, or None if it has to be dropped.
 
         `truncate_prompt` cuts the prompt's beginning, after the begin token, and never the answer; where nothing of the
         prompt would be left the document is dropped. Of a text to classify it cuts the end, before the special tokens
@@ -127,7 +128,7 @@ class Encoder:
 
     @property
     def cut_part(self) -> str:
-        """What `truncate_prompt` takes away."""
+        """Name of the part that `truncate_prompt` removes."""
         return "text's end" if self._traits.head.supervises == "documents" else "prompt's beginning"
 
     def _beginning(self, document: Document) -> Document | None:
@@ -141,7 +142,7 @@ class Encoder:
     def _ids(
         self, texts: Sequence[str], examples: Sequence[Example], *, suffixes: Sequence[str] = (), special: bool = False
     ) -> list[list[int]]:
-        """Token ids of the examples' texts; control tokens in them are text unless the spec allows them.
+        """Return the token ids of the examples' texts; control tokens in them are text unless the spec allows them.
 
         Args:
             suffixes: What follows each text; control tokens in it are what the spec means.
@@ -163,7 +164,7 @@ class Encoder:
         return ids
 
     def _without_begin(self, text: str, example: Example) -> str:
-        """A text without the begin token that it already begins with, where the tokenizer puts one."""
+        """Return a text without the begin token that it already begins with, if the tokenizer adds one."""
         bos = self._tokenizer.bos_token
         if not self._bos or not text.startswith(bos):
             return text
@@ -171,14 +172,14 @@ class Encoder:
         return text.removeprefix(bos)
 
     def _without_end(self, text: str, example: Example) -> str:
-        """A text without the end tokens that it already ends with."""
+        """Return a text without the end tokens that it already ends with."""
         text, taken = self._control.without_ends(text, [self._tokenizer.eos_token] if self._eos else [])
         if taken:
             self._noticed.add("ended", example.place, *taken)
         return text
 
     def _completions(self, examples: Sequence[Example]) -> Iterator[Document]:
-        """Loss on the completion and the end token; prompt and completion are tokenised apart, as at serving."""
+        """Encode with loss on the completion and the end token; prompt and completion are tokenized separately, as in serving."""
         separators = [self._data.separator if row.separator is None else row.separator for row in examples]
         prompts = [self._without_begin(str(example.prompt), example) for example in examples]
         answers = [self._without_end(str(example.completion), example) for example in examples]
@@ -189,7 +190,7 @@ class Encoder:
             yield Document(np.asarray(before + after, np.int32), mask, example, f"{prompt}{separator}", answer)
 
     def _texts(self, examples: Sequence[Example]) -> Iterator[Document]:
-        """Every token but a text's first is predicted once, in chunks of `max_tokens`.
+        """Encode texts in chunks of `max_tokens`, so that every token but a text's first is predicted once.
 
         Each chunk begins with the begin token; where the tokenizer has none, with the last token of the chunk before.
         """
@@ -203,13 +204,13 @@ class Encoder:
                 yield _document(chunk, np.ones(len(chunk), bool), example)
 
     def _classified(self, examples: Sequence[Example]) -> Iterator[Document]:
-        """Tokens as the base saw them in pretraining, special tokens included; the class is the label."""
+        """Encode as in the base's pretraining, special tokens included; the class is the label."""
         encoded = self._ids([str(example.text) for example in examples], examples, special=True)
         for example, ids in zip(examples, encoded, strict=True):
             yield _document(ids, np.zeros(len(ids), bool), example)
 
     def _chats(self, examples: Sequence[Example]) -> Iterator[Document | BadRow]:
-        """Loss on the assistant's turns."""
+        """Encode with loss on the assistant's turns."""
         rendered = [self._chat.render(example) for example in examples]
         encoded = iter(self._chat.encode([chat for chat in rendered if isinstance(chat, RenderedChat)]))
         for chat in rendered:
@@ -221,7 +222,7 @@ class Encoder:
 
 
 def mark_supervised(document: Document, tokenizer: Any) -> str:
-    """The document's text with «» around what is supervised."""
+    """Return the document's text with «» around supervised parts."""
     parts: list[str] = []
     edges = [0, *(np.flatnonzero(np.diff(document.supervised.astype(np.int8))) + 1).tolist(), len(document.ids)]
     for start, end in itertools.pairwise(edges):
@@ -232,7 +233,7 @@ def mark_supervised(document: Document, tokenizer: Any) -> str:
 
 @lru_cache(maxsize=4096)
 def _answer_mask(num_before: int, num_after: int) -> np.ndarray:
-    """bool[L], read-only: one for all documents of these lengths, of which a million short rows have few."""
+    """Return bool[L], read-only and cached: among a million short rows, few pairs of lengths differ."""
     mask = np.zeros(num_before + num_after, bool)
     mask[max(1, num_before) :] = True
     mask.flags.writeable = False
@@ -240,8 +241,8 @@ def _answer_mask(num_before: int, num_after: int) -> np.ndarray:
 
 
 def bare_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """What `tokenizer(texts, add_special_tokens=False)["input_ids"]` gives, without the offsets and masks that take half of
-    its time."""
+    """Return what `tokenizer(texts, add_special_tokens=False)["input_ids"]` does, without the offsets and masks that take half
+    of its time."""
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
@@ -255,13 +256,13 @@ def _document(ids: list[int], mask: np.ndarray, example: Example, prompt: str = 
 
 
 def _bos_ids(tokenizer: Any) -> list[int]:
-    """The begin token, where the tokenizer puts one before a text by itself."""
+    """Return the begin token, if the tokenizer adds one before a text."""
     ids = tokenizer("a")["input_ids"]
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and ids[:1] == [bos] else []
 
 
 def _num_end_tokens(tokenizer: Any) -> int:
-    """Special tokens that the tokenizer puts after a text by itself, as BERT's does."""
+    """Return the number of special tokens that the tokenizer adds after a text, as BERT's does."""
     last = tokenizer("a", add_special_tokens=False)["input_ids"][-1]
     return tokenizer("a")["input_ids"][::-1].index(last)

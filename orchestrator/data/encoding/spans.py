@@ -1,4 +1,4 @@
-"""Which characters of a rendered chat the model has to write."""
+"""Locate the characters of a rendered chat that the model has to write."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from orchestrator.data.encoding.turn_marks import Marked, Turn, TurnMarks, calls
 
 
 class Span(NamedTuple):
-    """Characters of a rendering, from where the generation prompt ends."""
+    """Characters of a rendering, from the end of the generation prompt."""
 
     start: int
     end: int
-    """After the closing token, where there is one."""
+    """End, including the closing token if there is one."""
     answer_end: int
-    """Before it."""
+    """End, excluding the closing token."""
 
 
 class Found(NamedTuple):
-    """One turn of the assistant in the rendering of its chat."""
+    """One assistant turn in the rendering of its chat."""
 
     span: Span
     unasked: str = ""
-    """What the generation prompt ends with and the turn does not begin with."""
+    """Text at the end of the generation prompt that the turn does not begin with."""
     has_text: bool = True
     has_reasoning: bool = True
     has_context: bool = True
-    """Whether every turn before it that says something is rendered."""
+    """True if every earlier turn with text is rendered."""
 
 
 class NotRenderedError(ValueError):
-    """The template leaves out what has to be learned, or writes it so that it cannot be found."""
+    """The template leaves out a turn to train on, or renders it so that it cannot be located."""
 
 
 class SpanFinder:
-    """Finds turns in renderings of one template.
+    """Locates turns in renderings of one template.
 
     Args:
         ends: Texts of the tokens at which the base stops as it is.
@@ -50,7 +50,7 @@ class SpanFinder:
         self._ends = frozenset(ends)
 
     def checked(self, text: str, start: int, end: int, limit: int) -> Span:
-        """What a template marks as a turn, less the generation prompt, to the closing token that stands within or after it.
+        """Return the marked turn without the generation prompt, up to the closing token within or after it.
 
         Args:
             limit: Where the next turn of the assistant begins.
@@ -73,7 +73,7 @@ class SpanFinder:
         return Span(start, end, end)
 
     def find(self, turns: Sequence[Turn], tools: Tools, text: str, wanted: set[int]) -> dict[int, Found]:
-        """The wanted turns that the template renders.
+        """Locate the requested turns that the template renders.
 
         Args:
             text: The rendering of all turns.
@@ -122,7 +122,7 @@ class SpanFinder:
         )
 
     def _start(self, chat: _Chat, index: int, opening: int) -> tuple[int, str]:
-        """(where the generation prompt ends, what of it does not stand there)."""
+        """Return (end of the generation prompt, the part of it that is missing there)."""
         whole = chat.whole
         earlier = [other.closing for other in chat.marks.of[:index]]
         anchor = max((place for mark in earlier for place in whole.places.get(mark, ()) if place <= opening), default=0)
@@ -146,7 +146,7 @@ class SpanFinder:
         return (anchor + len(between), header[shared:]) if shared else (opening, "")
 
     def _prompt(self, chat: _Chat, index: int) -> Marked | None:
-        """The rendering that asks for a turn; None where the template does not render what stands before it alone."""
+        """Return the rendering that requests a turn; None if the template cannot render the earlier turns alone."""
         from jinja2 import TemplateError
 
         if not index:
@@ -157,7 +157,7 @@ class SpanFinder:
             return None
 
     def _closing(self, text: str, start: int, limit: int) -> tuple[int, int] | None:
-        """(start, end) of the token that closes the turn whose words end at `start`."""
+        """Return (start, end) of the token that closes the turn whose text ends at `start`."""
         usual = self._style.closing
         if usual and (place := text.find(usual, start, limit)) >= 0:
             return place, place + len(usual)
@@ -167,7 +167,7 @@ class SpanFinder:
         return None
 
     def _unclosed(self, chat: _Chat, index: int, start: int, limit: int) -> int:
-        """Where a turn without a closing token ends: with its own white space, or with what belongs to its tool calls."""
+        """Return where a turn without a closing token ends: after its own white space, or after its tool calls."""
         turn, after = chat.turns[index], chat.whole.text[start:limit]
         if not calls_of(turn):
             words = said(turn)
@@ -179,7 +179,8 @@ class SpanFinder:
         return start + len(after.rstrip())
 
     def _by_prefixes(self, turns: Sequence[Turn], tools: Tools, text: str, index: int) -> Found:
-        """A turn between the rendering that asks for it and the one that has it, where both begin the whole rendering."""
+        """Locate a turn between the rendering that requests it and the one that contains it, if both are prefixes of the whole
+        rendering."""
         before = self._template.render(turns[:index], tools, asks=True) if index else ""
         after = self._template.render(turns[: index + 1], tools)
         if not index or not after.startswith(before) or not text.startswith(after):
@@ -191,7 +192,7 @@ class SpanFinder:
 
 
 class _Chat(NamedTuple):
-    """A chat, its turns with marks, and the rendering of these."""
+    """Chat, its marked turns, and their rendering."""
 
     turns: Sequence[Turn]
     tools: Tools
@@ -199,9 +200,9 @@ class _Chat(NamedTuple):
     marks: TurnMarks
     whole: Marked
     all_marked: bool
-    """Whether the turns between the answers have marks too."""
+    """True if the turns between the answers are marked too."""
 
     def shows(self, index: int) -> bool:
-        """Whether a turn that is not an answer stands in the rendering, if it says anything."""
+        """Return True if a turn other than an answer is rendered, or has no text."""
         turn = self.turns[index]
         return turn["role"] == "assistant" or not said(turn).strip() or self.whole.first(self.marks.of[index].closing) is not None

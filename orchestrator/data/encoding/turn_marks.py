@@ -1,4 +1,4 @@
-"""Where each turn stands in a rendered chat: found with private-use characters that are put around what the turns say."""
+"""Marks that locate turns in a rendered chat: private-use characters put around each turn's text."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ OPENING_TAG = re.compile(r"[<\[][^<>\[\]\s]*[>\]]\s*")
 
 
 class Marks(NamedTuple):
-    """The characters around what one turn says."""
+    """Characters around the text of one turn."""
 
     opening: str
     closing: str
     call: str
-    """Stands before the names of its tool calls."""
+    """Precedes the names of its tool calls."""
 
 
 @dataclass
 class Marked:
-    """A rendering without its marks, and where those stood."""
+    """Rendering without its marks, and their positions."""
 
     text: str
     places: dict[str, list[int]] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class Marked:
 
 
 class TurnMarks:
-    """Marks for every turn of one chat, none of which its rendering holds already.
+    """Marks for every turn of one chat; none of them occurs in its rendering.
 
     Args:
         turns: The chat.
@@ -58,7 +58,7 @@ class TurnMarks:
         self._find = re.compile(f"[{chr(start)}-{chr(start + size - 1)}]")
 
     def marked(self, only: Callable[[Turn], bool] = lambda turn: True) -> list[Turn]:
-        """The turns with marks around contents and reasoning, and before and after the names of the functions called."""
+        """Return the turns with marks around contents and reasoning, and around the names of the functions called."""
         return [_marked(turn, marks) if only(turn) else turn for turn, marks in zip(self._turns, self.of, strict=True)]
 
     def found_in(self, rendering: str) -> Marked:
@@ -73,7 +73,7 @@ class TurnMarks:
 
 
 def said(turn: Turn) -> str:
-    """The text of a turn's content; parts of a list one after another."""
+    """Return the text of a turn's content; parts of a list are concatenated."""
     content = turn.get("content")
     if isinstance(content, str):
         return content
@@ -85,13 +85,13 @@ def reasoning_of(turn: Turn) -> str:
 
 
 def calls_of(turn: Turn) -> list[dict[str, Any]]:
-    """The functions that a turn calls."""
+    """Return the functions that a turn calls."""
     found = [call.get("function", call) for call in turn.get("tool_calls") or () if isinstance(call, dict)]
     return [call for call in found if isinstance(call, dict)]
 
 
 def mapped(value: Any, change: Callable[[str], str]) -> Any:
-    """A JSON value with every text in it changed; keys stay."""
+    """Return a JSON value with `change` applied to every string; keys are kept."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
@@ -100,7 +100,7 @@ def mapped(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def strings_of(value: Any) -> Iterator[str]:
-    """Every text of a JSON value, keys left out."""
+    """Yield every string of a JSON value except keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -112,7 +112,7 @@ def strings_of(value: Any) -> Iterator[str]:
 
 
 def common_prefix(first: str, second: str) -> int:
-    """How many characters two texts begin with in common."""
+    """Return the number of leading characters that two texts share."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
 
@@ -145,7 +145,7 @@ def _marked_call(call: Any, marks: Marks) -> Any:
 
 
 def _around(text: str, marks: Marks) -> str:
-    """White space stays outside the marks, and so does a tag of reasoning at the beginning: templates look for both."""
+    """Put marks around a text, inside white space and an opening tag of reasoning: templates look for both."""
     core = text.strip()
     if not core:
         return text

@@ -1,4 +1,4 @@
-"""One value of a row as text: what counts as text, and what is said of the rest."""
+"""Convert one value of a row to text, a class or a group name."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ KINDS = {dict: "an object", list: "a list", tuple: "a list", bytes: "bytes", set
 
 
 def to_text(value: Any, name: str) -> str:
-    """Text as it is; whole numbers by their digits, `3.0` too; other numbers in their shortest form; `true` and `false`.
+    """Return strings unchanged; whole numbers as digits, `3.0` too; other numbers in their shortest form; `true` and `false`.
 
-    So a class is the same whether a file writes 1, 1.0 or "1". Bytes are text where they are UTF-8.
+    So a class is the same whether a file writes 1, 1.0 or "1". Bytes are text if they are UTF-8.
 
     Raises:
-        RowError: it is nothing, or no text.
+        RowError: it is missing, or not text.
+
     """
     if isinstance(value, str):
         if not value.isascii():
@@ -41,7 +42,7 @@ def to_text(value: Any, name: str) -> str:
 
 
 def _hint(value: Any) -> str:
-    """What a value that is no text probably is."""
+    """Return what a value that is not text probably is."""
     if isinstance(value, list) and value and isinstance(value[0], dict) and value[0].keys() & {"role", "from"}:
         return "turns of a chat? set task: chat"
     if (isinstance(value, dict) and "0" in value) or (isinstance(value, list) and len(value) > 1):
@@ -50,7 +51,7 @@ def _hint(value: Any) -> str:
 
 
 def to_full_text(value: Any, name: str) -> str:
-    """Likewise, and more than white space."""
+    """Return `to_text`, which must contain more than white space."""
     text = to_text(value, name)
     if not text or text.isspace():
         raise RowError(f"column {quoted(name)} is empty" + (" (white space only)" if text else ""))
@@ -58,7 +59,7 @@ def to_full_text(value: Any, name: str) -> str:
 
 
 def to_label(value: Any, name: str) -> str:
-    """A class: text, a whole number or a boolean."""
+    """Return a class name from text, a whole number or a boolean."""
     if isinstance(value, float | Decimal) and value == value and value != int(value if abs(value) != float("inf") else 0):
         raise RowError(f"column {quoted(name)} holds a number that is not whole, expected a class: text or a whole number")
     if isinstance(value, list | tuple):
@@ -67,7 +68,7 @@ def to_label(value: Any, name: str) -> str:
 
 
 def to_group(value: Any) -> str | None:
-    """The name of a row's group; None where the cell is empty."""
+    """Return the name of a row's group; None if the cell is empty."""
     if value is None or (isinstance(value, str) and not value.strip()) or value != value:
         return None
     if isinstance(value, Unreadable):

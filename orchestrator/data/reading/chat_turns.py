@@ -1,8 +1,8 @@
-"""The turns of a chat, from the forms that users bring to OpenAI's, which chat templates read.
+"""Convert chat turns from the forms that users have to OpenAI's, which chat templates read.
 
-Read are OpenAI's own form (`role`, `content`, `tool_calls`, `tool_call_id`, `name`, `weight`, `reasoning_content`; content as
-text, null or a list of text parts; the older `function_call` and role `function`) and ShareGPT's (`from`, `value`), with the
-roles that LLaMA-Factory and axolotl document for it.
+Supported are OpenAI's own form (`role`, `content`, `tool_calls`, `tool_call_id`, `name`, `weight`, `reasoning_content`;
+content as text, null or a list of text parts; the older `function_call` and role `function`) and ShareGPT's (`from`, `value`),
+with the roles that LLaMA-Factory and axolotl document for it.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ ROLES = {
     "function_call": "assistant",
     "tool_call": "assistant",
 }
-"""The role that each name stands for; what a `function_call` says is a call, not text."""
+"""Role for each name; the content of a `function_call` is a call, not text."""
 CALLS = ("function_call", "tool_call")
 READ_KEYS = frozenset(
     ("role", "from", "content", "value", "tool_calls", "function_call", "tool_call_id", "name", "weight", "reasoning_content")
 )
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
-"""Parts of a content list that are text, and the key that holds it."""
+"""Types of content parts that are text, and the key that holds it."""
 Turn = dict[str, Any]
 
 
 @dataclass
 class TurnNotes:
-    """What was noticed in the turns of many rows."""
+    """Observations on the turns of many rows."""
 
     unread_keys: dict[str, list[str]] = field(default_factory=dict)
-    """Keys of turns that are not read, with the places of their first rows."""
+    """Keys of turns that are ignored, with the places of their first rows."""
     empty_answers: list[str] = field(default_factory=list)
     """Places of rows with an empty assistant turn."""
     num_sharegpt: int = 0
@@ -58,7 +58,7 @@ class TurnNotes:
 
 
 def read_turns(value: Any, name: str, place: str, notes: TurnNotes, *, absent_as_null: bool = False) -> tuple[Turn, ...]:
-    """Turns in OpenAI's form.
+    """Return turns in OpenAI's form.
 
     Args:
         value: A list of turns, or its JSON.
@@ -103,7 +103,7 @@ def _turn(value: Any, index: int, place: str, notes: TurnNotes, absent_as_null: 
 
 
 def _filled(role: str, said: str, turn: Turn, place: str, notes: TurnNotes) -> Turn:
-    """The turn in OpenAI's form: role and content first, then what else there is."""
+    """Return the turn in OpenAI's form: role and content first, then the other keys."""
     raw = turn.get("content", turn.get("value"))
     calls = _tool_calls(turn)
     thoughts = ""
@@ -147,7 +147,7 @@ def _weight(value: Any, notes: TurnNotes) -> int | None:
 
 
 def _content(value: Any) -> tuple[str | None, str]:
-    """(text of a content, its thinking parts): text as it is, text parts joined."""
+    """Return (text of a content, its thinking parts); text parts are concatenated."""
     if value is None:
         return None, ""
     if not isinstance(value, list):
@@ -171,7 +171,7 @@ def _content(value: Any) -> tuple[str | None, str]:
 
 
 def _tool_calls(turn: Turn) -> list[Turn]:
-    """`tool_calls`, or the older `function_call`, with the arguments as objects."""
+    """Return `tool_calls`, or the older `function_call`, with the arguments as objects."""
     value = turn.get("tool_calls") or []
     if isinstance(value, str):
         value = _from_json(value, "tool_calls is text that is not JSON")
@@ -183,7 +183,7 @@ def _tool_calls(turn: Turn) -> list[Turn]:
 
 
 def _written_calls(value: Any) -> list[Turn]:
-    """The calls that a ShareGPT turn of `function_call` writes as JSON."""
+    """Return the calls that a ShareGPT turn of `function_call` writes as JSON."""
     found = _from_json(value, "a function_call turn holds text that is not JSON") if isinstance(value, str) else value
     calls = cast("list[Any]", found) if isinstance(found, list) else [found]
     if not calls:
@@ -213,7 +213,7 @@ def _call(value: Any) -> Turn:
 
 
 def read_tools(value: Any, name: str, *, absent_as_null: bool = False) -> tuple[Turn, ...]:
-    """JSON Schemas of functions, each as `{type: function, function: ...}`; empty where there are none.
+    """Return JSON Schemas of functions, each as `{type: function, function: ...}`; empty if there are none.
 
     Raises:
         RowError: the value is no list of such schemas.
@@ -238,7 +238,7 @@ def read_tools(value: Any, name: str, *, absent_as_null: bool = False) -> tuple[
 
 
 def without_nulls(value: Any) -> Any:
-    """Nested values without the keys that hold null: Parquet and Arrow write every key of a struct into every row."""
+    """Remove keys that hold null from nested values: Parquet and Arrow write every key of a struct into every row."""
     if isinstance(value, dict):
         return {key: without_nulls(part) for key, part in cast("Turn", value).items() if part is not None}
     return [without_nulls(part) for part in cast("list[Any]", value)] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""From rows to examples, with a note of how they were read and what of them was not."""
+"""Turn rows into examples, and record how they were read and which columns were not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from orchestrator.units import quoted
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row, as the task reads it. Only the task's parts are set."""
+    """One row, as the task reads it. Only the task's fields are set."""
 
     file: str
     line: int
@@ -29,18 +29,18 @@ class Example:
     """Hash of the content: equal for equal rows."""
     group: str | None = None
     source: int = 0
-    """Which of the split's sources it comes from."""
+    """Index of the split's source that it comes from."""
     weight: float = 1.0
     text: str | None = None
     prompt: str | None = None
     completion: str | None = None
     messages: tuple[dict[str, Any], ...] | None = None
-    """Turns in OpenAI's form: `role`, `content` (text, or None beside `tool_calls`), and what else the chat template may read."""
+    """Turns in OpenAI's form: `role`, `content` (text, or None with `tool_calls`), and other keys for the chat template."""
     tools: tuple[dict[str, Any], ...] = ()
     """JSON Schemas of the functions that a chat may call, for the chat template."""
     label: str | None = None
     separator: str | None = None
-    """Stands between prompt and completion; None: `data.separator` does."""
+    """Text between prompt and completion; None for `data.separator`."""
 
     @property
     def place(self) -> str:
@@ -48,7 +48,7 @@ class Example:
 
     @property
     def retention_task(self) -> Task:
-        """How a row of the retention set was read."""
+        """Task by which a row of the retention set was read."""
         if self.messages is not None:
             return "chat"
         return "text" if self.completion is None else "completion"
@@ -56,7 +56,7 @@ class Example:
 
 @dataclass
 class Reading:
-    """Rows with one set of columns: how they are read, and how many there were."""
+    """How rows with one set of columns were read, and their number."""
 
     names: tuple[str, ...]
     layout: Layout | None
@@ -78,7 +78,7 @@ class RowReader:
     readings: dict[tuple[bool, tuple[str, ...]], Reading] = field(default_factory=dict)
     _layouts: list[Layouts] = field(init=False, repr=False)
     _unread: set[str] = field(default_factory=set)
-    """Columns of tables that are not read."""
+    """Return the columns of tables that are not read."""
 
     def __post_init__(self) -> None:
         data, is_retention = self.spec.data, self.split == "retain"
@@ -88,13 +88,13 @@ class RowReader:
 
     @property
     def expected_columns(self) -> frozenset[str]:
-        """Names that a header is expected to have."""
+        """Column names that a header is expected to have."""
         layouts = [layout for group in self._layouts for layout in group.layouts]
         names = {name for layout in layouts for name in (*layout.required, *layout.optional)}
         return frozenset(names | ({self._group} if self._group else set()))
 
     def choose_columns(self, names: Sequence[str]) -> Sequence[str]:
-        """Of a table's columns those that are read.
+        """Return the columns of a table to read.
 
         Raises:
             RowError: the table lacks one.
@@ -107,7 +107,7 @@ class RowReader:
         return [name for name in dict.fromkeys(names) if name in wanted]
 
     def read(self, row: Row, *, source: int = 0, weight: float = 1.0) -> Example | BadRow:
-        """The row as an example; a `BadRow` says which column is missing, or holds what it should not."""
+        """Return the row as an example; a `BadRow` says which column is missing or malformed."""
         reading = self._reading(tuple(row.values), is_document=row.is_document)
         try:
             if reading.layout is None:
@@ -158,7 +158,7 @@ class RowReader:
         raise RowError(missing, problems[0].detail.partition(";")[0])
 
     def unread_columns(self) -> set[str]:
-        """Names of columns that are not read."""
+        """Return the names of columns that are not read."""
         unread = set(self._unread)
         for reading in self.readings.values():
             if reading.layout is not None and reading.count:
@@ -167,7 +167,7 @@ class RowReader:
 
     @property
     def columns_look_like_alpaca(self) -> bool:
-        """Whether an Alpaca row's input is not read."""
+        """Return True if an Alpaca row's input is not read."""
         read = {name for reading in self.readings.values() if reading.layout and reading.count for name in reading.names}
         return self.spec.data.columns.input in self.unread_columns() and "output" in read and "instruction" in read
 
@@ -176,7 +176,7 @@ class RowReader:
 
 
 def content_key(payload: Mapping[str, Any]) -> str:
-    """Hash of an example's parts.
+    """Return the hash of an example's parts.
 
     Raises:
         RowError: a text in it is no Unicode.

@@ -1,19 +1,20 @@
-"""Finding data files: what is read of a path, a folder or a glob, which split it belongs to, and what is left alone."""
+"""Find data files: the files of a path, a folder or a glob, their splits, and what is ignored."""
 
 from __future__ import annotations
 
 import difflib
 import glob
+import json
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 from orchestrator.data.reading.formats import READ, SUFFIXES, data_suffix, read_rows, sniff
 from orchestrator.data.reading.formats.sniff import TEXT_SUFFIXES
 from orchestrator.data.reading.row import BadRow, Row
-from orchestrator.data.reading.saved import find_saved
 from orchestrator.errors import DataError
 from orchestrator.units import printable
 
@@ -22,7 +23,7 @@ SPLIT_WORDS = {
     "eval": ("validation", "valid", "val", "dev", "eval", "evaluation"),
     "test": ("test", "testing"),
 }
-"""What a file's or a folder's name says of the split, as a word of its own: `train-00000-of-00001.parquet`, `dev.jsonl`."""
+"""Split named by a word of a file's or folder's name: `train-00000-of-00001.parquet`, `dev.jsonl`."""
 WORD = re.compile(r"[a-z]+")
 HIDDEN_FOLDERS = ("__pycache__", "__MACOSX")
 BACKUP = re.compile(r"(~|\.(bak|swp|swo|orig|old|tmp|temp|part|partial|crdownload|lock)|#)$", re.IGNORECASE)
@@ -30,27 +31,27 @@ ABOUT = re.compile(
     r"^(readme|licen[cs]e|copying|notice|authors|contributors|changelog|requirements([-_.].*)?|citation|robots|todo)(\.(txt|md|text))?$",
     re.IGNORECASE,
 )
-"""Texts that stand beside data and are none."""
+"""Names of text files that accompany data and contain none."""
 SETTINGS = re.compile(
     r"^(dataset_infos?|dataset_dict|state|config|metadata|package(-lock)?|tokenizer(_config)?|special_tokens_map|"
     r"generation_config|manifest|croissant|schema|\.?vscode)\.json$",
     re.IGNORECASE,
 )
 ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".xlsx", ".xls", ".ods", ".orc", ".avro", ".h5", ".hdf5", ".db", ".sqlite")
-"""Kinds that may hold data and are not read."""
+"""Suffixes of files that may hold data and are not read."""
 
 
 @dataclass
 class Found:
-    """What stands at one path of the spec."""
+    """Files at one path of the spec."""
 
     path: str
     files: dict[str, list[Path]] = field(default_factory=dict)
-    """By split; all of them under an empty name where names say nothing of splits."""
+    """Files by split; all of them under an empty name if no name contains a split."""
     skipped: dict[str, list[str]] = field(default_factory=dict)
-    """By reason: names of what is not read, from the folder."""
+    """Names of ignored files, relative to the folder, by reason."""
     doubtful: dict[str, list[str]] = field(default_factory=dict)
-    """Likewise, of what probably holds data."""
+    """Names of ignored files that probably hold data, by reason."""
     is_folder: bool = False
     is_glob: bool = False
 
@@ -68,7 +69,7 @@ class Found:
 
 
 def find_files(pattern: str) -> Found:
-    """The files of a path, a folder (with those below it) or a glob, in the order of their paths.
+    """Return the files of a path, a folder (recursively) or a glob, sorted by path.
 
     Raises:
         DataError: nothing there; names what lies near.
@@ -147,7 +148,7 @@ def _search_folder(folder: Path, found: Found) -> None:
 
 
 def _walk(folder: Path, found: Found) -> Iterator[Path]:
-    """Files below the folder; hidden ones and broken links are noted, a folder that links lead to twice is searched once."""
+    """Yield files below the folder; hidden ones and broken links are noted, a folder reached by two links is searched once."""
     seen: set[tuple[int, int]] = set()
     for here, folders, names in os.walk(folder, followlinks=True):
         place = Path(here)
@@ -176,7 +177,7 @@ def _walk(folder: Path, found: Found) -> Iterator[Path]:
 
 
 def _once(files: list[Path], found: Found) -> list[Path]:
-    """Each file once, by its inode: links to one that is read already are noted."""
+    """Return each file once, by its inode: links to a file that is already read are noted."""
     seen: set[tuple[int, int]] = set()
     kept: list[Path] = []
     for path in sorted(files, key=lambda path: (path.is_symlink(), path)):
@@ -190,7 +191,7 @@ def _once(files: list[Path], found: Found) -> list[Path]:
 
 
 def _by_split(folder: Path, files: list[Path], found: Found) -> dict[str, list[Path]]:
-    """Files by the split that their names, or else their folders' names, say.
+    """Group files by the split in their names, or else in their folders' names.
 
     Where some are of eval or test, the others are train if no name says train; if one does, the others belong to nothing and
     are left out. Where names say nothing of eval and test, all of them stand under an empty name.
@@ -212,20 +213,20 @@ def _by_split(folder: Path, files: list[Path], found: Found) -> dict[str, list[P
 
 
 def split_of(name: str) -> str:
-    """The split that a file's or folder's name says; empty where it says none, or several."""
+    """Return the split that a file's or folder's name contains; empty if none or several."""
     words = set(WORD.findall(name.lower()))
     said = [split for split, known in SPLIT_WORDS.items() if words & set(known)]
     return said[0] if len(said) == 1 else ""
 
 
 def shown(names: list[str], limit: int = 5) -> str:
-    """The first names, and how many more there are."""
+    """Return the first names, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
 
 def _near(path: Path) -> str:
-    """What to do about a missing path."""
+    """Return what to do about a missing path."""
     folder = path.parent
     if not folder.is_dir():
         return f"the folder {folder} does not exist either; paths are relative to the spec's file"
@@ -236,10 +237,78 @@ def _near(path: Path) -> str:
 
 
 def read_path(pattern: str) -> Iterator[Row | BadRow]:
-    """Every row of every file of a path, a folder or a glob, with all of its columns.
+    """Yield every row of every file of a path, a folder or a glob, with all of its columns.
 
     Raises:
         DataError: no file, or one of a kind that is not read.
     """
     for path in find_files(pattern).all_files():
         yield from read_rows(sniff(path))
+
+
+SAVED_SPLITS = {
+    "train": "train",
+    "validation": "eval",
+    "valid": "eval",
+    "val": "eval",
+    "dev": "eval",
+    "eval": "eval",
+    "test": "test",
+}
+"""Names of a DatasetDict's splits and ours."""
+
+
+def find_saved(folder: Path) -> dict[str, list[Path]] | None:
+    """Return the files of a folder written by `datasets.save_to_disk`, by split (one Dataset: under an empty name), in the
+    dataset's order; None if it is not one.
+
+    Raises:
+        DataError: a file that it names is missing or damaged, or a split has a name that says nothing.
+    """
+    if (folder / "dataset_dict.json").is_file():
+        splits: dict[str, list[Path]] = {}
+        for name in _strings(_read(folder / "dataset_dict.json").get("splits")):
+            split = SAVED_SPLITS.get(name, "")
+            if not split:
+                known = ", ".join(SAVED_SPLITS)
+                raise DataError(
+                    f"the saved DatasetDict has a split {name!r}",
+                    where=str(folder),
+                    expected=f"splits named {known}",
+                    remedy=f"give the folders of its splits one by one, for example {folder / name}",
+                )
+            splits.setdefault(split, []).extend(_files_of(folder / name))
+        return splits if len(splits) > 1 else {"": [path for files in splits.values() for path in files]}
+    if (folder / "state.json").is_file() and "_data_files" in _read(folder / "state.json"):
+        return {"": _files_of(folder)}
+    return None
+
+
+def _files_of(folder: Path) -> list[Path]:
+    state = _read(folder / "state.json")
+    if state.get("_indices_data_files") or state.get("_indices_files"):
+        raise DataError(
+            "the saved dataset is a selection of rows, written by an old version of `datasets`",
+            where=str(folder),
+            remedy="call flatten_indices() and save it again",
+        )
+    entries = state.get("_data_files")
+    names = [entry.get("filename") for entry in cast("list[Any]", entries) if isinstance(entry, dict)] if entries else []
+    files = [folder / name for name in _strings(names)]
+    missing = [path.name for path in files if not path.is_file()]
+    if missing or not files:
+        what = f"the saved dataset lacks {', '.join(missing)}" if missing else "the saved dataset names no data file"
+        raise DataError(what, where=str(folder), expected="what its state.json names", remedy="copy the whole folder again")
+    return files
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot be read: {error}", where=str(path), remedy="copy the folder again") from None
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+
+
+def _strings(value: Any) -> list[str]:
+    return [entry for entry in cast("list[Any]", value) if isinstance(entry, str)] if isinstance(value, list) else []

@@ -1,4 +1,4 @@
-"""From a spec to the examples of every split that has files: files found, rows read."""
+"""Read the examples of every split with files: find the files, read the rows."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from orchestrator.units import printable
 
 SPLITS = ("train", "eval", "test", "retain")
 PLACES = 3
-"""So many places are named of each reason for which rows cannot be used."""
+"""Number of places named for each reason for which rows cannot be used."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A path of the spec and what it stands for."""
+    """Path in the spec, with its split and weight."""
 
     path: str
     weight: float
@@ -32,11 +32,11 @@ class Source:
 
 
 Sources = dict[str, list[Source]]
-"""By split; a split that is a share of train has none."""
+"""Sources by split; a split that is a share of train has none."""
 
 
 def find_sources(loaded: LoadedSpec, left_out: LeftOut | None = None) -> Sources:
-    """Every file that the spec's data section names.
+    """Find every file that the spec's data section names.
 
     A folder given as `data.train` may hold files of eval and test too, told by their names (`files.SPLIT_WORDS`): they are
     these splits, unless `data.eval` or `data.test` names a path.
@@ -76,14 +76,14 @@ def find_sources(loaded: LoadedSpec, left_out: LeftOut | None = None) -> Sources
 
 
 def with_found_splits(spec: JobSpec, sources: Sources) -> JobSpec:
-    """The spec with a path where a split that it names as a share has files of its own, found in a folder."""
+    """Replace a split's share in the spec by a path if a folder contains files of that split."""
     own = {name: sources[name][0].path for name in ("eval", "test") if name in sources}
     shares = {name: path for name, path in own.items() if not isinstance(getattr(spec.data, name), str)}
     return spec.model_copy(update={"data": spec.data.model_copy(update=shares)}) if shares else spec
 
 
 def _named_paths(data: DataSpec) -> list[tuple[str, str, str, float]]:
-    """(split, key in the spec, path, weight) of every path that the data section names."""
+    """Yield (split, key in the spec, path, weight) of every path in the data section."""
     if isinstance(data.train, str):
         named = [("train", "data.train", data.train, 1.0)]
     else:
@@ -104,10 +104,11 @@ def _raise_missing(missing: list[tuple[str, DataError]]) -> None:
 
 
 def _own_part(name: str, found: Found) -> Found:
-    """Of a folder with files of several splits those of the split that the spec names it for.
+    """Return the files of the split that the spec names a folder for, if the folder has files of several splits.
 
     Raises:
         DataError: it has none.
+
     """
     if not found.has_splits:
         return found
@@ -130,7 +131,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def _drop_held_out(found: list[tuple[str, float, Found]], notes: LeftOut) -> None:
-    """Files of other splits that lie in a folder or glob of train are not trained on."""
+    """Drop files of other splits from a folder or glob of train."""
     held_out = {_identity(path): name for name, _, entry in found if name != "train" for path in entry.all_files()}
     for name, _, entry in found:
         if name == "train" and (entry.is_folder or entry.is_glob):
@@ -144,7 +145,7 @@ def _drop_held_out(found: list[tuple[str, float, Found]], notes: LeftOut) -> Non
 
 
 def _drop_repeated(found: list[tuple[str, float, Found]], notes: LeftOut) -> None:
-    """A file that several sources of train name is read once."""
+    """Drop repeated files: one that several sources of train name is read once."""
     seen: dict[tuple[int, int], float] = {}
     for name, weight, entry in found:
         if name != "train":
@@ -164,7 +165,7 @@ def _drop_repeated(found: list[tuple[str, float, Found]], notes: LeftOut) -> Non
 
 
 def read_examples(spec: JobSpec, sources: Sources, left_out: LeftOut) -> dict[str, list[Example]]:
-    """Examples of every split that has files; malformed rows stop the run together, or are counted with `skip_bad_rows`.
+    """Read the examples of every split with files; malformed rows stop the run together, or are counted with `skip_bad_rows`.
 
     Damage after which the rest of a file cannot be read always stops the run.
 
@@ -205,7 +206,7 @@ def _read(reading: SplitReading, entries: Iterable[Source]) -> Iterator[Example 
 
 
 def open_file(path: Path, reader: RowReader) -> DataFile:
-    """What a file is, for rows that the reader takes."""
+    """Detect a file's format, given the columns that the reader expects."""
     return sniff(path, columns=reader.expected_columns, delimiter=reader.spec.data.delimiter)
 
 
@@ -217,10 +218,11 @@ def _no_row(spec: JobSpec, name: str, sources: list[Source], bad: list[BadRow]) 
 
 
 def _check_documents(spec: JobSpec, found: dict[str, list[Example]]) -> None:
-    """Whether text files give documents enough for the splits that are taken off them.
+    """Check that text files give enough documents for the splits that are taken from them.
 
     Raises:
         DataError: they do not, and lines or paragraphs would.
+
     """
     shares = sum(name not in found and isinstance(getattr(spec.data, name), float) for name in ("eval", "test"))
     train = found["train"]
@@ -243,7 +245,7 @@ def _is_text_file(example: Example) -> bool:
 
 
 def bad_rows_error(bad: list[BadRow]) -> DataError:
-    """All of them in one error, a line a reason."""
+    """Return one error for all bad rows, with one line per reason."""
     count = len(bad)
     if any(row.ends_file for row in bad):
         remedy = (
@@ -256,7 +258,7 @@ def bad_rows_error(bad: list[BadRow]) -> DataError:
 
 
 def bad_rows_text(bad: Iterable[BadRow]) -> str:
-    """A line for each reason: how many rows, why, and the first places."""
+    """Return one line for each reason: how many rows, why, and the first places."""
     reasons: dict[str, list[BadRow]] = {}
     for row in bad:
         reasons.setdefault(row.reason, []).append(row)
@@ -269,7 +271,7 @@ def bad_rows_text(bad: Iterable[BadRow]) -> str:
 
 
 def _place(row: BadRow, before: BadRow | None) -> str:
-    """`train.jsonl:3 (what was found)` of the first one, `:5` of those that follow in the same file."""
+    """Return `train.jsonl:3 (what was found)` for the first place, `:5` for those that follow in the same file."""
     place = printable(row.place)
     if before is None:
         return f"{place} ({row.detail})" if row.detail else place

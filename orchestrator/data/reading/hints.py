@@ -1,4 +1,4 @@
-"""What a user probably meant by columns that no layout reads."""
+"""Suggest what a user probably meant by columns that no layout reads."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ SYNONYMS = {
     "text": ("content", "body", "document", "sentence", "review", "tweet", "title", "passage", "article", "prompt"),
     "label": ("labels", "category", "class", "target", "intent", "sentiment", "topic", "score", "rating"),
 }
-"""Names that other data sets have for a part; suggested, never taken."""
+"""Column names for a part in other data sets; suggested, never used automatically."""
 MOST_NAMES = 15
 NAME_LENGTH = 40
 PLAIN = re.compile(r"[^\W\d](?:[\w .-]*\w)?")
 
 
 def missing_hint(task: Task, columns: ColumnsSpec, missing: Sequence[str], names: Collection[str]) -> str:
-    """`; did you mean data.columns: {prompt: question}?`, or another task; empty where nothing is near."""
+    """Return `; did you mean data.columns: {prompt: question}?`, or another task; empty if nothing is similar."""
     found = [str(name) for name in names]
     other = _other_task(task, found)
     if other:
@@ -42,7 +42,7 @@ def missing_hint(task: Task, columns: ColumnsSpec, missing: Sequence[str], names
 
 
 def names_found(names: Collection[str]) -> str:
-    """The columns that are there, as far as one line shows them."""
+    """Return the existing columns, as many as fit on one line."""
     found = sorted(map(str, names))
     cut = [name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…" for name in found[:MOST_NAMES]]
     more = f" and {len(found) - MOST_NAMES} more" if len(found) > MOST_NAMES else ""
@@ -50,7 +50,7 @@ def names_found(names: Collection[str]) -> str:
 
 
 def _yaml(name: str) -> str:
-    """A name as it is written in a spec: with quotes where YAML would read something else without them."""
+    """Return a name as written in a spec: quoted if YAML would parse it as something else."""
     return printable(name) if PLAIN.fullmatch(name) else quoted(name)
 
 

@@ -1,4 +1,4 @@
-"""How rows are laid out: which columns play which part, chosen by the columns that are there or by `data.format`."""
+"""Row layouts: which columns hold which part, chosen by the columns that exist or by `data.format`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from orchestrator.units import quoted
 
 USUAL = ColumnsSpec()
 Payload = dict[str, Any]
-"""Parts of an `Example`."""
+"""Fields of an `Example`."""
 
 
 @dataclass(frozen=True)
@@ -26,18 +26,18 @@ class Layout:
 
     format: DataFormat
     required: tuple[str, ...]
-    """Columns that must be there."""
+    """Columns that must exist."""
     optional: tuple[str, ...]
-    """Columns that are read where they are there."""
+    """Columns that are read if they exist."""
     read: Callable[[Row], Payload]
-    """Raises RowError."""
+    """Read a row; raises RowError."""
 
     def missing(self, names: Collection[str]) -> list[str]:
         return [name for name in self.required if name not in names]
 
 
 class Layouts:
-    """The layouts that a task can read, in the order in which they are looked for.
+    """Layouts that a task can read, in the order in which they are tried.
 
     Args:
         notes: Gets what is noticed in the turns of chats.
@@ -53,7 +53,7 @@ class Layouts:
         self.layouts = [layout for layout in self._all() if any_format or data.format in ("auto", layout.format)]
 
     def choose(self, names: Sequence[str], *, is_document: bool = False) -> Layout:
-        """The first layout whose columns are all there.
+        """Return the first layout whose columns all exist.
 
         Raises:
             RowError: there is none; names the columns that are missing of the one that comes nearest.
@@ -126,7 +126,7 @@ class Layouts:
         return Layout("prompt_completion", _unique((*used, completion)), (), read)
 
     def _alpaca_names(self) -> tuple[str, str, str]:
-        """(instruction, input, output): `data.columns` renames them where Alpaca rows are asked for."""
+        """Return (instruction, input, output): `data.columns` renames them if Alpaca rows are requested."""
         columns = self._data.columns
         is_asked = self._data.format == "alpaca"
         instruction = columns.prompt if is_asked and columns.prompt != USUAL.prompt else "instruction"
@@ -161,7 +161,7 @@ class Layouts:
         return Layout(format, (name,), (columns.system, columns.tools, "functions"), read)
 
     def _pair_chats(self, template: Template | None) -> Layout:
-        """Prompt and completion as turns; where they are lists of turns, only the completion's are learned, as in TRL."""
+        """Read prompt and completion as turns; if they are lists of turns, only the completion's are trained on, as in TRL."""
         columns = self._data.columns
         prompt, used = _maker(columns.prompt, template, to_full_text)
         completion = columns.completion
@@ -182,7 +182,7 @@ class Layouts:
         return Layout("prompt_completion", _unique((*used, completion)), (columns.system, columns.tools), read)
 
     def _alpaca_chats(self) -> Layout:
-        """The instruction, then the input, as the user's turn; `history` as earlier ones: as LLaMA-Factory documents it."""
+        """Read the instruction, then the input, as the user's turn; `history` as earlier ones, as LLaMA-Factory documents it."""
         instruction, given, output = self._alpaca_names()
         columns = self._data.columns
         template = Template(self._data.template) if self._data.template else None
@@ -206,7 +206,7 @@ class Layouts:
         return read_turns(value, name, place, self._notes, absent_as_null=row.has_absent_as_null)
 
     def _chat(self, row: Row, turns: tuple[Turn, ...]) -> Payload:
-        """The turns with the row's system text before them, and its tools."""
+        """Read the turns after the row's system text, and its tools."""
         columns = self._data.columns
         system = row.values.get(columns.system)
         if _is_full(system, columns.system):
@@ -222,7 +222,7 @@ class Layouts:
 def _maker(
     name: str, template: Template | None, check: Callable[[Any, str], str]
 ) -> tuple[Callable[[Row], str], tuple[str, ...]]:
-    """(what makes a part's text of a row, the columns that it reads): of one column, or by the template."""
+    """Return (function from a row to a part's text, the columns that it reads), for one column or the template."""
     if template is None:
         return lambda row: check(row.values[name], name), (name,)
     return lambda row: check(template.fill(row.values), name), template.columns

@@ -1,4 +1,4 @@
-"""How much data there is, and whether its first rows can be used, without reading all of it."""
+"""Estimate the amount of data and check its first rows, without reading all of it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from orchestrator.spec import LoadedSpec
 from orchestrator.spec.models import JobSpec
 
 FIRST_ROWS = 100
-"""So many rows of each file are looked at before a run."""
+"""Number of rows of each file that are checked before a run."""
 SAMPLE_BYTES = 8 << 20
-"""Of larger files so much is read to estimate the rest."""
+"""Bytes read of a larger file to estimate the rest."""
 CLASS_ROWS = 100_000
-"""Of so many rows the classes are collected."""
+"""Number of rows from which the classes are collected."""
 ROW_FORMATS = ("JSON Lines", "CSV")
 
 
@@ -40,15 +40,15 @@ class _Size:
 
 
 class Measured(NamedTuple):
-    """What is known of the data before it is tokenised."""
+    """Size of the data before tokenization."""
 
     size: DataSize
     labels: Counter[str] | None
-    """Rows of each class, among the first CLASS_ROWS of train; None unless classified."""
+    """Rows of each class among the first CLASS_ROWS of train; None unless classified."""
 
 
 def measure_data(loaded: LoadedSpec) -> Measured:
-    """Rows, bytes and, where documents have labels, classes of the files that the spec names; nothing is tokenised.
+    """Return rows, bytes and, for `classify`, classes of the files that the spec names; nothing is tokenized.
 
     Raises:
         DataError: a path matches no file, or the first rows of one cannot be used.
@@ -71,10 +71,11 @@ def measure_data(loaded: LoadedSpec) -> Measured:
 
 
 def check_first_rows(loaded: LoadedSpec, sources: Sources | None = None) -> None:
-    """Whether the first rows of every file can be used: wrong columns are found before anything is planned.
+    """Check the first rows of every file, so that wrong columns are found before planning.
 
     Raises:
-        DataError: some cannot; with `data.skip_bad_rows` where none of a file can.
+        DataError: some cannot be used; with `data.skip_bad_rows`, none of a file's rows can.
+
     """
     bad: list[BadRow] = []
     for name, path in _paths(sources if sources is not None else find_sources(loaded)):
@@ -108,7 +109,7 @@ def _size_of(spec: JobSpec, split: str, sources: Sources) -> _Size:
 
 
 def _measure(spec: JobSpec, split: str, file: DataFile) -> _Size:
-    """Bytes as the file has them where it is not compressed; otherwise the text of its rows, by the first of them.
+    """Return the bytes of the file if it is not compressed; otherwise of its rows' text, estimated from the first ones.
 
     Raises:
         DataError: the file is damaged.
@@ -147,7 +148,7 @@ def _measure_text(spec: JobSpec, split: str, file: DataFile) -> _Size:
 
 
 def _ratio(file: DataFile, num_sample_bytes: int) -> float:
-    """Uncompressed bytes for each compressed one, by the beginning of the file: its reader is at this place of the file."""
+    """Return uncompressed bytes per compressed byte at the beginning of the file."""
     import zlib
 
     if file.compression != "gzip":
@@ -164,7 +165,7 @@ def _ratio(file: DataFile, num_sample_bytes: int) -> float:
 
 
 def _row_bytes(spec: JobSpec, split: str, file: DataFile, *, overhead: float = 1.0) -> float:
-    """Mean bytes of what is read of a row, by the first rows."""
+    """Return the mean bytes read per row, over the first rows."""
     examples = [row for row in _first(spec, split, file.path) if isinstance(row, Example)]
     return overhead * sum(map(_text_bytes, examples)) / max(1, len(examples))
 
@@ -176,7 +177,7 @@ def _text_bytes(example: Example) -> int:
 
 
 def _count_classes(spec: JobSpec, sources: Sources) -> Counter[str]:
-    """Rows of each class among the first CLASS_ROWS of train. A row that cannot be read is none of the plan's business."""
+    """Count the rows of each class among the first CLASS_ROWS of train. Rows that cannot be read are ignored here."""
     reader = RowReader(spec, "train")
     rows = (
         reader.read(row)

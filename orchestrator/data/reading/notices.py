@@ -1,4 +1,4 @@
-"""What a user is told of files and rows before the training: one line each, of what was found and of what was not read."""
+"""Notices about files and rows before training: one line each, on what was found and what was not read."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from orchestrator.store import sha256_file
 from orchestrator.units import printable, quoted
 
 MANY_LINES = 20
-"""Lines from which a text file may be meant as many documents."""
+"""Number of lines from which a text file may be meant as many documents."""
 
 
 SAY_WHAT_IS_LEARNED = frozenset(("train", "training", "trainable", "loss", "mask", "masked", "ignore"))
-"""Keys by which other trainers leave turns out."""
+"""Keys by which other trainers exclude turns from the loss."""
 
 
 @dataclass
@@ -34,7 +34,7 @@ class SplitReading:
 
 
 def note_files(data: DataSpec, found: Sequence[tuple[str, Found]], left_out: LeftOut) -> None:
-    """Notices of what stands beside the files that are read, of files that became splits, and of equal files."""
+    """Report ignored files, files that became splits, and identical files."""
     for name, entry in found:
         where = left_out.relative(entry.path)
         for reason, names in entry.skipped.items():
@@ -70,7 +70,7 @@ def _note_splits(data: DataSpec, entry: Found, left_out: LeftOut) -> None:
 
 
 def _note_equal(found: Iterable[tuple[str, Found]], left_out: LeftOut) -> None:
-    """Files with the same content under different names."""
+    """Report files with the same content under different names."""
     by_size: dict[int, list[tuple[str, Path]]] = {}
     for name, entry in found:
         for split, files in entry.files.items():
@@ -89,7 +89,7 @@ def _note_equal(found: Iterable[tuple[str, Found]], left_out: LeftOut) -> None:
 
 
 def note_reading(reading: SplitReading, left_out: LeftOut) -> None:
-    """Notices of how the rows of a split were read, and of what of them was not."""
+    """Report how the rows of a split were read, and which parts were not."""
     rows, split = reading.rows, reading.split
     kinds = Counter(file.label for file in reading.files)
     if len(reading.files) == 1:
@@ -125,7 +125,7 @@ def note_reading(reading: SplitReading, left_out: LeftOut) -> None:
 
 
 def _layouts(reading: SplitReading) -> str:
-    """How rows were read and why."""
+    """Return how rows were read and why."""
     rows = reading.rows
     counts: dict[tuple[str, str], int] = {}
     for entry in rows.readings.values():

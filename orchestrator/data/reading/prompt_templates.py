@@ -1,4 +1,4 @@
-"""Prompts made of columns: `data.template`, and the two of Stanford Alpaca's authors."""
+"""Prompts made from columns: `data.template`, and the two templates of Stanford Alpaca."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ ALPACA_WITHOUT_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"
 )
-"""`PROMPT_DICT` of github.com/tatsu-lab/stanford_alpaca, train.py; the answer follows without anything between."""
+"""`PROMPT_DICT` of github.com/tatsu-lab/stanford_alpaca, train.py; the answer follows directly."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """Text with `{column}` where a column's text stands; `{{` and `}}` are braces."""
+    """Text with `{column}` in place of a column's text; `{{` and `}}` are braces."""
 
     text: str
 
@@ -34,7 +34,7 @@ class Template:
         return tuple(dict.fromkeys(match[1] for match in FIELD.finditer(self.text) if match[1]))
 
     def fill(self, values: Mapping[str, Any]) -> str:
-        """The text with the values; null is no text.
+        """Fill in the values; null is an error.
 
         Raises:
             RowError: a value is no text.

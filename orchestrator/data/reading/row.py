@@ -1,4 +1,4 @@
-"""A row of a data file and its place, as every reader in `orchestrator.data.reading.formats` yields them.
+"""A row of a data file and its place, as yielded by every reader in `orchestrator.data.reading.formats`.
 
 A row that cannot be read is a `BadRow` with its place, never an exception in the middle: the caller decides whether it
 stops the run, and all of them are reported together.
@@ -20,25 +20,25 @@ class Row:
     line: int
     """From 1: the line on which the row begins; in Parquet and Arrow the row's number."""
     is_document: bool = False
-    """Whether the row is text of a text file, which has no columns to rename."""
+    """True if the row is text of a text file, which has no columns to rename."""
     has_absent_as_null: bool = False
-    """Whether a key that is absent reads as None, as in the structs of Parquet and Arrow."""
+    """True if an absent key reads as None, as in the structs of Parquet and Arrow."""
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used, and why."""
+    """Row that cannot be used, with the reason."""
 
     file: str
     line: int
     reason: str
-    """The same text for every row with the same problem: values of the row stand in `detail`."""
+    """Same text for every row with the same problem: values of the row are in `detail`."""
     detail: str = ""
-    """What was found in this row."""
+    """Value found in this row."""
     last_line: int = 0
-    """Where the row runs over several lines, the last of them."""
+    """Last line of a row that spans several."""
     ends_file: bool = False
-    """Whether the rest of the file cannot be read: never skipped, since nobody knows how many rows it held."""
+    """True if the rest of the file cannot be read: never skipped, since the number of lost rows is unknown."""
 
     @property
     def place(self) -> str:
@@ -49,7 +49,7 @@ class BadRow:
 
 
 class RowError(Exception):
-    """Why a row or a whole table cannot be used: `reason` and `detail` as in `BadRow`."""
+    """A row or a whole table cannot be used: `reason` and `detail` as in `BadRow`."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
@@ -59,16 +59,16 @@ class RowError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """A value of a Parquet or Arrow column that is no text, number, list or struct, for example a date."""
+    """Value of a Parquet or Arrow column that is not text, a number, a list or a struct, for example a date."""
 
     kind: str
     """Its Arrow type."""
     text: str
-    """As Arrow writes it; empty where it cannot."""
+    """Value as Arrow formats it; empty if it cannot."""
 
 
 ChooseColumns = Callable[[Sequence[str]], Sequence[str]]
-"""From the names of a table's columns to those that are read.
+"""Function from the names of a table's columns to those to read; raises RowError if a column is missing.
 
 Raises:
     RowError: the table lacks a column.

@@ -1,1 +1,1 @@
-"""Which example goes to which split: equal questions and groups together, near-duplicates, mixed sources, labels."""
+"""Assign examples to splits: duplicates and groups together, near-duplicates, weighted sources, labels."""

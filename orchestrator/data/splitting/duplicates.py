@@ -1,7 +1,7 @@
-"""Which rows say the same: equal rows, equal prompts or texts, one group, near-duplicates.
+"""Find rows with the same content: equal rows, equal prompts or texts, one group, near-duplicates.
 
-A row's *question* is what is asked of the model: the prompt, the turns of a chat before its last answer (those of the assistant
-left out), the text to classify, or the whole text. Two questions are equal where they are after normalisation
+A row's *question* is the model's input: the prompt, the turns of a chat before its last answer (without those of the
+assistant), the text to classify, or the whole text. Two questions are equal if they are after normalisation
 (`minhash.normalised`): Unicode's NFKC form, case folded, runs of white space as one space.
 """
 
@@ -19,27 +19,27 @@ from orchestrator.data.splitting.minhash import near_pairs, normalised
 
 Kind = Literal["row", "question", "group", "near"]
 INSTRUCTION = 0.5
-"""A prompt that at least this share of train's rows have is an instruction for all of them: the answers tell them apart."""
+"""Share of train's rows from which a common prompt counts as an instruction: the answers then distinguish the rows."""
 FEWEST_OF_INSTRUCTION = 3
 
 
 @dataclass(frozen=True)
 class RowKeys:
-    """Hashes of N rows, int64; 0 where a row has no such thing. Python's own string hashes: equal within one process."""
+    """Hashes of N rows, int64; 0 if a row has no such part. Python's own string hashes: equal within one process."""
 
     row: np.ndarray
-    """[N]: of the whole row."""
+    """[N]: hash of the whole row."""
     question: np.ndarray
     """[N]"""
     group: np.ndarray
     """[N]"""
     earlier_row: np.ndarray
-    """[M]: a chat with several answers asks several questions; the row of each one before the last."""
+    """[M]: a chat with several answers has several questions; the row of each one before the last."""
     earlier_question: np.ndarray
     """[M]"""
 
     def select(self, rows: np.ndarray) -> RowKeys:
-        """The keys of some rows (bool[N])."""
+        """Return the keys of some rows (bool[N])."""
         number = np.cumsum(rows) - 1
         own = rows[self.earlier_row]
         return RowKeys(
@@ -52,7 +52,7 @@ class RowKeys:
 
 
 def row_keys(examples: Sequence[Example], instructions: frozenset[str] = frozenset()) -> RowKeys:
-    """Keys of every row.
+    """Return the keys of every row.
 
     Args:
         instructions: Normalised prompts that tell no row from another: the answer belongs to the question there.
@@ -76,8 +76,11 @@ def row_keys(examples: Sequence[Example], instructions: frozenset[str] = frozens
 
 
 def _hash(text: str) -> int:
-    """An int64 that is the same in every process, unlike Python's own: what stays together must not differ between two runs. 0
-    for an empty text alone."""
+    """Return an int64 that is the same in every process, unlike Python's own: rows that stay together must not differ between
+    two runs.
+
+    0 only for an empty text.
+    """
     if not text:
         return 0
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
@@ -85,12 +88,12 @@ def _hash(text: str) -> int:
 
 
 def group_of(example: Example) -> str:
-    """The group's name; empty where the row has none, which an empty cell says too."""
+    """Return the group's name; empty if the row has none or its cell is empty."""
     return example.group if example.group and example.group.removeprefix("group/").strip() else ""
 
 
 def questions_of(example: Example) -> list[str]:
-    """What is asked before each answer, normalised; the last one is the row's question. Empty where nothing is asked."""
+    """Return the normalised input before each answer; the last one is the row's question. Empty if there is no question."""
     if example.messages is None:
         question = normalised((example.prompt if example.text is None else example.text) or "")
         return [question] if question else []
@@ -109,7 +112,7 @@ def questions_of(example: Example) -> list[str]:
 
 
 def answer_of(example: Example) -> str:
-    """What is answered in the end, or the class; normalised."""
+    """Return the last answer, or the class; normalised."""
     if example.messages is not None:
         answers = [str(turn.get("content") or "") for turn in example.messages if turn["role"] == "assistant"]
         return normalised(answers[-1]) if answers else ""
@@ -119,7 +122,7 @@ def answer_of(example: Example) -> str:
 
 
 def compared_text(example: Example, asked: Sequence[str], instructions: frozenset[str]) -> str:
-    """The text by which a row is compared with others: its question, with the answer where the question is none."""
+    """Return the text by which a row is compared with others: its question, with the answer if the prompt is an instruction."""
     question = asked[-1] if asked else ""
     if question and question not in instructions:
         return question
@@ -128,7 +131,7 @@ def compared_text(example: Example, asked: Sequence[str], instructions: frozense
 
 
 def find_instructions(examples: Sequence[Example], questions: np.ndarray) -> dict[str, int]:
-    """Prompts (normalised) that half of the rows or more have, and how many do. A text to classify is none.
+    """Return the normalised prompts that at least half of the rows have, with their counts. A text to classify never counts.
 
     Args:
         examples: Of train.
@@ -144,7 +147,7 @@ def find_instructions(examples: Sequence[Example], questions: np.ndarray) -> dic
 
 @dataclass(frozen=True)
 class _Questions(Sequence[str]):
-    """What some rows are compared by, made when it is read: a million long texts need not be held twice."""
+    """Texts by which rows are compared, created on access: a million long texts need not be in memory twice."""
 
     examples: Sequence[Example]
     rows: np.ndarray
@@ -165,7 +168,8 @@ class _Questions(Sequence[str]):
 
 
 def near_clusters(examples: Sequence[Example], keys: RowKeys, instructions: frozenset[str]) -> np.ndarray:
-    """int64[N]: one number for all rows whose questions are equal or near-duplicates of one another; one without is alone."""
+    """Return int64[N]: one number for all rows whose questions are equal or near-duplicates; a row without a question is
+    alone."""
     _, first, inverse = np.unique(keys.question, return_index=True, return_inverse=True)
     distinct = first[keys.question[first] != 0]
     roots = connected(len(distinct), near_pairs(_Questions(examples, distinct, instructions)))
@@ -178,9 +182,9 @@ def near_clusters(examples: Sequence[Example], keys: RowKeys, instructions: froz
 
 
 def same_as(keys: RowKeys, others: RowKeys) -> dict[Kind, np.ndarray]:
-    """bool[N] of each kind: whether a row's whole content, its question or its group stands among `others`.
+    """Return for each kind bool[N]: whether a row's content, question or group occurs among `others`.
 
-    The question of a chat also stands where it is asked in the middle of a longer one, and the other way round.
+    The question of a chat also counts if it is asked in the middle of a longer one, and vice versa.
     """
     question = _among(keys.question, others.question) | _among(keys.question, others.earlier_question)
     question[keys.earlier_row[_among(keys.earlier_question, others.question)]] = True
@@ -192,7 +196,7 @@ def _among(keys: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def components(keys: RowKeys, kinds: Iterable[Kind], clusters: np.ndarray | None) -> np.ndarray:
-    """int64[N]: one number for all rows that are joined, directly or over others, by something they share.
+    """Return int64[N]: one number for all rows that are connected, directly or indirectly, by something they share.
 
     Args:
         kinds: What joins rows.
@@ -215,7 +219,7 @@ def components(keys: RowKeys, kinds: Iterable[Kind], clusters: np.ndarray | None
 
 
 def _links(rows: np.ndarray, keys: np.ndarray) -> list[tuple[int, int]]:
-    """Each row with the first one of the same key."""
+    """Return edges from each row to the first one with the same key."""
     rows, keys = rows[keys != 0], keys[keys != 0]
     _, first, inverse, counts = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
     shared = counts[inverse] > 1
@@ -223,7 +227,8 @@ def _links(rows: np.ndarray, keys: np.ndarray) -> list[tuple[int, int]]:
 
 
 def connected(count: int, links: Iterable[tuple[int, int]]) -> np.ndarray:
-    """int64[count]: the lowest member of each one's component (union-find with path halving; Tarjan and van Leeuwen 1984)."""
+    """Return int64[count]: the lowest member of each one's component (union-find with path halving; Tarjan and van Leeuwen
+    1984)."""
     parent = list(range(count))
 
     def root(node: int) -> int:

@@ -1,4 +1,4 @@
-"""What is odd about classes: two names of one, numbers to predict, classes that cannot be learned or scored."""
+"""Check class labels: variants of one name, numbers to predict, classes that cannot be trained or scored."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from orchestrator.units import printable
 
 WHOLE = re.compile(r"-?\d+")
 NAMED = 8
-"""So many classes are named in one sentence."""
+"""Number of classes named in one sentence."""
 FEW_ROWS = 2
 FEWEST_VALUES = 20
-"""From so many different numbers on, most of them on at most FEW_ROWS rows, labels look like a quantity."""
+"""Number of different numbers from which labels look like a quantity, if most occur on at most FEW_ROWS rows."""
 SKEWED = 0.9
-"""A class with this share of the rows: always answering it is nearly always right."""
+"""Share of rows in one class above which always predicting it is nearly always right."""
 
 
 def sort_classes(names: Iterable[str]) -> list[str]:
-    """In the order of their numbers where all are whole numbers ("9" before "10"), else in that of their characters."""
+    """Sort numerically if all are whole numbers ("9" before "10"), else by characters."""
     found = set(names)
     if all(WHOLE.fullmatch(name) for name in found):
         return sorted(found, key=lambda name: (int(name), name))
@@ -32,7 +32,7 @@ def sort_classes(names: Iterable[str]) -> list[str]:
 
 
 def refuse_quantities(counts: Mapping[str, int], where: str) -> None:
-    """Stop where the labels are decimals of which most occur once or twice: they are measured, not chosen.
+    """Raise if the labels are decimals that mostly occur once or twice: they are measured values, not classes.
 
     Raises:
         DataError: they are.
@@ -50,7 +50,7 @@ def refuse_quantities(counts: Mapping[str, int], where: str) -> None:
 
 
 def label_notices(counts: Mapping[str, int]) -> list[Notice]:
-    """Warnings about the classes of train.
+    """Return warnings about the classes of train.
 
     Args:
         counts: Rows of each class.
@@ -95,7 +95,7 @@ def label_notices(counts: Mapping[str, int]) -> list[Notice]:
 
 
 def check_labels(loaded: LoadedSpec, found: Mapping[str, list[Example]], left_out: LeftOut) -> None:
-    """Warn of what is odd about the classes of all rows that train's and its shares' come from.
+    """Warn about the classes of all rows that train, and the shares taken from it, come from.
 
     Raises:
         DataError: they are numbers to predict.
@@ -106,7 +106,7 @@ def check_labels(loaded: LoadedSpec, found: Mapping[str, list[Example]], left_ou
 
 
 def tell_missing(splits: Mapping[str, Sequence[Example]], left_out: LeftOut) -> None:
-    """Warn of classes that train has and eval or test has not."""
+    """Warn of classes that train has and eval or test does not."""
     classes = sort_classes(str(example.label) for example in splits["train"])
     for name in ("eval", "test"):
         have = {str(example.label) for example in splits[name]}
@@ -119,7 +119,7 @@ def tell_missing(splits: Mapping[str, Sequence[Example]], left_out: LeftOut) -> 
 
 
 def _twins(counts: Iterable[str]) -> list[list[str]]:
-    """Names that are equal but for case, blanks, Unicode's form, or the way a number is written; two or more each."""
+    """Return groups of names that differ only in case, blanks, Unicode form, or number format."""
     alike: dict[str | float, list[str]] = {}
     for name in counts:
         number = _numbers([name])
@@ -128,7 +128,7 @@ def _twins(counts: Iterable[str]) -> list[list[str]]:
 
 
 def _numbers(names: Iterable[str]) -> list[float]:
-    """The names as finite numbers; empty where one is none."""
+    """Return the names as finite numbers; empty if one is not a number."""
     try:
         values = [float(name) for name in names]
     except ValueError:

@@ -22,39 +22,39 @@ import numpy as np
 NEAR = 0.8
 """Jaccard similarity from which two texts are near-duplicates."""
 SHINGLE = 5
-"""Characters of an n-gram."""
+"""Number of characters in an n-gram."""
 NUM_BINS = 32
 ROWS_PER_BAND = 4
 MAX_CHARACTERS = 1000
-"""So much of a text's beginning is compared."""
+"""Number of leading characters of a text that are compared."""
 COMMON = 0.5
-"""An n-gram that more than this share of the texts has is part of a template: it tells no two of them apart."""
+"""Share of the texts above which an n-gram belongs to a template and does not distinguish them."""
 SAMPLED_TEXTS = 400
 FEWEST_SAMPLED = 8
 CHUNK_CHARACTERS = 500_000
 VERIFIED_CHARACTERS = 40_000_000
-"""Candidates are compared exactly up to so many characters together; beyond, by the estimate of their signatures."""
+"""Total characters up to which candidates are compared exactly; beyond, by the estimate from their signatures."""
 LIKELY = 0.6
-"""Candidates whose signatures agree less are not compared."""
+"""Signature agreement below which candidates are not compared."""
 SHORT = 200
-"""Of texts up to so many characters, those that name different numbers are different: item 12 is not item 13."""
+"""Length up to which texts that contain different numbers are different: item 12 is not item 13."""
 _NUMBER = re.compile(r"\d+")
 _PUNCTUATION = re.compile(r"[\W_]+")
 _ASCII_WORDS = bytes(code if chr(code).isalnum() else 32 for code in range(128)) + bytes(128)
 _CHANCE = 8
-"""Only n-grams among the lowest _CHANCE x NUM_BINS of a text's hashes are looked at: a bin has none of them once in e^8."""
+"""Only n-grams among the lowest _CHANCE x NUM_BINS of a text's hashes are used: a bin is left empty with probability e^-8."""
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
 def normalised(text: str) -> str:
-    """`text` in Unicode's NFKC form, case folded, runs of white space as one space: what two equal texts have in common."""
+    """Return `text` in Unicode's NFKC form, case folded, runs of white space as one space."""
     if text.isascii():
         return " ".join(text.lower().split())
     return " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).split())
 
 
 def near_pairs(texts: Sequence[str]) -> list[tuple[int, int]]:
-    """Pairs of near-duplicates: enough of them that each text is joined with what it is near to, not all pairs.
+    """Return pairs of near-duplicates: enough to connect each text with its near-duplicates, not all pairs.
 
     Args:
         texts: As `normalised` gives them, all different; punctuation does not count. They are read one by one, none is held.
@@ -83,15 +83,17 @@ def near_pairs(texts: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def similarity(first: str, second: str, common: frozenset[str] = frozenset()) -> float:
-    """Jaccard similarity of two texts' n-grams, those of the template left out; 0 where nothing is left."""
+    """Return the Jaccard similarity of two texts' n-grams, without those of the template; 0 if none are left."""
     a, b = _shingles(first) - common, _shingles(second) - common
     return len(a & b) / len(a | b) if a and b else 0.0
 
 
 def signatures_of(words: Iterable[str], common: frozenset[str] = frozenset()) -> tuple[np.ndarray, np.ndarray]:
-    """(uint16[N, NUM_BINS], bool[N]): two texts agree in a bin with a probability that is their similarity; whether a text
-    has any n-gram to compare. The lowest 16 bits of a minimum are kept (b-bit minwise hashing, Li and König 2010): bins of
-    unlike texts agree by chance once in 65536."""
+    """Return (uint16[N, NUM_BINS], bool[N]): the signatures, and whether a text has any n-gram to compare.
+
+    Two texts agree in a bin with a probability equal to their similarity. The lowest 16 bits of a minimum are kept (b-bit
+    minwise hashing, Li and König 2010): bins of different texts agree by chance once in 65536.
+    """
     left_out = np.sort(np.concatenate([_hashes(gram) for gram in common])) if common else np.zeros(0, np.uint64)
     made = [_chunk_signatures(chunk, left_out) for chunk in _chunks(words)]
     if not made:
@@ -119,7 +121,7 @@ def _chunk_signatures(chunk: Sequence[str], left_out: np.ndarray) -> tuple[np.nd
 
 
 def _densified(minima: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Empty bins get the minimum of the next bin that has one, changed by how far away it is."""
+    """Fill empty bins with the minimum of the next filled bin, altered by its distance."""
     empty = minima == np.iinfo(np.uint64).max
     has = ~empty.all(axis=1)
     filled, result = minima.copy(), minima.copy()
@@ -134,7 +136,7 @@ def _densified(minima: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _candidates(signatures: np.ndarray, filled: np.ndarray) -> np.ndarray:
-    """int64[P, 2], sorted: in each band's buckets, each text with the one before it and with the bucket's first."""
+    """Return int64[P, 2], sorted: in each band's buckets, each text with the one before it and with the bucket's first."""
     rows = np.flatnonzero(filled)
     found: list[np.ndarray] = []
     for start in range(0, NUM_BINS, ROWS_PER_BAND):
@@ -157,7 +159,7 @@ def _parts(pairs: np.ndarray, size: int = 1 << 18) -> Iterator[np.ndarray]:
 
 
 def compared(text: str) -> str:
-    """Words without punctuation, of the text's beginning; at least one n-gram long unless empty."""
+    """Return the words of the text's beginning without punctuation; at least one n-gram long unless empty."""
     beginning = text[: 2 * MAX_CHARACTERS]
     if beginning.isascii():
         bare = " ".join(beginning.encode().translate(_ASCII_WORDS).decode().split())
@@ -176,7 +178,7 @@ def _shingles(words: str) -> set[str]:
 
 
 def _common_shingles(texts: Sequence[str]) -> frozenset[str]:
-    """N-grams of the template that most texts are written in, by a sample at even distances."""
+    """Return the n-grams of the template shared by most texts, from a sample at even distances."""
     sample = [compared(texts[at]) for at in range(0, len(texts), max(1, len(texts) // SAMPLED_TEXTS))]
     if len(sample) < FEWEST_SAMPLED:
         return frozenset()
@@ -198,7 +200,7 @@ def _chunks(words: Iterable[str]) -> Iterator[Sequence[str]]:
 
 
 def _chunk_hashes(chunk: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(uint64[H], int64[H]): the hash of every n-gram, and which text of the chunk it is from."""
+    """Return (uint64[H], int64[H]): the hash of every n-gram, and the index of its text in the chunk."""
     lengths = np.fromiter(map(len, chunk), np.int64, len(chunk))
     hashes = _hashes("".join(chunk))
     owner = np.repeat(np.arange(len(chunk)), lengths)[: len(hashes)]
@@ -208,7 +210,7 @@ def _chunk_hashes(chunk: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _hashes(text: str) -> np.ndarray:
-    """uint64: of every n-gram of a text, by Horner's rule modulo 2^64, mixed."""
+    """Return uint64: the hash of every n-gram of a text, by Horner's rule modulo 2^64, mixed."""
     points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
     count = max(0, len(points) - SHINGLE + 1)
     total = np.zeros(count, np.uint64)
@@ -219,7 +221,7 @@ def _hashes(text: str) -> np.ndarray:
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele, Lea and Flood, OOPSLA 2014): every bit depends on every other."""
+    """Apply the finaliser of splitmix64 (Steele, Lea and Flood, OOPSLA 2014): every bit depends on every other."""
     values = values ^ (values >> np.uint64(30))
     values = values * np.uint64(0xBF58476D1CE4E5B9)
     values = values ^ (values >> np.uint64(27))

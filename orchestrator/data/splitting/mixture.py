@@ -1,21 +1,21 @@
-"""How much of each training source is learned from."""
+"""Mix the training sources by weight."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from orchestrator.data.reading.examples import Example
-from orchestrator.data.seeded import WEIGHTS, generator
+from orchestrator.data.rng import WEIGHTS, generator
 from orchestrator.data.summary import LeftOut
 from orchestrator.spec.models import DataSource
 from orchestrator.units import printable
 
 THINNED = 0.5
-"""A mixture that leaves out more than this share of the rows is a warning."""
+"""Share of left-out rows above which a mixture gives a warning."""
 
 
 def mixture(rows: Mapping[int, int], weights: Mapping[int, float]) -> dict[int, int]:
-    """Rows taken of each source so that their numbers are to one another as the weights.
+    """Return the number of rows to take from each source, proportional to the weights.
 
     No row is taken twice: the source that has the fewest rows for its weight is taken whole, and the others are thinned, as
     `datasets.interleave_datasets` does with `first_exhausted`. More passes over the mixture are `train.epochs`.
@@ -32,7 +32,7 @@ def mixture(rows: Mapping[int, int], weights: Mapping[int, float]) -> dict[int, 
 
 
 def mixed(examples: list[Example], sources: str | Sequence[DataSource], seed: int, left_out: LeftOut) -> list[Example]:
-    """Train's rows, sources thinned by their weights; as they are where no source has a weight.
+    """Return train's rows with sources subsampled by weight; unchanged if no source has a weight.
 
     A source without a weight beside one that has counts as 1.
     """

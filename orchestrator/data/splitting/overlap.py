@@ -1,4 +1,4 @@
-"""What a user should know of rows that say the same: within train, on two sides, with different answers."""
+"""Report rows with the same content: within train, across splits, with different answers."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ Dedupe = Literal["exact", "near", "none"]
 SHOWN_CHARACTERS = 60
 SERIOUS = 0.1
 FEWEST_SERIOUS = 3
-"""So many near-duplicates of so large a share of a judging split are a warning."""
+"""Number of near-duplicates from which, at this share of an evaluation split, they give a warning."""
 
 
 def asked_name(example: Example) -> str:
-    """What a row is compared by, in words."""
+    """Return the name of what a row is compared by."""
     return "text" if example.text is not None else "prompt"
 
 
 def tell_instructions(instructions: Mapping[str, int], num_rows: int, left_out: LeftOut) -> None:
-    """Say that a prompt which most rows have is not what tells rows apart."""
+    """Report that a prompt shared by most rows does not distinguish them."""
     for prompt, count in instructions.items():
         left_out.info(
             f"{count:,} of {num_rows:,} rows of train have one prompt, {shown(prompt)}: "
@@ -34,7 +34,7 @@ def tell_instructions(instructions: Mapping[str, int], num_rows: int, left_out: 
 
 
 def tell_repeated(examples: Sequence[Example], keys: RowKeys, left_out: LeftOut) -> None:
-    """Count rows of train that repeat another one; they are kept, and weigh so much more."""
+    """Count rows of train that repeat another one; they are kept, and weigh more."""
     _, first = np.unique(keys.row, return_index=True)
     again = np.ones(len(examples), bool)
     again[first] = False
@@ -46,8 +46,10 @@ def tell_repeated(examples: Sequence[Example], keys: RowKeys, left_out: LeftOut)
 
 
 def tell_contradictions(examples: Sequence[Example], keys: RowKeys, left_out: LeftOut) -> None:
-    """Count prompts with more than one answer, and texts with more than one class. Of an instruction (`find_instructions`)
-    the answer is part of the key, so that it is none of them."""
+    """Count prompts with more than one answer, and texts with more than one class.
+
+    For an instruction (`find_instructions`) the answer is part of the key, so it never counts.
+    """
     _, inverse, counts = np.unique(keys.question, return_inverse=True, return_counts=True)
     repeated = np.flatnonzero((counts[inverse] > 1) & (keys.question != 0))
     groups: dict[int, list[int]] = {}
@@ -76,7 +78,7 @@ def tell_contradictions(examples: Sequence[Example], keys: RowKeys, left_out: Le
 def tell_sides(
     examples: Sequence[Example], split: np.ndarray, keys: RowKeys, clusters: np.ndarray, dedupe: Dedupe, left_out: LeftOut
 ) -> None:
-    """Count rows of eval and test that train, or each other, has too: as they are (`none`), or nearly.
+    """Count rows of eval and test that also occur in train or in each other: exactly (`none`), or nearly.
 
     Args:
         split: str[N]: of each row.
@@ -108,7 +110,7 @@ def tell_sides(
 
 
 def shown(text: str) -> str:
-    """The beginning of a foreign text, quoted, on one line."""
+    """Return the beginning of a foreign text, quoted, on one line."""
     cut = text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
     return f"'{printable(cut)}'"
 

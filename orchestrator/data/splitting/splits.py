@@ -1,4 +1,4 @@
-"""Which row goes to which split: seeded, what says the same on one side, no row in two splits."""
+"""Assign rows to splits: seeded, rows with the same content in one split, no row in two splits."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ from orchestrator.units import printable
 
 SPLITS = ("train", "eval", "test")
 MOST_NOTICED = 3
-"""So many notices are repeated where a split has no row."""
+"""Number of notices repeated in the error for a split without rows."""
 JUDGES = (("eval", "test"), ("train", "test"), ("train", "eval"))
-"""(who loses a row that stands in both, who keeps it), in the order in which rows are taken out."""
+"""(split that loses a shared row, split that keeps it), in the order in which rows are removed."""
 REASONS: dict[Kind, str] = {
     "row": "also occurs in {}",
     "question": "whose {asked} also occurs in {}",
@@ -50,26 +50,27 @@ REASONS: dict[Kind, str] = {
 
 @dataclass(frozen=True)
 class Compared:
-    """All rows that have been read for train, eval and test, and what is known of their likeness."""
+    """All rows read for train, eval and test, with their duplicates."""
 
     examples: list[Example]
     split: np.ndarray
-    """str[N]: in whose files it stands."""
+    """str[N]: split whose files contain the row."""
     keys: RowKeys
     clusters: np.ndarray
-    """int64[N]: of near-duplicates."""
+    """int64[N]: near-duplicate cluster."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """What a split takes of train."""
+    """Share that a split takes of train."""
 
     share: float
     cap: int
 
 
 def make_splits(loaded: LoadedSpec, found: Mapping[str, list[Example]], left_out: LeftOut) -> dict[str, list[Example]]:
-    """train, eval and test: duplicates of judging files removed from train, shares taken off it, its sources mixed by weight.
+    """Return train, eval and test: duplicates of evaluation rows removed from train, shares taken from it, its sources mixed
+    by weight.
 
     Raises:
         DataError: a split has no row left.
@@ -115,8 +116,8 @@ def _compare(found: Mapping[str, list[Example]], left_out: LeftOut) -> Compared:
 
 
 def _apart(rows: Compared, dedupe: Dedupe, left_out: LeftOut) -> np.ndarray:
-    """bool[N]: the rows that stay where files were given for several splits: what stands in two of them stays in the one that
-    judges, test before eval before train."""
+    """Return bool[N]: the rows to keep if several splits have files; a row in two of them stays in the one that evaluates:
+    test before eval before train."""
     kept = np.ones(len(rows.examples), bool)
     kinds: tuple[Kind, ...] = ("group",) if dedupe == "none" else ("row", "question", "group")
     for loser, keeper in JUDGES:
@@ -137,7 +138,7 @@ def _apart(rows: Compared, dedupe: Dedupe, left_out: LeftOut) -> np.ndarray:
 
 
 def _names(examples: Sequence[Example], keys: RowKeys, clusters: np.ndarray, dedupe: Dedupe) -> list[str]:
-    """What each row is split by: one name for all rows that have to stay together, which does not depend on the others.
+    """Return the key that each row is split by: one name for all rows that have to stay together, independent of the others.
 
     A row that shares nothing is named by its group, or by its content.
     """
@@ -174,7 +175,7 @@ def _tell(rows: Compared, split: np.ndarray, shares: Mapping[str, Share], dedupe
 def _empty(
     loaded: LoadedSpec, name: str, examples: Sequence[Example], names: Sequence[str], num_shares: int, left_out: LeftOut
 ) -> DataError:
-    """Why a split has no row: all of its own were removed, or train has none to spare."""
+    """Return the error for a split without rows: all of its own were removed, or train has too few."""
     reasons = [f"{count} {reason}" for reason, count in left_out.of(name).items()]
     removed = bool(reasons)
     if not reasons or name == "train":
@@ -193,7 +194,7 @@ def _empty(
 
 
 def _why_not_shared(loaded: LoadedSpec, examples: Sequence[Example], names: Sequence[str], num_shares: int) -> list[str]:
-    """What keeps train's rows from being shared among the splits."""
+    """Return why train's rows cannot be divided among the splits."""
     data, count = loaded.spec.data, len(examples)
     if not count:
         return []
@@ -214,12 +215,12 @@ def _why_not_shared(loaded: LoadedSpec, examples: Sequence[Example], names: Sequ
 
 
 def wanted_rows(asked: Share, num_rows: int) -> int:
-    """Rows that a share takes: at least one, at most its cap; what is over the cap stays in train."""
+    """Return the rows that a share takes: at least one, at most its cap; the excess stays in train."""
     return min(asked.cap, max(1, round(asked.share * num_rows)))
 
 
 def split_by_share(examples: Sequence[Example], names: Sequence[str], shares: Mapping[str, Share], seed: int) -> list[str]:
-    """The split of each row: shares are taken off train; one above 0 takes at least one row.
+    """Return the split of each row: shares are taken from train; one above 0 takes at least one row.
 
     Whole groups (rows of one name) are taken, in an order that a hash of the seed and the name gives, as long as they fit in the
     share. Every class keeps its first group in train, and every split takes each class in proportion (`_quotas`) as far as whole
@@ -243,7 +244,7 @@ def split_by_share(examples: Sequence[Example], names: Sequence[str], shares: Ma
 
 
 def _choose(groups: Mapping[str, list[Example]], shares: Mapping[str, Share], seed: int, held: frozenset[str]) -> dict[str, str]:
-    """The split of each group that is taken off train; `held` ones are not."""
+    """Return the split of each group that is taken from train; groups in `held` stay."""
     order = sorted(groups, key=lambda name: _hash(f"{seed}/{name}"))
     first_of_class = {example.label: name for name in reversed(order) for example in groups[name] if example.label is not None}
     kept = {*first_of_class.values(), *held}
@@ -270,13 +271,14 @@ def _choose(groups: Mapping[str, list[Example]], shares: Mapping[str, Share], se
 
 
 def _scaled(wanted: Mapping[str, int], room: int) -> dict[str, int]:
-    """As many rows each, in the same proportion, as there is room for; at least one."""
+    """Scale the row counts down in proportion to fit the available rows; at least one each."""
     factor = min(1.0, room / max(1, sum(wanted.values())))
     return {split: max(1, int(count * factor)) for split, count in wanted.items()}
 
 
 def _quotas(exact: Mapping[str | None, float], room: Mapping[str | None, int], wanted: int) -> Counter[str | None]:
-    """Rows of each class in a split of `wanted` rows: within one of its exact share, by largest remainder (Hamilton).
+    """Return the rows of each class in a split of `wanted` rows: within one of its exact share, by largest remainder
+    (Hamilton).
 
     A class with less room than its share leaves the rest to the others, whose remainder then counts past one row.
 
@@ -292,8 +294,8 @@ def _quotas(exact: Mapping[str | None, float], room: Mapping[str | None, int], w
 
 
 def _take(groups: Mapping[str, Counter[str | None]], quotas: Counter[str | None], wanted: int) -> list[str]:
-    """The first groups that fit in their classes' quotas, then those that fit in what is left of the `wanted` rows; the
-    smallest one where none fits."""
+    """Return the first groups that fit in their classes' quotas, then those that fit in the rest of the `wanted` rows; the
+    smallest group if none fits."""
     taken: dict[str, None] = {}
     left = quotas.copy()
     for name, classes in groups.items():
@@ -313,7 +315,7 @@ def _take(groups: Mapping[str, Counter[str | None]], quotas: Counter[str | None]
 
 
 def _classes(examples: Iterable[Example]) -> Counter[str | None]:
-    """Rows of each class; of a task without classes, all of them are of one."""
+    """Return the number of rows of each class; without classes, all rows count as one."""
     return Counter(map(attrgetter("label"), examples))
 
 

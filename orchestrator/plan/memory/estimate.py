@@ -26,7 +26,7 @@ COLLECTIVES_BYTES = {"nccl": GIB // 2, "gloo": 32 * MIB}
 """Communication buffers of a process group."""
 RESIDENT_SHARE = 0.7
 """A whole model that needs more than this share of a device's free memory is not loaded there: verifying and scoring a bundle
-takes one forward pass at a time besides it. `serve.check_process`, which imports nothing of ours, repeats the figure."""
+takes one forward pass at a time besides it. `serve.verification_process`, which imports nothing of ours, repeats the figure."""
 SLACK_SHARE = 0.05
 """Assumed share that the allocator loses to rounding and fragmentation."""
 

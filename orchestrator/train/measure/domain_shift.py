@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from orchestrator.data import TokenizedSet
-from orchestrator.data.seeded import FEATURES, generator
+from orchestrator.data.rng import FEATURES, generator
 from orchestrator.train.trunk.build import TrunkBuilder
 from orchestrator.train.trunk.chunks import MemoryChunks
 from orchestrator.train.trunk.library import TrunkLibrary

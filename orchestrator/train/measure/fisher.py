@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from orchestrator.data import TokenizedSet
-from orchestrator.data.seeded import FISHER, generator
+from orchestrator.data.rng import FISHER, generator
 from orchestrator.plan.remedies import FISHER_DOCUMENTS
 from orchestrator.store import write_atomic
 from orchestrator.train.batches import RowPlan, to_tensors

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from orchestrator.data import load_tokenizer
 from orchestrator.data.encoding.control_tokens import ControlTokens
 from orchestrator.data.encoding.encoder import Document, Encoder
-from orchestrator.data.encoding.noticed import Noticed
+from orchestrator.data.encoding.row_notices import Noticed
 from orchestrator.data.reading.examples import Example
 from orchestrator.data.reading.row import BadRow
 from orchestrator.spec.models import DataSpec

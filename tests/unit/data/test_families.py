@@ -13,8 +13,8 @@ import torch
 from orchestrator.data import TokenizedSet, build_set
 from orchestrator.data.encoding.control_tokens import ControlTokens
 from orchestrator.data.encoding.encoder import Document, Encoder
-from orchestrator.data.encoding.ends import declared_ends, end_tokens
-from orchestrator.data.encoding.noticed import Noticed
+from orchestrator.data.encoding.end_tokens import declared_ends, end_tokens
+from orchestrator.data.encoding.row_notices import Noticed
 from orchestrator.data.reading.examples import Example
 from orchestrator.data.reading.row import BadRow
 from orchestrator.spec.models import DataSpec

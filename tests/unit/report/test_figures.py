@@ -10,7 +10,7 @@ import pytest
 
 from orchestrator.report import figures
 from orchestrator.report.figures import BY_PAGE, SMALLEST_TEXT, Curve, TradeOff
-from orchestrator.report.gains import gains
+from orchestrator.report.gain_chart import gains
 from orchestrator.report.heatmap import heatmap, ink_on
 from orchestrator.report.matrix import rate_matrices
 from orchestrator.report.page import write_report

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from orchestrator.report.memory import memory_table
-from orchestrator.transfer.measured import EngineFigures
-from orchestrator.transfer.records import SweepResult, TrialRecord
+from orchestrator.transfer.records import EngineFigures, SweepResult, TrialRecord
 
 ENGINE = EngineFigures(
     executor="torch", device="cuda", rank_peak_memory_bytes=(90,), predicted_memory_bytes=100, micro_batch_rows=1

@@ -11,7 +11,7 @@ import pytest
 
 from orchestrator.report.console import SafeConsole
 from orchestrator.report.terminal import JsonView, LogView, SweepView, open_view
-from orchestrator.transfer.view import Activity, Progress
+from orchestrator.transfer.run_view import Activity, Progress
 
 
 class Terminal(io.StringIO):

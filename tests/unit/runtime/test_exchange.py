@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from orchestrator.run.ledger import Ledger
-from orchestrator.transfer.view import Activity
+from orchestrator.transfer.run_view import Activity
 from tests.unit.runtime.exchange_bench import RUNGS, Bench, ScriptedGang, at_once, first_rungs
 
 

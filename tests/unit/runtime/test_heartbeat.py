@@ -16,7 +16,7 @@ from orchestrator.run.activities import last_steps, on_disk, tell_bundling, with
 from orchestrator.run.layout import OWNER, PROGRESS, STARTS
 from orchestrator.runtime.heartbeat import Pulse
 from orchestrator.store import read_json
-from orchestrator.transfer.view import Activity, Progress
+from orchestrator.transfer.run_view import Activity, Progress
 from orchestrator.work.results import StepReport
 
 BEAT_S = 0.02

@@ -7,8 +7,8 @@ import pytest
 from orchestrator.anatomy import select
 from orchestrator.plan.merge import MergePlan
 from orchestrator.serve.bundle import bundle_config, serve_commands
+from orchestrator.serve.bundle_inputs import BundleInputs, shown_base
 from orchestrator.serve.card import model_card
-from orchestrator.serve.inputs import BundleInputs, shown_base
 from orchestrator.transfer import over_seeds
 from orchestrator.transfer.records import (
     ComparisonRecord,

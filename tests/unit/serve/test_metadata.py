@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from orchestrator.serve.bundle_inputs import BundleInputs
 from orchestrator.serve.card import model_card
-from orchestrator.serve.inputs import BundleInputs
 from orchestrator.serve.metadata import UNKNOWN, licence_of, licence_sentence
 from orchestrator.transfer.records import ModelScores, TransferReport, VerificationFigures
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.transfer.after_verdict import advice_after
 from orchestrator.transfer.headline import gain_is_loss_only, headline, right_answers
 from orchestrator.transfer.records import ModelScores, TransferReport
+from orchestrator.transfer.verdict_advice import advice_after
 
 SENTENCE = "2.09 ± 0.05 nats better than the base, on 180 test examples"
 

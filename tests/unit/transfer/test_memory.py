@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from orchestrator.transfer import memory_rows
-from orchestrator.transfer.measured import EngineFigures
-from orchestrator.transfer.records import TrialRecord
+from orchestrator.transfer.records import EngineFigures, TrialRecord
 
 
 def trial(name: str, layers: str, peaks: tuple[int, ...], *, control: str | None = None, **figures: object) -> TrialRecord:

@@ -1,4 +1,4 @@
-"""Reading rows, one module a kind of file: the content decides which, and every row comes with its place."""
+"""Read rows, one module per file format: the content decides the format, and every row has its place."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["READ", "SUFFIXES", "DataFile", "count_rows", "data_suffix", "read_ro
 def read_rows(
     file: DataFile, choose: ChooseColumns = all_columns, *, text_documents: TextDocuments = "file"
 ) -> Iterator[Row | BadRow]:
-    """Every row of a file, in order. A file without rows is a `BadRow` too.
+    """Yield every row of a file, in order. A file without rows gives a `BadRow`.
 
     Args:
         choose: Gets the names of a table's columns (CSV, Parquet, Arrow) and gives those that are read.

@@ -1,4 +1,4 @@
-"""Rows out of Parquet, Arrow IPC and Feather files: only the columns that are needed are read."""
+"""Read rows from Parquet, Arrow IPC and Feather files: only the needed columns."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from orchestrator.units import printable
 
 BATCH_ROWS = 4096
 STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
-"""What closes an Arrow stream."""
+"""Bytes that close an Arrow stream."""
 
 
 def read_columnar(file: DataFile, choose: ChooseColumns) -> Iterator[Row | BadRow]:
-    """A row's line is its number, from 1."""
+    """Yield rows; a row's line is its number, from 1."""
     import pyarrow as pa
 
     name, line = str(file.path), 0
@@ -36,7 +36,7 @@ def read_columnar(file: DataFile, choose: ChooseColumns) -> Iterator[Row | BadRo
 
 
 def count_rows(file: DataFile) -> int:
-    """Rows of the file, from its metadata where it has any.
+    """Return the number of rows, from the file's metadata if it has any.
 
     Raises:
         OSError, ValueError: it is damaged.
@@ -55,7 +55,7 @@ def count_rows(file: DataFile) -> int:
 
 
 def _batches(file: DataFile, choose: ChooseColumns) -> Iterator[tuple[Sequence[str], Any]]:
-    """(names, record batch of these columns in this order) of the whole file."""
+    """Yield (names, record batch of these columns in this order) for the whole file."""
     import pyarrow as pa
     from pyarrow import ipc, parquet
 
@@ -91,10 +91,11 @@ def _feather_v1(file: DataFile, choose: ChooseColumns) -> Any:
 
 
 def _check_end(file: DataFile) -> None:
-    """Whether the stream was closed: one that is cut between two batches would give fewer rows without a word.
+    """Check that the stream was closed: one that is truncated between two batches would silently give fewer rows.
 
     Raises:
         ValueError: it was not.
+
     """
     with file.path.open("rb") as stream:
         stream.seek(max(0, file.path.stat().st_size - 8))
@@ -111,7 +112,7 @@ def _chosen(names: Sequence[str], choose: ChooseColumns) -> list[str]:
 
 
 def _values(array: Any) -> list[Any]:
-    """Python values of a column; what Python cannot represent, and dates and times, are `Unreadable`."""
+    """Return Python values of a column; dates, times and types that Python cannot represent are `Unreadable`."""
     from pyarrow import types
 
     kind = array.type

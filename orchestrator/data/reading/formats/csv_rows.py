@@ -1,4 +1,4 @@
-"""Rows out of CSV, with the lines that each of them takes."""
+"""Read rows from CSV, with the lines that each of them spans."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ csv.field_size_limit(2**31 - 1)
 
 
 def read_csv(file: DataFile, choose: ChooseColumns) -> Iterator[Row | BadRow]:
-    """A row's line is the one it begins on: a quoted field may run over several."""
+    """Yield rows; a row's line is the one it begins on: a quoted field may span several."""
     name = str(file.path)
     try:
         with open_bytes(file.path, file.compression) as stream:
@@ -67,7 +67,7 @@ class _Table:
                 yield BadRow(name, line, what, f"{len(fields)}; the header has {len(header)}: {shown}", last)
 
     def _records(self) -> Iterator[tuple[int, list[str] | BadRow]]:
-        """(the line it begins on, its fields); a quote that is never closed is told with the lines it swallows."""
+        """Yield (first line, fields) of each record; an unclosed quote is reported with the lines it spans."""
         while True:
             line = self._reader.line_num + self._before + 1
             try:
@@ -92,7 +92,7 @@ class _Table:
 
 
 def _chosen(header: Sequence[str], choose: ChooseColumns) -> list[tuple[str, int]]:
-    """(name, index) of the columns that are read.
+    """Return (name, index) of the columns to read.
 
     Raises:
         RowError: one of them is missing, or there twice.
@@ -105,7 +105,7 @@ def _chosen(header: Sequence[str], choose: ChooseColumns) -> list[tuple[str, int
 
 
 def _about_header(detail: str, header: Sequence[str]) -> str:
-    """What the file's first line was taken for, unless the columns that it names are nearly the right ones."""
+    """Return how the file's first line was interpreted, unless its columns are nearly the expected ones."""
     if "did you mean" in detail:
         return detail
     hint = "; no delimiter was found: data.delimiter names it" if len(header) == 1 else ""
@@ -113,7 +113,7 @@ def _about_header(detail: str, header: Sequence[str]) -> str:
 
 
 def _problem(fields: Iterable[str]) -> str:
-    """Why fields are no text, if so: a byte that is no UTF-8 has become half a surrogate pair."""
+    """Return why fields are not text, if so: a byte that is not UTF-8 has become a lone surrogate."""
     for field in fields:
         if not field.isascii():
             try:

@@ -1,4 +1,4 @@
-"""What separates the fields of a CSV file, found from its header and its first rows."""
+"""Find the delimiter of a CSV file from its header and first rows."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from dataclasses import dataclass
 
 DELIMITER_NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "pipes"}
 USUAL = {".tsv": "\t", ".tab": "\t", ".psv": "|"}
-"""By suffix; a comma otherwise."""
+"""Usual delimiter by suffix; a comma otherwise."""
 SAMPLE_ROWS = 50
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a CSV file is written."""
+    """Format of a CSV file."""
 
     delimiter: str = ","
     skip_lines: int = 0
-    """Lines before the header: 1 where a spreadsheet wrote `sep=;`."""
+    """Number of lines before the header: 1 if a spreadsheet wrote `sep=;`."""
     skips_blanks: bool = False
-    """Whether a blank follows each delimiter."""
+    """True if a blank follows each delimiter."""
 
 
 def sniff_dialect(text: str, suffix: str, columns: Collection[str], given: str | None, *, is_whole: bool) -> Dialect:
@@ -49,7 +49,7 @@ def sniff_dialect(text: str, suffix: str, columns: Collection[str], given: str |
 
 
 def _score(text: str, delimiter: str, columns: Collection[str], is_whole: bool) -> tuple[int, float, int]:
-    """(expected columns in the header, share of rows with as many fields as it, fields); zeros for a single column."""
+    """Return (expected columns in the header, share of rows with as many fields, fields); zeros for a single column."""
     rows = _rows(text, delimiter, is_whole)
     if not rows or len(rows[0]) < 2:
         named = sum(name.strip() in columns for name in rows[0]) if rows else 0
@@ -60,7 +60,7 @@ def _score(text: str, delimiter: str, columns: Collection[str], is_whole: bool) 
 
 
 def _rows(text: str, delimiter: str, is_whole: bool) -> list[Sequence[str]]:
-    """The header and the first rows that are not blank, as far as they can be parsed."""
+    """Return the header and the first rows that are not blank, as far as they can be parsed."""
     lines = text if is_whole else text[: text.rfind("\n") + 1] or text
     reader = csv.reader(io.StringIO(lines.lstrip("\ufeff"), newline=""), delimiter=delimiter)
     rows: list[Sequence[str]] = []

@@ -1,4 +1,4 @@
-"""Text files: a file, a line or a paragraph is a document."""
+"""Read text files: each file, line or paragraph is a document."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from orchestrator.spec.models import TextDocuments
 
 
 def read_text(file: DataFile, documents: TextDocuments) -> Iterator[Row | BadRow]:
-    """Documents with the line on which each begins; what is blank is none."""
+    """Yield documents with the line on which each begins; blank ones are skipped."""
     name = str(file.path)
     try:
         with open_bytes(file.path, file.compression) as stream:

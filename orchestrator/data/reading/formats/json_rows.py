@@ -1,4 +1,4 @@
-"""Rows out of JSON Lines, and out of JSON arrays and objects that run over lines, with the line of every row."""
+"""Read rows from JSON Lines, and from JSON arrays and objects over several lines, with the line of every row."""
 
 from __future__ import annotations
 
@@ -16,19 +16,24 @@ BLANK = " \t\r\n\ufeff"
 
 
 class Decoder:
-    """Parses JSON; keys that an object has twice are remembered, since all but one of their values would be lost."""
+    """JSON parser that remembers duplicate keys of an object, since all but one of their values would be lost."""
 
     def __init__(self) -> None:
         self.twice: set[str] = set()
         self._decoder = json.JSONDecoder(object_pairs_hook=self._object)
 
     def parse(self, text: str) -> Any:
-        """Raises ValueError or RecursionError."""
+        """Parse a JSON text.
+
+        Raises:
+            ValueError, RecursionError: it is malformed, or nested too deeply.
+
+        """
         self.twice.clear()
         return self._decoder.decode(text)
 
     def parse_at(self, text: str, position: int) -> tuple[Any, int]:
-        """(the value that begins at `position`, where it ends)."""
+        """Return (the value that begins at `position`, its end)."""
         self.twice.clear()
         return self._decoder.raw_decode(text, position)
 
@@ -40,7 +45,7 @@ class Decoder:
         return values
 
     def row(self, value: Any, file: str, line: int) -> Row | BadRow:
-        """The value parsed last, as a row."""
+        """Return the value parsed last, as a row."""
         if self.twice:
             names = printable(", ".join(map(repr, sorted(self.twice))))
             return BadRow(file, line, "a JSON object has the same key more than once", f"the key {names}")
@@ -54,7 +59,7 @@ _KINDS = {list: "list", str: "text", int: "number", float: "number", bool: "bool
 
 
 def read_json_lines(file: DataFile) -> Iterator[Row | BadRow]:
-    """An object a line; blank lines are passed over."""
+    """Yield one object per line; blank lines are skipped."""
     decoder, name = Decoder(), str(file.path)
     for line, text in _lines(file):
         if isinstance(text, BadRow):
@@ -73,7 +78,7 @@ def read_json_lines(file: DataFile) -> Iterator[Row | BadRow]:
 
 
 def _malformed(name: str, line: int, text: str, error: json.JSONDecodeError) -> BadRow:
-    """What is wrong with a line, with what to do about the mistakes that whole files have."""
+    """Return what is wrong with a line, with the remedy for mistakes that affect whole files."""
     column = f"column {min(error.pos, len(text.rstrip())) + 1}"
     if "\x00" in text:
         return BadRow(name, line, "NUL bytes, which no text holds: the file is damaged, or was not written to its end")
@@ -89,7 +94,7 @@ def _too_big(error: Exception) -> str:
 
 
 def _lines(file: DataFile) -> Iterator[tuple[int, str | BadRow]]:
-    """Lines as text, split at line feeds alone: JSON strings may hold U+2028."""
+    """Yield lines as text, split at line feeds only: JSON strings may contain U+2028."""
     number, name = 0, str(file.path)
     try:
         with open_bytes(file.path, file.compression) as stream:
@@ -110,15 +115,15 @@ def _lines(file: DataFile) -> Iterator[tuple[int, str | BadRow]]:
 
 
 def cut_short(file: DataFile, line: int, error: BaseException) -> BadRow:
-    """The end of what can be read of a damaged file."""
+    """Return the error for a truncated or damaged file."""
     what = f"damaged or cut short: the {file.compression} stream" if file.compression else "cannot be read to its end: the file"
     return BadRow(str(file.path), line, f"{what} ends abruptly here", printable(str(error)), ends_file=True)
 
 
 def read_json(file: DataFile) -> Iterator[Row | BadRow]:
-    """The objects of an array, of a list under one of WRAPPERS in an object, or one after another over several lines.
+    """Yield the objects of an array, of a list under one of WRAPPERS in an object, or consecutive objects over several lines.
 
-    After a mistake inside an array nobody can tell where the next object begins: the rest of the file is not read.
+    After a syntax error inside an array the start of the next object is unknown: the rest of the file is not read.
     """
     name = str(file.path)
     scanner: _Scanner | None = None
@@ -168,7 +173,7 @@ def _array(scanner: _Scanner, file: str) -> Iterator[Row | BadRow]:
 
 
 def _object(scanner: _Scanner, file: str, *, may_wrap: bool) -> Iterator[Row | BadRow]:
-    """One object: a row, or what holds the list of rows."""
+    """Yield one object: a row, or the rows of the list that it wraps."""
     line = scanner.line
     if may_wrap and scanner.wraps_rows():
         yield from _wrapped(scanner, file)
@@ -180,7 +185,7 @@ def _object(scanner: _Scanner, file: str, *, may_wrap: bool) -> Iterator[Row | B
 
 
 def _wrapped(scanner: _Scanner, file: str) -> Iterator[Row | BadRow]:
-    """The rows of the object's list; a second list of objects, such as another split, must not be lost."""
+    """Yield the rows of the object's list; a second list of objects, such as another split, must not be lost."""
     scanner.expect("{")
     found = ""
     while scanner.peek() == '"':
@@ -203,7 +208,7 @@ def _wrapped(scanner: _Scanner, file: str) -> Iterator[Row | BadRow]:
 
 
 class _Scanner:
-    """A JSON text in pieces: values parsed one by one, lines counted."""
+    """JSON text read in pieces: parses value by value and counts lines."""
 
     def __init__(self, chunks: Iterator[str]) -> None:
         self.decoder = Decoder()
@@ -213,7 +218,7 @@ class _Scanner:
         self._position = 0
 
     def peek(self) -> str:
-        """The next character that is not blank; empty at the end."""
+        """Return the next character that is not blank; empty at the end."""
         while True:
             position, buffer = self._position, self._buffer
             while position < len(buffer) and buffer[position] in BLANK:
@@ -225,7 +230,7 @@ class _Scanner:
                 return ""
 
     def expect(self, char: str) -> None:
-        """Step over the next character.
+        """Skip the next character.
 
         Raises:
             JSONDecodeError: it is another one.
@@ -235,7 +240,7 @@ class _Scanner:
         self._position += 1
 
     def value(self) -> Any:
-        """The next value.
+        """Parse the next value.
 
         Raises:
             JSONDecodeError: it is malformed, or the text ends inside of it.
@@ -256,7 +261,7 @@ class _Scanner:
             return value
 
     def wraps_rows(self) -> bool:
-        """Whether the object that begins here holds its rows in a list under one of WRAPPERS."""
+        """Return True if the object that begins here holds its rows in a list under one of WRAPPERS."""
         while len(self._buffer) - self._position < HEAD_BYTES and self._more():
             pass
         return holds_rows(self._buffer[self._position : self._position + HEAD_BYTES])
@@ -269,7 +274,7 @@ class _Scanner:
         self._position = position
 
     def _more(self) -> bool:
-        """Read on, each time at least as much as is waiting: a long value is not parsed again for every piece."""
+        """Read at least as much as is buffered, so that a long value is not parsed again for every piece."""
         waiting = self._buffer[self._position :]
         pieces, length = [waiting], 0
         for piece in self._chunks:

@@ -1,4 +1,4 @@
-"""Opening files: compression undone, bytes decoded, damage found."""
+"""Open files: decompress, decode, detect damage."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import IO, cast
 
 COMPRESSIONS = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "bzip2": b"BZh", "xz": b"\xfd7zXZ\x00"}
-"""By the bytes that such a file begins with."""
+"""Compression by the first bytes of the file."""
 COMPRESSION_SUFFIXES = {".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bzip2", ".xz": "xz"}
 DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError)
-"""What reading raises where a file, or the compressed stream in it, is damaged or cut short."""
+"""Errors raised while reading a damaged or truncated file or compressed stream."""
 ENCODINGS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -24,18 +24,18 @@ ENCODINGS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
     (codecs.BOM_UTF8, "utf-8-sig"),
 )
-"""By the byte order mark, the longer ones first."""
+"""Encoding by byte order mark, the longer ones first."""
 NOT_UTF8 = "not UTF-8 (perhaps Latin-1: `iconv -f latin1 -t utf-8` converts it)"
 CHUNK = 1 << 20
 
 
 def compression_of(head: bytes) -> str:
-    """The compression that a file's first bytes show; empty where there is none."""
+    """Return the compression that a file's first bytes show; empty if none."""
     return next((name for name, magic in COMPRESSIONS.items() if head.startswith(magic)), "")
 
 
 def open_bytes(path: Path, compression: str) -> IO[bytes]:
-    """The uncompressed content, as a buffered stream.
+    """Open the uncompressed content as a buffered stream.
 
     Raises:
         OSError: the file cannot be opened. Reading raises one of DAMAGE.
@@ -55,7 +55,7 @@ def encoding_of(head: bytes) -> str:
 
 
 def text_chunks(stream: IO[bytes], encoding: str) -> Iterator[str]:
-    """The content in pieces of about 1 MiB.
+    """Yield the content in pieces of about 1 MiB.
 
     Raises:
         UnicodeDecodeError: it is not of this encoding.

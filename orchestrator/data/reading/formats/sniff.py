@@ -1,4 +1,4 @@
-"""What a data file is, found from its first bytes: the name only decides where the content does not."""
+"""Detect the format of a data file from its first bytes; the name decides only if the content does not."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CSV_SUFFIXES = (".csv", ".tsv", ".tab", ".psv")
 TEXT_SUFFIXES = (".txt", ".text", ".md")
 COLUMN_SUFFIXES = (".parquet", ".pq", ".arrow", ".feather", ".ipc")
 SUFFIXES = (*JSON_SUFFIXES, *CSV_SUFFIXES, *COLUMN_SUFFIXES, ".txt", ".text")
-"""Kinds of file that are read in a folder; others are read where they are named and their content shows what they are."""
+"""Suffixes of files that are read in a folder; others are read if they are named and their content shows the format."""
 READ = "JSON Lines, JSON, CSV and text (each also as .gz, .zst, .bz2 or .xz), Parquet, Arrow and Feather"
 HEAD_BYTES = 1 << 16
 MAGIC: tuple[tuple[bytes, Kind], ...] = (
@@ -47,32 +47,32 @@ REFUSED = (
     (b"<!DOCTYPE", "an HTML page", "download the file itself"),
     (b"<html", "an HTML page", "download the file itself"),
 )
-"""(first bytes, what it is, what to do) of kinds that users bring and that are not read."""
+"""(first bytes, format, what to do) of formats that users have and that are not read."""
 WRAPPERS = ("data", "rows", "examples", "instances", "records", "items", "train")
 """Keys under which a JSON object holds the list of rows."""
 KEY = re.compile(r'\s*"((?:[^"\\]|\\.)*)"\s*:\s*')
 LIST_OF_ROWS = re.compile(r"\[\s*[{\]]")
 COMMA = re.compile(r"\s*,")
 MANY_NULS = 0.2
-"""UTF-16 of western text is half NUL bytes; a damaged text file has fewer."""
+"""Share of NUL bytes that indicates UTF-16 (half of western text); a damaged text file has fewer."""
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file and how it is read."""
+    """File with its format."""
 
     path: Path
     kind: Kind
     compression: str = ""
     encoding: str = "utf-8"
     dialect: Dialect = field(default_factory=Dialect)
-    """Of CSV."""
+    """Dialect of CSV."""
     shape: str = ""
-    """What kind of JSON it is."""
+    """Kind of JSON."""
 
     @property
     def label(self) -> str:
-        """`gzip JSON Lines`, `CSV with semicolons`."""
+        """Display name: `gzip JSON Lines`, `CSV with semicolons`."""
         kind = self.shape or self.kind
         if self.kind == "CSV":
             kind = f"CSV with {DELIMITER_NAMES.get(self.dialect.delimiter, repr(self.dialect.delimiter))}"
@@ -81,13 +81,13 @@ class DataFile:
 
 
 def data_suffix(name: str) -> str:
-    """The suffix that tells the kind, that of a compression left out: `a.jsonl.gz` -> `.jsonl`."""
+    """Return the suffix of the format, without that of a compression: `a.jsonl.gz` -> `.jsonl`."""
     path = Path(name.lower())
     return Path(path.stem).suffix if path.suffix in COMPRESSION_SUFFIXES else path.suffix
 
 
 def sniff(path: Path, *, columns: Collection[str] = (), delimiter: str | None = None) -> DataFile:
-    """Find out what a file is.
+    """Detect the format of a file.
 
     Args:
         columns: Names that a CSV's header is expected to have: they decide between delimiters.
@@ -125,7 +125,7 @@ def sniff(path: Path, *, columns: Collection[str] = (), delimiter: str | None = 
 
 
 def _head(path: Path) -> tuple[str, bytes, bool]:
-    """(compression, the first uncompressed bytes, whether these are all)."""
+    """Return (compression, the first uncompressed bytes, whether these are all)."""
     try:
         with path.open("rb") as file:
             compression = compression_of(file.read(8))
@@ -137,7 +137,7 @@ def _head(path: Path) -> tuple[str, bytes, bool]:
 
 
 def _first_bytes(read: object) -> tuple[bytes, bool]:
-    """What can be read of the first HEAD_BYTES: where a compressed file ends too soon, its reader says so with the place."""
+    """Return what can be read of the first HEAD_BYTES: the reader reports a truncated compressed file with the place."""
     head = b""
     try:
         while len(head) <= HEAD_BYTES:
@@ -162,7 +162,7 @@ def _unread(path: Path, what: str, remedy: str) -> DataError:
 
 
 def _is_binary(head: bytes) -> bool:
-    """Whether there are NUL bytes, and more of them than damage to a text leaves; the readers name the rows that hold a few."""
+    """Return True if there are more NUL bytes than damage to a text leaves; readers report rows with a few of them."""
     head = head.rstrip(b"\x00")
     count = head.count(b"\x00")
     if not count:
@@ -175,7 +175,7 @@ def _is_binary(head: bytes) -> bool:
 
 
 def _is_table(text: str, columns: Collection[str], *, is_whole: bool) -> bool:
-    """Whether the text is no JSON, and its first line has two of the expected columns: a CSV under another name."""
+    """Return True if the text is not JSON, and its first line has two of the expected columns: a CSV under another name."""
     if not columns or text.lstrip("\ufeff \t\r\n").startswith(("{", "[", '"{')):
         return False
     mark = sniff_dialect(text, "", columns, None, is_whole=is_whole).delimiter
@@ -184,7 +184,7 @@ def _is_table(text: str, columns: Collection[str], *, is_whole: bool) -> bool:
 
 
 def holds_rows(text: str) -> bool:
-    """Whether a JSON object begins here that holds its rows under one of WRAPPERS, as the first of its lists of objects."""
+    """Return True if the JSON object that begins here holds rows under one of WRAPPERS, as its first list of objects."""
     decoder, place = json.JSONDecoder(), 1
     while text.startswith("{") and (key := KEY.match(text, place)):
         if key[1] in WRAPPERS and LIST_OF_ROWS.match(text, key.end()):
@@ -216,7 +216,8 @@ def _kind_of_text(text: str, is_whole: bool, suffix: str) -> Kind | None:
 
 
 def _json_kind(text: str, is_whole: bool) -> Kind | None:
-    """`JSON Lines`: an object a line. `JSON`: an array, an object that holds one, or objects over several lines."""
+    """Return `JSON Lines` for one object per line; `JSON` for an array, an object that holds one, or objects over several
+    lines."""
     if not text.startswith(("{", "[")):
         return None
     line, rest = [*text.split("\n", 1), ""][:2]
@@ -242,7 +243,7 @@ def _shape(text: str) -> str:
 
 
 def _begins_over_lines(text: str, is_whole: bool) -> bool:
-    """Whether the text begins with a JSON object that runs over several lines."""
+    """Return True if the text begins with a JSON object over several lines."""
     try:
         _, end = json.JSONDecoder().raw_decode(text)
     except json.JSONDecodeError as error:
@@ -253,7 +254,7 @@ def _begins_over_lines(text: str, is_whole: bool) -> bool:
 
 
 def _looks_parsed(text: str, is_whole: bool) -> bool:
-    """Whether the first lines are JSON objects, or the text begins as an array of objects: no CSV and no prose does."""
+    """Return True if the first lines are JSON objects, or the text begins as an array of objects: CSV and prose never do."""
     if re.match(r"\s*\[\s*\{\s*\"", text):
         return True
     lines = [line for line in text.split("\n")[: None if is_whole else -1] if line.strip()][:3]

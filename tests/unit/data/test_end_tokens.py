@@ -12,7 +12,7 @@ import pytest
 
 from orchestrator.data import TokenizedSet, build_set, joined, load_tokenizer, padding, shuffled, with_shots
 from orchestrator.data.encoding.control_tokens import ControlTokens
-from orchestrator.data.encoding.ends import declared_ends, end_tokens
+from orchestrator.data.encoding.end_tokens import declared_ends, end_tokens
 
 from .families import FAMILIES, base_of
 

@@ -1,4 +1,4 @@
-"""The blocks' scores, and whether single-block trials bear them out."""
+"""Block scores section, with their correlation to single-block trials."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NORM, RATIO = "relative gradient norm", "signal-to-noise ratio"
 
 
 def block_scores(run: RunRecords, sweep: SweepResult, found: LayerScores) -> Html:
-    """A bar a block for both figures, what the policies by score came to, and the agreement with single-block trials."""
+    """Return a chart of both scores by block, the blocks chosen by score, and the correlation with single-block trials."""
     if not found.scores:
         return html.paragraph(f"The blocks could not be scored, and the search continued without scores: {found.failed}")
     caption = (
@@ -70,7 +70,7 @@ def _chosen(plan: RunPlan) -> Iterator[str]:
 
 
 def _agreement(plan: RunPlan | None, sweep: SweepResult, found: LayerScores) -> Iterator[str]:
-    """A record and no gate: nothing is decided by it."""
+    """Return the correlation as information only: no decision depends on it."""
     points = single_block_losses(plan, sweep)
     if len(points) < FEWEST:
         yield f"Not enough single-block trials ({len(points)} of {FEWEST}) to validate the scores."
@@ -95,7 +95,7 @@ def _sentence(title: str, agreement: Correlation | None, num_trials: int) -> str
 
 
 def single_block_losses(plan: RunPlan | None, sweep: SweepResult) -> list[tuple[int, float]]:
-    """(block, eval loss at the last rung) of every searched trial that trains exactly one block and has a finite loss."""
+    """Return (block, eval loss at the last rung) of every searched trial that trains exactly one block and has a finite loss."""
     if not isinstance(plan, SweepPlan):
         return []
     blocks = {(option.layers, option.method): option.selection.blocks for option in plan.search.options}

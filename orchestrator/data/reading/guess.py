@@ -1,4 +1,4 @@
-"""What a data file is likely for, from its first rows: the task and the columns that play its parts."""
+"""Guess from its first rows the task that a data file is for, and the columns that hold its parts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from orchestrator.spec.models import Task
 from orchestrator.units import printable
 
 MOST_ROWS = 50_000
-"""So many are looked at: a file that is sorted by class shows the first class alone for long."""
+"""Number of rows that are read: a file sorted by class shows only the first class for long."""
 PAIRS = (
     ("prompt", "completion"),
     ("prompt", "response"),
@@ -44,9 +44,9 @@ PAIRS = (
     ("text", "target"),
     ("text", "completion"),
 )
-"""Names of prompts and answers, the likelier pair first."""
+"""Names of prompt and answer columns, the most likely pair first."""
 ALPACA = ("instruction", "input", "output")
-"""Read by `data.format: alpaca`, which `auto` finds by itself."""
+"""Columns of `data.format: alpaca`, which `auto` recognises."""
 MESSAGES = ("messages", "conversations", "conversation", "dialog", "chat", "turns")
 TEXTS = (
     "text",
@@ -79,30 +79,30 @@ LABELS = (
     "label_text",
 )
 MOST_CLASSES = 20
-"""Of a column that is not called like a label."""
+"""Most different values of a label column that is not named like one."""
 LONGEST_CLASS = 60
-"""Characters."""
+"""Maximum characters of a class name."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """What was found."""
+    """Guessed task and columns of a data file."""
 
     task: Task
     columns: Mapping[str, str]
-    """Part (`prompt`, `completion`, ...) -> the column that plays it; for Alpaca rows `instruction`, `input` and `output`."""
+    """Part (`prompt`, `completion`, ...) -> its column; for Alpaca rows `instruction`, `input` and `output`."""
     why: str
-    """What it was told by, in a few words."""
+    """Reason for the guess, in a few words."""
     rows: tuple[Row, ...]
     unused: tuple[str, ...]
     """Columns that the task does not read."""
     num_classes: int = 0
     bad: tuple[BadRow, ...] = ()
-    """Rows that cannot be read, the first of them."""
+    """First rows that cannot be read."""
 
     @property
     def has_more(self) -> bool:
-        """Whether there are rows that were not looked at."""
+        """True if there are rows that were not read."""
         return len(self.rows) == MOST_ROWS
 
 
@@ -149,7 +149,7 @@ _Found = tuple[Task, dict[str, str], str, int]
 
 
 class _Table:
-    """Columns of rows, found by their lower-case names."""
+    """Columns of rows, found by lower-case name."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows
@@ -157,7 +157,7 @@ class _Table:
         self._by_name = {name.lower(): name for name in reversed(self.names)}
 
     def named(self, names: Iterable[str]) -> list[str]:
-        """The columns that have one of these names, in their order."""
+        """Return the columns that have one of these names, in their order."""
         return [self._by_name[name] for name in names if name in self._by_name]
 
     def values(self, column: str) -> list[Any]:
@@ -165,7 +165,7 @@ class _Table:
         return [value for value in found if value is not None and value != ""]
 
     def is_text(self, column: str) -> bool:
-        """Whether nearly every row has text there that is not all one number."""
+        """Return True if nearly every row has text in the column that is not all one number."""
         values = self.values(column)
         texts = [value for value in values if isinstance(value, str)]
         return bool(texts) and len(texts) == len(values) and not all(map(_is_number, texts[:1000]))
@@ -175,7 +175,7 @@ class _Table:
         return sum(values) / max(1, len(values))
 
     def classes(self, column: str) -> set[str]:
-        """The values of a column that could be classes; empty where it could not."""
+        """Return the column's values if they could be classes, else nothing."""
         values = self.values(column)
         if any(isinstance(value, list | dict) or (isinstance(value, float) and not value.is_integer()) for value in values):
             return set()
@@ -200,7 +200,7 @@ def _chat(table: _Table, asked: bool) -> _Found | None:
 
 
 def _holds_messages(values: list[Any]) -> bool:
-    """Whether the first values are lists of turns with a role and a content, by either of the usual pairs of names."""
+    """Return True if the first values are lists of turns with role and content, by either usual pair of names."""
     if not values:
         return False
     for value in values[:20]:
@@ -238,7 +238,7 @@ def _completion(table: _Table, asked: bool) -> _Found | None:
 
 
 def _classify(table: _Table, asked: bool) -> _Found | None:
-    """A label by its name, or a column of few values; and the text beside it."""
+    """Find a label by its name, or a column with few values; and the text that it labels."""
     count = len(table.rows)
     pairs = [table.named(names) for names in PAIRS]
     answers = [pair[1] for pair in pairs if len(pair) == 2]
@@ -276,7 +276,7 @@ def _is_number(text: str) -> bool:
 
 
 def contents(look: Look, most: int) -> list[str]:
-    """What the model would read of the first rows, roughly: the parts of each, joined."""
+    """Return approximately what the model would read of the first rows: the parts of each, concatenated."""
     return ["\n".join(_flat(row.values.get(column)) for column in look.columns.values()) for row in look.rows[:most]]
 
 

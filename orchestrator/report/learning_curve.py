@@ -1,4 +1,4 @@
-"""The learning curve: what the promoted trial reaches with less data, and what it would with more."""
+"""Learning curve section: losses of the promoted trial with less data, and the extrapolation to more."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from orchestrator.transfer.learning_curve import LearningCurve
 from orchestrator.transfer.records import SweepResult
 
 NUM_DRAWN = 60
-"""Points of each drawn line."""
+"""Number of points of each drawn line."""
 
 
 def more_data(sweep: SweepResult) -> Html:
-    """The curve with its sentence, or why there is none."""
+    """Return the curve with its sentence, or why it is missing."""
     found = sweep.curve_of_winner
     if found is None:
         return html.paragraph(f"The learning curve is left out: {sweep.no_learning_curve}.")
@@ -77,7 +77,7 @@ def _drawn(found: LearningCurve, unit: str) -> str:
 
 
 def _interval(axis: Axes, found: LearningCurve) -> None:
-    """Where twice the data would lead, with its interval."""
+    """Draw the extrapolated loss for twice the data, with its interval."""
     span = [[max(found.ahead_loss - found.low, 0.0)], [max(found.high - found.ahead_loss, 0.0)]]
     look = {"fmt": "o", "color": BLUE, "markerfacecolor": PAPER, "capsize": 5, "linewidth": 1.8, "markersize": 7}
     axis.errorbar([found.ahead_count], [found.ahead_loss], yerr=span, label="95% interval", **look)

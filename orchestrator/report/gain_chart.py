@@ -1,4 +1,4 @@
-"""The picture of the gains over the controls, with a closer look where small ones would vanish beside large ones."""
+"""Chart of the gains over the controls, with a zoomed panel if large gains would hide small ones."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from orchestrator.report.wording import signed
 from orchestrator.transfer.records import CONTROL_NAMES, ComparisonRecord
 
 ZOOM = 6.0
-"""Where the largest gain is more than so many times the smallest, the small ones get a panel with a scale of their own."""
+"""Ratio of largest to smallest gain above which small ones get a panel with their own scale."""
 
 
 def gains(comparisons: Sequence[ComparisonRecord]) -> str:
-    """Gain over each control with its 95% interval; right of zero is better."""
+    """Draw the gain over each control with its 95% interval; right of zero is better."""
     reach = [max(abs(comparison.low), abs(comparison.high)) for comparison in comparisons]
     small = [extent for extent in reach if extent * ZOOM < max(reach)]
     unit = comparisons[0].unit
@@ -53,7 +53,7 @@ def _panel(axis: Axes, comparisons: Sequence[ComparisonRecord], label: str) -> N
 
 
 def _beyond(axis: Axes, y: int, comparison: ComparisonRecord) -> None:
-    """An arrow toward a gain that lies outside of the panel."""
+    """Draw an arrow toward a gain outside the panel."""
     right = comparison.mean > 0
     axis.annotate(
         "",
@@ -70,5 +70,5 @@ def _colour(comparison: ComparisonRecord) -> str:
 
 
 def _marker(comparison: ComparisonRecord) -> str:
-    """Told apart by shape too: better, worse, not clear."""
+    """Return the marker: better, worse and unclear differ in shape too."""
     return "o" if comparison.low > 0 else "X" if comparison.high < 0 else "D"

@@ -1,4 +1,4 @@
-"""Where an answer ends: the tokens at which generation stops."""
+"""End tokens: where an answer ends and generation stops."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ NO_END = "set eos_token in the base's tokenizer_config.json"
 
 
 def declared_ends(folder: Path, tokenizer: Any) -> tuple[int, ...]:
-    """Ids at which a base stops as it is: its tokenizer's end token, and what its generation_config.json says, or, where there
-    is none, its config.json.
-    """
+    """Return the ids at which the base stops: its tokenizer's end token, and those in its generation_config.json or, if there
+    is none, its config.json."""
     config: dict[str, Any] = {}
     for name in ("generation_config.json", "config.json"):
         try:
@@ -40,7 +39,8 @@ def declared_ends(folder: Path, tokenizer: Any) -> tuple[int, ...]:
 
 
 def end_tokens(train: TokenizedSet, control: ControlTokens, declared: Sequence[int]) -> tuple[int, ...]:
-    """Ids at which generation stops: control tokens with which what is supervised ends, the commonest first, and those declared.
+    """Return the ids at which generation stops: control tokens that end supervised text, most frequent first, and those
+    declared.
 
     A token that also stands within an answer (as one that only ends its reasoning) is none of them.
     """
@@ -53,7 +53,7 @@ def end_tokens(train: TokenizedSet, control: ControlTokens, declared: Sequence[i
 
 
 def tell_ends(train: TokenizedSet, tokenizer: Any, task: Task, left_out: LeftOut) -> None:
-    """Say at which tokens answers end, and warn where nothing of the kind is learned."""
+    """Report the tokens at which answers end; warn if no end is trained on."""
     stops = train.stop_ids
     remedy = NO_END_IN_TEMPLATE if TASKS[task].uses_chat_template else NO_END
     last = train.ids[_last_supervised(train)]
@@ -84,20 +84,20 @@ def _named(ids: Sequence[int], tokenizer: Any) -> str:
 
 
 def padding(tokenizer: Any, stops: Sequence[int]) -> int:
-    """The id that fills up shorter prompts: the tokenizer's, or else any; what is padded is masked."""
+    """Return the id that pads shorter prompts: the tokenizer's, or else any; padding is masked."""
     given = (tokenizer.pad_token_id, tokenizer.eos_token_id, *stops, 0)
     return next(int(number) for number in given if number is not None)
 
 
 def _run_ends(data: TokenizedSet) -> np.ndarray:
-    """bool[N]: the last token of every run of supervised tokens."""
+    """Return bool[N]: the last token of every run of supervised tokens."""
     following = np.append(data.supervised[1:], False)
     following[data.offsets[1:] - 1] = False
     return data.supervised & ~following
 
 
 def _last_supervised(data: TokenizedSet) -> np.ndarray:
-    """int64[D']: place of each document's last supervised token; documents without any are left out."""
+    """Return int64[D']: position of each document's last supervised token; documents without one are left out."""
     ends = np.flatnonzero(_run_ends(data))
     owners = np.searchsorted(data.offsets, ends, side="right") - 1
     return ends[np.append(owners[1:] != owners[:-1], True)] if len(ends) else ends

@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.report.html import table
 from orchestrator.report.page import write_report
-from orchestrator.report.trials import evaluated_early, steps_text, why_here
+from orchestrator.report.trial_table import evaluated_early, steps_text, why_here
 
 from .test_page import read, scored
 

@@ -1,9 +1,9 @@
-"""Law 5: the bundle, loaded by plain transformers in a fresh process, reproduces the model that was trained.
+"""Merge verification (docs/design.md, law 5): the bundle, loaded by plain transformers in a fresh process, reproduces the
+trained model.
 
-The trained model is put together live in this process (base, then adapter or delta on it) and its distributions on
-held-out documents are written down; `check_process.py` compares the bundle's with them, in an interpreter that does
-not import this package. Both compute in float32 where that fits, so that what is measured is the merge and not the
-rounding of two forward passes.
+The trained model is assembled in this process (base, then adapter or delta) and its distributions on held-out documents are
+saved; `verification_process.py` compares the bundle's with them, in an interpreter that does not import this package. Both
+compute in float32 if that fits, so that the comparison measures the merge and not the rounding of two forward passes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from orchestrator.data.sets import load_known
 from orchestrator.errors import DataError, VerificationError
 from orchestrator.plan.memory.estimate import RESIDENT_SHARE
 from orchestrator.plan.merge import MergedInto
-from orchestrator.serve import check_process
+from orchestrator.serve import verification_process
 from orchestrator.train.adapters.artifacts import attach_artifact
 from orchestrator.train.model.base import LoadedBase, load_base
 from orchestrator.transfer.records import VerificationFigures
@@ -43,22 +43,22 @@ from orchestrator.work.execution import BaseLoad
 
 PROBE_TOKENS = 2048
 PROBE_BYTES = 512 * MIB
-"""At most so large is the file of the trained model's distributions."""
+"""Largest size of the file with the trained model's distributions."""
 SHARE_OF_BASE = 0.02
 SMALLEST_LIMIT = 1e-4
-"""nats per token"""
+"""Lower bound of the limit, nats per token."""
 CHECK_TIMEOUT_S = 6 * 3600.0
 
 
 class TrainedModel(Value):
-    """What the live reference is put together from."""
+    """Parts of the trained model, from which the reference is assembled."""
 
     base: BaseLoad
     anatomy: ModelAnatomy
     artifact: str
     """Folder that holds `adapter/` or `delta/`."""
     held_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """What training computed in."""
+    """Compute type of training."""
     merged_into: MergedInto = "original"
     documents: str
     """A TokenizedSet of held-out documents."""
@@ -108,9 +108,11 @@ def verify(
 
 
 def require_passed(figures: VerificationFigures, folder: Path) -> None:
-    """
+    """Raise unless the bundle reproduces the trained model.
+
     Raises:
-        VerificationError: the bundle does not reproduce the trained model.
+        VerificationError: it does not.
+
     """
     if not figures.passed:
         raise VerificationError(
@@ -122,18 +124,18 @@ def require_passed(figures: VerificationFigures, folder: Path) -> None:
 
 
 def _write_probe(probe: Path, trained: TrainedModel, device: torch.device, dtype: str, max_tokens: int) -> tuple[float, int, int]:
-    """Write the trained model's distributions; returns (mean KL to the base, positions, documents)."""
+    """Write the trained model's distributions; return (mean KL to the base, positions, documents)."""
     base = load_base(trained.base, trained.anatomy, dtype=getattr(torch, trained.held_dtype), device=device)
     head = trained.base.traits.head
     by_document = head.supervises == "documents"
     width = trained.base.num_classes if by_document else trained.anatomy.vocab_size
     ids, offsets = _held_out(trained, max_tokens if by_document else min(max_tokens, PROBE_BYTES // (4 * width)))
-    documents = check_process.documents_of(ids, offsets)
+    documents = verification_process.documents_of(ids, offsets)
     with torch.no_grad():
         untouched = _distributions(base, documents, by_document, dtype)
         with attach_artifact(base, Path(trained.artifact)):
             found = _distributions(base, documents, by_document, dtype)
-    kl_base = sum(check_process.divergence(new, old) for new, old in zip(found, untouched, strict=True))
+    kl_base = sum(verification_process.divergence(new, old) for new, old in zip(found, untouched, strict=True))
     log_probs = torch.cat(found)
     save_file(
         {"ids": ids, "offsets": offsets, "log_probs": log_probs},
@@ -144,7 +146,8 @@ def _write_probe(probe: Path, trained: TrainedModel, device: torch.device, dtype
 
 
 def _distributions(base: LoadedBase, documents: list[torch.Tensor], by_document: bool, dtype: str) -> list[torch.Tensor]:
-    """Of the live model as training computed it: a class is read off a document's last token, whatever that token is."""
+    """Return the trained model's distributions as training computed them: a class is read from a document's last token, even
+    if that is the padding token."""
     model: Any = base.model
     if dtype == "float32":
         compute_in_float32(model)
@@ -152,14 +155,14 @@ def _distributions(base: LoadedBase, documents: list[torch.Tensor], by_document:
     pad = model.config.pad_token_id
     model.config.pad_token_id = None if by_document else pad
     try:
-        return list(check_process.distributions(model, documents, by_document=by_document))
+        return list(verification_process.distributions(model, documents, by_document=by_document))
     finally:
         model.config.pad_token_id = pad
         model.train()
 
 
 def compute_in_float32(model: nn.Module) -> None:
-    """Let a loaded model compute in float32 with the very weights that it has, 4-bit ones as they dequantize in training."""
+    """Let a loaded model compute in float32 with unchanged weights; 4-bit ones dequantize as in training."""
     for module in model.modules():
         if isinstance(module, Linear4bit):
             setattr(module, "forward", partial(_dequantized_linear, module))  # noqa: B010 (an instance's own forward)
@@ -174,7 +177,7 @@ def _dequantized_linear(layer: Linear4bit, inputs: torch.Tensor) -> torch.Tensor
 
 
 def _held_out(trained: TrainedModel, max_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, offsets) of the first documents within the budget; the first one is cut to it."""
+    """Return (ids, offsets) of the first documents within the budget; the first one is cut to it."""
     data = load_known(trained.documents)
     if not len(data):
         raise DataError("no held-out document to verify with", where=trained.documents)
@@ -185,7 +188,7 @@ def _held_out(trained: TrainedModel, max_tokens: int) -> tuple[torch.Tensor, tor
 
 
 def fitting_device(anatomy: ModelAnatomy, held_dtype: str) -> str:
-    """A GPU where there is one that holds the whole merged model; else the CPU, where weights are mapped from their files."""
+    """Return a GPU if one holds the whole merged model; else the CPU, where weights are memory-mapped."""
     if not torch.cuda.is_available():
         return "cpu"
     whole = (2 if held_dtype == "bfloat16" else 4) * anatomy.num_parameters()
@@ -193,13 +196,13 @@ def fitting_device(anatomy: ModelAnatomy, held_dtype: str) -> str:
 
 
 def _compute_dtype(trained: TrainedModel, device: str) -> str:
-    """float32 where the whole model fits in that beside what else is there; else what training computed in."""
+    """Return float32 if the whole model fits in it; else the compute type of training."""
     float32_bytes = 4 * trained.anatomy.num_parameters()
     return "float32" if float32_bytes <= RESIDENT_SHARE * free_bytes(device) else trained.held_dtype
 
 
 def free_bytes(device: str) -> int:
-    """Memory that a model may take now: the device's, or the host's."""
+    """Return the memory that a model may use now: the device's, or the host's."""
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(torch.device(device))[0])
     for line in Path("/proc/meminfo").read_text().splitlines():
@@ -210,7 +213,7 @@ def free_bytes(device: str) -> int:
 
 def _check_in_fresh_process(probe: Path, bundle: Path, device: str, dtype: str) -> dict[str, Any]:
     answer = probe.with_name("answer.json")
-    command = [sys.executable, "-I", check_process.__file__, str(probe), str(bundle.resolve()), str(answer)]
+    command = [sys.executable, "-I", verification_process.__file__, str(probe), str(bundle.resolve()), str(answer)]
     command += ["--device", device, "--dtype", dtype, "--free-bytes", str(free_bytes(device))]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from orchestrator.data import TokenizedSet, build_set
-from orchestrator.data.shots import with_shots
+from orchestrator.data.few_shot import with_shots
 
 
 def numbered(lengths: list[int], first: int) -> TokenizedSet:

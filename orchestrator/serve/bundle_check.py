@@ -1,4 +1,4 @@
-"""Verifying a finished bundle again: first its hashes, then the comparison with the live trained model."""
+"""Verify a finished bundle again: its hashes, then the comparison with the trained model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from orchestrator.anatomy import read_anatomy
 from orchestrator.errors import BaseError, IntegrityError, UsageError, VerificationError
 from orchestrator.serve.bundle import BundleRecord, base_weights_sha256
-from orchestrator.serve.verifying import TrainedModel, require_passed, verify
+from orchestrator.serve.verification import TrainedModel, require_passed, verify
 from orchestrator.store import Manifest, check_folder
 from orchestrator.transfer.records import VerificationFigures
 
@@ -59,7 +59,7 @@ def verify_bundle(
 
 
 def read_record(bundle: Path) -> BundleRecord:
-    """The bundle's record, after comparing every file with the manifest.
+    """Return the bundle's record, after comparing every file with the manifest.
 
     Raises:
         UsageError: not a bundle.

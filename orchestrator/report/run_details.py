@@ -1,4 +1,4 @@
-"""What stands behind the verdict: the bundle, the plan against what was measured, data, events, versions."""
+"""Detail sections: the bundle, plan and measurements, data, events, versions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MAX_BARS = 16
 
 
 def bundle(run: RunRecords, transfer: TransferReport) -> Html:
-    """Where the bundle is, and that it is what was trained."""
+    """Return the bundle section: its path and its verification."""
     if transfer.bundle is None:
         return html.paragraph("There is no bundle: nothing was promoted.")
     rows: list[tuple[object, object]] = [("folder", transfer.bundle)]
@@ -65,7 +65,7 @@ def _refit(transfer: TransferReport) -> str:
 
 
 def plan_against_measured(run: RunRecords) -> Html:
-    """Memory and time as planned and as measured, and why the plan is what it is."""
+    """Return planned and measured memory and time, and the reasons for the plan."""
     parts: list[object] = []
     bars = _memory_bars(run)
     if bars:
@@ -147,7 +147,7 @@ def _hours(sweep: SweepResult) -> str:
 
 
 def data_notices(run: RunRecords) -> Html:
-    """What was found out about the data, in one line each: warnings shown, the rest folded; empty where there is nothing."""
+    """Return the notices about the data, one line each: warnings shown, the rest folded; empty if there are none."""
     try:
         told = DataSummary.model_validate(run.data_summary).told
     except ValidationError:
@@ -169,7 +169,7 @@ def data_summary(run: RunRecords) -> Html:
 
 
 def _tree(values: Mapping[str, Any]) -> Html:
-    """Nested records as nested lists of facts; long lists are folded."""
+    """Return nested records as nested lists of facts; long lists are folded."""
     return html.facts((name.replace("_", " "), _leaf(value)) for name, value in values.items())
 
 
@@ -192,7 +192,7 @@ def _leaf(value: Any) -> object:
 
 
 def events(run: RunRecords) -> Html:
-    """Everything automatic, as the run record has it."""
+    """Return the automatic actions that the run record holds."""
     if not run.events:
         return html.paragraph("No events yet.")
     rows = []
@@ -215,7 +215,7 @@ def _clock(value: object) -> str:
 
 
 def origin(run: RunRecords) -> Html:
-    """What the run was made from: base, spec, versions."""
+    """Return what the run was made from: base, spec, versions."""
     rows: list[tuple[object, object]] = [("run folder", run.folder)]
     if run.plan is not None:
         base = run.plan.base

@@ -1,4 +1,4 @@
-"""Examples in the prompt: what a base does that nobody trained, once it has seen a few answers."""
+"""Few-shot prompts: examples in the prompt of an untrained base."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-from orchestrator.data.seeded import SHOTS, generator
+from orchestrator.data.rng import SHOTS, generator
 from orchestrator.data.sets import TokenizedSet, build_set
 
 
 class WithShots(NamedTuple):
-    """A set whose documents begin with examples."""
+    """Set whose documents begin with examples."""
 
     data: TokenizedSet
     fewest: int
-    """Examples before the document that has least room for them."""
+    """Fewest examples of any document."""
     mean: float
 
 
 def with_shots(data: TokenizedSet, examples: TokenizedSet, num_shots: int, limit: int, seed: int) -> WithShots:
-    """Each document of `data` after `num_shots` whole documents of `examples`, which are read and not scored.
+    """Prefix each document of `data` with `num_shots` whole documents of `examples`, which are read and not scored.
 
     A document has examples of its own, drawn by the seed, so that no choice of them decides the comparison. It gets fewer where
     no more fit: of those drawn, whatever fits beside the others comes in. What is supervised stays the same.

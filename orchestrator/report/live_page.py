@@ -1,4 +1,4 @@
-"""The report of a run in progress: what it is waiting for, and a page that keeps itself up to date while somebody follows it."""
+"""The report of a run in progress: its current activities, and a page that updates itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from orchestrator.run.reader import RunRecords
 from orchestrator.units import format_seconds
 
 NICE = 10
-"""Drawing takes a second or so of a core, which the run may need more."""
+"""Process priority for drawing, which takes about a second of a core that the run may need more."""
 RELOAD = """
 (() => {
   const key = "report:" + location.pathname;
@@ -33,11 +33,11 @@ RELOAD = """
   }, SECONDS * 1000);
 })();
 """
-"""Loads the page again, at the place where the reader is and with what was unfolded. A page whose run has ended has none."""
+"""Script that reloads the page and keeps scroll position and unfolded parts. The page of a finished run has none."""
 
 
 def in_progress(run: RunRecords) -> Html:
-    """What a run that has not ended is waiting for, or that nobody works in it."""
+    """Return the current activities of an unfinished run, or that no process is working on it."""
     now = run.progress
     again = "Submit the same spec again: it continues from what is on disk."
     if now is None:
@@ -67,7 +67,7 @@ def _clock(unix_time: float) -> str:
 
 
 def reloading(every_s: float) -> Html:
-    """For the head of a page that is written anew every few seconds."""
+    """Return the head elements of a page that is rewritten every few seconds."""
     seconds = f"{every_s:g}"
     script = html.tag("script", Html(RELOAD.replace("SECONDS", seconds)))
     meta = Html(f'<meta http-equiv="refresh" content="{max(1, round(every_s))}">')
@@ -82,10 +82,11 @@ def follow(
 ) -> None:
     """Write the page every `every_s` seconds until the run has ended; the last one does not reload itself.
 
-    A run whose driver is silent is followed on: another submission may take it up.
+    A run whose driver is silent is still followed: another submission may continue it.
 
     Args:
-        write: Writes the page, given how often it is to reload itself or None, and returns what was read.
+        write: Writes the page, given its reload interval or None, and returns what was read.
+
     """
     os.nice(NICE)
     while True:

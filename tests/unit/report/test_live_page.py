@@ -7,11 +7,11 @@ import time
 
 import pytest
 
-from orchestrator.report import live
+from orchestrator.report import live_page
 from orchestrator.report.page import follow_run, render_page, write_report
 from orchestrator.run.layout import PROGRESS
 from orchestrator.run.reader import SILENT_S, read_run
-from orchestrator.transfer.view import Activity, Progress
+from orchestrator.transfer.run_view import Activity, Progress
 from tests.unit.fake_run import trial_spec, write_trial
 
 from .test_page import read
@@ -90,20 +90,20 @@ def test_a_followed_page_reloads_itself_where_the_reader_is(running):
 
 
 def test_a_run_that_has_ended_is_followed_to_its_end_at_once(fake_run, monkeypatch):
-    monkeypatch.setattr(live.os, "nice", lambda _: 0)
+    monkeypatch.setattr(live_page.os, "nice", lambda _: 0)
     folder = fake_run()
     follow_run(folder, every_s=1000)
     assert read(folder / "report.html").count("script") == 0
 
 
 def test_following_ends_with_the_run_and_leaves_a_page_that_stands_still(running, monkeypatch):
-    monkeypatch.setattr(live.os, "nice", lambda _: 0)
+    monkeypatch.setattr(live_page.os, "nice", lambda _: 0)
     waited, written = [], []
 
     def write(reload_s):
         written.append(reload_s)
         return read_run(running(ended=len(waited) == 2))
 
-    live.follow(write, every_s=7.0, wait=waited.append)
+    live_page.follow(write, every_s=7.0, wait=waited.append)
     assert waited == [7.0, 7.0]
     assert written == [7.0, 7.0, 7.0, None]

@@ -10,7 +10,7 @@ import pytest
 
 WORKING = """
 import signal, sys, time
-from orchestrator.store.stopping import stop_in_words, stopped_by
+from orchestrator.store.signals import stop_in_words, stopped_by
 if len(sys.argv) > 1:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 stop_in_words()

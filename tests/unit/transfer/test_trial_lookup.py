@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from orchestrator.errors import UsageError
-from orchestrator.transfer.naming import find_trial
+from orchestrator.transfer.trial_lookup import find_trial
 
 KNOWN = {"none": -5, "head": -4, "t000-5055eb": 0, "t001-48253e": 1, "t010-a81021": 10, "t011-a8ffff": 11}
 

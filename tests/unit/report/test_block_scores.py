@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.report.layers import single_block_losses
+from orchestrator.report.block_scores import single_block_losses
 from orchestrator.report.page import write_report
 from orchestrator.work.measurements import LayerScores
 

@@ -1,4 +1,4 @@
-"""Ending by a signal as from the keyboard: in order, with words, and with a code that says so."""
+"""Handle termination signals like Ctrl-C: clean up, print what to do, exit with a distinct code."""
 
 from __future__ import annotations
 
@@ -36,5 +36,5 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def stopped_by() -> int | None:
-    """The signal that ended the work, where one did: Ray raises a KeyboardInterrupt of its own, which does not know."""
+    """Return the signal that ended the process, if any: Ray raises a KeyboardInterrupt of its own that does not carry it."""
     return _received[-1] if _received else None

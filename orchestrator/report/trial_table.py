@@ -1,4 +1,4 @@
-"""The table of all trials, and why each stands where it stands."""
+"""The table of all trials, with the reason for each one's rank."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from orchestrator.units import format_count, format_seconds
 
 
 def trial_table(run: RunRecords, sweep: SweepResult) -> Html:
-    """Every trial, best first, failed ones with their reason."""
+    """Return all trials, best first, failed ones with their reason."""
     controls = [trial for trial in sweep.trials if trial.control is not None]
     ordered = [*controls, *sort_trials(sweep.searched, sweep.higher_is_better)]
     promoted = [index for index, trial in enumerate(ordered) if trial.trial_id == sweep.winner_id]
@@ -57,10 +57,11 @@ def _row(run: RunRecords, trial: TrialRecord, sweep: SweepResult) -> list[object
 
 
 def steps_text(trial: TrialRecord, reached: int) -> str:
-    """`37 of 327`; `37 of 327, now at 80` while it is trained; `0 of 327, now at 30` before its first evaluation.
+    """Return `37 of 327`; `37 of 327, now at 80` during training; `0 of 327, now at 30` before the first evaluation.
 
     Args:
-        reached: The last step that stands on disk.
+        reached: Last recorded step.
+
     """
     judged, last = trial.judged, trial.last
     if trial.total_steps == 0 or trial.control == "none":
@@ -70,12 +71,12 @@ def steps_text(trial: TrialRecord, reached: int) -> str:
 
 
 def evaluated_early(trial: TrialRecord) -> bool:
-    """Whether the figures that it is compared by were taken before its full budget."""
+    """Return True if the trial is compared by figures from before its full budget."""
     return trial.control != "none" and trial.judged is not None and trial.judged.step < trial.total_steps
 
 
 def why_here(trial: TrialRecord, sweep: SweepResult) -> str:
-    """Why a trial stands where it stands in the order, above all where one with a worse figure stands before it."""
+    """Return why a trial has its rank, especially if a trial with a worse figure ranks higher."""
     said: list[str] = []
     judged, last = trial.judged, trial.last
     if trial.trial_id == sweep.winner_id:

@@ -1,4 +1,4 @@
-"""The one source of randomness of this room."""
+"""The only source of random numbers in this package."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ FISHER = 0xF15
 SHOTS = 0x5407
 FEATURES = 0xFEA7
 SHARES = 0x5A4E
-"""Salts, so that choices of one seed do not follow one another."""
+"""Salts that keep different choices from one seed independent."""
 
 
 def generator(seed: int, salt: int) -> np.random.Generator:
-    """A stream that is a pure function of both numbers, the same on every machine (Philox; Salmon et al., SC 2011)."""
+    """Return a generator that is a pure function of both numbers, the same on every machine (Philox; Salmon et al., SC 2011)."""
     return np.random.Generator(np.random.Philox([seed % 2**64, salt]))

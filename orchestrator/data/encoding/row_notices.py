@@ -1,4 +1,4 @@
-"""What the tokenising of rows brings to light, counted, and told in one line each."""
+"""Observations on rows during tokenization, counted, and reported in one line each."""
 
 from __future__ import annotations
 
@@ -43,23 +43,23 @@ WORDS: dict[str, tuple[str, str]] = {
         "write the reasoning into the answers, or serve with the template's switch that turns it off",
     ),
 }
-"""What is counted: what is said of it ({rows}: their number, {what}: the texts concerned), and what to do about it."""
+"""For each kind of observation its message ({rows}: their number, {what}: the texts concerned) and the remedy."""
 
 
 @dataclass
 class Noticed:
-    """Rows by what was noticed of them."""
+    """Rows by what was observed about them."""
 
     places: dict[str, dict[str, None]] = field(default_factory=dict)
     what: dict[str, dict[str, None]] = field(default_factory=dict)
 
     def add(self, kind: str, place: str, *what: str) -> None:
-        """Count a row once for each of WORDS' kinds."""
+        """Count a row once for each kind."""
         self.places.setdefault(kind, {})[place] = None
         self.what.setdefault(kind, {}).update(dict.fromkeys(what))
 
     def tell(self, left_out: LeftOut) -> None:
-        """A line for everything that was noticed."""
+        """Report one line for each kind observed."""
         for kind, (message, remedy) in WORDS.items():
             places = self.places.get(kind)
             if not places:

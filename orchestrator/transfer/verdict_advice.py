@@ -1,4 +1,4 @@
-"""What kept a verdict from `positive`, and what is to be done then."""
+"""Recommendations that follow a verdict, by what decided it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _ADVICE: dict[tuple[VerdictKind, Decider], tuple[str, ...]] = {
 
 
 def advice_after(transfer: TransferReport, *, by_hand: bool = False) -> tuple[str, ...]:
-    """What to do next, in order; nothing where there is no verdict, or a `positive` one with more right answers.
+    """Return what to do next, in order; empty without a verdict, or if it is `positive` and more answers are correct.
 
     Args:
         by_hand: A person promoted the trial: then nobody has said that it looked good on eval.
@@ -48,8 +48,8 @@ def advice_after(transfer: TransferReport, *, by_hand: bool = False) -> tuple[st
 
 
 def decided_by(transfer: TransferReport) -> Decider:
-    """What a verdict other than `positive` rests on: the comparison with the base, the one with training from scratch, or what
-    trainings from other seeds came to. The base goes before `scratch` where both say the same."""
+    """Return the comparison that a verdict other than `positive` rests on: with the base, with training from scratch, or with
+    trainings from other seeds. If both the base and `scratch` lead to the verdict, the base is named."""
     found = {each.against: each for each in transfer.comparisons}
     deciders: tuple[Decider, ...] = ("none", "scratch")
     for name in deciders:
@@ -59,6 +59,6 @@ def decided_by(transfer: TransferReport) -> Decider:
 
 
 def _says(comparison: ComparisonRecord, verdict: VerdictKind | None) -> bool:
-    """Whether one comparison by itself comes to the verdict, or to a worse one."""
+    """Return True if one comparison alone leads to the verdict, or to a worse one."""
     bounds = {"negative": 0.0, "no gain": SMALLEST_GAIN}
     return comparison.low <= 0 and (verdict not in bounds or comparison.high < bounds[verdict])

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.transfer import Comparison, OverSeeds, over_seeds, verdict
-from orchestrator.transfer.after_verdict import Decider, advice_after, decided_by
 from orchestrator.transfer.records import Control, TransferReport, VerdictKind
+from orchestrator.transfer.verdict_advice import Decider, advice_after, decided_by
 
 Interval = tuple[float, float]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from orchestrator.plan.memory.estimate import RESIDENT_SHARE
-from orchestrator.serve import check_process, verifying
+from orchestrator.serve import verification, verification_process
 
 
 @pytest.mark.parametrize(("free", "where"), [(1.5, "cuda"), (1.4, "cpu")])
@@ -18,13 +18,13 @@ def test_a_gpu_is_taken_only_if_the_whole_merged_model_fits(
     anatomy = make_base()
     whole = 2 * anatomy.num_parameters()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(verifying, "free_bytes", lambda device: int(free * whole))
-    assert verifying.fitting_device(anatomy, "bfloat16") == where
+    monkeypatch.setattr(verification, "free_bytes", lambda device: int(free * whole))
+    assert verification.fitting_device(anatomy, "bfloat16") == where
 
 
 def test_without_a_gpu_it_is_the_cpu(make_base: Callable) -> None:
-    assert torch.cuda.is_available() or verifying.fitting_device(make_base(), "float32") == "cpu"
+    assert torch.cuda.is_available() or verification.fitting_device(make_base(), "float32") == "cpu"
 
 
 def test_the_script_that_imports_nothing_of_ours_has_the_same_share() -> None:
-    assert check_process.RESIDENT_SHARE == RESIDENT_SHARE
+    assert verification_process.RESIDENT_SHARE == RESIDENT_SHARE

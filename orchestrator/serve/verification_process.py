@@ -1,11 +1,11 @@
-"""Whether a bundle, loaded by plain transformers, gives the distributions that were written down for the trained model.
+"""Compare a bundle, loaded by plain transformers, with the distributions saved from the trained model.
 
-Run as a script by a fresh interpreter that does not know this package (law 5):
+Run as a script by a fresh interpreter that does not know this package (docs/design.md, law 5):
 
-    python -I check_process.py PROBE.safetensors BUNDLE ANSWER.json --device cpu --dtype float32
+    python -I verification_process.py PROBE.safetensors BUNDLE ANSWER.json --device cpu --dtype float32
 
 Nothing of this package may be imported here. The probe holds `ids` int64[N], `offsets` int64[D + 1] of D documents, and
-`log_probs` float32[P, V] of the trained model: P positions (or documents, where those are supervised), V tokens (classes).
+`log_probs` float32[P, V] of the trained model: P positions (for classification: documents), V tokens (classes).
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ import transformers
 from safetensors import safe_open
 
 LOGIT_BYTES = 256 * 1024**2
-"""Logits (float32) of one forward pass."""
+"""Limit on the logits (float32) of one forward pass."""
 RESIDENT_SHARE = 0.7
-"""A model that needs more of the free memory than this stays on the disk, block by block."""
+"""Share of free memory above which a model is offloaded to disk, block by block."""
 
 
 @torch.no_grad()
 def distributions(model: Any, documents: Sequence[torch.Tensor], *, by_document: bool) -> Iterator[torch.Tensor]:
-    """Log-probabilities of each document, in order: float32[L, V] at its L positions, or [1, classes].
+    """Yield the log-probabilities of each document, in order: float32[L, V] at its L positions, or [1, classes].
 
     Args:
         model: A whole transformers model, in eval mode.
@@ -58,7 +58,7 @@ def distributions(model: Any, documents: Sequence[torch.Tensor], *, by_document:
 
 
 def divergence(reference: torch.Tensor, other: torch.Tensor) -> float:
-    """Sum over positions of KL(reference || other), nats; both log-probabilities [positions, V]."""
+    """Return the sum over positions of KL(reference || other), nats; both log-probabilities [positions, V]."""
     terms = reference.exp() * (reference - other)
     return float(terms.masked_fill_(reference == -torch.inf, 0.0).sum(dtype=torch.float64))
 
@@ -69,7 +69,7 @@ def documents_of(ids: torch.Tensor, offsets: torch.Tensor) -> list[torch.Tensor]
 
 
 def _batches(documents: Sequence[torch.Tensor], tokens: int) -> Iterator[list[torch.Tensor]]:
-    """Neighbours together, at most `tokens` with padding, at least one."""
+    """Group consecutive documents: at most `tokens` with padding, at least one document."""
     batch: list[torch.Tensor] = []
     for document in documents:
         widest = max(len(ids) for ids in [*batch, document])
@@ -82,7 +82,7 @@ def _batches(documents: Sequence[torch.Tensor], tokens: int) -> Iterator[list[to
 
 
 def _load(bundle: Path, *, auto_model: str, device: str, dtype: str, free_bytes: int, offload: str) -> tuple[Any, dict[str, Any]]:
-    """The bundle as anybody would load it; with what does not fit left on the disk."""
+    """Load the bundle by plain transformers, offloading to disk what does not fit."""
     kind = getattr(transformers, auto_model)
     stored = sum(file.stat().st_size for file in bundle.glob("*.safetensors"))
     needed = stored * 2 if dtype == "float32" else stored

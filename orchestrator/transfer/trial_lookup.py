@@ -1,4 +1,4 @@
-"""Trials by what people call them: the number, the id, or the beginning of the id."""
+"""Find a trial by its number, its id, or the beginning of its id."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LISTED = 12
 
 
 def find_trial(wanted: str | int, known: Mapping[str, int]) -> str:
-    """The id of the trial that is meant.
+    """Return the id of the trial that `wanted` names.
 
     Args:
         wanted: An id (`t007-5055eb`), a number (`7`), or a beginning that one id alone has (`t007`).

@@ -1,4 +1,4 @@
-"""Rows of a file as questions to a bundle, and its answers as rows of a file."""
+"""Read rows of a file as questions to a bundle, and write its answers as rows."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from orchestrator.spec.models import DataSpec, Task
 from orchestrator.spec.tasks import TASKS
 
 NO_ANSWER = "-"
-"""Stands for the answer that rows to be answered need not have; it is never read."""
+"""Placeholder for the answer that rows need not have; it is never read."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A row's question, and where it stands."""
+    """A row's question, with its place."""
 
     question: Question
     file: str
@@ -29,8 +29,8 @@ class Asked:
 
 
 def read_questions(pattern: str, task: Task, data: DataSpec) -> list[Asked]:
-    """The questions of every row, read as training read them: by the same layouts, templates and columns. Rows need no answers;
-    those that they have are left out.
+    """Read the question of every row as training read it: same layouts, templates and columns. Answers are optional and
+    ignored.
 
     Args:
         data: The section of the spec that the bundle was trained by; a column that is missing may have its usual name.
@@ -97,7 +97,7 @@ class _QuestionReader:
 
 
 def _before_answer(turns: Messages) -> Messages:
-    """The turns up to the answer that is asked for: one that stands at the end is left out."""
+    """Return the turns before the requested answer: an answer at the end is dropped."""
     while turns and turns[-1]["role"] == "assistant":
         turns = turns[:-1]
     if not turns:
@@ -106,7 +106,7 @@ def _before_answer(turns: Messages) -> Messages:
 
 
 def answer_row(asked: Asked, answer: Answer, task: Task, *, several_files: bool) -> dict[str, Any]:
-    """One line of the answers' file: the place, the question, and the answer or the class with the probabilities."""
+    """Return one row of the answers' file: place, question, and the answer or the class with its probabilities."""
     content = asked.question.content
     part = "messages" if not isinstance(content, str) else TASKS[task].question
     place = {"file": asked.file, "line": asked.line} if several_files else {"line": asked.line}
