@@ -217,7 +217,7 @@ def free_bytes(device: str) -> int:
 
 def _check_in_fresh_process(probe: Path, bundle: Path, device: str, dtype: str) -> dict[str, Any]:
     answer = probe.with_name("answer.json")
-    # -I ignores PYTHONPATH and the current folder, so that this package cannot be imported by accident.
+    # -I ignores PYTHONPATH and the current folder: the process sees installed packages only, as any user's does.
     command = [sys.executable, "-I", verification_process.__file__, str(probe), str(bundle.resolve()), str(answer)]
     command += ["--device", device, "--dtype", dtype, "--free-bytes", str(free_bytes(device))]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
