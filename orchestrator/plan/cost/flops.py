@@ -116,7 +116,6 @@ def train_terms(
     head = head_elements(anatomy, num_classes) * supervised_share
     learning = _learning_elements(anatomy, selection, num_classes, supervised_share)
     in_blocks, on_head = adapter_elements(anatomy, selection)
-    adapters = in_blocks + on_head * supervised_share
     attention = _attention(anatomy, selection.cut, attended_tokens)
     without_gradient, skips_attention = _without_gradient(anatomy, selection)
     passing = above - without_gradient
@@ -130,9 +129,7 @@ def train_terms(
     return forward + _kept(
         ("gradients of activations", all_passing, f"2 x ({format_count(round(passing))} elements in {blocks} blocks + the head)"),
         ("gradients of weights", 2.0 * learning, f"2 x {format_count(round(learning))} trainable elements"),
-        ("adapters", 6.0 * adapters, f"6 x {format_count(round(adapters))} elements, forward and both gradients"),
-        ("adapters, once per pass", 2.0 * per_pass, f"over the {forward_tokens:.0f} tokens of a pass"),
-        ("frozen layers on dropped-out inputs", 4.0 * rerun, f"4 x {format_count(round(rerun))} elements"),
+        *_adapter_terms(in_blocks + on_head * supervised_share, per_pass, forward_tokens, rerun),
         (
             "attention backward",
             attention_backward * BACKWARD_MATMULS / FORWARD_MATMULS,
@@ -140,6 +137,17 @@ def train_terms(
         ),
         ("blocks again", again, f"checkpointing: the forward pass of {blocks} blocks repeated"),
         ("head again", head_again, "logits in several chunks, each recomputed for its gradient"),
+    )
+
+
+def _adapter_terms(
+    elements: float, elements_per_pass: float, forward_tokens: float, rerun_elements: float
+) -> tuple[tuple[str, float, str], ...]:
+    """Return the terms of adapters, per token: their products, what they compute once per pass, frozen layers run again."""
+    return (
+        ("adapters", 6.0 * elements, f"6 x {format_count(round(elements))} elements, forward and both gradients"),
+        ("adapters, once per pass", 2.0 * elements_per_pass, f"over the {forward_tokens:.0f} tokens of a pass"),
+        ("frozen layers on dropped-out inputs", 4.0 * rerun_elements, f"4 x {format_count(round(rerun_elements))} elements"),
     )
 
 
