@@ -78,6 +78,7 @@ def prepare_data(
     left_out = LeftOut(loaded.folder)
     sources = find_sources(loaded, left_out)
     inputs = _inputs_sha256(spec, sources, tokenizer_folder)
+    # Hashing the files is much cheaper than reading, splitting and tokenizing them again.
     known = _made_before(out_folder, inputs)
     if known is not None:
         return known
@@ -122,6 +123,8 @@ def _num_rows(documents: Iterable[Document]) -> int:
 
 def _write(folder: Path, sets: Mapping[str, TokenizedSet], summary: DataSummary) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    # The summary marks the sets as complete: it goes first and is written last, so that a crash leaves no valid summary of
+    # partial sets.
     (folder / "summary.json").unlink(missing_ok=True)
     for name in SETS:
         (folder / f"{name}.npz").unlink(missing_ok=True)
@@ -140,6 +143,7 @@ def _same_sets(folder: Path, summary: DataSummary, planned_sha256: str) -> bool:
 
     """
     before = _summary_of(folder)
+    # The plan's hash protects the trials even if the earlier summary is damaged.
     differs = bool(planned_sha256) and sets_sha256(summary) != planned_sha256
     if before is not None:
         differs = differs or sets_sha256(before) != sets_sha256(summary) or before.classes != summary.classes
@@ -168,6 +172,7 @@ def data_size(summary: DataSummary, spec: JobSpec, folder: Path, *, planned: Ste
     """
     train = TokenizedSet.load(folder / "train.npz")
     in_a_step = tokens_per_step(spec.train, len(train), train.num_tokens, int(train.lengths.max()))
+    # An extended run keeps its step size, or its older trials would not be comparable.
     if spec.train.tokens_per_step == "auto" and planned is not None:
         in_a_step = planned.tokens
     steps = documents_of_steps(train.offsets, in_a_step, spec.train.seed, 0)
@@ -186,6 +191,7 @@ def data_size(summary: DataSummary, spec: JobSpec, folder: Path, *, planned: Ste
         num_classes=len(summary.classes),
         class_names=summary.classes,
         supervised_share=supervised / max(1, splits["train"].tokens),
+        # Mean document length as a token sees it: attention's cost per token grows with it.
         document_tokens=float(np.square(train.lengths, dtype=np.float64).sum() / max(1, splits["train"].tokens)),
         sets_sha256=sets_sha256(summary),
     )
@@ -218,6 +224,7 @@ def _inputs_sha256(spec: JobSpec, sources: Sources, tokenizer_folder: Path) -> s
     found = sorted({path for pattern in TOKENIZER_FILES for path in tokenizer_folder.glob(pattern) if path.is_file()})
     tokenizer = {path.name: sha256_file(path) for path in found}
     section = spec.data.model_dump(mode="json")
+    # Only kinds of sets that a change affected are rebuilt, so that older runs of other kinds can still be resumed.
     number = RETENTION_FORMAT if "retain" in sources else CLASSIFY_FORMAT if spec.traits.has_labels else FORMAT
     inputs = {"format": number, "files": files, "tokenizer": tokenizer, "data": section, "task": spec.task}
     return content_hash(inputs | {"seed": spec.train.seed} | _replay_inputs(spec))
@@ -270,6 +277,7 @@ def _encode_all(
         documents["retain"] = []
         for task in RETENTION_TASKS:  # every row by the columns that it has, whatever the spec's task
             if rows := [example for example in retain if example.retention_task == task]:
+                # The checks for empty rows depend on the task that the row is read by.
                 read_so = spec.model_copy(update={"task": task})
                 encoder = Encoder(tokenizer, task, spec.data, ends=ends, noticed=noticed)
                 documents["retain"] += _fitting("retain", encoder, rows, read_so, left_out, refused)
@@ -330,6 +338,7 @@ def _capped(name: str, examples: list[Example], cap: int | None, seed: int, left
     """Return a seeded choice of at most `cap` examples, in their order."""
     if cap is None or len(examples) <= cap:
         return examples
+    # Chosen at random: files are often sorted, and the first rows are not representative.
     chosen = set(generator(seed, CAPS).permutation(len(examples))[:cap].tolist())
     for index, example in enumerate(examples):
         if index not in chosen:
@@ -352,6 +361,7 @@ def _classes(documents: dict[str, list[Document]], spec: JobSpec, left_out: Left
         unknown = [document for document in documents[name] if str(document.example.label) not in classes]
         for document in unknown:
             left_out.add(name, f"malformed: its class {document.example.label!r} is not in train", document.example.place)
+        # A split must not become empty by skipping.
         if unknown and len(unknown) < len(documents[name]) and spec.data.skip_bad_rows:
             documents[name] = [document for document in documents[name] if str(document.example.label) in classes]
         else:

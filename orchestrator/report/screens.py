@@ -64,7 +64,12 @@ def _following(sweep: SweepResult, transfer: TransferReport) -> list[str]:
 def _entry(name: str, written: str) -> list[str]:
     """Return `name` in its own column, with the text wrapped beside it. A path is never broken."""
     wrapped = textwrap.wrap(
-        " ".join(written.split("\n")), WIDTH - INDENT, break_long_words=False, break_on_hyphens=False, replace_whitespace=False
+        # Long words stay whole, since a broken path cannot be copied.
+        " ".join(written.split("\n")),
+        WIDTH - INDENT,
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
     )
     return [f"{name if index == 0 else '':<{INDENT}}{line}" for index, line in enumerate(wrapped or [""])]
 

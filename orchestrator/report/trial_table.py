@@ -100,6 +100,7 @@ def why_here(trial: TrialRecord, sweep: SweepResult) -> str:
 def _penalised(trial: TrialRecord, sweep: SweepResult) -> str:
     if trial.score is None or not math.isfinite(trial.score):
         return ""
+    # Scores are minimised; shown in the metric's own direction.
     ranked = -trial.score if sweep.higher_is_better else trial.score
     return f": ranked as {sweep.metric} {metric_text(ranked, sweep.metric)}"
 

@@ -89,6 +89,7 @@ def base_id(inputs: BundleInputs) -> str:
 def licence_of(base: Path) -> Licence:
     """Find the licence in the base's README.md, its config.json, or its licence file, in this order."""
     head = _head_of(base / "README.md")
+    # The hub allows a list; a card names one licence.
     if isinstance(head.get("license"), list):
         head["license"] = next(iter(head["license"]), None)
     if isinstance(head.get("license"), str):
@@ -98,6 +99,7 @@ def licence_of(base: Path) -> Licence:
     if isinstance(config, str) and config:
         return Licence({"license": config.lower()}, "config.json")
     for file in sorted(base.glob("LICENSE*")):
+        # Licences wrap their lines differently; 4,000 characters contain every title.
         text = " ".join(_text(file)[:4000].lower().split())
         known = next((name for name, pattern in LICENCE_TEXTS if re.search(pattern, text)), None)
         if known is not None:

@@ -48,6 +48,7 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> Correla
     if num_pairs < FEWEST or len(set(first)) == 1 or len(set(second)) == 1:
         return None
     value = float(np.clip(np.corrcoef(_ranks(first), _ranks(second))[0, 1], -1.0, 1.0))
+    # Half way to the next lower value: arctanh(1) is infinite, see above.
     largest = 1 - 6 / (num_pairs * (num_pairs**2 - 1))
     bounded = min(max(value, -largest), largest)
     width = NormalDist().inv_cdf((1 + LEVEL) / 2) * math.sqrt((1 + bounded**2 / 2) / (num_pairs - 3))

@@ -67,6 +67,7 @@ def promote(
     kept = [trial for trial in better if (trial.forgetting or 0.0) <= max_forgetting]
     if kept:
         best = kept[0]
+        # A better-scored trial was skipped: say why, or the promotion looks wrong.
         passed = "" if best is scored[0] else f"; {_passed_over(scored, best, better, max_forgetting)}"
         return Promotion(trial_id=best.trial_id, reason=f"{best.label}: {_figures(best, base, metric)}{passed}")
     if not scored:
@@ -94,6 +95,7 @@ def _score(trial: TrialRecord) -> float:
 
 
 def _negative(trial: TrialRecord, base: TrialRecord | None, higher_is_better: bool, comparison: Comparison | None) -> bool:
+    # Only a trial that is clearly worse is excluded: an interval that includes zero may be a gain that eval is too small to show.
     if comparison is not None and math.isfinite(comparison.high):
         return comparison.high < 0
     if base is None or base.metric is None or trial.metric is None:
@@ -151,6 +153,7 @@ def _advice_on_negative(
 def _advice_on_forgetting(better: Sequence[TrialRecord], closest: TrialRecord, max_forgetting: float) -> tuple[str, ...]:
     lost = closest.forgetting or 0.0
     fastest = max(trial.learning_rate for trial in better)
+    # Rounded up, so that the recommended bound really accepts the trial.
     enough = math.ceil(lost * 100) / 100
     held = _holding_advice(closest)
     return (
@@ -190,6 +193,7 @@ def _last_stretch(trial: TrialRecord, higher_is_better: bool) -> tuple[float, st
     start = trial.rungs[-2] if trial.judged is end else trial.judged
     if start.metric is None or end.metric is None or not math.isfinite(start.metric + end.metric):
         return 0.0, ""
+    # Compared as displayed.
     first, last = f"{start.metric:.4g}", f"{end.metric:.4g}"
     fall = float(first) - float(last)
     return -fall if higher_is_better else fall, f"from {first} at step {start.step} to {last} at step {end.step}"
@@ -201,6 +205,7 @@ def _edge(best: TrialRecord, scored: Sequence[TrialRecord], *, may_raise: bool) 
     rates = [trial.learning_rate for trial in scored if trial.tune == best.tune and trial.learning_rate > 0]
     if len(rates) < 3 or max(rates) == min(rates):
         return None
+    # On a log scale, since rates are searched on one.
     position = math.log(best.learning_rate / min(rates)) / math.log(max(rates) / min(rates))
     tried = f"the best rate, {best.learning_rate:.1e}, is at the edge of {min(rates):.1e} to {max(rates):.1e}"
     if position <= EDGE_SHARE:

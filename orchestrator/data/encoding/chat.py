@@ -82,6 +82,7 @@ class ChatEncoder:
         """Return (token ids, whether each is supervised) of each chat; the ids are the tokenizer's for the whole text."""
         found: dict[int, tuple[list[int], list[bool]]] = {}
         for escaped in (False, True):
+            # Few chats spell control tokens; all others are tokenized in one batch by the unchanged tokenizer.
             chosen = [index for index, chat in enumerate(chats) if chat.escaped == escaped]
             if not chosen:
                 continue
@@ -102,6 +103,7 @@ class ChatEncoder:
 
     def _respelled(self, chat: RenderedChat) -> tuple[str, list[tuple[int, int]]]:
         """Return a rendering as the tokenizer without control tokens reads it, and its spans there."""
+        # Respelling changes lengths, so the text is cut at the spans' edges and the new positions are summed up.
         edges = [0, *(edge for span in chat.spans for edge in span[:2]), len(chat.text)]
         pieces = [self.control.spelled(chat.text[start:end]) for start, end in itertools.pairwise(edges)]
         places = [0, *itertools.accumulate(map(len, pieces))]
@@ -116,6 +118,7 @@ class ChatEncoder:
             self._noticed.add("header", example.place, self._unasked)
         answers = [index for index, turn in enumerate(turns) if _answers(turn)]
         wanted = self._wanted(example)
+        # Marks rarely include tool calls or reasoning, which the model has to write too: such chats are located by rendering.
         by_marks = 0 < len(marked) == len(answers) and not any(
             calls_of(turns[index]) or reasoning_of(turns[index]) for index in answers
         )
@@ -126,6 +129,7 @@ class ChatEncoder:
         elif wanted:
             self._look_at(example, turns, tools, text, wanted)
         if by_marks:
+            # A closing token after the mark counts only up to the next answer.
             limits = [*(start for start, _ in marked[1:]), len(text)]
             each = zip(answers, marked, limits, strict=True)
             spans = [self._finder.checked(text, *span, limit) for index, span, limit in each if index in wanted]
@@ -178,10 +182,12 @@ class ChatEncoder:
 
         End tokens at the end of an answer are removed, since the template writes one.
         """
+        # `weight` selects what is trained on; it is not part of the chat.
         turns: list[Turn] = [{key: value for key, value in turn.items() if key != "weight"} for turn in example.messages or ()]
         tools = list(example.tools)
         if not any(self.control.pattern.search(text) for text in strings_of([turns, tools])):
             return turns, tools, False
+        # Removed also with `allow`: the template writes an end token itself, so a second one would be trained on.
         turns = [self._without_end(turn, example.place) for turn in turns]
         if self._data.special_tokens_in_text == "allow":
             held = [token for text in strings_of([turns, tools]) for token in self.control.held_by(text)]
@@ -227,6 +233,7 @@ def _supervised(text: str, offsets: Sequence[tuple[int, int]], spans: Sequence[t
     starts = [start for start, _ in offsets]
     mask = [False] * len(offsets)
     for start, end in spans:
+        # Bisection: a linear scan per span is quadratic in long chats.
         first, last = bisect_left(starts, start), bisect_left(starts, end)
         while first and offsets[first - 1][1] > start and text[starts[first - 1] : start].isspace():
             first -= 1

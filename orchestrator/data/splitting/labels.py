@@ -26,6 +26,7 @@ SKEWED = 0.9
 def sort_classes(names: Iterable[str]) -> list[str]:
     """Sort numerically if all are whole numbers ("9" before "10"), else by characters."""
     found = set(names)
+    # Numeric order for numeric names: "9" before "10". The name breaks ties such as "1" and "01".
     if all(WHOLE.fullmatch(name) for name in found):
         return sorted(found, key=lambda name: (int(name), name))
     return sorted(found)
@@ -69,6 +70,7 @@ def label_notices(counts: Mapping[str, int]) -> list[Notice]:
                 "check data.columns.label, or write ranges of the numbers as classes",
             )
         )
+    # Mostly unique labels: probably an identifier or free text, rather than rare classes.
     elif single and len(single) > len(counts) / 2:
         found.append(
             (
@@ -133,6 +135,7 @@ def _numbers(names: Iterable[str]) -> list[float]:
         values = [float(name) for name in names]
     except ValueError:
         return []
+    # float() also accepts "nan" and "inf", which are names here.
     return values if all(abs(value) < float("inf") for value in values) else []
 
 

@@ -106,6 +106,7 @@ def _compare(found: Mapping[str, list[Example]], left_out: LeftOut) -> Compared:
     examples = [example for name in SPLITS for example in found.get(name, ())]
     split = np.asarray([name for name in SPLITS for _ in found.get(name, ())], dtype="U5")
     keys = row_keys(examples)
+    # Keys are computed twice, since instructions are found by the first and change the second.
     instructions = find_instructions(found["train"], keys.question[split == "train"])
     if instructions:
         keys = row_keys(examples, frozenset(instructions))
@@ -120,6 +121,7 @@ def _apart(rows: Compared, dedupe: Dedupe, left_out: LeftOut) -> np.ndarray:
     test before eval before train."""
     kept = np.ones(len(rows.examples), bool)
     kinds: tuple[Kind, ...] = ("group",) if dedupe == "none" else ("row", "question", "group")
+    # Test first: what it shares with eval is decided before train gives up its rows.
     for loser, keeper in JUDGES:
         mine, theirs = kept & (rows.split == loser), kept & (rows.split == keeper)
         if not mine.any() or not theirs.any():
@@ -235,6 +237,7 @@ def split_by_share(examples: Sequence[Example], names: Sequence[str], shares: Ma
         groups.setdefault(name, []).append(example)
     shares = {split: asked for split, asked in shares.items() if asked.share > 0}
     chosen = _choose(groups, shares, seed, frozenset())
+    # A large group may fill a share alone, and leave no row for another split or for train.
     starved = len({*chosen.values()}) < len(shares) or len(chosen) == len(groups)
     if groups and starved:
         largest = max(groups, key=lambda name: len(groups[name]))
@@ -261,7 +264,9 @@ def _choose(groups: Mapping[str, list[Example]], shares: Mapping[str, Share], se
     for name in kept:
         room.subtract(classes[name])
     for split, asked in shares.items():
+        # Capped or scaled: the class quotas must follow the rows really taken.
         share = asked.share if wanted[split] == max(1, round(asked.share * total)) else wanted[split] / total
+        # Ties are broken by a hash, so that no class is favoured by its name.
         ties = sorted(counts, key=lambda label: _hash(f"{seed}/{split}/{label}"))
         quotas = _quotas({label: share * counts[label] for label in ties}, room, wanted[split])
         for name in _take(free, quotas, wanted[split]):

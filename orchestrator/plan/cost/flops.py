@@ -8,8 +8,6 @@ head size), k the share of the blocks above the cut.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from orchestrator.anatomy.selection import is_attention
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.plan.data_size import DataSize
@@ -96,7 +94,7 @@ def train_terms(
       give their input none as far as nothing before them is adapted (`_without_gradient`).
     - Gradients of weights: 2 an element that learns. So full tuning is 6N, LoRA on every block 4N, above a cut 2N + 2kN.
     - Adapters: 6 an element (forward, and both gradients), those on that input counted as if they gave it one.
-    - What adapters compute once in a pass of `forward_tokens` (`AdapterKind.elements_per_pass`): 2 each.
+    - What adapters compute once in a forward pass, however many of `forward_tokens` it has (`AdapterKind.elements_per_pass`): 2.
     - A frozen layer that must also run on what dropout leaves of its input (`AdapterKind.runs_layer_on_its_input`): 4 an
       element of the adapted matrices, forward and the gradient of activations.
     - Attention's backward: 5 products where forward has 2, above the cut.
@@ -108,9 +106,8 @@ def train_terms(
     """
     first = selection.cut if stored_trunk else 0
     forward = forward_terms(anatomy, attended_tokens, num_classes, supervised_share=supervised_share, first=first)
-    # The control `none` is only evaluated.
     if not selection.trainable and not selection.adapted:
-        return forward
+        return forward  # the control `none` is only evaluated
     above, blocks = block_elements(anatomy, selection.cut), anatomy.num_blocks - selection.cut
     head = head_elements(anatomy, num_classes) * supervised_share
     learning = _learning_elements(anatomy, selection, num_classes, supervised_share)
@@ -118,19 +115,20 @@ def train_terms(
     attention = _attention(anatomy, selection.cut, attended_tokens)
     without_gradient, skips_attention = _without_gradient(anatomy, selection)
     passing = above - without_gradient
-    attention_backward = attention - (_attention(anatomy, anatomy.num_blocks - 1, attended_tokens) if skips_attention else 0.0)
+    skipped_attention = _attention(anatomy, anatomy.num_blocks - 1, attended_tokens) if skips_attention else 0.0
     rerun = _elements_run_again(anatomy, selection, supervised_share)
     skipped = sum(_last_matrix(anatomy, selection, block) for block in range(selection.cut, anatomy.num_blocks))
     again = 2.0 * (above - skipped + in_blocks + rerun) + attention if checkpointing else 0.0
+    per_pass = adapter_elements_per_pass(anatomy, selection) * (1 + checkpointing) / forward_tokens
     all_passing = 2.0 * (passing + head) if blocks else 0.0
     head_again = 2.0 * (head + on_head * supervised_share) if head_twice else 0.0
     return forward + _kept(
         ("gradients of activations", all_passing, f"2 x ({format_count(round(passing))} elements in {blocks} blocks + the head)"),
         ("gradients of weights", 2.0 * learning, f"2 x {format_count(round(learning))} trainable elements"),
-        *_adapter_terms(anatomy, selection, in_blocks + on_head * supervised_share, rerun, forward_tokens / (1 + checkpointing)),
+        *_adapter_terms(in_blocks + on_head * supervised_share, per_pass, forward_tokens, rerun),
         (
             "attention backward",
-            attention_backward * BACKWARD_MATMULS / FORWARD_MATMULS,
+            (attention - skipped_attention) * BACKWARD_MATMULS / FORWARD_MATMULS,
             f"{BACKWARD_MATMULS} matrix products where the forward pass has {FORWARD_MATMULS}, in {blocks} blocks",
         ),
         ("blocks again", again, f"checkpointing: the forward pass of {blocks} blocks repeated"),
@@ -139,19 +137,14 @@ def train_terms(
 
 
 def _adapter_terms(
-    anatomy: ModelAnatomy, selection: LayerSelection, elements: float, rerun: float, tokens: float
-) -> Iterator[tuple[str, float, str]]:
-    """Yield the terms of adapters.
-
-    Args:
-        elements: Those that a token is multiplied with.
-        rerun: Elements of frozen layers that run again on dropped-out inputs.
-        tokens: Tokens for each time that a pass is computed.
-    """
-    yield "adapters", 6.0 * elements, f"6 x {format_count(round(elements))} elements, forward and both gradients"
-    per_pass = adapter_elements_per_pass(anatomy, selection)
-    yield "adapters, once per pass", 2.0 * per_pass / tokens, f"2 x {format_count(per_pass)} elements over {tokens:.0f} tokens"
-    yield "frozen layers on dropped-out inputs", 4.0 * rerun, f"4 x {format_count(round(rerun))} elements"
+    elements: float, elements_per_pass: float, forward_tokens: float, rerun_elements: float
+) -> tuple[tuple[str, float, str], ...]:
+    """Return the terms of adapters, per token: their products, what they compute once per pass, frozen layers run again."""
+    return (
+        ("adapters", 6.0 * elements, f"6 x {format_count(round(elements))} elements, forward and both gradients"),
+        ("adapters, once per pass", 2.0 * elements_per_pass, f"over the {forward_tokens:.0f} tokens of a pass"),
+        ("frozen layers on dropped-out inputs", 4.0 * rerun_elements, f"4 x {format_count(round(rerun_elements))} elements"),
+    )
 
 
 def runs_head_twice(anatomy: ModelAnatomy, selection: LayerSelection, execution: ExecutionPlan, data: DataSize) -> bool:

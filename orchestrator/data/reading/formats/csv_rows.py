@@ -20,6 +20,7 @@ def read_csv(file: DataFile, choose: ChooseColumns) -> Iterator[Row | BadRow]:
     name = str(file.path)
     try:
         with open_bytes(file.path, file.compression) as stream:
+            # A byte that is not UTF-8 becomes a surrogate, so that only its row is bad and reading goes on.
             errors = "surrogateescape" if "utf-8" in file.encoding else "strict"
             lines = io.TextIOWrapper(stream, file.encoding, errors=errors, newline="")
             for _ in range(file.dialect.skip_lines):
@@ -53,6 +54,7 @@ class _Table:
                 except RowError as problem:
                     yield BadRow(name, line, problem.reason, _about_header(problem.detail, header), ends_file=True)
                     return
+            # An empty line gives no fields and is skipped; separators without text are a mistake worth reporting.
             elif not any(fields):
                 if fields:
                     yield BadRow(name, line, "every field of the row is empty")
@@ -76,6 +78,7 @@ class _Table:
                 return
             except csv.Error as error:
                 last = self._reader.line_num + self._before
+                # The csv module has one error type; its message tells an unclosed quote from other mistakes.
                 if "unexpected end" in str(error):
                     count = last - line + 1
                     detail = f"{count} line{'s' if count > 1 else ''} to the end of the file"
