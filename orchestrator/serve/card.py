@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from orchestrator.plan import REPEAT
-from orchestrator.serve.bundle_inputs import BundleInputs, shown_base
+from orchestrator.serve.bundle_inputs import BundleInputs, base_label
 from orchestrator.serve.metadata import front_matter, licence_sentence
 from orchestrator.serve.usage import prompt_rule, snippet
 from orchestrator.spec.tasks import HeadTraits
@@ -52,7 +52,7 @@ def model_card(inputs: BundleInputs, transfer: TransferReport, versions: Mapping
 def _summary(inputs: BundleInputs, transfer: TransferReport) -> str:
     found = headline(transfer)
     said = f" {found[:1].upper()}{found[1:]}." if found else ""
-    return f"`{shown_base(inputs.base_name)}`, tuned for the task `{inputs.base.task}`.{said}"
+    return f"`{base_label(inputs.base_name)}`, tuned for the task `{inputs.base.task}`.{said}"
 
 
 def _how_it_was_made(inputs: BundleInputs, versions: Mapping[str, str]) -> str:
@@ -61,7 +61,7 @@ def _how_it_was_made(inputs: BundleInputs, versions: Mapping[str, str]) -> str:
     which = f" (blocks {', '.join(map(str, selection.blocks))})" if trial.layers.startswith("top:") else ""
     method = f"LoRA, rank {trial.lora_rank}, alpha {trial.lora_alpha}" if trial.tune == "lora" else "full fine-tuning"
     rows = [
-        ("base", f"{shown_base(inputs.base_name)}, revision {inputs.base.revision or 'not given'}"),
+        ("base", f"{base_label(inputs.base_name)}, revision {inputs.base.revision or 'not given'}"),
         ("base held as", "nf4, double quantization" if inputs.base.quantize == "nf4" else inputs.held_dtype),
         ("trained layers", f"`{trial.layers}`{which}: {format_count(selection.num_trainable_parameters)} parameters"),
         ("method", method),
