@@ -22,7 +22,7 @@ NOT_SHOWN = {
     "scratch": "a gain over the base was shown, but not over random weights trained from scratch",
     "repeat": "a gain over the base was shown for this model, but not for training from other seeds",
 }
-"""What remains unproven by a verdict that is not `positive`, by the comparison that decided it."""
+"""Claim that a verdict other than `positive` leaves unproven, by the comparison that decided it."""
 MERGED_INTO = {
     "dequantized": "the base's 4-bit weights as used in training, dequantized to 16 bits",
     "original": "the base's stored weights",

@@ -311,7 +311,7 @@ class PromptComparison(Value):
 
 
 class RefitRecord(Value):
-    """How the winner was trained to the full budget."""
+    """Training of the winner to the full budget."""
 
     ran: bool
     reason: str

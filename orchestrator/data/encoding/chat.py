@@ -65,7 +65,7 @@ class ChatEncoder:
         self._ends = tuple(dict.fromkeys([*closings, *ends]))
         self._renders_tools = False
         self._shown: set[tuple[str, ...]] = set()
-        """Sequences of roles of which the template leaves nothing out."""
+        """Role sequences that the template renders completely."""
 
     def render(self, example: Example) -> RenderedChat | BadRow:
         """Return the chat and the spans of its supervised turns; a BadRow if the template rejects it."""
