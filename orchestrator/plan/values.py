@@ -74,7 +74,7 @@ class TrialOption(Value):
     @property
     def method(self) -> str:
         """`lora r16 · replay 0.1`: how its layers learn."""
-        return method_name(self.tune, self.lora_rank, self.remedies)
+        return method_name(self.tune, self.lora_rank, self.selection.adapter, self.remedies)
 
 
 class PlannedPoint(Value):

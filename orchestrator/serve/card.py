@@ -10,6 +10,7 @@ from orchestrator.plan import REPEAT
 from orchestrator.serve.bundle_inputs import BundleInputs, base_label
 from orchestrator.serve.metadata import front_matter, licence_sentence
 from orchestrator.serve.usage import prompt_rule, snippet
+from orchestrator.spec.adapters import ADAPTER_KINDS
 from orchestrator.spec.tasks import HeadTraits
 from orchestrator.transfer.headline import advice_on_answers, gain_is_loss_only, headline
 from orchestrator.transfer.records import CONTROL_NAMES, ModelScores, PromptComparison, TransferReport, VerificationFigures
@@ -59,7 +60,7 @@ def _how_it_was_made(inputs: BundleInputs, versions: Mapping[str, str]) -> str:
     trial, selection = inputs.trial, inputs.selection
     # A policy by score says nothing to a reader who has not the scores.
     which = f" (blocks {', '.join(map(str, selection.blocks))})" if trial.layers.startswith("top:") else ""
-    method = f"LoRA, rank {trial.lora_rank}, alpha {trial.lora_alpha}" if trial.tune == "lora" else "full fine-tuning"
+    method = trial.adapter.sentence(trial.lora_rank) if trial.tune == "lora" else "full fine-tuning"
     rows = [
         ("base", f"{base_label(inputs.base_name)}, revision {inputs.base.revision or 'not given'}"),
         ("base held as", "nf4, double quantization" if inputs.base.quantize == "nf4" else inputs.held_dtype),
@@ -165,7 +166,8 @@ def _serving(inputs: BundleInputs, transfer: TransferReport) -> str:
         commands = [f"transformers serve .    {NEEDS_SERVING}", "vllm serve ."]
         said = [line for line in (prompt_rule(inputs),) if line]
     if inputs.trial.tune == "lora":
-        said.append("The LoRA adapter alone is in `adapter/`; `peft.PeftModel.from_pretrained` loads it on the base.")
+        title = ADAPTER_KINDS[inputs.trial.adapter.kind].title
+        said.append(f"The {title} adapter alone is in `adapter/`; `peft.PeftModel.from_pretrained` loads it on the base.")
     else:
         said.append("The changed tensors alone are in `delta/`.")
     shown = "\n".join(f"    {command}" for command in commands)

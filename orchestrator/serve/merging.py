@@ -137,7 +137,7 @@ def _adapted_pieces(
     merge_rows = None
     if adapter is not None:
         trained = {suffix: _mapped(Path(plan.artifact_folder), info) for suffix, info in adapter.tensors.items()}
-        merge_rows = LIVE_KINDS[adapter.kind].merger(trained, adapter.scale)
+        merge_rows = LIVE_KINDS[adapter.kind].merger(trained, adapter.scale, getattr(torch, plan.held_dtype))
     for start in range(0, num_rows, step):
         stop = min(start + step, num_rows)
         rows = weight.rows(start, stop) if isinstance(weight, HeldWeight) else weight[start:stop]

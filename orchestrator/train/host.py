@@ -284,9 +284,13 @@ class TrainHost:
         return news
 
     def _check_gang(self, execution: ExecutionPlan) -> None:
-        """Raise TrainingError where the base was loaded for another kind of gang."""
+        """Raise TrainingError where the base was loaded for another kind of gang.
+
+        How optimizer state is offloaded and how rows are filled does not concern the loaded base: each trial may have its own.
+        """
         own = self.context.execution
-        if execution.gang_kind != own.gang_kind:
+        per_trial = {"offload": own.offload, "row_tokens": own.row_tokens, "pack": own.pack}
+        if execution.model_copy(update=per_trial).gang_kind != own.gang_kind:
             raise TrainingError(
                 f"this gang cannot train with {execution.executor} ZeRO-{execution.zero_stage} on {execution.ranks} ranks",
                 expected=f"{own.executor} ZeRO-{own.zero_stage} on {own.ranks} ranks",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from orchestrator.spec.adapters import PLAIN_LORA, AdapterOptions
 from orchestrator.transfer.learning_curve import LearningCurve
 from orchestrator.transfer.seeds import OverSeeds
 from orchestrator.values import Value
@@ -136,6 +137,7 @@ class TrialRecord(Value):
     layers: str
     tune: Literal["lora", "full"]
     lora_rank: int | None = None
+    adapter: AdapterOptions = PLAIN_LORA
     learning_rate: float
     remedies: str = ""
     """Remedies against forgetting: `replay 0.1 · l2sp 30`."""
@@ -185,7 +187,7 @@ class TrialRecord(Value):
     @property
     def method(self) -> str:
         """Training method: `lora r16 · replay 0.1`."""
-        tune = f"lora r{self.lora_rank}" if self.tune == "lora" else "full"
+        tune = self.adapter.method(self.lora_rank) if self.tune == "lora" else "full"
         return f"{tune} · {self.remedies}" if self.remedies else tune
 
     @property
