@@ -120,7 +120,7 @@ class RungRecord(Value):
     forgetting: float | None = None
     """Rise of the retention loss over the base's."""
     score: float | None = None
-    """Objective that the search minimises: the metric (sign reversed if higher is better) plus the penalty for forgetting
+    """Objective that the search minimises: the metric (1 - metric if higher is better) plus the penalty for forgetting
     beyond the bound."""
     seconds: float = 0.0
     """Training and evaluation time since the previous rung."""
@@ -313,7 +313,7 @@ class PromptComparison(Value):
 
 
 class RefitRecord(Value):
-    """How the winner was trained to the full budget."""
+    """Training of the winner to the full budget."""
 
     ran: bool
     reason: str
