@@ -48,6 +48,8 @@ def with_compiling(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy) -> RunPl
     """
     asked = spec.resources.compile
     against = why_never(plan.execution if isinstance(plan, SweepPlan) else plan.refit_execution, spec, anatomy)
+    if any(option.selection.adapter.dropout for option in plan.options):
+        against = against or "lora_dropout would draw different random numbers"
     if asked == "off":
         return plan
     if asked == "on" and against is not None:
@@ -87,7 +89,7 @@ def _planned(plan: SweepPlan, against: str | None, *, required: bool) -> Compile
     if against is not None:
         return CompilePlan(option=None, reason=f"the blocks are not compiled: {against}")
     options = plan.search.options
-    kinds = len({(option.tune, option.lora_rank) for option in options if learns_in_blocks(option)})
+    kinds = len({(option.tune, option.lora_rank, option.selection.adapter) for option in options if learns_in_blocks(option)})
     if not kinds:
         return CompilePlan(option=None, reason="the blocks are not compiled: none of them is trainable")
     seconds = gang_seconds(plan)
@@ -318,7 +320,14 @@ def _resolved(plan: RunPlan, anatomy: ModelAnatomy, found: LayerScores) -> RunPl
             return option
         task, num_classes = plan.base.task, plan.data.num_classes
         selection = select(
-            anatomy, option.layers, option.tune, option.lora_rank, task=task, num_classes=num_classes, scores=found.scores
+            anatomy,
+            option.layers,
+            option.tune,
+            option.lora_rank,
+            adapter=option.selection.adapter,
+            task=task,
+            num_classes=num_classes,
+            scores=found.scores,
         )
         return option.model_copy(update={"selection": selection})
 

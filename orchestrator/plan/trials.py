@@ -9,6 +9,7 @@ from orchestrator.anatomy import LayerSelection, ModelAnatomy, select, select_ev
 from orchestrator.plan.search_space import head_rates
 from orchestrator.plan.values import RunPlan, SweepPlan, TrialOption
 from orchestrator.spec import learning_rate_range
+from orchestrator.spec.adapters import PLAIN_LORA
 from orchestrator.spec.models import JobSpec, SearchSpec
 from orchestrator.values import content_hash
 from orchestrator.work.assignment import EvaluateBase, TrainRung, WorkContext
@@ -41,6 +42,9 @@ def make_trial(
         "seed": seed,
         "total_steps": plan.total_steps,
     }
+    adapter = option.selection.adapter
+    if adapter != PLAIN_LORA:
+        identity["adapter"] = adapter.model_dump(mode="json", exclude_defaults=True)
     if option.remedies != NOTHING:
         identity["remedies"] = option.remedies.model_dump(mode="json")
     return TrialSpec(
@@ -51,6 +55,7 @@ def make_trial(
         tune=option.tune,
         learning_rate=learning_rate,
         lora_rank=option.lora_rank,
+        adapter=adapter,
         total_steps=plan.total_steps,
         total_tokens=option.remedies.total_tokens(plan.total_tokens),
         seed=seed,

@@ -75,7 +75,7 @@ class TrialOption(Value):
     @property
     def method(self) -> str:
         """Return how its layers are trained, `lora r16 · replay 0.1`."""
-        return method_name(self.tune, self.lora_rank, self.remedies)
+        return method_name(self.tune, self.lora_rank, self.selection.adapter, self.remedies)
 
 
 class PlannedPoint(Value):

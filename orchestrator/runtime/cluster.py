@@ -21,8 +21,8 @@ from orchestrator.errors import BaseError, PlanError, UsageError
 from orchestrator.plan.placement import GPU_RANK_CPUS, RANK_CPUS
 from orchestrator.plan.values import ClusterDescription, NodeDescription
 from orchestrator.runtime.ray_health import guarded
-from orchestrator.store import file_identity, find_gpus, most_threads, num_usable_cpus, unreachable, write_atomic
-from orchestrator.store.signals import stop_in_words
+from orchestrator.store import file_identity, find_gpus, num_usable_cpus, thread_limit, unreachable, write_atomic
+from orchestrator.store.signals import handle_stop_signals
 from orchestrator.work.execution import ExecutionPlan
 
 SIGHT_S = 5.0
@@ -101,7 +101,7 @@ def connected(address: str | None = None) -> Iterator[None]:
             where=target or "this machine",
             remedy="check --address or RAY_ADDRESS, and RAY_AUTH_MODE with RAY_AUTH_TOKEN_PATH for a cluster with tokens",
         ) from error
-    stop_in_words()  # Ray has put its own handler in the place
+    handle_stop_signals()  # Ray has put its own handler in the place
     try:
         yield
     finally:
@@ -140,7 +140,7 @@ def probe_cluster(address: str | None = None) -> ClusterDescription:
             if node["Resources"].get("CPU", 0) >= 1 or node["Resources"].get("GPU", 0) >= 1
         )
         nodes = tuple(kind.model_copy(update={"count": count}) for kind, count in kinds.items())
-        return ClusterDescription(nodes=nodes, source="the live Ray cluster", max_threads=most_threads())
+        return ClusterDescription(nodes=nodes, source="the live Ray cluster", max_threads=thread_limit())
 
 
 def require_shared_storage(folder: Path) -> None:

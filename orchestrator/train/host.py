@@ -222,7 +222,7 @@ class TrainHost:
 
     def _run_rungs(self, group: Sequence[TrainRung], on_step: OnStep) -> list[RungResult]:
         """Train the trials, batch after batch."""
-        group = sorted(group, key=lambda work: work.trial.lora_rank or 0)  # equal LoRA ranks are stacked
+        group = sorted(group, key=lambda work: (work.trial.lora_rank or 0, work.trial.adapter.kind))  # equal adapters are stacked
         results: list[RungResult] = []
         while len(results) < len(group):
             rest = group[len(results) :]
@@ -288,9 +288,13 @@ class TrainHost:
         return news
 
     def _check_gang(self, execution: ExecutionPlan) -> None:
-        """Raise TrainingError where the base was loaded for another kind of gang."""
+        """Raise TrainingError where the base was loaded for another kind of gang.
+
+        How optimizer state is offloaded and how rows are filled does not concern the loaded base: each trial may have its own.
+        """
         own = self.context.execution
-        if execution.gang_kind != own.gang_kind:
+        per_trial = {"offload": own.offload, "row_tokens": own.row_tokens, "pack": own.pack}
+        if execution.model_copy(update=per_trial).gang_kind != own.gang_kind:
             raise TrainingError(
                 f"this gang cannot train with {execution.executor} ZeRO-{execution.zero_stage} on {execution.ranks} ranks",
                 expected=f"{own.executor} ZeRO-{own.zero_stage} on {own.ranks} ranks",

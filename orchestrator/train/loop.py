@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -160,6 +161,9 @@ def train_steps(trials: Sequence[LoopTrial], rounds: Rounds, steps: Iterator[Ste
     for step in steps:
         # The denominator of the loss comes before the forward passes, since every round's gradient is scaled by it.
         tokens, supervised = (int(count) for count in ranks.sum([step.num_tokens, step.num_supervised]))
+        first = trials[0]
+        if first.trial.adapter.dropout:  # such a trial shares no batch
+            torch.manual_seed(_dropout_seed(first.trial.seed, ranks.rank, first.state.step))
         losses = _losses(rounds, step, supervised, ranks, len(trials))
         # Every trial is updated before one is reported: a report may write a checkpoint, which is not training time.
         taken = [
@@ -187,6 +191,11 @@ def train_steps(trials: Sequence[LoopTrial], rounds: Rounds, steps: Iterator[Ste
         if all(trial.failure for trial in trials):
             return
         started = time.perf_counter()
+
+
+def _dropout_seed(seed: int, rank: int, step: int) -> int:
+    """Return the seed of the masks that a rank draws in one step: a resumed trial draws the same ones."""
+    return int.from_bytes(hashlib.sha256(f"dropout:{seed}:{rank}:{step}".encode()).digest()[:8], "little") >> 1
 
 
 def _losses(rounds: Rounds, step: StepInput, supervised: int, ranks: Ranks, num_trials: int) -> list[float]:

@@ -14,7 +14,7 @@ from orchestrator.errors import NonFiniteLossError, TrainingError
 from orchestrator.train import heartbeat
 from orchestrator.train.adapters.branch import Branch, open_branch
 from orchestrator.train.adapters.group import open_group
-from orchestrator.train.adapters.lora import AdapterSpec
+from orchestrator.train.adapters.layers import AdapterSpec
 from orchestrator.train.batches import step_inputs
 from orchestrator.train.context import HostContext
 from orchestrator.train.engines.construction import forward_ready, weight_keeper

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from orchestrator.spec.adapters import AdapterOptions
 from orchestrator.spec.anchors import ANCHORS, AnchorKind, AnchorTraits
 from orchestrator.spec.models import Tune
 from orchestrator.values import Value
@@ -51,7 +52,7 @@ class Remedies(Value):
 NOTHING = Remedies()
 
 
-def method_name(tune: Tune, lora_rank: int | None, remedies: Remedies) -> str:
+def method_name(tune: Tune, lora_rank: int | None, adapter: AdapterOptions, remedies: Remedies) -> str:
     """Return `lora r16 · replay 0.1`: all of a choice except its layers, for display and to distinguish choices."""
-    said = f"lora r{lora_rank}" if tune == "lora" else "full"
+    said = adapter.method(lora_rank) if tune == "lora" else "full"
     return f"{said} · {remedies}" if remedies != NOTHING else said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from orchestrator.spec.adapters import PLAIN_LORA, AdapterOptions
 from orchestrator.spec.models import Tune
 from orchestrator.values import Value
 from orchestrator.work.remedies import NOTHING, Remedies, method_name
@@ -21,6 +22,7 @@ class TrialSpec(Value):
     tune: Tune
     learning_rate: float
     lora_rank: int | None = None
+    adapter: AdapterOptions = PLAIN_LORA
     total_steps: int
     """Steps of the full budget: the learning-rate schedule ends there."""
     total_tokens: int
@@ -31,9 +33,8 @@ class TrialSpec(Value):
     @property
     def method(self) -> str:
         """Return how its layers are trained, `lora r16 · replay 0.1`."""
-        return method_name(self.tune, self.lora_rank, self.remedies)
+        return method_name(self.tune, self.lora_rank, self.adapter, self.remedies)
 
     @property
     def lora_alpha(self) -> int:
-        """Return LoRA's alpha; its scale is alpha / rank. Twice the rank is the usual choice (Hu et al. 2021 keep it fixed)."""
-        return 2 * (self.lora_rank or 0)
+        return self.adapter.alpha_of(self.lora_rank)

@@ -20,7 +20,7 @@ from torch import nn
 from orchestrator.data import MicroBatch, TokenizedSet, documents_of_steps
 from orchestrator.errors import NonFiniteLossError, TrainingError
 from orchestrator.train.batches import RowPlan, to_tensors
-from orchestrator.train.model.base import LoadedBase
+from orchestrator.train.model.base import LoadedBase, dequantized
 from orchestrator.train.model.objective import Objective
 from orchestrator.train.model.recompute import recomputed
 from orchestrator.work.execution import ExecutionPlan
@@ -192,13 +192,7 @@ def _tapped(sums: MatrixSums) -> Callable[[nn.Module, tuple[Any, ...], torch.Ten
 
 def _squared_norm(weight: nn.Parameter) -> float:
     """Return the squared norm of a matrix as it is applied: a quantized one dequantized."""
-    state = getattr(weight, "quant_state", None)
-    whole = weight.detach()
-    if state is not None:
-        from bitsandbytes.functional import dequantize_4bit
-
-        whole = dequantize_4bit(whole, state)
-    return float(torch.linalg.vector_norm(whole, dtype=torch.float32)) ** 2
+    return float(torch.linalg.vector_norm(dequantized(weight), dtype=torch.float32)) ** 2
 
 
 @contextmanager

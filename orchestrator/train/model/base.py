@@ -216,6 +216,16 @@ def initial_value(name: str, shape: Iterable[int], seed: int, std: float) -> tor
     return torch.empty(shape).normal_(0.0, std, generator=generator_for(seed, name))
 
 
+def dequantized(weight: nn.Parameter) -> torch.Tensor:
+    """Return a matrix as it multiplies."""
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return weight.detach()
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.detach(), state)
+
+
 def rng_devices(device: torch.device) -> list[torch.device]:
     """Whose generators `fork_rng` must keep, beside the CPU's."""
     return [device] if device.type == "cuda" else []
