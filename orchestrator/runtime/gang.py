@@ -19,8 +19,15 @@ from orchestrator.errors import RankOutOfMemoryError, TrainingError
 from orchestrator.run.hours import Meter
 from orchestrator.runtime.cluster import placement_strategy, rank_resources, worker_env
 from orchestrator.runtime.failures import describe
-from orchestrator.runtime.hang_detection import POLL_S, HangDetector, HangTimeouts, ProcessId
-from orchestrator.runtime.processes import end_processes, own_process, states_of
+from orchestrator.runtime.hang_detection import (
+    POLL_S,
+    HangDetector,
+    HangTimeouts,
+    ProcessId,
+    end_processes,
+    own_process,
+    states_of,
+)
 from orchestrator.train import heartbeat
 from orchestrator.train.heartbeat import NO_HEARTBEAT_YET, Heartbeat
 from orchestrator.work.assignment import Work

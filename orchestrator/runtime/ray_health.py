@@ -21,8 +21,7 @@ import ray
 from orchestrator.errors import TrainingError
 from orchestrator.run.layout import RunFolder
 from orchestrator.runtime.failures import GO_ON
-from orchestrator.runtime.hang_detection import POLL_S, HangTimeouts
-from orchestrator.runtime.processes import stat_of
+from orchestrator.runtime.hang_detection import POLL_S, HangTimeouts, stat_of
 from orchestrator.store import append_jsonl, unreachable
 
 RAYLET_S = 3.0

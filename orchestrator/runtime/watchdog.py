@@ -16,8 +16,15 @@ from orchestrator.errors import TrainingError
 from orchestrator.run.directory import RunDirectory
 from orchestrator.runtime.cluster import fetch
 from orchestrator.runtime.failures import GO_ON, describe
-from orchestrator.runtime.hang_detection import POLL_S, HangDetector, HangTimeouts, ProcessId
-from orchestrator.runtime.processes import end_processes, own_process, states_of
+from orchestrator.runtime.hang_detection import (
+    POLL_S,
+    HangDetector,
+    HangTimeouts,
+    ProcessId,
+    end_processes,
+    own_process,
+    states_of,
+)
 from orchestrator.train import heartbeat
 from orchestrator.train.heartbeat import Heartbeat
 
