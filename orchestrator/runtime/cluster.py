@@ -66,15 +66,15 @@ def rank_resources(execution: ExecutionPlan) -> dict[str, float]:
 
 
 def placement_strategy(execution: ExecutionPlan) -> str:
-    """Ray's: a gang that the plan puts inside a node is never spread, one that spans nodes takes as few as it can."""
+    """Return Ray's strategy: a gang that fits on one node is never spread; one that spans nodes takes as few as possible."""
     return "STRICT_PACK" if execution.inside_node else "PACK"
 
 
 @contextlib.contextmanager
 def connected(address: str | None = None) -> Iterator[None]:
-    """Be connected to Ray: to `address`, to RAY_ADDRESS, or to a private Ray on this machine.
+    """Connect to Ray: at `address`, at RAY_ADDRESS, or to a private Ray on this machine.
 
-    A connection that stood before is used and left standing.
+    An existing connection is used and left open.
 
     Raises:
         UsageError: no Ray answers at that address, or it asks for another token.
@@ -101,7 +101,7 @@ def connected(address: str | None = None) -> Iterator[None]:
             where=target or "this machine",
             remedy="check --address or RAY_ADDRESS, and RAY_AUTH_MODE with RAY_AUTH_TOKEN_PATH for a cluster with tokens",
         ) from error
-    handle_stop_signals()  # Ray has put its own handler in the place
+    handle_stop_signals()  # again, since `ray.init` installs its own signal handler
     try:
         yield
     finally:
@@ -110,7 +110,7 @@ def connected(address: str | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _few_tries() -> Iterator[None]:
-    """Have Ray try to connect twice, each time for seconds, instead of for a quarter of an hour: the place has just answered."""
+    """Make Ray try to connect twice for seconds, instead of for a quarter of an hour: the address has just answered."""
     name = "RAY_gcs_server_port_wait_time_s"
     if name in os.environ:
         yield
@@ -124,7 +124,7 @@ def _few_tries() -> Iterator[None]:
 
 
 def probe_cluster(address: str | None = None) -> ClusterDescription:
-    """Describe the live cluster. GPUs are looked at on the nodes that have them, since the driver may have none."""
+    """Describe the live cluster. GPUs are inspected on the nodes that have them, since the driver may have none."""
     with connected(address):
         alive = [node for node in ray.nodes() if node["Alive"]]
         gpus = _probe_gpus([node for node in alive if node["Resources"].get("GPU", 0) >= 1])

@@ -1,4 +1,4 @@
-"""The one-trial job: no search, the refit is all there is."""
+"""The one-trial job: no search, only a refit."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from orchestrator.transfer.run_view import RunView
 
 
 def run_finetune(loaded: LoadedSpec, *, view: RunView, address: str | None = None, output: Path | None = None) -> RunOutcome:
-    """Train the spec's one trial to the full budget, fault-tolerant, and bundle it; go on with one that was interrupted.
+    """Train the spec's one trial to the full budget, fault-tolerant, and bundle it; continue an interrupted one.
 
     Raises:
-        OrchestratorError: whatever stops the run, see errors.py; what was done is on disk.
+        OrchestratorError: any error that stops the run, see errors.py; finished work is on disk.
     """
     loaded = with_section(loaded, "finetune")
     started_at = time.time()

@@ -91,7 +91,7 @@ class Controls:
     artifacts: dict[str, str]
     """Checkpoint by control."""
     left_out: tuple[str, ...] = ()
-    """Return the reason for each requested control that is missing."""
+    """The reason for each requested control that is missing."""
     failed_seeds: int = 0
     """Number of other seeds from which the same training failed."""
 

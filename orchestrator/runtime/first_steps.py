@@ -17,18 +17,18 @@ from orchestrator.units import format_seconds
 from orchestrator.work.results import RungResult
 
 TOLD_AGAIN = 1.5
-"""A later estimate is told where it differs by this factor from the one that was told last."""
+"""A later estimate is reported if it differs by this factor from the last reported one."""
 
 logger = logging.getLogger(__name__)
 
 
 class FirstSteps:
-    """Collects rungs of searched trials. After the first one of each gang it says what the run will take at their rate; then
-    again whenever more of them say something else.
+    """Collects rungs of searched trials. After the first one of each gang it estimates the time of the run at their rate, and
+    again whenever later rungs change the estimate.
 
     Args:
-        begun: When the run began; now unless given.
-        clock: Unix time, as the results have it.
+        begun: Start of the run; by default now.
+        clock: Unix time, as in the results.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class FirstSteps:
             return None
         self._results.append(result)
         self._num_first += result.rung == 0
-        if result.steady_tokens_per_s:  # without the steps that warm a gang up, where the rung had more
+        if result.steady_tokens_per_s:  # excludes the steps that warm a gang up
             seconds = result.train_seconds or 1.0
             self._steady.append(MeasuredSteps(option, round(result.steady_tokens_per_s * seconds), seconds))
         elif result.rung == 0:
@@ -83,7 +83,7 @@ class FirstSteps:
         return self._event(planned, found, duration)
 
     def _found(self) -> CostEstimate | None:
-        """At the rate of steady steps; where there were none, at that of the trial that warmed up fastest."""
+        """Estimate at the rate of steady steps; without any, at that of the trial that warmed up fastest."""
         if self._steady:
             return calibrated(self._plan, self._anatomy, self._steady)
         each = [calibrated(self._plan, self._anatomy, [steps]) for steps in self._warming]
@@ -135,6 +135,6 @@ class FirstSteps:
 
 
 def _span(result: RungResult) -> float:
-    """Seconds of its gang at a rung, beside training: of trials that share batches, each one's part."""
+    """Return the gang's seconds at a rung besides training; each trial of a shared batch counts its part."""
     sharing = result.engine.fused_trials if result.engine is not None else 1
     return max(0.0, (result.finished_at - result.started_at) / max(1, sharing) - result.train_seconds)

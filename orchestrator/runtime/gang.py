@@ -44,10 +44,10 @@ BESIDE, WATCH = "beside", "watch"
 
 
 class GangDiedError(TrainingError):
-    """A rank of the gang is gone or broken; the whole gang has to be replaced.
+    """A rank of the gang is gone or has failed; the whole gang has to be replaced.
 
     Args:
-        out_of_memory: Whether it broke because memory ran out: what it was doing must go on smaller.
+        out_of_memory: Whether it failed because memory ran out: its work must continue with a smaller execution.
     """
 
     def __init__(self, what: str, *, out_of_memory: bool = False) -> None:
@@ -101,7 +101,7 @@ class RankActor:
 
 
 class Gang:
-    """The handle of one gang, used from one asyncio loop. `start` again after GangDiedError."""
+    """The handle of one gang, used from one asyncio loop. Call `start` again after GangDiedError."""
 
     def __init__(
         self,
@@ -132,11 +132,11 @@ class Gang:
         self._placement: PlacementGroup | None = None
 
     async def start(self) -> None:
-        """Place the ranks (inside one node where they fit) and load the base in each.
+        """Place the ranks (on one node if they fit) and load the base in each.
 
         Raises:
             GangDiedError: a rank could not start.
-            TimeoutError: there was no place for it in time.
+            TimeoutError: no resources became free in time.
         """
         started = time.monotonic()
         execution = self._execution
@@ -168,8 +168,8 @@ class Gang:
         self.start_seconds = time.monotonic() - started
 
     async def run(self, group: Sequence[Work]) -> list[WorkResult]:
-        """Run one assignment, or several that may share a batch, on every rank; rank 0's answers count, in any order, once
-        they are settled.
+        """Run one assignment, or several that may share a batch, on every rank; return rank 0's answers, in any order, valid
+        once settled.
 
         Raises:
             GangDiedError: a rank died or broke. A trial's own failures are results, not exceptions.
@@ -196,7 +196,7 @@ class Gang:
             ) from None
 
     def kill(self) -> None:
-        """End the processes and give the places back."""
+        """End the processes and release their resources."""
         self.starting = ""
         self._meter.release(self.index)
         for rank in self._ranks:
@@ -208,7 +208,7 @@ class Gang:
             self._placement = None
 
     async def close(self) -> None:
-        """End in order: every rank leaves its process group first."""
+        """End the gang in order: every rank leaves its process group first."""
         if self._ranks:
             calls = [asyncio.ensure_future(_settled(rank.close.remote())) for rank in self._ranks]
             # A clean end took 0.2 to 3.6 s when measured; a rank that needs longer is stuck.

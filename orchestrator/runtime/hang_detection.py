@@ -1,4 +1,4 @@
-"""Detect processes that hang: those that are stopped, and those that have made no progress for too long.
+"""Detect processes that hang, stopped ones and those that have made no progress for too long, and end them on their nodes.
 
 The limit comes from the process's own history: a multiple of the longest time that a part of the same phase has taken. Without
 a history (loading, compiling, a first step) it is minutes, since these can legitimately take that long.

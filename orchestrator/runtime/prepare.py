@@ -1,4 +1,4 @@
-"""Prepare a run from its spec: everything that is decided before anything runs."""
+"""Prepare a run from its spec: everything that is decided before anything runs. A dry run ends there and writes nothing."""
 
 from __future__ import annotations
 
@@ -308,10 +308,11 @@ class Rehearsal:
 
 
 def rehearse(loaded: LoadedSpec, job: Job, *, output: Path | None = None, cluster: Callable[[], ClusterDescription]) -> Rehearsal:
-    """Everything that a job checks before it starts: spec, output, base, data, plan. The data is tokenised in a temporary folder.
+    """Check everything that a job checks before it starts: spec, output, base, data, plan. The data is tokenised in a temporary
+    folder.
 
     Args:
-        cluster: Describes where it would run; called once the input has been found good.
+        cluster: Describes the cluster on which it would run; called once the input has been checked.
 
     Raises:
         SpecError, BaseError, SelectionError, DataError, UsageError: the input cannot be used.

@@ -1,7 +1,7 @@
-"""Before a run continues, its damaged records and checkpoints are set aside, each with an event.
+"""Set aside the damaged records and checkpoints of a run before it continues, each with an event.
 
-A damaged file is renamed to `<name>.damaged-<n>`. What depended on it is done again: a rung is trained from the last whole one
-before it, a figure is measured again, the plan is made again.
+A damaged file is renamed to `<name>.damaged-<n>`. Whatever depended on it is repeated: a rung is trained from the last complete
+one before it, a figure is measured again, the plan is made again.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ class RecordedSearch(Searcher):
         if entry is not None and entry.option is not None:
             proposal, trial = Proposal(entry.option, entry.trial.learning_rate), entry.trial
         elif self._is_over():
-            return cast("dict[str, Any]", Searcher.FINISHED)  # a word that Tune knows
+            return cast("dict[str, Any]", Searcher.FINISHED)  # Tune's own sentinel
         else:
             proposal = propose(self._search, self._seed, number, self._known_to(number), self._pending_at(number))
             trial = make_trial(self._plan, self._search.options[proposal.option], proposal.learning_rate, number, self._seed)
@@ -107,7 +107,7 @@ class RecordedSearch(Searcher):
 
 
 def thin_trial(config: dict[str, Any], exchange: Any, plan: SweepPlan) -> None:
-    """Carry one trial from rung to rung, for as long as the scheduler lets it."""
+    """Take one trial from rung to rung until the scheduler stops it."""
     trial = TrialSpec.model_validate(config["trial"])
     option = plan.search.options[config["option"]]
     for rung, stop_step in enumerate(plan.search.rung_steps):
@@ -178,11 +178,11 @@ def run_search(plan: SweepPlan, exchange: Any, recorded: list[TrialEntry], folde
             failure_config=tune.FailureConfig(max_failures=MAX_RESTARTS),
         ),
     )
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what is wrong is said by us, once, without forty lines of trace
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # we report the error once, without forty lines of traceback
     with _without_credentials():
         results = tuner.fit()
     if results.num_errors:
-        # A trial's own failure is a result; what raises here is the machinery, and nothing was written down as failed.
+        # A trial's own failure is a result. An error here is one of Tune, Ray or the exchange: no trial is recorded as failed.
         raise cause_of(results.errors[0])
 
 
@@ -194,8 +194,8 @@ def _beside_the_driver() -> tune.PlacementGroupFactory:
 
 @contextlib.contextmanager
 def _without_credentials() -> Iterator[None]:
-    """Have Tune see no credentials of object stores: it would copy them into each trial's runtime environment, which Ray logs
-    for everybody to read. A thin trial needs none."""
+    """Hide the credentials of object stores from Tune, which would copy them into each trial's runtime environment, and Ray
+    logs that in plain text. A thin trial needs none."""
     held = {name: os.environ.pop(name) for name in CREDENTIALS if name in os.environ}
     try:
         yield

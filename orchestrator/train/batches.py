@@ -31,7 +31,7 @@ class StepPlan:
     data: TokenizedSet
     """The target's documents and, after them, those that are replayed."""
     tokens_per_step: int
-    """Of the target."""
+    """Tokens of the target; replayed ones come on top."""
     seed: int
     replay: float = 0.0
     """Share of replayed tokens among all."""

@@ -26,7 +26,7 @@ BatchKind = tuple[int, int, int]
 
 
 def kind_of_batch(work: TrainRung) -> BatchKind:
-    """Return what the fastest number of trials in a batch depends on: the cut, the rows of a micro-batch and their width."""
+    """Return the key by which fused batch sizes are measured: the cut, the rows of a micro-batch and their width."""
     execution = work.execution
     return (work.selection.cut, execution.micro_batch_rows, execution.row_tokens)
 

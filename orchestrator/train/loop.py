@@ -148,10 +148,11 @@ def train_steps(trials: Sequence[LoopTrial], rounds: Rounds, steps: Iterator[Ste
     ranks with unequal shares are weighted correctly. In classification a document counts as one token.
 
     Args:
-        trials: All at the step before the first of `steps`, in the order of `rounds`. Their states are advanced. One that
+        trials: The trials, all at the step before the first of `steps`, in the order of
+        `rounds`. Their states are advanced. One that
             fails takes no more steps; its rows stay in the batch and change no other trial's numbers.
-        rounds: How a step is computed.
-        steps: This rank's share of each.
+        rounds: The computation of a step.
+        steps: This rank's share of each step.
         ranks: This process among those that train together.
 
     Raises:

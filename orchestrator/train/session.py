@@ -143,7 +143,7 @@ def prepared_objective(base: LoadedBase, branch: Branch, cut: int, execution: Ex
 
 
 def evaluate_base(context: HostContext, outcome: TrialOutcome[EvaluateBase], execution: ExecutionPlan, ordinal: int) -> None:
-    """Score the untouched base; of a classifier, whose head nobody has trained yet, the class prior.
+    """Score the base model; for a classifier, whose head is not trained yet, the class prior.
 
     Args:
         context: What this rank holds.

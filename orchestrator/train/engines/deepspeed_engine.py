@@ -1,12 +1,13 @@
-"""The engine that partitions over ranks: DeepSpeed, ZeRO 0 to 3. The only file that imports deepspeed at large.
+"""The engine that partitions across ranks: DeepSpeed, ZeRO 0 to 3.
 
 Checked against deepspeed 0.19.8. How it is used here:
 
-* `managed_gradient_accumulation: false`: `backward` adds up, `step` is the boundary, so a step may have any number
-  of rounds. DeepSpeed averages gradients over the ranks; `backward` multiplies by their number to get the sum.
+* `managed_gradient_accumulation: false`: `backward` accumulates and `step` is the boundary, so a step may have any number of
+rounds. DeepSpeed averages gradients over the ranks; `backward` multiplies by their number to get the sum.
 * Gradients are summed and sent in float32 (`grad_accum_dtype`, `communication_data_type`), masters and moments are
-  float32. Only ZeRO 0 in bf16 sums rounds in bf16, for DeepSpeed has nothing else there.
-* torch's fused AdamW, for DeepSpeed's own is compiled at first use, and torch's others copy what they update, twice.
+  float32. Only ZeRO 0 in bf16 sums rounds in bf16, since DeepSpeed offers nothing else there.
+* torch's fused AdamW: DeepSpeed's own is compiled at first use, and torch's other variants hold two more copies of what they
+update.
 * Small buckets, as large as the plan counts them.
 """
 
@@ -208,7 +209,7 @@ def prepare_base(model: nn.Module, execution: ExecutionPlan, device: torch.devic
 
 @contextmanager
 def forward_only(objective: nn.Module, execution: ExecutionPlan) -> Iterator[None]:
-    """Let a partitioned base compute without anything that learns: its parts are gathered module by module."""
+    """Let a partitioned base compute without trainable parameters: its parts are gathered module by module."""
     engine = _initialize(objective, deepspeed_config(execution, grad_clip=0.0), None)
     try:
         yield
@@ -231,14 +232,14 @@ def _initialize(objective: nn.Module, config: dict[str, Any], optimizer: torch.o
 
 
 def _broadcast_learning(engine: Any) -> None:
-    """Rank 0's learning parameters to all: they were made from one seed, so this only makes sure."""
+    """Broadcast rank 0's trainable parameters: they were made from one seed, so this is a safeguard."""
     for parameter in engine.module.parameters():
         if parameter.requires_grad and not hasattr(parameter, "ds_status"):
             torch.distributed.broadcast(parameter.data, 0, group=engine.seq_data_parallel_group)
 
 
 def _release(engine: Any, objective: nn.Module, stage: int) -> None:
-    """Take the engine off the model, so that neither holds the other."""
+    """Detach the engine from the model, so that neither keeps the other alive."""
     # `destroy` leaves the hooks on the model: they kept 12 to 117 MB of old tensors alive over 30 trials.
     engine.destroy()
     engine.module_forward_pre_hook.remove()

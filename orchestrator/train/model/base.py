@@ -60,7 +60,7 @@ class LoadedBase:
         return num_loads()
 
     def read_original(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """These tensors as the checkpoint holds them, in `dtype` on `device`: 16-bit also where the base is quantized.
+        """Return these tensors as the checkpoint has them, in `dtype` on `device`: 16-bit also if the base is quantized.
 
         Raises:
             BaseError: A name that the checkpoint does not have, or a file that cannot be read.
@@ -169,7 +169,7 @@ def _from_folder(
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """Logs stay free of control codes."""
+    """Turn progress bars off in the block, so that logs stay free of control codes."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -180,7 +180,7 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def _not_quantized(anatomy: ModelAnatomy) -> list[str]:
-    """Modules that keep 16 bits: everything outside the blocks that has a weight."""
+    """Return the modules that keep 16 bits: everything outside the blocks that has a weight."""
     outside = [tensor.name for tensor in anatomy.new_tensors] + [
         name for name in anatomy.tensors if not name.startswith(f"{anatomy.blocks_module}.")
     ]
@@ -195,7 +195,7 @@ def keep_packing(model: nn.Module) -> None:
 
 
 def new_parameter_names(model: nn.Module, anatomy: ModelAnatomy) -> tuple[str, ...]:
-    """Parameters of the model that the checkpoint does not hold: a classifier, an encoder's missing pooler."""
+    """Return the parameters that the checkpoint does not have: a classifier, an encoder's missing pooler."""
     classifier = anatomy.classifier_weight.rpartition(".")[0] + "."
     return tuple(name for name, _ in model.named_parameters() if name not in anatomy.tensors or name.startswith(classifier))
 
@@ -227,7 +227,7 @@ def dequantized(weight: nn.Parameter) -> torch.Tensor:
 
 
 def rng_devices(device: torch.device) -> list[torch.device]:
-    """Whose generators `fork_rng` must keep, beside the CPU's."""
+    """Return the devices whose generators `fork_rng` must keep, besides the CPU's."""
     return [device] if device.type == "cuda" else []
 
 
