@@ -157,7 +157,7 @@ def work_context(
     """Return what all work shares that is run by one kind of gang.
 
     Args:
-        execution: Of the gang where it is another than those of the search: the refit's stands alone where it has other ranks.
+        execution: The gang's execution if it differs from the search's: the refit's gang is alone if it has other ranks.
     """
     alone = execution is not None and execution.ranks != plan.execution.ranks
     return WorkContext(
@@ -214,7 +214,7 @@ def evaluate_base(
     folder: str,
     execution: ExecutionPlan | None = None,
 ) -> EvaluateBase:
-    """Return the work that scores the untouched base (see `none_control`)."""
+    """Return the work that scores the base model (see `none_control`)."""
     execution = execution or plan.execution
     predicted = _predicted_memory_bytes(plan, control, execution)
     return EvaluateBase(

@@ -283,7 +283,7 @@ class Exchange:
         for note in result.notes:
             self._emit("trial_note", f"{result.trial_id}: {note}", trial_id=result.trial_id, rung=result.rung)
         self._emit_trial(result.trial_id)
-        said = self._first_steps.hear(entry.option, result)
+        said = self._first_steps.add(entry.option, result)
         if said:
             self._emit(**said)
 

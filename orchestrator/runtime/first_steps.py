@@ -16,7 +16,7 @@ from orchestrator.plan.values import SweepPlan
 from orchestrator.units import format_seconds
 from orchestrator.work.results import RungResult
 
-TOLD_AGAIN = 1.5
+REPORT_FACTOR = 1.5
 """A later estimate is reported if it differs by this factor from the last reported one."""
 
 logger = logging.getLogger(__name__)
@@ -47,9 +47,9 @@ class FirstSteps:
         self._steady: list[MeasuredSteps] = []
         self._warming: list[MeasuredSteps] = []
         self._results: list[RungResult] = []
-        self._told: Duration | None = None
+        self._reported: Duration | None = None
 
-    def hear(self, option: int | None, result: RungResult) -> dict[str, Any] | None:
+    def add(self, option: int | None, result: RungResult) -> dict[str, Any] | None:
         """Return the event to emit: `first_steps` once, when all awaited results are in, and then `estimate`.
 
         An estimate that fails does not fail a trial.
@@ -100,11 +100,11 @@ class FirstSteps:
         return MeasuredTimes(elapsed_s=max(0.0, now - self.begun), computing_s=max(0.0, now - begun), rung_s=per_rung)
 
     def _event(self, planned: CostEstimate, found: CostEstimate, duration: Duration | None) -> dict[str, Any] | None:
-        before, self._told = self._told, duration or self._told
+        before, self._reported = self._reported, duration or self._reported
         if before is not None and duration is not None:
             ratio = duration.middle_s / before.middle_s if before.middle_s else 1.0
-            if 1 / TOLD_AGAIN < ratio < TOLD_AGAIN:
-                self._told = before
+            if 1 / REPORT_FACTOR < ratio < REPORT_FACTOR:
+                self._reported = before
                 return None
         elif self._num_first > self._wanted:
             return None

@@ -279,9 +279,9 @@ class Gang:
             broken = [*broken, *_errors(late)]
         for wait in pending:
             wait.cancel()
-        told = next((error for error in broken if ran_out_of_memory(error, device)), None)
-        what = f"gang {self.index} failed: {_first_line(told or _evicted(broken) or broken[0])}"
-        return GangDiedError(what, out_of_memory=told is not None)
+        out_of_memory = next((error for error in broken if ran_out_of_memory(error, device)), None)
+        what = f"gang {self.index} failed: {_first_line(out_of_memory or _evicted(broken) or broken[0])}"
+        return GangDiedError(what, out_of_memory=out_of_memory is not None)
 
 
 def places(execution: ExecutionPlan) -> str:

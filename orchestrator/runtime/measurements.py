@@ -80,7 +80,7 @@ class Step(ABC, Generic[Finding]):
         """Return what follows from the measurement.
 
         Raises:
-            TrainingError: it failed, and the run cannot go on without.
+            TrainingError: it failed, and the run cannot continue without it.
         """
 
     @abstractmethod
@@ -95,7 +95,7 @@ def measure_once(step: Step[Finding], view: RunView, measure: Measure) -> Prepar
     """Return the run with one more thing known: from disk, else from the plan, else measured; recorded and planned with.
 
     Raises:
-        TrainingError: the measurement failed, and the run cannot go on without.
+        TrainingError: the measurement failed, and the run cannot continue without it.
     """
     prepared = step.prepared
     known = step.known()

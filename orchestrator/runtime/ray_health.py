@@ -1,4 +1,4 @@
-"""Looking after Ray itself while a run goes on.
+"""A guard of Ray's own processes during a run.
 
 Where a part of Ray dies that the driver hangs on, Ray ends the driver without a word of ours, or leaves it waiting. So a
 thread looks whether the node manager (raylet) and the control store (GCS) answer, says what is gone and ends the run before
@@ -37,7 +37,7 @@ MACHINERY = 4
 
 
 class Guard:
-    """A thread of the driver.
+    """A thread of the driver that checks Ray's node manager and control store.
 
     Args:
         run_folder: Named in the message.

@@ -1,7 +1,7 @@
-"""The search: Tune decides which trial goes on, gangs do the work.
+"""The search: Tune decides which trial continues, gangs do the work.
 
 A Tune trial here is thin: it asks the exchange to carry its branch to the next rung, awaits the answer, and
-reports it. It holds no GPU and no core, and stands beside the driver: a worker node that is lost takes its gang alone.
+reports it. It holds no GPU and no core, and runs on the driver's node: a lost worker node takes only its gang with it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN
 
 
 class RecordedSearch(Searcher):
-    """Tune's search algorithm: what stands in the record is proposed again first, then `propose` goes on.
+    """Tune's search algorithm: recorded trials are proposed again first, then those of `propose`.
 
     Recorded trials cost nothing, since the exchange answers them from the ledger; they fill the scheduler's rungs
     and the sampler's memory. With `in_batches`, proposals wait for the whole batch before them, so that they do not

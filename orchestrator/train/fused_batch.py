@@ -70,7 +70,8 @@ class FusedBatchSizes:
         self._tried.pop(kind, None)
 
     def _measured(self, group: Sequence[TrainRung], note: Callable[[str], None]) -> tuple[int, str]:
-        """Return the measured size and a sentence about it; 1 where the measurement fails, for a trial alone fails by itself."""
+        """Return the measured size and a sentence about it; 1 if the measurement fails: a trial run alone then reports its own
+        failure."""
         try:
             self._context.open_trunk(group[0].trunk, group[0].data, note)
             heartbeat.enter("preparing")

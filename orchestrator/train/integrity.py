@@ -86,7 +86,7 @@ def tensors_of(model: nn.Module, except_for: Collection[str] = ()) -> Iterator[t
 
     Args:
         model: Any module. Names inside a LoRA layer are those of the layer that it wraps.
-        except_for: Names to leave out (what learns).
+        except_for: Names to leave out (the trainable weights).
     """
     for full_name, parameter in model.named_parameters():
         name = full_name.replace(".base_layer.", ".")

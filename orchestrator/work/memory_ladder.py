@@ -5,7 +5,8 @@ execution would have run. Steps down, in the order of their cost:
 
 1. half the rows in a micro-batch, and so twice the rounds of a step;
 2. at one row, checkpointing: the blocks above the cut run again in the backward pass;
-3. a higher ZeRO stage, up to 2, where several ranks share a trial by DeepSpeed: the base lies in memory as before.
+3. a higher ZeRO stage, up to 2, where several ranks share a trial with DeepSpeed: the layout of the base in memory does not
+change.
 
 What comes after (from torch to DeepSpeed, ZeRO-3, offloading, more ranks) needs another kind of gang, which is another plan.
 """

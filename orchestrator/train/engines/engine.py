@@ -72,7 +72,7 @@ class Engine(Protocol):
         ...
 
     def refresh_masters(self) -> None:
-        """Take over what the model's learning tensors hold now."""
+        """Set the master weights to the current values of the model's trainable tensors."""
         ...
 
     def anchored_masters(self) -> list[torch.Tensor]:
@@ -89,7 +89,7 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of the model. The learning tensors keep their values; the branch puts the base back."""
+        """Release the model. The trainable tensors keep their values; the branch restores the base."""
         ...
 
 

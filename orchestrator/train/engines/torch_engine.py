@@ -21,7 +21,7 @@ class TorchEngine:
     The trainable tensors are laid end to end in flat float32 buffers (masters, gradient sums, and Adam's moments inside
     torch's AdamW); the model keeps its own tensors, which the masters are rounded into after each step. A tensor's
     gradient is added to its sum, and let go of, as soon as the backward pass has it: never are all of them there. The
-    fused AdamW makes no temporary copies; the others make two of everything that learns.
+    fused AdamW makes no temporary copies; the other variants make two of all trainable weights.
 
     Ranks that share a trial each hold all of it. Once a step the sums of gradients are added up over them, in float32, and
     every rank takes the same update: masters, moments and weights stay the same bits on all.

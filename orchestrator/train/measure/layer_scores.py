@@ -122,7 +122,7 @@ def score_blocks(
     Dropout is off. A matrix's gradient is let go of as soon as it is added: what stays is 4 bytes an element, whatever B.
 
     Args:
-        base: Not in use by a branch that learns.
+        base: The base, not in use by an open branch.
         objective: Of the base.
         data: The training set; micro-batches are drawn by the seed.
         execution: Of its rows no more than `micro_batch_rows` at once are taken.

@@ -37,7 +37,8 @@ from orchestrator.work.measurements import CompileTimes
 
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 CODE_KINDS = 10_000
-"""Kinds of code that a process keeps at most. Beyond torch's own limit of 8 it goes on uncompiled in silence, with other bits."""
+"""Upper bound on the kinds of code that a process keeps. Beyond torch's own limit of 8 it silently runs uncompiled, with other
+bits."""
 TIMED = 3
 LOOKED_AT = 8
 """Steps by which full micro-batches are judged: what they hold of all tokens, and how fast they are."""

@@ -33,7 +33,7 @@ from orchestrator.train.model.loss import is_plain, linear_cross_entropy, token_
 from orchestrator.work.execution import BaseLoad
 
 IGNORED = -100
-"""A label that stands for no label."""
+"""The label of a position without a label."""
 
 
 class DocumentLosses(NamedTuple):
@@ -50,7 +50,7 @@ class DocumentLosses(NamedTuple):
 
 
 class FinalNorm(NamedTuple):
-    """The norm that the backbone applies last, and where it stands."""
+    """The norm that the backbone applies last, and its place in the backbone."""
 
     module: nn.Module
     parent: nn.Module
@@ -65,9 +65,9 @@ class Parts:
     backbone: nn.Module
     """Its forward returns `last_hidden_state` [B, L, H]."""
     head: nn.Module
-    """From hidden states to logits."""
+    """The map from hidden states to logits."""
     encoder: bool
-    """An encoder classifies by itself, from layers of its own."""
+    """An encoder classifies with its own layers."""
     final_norm: FinalNorm | None
 
 
@@ -126,7 +126,7 @@ class Head(Protocol):
         ...
 
     def losses(self, parts: Parts, supervised: Supervised) -> DocumentLosses:
-        """Return every loss by itself."""
+        """Return every single loss."""
         ...
 
 

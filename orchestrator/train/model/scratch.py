@@ -14,7 +14,7 @@ from orchestrator.train.model.base import rng_devices
 
 @torch.no_grad()
 def begin_anew(branch: Branch, seed: int) -> None:
-    """Give everything that learns in a branch the values that transformers gives a new model of this layout.
+    """Initialise all trainable weights of a branch as transformers initialises a new model of this layout.
 
     They are a pure function of the seed, and drawn module by module, so that no second model stands in memory. The base's own
     values come back when the branch closes.

@@ -71,13 +71,13 @@ def random_below(model: nn.Module, blocks: nn.ModuleList, cut: int) -> str:
 
 @dataclass
 class _Filling:
-    """A set's pieces at every cut, as far as they are there."""
+    """The pieces of a set at every cut that exist so far."""
 
     data: TokenizedSet
     borders: np.ndarray
     """int64[C + 1]: piece c holds documents borders[c] to borders[c + 1]."""
     chunks: Mapping[int, Chunks]
-    """By cut."""
+    """The store of each cut."""
     _found: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict, init=False)
     """[N_c, H] by cut and number of the piece."""
 
@@ -97,7 +97,7 @@ class _Filling:
         return [self._found[cut, number] for number in range(self.num_pieces)]
 
     def look(self, number: int) -> None:
-        """Take what is stored of a piece, by whomever."""
+        """Take the stored states of a piece, whichever process wrote them."""
         first, last = self.data.offsets[self.borders[[number, number + 1]]]
         for cut in self.missing(number):
             stored = self.chunks[cut].get(number, int(last - first))
@@ -117,7 +117,7 @@ class _Filling:
 
 @dataclass
 class TrunkBuilder:
-    """Makes what is missing of a set's hidden states. With partitioned weights every rank calls together."""
+    """Computes the missing hidden states of a set. With partitioned weights all ranks call it together."""
 
     base: LoadedBase
     objective: Objective

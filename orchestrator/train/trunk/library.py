@@ -99,7 +99,7 @@ class TrunkLibrary:
                 if partitioned:  # the other ranks stand in a collective
                     raise
                 failure = f"{type(error).__name__}: {error}"
-            failures = [told for told in self._ranks.gather(failure) if told]
+            failures = [each for each in self._ranks.gather(failure) if each]
             if failures:
                 note(f"the trunk is not stored: {failures[0]}")
                 self._refused = True
