@@ -183,6 +183,7 @@ class Exchange:
             serving.cancel()
         await asyncio.gather(*self._serving, return_exceptions=True)
         await asyncio.gather(*(supervisor.written() for supervisor in self._supervisors), return_exceptions=True)
+        # All at once: each gang waits for its own processes.
         await asyncio.gather(*(supervisor.gang.close() for supervisor in self._supervisors))
         self._meter.close()
         await self._cleaner.close()
@@ -303,6 +304,7 @@ class Exchange:
             work.fail(self._broken)
 
     def _emit(self, kind: str, message: str, **fields: object) -> None:
+        # Kept for the whole run: a watcher that lost an answer asks again from the number that it has.
         self._news.append({"kind": kind, "message": message, **fields})
 
     def _emit_trial(self, trial_id: str) -> None:

@@ -103,6 +103,7 @@ class FirstSteps:
         before, self._reported = self._reported, duration or self._reported
         if before is not None and duration is not None:
             ratio = duration.middle_s / before.middle_s if before.middle_s else 1.0
+            # Compared with the last reported estimate and not the last one, or slow drift would never be reported.
             if 1 / REPORT_FACTOR < ratio < REPORT_FACTOR:
                 self._reported = before
                 return None

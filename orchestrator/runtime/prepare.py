@@ -145,6 +145,7 @@ def prepare(
     view.phase("plan", "connecting to Ray")
     machines = cluster()
     folder = Path(anatomy.folder)
+    # Before planning, so that a node with another or no base is reported at once and not by a gang that fails.
     require_base_everywhere(folder, {name: file_identity(folder / name) for name in _files_of(anatomy)})
     plan = plan_of_data(loaded, anatomy, Tokenised(data, run.data, known), machines, job, read_scores(run))
     if isinstance(plan, SweepPlan):

@@ -94,6 +94,7 @@ class _Repair:
                 result = read_record(file, RungResult)
                 lost = self._check_checkpoint(folder, trial, result, plan) if with_checkpoints else False
                 self._count(trial, result)
+            # Later rungs were trained from the damaged one.
             if lost:
                 self._drop_from(folder, rung_number(file))
                 return
@@ -128,6 +129,7 @@ class _Repair:
 
     def restore_hours(self) -> None:
         if _was_set_aside(self._run.hours) and not self._run.hours.exists():
+            # The larger of two lower bounds: the bound on GPU-hours must not be exceeded because a record was lost.
             used = max(self._hours, self._seconds / 3600)
             write_json(self._run.hours, HoursRecord(used=used))
 

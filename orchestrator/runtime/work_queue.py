@@ -107,6 +107,7 @@ class WorkQueue:
                 continue
 
     def _pick(self, gang: int | None) -> list[QueuedWork]:
+        # Among equals first the work whose state this gang may hold in memory: it then starts without reading a checkpoint.
         works = sorted(self._works, key=lambda work: (work.priority[:2], work.home != gang, work.priority))
         first = works[0]
         key = self._key(first)
@@ -130,6 +131,7 @@ class WorkQueue:
 
     def _wake(self) -> None:
         """Wake every waiting gang to check the queue again."""
+        # A new event for the next wait: one that stays set would wake nobody twice.
         self._changed.set()
         self._changed = asyncio.Event()
 

@@ -149,7 +149,7 @@ def train_steps(trials: Sequence[LoopTrial], rounds: Rounds, steps: Iterator[Ste
 
     Args:
         trials: The trials, all at the step before the first of `steps`, in the order of
-        `rounds`. Their states are advanced. One that
+            `rounds`. Their states are advanced. One that
             fails takes no more steps; its rows stay in the batch and change no other trial's numbers.
         rounds: The computation of a step.
         steps: This rank's share of each step.

@@ -65,6 +65,7 @@ class TrainingSession:
         """
         first, context = self.outcomes[0].work, self.context
         cut = first.selection.cut
+        # Dropout draws from the process's generator: a trial's numbers must not depend on the trial before it.
         torch.manual_seed(first.trial.seed)
         with ExitStack() as stack:
             branches = open_branches(context.base, [outcome.work for outcome in self.outcomes], self.execution, stack)
@@ -74,6 +75,7 @@ class TrainingSession:
             members: list[Member] = []
             for outcome, branch in zip(self.outcomes, branches, strict=True):
                 members.append(open_member(self.setup, outcome, branch, objective))
+                # Engines close before their branches do: they still refer to the branch's parameters.
                 stack.callback(members[-1].engine.close)
             self._train(objective, members, on_step)
             self._score(objective)
@@ -81,6 +83,7 @@ class TrainingSession:
             finished = [member for member in members if not member.outcome.failure]
             for member in finished:
                 member.record_peaks()
+            # Law 2, and before anything is saved: a rung trained on a changed base must not exist.
             prove_frozen(branches[0].model, context.fingerprint, context.ranks)
             for member in finished:
                 member.save_rung()

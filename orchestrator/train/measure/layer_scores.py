@@ -76,6 +76,7 @@ class BlockProbe:
         model, anatomy = self.base.model, self.base.anatomy
         blocks: list[nn.Module] = list(model.get_submodule(anatomy.blocks_module).children())
         self._undo.callback(blocks[self.floor].register_forward_pre_hook(_needs_gradient, with_kwargs=True).remove)
+        # Hooks on the layers and not `requires_grad`: all weight gradients of the base at once would not fit in memory.
         for name in (name for block in anatomy.linears[self.floor :] for name in block):
             self.sums[name] = MatrixSums()
             layer = model.get_submodule(name.rpartition(".")[0])
@@ -136,6 +137,7 @@ def score_blocks(
     started = time.perf_counter()
     documents, tokens, count = set[int](), 0, 0
     was_training = objective.training
+    # Without dropout, so that the scores follow from base, data and seed alone.
     objective.eval()
     try:
         with ExitStack() as stack:

@@ -34,7 +34,7 @@ def linear_cross_entropy(
 
     Args:
         head: A plain one (`is_plain`), of hidden's dtype. If it is trainable there must be one group: gradients of a weight are
-        sums over positions, and could not be scaled group by group.
+            sums over positions, and could not be scaled group by group.
         hidden: [S, H], each group's positions together.
         targets: int64[S].
         chunk_rows: Positions whose logits are there at once.
@@ -87,6 +87,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for first in range(start, end, chunk_rows):
                 rows = slice(first, min(first + chunk_rows, end))
                 logits = functional.linear(hidden[rows], weight, bias)
+                # From here on `logits` holds their gradient.
                 total += _into_gradient(logits, targets[rows])
                 if hidden_gradient is not None:
                     hidden_gradient[rows] = logits @ weight
@@ -94,6 +95,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     weight_sum.add(logits.T @ hidden[rows])
                 if bias_sum is not None:
                     bias_sum.add(logits.sum(0))
+                # Before the next chunk's are made: at most one chunk of logits is in memory.
                 del logits
             sums.append(total)
         ctx.save_for_backward(hidden_gradient, weight_sum and weight_sum.rounded(), bias_sum and bias_sum.rounded())

@@ -45,7 +45,7 @@ class Objective(nn.Module):
             head: The map from hidden states to logits.
             encoder: Whether the model is an encoder, which classifies by itself.
             final_norm: The backbone's last norm (`final_norm_of`), applied here to the positions that need it; if None, the
-            backbone applies it itself at every position.
+                backbone applies it itself at every position.
             blocks: The backbone's blocks, needed if `forward` is given stored states for those below `cut`.
             cut: The first block that is computed then.
         """
