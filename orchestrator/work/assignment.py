@@ -13,6 +13,7 @@ from pydantic import Field
 from orchestrator.anatomy.values import LayerSelection
 from orchestrator.values import Value, content_hash
 from orchestrator.work.execution import DataPaths, ExecutionPlan, TrainSettings, TrunkPlan
+from orchestrator.work.failure import Failure
 from orchestrator.work.measurements import CompilePlan, CompileTimes, DomainShift, LayerScores, ProbePlan, ShiftPlan
 from orchestrator.work.results import MeasurementResult, RungResult
 from orchestrator.work.trial import TrialSpec
@@ -78,9 +79,9 @@ class TrialWork(GangWork):
     def num_gangs(self) -> int:
         return self.context.num_gangs
 
-    def failed(self, reason: str) -> RungResult:
-        """Return the result of work that no gang brought to its end."""
-        return RungResult(trial_id=self.trial.trial_id, rung=self.rung, step=0, tokens=0, state="failed", reason=reason)
+    def failed(self, failure: Failure) -> RungResult:
+        """Return the result of work that no gang finished."""
+        return RungResult(trial_id=self.trial.trial_id, rung=self.rung, step=0, tokens=0, state="failed", failure=failure)
 
 
 class TrainRung(TrialWork):
@@ -137,9 +138,9 @@ class ScoreBlocks(MeasuringWork):
         """None: every block is passed through."""
         return None
 
-    def failed(self, reason: str) -> MeasurementResult:
+    def failed(self, failure: Failure) -> MeasurementResult:
         """Return the result where there are no scores."""
-        return MeasurementResult(work_id=self.work_id, found=LayerScores(failed=reason))
+        return MeasurementResult(work_id=self.work_id, found=LayerScores(failed=str(failure)))
 
 
 class MeasureShift(MeasuringWork):
@@ -154,9 +155,9 @@ class MeasureShift(MeasuringWork):
         """What is stored is compared without another forward pass."""
         return self.context.trunk
 
-    def failed(self, reason: str) -> MeasurementResult:
+    def failed(self, failure: Failure) -> MeasurementResult:
         """Return the result where there are no distances."""
-        return MeasurementResult(work_id=self.work_id, found=DomainShift(failed=reason))
+        return MeasurementResult(work_id=self.work_id, found=DomainShift(failed=str(failure)))
 
 
 class TimeCompiling(MeasuringWork):
@@ -173,9 +174,9 @@ class TimeCompiling(MeasuringWork):
     def trunk(self) -> TrunkPlan | None:
         return self.context.trunk
 
-    def failed(self, reason: str) -> MeasurementResult:
+    def failed(self, failure: Failure) -> MeasurementResult:
         """Return the result where there are no times."""
-        return MeasurementResult(work_id=self.work_id, found=CompileTimes(failed=reason))
+        return MeasurementResult(work_id=self.work_id, found=CompileTimes(failed=str(failure)))
 
 
 Measurement = Annotated[ScoreBlocks | MeasureShift | TimeCompiling, Field(discriminator="kind")]

@@ -150,7 +150,7 @@ def test_a_peak_after_memory_ran_out_does_not_speak_for_the_plan(submit: Callabl
     prepared = submit()
     ledger = Ledger(prepared.run.trials)
     add(ledger, NONE, 0, eval_loss=3.0)
-    add(ledger, TRIAL, 9, relieved=prepared.plan.execution)
+    add(ledger, TRIAL, 9, reduced_execution=prepared.plan.execution)
     sweep = summarise(prepared, ledger, [], started_at=0.0)
     row = plan_against_measured(prepared, sweep, None)[0]
     assert (row.name, row.planned) == ("peak memory of a rank (1 trial ran out of memory)", None)
