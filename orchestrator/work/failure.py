@@ -52,8 +52,8 @@ class Failure(Value):
     @classmethod
     def of(cls, error: OrchestratorError) -> Failure:
         """Return the failure that an error stands for; its text is that of the error."""
-        kind = next((kind for error_type, kind in KINDS if isinstance(error, error_type)), "other")
-        return cls(kind=kind, message=error.description, remedy=printable_lines(error.remedy))
+        kinds: list[FailureKind] = [kind for error_type, kind in KINDS if isinstance(error, error_type)]
+        return cls(kind=kinds[0] if kinds else "other", message=error.description, remedy=printable_lines(error.remedy))
 
     @classmethod
     def recorded(cls, reason: str) -> Failure:
