@@ -43,8 +43,8 @@ of the Python API, and imports it when they are used."""
 PURE = ["", *(room for room, (floor, _) in FLOORS.items() if floor <= 3)]
 HEAVY = ("ray", "torch", "deepspeed", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
 HOMES = {"ray": {"runtime"}, "deepspeed": {"train"}}
-THIN = ("orchestrator.runtime.search", "orchestrator.runtime.exchange", "orchestrator.runtime.task_supervision")
-"""What Ray imports in the processes of a Tune trial, the exchange and the pulse board: nothing that computes."""
+THIN = ("orchestrator.runtime.search", "orchestrator.runtime.exchange", "orchestrator.runtime.watchdog")
+"""What Ray imports in the processes of a Tune trial, the exchange and the heartbeat board: nothing that computes."""
 PROSE = {"reason", "message", "what", "sentence", "remedy", "failure", "note", "detail", "promotion_reason", "rule_reason"}
 """Names of texts for people: nothing may be decided by what they contain."""
 TAKES_APART = {"startswith", "endswith", "partition", "rpartition", "split", "removeprefix", "removesuffix", "find", "index"}

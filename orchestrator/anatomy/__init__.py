@@ -11,7 +11,7 @@ in `layouts/`, and a new type is a new row there. A type that is not in the tabl
 
 from orchestrator.anatomy.layouts import known_layouts, trainable_layouts
 from orchestrator.anatomy.reader import read_anatomy, resolve_base
-from orchestrator.anatomy.selection import select, select_everything
+from orchestrator.anatomy.selection import check_modules, select, select_everything
 from orchestrator.anatomy.values import Experts, LayerSelection, ModelAnatomy, TensorInfo
 from orchestrator.spec.policy import normal_form
 
@@ -20,6 +20,7 @@ __all__ = [
     "LayerSelection",
     "ModelAnatomy",
     "TensorInfo",
+    "check_modules",
     "known_layouts",
     "normal_form",
     "read_anatomy",

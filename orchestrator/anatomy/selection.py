@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterable, Sequence
 from itertools import chain
 
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.errors import SelectionError
-from orchestrator.spec.adapters import ADAPTER_KINDS
+from orchestrator.spec.adapters import ADAPTER_KINDS, PLAIN_LORA, AdapterOptions, Modules
 from orchestrator.spec.models import Task, Tune
 from orchestrator.spec.policy import Policy, parse_policy
 from orchestrator.spec.tasks import TASKS
@@ -23,6 +24,7 @@ def select(
     tune: Tune,
     lora_rank: int | None,
     *,
+    adapter: AdapterOptions = PLAIN_LORA,
     task: Task,
     num_classes: int = 0,
     scores: Sequence[float | None] | None = None,
@@ -39,6 +41,7 @@ def select(
     every block and needs none.
 
     Args:
+        adapter: What the adapters of `lora` are.
         scores: Score of each block, higher is better; None for a block that was not scored and cannot be selected.
 
     Raises:
@@ -62,7 +65,7 @@ def select(
     wants_head = parsed.with_head or parsed.kind == "head"
     head = [anatomy.head_weight] if wants_head and not head_is_new else []
     if tune == "lora" and (blocks or head):
-        selection = _lora(anatomy, parsed, blocks, head, lora_rank, task, num_classes)
+        selection = _adapted(anatomy, parsed, blocks, head, lora_rank, adapter, task, num_classes)
     else:
         selection = _full(anatomy, parsed, blocks, head, task, num_classes)
     return selection.model_copy(update={"pending": True, "cut": 0}) if pending else selection
@@ -87,6 +90,46 @@ def select_everything(anatomy: ModelAnatomy, *, task: Task, num_classes: int = 0
         new_classifier=bool(new),
         num_trainable_parameters=elements + _new_elements(anatomy, task, policy, num_classes),
     )
+
+
+def is_attention(anatomy: ModelAnatomy, weight: str) -> bool:
+    """Return whether a linear layer of a block belongs to its attention; the others are its MLP's."""
+    return any("attn" in part or part in ("attention", "att") for part in _within_block(anatomy, weight).split("."))
+
+
+def is_chosen(anatomy: ModelAnatomy, weight: str, modules: Modules) -> bool:
+    """Return whether these modules take a linear layer in. A name is that of the layer within its block, or the end of it."""
+    if isinstance(modules, str):
+        return modules == "all" or (modules == "attention") == is_attention(anatomy, weight)
+    return any(f".{_within_block(anatomy, weight)}".endswith(f".{name}") for name in modules)
+
+
+def check_modules(anatomy: ModelAnatomy, modules: Modules) -> None:
+    """Raise SelectionError where a name, or a part of the blocks, has no linear layer in any block."""
+    known = module_names(anatomy)
+    weights = [name for block in anatomy.linears for name in block]
+    parts: list[Modules] = [modules] if isinstance(modules, str) else [(name,) for name in modules]
+    for asked in parts:
+        if not any(is_chosen(anatomy, weight, asked) for weight in weights):
+            name = asked if isinstance(asked, str) else asked[0]
+            near = difflib.get_close_matches(
+                name, [*known, *(end for each in known if (end := each.rpartition(".")[2]) != each)], n=1
+            )
+            raise SelectionError(
+                f"the blocks have no linear layer {name!r}",
+                expected=f"all, attention, mlp, or names among {', '.join(known)}",
+                remedy=f"did you mean {near[0]}?" if near else "",
+            )
+
+
+def module_names(anatomy: ModelAnatomy) -> list[str]:
+    """Names of the linear layers within their blocks."""
+    return list(dict.fromkeys(_within_block(anatomy, name) for block in anatomy.linears for name in block))
+
+
+def _within_block(anatomy: ModelAnatomy, weight: str) -> str:
+    """`model.layers.3.mlp.up_proj.weight` -> `mlp.up_proj`"""
+    return weight.removeprefix(f"{anatomy.blocks_module}.").partition(".")[2].removesuffix(".weight")
 
 
 def num_of_share(share: float, num_blocks: int) -> int:
@@ -202,12 +245,13 @@ def _full(
     )
 
 
-def _lora(
+def _adapted(
     anatomy: ModelAnatomy,
     parsed: Policy,
     blocks: list[int],
     head: list[str],
     lora_rank: int | None,
+    adapter: AdapterOptions,
     task: Task,
     num_classes: int,
 ) -> LayerSelection:
@@ -215,15 +259,23 @@ def _lora(
         raise SelectionError(
             f"LoRA on {parsed} with rank {lora_rank}", expected="a rank of at least 1", remedy="give `lora_rank`"
         )
-    adapted = [name for block in blocks for name in anatomy.linears[block]]
+    adapted = [name for block in blocks for name in anatomy.linears[block] if is_chosen(anatomy, name, adapter.modules)]
+    if blocks and not adapted:
+        raise SelectionError(
+            f"no block of {parsed} has a linear layer of the modules {adapter.modules}",
+            where=anatomy.folder,
+            expected=f"some of {', '.join(module_names(anatomy))}",
+            remedy="choose other modules, or other blocks",
+        )
     shapes = [anatomy.tensors[name].shape for name in adapted] + [(anatomy.vocab_size, anatomy.hidden_size)] * len(head)
-    elements = sum(ADAPTER_KINDS["lora"].num_elements(shape, lora_rank) for shape in shapes)
+    elements = sum(ADAPTER_KINDS[adapter.kind].num_elements(shape, lora_rank) for shape in shapes)
     new = _new_names(anatomy, task, parsed)
     taken = {*adapted, *head}
     return LayerSelection(
         policy=str(parsed),
         tune="lora",
         lora_rank=lora_rank,
+        adapter=adapter,
         trainable=tuple(new),
         adapted=tuple(adapted + head),
         frozen=tuple(name for name in _stored_names(anatomy, task) if name not in taken),

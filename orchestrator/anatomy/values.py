@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from orchestrator.spec.adapters import ADAPTER_KINDS, AdapterKind, AdapterName
+from orchestrator.spec.adapters import ADAPTER_KINDS, PLAIN_LORA, AdapterKind, AdapterOptions
 from orchestrator.values import Value
 
 
@@ -123,7 +123,7 @@ class LayerSelection(Value):
     policy: str
     tune: Literal["lora", "full"]
     lora_rank: int | None
-    adapter: AdapterName = "lora"
+    adapter: AdapterOptions = PLAIN_LORA
     trainable: tuple[str, ...]
     adapted: tuple[str, ...]
     frozen: tuple[str, ...]
@@ -142,4 +142,4 @@ class LayerSelection(Value):
 
     @property
     def adapter_kind(self) -> AdapterKind:
-        return ADAPTER_KINDS[self.adapter]
+        return ADAPTER_KINDS[self.adapter.kind]

@@ -40,6 +40,7 @@ def with_shots(data: TokenizedSet, examples: TokenizedSet, num_shots: int, limit
         ids, supervised = data.document(index)
         room = limit - len(ids)
         chosen: list[np.ndarray] = []
+        # Examples that are too long are skipped rather than ending the search, so that short ones can still fit.
         for example in random.permutation(len(examples)).tolist():
             shot = examples.document(example)[0]
             if len(shot) <= room:

@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from orchestrator.data.batching import documents_of_steps
 from orchestrator.data.encoding.control_tokens import ControlTokens
 from orchestrator.data.encoding.encoder import Document, Encoder, load_tokenizer, mark_supervised
-from orchestrator.data.encoding.end_tokens import declared_ends, end_tokens, tell_ends
-from orchestrator.data.encoding.row_notices import Noticed
+from orchestrator.data.encoding.end_tokens import declared_ends, end_tokens, note_end_tokens
+from orchestrator.data.encoding.row_notices import RowNotices
 from orchestrator.data.reading.examples import Example
 from orchestrator.data.reading.files import shown
 from orchestrator.data.reading.gather import PLACES, Sources, bad_rows_error, find_sources, read_examples
@@ -23,7 +23,7 @@ from orchestrator.data.reading.row import BadRow
 from orchestrator.data.retention import retention_sets
 from orchestrator.data.rng import CAPS, generator
 from orchestrator.data.sets import TokenizedSet, build_set
-from orchestrator.data.splitting.labels import check_labels, sort_classes, tell_missing
+from orchestrator.data.splitting.labels import check_labels, note_missing_classes, sort_classes
 from orchestrator.data.splitting.splits import make_splits
 from orchestrator.data.summary import DataSummary, LeftOut, SplitSummary, listed
 from orchestrator.errors import DataError, IntegrityError, RunConflictError
@@ -78,6 +78,7 @@ def prepare_data(
     left_out = LeftOut(loaded.folder)
     sources = find_sources(loaded, left_out)
     inputs = _inputs_sha256(spec, sources, tokenizer_folder)
+    # Hashing the files is much cheaper than reading, splitting and tokenizing them again.
     known = _made_before(out_folder, inputs)
     if known is not None:
         return known
@@ -96,7 +97,7 @@ def prepare_data(
     if spec.traits.has_answers:
         stops = end_tokens(sets["train"], ControlTokens(tokenizer), ends)
         sets = {name: replace(part, stop_ids=stops) for name, part in sets.items()}
-        tell_ends(sets["train"], tokenizer, spec.task, left_out)
+        note_end_tokens(sets["train"], tokenizer, spec.task, left_out)
     summary = DataSummary(
         inputs_sha256=inputs,
         splits={name: _summarise(part) for name, part in sets.items()},
@@ -122,6 +123,8 @@ def _num_rows(documents: Iterable[Document]) -> int:
 
 def _write(folder: Path, sets: Mapping[str, TokenizedSet], summary: DataSummary) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    # The summary marks the sets as complete: it goes first and is written last, so that a crash leaves no valid summary of
+    # partial sets.
     (folder / "summary.json").unlink(missing_ok=True)
     for name in SETS:
         (folder / f"{name}.npz").unlink(missing_ok=True)
@@ -140,6 +143,7 @@ def _same_sets(folder: Path, summary: DataSummary, planned_sha256: str) -> bool:
 
     """
     before = _summary_of(folder)
+    # The plan's hash protects the trials even if the earlier summary is damaged.
     differs = bool(planned_sha256) and sets_sha256(summary) != planned_sha256
     if before is not None:
         differs = differs or sets_sha256(before) != sets_sha256(summary) or before.classes != summary.classes
@@ -168,6 +172,7 @@ def data_size(summary: DataSummary, spec: JobSpec, folder: Path, *, planned: Ste
     """
     train = TokenizedSet.load(folder / "train.npz")
     in_a_step = tokens_per_step(spec.train, len(train), train.num_tokens, int(train.lengths.max()))
+    # An extended run keeps its step size, or its older trials would not be comparable.
     if spec.train.tokens_per_step == "auto" and planned is not None:
         in_a_step = planned.tokens
     steps = documents_of_steps(train.offsets, in_a_step, spec.train.seed, 0)
@@ -186,6 +191,7 @@ def data_size(summary: DataSummary, spec: JobSpec, folder: Path, *, planned: Ste
         num_classes=len(summary.classes),
         class_names=summary.classes,
         supervised_share=supervised / max(1, splits["train"].tokens),
+        # Mean document length as a token sees it: attention's cost per token grows with it.
         document_tokens=float(np.square(train.lengths, dtype=np.float64).sum() / max(1, splits["train"].tokens)),
         sets_sha256=sets_sha256(summary),
     )
@@ -218,6 +224,7 @@ def _inputs_sha256(spec: JobSpec, sources: Sources, tokenizer_folder: Path) -> s
     found = sorted({path for pattern in TOKENIZER_FILES for path in tokenizer_folder.glob(pattern) if path.is_file()})
     tokenizer = {path.name: sha256_file(path) for path in found}
     section = spec.data.model_dump(mode="json")
+    # Only kinds of sets that a change affected are rebuilt, so that older runs of other kinds can still be resumed.
     number = RETENTION_FORMAT if "retain" in sources else CLASSIFY_FORMAT if spec.traits.has_labels else FORMAT
     inputs = {"format": number, "files": files, "tokenizer": tokenizer, "data": section, "task": spec.task}
     return content_hash(inputs | {"seed": spec.train.seed} | _replay_inputs(spec))
@@ -229,7 +236,7 @@ def _replay_inputs(spec: JobSpec) -> dict[str, int]:
 
 
 @dataclass
-class _Refused:
+class _RejectedRows:
     """Rows that stop the run, collected over the splits so that all are reported at once."""
 
     bad: list[BadRow] = field(default_factory=list)
@@ -258,7 +265,7 @@ def _encode_all(
         ends: Ids at which the base stops as it is.
         parts: With `retain`, which may be empty.
     """
-    spec, refused, noticed = loaded.spec, _Refused(), Noticed()
+    spec, refused, noticed = loaded.spec, _RejectedRows(), RowNotices()
     caps = {"eval": spec.data.eval_rows, "test": spec.data.test_rows}
     encoder = Encoder(tokenizer, spec.task, spec.data, ends=ends, noticed=noticed)
     documents: dict[str, list[Document]] = {}
@@ -270,10 +277,11 @@ def _encode_all(
         documents["retain"] = []
         for task in RETENTION_TASKS:  # every row by the columns that it has, whatever the spec's task
             if rows := [example for example in retain if example.retention_task == task]:
+                # The checks for empty rows depend on the task that the row is read by.
                 read_so = spec.model_copy(update={"task": task})
                 encoder = Encoder(tokenizer, task, spec.data, ends=ends, noticed=noticed)
                 documents["retain"] += _fitting("retain", encoder, rows, read_so, left_out, refused)
-    noticed.tell(left_out)
+    noticed.report(left_out)
     refused.raise_any(loaded)
     for name, kept in documents.items():
         if not kept:
@@ -284,7 +292,7 @@ def _encode_all(
 
 
 def _fitting(
-    name: str, encoder: Encoder, examples: list[Example], spec: JobSpec, left_out: LeftOut, refused: _Refused
+    name: str, encoder: Encoder, examples: list[Example], spec: JobSpec, left_out: LeftOut, refused: _RejectedRows
 ) -> list[Document]:
     """Yield documents with something to train on; long rows are handled by `long_rows`."""
     limit = f"data.max_tokens = {spec.data.max_tokens}"
@@ -330,6 +338,7 @@ def _capped(name: str, examples: list[Example], cap: int | None, seed: int, left
     """Return a seeded choice of at most `cap` examples, in their order."""
     if cap is None or len(examples) <= cap:
         return examples
+    # Chosen at random: files are often sorted, and the first rows are not representative.
     chosen = set(generator(seed, CAPS).permutation(len(examples))[:cap].tolist())
     for index, example in enumerate(examples):
         if index not in chosen:
@@ -352,6 +361,7 @@ def _classes(documents: dict[str, list[Document]], spec: JobSpec, left_out: Left
         unknown = [document for document in documents[name] if str(document.example.label) not in classes]
         for document in unknown:
             left_out.add(name, f"malformed: its class {document.example.label!r} is not in train", document.example.place)
+        # A split must not become empty by skipping.
         if unknown and len(unknown) < len(documents[name]) and spec.data.skip_bad_rows:
             documents[name] = [document for document in documents[name] if str(document.example.label) in classes]
         else:
@@ -366,7 +376,7 @@ def _classes(documents: dict[str, list[Document]], spec: JobSpec, left_out: Left
             expected=listed(classes, ", "),
             remedy="correct the labels, add rows of every class to train, or drop these rows with data.skip_bad_rows: true",
         )
-    tell_missing({name: [document.example for document in kept] for name, kept in documents.items()}, left_out)
+    note_missing_classes({name: [document.example for document in kept] for name, kept in documents.items()}, left_out)
     return classes
 
 

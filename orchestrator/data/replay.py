@@ -30,6 +30,7 @@ def replayed_documents(lengths: np.ndarray, target_tokens: Iterable[int], share:
     for tokens in target_tokens:
         wanted += tokens * share / (1.0 - share)
         step: list[int] = []
+        # Taken if at least half of it is due: the error stays within half a document, without drifting.
         while taken + lengths[document] / 2 <= wanted:
             step.append(document)
             taken += int(lengths[document])

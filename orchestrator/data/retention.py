@@ -44,6 +44,8 @@ def apart(loaded: LoadedSpec, documents: Mapping[str, list[Document]], left_out:
         DataError: none is left.
 
     """
+    # Compared by tokens, since retention rows and others may spell the same text in different columns. The last split wins: test
+    # over train.
     keepers = {document.ids.tobytes(): name for name in ("train", "eval", "test") for document in documents[name]}
     kept: list[Document] = []
     for document in documents["retain"]:
@@ -68,6 +70,7 @@ def within_tokens(documents: list[Document], budget: int, seed: int) -> tuple[li
     chosen: set[int] = set()
     tokens = 0
     for index in generator(seed, RETENTION).permutation(len(documents)).tolist():
+        # At least one chunk, even if it exceeds the budget alone; later, shorter chunks may still fit.
         if not chosen or tokens + len(documents[index].ids) <= budget:
             chosen.add(index)
             tokens += len(documents[index].ids)

@@ -60,6 +60,7 @@ class TokenizedSet:
     @cached_property
     def num_supervised(self) -> np.ndarray:
         """int64[D]: supervised tokens of each document."""
+        # 32 bits halve the memory of the running sum, which is large for long sets.
         totals = np.zeros(self.num_tokens + 1, np.int32 if self.num_tokens < 2**31 else np.int64)
         np.cumsum(self.supervised, out=totals[1:])
         return (totals[self.offsets[1:]] - totals[self.offsets[:-1]]).astype(np.int64)
@@ -129,10 +130,12 @@ class TokenizedSet:
                     arrays["ids"],
                     arrays["supervised"],
                     arrays["offsets"],
+                    # Named arrays with allow_pickle=False: loading a file of a run must not execute code.
                     arrays["labels"],
                     arrays["rows"],
                     texts["prompts"],
                     texts["answers"],
+                    # Missing in sets of older versions.
                     tuple(texts.get("stop_ids", ())),
                 )
         except FileNotFoundError:
@@ -187,10 +190,11 @@ def shuffled(data: TokenizedSet, seed: int) -> TokenizedSet:
     """
     count = len(data)
     if count and (data.labels >= 0).all():
-        giver = _deranged(np.zeros(count, np.int64), np.zeros(count, np.int64), 0, seed)
+        # Classes have no length, so every exchange fits.
+        giver = _derangement(np.zeros(count, np.int64), np.zeros(count, np.int64), 0, seed)
         return replace(data, labels=data.labels[giver])
     starts = np.asarray([_answer_start(data, index) for index in range(count)], dtype=np.int64)
-    giver = _deranged(starts, data.lengths - starts, int(data.lengths.max(initial=0)), seed)
+    giver = _derangement(starts, data.lengths - starts, int(data.lengths.max(initial=0)), seed)
     documents: list[tuple[np.ndarray, np.ndarray]] = []
     for taker, other in enumerate(giver.tolist()):
         (ids, mask), (other_ids, other_mask) = data.document(taker), data.document(other)
@@ -212,7 +216,7 @@ def _answer_start(data: TokenizedSet, index: int) -> int:
     return int(np.argmax(supervised)) if supervised.any() else len(supervised)
 
 
-def _deranged(prompts: np.ndarray, answers: np.ndarray, limit: int, seed: int) -> np.ndarray:
+def _derangement(prompts: np.ndarray, answers: np.ndarray, limit: int, seed: int) -> np.ndarray:
     """Return int64[D]: whose answer each document gets, so that prompts[i] + answers[giver[i]] <= limit for every i.
 
     Two documents exchange their answers if both stay within the limit, so every intermediate state is valid, starting from the
@@ -224,6 +228,7 @@ def _deranged(prompts: np.ndarray, answers: np.ndarray, limit: int, seed: int) -
     random = generator(seed, SHUFFLED_ANSWERS)
 
     def allowed(index: int, partners: np.ndarray) -> np.ndarray:
+        # Both documents must fit after the exchange, and neither may get its own answer back.
         fits = (prompts[index] + answers[giver[partners]] <= limit) & (prompts[partners] + answers[giver[index]] <= limit)
         return fits & (giver[partners] != index) & (giver[index] != partners) & (partners != index)
 

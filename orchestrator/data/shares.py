@@ -22,6 +22,7 @@ def documents_of_share(data: TokenizedSet, share: float, seed: int) -> np.ndarra
     turn = np.zeros(len(data))
     for label in np.unique(data.labels):
         own = order[data.labels[order] == label]
+        # Interleaves the classes in proportion; without labels (all -1) this keeps the seeded order.
         turn[own] = np.arange(len(own)) / len(own)
     by_turns = order[np.argsort(turn[order], kind="stable")]
     return np.sort(by_turns[: share_documents(share, len(data))])

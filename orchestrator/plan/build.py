@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from orchestrator.anatomy import LayerSelection, ModelAnatomy, select
+from orchestrator.anatomy import LayerSelection, ModelAnatomy, check_modules, select
 from orchestrator.errors import BaseError, PlanError
 from orchestrator.plan import schedule
 from orchestrator.plan.cost import estimate as cost
@@ -32,7 +32,7 @@ from orchestrator.plan.memory.quantized import NF4_BLOCK
 from orchestrator.plan.placement import Machines, node_subsets
 from orchestrator.plan.remedies import product_anchor, remedies_of_train
 from orchestrator.plan.schedule import curve_shares
-from orchestrator.plan.search_space import Choice, located_at, planned_points, search_choices
+from orchestrator.plan.search_space import Choice, adapter_asked, located_at, planned_points, search_choices
 from orchestrator.plan.trunk import plan_trunk
 from orchestrator.plan.values import ClusterDescription, DataSize, FinetunePlan, RunPlan, SearchPlan, SweepPlan, TrialOption
 from orchestrator.spec import LoadedSpec, require_section
@@ -196,8 +196,18 @@ def _choices(loaded: LoadedSpec, anatomy: ModelAnatomy, data: DataSize, job: Lit
     asked = loaded.spec.finetune
     assert asked is not None, "the section was required"
     lora_rank = asked.lora_rank if asked.tune == "lora" else None
+    with located_at(loaded.where("finetune.modules")):
+        check_modules(anatomy, asked.modules)
     with located_at(loaded.where("finetune.layers")):
-        selection = select(anatomy, asked.layers, asked.tune, lora_rank, task=loaded.spec.task, num_classes=data.num_classes)
+        selection = select(
+            anatomy,
+            asked.layers,
+            asked.tune,
+            lora_rank,
+            adapter=adapter_asked(asked),
+            task=loaded.spec.task,
+            num_classes=data.num_classes,
+        )
     return [Choice(selection, (asked.learning_rate, asked.learning_rate), remedies_of_train(loaded.spec.train, asked.tune))]
 
 
@@ -280,11 +290,15 @@ def _most_fused(
     # blocks would have to be compiled again for every set of fused trials.
     if anatomy.dropout or spec.resources.compile == "on":
         return 1
-    alone = [footprint for choice, footprint in zip(choices, load.footprints, strict=True) if not choice.selection.trainable]
+    alone = [footprint for choice, footprint in zip(choices, load.footprints, strict=True) if _may_share(choice)]
     # Trials with different cuts cannot share a batch (`fuse_key`).
-    kinds = {(choice.selection.cut, choice.selection.trainable) for choice in choices}
+    kinds = {(choice.selection.cut, choice.selection.trainable) for choice in choices if not choice.selection.adapter.dropout}
     room = found.room(gangs.candidate.ranks, gangs.num_gangs)
     return most_fused(alone, gangs.candidate, load, room, spec.resources.max_fused, num_kinds=len(kinds))
+
+
+def _may_share(choice: Choice) -> bool:
+    return not choice.selection.trainable and not choice.selection.adapter.dropout
 
 
 def _with_costs(plan: RunPlan, anatomy: ModelAnatomy, found: Machines, spec: JobSpec, defaulted: str) -> RunPlan:

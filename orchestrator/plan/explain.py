@@ -13,6 +13,7 @@ from orchestrator.plan.placement import Machines, idle_gpus
 from orchestrator.plan.remedies import tunes_without_anchor
 from orchestrator.plan.schedule import accumulation, surviving_share, too_few_documents
 from orchestrator.plan.schedule import tokens_per_step as planned_tokens_per_step
+from orchestrator.plan.search_space import searched_adapters
 from orchestrator.plan.values import ClusterDescription, FinetunePlan, RunPlan, SearchPlan, SweepPlan, TrialOption
 from orchestrator.spec.models import AnchorSpec, JobSpec
 from orchestrator.units import format_bytes, format_count
@@ -117,7 +118,8 @@ def _notes(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDescri
     if found.device == "cuda" and len({node.gpu_memory_bytes for node in found.nodes}) > 1:
         notes.append("nodes have different GPUs: every rank is planned for the GPU with the least memory")
     if isinstance(plan, SweepPlan) and spec.search is not None and spec.search.algorithm != "fixed":
-        points = len(spec.search.layers) * sum(len(spec.search.lora_rank) if t == "lora" else 1 for t in spec.search.tune)
+        adapters = len(searched_adapters(spec.search))
+        points = len(spec.search.layers) * sum(adapters if tune == "lora" else 1 for tune in spec.search.tune)
         if points > len(plan.search.options):
             notes.append(f"{points} combinations give {len(plan.search.options)} different selections")
     if plan.execution.offload != "none":

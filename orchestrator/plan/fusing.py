@@ -68,10 +68,10 @@ FuseKey = tuple[object, ...]
 def fuse_key(assignment: Work, planned: ExecutionPlan, anatomy: ModelAnatomy) -> FuseKey | None:
     """Return what must be equal for assignments to share a batch; None for an assignment that must run alone.
 
-    These run alone: controls; trials that train anything besides adapters of the blocks (a shared head takes the positions of
-    one trial at a time, and has no adapters of its own); evaluations and measurements; gangs of DeepSpeed; metrics that need
-    generated text; bases with dropout (masks would be drawn for all trials at once); and a trial that was reduced to less memory
-    than planned.
+    These run alone: controls; trials that train anything besides adapters of the blocks (a shared head takes the positions of one
+    trial at a time, and has no adapters of its own); evaluations and measurements; gangs of DeepSpeed; metrics that need
+    generated text; dropout in the base or in the adapters (masks would be drawn for all trials at once); and a trial that was
+    reduced to less memory than planned.
 
     Args:
         assignment: What a gang is asked to do.
@@ -86,7 +86,7 @@ def fuse_key(assignment: Work, planned: ExecutionPlan, anatomy: ModelAnatomy) ->
         return None
     # `execution != planned`: a trial that ran out of memory before keeps its smaller micro-batch, and must not lose it in a
     # batch.
-    if anatomy.dropout or execution.executor != "torch" or execution != planned:
+    if anatomy.dropout or selection.adapter.dropout or execution.executor != "torch" or execution != planned:
         return None
     if assignment.metric not in TEACHER_FORCED:
         return None

@@ -1,18 +1,20 @@
-"""The search's discrete choices: layers x tuning method x LoRA rank, each with its selection and its range of learning rates."""
+"""The search's discrete choices: layers x tuning method x adapters, each with its selection and its range of learning rates."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from orchestrator.anatomy import LayerSelection, ModelAnatomy, select
+from orchestrator.anatomy import LayerSelection, ModelAnatomy, check_modules, select
 from orchestrator.errors import SelectionError
 from orchestrator.plan.remedies import effective, remedies_of_point, searched_remedies
 from orchestrator.plan.values import PlannedPoint, SearchPlan
 from orchestrator.spec import LoadedSpec, learning_rate_range
-from orchestrator.spec.models import JobSpec, SearchSpec, Task, TrainSpec, Tune
+from orchestrator.spec.adapters import PLAIN_LORA, AdapterName, AdapterOptions, Modules
+from orchestrator.spec.models import FinetuneSpec, JobSpec, SearchPoint, SearchSpec, Task, TrainSpec, Tune
 from orchestrator.spec.tasks import TASKS
 from orchestrator.work.remedies import NOTHING, Remedies
 
@@ -41,6 +43,7 @@ class _Asked(NamedTuple):
     layers: str
     tune: Tune
     lora_rank: int | None
+    adapter: AdapterOptions
     remedies: Remedies
     rate: float | None = None
 
@@ -75,6 +78,9 @@ def search_choices(loaded: LoadedSpec, anatomy: ModelAnatomy, num_classes: int) 
     spec = loaded.spec
     assert spec.search is not None, "the sweep needs `search`"
     found: dict[_Key, Choice] = {}
+    for place, modules in _modules(spec.search):
+        with located_at(loaded.where(place)):
+            check_modules(anatomy, modules)
     for asked in _asked(spec.search, spec.train):
         with located_at(loaded.where(asked.place)):
             selection = _selection(asked, anatomy, spec.task, num_classes)
@@ -108,18 +114,51 @@ def _asked(search: SearchSpec, train: TrainSpec) -> Iterator[_Asked]:
         for number, point in enumerate(search.points):
             lora_rank = (point.lora_rank or DEFAULT_LORA_RANK) if point.tune == "lora" else None
             remedies = remedies_of_point(point, train)
-            yield _Asked(f"search.points[{number}].layers", point.layers, point.tune, lora_rank, remedies, point.learning_rate)
+            place, adapter = f"search.points[{number}].layers", adapter_asked(point)
+            yield _Asked(place, point.layers, point.tune, lora_rank, adapter, remedies, point.learning_rate)
         return
     for number, layers in enumerate(search.layers):
         for tune in search.tune:
-            for lora_rank in search.lora_rank if tune == "lora" else (None,):
+            for lora_rank, adapter in searched_adapters(search) if tune == "lora" else ((None, PLAIN_LORA),):
                 for remedies in searched_remedies(search, train, tune):
-                    yield _Asked(f"search.layers[{number}]", layers, tune, lora_rank, remedies)
+                    yield _Asked(f"search.layers[{number}]", layers, tune, lora_rank, adapter, remedies)
+
+
+def searched_adapters(search: SearchSpec) -> list[tuple[int, AdapterOptions]]:
+    """Return every combination of rank and options of adapters that the search tries."""
+    alphas = search.lora_alpha or (None,)
+    combined = itertools.product(search.lora_rank, search.adapter, alphas, search.lora_dropout, search.modules)
+    return [(rank, _options(rank, kind, alpha, dropout, modules)) for rank, kind, alpha, dropout, modules in combined]
+
+
+def adapter_asked(section: SearchPoint | FinetuneSpec) -> AdapterOptions:
+    """Return the adapters of one trial that the spec describes itself."""
+    if section.tune != "lora":
+        return PLAIN_LORA
+    rank = section.lora_rank or DEFAULT_LORA_RANK
+    return _options(rank, section.adapter, section.lora_alpha, section.lora_dropout, section.modules)
+
+
+def _options(rank: int, kind: AdapterName, alpha: int | None, dropout: float, modules: Modules) -> AdapterOptions:
+    """Return the options; an alpha of twice the rank is the default, so that equal trials are one choice."""
+    return AdapterOptions(kind=kind, alpha=None if alpha == 2 * rank else alpha, dropout=dropout, modules=modules)
+
+
+def _modules(search: SearchSpec) -> Iterator[tuple[str, Modules]]:
+    """Yield every choice of modules with its place in the spec."""
+    if search.algorithm == "fixed":
+        for number, point in enumerate(search.points):
+            yield f"search.points[{number}].modules", point.modules
+        return
+    for number, modules in enumerate(search.modules):
+        yield f"search.modules[{number}]", modules
 
 
 def _selection(asked: _Asked, anatomy: ModelAnatomy, task: Task, num_classes: int) -> LayerSelection:
     """Return what is trained. LoRA with nothing to adapt (a new classifier alone) becomes `full`."""
-    selection = select(anatomy, asked.layers, asked.tune, asked.lora_rank, task=task, num_classes=num_classes)
+    selection = select(
+        anatomy, asked.layers, asked.tune, asked.lora_rank, adapter=asked.adapter, task=task, num_classes=num_classes
+    )
     if asked.tune == "lora" and not selection.adapted:
         # A new classifier is trained whole under `lora` too, so without adapters the two tuning methods are the same trial.
         return select(anatomy, asked.layers, "full", None, task=task, num_classes=num_classes)
@@ -128,8 +167,10 @@ def _selection(asked: _Asked, anatomy: ModelAnatomy, task: Task, num_classes: in
 
 def _key(selection: LayerSelection, remedies: Remedies) -> _Key:
     """Return a key that is equal for equivalent choices."""
-    lora_rank = selection.lora_rank if selection.adapted else None
-    return selection.pending, selection.trainable, selection.adapted, lora_rank, remedies
+    # The names of modules that were asked for do not matter where others choose the same layers.
+    options = selection.adapter.model_copy(update={"modules": "all"})
+    adapters = (selection.lora_rank, options) if selection.adapted else None
+    return selection.pending, selection.trainable, selection.adapted, adapters, remedies
 
 
 def _rates(search: SearchSpec, task: Task, selection: LayerSelection) -> tuple[float, float]:

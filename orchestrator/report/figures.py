@@ -116,8 +116,10 @@ class PlannedBar:
 
 def draw(name: str, size: tuple[float, float], paint: Callable[[Figure], None], description: str) -> str:
     """Return an `<svg>` of `size` inches; `name` makes its ids unique on the page."""
+    # A fixed salt gives the same ids every time, so that equal runs give equal reports.
     with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=size, layout="constrained")
+        # Not pyplot: it keeps global state, and would look for a display.
         FigureCanvasSVG(figure)
         paint(figure)
         written = io.StringIO()
@@ -125,6 +127,7 @@ def draw(name: str, size: tuple[float, float], paint: Callable[[Figure], None], 
     svg = written.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    # matplotlib gives an id to every element; unused ones make up much of the file and could clash on the page.
     referred = set(re.findall(r"#([\w.-]+)", svg))
     svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in referred else "", svg)
     svg = _coloured_by_page(svg)
@@ -150,6 +153,7 @@ def curves(panels: Sequence[tuple[str, str, Sequence[Curve]]]) -> str:
             axis.set_xlabel("training tokens")
             axis.set_ylabel(label)
             axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
+            # Emphasised lines last, so that they are drawn on top.
             for line in sorted(lines, key=lambda line: bool(line.emphasis)):
                 _curve(axis, line)
             values = [value for line in lines for value in line.values]
@@ -186,6 +190,7 @@ def _frame(axis: Axes, values: Sequence[float], kept: Sequence[float] = ()) -> N
     if not ordered:
         return
     low = min(ordered[0], *kept) if kept else ordered[0]
+    # The top 3% are cut off: one diverged trial would squeeze all others into a line.
     high = max([ordered[min(len(ordered) - 1, int(0.97 * len(ordered)))], *kept])
     if high > low:
         axis.set_ylim(low - 0.05 * (high - low), high + 0.08 * (high - low))
@@ -210,6 +215,7 @@ def front(points: Sequence[TradeOff], bound: float, metric: str, higher_is_bette
     def paint(figure: Figure) -> None:
         axis = figure.subplots()
         if math.isfinite(bound):
+            # Far beyond the frame: the x limits are set below.
             axis.axvspan(bound, bound + 1e6, color=GREY, alpha=0.15, linewidth=0)
             axis.axvline(bound, color=INK, linestyle="--", linewidth=1.2, label=f"bound {bound:g}")
         for kind, look in KIND_LOOK.items():
@@ -227,6 +233,7 @@ def front(points: Sequence[TradeOff], bound: float, metric: str, higher_is_bette
         promoted = [point for point in points if point.promoted]
         _scatter(axis, promoted, label="promoted", s=190, facecolor="none", edgecolor=RED, linewidth=2)
         forgettings = sorted(point.forgetting for point in points)
+        # Likewise for forgetting: the worst 5% may leave the frame.
         bulk = forgettings[: max(1, math.ceil(0.95 * len(forgettings)))]
         low, high = min(0.0, forgettings[0]), max([bulk[-1], *finite([bound])])
         pad = 0.06 * ((high - low) or 1.0)
@@ -263,6 +270,7 @@ def memory(bars: Sequence[PlannedBar], scale: float, unit: str) -> str:
             x, y = zip(*measured, strict=True)
             axis.scatter(x, y, marker="D", s=44, color=INK, edgecolor=PAPER, zorder=3, label="measured peak")
         axis.set_yticks(range(len(bars)), [bar.label for bar in bars])
+        # Reversed, so that the first bar is on top.
         axis.set_ylim(len(bars) - 0.5, -0.5)
         axis.set_xlabel(f"{unit} per rank")
         axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))

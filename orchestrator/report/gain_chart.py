@@ -28,6 +28,7 @@ def gains(comparisons: Sequence[ComparisonRecord]) -> str:
         whole, close = figure.subplots(1, 2, sharey=True, width_ratios=[1.0, 1.0])
         _panel(whole, comparisons, f"gain in {unit}; right of zero is better")
         _panel(close, comparisons, f"the small ones, {max(reach) / max(small):.0f} times larger")
+        # Room for the end caps of the longest small interval.
         limit = 1.3 * max(small)
         low = min(0.0, *(comparison.low for comparison in comparisons if abs(comparison.low) <= limit))
         close.set_xlim(min(1.15 * low, -0.12 * limit), limit)

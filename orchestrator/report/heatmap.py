@@ -38,6 +38,7 @@ def heatmap(budgets: Panels, metric: str, higher_is_better: bool) -> str:
             label = f"{metric} after {panels[0].step} steps\n({'higher' if higher_is_better else 'lower'} is better)"
             bar = figure.colorbar(ScalarMappable(norm, colours), ax=list(line), label=label, pad=0.02)
             if bar.solids is not None:
+                # matplotlib would embed the colour bar as a bitmap; with edges there are no gaps between its steps.
                 bar.solids.set(rasterized=False, edgecolor="face")
         for axis in axes[-1]:
             axis.set_xlabel("learning rate")
@@ -52,6 +53,7 @@ def _scale(panels: Sequence[RateMatrix], higher_is_better: bool) -> Normalize:
     shown = finite([value for panel in panels for row in panel.values for value in row]) or [0.0]
     best, worst = (max(shown), min(shown)) if higher_is_better else (min(shown), max(shown))
     middle = sorted(shown)[len(shown) // 2]
+    # Capped at three times the distance to the median, so that one bad trial does not use up the colours.
     reach = min(abs(worst - best), 3 * abs(middle - best) or abs(worst - best)) or FLOOR
     low, high = sorted((best, best - reach if higher_is_better else best + reach))
     return Normalize(low, high, clip=True)

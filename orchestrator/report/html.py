@@ -44,6 +44,7 @@ def table(
         marked: Indices of the rows that stand out.
     """
     rows = list(rows)
+    # A column that no row fills says nothing.
     kept = [index for index in range(len(headers)) if not rows or any(str(row[index]) not in EMPTY for row in rows)]
     right = {place for place, index in enumerate(kept) if index in set(numeric)}
     headers, rows = [headers[index] for index in kept], [[row[index] for index in kept] for row in rows]
@@ -57,6 +58,7 @@ def table(
         for number, row in enumerate(rows)
     )
     filled = tag("table", tag("thead", tag("tr", head)), tag("tbody", body))
+    # Empty class attributes would only make a large table larger.
     return _scrolling(Html(filled.replace(' class=""', "")))
 
 

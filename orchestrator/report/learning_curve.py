@@ -28,7 +28,7 @@ def more_data(sweep: SweepResult) -> Html:
     caption = (
         f"The promoted trial ({found.trial_id}) once more on {trained} of the {found.counts[-1]} training documents, for as many "
         f"epochs and so for fewer steps; and the power law fitted to the losses on the eval set, {_law(found)}. More data also "
-        "means more steps: more epochs may bring a part of the gain. The interval of the gain accounts for the size of the eval "
+        "means more steps: more epochs may bring part of the gain. The interval of the gain accounts for the size of the eval "
         "set and for the distance of the points from the law, and not for an error of the law beyond the measured range."
     )
     rows = [

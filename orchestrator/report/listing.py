@@ -48,7 +48,7 @@ class RunLine(Value):
     num_bytes: int = 0
     """Size on disk; a file with several hard links counts once."""
     problem: str = ""
-    """What could not be read; empty where everything could."""
+    """Description of what could not be read; empty if everything could."""
 
 
 def list_runs(folder: Path) -> list[RunLine]:
@@ -163,6 +163,7 @@ def _spec_differences(records: Sequence[RunRecords]) -> list[tuple[str, tuple[st
     values = [record.identity.get("values", {}) for record in records]
     lines = [describe_difference(one, other) for one, other in pairwise([*values, values[0]])]
     keys = dict.fromkeys(line.partition(": ")[0] for found in lines for line in found if not line.startswith("name:"))
+    # A parent key is left out if one of its children is listed.
     parts = [key for key in keys if not any(other.startswith(f"{key}.") for other in keys)]
     return [(key, tuple(_value_at(value, key) for value in values)) for key in parts]
 
@@ -246,6 +247,7 @@ def _paired(folders: Sequence[Path], names: Sequence[str]) -> list[str]:
     said: list[str] = []
     for name, other in zip(names[1:], losses[1:], strict=True):
         first = losses[0]
+        # The weights are the token counts: equal ones show that the documents are the same and in the same order.
         if first is None or other is None or not np.array_equal(first[1], other[1]):
             continue
         found = paired_comparison(first[0], other[0], first[1])

@@ -70,6 +70,7 @@ def reloading(every_s: float) -> Html:
     """Return the head elements of a page that is rewritten every few seconds."""
     seconds = f"{every_s:g}"
     script = html.tag("script", Html(RELOAD.replace("SECONDS", seconds)))
+    # Fallback for browsers without JavaScript, which loses the reader's place.
     meta = Html(f'<meta http-equiv="refresh" content="{max(1, round(every_s))}">')
     return html.join([script, html.tag("noscript", meta)])
 

@@ -78,6 +78,7 @@ def _matrix(tune: str, step: int, rows: tuple[str, ...], trials: list[TrialRecor
 def _at(trial: TrialRecord, step: int) -> float | None:
     """Return the trial's metric at this step; NaN if it failed before."""
     metric = next((rung.metric for rung in trial.rungs if rung.step == step), None)
+    # Failed before this step: shown as failed rather than as not tried.
     return math.nan if metric is None and trial.state == "failed" else metric
 
 
@@ -100,4 +101,5 @@ def _columns(rates: list[float]) -> tuple[tuple[str, ...], tuple[str, ...], dict
     edges = [10 ** (low + index * step) for index in range(MAX_COLUMNS + 1)]
     names = tuple(f"{math.sqrt(left * right):.1e}" for left, right in pairwise(edges))
     ranges = tuple(f"{left:.1e} to {right:.1e}" for left, right in pairwise(edges))
+    # The highest rate lies on the upper edge of the last column.
     return names, ranges, {rate: min(int((math.log10(rate) - low) / step), MAX_COLUMNS - 1) for rate in distinct}

@@ -40,10 +40,10 @@ def memory_table(sweep: SweepResult) -> Html:
         ]
         for row in rows
     ]
-    headers = ["choice", "trials", "micro-batch", "planned a rank", "measured, most", "by rank", "measured / planned"]
+    headers = ["choice", "trials", "micro-batch", "planned per rank", "measured, most", "by rank", "measured / planned"]
     table = html.table(headers, cells, numeric=(1, 3, 4, 6))
     said = ON_A_GPU if any(row.device == "cuda" for row in rows) else ON_A_CPU
-    return html.join([html.tag("h3", "Memory of a rank"), table, html.paragraph(said)])
+    return html.join([html.tag("h3", "Memory per rank"), table, html.paragraph(said)])
 
 
 def _micro_batch(row: MemoryRow) -> str:
@@ -52,7 +52,7 @@ def _micro_batch(row: MemoryRow) -> str:
     if not row.num_out_of_memory:
         return now
     if row.num_failed_for_memory == row.num_trials:
-        return "out of memory; no smaller way was left"
+        return "out of memory; could not be reduced further"
     went_on = f"out of memory; retried with {now}"
     return f"{went_on} ({row.num_failed_for_memory} failed)" if row.num_failed_for_memory else went_on
 

@@ -15,11 +15,11 @@ from orchestrator.units import format_bytes, format_count, format_flops, format_
 from orchestrator.work.execution import ExecutionPlan
 
 WIDTH = 100
-UNKNOWN = "unknown: the GPU is not in the table of rates"
+UNKNOWN = "unknown: the GPU's peak rate is not in the table"
 
 
 def plan_view(plan: RunPlan, *, explain: bool = False) -> RenderableType:
-    """What is trained, memory term by term, how it is run, what was rejected, what it costs.
+    """Return the plan's screen: choices, memory by term, execution, cost, rejected alternatives.
 
     Args:
         explain: With the derivations: memory of every choice, operations of a token, cost, disk, placement.
@@ -32,7 +32,7 @@ def plan_view(plan: RunPlan, *, explain: bool = False) -> RenderableType:
             style="bold",
         ),
         Text(
-            f"{plan.data.train_documents:,} documents, {plan.data.train_tokens:,} tokens an epoch{estimated}; "
+            f"{plan.data.train_documents:,} documents, {plan.data.train_tokens:,} tokens per epoch{estimated}; "
             f"{plan.total_steps:,} steps in all{_of_tokens(plan)}"
         ),
         Text(),
@@ -44,11 +44,11 @@ def plan_view(plan: RunPlan, *, explain: bool = False) -> RenderableType:
     elif options:
         largest = max(options, key=lambda option: option.memory.total_bytes)
         parts += [_memory_table(f"Memory of one rank, largest choice ({_option_name(largest)})", largest.memory), Text()]
-    parts += [_execution_table(plan), Text(), _grid("What it takes", _costs(plan)), Text()]
+    parts += [_execution_table(plan), Text(), _grid("Time and disk", _costs(plan)), Text()]
     if explain:
         parts += _derivations(plan)
     if plan.rejected:
-        parts += [_grid("Cheaper ways, rejected", [(way.way, way.reason) for way in plan.rejected]), Text()]
+        parts += [_grid("Cheaper options, rejected", [(way.way, way.reason) for way in plan.rejected]), Text()]
     said = [("warning", plan.warnings), ("because", plan.reasons), ("note", plan.notes)]
     return Group(*parts, _grid("", [(name, line) for name, lines in said for line in lines]))
 
@@ -67,7 +67,7 @@ def _option_name(option: TrialOption) -> str:
 
 
 def _options_table(plan: RunPlan, options: Sequence[TrialOption]) -> Table:
-    table = Table(title="What is tried", title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table = Table(title="Choices", title_justify="left", title_style="bold", box=None, pad_edge=False)
     table.add_column("layers", max_width=24)
     table.add_column("tune", no_wrap=True)
     table.add_column("learning rate", no_wrap=True)
@@ -106,15 +106,15 @@ def _execution_table(plan: RunPlan) -> Table:
     rows = [("worker groups (gangs)", f"{plan.num_gangs} of {plural(plan.execution.ranks, 'rank')} each")]
     if plan.placement is not None:
         rows += [("placement" if index == 0 else "", line) for index, line in enumerate(plan.placement.sentences)]
-    rows.append(("a trial runs by", _execution(plan.execution)))
-    rows.append(("the refit runs by", _execution(plan.refit_execution)))
+    rows.append(("trials run on", _execution(plan.execution)))
+    rows.append(("the refit runs on", _execution(plan.refit_execution)))
     if isinstance(plan, SweepPlan):
         search = plan.search
         rungs = ", ".join(map(str, search.rung_steps))
         rows.append(
             ("search", f"{search.num_trials} trials by {search.algorithm}, {search.scheduler}; compared at steps {rungs}")
         )
-    return _grid("How it is run", rows)
+    return _grid("Execution", rows)
 
 
 def _execution(execution: ExecutionPlan) -> str:
@@ -145,8 +145,8 @@ def _costs(plan: RunPlan) -> list[tuple[str, str]]:
         rows.append(("arithmetic", f"{format_seconds(3600 * cost.wall_hours)} with every worker group busy at the assumed rate"))
     if cost.price is not None and cost.price_without_stopping is not None:
         whole = f"; {cost.price_without_stopping:,.2f} without early stopping" if _stops(plan) else ""
-        rows.append(("price", f"{cost.price:,.2f} at {cost.price_per_gpu_hour:g} a GPU-hour{whole}"))
-    disk = f"{format_bytes(cost.disk_bytes)}, of it the bundle {format_bytes(cost.bundle_bytes)}"
+        rows.append(("price", f"{cost.price:,.2f} at {cost.price_per_gpu_hour:g} per GPU-hour{whole}"))
+    disk = f"{format_bytes(cost.disk_bytes)}, including the bundle at {format_bytes(cost.bundle_bytes)}"
     rows.append(("disk", f"{disk}; a checkpoint of the largest choice {format_bytes(cost.checkpoint_bytes)}"))
     return rows
 

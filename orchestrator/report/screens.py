@@ -64,7 +64,12 @@ def _following(sweep: SweepResult, transfer: TransferReport) -> list[str]:
 def _entry(name: str, written: str) -> list[str]:
     """Return `name` in its own column, with the text wrapped beside it. A path is never broken."""
     wrapped = textwrap.wrap(
-        " ".join(written.split("\n")), WIDTH - INDENT, break_long_words=False, break_on_hyphens=False, replace_whitespace=False
+        # Long words stay whole, since a broken path cannot be copied.
+        " ".join(written.split("\n")),
+        WIDTH - INDENT,
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
     )
     return [f"{name if index == 0 else '':<{INDENT}}{line}" for index, line in enumerate(wrapped or [""])]
 
@@ -97,8 +102,8 @@ def _verified(transfer: TransferReport) -> str:
     if check is None:
         return "not verified"
     if check.passed:
-        return f"verified: KL {check.kl_bundle:.1e} a token against the trained model"
-    return f"VERIFICATION FAILED: KL {check.kl_bundle:.1e} a token against the trained model, at most {check.limit:.1e} allowed"
+        return f"verified: KL {check.kl_bundle:.1e} per token against the trained model"
+    return f"VERIFICATION FAILED: KL {check.kl_bundle:.1e} per token against the trained model, at most {check.limit:.1e} allowed"
 
 
 def _answers(pair: PromptComparison) -> list[str]:

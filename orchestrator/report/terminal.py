@@ -149,6 +149,7 @@ class JsonView:
         self._last_progress = time.monotonic()
 
     def _say(self, kind: str, **fields: object) -> None:
+        # Strict JSON: NaN, which JSON does not know, becomes null.
         said = strict_json({"kind": kind, "at": round(time.time(), 3), **fields})
         line = json.dumps(said, default=str, ensure_ascii=False, allow_nan=False)
         print(printable_json(line), file=self._stream, flush=True)
@@ -182,6 +183,7 @@ class SweepView:
         self._console = console or SafeConsole(stderr=True)
         self._board = Board()
         self._events: list[str] = []
+        # Rendered on rich's own timer, so that the clock advances between events.
         self._live = Live(console=self._console, get_renderable=self.render, refresh_per_second=4, transient=True)
 
     def start(self, *, name: str, metric: str, higher_is_better: bool, max_forgetting: float, num_trials: int) -> None:
@@ -256,6 +258,7 @@ class SweepView:
             what = f"{trial.label}  {trial.reason}" if trial.state == "failed" else trial.label
             number = "" if trial.control else str(trial.number)
             now = self._activity_of(trial) if trial.state == "running" else None
+            # Started but on no gang at the moment: between two rungs, or paused by the scheduler.
             state = "waiting" if trial.state == "running" and board.now is not None and now is None else trial.state
             step = f"{max(last.step if last else 0, now.step if now else 0)}/{trial.total_steps}"
             step = MISSING if trial.control == "none" else step

@@ -74,6 +74,7 @@ def submissions_of(run: RunRecords) -> tuple[Submission, ...]:
     if not results:
         return ()
     known = [time for time in run.submissions if time <= results[0].started_at]
+    # Runs of older versions record no submissions: their first result then stands for the start.
     begun = [*(known or [results[0].started_at]), *(time for time in run.submissions if time > results[0].started_at)]
     ends = [*begun[1:], float("inf")]
     parts = [
@@ -152,6 +153,7 @@ def _between(before: Span, after: Span, deaths: Sequence[float]) -> Iterator[Spa
         yield Span(before.gang, "lost", before.end, died)
         if after.kind == "starting":
             yield Span(before.gang, "starting", died, after.start)
+    # A gap before a start without a recorded failure is unknown: nothing is drawn.
     elif after.kind != "starting":
         yield Span(before.gang, "idle", before.end, after.start)
 
@@ -198,6 +200,7 @@ def shares_sentence(submissions: Sequence[Submission]) -> str:
     first = ("training", "scoring", "idle")
     order: list[Kind] = [*first, *(kind for kind in NAMES if kind in by_kind and kind not in first)]
     said = [f"{by_kind.get(kind, 0.0) / total:.0%} {NAMES[kind]}" for kind in order]
+    # "80% was training, 10% scoring": only the first share has a verb.
     said[0] = said[0].replace("% ", "% was ", 1)
     over = f" over {plural(len(submissions), 'submission')}" if len(submissions) > 1 else ""
     return f"Of {whose} {format_seconds(total)}{over}, {', '.join(said[:-1])} and {said[-1]}."

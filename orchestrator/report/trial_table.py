@@ -53,7 +53,7 @@ def _row(run: RunRecords, trial: TrialRecord, sweep: SweepResult) -> list[object
     if sweep.metric != "loss":
         row.append(number(trial.judged.eval_loss) if trial.judged else MISSING)
     time = format_seconds(trial.seconds) if trial.seconds else MISSING
-    return [*row, signed(trial.forgetting), time, why_here(trial, sweep)]
+    return [*row, signed(trial.forgetting), time, rank_reason(trial, sweep)]
 
 
 def steps_text(trial: TrialRecord, reached: int) -> str:
@@ -75,7 +75,7 @@ def evaluated_early(trial: TrialRecord) -> bool:
     return trial.control != "none" and trial.judged is not None and trial.judged.step < trial.total_steps
 
 
-def why_here(trial: TrialRecord, sweep: SweepResult) -> str:
+def rank_reason(trial: TrialRecord, sweep: SweepResult) -> str:
     """Return why a trial has its rank, especially if a trial with a worse figure ranks higher."""
     said: list[str] = []
     judged, last = trial.judged, trial.last
@@ -86,7 +86,7 @@ def why_here(trial: TrialRecord, sweep: SweepResult) -> str:
     if (trial.forgetting or 0.0) > sweep.max_forgetting:
         said.append(f"forgets more than the bound of {sweep.max_forgetting:g}{_penalised(trial, sweep)}")
     elif trial.control is None and _better_than_winner(trial, sweep):
-        said.append("better scored than the promoted trial, and not shown to be better than the base model")
+        said.append("scored better than the promoted trial, but not shown to be better than the base model")
     if judged is not None and last is not None and judged is not last:
         said.append(f"compared by step {judged.step}, its best; it was trained to step {last.step}")
     if trial.state == "stopped":

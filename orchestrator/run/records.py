@@ -34,6 +34,7 @@ def trial_record(entry: TrialEntry, scoring: Scoring, base: RungResult | None) -
         layers=trial.layers,
         tune=trial.tune,
         lora_rank=trial.lora_rank,
+        adapter=trial.adapter,
         learning_rate=trial.learning_rate,
         remedies=str(trial.remedies),
         seed=trial.seed,

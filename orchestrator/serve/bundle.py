@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from orchestrator.data import TokenizedSet, load_tokenizer, padding
 from orchestrator.errors import VerificationError
 from orchestrator.plan.merge import LinkShard, MergedInto, MergePlan, make_merge_plan
-from orchestrator.serve.bundle_inputs import BundleInputs, shown_base
+from orchestrator.serve.bundle_inputs import BundleInputs, base_label
 from orchestrator.serve.card import NEEDS_SERVING, model_card
 from orchestrator.serve.merging import MergeRecord, merge
 from orchestrator.serve.shards import link_or_copy
@@ -125,6 +125,7 @@ def stage_bundle(inputs: BundleInputs, final: Path) -> StagedBundle:
         held_dtype=inputs.held_dtype,
     )
     folder = final.with_name(f"{final.name}.partial")
+    # Left by an attempt that was killed, or whose verification failed.
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
@@ -134,8 +135,8 @@ def stage_bundle(inputs: BundleInputs, final: Path) -> StagedBundle:
     traits = inputs.base.traits
     _copy_side_files(base, folder, generates=traits.head.supervises == "tokens")
     if traits.head.supervises == "tokens":
-        _write_ends(base, folder, TokenizedSet.load(inputs.eval_set).stop_ids)
-    _put_artifact(Path(inputs.artifact), folder, base)
+        _write_generation_config(base, folder, TokenizedSet.load(inputs.eval_set).stop_ids)
+    _add_artifact(Path(inputs.artifact), folder, base)
     return StagedBundle(folder, final, plan, merged)
 
 
@@ -143,12 +144,14 @@ def bundle_config(config: dict[str, Any], plan: MergePlan) -> dict[str, Any]:
     """Return the base's config.json with the changes that the merged model needs."""
     config = dict(config)
     if plan.unties_head:
+        # The trained head differs from the embeddings, so transformers must not tie them again on loading.
         config["tie_word_embeddings"] = False
     if TASKS[plan.task].head.is_new:
         config["architectures"] = [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[config["model_type"]]]
         config["id2label"] = {str(number): name for number, name in enumerate(plan.class_names)}
         config["label2id"] = {name: number for number, name in enumerate(plan.class_names)}
         config["problem_type"] = "single_label_classification"
+        # Sequence classification finds a row's last token by the padding id, and fails for batches without one.
         if config.get("pad_token_id") is None:
             eos = config.get("eos_token_id")
             config["pad_token_id"] = eos if isinstance(eos, int) else 0
@@ -182,6 +185,7 @@ def commit_bundle(staged: StagedBundle, inputs: BundleInputs, transfer: Transfer
     about = _record(staged, inputs, transfer)
     (staged.folder / CARD).write_text(model_card(inputs, transfer, about.versions), encoding="utf-8")
     write_json(staged.folder / SPEC, _without_folders(inputs.spec))
+    # The weights were hashed while they were written; reading tens of gigabytes again would double the time.
     hashes = staged.merged.hashes
     with commit_folder(staged.final, known_sha256=hashes, about=about.model_dump(mode="json")) as folder:
         for path in list(staged.folder.iterdir()):
@@ -206,16 +210,18 @@ def base_weights_sha256(anatomy_files: set[str], folder: Path, known: dict[str, 
 def _record(staged: StagedBundle, inputs: BundleInputs, transfer: TransferReport) -> BundleRecord:
     assert transfer.verification is not None
     base, plan = Path(inputs.base.folder), staged.plan
+    # A linked shard is the base's own file, so its hash is known already.
     known = {s.base_file: staged.merged.hashes[s.file] for s in plan.shards if isinstance(s, LinkShard)}
     return BundleRecord(
         name=inputs.name,
         created_at=time.time(),
         base=BaseRecord(
-            name=shown_base(inputs.base_name),
+            name=base_label(inputs.base_name),
             path=os.path.relpath(base, staged.final),
             revision=inputs.base.revision,
             config_sha256=inputs.anatomy.config_sha256,
             weights_sha256=base_weights_sha256({t.file for t in inputs.anatomy.tensors.values()}, base, known),
+            # The bundle may be published; `path` locates the base relative to it.
             load=inputs.base.model_copy(update={"folder": ""}),
         ),
         trial=inputs.trial,
@@ -246,6 +252,7 @@ def _without_folders(value: Any) -> Any:
 def _copy_side_files(base: Path, folder: Path, *, generates: bool) -> None:
     for pattern in SIDE_FILES:
         for source in sorted(base.glob(pattern)):
+            # A classifier generates nothing, and the file would name settings that do not apply.
             if not generates and source.name == GENERATION:
                 continue
             target = folder / source.relative_to(base)
@@ -253,7 +260,7 @@ def _copy_side_files(base: Path, folder: Path, *, generates: bool) -> None:
             target.write_bytes(source.read_bytes())
 
 
-def _write_ends(base: Path, folder: Path, stops: Sequence[int]) -> None:
+def _write_generation_config(base: Path, folder: Path, stops: Sequence[int]) -> None:
     """Write generation_config.json with the tokens that end an answer, so that generation stops there.
 
     The base's file is kept if it already names them. `_from_model_config` is dropped, since transformers ignores a file that
@@ -266,13 +273,14 @@ def _write_ends(base: Path, folder: Path, stops: Sequence[int]) -> None:
         return
     config = json.loads((base / "config.json").read_bytes())
     inherited = {key: config[key] for key in ("bos_token_id", "pad_token_id") if config.get(key) is not None}
+    # The base's own generation settings take precedence over those inherited from its config.
     written = inherited | {key: value for key, value in (known or {}).items() if key != "_from_model_config"}
     if written.get("pad_token_id") is None:
         written["pad_token_id"] = padding(load_tokenizer(base), stops)
     write_json(file, written | {"eos_token_id": list(stops) if len(stops) > 1 else stops[0]})
 
 
-def _put_artifact(artifact: Path, folder: Path, base: Path) -> None:
+def _add_artifact(artifact: Path, folder: Path, base: Path) -> None:
     """Add the adapter or delta itself, linked where possible, so that the trained model can be rebuilt from it.
 
     An adapter names the base's folder as an absolute path: PEFT resolves a relative one against the current folder.

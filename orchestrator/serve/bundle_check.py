@@ -103,7 +103,7 @@ def _there(bundle: Path, recorded: str, given: Path | None, what: str, option: s
         raise UsageError(
             f"{what} cannot be found",
             where=str(path),
-            expected=f"what the manifest calls {recorded}, seen from the bundle",
+            expected=f"{recorded} relative to the bundle, as in its manifest",
             remedy=f"give the path with {option}",
         )
     return path

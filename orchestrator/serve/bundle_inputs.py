@@ -52,7 +52,7 @@ class BundleInputs(Value):
     """Resolved spec; absolute paths are shortened to their last part in the bundle."""
 
 
-def shown_base(name: str) -> str:
+def base_label(name: str) -> str:
     """Return a base's name without its folders on this machine."""
     path = Path(name)
     return path.name if path.is_absolute() or name.startswith((".", "~")) else name

@@ -37,6 +37,7 @@ class HeldWeight:
         """Return rows [stop - start, in] in `dtype`."""
         width = self.weight.shape[1]
         blocks = slice(start * width // BLOCK, stop * width // BLOCK)
+        # Multiplying by the reciprocal, and the 1e-38, reproduce bitsandbytes' rounding bit by bit; dividing would not.
         scaled = _blocks(self.weight[start:stop], self.dtype) * (1.0 / self.absmax[blocks].clamp(min=1e-38))[:, None]
         values = _nearest_codes(scaled.clamp_(-1, 1)).mul_(self.held_absmax[blocks, None])
         return values.reshape(stop - start, width).to(self.dtype)
@@ -53,9 +54,11 @@ def hold_quantized(weight: torch.Tensor, dtype: torch.dtype) -> HeldWeight | tor
         dtype: What training loaded it as, before quantizing.
     """
     num_rows, width = weight.shape
+    # Blocks would cross rows here, see above.
     if width % BLOCK:
         codes, state = functional.quantize_4bit(weight.to(dtype), blocksize=BLOCK, quant_type="nf4", compress_statistics=True)
         return functional.dequantize_4bit(codes, state)
+    # The scales need a first pass over the weight, since their own quantization uses the mean of all of them.
     step = max(1, PIECE_ELEMENTS // width)
     pieces = [weight[start : start + step] for start in range(0, num_rows, step)]
     absmax = torch.cat([_blocks(piece, dtype).abs_().amax(dim=-1) for piece in pieces])
@@ -78,6 +81,7 @@ def _nearest_codes(scaled: torch.Tensor) -> torch.Tensor:
     """Map float32[n, 64] in [-1, 1] to the code that bitsandbytes picks: the first whose upper boundary is not exceeded."""
     boundaries, values = _tables()
     bins = ((scaled + 1) * (BINS / 2)).to(torch.int32).clamp_(max=BINS - 1).reshape(-1)
+    # A table lookup instead of a search among 16 codes: one comparison for each element.
     above = scaled.reshape(-1) > boundaries.index_select(0, bins)
     return values.index_select(0, bins.mul_(2).add_(above)).reshape(scaled.shape)
 

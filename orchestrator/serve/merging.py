@@ -119,6 +119,7 @@ def _pieces(plan: MergePlan, tensor: WriteTensor) -> Iterator[torch.Tensor]:
 
 def _stored_pieces(folder: Path, info: TensorInfo, tensor: WriteTensor) -> Iterator[torch.Tensor]:
     stored = _mapped(folder, info)
+    # Unchanged bytes need no arithmetic, so larger pieces save calls.
     if stored.dtype == DTYPES[tensor.dtype]:
         yield from stored.reshape(-1).split(COPY_BYTES // stored.element_size())
     else:
@@ -131,11 +132,12 @@ def _adapted_pieces(
 ) -> Iterator[torch.Tensor]:
     """Yield rows of the weight [out, in] with its adapter, if it has one."""
     num_rows, width = tensor.shape
+    # float32 rows that fit in a core's cache; at least one, however wide.
     step = max(1, PIECE_BYTES // (4 * width))
     merge_rows = None
     if adapter is not None:
         trained = {suffix: _mapped(Path(plan.artifact_folder), info) for suffix, info in adapter.tensors.items()}
-        merge_rows = LIVE_KINDS[adapter.kind].merger(trained, adapter.scale)
+        merge_rows = LIVE_KINDS[adapter.kind].merger(trained, adapter.scale, getattr(torch, plan.held_dtype))
     for start in range(0, num_rows, step):
         stop = min(start + step, num_rows)
         rows = weight.rows(start, stop) if isinstance(weight, HeldWeight) else weight[start:stop]
@@ -154,6 +156,7 @@ def _mapped(folder: Path, info: TensorInfo) -> torch.Tensor:
     try:
         with safe_open(path, framework="pt", device="cpu") as reader:
             tensor = reader.get_tensor(info.stored_name or info.name)
+    # safetensors raises its own error types besides OSError.
     except Exception as error:
         raise BaseError(f"{info.name} cannot be read: {error}", where=str(path), remedy="recompute the merge plan") from error
     if tuple(tensor.shape) != info.shape or tensor.dtype != DTYPES[info.dtype]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from orchestrator.serve.bundle_inputs import BundleInputs, shown_base
+from orchestrator.serve.bundle_inputs import BundleInputs, base_label
 from orchestrator.transfer.records import ModelScores, TransferReport
 
 UNKNOWN = "unknown"
@@ -79,7 +79,7 @@ def front_matter(inputs: BundleInputs, transfer: TransferReport) -> str:
 
 def base_id(inputs: BundleInputs) -> str:
     """Return the base's hub id if the spec or the base gives one, else its name; never a path of this machine."""
-    shown = shown_base(inputs.base_name)
+    shown = base_label(inputs.base_name)
     if HUB_ID.fullmatch(shown):
         return shown
     own = _json(Path(inputs.base.folder) / "config.json").get("_name_or_path")
@@ -89,6 +89,7 @@ def base_id(inputs: BundleInputs) -> str:
 def licence_of(base: Path) -> Licence:
     """Find the licence in the base's README.md, its config.json, or its licence file, in this order."""
     head = _head_of(base / "README.md")
+    # The hub allows a list; a card names one licence.
     if isinstance(head.get("license"), list):
         head["license"] = next(iter(head["license"]), None)
     if isinstance(head.get("license"), str):
@@ -98,6 +99,7 @@ def licence_of(base: Path) -> Licence:
     if isinstance(config, str) and config:
         return Licence({"license": config.lower()}, "config.json")
     for file in sorted(base.glob("LICENSE*")):
+        # Licences wrap their lines differently; 4,000 characters contain every title.
         text = " ".join(_text(file)[:4000].lower().split())
         known = next((name for name, pattern in LICENCE_TEXTS if re.search(pattern, text)), None)
         if known is not None:

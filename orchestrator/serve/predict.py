@@ -73,12 +73,12 @@ class Predictor:
 
     @property
     def classifies(self) -> bool:
-        """Whether an answer is a class instead of generated text."""
+        """True if an answer is a class instead of generated text."""
         return TASKS[self.task].head.supervises == "documents"
 
     @property
     def chats(self) -> bool:
-        """Whether a question is a conversation."""
+        """True if a question is a conversation."""
         return TASKS[self.task].uses_chat_template
 
     def answer(self, questions: Sequence[Question], max_new_tokens: int) -> list[Answer]:
@@ -93,6 +93,7 @@ class Predictor:
         room = max(0, self.longest - max(map(len, rows)))
         width = max(map(len, rows))
         pad = self._pad_id()
+        # Padded on the left: generation continues from the last position of every row.
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
         output = self._generate(ids, mask, min(max_new_tokens, room))
@@ -163,10 +164,12 @@ class Predictor:
             max_new_tokens=max(1, max_new_tokens),
             do_sample=False,
             num_beams=1,
+            # Sampling settings of the base's generation_config would only cause warnings with greedy decoding.
             temperature=None,
             top_p=None,
             top_k=None,
             pad_token_id=self._pad_id(),
+            # Sorted, since a set has no fixed order.
             eos_token_id=sorted(self.end_ids) or None,
             streamer=streamer,
         )
@@ -235,7 +238,9 @@ def open_predictor(bundle: Path, *, untouched: bool = False, base: Path | None =
     tokenizer = load_tokenizer(folder)
     if tokenizer.pad_token_id is None and TASKS[task].head.supervises == "documents":
         tokenizer.pad_token_id = model.config.pad_token_id
+    # Classification reads the last token before the padding; `answer` pads generated rows itself.
     tokenizer.padding_side = "right"
+    # Models without a limit on positions, such as those with ALiBi.
     positions = getattr(model.config, "max_position_embeddings", None) or 1 << 20
     name = f"{record.base.name} (base model)" if untouched else record.name
     return Predictor(model, tokenizer, task, separator, name, _end_ids(model, tokenizer), int(positions))
@@ -289,7 +294,9 @@ def answer_all(
     if predictor.classifies:
         lengths = [len(str(question.content)) for question in questions]
     else:
+        # Tokenizing all questions first also finds those that cannot be asked before anything is answered.
         lengths = [len(predictor.question_ids(question)) for question in questions]
+    # Similar lengths share a batch, so little is padded.
     order = sorted(range(len(questions)), key=lambda number: (lengths[number], number))
     for start in range(0, len(order), rows):
         batch = order[start : start + rows]

@@ -45,6 +45,7 @@ class ShardWriter:
         self._hash = hashlib.sha256()
         self._dirty_bytes = 0
         self._size = 0
+        # Exclusive: an existing file may be a hard link to the base's own shard, which must not be overwritten.
         self._file = path.open("xb", buffering=0)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard-writer")
         self._pending: deque[Future[None]] = deque()
@@ -54,6 +55,7 @@ class ShardWriter:
         """Append a piece's bytes; it must not change afterwards."""
         flat = piece.detach().contiguous().reshape(-1).view(torch.uint8)
         self._left -= flat.numel()
+        # hashlib and write release the GIL, so both overlap with computing the next piece.
         self._pending.append(self._thread.submit(self._put, memoryview(flat.numpy().data)))
         while len(self._pending) > CHUNKS_IN_FLIGHT:
             self._pending.popleft().result()
@@ -71,6 +73,7 @@ class ShardWriter:
         self._size += len(data)
         self._dirty_bytes += len(data)
         while data:
+            # An unbuffered write may write less than it was given.
             data = data[self._file.write(data) :]
         if self._dirty_bytes >= SYNC_BYTES:
             os.fdatasync(self._file.fileno())
@@ -92,6 +95,7 @@ def _header(tensors: Sequence[WriteTensor]) -> bytes:
         entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(entries, separators=(",", ":")).encode()
+    # Padded to 8 bytes, so that the tensors are aligned.
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 
@@ -104,6 +108,7 @@ def link_or_copy(source: Path, target: Path) -> bool:
 
     """
     source = source.resolve()
+    # A hard link shares its mode: a link to a private file could not be read by the server.
     if stat.S_IMODE(source.stat().st_mode) == usual_mode(target.parent):
         try:
             os.link(source, target)

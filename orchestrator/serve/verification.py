@@ -88,12 +88,15 @@ def verify(
     with tempfile.TemporaryDirectory(prefix="verify-") as name:
         probe = Path(name) / "probe.safetensors"
         dtype = _compute_dtype(trained, device)
+        # In a function of its own, so that the trained model is freed before the fresh process loads the bundle.
         kl_base, positions, num_prompts = _write_probe(probe, trained, torch.device(device), dtype, max_tokens)
         gc.collect()
         answer = _check_in_fresh_process(probe, bundle, device, dtype)
     assert answer["positions"] == positions
     kl_bundle = answer["kl_sum"] / positions
+    # Relative to what training changed; the lower bound covers rounding where training changed almost nothing.
     limit = max(SHARE_OF_BASE * kl_base, SMALLEST_LIMIT)
+    # Missing keys are initialised at random and could pass by chance; a process that knows this package proves nothing.
     complete = not answer["missing"] and not answer["mismatched"] and not answer["knows_package"]
     return VerificationFigures(
         passed=complete and math.isfinite(kl_bundle) and kl_bundle <= limit,
@@ -152,6 +155,7 @@ def _distributions(base: LoadedBase, documents: list[torch.Tensor], by_document:
     if dtype == "float32":
         compute_in_float32(model)
     model.eval()
+    # With a padding id, transformers reads the class off the last token that is not padding, which may differ from training.
     pad = model.config.pad_token_id
     model.config.pad_token_id = None if by_document else pad
     try:
@@ -213,6 +217,7 @@ def free_bytes(device: str) -> int:
 
 def _check_in_fresh_process(probe: Path, bundle: Path, device: str, dtype: str) -> dict[str, Any]:
     answer = probe.with_name("answer.json")
+    # -I ignores PYTHONPATH and the current folder: the process sees installed packages only, as any user's does.
     command = [sys.executable, "-I", verification_process.__file__, str(probe), str(bundle.resolve()), str(answer)]
     command += ["--device", device, "--dtype", dtype, "--free-bytes", str(free_bytes(device))]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -225,6 +230,6 @@ def _check_in_fresh_process(probe: Path, bundle: Path, device: str, dtype: str) 
             f"plain transformers cannot load or run the bundle: {last}",
             where=str(bundle),
             expected="a model that `from_pretrained` loads",
-            remedy="look at the files in the folder; it stays unfinished",
+            remedy="check the files in the folder; it is kept as an unfinished bundle",
         )
     return json.loads(answer.read_text())

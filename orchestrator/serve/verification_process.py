@@ -46,6 +46,7 @@ def distributions(model: Any, documents: Sequence[torch.Tensor], *, by_document:
             yield torch.log_softmax(logits.float(), dim=-1).cpu()
         return
     for batch in _batches(documents, LOGIT_BYTES // (4 * model.config.vocab_size)):
+        # Padded on the right under a causal mask, so padding cannot affect earlier positions.
         width = max(len(ids) for ids in batch)
         ids = torch.zeros(len(batch), width, dtype=torch.int64)
         mask = torch.zeros_like(ids)
@@ -59,6 +60,7 @@ def distributions(model: Any, documents: Sequence[torch.Tensor], *, by_document:
 
 def divergence(reference: torch.Tensor, other: torch.Tensor) -> float:
     """Return the sum over positions of KL(reference || other), nats; both log-probabilities [positions, V]."""
+    # 0 * -inf is NaN; the limit of p log p at 0 is 0.
     terms = reference.exp() * (reference - other)
     return float(terms.masked_fill_(reference == -torch.inf, 0.0).sum(dtype=torch.float64))
 
@@ -85,6 +87,7 @@ def _load(bundle: Path, *, auto_model: str, device: str, dtype: str, free_bytes:
     """Load the bundle by plain transformers, offloading to disk what does not fit."""
     kind = getattr(transformers, auto_model)
     stored = sum(file.stat().st_size for file in bundle.glob("*.safetensors"))
+    # Weights are stored in 16 bits and doubled when loaded as float32.
     needed = stored * 2 if dtype == "float32" else stored
     if needed <= RESIDENT_SHARE * free_bytes:
         place: dict[str, Any] = {"device_map": {"": device}}

@@ -6,12 +6,18 @@ To add a kind: its name in `AdapterName`, a class and its row here, and its arit
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import prod
-from typing import ClassVar, Literal
+from math import prod, sqrt
+from typing import Annotated, ClassVar, Literal
 
-AdapterName = Literal["lora"]
+from annotated_types import MinLen
+
+from orchestrator.values import Value
+
+AdapterName = Literal["lora", "rslora", "dora"]
+Modules = Literal["all", "attention", "mlp"] | Annotated[tuple[str, ...], MinLen(1)]
+"""Linear layers of a block: all, those of its attention or of its MLP, or those of these names."""
 Shape = tuple[int, ...]
-LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+LORA_A, LORA_B, LORA_MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 
 
 class AdapterKind:
@@ -21,8 +27,11 @@ class AdapterKind:
     """
 
     name: ClassVar[AdapterName] = "lora"
+    title: ClassVar[str] = "LoRA"
     peft_options: ClassVar[Mapping[str, bool]] = {}
     """The options of PEFT's `LoraConfig` that make an adapter one of this kind."""
+    runs_layer_on_its_input: ClassVar[bool] = False
+    """Whether the frozen layer must also run on the adapter's own input where dropout makes that another one."""
     adds_product: ClassVar[bool] = True
     """Whether scale * B @ A is all that changes in the weight, so that the anchor `product` measures that change."""
 
@@ -32,6 +41,10 @@ class AdapterKind:
     def shapes(self, weight: Shape, rank: int) -> dict[str, Shape]:
         """The tensors that learn, in the order in which the model lists them."""
         return {LORA_A: (rank, weight[1]), LORA_B: (weight[0], rank)}
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        return tuple(self.shapes((0, 0), 0))
 
     def num_elements(self, weight: Shape, rank: int) -> int:
         return sum(prod(shape) for shape in self.shapes(weight, rank).values())
@@ -44,5 +57,77 @@ class AdapterKind:
         """Numbers that the forward pass keeps for the backward pass, per token, beside the input of the layer."""
         return rank
 
+    def elements_per_pass(self, weight: Shape, rank: int) -> int:
+        """Multiply-adds of a forward pass that do not depend on its number of tokens."""
+        return 0
 
-ADAPTER_KINDS: dict[AdapterName, AdapterKind] = {kind.name: kind for kind in (AdapterKind(),)}
+
+class RankStabilizedLora(AdapterKind):
+    """LoRA whose product is divided by the root of its rank (Kalajdzievski 2023)."""
+
+    name = "rslora"
+    title = "rank-stabilised LoRA"
+    peft_options: ClassVar[Mapping[str, bool]] = {"use_rslora": True}
+
+    def scale(self, alpha: float, rank: int) -> float:
+        return alpha / sqrt(rank)
+
+
+class Dora(AdapterKind):
+    """LoRA on a weight that is split into the direction and the magnitude m [out] of each row (Liu et al. 2024)."""
+
+    name = "dora"
+    title = "DoRA"
+    peft_options: ClassVar[Mapping[str, bool]] = {"use_dora": True}
+    adds_product = False
+    runs_layer_on_its_input = True
+
+    def shapes(self, weight: Shape, rank: int) -> dict[str, Shape]:
+        return {**super().shapes(weight, rank), LORA_MAGNITUDE: (weight[0],)}
+
+    def kept_elements(self, weight: Shape, rank: int) -> int:
+        """With what is multiplied by the magnitudes, for their gradient."""
+        return rank + weight[0]
+
+    def elements_per_pass(self, weight: Shape, rank: int) -> int:
+        """B @ A, for the norms of the rows."""
+        return rank * weight[0] * weight[1]
+
+
+ADAPTER_KINDS: dict[AdapterName, AdapterKind] = {kind.name: kind for kind in (AdapterKind(), RankStabilizedLora(), Dora())}
+
+
+class AdapterOptions(Value):
+    """What a trial's adapters are, beside their rank; the defaults are plain LoRA."""
+
+    kind: AdapterName = "lora"
+    alpha: int | None = None
+    """lora_alpha; None is twice the rank, the field's usual choice (Hu et al. 2021 keep it fixed)."""
+    dropout: float = 0.0
+    """Share of an adapter's input that is dropped out in training."""
+    modules: Modules = "all"
+    """Which linear layers of the blocks have one."""
+
+    def method(self, rank: int | None) -> str:
+        """`lora r16 · alpha 8`: the kind, the rank, and every option that is not the default."""
+        parts = [f"{self.kind} r{rank}"]
+        parts += [f"alpha {self.alpha}"] if self.alpha is not None else []
+        parts += [f"dropout {self.dropout:g}"] if self.dropout else []
+        parts += [] if self.modules == "all" else [self._modules()]
+        return " · ".join(parts)
+
+    def sentence(self, rank: int | None) -> str:
+        """`LoRA, rank 16, alpha 32`, for readers who do not know the keys of the spec."""
+        parts = [ADAPTER_KINDS[self.kind].title, f"rank {rank}", f"alpha {self.alpha_of(rank)}"]
+        parts += [f"dropout {self.dropout:g}"] if self.dropout else []
+        parts += [] if self.modules == "all" else [f"on {self._modules()}"]
+        return ", ".join(parts)
+
+    def _modules(self) -> str:
+        return self.modules if isinstance(self.modules, str) else "+".join(self.modules)
+
+    def alpha_of(self, rank: int | None) -> int:
+        return 2 * (rank or 0) if self.alpha is None else self.alpha
+
+
+PLAIN_LORA = AdapterOptions()

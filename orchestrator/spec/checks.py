@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.errors import SelectionError
+from orchestrator.spec.adapters import ADAPTER_KINDS, AdapterName
 from orchestrator.spec.messages import is_number, near_names
-from orchestrator.spec.models import Anchor, AnchorSpec, ColumnsSpec, JobSpec, SearchSpec, Tune
+from orchestrator.spec.models import ADAPTER_KEYS, Anchor, AnchorSpec, ColumnsSpec, JobSpec, SearchPoint, SearchSpec, Tune
 from orchestrator.spec.policy import Policy, parse_policy
 from orchestrator.spec.source import KeyPath, spell_path
 from orchestrator.spec.tasks import METRICS, RETENTION_TASKS, TASKS
@@ -159,16 +160,17 @@ def _points(spec: JobSpec) -> Iterator[Finding]:
     if not search.points:
         hint = "write points: [{layers: last:2, learning_rate: 1.0e-3}]"
         yield Finding(("search", "algorithm"), "algorithm fixed has no points to try", hint, needs)
-    own = {"layers", "tune", "lora_rank", "replay", "anchor", "layer_decay"}
+    own = {"layers", "tune", "lora_rank", *ADAPTER_KEYS, "replay", "anchor", "layer_decay"}
     for name, default in SearchSpec().model_dump(include=own).items():
         if getattr(search, name) != default:
             hint = f"remove it; every point has its own {name}"
             yield Finding(("search", name), "algorithm fixed tries only its points", hint, needs)
     for number, point in enumerate(search.points):
-        if point.tune == "full" and point.lora_rank is not None:
-            yield Finding(
-                (*path, number, "lora_rank"), "lora_rank does not apply to full fine-tuning", "remove it, or write tune: lora"
-            )
+        for name in ("lora_rank", *ADAPTER_KEYS) if point.tune == "full" else ():
+            if getattr(point, name) != SearchPoint.model_fields[name].default:
+                yield Finding(
+                    (*path, number, name), f"{name} does not apply to full fine-tuning", "remove it, or write tune: lora"
+                )
 
 
 def _controls(spec: JobSpec) -> Iterator[Finding]:
@@ -224,6 +226,7 @@ def _anchor_mistakes(spec: JobSpec, path: KeyPath, anchor: AnchorSpec) -> Iterat
         yield from _needs_text(spec, path, "weighed by")
     if anchor.traits.whole_adapters:
         yield from _needs_whole_adapters(spec, path, anchor)
+        yield from _needs_products(spec, path, anchor)
     judged = _tunes(spec, path)
     mismatched = tuple(place for tunes, place in judged if anchor.traits.tune not in tunes)
     if mismatched:
@@ -238,6 +241,24 @@ def _needs_whole_adapters(spec: JobSpec, path: KeyPath, anchor: AnchorSpec) -> I
         if asked not in ("auto", "none"):
             message = f"resources.{key}: {asked} requires DeepSpeed, which the anchor `{anchor.kind}` does not support"
             yield Finding(path, message, f"remove resources.{key}", (("resources", key), path))
+
+
+def _needs_products(spec: JobSpec, path: KeyPath, anchor: AnchorSpec) -> Iterator[Finding]:
+    """Yield kinds of adapters that change a weight by more than a product."""
+    for place, kind in _kinds(spec, of_train=path[0] == "train"):
+        if not ADAPTER_KINDS[kind].adds_product:
+            message = f"{kind} ({spell_path(place)}) changes weights by more than the product that `{anchor.kind}` penalises"
+            yield Finding(path, message, f"remove the anchor, or {kind}", (place, path))
+
+
+def _kinds(spec: JobSpec, *, of_train: bool) -> Iterator[tuple[KeyPath, AdapterName]]:
+    if spec.search is not None:
+        for number, kind in enumerate(spec.search.adapter):
+            yield ("search", "adapter", number), kind
+        for number, point in enumerate(spec.search.points):
+            yield ("search", "points", number, "adapter"), point.adapter
+    if spec.finetune is not None and of_train:
+        yield ("finetune", "adapter"), spec.finetune.adapter
 
 
 def _tunes(spec: JobSpec, path: KeyPath) -> list[tuple[set[Tune], KeyPath]]:
@@ -272,6 +293,7 @@ def _duplicates(spec: JobSpec) -> Iterator[Finding]:
         "layers": spec.search.layers,
         "tune": spec.search.tune,
         "lora_rank": spec.search.lora_rank,
+        **{name: getattr(spec.search, name) for name in ADAPTER_KEYS},
         "controls": spec.search.controls,
         "replay": spec.search.replay,
         "anchor": spec.search.anchor,

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
+from orchestrator.spec.adapters import AdapterName, Modules
 from orchestrator.spec.anchors import ANCHORS, AnchorKind, AnchorTraits
 from orchestrator.spec.tasks import TASKS, DataFormat, Task, TaskTraits
 from orchestrator.values import Value
@@ -15,6 +16,7 @@ Quantize = Literal["none", "nf4", "int8"]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 TextDocuments = Literal["file", "line", "paragraph"]
 ReplayShare = Annotated[float, Field(ge=0.0, lt=1.0)]
+Dropout = Annotated[float, Field(ge=0.0, lt=1.0)]
 Factor = Annotated[float, Field(gt=0.0, le=1.0)]
 LearningRate = Annotated[float, Field(gt=0.0, le=10.0)]
 FEW_EXAMPLES = 500
@@ -176,6 +178,11 @@ class SearchPoint(Section):
     tune: Tune = "lora"
     lora_rank: PositiveInt | None = None
     """16 unless given; none with `full`."""
+    adapter: AdapterName = "lora"
+    """As in `finetune`; so are the three below."""
+    lora_alpha: PositiveInt | None = None
+    lora_dropout: Dropout = 0.0
+    modules: Modules = "all"
     learning_rate: LearningRate
     replay: ReplayShare | None = None
     """As `train.replay` unless given; so are the two below."""
@@ -190,6 +197,14 @@ class SearchSpec(Section):
     tune: Annotated[tuple[Tune, ...], Field(min_length=1)] = ("lora",)
     learning_rate: RateRanges = RateRanges()
     lora_rank: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (16,)
+    adapter: Annotated[tuple[AdapterName, ...], Field(min_length=1)] = ("lora",)
+    """Kinds of adapters to try with `tune: lora`: LoRA, rank-stabilised LoRA, weight-decomposed LoRA (DoRA)."""
+    lora_alpha: tuple[PositiveInt, ...] = ()
+    """Values of alpha to try; empty uses twice the rank."""
+    lora_dropout: Annotated[tuple[Dropout, ...], Field(min_length=1)] = (0.0,)
+    """Shares of the adapters' input to drop out in training; a trial with dropout shares no batch with others."""
+    modules: Annotated[tuple[Modules, ...], Field(min_length=1)] = ("all",)
+    """Linear layers of the chosen blocks to adapt: `all`, `attention`, `mlp`, or a list of names such as `[q_proj, v_proj]`."""
     replay: tuple[ReplayShare, ...] = ()
     """Shares of retention tokens to try; empty uses `train.replay`. Likewise the two below."""
     anchor: tuple[Anchor, ...] = ()
@@ -200,7 +215,7 @@ class SearchSpec(Section):
     trials: PositiveInt = 24
     algorithm: Literal["optuna", "random", "grid", "fixed"] = "optuna"
     points: tuple[SearchPoint, ...] = ()
-    """The trials of algorithm `fixed`, in this order; `layers`, `tune` and `lora_rank` are then left out."""
+    """The trials of algorithm `fixed`, in this order; `layers`, `tune` and what describes adapters are then left out."""
     scheduler: Literal["asha", "none"] = "asha"
     rungs: PositiveInt = 3
     """How often `asha` compares a trial at most, including its end; each rung has a third of the steps of the next one."""
@@ -232,6 +247,18 @@ class FinetuneSpec(Section):
     tune: Tune = "lora"
     learning_rate: LearningRate = 2e-4
     lora_rank: PositiveInt = 16
+    adapter: AdapterName = "lora"
+    """`lora`; `rslora`: scaled by alpha / sqrt(rank) instead of alpha / rank; `dora`: trains the magnitudes of rows apart."""
+    lora_alpha: PositiveInt | None = None
+    """Twice the rank unless given."""
+    lora_dropout: Dropout = 0.0
+    """Share of the adapters' input that is dropped out in training."""
+    modules: Modules = "all"
+    """Linear layers of the chosen blocks to adapt: `all`, `attention`, `mlp`, or a list of names such as `[q_proj, v_proj]`."""
+
+
+ADAPTER_KEYS = ("adapter", "lora_alpha", "lora_dropout", "modules")
+"""Keys of `search`, its points and `finetune` that describe adapters beside their rank."""
 
 
 class ResourcesSpec(Section):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal, cast
 
 from orchestrator.spec.loader import LoadedSpec, resolved_yaml
-from orchestrator.spec.models import DataSpec, JobSpec, SearchSpec, Tune
+from orchestrator.spec.models import ADAPTER_KEYS, DataSpec, FinetuneSpec, JobSpec, SearchPoint, SearchSpec, Tune
 from orchestrator.values import content_hash
 
 Job = Literal["sweep", "finetune"]
@@ -26,6 +27,10 @@ def spec_sha256(spec: JobSpec, job: Job) -> str:
             del values["search"]["points"]
         if not values["search"]["learning_curve"]:
             del values["search"]["learning_curve"]
+    for section, default in _adapter_sections(values):
+        for key in ADAPTER_KEYS:
+            if section[key] == default[key]:
+                del section[key]
     if values["data"]["dedupe"] == "exact":
         del values["data"]["dedupe"]  # if the default now gives other sets, `prepare_data` reports it
     for source in values["data"]["train"] if isinstance(values["data"]["train"], list) else ():
@@ -46,6 +51,16 @@ def spec_sha256(spec: JobSpec, job: Job) -> str:
         if values["data"]["columns"][key] == usual["columns"][key]:
             del values["data"]["columns"][key]
     return content_hash({"job": job, **values})
+
+
+def _adapter_sections(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Yield each section that describes adapters, and its defaults."""
+    if values.get("search") is not None:
+        yield values["search"], SearchSpec().model_dump(mode="json")
+        point = SearchPoint(layers="all", learning_rate=1.0).model_dump(mode="json")
+        yield from ((each, point) for each in values["search"].get("points", ()))
+    if values.get("finetune") is not None:
+        yield values["finetune"], FinetuneSpec().model_dump(mode="json")
 
 
 def describe_difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -74,6 +74,7 @@ def _resolve(host: str, port: int, timeout_s: float) -> _Place | Unreachable:
             said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             answer.append(Unreachable(f"the host {host!r} cannot be resolved: {said}"))
 
+    # A daemon thread, so that a resolver that never returns does not keep the process alive.
     thread = threading.Thread(target=look_up, daemon=True)
     thread.start()
     thread.join(timeout_s)
@@ -100,6 +101,7 @@ def _greet(place: _Place, timeout_s: float) -> Unreachable | None:
     except OSError as error:
         refused = isinstance(error, ConnectionRefusedError)
         return Unreachable(f"no connection: {error.strerror or error}", is_refused=refused)
+    # An HTTP/2 frame header has 9 bytes; the fourth is the frame's type.
     if len(first) == 9 and first[3] == SETTINGS:
         return None
     return Unreachable("something answers there that is not Ray's control store (GCS)")

@@ -54,6 +54,7 @@ def output_to(path: Path, *, remedy: str, only_full: bool = False) -> Iterator[N
     except OSError as error:
         if error.errno not in (FULL if only_full else FULL | CLOSED):
             raise
+        # Users know the final name, not the temporary one.
         where = path if PARTIAL in str(error.filename) else error.filename or path
         raise UsageError(what_failed(error), where=str(where), remedy=remedy) from error
 
@@ -69,6 +70,7 @@ def partial_path(final: Path) -> Path:
 
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Replace `path` with `content`; a reader sees the old file or the new one."""
+    # Text from the data may contain lone surrogates, which UTF-8 cannot encode.
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     temporary = partial_path(path)
     try:
@@ -77,6 +79,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    # KeyboardInterrupt included: no temporary file stays behind.
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -138,6 +141,7 @@ def append_jsonl(path: Path, value: BaseModel | dict[str, Any]) -> None:
     text = json.dumps(strict_json(value, named=True), ensure_ascii=False, allow_nan=False)
     line = printable_json(text).encode() + b"\n"
     with path.open("ab+") as file:
+        # A killed writer left half a line: it stays a line of its own, which readers skip, instead of damaging this one.
         if file.tell() and not _ends_with_newline(file):
             line = b"\n" + line
         file.write(line)
@@ -151,6 +155,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows: list[dict[str, Any]] = []
+    # str.splitlines would also split at U+2028, which JSON strings may contain.
     for line in path.read_bytes().split(b"\n"):
         try:
             row = json.loads(line)
@@ -182,6 +187,7 @@ def sampled_sha256(path: Path) -> str:
     digest = hashlib.sha256(f"{size}:".encode())
     with path.open("rb") as file:
         for number in range(NUM_SAMPLES):
+            # Evenly spread, with the first and the last bytes included.
             file.seek(number * (size - SAMPLE_BYTES) // (NUM_SAMPLES - 1))
             digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
@@ -190,6 +196,7 @@ def sampled_sha256(path: Path) -> str:
 def usual_mode(folder: Path) -> int:
     """Return the mode of a new file of this process in `folder`. A file is created to find out, since reading the umask sets
     it."""
+    # A file in the folder itself, since default ACLs may set its mode too.
     probe = partial_path(folder / "mode")
     try:
         with probe.open("xb") as file:

@@ -70,6 +70,7 @@ def commit_folder(
     temporary.mkdir()
     try:
         yield temporary
+        # The manifest is written last: a folder without one is incomplete.
         write_manifest(temporary, known_sha256=known_sha256, about=about)
         _put_in_place(temporary, final)
     except BaseException:
@@ -107,6 +108,7 @@ def _put_in_place(temporary: Path, final: Path) -> None:
         try:
             temporary.rename(final)
         except OSError as error:
+            # A reader may have restored the old folder between the two renames: move it aside again.
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
             continue
@@ -118,6 +120,7 @@ def _remove_replaced(final: Path) -> None:
     """Remove the folder that `final` replaced; renamed first, so that a half-removed folder is never restored."""
     replaced = _aside(final)
     if final.exists() and replaced.exists():
+        # Renamed first: a crash while deleting leaves a partial name, which is never restored.
         doomed = partial_path(final)
         replaced.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
@@ -137,6 +140,7 @@ def write_manifest(
                 path.chmod(mode, follow_symlinks=False)
         fsync_file(path)
         records.append(FileRecord(path=name, num_bytes=path.stat().st_size, sha256=known.get(name) or sha256_file(path)))
+    # File names are durable only once their folder is synced.
     for inner, _, _ in os.walk(folder):
         fsync_folder(Path(inner))
     manifest = Manifest(files=tuple(records), about=about or {})
@@ -179,6 +183,7 @@ def check_folder(folder: Path, *, only: Sequence[str] = ("",)) -> Manifest:
         path = folder / record.path
         if record.path not in found:
             raise IntegrityError("a file of the manifest is missing", where=str(path), remedy=REMEDY)
+        # Sizes first: they find truncation without reading the file.
         size = path.stat().st_size
         if size != record.num_bytes:
             expected = f"{record.num_bytes} bytes, as its manifest says"

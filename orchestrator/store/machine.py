@@ -22,12 +22,13 @@ JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 def num_usable_cpus(cpu_max: Path = CGROUP_CPU_MAX) -> int:
     """Return the cores of this process: its CPU affinity, or its container's quota if smaller; at least one."""
+    # cpu_count ignores taskset and cpusets of a batch system.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota, _, period = cpu_max.read_text().strip().partition(" ") if cpu_max.exists() else ("max", "", "")
     return max(1, min(cores, int(quota) // int(period))) if quota.isdigit() else cores
 
 
-def most_threads(environment: Mapping[str, str] = os.environ) -> int | None:
+def thread_limit(environment: Mapping[str, str] = os.environ) -> int | None:
     """Return the limit that OMP_NUM_THREADS sets on a process's threads; None if it is unset or not a number.
 
     A list ("4,2", one number a nesting level) counts by its first. Ray sets the variable to 1 in the process that starts a
@@ -55,6 +56,7 @@ def free_memory_bytes(cgroup: Path = CGROUP) -> int:
     """
     free = psutil.virtual_memory().available
     try:
+        # psutil reads the machine's memory, not the container's.
         limit = int((cgroup / "memory.max").read_text())
         used = int((cgroup / "memory.current").read_text())
         kinds = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
@@ -84,5 +86,6 @@ def find_gpus() -> list[Gpu]:
 
 def parse_gpus(listed: str) -> list[Gpu]:
     """Parse lines such as `NVIDIA H100 80GB HBM3, 81559`; sizes are in MiB."""
+    # From the right, since a GPU's name may contain a comma.
     rows = [line.rsplit(",", 1) for line in listed.splitlines() if "," in line]
     return [Gpu(name.strip(), int(size) * MIB) for name, size in rows if size.strip().isdigit()]

@@ -12,7 +12,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 _received: list[int] = []
 
 
-def stop_in_words() -> None:
+def handle_stop_signals() -> None:
     """Have SIGTERM (`ray job stop`, `kill`, a batch system) and SIGHUP (a terminal that is closed) raise KeyboardInterrupt.
 
     What to do is said at once, for `ray job stop` follows with SIGKILL after three seconds. A second signal ends the process.
@@ -28,9 +28,11 @@ def stop_in_words() -> None:
 def _stop(number: int, frame: FrameType | None) -> None:
     _received.append(number)
     for each in SIGNALS:
+        # A second signal ends the process at once, in case cleaning up hangs.
         signal.signal(each, signal.SIG_DFL)
     said = f"stopped by {signal.Signals(number).name}; submit the same spec again to continue from what is on disk\n"
     with contextlib.suppress(OSError):  # whoever read it may be gone
+        # os.write is safe in a signal handler; print could deadlock on the stream's lock.
         os.write(2, said.encode())
     raise KeyboardInterrupt
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from orchestrator.errors import NonFiniteLossError, TrainingError
-from orchestrator.train import pulse
+from orchestrator.train import heartbeat
 from orchestrator.train.adapters.branch import Branch, open_branch
 from orchestrator.train.adapters.group import open_group
-from orchestrator.train.adapters.lora import AdapterSpec
+from orchestrator.train.adapters.layers import AdapterSpec
 from orchestrator.train.batches import step_inputs
 from orchestrator.train.context import HostContext
 from orchestrator.train.engines.construction import forward_ready, weight_keeper
@@ -78,7 +78,7 @@ class TrainingSession:
                 stack.callback(members[-1].engine.close)
             self._train(objective, members, on_step)
             self._score(objective)
-            pulse.enter("saving")
+            heartbeat.enter("saving")
             finished = [member for member in members if not member.outcome.failure]
             for member in finished:
                 member.record_peaks()

@@ -98,6 +98,7 @@ def between_trained(comparison: Comparison, gains: OverSeeds | None) -> Comparis
     """
     if gains is None:
         return comparison
+    # half_width is t s / sqrt(n), so this is t sqrt(2) s: the half-width for one difference of two trainings.
     luck = gains.half_width * math.sqrt(2 * len(gains.values))
     low = comparison.mean - math.hypot(comparison.mean - comparison.low, luck)
     high = comparison.mean + math.hypot(comparison.high - comparison.mean, luck)
@@ -121,12 +122,15 @@ def bootstrap_interval(
             for drawn in [rng.integers(0, len(difference), (size, len(difference)))]
         ]
     )
+    # All differences are equal: BCa would divide by zero.
     if float(np.ptp(means)) == 0.0:
         return observed, observed
     normal = NormalDist()
+    # Ties count half: with few distinct values they would bias the correction.
     share_below = (np.count_nonzero(means < observed) + 0.5 * np.count_nonzero(means == observed)) / num_resamples
     bias = normal.inv_cdf(min(max(float(share_below), 1 / num_resamples), 1 - 1 / num_resamples))
     total, weights = float(weight @ difference), float(weight.sum())
+    # Jackknife in one step: the weighted mean without each example.
     left_out = (total - weight * difference) / (weights - weight)
     spread = left_out.mean() - left_out
     cubes, squares = float((spread**3).sum()), float((spread**2).sum())
@@ -154,6 +158,7 @@ def sign_flip_interval(
     means, num_patterns = _subset_means(difference, weight, seed, num_flips)
     at_most, at_least = 1 + int((means <= 0).sum()), 1 + int((means >= 0).sum())
     p_value = min(1.0, 2 * min(at_most, at_least) / num_patterns)
+    # Below 6 examples there are fewer than 40 patterns, so no value can be rejected at 5%.
     rank = int((1 - LEVEL) / 2 * num_patterns)
     if rank == 0:
         return -np.inf, np.inf, p_value
@@ -176,6 +181,7 @@ def _subset_means(difference: Floats, weight: Floats, seed: int, num_flips: int)
     for size in _chunks(num_flips, n):
         members = rng.integers(0, 2, (size, n)).astype(float)
         empty = members.sum(1) == 0
+        # An empty subset has no mean.
         members[empty, rng.integers(0, n)] = 1.0
         parts.append((members @ (weight * difference)) / (members @ weight))
     return np.concatenate(parts), num_flips + 1

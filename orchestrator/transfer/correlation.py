@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from orchestrator.values import Value
 
 LEVEL = 0.95
-FEWEST = 4
+MIN_PAIRS = 4
 """Fewest pairs for an interval: its standard error divides by the number of pairs minus three."""
 
 
@@ -45,9 +45,10 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> Correla
     if not all(math.isfinite(value) for value in (*first, *second)):
         raise ValueError("expected finite numbers")
     num_pairs = len(first)
-    if num_pairs < FEWEST or len(set(first)) == 1 or len(set(second)) == 1:
+    if num_pairs < MIN_PAIRS or len(set(first)) == 1 or len(set(second)) == 1:
         return None
     value = float(np.clip(np.corrcoef(_ranks(first), _ranks(second))[0, 1], -1.0, 1.0))
+    # Half way to the next lower value: arctanh(1) is infinite, see above.
     largest = 1 - 6 / (num_pairs * (num_pairs**2 - 1))
     bounded = min(max(value, -largest), largest)
     width = NormalDist().inv_cdf((1 + LEVEL) / 2) * math.sqrt((1 + bounded**2 / 2) / (num_pairs - 3))

@@ -48,7 +48,9 @@ def proxy_a_distance(target: Floats, reference: Floats, seed: int) -> tuple[floa
     wrong = np.zeros(len(side), dtype=bool)
     for fold in range(NUM_FOLDS):
         held, rest = folds == fold, folds != fold
+        # Chosen without the held-out fold, or the error would be optimistic.
         ridge = _best_ridge(features[rest], side[rest], folds[rest])
+        # A document on the boundary counts as an error.
         wrong[held] = _decide(features[rest], side[rest], features[held], ridge) * side[held] <= 0
     rates = [(float(wrong[side == of].mean()), int((side == of).sum())) for of in (1.0, -1.0)]
     error = sum(rate for rate, _ in rates) / 2
@@ -90,12 +92,14 @@ def _best_ridge(features: Floats, side: Floats, folds: NDArray[np.int64]) -> flo
 def _decide(features: Floats, side: Floats, asked: Floats, ridge: float) -> Floats:
     """Return the probe's decision values: above 0 means target. Both sets have the same total weight."""
     mean, scale = features.mean(0), features.std(0)
+    # A constant feature would divide by zero.
     scale = np.where(scale > 0, scale, 1.0)
     known, unknown = (features - mean) / scale, (asked - mean) / scale
     first, second = np.count_nonzero(side > 0), np.count_nonzero(side < 0)
     weight: Floats = np.where(side > 0, 0.5 / first, 0.5 / second)
     known, unknown = (np.column_stack([each, np.ones(len(each))]) for each in (known, unknown))
     penalty = ridge * np.eye(known.shape[1]) / len(known)
+    # The intercept is not penalised.
     penalty[-1, -1] = 0.0
     solved = np.linalg.solve(known.T @ (weight[:, None] * known) + penalty, known.T @ (weight * side))
     return np.asarray(unknown @ solved, dtype=np.float64)
@@ -103,6 +107,7 @@ def _decide(features: Floats, side: Floats, asked: Floats, ridge: float) -> Floa
 
 def _wilson_variance(rate: float, count: int) -> float:
     """Return the variance of a proportion by Wilson's interval: not 0 even if no error was made."""
+    # z^2 = 1.96^2 rounded to 4: two successes and two failures are added (Agresti and Coull 1998).
     centre = (rate * count + 2) / (count + 4)
     return centre * (1 - centre) / (count + 4)
 
@@ -111,7 +116,7 @@ Prior = Literal["none", "near", "far", "few"]
 
 
 class Advice(Value):
-    """What the search should try first. A prior only: no choice is excluded."""
+    """Recommended start of the search. A prior only: no choice is excluded."""
 
     kind: Prior
     sentence: str
@@ -141,6 +146,7 @@ def advise(
     distance = sum(distances) / len(distances) if distances else None
     gap = target_loss - retention_loss if target_loss is not None and retention_loss is not None else None
     said = _figures(distance, target_loss, retention_loss, num_documents) + (f"; not measured: {failed}" if failed else "")
+    # Checked first: with few examples the size of the data matters more than its distance.
     if num_documents <= FEW_EXAMPLES:
         return Advice(kind="few", sentence=f"few examples: the head or few blocks first ({said})")
     if (distance is not None and distance < NEAR) or (gap is not None and gap < LOSS_GAP):

@@ -82,12 +82,12 @@ def advice_on_answers(transfer: TransferReport) -> tuple[str, ...]:
         return ()
     if found.metric == "accuracy":
         return (
-            "the classes are no more often right than the base's: raise train.epochs or give more rows of each class, and "
-            "compare trials by what you want: search.metric: accuracy",
+            "no more classes are correct than the base's: raise train.epochs or give more rows of each class, and compare "
+            "trials by accuracy (search.metric: accuracy)",
         )
     return (
-        "read the answers beside what was expected, in the report: likelier words are no right answers. Where several "
-        "wordings are right, exact match cannot tell, and reading can",
-        "if they are wrong: raise train.epochs, give more rows, train more layers (all), and look at what is supervised: "
+        "compare the answers with the expected ones in the report: a lower loss does not make an answer correct. If several "
+        "wordings are correct, exact match does not count all of them",
+        "if they are wrong: raise train.epochs, give more rows, train more layers (all), and check which tokens are supervised: "
         "`orchestrator data SPEC`",
     )

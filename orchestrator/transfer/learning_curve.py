@@ -58,11 +58,12 @@ class LearningCurve(Value):
     @property
     def fit_failed(self) -> bool:
         """True if the law predicts a worse loss for more data than was measured, in the digits shown."""
+        # Compared as displayed, so that the sentence never contradicts its own figures.
         return float(f"{self.ahead_loss:.3f}") > float(f"{self.losses[-1]:.3f}")
 
     @property
     def sentence(self) -> str:
-        """Whether more data would help, in one sentence: `no gain` only if the interval excludes a gain that matters."""
+        """One sentence on whether more data would help: `no gain` only if the interval excludes a gain that matters."""
         there = f"twice the data ({self.ahead_count} documents)"
         if self.fit_failed:
             return (
@@ -91,10 +92,12 @@ def fit_power_law(counts: Floats, losses: Floats) -> PowerLaw:
 def _fit(counts: Floats, losses: Floats) -> tuple[Floats, Floats, Floats]:
     """Return (floor, scale, power), float[R] each, for losses float[R, k]: the nearest line in n^-power, for the best of
     POWERS."""
+    # For a fixed exponent the law is linear in n^-power: least squares has a closed form for each, and the best is taken.
     x = counts ** -POWERS[:, None]
     mean_x, mean_y = x.mean(axis=1), losses.mean(axis=1, keepdims=True)
     spread = x - mean_x[:, None]
     slope = (losses - mean_y) @ spread.T / np.square(spread).sum(axis=1)  # [R, P]
+    # Constraints: a rising curve becomes a constant, and a negative floor a line through the origin.
     falling = slope > 0
     through_zero = mean_y < slope * mean_x
     slope_at_zero: Floats = losses @ x.T / np.square(x).sum(axis=1)
@@ -132,11 +135,14 @@ def learning_curve(
     numbers, weighted = np.asarray(counts, float), np.stack(document_losses) * weights
     losses, ahead = weighted.sum(axis=1) / weights.sum(), AHEAD * counts[-1]
     law, random = fit_power_law(numbers, losses), np.random.default_rng(seed)
+    # The same documents for every share, so that documents that are hard for all of them do not widen the interval.
     drawn = random.integers(0, len(weights), (NUM_RESAMPLES, len(weights)))
     means = weighted[:, drawn].sum(axis=2).T / weights[drawn].sum(axis=1, keepdims=True)  # [R, k]
     misses: Floats = losses - np.asarray([law.at(count) for count in counts])
+    # k points minus 3 parameters leave few degrees of freedom: the spread itself is uncertain, and drawn too.
     left_open: Floats = random.chisquare(len(counts) - NUM_IN_LAW, (NUM_RESAMPLES, 1))
     luck = random.normal(0.0, float(np.linalg.norm(misses)) * left_open**-0.5, means.shape)
+    # A loss is never negative.
     floor, scale, power = _fit(numbers, np.maximum(means + luck, 0.0))
     gains = means[:, -1] - (floor + scale * ahead**-power)
     low, high = losses[-1] - np.quantile(gains, [(1 + LEVEL) / 2, (1 - LEVEL) / 2])

@@ -10,6 +10,7 @@ from typing import Literal, cast
 
 from pydantic import model_validator
 
+from orchestrator.spec.adapters import PLAIN_LORA, AdapterOptions
 from orchestrator.transfer.learning_curve import LearningCurve
 from orchestrator.transfer.seeds import OverSeeds
 from orchestrator.values import Value
@@ -123,7 +124,7 @@ class RungRecord(Value):
     forgetting: float | None = None
     """Rise of the retention loss over the base's."""
     score: float | None = None
-    """Objective that the search minimises: the metric (sign reversed if higher is better) plus the penalty for forgetting
+    """Objective that the search minimises: the metric (1 - metric if higher is better) plus the penalty for forgetting
     beyond the bound."""
     seconds: float = 0.0
     """Training and evaluation time since the previous rung."""
@@ -140,6 +141,7 @@ class TrialRecord(Value):
     layers: str
     tune: Literal["lora", "full"]
     lora_rank: int | None = None
+    adapter: AdapterOptions = PLAIN_LORA
     learning_rate: float
     remedies: str = ""
     """Remedies against forgetting: `replay 0.1 · l2sp 30`."""
@@ -189,7 +191,7 @@ class TrialRecord(Value):
     @property
     def method(self) -> str:
         """Training method: `lora r16 · replay 0.1`."""
-        tune = f"lora r{self.lora_rank}" if self.tune == "lora" else "full"
+        tune = self.adapter.method(self.lora_rank) if self.tune == "lora" else "full"
         return f"{tune} · {self.remedies}" if self.remedies else tune
 
     @property
@@ -329,7 +331,7 @@ class PromptComparison(Value):
 
 
 class RefitRecord(Value):
-    """How the winner was trained to the full budget."""
+    """Training of the winner to the full budget."""
 
     ran: bool
     reason: str
@@ -377,7 +379,7 @@ class TransferReport(Value):
     bundled: BundledFigures | None = None
     plan_against_measured: tuple[PlanAgainstMeasured, ...] = ()
     memory: tuple[MemoryRow, ...] = ()
-    """Memory of a rank for each choice."""
+    """Memory per rank for each choice."""
     serve_commands: tuple[str, ...] = ()
     report: str | None = None
     versions: dict[str, str] = {}

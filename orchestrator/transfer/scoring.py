@@ -30,6 +30,7 @@ def score(metric_value: float, higher_is_better: bool, forgetting: float | None,
         forgetting: Nats per token; None where there is no retention set, which costs nothing.
         bound: `search.max_forgetting`, nats per token.
     """
+    # So that schedulers always minimise, and 0 is perfect in both cases.
     target = 1.0 - metric_value if higher_is_better else metric_value
     if not math.isfinite(target) or (forgetting is not None and not math.isfinite(forgetting)):
         return WORST_SCORE

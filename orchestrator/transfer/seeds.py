@@ -47,6 +47,7 @@ def over_seeds(seeds: Sequence[int], values: Sequence[float], unit: str = "") ->
     if len(pairs) < 2:
         return None
     found = np.asarray([value for _, value in pairs])
+    # ddof=1: the spread is estimated from the same few values as the mean.
     half = student_t_quantile(len(found) - 1) * float(found.std(ddof=1)) / math.sqrt(len(found))
     mean = float(found.mean())
     return OverSeeds(
@@ -62,6 +63,7 @@ def over_seeds(seeds: Sequence[int], values: Sequence[float], unit: str = "") ->
 def student_t_quantile(degrees: int, level: float = LEVEL) -> float:
     """Return the t with P(|T| < t) = `level`, for Student's distribution with the given degrees of freedom."""
     low, high = 0.0, 1.0
+    # Bisection instead of SciPy: transfer depends on NumPy only.
     while _within(high, degrees) < level:
         high *= 2
     for _ in range(80):

@@ -11,7 +11,7 @@ from orchestrator.transfer.scoring import SMALLEST_GAIN
 from orchestrator.transfer.seeds import OverSeeds
 from orchestrator.values import Value
 
-MOST_DIGITS = 5
+MAX_DIGITS = 5
 _WORST_FIRST: tuple[VerdictKind, ...] = ("negative", "no gain", "inconclusive", "positive")
 _NAMES: dict[Control, str] = {
     "none": "the base",
@@ -110,7 +110,7 @@ def _task(gain: Comparison, over_shuffled: Comparison) -> str:
         return f"; of {told}, no measurable part comes from the task: shuffled answers gain as much (difference {figure})"
     if over_shuffled.mean < gain.mean:
         return f"; of {told}, {figure} comes from the task; shuffled answers gain the rest"
-    return f"; all of {told} comes from the task: shuffled answers, {figure} behind, gain none of it"
+    return f"; all of {told} comes from the task: shuffled answers gain none of it, and are {figure} behind"
 
 
 def _side(found: Comparison | OverSeeds) -> str:
@@ -125,12 +125,12 @@ def _figure(found: Comparison | OverSeeds) -> str:
 
 
 def _digits(found: Comparison | OverSeeds) -> int:
-    """Return the decimals that show the margin: at least the unit's, at most MOST_DIGITS."""
+    """Return the decimals that show the margin: at least the unit's, at most MAX_DIGITS."""
     scale, _, digits = _unit(found.unit)
     margin = _margin(found) * scale
     if margin <= 0 or not math.isfinite(margin):
         return digits
-    return max(digits, min(MOST_DIGITS, math.ceil(-math.log10(margin))))
+    return max(digits, min(MAX_DIGITS, math.ceil(-math.log10(margin))))
 
 
 def _margin(found: Comparison | OverSeeds) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +18,6 @@ ADAPTER, DELTA = "adapter", "delta"
 ADAPTER_FILE, ADAPTER_CONFIG, DELTA_FILE = "adapter_model.safetensors", "adapter_config.json", "delta.safetensors"
 PEFT_PREFIX = "base_model.model."
 UNSUPPORTED: dict[str, object] = {
-    "use_dora": False,
     "fan_in_fan_out": False,
     "bias": "none",
     "rank_pattern": {},
@@ -34,12 +32,16 @@ class StoredAdapter(Value):
     kind: AdapterName
     tensors: dict[str, TensorInfo]
     """By suffix; see `AdapterKind.shapes`."""
-    scale: float
-    """What the product of B and A is multiplied by."""
+    alpha: float
 
     @property
     def rank(self) -> int:
         return self.tensors[LORA_A].shape[0]
+
+    @property
+    def scale(self) -> float:
+        """What the product of B and A is multiplied by."""
+        return ADAPTER_KINDS[self.kind].scale(self.alpha, self.rank)
 
 
 class Artifact(Value):
@@ -88,7 +90,7 @@ class Artifact(Value):
                 where=self.folder,
                 expected=f"{_spell_shapes(expected)}, of a weight {list(shape)}"
                 if expected
-                else f"none: the weight is {list(shape)}",
+                else f"a matrix, not a weight {list(shape)}",
                 remedy="merge into the base that the adapter was trained on",
             )
 
@@ -162,12 +164,12 @@ def _read_adapter(adapter: Path) -> tuple[dict[str, StoredAdapter], dict[str, Te
                 f"{option} is {config[option]!r}",
                 where=str(adapter / ADAPTER_CONFIG),
                 expected=repr(wanted),
-                remedy="only plain LoRA is merged here; merge with `peft` instead",
+                remedy="such an adapter is not merged here; merge with `peft` instead",
             )
     stored = _tensors(adapter.parent, f"{ADAPTER}/{ADAPTER_FILE}")
     by_name = {key.removeprefix(PEFT_PREFIX): info for key, info in stored.items()}
-    kind = ADAPTER_KINDS["lora"]
-    suffixes = tuple(kind.shapes((0, 0), 0))
+    kind = _kind_of(config, adapter)
+    suffixes = kind.suffixes
     modules: dict[str, dict[str, TensorInfo]] = {}
     whole: dict[str, TensorInfo] = {}
     for key, info in by_name.items():
@@ -183,13 +185,21 @@ def _read_adapter(adapter: Path) -> tuple[dict[str, StoredAdapter], dict[str, Te
                 raise SelectionError(
                     f"the adapter of {module} has no {_role(suffix)}", where=str(adapter), remedy="train the trial again"
                 )
-        adapters[f"{module}.weight"] = StoredAdapter(kind=kind.name, tensors=tensors, scale=_scale(kind, config, tensors[LORA_A]))
+        adapters[f"{module}.weight"] = StoredAdapter(kind=kind.name, tensors=tensors, alpha=float(config["lora_alpha"]))
     return adapters, whole
 
 
-def _scale(kind: AdapterKind, config: Mapping[str, Any], a: TensorInfo) -> float:
-    alpha, rank = float(config["lora_alpha"]), max(a.shape[0], 1)
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else kind.scale(alpha, rank)
+def _kind_of(config: Mapping[str, Any], adapter: Path) -> AdapterKind:
+    options = {option for kind in ADAPTER_KINDS.values() for option in kind.peft_options}
+    asked = {option: True for option in options if config.get(option)}
+    found = next((kind for kind in ADAPTER_KINDS.values() if kind.peft_options == asked), None)
+    if found is None:
+        raise SelectionError(
+            f"{' and '.join(sorted(asked))} together are none of the kinds {', '.join(ADAPTER_KINDS)}",
+            where=str(adapter / ADAPTER_CONFIG),
+            remedy="merge with `peft` instead",
+        )
+    return found
 
 
 def _role(suffix: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from orchestrator.spec.adapters import PLAIN_LORA, AdapterOptions
 from orchestrator.spec.models import Tune
 from orchestrator.values import Value
 from orchestrator.work.remedies import NOTHING, Remedies, method_name
@@ -16,11 +17,12 @@ class TrialSpec(Value):
     number: int
     control: Literal["none", "head", "shuffled", "scratch", "repeat", "curve"] | None = None
     share: float = 1.0
-    """Of the training documents, what it learns from; below 1 for points of the learning curve."""
+    """Share of the training documents that it is trained on; below 1 for points of the learning curve."""
     layers: str
     tune: Tune
     learning_rate: float
     lora_rank: int | None = None
+    adapter: AdapterOptions = PLAIN_LORA
     total_steps: int
     """Steps of the full budget: the learning-rate schedule ends there."""
     total_tokens: int
@@ -30,10 +32,10 @@ class TrialSpec(Value):
 
     @property
     def method(self) -> str:
-        """`lora r16 · replay 0.1`: how its layers learn."""
-        return method_name(self.tune, self.lora_rank, self.remedies)
+        """Return how its layers are trained, `lora r16 · replay 0.1`."""
+        return method_name(self.tune, self.lora_rank, self.adapter, self.remedies)
 
     @property
     def lora_alpha(self) -> int:
-        """LoRA's scale is alpha / rank; twice the rank is the field's usual choice (Hu et al. 2021 keep it fixed)."""
-        return 2 * (self.lora_rank or 0)
+        """Return LoRA's alpha; its scale is alpha / rank, or alpha / sqrt(rank) for rslora."""
+        return self.adapter.alpha_of(self.lora_rank)

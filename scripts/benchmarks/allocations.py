@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy
 from orchestrator.train import LoadedBase, Objective, open_branch
-from orchestrator.train.adapters.branch import Branch
+from orchestrator.train.adapters.branch import Branch, PlainKeeper
 from orchestrator.train.engines.torch_engine import TorchEngine
 from orchestrator.train.model.objective import final_norm_of
 from orchestrator.train.model.recompute import recomputed
@@ -38,13 +38,13 @@ BY_MASK = {
 
 @dataclass(frozen=True)
 class Counted:
-    """What a step allocates at once, at most."""
+    """Peak allocations of a step."""
 
     peak_bytes: int
     peak_operator: str
     """The operator that reached it."""
     steady_bytes: int
-    """What is left after a step: weights, masters, sums, moments."""
+    """Bytes that remain after a step: weights, fp32 master weights, sums, moments."""
 
 
 class AllocationCounter(TorchDispatchMode):
@@ -133,7 +133,7 @@ def train_and_score(branch: Branch, inputs: dict[str, torch.Tensor], *, checkpoi
     return engine
 
 
-class Forgetful:
+class Forgetful(PlainKeeper):
     """A keeper that keeps nothing: there are no values to restore."""
 
     def save(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> None: ...

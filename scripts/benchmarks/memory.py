@@ -7,7 +7,8 @@ Each case is one rank in bfloat16, one row a micro-batch, every position supervi
 counted on tensors without memory (see allocations.py). `moving` leaves out what is there all the time, weights and
 states, which the plan knows to the byte: it is the harder figure, and no goal hangs on it. `--blocks` cuts the models
 down to so many blocks, in the plan and in the count alike, which is quicker. `--families` takes four blocks of each other
-layout that the anatomy knows, at a width near that of a published model.
+layout that the anatomy knows, at a width near that of a published model. A policy may end in options of its adapters:
+"lora all kind=dora dropout=0.1 modules=mlp".
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from orchestrator.anatomy import LayerSelection, ModelAnatomy, read_anatomy, sel
 from orchestrator.plan.memory.candidate import Candidate
 from orchestrator.plan.memory.estimate import estimate
 from orchestrator.plan.memory.footprint import make_footprint
+from orchestrator.spec.adapters import AdapterOptions
 from orchestrator.units import GIB
 
 GOAL = 0.05
@@ -120,8 +122,10 @@ def _anatomy(config: dict[str, Any]) -> ModelAnatomy:
 
 
 def _selection(anatomy: ModelAnatomy, policy: str) -> LayerSelection:
-    tune, layers = policy.split()
-    return select(anatomy, layers, tune, LORA_RANK if tune == "lora" else None, task="completion")  # type: ignore[arg-type]
+    tune, layers, *options = policy.split()
+    adapter = AdapterOptions.model_validate(dict(option.split("=") for option in options))
+    rank = LORA_RANK if tune == "lora" else None
+    return select(anatomy, layers, tune, rank, adapter=adapter, task="completion")  # type: ignore[arg-type]
 
 
 def _line(row: dict[str, Any]) -> str:

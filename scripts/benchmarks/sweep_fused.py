@@ -19,7 +19,7 @@ from orchestrator.anatomy import select
 from orchestrator.data import TokenizedSet
 from orchestrator.train import LoadedBase
 from orchestrator.train.adapters.group import open_group
-from orchestrator.train.adapters.lora import AdapterSpec
+from orchestrator.train.adapters.layers import AdapterSpec
 from orchestrator.train.batches import RowPlan, StepInput, to_tensors
 from orchestrator.train.engines.torch_engine import TorchEngine
 from orchestrator.train.loop import StackedRounds

@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from orchestrator.anatomy import read_anatomy, select
 from orchestrator.data import build_set
 from orchestrator.plan.memory.transient import LOGIT_CHUNK_BYTES
+from orchestrator.spec.adapters import PLAIN_LORA, AdapterOptions
 from orchestrator.store import read_jsonl
 from orchestrator.train.batches import RowPlan, StepPlan
 from orchestrator.work.assignment import EvaluateBase, TrainRung, WorkContext
@@ -122,8 +123,9 @@ class Matrix:
         num_steps: int = NUM_STEPS,
         trunk: TrunkPlan | None = None,
         remedies: Remedies = NOTHING,
+        adapter: AdapterOptions = PLAIN_LORA,
     ) -> None:
-        selection = select(self.anatomy, policy, tune, 8 if tune == "lora" else None, task="completion")
+        selection = select(self.anatomy, policy, tune, 8 if tune == "lora" else None, adapter=adapter, task="completion")
         rate = rate if rate is not None else {"lora": 5e-3, "full": 5e-4}[tune]
         context = WorkContext(
             settings=TrainSettings(
@@ -145,6 +147,7 @@ class Matrix:
             tune="lora" if tune == "lora" else "full",
             learning_rate=rate,
             lora_rank=selection.lora_rank,
+            adapter=adapter,
             total_steps=num_steps,
             total_tokens=num_steps * TOKENS_PER_STEP,
             seed=3,

@@ -120,7 +120,7 @@ def test_plan_prints_tables_of_at_most_100_columns(spec):
     assert result.exit_code == 0, result.stderr
     assert max(map(len, result.stdout.splitlines())) <= 100
     assert "\x1b" not in result.stdout
-    for wanted in ("What is tried", "Memory of one rank", "Adam's moments", "How it is run", "What it takes", "hours", "disk"):
+    for wanted in ("Choices", "Memory of one rank", "Adam's moments", "Execution", "Time and disk", "hours", "disk"):
         assert wanted in result.stdout
 
 
@@ -158,7 +158,7 @@ def test_the_plan_of_a_70b_on_four_nodes_imports_nothing_heavy(repository):
         "Operations of one token",
         "From operations to hours",
         "1 gang of 32 GPUs, over 4 nodes",
-        "Cheaper ways, rejected",
+        "Cheaper options, rejected",
     ):
         assert wanted in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 100

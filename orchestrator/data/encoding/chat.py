@@ -20,14 +20,14 @@ from typing import Any
 
 from orchestrator.data.encoding.chat_template import ChatTemplate, Tools
 from orchestrator.data.encoding.control_tokens import ControlTokens
-from orchestrator.data.encoding.row_notices import Noticed
+from orchestrator.data.encoding.row_notices import RowNotices
 from orchestrator.data.encoding.spans import Found, NotRenderedError, Span, SpanFinder
 from orchestrator.data.encoding.turn_marks import Turn, calls_of, mapped, reasoning_of, said, strings_of
 from orchestrator.data.reading.examples import Example
 from orchestrator.data.reading.row import BadRow
 from orchestrator.spec.models import DataSpec
 
-MOST_SHOWN = 256
+MAX_REMEMBERED = 256
 """Number of role sequences that are remembered."""
 
 
@@ -53,7 +53,7 @@ class ChatEncoder:
         noticed: Gets what is worth telling.
     """
 
-    def __init__(self, tokenizer: Any, data: DataSpec, ends: Sequence[str], noticed: Noticed) -> None:
+    def __init__(self, tokenizer: Any, data: DataSpec, ends: Sequence[str], noticed: RowNotices) -> None:
         self._data = data
         self._noticed = noticed
         self._template = ChatTemplate(tokenizer)
@@ -65,7 +65,7 @@ class ChatEncoder:
         self._ends = tuple(dict.fromkeys([*closings, *ends]))
         self._renders_tools = False
         self._shown: set[tuple[str, ...]] = set()
-        """Sequences of roles of which the template leaves nothing out."""
+        """Role sequences that the template renders completely."""
 
     def render(self, example: Example) -> RenderedChat | BadRow:
         """Return the chat and the spans of its supervised turns; a BadRow if the template rejects it."""
@@ -82,6 +82,7 @@ class ChatEncoder:
         """Return (token ids, whether each is supervised) of each chat; the ids are the tokenizer's for the whole text."""
         found: dict[int, tuple[list[int], list[bool]]] = {}
         for escaped in (False, True):
+            # Few chats spell control tokens; all others are tokenized in one batch by the unchanged tokenizer.
             chosen = [index for index, chat in enumerate(chats) if chat.escaped == escaped]
             if not chosen:
                 continue
@@ -102,6 +103,7 @@ class ChatEncoder:
 
     def _respelled(self, chat: RenderedChat) -> tuple[str, list[tuple[int, int]]]:
         """Return a rendering as the tokenizer without control tokens reads it, and its spans there."""
+        # Respelling changes lengths, so the text is cut at the spans' edges and the new positions are summed up.
         edges = [0, *(edge for span in chat.spans for edge in span[:2]), len(chat.text)]
         pieces = [self.control.spelled(chat.text[start:end]) for start, end in itertools.pairwise(edges)]
         places = [0, *itertools.accumulate(map(len, pieces))]
@@ -116,16 +118,18 @@ class ChatEncoder:
             self._noticed.add("header", example.place, self._unasked)
         answers = [index for index, turn in enumerate(turns) if _answers(turn)]
         wanted = self._wanted(example)
+        # Marks rarely include tool calls or reasoning, which the model has to write too: such chats are located by rendering.
         by_marks = 0 < len(marked) == len(answers) and not any(
             calls_of(turns[index]) or reasoning_of(turns[index]) for index in answers
         )
         found: dict[int, Found] = {}
         if wanted and not by_marks:
             found = self._finder.find(turns, tools, text, wanted)
-            self._tell(example, wanted, found, last=max(answers))
+            self._note_missing_parts(example, wanted, found, last=max(answers))
         elif wanted:
-            self._look_at(example, turns, tools, text, wanted)
+            self._note_omissions(example, turns, tools, text, wanted)
         if by_marks:
+            # A closing token after the mark counts only up to the next answer.
             limits = [*(start for start, _ in marked[1:]), len(text)]
             each = zip(answers, marked, limits, strict=True)
             spans = [self._finder.checked(text, *span, limit) for index, span, limit in each if index in wanted]
@@ -147,18 +151,18 @@ class ChatEncoder:
         self._renders_tools = self._renders_tools or self._template.render(turns) != text
         return self._renders_tools
 
-    def _look_at(self, example: Example, turns: Sequence[Turn], tools: Tools, text: str, wanted: set[int]) -> None:
+    def _note_omissions(self, example: Example, turns: Sequence[Turn], tools: Tools, text: str, wanted: set[int]) -> None:
         """Note what a template with marks leaves out; checked once for each role sequence that it renders completely."""
         roles = tuple(turn["role"] for turn in turns)
         if roles in self._shown:
             return
         with suppress(NotRenderedError):
-            if not self._tell(example, wanted, self._finder.find(turns, tools, text, wanted), last=max(wanted)):
+            if not self._note_missing_parts(example, wanted, self._finder.find(turns, tools, text, wanted), last=max(wanted)):
                 return
-        if len(self._shown) < MOST_SHOWN:
+        if len(self._shown) < MAX_REMEMBERED:
             self._shown.add(roles)
 
-    def _tell(self, example: Example, wanted: set[int], found: dict[int, Found], last: int) -> bool:
+    def _note_missing_parts(self, example: Example, wanted: set[int], found: dict[int, Found], last: int) -> bool:
         """Note what the template leaves out; return False if it leaves out anything."""
         turns = list(found.values())
         final = [found[last]] if last in found else []
@@ -178,10 +182,12 @@ class ChatEncoder:
 
         End tokens at the end of an answer are removed, since the template writes one.
         """
+        # `weight` selects what is trained on; it is not part of the chat.
         turns: list[Turn] = [{key: value for key, value in turn.items() if key != "weight"} for turn in example.messages or ()]
         tools = list(example.tools)
         if not any(self.control.pattern.search(text) for text in strings_of([turns, tools])):
             return turns, tools, False
+        # Removed also with `allow`: the template writes an end token itself, so a second one would be trained on.
         turns = [self._without_end(turn, example.place) for turn in turns]
         if self._data.special_tokens_in_text == "allow":
             held = [token for text in strings_of([turns, tools]) for token in self.control.held_by(text)]
@@ -227,6 +233,7 @@ def _supervised(text: str, offsets: Sequence[tuple[int, int]], spans: Sequence[t
     starts = [start for start, _ in offsets]
     mask = [False] * len(offsets)
     for start, end in spans:
+        # Bisection: a linear scan per span is quadratic in long chats.
         first, last = bisect_left(starts, start), bisect_left(starts, end)
         while first and offsets[first - 1][1] > start and text[starts[first - 1] : start].isspace():
             first -= 1

@@ -19,7 +19,7 @@ Tools = Sequence[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Style:
-    """How a template renders turns, found by rendering one question with one answer; empty if it rejects them."""
+    """Text that a template writes around turns, found by rendering one question with one answer; empty if it rejects them."""
 
     generation_prompt: str = ""
     """Text that requests an answer, after a complete question."""
@@ -49,12 +49,14 @@ class ChatTemplate:
 
     def render_with_marks(self, turns: Sequence[Turn], tools: Tools = ()) -> tuple[str, list[tuple[int, int]]]:
         """Return the chat as text, and the characters between the template's `{% generation %}` marks."""
+        # Rendering with a mask is slower, and warns if the template has no marks.
         if not self._has_marks:
             return self.render(turns, tools), []
         from transformers.utils.chat_template_utils import render_jinja_template
 
         given: Any = list(tools) or None
         (text,), (spans,) = render_jinja_template(
+            # Called directly, since apply_chat_template returns the mask only with token ids, not the spans in the text.
             conversations=[[{key: value for key, value in turn.items() if value is not None} for turn in turns]],
             tools=given,
             chat_template=self._tokenizer.get_chat_template(None, given),
@@ -76,6 +78,7 @@ class ChatTemplate:
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError):
             return Style()
+        # Three renderings locate the template's own text: whole chat, question with generation prompt, question alone.
         ends = [place.last(asked.closing) for place in (whole, prompt, question)]
         start, answer_end = whole.first(asked.opening), whole.first(answered.closing)
         if start is None or answer_end is None or None in ends:
@@ -83,6 +86,7 @@ class ChatTemplate:
         after_question, after_prompt, after_alone = (
             found.text[end:] for found, end in zip((whole, prompt, question), ends, strict=True)
         )
+        # What follows a question in any case closes it; the rest is the generation prompt.
         shared = snapped(after_prompt, common_prefix(after_prompt, after_alone), control)
         between = whole.text[ends[0] : whole.first(answered.opening)]
         header = whole.text[:start] + after_prompt[: common_prefix(after_prompt, after_question)]
@@ -98,6 +102,7 @@ class ChatTemplate:
 
 def snapped(text: str, place: int, control: ControlTokens) -> int:
     """Return the position, or the beginning of the added token that contains it."""
+    # A window is enough: no added token is longer, and scanning a whole chat for each turn is quadratic.
     first = max(0, place - 100)
     for found in control.added.finditer(text, first, place + 100):
         if found.start() < place < found.end():

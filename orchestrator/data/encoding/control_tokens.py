@@ -35,18 +35,20 @@ class ControlTokens:
         self.ids = {text: number for text, (number, token) in added.items() if token.special}
         self.ids |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
         self.ids |= {text: added[text][0] for text in others}
+        # Some tokenizers declare an empty special token, which would match everywhere.
         self.ids = {text: number for text, number in self.ids.items() if text}
         """Text of each control token -> its id."""
         self.added = one_of(added)
         """Matches any added token, special or not."""
         self.pattern = one_of(self.ids)
         """Matches any control token."""
+        # Random for each process, so that no row can spell a stand-in. It never reaches the ids, which stay the same.
         secret = secrets.token_hex(8)
         names = {text: f"{secret}{place:x}" for place, text in enumerate(sorted(self.ids))}
         self._stand_ins = {text: f"{BEFORE_NAME}{name}{BEFORE_NAME}" for text, name in names.items()}
-        """Control token -> what stands for one that a row spells, while the row is rendered."""
+        """Control token -> its stand-in while a row that spells it is rendered."""
         self._spellings = {text: f"{BEFORE_SPELLING}{name}{BEFORE_SPELLING}" for text, name in names.items()}
-        """Control token -> how `plain` spells it."""
+        """Control token -> its spelling in `plain`."""
         self._literal = {stand_in: text for text, stand_in in self._stand_ins.items()}
         self._stands = re.compile(f"{BEFORE_NAME}{secret}[0-9a-f]+{BEFORE_NAME}")
 
@@ -55,6 +57,7 @@ class ControlTokens:
         """Return the tokenizer's backend with offsets that include white space: a trimming post-processor gives white space
         tokens empty offsets."""
         backend = self._tokenizer.backend_tokenizer
+        # The setting is not exposed as an attribute; the processor's text form shows it, nested processors included.
         if "trim_offsets=True" not in str(backend.post_processor):
             return backend
         return _changed(backend, lambda parts: parts.update(post_processor=_untrimmed(parts["post_processor"])))
@@ -73,6 +76,7 @@ class ControlTokens:
                 token.update(content=self._spellings[token["content"]], normalized=False)
         model = parts["model"]
         renamed = lambda text: self._spellings.get(text, text)  # noqa: E731
+        # BPE and WordPiece store a mapping, Unigram a list of (text, score).
         if isinstance(model["vocab"], dict):
             model["vocab"] = {renamed(text): number for text, number in model["vocab"].items()}
         else:
@@ -80,6 +84,7 @@ class ControlTokens:
         if isinstance(model.get("unk_token"), str):
             model["unk_token"] = renamed(model["unk_token"])
         if "merges" in model:
+            # Older tokenizer.json files write a merge as one string, newer ones as a pair.
             pairs = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
             model["merges"] = [pair for pair in pairs if not {*pair, "".join(pair)} & self._spellings.keys()]
 
@@ -110,6 +115,7 @@ class ControlTokens:
     def without_ends(self, text: str, ends: Sequence[str]) -> tuple[str, list[str]]:
         """Return (an answer without the end tokens that it already ends with, those tokens)."""
         taken: list[str] = []
+        # Repeated, since exported chats may end with several of them.
         while end := next((end for end in ends if end and text.rstrip().endswith(end)), None):
             text = text.rstrip().removesuffix(end)
             taken.append(end)
@@ -126,12 +132,14 @@ class ControlTokens:
 
 def one_of(texts: Iterable[str]) -> re.Pattern[str]:
     """Return a pattern for any of the texts, longest match first; matches nothing if there are none."""
+    # Longest first: alternation takes the first match, and one token's text may begin another's.
     return re.compile("|".join(map(re.escape, sorted(filter(None, texts), key=len, reverse=True))) or r"(?!)")
 
 
 def _changed(backend: Any, change: Callable[[dict[str, Any]], None]) -> Any:
     from tokenizers import Tokenizer
 
+    # The tokenizers library has no API to rename tokens; a round trip through its JSON does it.
     parts = json.loads(backend.to_str())
     change(parts)
     return Tokenizer.from_str(json.dumps(parts))

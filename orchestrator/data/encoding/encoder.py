@@ -13,7 +13,7 @@ import numpy as np
 
 from orchestrator.data.encoding.chat import ChatEncoder, RenderedChat
 from orchestrator.data.encoding.control_tokens import ControlTokens
-from orchestrator.data.encoding.row_notices import Noticed
+from orchestrator.data.encoding.row_notices import RowNotices
 from orchestrator.data.reading.examples import Example
 from orchestrator.data.reading.row import BadRow
 from orchestrator.errors import BaseError
@@ -58,6 +58,7 @@ def load_tokenizer(folder: Path) -> Any:
         raise BaseError(f"no tokenizer: {first_line}", where=str(folder), expected=expected, remedy=remedy) from None
     if not tokenizer.is_fast:
         raise BaseError("the tokenizer is not a fast one", where=str(folder), expected=expected, remedy=remedy)
+    # Silences the warning about long texts; lengths are checked against data.max_tokens and the model's positions.
     tokenizer.model_max_length = int(1e12)
     return tokenizer
 
@@ -74,14 +75,14 @@ class Encoder:
     """
 
     def __init__(
-        self, tokenizer: Any, task: Task, data: DataSpec, *, ends: Sequence[int] = (), noticed: Noticed | None = None
+        self, tokenizer: Any, task: Task, data: DataSpec, *, ends: Sequence[int] = (), noticed: RowNotices | None = None
     ) -> None:
         self._tokenizer = tokenizer
         self._data = data
         self._bos = _bos_ids(tokenizer)
         self._eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
         self._traits = TASKS[task]
-        self._noticed = noticed if noticed is not None else Noticed()
+        self._noticed = noticed if noticed is not None else RowNotices()
         if self._traits.uses_chat_template and not tokenizer.chat_template:
             raise BaseError(
                 "the tokenizer has no chat template",
@@ -119,6 +120,7 @@ class Encoder:
             return document
         if self._traits.head.supervises == "documents":
             return self._beginning(document)
+        # The begin token stays, as the model expects it first.
         kept = len(self._bos) if document.ids[: len(self._bos)].tolist() == self._bos else 0
         prompt_end = int(np.argmax(document.supervised)) if document.supervised.any() else 0
         if self._data.long_rows != "truncate_prompt" or kept + excess >= prompt_end:
@@ -151,6 +153,7 @@ class Encoder:
         suffixes = suffixes or [""] * len(texts)
         whole = [f"{text}{suffix}" for text, suffix in zip(texts, suffixes, strict=True)]
         ids = self._tokenizer(whole)["input_ids"] if special else bare_ids(self._tokenizer, whole)
+        # One search over the batch is far cheaper than one per text, and rows with control tokens are rare.
         if not self._control.pattern.search("\n".join(texts)):
             return ids
         for index, (text, suffix, example) in enumerate(zip(texts, suffixes, examples, strict=True)):
@@ -185,6 +188,7 @@ class Encoder:
         answers = [self._without_end(str(example.completion), example) for example in examples]
         ids = self._ids(prompts, examples, suffixes=separators), self._ids(answers, examples)
         for example, prompt, separator, answer, head, tail in zip(examples, prompts, separators, answers, *ids, strict=True):
+            # Prompt and answer are tokenized separately, as in serving: tokenized together, a token could span their border.
             before, after = [*self._bos, *head], [*tail, *self._eos] if answer else []
             mask = _answer_mask(len(before), len(after))
             yield Document(np.asarray(before + after, np.int32), mask, example, f"{prompt}{separator}", answer)
@@ -198,6 +202,7 @@ class Encoder:
         for example, tokens in zip(examples, self._ids(texts, examples), strict=True):
             ids = [*self._bos, *tokens, *self._eos]
             room = self._data.max_tokens - 1
+            # Each chunk predicts `room` tokens and repeats one token of context, so every token but the first is predicted once.
             for start in range(0, max(1, len(ids) - 1), room):
                 first = self._bos or ids[start : start + 1]
                 chunk = [*first, *ids[start + 1 : start + 1 + room]]
@@ -235,7 +240,9 @@ def mark_supervised(document: Document, tokenizer: Any) -> str:
 def _answer_mask(num_before: int, num_after: int) -> np.ndarray:
     """Return bool[L], read-only and cached: among a million short rows, few pairs of lengths differ."""
     mask = np.zeros(num_before + num_after, bool)
+    # Position 0 has no context to be predicted from, even if there is no prompt.
     mask[max(1, num_before) :] = True
+    # Shared by all documents of these lengths.
     mask.flags.writeable = False
     return mask
 
@@ -244,6 +251,7 @@ def bare_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Return what `tokenizer(texts, add_special_tokens=False)["input_ids"]` does, without the offsets and masks that take half
     of its time."""
     backend = tokenizer.backend_tokenizer
+    # Settings of an earlier call stay on the shared backend.
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = tokenizer.split_special_tokens
@@ -257,6 +265,7 @@ def _document(ids: list[int], mask: np.ndarray, example: Example, prompt: str = 
 
 def _bos_ids(tokenizer: Any) -> list[int]:
     """Return the begin token, if the tokenizer adds one before a text."""
+    # Asked by example: add_bos_token and the post-processor disagree in some tokenizers.
     ids = tokenizer("a")["input_ids"]
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and ids[:1] == [bos] else []

@@ -25,6 +25,7 @@ def declared_ends(folder: Path, tokenizer: Any) -> tuple[int, ...]:
     """Return the ids at which the base stops: its tokenizer's end token, and those in its generation_config.json or, if there
     is none, its config.json."""
     config: dict[str, Any] = {}
+    # transformers reads config.json only if there is no generation_config.json.
     for name in ("generation_config.json", "config.json"):
         try:
             config = read_json(folder / name)
@@ -34,6 +35,7 @@ def declared_ends(folder: Path, tokenizer: Any) -> tuple[int, ...]:
     given = config.get("eos_token_id")
     ids = given if isinstance(given, list) else [given]
     size = len(tokenizer)
+    # `type`, not isinstance: JSON's true is an int in Python. Ids outside the vocabulary are ignored.
     found = [tokenizer.eos_token_id, *(number for number in ids if type(number) is int and 0 <= number < size)]
     return tuple(dict.fromkeys(number for number in found if number is not None))
 
@@ -46,13 +48,14 @@ def end_tokens(train: TokenizedSet, control: ControlTokens, declared: Sequence[i
     """
     ends = _run_ends(train)
     numbers, counts = np.unique(train.ids[ends], return_counts=True)
+    # A token inside an answer, such as one that only ends the reasoning, must not stop generation.
     within = set(np.unique(train.ids[train.supervised & ~ends]).tolist())
     known = set(control.ids.values()) - within
     learned = [int(numbers[place]) for place in np.argsort(-counts, kind="stable") if int(numbers[place]) in known]
     return tuple(dict.fromkeys((*learned, *declared)))
 
 
-def tell_ends(train: TokenizedSet, tokenizer: Any, task: Task, left_out: LeftOut) -> None:
+def note_end_tokens(train: TokenizedSet, tokenizer: Any, task: Task, left_out: LeftOut) -> None:
     """Report the tokens at which answers end; warn if no end is trained on."""
     stops = train.stop_ids
     remedy = NO_END_IN_TEMPLATE if TASKS[task].uses_chat_template else NO_END
@@ -69,9 +72,7 @@ def tell_ends(train: TokenizedSet, tokenizer: Any, task: Task, left_out: LeftOut
         )
         left_out.warn(f"no answer ends with an end token: generation stops {known}", remedy)
     elif unended:
-        left_out.warn(
-            f"{unended} of {len(last)} training rows do not end with an end token, so no end is learned from them", remedy
-        )
+        left_out.warn(f"{unended} of {len(last)} training rows do not end with an end token, so no end is trained on", remedy)
     if learned and (TASKS[task].uses_chat_template or others):
         also = f" and at {_named(others, tokenizer)}" if others else ""
         left_out.info(f"answers end with {_named(learned, tokenizer)}: generation stops there{also}, in the bundle too")
@@ -85,6 +86,7 @@ def _named(ids: Sequence[int], tokenizer: Any) -> str:
 
 def padding(tokenizer: Any, stops: Sequence[int]) -> int:
     """Return the id that pads shorter prompts: the tokenizer's, or else any; padding is masked."""
+    # Any id will do: padded positions are masked.
     given = (tokenizer.pad_token_id, tokenizer.eos_token_id, *stops, 0)
     return next(int(number) for number in given if number is not None)
 
@@ -92,6 +94,7 @@ def padding(tokenizer: Any, stops: Sequence[int]) -> int:
 def _run_ends(data: TokenizedSet) -> np.ndarray:
     """Return bool[N]: the last token of every run of supervised tokens."""
     following = np.append(data.supervised[1:], False)
+    # A run does not continue into the next document.
     following[data.offsets[1:] - 1] = False
     return data.supervised & ~following
 

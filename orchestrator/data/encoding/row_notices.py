@@ -33,13 +33,13 @@ WORDS: dict[str, tuple[str, str]] = {
         "look at the chat template; text of a system turn can be written into the first user turn",
     ),
     "header": (
-        "the chat template's generation prompt does not write {what}, which stands before the answers of {rows}: it is learned"
-        " as a part of them",
+        "the chat template's generation prompt does not write {what}, which stands before the answers of {rows}: it is trained"
+        " on as part of them",
         "write it under {% if add_generation_prompt %} in the base's chat template",
     ),
     "prompt": (
-        "the generation prompt adds {what}, with which the last answer of {rows} does not begin: a server will ask otherwise than"
-        " the training did",
+        "the generation prompt adds {what}, with which the last answer of {rows} does not begin: prompts in serving will"
+        " differ from those in training",
         "write the reasoning into the answers, or serve with the template's switch that turns it off",
     ),
 }
@@ -47,7 +47,7 @@ WORDS: dict[str, tuple[str, str]] = {
 
 
 @dataclass
-class Noticed:
+class RowNotices:
     """Rows by what was observed about them."""
 
     places: dict[str, dict[str, None]] = field(default_factory=dict)
@@ -58,7 +58,7 @@ class Noticed:
         self.places.setdefault(kind, {})[place] = None
         self.what.setdefault(kind, {}).update(dict.fromkeys(what))
 
-    def tell(self, left_out: LeftOut) -> None:
+    def report(self, left_out: LeftOut) -> None:
         """Report one line for each kind observed."""
         for kind, (message, remedy) in WORDS.items():
             places = self.places.get(kind)

@@ -57,6 +57,7 @@ class SpanFinder:
         """
         prompt = self._style.generation_prompt
         shared = common_prefix(prompt, text[start:end])
+        # Part of a generation prompt counts only if it contains a control token: a few equal characters may be coincidence.
         if shared and (shared == len(prompt) or self._control.pattern.search(text, start, start + shared)):
             start = snapped(text, start + shared, self._control)
         closing = None
@@ -82,9 +83,12 @@ class SpanFinder:
             NotRenderedError: a tool call is left out, or turns are written so that they cannot be found.
         """
         marks = TurnMarks(turns, text)
+        # Some templates rewrite or check the text of user or system turns, so marks there change the rendering: then only answers
+        # are marked.
         for only_answers in (False, True):
             given = marks.marked(lambda turn, only=only_answers: not only or turn["role"] == "assistant")
             whole = marks.found_in(self._template.render(given, tools))
+            # The marks must not have changed the rendering otherwise.
             if whole.text == text and whole.places:
                 chat = _Chat(turns, tools, given, marks, whole, all_marked=not only_answers)
                 found = {index: self._found(chat, index) for index in sorted(wanted)}
@@ -104,6 +108,7 @@ class SpanFinder:
         said_here = closing if closing is not None else opening
         assert said_here is not None
         later = [place for other in chat.marks.of[index + 1 :] for mark in other for place in whole.places.get(mark, ())]
+        # A closing token after the next turn's text belongs to that turn.
         limit = min((place for place in later if place >= said_here), default=len(whole.text))
         start, unasked = self._start(chat, index, opening if opening is not None else said_here)
         after = max(said_here, start)
@@ -115,7 +120,10 @@ class SpanFinder:
         parts = bool(said(turn).strip()) + bool(reasoning_of(turn).strip()) + len(calls_of(turn))
         return Found(
             Span(start, ending[1], ending[0]),
+            # Templates may render earlier turns without the reasoning block that the generation prompt adds; only the last is
+            # comparable.
             unasked if index == len(chat.turns) - 1 else "",
+            # Text, reasoning and each call have a mark; fewer marks mean that one of them was left out.
             has_text=len(places) >= parts or not calls_of(turn),
             has_reasoning=opening is not None and (len(places) >= parts or not reasoning_of(turn).strip()),
             has_context=not chat.all_marked or all(map(chat.shows, range(index))),
@@ -125,6 +133,7 @@ class SpanFinder:
         """Return (end of the generation prompt, the part of it that is missing there)."""
         whole = chat.whole
         earlier = [other.closing for other in chat.marks.of[:index]]
+        # The last earlier text before this turn: everything after it is the template's own.
         anchor = max((place for mark in earlier for place in whole.places.get(mark, ()) if place <= opening), default=0)
         mark = next((mark for mark in earlier if anchor and anchor in whole.places.get(mark, ())), None)
         between = whole.text[anchor:opening]
@@ -136,12 +145,15 @@ class SpanFinder:
             if shared == len(asked) and shared:
                 return anchor + shared, ""
             header = self._style.generation_prompt.strip()
+            # The prompt's beginning matches, and the usual header does not occur later: the turn begins where they diverge.
             if shared and not (header and header in between):
                 return snapped(whole.text, anchor + shared, self._control), asked[shared:]
+        # The template renders this turn differently from its prompt: search for the usual header instead.
         for header in (self._style.generation_prompt, self._style.generation_prompt.strip()):
             if header and header in between:
                 return anchor + between.rindex(header) + len(header), ""
         header = self._style.generation_prompt
+        # The template may write only the beginning of its generation prompt before an earlier turn.
         shared = next((size for size in range(len(header), 0, -1) if between.endswith(header[:size])), 0)
         return (anchor + len(between), header[shared:]) if shared else (opening, "")
 
@@ -162,6 +174,8 @@ class SpanFinder:
         if usual and (place := text.find(usual, start, limit)) >= 0:
             return place, place + len(usual)
         found = self._control.pattern.search(text, start, limit)
+        # Another control token closes the turn only if it is known to, or if the chat ends with it; it may also open the next
+        # turn.
         if found and (found[0] in self._ends or found[0] in self._style.between or limit == len(text)):
             return found.span()
         return None
@@ -170,6 +184,7 @@ class SpanFinder:
         """Return where a turn without a closing token ends: after its own white space, or after its tool calls."""
         turn, after = chat.turns[index], chat.whole.text[start:limit]
         if not calls_of(turn):
+            # White space that the row itself ends with is part of the answer; what the template adds is not.
             words = said(turn)
             return start + common_prefix(after, words[len(words.rstrip()) :])
         if limit < len(chat.whole.text):

@@ -49,6 +49,7 @@ class TurnMarks:
     def __init__(self, turns: Sequence[Turn], text: str) -> None:
         size = 3 * len(turns)
         start = PRIVATE_USE.start
+        # Nearly no text has private-use characters; only then a free block is searched.
         if text and ord(max(text)) >= start:
             taken = {ord(char) for char in text if ord(char) >= start}
             blocks = range(start, PRIVATE_USE.stop - size, size)
@@ -66,6 +67,7 @@ class TurnMarks:
         pieces: list[str] = []
         before = 0
         for taken_out, found in enumerate(self._find.finditer(rendering)):
+            # Positions in the text without marks: one character less for each mark before.
             places.setdefault(found[0], []).append(found.start() - taken_out)
             pieces.append(rendering[before : found.start()])
             before = found.end()
@@ -152,6 +154,7 @@ def _around(text: str, marks: Marks) -> str:
     before = len(text) - len(text.lstrip())
     head, tail = text[:before], text[before + len(core) :]
     tag = OPENING_TAG.match(core)
+    # Templates recognise reasoning by an opening tag at the very beginning of the content.
     if tag and REASONING.fullmatch(tag[0].strip()) and tag.end() < len(core):
         head, core = head + tag[0], core[tag.end() :]
     return f"{head}{marks.opening}{core}{marks.closing}{tail}"

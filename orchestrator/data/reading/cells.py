@@ -63,7 +63,7 @@ def to_label(value: Any, name: str) -> str:
     if isinstance(value, float | Decimal) and value == value and value != int(value if abs(value) != float("inf") else 0):
         raise RowError(f"column {quoted(name)} holds a number that is not whole, expected a class: text or a whole number")
     if isinstance(value, list | tuple):
-        raise RowError(f"column {quoted(name)} holds a list, expected one class: several labels of one row are not learned")
+        raise RowError(f"column {quoted(name)} holds a list, expected one class: several labels per row are not supported")
     return to_full_text(value, name)
 
 

@@ -93,7 +93,7 @@ def _nothing(path: Path, found: Found) -> DataError:
     if not found.is_folder:
         if path.exists():
             raise DataError(
-                "is no regular file", where=found.path, expected="a file, a glob or a folder", remedy="give another path"
+                "is not a regular file", where=found.path, expected="a file, a glob or a folder", remedy="give another path"
             )
         what = "is a broken link" if path.is_symlink() else "no such data file"
         return DataError(what, where=found.path, expected="a file, a glob or a folder", remedy=_near(path))
@@ -152,6 +152,7 @@ def _walk(folder: Path, found: Found) -> Iterator[Path]:
     seen: set[tuple[int, int]] = set()
     for here, folders, names in os.walk(folder, followlinks=True):
         place = Path(here)
+        # By inode: followed links may form a cycle.
         status = place.stat()
         if (status.st_dev, status.st_ino) in seen:
             folders.clear()
@@ -173,13 +174,14 @@ def _walk(folder: Path, found: Found) -> Iterator[Path]:
             elif path.is_file():
                 yield path
             else:
-                found.skip("no regular files", path)
+                found.skip("not regular files", path)
 
 
 def _once(files: list[Path], found: Found) -> list[Path]:
     """Return each file once, by its inode: links to a file that is already read are noted."""
     seen: set[tuple[int, int]] = set()
     kept: list[Path] = []
+    # Real files first, so that a link is what is reported as the duplicate.
     for path in sorted(files, key=lambda path: (path.is_symlink(), path)):
         status = path.stat()
         if (status.st_dev, status.st_ino) in seen:
@@ -199,8 +201,10 @@ def _by_split(folder: Path, files: list[Path], found: Found) -> dict[str, list[P
     splits: dict[str, list[Path]] = {}
     for path in files:
         parts = path.relative_to(folder).parts
+        # The file's own name decides before its folders'.
         said = next((split for part in reversed(parts) if (split := split_of(part))), "")
         splits.setdefault(said, []).append(path)
+    # Names that do not tell two splits apart decide nothing: all files belong to the split that the spec names them for.
     if not splits.keys() & {"eval", "test"} or splits.keys() <= {"eval"} or splits.keys() <= {"test"}:
         return {"": files}
     others = splits.pop("", [])
@@ -208,7 +212,7 @@ def _by_split(folder: Path, files: list[Path], found: Found) -> dict[str, list[P
         splits["train"] = others
     else:
         for path in others:
-            found.skip("files whose names do not name a split, beside others whose names do", path, doubtful=True)
+            found.skip("files without a split in their names, beside files with one", path, doubtful=True)
     return splits
 
 
@@ -231,6 +235,7 @@ def _near(path: Path) -> str:
     if not folder.is_dir():
         return f"the folder {folder} does not exist either; paths are relative to the spec's file"
     names = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
+    # Most missing paths are typing errors.
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"the folder holds {', '.join(sorted(names)[:5]) or 'nothing'}."
     return f"{printable(hint)} Paths are relative to the spec's file"
@@ -278,6 +283,7 @@ def find_saved(folder: Path) -> dict[str, list[Path]] | None:
                     remedy=f"give the folders of its splits one by one, for example {folder / name}",
                 )
             splits.setdefault(split, []).extend(_files_of(folder / name))
+        # A single split is simply the data, whatever its name.
         return splits if len(splits) > 1 else {"": [path for files in splits.values() for path in files]}
     if (folder / "state.json").is_file() and "_data_files" in _read(folder / "state.json"):
         return {"": _files_of(folder)}

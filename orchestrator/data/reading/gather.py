@@ -233,7 +233,7 @@ def _check_documents(spec: JobSpec, found: dict[str, list[Example]]) -> None:
         path, count = max(lines.items(), key=lambda item: item[1])
         num = f"{len(train)} document{'s' if len(train) > 1 else ''}"
         raise DataError(
-            f"a text file is one document, so train has {num} ({path} has {count} lines), and eval and test are taken off train",
+            f"a text file is one document, so train has {num} ({path} has {count} lines), and eval and test are taken from train",
             expected=f"at least {shares + 1} documents, or paths for data.eval and data.test",
             remedy="set data.text_documents: line (or paragraph) if each line is a document of its own; otherwise give one file "
             'a document in a folder, or JSON Lines with {"text": ...} a row',

@@ -25,7 +25,7 @@ SAY_WHAT_IS_LEARNED = frozenset(("train", "training", "trainable", "loss", "mask
 
 @dataclass
 class SplitReading:
-    """How the files of one split were read."""
+    """Record of how the files of one split were read."""
 
     split: str
     rows: RowReader
@@ -113,7 +113,7 @@ def note_reading(reading: SplitReading, left_out: LeftOut) -> None:
         places = next(iter(notes.unread_keys.values()))
         message = f"{split}: keys of turns that are not read (in how many turns): {keys}"
         if notes.unread_keys.keys() & SAY_WHAT_IS_LEARNED:
-            left_out.warn(message, "write weight: 0 in the turns that are not to be learned", places=places)
+            left_out.warn(message, "set weight: 0 in turns that should not be trained on", places=places)
         else:
             left_out.info(message, places=places)
     if notes.empty_answers:

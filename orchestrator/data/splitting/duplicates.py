@@ -20,7 +20,7 @@ from orchestrator.data.splitting.minhash import near_pairs, normalised
 Kind = Literal["row", "question", "group", "near"]
 INSTRUCTION = 0.5
 """Share of train's rows from which a common prompt counts as an instruction: the answers then distinguish the rows."""
-FEWEST_OF_INSTRUCTION = 3
+MIN_INSTRUCTION_ROWS = 3
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class RowKeys:
 
     def select(self, rows: np.ndarray) -> RowKeys:
         """Return the keys of some rows (bool[N])."""
+        # New index of each kept row.
         number = np.cumsum(rows) - 1
         own = rows[self.earlier_row]
         return RowKeys(
@@ -83,6 +84,7 @@ def _hash(text: str) -> int:
     """
     if not text:
         return 0
+    # surrogatepass: text with lone surrogates is reported elsewhere, and must not fail here.
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True) or 1
 
@@ -102,9 +104,11 @@ def questions_of(example: Example) -> list[str]:
     answered = False
     for turn in example.messages:
         if turn["role"] == "assistant":
+            # Consecutive assistant turns answer one question.
             if turns and not answered:
                 found.append("\n".join(turns))
             answered = True
+        # Without the assistant's turns: two chats ask the same even if earlier answers differ.
         elif content := normalised(str(turn.get("content") or "")):
             turns.append(content if turn["role"] != "system" else f"system: {content}")
             answered = False
@@ -126,6 +130,7 @@ def compared_text(example: Example, asked: Sequence[str], instructions: frozense
     question = asked[-1] if asked else ""
     if question and question not in instructions:
         return question
+    # A label is never part of the question: equal texts with different labels must stay together.
     answer = answer_of(example) if example.label is None else ""
     return f"{question}\n{answer}" if answer else question
 
@@ -140,7 +145,8 @@ def find_instructions(examples: Sequence[Example], questions: np.ndarray) -> dic
     if not examples or examples[0].text is not None:
         return {}
     values, first, counts = np.unique(questions, return_index=True, return_counts=True)
-    often = (values != 0) & (counts >= max(FEWEST_OF_INSTRUCTION, INSTRUCTION * len(examples)))
+    # At least three rows, or in a tiny set any prompt would count as an instruction.
+    often = (values != 0) & (counts >= max(MIN_INSTRUCTION_ROWS, INSTRUCTION * len(examples)))
     asked = [questions_of(examples[at]) for at in first[often].tolist()]
     return {found[-1]: count for found, count in zip(asked, counts[often].tolist(), strict=True) if found}
 
@@ -212,6 +218,7 @@ def components(keys: RowKeys, kinds: Iterable[Kind], clusters: np.ndarray | None
             links += _links(rows, np.concatenate([keys.question, keys.earlier_question[asked]]))
         elif kind == "near":
             assert clusters is not None
+            # Key 0 means none, and clusters count from 0.
             links += _links(everyone, clusters + 1)
         else:
             links += _links(everyone, keys.row if kind == "row" else keys.group)
@@ -222,6 +229,7 @@ def _links(rows: np.ndarray, keys: np.ndarray) -> list[tuple[int, int]]:
     """Return edges from each row to the first one with the same key."""
     rows, keys = rows[keys != 0], keys[keys != 0]
     _, first, inverse, counts = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
+    # Unique keys link nothing; leaving them out keeps the list short.
     shared = counts[inverse] > 1
     return list(zip(rows[first[inverse]][shared].tolist(), rows[shared].tolist(), strict=True))
 
@@ -240,5 +248,6 @@ def connected(count: int, links: Iterable[tuple[int, int]]) -> np.ndarray:
     for first, second in links:
         a, b = root(first), root(second)
         if a != b:
+            # The lowest index becomes the root, so the result does not depend on the order of the links.
             parent[max(a, b)] = min(a, b)
     return np.asarray([root(node) for node in range(count)], np.int64)

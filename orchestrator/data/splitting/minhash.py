@@ -30,7 +30,7 @@ MAX_CHARACTERS = 1000
 COMMON = 0.5
 """Share of the texts above which an n-gram belongs to a template and does not distinguish them."""
 SAMPLED_TEXTS = 400
-FEWEST_SAMPLED = 8
+MIN_SAMPLED = 8
 CHUNK_CHARACTERS = 500_000
 VERIFIED_CHARACTERS = 40_000_000
 """Total characters up to which candidates are compared exactly; beyond, by the estimate from their signatures."""
@@ -48,8 +48,10 @@ _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 def normalised(text: str) -> str:
     """Return `text` in Unicode's NFKC form, case folded, runs of white space as one space."""
+    # NFKC changes no ASCII text, and is slow.
     if text.isascii():
         return " ".join(text.lower().split())
+    # Normalised twice: case folding may leave text that is not in NFKC.
     return " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).split())
 
 
@@ -76,6 +78,7 @@ def near_pairs(texts: Sequence[str]) -> list[tuple[int, int]]:
         if budget > 0:
             one, other = compared(texts[first]), compared(texts[second])
             budget -= len(one) + len(other)
+            # Short texts that differ in a number only, such as items of a list, are not duplicates.
             estimate = 0.0 if _other_numbers(one, other) else similarity(one, other, common)
         if estimate >= NEAR:
             found.append((first, second))
@@ -94,6 +97,7 @@ def signatures_of(words: Iterable[str], common: frozenset[str] = frozenset()) ->
     Two texts agree in a bin with a probability equal to their similarity. The lowest 16 bits of a minimum are kept (b-bit
     minwise hashing, Li and König 2010): bins of different texts agree by chance once in 65536.
     """
+    # Sorted once, for a binary search in every chunk.
     left_out = np.sort(np.concatenate([_hashes(gram) for gram in common])) if common else np.zeros(0, np.uint64)
     made = [_chunk_signatures(chunk, left_out) for chunk in _chunks(words)]
     if not made:
@@ -107,8 +111,10 @@ def _chunk_signatures(chunk: Sequence[str], left_out: np.ndarray) -> tuple[np.nd
         at = np.minimum(np.searchsorted(left_out, hashes), len(left_out) - 1)
         own = left_out[at] != hashes
         hashes, owner = hashes[own], owner[own]
+    # The top 5 bits choose one of the 32 bins; the rest is the value whose minimum is kept.
     values = hashes << np.uint64(5)
     counts = np.bincount(owner, minlength=len(chunk))
+    # A minimum is nearly always among the lowest hashes: dropping the others saves most of the scatter below.
     limits = (np.minimum(1.0, _CHANCE * NUM_BINS / np.maximum(counts, 1)) * (2.0**64 - 2.0**12)).astype(np.uint64)
     low = values <= limits[owner]
     repetitive = np.bincount(owner[low], minlength=len(chunk)) < NUM_BINS  # few different n-grams: all of them count
@@ -129,6 +135,7 @@ def _densified(minima: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         missing = result == np.iinfo(np.uint64).max
         if not missing[has].any():
             break
+        # One step to the next bin each time, so that the distance is known.
         filled = np.roll(filled, -1, axis=1)
         borrowed = missing & (filled != np.iinfo(np.uint64).max)
         result[borrowed] = _mixed(filled[borrowed] + np.uint64(distance))
@@ -146,6 +153,7 @@ def _candidates(signatures: np.ndarray, filled: np.ndarray) -> np.ndarray:
         begins = np.ones(len(order), bool)
         begins[same] = False
         first = np.maximum.accumulate(np.where(begins, np.arange(len(order)), 0))
+        # Neighbour and first member of a bucket connect it; all pairs would be quadratic in large buckets.
         later = rows[order[same]]
         found += [rows[order[before]] * len(signatures) + later for before in (same - 1, first[same])]
     pairs = np.sort(np.concatenate(found))  # np.unique's table of hashes is several times as slow here
@@ -166,6 +174,7 @@ def compared(text: str) -> str:
     else:
         bare = _PUNCTUATION.sub(" ", beginning)
     words = bare[:MAX_CHARACTERS].strip()
+    # Shorter texts would have no n-gram at all.
     return words.ljust(SHINGLE) if words else ""
 
 
@@ -180,7 +189,7 @@ def _shingles(words: str) -> set[str]:
 def _common_shingles(texts: Sequence[str]) -> frozenset[str]:
     """Return the n-grams of the template shared by most texts, from a sample at even distances."""
     sample = [compared(texts[at]) for at in range(0, len(texts), max(1, len(texts) // SAMPLED_TEXTS))]
-    if len(sample) < FEWEST_SAMPLED:
+    if len(sample) < MIN_SAMPLED:
         return frozenset()
     counts = Counter(gram for text in sample for gram in _shingles(text))
     return frozenset(gram for gram, count in counts.items() if count > COMMON * len(sample))
@@ -191,6 +200,7 @@ def _chunks(words: Iterable[str]) -> Iterator[Sequence[str]]:
     size = 0
     for text in words:
         chunk.append(text)
+        # Both the text and its row of bins take memory.
         size += len(text) + NUM_BINS
         if size >= CHUNK_CHARACTERS:
             yield chunk
@@ -203,6 +213,7 @@ def _chunk_hashes(chunk: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Return (uint64[H], int64[H]): the hash of every n-gram, and the index of its text in the chunk."""
     lengths = np.fromiter(map(len, chunk), np.int64, len(chunk))
     hashes = _hashes("".join(chunk))
+    # All texts are hashed as one; n-grams across a border are dropped after.
     owner = np.repeat(np.arange(len(chunk)), lengths)[: len(hashes)]
     ends = np.cumsum(lengths)[owner]
     whole = np.arange(len(hashes)) + SHINGLE <= ends

@@ -27,6 +27,7 @@ def mixture(rows: Mapping[int, int], weights: Mapping[int, float]) -> dict[int, 
     Returns:
         The nearest whole numbers, at least one row of each source.
     """
+    # The scarcest source for its weight limits all others, since no row is repeated.
     scale = min(count / weights[source] for source, count in rows.items())
     return {source: min(count, max(1, round(scale * weights[source]))) for source, count in rows.items()}
 
@@ -48,6 +49,7 @@ def mixed(examples: list[Example], sources: str | Sequence[DataSource], seed: in
     taken = mixture({number: len(rows) for number, rows in by_source.items()}, weights)
     result: list[Example] = []
     for number, rows in sorted(by_source.items()):
+        # One salt per source: adding a source does not change the choice of the others.
         order = generator(seed, WEIGHTS + number).permutation(len(rows))
         chosen = set(order[: taken[number]].tolist())
         for index, row in enumerate(rows):
@@ -55,11 +57,11 @@ def mixed(examples: list[Example], sources: str | Sequence[DataSource], seed: in
                 result.append(row)
             else:
                 left_out.add("train", f"thinned by the weights of data.train ({weights[number]:g})", row.place)
-    _tell(sources, {number: len(rows) for number, rows in by_source.items()}, taken, weights, left_out)
+    _note_mixture(sources, {number: len(rows) for number, rows in by_source.items()}, taken, weights, left_out)
     return result
 
 
-def _tell(
+def _note_mixture(
     sources: Sequence[DataSource],
     had: Mapping[int, int],
     taken: Mapping[int, int],

@@ -25,10 +25,10 @@ from orchestrator.data.splitting.mixture import mixed
 from orchestrator.data.splitting.overlap import (
     Dedupe,
     asked_name,
-    tell_contradictions,
-    tell_instructions,
-    tell_repeated,
-    tell_sides,
+    note_contradictions,
+    note_instructions,
+    note_repeated_rows,
+    note_shared_rows,
 )
 from orchestrator.data.summary import LeftOut
 from orchestrator.errors import DataError
@@ -36,7 +36,7 @@ from orchestrator.spec import LoadedSpec
 from orchestrator.units import printable
 
 SPLITS = ("train", "eval", "test")
-MOST_NOTICED = 3
+MAX_NOTICES = 3
 """Number of notices repeated in the error for a split without rows."""
 JUDGES = (("eval", "test"), ("train", "test"), ("train", "eval"))
 """(split that loses a shared row, split that keeps it), in the order in which rows are removed."""
@@ -98,7 +98,7 @@ def make_splits(loaded: LoadedSpec, found: Mapping[str, list[Example]], left_out
     for name, part in parts.items():
         if not part:
             raise _empty(loaded, name, examples, names, len(shares), left_out)
-    _tell(rows, split, shares, data.dedupe, left_out)
+    _note_results(rows, split, shares, data.dedupe, left_out)
     return parts | {"train": mixed(parts["train"], data.train, seed, left_out)}
 
 
@@ -106,12 +106,13 @@ def _compare(found: Mapping[str, list[Example]], left_out: LeftOut) -> Compared:
     examples = [example for name in SPLITS for example in found.get(name, ())]
     split = np.asarray([name for name in SPLITS for _ in found.get(name, ())], dtype="U5")
     keys = row_keys(examples)
+    # Keys are computed twice, since instructions are found by the first and change the second.
     instructions = find_instructions(found["train"], keys.question[split == "train"])
     if instructions:
         keys = row_keys(examples, frozenset(instructions))
     clusters = near_clusters(examples, keys, frozenset(instructions))
-    tell_instructions(instructions, len(found["train"]), left_out)
-    tell_contradictions(examples, keys, left_out)
+    note_instructions(instructions, len(found["train"]), left_out)
+    note_contradictions(examples, keys, left_out)
     return Compared(examples, split, keys, clusters)
 
 
@@ -120,6 +121,7 @@ def _apart(rows: Compared, dedupe: Dedupe, left_out: LeftOut) -> np.ndarray:
     test before eval before train."""
     kept = np.ones(len(rows.examples), bool)
     kinds: tuple[Kind, ...] = ("group",) if dedupe == "none" else ("row", "question", "group")
+    # Test first: what it shares with eval is decided before train gives up its rows.
     for loser, keeper in JUDGES:
         mine, theirs = kept & (rows.split == loser), kept & (rows.split == keeper)
         if not mine.any() or not theirs.any():
@@ -158,10 +160,10 @@ def _names(examples: Sequence[Example], keys: RowKeys, clusters: np.ndarray, ded
     return [lowest[root] for root in roots]
 
 
-def _tell(rows: Compared, split: np.ndarray, shares: Mapping[str, Share], dedupe: Dedupe, left_out: LeftOut) -> None:
+def _note_results(rows: Compared, split: np.ndarray, shares: Mapping[str, Share], dedupe: Dedupe, left_out: LeftOut) -> None:
     train = split == "train"
-    tell_repeated([rows.examples[index] for index in np.flatnonzero(train).tolist()], rows.keys.select(train), left_out)
-    tell_sides(rows.examples, split, rows.keys, rows.clusters, dedupe, left_out)
+    note_repeated_rows([rows.examples[index] for index in np.flatnonzero(train).tolist()], rows.keys.select(train), left_out)
+    note_shared_rows(rows.examples, split, rows.keys, rows.clusters, dedupe, left_out)
     pool = int(sum((split == name).sum() for name in {"train", *shares}))
     for name, asked in shares.items():
         got, wanted = int((split == name).sum()), wanted_rows(asked, pool)
@@ -181,7 +183,7 @@ def _empty(
     if not reasons or name == "train":
         reasons += _why_not_shared(loaded, examples, names, num_shares)
     noticed = [notice.message for notice in left_out.notices if notice.level == "warning" or len(examples) <= 1]
-    reasons += noticed[:MOST_NOTICED]
+    reasons += noticed[:MAX_NOTICES]
     remedy = "give more rows, or another share or path"
     if removed and loaded.spec.data.dedupe != "none":
         remedy += "; data.dedupe: none keeps rows that are in two splits"
@@ -210,7 +212,7 @@ def _why_not_shared(loaded: LoadedSpec, examples: Sequence[Example], names: Sequ
         place = examples[names.index(name)].place
         groups = "1 group" if len(sizes) == 1 else f"{len(sizes)} groups, the largest of {size} rows"
         return [f"{rows} in {groups} (such as {place}); {shared} stay in one split"]
-    kept = "of each class train keeps a row" if loaded.spec.traits.has_labels else "rows of one group stay in one split"
+    kept = "train keeps a row of each class" if loaded.spec.traits.has_labels else "rows of one group stay in one split"
     return [f"{rows}; {kept}, and eval and test share the rest"]
 
 
@@ -235,6 +237,7 @@ def split_by_share(examples: Sequence[Example], names: Sequence[str], shares: Ma
         groups.setdefault(name, []).append(example)
     shares = {split: asked for split, asked in shares.items() if asked.share > 0}
     chosen = _choose(groups, shares, seed, frozenset())
+    # A large group may fill a share alone, and leave no row for another split or for train.
     starved = len({*chosen.values()}) < len(shares) or len(chosen) == len(groups)
     if groups and starved:
         largest = max(groups, key=lambda name: len(groups[name]))
@@ -261,7 +264,9 @@ def _choose(groups: Mapping[str, list[Example]], shares: Mapping[str, Share], se
     for name in kept:
         room.subtract(classes[name])
     for split, asked in shares.items():
+        # Capped or scaled: the class quotas must follow the rows really taken.
         share = asked.share if wanted[split] == max(1, round(asked.share * total)) else wanted[split] / total
+        # Ties are broken by a hash, so that no class is favoured by its name.
         ties = sorted(counts, key=lambda label: _hash(f"{seed}/{split}/{label}"))
         quotas = _quotas({label: share * counts[label] for label in ties}, room, wanted[split])
         for name in _take(free, quotas, wanted[split]):

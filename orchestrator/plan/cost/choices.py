@@ -25,6 +25,7 @@ def option_terms(plan: RunPlan, anatomy: ModelAnatomy, selection: LayerSelection
         supervised_share=data.supervised_share,
         head_twice=runs_head_twice(anatomy, selection, execution, data),
         stored_trunk=_stored(plan, selection.cut) > 0,
+        forward_tokens=execution.micro_batch_rows * execution.row_tokens,
     )
 
 

@@ -8,6 +8,7 @@ head size), k the share of the blocks above the cut.
 
 from __future__ import annotations
 
+from orchestrator.anatomy.selection import is_attention
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.plan.data_size import DataSize
 from orchestrator.plan.estimates import FlopTerm
@@ -83,15 +84,19 @@ def train_terms(
     supervised_share: float = 1.0,
     head_twice: bool = False,
     stored_trunk: bool = False,
+    forward_tokens: float = float("inf"),
 ) -> tuple[FlopTerm, ...]:
     """Return the terms of one training step, per token. N elements multiply, a share k of them above the cut.
 
     - The forward pass, 2N (`forward_terms`); with a stored trunk 2kN, and no attention below the cut.
     - Gradients of activations, from the loss down to the cut: 2 an element of the head and of the blocks there; none
-      where only the head learns. Below the cut nothing has a gradient, so with LoRA the matrices that read what enters the
-      block at the cut give their input none (`_first_matrices`).
+      where only the head learns. Below the cut nothing has a gradient, so with adapters the matrices of the block at the cut
+      give their input none as far as nothing before them is adapted (`_without_gradient`).
     - Gradients of weights: 2 an element that learns. So full tuning is 6N, LoRA on every block 4N, above a cut 2N + 2kN.
     - Adapters: 6 an element (forward, and both gradients), those on that input counted as if they gave it one.
+    - What adapters compute once in a forward pass, however many of `forward_tokens` it has (`AdapterKind.elements_per_pass`): 2.
+    - A frozen layer that must also run on what dropout leaves of its input (`AdapterKind.runs_layer_on_its_input`): 4 an
+      element of the adapted matrices, forward and the gradient of activations.
     - Attention's backward: 5 products where forward has 2, above the cut.
     - Checkpointing runs the blocks above the cut again: 2 an element, adapters too, and attention's forward.
       torch stops as soon as all that backward needs is there, which a block's last matrix is not part of unless it is
@@ -101,31 +106,44 @@ def train_terms(
     """
     first = selection.cut if stored_trunk else 0
     forward = forward_terms(anatomy, attended_tokens, num_classes, supervised_share=supervised_share, first=first)
-    # The control `none` is only evaluated.
     if not selection.trainable and not selection.adapted:
-        return forward
+        return forward  # the control `none` is only evaluated
     above, blocks = block_elements(anatomy, selection.cut), anatomy.num_blocks - selection.cut
     head = head_elements(anatomy, num_classes) * supervised_share
     learning = _learning_elements(anatomy, selection, num_classes, supervised_share)
     in_blocks, on_head = adapter_elements(anatomy, selection)
-    adapters = in_blocks + on_head * supervised_share
     attention = _attention(anatomy, selection.cut, attended_tokens)
-    passing = above - _first_matrices(anatomy, selection)
+    without_gradient, skips_attention = _without_gradient(anatomy, selection)
+    passing = above - without_gradient
+    skipped_attention = _attention(anatomy, anatomy.num_blocks - 1, attended_tokens) if skips_attention else 0.0
+    rerun = _elements_run_again(anatomy, selection, supervised_share)
     skipped = sum(_last_matrix(anatomy, selection, block) for block in range(selection.cut, anatomy.num_blocks))
-    again = 2.0 * (above - skipped + in_blocks) + attention if checkpointing else 0.0
+    again = 2.0 * (above - skipped + in_blocks + rerun) + attention if checkpointing else 0.0
+    per_pass = adapter_elements_per_pass(anatomy, selection) * (1 + checkpointing) / forward_tokens
     all_passing = 2.0 * (passing + head) if blocks else 0.0
     head_again = 2.0 * (head + on_head * supervised_share) if head_twice else 0.0
     return forward + _kept(
         ("gradients of activations", all_passing, f"2 x ({format_count(round(passing))} elements in {blocks} blocks + the head)"),
         ("gradients of weights", 2.0 * learning, f"2 x {format_count(round(learning))} trainable elements"),
-        ("adapters", 6.0 * adapters, f"6 x {format_count(round(adapters))} elements, forward and both gradients"),
+        *_adapter_terms(in_blocks + on_head * supervised_share, per_pass, forward_tokens, rerun),
         (
             "attention backward",
-            attention * BACKWARD_MATMULS / FORWARD_MATMULS,
+            (attention - skipped_attention) * BACKWARD_MATMULS / FORWARD_MATMULS,
             f"{BACKWARD_MATMULS} matrix products where the forward pass has {FORWARD_MATMULS}, in {blocks} blocks",
         ),
         ("blocks again", again, f"checkpointing: the forward pass of {blocks} blocks repeated"),
         ("head again", head_again, "logits in several chunks, each recomputed for its gradient"),
+    )
+
+
+def _adapter_terms(
+    elements: float, elements_per_pass: float, forward_tokens: float, rerun_elements: float
+) -> tuple[tuple[str, float, str], ...]:
+    """Return the terms of adapters, per token: their products, what they compute once per pass, frozen layers run again."""
+    return (
+        ("adapters", 6.0 * elements, f"6 x {format_count(round(elements))} elements, forward and both gradients"),
+        ("adapters, once per pass", 2.0 * elements_per_pass, f"over the {forward_tokens:.0f} tokens of a pass"),
+        ("frozen layers on dropped-out inputs", 4.0 * rerun_elements, f"4 x {format_count(round(rerun_elements))} elements"),
     )
 
 
@@ -166,6 +184,21 @@ def adapter_elements(anatomy: ModelAnatomy, selection: LayerSelection) -> tuple[
     return sum(kind.multiplied_elements(anatomy.tensors[name].shape, rank) for name in stored), on_head
 
 
+def adapter_elements_per_pass(anatomy: ModelAnatomy, selection: LayerSelection) -> int:
+    """Return the multiply-adds of all adapters in a forward pass that do not depend on its number of tokens."""
+    kind, head = selection.adapter_kind, (anatomy.vocab_size, anatomy.hidden_size)
+    shapes = (anatomy.tensors[name].shape if name in anatomy.tensors else head for name in selection.adapted)
+    return sum(kind.elements_per_pass(shape, selection.lora_rank or 0) for shape in shapes)
+
+
+def _elements_run_again(anatomy: ModelAnatomy, selection: LayerSelection, supervised_share: float) -> float:
+    """Return the elements of frozen matrices that dropout makes run twice."""
+    if not (selection.adapter.dropout and selection.adapter_kind.runs_layer_on_its_input):
+        return 0.0
+    on_head = head_elements(anatomy) * supervised_share if anatomy.head_weight in selection.adapted else 0.0
+    return on_head + sum(anatomy.tensors[name].num_elements for name in selection.adapted if name != anatomy.head_weight)
+
+
 def _active(anatomy: ModelAnatomy, name: str) -> float:
     """Return the elements of a block's parameter that one token is multiplied with; none for a norm or a bias."""
     tensor = anatomy.tensors[name]
@@ -199,18 +232,28 @@ def _last_matrix(anatomy: ModelAnatomy, selection: LayerSelection, block: int) -
     return 0 if last in selection.adapted else anatomy.tensors[last].num_elements
 
 
-def _first_matrices(anatomy: ModelAnatomy, selection: LayerSelection) -> int:
-    """Return the elements of the adapted query, key and value matrices of the block at the cut, if nothing before them is
-    trained.
+def _without_gradient(anatomy: ModelAnatomy, selection: LayerSelection) -> tuple[int, bool]:
+    """Return what has no gradient in the block at the cut, since nothing before it is trained: the elements of the matrices
+    whose inputs have none, and whether attention itself has none.
 
-    A parallel MLP reads the same input; the gradient of its input is counted although it is not computed: an upper bound.
+    A block runs through the query, key and value matrices, attention, its output matrix, the first matrices of the MLP and
+    its last one. A parallel MLP reads what attention reads: where attention is adapted, the gradient of its input is counted
+    although it is not computed, an upper bound.
     """
     names = anatomy.blocks[selection.cut] if selection.cut < anatomy.num_blocks else ()
-    if set(names) & set(selection.trainable):
-        return 0
+    linears = anatomy.linears[selection.cut] if names else ()
     # The second-last component of a parameter's name is its module: `model.layers.0.self_attn.q_proj.weight` -> `q_proj`.
-    adapted = set(names) & set(selection.adapted)
-    return sum(anatomy.tensors[name].num_elements for name in adapted if name.split(".")[-2] in QUERY_KEY_VALUE)
+    readers = [name for name in linears if name.split(".")[-2] in QUERY_KEY_VALUE]
+    if not readers or set(names) & set(selection.trainable):
+        return 0, False
+    after = [name for name in linears if is_attention(anatomy, name) and name not in readers]
+    mlp = [name for name in linears if not is_attention(anatomy, name)]
+    adapted, elements = set(selection.adapted), 0
+    for stage in (readers, after, mlp[:-1], mlp[-1:]):
+        elements += sum(anatomy.tensors[name].num_elements for name in stage)
+        if adapted & set(stage):
+            break
+    return elements, not adapted & set(readers)
 
 
 def _attention(anatomy: ModelAnatomy, first: int, attended_tokens: float) -> float:

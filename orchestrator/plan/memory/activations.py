@@ -10,9 +10,10 @@ compute dtype.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from orchestrator.anatomy.selection import is_attention
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 
 NONLINEARITY_KEEPS = {"relu": 0, "gelu_new": 4, "gelu_fast": 4, "quick_gelu": 3}
@@ -53,32 +54,44 @@ class BlockActivations:
 def activations(anatomy: ModelAnatomy, selection: LayerSelection, element_bytes: int) -> list[BlockActivations]:
     """Return the activations of every block, as if all were above the cut."""
     learning, adapted = frozenset(selection.trainable), frozenset(selection.adapted)
-    kind, rank = selection.adapter_kind, selection.lora_rank or 0
-    kept = {
-        name: kind.kept_elements(anatomy.tensors[name].shape, rank)
-        for names in anatomy.linears
-        for name in names
-        if name in adapted
-    }
-    return [_block(anatomy, block, learning, kept, element_bytes) for block in range(anatomy.num_blocks)]
+    return [_block(anatomy, selection, block, learning, adapted, element_bytes) for block in range(anatomy.num_blocks)]
+
+
+class _KeptInputs(NamedTuple):
+    """Which matrices of a block keep their inputs for the gradients of weights or adapters."""
+
+    attention: bool
+    """Query, key and value."""
+    attention_output: bool
+    mlp: bool
+    """The first matrices of the MLP."""
+    mlp_output: bool
 
 
 def _block(
-    anatomy: ModelAnatomy, block: int, learning: frozenset[str], kept_by_adapters: Mapping[str, int], element_bytes: int
+    anatomy: ModelAnatomy,
+    selection: LayerSelection,
+    block: int,
+    learning: frozenset[str],
+    adapted: frozenset[str],
+    element_bytes: int,
 ) -> BlockActivations:
     names = anatomy.blocks[block]
-    needs_inputs = any(name in kept_by_adapters or name in learning for name in names)
-    mlp, working, at_weight = _mlp(anatomy, block, learning, element_bytes, needs_inputs=needs_inputs)
+    trained = (learning | adapted).intersection(names)
+    kept_inputs = _kept_inputs(anatomy, block, trained)
+    # Backward ends in the block at the cut: where only its MLP is trained, it does not get to the attention.
+    attends = block != selection.cut or not trained or kept_inputs.attention or kept_inputs.attention_output
+    mlp, working, at_weight = _mlp(anatomy, block, learning, element_bytes, kept_inputs)
     kept = (
         _norms(anatomy, names, learning, element_bytes)
-        + _attention(anatomy, block, element_bytes, needs_inputs=needs_inputs)
+        + (_attention(anatomy, block, element_bytes, kept_inputs) if attends else 0)
         + mlp
-        + element_bytes * sum(kept_by_adapters.get(name, 0) for name in names)
+        + element_bytes * _by_adapters(anatomy, selection, [name for name in names if name in adapted], kept_inputs)
     )
     forward = 4 * element_bytes * _mlp_width(anatomy, block)
     return BlockActivations(
         kept_bytes=kept,
-        by_document_bytes=_by_document(anatomy, element_bytes, needs_inputs=needs_inputs),
+        by_document_bytes=_by_document(anatomy, element_bytes, kept_inputs) if attends else 0,
         kept_pair_bytes=_pairs(anatomy, element_bytes),
         working_bytes=working,
         at_weight_bytes=at_weight,
@@ -86,6 +99,30 @@ def _block(
         at_scores_pair_bytes=_score_gradients(anatomy, element_bytes),
         forward_bytes=forward,
     )
+
+
+def _by_adapters(anatomy: ModelAnatomy, selection: LayerSelection, names: list[str], kept_inputs: _KeptInputs) -> int:
+    """Return the numbers that the adapters of a block keep per token.
+
+    With dropout each keeps a copy of its input and a mask, which torch's CPU kernel makes in the compute dtype (the CUDA
+    kernel's takes a byte), in place of the inputs that several would share.
+    """
+    kind, rank = selection.adapter_kind, selection.lora_rank or 0
+    shapes = [anatomy.tensors[name].shape for name in names]
+    kept = sum(kind.kept_elements(shape, rank) for shape in shapes)
+    if not selection.adapter.dropout:
+        return kept
+    shared = anatomy.hidden_size * (kept_inputs.attention + kept_inputs.mlp) + anatomy.intermediate_size * kept_inputs.mlp_output
+    return kept + 2 * sum(shape[1] for shape in shapes) - shared
+
+
+def _kept_inputs(anatomy: ModelAnatomy, block: int, keeping: frozenset[str]) -> _KeptInputs:
+    linears = anatomy.linears[block]
+    if keeping.issuperset(linears) or (anatomy.stacked and anatomy.stacked[block]):
+        return _KeptInputs(*[not keeping.isdisjoint(anatomy.blocks[block])] * 4)
+    attention = [name for name in linears if is_attention(anatomy, name)]
+    mlp = [name for name in linears if name not in attention]
+    return _KeptInputs(*(not keeping.isdisjoint(part) for part in (attention[:-1], attention[-1:], mlp[:-1], mlp[-1:])))
 
 
 def _norms(anatomy: ModelAnatomy, names: tuple[str, ...], learning: frozenset[str], e: int) -> int:
@@ -110,7 +147,7 @@ def _norms(anatomy: ModelAnatomy, names: tuple[str, ...], learning: frozenset[st
     return total
 
 
-def _attention(anatomy: ModelAnatomy, block: int, e: int, *, needs_inputs: bool) -> int:
+def _attention(anatomy: ModelAnatomy, block: int, e: int, kept_inputs: _KeptInputs) -> int:
     """Return what attention keeps: the input of the projections, e·h, if they are trained; query, key and value as the kernel
     takes them (with a mask, keys and values are repeated to the number of query heads) and its result, e·4q; a float32 scale
     per head. If one matrix computes query, key and value, and no head shares a value, the value is a view of its product,
@@ -118,15 +155,15 @@ def _attention(anatomy: ModelAnatomy, block: int, e: int, *, needs_inputs: bool)
     h, q = anatomy.hidden_size, anatomy.num_heads * anatomy.head_dim
     whole = any(name.rpartition(".")[0].endswith(FUSED_PROJECTIONS) for name in anatomy.linears[block])
     views = 2 * e * q if whole and anatomy.num_heads == anatomy.num_kv_heads else 0
-    return e * (h if needs_inputs else 0) + 4 * e * q + 4 * anatomy.num_heads + views
+    return e * (h if kept_inputs.attention else 0) + 4 * e * q + 4 * anatomy.num_heads + views
 
 
-def _by_document(anatomy: ModelAnatomy, e: int, *, needs_inputs: bool) -> int:
+def _by_document(anatomy: ModelAnatomy, e: int, kept_inputs: _KeptInputs) -> int:
     """Return the difference if documents are computed one by one: without a mask the kernel takes keys and values as they are,
     not repeated to the query heads. The results of the documents are kept besides their concatenation, e·q, if that is kept as
     the input of the output projection."""
     repeats = anatomy.num_heads - anatomy.num_kv_heads
-    return e * anatomy.head_dim * ((anatomy.num_heads if needs_inputs else 0) - 2 * repeats)
+    return e * anatomy.head_dim * ((anatomy.num_heads if kept_inputs.attention_output else 0) - 2 * repeats)
 
 
 def _pairs(anatomy: ModelAnatomy, e: int) -> int:
@@ -141,7 +178,7 @@ def _score_gradients(anatomy: ModelAnatomy, e: int) -> int:
     return 0 if anatomy.attention == "fused" else anatomy.num_heads * (8 - e)
 
 
-def _mlp(anatomy: ModelAnatomy, block: int, learning: frozenset[str], e: int, *, needs_inputs: bool) -> tuple[int, int, int]:
+def _mlp(anatomy: ModelAnatomy, block: int, learning: frozenset[str], e: int, kept_inputs: _KeptInputs) -> tuple[int, int, int]:
     """Return (kept, working, at_weight) of the MLP.
 
     Kept: what the nonlinearity keeps, its result, and if gated the other half, e·f each; if its matrices are trained, also
@@ -161,19 +198,19 @@ def _mlp(anatomy: ModelAnatomy, block: int, learning: frozenset[str], e: int, *,
     inner = NONLINEARITY_KEEPS.get(anatomy.activation, 1) + 1 + gated
     most = 6 if gated else inner + 2
     if experts is None or not anatomy.stacked[block]:
-        tensors = inner + (needs_inputs if gated else 0)
+        tensors = inner + (kept_inputs.mlp_output if gated else 0)
         width = anatomy.intermediate_size
-        return e * (h * needs_inputs + width * tensors), e * width * (most - tensors), e * width
+        return e * (h * kept_inputs.mlp + width * tensors), e * width * (most - tensors), e * width
     # The routed experts of all tokens are computed as one batch of k copies per token.
     k, learns = experts.experts_per_token, any(name in learning for name in anatomy.stacked[block])
     routed = k * (e * (experts.intermediate_size * (inner + learns) + h * (1 + learns)) + ROUTING_BYTES)
-    shared = e * experts.shared_intermediate_size * (inner + needs_inputs)
+    shared = e * experts.shared_intermediate_size * (inner + kept_inputs.mlp_output)
     wide = k * experts.intermediate_size * (most - inner - learns) + experts.shared_intermediate_size * (
-        most - inner - needs_inputs
+        most - inner - kept_inputs.mlp_output
     )
     wide = max(wide, 3 * k * h)
     gone = e * k * (experts.intermediate_size * (inner + learns - 2) + h * learns)
-    return e * h * needs_inputs + routed + shared, e * wide, -gone
+    return e * h * kept_inputs.mlp + routed + shared, e * wide, -gone
 
 
 def _mlp_width(anatomy: ModelAnatomy, block: int) -> int:

@@ -21,6 +21,7 @@ from torch import nn
 
 from orchestrator.anatomy.values import LayerSelection, TensorInfo
 from orchestrator.errors import IntegrityError, OrchestratorError, TrainingError
+from orchestrator.spec.adapters import PLAIN_LORA, AdapterOptions
 from orchestrator.store import check_artifact
 from orchestrator.store.folders import MANIFEST
 from orchestrator.train.adapters.branch import Branch, full_shape, open_branch
@@ -148,7 +149,7 @@ def _peft_config(branch: Branch) -> LoraConfig:
         inference_mode=True,
         r=selection.lora_rank or 0,
         lora_alpha=branch.lora_alpha,
-        lora_dropout=0.0,
+        lora_dropout=selection.adapter.dropout,
         bias="none",
         **options,
         target_modules=sorted(name.rpartition(".")[0] for name in selection.adapted),
@@ -233,7 +234,7 @@ def selection_of(base: LoadedBase, folder: Path) -> tuple[LayerSelection, int]:
         policy=metadata.get("policy", ""),
         tune="lora" if adapter else "full",
         lora_rank=adapter.rank if adapter else None,
-        adapter=adapter.kind if adapter else "lora",
+        adapter=AdapterOptions(kind=adapter.kind) if adapter else PLAIN_LORA,
         trainable=tuple(artifact.whole),
         adapted=tuple(artifact.adapters),
         frozen=tuple(name for name, _ in base.model.named_parameters() if name not in learns),
@@ -242,7 +243,7 @@ def selection_of(base: LoadedBase, folder: Path) -> tuple[LayerSelection, int]:
         new_classifier=anatomy.classifier_weight in learns,
         num_trainable_parameters=sum(info.num_elements for info in stored.values()),
     )
-    return selection, round(adapter.scale * adapter.rank) if adapter else 0
+    return selection, round(adapter.alpha) if adapter else 0
 
 
 def _read(folder: Path) -> Artifact:

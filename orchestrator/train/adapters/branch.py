@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from orchestrator.anatomy.values import LayerSelection
 from orchestrator.errors import BaseLostError, SelectionError, TrainingError
-from orchestrator.train.adapters.lora import AdapterSpec, LoraLinear, adapt, stable_name
+from orchestrator.train.adapters.layers import AdaptedLinear, AdapterSpec, adapt, stable_name
 from orchestrator.train.model.base import LoadedBase, initial_value, new_parameter_names
 from orchestrator.train.model.heads import head_of
 
@@ -30,6 +30,10 @@ class WeightKeeper(Protocol):
 
     def restore(self) -> None:
         """Called when the branch closes: every saved parameter is as it was, bit for bit."""
+        ...
+
+    def whole(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+        """Return a context in which these parameters of the base can be read as whole tensors."""
         ...
 
 
@@ -51,6 +55,9 @@ class PlainKeeper:
             vars(parameter).clear()
             vars(parameter).update(attributes)
         self._saved = []
+
+    def whole(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def _owns_its_storage(parameter: nn.Parameter, like: torch.Tensor) -> bool:
@@ -137,9 +144,10 @@ def open_branch(
         check_names(base, selection)
         undo.callback(ModuleStates(base.model).restore)
         new = _new_parameters(base, selection, seed, undo)
-        _unfreeze(base, [name for name in selection.trainable if name not in new], keeper or PlainKeeper(), undo)
+        keeper = keeper or PlainKeeper()
+        _unfreeze(base, [name for name in selection.trainable if name not in new], keeper, undo)
         if selection.adapted:
-            adapt(base, [AdapterSpec(selection, lora_alpha, seed)], undo)
+            adapt(base, [AdapterSpec(selection, lora_alpha, seed)], undo, keeper.whole)
         for name in selection.trainable:
             parameter_named(base.model, name).requires_grad_(True)
         learning = learning_parameters(base.model)
@@ -171,7 +179,7 @@ def head_name(base: LoadedBase) -> str:
 def parameter_named(model: nn.Module, name: str) -> nn.Parameter:
     """The parameter of this checkpoint name, also inside a LoRA layer."""
     module = model.get_submodule(_module_of(name))
-    if isinstance(module, LoraLinear):
+    if isinstance(module, AdaptedLinear):
         module = module.base_layer
     return module.get_parameter(name.rpartition(".")[2])
 
@@ -268,7 +276,7 @@ def check_learning(selection: LayerSelection, learning: Sequence[tuple[str, nn.P
     """Law 1, both ways."""
     planned = set(selection.trainable)
     for name in selection.adapted:
-        planned |= {_module_of(name) + suffix for suffix in selection.adapter_kind.shapes((0, 0), 0)}
+        planned |= {_module_of(name) + suffix for suffix in selection.adapter_kind.suffixes}
     actual = {name for name, _ in learning}
     if planned != actual:
         name = sorted(planned ^ actual)[0]

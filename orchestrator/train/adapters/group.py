@@ -8,7 +8,7 @@ from types import TracebackType
 
 from orchestrator.errors import SelectionError, TrainingError
 from orchestrator.train.adapters.branch import Branch, ModuleStates, check_learning, check_names, put_back
-from orchestrator.train.adapters.lora import AdapterSpec, adapt, own_parameters
+from orchestrator.train.adapters.layers import AdapterSpec, adapt, own_parameters
 from orchestrator.train.model.base import LoadedBase
 
 
@@ -48,7 +48,7 @@ def open_group(base: LoadedBase, specs: Sequence[AdapterSpec]) -> BranchGroup:
     for spec in specs:
         check_names(base, spec.selection)
         beside = spec.selection.trainable or base.anatomy.head_weight in spec.selection.adapted
-        if beside or spec.selection.cut != specs[0].selection.cut:
+        if beside or spec.selection.adapter.dropout or spec.selection.cut != specs[0].selection.cut:
             raise SelectionError(
                 f"{spec.selection.policy} cannot share a batch", expected="only LoRA in blocks, with the same cut"
             )

@@ -5,50 +5,138 @@ Shapes: T trials, N tokens of each, a frozen weight W [out, in], r the rank. Ten
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 
-from orchestrator.spec.adapters import LORA_A, LORA_B, AdapterName, Shape
+from orchestrator.spec.adapters import LORA_A, LORA_B, LORA_MAGNITUDE, AdapterName, Shape
 
 Tensors = Mapping[str, torch.Tensor]
 MergeRows = Callable[[torch.Tensor, slice], torch.Tensor]
 """From rows of W in float32, and which rows they are, the same rows with the adapter, in float32."""
+PIECE_ELEMENTS = 2**20
+"""Of a weight whose rows are measured: so many are in float32 at a time."""
+
+
+@dataclass(frozen=True)
+class LayerPass:
+    """One call of a frozen layer, and what the adapters of T trials need of it."""
+
+    inputs: torch.Tensor
+    """What adapters read [T, N, in]: the layer's own input, or that after dropout."""
+    outputs: torch.Tensor
+    """Of the layer on its own input [T, N, out]."""
+    outputs_of_inputs: torch.Tensor
+    """Of the layer on `inputs` [T, N, out]: `outputs` itself unless the kind reads the weight and inputs were dropped out."""
+    bias: torch.Tensor | None
+    row_norms: torch.Tensor | None
+    """What `LiveLora.row_norms` gave [T, out]; None where the kind does not read the weight."""
 
 
 class LiveLora:
-    """W + scale * B @ A (Hu et al. 2021)."""
+    """W + scale * B @ A (Hu et al. 2021), and the base class of the other kinds."""
 
-    def initial(self, weight: Shape, rank: int, generator: Callable[[str], torch.Generator]) -> dict[str, torch.Tensor]:
-        """Return float32 values on the CPU that leave the layer's output as it is.
+    reads_weight = False
+    """Whether the forward pass needs W itself, not only what the frozen layer gives."""
+
+    def initial(
+        self, shape: Shape, rank: int, generator: Callable[[str], torch.Generator], weight: Callable[[], torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Return values that leave the layer's output as it is.
 
         A is uniform(-1/sqrt(in), 1/sqrt(in)) (kaiming with a = sqrt 5, as Hu et al. 2021 and PEFT do); B is zero.
 
         Args:
+            shape: Of W.
             generator: Gives the generator of a tensor, by its suffix.
+            weight: Gives W in the compute dtype; called only where the kind reads the weight.
         """
-        bound = weight[1] ** -0.5
-        a = torch.empty(rank, weight[1]).uniform_(-bound, bound, generator=generator(LORA_A))
-        return {LORA_A: a, LORA_B: torch.zeros(weight[0], rank)}
+        bound = shape[1] ** -0.5
+        a = torch.empty(rank, shape[1]).uniform_(-bound, bound, generator=generator(LORA_A))
+        return {LORA_A: a, LORA_B: torch.zeros(shape[0], rank)}
 
-    def forward(self, inputs: torch.Tensor, outputs: torch.Tensor, tensors: Tensors, scale: float) -> torch.Tensor:
+    def row_norms(self, weight: torch.Tensor, tensors: Tensors, scale: float) -> torch.Tensor:
+        """Return what the forward pass needs of W [T, out]; called while W is whole, where the kind reads it."""
+        raise NotImplementedError
+
+    def forward(self, call: LayerPass, tensors: Tensors, scale: float) -> torch.Tensor:
         """Return what T layers give with their adapters [T, N, out].
 
         Args:
-            inputs: [T, N, in]
-            outputs: Those of the frozen layer [T, N, out].
             tensors: Of all trials, stacked along a first dimension T.
         """
-        return torch.baddbmm(outputs, torch.bmm(inputs, tensors[LORA_A].mT), tensors[LORA_B].mT, alpha=scale)
+        return _with_product(call.outputs, call.inputs, tensors, scale)
 
-    def merger(self, tensors: Tensors, scale: float) -> MergeRows:
+    def merger(self, tensors: Tensors, scale: float, dtype: torch.dtype) -> MergeRows:
         """Return the function that merges one weight row by row.
 
         Args:
             tensors: As they are stored, B mapped from its file.
+            dtype: What training computed in.
         """
         a, b = tensors[LORA_A].float(), tensors[LORA_B]
         return lambda rows, which: torch.addmm(rows, b[which].float(), a, alpha=scale)
 
 
-LIVE_KINDS: dict[AdapterName, LiveLora] = {"lora": LiveLora()}
+class LiveDora(LiveLora):
+    """m * V / |V| with V = W + scale * B @ A and |V| the norm of each row, held constant (Liu et al. 2024, section 4.3).
+
+    A row's norm is rounded to the compute dtype, as the magnitude m is: before the first step their ratio is exactly one.
+    """
+
+    reads_weight = True
+
+    def initial(
+        self, shape: Shape, rank: int, generator: Callable[[str], torch.Generator], weight: Callable[[], torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        plain, frozen = super().initial(shape, rank, generator, weight), weight()
+        stacked = {suffix: tensor.to(frozen.device)[None] for suffix, tensor in plain.items()}
+        return plain | {LORA_MAGNITUDE: self.row_norms(frozen, stacked, 1.0)[0]}
+
+    @torch.no_grad()
+    def row_norms(self, weight: torch.Tensor, tensors: Tensors, scale: float) -> torch.Tensor:
+        """Return |V| [T, out]: a few rows of V are there at a time."""
+        return torch.stack(
+            [
+                torch.cat([_norms(torch.addmm(weight[rows].float(), b[rows].float(), a.float(), alpha=scale), weight.dtype)
+                           for rows in _pieces(weight)])
+                for a, b in zip(tensors[LORA_A], tensors[LORA_B], strict=True)
+            ]
+        )  # fmt: skip
+
+    def forward(self, call: LayerPass, tensors: Tensors, scale: float) -> torch.Tensor:
+        """As PEFT has it: what plain LoRA gives, and (m / |V| - 1) times what V alone gives, without the bias."""
+        assert call.row_norms is not None, "W was read"
+        lora = _with_product(call.outputs, call.inputs, tensors, scale)
+        whole = call.outputs_of_inputs is call.outputs
+        alone = lora if whole else _with_product(call.outputs_of_inputs, call.inputs, tensors, scale)
+        alone = alone if call.bias is None else alone - call.bias
+        factor = tensors[LORA_MAGNITUDE].float() / call.row_norms.float() - 1.0
+        return lora + factor.to(lora.dtype)[:, None] * alone
+
+    def merger(self, tensors: Tensors, scale: float, dtype: torch.dtype) -> MergeRows:
+        with_product, magnitude = super().merger(tensors, scale, dtype), tensors[LORA_MAGNITUDE].float()
+
+        def merge_rows(rows: torch.Tensor, which: slice) -> torch.Tensor:
+            directions = with_product(rows, which)
+            return directions * (magnitude[which] / _norms(directions, dtype).float())[:, None]
+
+        return merge_rows
+
+
+def _with_product(outputs: torch.Tensor, inputs: torch.Tensor, tensors: Tensors, scale: float) -> torch.Tensor:
+    return torch.baddbmm(outputs, torch.bmm(inputs, tensors[LORA_A].mT), tensors[LORA_B].mT, alpha=scale)
+
+
+def _norms(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Norms of rows, above zero, so that a row of zeros stays one."""
+    return torch.linalg.vector_norm(rows, dim=1).clamp(min=torch.finfo(dtype).tiny).to(dtype)
+
+
+def _pieces(weight: torch.Tensor) -> Iterator[slice]:
+    step = max(1, PIECE_ELEMENTS // weight.shape[1])
+    return (slice(start, start + step) for start in range(0, weight.shape[0], step))
+
+
+LIVE_KINDS: dict[AdapterName, LiveLora] = {"lora": LiveLora(), "rslora": LiveLora(), "dora": LiveDora()}

@@ -8,7 +8,8 @@ whole parameters that nobody will partition again. `release` takes all of it awa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,6 +47,13 @@ class PartitionKeeper:
             own.copy_(values)
             parameter.ds_tensor.data = own
         self._saved = []
+
+    @contextmanager
+    def whole(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(parameters)):
+            yield
 
 
 def partition(model: nn.Module, config: dict[str, Any], device: torch.device | None, *, offload: str) -> None:
@@ -104,7 +112,7 @@ def release(objective: nn.Module) -> None:
 
 
 def _release_cache() -> Any:
-    """The lru_cache of `__params_to_release`, which holds every coordinator and module; a decorator hides it."""
+    """Return the lru_cache of `__params_to_release`, which keeps every coordinator and module alive; a decorator hides it."""
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
     method = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]

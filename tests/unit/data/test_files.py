@@ -182,5 +182,5 @@ def test_what_is_no_regular_file_is_told(prepare: Any) -> None:
     fill(prepare.folder / "data", "a.jsonl")
     os.mkfifo(prepare.folder / "data" / "b.jsonl")
     assert sources(prepare, train="data") == ({"train": ["a.jsonl"]}, ["not read in data: no regular files (1): b.jsonl"])
-    with pytest.raises(DataError, match="is no regular file"):
+    with pytest.raises(DataError, match="is not a regular file"):
         sources(prepare, train="data/b.jsonl")

@@ -117,7 +117,7 @@ def test_damage_in_json_over_lines_ends_the_file_and_is_told(
     [
         ('{"a": 1},', "malformed JSON: a comma after the object", "remove it, or put [ and ] around all lines"),
         ("{'a': 1}", "malformed JSON: single quotes", "column 2; written by Python's repr? use json.dumps"),
-        ('{"a": "\x00"}', "NUL bytes, which no text holds: the file is damaged, or was not written to its end", ""),
+        ('{"a": "\x00"}', "NUL bytes, which text does not contain: the file is damaged, or was not written to its end", ""),
         ('"some words"', "a JSON text, expected an object", 'such as {"text": "..."}'),
         ('{"a": ' + "1" * 5000 + "}", "malformed JSON: a number of too many digits", ""),
         ('{"a": ' + "[" * 100_000, "malformed JSON: nested too deeply", ""),

@@ -418,5 +418,5 @@ def test_classes_without_a_row_to_spare_are_told(prepare: Any) -> None:
     prepare.jsonl("train.jsonl", [{"text": f"sentence {n}", "label": f"class {n}"} for n in range(8)])
     with pytest.raises(DataError) as error:
         prepare.run(task="classify", columns={"text": "text", "label": "label"})
-    assert "no row is left for eval (train has 8 rows; of each class train keeps a row" in str(error.value)
+    assert "no row is left for eval (train has 8 rows; train keeps a row of each class" in str(error.value)
     assert error.value.remedy

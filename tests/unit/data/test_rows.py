@@ -148,7 +148,7 @@ def test_good_rows(task: Task, values: dict[str, Any], part: str, expected: Any)
         ("classify", {"text": "t", "label": ""}, "column 'label' is empty", ""),
         ("classify", {"text": "t", "label": None}, "column 'label' holds nothing", ""),
         ("classify", {"text": "t", "label": 0.5}, "holds a number that is not whole, expected a class", ""),
-        ("classify", {"text": "t", "label": ["a", "b"]}, "several labels of one row are not learned", ""),
+        ("classify", {"text": "t", "label": ["a", "b"]}, "several labels per row are not supported", ""),
         ("chat", {"messages": "[{'role': 'user'}]"}, "holds text that is not a JSON list of turns", "Python's repr?"),
         ("chat", {"messages": [{"role": "user", "parts": []}]}, "a turn has no content", "turn 1: it has role, parts"),
         ("chat", {"messages": []}, "holds an empty list, expected a list of turns", ""),

@@ -187,7 +187,7 @@ def test_modules_to_save_of_an_adapter_are_taken_whole(tmp_path: Path):
 @pytest.mark.parametrize(
     ("weights", "config", "message"),
     [
-        ({Q: (8, 9)}, {}, r"adapter of model\.layers\.1\.self_attn\.q_proj\.weight has A \[2, 9\]"),
+        ({Q: (8, 9)}, {}, r"adapter of model\.layers\.1\.self_attn\.q_proj\.weight has lora_A \[2, 9\]"),
         ({"model.layers.1.self_attn.p_proj.weight": (8, 8)}, {}, "a name like model.layers.1.self_attn"),
         ({"model.layers.7.self_attn.q_proj.weight": (8, 8)}, {}, "the base has no such tensor"),
         ({"model.norm.weight": (8, 8)}, {}, r"a weight \[8\]"),

@@ -12,6 +12,7 @@ from orchestrator.errors import SelectionError
 from orchestrator.plan import grid_points, make_plan
 from orchestrator.plan.search_space import search_choices
 from orchestrator.plan.values import PlannedPoint, SearchPlan
+from orchestrator.work.remedies import method_name
 
 
 def names(choices: list[Any]) -> list[tuple[str, str, int | None]]:
@@ -28,6 +29,74 @@ def test_cross_product_with_ranks_for_lora_alone(base: Any, job: Any) -> None:
         ("last:2", "lora", 8),
         ("last:2", "full", None),
     ]
+
+
+def test_adapters_are_a_dimension_of_their_own(base: Any, job: Any) -> None:
+    search = {
+        "layers": ["last:1"],
+        "lora_rank": [4, 8],
+        "adapter": ["lora", "dora", "rslora"],
+        "lora_alpha": [16, 32],
+        "lora_dropout": [0.0, 0.05],
+        "modules": ["all", "attention", ["q_proj", "v_proj"]],
+    }
+    choices = search_choices(job(search={**search, "tune": ["lora", "full"]}), base("tiny"), 0)
+    assert len(choices) == 2 * 3 * 2 * 2 * 3 + 1
+    methods = [method_name(c.selection.tune, c.selection.lora_rank, c.selection.adapter, c.remedies) for c in choices]
+    assert len(set(methods)) == len(methods)
+    assert methods[:2] == ["lora r4 · alpha 16", "lora r4 · alpha 16 · attention"]
+    assert "lora r8" in methods, "an alpha of twice the rank is the default"
+    assert "dora r8 · alpha 32 · dropout 0.05 · q_proj+v_proj" in methods
+    assert methods[-1] == "full"
+
+
+def test_modules_decide_what_is_adapted_and_how_much_that_is(base: Any, job: Any) -> None:
+    anatomy = base("tiny")
+    loaded = job(search={"layers": ["last:2"], "modules": ["all", "attention", "mlp", ["up_proj"]], "adapter": ["lora", "dora"]})
+    for choice in search_choices(loaded, anatomy, 0):
+        selection = choice.selection
+        wanted = {
+            "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+            "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
+            "mlp": ("gate_proj", "up_proj", "down_proj"),
+            ("up_proj",): ("up_proj",),
+        }[selection.adapter.modules]
+        assert {name.split(".")[-2] for name in selection.adapted} == set(wanted)
+        assert len(selection.adapted) == 2 * len(wanted)
+        per_matrix = [16 * sum(anatomy.tensors[name].shape) for name in selection.adapted]
+        magnitudes = [anatomy.tensors[name].shape[0] for name in selection.adapted if selection.adapter.kind == "dora"]
+        assert selection.num_trainable_parameters == sum(per_matrix) + sum(magnitudes)
+
+
+def test_names_that_choose_the_same_layers_are_one_option(base: Any, job: Any) -> None:
+    attention = ["q_proj", "k_proj", "v_proj", "self_attn.o_proj"]
+    loaded = job(search={"layers": ["last:1"], "modules": ["attention", attention], "lora_alpha": [32]})
+    (choice,) = search_choices(loaded, base("tiny"), 0)
+    assert choice.selection.adapter.modules == "attention"
+    assert choice.selection.adapter.alpha is None
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ("search", {"modules": ["all", ["q_prj"]]}),
+        ("search", {"algorithm": "fixed", "points": [{"layers": "all", "learning_rate": 1e-3, "modules": ["q_prj"]}]}),
+        ("finetune", {"modules": ["q_prj"]}),
+    ],
+)
+def test_a_module_that_no_block_has_is_an_error_with_near_names(
+    base: Any, job: Any, data: Any, cores: Any, section: str, values: dict[str, Any]
+) -> None:
+    loaded = job(**{section: values})
+
+    def planned() -> object:
+        if section == "search":
+            return search_choices(loaded, base("tiny"), 0)
+        return make_plan(loaded, base("tiny"), data(), cores(), job="finetune", spec_sha256="")
+
+    with pytest.raises(SelectionError, match=r"no linear layer 'q_prj'[\s\S]*did you mean q_proj") as raised:
+        planned()
+    assert raised.value.where == str(loaded.path)
 
 
 def test_policies_that_mean_the_same_are_one_option(base: Any, job: Any) -> None:

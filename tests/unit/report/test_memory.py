@@ -27,4 +27,4 @@ def test_a_choice_that_ran_out_of_memory_says_how_it_went_on_and_has_no_ratio() 
     assert "out of memory; retried with 1 row<" in alone
     assert "0.90x" not in alone
     assert "out of memory; retried with 1 row (1 failed)" in table(reduced, failed)
-    assert "out of memory; no smaller way was left" in table(failed)
+    assert "out of memory; could not be reduced further" in table(failed)

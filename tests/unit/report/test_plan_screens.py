@@ -78,7 +78,7 @@ def test_the_short_screen_says_what_it_takes() -> None:
     cost = plan.cost
     assert cost is not None
     assert f"GPU-hours {cost.gpu_hours:.3g} with early stopping, {cost.gpu_hours_without_stopping:.3g} without" in shown
-    assert f"price {cost.price:,.2f} at 2.5 a GPU-hour" in shown
+    assert f"price {cost.price:,.2f} at 2.5 per GPU-hour" in shown
     assert "32 gangs of 1 GPU, each inside one node" in shown
     assert format_flops(cost.options[0].flops_per_token) in shown
     assert "Operations of one token" not in shown

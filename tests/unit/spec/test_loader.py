@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from orchestrator.spec import (
     require_section,
     spec_sha256,
 )
+from orchestrator.spec.models import ADAPTER_KEYS
 from orchestrator.values import content_hash
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -169,6 +171,60 @@ def test_a_fixed_list_is_part_of_the_identity_and_survives_being_written(tmp_pat
     assert spec_sha256(other, "sweep") != spec_sha256(loaded.spec, "sweep")
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "usual", "other"),
+    [
+        ("search", "adapter", ["lora"], ["lora", "dora"]),
+        ("search", "lora_alpha", [], [8]),
+        ("search", "lora_dropout", [0.0], [0.1]),
+        ("search", "modules", ["all"], ["mlp"]),
+        ("finetune", "adapter", "lora", "rslora"),
+        ("finetune", "lora_alpha", None, 8),
+        ("finetune", "lora_dropout", 0.0, 0.1),
+        ("finetune", "modules", "all", ["q_proj", "v_proj"]),
+    ],
+)
+def test_adapter_keys_are_part_of_the_identity_only_when_they_are_not_the_default(
+    tmp_path: Path, section: str, key: str, usual: Any, other: Any
+) -> None:
+    job, path = ("sweep", "search.layers=[all]") if section == "search" else ("finetune", "finetune.layers=all")
+    spec = write(tmp_path).path
+    plain, same, different = (
+        spec_sha256(load_spec(spec, [path, *asked]).spec, job)
+        for asked in ([], [f"{section}.{key}={json.dumps(usual)}"], [f"{section}.{key}={json.dumps(other)}"])
+    )
+    assert plain == same != different
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("search.adapter=[dorra]", "did you mean dora"),
+        ("search.adapter=dora", "write a list"),
+        ("search.modules=[atention]", "did you mean attention"),
+        ("search.modules=attention", "write a list"),
+        ("finetune.modules=atention", "did you mean attention"),
+        ("search.lora_dropout=[1.0]", "below 1"),
+        ("search.modules=[[q_proj], [q_proj]]", "duplicate"),
+        ("search.lora_alpha=[8, 8]", "duplicate"),
+    ],
+)
+def test_adapter_mistakes_are_told_in_the_users_words(tmp_path: Path, asked: str, message: str) -> None:
+    with pytest.raises(SpecError) as raised:
+        load_spec(write(tmp_path).path, [asked, "finetune.layers=all"])
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "rslora", "dora"])
+def test_an_anchor_on_products_needs_adapters_that_are_products(tmp_path: Path, adapter: str) -> None:
+    asked = [f"search.adapter=[{adapter}]", "search.anchor=[{kind: product, strength: 3}]"]
+    if adapter != "dora":
+        assert load_spec(write(tmp_path).path, asked)
+        return
+    with pytest.raises(SpecError, match=r"dora .search\.adapter\[0\]. changes weights by more than the product"):
+        load_spec(write(tmp_path).path, asked)
+
+
 def test_runs_from_before_there_were_points_or_a_curve_keep_their_identity(tmp_path: Path) -> None:
     values = write(tmp_path).spec.model_dump(mode="json", exclude={"output", "resources", "finetune"})
     del values["search"]["trials"], values["search"]["points"], values["search"]["learning_curve"]
@@ -177,6 +233,8 @@ def test_runs_from_before_there_were_points_or_a_curve_keep_their_identity(tmp_p
     del values["data"]["special_tokens_in_text"]
     for key in ("input", "system", "tools"):
         del values["data"]["columns"][key]
+    for key in ADAPTER_KEYS:
+        del values["search"][key]
     found = write(tmp_path)
     assert spec_sha256(found.spec, "sweep") == content_hash({"job": "sweep", **values})
     asked = changed(found, "search", learning_curve=True)

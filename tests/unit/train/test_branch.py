@@ -11,7 +11,7 @@ from torch import nn
 from orchestrator.anatomy import LayerSelection
 from orchestrator.errors import SelectionError, TrainingError
 from orchestrator.train.adapters.branch import Branch, open_branch, parameter_named
-from orchestrator.train.adapters.lora import LoraLinear
+from orchestrator.train.adapters.layers import AdaptedLinear
 from orchestrator.train.integrity import changed, fingerprint, tensor_hash, tensors_of
 from orchestrator.train.model.base import LoadedBase
 
@@ -83,7 +83,7 @@ def test_exactly_the_planned_parameters_learn_and_closing_leaves_no_trace(
             assert changed(frozen, fingerprint(tensors_of(branch.model, except_for=names_inside(branch)))) == []
     assert state_of(base) == before
     assert base.model.config.to_dict() == config
-    assert not any(isinstance(module, LoraLinear) for module in base.model.modules())
+    assert not any(isinstance(module, AdaptedLinear) for module in base.model.modules())
     assert all(parameter.grad is None for parameter in base.model.parameters())
     assert (base.model.get_output_embeddings().weight is base.model.get_input_embeddings().weight) == tied
 
@@ -153,7 +153,7 @@ def test_twenty_mixed_branches_leave_the_base_bit_identical_and_nothing_behind(
             losses.setdefault(kind, []).append(train(branch))
     gc.collect()
     assert state_of(base) == before
-    assert not [thing for thing in gc.get_objects() if isinstance(thing, LoraLinear)]
+    assert not [thing for thing in gc.get_objects() if isinstance(thing, AdaptedLinear)]
     assert all(run == runs[0] for runs in losses.values() for run in runs), "law 10: first or fifth in the gang"
 
 

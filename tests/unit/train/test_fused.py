@@ -15,10 +15,12 @@ import torch
 from orchestrator.anatomy import read_anatomy, select
 from orchestrator.data import build_set
 from orchestrator.errors import RankOutOfMemoryError, SelectionError
+from orchestrator.plan.fusing import fuse_key
+from orchestrator.spec.adapters import PLAIN_LORA, AdapterOptions
 from orchestrator.store import read_jsonl
 from orchestrator.train import TrainHost, fused_batch, memory_retry, session
 from orchestrator.train.adapters.group import open_group
-from orchestrator.train.adapters.lora import AdapterSpec, LoraLinear
+from orchestrator.train.adapters.layers import AdaptedLinear, AdapterSpec
 from orchestrator.train.fused_batch import FusedBatchSizes, measure_batch_size
 from orchestrator.train.member import SessionSetup
 from orchestrator.work.assignment import TrainRung, WorkContext
@@ -34,6 +36,7 @@ class Gang:
 
     def __init__(self, base_folder: Path, folder: Path, dtype: str) -> None:
         self.folder = folder
+        self.adapter = PLAIN_LORA
         self.anatomy = read_anatomy(base_folder, need_weights=True)
         generator = np.random.default_rng(0)
         for name, count in (("train", 24), ("eval", 6)):
@@ -63,6 +66,7 @@ class Gang:
             tune="lora",
             learning_rate=float(rate),
             lora_rank=int(rank),
+            adapter=self.adapter,
             total_steps=RUNGS[-1],
             total_tokens=64 * RUNGS[-1],
             seed=1,
@@ -77,7 +81,7 @@ class Gang:
                 trunk=TrunkPlan(cuts=(2,), num_bytes=0),
             ),
             trial=trial,
-            selection=select(self.anatomy, policy, "lora", int(rank), task="completion"),
+            selection=select(self.anatomy, policy, "lora", int(rank), adapter=self.adapter, task="completion"),
             execution=self.execution,
             folder=str(folder),
             rung=rung,
@@ -137,6 +141,36 @@ def test_the_same_bits_alone_and_in_company_also_when_a_neighbour_leaves(gang: G
     assert (engine.fused_trials, engine.trunk_cut) == (5, 2)
 
 
+@pytest.mark.parametrize("options", [{"kind": "dora"}, {"kind": "rslora", "alpha": 3}, {"modules": "mlp"}], ids=str)
+def test_adapters_of_every_kind_have_the_same_bits_in_company(gang: Gang, options: dict[str, Any]) -> None:
+    for name in TRIALS:
+        gang.adapter = AdapterOptions.model_validate(options)
+        gang.alone(name)
+    gang.fused([*TRIALS, *TWINS])
+    gang.fused([*TRIALS, *TWINS], rung=1)
+    assert all(gang.bits(name) == gang.bits(name, "alone") for name in TRIALS)
+
+
+def test_dropout_shares_no_batch_and_a_resumed_trial_draws_the_same_masks(gang: Gang) -> None:
+    plain = gang.alone(TRIALS[0])
+    gang.adapter = AdapterOptions(dropout=0.3)
+    assignment = gang.assignment(TRIALS[0])
+    assert fuse_key(assignment, gang.execution, gang.anatomy) is None
+    with pytest.raises(SelectionError, match="share a batch"):
+        open_group(gang.host.context.base, [AdapterSpec(assignment.selection, 8, 0)])
+    name = TRIALS[1]
+    gang.alone(name)
+    whole = gang.assignment(name, place="whole").model_copy(update={"stop_step": RUNGS[-1]})
+    gang.host.run(whole)
+    assert gang.bits(name, "whole") == gang.bits(name, "alone")
+    gang.adapter = PLAIN_LORA
+    gang.host.run(gang.assignment(name, place="plain"))
+    first, second = gang.bits(name, "plain")[:2], gang.bits(name, "alone")[:2]
+    assert first[0] == second[0], "B is zero"
+    assert first[1] != second[1]
+    assert plain[0].state == "done"
+
+
 def test_a_neighbour_that_diverges_fails_alone(gang: Gang) -> None:
     gang.alone(TRIALS[0])
     results = gang.fused([TRIALS[0], "1e30-r4", TRIALS[1]])
@@ -168,7 +202,7 @@ def test_the_base_product_of_each_module_runs_once_for_all(gang: Gang) -> None:
     specs = [AdapterSpec(select(gang.anatomy, "last:2", "lora", 4, task="completion"), 8, seed) for seed in range(3)]
     calls: Counter[str] = Counter()
     with open_group(base, specs):
-        adapted = [(name, module) for name, module in base.model.named_modules() if isinstance(module, LoraLinear)]
+        adapted = [(name, module) for name, module in base.model.named_modules() if isinstance(module, AdaptedLinear)]
         for name, module in adapted:
             module.base_layer.register_forward_hook(lambda *_, name=name: calls.update([name]))
         ids = torch.arange(3, 11).repeat(6, 1)
@@ -189,9 +223,9 @@ def test_what_learns_beside_adapters_shares_no_batch(gang: Gang) -> None:
 @pytest.mark.parametrize("place", ["forward", "optimizer"])
 def test_a_group_without_memory_goes_on_in_halves(gang: Gang, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     gang.alone(TRIALS[0])
-    forward = LoraLinear.forward
+    forward = AdaptedLinear.forward
 
-    def cramped(self: LoraLinear, x: torch.Tensor) -> torch.Tensor:
+    def cramped(self: AdaptedLinear, x: torch.Tensor) -> torch.Tensor:
         if self.num_trials > 1:
             raise MemoryError("out of memory")
         return forward(self, x)
@@ -204,7 +238,7 @@ def test_a_group_without_memory_goes_on_in_halves(gang: Gang, monkeypatch: pytes
         return open_member(setup, *rest)
 
     if place == "forward":
-        monkeypatch.setattr(LoraLinear, "forward", cramped)
+        monkeypatch.setattr(AdaptedLinear, "forward", cramped)
     else:
         monkeypatch.setattr(session, "open_member", no_room_for_two)
     results = gang.fused(TRIALS[:2])
@@ -244,7 +278,7 @@ def test_a_measurement_leaves_the_base_as_it_was(gang: Gang, checkpointing: bool
     execution = gang.execution.model_copy(update={"checkpointing": checkpointing})
     group = [gang.assignment(name).model_copy(update={"execution": execution}) for name in TRIALS]
     measure_batch_size(gang.host.context, group)
-    assert not any(isinstance(module, LoraLinear) for module in gang.host.context.base.model.modules())
+    assert not any(isinstance(module, AdaptedLinear) for module in gang.host.context.base.model.modules())
     assert not any(getattr(module, "gradient_checkpointing", False) for module in gang.host.context.base.model.modules())
 
 

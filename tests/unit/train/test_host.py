@@ -538,6 +538,11 @@ def test_a_plan_for_another_gang_is_refused(bench: Bench) -> None:
         TrainHost.create(load, bench.anatomy, EXECUTION.model_copy(update={"ranks": 2}), 0, 1, None)
 
 
+def test_a_trial_may_fill_other_rows_than_its_gang_was_started_with(bench: Bench) -> None:
+    """The loaded base serves any of them; only under another device, dtype, executor or partition would it lie otherwise."""
+    assert bench.run("a", execution=EXECUTION.model_copy(update={"row_tokens": 48, "pack": False})).state == "done"
+
+
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
 def test_classifiers(kind: str, llama_folder: Callable[..., Path], bert_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "base"

@@ -60,6 +60,7 @@ def _batches(file: DataFile, choose: ChooseColumns) -> Iterator[tuple[Sequence[s
     from pyarrow import ipc, parquet
 
     if file.kind == "Parquet":
+        # Read in batches: a whole file may not fit in memory.
         with parquet.ParquetFile(file.path) as table:
             names = _chosen(table.schema_arrow.names, choose)
             for batch in table.iter_batches(BATCH_ROWS, columns=names):
@@ -79,6 +80,7 @@ def _batches(file: DataFile, choose: ChooseColumns) -> Iterator[tuple[Sequence[s
             reader = found = ipc.open_stream(source)
         names = _chosen(reader.schema.names, choose)
         for batch in found:
+            # A stored batch may hold millions of rows; Python objects are made for a slice at a time.
             for start in range(0, batch.num_rows, BATCH_ROWS):
                 yield names, batch.select(names).slice(start, BATCH_ROWS)
 
@@ -116,6 +118,7 @@ def _values(array: Any) -> list[Any]:
     from pyarrow import types
 
     kind = array.type
+    # Dates have no canonical text, and some values are outside the range of Python's types.
     if types.is_temporal(kind):
         return [_unreadable(value, str(kind)) for value in array]
     try:

@@ -20,6 +20,7 @@ def read_csv(file: DataFile, choose: ChooseColumns) -> Iterator[Row | BadRow]:
     name = str(file.path)
     try:
         with open_bytes(file.path, file.compression) as stream:
+            # A byte that is not UTF-8 becomes a surrogate, so that only its row is bad and reading goes on.
             errors = "surrogateescape" if "utf-8" in file.encoding else "strict"
             lines = io.TextIOWrapper(stream, file.encoding, errors=errors, newline="")
             for _ in range(file.dialect.skip_lines):
@@ -53,6 +54,7 @@ class _Table:
                 except RowError as problem:
                     yield BadRow(name, line, problem.reason, _about_header(problem.detail, header), ends_file=True)
                     return
+            # An empty line gives no fields and is skipped; separators without text are a mistake worth reporting.
             elif not any(fields):
                 if fields:
                     yield BadRow(name, line, "every field of the row is empty")
@@ -76,12 +78,13 @@ class _Table:
                 return
             except csv.Error as error:
                 last = self._reader.line_num + self._before
+                # The csv module has one error type; its message tells an unclosed quote from other mistakes.
                 if "unexpected end" in str(error):
                     count = last - line + 1
                     detail = f"{count} line{'s' if count > 1 else ''} to the end of the file"
                     yield line, BadRow(self._name, line, "a quote is opened and never closed", detail, last, ends_file=True)
                     return
-                hint = "a quote inside of a quoted field is written twice" if "expected after" in str(error) else ""
+                hint = "inside a quoted field a quote is written as two" if "expected after" in str(error) else ""
                 yield line, BadRow(self._name, line, f"malformed CSV: {printable(str(error))}", hint, last)
             except UnicodeDecodeError as error:
                 yield line, BadRow(self._name, line, f"damaged {self._file.encoding.upper()}", error.reason, ends_file=True)
@@ -121,5 +124,5 @@ def _problem(fields: Iterable[str]) -> str:
             except UnicodeEncodeError:
                 return NOT_UTF8
         if "\x00" in field:
-            return "NUL bytes, which no text holds: the file is damaged, or was not written to its end"
+            return "NUL bytes, which text does not contain: the file is damaged, or was not written to its end"
     return ""

@@ -38,12 +38,14 @@ def sniff_dialect(text: str, suffix: str, columns: Collection[str], given: str |
     """
     line, _, rest = text.lstrip("\ufeff").partition("\n")
     declared = line.strip().strip('"')
+    # Written by spreadsheets in locales where the comma is the decimal mark.
     if declared.startswith("sep=") and len(declared) == 5:
         return Dialect(given or declared[4], 1, _has_blanks(rest, declared[4]))
     usual = USUAL.get(suffix, ",")
     if given:
         return Dialect(given, 0, _has_blanks(text, given))
     scores = {mark: _score(text, mark, columns, is_whole) for mark in (usual, *(m for m in DELIMITER_NAMES if m != usual))}
+    # max keeps the first of equals, which is the usual delimiter of the suffix.
     best = max(scores, key=lambda mark: scores[mark])
     return Dialect(best, 0, _has_blanks(text, best))
 
@@ -61,6 +63,7 @@ def _score(text: str, delimiter: str, columns: Collection[str], is_whole: bool) 
 
 def _rows(text: str, delimiter: str, is_whole: bool) -> list[Sequence[str]]:
     """Return the header and the first rows that are not blank, as far as they can be parsed."""
+    # The last line of a partial head is probably cut, and would count as a bad row.
     lines = text if is_whole else text[: text.rfind("\n") + 1] or text
     reader = csv.reader(io.StringIO(lines.lstrip("\ufeff"), newline=""), delimiter=delimiter)
     rows: list[Sequence[str]] = []

@@ -39,6 +39,7 @@ class Decoder:
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
+        # JSON allows duplicate keys, and dict() silently keeps the last.
         if len(values) < len(pairs):
             names = [name for name, _ in pairs]
             self.twice.update(name for name in names if names.count(name) > 1)
@@ -81,7 +82,7 @@ def _malformed(name: str, line: int, text: str, error: json.JSONDecodeError) -> 
     """Return what is wrong with a line, with the remedy for mistakes that affect whole files."""
     column = f"column {min(error.pos, len(text.rstrip())) + 1}"
     if "\x00" in text:
-        return BadRow(name, line, "NUL bytes, which no text holds: the file is damaged, or was not written to its end")
+        return BadRow(name, line, "NUL bytes, which text does not contain: the file is damaged, or was not written to its end")
     if error.msg == "Extra data" and text[error.pos :].strip() == ",":
         return BadRow(name, line, "malformed JSON: a comma after the object", "remove it, or put [ and ] around all lines")
     if text.lstrip().startswith("{'"):
@@ -98,12 +99,14 @@ def _lines(file: DataFile) -> Iterator[tuple[int, str | BadRow]]:
     number, name = 0, str(file.path)
     try:
         with open_bytes(file.path, file.compression) as stream:
+            # Line feeds cannot be found in the raw bytes of these encodings.
             if file.encoding in ("utf-16", "utf-32"):
                 for number, text in enumerate(io.TextIOWrapper(stream, file.encoding, newline="\n"), 1):
                     yield number, text
                 return
             for number, raw in enumerate(stream, 1):
                 try:
+                    # Only the first line can have a byte order mark. Decoded line by line, so that a bad byte costs one row.
                     yield number, raw.decode(file.encoding if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
                     detail = f"byte 0x{raw[error.start]:02x} at column {error.start + 1}"
@@ -250,11 +253,13 @@ class _Scanner:
             try:
                 value, end = self.decoder.parse_at(self._buffer, self._position)
             except json.JSONDecodeError as error:
+                # A syntax error near the end of the buffer may be a value that continues in the next piece.
                 near_end = error.pos >= len(self._buffer) - 16 or error.msg.startswith("Unterminated string")
                 if near_end and self._more():
                     continue
                 self._advance(max(self._position, min(error.pos, len(self._buffer))))
                 raise
+            # A number at the end of the buffer may have more digits.
             if end == len(self._buffer) and not isinstance(value, dict | list) and self._more():
                 continue
             self._advance(end)

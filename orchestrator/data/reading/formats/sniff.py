@@ -43,7 +43,7 @@ REFUSED = (
         (bytes((0x80, version)), "a pickle, which could run code", "write it as JSON Lines or Parquet")
         for version in (2, 3, 4, 5)
     ),
-    (b"version https://git-lfs", "a pointer of Git LFS, not the data", "fetch the data with `git lfs pull`"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the data", "fetch the data with `git lfs pull`"),
     (b"<!DOCTYPE", "an HTML page", "download the file itself"),
     (b"<html", "an HTML page", "download the file itself"),
 )
@@ -98,6 +98,7 @@ def sniff(path: Path, *, columns: Collection[str] = (), delimiter: str | None = 
     """
     compression, head, is_whole = _head(path)
     suffix = data_suffix(path.name)
+    # A text may begin with any of these characters.
     if head and suffix not in TEXT_SUFFIXES:
         _refuse(path, head)
     kind: Kind | None = next((kind for magic, kind in MAGIC if head.startswith(magic)), None)
@@ -114,6 +115,7 @@ def sniff(path: Path, *, columns: Collection[str] = (), delimiter: str | None = 
         raise _unread(path, "binary, or UTF-16 without a byte order mark", "save it as UTF-8")
     text = head.decode(encoding, "replace")
     kind = _kind_of_text(text, is_whole, suffix)
+    # A CSV under a JSON name: reported as CSV, rather than a JSON error on every line.
     if kind == "JSON Lines" and suffix in JSON_SUFFIXES and _is_table(text, columns, is_whole=is_whole):
         kind = "CSV"
     if kind is None:
@@ -163,11 +165,13 @@ def _unread(path: Path, what: str, remedy: str) -> DataError:
 
 def _is_binary(head: bytes) -> bool:
     """Return True if there are more NUL bytes than damage to a text leaves; readers report rows with a few of them."""
+    # A file that was not written to its end is padded with NUL bytes: its rows can still be read.
     head = head.rstrip(b"\x00")
     count = head.count(b"\x00")
     if not count:
         return False
     try:
+        # Up to the last line feed, so that no character is cut in half.
         head[: head.rfind(b"\n") + 1].decode()
     except UnicodeDecodeError:
         return True

@@ -31,6 +31,7 @@ from orchestrator.plan.cost.flops import (
     train_terms,
 )
 from orchestrator.plan.data_size import DataSize
+from orchestrator.spec.adapters import AdapterOptions
 from orchestrator.train.adapters.branch import open_branch
 from orchestrator.train.batches import RowPlan, to_tensors
 from orchestrator.train.model import heads as heads_module
@@ -188,6 +189,34 @@ def test_a_training_step_takes_what_the_plan_says(folder: Path, name: str, choic
     selection = chosen(base.anatomy, choice)
     found = counted(base, selection, rows(width, base.anatomy.vocab_size, 0.5), checkpointing)
     planned = train_flops_per_token(base.anatomy, selection, width / 2, checkpointing=checkpointing, supervised_share=0.5)
+    assert planned == pytest.approx(found, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("policy", ["all", "last:2", "last:1+head"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kind": "rslora"},
+        {"kind": "dora"},
+        {"kind": "dora", "dropout": 0.1},
+        {"dropout": 0.1},
+        {"modules": "attention"},
+        {"modules": "mlp"},
+        {"modules": ("o_proj",)},
+        {"modules": ("v_proj", "down_proj")},
+        {"kind": "dora", "modules": "mlp"},
+    ],
+    ids=str,
+)
+def test_adapters_of_every_kind(folder: Path, options: dict[str, Any], policy: str, checkpointing: bool) -> None:
+    base = made_base(folder, "llama")
+    adapter = AdapterOptions.model_validate(options)
+    selection = select(base.anatomy, policy, "lora", 8, adapter=adapter, task="completion")
+    found = counted(base, selection, rows(128, base.anatomy.vocab_size, 0.5), checkpointing)
+    planned = train_flops_per_token(
+        base.anatomy, selection, 64, checkpointing=checkpointing, supervised_share=0.5, forward_tokens=128 * ROWS
+    )
     assert planned == pytest.approx(found, rel=TOLERANCE)
 
 

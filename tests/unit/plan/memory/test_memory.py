@@ -235,6 +235,15 @@ def test_the_peak_is_what_a_step_allocates(repository: Path, name: str) -> None:
         assert case["moving_ratio"] == pytest.approx(1, abs=0.085 if narrow_experts else 0.08), case
 
 
+def test_the_peak_with_adapters_of_every_kind_is_what_a_step_allocates(repository: Path) -> None:
+    policies = ["kind=rslora", "kind=dora", "dropout=0.1", "kind=dora dropout=0.1", "modules=attention", "modules=mlp"]
+    asked = [f"lora all {policy}" for policy in policies]
+    found = measured(repository, "--bases", "qwen2.5-7b", "--blocks", "4", "--tokens", "2048", "--policies", *asked)
+    assert len(found["cases"]) == 2 * len(policies)
+    for case in found["cases"]:
+        assert case["ratio"] == pytest.approx(1, abs=0.02), case
+
+
 @pytest.mark.slow
 def test_the_peak_is_right_for_every_other_layout(repository: Path) -> None:
     found = measured(repository, "--families", "--tokens", "2048")

@@ -1,0 +1,193 @@
+"""Adapters on a live model: those of one trial, or of several that are trained in one batch, beside each adapted weight.
+
+Shapes: T trials, N tokens of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from orchestrator.anatomy.values import LayerSelection
+from orchestrator.spec.adapters import ADAPTER_KINDS, AdapterName
+from orchestrator.train.adapters.kinds import LIVE_KINDS, LayerPass
+from orchestrator.train.model.base import LoadedBase, dequantized, generator_for
+
+BASE_LAYER = "base_layer"
+"""Where an AdaptedLinear keeps the layer that it stands for; names of frozen parameters leave it out."""
+LIVE_NAMES = {
+    suffix: suffix.removeprefix(".").removesuffix(".weight") for kind in ADAPTER_KINDS.values() for suffix in kind.suffixes
+}
+"""`.lora_A.weight` -> `lora_A`: the parameter of trial 0 is `lora_A_0`."""
+
+
+MakeWhole = Callable[[Iterable[nn.Parameter]], AbstractContextManager[None]]
+
+
+def _as_they_are(_: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """What one trial wants beside the base's weights."""
+
+    selection: LayerSelection
+    lora_alpha: int
+    seed: int
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer, and beside it the adapters of T trials.
+
+    The rows of the input are T equal parts, one a trial. The layer itself runs once for all of them, and the adapters of
+    neighbours of one kind and rank are stacked. Ranks are not filled up to each other with zeros: measured on a CPU in
+    float32, that changes the last bits, and how many trials are stacked does not. The parameters are this module's own, for
+    ZeRO-3 gathers those of the module that is called.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, name: str, specs: Sequence[AdapterSpec], base: LoadedBase, whole: MakeWhole = _as_they_are
+    ) -> None:
+        super().__init__()
+        self.base_layer: Any = base_layer
+        self.num_trials = len(specs)
+        kinds = [_stacked_kind(spec) if f"{name}.weight" in spec.selection.adapted else None for spec in specs]
+        self._stacks = _neighbours(kinds)
+        self._row_norms: list[torch.Tensor | None] = [None] * len(self._stacks)
+        reads_weight = any(kind is not None and LIVE_KINDS[kind.name].reads_weight for kind in kinds)
+        with whole(base_layer.parameters()) if reads_weight else nullcontext():
+            for trial, (spec, kind) in enumerate(zip(specs, kinds, strict=True)):
+                if kind is not None:
+                    self._add(trial, kind, base, lambda suffix, seed=spec.seed: generator_for(seed, f"{name}{suffix}"))
+        if reads_weight:
+            # An engine that partitions W has it whole only while the layer runs: this hook comes before the engine's own.
+            base_layer.register_forward_hook(self._read_weight)
+
+    def _add(self, trial: int, kind: StackedKind, base: LoadedBase, generator: Callable[[str], torch.Generator]) -> None:
+        layer = self.base_layer
+        shape = (layer.out_features, layer.in_features)
+        values = LIVE_KINDS[kind.name].initial(shape, kind.rank, generator, lambda: dequantized(layer.weight))
+        for suffix, value in values.items():
+            parameter = nn.Parameter(value.to(device=base.device, dtype=base.dtype))
+            self.register_parameter(live_name(suffix, trial), parameter)
+
+    @property
+    def weight(self) -> Any:
+        """The frozen one."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Any:
+        return self.base_layer.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T * rows, tokens, in] -> [T * rows, tokens, out]"""
+        self._row_norms[:] = [None] * len(self._stacks)  # of one call: the next one finds other adapters
+        out = self.base_layer(x)
+        inputs, outputs = (states.reshape(self.num_trials, -1, states.shape[-1]) for states in (x, out))
+        parts = [
+            self._adapted(stack, inputs[stack.trials], outputs[stack.trials], row_norms)
+            for stack, row_norms in zip(self._stacks, list(self._row_norms), strict=True)
+        ]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(out.shape)
+
+    def _adapted(self, stack: Stack, inputs: torch.Tensor, outputs: torch.Tensor, row_norms: torch.Tensor | None) -> torch.Tensor:
+        """`outputs` [t, N, out] of the base with the adapters of these t trials."""
+        if stack.kind is None:
+            return outputs
+        name, outputs_of_inputs = stack.kind.name, outputs
+        if stack.kind.dropout and self.training:
+            inputs = functional.dropout(inputs, stack.kind.dropout)
+            if ADAPTER_KINDS[name].runs_layer_on_its_input:
+                outputs_of_inputs = self.base_layer(inputs)
+        call = LayerPass(inputs, outputs, outputs_of_inputs, self.base_layer.bias, row_norms)
+        return LIVE_KINDS[name].forward(call, self._tensors(stack), stack.kind.scale)
+
+    def _tensors(self, stack: Stack) -> dict[str, torch.Tensor]:
+        """The adapters of a stack, by suffix, stacked."""
+        assert stack.kind is not None
+        trials = range(stack.trials.start, stack.trials.stop)
+        return {
+            suffix: torch.stack([getattr(self, live_name(suffix, trial)) for trial in trials])
+            for suffix in ADAPTER_KINDS[stack.kind.name].suffixes
+        }
+
+    @torch.no_grad()
+    def _read_weight(self, layer: Any, *_: object) -> None:
+        """Take what the kinds that read the weight need of it, while it is whole."""
+        for number, stack in enumerate(self._stacks):
+            if stack.kind is not None and LIVE_KINDS[stack.kind.name].reads_weight and self._row_norms[number] is None:
+                weight = dequantized(layer.weight)
+                self._row_norms[number] = LIVE_KINDS[stack.kind.name].row_norms(weight, self._tensors(stack), stack.kind.scale)
+
+
+class StackedKind(NamedTuple):
+    """What adapters that are stacked have in common."""
+
+    name: AdapterName
+    rank: int
+    scale: float
+    dropout: float
+
+
+class Stack(NamedTuple):
+    """Neighbours whose adapters are stacked; without a kind, trials that do not adapt this weight."""
+
+    trials: slice
+    kind: StackedKind | None
+
+
+def _stacked_kind(spec: AdapterSpec) -> StackedKind:
+    selection, rank = spec.selection, spec.selection.lora_rank or 0
+    scale = selection.adapter_kind.scale(spec.lora_alpha, rank)
+    return StackedKind(selection.adapter.kind, rank, scale, selection.adapter.dropout)
+
+
+def _neighbours(kinds: Sequence[StackedKind | None]) -> list[Stack]:
+    """Runs of equal kinds."""
+    borders = [index for index in range(len(kinds)) if index == 0 or kinds[index] != kinds[index - 1]]
+    return [Stack(slice(first, last), kinds[first]) for first, last in pairwise([*borders, len(kinds)])]
+
+
+def adapt(base: LoadedBase, specs: Sequence[AdapterSpec], undo: ExitStack, whole: MakeWhole = _as_they_are) -> None:
+    """Put adapters beside every weight that one of the trials adapts; `undo` takes them out again, but for their hooks.
+
+    Args:
+        whole: Gives a context in which parameters of the base can be read whole; see `WeightKeeper.whole`.
+    """
+    names = dict.fromkeys(name.rpartition(".")[0] for spec in specs for name in spec.selection.adapted)
+    for name in names:
+        parent, attribute = base.model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        layer = getattr(parent, attribute)
+        adapted = AdaptedLinear(layer, name, specs, base, whole)
+        adapted.train(layer.training)
+        undo.callback(setattr, parent, attribute, layer)
+        setattr(parent, attribute, adapted)
+
+
+def live_name(suffix: str, trial: int) -> str:
+    """`.lora_A.weight` -> `lora_A_0`: a parameter's name within its AdaptedLinear."""
+    return f"{LIVE_NAMES[suffix]}_{trial}"
+
+
+def own_parameters(model: nn.Module, trial: int) -> list[tuple[str, nn.Parameter]]:
+    """One trial's adapters under their stable names, in the model's order."""
+    own = tuple(f".{live_name(suffix, trial)}" for suffix in LIVE_NAMES)
+    return [(stable_name(name, trial), parameter) for name, parameter in model.named_parameters() if name.endswith(own)]
+
+
+def stable_name(name: str, trial: int = 0) -> str:
+    """A parameter's name without what adapting put in: `q_proj.lora_A_0` -> `q_proj.lora_A.weight`, as PEFT saves it."""
+    name = name.replace(f".{BASE_LAYER}.", ".")
+    for suffix in LIVE_NAMES:
+        live = f".{live_name(suffix, trial)}"
+        name = name.removesuffix(live) + suffix if name.endswith(live) else name
+    return name
