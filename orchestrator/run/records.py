@@ -37,6 +37,7 @@ def trial_record(entry: TrialEntry, scoring: Scoring, base: RungResult | None) -
         adapter=trial.adapter,
         learning_rate=trial.learning_rate,
         remedies=str(trial.remedies),
+        remedy_kinds=trial.remedies.kinds,
         seed=trial.seed,
         state=entry.end.state if entry.end is not None else "running",
         reason=failed or (entry.end.reason if entry.end is not None else ""),

@@ -144,7 +144,9 @@ class TrialRecord(Value):
     adapter: AdapterOptions = PLAIN_LORA
     learning_rate: float
     remedies: str = ""
-    """Remedies against forgetting: `replay 0.1 · l2sp 30`."""
+    """Remedies against forgetting, for people: `replay 0.1 · l2sp 30`."""
+    remedy_kinds: tuple[str, ...] = ()
+    """Kinds of these remedies, `replay` and `l2sp`; empty in records of older versions."""
     seed: int = 0
     state: Literal["running", "finished", "stopped", "failed"]
     """`stopped`: by the scheduler or because the GPU-hours were used up; `failed`: by an error of its own."""

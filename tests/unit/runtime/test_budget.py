@@ -222,7 +222,7 @@ def test_a_refit_that_has_come_to_its_end_is_used_whatever_hours_are_left(prepar
     ("failure", "lower_rate"),
     [
         (Failure(kind="non_finite", message="the loss became nan"), True),
-        (MemoryLadder().step(ALONE, "out of memory"), False),
+        (MemoryLadder().step(ALONE.model_copy(update={"checkpointing": True}), "out of memory"), False),
     ],
     ids=["diverged", "out of memory"],
 )
