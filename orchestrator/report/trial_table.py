@@ -100,7 +100,8 @@ def rank_reason(trial: TrialRecord, sweep: SweepResult) -> str:
 def _penalised(trial: TrialRecord, sweep: SweepResult) -> str:
     if trial.score is None or not math.isfinite(trial.score):
         return ""
-    ranked = -trial.score if sweep.higher_is_better else trial.score
+    # The score of a metric that is better when higher is 1 - value plus the penalty (`transfer.scoring`).
+    ranked = 1.0 - trial.score if sweep.higher_is_better else trial.score
     return f": ranked as {sweep.metric} {metric_text(ranked, sweep.metric)}"
 
 

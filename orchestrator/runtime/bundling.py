@@ -10,7 +10,6 @@ import numpy as np
 
 from orchestrator.data.sets import load_known
 from orchestrator.errors import BaseError, IntegrityError
-from orchestrator.plan import REPEAT, repeat_control
 from orchestrator.run.activities import tell_bundling
 from orchestrator.serve import (
     BundleInputs,
@@ -71,7 +70,7 @@ def bundle_and_judge(inputs: BundleInputs, bundle: str, metric: str, max_forgett
     )
     transfer = TransferReport(
         verdict=found.kind,
-        sentence=found.sentence.removeprefix(f"{found.kind}: ") + beyond_bound(scores.models, max_forgetting),
+        sentence=found.finding + beyond_bound(scores.models, max_forgetting),
         trial_id=inputs.trial.trial_id,
         comparisons=tuple(comparison.record(name) for name, comparison in comparisons.items()),
         gain_over_seeds=by_seed,
@@ -156,11 +155,7 @@ def _gain_over_seeds(inputs: BundleInputs, scores: HeldOutScores, metric: str) -
     by_answer, unit = _judged_by(inputs, metric)
     labels = load_known(inputs.test_set).labels
     base, weights = _losses(scores, UNTOUCHED, labels, by_answer)
-    seeds = {PROMOTED: inputs.trial.seed} | {
-        name: repeat_control(inputs.trial, int(name.removeprefix(REPEAT))).seed
-        for name in inputs.controls
-        if name.startswith(REPEAT)
-    }
+    seeds = {PROMOTED: inputs.trial.seed, **inputs.repeat_seeds}
     gains = [float(np.average(base - _losses(scores, name, labels, by_answer)[0], weights=weights)) for name in seeds]
     return over_seeds(list(seeds.values()), gains, unit)
 

@@ -37,6 +37,7 @@ from orchestrator.runtime.supervisor import Supervisor
 from orchestrator.runtime.work_queue import WorkQueue
 from orchestrator.transfer.run_view import Activity
 from orchestrator.work.assignment import Measurement, TrainRung, TrialWork, Work
+from orchestrator.work.failure import Failure
 from orchestrator.work.results import MeasurementResult, RungResult, WorkResult
 from orchestrator.work.trial import TrialSpec
 
@@ -149,7 +150,7 @@ class Exchange:
         self._queue.heard_from(trial_id)
         work = self._inflight.pop(trial_id, None)
         if work is not None:
-            work.answer(work.assignment.failed(f"{state} before it ran"))
+            work.answer(work.assignment.failed(Failure(kind="withdrawn", message=f"{state} before it ran")))
         entry = self._ledger.get(trial_id)
         if entry is not None and entry.end is None and not is_tried_again(entry.trial, state):
             self._ledger.end(trial_id, state, reason)

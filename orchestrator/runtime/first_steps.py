@@ -109,9 +109,8 @@ class FirstSteps:
                 return None
         elif self._num_first > self._wanted:
             return None
-        message, ends = calibration_message(planned, found), dict[str, float]()
-        if before is not None:
-            message = message.replace("the first steps reach", "the steps so far reach", 1)
+        steps = "the first steps" if before is None else "the steps so far"
+        message, ends = calibration_message(planned, found, steps), dict[str, float]()
         if duration is not None:
             left = max(0.0, duration.middle_s - (self._clock() - self.begun))
             by_plan = f"; the plan said {planned.duration}" if planned.duration is not None else ""

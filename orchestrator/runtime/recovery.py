@@ -23,7 +23,7 @@ from orchestrator.transfer.records import SweepResult, TransferReport
 from orchestrator.transfer.run_view import RunView
 from orchestrator.work.assignment import contradiction, ownership
 from orchestrator.work.measurements import CompileChoice, DomainShift, LayerScores
-from orchestrator.work.memory_ladder import STEPPED_DOWN, SteppedDown
+from orchestrator.work.memory_ladder import REDUCED_WORK, ReducedWork
 from orchestrator.work.results import RungResult
 from orchestrator.work.trial import TrialSpec
 
@@ -70,7 +70,7 @@ class _Repair:
             (run.hours, _as(HoursRecord), "the hours are recomputed from the trials' results"),
             (run.refit / OWNER, _owner, "the refit continues from checkpoints of its own trial"),
             (run.refit / RESULT, _as(RungResult), "the refit continues from its newest complete checkpoint"),
-            (run.refit / STEPPED_DOWN, _as(SteppedDown), "the refit is retried as planned"),
+            (run.refit / REDUCED_WORK, _as(ReducedWork), "the refit is retried as planned"),
         ):
             self._check(path, read, remedy)
 
@@ -85,7 +85,7 @@ class _Repair:
             return
         trial = read_record(head, TrialHead).trial
         self._check(folder / RESULT, _as(RungResult), "it continues from its newest complete checkpoint")
-        self._check(folder / STEPPED_DOWN, _as(SteppedDown), "it is retried as planned")
+        self._check(folder / REDUCED_WORK, _as(ReducedWork), "it is retried as planned")
         self._check(folder / END, _as(TrialEnd), "the trial's end state is recomputed")
         for file in rung_files(folder):
             remedy = f"trial {trial.trial_id} is trained again from the rung before it"

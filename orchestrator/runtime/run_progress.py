@@ -45,7 +45,7 @@ class ProgressReporter:
         self._view, self._folder, self._interval_s = view, folder, interval_s
         self._lock = threading.RLock()
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._poll, name="progress", daemon=True)
+        self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
         self._look: Look = self._look_on_disk
         self._phase, self._detail, self._last_event = "starting", "", ""
         self._began = self._phase_began = time.monotonic()

@@ -38,6 +38,8 @@ class BundleInputs(Value):
     retain_set: str | None = None
     controls: dict[str, str] = {}
     """Control (`head`, `shuffled`, `repeat-2`) -> folder that holds its adapter or delta."""
+    repeat_seeds: dict[str, int] = {}
+    """Seed of each control among `controls` that is the same training from another seed."""
     failed_seeds: int = 0
     """Seeds for which the same training failed."""
     shots: int = 0

@@ -19,6 +19,7 @@ from orchestrator.train.memory import is_out_of_memory, memory_in_use
 from orchestrator.train.model.objective import Objective
 from orchestrator.train.ranks import Ranks
 from orchestrator.work.execution import TrainSettings
+from orchestrator.work.failure import Failure
 from orchestrator.work.results import StepReport
 from orchestrator.work.trial import TrialSpec
 
@@ -42,8 +43,8 @@ class LoopTrial:
     on_step: Callable[[StepReport, LoopState], None]
     """Called on every rank after each step that the trial takes."""
     state: LoopState = field(default_factory=LoopState)
-    failure: str = ""
-    """Why it takes no more steps. Text and not the error, whose traceback would keep tensors in memory."""
+    failure: Failure | None = None
+    """Why it takes no more steps. Not the error itself, whose traceback would keep tensors in memory."""
 
     def update(self, tokens: int, loss: float) -> tuple[float, float] | None:
         """Take the step whose gradients the engine holds.
@@ -69,7 +70,7 @@ class LoopTrial:
                 )
             return rate, self.engine.step(rate)
         except NonFiniteLossError as error:
-            self.failure = str(error)
+            self.failure = Failure.of(error)
             return None
 
 

@@ -31,6 +31,7 @@ from orchestrator.train.outcome import TrialOutcome, forward_record
 from orchestrator.train.scoring import Scorer
 from orchestrator.work.assignment import EvaluateBase, TrainRung
 from orchestrator.work.execution import ExecutionPlan
+from orchestrator.work.failure import Failure
 
 
 class TrainingSession:
@@ -116,7 +117,7 @@ class TrainingSession:
         scorer = Scorer(self.context, work, self.execution)
         for outcome, scores in zip(self.outcomes, scorer.score_trials(objective, len(self.outcomes)), strict=True):
             if isinstance(scores, NonFiniteLossError):
-                outcome.failure = outcome.failure or str(scores)
+                outcome.failure = outcome.failure or Failure.of(scores)
             elif not outcome.failure:
                 outcome.scores = scores
 

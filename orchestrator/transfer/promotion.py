@@ -174,7 +174,7 @@ def _advice_on_remedies(trial: TrialRecord) -> list[str]:
     fitting = [("replay", replay)]
     if trial.tune == "full" or ADAPTER_KINDS[trial.adapter.kind].adds_product:
         fitting.append((kind, anchor))
-    return [advice for word, advice in fitting if word not in trial.remedies]
+    return [advice for word, advice in fitting if word not in trial.remedy_kinds]
 
 
 def _steps(trial: TrialRecord) -> int:

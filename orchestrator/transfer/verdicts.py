@@ -26,7 +26,13 @@ class Verdict(Value):
     """Kind of the verdict, and a sentence with its figures."""
 
     kind: VerdictKind
-    sentence: str
+    finding: str
+    """The figures that led to it."""
+
+    @property
+    def sentence(self) -> str:
+        """The kind and the finding: `positive: 2.09 ± 0.05 nats better than the base, on 180 test examples`."""
+        return f"{self.kind}: {self.finding}"
 
 
 def verdict(
@@ -65,7 +71,7 @@ def verdict(
     if kind == "positive" and (failed_seeds or (over_seeds is not None and over_seeds.low <= 0)):
         kind = "inconclusive"
         sentence += ": inconclusive, since another seed could give a different result"
-    return Verdict(kind=kind, sentence=f"{kind}: {sentence}")
+    return Verdict(kind=kind, finding=sentence)
 
 
 def _kind(comparison: Comparison) -> VerdictKind:

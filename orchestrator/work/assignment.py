@@ -13,6 +13,7 @@ from pydantic import Field
 from orchestrator.anatomy.values import LayerSelection
 from orchestrator.values import Value, content_hash
 from orchestrator.work.execution import DataPaths, ExecutionPlan, TrainSettings, TrunkPlan
+from orchestrator.work.failure import Failure
 from orchestrator.work.measurements import CompilePlan, CompileTimes, DomainShift, LayerScores, ProbePlan, ShiftPlan
 from orchestrator.work.results import MeasurementResult, RungResult
 from orchestrator.work.trial import TrialSpec
@@ -79,9 +80,9 @@ class TrialWork(GangWork):
     def num_gangs(self) -> int:
         return self.context.num_gangs
 
-    def failed(self, reason: str) -> RungResult:
-        """Return the result of work that no gang completed."""
-        return RungResult(trial_id=self.trial.trial_id, rung=self.rung, step=0, tokens=0, state="failed", reason=reason)
+    def failed(self, failure: Failure) -> RungResult:
+        """Return the result of work that no gang finished."""
+        return RungResult(trial_id=self.trial.trial_id, rung=self.rung, step=0, tokens=0, state="failed", failure=failure)
 
 
 class TrainRung(TrialWork):
@@ -138,9 +139,9 @@ class ScoreBlocks(MeasuringWork):
         """Return None: the probe runs through every block."""
         return None
 
-    def failed(self, reason: str) -> MeasurementResult:
+    def failed(self, failure: Failure) -> MeasurementResult:
         """Return the result where there are no scores."""
-        return MeasurementResult(work_id=self.work_id, found=LayerScores(failed=reason))
+        return MeasurementResult(work_id=self.work_id, found=LayerScores(failed=str(failure)))
 
 
 class MeasureShift(MeasuringWork):
@@ -155,9 +156,9 @@ class MeasureShift(MeasuringWork):
         """Return the run's trunk: stored activations are compared without another forward pass."""
         return self.context.trunk
 
-    def failed(self, reason: str) -> MeasurementResult:
+    def failed(self, failure: Failure) -> MeasurementResult:
         """Return the result where there are no distances."""
-        return MeasurementResult(work_id=self.work_id, found=DomainShift(failed=reason))
+        return MeasurementResult(work_id=self.work_id, found=DomainShift(failed=str(failure)))
 
 
 class TimeCompiling(MeasuringWork):
@@ -174,9 +175,9 @@ class TimeCompiling(MeasuringWork):
     def trunk(self) -> TrunkPlan | None:
         return self.context.trunk
 
-    def failed(self, reason: str) -> MeasurementResult:
+    def failed(self, failure: Failure) -> MeasurementResult:
         """Return the result where there are no times."""
-        return MeasurementResult(work_id=self.work_id, found=CompileTimes(failed=reason))
+        return MeasurementResult(work_id=self.work_id, found=CompileTimes(failed=str(failure)))
 
 
 Measurement = Annotated[ScoreBlocks | MeasureShift | TimeCompiling, Field(discriminator="kind")]

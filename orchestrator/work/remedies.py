@@ -39,6 +39,13 @@ class Remedies(Value):
         parts += [f"decay {self.layer_decay:g}"] if self.layer_decay != 1.0 else []
         return " · ".join(parts)
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Return which remedies are used: `replay`, the anchor's kind, `decay`."""
+        replay = ("replay",) if self.replay else ()
+        anchor = (self.anchor.kind,) if self.anchor is not None else ()
+        return (*replay, *anchor, *(("decay",) if self.layer_decay != 1.0 else ()))
+
     def total_tokens(self, target_tokens: int) -> int:
         """Return the tokens that are trained on if `target_tokens` of them are the target's."""
         return round(target_tokens / (1.0 - self.replay))

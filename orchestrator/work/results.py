@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Literal, cast
 
-from pydantic import model_validator
+from pydantic import AliasChoices, ConfigDict, Field, computed_field, model_validator
 
 from orchestrator.values import Value
 from orchestrator.work.execution import ExecutionPlan
+from orchestrator.work.failure import Failure
 from orchestrator.work.measurements import CompileTimes, DomainShift, LayerScores
 
 
@@ -55,12 +56,15 @@ FORMER_KEYS = frozenset({"layer_scores", "domain_shift", "compile_times"})
 class RungResult(Value):
     """A gang's answer for a trial: trained to a rung, or the base evaluated."""
 
+    model_config = ConfigDict(serialize_by_alias=True)
+
     trial_id: str
     rung: int
     step: int
     tokens: int
     state: Literal["done", "failed"]
-    reason: str = ""
+    failure: Failure | None = None
+    """Why it failed; None where it is done."""
     train_loss: float | None = None
     """Loss of the last step, nats per supervised token."""
     eval_loss: float | None = None
@@ -72,8 +76,10 @@ class RungResult(Value):
     checkpoint: str | None = None
     """The rung's folder; None when nothing was trained (the control `none`)."""
     engine: EngineRecord | None = None
-    relieved: ExecutionPlan | None = None
-    """The execution that the trial ended with after running out of memory; its later rungs start with it."""
+    reduced_execution: ExecutionPlan | None = Field(
+        default=None, validation_alias=AliasChoices("reduced_execution", "relieved"), serialization_alias="relieved"
+    )
+    """How the trial was trained in the end, where memory had run out on the way; its later rungs start like that."""
     steady_tokens_per_s: float | None = None
     """Training speed after the first two steps, without saving and scoring; a plan's hours can be calibrated by it."""
     train_seconds: float = 0.0
@@ -89,11 +95,32 @@ class RungResult(Value):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_former_keys(cls, values: object) -> object:
+    def _from_record(cls, values: object) -> object:
+        """Accept what is on disk: `reason` beside `failure`, and older records that have only `reason`, and former keys."""
         if not isinstance(values, dict):
             return values
         given = cast("dict[str, object]", values)
-        return {key: value for key, value in given.items() if key not in FORMER_KEYS or value is not None}
+        found = {key: value for key, value in given.items() if key not in FORMER_KEYS or value is not None}
+        reason = str(found.pop("reason", ""))
+        if found.get("state") == "failed" and found.get("failure") is None:
+            found["failure"] = Failure.recorded(reason)
+        return found
+
+    @computed_field
+    @property
+    def reason(self) -> str:
+        """Why it failed, as text; empty where it is done."""
+        return "" if self.failure is None else str(self.failure)
+
+    @property
+    def failed_for_memory(self) -> bool:
+        """Whether it failed because memory use could not be reduced further; its reason ends with what would make room."""
+        return self.failure is not None and self.failure.kind == "out_of_memory"
+
+    @property
+    def ran_out_of_memory(self) -> bool:
+        """Whether memory ran out: it was trained with a reduced execution, or failed."""
+        return self.reduced_execution is not None or self.failed_for_memory
 
     @property
     def work_id(self) -> str:

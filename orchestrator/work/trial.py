@@ -37,4 +37,5 @@ class TrialSpec(Value):
 
     @property
     def lora_alpha(self) -> int:
+        """Return LoRA's alpha; its scale is alpha / rank, or alpha / sqrt(rank) for rslora."""
         return self.adapter.alpha_of(self.lora_rank)

@@ -44,6 +44,14 @@ LOOKED_AT = 8
 """Steps by which full micro-batches are judged: what they hold of all tokens, and how fast they are."""
 
 
+class CompileError(TrainingError):
+    """The blocks cannot be compiled; `why` is the reason alone."""
+
+    def __init__(self, why: str, *, remedy: str) -> None:
+        super().__init__(f"the blocks cannot be compiled: {why}", remedy=remedy)
+        self.why = why
+
+
 @dataclass
 class Spent:
     """Seconds spent on compiling; known when the context ends."""
@@ -64,7 +72,7 @@ def compiled_blocks(base: LoadedBase, cut: int, execution: ExecutionPlan) -> Ite
         execution: How the trial is trained.
 
     Raises:
-        TrainingError: the blocks cannot be compiled.
+        CompileError: the blocks cannot be compiled.
     """
     spent = Spent()
     if not execution.compiled:
@@ -72,7 +80,7 @@ def compiled_blocks(base: LoadedBase, cut: int, execution: ExecutionPlan) -> Ite
         return
     missing = missing_compiler(base.device)
     if missing:
-        raise TrainingError(f"the blocks cannot be compiled: {missing}", remedy="install one, or set resources.compile: off")
+        raise CompileError(missing, remedy="install one, or set resources.compile: off")
     dynamo = _prepared()
     shape = (execution.micro_batch_rows, width_of(execution.row_tokens))
     before = _seconds_compiling()
@@ -95,7 +103,7 @@ def compiled_blocks(base: LoadedBase, cut: int, execution: ExecutionPlan) -> Ite
             yield spent
         except dynamo.exc.TorchDynamoException as error:
             said = str(error).strip().splitlines() or [type(error).__name__]
-            raise TrainingError(f"the blocks cannot be compiled: {said[0]}", remedy="resources.compile: off") from error
+            raise CompileError(said[0], remedy="resources.compile: off") from error
         finally:
             spent.seconds = _seconds_compiling() - before
 
@@ -137,8 +145,10 @@ def time_compiled(
     try:
         with compiled_blocks(base, cut, execution.model_copy(update={"compiled": True})) as spent:
             compiled = _fastest(engine, full[0], base.device, clock)
+    except CompileError as error:
+        return CompileTimes(failed=error.why)
     except TrainingError as error:
-        return CompileTimes(failed=error.what.removeprefix("the blocks cannot be compiled: "))
+        return CompileTimes(failed=error.what)
     eager = _fastest(engine, _without_padding(full[0]), base.device, clock)
     return CompileTimes(eager_seconds=eager, compiled_seconds=compiled, compile_seconds=spent.seconds, full_share=full_share)
 

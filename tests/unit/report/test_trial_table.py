@@ -9,6 +9,7 @@ import pytest
 from orchestrator.report.html import table
 from orchestrator.report.page import write_report
 from orchestrator.report.trial_table import evaluated_early, rank_reason, steps_text
+from orchestrator.transfer import score
 
 from .test_page import read, scored
 
@@ -41,7 +42,7 @@ def test_why_each_stands_where_it_stands(sweep):
 
 def test_more_is_better_ranks_by_the_turned_score(sweep):
     forgets = sweep.trials[2]
-    rung = forgets.rungs[0].model_copy(update={"metric": 0.9, "score": -0.4})
+    rung = forgets.rungs[0].model_copy(update={"metric": 0.9, "score": score(0.9, True, 0.15, 0.1)})
     turned = sweep.model_copy(update={"metric": "accuracy", "higher_is_better": True})
     said = rank_reason(forgets.model_copy(update={"rungs": (rung,)}), turned)
     assert said == "forgets more than the bound of 0.1: ranked as accuracy 40.0%"
