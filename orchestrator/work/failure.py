@@ -44,7 +44,7 @@ class Failure(Value):
     kind: FailureKind
     message: str
     remedy: str = ""
-    """Return the remedy: the last line of the text."""
+    """The remedy, as the last line of the text."""
 
     def __str__(self) -> str:
         return f"{self.message}\n  to do: {self.remedy}" if self.remedy else self.message
