@@ -274,6 +274,7 @@ class Gang:
     async def _death(self, broken: list[Exception], pending: set[asyncio.Task]) -> GangDiedError:
         """Return why the gang failed, from the ranks that failed first and those that fail as a consequence."""
         device = self._execution.device
+        # The first error may only tell of a lost connection; the rank that ran out of memory reports a moment later.
         if pending and not any(ran_out_of_memory(error, device) for error in broken):
             late, pending = await asyncio.wait(pending, timeout=SETTLE_S)
             broken = [*broken, *_errors(late)]

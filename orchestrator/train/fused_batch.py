@@ -56,6 +56,8 @@ class FusedBatchSizes:
         first, kind = group[0], kind_of_batch(group[0])
         if first.execution.compiled:
             return 1  # each set of batched trials would need its own compilation
+        # The first group of a kind is often small, since trials arrive one by one: a size measured with two says nothing about
+        # four.
         larger = 2 * self._sizes.get(kind, 1)
         if larger <= len(group) and (kind not in self._sizes or self._tried.get(kind, larger) < larger):
             self._tried[kind] = len(group)
@@ -104,6 +106,7 @@ def measure_batch_size(context: HostContext, group: Sequence[TrainRung]) -> tupl
     """
     sets = TrainingSets(group[0], context.sets.load, context.trunk)
     step = next(step_inputs(sets.steps, context.rows(group[0].execution), 0, 1, sets.states))
+    # One full micro-batch tells enough; a whole step could take minutes.
     step = StepInput(step.epoch, step.num_tokens, step.num_supervised, step.micro_batches[:1])
     alone = _slowest(context, group[:1], step)
     if alone is None:
@@ -114,6 +117,7 @@ def measure_batch_size(context: HostContext, group: Sequence[TrainRung]) -> tupl
         if together is None:
             break
         seconds[size] = together / size
+        # Time per trial falls, then rises once the device is busy: the first size without a gain ends the search.
         if seconds[size] > GAIN * seconds[best]:
             break
         best, size = size, 2 * size

@@ -83,7 +83,7 @@ class Objective(nn.Module):
             hidden: [B, L, H], the input of the block at the cut; replaces the blocks below it.
             each: Whether to return single losses, with predictions.
             num_trials: T. With several, the B rows are T equal copies, one after the other, and the sums are float32[T], each
-            of its own copy alone: the same bits whatever the other trials compute.
+                of its own copy alone: the same bits whatever the other trials compute.
         """
         heartbeat.beat()
         targets = Targets(labels, document_ids, class_labels, lengths)
