@@ -10,16 +10,15 @@ from orchestrator.run.records import RunOutcome, write_outcome
 from orchestrator.runtime.cluster import connected, require_shared_storage
 from orchestrator.runtime.failures import in_plain_words
 from orchestrator.runtime.finish import finish
-from orchestrator.runtime.heartbeat import Pulse
 from orchestrator.runtime.prepare import reopen
 from orchestrator.runtime.ray_health import guarded
+from orchestrator.runtime.run_progress import ProgressReporter
 from orchestrator.store import read_record
 from orchestrator.transfer.promotion import PROMOTABLE_CONTROLS
-from orchestrator.transfer.records import SweepResult
+from orchestrator.transfer.records import BY_THE_RULE, SweepResult
 from orchestrator.transfer.run_view import RunView
 from orchestrator.transfer.trial_lookup import find_trial
 
-BY_THE_RULE = "; by the rule: "
 _NOT_BY_THE_RULE = "it is measured only for a trial promoted by the rule"
 
 
@@ -41,10 +40,10 @@ def merge_trial(
         before = sweep.winner_id
         if chosen != before:
             sweep = promoted_by_hand(sweep, chosen)
-        with Pulse(view, run.path) as pulse, connected(address), guarded(run.path), in_plain_words(run.path):
-            _show(pulse, sweep, chosen)
+        with ProgressReporter(view, run.path) as reporter, connected(address), guarded(run.path), in_plain_words(run.path):
+            _show(reporter, sweep, chosen)
             require_shared_storage(run.path)
-            outcome = write_outcome(finish(prepared, sweep, pulse))
+            outcome = write_outcome(finish(prepared, sweep, reporter))
         if chosen != before:
             run.event("promoted_by_hand", trial_id=chosen, instead_of=before)
         return outcome
@@ -59,13 +58,13 @@ def promoted_by_hand(sweep: SweepResult, trial_id: str) -> SweepResult:
     Raises:
         UsageError: the trial is not in the summary yet.
     """
-    rule = sweep.promotion_reason.partition(BY_THE_RULE)[2] if sweep.promoted_by_hand else sweep.promotion_reason
+    rule = sweep.rule_reason if sweep.promoted_by_hand else sweep.promotion_reason
     label = next((trial.label for trial in sweep.trials if trial.trial_id == trial_id), None)
     if label is None:
         remedy = "submit the spec again: the search then finishes"
         raise UsageError(f"trial {trial_id} was added after the search results were last written", remedy=remedy)
     reason = f"promoted by hand: {label}{BY_THE_RULE}{rule}"
-    update = {"winner_id": trial_id, "promoted_by_hand": True, "promotion_reason": reason}
+    update = {"winner_id": trial_id, "promoted_by_hand": True, "promotion_reason": reason, "rule_reason": rule}
     if sweep.learning_curve is not None or sweep.no_learning_curve:
         curve = sweep.learning_curve
         of = f"it was measured for {curve.trial_id}, before another was promoted by hand" if curve else _NOT_BY_THE_RULE

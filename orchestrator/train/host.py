@@ -11,20 +11,21 @@ import torch
 
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.errors import OrchestratorError, TrainingError
-from orchestrator.train import pulse
+from orchestrator.train import heartbeat
 from orchestrator.train.context import HostContext
 from orchestrator.train.engines import deepspeed_engine
 from orchestrator.train.fused_batch import FusedBatchSizes
 from orchestrator.train.integrity import base_fingerprint, changed_base
 from orchestrator.train.measure.measurement import Found, measure
 from orchestrator.train.memory import is_out_of_memory, reset_peak
-from orchestrator.train.memory_retry import OnRelief, check_shared, run_within_memory
+from orchestrator.train.memory_retry import OnReduced, check_shared, run_within_memory
 from orchestrator.train.model.base import load_base, loading_device
 from orchestrator.train.outcome import TRIAL_ERRORS, TrialOutcome
 from orchestrator.train.ranks import Ranks, join_gang, leave_gang
 from orchestrator.train.session import TrainingSession, evaluate_base
 from orchestrator.work.assignment import EvaluateBase, Measurement, MeasureShift, ScoreBlocks, TrainRung, Work
 from orchestrator.work.execution import BaseLoad, ExecutionPlan
+from orchestrator.work.failure import Failure
 from orchestrator.work.results import MeasurementResult, RungResult, StepReport, WorkResult
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class TrainHost:
         self.context = HostContext.create(base, base_fingerprint(base.model), execution, ranks)
         self.batch_sizes = FusedBatchSizes(self.context)
         self._ordinal = 0
-        """How many pieces of work were run before."""
+        """Number of pieces of work that were run before."""
         self._news: list[str] = []
         """Notes for the next result."""
         gc.collect()
@@ -73,29 +74,31 @@ class TrainHost:
             TrainingError: the plan and the gang differ in their number of ranks.
             BaseError: the base cannot be loaded.
         """
-        pulse.enter("loading the base")
+        heartbeat.enter("loading the base")
         if execution.executor == "deepspeed":
             deepspeed_engine.load_deepspeed(execution.device)
         return cls(base, anatomy, execution, join_gang(execution, rank, world_size, init_method))
 
     @property
     def ranks(self) -> Ranks:
-        """This process among the others."""
+        """Return the ranks of this process's gang."""
         return self.context.ranks
 
-    def run(self, work: Work, on_step: OnStep = None, on_relief: OnRelief | None = None) -> WorkResult:
+    def run(self, work: Work, on_step: OnStep = None, on_reduced: OnReduced | None = None) -> WorkResult:
         """Do the work: `run_trial` for a trial, `measure` for a measurement."""
         if isinstance(work, TrainRung | EvaluateBase):
-            return self.run_trial(work, on_step, on_relief)
+            return self.run_trial(work, on_step, on_reduced)
         return self.measure(work)
 
-    def run_trial(self, work: TrainRung | EvaluateBase, on_step: OnStep = None, on_relief: OnRelief | None = None) -> RungResult:
+    def run_trial(
+        self, work: TrainRung | EvaluateBase, on_step: OnStep = None, on_reduced: OnReduced | None = None
+    ) -> RungResult:
         """Train a trial to its next rung, on disk, or evaluate the base. A trial's own failure is a result with the reason.
 
         Args:
             work: What to do.
             on_step: Called after each step, on every rank.
-            on_relief: Called where memory ran out, on every rank, with the smaller execution and the note about it, before
+            on_reduced: Called where memory ran out, on every rank, with the smaller execution and the note about it, before
                 the trial is restarted from `work.start`.
 
         Raises:
@@ -103,7 +106,7 @@ class TrainHost:
             BaseLostError: the base could not be restored: this gang must be replaced.
             Exception: whatever else breaks the gang itself (a lost rank, a full disk).
         """
-        result = self._train_or_evaluate(work, on_step, on_relief)
+        result = self._train_or_evaluate(work, on_step, on_reduced)
         self.settle()
         return result.model_copy(update={"finished_at": time.time()})
 
@@ -113,7 +116,7 @@ class TrainHost:
         Raises:
             Exception: as `run_trial`.
         """
-        pulse.enter("preparing")
+        heartbeat.enter("preparing")
         notes = self._take_news()
 
         def attempt(execution: ExecutionPlan) -> Found:
@@ -122,11 +125,11 @@ class TrainHost:
         try:
             self.context.open_trunk(work.trunk, work.data, notes.append)
             self._check_gang(work.execution)
-            pulse.enter("preparing")
+            heartbeat.enter("preparing")
             found = run_within_memory(self.context, attempt, work.execution, notes)
             result = MeasurementResult(work_id=work.work_id, found=found)
         except TRIAL_ERRORS as error:
-            result = work.failed(str(error))
+            result = work.failed(Failure.of(error))
             logger.warning("%s failed: %s", work.work_id, error)
         self._finish(work)
         return result.model_copy(update={"notes": tuple(notes)})
@@ -153,7 +156,7 @@ class TrainHost:
                 self._train_or_evaluate(work, on_step) if isinstance(work, TrainRung | EvaluateBase) else self.measure(work)
                 for work in group
             ]
-        pulse.enter("idle")
+        heartbeat.enter("idle")
         return results
 
     def settle(self) -> None:
@@ -175,7 +178,7 @@ class TrainHost:
         self,
         work: TrainRung | EvaluateBase,
         on_step: OnStep = None,
-        on_relief: OnRelief | None = None,
+        on_reduced: OnReduced | None = None,
         started_at: float | None = None,
     ) -> RungResult:
         """Do a trial's work. Its rung may still be being written: the result counts after `settle`."""
@@ -186,31 +189,31 @@ class TrainHost:
             def train(execution: ExecutionPlan) -> None:
                 TrainingSession(self.context, [rung], execution, self._ordinal).run(on_step)
 
-            return self._fill(rung, train, on_relief)
+            return self._fill(rung, train, on_reduced)
         base = TrialOutcome(work, self._take_news(), started_at)
-        return self._fill(base, lambda execution: evaluate_base(self.context, base, execution, self._ordinal), on_relief)
+        return self._fill(base, lambda execution: evaluate_base(self.context, base, execution, self._ordinal), on_reduced)
 
     def _fill(
         self,
         outcome: TrialOutcome[TrainRung] | TrialOutcome[EvaluateBase],
         run: Callable[[ExecutionPlan], None],
-        on_relief: OnRelief | None,
+        on_reduced: OnReduced | None,
     ) -> RungResult:
         """Have `run` fill the outcome, with a smaller execution where memory runs out, and return its result."""
         work = outcome.work
 
         def attempt(execution: ExecutionPlan) -> None:
-            outcome.relieved = execution if execution is not work.execution else None
+            outcome.reduced_execution = execution if execution is not work.execution else None
             run(execution)
 
-        pulse.enter("preparing")
+        heartbeat.enter("preparing")
         try:
             outcome.trunk_seconds = self.context.open_trunk(work.trunk, work.data, outcome.notes.append)
             self._check_gang(work.execution)
-            pulse.enter("preparing")
-            run_within_memory(self.context, attempt, work.execution, outcome.notes, on_relief)
+            heartbeat.enter("preparing")
+            run_within_memory(self.context, attempt, work.execution, outcome.notes, on_reduced)
         except TRIAL_ERRORS as error:
-            outcome.failure = str(error)
+            outcome.failure = Failure.of(error)
         if outcome.failure:
             logger.warning("trial %s failed: %s", work.trial.trial_id, outcome.failure)
         self._finish(work)
@@ -236,7 +239,7 @@ class TrainHost:
         outcomes = [TrialOutcome(work, started_at=started_at) for work in group]
         try:
             trunk_seconds = self.context.open_trunk(group[0].trunk, group[0].data, news.append)
-            pulse.enter("preparing")
+            heartbeat.enter("preparing")
             reset_peak(self.ranks.device)
             TrainingSession(self.context, outcomes, group[0].execution, self._ordinal).run(on_step)
         except (*TRIAL_ERRORS, RuntimeError, MemoryError) as error:

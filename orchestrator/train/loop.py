@@ -12,20 +12,21 @@ from typing import Protocol
 import torch
 
 from orchestrator.errors import NonFiniteLossError, OutOfMemoryError
-from orchestrator.train import pulse
+from orchestrator.train import heartbeat
 from orchestrator.train.batches import StepInput, repeated
 from orchestrator.train.engines.engine import Engine
 from orchestrator.train.memory import is_out_of_memory, memory_in_use
 from orchestrator.train.model.objective import Objective
 from orchestrator.train.ranks import Ranks
 from orchestrator.work.execution import TrainSettings
+from orchestrator.work.failure import Failure
 from orchestrator.work.results import StepReport
 from orchestrator.work.trial import TrialSpec
 
 
 @dataclass(frozen=True)
 class LoopState:
-    """How far a trial is trained: steps, training tokens, the loss of the last step."""
+    """The training progress of a trial: steps, training tokens, the loss of the last step."""
 
     step: int = 0
     tokens: int = 0
@@ -42,8 +43,8 @@ class LoopTrial:
     on_step: Callable[[StepReport, LoopState], None]
     """Called on every rank after each step that the trial takes."""
     state: LoopState = field(default_factory=LoopState)
-    failure: str = ""
-    """Why it takes no more steps. Text and not the error, whose traceback would keep tensors in memory."""
+    failure: Failure | None = None
+    """Why it takes no more steps. Not the error itself, whose traceback would keep tensors in memory."""
 
     def update(self, tokens: int, loss: float) -> tuple[float, float] | None:
         """Take the step whose gradients the engine holds.
@@ -69,15 +70,15 @@ class LoopTrial:
                 )
             return rate, self.engine.step(rate)
         except NonFiniteLossError as error:
-            self.failure = str(error)
+            self.failure = Failure.of(error)
             return None
 
 
 class Rounds(Protocol):
-    """How a step is computed: forward and backward passes over this rank's micro-batches."""
+    """The computation of a step: forward and backward passes over this rank's micro-batches."""
 
     communicates: bool
-    """Whether the rounds contain collectives, so that a rank that fails in one leaves the others waiting."""
+    """True if the rounds contain collectives, so that a rank that fails in one leaves the others waiting."""
 
     def accumulate(self, step: StepInput, supervised: int) -> torch.Tensor:
         """Compute the gradients of the losses over `supervised` tokens and leave them with the engines.
@@ -185,7 +186,7 @@ def train_steps(trials: Sequence[LoopTrial], rounds: Rounds, steps: Iterator[Ste
                 memory_bytes=memory_in_use(ranks.device),
             )
             trial.on_step(report, trial.state)
-            pulse.beat(trial.state.step)
+            heartbeat.beat(trial.state.step)
         if all(trial.failure for trial in trials):
             return
         started = time.perf_counter()
@@ -246,7 +247,7 @@ def step_learning_rate(tokens_before: int, step_tokens: int, *, total_tokens: in
 
 
 WARM_UP_STEPS = 2
-"""In the first steps of an engine kernels are chosen, caches filled and buffers allocated."""
+"""Steps of a new engine that are not timed: kernels are chosen, caches filled and buffers allocated in them."""
 
 
 class SteadySpeed:

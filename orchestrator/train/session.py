@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from orchestrator.errors import NonFiniteLossError, TrainingError
-from orchestrator.train import pulse
+from orchestrator.train import heartbeat
 from orchestrator.train.adapters.branch import Branch, open_branch
 from orchestrator.train.adapters.group import open_group
 from orchestrator.train.adapters.layers import AdapterSpec
@@ -31,6 +31,7 @@ from orchestrator.train.outcome import TrialOutcome, forward_record
 from orchestrator.train.scoring import Scorer
 from orchestrator.work.assignment import EvaluateBase, TrainRung
 from orchestrator.work.execution import ExecutionPlan
+from orchestrator.work.failure import Failure
 
 
 class TrainingSession:
@@ -77,7 +78,7 @@ class TrainingSession:
                 stack.callback(members[-1].engine.close)
             self._train(objective, members, on_step)
             self._score(objective)
-            pulse.enter("saving")
+            heartbeat.enter("saving")
             finished = [member for member in members if not member.outcome.failure]
             for member in finished:
                 member.record_peaks()
@@ -113,7 +114,7 @@ class TrainingSession:
         scorer = Scorer(self.context, work, self.execution)
         for outcome, scores in zip(self.outcomes, scorer.score_trials(objective, len(self.outcomes)), strict=True):
             if isinstance(scores, NonFiniteLossError):
-                outcome.failure = outcome.failure or str(scores)
+                outcome.failure = outcome.failure or Failure.of(scores)
             elif not outcome.failure:
                 outcome.scores = scores
 

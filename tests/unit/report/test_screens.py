@@ -53,7 +53,7 @@ def test_a_model_that_answers_nothing_is_not_praised(make):
     screen = final_screen(make.sweep(), make.transfer(scores=tuple(scores)))
     assert entry(screen, "verdict").startswith("verdict   positive in loss only: 2.09")
     assert "but not one answer is correct: exact match 0.0% on 40 of 180" in " ".join(screen.split())
-    assert next_lines(screen).startswith("next read the answers beside what was expected, in the report")
+    assert next_lines(screen).startswith("next compare the answers with the expected ones in the report")
 
 
 def test_few_steps_are_told_at_the_end_too(make):

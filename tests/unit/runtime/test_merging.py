@@ -12,8 +12,8 @@ from orchestrator.errors import UsageError
 from orchestrator.report.sections import recommendation
 from orchestrator.report.terminal import LogView
 from orchestrator.run.ledger import Ledger
-from orchestrator.runtime.heartbeat import Pulse
 from orchestrator.runtime.merging import _show, choose, promoted_by_hand
+from orchestrator.runtime.run_progress import ProgressReporter
 from orchestrator.transfer.learning_curve import LearningCurve, PowerLaw
 from orchestrator.transfer.records import Control, RungRecord, SweepResult, TrialRecord
 from orchestrator.work.results import RungResult
@@ -133,12 +133,20 @@ def test_what_the_rule_had_said_stays_however_often_a_person_decides() -> None:
     assert recommendation(nothing) == "Nothing was promoted: no trial was evaluated."
 
 
+def test_the_rule_stays_also_in_a_record_of_an_older_version() -> None:
+    once = promoted_by_hand(SWEEP, "t001")
+    record = once.model_dump(mode="json")
+    assert record.pop("rule_reason") == SWEEP.promotion_reason
+    assert SweepResult.model_validate(record) == once
+    assert SweepResult.model_validate(SWEEP.model_dump(mode="json", exclude={"rule_reason"})) == SWEEP
+
+
 def test_the_view_is_started_on_the_chosen_trial_and_closed_whatever_happens() -> None:
     said = io.StringIO()
 
     def bundle() -> None:
-        with Pulse(LogView(said), None) as pulse:
-            _show(pulse, SWEEP, "t001")
+        with ProgressReporter(LogView(said), None) as reporter:
+            _show(reporter, SWEEP, "t001")
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
