@@ -14,6 +14,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.runtime import private_token  # isort: skip - before anything imports ray
+
 if TYPE_CHECKING:
     from orchestrator.runtime.cluster import probe_cluster
     from orchestrator.runtime.dry_run import Rehearsal, rehearse

@@ -31,18 +31,17 @@ from orchestrator.transfer.records import Control, ModelScores, TransferReport
 from orchestrator.values import content_hash
 
 READINGS = "readings.jsonl"
-"""In test/: a line for every time that the test set was read."""
+"""File in test/ with a line for every reading of the test set."""
 
 
 def bundle_and_judge(inputs: BundleInputs, bundle: str, metric: str, max_forgetting: float, seed: int) -> TransferReport:
-    """The verdict is spoken on the test set, on the bundle as anybody would load it.
+    """Make the bundle and judge it on the test set, loaded as any user would load it.
 
     Args:
-        bundle: Where the finished bundle will stand.
-        metric: The search's metric; to classify by anything but the loss compares right and wrong answers.
-        max_forgetting: The search's bound, nats per token. What a person promoted may be beyond it: that is told with
-            the verdict.
-        seed: Of the intervals' resampling.
+        bundle: Folder of the finished bundle.
+        metric: The search's metric; for a classifier any metric but the loss compares right and wrong answers.
+        max_forgetting: The search's bound, nats per token. A trial that a person promoted may exceed it: the verdict says so.
+        seed: Seed of the resampling for the intervals.
 
     Raises:
         VerificationError: the bundle does not reproduce the trained model; it stays `bundle.partial`.
@@ -124,7 +123,7 @@ def count_reading(folder: Path, trial_id: str) -> int:
 
 
 def beyond_bound(scores: Sequence[ModelScores], max_forgetting: float) -> str:
-    """What a verdict has to add where the bundle forgot more than the search allowed; else nothing."""
+    """Return the addition to a verdict if the bundle forgot more than the search allowed; else an empty string."""
     lost = next(model.forgetting for model in scores if model.model == PROMOTED)
     if lost is None or lost <= max_forgetting:
         return ""
@@ -134,8 +133,9 @@ def beyond_bound(scores: Sequence[ModelScores], max_forgetting: float) -> str:
 def _comparisons(
     inputs: BundleInputs, scores: HeldOutScores, metric: str, seed: int, by_seed: OverSeeds | None
 ) -> dict[Control, Comparison]:
-    """The bundle against every model that was scored beside it, document by document; where that was trained too, as wide as two
-    seeds differ."""
+    """Compare the bundle with every other scored model, document by document.
+
+    If that model was trained too, the interval is as wide as the difference between two seeds."""
     by_answer, unit = _judged_by(inputs, metric)
     labels = load_known(inputs.test_set).labels
     own, weights = _losses(scores, PROMOTED, labels, by_answer)
@@ -165,14 +165,14 @@ def _gain_over_seeds(inputs: BundleInputs, scores: HeldOutScores, metric: str) -
 
 
 def _judged_by(inputs: BundleInputs, metric: str) -> tuple[bool, str]:
-    """(whether right and wrong answers are compared rather than losses, the unit of a difference)."""
+    """Return (whether right and wrong answers are compared rather than losses, the unit of a difference)."""
     head = inputs.base.traits.head
     by_answer = head.supervises == "documents" and metric != "loss"
     return by_answer, "accuracy" if by_answer else head.unit
 
 
 def _losses(scores: HeldOutScores, model: str, labels: np.ndarray, by_answer: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(loss, weight) of every document: mean nats per token and tokens, or 1 for a wrong class and 0 for the right one."""
+    """Return (loss, weight) of every document: mean nats per token and tokens, or 1 for a wrong class and 0 for the right one."""
     found = document_scores(scores.folder, model)
     if by_answer and found.predictions is not None:
         return (found.predictions != labels).astype(float), np.ones(len(labels))

@@ -26,7 +26,7 @@ from orchestrator.store.signals import handle_stop_signals
 from orchestrator.work.execution import ExecutionPlan
 
 SIGHT_S = 5.0
-"""How long a file may take to be seen from another node."""
+"""Seconds that a file may take to become visible on another node: network file systems cache directory entries."""
 
 WORKER_ENV = {
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -37,12 +37,12 @@ WORKER_ENV = {
 
 
 def fetch(call: Any, timeout_s: float | None = None) -> Any:
-    """`ray.get`, whose stubs cannot tell one answer from a list of them."""
+    """Return one answer of `ray.get`, whose type stubs do not distinguish one answer from a list."""
     return ray.get(call, timeout=timeout_s)
 
 
 def own_node() -> tuple[str, str]:
-    """(id, address) of the node that this process runs on."""
+    """Return (id, address) of the node that this process runs on."""
     node_id = ray.get_runtime_context().get_node_id()
     return node_id, next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == node_id)
 
@@ -186,7 +186,7 @@ def require_base_everywhere(folder: Path, wanted: Mapping[str, str]) -> None:
 
 
 def _differing(wanted: Mapping[str, str], found: Mapping[str, str]) -> str:
-    """The first of the files that differ, and how."""
+    """Return the first file that differs, and how."""
     for name, said in wanted.items():
         if not found[name]:
             return f"{name} is missing"
@@ -196,7 +196,7 @@ def _differing(wanted: Mapping[str, str], found: Mapping[str, str]) -> str:
 
 
 def _other_nodes() -> list[dict[str, Any]]:
-    """The nodes that gangs may come to stand on, but for the driver's own."""
+    """Return the nodes on which gangs may be placed, except the driver's own."""
     if not ray.is_initialized():  # the cluster was described by a file
         return []
     here = ray.get_runtime_context().get_node_id()
@@ -206,10 +206,10 @@ def _other_nodes() -> list[dict[str, Any]]:
 
 
 def _said(address: str, call: Any) -> Any:
-    """What a node answers.
+    """Return a node's answer.
 
     Raises:
-        PlanError: nothing, or an error.
+        PlanError: the node does not answer, or answers with an error.
     """
     try:
         return fetch(call, 60)
@@ -223,14 +223,14 @@ def _said(address: str, call: Any) -> Any:
 
 
 def _on_node(function: Any, node_id: str) -> Any:
-    """A remote function tied to a node, for nothing of its resources."""
+    """Return a remote function pinned to a node, which reserves none of its resources."""
     place = NodeAffinitySchedulingStrategy(node_id, soft=False)
     return function.options(scheduling_strategy=place, num_cpus=0, num_gpus=0)
 
 
 @ray.remote
 def _identities(folder: str, names: Sequence[str]) -> dict[str, str]:
-    """What a node has of these files; a network file system may lag."""
+    """Return the identities of these files on the calling node; a network file system may lag."""
     deadline = time.monotonic() + SIGHT_S
     while not all((Path(folder) / name).is_file() for name in names) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -239,7 +239,7 @@ def _identities(folder: str, names: Sequence[str]) -> dict[str, str]:
 
 @ray.remote
 def _read_text(path: str) -> str:
-    """The file's content, empty if it does not come into sight within SIGHT_S: network file systems may lag."""
+    """Return the file's content, empty if it is not visible within SIGHT_S: network file systems may lag."""
     deadline = time.monotonic() + SIGHT_S
     while True:
         with contextlib.suppress(OSError):

@@ -23,7 +23,7 @@ from orchestrator.store.files import Record
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What a submission would begin with."""
+    """The state from which a submission would start."""
 
     plan: RunPlan
     data: DataSummary
@@ -69,7 +69,7 @@ def _hashes(data: DataSummary) -> dict[str, str]:
 
 
 def _read(path: Path, kind: type[Record]) -> Record | None:
-    """A record of the run; None where there is none, or a damaged one, which a submission would set aside."""
+    """Return a record of the run; None if it is missing or damaged (a submission would set a damaged one aside)."""
     try:
         return read_record(path, kind)
     except (FileNotFoundError, IntegrityError):

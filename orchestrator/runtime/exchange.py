@@ -57,7 +57,7 @@ class Exchange:
         self._serving: list[asyncio.Task] = []
         self._supervisors: list[Supervisor] = []
         self._broken: OrchestratorError | None = None
-        self._cleaner = Cleaner(lambda message: self._tell("not_cleaned", message))
+        self._cleaner = Cleaner(lambda message: self._emit("not_cleaned", message))
         self._first_steps = FirstSteps(orders.plan, orders.anatomy, orders.num_gangs)
         self._meter = Meter(Path(orders.hours_file), clock)
         self._allowance = Allowance(
@@ -65,7 +65,7 @@ class Exchange:
             orders.max_gpu_hours,
             self._ledger,
             orders.scoring,
-            lambda message: self._tell("hours_spent", message),
+            lambda message: self._emit("hours_spent", message),
         )
 
     async def open(self) -> None:
@@ -73,18 +73,18 @@ class Exchange:
         if not is_spent(self._meter.used_hours, self._orders.max_gpu_hours):
             lifted = self._ledger.lift_bounds()
             if lifted:
-                self._tell("hours_raised", f"more GPU-hours are available: {', '.join(lifted)} continue", trial_ids=lifted)
+                self._emit("hours_raised", f"more GPU-hours are available: {', '.join(lifted)} continue", trial_ids=lifted)
         for entry in self._ledger.entries():
-            self._tell_trial(entry.trial.trial_id)
+            self._emit_trial(entry.trial.trial_id)
             # A driver that was killed may have left some behind; what is clean already costs a look.
             self._cleaner.drop_optimizer_states(entry.results if entry.ended_for_good else entry.results[:-1])
         self._cleaner.start()
         self._meter.open()
         plan = self._orders.plan
         for index in range(self._orders.num_gangs):
-            gang = Gang(index, plan.base, self._orders.anatomy, plan.execution, self._meter, self._orders.patience)
+            gang = Gang(index, plan.base, self._orders.anatomy, plan.execution, self._meter, self._orders.timeouts)
             supervisor = Supervisor(
-                gang, plan.execution, self._queue, self._figures[index], self._refuses, self._settle, self._tell
+                gang, plan.execution, self._queue, self._figures[index], self._refuses, self._settle, self._emit
             )
             self._supervisors.append(supervisor)
             self._serving.append(asyncio.create_task(self._serve(supervisor)))
@@ -104,7 +104,7 @@ class Exchange:
         is_new = self._ledger.get(trial.trial_id) is None
         entry = self._ledger.register(trial, option)
         if is_new:
-            self._tell_trial(trial.trial_id)
+            self._emit_trial(trial.trial_id)
         known = next((result for result in entry.results if result.rung == rung), None)
         if known is None and entry.end is not None:
             return self._answer(entry.results[-1], ended=True) if entry.results else failed_answer()
@@ -114,7 +114,7 @@ class Exchange:
             return self._hold_back(trial)
         entry = self._ledger.register(trial, option)
         if entry.end is None and stop_step < trial.total_steps:
-            await self._end_where_it_stalls(entry)
+            await self._end_if_stalled(entry)
             entry = self._ledger.register(trial, option)
         over = entry.end is not None and all(known.rung >= other.rung for other in entry.results)
         return self._answer(known, ended=over or known.state == "failed")
@@ -132,20 +132,20 @@ class Exchange:
         return await self.advance(trial, selection, None, len(stops) - 1, stops[-1])
 
     async def measure(self, work: Measurement) -> MeasurementResult:
-        """Have a gang measure something; nothing of it is in the ledger."""
+        """Have a gang make a measurement, which is not recorded in the ledger."""
         result = await self._hand_out(work)
         assert isinstance(result, MeasurementResult), "a measurement is never held back"
         return result
 
     async def replan(self, plan: SweepPlan) -> None:
-        """The plan once more is known; its gangs and options are the same ones."""
+        """Take the plan made after a measurement; its gangs and options are the same."""
         self._orders = self._orders.model_copy(update={"plan": plan})
         self._context = self._orders.context()
         begun = self._first_steps.begun
         self._first_steps = FirstSteps(plan, self._orders.anatomy, self._orders.num_gangs, begun=begun)
 
     async def finish(self, trial_id: str, state: TrialState, reason: str = "") -> None:
-        """A trial has ended: free its place at once, write its end down, drop what only a continuation needs."""
+        """End a trial: free its place at once, record its end, and delete the files that only a continuation needs."""
         self._queue.heard_from(trial_id)
         work = self._inflight.pop(trial_id, None)
         if work is not None:
@@ -153,7 +153,7 @@ class Exchange:
         entry = self._ledger.get(trial_id)
         if entry is not None and entry.end is None and not is_tried_again(entry.trial, state):
             self._ledger.end(trial_id, state, reason)
-            self._tell_trial(trial_id)
+            self._emit_trial(trial_id)
             self._cleaner.drop_optimizer_states(entry.results)
 
     async def news(self, since: int) -> list[dict]:
@@ -161,7 +161,7 @@ class Exchange:
         return self._news[since:]
 
     async def is_spent(self) -> bool:
-        """Whether no new trial may begin, for want of GPU-hours."""
+        """Return whether no new trial may start because the GPU-hours are spent."""
         return self._allowance.refuses()
 
     async def hours(self) -> HoursState:
@@ -171,7 +171,7 @@ class Exchange:
         return self._figures
 
     async def activities(self) -> tuple[Activity, ...]:
-        """What each gang is doing; idle ones are left out."""
+        """Return what each gang is doing, without idle gangs."""
         return tuple(activity for supervisor in self._supervisors for activity in supervisor.activities())
 
     async def gang_pids(self) -> list[tuple[int, ...]]:
@@ -190,12 +190,12 @@ class Exchange:
     # -- inside ---------------------------------------------------------------------------------------------------
 
     async def _train(self, trial: TrialSpec, selection: LayerSelection, rung: int, stop_step: int) -> RungResult | None:
-        """The rung's result; None where the bound on hours came before a gang did."""
+        """Return the rung's result; None if the GPU-hours were spent before a gang was free."""
         entry = self._ledger.get(trial.trial_id)
         assert entry is not None
         known = self._inflight.get(trial.trial_id)
         if known is not None and isinstance(known.assignment, TrialWork) and known.assignment.rung == rung:
-            # Who asked before is gone, and Tune has started the trial again.
+            # The earlier caller is gone: Tune has restarted the thin trial, whose rung is still being trained.
             return _rung_of(await asyncio.shield(known.future))
         folder = str(self._ledger.folder(trial.trial_id))
         plan, context, results = self._orders.plan, self._context, entry.results
@@ -205,7 +205,7 @@ class Exchange:
         return _rung_of(await self._hand_out(work, home=results[-1].gang if results else None))
 
     async def _hand_out(self, assignment: Work, home: int | None = None) -> WorkResult | None:
-        """Queue work and await its result; None where the bound on hours came before a gang did."""
+        """Queue work and await its result; None if the GPU-hours were spent before a gang was free."""
         if self._broken is not None:
             raise self._broken
         work = QueuedWork(self._priority(assignment), assignment, asyncio.get_running_loop().create_future(), home=home)
@@ -218,7 +218,7 @@ class Exchange:
             self._inflight.pop(assignment.work_id, None)
 
     def _priority(self, assignment: Work) -> tuple[int, int, int]:
-        """Measurements and the untouched base first: the search waits for them."""
+        """Return the priority of work: measurements and the base model first, since the search waits for them."""
         if isinstance(assignment, TrainRung):
             return (1, -assignment.rung, next(self._sequence))
         return (0, 0, next(self._sequence))
@@ -226,7 +226,7 @@ class Exchange:
     def _refuses(self, assignment: Work) -> bool:
         return isinstance(assignment, TrainRung) and self._allowance.refuses(assignment.trial)
 
-    async def _end_where_it_stalls(self, entry: TrialEntry) -> None:
+    async def _end_if_stalled(self, entry: TrialEntry) -> None:
         reason = self._orders.scoring.stalled(entry.results, base_result(self._ledger))
         if reason:
             await self.finish(entry.trial.trial_id, "stopped", reason)
@@ -235,7 +235,7 @@ class Exchange:
         """End a trial for want of hours, so that another submission with more of them can go on with it."""
         reason = self._allowance.reason
         self._ledger.end(trial.trial_id, "stopped", reason, for_want_of_hours=True)
-        self._tell_trial(trial.trial_id)
+        self._emit_trial(trial.trial_id)
         entry = self._ledger.get(trial.trial_id)
         if entry is None or not entry.results:
             return held_back_answer(reason)
@@ -248,7 +248,7 @@ class Exchange:
             await self._needed.wait()
             await supervisor.serve()
         except Exception as error:
-            self._tell("gang_lost", f"gang {gang.index} stopped serving: {error!r}", gang=gang.index)
+            self._emit("gang_lost", f"gang {gang.index} stopped serving: {error!r}", gang=gang.index)
             gang.pids = ()
             try:
                 gang.kill()
@@ -281,11 +281,11 @@ class Exchange:
             if result.state == "failed":
                 self._ledger.end(result.trial_id, "failed", result.reason)
         for note in result.notes:
-            self._tell("trial_note", f"{result.trial_id}: {note}", trial_id=result.trial_id, rung=result.rung)
-        self._tell_trial(result.trial_id)
+            self._emit("trial_note", f"{result.trial_id}: {note}", trial_id=result.trial_id, rung=result.rung)
+        self._emit_trial(result.trial_id)
         said = self._first_steps.hear(entry.option, result)
         if said:
-            self._tell(**said)
+            self._emit(**said)
 
     def _answer(self, result: RungResult, *, ended: bool) -> Answer:
         entry = self._ledger.get(result.trial_id)
@@ -302,10 +302,10 @@ class Exchange:
         for work in self._queue.clear():
             work.fail(self._broken)
 
-    def _tell(self, kind: str, message: str, **fields: object) -> None:
+    def _emit(self, kind: str, message: str, **fields: object) -> None:
         self._news.append({"kind": kind, "message": message, **fields})
 
-    def _tell_trial(self, trial_id: str) -> None:
+    def _emit_trial(self, trial_id: str) -> None:
         entry = self._ledger.get(trial_id)
         assert entry is not None
         record = trial_record(entry, self._orders.scoring, base_result(self._ledger))
@@ -318,14 +318,14 @@ def _rung_of(result: WorkResult | None) -> RungResult | None:
 
 
 class Cleaner:
-    """Works beside the exchange, one folder after another: a folder has one writer at a time.
+    """Deletes outdated optimizer state beside the exchange, one folder after another: a folder has one writer at a time.
 
     Args:
-        tell: Called with a sentence for each checkpoint that could not be cleaned.
+        emit: Called with a sentence for each checkpoint that could not be cleaned.
     """
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        self._tell = tell
+    def __init__(self, emit: Callable[[str], None]) -> None:
+        self._emit = emit
         self._outdated: asyncio.Queue[Path] = asyncio.Queue()
         self._task: asyncio.Task | None = None
 
@@ -333,13 +333,13 @@ class Cleaner:
         self._task = asyncio.create_task(self._clean())
 
     def drop_optimizer_states(self, results: Iterable[RungResult]) -> None:
-        """These rungs keep their adapter or delta alone, soon."""
+        """Schedule the deletion of these rungs' optimizer state; their adapter or delta stays."""
         for result in results:
             if result.checkpoint is not None:
                 self._outdated.put_nowait(Path(result.checkpoint))
 
     async def join(self) -> None:
-        """Until everything asked for has been done."""
+        """Wait until all submitted cleaning is done."""
         await self._outdated.join()
 
     async def close(self) -> None:
@@ -352,7 +352,9 @@ class Cleaner:
             checkpoint = await self._outdated.get()
             try:
                 await asyncio.to_thread(drop_optimizer_state, checkpoint)
-            except Exception as error:  # whatever it is: `close` waits until everything asked for has been looked at
-                self._tell(f"{checkpoint} keeps its optimizer state: {error}")
+            except (
+                Exception
+            ) as error:  # any error: `close` waits for the queue, and a task that ended here would block it forever
+                self._emit(f"{checkpoint} keeps its optimizer state: {error}")
             finally:
                 self._outdated.task_done()

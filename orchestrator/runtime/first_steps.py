@@ -1,4 +1,4 @@
-"""What a sweep's first steps say about the rest of it, and what later ones say better."""
+"""Estimate a sweep's remaining time from its first steps, and correct the estimate from later ones."""
 
 from __future__ import annotations
 
@@ -50,8 +50,9 @@ class FirstSteps:
         self._told: Duration | None = None
 
     def hear(self, option: int | None, result: RungResult) -> dict[str, Any] | None:
-        """The event to tell: `first_steps` once, after the last result that was waited for, and then `estimate`. An estimate that
-        fails is no trial's failure.
+        """Return the event to emit: `first_steps` once, when all awaited results are in, and then `estimate`.
+
+        An estimate that fails does not fail a trial.
 
         Args:
             option: Index in the plan's options; None for a control, which does not count.

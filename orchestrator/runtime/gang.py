@@ -19,19 +19,19 @@ from orchestrator.errors import RankOutOfMemoryError, TrainingError
 from orchestrator.run.hours import Meter
 from orchestrator.runtime.cluster import placement_strategy, rank_resources, worker_env
 from orchestrator.runtime.failures import describe
-from orchestrator.runtime.hang_detection import POLL_S, Patience, Seat, Vigil
-from orchestrator.runtime.processes import end_processes, own_seat, states_of
-from orchestrator.train import pulse
-from orchestrator.train.pulse import NOTHING_YET, Pulse
+from orchestrator.runtime.hang_detection import POLL_S, HangDetector, HangTimeouts, ProcessId
+from orchestrator.runtime.processes import end_processes, own_process, states_of
+from orchestrator.train import heartbeat
+from orchestrator.train.heartbeat import NO_HEARTBEAT_YET, Heartbeat
 from orchestrator.work.assignment import Work
 from orchestrator.work.execution import BaseLoad, ExecutionPlan
 from orchestrator.work.results import WorkResult
 
 START_TIMEOUT_S = 600.0
 LOOK_AGAIN_S = 5.0
-"""How often a node is asked about a process that does not answer."""
+"""Seconds between two questions to a node about a process that does not answer."""
 SETTLE_S = 2.0
-"""How long after the first broken rank the others are listened to: those that lost a peer may be heard before it."""
+"""Seconds to listen to the other ranks after the first one fails: a rank that lost its peer may report before the peer does."""
 BESIDE, WATCH = "beside", "watch"
 """The calls that a rank answers while it trains; all others come one after another, in one thread."""
 
@@ -56,15 +56,15 @@ class RankActor:
         self._rank = rank
         self._host = None
 
-    def hello(self) -> tuple[Seat, tuple[str, int]]:
-        """This process, and where it can be met: its node's address and a port that is free now."""
+    def hello(self) -> tuple[ProcessId, tuple[str, int]]:
+        """Return this process and its rendezvous: the node's address and a port that is free now."""
         with socket.socket() as probe:
             probe.bind(("", 0))
-            return own_seat(self._rank), (ray.util.get_node_ip_address(), probe.getsockname()[1])
+            return own_process(self._rank), (ray.util.get_node_ip_address(), probe.getsockname()[1])
 
     @ray.method(concurrency_group=WATCH)
-    def pulse(self) -> Pulse:
-        return pulse.look()
+    def heartbeat(self) -> Heartbeat:
+        return heartbeat.look()
 
     def start(self, base: BaseLoad, anatomy: ModelAnatomy, execution: ExecutionPlan, meeting: tuple[str, int]) -> int:
         """Load the base. Returns the process id."""
@@ -100,23 +100,23 @@ class Gang:
         anatomy: ModelAnatomy,
         execution: ExecutionPlan,
         meter: Meter,
-        patience: Patience | None = None,
+        timeouts: HangTimeouts | None = None,
     ) -> None:
         self.index = index
         self.pids: tuple[int, ...] = ()
         self.base_loads = 0
         self.start_seconds = 0.0
         self.starting = ""
-        """What its start is waiting for; empty once it is ready."""
+        """The step of its start that is in progress; empty once the gang is ready."""
         self._base = base
         self._anatomy = anatomy
         self._execution = execution
         self._meter = meter
-        self._patience = (patience or Patience()).for_base(2 * anatomy.num_parameters())
-        self._vigil = Vigil(self._patience)
-        self._seats: tuple[Seat, ...] = ()
+        self._timeouts = (timeouts or HangTimeouts()).for_base(2 * anatomy.num_parameters())
+        self._detector = HangDetector(self._timeouts)
+        self._processes: tuple[ProcessId, ...] = ()
         self._hangs = ""
-        """What was said of ranks that were ended since they hung: the errors that follow say only that they are gone."""
+        """Description of ranks that were ended because they hung: the errors that follow only say that they are gone."""
         self._ranks: list = []
         self._placement: PlacementGroup | None = None
 
@@ -146,9 +146,9 @@ class Gang:
             for rank in range(execution.ranks)
         ]
         known = await asyncio.wait_for(self._all([rank.hello.remote() for rank in self._ranks]), START_TIMEOUT_S)
-        self._seats, meeting = tuple(seat for seat, _ in known), known[0][1]
-        for seat in self._seats:
-            self._vigil.hear(seat, NOTHING_YET)
+        self._processes, meeting = tuple(process for process, _ in known), known[0][1]
+        for process in self._processes:
+            self._detector.record(process, NO_HEARTBEAT_YET)
         calls = [rank.start.remote(self._base, self._anatomy, execution, meeting) for rank in self._ranks]
         self.pids = tuple(await self._all(calls))
         self.base_loads += 1
@@ -166,20 +166,20 @@ class Gang:
         return [result.model_copy(update={"gang": self.index}) for result in answers[0]]
 
     async def settle(self) -> None:
-        """Until every checkpoint stands that was made before this was called; the gang may run the next group meanwhile.
+        """Wait until every checkpoint made before this call is written; the gang may run the next group meanwhile.
 
         Raises:
             GangDiedError: the gang is gone, or could not write one.
         """
         if not self._ranks:
             raise GangDiedError(f"gang {self.index} is gone")
-        bound = self._patience.opening_s
+        bound = self._timeouts.opening_s
         try:
             await asyncio.wait_for(self._all([self._ranks[0].settle.remote()]), bound)
         except TimeoutError:
-            await asyncio.to_thread(end_processes, self._seats)
+            await asyncio.to_thread(end_processes, self._processes)
             raise GangDiedError(
-                f"gang {self.index} hangs: {self._seats[0]} did not write a checkpoint in {bound:.0f} s"
+                f"gang {self.index} hangs: {self._processes[0]} did not write a checkpoint in {bound:.0f} s"
             ) from None
 
     def kill(self) -> None:
@@ -188,8 +188,8 @@ class Gang:
         self._meter.release(self.index)
         for rank in self._ranks:
             ray.kill(rank)
-        self._ranks, self._seats, self._hangs = [], (), ""
-        self._vigil.forget()
+        self._ranks, self._processes, self._hangs = [], (), ""
+        self._detector.forget()
         if self._placement is not None:
             remove_placement_group(self._placement)
             self._placement = None
@@ -200,14 +200,15 @@ class Gang:
             calls = [asyncio.ensure_future(_settled(rank.close.remote())) for rank in self._ranks]
             _, pending = await asyncio.wait(calls, timeout=5)
             if pending:
-                await asyncio.to_thread(end_processes, self._seats)
+                await asyncio.to_thread(end_processes, self._processes)
         self.kill()
 
     async def _all(self, calls: list) -> list:
-        """Await every rank's answer. A broken one ends the wait, soon: the others hang in a collective, or broke of it.
+        """Wait for every rank's answer. One that fails soon ends the wait: the others hang in a collective, or fail because of
+        it.
 
         Raises:
-            GangDiedError: for want of memory where any rank heard of by then says so.
+            GangDiedError: marked out of memory if any rank that has reported by then ran out.
         """
         waits = [asyncio.ensure_future(_settled(call)) for call in calls]
         pending, watch = set(waits), asyncio.ensure_future(self._until_one_hangs())
@@ -227,32 +228,35 @@ class Gang:
         return [wait.result()[0] for wait in waits]
 
     async def _until_one_hangs(self) -> None:
-        """Until some ranks hang: what is said of them is kept, and the gang's processes are ended. One that is stopped answers
-        to nobody but its kernel."""
-        asked: dict[Seat, asyncio.Future] = {}
-        looked_at: dict[Seat, float] = {}
+        """Wait until a rank hangs; keep its description and end all processes of the gang.
+
+        They are killed on their nodes: a stopped process answers no call of Ray's."""
+        asked: dict[ProcessId, asyncio.Future] = {}
+        looked_at: dict[ProcessId, float] = {}
         while True:
-            for seat, rank in zip(self._seats, self._ranks, strict=False):
-                if seat not in asked:
-                    asked[seat] = asyncio.ensure_future(_settled(rank.pulse.remote()))
+            for process, rank in zip(self._processes, self._ranks, strict=False):
+                if process not in asked:
+                    asked[process] = asyncio.ensure_future(_settled(rank.heartbeat.remote()))
             await asyncio.sleep(POLL_S)
-            for seat in [seat for seat, answer in asked.items() if answer.done()]:
-                found, _ = asked.pop(seat).result()
-                if found is not None:  # else it broke: whoever waits for its work hears of that
-                    self._vigil.hear(seat, found)
-            self._vigil.look()
-            said = self._vigil.hung()
-            silent = [seat for seat in self._vigil.silent() if time.monotonic() - looked_at.get(seat, 0.0) > LOOK_AGAIN_S]
+            for process in [process for process, answer in asked.items() if answer.done()]:
+                found, _ = asked.pop(process).result()
+                if found is not None:  # else the rank failed: the call that waits for its work raises that
+                    self._detector.record(process, found)
+            self._detector.tick()
+            said = self._detector.hung()
+            silent = [
+                process for process in self._detector.silent() if time.monotonic() - looked_at.get(process, 0.0) > LOOK_AGAIN_S
+            ]
             if silent:
-                said = self._vigil.stopped(await asyncio.to_thread(states_of, silent)) or said
+                said = self._detector.stopped(await asyncio.to_thread(states_of, silent)) or said
                 looked_at |= dict.fromkeys(silent, time.monotonic())
             if said:
                 self._hangs = "; ".join(said.values())
-                await asyncio.to_thread(end_processes, self._seats)
+                await asyncio.to_thread(end_processes, self._processes)
                 return
 
     async def _death(self, broken: list[Exception], pending: set[asyncio.Task]) -> GangDiedError:
-        """What the gang died of, by the ranks that are broken and those that break of it."""
+        """Return why the gang failed, from the ranks that failed first and those that fail as a consequence."""
         device = self._execution.device
         if pending and not any(ran_out_of_memory(error, device) for error in broken):
             late, pending = await asyncio.wait(pending, timeout=SETTLE_S)
@@ -265,7 +269,7 @@ class Gang:
 
 
 def places(execution: ExecutionPlan) -> str:
-    """`2 free GPUs`."""
+    """Return the resources that the gang waits for, `2 free GPUs`."""
     kind = "GPU" if execution.device == "cuda" else "core"
     return f"{execution.ranks} free {kind}{'' if execution.ranks == 1 else 's'}"
 
@@ -275,7 +279,7 @@ async def _ready(placement: PlacementGroup) -> None:
 
 
 async def _settled(call) -> tuple:
-    """A call's (answer, None) or (None, error): errors are handled where all ranks are seen."""
+    """Return a call's (answer, None) or (None, error): errors are handled where all ranks are seen."""
     try:
         return await call, None
     except Exception as error:
@@ -283,14 +287,15 @@ async def _settled(call) -> tuple:
 
 
 def _errors(waits: set[asyncio.Task]) -> list[Exception]:
-    """Of the ranks that broke."""
+    """Return the errors of the ranks that failed."""
     return [error for _, error in (wait.result() for wait in waits) if error is not None]
 
 
 def ran_out_of_memory(error: BaseException, device: str) -> bool:
-    """Whether a rank's call failed for want of memory that a smaller micro-batch gives back.
+    """Return whether a rank ran out of memory in a way that a smaller micro-batch can fix.
 
-    Its own, or on a CPU its node's, where Ray ended it. Where it trains on a GPU, the node's memory is another one.
+    Either its own allocation failed or, on a CPU, Ray ended it because the node ran out. On a GPU a smaller micro-batch does
+    not relieve the node's memory.
     """
     kinds = (RankOutOfMemoryError, EvictedError) if device == "cpu" else (RankOutOfMemoryError,)
     return isinstance(getattr(error, "cause", None) or error, kinds)
@@ -309,5 +314,5 @@ def _first_line(error: BaseException) -> str:
 
 
 def why_no_start(error: BaseException) -> str:
-    """What stopped a gang's start; a timeout says nothing itself."""
+    """Return why a gang did not start; a timeout has no message of its own."""
     return f"no place within {START_TIMEOUT_S:g} s" if isinstance(error, TimeoutError) else str(error) or repr(error)

@@ -1,4 +1,4 @@
-"""What a run measures before its search: block scores, compiled blocks, domain shift; each once in the run's life."""
+"""Measurements before a run's search: block scores, compiled blocks, domain shift; each once in the life of the run."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from orchestrator.plan.values import RunPlan
 from orchestrator.run.hours import metered
 from orchestrator.run.ledger import base_result
 from orchestrator.runtime.cluster import fetch, rank_resources, worker_env
-from orchestrator.runtime.hang_detection import Patience
+from orchestrator.runtime.hang_detection import HangTimeouts
 from orchestrator.runtime.prepare import Prepared, read_choice, read_scores
-from orchestrator.runtime.task_supervision import Minder, in_a_minded_process, run_task
+from orchestrator.runtime.watchdog import Watchdog, run_task, run_with_heartbeats
 from orchestrator.spec import parse_policy
 from orchestrator.store import read_record, write_json
 from orchestrator.train import TrainHost
@@ -40,13 +40,13 @@ Finding = TypeVar("Finding", LayerScores, CompileChoice, DomainShift)
 
 @dataclass(frozen=True)
 class Event:
-    """What is reported of a finding, once in the run's life."""
+    """The event that reports a finding, once in the life of the run."""
 
     kind: str
     message: str
     fields: dict[str, Any]
     shown: bool = True
-    """Whether a person who watches sees it; the run's record has it in any case."""
+    """True if the view shows it; the run's record has it in any case."""
 
 
 class Step(ABC, Generic[Finding]):
@@ -58,7 +58,7 @@ class Step(ABC, Generic[Finding]):
     @property
     @abstractmethod
     def file(self) -> Path:
-        """The file of the finding."""
+        """Return the file of the finding."""
 
     @abstractmethod
     def known(self) -> Finding | None:
@@ -149,17 +149,18 @@ def scored_alone(prepared: Prepared, view: RunView) -> Prepared:
     resources = rank_resources(execution)
 
     def score(work: Measurement) -> MeasurementResult:
-        remote: Any = ray.remote(max_calls=1)(in_a_minded_process)  # the base is gone when it ends
+        # One call per process: Ray would keep an idle worker for later tasks, and with it the base in memory.
+        remote: Any = ray.remote(max_calls=1)(run_with_heartbeats)
         task = remote.options(
             num_cpus=resources["CPU"],
             num_gpus=resources.get("GPU", 0),
             max_retries=0,
             runtime_env={"env_vars": worker_env(execution)},
         )
-        patience = Patience.from_environment().for_base(2 * prepared.anatomy.num_parameters())
-        with metered(prepared.run.hours, 1), Minder(prepared.run, patience) as minder:
+        timeouts = HangTimeouts.from_environment().for_base(2 * prepared.anatomy.num_parameters())
+        with metered(prepared.run.hours, 1), Watchdog(prepared.run, timeouts) as watchdog:
             given = (prepared.plan.base, prepared.anatomy, work)
-            return run_task(minder, "scoring the blocks", task, measure_in_this_process, *given)
+            return run_task(watchdog, "scoring the blocks", task, measure_in_this_process, *given)
 
     return measure_once(BlockScores(prepared, execution), view, score)
 
@@ -226,7 +227,7 @@ class BlockScores(Step[LayerScores]):
 
 
 def _sentence(found: LayerScores, plan: RunPlan) -> str:
-    """`4 micro-batches of 60 documents, 1810 tokens, in 0.3 s: 2.1% of ... operations; top:0.5 is blocks 2, 3`."""
+    """Return `4 micro-batches of 60 documents, 1810 tokens, in 0.3 s: 2.1% of ... operations; top:0.5 is blocks 2, 3`."""
     batches = "1 micro-batch" if found.num_batches == 1 else f"{found.num_batches} micro-batches"
     said = (
         f"{batches} of {found.num_documents} documents, {found.num_tokens} tokens, in "
@@ -238,7 +239,7 @@ def _sentence(found: LayerScores, plan: RunPlan) -> str:
 
 
 class CompiledBlocks(Step[CompileChoice]):
-    """Whether the run's trials train with compiled blocks: all of them do, or none."""
+    """Measures whether the run's trials train with compiled blocks: all of them do, or none."""
 
     @property
     def file(self) -> Path:
@@ -300,8 +301,10 @@ class CompiledBlocks(Step[CompileChoice]):
 
 
 class TargetShift(Step[DomainShift]):
-    """How far the target lies from the retention set, which orders the first proposals. Without a retention set nothing is
-    measured: few examples order them all the same, and more change nothing."""
+    """Measures the distance between the target and the retention set, which orders the first proposals.
+
+    Without a retention set there is no measurement: a small number of examples still orders the proposals, a larger one changes
+    nothing."""
 
     @property
     def file(self) -> Path:

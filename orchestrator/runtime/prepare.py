@@ -1,4 +1,4 @@
-"""From a spec to a plan: everything that is decided before anything runs."""
+"""Prepare a run from its spec: everything that is decided before anything runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from orchestrator.run.directory import WRITABLE, RunDirectory, output_root
 from orchestrator.run.layout import RunFolder
 from orchestrator.run.scoring import Scoring, scoring_of
 from orchestrator.runtime.cluster import require_base_everywhere
-from orchestrator.runtime.recovery import mend
+from orchestrator.runtime.recovery import repair_run
 from orchestrator.spec import JobSpec, LoadedSpec, spec_sha256
 from orchestrator.store import base_identity, file_identity, output_to, read_record, write_json
 from orchestrator.store.files import RECORD_REMEDY
@@ -48,13 +48,13 @@ class Prepared:
 
     @property
     def sweep_plan(self) -> SweepPlan:
-        """The plan of a sweep."""
+        """Return the plan of a sweep."""
         assert isinstance(self.plan, SweepPlan)
         return self.plan
 
     @property
     def finetune_plan(self) -> FinetunePlan:
-        """The plan of the one-trial job."""
+        """Return the plan of the one-trial job."""
         assert isinstance(self.plan, FinetunePlan)
         return self.plan
 
@@ -102,7 +102,7 @@ def open_run(loaded: LoadedSpec, job: Job, output: Path | None, view: RunView) -
         view.event("output_moved", root.moved)
         run.event("output_moved", message=root.moved)
     try:
-        mend(run, view)
+        repair_run(run, view)
     except BaseException:
         run.close()
         raise
@@ -182,7 +182,7 @@ class Tokenised(NamedTuple):
 
     summary: DataSummary
     folder: Path
-    """Where `prepare_data` wrote the sets."""
+    """Folder in which `prepare_data` wrote the sets."""
     known: RunPlan | None = None
 
 

@@ -27,11 +27,11 @@ from orchestrator.runtime.proposals import Known, Proposal, propose
 from orchestrator.work.trial import TrialSpec
 
 MAX_RESTARTS = 1
-"""How often Tune starts a thin trial again that died of itself: what it has done is answered from the ledger. Where
-the exchange is gone, each costs seconds in vain."""
+"""Restarts by Tune of a thin trial that failed by itself: its finished rungs are answered from the ledger. If the exchange is
+gone, each restart wastes seconds."""
 SHARE_OF_NODE = 1e-4
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
-"""What `ray.tune.execution.class_cache` hands on."""
+"""Environment variables that `ray.tune.execution.class_cache` passes on."""
 
 
 class RecordedSearch(Searcher):
@@ -60,7 +60,7 @@ class RecordedSearch(Searcher):
         self._recorded = {entry.trial.number: entry for entry in recorded}
         self._number = 0
         self._proposed: list[Proposal] = []
-        """By number."""
+        """Proposed trials, by number."""
         self._open: dict[str, tuple[int, Proposal]] = {}
         self._known: dict[int, Known] = {}
 
@@ -82,12 +82,13 @@ class RecordedSearch(Searcher):
         return {"trial": trial.model_dump(mode="json"), "option": proposal.option}
 
     def _known_to(self, number: int) -> list[Known]:
-        """What counts for a proposal; in batches, what was known when its batch began."""
+        """Return the results that a proposal may use; in batches, those known when its batch began."""
         first = number - number % self._batch if self._batch else number
         return [self._known[other] for other in sorted(self._known) if other < first]
 
     def _pending_at(self, number: int) -> list[Proposal]:
-        """What runs beside a proposal; in batches, the batch before it, also what of it has ended since."""
+        """Return the trials pending beside a proposal; in batches, the whole previous batch, including trials that have ended
+        since."""
         if self._batch:
             return self._proposed[number - number % self._batch :]
         return [proposal for _, proposal in sorted(self._open.values(), key=lambda pair: pair[0])]
@@ -98,10 +99,10 @@ class RecordedSearch(Searcher):
             self._known[number] = Known(proposal, float(result["score"]))
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the ledger is the memory."""
+        """Do nothing: the ledger is the memory."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing: the ledger is the memory."""
+        """Do nothing: the ledger is the memory."""
 
 
 def thin_trial(config: dict[str, Any], exchange: Any, plan: SweepPlan) -> None:
@@ -181,7 +182,7 @@ def run_search(plan: SweepPlan, exchange: Any, recorded: list[TrialEntry], folde
 
 
 def _beside_the_driver() -> tune.PlacementGroupFactory:
-    """A place on the driver's own node for next to nothing, also where that node gives no cores to anybody."""
+    """Return a placement on the driver's own node that reserves almost nothing, also if that node offers no cores."""
     node_id, address = own_node()
     return tune.PlacementGroupFactory([{f"node:{address}": SHARE_OF_NODE}], bundle_label_selector=[{"ray.io/node-id": node_id}])
 
@@ -202,7 +203,7 @@ def _last_pace(plan: SweepPlan) -> int:
 
 
 def _scheduler(plan: SweepPlan) -> TrialScheduler:
-    """ASHA (Li et al. 2020) over the plan's rungs; every trial to its end without it."""
+    """Return ASHA (Li et al. 2020) over the plan's rungs, or a scheduler that runs every trial to its end."""
     if plan.search.scheduler == "none" or len(plan.search.rung_steps) == 1:
         return FIFOScheduler()
     return AsyncHyperBandScheduler(

@@ -1,4 +1,4 @@
-"""What waits for a gang, and how it is given out: first things first, in groups that share a batch."""
+"""The queue of work for the gangs: by priority, and in groups that share a batch."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from orchestrator.work.assignment import TrainRung
 from orchestrator.work.results import RungResult
 
 REUNION_S = 0.5
-"""How long a free gang waits at most for trials that have just shared a batch: Tune decides on them one by one, within
-milliseconds of each other."""
+"""Seconds that a free gang waits at most for trials that have just shared a batch: Tune decides on them one by one, within
+milliseconds of each other, and a gang that did not wait would split the group."""
 
 
 class WorkQueue:
@@ -44,9 +44,9 @@ class WorkQueue:
         self._works: list[QueuedWork] = []
         """Sorted. What has ended meanwhile lies here until somebody looks."""
         self._awaited: dict[str, tuple[int, float]] = {}
-        """By trial: the rung that it may ask for, and until when it is waited for."""
+        """Awaited work by trial: the rung that it may request, and until when a gang waits for it."""
         self._fused_sizes: dict[int | None, int] = {}
-        """By cut, where a gang has tried more: how many trials share a batch there."""
+        """Measured fused batch size by cut, if a gang has tried larger ones."""
         self._changed = asyncio.Event()
 
     def put(self, work: QueuedWork) -> None:
@@ -60,10 +60,10 @@ class WorkQueue:
 
     @asynccontextmanager
     async def next_group(self, gang: int | None = None) -> AsyncIterator[list[QueuedWork]]:
-        """What a gang does next, as soon as there is something. The gang is not free for as long as the block runs.
+        """Wait for the next group of work for a gang. The gang is busy while the block runs.
 
         Args:
-            gang: Which one asks: of what is equally urgent it gets first what it may remember.
+            gang: The gang that asks: among equally urgent work it first gets trials whose state it may still hold.
         """
         group = await self._take(gang)
         self._num_free -= 1
@@ -73,7 +73,7 @@ class WorkQueue:
             self._num_free += 1
 
     def lose_gang(self) -> None:
-        """A gang that was free will take nothing any more."""
+        """Remove a free gang, which will take no more work."""
         self._num_free -= 1
 
     def expect(self, results: Sequence[RungResult]) -> None:
@@ -98,11 +98,11 @@ class WorkQueue:
     async def _take(self, gang: int | None) -> list[QueuedWork]:
         while True:
             self._works = self._living()
-            patience = self._patience()
-            if self._works and patience <= 0:
+            left = self._seconds_to_wait()
+            if self._works and left <= 0:
                 return self._pick(gang)
             try:
-                await asyncio.wait_for(self._changed.wait(), patience if self._works else None)
+                await asyncio.wait_for(self._changed.wait(), left if self._works else None)
             except TimeoutError:
                 continue
 
@@ -121,14 +121,14 @@ class WorkQueue:
         """Return None after a gang has failed while running it: work is then done alone, so that the cause is found."""
         return None if work.attempts else fuse_key(work.assignment, self._planned, self._anatomy)
 
-    def _patience(self) -> float:
+    def _seconds_to_wait(self) -> float:
         """Seconds that a free gang still waits for company; none where what comes first comes before those awaited too."""
         now = self._clock()
         first = self._works[0].priority[:2] if self._works else (math.inf, 0)
         return max((until - now for rung, until in self._awaited.values() if first >= (1, -rung)), default=0.0)
 
     def _wake(self) -> None:
-        """Every gang that waits looks again."""
+        """Wake every waiting gang to check the queue again."""
         self._changed.set()
         self._changed = asyncio.Event()
 

@@ -1,4 +1,4 @@
-"""How many trials share a batch: measured on the machine, since what is fastest there cannot be known beforehand."""
+"""Choose how many trials share a batch, by measuring: the fastest number on a machine is not known beforehand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from orchestrator.errors import OutOfMemoryError
-from orchestrator.train import pulse
+from orchestrator.train import heartbeat
 from orchestrator.train.batches import StepInput, step_inputs
 from orchestrator.train.context import HostContext
 from orchestrator.train.loop import StackedRounds
@@ -32,13 +32,13 @@ def kind_of_batch(work: TrainRung) -> BatchKind:
 
 
 class FusedBatchSizes:
-    """How many trials share a batch on this host, by kind of batch. Every rank comes to the same numbers."""
+    """The measured fused batch sizes of this host, by kind of batch. Every rank computes the same numbers."""
 
     def __init__(self, context: HostContext) -> None:
         self._context = context
         self._sizes: dict[BatchKind, int] = {}
         self._tried: dict[BatchKind, int] = {}
-        """How many trials the largest group had for which the size was measured."""
+        """Size of the largest group for which the fused batch size was measured, by kind of batch."""
 
     def choose(self, group: Sequence[TrainRung], note: Callable[[str], None]) -> int:
         """Return how many of the group share the next batch.
@@ -73,7 +73,7 @@ class FusedBatchSizes:
         """Return the measured size and a sentence about it; 1 where the measurement fails, for a trial alone fails by itself."""
         try:
             self._context.open_trunk(group[0].trunk, group[0].data, note)
-            pulse.enter("preparing")
+            heartbeat.enter("preparing")
             return measure_batch_size(self._context, group)
         except (*TRIAL_ERRORS, RuntimeError, MemoryError) as error:
             if not (isinstance(error, TRIAL_ERRORS) or is_out_of_memory(error)):

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from orchestrator.errors import NonFiniteLossError, OutOfMemoryError
-from orchestrator.train import pulse
+from orchestrator.train import heartbeat
 from orchestrator.train.batches import StepInput, repeated
 from orchestrator.train.engines.engine import Engine
 from orchestrator.train.memory import is_out_of_memory, memory_in_use
@@ -25,7 +25,7 @@ from orchestrator.work.trial import TrialSpec
 
 @dataclass(frozen=True)
 class LoopState:
-    """How far a trial is trained: steps, training tokens, the loss of the last step."""
+    """The training progress of a trial: steps, training tokens, the loss of the last step."""
 
     step: int = 0
     tokens: int = 0
@@ -74,10 +74,10 @@ class LoopTrial:
 
 
 class Rounds(Protocol):
-    """How a step is computed: forward and backward passes over this rank's micro-batches."""
+    """The computation of a step: forward and backward passes over this rank's micro-batches."""
 
     communicates: bool
-    """Whether the rounds contain collectives, so that a rank that fails in one leaves the others waiting."""
+    """True if the rounds contain collectives, so that a rank that fails in one leaves the others waiting."""
 
     def accumulate(self, step: StepInput, supervised: int) -> torch.Tensor:
         """Compute the gradients of the losses over `supervised` tokens and leave them with the engines.
@@ -185,7 +185,7 @@ def train_steps(trials: Sequence[LoopTrial], rounds: Rounds, steps: Iterator[Ste
                 memory_bytes=memory_in_use(ranks.device),
             )
             trial.on_step(report, trial.state)
-            pulse.beat(trial.state.step)
+            heartbeat.beat(trial.state.step)
         if all(trial.failure for trial in trials):
             return
         started = time.perf_counter()
@@ -246,7 +246,7 @@ def step_learning_rate(tokens_before: int, step_tokens: int, *, total_tokens: in
 
 
 WARM_UP_STEPS = 2
-"""In the first steps of an engine kernels are chosen, caches filled and buffers allocated."""
+"""Steps of a new engine that are not timed: kernels are chosen, caches filled and buffers allocated in them."""
 
 
 class SteadySpeed:

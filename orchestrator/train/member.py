@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from orchestrator.store import append_jsonl
-from orchestrator.train import pulse
+from orchestrator.train import heartbeat
 from orchestrator.train.adapters.artifacts import load_artifact, misfit
 from orchestrator.train.adapters.branch import Branch
 from orchestrator.train.checkpoint.resume import (
@@ -37,13 +37,13 @@ OnStep = Callable[[StepReport], None] | None
 
 @dataclass(frozen=True)
 class SessionSetup:
-    """How a session runs all of its trials."""
+    """The settings with which a session runs all of its trials."""
 
     context: HostContext
     execution: ExecutionPlan
     """Smaller than planned where memory ran out."""
     ordinal: int
-    """How many pieces of work the gang had run before."""
+    """Number of pieces of work that the gang had run before."""
     num_members: int
     """Trials that share the session's batches."""
 
@@ -58,7 +58,7 @@ class Member:
     branch: Branch
     engine: Engine
     from_memory: bool
-    """Whether it continues from what this process remembered of its last rung."""
+    """True if it continues from the state of its last rung that this process holds in memory."""
     _peak_bytes: int = 0
     _speed: SteadySpeed = field(default_factory=lambda: SteadySpeed(0))
 
@@ -126,7 +126,7 @@ class Member:
         self.outcome.checkpoint = folder
 
     def _save(self, folder: Path, *, final: bool) -> None:
-        pulse.enter("saving")
+        heartbeat.enter("saving")
         work, execution = self.outcome.work, self.setup.execution
         ranks, saver = self.setup.context.ranks, self.setup.context.saver
         together = execution.executor == "deepspeed"  # each rank writes its own partition

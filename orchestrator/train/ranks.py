@@ -56,7 +56,7 @@ class Ranks:
         return holder[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's picklable `value`, by rank, on every rank."""
+        """Gather every rank's picklable `value`, by rank, on every rank."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
@@ -73,10 +73,10 @@ ALONE = Ranks()
 
 
 def join_gang(execution: ExecutionPlan, rank: int, world_size: int, init_method: str | None) -> Ranks:
-    """This process as a rank of its gang, with its device and threads set, in the process group where there is one.
+    """Join the gang as one of its ranks: set device and threads, and join the process group if there is one.
 
     Args:
-        execution: How trials are trained here; its `ranks` is `world_size`.
+        execution: The execution of trials here; its `ranks` is `world_size`.
         rank: This process's number.
         world_size: Processes of the gang.
         init_method: Where the ranks meet: `tcp://host:port` or `file:///path`; None where a process group exists.
@@ -106,7 +106,7 @@ def leave_gang() -> None:
 
 
 def _device(execution: ExecutionPlan) -> torch.device:
-    """This process's GPU (the one it sees, or its LOCAL_RANK's), or the CPU."""
+    """Return this process's GPU (the one it sees, or its LOCAL_RANK's), or the CPU."""
     if execution.device == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""From an open branch to its engine: parameter groups with their learning rates, and the anchor that pulls them to the base."""
+"""Build the engine of an open branch: parameter groups with their learning rates, and the anchor to the base."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from orchestrator.spec.adapters import ADAPTER_KINDS
 from orchestrator.spec.anchors import ANCHORS
 from orchestrator.transfer.comparison import Comparison
 from orchestrator.transfer.records import TrialRecord
@@ -170,7 +171,10 @@ def _advice_on_remedies(trial: TrialRecord) -> list[str]:
     kind = next(kind for kind, traits in ANCHORS.items() if traits.tune == trial.tune)
     replay = "mix retention text into training: search.replay: [0.0, 0.1]"
     anchor = f"keep the weights near the base: search.anchor: [none, {{kind: {kind}, strength: 30}}]"
-    return [advice for word, advice in (("replay", replay), (kind, anchor)) if word not in trial.remedies]
+    fitting = [("replay", replay)]
+    if trial.tune == "full" or ADAPTER_KINDS[trial.adapter.kind].adds_product:
+        fitting.append((kind, anchor))
+    return [advice for word, advice in fitting if word not in trial.remedies]
 
 
 def _steps(trial: TrialRecord) -> int:

@@ -1,6 +1,6 @@
-"""What a gang is given to do, as a union: train a rung, evaluate the base, or one of three measurements.
+"""The work that a gang is given, as a union: train a rung, evaluate the base, or make one of three measurements.
 
-Each kind says what it needs and nothing else; what all work of a run shares is one `WorkContext`.
+Each kind has the fields that it needs and no others; what all work of a run shares is one `WorkContext`.
 """
 
 from __future__ import annotations
@@ -19,24 +19,25 @@ from orchestrator.work.trial import TrialSpec
 
 
 class WorkContext(Value):
-    """What all work shares that a run gives to one kind of gang."""
+    """The fields that all work for one kind of gang in a run shares."""
 
     settings: TrainSettings
     data: DataPaths
     metric: str
     trunk: TrunkPlan | None = None
-    """As planned for the run; not all work reads it (see the `trunk` of each kind)."""
+    """The trunk planned for the run; not all work reads it (see the `trunk` of each kind)."""
     largest_memory_bytes: int | None = None
-    """What the plan expects a rank to use for the largest trial of the run: what its gang may still grow to."""
+    """Planned memory of a rank for the largest trial of the run, to which the gang's processes may still grow."""
     num_gangs: int = 1
-    """At most so many share a node's memory."""
+    """Upper bound on the gangs that share a node's memory."""
     spec_sha256: str = ""
-    """Of the run's spec and of its base, for the manifests of what is written; empty where they are unknown."""
+    """Hash of the run's spec and, below, of its base, for the manifests of written files; empty if unknown."""
     base_sha256: str = ""
 
 
 class GangWork(Value):
-    """What every kind of work has: the context, and how it is run (smaller than planned once memory has run out)."""
+    """The fields of every kind of work: its context and its execution (a smaller one than planned after running out of
+    memory)."""
 
     context: WorkContext
     execution: ExecutionPlan
@@ -59,7 +60,7 @@ class TrialWork(GangWork):
     """The trial's folder: steps.jsonl and rung-<n>/ are written here."""
     rung: int = 0
     predicted_memory_bytes: int | None = None
-    """What the plan expects a rank to use for it; None where the plan has no figure."""
+    """Planned memory of a rank for this work; None if the plan has no figure."""
 
     @property
     def work_id(self) -> str:
@@ -79,7 +80,7 @@ class TrialWork(GangWork):
         return self.context.num_gangs
 
     def failed(self, reason: str) -> RungResult:
-        """Return the result of work that no gang brought to its end."""
+        """Return the result of work that no gang completed."""
         return RungResult(trial_id=self.trial.trial_id, rung=self.rung, step=0, tokens=0, state="failed", reason=reason)
 
 
@@ -98,23 +99,23 @@ class TrainRung(TrialWork):
 
     @property
     def trunk(self) -> TrunkPlan | None:
-        """The activations that the trial may begin from; a model with random weights has other activations."""
+        """Return the activations that the trial may start from; a model with random weights has other activations."""
         return None if self.trial.control == "scratch" else self.context.trunk
 
 
 class EvaluateBase(TrialWork):
-    """Evaluate the untouched base, the control `none`; for a classifier that is the class prior."""
+    """Evaluate the base model, the control `none`; for a classifier that is the class prior."""
 
     kind: Literal["evaluate_base"] = "evaluate_base"
 
     @property
     def trunk(self) -> TrunkPlan | None:
-        """None: the base is scored by its own forward pass."""
+        """Return None: the base is scored by its own forward pass."""
         return None
 
 
 class MeasuringWork(GangWork):
-    """A measurement before the search. It is no trial: nothing of it is in the ledger. Its answer is a `MeasurementResult`."""
+    """A measurement before the search. It is not a trial and not in the ledger. Its answer is a `MeasurementResult`."""
 
     NAME: ClassVar[str]
     seed: int
@@ -134,7 +135,7 @@ class ScoreBlocks(MeasuringWork):
 
     @property
     def trunk(self) -> TrunkPlan | None:
-        """None: every block is passed through."""
+        """Return None: the probe runs through every block."""
         return None
 
     def failed(self, reason: str) -> MeasurementResult:
@@ -151,7 +152,7 @@ class MeasureShift(MeasuringWork):
 
     @property
     def trunk(self) -> TrunkPlan | None:
-        """What is stored is compared without another forward pass."""
+        """Return the run's trunk: stored activations are compared without another forward pass."""
         return self.context.trunk
 
     def failed(self, reason: str) -> MeasurementResult:
@@ -188,14 +189,14 @@ OF = {"spec_sha256": "spec", "base_sha256": "base"}
 
 
 def ownership(trial: TrialSpec, spec_sha256: str = "", base_sha256: str = "") -> dict[str, object]:
-    """What a manifest says of whose the folder is."""
+    """Return the fields of a manifest that name the owner of a folder."""
     values = trial.model_dump(mode="json")
     hashes = {"spec_sha256": spec_sha256, "base_sha256": base_sha256}
     return {"trial": values, "trial_sha256": content_hash(values), **{name: value for name, value in hashes.items() if value}}
 
 
 def owner_of(assignment: TrialWork) -> dict[str, object]:
-    """As `ownership`, of what an assignment writes."""
+    """Return the `ownership` of what an assignment writes."""
     return ownership(assignment.trial, assignment.context.spec_sha256, assignment.context.base_sha256)
 
 

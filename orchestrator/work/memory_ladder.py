@@ -1,7 +1,7 @@
-"""When memory runs out: the next smaller way to run the same trial in the same gang.
+"""The memory ladder: after running out of memory, the next smaller execution of the same trial in the same gang.
 
-The documents of a step and their order stay what they are, so that a relieved trial is the trial that a plan with the
-smaller way would have run. Steps down, in the order of the ladder's cost:
+The documents of a step and their order stay the same, so that a relieved trial equals the trial that a plan with the smaller
+execution would have run. Steps down, in the order of their cost:
 
 1. half the rows in a micro-batch, and so twice the rounds of a step;
 2. at one row, checkpointing: the blocks above the cut run again in the backward pass;
@@ -25,7 +25,7 @@ NO_SMALLER_WAY = "memory use cannot be reduced further in this gang"
 
 @dataclass(frozen=True)
 class Relief:
-    """One step down, and how it is told."""
+    """One step down, and the sentence that reports it."""
 
     execution: ExecutionPlan
     sentence: str
@@ -33,7 +33,7 @@ class Relief:
 
 
 def relieve(execution: ExecutionPlan) -> Relief | None:
-    """The next step down from `execution`; None where the gang has none left (see `beyond_the_gang`)."""
+    """Return the next step down from `execution`; None if the gang has none left (see `beyond_the_gang`)."""
     rows = execution.micro_batch_rows // 2
     if rows:
         sentence = f"restarted with {rows} row{'s' if rows > 1 else ''} per micro-batch and more accumulation rounds"
@@ -48,7 +48,7 @@ def relieve(execution: ExecutionPlan) -> Relief | None:
 
 
 def beyond_the_gang(execution: ExecutionPlan) -> str:
-    """What would make room where no step down is left: the next rung of the ladder, which is another plan."""
+    """Return which settings would free memory where no step down is left: they need another plan."""
     if execution.ranks == 1:
         return (
             "resources.ranks_per_gang: 2 with zero: 3, which partitions (shards) the base across ranks; or a "
@@ -63,20 +63,20 @@ def beyond_the_gang(execution: ExecutionPlan) -> str:
 
 
 def nothing_smaller(what: str, execution: ExecutionPlan) -> OutOfMemoryError:
-    """The end of a trial for which there is no step down from `execution`; its words are the trial's reason."""
+    """Return the error of a trial for which there is no step down from `execution`; its message is the trial's reason."""
     return OutOfMemoryError(f"{what}; {NO_SMALLER_WAY}", remedy=beyond_the_gang(execution))
 
 
 def fits_in_no_way(result: RungResult) -> bool:
-    """Whether a trial failed because memory cannot be reduced further; its reason ends with what would make room."""
+    """Return whether a trial failed because memory cannot be reduced further; its reason ends with the remedy."""
     return result.state == "failed" and NO_SMALLER_WAY in result.reason
 
 
 def with_relief(planned: ExecutionPlan, relieved: ExecutionPlan | None) -> ExecutionPlan:
-    """`planned`, and no larger than what a trial came down to before; a gang of another kind starts as planned.
+    """Return `planned`, reduced to what a trial was relieved to before; a gang of another kind starts as planned.
 
     Args:
-        relieved: How the trial was trained after memory had run out; None where it never did.
+        relieved: The execution with which the trial was trained after running out of memory; None if it never did.
     """
     if relieved is None or planned.gang_kind != relieved.gang_kind:
         return planned
@@ -90,14 +90,14 @@ def with_relief(planned: ExecutionPlan, relieved: ExecutionPlan | None) -> Execu
 
 
 STEPPED_DOWN = "stepped-down.json"
-"""Beside an assignment's files: how it goes on after a worker group ran out of memory."""
+"""File beside those of an assignment: its execution after a worker group ran out of memory."""
 
 
 class SteppedDown(Value):
-    """How an assignment that ran out of memory goes on, also in a worker group after the one that found out."""
+    """The execution of an assignment that ran out of memory, also for the next worker group."""
 
     execution: ExecutionPlan | None
-    """The next smaller way; None where there is none left."""
+    """The next smaller execution; None if there is none left."""
     notes: tuple[str, ...]
     reason: str
-    """What was said of it."""
+    """The error of the worker group that ran out of memory."""

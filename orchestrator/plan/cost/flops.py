@@ -94,7 +94,7 @@ def train_terms(
       give their input none as far as nothing before them is adapted (`_without_gradient`).
     - Gradients of weights: 2 an element that learns. So full tuning is 6N, LoRA on every block 4N, above a cut 2N + 2kN.
     - Adapters: 6 an element (forward, and both gradients), those on that input counted as if they gave it one.
-    - What adapters compute once in a forward pass, however many tokens it has (`AdapterKind.elements_per_pass`): 2 each.
+    - What adapters compute once in a forward pass, however many of `forward_tokens` it has (`AdapterKind.elements_per_pass`): 2.
     - A frozen layer that must also run on what dropout leaves of its input (`AdapterKind.runs_layer_on_its_input`): 4 an
       element of the adapted matrices, forward and the gradient of activations.
     - Attention's backward: 5 products where forward has 2, above the cut.
@@ -103,15 +103,11 @@ def train_terms(
       adapted (`_last_matrix`).
     - A head that does not make its gradient with its loss (`train.model.loss`) and whose logits take several chunks is
       checkpointed too: 2 an element again (`runs_head_twice`).
-
-    Args:
-        forward_tokens: Of one forward pass.
     """
     first = selection.cut if stored_trunk else 0
     forward = forward_terms(anatomy, attended_tokens, num_classes, supervised_share=supervised_share, first=first)
-    # The control `none` is only evaluated.
     if not selection.trainable and not selection.adapted:
-        return forward
+        return forward  # the control `none` is only evaluated
     above, blocks = block_elements(anatomy, selection.cut), anatomy.num_blocks - selection.cut
     head = head_elements(anatomy, num_classes) * supervised_share
     learning = _learning_elements(anatomy, selection, num_classes, supervised_share)
@@ -119,7 +115,7 @@ def train_terms(
     attention = _attention(anatomy, selection.cut, attended_tokens)
     without_gradient, skips_attention = _without_gradient(anatomy, selection)
     passing = above - without_gradient
-    attention_backward = attention - (_attention(anatomy, anatomy.num_blocks - 1, attended_tokens) if skips_attention else 0.0)
+    skipped_attention = _attention(anatomy, anatomy.num_blocks - 1, attended_tokens) if skips_attention else 0.0
     rerun = _elements_run_again(anatomy, selection, supervised_share)
     skipped = sum(_last_matrix(anatomy, selection, block) for block in range(selection.cut, anatomy.num_blocks))
     again = 2.0 * (above - skipped + in_blocks + rerun) + attention if checkpointing else 0.0
@@ -132,7 +128,7 @@ def train_terms(
         *_adapter_terms(in_blocks + on_head * supervised_share, per_pass, forward_tokens, rerun),
         (
             "attention backward",
-            attention_backward * BACKWARD_MATMULS / FORWARD_MATMULS,
+            (attention - skipped_attention) * BACKWARD_MATMULS / FORWARD_MATMULS,
             f"{BACKWARD_MATMULS} matrix products where the forward pass has {FORWARD_MATMULS}, in {blocks} blocks",
         ),
         ("blocks again", again, f"checkpointing: the forward pass of {blocks} blocks repeated"),

@@ -13,8 +13,8 @@ from orchestrator.train.checkpoint.snapshot import Snapshot, state_bytes, write_
 from orchestrator.train.ranks import Ranks
 
 MEMORY_SHARE = 0.25
-"""Of the memory that the plan leaves free, what checkpoints that wait to be written and states that are remembered may take, in
-all gangs of a node together."""
+"""Share of the memory left free by the plan that unwritten checkpoints and cached states may use, in all gangs of a node
+together."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Saver:
         self._writes: list[_Write] = []
         """Replaced, never changed, for `settle` may be called by another thread."""
         self._remembered: dict[Path, _Remembered] = {}
-        """By the checkpoint's folder; what was not asked for longest comes first."""
+        """Cached states by the checkpoint's folder, least recently used first."""
 
     def save(
         self,
@@ -95,7 +95,7 @@ class Saver:
             self._remembered[final] = _Remembered(point, snapshot.seed, snapshot.layout, state_bytes(snapshot.rank_states))
 
     def find(self, folder: Path, *, seed: int, layout: str) -> StartPoint | None:
-        """What is remembered of a rung; None where it has to be read."""
+        """Return the cached state of a rung; None if it has to be read from disk."""
         found = self._remembered.pop(folder, None)
         if found is None:
             return None
@@ -103,7 +103,7 @@ class Saver:
         return found.point if (found.seed, found.layout) == (seed, layout) else None
 
     def settle(self, trial_folder: Path | None = None) -> None:
-        """Until everything that was given so far stands, or only what is one trial's. Any thread may call it.
+        """Wait until everything submitted so far is written, or only one trial's part of it. Callable from any thread.
 
         Raises:
             CheckpointError: something could not be written.
@@ -113,7 +113,7 @@ class Saver:
                 write.done.result()
 
     def forget(self) -> None:
-        """Every trial begins its next rung from the files."""
+        """Drop all cached states: every trial starts its next rung from the files."""
         self._remembered.clear()
 
     def give_up(self) -> bool:
@@ -134,7 +134,7 @@ class Saver:
 
     @property
     def held_bytes(self) -> int:
-        """What waits and what is remembered; what is both counts twice."""
+        """Return the bytes of unwritten and of cached states; one that is both counts twice."""
         waiting = sum(write.num_bytes for write in self._waiting())
         return waiting + sum(remembered.num_bytes for remembered in self._remembered.values())
 
@@ -142,7 +142,7 @@ class Saver:
         return [write for write in self._writes if not write.done.done()]
 
     def _raise_failures(self) -> None:
-        """Of writes that have ended. One that fails a moment later is looked at by the next call."""
+        """Raise the errors of finished writes; one that fails a moment later is raised by the next call."""
         waiting: list[_Write] = []
         for write in self._writes:
             if write.done.done():
@@ -152,7 +152,7 @@ class Saver:
         self._writes = waiting
 
     def _make_room(self, num_bytes: int, growth_bytes: int, num_gangs: int) -> bool:
-        """Whether so many bytes, which the process has by now, may be held."""
+        """Return whether so many bytes, already allocated, may be held; evict cached states for them."""
         free = free_memory_bytes() + self.held_bytes + num_bytes - growth_bytes * num_gangs
         while self.held_bytes + num_bytes > MEMORY_SHARE * free / num_gangs:
             if self._remembered:

@@ -33,7 +33,7 @@ from orchestrator.work.execution import ExecutionPlan, TrainSettings
 
 
 def deepspeed_config(execution: ExecutionPlan, *, grad_clip: float) -> dict[str, Any]:
-    """The configuration of one engine. Nothing else in this project writes one."""
+    """Return DeepSpeed's configuration of one engine: the only place in this project that writes one."""
     bf16 = execution.dtype == "bfloat16"
     accumulate_bf16 = bf16 and execution.zero_stage == 0
     zero: dict[str, Any] = {
@@ -87,8 +87,8 @@ class DeepSpeedTrainer:
     ) -> None:
         """
         Args:
-            groups: Of what learns, in its order; all of it at one rate without them.
-            measuring: Whether steps add up squared gradients and change nothing.
+            groups: Parameter groups over the trainable tensors, in their order; without them all have one rate.
+            measuring: Whether steps sum squared gradients and change no weight.
         """
         self.objective = objective
         self.communicates_in_backward = execution.zero_stage >= 2
@@ -161,7 +161,8 @@ class DeepSpeedTrainer:
         _release(engine, self.objective, self._stage)
 
     def _step_without_wrapper(self) -> float:
-        """ZeRO 0 in float32, where DeepSpeed steps torch's own optimizer: reduce, and look at the norm, before it does."""
+        """Reduce the gradients and check the norm before the step: at ZeRO 0 in float32 DeepSpeed steps torch's own optimizer
+        without."""
         self._engine._running_engine_step = True
         self._engine.allreduce_gradients()
         gradients = [parameter.grad for _, parameter in self._learning if parameter.grad is not None]
@@ -199,7 +200,7 @@ def forward_only(objective: nn.Module, execution: ExecutionPlan) -> Iterator[Non
 
 
 def _initialize(objective: nn.Module, config: dict[str, Any], optimizer: torch.optim.Optimizer | None) -> Any:
-    """A DeepSpeed engine around `objective`, without the broadcast of what is frozen: every rank loaded the same files."""
+    """Return a DeepSpeed engine around `objective`, without broadcasting frozen weights: every rank loaded the same files."""
     deepspeed = load_deepspeed("")
     engine_class = deepspeed.DeepSpeedEngine
     broadcast = engine_class._broadcast_model
@@ -231,10 +232,10 @@ def _release(engine: Any, objective: nn.Module, stage: int) -> None:
 
 
 def load_deepspeed(device: str) -> Any:
-    """The library, quiet, on the planned device, and without compiling its shared-memory operator on a CPU.
+    """Import DeepSpeed quietly, for the planned device, and without compiling its shared-memory operator on a CPU.
 
-    It keeps the process group that there is when it is first imported, in default arguments, for as long as the process lives:
-    so it is imported before there is one.
+    On first import it stores the current process group in default arguments for the life of the process: so it is imported
+    before one exists.
     """
     if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -18,7 +18,7 @@ from orchestrator.train.ranks import ALONE, Ranks
 class TorchEngine:
     """The numerics of DeepSpeed's bf16 optimizer, with nothing partitioned.
 
-    The learning tensors are laid end to end in flat float32 buffers (masters, gradient sums, and Adam's moments inside
+    The trainable tensors are laid end to end in flat float32 buffers (masters, gradient sums, and Adam's moments inside
     torch's AdamW); the model keeps its own tensors, which the masters are rounded into after each step. A tensor's
     gradient is added to its sum, and let go of, as soon as the backward pass has it: never are all of them there. The
     fused AdamW makes no temporary copies; the others make two of everything that learns.
@@ -43,8 +43,8 @@ class TorchEngine:
     ) -> None:
         """
         Args:
-            groups: Of what learns, in its order; all of it at one rate without them.
-            measuring: Whether steps add up squared gradients and change nothing.
+            groups: Parameter groups over the trainable tensors, in their order; without them all have one rate.
+            measuring: Whether steps sum squared gradients and change no weight.
         """
         self.objective = objective
         self._anchor: Anchor | None = None
@@ -135,7 +135,7 @@ class TorchEngine:
         return [self._optimizer.sums[id(part)] for part in self.anchored_masters()]
 
     def adapters(self) -> dict[int, list[tuple[torch.Tensor, torch.Tensor]]]:
-        """(A, B) of every adapter, as views of the masters, by the part of them that they lie in."""
+        """Return (A, B) of every adapter as views of the master weights, by the part that contains them."""
         found: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         views = dict(zip(self._names, self._views(self._master), strict=True))
         for group, part in zip(self._groups, self._parts, strict=True):
@@ -145,7 +145,7 @@ class TorchEngine:
 
     @property
     def num_elements(self) -> int:
-        """How many numbers learn."""
+        """Return the number of trainable elements."""
         return self._master.numel()
 
     @property
@@ -162,7 +162,7 @@ class TorchEngine:
         self._optimizer.state.clear()
 
     def _make_parts(self) -> list[nn.Parameter]:
-        """The masters and their gradients, by group: views of the flat ones."""
+        """Make the master weights and their gradients by group: views of the flat buffers."""
         sizes = dict(zip(self._names, (p.numel() for p in self.parameters), strict=True))
         cuts = [sum(sizes[name] for name in group.names) for group in self._groups]
         parts = [nn.Parameter(piece) for piece in self._master.split(cuts)]
@@ -171,7 +171,7 @@ class TorchEngine:
         return parts
 
     def _views(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        """`flat` cut into the learning tensors' shapes."""
+        """Split `flat` into the shapes of the trainable tensors."""
         pieces = flat.split([p.numel() for p in self.parameters])
         return [piece.view(p.shape) for piece, p in zip(pieces, self.parameters, strict=True)]
 

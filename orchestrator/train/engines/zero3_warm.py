@@ -112,7 +112,7 @@ def release(objective: nn.Module) -> None:
 
 
 def _release_cache() -> Any:
-    """The lru_cache of `__params_to_release`, which holds every coordinator and module; a decorator hides it."""
+    """Return the lru_cache of `__params_to_release`, which keeps every coordinator and module alive; a decorator hides it."""
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
     method = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]

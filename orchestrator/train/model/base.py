@@ -33,7 +33,7 @@ PACKING = "support_avx512bf16_for_cpu"
 
 
 def num_loads() -> int:
-    """How often this process has loaded a base (law 11)."""
+    """Return the number of times this process has loaded a base (law 11)."""
     return _num_loads
 
 
@@ -48,7 +48,7 @@ class LoadedBase:
     anatomy: ModelAnatomy
     load: BaseLoad
     dtype: torch.dtype
-    """What the forward and backward pass compute in; also the storage of 4-bit weights, as ZeRO-3 needs."""
+    """The dtype of the forward and backward pass; also the storage dtype of 4-bit weights, as ZeRO-3 requires."""
     device: torch.device
 
     @cached_property
@@ -121,9 +121,10 @@ def load_base(
 
 
 def loading_device(load: BaseLoad, execution: ExecutionPlan, device: torch.device) -> torch.device:
-    """Where a rank loads the base: under ZeRO-3 on the CPU, for it may be larger than the device that gets a part of it.
+    """Return the device on which a rank loads the base: under ZeRO-3 the CPU, since the base may be larger than the device that
+    gets a part of it.
 
-    A quantized base is made on the device itself, whole; the plan's memory has a term for that.
+    A quantized base is made completely on the device itself; the plan's memory has a term for that.
     """
     partitioned = execution.executor == "deepspeed" and execution.zero_stage == 3
     return torch.device("cpu") if partitioned and load.quantize == "none" else device
@@ -204,7 +205,7 @@ def reset_new_parameters(model: nn.Module, names: Iterable[str], seed: int) -> N
 
 
 def initial_value(name: str, shape: Iterable[int], seed: int, std: float) -> torch.Tensor:
-    """float32 on CPU: normal(0, std) for a matrix, zeros for a bias; a pure function of (seed, name, shape)."""
+    """Return float32 on the CPU: normal(0, std) for a matrix, zeros for a bias; a pure function of (seed, name, shape)."""
     shape = tuple(shape)
     if len(shape) < 2:
         return torch.zeros(shape)
@@ -227,13 +228,13 @@ def rng_devices(device: torch.device) -> list[torch.device]:
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:
-    """A CPU generator of this parameter alone, so that no other parameter or trial shifts its numbers."""
+    """Return a CPU generator for this parameter alone, so that no other parameter or trial shifts its numbers."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def _check_is_what_headers_say(base: LoadedBase) -> None:
-    """Every stored tensor of the blocks is a parameter, and exactly the blocks' matrices are quantized."""
+    """Check that every stored tensor of the blocks is a parameter, and that exactly the blocks' matrices are quantized."""
     parameters = dict(base.model.named_parameters())
     missing = [name for block in base.anatomy.blocks for name in block if name not in parameters]
     if missing:

@@ -52,10 +52,10 @@ class Spent:
 
 @contextmanager
 def compiled_blocks(base: LoadedBase, cut: int, execution: ExecutionPlan) -> Iterator[Spent]:
-    """Where the plan says so, full micro-batches run through compiled blocks in this context.
+    """Run full micro-batches through compiled blocks in this context, if the plan says so.
 
-    Every block is put back as it was. Hooks, gradient checkpointing and the attention over packed documents, whose lengths are
-    new in every row, stay outside of what is compiled.
+    Every block is restored afterwards. Hooks, gradient checkpointing and the attention over packed documents, whose lengths
+    differ in every row, stay outside the compiled code.
 
     Args:
         base: With its branch open.
@@ -94,7 +94,7 @@ def compiled_blocks(base: LoadedBase, cut: int, execution: ExecutionPlan) -> Ite
 
 
 def missing_compiler(device: torch.device) -> str:
-    """What a machine lacks to compile for a device; empty where it lacks nothing that can be seen."""
+    """Return what is missing to compile for a device; empty if nothing is known to be."""
     if device.type == "cpu":
         names = [os.environ.get("CXX", "g++")]
         return "" if shutil.which(names[0]) else f"there is no C++ compiler ({names[0]})"
@@ -110,15 +110,15 @@ def time_compiled(
     steps: Iterable[StepInput],
     clock: Callable[[], float] = time.perf_counter,
 ) -> CompileTimes:
-    """A full micro-batch forwards and backwards, as it is and padded and compiled. The engine takes no step.
+    """Time the forward and backward pass of a full micro-batch, eager and then padded and compiled. The engine takes no step.
 
     Args:
         base: With its branch open.
-        engine: Of the branch.
+        engine: The branch's engine.
         cut: The first block that is compiled.
         execution: How the trial is trained.
-        steps: The trial's first, LOOKED_AT of them, their full micro-batches of one shape.
-        clock: What a micro-batch is timed by; compiling is timed by torch.
+        steps: The trial's first LOOKED_AT steps, whose full micro-batches have one shape.
+        clock: The clock that times micro-batches; torch times compiling itself.
     """
     rows = execution.micro_batch_rows
     batches = [batch for step in steps for batch in step.micro_batches]
@@ -141,7 +141,7 @@ def _num_tokens(batch: Mapping[str, torch.Tensor]) -> int:
 
 
 def _without_padding(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The micro-batch as wide as its longest row asks for."""
+    """Cut the micro-batch to the width of its longest row."""
     width = width_of(int(batch["lengths"].max()))
     return {name: tensor[:, :width].contiguous() if tensor.ndim > 1 else tensor for name, tensor in batch.items()}
 
@@ -161,7 +161,7 @@ def _fastest(engine: Engine, batch: Mapping[str, torch.Tensor], device: torch.de
 
 
 def _forward_of(block: nn.Module, shape: tuple[int, int]) -> Callable[..., Any]:
-    """A block's forward pass: compiled for hidden states [B, L, H] of this (B, L), its own for others."""
+    """Return a block's forward pass: compiled for hidden states [B, L, H] of this (B, L), its own for others."""
     own = type(block).forward
     checkpointing: Any = block if isinstance(block, GradientCheckpointingLayer) else None
     code = _code(getattr(own, "__wrapped__", own) if checkpointing is not None else own)
@@ -179,14 +179,16 @@ def _forward_of(block: nn.Module, shape: tuple[int, int]) -> Callable[..., Any]:
 
 @cache
 def _code(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The compiled form of a class's forward pass. Nothing that is timed on the device may choose between kernels: such choices
-    fall otherwise in another process, and with them the last bits."""
+    """Return the compiled form of a class's forward pass.
+
+    Autotuning is off: kernels chosen by timing on the device may differ in another process, and with them the last bits of the
+    losses."""
     return torch.compile(forward, dynamic=False, options={"deterministic": True})
 
 
 @cache
 def _prepared() -> Any:
-    """torch's compiler, once a process: where it keeps what it has compiled, and no processes of its own beside the gang's."""
+    """Set up torch's compiler once per process: its cache folder, and no worker processes beside the gang's."""
     folders = import_module("torch._inductor.runtime.cache_dir_utils")
     if os.environ.get(CACHE_VARIABLE, folders.default_cache_dir()) == folders.default_cache_dir():  # torch sets it too
         os.environ[CACHE_VARIABLE] = str(default_folder().with_name("inductor"))
@@ -196,5 +198,5 @@ def _prepared() -> Any:
 
 
 def _seconds_compiling() -> float:
-    """Of this process so far, forward and backward passes."""
+    """Return the seconds this process has spent compiling forward and backward passes."""
     return import_module("torch._dynamo.utils").calculate_time_spent()["total_wall_time"]

@@ -37,7 +37,7 @@ IGNORED = -100
 
 
 class DocumentLosses(NamedTuple):
-    """What evaluation needs of a micro-batch; one entry for each supervised position or, of a classifier, each row."""
+    """The figures of a micro-batch for evaluation, one entry per supervised position or, for a classifier, per row."""
 
     losses: torch.Tensor
     """float32[S]: negative log-likelihoods, nats."""
@@ -72,7 +72,7 @@ class Parts:
 
 
 class Targets(NamedTuple):
-    """What a micro-batch is to predict, and of which documents."""
+    """The prediction targets of a micro-batch, and their documents."""
 
     labels: torch.Tensor
     """int64[B, L], already shifted: the token to be predicted at each position, or -100."""
@@ -96,7 +96,7 @@ class Supervised(NamedTuple):
 
 
 class Head(Protocol):
-    """What differs between the kinds of heads."""
+    """The interface in which the kinds of heads differ."""
 
     def load_model(self, load: BaseLoad, options: Mapping[str, Any]) -> PreTrainedModel:
         """Load the base's model for this head, with these options of `from_pretrained`."""
@@ -145,7 +145,7 @@ class LanguageModelHead:
     def run_blocks(
         self, parts: Parts, inputs: Mapping[str, torch.Tensor], position_ids: torch.Tensor, lengths: torch.Tensor
     ) -> torch.Tensor:
-        """[B, L, H] before the final norm."""
+        """Run the blocks and return [B, L, H] before the final norm."""
         with _norm_left_out(parts.final_norm), documents_apart(parts.model.config, position_ids):
             return parts.backbone(**inputs, position_ids=position_ids, use_cache=False).last_hidden_state
 
@@ -198,7 +198,7 @@ class ClassificationHead:
     def run_blocks(
         self, parts: Parts, inputs: Mapping[str, torch.Tensor], position_ids: torch.Tensor, lengths: torch.Tensor
     ) -> torch.Tensor:
-        """[B, L, H] of a decoder; an encoder's own class logits [B, classes]."""
+        """Return [B, L, H] of a decoder, or an encoder's own class logits [B, classes]."""
         num_tokens = position_ids.shape[1]
         positions = torch.arange(num_tokens, device=position_ids.device)
         mask = (positions < lengths.clamp(min=1)[:, None]).long()
@@ -207,7 +207,7 @@ class ClassificationHead:
         return parts.backbone(**inputs, attention_mask=mask, use_cache=False).last_hidden_state
 
     def select(self, parts: Parts, states: torch.Tensor, targets: Targets) -> Supervised:
-        """Rows that hold no document are left out."""
+        """Select the rows that hold a document."""
         logits = states
         if not parts.encoder:
             rows = torch.arange(states.shape[0], device=states.device)

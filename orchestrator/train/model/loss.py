@@ -20,14 +20,14 @@ from orchestrator.plan.memory.transient import LOGIT_PIECE_BYTES
 
 
 def is_plain(head: nn.Module) -> bool:
-    """Whether a head is one whole matrix: no adapter beside it, not quantized, not partitioned over ranks."""
+    """Return whether a head is one complete matrix: no adapter on it, not quantized, not partitioned across ranks."""
     return type(head) is nn.Linear and not any(hasattr(parameter, "ds_tensor") for parameter in head.parameters())
 
 
 def linear_cross_entropy(
     head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, *, chunk_rows: int, num_groups: int = 1
 ) -> torch.Tensor:
-    """float32[G]: the summed cross entropy of each group, in nats.
+    """Return float32[G]: the summed cross entropy of each group, in nats.
 
     A group's sum and gradients are computed from its own positions alone, in chunks that begin where it begins: they are
     the same bits whatever groups stand beside it.
@@ -51,7 +51,7 @@ def linear_cross_entropy(
 
 
 def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(float32[S] cross entropies in nats, int64[S] likeliest entries) of logits[S, V]; for scoring, without gradients."""
+    """Return (float32[S] cross entropies in nats, int64[S] likeliest entries) of logits[S, V]; for scoring, without gradients."""
     rows = _piece_rows(logits)
     losses, predictions = [], []
     for piece, wanted in zip(logits.split(rows), targets.split(rows), strict=True):
@@ -130,9 +130,9 @@ class _Sum:
 
 
 def _into_gradient(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The summed cross entropy of logits[n, V], each of which is overwritten by its gradient: softmax, less 1 at the target.
+    """Return the summed cross entropy of logits[n, V], and overwrite each by its gradient: softmax, less 1 at the target.
 
-    In pieces, so that what is computed in float32 stays within a processor's cache.
+    It works in pieces, so that the float32 intermediate stays within the processor's cache.
     """
     total = torch.zeros((), dtype=torch.float32, device=logits.device)
     rows = _piece_rows(logits)

@@ -16,7 +16,7 @@ import transformers
 from torch import nn
 
 from orchestrator.data import MicroBatch, TokenizedSet
-from orchestrator.train import pulse
+from orchestrator.train import heartbeat
 from orchestrator.train.batches import RowPlan, to_tensors
 from orchestrator.train.model.base import LoadedBase
 from orchestrator.train.model.objective import Objective
@@ -31,9 +31,9 @@ logger = logging.getLogger(__name__)
 
 
 def trunk_key(base: LoadedBase, fingerprint: Mapping[str, str], data: TokenizedSet, cut: int, rows: RowPlan) -> str:
-    """A hash of all that decides the hidden states of `data` at `cut`: the weights below it and their quantization, the
-    model's configuration, the dtype, the tokens and their documents, the kind of device and the libraries. On a GPU also the
-    rows that documents share, which move the last bits there (on CPUs each document is computed apart).
+    """Return a hash of all that determines the hidden states of `data` at `cut`: the weights below it and their quantization,
+    the model's configuration, the dtype, the tokens and their documents, the kind of device and the libraries. On a GPU also
+    the rows that documents share, which change the last bits there (on CPUs each document is computed separately).
 
     Args:
         fingerprint: Hashes of the base's tensors by name, see `integrity.base_fingerprint`.
@@ -57,9 +57,9 @@ def trunk_key(base: LoadedBase, fingerprint: Mapping[str, str], data: TokenizedS
 
 
 def random_below(model: nn.Module, blocks: nn.ModuleList, cut: int) -> str:
-    """The first module below the cut that draws random numbers while it trains; empty where there is none.
+    """Return the first module below the cut that draws random numbers in training; empty if there is none.
 
-    Its hidden states differ from pass to pass, so that no stored ones can stand for them.
+    Its hidden states differ from pass to pass, so that stored ones cannot replace them.
     """
     above = {id(module) for index in range(cut, len(blocks)) for module in blocks[index].modules()}
     for name, module in model.named_modules():
@@ -89,11 +89,11 @@ class _Filling:
         return np.arange(int(self.borders[number]), int(self.borders[number + 1]))
 
     def missing(self, number: int) -> list[int]:
-        """The cuts at which this piece is not there."""
+        """Return the cuts at which this piece is missing."""
         return [cut for cut in self.chunks if (cut, number) not in self._found]
 
     def pieces(self, cut: int) -> list[torch.Tensor]:
-        """All of them, in order."""
+        """Return all pieces, in order."""
         return [self._found[cut, number] for number in range(self.num_pieces)]
 
     def look(self, number: int) -> None:
@@ -105,7 +105,7 @@ class _Filling:
                 self._found[cut, number] = stored
 
     def keep(self, number: int, made: Mapping[int, torch.Tensor]) -> None:
-        """What cannot be written, or not read again, stays in memory: an error here would leave the other ranks waiting."""
+        """Keep a piece, in memory if it cannot be written and read again: an error here would leave the other ranks waiting."""
         for cut, states in made.items():
             try:
                 self.chunks[cut].put(number, states)
@@ -126,10 +126,10 @@ class TrunkBuilder:
     partitioned: bool
 
     def build(self, data: TokenizedSet, chunks: Mapping[int, Chunks]) -> dict[int, TrunkStates]:
-        """By cut, whole.
+        """Build the missing pieces and return the states by cut.
 
         Args:
-            chunks: By cut; DiskChunks may be shared with other processes, which make other pieces meanwhile.
+            chunks: The chunks by cut; DiskChunks may be shared with other processes, which make other pieces meanwhile.
         """
         filling = _Filling(data, chunk_borders(data.offsets, self.base.anatomy.hidden_size * self.base.dtype.itemsize), chunks)
         for number in range(filling.num_pieces):
@@ -141,7 +141,7 @@ class TrunkBuilder:
         return {cut: TrunkStates(data, cut, filling.borders, filling.pieces(cut)) for cut in chunks}
 
     def _make(self, filling: _Filling) -> None:
-        """What nobody else is making first; then wait for what others make, or make it where they are gone."""
+        """Make the pieces that no other process is making; then wait for the others' pieces, or make them if those are gone."""
         for wait in (False, True):
             for number in range(filling.num_pieces):
                 if not filling.missing(number):
@@ -154,7 +154,7 @@ class TrunkBuilder:
                         filling.keep(number, self._compute(filling.data, filling.documents(number), cuts))
 
     def _make_together(self, filling: _Filling) -> None:
-        """Every rank runs the same micro-batches, whose matrices it gathers with the others, and keeps what it misses."""
+        """Run the same micro-batches on every rank (ZeRO-3 gathers each matrix from all); each keeps the pieces that it lacks."""
         mine = {number for number in range(filling.num_pieces) if filling.missing(number)}
         for number in sorted(set().union(*self.ranks.gather(mine))):
             made = self._compute(filling.data, filling.documents(number), sorted(filling.chunks))
@@ -162,7 +162,7 @@ class TrunkBuilder:
 
     @torch.no_grad()
     def _compute(self, data: TokenizedSet, documents: np.ndarray, cuts: Sequence[int]) -> dict[int, torch.Tensor]:
-        """[N, H] of these documents, one after another, at each of these cuts."""
+        """Compute [N, H] of these documents, one after another, at each of these cuts."""
         blocks = cast("nn.ModuleList", self.base.model.get_submodule(self.base.anatomy.blocks_module))
         first = int(data.offsets[documents[0]])
         shape = (int(data.offsets[documents[-1] + 1]) - first, self.base.anatomy.hidden_size)
@@ -170,7 +170,7 @@ class TrunkBuilder:
         rows = RowPlan(self.rows.row_tokens, self.rows.rows_per_micro_batch, self.rows.pack)
         with leaving(blocks, cuts) as taken:
             for batch in rows.batches(data, documents):
-                pulse.beat()
+                heartbeat.beat()
                 tensors = to_tensors(batch, self.ranks.device)
                 self.objective.run_blocks(tensors["input_ids"], tensors["position_ids"], tensors["lengths"])
                 for row, start, end, place in _documents(batch, data):
@@ -180,7 +180,7 @@ class TrunkBuilder:
 
 
 def _documents(batch: MicroBatch, data: TokenizedSet) -> Iterator[tuple[int, int, int, int]]:
-    """(row, start, end, first token in the set) of every document of a micro-batch."""
+    """Yield (row, start, end, first token in the set) of every document of a micro-batch."""
     for row, (owners, length) in enumerate(zip(batch.document_ids, batch.lengths, strict=True)):
         start = 0
         while start < length:
@@ -191,6 +191,6 @@ def _documents(batch: MicroBatch, data: TokenizedSet) -> Iterator[tuple[int, int
 
 
 def _lock(chunks: Mapping[int, Chunks], number: int, *, wait: bool) -> AbstractContextManager[bool]:
-    """One lock a piece for all cuts: the lowest one's. What no other process sees needs none."""
+    """Lock a piece for all cuts by the lowest one's lock; a piece in memory needs none."""
     first = chunks[min(chunks)]
     return piece_lock(first.folder, number, wait=wait) if isinstance(first, DiskChunks) else nullcontext(True)

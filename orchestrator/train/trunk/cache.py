@@ -36,7 +36,7 @@ class TrunkCache:
         self._held: dict[str, int] = {}
 
     def open(self, key: str, num_bytes: int) -> Path | None:
-        """The entry's folder, held until `close`; None where the budget has no room for it, whatever is given up.
+        """Return the entry's folder, held until `close`; None if the budget has no room for it, even after evictions.
 
         Raises:
             OSError: the folder cannot be made or locked.
@@ -82,7 +82,7 @@ class TrunkCache:
 
 
 def _size(file: Path) -> int:
-    """0 for one that was renamed meanwhile."""
+    """Return the file's size; 0 if it was renamed meanwhile."""
     try:
         return file.stat().st_size
     except FileNotFoundError:
@@ -97,7 +97,7 @@ def _reserved(entry: Path) -> int:
 
 
 def _give_up(entry: Path) -> bool:
-    """Whether nobody has it open."""
+    """Evict an entry unless a process has it open; return whether it was evicted."""
     descriptor = os.open(entry / IN_USE, os.O_RDWR)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -120,7 +120,7 @@ def _locked(file: Path) -> Iterator[None]:
 
 @contextmanager
 def piece_lock(folder: Path, number: int, *, wait: bool) -> Iterator[bool]:
-    """Whether this process may make a piece: one at a time does. Without `wait`, False where another one is at it."""
+    """Lock a piece, which one process at a time may make. Without `wait`, yield False if another one holds the lock."""
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
     try:
         try:

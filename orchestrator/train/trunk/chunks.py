@@ -22,11 +22,11 @@ FOOTER = struct.Struct("<Q")
 
 
 def chunk_borders(offsets: np.ndarray, token_bytes: int) -> np.ndarray:
-    """int64[C + 1]: piece c holds documents borders[c] to borders[c + 1], each at least one.
+    """Return int64[C + 1]: piece c holds documents borders[c] to borders[c + 1], at least one each.
 
     Args:
         offsets: int64[D + 1], document borders in tokens.
-        token_bytes: Of one position's hidden state.
+        token_bytes: Bytes of one position's hidden state.
     """
     piece_tokens = max(1, CHUNK_BYTES // token_bytes)
     borders, first = [0], 0
@@ -38,10 +38,10 @@ def chunk_borders(offsets: np.ndarray, token_bytes: int) -> np.ndarray:
 
 
 class Chunks(Protocol):
-    """Where the pieces of one set at one cut are kept."""
+    """The store for the pieces of one set at one cut."""
 
     def get(self, number: int, num_tokens: int) -> torch.Tensor | None:
-        """[num_tokens, H], not to be written to; None where the piece is absent or damaged."""
+        """Return [num_tokens, H], read-only; None if the piece is missing or damaged."""
         ...
 
     def put(self, number: int, states: torch.Tensor) -> None:

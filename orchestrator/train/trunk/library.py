@@ -1,4 +1,4 @@
-"""What a process has of the trunk: every set that trials read, at every cut of the plan."""
+"""The stored trunk activations of a process: every set that trials read, at every cut of the plan."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from orchestrator.train.trunk.states import TrunkStates
 from orchestrator.work.execution import DataPaths, TrunkPlan
 
 MEMORY_SHARE = 0.25
-"""Of the memory that is free, what stored states may take where no disk has room."""
+"""Share of the free memory that stored states may use if no disk has room."""
 
 
 def default_folder() -> Path:
-    """The user's cache folder on this machine, or where ORCHESTRATOR_CACHE says."""
+    """Return the user's cache folder on this machine, or the one that ORCHESTRATOR_CACHE names."""
     return Path(os.environ.get("ORCHESTRATOR_CACHE") or Path.home() / ".cache" / "orchestrator") / "trunk"
 
 
@@ -109,7 +109,7 @@ class TrunkLibrary:
         return time.perf_counter() - started
 
     def states(self, path: str, cut: int) -> TrunkStates | None:
-        """What is stored of a set at a cut; None where nothing is."""
+        """Return the stored states of a set at a cut; None if there are none."""
         return self._states.get((path, cut))
 
     def close(self) -> None:
@@ -120,8 +120,8 @@ class TrunkLibrary:
     def _chunks(
         self, plan: TrunkPlan, tokens: TokenizedSet, rows: RowPlan, note: Callable[[str], None], *, partitioned: bool
     ) -> dict[int, Chunks] | None:
-        """By cut: on disk where it has room, for other processes and later sweeps; else in memory, where that has. None
-        where it has not, on every rank alike."""
+        """Return the store of each cut: on disk if it has room, for other processes and later sweeps; else in memory if that
+        has room; else None, on every rank alike."""
         num_bytes = tokens.num_tokens * self._base.anatomy.hidden_size * self._base.dtype.itemsize
         folders = self._folders(plan, tokens, rows, num_bytes, note, partitioned=partitioned)
         without = sum(folder is None for folder in folders)
