@@ -358,7 +358,8 @@ def with_shift(plan: RunPlan, anatomy: ModelAnatomy) -> RunPlan:
     """Return the plan with its measurement of the domain shift, if there is a retention set.
 
     It is measured at the cuts whose activations are stored, which costs no forward pass, or else at a few cuts. A classifier
-    uses no retention set, even if one is given."""
+    uses no retention set, even if one is given.
+    """
     if not isinstance(plan, SweepPlan) or not plan.data.retain_tokens or not plan.base.traits.head.scores_retention:
         return plan
     count = anatomy.num_blocks

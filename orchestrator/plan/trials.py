@@ -86,7 +86,8 @@ def shuffled_control(winner: TrialSpec) -> TrialSpec:
 def scratch_control(plan: RunPlan, anatomy: ModelAnatomy, spec: JobSpec, winner: TrialSpec) -> tuple[TrialSpec, LayerSelection]:
     """Return the control with random weights, all trainable, on the winner's documents for as many steps.
 
-    It uses the highest rate that the search tries for full fine-tuning: a new model takes a higher one than a trained one."""
+    It uses the highest rate that the search tries for full fine-tuning: a new model takes a higher one than a trained one.
+    """
     selection = select_everything(anatomy, task=plan.base.task, num_classes=plan.base.num_classes)
     _, high = learning_rate_range(spec.search or SearchSpec(), "full")
     trial = _control(plan, "scratch", selection, high, winner.seed)
@@ -145,7 +146,8 @@ def curve_trial_id(share: float, winner_id: str) -> str:
 def follow_up_id(name: str, winner_id: str) -> str:
     """Return the id of a control that is trained once the winner is known.
 
-    It names the winner, since an extended sweep may have another one."""
+    It names the winner, since an extended sweep may have another one.
+    """
     return f"{name}-{winner_id}"
 
 
@@ -155,7 +157,7 @@ def work_context(
     """Return what all work shares that is run by one kind of gang.
 
     Args:
-        execution: Of the gang where it is another than those of the search: the refit's stands alone where it has other ranks.
+        execution: The gang's execution if it differs from the search's: the refit's gang is alone if it has other ranks.
     """
     alone = execution is not None and execution.ranks != plan.execution.ranks
     return WorkContext(
@@ -212,7 +214,7 @@ def evaluate_base(
     folder: str,
     execution: ExecutionPlan | None = None,
 ) -> EvaluateBase:
-    """Return the work that scores the untouched base (see `none_control`)."""
+    """Return the work that scores the base model (see `none_control`)."""
     execution = execution or plan.execution
     predicted = _predicted_memory_bytes(plan, control, execution)
     return EvaluateBase(

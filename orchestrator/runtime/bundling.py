@@ -53,6 +53,7 @@ def bundle_and_judge(inputs: BundleInputs, bundle: str, metric: str, max_forgett
     tell_bundling(final.parent, "verifying: loading the merged model in a fresh process and comparing it with the trained one")
     figures = verify(staged.folder, trained_model(inputs, staged.plan))
     require_passed(figures, staged.folder)
+    # Recorded before the reading: a crash while scoring has read the test set all the same.
     reads = count_reading(final.parent / "test", inputs.trial.trial_id)
     tell_bundling(final.parent, "scoring the bundle and its controls on the test set")
     scores = score_test(staged.folder, inputs, final.parent / "test")
@@ -82,6 +83,7 @@ def bundle_and_judge(inputs: BundleInputs, bundle: str, metric: str, max_forgett
         serve_commands=serve_commands(final, inputs.base.task),
         versions=versions(),
     )
+    # Again, since merging and scoring took a while, in which files may have changed.
     require_whole(inputs)
     commit_bundle(staged, inputs, transfer)
     return transfer
@@ -134,7 +136,8 @@ def _comparisons(
 ) -> dict[Control, Comparison]:
     """Compare the bundle with every other scored model, document by document.
 
-    If that model was trained too, the interval is as wide as the difference between two seeds."""
+    If that model was trained too, the interval is as wide as the difference between two seeds.
+    """
     by_answer, unit = _judged_by(inputs, metric)
     labels = load_known(inputs.test_set).labels
     own, weights = _losses(scores, PROMOTED, labels, by_answer)

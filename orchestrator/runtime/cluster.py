@@ -30,7 +30,10 @@ SIGHT_S = 5.0
 
 WORKER_ENV = {
     "RAY_TRAIN_V2_ENABLED": "1",
+    # The tokenizers' threads would compete with the ranks' own, and warn in every forked process.
     "TOKENIZERS_PARALLELISM": "false",
+    # Ray Train waits so long for a lost group to leave its process group (30 s by default): a lost rank was back after 10 s,
+    # not 16.
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "1",
 }
 """Environment of every worker; thread counts come from the plan (`worker_env`)."""
@@ -53,6 +56,7 @@ def worker_env(execution: ExecutionPlan) -> dict[str, str]:
     Two processes with two OpenMP threads each on two cores made a 0.5 s step take 13 s.
     """
     threads = str(execution.threads_per_rank)
+    # Workers of a cluster that runs already do not inherit the driver's environment.
     offline = {name: os.environ[name] for name in ("HF_HUB_OFFLINE",) if name in os.environ}
     return {**WORKER_ENV, **offline, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
 
@@ -63,15 +67,15 @@ def rank_resources(execution: ExecutionPlan) -> dict[str, float]:
 
 
 def placement_strategy(execution: ExecutionPlan) -> str:
-    """Ray's: a gang that the plan puts inside a node is never spread, one that spans nodes takes as few as it can."""
+    """Return Ray's strategy: a gang that fits on one node is never spread; one that spans nodes takes as few as possible."""
     return "STRICT_PACK" if execution.inside_node else "PACK"
 
 
 @contextlib.contextmanager
 def connected(address: str | None = None) -> Iterator[None]:
-    """Be connected to Ray: to `address`, to RAY_ADDRESS, or to a private Ray on this machine.
+    """Connect to Ray: at `address`, at RAY_ADDRESS, or to a private Ray on this machine.
 
-    A connection that stood before is used and left standing.
+    An existing connection is used and left open.
 
     Raises:
         UsageError: no Ray answers at that address, or it asks for another token.
@@ -84,11 +88,13 @@ def connected(address: str | None = None) -> Iterator[None]:
     if target and (problem := unreachable(target)) is not None:
         raise UsageError(f"no Ray cluster can be reached there: {problem.reason}", where=target, remedy=problem.remedy)
     os.environ.update({name: value for name, value in WORKER_ENV.items() if name not in os.environ})
+    # Train's controller polls its workers so often, and each report waits for a poll: a short run went from 26 s to 9 s.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = {"address": target} if target else {"include_dashboard": False, "num_cpus": num_usable_cpus()}
     try:
         with _few_tries() if target else contextlib.nullcontext():
+            # Workers' output stays in Ray's log files: the run shows what matters by its own events.
             ray.init(logging_level=logging.WARNING, log_to_driver=False, **options)
     except (ConnectionError, ValueError, RuntimeError, RayError) as error:
         raise UsageError(
@@ -96,7 +102,7 @@ def connected(address: str | None = None) -> Iterator[None]:
             where=target or "this machine",
             remedy="check --address or RAY_ADDRESS, and RAY_AUTH_MODE with RAY_AUTH_TOKEN_PATH for a cluster with tokens",
         ) from error
-    handle_stop_signals()  # Ray has put its own handler in the place
+    handle_stop_signals()  # again, since `ray.init` installs its own signal handler
     try:
         yield
     finally:
@@ -105,11 +111,12 @@ def connected(address: str | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _few_tries() -> Iterator[None]:
-    """Have Ray try to connect twice, each time for seconds, instead of for a quarter of an hour: the place has just answered."""
+    """Make Ray try to connect twice for seconds, instead of for a quarter of an hour: the address has just answered."""
     name = "RAY_gcs_server_port_wait_time_s"
     if name in os.environ:
         yield
         return
+    # Only while connecting: workers that are started later inherit the environment.
     os.environ[name] = "2"
     try:
         yield
@@ -118,7 +125,7 @@ def _few_tries() -> Iterator[None]:
 
 
 def probe_cluster(address: str | None = None) -> ClusterDescription:
-    """Describe the live cluster. GPUs are looked at on the nodes that have them, since the driver may have none."""
+    """Describe the live cluster. GPUs are inspected on the nodes that have them, since the driver may have none."""
     with connected(address):
         alive = [node for node in ray.nodes() if node["Alive"]]
         gpus = _probe_gpus([node for node in alive if node["Resources"].get("GPU", 0) >= 1])

@@ -1,8 +1,8 @@
-"""The exchange: where Tune's thin trials bring their branches, and gangs take them up.
+"""The exchange: Tune's thin trials submit their branches here, and gangs train them.
 
-One actor. It owns the gangs, the queue between trials and gangs, and the ledger. An assignment is in exactly one
-place: in the queue, or with one gang (`supervisor.py`), alone or in a group, being run or being written. A result is
-recorded and answered once its rung is on disk.
+It is one actor, which owns the gangs, the queue between trials and gangs, and the ledger. An assignment is in exactly one
+place: in the queue, or with one gang (`supervisor.py`), alone or in a group, being run or being written. A result is recorded
+and answered once its rung is on disk.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from orchestrator.work.trial import TrialSpec
 
 
 class Exchange:
-    """Runs inside one Ray actor (`ray.remote(Exchange)`), on its asyncio loop."""
+    """The actor's class (`ray.remote(Exchange)`), which runs on the actor's asyncio loop."""
 
     def __init__(self, orders: Orders, clock: Callable[[], float] = time.monotonic) -> None:
         self._orders = orders
@@ -70,14 +70,14 @@ class Exchange:
         )
 
     async def open(self) -> None:
-        """Make the gangs ready to start; they do when the first work comes, for a finished search needs none."""
+        """Prepare the gangs. They start with the first work, since a finished search needs none."""
         if not is_spent(self._meter.used_hours, self._orders.max_gpu_hours):
             lifted = self._ledger.lift_bounds()
             if lifted:
                 self._emit("hours_raised", f"more GPU-hours are available: {', '.join(lifted)} continue", trial_ids=lifted)
         for entry in self._ledger.entries():
             self._emit_trial(entry.trial.trial_id)
-            # A driver that was killed may have left some behind; what is clean already costs a look.
+            # A killed driver may have left optimizer states behind; checking a clean checkpoint again is cheap.
             self._cleaner.drop_optimizer_states(entry.results if entry.ended_for_good else entry.results[:-1])
         self._cleaner.start()
         self._meter.open()
@@ -91,10 +91,10 @@ class Exchange:
             self._serving.append(asyncio.create_task(self._serve(supervisor)))
 
     async def advance(self, trial: TrialSpec, selection: LayerSelection, option: int | None, rung: int, stop_step: int) -> Answer:
-        """Carry a trial to a rung, or answer from the ledger where that has been done.
+        """Train a trial to a rung, or answer from the ledger if that has been done.
 
         Args:
-            selection: What learns.
+            selection: The trainable weights.
             option: Index in the plan's options; None for a control.
             rung: 0, 1, ...; the rung before must have been reached.
             stop_step: The rung's step.
@@ -121,7 +121,7 @@ class Exchange:
         return self._answer(known, ended=over or known.state == "failed")
 
     async def carry(self, trial: TrialSpec, selection: LayerSelection, stops: tuple[int, ...]) -> Answer:
-        """Carry a control from rung to rung, to its end; its last answer.
+        """Train a control from rung to rung to its end, and return the last answer.
 
         Args:
             stops: The step at which each rung ends.
@@ -184,6 +184,7 @@ class Exchange:
             serving.cancel()
         await asyncio.gather(*self._serving, return_exceptions=True)
         await asyncio.gather(*(supervisor.written() for supervisor in self._supervisors), return_exceptions=True)
+        # All at once: each gang waits for its own processes.
         await asyncio.gather(*(supervisor.gang.close() for supervisor in self._supervisors))
         self._meter.close()
         await self._cleaner.close()
@@ -233,7 +234,7 @@ class Exchange:
             await self.finish(entry.trial.trial_id, "stopped", reason)
 
     def _hold_back(self, trial: TrialSpec) -> Answer:
-        """End a trial for want of hours, so that another submission with more of them can go on with it."""
+        """Stop a trial because the GPU-hours are spent, so that a submission with more hours can continue it."""
         reason = self._allowance.reason
         self._ledger.end(trial.trial_id, "stopped", reason, for_want_of_hours=True)
         self._emit_trial(trial.trial_id)
@@ -243,7 +244,7 @@ class Exchange:
         return self._answer(entry.results[-1], ended=True).model_copy(update={"state": "stopped", "reason": reason})
 
     async def _serve(self, supervisor: Supervisor) -> None:
-        """Serve one gang to its end; one that cannot go on is reported, never lost in silence."""
+        """Serve one gang to its end, and report one that fails: none is lost silently."""
         gang = supervisor.gang
         try:
             await self._needed.wait()
@@ -253,20 +254,20 @@ class Exchange:
             gang.pids = ()
             try:
                 gang.kill()
-            finally:  # what it was writing goes back to the queue before that is looked through
+            finally:  # unwritten work returns to the queue before the queue is cleared
                 with contextlib.suppress(Exception):
                     await supervisor.written()
                 self._queue.lose_gang()
                 self._give_up(error)
 
     def _settle(self, work: QueuedWork, result: WorkResult) -> None:
-        """Record a result, then answer whoever waits for it."""
+        """Record a result, then answer the call that waits for it."""
         if not isinstance(result, RungResult):
             work.answer(result)
             return
         try:
             self._record(result)
-        except Exception as error:  # a full disk, say: whoever waits must hear of it
+        except Exception as error:  # a full disk, say: the waiting call must fail, or it would wait forever
             work.fail(error)
             return
         work.answer(result)
@@ -284,7 +285,7 @@ class Exchange:
         for note in result.notes:
             self._emit("trial_note", f"{result.trial_id}: {note}", trial_id=result.trial_id, rung=result.rung)
         self._emit_trial(result.trial_id)
-        said = self._first_steps.hear(entry.option, result)
+        said = self._first_steps.add(entry.option, result)
         if said:
             self._emit(**said)
 
@@ -294,7 +295,7 @@ class Exchange:
         return answer_of([*before, result], base_result(self._ledger), self._orders.scoring, ended=ended)
 
     def _give_up(self, error: BaseException) -> None:
-        """No gang can be started: everybody who waits must hear of it."""
+        """Fail all waiting calls if no gang is left that could serve them."""
         if any(not task.done() for task in self._serving if task is not asyncio.current_task()):
             return
         self._broken = TrainingError(
@@ -304,6 +305,7 @@ class Exchange:
             work.fail(self._broken)
 
     def _emit(self, kind: str, message: str, **fields: object) -> None:
+        # Kept for the whole run: a watcher that lost an answer asks again from the number that it has.
         self._news.append({"kind": kind, "message": message, **fields})
 
     def _emit_trial(self, trial_id: str) -> None:

@@ -23,7 +23,7 @@ ACTORS = {
 
 @contextlib.contextmanager
 def in_plain_words(run_folder: Path) -> Iterator[None]:
-    """Have whatever Ray raises in the block be one of our errors, in a line or two.
+    """Convert errors of Ray raised in the block into our own, of one or two lines.
 
     Raises:
         TrainingError: instead of an error of Ray's.
@@ -42,7 +42,7 @@ def cause_of(error: BaseException, run_folder: Path | None = None) -> Orchestrat
     """Return our own error that an error of Ray's wraps; if it wraps none, a new one that describes the failure."""
     chain = [error]
     while isinstance(inner := getattr(chain[-1], "cause", None), BaseException) and inner not in chain:
-        chain.append(inner)  # an error of a task is of the kind of its cause, and prints a traceback
+        chain.append(inner)  # Ray wraps a task's error in one that also inherits its class, and prints a remote traceback
     own = next((each for each in reversed(chain) if isinstance(each, OrchestratorError)), None)
     if own is not None:
         return own

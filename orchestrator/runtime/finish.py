@@ -92,9 +92,9 @@ class Controls:
     artifacts: dict[str, str]
     """Checkpoint by control."""
     left_out: tuple[str, ...] = ()
-    """For each requested control that is missing, the reason."""
+    """The reason for each requested control that is missing."""
     repeat_seeds: Mapping[str, int] = field(default_factory=dict[str, int])
-    """Seed of each artifact that is the same training from another seed."""
+    """The seed of each artifact that repeats the training from another seed."""
     failed_seeds: int = 0
     """Number of other seeds from which the same training failed."""
 
@@ -187,6 +187,7 @@ def _bundle(prepared: Prepared, inputs: BundleInputs) -> TransferReport:
     task = remote.options(
         num_cpus=resources["CPU"],
         num_gpus=resources.get("GPU", 0),
+        # `run_task` restarts the task itself, and reports why; Ray would do it silently.
         max_retries=0,
         runtime_env={"env_vars": worker_env(execution)},
     )

@@ -1,4 +1,4 @@
-"""Detect processes that hang: those that are stopped, and those that have made no progress for too long.
+"""Detect processes that hang, stopped ones and those that have made no progress for too long, and end them on their nodes.
 
 The limit comes from the process's own history: a multiple of the longest time that a part of the same phase has taken. Without
 a history (loading, compiling, a first step) it is minutes, since these can legitimately take that long.
@@ -6,11 +6,20 @@ a history (loading, compiling, a first step) it is minutes, since these can legi
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import socket
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.errors import UsageError
 from orchestrator.train.heartbeat import Heartbeat
@@ -117,6 +126,7 @@ class HangDetector:
     def tick(self) -> None:
         """Discount the time since the last call beyond ten polls; to be called every POLL_S."""
         now = self.clock()
+        # Ten polls of tolerance, since asking the nodes delays a tick without anything being wrong.
         missed = 0.0 if self._looked_at is None else now - self._looked_at - 10 * POLL_S
         if missed > 0:
             for each in self._watched.values():
@@ -133,10 +143,11 @@ class HangDetector:
         """Return the silent processes that are stopped, each with a message.
 
         Args:
-            states: Kernel states by process; see `processes.states_of`.
+            states: Kernel states by process; see `states_of`.
         """
         now, found = self.clock(), dict[ProcessId, str]()
         for each in self._watched.values():
+            # `t`: stopped by a tracer, a debugger. A process that merely computes, or waits for a disk, is R, S or D.
             if states.get(each.process) in ("T", "t"):
                 found[each.process] = (
                     f"{each.process} is stopped (SIGSTOP, or a debugger): no answer for {now - each.answered_at:.0f} s "
@@ -157,6 +168,7 @@ class HangDetector:
         return found
 
     def _bound(self, heartbeat: Heartbeat) -> float:
+        # A process that replaces another one is judged by its predecessor's history too.
         longest = max(heartbeat.longest_s if heartbeat.is_steady else 0.0, self._history.get(heartbeat.phase, 0.0))
         floor = self.timeouts.steady_s if longest and heartbeat.is_steady else self.timeouts.opening_s
         return max(floor, self.timeouts.factor * longest)
@@ -164,3 +176,70 @@ class HangDetector:
 
 def _doing(heartbeat: Heartbeat) -> str:
     return f"{heartbeat.phase}, after step {heartbeat.step}" if heartbeat.step else heartbeat.phase
+
+
+NODE_S = 20.0
+"""Seconds that a node may take to answer."""
+
+
+def own_process(rank: int = 0) -> ProcessId:
+    """Return the identity of the calling process."""
+    host, pid = socket.gethostname(), os.getpid()
+    return ProcessId(rank, host, ray.get_runtime_context().get_node_id(), pid, stat_of(pid)[1])
+
+
+def states_of(processes: Iterable[ProcessId]) -> dict[ProcessId, str]:
+    """Return each one's state letter (`T`: stopped; empty: gone), without those whose node does not answer."""
+    return dict(_asked(_states, processes))
+
+
+def end_processes(processes: Iterable[ProcessId]) -> None:
+    """Send SIGKILL, which ends a stopped process too; skip those that are gone or whose node does not answer."""
+    _asked(_end, processes)
+
+
+def _asked(what: Any, processes: Iterable[ProcessId]) -> list[tuple[ProcessId, str]]:
+    """Call a function about the processes of each node on that node, and return its answers."""
+    by_node: dict[str, list[ProcessId]] = defaultdict(list)
+    for process in processes:
+        by_node[process.node_id].append(process)
+    here = ray.get_runtime_context().get_node_id()
+    answers = [(by_node[here], what(by_node[here]))] if here in by_node else []
+    for node, there in by_node.items():
+        if node != here:
+            with contextlib.suppress(RayError):  # a node that is gone has no processes
+                answers.append((there, ray.get(_on(node, what, there), timeout=NODE_S)))
+    return [pair for there, said in answers for pair in zip(there, said, strict=True)]
+
+
+def _on(node_id: str, what: Any, processes: Sequence[ProcessId]) -> Any:
+    place = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    # No CPUs: on a full node the task would wait for the very processes that it is to end.
+    return ray.remote(what).options(scheduling_strategy=place, num_cpus=0, max_retries=0).remote(processes)
+
+
+def _states(processes: Sequence[ProcessId]) -> list[str]:
+    return [_state(process) for process in processes]
+
+
+def _end(processes: Sequence[ProcessId]) -> list[str]:
+    for process in processes:
+        if _state(process):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+    return [""] * len(processes)
+
+
+def _state(process: ProcessId) -> str:
+    """Return the state letter; empty if the process is gone, also if another process has its pid now."""
+    state, started_at = stat_of(process.pid)
+    return state if started_at == process.started_at and state != "Z" else ""
+
+
+def stat_of(pid: int) -> tuple[str, int]:
+    """Return state and start time from /proc/PID/stat (proc(5): fields 3 and 22, counted after the name in parentheses)."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "", -1
+    return fields[0], int(fields[19])

@@ -80,7 +80,7 @@ class Step(ABC, Generic[Finding]):
         """Return what follows from the measurement.
 
         Raises:
-            TrainingError: it failed, and the run cannot go on without.
+            TrainingError: it failed, and the run cannot continue without it.
         """
 
     @abstractmethod
@@ -95,7 +95,7 @@ def measure_once(step: Step[Finding], view: RunView, measure: Measure) -> Prepar
     """Return the run with one more thing known: from disk, else from the plan, else measured; recorded and planned with.
 
     Raises:
-        TrainingError: the measurement failed, and the run cannot go on without.
+        TrainingError: the measurement failed, and the run cannot continue without it.
     """
     prepared = step.prepared
     known = step.known()
@@ -304,7 +304,8 @@ class TargetShift(Step[DomainShift]):
     """Measures the distance between the target and the retention set, which orders the first proposals.
 
     Without a retention set there is no measurement: a small number of examples still orders the proposals, a larger one changes
-    nothing."""
+    nothing.
+    """
 
     @property
     def file(self) -> Path:

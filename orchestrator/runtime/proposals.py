@@ -39,11 +39,11 @@ class Known:
 def propose(search: SearchPlan, seed: int, number: int, known: Sequence[Known], pending: Sequence[Proposal] = ()) -> Proposal:
     """Return the proposal of this number.
 
-    `fixed` takes the spec's points in their order. `grid` walks log-spaced rates of every option. `random` draws an option
+    `fixed` takes the spec's points in order. `grid` walks log-spaced rates of every option. `random` draws an option
     and a log-uniform rate. `optuna` first visits every option once, those with the highest scores first where the blocks
-    were scored, with rates spread evenly over its range (so that no layer policy is left untried by chance), then asks
-    Optuna's TPE sampler (Bergstra et al. 2011) with all that is known. What is `pending`, proposed without a score yet,
-    counts as bad there ("constant liar"): proposals made at one time keep away from each other.
+    were scored, with rates spread evenly over its range (so that no layer policy is left untried by chance), then asks Optuna's
+    TPE sampler (Bergstra et al. 2011) with all known results. A `pending` proposal, which has no score yet, counts as bad there
+    ("constant liar"), so that simultaneous proposals differ.
     """
     if search.algorithm == "fixed":
         point = search.points[number]
@@ -94,10 +94,10 @@ def _order(search: SearchPlan, seed: int) -> list[int]:
     """Return every option once: first those that the domain shift advises, among these first those whose blocks have the
     largest share of the summed scores; ties in a seeded order.
 
-    So a choice of blocks stands before its parts, and what trains no block comes last. Without scores all are equals. Where
-    the target lies near, more blocks come before fewer; where it lies far or examples are few, what leaves the most blocks frozen
-    below comes first, the head before any block, and of these fewer blocks before more; of equals LoRA before full where
-    examples are few, since it has fewer numbers to learn.
+    So a choice of blocks comes before its subsets, and an option that trains no block comes last. Without scores all are equal.
+    If the target lies near, more blocks come before fewer. If it lies far or examples are few, the option with the most frozen
+    blocks below comes first (the head before any block), and among these fewer blocks before more. Ties go to LoRA before full
+    fine-tuning if examples are few, since it trains fewer parameters.
     """
     shares = search.shares or (0.0,) * len(search.options)
 

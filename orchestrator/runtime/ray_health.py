@@ -1,4 +1,4 @@
-"""Looking after Ray itself while a run goes on.
+"""A guard of Ray's own processes during a run.
 
 Where a part of Ray dies that the driver hangs on, Ray ends the driver without a word of ours, or leaves it waiting. So a
 thread looks whether the node manager (raylet) and the control store (GCS) answer, says what is gone and ends the run before
@@ -21,8 +21,7 @@ import ray
 from orchestrator.errors import TrainingError
 from orchestrator.run.layout import RunFolder
 from orchestrator.runtime.failures import GO_ON
-from orchestrator.runtime.hang_detection import POLL_S, HangTimeouts
-from orchestrator.runtime.processes import stat_of
+from orchestrator.runtime.hang_detection import POLL_S, HangTimeouts, stat_of
 from orchestrator.store import append_jsonl, unreachable
 
 RAYLET_S = 3.0
@@ -38,7 +37,7 @@ MACHINERY = 4
 
 
 class Guard:
-    """A thread of the driver.
+    """A thread of the driver that checks Ray's node manager and control store.
 
     Args:
         run_folder: Named in the message.
@@ -111,15 +110,18 @@ class Guard:
         """End this process and those it has started, before Ray does: no call to Ray would return any more."""
         error = TrainingError(what, where=str(self._folder), remedy=GO_ON)
         self._record("ray_died", what)
+        # By pid and start time: a pid alone may name another process by now.
         for pid, started_at in self._known:
             if stat_of(pid)[1] == started_at:
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
         with contextlib.suppress(OSError, ValueError):  # the reader may be gone
             sys.stdout.flush()
+        # A progress display hides the cursor, and nothing will run that shows it again.
         show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
         with contextlib.suppress(OSError):
             os.write(2, f"{show_cursor}\nerror: {error}\n".encode())
+        # `sys.exit` would end this thread only, and Ray's exit handlers would wait for the parts that are gone.
         os._exit(MACHINERY)
 
 

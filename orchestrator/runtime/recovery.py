@@ -1,7 +1,7 @@
-"""Before a run continues, its damaged records and checkpoints are set aside, each with an event.
+"""Set aside the damaged records and checkpoints of a run before it continues, each with an event.
 
-A damaged file is renamed to `<name>.damaged-<n>`. What depended on it is done again: a rung is trained from the last whole one
-before it, a figure is measured again, the plan is made again.
+A damaged file is renamed to `<name>.damaged-<n>`. Whatever depended on it is repeated: a rung is trained from the last complete
+one before it, a figure is measured again, the plan is made again.
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ class _Repair:
                 result = read_record(file, RungResult)
                 lost = self._check_checkpoint(folder, trial, result, plan) if with_checkpoints else False
                 self._count(trial, result)
+            # Later rungs were trained from the damaged one.
             if lost:
                 self._drop_from(folder, rung_number(file))
                 return
@@ -128,6 +129,7 @@ class _Repair:
 
     def restore_hours(self) -> None:
         if _was_set_aside(self._run.hours) and not self._run.hours.exists():
+            # The larger of two lower bounds: the bound on GPU-hours must not be exceeded because a record was lost.
             used = max(self._hours, self._seconds / 3600)
             write_json(self._run.hours, HoursRecord(used=used))
 

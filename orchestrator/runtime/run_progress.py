@@ -145,6 +145,7 @@ class ProgressReporter:
             if time.monotonic() - self._written >= WRITE_S:
                 self._write(now)
             with self._lock:
+                # Asking took a moment: what belongs to a phase that has ended meanwhile is not shown.
                 if not self._over.is_set() and now.phase == self._phase:
                     self._view.progress(now)
 

@@ -1,7 +1,7 @@
-"""The search: Tune decides which trial goes on, gangs do the work.
+"""The search: Tune decides which trial continues, gangs do the work.
 
 A Tune trial here is thin: it asks the exchange to carry its branch to the next rung, awaits the answer, and
-reports it. It holds no GPU and no core, and stands beside the driver: a worker node that is lost takes its gang alone.
+reports it. It holds no GPU and no core, and runs on the driver's node: a lost worker node takes only its gang with it.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ from orchestrator.work.trial import TrialSpec
 MAX_RESTARTS = 1
 """Restarts by Tune of a thin trial that failed by itself: its finished rungs are answered from the ledger. If the exchange is
 gone, each restart wastes seconds."""
+# Tune refuses trials without resources. Every node has 1.0 of a resource of its own address, so this allows 10,000 of them.
 SHARE_OF_NODE = 1e-4
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
 """Environment variables that `ray.tune.execution.class_cache` passes on."""
 
 
 class RecordedSearch(Searcher):
-    """Tune's search algorithm: what stands in the record is proposed again first, then `propose` goes on.
+    """Tune's search algorithm: recorded trials are proposed again first, then those of `propose`.
 
     Recorded trials cost nothing, since the exchange answers them from the ledger; they fill the scheduler's rungs
     and the sampler's memory. With `in_batches`, proposals wait for the whole batch before them, so that they do not
@@ -72,7 +73,7 @@ class RecordedSearch(Searcher):
         if entry is not None and entry.option is not None:
             proposal, trial = Proposal(entry.option, entry.trial.learning_rate), entry.trial
         elif self._is_over():
-            return cast("dict[str, Any]", Searcher.FINISHED)  # a word that Tune knows
+            return cast("dict[str, Any]", Searcher.FINISHED)  # Tune's own sentinel
         else:
             proposal = propose(self._search, self._seed, number, self._known_to(number), self._pending_at(number))
             trial = make_trial(self._plan, self._search.options[proposal.option], proposal.learning_rate, number, self._seed)
@@ -106,7 +107,7 @@ class RecordedSearch(Searcher):
 
 
 def thin_trial(config: dict[str, Any], exchange: Any, plan: SweepPlan) -> None:
-    """Carry one trial from rung to rung, for as long as the scheduler lets it."""
+    """Take one trial from rung to rung until the scheduler stops it."""
     trial = TrialSpec.model_validate(config["trial"])
     option = plan.search.options[config["option"]]
     for rung, stop_step in enumerate(plan.search.rung_steps):
@@ -147,6 +148,7 @@ def run_search(plan: SweepPlan, exchange: Any, recorded: list[TrialEntry], folde
         folder: Where Tune keeps its own experiment.
     """
     search = plan.search
+    # Tune's newer output writes tables to the terminal beside the run's own progress.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     # Tune's own handler makes an interrupted search look finished.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
@@ -163,21 +165,24 @@ def run_search(plan: SweepPlan, exchange: Any, recorded: list[TrialEntry], folde
             ),
             scheduler=_scheduler(plan),
             max_concurrent_trials=search.concurrent_trials,
+            # Starting a process for each of 16 trials took 33 s on two cores, and reusing four of them 7 s.
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(
             name="search",
             storage_path=str(folder),
             verbose=0,
+            # A trial that ASHA stops is not told: the callback follows its last report by milliseconds, and frees the gang's
+            # place.
             callbacks=[EndOfTrial(exchange, _last_pace(plan))],
             failure_config=tune.FailureConfig(max_failures=MAX_RESTARTS),
         ),
     )
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what is wrong is said by us, once, without forty lines of trace
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # we report the error once, without forty lines of traceback
     with _without_credentials():
         results = tuner.fit()
     if results.num_errors:
-        # A trial's own failure is a result; what raises here is the machinery, and nothing was written down as failed.
+        # A trial's own failure is a result. An error here is one of Tune, Ray or the exchange: no trial is recorded as failed.
         raise cause_of(results.errors[0])
 
 
@@ -189,8 +194,8 @@ def _beside_the_driver() -> tune.PlacementGroupFactory:
 
 @contextlib.contextmanager
 def _without_credentials() -> Iterator[None]:
-    """Have Tune see no credentials of object stores: it would copy them into each trial's runtime environment, which Ray logs
-    for everybody to read. A thin trial needs none."""
+    """Hide the credentials of object stores from Tune, which would copy them into each trial's runtime environment, and Ray
+    logs that in plain text. A thin trial needs none."""
     held = {name: os.environ.pop(name) for name in CREDENTIALS if name in os.environ}
     try:
         yield

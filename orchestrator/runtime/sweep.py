@@ -37,7 +37,7 @@ from orchestrator.transfer.run_view import RunView
 
 
 def run_sweep(loaded: LoadedSpec, *, view: RunView, address: str | None = None, output: Path | None = None) -> RunOutcome:
-    """Run a sweep to its end, or go on with one that was interrupted, or show one that is finished.
+    """Run a sweep to its end, continue an interrupted one, or show a finished one.
 
     Args:
         view: Whoever watches.
@@ -53,9 +53,9 @@ def run_sweep(loaded: LoadedSpec, *, view: RunView, address: str | None = None, 
         run = stack.enter_context(open_run(loaded, "sweep", output, view))
         stack.enter_context(in_plain_words(run.path))
         finished = _finished(run, loaded)
-        stands = finished is not None and run.plan.exists()
-        view = stack.enter_context(ProgressReporter(view, None if stands else run.path))
-        prepared = prepare(loaded, "sweep", run, view, None if stands else joins(stack, address, run.path))
+        is_finished = finished is not None and run.plan.exists()
+        view = stack.enter_context(ProgressReporter(view, None if is_finished else run.path))
+        prepared = prepare(loaded, "sweep", run, view, None if is_finished else joins(stack, address, run.path))
         if finished is not None:
             return finished
         prepared, sweep = _search(prepared, view, started_at)
@@ -99,10 +99,10 @@ def _search(prepared: Prepared, view: ProgressReporter, started_at: float) -> tu
     with _exchange(prepared) as exchange, Watcher(exchange, view, prepared.run) as watcher, view.watching(watcher.look):
         view.phase("gangs", f"{plan.num_gangs} worker group(s) of {ranks_text(plan.execution.ranks)}")
         base = submit(exchange, *none_control(plan, prepared.anatomy, seed), [0])
-        untouched = wait_for(exchange, "none", base)
-        if untouched.state == "failed":
+        base_answer = wait_for(exchange, "none", base)
+        if base_answer.state == "failed":
             raise TrainingError(
-                f"the base model could not be evaluated: {untouched.reason}",
+                f"the base model could not be evaluated: {base_answer.reason}",
                 remedy="fix the reported error and submit the same spec again: it is evaluated again",
             )
         ledger = prepared.run.ledger
@@ -168,11 +168,12 @@ def _exchange(prepared: Prepared) -> Iterator[Any]:
     )
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor: Any = ray.remote(Exchange)
+    # Every trial waits in a call of its own, and the watcher and the driver call beside them: none must queue behind another.
     exchange = actor.options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here).remote(orders)
     try:
         fetch(exchange.open.remote())
         yield exchange
     finally:
-        with contextlib.suppress(RayError):  # what went wrong before is what the user must hear of
+        with contextlib.suppress(RayError):  # the first error is the one to report
             fetch(exchange.close.remote(), 60)
         ray.kill(exchange)

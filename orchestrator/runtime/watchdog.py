@@ -16,8 +16,15 @@ from orchestrator.errors import TrainingError
 from orchestrator.run.directory import RunDirectory
 from orchestrator.runtime.cluster import fetch
 from orchestrator.runtime.failures import GO_ON, describe
-from orchestrator.runtime.hang_detection import POLL_S, HangDetector, HangTimeouts, ProcessId
-from orchestrator.runtime.processes import end_processes, own_process, states_of
+from orchestrator.runtime.hang_detection import (
+    POLL_S,
+    HangDetector,
+    HangTimeouts,
+    ProcessId,
+    end_processes,
+    own_process,
+    states_of,
+)
 from orchestrator.train import heartbeat
 from orchestrator.train.heartbeat import Heartbeat
 
@@ -49,6 +56,7 @@ def send_heartbeats(board: Any, rank: int) -> None:
         while True:
             number += 1
             try:
+                # Not awaited: a slow board must not hold up the process; the next heartbeat replaces this one.
                 board.note.remote(process, number, heartbeat.look())
             except Exception:  # Ray is ending, and with it this process
                 return
@@ -80,6 +88,7 @@ class Watchdog:
         """The messages about the processes that were ended."""
 
     def __enter__(self) -> Watchdog:
+        # On the driver's node: the board must not be lost with a node that only trains.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor: Any = ray.remote(HeartbeatBoard)
         self.board = actor.options(num_cpus=0, scheduling_strategy=here).remote()
@@ -99,6 +108,7 @@ class Watchdog:
 
     def _look(self) -> None:
         for process, (number, found) in fetch(self.board.read.remote(), 10).items():
+            # The board returns the last note again and again; only a new number is a sign of life.
             if self._numbers.get(process) != number:
                 self._numbers[process] = number
                 self._detector.record(ProcessId(*process), Heartbeat(*found))
@@ -106,6 +116,7 @@ class Watchdog:
         states = states_of(self._detector.silent())
         self._detector.forget(process for process, state in states.items() if not state)
         found = self._detector.stopped(states) or (self._detector.hung() if self._progress else {})
+        # Not after the block has ended: its processes end by themselves then, and silence is no hang.
         if found and not self._closed.is_set():
             end_processes(found)
             self._detector.forget(found)

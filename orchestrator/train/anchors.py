@@ -85,8 +85,10 @@ class ElementAnchor:
             return
         importance = self._importances.get(id(master))
         if importance is None:
+            # The minimum of |w - v|^2 / 2 + reach |w - start|^2 / 2 over w, from v: the proximal step.
             master.lerp_(start, reach / (1.0 + reach))
             return
+        # In pieces, since the shares of all weights would be a temporary tensor as large as the master.
         pieces = (whole.view(-1).split(CHUNK) for whole in (master, start, importance))
         for part, to, each in zip(*pieces, strict=True):
             share = each * reach

@@ -74,6 +74,7 @@ class HostContext:
         """
         if plan is None:
             return 0.0
+        # Only the blocks are run, but an objective needs a head: the base's own.
         head = self.base.model.get_submodule(head_name(self.base).rpartition(".")[0])
         objective = objective_of(self.base, head)
         with forward_ready(objective, self.execution):

@@ -89,16 +89,19 @@ def evaluate_trials(
     try:
         for batch in rows.batches(data, np.arange(len(data))):
             tensors = repeated(to_tensors(batch, ranks.device, trunk), num_trials)
+            # Each trial's copy of a document gets a number of its own, so that one addition serves all trials.
             first = torch.arange(num_trials, device=ranks.device).repeat_interleave(len(batch.lengths)) * len(data)
             tensors["document_ids"] = tensors["document_ids"] + first[:, None]
             scored = objective(**tensors, each=True)
             owners = scored.document_ids.cpu().numpy()
+            # Unbuffered: a document has many tokens, and `sums[owners] += ...` would keep only the last of them.
             np.add.at(sums, owners, scored.losses.double().cpu().numpy())
             np.add.at(tokens, owners, 1)
             predictions[owners] = scored.predictions.cpu().numpy()
             np.add.at(missed, owners, (scored.predictions != scored.targets).cpu().numpy())
     finally:
         objective.train(was_training)
+    # Not a steady phase: the others may have longer documents, and waiting for them is no hang.
     heartbeat.enter("waiting for the other ranks")
     parts = ranks.gather((sums, tokens, predictions, missed))
     whole = [np.sum([part[i] for part in parts], axis=0).reshape(num_trials, len(data)) for i in range(4)]
@@ -186,6 +189,7 @@ def _summarise(
     loss = float(sums.sum() / tokens.sum())
     if (data.labels >= 0).any():
         return Evaluation(loss, sums, tokens, {"loss": loss} | _class_metrics(predictions, data.labels), predictions)
+    # exp(710) overflows a float64.
     metrics = {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
     return Evaluation(loss, sums, tokens, metrics, num_missed=missed)
 

@@ -59,6 +59,7 @@ def generate_answers(
     """
     pairs = [prompt_and_answer(data, index) for index in range(len(data))]
     longest = max(len(answer) for _, answer in pairs) + SPARE_TOKENS
+    # Prompts of like length share a batch: padding is computed, too. The index makes the order the same on every rank.
     by_length = sorted(range(len(pairs)), key=lambda index: (len(pairs[index][0]), index))
     batches = [by_length[start : start + rows] for start in range(0, len(by_length), rows)]
     num_rounds = -(-len(batches) // ranks.count)
@@ -66,6 +67,7 @@ def generate_answers(
     mine: dict[int, str] = {}
     for turn in range(num_rounds):
         number = turn * ranks.count + ranks.rank
+        # Under ZeRO-3 a rank without a batch repeats the first one, since the others gather weights with it at every pass.
         documents = batches[number] if number < len(batches) else batches[0] if synced else []
         if documents:
             prompts = [pairs[index][0] for index in documents]
@@ -73,6 +75,7 @@ def generate_answers(
             mine |= dict(zip(documents, texts, strict=True))
     heartbeat.enter("waiting for the other ranks")  # their answers may be much longer
     found: dict[int, str] = {}
+    # Reversed, so that rank 0's text counts for documents that a padding round has repeated.
     for part in reversed(ranks.gather(mine)):
         found |= part
     return [found[index] for index in range(len(pairs))]

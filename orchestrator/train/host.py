@@ -47,6 +47,7 @@ class TrainHost:
         """Number of pieces of work that were run before."""
         self._news: list[str] = []
         """Notes for the next result."""
+        # The base lives as long as the process. Frozen, it is left out of the many collections between trials.
         gc.collect()
         gc.freeze()
 
@@ -75,6 +76,7 @@ class TrainHost:
             BaseError: the base cannot be loaded.
         """
         heartbeat.enter("loading the base")
+        # Before the process group exists: see `load_deepspeed`.
         if execution.executor == "deepspeed":
             deepspeed_engine.load_deepspeed(execution.device)
         return cls(base, anatomy, execution, join_gang(execution, rank, world_size, init_method))
@@ -125,6 +127,7 @@ class TrainHost:
         try:
             self.context.open_trunk(work.trunk, work.data, notes.append)
             self._check_gang(work.execution)
+            # Opening the trunk may have entered a phase of its own.
             heartbeat.enter("preparing")
             found = run_within_memory(self.context, attempt, work.execution, notes)
             result = MeasurementResult(work_id=work.work_id, found=found)
@@ -171,6 +174,7 @@ class TrainHost:
         """Leave the gang, once everything that it made is on disk."""
         self.context.saver.close()
         self.context.trunk.close()
+        # What was frozen may hold the process group, whose threads have to end before Python does: see `leave_gang`.
         gc.unfreeze()
         leave_gang()
 

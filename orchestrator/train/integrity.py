@@ -47,6 +47,7 @@ def changed_base(model: nn.Module, reference: Mapping[str, str], names: frozense
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, parameter in model.named_parameters():
+        # A LoRA layer wraps the base's layer, and renames its weight.
         yield name.replace(".base_layer.", "."), parameter
 
 
@@ -71,6 +72,7 @@ def tensor_hash(tensor: torch.Tensor) -> str:
     digest = hashlib.blake2b(f"{tensor.dtype}:{tuple(tensor.shape)}".encode(), digest_size=16)
     flat = tensor.detach().contiguous().reshape(-1)
     if flat.numel():
+        # In chunks, so that a GPU's tensors need no second copy in host memory. As bytes, since numpy has no bfloat16.
         for chunk in flat.view(torch.uint8).split(CHUNK_BYTES):
             digest.update(chunk.cpu().numpy().data)
     return digest.hexdigest()
@@ -86,7 +88,7 @@ def tensors_of(model: nn.Module, except_for: Collection[str] = ()) -> Iterator[t
 
     Args:
         model: Any module. Names inside a LoRA layer are those of the layer that it wraps.
-        except_for: Names to leave out (what learns).
+        except_for: Names to leave out (the trainable weights).
     """
     for full_name, parameter in model.named_parameters():
         name = full_name.replace(".base_layer.", ".")

@@ -104,6 +104,7 @@ class EngineRounds:
         loss_sum = torch.zeros((), dtype=torch.float64)
         for batch in step.micro_batches:
             loss = self._engine.loss({name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()})
+            # In float64, so that the rounding of many rounds does not show in the reported loss.
             loss_sum += loss.detach().double().cpu()
             self._engine.backward(loss, 1.0 / supervised)
         return loss_sum.reshape(1)
@@ -148,10 +149,11 @@ def train_steps(trials: Sequence[LoopTrial], rounds: Rounds, steps: Iterator[Ste
     ranks with unequal shares are weighted correctly. In classification a document counts as one token.
 
     Args:
-        trials: All at the step before the first of `steps`, in the order of `rounds`. Their states are advanced. One that
+        trials: The trials, all at the step before the first of `steps`, in the order of
+            `rounds`. Their states are advanced. One that
             fails takes no more steps; its rows stay in the batch and change no other trial's numbers.
-        rounds: How a step is computed.
-        steps: This rank's share of each.
+        rounds: The computation of a step.
+        steps: This rank's share of each step.
         ranks: This process among those that train together.
 
     Raises:
@@ -159,6 +161,7 @@ def train_steps(trials: Sequence[LoopTrial], rounds: Rounds, steps: Iterator[Ste
     """
     started = time.perf_counter()
     for step in steps:
+        # The denominator of the loss comes before the forward passes, since every round's gradient is scaled by it.
         tokens, supervised = (int(count) for count in ranks.sum([step.num_tokens, step.num_supervised]))
         first = trials[0]
         if first.trial.adapter.dropout:  # such a trial shares no batch
@@ -215,6 +218,7 @@ def _losses(rounds: Rounds, step: StepInput, supervised: int, ranks: Ranks, num_
         if not is_out_of_memory(error) or (ranks.count > 1 and rounds.communicates):
             raise
         out_of_memory = error
+    # One collective for losses and for the news of a failure: no rank can leave the step alone.
     *totals, num_out = ranks.sum([*sums, float(out_of_memory is not None)])
     if num_out:
         raise OutOfMemoryError(

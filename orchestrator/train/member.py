@@ -160,8 +160,10 @@ def open_member(setup: SessionSetup, outcome: TrialOutcome[TrainRung], branch: B
             start.resume(engine, setup.context.ranks)
         elif start is not None:
             _load_weights(branch, start.folder, setup.execution)
+            # The engine copied its master weights before the checkpoint's weights were loaded.
             engine.refresh_masters()
     except BaseException:
+        # The session closes members that it was given; this one never reaches it.
         engine.close()
         raise
     outcome.state = start.state if start is not None else LoopState()
@@ -179,6 +181,7 @@ def _start_point(setup: SessionSetup, outcome: TrialOutcome[TrainRung], branch: 
     remembered = saver.find(start, seed=seed, layout=layout)
     if remembered is not None:
         return remembered
+    # The trial's last checkpoint may still be in the queue of the writing thread.
     saver.settle(folder)
     wanted = Wanted(seed, layout, owner_of(work), lambda found: misfit(branch, found))
     return open_checkpoint(start, folder, setup.context.ranks, wanted, note=outcome.notes.append)

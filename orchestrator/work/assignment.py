@@ -65,7 +65,7 @@ class TrialWork(GangWork):
 
     @property
     def work_id(self) -> str:
-        """The name of the work in events and results."""
+        """Return the name of the work in events and results."""
         return self.trial.trial_id
 
     @property
@@ -93,7 +93,7 @@ class TrainRung(TrialWork):
     """Folder of the rung or checkpoint to continue from; None starts at step 0."""
     stop_step: int
     keep_optimizer: bool = True
-    """Whether the trial may be continued from the checkpoint written at the end."""
+    """True if the trial may be continued from the checkpoint written at the end."""
     checkpoint_every_steps: int = 0
     """0: only at the end. The refit checkpoints in between."""
     evaluate: bool = True
@@ -123,7 +123,7 @@ class MeasuringWork(GangWork):
 
     @property
     def work_id(self) -> str:
-        """The name of the work in events and results."""
+        """Return the name of the work in events and results."""
         return self.NAME
 
 

@@ -31,7 +31,7 @@ class ExecutionPlan(Value):
     ranks: int
     threads_per_rank: int
     executor: Literal["torch", "deepspeed"]
-    """`torch` where a rank holds all that learns; `deepspeed` to partition it, or where a ZeRO stage was asked for."""
+    """`torch` if a rank holds all trainable state; `deepspeed` to partition it, or if a ZeRO stage was requested."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     offload: Literal["none", "optimizer", "parameters"] = "none"
     checkpointing: bool = False

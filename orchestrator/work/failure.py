@@ -35,7 +35,7 @@ KINDS: tuple[tuple[type[OrchestratorError], FailureKind], ...] = (
 )
 """Kind by error type; the first that fits counts."""
 OUT_OF_MEMORY_SENTENCES = ("memory use cannot be reduced further in this gang", "no smaller way is left in this gang")
-"""What versions without kinds wrote where memory use could not be reduced further."""
+"""Sentences of versions without failure kinds for a trial whose memory use could not be reduced further."""
 
 
 class Failure(Value):
@@ -44,7 +44,7 @@ class Failure(Value):
     kind: FailureKind
     message: str
     remedy: str = ""
-    """What to do about it; the last line of the text."""
+    """The remedy, as the last line of the text."""
 
     def __str__(self) -> str:
         return f"{self.message}\n  to do: {self.remedy}" if self.remedy else self.message

@@ -48,7 +48,7 @@ class MemoryLadder:
         """Return the next smaller execution, or the failure where there is none.
 
         Args:
-            execution: With which memory ran out.
+            execution: The execution that ran out of memory.
             what: The message about it.
         """
         smaller = _next_smaller(execution)
@@ -94,7 +94,7 @@ def no_larger_than(planned: ExecutionPlan, reduced: ExecutionPlan | None) -> Exe
     """Return the planned execution, reduced as far as a trial was reduced before; as planned in a gang of another kind.
 
     Args:
-        reduced: How the trial was trained after memory had run out; None where it never did.
+        reduced: The trial's execution after it ran out of memory; None if it never did.
     """
     if reduced is None or planned.gang_kind != reduced.gang_kind:
         return planned
@@ -108,11 +108,11 @@ def no_larger_than(planned: ExecutionPlan, reduced: ExecutionPlan | None) -> Exe
 
 
 REDUCED_WORK = "stepped-down.json"
-"""Beside an assignment's files: how it continues after a worker group ran out of memory."""
+"""File beside those of an assignment: its execution after a worker group ran out of memory."""
 
 
 class ReducedWork(Value):
-    """How an assignment that ran out of memory continues, also in a later worker group."""
+    """The execution of an assignment that ran out of memory, also for a later worker group."""
 
     execution: ExecutionPlan | None
     """The smaller execution; None where it failed."""

@@ -79,7 +79,7 @@ class RungResult(Value):
     reduced_execution: ExecutionPlan | None = Field(
         default=None, validation_alias=AliasChoices("reduced_execution", "relieved"), serialization_alias="relieved"
     )
-    """How the trial was trained in the end, where memory had run out on the way; its later rungs start like that."""
+    """The execution that the trial ended with after running out of memory; its later rungs start with it."""
     steady_tokens_per_s: float | None = None
     """Training speed after the first two steps, without saving and scoring; a plan's hours can be calibrated by it."""
     train_seconds: float = 0.0
@@ -114,12 +114,12 @@ class RungResult(Value):
 
     @property
     def failed_for_memory(self) -> bool:
-        """Whether it failed because memory use could not be reduced further; its reason ends with what would make room."""
+        """Return whether it failed because memory use could not be reduced further; its reason ends with the remedy."""
         return self.failure is not None and self.failure.kind == "out_of_memory"
 
     @property
     def ran_out_of_memory(self) -> bool:
-        """Whether memory ran out: it was trained with a reduced execution, or failed."""
+        """Return whether memory ran out: it was trained with a reduced execution, or failed."""
         return self.reduced_execution is not None or self.failed_for_memory
 
     @property

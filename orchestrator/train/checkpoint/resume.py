@@ -1,4 +1,5 @@
-"""Checkpoints are checked before anything of them is read, and the old ones go once a new one stands.
+"""Find the checkpoint to resume from: it is verified before anything of it is read. Old ones are deleted after a new one is
+complete.
 
 A checkpoint is a folder with a manifest: the artifact (adapter/ or delta/), each rank's float32 masters and Adam
 moments and its random state (state-rank<k>.safetensors), state.json, and eval.npz where the trial was evaluated there.
@@ -81,8 +82,8 @@ def open_checkpoint(
     Raises:
         TrainingError: a checkpoint without optimizer state.
     """
-    folder, told = ranks.broadcast(_own_checkpoint(start, trial_folder, wanted) if ranks.first else None)
-    for message in told:
+    folder, notes = ranks.broadcast(_own_checkpoint(start, trial_folder, wanted) if ranks.first else None)
+    for message in notes:
         note(message)
     if folder is None:
         return None
@@ -108,14 +109,14 @@ def open_checkpoint(
 def _own_checkpoint(start: Path, trial_folder: Path, wanted: Wanted) -> tuple[Path | None, list[str]]:
     """Return `start` if it is complete and the trial's own, else the newest other one that is; and the messages about it."""
     if not is_whole(start):
-        found, told = find_own(trial_folder, wanted.owner, wanted.misfit)
-        return found, [*told, f"{start.name} is damaged: {_goes_on(found)}"]
+        found, notes = find_own(trial_folder, wanted.owner, wanted.misfit)
+        return found, [*notes, f"{start.name} is damaged: {_goes_on(found)}"]
     stranger = _stranger(start, wanted)
     if not stranger:
         return start, []
     aside = set_aside(start)
-    found, told = find_own(trial_folder, wanted.owner, wanted.misfit)
-    return found, [f"{start.name} is {stranger}: set aside as {aside.name}; {_goes_on(found)}", *told]
+    found, notes = find_own(trial_folder, wanted.owner, wanted.misfit)
+    return found, [f"{start.name} is {stranger}: set aside as {aside.name}; {_goes_on(found)}", *notes]
 
 
 def _goes_on(found: Path | None) -> str:
@@ -136,13 +137,13 @@ def find_own(
     trial_folder: Path, owner: Mapping[str, object], misfit: Callable[[Path], str] = lambda _: ""
 ) -> tuple[Path | None, list[str]]:
     """Return the newest complete checkpoint of the trial itself; set those of other trials aside, with a message for each."""
-    told: list[str] = []
+    notes: list[str] = []
     while (found := find_latest(trial_folder)) is not None:
         other = contradiction(read_manifest(found).about, owner) or misfit(found)
         if not other:
-            return found, told
-        told.append(f"{found.name} is {other}: set aside as {set_aside(found).name}")
-    return None, told
+            return found, notes
+        notes.append(f"{found.name} is {other}: set aside as {set_aside(found).name}")
+    return None, notes
 
 
 def rung_folder(trial_folder: Path, rung: int) -> Path:
@@ -180,7 +181,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def drop_old_checkpoints(trial_folder: Path, newest_step: int) -> None:
-    """Keep the newest KEPT_CHECKPOINTS checkpoints up to `newest_step`; the new one stands before an old one goes."""
+    """Keep the newest KEPT_CHECKPOINTS checkpoints up to `newest_step`; the new one is complete before an old one is deleted."""
     for path in [path for path in _on_the_way(trial_folder) if _step_of(path) <= newest_step][:-KEPT_CHECKPOINTS]:
         shutil.rmtree(path)
 

@@ -28,7 +28,7 @@ class _Write:
 
 @dataclass(frozen=True)
 class _Remembered:
-    """A rung that its trial may go on from."""
+    """A cached rung from which its trial can continue."""
 
     point: StartPoint
     seed: int
@@ -37,21 +37,21 @@ class _Remembered:
 
 
 class Saver:
-    """The checkpoints of one process: one thread writes them, in the order in which they are given.
+    """The checkpoints of one process, written by one thread in the order of submission.
 
-    A trial's state at its last rung is remembered, so that its next rung begins without a file being read. What waits to be
-    written and what is remembered share a bound, the gang's part of MEMORY_SHARE of the memory that is free once the gangs
-    have grown to what the plan expects. Where a checkpoint does not fit, first the states that were not asked for longest are
-    forgotten, then earlier checkpoints are waited for, and at last it is written before `save` returns: nothing of it is held.
-    Of several ranks none remembers, for they would have to agree.
+    A trial's state at its last rung is cached in memory, so that its next rung starts without reading a file. Unwritten
+    checkpoints and cached states share a bound: the gang's part of MEMORY_SHARE of the memory that is free once the gangs have
+    grown to their planned size. If a checkpoint does not fit, first the least recently used states are dropped, then earlier
+    writes are awaited, and finally it is written before `save` returns and not held at all. With several ranks nothing is
+    cached, since they would have to agree.
 
-    A write that failed is raised by every later call: the process has to be replaced.
+    The error of a failed write is raised by every later call: the process has to be replaced.
     """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self._writes: list[_Write] = []
-        """Replaced, never changed, for `settle` may be called by another thread."""
+        """Replaced, never changed in place, since another thread may be in `settle`."""
         self._remembered: dict[Path, _Remembered] = {}
         """Cached states by the checkpoint's folder, least recently used first."""
 
@@ -66,12 +66,13 @@ class Saver:
         growth_bytes: int = 0,
         num_gangs: int = 1,
     ) -> None:
-        """Have `final` written; checkpoints on the way that are too old go once it stands. Called on every rank.
+        """Write `final`, in the background if possible; old intermediate checkpoints are deleted once it is complete. Called on
+        every rank.
 
         Args:
-            together: Whether every rank writes its own part, with collectives: that is not done beside the training.
-            rung: Whether the trial ends its rung here, and may begin another one from here.
-            growth_bytes: Of host memory, what this process is going to take beyond what it has.
+            together: Whether every rank writes its own part, with collectives: then not in the background.
+            rung: Whether this ends a rung, from which the trial may continue.
+            growth_bytes: Host memory that this process will still allocate.
             num_gangs: Processes like this one that may share the node's memory.
 
         Raises:
@@ -86,6 +87,7 @@ class Saver:
         if rung:
             self._forget_trial(final.parent)
         fits = self._make_room(snapshot.num_bytes, growth_bytes, num_gangs)
+        # As if alone: a collective from this thread would meet those of the training on the other ranks.
         done = self._thread.submit(_write, final, snapshot, replace(ranks, count=1))
         self._writes = [*self._writes, _Write(final, snapshot.num_bytes, done)]
         if not fits:
@@ -96,6 +98,7 @@ class Saver:
 
     def find(self, folder: Path, *, seed: int, layout: str) -> StartPoint | None:
         """Return the cached state of a rung; None if it has to be read from disk."""
+        # Taken out and put back at the end: the dictionary's order is that of the last use.
         found = self._remembered.pop(folder, None)
         if found is None:
             return None
@@ -117,7 +120,7 @@ class Saver:
         self._remembered.clear()
 
     def give_up(self) -> bool:
-        """Write what waits, and forget the rest: whether anything was held.
+        """Write what is pending and drop the cached states; return whether anything was held.
 
         Raises:
             CheckpointError: something could not be written.
@@ -128,7 +131,7 @@ class Saver:
         return held
 
     def close(self) -> None:
-        """Write what waits, and forget the rest."""
+        """Write what is pending and drop the cached states."""
         self._thread.shutdown()
         self.forget()
 
@@ -164,7 +167,7 @@ class Saver:
         return True
 
     def _forget_trial(self, trial_folder: Path) -> None:
-        """Its earlier rung is behind it."""
+        """Drop the cached state of a trial's earlier rung."""
         self._remembered = {folder: kept for folder, kept in self._remembered.items() if folder.parent != trial_folder}
 
 
@@ -175,7 +178,7 @@ def _write(final: Path, snapshot: Snapshot, ranks: Ranks) -> None:
             drop_old_checkpoints(final.parent, snapshot.state.step)
     except OrchestratorError:
         raise
-    except Exception as error:  # heard by whoever asks next, maybe another trial: it must be no trial's own failure
+    except Exception as error:  # raised by the next call, maybe another trial's: so not as a trial's own failure
         what = f"the checkpoint could not be written: {type(error).__name__}: {error}"
         raise CheckpointError(
             what, where=str(final), remedy="free space or grant write permission there; the gang is replaced"

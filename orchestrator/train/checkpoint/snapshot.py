@@ -94,6 +94,7 @@ def take_snapshot(
             artifact = ready_artifact(branch, tensors)
         except OrchestratorError as error:
             failure = error
+    # All ranks raise together: one that went on alone would wait in the next collective.
     for error in ranks.gather(failure):
         if error is not None:
             raise error
@@ -119,12 +120,14 @@ def write_snapshot(final: Path, snapshot: Snapshot, ranks: Ranks) -> None:
                 evaluation.save(folder / f"{name}.npz")
             write_json(folder / "state.json", snapshot.record())
         ranks.barrier()  # rank 0 commits what all have written
+    # No rank goes on, to read or delete a checkpoint, before the folder has its final name.
     ranks.barrier()
 
 
 def _rank_state(engine: Engine, ranks: Ranks, *, whole: bool) -> dict[str, torch.Tensor]:
     """Masters and moments that every rank holds `whole` are rank 0's to write."""
     tensors = dict(engine.state_dict()) if ranks.first or not whole else {}
+    # Each rank draws its own dropout masks, so its random state belongs to the checkpoint.
     tensors[RANDOM + "cpu"] = torch.get_rng_state()
     if ranks.device.type == "cuda":
         tensors[RANDOM + "cuda"] = torch.cuda.get_rng_state(ranks.device)

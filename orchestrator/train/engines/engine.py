@@ -72,7 +72,7 @@ class Engine(Protocol):
         ...
 
     def refresh_masters(self) -> None:
-        """Take over what the model's learning tensors hold now."""
+        """Set the master weights to the current values of the model's trainable tensors."""
         ...
 
     def anchored_masters(self) -> list[torch.Tensor]:
@@ -89,7 +89,7 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of the model. The learning tensors keep their values; the branch puts the base back."""
+        """Release the model. The trainable tensors keep their values; the branch restores the base."""
         ...
 
 
@@ -109,13 +109,15 @@ def is_partitioned(execution: ExecutionPlan) -> bool:
 
 
 def register_engine(*parts: Any) -> None:
-    """Count an engine, and each further part that it must not leave behind, until the garbage collector has taken them."""
+    """Count an engine, and each further part that it must not leave behind, until they are garbage-collected."""
     for part in parts:
         _live_parts.setdefault(type(part).__name__, weakref.WeakSet()).add(part)
 
 
 def num_live_engines() -> int:
-    """Engines (or orphaned parts of one) that this process still holds: 1 while a trial runs, or something leaks."""
+    """Return the number of engines (or orphaned parts) that this process still holds: more than 1 while a trial runs is a
+    leak."""
+    # Engines are in reference cycles: without a collection a closed one would still be counted.
     gc.collect()
     return max((len(parts) for parts in _live_parts.values()), default=0)
 

@@ -21,7 +21,7 @@ class TorchEngine:
     The trainable tensors are laid end to end in flat float32 buffers (masters, gradient sums, and Adam's moments inside
     torch's AdamW); the model keeps its own tensors, which the masters are rounded into after each step. A tensor's
     gradient is added to its sum, and let go of, as soon as the backward pass has it: never are all of them there. The
-    fused AdamW makes no temporary copies; the others make two of everything that learns.
+    fused AdamW makes no temporary copies; the other variants make two of all trainable weights.
 
     Ranks that share a trial each hold all of it. Once a step the sums of gradients are added up over them, in float32, and
     every rank takes the same update: masters, moments and weights stay the same bits on all.
@@ -69,6 +69,7 @@ class TorchEngine:
                 fused=True,
             )
         )
+        # Rounds are summed in float32 and each 16-bit gradient is freed at once; autograd itself would add them up in 16 bits.
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(_adder(total))
             for parameter, total in zip(self.parameters, self._views(self._gradient), strict=True)
@@ -106,6 +107,7 @@ class TorchEngine:
         state = {"master": self._master.detach()}
         for key in self._optimizer.state.get(self._parts[0], {}):
             moments = [self._optimizer.state[part][key] for part in self._parts]
+            # A tensor without dimensions is Adam's step count, the same for all parts.
             state[key] = torch.cat(moments) if moments[0].ndim else moments[0]
         return {key: value.to("cpu", copy=True) for key, value in state.items()}
 

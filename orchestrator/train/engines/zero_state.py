@@ -87,6 +87,7 @@ def num_bytes(engine: Any) -> int:
 def _write_back(optimizer: Any) -> None:
     match type(optimizer).__name__:
         case "BF16_Optimizer" | "DeepSpeedZeroOptimizer":
+            # DeepSpeed has no common method for this: each class rounds its master weights into the model in another one.
             optimizer.update_lp_params()
         case "DeepSpeedZeroOptimizer_Stage3":
             for index in range(len(optimizer.fp16_groups)):

@@ -62,6 +62,7 @@ def _features(
     known: Mapping[int, TrunkStates] = {cut: states for cut, states in stored.items() if states is not None}
     if len(known) < len(stored):
         known = builder.build(data.select(chosen), {cut: MemoryChunks() for cut in plan.cuts})
+        # The builder numbers the selected documents from 0.
         chosen = np.arange(len(chosen))
     return {
         cut: np.stack([states.document(int(index)).double().mean(0).numpy() for index in chosen]) for cut, states in known.items()

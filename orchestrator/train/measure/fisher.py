@@ -36,9 +36,11 @@ def fisher_information(engine: Engine, data: TokenizedSet, rows: RowPlan, ranks:
     alone = RowPlan(rows.row_tokens, 1, pack=False)
     was_training = engine.objective.training
     engine.objective.eval()  # dropout would add its own noise
+    # Blocks that recompute look at their own mode, which `eval` has just set.
     keep_recomputing(engine.objective)
     for document in np.sort(chosen).tolist():
         (batch,) = alone.batches(data, np.asarray([document]))
+        # All ranks compute the same document and engines sum over ranks: the share makes the sum the document's own gradient.
         engine.backward(engine.loss(to_tensors(batch, ranks.device)), 1.0 / ranks.count)
         engine.step(0.0)
     engine.objective.train(was_training)

@@ -76,6 +76,7 @@ class BlockProbe:
         model, anatomy = self.base.model, self.base.anatomy
         blocks: list[nn.Module] = list(model.get_submodule(anatomy.blocks_module).children())
         self._undo.callback(blocks[self.floor].register_forward_pre_hook(_needs_gradient, with_kwargs=True).remove)
+        # Hooks on the layers and not `requires_grad`: all weight gradients of the base at once would not fit in memory.
         for name in (name for block in anatomy.linears[self.floor :] for name in block):
             self.sums[name] = MatrixSums()
             layer = model.get_submodule(name.rpartition(".")[0])
@@ -122,7 +123,7 @@ def score_blocks(
     Dropout is off. A matrix's gradient is let go of as soon as it is added: what stays is 4 bytes an element, whatever B.
 
     Args:
-        base: Not in use by a branch that learns.
+        base: The base, not in use by an open branch.
         objective: Of the base.
         data: The training set; micro-batches are drawn by the seed.
         execution: Of its rows no more than `micro_batch_rows` at once are taken.
@@ -136,6 +137,7 @@ def score_blocks(
     started = time.perf_counter()
     documents, tokens, count = set[int](), 0, 0
     was_training = objective.training
+    # Without dropout, so that the scores follow from base, data and seed alone.
     objective.eval()
     try:
         with ExitStack() as stack:

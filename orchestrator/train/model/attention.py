@@ -103,6 +103,7 @@ def _attention(
             *document,
             attn_mask=(mask := _band(document[0], attention_mask.window)),
             dropout_p=dropout,
+            # A mask rules out the flash kernel, so that one is given only where the window is narrower than the document.
             is_causal=mask is None,
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
@@ -116,7 +117,8 @@ def _attention(
 def _documents(states: torch.Tensor, lengths: tuple[int, ...]) -> list[torch.Tensor]:
     """Split states[B, heads, L, D] into one [1, heads, n, D] per document.
 
-    The backward pass of a split is one concatenation; slices would each add a tensor of zeros of the full size."""
+    The backward pass of a split is one concatenation; slices would each add a tensor of zeros of the full size.
+    """
     return [document.transpose(0, 1)[None] for document in states.transpose(1, 2).flatten(0, 1).split(lengths)]
 
 

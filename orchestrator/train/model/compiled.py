@@ -37,7 +37,8 @@ from orchestrator.work.measurements import CompileTimes
 
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 CODE_KINDS = 10_000
-"""Kinds of code that a process keeps at most. Beyond torch's own limit of 8 it goes on uncompiled in silence, with other bits."""
+"""Upper bound on the kinds of code that a process keeps. Beyond torch's own limit of 8 it silently runs uncompiled, with other
+bits."""
 TIMED = 3
 LOOKED_AT = 8
 """Steps by which full micro-batches are judged: what they hold of all tokens, and how fast they are."""
@@ -86,10 +87,16 @@ def compiled_blocks(base: LoadedBase, cut: int, execution: ExecutionPlan) -> Ite
     with ExitStack() as stack:
         stack.enter_context(
             dynamo.config.patch(
-                recompile_limit=CODE_KINDS, accumulated_recompile_limit=CODE_KINDS, specialize_float=True, suppress_errors=False
+                # suppress_errors: a failed compilation would run uncompiled in silence, with other last bits than the other
+                # trials.
+                recompile_limit=CODE_KINDS,
+                accumulated_recompile_limit=CODE_KINDS,
+                specialize_float=True,
+                suppress_errors=False,
             )
         )
         for block in list(base.model.get_submodule(base.anatomy.blocks_module).children())[cut:]:
+            # On the object and not on its class: hooks, which run in `__call__`, stay around it.
             vars(block)["forward"] = _forward_of(block, shape)
             stack.callback(vars(block).pop, "forward")
         try:
@@ -167,6 +174,7 @@ def _fastest(engine: Engine, batch: Mapping[str, torch.Tensor], device: torch.de
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(clock() - started)
+    # The fastest pass is the one that other processes disturbed least.
     return min(times[1:])
 
 
@@ -178,6 +186,7 @@ def _forward_of(block: nn.Module, shape: tuple[int, int]) -> Callable[..., Any]:
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         states = args[0] if args else kwargs["hidden_states"]
+        # The last micro-batch of a step, and evaluation: other shapes would each be compiled anew.
         if tuple(states.shape[:2]) != shape:
             return own(block, *args, **kwargs)
         if checkpointing is not None and checkpointing.gradient_checkpointing:
@@ -192,7 +201,8 @@ def _code(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Return the compiled form of a class's forward pass.
 
     Autotuning is off: kernels chosen by timing on the device may differ in another process, and with them the last bits of the
-    losses."""
+    losses.
+    """
     return torch.compile(forward, dynamic=False, options={"deterministic": True})
 
 
@@ -202,6 +212,7 @@ def _prepared() -> Any:
     folders = import_module("torch._inductor.runtime.cache_dir_utils")
     if os.environ.get(CACHE_VARIABLE, folders.default_cache_dir()) == folders.default_cache_dir():  # torch sets it too
         os.environ[CACHE_VARIABLE] = str(default_folder().with_name("inductor"))
+    # By default each rank would start a pool of compiling processes, on cores that the other ranks use.
     import_module("torch._inductor.config").compile_threads = 1  # type: ignore[attr-defined]
     leave_uncompiled()
     return import_module("torch._dynamo")

@@ -33,7 +33,7 @@ from orchestrator.train.model.loss import is_plain, linear_cross_entropy, token_
 from orchestrator.work.execution import BaseLoad
 
 IGNORED = -100
-"""A label that stands for no label."""
+"""The label of a position without a label."""
 
 
 class DocumentLosses(NamedTuple):
@@ -50,7 +50,7 @@ class DocumentLosses(NamedTuple):
 
 
 class FinalNorm(NamedTuple):
-    """The norm that the backbone applies last, and where it stands."""
+    """The norm that the backbone applies last, and its place in the backbone."""
 
     module: nn.Module
     parent: nn.Module
@@ -65,9 +65,9 @@ class Parts:
     backbone: nn.Module
     """Its forward returns `last_hidden_state` [B, L, H]."""
     head: nn.Module
-    """From hidden states to logits."""
+    """The map from hidden states to logits."""
     encoder: bool
-    """An encoder classifies by itself, from layers of its own."""
+    """An encoder classifies with its own layers."""
     final_norm: FinalNorm | None
 
 
@@ -126,7 +126,7 @@ class Head(Protocol):
         ...
 
     def losses(self, parts: Parts, supervised: Supervised) -> DocumentLosses:
-        """Return every loss by itself."""
+        """Return every single loss."""
         ...
 
 
@@ -168,6 +168,7 @@ class LanguageModelHead:
         """Return the loss sum of tokens[S] from hidden[S, H] after the final norm, a chunk of logits at a time."""
         head = parts.head
         learns = any(parameter.requires_grad for parameter in head.parameters())
+        # Adapted, quantized and partitioned heads need their own forward pass, and so autograd's backward pass.
         if isinstance(head, nn.Linear) and is_plain(head) and not (learns and num_trials > 1):
             sums = linear_cross_entropy(head, hidden, tokens, chunk_rows=_chunk_rows(parts), num_groups=num_trials)
             return sums[0] if num_trials == 1 else sums
@@ -189,7 +190,11 @@ class ClassificationHead:
 
     def load_model(self, load: BaseLoad, options: Mapping[str, Any]) -> PreTrainedModel:
         return AutoModelForSequenceClassification.from_pretrained(
-            load.folder, config=_classify_config(load), ignore_mismatched_sizes=True, **options
+            # A checkpoint may have a classifier for other classes: ours is new in any case.
+            load.folder,
+            config=_classify_config(load),
+            ignore_mismatched_sizes=True,
+            **options,
         )
 
     def weight_name(self, anatomy: ModelAnatomy) -> str:
@@ -211,6 +216,7 @@ class ClassificationHead:
         logits = states
         if not parts.encoder:
             rows = torch.arange(states.shape[0], device=states.device)
+            # The last token has seen the whole document. An empty row has none and is dropped below.
             logits = parts.head(states[rows, (targets.lengths - 1).clamp(min=0)])
         chosen = targets.class_labels >= 0
         return Supervised(logits[chosen], targets.class_labels[chosen], targets.document_ids[:, 0][chosen])
@@ -289,6 +295,7 @@ def _classify_config(load: BaseLoad) -> PreTrainedConfig:
         id2label=dict(enumerate(names)),
         label2id={name: number for number, name in enumerate(names)},
     )
+    # transformers refuses batches of a sequence classifier without a pad token; the attention mask hides it.
     if config.pad_token_id is None:
         config.pad_token_id = config.eos_token_id if isinstance(config.eos_token_id, int) else 0
     return config

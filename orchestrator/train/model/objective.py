@@ -45,7 +45,7 @@ class Objective(nn.Module):
             head: The map from hidden states to logits.
             encoder: Whether the model is an encoder, which classifies by itself.
             final_norm: The backbone's last norm (`final_norm_of`), applied here to the positions that need it; if None, the
-            backbone applies it itself at every position.
+                backbone applies it itself at every position.
             blocks: The backbone's blocks, needed if `forward` is given stored states for those below `cut`.
             cut: The first block that is computed then.
         """
@@ -83,7 +83,7 @@ class Objective(nn.Module):
             hidden: [B, L, H], the input of the block at the cut; replaces the blocks below it.
             each: Whether to return single losses, with predictions.
             num_trials: T. With several, the B rows are T equal copies, one after the other, and the sums are float32[T], each
-            of its own copy alone: the same bits whatever the other trials compute.
+                of its own copy alone: the same bits whatever the other trials compute.
         """
         heartbeat.beat()
         targets = Targets(labels, document_ids, class_labels, lengths)

@@ -71,13 +71,13 @@ def random_below(model: nn.Module, blocks: nn.ModuleList, cut: int) -> str:
 
 @dataclass
 class _Filling:
-    """A set's pieces at every cut, as far as they are there."""
+    """The pieces of a set at every cut that exist so far."""
 
     data: TokenizedSet
     borders: np.ndarray
     """int64[C + 1]: piece c holds documents borders[c] to borders[c + 1]."""
     chunks: Mapping[int, Chunks]
-    """By cut."""
+    """The store of each cut."""
     _found: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict, init=False)
     """[N_c, H] by cut and number of the piece."""
 
@@ -97,7 +97,7 @@ class _Filling:
         return [self._found[cut, number] for number in range(self.num_pieces)]
 
     def look(self, number: int) -> None:
-        """Take what is stored of a piece, by whomever."""
+        """Take the stored states of a piece, whichever process wrote them."""
         first, last = self.data.offsets[self.borders[[number, number + 1]]]
         for cut in self.missing(number):
             stored = self.chunks[cut].get(number, int(last - first))
@@ -117,7 +117,7 @@ class _Filling:
 
 @dataclass
 class TrunkBuilder:
-    """Makes what is missing of a set's hidden states. With partitioned weights every rank calls together."""
+    """Computes the missing hidden states of a set. With partitioned weights all ranks call it together."""
 
     base: LoadedBase
     objective: Objective
@@ -142,6 +142,7 @@ class TrunkBuilder:
 
     def _make(self, filling: _Filling) -> None:
         """Make the pieces that no other process is making; then wait for the others' pieces, or make them if those are gone."""
+        # First without waiting: processes that start together then make different pieces rather than queue for the same one.
         for wait in (False, True):
             for number in range(filling.num_pieces):
                 if not filling.missing(number):
@@ -149,12 +150,14 @@ class TrunkBuilder:
                 with _lock(filling.chunks, number, wait=wait) as mine:
                     if not mine:
                         continue
+                    # Another process may have made it between the look above and the lock.
                     filling.look(number)
                     if cuts := filling.missing(number):
                         filling.keep(number, self._compute(filling.data, filling.documents(number), cuts))
 
     def _make_together(self, filling: _Filling) -> None:
         """Run the same micro-batches on every rank (ZeRO-3 gathers each matrix from all); each keeps the pieces that it lacks."""
+        # All ranks must run the same forward passes, and each may find other pieces in its own node's cache.
         mine = {number for number in range(filling.num_pieces) if filling.missing(number)}
         for number in sorted(set().union(*self.ranks.gather(mine))):
             made = self._compute(filling.data, filling.documents(number), sorted(filling.chunks))

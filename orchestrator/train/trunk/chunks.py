@@ -66,10 +66,12 @@ class DiskChunks:
         try:
             if file.stat().st_size != num_bytes + FOOTER.size:
                 return None
+            # Mapped, so that the processes of a machine share its page cache; private, so that none can write to the file.
             mapped = torch.from_file(str(file), shared=False, size=num_bytes + FOOTER.size, dtype=torch.uint8)
         except (OSError, RuntimeError):
             return None
         numbers = mapped[:num_bytes]
+        # A cache outlives runs and crashes: a damaged piece must cost a forward pass, not a wrong trial.
         if zlib.crc32(numbers.numpy().data) != FOOTER.unpack(mapped[num_bytes:].numpy().tobytes())[0]:
             return None
         return numbers.view(self._dtype).view(num_tokens, self._hidden_size)

@@ -75,6 +75,7 @@ class TrunkLibrary:
             Seconds that it took.
         """
         started = time.perf_counter()
+        # A dictionary and not a set: every rank must open the sets in the same order.
         paths = dict.fromkeys(path for path in (data.train, data.eval, data.retain, data.replay) if path)
         wanted = [path for path in paths if any((path, cut) not in self._states for cut in plan.cuts)]
         if not wanted or self._refused:
@@ -99,7 +100,7 @@ class TrunkLibrary:
                 if partitioned:  # the other ranks stand in a collective
                     raise
                 failure = f"{type(error).__name__}: {error}"
-            failures = [told for told in self._ranks.gather(failure) if told]
+            failures = [each for each in self._ranks.gather(failure) if each]
             if failures:
                 note(f"the trunk is not stored: {failures[0]}")
                 self._refused = True
@@ -129,6 +130,7 @@ class TrunkLibrary:
         where = "kept in memory" if fits else "not stored: not enough free memory either"
         if without:
             note(f"{without} of {len(folders)} stored trunks have no room on disk and are {where}")
+        # The ranks decide together: batches with and without stored states would not meet in the same collectives.
         if not all(self._ranks.gather(fits)):
             return None
         return {

@@ -21,6 +21,7 @@ def entering(blocks: nn.ModuleList, cut: int, hidden: torch.Tensor) -> Iterator[
     The input of block 0 is dropped. A cut of `len(blocks)` replaces the whole stack.
     """
     below = [blocks[index] for index in range(cut)]
+    # The blocks below pass the embeddings on unchanged; the last of them returns the stored states instead.
     for block in below[:-1]:
         vars(block)["forward"] = _pass_on
     vars(below[-1])["forward"] = _returns(hidden)

@@ -43,6 +43,7 @@ class TrunkStates:
 
 def chosen_states(states: TrunkStates, documents: np.ndarray) -> TrunkStates:
     """Return the states of these documents only, numbered as `TokenizedSet.select` does; nothing is copied."""
+    # Views of the stored pieces, one per document.
     pieces = [states.document(int(index)) for index in documents]
     return TrunkStates(states.data.select(documents), states.cut, np.arange(len(pieces) + 1), pieces)
 
