@@ -60,7 +60,7 @@ def assert_numbers_of_a_smaller_plan(run: Path, entry: TrialEntry, folder: Path)
 
 @pytest.mark.slow
 def test_under_zero_2_one_trial_goes_on_smaller_and_the_next_as_planned(tmp_path: Path) -> None:
-    """That a smaller way has the numbers of a smaller plan is proven without Ray, in test_relief_in_a_gang.py."""
+    """That a smaller execution has the numbers of a smaller plan is proven without Ray, in test_relief_in_a_gang.py."""
     spec = sweep_spec(tmp_path, 2, ["last:1", "last:2"])
     assert submit("sweep", spec) == 0
     run = run_folder(spec)
@@ -85,7 +85,7 @@ def test_under_zero_2_one_trial_goes_on_smaller_and_the_next_as_planned(tmp_path
 
 
 @pytest.mark.slow
-def test_under_zero_2_a_trial_that_fits_in_no_way_fails_and_the_sweep_goes_on(tmp_path: Path) -> None:
+def test_under_zero_2_a_trial_that_cannot_be_reduced_fails_and_the_sweep_goes_on(tmp_path: Path) -> None:
     spec = sweep_spec(tmp_path, 2, ["first:1", "last:2"])
     assert submit("sweep", spec) == 0
     run = run_folder(spec)

@@ -22,7 +22,7 @@ def test_the_last_screen_says_what_was_found(make):
     assert entry(screen, "verdict").endswith("on 180 test")
     assert entry(screen, "base").endswith("The house was by the river, and the")
     assert entry(screen, "tuned").split() == ["tuned", "7"]
-    assert "runs/quickstart/bundle    verified: KL 3.1e-05 a token" in entry(screen, "bundle")
+    assert "runs/quickstart/bundle    verified: KL 3.1e-05 per token" in entry(screen, "bundle")
     assert "16 trials in 1m14s on 2 worker groups" in entry(screen, "report")
     assert screen.splitlines()[-1] == "next      transformers serve runs/quickstart/bundle"
 

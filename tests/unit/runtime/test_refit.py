@@ -84,7 +84,26 @@ def test_a_rank_alone_that_runs_out_goes_down_from_where_its_group_had_come(assi
     assert [note.startswith("out of memory") for note in result.notes] == [True, True]
 
 
-def test_what_fits_in_no_way_is_tried_again_as_planned(assignment: TrainRung) -> None:
+def test_the_worker_group_after_the_last_step_down_answers_with_the_failure(assignment: TrainRung) -> None:
+    smallest = assignment.execution.model_copy(update={"micro_batch_rows": 1, "checkpointing": True, "zero_stage": 2})
+    at_the_end = assignment.model_copy(update={"execution": smallest})
+    Path(assignment.folder).mkdir(parents=True)
+    ended = RankOutOfMemoryError("out of memory on rank 1")
+
+    class LastHost(ScriptedHost):
+        def run_trial(self, assignment: TrainRung, *, on_reduced: Callable[[ExecutionPlan, str], None]) -> RungResult:
+            raise ended
+
+    with pytest.raises(RankOutOfMemoryError):
+        _run(LastHost(None, ended), at_the_end)  # type: ignore[arg-type]
+    after = ScriptedHost(None, None)
+    result = _run(after, at_the_end)  # type: ignore[arg-type]
+    assert after.ran == []
+    assert result.failed_for_memory
+    assert result.reason.startswith("out of memory on rank 1; memory use cannot be reduced further")
+
+
+def test_a_refit_that_failed_for_memory_is_tried_again_as_planned(assignment: TrainRung) -> None:
     class FullHost(ScriptedHost):
         def run_trial(self, assignment: TrainRung, *, on_reduced: Callable[[ExecutionPlan, str], None]) -> RungResult:
             with suppress(KilledError):
