@@ -112,17 +112,19 @@ STEP_TOKENS_MULTIPLE = 16
 
 
 def auto_tokens_per_step(documents: int, tokens: int, longest_document_tokens: int, epochs: float) -> int:
-    """Derive the tokens of a step from the training data: half the square root of the number of documents, at their mean length.
+    """Derive the tokens of a step from the training data: DOCUMENTS_PER_STEP times the square root of the number of documents, at
+    their mean length.
 
-    So 300 documents make steps of 9 documents and 35 steps an epoch, 10,000 steps of 50 and 200 an epoch. Bounds, the later
-    one taking precedence: at most MAX_STEP_TOKENS; at least MIN_TOTAL_STEPS steps in the whole training; at least the longest
-    document.
+    So 300 documents make steps of about 4 documents and 70 steps an epoch; 10,000 make steps of 25 documents and 400 steps an
+    epoch. Bounds, the later one taking precedence: at most MAX_STEP_TOKENS; at least MIN_TOTAL_STEPS steps in the whole training;
+    at least the longest document.
 
     Sources. The batch size above which more examples a step no longer save steps (McCandlish et al. 2018, "An Empirical Model of
     Large-Batch Training") grows with the amount of data, about as its square root, and hardly with the model (Zhang et al. 2024,
-    "How Does Critical Batch Size Scale in Pre-training?"). The factor is set between published recipes: 128 of Alpaca's 52,000
-    examples a step (here 114), 32 of LIMA's 1,000 (16), 16 of OASST1's 9,846 in QLoRA (50); OpenAI's fine-tuning API took 0.2%
-    of the examples, 20 of 10,000 (50). On three corpora against fixed sizes: `scripts/bench step_size`, docs/results.md.
+    "How Does Critical Batch Size Scale in Pre-training?"). The factor was chosen on three small corpora, against fixed sizes
+    (`scripts/bench step_size`, docs/results.md). Published recipes take between 0.6 and 4 times as many examples a step: 128 of
+    Alpaca's 52,000 (here 57), 32 of LIMA's 1,000 (8), 16 of OASST1's 9,846 in QLoRA (25); OpenAI's fine-tuning API took 0.2% of
+    the examples, 20 of 10,000 (25).
 
     Args:
         documents: Number of training documents after truncating and dropping.

@@ -204,7 +204,7 @@ def derivations(plan: RunPlan, spec: JobSpec) -> tuple[str, ...]:
 
 
 def _auto_line(plan: RunPlan, tokens_per_step: int) -> str:
-    """Return a line such as `tokens_per_step: auto: 240 documents of 21 tokens -> 176 tokens per step -> 62 steps`."""
+    """Return a line such as `tokens_per_step: auto: 240 documents of 21 tokens -> 96 tokens per step -> 106 steps`."""
     data = plan.data
     mean = data.train_tokens / max(1, data.train_documents)
     estimated = "" if data.exact else " (estimated)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+from orchestrator.spec.tasks import metric_facts
 from orchestrator.transfer import OverSeeds, over_seeds
 from orchestrator.transfer.headline import headline
 from orchestrator.transfer.records import (
@@ -19,8 +20,6 @@ from orchestrator.transfer.records import (
 from orchestrator.units import format_bytes, format_count, format_seconds
 
 MISSING = "-"
-
-PERCENT = ("accuracy", "macro_f1", "exact_match")
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -40,7 +39,7 @@ def signed(value: float | None, digits: int = 3) -> str:
 
 def metric_text(value: float | None, metric: str) -> str:
     """Return shares as per cent, losses with three digits."""
-    if value is not None and math.isfinite(value) and metric in PERCENT:
+    if value is not None and math.isfinite(value) and metric_facts(metric).is_share:
         return f"{100 * value:.1f}%"
     return number(value)
 
@@ -67,14 +66,14 @@ def metric_over_seeds(sweep: SweepResult, trial: TrialRecord, transfer: Transfer
 
 def interval_text(found: OverSeeds, metric: str) -> str:
     """Return `1.830 ± 0.042`; shares as per cent."""
-    half = f"{100 * found.half_width:.1f}" if metric in PERCENT else number(found.half_width)
+    half = f"{100 * found.half_width:.1f}" if metric_facts(metric).is_share else number(found.half_width)
     return f"{metric_text(found.mean, metric)} ± {half}"
 
 
 def score_text(scores: ModelScores, metric: str) -> str:
     """Return the metric; `41.2% on 200 of 500` if it may cover fewer documents than the losses."""
     value = metric_text(scores.metrics.get(metric), metric)
-    if metric != "exact_match" or metric not in scores.metrics or not scores.num_answered:
+    if not metric_facts(metric).generated or metric not in scores.metrics or not scores.num_answered:
         return value
     return f"{value} on {scores.num_answered} of {scores.num_documents}"
 

@@ -11,7 +11,7 @@ from orchestrator.serve.bundle_inputs import BundleInputs, base_label
 from orchestrator.serve.metadata import front_matter, licence_sentence
 from orchestrator.serve.usage import prompt_rule, snippet
 from orchestrator.spec.adapters import ADAPTER_KINDS
-from orchestrator.spec.tasks import HeadTraits
+from orchestrator.spec.tasks import HeadTraits, metric_facts
 from orchestrator.transfer.headline import advice_on_answers, gain_is_loss_only, headline
 from orchestrator.transfer.records import CONTROL_NAMES, ModelScores, PromptComparison, TransferReport, VerificationFigures
 from orchestrator.transfer.verdict_advice import advice_after, decided_by
@@ -121,7 +121,7 @@ def _reads(transfer: TransferReport) -> str:
 
 def _score(scores: ModelScores, metric: str) -> str:
     number = _number(scores.metrics.get(metric))
-    taken_over = metric == "exact_match" and metric in scores.metrics and scores.num_answered
+    taken_over = metric_facts(metric).generated and metric in scores.metrics and scores.num_answered
     return f"{number} on {scores.num_answered} of {scores.num_documents}" if taken_over else number
 
 

@@ -17,6 +17,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from orchestrator.serve.bundle_inputs import BundleInputs, base_label
+from orchestrator.spec.tasks import metric_facts
 from orchestrator.transfer.records import ModelScores, TransferReport
 
 UNKNOWN = "unknown"
@@ -34,15 +35,6 @@ LICENCE_TEXTS = (
     ("gemma", r"gemma terms of use"),
 )
 """Hub identifier, and a pattern for the beginning of the licence's text."""
-METRIC_NAMES = {
-    "loss": "loss, nats per supervised token",
-    "perplexity": "perplexity",
-    "exact_match": "exact match",
-    "accuracy": "accuracy",
-    "macro_f1": "macro F1",
-}
-METRIC_TYPES = {"macro_f1": "f1"}
-"""The hub's name of a metric, if it differs from ours."""
 
 
 class Licence(NamedTuple):
@@ -122,8 +114,9 @@ def _metrics(transfer: TransferReport) -> Iterator[dict[str, Any]]:
     own: ModelScores | None = next((scores for scores in transfer.scores if scores.model == "promoted"), None)
     for name, value in own.metrics.items() if own is not None else ():
         if math.isfinite(value):
-            kind = METRIC_TYPES.get(name, name)
-            yield {"type": kind, "value": round(float(value), 6), "name": METRIC_NAMES.get(name, name)}
+            facts = metric_facts(name)
+            value = round(float(value), 6)
+            yield {"type": facts.hub_type or name, "value": value, "name": facts.hub_title or facts.title}
 
 
 def _result(inputs: BundleInputs, metrics: list[dict[str, Any]], sources: list[str]) -> dict[str, Any]:

@@ -126,7 +126,7 @@ class _Scorer:
 
     def score_untouched(self, base: LoadedBase) -> None:
         # The untouched base has no classification head, so it can only guess by the class frequencies.
-        if self._head.untouched == "class prior":
+        if self._head.baseline == "class prior":
             train = load_known(self._inputs.train_set)
             self.test[UNTOUCHED] = class_prior(self._data, train, self._inputs.base.num_classes)
         else:

@@ -1,10 +1,11 @@
 """The tasks: one row of traits each.
 
-Every other room asks for the trait that it needs (`spec.traits.head.is_new`), never for a task's name. To add a task, add its
+Every other module asks for the trait that it needs (`spec.traits.head.is_new`), never for a task's name. To add a task, add its
 name to `Task`, a row to `TASKS`, and its entry in the registries that are keyed by task: how its rows are laid out
-(`data.reading.layouts`), how they are found (`data.reading.looking`), how they are tokenised (`data.encoding.encoder`), and how a
-prompt is put in the model card (`serve.usage`). A task that needs a new kind of head also needs a `HeadTraits` row and a class in
-`train.model.heads`.
+(`data.reading.layouts`), how their columns are guessed (`data.reading.guess`), and how they are tokenised
+(`data.encoding.encoder`). The code sample of the model card (`serve.usage`) branches on traits. A task that needs a new kind of
+head also needs a `HeadTraits` row and a class in `train.model.heads`; a task that needs a new metric, a row in `METRICS` and its
+computation in `train.evaluation`.
 """
 
 from __future__ import annotations
@@ -15,26 +16,40 @@ from typing import Literal
 
 Task = Literal["chat", "completion", "text", "classify"]
 HeadKind = Literal["language_model", "classification"]
-Untouched = Literal["evaluation", "class prior"]
+Baseline = Literal["evaluation", "class prior"]
 DataFormat = Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "text", "labels"]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric that needs no function of the user."""
+    """Facts about a metric."""
 
+    title: str
+    """Its name in sentences."""
     higher_is_better: bool = True
     generated: bool = False
     """Whether it is measured on generated answers instead of teacher-forced predictions."""
+    is_share: bool = False
+    """Whether it is between 0 and 1, and shown as per cent."""
+    hub_type: str = ""
+    """The Hugging Face hub's name of it, if that differs from ours."""
+    hub_title: str = ""
+    """Its title in the model card's metadata, if that says more than `title`."""
 
 
 METRICS: Mapping[str, Metric] = {
-    "loss": Metric(higher_is_better=False),
-    "exact_match": Metric(generated=True),
-    "accuracy": Metric(),
-    "macro_f1": Metric(),
+    "loss": Metric("loss", higher_is_better=False, hub_title="loss, nats per supervised token"),
+    "exact_match": Metric("exact match", generated=True, is_share=True),
+    "accuracy": Metric("accuracy", is_share=True),
+    "macro_f1": Metric("macro F1", is_share=True, hub_type="f1"),
 }
-"""The built-in metrics by name, in the order in which messages list them."""
+"""The built-in metrics that trials can be compared by, by name, in the order in which messages list them."""
+_PERPLEXITY = Metric("perplexity", higher_is_better=False)
+
+
+def metric_facts(metric: str) -> Metric:
+    """Return the facts about a metric: built in, reported only (`perplexity`), or a user's function, which compares texts."""
+    return _PERPLEXITY if metric == "perplexity" else METRICS.get(metric) or Metric(metric, generated=True)
 
 
 def higher_is_better(metric: str) -> bool:
@@ -60,7 +75,7 @@ class HeadTraits:
     """The model still predicts tokens, so that retention text can be scored, replayed, and used for EWC."""
     encoders: bool
     """Encoders can be trained, beside decoders."""
-    untouched: Untouched
+    baseline: Baseline
     """What the control `none` is: an evaluation of the base, or, for a new head, the frequencies of the classes."""
     auto_model: str
     """The transformers class that loads the bundle."""
@@ -84,7 +99,7 @@ LANGUAGE_MODEL = HeadTraits(
     one_document_per_row=False,
     scores_retention=True,
     encoders=False,
-    untouched="evaluation",
+    baseline="evaluation",
     auto_model="AutoModelForCausalLM",
     pipeline_tag="text-generation",
     peft_task="CAUSAL_LM",
@@ -97,7 +112,7 @@ CLASSIFICATION = HeadTraits(
     one_document_per_row=True,
     scores_retention=False,
     encoders=True,
-    untouched="class prior",
+    baseline="class prior",
     auto_model="AutoModelForSequenceClassification",
     pipeline_tag="text-classification",
     peft_task="SEQ_CLS",

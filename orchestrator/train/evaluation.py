@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 
 from orchestrator.data import TokenizedSet
 from orchestrator.errors import TrainingError, UsageError
-from orchestrator.plan.fusing import TEACHER_FORCED
+from orchestrator.spec.tasks import metric_facts
 from orchestrator.train import heartbeat
 from orchestrator.train.batches import RowPlan, repeated, to_tensors
 from orchestrator.train.model.objective import Objective
@@ -140,10 +140,10 @@ def text_metric(metric: str) -> Callable[[Sequence[str], Sequence[str]], float] 
     Raises:
         UsageError: no such module or function.
     """
-    if metric in TEACHER_FORCED:
+    if not metric_facts(metric).generated:
         return None
-    if metric == "exact_match":
-        return exact_match
+    if metric in TEXT_METRICS:
+        return TEXT_METRICS[metric]
     module_name, _, function_name = metric.partition(":")
     try:
         function = getattr(importlib.import_module(module_name), function_name)
@@ -157,6 +157,10 @@ def text_metric(metric: str) -> Callable[[Sequence[str], Sequence[str]], float] 
 def exact_match(predictions: Sequence[str], answers: Sequence[str]) -> float:
     """Share of predictions that are the answer, white space around both left out."""
     return sum(p.strip() == a.strip() for p, a in zip(predictions, answers, strict=True)) / max(1, len(answers))
+
+
+TEXT_METRICS: Mapping[str, Callable[[Sequence[str], Sequence[str]], float]] = {"exact_match": exact_match}
+"""The functions of the built-in metrics that need generated texts (`Metric.generated`)."""
 
 
 def score_texts(

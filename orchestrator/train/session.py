@@ -163,7 +163,7 @@ def evaluate_base(context: HostContext, outcome: TrialOutcome[EvaluateBase], exe
         branch = stack.enter_context(opened)
         objective = objective_of(context.base, branch.head(), work.selection.cut)
         scorer = Scorer(context, work, execution)
-        if context.base.load.traits.head.untouched == "class prior":
+        if context.base.load.traits.head.baseline == "class prior":
             outcome.scores = scorer.score_prior(objective)
         else:
             stack.enter_context(forward_ready(objective, execution))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from orchestrator.spec.tasks import metric_facts
 from orchestrator.transfer.records import ModelScores, TransferReport
 
 LOSS_ONLY = "positive in loss only"
 """Label of a `positive` verdict if the bundle gives no more correct answers than the base."""
-_PLAINLY = {"exact_match": "exact match", "accuracy": "accuracy"}
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,8 @@ class RightAnswers:
     def __str__(self) -> str:
         """`exact match 41.2% on 200 of 500 test documents, base 0.0%`."""
         base = f", base {100 * self.base:.1f}%" if self.base is not None else ""
-        return (
-            f"{_PLAINLY[self.metric]} {100 * self.own:.1f}% on {self.num_answered} of {self.num_documents} test documents{base}"
-        )
+        title = metric_facts(self.metric).title
+        return f"{title} {100 * self.own:.1f}% on {self.num_answered} of {self.num_documents} test documents{base}"
 
 
 def right_answers(transfer: TransferReport) -> RightAnswers | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -186,11 +186,9 @@ class _Table:
 def _guess(table: _Table, task: Task | None) -> _Found | None:
     if task is None and all(row.is_document for row in table.rows):
         return "text", {"text": "text"}, "text files, each a document", 0
-    finders = {"chat": _chat, "classify": _classify, "completion": _completion, "text": _text}
     if task is not None:
-        found = finders[task](table, True)
-        return found
-    return next((found for find in finders.values() if (found := find(table, False)) is not None), None)
+        return FINDERS[task](table, True)
+    return next((found for find in FINDERS.values() if (found := find(table, False)) is not None), None)
 
 
 def _chat(table: _Table, asked: bool) -> _Found | None:
@@ -265,6 +263,15 @@ def _text(table: _Table, asked: bool) -> _Found | None:
     usual = [name for name in table.named(TEXTS) if name in texts]
     column = usual[0] if usual else texts[0] if len(texts) == 1 or (asked and texts) else None
     return ("text", {"text": column}, f"{printable(column)} is text, and no column looks like its answer", 0) if column else None
+
+
+FINDERS: Mapping[Task, Callable[[_Table, bool], _Found | None]] = {
+    "chat": _chat,
+    "classify": _classify,
+    "completion": _completion,
+    "text": _text,
+}
+"""Finds the columns of a task, given whether the user named the task. Without a task the first that finds columns decides."""
 
 
 def _is_number(text: str) -> bool:

@@ -8,8 +8,20 @@ from typing import get_args
 
 import pytest
 
+from orchestrator.data.reading.guess import FINDERS
 from orchestrator.spec.models import ColumnsSpec, JobSpec
-from orchestrator.spec.tasks import HEADS, METRICS, RETENTION_TASKS, TASKS, HeadKind, Task, higher_is_better, loss_unit
+from orchestrator.spec.tasks import (
+    HEADS,
+    METRICS,
+    RETENTION_TASKS,
+    TASKS,
+    HeadKind,
+    Task,
+    higher_is_better,
+    loss_unit,
+    metric_facts,
+)
+from orchestrator.train.evaluation import TEXT_METRICS
 
 PACKAGE = Path(__file__).resolve().parents[3] / "orchestrator"
 OWN = {"spec/tasks.py"}
@@ -40,6 +52,17 @@ def test_every_built_in_metric_fits_some_task() -> None:
     assert not higher_is_better("loss")
     assert higher_is_better("accuracy")
     assert higher_is_better("package.module:function")
+
+
+def test_the_columns_of_every_task_can_be_guessed_and_every_text_metric_computed() -> None:
+    assert set(FINDERS) == set(TASKS)
+    assert set(TEXT_METRICS) == {name for name, metric in METRICS.items() if metric.generated}
+
+
+def test_the_facts_about_a_metric_that_no_search_compares_by() -> None:
+    assert not metric_facts("perplexity").generated
+    assert metric_facts("package.module:function").generated
+    assert metric_facts("package.module:function").title == "package.module:function"
 
 
 def test_retention_text_is_read_by_tasks_that_predict_tokens() -> None:
