@@ -9,9 +9,9 @@
 
 `api.py` has them (docs/api.md); they are imported when they are used, so that `import orchestrator` is quick.
 
-The rooms, from the ground up: `spec` (what was asked), `anatomy` (what the base is), `work` (the values that pass between
-rooms), `plan` (what will be done), `transfer` (what the figures mean), `store` and `run` (what is on disk), `data`, `train`,
-`serve` (what happens), `runtime` (Ray), `report`, `api`, `cli`.
+The packages, from the lowest layer up: `spec` (what was asked), `anatomy` (what the base is), `work` (the values that pass
+between packages), `plan` (what will be done), `transfer` (what the figures mean), `store` and `run` (what is on disk), `data`,
+`train`, `serve` (what happens), `runtime` (Ray), `report`, `api`, `cli`.
 """
 
 from importlib import import_module
@@ -25,7 +25,7 @@ __all__ = ["Bundle", "Run", "__version__", "finetune", "load_run", "plan", "swee
 
 
 def __getattr__(name: str) -> Any:
-    if name == "plan":  # a room too, which can be called
+    if name == "plan":  # a package too, which can be called
         return import_module("orchestrator.plan")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The house stands as it was drawn: imports go strictly downward, heavy libraries stay in their rooms, files stay short."""
+"""The architecture holds: imports go strictly downward, heavy libraries stay in their packages, files stay short."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "orchestrator"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-FLOORS: dict[str, tuple[int, int]] = {
+LAYERS: dict[str, tuple[int, int]] = {
     "errors": (0, 1),
     "units": (0, 0),
     "values": (0, 0),
@@ -38,9 +38,9 @@ FLOORS: dict[str, tuple[int, int]] = {
     "": (10, 0),
     "__main__": (10, 0),
 }
-"""Room -> floor and, on floor 5 alone, the place in its order. The package itself is the room without a name: it has the names
-of the Python API, and imports it when they are used."""
-PURE = ["", *(room for room, (floor, _) in FLOORS.items() if floor <= 3)]
+"""Package -> layer and, on layer 5 alone, the place in its order. The one without a name is `orchestrator` itself: it has the
+names of the Python API, and imports it when they are used."""
+PURE = ["", *(package for package, (layer, _) in LAYERS.items() if layer <= 3)]
 HEAVY = ("ray", "torch", "deepspeed", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
 HOMES = {"ray": {"runtime"}, "deepspeed": {"train"}}
 THIN = ("orchestrator.runtime.search", "orchestrator.runtime.exchange", "orchestrator.runtime.watchdog")
@@ -60,7 +60,7 @@ LONGEST_LOOP = 100
 """What the training loop may take."""
 
 
-def room_of(path: Path) -> str:
+def package_of(path: Path) -> str:
     """`orchestrator/plan/memory/resident.py` -> `plan`; `orchestrator/errors.py` -> `errors`."""
     first = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     if first == "__init__":
@@ -81,18 +81,18 @@ def imports_of(path: Path) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, f"{target}.{alias.name}") for alias in node.names)
 
 
-def imported_rooms(path: Path) -> Iterator[tuple[int, str]]:
+def imported_packages(path: Path) -> Iterator[tuple[int, str]]:
     for line, name in imports_of(path):
         parts = name.split(".")
-        if parts[0] == "orchestrator" and len(parts) > 1 and parts[1] in FLOORS:
+        if parts[0] == "orchestrator" and len(parts) > 1 and parts[1] in LAYERS:
             yield line, parts[1]
 
 
-def may_import(room: str, other: str) -> bool:
-    if room == other:
+def may_import(package: str, other: str) -> bool:
+    if package == other:
         return True
-    (floor, place), (below, other_place) = FLOORS[room], FLOORS[other]
-    return floor > below or (floor == below and place > other_place)
+    (layer, place), (below, other_place) = LAYERS[package], LAYERS[other]
+    return layer > below or (layer == below and place > other_place)
 
 
 def module_name(path: Path) -> str:
@@ -147,8 +147,8 @@ def relative(path: Path) -> str:
     return str(path.relative_to(REPOSITORY))
 
 
-def test_every_room_has_its_floor() -> None:
-    assert {room_of(path) for path in FILES} <= set(FLOORS), "a new room needs a floor"
+def test_every_package_has_its_layer() -> None:
+    assert {package_of(path) for path in FILES} <= set(LAYERS), "a new package needs a layer"
 
 
 def test_the_rule_itself() -> None:
@@ -163,24 +163,26 @@ def test_the_rule_itself() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
 def test_imports_go_strictly_downward(path: Path) -> None:
-    room = room_of(path)
-    wrong = [f"{relative(path)}:{line} imports {other}" for line, other in imported_rooms(path) if not may_import(room, other)]
+    package = package_of(path)
+    wrong = [
+        f"{relative(path)}:{line} imports {other}" for line, other in imported_packages(path) if not may_import(package, other)
+    ]
     assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("library", HOMES)
-def test_a_library_is_imported_in_its_room_alone(library: str) -> None:
+def test_a_library_is_imported_in_its_package_alone(library: str) -> None:
     wrong = [
         f"{relative(path)}:{line}"
         for path in FILES
         for line, name in imports_of(path)
-        if name.split(".")[0] == library and room_of(path) not in HOMES[library]
+        if name.split(".")[0] == library and package_of(path) not in HOMES[library]
     ]
     assert not wrong, f"{library} belongs in {HOMES[library]}: {wrong}"
 
 
-def test_pure_floors_import_nothing_heavy() -> None:
-    assert loaded_by(module_name(path) for path in FILES if room_of(path) in PURE) == []
+def test_pure_layers_import_nothing_heavy() -> None:
+    assert loaded_by(module_name(path) for path in FILES if package_of(path) in PURE) == []
 
 
 def test_a_tune_trial_and_the_exchange_import_nothing_that_computes() -> None:
@@ -238,7 +240,7 @@ def test_the_report_reads_a_run_through_its_reader_alone() -> None:
     wrong = [
         f"{relative(path)}:{node.lineno} {name}"
         for path in FILES
-        if room_of(path) == "report"
+        if package_of(path) == "report"
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Name | ast.Attribute)
         and (name := node.id if isinstance(node, ast.Name) else node.attr) in reading

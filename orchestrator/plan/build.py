@@ -30,7 +30,7 @@ from orchestrator.plan.memory.estimate import estimate
 from orchestrator.plan.memory.footprint import Footprint, make_footprint, with_anchor
 from orchestrator.plan.memory.quantized import NF4_BLOCK
 from orchestrator.plan.placement import Machines, node_subsets
-from orchestrator.plan.remedies import product_anchor, remedies_of_train
+from orchestrator.plan.remedies import remedies_of_train, whole_adapters_anchor
 from orchestrator.plan.schedule import curve_shares
 from orchestrator.plan.search_space import Choice, adapter_asked, located_at, planned_points, search_choices
 from orchestrator.plan.trunk import plan_trunk
@@ -119,7 +119,7 @@ def _plan_on(
     spec_sha256: str,
     scores: LayerScores | None,
 ) -> RunPlan:
-    spec, anchor = loaded.spec, product_anchor(choice.remedies for choice in choices)
+    spec, anchor = loaded.spec, whole_adapters_anchor(choice.remedies for choice in choices)
     load = Load(
         footprints=tuple(_footprint(spec, anatomy, data, choice.selection, choice.remedies.anchor) for choice in choices),
         row_tokens=schedule.row_tokens(spec, anatomy, data),

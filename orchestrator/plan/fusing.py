@@ -91,7 +91,7 @@ def fuse_key(assignment: Work, planned: ExecutionPlan, anatomy: ModelAnatomy) ->
     return (
         selection.cut,
         trial.seed,
-        trial.remedies.replay,
+        trial.remedies.shared_in_batch,
         assignment.rung,
         assignment.stop_step,
         execution,

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.errors import PlanError
 from orchestrator.spec import LoadedSpec
+from orchestrator.spec.adapters import ADAPTER_KINDS
 from orchestrator.spec.models import Anchor, AnchorSpec, JobSpec, SearchPoint, SearchSpec, TrainSpec, Tune
 from orchestrator.work.remedies import AnchorPlan, Remedies
 
@@ -89,7 +90,7 @@ def _all_remedies(spec: JobSpec) -> list[Remedies]:
     return found + [remedies for tune in search.tune for remedies in searched_remedies(search, train, tune)]
 
 
-def product_anchor(choices: Iterable[Remedies]) -> AnchorPlan | None:
+def whole_adapters_anchor(choices: Iterable[Remedies]) -> AnchorPlan | None:
     """Return the first anchor that needs whole adapters, which DeepSpeed would partition; see `Load.whole_adapters`."""
     return next((remedies.anchor for remedies in choices if remedies.anchor and remedies.anchor.traits.whole_adapters), None)
 
@@ -176,4 +177,6 @@ def effective(anatomy: ModelAnatomy, selection: LayerSelection, remedies: Remedi
 
 
 def _module(name: str) -> str:
-    return name.rpartition(".lora_")[0] or name.rpartition(".")[0]
+    """Return the module of a parameter: its name without the suffix of an adapter's tensor, or without its last part."""
+    suffixes = (suffix for kind in ADAPTER_KINDS.values() for suffix in kind.suffixes)
+    return next((name.removesuffix(suffix) for suffix in suffixes if name.endswith(suffix)), name.rpartition(".")[0])

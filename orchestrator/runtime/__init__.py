@@ -1,4 +1,4 @@
-"""The only room that imports Ray: gangs, the exchange, the search, the refit, and the jobs that combine them.
+"""The only package that imports Ray: gangs, the exchange, the search, the refit, and the jobs that combine them.
 
     outcome = run_sweep(load_spec("spec.yaml"), view=view)        # search, refit, merge, verify, bundle
     outcome = run_finetune(load_spec("spec.yaml"), view=view)     # the spec's one trial

@@ -35,29 +35,29 @@ class AdapterKind:
     adds_product: ClassVar[bool] = True
     """Whether scale * B @ A is all that changes in the weight, so that the anchor `product` measures that change."""
 
-    def scale(self, alpha: float, rank: int) -> float:
-        return alpha / rank
+    def scale(self, alpha: float, lora_rank: int) -> float:
+        return alpha / lora_rank
 
-    def shapes(self, weight: Shape, rank: int) -> dict[str, Shape]:
+    def shapes(self, weight: Shape, lora_rank: int) -> dict[str, Shape]:
         """The tensors that learn, in the order in which the model lists them."""
-        return {LORA_A: (rank, weight[1]), LORA_B: (weight[0], rank)}
+        return {LORA_A: (lora_rank, weight[1]), LORA_B: (weight[0], lora_rank)}
 
     @property
     def suffixes(self) -> tuple[str, ...]:
         return tuple(self.shapes((0, 0), 0))
 
-    def num_elements(self, weight: Shape, rank: int) -> int:
-        return sum(prod(shape) for shape in self.shapes(weight, rank).values())
+    def num_elements(self, weight: Shape, lora_rank: int) -> int:
+        return sum(prod(shape) for shape in self.shapes(weight, lora_rank).values())
 
-    def multiplied_elements(self, weight: Shape, rank: int) -> int:
+    def multiplied_elements(self, weight: Shape, lora_rank: int) -> int:
         """Elements that each token is multiplied with."""
-        return rank * (weight[0] + weight[1])
+        return lora_rank * (weight[0] + weight[1])
 
-    def kept_elements(self, weight: Shape, rank: int) -> int:
+    def kept_elements(self, weight: Shape, lora_rank: int) -> int:
         """Numbers that the forward pass keeps for the backward pass, per token, beside the input of the layer."""
-        return rank
+        return lora_rank
 
-    def elements_per_pass(self, weight: Shape, rank: int) -> int:
+    def elements_per_pass(self, weight: Shape, lora_rank: int) -> int:
         """Multiply-adds of a forward pass that do not depend on its number of tokens."""
         return 0
 
@@ -69,8 +69,8 @@ class RankStabilizedLora(AdapterKind):
     title = "rank-stabilised LoRA"
     peft_options: ClassVar[Mapping[str, bool]] = {"use_rslora": True}
 
-    def scale(self, alpha: float, rank: int) -> float:
-        return alpha / sqrt(rank)
+    def scale(self, alpha: float, lora_rank: int) -> float:
+        return alpha / sqrt(lora_rank)
 
 
 class Dora(AdapterKind):
@@ -82,16 +82,16 @@ class Dora(AdapterKind):
     adds_product = False
     runs_layer_on_its_input = True
 
-    def shapes(self, weight: Shape, rank: int) -> dict[str, Shape]:
-        return {**super().shapes(weight, rank), LORA_MAGNITUDE: (weight[0],)}
+    def shapes(self, weight: Shape, lora_rank: int) -> dict[str, Shape]:
+        return {**super().shapes(weight, lora_rank), LORA_MAGNITUDE: (weight[0],)}
 
-    def kept_elements(self, weight: Shape, rank: int) -> int:
+    def kept_elements(self, weight: Shape, lora_rank: int) -> int:
         """With what is multiplied by the magnitudes, for their gradient."""
-        return rank + weight[0]
+        return lora_rank + weight[0]
 
-    def elements_per_pass(self, weight: Shape, rank: int) -> int:
+    def elements_per_pass(self, weight: Shape, lora_rank: int) -> int:
         """B @ A, for the norms of the rows."""
-        return rank * weight[0] * weight[1]
+        return lora_rank * weight[0] * weight[1]
 
 
 ADAPTER_KINDS: dict[AdapterName, AdapterKind] = {kind.name: kind for kind in (AdapterKind(), RankStabilizedLora(), Dora())}
@@ -108,17 +108,17 @@ class AdapterOptions(Value):
     modules: Modules = "all"
     """Which linear layers of the blocks have one."""
 
-    def method(self, rank: int | None) -> str:
+    def method(self, lora_rank: int | None) -> str:
         """`lora r16 · alpha 8`: the kind, the rank, and every option that is not the default."""
-        parts = [f"{self.kind} r{rank}"]
+        parts = [f"{self.kind} r{lora_rank}"]
         parts += [f"alpha {self.alpha}"] if self.alpha is not None else []
         parts += [f"dropout {self.dropout:g}"] if self.dropout else []
         parts += [] if self.modules == "all" else [self._modules()]
         return " · ".join(parts)
 
-    def sentence(self, rank: int | None) -> str:
+    def sentence(self, lora_rank: int | None) -> str:
         """`LoRA, rank 16, alpha 32`, for readers who do not know the keys of the spec."""
-        parts = [ADAPTER_KINDS[self.kind].title, f"rank {rank}", f"alpha {self.alpha_of(rank)}"]
+        parts = [ADAPTER_KINDS[self.kind].title, f"rank {lora_rank}", f"alpha {self.alpha_of(lora_rank)}"]
         parts += [f"dropout {self.dropout:g}"] if self.dropout else []
         parts += [] if self.modules == "all" else [f"on {self._modules()}"]
         return ", ".join(parts)
@@ -126,8 +126,8 @@ class AdapterOptions(Value):
     def _modules(self) -> str:
         return self.modules if isinstance(self.modules, str) else "+".join(self.modules)
 
-    def alpha_of(self, rank: int | None) -> int:
-        return 2 * (rank or 0) if self.alpha is None else self.alpha
+    def alpha_of(self, lora_rank: int | None) -> int:
+        return 2 * (lora_rank or 0) if self.alpha is None else self.alpha
 
 
 PLAIN_LORA = AdapterOptions()

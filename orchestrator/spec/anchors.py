@@ -30,6 +30,9 @@ class AnchorTraits:
     """Why it does not fit the other tuning method; {where} is where the spec asks for that."""
     instead: str
     """What to write instead."""
+    recommended_strength: float | None = None
+    """The strength that advice against forgetting recommends to try; None for an anchor that it does not recommend. It recommends
+    one anchor for each tuning method."""
 
 
 ANCHORS: Mapping[AnchorKind, AnchorTraits] = {
@@ -40,6 +43,7 @@ ANCHORS: Mapping[AnchorKind, AnchorTraits] = {
         copies=1,
         misfit=("l2sp is for full fine-tuning; with lora ({where}) adapters are added to the base's weights, which stay frozen"),
         instead="write product, or tune: full",
+        recommended_strength=30,
     ),
     "ewc": AnchorTraits(
         tune="full",
@@ -59,5 +63,6 @@ ANCHORS: Mapping[AnchorKind, AnchorTraits] = {
         copies=0,
         misfit="unfrozen weights ({where}) have no adapter, which `product` needs",
         instead="write l2sp or ewc, or tune: lora",
+        recommended_strength=30,
     ),
 }

@@ -20,18 +20,18 @@ import torch
 from orchestrator.spec.anchors import AnchorKind
 
 CHUNK = 2**20
-"""Numbers that are pulled at once, so that what that takes beside them is small."""
+"""Elements that are pulled at once: this bounds the size of the temporary tensors."""
 
 
 class Anchor(Protocol):
     """Called by an engine after each update, before masters are rounded into the model."""
 
     def pull(self, master: torch.Tensor, learning_rate: float) -> None:
-        """Pull what this master holds back, in place.
+        """Pull the weights of one master tensor towards the base, in place.
 
         Args:
-            master: One of those that the anchor was made with.
-            learning_rate: Of the step, as this master was updated with it.
+            master: One of the masters that the anchor was made with.
+            learning_rate: The learning rate that this step updated the master with.
         """
         ...
 
@@ -44,19 +44,20 @@ class Anchored:
     masters: Callable[[], Sequence[torch.Tensor]]
     """The masters that have a value in the base."""
     adapters: Callable[[], Mapping[int, Sequence[tuple[torch.Tensor, torch.Tensor]]]] | None
-    """(A, B) of every adapter by the id of its master; None of an engine that partitions them."""
+    """(A, B) of every adapter by the id of its master; None for an engine that partitions them."""
     adapter_scale: float
     """Factor of an adapter's product in the model."""
     importances: Sequence[torch.Tensor] | None
-    """Fisher information of each master; None of an anchor that does not use it."""
+    """Fisher information of each master; None for an anchor that does not use it."""
 
 
 class ElementAnchor:
-    """Each weight w toward its value w0 in the base: the minimum of f/2 (w - w0)^2 + (w - v)^2 / (2 r), of Adam's v at rate r.
+    """Pulls each weight w towards its value w0 in the base: to the minimum of f/2 (w - w0)^2 + (w - v)^2 / (2 r), where v is the
+    weight after Adam's update and r the learning rate.
 
-    With f = strength this is L2-SP (Xuhong et al. 2018); with f = strength x the weight's Fisher information on the retention
-    set, over the mean of all that learn, it is EWC (Kirkpatrick et al. 2017). Over that mean, so that a strength means the same
-    for both.
+    With f = strength this is L2-SP (Xuhong et al. 2018). With f = strength x the weight's Fisher information on the retention
+    set, divided by its mean over all trainable weights, it is EWC (Kirkpatrick et al. 2017); the division gives a strength the
+    same meaning for both.
     """
 
     def __init__(
@@ -64,9 +65,9 @@ class ElementAnchor:
     ) -> None:
         """
         Args:
-            masters: The master weights, which now hold the base's values; a copy is kept.
+            masters: The master weights, while they hold the base's values; a copy is kept.
             strength: At least 0.
-            importances: float32, one for each number of each master; without them all are 1.
+            importances: float32, in the shape of each master; without them all are 1.
         """
         self._strength = strength
         self._starts = {id(master): master.detach().clone() for master in masters}
@@ -96,7 +97,7 @@ class ElementAnchor:
 
 
 class ProductAnchor:
-    """The product of each adapter toward nothing: strength/2 |s B A|^2, of A[r, in], B[out, r] and LoRA's scale s.
+    """Pulls the product of each adapter towards zero: penalty strength/2 |s B A|^2, of A[r, in], B[out, r] and LoRA's scale s.
 
     The norm is a trace of two [r, r] Gram matrices, tr(B'B AA'), and so is its exact step in one factor with the other one
     held: A <- (I + c B'B)^-1 A, then B <- B (I + c AA')^-1, with c = rate x strength x s^2. Nothing of the size of the
@@ -129,7 +130,7 @@ class ProductAnchor:
             b.copy_(torch.linalg.solve(unit + reach * (a @ a.T), b.T).T)
 
 
-CLASSES: Mapping[AnchorKind, Callable[[Anchored], Anchor]] = {
+ANCHOR_CLASSES: Mapping[AnchorKind, Callable[[Anchored], Anchor]] = {
     "l2sp": ElementAnchor.of,
     "ewc": ElementAnchor.of,
     "product": ProductAnchor.of,

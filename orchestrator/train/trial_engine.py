@@ -12,7 +12,7 @@ from torch import nn
 from orchestrator.data import TokenizedSet
 from orchestrator.plan.remedies import learning_groups
 from orchestrator.train.adapters.branch import Branch
-from orchestrator.train.anchors import CLASSES, Anchor, Anchored
+from orchestrator.train.anchors import ANCHOR_CLASSES, Anchor, Anchored
 from orchestrator.train.context import HostContext
 from orchestrator.train.engines.construction import construct_engine
 from orchestrator.train.engines.engine import Engine, layout_of
@@ -61,7 +61,7 @@ def build_engine(
         weights = importances(fisher, num_weights, ranks, partitioned=partitioned)
     engine = construct_engine(objective, branch, groups, execution, settings, ranks)
     if plan is not None:
-        engine.hold(_anchor(plan, engine, branch, weights))
+        engine.set_anchor(_anchor(plan, engine, branch, weights))
     return engine
 
 
@@ -82,7 +82,7 @@ def _fisher(file: Path, measure: Callable[[], list[torch.Tensor]], execution: Ex
 def _anchor(plan: AnchorPlan, engine: Engine, branch: Branch, weights: Sequence[torch.Tensor] | None) -> Anchor:
     scale = branch.selection.adapter_kind.scale(branch.lora_alpha, branch.selection.lora_rank or 1)
     adapters = engine.adapters if isinstance(engine, TorchEngine) else None
-    return CLASSES[plan.kind](Anchored(plan.strength, engine.anchored_masters, adapters, scale, weights))
+    return ANCHOR_CLASSES[plan.kind](Anchored(plan.strength, engine.anchored_masters, adapters, scale, weights))
 
 
 def _fisher_name(context: HostContext, execution: ExecutionPlan, work: TrainRung, retention: TokenizedSet) -> str:

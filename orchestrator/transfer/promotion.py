@@ -168,12 +168,14 @@ def _advice_on_forgetting(better: Sequence[TrialRecord], closest: TrialRecord, m
 
 def _advice_on_remedies(trial: TrialRecord) -> list[str]:
     """Recommend replay and the suitable anchor, as far as the trial did not use them."""
-    kind = next(kind for kind, traits in ANCHORS.items() if traits.tune == trial.tune)
     replay = "mix retention text into training: search.replay: [0.0, 0.1]"
-    anchor = f"keep the weights near the base: search.anchor: [none, {{kind: {kind}, strength: 30}}]"
-    fitting = [("replay", replay)]
+    fitting: list[tuple[str, str]] = [("replay", replay)]
     if trial.tune == "full" or ADAPTER_KINDS[trial.adapter.kind].adds_product:
-        fitting.append((kind, anchor))
+        fitting += [
+            (kind, f"keep the weights near the base: search.anchor: [none, {{kind: {kind}, strength: {strength:g}}}]")
+            for kind, traits in ANCHORS.items()
+            if traits.tune == trial.tune and (strength := traits.recommended_strength) is not None
+        ]
     return [advice for word, advice in fitting if word not in trial.remedy_kinds]
 
 

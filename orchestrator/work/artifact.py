@@ -35,13 +35,13 @@ class StoredAdapter(Value):
     alpha: float
 
     @property
-    def rank(self) -> int:
+    def lora_rank(self) -> int:
         return self.tensors[LORA_A].shape[0]
 
     @property
     def scale(self) -> float:
         """What the product of B and A is multiplied by."""
-        return ADAPTER_KINDS[self.kind].scale(self.alpha, self.rank)
+        return ADAPTER_KINDS[self.kind].scale(self.alpha, self.lora_rank)
 
 
 class Artifact(Value):
@@ -83,7 +83,7 @@ class Artifact(Value):
             raise _unknown(self.folder, name, shapes)
         shape = shapes[name]
         found = {suffix: info.shape for suffix, info in adapter.tensors.items()}
-        expected = ADAPTER_KINDS[adapter.kind].shapes(shape, adapter.rank) if len(shape) == 2 else {}
+        expected = ADAPTER_KINDS[adapter.kind].shapes(shape, adapter.lora_rank) if len(shape) == 2 else {}
         if found != expected:
             raise SelectionError(
                 f"the adapter of {name} has {_spell_shapes(found)}",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from orchestrator.spec.adapters import AdapterOptions
 from orchestrator.spec.anchors import ANCHORS, AnchorKind, AnchorTraits
 from orchestrator.spec.models import Tune
@@ -26,6 +28,9 @@ class AnchorPlan(Value):
 class Remedies(Value):
     """All remedies of a trial; the defaults do nothing."""
 
+    PER_TRIAL: ClassVar[frozenset[str]] = frozenset({"anchor", "layer_decay"})
+    """Fields that each trial's own optimizer step applies, so that they may differ between the trials of a fused batch. Any other
+    field changes the shared batches or the shared objective."""
     replay: float = 0.0
     """Share of retention tokens among the tokens that are trained on."""
     anchor: AnchorPlan | None = None
@@ -45,6 +50,11 @@ class Remedies(Value):
         replay = ("replay",) if self.replay else ()
         anchor = (self.anchor.kind,) if self.anchor is not None else ()
         return (*replay, *anchor, *(("decay",) if self.layer_decay != 1.0 else ()))
+
+    @property
+    def shared_in_batch(self) -> tuple[object, ...]:
+        """Return the values that must be equal for trials to share a batch: of every field but those of PER_TRIAL."""
+        return tuple(getattr(self, name) for name in type(self).model_fields if name not in self.PER_TRIAL)
 
     def total_tokens(self, target_tokens: int) -> int:
         """Return the tokens that are trained on if `target_tokens` of them are the target's."""

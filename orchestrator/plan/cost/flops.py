@@ -27,10 +27,11 @@ QUERY_KEY_VALUE = (
     *("q_proj", "k_proj", "v_proj", "query", "key", "value", "q_lin", "k_lin", "v_lin"),
     *FUSED_PROJECTIONS,
 )
-"""Modules whose input is the input of a block's attention."""
+"""Modules whose input is the input of a block's attention: a layout whose projections have other names must add them here."""
 
 ENDING_IN_DROPOUT = ("gpt2", "opt")
-"""Decoders that apply dropout of 0.1 to each block's output unless their config says otherwise (transformers' defaults)."""
+"""Decoders that apply dropout of 0.1 to each block's output unless their config says otherwise (transformers' defaults): a
+layout that does so too must be added here."""
 
 
 def forward_flops_per_token(
@@ -225,6 +226,7 @@ def _last_matrix(anatomy: ModelAnatomy, selection: LayerSelection, block: int) -
     something. An adapted matrix is recomputed: peft computes it before the adapter, whose inputs backward needs.
     """
     sparse = bool(anatomy.stacked and anatomy.stacked[block])
+    # By name: a layout with another name for a norm after the MLP must be added here.
     norm_after = anatomy.kind == "encoder" or any("post_feedforward" in name for name in anatomy.blocks[block])
     if sparse or norm_after or anatomy.model_type in ENDING_IN_DROPOUT:
         return 0

@@ -24,7 +24,7 @@ ROUTING_BYTES = 64
 
 
 FUSED_PROJECTIONS = ("qkv_proj", "query_key_value", "c_attn")
-"""Modules that compute query, key and value in one product."""
+"""Modules that compute query, key and value in one product: a layout that has one of another name must add it here."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,8 @@ def _norms(anatomy: ModelAnatomy, names: tuple[str, ...], learning: frozenset[st
     total = 0
     for name in names:
         shape = anatomy.tensors[name].shape
-        # Norms are found by their names (`ln_` is GPT-2's) and by being vectors; q_norm and k_norm run once per head.
+        # Norms are found by their names (`ln_` is GPT-2's) and by being vectors; q_norm and k_norm run once per head. A layout
+        # that names its norms otherwise must be added here.
         if ("norm" not in name.lower() and "ln_" not in name) or len(shape) != 1 or not name.endswith("weight"):
             continue
         if shape[0] == anatomy.head_dim and anatomy.head_dim != anatomy.hidden_size:

@@ -233,7 +233,7 @@ def selection_of(base: LoadedBase, folder: Path) -> tuple[LayerSelection, int]:
     selection = LayerSelection(
         policy=metadata.get("policy", ""),
         tune="lora" if adapter else "full",
-        lora_rank=adapter.rank if adapter else None,
+        lora_rank=adapter.lora_rank if adapter else None,
         adapter=AdapterOptions(kind=adapter.kind) if adapter else PLAIN_LORA,
         trainable=tuple(artifact.whole),
         adapted=tuple(artifact.adapters),

@@ -41,7 +41,7 @@ class LiveLora:
     """Whether the forward pass needs W itself, not only what the frozen layer gives."""
 
     def initial(
-        self, shape: Shape, rank: int, generator: Callable[[str], torch.Generator], weight: Callable[[], torch.Tensor]
+        self, shape: Shape, lora_rank: int, generator: Callable[[str], torch.Generator], weight: Callable[[], torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Return values that leave the layer's output as it is.
 
@@ -53,8 +53,8 @@ class LiveLora:
             weight: Gives W in the compute dtype; called only where the kind reads the weight.
         """
         bound = shape[1] ** -0.5
-        a = torch.empty(rank, shape[1]).uniform_(-bound, bound, generator=generator(LORA_A))
-        return {LORA_A: a, LORA_B: torch.zeros(shape[0], rank)}
+        a = torch.empty(lora_rank, shape[1]).uniform_(-bound, bound, generator=generator(LORA_A))
+        return {LORA_A: a, LORA_B: torch.zeros(shape[0], lora_rank)}
 
     def row_norms(self, weight: torch.Tensor, tensors: Tensors, scale: float) -> torch.Tensor:
         """Return what the forward pass needs of W [T, out]; called while W is whole, where the kind reads it."""
@@ -88,9 +88,9 @@ class LiveDora(LiveLora):
     reads_weight = True
 
     def initial(
-        self, shape: Shape, rank: int, generator: Callable[[str], torch.Generator], weight: Callable[[], torch.Tensor]
+        self, shape: Shape, lora_rank: int, generator: Callable[[str], torch.Generator], weight: Callable[[], torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        plain, frozen = super().initial(shape, rank, generator, weight), weight()
+        plain, frozen = super().initial(shape, lora_rank, generator, weight), weight()
         stacked = {suffix: tensor.to(frozen.device)[None] for suffix, tensor in plain.items()}
         return plain | {LORA_MAGNITUDE: self.row_norms(frozen, stacked, 1.0)[0]}
 

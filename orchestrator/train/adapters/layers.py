@@ -74,7 +74,7 @@ class AdaptedLinear(nn.Module):
     def _add(self, trial: int, kind: StackedKind, base: LoadedBase, generator: Callable[[str], torch.Generator]) -> None:
         layer = self.base_layer
         shape = (layer.out_features, layer.in_features)
-        values = LIVE_KINDS[kind.name].initial(shape, kind.rank, generator, lambda: dequantized(layer.weight))
+        values = LIVE_KINDS[kind.name].initial(shape, kind.lora_rank, generator, lambda: dequantized(layer.weight))
         for suffix, value in values.items():
             parameter = nn.Parameter(value.to(device=base.device, dtype=base.dtype))
             self.register_parameter(live_name(suffix, trial), parameter)
@@ -133,7 +133,7 @@ class StackedKind(NamedTuple):
     """What adapters that are stacked have in common."""
 
     name: AdapterName
-    rank: int
+    lora_rank: int
     scale: float
     dropout: float
 
@@ -146,9 +146,9 @@ class Stack(NamedTuple):
 
 
 def _stacked_kind(spec: AdapterSpec) -> StackedKind:
-    selection, rank = spec.selection, spec.selection.lora_rank or 0
-    scale = selection.adapter_kind.scale(spec.lora_alpha, rank)
-    return StackedKind(selection.adapter.kind, rank, scale, selection.adapter.dropout)
+    selection, lora_rank = spec.selection, spec.selection.lora_rank or 0
+    scale = selection.adapter_kind.scale(spec.lora_alpha, lora_rank)
+    return StackedKind(selection.adapter.kind, lora_rank, scale, selection.adapter.dropout)
 
 
 def _neighbours(kinds: Sequence[StackedKind | None]) -> list[Stack]:

@@ -152,7 +152,7 @@ class DeepSpeedTrainer:
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         zero_state.load(self._engine, state)
 
-    def hold(self, anchor: Anchor) -> None:
+    def set_anchor(self, anchor: Anchor) -> None:
         assert isinstance(self._optimizer, AnchoredAdamW), "an engine that measures has nothing to pull"
         self._optimizer.anchor = anchor
 

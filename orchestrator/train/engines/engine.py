@@ -67,8 +67,8 @@ class Engine(Protocol):
         """Restore `state` and round the master weights into the model."""
         ...
 
-    def hold(self, anchor: Anchor) -> None:
-        """Have it pull after every update."""
+    def set_anchor(self, anchor: Anchor) -> None:
+        """Set the anchor, which pulls the weights after every update."""
         ...
 
     def refresh_masters(self) -> None:

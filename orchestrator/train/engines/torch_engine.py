@@ -121,7 +121,7 @@ class TorchEngine:
             self._optimizer.state[part] = {key: values[index].to(part.device, copy=True) for key, values in cut.items()}
         self._write_back()
 
-    def hold(self, anchor: Anchor) -> None:
+    def set_anchor(self, anchor: Anchor) -> None:
         self._anchor = anchor
 
     @torch.no_grad()

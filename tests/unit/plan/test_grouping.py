@@ -12,6 +12,7 @@ from orchestrator.samples import SAMPLE_BASE
 from orchestrator.work.assignment import TrainRung, WorkContext
 from orchestrator.work.execution import DataPaths, ExecutionPlan, TrainSettings
 from orchestrator.work.memory_ladder import MemoryLadder, SmallerExecution
+from orchestrator.work.remedies import AnchorPlan, Remedies
 from orchestrator.work.trial import TrialSpec
 
 ANATOMY = read_anatomy(SAMPLE_BASE, need_weights=False)
@@ -117,6 +118,26 @@ def test_what_a_trial_may_have_of_its_own(own: dict[str, Any]) -> None:
 )
 def test_what_must_be_equal(other: dict[str, Any]) -> None:
     assert None is not key(assignment(**other)) != key(assignment())
+
+
+class NewRemedies(Remedies):
+    """Remedies with a field that nobody declared as applied per trial."""
+
+    label_smoothing: float = 0.0
+
+
+def test_trials_with_another_replay_do_not_share_a_batch_and_with_another_anchor_or_decay_do() -> None:
+    def with_remedies(remedies: Remedies) -> FuseKey | None:
+        return key(assignment(trial={"remedies": remedies}))
+
+    anchor = AnchorPlan(kind="product", strength=3.0)
+    assert with_remedies(Remedies(anchor=anchor, layer_decay=0.8)) == with_remedies(Remedies()) is not None
+    assert None is not with_remedies(Remedies(replay=0.1)) != with_remedies(Remedies())
+
+
+def test_a_new_remedy_is_not_fused_across_trials_unless_it_is_declared_per_trial() -> None:
+    smoothed, plain = (key(assignment(trial={"remedies": NewRemedies(label_smoothing=s)})) for s in (0.1, 0.0))
+    assert None is not smoothed != plain
 
 
 def test_trials_are_started_ahead_by_one_a_gang() -> None:

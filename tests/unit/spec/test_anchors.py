@@ -10,14 +10,14 @@ import pytest
 
 from orchestrator.spec.anchors import ANCHORS, AnchorKind
 from orchestrator.spec.models import AnchorSpec, Tune
-from orchestrator.train.anchors import CLASSES
+from orchestrator.train.anchors import ANCHOR_CLASSES
 
 PACKAGE = Path(__file__).resolve().parents[3] / "orchestrator"
 
 
 def test_every_anchor_has_a_row_and_a_class() -> None:
     assert set(ANCHORS) == set(get_args(AnchorKind))
-    assert set(CLASSES) == set(ANCHORS)
+    assert set(ANCHOR_CLASSES) == set(ANCHORS)
 
 
 def test_every_tuning_method_has_an_anchor() -> None:
@@ -30,6 +30,11 @@ def test_a_row_says_why_it_does_not_fit(kind: AnchorKind) -> None:
     assert traits is ANCHORS[kind]
     assert "search.tune" in traits.misfit.format(where="search.tune")
     assert f"tune: {traits.tune}" in traits.instead
+
+
+def test_advice_recommends_one_anchor_for_each_tuning_method() -> None:
+    recommended = [traits.tune for traits in ANCHORS.values() if traits.recommended_strength is not None]
+    assert sorted(recommended) == sorted(get_args(Tune))
 
 
 def comparisons_with_an_anchor(path: Path) -> list[int]:

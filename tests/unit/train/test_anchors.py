@@ -43,7 +43,7 @@ def trained(strength: float | None, importances: torch.Tensor | None = None) -> 
     engine = engine_of(Pair())
     if strength is not None:
         weights = None if importances is None else [importances]
-        engine.hold(ElementAnchor(engine.anchored_masters(), strength, weights))
+        engine.set_anchor(ElementAnchor(engine.anchored_masters(), strength, weights))
     return train(engine)
 
 
@@ -89,7 +89,7 @@ def test_groups_learn_at_their_rates_and_what_is_new_is_not_pulled() -> None:
     names = [name for name, _ in Pair().named_parameters()]
     groups = [LearningGroup(tuple(names[:2]), 0.0, True), LearningGroup(tuple(names[2:]), 1.0, False)]
     engine = engine_of(Pair(), groups)
-    engine.hold(ElementAnchor(engine.anchored_masters(), 1e9))
+    engine.set_anchor(ElementAnchor(engine.anchored_masters(), 1e9))
     moved = (train(engine) - start()).abs()
     num_low = 12 * 6 + 6
     assert torch.equal(moved[:num_low], torch.zeros(num_low))

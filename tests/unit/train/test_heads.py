@@ -1,4 +1,4 @@
-"""Every task has what the rooms look up by task: a reader, an encoder, a head, and a class that loads its bundle."""
+"""Every task has what other packages look up by task: a reader, an encoder, a head, and a class that loads its bundle."""
 
 from __future__ import annotations
 

@@ -226,7 +226,8 @@ def test_the_reason_of_a_promotion_says_its_figures(search: tuple[list[TrialReco
     if told.forgetting is not None:
         assert shown(figures[3], told.forgetting)
         assert figures[3][0] in "+-"
-    ahead = [t for t in trials if (t.score or 0.0) < (told.score or 0.0)]
+    # Trials with equal scores are ordered by number.
+    ahead = [t for t in trials if (t.score or 0.0, t.number) < (told.score or 0.0, told.number)]
     worse = sum((t.metric or 0.0) > base.metric for t in ahead)
     for words, wanted in ((r"(\d+) worse than the base", worse), (r"(\d+) forgot more than 0.1", len(ahead) - worse)):
         counted = re.search(words, found.reason)
