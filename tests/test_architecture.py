@@ -43,8 +43,8 @@ of the Python API, and imports it when they are used."""
 PURE = ["", *(room for room, (floor, _) in FLOORS.items() if floor <= 3)]
 HEAVY = ("ray", "torch", "deepspeed", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
 HOMES = {"ray": {"runtime"}, "deepspeed": {"train"}}
-THIN = ("orchestrator.runtime.search", "orchestrator.runtime.exchange", "orchestrator.runtime.task_supervision")
-"""What Ray imports in the processes of a Tune trial, the exchange and the pulse board: nothing that computes."""
+THIN = ("orchestrator.runtime.search", "orchestrator.runtime.exchange", "orchestrator.runtime.watchdog")
+"""What Ray imports in the processes of a Tune trial, the exchange and the heartbeat board: nothing that computes."""
 LONGEST_FILE = 450
 LONGEST_FUNCTION = 60
 LONGEST_LOOP = 100

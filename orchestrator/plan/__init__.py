@@ -25,13 +25,13 @@ from orchestrator.plan.measurements import with_scores
 from orchestrator.plan.schedule import rung_steps
 from orchestrator.plan.search_space import grid_points
 from orchestrator.plan.trials import (
-    LATE_CONTROLS,
+    FOLLOW_UP_CONTROLS,
     REPEAT,
     curve_trial,
     curve_trial_id,
     evaluate_base,
+    follow_up_controls,
     head_control,
-    late_controls,
     make_trial,
     none_control,
     repeat_control,
@@ -42,15 +42,15 @@ from orchestrator.plan.trials import (
 )
 
 __all__ = [
-    "LATE_CONTROLS",
+    "FOLLOW_UP_CONTROLS",
     "REPEAT",
     "curve_trial",
     "curve_trial_id",
     "estimate_data_size",
     "evaluate_base",
+    "follow_up_controls",
     "grid_points",
     "head_control",
-    "late_controls",
     "make_plan",
     "make_trial",
     "none_control",

@@ -17,7 +17,7 @@ from orchestrator.work.execution import DataPaths, ExecutionPlan, TrainSettings
 from orchestrator.work.remedies import NOTHING
 from orchestrator.work.trial import TrialSpec
 
-LATE_CONTROLS = ("shuffled", "scratch", "repeat")
+FOLLOW_UP_CONTROLS = ("shuffled", "scratch", "repeat")
 """Controls that are trained once the winner is known, to stand beside what is bundled."""
 CONTROL_NUMBERS = {"none": -5, "head": -4, "shuffled": -3, "scratch": -2, "repeat": -1, "curve": -1}
 """Controls stand before the searched trials, which count from 0."""
@@ -78,7 +78,7 @@ def head_control(plan: RunPlan, anatomy: ModelAnatomy, spec: JobSpec, seed: int)
 
 def shuffled_control(winner: TrialSpec) -> TrialSpec:
     """The winner once more, to be trained on answers permuted among the prompts: what style alone buys."""
-    trial_id = late_control_id("shuffled", winner.trial_id)
+    trial_id = follow_up_id("shuffled", winner.trial_id)
     update = {"trial_id": trial_id, "number": CONTROL_NUMBERS["shuffled"], "control": "shuffled"}
     return winner.model_copy(update=update)
 
@@ -89,7 +89,7 @@ def scratch_control(plan: RunPlan, anatomy: ModelAnatomy, spec: JobSpec, winner:
     selection = select_everything(anatomy, task=plan.base.task, num_classes=plan.base.num_classes)
     _, high = learning_rate_range(spec.search or SearchSpec(), "full")
     trial = _control(plan, "scratch", selection, high, winner.seed)
-    return trial.model_copy(update={"trial_id": late_control_id("scratch", winner.trial_id)}), selection
+    return trial.model_copy(update={"trial_id": follow_up_id("scratch", winner.trial_id)}), selection
 
 
 def repeat_control(winner: TrialSpec, number: int) -> TrialSpec:
@@ -99,7 +99,7 @@ def repeat_control(winner: TrialSpec, number: int) -> TrialSpec:
         number: From 2 on; the winner itself is the first.
     """
     update = {
-        "trial_id": late_control_id(f"{REPEAT}{number}", winner.trial_id),
+        "trial_id": follow_up_id(f"{REPEAT}{number}", winner.trial_id),
         "number": CONTROL_NUMBERS["repeat"],
         "control": "repeat",
         "seed": winner.seed + number - 1,
@@ -126,22 +126,22 @@ def curve_trial(winner: TrialSpec, share: float, total_steps: int, target_tokens
     return winner.model_copy(update=update)
 
 
-def late_controls(plan: RunPlan, winner_id: str) -> dict[str, str]:
+def follow_up_controls(plan: RunPlan, winner_id: str) -> dict[str, str]:
     """Ids of the controls that are to be trained once this winner is known, by the name that each has beside the bundle."""
     if not isinstance(plan, SweepPlan):
         return {}
     fitting = {"shuffled": True, "scratch": plan.scratch_memory is not None}
     names = [name for name, fits in fitting.items() if fits and name in plan.search.controls]
     names += [f"{REPEAT}{number}" for number in range(2, plan.search.repeats + 1)]
-    return {name: late_control_id(name, winner_id) for name in names}
+    return {name: follow_up_id(name, winner_id) for name in names}
 
 
 def curve_trial_id(share: float, winner_id: str) -> str:
-    """As `late_control_id`."""
-    return late_control_id(f"curve-{share:g}", winner_id)
+    """As `follow_up_id`."""
+    return follow_up_id(f"curve-{share:g}", winner_id)
 
 
-def late_control_id(name: str, winner_id: str) -> str:
+def follow_up_id(name: str, winner_id: str) -> str:
     """Of a control that is trained once the winner is known: its id names the winner, since an extended sweep may have
     another one."""
     return f"{name}-{winner_id}"

@@ -13,7 +13,7 @@ from orchestrator.plan import train_rung, work_context
 from orchestrator.plan.values import SweepPlan
 from orchestrator.run.scoring import Scoring
 from orchestrator.runtime.gang import GangDiedError
-from orchestrator.runtime.hang_detection import Patience
+from orchestrator.runtime.hang_detection import HangTimeouts
 from orchestrator.store import read_json
 from orchestrator.transfer import WORST_SCORE
 from orchestrator.values import Value
@@ -39,7 +39,7 @@ class Orders(Value):
     num_gangs: int
     hours_file: str
     max_gpu_hours: float | None = None
-    patience: Patience = Patience()
+    timeouts: HangTimeouts = HangTimeouts()
 
     def context(self) -> WorkContext:
         """Return what all work of the search shares."""

@@ -57,7 +57,7 @@ class Exchange:
         self._serving: list[asyncio.Task] = []
         self._supervisors: list[Supervisor] = []
         self._broken: OrchestratorError | None = None
-        self._cleaner = Cleaner(lambda message: self._tell("not_cleaned", message))
+        self._cleaner = Cleaner(lambda message: self._emit("not_cleaned", message))
         self._first_steps = FirstSteps(orders.plan, orders.anatomy, orders.num_gangs)
         self._meter = Meter(Path(orders.hours_file), clock)
         self._allowance = Allowance(
@@ -65,7 +65,7 @@ class Exchange:
             orders.max_gpu_hours,
             self._ledger,
             orders.scoring,
-            lambda message: self._tell("hours_spent", message),
+            lambda message: self._emit("hours_spent", message),
         )
 
     async def open(self) -> None:
@@ -73,7 +73,7 @@ class Exchange:
         if not is_spent(self._meter.used_hours, self._orders.max_gpu_hours):
             lifted = self._ledger.lift_bounds()
             if lifted:
-                self._tell("hours_raised", f"more GPU-hours are available: {', '.join(lifted)} continue", trial_ids=lifted)
+                self._emit("hours_raised", f"more GPU-hours are available: {', '.join(lifted)} continue", trial_ids=lifted)
         for entry in self._ledger.entries():
             self._tell_trial(entry.trial.trial_id)
             # A driver that was killed may have left some behind; what is clean already costs a look.
@@ -82,9 +82,9 @@ class Exchange:
         self._meter.open()
         plan = self._orders.plan
         for index in range(self._orders.num_gangs):
-            gang = Gang(index, plan.base, self._orders.anatomy, plan.execution, self._meter, self._orders.patience)
+            gang = Gang(index, plan.base, self._orders.anatomy, plan.execution, self._meter, self._orders.timeouts)
             supervisor = Supervisor(
-                gang, plan.execution, self._queue, self._figures[index], self._refuses, self._settle, self._tell
+                gang, plan.execution, self._queue, self._figures[index], self._refuses, self._settle, self._emit
             )
             self._supervisors.append(supervisor)
             self._serving.append(asyncio.create_task(self._serve(supervisor)))
@@ -248,7 +248,7 @@ class Exchange:
             await self._needed.wait()
             await supervisor.serve()
         except Exception as error:
-            self._tell("gang_lost", f"gang {gang.index} stopped serving: {error!r}", gang=gang.index)
+            self._emit("gang_lost", f"gang {gang.index} stopped serving: {error!r}", gang=gang.index)
             gang.pids = ()
             try:
                 gang.kill()
@@ -281,11 +281,11 @@ class Exchange:
             if result.state == "failed":
                 self._ledger.end(result.trial_id, "failed", result.reason)
         for note in result.notes:
-            self._tell("trial_note", f"{result.trial_id}: {note}", trial_id=result.trial_id, rung=result.rung)
+            self._emit("trial_note", f"{result.trial_id}: {note}", trial_id=result.trial_id, rung=result.rung)
         self._tell_trial(result.trial_id)
         said = self._first_steps.hear(entry.option, result)
         if said:
-            self._tell(**said)
+            self._emit(**said)
 
     def _answer(self, result: RungResult, *, ended: bool) -> Answer:
         entry = self._ledger.get(result.trial_id)
@@ -302,7 +302,7 @@ class Exchange:
         for work in self._queue.clear():
             work.fail(self._broken)
 
-    def _tell(self, kind: str, message: str, **fields: object) -> None:
+    def _emit(self, kind: str, message: str, **fields: object) -> None:
         self._news.append({"kind": kind, "message": message, **fields})
 
     def _tell_trial(self, trial_id: str) -> None:
@@ -321,11 +321,11 @@ class Cleaner:
     """Works beside the exchange, one folder after another: a folder has one writer at a time.
 
     Args:
-        tell: Called with a sentence for each checkpoint that could not be cleaned.
+        emit: Called with a sentence for each checkpoint that could not be cleaned.
     """
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        self._tell = tell
+    def __init__(self, emit: Callable[[str], None]) -> None:
+        self._emit = emit
         self._outdated: asyncio.Queue[Path] = asyncio.Queue()
         self._task: asyncio.Task | None = None
 
@@ -353,6 +353,6 @@ class Cleaner:
             try:
                 await asyncio.to_thread(drop_optimizer_state, checkpoint)
             except Exception as error:  # whatever it is: `close` waits until everything asked for has been looked at
-                self._tell(f"{checkpoint} keeps its optimizer state: {error}")
+                self._emit(f"{checkpoint} keeps its optimizer state: {error}")
             finally:
                 self._outdated.task_done()

@@ -13,11 +13,11 @@ from orchestrator.run.records import RunOutcome, read_outcome, write_outcome
 from orchestrator.runtime.cluster import joins
 from orchestrator.runtime.failures import in_plain_words
 from orchestrator.runtime.finish import finish
-from orchestrator.runtime.heartbeat import Pulse
 from orchestrator.runtime.measurements import scored_alone
 from orchestrator.runtime.outcome import summarise
 from orchestrator.runtime.prepare import Prepared, open_run, prepare
 from orchestrator.runtime.refit import refit_assignment, run_refit
+from orchestrator.runtime.run_progress import ProgressReporter
 from orchestrator.spec import LoadedSpec
 from orchestrator.transfer.records import SweepResult
 from orchestrator.transfer.run_view import RunView
@@ -36,7 +36,7 @@ def run_finetune(loaded: LoadedSpec, *, view: RunView, address: str | None = Non
         stack.enter_context(in_plain_words(run.path))
         known = read_outcome(run.path)
         stands = known is not None and run.plan.exists()
-        view = stack.enter_context(Pulse(view, None if stands else run.path))
+        view = stack.enter_context(ProgressReporter(view, None if stands else run.path))
         prepared = prepare(loaded, "finetune", run, view, None if stands else joins(stack, address, run.path))
         if known is not None:
             return known

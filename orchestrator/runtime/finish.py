@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from orchestrator.errors import IntegrityError
-from orchestrator.plan import REPEAT, late_controls
+from orchestrator.plan import REPEAT, follow_up_controls
 from orchestrator.plan.values import SweepPlan
 from orchestrator.run.activities import tell_bundling
 from orchestrator.run.hours import metered
@@ -18,11 +18,11 @@ from orchestrator.run.records import RunOutcome
 from orchestrator.run.scoring import Scoring
 from orchestrator.runtime.bundling import bundle_and_judge
 from orchestrator.runtime.cluster import rank_resources, worker_env
-from orchestrator.runtime.hang_detection import Patience
+from orchestrator.runtime.hang_detection import HangTimeouts
 from orchestrator.runtime.outcome import plan_against_measured
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.runtime.refit import full_budget, selection_of
-from orchestrator.runtime.task_supervision import Minder, in_a_minded_process, run_task
+from orchestrator.runtime.watchdog import Watchdog, run_task, run_with_heartbeats
 from orchestrator.serve import BundleInputs
 from orchestrator.store import check_artifact, versions
 from orchestrator.store.folders import MANIFEST
@@ -105,7 +105,7 @@ def controls_beside(prepared: Prepared, ledger: Ledger, trial: TrialSpec, bundle
     if not isinstance(prepared.plan, SweepPlan):
         return Controls({})
     artifacts, left_out, failed_seeds = dict[str, str](), list[str](), 0
-    for name, trial_id in {"head": "head", **late_controls(prepared.plan, trial.trial_id)}.items():
+    for name, trial_id in {"head": "head", **follow_up_controls(prepared.plan, trial.trial_id)}.items():
         if trial_id == trial.trial_id:
             continue
         entry = ledger.get(trial_id)
@@ -177,7 +177,7 @@ def _bundle(prepared: Prepared, inputs: BundleInputs) -> TransferReport:
     """Merge, verify and score on a worker with one rank's resources: the driver may have neither the GPU nor the memory."""
     execution = prepared.plan.execution
     resources = rank_resources(execution)
-    remote: Any = ray.remote(in_a_minded_process)
+    remote: Any = ray.remote(run_with_heartbeats)
     task = remote.options(
         num_cpus=resources["CPU"],
         num_gpus=resources.get("GPU", 0),
@@ -187,5 +187,5 @@ def _bundle(prepared: Prepared, inputs: BundleInputs) -> TransferReport:
     scoring = prepared.scoring
     given = (inputs, str(prepared.run.bundle), scoring.metric, scoring.max_forgetting, prepared.spec.train.seed)
     # Merging sends no heartbeats, so only a stopped process counts as hung.
-    with metered(prepared.run.hours, 1), Minder(prepared.run, Patience.from_environment(), progress=False) as minder:
-        return run_task(minder, "making the bundle", task, bundle_and_judge, *given)
+    with metered(prepared.run.hours, 1), Watchdog(prepared.run, HangTimeouts.from_environment(), progress=False) as watchdog:
+        return run_task(watchdog, "making the bundle", task, bundle_and_judge, *given)

@@ -24,14 +24,14 @@ from orchestrator.work.results import RungResult
 from orchestrator.work.trial import TrialSpec
 
 
-class LateTrial(NamedTuple):
+class FollowUpTrial(NamedTuple):
     trial: TrialSpec
     selection: LayerSelection
     stops: tuple[int, ...]
     """The step at which each of its rungs ends."""
 
 
-def late_trials(prepared: Prepared, winner: TrialEntry, base: RungResult | None) -> list[LateTrial]:
+def follow_up_trials(prepared: Prepared, winner: TrialEntry, base: RungResult | None) -> list[FollowUpTrial]:
     """Return the follow-up trials: the requested controls, the winner from other seeds, and its learning curve.
 
     Controls train for as many steps as the bundled model. With early stopping the other seeds and shares of the data are
@@ -44,18 +44,18 @@ def late_trials(prepared: Prepared, winner: TrialEntry, base: RungResult | None)
     search = plan.search
     selection = selection_of(prepared, winner)
     as_long = steps_to_bundle(winner, base, prepared.scoring)
-    found: list[LateTrial] = []
+    found: list[FollowUpTrial] = []
     if "shuffled" in search.controls:
-        found.append(LateTrial(shuffled_control(winner.trial), selection, as_long))
+        found.append(FollowUpTrial(shuffled_control(winner.trial), selection, as_long))
     if "scratch" in search.controls and plan.scratch_memory is not None:
-        found.append(LateTrial(*scratch_control(plan, prepared.anatomy, spec, winner.trial), as_long))
+        found.append(FollowUpTrial(*scratch_control(plan, prepared.anatomy, spec, winner.trial), as_long))
     again = [repeat_control(winner.trial, number) for number in range(2, search.repeats + 1)]
     again += curve_trials(prepared, winner, base)
     rungs = [follow_up_rung_steps(search, winner.trial.total_steps, trial.total_steps) for trial in again]
-    return found + [LateTrial(trial, selection, stops) for trial, stops in zip(again, rungs, strict=True)]
+    return found + [FollowUpTrial(trial, selection, stops) for trial, stops in zip(again, rungs, strict=True)]
 
 
-def train_late(prepared: Prepared, exchange: Any, winner: TrialEntry, view: RunView) -> bool:
+def train_follow_ups(prepared: Prepared, exchange: Any, winner: TrialEntry, view: RunView) -> bool:
     """Train the follow-up trials, and report each that the GPU-hour bound stopped.
 
     All are submitted at once, so that the gangs share them.
@@ -63,17 +63,17 @@ def train_late(prepared: Prepared, exchange: Any, winner: TrialEntry, view: RunV
     Returns:
         Whether there were any.
     """
-    late = late_trials(prepared, winner, base_result(prepared.run.ledger))
-    if late:
-        view.phase("controls", ", ".join(each.trial.trial_id for each in late))
-    calls = [(each.trial, submit(exchange, *each)) for each in late]
+    follow_ups = follow_up_trials(prepared, winner, base_result(prepared.run.ledger))
+    if follow_ups:
+        view.phase("controls", ", ".join(each.trial.trial_id for each in follow_ups))
+    calls = [(each.trial, submit(exchange, *each)) for each in follow_ups]
     for trial, call in calls:
         answer = wait_for(exchange, trial.trial_id, call)
         if answer.state == "stopped" and trial.control != "curve":  # what is missing of the curve is reported with the curve
             message = f"{trial.trial_id}: {answer.reason}"
             view.event("control_left_out", message)
             prepared.run.event("control_left_out", message=message)
-    return bool(late)
+    return bool(follow_ups)
 
 
 def submit(exchange: Any, trial: TrialSpec, selection: LayerSelection, stops: Sequence[int]) -> Any:

@@ -19,10 +19,10 @@ from orchestrator.errors import RankOutOfMemoryError, TrainingError
 from orchestrator.run.hours import Meter
 from orchestrator.runtime.cluster import placement_strategy, rank_resources, worker_env
 from orchestrator.runtime.failures import describe
-from orchestrator.runtime.hang_detection import POLL_S, Patience, Seat, Vigil
-from orchestrator.runtime.processes import end_processes, own_seat, states_of
-from orchestrator.train import pulse
-from orchestrator.train.pulse import NOTHING_YET, Pulse
+from orchestrator.runtime.hang_detection import POLL_S, HangDetector, HangTimeouts, ProcessId
+from orchestrator.runtime.processes import end_processes, own_process, states_of
+from orchestrator.train import heartbeat
+from orchestrator.train.heartbeat import NO_HEARTBEAT_YET, Heartbeat
 from orchestrator.work.assignment import Work
 from orchestrator.work.execution import BaseLoad, ExecutionPlan
 from orchestrator.work.results import WorkResult
@@ -56,15 +56,15 @@ class RankActor:
         self._rank = rank
         self._host = None
 
-    def hello(self) -> tuple[Seat, tuple[str, int]]:
+    def hello(self) -> tuple[ProcessId, tuple[str, int]]:
         """This process, and where it can be met: its node's address and a port that is free now."""
         with socket.socket() as probe:
             probe.bind(("", 0))
-            return own_seat(self._rank), (ray.util.get_node_ip_address(), probe.getsockname()[1])
+            return own_process(self._rank), (ray.util.get_node_ip_address(), probe.getsockname()[1])
 
     @ray.method(concurrency_group=WATCH)
-    def pulse(self) -> Pulse:
-        return pulse.look()
+    def heartbeat(self) -> Heartbeat:
+        return heartbeat.look()
 
     def start(self, base: BaseLoad, anatomy: ModelAnatomy, execution: ExecutionPlan, meeting: tuple[str, int]) -> int:
         """Load the base. Returns the process id."""
@@ -100,7 +100,7 @@ class Gang:
         anatomy: ModelAnatomy,
         execution: ExecutionPlan,
         meter: Meter,
-        patience: Patience | None = None,
+        timeouts: HangTimeouts | None = None,
     ) -> None:
         self.index = index
         self.pids: tuple[int, ...] = ()
@@ -112,9 +112,9 @@ class Gang:
         self._anatomy = anatomy
         self._execution = execution
         self._meter = meter
-        self._patience = (patience or Patience()).for_base(2 * anatomy.num_parameters())
-        self._vigil = Vigil(self._patience)
-        self._seats: tuple[Seat, ...] = ()
+        self._timeouts = (timeouts or HangTimeouts()).for_base(2 * anatomy.num_parameters())
+        self._detector = HangDetector(self._timeouts)
+        self._processes: tuple[ProcessId, ...] = ()
         self._hangs = ""
         """What was said of ranks that were ended since they hung: the errors that follow say only that they are gone."""
         self._ranks: list = []
@@ -146,9 +146,9 @@ class Gang:
             for rank in range(execution.ranks)
         ]
         known = await asyncio.wait_for(self._all([rank.hello.remote() for rank in self._ranks]), START_TIMEOUT_S)
-        self._seats, meeting = tuple(seat for seat, _ in known), known[0][1]
-        for seat in self._seats:
-            self._vigil.hear(seat, NOTHING_YET)
+        self._processes, meeting = tuple(process for process, _ in known), known[0][1]
+        for process in self._processes:
+            self._detector.record(process, NO_HEARTBEAT_YET)
         calls = [rank.start.remote(self._base, self._anatomy, execution, meeting) for rank in self._ranks]
         self.pids = tuple(await self._all(calls))
         self.base_loads += 1
@@ -173,13 +173,13 @@ class Gang:
         """
         if not self._ranks:
             raise GangDiedError(f"gang {self.index} is gone")
-        bound = self._patience.opening_s
+        bound = self._timeouts.opening_s
         try:
             await asyncio.wait_for(self._all([self._ranks[0].settle.remote()]), bound)
         except TimeoutError:
-            await asyncio.to_thread(end_processes, self._seats)
+            await asyncio.to_thread(end_processes, self._processes)
             raise GangDiedError(
-                f"gang {self.index} hangs: {self._seats[0]} did not write a checkpoint in {bound:.0f} s"
+                f"gang {self.index} hangs: {self._processes[0]} did not write a checkpoint in {bound:.0f} s"
             ) from None
 
     def kill(self) -> None:
@@ -188,8 +188,8 @@ class Gang:
         self._meter.release(self.index)
         for rank in self._ranks:
             ray.kill(rank)
-        self._ranks, self._seats, self._hangs = [], (), ""
-        self._vigil.forget()
+        self._ranks, self._processes, self._hangs = [], (), ""
+        self._detector.forget()
         if self._placement is not None:
             remove_placement_group(self._placement)
             self._placement = None
@@ -200,7 +200,7 @@ class Gang:
             calls = [asyncio.ensure_future(_settled(rank.close.remote())) for rank in self._ranks]
             _, pending = await asyncio.wait(calls, timeout=5)
             if pending:
-                await asyncio.to_thread(end_processes, self._seats)
+                await asyncio.to_thread(end_processes, self._processes)
         self.kill()
 
     async def _all(self, calls: list) -> list:
@@ -229,26 +229,28 @@ class Gang:
     async def _until_one_hangs(self) -> None:
         """Until some ranks hang: what is said of them is kept, and the gang's processes are ended. One that is stopped answers
         to nobody but its kernel."""
-        asked: dict[Seat, asyncio.Future] = {}
-        looked_at: dict[Seat, float] = {}
+        asked: dict[ProcessId, asyncio.Future] = {}
+        looked_at: dict[ProcessId, float] = {}
         while True:
-            for seat, rank in zip(self._seats, self._ranks, strict=False):
-                if seat not in asked:
-                    asked[seat] = asyncio.ensure_future(_settled(rank.pulse.remote()))
+            for process, rank in zip(self._processes, self._ranks, strict=False):
+                if process not in asked:
+                    asked[process] = asyncio.ensure_future(_settled(rank.heartbeat.remote()))
             await asyncio.sleep(POLL_S)
-            for seat in [seat for seat, answer in asked.items() if answer.done()]:
-                found, _ = asked.pop(seat).result()
+            for process in [process for process, answer in asked.items() if answer.done()]:
+                found, _ = asked.pop(process).result()
                 if found is not None:  # else it broke: whoever waits for its work hears of that
-                    self._vigil.hear(seat, found)
-            self._vigil.look()
-            said = self._vigil.hung()
-            silent = [seat for seat in self._vigil.silent() if time.monotonic() - looked_at.get(seat, 0.0) > LOOK_AGAIN_S]
+                    self._detector.record(process, found)
+            self._detector.tick()
+            said = self._detector.hung()
+            silent = [
+                process for process in self._detector.silent() if time.monotonic() - looked_at.get(process, 0.0) > LOOK_AGAIN_S
+            ]
             if silent:
-                said = self._vigil.stopped(await asyncio.to_thread(states_of, silent)) or said
+                said = self._detector.stopped(await asyncio.to_thread(states_of, silent)) or said
                 looked_at |= dict.fromkeys(silent, time.monotonic())
             if said:
                 self._hangs = "; ".join(said.values())
-                await asyncio.to_thread(end_processes, self._seats)
+                await asyncio.to_thread(end_processes, self._processes)
                 return
 
     async def _death(self, broken: list[Exception], pending: set[asyncio.Task]) -> GangDiedError:

@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from orchestrator.errors import UsageError
-from orchestrator.train.pulse import Pulse
+from orchestrator.train.heartbeat import Heartbeat
 from orchestrator.values import Value
 
 POLL_S = 1.0
 """How often whoever looks after processes asks them."""
 
 
-class Patience(Value):
+class HangTimeouts(Value):
     """How long a process may go without progress, seconds."""
 
     silent_s: float = 20.0
@@ -35,7 +35,7 @@ class Patience(Value):
     """A base is read at least so fast, also over a slow network."""
 
     @staticmethod
-    def from_environment() -> Patience:
+    def from_environment() -> HangTimeouts:
         """The defaults, scaled by ORCHESTRATOR_PATIENCE: 3 waits three times as long, for slow storage or a debugger.
 
         Raises:
@@ -48,15 +48,15 @@ class Patience(Value):
             scale = 0.0
         if not 0 < scale < float("inf"):
             raise UsageError("not a positive number", where=f"ORCHESTRATOR_PATIENCE={given}", remedy="set it to 1, or unset it")
-        known = Patience()
-        return Patience(silent_s=scale * known.silent_s, steady_s=scale * known.steady_s, opening_s=scale * known.opening_s)
+        known = HangTimeouts()
+        return HangTimeouts(silent_s=scale * known.silent_s, steady_s=scale * known.steady_s, opening_s=scale * known.opening_s)
 
-    def for_base(self, num_bytes: int) -> Patience:
+    def for_base(self, num_bytes: int) -> HangTimeouts:
         """For processes that load a base of so many bytes."""
         return self.model_copy(update={"opening_s": self.opening_s + num_bytes / self.load_bytes_per_s})
 
 
-class Seat(NamedTuple):
+class ProcessId(NamedTuple):
     """A process, and where it runs. Plain values, for it is sent."""
 
     rank: int
@@ -72,49 +72,49 @@ class Seat(NamedTuple):
 
 @dataclass
 class _Watched:
-    seat: Seat
-    pulse: Pulse
+    process: ProcessId
+    heartbeat: Heartbeat
     moved_at: float
-    """When its pulse was last seen to move."""
+    """When its heartbeat was last seen to move."""
     answered_at: float
 
 
 @dataclass
-class Vigil:
-    """Follows the pulses of some processes and says which of them hang.
+class HangDetector:
+    """Follows the heartbeats of some processes and says which of them hang.
 
     One that looks seldom, since it was stopped itself (a suspended job, a sleeping machine), blames nobody for that time.
 
     Args:
-        patience: How long is too long.
+        timeouts: How long is too long.
         clock: Seconds that only go forward.
     """
 
-    patience: Patience
+    timeouts: HangTimeouts
     clock: Callable[[], float] = time.monotonic
     _watched: dict[int, _Watched] = field(default_factory=dict)
     _history: dict[str, float] = field(default_factory=dict)
     """By phase, the longest part of processes before these."""
     _looked_at: float | None = None
 
-    def hear(self, seat: Seat, pulse: Pulse) -> None:
+    def record(self, process: ProcessId, heartbeat: Heartbeat) -> None:
         """A process has answered."""
-        now, known = self.clock(), self._watched.get(seat.rank)
-        if known is None or known.seat != seat:
-            self._watched[seat.rank] = _Watched(seat, pulse, now, now)
+        now, known = self.clock(), self._watched.get(process.rank)
+        if known is None or known.process != process:
+            self._watched[process.rank] = _Watched(process, heartbeat, now, now)
             return
         known.answered_at = now
-        if pulse.beats != known.pulse.beats or pulse.phase != known.pulse.phase:
+        if heartbeat.beats != known.heartbeat.beats or heartbeat.phase != known.heartbeat.phase:
             known.moved_at = now
-        known.pulse = pulse
-        self._history[pulse.phase] = max(pulse.longest_s, self._history.get(pulse.phase, 0.0))
+        known.heartbeat = heartbeat
+        self._history[heartbeat.phase] = max(heartbeat.longest_s, self._history.get(heartbeat.phase, 0.0))
 
-    def forget(self, seats: Iterable[Seat] | None = None) -> None:
+    def forget(self, processes: Iterable[ProcessId] | None = None) -> None:
         """These processes are gone, or all; what was learned stays."""
-        gone = None if seats is None else set(seats)
-        self._watched = {} if gone is None else {r: each for r, each in self._watched.items() if each.seat not in gone}
+        gone = None if processes is None else set(processes)
+        self._watched = {} if gone is None else {r: each for r, each in self._watched.items() if each.process not in gone}
 
-    def look(self) -> None:
+    def tick(self) -> None:
         """To be called every POLL_S: time in which nobody looked does not count."""
         now = self.clock()
         missed = 0.0 if self._looked_at is None else now - self._looked_at - 10 * POLL_S
@@ -124,43 +124,43 @@ class Vigil:
                 each.answered_at = min(now, each.answered_at + missed)
         self._looked_at = now
 
-    def silent(self) -> list[Seat]:
+    def silent(self) -> list[ProcessId]:
         """Those that have not answered for long: they may be stopped."""
         now = self.clock()
-        return [each.seat for each in self._watched.values() if now - each.answered_at > self.patience.silent_s]
+        return [each.process for each in self._watched.values() if now - each.answered_at > self.timeouts.silent_s]
 
-    def stopped(self, states: Mapping[Seat, str]) -> dict[Seat, str]:
+    def stopped(self, states: Mapping[ProcessId, str]) -> dict[ProcessId, str]:
         """Of those that are silent, which are stopped, and what to say of each.
 
         Args:
             states: As `processes.states_of` gives them.
         """
-        now, found = self.clock(), dict[Seat, str]()
+        now, found = self.clock(), dict[ProcessId, str]()
         for each in self._watched.values():
-            if states.get(each.seat) in ("T", "t"):
-                found[each.seat] = (
-                    f"{each.seat} is stopped (SIGSTOP, or a debugger): no answer for {now - each.answered_at:.0f} s "
-                    f"while {_doing(each.pulse)}"
+            if states.get(each.process) in ("T", "t"):
+                found[each.process] = (
+                    f"{each.process} is stopped (SIGSTOP, or a debugger): no answer for {now - each.answered_at:.0f} s "
+                    f"while {_doing(each.heartbeat)}"
                 )
         return found
 
-    def hung(self) -> dict[Seat, str]:
+    def hung(self) -> dict[ProcessId, str]:
         """Those that have made no progress for too long, and what to say of each; those that idle are not meant to."""
-        now, found = self.clock(), dict[Seat, str]()
+        now, found = self.clock(), dict[ProcessId, str]()
         for each in self._watched.values():
-            still, bound = now - each.moved_at, self._bound(each.pulse)
-            if each.pulse.phase != "idle" and still > bound:
-                found[each.seat] = (
-                    f"{each.seat} made no progress for {still:.0f} s while {_doing(each.pulse)} (the bound is {bound:.0f} s; "
-                    "ORCHESTRATOR_PATIENCE=3 waits three times as long)"
+            still, bound = now - each.moved_at, self._bound(each.heartbeat)
+            if each.heartbeat.phase != "idle" and still > bound:
+                found[each.process] = (
+                    f"{each.process} made no progress for {still:.0f} s while {_doing(each.heartbeat)} "
+                    f"(the bound is {bound:.0f} s; ORCHESTRATOR_PATIENCE=3 waits three times as long)"
                 )
         return found
 
-    def _bound(self, pulse: Pulse) -> float:
-        longest = max(pulse.longest_s if pulse.is_steady else 0.0, self._history.get(pulse.phase, 0.0))
-        floor = self.patience.steady_s if longest and pulse.is_steady else self.patience.opening_s
-        return max(floor, self.patience.factor * longest)
+    def _bound(self, heartbeat: Heartbeat) -> float:
+        longest = max(heartbeat.longest_s if heartbeat.is_steady else 0.0, self._history.get(heartbeat.phase, 0.0))
+        floor = self.timeouts.steady_s if longest and heartbeat.is_steady else self.timeouts.opening_s
+        return max(floor, self.timeouts.factor * longest)
 
 
-def _doing(pulse: Pulse) -> str:
-    return f"{pulse.phase}, after step {pulse.step}" if pulse.step else pulse.phase
+def _doing(heartbeat: Heartbeat) -> str:
+    return f"{heartbeat.phase}, after step {heartbeat.step}" if heartbeat.step else heartbeat.phase

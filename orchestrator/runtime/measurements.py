@@ -19,9 +19,9 @@ from orchestrator.plan.values import RunPlan
 from orchestrator.run.hours import metered
 from orchestrator.run.ledger import base_result
 from orchestrator.runtime.cluster import fetch, rank_resources, worker_env
-from orchestrator.runtime.hang_detection import Patience
+from orchestrator.runtime.hang_detection import HangTimeouts
 from orchestrator.runtime.prepare import Prepared, read_choice, read_scores
-from orchestrator.runtime.task_supervision import Minder, in_a_minded_process, run_task
+from orchestrator.runtime.watchdog import Watchdog, run_task, run_with_heartbeats
 from orchestrator.spec import parse_policy
 from orchestrator.store import read_record, write_json
 from orchestrator.train import TrainHost
@@ -149,17 +149,17 @@ def scored_alone(prepared: Prepared, view: RunView) -> Prepared:
     resources = rank_resources(execution)
 
     def score(work: Measurement) -> MeasurementResult:
-        remote: Any = ray.remote(max_calls=1)(in_a_minded_process)  # the base is gone when it ends
+        remote: Any = ray.remote(max_calls=1)(run_with_heartbeats)  # the base is gone when it ends
         task = remote.options(
             num_cpus=resources["CPU"],
             num_gpus=resources.get("GPU", 0),
             max_retries=0,
             runtime_env={"env_vars": worker_env(execution)},
         )
-        patience = Patience.from_environment().for_base(2 * prepared.anatomy.num_parameters())
-        with metered(prepared.run.hours, 1), Minder(prepared.run, patience) as minder:
+        timeouts = HangTimeouts.from_environment().for_base(2 * prepared.anatomy.num_parameters())
+        with metered(prepared.run.hours, 1), Watchdog(prepared.run, timeouts) as watchdog:
             given = (prepared.plan.base, prepared.anatomy, work)
-            return run_task(minder, "scoring the blocks", task, measure_in_this_process, *given)
+            return run_task(watchdog, "scoring the blocks", task, measure_in_this_process, *given)
 
     return measure_once(BlockScores(prepared, execution), view, score)
 

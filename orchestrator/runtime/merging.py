@@ -10,9 +10,9 @@ from orchestrator.run.records import RunOutcome, write_outcome
 from orchestrator.runtime.cluster import connected, require_shared_storage
 from orchestrator.runtime.failures import in_plain_words
 from orchestrator.runtime.finish import finish
-from orchestrator.runtime.heartbeat import Pulse
 from orchestrator.runtime.prepare import reopen
 from orchestrator.runtime.ray_health import guarded
+from orchestrator.runtime.run_progress import ProgressReporter
 from orchestrator.store import read_record
 from orchestrator.transfer.promotion import PROMOTABLE_CONTROLS
 from orchestrator.transfer.records import SweepResult
@@ -41,10 +41,10 @@ def merge_trial(
         before = sweep.winner_id
         if chosen != before:
             sweep = promoted_by_hand(sweep, chosen)
-        with Pulse(view, run.path) as pulse, connected(address), guarded(run.path), in_plain_words(run.path):
-            _show(pulse, sweep, chosen)
+        with ProgressReporter(view, run.path) as reporter, connected(address), guarded(run.path), in_plain_words(run.path):
+            _show(reporter, sweep, chosen)
             require_shared_storage(run.path)
-            outcome = write_outcome(finish(prepared, sweep, pulse))
+            outcome = write_outcome(finish(prepared, sweep, reporter))
         if chosen != before:
             run.event("promoted_by_hand", trial_id=chosen, instead_of=before)
         return outcome

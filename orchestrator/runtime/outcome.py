@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from orchestrator.plan import LATE_CONTROLS, late_controls
+from orchestrator.plan import FOLLOW_UP_CONTROLS, follow_up_controls
 from orchestrator.plan.cost.duration import MeasuredSteps, calibrated
 from orchestrator.plan.cost.estimate import CPU_FLOPS_PER_CORE, run_flops
 from orchestrator.plan.values import RunPlan, SweepPlan
@@ -47,12 +47,12 @@ def summarise(
     trials = trial_records(ledger, scoring)
     promotion = decide(prepared, ledger, trials)
     winner = ledger.get(promotion.trial_id) if promotion.trial_id is not None else None
-    late = late_controls(prepared.plan, winner.trial.trial_id) if winner is not None else {}
+    follow_ups = follow_up_controls(prepared.plan, winner.trial.trial_id) if winner is not None else {}
     promotable = [t for t in trials if t.control in PROMOTABLE_CONTROLS and t.state != "failed" and t.metric is not None]
     front = pareto_front([(_target(trial, scoring.higher_is_better), trial.forgetting or 0.0) for trial in promotable])
     curve = curve_of(prepared, ledger, winner)
     points = curve_ids(prepared, winner, base_result(ledger)) if winner is not None else []
-    ended_by_hours = _ended_by_hours(prepared, ledger, hours, late, points)
+    ended_by_hours = _ended_by_hours(prepared, ledger, hours, follow_ups, points)
     result = SweepResult(
         name=prepared.spec.name,
         job="sweep" if isinstance(prepared.plan, SweepPlan) else "finetune",
@@ -63,7 +63,7 @@ def summarise(
         trials=tuple(
             trial
             for trial in trials
-            if trial.control != "curve" and (trial.control not in LATE_CONTROLS or trial.trial_id in late.values())
+            if trial.control != "curve" and (trial.control not in FOLLOW_UP_CONTROLS or trial.trial_id in follow_ups.values())
         ),
         winner_id=promotion.trial_id,
         promotion_reason=promotion.reason,
@@ -90,12 +90,12 @@ def summarise(
 
 
 def _ended_by_hours(
-    prepared: Prepared, ledger: Ledger, hours: HoursState | None, late: Mapping[str, str], points: Sequence[str]
+    prepared: Prepared, ledger: Ledger, hours: HoursState | None, follow_ups: Mapping[str, str], points: Sequence[str]
 ) -> str:
     """Return how far the search came where the GPU-hour bound stopped a trial or a control; empty where it did not.
 
     Args:
-        late: The ids of the promoted trial's controls, by name.
+        follow_ups: The ids of the promoted trial's controls, by name.
         points: Ids of the trials of its learning curve.
     """
     if hours is None or not hours.spent or not isinstance(prepared.plan, SweepPlan):
@@ -104,7 +104,7 @@ def _ended_by_hours(
     asked = prepared.plan.search.num_trials
     if done < asked:
         return f"the search was ended after {done} of {asked} trials: {hours.spent}"
-    controls = [name for name, trial_id in {"head": "head", **late}.items() if _is_missing(ledger, trial_id)]
+    controls = [name for name, trial_id in {"head": "head", **follow_ups}.items() if _is_missing(ledger, trial_id)]
     missing = [f"the control {' and '.join(controls)}"] if controls else []
     missing += ["the learning curve"] if any(_is_missing(ledger, trial_id) for trial_id in points) else []
     if not missing:
@@ -221,8 +221,10 @@ def _computing_time(prepared: Prepared, sweep: SweepResult, refitted: RefitRecor
     searching, refitting = (
         execution.ranks * (1 if on_gpus else execution.threads_per_rank) for execution in (plan.execution, plan.refit_execution)
     )
-    planned_late = {*plan.search.controls, "repeat"} if isinstance(plan, SweepPlan) else set[str]()
-    trials = sum(trial.seconds for trial in sweep.trials if trial.control not in LATE_CONTROLS or trial.control in planned_late)
+    planned_follow_ups = {*plan.search.controls, "repeat"} if isinstance(plan, SweepPlan) else set[str]()
+    trials = sum(
+        trial.seconds for trial in sweep.trials if trial.control not in FOLLOW_UP_CONTROLS or trial.control in planned_follow_ups
+    )
     trials += sweep.learning_curve_seconds
     if not isinstance(plan, SweepPlan):
         measured = trials * refitting

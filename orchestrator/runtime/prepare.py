@@ -22,7 +22,7 @@ from orchestrator.run.directory import WRITABLE, RunDirectory, output_root
 from orchestrator.run.layout import RunFolder
 from orchestrator.run.scoring import Scoring, scoring_of
 from orchestrator.runtime.cluster import require_base_everywhere
-from orchestrator.runtime.recovery import mend
+from orchestrator.runtime.recovery import repair_run
 from orchestrator.spec import JobSpec, LoadedSpec, spec_sha256
 from orchestrator.store import base_identity, file_identity, output_to, read_record, write_json
 from orchestrator.store.files import RECORD_REMEDY
@@ -102,7 +102,7 @@ def open_run(loaded: LoadedSpec, job: Job, output: Path | None, view: RunView) -
         view.event("output_moved", root.moved)
         run.event("output_moved", message=root.moved)
     try:
-        mend(run, view)
+        repair_run(run, view)
     except BaseException:
         run.close()
         raise

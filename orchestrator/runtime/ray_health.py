@@ -21,7 +21,7 @@ import ray
 from orchestrator.errors import TrainingError
 from orchestrator.run.layout import RunFolder
 from orchestrator.runtime.failures import GO_ON
-from orchestrator.runtime.hang_detection import POLL_S, Patience
+from orchestrator.runtime.hang_detection import POLL_S, HangTimeouts
 from orchestrator.runtime.processes import stat_of
 from orchestrator.store import append_jsonl, unreachable
 
@@ -42,10 +42,10 @@ class Guard:
 
     Args:
         run_folder: Named in what is said.
-        patience: How long a process may be stopped.
+        timeouts: How long a process may be stopped.
     """
 
-    def __init__(self, run_folder: Path, patience: Patience) -> None:
+    def __init__(self, run_folder: Path, timeouts: HangTimeouts) -> None:
         node_id = ray.get_runtime_context().get_node_id()
         node = next(node for node in ray.nodes() if node["NodeID"] == node_id)
         self._places = {
@@ -56,7 +56,7 @@ class Guard:
             "Ray's control store (GCS)": (ray.get_runtime_context().gcs_address, GCS_S),
         }
         self._folder = run_folder
-        self._patience = patience
+        self._timeouts = timeouts
         self._lost_since: dict[str, float] = {}
         self._looked_at = time.monotonic()
         self._stopped_since: dict[tuple[int, int], float] = {}
@@ -98,7 +98,7 @@ class Guard:
         stopped = {one for one in found if stat_of(one[0])[0] == "T"} if now - before < MISSED_S else set()
         self._stopped_since = {one: self._stopped_since.get(one, now) for one in stopped}
         for (pid, _), since in self._stopped_since.items():
-            if now - since > 2 * self._patience.silent_s:  # a gang's are seen first by those who look after it
+            if now - since > 2 * self._timeouts.silent_s:  # a gang's are seen first by those who look after it
                 self._record("hung", f"process {pid} is stopped; it is ended")
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
@@ -126,7 +126,7 @@ class Guard:
 @contextlib.contextmanager
 def guarded(run_folder: Path) -> Iterator[None]:
     """Look after Ray while the block runs."""
-    guard = Guard(run_folder, Patience.from_environment())
+    guard = Guard(run_folder, HangTimeouts.from_environment())
     guard.start()
     try:
         yield

@@ -30,32 +30,32 @@ from orchestrator.work.trial import TrialSpec
 Read = Callable[[Path], Any]
 
 
-def mend(run: RunDirectory, view: RunView) -> list[str]:
+def repair_run(run: RunDirectory, view: RunView) -> list[str]:
     """Set aside the damaged files of a run that this process holds; return what was reported of them.
 
     Checkpoints of a finished run are not read: nothing continues from them.
     """
-    mender = _Mender(run, view)
-    mender.mend_records()
+    repair = _Repair(run, view)
+    repair.check_records()
     plan = read_record(run.plan, RunPlan) if run.plan.exists() else None
     sweep = read_record(run.sweep, SweepResult) if run.sweep.exists() else None
     complete = sweep is not None and sweep.finished_at is not None and run.transfer.exists()
     for folder in sorted(path for path in run.trials.glob("*") if path.is_dir()):
-        mender.mend_trial(folder, plan, with_checkpoints=not complete)
-    mender.restore_hours()
-    mender.restore_choice()
-    return mender.told
+        repair.check_trial(folder, plan, with_checkpoints=not complete)
+    repair.restore_hours()
+    repair.restore_choice()
+    return repair.messages
 
 
-class _Mender:
+class _Repair:
     def __init__(self, run: RunDirectory, view: RunView) -> None:
         self._run = run
         self._view = view
-        self.told: list[str] = []
+        self.messages: list[str] = []
         self._hours, self._seconds = 0.0, 0.0
         self._compiled: bool | None = None
 
-    def mend_records(self) -> None:
+    def check_records(self) -> None:
         run = self._run
         if (sweep := _tried(lambda: read_record(run.sweep, SweepResult))) is not None:
             self._hours = sweep.gpu_hours_used
@@ -74,7 +74,7 @@ class _Mender:
         ):
             self._check(path, read, remedy)
 
-    def mend_trial(self, folder: Path, plan: RunPlan | None, *, with_checkpoints: bool) -> None:
+    def check_trial(self, folder: Path, plan: RunPlan | None, *, with_checkpoints: bool) -> None:
         """Check one trial's records. Everything after a damaged rung is set aside with it."""
         head = folder / TRIAL
         if not head.exists():
@@ -88,17 +88,17 @@ class _Mender:
         self._check(folder / STEPPED_DOWN, _as(SteppedDown), "it is retried as planned")
         self._check(folder / END, _as(TrialEnd), "the trial's end state is recomputed")
         for file in rung_files(folder):
-            told = f"trial {trial.trial_id} is trained again from the rung before it"
-            lost = self._check(file, _as(RungResult), told)
+            remedy = f"trial {trial.trial_id} is trained again from the rung before it"
+            lost = self._check(file, _as(RungResult), remedy)
             if not lost:
                 result = read_record(file, RungResult)
-                lost = self._mend_checkpoint(folder, trial, result, plan) if with_checkpoints else False
+                lost = self._check_checkpoint(folder, trial, result, plan) if with_checkpoints else False
                 self._count(trial, result)
             if lost:
                 self._drop_from(folder, rung_number(file))
                 return
 
-    def _mend_checkpoint(self, folder: Path, trial: TrialSpec, result: RungResult, plan: RunPlan | None) -> bool:
+    def _check_checkpoint(self, folder: Path, trial: TrialSpec, result: RungResult, plan: RunPlan | None) -> bool:
         """Return whether the rung has to be trained, or the base model evaluated, again."""
         if result.checkpoint is None:
             file = folder / EVALUATION
@@ -149,7 +149,7 @@ class _Mender:
         aside = set_aside(path)
         place = path.relative_to(self._run.path)
         message = f"{place} is damaged ({what}): set aside as {aside.name}; {remedy}"
-        self.told.append(message)
+        self.messages.append(message)
         self._view.event("record_damaged", message)
         self._run.event("record_damaged", message=message, path=str(place), aside=aside.name)
         return True

@@ -28,9 +28,9 @@ from orchestrator.run.ledger import TrialEntry
 from orchestrator.run.scoring import Scoring
 from orchestrator.runtime.cluster import placement_strategy, rank_resources, worker_env
 from orchestrator.runtime.failures import describe
-from orchestrator.runtime.hang_detection import Patience
+from orchestrator.runtime.hang_detection import HangTimeouts
 from orchestrator.runtime.prepare import Prepared
-from orchestrator.runtime.task_supervision import Minder, send_pulses
+from orchestrator.runtime.watchdog import Watchdog, send_heartbeats
 from orchestrator.store import read_json, read_record, write_json
 from orchestrator.train import TrainHost, drop_later_checkpoints, find_own
 from orchestrator.transfer.records import RefitRecord
@@ -49,13 +49,15 @@ MAX_FRUITLESS_STARTS = 10
 """How often a worker group is asked for where there is no place for it; each time Ray Train waits for a minute."""
 
 
-def refit(base: BaseLoad, anatomy: ModelAnatomy, assignments: list[RefitWork], folder: Path, minder: Minder) -> list[RungResult]:
+def refit(
+    base: BaseLoad, anatomy: ModelAnatomy, assignments: list[RefitWork], folder: Path, watchdog: Watchdog
+) -> list[RungResult]:
     """Run assignments one after another in one worker group.
 
     Args:
         assignments: For instance the untouched base's evaluation, then the trial. All share one execution plan.
         folder: Where Ray Train keeps its own state.
-        minder: Looks after the ranks.
+        watchdog: Looks after the ranks.
 
     Returns:
         Rank 0's result of each assignment, also written as `result.json` beside each assignment's files.
@@ -72,22 +74,22 @@ def refit(base: BaseLoad, anatomy: ModelAnatomy, assignments: list[RefitWork], f
         # Ray writes its snapshot of a run in place; one that a killed driver left torn makes the folder unusable.
         shutil.rmtree(folder, ignore_errors=True)
         try:
-            _trainer(base, anatomy, assignments, folder, minder.board).fit()
+            _trainer(base, anatomy, assignments, folder, watchdog.board).fit()
         except Exception as error:
             if [_stepped_down(assignment) for assignment in assignments] != before:
                 continue  # smaller than before, so that this comes to an end
             raise TrainingError(
-                f"the training on all ranks failed, after {MAX_RESTARTS} restarts at most: {_why(error, minder)}",
+                f"the training on all ranks failed, after {MAX_RESTARTS} restarts at most: {_why(error, watchdog)}",
                 where=str(folder.parent),
                 remedy="submit the same spec again: it continues from the newest complete checkpoint",
             ) from error
         return [read_record(result_file(assignment), RungResult) for assignment in assignments]
 
 
-def _why(error: Exception, minder: Minder) -> str:
+def _why(error: Exception, watchdog: Watchdog) -> str:
     """In a line: what was said of a rank that hung, or the error of the rank that broke first."""
-    if minder.said:
-        return minder.said[-1]
+    if watchdog.messages:
+        return watchdog.messages[-1]
     first = next(iter(getattr(error, "worker_failures", {}).values()), error)
     return describe(getattr(first, "cause", None) or first)
 
@@ -135,7 +137,7 @@ def _worker(payload: dict[str, Any]) -> None:
     assignments = [REFIT_WORK.validate_python(values) for values in payload["assignments"]]
     context = train.get_context()
     rank = context.get_world_rank()
-    send_pulses(payload["board"], rank)
+    send_heartbeats(payload["board"], rank)
     host = TrainHost.create(base, anatomy, assignments[0].execution, rank, context.get_world_size(), init_method=None)
     if rank == 0:
         _note_start(Path(assignments[-1].folder), os.getpid())
@@ -349,9 +351,9 @@ def run_refit(prepared: Prepared, assignments: list[RefitWork]) -> list[RungResu
     _claim(prepared.run.refit, trial.trial_id)
     results = _stored_results(assignments)
     if results is None:
-        patience = Patience.from_environment().for_base(2 * prepared.anatomy.num_parameters())
-        with metered(prepared.run.hours, assignments[0].execution.ranks), Minder(prepared.run, patience) as minder:
-            results = refit(prepared.plan.base, prepared.anatomy, assignments, prepared.run.path / "ray-train", minder)
+        timeouts = HangTimeouts.from_environment().for_base(2 * prepared.anatomy.num_parameters())
+        with metered(prepared.run.hours, assignments[0].execution.ranks), Watchdog(prepared.run, timeouts) as watchdog:
+            results = refit(prepared.plan.base, prepared.anatomy, assignments, prepared.run.path / "ray-train", watchdog)
         for note in (note for result in results for note in result.notes):
             prepared.run.event("trial_note", message=f"{trial.trial_id}: {note}", trial_id=trial.trial_id)
         if num_restarts(prepared.run.refit):

@@ -31,7 +31,7 @@ class Supervisor:
         figures: How the gang spends its time goes here.
         refuses: Whether the bound on hours holds work back.
         settle: Records a result, whose rung is on disk, and answers whoever waits for it.
-        tell: Records an event.
+        emit: Records an event.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Supervisor:
         figures: GangFigures,
         refuses: Callable[[Work], bool],
         settle: Callable[[QueuedWork, WorkResult], None],
-        tell: Tell,
+        emit: Emit,
     ) -> None:
         self.gang = gang
         self._planned = planned
@@ -50,7 +50,7 @@ class Supervisor:
         self._figures = figures
         self._refuses = refuses
         self._settle = settle
-        self._tell = tell
+        self._emit = emit
         self._writing: asyncio.Task[None] | None = None
         self._running: Sequence[QueuedWork] = ()
 
@@ -66,7 +66,7 @@ class Supervisor:
         while True:
             if not self.gang.pids:
                 await self.written()
-                await start_gang(self.gang, self._figures, self._tell)
+                await start_gang(self.gang, self._figures, self._emit)
             async with self._queue.next_group(self.gang.index) as group:
                 if group[0].attempts:  # a gang has failed while running it: it is run alone
                     await self.written()
@@ -167,7 +167,7 @@ class Supervisor:
             else:
                 failed.append(result)
             then = "; ".join(work.notes[known:]) or f"its assignment {'is dropped' if result else 'is requeued'}"
-            self._tell("gang_died", f"{death.what}; {then}", gang=gang.index, trial_id=work.assignment.work_id)
+            self._emit("gang_died", f"{death.what}; {then}", gang=gang.index, trial_id=work.assignment.work_id)
         if lived:  # the group that was being written may have been requeued before the one that ran
             self._figures.replaced += 1
             gang.kill()
@@ -180,13 +180,13 @@ def _continuing(works: Mapping[str, QueuedWork], results: Sequence[WorkResult]) 
     return [result for result in rungs if result.state == "done" and not works[result.work_id].future.done()]
 
 
-class Tell(Protocol):
+class Emit(Protocol):
     """Writes an event down."""
 
     def __call__(self, kind: str, message: str, **fields: object) -> None: ...
 
 
-async def start_gang(gang: Gang, figures: GangFigures, tell: Tell) -> None:
+async def start_gang(gang: Gang, figures: GangFigures, emit: Emit) -> None:
     """Until the gang is ready; what happened is told.
 
     Raises:
@@ -197,11 +197,11 @@ async def start_gang(gang: Gang, figures: GangFigures, tell: Tell) -> None:
             await gang.start()
             break
         except Exception as error:
-            tell("gang_failed_to_start", f"gang {gang.index} could not start: {why_no_start(error)}", gang=gang.index)
+            emit("gang_failed_to_start", f"gang {gang.index} could not start: {why_no_start(error)}", gang=gang.index)
             gang.kill()
             if attempt == MAX_ATTEMPTS:
                 raise
     figures.base_loads = gang.base_loads
     figures.start_s.append(seconds := gang.start_seconds)
     ready = f"gang {gang.index} ready in {seconds:.1f} s"
-    tell("gang_ready", ready, gang=gang.index, pids=list(gang.pids), seconds=round(seconds, 3))
+    emit("gang_ready", ready, gang=gang.index, pids=list(gang.pids), seconds=round(seconds, 3))

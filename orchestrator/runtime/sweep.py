@@ -24,12 +24,12 @@ from orchestrator.runtime.cluster import fetch, joins
 from orchestrator.runtime.exchange import Exchange
 from orchestrator.runtime.failures import in_plain_words
 from orchestrator.runtime.finish import finish
-from orchestrator.runtime.follow_up_trials import submit, train_late, wait_for
-from orchestrator.runtime.hang_detection import Patience
-from orchestrator.runtime.heartbeat import Pulse, Watcher
+from orchestrator.runtime.follow_up_trials import submit, train_follow_ups, wait_for
+from orchestrator.runtime.hang_detection import HangTimeouts
 from orchestrator.runtime.measurements import measured_in_a_gang
 from orchestrator.runtime.outcome import summarise
 from orchestrator.runtime.prepare import Prepared, open_run, prepare
+from orchestrator.runtime.run_progress import ProgressReporter, Watcher
 from orchestrator.runtime.search import run_search
 from orchestrator.spec import LoadedSpec
 from orchestrator.transfer.records import SweepResult
@@ -54,7 +54,7 @@ def run_sweep(loaded: LoadedSpec, *, view: RunView, address: str | None = None, 
         stack.enter_context(in_plain_words(run.path))
         finished = _finished(run, loaded)
         stands = finished is not None and run.plan.exists()
-        view = stack.enter_context(Pulse(view, None if stands else run.path))
+        view = stack.enter_context(ProgressReporter(view, None if stands else run.path))
         prepared = prepare(loaded, "sweep", run, view, None if stands else joins(stack, address, run.path))
         if finished is not None:
             return finished
@@ -78,7 +78,7 @@ def _finished(run: RunDirectory, loaded: LoadedSpec) -> RunOutcome | None:
     return outcome if len(outcome.sweep.searched) >= loaded.spec.search.num_trials else None
 
 
-def _search(prepared: Prepared, view: Pulse, started_at: float) -> tuple[Prepared, SweepResult]:
+def _search(prepared: Prepared, view: ProgressReporter, started_at: float) -> tuple[Prepared, SweepResult]:
     """Controls, the blocks' scores, trials, promotion, and what is trained once the promoted trial is known.
 
     The gangs are released at the end.
@@ -119,32 +119,32 @@ def _search(prepared: Prepared, view: Pulse, started_at: float) -> tuple[Prepare
         ledger.refresh()
         sweep = summarise(prepared, ledger, figures, started_at, earlier, hours)
         winner = ledger.get(sweep.winner_id) if sweep.winner_id is not None else None
-        if winner is not None and train_late(prepared, exchange, winner, view):
+        if winner is not None and train_follow_ups(prepared, exchange, winner, view):
             hours = fetch(exchange.hours.remote())
             ledger.refresh()
             sweep = summarise(prepared, ledger, figures, started_at, earlier, hours)
-        _tell_findings(prepared, view, sweep, earlier)
+        _emit_findings(prepared, view, sweep, earlier)
     return prepared, sweep
 
 
-def _tell_findings(prepared: Prepared, view: RunView, sweep: SweepResult, earlier: SweepResult | None) -> None:
+def _emit_findings(prepared: Prepared, view: RunView, sweep: SweepResult, earlier: SweepResult | None) -> None:
     """Report what the search found beside its trials.
 
     Args:
         earlier: The summary of earlier submissions.
     """
     if sweep.learning_curve is not None:
-        _tell(prepared, view, "learning_curve", sweep.learning_curve.sentence)
+        _emit(prepared, view, "learning_curve", sweep.learning_curve.sentence)
     if sweep.no_learning_curve:
-        _tell(prepared, view, "learning_curve_left_out", sweep.no_learning_curve)
+        _emit(prepared, view, "learning_curve_left_out", sweep.no_learning_curve)
     if earlier is not None and earlier.promoted_by_hand and earlier.winner_id != sweep.winner_id:
         instead = f"{earlier.winner_id}, which was promoted by hand before the search continued"
-        _tell(prepared, view, "promoted_by_rule", f"{sweep.winner_id or 'nothing'} is promoted by the rule, instead of {instead}")
+        _emit(prepared, view, "promoted_by_rule", f"{sweep.winner_id or 'nothing'} is promoted by the rule, instead of {instead}")
     if sweep.ended_by_hours:
-        _tell(prepared, view, "ended_by_hours", sweep.ended_by_hours)
+        _emit(prepared, view, "ended_by_hours", sweep.ended_by_hours)
 
 
-def _tell(prepared: Prepared, view: RunView, kind: str, message: str) -> None:
+def _emit(prepared: Prepared, view: RunView, kind: str, message: str) -> None:
     view.event(kind, message)
     prepared.run.event(kind, message=message)
 
@@ -164,7 +164,7 @@ def _exchange(prepared: Prepared) -> Iterator[Any]:
         num_gangs=prepared.plan.num_gangs,
         hours_file=str(prepared.run.hours),
         max_gpu_hours=prepared.spec.resources.max_gpu_hours,
-        patience=Patience.from_environment(),
+        timeouts=HangTimeouts.from_environment(),
     )
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor: Any = ray.remote(Exchange)

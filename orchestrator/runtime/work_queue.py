@@ -98,11 +98,11 @@ class WorkQueue:
     async def _take(self, gang: int | None) -> list[QueuedWork]:
         while True:
             self._works = self._living()
-            patience = self._patience()
-            if self._works and patience <= 0:
+            left = self._seconds_to_wait()
+            if self._works and left <= 0:
                 return self._pick(gang)
             try:
-                await asyncio.wait_for(self._changed.wait(), patience if self._works else None)
+                await asyncio.wait_for(self._changed.wait(), left if self._works else None)
             except TimeoutError:
                 continue
 
@@ -121,7 +121,7 @@ class WorkQueue:
         """Return None after a gang has failed while running it: work is then done alone, so that the cause is found."""
         return None if work.attempts else fuse_key(work.assignment, self._planned, self._anatomy)
 
-    def _patience(self) -> float:
+    def _seconds_to_wait(self) -> float:
         """Seconds that a free gang still waits for company; none where what comes first comes before those awaited too."""
         now = self._clock()
         first = self._works[0].priority[:2] if self._works else (math.inf, 0)

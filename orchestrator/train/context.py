@@ -8,7 +8,7 @@ from pathlib import Path
 
 from orchestrator.data import TokenizedSet
 from orchestrator.data.sets import load_known
-from orchestrator.train import pulse
+from orchestrator.train import heartbeat
 from orchestrator.train.adapters.branch import head_name
 from orchestrator.train.batches import RowPlan
 from orchestrator.train.checkpoint.saving import Saver
@@ -77,7 +77,7 @@ class HostContext:
         head = self.base.model.get_submodule(head_name(self.base).rpartition(".")[0])
         objective = objective_of(self.base, head)
         with forward_ready(objective, self.execution):
-            pulse.enter("caching activations")
+            heartbeat.enter("caching activations")
             partitioned = is_partitioned(self.execution)
             return self.trunk.open(plan, data, self.rows(self.execution), objective, partitioned=partitioned, note=note)
 

@@ -15,7 +15,7 @@ import torch
 from orchestrator.data import TokenizedSet
 from orchestrator.errors import TrainingError, UsageError
 from orchestrator.plan.fusing import TEACHER_FORCED
-from orchestrator.train import pulse
+from orchestrator.train import heartbeat
 from orchestrator.train.batches import RowPlan, repeated, to_tensors
 from orchestrator.train.model.objective import Objective
 from orchestrator.train.ranks import Ranks
@@ -99,7 +99,7 @@ def evaluate_trials(
             np.add.at(missed, owners, (scored.predictions != scored.targets).cpu().numpy())
     finally:
         objective.train(was_training)
-    pulse.enter("waiting for the other ranks")
+    heartbeat.enter("waiting for the other ranks")
     parts = ranks.gather((sums, tokens, predictions, missed))
     whole = [np.sum([part[i] for part in parts], axis=0).reshape(num_trials, len(data)) for i in range(4)]
     return [_summarise(data, *(array[trial] for array in whole)) for trial in range(num_trials)]

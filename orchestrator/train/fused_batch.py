@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from orchestrator.errors import OutOfMemoryError
-from orchestrator.train import pulse
+from orchestrator.train import heartbeat
 from orchestrator.train.batches import StepInput, step_inputs
 from orchestrator.train.context import HostContext
 from orchestrator.train.loop import StackedRounds
@@ -73,7 +73,7 @@ class FusedBatchSizes:
         """Return the measured size and a sentence about it; 1 where the measurement fails, for a trial alone fails by itself."""
         try:
             self._context.open_trunk(group[0].trunk, group[0].data, note)
-            pulse.enter("preparing")
+            heartbeat.enter("preparing")
             return measure_batch_size(self._context, group)
         except (*TRIAL_ERRORS, RuntimeError, MemoryError) as error:
             if not (isinstance(error, TRIAL_ERRORS) or is_out_of_memory(error)):

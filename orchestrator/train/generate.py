@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from orchestrator.data import TokenizedSet, padding
-from orchestrator.train import pulse
+from orchestrator.train import heartbeat
 from orchestrator.train.ranks import Ranks
 
 SPARE_TOKENS = 8
@@ -71,7 +71,7 @@ def generate_answers(
             prompts = [pairs[index][0] for index in documents]
             texts = continue_prompts(model, tokenizer, prompts, longest, ranks.device, stops=stops, synced=synced)
             mine |= dict(zip(documents, texts, strict=True))
-    pulse.enter("waiting for the other ranks")  # their answers may be much longer
+    heartbeat.enter("waiting for the other ranks")  # their answers may be much longer
     found: dict[int, str] = {}
     for part in reversed(ranks.gather(mine)):
         found |= part

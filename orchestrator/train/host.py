@@ -11,7 +11,7 @@ import torch
 
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.errors import OrchestratorError, TrainingError
-from orchestrator.train import pulse
+from orchestrator.train import heartbeat
 from orchestrator.train.context import HostContext
 from orchestrator.train.engines import deepspeed_engine
 from orchestrator.train.fused_batch import FusedBatchSizes
@@ -73,7 +73,7 @@ class TrainHost:
             TrainingError: the plan and the gang differ in their number of ranks.
             BaseError: the base cannot be loaded.
         """
-        pulse.enter("loading the base")
+        heartbeat.enter("loading the base")
         if execution.executor == "deepspeed":
             deepspeed_engine.load_deepspeed(execution.device)
         return cls(base, anatomy, execution, join_gang(execution, rank, world_size, init_method))
@@ -113,7 +113,7 @@ class TrainHost:
         Raises:
             Exception: as `run_trial`.
         """
-        pulse.enter("preparing")
+        heartbeat.enter("preparing")
         notes = self._take_news()
 
         def attempt(execution: ExecutionPlan) -> Found:
@@ -122,7 +122,7 @@ class TrainHost:
         try:
             self.context.open_trunk(work.trunk, work.data, notes.append)
             self._check_gang(work.execution)
-            pulse.enter("preparing")
+            heartbeat.enter("preparing")
             found = run_within_memory(self.context, attempt, work.execution, notes)
             result = MeasurementResult(work_id=work.work_id, found=found)
         except TRIAL_ERRORS as error:
@@ -153,7 +153,7 @@ class TrainHost:
                 self._train_or_evaluate(work, on_step) if isinstance(work, TrainRung | EvaluateBase) else self.measure(work)
                 for work in group
             ]
-        pulse.enter("idle")
+        heartbeat.enter("idle")
         return results
 
     def settle(self) -> None:
@@ -203,11 +203,11 @@ class TrainHost:
             outcome.relieved = execution if execution is not work.execution else None
             run(execution)
 
-        pulse.enter("preparing")
+        heartbeat.enter("preparing")
         try:
             outcome.trunk_seconds = self.context.open_trunk(work.trunk, work.data, outcome.notes.append)
             self._check_gang(work.execution)
-            pulse.enter("preparing")
+            heartbeat.enter("preparing")
             run_within_memory(self.context, attempt, work.execution, outcome.notes, on_relief)
         except TRIAL_ERRORS as error:
             outcome.failure = str(error)
@@ -236,7 +236,7 @@ class TrainHost:
         outcomes = [TrialOutcome(work, started_at=started_at) for work in group]
         try:
             trunk_seconds = self.context.open_trunk(group[0].trunk, group[0].data, news.append)
-            pulse.enter("preparing")
+            heartbeat.enter("preparing")
             reset_peak(self.ranks.device)
             TrainingSession(self.context, outcomes, group[0].execution, self._ordinal).run(on_step)
         except (*TRIAL_ERRORS, RuntimeError, MemoryError) as error:

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from orchestrator.errors import NonFiniteLossError, OutOfMemoryError
-from orchestrator.train import pulse
+from orchestrator.train import heartbeat
 from orchestrator.train.batches import StepInput, repeated
 from orchestrator.train.engines.engine import Engine
 from orchestrator.train.memory import is_out_of_memory, memory_in_use
@@ -185,7 +185,7 @@ def train_steps(trials: Sequence[LoopTrial], rounds: Rounds, steps: Iterator[Ste
                 memory_bytes=memory_in_use(ranks.device),
             )
             trial.on_step(report, trial.state)
-            pulse.beat(trial.state.step)
+            heartbeat.beat(trial.state.step)
         if all(trial.failure for trial in trials):
             return
         started = time.perf_counter()

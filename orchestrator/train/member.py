@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from orchestrator.store import append_jsonl
-from orchestrator.train import pulse
+from orchestrator.train import heartbeat
 from orchestrator.train.adapters.artifacts import load_artifact, misfit
 from orchestrator.train.adapters.branch import Branch
 from orchestrator.train.checkpoint.resume import (
@@ -126,7 +126,7 @@ class Member:
         self.outcome.checkpoint = folder
 
     def _save(self, folder: Path, *, final: bool) -> None:
-        pulse.enter("saving")
+        heartbeat.enter("saving")
         work, execution = self.outcome.work, self.setup.execution
         ranks, saver = self.setup.context.ranks, self.setup.context.saver
         together = execution.executor == "deepspeed"  # each rank writes its own partition

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 
 from orchestrator.errors import NonFiniteLossError
-from orchestrator.train import pulse
+from orchestrator.train import heartbeat
 from orchestrator.train.context import HostContext
 from orchestrator.train.engines.engine import is_partitioned
 from orchestrator.train.evaluation import Evaluation, answer_accuracy, class_prior, evaluate_trials, score_texts
@@ -80,7 +80,7 @@ class Scorer:
         return Scores(evaluation, metrics=self._metrics(objective, evaluation))
 
     def _evaluate(self, objective: Objective, path: str, num_trials: int) -> list[Evaluation]:
-        pulse.enter("evaluating")
+        heartbeat.enter("evaluating")
         states = self.context.trunk.states(path, self.work.selection.cut) if self.work.trunk is not None else None
         return evaluate_trials(
             objective, self.context.sets.load(path), self.context.rows(self.execution), self.context.ranks, num_trials, states
@@ -95,18 +95,18 @@ class Scorer:
 
         def generate() -> tuple[list[str], list[str]]:
             tokenizer = self.context.base.tokenizer
-            pulse.enter("generating")
-            counting = objective.model.register_forward_pre_hook(pulse.beat_before)
+            heartbeat.enter("generating")
+            counting = objective.model.register_forward_pre_hook(heartbeat.beat_before)
             try:
                 made = generate_answers(
                     objective.model, tokenizer, data, self.context.ranks, synced=is_partitioned(self.execution)
                 )
             finally:
                 counting.remove()
-            pulse.enter("computing the metric")
+            heartbeat.enter("computing the metric")
             return made, wanted_answers(data, tokenizer)
 
-        pulse.enter("computing the metric")
+        heartbeat.enter("computing the metric")
         value = score_texts(metric, evaluation, data, self.context.base.load.class_names, generate)
         return evaluation.metrics if value is None else evaluation.metrics | {metric: value}
 

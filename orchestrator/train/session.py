@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from orchestrator.errors import NonFiniteLossError, TrainingError
-from orchestrator.train import pulse
+from orchestrator.train import heartbeat
 from orchestrator.train.adapters.branch import Branch, open_branch
 from orchestrator.train.adapters.group import open_group
 from orchestrator.train.adapters.layers import AdapterSpec
@@ -77,7 +77,7 @@ class TrainingSession:
                 stack.callback(members[-1].engine.close)
             self._train(objective, members, on_step)
             self._score(objective)
-            pulse.enter("saving")
+            heartbeat.enter("saving")
             finished = [member for member in members if not member.outcome.failure]
             for member in finished:
                 member.record_peaks()

@@ -13,7 +13,7 @@ from torch import nn
 
 from orchestrator.anatomy.values import ModelAnatomy
 from orchestrator.spec.models import Task
-from orchestrator.train import pulse
+from orchestrator.train import heartbeat
 from orchestrator.train.model.base import LoadedBase
 from orchestrator.train.model.heads import DocumentLosses, FinalNorm, Parts, Targets, head_of
 from orchestrator.train.trunk.port import entering
@@ -85,7 +85,7 @@ class Objective(nn.Module):
             num_trials: T. With several, the B rows are T equal copies, one under the other, and the sums are float32[T]: each
                 made of its own copy alone, the same bits whatever the others come to.
         """
-        pulse.beat()
+        heartbeat.beat()
         targets = Targets(labels, document_ids, class_labels, lengths)
         # The states of all positions have no name here: they are freed before the logits are made.
         supervised = self._head.select(self._parts, self.run_blocks(input_ids, position_ids, lengths, hidden), targets)

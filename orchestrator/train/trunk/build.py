@@ -16,7 +16,7 @@ import transformers
 from torch import nn
 
 from orchestrator.data import MicroBatch, TokenizedSet
-from orchestrator.train import pulse
+from orchestrator.train import heartbeat
 from orchestrator.train.batches import RowPlan, to_tensors
 from orchestrator.train.model.base import LoadedBase
 from orchestrator.train.model.objective import Objective
@@ -170,7 +170,7 @@ class TrunkBuilder:
         rows = RowPlan(self.rows.row_tokens, self.rows.rows_per_micro_batch, self.rows.pack)
         with leaving(blocks, cuts) as taken:
             for batch in rows.batches(data, documents):
-                pulse.beat()
+                heartbeat.beat()
                 tensors = to_tensors(batch, self.ranks.device)
                 self.objective.run_blocks(tensors["input_ids"], tensors["position_ids"], tensors["lengths"])
                 for row, start, end, place in _documents(batch, data):

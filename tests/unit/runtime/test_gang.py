@@ -16,8 +16,8 @@ from orchestrator.plan.values import RunPlan
 from orchestrator.run.hours import Meter
 from orchestrator.runtime import gang as gang_module
 from orchestrator.runtime.gang import Gang, GangDiedError
-from orchestrator.runtime.hang_detection import Patience, Seat
-from orchestrator.train.pulse import NOTHING_YET, Pulse
+from orchestrator.runtime.hang_detection import HangTimeouts, ProcessId
+from orchestrator.train.heartbeat import NO_HEARTBEAT_YET, Heartbeat
 
 LOST = ConnectionError("connection closed by peer")
 FULL = RankOutOfMemoryError("out of memory on rank 1")
@@ -32,27 +32,27 @@ async def rank(after_s: float, error: Exception | None) -> str:
 
 
 class Rank:
-    """What a rank answers about its pulse; None where it does not answer."""
+    """What a rank answers about its heartbeat; None where it does not answer."""
 
-    def __init__(self, found: Pulse | None) -> None:
-        self.pulse = self
+    def __init__(self, found: Heartbeat | None) -> None:
+        self.heartbeat = self
         self.found = found
 
-    async def answer(self) -> Pulse:
+    async def answer(self) -> Heartbeat:
         if self.found is None:
             await asyncio.sleep(99)
         assert self.found is not None
         return self.found
 
-    def remote(self) -> Coroutine[Any, Any, Pulse]:
+    def remote(self) -> Coroutine[Any, Any, Heartbeat]:
         return self.answer()
 
 
-TRAINING = Pulse("training", 7, 100, 0.0, is_steady=True)
+TRAINING = Heartbeat("training", 7, 100, 0.0, is_steady=True)
 
 
 @pytest.mark.parametrize(
-    ("pulses", "state", "said"),
+    ("heartbeats", "state", "said"),
     [
         ([TRAINING, None], "T", r"gang 3 hangs: rank 1 on here \(pid 11\) is stopped"),
         ([TRAINING, TRAINING], "S", r"gang 3 hangs: rank 0 .* made no progress .* training, after step 7.*; rank 1 "),
@@ -64,26 +64,26 @@ def test_a_rank_that_hangs_ends_the_wait_and_its_gang(
     anatomy: ModelAnatomy,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    pulses: list[Pulse | None],
+    heartbeats: list[Heartbeat | None],
     state: str,
     said: str,
 ) -> None:
-    ended: list[Seat] = []
+    ended: list[ProcessId] = []
     monkeypatch.setattr(gang_module, "POLL_S", 0.02)
-    monkeypatch.setattr(gang_module, "states_of", lambda seats: dict.fromkeys(seats, state))
+    monkeypatch.setattr(gang_module, "states_of", lambda processes: dict.fromkeys(processes, state))
     monkeypatch.setattr(gang_module, "end_processes", ended.extend)
-    patience = Patience(silent_s=0.1, steady_s=0.5, opening_s=0.5, load_bytes_per_s=1e15)
-    gang = Gang(3, plan.base, anatomy, plan.execution, Meter(tmp_path / "hours.json"), patience)
-    gang._seats = tuple(Seat(number, "here", "node", 10 + number, 0) for number in range(2))
-    gang._ranks = [Rank(found) for found in pulses]
-    for seat in gang._seats:
-        gang._vigil.hear(seat, NOTHING_YET)
+    timeouts = HangTimeouts(silent_s=0.1, steady_s=0.5, opening_s=0.5, load_bytes_per_s=1e15)
+    gang = Gang(3, plan.base, anatomy, plan.execution, Meter(tmp_path / "hours.json"), timeouts)
+    gang._processes = tuple(ProcessId(number, "here", "node", 10 + number, 0) for number in range(2))
+    gang._ranks = [Rank(found) for found in heartbeats]
+    for process in gang._processes:
+        gang._detector.record(process, NO_HEARTBEAT_YET)
 
     async def scene() -> None:
         with pytest.raises(GangDiedError, match=said) as death:
             await asyncio.wait_for(gang._all([rank(99, None), rank(99, None)]), 10)
         assert not death.value.out_of_memory
-        assert ended == list(gang._seats), "those that wait for the one that hangs are ended too"
+        assert ended == list(gang._processes), "those that wait for the one that hangs are ended too"
 
     asyncio.run(scene())
 

@@ -12,8 +12,8 @@ from orchestrator.errors import UsageError
 from orchestrator.report.sections import recommendation
 from orchestrator.report.terminal import LogView
 from orchestrator.run.ledger import Ledger
-from orchestrator.runtime.heartbeat import Pulse
 from orchestrator.runtime.merging import _show, choose, promoted_by_hand
+from orchestrator.runtime.run_progress import ProgressReporter
 from orchestrator.transfer.learning_curve import LearningCurve, PowerLaw
 from orchestrator.transfer.records import Control, RungRecord, SweepResult, TrialRecord
 from orchestrator.work.results import RungResult
@@ -137,8 +137,8 @@ def test_the_view_is_started_on_the_chosen_trial_and_closed_whatever_happens() -
     said = io.StringIO()
 
     def bundle() -> None:
-        with Pulse(LogView(said), None) as pulse:
-            _show(pulse, SWEEP, "t001")
+        with ProgressReporter(LogView(said), None) as reporter:
+            _show(reporter, SWEEP, "t001")
             raise RuntimeError
 
     with pytest.raises(RuntimeError):

@@ -12,43 +12,43 @@ from collections.abc import Iterator
 import pytest
 
 from orchestrator.runtime import processes
-from orchestrator.runtime.hang_detection import Seat
+from orchestrator.runtime.hang_detection import ProcessId
 from orchestrator.runtime.processes import stat_of
 from orchestrator.runtime.ray_health import descendants
 
 
 @pytest.fixture
-def seat() -> Iterator[Seat]:
+def process() -> Iterator[ProcessId]:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
-        yield Seat(0, "here", "node", process.pid, stat_of(process.pid)[1])
+        yield ProcessId(0, "here", "node", process.pid, stat_of(process.pid)[1])
         process.kill()
 
 
-def within(seconds: float, seat: Seat, state: str) -> bool:
+def within(seconds: float, process: ProcessId, state: str) -> bool:
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        if processes._states([seat]) == [state]:
+        if processes._states([process]) == [state]:
             return True
         time.sleep(0.02)
     return False
 
 
-def test_a_stopped_process_is_seen_and_ended(seat: Seat) -> None:
-    os.kill(seat.pid, signal.SIGSTOP)
-    assert within(5, seat, "T")
-    processes._end([seat])
-    assert within(5, seat, ""), "a zombie is gone too"
+def test_a_stopped_process_is_seen_and_ended(process: ProcessId) -> None:
+    os.kill(process.pid, signal.SIGSTOP)
+    assert within(5, process, "T")
+    processes._end([process])
+    assert within(5, process, ""), "a zombie is gone too"
 
 
-def test_another_process_of_the_same_pid_is_left_alone(seat: Seat) -> None:
-    other = seat._replace(started_at=seat.started_at + 1)
+def test_another_process_of_the_same_pid_is_left_alone(process: ProcessId) -> None:
+    other = process._replace(started_at=process.started_at + 1)
     assert processes._states([other]) == [""]
     processes._end([other])
-    assert stat_of(seat.pid)[0] in ("S", "R")
+    assert stat_of(process.pid)[0] in ("S", "R")
 
 
-def test_descendants_are_those_that_this_process_has_started(seat: Seat) -> None:
+def test_descendants_are_those_that_this_process_has_started(process: ProcessId) -> None:
     found = descendants(os.getpid())
-    assert (seat.pid, seat.started_at) in found
+    assert (process.pid, process.started_at) in found
     assert os.getpid() not in {pid for pid, _ in found}
     assert os.getppid() not in {pid for pid, _ in found}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from orchestrator.runtime import heartbeat as watch
-from orchestrator.runtime.heartbeat import Watcher
+from orchestrator.runtime.run_progress import Watcher
 
 NEWS = [{"kind": "gang_ready", "message": str(number)} for number in range(3)]
 

@@ -11,7 +11,7 @@ import pytest
 from orchestrator.plan import make_trial
 from orchestrator.report.terminal import LogView
 from orchestrator.run.ledger import Ledger, TrialEntry
-from orchestrator.runtime import follow_up_trials as late
+from orchestrator.runtime import follow_up_trials as follow_up_module
 from orchestrator.runtime.assignments import Answer
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.work.results import RungResult
@@ -31,7 +31,7 @@ def stopped_early(prepared: Prepared) -> TrialEntry:
 def test_a_winner_from_other_seeds_is_itself_but_for_the_seed(submit: Callable[..., Prepared]) -> None:
     prepared = submit(search={"repeats": 3, "controls": ["shuffled", "scratch"], "scheduler": "none"})
     winner = stopped_early(prepared)
-    shuffled, scratch, second, third = (each.trial for each in late.late_trials(prepared, winner, None))
+    shuffled, scratch, second, third = (each.trial for each in follow_up_module.follow_up_trials(prepared, winner, None))
     name = winner.trial.trial_id
     ids = [trial.trial_id for trial in (shuffled, scratch, second, third)]
     assert ids == [f"{kind}-{name}" for kind in ("shuffled", "scratch", "repeat-2", "repeat-3")]
@@ -39,7 +39,12 @@ def test_a_winner_from_other_seeds_is_itself_but_for_the_seed(submit: Callable[.
     own = {"trial_id", "number", "control", "seed"}
     assert all(trial.model_dump(exclude=own) == winner.trial.model_dump(exclude=own) for trial in (shuffled, second, third))
     search = prepared.plan.search.model_copy(update={"repeats": 1, "controls": ()})
-    assert late.late_trials(replace(prepared, plan=prepared.plan.model_copy(update={"search": search})), winner, None) == []
+    assert (
+        follow_up_module.follow_up_trials(
+            replace(prepared, plan=prepared.plan.model_copy(update={"search": search})), winner, None
+        )
+        == []
+    )
 
 
 def test_all_are_handed_in_before_any_is_waited_for_and_one_held_back_is_told(
@@ -57,9 +62,9 @@ def test_all_are_handed_in_before_any_is_waited_for_and_one_held_back_is_told(
         held_back = trial_id.startswith("repeat-3")
         return Answer(score=0.0, step=9, ended=True, state="stopped" if held_back else "done", reason="no hours left")
 
-    monkeypatch.setattr(late, "submit", record)
-    monkeypatch.setattr(late, "wait_for", wait_for)
-    assert late.train_late(prepared, None, winner, LogView(shown))
+    monkeypatch.setattr(follow_up_module, "submit", record)
+    monkeypatch.setattr(follow_up_module, "wait_for", wait_for)
+    assert follow_up_module.train_follow_ups(prepared, None, winner, LogView(shown))
     assert [what for what, _, _ in happened] == ["handed in"] * 3 + ["waited for"] * 3
     assert winner.results[-1].step < winner.trial.total_steps
     assert [stops for what, _, stops in happened if what == "handed in"] == [
@@ -81,11 +86,11 @@ def test_with_early_stopping_other_seeds_end_by_themselves_and_controls_with_the
         for rung, loss in losses.items()
     ]
     entry = TrialEntry(trial=winner, option=0, results=tuple(results))
-    assert [each.stops for each in late.late_trials(prepared, entry, None)] == [(8,), (4, 8, 12, 16, 20)]
+    assert [each.stops for each in follow_up_module.follow_up_trials(prepared, entry, None)] == [(8,), (4, 8, 12, 16, 20)]
     with_curve = prepared.plan.model_copy(update={"search": search.model_copy(update={"curve_shares": (0.5,)})})
-    shared = late.late_trials(replace(prepared, plan=with_curve), entry, None)[-1]
+    shared = follow_up_module.follow_up_trials(replace(prepared, plan=with_curve), entry, None)[-1]
     own = shared.trial.total_steps
     assert shared.trial.share == 0.5, "the winner stalled: what it has of all documents is its best rung"
     assert shared.stops == tuple(sorted({*(-(-step * own // 20) for step in (4, 8, 12, 16)), own}))
     better = entry.model_copy(update={"results": tuple(results[:2])})
-    assert [each.stops for each in late.late_trials(prepared, better, None)] == [(8, 20), (4, 8, 12, 16, 20)]
+    assert [each.stops for each in follow_up_module.follow_up_trials(prepared, better, None)] == [(8, 20), (4, 8, 12, 16, 20)]

@@ -1,6 +1,6 @@
 """What this process is doing and whether it gets on: read by whoever looks after it from outside.
 
-A process trains one thing at a time, so there is one pulse a process. Whatever is progress beats it: a phase that begins,
+A process trains one thing at a time, so there is one heartbeat a process. Whatever is progress beats it: a phase that begins,
 a micro-batch, a step. It does not look at itself: a process that is stopped could not.
 """
 
@@ -17,7 +17,7 @@ ENOUGH = 3
 """Beats of a phase after which its own times say how long the next one may take."""
 
 
-class Pulse(NamedTuple):
+class Heartbeat(NamedTuple):
     """A look at a process. Plain values: it is sent often."""
 
     phase: str
@@ -31,11 +31,11 @@ class Pulse(NamedTuple):
     """Whether `longest_s` says how long the next beat may take."""
 
 
-NOTHING_YET = Pulse("starting", 0, 0, 0.0, is_steady=False)
+NO_HEARTBEAT_YET = Heartbeat("starting", 0, 0, 0.0, is_steady=False)
 """Of a process that has said nothing yet."""
 
 
-class _Heart:
+class _Recorder:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._phase, self._step, self._beats = "starting", 0, 0
@@ -56,10 +56,10 @@ class _Heart:
             if step is not None:
                 self._phase, self._step = "training", step
 
-    def look(self) -> Pulse:
+    def look(self) -> Heartbeat:
         with self._lock:
             count, longest = self._seen.get(self._phase, (0, 0.0))
-            return Pulse(self._phase, self._step, self._beats, longest, self._phase in STEADY and count >= ENOUGH)
+            return Heartbeat(self._phase, self._step, self._beats, longest, self._phase in STEADY and count >= ENOUGH)
 
     def _note(self) -> None:
         now = time.monotonic()
@@ -69,12 +69,12 @@ class _Heart:
         self._beats += 1
 
 
-_HEART = _Heart()
+_RECORDER = _Recorder()
 
 
 def enter(phase: str) -> None:
     """Something else begins; `training` begins by itself, with the first step's end."""
-    _HEART.enter(phase)
+    _RECORDER.enter(phase)
 
 
 def beat(step: int | None = None) -> None:
@@ -83,14 +83,14 @@ def beat(step: int | None = None) -> None:
     Args:
         step: The training step that has ended.
     """
-    _HEART.beat(step)
+    _RECORDER.beat(step)
 
 
-def look() -> Pulse:
+def look() -> Heartbeat:
     """From any thread."""
-    return _HEART.look()
+    return _RECORDER.look()
 
 
 def beat_before(*_: Any) -> None:
     """As a module's forward pre-hook."""
-    _HEART.beat()
+    _RECORDER.beat()

@@ -23,14 +23,14 @@ from orchestrator.transfer.records import TrialRecord
 from orchestrator.transfer.run_view import Activity, Progress, RunView
 
 logger = logging.getLogger(__name__)
-BEAT_S = 1.0
+INTERVAL_S = 1.0
 WRITE_S = 2.0
 """How often progress.json is written."""
 
 Look = Callable[[], tuple[Activity, ...]]
 
 
-class Pulse:
+class ProgressReporter:
     """A `RunView` that passes on to another one, and tells it from a thread of its own what the run is waiting for.
 
     Whatever is told goes through one lock: the view below is never called by two threads at once.
@@ -38,14 +38,14 @@ class Pulse:
     Args:
         view: Whoever watches.
         folder: The run's, in which progress.json is kept for `report --follow`; None for a run that has ended already.
-        beat_s: Seconds between two beats.
+        interval_s: Seconds between two beats.
     """
 
-    def __init__(self, view: RunView, folder: Path | None, *, beat_s: float = BEAT_S) -> None:
-        self._view, self._folder, self._beat_s = view, folder, beat_s
+    def __init__(self, view: RunView, folder: Path | None, *, interval_s: float = INTERVAL_S) -> None:
+        self._view, self._folder, self._interval_s = view, folder, interval_s
         self._lock = threading.RLock()
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
+        self._thread = threading.Thread(target=self._poll, name="progress", daemon=True)
         self._look: Look = self._look_on_disk
         self._phase, self._detail, self._last_event = "starting", "", ""
         self._began = self._phase_began = time.monotonic()
@@ -53,7 +53,7 @@ class Pulse:
         self._written = 0.0
         self._expected_end: float | None = None
 
-    def __enter__(self) -> Pulse:
+    def __enter__(self) -> ProgressReporter:
         self._thread.start()
         return self
 
@@ -135,8 +135,8 @@ class Pulse:
     def _look_on_disk(self) -> tuple[Activity, ...]:
         return on_disk(self._folder, self._phase, self._phase_at) if self._folder is not None else ()
 
-    def _beat(self) -> None:
-        while not self._over.wait(self._beat_s):
+    def _follow(self) -> None:
+        while not self._over.wait(self._interval_s):
             try:
                 now = self.now()
             except Exception:  # a look that fails is no trouble of the run; the next one may do

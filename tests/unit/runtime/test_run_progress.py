@@ -14,12 +14,12 @@ import pytest
 from orchestrator.report.terminal import JsonView, LogView
 from orchestrator.run.activities import last_steps, on_disk, tell_bundling, with_steps
 from orchestrator.run.layout import OWNER, PROGRESS, STARTS
-from orchestrator.runtime.heartbeat import Pulse
+from orchestrator.runtime.run_progress import ProgressReporter
 from orchestrator.store import read_json
 from orchestrator.transfer.run_view import Activity, Progress
 from orchestrator.work.results import StepReport
 
-BEAT_S = 0.02
+INTERVAL_S = 0.02
 
 
 def step(number: int, *, tokens: int = 100, rate: float = 50.0) -> str:
@@ -115,14 +115,14 @@ def test_the_bundling_worker_says_what_it_does(tmp_path: Path) -> None:
 
 def test_no_phase_is_silent_in_a_log(tmp_path: Path) -> None:
     stream = io.StringIO()
-    with Pulse(LogView(stream, quiet_s=0.05), tmp_path, beat_s=BEAT_S) as pulse:
-        pulse.phase("data", "reading and tokenising")
+    with ProgressReporter(LogView(stream, quiet_s=0.05), tmp_path, interval_s=INTERVAL_S) as reporter:
+        reporter.phase("data", "reading and tokenising")
         until(lambda: stream.getvalue().count("data: reading and tokenising; ") >= 2)
         write_steps(tmp_path / "trials" / "t003-ab" / "steps.jsonl", 12)
         activity = Activity(doing="training", gang=0, trial_id="t003-ab", stop_step=40, total_steps=120)
         file = tmp_path / "trials" / "t003-ab" / "steps.jsonl"
-        pulse.phase("search", "1 trial")
-        with pulse.watching(lambda: (with_steps(activity, file),)):
+        reporter.phase("search", "1 trial")
+        with reporter.watching(lambda: (with_steps(activity, file),)):
             until(lambda: "search: trial 3 training: step 12 of 40 (of 120 in all), loss 2.880, 50 tokens/s" in stream.getvalue())
     assert "\x1b" not in stream.getvalue()
     assert "\r" not in stream.getvalue()
@@ -140,8 +140,8 @@ def test_a_log_that_has_just_spoken_is_left_alone() -> None:
 
 def test_json_lines_have_progress_objects(tmp_path: Path) -> None:
     stream = io.StringIO()
-    with Pulse(JsonView(stream, quiet_s=0.0), tmp_path, beat_s=BEAT_S) as pulse:
-        pulse.phase("plan")
+    with ProgressReporter(JsonView(stream, quiet_s=0.0), tmp_path, interval_s=INTERVAL_S) as reporter:
+        reporter.phase("plan")
         until(lambda: '"progress"' in stream.getvalue())
     said = [json.loads(line) for line in stream.getvalue().splitlines()]
     found = [line for line in said if line["kind"] == "progress"][-1]
@@ -160,9 +160,9 @@ def test_the_views_are_called_by_one_thread_at_a_time(tmp_path: Path) -> None:
             return len(text)
 
     stream = Slow()
-    with Pulse(LogView(stream, quiet_s=0.0), tmp_path, beat_s=0.001) as pulse:
-        pulse.phase("search")
-        tellers = [threading.Thread(target=lambda: [pulse.event("note", "x" * 40) for _ in range(10)]) for _ in range(3)]
+    with ProgressReporter(LogView(stream, quiet_s=0.0), tmp_path, interval_s=0.001) as reporter:
+        reporter.phase("search")
+        tellers = [threading.Thread(target=lambda: [reporter.event("note", "x" * 40) for _ in range(10)]) for _ in range(3)]
         for teller in tellers:
             teller.start()
         for teller in tellers:
@@ -173,13 +173,13 @@ def test_the_views_are_called_by_one_thread_at_a_time(tmp_path: Path) -> None:
 
 
 def test_the_runs_folder_says_what_is_awaited_and_how_the_driver_ended(tmp_path: Path) -> None:
-    with Pulse(LogView(io.StringIO()), tmp_path, beat_s=BEAT_S) as pulse:
-        pulse.phase("search", "4 trials")
-        pulse.event("gang_ready", "gang 0 ready in 3 s")
+    with ProgressReporter(LogView(io.StringIO()), tmp_path, interval_s=INTERVAL_S) as reporter:
+        reporter.phase("search", "4 trials")
+        reporter.event("gang_ready", "gang 0 ready in 3 s")
         until(lambda: (tmp_path / PROGRESS).exists())
     found = Progress.model_validate(read_json(tmp_path / PROGRESS))
     assert (found.phase, found.last_event, found.ended, found.error) == ("search", "gang_ready: gang 0 ready in 3 s", True, "")
-    with pytest.raises(ValueError, match="no rows"), Pulse(LogView(io.StringIO()), tmp_path, beat_s=BEAT_S):
+    with pytest.raises(ValueError, match="no rows"), ProgressReporter(LogView(io.StringIO()), tmp_path, interval_s=INTERVAL_S):
         raise ValueError("no rows")
     assert Progress.model_validate(read_json(tmp_path / PROGRESS)).error == "no rows"
 
@@ -192,23 +192,23 @@ def test_a_look_that_fails_does_not_end_the_heartbeat(tmp_path: Path) -> None:
             raise failures.pop()
         return (Activity(doing="scoring the blocks", gang=1),)
 
-    with Pulse(LogView(stream, quiet_s=0.0), tmp_path, beat_s=BEAT_S) as pulse, pulse.watching(look):
+    with ProgressReporter(LogView(stream, quiet_s=0.0), tmp_path, interval_s=INTERVAL_S) as reporter, reporter.watching(look):
         until(lambda: "gang 1 scoring the blocks" in stream.getvalue())
 
 
 def test_a_run_that_has_ended_is_only_looked_at(tmp_path: Path) -> None:
-    with Pulse(LogView(io.StringIO()), None, beat_s=BEAT_S):
-        time.sleep(3 * BEAT_S)
+    with ProgressReporter(LogView(io.StringIO()), None, interval_s=INTERVAL_S):
+        time.sleep(3 * INTERVAL_S)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_end_of_the_search_is_expected_at_the_rate_of_its_first_steps(tmp_path: Path) -> None:
-    with Pulse(LogView(io.StringIO()), tmp_path, beat_s=1000) as pulse:
-        pulse.phase("search")
-        assert pulse.now().seconds_left is None
-        pulse.event("first_steps", "about an hour", wall_hours=1.0)
-        left = pulse.now().seconds_left
+    with ProgressReporter(LogView(io.StringIO()), tmp_path, interval_s=1000) as reporter:
+        reporter.phase("search")
+        assert reporter.now().seconds_left is None
+        reporter.event("first_steps", "about an hour", wall_hours=1.0)
+        left = reporter.now().seconds_left
         assert left is not None
         assert 3590 < left <= 3600
-        pulse.phase("merge")
-        assert pulse.now().seconds_left is None
+        reporter.phase("merge")
+        assert reporter.now().seconds_left is None

@@ -1,11 +1,11 @@
-"""A process's pulse: what it does, that it gets on, and how long its parts take."""
+"""A process's heartbeat: what it does, that it gets on, and how long its parts take."""
 
 from __future__ import annotations
 
 import pytest
 
-from orchestrator.train import pulse as pulse_module
-from orchestrator.train.pulse import ENOUGH, _Heart
+from orchestrator.train import heartbeat as heartbeat_module
+from orchestrator.train.heartbeat import ENOUGH, _Recorder
 
 
 class Clock:
@@ -13,13 +13,13 @@ class Clock:
 
 
 @pytest.fixture
-def heart(monkeypatch: pytest.MonkeyPatch) -> _Heart:
+def heart(monkeypatch: pytest.MonkeyPatch) -> _Recorder:
     Clock.now = 0.0
-    monkeypatch.setattr(pulse_module.time, "monotonic", lambda: Clock.now)
-    return _Heart()
+    monkeypatch.setattr(heartbeat_module.time, "monotonic", lambda: Clock.now)
+    return _Recorder()
 
 
-def test_the_first_step_is_no_measure_for_the_others(heart: _Heart) -> None:
+def test_the_first_step_is_no_measure_for_the_others(heart: _Recorder) -> None:
     heart.enter("preparing")
     Clock.now += 100  # compiled, say
     heart.beat(step=1)
@@ -32,7 +32,7 @@ def test_the_first_step_is_no_measure_for_the_others(heart: _Heart) -> None:
     assert (found.phase, found.step, found.longest_s, found.is_steady) == ("training", 1 + ENOUGH, 2, True)
 
 
-def test_every_phase_has_a_history_of_its_own(heart: _Heart) -> None:
+def test_every_phase_has_a_history_of_its_own(heart: _Recorder) -> None:
     for number in range(2 * ENOUGH):
         Clock.now += 1
         heart.beat(step=number)
@@ -48,7 +48,7 @@ def test_every_phase_has_a_history_of_its_own(heart: _Heart) -> None:
     assert not heart.look().is_steady, "a phase that does one long thing has no usual time"
 
 
-def test_whatever_is_progress_beats_it(heart: _Heart) -> None:
+def test_whatever_is_progress_beats_it(heart: _Recorder) -> None:
     seen = [heart.look().beats]
     for act in (lambda: heart.enter("preparing"), heart.beat, lambda: heart.beat(1), lambda: heart.enter("idle")):
         act()
