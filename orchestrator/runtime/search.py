@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,10 +17,13 @@ from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from orchestrator.plan import make_trial
+from orchestrator.anatomy import LayerSelection, ModelAnatomy
+from orchestrator.errors import TrainingError
+from orchestrator.plan import make_trial, none_control
 from orchestrator.plan.schedule import asha_time
-from orchestrator.plan.values import SweepPlan
+from orchestrator.plan.values import SearchPlan, SweepPlan
 from orchestrator.run.ledger import TrialEntry
+from orchestrator.runtime.assignments import Answer
 from orchestrator.runtime.cluster import fetch, own_node
 from orchestrator.runtime.failures import cause_of
 from orchestrator.runtime.proposals import Known, Proposal, propose
@@ -32,6 +35,36 @@ the exchange is gone, each costs seconds in vain."""
 SHARE_OF_NODE = 1e-4
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
 """What `ray.tune.execution.class_cache` hands on."""
+
+
+def submit(exchange: Any, trial: TrialSpec, selection: LayerSelection, stops: Sequence[int]) -> Any:
+    """Submit a trial to the gangs; pass the returned call to `wait_for`.
+
+    Args:
+        stops: The step at which each of its rungs ends.
+    """
+    return exchange.carry.remote(trial, selection, tuple(stops))
+
+
+def wait_for(exchange: Any, trial_id: str, call: Any) -> Answer:
+    """Wait for a submitted trial to end, and return its last answer."""
+    answer = fetch(call)
+    fetch(exchange.finish.remote(trial_id, "failed" if answer.state == "failed" else "finished"))
+    return answer
+
+
+def evaluate_base(plan: SweepPlan, anatomy: ModelAnatomy, exchange: Any, seed: int) -> None:
+    """Have the base model evaluated: every trial is compared with it.
+
+    Raises:
+        TrainingError: it could not be evaluated.
+    """
+    answer = wait_for(exchange, "none", submit(exchange, *none_control(plan, anatomy, seed), [0]))
+    if answer.state == "failed":
+        raise TrainingError(
+            f"the base model could not be evaluated: {answer.reason}",
+            remedy="fix the reported error and submit the same spec again: it is evaluated again",
+        )
 
 
 class RecordedSearch(Searcher):
@@ -150,6 +183,7 @@ def run_search(plan: SweepPlan, exchange: Any, recorded: list[TrialEntry], folde
     # Tune's own handler makes an interrupted search look finished.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     in_batches = search.scheduler == "none" and search.algorithm == "optuna"
+    last_pace = asha_time(search, len(search.rung_steps) - 1)
     trainable = tune.with_resources(tune.with_parameters(thin_trial, exchange=exchange, plan=plan), _beside_the_driver())
     tuner = tune.Tuner(
         trainable,
@@ -160,7 +194,7 @@ def run_search(plan: SweepPlan, exchange: Any, recorded: list[TrialEntry], folde
             search_alg=RecordedSearch(
                 plan, seed, recorded, in_batches=in_batches, is_over=lambda: fetch(exchange.is_spent.remote())
             ),
-            scheduler=_scheduler(plan),
+            scheduler=_scheduler(search, last_pace),
             max_concurrent_trials=search.concurrent_trials,
             reuse_actors=True,
         ),
@@ -168,7 +202,7 @@ def run_search(plan: SweepPlan, exchange: Any, recorded: list[TrialEntry], folde
             name="search",
             storage_path=str(folder),
             verbose=0,
-            callbacks=[EndOfTrial(exchange, _last_pace(plan))],
+            callbacks=[EndOfTrial(exchange, last_pace)],
             failure_config=tune.FailureConfig(max_failures=MAX_RESTARTS),
         ),
     )
@@ -197,14 +231,8 @@ def _without_credentials() -> Iterator[None]:
         os.environ.update(held)
 
 
-def _last_pace(plan: SweepPlan) -> int:
-    return asha_time(plan.search, len(plan.search.rung_steps) - 1)
-
-
-def _scheduler(plan: SweepPlan) -> TrialScheduler:
-    """ASHA (Li et al. 2020) over the plan's rungs; every trial to its end without it."""
-    if plan.search.scheduler == "none" or len(plan.search.rung_steps) == 1:
+def _scheduler(search: SearchPlan, last_pace: int) -> TrialScheduler:
+    """Return ASHA (Li et al. 2020) over the plan's rungs; without it every trial is trained to its end."""
+    if search.scheduler == "none" or len(search.rung_steps) == 1:
         return FIFOScheduler()
-    return AsyncHyperBandScheduler(
-        time_attr="pace", grace_period=1, max_t=_last_pace(plan), reduction_factor=plan.search.reduction_factor
-    )
+    return AsyncHyperBandScheduler(time_attr="pace", grace_period=1, max_t=last_pace, reduction_factor=search.reduction_factor)
