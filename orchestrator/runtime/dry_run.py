@@ -15,9 +15,9 @@ from orchestrator.plan.values import ClusterDescription, RunPlan
 from orchestrator.run.directory import is_same_run, output_root, require_same_base
 from orchestrator.run.layout import RunFolder
 from orchestrator.run.records import read_outcome
-from orchestrator.runtime.prepare import Job, Tokenised, identity_of_base, plan_of_data, require_metric
+from orchestrator.runtime.prepare import Job, KnownRun, Tokenised, plan_of_data, require_metric
 from orchestrator.spec import LoadedSpec, spec_sha256
-from orchestrator.store import read_record
+from orchestrator.store import base_identity, read_record
 from orchestrator.store.files import Record
 
 
@@ -51,7 +51,7 @@ def rehearse(loaded: LoadedSpec, job: Job, *, output: Path | None = None, cluste
     known = is_same_run(run_folder, loaded, sha256)
     anatomy = read_anatomy(resolve_base(loaded.spec.base.model, loaded.folder), need_weights=True)
     if known:
-        require_same_base(run_folder, identity_of_base(anatomy))
+        require_same_base(run_folder, base_identity(Path(anatomy.folder), anatomy.weight_files))
     run = RunFolder(run_folder)
     planned = _read(run.plan, RunPlan) if known else None
     with tempfile.TemporaryDirectory(prefix="orchestrator-data-") as folder:
@@ -60,7 +60,7 @@ def rehearse(loaded: LoadedSpec, job: Job, *, output: Path | None = None, cluste
         if before is not None and _hashes(before) != _hashes(data):
             what = "the data has changed since this run began"
             raise RunConflictError(what, where=str(run_folder), remedy="put it back, or choose another `name`")
-        plan = plan_of_data(loaded, anatomy, Tokenised(data, Path(folder), planned), cluster(), job)
+        plan = plan_of_data(loaded, anatomy, Tokenised(data, Path(folder)), cluster(), job, KnownRun(planned))
     return Rehearsal(plan, data, run_folder, _would(run_folder, known))
 
 
