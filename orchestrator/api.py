@@ -47,6 +47,7 @@ TRIAL_COLUMNS = (
     "layers",
     "tune",
     "lora_rank",
+    "method",
     "learning_rate",
     "remedies",
     "seed",

@@ -49,14 +49,14 @@ class OrchestratorError(Exception):
         self.expected = expected
         self.remedy = remedy
 
-    def __str__(self) -> str:
+    @property
+    def description(self) -> str:
+        """Everything that the error says, without its remedy."""
         head = f"{self.where}: {self.what}" if self.where else self.what
-        lines = [head]
-        if self.expected:
-            lines.append(f"  expected: {self.expected}")
-        if self.remedy:
-            lines.append(f"  to do: {self.remedy}")
-        return printable_lines("\n".join(lines))
+        return printable_lines(f"{head}\n  expected: {self.expected}" if self.expected else head)
+
+    def __str__(self) -> str:
+        return f"{self.description}\n  to do: {printable_lines(self.remedy)}" if self.remedy else self.description
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild, (type(self), self.__dict__.copy()))

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.plan.values import ClusterDescription, NodeDescription
-from orchestrator.store import find_gpus, most_threads, num_usable_cpus, unreachable
+from orchestrator.store import find_gpus, num_usable_cpus, thread_limit, unreachable
 from orchestrator.units import GIB, format_bytes
 
 MIN_DISK_BYTES = 5 * GIB
@@ -76,7 +76,7 @@ def describe_this_machine() -> ClusterDescription:
         memory_bytes=memory_bytes(),
         core_flops=0.0 if gpus else core_flops(),
     )
-    return ClusterDescription(nodes=(node,), source=f"this machine ({socket.gethostname()})", max_threads=most_threads())
+    return ClusterDescription(nodes=(node,), source=f"this machine ({socket.gethostname()})", max_threads=thread_limit())
 
 
 def core_flops(size: int = 64, seconds: float = 0.02) -> float:

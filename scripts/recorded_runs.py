@@ -1,4 +1,4 @@
-"""What `scripts/results` runs: a run of docs/results.md again, from its corpora to its report."""
+"""Repeat a run of docs/results.md, from its corpora to its report. Run by `scripts/results`."""
 
 from __future__ import annotations
 

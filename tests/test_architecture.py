@@ -45,6 +45,15 @@ HEAVY = ("ray", "torch", "deepspeed", "transformers", "peft", "accelerate", "bit
 HOMES = {"ray": {"runtime"}, "deepspeed": {"train"}}
 THIN = ("orchestrator.runtime.search", "orchestrator.runtime.exchange", "orchestrator.runtime.watchdog")
 """What Ray imports in the processes of a Tune trial, the exchange and the heartbeat board: nothing that computes."""
+PROSE = {"reason", "message", "what", "sentence", "remedy", "failure", "note", "detail", "promotion_reason", "rule_reason"}
+"""Names of texts for people: nothing may be decided by what they contain."""
+TAKES_APART = {"startswith", "endswith", "partition", "rpartition", "split", "removeprefix", "removesuffix", "find", "index"}
+READS_PROSE = {
+    "orchestrator/work/failure.py": "the failures that older versions recorded as text",
+    "orchestrator/data/summary.py": "why rows are left out is text alone, there and in the data's summary on disk",
+    "orchestrator/data/reading/examples.py": "likewise, for rows that cannot be read",
+    "orchestrator/data/reading/formats/csv_rows.py": "likewise",
+}
 LONGEST_FILE = 450
 LONGEST_FUNCTION = 60
 LONGEST_LOOP = 100
@@ -193,6 +202,35 @@ def test_modules_do_not_import_each_other_in_a_circle() -> None:
     modules = {module_name(path): path for path in FILES}
     edges = {name: imported_modules(modules, name) for name in modules}
     assert " -> ".join(find_cycle(edges)) == ""
+
+
+def prose_read_by(source: str) -> list[int]:
+    """Lines on which a text for people is searched or taken apart: `"memory" in result.reason`, `message.split(":")`."""
+
+    def is_prose(node: ast.expr) -> bool:
+        name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+        return name in PROSE
+
+    lines: list[int] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Compare):
+            searched = zip(node.ops, node.comparators, strict=True)
+            lines += [node.lineno for op, right in searched if isinstance(op, ast.In | ast.NotIn) and is_prose(right)]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in TAKES_APART:
+            lines += [node.lineno] if is_prose(node.func.value) else []
+    return lines
+
+
+def test_prose_that_is_read_is_found() -> None:
+    source = "a = 'x' in result.reason\nb = e.what.removeprefix('y')\nc = message.split()\nd = kind in known\ne = name.split()"
+    assert sorted(prose_read_by(source)) == [1, 2, 3]
+
+
+def test_nothing_is_decided_by_a_text_for_people() -> None:
+    """A reworded sentence must not change what a run does: what is decided by is a field (`Failure.kind`, for one)."""
+    found = {relative(path): lines for path in FILES if (lines := prose_read_by(path.read_text()))}
+    assert {name: lines for name, lines in found.items() if name not in READS_PROSE} == {}
+    assert set(found) == set(READS_PROSE), "an exception that is no longer needed"
 
 
 def test_the_report_reads_a_run_through_its_reader_alone() -> None:

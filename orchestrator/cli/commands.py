@@ -274,9 +274,9 @@ def _run(job: str, loaded: LoadedSpec, output: Path | None, address: str | None,
     view = open_view(json_lines=as_json, stream=sys.stdout if as_json else sys.stderr)
     view.phase("start", "loading libraries")
     from orchestrator.runtime import run_finetune, run_sweep
-    from orchestrator.store.signals import stop_in_words
+    from orchestrator.store.signals import handle_stop_signals
 
-    stop_in_words()
+    handle_stop_signals()
     try:
         outcome = (run_sweep if job == "sweep" else run_finetune)(loaded, view=view, address=address, output=output)
     except VerificationError:

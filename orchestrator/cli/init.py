@@ -20,7 +20,7 @@ from orchestrator.spec.tasks import TASKS
 
 if TYPE_CHECKING:
     from orchestrator.anatomy import ModelAnatomy
-    from orchestrator.data.reading.guess import Look
+    from orchestrator.data.reading.guess import Guess
 
 GENERIC = ("train", "training", "data", "dataset", "rows", "examples", "all", "input", "files")
 SPLIT_NAMES = {"train": ("train", "training"), "eval": ("eval", "validation", "valid", "val", "dev"), "test": ("test",)}
@@ -40,7 +40,7 @@ class Draft:
 
     path: Path
     text: str
-    look: Look
+    look: Guess
     data: str
     lengths: str
     notes: tuple[str, ...]
@@ -82,7 +82,7 @@ def draft_spec(data: str | None, base: str, task: str, output: Path) -> Draft:
         BaseError: the base cannot be read.
     """
     from orchestrator.anatomy import read_anatomy, resolve_base
-    from orchestrator.data.reading.guess import look_at
+    from orchestrator.data.reading.guess import guess_use
     from orchestrator.samples import SAMPLE_DATA
     from orchestrator.spec.models import Task
     from orchestrator.spec.unsupported import is_url
@@ -94,7 +94,7 @@ def draft_spec(data: str | None, base: str, task: str, output: Path) -> Draft:
         raise DataError("not supported yet: data on a hub or an object store", where=source, remedy="copy it to a local file")
     path = output.absolute()
     splits = _splits_of(Path(source)) if data is not None else _sample_splits()
-    look = look_at(splits["train"], next((known for known in get_args(Task) if known == task), None))
+    look = guess_use(splits["train"], next((known for known in get_args(Task) if known == task), None))
     _require_local(base)
     folder = resolve_base(base, Path.cwd())
     anatomy = read_anatomy(folder, need_weights=False)
@@ -159,7 +159,7 @@ def _name(source: str, folder: Path) -> str:
     return next(free for free in taken if not (folder / "runs" / free).exists())
 
 
-def _max_tokens(look: Look, base: Path, max_positions: int) -> tuple[int, str]:
+def _max_tokens(look: Guess, base: Path, max_positions: int) -> tuple[int, str]:
     """Return the smallest of TOKEN_STEPS that fits FITTING_SHARE of the first rows, and a sentence about it."""
     from orchestrator.data.reading.guess import contents
 
@@ -173,7 +173,7 @@ def _max_tokens(look: Look, base: Path, max_positions: int) -> tuple[int, str]:
     return bound, f"{kept:.0%} of the first {len(counts):,} rows have at most {bound} tokens"
 
 
-def _token_counts(texts: list[str], base: Path, look: Look) -> list[int]:
+def _token_counts(texts: list[str], base: Path, look: Guess) -> list[int]:
     """Count the tokens of each text; estimated at three characters a token if the base has no tokenizer.json."""
     turns = [TURN_TOKENS * text.count("<|role|>") for text in texts] if TASKS[look.task].uses_chat_template else [0] * len(texts)
     file = base / "tokenizer.json"
@@ -193,7 +193,7 @@ def _layers(anatomy: ModelAnatomy) -> list[str]:
     return [*(f"last:{count}" for count in counts), "all"]
 
 
-def _notes(look: Look, base: Path) -> list[str]:
+def _notes(look: Guess, base: Path) -> list[str]:
     notes: list[str] = []
     if look.bad:
         notes.append(f"{len(look.bad)} rows cannot be read, the first: {look.bad[0]}; `orchestrator data` lists them")
@@ -211,7 +211,7 @@ def _has_chat_template(base: Path) -> bool:
     return file.exists() and '"chat_template"' in file.read_text(encoding="utf-8", errors="replace")
 
 
-def _spec_text(facts: Mapping[str, Any], look: Look, source: str) -> str:
+def _spec_text(facts: Mapping[str, Any], look: Guess, source: str) -> str:
     """Return the commented YAML. Texts are quoted as JSON, which is valid YAML."""
     columns = ", ".join(f"{part}: {json.dumps(column, ensure_ascii=False)}" for part, column in look.columns.items())
     optional = {

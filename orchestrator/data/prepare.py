@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from orchestrator.data.batching import documents_of_steps
 from orchestrator.data.encoding.control_tokens import ControlTokens
 from orchestrator.data.encoding.encoder import Document, Encoder, load_tokenizer, mark_supervised
-from orchestrator.data.encoding.end_tokens import declared_ends, end_tokens, tell_ends
-from orchestrator.data.encoding.row_notices import Noticed
+from orchestrator.data.encoding.end_tokens import declared_ends, end_tokens, note_end_tokens
+from orchestrator.data.encoding.row_notices import RowNotices
 from orchestrator.data.reading.examples import Example
 from orchestrator.data.reading.files import shown
 from orchestrator.data.reading.gather import PLACES, Sources, bad_rows_error, find_sources, read_examples
@@ -23,7 +23,7 @@ from orchestrator.data.reading.row import BadRow
 from orchestrator.data.retention import retention_sets
 from orchestrator.data.rng import CAPS, generator
 from orchestrator.data.sets import TokenizedSet, build_set
-from orchestrator.data.splitting.labels import check_labels, sort_classes, tell_missing
+from orchestrator.data.splitting.labels import check_labels, note_missing_classes, sort_classes
 from orchestrator.data.splitting.splits import make_splits
 from orchestrator.data.summary import DataSummary, LeftOut, SplitSummary, listed
 from orchestrator.errors import DataError, IntegrityError, RunConflictError
@@ -97,7 +97,7 @@ def prepare_data(
     if spec.traits.has_answers:
         stops = end_tokens(sets["train"], ControlTokens(tokenizer), ends)
         sets = {name: replace(part, stop_ids=stops) for name, part in sets.items()}
-        tell_ends(sets["train"], tokenizer, spec.task, left_out)
+        note_end_tokens(sets["train"], tokenizer, spec.task, left_out)
     summary = DataSummary(
         inputs_sha256=inputs,
         splits={name: _summarise(part) for name, part in sets.items()},
@@ -236,7 +236,7 @@ def _replay_inputs(spec: JobSpec) -> dict[str, int]:
 
 
 @dataclass
-class _Refused:
+class _RejectedRows:
     """Rows that stop the run, collected over the splits so that all are reported at once."""
 
     bad: list[BadRow] = field(default_factory=list)
@@ -265,7 +265,7 @@ def _encode_all(
         ends: Ids at which the base stops as it is.
         parts: With `retain`, which may be empty.
     """
-    spec, refused, noticed = loaded.spec, _Refused(), Noticed()
+    spec, refused, noticed = loaded.spec, _RejectedRows(), RowNotices()
     caps = {"eval": spec.data.eval_rows, "test": spec.data.test_rows}
     encoder = Encoder(tokenizer, spec.task, spec.data, ends=ends, noticed=noticed)
     documents: dict[str, list[Document]] = {}
@@ -281,7 +281,7 @@ def _encode_all(
                 read_so = spec.model_copy(update={"task": task})
                 encoder = Encoder(tokenizer, task, spec.data, ends=ends, noticed=noticed)
                 documents["retain"] += _fitting("retain", encoder, rows, read_so, left_out, refused)
-    noticed.tell(left_out)
+    noticed.report(left_out)
     refused.raise_any(loaded)
     for name, kept in documents.items():
         if not kept:
@@ -292,7 +292,7 @@ def _encode_all(
 
 
 def _fitting(
-    name: str, encoder: Encoder, examples: list[Example], spec: JobSpec, left_out: LeftOut, refused: _Refused
+    name: str, encoder: Encoder, examples: list[Example], spec: JobSpec, left_out: LeftOut, refused: _RejectedRows
 ) -> list[Document]:
     """Yield documents with something to train on; long rows are handled by `long_rows`."""
     limit = f"data.max_tokens = {spec.data.max_tokens}"
@@ -376,7 +376,7 @@ def _classes(documents: dict[str, list[Document]], spec: JobSpec, left_out: Left
             expected=listed(classes, ", "),
             remedy="correct the labels, add rows of every class to train, or drop these rows with data.skip_bad_rows: true",
         )
-    tell_missing({name: [document.example for document in kept] for name, kept in documents.items()}, left_out)
+    note_missing_classes({name: [document.example for document in kept] for name, kept in documents.items()}, left_out)
     return classes
 
 

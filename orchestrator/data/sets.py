@@ -191,10 +191,10 @@ def shuffled(data: TokenizedSet, seed: int) -> TokenizedSet:
     count = len(data)
     if count and (data.labels >= 0).all():
         # Classes have no length, so every exchange fits.
-        giver = _deranged(np.zeros(count, np.int64), np.zeros(count, np.int64), 0, seed)
+        giver = _derangement(np.zeros(count, np.int64), np.zeros(count, np.int64), 0, seed)
         return replace(data, labels=data.labels[giver])
     starts = np.asarray([_answer_start(data, index) for index in range(count)], dtype=np.int64)
-    giver = _deranged(starts, data.lengths - starts, int(data.lengths.max(initial=0)), seed)
+    giver = _derangement(starts, data.lengths - starts, int(data.lengths.max(initial=0)), seed)
     documents: list[tuple[np.ndarray, np.ndarray]] = []
     for taker, other in enumerate(giver.tolist()):
         (ids, mask), (other_ids, other_mask) = data.document(taker), data.document(other)
@@ -216,7 +216,7 @@ def _answer_start(data: TokenizedSet, index: int) -> int:
     return int(np.argmax(supervised)) if supervised.any() else len(supervised)
 
 
-def _deranged(prompts: np.ndarray, answers: np.ndarray, limit: int, seed: int) -> np.ndarray:
+def _derangement(prompts: np.ndarray, answers: np.ndarray, limit: int, seed: int) -> np.ndarray:
     """Return int64[D]: whose answer each document gets, so that prompts[i] + answers[giver[i]] <= limit for every i.
 
     Two documents exchange their answers if both stay within the limit, so every intermediate state is valid, starting from the

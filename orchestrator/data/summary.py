@@ -31,7 +31,7 @@ REMEDIES = (
     ("whose text ", "give the splits different texts; data.dedupe: none keeps these rows"),
     ("near-duplicate of ", "give the splits different rows; data.dedupe: exact keeps them"),
 )
-"""What to do about lost rows, by the beginning of the reason."""
+"""Remedy for lost rows, by the beginning of the reason."""
 
 
 class Dropped(Value):
@@ -52,7 +52,7 @@ class Notice(Value):
     message: str
     """One sentence with its counts. Text from the data is escaped (`printable`)."""
     remedy: str = ""
-    """What to do about it; empty if nothing needs to be done."""
+    """Recommended action; empty if none is needed."""
     places: tuple[str, ...] = ()
     """`file:line` of the first LISTED rows concerned."""
 

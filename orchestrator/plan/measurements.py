@@ -1,7 +1,7 @@
-"""Whether the blocks that learn are compiled: what speaks against it, whether measuring it is worth its time, and what follows.
+"""Decide whether the trainable blocks are compiled, and plan the other measurements that come before a search.
 
-Compiled code adds up in another order than the libraries' kernels, so that its losses differ in their last bits. That all
-trials of a run are comparable and a trial's numbers hang on nothing but itself, the choice is the run's, made once.
+Compiled code sums in another order than the libraries' kernels, so that its losses differ in their last bits. The choice is
+made once per run: all its trials stay comparable, and a trial's numbers depend on nothing but the trial.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from orchestrator.work.execution import ExecutionPlan
 from orchestrator.work.measurements import CompileChoice, CompilePlan, CompileTimes, LayerScores, ProbePlan, ShiftPlan
 
 KIND_SECONDS = 90.0
-"""What compiling is taken to need for one choice of (tune, lora_rank), whatever the number of its blocks: two kinds of blocks,
-the one at the cut, whose input needs no gradient, and those above it. From an empty cache 35 s of a core were measured
-(`scripts/bench sweep compile`), and a core is seldom free; on a GPU assumed."""
+"""Estimated seconds to compile one choice of (tune, lora_rank), whatever the number of its blocks: there are two kinds of
+blocks, the one at the cut, whose input needs no gradient, and those above it. From an empty cache 35 s on one core were
+measured (`scripts/bench sweep compile`), and a core is seldom idle; assumed for a GPU."""
 WORTH = 20.0
 """Compiled blocks are measured where the search trains at least so many times as long as compiling would take."""
 MOST_OF_EAGER = 0.95
@@ -41,7 +41,7 @@ MOST_OF_EAGER = 0.95
 
 
 def with_compiling(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy) -> RunPlan:
-    """The plan with what is measured of compiled blocks before the search, or a note why nothing is.
+    """Return the plan with the measurement of compiled blocks before the search, or with a note why there is none.
 
     Raises:
         PlanError: `resources.compile: on`, where blocks cannot be compiled.
@@ -69,7 +69,7 @@ def with_compiling(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy) -> RunPl
 
 
 def why_never(execution: ExecutionPlan, spec: JobSpec, anatomy: ModelAnatomy) -> str | None:
-    """What keeps blocks from being compiled, whatever that would gain; None where nothing does."""
+    """Return why the blocks cannot be compiled, whatever that would gain; None where they can."""
     if execution.executor != "torch":
         return "DeepSpeed's engines hook into every module"
     if execution.ranks > 1:
@@ -119,12 +119,12 @@ def _planned(plan: SweepPlan, against: str | None, *, required: bool) -> Compile
 
 
 def learns_in_blocks(option: TrialOption) -> bool:
-    """Whether a choice has a block to compile; one that waits for scores will have."""
+    """Return whether a choice has a block to compile; one that waits for scores will have one."""
     return option.selection.pending or bool(option.selection.blocks)
 
 
 def gang_seconds(plan: RunPlan) -> float | None:
-    """What a gang is planned to train for in the search, controls and refit left out; None where the rate is unknown."""
+    """Return the planned training seconds of a gang in the search, without controls and refit; None if the rate is unknown."""
     if plan.cost is None or plan.cost.rate.flops is None:
         return None
     trained = sum(part.amount for part in plan.cost.operations if part.name == TRIALS)
@@ -132,7 +132,7 @@ def gang_seconds(plan: RunPlan) -> float | None:
 
 
 def standing_choice(asked: Literal["auto", "on", "off"], known: CompileChoice | None) -> CompileChoice | None:
-    """What needs no measuring: what is asked for, or what an earlier submission of the run has chosen."""
+    """Return the choice if it needs no measurement: the requested one, or that of an earlier submission of the run."""
     if asked == "off":
         return CompileChoice(compiled=False, reason="resources.compile is off")
     if known is None or (asked == "on" and not known.compiled):
@@ -141,9 +141,9 @@ def standing_choice(asked: Literal["auto", "on", "off"], known: CompileChoice | 
 
 
 def choice_of(plan: CompilePlan, times: CompileTimes) -> CompileChoice:
-    """What follows from a measurement: compiled blocks must gain more over the search than compiling all of them takes.
+    """Choose by a measurement: compiled blocks must save more time over the search than compiling all of them takes.
 
-    What it gains is the share that is saved of a full micro-batch's time, of what a gang is planned to train for with such.
+    The saving is the share saved of a full micro-batch's time, times the planned training time of a gang in full micro-batches.
     """
     if times.failed:
         return CompileChoice(compiled=False, reason=f"the blocks cannot be compiled: {times.failed}", times=times)
@@ -161,9 +161,9 @@ def choice_of(plan: CompilePlan, times: CompileTimes) -> CompileChoice:
 
 
 def with_choice(plan: RunPlan, choice: CompileChoice | None) -> RunPlan:
-    """The plan once the choice is made; nothing is left to measure. Where blocks are compiled, trials share no batch.
+    """Return the plan once the choice is made, with nothing left to measure. With compiled blocks trials share no batch.
 
-    Without a choice the plan itself.
+    Without a choice the plan is returned unchanged.
     """
     if choice is None:
         return plan
@@ -190,18 +190,18 @@ NOT_HELD = {
     "host: copy for restoring the base",
     "host: loading or saving",
 }
-"""What training the same blocks holds and the probe does not: it has no optimizer and changes nothing."""
+"""Memory terms of training the same blocks that the probe does not have: it uses no optimizer and changes no weight."""
 
 
 def with_probe(
     plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, way: Candidate, room: RankRoom, *, are_scored: bool = False
 ) -> RunPlan:
-    """The plan with its probe, where there is one, and the reasons for it.
+    """Return the plan with its probe, if there is one, and the reasons for it.
 
     Args:
-        way: How the gang that runs it trains.
-        room: Of each of its ranks.
-        are_scored: Whether the run knows the scores: then these gangs need not be able to find them.
+        way: The execution of the gang that runs it.
+        room: The memory of each of its ranks.
+        are_scored: Whether the run has the scores already: then these gangs need not be able to compute them.
 
     Raises:
         PlanError: a policy by score, where the blocks that it chooses among cannot be scored.
@@ -244,9 +244,9 @@ def _num_chosen(option: TrialOption, anatomy: ModelAnatomy) -> int:
 
 
 def _fits(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, alone: Candidate, room: RankRoom, floor: int) -> bool:
-    """Whether blocks from a floor up can be scored by one rank.
+    """Return whether one rank can score the blocks from a floor up.
 
-    As unfreezing them by that rank alone, which sums gradients in float32 too, without what the probe does not hold.
+    The memory is that of unfreezing them on that rank alone, which sums gradients in float32 too, less the terms NOT_HELD.
     """
     element_bytes = 2 if spec.train.dtype == "bfloat16" else 4
     learning = _learning(plan, anatomy, floor)
@@ -299,10 +299,10 @@ def _reasons(probe: ProbePlan, waiting: Sequence[TrialOption], anatomy: ModelAna
 
 
 def with_scores(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, found: LayerScores | None) -> RunPlan:
-    """The plan once the blocks are scored: policies by score name their blocks, and the search knows each option's share.
+    """Return the plan once the blocks are scored: policies by score name their blocks, and each option has its share.
 
-    Options keep their places, for trials refer to them by index; what was planned for their worst case stands, but for the
-    trunk, which is weighed again where a policy has found its cut.
+    Options keep their places, since trials refer to them by index. What was planned for their worst case stays, except for the
+    trunk, which is planned again where a policy has found its cut.
     """
     if found is None or not found.scores:
         return plan
@@ -340,23 +340,26 @@ def _resolved(plan: RunPlan, anatomy: ModelAnatomy, found: LayerScores) -> RunPl
 
 
 def score_shares(blocks: Sequence[Sequence[int]], scores: Sequence[float | None]) -> tuple[float, ...]:
-    """What each choice of blocks holds of the summed scores: 1 for all of them, 0 for none."""
+    """Return the share of the summed scores that each choice of blocks has: 1 for all blocks, 0 for none."""
     each = [score or 0.0 for score in scores]
     whole = sum(each) or 1.0
     return tuple(sum(each[block] for block in chosen) / whole for chosen in blocks)
 
 
 NUM_DOCUMENTS = 200
-"""Of each set, drawn by the seed: the interval of a probe's error is then narrower than a tenth."""
+"""Documents drawn from each set, by the seed: the interval of a linear probe's error is then narrower than a tenth."""
 MOST_CUTS = 4
-"""Where nothing is stored of the trunk, features are made at so many cuts, evenly over the blocks."""
+"""Number of cuts, spread evenly over the blocks, at which features are computed if no trunk activations are stored."""
 NO_RETENTION_SET = "there is no retention set to compare with"
 """Why nothing is measured where advice is asked for all the same."""
 
 
 def with_shift(plan: RunPlan, anatomy: ModelAnatomy) -> RunPlan:
-    """The plan with what is measured of the domain shift, where there is a retention set: at the cuts that are stored of the
-    trunk, which costs no forward pass, or at a few others. A classifier uses no retention set, given or not."""
+    """Return the plan with its measurement of the domain shift, if there is a retention set.
+
+    It is measured at the cuts whose activations are stored, which costs no forward pass, or else at a few cuts. A classifier
+    uses no retention set, even if one is given.
+    """
     if not isinstance(plan, SweepPlan) or not plan.data.retain_tokens or not plan.base.traits.head.scores_retention:
         return plan
     count = anatomy.num_blocks

@@ -18,11 +18,11 @@ from orchestrator.work.remedies import NOTHING
 from orchestrator.work.trial import TrialSpec
 
 FOLLOW_UP_CONTROLS = ("shuffled", "scratch", "repeat")
-"""Controls that are trained once the winner is known, to stand beside what is bundled."""
+"""Controls that are trained once the winner is known, for comparison with the bundle."""
 CONTROL_NUMBERS = {"none": -5, "head": -4, "shuffled": -3, "scratch": -2, "repeat": -1, "curve": -1}
 """Controls stand before the searched trials, which count from 0."""
 REPEAT = "repeat-"
-"""How the name begins, beside the bundle, of the winner from another seed; its number follows."""
+"""Prefix of the name that a repeat of the winner from another seed has beside the bundle; its number follows."""
 
 
 def make_trial(
@@ -33,7 +33,7 @@ def make_trial(
     seed: int,
     control: Literal["none", "head", "shuffled"] | None = None,
 ) -> TrialSpec:
-    """A point of the search. Its id, `t007-3fa2c1`, ends in a hash over all that decides its numbers but the data."""
+    """Return a trial of the search. Its id, `t007-3fa2c1`, ends in a hash of all that determines its numbers except the data."""
     identity: dict[str, object] = {
         "layers": option.layers,
         "tune": option.tune,
@@ -64,28 +64,30 @@ def make_trial(
 
 
 def none_control(plan: RunPlan, anatomy: ModelAnatomy, seed: int) -> tuple[TrialSpec, LayerSelection]:
-    """The untouched base; to classify, the class prior. It is only evaluated."""
+    """Return the base model as a control, which is only evaluated; for a classifier that is the class prior."""
     selection = _select(plan, anatomy, "none")
     return _control(plan, "none", selection, 0.0, seed), selection
 
 
 def head_control(plan: RunPlan, anatomy: ModelAnatomy, spec: JobSpec, seed: int) -> tuple[TrialSpec, LayerSelection]:
-    """Feature extraction: only the head learns, at the middle (geometric mean) of its learning-rate range."""
+    """Return the feature-extraction control: only the head is trainable, at the geometric mean of its learning-rate range."""
     selection = _select(plan, anatomy, "head")
     low, high = head_rates(spec.search or SearchSpec(), spec.task)
     return _control(plan, "head", selection, math.sqrt(low * high), seed), selection
 
 
 def shuffled_control(winner: TrialSpec) -> TrialSpec:
-    """The winner once more, to be trained on answers permuted among the prompts: what style alone buys."""
+    """Return the winner to be trained on answers permuted among the prompts: the gain from style alone."""
     trial_id = follow_up_id("shuffled", winner.trial_id)
     update = {"trial_id": trial_id, "number": CONTROL_NUMBERS["shuffled"], "control": "shuffled"}
     return winner.model_copy(update=update)
 
 
 def scratch_control(plan: RunPlan, anatomy: ModelAnatomy, spec: JobSpec, winner: TrialSpec) -> tuple[TrialSpec, LayerSelection]:
-    """Random weights, all of which learn from the winner's documents for as many steps, at the highest rate that the search
-    tries for whole weights: a new model takes a higher one than a trained one."""
+    """Return the control with random weights, all trainable, on the winner's documents for as many steps.
+
+    It uses the highest rate that the search tries for full fine-tuning: a new model takes a higher one than a trained one.
+    """
     selection = select_everything(anatomy, task=plan.base.task, num_classes=plan.base.num_classes)
     _, high = learning_rate_range(spec.search or SearchSpec(), "full")
     trial = _control(plan, "scratch", selection, high, winner.seed)
@@ -93,7 +95,7 @@ def scratch_control(plan: RunPlan, anatomy: ModelAnatomy, spec: JobSpec, winner:
 
 
 def repeat_control(winner: TrialSpec, number: int) -> TrialSpec:
-    """The winner's training once more from another seed: another order of the documents, other initial adapters.
+    """Return the winner to be trained from another seed: another order of the documents, other initial adapters.
 
     Args:
         number: From 2 on; the winner itself is the first.
@@ -108,12 +110,12 @@ def repeat_control(winner: TrialSpec, number: int) -> TrialSpec:
 
 
 def curve_trial(winner: TrialSpec, share: float, total_steps: int, target_tokens: int) -> TrialSpec:
-    """The winner once more, to be trained on a share of the training documents for a schedule of its own: a point of the
-    learning curve.
+    """Return the winner to be trained on a share of the training documents with its own schedule: a point of the learning
+    curve.
 
     Args:
-        total_steps: Of as many epochs as the winner's, over the share.
-        target_tokens: Likewise, without what is replayed.
+        total_steps: Steps for as many epochs as the winner's, over the share.
+        target_tokens: Tokens likewise, without replayed ones.
     """
     update = {
         "trial_id": curve_trial_id(share, winner.trial_id),
@@ -127,7 +129,7 @@ def curve_trial(winner: TrialSpec, share: float, total_steps: int, target_tokens
 
 
 def follow_up_controls(plan: RunPlan, winner_id: str) -> dict[str, str]:
-    """Ids of the controls that are to be trained once this winner is known, by the name that each has beside the bundle."""
+    """Return the ids of the controls to train once this winner is known, by the name that each has beside the bundle."""
     if not isinstance(plan, SweepPlan):
         return {}
     fitting = {"shuffled": True, "scratch": plan.scratch_memory is not None}
@@ -137,13 +139,15 @@ def follow_up_controls(plan: RunPlan, winner_id: str) -> dict[str, str]:
 
 
 def curve_trial_id(share: float, winner_id: str) -> str:
-    """As `follow_up_id`."""
+    """Return the id of a point of the learning curve; see `follow_up_id`."""
     return follow_up_id(f"curve-{share:g}", winner_id)
 
 
 def follow_up_id(name: str, winner_id: str) -> str:
-    """Of a control that is trained once the winner is known: its id names the winner, since an extended sweep may have
-    another one."""
+    """Return the id of a control that is trained once the winner is known.
+
+    It names the winner, since an extended sweep may have another one.
+    """
     return f"{name}-{winner_id}"
 
 
@@ -153,7 +157,7 @@ def work_context(
     """Return what all work shares that is run by one kind of gang.
 
     Args:
-        execution: Of the gang where it is another than those of the search: the refit's stands alone where it has other ranks.
+        execution: The gang's execution if it differs from the search's: the refit's gang is alone if it has other ranks.
     """
     alone = execution is not None and execution.ranks != plan.execution.ranks
     return WorkContext(
@@ -210,7 +214,7 @@ def evaluate_base(
     folder: str,
     execution: ExecutionPlan | None = None,
 ) -> EvaluateBase:
-    """Return the work that scores the untouched base (see `none_control`)."""
+    """Return the work that scores the base model (see `none_control`)."""
     execution = execution or plan.execution
     predicted = _predicted_memory_bytes(plan, control, execution)
     return EvaluateBase(

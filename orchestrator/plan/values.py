@@ -1,4 +1,4 @@
-"""What will be done: decisions as values, with the reasons and the rejected alternatives."""
+"""The plan of a run: decisions as values, with their reasons and the rejected alternatives."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ class NodeDescription(Value):
     gpu_memory_bytes: int = 0
     gpu_name: str = ""
     gpu_hour_price: float | None = None
-    """What an hour of one of its GPUs costs, in the currency of whoever wrote it down."""
+    """Price of an hour of one of its GPUs, in the currency of the author of the cluster file."""
     memory_bytes: int
     """Host memory."""
     core_flops: float = 0.0
-    """Of a float32 product of matrices on one core, measured; 0 where it was not. Hours are told by it, nothing is decided."""
+    """Measured operations per second of a float32 matrix product on one core; 0 if unknown. It affects estimated hours, not
+    decisions."""
 
 
 class ClusterDescription(Value):
@@ -38,7 +39,7 @@ class ClusterDescription(Value):
     nodes: tuple[NodeDescription, ...]
     source: str = ""
     max_threads: int | None = None
-    """Threads that a rank may have at most, where the environment of a live cluster's driver says so (OMP_NUM_THREADS)."""
+    """Upper bound on the threads of a rank, if the environment of a live cluster's driver sets one (OMP_NUM_THREADS)."""
 
     @property
     def num_gpus(self) -> int:
@@ -50,7 +51,7 @@ class ClusterDescription(Value):
 
 
 class RejectedWay(Value):
-    """A cheaper way that did not fit, and the term that broke it."""
+    """A cheaper execution that did not fit, and the term that exceeded memory."""
 
     way: str
     reason: str
@@ -64,16 +65,16 @@ class TrialOption(Value):
     lora_rank: int | None
     selection: LayerSelection
     memory: MemoryEstimate
-    """Of one rank's device."""
+    """Memory use on one rank's device."""
     host_memory: MemoryEstimate = MemoryEstimate(terms=())
-    """Of one rank in its host's memory, beside a GPU."""
+    """Memory use of one rank in its host's memory, beside a GPU."""
     learning_rate_low: float
     learning_rate_high: float
     remedies: Remedies = NOTHING
 
     @property
     def method(self) -> str:
-        """`lora r16 · replay 0.1`: how its layers learn."""
+        """Return how its layers are trained, `lora r16 · replay 0.1`."""
         return method_name(self.tune, self.lora_rank, self.selection.adapter, self.remedies)
 
 
@@ -95,26 +96,27 @@ class SearchPlan(Value):
     """Steps of the full budget (`train.epochs`)."""
     reduction_factor: int
     patience: int | None = None
-    """After so many rungs without anything better on the eval set a trial ends, and is judged by its best; None: by its last."""
+    """Rungs without improvement on the eval set after which a trial stops early, scored by its best rung; None: no early
+    stopping, scored by its last."""
     concurrent_trials: int
     max_fused: int = 1
-    """How many trials may share a batch at most; the gang measures how many pay."""
+    """Upper bound on the trials that share a batch; the gang measures which number is fastest."""
     controls: tuple[Literal["shuffled", "scratch", "k_shot"], ...] = ()
-    """Asked for beside those that every sweep has."""
+    """Requested controls, in addition to those of every sweep."""
     curve_shares: tuple[float, ...] = ()
-    """Of the training documents, on which the winner is trained once more for the learning curve; empty without one."""
+    """Shares of the training documents on which the winner is trained again for the learning curve; empty without a curve."""
     repeats: int = 1
-    """From how many seeds the promoted trial is trained in all."""
+    """Total number of seeds from which the promoted trial is trained."""
     prior: Literal["none", "near", "far", "few"] = "none"
-    """What the domain shift advises to try first, once it was measured."""
+    """Which options the measured domain shift advises to try first."""
     points: tuple[PlannedPoint, ...] = ()
     """The trials of `fixed`, in order."""
     shares: tuple[float, ...] = ()
-    """Of the summed scores of the blocks, what each option's blocks hold; empty without scores."""
+    """Share of the blocks' summed scores in each option's blocks; empty without scores."""
 
 
 class RunPlan(Value):
-    """Everything derived before anything runs, of a sweep or of a fine-tuning: what both have.
+    """Everything derived before a run begins: the fields that the plans of a sweep and of a fine-tuning share.
 
     plan.json has both `search` and `finetune`, one of them null. Read as a `RunPlan` it becomes the kind that it is.
     """
@@ -131,32 +133,32 @@ class RunPlan(Value):
     num_gangs: int
     base_memory: MemoryEstimate
     scratch_memory: MemoryEstimate | None = None
-    """Of the control `scratch`; None where it was not asked for, or does not fit."""
+    """Memory of the control `scratch`; None if it was not requested or does not fit."""
     head_memory: MemoryEstimate | None = None
-    """Of the control `head`; None where the job has none."""
+    """Memory of the control `head`; None if the job has none."""
     total_steps: int
     total_tokens: int
     disk_bytes: int
     gpu_hours: float | None
-    """With early stopping; None without GPUs, and where their rate is unknown."""
+    """Expected GPU-hours with early stopping; None without GPUs or if their rate is unknown."""
     cost: CostEstimate | None = None
-    """Where the two above come from, and what it costs beside them. None in plans of older versions."""
+    """Derivation of the two fields above, and the other costs. None in plans of older versions."""
     probe: ProbePlan | None = None
-    """How the blocks are scored before anything is trained; None where they are not."""
+    """Plan for scoring the blocks before any training; None if they are not scored."""
     shift: ShiftPlan | None = None
-    """How the distance of target and retention set is measured before the search; None where it is not."""
+    """Plan for measuring the distance between target and retention set before the search; None if it is not measured."""
     compiling: CompilePlan | None = None
-    """What is measured of compiled blocks; None where the choice has been made, or was asked for."""
+    """Plan for measuring compiled blocks; None if the choice has been made or was requested."""
     placement: Placement | None = None
     refit_placement: Placement | None = None
     trunk: TrunkPlan | None = None
-    """None where nothing is stored; `notes` say why."""
+    """The activations to cache; None if there are none (`notes` say why)."""
     reasons: tuple[str, ...]
     """Derivations in sentences: batch x accumulation x ranks = tokens per step, why this stage, ..."""
     rejected: tuple[RejectedWay, ...]
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-    """What a person should hear before the run, also where only a log is read."""
+    """Warnings to show before the run, also in a plain log."""
 
     @property
     def options(self) -> tuple[TrialOption, ...]:
@@ -172,7 +174,7 @@ class RunPlan(Value):
         kind = SweepPlan if given.get("search") is not None else FinetunePlan
         try:
             return kind.model_validate(given)
-        except ValidationError as error:  # said in one line, as of any other record
+        except ValidationError as error:  # one line, as for any record: pydantic's own text lists every field of the union
             first = error.errors()[0]
             raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 

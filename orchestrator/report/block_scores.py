@@ -13,7 +13,7 @@ from orchestrator.report.html import Html
 from orchestrator.report.wording import MISSING, number, plural
 from orchestrator.run.reader import RunRecords
 from orchestrator.transfer import Correlation, rank_correlation
-from orchestrator.transfer.correlation import FEWEST
+from orchestrator.transfer.correlation import MIN_PAIRS
 from orchestrator.transfer.records import SweepResult
 from orchestrator.units import format_count, format_seconds
 from orchestrator.work.measurements import LayerScores
@@ -72,8 +72,8 @@ def _chosen(plan: RunPlan) -> Iterator[str]:
 def _agreement(plan: RunPlan | None, sweep: SweepResult, found: LayerScores) -> Iterator[str]:
     """Return the correlation as information only: no decision depends on it."""
     points = single_block_losses(plan, sweep)
-    if len(points) < FEWEST:
-        yield f"Not enough single-block trials ({len(points)} of {FEWEST}) to validate the scores."
+    if len(points) < MIN_PAIRS:
+        yield f"Not enough single-block trials ({len(points)} of {MIN_PAIRS}) to validate the scores."
         return
     for title, values in ((NORM, found.relative_gradient_norms), (RATIO, found.signal_to_noise)):
         known = [(score, loss) for block, loss in points if (score := values[block]) is not None]

@@ -48,7 +48,7 @@ class RunLine(Value):
     num_bytes: int = 0
     """Size on disk; a file with several hard links counts once."""
     problem: str = ""
-    """What could not be read; empty where everything could."""
+    """Description of what could not be read; empty if everything could."""
 
 
 def list_runs(folder: Path) -> list[RunLine]:

@@ -19,7 +19,7 @@ UNKNOWN = "unknown: the GPU's peak rate is not in the table"
 
 
 def plan_view(plan: RunPlan, *, explain: bool = False) -> RenderableType:
-    """What is trained, memory term by term, how it is run, what was rejected, what it costs.
+    """Return the plan's screen: choices, memory by term, execution, cost, rejected alternatives.
 
     Args:
         explain: With the derivations: memory of every choice, operations of a token, cost, disk, placement.

@@ -53,7 +53,7 @@ def _row(run: RunRecords, trial: TrialRecord, sweep: SweepResult) -> list[object
     if sweep.metric != "loss":
         row.append(number(trial.judged.eval_loss) if trial.judged else MISSING)
     time = format_seconds(trial.seconds) if trial.seconds else MISSING
-    return [*row, signed(trial.forgetting), time, why_here(trial, sweep)]
+    return [*row, signed(trial.forgetting), time, rank_reason(trial, sweep)]
 
 
 def steps_text(trial: TrialRecord, reached: int) -> str:
@@ -75,7 +75,7 @@ def evaluated_early(trial: TrialRecord) -> bool:
     return trial.control != "none" and trial.judged is not None and trial.judged.step < trial.total_steps
 
 
-def why_here(trial: TrialRecord, sweep: SweepResult) -> str:
+def rank_reason(trial: TrialRecord, sweep: SweepResult) -> str:
     """Return why a trial has its rank, especially if a trial with a worse figure ranks higher."""
     said: list[str] = []
     judged, last = trial.judged, trial.last
@@ -100,8 +100,8 @@ def why_here(trial: TrialRecord, sweep: SweepResult) -> str:
 def _penalised(trial: TrialRecord, sweep: SweepResult) -> str:
     if trial.score is None or not math.isfinite(trial.score):
         return ""
-    # Scores are minimised; shown in the metric's own direction.
-    ranked = -trial.score if sweep.higher_is_better else trial.score
+    # The score of a metric that is better when higher is 1 - value plus the penalty (`transfer.scoring`).
+    ranked = 1.0 - trial.score if sweep.higher_is_better else trial.score
     return f": ranked as {sweep.metric} {metric_text(ranked, sweep.metric)}"
 
 

@@ -107,7 +107,7 @@ def sort_trials(trials: Iterable[TrialRecord], higher_is_better: bool) -> list[T
         value = trial.score
         if value is None and trial.metric is not None:
             # Before its first score a trial is ranked by its metric alone.
-            value = -trial.metric if higher_is_better else trial.metric
+            value = 1.0 - trial.metric if higher_is_better else trial.metric
         ranked = value is not None and math.isfinite(value)
         return (2 if trial.state == "failed" else 0 if ranked else 1, value if ranked and value is not None else trial.number)
 

@@ -14,7 +14,6 @@ from orchestrator.run.scoring import Scoring
 from orchestrator.spec import JobSpec
 from orchestrator.store import read_record, write_json
 from orchestrator.transfer.records import EngineFigures, RungRecord, SweepResult, TransferReport, TrialRecord
-from orchestrator.work.memory_ladder import fits_in_no_way
 from orchestrator.work.results import RungResult
 from orchestrator.work.trial import TrialSpec
 
@@ -91,6 +90,7 @@ def trial_record(entry: TrialEntry, scoring: Scoring, base: RungResult | None) -
         adapter=trial.adapter,
         learning_rate=trial.learning_rate,
         remedies=str(trial.remedies),
+        remedy_kinds=trial.remedies.kinds,
         seed=trial.seed,
         state=entry.end.state if entry.end is not None else "running",
         reason=failed or (entry.end.reason if entry.end is not None else ""),
@@ -102,7 +102,7 @@ def trial_record(entry: TrialEntry, scoring: Scoring, base: RungResult | None) -
         engine=EngineFigures.model_validate({name: getattr(engine, name) for name in EngineFigures.model_fields})
         if engine is not None
         else None,
-        out_of_memory=any(result.relieved is not None or fits_in_no_way(result) for result in entry.results),
+        out_of_memory=any(result.ran_out_of_memory for result in entry.results),
     )
 
 

@@ -18,16 +18,16 @@ from orchestrator.runtime import private_token  # isort: skip - before anything 
 
 if TYPE_CHECKING:
     from orchestrator.runtime.cluster import probe_cluster
-    from orchestrator.runtime.dry_run import Rehearsal, rehearse
     from orchestrator.runtime.finetune import run_finetune
     from orchestrator.runtime.merging import merge_trial
+    from orchestrator.runtime.prepare import Rehearsal, rehearse
     from orchestrator.runtime.sweep import run_sweep
 
 _HOMES = {
-    "Rehearsal": "dry_run",
+    "Rehearsal": "prepare",
     "merge_trial": "merging",
     "probe_cluster": "cluster",
-    "rehearse": "dry_run",
+    "rehearse": "prepare",
     "run_finetune": "finetune",
     "run_sweep": "sweep",
 }

@@ -19,10 +19,12 @@ from orchestrator.transfer import WORST_SCORE
 from orchestrator.values import Value
 from orchestrator.work.assignment import TrainRung, Work, WorkContext
 from orchestrator.work.execution import DataPaths, ExecutionPlan, TrainSettings
-from orchestrator.work.memory_ladder import nothing_smaller, relieve, with_relief
+from orchestrator.work.failure import Failure
+from orchestrator.work.memory_ladder import MemoryLadder, no_larger_than
 from orchestrator.work.results import RungResult, WorkResult
 from orchestrator.work.trial import TrialSpec
 
+LADDER = MemoryLadder(replaced="gang")
 MAX_ATTEMPTS = 3
 """How often an assignment is tried on a new gang, and how often a gang is started, before giving up."""
 
@@ -124,7 +126,7 @@ def rung_assignment(
         rung=rung,
         start=_resumable(before.checkpoint) if before else None,
         stop_step=stop_step,
-        execution=with_relief(plan.execution, before.relieved if before else None),
+        execution=no_larger_than(plan.execution, before.reduced_execution if before else None),
         keep_optimizer=stop_step < trial.total_steps,
     )
 
@@ -184,13 +186,13 @@ def next_attempt(work: QueuedWork, death: TrainingError, planned: ExecutionPlan)
         work.attempts += 1
         if work.attempts < MAX_ATTEMPTS:
             return None
-        return with_history(assignment.failed(f"{MAX_ATTEMPTS} gangs died while running it, the last: {death}"), work, planned)
-    relief = relieve(assignment.execution)
-    if relief is None:
-        reason = str(nothing_smaller(death.what, assignment.execution))
-        return with_history(assignment.failed(reason), work, planned)
-    work.notes.append(f"out of memory: the gang was replaced and the trial {relief.sentence}")
-    work.assignment = assignment.model_copy(update={"execution": relief.execution})
+        message = f"{MAX_ATTEMPTS} gangs died while running it, the last: {death.description}"
+        return with_history(assignment.failed(Failure(kind="gang", message=message, remedy=death.remedy)), work, planned)
+    smaller = LADDER.step(assignment.execution, death.what)
+    if isinstance(smaller, Failure):
+        return with_history(assignment.failed(smaller), work, planned)
+    work.notes.append(smaller.note)
+    work.assignment = assignment.model_copy(update={"execution": smaller.execution})
     return None
 
 
@@ -199,5 +201,5 @@ def with_history(result: WorkResult, work: QueuedWork, planned: ExecutionPlan) -
     if not isinstance(result, RungResult):
         return result.model_copy(update={"notes": (*work.notes, *result.notes)})
     execution = work.assignment.execution
-    relieved = result.relieved or (execution if execution != planned else None)
-    return result.model_copy(update={"notes": (*work.notes, *result.notes), "relieved": relieved})
+    reduced = result.reduced_execution or (execution if execution != planned else None)
+    return result.model_copy(update={"notes": (*work.notes, *result.notes), "reduced_execution": reduced})

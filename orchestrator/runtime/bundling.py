@@ -10,7 +10,6 @@ import numpy as np
 
 from orchestrator.data.sets import load_known
 from orchestrator.errors import BaseError, IntegrityError
-from orchestrator.plan import REPEAT, repeat_control
 from orchestrator.run.activities import tell_bundling
 from orchestrator.serve import (
     BundleInputs,
@@ -31,18 +30,17 @@ from orchestrator.transfer.records import Control, ModelScores, TransferReport
 from orchestrator.values import content_hash
 
 READINGS = "readings.jsonl"
-"""In test/: a line for every time that the test set was read."""
+"""File in test/ with a line for every reading of the test set."""
 
 
 def bundle_and_judge(inputs: BundleInputs, bundle: str, metric: str, max_forgetting: float, seed: int) -> TransferReport:
-    """The verdict is spoken on the test set, on the bundle as anybody would load it.
+    """Make the bundle and judge it on the test set, loaded as any user would load it.
 
     Args:
-        bundle: Where the finished bundle will stand.
-        metric: The search's metric; to classify by anything but the loss compares right and wrong answers.
-        max_forgetting: The search's bound, nats per token. What a person promoted may be beyond it: that is told with
-            the verdict.
-        seed: Of the intervals' resampling.
+        bundle: Folder of the finished bundle.
+        metric: The search's metric; for a classifier any metric but the loss compares right and wrong answers.
+        max_forgetting: The search's bound, nats per token. A trial that a person promoted may exceed it: the verdict says so.
+        seed: Seed of the resampling for the intervals.
 
     Raises:
         VerificationError: the bundle does not reproduce the trained model; it stays `bundle.partial`.
@@ -55,6 +53,7 @@ def bundle_and_judge(inputs: BundleInputs, bundle: str, metric: str, max_forgett
     tell_bundling(final.parent, "verifying: loading the merged model in a fresh process and comparing it with the trained one")
     figures = verify(staged.folder, trained_model(inputs, staged.plan))
     require_passed(figures, staged.folder)
+    # Recorded before the reading: a crash while scoring has read the test set all the same.
     reads = count_reading(final.parent / "test", inputs.trial.trial_id)
     tell_bundling(final.parent, "scoring the bundle and its controls on the test set")
     scores = score_test(staged.folder, inputs, final.parent / "test")
@@ -72,7 +71,7 @@ def bundle_and_judge(inputs: BundleInputs, bundle: str, metric: str, max_forgett
     )
     transfer = TransferReport(
         verdict=found.kind,
-        sentence=found.sentence.removeprefix(f"{found.kind}: ") + beyond_bound(scores.models, max_forgetting),
+        sentence=found.finding + beyond_bound(scores.models, max_forgetting),
         trial_id=inputs.trial.trial_id,
         comparisons=tuple(comparison.record(name) for name, comparison in comparisons.items()),
         gain_over_seeds=by_seed,
@@ -84,6 +83,7 @@ def bundle_and_judge(inputs: BundleInputs, bundle: str, metric: str, max_forgett
         serve_commands=serve_commands(final, inputs.base.task),
         versions=versions(),
     )
+    # Again, since merging and scoring took a while, in which files may have changed.
     require_whole(inputs)
     commit_bundle(staged, inputs, transfer)
     return transfer
@@ -124,7 +124,7 @@ def count_reading(folder: Path, trial_id: str) -> int:
 
 
 def beyond_bound(scores: Sequence[ModelScores], max_forgetting: float) -> str:
-    """What a verdict has to add where the bundle forgot more than the search allowed; else nothing."""
+    """Return the addition to a verdict if the bundle forgot more than the search allowed; else an empty string."""
     lost = next(model.forgetting for model in scores if model.model == PROMOTED)
     if lost is None or lost <= max_forgetting:
         return ""
@@ -134,8 +134,10 @@ def beyond_bound(scores: Sequence[ModelScores], max_forgetting: float) -> str:
 def _comparisons(
     inputs: BundleInputs, scores: HeldOutScores, metric: str, seed: int, by_seed: OverSeeds | None
 ) -> dict[Control, Comparison]:
-    """The bundle against every model that was scored beside it, document by document; where that was trained too, as wide as two
-    seeds differ."""
+    """Compare the bundle with every other scored model, document by document.
+
+    If that model was trained too, the interval is as wide as the difference between two seeds.
+    """
     by_answer, unit = _judged_by(inputs, metric)
     labels = load_known(inputs.test_set).labels
     own, weights = _losses(scores, PROMOTED, labels, by_answer)
@@ -155,24 +157,20 @@ def _gain_over_seeds(inputs: BundleInputs, scores: HeldOutScores, metric: str) -
     by_answer, unit = _judged_by(inputs, metric)
     labels = load_known(inputs.test_set).labels
     base, weights = _losses(scores, UNTOUCHED, labels, by_answer)
-    seeds = {PROMOTED: inputs.trial.seed} | {
-        name: repeat_control(inputs.trial, int(name.removeprefix(REPEAT))).seed
-        for name in inputs.controls
-        if name.startswith(REPEAT)
-    }
+    seeds = {PROMOTED: inputs.trial.seed, **inputs.repeat_seeds}
     gains = [float(np.average(base - _losses(scores, name, labels, by_answer)[0], weights=weights)) for name in seeds]
     return over_seeds(list(seeds.values()), gains, unit)
 
 
 def _judged_by(inputs: BundleInputs, metric: str) -> tuple[bool, str]:
-    """(whether right and wrong answers are compared rather than losses, the unit of a difference)."""
+    """Return (whether right and wrong answers are compared rather than losses, the unit of a difference)."""
     head = inputs.base.traits.head
     by_answer = head.supervises == "documents" and metric != "loss"
     return by_answer, "accuracy" if by_answer else head.unit
 
 
 def _losses(scores: HeldOutScores, model: str, labels: np.ndarray, by_answer: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(loss, weight) of every document: mean nats per token and tokens, or 1 for a wrong class and 0 for the right one."""
+    """Return (loss, weight) of every document: mean nats per token and tokens, or 1 for a wrong class and 0 for the right one."""
     found = document_scores(scores.folder, model)
     if by_answer and found.predictions is not None:
         return (found.predictions != labels).astype(float), np.ones(len(labels))

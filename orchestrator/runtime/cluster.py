@@ -21,28 +21,31 @@ from orchestrator.errors import BaseError, PlanError, UsageError
 from orchestrator.plan.placement import GPU_RANK_CPUS, RANK_CPUS
 from orchestrator.plan.values import ClusterDescription, NodeDescription
 from orchestrator.runtime.ray_health import guarded
-from orchestrator.store import file_identity, find_gpus, most_threads, num_usable_cpus, unreachable, write_atomic
-from orchestrator.store.signals import stop_in_words
+from orchestrator.store import file_identity, find_gpus, num_usable_cpus, thread_limit, unreachable, write_atomic
+from orchestrator.store.signals import handle_stop_signals
 from orchestrator.work.execution import ExecutionPlan
 
 SIGHT_S = 5.0
-"""How long a file may take to be seen from another node."""
+"""Seconds that a file may take to become visible on another node: network file systems cache directory entries."""
 
 WORKER_ENV = {
     "RAY_TRAIN_V2_ENABLED": "1",
+    # The tokenizers' threads would compete with the ranks' own, and warn in every forked process.
     "TOKENIZERS_PARALLELISM": "false",
+    # Ray Train waits so long for a lost group to leave its process group (30 s by default): a lost rank was back after 10 s,
+    # not 16.
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "1",
 }
 """Environment of every worker; thread counts come from the plan (`worker_env`)."""
 
 
 def fetch(call: Any, timeout_s: float | None = None) -> Any:
-    """`ray.get`, whose stubs cannot tell one answer from a list of them."""
+    """Return one answer of `ray.get`, whose type stubs do not distinguish one answer from a list."""
     return ray.get(call, timeout=timeout_s)
 
 
 def own_node() -> tuple[str, str]:
-    """(id, address) of the node that this process runs on."""
+    """Return (id, address) of the node that this process runs on."""
     node_id = ray.get_runtime_context().get_node_id()
     return node_id, next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == node_id)
 
@@ -53,6 +56,7 @@ def worker_env(execution: ExecutionPlan) -> dict[str, str]:
     Two processes with two OpenMP threads each on two cores made a 0.5 s step take 13 s.
     """
     threads = str(execution.threads_per_rank)
+    # Workers of a cluster that runs already do not inherit the driver's environment.
     offline = {name: os.environ[name] for name in ("HF_HUB_OFFLINE",) if name in os.environ}
     return {**WORKER_ENV, **offline, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
 
@@ -63,15 +67,15 @@ def rank_resources(execution: ExecutionPlan) -> dict[str, float]:
 
 
 def placement_strategy(execution: ExecutionPlan) -> str:
-    """Ray's: a gang that the plan puts inside a node is never spread, one that spans nodes takes as few as it can."""
+    """Return Ray's strategy: a gang that fits on one node is never spread; one that spans nodes takes as few as possible."""
     return "STRICT_PACK" if execution.inside_node else "PACK"
 
 
 @contextlib.contextmanager
 def connected(address: str | None = None) -> Iterator[None]:
-    """Be connected to Ray: to `address`, to RAY_ADDRESS, or to a private Ray on this machine.
+    """Connect to Ray: at `address`, at RAY_ADDRESS, or to a private Ray on this machine.
 
-    A connection that stood before is used and left standing.
+    An existing connection is used and left open.
 
     Raises:
         UsageError: no Ray answers at that address, or it asks for another token.
@@ -84,11 +88,13 @@ def connected(address: str | None = None) -> Iterator[None]:
     if target and (problem := unreachable(target)) is not None:
         raise UsageError(f"no Ray cluster can be reached there: {problem.reason}", where=target, remedy=problem.remedy)
     os.environ.update({name: value for name, value in WORKER_ENV.items() if name not in os.environ})
+    # Train's controller polls its workers so often, and each report waits for a poll: a short run went from 26 s to 9 s.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = {"address": target} if target else {"include_dashboard": False, "num_cpus": num_usable_cpus()}
     try:
         with _few_tries() if target else contextlib.nullcontext():
+            # Workers' output stays in Ray's log files: the run shows what matters by its own events.
             ray.init(logging_level=logging.WARNING, log_to_driver=False, **options)
     except (ConnectionError, ValueError, RuntimeError, RayError) as error:
         raise UsageError(
@@ -96,7 +102,7 @@ def connected(address: str | None = None) -> Iterator[None]:
             where=target or "this machine",
             remedy="check --address or RAY_ADDRESS, and RAY_AUTH_MODE with RAY_AUTH_TOKEN_PATH for a cluster with tokens",
         ) from error
-    stop_in_words()  # Ray has put its own handler in the place
+    handle_stop_signals()  # again, since `ray.init` installs its own signal handler
     try:
         yield
     finally:
@@ -105,11 +111,12 @@ def connected(address: str | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _few_tries() -> Iterator[None]:
-    """Have Ray try to connect twice, each time for seconds, instead of for a quarter of an hour: the place has just answered."""
+    """Make Ray try to connect twice for seconds, instead of for a quarter of an hour: the address has just answered."""
     name = "RAY_gcs_server_port_wait_time_s"
     if name in os.environ:
         yield
         return
+    # Only while connecting: workers that are started later inherit the environment.
     os.environ[name] = "2"
     try:
         yield
@@ -118,7 +125,7 @@ def _few_tries() -> Iterator[None]:
 
 
 def probe_cluster(address: str | None = None) -> ClusterDescription:
-    """Describe the live cluster. GPUs are looked at on the nodes that have them, since the driver may have none."""
+    """Describe the live cluster. GPUs are inspected on the nodes that have them, since the driver may have none."""
     with connected(address):
         alive = [node for node in ray.nodes() if node["Alive"]]
         gpus = _probe_gpus([node for node in alive if node["Resources"].get("GPU", 0) >= 1])
@@ -134,7 +141,7 @@ def probe_cluster(address: str | None = None) -> ClusterDescription:
             if node["Resources"].get("CPU", 0) >= 1 or node["Resources"].get("GPU", 0) >= 1
         )
         nodes = tuple(kind.model_copy(update={"count": count}) for kind, count in kinds.items())
-        return ClusterDescription(nodes=nodes, source="the live Ray cluster", max_threads=most_threads())
+        return ClusterDescription(nodes=nodes, source="the live Ray cluster", max_threads=thread_limit())
 
 
 def require_shared_storage(folder: Path) -> None:
@@ -186,7 +193,7 @@ def require_base_everywhere(folder: Path, wanted: Mapping[str, str]) -> None:
 
 
 def _differing(wanted: Mapping[str, str], found: Mapping[str, str]) -> str:
-    """The first of the files that differ, and how."""
+    """Return the first file that differs, and how."""
     for name, said in wanted.items():
         if not found[name]:
             return f"{name} is missing"
@@ -196,7 +203,7 @@ def _differing(wanted: Mapping[str, str], found: Mapping[str, str]) -> str:
 
 
 def _other_nodes() -> list[dict[str, Any]]:
-    """The nodes that gangs may come to stand on, but for the driver's own."""
+    """Return the nodes on which gangs may be placed, except the driver's own."""
     if not ray.is_initialized():  # the cluster was described by a file
         return []
     here = ray.get_runtime_context().get_node_id()
@@ -206,10 +213,10 @@ def _other_nodes() -> list[dict[str, Any]]:
 
 
 def _said(address: str, call: Any) -> Any:
-    """What a node answers.
+    """Return a node's answer.
 
     Raises:
-        PlanError: nothing, or an error.
+        PlanError: the node does not answer, or answers with an error.
     """
     try:
         return fetch(call, 60)
@@ -223,14 +230,14 @@ def _said(address: str, call: Any) -> Any:
 
 
 def _on_node(function: Any, node_id: str) -> Any:
-    """A remote function tied to a node, for nothing of its resources."""
+    """Return a remote function pinned to a node, which reserves none of its resources."""
     place = NodeAffinitySchedulingStrategy(node_id, soft=False)
     return function.options(scheduling_strategy=place, num_cpus=0, num_gpus=0)
 
 
 @ray.remote
 def _identities(folder: str, names: Sequence[str]) -> dict[str, str]:
-    """What a node has of these files; a network file system may lag."""
+    """Return the identities of these files on the calling node; a network file system may lag."""
     deadline = time.monotonic() + SIGHT_S
     while not all((Path(folder) / name).is_file() for name in names) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -239,7 +246,7 @@ def _identities(folder: str, names: Sequence[str]) -> dict[str, str]:
 
 @ray.remote
 def _read_text(path: str) -> str:
-    """The file's content, empty if it does not come into sight within SIGHT_S: network file systems may lag."""
+    """Return the file's content, empty if it is not visible within SIGHT_S: network file systems may lag."""
     deadline = time.monotonic() + SIGHT_S
     while True:
         with contextlib.suppress(OSError):

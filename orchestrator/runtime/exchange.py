@@ -1,8 +1,8 @@
-"""The exchange: where Tune's thin trials bring their branches, and gangs take them up.
+"""The exchange: Tune's thin trials submit their branches here, and gangs train them.
 
-One actor. It owns the gangs, the queue between trials and gangs, and the ledger. An assignment is in exactly one
-place: in the queue, or with one gang (`supervisor.py`), alone or in a group, being run or being written. A result is
-recorded and answered once its rung is on disk.
+It is one actor, which owns the gangs, the queue between trials and gangs, and the ledger. An assignment is in exactly one
+place: in the queue, or with one gang (`supervisor.py`), alone or in a group, being run or being written. A result is recorded
+and answered once its rung is on disk.
 """
 
 from __future__ import annotations
@@ -37,12 +37,13 @@ from orchestrator.runtime.supervisor import Supervisor
 from orchestrator.runtime.work_queue import WorkQueue
 from orchestrator.transfer.run_view import Activity
 from orchestrator.work.assignment import Measurement, TrainRung, TrialWork, Work
+from orchestrator.work.failure import Failure
 from orchestrator.work.results import MeasurementResult, RungResult, WorkResult
 from orchestrator.work.trial import TrialSpec
 
 
 class Exchange:
-    """Runs inside one Ray actor (`ray.remote(Exchange)`), on its asyncio loop."""
+    """The actor's class (`ray.remote(Exchange)`), which runs on the actor's asyncio loop."""
 
     def __init__(self, orders: Orders, clock: Callable[[], float] = time.monotonic) -> None:
         self._orders = orders
@@ -69,14 +70,14 @@ class Exchange:
         )
 
     async def open(self) -> None:
-        """Make the gangs ready to start; they do when the first work comes, for a finished search needs none."""
+        """Prepare the gangs. They start with the first work, since a finished search needs none."""
         if not is_spent(self._meter.used_hours, self._orders.max_gpu_hours):
             lifted = self._ledger.lift_bounds()
             if lifted:
                 self._emit("hours_raised", f"more GPU-hours are available: {', '.join(lifted)} continue", trial_ids=lifted)
         for entry in self._ledger.entries():
-            self._tell_trial(entry.trial.trial_id)
-            # A driver that was killed may have left some behind; what is clean already costs a look.
+            self._emit_trial(entry.trial.trial_id)
+            # A killed driver may have left optimizer states behind; checking a clean checkpoint again is cheap.
             self._cleaner.drop_optimizer_states(entry.results if entry.ended_for_good else entry.results[:-1])
         self._cleaner.start()
         self._meter.open()
@@ -90,10 +91,10 @@ class Exchange:
             self._serving.append(asyncio.create_task(self._serve(supervisor)))
 
     async def advance(self, trial: TrialSpec, selection: LayerSelection, option: int | None, rung: int, stop_step: int) -> Answer:
-        """Carry a trial to a rung, or answer from the ledger where that has been done.
+        """Train a trial to a rung, or answer from the ledger if that has been done.
 
         Args:
-            selection: What learns.
+            selection: The trainable weights.
             option: Index in the plan's options; None for a control.
             rung: 0, 1, ...; the rung before must have been reached.
             stop_step: The rung's step.
@@ -104,7 +105,7 @@ class Exchange:
         is_new = self._ledger.get(trial.trial_id) is None
         entry = self._ledger.register(trial, option)
         if is_new:
-            self._tell_trial(trial.trial_id)
+            self._emit_trial(trial.trial_id)
         known = next((result for result in entry.results if result.rung == rung), None)
         if known is None and entry.end is not None:
             return self._answer(entry.results[-1], ended=True) if entry.results else failed_answer()
@@ -114,13 +115,13 @@ class Exchange:
             return self._hold_back(trial)
         entry = self._ledger.register(trial, option)
         if entry.end is None and stop_step < trial.total_steps:
-            await self._end_where_it_stalls(entry)
+            await self._end_if_stalled(entry)
             entry = self._ledger.register(trial, option)
         over = entry.end is not None and all(known.rung >= other.rung for other in entry.results)
         return self._answer(known, ended=over or known.state == "failed")
 
     async def carry(self, trial: TrialSpec, selection: LayerSelection, stops: tuple[int, ...]) -> Answer:
-        """Carry a control from rung to rung, to its end; its last answer.
+        """Train a control from rung to rung to its end, and return the last answer.
 
         Args:
             stops: The step at which each rung ends.
@@ -132,28 +133,28 @@ class Exchange:
         return await self.advance(trial, selection, None, len(stops) - 1, stops[-1])
 
     async def measure(self, work: Measurement) -> MeasurementResult:
-        """Have a gang measure something; nothing of it is in the ledger."""
+        """Have a gang make a measurement, which is not recorded in the ledger."""
         result = await self._hand_out(work)
         assert isinstance(result, MeasurementResult), "a measurement is never held back"
         return result
 
     async def replan(self, plan: SweepPlan) -> None:
-        """The plan once more is known; its gangs and options are the same ones."""
+        """Take the plan made after a measurement; its gangs and options are the same."""
         self._orders = self._orders.model_copy(update={"plan": plan})
         self._context = self._orders.context()
         begun = self._first_steps.begun
         self._first_steps = FirstSteps(plan, self._orders.anatomy, self._orders.num_gangs, begun=begun)
 
     async def finish(self, trial_id: str, state: TrialState, reason: str = "") -> None:
-        """A trial has ended: free its place at once, write its end down, drop what only a continuation needs."""
+        """End a trial: free its place at once, record its end, and delete the files that only a continuation needs."""
         self._queue.heard_from(trial_id)
         work = self._inflight.pop(trial_id, None)
         if work is not None:
-            work.answer(work.assignment.failed(f"{state} before it ran"))
+            work.answer(work.assignment.failed(Failure(kind="withdrawn", message=f"{state} before it ran")))
         entry = self._ledger.get(trial_id)
         if entry is not None and entry.end is None and not is_tried_again(entry.trial, state):
             self._ledger.end(trial_id, state, reason)
-            self._tell_trial(trial_id)
+            self._emit_trial(trial_id)
             self._cleaner.drop_optimizer_states(entry.results)
 
     async def news(self, since: int) -> list[dict]:
@@ -161,7 +162,7 @@ class Exchange:
         return self._news[since:]
 
     async def is_spent(self) -> bool:
-        """Whether no new trial may begin, for want of GPU-hours."""
+        """Return whether no new trial may start because the GPU-hours are spent."""
         return self._allowance.refuses()
 
     async def hours(self) -> HoursState:
@@ -171,7 +172,7 @@ class Exchange:
         return self._figures
 
     async def activities(self) -> tuple[Activity, ...]:
-        """What each gang is doing; idle ones are left out."""
+        """Return what each gang is doing, without idle gangs."""
         return tuple(activity for supervisor in self._supervisors for activity in supervisor.activities())
 
     async def gang_pids(self) -> list[tuple[int, ...]]:
@@ -183,6 +184,7 @@ class Exchange:
             serving.cancel()
         await asyncio.gather(*self._serving, return_exceptions=True)
         await asyncio.gather(*(supervisor.written() for supervisor in self._supervisors), return_exceptions=True)
+        # All at once: each gang waits for its own processes.
         await asyncio.gather(*(supervisor.gang.close() for supervisor in self._supervisors))
         self._meter.close()
         await self._cleaner.close()
@@ -190,12 +192,12 @@ class Exchange:
     # -- inside ---------------------------------------------------------------------------------------------------
 
     async def _train(self, trial: TrialSpec, selection: LayerSelection, rung: int, stop_step: int) -> RungResult | None:
-        """The rung's result; None where the bound on hours came before a gang did."""
+        """Return the rung's result; None if the GPU-hours were spent before a gang was free."""
         entry = self._ledger.get(trial.trial_id)
         assert entry is not None
         known = self._inflight.get(trial.trial_id)
         if known is not None and isinstance(known.assignment, TrialWork) and known.assignment.rung == rung:
-            # Who asked before is gone, and Tune has started the trial again.
+            # The earlier caller is gone: Tune has restarted the thin trial, whose rung is still being trained.
             return _rung_of(await asyncio.shield(known.future))
         folder = str(self._ledger.folder(trial.trial_id))
         plan, context, results = self._orders.plan, self._context, entry.results
@@ -205,7 +207,7 @@ class Exchange:
         return _rung_of(await self._hand_out(work, home=results[-1].gang if results else None))
 
     async def _hand_out(self, assignment: Work, home: int | None = None) -> WorkResult | None:
-        """Queue work and await its result; None where the bound on hours came before a gang did."""
+        """Queue work and await its result; None if the GPU-hours were spent before a gang was free."""
         if self._broken is not None:
             raise self._broken
         work = QueuedWork(self._priority(assignment), assignment, asyncio.get_running_loop().create_future(), home=home)
@@ -218,7 +220,7 @@ class Exchange:
             self._inflight.pop(assignment.work_id, None)
 
     def _priority(self, assignment: Work) -> tuple[int, int, int]:
-        """Measurements and the untouched base first: the search waits for them."""
+        """Return the priority of work: measurements and the base model first, since the search waits for them."""
         if isinstance(assignment, TrainRung):
             return (1, -assignment.rung, next(self._sequence))
         return (0, 0, next(self._sequence))
@@ -226,23 +228,23 @@ class Exchange:
     def _refuses(self, assignment: Work) -> bool:
         return isinstance(assignment, TrainRung) and self._allowance.refuses(assignment.trial)
 
-    async def _end_where_it_stalls(self, entry: TrialEntry) -> None:
+    async def _end_if_stalled(self, entry: TrialEntry) -> None:
         reason = self._orders.scoring.stalled(entry.results, base_result(self._ledger))
         if reason:
             await self.finish(entry.trial.trial_id, "stopped", reason)
 
     def _hold_back(self, trial: TrialSpec) -> Answer:
-        """End a trial for want of hours, so that another submission with more of them can go on with it."""
+        """Stop a trial because the GPU-hours are spent, so that a submission with more hours can continue it."""
         reason = self._allowance.reason
         self._ledger.end(trial.trial_id, "stopped", reason, for_want_of_hours=True)
-        self._tell_trial(trial.trial_id)
+        self._emit_trial(trial.trial_id)
         entry = self._ledger.get(trial.trial_id)
         if entry is None or not entry.results:
             return held_back_answer(reason)
         return self._answer(entry.results[-1], ended=True).model_copy(update={"state": "stopped", "reason": reason})
 
     async def _serve(self, supervisor: Supervisor) -> None:
-        """Serve one gang to its end; one that cannot go on is reported, never lost in silence."""
+        """Serve one gang to its end, and report one that fails: none is lost silently."""
         gang = supervisor.gang
         try:
             await self._needed.wait()
@@ -252,20 +254,20 @@ class Exchange:
             gang.pids = ()
             try:
                 gang.kill()
-            finally:  # what it was writing goes back to the queue before that is looked through
+            finally:  # unwritten work returns to the queue before the queue is cleared
                 with contextlib.suppress(Exception):
                     await supervisor.written()
                 self._queue.lose_gang()
                 self._give_up(error)
 
     def _settle(self, work: QueuedWork, result: WorkResult) -> None:
-        """Record a result, then answer whoever waits for it."""
+        """Record a result, then answer the call that waits for it."""
         if not isinstance(result, RungResult):
             work.answer(result)
             return
         try:
             self._record(result)
-        except Exception as error:  # a full disk, say: whoever waits must hear of it
+        except Exception as error:  # a full disk, say: the waiting call must fail, or it would wait forever
             work.fail(error)
             return
         work.answer(result)
@@ -282,8 +284,8 @@ class Exchange:
                 self._ledger.end(result.trial_id, "failed", result.reason)
         for note in result.notes:
             self._emit("trial_note", f"{result.trial_id}: {note}", trial_id=result.trial_id, rung=result.rung)
-        self._tell_trial(result.trial_id)
-        said = self._first_steps.hear(entry.option, result)
+        self._emit_trial(result.trial_id)
+        said = self._first_steps.add(entry.option, result)
         if said:
             self._emit(**said)
 
@@ -293,7 +295,7 @@ class Exchange:
         return answer_of([*before, result], base_result(self._ledger), self._orders.scoring, ended=ended)
 
     def _give_up(self, error: BaseException) -> None:
-        """No gang can be started: everybody who waits must hear of it."""
+        """Fail all waiting calls if no gang is left that could serve them."""
         if any(not task.done() for task in self._serving if task is not asyncio.current_task()):
             return
         self._broken = TrainingError(
@@ -303,9 +305,10 @@ class Exchange:
             work.fail(self._broken)
 
     def _emit(self, kind: str, message: str, **fields: object) -> None:
+        # Kept for the whole run: a watcher that lost an answer asks again from the number that it has.
         self._news.append({"kind": kind, "message": message, **fields})
 
-    def _tell_trial(self, trial_id: str) -> None:
+    def _emit_trial(self, trial_id: str) -> None:
         entry = self._ledger.get(trial_id)
         assert entry is not None
         record = trial_record(entry, self._orders.scoring, base_result(self._ledger))
@@ -318,7 +321,7 @@ def _rung_of(result: WorkResult | None) -> RungResult | None:
 
 
 class Cleaner:
-    """Works beside the exchange, one folder after another: a folder has one writer at a time.
+    """Deletes outdated optimizer state beside the exchange, one folder after another: a folder has one writer at a time.
 
     Args:
         emit: Called with a sentence for each checkpoint that could not be cleaned.
@@ -333,13 +336,13 @@ class Cleaner:
         self._task = asyncio.create_task(self._clean())
 
     def drop_optimizer_states(self, results: Iterable[RungResult]) -> None:
-        """These rungs keep their adapter or delta alone, soon."""
+        """Schedule the deletion of these rungs' optimizer state; their adapter or delta stays."""
         for result in results:
             if result.checkpoint is not None:
                 self._outdated.put_nowait(Path(result.checkpoint))
 
     async def join(self) -> None:
-        """Until everything asked for has been done."""
+        """Wait until all submitted cleaning is done."""
         await self._outdated.join()
 
     async def close(self) -> None:
@@ -352,7 +355,9 @@ class Cleaner:
             checkpoint = await self._outdated.get()
             try:
                 await asyncio.to_thread(drop_optimizer_state, checkpoint)
-            except Exception as error:  # whatever it is: `close` waits until everything asked for has been looked at
+            except (
+                Exception
+            ) as error:  # any error: `close` waits for the queue, and a task that ended here would block it forever
                 self._emit(f"{checkpoint} keeps its optimizer state: {error}")
             finally:
                 self._outdated.task_done()

@@ -1,4 +1,4 @@
-"""What to say when a part of Ray, or a process of the run, is gone: what it was, what stands on disk, how to go on."""
+"""Messages for the failure of a part of Ray or of a process of the run: what failed, what is on disk, how to continue."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ ACTORS = {
     "ImplicitFunc": "a thin trial of Ray Tune",
     "TrainController": "Ray Train's controller",
 }
-"""What the classes of our actors are to a user."""
+"""Names for users of our actor classes."""
 
 
 @contextlib.contextmanager
 def in_plain_words(run_folder: Path) -> Iterator[None]:
-    """Have whatever Ray raises in the block be one of our errors, in a line or two.
+    """Convert errors of Ray raised in the block into our own, of one or two lines.
 
     Raises:
         TrainingError: instead of an error of Ray's.
@@ -39,10 +39,10 @@ def in_plain_words(run_folder: Path) -> Iterator[None]:
 
 
 def cause_of(error: BaseException, run_folder: Path | None = None) -> OrchestratorError:
-    """The error of our own that an error of Ray's carries; one that says what happened, where it carries none."""
+    """Return our own error that an error of Ray's wraps; if it wraps none, a new one that describes the failure."""
     chain = [error]
     while isinstance(inner := getattr(chain[-1], "cause", None), BaseException) and inner not in chain:
-        chain.append(inner)  # an error of a task is of the kind of its cause, and prints a traceback
+        chain.append(inner)  # Ray wraps a task's error in one that also inherits its class, and prints a remote traceback
     own = next((each for each in reversed(chain) if isinstance(each, OrchestratorError)), None)
     if own is not None:
         return own
@@ -51,7 +51,7 @@ def cause_of(error: BaseException, run_folder: Path | None = None) -> Orchestrat
 
 
 def describe(error: BaseException) -> str:
-    """What died or broke, in one line."""
+    """Describe in one line what failed."""
     text = str(error)
     if isinstance(error, ray_errors.LocalRayletDiedError):
         return "Ray's node manager (raylet) on the driver's node died"

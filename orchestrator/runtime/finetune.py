@@ -1,4 +1,4 @@
-"""The one-trial job: no search, the refit is all there is."""
+"""The one-trial job: no search, only a refit."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from orchestrator.transfer.run_view import RunView
 
 
 def run_finetune(loaded: LoadedSpec, *, view: RunView, address: str | None = None, output: Path | None = None) -> RunOutcome:
-    """Train the spec's one trial to the full budget, fault-tolerant, and bundle it; go on with one that was interrupted.
+    """Train the spec's one trial to the full budget, fault-tolerant, and bundle it; continue an interrupted one.
 
     Raises:
-        OrchestratorError: whatever stops the run, see errors.py; what was done is on disk.
+        OrchestratorError: any error that stops the run, see errors.py; finished work is on disk.
     """
     loaded = with_section(loaded, "finetune")
     started_at = time.time()
@@ -35,9 +35,9 @@ def run_finetune(loaded: LoadedSpec, *, view: RunView, address: str | None = Non
         run = stack.enter_context(open_run(loaded, "finetune", output, view))
         stack.enter_context(in_plain_words(run.path))
         known = read_outcome(run.path)
-        stands = known is not None and run.plan.exists()
-        view = stack.enter_context(ProgressReporter(view, None if stands else run.path))
-        prepared = prepare(loaded, "finetune", run, view, None if stands else joins(stack, address, run.path))
+        is_finished = known is not None and run.plan.exists()
+        view = stack.enter_context(ProgressReporter(view, None if is_finished else run.path))
+        prepared = prepare(loaded, "finetune", run, view, None if is_finished else joins(stack, address, run.path))
         if known is not None:
             return known
         view.start(
@@ -53,7 +53,7 @@ def run_finetune(loaded: LoadedSpec, *, view: RunView, address: str | None = Non
 
 
 def _train(prepared: Prepared, view: RunView, started_at: float) -> SweepResult:
-    """The untouched base's scores and the trial, by one worker group."""
+    """Score the base model and train the trial, in one worker group."""
     plan, seed = prepared.finetune_plan, prepared.spec.train.seed
     none, nothing = none_control(plan, prepared.anatomy, seed)
     trial = make_trial(plan, plan.finetune, plan.finetune.learning_rate_low, 0, seed)
@@ -62,8 +62,8 @@ def _train(prepared: Prepared, view: RunView, started_at: float) -> SweepResult:
     ledger.register(trial, 0)
     view.phase("training", f"{trial.total_steps} steps on {ranks_text(plan.refit_execution.ranks)}")
     context, execution = prepared.work_context(plan.refit_execution), plan.refit_execution
-    untouched = evaluate_base(plan, context, none, nothing, str(ledger.folder("none")), execution)
-    results = run_refit(prepared, [untouched, refit_assignment(prepared, trial, plan.finetune.selection)])
+    evaluation = evaluate_base(plan, context, none, nothing, str(ledger.folder("none")), execution)
+    results = run_refit(prepared, [evaluation, refit_assignment(prepared, trial, plan.finetune.selection)])
     for result in results:
         ledger.add(result)
         ledger.end(result.trial_id, "finished")

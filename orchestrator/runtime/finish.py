@@ -1,15 +1,16 @@
-"""From the promoted trial to the bundle and the verdict: refit, merge, verify, the test set, the card."""
+"""Turn the promoted trial into the bundle and the verdict: refit, merge, verify, score on the test set, write the card."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from orchestrator.errors import IntegrityError
-from orchestrator.plan import REPEAT, follow_up_controls
+from orchestrator.plan import follow_up_controls
 from orchestrator.plan.values import SweepPlan
 from orchestrator.run.activities import tell_bundling
 from orchestrator.run.hours import metered
@@ -92,7 +93,9 @@ class Controls:
     artifacts: dict[str, str]
     """Checkpoint by control."""
     left_out: tuple[str, ...] = ()
-    """For each requested control that is missing, the reason."""
+    """The reason for each requested control that is missing."""
+    repeat_seeds: Mapping[str, int] = field(default_factory=dict[str, int])
+    """The seed of each artifact that repeats the training from another seed."""
     failed_seeds: int = 0
     """Number of other seeds from which the same training failed."""
 
@@ -105,26 +108,28 @@ def controls_beside(prepared: Prepared, ledger: Ledger, trial: TrialSpec, bundle
     """
     if not isinstance(prepared.plan, SweepPlan):
         return Controls({})
-    artifacts, left_out, failed_seeds = dict[str, str](), list[str](), 0
+    artifacts, left_out, repeat_seeds, failed_seeds = dict[str, str](), list[str](), dict[str, int](), 0
     for name, trial_id in {"head": "head", **follow_up_controls(prepared.plan, trial.trial_id)}.items():
         if trial_id == trial.trial_id:
             continue
         entry = ledger.get(trial_id)
         if entry is not None and entry.end is not None and entry.end.state == "failed":
             left_out.append(f"{trial_id} failed: {entry.end.reason}")
-            failed_seeds += name.startswith(REPEAT)
+            failed_seeds += entry.trial.control == "repeat"
         elif entry is None or not entry.results:
             left_out.append(f"{trial_id} was not trained")
         elif not entry.ended_for_good:
             left_out.append(f"{trial_id} was stopped by the GPU-hour bound after {entry.results[-1].step} steps")
-        elif checkpoint := _checkpoint_beside(prepared, ledger, name, entry, bundled_step):
+        elif checkpoint := _checkpoint_beside(prepared, ledger, entry, bundled_step):
             if damage := _damage(Path(checkpoint)):
                 left_out.append(f"{trial_id} is damaged: {damage}")
             else:
                 artifacts[name] = checkpoint
+                if entry.trial.control == "repeat":
+                    repeat_seeds[name] = entry.trial.seed
         else:
             left_out.append(f"{trial_id} was trained to {entry.results[-1].step} steps and what is bundled to {bundled_step}")
-    return Controls(artifacts, tuple(left_out), failed_seeds)
+    return Controls(artifacts, tuple(left_out), repeat_seeds, failed_seeds)
 
 
 def _damage(checkpoint: Path) -> str:
@@ -138,10 +143,10 @@ def _damage(checkpoint: Path) -> str:
     return ""
 
 
-def _checkpoint_beside(prepared: Prepared, ledger: Ledger, name: str, entry: TrialEntry, bundled_step: int) -> str | None:
+def _checkpoint_beside(prepared: Prepared, ledger: Ledger, entry: TrialEntry, bundled_step: int) -> str | None:
     """Return the checkpoint of the rung that is compared with the bundle; None where no rung has the same budget."""
-    scoring = prepared.scoring
-    if name == "head" or (name.startswith(REPEAT) and scoring.patience is not None):
+    scoring, control = prepared.scoring, entry.trial.control
+    if control == "head" or (control == "repeat" and scoring.patience is not None):
         return scoring.judged(entry.results, base_result(ledger)).checkpoint
     return next((result.checkpoint for result in entry.results if result.step == bundled_step), None)
 
@@ -166,6 +171,7 @@ def _inputs(prepared: Prepared, entry: TrialEntry, bundled: RungResult, controls
         test_set=str(folder / "test.npz"),
         retain_set=prepared.data_paths.retain,
         controls=controls.artifacts,
+        repeat_seeds=dict(controls.repeat_seeds),
         failed_seeds=controls.failed_seeds,
         shots=search.shots if search is not None and "k_shot" in search.controls else 0,
         separator=prepared.spec.data.separator,
@@ -182,6 +188,7 @@ def _bundle(prepared: Prepared, inputs: BundleInputs) -> TransferReport:
     task = remote.options(
         num_cpus=resources["CPU"],
         num_gpus=resources.get("GPU", 0),
+        # `run_task` restarts the task itself, and reports why; Ray would do it silently.
         max_retries=0,
         runtime_env={"env_vars": worker_env(execution)},
     )

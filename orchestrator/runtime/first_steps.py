@@ -1,4 +1,4 @@
-"""What a sweep's first steps say about the rest of it, and what later ones say better."""
+"""Estimate a sweep's remaining time from its first steps, and correct the estimate from later ones."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from orchestrator.plan.values import SweepPlan
 from orchestrator.units import format_seconds
 from orchestrator.work.results import RungResult
 
-TOLD_AGAIN = 1.5
-"""A later estimate is told where it differs by this factor from the one that was told last."""
+REPORT_FACTOR = 1.5
+"""A later estimate is reported if it differs by this factor from the last reported one."""
 
 logger = logging.getLogger(__name__)
 
 
 class FirstSteps:
-    """Collects rungs of searched trials. After the first one of each gang it says what the run will take at their rate; then
-    again whenever more of them say something else.
+    """Collects rungs of searched trials. After the first one of each gang it estimates the time of the run at their rate, and
+    again whenever later rungs change the estimate.
 
     Args:
-        begun: When the run began; now unless given.
-        clock: Unix time, as the results have it.
+        begun: Start of the run; by default now.
+        clock: Unix time, as in the results.
     """
 
     def __init__(
@@ -47,11 +47,12 @@ class FirstSteps:
         self._steady: list[MeasuredSteps] = []
         self._warming: list[MeasuredSteps] = []
         self._results: list[RungResult] = []
-        self._told: Duration | None = None
+        self._reported: Duration | None = None
 
-    def hear(self, option: int | None, result: RungResult) -> dict[str, Any] | None:
-        """The event to tell: `first_steps` once, after the last result that was waited for, and then `estimate`. An estimate that
-        fails is no trial's failure.
+    def add(self, option: int | None, result: RungResult) -> dict[str, Any] | None:
+        """Return the event to emit: `first_steps` once, when all awaited results are in, and then `estimate`.
+
+        An estimate that fails does not fail a trial.
 
         Args:
             option: Index in the plan's options; None for a control, which does not count.
@@ -67,7 +68,7 @@ class FirstSteps:
             return None
         self._results.append(result)
         self._num_first += result.rung == 0
-        if result.steady_tokens_per_s:  # without the steps that warm a gang up, where the rung had more
+        if result.steady_tokens_per_s:  # excludes the steps that warm a gang up
             seconds = result.train_seconds or 1.0
             self._steady.append(MeasuredSteps(option, round(result.steady_tokens_per_s * seconds), seconds))
         elif result.rung == 0:
@@ -82,7 +83,7 @@ class FirstSteps:
         return self._event(planned, found, duration)
 
     def _found(self) -> CostEstimate | None:
-        """At the rate of steady steps; where there were none, at that of the trial that warmed up fastest."""
+        """Estimate at the rate of steady steps; without any, at that of the trial that warmed up fastest."""
         if self._steady:
             return calibrated(self._plan, self._anatomy, self._steady)
         each = [calibrated(self._plan, self._anatomy, [steps]) for steps in self._warming]
@@ -99,17 +100,17 @@ class FirstSteps:
         return MeasuredTimes(elapsed_s=max(0.0, now - self.begun), computing_s=max(0.0, now - begun), rung_s=per_rung)
 
     def _event(self, planned: CostEstimate, found: CostEstimate, duration: Duration | None) -> dict[str, Any] | None:
-        before, self._told = self._told, duration or self._told
+        before, self._reported = self._reported, duration or self._reported
         if before is not None and duration is not None:
             ratio = duration.middle_s / before.middle_s if before.middle_s else 1.0
-            if 1 / TOLD_AGAIN < ratio < TOLD_AGAIN:
-                self._told = before
+            # Compared with the last reported estimate and not the last one, or slow drift would never be reported.
+            if 1 / REPORT_FACTOR < ratio < REPORT_FACTOR:
+                self._reported = before
                 return None
         elif self._num_first > self._wanted:
             return None
-        message, ends = calibration_message(planned, found), dict[str, float]()
-        if before is not None:
-            message = message.replace("the first steps reach", "the steps so far reach", 1)
+        steps = "the first steps" if before is None else "the steps so far"
+        message, ends = calibration_message(planned, found, steps), dict[str, float]()
         if duration is not None:
             left = max(0.0, duration.middle_s - (self._clock() - self.begun))
             by_plan = f"; the plan said {planned.duration}" if planned.duration is not None else ""
@@ -134,6 +135,6 @@ class FirstSteps:
 
 
 def _span(result: RungResult) -> float:
-    """Seconds of its gang at a rung, beside training: of trials that share batches, each one's part."""
+    """Return the gang's seconds at a rung besides training; each trial of a shared batch counts its part."""
     sharing = result.engine.fused_trials if result.engine is not None else 1
     return max(0.0, (result.finished_at - result.started_at) / max(1, sharing) - result.train_seconds)

@@ -19,8 +19,15 @@ from orchestrator.errors import RankOutOfMemoryError, TrainingError
 from orchestrator.run.hours import Meter
 from orchestrator.runtime.cluster import placement_strategy, rank_resources, worker_env
 from orchestrator.runtime.failures import describe
-from orchestrator.runtime.hang_detection import POLL_S, HangDetector, HangTimeouts, ProcessId
-from orchestrator.runtime.processes import end_processes, own_process, states_of
+from orchestrator.runtime.hang_detection import (
+    POLL_S,
+    HangDetector,
+    HangTimeouts,
+    ProcessId,
+    end_processes,
+    own_process,
+    states_of,
+)
 from orchestrator.train import heartbeat
 from orchestrator.train.heartbeat import NO_HEARTBEAT_YET, Heartbeat
 from orchestrator.work.assignment import Work
@@ -29,18 +36,18 @@ from orchestrator.work.results import WorkResult
 
 START_TIMEOUT_S = 600.0
 LOOK_AGAIN_S = 5.0
-"""How often a node is asked about a process that does not answer."""
+"""Seconds between two questions to a node about a process that does not answer."""
 SETTLE_S = 2.0
-"""How long after the first broken rank the others are listened to: those that lost a peer may be heard before it."""
+"""Seconds to listen to the other ranks after the first one fails: a rank that lost its peer may report before the peer does."""
 BESIDE, WATCH = "beside", "watch"
 """The calls that a rank answers while it trains; all others come one after another, in one thread."""
 
 
 class GangDiedError(TrainingError):
-    """A rank of the gang is gone or broken; the whole gang has to be replaced.
+    """A rank of the gang is gone or has failed; the whole gang has to be replaced.
 
     Args:
-        out_of_memory: Whether it broke because memory ran out: what it was doing must go on smaller.
+        out_of_memory: Whether it failed because memory ran out: its work must continue with a smaller execution.
     """
 
     def __init__(self, what: str, *, out_of_memory: bool = False) -> None:
@@ -48,6 +55,8 @@ class GangDiedError(TrainingError):
         self.out_of_memory = out_of_memory
 
 
+# Never restarted alone: the other ranks would wait in a collective for a rank without a base. The whole gang is replaced. The
+# groups are threads of their own, in which heartbeats and `settle` are answered while `run` computes.
 @ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={BESIDE: 1, WATCH: 1})  # type: ignore[call-overload]
 class RankActor:
     """One process of a gang. Every rank receives the same calls in the same order."""
@@ -57,8 +66,9 @@ class RankActor:
         self._host = None
 
     def hello(self) -> tuple[ProcessId, tuple[str, int]]:
-        """This process, and where it can be met: its node's address and a port that is free now."""
+        """Return this process and its rendezvous: the node's address and a port that is free now."""
         with socket.socket() as probe:
+            # The kernel picks the port. It may be taken before rank 0 listens on it; then the start fails and is tried again.
             probe.bind(("", 0))
             return own_process(self._rank), (ray.util.get_node_ip_address(), probe.getsockname()[1])
 
@@ -91,7 +101,7 @@ class RankActor:
 
 
 class Gang:
-    """The handle of one gang, used from one asyncio loop. `start` again after GangDiedError."""
+    """The handle of one gang, used from one asyncio loop. Call `start` again after GangDiedError."""
 
     def __init__(
         self,
@@ -107,25 +117,26 @@ class Gang:
         self.base_loads = 0
         self.start_seconds = 0.0
         self.starting = ""
-        """What its start is waiting for; empty once it is ready."""
+        """The step of its start that is in progress; empty once the gang is ready."""
         self._base = base
         self._anatomy = anatomy
         self._execution = execution
         self._meter = meter
+        # Two bytes a parameter: what a rank reads of a 16-bit base at least.
         self._timeouts = (timeouts or HangTimeouts()).for_base(2 * anatomy.num_parameters())
         self._detector = HangDetector(self._timeouts)
         self._processes: tuple[ProcessId, ...] = ()
         self._hangs = ""
-        """What was said of ranks that were ended since they hung: the errors that follow say only that they are gone."""
+        """Description of ranks that were ended because they hung: the errors that follow only say that they are gone."""
         self._ranks: list = []
         self._placement: PlacementGroup | None = None
 
     async def start(self) -> None:
-        """Place the ranks (inside one node where they fit) and load the base in each.
+        """Place the ranks (on one node if they fit) and load the base in each.
 
         Raises:
             GangDiedError: a rank could not start.
-            TimeoutError: there was no place for it in time.
+            TimeoutError: no resources became free in time.
         """
         started = time.monotonic()
         execution = self._execution
@@ -133,6 +144,7 @@ class Gang:
         bundles = [rank_resources(execution) for _ in range(execution.ranks)]
         self._placement = placement_group(bundles, strategy=placement_strategy(execution))
         await asyncio.wait_for(_ready(self._placement), START_TIMEOUT_S)
+        # From here on the GPUs are taken from others, so the hours count, loading included.
         self._meter.hold(self.index, execution.ranks)
         self.starting = "loading the base model"
         resources = rank_resources(execution)
@@ -156,8 +168,8 @@ class Gang:
         self.start_seconds = time.monotonic() - started
 
     async def run(self, group: Sequence[Work]) -> list[WorkResult]:
-        """Run one assignment, or several that may share a batch, on every rank; rank 0's answers count, in any order, once
-        they are settled.
+        """Run one assignment, or several that may share a batch, on every rank; return rank 0's answers, in any order, valid
+        once settled.
 
         Raises:
             GangDiedError: a rank died or broke. A trial's own failures are results, not exceptions.
@@ -166,7 +178,7 @@ class Gang:
         return [result.model_copy(update={"gang": self.index}) for result in answers[0]]
 
     async def settle(self) -> None:
-        """Until every checkpoint stands that was made before this was called; the gang may run the next group meanwhile.
+        """Wait until every checkpoint made before this call is written; the gang may run the next group meanwhile.
 
         Raises:
             GangDiedError: the gang is gone, or could not write one.
@@ -175,6 +187,7 @@ class Gang:
             raise GangDiedError(f"gang {self.index} is gone")
         bound = self._timeouts.opening_s
         try:
+            # Rank 0 alone writes checkpoints in the background; what all ranks write together is written when `run` returns.
             await asyncio.wait_for(self._all([self._ranks[0].settle.remote()]), bound)
         except TimeoutError:
             await asyncio.to_thread(end_processes, self._processes)
@@ -183,7 +196,7 @@ class Gang:
             ) from None
 
     def kill(self) -> None:
-        """End the processes and give the places back."""
+        """End the processes and release their resources."""
         self.starting = ""
         self._meter.release(self.index)
         for rank in self._ranks:
@@ -195,19 +208,21 @@ class Gang:
             self._placement = None
 
     async def close(self) -> None:
-        """End in order: every rank leaves its process group first."""
+        """End the gang in order: every rank leaves its process group first."""
         if self._ranks:
             calls = [asyncio.ensure_future(_settled(rank.close.remote())) for rank in self._ranks]
+            # A clean end took 0.2 to 3.6 s when measured; a rank that needs longer is stuck.
             _, pending = await asyncio.wait(calls, timeout=5)
             if pending:
                 await asyncio.to_thread(end_processes, self._processes)
         self.kill()
 
     async def _all(self, calls: list) -> list:
-        """Await every rank's answer. A broken one ends the wait, soon: the others hang in a collective, or broke of it.
+        """Wait for every rank's answer. One that fails soon ends the wait: the others hang in a collective, or fail because of
+        it.
 
         Raises:
-            GangDiedError: for want of memory where any rank heard of by then says so.
+            GangDiedError: marked out of memory if any rank that has reported by then ran out.
         """
         waits = [asyncio.ensure_future(_settled(call)) for call in calls]
         pending, watch = set(waits), asyncio.ensure_future(self._until_one_hangs())
@@ -227,8 +242,10 @@ class Gang:
         return [wait.result()[0] for wait in waits]
 
     async def _until_one_hangs(self) -> None:
-        """Until some ranks hang: what is said of them is kept, and the gang's processes are ended. One that is stopped answers
-        to nobody but its kernel."""
+        """Wait until a rank hangs; keep its description and end all processes of the gang.
+
+        They are killed on their nodes: a stopped process answers no call of Ray's.
+        """
         asked: dict[ProcessId, asyncio.Future] = {}
         looked_at: dict[ProcessId, float] = {}
         while True:
@@ -238,13 +255,14 @@ class Gang:
             await asyncio.sleep(POLL_S)
             for process in [process for process, answer in asked.items() if answer.done()]:
                 found, _ = asked.pop(process).result()
-                if found is not None:  # else it broke: whoever waits for its work hears of that
+                if found is not None:  # else the rank failed: the call that waits for its work raises that
                     self._detector.record(process, found)
             self._detector.tick()
             said = self._detector.hung()
             silent = [
                 process for process in self._detector.silent() if time.monotonic() - looked_at.get(process, 0.0) > LOOK_AGAIN_S
             ]
+            # Asking a node blocks for up to NODE_S, hence the thread, and only every few seconds.
             if silent:
                 said = self._detector.stopped(await asyncio.to_thread(states_of, silent)) or said
                 looked_at |= dict.fromkeys(silent, time.monotonic())
@@ -254,20 +272,21 @@ class Gang:
                 return
 
     async def _death(self, broken: list[Exception], pending: set[asyncio.Task]) -> GangDiedError:
-        """What the gang died of, by the ranks that are broken and those that break of it."""
+        """Return why the gang failed, from the ranks that failed first and those that fail as a consequence."""
         device = self._execution.device
+        # The first error may only tell of a lost connection; the rank that ran out of memory reports a moment later.
         if pending and not any(ran_out_of_memory(error, device) for error in broken):
             late, pending = await asyncio.wait(pending, timeout=SETTLE_S)
             broken = [*broken, *_errors(late)]
         for wait in pending:
             wait.cancel()
-        told = next((error for error in broken if ran_out_of_memory(error, device)), None)
-        what = f"gang {self.index} failed: {_first_line(told or _evicted(broken) or broken[0])}"
-        return GangDiedError(what, out_of_memory=told is not None)
+        out_of_memory = next((error for error in broken if ran_out_of_memory(error, device)), None)
+        what = f"gang {self.index} failed: {_first_line(out_of_memory or _evicted(broken) or broken[0])}"
+        return GangDiedError(what, out_of_memory=out_of_memory is not None)
 
 
 def places(execution: ExecutionPlan) -> str:
-    """`2 free GPUs`."""
+    """Return the resources that the gang waits for, `2 free GPUs`."""
     kind = "GPU" if execution.device == "cuda" else "core"
     return f"{execution.ranks} free {kind}{'' if execution.ranks == 1 else 's'}"
 
@@ -277,7 +296,7 @@ async def _ready(placement: PlacementGroup) -> None:
 
 
 async def _settled(call) -> tuple:
-    """A call's (answer, None) or (None, error): errors are handled where all ranks are seen."""
+    """Return a call's (answer, None) or (None, error): errors are handled where all ranks are seen."""
     try:
         return await call, None
     except Exception as error:
@@ -285,14 +304,15 @@ async def _settled(call) -> tuple:
 
 
 def _errors(waits: set[asyncio.Task]) -> list[Exception]:
-    """Of the ranks that broke."""
+    """Return the errors of the ranks that failed."""
     return [error for _, error in (wait.result() for wait in waits) if error is not None]
 
 
 def ran_out_of_memory(error: BaseException, device: str) -> bool:
-    """Whether a rank's call failed for want of memory that a smaller micro-batch gives back.
+    """Return whether a rank ran out of memory in a way that a smaller micro-batch can fix.
 
-    Its own, or on a CPU its node's, where Ray ended it. Where it trains on a GPU, the node's memory is another one.
+    Either its own allocation failed or, on a CPU, Ray ended it because the node ran out. On a GPU a smaller micro-batch does
+    not relieve the node's memory.
     """
     kinds = (RankOutOfMemoryError, EvictedError) if device == "cpu" else (RankOutOfMemoryError,)
     return isinstance(getattr(error, "cause", None) or error, kinds)
@@ -311,5 +331,5 @@ def _first_line(error: BaseException) -> str:
 
 
 def why_no_start(error: BaseException) -> str:
-    """What stopped a gang's start; a timeout says nothing itself."""
+    """Return why a gang did not start; a timeout has no message of its own."""
     return f"no place within {START_TIMEOUT_S:g} s" if isinstance(error, TimeoutError) else str(error) or repr(error)

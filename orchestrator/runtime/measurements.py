@@ -1,4 +1,4 @@
-"""What a run measures before its search: block scores, compiled blocks, domain shift; each once in the run's life."""
+"""Measurements before a run's search: block scores, compiled blocks, domain shift; each once in the life of the run."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ Finding = TypeVar("Finding", LayerScores, CompileChoice, DomainShift)
 
 @dataclass(frozen=True)
 class Event:
-    """What is reported of a finding, once in the run's life."""
+    """The event that reports a finding, once in the life of the run."""
 
     kind: str
     message: str
     fields: dict[str, Any]
     shown: bool = True
-    """Whether a person who watches sees it; the run's record has it in any case."""
+    """True if the view shows it; the run's record has it in any case."""
 
 
 class Step(ABC, Generic[Finding]):
@@ -58,7 +58,7 @@ class Step(ABC, Generic[Finding]):
     @property
     @abstractmethod
     def file(self) -> Path:
-        """The file of the finding."""
+        """Return the file of the finding."""
 
     @abstractmethod
     def known(self) -> Finding | None:
@@ -80,7 +80,7 @@ class Step(ABC, Generic[Finding]):
         """Return what follows from the measurement.
 
         Raises:
-            TrainingError: it failed, and the run cannot go on without.
+            TrainingError: it failed, and the run cannot continue without it.
         """
 
     @abstractmethod
@@ -95,7 +95,7 @@ def measure_once(step: Step[Finding], view: RunView, measure: Measure) -> Prepar
     """Return the run with one more thing known: from disk, else from the plan, else measured; recorded and planned with.
 
     Raises:
-        TrainingError: the measurement failed, and the run cannot go on without.
+        TrainingError: the measurement failed, and the run cannot continue without it.
     """
     prepared = step.prepared
     known = step.known()
@@ -149,7 +149,8 @@ def scored_alone(prepared: Prepared, view: RunView) -> Prepared:
     resources = rank_resources(execution)
 
     def score(work: Measurement) -> MeasurementResult:
-        remote: Any = ray.remote(max_calls=1)(run_with_heartbeats)  # the base is gone when it ends
+        # One call per process: Ray would keep an idle worker for later tasks, and with it the base in memory.
+        remote: Any = ray.remote(max_calls=1)(run_with_heartbeats)
         task = remote.options(
             num_cpus=resources["CPU"],
             num_gpus=resources.get("GPU", 0),
@@ -226,7 +227,7 @@ class BlockScores(Step[LayerScores]):
 
 
 def _sentence(found: LayerScores, plan: RunPlan) -> str:
-    """`4 micro-batches of 60 documents, 1810 tokens, in 0.3 s: 2.1% of ... operations; top:0.5 is blocks 2, 3`."""
+    """Return `4 micro-batches of 60 documents, 1810 tokens, in 0.3 s: 2.1% of ... operations; top:0.5 is blocks 2, 3`."""
     batches = "1 micro-batch" if found.num_batches == 1 else f"{found.num_batches} micro-batches"
     said = (
         f"{batches} of {found.num_documents} documents, {found.num_tokens} tokens, in "
@@ -238,7 +239,7 @@ def _sentence(found: LayerScores, plan: RunPlan) -> str:
 
 
 class CompiledBlocks(Step[CompileChoice]):
-    """Whether the run's trials train with compiled blocks: all of them do, or none."""
+    """Measures whether the run's trials train with compiled blocks: all of them do, or none."""
 
     @property
     def file(self) -> Path:
@@ -300,8 +301,11 @@ class CompiledBlocks(Step[CompileChoice]):
 
 
 class TargetShift(Step[DomainShift]):
-    """How far the target lies from the retention set, which orders the first proposals. Without a retention set nothing is
-    measured: few examples order them all the same, and more change nothing."""
+    """Measures the distance between the target and the retention set, which orders the first proposals.
+
+    Without a retention set there is no measurement: a small number of examples still orders the proposals, a larger one changes
+    nothing.
+    """
 
     @property
     def file(self) -> Path:

@@ -15,11 +15,10 @@ from orchestrator.runtime.ray_health import guarded
 from orchestrator.runtime.run_progress import ProgressReporter
 from orchestrator.store import read_record
 from orchestrator.transfer.promotion import PROMOTABLE_CONTROLS
-from orchestrator.transfer.records import SweepResult
+from orchestrator.transfer.records import BY_THE_RULE, SweepResult
 from orchestrator.transfer.run_view import RunView
 from orchestrator.transfer.trial_lookup import find_trial
 
-BY_THE_RULE = "; by the rule: "
 _NOT_BY_THE_RULE = "it is measured only for a trial promoted by the rule"
 
 
@@ -59,13 +58,13 @@ def promoted_by_hand(sweep: SweepResult, trial_id: str) -> SweepResult:
     Raises:
         UsageError: the trial is not in the summary yet.
     """
-    rule = sweep.promotion_reason.partition(BY_THE_RULE)[2] if sweep.promoted_by_hand else sweep.promotion_reason
+    rule = sweep.rule_reason if sweep.promoted_by_hand else sweep.promotion_reason
     label = next((trial.label for trial in sweep.trials if trial.trial_id == trial_id), None)
     if label is None:
         remedy = "submit the spec again: the search then finishes"
         raise UsageError(f"trial {trial_id} was added after the search results were last written", remedy=remedy)
     reason = f"promoted by hand: {label}{BY_THE_RULE}{rule}"
-    update = {"winner_id": trial_id, "promoted_by_hand": True, "promotion_reason": reason}
+    update = {"winner_id": trial_id, "promoted_by_hand": True, "promotion_reason": reason, "rule_reason": rule}
     if sweep.learning_curve is not None or sweep.no_learning_curve:
         curve = sweep.learning_curve
         of = f"it was measured for {curve.trial_id}, before another was promoted by hand" if curve else _NOT_BY_THE_RULE

@@ -1,8 +1,9 @@
-"""From a spec to a plan: everything that is decided before anything runs."""
+"""Prepare a run from its spec: everything that is decided before anything runs. A dry run ends there and writes nothing."""
 
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +16,19 @@ from orchestrator.data import DataSummary, data_size, prepare_data
 from orchestrator.errors import IntegrityError, RunConflictError, UsageError
 from orchestrator.plan import make_plan, work_context
 from orchestrator.plan import schedule as steps
+from orchestrator.plan.defaults import with_section
 from orchestrator.plan.measurements import standing_choice, with_choice
 from orchestrator.plan.schedule import StepSize
 from orchestrator.plan.values import ClusterDescription, FinetunePlan, RunPlan, SweepPlan
-from orchestrator.run.directory import WRITABLE, RunDirectory, output_root
+from orchestrator.run.directory import WRITABLE, RunDirectory, is_same_run, output_root, require_same_base
 from orchestrator.run.layout import RunFolder
+from orchestrator.run.records import read_outcome
 from orchestrator.run.scoring import Scoring, scoring_of
 from orchestrator.runtime.cluster import require_base_everywhere
 from orchestrator.runtime.recovery import repair_run
 from orchestrator.spec import JobSpec, LoadedSpec, spec_sha256
 from orchestrator.store import base_identity, file_identity, output_to, read_record, write_json
-from orchestrator.store.files import RECORD_REMEDY
+from orchestrator.store.files import RECORD_REMEDY, Record
 from orchestrator.train.evaluation import text_metric
 from orchestrator.transfer.run_view import RunView
 from orchestrator.work.assignment import WorkContext
@@ -47,13 +50,13 @@ class Prepared:
 
     @property
     def sweep_plan(self) -> SweepPlan:
-        """The plan of a sweep."""
+        """Return the plan of a sweep."""
         assert isinstance(self.plan, SweepPlan)
         return self.plan
 
     @property
     def finetune_plan(self) -> FinetunePlan:
-        """The plan of the one-trial job."""
+        """Return the plan of the one-trial job."""
         assert isinstance(self.plan, FinetunePlan)
         return self.plan
 
@@ -141,7 +144,8 @@ def prepare(
     _report(run, view, [("warning" if notice.level == "warning" else "data", notice.line) for notice in data.told])
     view.phase("plan", "connecting to Ray")
     machines = cluster()
-    # Weights, and the JSON files of the model and its tokenizer: what a gang reads.
+    # Before planning, so that a node with another or no base is reported at once and not by a gang that fails. A gang reads
+    # the weights, and the JSON files of the model and its tokenizer.
     files = [*sorted(path.name for path in base.glob("*.json")), *anatomy.weight_files]
     require_base_everywhere(base, {name: file_identity(base / name) for name in files})
     plan = plan_of_data(loaded, anatomy, Tokenised(data, run.data), machines, job, known)
@@ -273,3 +277,67 @@ def _recorded_spec(run: RunDirectory) -> JobSpec:
     except ValidationError as error:
         what = f"no spec: {error.errors()[0]['msg']}"
         raise IntegrityError(what, where=str(run.identity_file), remedy=RECORD_REMEDY) from None
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """The state from which a submission would start."""
+
+    plan: RunPlan
+    data: DataSummary
+    run_folder: Path
+    would: str
+    """`start a new run`, `continue an interrupted run`, ..."""
+
+
+def rehearse(loaded: LoadedSpec, job: Job, *, output: Path | None = None, cluster: Callable[[], ClusterDescription]) -> Rehearsal:
+    """Check everything that a job checks before it starts: spec, output, base, data, plan. The data is tokenised in a temporary
+    folder.
+
+    Args:
+        cluster: Describes the cluster on which it would run; called once the input has been checked.
+
+    Raises:
+        SpecError, BaseError, SelectionError, DataError, UsageError: the input cannot be used.
+        RunConflictError: the run's folder holds another run, or trained another base or other data.
+        PlanError: it does not fit.
+    """
+    loaded = with_section(loaded, job)
+    if job == "sweep":
+        require_metric(loaded)
+    sha256 = spec_sha256(loaded.spec, job)
+    run_folder = output_root(loaded, output).path / loaded.spec.name
+    known = is_same_run(run_folder, loaded, sha256)
+    anatomy = read_anatomy(resolve_base(loaded.spec.base.model, loaded.folder), need_weights=True)
+    if known:
+        require_same_base(run_folder, base_identity(Path(anatomy.folder), anatomy.weight_files))
+    run = RunFolder(run_folder)
+    planned = _read(run.plan, RunPlan) if known else None
+    with tempfile.TemporaryDirectory(prefix="orchestrator-data-") as folder:
+        data = prepare_data(loaded, Path(anatomy.folder), Path(folder))
+        before = _read(run.data_summary, DataSummary) if planned is not None else None
+        if before is not None and _hashes(before) != _hashes(data):
+            what = "the data has changed since this run began"
+            raise RunConflictError(what, where=str(run_folder), remedy="put it back, or choose another `name`")
+        plan = plan_of_data(loaded, anatomy, Tokenised(data, Path(folder)), cluster(), job, KnownRun(planned))
+    return Rehearsal(plan, data, run_folder, _would(run_folder, known))
+
+
+def _hashes(data: DataSummary) -> dict[str, str]:
+    return {name: part.sha256 for name, part in data.splits.items()}
+
+
+def _read(path: Path, kind: type[Record]) -> Record | None:
+    """Return a record of the run; None if it is missing or damaged (a submission would set a damaged one aside)."""
+    try:
+        return read_record(path, kind)
+    except (FileNotFoundError, IntegrityError):
+        return None
+
+
+def _would(run_folder: Path, known: bool) -> str:
+    if not known:
+        return "start a new run"
+    if read_outcome(run_folder) is None:
+        return "continue an interrupted run"
+    return "open a finished run: show its result, or add the missing trials"

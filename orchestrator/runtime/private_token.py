@@ -13,7 +13,8 @@ import sys
 def set_private_token() -> None:
     """Make a private Ray require a token that only this process and its workers know.
 
-    Without one, Ray's ports execute anybody's code. Nothing changes if RAY_ADDRESS names a cluster, if RAY_AUTH_MODE is
+    Without one, Ray's ports execute the code of anyone who can reach
+    them. Nothing changes if RAY_ADDRESS names a cluster, if RAY_AUTH_MODE is
     set, or if Ray was imported already: the processes that it starts would require a token that it does not send.
     """
     if "RAY_ADDRESS" in os.environ or "RAY_AUTH_MODE" in os.environ or "ray" in sys.modules:

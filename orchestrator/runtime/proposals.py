@@ -1,7 +1,7 @@
-"""What to try next: proposal n is a pure function of the plan, the seed, n, and the results known so far.
+"""Propose the next trial: proposal n is a pure function of the plan, the seed, n, and the results known so far.
 
-So a sweep that was stopped proposes the same trials again when the same results are known, and a trial that
-stands in the record is never drawn twice. Tune asks through `RecordedSearch` in search.py.
+So a resumed sweep proposes the same trials again when the same results are known, and a recorded trial is never drawn
+twice. Tune asks through `RecordedSearch` in search.py.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class Known:
 
 
 def propose(search: SearchPlan, seed: int, number: int, known: Sequence[Known], pending: Sequence[Proposal] = ()) -> Proposal:
-    """The proposal of this number.
+    """Return the proposal of this number.
 
-    `fixed` takes the spec's points in their order. `grid` walks log-spaced rates of every option. `random` draws an option
+    `fixed` takes the spec's points in order. `grid` walks log-spaced rates of every option. `random` draws an option
     and a log-uniform rate. `optuna` first visits every option once, those with the highest scores first where the blocks
-    were scored, with rates spread evenly over its range (so that no layer policy is left untried by chance), then asks
-    Optuna's TPE sampler (Bergstra et al. 2011) with all that is known. What is `pending`, proposed without a score yet,
-    counts as bad there ("constant liar"): proposals made at one time keep away from each other.
+    were scored, with rates spread evenly over its range (so that no layer policy is left untried by chance), then asks Optuna's
+    TPE sampler (Bergstra et al. 2011) with all known results. A `pending` proposal, which has no score yet, counts as bad there
+    ("constant liar"), so that simultaneous proposals differ.
     """
     if search.algorithm == "fixed":
         point = search.points[number]
@@ -59,7 +59,8 @@ def propose(search: SearchPlan, seed: int, number: int, known: Sequence[Known], 
 
 
 def num_initial(search: SearchPlan) -> int:
-    """How many proposals cover the space before the sampler learns: every option once, at most half of the trials."""
+    """Return the number of proposals that cover the space before the sampler is used: every option once, at most half of the
+    trials."""
     return min(max(len(search.options), 4), math.ceil(search.num_trials / 2))
 
 
@@ -69,7 +70,7 @@ def _uniform(seed: int, number: int, purpose: str) -> float:
 
 
 def _between(option: TrialOption, share: float) -> float:
-    """The rate at `share` of the way from low to high, on a log scale."""
+    """Return the rate at `share` of the way from low to high, on a log scale."""
     low, high = math.log(option.learning_rate_low), math.log(option.learning_rate_high)
     return math.exp(low + share * (high - low))
 
@@ -90,13 +91,13 @@ def _initial(search: SearchPlan, seed: int, number: int) -> Proposal:
 
 
 def _order(search: SearchPlan, seed: int) -> list[int]:
-    """Every option once: those first that the domain shift advises, of these those first whose blocks hold the largest share
-    of the summed scores; equals in a seeded order.
+    """Return every option once: first those that the domain shift advises, among these first those whose blocks have the
+    largest share of the summed scores; ties in a seeded order.
 
-    So a choice of blocks stands before its parts, and what trains no block comes last. Without scores all are equals. Where
-    the target lies near, more blocks come before fewer; where it lies far or examples are few, what leaves the most blocks frozen
-    below comes first, the head before any block, and of these fewer blocks before more; of equals LoRA before full where
-    examples are few, since it has fewer numbers to learn.
+    So a choice of blocks comes before its subsets, and an option that trains no block comes last. Without scores all are equal.
+    If the target lies near, more blocks come before fewer. If it lies far or examples are few, the option with the most frozen
+    blocks below comes first (the head before any block), and among these fewer blocks before more. Ties go to LoRA before full
+    fine-tuning if examples are few, since it trains fewer parameters.
     """
     shares = search.shares or (0.0,) * len(search.options)
 
@@ -145,7 +146,7 @@ def _tpe(search: SearchPlan, seed: int, number: int, known: Sequence[Known], pen
 
 
 def _as_optuna(search: SearchPlan, proposal: Proposal, score: float | None):
-    """A finished trial; one that still runs where there is no score."""
+    """Return a finished Optuna trial, or a running one if there is no score."""
     import optuna
 
     option = search.options[proposal.option]

@@ -1,4 +1,4 @@
-"""Looking after Ray itself while a run goes on.
+"""A guard of Ray's own processes during a run.
 
 Where a part of Ray dies that the driver hangs on, Ray ends the driver without a word of ours, or leaves it waiting. So a
 thread looks whether the node manager (raylet) and the control store (GCS) answer, says what is gone and ends the run before
@@ -21,16 +21,15 @@ import ray
 from orchestrator.errors import TrainingError
 from orchestrator.run.layout import RunFolder
 from orchestrator.runtime.failures import GO_ON
-from orchestrator.runtime.hang_detection import POLL_S, HangTimeouts
-from orchestrator.runtime.processes import stat_of
+from orchestrator.runtime.hang_detection import POLL_S, HangTimeouts, stat_of
 from orchestrator.store import append_jsonl, unreachable
 
 RAYLET_S = 3.0
-"""How long the node's own raylet may be away: without it Ray ends the driver soon."""
+"""Seconds that the node's own raylet may be unreachable: without it Ray soon ends the driver itself, without our message."""
 GCS_S = 40.0
-"""How long the control store may be away: it may be started again, and after 60 s Ray ends the driver."""
+"""Seconds that the control store may be unreachable: it may be restarted, and after 60 s Ray ends the driver itself."""
 SILENT_S = 45.0
-"""How long either may be slow to answer."""
+"""Seconds that either may be slow to answer."""
 ANSWER_S = 8.0
 MISSED_S = 4 * ANSWER_S
 MACHINERY = 4
@@ -38,11 +37,11 @@ MACHINERY = 4
 
 
 class Guard:
-    """A thread of the driver.
+    """A thread of the driver that checks Ray's node manager and control store.
 
     Args:
-        run_folder: Named in what is said.
-        timeouts: How long a process may be stopped.
+        run_folder: Named in the message.
+        timeouts: Limits on how long a process may be stopped.
     """
 
     def __init__(self, run_folder: Path, timeouts: HangTimeouts) -> None:
@@ -89,16 +88,16 @@ class Guard:
                     self._give_up(f"{name} is gone: {problem.reason}")
 
     def _end_stopped(self, found: set[tuple[int, int]]) -> None:
-        """Whoever waits for such a process hears then that it is gone, and starts it again or ends.
+        """End Ray's processes that are stopped: the caller that waits for one then gets an error and restarts it, or fails.
 
-        Where this process was stopped itself, the others may be on their way to go on.
+        After a pause of this process itself nothing is ended: the others may be about to continue.
         """
         now, before = time.monotonic(), self._looked_at
         self._looked_at = now
         stopped = {one for one in found if stat_of(one[0])[0] == "T"} if now - before < MISSED_S else set()
         self._stopped_since = {one: self._stopped_since.get(one, now) for one in stopped}
         for (pid, _), since in self._stopped_since.items():
-            if now - since > 2 * self._timeouts.silent_s:  # a gang's are seen first by those who look after it
+            if now - since > 2 * self._timeouts.silent_s:  # twice: a gang detects its own hung processes first
                 self._record("hung", f"process {pid} is stopped; it is ended")
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
@@ -108,24 +107,27 @@ class Guard:
             append_jsonl(RunFolder(self._folder).events, {"time": time.time(), "kind": kind, "message": message})
 
     def _give_up(self, what: str) -> None:
-        """End this process with what it has started, before Ray does that: nothing that Ray is asked for would end."""
+        """End this process and those it has started, before Ray does: no call to Ray would return any more."""
         error = TrainingError(what, where=str(self._folder), remedy=GO_ON)
         self._record("ray_died", what)
+        # By pid and start time: a pid alone may name another process by now.
         for pid, started_at in self._known:
             if stat_of(pid)[1] == started_at:
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
-        with contextlib.suppress(OSError, ValueError):  # nobody may read it any more
+        with contextlib.suppress(OSError, ValueError):  # the reader may be gone
             sys.stdout.flush()
+        # A progress display hides the cursor, and nothing will run that shows it again.
         show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
         with contextlib.suppress(OSError):
             os.write(2, f"{show_cursor}\nerror: {error}\n".encode())
+        # `sys.exit` would end this thread only, and Ray's exit handlers would wait for the parts that are gone.
         os._exit(MACHINERY)
 
 
 @contextlib.contextmanager
 def guarded(run_folder: Path) -> Iterator[None]:
-    """Look after Ray while the block runs."""
+    """Guard against the loss of Ray while the block runs."""
     guard = Guard(run_folder, HangTimeouts.from_environment())
     guard.start()
     try:
@@ -135,7 +137,8 @@ def guarded(run_folder: Path) -> Iterator[None]:
 
 
 def rays_processes(pid: int) -> set[tuple[int, int]]:
-    """(pid, start time) of Ray's processes that a process has started, and of what these have; other children are its own."""
+    """Return (pid, start time) of Ray's processes that a process has started, with their descendants; other children are not
+    Ray's."""
     found: set[tuple[int, int]] = set()
     for child in descendants(pid):
         if child not in found and _is_rays(child[0]):
@@ -152,7 +155,7 @@ def _is_rays(pid: int) -> bool:
 
 
 def descendants(pid: int) -> set[tuple[int, int]]:
-    """(pid, start time) of every process that a process has started, and of those that these have."""
+    """Return (pid, start time) of all descendants of a process."""
     parents: dict[int, int] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, IndexError, ValueError):

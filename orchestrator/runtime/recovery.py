@@ -1,7 +1,7 @@
-"""Before a run continues, its damaged records and checkpoints are set aside, each with an event.
+"""Set aside the damaged records and checkpoints of a run before it continues, each with an event.
 
-A damaged file is renamed to `<name>.damaged-<n>`. What depended on it is done again: a rung is trained from the last whole one
-before it, a figure is measured again, the plan is made again.
+A damaged file is renamed to `<name>.damaged-<n>`. Whatever depended on it is repeated: a rung is trained from the last complete
+one before it, a figure is measured again, the plan is made again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from orchestrator.transfer.records import SweepResult, TransferReport
 from orchestrator.transfer.run_view import RunView
 from orchestrator.work.assignment import contradiction, ownership
 from orchestrator.work.measurements import CompileChoice, DomainShift, LayerScores
-from orchestrator.work.memory_ladder import STEPPED_DOWN, SteppedDown
+from orchestrator.work.memory_ladder import REDUCED_WORK, ReducedWork
 from orchestrator.work.results import RungResult
 from orchestrator.work.trial import TrialSpec
 
@@ -70,7 +70,7 @@ class _Repair:
             (run.hours, _as(HoursRecord), "the hours are recomputed from the trials' results"),
             (run.refit / OWNER, _owner, "the refit continues from checkpoints of its own trial"),
             (run.refit / RESULT, _as(RungResult), "the refit continues from its newest complete checkpoint"),
-            (run.refit / STEPPED_DOWN, _as(SteppedDown), "the refit is retried as planned"),
+            (run.refit / REDUCED_WORK, _as(ReducedWork), "the refit is retried as planned"),
         ):
             self._check(path, read, remedy)
 
@@ -85,7 +85,7 @@ class _Repair:
             return
         trial = read_record(head, TrialHead).trial
         self._check(folder / RESULT, _as(RungResult), "it continues from its newest complete checkpoint")
-        self._check(folder / STEPPED_DOWN, _as(SteppedDown), "it is retried as planned")
+        self._check(folder / REDUCED_WORK, _as(ReducedWork), "it is retried as planned")
         self._check(folder / END, _as(TrialEnd), "the trial's end state is recomputed")
         rungs = rung_files(folder)
         for rung, file in enumerate(rungs):
@@ -95,6 +95,7 @@ class _Repair:
                 result = read_record(file, RungResult)
                 self._count(trial, result)
                 lost = self._check_checkpoint(folder, trial, result, plan) if with_checkpoints else False
+            # Later rungs were trained from the damaged one.
             if lost:
                 for later in (*rungs[rung:], folder / END):
                     self._put_away(later)
@@ -120,6 +121,7 @@ class _Repair:
 
     def restore_hours(self) -> None:
         if _was_set_aside(self._run.hours) and not self._run.hours.exists():
+            # The larger of two lower bounds: the bound on GPU-hours must not be exceeded because a record was lost.
             used = max(self._hours, self._seconds / 3600)
             write_json(self._run.hours, HoursRecord(used=used))
 

@@ -37,13 +37,15 @@ from orchestrator.transfer.records import RefitRecord
 from orchestrator.transfer.run_view import RunView
 from orchestrator.work.assignment import EvaluateBase, TrainRung, owner_of
 from orchestrator.work.execution import BaseLoad, ExecutionPlan
-from orchestrator.work.memory_ladder import STEPPED_DOWN, SteppedDown, fits_in_no_way, nothing_smaller, relieve, with_relief
+from orchestrator.work.failure import Failure
+from orchestrator.work.memory_ladder import REDUCED_WORK, MemoryLadder, ReducedWork, no_larger_than
 from orchestrator.work.results import RungResult
 from orchestrator.work.trial import TrialSpec
 
 RefitWork = TrainRung | EvaluateBase
 """What a worker group does: the one-trial job's evaluates the base first."""
 REFIT_WORK: TypeAdapter[RefitWork] = TypeAdapter(Annotated[RefitWork, Field(discriminator="kind")])
+LADDER = MemoryLadder(replaced="worker group")
 MAX_RESTARTS = 3
 MAX_FRUITLESS_STARTS = 10
 """How often a worker group is asked for where there is no place for it; each time Ray Train waits for a minute."""
@@ -65,18 +67,18 @@ def refit(
     Raises:
         TrainingError: the worker group failed more than MAX_RESTARTS times, and not for want of memory.
     """
-    for assignment in assignments:  # what fitted in no way is tried again by another submission
-        known = _stepped_down(assignment)
-        if known is not None and known.execution is None:
-            _stepped_down_file(assignment).unlink()
+    for assignment in assignments:  # what failed by running out of memory is tried again by another submission
+        known = _reduced_work(assignment)
+        if known is not None and known.failure is not None:
+            _reduced_work_file(assignment).unlink()
     while True:
-        before = [_stepped_down(assignment) for assignment in assignments]
+        before = [_reduced_work(assignment) for assignment in assignments]
         # Ray writes its snapshot of a run in place; one that a killed driver left torn makes the folder unusable.
         shutil.rmtree(folder, ignore_errors=True)
         try:
             _trainer(base, anatomy, assignments, folder, watchdog.board).fit()
         except Exception as error:
-            if [_stepped_down(assignment) for assignment in assignments] != before:
+            if [_reduced_work(assignment) for assignment in assignments] != before:
                 continue  # smaller than before, so that this comes to an end
             raise TrainingError(
                 f"the training on all ranks failed, after {MAX_RESTARTS} restarts at most: {_why(error, watchdog)}",
@@ -158,53 +160,53 @@ def _run(host: TrainHost, assignment: RefitWork) -> RungResult:
         RankOutOfMemoryError: memory ran out on this rank alone; how the next worker group goes on is written down.
     """
     ranks, folder = host.ranks, Path(assignment.folder)
-    found = (find_own(folder, owner_of(assignment)), _stepped_down(assignment)) if ranks.first else None
+    found = (find_own(folder, owner_of(assignment)), _reduced_work(assignment)) if ranks.first else None
     (newest, told), known = ranks.broadcast(found)
     notes = (*(known.notes if known is not None else ()), *told)
-    if known is not None and known.execution is None:
-        return assignment.failed(known.reason).model_copy(update={"notes": notes})
-    execution = with_relief(assignment.execution, known.execution if known is not None else None)
+    if known is not None and known.failure is not None:
+        return assignment.failed(known.failure).model_copy(update={"notes": notes})
+    execution = no_larger_than(assignment.execution, known.execution if known is not None else None)
     update: dict[str, Any] = {"execution": execution}
     start: Path | None = None
     if isinstance(assignment, TrainRung):
         start = newest or (Path(assignment.start) if assignment.start else None)
         update["start"] = str(start) if start else None
-    now = SteppedDown(execution=execution, notes=notes, reason="")
+    now = ReducedWork(execution=execution, notes=notes)
 
-    def on_relief(smaller: ExecutionPlan, note: str) -> None:
+    def on_reduced(smaller: ExecutionPlan, note: str) -> None:
         nonlocal now
-        now = SteppedDown(execution=smaller, notes=(*now.notes, note), reason=note)
+        now = ReducedWork(execution=smaller, notes=(*now.notes, note), reason=note)
         if ranks.first:  # in this order: a group killed in between begins as it was planned, and comes here again
             drop_later_checkpoints(folder, start)
-            write_json(_stepped_down_file(assignment), now)
+            write_json(_reduced_work_file(assignment), now)
 
     try:
-        result = host.run_trial(assignment.model_copy(update=update), on_relief=on_relief)
+        result = host.run_trial(assignment.model_copy(update=update), on_reduced=on_reduced)
     except RankOutOfMemoryError as error:
         assert now.execution is not None
-        write_json(_stepped_down_file(assignment), _step_down(now.execution, now.notes, error))
+        write_json(_reduced_work_file(assignment), _step_down(now.execution, now.notes, error))
         raise
-    if ranks.first and fits_in_no_way(result):
-        _stepped_down_file(assignment).unlink(missing_ok=True)  # another submission tries it as it is planned
-    relieved = result.relieved or (execution if execution != assignment.execution else None)
-    return result.model_copy(update={"notes": (*notes, *result.notes), "relieved": relieved})
+    if ranks.first and result.failed_for_memory:
+        _reduced_work_file(assignment).unlink(missing_ok=True)  # another submission tries it as it is planned
+    reduced = result.reduced_execution or (execution if execution != assignment.execution else None)
+    return result.model_copy(update={"notes": (*notes, *result.notes), "reduced_execution": reduced})
 
 
-def _step_down(execution: ExecutionPlan, notes: tuple[str, ...], error: RankOutOfMemoryError) -> SteppedDown:
-    relief = relieve(execution)
-    if relief is None:
-        return SteppedDown(execution=None, notes=notes, reason=str(nothing_smaller(error.what, execution)))
-    note = f"out of memory: the worker group was replaced and the trial {relief.sentence}"
-    return SteppedDown(execution=relief.execution, notes=(*notes, note), reason=error.what)
+def _step_down(execution: ExecutionPlan, notes: tuple[str, ...], error: RankOutOfMemoryError) -> ReducedWork:
+    """Return how the next worker group continues after this one ran out of memory."""
+    smaller = LADDER.step(execution, error.what)
+    if isinstance(smaller, Failure):
+        return ReducedWork(execution=None, notes=notes, reason=str(smaller), failure=smaller)
+    return ReducedWork(execution=smaller.execution, notes=(*notes, smaller.note), reason=error.what)
 
 
-def _stepped_down(assignment: RefitWork) -> SteppedDown | None:
-    file = _stepped_down_file(assignment)
-    return read_record(file, SteppedDown) if file.exists() else None
+def _reduced_work(assignment: RefitWork) -> ReducedWork | None:
+    file = _reduced_work_file(assignment)
+    return read_record(file, ReducedWork) if file.exists() else None
 
 
-def _stepped_down_file(assignment: RefitWork) -> Path:
-    return Path(assignment.folder) / STEPPED_DOWN
+def _reduced_work_file(assignment: RefitWork) -> Path:
+    return Path(assignment.folder) / REDUCED_WORK
 
 
 def _note_start(folder: Path, pid: int) -> None:
@@ -244,7 +246,7 @@ def full_budget(prepared: Prepared, entry: TrialEntry, base: RungResult | None, 
         best = f"the promoted trial was best on the eval set after {judged.step} of {trial.total_steps} steps"
         reason = best if judged.step < trial.total_steps else "the promoted trial had the full budget"
         return judged, RefitRecord(ran=False, reason=reason, to_step=judged.step)
-    assignment = refit_assignment(prepared, trial, selection_of(prepared, entry), last.relieved)
+    assignment = refit_assignment(prepared, trial, selection_of(prepared, entry), last.reduced_execution)
     left_out = _why_left_out(prepared, entry, base, assignment)
     if left_out:
         view.event("refit_left_out", left_out, trial_id=trial.trial_id)
@@ -308,12 +310,12 @@ def why_passed_over(refitted: RungResult, rung: RungResult, base: RungResult | N
 
 
 def refit_assignment(
-    prepared: Prepared, trial: TrialSpec, selection: LayerSelection, relieved: ExecutionPlan | None = None
+    prepared: Prepared, trial: TrialSpec, selection: LayerSelection, reduced: ExecutionPlan | None = None
 ) -> TrainRung:
     """The whole training of a trial, in refit/, with checkpoints in between.
 
     Args:
-        relieved: What the search had to train it by, where memory ran out there.
+        reduced: How the search trained it, where memory ran out there.
     """
     execution = prepared.plan.refit_execution
     return train_rung(
@@ -321,7 +323,7 @@ def refit_assignment(
         prepared.work_context(execution),
         trial,
         selection,
-        execution=with_relief(execution, relieved),
+        execution=no_larger_than(execution, reduced),
         folder=str(prepared.run.refit),
         stop_step=trial.total_steps,
         keep_optimizer=False,
@@ -352,7 +354,7 @@ def run_refit(prepared: Prepared, assignments: list[RefitWork]) -> list[RungResu
             f"trial {failed.trial_id} failed: {failed.reason}",
             where=str(prepared.run.refit),
             remedy=""
-            if fits_in_no_way(failed)  # its reason says what would make room
+            if failed.failed_for_memory  # its reason says what would make room
             else "a lower learning rate usually helps; submit under another `name`",
         )
     return results

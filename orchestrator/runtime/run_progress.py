@@ -1,4 +1,4 @@
-"""The heartbeat of a run: what is awaited is shown every second or so, so that no phase is silent."""
+"""The progress of a run: what it waits for is shown every second or so, so that no phase is silent."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ from orchestrator.transfer.run_view import Activity, Progress, RunView
 logger = logging.getLogger(__name__)
 INTERVAL_S = 1.0
 WRITE_S = 2.0
-"""How often progress.json is written."""
+"""Seconds between two writes of progress.json."""
 
 Look = Callable[[], tuple[Activity, ...]]
 
 
 class ProgressReporter:
-    """A `RunView` that passes on to another one, and tells it from a thread of its own what the run is waiting for.
+    """A `RunView` that forwards to another one and reports to it, from its own thread, what the run is waiting for.
 
-    Whatever is told goes through one lock: the view below is never called by two threads at once.
+    All calls go through one lock: the view below is never called by two threads at once.
 
     Args:
-        view: Whoever watches.
-        folder: The run's, in which progress.json is kept for `report --follow`; None for a run that has ended already.
-        interval_s: Seconds between two beats.
+        view: The view that is shown.
+        folder: The run's folder, which gets progress.json for `report --follow`; None for a run that has already ended.
+        interval_s: Seconds between two reports.
     """
 
     def __init__(self, view: RunView, folder: Path | None, *, interval_s: float = INTERVAL_S) -> None:
         self._view, self._folder, self._interval_s = view, folder, interval_s
         self._lock = threading.RLock()
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._poll, name="progress", daemon=True)
+        self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
         self._look: Look = self._look_on_disk
         self._phase, self._detail, self._last_event = "starting", "", ""
         self._began = self._phase_began = time.monotonic()
@@ -65,7 +65,7 @@ class ProgressReporter:
         with self._lock:
             self._view.close()
 
-    # -- what the run tells ------------------------------------------------------------------------------------------
+    # -- calls of the run ------------------------------------------------------------------------------------------
 
     def start(self, *, name: str, metric: str, higher_is_better: bool, max_forgetting: float, num_trials: int) -> None:
         with self._lock:
@@ -100,9 +100,9 @@ class ProgressReporter:
             self._view.event(kind, message, **fields)
 
     def close(self) -> None:
-        """Nothing: it is closed when its block ends."""
+        """Do nothing: the reporter is closed when its block ends."""
 
-    # -- what is awaited ---------------------------------------------------------------------------------------------
+    # -- what the run is waiting for ---------------------------------------------------------------------------------------------
 
     @contextmanager
     def watching(self, look: Look) -> Iterator[None]:
@@ -114,7 +114,7 @@ class ProgressReporter:
             self._look = self._look_on_disk
 
     def now(self) -> Progress:
-        """What is awaited at this moment."""
+        """Return what the run is waiting for now."""
         with self._lock:
             phase, detail, began, end = self._phase, self._detail, self._phase_began, self._expected_end
         activities = self._look()
@@ -139,12 +139,13 @@ class ProgressReporter:
         while not self._over.wait(self._interval_s):
             try:
                 now = self.now()
-            except Exception:  # a look that fails is no trouble of the run; the next one may do
+            except Exception:  # progress is a courtesy: it must not fail the run, and the next poll may succeed
                 logger.debug("the current wait is unknown", exc_info=True)
                 continue
             if time.monotonic() - self._written >= WRITE_S:
                 self._write(now)
             with self._lock:
+                # Asking took a moment: what belongs to a phase that has ended meanwhile is not shown.
                 if not self._over.is_set() and now.phase == self._phase:
                     self._view.progress(now)
 
@@ -152,17 +153,17 @@ class ProgressReporter:
         if self._folder is None:
             return
         self._written = time.monotonic()
-        with contextlib.suppress(OSError):  # a full disk: the run itself hears of that where it matters
+        with contextlib.suppress(OSError):  # a full disk: the run's own writes report it
             write_json(self._folder / PROGRESS, now)
 
 
 POLL_S = 0.3
 LOOK_S = 5.0
-"""How long the exchange may take to say what its gangs are doing: it is shown without that then."""
+"""Seconds that the exchange may take to describe its gangs; progress is shown without them after that."""
 
 
 class Watcher:
-    """Polls the exchange's news from a thread of its own until closed; nothing is told twice."""
+    """Polls the exchange's events from its own thread until closed; no event is reported twice."""
 
     def __init__(self, exchange: Any, view: RunView, run: RunDirectory) -> None:
         self._exchange = exchange
@@ -181,7 +182,7 @@ class Watcher:
         self._thread.join()
 
     def look(self) -> tuple[Activity, ...]:
-        """What each gang is doing, trials with the step that they have reached. Nothing where the exchange does not answer."""
+        """Return what each gang is doing, trials with the step reached; empty if the exchange does not answer."""
         try:
             found = fetch(self._exchange.activities.remote(), LOOK_S)
         except RayError:
@@ -197,11 +198,11 @@ class Watcher:
         try:
             news = fetch(self._exchange.news.remote(self._seen), 30)
         except RayError:
-            return  # the exchange is gone; whoever works with it hears of that
+            return  # the exchange is gone: the calls that wait for it raise that
         for item in news:
             try:
                 self._write(item)
-            except OSError as error:  # a full disk, say: the same item is written when the next news are fetched
+            except OSError as error:  # a full disk, say: the item is retried with the next poll
                 logger.warning("events.jsonl could not be written: %s", error)
                 return
             self._seen += 1

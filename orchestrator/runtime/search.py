@@ -1,7 +1,7 @@
-"""The search: Tune decides which trial goes on, gangs do the work.
+"""The search: Tune decides which trial continues, gangs do the work.
 
 A Tune trial here is thin: it asks the exchange to carry its branch to the next rung, awaits the answer, and
-reports it. It holds no GPU and no core, and stands beside the driver: a worker node that is lost takes its gang alone.
+reports it. It holds no GPU and no core, and runs on the driver's node: a lost worker node takes only its gang with it.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from orchestrator.runtime.proposals import Known, Proposal, propose
 from orchestrator.work.trial import TrialSpec
 
 MAX_RESTARTS = 1
-"""How often Tune starts a thin trial again that died of itself: what it has done is answered from the ledger. Where
-the exchange is gone, each costs seconds in vain."""
+"""Restarts by Tune of a thin trial that failed by itself: its finished rungs are answered from the ledger. If the exchange is
+gone, each restart wastes seconds."""
+# Tune refuses trials without resources. Every node has 1.0 of a resource of its own address, so this allows 10,000 of them.
 SHARE_OF_NODE = 1e-4
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
-"""What `ray.tune.execution.class_cache` hands on."""
+"""Environment variables that `ray.tune.execution.class_cache` passes on."""
 
 
 def submit(exchange: Any, trial: TrialSpec, selection: LayerSelection, stops: Sequence[int]) -> Any:
@@ -68,7 +69,7 @@ def evaluate_base(plan: SweepPlan, anatomy: ModelAnatomy, exchange: Any, seed: i
 
 
 class RecordedSearch(Searcher):
-    """Tune's search algorithm: what stands in the record is proposed again first, then `propose` goes on.
+    """Tune's search algorithm: recorded trials are proposed again first, then those of `propose`.
 
     Recorded trials cost nothing, since the exchange answers them from the ledger; they fill the scheduler's rungs
     and the sampler's memory. With `in_batches`, proposals wait for the whole batch before them, so that they do not
@@ -93,7 +94,7 @@ class RecordedSearch(Searcher):
         self._recorded = {entry.trial.number: entry for entry in recorded}
         self._number = 0
         self._proposed: list[Proposal] = []
-        """By number."""
+        """Proposed trials, by number."""
         self._open: dict[str, tuple[int, Proposal]] = {}
         self._known: dict[int, Known] = {}
 
@@ -105,7 +106,7 @@ class RecordedSearch(Searcher):
         if entry is not None and entry.option is not None:
             proposal, trial = Proposal(entry.option, entry.trial.learning_rate), entry.trial
         elif self._is_over():
-            return cast("dict[str, Any]", Searcher.FINISHED)  # a word that Tune knows
+            return cast("dict[str, Any]", Searcher.FINISHED)  # Tune's own sentinel
         else:
             proposal = propose(self._search, self._seed, number, self._known_to(number), self._pending_at(number))
             trial = make_trial(self._plan, self._search.options[proposal.option], proposal.learning_rate, number, self._seed)
@@ -115,12 +116,13 @@ class RecordedSearch(Searcher):
         return {"trial": trial.model_dump(mode="json"), "option": proposal.option}
 
     def _known_to(self, number: int) -> list[Known]:
-        """What counts for a proposal; in batches, what was known when its batch began."""
+        """Return the results that a proposal may use; in batches, those known when its batch began."""
         first = number - number % self._batch if self._batch else number
         return [self._known[other] for other in sorted(self._known) if other < first]
 
     def _pending_at(self, number: int) -> list[Proposal]:
-        """What runs beside a proposal; in batches, the batch before it, also what of it has ended since."""
+        """Return the trials pending beside a proposal; in batches, the whole previous batch, including trials that have ended
+        since."""
         if self._batch:
             return self._proposed[number - number % self._batch :]
         return [proposal for _, proposal in sorted(self._open.values(), key=lambda pair: pair[0])]
@@ -131,14 +133,14 @@ class RecordedSearch(Searcher):
             self._known[number] = Known(proposal, float(result["score"]))
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the ledger is the memory."""
+        """Do nothing: the ledger is the memory."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing: the ledger is the memory."""
+        """Do nothing: the ledger is the memory."""
 
 
 def thin_trial(config: dict[str, Any], exchange: Any, plan: SweepPlan) -> None:
-    """Carry one trial from rung to rung, for as long as the scheduler lets it."""
+    """Take one trial from rung to rung until the scheduler stops it."""
     trial = TrialSpec.model_validate(config["trial"])
     option = plan.search.options[config["option"]]
     for rung, stop_step in enumerate(plan.search.rung_steps):
@@ -179,6 +181,7 @@ def run_search(plan: SweepPlan, exchange: Any, recorded: list[TrialEntry], folde
         folder: Where Tune keeps its own experiment.
     """
     search = plan.search
+    # Tune's newer output writes tables to the terminal beside the run's own progress.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     # Tune's own handler makes an interrupted search look finished.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
@@ -196,34 +199,37 @@ def run_search(plan: SweepPlan, exchange: Any, recorded: list[TrialEntry], folde
             ),
             scheduler=_scheduler(search, last_pace),
             max_concurrent_trials=search.concurrent_trials,
+            # Starting a process for each of 16 trials took 33 s on two cores, and reusing four of them 7 s.
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(
             name="search",
             storage_path=str(folder),
             verbose=0,
+            # A trial that ASHA stops is not told: the callback follows its last report by milliseconds, and frees the gang's
+            # place.
             callbacks=[EndOfTrial(exchange, last_pace)],
             failure_config=tune.FailureConfig(max_failures=MAX_RESTARTS),
         ),
     )
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what is wrong is said by us, once, without forty lines of trace
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # we report the error once, without forty lines of traceback
     with _without_credentials():
         results = tuner.fit()
     if results.num_errors:
-        # A trial's own failure is a result; what raises here is the machinery, and nothing was written down as failed.
+        # A trial's own failure is a result. An error here is one of Tune, Ray or the exchange: no trial is recorded as failed.
         raise cause_of(results.errors[0])
 
 
 def _beside_the_driver() -> tune.PlacementGroupFactory:
-    """A place on the driver's own node for next to nothing, also where that node gives no cores to anybody."""
+    """Return a placement on the driver's own node that reserves almost nothing, also if that node offers no cores."""
     node_id, address = own_node()
     return tune.PlacementGroupFactory([{f"node:{address}": SHARE_OF_NODE}], bundle_label_selector=[{"ray.io/node-id": node_id}])
 
 
 @contextlib.contextmanager
 def _without_credentials() -> Iterator[None]:
-    """Have Tune see no credentials of object stores: it would copy them into each trial's runtime environment, which Ray logs
-    for everybody to read. A thin trial needs none."""
+    """Hide the credentials of object stores from Tune, which would copy them into each trial's runtime environment, and Ray
+    logs that in plain text. A thin trial needs none."""
     held = {name: os.environ.pop(name) for name in CREDENTIALS if name in os.environ}
     try:
         yield

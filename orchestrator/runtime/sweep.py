@@ -34,7 +34,7 @@ from orchestrator.transfer.run_view import RunView
 
 
 def run_sweep(loaded: LoadedSpec, *, view: RunView, address: str | None = None, output: Path | None = None) -> RunOutcome:
-    """Run a sweep to its end, or go on with one that was interrupted, or show one that is finished.
+    """Run a sweep to its end, continue an interrupted one, or show a finished one.
 
     Args:
         view: Whoever watches.
@@ -50,9 +50,9 @@ def run_sweep(loaded: LoadedSpec, *, view: RunView, address: str | None = None, 
         run = stack.enter_context(open_run(loaded, "sweep", output, view))
         stack.enter_context(in_plain_words(run.path))
         finished, earlier = read_finished_sweep(run, loaded.spec), read_sweep(run.path)
-        stands = finished is not None and run.plan.exists()
-        view = stack.enter_context(ProgressReporter(view, None if stands else run.path))
-        prepared = prepare(loaded, "sweep", run, view, None if stands else joins(stack, address, run.path))
+        is_finished = finished is not None and run.plan.exists()
+        view = stack.enter_context(ProgressReporter(view, None if is_finished else run.path))
+        prepared = prepare(loaded, "sweep", run, view, None if is_finished else joins(stack, address, run.path))
         if finished is not None:
             return finished
         view.start(
@@ -128,7 +128,7 @@ def _emit(prepared: Prepared, view: RunView, kind: str, message: str) -> None:
 
 @contextmanager
 def _exchange(prepared: Prepared) -> Iterator[Any]:
-    """The exchange actor with its gangs, on the driver's own node; closed in order whatever happens."""
+    """Start the exchange actor with its gangs on the driver's own node; close them in order whatever happens."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     orders = Orders(
@@ -145,11 +145,12 @@ def _exchange(prepared: Prepared) -> Iterator[Any]:
     )
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor: Any = ray.remote(Exchange)
+    # Every trial waits in a call of its own, and the watcher and the driver call beside them: none must queue behind another.
     exchange = actor.options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here).remote(orders)
     try:
         fetch(exchange.open.remote())
         yield exchange
     finally:
-        with contextlib.suppress(RayError):  # what went wrong before is what the user must hear of
+        with contextlib.suppress(RayError):  # the first error is the one to report
             fetch(exchange.close.remote(), 60)
         ray.kill(exchange)

@@ -16,19 +16,26 @@ from orchestrator.errors import TrainingError
 from orchestrator.run.directory import RunDirectory
 from orchestrator.runtime.cluster import fetch
 from orchestrator.runtime.failures import GO_ON, describe
-from orchestrator.runtime.hang_detection import POLL_S, HangDetector, HangTimeouts, ProcessId
-from orchestrator.runtime.processes import end_processes, own_process, states_of
+from orchestrator.runtime.hang_detection import (
+    POLL_S,
+    HangDetector,
+    HangTimeouts,
+    ProcessId,
+    end_processes,
+    own_process,
+    states_of,
+)
 from orchestrator.train import heartbeat
 from orchestrator.train.heartbeat import Heartbeat
 
 MOST_S = 30.0
-"""What one look may take: a node may have to be asked."""
+"""Upper bound on the seconds of one check, in which a node may have to be asked."""
 MAX_STARTS = 3
-"""How often a task is started whose process was ended, by whomever."""
+"""Starts of a task whose process was ended from outside."""
 
 
 class HeartbeatBoard:
-    """An actor beside the driver: the last heartbeat of each process."""
+    """An actor on the driver's node that holds the last heartbeat of each process."""
 
     def __init__(self) -> None:
         self._notes: dict[ProcessId, tuple[int, Heartbeat]] = {}
@@ -41,7 +48,7 @@ class HeartbeatBoard:
 
 
 def send_heartbeats(board: Any, rank: int) -> None:
-    """Have a thread of this process send its heartbeat to the board for as long as it lives."""
+    """Start a thread that sends this process's heartbeat to the board for as long as the process lives."""
     process = own_process(rank)
 
     def send() -> None:
@@ -49,6 +56,7 @@ def send_heartbeats(board: Any, rank: int) -> None:
         while True:
             number += 1
             try:
+                # Not awaited: a slow board must not hold up the process; the next heartbeat replaces this one.
                 board.note.remote(process, number, heartbeat.look())
             except Exception:  # Ray is ending, and with it this process
                 return
@@ -58,14 +66,14 @@ def send_heartbeats(board: Any, rank: int) -> None:
 
 
 class Watchdog:
-    """From the driver, while a block runs: ends processes that are stopped or make no progress.
+    """Ends, from the driver and while a block runs, processes that are stopped or make no progress.
 
-    Ray sees that they died, and starts them again where it was told to.
+    Ray notices that they died, and restarts them if it was told to.
 
     Args:
-        run: Where each is written down, as `hung`.
-        timeouts: How long is too long.
-        progress: Whether lack of progress counts too, beside being stopped.
+        run: The run whose events record each, as `hung`.
+        timeouts: The limits on time without progress.
+        progress: Whether missing progress counts too, not only being stopped.
     """
 
     def __init__(self, run: RunDirectory, timeouts: HangTimeouts, *, progress: bool = True) -> None:
@@ -77,9 +85,10 @@ class Watchdog:
         self._thread = threading.Thread(target=self._look_after, name="watchdog", daemon=True)
         self.board: Any = None
         self.messages: list[str] = []
-        """What was message of each process that was ended."""
+        """The messages about the processes that were ended."""
 
     def __enter__(self) -> Watchdog:
+        # On the driver's node: the board must not be lost with a node that only trains.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor: Any = ray.remote(HeartbeatBoard)
         self.board = actor.options(num_cpus=0, scheduling_strategy=here).remote()
@@ -94,11 +103,12 @@ class Watchdog:
 
     def _look_after(self) -> None:
         while not self._closed.wait(POLL_S):
-            with contextlib.suppress(RayError, OSError):  # where Ray itself is gone, whoever waits hears of it
+            with contextlib.suppress(RayError, OSError):  # if Ray itself is gone, the calls that wait for it raise that
                 self._look()
 
     def _look(self) -> None:
         for process, (number, found) in fetch(self.board.read.remote(), 10).items():
+            # The board returns the last note again and again; only a new number is a sign of life.
             if self._numbers.get(process) != number:
                 self._numbers[process] = number
                 self._detector.record(ProcessId(*process), Heartbeat(*found))
@@ -106,6 +116,7 @@ class Watchdog:
         states = states_of(self._detector.silent())
         self._detector.forget(process for process, state in states.items() if not state)
         found = self._detector.stopped(states) or (self._detector.hung() if self._progress else {})
+        # Not after the block has ended: its processes end by themselves then, and silence is no hang.
         if found and not self._closed.is_set():
             end_processes(found)
             self._detector.forget(found)
@@ -115,11 +126,11 @@ class Watchdog:
 
 
 def run_task(watchdog: Watchdog, doing: str, task: Any, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Run a function in a process of its own, and again where that process was ended from outside.
+    """Run a function in its own process, and again if that process was ended from outside.
 
     Args:
-        doing: What the process does, as its phase.
-        task: `ray.remote(run_with_heartbeats)` with its options.
+        doing: The phase that the process reports.
+        task: `ray.remote(run_with_heartbeats)`, with its options.
 
     Raises:
         TrainingError: it was ended MAX_STARTS times.
@@ -135,7 +146,7 @@ def run_task(watchdog: Watchdog, doing: str, task: Any, function: Callable[..., 
 
 
 def run_with_heartbeats(board: Any, doing: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """The task itself."""
+    """Run the function in this process while its heartbeats are sent."""
     send_heartbeats(board, 0)
     heartbeat.enter(doing)
     return function(*arguments)

@@ -1,4 +1,4 @@
-"""What waits for a gang, and how it is given out: first things first, in groups that share a batch."""
+"""The queue of work for the gangs: by priority, and in groups that share a batch."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from orchestrator.work.assignment import TrainRung
 from orchestrator.work.results import RungResult
 
 REUNION_S = 0.5
-"""How long a free gang waits at most for trials that have just shared a batch: Tune decides on them one by one, within
-milliseconds of each other."""
+"""Seconds that a free gang waits at most for trials that have just shared a batch: Tune decides on them one by one, within
+milliseconds of each other, and a gang that did not wait would split the group."""
 
 
 class WorkQueue:
-    """Work by priority. A gang takes the first and, with it, others that may share its batch.
+    """A queue by priority. A gang takes the first piece of work and, with it, others that may share its batch.
 
-    A group has at most `max_fused` members. Where several gangs are free, none takes more than its even part: of n that
-    may share a batch, with g free gangs, n / g, rounded up. A gang that starts counts as free.
+    A group has at most `max_fused` members. If several gangs are free, none takes more than its even part: of n trials that may
+    share a batch, with g free gangs, n / g, rounded up. A starting gang counts as free.
 
     Args:
-        plan: Of the search; its `max_fused` of 1 gives out every piece of work alone, at once.
-        anatomy: Of the base.
-        clock: Seconds that only go forward.
+        plan: The search's plan; with a `max_fused` of 1 every piece of work is given out alone, at once.
+        anatomy: The base's.
+        clock: A monotonic clock, in seconds.
     """
 
     def __init__(
@@ -42,11 +42,11 @@ class WorkQueue:
         self._num_free = num_gangs
         self._clock = clock
         self._works: list[QueuedWork] = []
-        """Sorted. What has ended meanwhile lies here until somebody looks."""
+        """Sorted by priority. Work that has ended meanwhile stays here until the next gang asks."""
         self._awaited: dict[str, tuple[int, float]] = {}
-        """By trial: the rung that it may ask for, and until when it is waited for."""
+        """Awaited work by trial: the rung that it may request, and until when a gang waits for it."""
         self._fused_sizes: dict[int | None, int] = {}
-        """By cut, where a gang has tried more: how many trials share a batch there."""
+        """Measured fused batch size by cut, if a gang has tried larger ones."""
         self._changed = asyncio.Event()
 
     def put(self, work: QueuedWork) -> None:
@@ -54,16 +54,16 @@ class WorkQueue:
         self._wake()
 
     def clear(self) -> list[QueuedWork]:
-        """Everything that nobody has taken, which is nobody's now."""
+        """Remove and return all work that no gang has taken."""
         works, self._works = self._living(), []
         return works
 
     @asynccontextmanager
     async def next_group(self, gang: int | None = None) -> AsyncIterator[list[QueuedWork]]:
-        """What a gang does next, as soon as there is something. The gang is not free for as long as the block runs.
+        """Wait for the next group of work for a gang. The gang is busy while the block runs.
 
         Args:
-            gang: Which one asks: of what is equally urgent it gets first what it may remember.
+            gang: The gang that asks: among equally urgent work it first gets trials whose state it may still hold.
         """
         group = await self._take(gang)
         self._num_free -= 1
@@ -73,7 +73,7 @@ class WorkQueue:
             self._num_free += 1
 
     def lose_gang(self) -> None:
-        """A gang that was free will take nothing any more."""
+        """Remove a free gang, which will take no more work."""
         self._num_free -= 1
 
     def expect(self, results: Sequence[RungResult]) -> None:
@@ -88,8 +88,8 @@ class WorkQueue:
             self._wake()
 
     def note_fused_size(self, group: Sequence[QueuedWork], results: Sequence[RungResult]) -> None:
-        """Make later groups no larger where a gang found that batches of fewer trials are faster: what shares no batch should
-        wait here, for any gang. A gang tries batches of 1, 2, 4, ... trials.
+        """Limit later groups to the size that a gang has measured as fastest: trials that share no batch should wait here, for
+        any gang. A gang tries batches of 1, 2, 4, ... trials.
         """
         size = max((result.engine.fused_trials for result in results if result.engine is not None), default=len(group))
         if 2 * size <= len(group):
@@ -107,6 +107,7 @@ class WorkQueue:
                 continue
 
     def _pick(self, gang: int | None) -> list[QueuedWork]:
+        # Among equals first the work whose state this gang may hold in memory: it then starts without reading a checkpoint.
         works = sorted(self._works, key=lambda work: (work.priority[:2], work.home != gang, work.priority))
         first = works[0]
         key = self._key(first)
@@ -122,13 +123,15 @@ class WorkQueue:
         return None if work.attempts else fuse_key(work.assignment, self._planned, self._anatomy)
 
     def _seconds_to_wait(self) -> float:
-        """Seconds that a free gang still waits for company; none where what comes first comes before those awaited too."""
+        """Return the seconds that a free gang still waits for trials to share a batch; 0 if the first work has a higher
+        priority than those."""
         now = self._clock()
         first = self._works[0].priority[:2] if self._works else (math.inf, 0)
         return max((until - now for rung, until in self._awaited.values() if first >= (1, -rung)), default=0.0)
 
     def _wake(self) -> None:
-        """Every gang that waits looks again."""
+        """Wake every waiting gang to check the queue again."""
+        # A new event for the next wait: one that stays set would wake nobody twice.
         self._changed.set()
         self._changed = asyncio.Event()
 

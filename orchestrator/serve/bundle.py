@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from orchestrator.data import TokenizedSet, load_tokenizer, padding
 from orchestrator.errors import VerificationError
 from orchestrator.plan.merge import LinkShard, MergedInto, MergePlan, make_merge_plan
-from orchestrator.serve.bundle_inputs import BundleInputs, shown_base
+from orchestrator.serve.bundle_inputs import BundleInputs, base_label
 from orchestrator.serve.card import NEEDS_SERVING, model_card
 from orchestrator.serve.merging import MergeRecord, merge
 from orchestrator.serve.shards import link_or_copy
@@ -135,8 +135,8 @@ def stage_bundle(inputs: BundleInputs, final: Path) -> StagedBundle:
     traits = inputs.base.traits
     _copy_side_files(base, folder, generates=traits.head.supervises == "tokens")
     if traits.head.supervises == "tokens":
-        _write_ends(base, folder, TokenizedSet.load(inputs.eval_set).stop_ids)
-    _put_artifact(Path(inputs.artifact), folder, base)
+        _write_generation_config(base, folder, TokenizedSet.load(inputs.eval_set).stop_ids)
+    _add_artifact(Path(inputs.artifact), folder, base)
     return StagedBundle(folder, final, plan, merged)
 
 
@@ -216,7 +216,7 @@ def _record(staged: StagedBundle, inputs: BundleInputs, transfer: TransferReport
         name=inputs.name,
         created_at=time.time(),
         base=BaseRecord(
-            name=shown_base(inputs.base_name),
+            name=base_label(inputs.base_name),
             path=os.path.relpath(base, staged.final),
             revision=inputs.base.revision,
             config_sha256=inputs.anatomy.config_sha256,
@@ -260,7 +260,7 @@ def _copy_side_files(base: Path, folder: Path, *, generates: bool) -> None:
             target.write_bytes(source.read_bytes())
 
 
-def _write_ends(base: Path, folder: Path, stops: Sequence[int]) -> None:
+def _write_generation_config(base: Path, folder: Path, stops: Sequence[int]) -> None:
     """Write generation_config.json with the tokens that end an answer, so that generation stops there.
 
     The base's file is kept if it already names them. `_from_model_config` is dropped, since transformers ignores a file that
@@ -280,7 +280,7 @@ def _write_ends(base: Path, folder: Path, stops: Sequence[int]) -> None:
     write_json(file, written | {"eos_token_id": list(stops) if len(stops) > 1 else stops[0]})
 
 
-def _put_artifact(artifact: Path, folder: Path, base: Path) -> None:
+def _add_artifact(artifact: Path, folder: Path, base: Path) -> None:
     """Add the adapter or delta itself, linked where possible, so that the trained model can be rebuilt from it.
 
     An adapter names the base's folder as an absolute path: PEFT resolves a relative one against the current folder.

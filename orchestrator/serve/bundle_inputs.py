@@ -38,6 +38,8 @@ class BundleInputs(Value):
     retain_set: str | None = None
     controls: dict[str, str] = {}
     """Control (`head`, `shuffled`, `repeat-2`) -> folder that holds its adapter or delta."""
+    repeat_seeds: dict[str, int] = {}
+    """Seed of each control among `controls` that is the same training from another seed."""
     failed_seeds: int = 0
     """Seeds for which the same training failed."""
     shots: int = 0
@@ -50,7 +52,7 @@ class BundleInputs(Value):
     """Resolved spec; absolute paths are shortened to their last part in the bundle."""
 
 
-def shown_base(name: str) -> str:
+def base_label(name: str) -> str:
     """Return a base's name without its folders on this machine."""
     path = Path(name)
     return path.name if path.is_absolute() or name.startswith((".", "~")) else name

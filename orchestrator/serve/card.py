@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from orchestrator.plan import REPEAT
-from orchestrator.serve.bundle_inputs import BundleInputs, shown_base
+from orchestrator.serve.bundle_inputs import BundleInputs, base_label
 from orchestrator.serve.metadata import front_matter, licence_sentence
 from orchestrator.serve.usage import prompt_rule, snippet
 from orchestrator.spec.adapters import ADAPTER_KINDS
@@ -23,7 +23,7 @@ NOT_SHOWN = {
     "scratch": "a gain over the base was shown, but not over random weights trained from scratch",
     "repeat": "a gain over the base was shown for this model, but not for training from other seeds",
 }
-"""What remains unproven by a verdict that is not `positive`, by the comparison that decided it."""
+"""Claim that a verdict other than `positive` leaves unproven, by the comparison that decided it."""
 MERGED_INTO = {
     "dequantized": "the base's 4-bit weights as used in training, dequantized to 16 bits",
     "original": "the base's stored weights",
@@ -53,7 +53,7 @@ def model_card(inputs: BundleInputs, transfer: TransferReport, versions: Mapping
 def _summary(inputs: BundleInputs, transfer: TransferReport) -> str:
     found = headline(transfer)
     said = f" {found[:1].upper()}{found[1:]}." if found else ""
-    return f"`{shown_base(inputs.base_name)}`, tuned for the task `{inputs.base.task}`.{said}"
+    return f"`{base_label(inputs.base_name)}`, tuned for the task `{inputs.base.task}`.{said}"
 
 
 def _how_it_was_made(inputs: BundleInputs, versions: Mapping[str, str]) -> str:
@@ -62,7 +62,7 @@ def _how_it_was_made(inputs: BundleInputs, versions: Mapping[str, str]) -> str:
     which = f" (blocks {', '.join(map(str, selection.blocks))})" if trial.layers.startswith("top:") else ""
     method = trial.adapter.sentence(trial.lora_rank) if trial.tune == "lora" else "full fine-tuning"
     rows = [
-        ("base", f"{shown_base(inputs.base_name)}, revision {inputs.base.revision or 'not given'}"),
+        ("base", f"{base_label(inputs.base_name)}, revision {inputs.base.revision or 'not given'}"),
         ("base held as", "nf4, double quantization" if inputs.base.quantize == "nf4" else inputs.held_dtype),
         ("trained layers", f"`{trial.layers}`{which}: {format_count(selection.num_trainable_parameters)} parameters"),
         ("method", method),

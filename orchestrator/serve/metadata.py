@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from orchestrator.serve.bundle_inputs import BundleInputs, shown_base
+from orchestrator.serve.bundle_inputs import BundleInputs, base_label
 from orchestrator.transfer.records import ModelScores, TransferReport
 
 UNKNOWN = "unknown"
@@ -79,7 +79,7 @@ def front_matter(inputs: BundleInputs, transfer: TransferReport) -> str:
 
 def base_id(inputs: BundleInputs) -> str:
     """Return the base's hub id if the spec or the base gives one, else its name; never a path of this machine."""
-    shown = shown_base(inputs.base_name)
+    shown = base_label(inputs.base_name)
     if HUB_ID.fullmatch(shown):
         return shown
     own = _json(Path(inputs.base.folder) / "config.json").get("_name_or_path")

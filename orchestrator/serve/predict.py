@@ -73,12 +73,12 @@ class Predictor:
 
     @property
     def classifies(self) -> bool:
-        """Whether an answer is a class instead of generated text."""
+        """True if an answer is a class instead of generated text."""
         return TASKS[self.task].head.supervises == "documents"
 
     @property
     def chats(self) -> bool:
-        """Whether a question is a conversation."""
+        """True if a question is a conversation."""
         return TASKS[self.task].uses_chat_template
 
     def answer(self, questions: Sequence[Question], max_new_tokens: int) -> list[Answer]:

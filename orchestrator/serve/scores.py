@@ -114,7 +114,7 @@ class _Scorer:
         self._retain_accuracy: dict[str, float | None] = {}
         self._answers: dict[str, list[str]] = {}
         self.num_shots: float | None = None
-        """Examples in a prompt of `k_shot`, on average."""
+        """Mean number of examples in a prompt of `k_shot`."""
 
     def score_bundle(self, bundle: Path) -> None:
         kind = getattr(transformers, self._head.auto_model)

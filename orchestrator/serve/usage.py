@@ -5,7 +5,7 @@ from __future__ import annotations
 from orchestrator.serve.bundle_inputs import BundleInputs
 from orchestrator.transfer.records import TransferReport
 
-LONGEST_PROMPT = 240
+MAX_PROMPT_CHARACTERS = 240
 """Maximum characters of a test prompt that the snippet shows."""
 NEW_TOKENS = 64
 LOAD = """from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -31,7 +31,7 @@ def prompt_rule(inputs: BundleInputs) -> str:
 def snippet(inputs: BundleInputs, transfer: TransferReport) -> str:
     """Return Python that loads the bundle from the current folder and prints one answer, by the bundle's task."""
     traits = inputs.base.traits
-    shown = next((pair.prompt for pair in transfer.prompts if 0 < len(pair.prompt) <= LONGEST_PROMPT), "")
+    shown = next((pair.prompt for pair in transfer.prompts if 0 < len(pair.prompt) <= MAX_PROMPT_CHARACTERS), "")
     if traits.head.supervises == "documents":
         text = shown or "A text to classify."
         return f"""from transformers import pipeline

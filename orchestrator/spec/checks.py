@@ -10,7 +10,7 @@ from pathlib import Path
 from orchestrator.errors import SelectionError
 from orchestrator.spec.adapters import ADAPTER_KINDS, AdapterName
 from orchestrator.spec.messages import is_number, near_names
-from orchestrator.spec.models import ADAPTER_KEYS, Anchor, AnchorSpec, ColumnsSpec, JobSpec, SearchSpec, Tune
+from orchestrator.spec.models import ADAPTER_KEYS, Anchor, AnchorSpec, ColumnsSpec, JobSpec, SearchPoint, SearchSpec, Tune
 from orchestrator.spec.policy import Policy, parse_policy
 from orchestrator.spec.source import KeyPath, spell_path
 from orchestrator.spec.tasks import METRICS, RETENTION_TASKS, TASKS
@@ -166,9 +166,8 @@ def _points(spec: JobSpec) -> Iterator[Finding]:
             hint = f"remove it; every point has its own {name}"
             yield Finding(("search", name), "algorithm fixed tries only its points", hint, needs)
     for number, point in enumerate(search.points):
-        of_adapters = {"lora_rank", *ADAPTER_KEYS} & point.model_fields_set
-        for name in sorted(of_adapters) if point.tune == "full" else ():
-            if getattr(point, name) is not None:
+        for name in ("lora_rank", *ADAPTER_KEYS) if point.tune == "full" else ():
+            if getattr(point, name) != SearchPoint.model_fields[name].default:
                 yield Finding(
                     (*path, number, name), f"{name} does not apply to full fine-tuning", "remove it, or write tune: lora"
                 )

@@ -30,7 +30,7 @@ from orchestrator.store.folders import (
     write_manifest,
 )
 from orchestrator.store.identity import base_identity, file_identity, versions
-from orchestrator.store.machine import find_gpus, free_memory_bytes, most_threads, num_usable_cpus, parse_gpus
+from orchestrator.store.machine import find_gpus, free_memory_bytes, num_usable_cpus, parse_gpus, thread_limit
 
 __all__ = [
     "FileRecord",
@@ -44,7 +44,6 @@ __all__ = [
     "file_identity",
     "find_gpus",
     "free_memory_bytes",
-    "most_threads",
     "num_usable_cpus",
     "output_to",
     "parse_gpus",
@@ -57,6 +56,7 @@ __all__ = [
     "sampled_sha256",
     "set_aside",
     "sha256_file",
+    "thread_limit",
     "unreachable",
     "versions",
     "write_atomic",

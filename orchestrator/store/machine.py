@@ -28,7 +28,7 @@ def num_usable_cpus(cpu_max: Path = CGROUP_CPU_MAX) -> int:
     return max(1, min(cores, int(quota) // int(period))) if quota.isdigit() else cores
 
 
-def most_threads(environment: Mapping[str, str] = os.environ) -> int | None:
+def thread_limit(environment: Mapping[str, str] = os.environ) -> int | None:
     """Return the limit that OMP_NUM_THREADS sets on a process's threads; None if it is unset or not a number.
 
     A list ("4,2", one number a nesting level) counts by its first. Ray sets the variable to 1 in the process that starts a

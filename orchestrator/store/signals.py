@@ -12,7 +12,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 _received: list[int] = []
 
 
-def stop_in_words() -> None:
+def handle_stop_signals() -> None:
     """Have SIGTERM (`ray job stop`, `kill`, a batch system) and SIGHUP (a terminal that is closed) raise KeyboardInterrupt.
 
     What to do is said at once, for `ray job stop` follows with SIGKILL after three seconds. A second signal ends the process.

@@ -1,11 +1,12 @@
-"""What pulls the weights back to the base while they learn.
+"""Anchors, which pull the weights back to the base during training.
 
-An anchor is a penalty on how far the weights have gone. Its gradient is not given to Adam, which divides every gradient by
-its own size and would make of a large penalty the same step as of a small one; it is taken apart, after Adam's update, as
-weight decay is in AdamW (Loshchilov and Hutter 2019), and exactly (a proximal step: Parikh and Boyd 2014, section 1.1), so that
-it is stable at any strength: where the strength is very large, the weights stay where they were.
+An anchor is a penalty on the distance from the base. Its gradient is not given to Adam, which divides every gradient by its own
+magnitude and would turn a large penalty into the same step as a small one. It is decoupled, after Adam's update, as weight
+decay is in AdamW (Loshchilov and Hutter 2019), and solved exactly (a proximal step: Parikh and Boyd 2014, section 1.1), so that
+it is stable at any strength: with a very large one the weights do not move.
 
-Shapes: r is LoRA's rank, a matrix is [out, in]. Masters are float32 and hold this rank's part of what learns.
+Shapes: r is LoRA's rank, a matrix is [out, in]. Masters are the float32 master weights: this rank's part of the trainable
+tensors.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Anchor(Protocol):
 
 @dataclass(frozen=True)
 class Anchored:
-    """What an anchor may be made from: an engine at the base's weights, and what was measured of them."""
+    """The inputs of an anchor: the master weights of an engine at the base, and their measured importances."""
 
     strength: float
     masters: Callable[[], Sequence[torch.Tensor]]
@@ -45,7 +46,7 @@ class Anchored:
     adapters: Callable[[], Mapping[int, Sequence[tuple[torch.Tensor, torch.Tensor]]]] | None
     """(A, B) of every adapter by the id of its master; None of an engine that partitions them."""
     adapter_scale: float
-    """What an adapter's product is multiplied by in the model."""
+    """Factor of an adapter's product in the model."""
     importances: Sequence[torch.Tensor] | None
     """Fisher information of each master; None of an anchor that does not use it."""
 
@@ -63,7 +64,7 @@ class ElementAnchor:
     ) -> None:
         """
         Args:
-            masters: As they are in the base; what they hold now is kept.
+            masters: The master weights, which now hold the base's values; a copy is kept.
             strength: At least 0.
             importances: float32, one for each number of each master; without them all are 1.
         """
@@ -84,8 +85,10 @@ class ElementAnchor:
             return
         importance = self._importances.get(id(master))
         if importance is None:
+            # The minimum of |w - v|^2 / 2 + reach |w - start|^2 / 2 over w, from v: the proximal step.
             master.lerp_(start, reach / (1.0 + reach))
             return
+        # In pieces, since the shares of all weights would be a temporary tensor as large as the master.
         pieces = (whole.view(-1).split(CHUNK) for whole in (master, start, importance))
         for part, to, each in zip(*pieces, strict=True):
             share = each * reach
@@ -107,7 +110,7 @@ class ProductAnchor:
         Args:
             adapters: (A, B) of every adapter as views of the masters, by the id of the master that they lie in.
             strength: At least 0.
-            scale: What the product is multiplied by in the model.
+            scale: Factor of the product in the model.
         """
         self._adapters = adapters
         self._strength = strength * scale**2
@@ -131,7 +134,7 @@ CLASSES: Mapping[AnchorKind, Callable[[Anchored], Anchor]] = {
     "ewc": ElementAnchor.of,
     "product": ProductAnchor.of,
 }
-"""What makes each kind of anchor."""
+"""The class of each kind of anchor."""
 
 
 class AnchoredAdamW(torch.optim.AdamW):
@@ -155,7 +158,7 @@ class SquaredGradients(torch.optim.Optimizer):
     def __init__(self, parameters: Sequence[torch.nn.Parameter] | Sequence[dict[str, Any]]) -> None:
         super().__init__(parameters, {"lr": 0.0})
         self.sums: dict[int, torch.Tensor] = {}
-        """By the id of a master: float32, of its shape."""
+        """Sums of squared gradients by the id of a master: float32, in its shape."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

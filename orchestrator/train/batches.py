@@ -1,4 +1,4 @@
-"""From tokenised sets to the micro-batches of a step: the same documents whatever the number of ranks."""
+"""Split tokenised sets into the micro-batches of each step: the same documents whatever the number of ranks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class StepPlan:
     data: TokenizedSet
     """The target's documents and, after them, those that are replayed."""
     tokens_per_step: int
-    """Of the target."""
+    """Tokens of the target; replayed ones come on top."""
     seed: int
     replay: float = 0.0
     """Share of replayed tokens among all."""
@@ -47,14 +47,15 @@ class StepPlan:
         return cls(joined(target, replayed), tokens_per_step, seed, replay, len(replayed))
 
     def epoch(self, number: int) -> list[np.ndarray]:
-        """The target's documents of every step of an epoch."""
+        """Return the target's documents of every step of an epoch."""
         if number not in self._epochs:
+            # The replayed documents follow the target's in the joined set; epochs go over the target alone.
             borders = self.data.offsets[: len(self.data.offsets) - self.num_replayed]
             self._epochs[number] = documents_of_steps(borders, self.tokens_per_step, self.seed, number)
         return self._epochs[number]
 
     def steps_from(self, step: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(epoch, documents) of every step after the first `step` ones, without end."""
+        """Yield (epoch, documents) of every step after the first `step` ones, endlessly."""
         return islice(self._with_replay() if self.num_replayed else self._target_steps(), step, None)
 
     def _target_steps(self) -> Iterator[tuple[int, np.ndarray]]:
@@ -72,7 +73,7 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class RowPlan:
-    """How documents become rows and rows become the micro-batches of one rank."""
+    """The rule that packs documents into rows, and rows into the micro-batches of one rank."""
 
     row_tokens: int
     rows_per_micro_batch: int
@@ -80,7 +81,7 @@ class RowPlan:
     rank: int = 0
     num_ranks: int = 1
     one_shape: bool = False
-    """Whether all full micro-batches are as wide as a row may be, and so of one shape."""
+    """True if all full micro-batches are padded to the longest row, and so have one shape."""
 
     @classmethod
     def of(cls, execution: ExecutionPlan, rank: int, *, one_document_per_row: bool) -> RowPlan:
@@ -89,14 +90,14 @@ class RowPlan:
         return cls(execution.row_tokens, execution.micro_batch_rows, pack, rank, execution.ranks)
 
     def batches(self, data: TokenizedSet, documents: np.ndarray) -> list[MicroBatch]:
-        """This rank's share, the same number of micro-batches on every rank."""
+        """Return this rank's micro-batches, the same number on every rank."""
         rows = pack_rows(data.lengths, documents, self.row_tokens, self.pack)
         width = width_of(self.row_tokens) if self.one_shape else 0
         return micro_batches(data, rows, self.rank, self.num_ranks, self.rows_per_micro_batch, width)
 
 
 def to_tensors(batch: MicroBatch, device: torch.device, trunk: TrunkStates | None = None) -> dict[str, torch.Tensor]:
-    """The arguments of `Objective.forward`, on `device`; with a trunk also what enters the block at its cut."""
+    """Return the arguments of `Objective.forward`, on `device`; with a trunk also the input of the block at its cut."""
     arrays = {
         "input_ids": batch.input_ids,
         "position_ids": batch.position_ids,
@@ -112,7 +113,7 @@ def to_tensors(batch: MicroBatch, device: torch.device, trunk: TrunkStates | Non
 
 
 def repeated(tensors: dict[str, torch.Tensor], num_trials: int) -> dict[str, torch.Tensor]:
-    """The rows once for each trial, one copy under the other."""
+    """Repeat the rows once for each trial, one copy after the other."""
     if num_trials == 1:
         return tensors
     return {name: tensor.repeat(num_trials, *(1,) * (tensor.ndim - 1)) for name, tensor in tensors.items()}
@@ -130,7 +131,8 @@ class StepInput:
 
 
 def step_inputs(steps: StepPlan, rows: RowPlan, first: int, stop: int, trunk: TrunkStates | None = None) -> Iterator[StepInput]:
-    """The steps after the first `first` ones up to and including `stop`, each made while the one before it is computed."""
+    """Yield the steps after the first `first` ones up to and including `stop`, each prepared while the previous one is
+    computed."""
     upcoming = islice(steps.steps_from(first), stop - first)
 
     def prepare() -> StepInput | None:

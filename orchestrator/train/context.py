@@ -1,4 +1,4 @@
-"""What a rank of a gang holds for all its work: the loaded base, the other ranks, data, checkpoints, activations."""
+"""The state that a rank of a gang keeps for all its work: loaded base, other ranks, data, checkpoints, activations."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class SetCache:
 
 @dataclass(frozen=True)
 class HostContext:
-    """What training, evaluating and measuring on this rank begin from. Every rank of the gang has one."""
+    """The common inputs of training, evaluating and measuring on this rank. Every rank of the gang has one."""
 
     base: LoadedBase
     fingerprint: Mapping[str, str]
     """Hashes of the base's tensors as they were loaded."""
     execution: ExecutionPlan
-    """How the base was loaded; a trial may be run by a smaller execution of the same gang."""
+    """The execution with which the base was loaded; a trial may use a smaller one of the same gang."""
     ranks: Ranks
     sets: SetCache
     trunk: TrunkLibrary
@@ -74,6 +74,7 @@ class HostContext:
         """
         if plan is None:
             return 0.0
+        # Only the blocks are run, but an objective needs a head: the base's own.
         head = self.base.model.get_submodule(head_name(self.base).rpartition(".")[0])
         objective = objective_of(self.base, head)
         with forward_ready(objective, self.execution):

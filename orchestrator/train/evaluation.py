@@ -24,7 +24,7 @@ from orchestrator.train.trunk.states import TrunkStates
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a model does on one set of D documents."""
+    """The scores of a model on one set of D documents."""
 
     loss: float
     """Nats per supervised token (to classify: per document)."""
@@ -78,7 +78,7 @@ def evaluate_trials(
     num_trials: int,
     trunk: TrunkStates | None = None,
 ) -> list[Evaluation]:
-    """As `evaluate`, of each of the trials that share the model's batches."""
+    """Evaluate each of the trials that share the model's batches; see `evaluate`."""
     count = num_trials * len(data)
     sums = np.zeros(count, dtype=np.float64)
     tokens = np.zeros(count, dtype=np.int64)
@@ -89,16 +89,19 @@ def evaluate_trials(
     try:
         for batch in rows.batches(data, np.arange(len(data))):
             tensors = repeated(to_tensors(batch, ranks.device, trunk), num_trials)
+            # Each trial's copy of a document gets a number of its own, so that one addition serves all trials.
             first = torch.arange(num_trials, device=ranks.device).repeat_interleave(len(batch.lengths)) * len(data)
             tensors["document_ids"] = tensors["document_ids"] + first[:, None]
             scored = objective(**tensors, each=True)
             owners = scored.document_ids.cpu().numpy()
+            # Unbuffered: a document has many tokens, and `sums[owners] += ...` would keep only the last of them.
             np.add.at(sums, owners, scored.losses.double().cpu().numpy())
             np.add.at(tokens, owners, 1)
             predictions[owners] = scored.predictions.cpu().numpy()
             np.add.at(missed, owners, (scored.predictions != scored.targets).cpu().numpy())
     finally:
         objective.train(was_training)
+    # Not a steady phase: the others may have longer documents, and waiting for them is no hang.
     heartbeat.enter("waiting for the other ranks")
     parts = ranks.gather((sums, tokens, predictions, missed))
     whole = [np.sum([part[i] for part in parts], axis=0).reshape(num_trials, len(data)) for i in range(4)]
@@ -117,7 +120,7 @@ def answer_accuracy(evaluation: Evaluation, data: TokenizedSet) -> float | None:
 
 
 def class_prior(data: TokenizedSet, train: TokenizedSet, num_classes: int) -> Evaluation:
-    """What guessing by the frequencies of `train` scores on `data`: the floor of a classifier.
+    """Score a guess by the class frequencies of `train` on `data`: the floor of a classifier.
 
     Frequencies are smoothed by one count a class (Laplace), so that an unseen class has a finite loss.
     """
@@ -130,7 +133,7 @@ def class_prior(data: TokenizedSet, train: TokenizedSet, num_classes: int) -> Ev
 
 
 def text_metric(metric: str) -> Callable[[Sequence[str], Sequence[str]], float] | None:
-    """The function that scores generated texts against answers, or None where `metric` needs no generation.
+    """Return the function that scores generated texts against answers; None if `metric` needs no generation.
 
     `package.module:function` names a function of (predictions, answers) -> float, higher is better.
 
@@ -163,7 +166,7 @@ def score_texts(
     class_names: Sequence[str],
     generate: Callable[[], tuple[Sequence[str], Sequence[str]]],
 ) -> float | None:
-    """The metric that compares texts, or None where `metric` is read off the losses.
+    """Compute the metric that compares texts; None if `metric` follows from the losses.
 
     A classifier's texts are the names of its classes; any other model's come from `generate`, which every rank
     calls, as (generated, wanted).
@@ -180,12 +183,13 @@ def score_texts(
 def _summarise(
     data: TokenizedSet, sums: np.ndarray, tokens: np.ndarray, predictions: np.ndarray, missed: np.ndarray
 ) -> Evaluation:
-    """The evaluation of per-document float64 sums, added up in document order."""
+    """Summarise per-document float64 sums, added in document order: the result does not depend on how ranks shared them."""
     if not tokens.sum():
         raise TrainingError("the evaluation set has no supervised token", expected="at least one")
     loss = float(sums.sum() / tokens.sum())
     if (data.labels >= 0).any():
         return Evaluation(loss, sums, tokens, {"loss": loss} | _class_metrics(predictions, data.labels), predictions)
+    # exp(710) overflows a float64.
     metrics = {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
     return Evaluation(loss, sums, tokens, metrics, num_missed=missed)
 

@@ -1,4 +1,4 @@
-"""How many trials share a batch: measured on the machine, since what is fastest there cannot be known beforehand."""
+"""Choose how many trials share a batch, by measuring: the fastest number on a machine is not known beforehand."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ BatchKind = tuple[int, int, int]
 
 
 def kind_of_batch(work: TrainRung) -> BatchKind:
-    """Return what the fastest number of trials in a batch depends on: the cut, the rows of a micro-batch and their width."""
+    """Return the key by which fused batch sizes are measured: the cut, the rows of a micro-batch and their width."""
     execution = work.execution
     return (work.selection.cut, execution.micro_batch_rows, execution.row_tokens)
 
 
 class FusedBatchSizes:
-    """How many trials share a batch on this host, by kind of batch. Every rank comes to the same numbers."""
+    """The measured fused batch sizes of this host, by kind of batch. Every rank computes the same numbers."""
 
     def __init__(self, context: HostContext) -> None:
         self._context = context
         self._sizes: dict[BatchKind, int] = {}
         self._tried: dict[BatchKind, int] = {}
-        """How many trials the largest group had for which the size was measured."""
+        """Size of the largest group for which the fused batch size was measured, by kind of batch."""
 
     def choose(self, group: Sequence[TrainRung], note: Callable[[str], None]) -> int:
         """Return how many of the group share the next batch.
@@ -56,6 +56,8 @@ class FusedBatchSizes:
         first, kind = group[0], kind_of_batch(group[0])
         if first.execution.compiled:
             return 1  # each set of batched trials would need its own compilation
+        # The first group of a kind is often small, since trials arrive one by one: a size measured with two says nothing about
+        # four.
         larger = 2 * self._sizes.get(kind, 1)
         if larger <= len(group) and (kind not in self._sizes or self._tried.get(kind, larger) < larger):
             self._tried[kind] = len(group)
@@ -70,7 +72,8 @@ class FusedBatchSizes:
         self._tried.pop(kind, None)
 
     def _measured(self, group: Sequence[TrainRung], note: Callable[[str], None]) -> tuple[int, str]:
-        """Return the measured size and a sentence about it; 1 where the measurement fails, for a trial alone fails by itself."""
+        """Return the measured size and a sentence about it; 1 if the measurement fails: a trial run alone then reports its own
+        failure."""
         try:
             self._context.open_trunk(group[0].trunk, group[0].data, note)
             heartbeat.enter("preparing")
@@ -103,6 +106,7 @@ def measure_batch_size(context: HostContext, group: Sequence[TrainRung]) -> tupl
     """
     sets = TrainingSets(group[0], context.sets.load, context.trunk)
     step = next(step_inputs(sets.steps, context.rows(group[0].execution), 0, 1, sets.states))
+    # One full micro-batch tells enough; a whole step could take minutes.
     step = StepInput(step.epoch, step.num_tokens, step.num_supervised, step.micro_batches[:1])
     alone = _slowest(context, group[:1], step)
     if alone is None:
@@ -113,6 +117,7 @@ def measure_batch_size(context: HostContext, group: Sequence[TrainRung]) -> tupl
         if together is None:
             break
         seconds[size] = together / size
+        # Time per trial falls, then rises once the device is busy: the first size without a gain ends the search.
         if seconds[size] > GAIN * seconds[best]:
             break
         best, size = size, 2 * size

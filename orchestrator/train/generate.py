@@ -27,19 +27,19 @@ def prompt_and_answer(data: TokenizedSet, index: int) -> tuple[np.ndarray, np.nd
 
 
 def wanted_answers(data: TokenizedSet, tokenizer: Any) -> list[str]:
-    """The texts that exact match compares with: what each document's last supervised run says before its end token."""
+    """Return the texts that exact match compares with: each document's last supervised run, up to its end token."""
     stops = stop_ids(data, tokenizer)
     return [_said(prompt_and_answer(data, index)[1], tokenizer, stops) for index in range(len(data))]
 
 
 def stop_ids(data: TokenizedSet, tokenizer: Any) -> tuple[int, ...]:
-    """Where generation stops: what ends the answers of the data, or the tokenizer's end token where that is not known."""
+    """Return the tokens that end generation: those that end the data's answers, or the tokenizer's end token if unknown."""
     own = tokenizer.eos_token_id
     return data.stop_ids or ((own,) if own is not None else ())
 
 
 def _said(ids: np.ndarray, tokenizer: Any, stops: Sequence[int]) -> str:
-    """An answer's text up to the first token that ends it."""
+    """Return an answer's text up to the first token that ends it."""
     ended = np.flatnonzero(np.isin(ids, np.asarray(stops, np.int64)))
     return tokenizer.decode(ids[: ended[0]] if len(ended) else ids, skip_special_tokens=True)
 
@@ -47,18 +47,19 @@ def _said(ids: np.ndarray, tokenizer: Any, stops: Sequence[int]) -> str:
 def generate_answers(
     model: Any, tokenizer: Any, data: TokenizedSet, ranks: Ranks, *, rows: int = 16, synced: bool = False
 ) -> list[str]:
-    """Each document's greedy continuation of its prompt, in document order, on every rank.
+    """Generate each document's greedy continuation of its prompt, in document order, on every rank.
 
     Args:
         model: A whole causal language model (one that can `generate`).
         tokenizer: Its tokenizer.
         data: Documents with supervised answers.
-        ranks: The documents are dealt over them.
+        ranks: The ranks that the documents are distributed over.
         rows: Prompts computed at once.
         synced: Whether the ranks must make the same forward passes, as ZeRO-3 needs.
     """
     pairs = [prompt_and_answer(data, index) for index in range(len(data))]
     longest = max(len(answer) for _, answer in pairs) + SPARE_TOKENS
+    # Prompts of like length share a batch: padding is computed, too. The index makes the order the same on every rank.
     by_length = sorted(range(len(pairs)), key=lambda index: (len(pairs[index][0]), index))
     batches = [by_length[start : start + rows] for start in range(0, len(by_length), rows)]
     num_rounds = -(-len(batches) // ranks.count)
@@ -66,6 +67,7 @@ def generate_answers(
     mine: dict[int, str] = {}
     for turn in range(num_rounds):
         number = turn * ranks.count + ranks.rank
+        # Under ZeRO-3 a rank without a batch repeats the first one, since the others gather weights with it at every pass.
         documents = batches[number] if number < len(batches) else batches[0] if synced else []
         if documents:
             prompts = [pairs[index][0] for index in documents]
@@ -73,6 +75,7 @@ def generate_answers(
             mine |= dict(zip(documents, texts, strict=True))
     heartbeat.enter("waiting for the other ranks")  # their answers may be much longer
     found: dict[int, str] = {}
+    # Reversed, so that rank 0's text counts for documents that a padding round has repeated.
     for part in reversed(ranks.gather(mine)):
         found |= part
     return [found[index] for index in range(len(pairs))]

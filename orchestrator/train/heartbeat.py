@@ -1,7 +1,7 @@
-"""What this process is doing and whether it gets on: read by whoever looks after it from outside.
+"""The heartbeat of this process: its phase and its progress, read by the supervisor or watchdog that polls it.
 
-A process trains one thing at a time, so there is one heartbeat a process. Whatever is progress beats it: a phase that begins,
-a micro-batch, a step. It does not look at itself: a process that is stopped could not.
+A process trains one thing at a time, so it has one heartbeat. Every kind of progress counts a beat: a new phase, a micro-batch,
+a step. Judging it is left to other processes, since a stopped process cannot judge itself.
 """
 
 from __future__ import annotations
@@ -11,28 +11,28 @@ import time
 from typing import Any, NamedTuple
 
 STEADY = ("training", "evaluating", "generating")
-"""Phases made of many like parts, each with a beat: how long one takes is soon known. All others may do a long thing at once, or
-wait for another gang."""
+"""Phases made of many similar parts, each with a beat, so that the time of one is soon known. All others may do one long thing,
+or wait for another gang."""
 ENOUGH = 3
-"""Beats of a phase after which its own times say how long the next one may take."""
+"""Beats of a phase after which its own times limit the next one."""
 
 
 class Heartbeat(NamedTuple):
-    """A look at a process. Plain values: it is sent often."""
+    """The progress of a process at one moment. Plain values, since it is sent often."""
 
     phase: str
     step: int
     """The last training step of the current trial; 0 before the first."""
     beats: int
-    """Grows with every progress."""
+    """Number of beats so far."""
     longest_s: float
     """Longest time between two beats of this phase, in this process."""
     is_steady: bool
-    """Whether `longest_s` says how long the next beat may take."""
+    """True if `longest_s` limits the time to the next beat."""
 
 
 NO_HEARTBEAT_YET = Heartbeat("starting", 0, 0, 0.0, is_steady=False)
-"""Of a process that has said nothing yet."""
+"""The heartbeat of a process that has not reported yet."""
 
 
 class _Recorder:
@@ -41,7 +41,7 @@ class _Recorder:
         self._phase, self._step, self._beats = "starting", 0, 0
         self._last = time.monotonic()
         self._seen: dict[str, tuple[int, float]] = {}
-        """By phase: how many beats, and the longest time before one, seconds."""
+        """Number of beats and the longest time before one in seconds, by phase."""
 
     def enter(self, phase: str) -> None:
         with self._lock:
@@ -73,12 +73,12 @@ _RECORDER = _Recorder()
 
 
 def enter(phase: str) -> None:
-    """Something else begins; `training` begins by itself, with the first step's end."""
+    """Record a new phase; `training` starts by itself, with the end of the first step."""
     _RECORDER.enter(phase)
 
 
 def beat(step: int | None = None) -> None:
-    """It gets on.
+    """Record progress.
 
     Args:
         step: The training step that has ended.
@@ -87,10 +87,10 @@ def beat(step: int | None = None) -> None:
 
 
 def look() -> Heartbeat:
-    """From any thread."""
+    """Return the current heartbeat; callable from any thread."""
     return _RECORDER.look()
 
 
 def beat_before(*_: Any) -> None:
-    """As a module's forward pre-hook."""
+    """Record progress, as a module's forward pre-hook."""
     _RECORDER.beat()

@@ -18,13 +18,14 @@ from orchestrator.train.fused_batch import FusedBatchSizes
 from orchestrator.train.integrity import base_fingerprint, changed_base
 from orchestrator.train.measure.measurement import Found, measure
 from orchestrator.train.memory import is_out_of_memory, reset_peak
-from orchestrator.train.memory_retry import OnRelief, check_shared, run_within_memory
+from orchestrator.train.memory_retry import OnReduced, check_shared, run_within_memory
 from orchestrator.train.model.base import load_base, loading_device
 from orchestrator.train.outcome import TRIAL_ERRORS, TrialOutcome
 from orchestrator.train.ranks import Ranks, join_gang, leave_gang
 from orchestrator.train.session import TrainingSession, evaluate_base
 from orchestrator.work.assignment import EvaluateBase, Measurement, MeasureShift, ScoreBlocks, TrainRung, Work
 from orchestrator.work.execution import BaseLoad, ExecutionPlan
+from orchestrator.work.failure import Failure
 from orchestrator.work.results import MeasurementResult, RungResult, StepReport, WorkResult
 
 logger = logging.getLogger(__name__)
@@ -43,9 +44,10 @@ class TrainHost:
         self.context = HostContext.create(base, base_fingerprint(base.model), execution, ranks)
         self.batch_sizes = FusedBatchSizes(self.context)
         self._ordinal = 0
-        """How many pieces of work were run before."""
+        """Number of pieces of work that were run before."""
         self._news: list[str] = []
         """Notes for the next result."""
+        # The base lives as long as the process. Frozen, it is left out of the many collections between trials.
         gc.collect()
         gc.freeze()
 
@@ -74,28 +76,31 @@ class TrainHost:
             BaseError: the base cannot be loaded.
         """
         heartbeat.enter("loading the base")
+        # Before the process group exists: see `load_deepspeed`.
         if execution.executor == "deepspeed":
             deepspeed_engine.load_deepspeed(execution.device)
         return cls(base, anatomy, execution, join_gang(execution, rank, world_size, init_method))
 
     @property
     def ranks(self) -> Ranks:
-        """This process among the others."""
+        """Return the ranks of this process's gang."""
         return self.context.ranks
 
-    def run(self, work: Work, on_step: OnStep = None, on_relief: OnRelief | None = None) -> WorkResult:
+    def run(self, work: Work, on_step: OnStep = None, on_reduced: OnReduced | None = None) -> WorkResult:
         """Do the work: `run_trial` for a trial, `measure` for a measurement."""
         if isinstance(work, TrainRung | EvaluateBase):
-            return self.run_trial(work, on_step, on_relief)
+            return self.run_trial(work, on_step, on_reduced)
         return self.measure(work)
 
-    def run_trial(self, work: TrainRung | EvaluateBase, on_step: OnStep = None, on_relief: OnRelief | None = None) -> RungResult:
+    def run_trial(
+        self, work: TrainRung | EvaluateBase, on_step: OnStep = None, on_reduced: OnReduced | None = None
+    ) -> RungResult:
         """Train a trial to its next rung, on disk, or evaluate the base. A trial's own failure is a result with the reason.
 
         Args:
             work: What to do.
             on_step: Called after each step, on every rank.
-            on_relief: Called where memory ran out, on every rank, with the smaller execution and the note about it, before
+            on_reduced: Called where memory ran out, on every rank, with the smaller execution and the note about it, before
                 the trial is restarted from `work.start`.
 
         Raises:
@@ -103,7 +108,7 @@ class TrainHost:
             BaseLostError: the base could not be restored: this gang must be replaced.
             Exception: whatever else breaks the gang itself (a lost rank, a full disk).
         """
-        result = self._train_or_evaluate(work, on_step, on_relief)
+        result = self._train_or_evaluate(work, on_step, on_reduced)
         self.settle()
         return result.model_copy(update={"finished_at": time.time()})
 
@@ -122,11 +127,12 @@ class TrainHost:
         try:
             self.context.open_trunk(work.trunk, work.data, notes.append)
             self._check_gang(work.execution)
+            # Opening the trunk may have entered a phase of its own.
             heartbeat.enter("preparing")
             found = run_within_memory(self.context, attempt, work.execution, notes)
             result = MeasurementResult(work_id=work.work_id, found=found)
         except TRIAL_ERRORS as error:
-            result = work.failed(str(error))
+            result = work.failed(Failure.of(error))
             logger.warning("%s failed: %s", work.work_id, error)
         self._finish(work)
         return result.model_copy(update={"notes": tuple(notes)})
@@ -168,6 +174,7 @@ class TrainHost:
         """Leave the gang, once everything that it made is on disk."""
         self.context.saver.close()
         self.context.trunk.close()
+        # What was frozen may hold the process group, whose threads have to end before Python does: see `leave_gang`.
         gc.unfreeze()
         leave_gang()
 
@@ -175,7 +182,7 @@ class TrainHost:
         self,
         work: TrainRung | EvaluateBase,
         on_step: OnStep = None,
-        on_relief: OnRelief | None = None,
+        on_reduced: OnReduced | None = None,
         started_at: float | None = None,
     ) -> RungResult:
         """Do a trial's work. Its rung may still be being written: the result counts after `settle`."""
@@ -186,21 +193,21 @@ class TrainHost:
             def train(execution: ExecutionPlan) -> None:
                 TrainingSession(self.context, [rung], execution, self._ordinal).run(on_step)
 
-            return self._fill(rung, train, on_relief)
+            return self._fill(rung, train, on_reduced)
         base = TrialOutcome(work, self._take_news(), started_at)
-        return self._fill(base, lambda execution: evaluate_base(self.context, base, execution, self._ordinal), on_relief)
+        return self._fill(base, lambda execution: evaluate_base(self.context, base, execution, self._ordinal), on_reduced)
 
     def _fill(
         self,
         outcome: TrialOutcome[TrainRung] | TrialOutcome[EvaluateBase],
         run: Callable[[ExecutionPlan], None],
-        on_relief: OnRelief | None,
+        on_reduced: OnReduced | None,
     ) -> RungResult:
         """Have `run` fill the outcome, with a smaller execution where memory runs out, and return its result."""
         work = outcome.work
 
         def attempt(execution: ExecutionPlan) -> None:
-            outcome.relieved = execution if execution is not work.execution else None
+            outcome.reduced_execution = execution if execution is not work.execution else None
             run(execution)
 
         heartbeat.enter("preparing")
@@ -208,9 +215,9 @@ class TrainHost:
             outcome.trunk_seconds = self.context.open_trunk(work.trunk, work.data, outcome.notes.append)
             self._check_gang(work.execution)
             heartbeat.enter("preparing")
-            run_within_memory(self.context, attempt, work.execution, outcome.notes, on_relief)
+            run_within_memory(self.context, attempt, work.execution, outcome.notes, on_reduced)
         except TRIAL_ERRORS as error:
-            outcome.failure = str(error)
+            outcome.failure = Failure.of(error)
         if outcome.failure:
             logger.warning("trial %s failed: %s", work.trial.trial_id, outcome.failure)
         self._finish(work)
@@ -218,7 +225,7 @@ class TrainHost:
 
     def _run_rungs(self, group: Sequence[TrainRung], on_step: OnStep) -> list[RungResult]:
         """Train the trials, batch after batch."""
-        group = sorted(group, key=lambda work: work.trial.lora_rank or 0)  # equal LoRA ranks are stacked
+        group = sorted(group, key=lambda work: (work.trial.lora_rank or 0, work.trial.adapter.kind))  # equal adapters are stacked
         results: list[RungResult] = []
         while len(results) < len(group):
             rest = group[len(results) :]

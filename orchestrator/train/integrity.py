@@ -47,30 +47,32 @@ def changed_base(model: nn.Module, reference: Mapping[str, str], names: frozense
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, parameter in model.named_parameters():
+        # A LoRA layer wraps the base's layer, and renames its weight.
         yield name.replace(".base_layer.", "."), parameter
 
 
 def _local_tensors(model: nn.Module, except_for: frozenset[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """As `tensors_of`, with this rank's part where ZeRO-3 has partitioned a parameter."""
+    """Return the tensors of `tensors_of`, with this rank's part of parameters that ZeRO-3 has partitioned."""
     parts = {name: parameter.ds_tensor.data for name, parameter in _parameters(model) if hasattr(parameter, "ds_tensor")}
     for name, tensor in tensors_of(model, except_for):
         yield name, parts.get(name, tensor)
 
 
 CHUNK_BYTES = 64 * 1024**2
-"""How much of a tensor is copied to the CPU at once."""
+"""Bytes of a tensor that are copied to the CPU at once."""
 
 
 def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
-    """A BLAKE2b hash of each tensor's dtype, shape and bytes, by name. About 1 GB/s on one core."""
+    """Return a BLAKE2b hash of each tensor's dtype, shape and bytes, by name. About 1 GB/s on one core."""
     return {name: tensor_hash(tensor) for name, tensor in tensors}
 
 
 def tensor_hash(tensor: torch.Tensor) -> str:
-    """BLAKE2b-128 of dtype, shape and bytes, in hexadecimal; the same on every device."""
+    """Return BLAKE2b-128 of dtype, shape and bytes in hexadecimal, the same on every device."""
     digest = hashlib.blake2b(f"{tensor.dtype}:{tuple(tensor.shape)}".encode(), digest_size=16)
     flat = tensor.detach().contiguous().reshape(-1)
     if flat.numel():
+        # In chunks, so that a GPU's tensors need no second copy in host memory. As bytes, since numpy has no bfloat16.
         for chunk in flat.view(torch.uint8).split(CHUNK_BYTES):
             digest.update(chunk.cpu().numpy().data)
     return digest.hexdigest()
@@ -86,7 +88,7 @@ def tensors_of(model: nn.Module, except_for: Collection[str] = ()) -> Iterator[t
 
     Args:
         model: Any module. Names inside a LoRA layer are those of the layer that it wraps.
-        except_for: Names to leave out (what learns).
+        except_for: Names to leave out (the trainable weights).
     """
     for full_name, parameter in model.named_parameters():
         name = full_name.replace(".base_layer.", ".")
@@ -101,7 +103,7 @@ def tensors_of(model: nn.Module, except_for: Collection[str] = ()) -> Iterator[t
 
 
 def _quantization_tensors(state: object) -> Iterator[tuple[str, torch.Tensor]]:
-    """absmax, code and offset of a bitsandbytes QuantState and of the nested one of double quantization."""
+    """Yield absmax, code and offset of a bitsandbytes QuantState and of the nested one of double quantization."""
     for key in ("absmax", "code", "offset"):
         value = getattr(state, key, None)
         if isinstance(value, torch.Tensor):

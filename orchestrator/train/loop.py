@@ -19,13 +19,14 @@ from orchestrator.train.memory import is_out_of_memory, memory_in_use
 from orchestrator.train.model.objective import Objective
 from orchestrator.train.ranks import Ranks
 from orchestrator.work.execution import TrainSettings
+from orchestrator.work.failure import Failure
 from orchestrator.work.results import StepReport
 from orchestrator.work.trial import TrialSpec
 
 
 @dataclass(frozen=True)
 class LoopState:
-    """How far a trial is trained: steps, training tokens, the loss of the last step."""
+    """The training progress of a trial: steps, training tokens, the loss of the last step."""
 
     step: int = 0
     tokens: int = 0
@@ -42,8 +43,8 @@ class LoopTrial:
     on_step: Callable[[StepReport, LoopState], None]
     """Called on every rank after each step that the trial takes."""
     state: LoopState = field(default_factory=LoopState)
-    failure: str = ""
-    """Why it takes no more steps. Text and not the error, whose traceback would keep tensors in memory."""
+    failure: Failure | None = None
+    """Why it takes no more steps. Not the error itself, whose traceback would keep tensors in memory."""
 
     def update(self, tokens: int, loss: float) -> tuple[float, float] | None:
         """Take the step whose gradients the engine holds.
@@ -69,15 +70,15 @@ class LoopTrial:
                 )
             return rate, self.engine.step(rate)
         except NonFiniteLossError as error:
-            self.failure = str(error)
+            self.failure = Failure.of(error)
             return None
 
 
 class Rounds(Protocol):
-    """How a step is computed: forward and backward passes over this rank's micro-batches."""
+    """The computation of a step: forward and backward passes over this rank's micro-batches."""
 
     communicates: bool
-    """Whether the rounds contain collectives, so that a rank that fails in one leaves the others waiting."""
+    """True if the rounds contain collectives, so that a rank that fails in one leaves the others waiting."""
 
     def accumulate(self, step: StepInput, supervised: int) -> torch.Tensor:
         """Compute the gradients of the losses over `supervised` tokens and leave them with the engines.
@@ -103,6 +104,7 @@ class EngineRounds:
         loss_sum = torch.zeros((), dtype=torch.float64)
         for batch in step.micro_batches:
             loss = self._engine.loss({name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()})
+            # In float64, so that the rounding of many rounds does not show in the reported loss.
             loss_sum += loss.detach().double().cpu()
             self._engine.backward(loss, 1.0 / supervised)
         return loss_sum.reshape(1)
@@ -147,10 +149,11 @@ def train_steps(trials: Sequence[LoopTrial], rounds: Rounds, steps: Iterator[Ste
     ranks with unequal shares are weighted correctly. In classification a document counts as one token.
 
     Args:
-        trials: All at the step before the first of `steps`, in the order of `rounds`. Their states are advanced. One that
+        trials: The trials, all at the step before the first of `steps`, in the order of
+            `rounds`. Their states are advanced. One that
             fails takes no more steps; its rows stay in the batch and change no other trial's numbers.
-        rounds: How a step is computed.
-        steps: This rank's share of each.
+        rounds: The computation of a step.
+        steps: This rank's share of each step.
         ranks: This process among those that train together.
 
     Raises:
@@ -158,6 +161,7 @@ def train_steps(trials: Sequence[LoopTrial], rounds: Rounds, steps: Iterator[Ste
     """
     started = time.perf_counter()
     for step in steps:
+        # The denominator of the loss comes before the forward passes, since every round's gradient is scaled by it.
         tokens, supervised = (int(count) for count in ranks.sum([step.num_tokens, step.num_supervised]))
         first = trials[0]
         if first.trial.adapter.dropout:  # such a trial shares no batch
@@ -214,6 +218,7 @@ def _losses(rounds: Rounds, step: StepInput, supervised: int, ranks: Ranks, num_
         if not is_out_of_memory(error) or (ranks.count > 1 and rounds.communicates):
             raise
         out_of_memory = error
+    # One collective for losses and for the news of a failure: no rank can leave the step alone.
     *totals, num_out = ranks.sum([*sums, float(out_of_memory is not None)])
     if num_out:
         raise OutOfMemoryError(
@@ -246,7 +251,7 @@ def step_learning_rate(tokens_before: int, step_tokens: int, *, total_tokens: in
 
 
 WARM_UP_STEPS = 2
-"""In the first steps of an engine kernels are chosen, caches filled and buffers allocated."""
+"""Steps of a new engine that are not timed: kernels are chosen, caches filled and buffers allocated in them."""
 
 
 class SteadySpeed:

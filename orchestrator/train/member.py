@@ -37,13 +37,13 @@ OnStep = Callable[[StepReport], None] | None
 
 @dataclass(frozen=True)
 class SessionSetup:
-    """How a session runs all of its trials."""
+    """The settings with which a session runs all of its trials."""
 
     context: HostContext
     execution: ExecutionPlan
     """Smaller than planned where memory ran out."""
     ordinal: int
-    """How many pieces of work the gang had run before."""
+    """Number of pieces of work that the gang had run before."""
     num_members: int
     """Trials that share the session's batches."""
 
@@ -58,7 +58,7 @@ class Member:
     branch: Branch
     engine: Engine
     from_memory: bool
-    """Whether it continues from what this process remembered of its last rung."""
+    """True if it continues from the state of its last rung that this process holds in memory."""
     _peak_bytes: int = 0
     _speed: SteadySpeed = field(default_factory=lambda: SteadySpeed(0))
 
@@ -160,8 +160,10 @@ def open_member(setup: SessionSetup, outcome: TrialOutcome[TrainRung], branch: B
             start.resume(engine, setup.context.ranks)
         elif start is not None:
             _load_weights(branch, start.folder, setup.execution)
+            # The engine copied its master weights before the checkpoint's weights were loaded.
             engine.refresh_masters()
     except BaseException:
+        # The session closes members that it was given; this one never reaches it.
         engine.close()
         raise
     outcome.state = start.state if start is not None else LoopState()
@@ -179,6 +181,7 @@ def _start_point(setup: SessionSetup, outcome: TrialOutcome[TrainRung], branch: 
     remembered = saver.find(start, seed=seed, layout=layout)
     if remembered is not None:
         return remembered
+    # The trial's last checkpoint may still be in the queue of the writing thread.
     saver.settle(folder)
     wanted = Wanted(seed, layout, owner_of(work), lambda found: misfit(branch, found))
     return open_checkpoint(start, folder, setup.context.ranks, wanted, note=outcome.notes.append)

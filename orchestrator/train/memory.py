@@ -1,4 +1,4 @@
-"""How much memory this process uses, and whether an error says that there was none left."""
+"""Measure this process's memory, and recognise out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SAID_WITHOUT_MEMORY = ("out of memory", "can't allocate memory", "cublas_status_
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: torch's own error on a GPU, a RuntimeError with its allocator's words on a CPU."""
+    """Return whether an allocation failed: torch's own error on a GPU, a RuntimeError with its allocator's message on a CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     words = str(error).lower()
@@ -18,13 +18,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """What an allocator says, without its advice on several lines."""
+    """Return the first line of an allocator's message, without its advice on the lines after it."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes: on a GPU the most that torch held since `reset_peak`, on a CPU the process's resident memory now."""
+    """Return bytes: on a GPU torch's peak since `reset_peak`, on a CPU the process's resident memory now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return psutil.Process().memory_info().rss

@@ -11,10 +11,12 @@ from orchestrator.train.context import HostContext
 from orchestrator.train.memory import first_line, is_out_of_memory, reset_peak
 from orchestrator.train.ranks import Ranks
 from orchestrator.work.execution import ExecutionPlan
-from orchestrator.work.memory_ladder import Relief, nothing_smaller, relieve
+from orchestrator.work.failure import Failure
+from orchestrator.work.memory_ladder import MemoryLadder, SmallerExecution
 
 Answer = TypeVar("Answer")
-OnRelief = Callable[[ExecutionPlan, str], None]
+LADDER = MemoryLadder()
+OnReduced = Callable[[ExecutionPlan, str], None]
 """Called on every rank with the smaller execution and the note about it, before the work is restarted."""
 
 
@@ -23,7 +25,7 @@ def run_within_memory(
     attempt: Callable[[ExecutionPlan], Answer],
     execution: ExecutionPlan,
     notes: list[str],
-    on_relief: OnRelief | None = None,
+    on_reduced: OnReduced | None = None,
 ) -> Answer:
     """Attempt the work, with the next smaller execution each time memory runs out and every rank knows.
 
@@ -34,7 +36,7 @@ def run_within_memory(
         attempt: The work under one execution; it leaves the base as it was, also where it raises.
         execution: As planned.
         notes: Receives a line for each restart (law 9).
-        on_relief: Called before each restart with a smaller execution.
+        on_reduced: Called before each restart with a smaller execution.
 
     Raises:
         OutOfMemoryError: memory use cannot be reduced further in this gang; on every rank alike.
@@ -48,29 +50,29 @@ def run_within_memory(
             if not is_out_of_memory(error):
                 raise
             check_shared(context.ranks, error)
-            relief = None if context.release_cached_state() else _smaller(execution, error)
+            smaller = None if context.release_cached_state() else _smaller(execution, error)
         # Collected out here: inside the handler the error's traceback still holds the tensors of the attempt.
         gc.collect()
-        if relief is None:
+        if smaller is None:
             notes.append("out of memory: cached state of other rungs is released, and the trial is restarted")
             continue
-        execution = relief.execution
-        notes.append(f"out of memory: {relief.sentence}")
+        execution = smaller.execution
+        notes.append(smaller.note)
         context.saver.settle()  # a checkpoint of the larger execution must not be written after the restart
-        if on_relief is not None:
-            on_relief(execution, notes[-1])
+        if on_reduced is not None:
+            on_reduced(execution, smaller.note)
 
 
-def _smaller(execution: ExecutionPlan, error: BaseException) -> Relief:
+def _smaller(execution: ExecutionPlan, error: BaseException) -> SmallerExecution:
     """Return the next smaller execution.
 
     Raises:
         OutOfMemoryError: there is none.
     """
-    relief = relieve(execution)
-    if relief is None:
-        raise nothing_smaller(f"out of memory: {first_line(error)}", execution) from None
-    return relief
+    smaller = LADDER.step(execution, f"out of memory: {first_line(error)}")
+    if isinstance(smaller, Failure):
+        raise OutOfMemoryError(smaller.message, remedy=smaller.remedy) from None
+    return smaller
 
 
 def check_shared(ranks: Ranks, error: BaseException) -> None:

@@ -14,6 +14,7 @@ from orchestrator.train.loop import LoopState
 from orchestrator.train.scoring import Scores
 from orchestrator.work.assignment import EvaluateBase, TrainRung
 from orchestrator.work.execution import ExecutionPlan
+from orchestrator.work.failure import Failure
 from orchestrator.work.results import EngineRecord, RungResult
 
 TRIAL_ERRORS = (TrainingError, SelectionError, IntegrityError, UsageError, DataError)
@@ -29,8 +30,8 @@ class TrialOutcome(Generic[TrialWork]):
     work: TrialWork
     notes: list[str] = field(default_factory=list[str])
     started_at: float = field(default_factory=time.time)
-    failure: str = ""
-    """Why the trial failed. Text and not the error, whose traceback would keep the trial's tensors in memory."""
+    failure: Failure | None = None
+    """Why the trial failed. Not the error itself, whose traceback would keep the trial's tensors in memory."""
     state: LoopState = field(default_factory=LoopState)
     scores: Scores = field(default_factory=Scores)
     checkpoint: Path | None = None
@@ -39,8 +40,8 @@ class TrialOutcome(Generic[TrialWork]):
     compile_seconds: float = 0.0
     steady_tokens_per_s: float | None = None
     engine: EngineRecord | None = None
-    relieved: ExecutionPlan | None = None
-    """The smaller execution by which it was run, where memory ran out."""
+    reduced_execution: ExecutionPlan | None = None
+    """The smaller execution with which it was run, where memory ran out."""
 
     def result(self) -> RungResult:
         """Return what the gang answers; of a trial that failed, how far it came."""
@@ -51,7 +52,7 @@ class TrialOutcome(Generic[TrialWork]):
             step=self.state.step,
             tokens=self.state.tokens,
             state="failed" if self.failure else "done",
-            reason=self.failure,
+            failure=self.failure,
             train_loss=self.state.loss,
             eval_loss=None if evaluation is None else evaluation.loss,
             metrics=self.scores.metrics,
@@ -59,7 +60,7 @@ class TrialOutcome(Generic[TrialWork]):
             retain_accuracy=self.scores.retain_accuracy,
             checkpoint=None if self.checkpoint is None else str(self.checkpoint),
             engine=self.engine,
-            relieved=self.relieved,
+            reduced_execution=self.reduced_execution,
             steady_tokens_per_s=self.steady_tokens_per_s,
             trunk_seconds=self.trunk_seconds,
             train_seconds=self.train_seconds,

@@ -96,6 +96,7 @@ class Scorer:
         def generate() -> tuple[list[str], list[str]]:
             tokenizer = self.context.base.tokenizer
             heartbeat.enter("generating")
+            # `generate` calls the model itself and not the objective, which would count the beats.
             counting = objective.model.register_forward_pre_hook(heartbeat.beat_before)
             try:
                 made = generate_answers(

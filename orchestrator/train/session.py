@@ -31,6 +31,7 @@ from orchestrator.train.outcome import TrialOutcome, forward_record
 from orchestrator.train.scoring import Scorer
 from orchestrator.work.assignment import EvaluateBase, TrainRung
 from orchestrator.work.execution import ExecutionPlan
+from orchestrator.work.failure import Failure
 
 
 class TrainingSession:
@@ -65,6 +66,7 @@ class TrainingSession:
         """
         first, context = self.outcomes[0].work, self.context
         cut = first.selection.cut
+        # Dropout draws from the process's generator: a trial's numbers must not depend on the trial before it.
         torch.manual_seed(first.trial.seed)
         with ExitStack() as stack:
             branches = open_branches(context.base, [outcome.work for outcome in self.outcomes], self.execution, stack)
@@ -74,6 +76,7 @@ class TrainingSession:
             members: list[Member] = []
             for outcome, branch in zip(self.outcomes, branches, strict=True):
                 members.append(open_member(self.setup, outcome, branch, objective))
+                # Engines close before their branches do: they still refer to the branch's parameters.
                 stack.callback(members[-1].engine.close)
             self._train(objective, members, on_step)
             self._score(objective)
@@ -81,6 +84,7 @@ class TrainingSession:
             finished = [member for member in members if not member.outcome.failure]
             for member in finished:
                 member.record_peaks()
+            # Law 2, and before anything is saved: a rung trained on a changed base must not exist.
             prove_frozen(branches[0].model, context.fingerprint, context.ranks)
             for member in finished:
                 member.save_rung()
@@ -113,7 +117,7 @@ class TrainingSession:
         scorer = Scorer(self.context, work, self.execution)
         for outcome, scores in zip(self.outcomes, scorer.score_trials(objective, len(self.outcomes)), strict=True):
             if isinstance(scores, NonFiniteLossError):
-                outcome.failure = outcome.failure or str(scores)
+                outcome.failure = outcome.failure or Failure.of(scores)
             elif not outcome.failure:
                 outcome.scores = scores
 
@@ -143,7 +147,7 @@ def prepared_objective(base: LoadedBase, branch: Branch, cut: int, execution: Ex
 
 
 def evaluate_base(context: HostContext, outcome: TrialOutcome[EvaluateBase], execution: ExecutionPlan, ordinal: int) -> None:
-    """Score the untouched base; of a classifier, whose head nobody has trained yet, the class prior.
+    """Score the base model; for a classifier, whose head is not trained yet, the class prior.
 
     Args:
         context: What this rank holds.

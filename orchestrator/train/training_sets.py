@@ -1,4 +1,4 @@
-"""What one trial trains on: its steps, and the activations that are stored of their documents."""
+"""The training data of one trial: its steps, and the stored activations of their documents."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TrainingSets:
 
     @cached_property
     def chosen(self) -> np.ndarray | None:
-        """The documents that the trial trains on, where they are a share of the set; None where they are all."""
+        """Return the documents that the trial trains on if they are a share of the set; None if they are all."""
         trial = self.work.trial
         if trial.share == 1.0:
             return None
@@ -33,7 +33,7 @@ class TrainingSets:
 
     @cached_property
     def steps(self) -> StepPlan:
-        """The documents of every step."""
+        """Return the documents of every step."""
         trial, paths = self.work.trial, self.work.data
         read = self.load_set(paths.train)
         target = shuffled(read, trial.seed) if trial.control == "shuffled" else read
@@ -43,7 +43,7 @@ class TrainingSets:
 
     @cached_property
     def states(self) -> TrunkStates | None:
-        """The stored activations of these documents at the trial's cut; none are stored for shuffled answers."""
+        """Return the stored activations of these documents at the trial's cut; none are stored for shuffled answers."""
         work = self.work
         if work.trunk is None or work.trial.control == "shuffled":
             return None

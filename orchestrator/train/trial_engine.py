@@ -1,4 +1,4 @@
-"""From an open branch to its engine: parameter groups with their learning rates, and the anchor that pulls them to the base."""
+"""Build the engine of an open branch: parameter groups with their learning rates, and the anchor to the base."""
 
 from __future__ import annotations
 
@@ -68,6 +68,7 @@ def build_engine(
 def _fisher(file: Path, measure: Callable[[], list[torch.Tensor]], execution: ExecutionPlan, ranks: Ranks) -> list[torch.Tensor]:
     """Return this rank's Fisher information, on the device of its masters; all ranks measure where one of them has none."""
     known = read_fisher(file, torch.device("cpu") if execution.offload != "none" else ranks.device)
+    # Measuring is collective: where one rank lacks its file, all measure.
     if all(ranks.gather(known is not None)):
         assert known is not None
         return known

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from orchestrator.values import Value
 
 LEVEL = 0.95
-FEWEST = 4
+MIN_PAIRS = 4
 """Fewest pairs for an interval: its standard error divides by the number of pairs minus three."""
 
 
@@ -45,7 +45,7 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> Correla
     if not all(math.isfinite(value) for value in (*first, *second)):
         raise ValueError("expected finite numbers")
     num_pairs = len(first)
-    if num_pairs < FEWEST or len(set(first)) == 1 or len(set(second)) == 1:
+    if num_pairs < MIN_PAIRS or len(set(first)) == 1 or len(set(second)) == 1:
         return None
     value = float(np.clip(np.corrcoef(_ranks(first), _ranks(second))[0, 1], -1.0, 1.0))
     # Half way to the next lower value: arctanh(1) is infinite, see above.

@@ -116,7 +116,7 @@ Prior = Literal["none", "near", "far", "few"]
 
 
 class Advice(Value):
-    """What the search should try first. A prior only: no choice is excluded."""
+    """Recommended start of the search. A prior only: no choice is excluded."""
 
     kind: Prior
     sentence: str

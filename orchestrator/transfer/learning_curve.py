@@ -63,7 +63,7 @@ class LearningCurve(Value):
 
     @property
     def sentence(self) -> str:
-        """Whether more data would help, in one sentence: `no gain` only if the interval excludes a gain that matters."""
+        """One sentence on whether more data would help: `no gain` only if the interval excludes a gain that matters."""
         there = f"twice the data ({self.ahead_count} documents)"
         if self.fit_failed:
             return (

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from orchestrator.spec.adapters import ADAPTER_KINDS
 from orchestrator.spec.anchors import ANCHORS
 from orchestrator.transfer.comparison import Comparison
 from orchestrator.transfer.records import TrialRecord
@@ -144,8 +145,8 @@ def _advice_on_negative(
     scored: Sequence[TrialRecord], base: TrialRecord | None, metric: str, higher_is_better: bool
 ) -> tuple[str, ...]:
     best = scored[0]
-    gain, moved = _last_stretch(best, higher_is_better)
-    edge = _edge(best, scored, may_raise=gain >= 0)
+    gain, moved = _last_improvement(best, higher_is_better)
+    edge = _advice_on_edge(best, scored, may_raise=gain >= 0)
     advice = [edge] if edge else []
     if gain > 0 and best.judged is best.last:
         advice.append(f"raise train.epochs: {best.label} was still improving, {moved}")
@@ -164,7 +165,7 @@ def _advice_on_forgetting(better: Sequence[TrialRecord], closest: TrialRecord, m
     fastest = max(trial.learning_rate for trial in better)
     # Rounded up, so that the recommended bound really accepts the trial.
     enough = math.ceil(lost * 100) / 100
-    held = _holding_advice(closest)
+    held = _advice_on_remedies(closest)
     return (
         f"lower search.learning_rate below {closest.learning_rate:.1e}: the trial that forgets least, {closest.label}, "
         f"forgets {lost:.3f}, and rates went up to {fastest:.1e}",
@@ -175,19 +176,22 @@ def _advice_on_forgetting(better: Sequence[TrialRecord], closest: TrialRecord, m
     )
 
 
-def _holding_advice(trial: TrialRecord) -> list[str]:
+def _advice_on_remedies(trial: TrialRecord) -> list[str]:
     """Recommend replay and the suitable anchor, as far as the trial did not use them."""
     kind = next(kind for kind, traits in ANCHORS.items() if traits.tune == trial.tune)
     replay = "mix retention text into training: search.replay: [0.0, 0.1]"
     anchor = f"keep the weights near the base: search.anchor: [none, {{kind: {kind}, strength: 30}}]"
-    return [advice for word, advice in (("replay", replay), (kind, anchor)) if word not in trial.remedies]
+    fitting = [("replay", replay)]
+    if trial.tune == "full" or ADAPTER_KINDS[trial.adapter.kind].adds_product:
+        fitting.append((kind, anchor))
+    return [advice for word, advice in fitting if word not in trial.remedy_kinds]
 
 
 def _steps(trial: TrialRecord) -> int:
     return trial.judged.step if trial.judged is not None else trial.total_steps
 
 
-def _last_stretch(trial: TrialRecord, higher_is_better: bool) -> tuple[float, str]:
+def _last_improvement(trial: TrialRecord, higher_is_better: bool) -> tuple[float, str]:
     """Return the metric's improvement (below 0: worse) up to the last rung, and `from 3.20 at step 30 to 3.10 at step 90`.
 
     It is measured from the rung that the trial is compared by or, if that is the last, from the one before. 0 if four digits
@@ -205,7 +209,7 @@ def _last_stretch(trial: TrialRecord, higher_is_better: bool) -> tuple[float, st
     return -fall if higher_is_better else fall, f"from {first} at step {start.step} to {last} at step {end.step}"
 
 
-def _edge(best: TrialRecord, scored: Sequence[TrialRecord], *, may_raise: bool) -> str | None:
+def _advice_on_edge(best: TrialRecord, scored: Sequence[TrialRecord], *, may_raise: bool) -> str | None:
     """Recommend other rates if the best one is at the edge of those tried with the same method; higher ones only if
     `may_raise`."""
     rates = [trial.learning_rate for trial in scored if trial.tune == best.tune and trial.learning_rate > 0]

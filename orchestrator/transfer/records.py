@@ -6,7 +6,9 @@ figure that was not measured is None; one that broke is NaN.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast
+
+from pydantic import model_validator
 
 from orchestrator.spec.adapters import PLAIN_LORA, AdapterOptions
 from orchestrator.transfer.learning_curve import LearningCurve
@@ -24,6 +26,8 @@ CONTROL_NAMES: dict[str, str] = {
     "repeat": "another seed",
 }
 """Display name of each control."""
+BY_THE_RULE = "; by the rule: "
+"""Between what a person promoted and the rule's reason, in the text of a promotion by hand."""
 VerdictKind = Literal["positive", "no gain", "negative", "inconclusive"]
 
 
@@ -120,7 +124,7 @@ class RungRecord(Value):
     forgetting: float | None = None
     """Rise of the retention loss over the base's."""
     score: float | None = None
-    """Objective that the search minimises: the metric (sign reversed if higher is better) plus the penalty for forgetting
+    """Objective that the search minimises: the metric (1 - metric if higher is better) plus the penalty for forgetting
     beyond the bound."""
     seconds: float = 0.0
     """Training and evaluation time since the previous rung."""
@@ -140,7 +144,9 @@ class TrialRecord(Value):
     adapter: AdapterOptions = PLAIN_LORA
     learning_rate: float
     remedies: str = ""
-    """Remedies against forgetting: `replay 0.1 · l2sp 30`."""
+    """Remedies against forgetting, for people: `replay 0.1 · l2sp 30`."""
+    remedy_kinds: tuple[str, ...] = ()
+    """Kinds of these remedies, `replay` and `l2sp`; empty in records of older versions."""
     seed: int = 0
     state: Literal["running", "finished", "stopped", "failed"]
     """`stopped`: by the scheduler or because the GPU-hours were used up; `failed`: by an error of its own."""
@@ -218,7 +224,10 @@ class SweepResult(Value):
     winner_id: str | None
     """Promoted trial; None if no trial was worth promoting."""
     promotion_reason: str
+    """Why this trial is promoted, or why none is; where a person promoted it, followed by `rule_reason`."""
     promoted_by_hand: bool = False
+    rule_reason: str = ""
+    """Why the rule promoted another trial, or none, where this one was promoted by hand; otherwise empty."""
     advice: tuple[str, ...] = ()
     """Recommendations, in order."""
     front: tuple[str, ...] = ()
@@ -250,6 +259,17 @@ class SweepResult(Value):
     """Reason why a requested learning curve is missing."""
     learning_curve_seconds: float = 0.0
     """Time to train and score its trials, which are not among `trials`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_rule_reason(cls, values: object) -> object:
+        """Older versions recorded the rule's reason only within the text of a promotion by hand."""
+        if not isinstance(values, dict):
+            return values
+        given = cast("dict[str, object]", values)
+        if given.get("promoted_by_hand") and "rule_reason" not in given:
+            return {**given, "rule_reason": str(given.get("promotion_reason", "")).partition(BY_THE_RULE)[2]}
+        return given
 
     @property
     def searched(self) -> tuple[TrialRecord, ...]:
@@ -313,7 +333,7 @@ class PromptComparison(Value):
 
 
 class RefitRecord(Value):
-    """How the winner was trained to the full budget."""
+    """Training of the winner to the full budget."""
 
     ran: bool
     reason: str

@@ -53,12 +53,12 @@ def decided_by(transfer: TransferReport) -> Decider:
     found = {each.against: each for each in transfer.comparisons}
     deciders: tuple[Decider, ...] = ("none", "scratch")
     for name in deciders:
-        if name in found and _says(found[name], transfer.verdict):
+        if name in found and _leads_to(found[name], transfer.verdict):
             return name
     return "repeat" if "none" in found else "none"
 
 
-def _says(comparison: ComparisonRecord, verdict: VerdictKind | None) -> bool:
+def _leads_to(comparison: ComparisonRecord, verdict: VerdictKind | None) -> bool:
     """Return True if one comparison alone leads to the verdict, or to a worse one."""
     bounds = {"negative": 0.0, "no gain": SMALLEST_GAIN}
     return comparison.low <= 0 and (verdict not in bounds or comparison.high < bounds[verdict])

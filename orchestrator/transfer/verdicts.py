@@ -11,7 +11,7 @@ from orchestrator.transfer.scoring import SMALLEST_GAIN
 from orchestrator.transfer.seeds import OverSeeds
 from orchestrator.values import Value
 
-MOST_DIGITS = 5
+MAX_DIGITS = 5
 _WORST_FIRST: tuple[VerdictKind, ...] = ("negative", "no gain", "inconclusive", "positive")
 _NAMES: dict[Control, str] = {
     "none": "the base",
@@ -26,7 +26,13 @@ class Verdict(Value):
     """Kind of the verdict, and a sentence with its figures."""
 
     kind: VerdictKind
-    sentence: str
+    finding: str
+    """The figures that led to it."""
+
+    @property
+    def sentence(self) -> str:
+        """The kind and the finding: `positive: 2.09 ± 0.05 nats better than the base, on 180 test examples`."""
+        return f"{self.kind}: {self.finding}"
 
 
 def verdict(
@@ -65,7 +71,7 @@ def verdict(
     if kind == "positive" and (failed_seeds or (over_seeds is not None and over_seeds.low <= 0)):
         kind = "inconclusive"
         sentence += ": inconclusive, since another seed could give a different result"
-    return Verdict(kind=kind, sentence=f"{kind}: {sentence}")
+    return Verdict(kind=kind, finding=sentence)
 
 
 def _kind(comparison: Comparison) -> VerdictKind:
@@ -119,12 +125,12 @@ def _figure(found: Comparison | OverSeeds) -> str:
 
 
 def _digits(found: Comparison | OverSeeds) -> int:
-    """Return the decimals that show the margin: at least the unit's, at most MOST_DIGITS."""
+    """Return the decimals that show the margin: at least the unit's, at most MAX_DIGITS."""
     scale, _, digits = _unit(found.unit)
     margin = _margin(found) * scale
     if margin <= 0 or not math.isfinite(margin):
         return digits
-    return max(digits, min(MOST_DIGITS, math.ceil(-math.log10(margin))))
+    return max(digits, min(MAX_DIGITS, math.ceil(-math.log10(margin))))
 
 
 def _margin(found: Comparison | OverSeeds) -> float:

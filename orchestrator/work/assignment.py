@@ -1,6 +1,6 @@
-"""What a gang is given to do, as a union: train a rung, evaluate the base, or one of three measurements.
+"""The work that a gang is given, as a union: train a rung, evaluate the base, or make one of three measurements.
 
-Each kind says what it needs and nothing else; what all work of a run shares is one `WorkContext`.
+Each kind has the fields that it needs and no others; what all work of a run shares is one `WorkContext`.
 """
 
 from __future__ import annotations
@@ -13,30 +13,32 @@ from pydantic import Field
 from orchestrator.anatomy.values import LayerSelection
 from orchestrator.values import Value, content_hash
 from orchestrator.work.execution import DataPaths, ExecutionPlan, TrainSettings, TrunkPlan
+from orchestrator.work.failure import Failure
 from orchestrator.work.measurements import CompilePlan, CompileTimes, DomainShift, LayerScores, ProbePlan, ShiftPlan
 from orchestrator.work.results import MeasurementResult, RungResult
 from orchestrator.work.trial import TrialSpec
 
 
 class WorkContext(Value):
-    """What all work shares that a run gives to one kind of gang."""
+    """The fields that all work for one kind of gang in a run shares."""
 
     settings: TrainSettings
     data: DataPaths
     metric: str
     trunk: TrunkPlan | None = None
-    """As planned for the run; not all work reads it (see the `trunk` of each kind)."""
+    """The trunk planned for the run; not all work reads it (see the `trunk` of each kind)."""
     largest_memory_bytes: int | None = None
-    """What the plan expects a rank to use for the largest trial of the run: what its gang may still grow to."""
+    """Planned memory of a rank for the largest trial of the run, to which the gang's processes may still grow."""
     num_gangs: int = 1
-    """At most so many share a node's memory."""
+    """Upper bound on the gangs that share a node's memory."""
     spec_sha256: str = ""
-    """Of the run's spec and of its base, for the manifests of what is written; empty where they are unknown."""
+    """Hash of the run's spec and, below, of its base, for the manifests of written files; empty if unknown."""
     base_sha256: str = ""
 
 
 class GangWork(Value):
-    """What every kind of work has: the context, and how it is run (smaller than planned once memory has run out)."""
+    """The fields of every kind of work: its context and its execution (a smaller one than planned after running out of
+    memory)."""
 
     context: WorkContext
     execution: ExecutionPlan
@@ -59,11 +61,11 @@ class TrialWork(GangWork):
     """The trial's folder: steps.jsonl and rung-<n>/ are written here."""
     rung: int = 0
     predicted_memory_bytes: int | None = None
-    """What the plan expects a rank to use for it; None where the plan has no figure."""
+    """Planned memory of a rank for this work; None if the plan has no figure."""
 
     @property
     def work_id(self) -> str:
-        """The name of the work in events and results."""
+        """Return the name of the work in events and results."""
         return self.trial.trial_id
 
     @property
@@ -78,9 +80,9 @@ class TrialWork(GangWork):
     def num_gangs(self) -> int:
         return self.context.num_gangs
 
-    def failed(self, reason: str) -> RungResult:
-        """Return the result of work that no gang brought to its end."""
-        return RungResult(trial_id=self.trial.trial_id, rung=self.rung, step=0, tokens=0, state="failed", reason=reason)
+    def failed(self, failure: Failure) -> RungResult:
+        """Return the result of work that no gang finished."""
+        return RungResult(trial_id=self.trial.trial_id, rung=self.rung, step=0, tokens=0, state="failed", failure=failure)
 
 
 class TrainRung(TrialWork):
@@ -91,37 +93,37 @@ class TrainRung(TrialWork):
     """Folder of the rung or checkpoint to continue from; None starts at step 0."""
     stop_step: int
     keep_optimizer: bool = True
-    """Whether the trial may be continued from the checkpoint written at the end."""
+    """True if the trial may be continued from the checkpoint written at the end."""
     checkpoint_every_steps: int = 0
     """0: only at the end. The refit checkpoints in between."""
     evaluate: bool = True
 
     @property
     def trunk(self) -> TrunkPlan | None:
-        """The activations that the trial may begin from; a model with random weights has other activations."""
+        """Return the activations that the trial may start from; a model with random weights has other activations."""
         return None if self.trial.control == "scratch" else self.context.trunk
 
 
 class EvaluateBase(TrialWork):
-    """Evaluate the untouched base, the control `none`; for a classifier that is the class prior."""
+    """Evaluate the base model, the control `none`; for a classifier that is the class prior."""
 
     kind: Literal["evaluate_base"] = "evaluate_base"
 
     @property
     def trunk(self) -> TrunkPlan | None:
-        """None: the base is scored by its own forward pass."""
+        """Return None: the base is scored by its own forward pass."""
         return None
 
 
 class MeasuringWork(GangWork):
-    """A measurement before the search. It is no trial: nothing of it is in the ledger. Its answer is a `MeasurementResult`."""
+    """A measurement before the search. It is not a trial and not in the ledger. Its answer is a `MeasurementResult`."""
 
     NAME: ClassVar[str]
     seed: int
 
     @property
     def work_id(self) -> str:
-        """The name of the work in events and results."""
+        """Return the name of the work in events and results."""
         return self.NAME
 
 
@@ -134,12 +136,12 @@ class ScoreBlocks(MeasuringWork):
 
     @property
     def trunk(self) -> TrunkPlan | None:
-        """None: every block is passed through."""
+        """Return None: the probe runs through every block."""
         return None
 
-    def failed(self, reason: str) -> MeasurementResult:
+    def failed(self, failure: Failure) -> MeasurementResult:
         """Return the result where there are no scores."""
-        return MeasurementResult(work_id=self.work_id, found=LayerScores(failed=reason))
+        return MeasurementResult(work_id=self.work_id, found=LayerScores(failed=str(failure)))
 
 
 class MeasureShift(MeasuringWork):
@@ -151,12 +153,12 @@ class MeasureShift(MeasuringWork):
 
     @property
     def trunk(self) -> TrunkPlan | None:
-        """What is stored is compared without another forward pass."""
+        """Return the run's trunk: stored activations are compared without another forward pass."""
         return self.context.trunk
 
-    def failed(self, reason: str) -> MeasurementResult:
+    def failed(self, failure: Failure) -> MeasurementResult:
         """Return the result where there are no distances."""
-        return MeasurementResult(work_id=self.work_id, found=DomainShift(failed=reason))
+        return MeasurementResult(work_id=self.work_id, found=DomainShift(failed=str(failure)))
 
 
 class TimeCompiling(MeasuringWork):
@@ -173,9 +175,9 @@ class TimeCompiling(MeasuringWork):
     def trunk(self) -> TrunkPlan | None:
         return self.context.trunk
 
-    def failed(self, reason: str) -> MeasurementResult:
+    def failed(self, failure: Failure) -> MeasurementResult:
         """Return the result where there are no times."""
-        return MeasurementResult(work_id=self.work_id, found=CompileTimes(failed=reason))
+        return MeasurementResult(work_id=self.work_id, found=CompileTimes(failed=str(failure)))
 
 
 Measurement = Annotated[ScoreBlocks | MeasureShift | TimeCompiling, Field(discriminator="kind")]
@@ -188,14 +190,14 @@ OF = {"spec_sha256": "spec", "base_sha256": "base"}
 
 
 def ownership(trial: TrialSpec, spec_sha256: str = "", base_sha256: str = "") -> dict[str, object]:
-    """What a manifest says of whose the folder is."""
+    """Return the fields of a manifest that name the owner of a folder."""
     values = trial.model_dump(mode="json")
     hashes = {"spec_sha256": spec_sha256, "base_sha256": base_sha256}
     return {"trial": values, "trial_sha256": content_hash(values), **{name: value for name, value in hashes.items() if value}}
 
 
 def owner_of(assignment: TrialWork) -> dict[str, object]:
-    """As `ownership`, of what an assignment writes."""
+    """Return the `ownership` of what an assignment writes."""
     return ownership(assignment.trial, assignment.context.spec_sha256, assignment.context.base_sha256)
 
 

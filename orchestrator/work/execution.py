@@ -1,4 +1,4 @@
-"""How a gang trains: its device, engine and batch shape, the base that it loads, and the data that it reads."""
+"""The execution of a gang: its device, engine and batch shape, the base that it loads, and the data that it reads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from orchestrator.values import Value
 
 
 class GangKind(Value):
-    """What a gang is started for: executions with the same kind can be run by the same gang, one after another."""
+    """The part of an execution that is fixed when a gang starts: the same gang can run executions of the same kind in turn."""
 
     device: Literal["cpu", "cuda"]
     ranks: int
@@ -20,17 +20,18 @@ class GangKind(Value):
     row_tokens: int
     pack: bool
     shards_base: bool
-    """Whether the base is sharded over the ranks (ZeRO-3); stages 0 to 2 hold it whole, and can follow each other."""
+    """True if the base is sharded across the ranks (ZeRO-3). At stages 0 to 2 every rank has all of it, so a gang can move
+    among them."""
 
 
 class ExecutionPlan(Value):
-    """How one gang trains a trial. The same for every trial of a sweep."""
+    """The way one gang trains a trial, the same for every trial of a sweep."""
 
     device: Literal["cpu", "cuda"]
     ranks: int
     threads_per_rank: int
     executor: Literal["torch", "deepspeed"]
-    """`torch` where a rank holds all that learns; `deepspeed` to partition it, or where a ZeRO stage was asked for."""
+    """`torch` if a rank holds all trainable state; `deepspeed` to partition it, or if a ZeRO stage was requested."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     offload: Literal["none", "optimizer", "parameters"] = "none"
     checkpointing: bool = False
@@ -41,10 +42,10 @@ class ExecutionPlan(Value):
     """Rows that a rank computes at once."""
     pack: bool = True
     compiled: bool = False
-    """Whether the blocks from the cut up are compiled for training."""
+    """True if the blocks from the cut up are compiled for training."""
     backend: Literal["gloo", "nccl"] = "gloo"
     inside_node: bool = False
-    """Whether every gang has a node that holds it: then its ranks wait for one rather than spread."""
+    """True if each gang fits on one node: then its ranks wait for such a node instead of spreading over several."""
 
     @property
     def gang_kind(self) -> GangKind:
@@ -62,7 +63,7 @@ class ExecutionPlan(Value):
 
 
 class BaseLoad(Value):
-    """How a rank loads the base."""
+    """The parameters with which a rank loads the base."""
 
     folder: str
     model_type: str
@@ -74,7 +75,7 @@ class BaseLoad(Value):
 
     @property
     def traits(self) -> TaskTraits:
-        """The traits of the task."""
+        """Return the traits of the task."""
         return TASKS[self.task]
 
 
@@ -94,19 +95,19 @@ class DataPaths(Value):
     train: str
     eval: str
     retain: str | None = None
-    """What is scored of the retention set."""
+    """File of the retention documents that are scored."""
     replay: str | None = None
-    """What is learned from of it: none of it is scored."""
+    """File of the retention documents that are trained on; none of them is scored."""
 
 
 class TrunkPlan(Value):
     """Hidden states that are stored once, for trials to begin from instead of the embeddings."""
 
     cuts: tuple[int, ...]
-    """Where they are stored, ascending, each at least 1: what enters block `cut` (`num_blocks`: the final norm)."""
+    """Cuts at which they are stored, ascending, each at least 1: the input of block `cut` (`num_blocks`: the final norm)."""
     num_bytes: int
-    """Of all sets at all cuts."""
+    """Bytes of all sets at all cuts."""
     folder: str = ""
     """On each machine's own disk; the user's cache folder where it is empty."""
     max_bytes: int | None = None
-    """What the folder may hold; None for half of the disk's free space."""
+    """Size limit of the folder; None for half of the disk's free space."""

@@ -6,55 +6,55 @@ from orchestrator.values import Value
 
 
 class ShiftPlan(Value):
-    """How the distance of target and retention set is measured before the search."""
+    """The plan for measuring the distance between target and retention set before the search."""
 
     cuts: tuple[int, ...]
-    """What enters these blocks is compared, ascending."""
+    """Blocks whose inputs are compared, ascending."""
     num_documents: int
-    """Of each set, at most."""
+    """Upper bound on the documents of each set."""
 
 
 class CompilePlan(Value):
-    """Whether a gang measures, before the search, what compiled blocks gain."""
+    """The plan for measuring, before the search, how much time compiled blocks save."""
 
     option: int | None
-    """The choice of the search that is measured, by index; None where nothing is."""
+    """Index of the search option that is measured; None if there is no measurement."""
     reason: str
     """Why it is measured, or why not."""
     num_kinds: int = 0
-    """Choices of the search that need code of their own."""
+    """Search options that need their own compiled code."""
     gang_seconds: float | None = None
-    """What a gang is planned to train for in the whole search; None where the rate of the machine is unknown."""
+    """Planned training seconds of a gang in the whole search; None if the rate of the machine is unknown."""
     required: bool = False
-    """`resources.compile: on`: what is measured is recorded, and decides nothing."""
+    """`resources.compile: on`: the measurement is recorded and decides nothing."""
 
 
 class CompileTimes(Value):
-    """What a gang measured of one choice of the search."""
+    """The times that a gang measured for one option of the search."""
 
     eager_seconds: float = 0.0
-    """Of a full micro-batch, forwards and backwards, the fastest of a few."""
+    """Time of the forward and backward pass of a full micro-batch, the fastest of a few."""
     compiled_seconds: float = 0.0
-    """Likewise, padded to the width of a row, once the blocks are compiled."""
+    """The same with compiled blocks, padded to the row length."""
     compile_seconds: float = 0.0
-    """What compiling them took."""
+    """Time spent compiling."""
     full_share: float = 1.0
-    """Of the tokens of the first steps, those in full micro-batches."""
+    """Share of the tokens of the first steps that are in full micro-batches."""
     failed: str = ""
     """Why there are no times."""
 
 
 class CompileChoice(Value):
-    """Whether the run's trials train with compiled blocks: compile.json. All of them do, or none."""
+    """The decision whether a run's trials train with compiled blocks (compile.json): all of them do, or none."""
 
     compiled: bool
     reason: str
     times: CompileTimes | None = None
-    """None where nothing was measured."""
+    """None if nothing was measured."""
 
 
 class ProbePlan(Value):
-    """How the blocks are scored before the search. Every rank of a gang does the same."""
+    """The plan for scoring the blocks before the search. Every rank of a gang does the same."""
 
     num_batches: int
     """Micro-batches, each one forward and one backward pass."""
@@ -63,16 +63,17 @@ class ProbePlan(Value):
     floor: int = 0
     """The first block that is scored: sums of the gradients of all those below do not fit."""
     required: bool = False
-    """Whether a layer policy cannot be resolved without the scores."""
+    """True if a layer policy needs the scores."""
     share_of_trial: float = 0.0
     """Operations, as a share of those of the cheapest trial of the full length of the search."""
 
 
 class LayerScores(Value):
-    """What the probe found, one entry a block: layer_scores.json."""
+    """The scores that the probe computed, one entry per block (layer_scores.json)."""
 
     relative_gradient_norms: tuple[float | None, ...] = ()
-    """Norm of the mean gradient of the block's matrices over the norm of the matrices: what blocks are chosen by. None for
+    """Norm of the mean gradient of the block's matrices over the norm of the matrices: the score by which blocks are chosen.
+    None for
     a block that was not scored."""
     signal_to_noise: tuple[float | None, ...] = ()
     """Norm of the mean gradient over the root of the summed variances; None where one micro-batch shows no variance."""
@@ -81,13 +82,13 @@ class LayerScores(Value):
     num_tokens: int = 0
     seconds: float = 0.0
     share_of_trial: float = 0.0
-    """As planned: operations over those of the cheapest trial."""
+    """Planned operations as a share of those of the cheapest trial."""
     failed: str = ""
-    """Why there are no scores; the search went on without."""
+    """Why there are no scores; the search continued without them."""
 
     @property
     def scores(self) -> tuple[float | None, ...]:
-        """What blocks are chosen by, the higher the better."""
+        """Return the scores by which blocks are chosen; higher is better."""
         return self.relative_gradient_norms
 
 
@@ -97,18 +98,18 @@ class BlockShift(Value):
     cut: int
     """The block; the number of blocks means the final norm."""
     distance: float
-    """Proxy A-distance, from 0 (nothing tells the two apart) to 2 (everything does)."""
+    """Proxy A-distance, from 0 (indistinguishable) to 2 (fully separable)."""
     low: float
     """Lower end of its 95% interval, over documents."""
     high: float
 
 
 class DomainShift(Value):
-    """What was found: domain_shift.json."""
+    """The measured domain shift (domain_shift.json)."""
 
     blocks: tuple[BlockShift, ...] = ()
     target_documents: int = 0
     retention_documents: int = 0
     seconds: float = 0.0
     failed: str = ""
-    """Why there is nothing; the search goes on without."""
+    """Why the measurement failed; the search continues without it."""

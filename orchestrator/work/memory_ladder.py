@@ -1,11 +1,11 @@
-"""When memory runs out: the next smaller way to run the same trial in the same gang.
+"""When memory runs out: the next smaller execution of the same work in the same kind of gang.
 
-The documents of a step and their order stay what they are, so that a relieved trial is the trial that a plan with the
-smaller way would have run. Steps down, in the order of the ladder's cost:
+The documents of a step and their order stay the same, so that a trial with a reduced execution is the trial that a plan with
+that execution would have run. The steps, in the order of what they cost:
 
-1. half the rows in a micro-batch, and so twice the rounds of a step;
-2. at one row, checkpointing: the blocks above the cut run again in the backward pass;
-3. a higher ZeRO stage, up to 2, where several ranks share a trial by DeepSpeed: the base lies in memory as before.
+1. half the rows in a micro-batch, and so twice the accumulation rounds of a step;
+2. at one row, gradient checkpointing: the blocks above the cut run again in the backward pass;
+3. a higher ZeRO stage, up to 2, where several ranks share a trial by DeepSpeed: each of them holds the whole base as before.
 
 What comes after (from torch to DeepSpeed, ZeRO-3, offloading, more ranks) needs another kind of gang, which is another plan.
 """
@@ -13,42 +13,70 @@ What comes after (from torch to DeepSpeed, ZeRO-3, offloading, more ranks) needs
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
-from orchestrator.errors import OutOfMemoryError
+from pydantic import model_validator
+
+from orchestrator.units import printable_lines
 from orchestrator.values import Value
 from orchestrator.work.execution import ExecutionPlan
-from orchestrator.work.results import RungResult
+from orchestrator.work.failure import Failure
 
 HIGHEST_STAGE_WITH_A_WHOLE_BASE = 2
-NO_SMALLER_WAY = "memory use cannot be reduced further in this gang"
 
 
 @dataclass(frozen=True)
-class Relief:
-    """One step down, and how it is told."""
+class SmallerExecution:
+    """One step down the ladder."""
 
     execution: ExecutionPlan
-    sentence: str
-    """`started again with 2 rows per micro-batch and more accumulation rounds`."""
+    note: str
+    """`out of memory: restarted with 2 rows per micro-batch and more accumulation rounds`."""
 
 
-def relieve(execution: ExecutionPlan) -> Relief | None:
-    """The next step down from `execution`; None where the gang has none left (see `beyond_the_gang`)."""
+@dataclass(frozen=True)
+class MemoryLadder:
+    """The steps that reduce the memory use of work, one each time it runs out of memory.
+
+    Args:
+        replaced: What does not survive running out of memory (`gang`), for the note; empty where everything does.
+    """
+
+    replaced: str = ""
+
+    def step(self, execution: ExecutionPlan, what: str) -> SmallerExecution | Failure:
+        """Return the next smaller execution, or the failure where there is none.
+
+        Args:
+            execution: The execution that ran out of memory.
+            what: The message about it.
+        """
+        smaller = _next_smaller(execution)
+        if smaller is None:
+            message = printable_lines(f"{what}; memory use cannot be reduced further in this gang")
+            return Failure(kind="out_of_memory", message=message, remedy=beyond_the_gang(execution))
+        if self.replaced:
+            return SmallerExecution(smaller[0], f"out of memory: the {self.replaced} was replaced and the trial {smaller[1]}")
+        return SmallerExecution(smaller[0], f"out of memory: {smaller[1]}")
+
+
+def _next_smaller(execution: ExecutionPlan) -> tuple[ExecutionPlan, str] | None:
+    """Return the next smaller execution and how the trial continues, `restarted at ZeRO-2`."""
     rows = execution.micro_batch_rows // 2
     if rows:
-        sentence = f"restarted with {rows} row{'s' if rows > 1 else ''} per micro-batch and more accumulation rounds"
-        return Relief(execution.model_copy(update={"micro_batch_rows": rows}), sentence)
+        how = f"restarted with {rows} row{'s' if rows > 1 else ''} per micro-batch and more accumulation rounds"
+        return execution.model_copy(update={"micro_batch_rows": rows}), how
     if not execution.checkpointing:
-        return Relief(execution.model_copy(update={"checkpointing": True}), "restarted with gradient checkpointing")
+        return execution.model_copy(update={"checkpointing": True}), "restarted with gradient checkpointing"
     partitions = execution.executor == "deepspeed" and execution.ranks > 1
     if partitions and execution.zero_stage < HIGHEST_STAGE_WITH_A_WHOLE_BASE:
         stage = execution.zero_stage + 1
-        return Relief(execution.model_copy(update={"zero_stage": stage}), f"restarted at ZeRO-{stage}")
+        return execution.model_copy(update={"zero_stage": stage}), f"restarted at ZeRO-{stage}"
     return None
 
 
 def beyond_the_gang(execution: ExecutionPlan) -> str:
-    """What would make room where no step down is left: the next rung of the ladder, which is another plan."""
+    """Return what would make room where the ladder has no step left: the next choice of the planner, which is another plan."""
     if execution.ranks == 1:
         return (
             "resources.ranks_per_gang: 2 with zero: 3, which partitions (shards) the base across ranks; or a "
@@ -62,42 +90,44 @@ def beyond_the_gang(execution: ExecutionPlan) -> str:
     return f"resources.offload: {'optimizer' if execution.offload == 'none' else 'parameters'}; or {more}"
 
 
-def nothing_smaller(what: str, execution: ExecutionPlan) -> OutOfMemoryError:
-    """The end of a trial for which there is no step down from `execution`; its words are the trial's reason."""
-    return OutOfMemoryError(f"{what}; {NO_SMALLER_WAY}", remedy=beyond_the_gang(execution))
-
-
-def fits_in_no_way(result: RungResult) -> bool:
-    """Whether a trial failed because memory cannot be reduced further; its reason ends with what would make room."""
-    return result.state == "failed" and NO_SMALLER_WAY in result.reason
-
-
-def with_relief(planned: ExecutionPlan, relieved: ExecutionPlan | None) -> ExecutionPlan:
-    """`planned`, and no larger than what a trial came down to before; a gang of another kind starts as planned.
+def no_larger_than(planned: ExecutionPlan, reduced: ExecutionPlan | None) -> ExecutionPlan:
+    """Return the planned execution, reduced as far as a trial was reduced before; as planned in a gang of another kind.
 
     Args:
-        relieved: How the trial was trained after memory had run out; None where it never did.
+        reduced: The trial's execution after it ran out of memory; None if it never did.
     """
-    if relieved is None or planned.gang_kind != relieved.gang_kind:
+    if reduced is None or planned.gang_kind != reduced.gang_kind:
         return planned
     return planned.model_copy(
         update={
-            "micro_batch_rows": min(planned.micro_batch_rows, relieved.micro_batch_rows),
-            "checkpointing": planned.checkpointing or relieved.checkpointing,
-            "zero_stage": max(planned.zero_stage, relieved.zero_stage),
+            "micro_batch_rows": min(planned.micro_batch_rows, reduced.micro_batch_rows),
+            "checkpointing": planned.checkpointing or reduced.checkpointing,
+            "zero_stage": max(planned.zero_stage, reduced.zero_stage),
         }
     )
 
 
-STEPPED_DOWN = "stepped-down.json"
-"""Beside an assignment's files: how it goes on after a worker group ran out of memory."""
+REDUCED_WORK = "stepped-down.json"
+"""File beside those of an assignment: its execution after a worker group ran out of memory."""
 
 
-class SteppedDown(Value):
-    """How an assignment that ran out of memory goes on, also in a worker group after the one that found out."""
+class ReducedWork(Value):
+    """The execution of an assignment that ran out of memory, also for a later worker group."""
 
     execution: ExecutionPlan | None
-    """The next smaller way; None where there is none left."""
-    notes: tuple[str, ...]
-    reason: str
-    """What was said of it."""
+    """The smaller execution; None where it failed."""
+    notes: tuple[str, ...] = ()
+    reason: str = ""
+    """The message about the last step."""
+    failure: Failure | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_failure(cls, values: object) -> object:
+        """Older versions recorded a failure by its text alone."""
+        if not isinstance(values, dict):
+            return values
+        given = cast("dict[str, object]", values)
+        if given.get("execution") is None and given.get("failure") is None:
+            return {**given, "failure": Failure.recorded(str(given.get("reason", "")))}
+        return given

@@ -1,4 +1,4 @@
-"""What a trial does against forgetting, as values: replay, an anchor to the base, learning rates that decay with depth."""
+"""A trial's remedies against forgetting, as values: replay, an anchor to the base, learning rates that decay with depth."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from orchestrator.values import Value
 
 
 class AnchorPlan(Value):
-    """What pulls the weights back to the base after each update."""
+    """A pull of the weights back to the base after each update."""
 
     kind: AnchorKind
     strength: float
 
     @property
     def traits(self) -> AnchorTraits:
-        """The traits of the kind."""
+        """Return the traits of the kind."""
         return ANCHORS[self.kind]
 
     def __str__(self) -> str:
@@ -24,28 +24,35 @@ class AnchorPlan(Value):
 
 
 class Remedies(Value):
-    """All that a trial does; the defaults do nothing."""
+    """All remedies of a trial; the defaults do nothing."""
 
     replay: float = 0.0
     """Share of retention tokens among the tokens that are trained on."""
     anchor: AnchorPlan | None = None
     layer_decay: float = 1.0
-    """Each block's learning rate is so much of that of the block above it."""
+    """Ratio of each block's learning rate to that of the block above it."""
 
     def __str__(self) -> str:
-        """`replay 0.1 · l2sp 30 · decay 0.8`; empty where nothing is done."""
+        """Return `replay 0.1 · l2sp 30 · decay 0.8`; empty without remedies."""
         parts = [f"replay {self.replay:g}"] if self.replay else []
         parts += [str(self.anchor)] if self.anchor else []
         parts += [f"decay {self.layer_decay:g}"] if self.layer_decay != 1.0 else []
         return " · ".join(parts)
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Return which remedies are used: `replay`, the anchor's kind, `decay`."""
+        replay = ("replay",) if self.replay else ()
+        anchor = (self.anchor.kind,) if self.anchor is not None else ()
+        return (*replay, *anchor, *(("decay",) if self.layer_decay != 1.0 else ()))
+
     def total_tokens(self, target_tokens: int) -> int:
-        """Tokens that are trained on where `target_tokens` of them are the target's."""
+        """Return the tokens that are trained on if `target_tokens` of them are the target's."""
         return round(target_tokens / (1.0 - self.replay))
 
     @property
     def needs_replayed_text(self) -> bool:
-        """Whether retention text is wanted that is not scored: to learn from, or to weigh the weights by."""
+        """Return whether retention text that is not scored is needed: to train on, or to estimate weight importances."""
         return self.replay > 0 or (self.anchor is not None and self.anchor.traits.uses_fisher)
 
 
@@ -53,6 +60,6 @@ NOTHING = Remedies()
 
 
 def method_name(tune: Tune, lora_rank: int | None, adapter: AdapterOptions, remedies: Remedies) -> str:
-    """`lora r16 · replay 0.1`: all of a choice but its layers, for people and to tell choices apart."""
+    """Return `lora r16 · replay 0.1`: all of a choice except its layers, for display and to distinguish choices."""
     said = adapter.method(lora_rank) if tune == "lora" else "full"
     return f"{said} · {remedies}" if remedies != NOTHING else said

@@ -1,18 +1,19 @@
-"""What comes back from a gang: steps, rungs, and the machinery that served them."""
+"""The results of a gang's work: rungs and measurements, and a record of the engine that ran them."""
 
 from __future__ import annotations
 
 from typing import Literal, cast
 
-from pydantic import model_validator
+from pydantic import AliasChoices, ConfigDict, Field, computed_field, model_validator
 
 from orchestrator.values import Value
 from orchestrator.work.execution import ExecutionPlan
+from orchestrator.work.failure import Failure
 from orchestrator.work.measurements import CompileTimes, DomainShift, LayerScores
 
 
 class EngineRecord(Value):
-    """Which machinery served a trial; law 9 and the sweep's proof that ZeRO was real."""
+    """The engine that trained a trial (law 9): the record that ZeRO did partition, and the measured memory."""
 
     executor: Literal["torch", "deepspeed", "none"]
     engine_class: str
@@ -22,45 +23,48 @@ class EngineRecord(Value):
     """Bytes of optimizer state and master weights that rank 0 holds of the partitioned whole."""
     trainable_parameters: int
     peak_memory_bytes: int
-    """Measured, of the rank that used most; see `rank_peak_memory_bytes`."""
+    """Measured peak of the rank that used most; see `rank_peak_memory_bytes`."""
     live_engines: int
     base_loads: int
-    """How often this process has loaded the base; always 1."""
+    """Number of times this process has loaded the base; always 1."""
     ordinal: int
-    """How many assignments this gang had run before."""
+    """Number of assignments that this gang had run before."""
     device: str = ""
     rank_peak_memory_bytes: tuple[int, ...] = ()
     """Measured while it trained and was scored, by rank: on a GPU the most that torch's allocator held, on a CPU the
-    process's resident memory, looked at after every step and at the end."""
+    process's resident memory, sampled after every step and at the end."""
     predicted_memory_bytes: int | None = None
-    """What the plan expected a rank to use, for the micro-batch that it planned."""
+    """Planned memory of a rank, for the planned micro-batch."""
     micro_batch_rows: int = 0
     checkpointing: bool = False
     fused_trials: int = 1
-    """How many trials shared its batches."""
+    """Number of trials that shared its batches."""
     from_memory: bool = False
-    """Whether it went on from what its process remembered of the trial's last rung; else from the files, or from step 0."""
+    """True if it continued from the state of the trial's last rung held in memory; else from the files, or from step 0."""
     compiled: bool = False
-    """Whether its blocks were compiled."""
+    """True if its blocks were compiled."""
     compile_seconds: float = 0.0
-    """What of its training was spent on compiling: nothing where an earlier trial of the gang had the same kind of blocks."""
+    """Training time spent compiling: 0 if an earlier trial of the gang had the same kind of blocks."""
     trunk_cut: int | None = None
     """The cut whose stored states it trained on; None where the trunk was computed at every step."""
 
 
 FORMER_KEYS = frozenset({"layer_scores", "domain_shift", "compile_times"})
-"""What a rung's record held in older versions, always null in the files of a run: measurements were answered as rungs."""
+"""Keys of a rung's record in older versions, always null in the files of a run: measurements were then answered as rungs."""
 
 
 class RungResult(Value):
-    """What a gang answers for a trial: trained to a rung, or the base evaluated."""
+    """A gang's answer for a trial: trained to a rung, or the base evaluated."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
 
     trial_id: str
     rung: int
     step: int
     tokens: int
     state: Literal["done", "failed"]
-    reason: str = ""
+    failure: Failure | None = None
+    """Why it failed; None where it is done."""
     train_loss: float | None = None
     """Loss of the last step, nats per supervised token."""
     eval_loss: float | None = None
@@ -72,10 +76,12 @@ class RungResult(Value):
     checkpoint: str | None = None
     """The rung's folder; None when nothing was trained (the control `none`)."""
     engine: EngineRecord | None = None
-    relieved: ExecutionPlan | None = None
-    """How the trial was trained in the end, where memory had run out on the way; its later rungs start like that."""
+    reduced_execution: ExecutionPlan | None = Field(
+        default=None, validation_alias=AliasChoices("reduced_execution", "relieved"), serialization_alias="relieved"
+    )
+    """The execution that the trial ended with after running out of memory; its later rungs start with it."""
     steady_tokens_per_s: float | None = None
-    """Of its steps after the first two, without saving and scoring: what a plan's hours can be calibrated by."""
+    """Training speed after the first two steps, without saving and scoring; a plan's hours can be calibrated by it."""
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
     trunk_seconds: float = 0.0
@@ -85,34 +91,55 @@ class RungResult(Value):
     """When its gang was free for the next; the rung may have been on disk a little later."""
     gang: int = -1
     notes: tuple[str, ...] = ()
-    """What happened by itself on the way (law 9): a micro-batch halved, a damaged checkpoint passed over."""
+    """Automatic decisions during training (law 9): a micro-batch halved, a damaged checkpoint skipped."""
 
     @model_validator(mode="before")
     @classmethod
-    def _without_former_keys(cls, values: object) -> object:
+    def _from_record(cls, values: object) -> object:
+        """Accept what is on disk: `reason` beside `failure`, and older records that have only `reason`, and former keys."""
         if not isinstance(values, dict):
             return values
         given = cast("dict[str, object]", values)
-        return {key: value for key, value in given.items() if key not in FORMER_KEYS or value is not None}
+        found = {key: value for key, value in given.items() if key not in FORMER_KEYS or value is not None}
+        reason = str(found.pop("reason", ""))
+        if found.get("state") == "failed" and found.get("failure") is None:
+            found["failure"] = Failure.recorded(reason)
+        return found
+
+    @computed_field
+    @property
+    def reason(self) -> str:
+        """Why it failed, as text; empty where it is done."""
+        return "" if self.failure is None else str(self.failure)
+
+    @property
+    def failed_for_memory(self) -> bool:
+        """Return whether it failed because memory use could not be reduced further; its reason ends with the remedy."""
+        return self.failure is not None and self.failure.kind == "out_of_memory"
+
+    @property
+    def ran_out_of_memory(self) -> bool:
+        """Return whether memory ran out: it was trained with a reduced execution, or failed."""
+        return self.reduced_execution is not None or self.failed_for_memory
 
     @property
     def work_id(self) -> str:
-        """The name of the work that it answers."""
+        """Return the name of the work that it answers."""
         return self.trial_id
 
 
 class MeasurementResult(Value):
-    """What a gang answers to a measurement. What it found says itself whether it failed."""
+    """A gang's answer to a measurement. Its `found` says whether the measurement failed."""
 
     work_id: str
     found: LayerScores | DomainShift | CompileTimes
     gang: int = -1
     notes: tuple[str, ...] = ()
-    """As those of a rung."""
+    """See `RungResult.notes`."""
 
 
 WorkResult = RungResult | MeasurementResult
-"""What a gang answers."""
+"""An answer of a gang."""
 
 
 class StepReport(Value):

@@ -17,7 +17,7 @@ class TrialSpec(Value):
     number: int
     control: Literal["none", "head", "shuffled", "scratch", "repeat", "curve"] | None = None
     share: float = 1.0
-    """Of the training documents, what it learns from; below 1 for points of the learning curve."""
+    """Share of the training documents that it is trained on; below 1 for points of the learning curve."""
     layers: str
     tune: Tune
     learning_rate: float
@@ -32,9 +32,10 @@ class TrialSpec(Value):
 
     @property
     def method(self) -> str:
-        """`lora r16 · replay 0.1`: how its layers learn."""
+        """Return how its layers are trained, `lora r16 · replay 0.1`."""
         return method_name(self.tune, self.lora_rank, self.adapter, self.remedies)
 
     @property
     def lora_alpha(self) -> int:
+        """Return LoRA's alpha; its scale is alpha / rank, or alpha / sqrt(rank) for rslora."""
         return self.adapter.alpha_of(self.lora_rank)

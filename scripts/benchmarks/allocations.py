@@ -38,13 +38,13 @@ BY_MASK = {
 
 @dataclass(frozen=True)
 class Counted:
-    """What a step allocates at once, at most."""
+    """Peak allocations of a step."""
 
     peak_bytes: int
     peak_operator: str
     """The operator that reached it."""
     steady_bytes: int
-    """What is left after a step: weights, masters, sums, moments."""
+    """Bytes that remain after a step: weights, fp32 master weights, sums, moments."""
 
 
 class AllocationCounter(TorchDispatchMode):

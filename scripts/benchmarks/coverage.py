@@ -1,4 +1,4 @@
-"""Whether intervals hold what they promise, on simulated losses whose difference is known.
+"""Measure the coverage of confidence intervals on simulated losses with a known difference.
 
     scripts/bench coverage [--simulations 2000] [--resamples 2000] [--flips 2000] [--seed 0] [--json]
 

@@ -1,4 +1,4 @@
-"""What remedies do against forgetting: the same trial with and without them, seed by seed.
+"""Measure the effect of remedies against forgetting: the same trial with and without them, seed by seed.
 
     scripts/bench forgetting --base FOLDER --data gsm8k/train.jsonl --retain FOLDER [--rows 320] [--seeds 3] [--layers last:4]
                              [--rate 6e-4] [--epochs 2] [--processes 2] [--out forgetting.json]
@@ -56,7 +56,7 @@ FAMILIES: dict[str, list[Remedies]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What all trials share."""
+    """Settings that all trials share."""
 
     base: str
     folder: str
@@ -152,7 +152,7 @@ def run_trial(settings: Settings, remedies: Remedies, seed: int) -> dict[str, An
 
 
 def at_loss(path: list[tuple[float, float]], loss: float) -> float | None:
-    """What had been forgotten where the path first came down to a target loss; None where it never did."""
+    """Return the forgetting when the path first reached a target loss; None if it never did."""
     for (before, lost_before), (after, lost_after) in itertools.pairwise(path):
         if after <= loss < before:
             share = (before - loss) / (before - after)

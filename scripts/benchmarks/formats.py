@@ -1,4 +1,4 @@
-"""What reading costs: seconds of processor and peak memory for rows of every format, and for the whole preparation of one.
+"""Measure the cost of reading: CPU seconds and peak memory for rows of every format, and for the whole preparation of one.
 
     scripts/bench formats [--rows 1000000] [--only jsonl parquet ...] [--json]
 

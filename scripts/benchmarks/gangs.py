@@ -1,4 +1,4 @@
-"""How long until the first step of a sweep's first trial, and how long gangs stand idle between trials.
+"""Measure the time to the first step of a sweep's first trial, and the idle time of gangs between trials.
 
 Runs a sweep of six trials over two rungs on the sample, or reads a finished run: scripts/bench gangs [RUN]
 """

@@ -1,4 +1,4 @@
-"""How long `orchestrator plan` takes for a 70B base on four nodes, process start included.
+"""Measure the time of `orchestrator plan` for a 70B base on four nodes, including process start.
 
     scripts/bench plan [--rounds 5] [--json]
 

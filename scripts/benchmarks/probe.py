@@ -1,4 +1,4 @@
-"""What scoring the blocks takes, against a whole trial of every choice of a sweep.
+"""Measure the cost of scoring the blocks, relative to a whole trial of every choice of a sweep.
 
     scripts/bench probe [SPEC] [--steps 3] [--json]
 

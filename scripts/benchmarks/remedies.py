@@ -1,4 +1,4 @@
-"""What remedies against forgetting cost a training step, side by side in one process.
+"""Measure the cost of remedies against forgetting per training step, side by side in one process.
 
     scripts/bench remedies --base FOLDER --data gsm8k/train.jsonl [--rows 200] [--steps 7] [--json]
 

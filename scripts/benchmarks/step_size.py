@@ -1,4 +1,4 @@
-"""Whether `train.tokens_per_step: auto` teaches as well as the best fixed size, for the same documents seen.
+"""Compare `train.tokens_per_step: auto` with the best fixed size, for the same number of documents.
 
     scripts/bench step_size --corpora FOLDER [--base FOLDER] [--only sample gsm8k banking77] [--rows 300 1500]
                             [--fixed 256 1024 4096 8192] [--rates 1e-3 3e-3 1e-2] [--epochs 2] [--layers last:2] [--out FILE]

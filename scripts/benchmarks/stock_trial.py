@@ -1,4 +1,4 @@
-"""What a worker of the stock sweep runs: one trial with Hugging Face's `Trainer` and PEFT. Imported by Ray's workers."""
+"""One trial of the stock sweep, with Hugging Face's `Trainer` and PEFT. Imported by Ray's workers."""
 
 from __future__ import annotations
 

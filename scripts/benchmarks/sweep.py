@@ -54,9 +54,9 @@ class Measured:
     unit: str = "x"
     goal: float | None = None
     bound: float | None = None
-    """What cannot be surpassed."""
+    """Theoretical limit."""
     at_most: bool = False
-    """Whether less is better."""
+    """True if lower is better."""
     note: str = ""
 
     @property

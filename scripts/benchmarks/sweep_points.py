@@ -49,7 +49,7 @@ def all_points() -> list[Point]:
 
 @dataclass(frozen=True)
 class Task:
-    """What is searched, and how much of it."""
+    """Search task and its size."""
 
     base: Path
     train: Path
@@ -82,7 +82,7 @@ class Task:
         return all_points()[: self.trials]
 
     def settings(self) -> dict[str, object]:
-        """What must be equal of two results that are compared."""
+        """Settings that must be equal in two results that are compared."""
         return {
             "rows": self.rows,
             "epochs": self.epochs,

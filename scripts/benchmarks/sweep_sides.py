@@ -45,7 +45,7 @@ class Side:
 
 
 class NotComparableError(Exception):
-    """What was given to be read is of other settings, or no measurement."""
+    """The given results have other settings, or are not measurements."""
 
 
 def gemm_gflops() -> float:
@@ -102,7 +102,7 @@ def read_ours(run: Path) -> Side:
 
 
 def _gang_seconds(records: RunRecords, submitted: float) -> dict[str, float]:
-    """Where the time of our sweep went: of all gangs together, and before the first one began to start."""
+    """Return the time of our sweep by activity: of all gangs together, and before the first one started."""
     submissions = submissions_of(records)
     before = min((span.start for part in submissions for span in part.spans), default=submitted) - submitted
     found = {NAMES[kind]: seconds for kind, seconds in seconds_by_kind(submissions).items()}

@@ -62,7 +62,7 @@ def num_tokens(batches: Sequence[Batch]) -> int:
 
 
 def stored_states(base: LoadedBase, data: TokenizedSet, layers: str) -> TrunkStates:
-    """What enters the first of these blocks, for every document."""
+    """Return the activations entering the first of these blocks, for every document."""
     cut = select(base.anatomy, layers, "lora", LORA_RANK, task="completion").cut
     rows = RowPlan(ROW_TOKENS, TOKENS_PER_STEP // ROW_TOKENS, pack=True)
     builder = TrunkBuilder(base, objective_of(base, base.model.lm_head), rows, Ranks(), partitioned=False)
@@ -179,7 +179,7 @@ def measure_compiled(task: Task, sets: Sets) -> dict[str, CompileTimes]:
 
 
 def _processor_seconds() -> float:
-    """Of this process and of those that it has waited for."""
+    """Return the CPU seconds of this process and of the children that it has waited for."""
     return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 

@@ -1,4 +1,4 @@
-"""Whether verdicts are right where the truth is known: repetitions with seeds of their own, errors counted.
+"""Measure the error rates of verdicts with a known truth: repetitions with seeds of their own.
 
     scripts/bench verdicts --base FOLDER --corpora FOLDER [--cases negative rivals labels] [--repetitions 20] [--processes 1]
                            [--out verdicts.jsonl]
@@ -45,7 +45,7 @@ from orchestrator.transfer import Comparison, between_trained, over_seeds, promo
 from orchestrator.transfer.seeds import student_t_quantile
 
 MAX_CHARACTERS = 300
-"""Of a gsm8k row: so that it fits, and hundreds are scored in seconds."""
+"""Maximum characters of a gsm8k row, so that it fits and hundreds are scored in seconds."""
 NUM_ROWS, NUM_EVAL, NUM_TEST, NUM_TRUTH = 24, 24, 40, 500
 """Rows of `negative`: to learn, to promote on, to judge on, and to say what a model is really worth."""
 FEWER_TEST = 12
@@ -62,7 +62,7 @@ Repetition = dict[str, Any]
 
 
 HARD = (Point("head", "full", 1e-3, 4), Point("last:1", "full", 2e-3, 4))
-"""What the rows of `negative` are learned with."""
+"""Settings that the rows of `negative` are trained with."""
 RIVAL = Point("last:1", "lora", 5e-3, 3, 8)
 LABELLED = Point("last:2", "full", 1e-3, 4)
 

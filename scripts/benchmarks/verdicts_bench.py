@@ -169,7 +169,7 @@ class Scored:
     """float64[n]: 1 for a wrong class, 0 for the right one."""
 
     def against(self, reference: Scored, rows: Sequence[int], seed: int, *, by_answer: bool = False) -> Comparison:
-        """As a run compares two models."""
+        """Compare two models as a run does."""
         chosen = list(rows)
         if by_answer:
             assert self.wrong is not None
@@ -178,7 +178,7 @@ class Scored:
         return paired_comparison(self.losses[chosen], reference.losses[chosen], self.tokens[chosen], seed)
 
     def record(self, number: int, point: Point | None, rows: Sequence[int]) -> TrialRecord:
-        """As a search has it that scores its trials on these rows."""
+        """Return the trial's record as a search that scores its trials on these rows would."""
         chosen = list(rows)
         loss = float(np.average(self.losses[chosen], weights=self.tokens[chosen]))
         rung = RungRecord(step=1, tokens=1, metric=loss, score=score(loss, False, None, math.inf))

@@ -166,7 +166,7 @@ class Kept:
 
 
 Row = tuple[str, str, str]
-"""What, how much, and whether it is equal."""
+"""Compared figure of both sides, and whether it is equal."""
 
 
 def compare(kept: Kept, head: Side, cases: dict[str, Case], jobs: list[str]) -> Iterator[Row]:

@@ -27,8 +27,8 @@ RESULT_FIELDS = (
     "layer_scores",
 )
 ENGINE_FIELDS = ("executor", "zero_stage", "ranks", "trainable_parameters", "micro_batch_rows", "trunk_cut")
-"""What a trial's execution was, where its numbers depend on it. Not `fused_trials`: gangs measure it, and a trial has the same
-numbers batched or alone."""
+"""Fields of a trial's execution that affect its numbers. `fused_trials` is not one of them: gangs measure it, and a trial has
+the same numbers batched or alone."""
 TRANSFER_FIELDS = ("verdict", "trial_id", "comparisons", "scores")
 RENAMED: dict[str, str] = {}
 """JSON key of a former version -> the present one, for keys above that were renamed on purpose."""

@@ -1,4 +1,4 @@
-"""Whether run folders that a commit made are still reported, resumed, extended and merged by the present code."""
+"""Check that run folders made by a commit can still be reported, resumed, extended and merged by the present code."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ class Case:
     job: str
     trials: tuple[int, ...]
     shows: Callable[[Path, list[dict[str, Any]]], bool]
-    """Of a run folder and the engine records of these trials."""
+    """Check on a run folder and the engine records of these trials."""
 
 
 def _engines(**expected: Any) -> Callable[[Path, list[dict[str, Any]]], bool]:

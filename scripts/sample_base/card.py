@@ -10,7 +10,7 @@ from scripts.sample_base.corpus import Corpus
 
 @dataclass(frozen=True)
 class Facts:
-    """What a reader of the card may want to check; losses in nats per token."""
+    """Figures that a reader of the card may want to check; losses in nats per token."""
 
     num_parameters: int
     steps: int

@@ -45,8 +45,8 @@ def deaths_of(run: Path, trial_id: str) -> list[str]:
     return [event["message"] for event in events_of(run, "gang_died") if event["trial_id"] == trial_id]
 
 
-def relieved_to(entry: TrialEntry) -> ExecutionPlan | None:
-    return entry.results[-1].relieved
+def reduced_execution_of(entry: TrialEntry) -> ExecutionPlan | None:
+    return entry.results[-1].reduced_execution
 
 
 def assert_numbers_of_a_smaller_plan(run: Path, entry: TrialEntry, folder: Path) -> None:
@@ -60,16 +60,16 @@ def assert_numbers_of_a_smaller_plan(run: Path, entry: TrialEntry, folder: Path)
 
 @pytest.mark.slow
 def test_under_zero_2_one_trial_goes_on_smaller_and_the_next_as_planned(tmp_path: Path) -> None:
-    """That a smaller way has the numbers of a smaller plan is proven without Ray, in test_relief_in_a_gang.py."""
+    """That a smaller execution has the numbers of a smaller plan is proven without Ray, in test_relief_in_a_gang.py."""
     spec = sweep_spec(tmp_path, 2, ["last:1", "last:2"])
     assert submit("sweep", spec) == 0
     run = run_folder(spec)
     smaller, undisturbed = trials_of(run)
 
     assert smaller.results[-1].state == "done"
-    relieved = relieved_to(smaller)
-    assert relieved is not None
-    assert (relieved.micro_batch_rows, relieved.checkpointing, relieved.zero_stage) == (1, False, 2)
+    reduced = reduced_execution_of(smaller)
+    assert reduced is not None
+    assert (reduced.micro_batch_rows, reduced.checkpointing, reduced.zero_stage) == (1, False, 2)
     (died,) = deaths_of(run, smaller.trial.trial_id)
     assert "out of memory on rank 1" in died
     assert "restarted with 1 row per micro-batch" in died
@@ -77,7 +77,7 @@ def test_under_zero_2_one_trial_goes_on_smaller_and_the_next_as_planned(tmp_path
     assert len(notes) == 1
 
     assert undisturbed.results[-1].state == "done"
-    assert (relieved_to(undisturbed), deaths_of(run, undisturbed.trial.trial_id)) == (None, [])
+    assert (reduced_execution_of(undisturbed), deaths_of(run, undisturbed.trial.trial_id)) == (None, [])
     sweep = sweep_of(run)
     assert [trial.state for trial in sweep.searched] == ["finished", "finished"]
     assert (sweep.gangs_replaced, sweep.base_loads) == (1, 2)
@@ -85,7 +85,7 @@ def test_under_zero_2_one_trial_goes_on_smaller_and_the_next_as_planned(tmp_path
 
 
 @pytest.mark.slow
-def test_under_zero_2_a_trial_that_fits_in_no_way_fails_and_the_sweep_goes_on(tmp_path: Path) -> None:
+def test_under_zero_2_a_trial_that_cannot_be_reduced_fails_and_the_sweep_goes_on(tmp_path: Path) -> None:
     spec = sweep_spec(tmp_path, 2, ["first:1", "last:2"])
     assert submit("sweep", spec) == 0
     run = run_folder(spec)
@@ -109,9 +109,9 @@ def test_under_zero_3_a_trial_goes_on_smaller_and_its_refit_knows(tmp_path: Path
     assert entry.results[-1].state == "done"
     assert entry.results[-1].engine is not None
     assert entry.results[-1].engine.zero_stage == 3
-    relieved = relieved_to(entry)
-    assert relieved is not None
-    assert relieved.micro_batch_rows == 1
+    reduced = reduced_execution_of(entry)
+    assert reduced is not None
+    assert reduced.micro_batch_rows == 1
     assert len(deaths_of(run, entry.trial.trial_id)) == 1
     refit = transfer_of(run).refit
     assert refit is not None
@@ -131,9 +131,9 @@ def test_a_job_of_one_trial_goes_on_smaller(tmp_path: Path) -> None:
     assert submit("finetune", spec) == 0
     run = run_folder(spec)
     (entry,) = trials_of(run)
-    relieved = relieved_to(entry)
-    assert relieved is not None
-    assert relieved.micro_batch_rows == 1
+    reduced = reduced_execution_of(entry)
+    assert reduced is not None
+    assert reduced.micro_batch_rows == 1
     (note,) = [event["message"] for event in events_of(run, "trial_note")]
     assert "the worker group was replaced and the trial restarted with 1 row per micro-batch" in note
     transfer = transfer_of(run)

@@ -59,7 +59,7 @@ def steps_down(result: RungResult) -> list[str]:
     return [note for note in result.notes if "is released" not in note]
 
 
-def assert_relieved(matrix: Matrix, name: str, counterpart: str, down: list[str]) -> None:
+def assert_reduced(matrix: Matrix, name: str, counterpart: str, down: list[str]) -> None:
     assert matrix.bits(name) == matrix.bits(counterpart), name
     smaller = matrix.results[counterpart].engine
     assert smaller is not None
@@ -68,22 +68,22 @@ def assert_relieved(matrix: Matrix, name: str, counterpart: str, down: list[str]
         steps = steps_down(result)
         assert len(steps) == len(down)
         assert all(words in note for words, note in zip(down, steps, strict=True)), result.notes
-        assert result.relieved is not None
-        assert result.relieved.zero_stage == smaller.zero_stage
+        assert result.reduced_execution is not None
+        assert result.reduced_execution.zero_stage == smaller.zero_stage
         assert result.engine is not None
         assert result.engine.live_engines == 1
     assert matrix.results[name].eval_loss == matrix.results[counterpart].eval_loss
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_relieved_trial_has_the_numbers_of_a_smaller_plan(matrix: Matrix, stage: int) -> None:
+def test_a_reduced_trial_has_the_numbers_of_a_smaller_plan(matrix: Matrix, stage: int) -> None:
     """To the last bit, from one step down and from the foot of the ladder, with nothing of an engine left behind."""
-    assert_relieved(matrix, f"z{stage}-rows", f"z{stage}-small", STEPS_DOWN[stage][:1])
-    assert_relieved(matrix, f"z{stage}-ladder", "foot", STEPS_DOWN[stage])
+    assert_reduced(matrix, f"z{stage}-rows", f"z{stage}-small", STEPS_DOWN[stage][:1])
+    assert_reduced(matrix, f"z{stage}-ladder", "foot", STEPS_DOWN[stage])
 
 
 def test_without_deepspeed_too(matrix: Matrix) -> None:
-    assert_relieved(matrix, "torch-rows", "torch-small", STEPS_DOWN[1][:1])
+    assert_reduced(matrix, "torch-rows", "torch-small", STEPS_DOWN[1][:1])
     for result in matrix.every_rank["torch-never"]:
         assert (result.state, len(steps_down(result))) == ("failed", 2)
         assert "resources.zero: 3, which partitions (shards) the base across ranks" in result.reason

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from orchestrator.cli.commands import app
-from orchestrator.data.reading.guess import look_at
+from orchestrator.data.reading.guess import guess_use
 from orchestrator.errors import DataError
 from orchestrator.spec import load_spec
 
@@ -87,7 +87,7 @@ CASES = {
 def test_a_file_is_taken_for_what_it_is(name: str, tmp_path: Path):
     rows, task, columns = CASES[name]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    look = look_at(str(tmp_path / "rows.jsonl"))
+    look = guess_use(str(tmp_path / "rows.jsonl"))
     assert (look.task, dict(look.columns)) == (task, columns)
 
 
@@ -182,6 +182,6 @@ def test_what_cannot_be_done_is_told_and_nothing_is_written(arguments, said, tmp
 
 def test_a_task_that_is_given_is_kept_to(tmp_path: Path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CASES["few answers"][0]))
-    assert dict(look_at(str(tmp_path / "rows.jsonl"), "completion").columns) == {"prompt": "question", "completion": "answer"}
+    assert dict(guess_use(str(tmp_path / "rows.jsonl"), "completion").columns) == {"prompt": "question", "completion": "answer"}
     with pytest.raises(DataError, match="no columns for the task chat"):
-        look_at(str(tmp_path / "rows.jsonl"), "chat")
+        guess_use(str(tmp_path / "rows.jsonl"), "chat")

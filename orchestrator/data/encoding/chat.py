@@ -20,14 +20,14 @@ from typing import Any
 
 from orchestrator.data.encoding.chat_template import ChatTemplate, Tools
 from orchestrator.data.encoding.control_tokens import ControlTokens
-from orchestrator.data.encoding.row_notices import Noticed
+from orchestrator.data.encoding.row_notices import RowNotices
 from orchestrator.data.encoding.spans import Found, NotRenderedError, Span, SpanFinder
 from orchestrator.data.encoding.turn_marks import Turn, calls_of, mapped, reasoning_of, said, strings_of
 from orchestrator.data.reading.examples import Example
 from orchestrator.data.reading.row import BadRow
 from orchestrator.spec.models import DataSpec
 
-MOST_SHOWN = 256
+MAX_REMEMBERED = 256
 """Number of role sequences that are remembered."""
 
 
@@ -53,7 +53,7 @@ class ChatEncoder:
         noticed: Gets what is worth telling.
     """
 
-    def __init__(self, tokenizer: Any, data: DataSpec, ends: Sequence[str], noticed: Noticed) -> None:
+    def __init__(self, tokenizer: Any, data: DataSpec, ends: Sequence[str], noticed: RowNotices) -> None:
         self._data = data
         self._noticed = noticed
         self._template = ChatTemplate(tokenizer)
@@ -65,7 +65,7 @@ class ChatEncoder:
         self._ends = tuple(dict.fromkeys([*closings, *ends]))
         self._renders_tools = False
         self._shown: set[tuple[str, ...]] = set()
-        """Sequences of roles of which the template leaves nothing out."""
+        """Role sequences that the template renders completely."""
 
     def render(self, example: Example) -> RenderedChat | BadRow:
         """Return the chat and the spans of its supervised turns; a BadRow if the template rejects it."""
@@ -125,9 +125,9 @@ class ChatEncoder:
         found: dict[int, Found] = {}
         if wanted and not by_marks:
             found = self._finder.find(turns, tools, text, wanted)
-            self._tell(example, wanted, found, last=max(answers))
+            self._note_missing_parts(example, wanted, found, last=max(answers))
         elif wanted:
-            self._look_at(example, turns, tools, text, wanted)
+            self._note_omissions(example, turns, tools, text, wanted)
         if by_marks:
             # A closing token after the mark counts only up to the next answer.
             limits = [*(start for start, _ in marked[1:]), len(text)]
@@ -151,18 +151,18 @@ class ChatEncoder:
         self._renders_tools = self._renders_tools or self._template.render(turns) != text
         return self._renders_tools
 
-    def _look_at(self, example: Example, turns: Sequence[Turn], tools: Tools, text: str, wanted: set[int]) -> None:
+    def _note_omissions(self, example: Example, turns: Sequence[Turn], tools: Tools, text: str, wanted: set[int]) -> None:
         """Note what a template with marks leaves out; checked once for each role sequence that it renders completely."""
         roles = tuple(turn["role"] for turn in turns)
         if roles in self._shown:
             return
         with suppress(NotRenderedError):
-            if not self._tell(example, wanted, self._finder.find(turns, tools, text, wanted), last=max(wanted)):
+            if not self._note_missing_parts(example, wanted, self._finder.find(turns, tools, text, wanted), last=max(wanted)):
                 return
-        if len(self._shown) < MOST_SHOWN:
+        if len(self._shown) < MAX_REMEMBERED:
             self._shown.add(roles)
 
-    def _tell(self, example: Example, wanted: set[int], found: dict[int, Found], last: int) -> bool:
+    def _note_missing_parts(self, example: Example, wanted: set[int], found: dict[int, Found], last: int) -> bool:
         """Note what the template leaves out; return False if it leaves out anything."""
         turns = list(found.values())
         final = [found[last]] if last in found else []

@@ -19,7 +19,7 @@ Tools = Sequence[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Style:
-    """How a template renders turns, found by rendering one question with one answer; empty if it rejects them."""
+    """Text that a template writes around turns, found by rendering one question with one answer; empty if it rejects them."""
 
     generation_prompt: str = ""
     """Text that requests an answer, after a complete question."""

@@ -46,9 +46,9 @@ class ControlTokens:
         secret = secrets.token_hex(8)
         names = {text: f"{secret}{place:x}" for place, text in enumerate(sorted(self.ids))}
         self._stand_ins = {text: f"{BEFORE_NAME}{name}{BEFORE_NAME}" for text, name in names.items()}
-        """Control token -> what stands for one that a row spells, while the row is rendered."""
+        """Control token -> its stand-in while a row that spells it is rendered."""
         self._spellings = {text: f"{BEFORE_SPELLING}{name}{BEFORE_SPELLING}" for text, name in names.items()}
-        """Control token -> how `plain` spells it."""
+        """Control token -> its spelling in `plain`."""
         self._literal = {stand_in: text for text, stand_in in self._stand_ins.items()}
         self._stands = re.compile(f"{BEFORE_NAME}{secret}[0-9a-f]+{BEFORE_NAME}")
 

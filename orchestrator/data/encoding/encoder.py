@@ -13,7 +13,7 @@ import numpy as np
 
 from orchestrator.data.encoding.chat import ChatEncoder, RenderedChat
 from orchestrator.data.encoding.control_tokens import ControlTokens
-from orchestrator.data.encoding.row_notices import Noticed
+from orchestrator.data.encoding.row_notices import RowNotices
 from orchestrator.data.reading.examples import Example
 from orchestrator.data.reading.row import BadRow
 from orchestrator.errors import BaseError
@@ -75,14 +75,14 @@ class Encoder:
     """
 
     def __init__(
-        self, tokenizer: Any, task: Task, data: DataSpec, *, ends: Sequence[int] = (), noticed: Noticed | None = None
+        self, tokenizer: Any, task: Task, data: DataSpec, *, ends: Sequence[int] = (), noticed: RowNotices | None = None
     ) -> None:
         self._tokenizer = tokenizer
         self._data = data
         self._bos = _bos_ids(tokenizer)
         self._eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
         self._traits = TASKS[task]
-        self._noticed = noticed if noticed is not None else Noticed()
+        self._noticed = noticed if noticed is not None else RowNotices()
         if self._traits.uses_chat_template and not tokenizer.chat_template:
             raise BaseError(
                 "the tokenizer has no chat template",

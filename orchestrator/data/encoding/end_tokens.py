@@ -55,7 +55,7 @@ def end_tokens(train: TokenizedSet, control: ControlTokens, declared: Sequence[i
     return tuple(dict.fromkeys((*learned, *declared)))
 
 
-def tell_ends(train: TokenizedSet, tokenizer: Any, task: Task, left_out: LeftOut) -> None:
+def note_end_tokens(train: TokenizedSet, tokenizer: Any, task: Task, left_out: LeftOut) -> None:
     """Report the tokens at which answers end; warn if no end is trained on."""
     stops = train.stop_ids
     remedy = NO_END_IN_TEMPLATE if TASKS[task].uses_chat_template else NO_END

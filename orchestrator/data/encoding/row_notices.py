@@ -47,7 +47,7 @@ WORDS: dict[str, tuple[str, str]] = {
 
 
 @dataclass
-class Noticed:
+class RowNotices:
     """Rows by what was observed about them."""
 
     places: dict[str, dict[str, None]] = field(default_factory=dict)
@@ -58,7 +58,7 @@ class Noticed:
         self.places.setdefault(kind, {})[place] = None
         self.what.setdefault(kind, {}).update(dict.fromkeys(what))
 
-    def tell(self, left_out: LeftOut) -> None:
+    def report(self, left_out: LeftOut) -> None:
         """Report one line for each kind observed."""
         for kind, (message, remedy) in WORDS.items():
             places = self.places.get(kind)

@@ -56,7 +56,7 @@ class Example:
 
 @dataclass
 class Reading:
-    """How rows with one set of columns were read, and their number."""
+    """Layout by which rows with one set of columns were read, and their number."""
 
     names: tuple[str, ...]
     layout: Layout | None

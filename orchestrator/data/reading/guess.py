@@ -14,7 +14,7 @@ from orchestrator.errors import DataError
 from orchestrator.spec.models import Task
 from orchestrator.units import printable
 
-MOST_ROWS = 50_000
+MAX_ROWS = 50_000
 """Number of rows that are read: a file sorted by class shows only the first class for long."""
 PAIRS = (
     ("prompt", "completion"),
@@ -78,14 +78,14 @@ LABELS = (
     "type",
     "label_text",
 )
-MOST_CLASSES = 20
+MAX_CLASSES = 20
 """Most different values of a label column that is not named like one."""
-LONGEST_CLASS = 60
+MAX_CLASS_CHARACTERS = 60
 """Maximum characters of a class name."""
 
 
 @dataclass(frozen=True)
-class Look:
+class Guess:
     """Guessed task and columns of a data file."""
 
     task: Task
@@ -103,10 +103,10 @@ class Look:
     @property
     def has_more(self) -> bool:
         """True if there are rows that were not read."""
-        return len(self.rows) == MOST_ROWS
+        return len(self.rows) == MAX_ROWS
 
 
-def look_at(pattern: str, task: Task | None = None) -> Look:
+def guess_use(pattern: str, task: Task | None = None) -> Guess:
     """Guess what `pattern` (a file, a folder, a glob) is for.
 
     Args:
@@ -131,13 +131,13 @@ def look_at(pattern: str, task: Task | None = None) -> Look:
         )
     chosen, columns, why, num_classes = found
     unused = tuple(name for name in _Table(rows).names if name not in columns.values())
-    return Look(chosen, columns, why, tuple(rows), unused, num_classes, tuple(bad))
+    return Guess(chosen, columns, why, tuple(rows), unused, num_classes, tuple(bad))
 
 
 def _first_rows(pattern: str) -> tuple[list[Row], list[BadRow]]:
     rows: list[Row] = []
     bad: list[BadRow] = []
-    for row in islice(read_path(pattern), MOST_ROWS):
+    for row in islice(read_path(pattern), MAX_ROWS):
         if isinstance(row, BadRow):
             bad.append(row)
         else:
@@ -180,7 +180,7 @@ class _Table:
         if any(isinstance(value, list | dict) or (isinstance(value, float) and not value.is_integer()) for value in values):
             return set()
         found = {str(value) for value in values}
-        return found if all(len(name) <= LONGEST_CLASS for name in found) else set()
+        return found if all(len(name) <= MAX_CLASS_CHARACTERS for name in found) else set()
 
 
 def _guess(table: _Table, task: Task | None) -> _Found | None:
@@ -244,7 +244,7 @@ def _classify(table: _Table, asked: bool) -> _Found | None:
     answers = [pair[1] for pair in pairs if len(pair) == 2]
     named = [name for name in table.named(LABELS) if 2 <= len(table.classes(name)) <= max(2, count // 2)]
     others = [name for name in (*answers[:1], *table.names) if name not in named]
-    few = [name for name in others if 2 <= len(table.classes(name)) <= min(MOST_CLASSES, count // 5)]
+    few = [name for name in others if 2 <= len(table.classes(name)) <= min(MAX_CLASSES, count // 5)]
     if answers and not asked:  # a pair by name is a completion, unless its answers are few
         candidates = [name for name in (*named, *few) if name in answers]
     else:
@@ -275,7 +275,7 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def contents(look: Look, most: int) -> list[str]:
+def contents(look: Guess, most: int) -> list[str]:
     """Return approximately what the model would read of the first rows: the parts of each, concatenated."""
     return ["\n".join(_flat(row.values.get(column)) for column in look.columns.values()) for row in look.rows[:most]]
 

@@ -25,7 +25,7 @@ SAY_WHAT_IS_LEARNED = frozenset(("train", "training", "trainable", "loss", "mask
 
 @dataclass
 class SplitReading:
-    """How the files of one split were read."""
+    """Record of how the files of one split were read."""
 
     split: str
     rows: RowReader

@@ -20,7 +20,7 @@ from orchestrator.data.splitting.minhash import near_pairs, normalised
 Kind = Literal["row", "question", "group", "near"]
 INSTRUCTION = 0.5
 """Share of train's rows from which a common prompt counts as an instruction: the answers then distinguish the rows."""
-FEWEST_OF_INSTRUCTION = 3
+MIN_INSTRUCTION_ROWS = 3
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def find_instructions(examples: Sequence[Example], questions: np.ndarray) -> dic
         return {}
     values, first, counts = np.unique(questions, return_index=True, return_counts=True)
     # At least three rows, or in a tiny set any prompt would count as an instruction.
-    often = (values != 0) & (counts >= max(FEWEST_OF_INSTRUCTION, INSTRUCTION * len(examples)))
+    often = (values != 0) & (counts >= max(MIN_INSTRUCTION_ROWS, INSTRUCTION * len(examples)))
     asked = [questions_of(examples[at]) for at in first[often].tolist()]
     return {found[-1]: count for found, count in zip(asked, counts[often].tolist(), strict=True) if found}
 

@@ -17,7 +17,7 @@ WHOLE = re.compile(r"-?\d+")
 NAMED = 8
 """Number of classes named in one sentence."""
 FEW_ROWS = 2
-FEWEST_VALUES = 20
+MIN_VALUES = 20
 """Number of different numbers from which labels look like a quantity, if most occur on at most FEW_ROWS rows."""
 SKEWED = 0.9
 """Share of rows in one class above which always predicting it is nearly always right."""
@@ -107,7 +107,7 @@ def check_labels(loaded: LoadedSpec, found: Mapping[str, list[Example]], left_ou
     left_out.notices += label_notices(counts)
 
 
-def tell_missing(splits: Mapping[str, Sequence[Example]], left_out: LeftOut) -> None:
+def note_missing_classes(splits: Mapping[str, Sequence[Example]], left_out: LeftOut) -> None:
     """Warn of classes that train has and eval or test does not."""
     classes = sort_classes(str(example.label) for example in splits["train"])
     for name in ("eval", "test"):
@@ -141,7 +141,7 @@ def _numbers(names: Iterable[str]) -> list[float]:
 
 def _looks_like_a_quantity(counts: Mapping[str, int], numbers: Sequence[float]) -> bool:
     few = sum(count <= FEW_ROWS for count in counts.values())
-    return len(numbers) >= FEWEST_VALUES and few > len(counts) / 2
+    return len(numbers) >= MIN_VALUES and few > len(counts) / 2
 
 
 def _named(names: Sequence[str]) -> str:

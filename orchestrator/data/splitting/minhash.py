@@ -30,7 +30,7 @@ MAX_CHARACTERS = 1000
 COMMON = 0.5
 """Share of the texts above which an n-gram belongs to a template and does not distinguish them."""
 SAMPLED_TEXTS = 400
-FEWEST_SAMPLED = 8
+MIN_SAMPLED = 8
 CHUNK_CHARACTERS = 500_000
 VERIFIED_CHARACTERS = 40_000_000
 """Total characters up to which candidates are compared exactly; beyond, by the estimate from their signatures."""
@@ -189,7 +189,7 @@ def _shingles(words: str) -> set[str]:
 def _common_shingles(texts: Sequence[str]) -> frozenset[str]:
     """Return the n-grams of the template shared by most texts, from a sample at even distances."""
     sample = [compared(texts[at]) for at in range(0, len(texts), max(1, len(texts) // SAMPLED_TEXTS))]
-    if len(sample) < FEWEST_SAMPLED:
+    if len(sample) < MIN_SAMPLED:
         return frozenset()
     counts = Counter(gram for text in sample for gram in _shingles(text))
     return frozenset(gram for gram, count in counts.items() if count > COMMON * len(sample))

@@ -57,11 +57,11 @@ def mixed(examples: list[Example], sources: str | Sequence[DataSource], seed: in
                 result.append(row)
             else:
                 left_out.add("train", f"thinned by the weights of data.train ({weights[number]:g})", row.place)
-    _tell(sources, {number: len(rows) for number, rows in by_source.items()}, taken, weights, left_out)
+    _note_mixture(sources, {number: len(rows) for number, rows in by_source.items()}, taken, weights, left_out)
     return result
 
 
-def _tell(
+def _note_mixture(
     sources: Sequence[DataSource],
     had: Mapping[int, int],
     taken: Mapping[int, int],

@@ -15,7 +15,7 @@ from orchestrator.units import printable
 Dedupe = Literal["exact", "near", "none"]
 SHOWN_CHARACTERS = 60
 SERIOUS = 0.1
-FEWEST_SERIOUS = 3
+MIN_SERIOUS = 3
 """Number of near-duplicates from which, at this share of an evaluation split, they give a warning."""
 
 
@@ -24,7 +24,7 @@ def asked_name(example: Example) -> str:
     return "text" if example.text is not None else "prompt"
 
 
-def tell_instructions(instructions: Mapping[str, int], num_rows: int, left_out: LeftOut) -> None:
+def note_instructions(instructions: Mapping[str, int], num_rows: int, left_out: LeftOut) -> None:
     """Report that a prompt shared by most rows does not distinguish them."""
     for prompt, count in instructions.items():
         left_out.info(
@@ -33,7 +33,7 @@ def tell_instructions(instructions: Mapping[str, int], num_rows: int, left_out: 
         )
 
 
-def tell_repeated(examples: Sequence[Example], keys: RowKeys, left_out: LeftOut) -> None:
+def note_repeated_rows(examples: Sequence[Example], keys: RowKeys, left_out: LeftOut) -> None:
     """Count rows of train that repeat another one; they are kept, and weigh more."""
     _, first = np.unique(keys.row, return_index=True)
     again = np.ones(len(examples), bool)
@@ -45,7 +45,7 @@ def tell_repeated(examples: Sequence[Example], keys: RowKeys, left_out: LeftOut)
         )
 
 
-def tell_contradictions(examples: Sequence[Example], keys: RowKeys, left_out: LeftOut) -> None:
+def note_contradictions(examples: Sequence[Example], keys: RowKeys, left_out: LeftOut) -> None:
     """Count prompts with more than one answer, and texts with more than one class.
 
     For an instruction (`find_instructions`) the answer is part of the key, so it never counts.
@@ -75,7 +75,7 @@ def tell_contradictions(examples: Sequence[Example], keys: RowKeys, left_out: Le
         )
 
 
-def tell_sides(
+def note_shared_rows(
     examples: Sequence[Example], split: np.ndarray, keys: RowKeys, clusters: np.ndarray, dedupe: Dedupe, left_out: LeftOut
 ) -> None:
     """Count rows of eval and test that also occur in train or in each other: exactly (`none`), or nearly.
@@ -103,7 +103,7 @@ def tell_sides(
         if near.any():
             message = f"{int(near.sum()):,} of {len(mine):,} rows of {judge} are near-duplicates of rows of {other}"
             places = (examples[index].place for index in mine[near].tolist())
-            if near.sum() >= max(FEWEST_SERIOUS, SERIOUS * len(mine)) and other == "train":
+            if near.sum() >= max(MIN_SERIOUS, SERIOUS * len(mine)) and other == "train":
                 left_out.warn(message, "set data.dedupe: near to keep them in one split", places=places)
             else:
                 left_out.info(message, places=places)

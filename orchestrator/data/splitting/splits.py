@@ -25,10 +25,10 @@ from orchestrator.data.splitting.mixture import mixed
 from orchestrator.data.splitting.overlap import (
     Dedupe,
     asked_name,
-    tell_contradictions,
-    tell_instructions,
-    tell_repeated,
-    tell_sides,
+    note_contradictions,
+    note_instructions,
+    note_repeated_rows,
+    note_shared_rows,
 )
 from orchestrator.data.summary import LeftOut
 from orchestrator.errors import DataError
@@ -36,7 +36,7 @@ from orchestrator.spec import LoadedSpec
 from orchestrator.units import printable
 
 SPLITS = ("train", "eval", "test")
-MOST_NOTICED = 3
+MAX_NOTICES = 3
 """Number of notices repeated in the error for a split without rows."""
 JUDGES = (("eval", "test"), ("train", "test"), ("train", "eval"))
 """(split that loses a shared row, split that keeps it), in the order in which rows are removed."""
@@ -98,7 +98,7 @@ def make_splits(loaded: LoadedSpec, found: Mapping[str, list[Example]], left_out
     for name, part in parts.items():
         if not part:
             raise _empty(loaded, name, examples, names, len(shares), left_out)
-    _tell(rows, split, shares, data.dedupe, left_out)
+    _note_results(rows, split, shares, data.dedupe, left_out)
     return parts | {"train": mixed(parts["train"], data.train, seed, left_out)}
 
 
@@ -111,8 +111,8 @@ def _compare(found: Mapping[str, list[Example]], left_out: LeftOut) -> Compared:
     if instructions:
         keys = row_keys(examples, frozenset(instructions))
     clusters = near_clusters(examples, keys, frozenset(instructions))
-    tell_instructions(instructions, len(found["train"]), left_out)
-    tell_contradictions(examples, keys, left_out)
+    note_instructions(instructions, len(found["train"]), left_out)
+    note_contradictions(examples, keys, left_out)
     return Compared(examples, split, keys, clusters)
 
 
@@ -160,10 +160,10 @@ def _names(examples: Sequence[Example], keys: RowKeys, clusters: np.ndarray, ded
     return [lowest[root] for root in roots]
 
 
-def _tell(rows: Compared, split: np.ndarray, shares: Mapping[str, Share], dedupe: Dedupe, left_out: LeftOut) -> None:
+def _note_results(rows: Compared, split: np.ndarray, shares: Mapping[str, Share], dedupe: Dedupe, left_out: LeftOut) -> None:
     train = split == "train"
-    tell_repeated([rows.examples[index] for index in np.flatnonzero(train).tolist()], rows.keys.select(train), left_out)
-    tell_sides(rows.examples, split, rows.keys, rows.clusters, dedupe, left_out)
+    note_repeated_rows([rows.examples[index] for index in np.flatnonzero(train).tolist()], rows.keys.select(train), left_out)
+    note_shared_rows(rows.examples, split, rows.keys, rows.clusters, dedupe, left_out)
     pool = int(sum((split == name).sum() for name in {"train", *shares}))
     for name, asked in shares.items():
         got, wanted = int((split == name).sum()), wanted_rows(asked, pool)
@@ -183,7 +183,7 @@ def _empty(
     if not reasons or name == "train":
         reasons += _why_not_shared(loaded, examples, names, num_shares)
     noticed = [notice.message for notice in left_out.notices if notice.level == "warning" or len(examples) <= 1]
-    reasons += noticed[:MOST_NOTICED]
+    reasons += noticed[:MAX_NOTICES]
     remedy = "give more rows, or another share or path"
     if removed and loaded.spec.data.dedupe != "none":
         remedy += "; data.dedupe: none keeps rows that are in two splits"

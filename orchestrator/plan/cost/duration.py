@@ -151,17 +151,17 @@ def calibrated(plan: RunPlan, anatomy: ModelAnatomy, measured: Iterable[Measured
     return estimate_cost(plan, anatomy, rate, price_per_gpu_hour=plan.cost.price_per_gpu_hour)
 
 
-def calibration_message(planned: CostEstimate, found: CostEstimate) -> str:
+def calibration_message(planned: CostEstimate, found: CostEstimate, steps: str = "the first steps") -> str:
     """Return a message such as `the first steps reach 41% of the peak: about 12.3 GPU-hours in all (14.4 at the 35% that the
     plan assumed)`."""
     if found.core_hours is not None and planned.core_hours is not None and found.rate.flops is not None:
         return (
-            f"the first steps reach {found.rate.flops / 1e9:.3g} GFLOP/s per core: about {found.core_hours:.3g} core-hours in "
+            f"{steps} reach {found.rate.flops / 1e9:.3g} GFLOP/s per core: about {found.core_hours:.3g} core-hours in "
             f"all ({planned.core_hours:.3g} by the plan)"
         )
     assert found.gpu_hours is not None
     assert planned.gpu_hours is not None
     return (
-        f"the first steps reach {found.rate.achieved_share:.0%} of the peak: about {found.gpu_hours:.3g} GPU-hours in all "
+        f"{steps} reach {found.rate.achieved_share:.0%} of the peak: about {found.gpu_hours:.3g} GPU-hours in all "
         f"({planned.gpu_hours:.3g} at the {planned.rate.achieved_share:.0%} that the plan assumed)"
     )

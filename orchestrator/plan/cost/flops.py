@@ -116,16 +116,16 @@ def train_terms(
     without_gradient, skips_attention = _without_gradient(anatomy, selection)
     passing = above - without_gradient
     skipped_attention = _attention(anatomy, anatomy.num_blocks - 1, attended_tokens) if skips_attention else 0.0
-    rerun = _elements_run_again(anatomy, selection, supervised_share)
+    rerun_in_blocks, rerun_on_head = _elements_run_again(anatomy, selection, supervised_share)
     skipped = sum(_last_matrix(anatomy, selection, block) for block in range(selection.cut, anatomy.num_blocks))
-    again = 2.0 * (above - skipped + in_blocks + rerun) + attention if checkpointing else 0.0
+    again = 2.0 * (above - skipped + in_blocks + rerun_in_blocks) + attention if checkpointing else 0.0
     per_pass = adapter_elements_per_pass(anatomy, selection) * (1 + checkpointing) / forward_tokens
     all_passing = 2.0 * (passing + head) if blocks else 0.0
     head_again = 2.0 * (head + on_head * supervised_share) if head_twice else 0.0
     return forward + _kept(
         ("gradients of activations", all_passing, f"2 x ({format_count(round(passing))} elements in {blocks} blocks + the head)"),
         ("gradients of weights", 2.0 * learning, f"2 x {format_count(round(learning))} trainable elements"),
-        *_adapter_terms(in_blocks + on_head * supervised_share, per_pass, forward_tokens, rerun),
+        *_adapter_terms(in_blocks + on_head * supervised_share, per_pass, forward_tokens, rerun_in_blocks + rerun_on_head),
         (
             "attention backward",
             (attention - skipped_attention) * BACKWARD_MATMULS / FORWARD_MATMULS,
@@ -191,12 +191,12 @@ def adapter_elements_per_pass(anatomy: ModelAnatomy, selection: LayerSelection) 
     return sum(kind.elements_per_pass(shape, selection.lora_rank or 0) for shape in shapes)
 
 
-def _elements_run_again(anatomy: ModelAnatomy, selection: LayerSelection, supervised_share: float) -> float:
-    """Return the elements of frozen matrices that dropout makes run twice."""
+def _elements_run_again(anatomy: ModelAnatomy, selection: LayerSelection, supervised_share: float) -> tuple[float, float]:
+    """Return the elements of frozen matrices that dropout makes run twice: (in the blocks, on the head)."""
     if not (selection.adapter.dropout and selection.adapter_kind.runs_layer_on_its_input):
-        return 0.0
-    on_head = head_elements(anatomy) * supervised_share if anatomy.head_weight in selection.adapted else 0.0
-    return on_head + sum(anatomy.tensors[name].num_elements for name in selection.adapted if name != anatomy.head_weight)
+        return 0.0, 0.0
+    in_blocks = sum(anatomy.tensors[name].num_elements for name in selection.adapted if name != anatomy.head_weight)
+    return in_blocks, head_elements(anatomy) * supervised_share if anatomy.head_weight in selection.adapted else 0.0
 
 
 def _active(anatomy: ModelAnatomy, name: str) -> float:

@@ -108,9 +108,11 @@ class LiveDora(LiveLora):
     def forward(self, call: LayerPass, tensors: Tensors, scale: float) -> torch.Tensor:
         """As PEFT has it: what plain LoRA gives, and (m / |V| - 1) times what V alone gives, without the bias."""
         assert call.row_norms is not None, "W was read"
-        lora = _with_product(call.outputs, call.inputs, tensors, scale)
-        whole = call.outputs_of_inputs is call.outputs
-        alone = lora if whole else _with_product(call.outputs_of_inputs, call.inputs, tensors, scale)
+        if call.outputs_of_inputs is call.outputs:
+            lora = alone = _with_product(call.outputs, call.inputs, tensors, scale)
+        else:
+            product = scale * torch.bmm(torch.bmm(call.inputs, tensors[LORA_A].mT), tensors[LORA_B].mT)
+            lora, alone = call.outputs + product, call.outputs_of_inputs + product
         alone = alone if call.bias is None else alone - call.bias
         factor = tensors[LORA_MAGNITUDE].float() / call.row_norms.float() - 1.0
         return lora + factor.to(lora.dtype)[:, None] * alone

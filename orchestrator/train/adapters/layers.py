@@ -21,7 +21,7 @@ from orchestrator.train.adapters.kinds import LIVE_KINDS, LayerPass
 from orchestrator.train.model.base import LoadedBase, dequantized, generator_for
 
 BASE_LAYER = "base_layer"
-"""Where a AdaptedLinear keeps the layer that it stands for; names of frozen parameters leave it out."""
+"""Where an AdaptedLinear keeps the layer that it stands for; names of frozen parameters leave it out."""
 LIVE_NAMES = {
     suffix: suffix.removeprefix(".").removesuffix(".weight") for kind in ADAPTER_KINDS.values() for suffix in kind.suffixes
 }
@@ -90,13 +90,12 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T * rows, tokens, in] -> [T * rows, tokens, out]"""
+        self._row_norms[:] = [None] * len(self._stacks)  # of one call: the next one finds other adapters
         out = self.base_layer(x)
         inputs, outputs = (states.reshape(self.num_trials, -1, states.shape[-1]) for states in (x, out))
-        norms = list(self._row_norms)
-        self._row_norms[:] = [None] * len(norms)  # of this call alone: the next one finds other adapters
         parts = [
             self._adapted(stack, inputs[stack.trials], outputs[stack.trials], row_norms)
-            for stack, row_norms in zip(self._stacks, norms, strict=True)
+            for stack, row_norms in zip(self._stacks, list(self._row_norms), strict=True)
         ]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(out.shape)
 
@@ -125,7 +124,7 @@ class AdaptedLinear(nn.Module):
     def _read_weight(self, layer: Any, *_: object) -> None:
         """Take what the kinds that read the weight need of it, while it is whole."""
         for number, stack in enumerate(self._stacks):
-            if stack.kind is not None and LIVE_KINDS[stack.kind.name].reads_weight:
+            if stack.kind is not None and LIVE_KINDS[stack.kind.name].reads_weight and self._row_norms[number] is None:
                 weight = dequantized(layer.weight)
                 self._row_norms[number] = LIVE_KINDS[stack.kind.name].row_norms(weight, self._tensors(stack), stack.kind.scale)
 

@@ -1,4 +1,5 @@
-"""Checkpoints are checked before anything of them is read, and the old ones go once a new one stands.
+"""Find the checkpoint to resume from: it is verified before anything of it is read. Old ones are deleted after a new one is
+complete.
 
 A checkpoint is a folder with a manifest: the artifact (adapter/ or delta/), each rank's float32 masters and Adam
 moments and its random state (state-rank<k>.safetensors), state.json, and eval.npz where the trial was evaluated there.
@@ -39,9 +40,9 @@ class StartPoint:
     folder: Path
     state: LoopState
     exact: bool
-    """Whether masters and moments can be taken over bit for bit; else only the weights can."""
+    """True if master weights and moments can be restored bit for bit; else only the weights can."""
     whole: bool = False
-    """Whether rank 0's file holds the masters and moments of all."""
+    """True if rank 0's file holds the master weights and moments of all ranks."""
     remembered: Mapping[str, torch.Tensor] | None = None
     """The rank's state where it is in memory still: then no file is read."""
 
@@ -58,13 +59,13 @@ class StartPoint:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a checkpoint must be for a trial to go on from it."""
+    """The requirements on a checkpoint for a trial to continue from it."""
 
     seed: int
     layout: str
-    """Of masters and moments: in another one only the weights are taken over."""
+    """The layout of master weights and moments: with another one only the weights are restored."""
     owner: Mapping[str, object]
-    """As `work.assignment` says."""
+    """The owner, as `work.assignment.ownership` writes it."""
     misfit: Callable[[Path], str]
     """Why its tensors are not those that the trial trains; empty where they are."""
 
@@ -81,8 +82,8 @@ def open_checkpoint(
     Raises:
         TrainingError: a checkpoint without optimizer state.
     """
-    folder, told = ranks.broadcast(_own_checkpoint(start, trial_folder, wanted) if ranks.first else None)
-    for message in told:
+    folder, notes = ranks.broadcast(_own_checkpoint(start, trial_folder, wanted) if ranks.first else None)
+    for message in notes:
         note(message)
     if folder is None:
         return None
@@ -106,16 +107,16 @@ def open_checkpoint(
 
 
 def _own_checkpoint(start: Path, trial_folder: Path, wanted: Wanted) -> tuple[Path | None, list[str]]:
-    """`start` where it is whole and the trial's own, else the newest other one that is; and what to tell of it."""
+    """Return `start` if it is complete and the trial's own, else the newest other one that is; and the messages about it."""
     if not is_whole(start):
-        found, told = find_own(trial_folder, wanted.owner, wanted.misfit)
-        return found, [*told, f"{start.name} is damaged: {_goes_on(found)}"]
+        found, notes = find_own(trial_folder, wanted.owner, wanted.misfit)
+        return found, [*notes, f"{start.name} is damaged: {_goes_on(found)}"]
     stranger = _stranger(start, wanted)
     if not stranger:
         return start, []
     aside = set_aside(start)
-    found, told = find_own(trial_folder, wanted.owner, wanted.misfit)
-    return found, [f"{start.name} is {stranger}: set aside as {aside.name}; {_goes_on(found)}", *told]
+    found, notes = find_own(trial_folder, wanted.owner, wanted.misfit)
+    return found, [f"{start.name} is {stranger}: set aside as {aside.name}; {_goes_on(found)}", *notes]
 
 
 def _goes_on(found: Path | None) -> str:
@@ -135,14 +136,14 @@ def _stranger(folder: Path, wanted: Wanted) -> str:
 def find_own(
     trial_folder: Path, owner: Mapping[str, object], misfit: Callable[[Path], str] = lambda _: ""
 ) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint that is the trial's own, as `find_latest`; those of others are set aside and told."""
-    told: list[str] = []
+    """Return the newest complete checkpoint of the trial itself; set those of other trials aside, with a message for each."""
+    notes: list[str] = []
     while (found := find_latest(trial_folder)) is not None:
         other = contradiction(read_manifest(found).about, owner) or misfit(found)
         if not other:
-            return found, told
-        told.append(f"{found.name} is {other}: set aside as {set_aside(found).name}")
-    return None, told
+            return found, notes
+        notes.append(f"{found.name} is {other}: set aside as {set_aside(found).name}")
+    return None, notes
 
 
 def rung_folder(trial_folder: Path, rung: int) -> Path:
@@ -154,9 +155,9 @@ def checkpoint_folder(trial_folder: Path, step: int) -> Path:
 
 
 def find_latest(folder: Path) -> Path | None:
-    """The checkpoint of a trial's folder (rung-<n>/ or checkpoint-<step>/) with the most steps among those that are whole.
+    """Return the complete checkpoint (rung-<n>/ or checkpoint-<step>/) with the most steps in a trial's folder.
 
-    A damaged one is passed over with a warning; None when there is none.
+    A damaged one is skipped with a warning. None if there is none.
     """
     found: list[tuple[int, Path]] = []
     for candidate in sorted(path for path in folder.glob("*-*") if CHECKPOINT.fullmatch(path.name)):
@@ -170,7 +171,7 @@ def find_latest(folder: Path) -> Path | None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether every file is what the manifest says; a warning says what is not."""
+    """Return whether every file matches the manifest; log a warning for one that does not."""
     try:
         check_folder(folder)
     except IntegrityError as error:
@@ -180,7 +181,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def drop_old_checkpoints(trial_folder: Path, newest_step: int) -> None:
-    """Keep the newest KEPT_CHECKPOINTS checkpoints up to `newest_step`; the new one stands before an old one goes."""
+    """Keep the newest KEPT_CHECKPOINTS checkpoints up to `newest_step`; the new one is complete before an old one is deleted."""
     for path in [path for path in _on_the_way(trial_folder) if _step_of(path) <= newest_step][:-KEPT_CHECKPOINTS]:
         shutil.rmtree(path)
 
@@ -202,17 +203,17 @@ def forget_steps_after(step: int, steps_file: Path) -> None:
 
 
 def _on_the_way(trial_folder: Path) -> list[Path]:
-    """The folders checkpoint-<step>, by step."""
+    """Return the folders checkpoint-<step>, by step."""
     return sorted((path for path in trial_folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)), key=_step_of)
 
 
 def _step_of(folder: Path) -> int:
-    """The step in a checkpoint's name; -1 for a rung."""
+    """Return the step in a checkpoint's name; -1 for a rung."""
     kind, _, number = folder.name.rpartition("-")
     return int(number) if kind == "checkpoint" and number.isdigit() else -1
 
 
 def _rank_state(folder: Path, rank: int) -> dict[str, torch.Tensor]:
-    """What a rank wrote; nothing where there was no such rank."""
+    """Return the state that a rank wrote; empty if there was no such rank."""
     file = folder / f"state-rank{rank}.safetensors"
     return load_file(file) if file.exists() else {}

@@ -13,8 +13,8 @@ from orchestrator.train.checkpoint.snapshot import Snapshot, state_bytes, write_
 from orchestrator.train.ranks import Ranks
 
 MEMORY_SHARE = 0.25
-"""Of the memory that the plan leaves free, what checkpoints that wait to be written and states that are remembered may take, in
-all gangs of a node together."""
+"""Share of the memory left free by the plan that unwritten checkpoints and cached states may use, in all gangs of a node
+together."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class _Write:
 
 @dataclass(frozen=True)
 class _Remembered:
-    """A rung that its trial may go on from."""
+    """A cached rung from which its trial can continue."""
 
     point: StartPoint
     seed: int
@@ -37,23 +37,23 @@ class _Remembered:
 
 
 class Saver:
-    """The checkpoints of one process: one thread writes them, in the order in which they are given.
+    """The checkpoints of one process, written by one thread in the order of submission.
 
-    A trial's state at its last rung is remembered, so that its next rung begins without a file being read. What waits to be
-    written and what is remembered share a bound, the gang's part of MEMORY_SHARE of the memory that is free once the gangs
-    have grown to what the plan expects. Where a checkpoint does not fit, first the states that were not asked for longest are
-    forgotten, then earlier checkpoints are waited for, and at last it is written before `save` returns: nothing of it is held.
-    Of several ranks none remembers, for they would have to agree.
+    A trial's state at its last rung is cached in memory, so that its next rung starts without reading a file. Unwritten
+    checkpoints and cached states share a bound: the gang's part of MEMORY_SHARE of the memory that is free once the gangs have
+    grown to their planned size. If a checkpoint does not fit, first the least recently used states are dropped, then earlier
+    writes are awaited, and finally it is written before `save` returns and not held at all. With several ranks nothing is
+    cached, since they would have to agree.
 
-    A write that failed is raised by every later call: the process has to be replaced.
+    The error of a failed write is raised by every later call: the process has to be replaced.
     """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self._writes: list[_Write] = []
-        """Replaced, never changed, for `settle` may be called by another thread."""
+        """Replaced, never changed in place, since another thread may be in `settle`."""
         self._remembered: dict[Path, _Remembered] = {}
-        """By the checkpoint's folder; what was not asked for longest comes first."""
+        """Cached states by the checkpoint's folder, least recently used first."""
 
     def save(
         self,
@@ -66,12 +66,13 @@ class Saver:
         growth_bytes: int = 0,
         num_gangs: int = 1,
     ) -> None:
-        """Have `final` written; checkpoints on the way that are too old go once it stands. Called on every rank.
+        """Write `final`, in the background if possible; old intermediate checkpoints are deleted once it is complete. Called on
+        every rank.
 
         Args:
-            together: Whether every rank writes its own part, with collectives: that is not done beside the training.
-            rung: Whether the trial ends its rung here, and may begin another one from here.
-            growth_bytes: Of host memory, what this process is going to take beyond what it has.
+            together: Whether every rank writes its own part, with collectives: then not in the background.
+            rung: Whether this ends a rung, from which the trial may continue.
+            growth_bytes: Host memory that this process will still allocate.
             num_gangs: Processes like this one that may share the node's memory.
 
         Raises:
@@ -86,6 +87,7 @@ class Saver:
         if rung:
             self._forget_trial(final.parent)
         fits = self._make_room(snapshot.num_bytes, growth_bytes, num_gangs)
+        # As if alone: a collective from this thread would meet those of the training on the other ranks.
         done = self._thread.submit(_write, final, snapshot, replace(ranks, count=1))
         self._writes = [*self._writes, _Write(final, snapshot.num_bytes, done)]
         if not fits:
@@ -95,7 +97,8 @@ class Saver:
             self._remembered[final] = _Remembered(point, snapshot.seed, snapshot.layout, state_bytes(snapshot.rank_states))
 
     def find(self, folder: Path, *, seed: int, layout: str) -> StartPoint | None:
-        """What is remembered of a rung; None where it has to be read."""
+        """Return the cached state of a rung; None if it has to be read from disk."""
+        # Taken out and put back at the end: the dictionary's order is that of the last use.
         found = self._remembered.pop(folder, None)
         if found is None:
             return None
@@ -103,7 +106,7 @@ class Saver:
         return found.point if (found.seed, found.layout) == (seed, layout) else None
 
     def settle(self, trial_folder: Path | None = None) -> None:
-        """Until everything that was given so far stands, or only what is one trial's. Any thread may call it.
+        """Wait until everything submitted so far is written, or only one trial's part of it. Callable from any thread.
 
         Raises:
             CheckpointError: something could not be written.
@@ -113,11 +116,11 @@ class Saver:
                 write.done.result()
 
     def forget(self) -> None:
-        """Every trial begins its next rung from the files."""
+        """Drop all cached states: every trial starts its next rung from the files."""
         self._remembered.clear()
 
     def give_up(self) -> bool:
-        """Write what waits, and forget the rest: whether anything was held.
+        """Write what is pending and drop the cached states; return whether anything was held.
 
         Raises:
             CheckpointError: something could not be written.
@@ -128,13 +131,13 @@ class Saver:
         return held
 
     def close(self) -> None:
-        """Write what waits, and forget the rest."""
+        """Write what is pending and drop the cached states."""
         self._thread.shutdown()
         self.forget()
 
     @property
     def held_bytes(self) -> int:
-        """What waits and what is remembered; what is both counts twice."""
+        """Return the bytes of unwritten and of cached states; one that is both counts twice."""
         waiting = sum(write.num_bytes for write in self._waiting())
         return waiting + sum(remembered.num_bytes for remembered in self._remembered.values())
 
@@ -142,7 +145,7 @@ class Saver:
         return [write for write in self._writes if not write.done.done()]
 
     def _raise_failures(self) -> None:
-        """Of writes that have ended. One that fails a moment later is looked at by the next call."""
+        """Raise the errors of finished writes; one that fails a moment later is raised by the next call."""
         waiting: list[_Write] = []
         for write in self._writes:
             if write.done.done():
@@ -152,7 +155,7 @@ class Saver:
         self._writes = waiting
 
     def _make_room(self, num_bytes: int, growth_bytes: int, num_gangs: int) -> bool:
-        """Whether so many bytes, which the process has by now, may be held."""
+        """Return whether so many bytes, already allocated, may be held; evict cached states for them."""
         free = free_memory_bytes() + self.held_bytes + num_bytes - growth_bytes * num_gangs
         while self.held_bytes + num_bytes > MEMORY_SHARE * free / num_gangs:
             if self._remembered:
@@ -164,7 +167,7 @@ class Saver:
         return True
 
     def _forget_trial(self, trial_folder: Path) -> None:
-        """Its earlier rung is behind it."""
+        """Drop the cached state of a trial's earlier rung."""
         self._remembered = {folder: kept for folder, kept in self._remembered.items() if folder.parent != trial_folder}
 
 
@@ -175,7 +178,7 @@ def _write(final: Path, snapshot: Snapshot, ranks: Ranks) -> None:
             drop_old_checkpoints(final.parent, snapshot.state.step)
     except OrchestratorError:
         raise
-    except Exception as error:  # heard by whoever asks next, maybe another trial: it must be no trial's own failure
+    except Exception as error:  # raised by the next call, maybe another trial's: so not as a trial's own failure
         what = f"the checkpoint could not be written: {type(error).__name__}: {error}"
         raise CheckpointError(
             what, where=str(final), remedy="free space or grant write permission there; the gang is replaced"

@@ -1,4 +1,4 @@
-"""What a trial is at one step, on the CPU, and how it becomes a checkpoint: committed whole or not at all."""
+"""The state of a trial at one step, on the CPU, and its commit as a checkpoint: completely or not at all."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ from orchestrator.train.loop import LoopState
 from orchestrator.train.ranks import Ranks
 
 RANDOM = "random."
-"""Begins the names of a rank's random state, among its masters and moments."""
+"""Prefix of the names of a rank's random state, among its master weights and moments."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a rank writes of a checkpoint. Copies: the trial may learn on, or its branch be closed, before that is done."""
+    """A rank's part of a checkpoint. Its tensors are copies: training may continue, or the branch be closed, before it is
+    written."""
 
     state: LoopState
     seed: int
     ranks: int
     layout: str
-    """Of masters and moments; see `engine.layout_of`."""
+    """The layout of master weights and moments; see `engine.layout_of`."""
     rank_states: Mapping[int, Mapping[str, torch.Tensor]]
-    """By rank: masters, moments and random state. None of them where the trial ends here."""
+    """Master weights, moments and random state, by rank; empty if the trial ends here."""
     artifact: ReadyArtifact | None
-    """What was learned, on rank 0."""
+    """The trained weights, on rank 0."""
     evaluations: Mapping[str, Evaluation]
     owner: Mapping[str, object] = field(default_factory=dict[str, object])
     """Whose it is, for the manifest (`work.assignment`)."""
@@ -45,7 +46,7 @@ class Snapshot:
         return state_bytes(self.rank_states) + (self.artifact.num_bytes if self.artifact is not None else 0)
 
     def record(self) -> dict[str, object]:
-        """state.json."""
+        """Return the content of state.json."""
         loss = self.state.loss
         return {
             "step": self.state.step,
@@ -76,14 +77,14 @@ def take_snapshot(
     gathered: bool,
     owner: Mapping[str, object],
 ) -> Snapshot:
-    """The trial as it stands now. Called on every rank.
+    """Take a snapshot of the trial as it is now. Called on every rank.
 
     Args:
         gathered: Whether rank 0 gets the states of all ranks, to write them alone.
-        owner: Whose it is, for the manifest.
+        owner: The owner of the folder, for the manifest.
 
     Raises:
-        TrainingError: what was learned cannot be saved (law 4). Every rank raises it.
+        TrainingError: the trained weights cannot be saved (law 4). Every rank raises it.
     """
     tensors = engine.full_tensors()
     artifact: ReadyArtifact | None = None
@@ -93,6 +94,7 @@ def take_snapshot(
             artifact = ready_artifact(branch, tensors)
         except OrchestratorError as error:
             failure = error
+    # All ranks raise together: one that went on alone would wait in the next collective.
     for error in ranks.gather(failure):
         if error is not None:
             raise error
@@ -118,12 +120,14 @@ def write_snapshot(final: Path, snapshot: Snapshot, ranks: Ranks) -> None:
                 evaluation.save(folder / f"{name}.npz")
             write_json(folder / "state.json", snapshot.record())
         ranks.barrier()  # rank 0 commits what all have written
+    # No rank goes on, to read or delete a checkpoint, before the folder has its final name.
     ranks.barrier()
 
 
 def _rank_state(engine: Engine, ranks: Ranks, *, whole: bool) -> dict[str, torch.Tensor]:
     """Masters and moments that every rank holds `whole` are rank 0's to write."""
     tensors = dict(engine.state_dict()) if ranks.first or not whole else {}
+    # Each rank draws its own dropout masks, so its random state belongs to the checkpoint.
     tensors[RANDOM + "cpu"] = torch.get_rng_state()
     if ranks.device.type == "cuda":
         tensors[RANDOM + "cuda"] = torch.cuda.get_rng_state(ranks.device)

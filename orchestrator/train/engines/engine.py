@@ -1,9 +1,9 @@
-"""What the loop asks of an engine, whichever library does the work.
+"""The interface of an engine, whichever library does the work.
 
-An engine owns the numbers that learn while a trial runs: the 16-bit weights in the model, their float32 masters,
-the gradients and Adam's moments. Both engines keep the same arithmetic, so that their losses agree: gradients
-summed over rounds in float32, one global norm, decoupled weight decay (Loshchilov and Hutter 2019) on every
-learning tensor, the update made on the masters and rounded into the model.
+An engine owns the training state while a trial runs: the 16-bit weights in the model, their fp32 master weights, the gradients
+and Adam's moments. Both engines keep the same arithmetic, so that their losses agree: gradients
+summed over rounds in float32, one global norm, decoupled weight decay (Loshchilov and Hutter 2019) on every trainable tensor,
+and the update applied to the master weights and rounded into the model.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Engine(Protocol):
     name: str
     """The classes that do the update, for the record."""
     objective: nn.Module
-    """What is minimised; evaluation calls it directly."""
+    """The loss module; evaluation calls it directly."""
     communicates_in_backward: bool
-    """Whether the rounds hold collectives, so that a rank that fails in one leaves the others waiting."""
+    """True if the rounds contain collectives, so that a rank that fails in one leaves the others waiting."""
 
     def loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Sum of the token losses of this rank's micro-batch: a float32 scalar with a gradient."""
@@ -56,15 +56,15 @@ class Engine(Protocol):
         ...
 
     def full_tensors(self) -> dict[str, torch.Tensor]:
-        """The learning tensors by parameter name, complete and on the CPU. Rank 0's are filled, others may be empty."""
+        """Return the trainable tensors by parameter name, complete and on the CPU. Rank 0's are filled, others may be empty."""
         ...
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """This rank's masters and Adam moments; what `load_state_dict` needs to go on bit-identically."""
+        """Return this rank's master weights and Adam moments: all that `load_state_dict` needs to continue bit-identically."""
         ...
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take `state` over and round the masters into the model."""
+        """Restore `state` and round the master weights into the model."""
         ...
 
     def hold(self, anchor: Anchor) -> None:
@@ -72,56 +72,58 @@ class Engine(Protocol):
         ...
 
     def refresh_masters(self) -> None:
-        """Take over what the model's learning tensors hold now."""
+        """Set the master weights to the current values of the model's trainable tensors."""
         ...
 
     def anchored_masters(self) -> list[torch.Tensor]:
-        """This rank's part of what learns and has a value in the base: float32, flat."""
+        """Return this rank's master weights of tensors that have a value in the base: float32, flat."""
         ...
 
     def squared_gradients(self) -> list[torch.Tensor]:
-        """Of an engine that measures, the squares that its steps have added up, shaped as `anchored_masters`."""
+        """Return the sums of squared gradients of a measuring engine, shaped as `anchored_masters`."""
         ...
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of masters and moments that this rank holds."""
+        """Return the bytes of master weights and moments on this rank."""
         ...
 
     def close(self) -> None:
-        """Let go of the model. The learning tensors keep their values; the branch puts the base back."""
+        """Release the model. The trainable tensors keep their values; the branch restores the base."""
         ...
 
 
 FLAT = "flat"
-"""The layout of masters and moments that every rank holds whole, and the same."""
+"""The layout of master weights and moments that every rank holds completely and identically."""
 
 
 def layout_of(execution: ExecutionPlan) -> str:
-    """What a state dictionary is laid out by: only an engine of the same layout can take it over, and of the same ranks,
+    """Return the layout of a state dictionary: only an engine of the same layout can restore it, with the same number of ranks
     unless it is FLAT."""
     return FLAT if execution.executor == "torch" else f"zero-{execution.zero_stage} {execution.dtype}"
 
 
 def is_partitioned(execution: ExecutionPlan) -> bool:
-    """Whether ZeRO-3 holds the base in parts."""
+    """Return whether ZeRO-3 has partitioned the base."""
     return execution.executor == "deepspeed" and execution.zero_stage == 3
 
 
 def register_engine(*parts: Any) -> None:
-    """Count an engine, and each further part that it must not leave behind, until the garbage collector has taken them."""
+    """Count an engine, and each further part that it must not leave behind, until they are garbage-collected."""
     for part in parts:
         _live_parts.setdefault(type(part).__name__, weakref.WeakSet()).add(part)
 
 
 def num_live_engines() -> int:
-    """Engines (or orphaned parts of one) that this process still holds: 1 while a trial runs, or something leaks."""
+    """Return the number of engines (or orphaned parts) that this process still holds: more than 1 while a trial runs is a
+    leak."""
+    # Engines are in reference cycles: without a collection a closed one would still be counted.
     gc.collect()
     return max((len(parts) for parts in _live_parts.values()), default=0)
 
 
 def check_norm(norm: float) -> float:
-    """`norm`, or NonFiniteLossError when the gradient became NaN or infinite."""
+    """Return `norm`; raise NonFiniteLossError if the gradient became NaN or infinite."""
     if norm != norm or norm in (float("inf"), float("-inf")):
         raise NonFiniteLossError(f"the gradient norm became {norm}", expected="a finite number", remedy="lower the learning rate")
     return norm

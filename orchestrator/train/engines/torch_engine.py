@@ -18,10 +18,10 @@ from orchestrator.train.ranks import ALONE, Ranks
 class TorchEngine:
     """The numerics of DeepSpeed's bf16 optimizer, with nothing partitioned.
 
-    The learning tensors are laid end to end in flat float32 buffers (masters, gradient sums, and Adam's moments inside
+    The trainable tensors are laid end to end in flat float32 buffers (masters, gradient sums, and Adam's moments inside
     torch's AdamW); the model keeps its own tensors, which the masters are rounded into after each step. A tensor's
     gradient is added to its sum, and let go of, as soon as the backward pass has it: never are all of them there. The
-    fused AdamW makes no temporary copies; the others make two of everything that learns.
+    fused AdamW makes no temporary copies; the other variants make two of all trainable weights.
 
     Ranks that share a trial each hold all of it. Once a step the sums of gradients are added up over them, in float32, and
     every rank takes the same update: masters, moments and weights stay the same bits on all.
@@ -43,8 +43,8 @@ class TorchEngine:
     ) -> None:
         """
         Args:
-            groups: Of what learns, in its order; all of it at one rate without them.
-            measuring: Whether steps add up squared gradients and change nothing.
+            groups: Parameter groups over the trainable tensors, in their order; without them all have one rate.
+            measuring: Whether steps sum squared gradients and change no weight.
         """
         self.objective = objective
         self._anchor: Anchor | None = None
@@ -69,6 +69,7 @@ class TorchEngine:
                 fused=True,
             )
         )
+        # Rounds are summed in float32 and each 16-bit gradient is freed at once; autograd itself would add them up in 16 bits.
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(_adder(total))
             for parameter, total in zip(self.parameters, self._views(self._gradient), strict=True)
@@ -106,6 +107,7 @@ class TorchEngine:
         state = {"master": self._master.detach()}
         for key in self._optimizer.state.get(self._parts[0], {}):
             moments = [self._optimizer.state[part][key] for part in self._parts]
+            # A tensor without dimensions is Adam's step count, the same for all parts.
             state[key] = torch.cat(moments) if moments[0].ndim else moments[0]
         return {key: value.to("cpu", copy=True) for key, value in state.items()}
 
@@ -135,7 +137,7 @@ class TorchEngine:
         return [self._optimizer.sums[id(part)] for part in self.anchored_masters()]
 
     def adapters(self) -> dict[int, list[tuple[torch.Tensor, torch.Tensor]]]:
-        """(A, B) of every adapter, as views of the masters, by the part of them that they lie in."""
+        """Return (A, B) of every adapter as views of the master weights, by the part that contains them."""
         found: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         views = dict(zip(self._names, self._views(self._master), strict=True))
         for group, part in zip(self._groups, self._parts, strict=True):
@@ -145,7 +147,7 @@ class TorchEngine:
 
     @property
     def num_elements(self) -> int:
-        """How many numbers learn."""
+        """Return the number of trainable elements."""
         return self._master.numel()
 
     @property
@@ -162,7 +164,7 @@ class TorchEngine:
         self._optimizer.state.clear()
 
     def _make_parts(self) -> list[nn.Parameter]:
-        """The masters and their gradients, by group: views of the flat ones."""
+        """Make the master weights and their gradients by group: views of the flat buffers."""
         sizes = dict(zip(self._names, (p.numel() for p in self.parameters), strict=True))
         cuts = [sum(sizes[name] for name in group.names) for group in self._groups]
         parts = [nn.Parameter(piece) for piece in self._master.split(cuts)]
@@ -171,7 +173,7 @@ class TorchEngine:
         return parts
 
     def _views(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        """`flat` cut into the learning tensors' shapes."""
+        """Split `flat` into the shapes of the trainable tensors."""
         pieces = flat.split([p.numel() for p in self.parameters])
         return [piece.view(p.shape) for piece, p in zip(pieces, self.parameters, strict=True)]
 

@@ -1,4 +1,4 @@
-"""ZeRO-3 in a process that runs many trials: what deepspeed 0.19.8 leaves behind, in one place.
+"""ZeRO-3 in a process that runs many trials: the cleanup of what deepspeed 0.19.8 leaves behind.
 
 The base is partitioned once and stays so. An engine leaves, on modules and parameters that outlive it: its place in
 FWD_MODULE_STACK, an entry per module in a class-wide cache (`__params_to_release`), `pre_bwd_fn` and `post_bwd_fn`
@@ -57,10 +57,10 @@ class PartitionKeeper:
 
 
 def partition(model: nn.Module, config: dict[str, Any], device: torch.device | None, *, offload: str) -> None:
-    """Leave each rank its part of every parameter ; with `offload: parameters` on the CPU.
+    """Leave each rank its part of every parameter; with `offload: parameters` on the CPU.
 
-    A model that lies on the CPU passes through the device one parameter at a time; its buffers stay whole and go to
-    `device` where one is given.
+    A model on the CPU passes through the device one parameter at a time. Its buffers stay complete and go to `device` if one is
+    given.
     """
     import deepspeed
 
@@ -73,7 +73,7 @@ def partition(model: nn.Module, config: dict[str, Any], device: torch.device | N
 
 
 def gather(parameters: Sequence[tuple[str, nn.Parameter]], ranks: Ranks) -> dict[str, torch.Tensor]:
-    """Whole parameters on rank 0's CPU, one at a time; other ranks help and get an empty dictionary."""
+    """Gather complete parameters on rank 0's CPU, one at a time; other ranks take part and get an empty dictionary."""
     import deepspeed
 
     whole: dict[str, torch.Tensor] = {}
@@ -85,7 +85,7 @@ def gather(parameters: Sequence[tuple[str, nn.Parameter]], ranks: Ranks) -> dict
 
 
 def assign_whole(parameter: nn.Parameter, value: torch.Tensor) -> None:
-    """Give a parameter, partitioned or not, a whole value; every rank has the same one."""
+    """Set a parameter, partitioned or not, to a complete value, which every rank has."""
     import deepspeed
 
     with torch.no_grad(), deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
@@ -93,7 +93,7 @@ def assign_whole(parameter: nn.Parameter, value: torch.Tensor) -> None:
 
 
 def release(objective: nn.Module) -> None:
-    """Take every trace of a destroyed engine off the model and out of the library."""
+    """Remove every trace of a destroyed engine from the model and from the library."""
     from deepspeed.runtime.zero import parameter_offload
 
     parameter_offload.FWD_MODULE_STACK.clear()
@@ -102,6 +102,7 @@ def release(objective: nn.Module) -> None:
     for module in modules:
         for name in _MODULE_ATTRIBUTES:
             module.__dict__.pop(name, None)
+        # Set while a module computes; a failure leaves it set, and reading a parameter would then gather it.
         if hasattr(module._parameters, "_in_forward"):
             module._parameters._in_forward = False
     parameters: list[Any] = list(objective.parameters())
@@ -112,7 +113,7 @@ def release(objective: nn.Module) -> None:
 
 
 def _release_cache() -> Any:
-    """The lru_cache of `__params_to_release`, which holds every coordinator and module; a decorator hides it."""
+    """Return the lru_cache of `__params_to_release`, which keeps every coordinator and module alive; a decorator hides it."""
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
     method = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
@@ -123,7 +124,7 @@ def _release_cache() -> Any:
 
 
 def _partition_again(parameter: Any) -> None:
-    """Give up the whole parameter where a failure, or the last forward pass, left it gathered."""
+    """Release the complete parameter if a failure, or the last forward pass, left it gathered."""
     parameter.ds_active_sub_modules.clear()
     if parameter.ds_status.name == "AVAILABLE":
         parameter.partition()

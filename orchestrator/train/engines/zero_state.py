@@ -1,7 +1,7 @@
-"""Where each ZeRO stage of deepspeed 0.19.8 keeps its float32 masters, and how they get back into the model.
+"""Access to the fp32 master weights of each ZeRO stage of deepspeed 0.19.8, and their way back into the model.
 
-A rank's state is `master.<i>` and `<moment>.<i>` of its i-th flat master: whole tensors at stage 0, this rank's
-partition above. `engine.save_checkpoint` is not used: it pickles, and it fails on 4-bit weights.
+A rank's state is `master.<i>` and `<moment>.<i>` of its i-th flat master: complete tensors at stage 0, this rank's partition
+above. `engine.save_checkpoint` is not used: it pickles, and it fails on 4-bit weights.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from orchestrator.errors import TrainingError
 
 
 def masters(engine: Any) -> list[torch.Tensor]:
-    """The tensors that AdamW updates on this rank."""
+    """Return the tensors that AdamW updates on this rank."""
     optimizer = engine.optimizer
     match type(optimizer).__name__:
         case "BF16_Optimizer":
@@ -36,7 +36,7 @@ def masters(engine: Any) -> list[torch.Tensor]:
 
 
 def masters_of_groups(engine: Any, wanted: Sequence[bool]) -> list[torch.Tensor]:
-    """Those masters that belong to the wanted ones of the optimizer's parameter groups."""
+    """Return the master weights of the wanted parameter groups of the optimizer."""
     optimizer = engine.optimizer
     match type(optimizer).__name__:
         case "DeepSpeedZeroOptimizer_Stage3":
@@ -51,7 +51,7 @@ def masters_of_groups(engine: Any, wanted: Sequence[bool]) -> list[torch.Tensor]
 
 
 def save(engine: Any) -> dict[str, torch.Tensor]:
-    """Copies of this rank's masters and moments, on the CPU."""
+    """Return copies of this rank's master weights and moments, on the CPU."""
     state: dict[str, torch.Tensor] = {}
     for index, master in enumerate(masters(engine)):
         state[f"master.{index}"] = master.detach().cpu().clone()
@@ -63,7 +63,7 @@ def save(engine: Any) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def load(engine: Any, state: Mapping[str, torch.Tensor]) -> None:
-    """Masters and moments from `state`, and the masters rounded into the model's own tensors."""
+    """Load master weights and moments from `state`, and round the master weights into the model's own tensors."""
     for index, master in enumerate(masters(engine)):
         master.data.copy_(state[f"master.{index}"])
         moments = {key.rpartition(".")[0]: value for key, value in state.items() if key.endswith(f".{index}")}
@@ -74,7 +74,7 @@ def load(engine: Any, state: Mapping[str, torch.Tensor]) -> None:
 
 
 def num_bytes(engine: Any) -> int:
-    """Bytes of masters and moments on this rank."""
+    """Return the bytes of master weights and moments on this rank."""
     tensors = [
         tensor
         for master in masters(engine)
@@ -87,6 +87,7 @@ def num_bytes(engine: Any) -> int:
 def _write_back(optimizer: Any) -> None:
     match type(optimizer).__name__:
         case "BF16_Optimizer" | "DeepSpeedZeroOptimizer":
+            # DeepSpeed has no common method for this: each class rounds its master weights into the model in another one.
             optimizer.update_lp_params()
         case "DeepSpeedZeroOptimizer_Stage3":
             for index in range(len(optimizer.fp16_groups)):

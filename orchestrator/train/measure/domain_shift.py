@@ -1,4 +1,4 @@
-"""What a frozen base makes of documents: the mean of each one's hidden states at a cut, and how far two sets lie apart in it."""
+"""Measure how far two sets of documents lie apart in the frozen base's mean hidden states at each cut."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def measure_shift(
     builder: TrunkBuilder,
     seed: int,
 ) -> DomainShift:
-    """The distance of two sets at each cut. Every rank gets the same answer.
+    """Measure the distance of two sets at each cut. Every rank gets the same answer.
 
     Args:
         target: Path and set, as the trunk knows it.
         retention: Likewise.
-        trunk: What it holds at every cut of the plan is read.
-        builder: Makes the rest, of the base without a branch.
-        seed: Of the choice of documents and of the folds.
+        trunk: The stored activations, which are read at every cut of the plan.
+        builder: Computes the other activations, from the base without a branch.
+        seed: Seed of the choice of documents and of the folds.
     """
     started = time.perf_counter()
     sides = [_features(plan, path, data, trunk, builder, seed) for path, data in (target, retention)]
@@ -56,12 +56,13 @@ def _block(cut: int, target: np.ndarray, retention: np.ndarray, seed: int) -> Bl
 def _features(
     plan: ShiftPlan, path: str, data: TokenizedSet, trunk: TrunkLibrary, builder: TrunkBuilder, seed: int
 ) -> dict[int, np.ndarray]:
-    """By cut float64[n, H], a row for each document that was drawn."""
+    """Return float64[n, H] by cut, a row for each drawn document."""
     chosen = np.sort(generator(seed, FEATURES).permutation(len(data))[: plan.num_documents])
     stored = {cut: trunk.states(path, cut) for cut in plan.cuts}
     known: Mapping[int, TrunkStates] = {cut: states for cut, states in stored.items() if states is not None}
     if len(known) < len(stored):
         known = builder.build(data.select(chosen), {cut: MemoryChunks() for cut in plan.cuts})
+        # The builder numbers the selected documents from 0.
         chosen = np.arange(len(chosen))
     return {
         cut: np.stack([states.document(int(index)).double().mean(0).numpy() for index in chosen]) for cut, states in known.items()

@@ -1,4 +1,4 @@
-"""How much each weight that learns matters to the retention set: EWC's diagonal Fisher information."""
+"""Measure the importance of each trainable weight for the retention set: EWC's diagonal Fisher information."""
 
 from __future__ import annotations
 
@@ -21,24 +21,26 @@ from orchestrator.train.ranks import Ranks
 
 
 def fisher_information(engine: Engine, data: TokenizedSet, rows: RowPlan, ranks: Ranks, seed: int) -> list[torch.Tensor]:
-    """float32, shaped as this rank's masters: the mean over documents of the squared gradient of a document's loss sum.
+    """Return the mean over documents of the squared gradient of a document's loss sum: float32, shaped as this rank's masters.
 
     That is the diagonal of the empirical Fisher information (Kirkpatrick et al. 2017; on the documents' own tokens, not on
-    tokens drawn from the model: Kunstner et al. 2019 tell the difference). Every rank computes the same documents, one at a
+    tokens drawn from the model; Kunstner et al. 2019 discuss the difference). Every rank computes the same documents, one at a
     time, since a gradient that is summed over ranks or rows can no longer be squared document by document.
 
     Args:
-        engine: At the base's weights, with an optimizer that adds up squares: see `SquaredGradients`.
+        engine: An engine at the base's weights, with an optimizer that sums squares: see `SquaredGradients`.
         data: The retention set, or a part of it that is not scored.
-        seed: Of the choice of documents.
+        seed: Seed of the choice of documents.
     """
     chosen = generator(seed, FISHER).permutation(len(data))[:FISHER_DOCUMENTS]
     alone = RowPlan(rows.row_tokens, 1, pack=False)
     was_training = engine.objective.training
     engine.objective.eval()  # dropout would add its own noise
+    # Blocks that recompute look at their own mode, which `eval` has just set.
     keep_recomputing(engine.objective)
     for document in np.sort(chosen).tolist():
         (batch,) = alone.batches(data, np.asarray([document]))
+        # All ranks compute the same document and engines sum over ranks: the share makes the sum the document's own gradient.
         engine.backward(engine.loss(to_tensors(batch, ranks.device)), 1.0 / ranks.count)
         engine.step(0.0)
     engine.objective.train(was_training)
@@ -46,12 +48,12 @@ def fisher_information(engine: Engine, data: TokenizedSet, rows: RowPlan, ranks:
 
 
 def importances(fisher: Sequence[torch.Tensor], num_weights: int, ranks: Ranks, *, partitioned: bool) -> list[torch.Tensor]:
-    """The Fisher information over its mean, that of all ranks: 1 on average. All 1 where it is nothing everywhere.
+    """Return the Fisher information divided by its mean over all ranks: 1 on average. All 1 if it is 0 everywhere.
 
     Args:
-        fisher: Becomes the answer, in place: it is as large as what learns.
-        num_weights: That learn, on all ranks together; masters may be longer, for what they are padded with.
-        partitioned: Whether each rank has a part of them, and not all.
+        fisher: Changed in place into the answer: it is as large as the trainable weights.
+        num_weights: Trainable elements on all ranks together; masters may be longer because of padding.
+        partitioned: Whether each rank has only a part of them.
     """
     (total,) = ranks.sum([sum(float(part.double().sum()) for part in fisher)])
     mean = total / (num_weights if partitioned else num_weights * ranks.count)
@@ -59,7 +61,7 @@ def importances(fisher: Sequence[torch.Tensor], num_weights: int, ranks: Ranks, 
 
 
 def read_fisher(file: Path, device: torch.device) -> list[torch.Tensor] | None:
-    """What was written there; None where nothing was, or it is damaged."""
+    """Read the stored Fisher information; None if it is missing or damaged."""
     try:
         found = load_file(file, device=str(device))
     except (OSError, SafetensorError):

@@ -29,7 +29,7 @@ from orchestrator.work.measurements import LayerScores, ProbePlan
 
 @dataclass
 class MatrixSums:
-    """What is kept of the gradients of one matrix, whatever the number of micro-batches."""
+    """Running sums of the gradients of one matrix, of the same size for any number of micro-batches."""
 
     total: torch.Tensor | None = None
     """float32[out, in]: their sum."""
@@ -38,7 +38,7 @@ class MatrixSums:
     num_added: int = 0
 
     def add(self, gradient: torch.Tensor) -> None:
-        """The gradient of a micro-batch, which is not kept."""
+        """Add the gradient of a micro-batch, which is not kept."""
         self.squared_norms += float(torch.linalg.vector_norm(gradient, dtype=torch.float32)) ** 2
         self.total = gradient.float() if self.total is None else self.total.add_(gradient)
         self.num_added += 1
@@ -76,6 +76,7 @@ class BlockProbe:
         model, anatomy = self.base.model, self.base.anatomy
         blocks: list[nn.Module] = list(model.get_submodule(anatomy.blocks_module).children())
         self._undo.callback(blocks[self.floor].register_forward_pre_hook(_needs_gradient, with_kwargs=True).remove)
+        # Hooks on the layers and not `requires_grad`: all weight gradients of the base at once would not fit in memory.
         for name in (name for block in anatomy.linears[self.floor :] for name in block):
             self.sums[name] = MatrixSums()
             layer = model.get_submodule(name.rpartition(".")[0])
@@ -86,7 +87,7 @@ class BlockProbe:
         self._undo.close()
 
     def score(self, num_batches: int) -> tuple[tuple[float | None, ...], tuple[float | None, ...]]:
-        """(relative gradient norm, signal-to-noise ratio) of each block; see `score_blocks`."""
+        """Return (relative gradient norm, signal-to-noise ratio) of each block; see `score_blocks`."""
         norms: list[float | None] = [None] * self.floor
         ratios: list[float | None] = [None] * self.floor
         for names in self.base.anatomy.linears[self.floor :]:
@@ -122,7 +123,7 @@ def score_blocks(
     Dropout is off. A matrix's gradient is let go of as soon as it is added: what stays is 4 bytes an element, whatever B.
 
     Args:
-        base: Not in use by a branch that learns.
+        base: The base, not in use by an open branch.
         objective: Of the base.
         data: The training set; micro-batches are drawn by the seed.
         execution: Of its rows no more than `micro_batch_rows` at once are taken.
@@ -136,6 +137,7 @@ def score_blocks(
     started = time.perf_counter()
     documents, tokens, count = set[int](), 0, 0
     was_training = objective.training
+    # Without dropout, so that the scores follow from base, data and seed alone.
     objective.eval()
     try:
         with ExitStack() as stack:
@@ -168,7 +170,7 @@ def score_blocks(
 def probe_batches(
     data: TokenizedSet, plan: ProbePlan, execution: ExecutionPlan, seed: int, *, one_document_per_row: bool
 ) -> Iterator[MicroBatch]:
-    """The first micro-batches in the order of the seed, no document in two of them; fewer where the set has no more."""
+    """Return the first micro-batches in the order of the seed, with no document in two of them; fewer if the set is small."""
     rows = min(plan.rows, execution.micro_batch_rows)
     layout = RowPlan(execution.row_tokens, rows, execution.pack and not one_document_per_row)
     for documents in documents_of_steps(data.offsets, rows * layout.row_tokens, seed, epoch=0)[: plan.num_batches]:
@@ -176,7 +178,8 @@ def probe_batches(
 
 
 def _needs_gradient(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Where the backward pass ends: what comes into the lowest block that is scored. What made it keeps nothing."""
+    """Make the input of the lowest scored block require a gradient: the backward pass ends there, and the blocks below keep no
+    activations."""
     if args:
         return (args[0].detach().requires_grad_(True), *args[1:]), kwargs
     return args, kwargs | {"hidden_states": kwargs["hidden_states"].detach().requires_grad_(True)}
@@ -190,6 +193,7 @@ def _tapped(sums: MatrixSums) -> Callable[[nn.Module, tuple[Any, ...], torch.Ten
 
 
 def _squared_norm(weight: nn.Parameter) -> float:
+    """Return the squared norm of a matrix as it is applied: a quantized one dequantized."""
     return float(torch.linalg.vector_norm(dequantized(weight), dtype=torch.float32)) ** 2
 
 

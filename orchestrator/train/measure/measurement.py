@@ -50,7 +50,7 @@ def measure(work: Measurement, context: HostContext, execution: ExecutionPlan) -
             return _compile_times(work, context, execution)
 
 
-def _untouched(context: HostContext, seed: int, execution: ExecutionPlan) -> Branch:
+def _base_branch(context: HostContext, seed: int, execution: ExecutionPlan) -> Branch:
     """Open a branch in which nothing is trainable, to be closed by its context."""
     load = context.base.load
     selection = select(context.base.anatomy, "none", "full", None, task=load.task, num_classes=load.num_classes)
@@ -59,7 +59,7 @@ def _untouched(context: HostContext, seed: int, execution: ExecutionPlan) -> Bra
 
 def _block_scores(work: ScoreBlocks, context: HostContext, execution: ExecutionPlan) -> LayerScores:
     """Score the blocks: every rank has the whole base and computes the same."""
-    with _untouched(context, work.seed, execution) as branch:
+    with _base_branch(context, work.seed, execution) as branch:
         objective = objective_of(context.base, branch.head(), branch.selection.cut)
         data = context.sets.load(work.data.train)
         found = score_blocks(context.base, objective, data, work.plan, execution, work.seed)
@@ -71,7 +71,7 @@ def _domain_shift(work: MeasureShift, context: HostContext, execution: Execution
     data, partitioned = work.data, is_partitioned(execution)
     assert data.retain is not None, "planned where there is a retention set"
     with ExitStack() as stack:
-        branch = stack.enter_context(_untouched(context, work.seed, execution))
+        branch = stack.enter_context(_base_branch(context, work.seed, execution))
         objective = objective_of(context.base, branch.head(), branch.selection.cut)
         stack.enter_context(forward_ready(objective, execution))
         builder = TrunkBuilder(context.base, objective, context.rows(execution), context.ranks, partitioned)

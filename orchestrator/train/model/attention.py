@@ -34,20 +34,21 @@ _lengths: ContextVar[tuple[int, ...] | None] = ContextVar("document lengths", de
 
 @dataclass(frozen=True)
 class Documents:
-    """In the place of an attention mask."""
+    """The borders of packed documents, passed in the place of an attention mask."""
 
     lengths: tuple[int, ...]
     """Tokens of every document, row after row; together all positions. The padding at a row's end is a document too."""
     window: int | None = None
-    """How many positions, its own included, a token sees where the layer's window slides."""
+    """Positions, its own included, that a token attends to in a sliding-window layer."""
 
 
 @contextmanager
 def documents_apart(config: Any, position_ids: torch.Tensor) -> Iterator[None]:
-    """A forward pass inside computes attention by document, where `config` names this attention; else nothing changes.
+    """Compute attention by document in forward passes inside this context if `config` names this attention; else change
+    nothing.
 
     Args:
-        config: Of the transformers model.
+        config: The transformers model's config.
         position_ids: int64[B, L]. A document begins with each row, and wherever positions do not go on by one.
     """
     if config._attn_implementation != BY_DOCUMENT:
@@ -61,7 +62,7 @@ def documents_apart(config: Any, position_ids: torch.Tensor) -> Iterator[None]:
 
 
 def document_lengths(position_ids: torch.Tensor) -> tuple[int, ...]:
-    """Tokens of every document of position_ids[B, L], row after row."""
+    """Return the lengths of the documents in position_ids[B, L], row after row."""
     begins = pad(position_ids.diff(dim=1) != 1, (1, 0), value=True).flatten()
     borders = [*begins.nonzero()[:, 0].tolist(), begins.numel()]
     return tuple(end - start for start, end in pairwise(borders))
@@ -93,7 +94,7 @@ def _attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Of query[B, heads, L, D] and key and value[B, kv_heads, L, D]: [B, L, heads, D]."""
+    """Compute attention of query[B, heads, L, D] over key and value[B, kv_heads, L, D]: [B, L, heads, D]."""
     if not isinstance(attention_mask, Documents):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
     by_document = zip(*(_documents(states, attention_mask.lengths) for states in (query, key, value)), strict=True)
@@ -102,6 +103,7 @@ def _attention(
             *document,
             attn_mask=(mask := _band(document[0], attention_mask.window)),
             dropout_p=dropout,
+            # A mask rules out the flash kernel, so that one is given only where the window is narrower than the document.
             is_causal=mask is None,
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
@@ -113,13 +115,15 @@ def _attention(
 
 
 def _documents(states: torch.Tensor, lengths: tuple[int, ...]) -> list[torch.Tensor]:
-    """states[B, heads, L, D] as one [1, heads, n, D] a document. Splitting has one concatenation for its backward; slicing has a
-    tensor of zeros for each."""
+    """Split states[B, heads, L, D] into one [1, heads, n, D] per document.
+
+    The backward pass of a split is one concatenation; slices would each add a tensor of zeros of the full size.
+    """
     return [document.transpose(0, 1)[None] for document in states.transpose(1, 2).flatten(0, 1).split(lengths)]
 
 
 def _band(query: torch.Tensor, window: int | None) -> torch.Tensor | None:
-    """bool[n, n], what each position of a document sees, where the window is narrower than the document; else None."""
+    """Return bool[n, n], what each position of a document attends to, if the window is narrower than the document; else None."""
     length = query.shape[2]
     if window is None or length <= window:
         return None

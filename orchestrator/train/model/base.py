@@ -33,7 +33,7 @@ PACKING = "support_avx512bf16_for_cpu"
 
 
 def num_loads() -> int:
-    """How often this process has loaded a base (law 11)."""
+    """Return the number of times this process has loaded a base (law 11)."""
     return _num_loads
 
 
@@ -48,7 +48,7 @@ class LoadedBase:
     anatomy: ModelAnatomy
     load: BaseLoad
     dtype: torch.dtype
-    """What the forward and backward pass compute in; also the storage of 4-bit weights, as ZeRO-3 needs."""
+    """The dtype of the forward and backward pass; also the storage dtype of 4-bit weights, as ZeRO-3 requires."""
     device: torch.device
 
     @cached_property
@@ -60,7 +60,7 @@ class LoadedBase:
         return num_loads()
 
     def read_original(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """These tensors as the checkpoint holds them, in `dtype` on `device`: 16-bit also where the base is quantized.
+        """Return these tensors as the checkpoint has them, in `dtype` on `device`: 16-bit also if the base is quantized.
 
         Raises:
             BaseError: A name that the checkpoint does not have, or a file that cannot be read.
@@ -109,6 +109,7 @@ def load_base(
         raise BaseError("quantize: int8 is not supported yet", where=load.folder, remedy="use none or nf4")
     by_document = attends_by_document(anatomy, device.type, one_document_per_row=load.traits.head.one_document_per_row)
     model = _from_folder(load, anatomy, dtype, load_on or device, attention=BY_DOCUMENT if by_document else "sdpa")
+    # `from_pretrained` returns eval mode, in which bitsandbytes repacks 4-bit weights at the first forward pass on a CPU.
     model.train()
     model.config.use_cache = False
     for parameter in model.parameters():
@@ -121,9 +122,10 @@ def load_base(
 
 
 def loading_device(load: BaseLoad, execution: ExecutionPlan, device: torch.device) -> torch.device:
-    """Where a rank loads the base: under ZeRO-3 on the CPU, for it may be larger than the device that gets a part of it.
+    """Return the device on which a rank loads the base: under ZeRO-3 the CPU, since the base may be larger than the device that
+    gets a part of it.
 
-    A quantized base is made on the device itself, whole; the plan's memory has a term for that.
+    A quantized base is made completely on the device itself; the plan's memory has a term for that.
     """
     partitioned = execution.executor == "deepspeed" and execution.zero_stage == 3
     return torch.device("cpu") if partitioned and load.quantize == "none" else device
@@ -146,14 +148,17 @@ def _from_folder(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
+            # ZeRO-3 partitions tensors of one dtype: the packed 4-bit weights are stored in that of the others.
             bnb_4bit_quant_storage=dtype,
             llm_int8_skip_modules=_not_quantized(anatomy),
         )
     try:
         with torch.random.fork_rng(devices=rng_devices(device)), _no_progress_bars():
+            # transformers draws missing parameters at random; the seed, inside the fork, changes nobody else's numbers.
             torch.manual_seed(0)
             model = head_of(load.task).load_model(load, options)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        # A RuntimeError too, but not the fault of the folder.
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise BaseError(f"the base cannot be loaded: {error}", where=load.folder) from error
@@ -164,7 +169,7 @@ def _from_folder(
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """Logs stay free of control codes."""
+    """Turn progress bars off in the block, so that logs stay free of control codes."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -175,7 +180,7 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def _not_quantized(anatomy: ModelAnatomy) -> list[str]:
-    """Modules that keep 16 bits: everything outside the blocks that has a weight."""
+    """Return the modules that keep 16 bits: everything outside the blocks that has a weight."""
     outside = [tensor.name for tensor in anatomy.new_tensors] + [
         name for name in anatomy.tensors if not name.startswith(f"{anatomy.blocks_module}.")
     ]
@@ -190,7 +195,7 @@ def keep_packing(model: nn.Module) -> None:
 
 
 def new_parameter_names(model: nn.Module, anatomy: ModelAnatomy) -> tuple[str, ...]:
-    """Parameters of the model that the checkpoint does not hold: a classifier, an encoder's missing pooler."""
+    """Return the parameters that the checkpoint does not have: a classifier, an encoder's missing pooler."""
     classifier = anatomy.classifier_weight.rpartition(".")[0] + "."
     return tuple(name for name, _ in model.named_parameters() if name not in anatomy.tensors or name.startswith(classifier))
 
@@ -204,7 +209,7 @@ def reset_new_parameters(model: nn.Module, names: Iterable[str], seed: int) -> N
 
 
 def initial_value(name: str, shape: Iterable[int], seed: int, std: float) -> torch.Tensor:
-    """float32 on CPU: normal(0, std) for a matrix, zeros for a bias; a pure function of (seed, name, shape)."""
+    """Return float32 on the CPU: normal(0, std) for a matrix, zeros for a bias; a pure function of (seed, name, shape)."""
     shape = tuple(shape)
     if len(shape) < 2:
         return torch.zeros(shape)
@@ -222,18 +227,19 @@ def dequantized(weight: nn.Parameter) -> torch.Tensor:
 
 
 def rng_devices(device: torch.device) -> list[torch.device]:
-    """Whose generators `fork_rng` must keep, beside the CPU's."""
+    """Return the devices whose generators `fork_rng` must keep, besides the CPU's."""
     return [device] if device.type == "cuda" else []
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:
-    """A CPU generator of this parameter alone, so that no other parameter or trial shifts its numbers."""
+    """Return a CPU generator for this parameter alone, so that no other parameter or trial shifts its numbers."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    # 63 bits: a seed is a signed integer.
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def _check_is_what_headers_say(base: LoadedBase) -> None:
-    """Every stored tensor of the blocks is a parameter, and exactly the blocks' matrices are quantized."""
+    """Check that every stored tensor of the blocks is a parameter, and that exactly the blocks' matrices are quantized."""
     parameters = dict(base.model.named_parameters())
     missing = [name for block in base.anatomy.blocks for name in block if name not in parameters]
     if missing:

@@ -37,10 +37,19 @@ from orchestrator.work.measurements import CompileTimes
 
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 CODE_KINDS = 10_000
-"""Kinds of code that a process keeps at most. Beyond torch's own limit of 8 it goes on uncompiled in silence, with other bits."""
+"""Upper bound on the kinds of code that a process keeps. Beyond torch's own limit of 8 it silently runs uncompiled, with other
+bits."""
 TIMED = 3
 LOOKED_AT = 8
 """Steps by which full micro-batches are judged: what they hold of all tokens, and how fast they are."""
+
+
+class CompileError(TrainingError):
+    """The blocks cannot be compiled; `why` is the reason alone."""
+
+    def __init__(self, why: str, *, remedy: str) -> None:
+        super().__init__(f"the blocks cannot be compiled: {why}", remedy=remedy)
+        self.why = why
 
 
 @dataclass
@@ -52,10 +61,10 @@ class Spent:
 
 @contextmanager
 def compiled_blocks(base: LoadedBase, cut: int, execution: ExecutionPlan) -> Iterator[Spent]:
-    """Where the plan says so, full micro-batches run through compiled blocks in this context.
+    """Run full micro-batches through compiled blocks in this context, if the plan says so.
 
-    Every block is put back as it was. Hooks, gradient checkpointing and the attention over packed documents, whose lengths are
-    new in every row, stay outside of what is compiled.
+    Every block is restored afterwards. Hooks, gradient checkpointing and the attention over packed documents, whose lengths
+    differ in every row, stay outside the compiled code.
 
     Args:
         base: With its branch open.
@@ -63,7 +72,7 @@ def compiled_blocks(base: LoadedBase, cut: int, execution: ExecutionPlan) -> Ite
         execution: How the trial is trained.
 
     Raises:
-        TrainingError: the blocks cannot be compiled.
+        CompileError: the blocks cannot be compiled.
     """
     spent = Spent()
     if not execution.compiled:
@@ -71,30 +80,36 @@ def compiled_blocks(base: LoadedBase, cut: int, execution: ExecutionPlan) -> Ite
         return
     missing = missing_compiler(base.device)
     if missing:
-        raise TrainingError(f"the blocks cannot be compiled: {missing}", remedy="install one, or set resources.compile: off")
+        raise CompileError(missing, remedy="install one, or set resources.compile: off")
     dynamo = _prepared()
     shape = (execution.micro_batch_rows, width_of(execution.row_tokens))
     before = _seconds_compiling()
     with ExitStack() as stack:
         stack.enter_context(
             dynamo.config.patch(
-                recompile_limit=CODE_KINDS, accumulated_recompile_limit=CODE_KINDS, specialize_float=True, suppress_errors=False
+                # suppress_errors: a failed compilation would run uncompiled in silence, with other last bits than the other
+                # trials.
+                recompile_limit=CODE_KINDS,
+                accumulated_recompile_limit=CODE_KINDS,
+                specialize_float=True,
+                suppress_errors=False,
             )
         )
         for block in list(base.model.get_submodule(base.anatomy.blocks_module).children())[cut:]:
+            # On the object and not on its class: hooks, which run in `__call__`, stay around it.
             vars(block)["forward"] = _forward_of(block, shape)
             stack.callback(vars(block).pop, "forward")
         try:
             yield spent
         except dynamo.exc.TorchDynamoException as error:
             said = str(error).strip().splitlines() or [type(error).__name__]
-            raise TrainingError(f"the blocks cannot be compiled: {said[0]}", remedy="resources.compile: off") from error
+            raise CompileError(said[0], remedy="resources.compile: off") from error
         finally:
             spent.seconds = _seconds_compiling() - before
 
 
 def missing_compiler(device: torch.device) -> str:
-    """What a machine lacks to compile for a device; empty where it lacks nothing that can be seen."""
+    """Return what is missing to compile for a device; empty if nothing is known to be."""
     if device.type == "cpu":
         names = [os.environ.get("CXX", "g++")]
         return "" if shutil.which(names[0]) else f"there is no C++ compiler ({names[0]})"
@@ -110,15 +125,15 @@ def time_compiled(
     steps: Iterable[StepInput],
     clock: Callable[[], float] = time.perf_counter,
 ) -> CompileTimes:
-    """A full micro-batch forwards and backwards, as it is and padded and compiled. The engine takes no step.
+    """Time the forward and backward pass of a full micro-batch, eager and then padded and compiled. The engine takes no step.
 
     Args:
         base: With its branch open.
-        engine: Of the branch.
+        engine: The branch's engine.
         cut: The first block that is compiled.
         execution: How the trial is trained.
-        steps: The trial's first, LOOKED_AT of them, their full micro-batches of one shape.
-        clock: What a micro-batch is timed by; compiling is timed by torch.
+        steps: The trial's first LOOKED_AT steps, whose full micro-batches have one shape.
+        clock: The clock that times micro-batches; torch times compiling itself.
     """
     rows = execution.micro_batch_rows
     batches = [batch for step in steps for batch in step.micro_batches]
@@ -130,8 +145,10 @@ def time_compiled(
     try:
         with compiled_blocks(base, cut, execution.model_copy(update={"compiled": True})) as spent:
             compiled = _fastest(engine, full[0], base.device, clock)
+    except CompileError as error:
+        return CompileTimes(failed=error.why)
     except TrainingError as error:
-        return CompileTimes(failed=error.what.removeprefix("the blocks cannot be compiled: "))
+        return CompileTimes(failed=error.what)
     eager = _fastest(engine, _without_padding(full[0]), base.device, clock)
     return CompileTimes(eager_seconds=eager, compiled_seconds=compiled, compile_seconds=spent.seconds, full_share=full_share)
 
@@ -141,7 +158,7 @@ def _num_tokens(batch: Mapping[str, torch.Tensor]) -> int:
 
 
 def _without_padding(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The micro-batch as wide as its longest row asks for."""
+    """Cut the micro-batch to the width of its longest row."""
     width = width_of(int(batch["lengths"].max()))
     return {name: tensor[:, :width].contiguous() if tensor.ndim > 1 else tensor for name, tensor in batch.items()}
 
@@ -157,17 +174,19 @@ def _fastest(engine: Engine, batch: Mapping[str, torch.Tensor], device: torch.de
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(clock() - started)
+    # The fastest pass is the one that other processes disturbed least.
     return min(times[1:])
 
 
 def _forward_of(block: nn.Module, shape: tuple[int, int]) -> Callable[..., Any]:
-    """A block's forward pass: compiled for hidden states [B, L, H] of this (B, L), its own for others."""
+    """Return a block's forward pass: compiled for hidden states [B, L, H] of this (B, L), its own for others."""
     own = type(block).forward
     checkpointing: Any = block if isinstance(block, GradientCheckpointingLayer) else None
     code = _code(getattr(own, "__wrapped__", own) if checkpointing is not None else own)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         states = args[0] if args else kwargs["hidden_states"]
+        # The last micro-batch of a step, and evaluation: other shapes would each be compiled anew.
         if tuple(states.shape[:2]) != shape:
             return own(block, *args, **kwargs)
         if checkpointing is not None and checkpointing.gradient_checkpointing:
@@ -179,22 +198,26 @@ def _forward_of(block: nn.Module, shape: tuple[int, int]) -> Callable[..., Any]:
 
 @cache
 def _code(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The compiled form of a class's forward pass. Nothing that is timed on the device may choose between kernels: such choices
-    fall otherwise in another process, and with them the last bits."""
+    """Return the compiled form of a class's forward pass.
+
+    Autotuning is off: kernels chosen by timing on the device may differ in another process, and with them the last bits of the
+    losses.
+    """
     return torch.compile(forward, dynamic=False, options={"deterministic": True})
 
 
 @cache
 def _prepared() -> Any:
-    """torch's compiler, once a process: where it keeps what it has compiled, and no processes of its own beside the gang's."""
+    """Set up torch's compiler once per process: its cache folder, and no worker processes beside the gang's."""
     folders = import_module("torch._inductor.runtime.cache_dir_utils")
     if os.environ.get(CACHE_VARIABLE, folders.default_cache_dir()) == folders.default_cache_dir():  # torch sets it too
         os.environ[CACHE_VARIABLE] = str(default_folder().with_name("inductor"))
+    # By default each rank would start a pool of compiling processes, on cores that the other ranks use.
     import_module("torch._inductor.config").compile_threads = 1  # type: ignore[attr-defined]
     leave_uncompiled()
     return import_module("torch._dynamo")
 
 
 def _seconds_compiling() -> float:
-    """Of this process so far, forward and backward passes."""
+    """Return the seconds this process has spent compiling forward and backward passes."""
     return import_module("torch._dynamo.utils").calculate_time_spent()["total_wall_time"]

@@ -33,11 +33,11 @@ from orchestrator.train.model.loss import is_plain, linear_cross_entropy, token_
 from orchestrator.work.execution import BaseLoad
 
 IGNORED = -100
-"""A label that stands for no label."""
+"""The label of a position without a label."""
 
 
 class DocumentLosses(NamedTuple):
-    """What evaluation needs of a micro-batch; one entry for each supervised position or, of a classifier, each row."""
+    """The figures of a micro-batch for evaluation, one entry per supervised position or, for a classifier, per row."""
 
     losses: torch.Tensor
     """float32[S]: negative log-likelihoods, nats."""
@@ -50,7 +50,7 @@ class DocumentLosses(NamedTuple):
 
 
 class FinalNorm(NamedTuple):
-    """The norm that the backbone applies last, and where it stands."""
+    """The norm that the backbone applies last, and its place in the backbone."""
 
     module: nn.Module
     parent: nn.Module
@@ -65,14 +65,14 @@ class Parts:
     backbone: nn.Module
     """Its forward returns `last_hidden_state` [B, L, H]."""
     head: nn.Module
-    """From hidden states to logits."""
+    """The map from hidden states to logits."""
     encoder: bool
-    """An encoder classifies by itself, from layers of its own."""
+    """An encoder classifies with its own layers."""
     final_norm: FinalNorm | None
 
 
 class Targets(NamedTuple):
-    """What a micro-batch is to predict, and of which documents."""
+    """The prediction targets of a micro-batch, and their documents."""
 
     labels: torch.Tensor
     """int64[B, L], already shifted: the token to be predicted at each position, or -100."""
@@ -96,7 +96,7 @@ class Supervised(NamedTuple):
 
 
 class Head(Protocol):
-    """What differs between the kinds of heads."""
+    """The interface in which the kinds of heads differ."""
 
     def load_model(self, load: BaseLoad, options: Mapping[str, Any]) -> PreTrainedModel:
         """Load the base's model for this head, with these options of `from_pretrained`."""
@@ -126,7 +126,7 @@ class Head(Protocol):
         ...
 
     def losses(self, parts: Parts, supervised: Supervised) -> DocumentLosses:
-        """Return every loss by itself."""
+        """Return every single loss."""
         ...
 
 
@@ -145,7 +145,7 @@ class LanguageModelHead:
     def run_blocks(
         self, parts: Parts, inputs: Mapping[str, torch.Tensor], position_ids: torch.Tensor, lengths: torch.Tensor
     ) -> torch.Tensor:
-        """[B, L, H] before the final norm."""
+        """Run the blocks and return [B, L, H] before the final norm."""
         with _norm_left_out(parts.final_norm), documents_apart(parts.model.config, position_ids):
             return parts.backbone(**inputs, position_ids=position_ids, use_cache=False).last_hidden_state
 
@@ -168,6 +168,7 @@ class LanguageModelHead:
         """Return the loss sum of tokens[S] from hidden[S, H] after the final norm, a chunk of logits at a time."""
         head = parts.head
         learns = any(parameter.requires_grad for parameter in head.parameters())
+        # Adapted, quantized and partitioned heads need their own forward pass, and so autograd's backward pass.
         if isinstance(head, nn.Linear) and is_plain(head) and not (learns and num_trials > 1):
             sums = linear_cross_entropy(head, hidden, tokens, chunk_rows=_chunk_rows(parts), num_groups=num_trials)
             return sums[0] if num_trials == 1 else sums
@@ -189,7 +190,11 @@ class ClassificationHead:
 
     def load_model(self, load: BaseLoad, options: Mapping[str, Any]) -> PreTrainedModel:
         return AutoModelForSequenceClassification.from_pretrained(
-            load.folder, config=_classify_config(load), ignore_mismatched_sizes=True, **options
+            # A checkpoint may have a classifier for other classes: ours is new in any case.
+            load.folder,
+            config=_classify_config(load),
+            ignore_mismatched_sizes=True,
+            **options,
         )
 
     def weight_name(self, anatomy: ModelAnatomy) -> str:
@@ -198,7 +203,7 @@ class ClassificationHead:
     def run_blocks(
         self, parts: Parts, inputs: Mapping[str, torch.Tensor], position_ids: torch.Tensor, lengths: torch.Tensor
     ) -> torch.Tensor:
-        """[B, L, H] of a decoder; an encoder's own class logits [B, classes]."""
+        """Return [B, L, H] of a decoder, or an encoder's own class logits [B, classes]."""
         num_tokens = position_ids.shape[1]
         positions = torch.arange(num_tokens, device=position_ids.device)
         mask = (positions < lengths.clamp(min=1)[:, None]).long()
@@ -207,10 +212,11 @@ class ClassificationHead:
         return parts.backbone(**inputs, attention_mask=mask, use_cache=False).last_hidden_state
 
     def select(self, parts: Parts, states: torch.Tensor, targets: Targets) -> Supervised:
-        """Rows that hold no document are left out."""
+        """Select the rows that hold a document."""
         logits = states
         if not parts.encoder:
             rows = torch.arange(states.shape[0], device=states.device)
+            # The last token has seen the whole document. An empty row has none and is dropped below.
             logits = parts.head(states[rows, (targets.lengths - 1).clamp(min=0)])
         chosen = targets.class_labels >= 0
         return Supervised(logits[chosen], targets.class_labels[chosen], targets.document_ids[:, 0][chosen])
@@ -289,6 +295,7 @@ def _classify_config(load: BaseLoad) -> PreTrainedConfig:
         id2label=dict(enumerate(names)),
         label2id={name: number for number, name in enumerate(names)},
     )
+    # transformers refuses batches of a sequence classifier without a pad token; the attention mask hides it.
     if config.pad_token_id is None:
         config.pad_token_id = config.eos_token_id if isinstance(config.eos_token_id, int) else 0
     return config

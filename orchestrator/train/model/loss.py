@@ -1,7 +1,7 @@
 """Cross entropy of a projection onto the vocabulary, with its gradients made in the forward pass.
 
-Logits are the widest tensors of a step, and the loss is the last thing that a forward pass computes: whoever has them can
-make their gradient at once, and then nobody needs them again. So they are made a chunk of positions at a time, become
+Logits are the widest tensors of a step, and the loss is the last thing that a forward pass computes: their gradient can be
+computed at once, after which they are not needed. So they are made a chunk of positions at a time, become
 their own gradient in place, and go; they are never computed twice (Hsu et al. 2024, "Liger Kernel", section 3.2).
 
 Shapes: S supervised positions, H hidden size, V vocabulary, G groups of equally many positions.
@@ -20,38 +20,38 @@ from orchestrator.plan.memory.transient import LOGIT_PIECE_BYTES
 
 
 def is_plain(head: nn.Module) -> bool:
-    """Whether a head is one whole matrix: no adapter beside it, not quantized, not partitioned over ranks."""
+    """Return whether a head is one complete matrix: no adapter on it, not quantized, not partitioned across ranks."""
     return type(head) is nn.Linear and not any(hasattr(parameter, "ds_tensor") for parameter in head.parameters())
 
 
 def linear_cross_entropy(
     head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, *, chunk_rows: int, num_groups: int = 1
 ) -> torch.Tensor:
-    """float32[G]: the summed cross entropy of each group, in nats.
+    """Return float32[G]: the summed cross entropy of each group, in nats.
 
     A group's sum and gradients are computed from its own positions alone, in chunks that begin where it begins: they are
     the same bits whatever groups stand beside it.
 
     Args:
-        head: A plain one (`is_plain`), of hidden's dtype. Where it learns there must be one group: gradients of a weight are
-            sums over positions, and could no longer be scaled group by group.
+        head: A plain one (`is_plain`), of hidden's dtype. If it is trainable there must be one group: gradients of a weight are
+            sums over positions, and could not be scaled group by group.
         hidden: [S, H], each group's positions together.
         targets: int64[S].
         chunk_rows: Positions whose logits are there at once.
         num_groups: G.
 
     Raises:
-        ValueError: S is no multiple of G, or several groups and a head that learns.
+        ValueError: S is not a multiple of G, or there are several groups and a trainable head.
     """
     if hidden.shape[0] % num_groups:
         raise ValueError(f"{hidden.shape[0]} positions are not {num_groups} groups of equally many")
     if num_groups > 1 and any(parameter.requires_grad for parameter in head.parameters()):
-        raise ValueError(f"a head that learns has one group, not {num_groups}")
+        raise ValueError(f"a trainable head has one group, not {num_groups}")
     return _LinearCrossEntropy.apply(hidden, head.weight, head.bias, targets, chunk_rows, num_groups)  # type: ignore[no-any-return]
 
 
 def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(float32[S] cross entropies in nats, int64[S] likeliest entries) of logits[S, V]; for scoring, without gradients."""
+    """Return (float32[S] cross entropies in nats, int64[S] likeliest entries) of logits[S, V]; for scoring, without gradients."""
     rows = _piece_rows(logits)
     losses, predictions = [], []
     for piece, wanted in zip(logits.split(rows), targets.split(rows), strict=True):
@@ -87,6 +87,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for first in range(start, end, chunk_rows):
                 rows = slice(first, min(first + chunk_rows, end))
                 logits = functional.linear(hidden[rows], weight, bias)
+                # From here on `logits` holds their gradient.
                 total += _into_gradient(logits, targets[rows])
                 if hidden_gradient is not None:
                     hidden_gradient[rows] = logits @ weight
@@ -94,6 +95,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     weight_sum.add(logits.T @ hidden[rows])
                 if bias_sum is not None:
                     bias_sum.add(logits.sum(0))
+                # Before the next chunk's are made: at most one chunk of logits is in memory.
                 del logits
             sums.append(total)
         ctx.save_for_backward(hidden_gradient, weight_sum and weight_sum.rounded(), bias_sum and bias_sum.rounded())
@@ -130,9 +132,9 @@ class _Sum:
 
 
 def _into_gradient(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The summed cross entropy of logits[n, V], each of which is overwritten by its gradient: softmax, less 1 at the target.
+    """Return the summed cross entropy of logits[n, V], and overwrite each by its gradient: softmax, less 1 at the target.
 
-    In pieces, so that what is computed in float32 stays within a processor's cache.
+    It works in pieces, so that the float32 intermediate stays within the processor's cache.
     """
     total = torch.zeros((), dtype=torch.float32, device=logits.device)
     rows = _piece_rows(logits)

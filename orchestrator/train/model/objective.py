@@ -1,4 +1,4 @@
-"""What is minimised: sums of token losses or of document losses, from a micro-batch.
+"""The training objective: sums of token losses or of document losses over a micro-batch.
 
 Shapes: B rows, L tokens a row, H hidden size.
 """
@@ -41,12 +41,12 @@ class Objective(nn.Module):
     ) -> None:
         """
         Args:
-            backbone: Its forward returns `last_hidden_state` [B, L, H].
-            head: From hidden states to logits.
-            encoder: Whether the model is one, which classifies by itself.
-            final_norm: What the backbone applies last (`final_norm_of`), by position; without it the backbone does so itself,
-                at every position.
-            blocks: The backbone's blocks, where `forward` may be given stored states for those below `cut`.
+            backbone: A module whose forward returns `last_hidden_state` [B, L, H].
+            head: The map from hidden states to logits.
+            encoder: Whether the model is an encoder, which classifies by itself.
+            final_norm: The backbone's last norm (`final_norm_of`), applied here to the positions that need it; if None, the
+                backbone applies it itself at every position.
+            blocks: The backbone's blocks, needed if `forward` is given stored states for those below `cut`.
             cut: The first block that is computed then.
         """
         super().__init__()
@@ -71,7 +71,7 @@ class Objective(nn.Module):
         each: bool = False,
         num_trials: int = 1,
     ) -> torch.Tensor | DocumentLosses:
-        """The micro-batch's loss sum, or with `each` every loss by itself.
+        """Return the micro-batch's loss sum, or with `each` every single loss.
 
         Args:
             input_ids: int64[B, L].
@@ -80,10 +80,10 @@ class Objective(nn.Module):
             document_ids: int64[B, L], -1 where a row is padded.
             class_labels: int64[B], the class of each row's one document, or -1 (an empty row).
             lengths: int64[B], tokens of each row.
-            hidden: [B, L, H], what enters the block at the cut, instead of the blocks below it.
-            each: Whether the losses are wanted one by one, with predictions.
-            num_trials: T. With several, the B rows are T equal copies, one under the other, and the sums are float32[T]: each
-                made of its own copy alone, the same bits whatever the others come to.
+            hidden: [B, L, H], the input of the block at the cut; replaces the blocks below it.
+            each: Whether to return single losses, with predictions.
+            num_trials: T. With several, the B rows are T equal copies, one after the other, and the sums are float32[T], each
+                of its own copy alone: the same bits whatever the other trials compute.
         """
         heartbeat.beat()
         targets = Targets(labels, document_ids, class_labels, lengths)
@@ -113,7 +113,7 @@ class Objective(nn.Module):
 
 
 def objective_of(base: LoadedBase, head: nn.Module, cut: int = 0) -> Objective:
-    """What is minimised over the base as it is now, beginning from stored states at `cut` where it is given some."""
+    """Return the objective over the base as it is now, starting from stored states at `cut` if it gets any."""
     model, anatomy = base.model, base.anatomy
     return Objective(
         model,
@@ -128,14 +128,14 @@ def objective_of(base: LoadedBase, head: nn.Module, cut: int = 0) -> Objective:
 
 
 def final_norm_of(model: nn.Module, anatomy: ModelAnatomy) -> nn.Module | None:
-    """The norm after the last block; None where the base has none, or is an encoder."""
+    """Return the norm after the last block; None if the base has none or is an encoder."""
     if anatomy.kind == "encoder" or not anatomy.final_norm:
         return None
     return model.get_submodule(anatomy.final_norm[0].rpartition(".")[0])
 
 
 def _place_in(backbone: nn.Module, module: nn.Module) -> tuple[nn.Module, str]:
-    """The parent of `module` within the backbone, and its name there."""
+    """Return the parent of `module` within the backbone, and its name there."""
     for parent in backbone.modules():
         for name, child in parent.named_children():
             if child is module:

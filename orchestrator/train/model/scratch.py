@@ -14,7 +14,7 @@ from orchestrator.train.model.base import rng_devices
 
 @torch.no_grad()
 def begin_anew(branch: Branch, seed: int) -> None:
-    """Give everything that learns in a branch the values that transformers gives a new model of this layout.
+    """Initialise all trainable weights of a branch as transformers initialises a new model of this layout.
 
     They are a pure function of the seed, and drawn module by module, so that no second model stands in memory. The base's own
     values come back when the branch closes.
@@ -30,9 +30,11 @@ def begin_anew(branch: Branch, seed: int) -> None:
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    # Without memory: each module gets its storage only while its values are drawn.
     with torch.device("meta"):
         fresh: Any = type(model)(config)
     learning = dict(branch.learning_parameters())
+    # transformers draws from the global generator, whose state dropout continues from.
     with torch.random.fork_rng(rng_devices(branch.base.device)):
         torch.manual_seed(seed)
         for place, module in fresh.named_modules():
@@ -41,6 +43,7 @@ def begin_anew(branch: Branch, seed: int) -> None:
                 continue
             module.to_empty(device="cpu", recurse=False)
             for parameter in module.parameters(recurse=False):
+                # Shows which parameters transformers leaves uninitialised.
                 parameter.fill_(torch.nan)
             fresh._init_weights(module)
             for whole_name in own.keys() & learning.keys():

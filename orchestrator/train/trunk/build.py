@@ -31,9 +31,9 @@ logger = logging.getLogger(__name__)
 
 
 def trunk_key(base: LoadedBase, fingerprint: Mapping[str, str], data: TokenizedSet, cut: int, rows: RowPlan) -> str:
-    """A hash of all that decides the hidden states of `data` at `cut`: the weights below it and their quantization, the
-    model's configuration, the dtype, the tokens and their documents, the kind of device and the libraries. On a GPU also the
-    rows that documents share, which move the last bits there (on CPUs each document is computed apart).
+    """Return a hash of all that determines the hidden states of `data` at `cut`: the weights below it and their quantization,
+    the model's configuration, the dtype, the tokens and their documents, the kind of device and the libraries. On a GPU also
+    the rows that documents share, which change the last bits there (on CPUs each document is computed separately).
 
     Args:
         fingerprint: Hashes of the base's tensors by name, see `integrity.base_fingerprint`.
@@ -57,9 +57,9 @@ def trunk_key(base: LoadedBase, fingerprint: Mapping[str, str], data: TokenizedS
 
 
 def random_below(model: nn.Module, blocks: nn.ModuleList, cut: int) -> str:
-    """The first module below the cut that draws random numbers while it trains; empty where there is none.
+    """Return the first module below the cut that draws random numbers in training; empty if there is none.
 
-    Its hidden states differ from pass to pass, so that no stored ones can stand for them.
+    Its hidden states differ from pass to pass, so that stored ones cannot replace them.
     """
     above = {id(module) for index in range(cut, len(blocks)) for module in blocks[index].modules()}
     for name, module in model.named_modules():
@@ -71,13 +71,13 @@ def random_below(model: nn.Module, blocks: nn.ModuleList, cut: int) -> str:
 
 @dataclass
 class _Filling:
-    """A set's pieces at every cut, as far as they are there."""
+    """The pieces of a set at every cut that exist so far."""
 
     data: TokenizedSet
     borders: np.ndarray
     """int64[C + 1]: piece c holds documents borders[c] to borders[c + 1]."""
     chunks: Mapping[int, Chunks]
-    """By cut."""
+    """The store of each cut."""
     _found: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict, init=False)
     """[N_c, H] by cut and number of the piece."""
 
@@ -89,15 +89,15 @@ class _Filling:
         return np.arange(int(self.borders[number]), int(self.borders[number + 1]))
 
     def missing(self, number: int) -> list[int]:
-        """The cuts at which this piece is not there."""
+        """Return the cuts at which this piece is missing."""
         return [cut for cut in self.chunks if (cut, number) not in self._found]
 
     def pieces(self, cut: int) -> list[torch.Tensor]:
-        """All of them, in order."""
+        """Return all pieces, in order."""
         return [self._found[cut, number] for number in range(self.num_pieces)]
 
     def look(self, number: int) -> None:
-        """Take what is stored of a piece, by whomever."""
+        """Take the stored states of a piece, whichever process wrote them."""
         first, last = self.data.offsets[self.borders[[number, number + 1]]]
         for cut in self.missing(number):
             stored = self.chunks[cut].get(number, int(last - first))
@@ -105,7 +105,7 @@ class _Filling:
                 self._found[cut, number] = stored
 
     def keep(self, number: int, made: Mapping[int, torch.Tensor]) -> None:
-        """What cannot be written, or not read again, stays in memory: an error here would leave the other ranks waiting."""
+        """Keep a piece, in memory if it cannot be written and read again: an error here would leave the other ranks waiting."""
         for cut, states in made.items():
             try:
                 self.chunks[cut].put(number, states)
@@ -117,7 +117,7 @@ class _Filling:
 
 @dataclass
 class TrunkBuilder:
-    """Makes what is missing of a set's hidden states. With partitioned weights every rank calls together."""
+    """Computes the missing hidden states of a set. With partitioned weights all ranks call it together."""
 
     base: LoadedBase
     objective: Objective
@@ -126,10 +126,10 @@ class TrunkBuilder:
     partitioned: bool
 
     def build(self, data: TokenizedSet, chunks: Mapping[int, Chunks]) -> dict[int, TrunkStates]:
-        """By cut, whole.
+        """Build the missing pieces and return the states by cut.
 
         Args:
-            chunks: By cut; DiskChunks may be shared with other processes, which make other pieces meanwhile.
+            chunks: The chunks by cut; DiskChunks may be shared with other processes, which make other pieces meanwhile.
         """
         filling = _Filling(data, chunk_borders(data.offsets, self.base.anatomy.hidden_size * self.base.dtype.itemsize), chunks)
         for number in range(filling.num_pieces):
@@ -141,7 +141,8 @@ class TrunkBuilder:
         return {cut: TrunkStates(data, cut, filling.borders, filling.pieces(cut)) for cut in chunks}
 
     def _make(self, filling: _Filling) -> None:
-        """What nobody else is making first; then wait for what others make, or make it where they are gone."""
+        """Make the pieces that no other process is making; then wait for the others' pieces, or make them if those are gone."""
+        # First without waiting: processes that start together then make different pieces rather than queue for the same one.
         for wait in (False, True):
             for number in range(filling.num_pieces):
                 if not filling.missing(number):
@@ -149,12 +150,14 @@ class TrunkBuilder:
                 with _lock(filling.chunks, number, wait=wait) as mine:
                     if not mine:
                         continue
+                    # Another process may have made it between the look above and the lock.
                     filling.look(number)
                     if cuts := filling.missing(number):
                         filling.keep(number, self._compute(filling.data, filling.documents(number), cuts))
 
     def _make_together(self, filling: _Filling) -> None:
-        """Every rank runs the same micro-batches, whose matrices it gathers with the others, and keeps what it misses."""
+        """Run the same micro-batches on every rank (ZeRO-3 gathers each matrix from all); each keeps the pieces that it lacks."""
+        # All ranks must run the same forward passes, and each may find other pieces in its own node's cache.
         mine = {number for number in range(filling.num_pieces) if filling.missing(number)}
         for number in sorted(set().union(*self.ranks.gather(mine))):
             made = self._compute(filling.data, filling.documents(number), sorted(filling.chunks))
@@ -162,7 +165,7 @@ class TrunkBuilder:
 
     @torch.no_grad()
     def _compute(self, data: TokenizedSet, documents: np.ndarray, cuts: Sequence[int]) -> dict[int, torch.Tensor]:
-        """[N, H] of these documents, one after another, at each of these cuts."""
+        """Compute [N, H] of these documents, one after another, at each of these cuts."""
         blocks = cast("nn.ModuleList", self.base.model.get_submodule(self.base.anatomy.blocks_module))
         first = int(data.offsets[documents[0]])
         shape = (int(data.offsets[documents[-1] + 1]) - first, self.base.anatomy.hidden_size)
@@ -180,7 +183,7 @@ class TrunkBuilder:
 
 
 def _documents(batch: MicroBatch, data: TokenizedSet) -> Iterator[tuple[int, int, int, int]]:
-    """(row, start, end, first token in the set) of every document of a micro-batch."""
+    """Yield (row, start, end, first token in the set) of every document of a micro-batch."""
     for row, (owners, length) in enumerate(zip(batch.document_ids, batch.lengths, strict=True)):
         start = 0
         while start < length:
@@ -191,6 +194,6 @@ def _documents(batch: MicroBatch, data: TokenizedSet) -> Iterator[tuple[int, int
 
 
 def _lock(chunks: Mapping[int, Chunks], number: int, *, wait: bool) -> AbstractContextManager[bool]:
-    """One lock a piece for all cuts: the lowest one's. What no other process sees needs none."""
+    """Lock a piece for all cuts by the lowest one's lock; a piece in memory needs none."""
     first = chunks[min(chunks)]
     return piece_lock(first.folder, number, wait=wait) if isinstance(first, DiskChunks) else nullcontext(True)

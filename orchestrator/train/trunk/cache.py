@@ -1,4 +1,4 @@
-"""The local folder of stored trunks: by content, under a budget, the least recently used given up first.
+"""The local folder of stored trunks: addressed by content, under a budget, evicting the least recently used first.
 
     <folder>/<key>/chunk-00000.bin ...     one set at one cut; the key is a hash of all that decides its numbers
     <folder>/<key>/reserved                bytes that it may grow to
@@ -27,7 +27,7 @@ class TrunkCache:
 
     Args:
         folder: Of this machine; made where it is not there.
-        max_bytes: What all entries may take; None for half of what the disk has free beside them.
+        max_bytes: Size limit of all entries; None for half of the disk space that is free without them.
     """
 
     def __init__(self, folder: Path, max_bytes: int | None) -> None:
@@ -36,7 +36,7 @@ class TrunkCache:
         self._held: dict[str, int] = {}
 
     def open(self, key: str, num_bytes: int) -> Path | None:
-        """The entry's folder, held until `close`; None where the budget has no room for it, whatever is given up.
+        """Return the entry's folder, held until `close`; None if the budget has no room for it, even after evictions.
 
         Raises:
             OSError: the folder cannot be made or locked.
@@ -48,16 +48,18 @@ class TrunkCache:
                 if not self._make_room(num_bytes):
                     return None
                 entry.mkdir(exist_ok=True)
-                (entry / IN_USE).touch()  # first: what has none is never given up
+                (entry / IN_USE).touch()  # first: a folder without it is never evicted
                 (entry / RESERVED).write_text(str(num_bytes))
             if key not in self._held:
                 self._held[key] = os.open(entry / IN_USE, os.O_RDWR | os.O_CREAT)
+                # The kernel releases the lock with the process, also when it is killed: no stale locks to clean up.
                 fcntl.flock(self._held[key], fcntl.LOCK_SH)
+            # The time of last use, by which entries are evicted.
             os.utime(entry / IN_USE)
         return entry
 
     def close(self) -> None:
-        """Let go of every entry, so that it may be given up when room is wanted."""
+        """Release every entry, so that it can be evicted."""
         for descriptor in self._held.values():
             os.close(descriptor)
         self._held.clear()
@@ -82,7 +84,7 @@ class TrunkCache:
 
 
 def _size(file: Path) -> int:
-    """0 for one that was renamed meanwhile."""
+    """Return the file's size; 0 if it was renamed meanwhile."""
     try:
         return file.stat().st_size
     except FileNotFoundError:
@@ -97,7 +99,7 @@ def _reserved(entry: Path) -> int:
 
 
 def _give_up(entry: Path) -> bool:
-    """Whether nobody has it open."""
+    """Evict an entry unless a process has it open; return whether it was evicted."""
     descriptor = os.open(entry / IN_USE, os.O_RDWR)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -120,10 +122,11 @@ def _locked(file: Path) -> Iterator[None]:
 
 @contextmanager
 def piece_lock(folder: Path, number: int, *, wait: bool) -> Iterator[bool]:
-    """Whether this process may make a piece: one at a time does. Without `wait`, False where another one is at it."""
+    """Lock a piece, which one process at a time may make. Without `wait`, yield False if another one holds the lock."""
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
     try:
         try:
+            # A lock on one byte of the file per piece: thousands of pieces need no file of their own.
             fcntl.lockf(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, number)
         except BlockingIOError:
             yield False

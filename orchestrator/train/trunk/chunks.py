@@ -22,11 +22,11 @@ FOOTER = struct.Struct("<Q")
 
 
 def chunk_borders(offsets: np.ndarray, token_bytes: int) -> np.ndarray:
-    """int64[C + 1]: piece c holds documents borders[c] to borders[c + 1], each at least one.
+    """Return int64[C + 1]: piece c holds documents borders[c] to borders[c + 1], at least one each.
 
     Args:
         offsets: int64[D + 1], document borders in tokens.
-        token_bytes: Of one position's hidden state.
+        token_bytes: Bytes of one position's hidden state.
     """
     piece_tokens = max(1, CHUNK_BYTES // token_bytes)
     borders, first = [0], 0
@@ -38,10 +38,10 @@ def chunk_borders(offsets: np.ndarray, token_bytes: int) -> np.ndarray:
 
 
 class Chunks(Protocol):
-    """Where the pieces of one set at one cut are kept."""
+    """The store for the pieces of one set at one cut."""
 
     def get(self, number: int, num_tokens: int) -> torch.Tensor | None:
-        """[num_tokens, H], not to be written to; None where the piece is absent or damaged."""
+        """Return [num_tokens, H], read-only; None if the piece is missing or damaged."""
         ...
 
     def put(self, number: int, states: torch.Tensor) -> None:
@@ -66,10 +66,12 @@ class DiskChunks:
         try:
             if file.stat().st_size != num_bytes + FOOTER.size:
                 return None
+            # Mapped, so that the processes of a machine share its page cache; private, so that none can write to the file.
             mapped = torch.from_file(str(file), shared=False, size=num_bytes + FOOTER.size, dtype=torch.uint8)
         except (OSError, RuntimeError):
             return None
         numbers = mapped[:num_bytes]
+        # A cache outlives runs and crashes: a damaged piece must cost a forward pass, not a wrong trial.
         if zlib.crc32(numbers.numpy().data) != FOOTER.unpack(mapped[num_bytes:].numpy().tobytes())[0]:
             return None
         return numbers.view(self._dtype).view(num_tokens, self._hidden_size)

@@ -1,4 +1,4 @@
-"""What a process has of the trunk: every set that trials read, at every cut of the plan."""
+"""The stored trunk activations of a process: every set that trials read, at every cut of the plan."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from orchestrator.train.trunk.states import TrunkStates
 from orchestrator.work.execution import DataPaths, TrunkPlan
 
 MEMORY_SHARE = 0.25
-"""Of the memory that is free, what stored states may take where no disk has room."""
+"""Share of the free memory that stored states may use if no disk has room."""
 
 
 def default_folder() -> Path:
-    """The user's cache folder on this machine, or where ORCHESTRATOR_CACHE says."""
+    """Return the user's cache folder on this machine, or the one that ORCHESTRATOR_CACHE names."""
     return Path(os.environ.get("ORCHESTRATOR_CACHE") or Path.home() / ".cache" / "orchestrator") / "trunk"
 
 
@@ -75,6 +75,7 @@ class TrunkLibrary:
             Seconds that it took.
         """
         started = time.perf_counter()
+        # A dictionary and not a set: every rank must open the sets in the same order.
         paths = dict.fromkeys(path for path in (data.train, data.eval, data.retain, data.replay) if path)
         wanted = [path for path in paths if any((path, cut) not in self._states for cut in plan.cuts)]
         if not wanted or self._refused:
@@ -99,7 +100,7 @@ class TrunkLibrary:
                 if partitioned:  # the other ranks stand in a collective
                     raise
                 failure = f"{type(error).__name__}: {error}"
-            failures = [told for told in self._ranks.gather(failure) if told]
+            failures = [each for each in self._ranks.gather(failure) if each]
             if failures:
                 note(f"the trunk is not stored: {failures[0]}")
                 self._refused = True
@@ -109,7 +110,7 @@ class TrunkLibrary:
         return time.perf_counter() - started
 
     def states(self, path: str, cut: int) -> TrunkStates | None:
-        """What is stored of a set at a cut; None where nothing is."""
+        """Return the stored states of a set at a cut; None if there are none."""
         return self._states.get((path, cut))
 
     def close(self) -> None:
@@ -120,8 +121,8 @@ class TrunkLibrary:
     def _chunks(
         self, plan: TrunkPlan, tokens: TokenizedSet, rows: RowPlan, note: Callable[[str], None], *, partitioned: bool
     ) -> dict[int, Chunks] | None:
-        """By cut: on disk where it has room, for other processes and later sweeps; else in memory, where that has. None
-        where it has not, on every rank alike."""
+        """Return the store of each cut: on disk if it has room, for other processes and later sweeps; else in memory if that
+        has room; else None, on every rank alike."""
         num_bytes = tokens.num_tokens * self._base.anatomy.hidden_size * self._base.dtype.itemsize
         folders = self._folders(plan, tokens, rows, num_bytes, note, partitioned=partitioned)
         without = sum(folder is None for folder in folders)
@@ -129,6 +130,7 @@ class TrunkLibrary:
         where = "kept in memory" if fits else "not stored: not enough free memory either"
         if without:
             note(f"{without} of {len(folders)} stored trunks have no room on disk and are {where}")
+        # The ranks decide together: batches with and without stored states would not meet in the same collectives.
         if not all(self._ranks.gather(fits)):
             return None
         return {

@@ -1,8 +1,7 @@
-"""Where stored hidden states enter a model instead of its lower blocks, and where they are taken from it.
+"""Entry and exit of hidden states: stored ones enter a model instead of its lower blocks, and new ones are taken from it.
 
-The blocks stay in their list, so that layer numbers, attention types and masks are what they were; only what a block
-does when it is called is changed, on the module object itself, and put back after the call. Names, parameters and
-hooks are untouched.
+The blocks stay in their list, so that layer numbers, attention types and masks do not change. Only the forward method of a
+block is replaced, on the module object itself, and restored after the call. Names, parameters and hooks stay as they are.
 """
 
 from __future__ import annotations
@@ -17,11 +16,12 @@ from torch import nn
 
 @contextmanager
 def entering(blocks: nn.ModuleList, cut: int, hidden: torch.Tensor) -> Iterator[None]:
-    """In this context the blocks below `cut` cost nothing, and the block above them receives `hidden` [B, L, H].
+    """Skip the blocks below `cut` in this context, and give `hidden` [B, L, H] to the block above them.
 
-    Whatever goes into block 0 is dropped. A cut of `len(blocks)` replaces the whole stack.
+    The input of block 0 is dropped. A cut of `len(blocks)` replaces the whole stack.
     """
     below = [blocks[index] for index in range(cut)]
+    # The blocks below pass the embeddings on unchanged; the last of them returns the stored states instead.
     for block in below[:-1]:
         vars(block)["forward"] = _pass_on
     vars(below[-1])["forward"] = _returns(hidden)
@@ -34,8 +34,8 @@ def entering(blocks: nn.ModuleList, cut: int, hidden: torch.Tensor) -> Iterator[
 
 @contextmanager
 def leaving(blocks: nn.ModuleList, cuts: Collection[int]) -> Iterator[dict[int, torch.Tensor]]:
-    """In this context each forward pass leaves the hidden states [B, L, H] that enter block `cut` in the dictionary, for every
-    cut of at least 1; no block above the highest cut is computed."""
+    """Store the hidden states [B, L, H] that enter block `cut` in the dictionary at each forward pass in this context, for
+    every cut of at least 1; no block above the highest cut is computed."""
     taken: dict[int, torch.Tensor] = {}
     above = [blocks[index] for index in range(max(cuts), len(blocks))]
     hooks = [blocks[cut - 1].register_forward_hook(_taker(cut, taken)) for cut in cuts]

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from orchestrator.data import load_tokenizer
 from orchestrator.data.encoding.control_tokens import ControlTokens
 from orchestrator.data.encoding.encoder import Document, Encoder
-from orchestrator.data.encoding.row_notices import Noticed
+from orchestrator.data.encoding.row_notices import RowNotices
 from orchestrator.data.reading.examples import Example
 from orchestrator.data.reading.row import BadRow
 from orchestrator.spec.models import DataSpec
@@ -37,8 +37,8 @@ def asked(*contents: str, **more: Any) -> tuple[dict[str, Any], ...]:
     return (*turns[:-1], turns[-1] | more)
 
 
-def encode(tokenizer: Any, messages: tuple[dict[str, Any], ...], **data: Any) -> tuple[Any, Noticed]:
-    noticed = Noticed()
+def encode(tokenizer: Any, messages: tuple[dict[str, Any], ...], **data: Any) -> tuple[Any, RowNotices]:
+    noticed = RowNotices()
     encoder = Encoder(tokenizer, "chat", DataSpec(train="x", **data), noticed=noticed)
     (document,) = encoder.encode([Example(file="f", line=3, content_key="k", messages=messages)])
     return document, noticed
@@ -203,8 +203,8 @@ def test_an_answer_that_already_ends_ends_once(tmp_path: Path) -> None:
         assert list(noticed.places) == ["ended"]
 
 
-def texts_of(tokenizer: Any, task: Any, mode: str, **payload: str) -> tuple[Document, Noticed]:
-    noticed = Noticed()
+def texts_of(tokenizer: Any, task: Any, mode: str, **payload: str) -> tuple[Document, RowNotices]:
+    noticed = RowNotices()
     encoder = Encoder(tokenizer, task, DataSpec(train="x", special_tokens_in_text=mode), noticed=noticed)
     (document,) = encoder.encode([Example(file="f", line=3, content_key="k", **payload)])
     return document, noticed

@@ -14,7 +14,7 @@ from orchestrator.data import TokenizedSet, build_set
 from orchestrator.data.encoding.control_tokens import ControlTokens
 from orchestrator.data.encoding.encoder import Document, Encoder
 from orchestrator.data.encoding.end_tokens import declared_ends, end_tokens
-from orchestrator.data.encoding.row_notices import Noticed
+from orchestrator.data.encoding.row_notices import RowNotices
 from orchestrator.data.reading.examples import Example
 from orchestrator.data.reading.row import BadRow
 from orchestrator.spec.models import DataSpec
@@ -44,7 +44,7 @@ CASES = [(name, chat) for name, family in FAMILIES.items() for chat in CHATS if 
 
 
 def encode(tokenizer: Any, messages: tuple, tools: tuple = (), *, ends: tuple[int, ...] = (), **data: Any) -> Any:
-    noticed = Noticed()
+    noticed = RowNotices()
     encoder = Encoder(tokenizer, "chat", DataSpec(train="x", **data), ends=ends, noticed=noticed)
     (document,) = encoder.encode([Example(file="f", line=3, content_key="k", messages=messages, tools=tools)])
     return document, noticed

@@ -181,6 +181,6 @@ def test_what_is_held_out_is_not_trained_on_and_twice_is_once(prepare: Any) -> N
 def test_what_is_no_regular_file_is_told(prepare: Any) -> None:
     fill(prepare.folder / "data", "a.jsonl")
     os.mkfifo(prepare.folder / "data" / "b.jsonl")
-    assert sources(prepare, train="data") == ({"train": ["a.jsonl"]}, ["not read in data: no regular files (1): b.jsonl"])
+    assert sources(prepare, train="data") == ({"train": ["a.jsonl"]}, ["not read in data: not regular files (1): b.jsonl"])
     with pytest.raises(DataError, match="is not a regular file"):
         sources(prepare, train="data/b.jsonl")

@@ -357,7 +357,7 @@ def test_a_file_without_rows_is_named(tmp_path: Path, name: str, content: str) -
     [
         ("a.xlsx", b"PK\x03\x04rest", "a zip archive or a spreadsheet"),
         ("a.csv", b"PK\x03\x04rest", "a zip archive or a spreadsheet"),
-        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid", "a pointer of Git LFS"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer"),
         ("a.json", b"\n<!doctype html><html>", "an HTML page"),
         ("a.bin", b"\x01\x02 something", "of a kind that is not recognized"),
         ("a.yaml", b"a: 1\n", "of a kind that is not recognized"),

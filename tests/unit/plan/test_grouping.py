@@ -11,14 +11,14 @@ from orchestrator.plan.fusing import FuseKey, concurrent_trials, fuse_key
 from orchestrator.samples import SAMPLE_BASE
 from orchestrator.work.assignment import TrainRung, WorkContext
 from orchestrator.work.execution import DataPaths, ExecutionPlan, TrainSettings
-from orchestrator.work.memory_ladder import relieve
+from orchestrator.work.memory_ladder import MemoryLadder, SmallerExecution
 from orchestrator.work.trial import TrialSpec
 
 ANATOMY = read_anatomy(SAMPLE_BASE, need_weights=False)
 PLANNED = ExecutionPlan(device="cpu", ranks=1, threads_per_rank=1, executor="torch", row_tokens=64, micro_batch_rows=4)
 SETTINGS = TrainSettings(warmup=0, schedule="constant", weight_decay=0, grad_clip=0, tokens_per_step=512)
-SMALLER = relieve(PLANNED)
-assert SMALLER is not None
+SMALLER = MemoryLadder().step(PLANNED, "out of memory")
+assert isinstance(SMALLER, SmallerExecution)
 
 
 def assignment(
@@ -74,7 +74,7 @@ CLASSIFIER = select(ANATOMY, "last:2", "lora", 8, task="classify", num_classes=3
         "a classifier too",
         "the head too",
         "deepspeed",
-        "relieved",
+        "reduced",
         "generates",
         "anything",
     ],

@@ -35,6 +35,8 @@ def test_without_lists_a_search_takes_what_train_says() -> None:
 def test_one_trial_has_the_anchor_of_train_where_it_fits() -> None:
     train = TrainSpec.model_validate({"replay": 0.1, "anchor": L2SP})
     assert str(remedies_of_train(train, "full")) == "replay 0.1 · l2sp 30"
+    assert remedies_of_train(train, "full").kinds == ("replay", "l2sp")
+    assert remedies_of_train(train, "lora").kinds == ("replay",)
     assert str(remedies_of_train(train, "lora")) == "replay 0.1"
 
 

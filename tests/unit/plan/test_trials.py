@@ -22,6 +22,7 @@ from orchestrator.plan import (
 from orchestrator.plan.values import RunPlan
 from orchestrator.work.assignment import Measurement, MeasureShift, ScoreBlocks, TimeCompiling, Work, WorkContext
 from orchestrator.work.execution import DataPaths, TrainSettings, TrunkPlan
+from orchestrator.work.failure import Failure
 from orchestrator.work.measurements import CompilePlan, ProbePlan, ShiftPlan
 from orchestrator.work.remedies import Remedies
 
@@ -126,7 +127,7 @@ def test_a_measurement_is_no_trial_and_is_read_back_as_what_it_is(run_plan: RunP
     assert [work.work_id for work in measured] == ["probe", "shift", "compile"]
     for work in measured:
         assert TypeAdapter[Any](Work).validate_json(work.model_dump_json()) == work
-        failed = work.failed("it broke")
+        failed = work.failed(Failure(kind="training", message="it broke"))
         assert (failed.work_id, failed.found.failed) == (work.work_id, "it broke")
 
 

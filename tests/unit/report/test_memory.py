@@ -21,10 +21,10 @@ def trial(name: str, engine: EngineFigures | None, state: str = "finished", *, o
 
 
 def test_a_choice_that_ran_out_of_memory_says_how_it_went_on_and_has_no_ratio() -> None:
-    relieved, failed = trial("a", ENGINE, out_of_memory=True), trial("b", None, "failed", out_of_memory=True)
+    reduced, failed = trial("a", ENGINE, out_of_memory=True), trial("b", None, "failed", out_of_memory=True)
     assert "0.90x" in table(trial("a", ENGINE, out_of_memory=False))
-    alone = table(relieved)
+    alone = table(reduced)
     assert "out of memory; retried with 1 row<" in alone
     assert "0.90x" not in alone
-    assert "out of memory; retried with 1 row (1 failed)" in table(relieved, failed)
+    assert "out of memory; retried with 1 row (1 failed)" in table(reduced, failed)
     assert "out of memory; could not be reduced further" in table(failed)

@@ -176,7 +176,7 @@ def test_the_head_is_no_prouder_than_the_answers(fake_run, make):
     assert headline_of(page) == "headline"
     assert "Positive in loss only: 2.09 ± 0.05 nats better than the base" in page.text
     assert "What to try next Promoted" in page.text
-    assert "read the answers beside what was expected" in page.text
+    assert "compare the answers with the expected ones" in page.text
 
 
 def test_few_steps_stand_at_the_head(fake_run, make):

@@ -104,7 +104,7 @@ def test_the_explanation_has_every_term_with_its_reason() -> None:
 def test_an_unknown_gpu_is_said_and_nothing_is_made_up() -> None:
     plan = planned("llama-8b-qlora", "unknown")
     shown = screen(plan, explain=True)
-    assert "unknown: the GPU is not in the table" in shown
+    assert "unknown: the GPU's peak rate is not in the table" in shown
     assert "price" not in shown
     assert any("GPU-hours unknown" in line for line in plan_lines(plan))
 

@@ -22,7 +22,7 @@ def test_the_last_screen_says_what_was_found(make):
     assert entry(screen, "verdict").endswith("on 180 test")
     assert entry(screen, "base").endswith("The house was by the river, and the")
     assert entry(screen, "tuned").split() == ["tuned", "7"]
-    assert "runs/quickstart/bundle    verified: KL 3.1e-05 a token" in entry(screen, "bundle")
+    assert "runs/quickstart/bundle    verified: KL 3.1e-05 per token" in entry(screen, "bundle")
     assert "16 trials in 1m14s on 2 worker groups" in entry(screen, "report")
     assert screen.splitlines()[-1] == "next      transformers serve runs/quickstart/bundle"
 
@@ -53,7 +53,7 @@ def test_a_model_that_answers_nothing_is_not_praised(make):
     screen = final_screen(make.sweep(), make.transfer(scores=tuple(scores)))
     assert entry(screen, "verdict").startswith("verdict   positive in loss only: 2.09")
     assert "but not one answer is correct: exact match 0.0% on 40 of 180" in " ".join(screen.split())
-    assert next_lines(screen).startswith("next read the answers beside what was expected, in the report")
+    assert next_lines(screen).startswith("next compare the answers with the expected ones in the report")
 
 
 def test_few_steps_are_told_at_the_end_too(make):

@@ -8,7 +8,8 @@ import pytest
 
 from orchestrator.report.html import table
 from orchestrator.report.page import write_report
-from orchestrator.report.trial_table import evaluated_early, steps_text, why_here
+from orchestrator.report.trial_table import evaluated_early, rank_reason, steps_text
+from orchestrator.transfer import score
 
 from .test_page import read, scored
 
@@ -28,22 +29,22 @@ def sweep(make):
 
 def test_why_each_stands_where_it_stands(sweep):
     _, winner, forgets, stopped, failed, ahead = sweep.trials
-    assert why_here(winner, sweep) == "promoted"
-    assert why_here(forgets, sweep) == "forgets more than the bound of 0.1: ranked as loss 3.300"
-    assert why_here(stopped, sweep) == "stopped at step 6: others were better at that step"
-    assert why_here(failed, sweep) == "failed: the loss became NaN at step 3 (learning rate 5.0e-04)"
-    assert why_here(ahead, sweep) == "scored better than the promoted trial, but not shown to be better than the base model"
+    assert rank_reason(winner, sweep) == "promoted"
+    assert rank_reason(forgets, sweep) == "forgets more than the bound of 0.1: ranked as loss 3.300"
+    assert rank_reason(stopped, sweep) == "stopped at step 6: others were better at that step"
+    assert rank_reason(failed, sweep) == "failed: the loss became NaN at step 3 (learning rate 5.0e-04)"
+    assert rank_reason(ahead, sweep) == "scored better than the promoted trial, but not shown to be better than the base model"
     by_hand = sweep.model_copy(update={"promoted_by_hand": True})
-    assert why_here(winner, by_hand) == "promoted by hand"
-    assert why_here(ahead, by_hand) == ""
-    assert why_here(forgets, sweep.model_copy(update={"max_forgetting": math.inf})) == "", "there is no bound"
+    assert rank_reason(winner, by_hand) == "promoted by hand"
+    assert rank_reason(ahead, by_hand) == ""
+    assert rank_reason(forgets, sweep.model_copy(update={"max_forgetting": math.inf})) == "", "there is no bound"
 
 
 def test_more_is_better_ranks_by_the_turned_score(sweep):
     forgets = sweep.trials[2]
-    rung = forgets.rungs[0].model_copy(update={"metric": 0.9, "score": -0.4})
+    rung = forgets.rungs[0].model_copy(update={"metric": 0.9, "score": score(0.9, True, 0.15, 0.1)})
     turned = sweep.model_copy(update={"metric": "accuracy", "higher_is_better": True})
-    said = why_here(forgets.model_copy(update={"rungs": (rung,)}), turned)
+    said = rank_reason(forgets.model_copy(update={"rungs": (rung,)}), turned)
     assert said == "forgets more than the bound of 0.1: ranked as accuracy 40.0%"
 
 

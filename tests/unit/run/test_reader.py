@@ -11,7 +11,7 @@ from orchestrator.run.reader import read_run
 from orchestrator.run.records import judge_trials
 from orchestrator.run.scoring import scoring_of
 from orchestrator.spec.models import SearchSpec
-from orchestrator.work.memory_ladder import nothing_smaller
+from orchestrator.work.memory_ladder import MemoryLadder
 from tests.unit.fake_run import rung_result, trial_spec, write_trial
 
 
@@ -119,8 +119,9 @@ def test_a_step_written_twice_counts_once(fake_run, make):
 def test_an_unfinished_run_shows_which_trials_ran_out_of_memory(fake_run, make):
     folder = fake_run(sweep=None, transfer=None)
     smaller = make.plan().execution.model_copy(update={"micro_batch_rows": 2})
-    nowhere = {"state": "failed", "reason": str(nothing_smaller("out of memory", smaller)), "metrics": {}, "eval_loss": None}
-    write_trial(folder, trial_spec(0), results=[rung_result("t000", 0, 2.9, 4.02, relieved=smaller)])
+    smallest = smaller.model_copy(update={"micro_batch_rows": 1, "checkpointing": True, "zero_stage": 2})
+    nowhere = {"state": "failed", "failure": MemoryLadder().step(smallest, "out of memory"), "metrics": {}, "eval_loss": None}
+    write_trial(folder, trial_spec(0), results=[rung_result("t000", 0, 2.9, 4.02, reduced_execution=smaller)])
     write_trial(folder, trial_spec(1), results=[rung_result("t001", 0, None, None, **nowhere)])
     write_trial(folder, trial_spec(2), results=[rung_result("t002", 0, 2.8, 4.02)])
     assert [trial.out_of_memory for trial in read_run(folder).sweep.trials] == [True, True, False]

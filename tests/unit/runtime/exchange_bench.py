@@ -20,6 +20,7 @@ from orchestrator.runtime.exchange import Exchange
 from orchestrator.runtime.gang import GangDiedError
 from orchestrator.work.assignment import EvaluateBase, TrainRung, Work
 from orchestrator.work.execution import DataPaths, TrainSettings
+from orchestrator.work.failure import Failure
 from orchestrator.work.measurements import LayerScores
 from orchestrator.work.results import MeasurementResult, RungResult, WorkResult
 from orchestrator.work.trial import TrialSpec
@@ -97,7 +98,7 @@ class ScriptedGang:
         if assignment.execution.micro_batch_rows > self.fitting.get(trial_id, 99):
             raise GangDiedError("out of memory on rank 1", out_of_memory=True)
         if trial_id in self.broken:
-            return assignment.failed("it broke")
+            return assignment.failed(Failure(kind="training", message="it broke"))
         if not isinstance(assignment, TrainRung | EvaluateBase):
             return MeasurementResult(work_id=assignment.work_id, found=LayerScores())
         checkpoint = f"{assignment.folder}/rung-{assignment.rung}"

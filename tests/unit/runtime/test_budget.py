@@ -18,7 +18,8 @@ from orchestrator.runtime.prepare import Prepared
 from orchestrator.runtime.refit import full_budget, refit_assignment, run_refit
 from orchestrator.store import read_jsonl, write_json
 from orchestrator.work.execution import ExecutionPlan
-from orchestrator.work.memory_ladder import nothing_smaller
+from orchestrator.work.failure import Failure
+from orchestrator.work.memory_ladder import MemoryLadder
 from orchestrator.work.results import RungResult
 from orchestrator.work.trial import TrialSpec
 
@@ -221,14 +222,17 @@ def test_a_refit_that_has_come_to_its_end_is_used_whatever_hours_are_left(prepar
 
 
 @pytest.mark.parametrize(
-    ("reason", "lower_rate"),
-    [("the loss became nan", True), (str(nothing_smaller("out of memory", ALONE)), False)],
+    ("failure", "lower_rate"),
+    [
+        (Failure(kind="non_finite", message="the loss became nan"), True),
+        (MemoryLadder().step(ALONE.model_copy(update={"checkpointing": True}), "out of memory"), False),
+    ],
     ids=["diverged", "out of memory"],
 )
 def test_a_lower_learning_rate_is_no_cure_for_want_of_memory(
-    prepared: Prepared, trial: TrialSpec, monkeypatch: pytest.MonkeyPatch, reason: str, lower_rate: bool
+    prepared: Prepared, trial: TrialSpec, monkeypatch: pytest.MonkeyPatch, failure: Failure, lower_rate: bool
 ) -> None:
-    failed = result(trial.trial_id, 3, None, state="failed", reason=reason, checkpoint=None)
+    failed = result(trial.trial_id, 3, None, state="failed", failure=failure, checkpoint=None)
     monkeypatch.setattr(budget, "refit", lambda *_: [failed])
     with pytest.raises(TrainingError) as raised:
         run_refit(prepared, [refit_assignment(prepared, trial, prepared.plan.search.options[0].selection)])
@@ -240,8 +244,8 @@ def test_a_refit_starts_as_small_as_its_trial_had_to_become(prepared: Prepared, 
     planned = prepared.plan.refit_execution
     assert planned.micro_batch_rows > 1
     selection = prepared.plan.search.options[0].selection
-    relieved = planned.model_copy(update={"micro_batch_rows": 1, "checkpointing": True})
+    reduced = planned.model_copy(update={"micro_batch_rows": 1, "checkpointing": True})
     assert refit_assignment(prepared, trial, selection).execution == planned
-    assert refit_assignment(prepared, trial, selection, relieved).execution == relieved
-    elsewhere = relieved.model_copy(update={"ranks": planned.ranks + 1})
+    assert refit_assignment(prepared, trial, selection, reduced).execution == reduced
+    elsewhere = reduced.model_copy(update={"ranks": planned.ranks + 1})
     assert refit_assignment(prepared, trial, selection, elsewhere).execution == planned

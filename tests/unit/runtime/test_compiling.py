@@ -17,6 +17,7 @@ from orchestrator.runtime.measurements import CompiledBlocks, measure_once
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.store import read_json, read_jsonl
 from orchestrator.work.assignment import Measurement, TimeCompiling
+from orchestrator.work.failure import Failure
 from orchestrator.work.measurements import CompileChoice, CompilePlan, CompileTimes
 from orchestrator.work.results import MeasurementResult
 
@@ -35,7 +36,7 @@ class Measurer:
     def __call__(self, work: Measurement) -> MeasurementResult:
         self.asked.append(work)
         if self.times is None:
-            return work.failed(self.reason)
+            return work.failed(Failure(kind="training", message=self.reason))
         return MeasurementResult(work_id=work.work_id, found=self.times, notes=("fewer rows",))
 
 

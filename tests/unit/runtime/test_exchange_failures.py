@@ -33,6 +33,9 @@ def test_a_trial_that_kills_every_gang_fails_and_the_others_go_on(on_bench: Call
         assert entry is not None
         assert entry.end is not None
         assert "gangs died" in entry.end.reason
+        (result,) = entry.results
+        assert result.failure is not None
+        assert (result.failure.kind, result.ran_out_of_memory) == ("gang", False)
 
     ran = on_bench(scene, deaths={"t0": 99})
     assert [assignment.work_id for assignment in ran].count("t0") == MAX_ATTEMPTS
@@ -73,6 +76,9 @@ def test_a_trial_that_fits_no_gang_fails_and_the_others_go_on(on_bench: Callable
         assert (large.state, large.ended, small.state) == ("failed", True, "done")
         assert "out of memory on rank 1; memory use cannot be reduced further" in large.reason
         assert "resources.ranks_per_gang" in large.reason
+        entry = Ledger(bench.folder).get("t0")
+        assert entry is not None
+        assert entry.results[-1].failed_for_memory
 
     ran = on_bench(scene)
     tried = [(a.execution.micro_batch_rows, a.execution.checkpointing) for a in ran if a.trial.trial_id == "t0"]

@@ -51,6 +51,7 @@ def test_only_a_control_of_the_same_budget_is_compared(submit: Callable[..., Pre
     assert same.artifacts == {"head": "/head", "shuffled": "/shuffled-t000", "repeat-2": "/repeat-2-t000"}
     never_begun = "repeat-4-t000 was not trained"
     assert same.left_out == ("repeat-3-t000 failed: the loss became NaN", never_begun), "none goes without a word"
+    assert same.repeat_seeds == {"repeat-2": TRIAL.seed + 1}
     assert same.failed_seeds == 1
     shorter = controls_beside(prepared, ledger, TRIAL, bundled_step=3)
     assert shorter.artifacts == {"head": "/head"}
@@ -65,8 +66,9 @@ def test_whoever_judges_hears_of_failed_seeds(submit: Callable[..., Prepared], t
     add(ledger, TRIAL, 9)
     entry = ledger.get("t000")
     assert entry is not None
-    inputs = _inputs(prepared, entry, entry.results[0], Controls({"head": "/head"}, failed_seeds=2))
-    assert (inputs.failed_seeds, inputs.controls) == (2, {"head": "/head"})
+    controls = {"head": "/head", "repeat-2": "/repeat"}
+    inputs = _inputs(prepared, entry, entry.results[0], Controls(controls, repeat_seeds={"repeat-2": 8}, failed_seeds=2))
+    assert (inputs.failed_seeds, inputs.controls, inputs.repeat_seeds) == (2, controls, {"repeat-2": 8})
 
 
 def test_with_early_stopping_a_control_stands_beside_the_bundle_as_it_was_best(
@@ -153,7 +155,7 @@ def test_a_peak_after_memory_ran_out_does_not_speak_for_the_plan(submit: Callabl
     prepared = submit()
     ledger = Ledger(prepared.run.trials)
     add(ledger, NONE, 0, eval_loss=3.0)
-    add(ledger, TRIAL, 9, relieved=prepared.plan.execution)
+    add(ledger, TRIAL, 9, reduced_execution=prepared.plan.execution)
     sweep = summarise(prepared, judge_trials(ledger, prepared.scoring), [], started_at=0.0)
     row = plan_against_measured(prepared, sweep, None)[0]
     assert (row.name, row.planned) == ("peak memory of a rank (1 trial ran out of memory)", None)

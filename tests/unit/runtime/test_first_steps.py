@@ -35,8 +35,8 @@ def result(trial_id: str = "t0", *, rung: int = 0, seconds: float = 2.0, **chang
 
 def test_it_is_told_once_when_every_gang_has_had_some(plan: RunPlan, anatomy: ModelAnatomy) -> None:
     first = FirstSteps(plan, anatomy, num_gangs=2)
-    assert first.hear(0, result("t0", steady_tokens_per_s=1000)) is None
-    said = first.hear(1, result("t1", steady_tokens_per_s=650))
+    assert first.add(0, result("t0", steady_tokens_per_s=1000)) is None
+    said = first.add(1, result("t1", steady_tokens_per_s=650))
     assert said is not None
     expected = calibrated(plan, anatomy, [MeasuredSteps(0, 1000, 1.0), MeasuredSteps(1, 650, 1.0)])
     assert expected is not None
@@ -44,15 +44,15 @@ def test_it_is_told_once_when_every_gang_has_had_some(plan: RunPlan, anatomy: Mo
     assert (said["core_hours"], said["gpu_hours"], said["wall_hours"]) == (expected.core_hours, None, expected.wall_hours)
     assert re.match(r"about \S+ left, \S+ in all \(.* to .*; the plan said .*\): the first steps reach ", said["message"])
     assert (said["kind"], said["low_seconds"] < said["expected_seconds"] < said["high_seconds"]) == ("first_steps", True)
-    assert first.hear(0, result("t2", steady_tokens_per_s=1000)) is None
+    assert first.add(0, result("t2", steady_tokens_per_s=1000)) is None
 
 
 def test_a_trial_that_only_warmed_up_counts_until_there_are_steady_steps(plan: RunPlan, anatomy: ModelAnatomy) -> None:
     """Two steps of a first rung take hundreds of times as long as the same two later."""
     first = FirstSteps(plan, anatomy, num_gangs=1)
-    slow = first.hear(0, result("t0", tokens=1000, seconds=60.0))
+    slow = first.add(0, result("t0", tokens=1000, seconds=60.0))
     assert slow is not None
-    again = first.hear(0, result("t1", tokens=1000, seconds=2.0, steady_tokens_per_s=5000.0))
+    again = first.add(0, result("t1", tokens=1000, seconds=2.0, steady_tokens_per_s=5000.0))
     assert again is not None
     assert again["kind"] == "estimate"
     steady = calibrated(plan, anatomy, [MeasuredSteps(0, 5000, 1.0)])
@@ -80,7 +80,7 @@ def test_a_recorded_run_took_what_was_told(anatomy: ModelAnatomy, tmp_path: Path
         now[0] = finished
         times = {"train_seconds": training, "eval_seconds": scoring, "started_at": started, "finished_at": finished}
         values = {"trial_id": f"t{number}", "rung": rung, "step": step, "tokens": tokens, "state": "done", "eval_loss": 1.0}
-        heard = first.hear(option, RungResult.model_validate({**values, **times, "steady_tokens_per_s": steady}))
+        heard = first.add(option, RungResult.model_validate({**values, **times, "steady_tokens_per_s": steady}))
         told += [heard] if heard is not None else []
     assert [event["kind"] for event in told[:1]] == ["first_steps"]
     assert len(told) <= 4, "told again only where it says something else"
@@ -95,11 +95,11 @@ def test_a_recorded_run_took_what_was_told(anatomy: ModelAnatomy, tmp_path: Path
     ids=["a control", "a later rung", "a failure", "no time"],
 )
 def test_what_says_nothing(plan: RunPlan, anatomy: ModelAnatomy, option: int | None, heard: RungResult) -> None:
-    assert FirstSteps(plan, anatomy, num_gangs=1).hear(option, heard) is None
+    assert FirstSteps(plan, anatomy, num_gangs=1).add(option, heard) is None
 
 
 def test_a_plan_of_an_older_version_is_no_trouble(plan: RunPlan, anatomy: ModelAnatomy) -> None:
-    assert FirstSteps(plan.model_copy(update={"cost": None}), anatomy, 1).hear(0, result()) is None
+    assert FirstSteps(plan.model_copy(update={"cost": None}), anatomy, 1).add(0, result()) is None
 
 
 def test_the_exchange_tells_it(plan: RunPlan, anatomy: ModelAnatomy, tmp_path: Path) -> None:

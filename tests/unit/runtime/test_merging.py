@@ -133,6 +133,14 @@ def test_what_the_rule_had_said_stays_however_often_a_person_decides() -> None:
     assert recommendation(nothing) == "Nothing was promoted: no trial was evaluated."
 
 
+def test_the_rule_stays_also_in_a_record_of_an_older_version() -> None:
+    once = promoted_by_hand(SWEEP, "t001")
+    record = once.model_dump(mode="json")
+    assert record.pop("rule_reason") == SWEEP.promotion_reason
+    assert SweepResult.model_validate(record) == once
+    assert SweepResult.model_validate(SWEEP.model_dump(mode="json", exclude={"rule_reason"})) == SWEEP
+
+
 def test_the_view_is_started_on_the_chosen_trial_and_closed_whatever_happens() -> None:
     said = io.StringIO()
 

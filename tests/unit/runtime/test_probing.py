@@ -17,6 +17,7 @@ from orchestrator.runtime.prepare import Prepared
 from orchestrator.samples import SAMPLE_BASE
 from orchestrator.store import read_json, read_jsonl
 from orchestrator.work.assignment import Measurement, ScoreBlocks
+from orchestrator.work.failure import Failure
 from orchestrator.work.measurements import LayerScores
 from orchestrator.work.results import MeasurementResult
 
@@ -31,7 +32,7 @@ class Scorer:
     def __call__(self, work: Measurement) -> MeasurementResult:
         self.asked.append(work)
         if self.reason:
-            return work.failed(self.reason)
+            return work.failed(Failure(kind="training", message=self.reason))
         num_blocks = len(read_anatomy(SAMPLE_BASE, need_weights=False).linears)
         norms = tuple(float(num_blocks - block) for block in range(num_blocks))
         found = LayerScores(relative_gradient_norms=norms, signal_to_noise=(1.0,) * num_blocks, num_batches=4, seconds=0.1)

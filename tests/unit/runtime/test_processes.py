@@ -11,9 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from orchestrator.runtime import processes
-from orchestrator.runtime.hang_detection import ProcessId
-from orchestrator.runtime.processes import stat_of
+from orchestrator.runtime import hang_detection
+from orchestrator.runtime.hang_detection import ProcessId, stat_of
 from orchestrator.runtime.ray_health import descendants
 
 
@@ -27,7 +26,7 @@ def process() -> Iterator[ProcessId]:
 def within(seconds: float, process: ProcessId, state: str) -> bool:
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        if processes._states([process]) == [state]:
+        if hang_detection._states([process]) == [state]:
             return True
         time.sleep(0.02)
     return False
@@ -36,14 +35,14 @@ def within(seconds: float, process: ProcessId, state: str) -> bool:
 def test_a_stopped_process_is_seen_and_ended(process: ProcessId) -> None:
     os.kill(process.pid, signal.SIGSTOP)
     assert within(5, process, "T")
-    processes._end([process])
+    hang_detection._end([process])
     assert within(5, process, ""), "a zombie is gone too"
 
 
 def test_another_process_of_the_same_pid_is_left_alone(process: ProcessId) -> None:
     other = process._replace(started_at=process.started_at + 1)
-    assert processes._states([other]) == [""]
-    processes._end([other])
+    assert hang_detection._states([other]) == [""]
+    hang_detection._end([other])
     assert stat_of(process.pid)[0] in ("S", "R")
 
 

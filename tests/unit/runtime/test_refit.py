@@ -16,7 +16,7 @@ from orchestrator.store import commit_folder, write_json
 from orchestrator.train.ranks import Ranks
 from orchestrator.work.assignment import TrainRung
 from orchestrator.work.execution import ExecutionPlan
-from orchestrator.work.memory_ladder import nothing_smaller
+from orchestrator.work.failure import Failure
 from orchestrator.work.results import RungResult
 
 HALVED = "out of memory: started again with fewer rows"
@@ -35,13 +35,13 @@ class ScriptedHost:
         self._saves, self._end = saves, end
         self.ran: list[TrainRung] = []
 
-    def run_trial(self, assignment: TrainRung, *, on_relief: Callable[[ExecutionPlan, str], None]) -> RungResult:
+    def run_trial(self, assignment: TrainRung, *, on_reduced: Callable[[ExecutionPlan, str], None]) -> RungResult:
         self.ran.append(assignment)
         notes: tuple[str, ...] = ()
         if self._end is not None:
             save(Path(assignment.folder), 4)
             smaller = assignment.execution.model_copy(update={"micro_batch_rows": assignment.execution.micro_batch_rows // 2})
-            on_relief(smaller, HALVED)
+            on_reduced(smaller, HALVED)
             if self._saves is not None:
                 save(Path(assignment.folder), self._saves)
             raise self._end
@@ -72,7 +72,7 @@ def test_what_was_done_by_the_larger_way_is_dropped_and_the_smaller_way_is_kept(
     assert ran.execution.micro_batch_rows == 4
     assert ran.start == (f"{assignment.folder}/checkpoint-{saves}" if saves else None), "not from the larger way's checkpoint"
     assert result.notes == (HALVED,)
-    assert result.relieved is not None
+    assert result.reduced_execution is not None
 
 
 def test_a_rank_alone_that_runs_out_goes_down_from_where_its_group_had_come(assignment: TrainRung) -> None:
@@ -84,13 +84,31 @@ def test_a_rank_alone_that_runs_out_goes_down_from_where_its_group_had_come(assi
     assert [note.startswith("out of memory") for note in result.notes] == [True, True]
 
 
-def test_what_fits_in_no_way_is_tried_again_as_planned(assignment: TrainRung) -> None:
+def test_the_worker_group_after_the_last_step_down_answers_with_the_failure(assignment: TrainRung) -> None:
+    smallest = assignment.execution.model_copy(update={"micro_batch_rows": 1, "checkpointing": True, "zero_stage": 2})
+    at_the_end = assignment.model_copy(update={"execution": smallest})
+    Path(assignment.folder).mkdir(parents=True)
+    ended = RankOutOfMemoryError("out of memory on rank 1")
+
+    class LastHost(ScriptedHost):
+        def run_trial(self, assignment: TrainRung, *, on_reduced: Callable[[ExecutionPlan, str], None]) -> RungResult:
+            raise ended
+
+    with pytest.raises(RankOutOfMemoryError):
+        _run(LastHost(None, ended), at_the_end)  # type: ignore[arg-type]
+    after = ScriptedHost(None, None)
+    result = _run(after, at_the_end)  # type: ignore[arg-type]
+    assert after.ran == []
+    assert result.failed_for_memory
+    assert result.reason.startswith("out of memory on rank 1; memory use cannot be reduced further")
+
+
+def test_a_refit_that_failed_for_memory_is_tried_again_as_planned(assignment: TrainRung) -> None:
     class FullHost(ScriptedHost):
-        def run_trial(self, assignment: TrainRung, *, on_relief: Callable[[ExecutionPlan, str], None]) -> RungResult:
+        def run_trial(self, assignment: TrainRung, *, on_reduced: Callable[[ExecutionPlan, str], None]) -> RungResult:
             with suppress(KilledError):
-                super().run_trial(assignment, on_relief=on_relief)
-            reason = str(nothing_smaller("out of memory", assignment.execution))
-            return assignment.failed(reason)
+                super().run_trial(assignment, on_reduced=on_reduced)
+            return assignment.failed(Failure(kind="out_of_memory", message="out of memory"))
 
     assert _run(FullHost(None, KilledError()), assignment).state == "failed"  # type: ignore[arg-type]
     after = ScriptedHost(None, None)

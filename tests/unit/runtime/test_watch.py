@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.runtime import heartbeat as watch
+from orchestrator.runtime import run_progress as watch
 from orchestrator.runtime.run_progress import Watcher
 
 NEWS = [{"kind": "gang_ready", "message": str(number)} for number in range(3)]

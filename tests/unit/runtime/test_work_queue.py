@@ -18,6 +18,7 @@ from orchestrator.runtime.assignments import QueuedWork
 from orchestrator.runtime.work_queue import WorkQueue
 from orchestrator.work.assignment import TrainRung
 from orchestrator.work.execution import DataPaths, TrainSettings
+from orchestrator.work.failure import Failure
 from orchestrator.work.results import EngineRecord, RungResult, WorkResult
 
 SETTINGS = TrainSettings(warmup=0, schedule="constant", weight_decay=0, grad_clip=0, tokens_per_step=512)
@@ -61,7 +62,9 @@ def served(group: Sequence[QueuedWork], widths: Sequence[int]) -> list[RungResul
     """Results by how many trials shared their batches."""
     engine = EngineRecord.model_construct(fused_trials=1)
     return [
-        rung_of(work).failed("").model_copy(update={"engine": engine.model_copy(update={"fused_trials": width})})
+        rung_of(work)
+        .failed(Failure(kind="training", message=""))
+        .model_copy(update={"engine": engine.model_copy(update={"fused_trials": width})})
         for work, width in zip(group, widths, strict=True)
     ]
 

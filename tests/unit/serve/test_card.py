@@ -7,7 +7,7 @@ import pytest
 from orchestrator.anatomy import select
 from orchestrator.plan.merge import MergePlan
 from orchestrator.serve.bundle import bundle_config, serve_commands
-from orchestrator.serve.bundle_inputs import BundleInputs, shown_base
+from orchestrator.serve.bundle_inputs import BundleInputs, base_label
 from orchestrator.serve.card import model_card
 from orchestrator.transfer import over_seeds
 from orchestrator.transfer.records import (
@@ -205,4 +205,4 @@ def test_the_config_changes_only_where_the_model_does():
     ],
 )
 def test_a_base_is_shown_without_this_machines_folders(name: str, shown: str):
-    assert shown_base(name) == shown
+    assert base_label(name) == shown

@@ -10,10 +10,10 @@ import pytest
 
 WORKING = """
 import signal, sys, time
-from orchestrator.store.signals import stop_in_words, stopped_by
+from orchestrator.store.signals import handle_stop_signals, stopped_by
 if len(sys.argv) > 1:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-stop_in_words()
+handle_stop_signals()
 try:
     print("ready", flush=True)
     time.sleep(30 if len(sys.argv) == 1 else 0.5)

@@ -399,10 +399,10 @@ def test_rows_are_halved_when_memory_runs_out(bench: Bench, monkeypatch: pytest.
     assert result.state == "done"
     assert result.notes == HALVED[: 3 - fitting]
     fewer = WIDE.model_copy(update={"micro_batch_rows": fitting})
-    assert result.relieved == fewer
+    assert result.reduced_execution == fewer
     assert len(bench.bits("a")) == STEPS
     monkeypatch.undo()
-    assert bench.run("b", execution=fewer).relieved is None
+    assert bench.run("b", execution=fewer).reduced_execution is None
     assert bench.bits("a") == bench.bits("b")
 
 
@@ -422,7 +422,7 @@ def test_what_is_kept_of_other_trials_is_given_up_before_a_trial_comes_down(
 
     monkeypatch.setattr(Objective, "forward", cramped)
     result = bench.run("a", execution=WIDE)
-    assert (result.state, result.relieved) == ("done", None)
+    assert (result.state, result.reduced_execution) == ("done", None)
     assert result.notes == ("out of memory: cached state of other rungs is released, and the trial is restarted",)
     assert bench.bits("a") == bench.bits("alone")
 
@@ -432,10 +432,10 @@ def test_where_one_row_is_too_much_activations_are_computed_again(bench: Bench, 
     result = bench.run("a", execution=WIDE)
     assert result.state == "done"
     assert result.notes == (*HALVED, "out of memory: restarted with gradient checkpointing")
-    assert result.relieved is not None
-    assert (result.relieved.micro_batch_rows, result.relieved.checkpointing) == (1, True)
+    assert result.reduced_execution is not None
+    assert (result.reduced_execution.micro_batch_rows, result.reduced_execution.checkpointing) == (1, True)
     monkeypatch.undo()
-    bench.run("b", execution=result.relieved)
+    bench.run("b", execution=result.reduced_execution)
     assert bench.bits("a") == bench.bits("b")
 
 
@@ -465,11 +465,11 @@ def test_a_step_down_is_told_before_it_is_taken(bench: Bench, monkeypatch: pytes
     with_little_memory(monkeypatch, rows=1)
     told: list[tuple[int, str]] = []
 
-    def on_relief(execution: ExecutionPlan, note: str) -> None:
+    def on_reduced(execution: ExecutionPlan, note: str) -> None:
         assert not (bench.folder / "a" / "rung-0").exists()
         told.append((execution.micro_batch_rows, note))
 
-    result = bench.host.run(bench.assignment("a", execution=WIDE), on_relief=on_relief)
+    result = bench.host.run(bench.assignment("a", execution=WIDE), on_reduced=on_reduced)
     assert told == [(2, HALVED[0]), (1, HALVED[1])]
     assert result.notes == HALVED
 

@@ -137,7 +137,9 @@ def test_a_loss_that_is_not_finite_ends_the_trial_before_the_update(branch: Bran
         parameter.data.fill_(float("nan"))
     before = {name: tensor.clone() for name, tensor in engine.state_dict().items()}
     made, reports = run_trial(engine, stop=3, state=LoopState(1, 60))
-    assert "training loss became nan" in made.failure
+    assert made.failure is not None
+    assert made.failure.kind == "non_finite"
+    assert "training loss became nan" in made.failure.message
     assert (made.state, reports) == (LoopState(1, 60), []), "it takes no step, nor a later one"
     assert all(torch.equal(tensor, before[name]) for name, tensor in engine.state_dict().items())
 

@@ -132,7 +132,7 @@ def test_groups_that_cannot_be_are_refused() -> None:
     hidden, targets = make_inputs(torch.float32)
     with pytest.raises(ValueError, match="60 positions are not 7 groups"):
         linear_cross_entropy(make_head(torch.float32, learns=False), hidden, targets, chunk_rows=9, num_groups=7)
-    with pytest.raises(ValueError, match="a head that learns has one group"):
+    with pytest.raises(ValueError, match="a trainable head has one group"):
         linear_cross_entropy(make_head(torch.float32), hidden, targets, chunk_rows=9, num_groups=3)
 
 

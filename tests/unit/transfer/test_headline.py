@@ -90,7 +90,7 @@ def test_the_headline(transfer: TransferReport, said: str, loss_only: bool) -> N
 
 def test_a_gain_in_loss_only_comes_with_what_it_means_and_what_to_try() -> None:
     read, train = advice_after(report(exact_match=(0.0, 0.0)))
-    assert read.startswith("read the answers beside what was expected")
+    assert read.startswith("compare the answers with the expected ones")
     assert "train.epochs" in train
     (classes,) = advice_after(report(accuracy=(0.25, 0.25)))
     assert "search.metric: accuracy" in classes

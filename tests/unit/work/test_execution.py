@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from orchestrator.work.execution import ExecutionPlan
-from orchestrator.work.memory_ladder import with_relief
+from orchestrator.work.memory_ladder import no_larger_than
 
 PLANNED = ExecutionPlan(
     device="cpu", ranks=2, threads_per_rank=1, executor="deepspeed", zero_stage=1, row_tokens=64, micro_batch_rows=4
@@ -41,5 +41,5 @@ def test_a_gang_can_use_less_memory_without_being_another(update: dict[str, Any]
 def test_another_kind_of_gang_starts_as_planned(update: dict[str, Any]) -> None:
     smaller = {"micro_batch_rows": 1, "checkpointing": True}
     assert changed(**update).gang_kind != PLANNED.gang_kind
-    assert with_relief(PLANNED, changed(**update, **smaller)) == PLANNED
-    assert with_relief(PLANNED, changed(zero_stage=2, **smaller)) == changed(zero_stage=2, **smaller)
+    assert no_larger_than(PLANNED, changed(**update, **smaller)) == PLANNED
+    assert no_larger_than(PLANNED, changed(zero_stage=2, **smaller)) == changed(zero_stage=2, **smaller)
