@@ -144,6 +144,29 @@ def is_left_for_refit(expected_hours: float, used_hours: float, max_hours: float
     return max_hours is None or used_hours + expected_hours <= max_hours + slack_hours
 
 
+def why_no_refit(
+    results: Sequence[RungResult], total_steps: int, begun: int, *, used_hours: float, max_hours: float | None, num_gangs: int
+) -> str:
+    """Return why the bound does not allow a trial's refit; empty where it does.
+
+    Args:
+        begun: The steps of the refit that an earlier submission has trained.
+        num_gangs: How many rungs may have been in progress after the search had reserved the rest for the refit.
+    """
+    if max_hours is None:
+        return ""
+    expected = refit_hours(results, total_steps)
+    if not affords_refit(expected, max_hours):
+        return f"the refit to {total_steps} steps would take about {expected:.3g} of max_gpu_hours: {max_hours:g}"
+    to_come = expected * (1 - begun / total_steps)
+    if is_left_for_refit(to_come, used_hours, max_hours, num_gangs * rung_hours(results)):
+        return ""
+    return (
+        f"the refit to {total_steps} steps would take about {to_come:.3g} more, and {used_hours:.3g} of max_gpu_hours: "
+        f"{max_hours:g} are used"
+    )
+
+
 def rung_hours(results: Sequence[RungResult]) -> float:
     """Return the rank-hours of a trial's longest rung, with its evaluation."""
     return max((_ranks(result) * (result.train_seconds + result.eval_seconds) for result in results), default=0.0) / 3600

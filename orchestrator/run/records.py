@@ -26,6 +26,8 @@ class JudgedTrial:
     record: TrialRecord
     compared: RungResult | None
     """The rung that it is compared by: its last, or with early stopping its best. None where it reached none."""
+    base: RungResult | None
+    """The base model's scores, against which it is judged."""
     needs_refit: bool
     """Whether it could still improve with more training; see `Scoring.needs_refit`."""
     _ledger: Ledger = field(repr=False, compare=False)
@@ -69,6 +71,7 @@ def judge_trial(entry: TrialEntry, scoring: Scoring, base: RungResult | None, le
         entry=entry,
         record=trial_record(entry, scoring, base),
         compared=scoring.judged(results, base) if results else None,
+        base=base,
         needs_refit=bool(results) and scoring.needs_refit(results, entry.trial.total_steps, base),
         _ledger=ledger,
     )

@@ -49,7 +49,7 @@ def run_finetune(loaded: LoadedSpec, *, view: RunView, address: str | None = Non
         )
         prepared = scored_alone(prepared, view)
         sweep = _train(prepared, view, started_at)
-        return write_outcome(finish(prepared, sweep, view))
+        return write_outcome(finish(prepared, sweep, judge_trials(run.ledger, prepared.scoring), view))
 
 
 def _train(prepared: Prepared, view: RunView, started_at: float) -> SweepResult:

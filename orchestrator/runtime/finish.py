@@ -14,8 +14,8 @@ from orchestrator.plan import follow_up_controls
 from orchestrator.plan.values import SweepPlan
 from orchestrator.run.activities import tell_bundling
 from orchestrator.run.hours import metered
-from orchestrator.run.ledger import Ledger, TrialEntry, base_result
-from orchestrator.run.records import RunOutcome
+from orchestrator.run.ledger import TrialEntry
+from orchestrator.run.records import JudgedTrial, RunOutcome
 from orchestrator.run.scoring import Scoring
 from orchestrator.runtime.bundling import bundle_and_judge
 from orchestrator.runtime.cluster import rank_resources, worker_env
@@ -34,8 +34,11 @@ from orchestrator.work.results import RungResult
 from orchestrator.work.trial import TrialSpec
 
 
-def finish(prepared: Prepared, sweep: SweepResult, view: RunView) -> RunOutcome:
+def finish(prepared: Prepared, sweep: SweepResult, trials: Mapping[str, JudgedTrial], view: RunView) -> RunOutcome:
     """Bundle the promoted trial and compute the verdict; where nothing was promoted, the report says why.
+
+    Args:
+        trials: The run's trials and controls as `judge_trials` returns them once nothing writes to the ledger any more.
 
     Raises:
         TrainingError: the refit failed.
@@ -45,32 +48,29 @@ def finish(prepared: Prepared, sweep: SweepResult, view: RunView) -> RunOutcome:
     if sweep.winner_id is None:
         transfer = TransferReport(sentence=f"nothing was promoted: {sweep.promotion_reason}", versions=versions())
     else:
-        transfer = _bundle_promoted(prepared, sweep.winner_id, view)
+        transfer = _bundle_promoted(prepared, trials[sweep.winner_id], trials, view)
         refitted = transfer.refit
     update = {"plan_against_measured": plan_against_measured(prepared, sweep, refitted), "memory": memory_rows(sweep.trials)}
     return RunOutcome(prepared.run.path, sweep, transfer.model_copy(update=update))
 
 
-def _bundle_promoted(prepared: Prepared, trial_id: str, view: RunView) -> TransferReport:
+def _bundle_promoted(
+    prepared: Prepared, promoted: JudgedTrial, trials: Mapping[str, JudgedTrial], view: RunView
+) -> TransferReport:
     """Train the promoted trial to its full budget, and bundle and judge it beside the controls."""
-    ledger = prepared.run.ledger
-    ledger.refresh()  # the exchange may have written until it was closed
-    entry = ledger.get(trial_id)
-    assert entry is not None
-    base = base_result(ledger)
-    bundled, refitted = full_budget(prepared, entry, base, view)
-    controls = controls_beside(prepared, ledger, entry.trial, bundled.step)
+    bundled, refitted = full_budget(prepared, promoted, view)
+    controls = controls_beside(prepared, trials, promoted.trial, bundled.step)
     for message in controls.left_out:
         view.event("control_left_out", message)
         prepared.run.event("control_left_out", message=message)
     tell_bundling(prepared.run.path, "waiting for a free place")
     view.phase("merge", "then verify, then the test set")
-    transfer = _bundle(prepared, _inputs(prepared, entry, bundled, controls))
+    transfer = _bundle(prepared, _inputs(prepared, promoted.entry, bundled, controls))
     return transfer.model_copy(
         update={
             "refit": refitted,
-            "bundled": bundled_figures(bundled, prepared.scoring, base),
-            "trial_id": entry.trial.trial_id,
+            "bundled": bundled_figures(bundled, prepared.scoring, promoted.base),
+            "trial_id": promoted.trial.trial_id,
             "controls_left_out": controls.left_out,
         }
     )
@@ -100,7 +100,7 @@ class Controls:
     """Number of other seeds from which the same training failed."""
 
 
-def controls_beside(prepared: Prepared, ledger: Ledger, trial: TrialSpec, bundled_step: int) -> Controls:
+def controls_beside(prepared: Prepared, trials: Mapping[str, JudgedTrial], trial: TrialSpec, bundled_step: int) -> Controls:
     """Return `head` and the follow-up controls, trained for as many steps as the bundled artifact; the one-trial job has none.
 
     A control with another budget would not be comparable. With early stopping every seed counts at its best rung on the eval set,
@@ -108,19 +108,21 @@ def controls_beside(prepared: Prepared, ledger: Ledger, trial: TrialSpec, bundle
     """
     if not isinstance(prepared.plan, SweepPlan):
         return Controls({})
+    by_best_rung = prepared.plan.search.patience is not None
     artifacts, left_out, repeat_seeds, failed_seeds = dict[str, str](), list[str](), dict[str, int](), 0
     for name, trial_id in {"head": "head", **follow_up_controls(prepared.plan, trial.trial_id)}.items():
         if trial_id == trial.trial_id:
             continue
-        entry = ledger.get(trial_id)
+        control = trials.get(trial_id)
+        entry = control.entry if control is not None else None
         if entry is not None and entry.end is not None and entry.end.state == "failed":
             left_out.append(f"{trial_id} failed: {entry.end.reason}")
             failed_seeds += entry.trial.control == "repeat"
-        elif entry is None or not entry.results:
+        elif control is None or entry is None or not entry.results:
             left_out.append(f"{trial_id} was not trained")
         elif not entry.ended_for_good:
             left_out.append(f"{trial_id} was stopped by the GPU-hour bound after {entry.results[-1].step} steps")
-        elif checkpoint := _checkpoint_beside(prepared, ledger, entry, bundled_step):
+        elif checkpoint := _checkpoint_beside(control, bundled_step, by_best_rung=by_best_rung):
             if damage := _damage(Path(checkpoint)):
                 left_out.append(f"{trial_id} is damaged: {damage}")
             else:
@@ -143,12 +145,16 @@ def _damage(checkpoint: Path) -> str:
     return ""
 
 
-def _checkpoint_beside(prepared: Prepared, ledger: Ledger, entry: TrialEntry, bundled_step: int) -> str | None:
-    """Return the checkpoint of the rung that is compared with the bundle; None where no rung has the same budget."""
-    scoring, control = prepared.scoring, entry.trial.control
-    if control == "head" or (control == "repeat" and scoring.patience is not None):
-        return scoring.judged(entry.results, base_result(ledger)).checkpoint
-    return next((result.checkpoint for result in entry.results if result.step == bundled_step), None)
+def _checkpoint_beside(control: JudgedTrial, bundled_step: int, *, by_best_rung: bool) -> str | None:
+    """Return the checkpoint of the rung that is compared with the bundle; None where no rung has the same budget.
+
+    Args:
+        by_best_rung: With early stopping, other seeds are compared by their best rung, whatever its budget.
+    """
+    if control.trial.control == "head" or (control.trial.control == "repeat" and by_best_rung):
+        assert control.compared is not None
+        return control.compared.checkpoint
+    return next((result.checkpoint for result in control.entry.results if result.step == bundled_step), None)
 
 
 def _inputs(prepared: Prepared, entry: TrialEntry, bundled: RungResult, controls: Controls) -> BundleInputs:

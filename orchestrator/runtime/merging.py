@@ -6,7 +6,7 @@ from pathlib import Path
 
 from orchestrator.errors import UsageError
 from orchestrator.run.ledger import Ledger
-from orchestrator.run.records import RunOutcome, write_outcome
+from orchestrator.run.records import RunOutcome, judge_trials, write_outcome
 from orchestrator.runtime.cluster import connected, require_shared_storage
 from orchestrator.runtime.failures import in_plain_words
 from orchestrator.runtime.finish import finish
@@ -43,7 +43,7 @@ def merge_trial(
         with ProgressReporter(view, run.path) as reporter, connected(address), guarded(run.path), in_plain_words(run.path):
             _show(reporter, sweep, chosen)
             require_shared_storage(run.path)
-            outcome = write_outcome(finish(prepared, sweep, reporter))
+            outcome = write_outcome(finish(prepared, sweep, judge_trials(run.ledger, prepared.scoring), reporter))
         if chosen != before:
             run.event("promoted_by_hand", trial_id=chosen, instead_of=before)
         return outcome

@@ -22,9 +22,10 @@ from orchestrator.errors import RankOutOfMemoryError, TrainingError
 from orchestrator.plan import head_control, train_rung
 from orchestrator.plan.values import SweepPlan
 from orchestrator.run.activities import ranks_text
-from orchestrator.run.hours import affords_refit, is_left_for_refit, metered, read_hours, refit_hours, rung_hours
+from orchestrator.run.hours import metered, read_hours, why_no_refit
 from orchestrator.run.layout import OWNER, RESULT, STARTS
 from orchestrator.run.ledger import TrialEntry
+from orchestrator.run.records import JudgedTrial
 from orchestrator.run.scoring import Scoring
 from orchestrator.runtime.cluster import placement_strategy, rank_resources, worker_env
 from orchestrator.runtime.failures import describe
@@ -227,64 +228,55 @@ def selection_of(prepared: Prepared, entry: TrialEntry) -> LayerSelection:
     return head_control(plan, prepared.anatomy, prepared.spec, prepared.spec.train.seed)[1]
 
 
-def full_budget(prepared: Prepared, entry: TrialEntry, base: RungResult | None, view: RunView) -> tuple[RungResult, RefitRecord]:
-    """The result that is bundled: the trial's own rung where it had the full budget or stopped getting better, else the refit's.
+def full_budget(prepared: Prepared, promoted: JudgedTrial, view: RunView) -> tuple[RungResult, RefitRecord]:
+    """Return the result that is bundled: the trial's own rung where it had the full budget or stopped improving, else the refit's.
 
     A refit that forgot more than the bound, where the rung that was promoted had not, is passed over for that rung.
-
-    Args:
-        base: What the untouched base scored.
 
     Raises:
         TrainingError: the refit failed.
     """
-    trial, last = entry.trial, entry.results[-1]
+    trial, last, own = promoted.trial, promoted.entry.results[-1], promoted.compared
+    assert own is not None
     if not isinstance(prepared.plan, SweepPlan):
         return last, refit_record(prepared, last, "the job's one trial")
-    judged = prepared.scoring.judged(entry.results, base)
-    if not prepared.scoring.needs_refit(entry.results, trial.total_steps, base):
-        best = f"the promoted trial was best on the eval set after {judged.step} of {trial.total_steps} steps"
-        reason = best if judged.step < trial.total_steps else "the promoted trial had the full budget"
-        return judged, RefitRecord(ran=False, reason=reason, to_step=judged.step)
-    assignment = refit_assignment(prepared, trial, selection_of(prepared, entry), last.reduced_execution)
-    left_out = _why_left_out(prepared, entry, base, assignment)
+    if not promoted.needs_refit:
+        best = f"the promoted trial was best on the eval set after {own.step} of {trial.total_steps} steps"
+        reason = best if own.step < trial.total_steps else "the promoted trial had the full budget"
+        return own, RefitRecord(ran=False, reason=reason, to_step=own.step)
+    _claim(prepared.run.refit, trial.trial_id)
+    left_out = _why_left_out(prepared, promoted)
     if left_out:
+        left_out = f"{left_out}; the trial's own rung at step {own.step} is bundled instead"
         view.event("refit_left_out", left_out, trial_id=trial.trial_id)
         prepared.run.event("refit_left_out", message=left_out, trial_id=trial.trial_id)
-        return judged, RefitRecord(ran=False, reason=left_out, to_step=judged.step, left_out_for_hours=True)
+        return own, RefitRecord(ran=False, reason=left_out, to_step=own.step, left_out_for_hours=True)
     view.phase("refit", f"{trial.total_steps} steps on {ranks_text(prepared.plan.refit_execution.ranks)}")
+    assignment = refit_assignment(prepared, trial, selection_of(prepared, promoted.entry), last.reduced_execution)
     result = run_refit(prepared, [assignment])[0]
     reason = f"the promoted trial had {last.step} of {trial.total_steps} steps"
-    passed_over = why_passed_over(result, judged, base, prepared.scoring)
+    passed_over = why_passed_over(result, own, promoted.base, prepared.scoring)
     if not passed_over:
         return result, refit_record(prepared, result, reason)
     view.event("refit_passed_over", passed_over, trial_id=trial.trial_id)
     prepared.run.event("refit_passed_over", message=passed_over, trial_id=trial.trial_id)
-    return judged, refit_record(prepared, result, f"{reason}; {passed_over}")
+    return own, refit_record(prepared, result, f"{reason}; {passed_over}")
 
 
-def _why_left_out(prepared: Prepared, entry: TrialEntry, base: RungResult | None, assignment: RefitWork) -> str:
-    """Why there is no refit, for want of GPU-hours; nothing where there is one, or one has come to its end before."""
-    total, bound, folder = entry.trial.total_steps, prepared.spec.resources.max_gpu_hours, prepared.run.refit
-    if bound is None:
+def _why_left_out(prepared: Prepared, promoted: JudgedTrial) -> str:
+    """Return why the GPU-hours do not allow the refit, whose folder is claimed; empty where they do or it is already done."""
+    folder = prepared.run.refit
+    if _stored_results([folder / RESULT]) is not None:
         return ""
-    _claim(folder, entry.trial.trial_id)
-    if _stored_results([assignment]) is not None:
-        return ""
-    expected = refit_hours(entry.results, total)
-    own = prepared.scoring.judged(entry.results, base)
-    instead = f"the trial's own rung at step {own.step} is bundled instead"
-    if not affords_refit(expected, bound):
-        return f"the refit to {total} steps would take about {expected:.3g} of max_gpu_hours: {bound:g}; {instead}"
     steps = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")]
     begun = max((int(step) for step in steps if step.isdigit()), default=0)
-    to_come, used = expected * (1 - begun / total), read_hours(prepared.run.hours)
-    slack = prepared.plan.num_gangs * rung_hours(entry.results)
-    if is_left_for_refit(to_come, used, bound, slack):
-        return ""
-    return (
-        f"the refit to {total} steps would take about {to_come:.3g} more, and {used:.3g} of max_gpu_hours: {bound:g} "
-        f"are used; {instead}"
+    return why_no_refit(
+        promoted.entry.results,
+        promoted.trial.total_steps,
+        begun,
+        used_hours=read_hours(prepared.run.hours),
+        max_hours=prepared.spec.resources.max_gpu_hours,
+        num_gangs=prepared.plan.num_gangs,
     )
 
 
@@ -339,7 +331,7 @@ def run_refit(prepared: Prepared, assignments: list[RefitWork]) -> list[RungResu
     """
     trial = assignments[-1].trial
     _claim(prepared.run.refit, trial.trial_id)
-    results = _stored_results(assignments)
+    results = _stored_results([result_file(assignment) for assignment in assignments])
     if results is None:
         timeouts = HangTimeouts.from_environment().for_base(2 * prepared.anatomy.num_parameters())
         with metered(prepared.run.hours, assignments[0].execution.ranks), Watchdog(prepared.run, timeouts) as watchdog:
@@ -360,9 +352,8 @@ def run_refit(prepared: Prepared, assignments: list[RefitWork]) -> list[RungResu
     return results
 
 
-def _stored_results(assignments: list[RefitWork]) -> list[RungResult] | None:
-    """What an earlier submission brought to its end; what failed in it is tried again."""
-    files = [result_file(assignment) for assignment in assignments]
+def _stored_results(files: list[Path]) -> list[RungResult] | None:
+    """Return what an earlier submission brought to its end; None where something is missing or failed, to be tried again."""
     if not all(file.exists() for file in files):
         return None
     results = [read_record(file, RungResult) for file in files]

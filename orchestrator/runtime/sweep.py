@@ -15,7 +15,7 @@ from ray.exceptions import RayError
 from orchestrator.plan import head_control
 from orchestrator.plan.defaults import with_section
 from orchestrator.run.activities import ranks_text
-from orchestrator.run.records import RunOutcome, judge_trials, read_finished_sweep, read_sweep, write_outcome
+from orchestrator.run.records import JudgedTrial, RunOutcome, judge_trials, read_finished_sweep, read_sweep, write_outcome
 from orchestrator.runtime.assignments import Orders
 from orchestrator.runtime.cluster import fetch, joins
 from orchestrator.runtime.exchange import Exchange
@@ -63,8 +63,8 @@ def run_sweep(loaded: LoadedSpec, *, view: RunView, address: str | None = None, 
             num_trials=prepared.sweep_plan.search.num_trials,
         )
         prepared, sweep = _search(prepared, view, started_at, earlier)
-        outcome = finish(prepared, sweep, view)
-        return write_outcome(outcome)
+        trials = judge_trials(run.ledger, prepared.scoring)  # the exchange may have written until it was closed
+        return write_outcome(finish(prepared, sweep, trials, view))
 
 
 def _search(
@@ -91,15 +91,19 @@ def _search(
         recorded = [entry for entry in ledger.entries() if entry.trial.control is None]
         run_search(plan, exchange, recorded, prepared.run.path / "tune", seed)
         wait_for(exchange, "head", head)
-        figures, hours = fetch(exchange.figures.remote()), fetch(exchange.hours.remote())
-        trials = judge_trials(ledger, prepared.scoring)
-        sweep = summarise(prepared, trials, figures, started_at, earlier, hours)
-        follow_ups = follow_up_trials(prepared, trials[sweep.winner_id]) if sweep.winner_id is not None else []
+        figures = fetch(exchange.figures.remote())
+
+        def found() -> tuple[SweepResult, JudgedTrial | None]:
+            """Judge and summarise what is on disk now; return the summary, also written, and the promoted trial."""
+            hours, trials = fetch(exchange.hours.remote()), judge_trials(ledger, prepared.scoring)
+            summary = summarise(prepared, trials, figures, started_at, earlier, hours)
+            return summary, trials[summary.winner_id] if summary.winner_id is not None else None
+
+        sweep, promoted = found()
+        follow_ups = follow_up_trials(prepared, promoted) if promoted is not None else []
         if follow_ups:
             train_follow_ups(prepared, exchange, follow_ups, view)
-            hours = fetch(exchange.hours.remote())
-            trials = judge_trials(ledger, prepared.scoring)
-            sweep = summarise(prepared, trials, figures, started_at, earlier, hours)
+            sweep, _ = found()
         _emit_findings(prepared, view, sweep, earlier)
     return prepared, sweep
 

@@ -12,7 +12,7 @@ from orchestrator.errors import TrainingError
 from orchestrator.plan import make_trial
 from orchestrator.report.terminal import LogView
 from orchestrator.run.ledger import TrialEntry
-from orchestrator.run.records import judge_trial
+from orchestrator.run.records import JudgedTrial, judge_trial
 from orchestrator.runtime import refit as budget
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.runtime.refit import full_budget, refit_assignment, run_refit
@@ -56,6 +56,10 @@ def with_patience(prepared: Prepared) -> Prepared:
     return replace(prepared, plan=prepared.plan.model_copy(update={"search": search}))
 
 
+def judged(prepared: Prepared, entry: TrialEntry) -> JudgedTrial:
+    return judge_trial(entry, prepared.scoring, BASE, prepared.run.ledger)
+
+
 def rungs(trial: TrialSpec, **losses: float) -> TrialEntry:
     """A trial by its held-out loss at steps."""
     steps = [(int(step.removeprefix("at_")), loss) for step, loss in losses.items()]
@@ -76,13 +80,13 @@ def test_with_early_stopping_the_best_rung_is_bundled(
     prepared: Prepared, trial: TrialSpec, losses: dict[str, float], step: int
 ) -> None:
     entry = rungs(trial, **losses)
-    found, record = full_budget(with_patience(prepared), entry, BASE, LogView(io.StringIO()))
+    found, record = full_budget(with_patience(prepared), judged(with_patience(prepared), entry), LogView(io.StringIO()))
     assert (found.step, record.ran, record.to_step) == (step, False, step)
     expected = "the promoted trial had the full budget"
     if step < TOTAL_STEPS:
         expected = f"the promoted trial was best on the eval set after {step} of 54 steps"
     assert record.reason == expected
-    assert judge_trial(entry, with_patience(prepared).scoring, BASE, prepared.run.ledger).bundled_steps == (step,)
+    assert judged(with_patience(prepared), entry).bundled_steps == (step,)
 
 
 @pytest.mark.parametrize(("refitted", "step"), [(0.9, TOTAL_STEPS), (1.1, 12)])
@@ -92,18 +96,18 @@ def test_a_refit_that_is_worse_gives_way_with_early_stopping(
     """The scheduler stopped it, still getting better: it is trained again, and what came of that is looked at."""
     entry = rungs(trial, at_6=2.0, at_12=1.0)
     patient = with_patience(prepared)
-    assert judge_trial(entry, patient.scoring, BASE, prepared.run.ledger).bundled_steps == (12, TOTAL_STEPS), (
-        "either may be bundled"
-    )
+    assert judged(patient, entry).bundled_steps == (12, TOTAL_STEPS), "either may be bundled"
     store_refit(prepared, result(trial.trial_id, TOTAL_STEPS, None, eval_loss=refitted))
-    found, record = full_budget(patient, entry, BASE, LogView(io.StringIO()))
+    found, record = full_budget(patient, judged(patient, entry), LogView(io.StringIO()))
     assert (found.step, record.ran) == (step, True)
     if step < TOTAL_STEPS:
         assert record.reason.endswith(
             "the refit to 54 steps is worse on the eval set than the trial's own rung at step 12 (loss 1.1 against 1), "
             "which is bundled instead"
         )
-    assert full_budget(prepared, entry, BASE, LogView(io.StringIO()))[0].step == TOTAL_STEPS, "without patience it is taken"
+    assert full_budget(prepared, judged(prepared, entry), LogView(io.StringIO()))[0].step == TOTAL_STEPS, (
+        "without patience it is taken"
+    )
 
 
 def store_refit(prepared: Prepared, stored: RungResult) -> None:
@@ -118,7 +122,7 @@ def chosen(prepared: Prepared, trial: TrialSpec, *, rung: float | None, refitted
     store_refit(prepared, result(trial.trial_id, TOTAL_STEPS, refitted))
     said = io.StringIO()
     entry = TrialEntry(trial=trial, option=0, results=(result(trial.trial_id, 6, rung),))
-    bundled, record = full_budget(prepared, entry, BASE, LogView(said))
+    bundled, record = full_budget(prepared, judged(prepared, entry), LogView(said))
     assert (record.ran, record.to_step) == (True, TOTAL_STEPS)
     assert record.reason.startswith("the promoted trial had 6 of 54 steps")
     return bundled.step, record.reason, said.getvalue()
@@ -205,7 +209,7 @@ def test_a_refit_that_the_hours_are_not_enough_for_is_left_out(
         (prepared.run.refit / f"checkpoint-{begun}").mkdir()
     monkeypatch.setattr(budget, "refit", lambda *_: [result(trial.trial_id, TOTAL_STEPS, 4.0)])
     said = io.StringIO()
-    found, record = full_budget(bounded, entry, BASE, LogView(said))
+    found, record = full_budget(bounded, judged(bounded, entry), LogView(said))
     assert found.step == (6 if left_out else TOTAL_STEPS)
     assert record.left_out_for_hours is bool(left_out)
     assert ("refit_left_out" in said.getvalue()) is bool(left_out)
@@ -218,7 +222,10 @@ def test_a_refit_that_has_come_to_its_end_is_used_whatever_hours_are_left(prepar
     entry = TrialEntry(trial=trial, option=0, results=(result(trial.trial_id, 6, 4.0, train_seconds=3600),))
     store_refit(prepared, result(trial.trial_id, TOTAL_STEPS, 4.0))
     write_json(prepared.run.hours, {"used": 99})
-    assert full_budget(with_bound(prepared, 1), entry, BASE, LogView(io.StringIO()))[0].step == TOTAL_STEPS
+    assert (
+        full_budget(with_bound(prepared, 1), judged(with_bound(prepared, 1), entry), LogView(io.StringIO()))[0].step
+        == TOTAL_STEPS
+    )
 
 
 @pytest.mark.parametrize(

@@ -47,13 +47,13 @@ def test_only_a_control_of_the_same_budget_is_compared(submit: Callable[..., Pre
     diverged = repeat_control(TRIAL, 3)
     add(ledger, diverged, 6, ends=False)
     add(ledger, diverged, 9, rung=1, state="failed", reason="the loss became NaN", checkpoint=None)
-    same = controls_beside(prepared, ledger, TRIAL, bundled_step=9)
+    same = controls_beside(prepared, judge_trials(ledger, prepared.scoring), TRIAL, bundled_step=9)
     assert same.artifacts == {"head": "/head", "shuffled": "/shuffled-t000", "repeat-2": "/repeat-2-t000"}
     never_begun = "repeat-4-t000 was not trained"
     assert same.left_out == ("repeat-3-t000 failed: the loss became NaN", never_begun), "none goes without a word"
     assert same.repeat_seeds == {"repeat-2": TRIAL.seed + 1}
     assert same.failed_seeds == 1
-    shorter = controls_beside(prepared, ledger, TRIAL, bundled_step=3)
+    shorter = controls_beside(prepared, judge_trials(ledger, prepared.scoring), TRIAL, bundled_step=3)
     assert shorter.artifacts == {"head": "/head"}
     assert shorter.left_out == (
         *(f"{name}-t000 was trained to 9 steps and what is bundled to 3" for name in ("shuffled", "repeat-2")),
@@ -79,9 +79,9 @@ def test_with_early_stopping_a_control_stands_beside_the_bundle_as_it_was_best(
     for trial in (HEAD, repeat_control(TRIAL, 2), shuffled_control(TRIAL)):
         for rung, loss in enumerate((2.0, 1.0, 1.5)):
             add(ledger, trial, 3 * rung + 3, rung=rung, eval_loss=loss, checkpoint=f"/{trial.trial_id}/{rung}")
-    found = controls_beside(prepared, ledger, TRIAL, bundled_step=9)
+    found = controls_beside(prepared, judge_trials(ledger, prepared.scoring), TRIAL, bundled_step=9)
     assert found.artifacts == {"head": "/head/1", "repeat-2": "/repeat-2-t000/1", "shuffled": "/shuffled-t000/2"}
-    longer = controls_beside(prepared, ledger, TRIAL, bundled_step=12)
+    longer = controls_beside(prepared, judge_trials(ledger, prepared.scoring), TRIAL, bundled_step=12)
     assert longer.left_out == ("shuffled-t000 was trained to 9 steps and what is bundled to 12",)
 
 
@@ -91,13 +91,15 @@ def test_a_control_stands_beside_the_bundle_as_long_as_that_was_trained(submit: 
     for rung, step in enumerate((3, 9)):
         add(ledger, shuffled_control(TRIAL), step, rung=rung, checkpoint=f"/shuffled/{step}")
     for step in (3, 9):
-        assert controls_beside(prepared, ledger, TRIAL, bundled_step=step).artifacts == {"shuffled": f"/shuffled/{step}"}
+        assert controls_beside(prepared, judge_trials(ledger, prepared.scoring), TRIAL, bundled_step=step).artifacts == {
+            "shuffled": f"/shuffled/{step}"
+        }
 
 
 def test_a_bundled_head_is_not_compared_with_itself(submit: Callable[..., Prepared], tmp_path: Path) -> None:
     prepared, ledger = submit(), Ledger(tmp_path)
     add(ledger, HEAD, 9)
-    assert controls_beside(prepared, ledger, HEAD, bundled_step=9).artifacts == {}
+    assert controls_beside(prepared, judge_trials(ledger, prepared.scoring), HEAD, bundled_step=9).artifacts == {}
 
 
 def test_the_first_step_of_the_first_trial_is_counted_and_no_controls(submit: Callable[[], Prepared]) -> None:
