@@ -9,6 +9,7 @@ from orchestrator.plan.values import RunPlan, SweepPlan
 from orchestrator.spec.models import SearchSpec
 from orchestrator.spec.tasks import higher_is_better
 from orchestrator.transfer import WORST_SCORE, forgetting, score
+from orchestrator.transfer.records import BundledFigures
 from orchestrator.values import Value
 from orchestrator.work.results import RungResult
 
@@ -34,6 +35,15 @@ class Scoring(Value):
         if base is None or result.retain_loss is None or base.retain_loss is None:
             return None
         return forgetting(result.retain_loss, base.retain_loss)
+
+    def figures_of(self, result: RungResult, base: RungResult | None) -> BundledFigures:
+        """Return the measured figures of the rung or refit that is bundled."""
+        return BundledFigures(
+            step=result.step,
+            metric=self.metric_of(result),
+            retain_loss=result.retain_loss,
+            forgetting=self.forgetting_of(result, base),
+        )
 
     def judged(self, results: Sequence[RungResult], base: RungResult | None) -> RungResult:
         """Return the rung that a trial is compared by: the last, or with early stopping the best so far."""

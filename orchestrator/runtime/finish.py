@@ -9,26 +9,24 @@ from typing import Any
 
 import ray
 
+from orchestrator.anatomy import LayerSelection
 from orchestrator.errors import IntegrityError
 from orchestrator.plan import follow_up_controls
 from orchestrator.plan.values import SweepPlan
 from orchestrator.run.activities import tell_bundling
-from orchestrator.run.hours import metered
-from orchestrator.run.ledger import TrialEntry
 from orchestrator.run.records import JudgedTrial, RunOutcome
-from orchestrator.run.scoring import Scoring
 from orchestrator.runtime.bundling import bundle_and_judge
 from orchestrator.runtime.cluster import rank_resources, worker_env
 from orchestrator.runtime.hang_detection import HangTimeouts
 from orchestrator.runtime.outcome import plan_against_measured
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.runtime.refit import full_budget, selection_of
-from orchestrator.runtime.watchdog import Watchdog, run_task, run_with_heartbeats
+from orchestrator.runtime.watchdog import run_task, run_with_heartbeats, watched
 from orchestrator.serve import BundleInputs
 from orchestrator.store import check_artifact, versions
 from orchestrator.store.folders import MANIFEST
 from orchestrator.transfer import memory_rows
-from orchestrator.transfer.records import BundledFigures, RefitRecord, SweepResult, TransferReport
+from orchestrator.transfer.records import RefitRecord, SweepResult, TransferReport
 from orchestrator.transfer.run_view import RunView
 from orchestrator.work.results import RungResult
 from orchestrator.work.trial import TrialSpec
@@ -58,31 +56,24 @@ def _bundle_promoted(
     prepared: Prepared, promoted: JudgedTrial, trials: Mapping[str, JudgedTrial], view: RunView
 ) -> TransferReport:
     """Train the promoted trial to its full budget, and bundle and judge it beside the controls."""
-    bundled, refitted = full_budget(prepared, promoted, view)
+    selection = selection_of(prepared, promoted.entry)
+    bundled, refitted = full_budget(prepared, promoted, selection, view)
+    figures = prepared.scoring.figures_of(bundled, promoted.base)
     controls = controls_beside(prepared, trials, promoted.trial, bundled.step)
     for message in controls.left_out:
         view.event("control_left_out", message)
         prepared.run.event("control_left_out", message=message)
+    inputs = _inputs(prepared, promoted.trial, selection, bundled, controls)
     tell_bundling(prepared.run.path, "waiting for a free place")
     view.phase("merge", "then verify, then the test set")
-    transfer = _bundle(prepared, _inputs(prepared, promoted.entry, bundled, controls))
+    transfer = _bundle(prepared, inputs)
     return transfer.model_copy(
         update={
             "refit": refitted,
-            "bundled": bundled_figures(bundled, prepared.scoring, promoted.base),
+            "bundled": figures,
             "trial_id": promoted.trial.trial_id,
             "controls_left_out": controls.left_out,
         }
-    )
-
-
-def bundled_figures(result: RungResult, scoring: Scoring, base: RungResult | None) -> BundledFigures:
-    """Return the measured figures of the bundled artifact."""
-    return BundledFigures(
-        step=result.step,
-        metric=scoring.metric_of(result),
-        retain_loss=result.retain_loss,
-        forgetting=scoring.forgetting_of(result, base),
     )
 
 
@@ -157,7 +148,9 @@ def _checkpoint_beside(control: JudgedTrial, bundled_step: int, *, by_best_rung:
     return next((result.checkpoint for result in control.entry.results if result.step == bundled_step), None)
 
 
-def _inputs(prepared: Prepared, entry: TrialEntry, bundled: RungResult, controls: Controls) -> BundleInputs:
+def _inputs(
+    prepared: Prepared, trial: TrialSpec, selection: LayerSelection, bundled: RungResult, controls: Controls
+) -> BundleInputs:
     assert bundled.checkpoint is not None
     folder, search = prepared.run.data, prepared.spec.search
     return BundleInputs(
@@ -166,8 +159,8 @@ def _inputs(prepared: Prepared, entry: TrialEntry, bundled: RungResult, controls
         base=prepared.plan.base,
         base_sha256=prepared.plan.base_sha256,
         anatomy=prepared.anatomy,
-        trial=entry.trial,
-        selection=selection_of(prepared, entry),
+        trial=trial,
+        selection=selection,
         artifact=bundled.checkpoint,
         step=bundled.step,
         held_dtype=prepared.plan.execution.dtype,
@@ -201,5 +194,5 @@ def _bundle(prepared: Prepared, inputs: BundleInputs) -> TransferReport:
     scoring = prepared.scoring
     given = (inputs, str(prepared.run.bundle), scoring.metric, scoring.max_forgetting, prepared.spec.train.seed)
     # Merging sends no heartbeats, so only a stopped process counts as hung.
-    with metered(prepared.run.hours, 1), Watchdog(prepared.run, HangTimeouts.from_environment(), progress=False) as watchdog:
+    with watched(prepared.run, HangTimeouts.from_environment(), 1, progress=False) as watchdog:
         return run_task(watchdog, "making the bundle", task, bundle_and_judge, *given)

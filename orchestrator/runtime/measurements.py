@@ -16,12 +16,11 @@ from orchestrator.plan import make_trial, with_scores
 from orchestrator.plan.measurements import NO_RETENTION_SET, choice_of, standing_choice, with_choice
 from orchestrator.plan.schedule import has_few_examples
 from orchestrator.plan.values import RunPlan
-from orchestrator.run.hours import metered
 from orchestrator.run.ledger import base_result
 from orchestrator.runtime.cluster import fetch, rank_resources, worker_env
 from orchestrator.runtime.hang_detection import HangTimeouts
 from orchestrator.runtime.prepare import Prepared, read_choice, read_scores
-from orchestrator.runtime.watchdog import Watchdog, run_task, run_with_heartbeats
+from orchestrator.runtime.watchdog import run_task, run_with_heartbeats, watched
 from orchestrator.spec import parse_policy
 from orchestrator.store import read_record, write_json
 from orchestrator.train import TrainHost
@@ -158,7 +157,7 @@ def scored_alone(prepared: Prepared, view: RunView) -> Prepared:
             runtime_env={"env_vars": worker_env(execution)},
         )
         timeouts = HangTimeouts.from_environment().for_base(2 * prepared.anatomy.num_parameters())
-        with metered(prepared.run.hours, 1), Watchdog(prepared.run, timeouts) as watchdog:
+        with watched(prepared.run, timeouts, 1) as watchdog:
             given = (prepared.plan.base, prepared.anatomy, work)
             return run_task(watchdog, "scoring the blocks", task, measure_in_this_process, *given)
 

@@ -22,7 +22,7 @@ from orchestrator.errors import RankOutOfMemoryError, TrainingError
 from orchestrator.plan import head_control, train_rung
 from orchestrator.plan.values import SweepPlan
 from orchestrator.run.activities import ranks_text
-from orchestrator.run.hours import metered, read_hours, why_no_refit
+from orchestrator.run.hours import read_hours, why_no_refit
 from orchestrator.run.layout import OWNER, RESULT, STARTS
 from orchestrator.run.ledger import TrialEntry
 from orchestrator.run.records import JudgedTrial
@@ -31,7 +31,7 @@ from orchestrator.runtime.cluster import placement_strategy, rank_resources, wor
 from orchestrator.runtime.failures import describe
 from orchestrator.runtime.hang_detection import HangTimeouts
 from orchestrator.runtime.prepare import Prepared
-from orchestrator.runtime.watchdog import Watchdog, send_heartbeats
+from orchestrator.runtime.watchdog import Watchdog, send_heartbeats, watched
 from orchestrator.store import read_json, read_record, write_json
 from orchestrator.train import TrainHost, drop_later_checkpoints, find_own
 from orchestrator.transfer.records import RefitRecord
@@ -228,10 +228,15 @@ def selection_of(prepared: Prepared, entry: TrialEntry) -> LayerSelection:
     return head_control(plan, prepared.anatomy, prepared.spec, prepared.spec.train.seed)[1]
 
 
-def full_budget(prepared: Prepared, promoted: JudgedTrial, view: RunView) -> tuple[RungResult, RefitRecord]:
-    """Return the result that is bundled: the trial's own rung where it had the full budget or stopped improving, else the refit's.
+def full_budget(
+    prepared: Prepared, promoted: JudgedTrial, selection: LayerSelection, view: RunView
+) -> tuple[RungResult, RefitRecord]:
+    """Return the result that is bundled: the trial's own rung if it had the full budget or stopped improving, else the refit's.
 
     A refit that forgot more than the bound, where the rung that was promoted had not, is passed over for that rung.
+
+    Args:
+        selection: What learns in the promoted trial.
 
     Raises:
         TrainingError: the refit failed.
@@ -244,29 +249,29 @@ def full_budget(prepared: Prepared, promoted: JudgedTrial, view: RunView) -> tup
         best = f"the promoted trial was best on the eval set after {own.step} of {trial.total_steps} steps"
         reason = best if own.step < trial.total_steps else "the promoted trial had the full budget"
         return own, RefitRecord(ran=False, reason=reason, to_step=own.step)
+    assignment = refit_assignment(prepared, trial, selection, last.reduced_execution)
     _claim(prepared.run.refit, trial.trial_id)
-    left_out = _why_left_out(prepared, promoted)
+    left_out = _why_left_out(prepared, promoted, assignment)
     if left_out:
         left_out = f"{left_out}; the trial's own rung at step {own.step} is bundled instead"
         view.event("refit_left_out", left_out, trial_id=trial.trial_id)
         prepared.run.event("refit_left_out", message=left_out, trial_id=trial.trial_id)
         return own, RefitRecord(ran=False, reason=left_out, to_step=own.step, left_out_for_hours=True)
     view.phase("refit", f"{trial.total_steps} steps on {ranks_text(prepared.plan.refit_execution.ranks)}")
-    assignment = refit_assignment(prepared, trial, selection_of(prepared, promoted.entry), last.reduced_execution)
     result = run_refit(prepared, [assignment])[0]
-    reason = f"the promoted trial had {last.step} of {trial.total_steps} steps"
+    record = refit_record(prepared, result, f"the promoted trial had {last.step} of {trial.total_steps} steps")
     passed_over = why_passed_over(result, own, promoted.base, prepared.scoring)
     if not passed_over:
-        return result, refit_record(prepared, result, reason)
+        return result, record
     view.event("refit_passed_over", passed_over, trial_id=trial.trial_id)
     prepared.run.event("refit_passed_over", message=passed_over, trial_id=trial.trial_id)
-    return own, refit_record(prepared, result, f"{reason}; {passed_over}")
+    return own, record.model_copy(update={"reason": f"{record.reason}; {passed_over}"})
 
 
-def _why_left_out(prepared: Prepared, promoted: JudgedTrial) -> str:
+def _why_left_out(prepared: Prepared, promoted: JudgedTrial, assignment: RefitWork) -> str:
     """Return why the GPU-hours do not allow the refit, whose folder is claimed; empty where they do or it is already done."""
     folder = prepared.run.refit
-    if _stored_results([folder / RESULT]) is not None:
+    if _stored_results([assignment]) is not None:
         return ""
     steps = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")]
     begun = max((int(step) for step in steps if step.isdigit()), default=0)
@@ -331,10 +336,10 @@ def run_refit(prepared: Prepared, assignments: list[RefitWork]) -> list[RungResu
     """
     trial = assignments[-1].trial
     _claim(prepared.run.refit, trial.trial_id)
-    results = _stored_results([result_file(assignment) for assignment in assignments])
+    results = _stored_results(assignments)
     if results is None:
         timeouts = HangTimeouts.from_environment().for_base(2 * prepared.anatomy.num_parameters())
-        with metered(prepared.run.hours, assignments[0].execution.ranks), Watchdog(prepared.run, timeouts) as watchdog:
+        with watched(prepared.run, timeouts, assignments[0].execution.ranks) as watchdog:
             results = refit(prepared.plan.base, prepared.anatomy, assignments, prepared.run.path / "ray-train", watchdog)
         for note in (note for result in results for note in result.notes):
             prepared.run.event("trial_note", message=f"{trial.trial_id}: {note}", trial_id=trial.trial_id)
@@ -352,8 +357,9 @@ def run_refit(prepared: Prepared, assignments: list[RefitWork]) -> list[RungResu
     return results
 
 
-def _stored_results(files: list[Path]) -> list[RungResult] | None:
+def _stored_results(assignments: list[RefitWork]) -> list[RungResult] | None:
     """Return what an earlier submission brought to its end; None where something is missing or failed, to be tried again."""
+    files = [result_file(assignment) for assignment in assignments]
     if not all(file.exists() for file in files):
         return None
     results = [read_record(file, RungResult) for file in files]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -14,6 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.errors import TrainingError
 from orchestrator.run.directory import RunDirectory
+from orchestrator.run.hours import metered
 from orchestrator.runtime.cluster import fetch
 from orchestrator.runtime.failures import GO_ON, describe
 from orchestrator.runtime.hang_detection import (
@@ -123,6 +125,14 @@ class Watchdog:
             for message in found.values():
                 self.messages.append(message)
                 self._run.event("hung", message=f"{message}; it is ended")
+
+
+@contextmanager
+def watched(run: RunDirectory, timeouts: HangTimeouts, num_ranks: int, *, progress: bool = True) -> Iterator[Watchdog]:
+    """Look after the processes of a block, and count the hours of its ranks; arguments as `Watchdog`'s."""
+    watchdog = Watchdog(run, timeouts, progress=progress)
+    with metered(run.hours, num_ranks), watchdog:
+        yield watchdog
 
 
 def run_task(watchdog: Watchdog, doing: str, task: Any, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -17,6 +17,7 @@ from orchestrator.runtime import refit as budget
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.runtime.refit import full_budget, refit_assignment, run_refit
 from orchestrator.store import read_jsonl, write_json
+from orchestrator.transfer.records import RefitRecord
 from orchestrator.work.execution import ExecutionPlan
 from orchestrator.work.failure import Failure
 from orchestrator.work.memory_ladder import MemoryLadder
@@ -60,6 +61,12 @@ def judged(prepared: Prepared, entry: TrialEntry) -> JudgedTrial:
     return judge_trial(entry, prepared.scoring, BASE, prepared.run.ledger)
 
 
+def bundled_of(prepared: Prepared, entry: TrialEntry, said: io.StringIO | None = None) -> tuple[RungResult, RefitRecord]:
+    """What is bundled of a promoted trial, and what was said on the way."""
+    selection = prepared.sweep_plan.search.options[0].selection
+    return full_budget(prepared, judged(prepared, entry), selection, LogView(said or io.StringIO()))
+
+
 def rungs(trial: TrialSpec, **losses: float) -> TrialEntry:
     """A trial by its held-out loss at steps."""
     steps = [(int(step.removeprefix("at_")), loss) for step, loss in losses.items()]
@@ -80,7 +87,7 @@ def test_with_early_stopping_the_best_rung_is_bundled(
     prepared: Prepared, trial: TrialSpec, losses: dict[str, float], step: int
 ) -> None:
     entry = rungs(trial, **losses)
-    found, record = full_budget(with_patience(prepared), judged(with_patience(prepared), entry), LogView(io.StringIO()))
+    found, record = bundled_of(with_patience(prepared), entry)
     assert (found.step, record.ran, record.to_step) == (step, False, step)
     expected = "the promoted trial had the full budget"
     if step < TOTAL_STEPS:
@@ -98,16 +105,14 @@ def test_a_refit_that_is_worse_gives_way_with_early_stopping(
     patient = with_patience(prepared)
     assert judged(patient, entry).bundled_steps == (12, TOTAL_STEPS), "either may be bundled"
     store_refit(prepared, result(trial.trial_id, TOTAL_STEPS, None, eval_loss=refitted))
-    found, record = full_budget(patient, judged(patient, entry), LogView(io.StringIO()))
+    found, record = bundled_of(patient, entry)
     assert (found.step, record.ran) == (step, True)
     if step < TOTAL_STEPS:
         assert record.reason.endswith(
             "the refit to 54 steps is worse on the eval set than the trial's own rung at step 12 (loss 1.1 against 1), "
             "which is bundled instead"
         )
-    assert full_budget(prepared, judged(prepared, entry), LogView(io.StringIO()))[0].step == TOTAL_STEPS, (
-        "without patience it is taken"
-    )
+    assert bundled_of(prepared, entry)[0].step == TOTAL_STEPS, "without patience it is taken"
 
 
 def store_refit(prepared: Prepared, stored: RungResult) -> None:
@@ -122,7 +127,7 @@ def chosen(prepared: Prepared, trial: TrialSpec, *, rung: float | None, refitted
     store_refit(prepared, result(trial.trial_id, TOTAL_STEPS, refitted))
     said = io.StringIO()
     entry = TrialEntry(trial=trial, option=0, results=(result(trial.trial_id, 6, rung),))
-    bundled, record = full_budget(prepared, judged(prepared, entry), LogView(said))
+    bundled, record = bundled_of(prepared, entry, said)
     assert (record.ran, record.to_step) == (True, TOTAL_STEPS)
     assert record.reason.startswith("the promoted trial had 6 of 54 steps")
     return bundled.step, record.reason, said.getvalue()
@@ -209,7 +214,7 @@ def test_a_refit_that_the_hours_are_not_enough_for_is_left_out(
         (prepared.run.refit / f"checkpoint-{begun}").mkdir()
     monkeypatch.setattr(budget, "refit", lambda *_: [result(trial.trial_id, TOTAL_STEPS, 4.0)])
     said = io.StringIO()
-    found, record = full_budget(bounded, judged(bounded, entry), LogView(said))
+    found, record = bundled_of(bounded, entry, said)
     assert found.step == (6 if left_out else TOTAL_STEPS)
     assert record.left_out_for_hours is bool(left_out)
     assert ("refit_left_out" in said.getvalue()) is bool(left_out)
@@ -222,10 +227,7 @@ def test_a_refit_that_has_come_to_its_end_is_used_whatever_hours_are_left(prepar
     entry = TrialEntry(trial=trial, option=0, results=(result(trial.trial_id, 6, 4.0, train_seconds=3600),))
     store_refit(prepared, result(trial.trial_id, TOTAL_STEPS, 4.0))
     write_json(prepared.run.hours, {"used": 99})
-    assert (
-        full_budget(with_bound(prepared, 1), judged(with_bound(prepared, 1), entry), LogView(io.StringIO()))[0].step
-        == TOTAL_STEPS
-    )
+    assert bundled_of(with_bound(prepared, 1), entry)[0].step == TOTAL_STEPS
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,13 @@ def test_whoever_judges_hears_of_failed_seeds(submit: Callable[..., Prepared], t
     entry = ledger.get("t000")
     assert entry is not None
     controls = {"head": "/head", "repeat-2": "/repeat"}
-    inputs = _inputs(prepared, entry, entry.results[0], Controls(controls, repeat_seeds={"repeat-2": 8}, failed_seeds=2))
+    inputs = _inputs(
+        prepared,
+        TRIAL,
+        prepared.sweep_plan.search.options[0].selection,
+        entry.results[0],
+        Controls(controls, repeat_seeds={"repeat-2": 8}, failed_seeds=2),
+    )
     assert (inputs.failed_seeds, inputs.controls, inputs.repeat_seeds) == (2, controls, {"repeat-2": 8})
 
 
