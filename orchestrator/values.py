@@ -59,3 +59,8 @@ def printable_json(text: str) -> str:
         text: JSON, in which line feeds stand between values only.
     """
     return UNUSUAL.sub(lambda found: found[0] if found[0].isprintable() else json.dumps(found[0])[1:-1], text)
+
+
+def record_json(value: object, *, indent: int | None = None) -> str:
+    """Return the JSON text of a record on disk: strict and printable, NaN and infinities by name."""
+    return printable_json(json.dumps(strict_json(value, named=True), indent=indent, ensure_ascii=False, allow_nan=False))

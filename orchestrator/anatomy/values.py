@@ -108,6 +108,11 @@ class ModelAnatomy(Value):
     """Tensors besides the classifier that `classify` needs and the checkpoint lacks (an encoder's pooler): initialised and
     trained with it."""
 
+    @property
+    def weight_files(self) -> list[str]:
+        """Names of the files in the base's folder that hold its tensors."""
+        return sorted({tensor.file for tensor in self.tensors.values()})
+
     def num_parameters(self) -> int:
         return sum(tensor.num_elements for tensor in self.tensors.values())
 

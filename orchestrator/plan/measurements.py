@@ -114,8 +114,8 @@ def _planned(plan: SweepPlan, against: str | None, *, required: bool) -> Compile
     weighed = f"a gang trains for {format_seconds(seconds)}, and compiling takes about {format_seconds(expected)}"
     if seconds < WORTH * expected:
         return CompilePlan(option=None, reason=f"the blocks are not compiled: {weighed}")
-    said = f"whether compiled blocks save time is measured before the search: {weighed}"
-    return CompilePlan(option=option, reason=said, num_kinds=kinds, gang_seconds=seconds)
+    reason = f"whether compiled blocks save time is measured before the search: {weighed}"
+    return CompilePlan(option=option, reason=reason, num_kinds=kinds, gang_seconds=seconds)
 
 
 def learns_in_blocks(option: TrialOption) -> bool:
@@ -149,15 +149,15 @@ def choice_of(plan: CompilePlan, times: CompileTimes) -> CompileChoice:
         return CompileChoice(compiled=False, reason=f"the blocks cannot be compiled: {times.failed}", times=times)
     share = times.compiled_seconds / times.eager_seconds
     spent = times.compile_seconds * plan.num_kinds
-    said = (
+    reason = (
         f"a compiled micro-batch takes {1e3 * times.compiled_seconds:.1f} ms, {share:.2f} of {1e3 * times.eager_seconds:.1f} ms; "
         f"compiling takes {format_seconds(spent)} per gang (worker group)"
     )
     if plan.required:
-        return CompileChoice(compiled=True, reason=said, times=times)
+        return CompileChoice(compiled=True, reason=reason, times=times)
     saved = (1 - share) * times.full_share * (plan.gang_seconds or 0.0)
-    said = f"{said}, and saves {format_seconds(max(0.0, saved))}"
-    return CompileChoice(compiled=share <= MOST_OF_EAGER and spent < saved, reason=said, times=times)
+    reason = f"{reason}, and saves {format_seconds(max(0.0, saved))}"
+    return CompileChoice(compiled=share <= MOST_OF_EAGER and spent < saved, reason=reason, times=times)
 
 
 def with_choice(plan: RunPlan, choice: CompileChoice | None) -> RunPlan:

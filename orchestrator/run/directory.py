@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from pydantic import ValidationError
 
@@ -29,6 +29,7 @@ from orchestrator.store.files import (
     write_atomic,
     write_json,
 )
+from orchestrator.values import content_hash
 
 LOCK = ".lock"
 FREE_TO_CHANGE = ("output:", "resources.", "search.trials:")
@@ -58,30 +59,44 @@ class RunDirectory(RunFolder):
             UsageError: the folder is not writable.
         """
         path = root / name
+        earlier = _read_earlier(path)
         with output_to(path, remedy=WRITABLE):
-            return cls._open(path, loaded, spec_sha256)
+            _refuse_foreign(path, earlier)
+            path.mkdir(parents=True, exist_ok=True)
+            run = cls(path, _lock(path))
+            try:
+                _clear_partial(path)
+                earlier = _read_earlier(path)  # again: the last holder of the lock may have written it
+                run._take_over(earlier, loaded, spec_sha256)
+            except BaseException:
+                run.close()
+                raise
+            return run
 
-    @classmethod
-    def _open(cls, path: Path, loaded: LoadedSpec, spec_sha256: str) -> RunDirectory:
-        _refuse_foreign(path)
-        path.mkdir(parents=True, exist_ok=True)
-        lock = _lock(path)
-        try:
-            _clear_partial(path)
-            run = cls(path, lock)
-            known = _known_identity(run, spec_sha256, loaded)
-            same = known is not None and known["spec_sha256"] == spec_sha256
-            if known is not None and not same and run.was_planned:
-                raise _conflict(path, known["values"], loaded.spec.model_dump(mode="json"))
-            identity = _identity(loaded, spec_sha256, known if same else None)
-            write_json(run.identity_file, identity)
-            write_atomic(run.spec, loaded.text)
-            if known is not None and same and known["versions"] != identity["versions"]:
-                run.event("versions_changed", changes=describe_difference(known["versions"], identity["versions"]))
-        except BaseException:
-            lock.close()
-            raise
-        return run
+    def _take_over(self, earlier: EarlierSubmission, loaded: LoadedSpec, spec_sha256: str) -> None:
+        """Write this submission's spec and identity over those of an earlier one. A damaged run.json is set aside where the plan
+        shows that the run belongs to this spec.
+
+        Raises:
+            IntegrityError, RunConflictError: run.json is damaged or of another run.
+        """
+        known, damage = earlier.identity, earlier.damage
+        same = known is not None and known["spec_sha256"] == spec_sha256
+        if damage is not None and earlier.planned_for != spec_sha256:
+            damage.remedy = "restore run.json from a copy, or choose another `name` or `output`; nothing was overwritten"
+            raise damage
+        if known is not None and not same and self.was_planned:
+            raise _conflict(self.path, known["values"], loaded.spec.model_dump(mode="json"))
+        identity = _identity(loaded, spec_sha256, known if same else None)
+        if damage is not None:
+            aside = set_aside(self.identity_file)
+            shown = "the plan shows that the run belongs to this spec"
+            message = f"{IDENTITY} is damaged ({damage.what}): set aside as {aside.name}; {shown}"
+            self.event("record_damaged", message=message, path=IDENTITY, aside=aside.name)
+        write_json(self.identity_file, identity)
+        write_atomic(self.spec, loaded.text)
+        if known is not None and same and known["versions"] != identity["versions"]:
+            self.event("versions_changed", changes=describe_difference(known["versions"], identity["versions"]))
 
     @classmethod
     def reopen(cls, path: Path) -> RunDirectory:
@@ -90,9 +105,12 @@ class RunDirectory(RunFolder):
         Raises:
             RunConflictError: the folder holds no run, or another driver is running it.
         """
+        earlier = _read_earlier(path)
+        if earlier.damage is not None:
+            raise earlier.damage
+        if earlier.identity is None:
+            raise RunConflictError("the folder does not hold a run", where=str(path), remedy="give the folder of a run")
         with output_to(path, remedy=WRITABLE):
-            if _read_identity(path) is None:
-                raise RunConflictError("the folder does not hold a run", where=str(path), remedy="give the folder of a run")
             return cls(path, _lock(path))
 
     @property
@@ -110,16 +128,16 @@ class RunDirectory(RunFolder):
         """The driver's ledger, read at first use. Refresh it where the exchange has written since."""
         return Ledger(self.trials)
 
-    def claim_base(self, identity: dict[str, Any]) -> None:
-        """Record which base model this run trains; once it was planned, reject another.
+    def claim_base(self, identity: dict[str, Any]) -> str:
+        """Record which base model this run trains, and return its hash; once the run was planned, reject another.
 
         Raises:
             RunConflictError: the base's folder holds another base than at the last submission; names the differences.
         """
+        require_same_base(self.path, identity)
         if not (self.was_planned and self.base.exists()):
             write_json(self.base, identity)
-            return
-        require_same_base(self.path, identity)
+        return content_hash(identity)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append an automatic action to events.jsonl (micro-batch halved, gang replaced, trial retried)."""
@@ -169,8 +187,11 @@ def is_same_run(path: Path, loaded: LoadedSpec, spec_sha256: str) -> bool:
     Raises:
         RunConflictError: it would refuse: the folder holds another run or something else, or another driver is running it.
     """
-    _refuse_foreign(path)
-    known = _read_identity(path)
+    earlier = _read_earlier(path)
+    _refuse_foreign(path, earlier)
+    if earlier.damage is not None:
+        raise earlier.damage
+    known = earlier.identity
     if holder := running_driver(path):
         raise _busy(path, holder)
     if known is None:
@@ -208,60 +229,52 @@ def _identity(loaded: LoadedSpec, spec_sha256: str, known: dict[str, Any] | None
     }
 
 
-def _refuse_foreign(path: Path) -> None:
+class EarlierSubmission(NamedTuple):
+    """What an earlier submission left in a run's folder; nothing of a new run."""
+
+    identity: dict[str, Any] | None
+    """The content of run.json."""
+    planned_for: str | None
+    """Hash of the spec that the plan was made for; None without a readable plan."""
+    damage: IntegrityError | RunConflictError | None = None
+    """Why run.json cannot be used."""
+
+
+def _read_earlier(path: Path) -> EarlierSubmission:
+    """Read run.json, and from plan.json which spec it was made for."""
+    file, planned_for = path / IDENTITY, None
+    with output_to(path, remedy=WRITABLE):
+        with contextlib.suppress(IntegrityError, OSError):
+            plan = read_json(path / PLAN)
+            planned_for = plan.get("spec_sha256") if isinstance(plan, dict) else None
+        if not file.exists():
+            return EarlierSubmission(None, planned_for)
+        try:
+            known = read_json(file)
+        except IntegrityError as error:
+            return EarlierSubmission(None, planned_for, error)
+    fields = {"spec_sha256", "created", "submissions", "versions", "values"}
+    if isinstance(known, dict) and known.keys() >= fields and _is_shaped(known):
+        return EarlierSubmission(known, planned_for)
+    remedy = "choose another `name` or `output`; nothing was overwritten"
+    foreign = RunConflictError("this run.json was not written by this program", where=str(file), remedy=remedy)
+    return EarlierSubmission(None, planned_for, foreign)
+
+
+def _refuse_foreign(path: Path, earlier: EarlierSubmission) -> None:
     """Reject a folder without run.json unless it holds only a lock, or a partial run.json."""
     remedy = "choose another `name` or `output`; nothing was changed"
     if path.exists() and not path.is_dir():
         raise RunConflictError("a file is in the place of the run's folder", where=str(path), remedy=remedy)
-    if not path.is_dir() or _planned_spec(path / PLAN) is not None or _read_identity(path) is not None:
+    if not path.is_dir() or earlier.planned_for is not None or earlier.identity is not None:
         return
+    if earlier.damage is not None:
+        raise earlier.damage
     foreign = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK and PARTIAL not in entry.name)
     if foreign:
         more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
         what = f"the folder holds files but is not a run: {', '.join(foreign[:3])}{more}"
         raise RunConflictError(what, where=str(path), remedy=remedy)
-
-
-def _known_identity(run: RunDirectory, spec_sha256: str, loaded: LoadedSpec) -> dict[str, Any] | None:
-    """Read run.json. A damaged one is set aside where the plan's hash shows that the run belongs to this spec.
-
-    Raises:
-        IntegrityError, RunConflictError: run.json is damaged or foreign, and no plan shows that the run belongs to this spec.
-    """
-    file = run.path / IDENTITY
-    try:
-        return _read_identity(run.path)
-    except (IntegrityError, RunConflictError) as error:
-        if _planned_spec(run.plan) != spec_sha256:
-            error.remedy = "restore run.json from a copy, or choose another `name` or `output`; nothing was overwritten"
-            raise
-        aside = set_aside(file)
-        message = (
-            f"{IDENTITY} is damaged ({error.what}): set aside as {aside.name}; the plan shows that the run belongs to this spec"
-        )
-        run.event("record_damaged", message=message, path=IDENTITY, aside=aside.name)
-        return {**_identity(loaded, spec_sha256, None), "submissions": []}
-
-
-def _planned_spec(plan: Path) -> str | None:
-    try:
-        found = read_json(plan)
-    except (IntegrityError, OSError):
-        return None
-    return found.get("spec_sha256") if isinstance(found, dict) else None
-
-
-def _read_identity(path: Path) -> dict[str, Any] | None:
-    """Read what an earlier submission wrote; None where there is nothing."""
-    file = path / IDENTITY
-    if not file.exists():
-        return None
-    known = read_json(file)
-    fields = {"spec_sha256", "created", "submissions", "versions", "values"}
-    if not isinstance(known, dict) or not known.keys() >= fields or not _is_shaped(known):
-        remedy = "choose another `name` or `output`; nothing was overwritten"
-        raise RunConflictError("this run.json was not written by this program", where=str(file), remedy=remedy)
-    return known
 
 
 def _is_shaped(known: dict[str, Any]) -> bool:

@@ -27,6 +27,8 @@ OPTIMIZER_STATE = "state-rank"
 """Prefix of the files with a rank's fp32 master weights, optimizer moments and random state."""
 Damaged = Callable[[Path, str], None]
 TrialState = Literal["finished", "stopped", "failed"]
+DocumentLosses = tuple[np.ndarray, np.ndarray]
+"""Mean loss and number of supervised tokens of every eval document."""
 
 
 class TrialEnd(Value):
@@ -119,8 +121,8 @@ class Ledger:
             write_json(self.folder(trial_id) / END, end)
             self._entries[trial_id] = entry.model_copy(update={"end": end})
 
-    def document_losses(self, result: RungResult) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return (mean loss, supervised tokens) of every eval document, as a rung wrote them; None where it did not.
+    def document_losses(self, result: RungResult) -> DocumentLosses | None:
+        """Return the losses that a rung wrote; None where it did not.
 
         Raises:
             IntegrityError: they differ from the rung's manifest.

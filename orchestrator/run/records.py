@@ -3,22 +3,75 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
-from orchestrator.run.hours import read_hours
+from orchestrator.run.hours import may_go_on, read_hours
 from orchestrator.run.layout import RunFolder
-from orchestrator.run.ledger import Ledger, TrialEntry, base_result
+from orchestrator.run.ledger import DocumentLosses, Ledger, TrialEntry, base_result
 from orchestrator.run.scoring import Scoring
+from orchestrator.spec import JobSpec
 from orchestrator.store import read_record, write_json
 from orchestrator.transfer.records import EngineFigures, RungRecord, SweepResult, TransferReport, TrialRecord
 from orchestrator.work.results import RungResult
+from orchestrator.work.trial import TrialSpec
 
 
-def trial_records(ledger: Ledger, scoring: Scoring) -> tuple[TrialRecord, ...]:
-    """Return a record of every trial and control, by number."""
+@dataclass(frozen=True)
+class JudgedTrial:
+    """A trial or control, judged once against the base model: what its promotion and all that follows are decided by."""
+
+    entry: TrialEntry
+    record: TrialRecord
+    compared: RungResult | None
+    """The rung that it is compared by: its last, or with early stopping its best. None where it reached none."""
+    needs_refit: bool
+    """Whether it could still improve with more training; see `Scoring.needs_refit`."""
+    _ledger: Ledger = field(repr=False, compare=False)
+
+    @property
+    def trial(self) -> TrialSpec:
+        return self.entry.trial
+
+    @property
+    def bundled_steps(self) -> tuple[int, ...]:
+        """How many steps the artifact has if this trial is bundled; two numbers if it is refitted, since the refit may be
+        passed over for the trial's own rung."""
+        assert self.compared is not None
+        return (self.compared.step, self.trial.total_steps) if self.needs_refit else (self.compared.step,)
+
+    @cached_property
+    def losses(self) -> DocumentLosses | None:
+        """Losses of the eval documents at the rung that it is compared by, read at first use; None if it failed or wrote none."""
+        if self.compared is None or self.compared.state != "done":
+            return None
+        return self._ledger.document_losses(self.compared)
+
+
+def judge_trials(ledger: Ledger, scoring: Scoring) -> dict[str, JudgedTrial]:
+    """Judge every trial and control by id, in order of their numbers, as they are on disk now: the exchange, another process,
+    writes them during a search."""
+    ledger.refresh()
     base = base_result(ledger)
-    return tuple(trial_record(entry, scoring, base) for entry in ledger.entries())
+    return {entry.trial.trial_id: judge_trial(entry, scoring, base, ledger) for entry in ledger.entries()}
+
+
+def judge_trial(entry: TrialEntry, scoring: Scoring, base: RungResult | None, ledger: Ledger) -> JudgedTrial:
+    """Judge a trial.
+
+    Args:
+        base: The base model's scores.
+        ledger: Where its losses of single documents are read from.
+    """
+    results = entry.results
+    return JudgedTrial(
+        entry=entry,
+        record=trial_record(entry, scoring, base),
+        compared=scoring.judged(results, base) if results else None,
+        needs_refit=bool(results) and scoring.needs_refit(results, entry.trial.total_steps, base),
+        _ledger=ledger,
+    )
 
 
 def trial_record(entry: TrialEntry, scoring: Scoring, base: RungResult | None) -> TrialRecord:
@@ -84,6 +137,21 @@ def read_outcome(run_folder: Path) -> RunOutcome | None:
     if sweep is None or sweep.finished_at is None or not transfer.exists():
         return None
     return RunOutcome(run_folder, sweep, read_record(transfer, TransferReport))
+
+
+def read_finished_sweep(run: RunFolder, spec: JobSpec) -> RunOutcome | None:
+    """Read the outcome of a sweep that is finished, unless the spec now gives it more trials or more GPU-hours."""
+    assert spec.search is not None
+    outcome = read_outcome(run.path)
+    if outcome is None:
+        return None
+    ended, refit = outcome.sweep.ended_by_hours, outcome.transfer.refit
+    if ended or (refit is not None and refit.left_out_for_hours):
+        if may_go_on(outcome.sweep.max_gpu_hours, read_hours(run.hours), spec.resources.max_gpu_hours):
+            return None
+        if ended:
+            return outcome
+    return outcome if len(outcome.sweep.searched) >= spec.search.num_trials else None
 
 
 def write_outcome(outcome: RunOutcome) -> RunOutcome:

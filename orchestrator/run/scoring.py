@@ -55,6 +55,11 @@ class Scoring(Value):
         what = "its held-out loss has not" if self.metric == "loss" else f"neither its held-out loss nor its {self.metric} has"
         return f"{what} improved since step {results[best].step}"
 
+    def needs_refit(self, results: Sequence[RungResult], total_steps: int, base: RungResult | None) -> bool:
+        """Return whether a trial with these results is trained again before it is bundled: it had less than its full budget, and
+        was not stopped because more training no longer improved it."""
+        return results[-1].step < total_steps and not self.stalled(results, base)
+
     def score(self, result: RungResult, base: RungResult | None) -> float:
         """Return the score, lower is better; `WORST_SCORE` for a trial that failed or could not be measured."""
         value = self.metric_of(result)

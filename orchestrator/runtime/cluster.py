@@ -183,7 +183,7 @@ def require_base_everywhere(folder: Path, wanted: Mapping[str, str]) -> None:
     answers = [(address, _said(address, call.remote(str(folder), list(wanted)))) for address, call in calls]
     wrong = {address: differing for address, found in answers if (differing := _differing(wanted, found))}
     if wrong:
-        shown = "; ".join(f"on {node}, {said}" for node, said in sorted(wrong.items())[:3])
+        shown = "; ".join(f"on {node}, {problem}" for node, problem in sorted(wrong.items())[:3])
         raise BaseError(
             f"the base is not the same on every node: {shown}",
             where=str(folder),
@@ -194,11 +194,11 @@ def require_base_everywhere(folder: Path, wanted: Mapping[str, str]) -> None:
 
 def _differing(wanted: Mapping[str, str], found: Mapping[str, str]) -> str:
     """Return the first file that differs, and how."""
-    for name, said in wanted.items():
+    for name, identity in wanted.items():
         if not found[name]:
             return f"{name} is missing"
-        if found[name] != said:
-            return f"{name} differs ({found[name]} instead of {said})"
+        if found[name] != identity:
+            return f"{name} differs ({found[name]} instead of {identity})"
     return ""
 
 

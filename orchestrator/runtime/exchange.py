@@ -285,9 +285,9 @@ class Exchange:
         for note in result.notes:
             self._emit("trial_note", f"{result.trial_id}: {note}", trial_id=result.trial_id, rung=result.rung)
         self._emit_trial(result.trial_id)
-        said = self._first_steps.add(entry.option, result)
-        if said:
-            self._emit(**said)
+        event = self._first_steps.add(entry.option, result)
+        if event:
+            self._emit(**event)
 
     def _answer(self, result: RungResult, *, ended: bool) -> Answer:
         entry = self._ledger.get(result.trial_id)

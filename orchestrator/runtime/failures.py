@@ -65,7 +65,7 @@ def describe(error: BaseException) -> str:
         found = re.search(r"class_name: (\S+)", text)
         known = found[1].rpartition(".")[2] if found else ""
         what = next(
-            (said for name, said in ACTORS.items() if known.startswith(name)), f"a process of the run ({known or 'an actor'})"
+            (words for name, words in ACTORS.items() if known.startswith(name)), f"a process of the run ({known or 'an actor'})"
         )
         return f"{what} died{_why(text)}"
     if isinstance(error, ray_errors.WorkerCrashedError):

@@ -9,7 +9,7 @@ from pathlib import Path
 from orchestrator.plan import evaluate_base, make_trial, none_control
 from orchestrator.plan.defaults import with_section
 from orchestrator.run.activities import ranks_text
-from orchestrator.run.records import RunOutcome, read_outcome, write_outcome
+from orchestrator.run.records import RunOutcome, judge_trials, read_outcome, write_outcome
 from orchestrator.runtime.cluster import joins
 from orchestrator.runtime.failures import in_plain_words
 from orchestrator.runtime.finish import finish
@@ -67,7 +67,7 @@ def _train(prepared: Prepared, view: RunView, started_at: float) -> SweepResult:
     for result in results:
         ledger.add(result)
         ledger.end(result.trial_id, "finished")
-    sweep = summarise(prepared, ledger, [], started_at)
+    sweep = summarise(prepared, judge_trials(ledger, prepared.scoring), [], started_at)
     for record in sweep.trials:
         view.trial(record)
     return sweep

@@ -28,7 +28,7 @@ from orchestrator.serve import BundleInputs
 from orchestrator.store import check_artifact, versions
 from orchestrator.store.folders import MANIFEST
 from orchestrator.transfer import memory_rows
-from orchestrator.transfer.records import BundledFigures, SweepResult, TransferReport
+from orchestrator.transfer.records import BundledFigures, RefitRecord, SweepResult, TransferReport
 from orchestrator.transfer.run_view import RunView
 from orchestrator.work.results import RungResult
 from orchestrator.work.trial import TrialSpec
@@ -41,17 +41,21 @@ def finish(prepared: Prepared, sweep: SweepResult, view: RunView) -> RunOutcome:
         TrainingError: the refit failed.
         VerificationError: the bundle does not reproduce the trained model; it is left as `bundle.partial`.
     """
+    refitted: RefitRecord | None = None
     if sweep.winner_id is None:
-        transfer = TransferReport(
-            sentence=f"nothing was promoted: {sweep.promotion_reason}",
-            plan_against_measured=plan_against_measured(prepared, sweep, None),
-            memory=memory_rows(sweep.trials),
-            versions=versions(),
-        )
-        return RunOutcome(prepared.run.path, sweep, transfer)
+        transfer = TransferReport(sentence=f"nothing was promoted: {sweep.promotion_reason}", versions=versions())
+    else:
+        transfer = _bundle_promoted(prepared, sweep.winner_id, view)
+        refitted = transfer.refit
+    update = {"plan_against_measured": plan_against_measured(prepared, sweep, refitted), "memory": memory_rows(sweep.trials)}
+    return RunOutcome(prepared.run.path, sweep, transfer.model_copy(update=update))
+
+
+def _bundle_promoted(prepared: Prepared, trial_id: str, view: RunView) -> TransferReport:
+    """Train the promoted trial to its full budget, and bundle and judge it beside the controls."""
     ledger = prepared.run.ledger
     ledger.refresh()  # the exchange may have written until it was closed
-    entry = ledger.get(sweep.winner_id)
+    entry = ledger.get(trial_id)
     assert entry is not None
     base = base_result(ledger)
     bundled, refitted = full_budget(prepared, entry, base, view)
@@ -62,17 +66,14 @@ def finish(prepared: Prepared, sweep: SweepResult, view: RunView) -> RunOutcome:
     tell_bundling(prepared.run.path, "waiting for a free place")
     view.phase("merge", "then verify, then the test set")
     transfer = _bundle(prepared, _inputs(prepared, entry, bundled, controls))
-    transfer = transfer.model_copy(
+    return transfer.model_copy(
         update={
             "refit": refitted,
             "bundled": bundled_figures(bundled, prepared.scoring, base),
-            "plan_against_measured": plan_against_measured(prepared, sweep, refitted),
-            "memory": memory_rows(sweep.trials),
             "trial_id": entry.trial.trial_id,
             "controls_left_out": controls.left_out,
         }
     )
-    return RunOutcome(prepared.run.path, sweep, transfer)
 
 
 def bundled_figures(result: RungResult, scoring: Scoring, base: RungResult | None) -> BundledFigures:

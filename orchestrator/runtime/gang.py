@@ -258,16 +258,16 @@ class Gang:
                 if found is not None:  # else the rank failed: the call that waits for its work raises that
                     self._detector.record(process, found)
             self._detector.tick()
-            said = self._detector.hung()
+            messages = self._detector.hung()
             silent = [
                 process for process in self._detector.silent() if time.monotonic() - looked_at.get(process, 0.0) > LOOK_AGAIN_S
             ]
             # Asking a node blocks for up to NODE_S, hence the thread, and only every few seconds.
             if silent:
-                said = self._detector.stopped(await asyncio.to_thread(states_of, silent)) or said
+                messages = self._detector.stopped(await asyncio.to_thread(states_of, silent)) or messages
                 looked_at |= dict.fromkeys(silent, time.monotonic())
-            if said:
-                self._hangs = "; ".join(said.values())
+            if messages:
+                self._hangs = "; ".join(messages.values())
                 await asyncio.to_thread(end_processes, self._processes)
                 return
 

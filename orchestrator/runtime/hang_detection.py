@@ -209,7 +209,7 @@ def _asked(what: Any, processes: Iterable[ProcessId]) -> list[tuple[ProcessId, s
         if node != here:
             with contextlib.suppress(RayError):  # a node that is gone has no processes
                 answers.append((there, ray.get(_on(node, what, there), timeout=NODE_S)))
-    return [pair for there, said in answers for pair in zip(there, said, strict=True)]
+    return [pair for there, found in answers for pair in zip(there, found, strict=True)]
 
 
 def _on(node_id: str, what: Any, processes: Sequence[ProcessId]) -> Any:

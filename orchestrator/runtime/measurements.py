@@ -229,13 +229,13 @@ class BlockScores(Step[LayerScores]):
 def _sentence(found: LayerScores, plan: RunPlan) -> str:
     """Return `4 micro-batches of 60 documents, 1810 tokens, in 0.3 s: 2.1% of ... operations; top:0.5 is blocks 2, 3`."""
     batches = "1 micro-batch" if found.num_batches == 1 else f"{found.num_batches} micro-batches"
-    said = (
+    sentence = (
         f"{batches} of {found.num_documents} documents, {found.num_tokens} tokens, in "
         f"{found.seconds:.1f} s: {found.share_of_trial:.1%} of the cheapest trial's operations"
     )
     options = plan.options
     chosen = {option.layers: option.selection.blocks for option in options if parse_policy(option.layers).kind == "top"}
-    return "; ".join([said, *(f"{layers} is blocks {', '.join(map(str, blocks))}" for layers, blocks in chosen.items())])
+    return "; ".join([sentence, *(f"{layers} is blocks {', '.join(map(str, blocks))}" for layers, blocks in chosen.items())])
 
 
 class CompiledBlocks(Step[CompileChoice]):

@@ -13,23 +13,22 @@ from orchestrator.plan.cost.duration import MeasuredSteps, calibrated
 from orchestrator.plan.cost.estimate import CPU_FLOPS_PER_CORE, run_flops
 from orchestrator.plan.values import RunPlan, SweepPlan
 from orchestrator.run.hours import HoursState
-from orchestrator.run.ledger import Ledger, base_result
-from orchestrator.run.records import trial_records
+from orchestrator.run.records import JudgedTrial
+from orchestrator.run.scoring import Scoring
 from orchestrator.runtime.assignments import GangFigures
-from orchestrator.runtime.follow_up_trials import curve_ids, curve_of
+from orchestrator.runtime.follow_up_trials import measure_curve
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.store import write_json
-from orchestrator.transfer import Comparison, Promotion, paired_comparison, pareto_front, promote
-from orchestrator.transfer.learning_curve import LearningCurve
-from orchestrator.transfer.promotion import PROMOTABLE_CONTROLS
-from orchestrator.transfer.records import PlanAgainstMeasured, RefitRecord, SweepResult, TrialRecord
+from orchestrator.transfer import Comparison, Promotion, paired_comparison, promote
+from orchestrator.transfer.promotion import front_of
+from orchestrator.transfer.records import PlanAgainstMeasured, RefitRecord, SweepResult
 
 MORE_HOURS = "raise resources.max_gpu_hours and submit again: the search continues where it ended"
 
 
 def summarise(
     prepared: Prepared,
-    ledger: Ledger,
+    trials: Mapping[str, JudgedTrial],
     figures: Sequence[GangFigures],
     started_at: float,
     earlier: SweepResult | None = None,
@@ -38,59 +37,77 @@ def summarise(
     """Summarise the search and decide the promotion; write both to sweep.json, still without an end time.
 
     Args:
+        trials: The run's trials and controls as `judge_trials` returns them.
         figures: The time of each gang in this submission.
         started_at: Unix time of this submission.
         earlier: The summary of earlier submissions; their time counts.
         hours: The GPU-hours of the search, and whether they ended it.
     """
-    scoring = prepared.scoring
-    trials = trial_records(ledger, scoring)
-    promotion = decide(prepared, ledger, trials)
-    winner = ledger.get(promotion.trial_id) if promotion.trial_id is not None else None
-    follow_ups = follow_up_controls(prepared.plan, winner.trial.trial_id) if winner is not None else {}
-    promotable = [t for t in trials if t.control in PROMOTABLE_CONTROLS and t.state != "failed" and t.metric is not None]
-    front = pareto_front([(_target(trial, scoring.higher_is_better), trial.forgetting or 0.0) for trial in promotable])
-    curve = curve_of(prepared, ledger, winner)
-    points = curve_ids(prepared, winner, base_result(ledger)) if winner is not None else []
-    ended_by_hours = _ended_by_hours(prepared, ledger, hours, follow_ups, points)
+    scoring, plan = prepared.scoring, prepared.plan
+    records = [trial.record for trial in trials.values()]
+    first_trial_seconds = _first_trial_seconds(trials, started_at)
+    promotion = _decide(trials, scoring, prepared.spec.train.seed)
+    front = front_of(records, higher_is_better=scoring.higher_is_better)
+    winner = trials[promotion.trial_id] if promotion.trial_id is not None else None
+    follow_ups = follow_up_controls(plan, winner.trial.trial_id) if winner is not None else {}
+    curve = measure_curve(prepared, trials, winner)
+    ended_by_hours = _ended_by_hours(plan, trials, hours, follow_ups, curve.trial_ids)
     result = SweepResult(
         name=prepared.spec.name,
-        job="sweep" if isinstance(prepared.plan, SweepPlan) else "finetune",
+        job="sweep" if isinstance(plan, SweepPlan) else "finetune",
         task=prepared.spec.task,
         metric=scoring.metric,
         higher_is_better=scoring.higher_is_better,
         max_forgetting=scoring.max_forgetting,
         trials=tuple(
-            trial
-            for trial in trials
-            if trial.control != "curve" and (trial.control not in FOLLOW_UP_CONTROLS or trial.trial_id in follow_ups.values())
+            record
+            for record in records
+            if record.control != "curve" and (record.control not in FOLLOW_UP_CONTROLS or record.trial_id in follow_ups.values())
         ),
         winner_id=promotion.trial_id,
         promotion_reason=promotion.reason,
         advice=((MORE_HOURS,) if ended_by_hours else ()) + promotion.advice,
-        front=tuple(promotable[index].trial_id for index in front),
-        num_gangs=prepared.plan.num_gangs,
-        ranks_per_gang=prepared.plan.execution.ranks,
+        front=front,
+        num_gangs=plan.num_gangs,
+        ranks_per_gang=plan.execution.ranks,
         base_loads=sum(gang.base_loads for gang in figures),
         gangs_replaced=sum(gang.replaced for gang in figures),
         gang_idle_seconds=sum(sum(gang.idle_s) for gang in figures),
-        first_trial_seconds=_first_trial_seconds(ledger, started_at),
+        first_trial_seconds=first_trial_seconds,
         wall_seconds=time.time() - started_at + (earlier.wall_seconds if earlier else 0.0),
         started_at=earlier.started_at if earlier else started_at,
         num_submissions=len(prepared.run.identity["submissions"]),
         gpu_hours_used=hours.used if hours is not None else 0.0,
         max_gpu_hours=prepared.spec.resources.max_gpu_hours,
         ended_by_hours=ended_by_hours,
-        learning_curve=curve if isinstance(curve, LearningCurve) else None,
-        no_learning_curve=curve if isinstance(curve, str) else "",
-        learning_curve_seconds=sum(trial.seconds for trial in trials if trial.trial_id in points),
+        learning_curve=curve.curve,
+        no_learning_curve=curve.missing,
+        learning_curve_seconds=sum(record.seconds for record in records if record.trial_id in curve.trial_ids),
     )
     write_json(prepared.run.sweep, result)
     return result
 
 
+def _decide(trials: Mapping[str, JudgedTrial], scoring: Scoring, seed: int) -> Promotion:
+    """Decide which trial is promoted; if the metric is the loss, by paired differences to the base model on the eval set."""
+    comparisons = _compare_with_base(trials, seed) if scoring.metric == "loss" else {}
+    none = trials.get("none")
+    return promote(
+        [trial.record for trial in trials.values()],
+        none.record if none is not None else None,
+        scoring.max_forgetting,
+        higher_is_better=scoring.higher_is_better,
+        metric=scoring.metric,
+        comparisons=comparisons,
+    )
+
+
 def _ended_by_hours(
-    prepared: Prepared, ledger: Ledger, hours: HoursState | None, follow_ups: Mapping[str, str], points: Sequence[str]
+    plan: RunPlan,
+    trials: Mapping[str, JudgedTrial],
+    hours: HoursState | None,
+    follow_ups: Mapping[str, str],
+    points: Sequence[str],
 ) -> str:
     """Return how far the search came where the GPU-hour bound stopped a trial or a control; empty where it did not.
 
@@ -98,68 +115,43 @@ def _ended_by_hours(
         follow_ups: The ids of the promoted trial's controls, by name.
         points: Ids of the trials of its learning curve.
     """
-    if hours is None or not hours.spent or not isinstance(prepared.plan, SweepPlan):
+    if hours is None or not hours.spent or not isinstance(plan, SweepPlan):
         return ""
-    done = sum(entry.trial.control is None and entry.ended_for_good for entry in ledger.entries())
-    asked = prepared.plan.search.num_trials
+    ended = {trial_id for trial_id, trial in trials.items() if trial.entry.ended_for_good}
+    done = sum(trials[trial_id].trial.control is None for trial_id in ended)
+    asked = plan.search.num_trials
     if done < asked:
         return f"the search was ended after {done} of {asked} trials: {hours.spent}"
-    controls = [name for name, trial_id in {"head": "head", **follow_ups}.items() if _is_missing(ledger, trial_id)]
+    controls = [name for name, trial_id in {"head": "head", **follow_ups}.items() if trial_id not in ended]
     missing = [f"the control {' and '.join(controls)}"] if controls else []
-    missing += ["the learning curve"] if any(_is_missing(ledger, trial_id) for trial_id in points) else []
+    missing += ["the learning curve"] if not ended.issuperset(points) else []
     if not missing:
         return ""
     return f"all {asked} trials were searched, but out of GPU-hours for {' and '.join(missing)}: {hours.spent}"
 
 
-def _is_missing(ledger: Ledger, trial_id: str) -> bool:
-    entry = ledger.get(trial_id)
-    return entry is None or not entry.ended_for_good
-
-
-def decide(prepared: Prepared, ledger: Ledger, trials: Sequence[TrialRecord]) -> Promotion:
-    """Decide which trial is promoted, from the paired differences to the base model on the eval set."""
-    base = next((trial for trial in trials if trial.control == "none"), None)
-    return promote(
-        trials,
-        base,
-        prepared.scoring.max_forgetting,
-        higher_is_better=prepared.scoring.higher_is_better,
-        metric=prepared.scoring.metric,
-        comparisons=_eval_comparisons(prepared, ledger),
-    )
-
-
-def _eval_comparisons(prepared: Prepared, ledger: Ledger) -> dict[str, Comparison]:
-    """Compare every trial with the base model by per-document losses on the eval set; only where the metric is the loss."""
-    none = ledger.get("none")
-    if prepared.scoring.metric != "loss" or none is None or not none.results:
+def _compare_with_base(trials: Mapping[str, JudgedTrial], seed: int) -> dict[str, Comparison]:
+    """Compare every trial with the base model by its losses of the eval set's documents."""
+    none = trials.get("none")
+    base = none.losses if none is not None else None
+    if base is None:
         return {}
-    base = ledger.document_losses(none.results[-1])
     compared: dict[str, Comparison] = {}
-    for entry in ledger.entries():
-        result = prepared.scoring.judged(entry.results, none.results[-1]) if entry.results else None
-        if base is None or result is None or result.state != "done" or entry is none:
-            continue
-        own = ledger.document_losses(result)
+    for trial_id, trial in trials.items():
+        own = trial.losses if trial is not none else None
         if own is not None and np.isfinite(own[0]).all():
-            seed = prepared.spec.train.seed
-            compared[entry.trial.trial_id] = paired_comparison(own[0], base[0], base[1], seed, num_resamples=2000)
+            compared[trial_id] = paired_comparison(own[0], base[0], base[1], seed, num_resamples=2000)
     return compared
 
 
-def _target(trial: TrialRecord, higher_is_better: bool) -> float:
-    value = trial.metric if trial.metric is not None else float("nan")
-    return -value if higher_is_better else value
-
-
-def _first_trial_seconds(ledger: Ledger, started_at: float) -> float | None:
+def _first_trial_seconds(trials: Mapping[str, JudgedTrial], started_at: float) -> float | None:
     """Return the seconds from the submission to its first step of a searched trial; None where it made none."""
+    searched = [trial.entry.results for trial in trials.values() if trial.trial.control is None]
     stretches = [
-        (result, result.step - (entry.results[index - 1].step if index else 0))
-        for entry in ledger.entries()
-        for index, result in enumerate(entry.results)
-        if entry.trial.control is None and result.started_at > started_at
+        (result, result.step - (results[index - 1].step if index else 0))
+        for results in searched
+        for index, result in enumerate(results)
+        if result.started_at > started_at
     ]
     if not stretches:
         return None

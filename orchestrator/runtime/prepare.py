@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from pydantic import ValidationError
 
@@ -31,7 +31,6 @@ from orchestrator.store import base_identity, file_identity, output_to, read_rec
 from orchestrator.store.files import RECORD_REMEDY, Record
 from orchestrator.train.evaluation import text_metric
 from orchestrator.transfer.run_view import RunView
-from orchestrator.values import content_hash
 from orchestrator.work.assignment import WorkContext
 from orchestrator.work.execution import DataPaths, ExecutionPlan, TrainSettings
 from orchestrator.work.measurements import CompileChoice, LayerScores
@@ -132,71 +131,76 @@ def prepare(
         require_metric(loaded)
     view.phase("base", "reading and hashing the base model's files")
     anatomy = read_anatomy(resolve_base(spec.base.model, loaded.folder), need_weights=True)
-    base_sha256, known = _claim_base(run, anatomy)
+    base = Path(anatomy.folder)
+    base_sha256 = run.claim_base(base_identity(base, anatomy.weight_files))
+    known = _read_known(run, base, base_sha256)
     view.phase("data", "reading and tokenising")
     with output_to(run.data, remedy=WRITABLE, only_full=True):
-        planned_sha256 = known.data.sets_sha256 if known is not None else ""
-        base = Path(anatomy.folder)
+        planned_sha256 = known.plan.data.sets_sha256 if known.plan is not None else ""
         data = prepare_data(loaded, base, run.data, keep=run.was_planned, planned_sha256=planned_sha256)
     if cluster is None:
-        assert known is not None, "the run has no plan any more: planning it again"
-        return Prepared(spec, run, anatomy, data, known)
-    tell_data(data, run, view)
+        assert known.plan is not None, "the run has no plan any more: planning it again"
+        return Prepared(spec, run, anatomy, data, known.plan)
+    _report(run, view, [("warning" if notice.level == "warning" else "data", notice.line) for notice in data.told])
     view.phase("plan", "connecting to Ray")
     machines = cluster()
-    folder = Path(anatomy.folder)
-    # Before planning, so that a node with another or no base is reported at once and not by a gang that fails.
-    require_base_everywhere(folder, {name: file_identity(folder / name) for name in _files_of(anatomy)})
-    plan = plan_of_data(loaded, anatomy, Tokenised(data, run.data, known), machines, job, read_scores(run))
+    # Before planning, so that a node with another or no base is reported at once and not by a gang that fails. A gang reads
+    # the weights, and the JSON files of the model and its tokenizer.
+    files = [*sorted(path.name for path in base.glob("*.json")), *anatomy.weight_files]
+    require_base_everywhere(base, {name: file_identity(base / name) for name in files})
+    plan = plan_of_data(loaded, anatomy, Tokenised(data, run.data), machines, job, known)
     if isinstance(plan, SweepPlan):
-        plan = with_choice(plan, standing_choice(spec.resources.compile, read_choice(run)))
+        plan = with_choice(plan, standing_choice(spec.resources.compile, known.choice))
     plan = plan.model_copy(update={"base_sha256": base_sha256})
     with output_to(run.plan, remedy=WRITABLE):
         write_json(run.plan, plan)
-    if loaded.defaulted:
-        view.event("default_section", loaded.defaulted)
-        run.event("default_section", message=loaded.defaulted)
-    for warning in plan.warnings:
-        view.event("warning", warning)
-        run.event("warning", message=warning)
+    defaulted = [("default_section", loaded.defaulted)] if loaded.defaulted else []
+    _report(run, view, [*defaulted, *(("warning", warning) for warning in plan.warnings)])
     return Prepared(spec, run, anatomy, data, plan)
 
 
-def _claim_base(run: RunDirectory, anatomy: ModelAnatomy) -> tuple[str, RunPlan | None]:
-    """Check that the base model is the one that the run was planned for; return its hash, and the plan where there is one.
+class KnownRun(NamedTuple):
+    """What earlier submissions of a run decided or measured that its plan depends on."""
+
+    plan: RunPlan | None = None
+    scores: LayerScores | None = None
+    """Of the blocks, or that scoring failed."""
+    choice: CompileChoice | None = None
+    """Whether the trials train with compiled blocks."""
+
+
+def _read_known(run: RunDirectory, base: Path, base_sha256: str) -> KnownRun:
+    """Read what is known of a run, whose base model must be the one that it was planned for.
 
     Raises:
         RunConflictError: it is another base model.
     """
-    identity = identity_of_base(anatomy)
-    run.claim_base(identity)
-    base_sha256 = content_hash(identity)
-    known = read_record(run.plan, RunPlan) if run.plan.exists() else None
-    if known is not None and known.base_sha256 not in ("", base_sha256):
+    plan = read_record(run.plan, RunPlan) if run.plan.exists() else None
+    if plan is not None and plan.base_sha256 not in ("", base_sha256):
         raise RunConflictError(
             "the base's folder holds another base than when this run was planned",
-            where=anatomy.folder,
+            where=str(base),
             remedy="restore the base, or choose another `name`; nothing was overwritten",
         )
-    return base_sha256, known
+    return KnownRun(plan, read_scores(run), read_choice(run))
+
+
+def _report(run: RunDirectory, view: RunView, notices: Sequence[tuple[str, str]]) -> None:
+    """Report (kind, message) notices, one line each, to the view and to events.jsonl."""
+    for kind, message in notices:
+        view.event(kind, message)
+        run.event(kind, message=message)
 
 
 class Tokenised(NamedTuple):
-    """The data of a run, and the plan of an earlier submission, if any."""
+    """The data of a run, and where `prepare_data` wrote the sets."""
 
     summary: DataSummary
     folder: Path
-    """Folder in which `prepare_data` wrote the sets."""
-    known: RunPlan | None = None
 
 
 def plan_of_data(
-    loaded: LoadedSpec,
-    anatomy: ModelAnatomy,
-    data: Tokenised,
-    machines: ClusterDescription,
-    job: Job,
-    scores: LayerScores | None = None,
+    loaded: LoadedSpec, anatomy: ModelAnatomy, data: Tokenised, machines: ClusterDescription, job: Job, known: KnownRun
 ) -> RunPlan:
     """Make the exact plan of a job. A resumed run keeps the steps of its first plan, whatever cluster it is on now.
 
@@ -205,19 +209,11 @@ def plan_of_data(
         PlanError: it does not fit the cluster.
     """
     spec, sha256 = loaded.spec, spec_sha256(loaded.spec, job)
-    before = data.known.data if data.known is not None and data.known.data.tokens_per_step else None
+    before = known.plan.data if known.plan is not None and known.plan.data.tokens_per_step else None
     planned = StepSize(before.tokens_per_step, before.step_ranks) if before is not None else None
     size = data_size(data.summary, spec, data.folder, planned=planned)
     resize = None if before else lambda step: data_size(data.summary, spec, data.folder, planned=step)
-    return make_plan(loaded, anatomy, size, machines, job=job, spec_sha256=sha256, scores=scores, resize=resize)
-
-
-def tell_data(data: DataSummary, run: RunDirectory, view: RunView) -> None:
-    """Report the findings about the data, one line each, to the view and to events.jsonl."""
-    for notice in data.told:
-        kind = "warning" if notice.level == "warning" else "data"
-        view.event(kind, notice.line)
-        run.event(kind, message=notice.line)
+    return make_plan(loaded, anatomy, size, machines, job=job, spec_sha256=sha256, scores=known.scores, resize=resize)
 
 
 def read_scores(run: RunDirectory) -> LayerScores | None:
@@ -267,7 +263,7 @@ def reopen(run_folder: Path) -> Prepared:
         plan = read_record(run.plan, RunPlan)
         spec = _recorded_spec(run)
         anatomy = read_anatomy(Path(plan.base.folder), need_weights=True)
-        run.claim_base(identity_of_base(anatomy))
+        run.claim_base(base_identity(Path(anatomy.folder), anatomy.weight_files))
         data = read_record(run.data_summary, DataSummary)
     except BaseException:
         run.close()
@@ -281,20 +277,6 @@ def _recorded_spec(run: RunDirectory) -> JobSpec:
     except ValidationError as error:
         what = f"no spec: {error.errors()[0]['msg']}"
         raise IntegrityError(what, where=str(run.identity_file), remedy=RECORD_REMEDY) from None
-
-
-def identity_of_base(anatomy: ModelAnatomy) -> dict[str, Any]:
-    """Return what `RunDirectory.claim_base` compares."""
-    return base_identity(Path(anatomy.folder), _weight_files(anatomy))
-
-
-def _weight_files(anatomy: ModelAnatomy) -> list[str]:
-    return sorted({tensor.file for tensor in anatomy.tensors.values()})
-
-
-def _files_of(anatomy: ModelAnatomy) -> list[str]:
-    """Return the files that a gang reads: the weights, and the JSON files of the model and its tokenizer."""
-    return [*sorted(path.name for path in Path(anatomy.folder).glob("*.json")), *_weight_files(anatomy)]
 
 
 @dataclass(frozen=True)
@@ -328,7 +310,7 @@ def rehearse(loaded: LoadedSpec, job: Job, *, output: Path | None = None, cluste
     known = is_same_run(run_folder, loaded, sha256)
     anatomy = read_anatomy(resolve_base(loaded.spec.base.model, loaded.folder), need_weights=True)
     if known:
-        require_same_base(run_folder, identity_of_base(anatomy))
+        require_same_base(run_folder, base_identity(Path(anatomy.folder), anatomy.weight_files))
     run = RunFolder(run_folder)
     planned = _read(run.plan, RunPlan) if known else None
     with tempfile.TemporaryDirectory(prefix="orchestrator-data-") as folder:
@@ -337,7 +319,7 @@ def rehearse(loaded: LoadedSpec, job: Job, *, output: Path | None = None, cluste
         if before is not None and _hashes(before) != _hashes(data):
             what = "the data has changed since this run began"
             raise RunConflictError(what, where=str(run_folder), remedy="put it back, or choose another `name`")
-        plan = plan_of_data(loaded, anatomy, Tokenised(data, Path(folder), planned), cluster(), job)
+        plan = plan_of_data(loaded, anatomy, Tokenised(data, Path(folder)), cluster(), job, KnownRun(planned))
     return Rehearsal(plan, data, run_folder, _would(run_folder, known))
 
 

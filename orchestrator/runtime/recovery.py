@@ -16,7 +16,7 @@ from orchestrator.errors import IntegrityError
 from orchestrator.plan.values import RunPlan
 from orchestrator.run.directory import RunDirectory
 from orchestrator.run.hours import HoursRecord
-from orchestrator.run.layout import END, EVALUATION, OWNER, RESULT, TRIAL, rung_files, rung_number
+from orchestrator.run.layout import END, EVALUATION, OWNER, RESULT, TRIAL, rung_files
 from orchestrator.run.ledger import TrialEnd, TrialHead
 from orchestrator.store import check_folder, read_json, read_record, set_aside, write_json
 from orchestrator.transfer.records import SweepResult, TransferReport
@@ -87,16 +87,18 @@ class _Repair:
         self._check(folder / RESULT, _as(RungResult), "it continues from its newest complete checkpoint")
         self._check(folder / REDUCED_WORK, _as(ReducedWork), "it is retried as planned")
         self._check(folder / END, _as(TrialEnd), "the trial's end state is recomputed")
-        for file in rung_files(folder):
+        rungs = rung_files(folder)
+        for rung, file in enumerate(rungs):
             remedy = f"trial {trial.trial_id} is trained again from the rung before it"
             lost = self._check(file, _as(RungResult), remedy)
             if not lost:
                 result = read_record(file, RungResult)
-                lost = self._check_checkpoint(folder, trial, result, plan) if with_checkpoints else False
                 self._count(trial, result)
+                lost = self._check_checkpoint(folder, trial, result, plan) if with_checkpoints else False
             # Later rungs were trained from the damaged one.
             if lost:
-                self._drop_from(folder, rung_number(file))
+                for later in (*rungs[rung:], folder / END):
+                    self._put_away(later)
                 return
 
     def _check_checkpoint(self, folder: Path, trial: TrialSpec, result: RungResult, plan: RunPlan | None) -> bool:
@@ -107,19 +109,9 @@ class _Repair:
         checkpoint = folder / Path(result.checkpoint).name
         if not checkpoint.is_dir():
             return False  # removed by hand, or moved with its run: loading it reports that
-        own = ownership(trial, plan.spec_sha256, plan.base_sha256) if plan is not None else ownership(trial)
-
-        def whole_and_own(path: Path) -> None:
-            if other := contradiction(check_folder(path).about, own):
-                raise IntegrityError(f"the checkpoint is {other}", where=str(path))
-
-        return self._check(checkpoint, whole_and_own, f"trial {trial.trial_id} is trained again from the rung before it")
-
-    def _drop_from(self, folder: Path, rung: int) -> None:
-        for file in rung_files(folder):
-            if rung_number(file) >= rung:
-                self._put_away(file)
-        self._put_away(folder / END)
+        return self._check(
+            checkpoint, _checkpoint_of(trial, plan), f"trial {trial.trial_id} is trained again from the rung before it"
+        )
 
     def _count(self, trial: TrialSpec, result: RungResult) -> None:
         ranks = result.engine.ranks if result.engine is not None else 1
@@ -163,6 +155,17 @@ class _Repair:
 
 def _as(kind: type[Any]) -> Read:
     return lambda path: read_record(path, kind)
+
+
+def _checkpoint_of(trial: TrialSpec, plan: RunPlan | None) -> Read:
+    """Return what reads a trial's checkpoint: it must be complete, and of this run."""
+
+    def read(path: Path) -> None:
+        own = ownership(trial, plan.spec_sha256, plan.base_sha256) if plan is not None else ownership(trial)
+        if other := contradiction(check_folder(path).about, own):
+            raise IntegrityError(f"the checkpoint is {other}", where=str(path))
+
+    return read
 
 
 def _base(path: Path) -> None:

@@ -242,7 +242,7 @@ def full_budget(prepared: Prepared, entry: TrialEntry, base: RungResult | None, 
     if not isinstance(prepared.plan, SweepPlan):
         return last, refit_record(prepared, last, "the job's one trial")
     judged = prepared.scoring.judged(entry.results, base)
-    if stands_as_it_is(entry, base, prepared.scoring):
+    if not prepared.scoring.needs_refit(entry.results, trial.total_steps, base):
         best = f"the promoted trial was best on the eval set after {judged.step} of {trial.total_steps} steps"
         reason = best if judged.step < trial.total_steps else "the promoted trial had the full budget"
         return judged, RefitRecord(ran=False, reason=reason, to_step=judged.step)
@@ -261,18 +261,6 @@ def full_budget(prepared: Prepared, entry: TrialEntry, base: RungResult | None, 
     view.event("refit_passed_over", passed_over, trial_id=trial.trial_id)
     prepared.run.event("refit_passed_over", message=passed_over, trial_id=trial.trial_id)
     return judged, refit_record(prepared, result, f"{reason}; {passed_over}")
-
-
-def stands_as_it_is(entry: TrialEntry, base: RungResult | None, scoring: Scoring) -> bool:
-    """Whether a trial is bundled without a refit: it had the full budget, or more of it did it no good."""
-    return entry.results[-1].step >= entry.trial.total_steps or bool(scoring.stalled(entry.results, base))
-
-
-def steps_to_bundle(entry: TrialEntry, base: RungResult | None, scoring: Scoring) -> tuple[int, ...]:
-    """How long the artifact was trained that will be bundled of this trial; where a refit is to come, of both that may be: it can
-    give way to the trial's own rung."""
-    own = scoring.judged(entry.results, base).step
-    return (own,) if stands_as_it_is(entry, base, scoring) else (own, entry.trial.total_steps)
 
 
 def _why_left_out(prepared: Prepared, entry: TrialEntry, base: RungResult | None, assignment: RefitWork) -> str:

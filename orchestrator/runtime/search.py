@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,10 +17,13 @@ from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from orchestrator.plan import make_trial
+from orchestrator.anatomy import LayerSelection, ModelAnatomy
+from orchestrator.errors import TrainingError
+from orchestrator.plan import make_trial, none_control
 from orchestrator.plan.schedule import asha_time
-from orchestrator.plan.values import SweepPlan
+from orchestrator.plan.values import SearchPlan, SweepPlan
 from orchestrator.run.ledger import TrialEntry
+from orchestrator.runtime.assignments import Answer
 from orchestrator.runtime.cluster import fetch, own_node
 from orchestrator.runtime.failures import cause_of
 from orchestrator.runtime.proposals import Known, Proposal, propose
@@ -33,6 +36,36 @@ gone, each restart wastes seconds."""
 SHARE_OF_NODE = 1e-4
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
 """Environment variables that `ray.tune.execution.class_cache` passes on."""
+
+
+def submit(exchange: Any, trial: TrialSpec, selection: LayerSelection, stops: Sequence[int]) -> Any:
+    """Submit a trial to the gangs; pass the returned call to `wait_for`.
+
+    Args:
+        stops: The step at which each of its rungs ends.
+    """
+    return exchange.carry.remote(trial, selection, tuple(stops))
+
+
+def wait_for(exchange: Any, trial_id: str, call: Any) -> Answer:
+    """Wait for a submitted trial to end, and return its last answer."""
+    answer = fetch(call)
+    fetch(exchange.finish.remote(trial_id, "failed" if answer.state == "failed" else "finished"))
+    return answer
+
+
+def evaluate_base(plan: SweepPlan, anatomy: ModelAnatomy, exchange: Any, seed: int) -> None:
+    """Have the base model evaluated: every trial is compared with it.
+
+    Raises:
+        TrainingError: it could not be evaluated.
+    """
+    answer = wait_for(exchange, "none", submit(exchange, *none_control(plan, anatomy, seed), [0]))
+    if answer.state == "failed":
+        raise TrainingError(
+            f"the base model could not be evaluated: {answer.reason}",
+            remedy="fix the reported error and submit the same spec again: it is evaluated again",
+        )
 
 
 class RecordedSearch(Searcher):
@@ -153,6 +186,7 @@ def run_search(plan: SweepPlan, exchange: Any, recorded: list[TrialEntry], folde
     # Tune's own handler makes an interrupted search look finished.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     in_batches = search.scheduler == "none" and search.algorithm == "optuna"
+    last_pace = asha_time(search, len(search.rung_steps) - 1)
     trainable = tune.with_resources(tune.with_parameters(thin_trial, exchange=exchange, plan=plan), _beside_the_driver())
     tuner = tune.Tuner(
         trainable,
@@ -163,7 +197,7 @@ def run_search(plan: SweepPlan, exchange: Any, recorded: list[TrialEntry], folde
             search_alg=RecordedSearch(
                 plan, seed, recorded, in_batches=in_batches, is_over=lambda: fetch(exchange.is_spent.remote())
             ),
-            scheduler=_scheduler(plan),
+            scheduler=_scheduler(search, last_pace),
             max_concurrent_trials=search.concurrent_trials,
             # Starting a process for each of 16 trials took 33 s on two cores, and reusing four of them 7 s.
             reuse_actors=True,
@@ -174,7 +208,7 @@ def run_search(plan: SweepPlan, exchange: Any, recorded: list[TrialEntry], folde
             verbose=0,
             # A trial that ASHA stops is not told: the callback follows its last report by milliseconds, and frees the gang's
             # place.
-            callbacks=[EndOfTrial(exchange, _last_pace(plan))],
+            callbacks=[EndOfTrial(exchange, last_pace)],
             failure_config=tune.FailureConfig(max_failures=MAX_RESTARTS),
         ),
     )
@@ -203,14 +237,8 @@ def _without_credentials() -> Iterator[None]:
         os.environ.update(held)
 
 
-def _last_pace(plan: SweepPlan) -> int:
-    return asha_time(plan.search, len(plan.search.rung_steps) - 1)
-
-
-def _scheduler(plan: SweepPlan) -> TrialScheduler:
-    """Return ASHA (Li et al. 2020) over the plan's rungs, or a scheduler that runs every trial to its end."""
-    if plan.search.scheduler == "none" or len(plan.search.rung_steps) == 1:
+def _scheduler(search: SearchPlan, last_pace: int) -> TrialScheduler:
+    """Return ASHA (Li et al. 2020) over the plan's rungs; without it every trial is trained to its end."""
+    if search.scheduler == "none" or len(search.rung_steps) == 1:
         return FIFOScheduler()
-    return AsyncHyperBandScheduler(
-        time_attr="pace", grace_period=1, max_t=_last_pace(plan), reduction_factor=plan.search.reduction_factor
-    )
+    return AsyncHyperBandScheduler(time_attr="pace", grace_period=1, max_t=last_pace, reduction_factor=search.reduction_factor)

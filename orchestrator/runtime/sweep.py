@@ -12,25 +12,22 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from orchestrator.errors import TrainingError
-from orchestrator.plan import head_control, none_control
+from orchestrator.plan import head_control
 from orchestrator.plan.defaults import with_section
 from orchestrator.run.activities import ranks_text
-from orchestrator.run.directory import RunDirectory
-from orchestrator.run.hours import may_go_on, read_hours
-from orchestrator.run.records import RunOutcome, read_outcome, read_sweep, write_outcome
+from orchestrator.run.records import RunOutcome, judge_trials, read_finished_sweep, read_sweep, write_outcome
 from orchestrator.runtime.assignments import Orders
 from orchestrator.runtime.cluster import fetch, joins
 from orchestrator.runtime.exchange import Exchange
 from orchestrator.runtime.failures import in_plain_words
 from orchestrator.runtime.finish import finish
-from orchestrator.runtime.follow_up_trials import submit, train_follow_ups, wait_for
+from orchestrator.runtime.follow_up_trials import follow_up_trials, train_follow_ups
 from orchestrator.runtime.hang_detection import HangTimeouts
 from orchestrator.runtime.measurements import measured_in_a_gang
 from orchestrator.runtime.outcome import summarise
 from orchestrator.runtime.prepare import Prepared, open_run, prepare
 from orchestrator.runtime.run_progress import ProgressReporter, Watcher
-from orchestrator.runtime.search import run_search
+from orchestrator.runtime.search import evaluate_base, run_search, submit, wait_for
 from orchestrator.spec import LoadedSpec
 from orchestrator.transfer.records import SweepResult
 from orchestrator.transfer.run_view import RunView
@@ -52,77 +49,57 @@ def run_sweep(loaded: LoadedSpec, *, view: RunView, address: str | None = None, 
     with ExitStack() as stack:
         run = stack.enter_context(open_run(loaded, "sweep", output, view))
         stack.enter_context(in_plain_words(run.path))
-        finished = _finished(run, loaded)
+        finished, earlier = read_finished_sweep(run, loaded.spec), read_sweep(run.path)
         is_finished = finished is not None and run.plan.exists()
         view = stack.enter_context(ProgressReporter(view, None if is_finished else run.path))
         prepared = prepare(loaded, "sweep", run, view, None if is_finished else joins(stack, address, run.path))
         if finished is not None:
             return finished
-        prepared, sweep = _search(prepared, view, started_at)
+        view.start(
+            name=prepared.spec.name,
+            metric=prepared.scoring.metric,
+            higher_is_better=prepared.scoring.higher_is_better,
+            max_forgetting=prepared.scoring.max_forgetting,
+            num_trials=prepared.sweep_plan.search.num_trials,
+        )
+        prepared, sweep = _search(prepared, view, started_at, earlier)
         outcome = finish(prepared, sweep, view)
         return write_outcome(outcome)
 
 
-def _finished(run: RunDirectory, loaded: LoadedSpec) -> RunOutcome | None:
-    """Return the outcome if this sweep is finished and neither more trials nor more hours are requested."""
-    assert loaded.spec.search is not None
-    outcome = read_outcome(run.path)
-    if outcome is None:
-        return None
-    ended, refit = outcome.sweep.ended_by_hours, outcome.transfer.refit
-    if ended or (refit is not None and refit.left_out_for_hours):
-        if may_go_on(outcome.sweep.max_gpu_hours, read_hours(run.hours), loaded.spec.resources.max_gpu_hours):
-            return None
-        if ended:
-            return outcome
-    return outcome if len(outcome.sweep.searched) >= loaded.spec.search.num_trials else None
+def _search(
+    prepared: Prepared, view: ProgressReporter, started_at: float, earlier: SweepResult | None
+) -> tuple[Prepared, SweepResult]:
+    """Evaluate the base model, measure, search, summarise, and train what follows the promoted trial; then release the gangs.
 
-
-def _search(prepared: Prepared, view: ProgressReporter, started_at: float) -> tuple[Prepared, SweepResult]:
-    """Controls, the blocks' scores, trials, promotion, and what is trained once the promoted trial is known.
-
-    The gangs are released at the end.
+    Args:
+        earlier: The summary of earlier submissions.
 
     Returns:
         The run with its policies by score resolved, and what was found.
     """
-    spec, plan = prepared.spec, prepared.sweep_plan
-    view.start(
-        name=spec.name,
-        metric=prepared.scoring.metric,
-        higher_is_better=prepared.scoring.higher_is_better,
-        max_forgetting=prepared.scoring.max_forgetting,
-        num_trials=plan.search.num_trials,
-    )
-    seed = spec.train.seed
-    earlier = read_sweep(prepared.run.path)
     with _exchange(prepared) as exchange, Watcher(exchange, view, prepared.run) as watcher, view.watching(watcher.look):
+        plan, seed, ledger = prepared.sweep_plan, prepared.spec.train.seed, prepared.run.ledger
         view.phase("gangs", f"{plan.num_gangs} worker group(s) of {ranks_text(plan.execution.ranks)}")
-        base = submit(exchange, *none_control(plan, prepared.anatomy, seed), [0])
-        base_answer = wait_for(exchange, "none", base)
-        if base_answer.state == "failed":
-            raise TrainingError(
-                f"the base model could not be evaluated: {base_answer.reason}",
-                remedy="fix the reported error and submit the same spec again: it is evaluated again",
-            )
-        ledger = prepared.run.ledger
+        evaluate_base(plan, prepared.anatomy, exchange, seed)
         ledger.refresh()  # the exchange, another process, has written the base model's scores
         prepared = measured_in_a_gang(prepared, exchange, view)
         plan = prepared.sweep_plan
         view.phase("search", f"{plan.search.num_trials} trials")
         stops = plan.search.rung_steps if plan.search.patience is not None else plan.search.rung_steps[-1:]
-        head = submit(exchange, *head_control(plan, prepared.anatomy, spec, seed), stops)
+        head = submit(exchange, *head_control(plan, prepared.anatomy, prepared.spec, seed), stops)
         recorded = [entry for entry in ledger.entries() if entry.trial.control is None]
         run_search(plan, exchange, recorded, prepared.run.path / "tune", seed)
         wait_for(exchange, "head", head)
         figures, hours = fetch(exchange.figures.remote()), fetch(exchange.hours.remote())
-        ledger.refresh()
-        sweep = summarise(prepared, ledger, figures, started_at, earlier, hours)
-        winner = ledger.get(sweep.winner_id) if sweep.winner_id is not None else None
-        if winner is not None and train_follow_ups(prepared, exchange, winner, view):
+        trials = judge_trials(ledger, prepared.scoring)
+        sweep = summarise(prepared, trials, figures, started_at, earlier, hours)
+        follow_ups = follow_up_trials(prepared, trials[sweep.winner_id]) if sweep.winner_id is not None else []
+        if follow_ups:
+            train_follow_ups(prepared, exchange, follow_ups, view)
             hours = fetch(exchange.hours.remote())
-            ledger.refresh()
-            sweep = summarise(prepared, ledger, figures, started_at, earlier, hours)
+            trials = judge_trials(ledger, prepared.scoring)
+            sweep = summarise(prepared, trials, figures, started_at, earlier, hours)
         _emit_findings(prepared, view, sweep, earlier)
     return prepared, sweep
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from orchestrator.errors import IntegrityError, OrchestratorError, UsageError
-from orchestrator.values import printable_json, strict_json
+from orchestrator.values import record_json
 
 CHUNK_BYTES = 4 * 1024**2
 NUM_SAMPLES, SAMPLE_BYTES = 64, 256 * 1024
@@ -88,8 +88,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 def write_json(path: Path, value: BaseModel | dict[str, Any] | list[Any]) -> None:
     """Write a value as indented JSON, atomically: strict JSON, NaN and infinities as strings."""
-    text = json.dumps(strict_json(value, named=True), indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomic(path, printable_json(text) + "\n")
+    write_atomic(path, record_json(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -138,8 +137,7 @@ def set_aside(path: Path) -> Path:
 
 def append_jsonl(path: Path, value: BaseModel | dict[str, Any]) -> None:
     """Append one line in one write, after repairing a truncated last line of a killed writer."""
-    text = json.dumps(strict_json(value, named=True), ensure_ascii=False, allow_nan=False)
-    line = printable_json(text).encode() + b"\n"
+    line = record_json(value).encode() + b"\n"
     with path.open("ab+") as file:
         # A killed writer left half a line: it stays a line of its own, which readers skip, instead of damaging this one.
         if file.tell() and not _ends_with_newline(file):

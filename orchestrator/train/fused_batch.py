@@ -61,8 +61,8 @@ class FusedBatchSizes:
         larger = 2 * self._sizes.get(kind, 1)
         if larger <= len(group) and (kind not in self._sizes or self._tried.get(kind, larger) < larger):
             self._tried[kind] = len(group)
-            self._sizes[kind], said = self._measured(group, note)
-            note(said)
+            self._sizes[kind], sentence = self._measured(group, note)
+            note(sentence)
         return min(len(group), self._sizes.get(kind, 1))
 
     def limit(self, work: TrainRung, size: int) -> None:
@@ -121,8 +121,8 @@ def measure_batch_size(context: HostContext, group: Sequence[TrainRung]) -> tupl
         if seconds[size] > GAIN * seconds[best]:
             break
         best, size = size, 2 * size
-    said = ", ".join(f"{count}: {1e3 * each:.1f} ms" for count, each in seconds.items())
-    return best, f"{best} trials share a batch (time per trial's micro-batch, by trials in a batch: {said})"
+    times = ", ".join(f"{count}: {1e3 * each:.1f} ms" for count, each in seconds.items())
+    return best, f"{best} trials share a batch (time per trial's micro-batch, by trials in a batch: {times})"
 
 
 def _slowest(context: HostContext, group: Sequence[TrainRung], step: StepInput) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import psutil
 import torch
 
-SAID_WITHOUT_MEMORY = ("out of memory", "can't allocate memory", "cublas_status_alloc_failed")
+OUT_OF_MEMORY_PHRASES = ("out of memory", "can't allocate memory", "cublas_status_alloc_failed")
 """cuBLAS asks for its workspace at the first matrix product, beside torch's allocator."""
 
 
@@ -14,7 +14,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     words = str(error).lower()
-    return isinstance(error, RuntimeError) and any(said in words for said in SAID_WITHOUT_MEMORY)
+    return isinstance(error, RuntimeError) and any(phrase in words for phrase in OUT_OF_MEMORY_PHRASES)
 
 
 def first_line(error: BaseException) -> str:

@@ -42,6 +42,16 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     return sorted((index for index in finite if not beaten(index)), key=lambda index: points[index])
 
 
+def front_of(candidates: Sequence[TrialRecord], *, higher_is_better: bool) -> tuple[str, ...]:
+    """Return the ids of the trials on the Pareto front of target and retention, among those that could be promoted."""
+    measured = [
+        (trial.trial_id, -trial.metric if higher_is_better else trial.metric, trial.forgetting or 0.0)
+        for trial in candidates
+        if trial.control in PROMOTABLE_CONTROLS and trial.state != "failed" and trial.metric is not None
+    ]
+    return tuple(measured[index][0] for index in pareto_front([(target, forgetting) for _, target, forgetting in measured]))
+
+
 def promote(
     candidates: Sequence[TrialRecord],
     base: TrialRecord | None,

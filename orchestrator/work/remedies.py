@@ -71,5 +71,5 @@ NOTHING = Remedies()
 
 def method_name(tune: Tune, lora_rank: int | None, adapter: AdapterOptions, remedies: Remedies) -> str:
     """Return `lora r16 · replay 0.1`: all of a choice except its layers, for display and to distinguish choices."""
-    said = adapter.method(lora_rank) if tune == "lora" else "full"
-    return f"{said} · {remedies}" if remedies != NOTHING else said
+    method = adapter.method(lora_rank) if tune == "lora" else "full"
+    return f"{method} · {remedies}" if remedies != NOTHING else method

@@ -119,3 +119,19 @@ def test_the_readmes_specs_are_valid(readme, tmp_path):
     shortest, longer = found
     assert shortest.model_fields_set == {"name", "base", "task", "data"}
     assert longer.search is not None
+
+
+def test_the_design_names_files_that_exist(repository):
+    text = (repository / "docs" / "design.md").read_text()
+    named = re.findall(r"`((?:\w+/)+\w+\.py)`", text)
+    missing = [name for name in named if not ((repository / "orchestrator" / name).exists() or (repository / name).exists())]
+    assert named
+    assert missing == []
+
+
+def test_every_law_that_is_cited_is_defined(repository):
+    laws = re.findall(r"^(\d+)\. ", section((repository / "docs" / "design.md").read_text(), "The laws"), re.MULTILINE)
+    files = [*(repository / "orchestrator").rglob("*.py"), *(repository / "docs").glob("*.md")]
+    cited = {number for file in files for number in re.findall(r"\blaw (\d+)", file.read_text(), re.IGNORECASE)}
+    assert cited
+    assert cited <= set(laws)

@@ -102,8 +102,8 @@ def compiled_blocks(base: LoadedBase, cut: int, execution: ExecutionPlan) -> Ite
         try:
             yield spent
         except dynamo.exc.TorchDynamoException as error:
-            said = str(error).strip().splitlines() or [type(error).__name__]
-            raise CompileError(said[0], remedy="resources.compile: off") from error
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise CompileError(lines[0], remedy="resources.compile: off") from error
         finally:
             spent.seconds = _seconds_compiling() - before
 

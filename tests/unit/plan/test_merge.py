@@ -191,7 +191,7 @@ def test_modules_to_save_of_an_adapter_are_taken_whole(tmp_path: Path):
         ({"model.layers.1.self_attn.p_proj.weight": (8, 8)}, {}, "a name like model.layers.1.self_attn"),
         ({"model.layers.7.self_attn.q_proj.weight": (8, 8)}, {}, "the base has no such tensor"),
         ({"model.norm.weight": (8, 8)}, {}, r"a weight \[8\]"),
-        ({Q: (8, 8)}, {"use_dora": True}, "use_dora is True"),
+        ({Q: (8, 8)}, {"use_dora": True}, r"q_proj has no lora_magnitude_vector"),
         ({Q: (8, 8)}, {"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
         ({Q: (0, 8)}, {}, r"lora_B\.weight is empty"),
     ],

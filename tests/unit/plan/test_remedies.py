@@ -16,6 +16,7 @@ from orchestrator.plan.remedies import (
     searched_remedies,
     tunes_without_anchor,
 )
+from orchestrator.spec.adapters import PLAIN_LORA
 from orchestrator.spec.models import SearchPoint, SearchSpec, TrainSpec
 from orchestrator.work.remedies import NOTHING, AnchorPlan, Remedies, method_name
 
@@ -88,8 +89,8 @@ def test_the_plan_notes_which_trials_go_without_the_anchor_of_train(base: Any, j
 def test_replay_adds_its_tokens_and_a_name() -> None:
     assert Remedies(replay=0.2).total_tokens(800) == 1000
     assert NOTHING.total_tokens(800) == 800
-    assert method_name("lora", 8, NOTHING) == "lora r8"
-    assert method_name("full", None, Remedies(layer_decay=0.8)) == "full · decay 0.8"
+    assert method_name("lora", 8, PLAIN_LORA, NOTHING) == "lora r8"
+    assert method_name("full", None, PLAIN_LORA, Remedies(layer_decay=0.8)) == "full · decay 0.8"
 
 
 def test_without_remedies_what_learns_is_one_group(base: Callable[[str], ModelAnatomy]) -> None:

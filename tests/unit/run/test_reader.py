@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.run.ledger import Ledger
 from orchestrator.run.reader import read_run
-from orchestrator.run.records import trial_records
+from orchestrator.run.records import judge_trials
 from orchestrator.run.scoring import scoring_of
 from orchestrator.spec.models import SearchSpec
 from orchestrator.work.memory_ladder import MemoryLadder
@@ -139,7 +139,7 @@ def test_an_unfinished_run_reads_as_the_search_saw_it(fake_run, make, metric):
     write_trial(folder, trial_spec(-2, "none"), results=[rung_result("none", 0, 3.9, 4.0, metrics={"accuracy": 0.5})])
     write_trial(folder, trial_spec(0), results=[rung_result("t000", 0, 2.9, 4.05, metrics=figures)])
     sweep, scoring = read_run(folder).sweep, scoring_of(asked, plan)
-    assert sweep.trials == trial_records(Ledger(folder / "trials"), scoring)
+    assert sweep.trials == tuple(trial.record for trial in judge_trials(Ledger(folder / "trials"), scoring).values())
     assert (sweep.metric, sweep.higher_is_better) == (metric, metric == "accuracy")
     assert sweep.max_forgetting == 0.02
     assert sweep.trials[1].score == pytest.approx((1 - 0.61 if metric == "accuracy" else 2.9) + 10 * (0.05 - 0.02))
@@ -160,7 +160,9 @@ def test_rungs_after_a_damaged_one_do_not_count(fake_run):
     (folder / "trials" / "t000" / "result-1.json").write_text("{")
     run = read_run(folder)
     assert [rung.rung for rung in run.sweep.trials[0].rungs] == [0]
-    assert run.sweep.trials == trial_records(Ledger(folder / "trials"), scoring_of(SearchSpec(), run.plan))
+    assert run.sweep.trials == tuple(
+        trial.record for trial in judge_trials(Ledger(folder / "trials"), scoring_of(SearchSpec(), run.plan)).values()
+    )
     assert len(run.gaps) == 1
     assert run.gaps[0].startswith("t000/result-1.json: not valid JSON")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.run.ledger import Ledger, TrialEnd, TrialEntry
-from orchestrator.run.records import RunOutcome, read_outcome, trial_record, trial_records, write_outcome
+from orchestrator.run.records import RunOutcome, judge_trials, read_outcome, trial_record, write_outcome
 from orchestrator.run.scoring import Scoring
 from orchestrator.store import read_json
 from orchestrator.transfer import WORST_SCORE
@@ -68,10 +68,10 @@ def test_the_base_of_the_ledger_is_the_control_none(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     ledger.register(TRIAL, 0)
     ledger.add(result())
-    assert trial_records(ledger, SCORING)[0].forgetting is None
+    assert judge_trials(ledger, SCORING)[TRIAL.trial_id].record.forgetting is None
     ledger.register(TRIAL.model_copy(update={"trial_id": "none", "number": -3, "control": "none"}), None)
     ledger.add(BASE)
-    assert trial_records(ledger, SCORING)[1].forgetting == pytest.approx(0.05)
+    assert judge_trials(ledger, SCORING)[TRIAL.trial_id].record.forgetting == pytest.approx(0.05)
 
 
 def test_a_run_has_an_outcome_once_it_ended(tmp_path: Path) -> None:

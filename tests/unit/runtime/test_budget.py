@@ -12,9 +12,10 @@ from orchestrator.errors import TrainingError
 from orchestrator.plan import make_trial
 from orchestrator.report.terminal import LogView
 from orchestrator.run.ledger import TrialEntry
+from orchestrator.run.records import judge_trial
 from orchestrator.runtime import refit as budget
 from orchestrator.runtime.prepare import Prepared
-from orchestrator.runtime.refit import full_budget, refit_assignment, run_refit, steps_to_bundle
+from orchestrator.runtime.refit import full_budget, refit_assignment, run_refit
 from orchestrator.store import read_jsonl, write_json
 from orchestrator.work.execution import ExecutionPlan
 from orchestrator.work.failure import Failure
@@ -81,7 +82,7 @@ def test_with_early_stopping_the_best_rung_is_bundled(
     if step < TOTAL_STEPS:
         expected = f"the promoted trial was best on the eval set after {step} of 54 steps"
     assert record.reason == expected
-    assert steps_to_bundle(entry, BASE, with_patience(prepared).scoring) == (step,)
+    assert judge_trial(entry, with_patience(prepared).scoring, BASE, prepared.run.ledger).bundled_steps == (step,)
 
 
 @pytest.mark.parametrize(("refitted", "step"), [(0.9, TOTAL_STEPS), (1.1, 12)])
@@ -91,7 +92,9 @@ def test_a_refit_that_is_worse_gives_way_with_early_stopping(
     """The scheduler stopped it, still getting better: it is trained again, and what came of that is looked at."""
     entry = rungs(trial, at_6=2.0, at_12=1.0)
     patient = with_patience(prepared)
-    assert steps_to_bundle(entry, BASE, patient.scoring) == (12, TOTAL_STEPS), "either may be bundled"
+    assert judge_trial(entry, patient.scoring, BASE, prepared.run.ledger).bundled_steps == (12, TOTAL_STEPS), (
+        "either may be bundled"
+    )
     store_refit(prepared, result(trial.trial_id, TOTAL_STEPS, None, eval_loss=refitted))
     found, record = full_budget(patient, entry, BASE, LogView(io.StringIO()))
     assert (found.step, record.ran) == (step, True)

@@ -12,6 +12,7 @@ from orchestrator.plan import repeat_control, shuffled_control
 from orchestrator.plan.cost.estimate import CPU_FLOPS_PER_CORE, run_flops
 from orchestrator.run.hours import HoursState
 from orchestrator.run.ledger import Ledger
+from orchestrator.run.records import judge_trials
 from orchestrator.runtime.assignments import GangFigures
 from orchestrator.runtime.finish import Controls, _inputs, controls_beside
 from orchestrator.runtime.outcome import plan_against_measured, summarise
@@ -106,7 +107,7 @@ def test_the_first_step_of_the_first_trial_is_counted_and_no_controls(submit: Ca
     add(ledger, HEAD, 9, eval_loss=2.9, started_at=1002.0)
     add(ledger, TRIAL.model_copy(update={"trial_id": "earlier", "number": 1}), 9, eval_loss=2.0, started_at=500.0)
     add(ledger, TRIAL, 4, started_at=1010.0, train_seconds=6.0)
-    sweep = summarise(prepared, ledger, [GangFigures()], started_at=1000.0)
+    sweep = summarise(prepared, judge_trials(ledger, prepared.scoring), [GangFigures()], started_at=1000.0)
     assert sweep.first_trial_seconds == 10.0 + 6.0 / 4
 
 
@@ -116,7 +117,7 @@ def test_only_the_winners_own_shuffled_control_is_shown(submit: Callable[..., Pr
     other = TRIAL.model_copy(update={"trial_id": "other-t000", "number": 1})
     for trial, loss in ((NONE, 3.0), (TRIAL, 1.5), (other, 2.0), (shuffled_control(TRIAL), 2.5), (shuffled_control(other), 2.5)):
         add(ledger, trial, 9, eval_loss=loss)
-    sweep = summarise(prepared, ledger, [], started_at=0.0)
+    sweep = summarise(prepared, judge_trials(ledger, prepared.scoring), [], started_at=0.0)
     assert sweep.winner_id == "t000"
     assert [trial.trial_id for trial in sweep.trials if trial.control == "shuffled"] == ["shuffled-t000"]
 
@@ -143,7 +144,9 @@ def test_it_is_said_what_was_held_back_for_want_of_hours(
         add(ledger, TRIAL.model_copy(update={"trial_id": f"t00{number}", "number": number}), 9, eval_loss=1.5 + number)
     if shuffled:
         add(ledger, shuffled_control(TRIAL), 9, eval_loss=2.5)
-    sweep = summarise(prepared, ledger, [], started_at=0.0, hours=HoursState(used=2, spent="the bound"))
+    sweep = summarise(
+        prepared, judge_trials(ledger, prepared.scoring), [], started_at=0.0, hours=HoursState(used=2, spent="the bound")
+    )
     assert sweep.winner_id == "t000"
     assert sweep.ended_by_hours == words
 
@@ -153,7 +156,7 @@ def test_a_peak_after_memory_ran_out_does_not_speak_for_the_plan(submit: Callabl
     ledger = Ledger(prepared.run.trials)
     add(ledger, NONE, 0, eval_loss=3.0)
     add(ledger, TRIAL, 9, reduced_execution=prepared.plan.execution)
-    sweep = summarise(prepared, ledger, [], started_at=0.0)
+    sweep = summarise(prepared, judge_trials(ledger, prepared.scoring), [], started_at=0.0)
     row = plan_against_measured(prepared, sweep, None)[0]
     assert (row.name, row.planned) == ("peak memory of a rank (1 trial ran out of memory)", None)
 
@@ -164,7 +167,7 @@ def test_time_and_disk_are_held_against_the_same_of_the_plan(submit: Callable[[]
     add(ledger, NONE, 0, eval_loss=3.0, eval_seconds=1.0)
     add(ledger, TRIAL, 9, train_seconds=6.0, eval_seconds=1.0)
     add(ledger, shuffled_control(TRIAL), 9, train_seconds=99.0)
-    sweep = summarise(prepared, ledger, [GangFigures(base_loads=1)], started_at=0.0)
+    sweep = summarise(prepared, judge_trials(ledger, prepared.scoring), [GangFigures(base_loads=1)], started_at=0.0)
     plan = prepared.plan
     rows = {row.name: row for row in plan_against_measured(prepared, sweep, RefitRecord(ran=True, reason="", seconds=5.0))}
     time = rows["core time of training and scoring"]

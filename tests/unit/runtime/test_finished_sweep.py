@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from orchestrator.run.records import read_finished_sweep
 from orchestrator.runtime.prepare import Prepared
-from orchestrator.runtime.sweep import _finished
 from orchestrator.store import write_json
 from orchestrator.transfer.records import RefitRecord, SweepResult, TransferReport, TrialRecord
 
@@ -58,4 +58,4 @@ def test_more_trials_or_more_hours_take_a_sweep_up_again(
     write_json(run.path / "sweep.json", SWEEP.model_copy(update={"ended_by_hours": ended}))
     write_json(run.hours, {"used": 1.5})
     spec = SimpleNamespace(search=SimpleNamespace(num_trials=trials), resources=SimpleNamespace(max_gpu_hours=hours))
-    assert (_finished(run, SimpleNamespace(spec=spec)) is not None) is stands  # type: ignore[arg-type]
+    assert (read_finished_sweep(run, spec) is not None) is stands  # type: ignore[arg-type]

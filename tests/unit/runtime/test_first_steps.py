@@ -14,6 +14,7 @@ from orchestrator.plan import make_plan, make_trial
 from orchestrator.plan.cost.duration import MeasuredSteps, calibrated
 from orchestrator.plan.values import ClusterDescription, DataSize, NodeDescription, RunPlan
 from orchestrator.run.ledger import Ledger
+from orchestrator.run.records import judge_trials
 from orchestrator.run.scoring import Scoring
 from orchestrator.runtime.assignments import Orders
 from orchestrator.runtime.exchange import Exchange
@@ -129,7 +130,7 @@ def test_the_record_has_the_time_at_that_rate_too(submit: Callable[[], Prepared]
     ledger.register(trial, 0)
     ledger.add(result(trial.trial_id, eval_seconds=1.0, checkpoint="/t0"))
     ledger.end(trial.trial_id, "finished")
-    sweep = summarise(prepared, ledger, [], started_at=0.0)
+    sweep = summarise(prepared, judge_trials(ledger, prepared.scoring), [], started_at=0.0)
     rows = {row.name: row for row in plan_against_measured(prepared, sweep, RefitRecord(ran=False, reason=""))}
     row = rows["core time of training and scoring, at the rate of its first steps"]
     expected = calibrated(plan, prepared.anatomy, [MeasuredSteps(0, 2000, 3.0, evaluations=1)])

@@ -7,6 +7,7 @@ from typing import Literal
 
 from orchestrator.plan import shuffled_control
 from orchestrator.run.ledger import Ledger
+from orchestrator.run.records import judge_trials
 from orchestrator.runtime.outcome import summarise
 from orchestrator.runtime.prepare import Prepared
 from orchestrator.work.results import RungResult
@@ -40,4 +41,4 @@ def test_the_front_is_of_what_could_be_promoted(submit: Callable[..., Prepared])
     add(ledger, shuffled_control(TRIAL), 1.2, 4.0)
     add(ledger, TRIAL.model_copy(update={"trial_id": "beaten", "number": 1}), 2.5, 4.02)
     add(ledger, TRIAL.model_copy(update={"trial_id": "broken", "number": 2}), 1.1, 4.0, end="failed")
-    assert summarise(prepared, ledger, [], started_at=0.0).front == ("t000", "head")
+    assert summarise(prepared, judge_trials(ledger, prepared.scoring), [], started_at=0.0).front == ("t000", "head")

@@ -106,7 +106,7 @@ def test_asha_stops_trials_where_the_plan_counts_on_it(plan: RunPlan, changed: d
     search = plan.search.model_copy(update=changed)
     rungs = range(len(search.rung_steps) - 1)
     assert [rung for rung in rungs if surviving_share(search, rung + 1) < surviving_share(search, rung)] == compared
-    scheduler = _scheduler(plan.model_copy(update={"search": search}))
+    scheduler = _scheduler(search, asha_time(search, len(search.rung_steps) - 1))
     stopped_at: list[int] = []
     if compared:
         scheduler.set_search_properties("score", "min")
