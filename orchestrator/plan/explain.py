@@ -121,7 +121,9 @@ def _notes(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDescri
         adapters = len(searched_adapters(spec.search))
         points = len(spec.search.layers) * sum(adapters if tune == "lora" else 1 for tune in spec.search.tune)
         if points > len(plan.search.options):
-            notes.append(f"{points} combinations give {len(plan.search.options)} different selections")
+            notes.append(
+                f"{points} combinations of layers and method select {len(plan.search.options)} different sets of parameters"
+            )
     if plan.execution.offload != "none":
         notes.append(f"offload: {plan.execution.offload}: the hours leave out transfers between host and GPU")
     if not isinstance(plan, SweepPlan) and spec.resources.gangs not in ("auto", 1):
