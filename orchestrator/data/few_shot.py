@@ -27,11 +27,11 @@ def with_shots(data: TokenizedSet, examples: TokenizedSet, num_shots: int, limit
     no more fit: of those drawn, whatever fits beside the others comes in. What is supervised stays the same.
 
     Args:
-        data: What is asked: every document has something supervised.
-        examples: Of the same task; none of them should stand in `data`.
-        num_shots: At most so many for each.
+        data: The documents to answer: each has a supervised token.
+        examples: Documents of the same task, none of which is in `data`.
+        num_shots: Maximum number of examples in a prompt.
         limit: Tokens of the longest document that the base can read.
-        seed: Of the draws.
+        seed: Seed of the draws.
     """
     documents: list[tuple[np.ndarray, np.ndarray]] = []
     counts: list[int] = []

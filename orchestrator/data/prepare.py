@@ -55,7 +55,7 @@ TOKENIZER_FILES = (
 
 
 def prepare_data(
-    loaded: LoadedSpec, tokenizer_folder: Path, out_folder: Path, *, keep: bool = False, planned_sha256: str = ""
+    loaded: LoadedSpec, tokenizer_folder: Path, out_folder: Path, *, keep_sets: bool = False, planned_sha256: str = ""
 ) -> DataSummary:
     """Read, check, split, tokenize; write train, eval, test, retain and replay .npz and summary.json.
 
@@ -64,13 +64,13 @@ def prepare_data(
     Args:
         tokenizer_folder: The base's folder.
         out_folder: Created if it does not exist; summary.json is written last.
-        keep: Trials were trained on the existing sets: refuse to replace them by others.
+        keep_sets: Do not replace existing sets by different ones, because trials were trained on them.
         planned_sha256: `DataSize.sets_sha256` of those sets, if a plan has it.
 
     Raises:
         DataError: a file is missing, rows cannot be used (all of them are named), a split or a row has nothing to
             train on.
-        RunConflictError: other sets, and `keep`.
+        RunConflictError: the sets would differ, and `keep_sets`.
         BaseError: the base has no tokenizer, or no chat template where the task needs one.
 
     """
@@ -109,7 +109,7 @@ def prepare_data(
         files=tuple(left_out.relative(str(path)) for entries in sources.values() for entry in entries for path in entry.files),
         one_example=one_example,
     )
-    if keep and _same_sets(out_folder, summary, planned_sha256):
+    if keep_sets and _same_sets(out_folder, summary, planned_sha256):
         write_json(out_folder / "summary.json", summary)
     else:
         _write(out_folder, sets, summary)

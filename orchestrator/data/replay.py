@@ -18,8 +18,8 @@ def replayed_documents(lengths: np.ndarray, target_tokens: Iterable[int], share:
 
     Args:
         lengths: int64[D], tokens of each document that may be replayed; each at least 1.
-        target_tokens: Of the target, step by step.
-        share: Of replayed tokens among all, above 0 and below 1.
+        target_tokens: Training tokens of the target in each step.
+        share: Share of replayed tokens among all, above 0 and below 1.
 
     Yields:
         int64 indices into `lengths`, maybe none.

@@ -87,7 +87,7 @@ def replayed(
     can replay.
 
     Args:
-        train_tokens: Of the training set.
+        train_tokens: Number of tokens of the training set.
         left_out: Gets the others.
 
     Raises:

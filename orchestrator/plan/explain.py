@@ -39,7 +39,7 @@ def _threads(plan: RunPlan, found: Machines) -> Iterator[str]:
     own, part = plan.execution.threads_per_rank, found.threads_of_cores(plan.execution.ranks * plan.num_gangs)
     if own < part:
         count = "1 thread" if own == 1 else f"{own} threads"
-        yield f"{count} per rank, since OMP_NUM_THREADS={found.max_threads} is set; its share of the cores would be {part}"
+        yield f"{count} per rank, since OMP_NUM_THREADS={found.max_threads} is set; without it a rank would have {part}"
 
 
 def _base_warnings(anatomy: ModelAnatomy) -> Iterator[str]:
@@ -121,9 +121,11 @@ def _notes(plan: RunPlan, spec: JobSpec, found: Machines, cluster: ClusterDescri
         adapters = len(searched_adapters(spec.search))
         points = len(spec.search.layers) * sum(adapters if tune == "lora" else 1 for tune in spec.search.tune)
         if points > len(plan.search.options):
-            notes.append(f"{points} combinations give {len(plan.search.options)} different selections")
+            notes.append(
+                f"{points} combinations of layers and method select {len(plan.search.options)} different sets of parameters"
+            )
     if plan.execution.offload != "none":
-        notes.append(f"offload: {plan.execution.offload}, and the hours do not include transfers over the bus: expect more")
+        notes.append(f"offload: {plan.execution.offload}: the hours leave out transfers between host and GPU")
     if not isinstance(plan, SweepPlan) and spec.resources.gangs not in ("auto", 1):
         notes.append("one trial runs in one gang (worker group): resources.gangs applies to sweeps only")
     return notes
@@ -194,7 +196,7 @@ def derivations(plan: RunPlan, spec: JobSpec) -> tuple[str, ...]:
     if not isinstance(plan, SweepPlan):
         return tuple(lines)
     last = plan.search.rung_steps[-1]
-    lines += [*_few_examples_lines(plan, plan.search), _rungs_line(plan.search)]
+    lines += [*_few_examples_lines(plan, plan.search), *_rungs_lines(plan.search)]
     if last < plan.total_steps:
         again = batch_line(plan.refit_execution, tokens_per_step, replay)
         lines.append(f"the winner is trained again to {plan.total_steps} steps: {again}")
@@ -216,29 +218,31 @@ def _auto_line(plan: RunPlan, tokens_per_step: int) -> str:
 
 
 def _few_examples_lines(plan: RunPlan, search: SearchPlan) -> list[str]:
-    """Return a line such as `360 documents: the winner is trained from 5 seeds, early stopping at 8 points`."""
-    parts = [f"the winner is trained from {search.repeats} seeds"] if search.repeats > 1 else []
+    """Return a line such as `only 360 documents: the winner is trained with 5 seeds, and trials are scored 8 times`."""
+    parts = [f"the winner is trained with {search.repeats} seeds"] if search.repeats > 1 else []
     if search.patience is not None and len(search.rung_steps) > search.patience:
-        parts.append(f"early stopping at {len(search.rung_steps)} points")
-    return [f"{_count(plan.data.train_documents, 'document')}: {', '.join(parts)}"] if parts else []
+        parts.append(f"trials are scored {len(search.rung_steps)} times")
+    return [f"only {_count(plan.data.train_documents, 'document')}: {', and '.join(parts)}"] if parts else []
 
 
-def _rungs_line(search: SearchPlan) -> str:
-    steps, going_on = search.rung_steps, f"one trial in {search.reduction_factor} continues"
+def _rungs_lines(search: SearchPlan) -> list[str]:
+    """Return when trials are scored, and which of them continue."""
+    steps, going_on = search.rung_steps, f"the best of every {search.reduction_factor} trials continues"
     listed = ", ".join(map(str, steps))
     if search.patience is None or len(steps) == 1:
-        return f"trials are compared after {listed} steps" + (f"; {going_on}" if len(steps) > 1 else "")
+        return [f"trials are compared after {listed} steps" + (f"; {going_on}" if len(steps) > 1 else "")]
     compared = [
         str(step) for rung, step in enumerate(steps[:-1]) if surviving_share(search, rung + 1) < surviving_share(search, rung)
     ]
-    return (
-        f"trials are scored after {listed} steps and judged by their best; {going_on} after {' and '.join(compared)}, and a "
-        f"trial ends when its held-out loss has not improved for {search.patience} of them"
-    )
+    return [
+        f"trials are scored after {listed} steps, and compared by their best score",
+        *([f"trials are compared after {' and '.join(compared)} steps; {going_on}"] if compared else []),
+        f"a trial ends early when neither its eval loss nor its score has improved at {search.patience} scorings in a row",
+    ]
 
 
 def batch_line(execution: ExecutionPlan, tokens_per_step: int, replay: float = 0.0) -> str:
-    """Return a line such as `8 rows x 512 tokens x 1 rank x 2 rounds = 8192 tokens per step`.
+    """Return a line such as `8 rows x 512 tokens x 1 rank x 2 accumulation steps = 8192 tokens per step`.
 
     Args:
         replay: Largest replay share of any trial. Replayed tokens come on top of the target's tokens.
@@ -246,10 +250,14 @@ def batch_line(execution: ExecutionPlan, tokens_per_step: int, replay: float = 0
     rows, width, ranks = execution.micro_batch_rows, execution.row_tokens, execution.ranks
     rounds = accumulation(rows, width, ranks, tokens_per_step)
     product = rows * width * ranks * rounds
-    end = f"{product} tokens per step" if product == tokens_per_step else f"{product}, room for {tokens_per_step} tokens per step"
+    end = (
+        f"{product} tokens per step"
+        if product == tokens_per_step
+        else f"{product} positions for {tokens_per_step} tokens per step"
+    )
     if replay:
-        end += f" of the target, in all up to about {Remedies(replay=replay).total_tokens(tokens_per_step)} with replayed tokens"
-    return f"{_count(rows, 'row')} x {width} tokens x {_count(ranks, 'rank')} x {_count(rounds, 'round')} = {end}"
+        end += f" of training data, up to about {Remedies(replay=replay).total_tokens(tokens_per_step)} with replayed ones"
+    return f"{_count(rows, 'row')} x {width} tokens x {_count(ranks, 'rank')} x {_count(rounds, 'accumulation step')} = {end}"
 
 
 def plan_lines(plan: RunPlan) -> list[str]:
@@ -317,7 +325,7 @@ def cost_line(plan: RunPlan) -> str:
         whole = f" ({cost.gpu_hours_without_stopping:.3g} without early stopping)" if stops else ""
         parts = [f"{cost.gpu_hours:.3g} GPU-hours{whole}"]
     parts += [str(cost.duration)] if cost.duration is not None else []
-    parts += [f"{cost.price:,.2f} in money"] if cost.price is not None else []
+    parts += [f"{cost.price:,.2f} for the GPUs"] if cost.price is not None else []
     return " · ".join([*parts, disk])
 
 
@@ -336,8 +344,8 @@ def _gangs_line(plan: RunPlan) -> str:
     ranks = plan.execution.ranks
     if not isinstance(plan, SweepPlan):
         return f"one trial: one gang of {_count(ranks, 'rank')}"
-    each = "the base and a trial fit one rank" if ranks == 1 else f"a gang has {ranks} ranks"
-    return f"{each}: {_count(plan.num_gangs, 'gang')}, each running trials one after another"
+    each = "the base and a trial fit on one rank" if ranks == 1 else f"a gang has {ranks} ranks"
+    return f"{each}; {_count(plan.num_gangs, 'gang')} in all, each of which runs one trial after another"
 
 
 def _stage_line(execution: ExecutionPlan) -> str:

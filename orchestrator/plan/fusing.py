@@ -18,9 +18,10 @@ from orchestrator.work.execution import ExecutionPlan
 MAX_FUSED = 8
 """Largest fused batch size, in trials, that `resources.max_fused: auto` considers."""
 FULL_TOKENS = {"cpu": 1024, "cuda": 16384}
-"""Micro-batch tokens above which a larger batch gains nothing. On a core: measured on a base of 7 million parameters, a step in a
-batch of 8 takes 0.54 of its time alone at 108 tokens, 0.76 at 417 and 1.0 from 751 up (`scripts/bench sweep fused`). On a GPU:
-assumed. A gang measures which fused batch size pays before it uses one; this limits how far the search runs ahead for it."""
+"""Micro-batch tokens above which a larger batch gains nothing. On a core, measured on a base of 7 million parameters
+(`scripts/bench sweep fused`): in a batch of 8 a trial's step takes 0.54 of its time alone at 108 tokens, 0.76 at 417 and 1.0
+from 751 up. On a GPU: assumed. A gang measures which fused batch size pays off before it uses one; this value limits how far
+the search runs ahead for it."""
 
 
 def most_fused(
@@ -39,7 +40,7 @@ def most_fused(
         candidate: How a gang trains one trial.
         load: Rows and steps of the job.
         room: Memory of one rank.
-        asked: The spec's limit, used whether it can pay off or not; `auto` takes what can.
+        asked: The spec's limit, used even where it does not pay off; `auto` takes only sizes that can pay off.
         num_kinds: Number of kinds of choices that cannot share a batch with each other. To fill batches of every kind the search
             would have to run ahead that many times as far, and its sampler would see results late; so they divide the size.
     """

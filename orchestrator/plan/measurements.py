@@ -283,11 +283,13 @@ def _cheapest_trial(plan: RunPlan, anatomy: ModelAnatomy) -> float:
 
 def _reasons(probe: ProbePlan, waiting: Sequence[TrialOption], anatomy: ModelAnatomy) -> Iterator[str]:
     blocks = "every block" if probe.floor == 0 else f"blocks {probe.floor} to {anatomy.num_blocks - 1}"
-    over = "" if probe.share_of_trial <= MOST_OF_A_TRIAL else f", more than {MOST_OF_A_TRIAL:.0%}, and cannot be reduced further"
+    share = probe.share_of_trial
+    cost = f"{share:.1%} of" if share < 1 else f"{share:.3g}x"
+    over = "" if share <= MOST_OF_A_TRIAL else ", and cannot be reduced further"
+    are = "is" if probe.floor == 0 else "are"
     yield (
-        f"{blocks} is scored before the search: {probe.num_batches} x {probe.rows} rows, {probe.share_of_trial:.1%} "
-        "of the operations of the "
-        f"cheapest trial{over}"
+        f"{blocks} {are} scored before the search on {probe.num_batches} x {probe.rows} rows: "
+        f"this costs {cost} the cheapest trial{over}"
     )
     if probe.floor:
         yield f"the sums of the gradients of blocks 0 to {probe.floor - 1} do not fit: `top:` does not choose these blocks"

@@ -71,7 +71,7 @@ def _options_table(plan: RunPlan, options: Sequence[TrialOption]) -> Table:
     table.add_column("layers", max_width=24)
     table.add_column("tune", no_wrap=True)
     table.add_column("learning rate", no_wrap=True)
-    for name in ("trainable", "from block", "memory", "a token", "a trial"):
+    for name in ("trainable", "first\ntrained\nblock", "memory", "FLOPs/\ntoken", "time/\ntrial"):
         table.add_column(name, justify="right", no_wrap=True)
     costs = plan.cost.options if plan.cost is not None else ()
     for index, option in enumerate(options):

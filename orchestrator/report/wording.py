@@ -45,8 +45,10 @@ def metric_text(value: float | None, metric: str) -> str:
 
 
 def model_name(model: str) -> str:
-    """Return `head only` for `head`, `another seed (2)` for `repeat-2`."""
+    """Return `head only` for `head`, `seed no. 2` for `repeat-2`."""
     kind, _, count = model.partition("-")
+    if kind == "repeat" and count:
+        return f"seed no. {count}"
     name = CONTROL_NAMES.get(kind, model)
     return f"{name} ({count})" if count and kind in CONTROL_NAMES else name
 

@@ -113,8 +113,8 @@ def rung_assignment(
     """Return a trial's next rung, from where its last one ended, with memory use as reduced as it ended.
 
     Args:
-        folder: The trial's.
-        results: Of its rungs so far.
+        folder: The trial's folder.
+        results: Results of its rungs so far.
     """
     before = results[-1] if results else None
     return train_rung(
@@ -146,7 +146,7 @@ def answer_of(results: Sequence[RungResult], base: RungResult | None, scoring: S
     """What a trial is worth after its last rung, scored against the untouched base.
 
     Args:
-        results: Of its rungs so far.
+        results: Results of its rungs so far.
     """
     result = results[-1]
     judged = scoring.judged(results, base) if result.state == "done" else result

@@ -1,4 +1,4 @@
-"""The exchange: Tune's thin trials submit their branches here, and gangs train them.
+"""The exchange: Tune's trials submit training work here, and gangs do it.
 
 It is one actor, which owns the gangs, the queue between trials and gangs, and the ledger. An assignment is in exactly one
 place: in the queue, or with one gang (`supervisor.py`), alone or in a group, being run or being written. A result is recorded
@@ -90,7 +90,9 @@ class Exchange:
             self._supervisors.append(supervisor)
             self._serving.append(asyncio.create_task(self._serve(supervisor)))
 
-    async def advance(self, trial: TrialSpec, selection: LayerSelection, option: int | None, rung: int, stop_step: int) -> Answer:
+    async def train_to_rung(
+        self, trial: TrialSpec, selection: LayerSelection, option: int | None, rung: int, stop_step: int
+    ) -> Answer:
         """Train a trial to a rung, or answer from the ledger if that has been done.
 
         Args:
@@ -120,17 +122,17 @@ class Exchange:
         over = entry.end is not None and all(known.rung >= other.rung for other in entry.results)
         return self._answer(known, ended=over or known.state == "failed")
 
-    async def carry(self, trial: TrialSpec, selection: LayerSelection, stops: tuple[int, ...]) -> Answer:
+    async def train_to_end(self, trial: TrialSpec, selection: LayerSelection, stops: tuple[int, ...]) -> Answer:
         """Train a control from rung to rung to its end, and return the last answer.
 
         Args:
             stops: The step at which each rung ends.
         """
         for rung, stop_step in enumerate(stops[:-1]):
-            answer = await self.advance(trial, selection, None, rung, stop_step)
+            answer = await self.train_to_rung(trial, selection, None, rung, stop_step)
             if answer.ended:
                 return answer
-        return await self.advance(trial, selection, None, len(stops) - 1, stops[-1])
+        return await self.train_to_rung(trial, selection, None, len(stops) - 1, stops[-1])
 
     async def measure(self, work: Measurement) -> MeasurementResult:
         """Have a gang make a measurement, which is not recorded in the ledger."""

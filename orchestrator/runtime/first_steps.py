@@ -86,8 +86,9 @@ class FirstSteps:
         """Estimate at the rate of steady steps; without any, at that of the trial that warmed up fastest."""
         if self._steady:
             return calibrated(self._plan, self._anatomy, self._steady)
-        each = [calibrated(self._plan, self._anatomy, [steps]) for steps in self._warming]
-        return max((one for one in each if one is not None), key=lambda one: one.rate.achieved_share, default=None)
+        by_trial = [calibrated(self._plan, self._anatomy, [steps]) for steps in self._warming]
+        estimates = [estimate for estimate in by_trial if estimate is not None]
+        return max(estimates, key=lambda estimate: estimate.rate.achieved_share, default=None)
 
     def _times(self, found: CostEstimate) -> MeasuredTimes:
         now = self._clock()

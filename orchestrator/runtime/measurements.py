@@ -177,7 +177,7 @@ class BlockScores(Step[LayerScores]):
     """The blocks scored by their gradients, and policies by score resolved.
 
     Args:
-        execution: Of the rank that scores; the search's gangs unless given.
+        execution: Execution of the rank that scores; that of the search's gangs unless given.
     """
 
     def __init__(self, prepared: Prepared, execution: ExecutionPlan | None = None) -> None:

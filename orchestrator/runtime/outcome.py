@@ -51,7 +51,7 @@ def summarise(
     winner = trials[promotion.trial_id] if promotion.trial_id is not None else None
     follow_ups = follow_up_controls(plan, winner.trial.trial_id) if winner is not None else {}
     curve = measure_curve(prepared, trials, winner)
-    ended_by_hours = _ended_by_hours(plan, trials, hours, follow_ups, curve.trial_ids)
+    ended_by_hours = _hours_sentence(plan, trials, hours, follow_ups, curve.trial_ids)
     result = SweepResult(
         name=prepared.spec.name,
         job="sweep" if isinstance(plan, SweepPlan) else "finetune",
@@ -102,14 +102,14 @@ def _decide(trials: Mapping[str, JudgedTrial], scoring: Scoring, seed: int) -> P
     )
 
 
-def _ended_by_hours(
+def _hours_sentence(
     plan: RunPlan,
     trials: Mapping[str, JudgedTrial],
     hours: HoursState | None,
     follow_ups: Mapping[str, str],
     points: Sequence[str],
 ) -> str:
-    """Return how far the search came where the GPU-hour bound stopped a trial or a control; empty where it did not.
+    """Return what the bound on GPU-hours left untrained, in a sentence; empty if it stopped nothing.
 
     Args:
         follow_ups: The ids of the promoted trial's controls, by name.

@@ -137,7 +137,7 @@ def prepare(
     view.phase("data", "reading and tokenising")
     with output_to(run.data, remedy=WRITABLE, only_full=True):
         planned_sha256 = known.plan.data.sets_sha256 if known.plan is not None else ""
-        data = prepare_data(loaded, base, run.data, keep=run.was_planned, planned_sha256=planned_sha256)
+        data = prepare_data(loaded, base, run.data, keep_sets=run.was_planned, planned_sha256=planned_sha256)
     if cluster is None:
         assert known.plan is not None, "the run has no plan any more: planning it again"
         return Prepared(spec, run, anatomy, data, known.plan)

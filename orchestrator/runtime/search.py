@@ -1,6 +1,6 @@
 """The search: Tune decides which trial continues, gangs do the work.
 
-A Tune trial here is thin: it asks the exchange to carry its branch to the next rung, awaits the answer, and
+A Tune trial here is thin: it asks the exchange to train it to the next rung, waits for the answer, and
 reports it. It holds no GPU and no core, and runs on the driver's node: a lost worker node takes only its gang with it.
 """
 
@@ -44,7 +44,7 @@ def submit(exchange: Any, trial: TrialSpec, selection: LayerSelection, stops: Se
     Args:
         stops: The step at which each of its rungs ends.
     """
-    return exchange.carry.remote(trial, selection, tuple(stops))
+    return exchange.train_to_end.remote(trial, selection, tuple(stops))
 
 
 def wait_for(exchange: Any, trial_id: str, call: Any) -> Answer:
@@ -144,7 +144,7 @@ def thin_trial(config: dict[str, Any], exchange: Any, plan: SweepPlan) -> None:
     trial = TrialSpec.model_validate(config["trial"])
     option = plan.search.options[config["option"]]
     for rung, stop_step in enumerate(plan.search.rung_steps):
-        answer = fetch(exchange.advance.remote(trial, option.selection, config["option"], rung, stop_step))
+        answer = fetch(exchange.train_to_rung.remote(trial, option.selection, config["option"], rung, stop_step))
         tune.report(
             {
                 "score": answer.score,

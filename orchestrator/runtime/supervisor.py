@@ -97,29 +97,29 @@ class Supervisor:
             writing.result()
 
     async def _run(self, group: Sequence[QueuedWork]) -> float:
-        """Run a group and leave it to be written; requeue it where the gang fails, which is left to be replaced.
+        """Run a group and start to write its results; if the gang fails, requeue the group and let the gang be replaced.
 
         Returns:
-            When the gang had nothing more to do, by the monotonic clock: it may have to wait for the group before to be written.
+            The time at which the gang was done, by the monotonic clock: the group before may still have to be written.
         """
         works = {work.assignment.work_id: work for work in group}
         started = time.monotonic()
         self._running = group
         try:
-            answers, death = await self._answers(group)
+            answers, failure = await self._answers(group)
         finally:
             self._running = ()
         answered_at = time.monotonic()
         self._figures.busy_s += answered_at - started
-        if death is not None:
+        if failure is not None:
             await self.written()
-            for result in self._requeue_or_fail(group, death):
+            for result in self._requeue_or_fail(group, failure):
                 self._settle(works[result.work_id], result)
             return answered_at
         results = [with_history(result, works[result.work_id], self._planned) for result in answers]
         self._queue.note_fused_size(group, [result for result in results if isinstance(result, RungResult)])
         self._queue.expect(_continuing(works, results))
-        # Kept before anything is awaited: who is cancelled here has its results written down all the same.
+        # Before anything is awaited, so that the results are written even if this task is cancelled.
         before, self._writing = self._writing, asyncio.create_task(self._write(self._writing, works, results))
         if before is not None:
             await asyncio.wait([before])
@@ -129,23 +129,25 @@ class Supervisor:
         return answered_at
 
     async def _answers(self, group: Sequence[QueuedWork]) -> tuple[list[WorkResult], TrainingError | None]:
-        """Return what the gang answers, or what it failed of."""
+        """Return the gang's results, or the error that it failed with."""
         try:
             return await self.gang.run([work.assignment for work in group]), None
-        except TrainingError as death:
-            return [], death
+        except TrainingError as failure:
+            return [], failure
 
     async def _write(
         self, before: asyncio.Task[None] | None, works: Mapping[str, QueuedWork], results: Sequence[WorkResult]
     ) -> None:
-        """Answer each member of a group once its rung stands, after the group before it."""
+        """Answer each member of a group once its checkpoint is on disk, after the group before it."""
         try:
             if before is not None:
                 await asyncio.wait([before])
             try:
                 await self.gang.settle()
-            except TrainingError as death:  # out of memory: because of the group that runs now, for this one had enough
-                results = self._requeue_or_fail(list(works.values()), GangDiedError(death.what))
+            except (
+                TrainingError
+            ) as failure:  # out of memory: the group that runs now is the cause, because this one has already been trained
+                results = self._requeue_or_fail(list(works.values()), GangDiedError(failure.what))
             continuing = _continuing(works, results)
             for result in results:
                 self._settle(works[result.work_id], result)
@@ -155,19 +157,19 @@ class Supervisor:
                 work.fail(error)
             raise
 
-    def _requeue_or_fail(self, group: Sequence[QueuedWork], death: TrainingError) -> list[WorkResult]:
+    def _requeue_or_fail(self, group: Sequence[QueuedWork], failure: TrainingError) -> list[WorkResult]:
         """Leave a failed gang to be replaced and requeue its work; return the results of work that is not tried again."""
         gang, failed = self.gang, []
         lived, gang.pids = bool(gang.pids), ()
         for work in group:
             known = len(work.notes)
-            result = next_attempt(work, death, self._planned)
+            result = next_attempt(work, failure, self._planned)
             if result is None:
                 self._queue.put(work)
             else:
                 failed.append(result)
             then = "; ".join(work.notes[known:]) or f"its assignment {'is dropped' if result else 'is requeued'}"
-            self._emit("gang_died", f"{death.what}; {then}", gang=gang.index, trial_id=work.assignment.work_id)
+            self._emit("gang_died", f"{failure.what}; {then}", gang=gang.index, trial_id=work.assignment.work_id)
         if lived:  # the group that was being written may have been requeued before the one that ran
             self._figures.replaced += 1
             gang.kill()

@@ -42,7 +42,7 @@ class WorkQueue:
         self._num_free = num_gangs
         self._clock = clock
         self._works: list[QueuedWork] = []
-        """Sorted by priority. Work that has ended meanwhile stays here until the next gang asks."""
+        """Sorted by priority. Work whose caller no longer waits stays here until a gang next asks for work."""
         self._awaited: dict[str, tuple[int, float]] = {}
         """Awaited work by trial: the rung that it may request, and until when a gang waits for it."""
         self._fused_sizes: dict[int | None, int] = {}
@@ -54,8 +54,8 @@ class WorkQueue:
         self._wake()
 
     def clear(self) -> list[QueuedWork]:
-        """Remove and return all work that no gang has taken."""
-        works, self._works = self._living(), []
+        """Empty the queue, and return the work that callers still wait for."""
+        works, self._works = self._pending(), []
         return works
 
     @asynccontextmanager
@@ -97,7 +97,7 @@ class WorkQueue:
 
     async def _take(self, gang: int | None) -> list[QueuedWork]:
         while True:
-            self._works = self._living()
+            self._works = self._pending()
             left = self._seconds_to_wait()
             if self._works and left <= 0:
                 return self._pick(gang)
@@ -135,7 +135,8 @@ class WorkQueue:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def _living(self) -> list[QueuedWork]:
+    def _pending(self) -> list[QueuedWork]:
+        """Return the work that callers still wait for."""
         return [work for work in self._works if not work.future.done()]
 
 

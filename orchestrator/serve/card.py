@@ -127,7 +127,7 @@ def _score(scores: ModelScores, metric: str) -> str:
 
 def _name(model: str) -> str:
     if model.startswith(REPEAT):
-        return f"this model from another seed ({model.removeprefix(REPEAT)})"
+        return f"this model trained with seed no. {model.removeprefix(REPEAT)}"
     return NAMES.get(model, model)
 
 

@@ -65,7 +65,7 @@ class TrainHost:
 
         Args:
             base: How to load the base.
-            anatomy: Of the base's folder.
+            anatomy: Anatomy of the base's folder.
             execution: How trials are trained here; its `ranks` is `world_size`.
             rank: This process's number.
             world_size: Processes of the gang.

@@ -34,7 +34,7 @@ def growth_bytes(device: torch.device, planned_bytes: int | None, held_bytes: in
     """Host memory that this process is still going to take, by the plan; beside a GPU it has what it needs while it trains.
 
     Args:
-        planned_bytes: Of the run's largest trial.
+        planned_bytes: Planned host memory of the run's largest trial.
         held_bytes: What it has by now and the plan does not count.
     """
     if device.type == "cuda" or planned_bytes is None:

@@ -29,14 +29,14 @@ from orchestrator.work.remedies import AnchorPlan
 def build_engine(
     context: HostContext, execution: ExecutionPlan, sets: TrainingSets, objective: nn.Module, branch: Branch
 ) -> Engine:
-    """Build the engine that trains a branch, with what anchors its weights to the base.
+    """Build the engine that trains a branch, with the anchor of its trial.
 
     Args:
-        context: What this rank holds.
+        context: The state of this rank.
         execution: How the trial is trained.
-        sets: The trial's, with the retention text by which EWC weights the parameters.
-        objective: Of the branch.
-        branch: It holds the base's own weights still: an anchor pulls to the values that are there now.
+        sets: The trial's training sets, with the retention text that EWC measures importances on.
+        objective: Objective of the branch.
+        branch: Must still hold the base's weights: an anchor pulls towards the values that are there now.
     """
     trial, settings, ranks = sets.work.trial, sets.work.settings, context.ranks
     names = [name for name, _ in branch.learning_parameters()]

@@ -69,7 +69,7 @@ def paired_comparison(
         reference_losses: [n] of the same examples.
         weights: [n] supervised tokens of each example, so that the mean is the difference of the two corpus losses;
             None weighs examples alike.
-        seed: Of the resampling.
+        seed: Seed of the resampling.
 
     Raises:
         ValueError: no example, unequal lengths, a figure that is not finite, a weight that is not positive.
@@ -94,7 +94,7 @@ def between_trained(comparison: Comparison, gains: OverSeeds | None) -> Comparis
     2 s^2, with s estimated from the trainings that there are (Student's t for their number) and taken to be the other's.
 
     Args:
-        gains: Of the candidate over one reference, by seed; the comparison as it is where there is none.
+        gains: Gains of the candidate over one reference, by seed; without them the comparison stays as it is.
     """
     if gains is None:
         return comparison

@@ -36,7 +36,7 @@ def proxy_a_distance(target: Floats, reference: Floats, seed: int) -> tuple[floa
     Args:
         target: float[n, H], a row for each document.
         reference: float[m, H].
-        seed: Of the folds.
+        seed: Seed of the folds.
 
     Raises:
         ValueError: fewer than MIN_DOCUMENTS on a side, unequal widths, a figure that is not finite.

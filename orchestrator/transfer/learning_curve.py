@@ -124,7 +124,7 @@ def learning_curve(
         counts: Training documents of each share, ascending.
         document_losses: For each share float[D], mean loss of each eval document, nats per token.
         weights: float[D], supervised tokens of each.
-        seed: Of the draws.
+        seed: Seed of the draws.
 
     Raises:
         ValueError: fewer than four shares, or unequal lengths.

@@ -55,7 +55,7 @@ class Artifact(Value):
         """Prove that every trained tensor has its place in the base.
 
         Args:
-            num_classes: Of the new classifier; 0 where there is none.
+            num_classes: Number of classes of the new classifier; 0 without one.
 
         Raises:
             SelectionError: names the tensor, and near names where the base does not have it.

@@ -207,7 +207,7 @@ def contradiction(about: Mapping[str, object], own: Mapping[str, object]) -> str
     A manifest of an older version names nothing or less, and what it leaves out is not held against it.
 
     Args:
-        about: Of the folder's manifest.
+        about: The contents of the folder's manifest.
         own: As `owner_of` says.
     """
     found, wanted = about.get("trial"), own.get("trial")

@@ -47,7 +47,7 @@ class Counter:
     def train(self, trial: TrialSpec) -> Answer:
         index = next(index for index, option in enumerate(self.options) if option.tune == trial.tune)
         selection = self.options[index].selection
-        return fetch(self.exchange.advance.remote(trial, selection, index, 0, trial.total_steps), TIMEOUT_S)
+        return fetch(self.exchange.train_to_rung.remote(trial, selection, index, 0, trial.total_steps), TIMEOUT_S)
 
     def pids(self) -> tuple[int, ...]:
         return fetch(self.exchange.gang_pids.remote())[0]

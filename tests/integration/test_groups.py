@@ -82,7 +82,7 @@ def test_what_shares_batches_has_the_losses_of_what_runs_alone(ray_that_shares: 
     alone = [trial.model_copy(update={"trial_id": f"alone-{trial.number}"}) for trial in shared]
 
     def ask(trial: TrialSpec, rung: int) -> Any:
-        return counter.exchange.advance.remote(trial, counter.options[0].selection, 0, rung, rungs[rung])
+        return counter.exchange.train_to_rung.remote(trial, counter.options[0].selection, 0, rung, rungs[rung])
 
     fetch(counter.exchange.open.remote())
     try:

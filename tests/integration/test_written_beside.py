@@ -90,7 +90,7 @@ def test_a_gang_killed_between_result_and_commit_has_lost_nothing_that_was_told(
 
     def ask(trial: TrialSpec, rung: int) -> Any:
         stop = trial.total_steps // 2 if rung == 0 else trial.total_steps
-        return counter.exchange.advance.remote(trial, counter.options[0].selection, 0, rung, stop)
+        return counter.exchange.train_to_rung.remote(trial, counter.options[0].selection, 0, rung, stop)
 
     def both_under_way() -> bool:
         return (slow_disk / "writing").exists() and bool(losses_in(trials / "beside"))

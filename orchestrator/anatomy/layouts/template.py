@@ -60,8 +60,8 @@ class Layout:
     blocks_module: str
     embeddings: tuple[TensorTemplate, ...]
     block: tuple[TensorTemplate, ...]
-    """A block with a dense MLP. The order of its templates has a meaning: of the `linear` ones, the last of the attention is taken
-    as its output projection, and the last of the MLP as its output matrix (`plan.memory.activations`, `plan.cost.flops`)."""
+    """A block with a dense MLP. The order of its templates has a meaning: of the `linear` ones, the last of the attention is its
+    output projection, and the last of the MLP its output matrix (`plan.memory.activations`, `plan.cost.flops`)."""
     sparse_block: tuple[TensorTemplate, ...] = ()
     """A block with a mixture of experts, if the layout has one."""
     final_norm: tuple[TensorTemplate, ...]

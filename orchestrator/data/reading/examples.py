@@ -78,7 +78,7 @@ class RowReader:
     readings: dict[tuple[bool, tuple[str, ...]], Reading] = field(default_factory=dict)
     _layouts: list[Layouts] = field(init=False, repr=False)
     _unread: set[str] = field(default_factory=set)
-    """Return the columns of tables that are not read."""
+    """Columns of tables that no layout reads."""
 
     def __post_init__(self) -> None:
         data, is_retention = self.spec.data, self.split == "retain"

@@ -21,7 +21,7 @@ def mixture(rows: Mapping[int, int], weights: Mapping[int, float]) -> dict[int, 
     `datasets.interleave_datasets` does with `first_exhausted`. More passes over the mixture are `train.epochs`.
 
     Args:
-        rows: Of each source that has some.
+        rows: Number of rows of each source that has some.
         weights: Above 0; only their ratios count.
 
     Returns:

@@ -229,7 +229,7 @@ def split_by_share(examples: Sequence[Example], names: Sequence[str], shares: Ma
     groups allow. Where that leaves a split without a row, the largest group stays in train, and the shares are of what it leaves.
 
     Args:
-        names: Of each row's group.
+        names: Name of each row's group.
         shares: By split, in the order in which they take.
     """
     groups: dict[str, list[Example]] = {}

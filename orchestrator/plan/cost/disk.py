@@ -39,7 +39,7 @@ def disk_usage(
     """Return (items of the run directory, bytes of one checkpoint of the largest choice).
 
     A checkpoint holds the trained weights in the compute dtype and, as long as its trial may continue, an fp32 master weight
-    and two moments per element. Every rung that a trial reached keeps the trained weights, that of the control `head` too.
+    and two moments per element. The trained weights of every rung that a trial or the control `head` reached are kept.
 
     Args:
         options: Choices that are trained.

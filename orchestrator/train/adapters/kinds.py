@@ -14,9 +14,9 @@ from orchestrator.spec.adapters import LORA_A, LORA_B, LORA_MAGNITUDE, AdapterNa
 
 Tensors = Mapping[str, torch.Tensor]
 MergeRows = Callable[[torch.Tensor, slice], torch.Tensor]
-"""From rows of W in float32, and which rows they are, the same rows with the adapter, in float32."""
+"""A function of rows of W in float32 and of their slice in W; returns the same rows with the adapter merged, in float32."""
 PIECE_ELEMENTS = 2**20
-"""Of a weight whose rows are measured: so many are in float32 at a time."""
+"""Elements of a weight that are converted to float32 at a time while its rows' norms are computed."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class LiveLora:
         """Return what T layers give with their adapters [T, N, out].
 
         Args:
-            tensors: Of all trials, stacked along a first dimension T.
+            tensors: Tensors of all trials, stacked along a first dimension T.
         """
         return _with_product(call.outputs, call.inputs, tensors, scale)
 

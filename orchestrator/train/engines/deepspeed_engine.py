@@ -153,7 +153,7 @@ class DeepSpeedTrainer:
         zero_state.load(self._engine, state)
 
     def set_anchor(self, anchor: Anchor) -> None:
-        assert isinstance(self._optimizer, AnchoredAdamW), "an engine that measures has nothing to pull"
+        assert isinstance(self._optimizer, AnchoredAdamW), "an engine built with measuring=True takes no anchor"
         self._optimizer.anchor = anchor
 
     def refresh_masters(self) -> None:
@@ -164,7 +164,7 @@ class DeepSpeedTrainer:
         return zero_state.masters_of_groups(self._engine, [group.anchored for group in self._groups])
 
     def squared_gradients(self) -> list[torch.Tensor]:
-        assert isinstance(self._optimizer, SquaredGradients), "made to learn"
+        assert isinstance(self._optimizer, SquaredGradients), "only an engine built with measuring=True sums squared gradients"
         return [self._optimizer.sums[id(master)] for master in self.anchored_masters()]
 
     @property

@@ -133,7 +133,7 @@ class TorchEngine:
         return [part for group, part in zip(self._groups, self._parts, strict=True) if group.anchored]
 
     def squared_gradients(self) -> list[torch.Tensor]:
-        assert isinstance(self._optimizer, SquaredGradients), "made to learn"
+        assert isinstance(self._optimizer, SquaredGradients), "only an engine built with measuring=True sums squared gradients"
         return [self._optimizer.sums[id(part)] for part in self.anchored_masters()]
 
     def adapters(self) -> dict[int, list[tuple[torch.Tensor, torch.Tensor]]]:

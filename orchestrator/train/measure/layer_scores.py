@@ -124,9 +124,9 @@ def score_blocks(
 
     Args:
         base: The base, not in use by an open branch.
-        objective: Of the base.
+        objective: Objective of the base.
         data: The training set; micro-batches are drawn by the seed.
-        execution: Of its rows no more than `micro_batch_rows` at once are taken.
+        execution: Limits a micro-batch to `micro_batch_rows` rows.
 
     Raises:
         NonFiniteLossError: a loss or a gradient is not finite.

@@ -94,7 +94,7 @@ def load_base(
 
     Args:
         load: Folder, task and quantization. A classifier gets a new head of `num_classes`.
-        anatomy: Of the same folder; the loaded model is checked against it.
+        anatomy: Anatomy of the same folder; the loaded model is checked against it.
         dtype: bfloat16 or float32.
         device: Where the model computes.
         load_on: Where the weights are put for now, by default `device`; see `loading_device`.

@@ -26,7 +26,7 @@ class TrunkCache:
     """A budget of local disk for stored trunks.
 
     Args:
-        folder: Of this machine; made where it is not there.
+        folder: A folder on a local disk; created if it does not exist.
         max_bytes: Size limit of all entries; None for half of the disk space that is free without them.
     """
 
@@ -45,7 +45,7 @@ class TrunkCache:
         entry = self._folder / key
         with _locked(self._folder / LOCK):
             if not (entry / RESERVED).exists():
-                if not self._make_room(num_bytes):
+                if not self._free_space(num_bytes):
                     return None
                 entry.mkdir(exist_ok=True)
                 (entry / IN_USE).touch()  # first: a folder without it is never evicted
@@ -64,7 +64,8 @@ class TrunkCache:
             os.close(descriptor)
         self._held.clear()
 
-    def _make_room(self, num_bytes: int) -> bool:
+    def _free_space(self, num_bytes: int) -> bool:
+        """Evict unused entries, the least recently used first, until so many bytes fit; return whether they fit."""
         entries = sorted(
             (path.parent for path in self._folder.glob(f"*/{IN_USE}")), key=lambda path: (path / IN_USE).stat().st_mtime
         )
@@ -76,7 +77,7 @@ class TrunkCache:
         for entry in entries:
             if used + num_bytes <= budget:
                 break
-            if _give_up(entry):
+            if _is_unused(entry):
                 used -= _reserved(entry)
                 shutil.rmtree(entry)
                 logger.info("the stored trunk %s was deleted to free space", entry.name)
@@ -98,8 +99,8 @@ def _reserved(entry: Path) -> int:
         return 0
 
 
-def _give_up(entry: Path) -> bool:
-    """Evict an entry unless a process has it open; return whether it was evicted."""
+def _is_unused(entry: Path) -> bool:
+    """Return whether no process has the entry open; the caller holds the folder's lock, so that none opens it meanwhile."""
     descriptor = os.open(entry / IN_USE, os.O_RDWR)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -67,7 +67,7 @@ class TrunkLibrary:
             plan: Cuts and budget.
             data: The sets.
             rows: How documents share the rows of the forward pass.
-            objective: Of the base without a branch.
+            objective: Objective of the base without a branch.
             partitioned: Whether ZeRO-3 holds the base in parts, so that ranks compute together.
             note: Told what went otherwise than planned.
 

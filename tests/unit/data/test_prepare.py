@@ -258,7 +258,7 @@ def test_sets_of_an_earlier_format_are_made_anew_but_never_under_trials_that_lea
     prepare.jsonl("train.jsonl", rows_of_pairs(30))
 
     def again(**data: Any) -> str:
-        return prepare_data(prepare.spec(**data), prepare.base, prepare.out, keep=True).inputs_sha256
+        return prepare_data(prepare.spec(**data), prepare.base, prepare.out, keep_sets=True).inputs_sha256
 
     monkeypatch.setattr("orchestrator.data.prepare.FORMAT", 1)
     old = prepare.run().inputs_sha256

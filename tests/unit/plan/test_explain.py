@@ -26,20 +26,20 @@ def test_the_lines_say_what_was_decided(base: Any, job: Any, gpus: Any, data: An
 
 def test_the_derivation_multiplies_to_the_tokens_of_a_step(base: Any, job: Any, cores: Any, data: Any) -> None:
     plan = make_plan(job(train={"tokens_per_step": 8192}), base("tiny"), data(), cores(), job="sweep", spec_sha256="0" * 64)
-    assert batch_line(plan.execution, 8192) == "8 rows x 512 tokens x 1 rank x 2 rounds = 8192 tokens per step"
+    assert batch_line(plan.execution, 8192) == "8 rows x 512 tokens x 1 rank x 2 accumulation steps = 8192 tokens per step"
     assert plan.reasons[0] == batch_line(plan.execution, 8192)
     assert plan.reasons[1] == "2 epochs x 45 steps = 90 steps, 800k tokens"
-    assert batch_line(plan.execution, 8000).endswith("= 8192, room for 8000 tokens per step")
+    assert batch_line(plan.execution, 8000).endswith("= 8192 positions for 8000 tokens per step")
 
 
 def test_a_step_says_what_is_replayed_beside_it(base: Any, job: Any, cores: Any, data: Any) -> None:
     loaded = job(search={"replay": [0.0, 0.3, 0.1]}, train={"tokens_per_step": 8192})
     plan = make_plan(loaded, base("tiny"), data(), cores(), job="sweep", spec_sha256="0" * 64)
-    assert plan.reasons[0].endswith("= 8192 tokens per step of the target, in all up to about 11703 with replayed tokens")
+    assert plan.reasons[0].endswith("= 8192 tokens per step of training data, up to about 11703 with replayed ones")
     short = job(search={"replay": [0.5], "budget": 0.5}, train={"tokens_per_step": 8000})
     plan = make_plan(short, base("tiny"), data(), cores(), job="sweep", spec_sha256="0" * 64)
     (again,) = [reason for reason in plan.reasons if "is trained again to" in reason]
-    assert again.endswith("room for 8000 tokens per step of the target, in all up to about 16000 with replayed tokens")
+    assert again.endswith("positions for 8000 tokens per step of training data, up to about 16000 with replayed ones")
 
 
 @pytest.mark.parametrize(("evaluation", "test", "share"), [(0.1, 0.1, 0.8), (0.2, "t.jsonl", 0.8), ("e.jsonl", "t.jsonl", 1.0)])

@@ -24,14 +24,12 @@ def test_up_to_500_documents_have_seeds_and_early_stopping(plan: Any) -> None:
     few, more = plan(500), plan(501)
     assert (few.search.repeats, few.search.patience) == (5, 2)
     assert few.search.rung_steps == (12, 23, 34, 45, 57, 68, 79, 90)
-    assert "500 documents: the winner is trained from 5 seeds, early stopping at 8 points" in few.reasons
-    assert any(
-        line.endswith("after 12 and 34, and a trial ends when its held-out loss has not improved for 2 of them")
-        for line in few.reasons
-    )
+    assert "only 500 documents: the winner is trained with 5 seeds, and trials are scored 8 times" in few.reasons
+    assert "trials are compared after 12 and 34 steps; the best of every 3 trials continues" in few.reasons
+    assert "a trial ends early when neither its eval loss nor its score has improved at 2 scorings in a row" in few.reasons
     assert (more.search.repeats, more.search.patience) == (1, None)
     assert more.search.rung_steps == rung_steps(90) == (10, 30, 90)
-    assert "trials are compared after 10, 30, 90 steps; one trial in 3 continues" in more.reasons
+    assert "trials are compared after 10, 30, 90 steps; the best of every 3 trials continues" in more.reasons
     assert not any("documents:" in line for line in more.reasons)
 
 

@@ -196,7 +196,7 @@ def test_the_environment_bounds_the_threads_of_a_rank(plan: Any, cores: Any, mos
     assert (found.num_gangs, found.execution.threads_per_rank) == (2, threads)
     told = [reason for reason in found.reasons if "OMP_NUM_THREADS" in reason]
     assert len(told) == (threads < 4)
-    assert all(f"OMP_NUM_THREADS={most} is set; its share of the cores would be 4" in reason for reason in told)
+    assert all(f"OMP_NUM_THREADS={most} is set; without it a rank would have 4" in reason for reason in told)
 
 
 def test_fewer_trials_than_cores_get_more_threads(plan: Any, cores: Any) -> None:

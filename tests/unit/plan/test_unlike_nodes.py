@@ -59,6 +59,6 @@ def test_a_shortage_names_the_node(plan: Any) -> None:
 
 def test_offloading_is_said_not_to_be_in_the_hours(plan: Any) -> None:
     search = {"layers": ["all"], "tune": ["full"]}
-    (told,) = [note for note in plan(H100, search=search, resources={"max_gpus": 1}).notes if "bus" in note]
-    assert told == "offload: parameters, and the hours do not include transfers over the bus: expect more" or "optimizer" in told
-    assert not [note for note in plan(H100, search={"layers": ["last:1"]}).notes if "bus" in note]
+    (told,) = [note for note in plan(H100, search=search, resources={"max_gpus": 1}).notes if "offload" in note]
+    assert told == "offload: parameters: the hours leave out transfers between host and GPU" or "optimizer" in told
+    assert not [note for note in plan(H100, search={"layers": ["last:1"]}).notes if "offload" in note]

@@ -305,7 +305,7 @@ def test_a_page_of_few_examples(fake_run, make):
     assert "48 of 54" in page.text
     assert "compared by step 48, its best; it was trained to step 54" in page.text
     assert "Their mean gain over the base is +1.990 nats per token (95%: +0.719 to +3.261" in page.text
-    assert "another seed (2)" in page.text
+    assert "seed no. 2" in page.text
 
 
 def test_many_trials_and_long_text_stay_in_their_boxes(fake_run, make):

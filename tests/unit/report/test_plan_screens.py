@@ -120,7 +120,7 @@ def test_the_log_has_the_hours_and_the_price() -> None:
     (line,) = [line for line in plan_lines(plan) if line.startswith("  cost ")]
     assert plan.cost is not None
     assert f"{plan.cost.gpu_hours:.3g} GPU-hours ({plan.cost.gpu_hours_without_stopping:.3g} without early stopping)" in line
-    assert f"{plan.cost.price:,.2f} in money" in line
+    assert f"{plan.cost.price:,.2f} for the GPUs" in line
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ class Bench:
         return self.trial(-3).model_copy(update={"trial_id": "none", "control": "none"})
 
     def advance(self, trial: TrialSpec, rung: int = 0) -> Coroutine[Any, Any, Answer]:
-        return self.exchange.advance(trial, self.option.selection, 0, rung, RUNGS[rung])
+        return self.exchange.train_to_rung(trial, self.option.selection, 0, rung, RUNGS[rung])
 
     def told(self) -> list[str]:
         return [item["kind"] for item in self.exchange._news if item["kind"] != "trial"]

@@ -111,7 +111,7 @@ def test_the_card_of_few_examples_says_what_is_not_known(inputs_of: Callable):
     card = model_card(inputs_of(step=12), transfer, {})
     assert "| training | 12 of 40 steps, seed 3 |" in card
     assert "Gain over base model: +0.400 nats per token, too few examples for an interval, 4 examples (sign flip)." in card
-    assert "| this model from another seed (2) | 1.5 |" in card
+    assert "| this model trained with seed no. 2 | 1.5 |" in card
     assert "40 steps, 12" in model_card(inputs_of(step=40), transfer, {})
     assert "inf" not in card.replace("information", "")
 
