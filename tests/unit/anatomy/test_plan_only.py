@@ -45,7 +45,7 @@ def save(folder: Path, model_type: str, **changes: Any) -> Path:
 
 def test_the_reference_lists_every_layout(repository: Path) -> None:
     bases = (repository / "docs" / "spec.md").read_text().split("\n## Bases\n")[1]
-    trained, planned = bases.rpartition("|\n")[0].split("| planned with only |")
+    trained, planned = bases.rpartition("|\n")[0].split("| planned only |")
     assert {name for name in known_layouts() if f"`{name}`" in trained} == set(trainable_layouts())
     assert {name for name in known_layouts() if f"`{name}`" in planned} == set(PLAN_ONLY)
 
