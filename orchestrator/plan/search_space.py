@@ -128,20 +128,22 @@ def searched_adapters(search: SearchSpec) -> list[tuple[int, AdapterOptions]]:
     """Return every combination of rank and options of adapters that the search tries."""
     alphas = search.lora_alpha or (None,)
     combined = itertools.product(search.lora_rank, search.adapter, alphas, search.lora_dropout, search.modules)
-    return [(rank, _options(rank, kind, alpha, dropout, modules)) for rank, kind, alpha, dropout, modules in combined]
+    return [
+        (lora_rank, _options(lora_rank, kind, alpha, dropout, modules)) for lora_rank, kind, alpha, dropout, modules in combined
+    ]
 
 
 def adapter_asked(section: SearchPoint | FinetuneSpec) -> AdapterOptions:
     """Return the adapters of one trial that the spec describes itself."""
     if section.tune != "lora":
         return PLAIN_LORA
-    rank = section.lora_rank or DEFAULT_LORA_RANK
-    return _options(rank, section.adapter, section.lora_alpha, section.lora_dropout, section.modules)
+    lora_rank = section.lora_rank or DEFAULT_LORA_RANK
+    return _options(lora_rank, section.adapter, section.lora_alpha, section.lora_dropout, section.modules)
 
 
-def _options(rank: int, kind: AdapterName, alpha: int | None, dropout: float, modules: Modules) -> AdapterOptions:
+def _options(lora_rank: int, kind: AdapterName, alpha: int | None, dropout: float, modules: Modules) -> AdapterOptions:
     """Return the options; an alpha of twice the rank is the default, so that equal trials are one choice."""
-    return AdapterOptions(kind=kind, alpha=None if alpha == 2 * rank else alpha, dropout=dropout, modules=modules)
+    return AdapterOptions(kind=kind, alpha=None if alpha == 2 * lora_rank else alpha, dropout=dropout, modules=modules)
 
 
 def _modules(search: SearchSpec) -> Iterator[tuple[str, Modules]]:

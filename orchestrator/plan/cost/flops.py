@@ -178,11 +178,11 @@ def head_elements(anatomy: ModelAnatomy, num_classes: int = 0) -> int:
 
 def adapter_elements(anatomy: ModelAnatomy, selection: LayerSelection) -> tuple[int, int]:
     """Return the elements of adapters that a token is multiplied with: (in the blocks, on the head)."""
-    kind, rank = selection.adapter_kind, selection.lora_rank or 0
+    kind, lora_rank = selection.adapter_kind, selection.lora_rank or 0
     stored = [name for name in selection.adapted if name != anatomy.head_weight]
     head = (anatomy.vocab_size, anatomy.hidden_size)
-    on_head = kind.multiplied_elements(head, rank) if len(stored) < len(selection.adapted) else 0
-    return sum(kind.multiplied_elements(anatomy.tensors[name].shape, rank) for name in stored), on_head
+    on_head = kind.multiplied_elements(head, lora_rank) if len(stored) < len(selection.adapted) else 0
+    return sum(kind.multiplied_elements(anatomy.tensors[name].shape, lora_rank) for name in stored), on_head
 
 
 def adapter_elements_per_pass(anatomy: ModelAnatomy, selection: LayerSelection) -> int:

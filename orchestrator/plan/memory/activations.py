@@ -107,9 +107,9 @@ def _by_adapters(anatomy: ModelAnatomy, selection: LayerSelection, names: list[s
     With dropout each keeps a copy of its input and a mask, which torch's CPU kernel makes in the compute dtype (the CUDA
     kernel's takes a byte), in place of the inputs that several would share.
     """
-    kind, rank = selection.adapter_kind, selection.lora_rank or 0
+    kind, lora_rank = selection.adapter_kind, selection.lora_rank or 0
     shapes = [anatomy.tensors[name].shape for name in names]
-    kept = sum(kind.kept_elements(shape, rank) for shape in shapes)
+    kept = sum(kind.kept_elements(shape, lora_rank) for shape in shapes)
     if not selection.adapter.dropout:
         return kept
     shared = anatomy.hidden_size * (kept_inputs.attention + kept_inputs.mlp) + anatomy.intermediate_size * kept_inputs.mlp_output

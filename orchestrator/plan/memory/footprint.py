@@ -154,11 +154,11 @@ def learning_counts(anatomy: ModelAnatomy, selection: LayerSelection, *, num_cla
     }
     shapes |= {anatomy.classifier_weight: (num_classes, anatomy.hidden_size), anatomy.classifier_bias: (num_classes,)}
     shapes.setdefault(anatomy.head_weight, head)
-    trainable, adapted, rank = set(selection.trainable), set(selection.adapted), selection.lora_rank or 0
+    trainable, adapted, lora_rank = set(selection.trainable), set(selection.adapted), selection.lora_rank or 0
     counts: list[int] = []
     for name, shape in shapes.items():
         if name in trainable:
             counts.append(prod(shape))
         elif name in adapted:
-            counts += [prod(each) for each in selection.adapter_kind.shapes(shape, rank).values()]
+            counts += [prod(each) for each in selection.adapter_kind.shapes(shape, lora_rank).values()]
     return tuple(counts)
