@@ -15,10 +15,11 @@ from rich.text import Text
 
 from orchestrator.errors import OrchestratorError, UsageError
 from orchestrator.report.wording import best_trial, measured_of, metric_text, number, score_text, signed
-from orchestrator.run.directory import running_driver
+from orchestrator.run.directory import as_today, running_driver
 from orchestrator.run.layout import IDENTITY
 from orchestrator.run.reader import RunRecords, find_runs, num_bytes_of, promoted_losses, read_run
 from orchestrator.spec import describe_difference
+from orchestrator.spec.tasks import loss_unit
 from orchestrator.transfer import paired_comparison
 from orchestrator.transfer.records import CONTROL_NAMES, ModelScores
 from orchestrator.units import format_bytes, format_seconds, printable
@@ -148,19 +149,20 @@ def compare_runs(folders: Sequence[Path]) -> RunsCompared:
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
     reasons = tuple(_reasons(records))
+    unit = loss_unit(records[0].sweep.task if records[0].sweep is not None else "")
     return RunsCompared(
         runs=tuple(names),
         spec=tuple(_spec_differences(records)),
         figures=tuple(_figures(folders, records)),
         comparable=not reasons,
         reasons=reasons,
-        differences=() if reasons else tuple(_paired(folders, names)),
+        differences=() if reasons else tuple(_paired(folders, names, unit)),
     )
 
 
 def _spec_differences(records: Sequence[RunRecords]) -> list[tuple[str, tuple[str, ...]]]:
     """Return the keys whose values differ between the resolved specs."""
-    values = [record.identity.get("values", {}) for record in records]
+    values = [as_today(record.identity.get("values", {})) for record in records]
     lines = [describe_difference(one, other) for one, other in pairwise([*values, values[0]])]
     keys = dict.fromkeys(line.partition(": ")[0] for found in lines for line in found if not line.startswith("name:"))
     # A parent key is left out if one of its children is listed.
@@ -241,7 +243,7 @@ def _test_scores(scores: dict[str, ModelScores]) -> list[tuple[str, str]]:
     return rows
 
 
-def _paired(folders: Sequence[Path], names: Sequence[str]) -> list[str]:
+def _paired(folders: Sequence[Path], names: Sequence[str], unit: str) -> list[str]:
     """Compare the first run's promoted model with each other run's, document by document."""
     losses = [promoted_losses(folder) for folder in folders]
     said: list[str] = []
@@ -252,9 +254,7 @@ def _paired(folders: Sequence[Path], names: Sequence[str]) -> list[str]:
             continue
         found = paired_comparison(first[0], other[0], first[1])
         sure = "better" if found.low > 0 else "worse" if found.high < 0 else "not significantly different"
-        said.append(
-            f"{names[0]} against {name}: {signed(found.mean)} nats per token [{number(found.low)}, {number(found.high)}], {sure}"
-        )
+        said.append(f"{names[0]} against {name}: {signed(found.mean)} {unit} [{number(found.low)}, {number(found.high)}], {sure}")
     return said
 
 

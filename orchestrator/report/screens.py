@@ -18,6 +18,7 @@ from orchestrator.report.wording import (
     summary_sentence,
     verdict_sentence,
 )
+from orchestrator.spec.tasks import loss_unit
 from orchestrator.transfer.records import PromptComparison, SweepResult, TransferReport, TrialRecord
 from orchestrator.transfer.verdict_advice import advice_after
 from orchestrator.units import printable
@@ -42,7 +43,7 @@ def final_screen(sweep: SweepResult, transfer: TransferReport) -> str:
     if transfer.prompts:
         lines += ["", *_answers(transfer.prompts[0]), ""]
     if transfer.bundle:
-        lines += _entry("bundle", f"{transfer.bundle}    {_verified(transfer)}".rstrip())
+        lines += _entry("bundle", f"{transfer.bundle}    {_verified(transfer, loss_unit(sweep.task))}".rstrip())
     if transfer.report:
         lines += _entry("report", f"{transfer.report}    {summary_sentence(sweep)}")
     else:
@@ -97,13 +98,13 @@ def _figure(sweep: SweepResult, best: TrialRecord, transfer: TransferReport) -> 
     return f"{interval_text(by_seed, sweep.metric)} over {len(by_seed.seeds)} seeds ({own} in the bundle)"
 
 
-def _verified(transfer: TransferReport) -> str:
-    check = transfer.verification
+def _verified(transfer: TransferReport, unit: str) -> str:
+    check, per = transfer.verification, unit.removeprefix("nats ")
     if check is None:
         return "not verified"
     if check.passed:
-        return f"verified: KL {check.kl_bundle:.1e} per token against the trained model"
-    return f"VERIFICATION FAILED: KL {check.kl_bundle:.1e} per token against the trained model, at most {check.limit:.1e} allowed"
+        return f"verified: KL {check.kl_bundle:.1e} {per} against the trained model"
+    return f"VERIFICATION FAILED: KL {check.kl_bundle:.1e} {per} against the trained model, at most {check.limit:.1e} allowed"
 
 
 def _answers(pair: PromptComparison) -> list[str]:

@@ -28,7 +28,7 @@ from orchestrator.report.wording import (
     verdict_sentence,
 )
 from orchestrator.run.reader import RunRecords
-from orchestrator.spec.tasks import loss_unit
+from orchestrator.spec.tasks import head_of
 from orchestrator.transfer import pareto_front
 from orchestrator.transfer.headline import gain_is_loss_only
 from orchestrator.transfer.promotion import PROMOTABLE_CONTROLS
@@ -167,7 +167,7 @@ def loss_curves(run: RunRecords, sweep: SweepResult) -> Html:
     training = [curve for trial in sweep.searched if (curve := _training_curve(run, trial, trial is best)) is not None]
     panels = [
         (f"{sweep.metric} on the eval set", sweep.metric, at_rungs),
-        ("training loss, smoothed", loss_unit(sweep.task), training),
+        ("training loss, smoothed", head_of(sweep.task).training_unit, training),
     ]
     drawn = [panel for panel in panels if any(curve.emphasis not in ("base", "head") for curve in panel[2])]
     if not drawn:

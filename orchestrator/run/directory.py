@@ -312,7 +312,7 @@ def _busy(path: Path, holder: str) -> RunConflictError:
 
 def _conflict(path: Path, old: dict[str, Any], new: dict[str, Any]) -> RunConflictError:
     remedy = "choose another `name` or `output`, or restore the spec; nothing was overwritten"
-    old, new = _as_today(old), _as_today(new)
+    old, new = as_today(old), as_today(new)
     steps = old.get("train", {}).get("tokens_per_step")
     if isinstance(steps, int) and new.get("train", {}).get("tokens_per_step") == "auto":
         remedy = f"write train.tokens_per_step: {steps} to continue this run, or choose another `name`; nothing was overwritten"
@@ -325,7 +325,7 @@ def _conflict(path: Path, old: dict[str, Any], new: dict[str, Any]) -> RunConfli
     )
 
 
-def _as_today(values: dict[str, Any]) -> dict[str, Any]:
+def as_today(values: dict[str, Any]) -> dict[str, Any]:
     """Return a recorded spec with newer keys at their defaults, so that they are not reported as differences."""
     with contextlib.suppress(ValidationError):
         values = JobSpec.model_validate(values).model_dump(mode="json")

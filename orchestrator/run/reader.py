@@ -224,7 +224,10 @@ def _value(path: Path, kind: type[Read], gaps: list[str]) -> Read | None:
         return kind.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        gaps.append(f"{path.parent.name}/{path.name}: {'.'.join(map(str, first['loc']))}: {first['msg']}")
+        # A plan is one of two kinds: what its validator says names the place itself.
+        where = ".".join(map(str, first["loc"]))
+        message = first["msg"] if where else first["msg"].removeprefix("Value error, ")
+        gaps.append(": ".join(part for part in (f"{path.parent.name}/{path.name}", where, message) if part))
         return None
 
 

@@ -119,7 +119,7 @@ def require_passed(figures: VerificationFigures, folder: Path) -> None:
     """
     if not figures.passed:
         raise VerificationError(
-            f"KL(trained || bundle) is {figures.kl_bundle:.3g} nats per token",
+            f"KL(trained || bundle) is {figures.kl_bundle:.3g} nats",
             where=str(folder),
             expected=f"at most {figures.limit:.3g}: 2% of KL(trained || base) = {figures.kl_base:.3g}, or {SMALLEST_LIMIT}",
             remedy="do not serve it; merge again, and if it fails again report both figures",

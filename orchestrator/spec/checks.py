@@ -10,7 +10,17 @@ from pathlib import Path
 from orchestrator.errors import SelectionError
 from orchestrator.spec.adapters import ADAPTER_KINDS, AdapterName
 from orchestrator.spec.messages import is_number, near_names
-from orchestrator.spec.models import ADAPTER_KEYS, Anchor, AnchorSpec, ColumnsSpec, JobSpec, SearchPoint, SearchSpec, Tune
+from orchestrator.spec.models import (
+    ADAPTER_KEYS,
+    Anchor,
+    AnchorSpec,
+    ColumnsSpec,
+    FinetuneSpec,
+    JobSpec,
+    SearchPoint,
+    SearchSpec,
+    Tune,
+)
 from orchestrator.spec.policy import Policy, parse_policy
 from orchestrator.spec.source import KeyPath, spell_path
 from orchestrator.spec.tasks import METRICS, RETENTION_TASKS, TASKS
@@ -173,6 +183,21 @@ def _points(spec: JobSpec) -> Iterator[Finding]:
                 )
 
 
+def _adapter_keys(spec: JobSpec) -> Iterator[Finding]:
+    """Find keys of adapters where no trial has one; `_points` judges those of points."""
+    search, finetune = spec.search, spec.finetune
+    given: list[tuple[str, SearchSpec | FinetuneSpec, SearchSpec | FinetuneSpec]] = []
+    if search is not None and search.algorithm != "fixed" and "lora" not in search.tune:
+        given.append(("search", search, SearchSpec()))
+    if finetune is not None and finetune.tune == "full":
+        given.append(("finetune", finetune, FinetuneSpec()))
+    for name, section, default in given:
+        for key in ADAPTER_KEYS:
+            if getattr(section, key) != getattr(default, key):
+                message, hint = f"{key} does not apply to full fine-tuning", "remove it, or write tune: lora"
+                yield Finding((name, key), message, hint, ((name, "tune"),))
+
+
 def _controls(spec: JobSpec) -> Iterator[Finding]:
     for number, control in enumerate(spec.search.controls if spec.search is not None else ()):
         if control == "k_shot" and not spec.traits.has_answers:
@@ -245,19 +270,24 @@ def _needs_whole_adapters(spec: JobSpec, path: KeyPath, anchor: AnchorSpec) -> I
 
 def _needs_products(spec: JobSpec, path: KeyPath, anchor: AnchorSpec) -> Iterator[Finding]:
     """Yield kinds of adapters that change a weight by more than a product."""
-    for place, kind in _kinds(spec, of_train=path[0] == "train"):
+    for place, kind in _kinds(spec, path):
         if not ADAPTER_KINDS[kind].adds_product:
             message = f"{kind} ({spell_path(place)}) changes weights by more than the product that `{anchor.kind}` penalises"
             yield Finding(path, message, f"remove the anchor, or {kind}", (place, path))
 
 
-def _kinds(spec: JobSpec, *, of_train: bool) -> Iterator[tuple[KeyPath, AdapterName]]:
-    if spec.search is not None:
-        for number, kind in enumerate(spec.search.adapter):
+def _kinds(spec: JobSpec, path: KeyPath) -> Iterator[tuple[KeyPath, AdapterName]]:
+    """Yield the kinds of adapters of the trials that an anchor at this place applies to; see `_tunes`."""
+    search, of_train = spec.search, path[0] == "train"
+    if search is not None and (search.algorithm == "fixed" or path[:2] == ("search", "points")):
+        for number, point in enumerate(search.points):
+            applies = point.anchor is None if of_train else path[2:3] == (number,)
+            if point.tune == "lora" and applies:
+                yield ("search", "points", number, "adapter"), point.adapter
+    elif search is not None and "lora" in search.tune and not (of_train and search.anchor):
+        for number, kind in enumerate(search.adapter):
             yield ("search", "adapter", number), kind
-        for number, point in enumerate(spec.search.points):
-            yield ("search", "points", number, "adapter"), point.adapter
-    if spec.finetune is not None and of_train:
+    if spec.finetune is not None and of_train and spec.finetune.tune == "lora":
         yield ("finetune", "adapter"), spec.finetune.adapter
 
 
@@ -351,6 +381,7 @@ CHECKS: tuple[Callable[[JobSpec], Iterator[Finding]], ...] = (
     _metric,
     _policies,
     _points,
+    _adapter_keys,
     _controls,
     _remedies,
     _duplicates,

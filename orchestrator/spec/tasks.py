@@ -87,6 +87,11 @@ class HeadTraits:
     """The value of vLLM's `--runner`; empty for its default, which generates text."""
 
     @property
+    def training_unit(self) -> str:
+        """The unit of a training loss, which counts supervised tokens alone."""
+        return "nats per supervised token" if self.supervises == "tokens" else self.unit
+
+    @property
     def unit(self) -> str:
         """The unit of a loss."""
         return f"nats per {self.supervises.removesuffix('s')}"
@@ -195,9 +200,14 @@ TASKS: Mapping[Task, TaskTraits] = {
 }
 
 
+def head_of(task: str) -> HeadTraits:
+    """Return the head of a task of any version's record; an unknown task is taken for one that supervises tokens."""
+    return next((traits.head for name, traits in TASKS.items() if name == task), LANGUAGE_MODEL)
+
+
 def loss_unit(task: str) -> str:
-    """Return the unit of a task's loss; a task that this version does not know is taken for one that supervises tokens."""
-    return next((traits.head.unit for name, traits in TASKS.items() if name == task), LANGUAGE_MODEL.unit)
+    """Return the unit of a task's loss."""
+    return head_of(task).unit
 
 
 RETENTION_TASKS: tuple[Task, ...] = ("text", "completion", "chat")

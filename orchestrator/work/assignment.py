@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 from pydantic import Field
 
 from orchestrator.anatomy.values import LayerSelection
+from orchestrator.spec.adapters import PLAIN_LORA
 from orchestrator.values import Value, content_hash
 from orchestrator.work.execution import DataPaths, ExecutionPlan, TrainSettings, TrunkPlan
 from orchestrator.work.failure import Failure
@@ -191,7 +192,8 @@ OF = {"spec_sha256": "spec", "base_sha256": "base"}
 
 def ownership(trial: TrialSpec, spec_sha256: str = "", base_sha256: str = "") -> dict[str, object]:
     """Return the fields of a manifest that name the owner of a folder."""
-    values = trial.model_dump(mode="json")
+    # Trials of older versions have no options of adapters: those of plain LoRA are left out, so that the hash stays theirs.
+    values = trial.model_dump(mode="json", exclude={"adapter"} if trial.adapter == PLAIN_LORA else None)
     hashes = {"spec_sha256": spec_sha256, "base_sha256": base_sha256}
     return {"trial": values, "trial_sha256": content_hash(values), **{name: value for name, value in hashes.items() if value}}
 

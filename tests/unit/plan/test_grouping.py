@@ -9,8 +9,9 @@ import pytest
 from orchestrator.anatomy import read_anatomy, select
 from orchestrator.plan.fusing import FuseKey, concurrent_trials, fuse_key
 from orchestrator.samples import SAMPLE_BASE
-from orchestrator.work.assignment import TrainRung, WorkContext
+from orchestrator.work.assignment import EvaluateBase, MeasureShift, ScoreBlocks, TimeCompiling, TrainRung, Work, WorkContext
 from orchestrator.work.execution import DataPaths, ExecutionPlan, TrainSettings
+from orchestrator.work.measurements import CompilePlan, ProbePlan, ShiftPlan
 from orchestrator.work.memory_ladder import MemoryLadder, SmallerExecution
 from orchestrator.work.remedies import AnchorPlan, Remedies
 from orchestrator.work.trial import TrialSpec
@@ -50,7 +51,7 @@ def assignment(
     return made.model_copy(update={**values, "context": made.context.model_copy(update=shared)})
 
 
-def key(of: TrainRung) -> FuseKey | None:
+def key(of: Work) -> FuseKey | None:
     return fuse_key(of, PLANNED, ANATOMY)
 
 
@@ -143,3 +144,15 @@ def test_a_new_remedy_is_not_fused_across_trials_unless_it_is_declared_per_trial
 def test_trials_are_started_ahead_by_one_a_gang() -> None:
     assert [concurrent_trials(40, gangs, fused) for gangs, fused in ((1, 1), (2, 1), (2, 4))] == [2, 4, 10]
     assert concurrent_trials(3, 2, 4) == 3
+
+
+def test_evaluations_and_measurements_run_alone() -> None:
+    rung = assignment()
+    context, trial, selection = rung.context, rung.trial, rung.selection
+    shared = {"context": context, "execution": PLANNED}
+    assert key(rung) is not None
+    assert key(EvaluateBase(**shared, trial=trial, selection=selection, folder="trials/none")) is None
+    assert key(ScoreBlocks(**shared, seed=0, plan=ProbePlan(num_batches=1, rows=1))) is None
+    assert key(MeasureShift(**shared, seed=0, plan=ShiftPlan(cuts=(1,), num_documents=4))) is None
+    timing = TimeCompiling(**shared, seed=0, plan=CompilePlan(option=0, reason=""), trial=trial, selection=selection)
+    assert key(timing) is None

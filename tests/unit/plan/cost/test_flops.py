@@ -315,6 +315,15 @@ def test_a_head_with_an_adapter_in_several_chunks_is_computed_twice(
     assert planned[1] == pytest.approx(found, rel=TOLERANCE)
 
 
+def test_a_policy_by_score_counts_every_gradient_from_block_0_on(folder: Path) -> None:
+    """Its blocks are unknown yet, and it is planned as its worst case: no gradient is left out in block 0."""
+    anatomy = made_base(folder, "llama").anatomy
+    worst = select(anatomy, "all", "lora", 8, task="completion")
+    pending = worst.model_copy(update={"pending": True, "adapted": tuple(name for name in worst.adapted if ".0." not in name)})
+    (passing,) = (term.flops for term in train_terms(anatomy, pending, 16.0) if term.name == "gradients of activations")
+    assert passing >= 2.0 * sum(anatomy.tensors[name].num_elements for block in anatomy.linears for name in block)
+
+
 def size(**values: Any) -> DataSize:
     known = {"train_documents": 9, "train_tokens": 999, "steps_per_epoch": 9, "eval_tokens": 99, "retain_tokens": 0}
     return DataSize.model_validate(known | {"longest_document_tokens": 256} | values)
