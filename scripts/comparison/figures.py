@@ -30,6 +30,8 @@ ENGINE_FIELDS = ("executor", "zero_stage", "ranks", "trainable_parameters", "mic
 """Fields of a trial's execution that affect its numbers. `fused_trials` is not one of them: gangs measure it, and a trial has
 the same numbers batched or alone."""
 TRANSFER_FIELDS = ("verdict", "trial_id", "comparisons", "scores")
+LABELS = frozenset({"unit"})
+"""Keys whose values are words beside a figure."""
 RENAMED: dict[str, str] = {}
 """JSON key of a former version -> the present one, for keys above that were renamed on purpose."""
 
@@ -144,7 +146,7 @@ def exact(value: Any, name: str) -> Iterator[tuple[str, str]]:
     """Yield every number of a JSON value; floats in hex, so that the last bit shows."""
     children: Iterable[tuple[Any, Any]]
     if isinstance(value, dict):
-        children = value.items()
+        children = ((key, child) for key, child in value.items() if key not in LABELS)
     elif isinstance(value, list):
         children = enumerate(value)
     else:
