@@ -58,7 +58,7 @@ class AnsweringExchange:
         self._seconds: list[float] = []
         self.processes: list[dict[str, Any]] = []
 
-    async def advance(self, *_: Any) -> Any:
+    async def train_to_rung(self, *_: Any) -> Any:
         self._calls += 1
         self._seconds.append(time.monotonic() - self._started)
         if self._calls == self._num_trials:
@@ -84,7 +84,7 @@ def measure_siblings() -> list[dict[str, Any]]:
     """This process and the other actors of its node, with their memory, processor seconds and large libraries."""
     found: list[dict[str, Any]] = []
     for process in psutil.Process(os.getppid()).children():
-        title = " ".join(process.cmdline())
+        title = " ".join(process.cmdline()).strip()
         if not title.startswith("ray::") or title.startswith("ray::IDLE"):
             continue
         times = process.cpu_times()
