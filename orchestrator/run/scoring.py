@@ -20,7 +20,7 @@ class Scoring(Value):
     metric: str
     max_forgetting: float
     patience: int | None = None
-    """As `SearchPlan.patience`."""
+    """See `SearchPlan.patience`; None without early stopping."""
 
     @property
     def higher_is_better(self) -> bool:
