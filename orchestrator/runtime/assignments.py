@@ -54,7 +54,7 @@ class Answer(Value):
     score: float
     step: int
     ended: bool
-    """True when the trial must not ask for another rung."""
+    """True if the trial must not request another rung."""
     state: str
     reason: str = ""
     """Why the trial failed or was stopped; empty otherwise."""

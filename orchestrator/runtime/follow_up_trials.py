@@ -1,6 +1,6 @@
 """Trials that follow the search, once its winner is known: controls, other seeds, and shares of the data.
 
-What is trained is decided from the judged winner alone; `train_follow_ups` then trains it, and `measure_curve` evaluates it.
+The trials depend only on the judged winner; `train_follow_ups` then trains it, and `measure_curve` evaluates it.
 """
 
 from __future__ import annotations

@@ -187,7 +187,7 @@ class Gang:
             raise GangDiedError(f"gang {self.index} is gone")
         bound = self._timeouts.opening_s
         try:
-            # Rank 0 alone writes checkpoints in the background; what all ranks write together is written when `run` returns.
+            # Only rank 0 writes checkpoints in the background; what all ranks write together is written when `run` returns.
             await asyncio.wait_for(self._all([self._ranks[0].settle.remote()]), bound)
         except TimeoutError:
             await asyncio.to_thread(end_processes, self._processes)

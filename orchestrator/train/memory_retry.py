@@ -39,7 +39,7 @@ def run_within_memory(
         on_reduced: Called before each restart with a smaller execution.
 
     Raises:
-        OutOfMemoryError: memory use cannot be reduced further in this gang; on every rank alike.
+        OutOfMemoryError: memory use cannot be reduced further in this gang; on every rank.
         RankOutOfMemoryError: memory ran out on this rank while the others wait for it.
     """
     while True:
