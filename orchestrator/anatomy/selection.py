@@ -143,6 +143,7 @@ def best_scored(scores: Sequence[float | None], count: int) -> list[int]:
     Returns:
         Indices; fewer than `count` if fewer blocks have a score.
     """
+    # The pairs sort by score, then by block number, so that among equal scores the higher block comes first.
     scored = [(score, block) for block, score in enumerate(scores) if score is not None]
     return sorted(block for _, block in sorted(scored, reverse=True)[:count])
 

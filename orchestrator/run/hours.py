@@ -127,6 +127,7 @@ def refit_hours(results: Sequence[RungResult], total_steps: int) -> float:
     if not done or not 0 < done[-1].step < total_steps:
         return 0.0
     seconds_per_step = sum(result.train_seconds for result in done) / done[-1].step
+    # All steps count: a refit starts at step 0, not from the trial's last rung.
     return _ranks(done[-1]) * seconds_per_step * total_steps / 3600
 
 

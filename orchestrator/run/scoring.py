@@ -59,6 +59,7 @@ class Scoring(Value):
             return ""
         scores = [self.score(result, base) for result in results]
         losses = [loss if (loss := result.eval_loss) is not None and math.isfinite(loss) else math.inf for result in results]
+        # The later of the two best rungs: an improvement of either figure lets the trial continue.
         best = max(scores.index(min(scores)), losses.index(min(losses)))
         if best >= len(results) - self.patience:
             return ""
