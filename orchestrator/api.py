@@ -140,7 +140,7 @@ def as_loaded(spec: Spec, overrides: Overrides | None = None) -> LoadedSpec:
 
     Raises:
         SpecError: everything that is wrong with it.
-        UsageError: `spec` is none of what a spec may be.
+        UsageError: `spec` has a type that is not accepted.
     """
     if isinstance(spec, str | Path):
         return load_spec(spec, overrides or {})

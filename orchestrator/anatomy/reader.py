@@ -26,9 +26,9 @@ def resolve_base(model: str, spec_folder: Path) -> Path:
 
 
 def read_anatomy(folder: Path | str, *, need_weights: bool) -> ModelAnatomy:
-    """Read blocks, names, shapes and types of a base from config.json and safetensors headers alone.
+    """Read blocks, names, shapes and types of a base from config.json and safetensors headers only.
 
-    Without weights beside config.json the tensors are those that the config implies, in its dtype, and `has_weights` is False:
+    Without weights in the folder the tensors are those that the config implies, in its dtype, and `has_weights` is False:
     enough to plan. The same goes for a layout that is `plan_only`, whose checkpoints may use other names; of its weights only
     the number of elements is compared. A model type that is not in the table is recognised from the names of its tensors, if
     there are weights and they are not needed for training.

@@ -103,6 +103,7 @@ def _find_blocks(stored: Mapping[str, TensorInfo]) -> tuple[str, list[Block]]:
     for name, tensor in stored.items():
         if match := NUMBERED.fullmatch(name):
             stacks.setdefault(match["stack"], {}).setdefault(int(match["number"]), {})[match["rest"]] = tensor
+    # A numbered list without any matrix is no stack of blocks.
     found = {stack: blocks for stack, blocks in stacks.items() if any(map(_is_matrix, _tensors(blocks.values())))}
     if len(found) != 1:
         names = ", ".join(f"{stack}.{{n}}." for stack in sorted(found)) or "none"

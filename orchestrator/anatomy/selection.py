@@ -34,19 +34,19 @@ def select(
     `full` trains all parameters of the blocks (norms, biases, experts too), `lora` adapts all their linear layers (a router
     and routed experts are not linear layers here). Embeddings and the final norm stay frozen. `+head` (or `head`) adds the
     output projection, for `full` with its bias; a tied one is untied first. `classify` has no output projection: it trains its
-    own new classifier under every policy but `none`, together with what else the checkpoint lacks
-    (`ModelAnatomy.new_tensors`); there `head` is that classifier alone, which `full` trains whatever `tune` says.
+    own new classifier under every policy but `none`, together with the other tensors that the checkpoint does not have
+    (`ModelAnatomy.new_tensors`); there `head` is only that classifier, which `full` trains whatever `tune` says.
 
     `top:F` selects the best-scored blocks, `num_of_share` of them. Without scores the selection is `pending`; a share of 1 is
     every block and needs none.
 
     Args:
-        adapter: What the adapters of `lora` are.
+        adapter: Options of the adapters of `lora`.
         scores: Score of each block, higher is better; None for a block that was not scored and cannot be selected.
 
     Raises:
         SelectionError: not a policy, a block that the base does not have, LoRA without a rank, an encoder for a task that
-            generates text, fewer than two classes, fewer scored blocks than are asked for.
+            generates text, fewer than two classes, fewer scored blocks than requested.
     """
     parsed = parse_policy(policy)
     head_is_new = TASKS[task].head.is_new
@@ -98,14 +98,14 @@ def is_attention(anatomy: ModelAnatomy, weight: str) -> bool:
 
 
 def is_chosen(anatomy: ModelAnatomy, weight: str, modules: Modules) -> bool:
-    """Return whether these modules take a linear layer in. A name is that of the layer within its block, or the end of it."""
+    """Return whether these modules include a linear layer. A name is that of the layer within its block, or the end of it."""
     if isinstance(modules, str):
         return modules == "all" or (modules == "attention") == is_attention(anatomy, weight)
     return any(f".{_within_block(anatomy, weight)}".endswith(f".{name}") for name in modules)
 
 
 def check_modules(anatomy: ModelAnatomy, modules: Modules) -> None:
-    """Raise SelectionError where a name, or a part of the blocks, has no linear layer in any block."""
+    """Raise SelectionError if a name, `attention` or `mlp` matches no linear layer of any block."""
     known = module_names(anatomy)
     weights = [name for block in anatomy.linears for name in block]
     parts: list[Modules] = [modules] if isinstance(modules, str) else [(name,) for name in modules]
@@ -123,12 +123,12 @@ def check_modules(anatomy: ModelAnatomy, modules: Modules) -> None:
 
 
 def module_names(anatomy: ModelAnatomy) -> list[str]:
-    """Names of the linear layers within their blocks."""
+    """Return the names of the linear layers within their blocks."""
     return list(dict.fromkeys(_within_block(anatomy, name) for block in anatomy.linears for name in block))
 
 
 def _within_block(anatomy: ModelAnatomy, weight: str) -> str:
-    """`model.layers.3.mlp.up_proj.weight` -> `mlp.up_proj`"""
+    """Return a weight's module name within its block: `model.layers.3.mlp.up_proj.weight` -> `mlp.up_proj`."""
     return weight.removeprefix(f"{anatomy.blocks_module}.").partition(".")[2].removesuffix(".weight")
 
 
@@ -141,14 +141,15 @@ def best_scored(scores: Sequence[float | None], count: int) -> list[int]:
     """Return the blocks with the highest scores, ascending; ties go to blocks nearer to the output.
 
     Returns:
-        Fewer than `count` where fewer have a score.
+        Indices; fewer than `count` if fewer blocks have a score.
     """
+    # The pairs sort by score, then by block number, so that among equal scores the higher block comes first.
     scored = [(score, block) for block, score in enumerate(scores) if score is not None]
     return sorted(block for _, block in sorted(scored, reverse=True)[:count])
 
 
 def _largest(parsed: Policy, anatomy: ModelAnatomy) -> list[int]:
-    """Return as many of the largest blocks as `top:` asks for, ascending."""
+    """Return as many of the largest blocks as `top:` requests, ascending."""
     sizes = [sum(anatomy.tensors[name].num_elements for name in block) for block in anatomy.blocks]
     return best_scored(sizes, num_of_share(parsed.fraction, anatomy.num_blocks))
 
@@ -288,5 +289,5 @@ def _adapted(
 
 
 def _head_elements(anatomy: ModelAnatomy) -> int:
-    """Return the elements of a tied output projection once it is a copy of its own."""
+    """Return the number of elements of a tied output projection after it is copied."""
     return anatomy.vocab_size * anatomy.hidden_size

@@ -43,7 +43,7 @@ class Experts(Value):
 
 
 class ModelAnatomy(Value):
-    """The structure of a base, from config.json and safetensors headers alone.
+    """The structure of a base, from config.json and safetensors headers only.
 
     Tensor names are the parameter names of the transformers model (`model.layers.0.self_attn.q_proj.weight`); if the
     checkpoint uses another, it is the tensor's `stored_name`.
@@ -105,7 +105,7 @@ class ModelAnatomy(Value):
     plan_only: str = ""
     """Why a base of this layout can be planned for but not trained; empty if it can be trained."""
     new_tensors: tuple[TensorInfo, ...] = ()
-    """Tensors besides the classifier that `classify` needs and the checkpoint lacks (an encoder's pooler): initialised and
+    """Tensors, except the classifier, that `classify` needs and the checkpoint omits (an encoder's pooler): initialised and
     trained with it."""
 
     @property
@@ -137,7 +137,7 @@ class LayerSelection(Value):
     blocks: tuple[int, ...] = ()
     """Trainable blocks, ascending. Empty in plans of older versions."""
     pending: bool = False
-    """True for a policy by score whose blocks are not known yet. As many of the largest blocks stand in for them, with the cut
+    """True for a policy by score whose blocks are not known yet. Equally many of the largest blocks replace them, with the cut
     at 0, so that no choice needs more memory. It is used for planning and never trained."""
     unties_head: bool = False
     """True if the tied output projection is copied before training."""

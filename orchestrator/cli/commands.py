@@ -2,8 +2,8 @@
 
 Exit codes: 0 done, whatever the verdict · 2 bad spec, data or usage · 3 the plan does not fit · 4 training failed ·
 5 nothing promoted, and `--require-promotion` was given · 6 the bundle failed its verification · 130 interrupted · 143 stopped.
-Results go to stdout, progress and errors to stderr. What is slow to import is imported inside the command that
-needs it, so that `--help` and `plan` answer at once.
+Results go to stdout, progress and errors to stderr. Modules that are slow to import are imported inside the command that
+needs them, so that `--help` and `plan` answer at once.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ RequirePromotion = Annotated[bool, typer.Option("--require-promotion", help="Exi
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit. The jobs call it too."""
-    # On some CPUs bitsandbytes asks at import for a kernel from a hub; nothing here uses it.
+    # On some CPUs bitsandbytes requests a kernel from a hub when it is imported; nothing here uses it.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     app(args=arguments, prog_name="orchestrator")
     raise SystemExit(0)

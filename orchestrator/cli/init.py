@@ -28,15 +28,15 @@ TOKEN_STEPS = tuple(2**power for power in range(6, 14))
 MEASURED_ROWS = 500
 FITTING_SHARE = 0.99
 SPARE_TOKENS = 4
-"""For begin, end and separator."""
+"""Tokens reserved for begin, end and separator."""
 TURN_TOKENS = 8
-"""Tokens that a chat template adds to a turn, roughly."""
+"""Approximate number of tokens that a chat template adds to a turn."""
 FEW_ROWS = 50
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A spec to be written, and what it was derived from."""
+    """A spec to be written, and the facts that it was derived from."""
 
     path: Path
     text: str
@@ -77,7 +77,7 @@ def draft_spec(data: str | None, base: str, task: str, output: Path) -> Draft:
     """Return a spec derived from data and base.
 
     Raises:
-        UsageError: no such task.
+        UsageError: the task does not exist.
         DataError: no file, no row that can be read, or no columns for a task.
         BaseError: the base cannot be read.
     """

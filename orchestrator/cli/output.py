@@ -1,4 +1,4 @@
-"""What commands print, and the option that asks for JSON."""
+"""Printing of the commands, and their `--json` option."""
 
 from __future__ import annotations
 

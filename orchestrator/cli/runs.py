@@ -1,4 +1,4 @@
-"""`orchestrator runs` and `compare`: the runs in a folder, and runs side by side."""
+"""`orchestrator runs` and `compare`: list the runs in a folder, and compare runs side by side."""
 
 from __future__ import annotations
 

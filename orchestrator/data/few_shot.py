@@ -23,8 +23,8 @@ class WithShots(NamedTuple):
 def with_shots(data: TokenizedSet, examples: TokenizedSet, num_shots: int, limit: int, seed: int) -> WithShots:
     """Prefix each document of `data` with `num_shots` whole documents of `examples`, which are read and not scored.
 
-    A document has examples of its own, drawn by the seed, so that no choice of them decides the comparison. It gets fewer where
-    no more fit: of those drawn, whatever fits beside the others comes in. What is supervised stays the same.
+    Each document has its own examples, drawn by the seed, so that the comparison does not depend on one choice. It gets fewer if
+    not all fit: those drawn are added in turn if they fit. The supervised tokens stay the same.
 
     Args:
         data: The documents to answer: each has a supervised token.

@@ -167,8 +167,8 @@ def data_size(summary: DataSummary, spec: JobSpec, folder: Path, *, planned: Ste
 
     Args:
         folder: Where `prepare_data` wrote the sets: the number of steps depends on every document's length.
-        planned: Of `auto`, what was settled: by an earlier submission of the run, whose trials go on with steps of that size,
-            or for the ranks of a gang. What the data alone comes to without it.
+        planned: The value already chosen for `auto`: by an earlier submission of the run, whose trials continue with steps of
+            that size, or for the ranks of a gang. Without it the value follows from the data only.
     """
     train = TokenizedSet.load(folder / "train.npz")
     in_a_step = tokens_per_step(spec.train, len(train), train.num_tokens, int(train.lengths.max()))

@@ -13,8 +13,8 @@ def replayed_documents(lengths: np.ndarray, target_tokens: Iterable[int], share:
     """Yield for every step of the target the documents that are replayed with it.
 
     Documents are drawn in a seeded order, every one once before any comes again. After each step the replayed tokens of all
-    steps so far are `share` of all tokens so far, to within half of a document: what a step lacks or has too much, the next
-    ones make up for.
+    steps so far are `share` of all tokens so far, to within half of a document: the next steps
+    compensate for a step that has too few or too many.
 
     Args:
         lengths: int64[D], tokens of each document that may be replayed; each at least 1.

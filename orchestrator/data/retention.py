@@ -70,7 +70,7 @@ def within_tokens(documents: list[Document], budget: int, seed: int) -> tuple[li
     chosen: set[int] = set()
     tokens = 0
     for index in generator(seed, RETENTION).permutation(len(documents)).tolist():
-        # At least one chunk, even if it exceeds the budget alone; later, shorter chunks may still fit.
+        # At least one chunk, even if it alone exceeds the budget; later, shorter chunks may still fit.
         if not chosen or tokens + len(documents[index].ids) <= budget:
             chosen.add(index)
             tokens += len(documents[index].ids)
@@ -91,7 +91,7 @@ def replayed(
         left_out: Gets the others.
 
     Raises:
-        DataError: there is nothing beside what is scored.
+        DataError: all of the chunks are scored or equal to scored ones.
     """
     known = {document.ids.tobytes() for document in scored}
     others: list[Document] = []

@@ -156,7 +156,7 @@ def execution_plan(candidate: Candidate, found: Machines, num_gangs: int, spec: 
 
 
 def check_resources(resources: ResourcesSpec) -> None:
-    """Reject a ZeRO stage that cannot offload what the spec asks for.
+    """Reject a ZeRO stage that cannot offload what the spec requests.
 
     Raises:
         PlanError: `offload: optimizer` or `parameters` below stage 3.
@@ -213,7 +213,7 @@ def _gangs(most: int, least: int) -> str:
 
 
 def _nothing_fits(found: Machines, spec: JobSpec, load: Load, counts: Sequence[int], room_of: RoomOf) -> PlanError:
-    """Return an error that says what the smallest configuration lacks and what would help."""
+    """Return an error that says how much the smallest configuration exceeds the memory and what would help."""
     tried = list(_candidates(spec.resources, found.device, counts, load))
     assert tried, "the spec refuses products of adapters where resources ask for DeepSpeed"
     needed = {candidate: heaviest(candidate, load.footprints) for candidate in tried}
@@ -269,7 +269,7 @@ def head_warnings(head: Footprint, candidate: Candidate, load: Load, room: RankR
 def with_scratch(
     plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, candidate: Candidate, load: Load, room: RankRoom
 ) -> RunPlan:
-    """Return the plan with the memory of the control `scratch`, if the spec asks for it; without it, with a warning, if the gangs
+    """Return the plan with the memory of the control `scratch`, if the spec requests it; without it, with a warning, if the gangs
     that the trials need cannot train it."""
     if not isinstance(plan, SweepPlan) or "scratch" not in plan.search.controls:
         return plan

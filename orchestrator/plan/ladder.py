@@ -45,13 +45,13 @@ class RankRoom:
     ranks_per_node: int = 1
     """Ranks that share a node's memory."""
     device_node: str = ""
-    """The kind of node that decides the first, where nodes are unlike."""
+    """The kind of node that limits the device memory, where nodes differ."""
     host_node: str = ""
-    """Likewise, the second."""
+    """The kind of node that limits the host memory, where nodes differ."""
 
 
 RoomOf = Callable[[int], RankRoom]
-"""The room of each rank, by the ranks of a gang: the more ranks stand on a node, the less of its memory has each."""
+"""The room of each rank, by the ranks of a gang: the more ranks a node has, the less of its memory has each."""
 
 
 @dataclass(frozen=True)

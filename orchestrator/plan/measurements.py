@@ -246,7 +246,7 @@ def _num_chosen(option: TrialOption, anatomy: ModelAnatomy) -> int:
 def _fits(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, alone: Candidate, room: RankRoom, floor: int) -> bool:
     """Return whether one rank can score the blocks from a floor up.
 
-    The memory is that of unfreezing them on that rank alone, which sums gradients in float32 too, less the terms NOT_HELD.
+    The memory is that of unfreezing them on that rank only, which sums gradients in float32 too, less the terms NOT_HELD.
     """
     element_bytes = 2 if spec.train.dtype == "bfloat16" else 4
     learning = _learning(plan, anatomy, floor)

@@ -28,7 +28,7 @@ TRIALS_PER_GANG = 2
 FEW_NODES = 8
 """Up to this many nodes, gangs over any number of nodes are tried; beyond it, only over powers of two."""
 MAX_GANG_RANKS = 2**14
-"""No larger gang is planned unless the spec asks for it."""
+"""No larger gang is planned unless the spec requests it."""
 MAX_THREADS = 2**16
 """Limit on the threads of a rank if the environment sets none."""
 MAX_GPU_RANK_THREADS = 8
@@ -139,10 +139,10 @@ class Machines:
 
 
 def num_slots(node: NodeDescription, device: Device) -> int:
-    """Return how many ranks Ray can place on a node; beside a GPU each takes some CPU, and so do the processes of its trials."""
+    """Return how many ranks Ray can place on a node; besides a GPU each takes some CPU, and so do the processes of its trials."""
     if device == "cpu":
         return node.num_cpus
-    # A rank that finds no CPU beside its GPU would wait in Ray forever, so such GPUs must not be planned for.
+    # A rank that finds a GPU but no CPU would wait in Ray forever, so such GPUs must not be planned for.
     return min(node.num_gpus, math.floor(node.num_cpus / (GPU_RANK_CPUS + TRIALS_PER_GANG * THIN_TRIAL_CPUS)))
 
 
@@ -208,7 +208,7 @@ def node_subsets(cluster: ClusterDescription, resources: ResourcesSpec) -> list[
         )
         if not nodes or nodes in found:
             continue
-        # A part of the cluster may be too small for the gangs that the spec asks for; the whole cluster has passed that check.
+        # A part of the cluster may be too small for the gangs that the spec requests; the whole cluster has passed that check.
         with suppress(PlanError):
             part = machines(cluster.model_copy(update={"nodes": nodes}), resources)
             found[nodes] = replace(part, left_out=tuple(node for node in whole.nodes if node not in nodes))

@@ -110,7 +110,7 @@ def no_whole_adapters(anchor: AnchorPlan, loaded: LoadedSpec, job: Literal["swee
 
 
 def _place_of(anchor: AnchorPlan, spec: JobSpec, job: Literal["sweep", "finetune"]) -> str:
-    """Return the key of the spec that asks for the anchor: an item of `search`, or `train.anchor`."""
+    """Return the key of the spec that selects the anchor: an item of `search`, or `train.anchor`."""
     if job == "sweep" and spec.search is not None:
         for number, point in enumerate(spec.search.points):
             if point.anchor is not None and _planned(point.anchor) == anchor:
@@ -137,7 +137,7 @@ def learning_groups(
     """Split the trainable parameters, in their order, where the rate or the anchor changes; without remedies there is one
     group.
 
-    The last block and the head learn at the full rate, each block below at `layer_decay` times the rate of the block above it
+    The last block and the head use the full rate, each block below at `layer_decay` times the rate of the block above it
     (Howard and Ruder 2018, "discriminative fine-tuning"; as a factor for every layer: Clark et al. 2020, ELECTRA). A new
     classifier is not part of the base, so no anchor applies to it.
 
@@ -150,7 +150,7 @@ def learning_groups(
     top = anatomy.num_blocks - 1
 
     def kind(name: str) -> tuple[float, bool]:
-        # Parameters outside the blocks, such as the head, learn at the rate of the last block.
+        # Parameters outside the blocks, such as the head, are trained at the rate of the last block.
         factor = remedies.layer_decay ** (top - depth.get(_module(name), top)) if remedies.layer_decay != 1.0 else 1.0
         return factor, name not in new or remedies.anchor is None
 
@@ -160,7 +160,7 @@ def learning_groups(
 
 
 def effective(anatomy: ModelAnatomy, selection: LayerSelection, remedies: Remedies) -> Remedies:
-    """Return the remedies without those that have no effect on what is trained: a decay if everything learns at the full rate,
+    """Return the remedies without those that have no effect on what is trained: a decay if everything uses the full rate,
     an anchor if nothing that it could pull is trained. A policy whose blocks are not known yet keeps all."""
     if selection.pending:
         return remedies

@@ -44,12 +44,12 @@ def filling_step(spec: JobSpec, size: DataSize, ranks: int) -> StepSize | None:
     None for one rank, or if the spec gives a number.
 
     Args:
-        size: Data size with the step that `auto` gave for the data alone.
+        size: Data size with the step that `auto` gave for the data only.
     """
     if spec.train.tokens_per_step != "auto" or ranks <= 1:
         return None
     mean = size.train_tokens / max(1, size.train_documents)
-    # Before tokenization the longest document is only known to have at most `data.max_tokens`, so the mean stands in for it.
+    # Before tokenization the longest document is only known to have at most `data.max_tokens`, so the mean is used instead.
     each = STEP_TOKENS_MULTIPLE * math.ceil((size.longest_document_tokens if size.exact else mean) / STEP_TOKENS_MULTIPLE)
     tokens = min(
         ranks * each,
@@ -170,7 +170,7 @@ AUTO_REPEATS = 5
 """Training runs of the winner, each from another seed: with 5, Student's t has 4 degrees of freedom and the 95% interval
 extends 2.8 standard errors to either side; with 3 it would be 4.3."""
 PATIENCE = 2
-"""Consecutive rungs without improvement after which a trial ends; one alone may be chance."""
+"""Consecutive rungs without improvement after which a trial ends; a single one may be chance."""
 
 
 def has_few_examples(data: DataSize) -> bool:
@@ -220,7 +220,7 @@ def curve_shares(num_documents: int) -> tuple[float, ...]:
 
 
 def too_few_documents(num_documents: int) -> str:
-    """Return the warning that a learning curve was asked for but there are too few documents."""
+    """Return the warning that a learning curve was requested but there are too few documents."""
     return (
         f"search.learning_curve is skipped: {num_documents} training document{'' if num_documents == 1 else 's'} cannot be "
         f"divided into {MIN_CURVE_POINTS} different shares"

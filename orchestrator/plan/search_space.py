@@ -19,7 +19,7 @@ from orchestrator.spec.tasks import TASKS
 from orchestrator.work.remedies import NOTHING, Remedies
 
 FRESH_HEAD_FACTOR = 10.0
-"""Factor on the learning rate of a randomly initialised classification head that is trained alone: this is a linear probe, a
+"""Factor on the learning rate of a randomly initialised classification head if nothing else is trained: this is a linear probe, a
 convex problem that takes a rate ten times that of pretrained weights."""
 
 
@@ -49,7 +49,7 @@ class _Asked(NamedTuple):
 
 
 def head_rates(search: SearchSpec, task: Task) -> tuple[float, float]:
-    """Return the range for a head that is trained alone: that of `full`, times ten if the head is a new classifier."""
+    """Return the range for a head if nothing else is trained: that of `full`, times ten if the head is a new classifier."""
     factor = FRESH_HEAD_FACTOR if TASKS[task].head.is_new else 1.0
     low, high = learning_rate_range(search, "full")
     return low * factor, high * factor
@@ -157,7 +157,7 @@ def _modules(search: SearchSpec) -> Iterator[tuple[str, Modules]]:
 
 
 def _selection(asked: _Asked, anatomy: ModelAnatomy, task: Task, num_classes: int) -> LayerSelection:
-    """Return what is trained. LoRA with nothing to adapt (a new classifier alone) becomes `full`."""
+    """Return what is trained. LoRA with nothing to adapt (only a new classifier) becomes `full`."""
     selection = select(
         anatomy, asked.layers, asked.tune, asked.lora_rank, adapter=asked.adapter, task=task, num_classes=num_classes
     )

@@ -20,7 +20,7 @@ from orchestrator.work.trial import TrialSpec
 FOLLOW_UP_CONTROLS = ("shuffled", "scratch", "repeat")
 """Controls that are trained once the winner is known, for comparison with the bundle."""
 CONTROL_NUMBERS = {"none": -5, "head": -4, "shuffled": -3, "scratch": -2, "repeat": -1, "curve": -1}
-"""Controls stand before the searched trials, which count from 0."""
+"""Controls are numbered before the searched trials, which count from 0."""
 REPEAT = "repeat-"
 """Prefix of the name that a repeat of the winner from another seed has beside the bundle; its number follows."""
 
@@ -77,7 +77,7 @@ def head_control(plan: RunPlan, anatomy: ModelAnatomy, spec: JobSpec, seed: int)
 
 
 def shuffled_control(winner: TrialSpec) -> TrialSpec:
-    """Return the winner to be trained on answers permuted among the prompts: the gain from style alone."""
+    """Return the winner to be trained on answers permuted among the prompts: the gain from style only."""
     trial_id = follow_up_id("shuffled", winner.trial_id)
     update = {"trial_id": trial_id, "number": CONTROL_NUMBERS["shuffled"], "control": "shuffled"}
     return winner.model_copy(update=update)
@@ -115,7 +115,7 @@ def curve_trial(winner: TrialSpec, share: float, total_steps: int, target_tokens
 
     Args:
         total_steps: Steps for as many epochs as the winner's, over the share.
-        target_tokens: Tokens likewise, without replayed ones.
+        target_tokens: Tokens for the same epochs, without replayed ones.
     """
     update = {
         "trial_id": curve_trial_id(share, winner.trial_id),

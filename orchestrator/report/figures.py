@@ -1,6 +1,6 @@
 """Figures as inline SVG, drawn by matplotlib without a display. Text stays text, so it can be searched and read aloud.
 
-Colours are from the Okabe-Ito palette (Okabe & Ito 2008, "Color Universal Design"), told apart by colour-blind readers;
+Colours are from the Okabe-Ito palette (Okabe & Ito 2008, "Color Universal Design"), which colour-blind readers can distinguish;
 lora and full differ in marker too, so a page printed in grey can still be read. Ink, lines and some data colours are CSS
 variables, so that the page shows them in its own light or dark colours; without a page they are the light ones.
 """
@@ -233,7 +233,7 @@ def front(points: Sequence[TradeOff], bound: float, metric: str, higher_is_bette
         promoted = [point for point in points if point.promoted]
         _scatter(axis, promoted, label="promoted", s=190, facecolor="none", edgecolor=RED, linewidth=2)
         forgettings = sorted(point.forgetting for point in points)
-        # Likewise for forgetting: the worst 5% may leave the frame.
+        # The same for forgetting: the worst 5% may leave the frame.
         bulk = forgettings[: max(1, math.ceil(0.95 * len(forgettings)))]
         low, high = min(0.0, forgettings[0]), max([bulk[-1], *finite([bound])])
         pad = 0.06 * ((high - low) or 1.0)

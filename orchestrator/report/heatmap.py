@@ -22,7 +22,7 @@ FLOOR = 1e-9
 def heatmap(budgets: Panels, metric: str, higher_is_better: bool) -> str:
     """Draw the best metric by layers and learning rate, lora and full in separate panels, a row of panels for each budget.
 
-    Colours are compared within a row alone: all its trials had trained for as many steps. A hatched cell was tried and had
+    Colours are comparable only within a row: all its trials had trained for as many steps. A hatched cell was tried and had
     not come so far.
     """
     colours = mpl.colormaps["cividis" if higher_is_better else "cividis_r"]

@@ -41,7 +41,7 @@ def table(
         headers: One per column.
         rows: Cells, as many as headers.
         numeric: Indices of the columns that are set to the right.
-        marked: Indices of the rows that stand out.
+        marked: Indices of the highlighted rows.
     """
     rows = list(rows)
     # A column that no row fills says nothing.

@@ -23,7 +23,7 @@ def activity_text(activity: Activity, phase: str = "") -> str:
     """Return `trial 3 training: step 37 of 327, loss 1.832, 3.4k tokens/s`.
 
     Args:
-        phase: What stands before it already, and is not said twice.
+        phase: Text that already precedes it, and is not repeated.
     """
     doing = "" if activity.doing == phase else activity.doing
     whose = trial_name(activity.trial_id) if activity.trial_id not in ("", "none") else ""

@@ -147,7 +147,7 @@ def _hours(sweep: SweepResult) -> str:
 
 
 def data_notices(run: RunRecords) -> Html:
-    """Return the notices about the data, one line each: warnings shown, the rest folded; empty if there are none."""
+    """Return the notices about the data, one line each: warnings shown, the rest folded; empty without notices."""
     try:
         told = DataSummary.model_validate(run.data_summary).told
     except ValidationError:

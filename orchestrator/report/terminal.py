@@ -177,7 +177,7 @@ class JsonView:
 
 
 class SweepView:
-    """Live table of a terminal: the best trial so far and the untouched base, and the trials; at most 100 columns."""
+    """Live table of a terminal: the best trial so far, the base model, and the trials; at most 100 columns."""
 
     def __init__(self, console: SafeConsole | None = None) -> None:
         self._console = console or SafeConsole(stderr=True)

@@ -74,7 +74,7 @@ def submissions_of(run: RunRecords) -> tuple[Submission, ...]:
     if not results:
         return ()
     known = [time for time in run.submissions if time <= results[0].started_at]
-    # Runs of older versions record no submissions: their first result then stands for the start.
+    # Runs of older versions record no submissions: their first result is then used as the start.
     begun = [*(known or [results[0].started_at]), *(time for time in run.submissions if time > results[0].started_at)]
     ends = [*begun[1:], float("inf")]
     parts = [

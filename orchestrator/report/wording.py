@@ -57,7 +57,7 @@ def metric_over_seeds(sweep: SweepResult, trial: TrialRecord, transfer: Transfer
     """Return the eval metric of a trial, or of its bundle, and of its repeats from other seeds; None with one seed."""
     own = measured_of(trial, transfer).metric
     repeats = [other for other in sweep.trials if other.control == "repeat" and other.trial_id.endswith(f"-{trial.trial_id}")]
-    if transfer is not None and transfer.scores:  # those that stand beside the bundle: the others were trained otherwise
+    if transfer is not None and transfer.scores:  # those shown next to the bundle: the others were trained differently
         beside = {f"{score.model}-{trial.trial_id}" for score in transfer.scores}
         repeats = [other for other in repeats if other.trial_id in beside]
     repeats = [other for other in repeats if other.state != "failed"]
@@ -107,7 +107,7 @@ def sort_trials(trials: Iterable[TrialRecord], higher_is_better: bool) -> list[T
     def key(trial: TrialRecord) -> tuple[int, float]:
         value = trial.score
         if value is None and trial.metric is not None:
-            # Before its first score a trial is ranked by its metric alone.
+            # Before its first score a trial is ranked only by its metric.
             value = 1.0 - trial.metric if higher_is_better else trial.metric
         ranked = value is not None and math.isfinite(value)
         return (2 if trial.state == "failed" else 0 if ranked else 1, value if ranked and value is not None else trial.number)

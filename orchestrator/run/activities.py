@@ -1,4 +1,4 @@
-"""What a run is doing at this moment, read from the files that its workers write while they work."""
+"""The current activity of a run, read from the files that its workers write while they work."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ MEASURING = {
 
 
 def activity_of(assignment: Work, gang: int) -> Activity:
-    """Return what a gang does with its work, as far as that is known without its files."""
+    """Return the activity of a gang with this work, as far as it is known without reading files."""
     if isinstance(assignment, ScoreBlocks | MeasureShift | TimeCompiling):
         return Activity(doing=MEASURING[type(assignment)], gang=gang)
     trial = assignment.trial
@@ -105,10 +105,10 @@ def _tokens_of(steps: Sequence[StepReport]) -> Iterable[tuple[int, StepReport]]:
 
 
 def on_disk(run_folder: Path, phase: str, since: float) -> tuple[Activity, ...]:
-    """Return what the refit's worker group or the bundling worker is doing; nothing in other phases.
+    """Return what the refit's worker group or the bundling worker is doing; empty in other phases.
 
     Args:
-        since: Unix time at which the phase began: older files are of an earlier submission.
+        since: Unix time at which the phase began: older files are from an earlier submission.
     """
     run = RunFolder(run_folder)
     if phase in ("training", "refit"):
@@ -133,7 +133,7 @@ def _refit(run: RunFolder, since: float) -> Activity:
 
 
 def tell_bundling(run_folder: Path, doing: str) -> None:
-    """Record what the bundling worker does next, for `on_disk`."""
+    """Record the next activity of the bundling worker, for `on_disk`."""
     write_json(RunFolder(run_folder).bundling, {"doing": doing, "since": time.time()})
 
 

@@ -66,7 +66,7 @@ class RunDirectory(RunFolder):
             run = cls(path, _lock(path))
             try:
                 _clear_partial(path)
-                earlier = _read_earlier(path)  # again: the last holder of the lock may have written it
+                earlier = _read_earlier(path)  # read again under the lock: its last holder may have written it
                 run._take_over(earlier, loaded, spec_sha256)
             except BaseException:
                 run.close()
@@ -120,7 +120,7 @@ class RunDirectory(RunFolder):
 
     @property
     def was_planned(self) -> bool:
-        """Whether the run has a plan, or had a damaged one: its trials then depend on its base and data."""
+        """Return whether the run has a plan, or had a damaged one: its trials then depend on its base and data."""
         return was_planned(self.path)
 
     @cached_property
@@ -185,7 +185,7 @@ def is_same_run(path: Path, loaded: LoadedSpec, spec_sha256: str) -> bool:
     """Return whether `RunDirectory.open` would continue an earlier submission in `path`, without writing anything.
 
     Raises:
-        RunConflictError: it would refuse: the folder holds another run or something else, or another driver is running it.
+        RunConflictError: `open` would refuse: the folder holds another run or something else, or another driver is running it.
     """
     earlier = _read_earlier(path)
     _refuse_foreign(path, earlier)
@@ -230,14 +230,14 @@ def _identity(loaded: LoadedSpec, spec_sha256: str, known: dict[str, Any] | None
 
 
 class EarlierSubmission(NamedTuple):
-    """What an earlier submission left in a run's folder; nothing of a new run."""
+    """The state that an earlier submission left in a run's folder; empty for a new run."""
 
     identity: dict[str, Any] | None
     """The content of run.json."""
     planned_for: str | None
     """Hash of the spec that the plan was made for; None without a readable plan."""
     damage: IntegrityError | RunConflictError | None = None
-    """Why run.json cannot be used."""
+    """Why run.json cannot be used; empty if it can."""
 
 
 def _read_earlier(path: Path) -> EarlierSubmission:
@@ -289,7 +289,7 @@ def _clear_partial(path: Path) -> None:
 
 
 def _lock(path: Path) -> TextIO:
-    """Take the lock. The operating system has released that of a dead driver."""
+    """Take the lock. The operating system releases the lock of a driver that was killed."""
     lock = (path / LOCK).open("a+")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

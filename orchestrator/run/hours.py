@@ -23,7 +23,7 @@ from orchestrator.work.results import RungResult
 from orchestrator.work.trial import TrialSpec
 
 SAVE_EVERY_S = 5.0
-"""A killed process loses at most this much of the count."""
+"""Seconds between saves: a killed process loses at most this much of the count."""
 MOST_FOR_THE_REFIT = 0.5
 """Share of the bound: no hours are reserved for a longer refit; the promoted trial's own last rung is bundled instead."""
 
@@ -46,7 +46,7 @@ class HoursRecord(Value):
 
 
 class Meter:
-    """Counts the rank-hours of the resources that are held, on top of those of earlier submissions.
+    """Counts the rank-hours of reserved resources, added to those of earlier submissions.
 
     One process at a time counts for a run: the exchange during the search, the driver after it.
 
@@ -76,7 +76,7 @@ class Meter:
         self._held[what] = (num_ranks, self._clock())
 
     def release(self, what: object) -> None:
-        """Stop counting what `hold` began; does nothing where nothing is held."""
+        """Stop counting what `hold` started to count; does nothing for an unknown key."""
         num_ranks, since = self._held.get(what, (0, 0.0))
         self._seconds += num_ranks * (
             self._clock() - since
@@ -127,6 +127,7 @@ def refit_hours(results: Sequence[RungResult], total_steps: int) -> float:
     if not done or not 0 < done[-1].step < total_steps:
         return 0.0
     seconds_per_step = sum(result.train_seconds for result in done) / done[-1].step
+    # All steps count: a refit starts at step 0, not from the trial's last rung.
     return _ranks(done[-1]) * seconds_per_step * total_steps / 3600
 
 
@@ -205,7 +206,7 @@ class Allowance:
         self._scoring = scoring
         self._tell = tell
         self.reason = ""
-        """Why no more work is started; empty until then."""
+        """Why no more work is started; empty while work is allowed."""
 
     def refuses(self, trial: TrialSpec | None = None) -> bool:
         """Return whether this trial, or any new one, gets no more work. The base model is always evaluated."""

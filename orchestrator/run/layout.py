@@ -13,10 +13,10 @@ SPEC = "spec.yaml"
 SWEEP = "sweep.json"
 TRIALS = "trials"
 PROGRESS = "progress.json"
-"""What the run is waiting for, kept up to date while its driver works (`transfer.run_view.Progress`)."""
+"""The phase and activities of the run, updated while its driver works (`transfer.run_view.Progress`)."""
 
 TRIAL, END = "trial.json", "end.json"
-"""In a trial's folder: what was registered before it began, and how it ended."""
+"""In a trial's folder: its registration, written before it starts, and how it ended."""
 RESULT = "result.json"
 """The result that a worker group of Ray Train writes itself: in refit/, and in trials/none/ during the one-trial job."""
 EVALUATION = "eval.npz"
@@ -25,7 +25,7 @@ STEPS = "steps.jsonl"
 OWNER = TRIAL
 """In refit/: the id of the trial that it belongs to."""
 STARTS = "starts.txt"
-"""In refit/: a line for every time that its worker group had loaded the base model."""
+"""In refit/: one line for each time that its worker group has loaded the base model."""
 
 
 class RunFolder:
@@ -63,7 +63,7 @@ class RunFolder:
 
     @property
     def events(self) -> Path:
-        """Everything that happened automatically, a line each."""
+        """Automatic actions and notices, one line each."""
         return self.path / "events.jsonl"
 
     @property
@@ -82,7 +82,7 @@ class RunFolder:
 
     @property
     def compile_choice(self) -> Path:
-        """Whether the trials train with compiled blocks; written once, before the first trial."""
+        """The decision whether trials train with compiled blocks; written once, before the first trial."""
         return self.path / "compile.json"
 
     @property
@@ -104,7 +104,7 @@ class RunFolder:
 
     @property
     def bundling(self) -> Path:
-        """What the worker that merges, verifies and scores is doing."""
+        """The current activity of the worker that merges, verifies and scores."""
         return self.path / "bundling.json"
 
     @property

@@ -64,12 +64,12 @@ class TrialEntry(Value):
 class Ledger:
     """The folder `trials/` of a run, read when the ledger is made and kept up to date by its own writes.
 
-    What another process has written since is seen after `refresh`.
+    Call `refresh` to see what another process has written since.
 
     Args:
         folder: The run's trials/.
         damaged: Called with every record that cannot be read and why; the record is left out. Without it a damaged record is
-            logged, and an error of the disk is raised: a driver must not train again what is only unreachable.
+            logged, and a disk error is raised: a driver must not retrain trials whose records are only unreachable.
 
     Raises:
         OSError: a record cannot be read, and `damaged` is not given.
@@ -97,7 +97,7 @@ class Ledger:
         return self._folder / trial_id
 
     def register(self, trial: TrialSpec, option: int | None) -> TrialEntry:
-        """Record a trial before it starts. One that is recorded already is returned as it is."""
+        """Record a trial before it starts; return the existing entry if it is already recorded."""
         entry = self._entries.get(trial.trial_id)
         if entry is None:
             entry = TrialEntry(trial=trial, option=option)
@@ -153,10 +153,10 @@ def base_result(ledger: Ledger) -> RungResult | None:
 
 
 def drop_optimizer_state(checkpoint: Path) -> None:
-    """Rewrite a checkpoint without what only a continuation needs; a reader sees the old folder or the new one.
+    """Rewrite a checkpoint without its optimizer state, atomically: a reader sees the old folder or the new one.
 
     Raises:
-        IntegrityError: what would be kept is damaged: a new manifest would call it whole. Nothing was changed.
+        IntegrityError: a file to keep is damaged, and a new manifest would declare it complete. Nothing was changed.
     """
     state_file = checkpoint / "state.json"
     if not state_file.exists() or not read_json(state_file)["has_optimizer"]:

@@ -34,7 +34,7 @@ from orchestrator.work.measurements import DomainShift, LayerScores
 from orchestrator.work.results import RungResult, StepReport
 
 SILENT_S = 60.0
-"""The driver writes progress.json every few seconds; after so long without it the driver or its machine is gone."""
+"""Seconds without a write of progress.json after which the driver or its machine is taken to be gone."""
 AFTER_SEARCH = ("refit", "merge", "verify", "test")
 """Phases in which sweep.json holds the results of this submission's search."""
 Read = TypeVar("Read", bound=Value)
@@ -52,7 +52,7 @@ class RunRecords:
     """Summarised from the trials' folders where the run has not written one yet."""
     transfer: TransferReport | None
     complete: bool
-    """Whether the run has finished."""
+    """True if the run has finished."""
     steps: dict[str, tuple[StepReport, ...]] = field(default_factory=dict)
     """By trial id, in order of steps."""
     events: tuple[dict[str, Any], ...] = ()
@@ -66,25 +66,25 @@ class RunRecords:
     results: tuple[RungResult, ...] = ()
     """Results of every rung of every trial and control, in the order in which gangs started them."""
     identity: dict[str, Any] = field(default_factory=dict)
-    """What run.json says: name, created, submissions, versions, values (the resolved spec); empty where it cannot be read."""
+    """Content of run.json: name, created, submissions, versions, values (the resolved spec); empty where it cannot be read."""
     submissions: tuple[float, ...] = ()
     """Unix times at which the run was submitted."""
     progress: Progress | None = None
-    """What the run was waiting for when the driver last wrote it; None where it never did."""
+    """The driver's last progress.json; None where it never wrote one."""
     refit_of: str = ""
-    """Id of the trial that refit/ belongs to."""
+    """Id of the trial that owns refit/."""
     read_at: float = 0.0
-    """Unix time."""
+    """Unix time at which the records were read."""
 
     @property
     def created(self) -> float | None:
-        """Unix time of the first submission; None where run.json does not say it."""
+        """Unix time of the first submission; None if run.json does not have it."""
         created = self.identity.get("created")
         return float(created) if isinstance(created, int | float) else None
 
     @property
     def alive(self) -> bool:
-        """Whether a driver is running the run, judged by its last progress.json."""
+        """Return whether a driver is running the run, judged by its last progress.json."""
         now = self.progress
         return not self.complete and now is not None and not now.ended and self.read_at - now.at < SILENT_S
 
@@ -135,7 +135,7 @@ def read_run(folder: Path) -> RunRecords:
     active = progress is not None and not progress.ended and read_at - progress.at < SILENT_S
     finished = _value(run.sweep, SweepResult, gaps)
     if active and progress is not None and progress.phase not in AFTER_SEARCH:
-        finished = None  # of an earlier submission: more trials are being searched
+        finished = None  # it is from an earlier submission: more trials are being searched
     results = (result for entry in ledger.entries() for result in entry.results)
     return RunRecords(
         folder=folder,
@@ -224,7 +224,7 @@ def _value(path: Path, kind: type[Read], gaps: list[str]) -> Read | None:
         return kind.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        # A plan is one of two kinds: what its validator says names the place itself.
+        # A plan is one of two kinds; the validator's own message already names the place of the error.
         where = ".".join(map(str, first["loc"]))
         message = first["msg"] if where else first["msg"].removeprefix("Value error, ")
         gaps.append(": ".join(part for part in (f"{path.parent.name}/{path.name}", where, message) if part))

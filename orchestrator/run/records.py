@@ -20,7 +20,7 @@ from orchestrator.work.trial import TrialSpec
 
 @dataclass(frozen=True)
 class JudgedTrial:
-    """A trial or control, judged once against the base model: what its promotion and all that follows are decided by."""
+    """A trial or control, judged once against the base model; the promotion and all later steps use this judgement."""
 
     entry: TrialEntry
     record: TrialRecord
@@ -29,7 +29,7 @@ class JudgedTrial:
     base: RungResult | None
     """The base model's scores, against which it is judged."""
     needs_refit: bool
-    """Whether it could still improve with more training; see `Scoring.needs_refit`."""
+    """True if it could still improve with more training; see `Scoring.needs_refit`."""
     _ledger: Ledger = field(repr=False, compare=False)
 
     @property
@@ -38,7 +38,7 @@ class JudgedTrial:
 
     @property
     def bundled_steps(self) -> tuple[int, ...]:
-        """How many steps the artifact has if this trial is bundled; two numbers if it is refitted, since the refit may be
+        """Return how many steps the artifact has if this trial is bundled; two numbers if it is refitted, since the refit may be
         passed over for the trial's own rung."""
         assert self.compared is not None
         return (self.compared.step, self.trial.total_steps) if self.needs_refit else (self.compared.step,)
@@ -127,7 +127,7 @@ def _rung_record(result: RungResult, scoring: Scoring, base: RungResult | None) 
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """A finished run: its folder, what the search found, and what the result is worth."""
+    """A finished run: its folder, the results of the search, and the verdict."""
 
     run_folder: Path
     sweep: SweepResult
@@ -158,7 +158,7 @@ def read_finished_sweep(run: RunFolder, spec: JobSpec) -> RunOutcome | None:
 
 
 def write_outcome(outcome: RunOutcome) -> RunOutcome:
-    """Write transfer.json, then sweep.json with its end time: that time says that both are there."""
+    """Write transfer.json, then sweep.json with its end time: the end time implies that both files exist."""
     run = RunFolder(outcome.run_folder)
     write_json(run.transfer, outcome.transfer)
     sweep = outcome.sweep.model_copy(update={"finished_at": time.time(), "gpu_hours_used": read_hours(run.hours)})

@@ -20,7 +20,7 @@ class Scoring(Value):
     metric: str
     max_forgetting: float
     patience: int | None = None
-    """As `SearchPlan.patience`."""
+    """See `SearchPlan.patience`; None without early stopping."""
 
     @property
     def higher_is_better(self) -> bool:
@@ -59,6 +59,7 @@ class Scoring(Value):
             return ""
         scores = [self.score(result, base) for result in results]
         losses = [loss if (loss := result.eval_loss) is not None and math.isfinite(loss) else math.inf for result in results]
+        # The later of the two best rungs: an improvement of either figure lets the trial continue.
         best = max(scores.index(min(scores)), losses.index(min(losses)))
         if best >= len(results) - self.patience:
             return ""

@@ -1,4 +1,4 @@
-"""What goes to the exchange and what comes back: orders, work, answers, and how its gangs spent their time."""
+"""Values exchanged with the exchange actor: orders, queued work, answers, and how each gang spent its time."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from orchestrator.work.trial import TrialSpec
 
 LADDER = MemoryLadder(replaced="gang")
 MAX_ATTEMPTS = 3
-"""How often an assignment is tried on a new gang, and how often a gang is started, before giving up."""
+"""Maximum number of gangs that an assignment is tried on, and of attempts to start a gang."""
 
 
 class Orders(Value):
-    """What the exchange needs to know of the run."""
+    """The parameters of the run that the exchange needs."""
 
     plan: SweepPlan
     anatomy: ModelAnatomy
@@ -44,56 +44,56 @@ class Orders(Value):
     timeouts: HangTimeouts = HangTimeouts()
 
     def context(self) -> WorkContext:
-        """Return what all work of the search shares."""
+        """Return the fields that all work of the search shares."""
         return work_context(self.plan, settings=self.settings, data=self.data, metric=self.scoring.metric)
 
 
 class Answer(Value):
-    """What a thin trial gets back for one rung."""
+    """The exchange's answer to a thin trial (Tune's side of a trial, which trains nothing itself) for one rung."""
 
     score: float
     step: int
     ended: bool
-    """True when the trial must not ask for another rung."""
+    """True if the trial must not request another rung."""
     state: str
     reason: str = ""
-    """Why it failed."""
+    """Why the trial failed or was stopped; empty otherwise."""
     metric: float | None = None
 
 
 @dataclass(order=True)
 class QueuedWork:
-    """Work on its way to a gang and back; smaller is served first."""
+    """Work submitted to the gangs, until its caller has the result; smaller values are served first."""
 
     priority: tuple[int, int, int]
-    """The untouched base first, since every score needs it; then the higher rung; then who came first."""
+    """The base model first, since every score needs it; then higher rungs; then by order of submission."""
     assignment: Work = field(compare=False)
     future: asyncio.Future[WorkResult | None] = field(compare=False)
-    """None where the bound on GPU-hours was reached before a gang took it up."""
+    """Its result; None if the limit on GPU-hours was reached before a gang started it."""
     attempts: int = field(default=0, compare=False)
-    """Gangs that died while running it, for want of anything but memory."""
+    """Number of gangs that failed while running it, except by running out of memory."""
     notes: list[str] = field(default_factory=list, compare=False)
-    """What happened on gangs that are gone; the result's notes begin with them."""
+    """Notes about gangs that failed while running it; the result's notes begin with them."""
     home: int | None = field(default=None, compare=False)
-    """The gang that ran the trial's last rung, and may remember it."""
+    """Index of the gang that ran the trial's last rung and may still hold its state in memory."""
 
     def answer(self, result: WorkResult | None) -> None:
-        """To whoever waits; nothing happens where the trial has ended meanwhile."""
+        """Return the result to the caller that waits for it; does nothing if the trial has ended meanwhile."""
         if not self.future.done():
             self.future.set_result(result)
 
     def fail(self, error: Exception) -> None:
-        """Whoever waits hears of what is no trial's own failure."""
+        """Raise an error in the caller that waits: one that is not a failure of the trial itself."""
         if not self.future.done():
             self.future.set_exception(error)
 
 
 @dataclass
 class GangFigures:
-    """How a gang spent its time, seconds."""
+    """The time that a gang spent idle, busy and starting, in seconds."""
 
     idle_s: list[float] = field(default_factory=list)
-    """Each gap between the end of an assignment and the start of the next."""
+    """Each gap between the end of a group of work and the start of the next."""
     busy_s: float = 0.0
     start_s: list[float] = field(default_factory=list)
     base_loads: int = 0
@@ -110,7 +110,7 @@ def rung_assignment(
     rung: int,
     stop_step: int,
 ) -> TrainRung:
-    """Return a trial's next rung, from where its last one ended, with memory use as reduced as it ended.
+    """Return a trial's next rung: it continues from the last one, with an execution as small as that one ended with.
 
     Args:
         folder: The trial's folder.
@@ -132,18 +132,18 @@ def rung_assignment(
 
 
 def _resumable(checkpoint: str | None) -> str | None:
-    """A rung to go on from; None, so that the trial starts again, where it has been cleaned of its optimizer state."""
+    """Return a checkpoint that can be resumed; None if its optimizer state was deleted, so that the trial starts again."""
     if checkpoint is None:
         return None
     try:
         state = read_json(Path(checkpoint) / "state.json")
     except (IntegrityError, OSError):
-        return checkpoint  # the gang looks for an earlier one that is whole
+        return checkpoint  # the gang looks for an earlier complete one
     return None if isinstance(state, dict) and state.get("has_optimizer") is False else checkpoint
 
 
 def answer_of(results: Sequence[RungResult], base: RungResult | None, scoring: Scoring, *, ended: bool) -> Answer:
-    """What a trial is worth after its last rung, scored against the untouched base.
+    """Return the answer for a trial's last rung, scored against the base model.
 
     Args:
         results: Results of its rungs so far.
@@ -161,25 +161,25 @@ def answer_of(results: Sequence[RungResult], base: RungResult | None, scoring: S
 
 
 def failed_answer() -> Answer:
-    """For a trial that ended without any result."""
+    """Return the answer for a trial that ended without any result."""
     return Answer(score=WORST_SCORE, step=0, ended=True, state="failed")
 
 
 def held_back_answer(reason: str) -> Answer:
-    """For a trial that was not begun, for want of GPU-hours."""
+    """Return the answer for a trial that was not started because the GPU-hours were spent."""
     return Answer(score=WORST_SCORE, step=0, ended=True, state="stopped", reason=reason)
 
 
 def next_attempt(work: QueuedWork, death: TrainingError, planned: ExecutionPlan) -> WorkResult | None:
-    """Prepare work for another gang after one failed while running it: as it is, or with less memory where that ran out.
+    """Prepare work for another gang after one failed while running it: unchanged, or smaller after running out of memory.
 
-    Running out of memory does not count as an attempt: each time leads to a smaller execution, so that this ends by itself.
+    Running out of memory does not count as an attempt: each time the execution gets smaller, so the number of retries is bounded.
 
     Args:
-        planned: What the plan gives every trial.
+        planned: The execution that the plan gives every trial.
 
     Returns:
-        The failed result where there is nothing left to try; None where the work goes back to the queue.
+        The failed result if there is nothing left to try; None if the work must be requeued.
     """
     assignment = work.assignment
     if not (isinstance(death, GangDiedError) and death.out_of_memory):

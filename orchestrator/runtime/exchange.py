@@ -1,7 +1,7 @@
 """The exchange: Tune's trials submit training work here, and gangs do it.
 
 It is one actor, which owns the gangs, the queue between trials and gangs, and the ledger. An assignment is in exactly one
-place: in the queue, or with one gang (`supervisor.py`), alone or in a group, being run or being written. A result is recorded
+place: in the queue, or with one gang (`supervisor.py`), which runs it or writes its result. A result is recorded
 and answered once its rung is on disk.
 """
 
@@ -141,7 +141,7 @@ class Exchange:
         return result
 
     async def replan(self, plan: SweepPlan) -> None:
-        """Take the plan made after a measurement; its gangs and options are the same."""
+        """Replace the plan by the one made after a measurement; its gangs and options are the same."""
         self._orders = self._orders.model_copy(update={"plan": plan})
         self._context = self._orders.context()
         begun = self._first_steps.begun
@@ -181,7 +181,7 @@ class Exchange:
         return [supervisor.gang.pids for supervisor in self._supervisors]
 
     async def close(self) -> None:
-        """Release the gangs, in order, with their placement groups. What they are still writing is awaited, and written down."""
+        """Shut down the gangs and release their placement groups, after waiting for results that are still being written."""
         for serving in self._serving:
             serving.cancel()
         await asyncio.gather(*self._serving, return_exceptions=True)
@@ -199,7 +199,7 @@ class Exchange:
         assert entry is not None
         known = self._inflight.get(trial.trial_id)
         if known is not None and isinstance(known.assignment, TrialWork) and known.assignment.rung == rung:
-            # The earlier caller is gone: Tune has restarted the thin trial, whose rung is still being trained.
+            # The earlier caller is gone: Tune restarted its trial while the rung was still being trained.
             return _rung_of(await asyncio.shield(known.future))
         folder = str(self._ledger.folder(trial.trial_id))
         plan, context, results = self._orders.plan, self._context, entry.results
@@ -246,7 +246,7 @@ class Exchange:
         return self._answer(entry.results[-1], ended=True).model_copy(update={"state": "stopped", "reason": reason})
 
     async def _serve(self, supervisor: Supervisor) -> None:
-        """Serve one gang to its end, and report one that fails: none is lost silently."""
+        """Serve one gang until the end. If it cannot be replaced, report that it is lost."""
         gang = supervisor.gang
         try:
             await self._needed.wait()
@@ -323,7 +323,7 @@ def _rung_of(result: WorkResult | None) -> RungResult | None:
 
 
 class Cleaner:
-    """Deletes outdated optimizer state beside the exchange, one folder after another: a folder has one writer at a time.
+    """Deletes outdated optimizer state in the background, one folder after another: a folder has one writer at a time.
 
     Args:
         emit: Called with a sentence for each checkpoint that could not be cleaned.

@@ -55,7 +55,7 @@ def finish(prepared: Prepared, sweep: SweepResult, trials: Mapping[str, JudgedTr
 def _bundle_promoted(
     prepared: Prepared, promoted: JudgedTrial, trials: Mapping[str, JudgedTrial], view: RunView
 ) -> TransferReport:
-    """Train the promoted trial to its full budget, and bundle and judge it beside the controls."""
+    """Train the promoted trial to its full budget, then bundle it and judge it against the controls."""
     selection = selection_of(prepared, promoted.entry)
     bundled, refitted = full_budget(prepared, promoted, selection, view)
     figures = prepared.scoring.figures_of(bundled, promoted.base)

@@ -1,6 +1,6 @@
 """Trials that follow the search, once its winner is known: controls, other seeds, and shares of the data.
 
-What is trained is decided from the judged winner alone; `train_follow_ups` then trains it, and `measure_curve` evaluates it.
+The trials depend only on the judged winner; `train_follow_ups` then trains it, and `measure_curve` evaluates it.
 """
 
 from __future__ import annotations
@@ -89,10 +89,10 @@ def train_follow_ups(prepared: Prepared, exchange: Any, follow_ups: Sequence[Fol
 
 
 class MeasuredCurve(NamedTuple):
-    """What became of the promoted trial's learning curve."""
+    """The promoted trial's learning curve, or why there is none."""
 
     trial_ids: tuple[str, ...] = ()
-    """The trials that it takes beside the promoted one."""
+    """The trials that it needs in addition to the promoted one."""
     curve: LearningCurve | None = None
     missing: str = ""
     """Why there is none; empty where it was not requested."""

@@ -36,11 +36,11 @@ from orchestrator.work.results import WorkResult
 
 START_TIMEOUT_S = 600.0
 LOOK_AGAIN_S = 5.0
-"""Seconds between two questions to a node about a process that does not answer."""
+"""Seconds between two queries to a node about a process that does not answer."""
 SETTLE_S = 2.0
 """Seconds to listen to the other ranks after the first one fails: a rank that lost its peer may report before the peer does."""
 BESIDE, WATCH = "beside", "watch"
-"""The calls that a rank answers while it trains; all others come one after another, in one thread."""
+"""Ray concurrency groups of the calls that a rank answers while it trains; all other calls run in one thread, in order."""
 
 
 class GangDiedError(TrainingError):
@@ -55,8 +55,8 @@ class GangDiedError(TrainingError):
         self.out_of_memory = out_of_memory
 
 
-# Never restarted alone: the other ranks would wait in a collective for a rank without a base. The whole gang is replaced. The
-# groups are threads of their own, in which heartbeats and `settle` are answered while `run` computes.
+# A single rank is never restarted: the others would wait in a collective for a rank that has not loaded the base. The whole gang
+# is replaced. Each concurrency group is a thread, in which heartbeats and `settle` are answered while `run` computes.
 @ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={BESIDE: 1, WATCH: 1})  # type: ignore[call-overload]
 class RankActor:
     """One process of a gang. Every rank receives the same calls in the same order."""
@@ -77,7 +77,7 @@ class RankActor:
         return heartbeat.look()
 
     def start(self, base: BaseLoad, anatomy: ModelAnatomy, execution: ExecutionPlan, meeting: tuple[str, int]) -> int:
-        """Load the base. Returns the process id."""
+        """Load the base and return the process id."""
         from orchestrator.train import TrainHost  # here, because the exchange imports this module and must not import torch
 
         self._host = TrainHost.create(
@@ -122,7 +122,7 @@ class Gang:
         self._anatomy = anatomy
         self._execution = execution
         self._meter = meter
-        # Two bytes a parameter: what a rank reads of a 16-bit base at least.
+        # Two bytes a parameter: the least that a rank reads of a 16-bit base.
         self._timeouts = (timeouts or HangTimeouts()).for_base(2 * anatomy.num_parameters())
         self._detector = HangDetector(self._timeouts)
         self._processes: tuple[ProcessId, ...] = ()
@@ -144,7 +144,7 @@ class Gang:
         bundles = [rank_resources(execution) for _ in range(execution.ranks)]
         self._placement = placement_group(bundles, strategy=placement_strategy(execution))
         await asyncio.wait_for(_ready(self._placement), START_TIMEOUT_S)
-        # From here on the GPUs are taken from others, so the hours count, loading included.
+        # The GPUs are reserved from here on, so the hours count, loading included.
         self._meter.hold(self.index, execution.ranks)
         self.starting = "loading the base model"
         resources = rank_resources(execution)
@@ -172,7 +172,7 @@ class Gang:
         once settled.
 
         Raises:
-            GangDiedError: a rank died or broke. A trial's own failures are results, not exceptions.
+            GangDiedError: a rank failed. A trial's own failures are results, not exceptions.
         """
         answers = await self._all([rank.run.remote(group) for rank in self._ranks])
         return [result.model_copy(update={"gang": self.index}) for result in answers[0]]
@@ -181,13 +181,13 @@ class Gang:
         """Wait until every checkpoint made before this call is written; the gang may run the next group meanwhile.
 
         Raises:
-            GangDiedError: the gang is gone, or could not write one.
+            GangDiedError: the gang has ended, or could not write a checkpoint.
         """
         if not self._ranks:
             raise GangDiedError(f"gang {self.index} is gone")
         bound = self._timeouts.opening_s
         try:
-            # Rank 0 alone writes checkpoints in the background; what all ranks write together is written when `run` returns.
+            # Only rank 0 writes checkpoints in the background; what all ranks write together is written when `run` returns.
             await asyncio.wait_for(self._all([self._ranks[0].settle.remote()]), bound)
         except TimeoutError:
             await asyncio.to_thread(end_processes, self._processes)
@@ -218,11 +218,11 @@ class Gang:
         self.kill()
 
     async def _all(self, calls: list) -> list:
-        """Wait for every rank's answer. One that fails soon ends the wait: the others hang in a collective, or fail because of
-        it.
+        """Wait for every rank's answer. Once one fails, wait only briefly for the rest: they hang in a collective or fail as a
+        consequence.
 
         Raises:
-            GangDiedError: marked out of memory if any rank that has reported by then ran out.
+            GangDiedError: with `out_of_memory` if any rank that has reported by then ran out of memory.
         """
         waits = [asyncio.ensure_future(_settled(call)) for call in calls]
         pending, watch = set(waits), asyncio.ensure_future(self._until_one_hangs())
@@ -231,7 +231,7 @@ class Gang:
                 done, _ = await asyncio.wait({*pending, watch}, return_when=asyncio.FIRST_COMPLETED)
                 pending -= done
                 if watch in done and not self._hangs:
-                    watch.result()  # raises what broke it
+                    watch.result()  # raises the error that ended it
                 broken = _errors(done - {watch})
                 if self._hangs and (broken or pending):
                     raise GangDiedError(f"gang {self.index} hangs: {self._hangs}")
@@ -255,14 +255,14 @@ class Gang:
             await asyncio.sleep(POLL_S)
             for process in [process for process, answer in asked.items() if answer.done()]:
                 found, _ = asked.pop(process).result()
-                if found is not None:  # else the rank failed: the call that waits for its work raises that
+                if found is not None:  # otherwise the rank failed, and the call that waits for its work raises the error
                     self._detector.record(process, found)
             self._detector.tick()
             messages = self._detector.hung()
             silent = [
                 process for process in self._detector.silent() if time.monotonic() - looked_at.get(process, 0.0) > LOOK_AGAIN_S
             ]
-            # Asking a node blocks for up to NODE_S, hence the thread, and only every few seconds.
+            # Asking a node blocks for up to NODE_S: it is done in a thread, and only every few seconds.
             if silent:
                 messages = self._detector.stopped(await asyncio.to_thread(states_of, silent)) or messages
                 looked_at |= dict.fromkeys(silent, time.monotonic())
@@ -274,7 +274,7 @@ class Gang:
     async def _death(self, broken: list[Exception], pending: set[asyncio.Task]) -> GangDiedError:
         """Return why the gang failed, from the ranks that failed first and those that fail as a consequence."""
         device = self._execution.device
-        # The first error may only tell of a lost connection; the rank that ran out of memory reports a moment later.
+        # The first error may be just a lost connection; the rank that ran out of memory reports a moment later.
         if pending and not any(ran_out_of_memory(error, device) for error in broken):
             late, pending = await asyncio.wait(pending, timeout=SETTLE_S)
             broken = [*broken, *_errors(late)]
@@ -286,7 +286,7 @@ class Gang:
 
 
 def places(execution: ExecutionPlan) -> str:
-    """Return the resources that the gang waits for, `2 free GPUs`."""
+    """Return the resources that the gang waits for, such as `2 free GPUs`."""
     kind = "GPU" if execution.device == "cuda" else "core"
     return f"{execution.ranks} free {kind}{'' if execution.ranks == 1 else 's'}"
 

@@ -214,7 +214,7 @@ def _asked(what: Any, processes: Iterable[ProcessId]) -> list[tuple[ProcessId, s
 
 def _on(node_id: str, what: Any, processes: Sequence[ProcessId]) -> Any:
     place = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    # No CPUs: on a full node the task would wait for the very processes that it is to end.
+    # No CPUs: on a full node the task would wait for the processes that it must end.
     return ray.remote(what).options(scheduling_strategy=place, num_cpus=0, max_retries=0).remote(processes)
 
 

@@ -160,13 +160,13 @@ def prepare(
 
 
 class KnownRun(NamedTuple):
-    """What earlier submissions of a run decided or measured that its plan depends on."""
+    """Decisions and measurements of earlier submissions of a run that its plan depends on."""
 
     plan: RunPlan | None = None
     scores: LayerScores | None = None
-    """Of the blocks, or that scoring failed."""
+    """Scores of the blocks, or the record that scoring failed."""
     choice: CompileChoice | None = None
-    """Whether the trials train with compiled blocks."""
+    """The decision whether trials train with compiled blocks; None where it is not made yet."""
 
 
 def _read_known(run: RunDirectory, base: Path, base_sha256: str) -> KnownRun:

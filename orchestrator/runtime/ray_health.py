@@ -1,8 +1,8 @@
-"""A guard of Ray's own processes during a run.
+"""Health checks of Ray's own processes during a run.
 
-Where a part of Ray dies that the driver hangs on, Ray ends the driver without a word of ours, or leaves it waiting. So a
-thread looks whether the node manager (raylet) and the control store (GCS) answer, says what is gone and ends the run before
-that. It also ends processes below the driver that are stopped, so that whoever waits for them hears of it.
+If a part of Ray that the driver depends on fails, Ray ends the driver without an explanation, or leaves it waiting. A thread
+therefore checks that the node manager (raylet) and the control store (GCS) answer; if one does not, it prints an error and ends
+the run first. It also ends stopped child processes of the driver, so that calls that wait for them fail instead of hanging.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RAYLET_S = 3.0
 GCS_S = 40.0
 """Seconds that the control store may be unreachable: it may be restarted, and after 60 s Ray ends the driver itself."""
 SILENT_S = 45.0
-"""Seconds that either may be slow to answer."""
+"""Seconds that either may go without answering if connections to it are not refused."""
 ANSWER_S = 8.0
 MISSED_S = 4 * ANSWER_S
 MACHINERY = 4
@@ -107,7 +107,7 @@ class Guard:
             append_jsonl(RunFolder(self._folder).events, {"time": time.time(), "kind": kind, "message": message})
 
     def _give_up(self, what: str) -> None:
-        """End this process and those it has started, before Ray does: no call to Ray would return any more."""
+        """Report the error, then end this process and those it has started, since calls to Ray may never return."""
         error = TrainingError(what, where=str(self._folder), remedy=GO_ON)
         self._record("ray_died", what)
         # By pid and start time: a pid alone may name another process by now.
@@ -117,7 +117,7 @@ class Guard:
                     os.kill(pid, signal.SIGKILL)
         with contextlib.suppress(OSError, ValueError):  # the reader may be gone
             sys.stdout.flush()
-        # A progress display hides the cursor, and nothing will run that shows it again.
+        # A progress display hides the cursor, and `os._exit` skips the code that would show it again.
         show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
         with contextlib.suppress(OSError):
             os.write(2, f"{show_cursor}\nerror: {error}\n".encode())
@@ -127,7 +127,7 @@ class Guard:
 
 @contextlib.contextmanager
 def guarded(run_folder: Path) -> Iterator[None]:
-    """Guard against the loss of Ray while the block runs."""
+    """Check Ray's health while the block runs."""
     guard = Guard(run_folder, HangTimeouts.from_environment())
     guard.start()
     try:

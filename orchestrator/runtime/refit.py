@@ -1,9 +1,9 @@
-"""Training one trial to the full budget with Ray Train: fault-tolerant, on all the ranks that the plan gives it.
+"""Train one trial to the full budget with Ray Train: fault-tolerant, on all the ranks that the plan gives it.
 
-What is committed is decided by our own checkpoints (`train.find_latest`), not by `ray.train.report`, which is not
-durable when it returns. A worker group that lost a rank starts again from the newest checkpoint that is whole; one in
-which a rank ran out of memory, also one step down (`work.memory_ladder`), which its restarts do not count. A step down inside
-a worker group is written down before it is taken: another group, or another submission, goes on by the same way.
+Progress is committed by our own checkpoints (`train.find_own`), not by `ray.train.report`, which is not durable when it returns.
+After losing a rank, the worker group restarts from the newest complete checkpoint. After a rank ran out of memory, it restarts
+with the next smaller execution (`work.memory_ladder`), which does not count towards the limit on restarts. A smaller execution is
+recorded on disk before it is used, so that the next worker group or submission continues with it.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from orchestrator.work.results import RungResult
 from orchestrator.work.trial import TrialSpec
 
 RefitWork = TrainRung | EvaluateBase
-"""What a worker group does: the one-trial job's evaluates the base first."""
+"""Work of a worker group: that of the one-trial job also evaluates the base model, first."""
 REFIT_WORK: TypeAdapter[RefitWork] = TypeAdapter(Annotated[RefitWork, Field(discriminator="kind")])
 LADDER = MemoryLadder(replaced="worker group")
 MAX_RESTARTS = 3
 MAX_FRUITLESS_STARTS = 10
-"""How often a worker group is asked for where there is no place for it; each time Ray Train waits for a minute."""
+"""Maximum number of attempts to place a worker group that does not fit; Ray Train waits a minute for each."""
 
 
 def refit(
@@ -58,29 +58,29 @@ def refit(
     """Run assignments one after another in one worker group.
 
     Args:
-        assignments: For instance the untouched base's evaluation, then the trial. All share one execution plan.
-        folder: Where Ray Train keeps its own state.
-        watchdog: Looks after the ranks.
+        assignments: For instance the evaluation of the base model, then the trial. All share one execution plan.
+        folder: Folder for Ray Train's own state.
+        watchdog: Detects ranks that hang.
 
     Returns:
-        Rank 0's result of each assignment, also written as `result.json` beside each assignment's files.
+        Rank 0's result of each assignment, also written as `result.json` into the assignment's folder.
 
     Raises:
-        TrainingError: the worker group failed more than MAX_RESTARTS times, and not for want of memory.
+        TrainingError: the worker group failed more than MAX_RESTARTS times, not counting restarts after running out of memory.
     """
-    for assignment in assignments:  # what failed by running out of memory is tried again by another submission
+    for assignment in assignments:  # a new submission retries what failed by running out of memory
         known = _reduced_work(assignment)
         if known is not None and known.failure is not None:
             _reduced_work_file(assignment).unlink()
     while True:
         before = [_reduced_work(assignment) for assignment in assignments]
-        # Ray writes its snapshot of a run in place; one that a killed driver left torn makes the folder unusable.
+        # Ray writes its snapshot of a run in place: a killed driver may leave it truncated, and the folder unusable.
         shutil.rmtree(folder, ignore_errors=True)
         try:
             _trainer(base, anatomy, assignments, folder, watchdog.board).fit()
         except Exception as error:
             if [_reduced_work(assignment) for assignment in assignments] != before:
-                continue  # smaller than before, so that this comes to an end
+                continue  # every retry uses a smaller execution, so the loop ends
             raise TrainingError(
                 f"the training on all ranks failed, after {MAX_RESTARTS} restarts at most: {_why(error, watchdog)}",
                 where=str(folder.parent),
@@ -90,7 +90,7 @@ def refit(
 
 
 def _why(error: Exception, watchdog: Watchdog) -> str:
-    """In a line: what was said of a rank that hung, or the error of the rank that broke first."""
+    """Return one line: the message about a rank that hung, or the error of the rank that failed first."""
     if watchdog.messages:
         return watchdog.messages[-1]
     first = next(iter(getattr(error, "worker_failures", {}).values()), error)
@@ -125,7 +125,7 @@ def _trainer(base: BaseLoad, anatomy: ModelAnatomy, assignments: list[RefitWork]
 
 
 def num_restarts(folder: Path) -> int:
-    """How often a refit in this folder was begun again, by its worker group or by another submission."""
+    """Return how many times the refit in this folder was restarted, by its worker group or by another submission."""
     starts = folder / STARTS
     return max(0, len(starts.read_bytes().splitlines()) - 1) if starts.exists() else 0
 
@@ -135,7 +135,7 @@ def result_file(assignment: RefitWork) -> Path:
 
 
 def _worker(payload: dict[str, Any]) -> None:
-    """One rank of the refit. Ray Train has made the process group."""
+    """Run one rank of the refit. Ray Train has already created the process group."""
     base, anatomy = BaseLoad.model_validate(payload["base"]), ModelAnatomy.model_validate(payload["anatomy"])
     assignments = [REFIT_WORK.validate_python(values) for values in payload["assignments"]]
     context = train.get_context()
@@ -155,10 +155,10 @@ def _worker(payload: dict[str, Any]) -> None:
 
 
 def _run(host: TrainHost, assignment: RefitWork) -> RungResult:
-    """Go on from the newest checkpoint, by the way that an earlier worker group came down to.
+    """Continue from the newest checkpoint, with the reduced execution that an earlier worker group recorded, if any.
 
     Raises:
-        RankOutOfMemoryError: memory ran out on this rank alone; how the next worker group goes on is written down.
+        RankOutOfMemoryError: memory ran out on this rank only; the execution of the next worker group is recorded on disk.
     """
     ranks, folder = host.ranks, Path(assignment.folder)
     found = (find_own(folder, owner_of(assignment)), _reduced_work(assignment)) if ranks.first else None
@@ -177,7 +177,7 @@ def _run(host: TrainHost, assignment: RefitWork) -> RungResult:
     def on_reduced(smaller: ExecutionPlan, note: str) -> None:
         nonlocal now
         now = ReducedWork(execution=smaller, notes=(*now.notes, note), reason=note)
-        if ranks.first:  # in this order: a group killed in between begins as it was planned, and comes here again
+        if ranks.first:  # in this order: a group killed in between starts as planned and gets here again
             drop_later_checkpoints(folder, start)
             write_json(_reduced_work_file(assignment), now)
 
@@ -188,13 +188,13 @@ def _run(host: TrainHost, assignment: RefitWork) -> RungResult:
         write_json(_reduced_work_file(assignment), _step_down(now.execution, now.notes, error))
         raise
     if ranks.first and result.failed_for_memory:
-        _reduced_work_file(assignment).unlink(missing_ok=True)  # another submission tries it as it is planned
+        _reduced_work_file(assignment).unlink(missing_ok=True)  # another submission retries it with the planned execution
     reduced = result.reduced_execution or (execution if execution != assignment.execution else None)
     return result.model_copy(update={"notes": (*notes, *result.notes), "reduced_execution": reduced})
 
 
 def _step_down(execution: ExecutionPlan, notes: tuple[str, ...], error: RankOutOfMemoryError) -> ReducedWork:
-    """Return how the next worker group continues after this one ran out of memory."""
+    """Return the execution of the next worker group after this one ran out of memory, or the failure if none is smaller."""
     smaller = LADDER.step(execution, error.what)
     if isinstance(smaller, Failure):
         return ReducedWork(execution=None, notes=notes, reason=str(smaller), failure=smaller)
@@ -217,11 +217,11 @@ def _note_start(folder: Path, pid: int) -> None:
 
 
 REFIT_CHECKPOINTS = 4
-"""Checkpoints of a refit between its first and its last step."""
+"""Number of checkpoints of a refit between its first and its last step."""
 
 
 def selection_of(prepared: Prepared, entry: TrialEntry) -> LayerSelection:
-    """What learns in a trial, or in the control `head`."""
+    """Return the trainable parameters of a trial, or of the control `head`."""
     plan = prepared.plan
     if entry.option is not None:
         return plan.options[entry.option].selection
@@ -233,10 +233,10 @@ def full_budget(
 ) -> tuple[RungResult, RefitRecord]:
     """Return the result that is bundled: the trial's own rung if it had the full budget or stopped improving, else the refit's.
 
-    A refit that forgot more than the bound, where the rung that was promoted had not, is passed over for that rung.
+    If the refit forgot more than the bound and the promoted rung did not, the promoted rung is bundled instead.
 
     Args:
-        selection: What learns in the promoted trial.
+        selection: The trainable parameters of the promoted trial.
 
     Raises:
         TrainingError: the refit failed.
@@ -286,10 +286,10 @@ def _why_left_out(prepared: Prepared, promoted: JudgedTrial, assignment: RefitWo
 
 
 def why_passed_over(refitted: RungResult, rung: RungResult, base: RungResult | None, scoring: Scoring) -> str:
-    """Why a refit gives way to the rung that was promoted; nothing where it does not.
+    """Return why the promoted rung is bundled instead of the refit; empty if the refit is bundled.
 
-    Where that rung is beyond the bound too (a person promoted it), the refit is bundled, and the verdict tells it. With early
-    stopping a refit that is worse on the eval set gives way too.
+    If that rung exceeds the bound on forgetting too (a person promoted it), the refit is bundled and the verdict reports it. With
+    early stopping, the rung is also bundled if the refit is worse on the eval set.
     """
     lost, before = scoring.forgetting_of(refitted, base), scoring.forgetting_of(rung, base)
     bound = scoring.max_forgetting
@@ -309,10 +309,10 @@ def why_passed_over(refitted: RungResult, rung: RungResult, base: RungResult | N
 def refit_assignment(
     prepared: Prepared, trial: TrialSpec, selection: LayerSelection, reduced: ExecutionPlan | None = None
 ) -> TrainRung:
-    """The whole training of a trial, in refit/, with checkpoints in between.
+    """Return the assignment that trains a trial to the full budget in refit/, with checkpoints in between.
 
     Args:
-        reduced: How the search trained it, where memory ran out there.
+        reduced: The reduced execution of the trial in the search, if it ran out of memory there.
     """
     execution = prepared.plan.refit_execution
     return train_rung(
@@ -329,7 +329,7 @@ def refit_assignment(
 
 
 def run_refit(prepared: Prepared, assignments: list[RefitWork]) -> list[RungResult]:
-    """Run or go on with a refit; one of another trial is put aside, and found again when it is wanted.
+    """Run or continue a refit. The refit of another trial is moved aside, and reused if that trial is refitted again.
 
     Raises:
         TrainingError: the training failed.
@@ -351,14 +351,14 @@ def run_refit(prepared: Prepared, assignments: list[RefitWork]) -> list[RungResu
             f"trial {failed.trial_id} failed: {failed.reason}",
             where=str(prepared.run.refit),
             remedy=""
-            if failed.failed_for_memory  # its reason says what would make room
+            if failed.failed_for_memory  # its reason already includes a remedy
             else "a lower learning rate usually helps; submit under another `name`",
         )
     return results
 
 
 def _stored_results(assignments: list[RefitWork]) -> list[RungResult] | None:
-    """Return what an earlier submission brought to its end; None where something is missing or failed, to be tried again."""
+    """Return the results of an earlier submission; None if any is missing or failed, so that all are run again."""
     files = [result_file(assignment) for assignment in assignments]
     if not all(file.exists() for file in files):
         return None
@@ -367,7 +367,7 @@ def _stored_results(assignments: list[RefitWork]) -> list[RungResult] | None:
 
 
 def _claim(folder: Path, trial_id: str) -> None:
-    """Have the refit's folder belong to this trial, so that no trial goes on from another's checkpoint."""
+    """Make this trial the owner of the refit's folder, so that it never resumes from the checkpoint of another one."""
     owner_file = folder / OWNER
     owner = read_json(owner_file)["trial_id"] if owner_file.exists() else None
     if owner == trial_id:

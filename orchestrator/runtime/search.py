@@ -30,7 +30,7 @@ from orchestrator.runtime.proposals import Known, Proposal, propose
 from orchestrator.work.trial import TrialSpec
 
 MAX_RESTARTS = 1
-"""Restarts by Tune of a thin trial that failed by itself: its finished rungs are answered from the ledger. If the exchange is
+"""Restarts by Tune of a thin trial that failed on its own: its finished rungs are answered from the ledger. If the exchange is
 gone, each restart wastes seconds."""
 # Tune refuses trials without resources. Every node has 1.0 of a resource of its own address, so this allows 10,000 of them.
 SHARE_OF_NODE = 1e-4

@@ -1,4 +1,4 @@
-"""Supervision of one gang: it takes the next work while the last is written, and is replaced when it fails."""
+"""Supervision of one gang: it takes new work while earlier results are being written, and is replaced when it fails."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from orchestrator.work.results import RungResult, WorkResult
 class Supervisor:
     """Serves one gang, from its first work to the end.
 
-    The gang has at most two groups: one that runs, and the one before it, whose rungs are written meanwhile. When the gang
-    fails, what it has is requeued, to start again from each trial's last rung.
+    The gang has at most two groups of work: one that runs, and the previous one, whose rungs are being written. When the gang
+    fails, both are requeued, and each trial starts again from its last rung on disk.
 
     Args:
         gang: Not started.
-        planned: What the plan gives every trial.
-        queue: Where work comes from.
-        figures: How the gang spends its time goes here.
-        refuses: Whether the bound on hours holds work back.
-        settle: Records a result, whose rung is on disk, and answers whoever waits for it.
+        planned: The execution that the plan gives every trial.
+        queue: The source of work.
+        figures: Receives the time that the gang spends.
+        refuses: Returns True for work that the limit on GPU-hours does not allow.
+        settle: Records a result, whose rung is on disk, and answers the caller that waits for it.
         emit: Records an event.
     """
 
@@ -55,22 +55,22 @@ class Supervisor:
         self._running: Sequence[QueuedWork] = ()
 
     def activities(self) -> tuple[Activity, ...]:
-        """What the gang is doing at this moment; nothing while it is idle."""
+        """Return what the gang is doing now; empty while it is idle."""
         if self.gang.starting:
             return (Activity(doing=self.gang.starting, gang=self.gang.index),)
         return tuple(activity_of(work.assignment, self.gang.index) for work in self._running)
 
     async def serve(self) -> None:
-        """Start the gang, take work, answer it; start again when the gang fails. Raises what the last failed start raised."""
+        """Start the gang, run work and answer it; restart the gang when it fails. Raises what the last failed start raised."""
         idle_since: float | None = None
         while True:
             if not self.gang.pids:
                 await self.written()
                 await start_gang(self.gang, self._figures, self._emit)
             async with self._queue.next_group(self.gang.index) as group:
-                if group[0].attempts:  # a gang has failed while running it: it is run alone
+                if group[0].attempts:  # a gang failed running it: run it with nothing else in progress
                     await self.written()
-                if not self.gang.pids:  # it failed while writing the group before
+                if not self.gang.pids:  # it failed while writing the previous group
                     idle_since = None
                     for work in group:
                         self._queue.put(work)
@@ -90,7 +90,7 @@ class Supervisor:
                 idle_since = answered_at if self.gang.pids else None
 
     async def written(self) -> None:
-        """Until the group before has been answered, or has gone back to the queue. Raises what ending the gang raised."""
+        """Wait until the previous group has been answered or requeued. Raises what ending the gang raised."""
         if self._writing is not None:
             await asyncio.wait([self._writing])
             writing, self._writing = self._writing, None
@@ -100,7 +100,7 @@ class Supervisor:
         """Run a group and start to write its results; if the gang fails, requeue the group and let the gang be replaced.
 
         Returns:
-            The time at which the gang was done, by the monotonic clock: the group before may still have to be written.
+            The time at which the gang finished computing (monotonic clock); writing of the results may still be in progress.
         """
         works = {work.assignment.work_id: work for work in group}
         started = time.monotonic()
@@ -119,7 +119,7 @@ class Supervisor:
         results = [with_history(result, works[result.work_id], self._planned) for result in answers]
         self._queue.note_fused_size(group, [result for result in results if isinstance(result, RungResult)])
         self._queue.expect(_continuing(works, results))
-        # Before anything is awaited, so that the results are written even if this task is cancelled.
+        # Created before anything is awaited, so that the results are written even if this task is cancelled.
         before, self._writing = self._writing, asyncio.create_task(self._write(self._writing, works, results))
         if before is not None:
             await asyncio.wait([before])
@@ -158,7 +158,7 @@ class Supervisor:
             raise
 
     def _requeue_or_fail(self, group: Sequence[QueuedWork], failure: TrainingError) -> list[WorkResult]:
-        """Leave a failed gang to be replaced and requeue its work; return the results of work that is not tried again."""
+        """Mark a failed gang for replacement and requeue its work; return the results of work that is not retried."""
         gang, failed = self.gang, []
         lived, gang.pids = bool(gang.pids), ()
         for work in group:
@@ -177,22 +177,22 @@ class Supervisor:
 
 
 def _continuing(works: Mapping[str, QueuedWork], results: Sequence[WorkResult]) -> list[RungResult]:
-    """Return the results of a group whose trials may ask for their next rung."""
+    """Return the results of a group whose trials may request their next rung."""
     rungs = [result for result in results if isinstance(result, RungResult)]
     return [result for result in rungs if result.state == "done" and not works[result.work_id].future.done()]
 
 
 class Emit(Protocol):
-    """Writes an event down."""
+    """Records an event."""
 
     def __call__(self, kind: str, message: str, **fields: object) -> None: ...
 
 
 async def start_gang(gang: Gang, figures: GangFigures, emit: Emit) -> None:
-    """Until the gang is ready; what happened is told.
+    """Start a gang, with retries, and wait until it is ready; record every outcome as an event.
 
     Raises:
-        Exception: what the last of MAX_ATTEMPTS starts raised.
+        Exception: the error of the last of MAX_ATTEMPTS starts.
     """
     for attempt in range(1, MAX_ATTEMPTS + 1):
         try:

@@ -37,7 +37,7 @@ def run_sweep(loaded: LoadedSpec, *, view: RunView, address: str | None = None, 
     """Run a sweep to its end, continue an interrupted one, or show a finished one.
 
     Args:
-        view: Whoever watches.
+        view: Receives progress and events.
         address: Ray to run on; RAY_ADDRESS or a private one without it.
         output: Folder for runs; overrides the spec's `output`.
 
@@ -109,7 +109,7 @@ def _search(
 
 
 def _emit_findings(prepared: Prepared, view: RunView, sweep: SweepResult, earlier: SweepResult | None) -> None:
-    """Report what the search found beside its trials.
+    """Report the findings of the search other than its trials.
 
     Args:
         earlier: The summary of earlier submissions.
@@ -149,7 +149,7 @@ def _exchange(prepared: Prepared) -> Iterator[Any]:
     )
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor: Any = ray.remote(Exchange)
-    # Every trial waits in a call of its own, and the watcher and the driver call beside them: none must queue behind another.
+    # Every trial waits in a call of its own, and the watcher and the driver call meanwhile: none must queue behind another.
     exchange = actor.options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here).remote(orders)
     try:
         fetch(exchange.open.remote())

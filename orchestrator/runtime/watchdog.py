@@ -70,7 +70,7 @@ def send_heartbeats(board: Any, rank: int) -> None:
 class Watchdog:
     """Ends, from the driver and while a block runs, processes that are stopped or make no progress.
 
-    Ray notices that they died, and restarts them if it was told to.
+    Ray notices that they ended, and restarts them if it is configured to.
 
     Args:
         run: The run whose events record each, as `hung`.

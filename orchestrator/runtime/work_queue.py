@@ -17,19 +17,19 @@ from orchestrator.work.assignment import TrainRung
 from orchestrator.work.results import RungResult
 
 REUNION_S = 0.5
-"""Seconds that a free gang waits at most for trials that have just shared a batch: Tune decides on them one by one, within
+"""Maximum seconds that a free gang waits for trials that have just shared a batch: Tune decides on them one by one, within
 milliseconds of each other, and a gang that did not wait would split the group."""
 
 
 class WorkQueue:
     """A queue by priority. A gang takes the first piece of work and, with it, others that may share its batch.
 
-    A group has at most `max_fused` members. If several gangs are free, none takes more than its even part: of n trials that may
+    A group has at most `max_fused` members. If several gangs are free, none takes more than its equal share: of n trials that may
     share a batch, with g free gangs, n / g, rounded up. A starting gang counts as free.
 
     Args:
-        plan: The search's plan; with a `max_fused` of 1 every piece of work is given out alone, at once.
-        anatomy: The base's.
+        plan: The search's plan; if its `max_fused` is 1, every piece of work forms a group of one and is never delayed.
+        anatomy: The anatomy of the base.
         clock: A monotonic clock, in seconds.
     """
 
@@ -44,7 +44,7 @@ class WorkQueue:
         self._works: list[QueuedWork] = []
         """Sorted by priority. Work whose caller no longer waits stays here until a gang next asks for work."""
         self._awaited: dict[str, tuple[int, float]] = {}
-        """Awaited work by trial: the rung that it may request, and until when a gang waits for it."""
+        """Awaited work by trial: the rung that it may request, and the time until which a gang waits for it."""
         self._fused_sizes: dict[int | None, int] = {}
         """Measured fused batch size by cut, if a gang has tried larger ones."""
         self._changed = asyncio.Event()
@@ -107,7 +107,7 @@ class WorkQueue:
                 continue
 
     def _pick(self, gang: int | None) -> list[QueuedWork]:
-        # Among equals first the work whose state this gang may hold in memory: it then starts without reading a checkpoint.
+        # At equal priority, prefer work whose state this gang may hold in memory: it then starts without reading a checkpoint.
         works = sorted(self._works, key=lambda work: (work.priority[:2], work.home != gang, work.priority))
         first = works[0]
         key = self._key(first)
@@ -119,7 +119,7 @@ class WorkQueue:
         return group
 
     def _key(self, work: QueuedWork) -> FuseKey | None:
-        """Return None after a gang has failed while running it: work is then done alone, so that the cause is found."""
+        """Return None for work that a gang failed on: it runs in a group of one, so that another failure has one cause."""
         return None if work.attempts else fuse_key(work.assignment, self._planned, self._anatomy)
 
     def _seconds_to_wait(self) -> float:
@@ -131,7 +131,7 @@ class WorkQueue:
 
     def _wake(self) -> None:
         """Wake every waiting gang to check the queue again."""
-        # A new event for the next wait: one that stays set would wake nobody twice.
+        # A new event for the next wait: the old one stays set, and waiting for it again would return at once.
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -141,5 +141,5 @@ class WorkQueue:
 
 
 def _cut(work: QueuedWork) -> int | None:
-    """Return where a trial's training begins; None for work that shares no batch."""
+    """Return the cut of a trial (its first trainable block); None for work that shares no batch."""
     return work.assignment.selection.cut if isinstance(work.assignment, TrainRung) else None

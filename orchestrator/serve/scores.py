@@ -1,4 +1,4 @@
-"""Score the bundle, the untouched base and the controls on the test set, which is read once."""
+"""Score the bundle, the base model and the controls on the test set, which is read once."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def score_test(
     num_prompts: int = NUM_PROMPTS,
     generated_tokens: int | None = GENERATED_TOKENS,
 ) -> HeldOutScores:
-    """Score bundle, untouched base and controls on the test set, and the retention set where there is one.
+    """Score the bundle, the base model and controls on the test set, and the retention set where there is one.
 
     Losses are teacher-forced; a `completion` or `chat` is also answered greedily by bundle and base.
 
@@ -125,7 +125,7 @@ class _Scorer:
         gc.collect()
 
     def score_untouched(self, base: LoadedBase) -> None:
-        # The untouched base has no classification head, so it can only guess by the class frequencies.
+        # The base model has no classification head, so it can only guess by the class frequencies.
         if self._head.baseline == "class prior":
             train = load_known(self._inputs.train_set)
             self.test[UNTOUCHED] = class_prior(self._data, train, self._inputs.base.num_classes)
@@ -134,7 +134,7 @@ class _Scorer:
 
     @torch.no_grad()
     def score_with_shots(self, base: LoadedBase) -> None:
-        """Score the untouched base with examples of the training set in its prompts."""
+        """Score the base model with examples of the training set in its prompts."""
         limit, seed = self._inputs.anatomy.max_positions, self._inputs.trial.seed
         found = with_shots(self._data, load_known(self._inputs.train_set), self._inputs.shots, limit, seed)
         self.num_shots = found.mean

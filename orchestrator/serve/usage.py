@@ -45,7 +45,7 @@ messages = [{{"role": "user", "content": "A question."}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
 {ANSWER}"""
     prompt = f"{(shown or 'A prompt.')!r}"
-    if traits.uses_separator:  # as in training, the separator stands between prompt and answer
+    if traits.uses_separator:  # as in training, the separator is inserted between prompt and answer
         prompt = f"{prompt} + {inputs.separator!r}"
     return f"""{LOAD}
 prompt = {prompt}

@@ -76,7 +76,7 @@ def verify(
         max_tokens: Of held-out documents, taken from the set's beginning.
 
     Returns:
-        KL(trained || bundle) and KL(trained || untouched base), means in nats per token (of a classifier: per document),
+        KL(trained || bundle) and KL(trained || base model), means in nats per token (of a classifier: per document),
         and whether the first is within its limit: 2% of the second, or 1e-4 where that is larger. See `require_passed`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The spec: what the user asks for, one YAML file as frozen values.
+"""The spec: the user's request, one YAML file as frozen values.
 
     loaded = load_spec("jobs/specs/quickstart.yaml")    # or SpecError: every mistake with file:line:column
     load_spec("spec.yaml", ["search.trials=4"])         # with overrides, as `--set` gives them

@@ -1,6 +1,6 @@
-"""Adapter kinds as facts: what each puts beside a frozen weight. `train.adapters.kinds` holds their arithmetic.
+"""The kinds of adapters: tensors, sizes and operations that each adds to a frozen weight. `train.adapters.kinds` computes them.
 
-To add a kind: its name in `AdapterName`, a class and its row here, and its arithmetic there.
+To add a kind, add its name to `AdapterName`, a class and a row of `ADAPTER_KINDS` here, and its computation there.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ class AdapterKind:
     peft_options: ClassVar[Mapping[str, bool]] = {}
     """The options of PEFT's `LoraConfig` that make an adapter one of this kind."""
     runs_layer_on_its_input: ClassVar[bool] = False
-    """Whether the frozen layer must also run on the adapter's own input where dropout makes that another one."""
+    """True if the frozen layer must run a second time, on the adapter's input, when dropout makes it differ from the layer's."""
     adds_product: ClassVar[bool] = True
-    """Whether scale * B @ A is all that changes in the weight, so that the anchor `product` measures that change."""
+    """True if scale * B @ A is the entire change of the weight, which the anchor `product` assumes."""
 
     def scale(self, alpha: float, lora_rank: int) -> float:
         return alpha / lora_rank
 
     def shapes(self, weight: Shape, lora_rank: int) -> dict[str, Shape]:
-        """The tensors that learn, in the order in which the model lists them."""
+        """Return the shapes of the trainable tensors by suffix, in the order in which the model lists them."""
         return {LORA_A: (lora_rank, weight[1]), LORA_B: (weight[0], lora_rank)}
 
     @property
@@ -50,15 +50,15 @@ class AdapterKind:
         return sum(prod(shape) for shape in self.shapes(weight, lora_rank).values())
 
     def multiplied_elements(self, weight: Shape, lora_rank: int) -> int:
-        """Elements that each token is multiplied with."""
+        """Return how many of the adapter's elements each token is multiplied with."""
         return lora_rank * (weight[0] + weight[1])
 
     def kept_elements(self, weight: Shape, lora_rank: int) -> int:
-        """Numbers that the forward pass keeps for the backward pass, per token, beside the input of the layer."""
+        """Return how many numbers per token are kept for the backward pass, not counting the input of the layer."""
         return lora_rank
 
     def elements_per_pass(self, weight: Shape, lora_rank: int) -> int:
-        """Multiply-adds of a forward pass that do not depend on its number of tokens."""
+        """Return the multiply-adds of a forward pass that do not depend on the number of tokens."""
         return 0
 
 
@@ -86,11 +86,11 @@ class Dora(AdapterKind):
         return {**super().shapes(weight, lora_rank), LORA_MAGNITUDE: (weight[0],)}
 
     def kept_elements(self, weight: Shape, lora_rank: int) -> int:
-        """With what is multiplied by the magnitudes, for their gradient."""
+        """Include the output that the magnitudes are multiplied with, which their gradient needs."""
         return lora_rank + weight[0]
 
     def elements_per_pass(self, weight: Shape, lora_rank: int) -> int:
-        """B @ A, for the norms of the rows."""
+        """Return the multiply-adds of B @ A, which the norms of the rows need."""
         return lora_rank * weight[0] * weight[1]
 
 
@@ -98,18 +98,18 @@ ADAPTER_KINDS: dict[AdapterName, AdapterKind] = {kind.name: kind for kind in (Ad
 
 
 class AdapterOptions(Value):
-    """What a trial's adapters are, beside their rank; the defaults are plain LoRA."""
+    """The options of a trial's adapters, except their rank; the defaults are plain LoRA."""
 
     kind: AdapterName = "lora"
     alpha: int | None = None
-    """lora_alpha; None is twice the rank, the field's usual choice (Hu et al. 2021 keep it fixed)."""
+    """The key lora_alpha; None is twice the rank, the field's usual choice (Hu et al. 2021 keep it fixed)."""
     dropout: float = 0.0
     """Share of an adapter's input that is dropped out in training."""
     modules: Modules = "all"
-    """Which linear layers of the blocks have one."""
+    """The linear layers of the blocks that are adapted."""
 
     def method(self, lora_rank: int | None) -> str:
-        """`lora r16 · alpha 8`: the kind, the rank, and every option that is not the default."""
+        """Return `lora r16 · alpha 8`: the kind, the rank, and every option that is not the default."""
         parts = [f"{self.kind} r{lora_rank}"]
         parts += [f"alpha {self.alpha}"] if self.alpha is not None else []
         parts += [f"dropout {self.dropout:g}"] if self.dropout else []
@@ -117,7 +117,7 @@ class AdapterOptions(Value):
         return " · ".join(parts)
 
     def sentence(self, lora_rank: int | None) -> str:
-        """`LoRA, rank 16, alpha 32`, for readers who do not know the keys of the spec."""
+        """Return `LoRA, rank 16, alpha 32`, for readers who do not know the keys of the spec."""
         parts = [ADAPTER_KINDS[self.kind].title, f"rank {lora_rank}", f"alpha {self.alpha_of(lora_rank)}"]
         parts += [f"dropout {self.dropout:g}"] if self.dropout else []
         parts += [] if self.modules == "all" else [f"on {self._modules()}"]

@@ -1,7 +1,7 @@
 """The anchors: one row of traits each.
 
 An anchor is a penalty that keeps the weights near the base. To add one, add its name to `AnchorKind`, a row to `ANCHORS`, and a
-class to `train.anchors`. Other files ask for the trait that they need, never for an anchor's name.
+class to `train.anchors`. Other modules branch on the traits, never on the name of an anchor.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ AnchorKind = Literal["l2sp", "ewc", "product"]
 
 @dataclass(frozen=True)
 class AnchorTraits:
-    """What an anchor pulls, and what it needs."""
+    """Facts about a kind of anchor: the tuning method that it fits, and what it needs."""
 
     tune: Literal["lora", "full"]
     """The tuning method that it fits: unfrozen weights have no adapter, and adapters have no value in the base."""
     uses_fisher: bool
-    """Weights are pulled by their Fisher information on the retention set, which is measured once for each selection: it needs
+    """True if weights are pulled by their Fisher information on the retention set, measured once for each selection: it needs
     retention text, and takes a backward pass for each document."""
     whole_adapters: bool
-    """It needs both factors of an adapter on one rank, which DeepSpeed partitions."""
+    """True if it needs both factors of an adapter on one rank; DeepSpeed partitions them."""
     copies: int
-    """float32 numbers held beside each trainable one: its value in the base, and its importance."""
+    """Number of additional float32 numbers per trainable element: its value in the base, and its importance."""
     misfit: str
-    """Why it does not fit the other tuning method; {where} is where the spec asks for that."""
+    """Why it does not fit the other tuning method; {where} is the place in the spec that selects that method."""
     instead: str
-    """What to write instead."""
+    """The remedy in the error message: what to write instead."""
     recommended_strength: float | None = None
-    """The strength that advice against forgetting recommends to try; None for an anchor that it does not recommend. It recommends
+    """The strength that the recommendations against forgetting suggest; None for an anchor that they never suggest. They suggest
     one anchor for each tuning method."""
 
 

@@ -1,4 +1,4 @@
-"""Checks of the whole spec: keys that are valid alone but not together."""
+"""Checks of the whole spec: keys that are valid one by one but not together."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def _policies(spec: JobSpec) -> Iterator[Finding]:
 
 
 def _points(spec: JobSpec) -> Iterator[Finding]:
-    """Find settings beside a fixed list of points, which is all that is tried."""
+    """Find search settings that would be ignored because the search has a fixed list of points."""
     search = spec.search
     if search is None or (search.algorithm != "fixed" and not search.points):
         return

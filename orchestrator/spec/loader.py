@@ -64,7 +64,7 @@ class LoadedSpec:
         return os.path.normpath(self.folder / Path(path).expanduser())
 
     def where(self, path: str) -> str:
-        """Return `file:line:column` of a value, for errors found later; or the option that gave it, or the file alone."""
+        """Return `file:line:column` of a value, for errors found later; or the option that gave it, or only the file."""
         option = next((self.overrides[key] for key in self.overrides if _is_within(path, key)), "")
         if option:
             return option

@@ -20,12 +20,12 @@ Dropout = Annotated[float, Field(ge=0.0, lt=1.0)]
 Factor = Annotated[float, Field(gt=0.0, le=1.0)]
 LearningRate = Annotated[float, Field(gt=0.0, le=10.0)]
 FEW_EXAMPLES = 500
-"""Training documents up to which chance has a large effect: in the split, the seed, and when training should end."""
+"""Number of training documents up to which chance (the split, the seed, when training ends) has a large effect on results."""
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
 
 def _refuse_bool(value: object) -> object:
-    """Reject `true` where a choice includes 1."""
+    """Reject `true` for choices that include 1: Python and pydantic would accept it as 1."""
     if isinstance(value, bool):
         raise ValueError("a choice, not true or false")
     return value
@@ -258,7 +258,7 @@ class FinetuneSpec(Section):
 
 
 ADAPTER_KEYS = ("adapter", "lora_alpha", "lora_dropout", "modules")
-"""Keys of `search`, its points and `finetune` that describe adapters beside their rank."""
+"""Keys of `search`, its points and `finetune` that describe adapters, except their rank."""
 
 
 class ResourcesSpec(Section):

@@ -67,7 +67,7 @@ class Source:
         return SpecProblem(spell_path(path), message, self.file, line, column, hint)
 
     def option(self, path: KeyPath) -> str:
-        """Return the option that gives the value at `path`, something around it, or a part of it that the file lacks."""
+        """Return the option that gives the value at `path`, something around it, or a part of it that is not in the file."""
         around = [self.overrides[path[:depth]] for depth in range(len(path), 0, -1) if path[:depth] in self.overrides]
         within = [option for inner, option in self.overrides.items() if path and inner[: len(path)] == path]
         return next(iter(around), "") or (next(iter(within), "") if path not in self.values else "")

@@ -1,6 +1,6 @@
 """The tasks: one row of traits each.
 
-Every other module asks for the trait that it needs (`spec.traits.head.is_new`), never for a task's name. To add a task, add its
+Every other module branches on a trait (`spec.traits.head.is_new`), never on the name of a task. To add a task, add its
 name to `Task`, a row to `TASKS`, and its entry in the registries that are keyed by task: how its rows are laid out
 (`data.reading.layouts`), how their columns are guessed (`data.reading.guess`), and how they are tokenised
 (`data.encoding.encoder`). The code sample of the model card (`serve.usage`) branches on traits. A task that needs a new kind of
@@ -28,9 +28,9 @@ class Metric:
     """Its name in sentences."""
     higher_is_better: bool = True
     generated: bool = False
-    """Whether it is measured on generated answers instead of teacher-forced predictions."""
+    """True if it is measured on generated answers, False if on teacher-forced predictions."""
     is_share: bool = False
-    """Whether it is between 0 and 1, and shown as per cent."""
+    """True if it is between 0 and 1, and shown in percent."""
     hub_type: str = ""
     """The Hugging Face hub's name of it, if that differs from ours."""
     hub_title: str = ""
@@ -60,7 +60,7 @@ def higher_is_better(metric: str) -> bool:
 
 @dataclass(frozen=True)
 class HeadTraits:
-    """What sits on top of the blocks, and what follows from it."""
+    """Facts about the head on top of the blocks: how it is loaded, trained, scored and served."""
 
     kind: HeadKind
     """Selects the class in `train.model.heads`."""
@@ -68,15 +68,15 @@ class HeadTraits:
     """The checkpoint has no such head: it is initialised, trained under every policy but `none`, and saved. The base's own output
     projection is then neither loaded nor merged."""
     supervises: Literal["tokens", "documents"]
-    """What the loss counts: each supervised token, or each document once."""
+    """The unit that the loss is averaged over: supervised tokens, or documents."""
     one_document_per_row: bool
     """The prediction is read off the end of a row, so that documents cannot be packed."""
     scores_retention: bool
     """The model still predicts tokens, so that retention text can be scored, replayed, and used for EWC."""
     encoders: bool
-    """Encoders can be trained, beside decoders."""
+    """True if encoders can be trained too, not only decoders."""
     baseline: Baseline
-    """What the control `none` is: an evaluation of the base, or, for a new head, the frequencies of the classes."""
+    """The meaning of the control `none`: an evaluation of the base or, for a new head, the frequencies of the classes."""
     auto_model: str
     """The transformers class that loads the bundle."""
     pipeline_tag: str
@@ -88,7 +88,7 @@ class HeadTraits:
 
     @property
     def training_unit(self) -> str:
-        """The unit of a training loss, which counts supervised tokens alone."""
+        """The unit of a training loss, which always counts supervised tokens."""
         return "nats per supervised token" if self.supervises == "tokens" else self.unit
 
     @property
@@ -128,7 +128,7 @@ HEADS: Mapping[HeadKind, HeadTraits] = {head.kind: head for head in (LANGUAGE_MO
 
 @dataclass(frozen=True)
 class TaskTraits:
-    """How a task reads its rows, what it trains on, and what can be measured."""
+    """Facts about a task: how it reads rows, what it trains on, and what can be measured."""
 
     head: HeadTraits
     columns: tuple[str, ...]
@@ -146,7 +146,7 @@ class TaskTraits:
     uses_chat_template: bool = False
     """Prompts are chat turns, rendered by the tokenizer's chat template."""
     uses_separator: bool = False
-    """`data.separator` stands between prompt and answer, in training and at serving."""
+    """True if `data.separator` is inserted between prompt and answer, in training and serving."""
     fills_alpaca_templates: bool = False
     """Alpaca rows become text by a template, with a second one for rows without input."""
     cuts_into_chunks: bool = False
@@ -154,7 +154,7 @@ class TaskTraits:
 
     @property
     def has_labels(self) -> bool:
-        """Whether a row has a class as its label."""
+        """Return whether a row has a class as its label."""
         return "label" in self.columns
 
 
@@ -201,7 +201,7 @@ TASKS: Mapping[Task, TaskTraits] = {
 
 
 def head_of(task: str) -> HeadTraits:
-    """Return the head of a task of any version's record; an unknown task is taken for one that supervises tokens."""
+    """Return the head of a task of any version's record; an unknown task is assumed to supervise tokens."""
     return next((traits.head for name, traits in TASKS.items() if name == task), LANGUAGE_MODEL)
 
 
@@ -211,4 +211,4 @@ def loss_unit(task: str) -> str:
 
 
 RETENTION_TASKS: tuple[Task, ...] = ("text", "completion", "chat")
-"""How a row of the retention set is read: by the first of these that it has the columns for."""
+"""Layouts for a row of the retention set: the first one whose columns the row has is used."""

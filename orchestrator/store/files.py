@@ -96,7 +96,7 @@ def read_json(path: Path) -> Any:
 
     Raises:
         IntegrityError: the file is not JSON.
-        FileNotFoundError: there is none.
+        FileNotFoundError: it does not exist.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -111,7 +111,7 @@ def read_record(path: Path, kind: type[Record]) -> Record:
 
     Raises:
         IntegrityError: the file is no JSON, or says something else than such a value.
-        FileNotFoundError: there is none.
+        FileNotFoundError: it does not exist.
     """
     found = read_json(path)
     try:
@@ -148,7 +148,7 @@ def append_jsonl(path: Path, value: BaseModel | dict[str, Any]) -> None:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Return the complete lines; a line truncated by a killed writer is left out. A missing file has no lines.
 
-    Lines end at line feeds alone: JSON strings may hold the other separators of Unicode.
+    Lines end only at line feeds: JSON strings may hold the other separators of Unicode.
     """
     if not path.exists():
         return []
@@ -176,7 +176,7 @@ def sha256_file(path: Path) -> str:
 def sampled_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's size and content; of a large file only evenly spaced samples, including first and last.
 
-    Tells apart two sets of weights of one shape in a second where the whole of them takes minutes: training changes
+    Distinguishes two sets of weights of one shape in a second, where hashing all of them takes minutes: training changes
     nearly every byte. It does not find a single changed byte; `sha256_file` does.
     """
     size = path.stat().st_size

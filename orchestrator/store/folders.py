@@ -56,11 +56,11 @@ def commit_folder(
 ) -> Iterator[Path]:
     """Yield a temporary folder beside `final`, which takes its place if the block ends without an error.
 
-    Every file is synced and hashed into manifest.json first. A folder that stood at `final` is moved aside and
+    Every file is synced and hashed into manifest.json first. An existing folder at `final` is moved aside and
     removed only after the new one has its name; `recover_folder` finishes what a crash in between left.
 
     Args:
-        final: Where the folder will stand.
+        final: The final path of the folder.
         known_sha256: Hashes that the writer computed while writing, by relative path: those files are not read again.
         about: Goes into the manifest.
     """
@@ -135,7 +135,7 @@ def write_manifest(
     records: list[FileRecord] = []
     for path in _files(folder):
         name = path.relative_to(folder).as_posix()
-        if path.lstat().st_nlink == 1:  # safetensors writes 0600; a linked file is somebody else's too
+        if path.lstat().st_nlink == 1:  # safetensors writes 0600; a hard-linked file belongs to another folder too
             with contextlib.suppress(OSError):
                 path.chmod(mode, follow_symlinks=False)
         fsync_file(path)

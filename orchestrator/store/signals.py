@@ -31,7 +31,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
         # A second signal ends the process at once, in case cleaning up hangs.
         signal.signal(each, signal.SIG_DFL)
     said = f"stopped by {signal.Signals(number).name}; submit the same spec again to continue from what is on disk\n"
-    with contextlib.suppress(OSError):  # whoever read it may be gone
+    with contextlib.suppress(OSError):  # the reader of stderr may be gone
         # os.write is safe in a signal handler; print could deadlock on the stream's lock.
         os.write(2, said.encode())
     raise KeyboardInterrupt

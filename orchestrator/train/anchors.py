@@ -5,7 +5,7 @@ magnitude and would turn a large penalty into the same step as a small one. It i
 decay is in AdamW (Loshchilov and Hutter 2019), and solved exactly (a proximal step: Parikh and Boyd 2014, section 1.1), so that
 it is stable at any strength: with a very large one the weights do not move.
 
-Shapes: r is LoRA's rank, a matrix is [out, in]. Masters are the float32 master weights: this rank's part of the trainable
+Shapes: r is LoRA's rank, a matrix is [out, in]. "Masters" are the float32 master weights: this rank's part of the trainable
 tensors.
 """
 
@@ -24,13 +24,13 @@ CHUNK = 2**20
 
 
 class Anchor(Protocol):
-    """Called by an engine after each update, before masters are rounded into the model."""
+    """Called by an engine after each update, before the master weights are rounded into the model."""
 
     def pull(self, master: torch.Tensor, learning_rate: float) -> None:
         """Pull the weights of one master tensor towards the base, in place.
 
         Args:
-            master: One of the masters that the anchor was made with.
+            master: One of the master weights that the anchor was created with.
             learning_rate: The learning rate that this step updated the master with.
         """
         ...
@@ -38,15 +38,15 @@ class Anchor(Protocol):
 
 @dataclass(frozen=True)
 class Anchored:
-    """The inputs of an anchor: the master weights of an engine at the base, and their measured importances."""
+    """The inputs of an anchor: an engine's master weights, still equal to the base, and their measured importances."""
 
     strength: float
     masters: Callable[[], Sequence[torch.Tensor]]
-    """The masters that have a value in the base."""
+    """The master weights that have a value in the base."""
     adapters: Callable[[], Mapping[int, Sequence[tuple[torch.Tensor, torch.Tensor]]]] | None
     """(A, B) of every adapter by the id of its master; None for an engine that partitions them."""
     adapter_scale: float
-    """Factor of an adapter's product in the model."""
+    """Scale of an adapter's product in the model."""
     importances: Sequence[torch.Tensor] | None
     """Fisher information of each master; None for an anchor that does not use it."""
 
@@ -82,14 +82,14 @@ class ElementAnchor:
     @torch.no_grad()
     def pull(self, master: torch.Tensor, learning_rate: float) -> None:
         start, reach = self._starts.get(id(master)), learning_rate * self._strength
-        if start is None:  # it has no value in the base
+        if start is None:  # a new tensor, which has no value in the base
             return
         importance = self._importances.get(id(master))
         if importance is None:
             # The minimum of |w - v|^2 / 2 + reach |w - start|^2 / 2 over w, from v: the proximal step.
             master.lerp_(start, reach / (1.0 + reach))
             return
-        # In pieces, since the shares of all weights would be a temporary tensor as large as the master.
+        # In pieces: for all weights at once, the temporary tensor would be as large as the master weights.
         pieces = (whole.view(-1).split(CHUNK) for whole in (master, start, importance))
         for part, to, each in zip(*pieces, strict=True):
             share = each * reach
@@ -99,8 +99,8 @@ class ElementAnchor:
 class ProductAnchor:
     """Pulls the product of each adapter towards zero: penalty strength/2 |s B A|^2, of A[r, in], B[out, r] and LoRA's scale s.
 
-    The norm is a trace of two [r, r] Gram matrices, tr(B'B AA'), and so is its exact step in one factor with the other one
-    held: A <- (I + c B'B)^-1 A, then B <- B (I + c AA')^-1, with c = rate x strength x s^2. Nothing of the size of the
+    The norm is a trace of two [r, r] Gram matrices, tr(B'B AA'), and the exact step in one factor, with the other one fixed, uses
+    them too: A <- (I + c B'B)^-1 A, then B <- B (I + c AA')^-1, with c = rate x strength x s^2. Nothing of the size of the
     product is made.
     """
 
@@ -139,7 +139,7 @@ ANCHOR_CLASSES: Mapping[AnchorKind, Callable[[Anchored], Anchor]] = {
 
 
 class AnchoredAdamW(torch.optim.AdamW):
-    """AdamW for an engine that calls its optimizer's `step` itself, with masters that it makes: see `DeepSpeedTrainer`."""
+    """AdamW for an engine that creates the master weights and calls `step` itself: see `DeepSpeedTrainer`."""
 
     anchor: Anchor | None = None
 
@@ -154,12 +154,12 @@ class AnchoredAdamW(torch.optim.AdamW):
 
 
 class SquaredGradients(torch.optim.Optimizer):
-    """An optimizer that changes nothing and adds up the squares of the gradients that it is given, master by master."""
+    """An optimizer that changes no weights and sums the squared gradients of each master weight tensor."""
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter] | Sequence[dict[str, Any]]) -> None:
         super().__init__(parameters, {"lr": 0.0})
         self.sums: dict[int, torch.Tensor] = {}
-        """Sums of squared gradients by the id of a master: float32, in its shape."""
+        """Sums of squared gradients by the id of a master tensor: float32, in its shape."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

@@ -49,7 +49,7 @@ class StepPlan:
     def epoch(self, number: int) -> list[np.ndarray]:
         """Return the target's documents of every step of an epoch."""
         if number not in self._epochs:
-            # The replayed documents follow the target's in the joined set; epochs go over the target alone.
+            # The replayed documents follow the target's in the joined set; epochs cover only the target.
             borders = self.data.offsets[: len(self.data.offsets) - self.num_replayed]
             self._epochs[number] = documents_of_steps(borders, self.tokens_per_step, self.seed, number)
         return self._epochs[number]

@@ -48,7 +48,7 @@ class FusedBatchSizes:
 
         Args:
             group: Trials that may share a batch.
-            note: Told what was measured.
+            note: Called with a sentence about the measurement.
 
         Raises:
             RankOutOfMemoryError: memory ran out on this rank while the others wait for it.
@@ -102,11 +102,11 @@ def measure_batch_size(context: HostContext, group: Sequence[TrainRung]) -> tupl
         The number, and a sentence about it.
 
     Raises:
-        OutOfMemoryError: on every rank alike, where one has no memory for a single trial.
+        OutOfMemoryError: on every rank, where one has no memory for a single trial.
     """
     sets = TrainingSets(group[0], context.sets.load, context.trunk)
     step = next(step_inputs(sets.steps, context.rows(group[0].execution), 0, 1, sets.states))
-    # One full micro-batch tells enough; a whole step could take minutes.
+    # One full micro-batch is enough; a complete step could take minutes.
     step = StepInput(step.epoch, step.num_tokens, step.num_supervised, step.micro_batches[:1])
     alone = _slowest(context, group[:1], step)
     if alone is None:

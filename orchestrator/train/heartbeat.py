@@ -73,7 +73,7 @@ _RECORDER = _Recorder()
 
 
 def enter(phase: str) -> None:
-    """Record a new phase; `training` starts by itself, with the end of the first step."""
+    """Record a new phase; `training` starts automatically, with the end of the first step."""
     _RECORDER.enter(phase)
 
 

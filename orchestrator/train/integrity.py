@@ -19,14 +19,14 @@ def base_fingerprint(model: nn.Module) -> dict[str, str]:
 
 
 def changed_frozen(model: nn.Module, reference: Mapping[str, str]) -> list[str]:
-    """Names of frozen tensors that differ from `reference` while some parameters of the model learn."""
+    """Return the names of frozen tensors that differ from `reference` while some parameters of the model are trained."""
     learning = frozenset(name for name, parameter in _parameters(model) if parameter.requires_grad)
     now = fingerprint(_local_tensors(model, learning))
     return changed({name: reference[name] for name in now if name in reference}, {n: h for n, h in now.items() if n in reference})
 
 
 def prove_frozen(model: nn.Module, reference: Mapping[str, str], ranks: Ranks) -> None:
-    """Prove law 2: what did not learn is bit for bit what was loaded. Called on every rank.
+    """Prove law 2: every frozen tensor is bit for bit as it was loaded. Called on every rank.
 
     Raises:
         TrainingError: a frozen tensor changed, on any rank.
@@ -79,7 +79,7 @@ def tensor_hash(tensor: torch.Tensor) -> str:
 
 
 def changed(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
-    """Names whose hash differs, or that stand on one side only; sorted."""
+    """Return the names whose hash differs or that exist on one side only, sorted."""
     return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
 
 

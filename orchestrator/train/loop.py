@@ -1,4 +1,4 @@
-"""The training loop: one for every trial, alone or in a batch with others, and for every engine."""
+"""The training loop, the same for single trials, for several in one batch, and for every engine."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class LoopTrial:
             loss: Its loss; the update is not applied where that is not finite.
 
         Returns:
-            The learning rate, and the gradient norm before clipping; None where the trial fails, on every rank alike.
+            The learning rate, and the gradient norm before clipping; None where the trial fails, on every rank.
         """
         rate = step_learning_rate(
             self.state.tokens,
@@ -157,7 +157,7 @@ def train_steps(trials: Sequence[LoopTrial], rounds: Rounds, steps: Iterator[Ste
         ranks: This process among those that train together.
 
     Raises:
-        OutOfMemoryError: on every rank alike, where no collective was under way (see `_losses`).
+        OutOfMemoryError: on every rank, where no collective was under way (see `_losses`).
     """
     started = time.perf_counter()
     for step in steps:
@@ -203,12 +203,12 @@ def _dropout_seed(seed: int, rank: int, step: int) -> int:
 def _losses(rounds: Rounds, step: StepInput, supervised: int, ranks: Ranks, num_trials: int) -> list[float]:
     """Compute a step's gradients and return each trial's loss, the same bits on every rank.
 
-    Where memory runs out on one rank, the others learn of it here. That works where the rounds contain no collective (torch,
+    If memory runs out on one rank, the others are informed here. That works where the rounds contain no collective (torch,
     ZeRO 0 and 1). Under ZeRO 2 and 3 the error leaves the other ranks waiting: the gang ends, and the next one restarts
     the trial with a smaller execution.
 
     Raises:
-        OutOfMemoryError: on every rank alike; no trial has taken the step.
+        OutOfMemoryError: on every rank; no trial has taken the step.
     """
     sums = [0.0] * num_trials
     out_of_memory: BaseException | None = None
@@ -218,7 +218,7 @@ def _losses(rounds: Rounds, step: StepInput, supervised: int, ranks: Ranks, num_
         if not is_out_of_memory(error) or (ranks.count > 1 and rounds.communicates):
             raise
         out_of_memory = error
-    # One collective for losses and for the news of a failure: no rank can leave the step alone.
+    # One collective for losses and for the news of a failure: no rank can leave the step without the others.
     *totals, num_out = ranks.sum([*sums, float(out_of_memory is not None)])
     if num_out:
         raise OutOfMemoryError(

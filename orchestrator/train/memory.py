@@ -6,7 +6,7 @@ import psutil
 import torch
 
 OUT_OF_MEMORY_PHRASES = ("out of memory", "can't allocate memory", "cublas_status_alloc_failed")
-"""cuBLAS asks for its workspace at the first matrix product, beside torch's allocator."""
+"""Parts of error messages. The last is from cuBLAS, which allocates its workspace outside torch's allocator."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -31,7 +31,7 @@ def memory_in_use(device: torch.device) -> int:
 
 
 def growth_bytes(device: torch.device, planned_bytes: int | None, held_bytes: int = 0) -> int:
-    """Host memory that this process is still going to take, by the plan; beside a GPU it has what it needs while it trains.
+    """Return the host memory that this process will still allocate, by the plan; 0 with a GPU: training needs no more.
 
     Args:
         planned_bytes: Planned host memory of the run's largest trial.

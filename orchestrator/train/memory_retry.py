@@ -1,4 +1,4 @@
-"""Where memory runs out on a rank: every rank must know, and the work is restarted with a smaller execution in the same gang."""
+"""Retry work after running out of memory: once every rank knows, it is restarted in the same gang with a smaller execution."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def run_within_memory(
     Before the first step down the gang releases what it holds of other trials, and the attempt is repeated as it was.
 
     Args:
-        context: What this rank holds.
+        context: The state of this rank.
         attempt: The work under one execution; it leaves the base as it was, also where it raises.
         execution: As planned.
         notes: Receives a line for each restart (law 9).
         on_reduced: Called before each restart with a smaller execution.
 
     Raises:
-        OutOfMemoryError: memory use cannot be reduced further in this gang; on every rank alike.
+        OutOfMemoryError: memory use cannot be reduced further in this gang; on every rank.
         RankOutOfMemoryError: memory ran out on this rank while the others wait for it.
     """
     while True:

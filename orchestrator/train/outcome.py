@@ -1,4 +1,4 @@
-"""What became of a trial on a rank: filled while it is run, answered as a RungResult."""
+"""The outcome of a trial on a rank: filled while the trial runs, returned as a RungResult."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from orchestrator.work.failure import Failure
 from orchestrator.work.results import EngineRecord, RungResult
 
 TRIAL_ERRORS = (TrainingError, SelectionError, IntegrityError, UsageError, DataError)
-"""Errors that fail a trial while its gang goes on: raised on every rank alike."""
+"""Errors that fail a trial but not its gang: they are raised on every rank."""
 
 TrialWork = TypeVar("TrialWork", bound=TrainRung | EvaluateBase)
 
 
 @dataclass
 class TrialOutcome(Generic[TrialWork]):
-    """How far a trial came on this rank. It outlives an attempt that ran out of memory, and is filled again by the next."""
+    """The progress of a trial on this rank. It outlives an attempt that runs out of memory; the next one overwrites it."""
 
     work: TrialWork
     notes: list[str] = field(default_factory=list[str])
@@ -44,7 +44,7 @@ class TrialOutcome(Generic[TrialWork]):
     """The smaller execution with which it was run, where memory ran out."""
 
     def result(self) -> RungResult:
-        """Return what the gang answers; of a trial that failed, how far it came."""
+        """Return the gang's answer; for a failed trial, with the progress that it made."""
         evaluation, retain = self.scores.evaluation, self.scores.retain
         return RungResult(
             trial_id=self.work.trial.trial_id,

@@ -46,7 +46,7 @@ class Scorer:
         """Evaluate on `eval` and, where there is one, on `retain`.
 
         Raises:
-            NonFiniteLossError: a loss that is not finite; on every rank alike.
+            NonFiniteLossError: a loss that is not finite; on every rank.
         """
         (scores,) = self.score_trials(objective, 1)
         if isinstance(scores, NonFiniteLossError):

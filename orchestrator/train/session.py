@@ -37,12 +37,12 @@ from orchestrator.work.failure import Failure
 class TrainingSession:
     """Trials with one cut, one order of documents and one range of steps: most often a single one.
 
-    Each has its own learning rate, clipping, optimizer, checkpoints and failure. Its numbers are those that it has alone.
-    Every rank holds all of them, makes the same calls in the same order and comes to the same decisions about each.
+    Each has its own learning rate, clipping, optimizer, checkpoints and failure. Its numbers are the same as without the others.
+    Every rank holds all of them, makes the same calls in the same order and makes the same decisions about each.
 
     Args:
         context: What this rank holds.
-        outcomes: The trials' work; what becomes of each is filled in. Several share a batch, in the order of their rows.
+        outcomes: The trials' work; the outcome of each is filled in. Several share a batch, in the order of their rows.
         execution: How they are trained; smaller than planned where memory ran out.
         ordinal: How many pieces of work the gang had run before.
     """
@@ -58,7 +58,7 @@ class TrainingSession:
     def run(self, on_step: OnStep = None) -> None:
         """Open the branches, train, evaluate, prove that nothing frozen changed, save and close.
 
-        A trial's own failure (a loss that is not finite) is in its outcome, beside how far it came.
+        A trial's own failure (a loss that is not finite) is in its outcome, with the progress that it made.
 
         Raises:
             OutOfMemoryError: the session does not fit, and every rank knows; no rung was written.
@@ -123,7 +123,7 @@ class TrainingSession:
 
 
 def open_branches(base: LoadedBase, works: Sequence[TrainRung], execution: ExecutionPlan, stack: ExitStack) -> Sequence[Branch]:
-    """Open each trial's branch until the stack closes. A trial alone may train anything, several only adapters in blocks."""
+    """Open each trial's branch until the stack closes. A single trial may train anything, several only adapters in blocks."""
     if len(works) > 1:
         return open_stacked(base, works, stack)
     trial, keeper = works[0].trial, weight_keeper(execution)

@@ -17,7 +17,7 @@ from orchestrator.work.assignment import TrainRung
 
 @dataclass(frozen=True)
 class TrainingSets:
-    """The training set of a trial and, where it replays, the retention text beside it."""
+    """The training set of a trial and, if it uses replay, the retention text."""
 
     work: TrainRung
     load_set: Callable[[str], TokenizedSet]

@@ -68,7 +68,7 @@ def build_engine(
 def _fisher(file: Path, measure: Callable[[], list[torch.Tensor]], execution: ExecutionPlan, ranks: Ranks) -> list[torch.Tensor]:
     """Return this rank's Fisher information, on the device of its masters; all ranks measure where one of them has none."""
     known = read_fisher(file, torch.device("cpu") if execution.offload != "none" else ranks.device)
-    # Measuring is collective: where one rank lacks its file, all measure.
+    # Measuring is collective: if one rank does not have its file, all ranks measure.
     if all(ranks.gather(known is not None)):
         assert known is not None
         return known

@@ -68,7 +68,7 @@ def paired_comparison(
         candidate_losses: [n] mean loss of each example, nats per token (for an accuracy: 0 right, 1 wrong).
         reference_losses: [n] of the same examples.
         weights: [n] supervised tokens of each example, so that the mean is the difference of the two corpus losses;
-            None weighs examples alike.
+            None gives all examples the same weight.
         seed: Seed of the resampling.
 
     Raises:

@@ -35,7 +35,7 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> Correla
     value that n ranks can have, 1 - 12 / (n (n^2 - 1)): four pairs that agree by chance must not look like proof.
 
     Returns:
-        None where there is nothing to tell: fewer than 4 pairs, or one of the two is the same everywhere.
+        None if it is undefined: fewer than 4 pairs, or one of the two is constant.
 
     Raises:
         ValueError: unequal lengths, or a figure that is not finite.

@@ -132,14 +132,14 @@ def advise(
 ) -> Advice:
     """Return `few` if there are too few examples to train many weights; else `near`, `far` or `none`.
 
-    Features alone would call every target far: a linear probe tells nearly any two sources apart. So a target counts as far
+    The features are not enough, since a linear probe can separate nearly any two sources. So a target counts as far
     only where the base is known to fit it worse than the retention set by LOSS_GAP, and the features are far or not known; as
     near where the base does not, or where the features are near.
 
     Args:
         distances: Proxy A-distances, one for each cut; empty where they are not known.
-        target_loss: The untouched base's on the eval set, nats per token.
-        retention_loss: Likewise on the retention set.
+        target_loss: The base model's loss on the eval set, nats per token.
+        retention_loss: Its loss on the retention set.
         num_documents: Training documents.
         failed: Why there are no distances.
     """

@@ -1,7 +1,7 @@
 """Records of a sweep and its verdict that outlive the process: sweep.json and transfer.json.
 
 Losses are nats per supervised token (retention: nats per token), times are seconds, sizes are bytes. A
-figure that was not measured is None; one that broke is NaN.
+figure that was not measured is None; a measurement that failed is NaN.
 """
 
 from __future__ import annotations

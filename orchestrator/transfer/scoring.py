@@ -16,7 +16,7 @@ WORST_SCORE = 1e9
 
 
 def forgetting(retain_loss: float, base_retain_loss: float) -> float:
-    """Return the rise of the retention loss over the untouched base's, nats per token; negative if the model improved."""
+    """Return the rise of the retention loss over the base model's, nats per token; negative if the model improved."""
     return retain_loss - base_retain_loss
 
 

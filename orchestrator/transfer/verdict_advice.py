@@ -37,7 +37,7 @@ def advice_after(transfer: TransferReport, *, by_hand: bool = False) -> tuple[st
     """Return what to do next, in order; empty without a verdict, or if it is `positive` and more answers are correct.
 
     Args:
-        by_hand: A person promoted the trial: then nobody has said that it looked good on eval.
+        by_hand: True if a person promoted the trial: it may then never have looked good on eval.
     """
     if transfer.verdict is None:
         return ()

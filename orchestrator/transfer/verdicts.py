@@ -51,7 +51,7 @@ def verdict(
     unlike that their mean gain over the base may be none.
 
     Args:
-        vs_none: Against the untouched base, on the test set.
+        vs_none: Comparison with the base model, on the test set.
         vs_scratch: Against random weights trained on the same budget.
         others: Comparisons that the sentence reports and the verdict does not depend on (`head`, `shuffled`).
         over_seeds: Gain over the base on the test set, by seed.
@@ -75,7 +75,7 @@ def verdict(
 
 
 def _kind(comparison: Comparison) -> VerdictKind:
-    """Return the verdict that one comparison alone leads to."""
+    """Return the verdict that follows from a single comparison."""
     if comparison.low > 0:
         return "positive"
     if comparison.high < 0:

@@ -1,4 +1,4 @@
-"""What a trial leaves behind, read from its headers: adapters in PEFT's format, whole changed tensors, or both."""
+"""The artifact of a trial, read from file headers: adapters in PEFT's format, complete changed tensors, or both."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ UNSUPPORTED: dict[str, object] = {
 
 
 class StoredAdapter(Value):
-    """The adapter of one weight, as it lies in its file."""
+    """The adapter of one weight, as stored in its file."""
 
     kind: AdapterName
     tensors: dict[str, TensorInfo]
-    """By suffix; see `AdapterKind.shapes`."""
+    """Its tensors by suffix; see `AdapterKind.shapes`."""
     alpha: float
 
     @property
@@ -40,19 +40,19 @@ class StoredAdapter(Value):
 
     @property
     def scale(self) -> float:
-        """What the product of B and A is multiplied by."""
+        """The factor of the product B @ A."""
         return ADAPTER_KINDS[self.kind].scale(self.alpha, self.lora_rank)
 
 
 class Artifact(Value):
-    """What was trained, by the base's tensor names. Files are relative to `folder`."""
+    """The trained tensors by the base's tensor names. Files are relative to `folder`."""
 
     folder: str
     adapters: dict[str, StoredAdapter]
     whole: dict[str, TensorInfo]
 
     def check(self, anatomy: ModelAnatomy, num_classes: int, selection: LayerSelection | None) -> None:
-        """Prove that every trained tensor has its place in the base.
+        """Check that every trained tensor exists in the base, with the same shape.
 
         Args:
             num_classes: Number of classes of the new classifier; 0 without one.
@@ -112,7 +112,7 @@ class Artifact(Value):
 
 
 def new_shapes(anatomy: ModelAnatomy, num_classes: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of what may be new: an untied head; to classify, the classifier and an encoder's pooler."""
+    """Return the shapes of tensors that may be new: an untied head; for `classify`, the classifier and an encoder's pooler."""
     if not num_classes:
         return {anatomy.head_weight: (anatomy.vocab_size, anatomy.hidden_size)}
     shapes: dict[str, tuple[int, ...]] = {info.name: info.shape for info in anatomy.new_tensors}
@@ -123,10 +123,10 @@ def new_shapes(anatomy: ModelAnatomy, num_classes: int) -> dict[str, tuple[int, 
 
 
 def read_artifact(folder: Path) -> Artifact:
-    """Headers of `adapter/` and `delta/` in `folder`.
+    """Read the headers of `adapter/` and `delta/` in `folder`.
 
     Raises:
-        SelectionError: neither is there; an empty tensor, part of an adapter, a kind of adapter that cannot be merged.
+        SelectionError: neither exists; a tensor is empty, an adapter is incomplete, or its kind cannot be merged.
         BaseError: a damaged safetensors file.
     """
     adapters: dict[str, StoredAdapter] = {}
@@ -203,7 +203,7 @@ def _kind_of(config: Mapping[str, Any], adapter: Path) -> AdapterKind:
 
 
 def _role(suffix: str) -> str:
-    """`.lora_A.weight` -> `lora_A`."""
+    """Return a suffix as PEFT's parameter role: `.lora_A.weight` -> `lora_A`."""
     return suffix.split(".")[1]
 
 

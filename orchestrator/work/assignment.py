@@ -82,7 +82,7 @@ class TrialWork(GangWork):
         return self.context.num_gangs
 
     def failed(self, failure: Failure) -> RungResult:
-        """Return the result of work that no gang finished."""
+        """Return the failed result of work that no gang finished."""
         return RungResult(trial_id=self.trial.trial_id, rung=self.rung, step=0, tokens=0, state="failed", failure=failure)
 
 
@@ -183,34 +183,34 @@ class TimeCompiling(MeasuringWork):
 
 Measurement = Annotated[ScoreBlocks | MeasureShift | TimeCompiling, Field(discriminator="kind")]
 Work = Annotated[TrainRung | EvaluateBase | ScoreBlocks | MeasureShift | TimeCompiling, Field(discriminator="kind")]
-"""All that a gang may be given."""
+"""Every kind of work that a gang may be given."""
 
 
 OF = {"spec_sha256": "spec", "base_sha256": "base"}
-"""Hashes that a manifest may hold beside the trial, and what they are of."""
+"""Hashes that a manifest may contain in addition to the trial's, with the object that each identifies."""
 
 
 def ownership(trial: TrialSpec, spec_sha256: str = "", base_sha256: str = "") -> dict[str, object]:
     """Return the fields of a manifest that name the owner of a folder."""
-    # Trials of older versions have no options of adapters: those of plain LoRA are left out, so that the hash stays theirs.
+    # Trials of older versions have no options of adapters: those of plain LoRA are left out, so that their hash does not change.
     values = trial.model_dump(mode="json", exclude={"adapter"} if trial.adapter == PLAIN_LORA else None)
     hashes = {"spec_sha256": spec_sha256, "base_sha256": base_sha256}
     return {"trial": values, "trial_sha256": content_hash(values), **{name: value for name, value in hashes.items() if value}}
 
 
 def owner_of(assignment: TrialWork) -> dict[str, object]:
-    """Return the `ownership` of what an assignment writes."""
+    """Return the `ownership` of the folders that an assignment writes."""
     return ownership(assignment.trial, assignment.context.spec_sha256, assignment.context.base_sha256)
 
 
 def contradiction(about: Mapping[str, object], own: Mapping[str, object]) -> str:
-    """Why a folder is not one's own, after "rung-0 is "; empty where its manifest does not contradict.
+    """Return why a folder has another owner, to follow "rung-0 is "; empty if its manifest does not contradict `own`.
 
-    A manifest of an older version names nothing or less, and what it leaves out is not held against it.
+    A manifest of an older version may name fewer hashes or none; missing ones are not contradictions.
 
     Args:
         about: The contents of the folder's manifest.
-        own: As `owner_of` says.
+        own: The result of `owner_of`.
     """
     found, wanted = about.get("trial"), own.get("trial")
     if isinstance(found, Mapping) and isinstance(wanted, Mapping):

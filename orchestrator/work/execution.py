@@ -101,13 +101,13 @@ class DataPaths(Value):
 
 
 class TrunkPlan(Value):
-    """Hidden states that are stored once, for trials to begin from instead of the embeddings."""
+    """Hidden states that are stored once, so that trials start from them instead of from the embeddings."""
 
     cuts: tuple[int, ...]
     """Cuts at which they are stored, ascending, each at least 1: the input of block `cut` (`num_blocks`: the final norm)."""
     num_bytes: int
     """Bytes of all sets at all cuts."""
     folder: str = ""
-    """On each machine's own disk; the user's cache folder where it is empty."""
+    """Folder on each machine's own disk; empty for the user's cache folder."""
     max_bytes: int | None = None
     """Size limit of the folder; None for half of the disk's free space."""

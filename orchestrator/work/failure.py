@@ -1,4 +1,4 @@
-"""Why work failed, as a value: what code decides by (`kind`), and what people read (`message`, `remedy`)."""
+"""Failures of work as values: code branches on `kind`, and users read `message` and `remedy`."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""When memory runs out: the next smaller execution of the same work in the same kind of gang.
+"""Reduce memory use: the next smaller execution of the same work in the same kind of gang, after memory ran out.
 
 The documents of a step and their order stay the same, so that a trial with a reduced execution is the trial that a plan with
 that execution would have run. The steps, in the order of what they cost:
 
 1. half the rows in a micro-batch, and so twice the accumulation rounds of a step;
 2. at one row, gradient checkpointing: the blocks above the cut run again in the backward pass;
-3. a higher ZeRO stage, up to 2, where several ranks share a trial by DeepSpeed: each of them holds the whole base as before.
+3. a higher ZeRO stage, up to 2, where several ranks share a trial by DeepSpeed: each of them still holds the complete base.
 
-What comes after (from torch to DeepSpeed, ZeRO-3, offloading, more ranks) needs another kind of gang, which is another plan.
+Further reductions (from torch to DeepSpeed, ZeRO-3, offloading, more ranks) need another kind of gang and so another plan.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class MemoryLadder:
     """The steps that reduce the memory use of work, one each time it runs out of memory.
 
     Args:
-        replaced: What does not survive running out of memory (`gang`), for the note; empty where everything does.
+        replaced: What must be replaced after running out of memory (`gang`), for the note; empty if nothing must.
     """
 
     replaced: str = ""
@@ -76,7 +76,7 @@ def _next_smaller(execution: ExecutionPlan) -> tuple[ExecutionPlan, str] | None:
 
 
 def beyond_the_gang(execution: ExecutionPlan) -> str:
-    """Return what would make room where the ladder has no step left: the next choice of the planner, which is another plan."""
+    """Return the remedy when the ladder has no step left: the planner's next choice, which needs another plan."""
     if execution.ranks == 1:
         return (
             "resources.ranks_per_gang: 2 with zero: 3, which partitions (shards) the base across ranks; or a "
@@ -108,7 +108,7 @@ def no_larger_than(planned: ExecutionPlan, reduced: ExecutionPlan | None) -> Exe
 
 
 REDUCED_WORK = "stepped-down.json"
-"""File beside those of an assignment: its execution after a worker group ran out of memory."""
+"""File in an assignment's folder: its execution after a worker group ran out of memory."""
 
 
 class ReducedWork(Value):
@@ -124,7 +124,7 @@ class ReducedWork(Value):
     @model_validator(mode="before")
     @classmethod
     def _with_failure(cls, values: object) -> object:
-        """Older versions recorded a failure by its text alone."""
+        """Accept records of older versions, which have only the text of a failure."""
         if not isinstance(values, dict):
             return values
         given = cast("dict[str, object]", values)

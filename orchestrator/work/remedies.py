@@ -53,7 +53,7 @@ class Remedies(Value):
 
     @property
     def shared_in_batch(self) -> tuple[object, ...]:
-        """Return the values that must be equal for trials to share a batch: of every field but those of PER_TRIAL."""
+        """Return the values that must be equal for trials to share a batch: those of every field except PER_TRIAL."""
         return tuple(getattr(self, name) for name in type(self).model_fields if name not in self.PER_TRIAL)
 
     def total_tokens(self, target_tokens: int) -> int:

@@ -13,7 +13,7 @@ from orchestrator.work.measurements import CompileTimes, DomainShift, LayerScore
 
 
 class EngineRecord(Value):
-    """The engine that trained a trial (law 9): the record that ZeRO did partition, and the measured memory."""
+    """The engine that trained a trial (law 9), with proof that ZeRO partitioned the state, and the measured memory."""
 
     executor: Literal["torch", "deepspeed", "none"]
     engine_class: str
@@ -64,7 +64,7 @@ class RungResult(Value):
     tokens: int
     state: Literal["done", "failed"]
     failure: Failure | None = None
-    """Why it failed; None where it is done."""
+    """Why it failed; None if it is done."""
     train_loss: float | None = None
     """Loss of the last step, nats per supervised token."""
     eval_loss: float | None = None
@@ -85,10 +85,10 @@ class RungResult(Value):
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
     trunk_seconds: float = 0.0
-    """Spent before it on hidden states that were not stored yet."""
+    """Seconds spent before training on computing hidden states that were not stored yet."""
     started_at: float = 0.0
     finished_at: float = 0.0
-    """When its gang was free for the next; the rung may have been on disk a little later."""
+    """Time at which its gang was free for other work; the rung may have been on disk a little later."""
     gang: int = -1
     notes: tuple[str, ...] = ()
     """Automatic decisions during training (law 9): a micro-batch halved, a damaged checkpoint skipped."""
@@ -96,7 +96,7 @@ class RungResult(Value):
     @model_validator(mode="before")
     @classmethod
     def _from_record(cls, values: object) -> object:
-        """Accept what is on disk: `reason` beside `failure`, and older records that have only `reason`, and former keys."""
+        """Accept records on disk: with `reason` as well as `failure`, older ones with `reason` only, and former keys."""
         if not isinstance(values, dict):
             return values
         given = cast("dict[str, object]", values)
@@ -153,7 +153,7 @@ class StepReport(Value):
     """Supervised tokens of this step."""
     loss: float
     loss_hex: str
-    """The same loss, exactly (`float.hex`)."""
+    """The loss without rounding (`float.hex`)."""
     learning_rate: float
     grad_norm: float
     tokens_per_s: float

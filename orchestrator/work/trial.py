@@ -11,7 +11,7 @@ from orchestrator.work.remedies import NOTHING, Remedies, method_name
 
 
 class TrialSpec(Value):
-    """One point of the search, or a control. Nothing of the cluster is in here."""
+    """One point of the search, or a control. It does not depend on the cluster."""
 
     trial_id: str
     number: int

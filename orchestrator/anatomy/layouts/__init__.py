@@ -1,4 +1,4 @@
-"""The model layouts that are known, as data: a new layout is a new row.
+"""The known model layouts, as data: to add a layout, add a row.
 
 A row says which tensors a model of one `model_type` has and how their shapes follow from its config.json.
 Names and shapes are those of the transformers 5.23 classes `AutoModelForCausalLM` (decoders),
@@ -14,12 +14,12 @@ LAYOUTS: dict[str, Layout] = {layout.model_type: layout for layout in (*DENSE, *
 
 
 def known_layouts() -> tuple[str, ...]:
-    """The values of `model_type` in config.json that a plan can be made for."""
+    """Return the values of `model_type` in config.json that can be planned for."""
     return tuple(sorted(LAYOUTS))
 
 
 def trainable_layouts() -> tuple[str, ...]:
-    """Those of `known_layouts` that can be trained too."""
+    """Return the values of `known_layouts` that can be trained too."""
     return tuple(sorted(layout.model_type for layout in LAYOUTS.values() if not layout.plan_only))
 
 

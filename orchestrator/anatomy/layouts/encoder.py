@@ -1,4 +1,4 @@
-"""Encoders: BERT and its kin, and the vision transformer."""
+"""Encoders: BERT and similar models, and the vision transformer."""
 
 from __future__ import annotations
 
@@ -163,5 +163,5 @@ VIT = Layout(
     ignored=("classifier.*", "*pooler.*"),
     plan_only="it reads images, and the data here are texts",
 )
-"""Its `positions` are one for each patch of the image, and the class token's."""
+"""The vision transformer. It has one position for each patch of the image and one for the class token."""
 ENCODERS = (BERT, ROBERTA, DISTILBERT, VIT)

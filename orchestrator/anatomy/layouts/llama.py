@@ -50,7 +50,7 @@ ROUTED = (
     TensorTemplate("mlp.experts.gate_up_proj", ("experts", "2*expert_intermediate", "hidden"), stacked=True),
     TensorTemplate("mlp.experts.down_proj", ("experts", "hidden", "expert_intermediate"), stacked=True),
 )
-"""The router is a bare parameter, no linear layer: LoRA does not adapt it and bitsandbytes does not quantize it."""
+"""The router is a bare parameter, not a linear layer: LoRA does not adapt it and bitsandbytes does not quantize it."""
 SHARED_EXPERT = (
     weight("mlp.shared_expert.gate_proj", "shared_intermediate", "hidden"),
     weight("mlp.shared_expert.up_proj", "shared_intermediate", "hidden"),
@@ -79,7 +79,7 @@ def llama_like(
     defaults: dict[str, object],
     **changes: Any,
 ) -> Layout:
-    """A row with what these layouts share; `changes` are fields of `Layout`."""
+    """Return a row with the fields that these layouts share; `changes` are fields of `Layout` to override."""
     shared: dict[str, Any] = {
         "kind": "decoder",
         "backbone": "model",

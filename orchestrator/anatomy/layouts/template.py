@@ -46,7 +46,7 @@ DROPOUT_KEYS = (
     "hidden_dropout_prob",
     "resid_pdrop",
 )
-"""Config keys, of any layout, of what is dropped out in the embeddings and the blocks."""
+"""Config keys, of any layout, for dropout rates in the embeddings and the blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,15 +86,15 @@ class Layout:
     dropout: Mapping[str, float] = field(default_factory=dict[str, float])
     """Default dropout rates of the transformers config class, by config key."""
     unused_positions: int = 0
-    """Number of `positions` that no token ever takes."""
+    """Number of `positions` that are never assigned to a token."""
     fixed: Mapping[str, object] = field(default_factory=dict[str, object])
     """Config keys that must have this value: another value means another layout."""
     stored_as: Mapping[str, str] = field(default_factory=dict[str, str])
     """Parameter name -> its name in the files, where that differs."""
     ignored: tuple[str, ...] = ()
-    """fnmatch patterns of stored tensors that are no parameters, or belong to the head of another task."""
+    """fnmatch patterns of stored tensors that are not parameters, or belong to the head of another task."""
     plan_only: str = ""
-    """Why such a base can be planned with and not be trained."""
+    """Why such a base can be planned for but not trained; empty if it can be trained."""
     plan_only_if: Mapping[str, str] = field(default_factory=dict[str, str])
     """Config key -> why a base where it is neither null nor false cannot be trained."""
 
@@ -104,7 +104,7 @@ class Layout:
 
 
 def weight(name: str, *shape: str) -> TensorTemplate:
-    """The weight of a linear layer, [out, in]."""
+    """Return the template of a linear layer's weight, [out, in]."""
     return TensorTemplate(f"{name}.weight", shape, linear=True)
 
 
@@ -117,17 +117,17 @@ def norm(name: str, size: str = "hidden", when: str | None = None) -> TensorTemp
 
 
 def layer_norm(name: str, size: str = "hidden", when: str | None = None) -> tuple[TensorTemplate, ...]:
-    """Weight and bias."""
+    """Return the templates of a layer norm: weight and bias."""
     return (norm(name, size, when), bias(name, size, when))
 
 
 def dense(name: str, out: str, into: str, when: str | None = None) -> tuple[TensorTemplate, ...]:
-    """A linear layer with a bias; `when` is about the bias alone."""
+    """Return the templates of a linear layer with a bias; `when` applies to the bias only."""
     return (weight(name, out, into), bias(name, out, when))
 
 
 def axis_size(expression: str, sizes: Mapping[str, int]) -> int:
-    """`heads*head_dim`, `3*hidden`, `hidden+2*kv_heads*head_dim` -> a number."""
+    """Evaluate the size of an axis, such as `heads*head_dim`, `3*hidden` or `hidden+2*kv_heads*head_dim`."""
     total = 0
     for product in expression.split("+"):
         value = 1
@@ -138,5 +138,5 @@ def axis_size(expression: str, sizes: Mapping[str, int]) -> int:
 
 
 def present(templates: tuple[TensorTemplate, ...], flags: Mapping[str, object]) -> tuple[TensorTemplate, ...]:
-    """The templates that exist under this config."""
+    """Return the templates of the tensors that exist under this config."""
     return tuple(template for template in templates if template.when is None or flags.get(template.when) is True)

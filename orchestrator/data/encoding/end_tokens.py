@@ -44,7 +44,7 @@ def end_tokens(train: TokenizedSet, control: ControlTokens, declared: Sequence[i
     """Return the ids at which generation stops: control tokens that end supervised text, most frequent first, and those
     declared.
 
-    A token that also stands within an answer (as one that only ends its reasoning) is none of them.
+    A token that also occurs within an answer (such as one that ends its reasoning) is excluded.
     """
     ends = _run_ends(train)
     numbers, counts = np.unique(train.ids[ends], return_counts=True)

@@ -97,7 +97,7 @@ class RowReader:
         """Return the columns of a table to read.
 
         Raises:
-            RowError: the table lacks one.
+            RowError: the table does not have one.
         """
         reading = self._reading(tuple(names), is_document=False)
         if reading.layout is None:

@@ -196,7 +196,7 @@ def _by_split(folder: Path, files: list[Path], found: Found) -> dict[str, list[P
     """Group files by the split in their names, or else in their folders' names.
 
     Where some are of eval or test, the others are train if no name says train; if one does, the others belong to nothing and
-    are left out. Where names say nothing of eval and test, all of them stand under an empty name.
+    are left out. If no name mentions eval or test, all files are under an empty name.
     """
     splits: dict[str, list[Path]] = {}
     for path in files:
@@ -204,7 +204,7 @@ def _by_split(folder: Path, files: list[Path], found: Found) -> dict[str, list[P
         # The file's own name decides before its folders'.
         said = next((split for part in reversed(parts) if (split := split_of(part))), "")
         splits.setdefault(said, []).append(path)
-    # Names that do not tell two splits apart decide nothing: all files belong to the split that the spec names them for.
+    # Names that do not distinguish two splits decide nothing: all files belong to the split that the spec names them for.
     if not splits.keys() & {"eval", "test"} or splits.keys() <= {"eval"} or splits.keys() <= {"test"}:
         return {"": files}
     others = splits.pop("", [])

@@ -110,10 +110,10 @@ def guess_use(pattern: str, task: Task | None = None) -> Guess:
     """Guess what `pattern` (a file, a folder, a glob) is for.
 
     Args:
-        task: What it is for, where somebody knows: only the columns are looked for.
+        task: The task, if it is known: then only the columns are guessed.
 
     Raises:
-        DataError: no file, no row, or no column that a task could be learned from; names the columns that are there.
+        DataError: no file, no row, or no columns for any task; names the columns that exist.
     """
     rows, bad = _first_rows(pattern)
     if not rows:

@@ -56,7 +56,7 @@ class Layouts:
         """Return the first layout whose columns all exist.
 
         Raises:
-            RowError: there is none; names the columns that are missing of the one that comes nearest.
+            RowError: none fits; names the missing columns of the one that fits best.
         """
         if is_document:
             return self._document()

@@ -71,7 +71,7 @@ ChooseColumns = Callable[[Sequence[str]], Sequence[str]]
 """Function from the names of a table's columns to those to read; raises RowError if a column is missing.
 
 Raises:
-    RowError: the table lacks a column.
+    RowError: the table does not have a column.
 """
 
 

@@ -56,7 +56,7 @@ def row_keys(examples: Sequence[Example], instructions: frozenset[str] = frozens
     """Return the keys of every row.
 
     Args:
-        instructions: Normalised prompts that tell no row from another: the answer belongs to the question there.
+        instructions: Normalised prompts that many rows share: for those the answer is part of the key.
     """
     earlier: list[tuple[int, int]] = []
     questions: list[int] = []

@@ -237,7 +237,7 @@ def split_by_share(examples: Sequence[Example], names: Sequence[str], shares: Ma
         groups.setdefault(name, []).append(example)
     shares = {split: asked for split, asked in shares.items() if asked.share > 0}
     chosen = _choose(groups, shares, seed, frozenset())
-    # A large group may fill a share alone, and leave no row for another split or for train.
+    # A single large group may fill a share, and leave no row for another split or for train.
     starved = len({*chosen.values()}) < len(shares) or len(chosen) == len(groups)
     if groups and starved:
         largest = max(groups, key=lambda name: len(groups[name]))

@@ -91,9 +91,9 @@ def train_terms(
 
     - The forward pass, 2N (`forward_terms`); with a stored trunk 2kN, and no attention below the cut.
     - Gradients of activations, from the loss down to the cut: 2 an element of the head and of the blocks there; none
-      where only the head learns. Below the cut nothing has a gradient, so with adapters the matrices of the block at the cut
+      where only the head is trained. Below the cut nothing has a gradient, so with adapters the matrices of the block at the cut
       give their input none as far as nothing before them is adapted (`_without_gradient`).
-    - Gradients of weights: 2 an element that learns. So full tuning is 6N, LoRA on every block 4N, above a cut 2N + 2kN.
+    - Gradients of weights: 2 per trainable element. So full tuning is 6N, LoRA on every block 4N, above a cut 2N + 2kN.
     - Adapters: 6 an element (forward, and both gradients), those on that input counted as if they gave it one.
     - What adapters compute once in a forward pass, however many of `forward_tokens` it has (`AdapterKind.elements_per_pass`): 2.
     - A frozen layer that must also run on what dropout leaves of its input (`AdapterKind.runs_layer_on_its_input`): 4 an

@@ -224,6 +224,6 @@ def _mlp_width(anatomy: ModelAnatomy, block: int) -> int:
 def attends_by_document(anatomy: ModelAnatomy, device: str, *, one_document_per_row: bool) -> bool:
     """Return whether attention runs document by document (`train.model.attention`) instead of on the whole row under a mask.
 
-    This is so on CPUs, for decoders that a fused kernel supports. A row that holds one document has nothing to keep apart.
+    This is so on CPUs, for decoders that a fused kernel supports. A row that holds one document needs no separation.
     """
     return device == "cpu" and anatomy.kind == "decoder" and anatomy.attention == "fused" and not one_document_per_row

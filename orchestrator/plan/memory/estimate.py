@@ -39,7 +39,7 @@ class RankMemory(NamedTuple):
     host: MemoryEstimate
     """Host memory of a rank with a GPU."""
     first_rank_bytes: int
-    """Host memory of the gang's first rank alone: the trainable weights, gathered there to be saved."""
+    """Host memory of the gang's first rank only: the trainable weights, gathered there to be saved."""
 
 
 def estimate(footprint: Footprint, candidate: Candidate) -> RankMemory:

@@ -27,7 +27,7 @@ def shards_of(footprint: Footprint, candidate: Candidate) -> RankShards:
 
 @lru_cache(maxsize=4096)
 def _shards(counts: tuple[int, ...], element_bytes: int, candidate: Candidate) -> RankShards:
-    """Cached, since the ladder asks for it at every micro-batch size, which it does not depend on."""
+    """Cached, since the ladder needs it at every micro-batch size, which it does not depend on."""
     return rank_shards(
         counts,
         ranks=candidate.ranks,

@@ -219,20 +219,20 @@ def _stage_1_and_2(
 
 
 def _stage_3(counts: Sequence[int], ranks: int, size: int, bucket_elements: int, offload: Offload) -> RankShards:
-    """`DeepSpeedZeroOptimizer_Stage3` (zero/stage3.py). Each tensor is cut by itself: s = ⌈n/W⌉, S their sum.
+    """`DeepSpeedZeroOptimizer_Stage3` (zero/stage3.py). Each tensor is partitioned separately: s = ⌈n/W⌉, S their sum.
 
     Weights are views of `lp_param_buffer` (e·S); sums `grad_partitions_flat_buffer` (4S) and the bucket
     (`ipg_buckets[...].buffer`, float32, 4B) are there from the start to the end; masters `fp32_partitioned_groups_flat` (4S,
     in float32 too), moments 8S.
 
     Backward: a full bucket is sent from a copy with every tensor padded to W·s (`reduce_scatter_coalesced`, 4), while the
-    gradient that no longer fitted waits (e·n). A tensor larger than the bucket is sent alone: its gradient (e·n), its float32
+    gradient that no longer fitted waits (e·n). A tensor larger than the bucket is sent singly: its gradient (e·n), its float32
     copy (4n, in bf16), a padded copy only if W does not divide n (4·W·s), and the next gradient.
     Update: `_prepare_fp32_grad_for_sub_group` flattens the sums of a group into a copy (4S, 10⁹ elements at a time); the
     norm makes one partition float64 (8s). The larger.
 
     Optimizer on the host: master weights, moments and sums are there, and a copy of the sums as `.grad` of the master weights
-    (`initialize_optimizer_states`, 4S); on the device one partition at a time is normed, in float64 beside its float32
+    (`initialize_optimizer_states`, 4S); on the device one partition at a time is normed, in float64 in addition to its float32
     (12s). Parameters on the host: also the weights (`param_groups_fp16_flat_cpu_memory`, e·S). Pinned memory, which a gang on
     GPUs uses, is rounded up to a power of two per buffer by torch's allocator; that is not counted.
     """
@@ -277,12 +277,12 @@ def _of_partition(counts: Sequence[int], start: int, share: int) -> list[tuple[i
 
 
 def _unlike_partitions(counts: Sequence[int], share: int) -> dict[int, list[tuple[int, int]]]:
-    """Return `_of_partition` for every non-empty partition; of those inside one tensor, which are alike, only the first."""
+    """Return `_of_partition` for every non-empty partition; of those inside one tensor, which are equal, only the first."""
     found: dict[int, list[tuple[int, int]]] = {}
     for end, count in zip(accumulate(counts), counts, strict=True):
         start = end - count
         first, last = start // share, (end - 1) // share
-        # Of a tensor that spans many partitions, those inside it are alike: one of them stands for all, so that the work does not
+        # Of a tensor that spans many partitions, those inside it are equal: one of them represents all, so that the work does not
         # grow with the ranks.
         for number in sorted({first, min(first + 1, last), last}):
             piece = min(end, (number + 1) * share) - max(start, number * share)
@@ -376,7 +376,7 @@ def _reached(buckets: Sequence[Sequence[_Gradient]]) -> dict[int, dict[int, int]
 
 
 def _alone(bucket: Sequence[_Gradient], bucket_elements: int) -> int:
-    """Return the elements of a gradient that the bucket cannot hold and that is sent by itself."""
+    """Return the elements of a gradient that the bucket cannot hold and that is sent separately."""
     return bucket[0].elements if bucket[0].elements > bucket_elements else 0
 
 

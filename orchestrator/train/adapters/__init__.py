@@ -1,1 +1,1 @@
-"""What a trial trains: adapters or unfrozen weights on the base, and the artifacts saved of them."""
+"""The trainable part of a trial: adapters or unfrozen weights on the base, and the artifacts that save them."""

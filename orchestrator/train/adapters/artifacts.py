@@ -1,4 +1,4 @@
-"""What a trial leaves behind: an adapter in PEFT's own format, or a delta of the changed tensors only.
+"""Save and load the artifact of a trial: an adapter in PEFT's own format, or a delta with only the changed tensors.
 
 adapter/  adapter_config.json  adapter_model.safetensors     `peft.PeftModel.from_pretrained` loads it
 delta/    delta.json           delta.safetensors             tensors under their checkpoint names
@@ -39,10 +39,10 @@ from orchestrator.work.artifact import (
 
 @dataclass(frozen=True)
 class ReadyArtifact:
-    """What a branch learned, checked and on the CPU. The branch may learn on, or be closed, before it is written."""
+    """A checked copy of a branch's trained tensors on the CPU. The branch may be trained further or closed meanwhile."""
 
     tensors: Mapping[str, torch.Tensor]
-    """Whole, by stable name."""
+    """Complete (unpartitioned) tensors by stable name."""
     metadata: dict[str, str]
     about: LoraConfig | dict[str, object]
     """PEFT's configuration of an adapter, or the description of a delta."""
@@ -52,7 +52,7 @@ class ReadyArtifact:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def write(self, folder: Path) -> Path:
-        """Write `folder/adapter` or `folder/delta`, which is returned; the caller makes the write atomic."""
+        """Write `folder/adapter` or `folder/delta` and return its path; the caller makes the write atomic."""
         if isinstance(self.about, LoraConfig):
             target = folder / ADAPTER
             target.mkdir(parents=True)
@@ -68,11 +68,11 @@ class ReadyArtifact:
 
 
 def ready_artifact(branch: Branch, tensors: Mapping[str, torch.Tensor]) -> ReadyArtifact:
-    """What is written of a branch as it stands now.
+    """Return a checked copy of the current state of a branch, ready to be written.
 
     Args:
-        branch: Says what was planned: names and shapes.
-        tensors: Every learning parameter, whole, by its stable name (gathered by the engine), on any device.
+        branch: Gives the planned names and shapes.
+        tensors: Every trainable parameter, unpartitioned, by its stable name (gathered by the engine), on any device.
 
     Raises:
         TrainingError: A tensor is missing, empty, of another shape than planned, or not finite (law 4).
@@ -97,7 +97,7 @@ def ready_artifact(branch: Branch, tensors: Mapping[str, torch.Tensor]) -> Ready
 
 
 def save_artifact(branch: Branch, folder: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
-    """Write what the branch learned to `folder/adapter` or `folder/delta`, which is returned. As `ready_artifact`."""
+    """Write the trained tensors to `folder/adapter` or `folder/delta` and return its path; see `ready_artifact`."""
     return ready_artifact(branch, tensors).write(folder)
 
 
@@ -133,7 +133,7 @@ def _checked(branch: Branch, tensors: Mapping[str, torch.Tensor]) -> dict[str, t
 
 
 def _own_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """On the CPU, contiguous, and no view of a larger buffer, which safetensors would refuse."""
+    """Return the tensor on the CPU, contiguous, and not as a view of a larger buffer, which safetensors would reject."""
     tensor = tensor.detach().cpu().contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
@@ -165,12 +165,12 @@ def load_artifact(branch: Branch, folder: Path, assign: Callable[[nn.Parameter, 
     """Put a saved adapter or delta back into a branch of the same selection, before an engine takes its parameters.
 
     Args:
-        branch: Freshly opened.
+        branch: Newly opened.
         folder: Holds `adapter/` or `delta/`.
-        assign: Gives a parameter a whole value; another one where parameters are partitioned.
+        assign: Assigns a complete tensor to a parameter; replaced where parameters are partitioned.
 
     Raises:
-        IntegrityError: Damaged, or names or shapes differ from what learns in this branch; nothing was changed.
+        IntegrityError: Damaged, or names or shapes differ from the trainable parameters of this branch; nothing was changed.
     """
     stored, learning = _stored_tensors(_read(folder)), dict(branch.learning_parameters())
     if unlike := _unlike(learning, stored):
@@ -183,7 +183,7 @@ def load_artifact(branch: Branch, folder: Path, assign: Callable[[nn.Parameter, 
 
 
 def misfit(branch: Branch, folder: Path) -> str:
-    """Why what lies in `folder` cannot be put into a branch, from its headers; empty where it can."""
+    """Return why the artifact in `folder` cannot be loaded into a branch, judged by its headers; empty if it can."""
     try:
         return _unlike(dict(branch.learning_parameters()), _stored_tensors(_read(folder)))
     except IntegrityError as error:
@@ -191,7 +191,7 @@ def misfit(branch: Branch, folder: Path) -> str:
 
 
 def _unlike(learning: Mapping[str, nn.Parameter], stored: Mapping[str, TensorInfo]) -> str:
-    """The first tensor whose name or shape is another one; empty where none is."""
+    """Describe the first tensor whose name or shape differs; empty if none does."""
     for name in sorted(learning.keys() ^ stored.keys()):
         return f"{name} is not in the artifact" if name in learning else f"{name} is not trainable in this trial"
     for name, parameter in learning.items():
@@ -203,10 +203,10 @@ def _unlike(learning: Mapping[str, nn.Parameter], stored: Mapping[str, TensorInf
 
 @contextmanager
 def attach_artifact(base: LoadedBase, folder: Path) -> Iterator[Branch]:
-    """The live trained model: the base with a saved artifact on it, as long as the context lasts.
+    """Yield the trained model: the base with a saved artifact applied, until the context ends.
 
     Args:
-        folder: Where it has a manifest, as every committed folder has, its files are compared with that before they are read.
+        folder: If it has a manifest, as every committed folder has, its files are checked against it before they are read.
 
     Raises:
         IntegrityError: The artifact is damaged or belongs to another base.
@@ -220,7 +220,7 @@ def attach_artifact(base: LoadedBase, folder: Path) -> Iterator[Branch]:
 
 
 def selection_of(base: LoadedBase, folder: Path) -> tuple[LayerSelection, int]:
-    """What the artifact's trial had learning, on this base; and its lora_alpha."""
+    """Return the selection that the artifact's trial trained, resolved on this base, and its lora_alpha."""
     artifact, anatomy = _read(folder), base.anatomy
     stored = _stored_tensors(artifact)
     with safe_open(folder / next(iter(stored.values())).file, framework="pt", device="cpu") as reader:
@@ -254,7 +254,7 @@ def _read(folder: Path) -> Artifact:
 
 
 def _stored_tensors(artifact: Artifact) -> dict[str, TensorInfo]:
-    """By the names that `Branch.learning_parameters` gives them; `TensorInfo.name` is the key in the file."""
+    """Return the tensors by their names in `Branch.learning_parameters`; `TensorInfo.name` is the key in the file."""
     tensors = dict(artifact.whole)
     for weight, adapter in artifact.adapters.items():
         module = weight.rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""One trial's part of the base: its adapters or unfrozen weights, put in and taken out without a trace."""
+"""One trial's branch of the base: its adapters or unfrozen weights, added to the model and removed again bit for bit."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from orchestrator.train.model.heads import head_of
 
 
 class WeightKeeper(Protocol):
-    """Keeps the base's unfrozen tensors while a branch learns on them.
+    """Keeps the original values of the base's unfrozen tensors while a branch trains them.
 
     Where an engine partitions parameters (ZeRO-3), its keeper saves and restores the local part.
     """
 
     def save(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> None:
-        """Called once, before anything learns, with the base's own parameters that will."""
+        """Save the base's own parameters that will be trained. Called once, before training."""
         ...
 
     def restore(self) -> None:
-        """Called when the branch closes: every saved parameter is as it was, bit for bit."""
+        """Restore every saved parameter, bit for bit. Called when the branch closes."""
         ...
 
     def whole(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
-        """Return a context in which these parameters of the base can be read as whole tensors."""
+        """Return a context in which these parameters of the base are unpartitioned."""
         ...
 
 
 class PlainKeeper:
-    """Keeps copies of whole tensors in host memory; right for everything but ZeRO-3."""
+    """Keeps copies of complete tensors in host memory; correct for everything except ZeRO-3."""
 
     def __init__(self) -> None:
         self._saved: list[tuple[nn.Parameter, torch.Tensor, dict[str, Any]]] = []
@@ -49,7 +49,7 @@ class PlainKeeper:
     def restore(self) -> None:
         for parameter, data, attributes in self._saved:
             if _owns_its_storage(parameter, data):
-                parameter.data.copy_(data)  # nothing is allocated: memory may have run out just now
+                parameter.data.copy_(data)  # allocate nothing here: memory may just have run out
             else:
                 parameter.data = data.to(parameter.device)
             vars(parameter).clear()
@@ -61,14 +61,14 @@ class PlainKeeper:
 
 
 def _owns_its_storage(parameter: nn.Parameter, like: torch.Tensor) -> bool:
-    """Whether a parameter is a whole tensor of its own still, and no view of an engine's flat buffer."""
+    """Return whether a parameter still has its own storage, instead of being a view of an engine's flat buffer."""
     own = parameter.data
     same = (own.shape, own.dtype, own.stride()) == (like.shape, like.dtype, like.stride())
     return same and own.untyped_storage().nbytes() == own.nbytes
 
 
 class Branch:
-    """The base with exactly the planned parameters learning. Open it with `open_branch`; it is a context manager."""
+    """The base with exactly the planned parameters trainable. Open it with `open_branch`; it is a context manager."""
 
     def __init__(
         self,
@@ -98,14 +98,14 @@ class Branch:
         return self.model.get_submodule(_module_of(head_name(self.base)))
 
     def learning_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """What learns, in the model's order: checkpoint names, LoRA's as `<module>.lora_A.weight` and `.lora_B.weight`."""
+        """Trainable parameters by checkpoint name, in the model's order; LoRA's are `<module>.lora_A.weight` and so on."""
         return list(self._learning)
 
     def close(self) -> None:
-        """Take everything out again: the base is bit for bit what it was. A second call does nothing.
+        """Remove everything that was added: the base is bit for bit what it was. A second call does nothing.
 
         Raises:
-            BaseLostError: it could not be put back.
+            BaseLostError: the base could not be restored.
         """
         put_back(self._undo)
         self._learning = []
@@ -120,22 +120,22 @@ class Branch:
 def open_branch(
     base: LoadedBase, selection: LayerSelection, *, lora_alpha: int, seed: int, keeper: WeightKeeper | None = None
 ) -> Branch:
-    """Make exactly the planned parameters of the base learn.
+    """Make exactly the planned parameters of the base trainable.
 
     The same (selection, seed) gives the same values of every new parameter, whatever ran before.
-    New parameters have the base's dtype; engines keep their own float32 masters.
+    New parameters have the base's dtype; engines keep their own float32 master weights.
 
     Args:
-        base: Not in use by another branch.
-        selection: Its names must be the model's.
+        base: The base model, not in use by another branch.
+        selection: Its names must exist in the model.
         lora_alpha: LoRA's product is scaled by `lora_alpha / lora_rank`.
-        seed: Of LoRA's A and of a new classifier.
+        seed: Seed of the first values of LoRA's A and of a new classifier.
         keeper: Keeps the unfrozen tensors of the base; `PlainKeeper` unless given.
 
     Raises:
-        SelectionError: A planned name that the model does not have, or that cannot learn as planned.
-        TrainingError: What learns is not what was planned (law 1), or the base has an open branch.
-        BaseLostError: It failed to open, and the base could not be put back.
+        SelectionError: A planned name does not exist in the model, or cannot be trained as planned.
+        TrainingError: The trainable parameters are not the planned ones (law 1), or the base has an open branch.
+        BaseLostError: It failed to open, and the base could not be restored.
     """
     if any(parameter.requires_grad for parameter in base.model.parameters()):
         raise TrainingError("the base already has an open branch", remedy="close it before opening another")
@@ -159,7 +159,7 @@ def open_branch(
 
 
 def put_back(undo: ExitStack) -> None:
-    """Undo everything. What fails here is no trial's failure, and no want of memory that a smaller trial would mend."""
+    """Undo everything. An error here fails the gang, not the trial: a smaller micro-batch could not fix it."""
     try:
         undo.close()
     except Exception as error:
@@ -167,7 +167,7 @@ def put_back(undo: ExitStack) -> None:
 
 
 def learning_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Every parameter with a gradient under its stable name."""
+    """Return every parameter with a gradient by its stable name."""
     return [(stable_name(name), parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
@@ -177,7 +177,7 @@ def head_name(base: LoadedBase) -> str:
 
 
 def parameter_named(model: nn.Module, name: str) -> nn.Parameter:
-    """The parameter of this checkpoint name, also inside a LoRA layer."""
+    """Return the parameter with this checkpoint name, also inside a LoRA layer."""
     module = model.get_submodule(_module_of(name))
     if isinstance(module, AdaptedLinear):
         module = module.base_layer
@@ -189,7 +189,7 @@ def _module_of(parameter_name: str) -> str:
 
 
 def check_names(base: LoadedBase, selection: LayerSelection) -> None:
-    """Raises SelectionError where the model has no such names, or the selection leaves some out."""
+    """Raise SelectionError if a name does not exist in the model, or the selection omits one."""
     known = {name for name, _ in base.model.named_parameters(remove_duplicate=False)}
     for name in (*selection.trainable, *selection.adapted):
         if name not in known:
@@ -213,7 +213,7 @@ def check_names(base: LoadedBase, selection: LayerSelection) -> None:
 
 
 def _new_parameters(base: LoadedBase, selection: LayerSelection, seed: int, undo: ExitStack) -> set[str]:
-    """Parameters that stand in for the base's own until the branch closes; their names."""
+    """Install parameters that replace the base's own until the branch closes; return their names."""
     model, names = base.model, set()
     learning = set(selection.trainable)
     if base.load.traits.head.is_new:
@@ -237,7 +237,7 @@ def _new_parameters(base: LoadedBase, selection: LayerSelection, seed: int, undo
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:
-    """The whole parameter's shape, also where an engine has partitioned it."""
+    """Return the complete shape of a parameter, also if an engine has partitioned it."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
@@ -248,7 +248,7 @@ def _stand_in(base: LoadedBase, name: str, value: torch.Tensor, undo: ExitStack)
 
 
 def _stand_in_linear(model: nn.Module, name: str, weight: torch.Tensor, undo: ExitStack) -> None:
-    """Put a plain linear layer of this weight [out, in] in the place of a quantized one; the bias is shared."""
+    """Replace a quantized linear layer by a plain one with this weight [out, in]; the bias is shared."""
     parent, attribute = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
     quantized = getattr(parent, attribute)
     plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -273,7 +273,7 @@ def _unfreeze(base: LoadedBase, names: Iterable[str], keeper: WeightKeeper, undo
 
 
 def check_learning(selection: LayerSelection, learning: Sequence[tuple[str, nn.Parameter]]) -> None:
-    """Law 1, both ways."""
+    """Check law 1 in both directions: every planned parameter is trainable, and no other one is."""
     planned = set(selection.trainable)
     for name in selection.adapted:
         planned |= {_module_of(name) + suffix for suffix in selection.adapter_kind.suffixes}
@@ -288,13 +288,13 @@ def check_learning(selection: LayerSelection, learning: Sequence[tuple[str, nn.P
 
 
 class ModuleStates:
-    """Hooks, attributes and train mode of every module, as they were when this was made."""
+    """A snapshot of the hooks, attributes and train mode of every module."""
 
     def __init__(self, model: nn.Module) -> None:
         self._states = [(module, set(vars(module)), module.training, _hooks(module)) for module in model.modules()]
 
     def restore(self) -> None:
-        """Take off hooks and attributes that came later; they keep an old engine's tensors alive."""
+        """Remove hooks and attributes that were added since: they would keep an old engine's tensors in memory."""
         for module, attributes, training, hooks in self._states:
             for name in set(vars(module)) - attributes:
                 del vars(module)[name]

@@ -13,7 +13,7 @@ from orchestrator.train.model.base import LoadedBase
 
 
 class BranchGroup:
-    """T branches, in the order of their rows. Each has parameters of its own, and none sees another's numbers."""
+    """T branches, in the order of their rows. Each has its own parameters, and none affects the numbers of another."""
 
     def __init__(self, branches: Sequence[Branch], undo: ExitStack) -> None:
         self.branches = tuple(branches)
@@ -23,25 +23,25 @@ class BranchGroup:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Take the adapters out again: the base is bit for bit what it was.
+        """Remove the adapters again: the base is bit for bit what it was.
 
         Raises:
-            BaseLostError: it could not be put back.
+            BaseLostError: the base could not be restored.
         """
         put_back(self._undo)
 
 
 def open_group(base: LoadedBase, specs: Sequence[AdapterSpec]) -> BranchGroup:
-    """Put the adapters of every trial beside the base's weights; a trial gets the same as if it were alone.
+    """Attach the adapters of every trial to the base; each trial computes the same as it would on its own.
 
     Args:
-        base: Not in use by another branch.
-        specs: Of LoRA trials whose adapters in blocks are all that learns, with one cut.
+        base: The base model, not in use by another branch.
+        specs: The adapters of LoRA trials that train nothing but adapters in blocks and have the same cut.
 
     Raises:
-        SelectionError: a name that the model does not have, or a trial that cannot share a batch.
-        TrainingError: what learns is not what was planned (law 1), or the base has an open branch.
-        BaseLostError: it failed to open, and the base could not be put back.
+        SelectionError: a name does not exist in the model, or a trial cannot share a batch.
+        TrainingError: the trainable parameters are not the planned ones (law 1), or the base has an open branch.
+        BaseLostError: it failed to open, and the base could not be restored.
     """
     if any(parameter.requires_grad for parameter in base.model.parameters()):
         raise TrainingError("the base already has an open branch", remedy="close it before opening another")

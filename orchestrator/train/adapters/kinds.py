@@ -1,6 +1,7 @@
-"""The arithmetic of each adapter kind: its first values, its forward pass, its merge. `spec.adapters` holds the facts.
+"""The computation of each kind of adapter: initial values, forward pass, merge. `spec.adapters` has their shapes and sizes.
 
-Shapes: T trials, N tokens of each, a frozen weight W [out, in], r the rank. Tensors go by the suffixes of `AdapterKind.shapes`.
+Shapes: T trials, N tokens of each, a frozen weight W [out, in], r the rank.
+Tensors are named by the suffixes of `AdapterKind.shapes`.
 """
 
 from __future__ import annotations
@@ -21,47 +22,47 @@ PIECE_ELEMENTS = 2**20
 
 @dataclass(frozen=True)
 class LayerPass:
-    """One call of a frozen layer, and what the adapters of T trials need of it."""
+    """One call of a frozen layer: the tensors that the adapters of T trials need."""
 
     inputs: torch.Tensor
-    """What adapters read [T, N, in]: the layer's own input, or that after dropout."""
+    """Input of the adapters [T, N, in]: the layer's own input, after dropout if there is any."""
     outputs: torch.Tensor
-    """Of the layer on its own input [T, N, out]."""
+    """Output of the frozen layer for its own input [T, N, out]."""
     outputs_of_inputs: torch.Tensor
-    """Of the layer on `inputs` [T, N, out]: `outputs` itself unless the kind reads the weight and inputs were dropped out."""
+    """Output of the frozen layer for `inputs` [T, N, out]; `outputs` itself unless the kind reads W and dropout is used."""
     bias: torch.Tensor | None
     row_norms: torch.Tensor | None
-    """What `LiveLora.row_norms` gave [T, out]; None where the kind does not read the weight."""
+    """Result of `LiveLora.row_norms` [T, out]; None if the kind does not read the weight."""
 
 
 class LiveLora:
     """W + scale * B @ A (Hu et al. 2021), and the base class of the other kinds."""
 
     reads_weight = False
-    """Whether the forward pass needs W itself, not only what the frozen layer gives."""
+    """True if the forward pass needs W itself, not only the output of the frozen layer."""
 
     def initial(
         self, shape: Shape, lora_rank: int, generator: Callable[[str], torch.Generator], weight: Callable[[], torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Return values that leave the layer's output as it is.
+        """Return initial values, which do not change the layer's output.
 
         A is uniform(-1/sqrt(in), 1/sqrt(in)) (kaiming with a = sqrt 5, as Hu et al. 2021 and PEFT do); B is zero.
 
         Args:
-            shape: Of W.
-            generator: Gives the generator of a tensor, by its suffix.
-            weight: Gives W in the compute dtype; called only where the kind reads the weight.
+            shape: Shape of W.
+            generator: Returns the random generator of a tensor, by its suffix.
+            weight: Returns W in the compute dtype; called only if the kind reads the weight.
         """
         bound = shape[1] ** -0.5
         a = torch.empty(lora_rank, shape[1]).uniform_(-bound, bound, generator=generator(LORA_A))
         return {LORA_A: a, LORA_B: torch.zeros(shape[0], lora_rank)}
 
     def row_norms(self, weight: torch.Tensor, tensors: Tensors, scale: float) -> torch.Tensor:
-        """Return what the forward pass needs of W [T, out]; called while W is whole, where the kind reads it."""
+        """Return the numbers derived from W that the forward pass needs [T, out]; called while W is unpartitioned."""
         raise NotImplementedError
 
     def forward(self, call: LayerPass, tensors: Tensors, scale: float) -> torch.Tensor:
-        """Return what T layers give with their adapters [T, N, out].
+        """Return the output of the layer with the adapters of each of T trials [T, N, out].
 
         Args:
             tensors: Tensors of all trials, stacked along a first dimension T.
@@ -72,8 +73,8 @@ class LiveLora:
         """Return the function that merges one weight row by row.
 
         Args:
-            tensors: As they are stored, B mapped from its file.
-            dtype: What training computed in.
+            tensors: The stored tensors; B is memory-mapped from its file.
+            dtype: The compute dtype of training.
         """
         a, b = tensors[LORA_A].float(), tensors[LORA_B]
         return lambda rows, which: torch.addmm(rows, b[which].float(), a, alpha=scale)
@@ -96,7 +97,7 @@ class LiveDora(LiveLora):
 
     @torch.no_grad()
     def row_norms(self, weight: torch.Tensor, tensors: Tensors, scale: float) -> torch.Tensor:
-        """Return |V| [T, out]: a few rows of V are there at a time."""
+        """Return |V| [T, out], with only a few rows of V in memory at a time."""
         return torch.stack(
             [
                 torch.cat([_norms(torch.addmm(weight[rows].float(), b[rows].float(), a.float(), alpha=scale), weight.dtype)
@@ -106,7 +107,7 @@ class LiveDora(LiveLora):
         )  # fmt: skip
 
     def forward(self, call: LayerPass, tensors: Tensors, scale: float) -> torch.Tensor:
-        """As PEFT has it: what plain LoRA gives, and (m / |V| - 1) times what V alone gives, without the bias."""
+        """Return the output as PEFT computes it: that of plain LoRA plus (m / |V| - 1) times that of V without the bias."""
         assert call.row_norms is not None, "W was read"
         if call.outputs_of_inputs is call.outputs:
             lora = alone = _with_product(call.outputs, call.inputs, tensors, scale)
@@ -132,7 +133,7 @@ def _with_product(outputs: torch.Tensor, inputs: torch.Tensor, tensors: Tensors,
 
 
 def _norms(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Norms of rows, above zero, so that a row of zeros stays one."""
+    """Return the norms of rows, bounded away from zero, so that a row of zeros stays zero."""
     return torch.linalg.vector_norm(rows, dim=1).clamp(min=torch.finfo(dtype).tiny).to(dtype)
 
 

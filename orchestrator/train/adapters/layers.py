@@ -1,4 +1,4 @@
-"""Adapters on a live model: those of one trial, or of several that are trained in one batch, beside each adapted weight.
+"""Adapters on a live model: those of one trial, or of several that are trained in one batch.
 
 Shapes: T trials, N tokens of each.
 """
@@ -21,11 +21,11 @@ from orchestrator.train.adapters.kinds import LIVE_KINDS, LayerPass
 from orchestrator.train.model.base import LoadedBase, dequantized, generator_for
 
 BASE_LAYER = "base_layer"
-"""Where an AdaptedLinear keeps the layer that it stands for; names of frozen parameters leave it out."""
+"""Attribute of an AdaptedLinear with the layer that it wraps; stable names of frozen parameters omit it."""
 LIVE_NAMES = {
     suffix: suffix.removeprefix(".").removesuffix(".weight") for kind in ADAPTER_KINDS.values() for suffix in kind.suffixes
 }
-"""`.lora_A.weight` -> `lora_A`: the parameter of trial 0 is `lora_A_0`."""
+"""Attribute name by suffix, `.lora_A.weight` -> `lora_A`: the parameter of trial 0 is `lora_A_0`."""
 
 
 MakeWhole = Callable[[Iterable[nn.Parameter]], AbstractContextManager[None]]
@@ -37,7 +37,7 @@ def _as_they_are(_: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """What one trial wants beside the base's weights."""
+    """The adapters of one trial."""
 
     selection: LayerSelection
     lora_alpha: int
@@ -45,9 +45,9 @@ class AdapterSpec:
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen linear layer, and beside it the adapters of T trials.
+    """A frozen linear layer with the adapters of T trials.
 
-    The rows of the input are T equal parts, one a trial. The layer itself runs once for all of them, and the adapters of
+    The rows of the input are T equal parts, one per trial. The layer itself runs once for all of them, and the adapters of
     neighbours of one kind and rank are stacked. Ranks are not filled up to each other with zeros: measured on a CPU in
     float32, that changes the last bits, and how many trials are stacked does not. The parameters are this module's own, for
     ZeRO-3 gathers those of the module that is called.
@@ -68,7 +68,7 @@ class AdaptedLinear(nn.Module):
                 if kind is not None:
                     self._add(trial, kind, base, lambda suffix, seed=spec.seed: generator_for(seed, f"{name}{suffix}"))
         if reads_weight:
-            # An engine that partitions W has it whole only while the layer runs: this hook comes before the engine's own.
+            # An engine that partitions W gathers it only while the layer runs: this hook must run before the engine's own.
             base_layer.register_forward_hook(self._read_weight)
 
     def _add(self, trial: int, kind: StackedKind, base: LoadedBase, generator: Callable[[str], torch.Generator]) -> None:
@@ -81,7 +81,7 @@ class AdaptedLinear(nn.Module):
 
     @property
     def weight(self) -> Any:
-        """The frozen one."""
+        """The frozen weight of the wrapped layer."""
         return self.base_layer.weight
 
     @property
@@ -89,8 +89,8 @@ class AdaptedLinear(nn.Module):
         return self.base_layer.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[T * rows, tokens, in] -> [T * rows, tokens, out]"""
-        self._row_norms[:] = [None] * len(self._stacks)  # of one call: the next one finds other adapters
+        """Compute [T * rows, tokens, in] -> [T * rows, tokens, out]."""
+        self._row_norms[:] = [None] * len(self._stacks)  # valid for this call only: the adapters change before the next one
         out = self.base_layer(x)
         inputs, outputs = (states.reshape(self.num_trials, -1, states.shape[-1]) for states in (x, out))
         parts = [
@@ -100,7 +100,7 @@ class AdaptedLinear(nn.Module):
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(out.shape)
 
     def _adapted(self, stack: Stack, inputs: torch.Tensor, outputs: torch.Tensor, row_norms: torch.Tensor | None) -> torch.Tensor:
-        """`outputs` [t, N, out] of the base with the adapters of these t trials."""
+        """Return the base's `outputs` [t, N, out] with the adapters of these t trials applied."""
         if stack.kind is None:
             return outputs
         name, outputs_of_inputs = stack.kind.name, outputs
@@ -112,7 +112,7 @@ class AdaptedLinear(nn.Module):
         return LIVE_KINDS[name].forward(call, self._tensors(stack), stack.kind.scale)
 
     def _tensors(self, stack: Stack) -> dict[str, torch.Tensor]:
-        """The adapters of a stack, by suffix, stacked."""
+        """Return the stacked tensors of a stack's adapters by suffix."""
         assert stack.kind is not None
         trials = range(stack.trials.start, stack.trials.stop)
         return {
@@ -122,7 +122,7 @@ class AdaptedLinear(nn.Module):
 
     @torch.no_grad()
     def _read_weight(self, layer: Any, *_: object) -> None:
-        """Take what the kinds that read the weight need of it, while it is whole."""
+        """Compute what the kinds that read the weight need, while it is unpartitioned."""
         for number, stack in enumerate(self._stacks):
             if stack.kind is not None and LIVE_KINDS[stack.kind.name].reads_weight and self._row_norms[number] is None:
                 weight = dequantized(layer.weight)
@@ -130,7 +130,7 @@ class AdaptedLinear(nn.Module):
 
 
 class StackedKind(NamedTuple):
-    """What adapters that are stacked have in common."""
+    """Properties that stacked adapters have in common."""
 
     name: AdapterName
     lora_rank: int
@@ -139,7 +139,7 @@ class StackedKind(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """Neighbours whose adapters are stacked; without a kind, trials that do not adapt this weight."""
+    """Consecutive trials whose adapters are stacked; without a kind, trials that do not adapt this weight."""
 
     trials: slice
     kind: StackedKind | None
@@ -152,16 +152,16 @@ def _stacked_kind(spec: AdapterSpec) -> StackedKind:
 
 
 def _neighbours(kinds: Sequence[StackedKind | None]) -> list[Stack]:
-    """Runs of equal kinds."""
+    """Return the runs of consecutive trials of equal kinds."""
     borders = [index for index in range(len(kinds)) if index == 0 or kinds[index] != kinds[index - 1]]
     return [Stack(slice(first, last), kinds[first]) for first, last in pairwise([*borders, len(kinds)])]
 
 
 def adapt(base: LoadedBase, specs: Sequence[AdapterSpec], undo: ExitStack, whole: MakeWhole = _as_they_are) -> None:
-    """Put adapters beside every weight that one of the trials adapts; `undo` takes them out again, but for their hooks.
+    """Attach adapters to every weight that one of the trials adapts; `undo` removes them again, except their hooks.
 
     Args:
-        whole: Gives a context in which parameters of the base can be read whole; see `WeightKeeper.whole`.
+        whole: Returns a context in which parameters of the base are unpartitioned; see `WeightKeeper.whole`.
     """
     names = dict.fromkeys(name.rpartition(".")[0] for spec in specs for name in spec.selection.adapted)
     for name in names:
@@ -174,18 +174,18 @@ def adapt(base: LoadedBase, specs: Sequence[AdapterSpec], undo: ExitStack, whole
 
 
 def live_name(suffix: str, trial: int) -> str:
-    """`.lora_A.weight` -> `lora_A_0`: a parameter's name within its AdaptedLinear."""
+    """Return a parameter's name within its AdaptedLinear: `.lora_A.weight` -> `lora_A_0`."""
     return f"{LIVE_NAMES[suffix]}_{trial}"
 
 
 def own_parameters(model: nn.Module, trial: int) -> list[tuple[str, nn.Parameter]]:
-    """One trial's adapters under their stable names, in the model's order."""
+    """Return one trial's adapters by their stable names, in the model's order."""
     own = tuple(f".{live_name(suffix, trial)}" for suffix in LIVE_NAMES)
     return [(stable_name(name, trial), parameter) for name, parameter in model.named_parameters() if name.endswith(own)]
 
 
 def stable_name(name: str, trial: int = 0) -> str:
-    """A parameter's name without what adapting put in: `q_proj.lora_A_0` -> `q_proj.lora_A.weight`, as PEFT saves it."""
+    """Return a parameter's name as PEFT saves it, without wrapper names: `q_proj.lora_A_0` -> `q_proj.lora_A.weight`."""
     name = name.replace(f".{BASE_LAYER}.", ".")
     for suffix in LIVE_NAMES:
         live = f".{live_name(suffix, trial)}"

@@ -1,1 +1,1 @@
-"""Checkpoints: snapshots of a trial, written beside the training, and checked before a trial resumes from one."""
+"""Checkpoints: snapshots of a trial, written in the background during training, and checked before a trial resumes from one."""

@@ -1,9 +1,9 @@
 """Find the checkpoint to resume from: it is verified before anything of it is read. Old ones are deleted after a new one is
 complete.
 
-A checkpoint is a folder with a manifest: the artifact (adapter/ or delta/), each rank's float32 masters and Adam
+A checkpoint is a folder with a manifest: the artifact (adapter/ or delta/), each rank's float32 master weights and Adam
 moments and its random state (state-rank<k>.safetensors), state.json, and eval.npz where the trial was evaluated there.
-Masters and moments that every rank holds whole are in rank 0's file alone. Nothing in it is pickled.
+Master weights and moments of which every rank has a full copy are only in rank 0's file. Nothing in it is pickled.
 """
 
 from __future__ import annotations
@@ -73,11 +73,11 @@ class Wanted:
 def open_checkpoint(
     start: Path, trial_folder: Path, ranks: Ranks, wanted: Wanted, *, note: Callable[[str], None]
 ) -> StartPoint | None:
-    """Check `start`'s hashes and whose it is (rank 0 does) and say what it holds. Called on every rank.
+    """Check the hashes and the owner of `start` (on rank 0), and describe its contents. Called on every rank.
 
-    A damaged one gives way to the trial's newest whole checkpoint, or to None (step 0), and `note` says so; so does one that
-    belongs to another trial, spec or base, which is set aside. On another number of ranks, masters and moments go on where
-    every rank held them whole, and their sums may differ in the last bits.
+    A damaged one is replaced by the trial's newest complete checkpoint, or by None (step 0), and `note` reports it; so is one
+    that belongs to another trial, spec or base, which is set aside. On another number of ranks, master weights and moments are
+    resumed if every rank had a full copy, and their sums may differ in the last bits.
 
     Raises:
         TrainingError: a checkpoint without optimizer state.

@@ -1,4 +1,4 @@
-"""Checkpoints written beside the training, and what is remembered of them for the trials' next rungs."""
+"""Checkpoints written in the background during training, and their states kept in memory for the trials' next rungs."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Saver:
         if rung:
             self._forget_trial(final.parent)
         fits = self._make_room(snapshot.num_bytes, growth_bytes, num_gangs)
-        # As if alone: a collective from this thread would meet those of the training on the other ranks.
+        # With a single rank: a collective from this thread would meet those of the training on the other ranks.
         done = self._thread.submit(_write, final, snapshot, replace(ranks, count=1))
         self._writes = [*self._writes, _Write(final, snapshot.num_bytes, done)]
         if not fits:

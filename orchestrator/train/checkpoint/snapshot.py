@@ -80,7 +80,7 @@ def take_snapshot(
     """Take a snapshot of the trial as it is now. Called on every rank.
 
     Args:
-        gathered: Whether rank 0 gets the states of all ranks, to write them alone.
+        gathered: Whether rank 0 gathers the states of all ranks and writes them.
         owner: The owner of the folder, for the manifest.
 
     Raises:
@@ -94,7 +94,7 @@ def take_snapshot(
             artifact = ready_artifact(branch, tensors)
         except OrchestratorError as error:
             failure = error
-    # All ranks raise together: one that went on alone would wait in the next collective.
+    # All ranks raise together: a rank that continued would wait in the next collective for the others.
     for error in ranks.gather(failure):
         if error is not None:
             raise error
@@ -120,7 +120,7 @@ def write_snapshot(final: Path, snapshot: Snapshot, ranks: Ranks) -> None:
                 evaluation.save(folder / f"{name}.npz")
             write_json(folder / "state.json", snapshot.record())
         ranks.barrier()  # rank 0 commits what all have written
-    # No rank goes on, to read or delete a checkpoint, before the folder has its final name.
+    # No rank continues, to read or delete a checkpoint, before the folder has its final name.
     ranks.barrier()
 
 

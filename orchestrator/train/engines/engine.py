@@ -51,7 +51,7 @@ class Engine(Protocol):
         """Clip, update, forget the gradients; returns the gradient norm before clipping.
 
         Raises:
-            NonFiniteLossError: on every rank alike, when the norm is not finite; no weight was changed.
+            NonFiniteLossError: on every rank, when the norm is not finite; no weight was changed.
         """
         ...
 

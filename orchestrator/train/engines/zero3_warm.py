@@ -3,7 +3,7 @@
 The base is partitioned once and stays so. An engine leaves, on modules and parameters that outlive it: its place in
 FWD_MODULE_STACK, an entry per module in a class-wide cache (`__params_to_release`), `pre_bwd_fn` and `post_bwd_fn`
 on modules (a later backward pass would call the *first* engine), `_z3_optimizer` on parameters, and after a failure
-whole parameters that nobody will partition again. `release` takes all of it away.
+gathered parameters that are never partitioned again. `release` removes all of it.
 """
 
 from __future__ import annotations

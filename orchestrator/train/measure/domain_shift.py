@@ -29,7 +29,7 @@ def measure_shift(
 
     Args:
         target: Path and set, as the trunk knows it.
-        retention: Likewise.
+        retention: The retention set, in the same form.
         trunk: The stored activations, which are read at every cut of the plan.
         builder: Computes the other activations, from the base without a branch.
         seed: Seed of the choice of documents and of the folds.

@@ -109,7 +109,7 @@ class BlockProbe:
 def score_blocks(
     base: LoadedBase, objective: Objective, data: TokenizedSet, plan: ProbePlan, execution: ExecutionPlan, seed: int
 ) -> LayerScores:
-    """Score the blocks from `plan.floor` up on a few micro-batches of a set. Every rank gets the same answer by itself.
+    """Score the blocks from `plan.floor` up on a few micro-batches of a set. Every rank computes the same result.
 
     With g_b the gradients of all of a block's matrices, laid end to end, of the mean loss of micro-batch b = 1..B, m their
     mean over the B micro-batches, and w the matrices' own elements (of a quantized base the dequantized ones):
@@ -137,7 +137,7 @@ def score_blocks(
     started = time.perf_counter()
     documents, tokens, count = set[int](), 0, 0
     was_training = objective.training
-    # Without dropout, so that the scores follow from base, data and seed alone.
+    # Without dropout, so that the scores depend only on base, data and seed.
     objective.eval()
     try:
         with ExitStack() as stack:
@@ -199,8 +199,8 @@ def _squared_norm(weight: nn.Parameter) -> float:
 
 @contextmanager
 def _recomputed_without_dropout(base: LoadedBase, floor: int) -> Iterator[None]:
-    """Gradient checkpointing from a block up. A block heeds its switch in train mode alone; what is inside it, which drops
-    out, stays in eval mode."""
+    """Turn on gradient checkpointing from a block up. A block applies it only in train mode; the modules inside it, which have
+    the dropout, stay in eval mode."""
     blocks = list(base.model.get_submodule(base.anatomy.blocks_module).children())[floor:]
     with recomputed(blocks):
         for block in blocks:

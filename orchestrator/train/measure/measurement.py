@@ -30,7 +30,7 @@ Found = LayerScores | DomainShift | CompileTimes
 
 
 def measure(work: Measurement, context: HostContext, execution: ExecutionPlan) -> Found:
-    """Measure what the work asks for; the base is left as it was.
+    """Make the requested measurement; the base is left as it was.
 
     Args:
         work: What to measure.
@@ -38,7 +38,7 @@ def measure(work: Measurement, context: HostContext, execution: ExecutionPlan) -
         execution: How the model is run; smaller than planned where memory ran out.
 
     Raises:
-        TrainingError: the measurement failed, on every rank alike.
+        TrainingError: the measurement failed, on every rank.
     """
     torch.manual_seed(work.seed)
     match work:

@@ -1,12 +1,12 @@
 """Attention over packed rows, one document at a time.
 
-Documents that share a row do not see each other. A block-diagonal mask says so, and a kernel that takes one computes every
-pair of positions of the row all the same; here each document is a call of its own, and what the mask would have
-forbidden is not computed. On CPUs alone: a GPU would rather have one large call than many small ones.
+Documents that share a row do not see each other. A kernel that takes a block-diagonal mask still computes every
+pair of positions of the row; here each document is a separate call, and masked pairs are not computed. This is used on CPUs
+only: on a GPU one large call is faster than many small ones.
 
-transformers asks two functions of one name: one for a mask, once per forward pass, and one for attention, in every block,
+transformers calls two functions of one name: one for a mask, once per forward pass, and one for attention, in every block,
 which is handed that mask. So the mask is where the documents' lengths travel: every block gets them, also when it is computed
-again in the backward pass, and no mask is built. Where nobody named the documents (generation, classification) both do what
+again in the backward pass, and no mask is built. Without document lengths (generation, classification) both do what
 transformers' `sdpa` does.
 """
 

@@ -154,7 +154,7 @@ def _from_folder(
         )
     try:
         with torch.random.fork_rng(devices=rng_devices(device)), _no_progress_bars():
-            # transformers draws missing parameters at random; the seed, inside the fork, changes nobody else's numbers.
+            # transformers draws missing parameters at random; seeding inside the fork changes no other random numbers.
             torch.manual_seed(0)
             model = head_of(load.task).load_model(load, options)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
@@ -232,7 +232,7 @@ def rng_devices(device: torch.device) -> list[torch.device]:
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:
-    """Return a CPU generator for this parameter alone, so that no other parameter or trial shifts its numbers."""
+    """Return a CPU generator for this parameter only, so that its numbers do not depend on other parameters or trials."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     # 63 bits: a seed is a signed integer.
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

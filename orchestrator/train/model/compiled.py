@@ -1,10 +1,10 @@
 """The blocks from the cut up as compiled code (torch.compile), for training steps and nothing else.
 
-A trial's numbers must hang on the trial alone, not on what its gang has compiled before. So there is code for one shape only,
-that of a full micro-batch, padded to the width of a row: code that serves many shapes depends on those that it met first, and
-code for each would be compiled again and again. The one smaller micro-batch at a step's end runs as it always does. Code is
-kept by the kind of a block and of what learns in it: blocks that differ in their numbers alone share it, in all trials of a
-process, and inductor's cache on disk hands it to the next one.
+A trial's numbers must depend only on the trial, not on what its gang compiled before. So there is code for one shape only,
+that of a full micro-batch, padded to the width of a row: code for dynamic shapes depends on those that it met first, and
+code for each would be compiled again and again. The smaller micro-batch at the end of a step runs uncompiled. Code is
+kept by the kind of a block and of its trainable parameters: blocks that differ only in their numbers share it, in all trials of
+a process, and inductor's cache on disk passes it to the next one.
 
 Shapes: B rows of a micro-batch, L tokens of a row, H hidden size.
 """
@@ -45,7 +45,7 @@ LOOKED_AT = 8
 
 
 class CompileError(TrainingError):
-    """The blocks cannot be compiled; `why` is the reason alone."""
+    """The blocks cannot be compiled; `why` is only the reason."""
 
     def __init__(self, why: str, *, remedy: str) -> None:
         super().__init__(f"the blocks cannot be compiled: {why}", remedy=remedy)
@@ -186,7 +186,7 @@ def _forward_of(block: nn.Module, shape: tuple[int, int]) -> Callable[..., Any]:
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         states = args[0] if args else kwargs["hidden_states"]
-        # The last micro-batch of a step, and evaluation: other shapes would each be compiled anew.
+        # The last micro-batch of a step, and evaluation: other shapes would each be compiled again.
         if tuple(states.shape[:2]) != shape:
             return own(block, *args, **kwargs)
         if checkpointing is not None and checkpointing.gradient_checkpointing:
@@ -208,7 +208,7 @@ def _code(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 @cache
 def _prepared() -> Any:
-    """Set up torch's compiler once per process: its cache folder, and no worker processes beside the gang's."""
+    """Set up torch's compiler once per process: its cache folder, and no worker processes besides the gang's."""
     folders = import_module("torch._inductor.runtime.cache_dir_utils")
     if os.environ.get(CACHE_VARIABLE, folders.default_cache_dir()) == folders.default_cache_dir():  # torch sets it too
         os.environ[CACHE_VARIABLE] = str(default_folder().with_name("inductor"))

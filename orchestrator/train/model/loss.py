@@ -29,8 +29,8 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """Return float32[G]: the summed cross entropy of each group, in nats.
 
-    A group's sum and gradients are computed from its own positions alone, in chunks that begin where it begins: they are
-    the same bits whatever groups stand beside it.
+    A group's sum and gradients are computed from its own positions only, in chunks that begin where it begins: they are
+    the same bits whatever other groups there are.
 
     Args:
         head: A plain one (`is_plain`), of hidden's dtype. If it is trainable there must be one group: gradients of a weight are

@@ -20,10 +20,10 @@ from orchestrator.train.trunk.port import entering
 
 
 class Objective(nn.Module):
-    """The module that an engine trains: a branch's model, and from a micro-batch to its loss.
+    """The module that an engine trains: a branch's model, which maps a micro-batch to its loss.
 
     Documents that share a row do not see each other: positions restart at each document, and the documents are computed
-    apart (`train.model.attention`) or transformers turns restarting positions into a block-diagonal mask. What comes after the
+    singly (`train.model.attention`) or transformers turns restarting positions into a block-diagonal mask. What comes after the
     last block, the final norm and the output projection, is computed at supervised positions only.
     """
 
@@ -83,7 +83,7 @@ class Objective(nn.Module):
             hidden: [B, L, H], the input of the block at the cut; replaces the blocks below it.
             each: Whether to return single losses, with predictions.
             num_trials: T. With several, the B rows are T equal copies, one after the other, and the sums are float32[T], each
-                of its own copy alone: the same bits whatever the other trials compute.
+                of its own copy only: the same bits whatever the other trials compute.
         """
         heartbeat.beat()
         targets = Targets(labels, document_ids, class_labels, lengths)

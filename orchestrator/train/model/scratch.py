@@ -16,15 +16,15 @@ from orchestrator.train.model.base import rng_devices
 def begin_anew(branch: Branch, seed: int) -> None:
     """Initialise all trainable weights of a branch as transformers initialises a new model of this layout.
 
-    They are a pure function of the seed, and drawn module by module, so that no second model stands in memory. The base's own
-    values come back when the branch closes.
+    They are a pure function of the seed, and drawn module by module, so that memory never holds a second model. The base's own
+    values are restored when the branch closes.
 
     Args:
-        branch: Freshly opened; no engine has taken its parameters.
+        branch: Newly opened; no engine has taken its parameters.
 
     Raises:
-        TrainingError: a parameter that a new model does not have or leaves without values, or of which this rank holds a part
-            alone (ZeRO-3).
+        TrainingError: a parameter that a new model does not have or leaves without values, or of which this rank holds only
+            a part (ZeRO-3).
     """
     model: Any = branch.model
     config = copy.deepcopy(model.config)

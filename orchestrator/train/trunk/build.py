@@ -156,7 +156,7 @@ class TrunkBuilder:
                         filling.keep(number, self._compute(filling.data, filling.documents(number), cuts))
 
     def _make_together(self, filling: _Filling) -> None:
-        """Run the same micro-batches on every rank (ZeRO-3 gathers each matrix from all); each keeps the pieces that it lacks."""
+        """Run the same micro-batches on every rank (ZeRO-3 gathers each matrix from all); each keeps its missing pieces."""
         # All ranks must run the same forward passes, and each may find other pieces in its own node's cache.
         mine = {number for number in range(filling.num_pieces) if filling.missing(number)}
         for number in sorted(set().union(*self.ranks.gather(mine))):

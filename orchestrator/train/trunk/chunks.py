@@ -1,4 +1,4 @@
-"""Hidden states of one set at one cut, in pieces: on local disk, mapped into memory, or in this process alone.
+"""Hidden states of one set at one cut, in pieces: on local disk, mapped into memory, or only in this process.
 
 A piece holds whole documents. On disk it is a file of raw numbers and, as its last eight bytes, their CRC-32; it is
 there whole or not at all. A piece that is missing, cut short or damaged reads as absent, and is made again.

@@ -69,7 +69,7 @@ class TrunkLibrary:
             rows: How documents share the rows of the forward pass.
             objective: Objective of the base without a branch.
             partitioned: Whether ZeRO-3 holds the base in parts, so that ranks compute together.
-            note: Told what went otherwise than planned.
+            note: Called with a sentence about every deviation from the plan.
 
         Returns:
             Seconds that it took.
@@ -97,7 +97,7 @@ class TrunkLibrary:
             try:
                 made = builder.build(tokens, chunks)
             except (OSError, RuntimeError, MemoryError) as error:
-                if partitioned:  # the other ranks stand in a collective
+                if partitioned:  # the other ranks are waiting in a collective
                     raise
                 failure = f"{type(error).__name__}: {error}"
             failures = [each for each in self._ranks.gather(failure) if each]
@@ -114,7 +114,7 @@ class TrunkLibrary:
         return self._states.get((path, cut))
 
     def close(self) -> None:
-        """Let other sweeps have the room, if they want it."""
+        """Release the disk space, so that other sweeps may use it."""
         if self._cache is not None:
             self._cache.close()
 
@@ -122,7 +122,7 @@ class TrunkLibrary:
         self, plan: TrunkPlan, tokens: TokenizedSet, rows: RowPlan, note: Callable[[str], None], *, partitioned: bool
     ) -> dict[int, Chunks] | None:
         """Return the store of each cut: on disk if it has room, for other processes and later sweeps; else in memory if that
-        has room; else None, on every rank alike."""
+        has room; else None, on every rank."""
         num_bytes = tokens.num_tokens * self._base.anatomy.hidden_size * self._base.dtype.itemsize
         folders = self._folders(plan, tokens, rows, num_bytes, note, partitioned=partitioned)
         without = sum(folder is None for folder in folders)

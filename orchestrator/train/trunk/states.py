@@ -1,4 +1,4 @@
-"""Stored hidden states of one set at one cut, as rows of micro-batches want them."""
+"""Stored hidden states of one set at one cut, arranged as the rows of micro-batches."""
 
 from __future__ import annotations
 
