@@ -134,7 +134,7 @@ def search_map(run: RunRecords, sweep: SweepResult) -> Html:
         "colours within a row. Hatched cells were tried but ended earlier, or have not reached that step. "
     )
     caption = (
-        f"The best {sweep.metric} on the eval set of each choice of layers at each learning rate, over all LoRA ranks. "
+        f"The best {sweep.metric} on the eval set of each choice of layers at each learning rate, over all adapters. "
         f"{several if len(budgets) > 1 else ''}Empty cells were not tried."
     )
     data = html.join(
