@@ -12,8 +12,7 @@ import torch
 
 from orchestrator.errors import NonFiniteLossError, TrainingError
 from orchestrator.train import heartbeat
-from orchestrator.train.adapters.branch import Branch, open_branch
-from orchestrator.train.adapters.group import open_group
+from orchestrator.train.adapters.branch import Branch, open_branch, open_group
 from orchestrator.train.adapters.layers import AdapterSpec
 from orchestrator.train.batches import step_inputs
 from orchestrator.train.context import HostContext

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_iter
 from orchestrator.anatomy import select
 from orchestrator.data import TokenizedSet
 from orchestrator.train import LoadedBase
-from orchestrator.train.adapters.group import open_group
+from orchestrator.train.adapters.branch import open_group
 from orchestrator.train.adapters.layers import AdapterSpec
 from orchestrator.train.batches import RowPlan, StepInput, to_tensors
 from orchestrator.train.engines.torch_engine import TorchEngine

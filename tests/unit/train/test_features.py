@@ -12,7 +12,7 @@ import torch
 from orchestrator.data import TokenizedSet, build_set
 from orchestrator.train.batches import RowPlan
 from orchestrator.train.integrity import base_fingerprint
-from orchestrator.train.measure.domain_shift import measure_shift
+from orchestrator.train.measure.measurement import measure_shift
 from orchestrator.train.model.base import LoadedBase
 from orchestrator.train.model.objective import objective_of
 from orchestrator.train.ranks import ALONE

@@ -19,7 +19,7 @@ from orchestrator.plan.fusing import fuse_key
 from orchestrator.spec.adapters import PLAIN_LORA, AdapterOptions
 from orchestrator.store import read_jsonl
 from orchestrator.train import TrainHost, fused_batch, memory_retry, session
-from orchestrator.train.adapters.group import open_group
+from orchestrator.train.adapters.branch import open_group
 from orchestrator.train.adapters.layers import AdaptedLinear, AdapterSpec
 from orchestrator.train.fused_batch import FusedBatchSizes, measure_batch_size
 from orchestrator.train.member import SessionSetup
