@@ -201,7 +201,7 @@ class BlockScores(Step[LayerScores]):
     def announce(self, view: RunView) -> None:
         plan = self.prepared.plan.probe
         assert plan is not None
-        view.phase("probe", f"{plan.num_batches} x {plan.rows} rows")
+        view.phase("probe", f"scoring the blocks on {plan.num_batches} micro-batches of {plan.rows} rows each")
 
     def finding(self, found: Found) -> LayerScores:
         assert isinstance(found, LayerScores)
