@@ -145,8 +145,9 @@ def _by_expert(left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -
 
 
 def is_grouped(module: nn.Module) -> bool:
-    """Return whether transformers hands the products of this module of experts to the registered function."""
-    return hasattr(module, "has_gate") and hasattr(module, "is_transposed")
+    """Return whether transformers hands the products of this module of experts to the function registered here."""
+    config: Any = getattr(module, "config", None)
+    return hasattr(module, "has_gate") and getattr(config, "_experts_implementation", None) == ADAPTED
 
 
 ALL_EXPERTS_FUNCTIONS.register(ADAPTED, _experts_forward)
