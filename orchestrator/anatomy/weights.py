@@ -13,13 +13,12 @@ import struct
 from pathlib import Path
 from typing import Any, cast
 
-from orchestrator.anatomy.values import TensorInfo
+from orchestrator.anatomy.values import DTYPE_BYTES, TensorInfo
 from orchestrator.errors import BaseError
 from orchestrator.units import format_bytes
 
 MAX_HEADER_BYTES = 100_000_000
 """Limit of the format itself."""
-DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 LFS_POINTER = b"version https://git-lfs"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
