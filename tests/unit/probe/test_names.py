@@ -18,16 +18,39 @@ from orchestrator.train.model.stored import part_of, read_parameters
 
 CAUSAL, MASKED, CLASSES = AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 SMALL: dict[str, Any] = {
-    "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "head_dim": 8, "pad_token_id": 0, "eos_token_id": 1,
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
     "bos_token_id": 1,
 }
 EXPERTS: dict[str, Any] = {
-    **SMALL, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8,
-    "shared_expert_intermediate_size": 12, "decoder_sparse_step": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+    **SMALL,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "shared_expert_intermediate_size": 12,
+    "decoder_sparse_step": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
 }
 LATENT: dict[str, Any] = {
-    **EXPERTS, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8, "head_dim": 4,
+    **EXPERTS,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "head_dim": 4,
 }
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama": (CAUSAL, SMALL),
@@ -42,8 +65,17 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "glm4_moe": (CAUSAL, EXPERTS),
     "gpt_oss": (CAUSAL, EXPERTS),
     "granitemoe": (CAUSAL, EXPERTS),
-    "dbrx": (CAUSAL, {"vocab_size": 40, "d_model": 16, "n_heads": 4, "n_layers": 2,
-                     "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}, "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2}}),
+    "dbrx": (
+        CAUSAL,
+        {
+            "vocab_size": 40,
+            "d_model": 16,
+            "n_heads": 4,
+            "n_layers": 2,
+            "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+            "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
+        },
+    ),
     "jamba": (CAUSAL, {**EXPERTS, "use_mamba_kernels": False}),
     "bert": (MASKED, SMALL),
     "t5": (AutoModelForSeq2SeqLM, {"vocab_size": 40, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}),
