@@ -226,4 +226,5 @@ def attends_by_document(anatomy: ModelAnatomy, device: str, *, one_document_per_
 
     This is so on CPUs, for decoders that a fused kernel supports. A row that holds one document needs no separation.
     """
-    return device == "cpu" and anatomy.kind == "decoder" and anatomy.attention == "fused" and not one_document_per_row
+    separable = anatomy.kind == "decoder" and anatomy.attention == "fused" and anatomy.ways.attention == "by_document"
+    return device == "cpu" and separable and anatomy.ways.packs and not one_document_per_row
