@@ -26,6 +26,7 @@ from orchestrator.data import TokenizedSet
 from orchestrator.spec.tasks import TASKS, Task
 from orchestrator.train.batches import RowPlan, to_tensors
 from orchestrator.train.model.attention import BY_DOCUMENT
+from orchestrator.train.model.loss import AS_PROJECTED, LogitMap
 from orchestrator.train.model.objective import Objective, make_objective
 from orchestrator.train.trunk.port import leaving
 
@@ -253,6 +254,51 @@ def _losses_of(test: SelfTest, data: TokenizedSet, ways: Ways) -> np.ndarray | N
     except (RuntimeError, ValueError, TypeError):
         return None
     return scored.losses.double().cpu().numpy()
+
+
+CAP_KEYS = ("final_logit_softcapping", "logits_soft_cap", "final_logit_soft_cap")
+"""Config keys of the bound c in c * tanh(logits / c)."""
+
+
+@torch.no_grad()
+def measured_logit_map(model: nn.Module, anatomy: ModelAnatomy) -> LogitMap:
+    """Return what a class does with the result of its output projection, by comparing its logits with that result.
+
+    A cap is read from the config, a scale is measured, and where a number of the config or its inverse is the scale to five
+    digits, that number is returned. A class that does something else gets the identity: `try_ways` then finds that its logits
+    are not the projection.
+
+    Args:
+        model: As for `try_ways`.
+        anatomy: Its modules.
+    """
+    test = SelfTest(model, anatomy, "text", next(model.parameters()).device)
+    config = test.model.config.get_text_config()
+    cap = next((float(value) for key in CAP_KEYS if (value := getattr(config, key, None))), 0.0)
+    with computing(test.model):
+        ids = torch.from_numpy(test.data.ids[: LENGTHS[0]].astype(np.int64)).to(test.device)[None]
+        logits = test.model(input_ids=ids, use_cache=False).logits.double()
+        hidden = test.model.get_submodule(anatomy.backbone)(input_ids=ids, use_cache=False).last_hidden_state
+        projected = test.model.get_submodule(anatomy.head_weight.rpartition(".")[0])(hidden).double()
+    if logits.shape != projected.shape:
+        return AS_PROJECTED
+    for each in (0.0, cap):
+        straight = logits if not each else torch.atanh((logits / each).clamp(-1 + 1e-9, 1 - 1e-9)) * each
+        # Near the cap the inverse loses its digits.
+        chosen = (logits.abs() < 0.9 * each) if each else torch.ones_like(logits, dtype=torch.bool)
+        scale = float((straight * projected)[chosen].sum() / projected[chosen].square().sum())
+        found = LogitMap(_configured(scale, config), each)
+        if torch.allclose(found(projected), logits, rtol=1e-4, atol=1e-4):
+            return found
+    return AS_PROJECTED
+
+
+def _configured(scale: float, config: Any) -> float:
+    """Return the number of the config, or the inverse of one, that a measured scale is; else the scale itself, to six digits."""
+    numbers = [float(v) for v in vars(config).values() if isinstance(v, int | float) and not isinstance(v, bool) and v]
+    exact = [1.0, *numbers, *(1.0 / number for number in numbers)]
+    near = [number for number in exact if abs(number - scale) <= 1e-5 * abs(scale)]
+    return near[0] if near else float(f"{scale:.6g}")
 
 
 def failed_ways(model: nn.Module, anatomy: ModelAnatomy, task: Task, device: torch.device) -> dict[str, Difference]:
