@@ -11,7 +11,7 @@ compute dtype.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from orchestrator.anatomy.selection import is_attention
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
@@ -219,6 +219,13 @@ def _mlp_width(anatomy: ModelAnatomy, block: int) -> int:
     if experts is None or not anatomy.stacked[block]:
         return anatomy.intermediate_size
     return experts.experts_per_token * experts.intermediate_size + experts.shared_intermediate_size
+
+
+def attention_of(anatomy: ModelAnatomy, device: str, *, one_document_per_row: bool) -> Literal["by_document", "sdpa", "eager"]:
+    """Return the implementation of attention with which the base is loaded."""
+    if anatomy.attention == "eager" or anatomy.ways.attention == "eager":
+        return "eager"
+    return "by_document" if attends_by_document(anatomy, device, one_document_per_row=one_document_per_row) else "sdpa"
 
 
 def attends_by_document(anatomy: ModelAnatomy, device: str, *, one_document_per_row: bool) -> bool:

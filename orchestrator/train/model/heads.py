@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
+import transformers
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -105,8 +106,12 @@ class Supervised(NamedTuple):
 class Head(Protocol):
     """The interface in which the kinds of heads differ."""
 
-    def load_model(self, load: BaseLoad, options: Mapping[str, Any]) -> PreTrainedModel:
-        """Load the base's model for this head, with these options of `from_pretrained`."""
+    def load_model(self, load: BaseLoad, options: Mapping[str, Any], architecture: str = "") -> PreTrainedModel:
+        """Load the base's model for this head, with these options of `from_pretrained`.
+
+        Args:
+            architecture: The transformers class that does so (`ModelAnatomy.architecture`); empty for the auto class.
+        """
         ...
 
     def weight_name(self, anatomy: ModelAnatomy) -> str:
@@ -144,8 +149,9 @@ class LanguageModelHead:
     that projection: then the class computes them, at every position.
     """
 
-    def load_model(self, load: BaseLoad, options: Mapping[str, Any]) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(load.folder, **options)
+    def load_model(self, load: BaseLoad, options: Mapping[str, Any], architecture: str = "") -> PreTrainedModel:
+        kind: Any = getattr(transformers, architecture) if architecture else AutoModelForCausalLM
+        return kind.from_pretrained(load.folder, **options)
 
     def weight_name(self, anatomy: ModelAnatomy) -> str:
         return anatomy.head_weight
@@ -211,8 +217,9 @@ class LanguageModelHead:
 class ClassificationHead:
     """A new head over the classes: the loss of each document, off the last token of its row."""
 
-    def load_model(self, load: BaseLoad, options: Mapping[str, Any]) -> PreTrainedModel:
-        return AutoModelForSequenceClassification.from_pretrained(
+    def load_model(self, load: BaseLoad, options: Mapping[str, Any], architecture: str = "") -> PreTrainedModel:
+        kind: Any = getattr(transformers, architecture) if architecture else AutoModelForSequenceClassification
+        return kind.from_pretrained(
             # A checkpoint may have a classifier for other classes: ours is new in any case.
             load.folder,
             config=_classify_config(load),
