@@ -7,10 +7,23 @@ from typing import Literal
 from orchestrator.spec.adapters import ADAPTER_KINDS, PLAIN_LORA, AdapterKind, AdapterOptions
 from orchestrator.values import Value
 
-
 DTYPE_BYTES = {
-    **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2},
-    **{"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+    "F32": 4,
+    "I32": 4,
+    "U32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "U16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
 }
 """Bytes of an element, by safetensors' name of its type."""
 
@@ -53,6 +66,13 @@ class TensorInfo(Value):
     """Name in the file, if different: some checkpoints omit the backbone's prefix."""
     parts: tuple[StoredPart, ...] = ()
     """The stored tensors that together are this parameter, if it is not stored as one; `file` is then that of the first."""
+
+    @property
+    def stored_parts(self) -> tuple[StoredPart, ...]:
+        """The stored tensors that the parameter is made of: its `parts`, or the one that holds it whole."""
+        if self.parts or not self.file:
+            return self.parts
+        return (StoredPart(name=self.stored_name or self.name, file=self.file, shape=self.shape, dtype=self.dtype),)
 
     @property
     def num_elements(self) -> int:
@@ -183,6 +203,13 @@ class ModelAnatomy(Value):
     """Parameters outside the text model (vision and audio towers, projectors): frozen, and kept as they are."""
     extra: tuple[TensorInfo, ...] = ()
     """Stored tensors that the class does not have (layers for multi-token prediction, value heads)."""
+    buffers: tuple[TensorInfo, ...] = ()
+    """Stored tensors that the class has and that are no parameters (a router's correction): loaded, never trained, kept."""
+    copies: tuple[TensorInfo, ...] = ()
+    """Stored copies of tied parameters: `stored_name` is the copy's, `name` the parameter that it equals (a tied output
+    projection that is stored besides the embedding)."""
+    notes: tuple[str, ...] = ()
+    """What is unusual about the checkpoint, one sentence each."""
     new_tensors: tuple[TensorInfo, ...] = ()
     """Tensors, except the classifier, that `classify` needs and the checkpoint omits (an encoder's pooler): initialised and
     trained with it."""
@@ -190,7 +217,8 @@ class ModelAnatomy(Value):
     @property
     def weight_files(self) -> list[str]:
         """Names of the files in the base's folder that hold its tensors."""
-        return sorted({tensor.file for tensor in self.tensors.values()})
+        stored = {part.file for tensor in self.tensors.values() for part in tensor.stored_parts}
+        return sorted(stored | {tensor.file for tensor in (*self.extra, *self.buffers, *self.copies)})
 
     def num_parameters(self) -> int:
         return sum(tensor.num_elements for tensor in self.tensors.values())

@@ -168,6 +168,8 @@ def assemble(built: Built, structure: Structure, names: NameMap | None, head: tu
         tied_names=tied_names(structure, head[0]),
         others=outside.others,
         extra=names.extra if names is not None else (),
+        buffers=tuple(names.tensors[name] for name in names.buffers) if names is not None else (),
+        copies=names.copies if names is not None else (),
         tensors=tensors,
         new_tensors=tuple(new),
         config_sha256="",
