@@ -10,6 +10,7 @@ from typing import Any
 from orchestrator.anatomy.config import BaseConfig, OtherLayoutError, find_layout, plan_only_error, read_config, read_values
 from orchestrator.anatomy.layouts import TensorTemplate, axis_size, present
 from orchestrator.anatomy.learned import NotLearnedError, learn
+from orchestrator.anatomy.odd import settle
 from orchestrator.anatomy.values import ModelAnatomy, TensorInfo
 from orchestrator.anatomy.weights import INDEX, SINGLE, read_weights
 from orchestrator.errors import BaseError
@@ -42,8 +43,8 @@ def read_anatomy(folder: Path | str, *, need_weights: bool, task: Task = "comple
         task: What it is to be trained for: decides which class is loaded, and so which tensors it needs.
 
     Raises:
-        BaseError: see `read_values`, `read_config`, `read_weights` and `learn`; weights missing but needed, quantized, or not what
-            the config implies.
+        BaseError: see `read_values`, `read_config`, `read_weights` and `learn`; weights that are missing but needed, quantized, or
+            not what the config implies.
     """
     folder = Path(folder).resolve()
     values = read_values(folder)
@@ -55,6 +56,12 @@ def read_anatomy(folder: Path | str, *, need_weights: bool, task: Task = "comple
             expected=f"{SINGLE}, or shards with {INDEX}",
             remedy="put the base's safetensors files there, or point `base.model` at a folder that has them",
         )
+    return settle(_read(folder, values, stored, task=task, need_weights=need_weights))
+
+
+def _read(
+    folder: Path, values: dict[str, Any], stored: dict[str, TensorInfo] | None, *, task: Task, need_weights: bool
+) -> ModelAnatomy:
     layout = find_layout(values)
     if layout is None:
         return learn(folder, values, stored, task=task)
@@ -79,7 +86,16 @@ def _from_table(folder: Path, config: BaseConfig, stored: dict[str, TensorInfo] 
     expected = _expected(config)
     pooler = {template.name for template in config.layout.pooler}
     tensors = _match(folder, config, expected, optional=pooler, stored=stored)
-    return _assemble(config, expected, tensors, has_weights=True)
+    return _assemble(config, expected, tensors, has_weights=True).model_copy(update={"copies": _copies(config, stored)})
+
+
+def _copies(config: BaseConfig, stored: dict[str, TensorInfo]) -> tuple[TensorInfo, ...]:
+    """Return the tied output projection, if it is stored besides the embedding."""
+    layout = config.layout
+    head = layout.stored_as.get(layout.head_weight, layout.head_weight)
+    if not config.tied or head not in stored:
+        return ()
+    return (stored[head].model_copy(update={"name": layout.embeddings[0].name, "stored_name": head}),)
 
 
 def _learned_instead(

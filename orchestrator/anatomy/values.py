@@ -208,6 +208,13 @@ class ModelAnatomy(Value):
     """Parameters outside the text model (vision and audio towers, projectors): frozen, and kept as they are."""
     extra: tuple[TensorInfo, ...] = ()
     """Stored tensors that the class does not have (layers for multi-token prediction, value heads)."""
+    buffers: tuple[TensorInfo, ...] = ()
+    """Stored tensors that the class has and that are no parameters (a router's correction): loaded, never trained, kept."""
+    copies: tuple[TensorInfo, ...] = ()
+    """Stored copies of tied parameters: `stored_name` is the copy's, `name` the parameter that it equals (a tied output
+    projection that is stored besides the embedding)."""
+    notes: tuple[str, ...] = ()
+    """What is unusual about the checkpoint, one sentence each."""
     new_tensors: tuple[TensorInfo, ...] = ()
     """Tensors, except the classifier, that `classify` needs and the checkpoint omits (an encoder's pooler): initialised and
     trained with it."""
@@ -216,7 +223,7 @@ class ModelAnatomy(Value):
     def weight_files(self) -> list[str]:
         """Names of the files in the base's folder that hold its tensors."""
         stored = {part.file for tensor in self.tensors.values() for part in tensor.stored_parts}
-        return sorted(stored | {tensor.file for tensor in self.extra})
+        return sorted(stored | {tensor.file for tensor in (*self.extra, *self.buffers, *self.copies)})
 
     @property
     def routed(self) -> frozenset[str]:

@@ -93,9 +93,16 @@ def make_merge_plan(
         held_dtype=held_dtype,
         task=base_load.task,
         class_names=base_load.class_names,
-        unties_head=anatomy.tied and (anatomy.head_weight in artifact.whole or anatomy.head_weight in artifact.adapters),
+        unties_head=_unties_head(anatomy, artifact),
         shards=_shards(Path(anatomy.folder), tensors, new),
     )
+
+
+def _unties_head(anatomy: ModelAnatomy, artifact: Artifact) -> bool:
+    """Return whether the output has a head of its own though the base's config may tie it."""
+    if not anatomy.tied:
+        return anatomy.head_weight in anatomy.tensors
+    return anatomy.head_weight in artifact.whole or anatomy.head_weight in artifact.adapters
 
 
 @dataclass(frozen=True)
@@ -117,12 +124,10 @@ class _Merge:
             for part in info.stored_parts:
                 self.users.setdefault(part.name, []).append((info, part))
         tensors = [self._stored_tensor(name) for name in self.users if name not in dropped]
-        extra = self.anatomy.extra if with_extra else ()
-        return tensors + [_kept(info) for info in extra if info.name not in dropped and not self._is_stale(info)]
-
-    def _is_stale(self, extra: TensorInfo) -> bool:
-        """Return whether an extra tensor is the copy of an embedding that was trained: a tied head that is stored too."""
-        return self.anatomy.tied and extra.name == self.anatomy.head_weight and self.anatomy.embeddings[0] in self.artifact.whole
+        # The copy of a parameter that was trained would not equal it any more, and without it the class ties them.
+        copies = [copy for copy in self.anatomy.copies if copy.name not in self.artifact.whole]
+        others = (*self.anatomy.buffers, *copies, *(self.anatomy.extra if with_extra else ()))
+        return tensors + [kept for info in others if (kept := _kept(info)).name not in dropped]
 
     def _stored_tensor(self, name: str) -> WriteTensor:
         users = self.users[name]
@@ -217,7 +222,8 @@ def _parts(anatomy: ModelAnatomy, name: str) -> Iterable[StoredPart]:
 
 
 def _kept(info: TensorInfo) -> WriteTensor:
-    return WriteTensor(name=info.name, shape=info.shape, dtype=info.dtype, operation=Keep(), source=info)
+    source = info.model_copy(update={"name": info.stored_name or info.name, "stored_name": ""})
+    return WriteTensor(name=source.name, shape=source.shape, dtype=source.dtype, operation=Keep(), source=source)
 
 
 def _new_tensor(name: str, trained: TensorInfo, anatomy: ModelAnatomy) -> WriteTensor:

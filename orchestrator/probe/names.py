@@ -46,6 +46,14 @@ class NameMap(Value):
     mismatched: dict[str, tuple[int, ...]] = {}
     """Parameter -> its shape as stored, where it is not that of the class. Not in `tensors`."""
 
+    @property
+    def copies(self) -> tuple[TensorInfo, ...]:
+        """The stored copies of tied parameters, as `ModelAnatomy.copies`."""
+        return tuple(
+            self.tensors[target].model_copy(update={"name": source, "stored_name": self.tensors[target].stored_name or target})
+            for target, source in self.stored_twice.items()
+        )
+
     def unknown_operation(self, name: str) -> str:
         """Return what transformers computes for a parameter when loading that is not known here, or nothing."""
         return next((part.operation for part in self.tensors[name].parts if part.operation), "")
