@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -58,6 +59,7 @@ class BaseConfig:
             experts_per_token=self.sizes["experts_per_token"],
             intermediate_size=self.sizes["expert_intermediate"],
             shared_intermediate_size=self.sizes.get("shared_intermediate", 0),
+            balance=balance_of(self.values, self.layout.defaults),
         )
 
 
@@ -119,6 +121,12 @@ def read_config(folder: Path, values: dict[str, Any], layout: Layout) -> BaseCon
         dropout=_dropout(layout, values),
         plan_only=layout.plan_only or next(iter(reasons), ""),
     )
+
+
+def balance_of(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> float:
+    """Return the factor of the load-balancing loss; 0 unless the config turns it on."""
+    factor = values.get("router_aux_loss_coef", defaults.get("router_aux_loss_coef"))
+    return float(factor) if values.get("output_router_logits") is True and isinstance(factor, (int, float)) else 0.0
 
 
 def _dropout(layout: Layout, values: dict[str, Any]) -> str:

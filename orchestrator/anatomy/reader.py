@@ -284,6 +284,7 @@ def _assemble(
         blocks=tuple(tuple(block) for block in blocks),
         linears=tuple(tuple(name for name, template in block.items() if template.linear) for block in blocks),
         stacked=tuple(tuple(name for name, template in block.items() if template.stacked) for block in blocks),
+        routers=tuple(tuple(name for name, template in block.items() if template.router) for block in blocks),
         attention=layout.attention,
         norm=layout.norm,
         mlp=layout.mlp,

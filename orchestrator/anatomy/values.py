@@ -95,6 +95,11 @@ class Experts(Value):
     """MLP width of one routed expert."""
     shared_intermediate_size: int = 0
     """MLP width of the shared expert, which every token passes through; 0 if there is none."""
+    grouped: bool = True
+    """Whether transformers computes them through a registered function (`train.model.experts`), so that adapters apply to the
+    rows of the input. Otherwise an adapted copy of the weights is made in every pass."""
+    balance: float = 0.0
+    """Factor of the class's load-balancing loss, which the config turns on by `output_router_logits`; 0 if it is off."""
 
 
 class Ways(Value):
@@ -175,8 +180,8 @@ class ModelAnatomy(Value):
     """transformers' name of the MLP's nonlinearity."""
     experts: Experts | None = None
     stacked: tuple[tuple[str, ...], ...] = ()
-    """For each block the weights [experts, out, in] of its routed experts, empty for a dense block. They are in `blocks` and
-    not in `linears`: LoRA does not adapt them and bitsandbytes does not quantize them."""
+    """For each block the weights [experts, out, in] of its routed experts in the order of their module, empty for a dense block.
+    They are in `blocks` and not in `linears`: bitsandbytes does not quantize them, and LoRA adapts them only if asked."""
     dropout: str = ""
     """Config key and rate of dropout in blocks or embeddings during training; empty if there is none."""
     plan_only: str = ""
@@ -219,6 +224,19 @@ class ModelAnatomy(Value):
         """Names of the files in the base's folder that hold its tensors."""
         stored = {part.file for tensor in self.tensors.values() for part in tensor.stored_parts}
         return sorted(stored | {tensor.file for tensor in (*self.extra, *self.buffers, *self.copies)})
+
+    @property
+    def routed(self) -> frozenset[str]:
+        """The weights of routed experts in all blocks."""
+        return frozenset(name for block in self.stacked for name in block)
+
+    def adapted_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a weight as adapters see it, [out, in] or [experts, out, in], also if it is stored the other way
+        round; also of a tied output projection."""
+        if name == self.head_weight and name not in self.tensors:
+            return (self.vocab_size, self.hidden_size)
+        shape = self.tensors[name].shape
+        return (*shape[:-2], shape[-1], shape[-2]) if name in self.transposed else shape
 
     def num_parameters(self) -> int:
         return sum(tensor.num_elements for tensor in self.tensors.values())

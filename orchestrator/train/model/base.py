@@ -23,6 +23,7 @@ from orchestrator.anatomy.values import ModelAnatomy
 from orchestrator.errors import BaseError
 from orchestrator.plan.memory.activations import attends_by_document
 from orchestrator.train.model.attention import BY_DOCUMENT
+from orchestrator.train.model.experts import ADAPTED
 from orchestrator.train.model.heads import head_of
 from orchestrator.train.model.stored import read_parameters
 from orchestrator.work.execution import BaseLoad, ExecutionPlan
@@ -134,6 +135,8 @@ def _from_folder(
         "dtype": dtype,
         "device_map": {"": str(device)},
     }
+    if anatomy.experts is not None:
+        options["experts_implementation"] = ADAPTED
     if load.quantize == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,

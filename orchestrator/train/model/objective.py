@@ -14,6 +14,7 @@ from torch import nn
 from orchestrator.anatomy.values import ModelAnatomy
 from orchestrator.spec.models import Task
 from orchestrator.train import heartbeat
+from orchestrator.train.model.balance import BalanceLoss, balance_of
 from orchestrator.train.model.base import LoadedBase
 from orchestrator.train.model.heads import DocumentLosses, FinalNorm, Parts, Targets, head_of
 from orchestrator.train.trunk.port import entering
@@ -38,6 +39,7 @@ class Objective(nn.Module):
         final_norm: nn.Module | None = None,
         blocks: nn.Module | None = None,
         cut: int = 0,
+        balance: BalanceLoss | None = None,
     ) -> None:
         """
         Args:
@@ -48,6 +50,7 @@ class Objective(nn.Module):
                 backbone applies it itself at every position.
             blocks: The backbone's blocks, needed if `forward` is given stored states for those below `cut`.
             cut: The first block that is computed then.
+            balance: The load-balancing loss that is added in training.
         """
         super().__init__()
         self.model: Any = model
@@ -57,6 +60,7 @@ class Objective(nn.Module):
         self._parts = Parts(model, backbone, head, encoder, norm)
         self._blocks = (cast("nn.ModuleList", blocks),)
         self._cut = cut
+        self._balance = balance
 
     def forward(
         self,
@@ -87,11 +91,16 @@ class Objective(nn.Module):
         """
         heartbeat.beat()
         targets = Targets(labels, document_ids, class_labels, lengths)
-        # The states of all positions have no name here: they are freed before the logits are made.
-        supervised = self._head.select(self._parts, self.run_blocks(input_ids, position_ids, lengths, hidden), targets)
+        balance = None if each else self._balance
+        with nullcontext([]) if balance is None else balance.recording() as router_logits:
+            # The states of all positions have no name here: they are freed before the logits are made.
+            supervised = self._head.select(self._parts, self.run_blocks(input_ids, position_ids, lengths, hidden), targets)
         if each:
             return self._head.losses(self._parts, supervised)
-        return self._head.loss_sum(self._parts, supervised, num_trials)
+        loss_sum = self._head.loss_sum(self._parts, supervised, num_trials)
+        if balance is not None:
+            loss_sum = loss_sum + balance.sum_over(router_logits, document_ids >= 0, supervised.targets.numel())
+        return loss_sum
 
     def run_blocks(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, lengths: torch.Tensor, hidden: torch.Tensor | None = None
@@ -124,6 +133,7 @@ def objective_of(base: LoadedBase, head: nn.Module, cut: int = 0) -> Objective:
         final_norm=final_norm_of(model, anatomy),
         blocks=model.get_submodule(anatomy.blocks_module),
         cut=cut,
+        balance=balance_of(model, model.get_submodule(anatomy.backbone), anatomy),
     )
 
 
