@@ -28,7 +28,7 @@ FUSED_PROJECTIONS = ("qkv_proj", "query_key_value", "c_attn")
 
 
 class Peak(NamedTuple):
-    """A peak of memory in the backward pass of a block, in bytes besides those kept; negative if part of them is freed"""
+    """A peak of memory in the backward pass of a block, in bytes besides those kept; negative if part of them is freed."""
 
     token_bytes: int
     pair_bytes: int = 0
