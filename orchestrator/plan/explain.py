@@ -51,7 +51,15 @@ def _base_warnings(anatomy: ModelAnatomy) -> Iterator[str]:
 def _base_notes(spec: JobSpec, anatomy: ModelAnatomy) -> Iterator[str]:
     if anatomy.experts is None:
         return
-    yield "LoRA adapts the attention (and shared experts): routed experts are stacked in one tensor, which it leaves frozen"
+    yield (
+        "LoRA leaves routed experts frozen unless `modules` has `experts`, and routers are frozen under every policy without "
+        "`+router`"
+    )
+    if anatomy.experts.balance:
+        yield (
+            f"the load-balancing loss is added with a factor of {anatomy.experts.balance:g}, as the base's config says "
+            "(output_router_logits); trials are compared without it and are not batched together"
+        )
     if spec.base.quantize != "none":
         stacked = sum(anatomy.tensors[name].num_elements for block in anatomy.stacked for name in block)
         share = stacked / anatomy.num_parameters()

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from peft import LoraConfig, TaskType
 from peft.utils.transformers_weight_conversion import (
-    _MODEL_TO_CONVERSION_PATTERN,  # pyright: ignore[reportPrivateUsage]
     _MOE_TARGET_MODULE_MAPPING,  # pyright: ignore[reportPrivateUsage]
 )
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN  # pyright: ignore[reportPrivateUsage]
 
 from orchestrator.anatomy.values import LayerSelection, TensorInfo
 from orchestrator.errors import IntegrityError, OrchestratorError, TrainingError
@@ -171,7 +171,7 @@ def _target_parameters(branch: Branch) -> list[str]:
     """Return the adapted weights that PEFT is told as parameters: routed experts, in the order of their modules; and linear
     layers beside them that it would take for experts, where their names are those of experts of older versions."""
     selection, anatomy = branch.selection, branch.base.anatomy
-    pattern = _MODEL_TO_CONVERSION_PATTERN.get(anatomy.model_type, "")
+    pattern = _MODEL_TO_CONVERSION_PATTERN.get(anatomy.model_type, anatomy.model_type)
     mistaken = _MOE_TARGET_MODULE_MAPPING.get(pattern, {}) if selection.adapter_kind.adapts_experts else {}
     routed = [name for block in anatomy.stacked for name in block if name in selection.adapted]
     beside = [name for name in selection.adapted if name not in anatomy.routed]
