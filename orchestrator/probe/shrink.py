@@ -19,7 +19,7 @@ import transformers
 from transformers import PreTrainedConfig
 
 from orchestrator.probe.classes import CAUSAL, NUM_CLASSES, Built, first_line
-from orchestrator.probe.facts import HEADS, HEAD_DIMS, hidden_size, setting
+from orchestrator.probe.facts import HEAD_DIMS, HEADS, first_int, hidden_size
 from orchestrator.probe.structure import Structure, block_kinds, find_structure
 
 LAYERS = re.compile(r"(num_|n_|encoder_|decoder_)*(hidden_)?layers?|depth|num_hidden_blocks")
@@ -33,7 +33,9 @@ KEPT = re.compile(
     r"max_|pooling|downsample|scale).*"
 )
 """Keys that look like widths and are none, or that a small model can keep."""
-EXPERT_COUNT = re.compile(r"(num_|n_)?(local_|routed_)?experts|moe_num_experts|n_routed_experts|num_routed_experts|num_local_experts")
+EXPERT_COUNT = re.compile(
+    r"(num_|n_)?(local_|routed_)?experts|moe_num_experts|n_routed_experts|num_routed_experts|num_local_experts"
+)
 PER_TOKEN = re.compile(r"num_experts_per_tok(en)?|experts_per_token|moe_topk|moe_k|top_k_experts|moe_top_k|top_k")
 WINDOW = re.compile(r".*(sliding_window|window_size|attention_window|attention_chunk_size|local_attention)")
 MOST_BLOCKS = 16
@@ -67,8 +69,8 @@ class Tiny:
 def instances(built: Built, structure: Structure) -> Iterator[Tiny]:
     """Yield small instances of a built class, the smallest first.
 
-    Less is shrunk where a smaller config cannot be built or does not run: first the heads keep their width, then their number, then
-    all widths. A wrapper is tried as its text model alone after that.
+    Less is shrunk where a smaller config cannot be built or does not run: first the number of heads stays, then their width, then
+    both. A wrapper is tried as its text model alone after that.
     """
     for config, name in _targets(built, structure):
         for divisors in _attempts(structure):
@@ -88,9 +90,8 @@ def _targets(built: Built, structure: Structure) -> Iterator[tuple[PreTrainedCon
 
 
 def _attempts(structure: Structure) -> Iterator[Divisors]:
-    heads = next((value for key in HEADS if isinstance(value := setting(structure.config, key), int) and value > 0), 1)
-    width = next((value for key in HEAD_DIMS if isinstance(value := setting(structure.config, key), int) and value > 0), 0)
-    width = width or max(1, hidden_size(structure) // heads)
+    heads = first_int(structure.config, HEADS, 1)
+    width = first_int(structure.config, HEAD_DIMS, 0) or max(1, hidden_size(structure) // heads)
     fewer = next((heads // number for number in range(4, heads + 1) if heads % number == 0), 1)
     narrower = next((width // number for number in range(16, width + 1) if width % number == 0 and number % 8 == 0), 1)
     yield from dict.fromkeys((Divisors(fewer, narrower), Divisors(1, narrower), Divisors(fewer, 1), Divisors(1, 1)))
@@ -115,7 +116,9 @@ def _shrunk(config: PreTrainedConfig, structure: Structure, divisors: Divisors) 
     blocks = min(len(kinds), MOST_BLOCKS, max(shown, 3))
     small = _Shrinker(divisors, len(kinds), blocks).mapping(values)
     small |= {"num_labels": NUM_CLASSES, "dtype": "float32", "torch_dtype": None, "architectures": None}
-    small = {key: value for key, value in small.items() if key not in ("torch_dtype", "id2label", "label2id", "transformers_version")}
+    small = {
+        key: value for key, value in small.items() if key not in ("torch_dtype", "id2label", "label2id", "transformers_version")
+    }
     return type(config).from_dict(small)
 
 
@@ -143,7 +146,7 @@ class _Shrinker:
 
     def number(self, key: str, value: int, values: Mapping[str, Any]) -> int:
         """Return the smaller size of a whole number by the name of its key."""
-        if key.endswith("token_id") or key.endswith("token_index"):
+        if key.endswith(("token_id", "token_index")):
             return min(value, VOCABULARY - 1) if value >= 0 else value
         if LAYERS.fullmatch(key):
             return self.kept_blocks if value == self.num_blocks else min(value, self.kept_blocks)
