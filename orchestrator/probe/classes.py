@@ -11,8 +11,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto import modeling_auto
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto import configuration_auto, modeling_auto
 
 from orchestrator.anatomy.learning import Refusal
 from orchestrator.spec.tasks import HeadKind
@@ -61,11 +60,9 @@ def read_config(folder: Path, values: dict[str, Any]) -> PreTrainedConfig:
     Raises:
         RefusedError: transformers does not have the type, or its class does not accept the values.
     """
-    model_type = values.get("model_type")
-    if model_type not in CONFIG_MAPPING_NAMES:
-        raise RefusedError(
-            Refusal(kind="unknown_type", what=f"model_type {model_type!r}", known_types=tuple(sorted(CONFIG_MAPPING_NAMES)))
-        )
+    model_type, known = values.get("model_type"), tuple(sorted(vars(configuration_auto)["CONFIG_MAPPING_NAMES"]))
+    if model_type not in known:
+        raise RefusedError(Refusal(kind="unknown_type", what=f"model_type {model_type!r}", known_types=known))
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
