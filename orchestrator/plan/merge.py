@@ -160,12 +160,11 @@ class _Merge:
                 expected="a stored tensor with whole rows of the weight",
                 remedy="train it whole (`tune: full`), or leave it out of `modules`",
             )
-        num_experts = info.shape[0] if len(info.shape) == 3 else 0
         if info.name in self.held_quantized:
             parameter = info if info.parts else None
-            return Dequantize(adapter=adapter, place=place, reversed=reversed, num_experts=num_experts, parameter=parameter)
+            return Dequantize(adapter=adapter, place=place, reversed=reversed, parameter=parameter)
         if adapter is not None:
-            return ApplyAdapter(adapter=adapter, place=place, reversed=reversed, num_experts=num_experts)
+            return ApplyAdapter(adapter=adapter, place=place, reversed=reversed)
         return Keep()
 
 

@@ -49,8 +49,6 @@ class ApplyAdapter(Value):
     place: Place = WHOLE
     reversed: bool = False
     """True if the parameter multiplies from the right, [in, out]."""
-    num_experts: int = 0
-    """Number of routed experts in the parameter; 0 for a matrix."""
 
 
 class Replace(Value):
@@ -69,7 +67,6 @@ class Dequantize(Value):
     adapter: StoredAdapter | None = None
     place: Place = WHOLE
     reversed: bool = False
-    num_experts: int = 0
     parameter: TensorInfo | None = None
     """The parameter, which was quantized as a whole, where the stored tensor is not all of it."""
 

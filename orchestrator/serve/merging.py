@@ -183,7 +183,7 @@ def _adapted_pieces(
     for number, matrix in enumerate(stored if by_expert else [stored]):
         merge_rows = None
         if adapter is not None:
-            own = _of_expert(trained, first_expert + number, operation.num_experts) if operation.num_experts else trained
+            own = _of_expert(trained, first_expert + number, adapter.num_experts) if adapter.num_experts else trained
             merge_rows = LIVE_KINDS[adapter.kind].merger(own, adapter.scale, getattr(torch, plan.held_dtype))
         yield from _merged_matrix(plan, operation, matrix, merge_rows, dtype, first_row=first_row)
 
