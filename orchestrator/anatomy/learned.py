@@ -20,9 +20,7 @@ from orchestrator.values import content_hash
 
 SECONDS = 600
 """Longest time that a class may take to be built."""
-OWN_CODE = (
-    "the code that comes with a base is not run; use a base whose model_type transformers has, or a newer transformers that has it"
-)
+OWN_CODE = "the code that comes with a base is not run; use a base whose model_type transformers has, or a newer transformers that has it"
 
 
 class NotLearnedError(BaseError):
@@ -45,8 +43,8 @@ def learn(folder: Path, values: dict[str, Any], stored: Mapping[str, TensorInfo]
         task: Decides which class is loaded.
 
     Raises:
-        NotLearnedError: transformers does not have the model type or no class for the task, the class cannot be built with this config,
-            its blocks are not in one list, or the stored tensors are not its parameters.
+        NotLearnedError: transformers does not have the model type, or no class for the task; the class cannot be built with this
+            config; its blocks are not in one list; the stored tensors are not its parameters.
         BaseError: the process fails.
     """
     head = TASKS[task].head.kind

@@ -40,9 +40,7 @@ def find_classifier(structure: Structure) -> Classifier:
     model: Any = structure.model
     prefix = f"{model.base_model_prefix}."
     outside = [name for name, _ in model.named_parameters() if not name.startswith(prefix)]
-    weights = [
-        name for name in outside if (shape := model.get_parameter(name).shape)[0] == NUM_CLASSES and len(shape) == 2
-    ]
+    weights = [name for name in outside if (shape := model.get_parameter(name).shape)[0] == NUM_CLASSES and len(shape) == 2]
     if not weights:
         return Classifier()
     bias = weights[-1].removesuffix("weight") + "bias"
@@ -56,8 +54,8 @@ def find_outside(structure: Structure, head: tuple[str, ...], classifier: Classi
     list_parent, _, own = structure.blocks_module.rpartition(".")
     siblings = [name for name, _ in model.get_submodule(list_parent).named_children()]
     after = siblings[siblings.index(own) + 1 :]
-    norms = [name for name in siblings if "norm" in name.lower() or name.startswith("ln")]
-    last_norm = next((name for name in norms if name in after), next((name for name in norms if "final" in name), ""))
+    norms = [name for name in siblings if ("norm" in name.lower() or name.startswith("ln")) and "emb" not in name]
+    last_norm = next((name for name in norms if name in after), next(iter(norms), ""))
     place = f"{list_parent}." if list_parent else ""
     backbone = f"{structure.tower or structure.backbone}."
     skipped = {*head, classifier.weight, classifier.bias, *classifier.new}
@@ -110,8 +108,10 @@ def assemble(built: Built, structure: Structure, names: NameMap | None, head: tu
     config: Any = built.config
     classifier = find_classifier(structure) if built.classifies else Classifier()
     outside = find_outside(structure, head, classifier)
-    tied = bool(head[0]) and head[0] in dict(structure.model.named_parameters(remove_duplicate=False)) and (
-        structure.first_name(head[0]) != head[0]
+    tied = (
+        bool(head[0])
+        and head[0] in dict(structure.model.named_parameters(remove_duplicate=False))
+        and (structure.first_name(head[0]) != head[0])
     )
     implied = implied_tensors(structure, dtype_of(config))
     absent = {classifier.weight, classifier.bias} | (set(names.missing) if names else set(classifier.new))

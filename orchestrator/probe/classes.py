@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,11 +20,17 @@ from orchestrator.spec.tasks import HeadKind
 NUM_CLASSES = 3
 Kind = Literal["decoder", "encoder", "encoder_decoder"]
 
-CAUSAL = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-CLASSIFY = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-MASKED = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-SEQ2SEQ = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
-MULTIMODAL = modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+
+def _class_names(task: str) -> dict[str, str]:
+    """Return transformers' class for each model type, for a task by the name that it has there."""
+    return dict(vars(modeling_auto)[f"MODEL_FOR_{task}_MAPPING_NAMES"])
+
+
+CAUSAL = _class_names("CAUSAL_LM")
+CLASSIFY = _class_names("SEQUENCE_CLASSIFICATION")
+MASKED = _class_names("MASKED_LM")
+SEQ2SEQ = _class_names("SEQ_TO_SEQ_CAUSAL_LM")
+MULTIMODAL = _class_names("MULTIMODAL_LM")
 
 
 class RefusedError(Exception):
@@ -92,8 +98,8 @@ def class_names(config: PreTrainedConfig, head: HeadKind) -> list[str]:
     return list(dict.fromkeys(each for each in found if each))
 
 
-def candidates(config: PreTrainedConfig, head: HeadKind) -> Iterator[Built]:
-    """Build the classes that could be meant, the likeliest first, that which the config names before the others.
+def candidates(config: PreTrainedConfig, head: HeadKind) -> list[Built]:
+    """Build the classes that could be meant, the one that the config names before the others, else the likeliest first.
 
     Raises:
         RefusedError: transformers has no class for this head, or it cannot be built with this config.
@@ -109,8 +115,15 @@ def candidates(config: PreTrainedConfig, head: HeadKind) -> Iterator[Built]:
             )
         )
     named = getattr(config, "architectures", None) or ()
+    built, refused = list[Built](), list[RefusedError]()
     for name in sorted(names, key=lambda name: name not in named):
-        yield Built(model=build(config, name), config=config, kind=kind_of(config))
+        try:
+            built.append(Built(model=build(copy.deepcopy(config), name), config=config, kind=kind_of(config)))
+        except RefusedError as error:
+            refused.append(error)
+    if not built:
+        raise refused[0]
+    return built
 
 
 def build(config: PreTrainedConfig, name: str) -> PreTrainedModel:

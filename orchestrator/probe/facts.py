@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any, Literal
 
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
@@ -14,7 +16,15 @@ from orchestrator.anatomy.values import Experts
 from orchestrator.probe.structure import Structure
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
-EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_k", "top_k_experts", "moe_top_k")
+EXPERTS_PER_TOKEN = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "experts_per_token",
+    "moe_topk",
+    "moe_k",
+    "top_k_experts",
+    "moe_top_k",
+)
 KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv")
 HEADS = ("num_attention_heads", "num_heads", "n_head", "n_heads", "decoder_attention_heads")
 HEAD_DIMS = ("head_dim", "attention_head_size", "d_kv", "qk_head_dim")
@@ -25,6 +35,7 @@ NO_LIMIT = 2**20
 """Positions of a model whose class names no limit: ALiBi and state-space models."""
 LOGIT_DIVISORS, LOGIT_FACTORS = ("logits_scaling",), ("logit_scale",)
 LOGIT_CAPS = ("final_logit_softcapping",)
+RMS_BY_ANOTHER_NAME = re.compile(r"RMS|T5LayerNorm|SwitchTransformersLayerNorm")
 
 
 def linears_of(structure: Structure, number: int) -> tuple[list[str], list[str]]:
@@ -32,7 +43,7 @@ def linears_of(structure: Structure, number: int) -> tuple[list[str], list[str]]
     names = set(structure.in_blocks[number])
     found: list[str] = []
     transposed: list[str] = []
-    routers = {name for name in routers_of(structure, number)}
+    routers = set(routers_of(structure, number))
     for name, module in structure.blocks[number].named_modules():
         weight = f"{structure.blocks_module}.{number}.{name}.weight"
         if isinstance(module, (nn.Linear, Conv1D)) and weight in names and weight not in routers:
@@ -43,7 +54,7 @@ def linears_of(structure: Structure, number: int) -> tuple[list[str], list[str]]
 
 def num_experts(structure: Structure) -> int:
     """Return the number of routed experts that the config gives; 0 if there are none."""
-    return next((value for key in EXPERT_COUNTS if isinstance(value := getattr(structure.config, key, None), int)), 0)
+    return next((value for key in EXPERT_COUNTS if isinstance(value := setting(structure.config, key), int)), 0)
 
 
 def stacked_of(structure: Structure, number: int) -> tuple[list[str], list[str]]:
@@ -72,7 +83,11 @@ def _is_transposed(module: nn.Module, own: str, parameter: nn.Parameter, structu
         return declared
     hidden = hidden_size(structure)
     # The matrix into the hidden size is [experts, hidden, width], any other [experts, width, hidden].
-    return (parameter.shape[1] if "down" not in own else parameter.shape[2]) == hidden != parameter.shape[2 if "down" not in own else 1]
+    return (
+        (parameter.shape[1] if "down" not in own else parameter.shape[2])
+        == hidden
+        != parameter.shape[2 if "down" not in own else 1]
+    )
 
 
 def routers_of(structure: Structure, number: int) -> list[str]:
@@ -95,7 +110,6 @@ def routers_of(structure: Structure, number: int) -> list[str]:
 
 def experts_of(structure: Structure) -> Experts | None:
     """Return the sizes of the mixture of experts, or None if no block has one."""
-    config: Any = structure.config
     for number in range(len(structure.blocks)):
         stacked, transposed = stacked_of(structure, number)
         if not stacked:
@@ -109,7 +123,7 @@ def experts_of(structure: Structure) -> Experts | None:
         ]
         return Experts(
             num_experts=shape[0],
-            experts_per_token=_first_int(config, EXPERTS_PER_TOKEN, 1),
+            experts_per_token=_first_int(structure.config, EXPERTS_PER_TOKEN, 1),
             intermediate_size=shape[1] if down in transposed else shape[2],
             shared_intermediate_size=max(shared, default=0),
         )
@@ -118,19 +132,26 @@ def experts_of(structure: Structure) -> Experts | None:
 
 def hidden_size(structure: Structure) -> int:
     """Return the width of the states between the blocks."""
-    config: Any = structure.config
     for key in ("hidden_size", "d_model", "n_embd", "dim"):
-        if isinstance(value := getattr(config, key, None), int):
+        if isinstance(value := setting(structure.config, key), int):
             return value
     weight: Any = getattr(structure.embedding, "weight", None)
     return int(weight.shape[1])
 
 
-def _first_int(config: Any, keys: tuple[str, ...], otherwise: int) -> int:
-    return next(
-        (value for key in keys if isinstance(value := getattr(config, key, None), int) and not isinstance(value, bool) and value > 0),
-        otherwise,
-    )
+def setting(config: PreTrainedConfig, key: str) -> object:
+    """Return a value of the config, None if it has none. One that varies over the layers is the largest of theirs."""
+    try:
+        return getattr(config, key, None)
+    except Exception:  # transformers' AmbiguousGlobalPerLayerAttributeError is no AttributeError
+        layers: Any = getattr(config, "per_layer_config", None)
+        values = [getattr(layers[number], key, None) for number in range(len(layers))]
+        return max((value for value in values if isinstance(value, (int, float))), default=None)
+
+
+def _first_int(config: PreTrainedConfig, keys: tuple[str, ...], otherwise: int) -> int:
+    found = (setting(config, key) for key in keys)
+    return next((value for value in found if isinstance(value, int) and not isinstance(value, bool) and value > 0), otherwise)
 
 
 def heads_of(structure: Structure) -> tuple[int, int, int]:
@@ -138,10 +159,9 @@ def heads_of(structure: Structure) -> tuple[int, int, int]:
 
     The attention modules know best: a config may leave the number of key heads to a flag (Falcon's `multi_query`).
     """
-    config: Any = structure.config
-    heads = _first_int(config, HEADS, 1)
-    head_dim = _first_int(config, HEAD_DIMS, 0)
-    kv_heads = _first_int(config, KV_HEADS, 0)
+    heads = _first_int(structure.config, HEADS, 1)
+    head_dim = _first_int(structure.config, HEAD_DIMS, 0)
+    kv_heads = _first_int(structure.config, KV_HEADS, 0)
     for block in structure.blocks:
         for _, module in block.named_modules():
             for key in KV_HEADS:
@@ -169,30 +189,25 @@ def positions_of(structure: Structure) -> int:
 
 
 def intermediate_size(structure: Structure) -> int:
-    """Return the width of the MLP of a dense block."""
-    config: Any = structure.config
-    found = _first_int(config, INTERMEDIATE, 0)
-    if found:
-        return found
-    widths = [ups for ups, _ in (mlp_widths(structure, number) for number in range(len(structure.blocks))) if ups]
-    return max((width for _, width in (mlp_widths(structure, number) for number in range(len(structure.blocks)))), default=0) or (
-        max(widths, default=4 * hidden_size(structure))
-    )
+    """Return the width of the MLP of a dense block, as the config or else the largest matrix back to the hidden size says."""
+    widths = (mlp_widths(structure, number)[1] for number in range(len(structure.blocks)))
+    return _first_int(structure.config, INTERMEDIATE, 0) or max(widths, default=0) or 4 * hidden_size(structure)
 
 
 def mlp_widths(structure: Structure, number: int) -> tuple[int, int]:
-    """Return how wide a block's dense MLP is before and after its nonlinearity: twice as wide before if it is gated."""
+    """Return how wide a block's dense MLP is before and after its nonlinearity: twice as wide before if it is gated.
+
+    Its last matrix leads from a width back to the hidden size, the ones before it from the hidden size to that width, or to twice
+    as much at once.
+    """
     hidden = hidden_size(structure)
-    up = down = 0
+    shapes: list[tuple[int, ...]] = []
     for name, module in structure.blocks[number].named_modules():
-        if not isinstance(module, (nn.Linear, Conv1D)) or is_attention(name) or "expert" in name or "gate" == name.rpartition(".")[2]:
-            continue
-        shape = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
-        if shape[1] == hidden and shape[0] != hidden:
-            up += shape[0]
-        elif shape[0] == hidden and shape[1] != hidden:
-            down += shape[1]
-    return up, down
+        if isinstance(module, (nn.Linear, Conv1D)) and not is_attention(name) and "expert" not in name:
+            shape = tuple(module.weight.shape)
+            shapes.append(shape if isinstance(module, nn.Linear) else shape[::-1])
+    down = max((into for out, into in shapes if out == hidden), default=0)
+    return sum(out for out, into in shapes if into == hidden and out in (down, 2 * down)), down
 
 
 def is_attention(name: str) -> bool:
@@ -213,9 +228,8 @@ def mlp_of(structure: Structure) -> Literal["gated", "plain"]:
 
 def activation_of(structure: Structure) -> str:
     """Return transformers' name of the MLP's nonlinearity: the config's, else that of the module in a block."""
-    config: Any = structure.config
     for key in ACTIVATIONS:
-        if isinstance(value := getattr(config, key, None), str) and value in ACT2FN:
+        if isinstance(value := setting(structure.config, key), str) and value in ACT2FN:
             return value
     by_type = {type(ACT2FN[name]): name for name in ("gelu", "gelu_new", "relu", "silu")}
     for module in structure.blocks[0].modules():
@@ -225,22 +239,21 @@ def activation_of(structure: Structure) -> str:
 
 
 def norm_of(structure: Structure) -> Literal["rms", "layer"]:
-    """Return the kind of most norms in the blocks. T5's class of RMS norms is called T5LayerNorm."""
+    """Return the kind of most norms in the blocks, by their classes. T5's RMS norms are called T5LayerNorm."""
     counts = {"rms": 0, "layer": 0}
     for block in structure.blocks:
         for module in block.modules():
             name = type(module).__name__
             if "norm" in name.lower():
-                plain = isinstance(module, nn.LayerNorm) or ("LayerNorm" in name and "T5" not in name)
+                plain = isinstance(module, nn.LayerNorm) or ("LayerNorm" in name and not RMS_BY_ANOTHER_NAME.search(name))
                 counts["layer" if plain else "rms"] += 1
     return "layer" if counts["layer"] > counts["rms"] else "rms"
 
 
 def dropout_of(structure: Structure) -> str:
     """Return the first rate of dropout above zero in embeddings or blocks, with its key; empty if there is none."""
-    config: Any = structure.config
     for key in DROPOUT_KEYS:
-        if isinstance(rate := getattr(config, key, None), float) and rate > 0:
+        if isinstance(rate := setting(structure.config, key), float) and rate > 0:
             return f"{key} {rate:g}"
     for number, block in enumerate(structure.blocks):
         for name, module in block.named_modules():
@@ -251,10 +264,9 @@ def dropout_of(structure: Structure) -> str:
 
 def logits_of(structure: Structure) -> tuple[float, float]:
     """Return the factor and the cap of the logits after the output projection, as the config gives them; 0 without a cap."""
-    config: Any = structure.config
 
     def number(keys: tuple[str, ...]) -> float:
-        return next((float(value) for key in keys if isinstance(value := getattr(config, key, None), (int, float))), 0.0)
+        return next((float(value) for key in keys if isinstance(value := setting(structure.config, key), (int, float))), 0.0)
 
     scale = 1 / divisor if (divisor := number(LOGIT_DIVISORS)) else number(LOGIT_FACTORS) or 1.0
     return scale, number(LOGIT_CAPS)

@@ -40,7 +40,7 @@ def learn(question: Question) -> ModelAnatomy:
     values = json.loads((folder / "config.json").read_bytes())
     config = read_config(folder, values)
     stored = None if question.stored is None else {tensor.name: tensor for tensor in question.stored}
-    built, names = choose(list(candidates(config, question.head)), stored)
+    built, names = choose(candidates(config, question.head), stored)
     structure = find_structure(built)
     head = head_names(built, structure)
     anatomy = assemble(built, structure, names, head)

@@ -51,7 +51,11 @@ class Structure:
     def in_blocks(self) -> list[list[str]]:
         """Parameter names of each block. A parameter that several blocks share belongs to the first."""
         return [
-            [f"{self.blocks_module}.{number}.{name}" for name, parameter in block.named_parameters() if self._owns(number, name, parameter)]
+            [
+                f"{self.blocks_module}.{number}.{name}"
+                for name, parameter in block.named_parameters()
+                if self._owns(number, name, parameter)
+            ]
             for number, block in enumerate(self.blocks)
         ]
 
@@ -59,7 +63,7 @@ class Structure:
         return self.names[id(parameter)] == f"{self.blocks_module}.{number}.{name}"
 
     def name_of(self, module: nn.Module | None, parameter: str) -> str:
-        """Return the name of a module's parameter as the model spells it where the module is, also if it is tied; empty if none."""
+        """Return the name of a module's parameter where the module is, also if it shares a tensor; empty if there is none."""
         if module is None or getattr(module, parameter, None) is None:
             return ""
         place = next((name for name, other in self.model.named_modules() if other is module), None)
@@ -126,7 +130,9 @@ def _blocks(model: nn.Module, tower: str) -> str:
 
 
 def _refused(model: nn.Module, what: str) -> RefusedError:
-    return RefusedError(Refusal(kind="structure", what=f"transformers' class {type(model).__name__} {what}", remedy="use another base"))
+    return RefusedError(
+        Refusal(kind="structure", what=f"transformers' class {type(model).__name__} {what}", remedy="use another base")
+    )
 
 
 def _backbone(model: Any, tower: str, blocks_module: str, kind: Kind) -> str:
