@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 
@@ -10,12 +9,13 @@ from orchestrator.anatomy.learning import Answer, Question, Refusal
 from orchestrator.anatomy.values import ModelAnatomy, TensorInfo
 from orchestrator.errors import BaseError
 from orchestrator.probe.assemble import assemble
-from orchestrator.probe.classes import CAUSAL, Built, RefusedError, build, candidates, read_config
+from orchestrator.probe.classes import Built, RefusedError, candidates, read_config
+from orchestrator.probe.heads import head_names
 from orchestrator.probe.names import NameMap, map_names
-from orchestrator.probe.structure import Structure, find_structure
+from orchestrator.probe.structure import find_structure
+from orchestrator.probe.trial import tried, with_logits
 
 Stored = dict[str, TensorInfo]
-NEW = "classification"
 
 
 def answer(question: Question) -> Answer:
@@ -47,7 +47,8 @@ def learn(question: Question) -> ModelAnatomy:
     if names is not None:
         names.check(anatomy.model_type, question.folder, needed=needed(anatomy, names))
         check_blocks(anatomy, question.folder)
-    return anatomy
+    ways, logits = tried(built, structure)
+    return with_logits(anatomy, logits).model_copy(update={"ways": ways})
 
 
 def choose(built: list[Built], stored: Stored | None) -> tuple[Built, NameMap | None]:
@@ -56,23 +57,6 @@ def choose(built: list[Built], stored: Stored | None) -> tuple[Built, NameMap | 
         return built[0], None
     fits = [(each, map_names(each.model, stored)) for each in built]
     return min(fits, key=lambda fit: (len(fit[1].missing) + len(fit[1].mismatched), len(fit[1].extra) - len(fit[1].ignored)))
-
-
-def head_names(built: Built, structure: Structure) -> tuple[str, str]:
-    """Return the names of the output projection's weight and bias.
-
-    A classifier has none: the base's causal LM says what it is called, so that it is told from a tensor that is unknown.
-    """
-    if not built.classifies:
-        return structure.name_of(structure.head, "weight"), structure.name_of(structure.head, "bias")
-    name = CAUSAL.get(built.config.model_type)
-    if built.kind != "decoder" or name is None:
-        return "", ""
-    try:
-        causal = find_structure(Built(model=build(copy.deepcopy(built.config), name), config=built.config, kind=built.kind))
-    except RefusedError:
-        return "", ""
-    return causal.name_of(causal.head, "weight"), causal.name_of(causal.head, "bias")
 
 
 def check_blocks(anatomy: ModelAnatomy, folder: str) -> None:
