@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from orchestrator.anatomy.costs import BlockCosts
 from orchestrator.spec.adapters import ADAPTER_KINDS, PLAIN_LORA, AdapterKind, AdapterOptions
 from orchestrator.values import Value
 
@@ -194,6 +195,10 @@ class ModelAnatomy(Value):
     ways: Ways = Ways()
     block_kinds: tuple[int, ...] = ()
     """For each block the number of its kind: blocks of one kind have equal names, shapes and costs. Empty if all are alike."""
+    block_costs: tuple[BlockCosts, ...] = ()
+    """Costs of each kind of block, counted on the class; empty where formulas know the layout, or where counting failed."""
+    costs_note: str = ""
+    """Why the costs of the blocks could not be counted, so that formulas of another layout stand in; empty if they were."""
     transposed: tuple[str, ...] = ()
     """Weights that multiply from the right, [in, out] (GPT-2's Conv1D) or [experts, in, out]."""
     routers: tuple[tuple[str, ...], ...] = ()
@@ -218,6 +223,10 @@ class ModelAnatomy(Value):
     new_tensors: tuple[TensorInfo, ...] = ()
     """Tensors, except the classifier, that `classify` needs and the checkpoint omits (an encoder's pooler): initialised and
     trained with it."""
+
+    def costs_of(self, block: int) -> BlockCosts:
+        """Return the counted costs of a block."""
+        return self.block_costs[self.block_kinds[block] if self.block_kinds else 0]
 
     @property
     def weight_files(self) -> list[str]:

@@ -27,28 +27,31 @@ FUSED_PROJECTIONS = ("qkv_proj", "query_key_value", "c_attn")
 """Modules that compute query, key and value in one product: a layout that has one of another name must add it here."""
 
 
+class Peak(NamedTuple):
+    """A peak of memory in the backward pass of a block, in bytes besides those kept; negative if part of them is freed."""
+
+    token_bytes: int
+    pair_bytes: int = 0
+    """Per token and position of its row."""
+    at_weight: bool = False
+    """Whether the gradient of a weight, which is not part of it, exists at the same time."""
+
+
 @dataclass(frozen=True)
 class BlockActivations:
-    """Activations of one block, in bytes per token."""
+    """Activations of one block, in bytes per token and, for those of pairs, per token and position of its row."""
 
     kept_bytes: int
     """Bytes kept from its forward to its backward pass."""
     by_document_bytes: int
     """Bytes to add to them if documents are computed one by one; negative if that needs less."""
     kept_pair_bytes: int
-    """Bytes kept per token and position of its row (attention masks and scores)."""
-    working_bytes: int
-    """Bytes besides those kept, at the peak of its backward pass."""
-    at_weight_bytes: int
-    """Bytes besides those kept while the gradient of its largest weight is computed; negative if part of what was kept is
-    freed by then."""
-    at_scores_bytes: int
-    """Bytes besides those kept while the gradients of attention scores are computed, to which `at_scores_pair_bytes` is added;
-    negative because what the MLP kept is freed by then."""
-    at_scores_pair_bytes: int
-    """The part of it per token and position of its row."""
-    forward_bytes: int
-    """Bytes at the peak of its forward pass if nothing is kept."""
+    """Bytes kept per pair (attention masks and scores)."""
+    peaks: tuple[Peak, ...]
+    """Its backward pass, besides those kept and the gradients of its input and output; which peak is the highest depends on the
+    shape of the rows."""
+    forward_peaks: tuple[tuple[int, int], ...]
+    """(bytes per token, per pair) of its forward pass if nothing is kept, besides its input and output, counted twice."""
 
 
 def activations(anatomy: ModelAnatomy, selection: LayerSelection, element_bytes: int) -> list[BlockActivations]:
@@ -88,16 +91,18 @@ def _block(
         + mlp
         + element_bytes * _by_adapters(anatomy, selection, [name for name in names if name in adapted], kept_inputs)
     )
-    forward = 4 * element_bytes * _mlp_width(anatomy, block)
+    pairs = _pairs(anatomy, element_bytes)
     return BlockActivations(
         kept_bytes=kept,
         by_document_bytes=_by_document(anatomy, element_bytes, kept_inputs) if attends else 0,
-        kept_pair_bytes=_pairs(anatomy, element_bytes),
-        working_bytes=working,
-        at_weight_bytes=at_weight,
-        at_scores_bytes=-mlp,
-        at_scores_pair_bytes=_score_gradients(anatomy, element_bytes),
-        forward_bytes=forward,
+        kept_pair_bytes=pairs,
+        peaks=(
+            Peak(working),
+            Peak(at_weight, at_weight=True),
+            # Attention scores are last: what the MLP kept is freed by then.
+            Peak(-mlp, _score_gradients(anatomy, element_bytes)),
+        ),
+        forward_peaks=((4 * element_bytes * _mlp_width(anatomy, block), pairs),),
     )
 
 
