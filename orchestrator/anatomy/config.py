@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from orchestrator.anatomy.layouts import DROPOUT_KEYS, LAYOUTS, Layout, axis_size, trainable_layouts
+from orchestrator.anatomy.odd import lone_adapter_error
 from orchestrator.anatomy.values import Experts
 from orchestrator.errors import BaseError
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+ADAPTER_CONFIG = "adapter_config.json"
 COPY_AGAIN = "copy config.json from the base again"
 
 
@@ -152,12 +154,13 @@ def _read_json(folder: Path, path: Path) -> dict[str, Any]:
             what, where=str(folder), expected="a folder with config.json and safetensors weights", remedy="fix `base.model`"
         )
     if not path.is_file():
-        adapter = (folder / "adapter_config.json").is_file()
+        if (folder / ADAPTER_CONFIG).is_file():
+            raise lone_adapter_error(folder, _read_if_valid(folder / ADAPTER_CONFIG))
         raise BaseError(
-            "the folder holds a LoRA adapter, not a model" if adapter else "config.json is missing",
+            "config.json is missing",
             where=str(folder),
             expected="a folder as `save_pretrained` writes it",
-            remedy="merge the adapter into its base first" if adapter else "fix `base.model`, or copy the base again",
+            remedy="fix `base.model`, or copy the base again",
         )
     try:
         values = json.loads(path.read_bytes())
@@ -166,6 +169,13 @@ def _read_json(folder: Path, path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise BaseError("the file does not hold a JSON object", where=str(path), remedy="copy config.json from the base again")
     return cast("dict[str, Any]", values)
+
+
+def _read_if_valid(path: Path) -> object:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError:
+        return None
 
 
 def find_layout(values: dict[str, Any]) -> Layout | None:

@@ -81,7 +81,7 @@ class Artifact(Value):
     def _check_adapter(self, name: str, adapter: StoredAdapter, anatomy: ModelAnatomy) -> None:
         if name not in (known := {*anatomy.tensors, anatomy.head_weight}):
             raise _unknown(self.folder, name, known)
-        shape = anatomy.adapted_shape(name) if len(anatomy.tensors[name].shape if name in anatomy.tensors else (0, 0)) > 1 else ()
+        shape = anatomy.adapted_shape(name)
         found = {suffix: info.shape for suffix, info in adapter.tensors.items()}
         fits = len(shape) == 2 or (len(shape) == 3 and shape[0] == adapter.num_experts)
         expected = ADAPTER_KINDS[adapter.kind].shapes(shape, adapter.lora_rank) if fits else {}

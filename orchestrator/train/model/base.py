@@ -24,6 +24,7 @@ from orchestrator.errors import BaseError
 from orchestrator.plan.memory.activations import attention_of
 from orchestrator.train.model.experts import ADAPTED
 from orchestrator.train.model.heads import head_of
+from orchestrator.train.model.int8 import RowScales, use_weights_only
 from orchestrator.train.model.stored import read_parameters
 from orchestrator.work.execution import BaseLoad, ExecutionPlan
 
@@ -97,8 +98,6 @@ def load_base(
     global _num_loads
     if not anatomy.has_weights:
         raise BaseError("the folder has no weights", where=load.folder, remedy="put the model's *.safetensors beside config.json")
-    if load.quantize == "int8":
-        raise BaseError("quantize: int8 is not supported yet", where=load.folder, remedy="use none or nf4")
     attention = attention_of(anatomy, device.type, one_document_per_row=load.traits.head.one_document_per_row)
     model = _from_folder(load, anatomy, dtype, load_on or device, attention=attention)
     # `from_pretrained` returns eval mode, in which bitsandbytes repacks 4-bit weights at the first forward pass on a CPU.
@@ -146,6 +145,8 @@ def _from_folder(
             bnb_4bit_quant_storage=dtype,
             llm_int8_skip_modules=_not_quantized(anatomy),
         )
+    elif load.quantize == "int8":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=_not_quantized(anatomy))
     try:
         with torch.random.fork_rng(devices=rng_devices(device)), _no_progress_bars():
             # transformers draws missing parameters at random; seeding inside the fork changes no other random numbers.
@@ -156,6 +157,7 @@ def _from_folder(
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise BaseError(f"the base cannot be loaded: {error}", where=load.folder) from error
+    use_weights_only(model, dtype)
     if load.traits.head.is_new:
         reset_new_parameters(model, new_parameter_names(model, anatomy), seed=0)
     return model
@@ -210,11 +212,13 @@ def initial_value(name: str, shape: Iterable[int], seed: int, std: float) -> tor
     return torch.empty(shape).normal_(0.0, std, generator=generator_for(seed, name))
 
 
-def dequantized(weight: nn.Parameter) -> torch.Tensor:
+def dequantized(weight: torch.Tensor) -> torch.Tensor:
     """Return a matrix as it multiplies."""
     state = getattr(weight, "quant_state", None)
     if state is None:
         return weight.detach()
+    if isinstance(state, RowScales):
+        return state.dequantize(weight.detach())
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(weight.detach(), state)
@@ -245,7 +249,7 @@ def _check_is_what_headers_say(base: LoadedBase) -> None:
         )
     if not base.load.traits.head.is_new:
         _check_no_other(base, parameters)
-    if base.load.quantize == "nf4":
+    if base.load.quantize != "none":
         planned = {name for linears in base.anatomy.linears for name in linears}
         quantized = {name for name, parameter in parameters.items() if hasattr(parameter, "quant_state")}
         if planned != quantized:
