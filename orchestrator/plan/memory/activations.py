@@ -28,11 +28,13 @@ FUSED_PROJECTIONS = ("qkv_proj", "query_key_value", "c_attn")
 
 
 class Peak(NamedTuple):
-    """A peak of memory in the backward pass of a block, in bytes besides those kept; negative if part of them is freed."""
+    """A peak of memory in a pass of a block, in bytes besides those kept; negative if part of them is freed."""
 
     token_bytes: int
     pair_bytes: int = 0
     """Per token and position of its row."""
+    row_bytes: int = 0
+    """Per row."""
     at_weight: bool = False
     """Whether the gradient of a weight, which is not part of it, exists at the same time."""
 
@@ -50,8 +52,8 @@ class BlockActivations:
     peaks: tuple[Peak, ...]
     """Its backward pass, besides those kept and the gradients of its input and output; which peak is the highest depends on the
     shape of the rows."""
-    forward_peaks: tuple[tuple[int, int], ...]
-    """(bytes per token, per pair) of its forward pass if nothing is kept, besides its input and output, counted twice."""
+    forward_peaks: tuple[Peak, ...]
+    """The same of its forward pass if nothing is kept, besides its input and output, counted twice."""
 
 
 def activations(anatomy: ModelAnatomy, selection: LayerSelection, element_bytes: int) -> list[BlockActivations]:
@@ -102,7 +104,7 @@ def _block(
             # Attention scores are last: what the MLP kept is freed by then.
             Peak(-mlp, _score_gradients(anatomy, element_bytes)),
         ),
-        forward_peaks=((4 * element_bytes * _mlp_width(anatomy, block), pairs),),
+        forward_peaks=(Peak(4 * element_bytes * _mlp_width(anatomy, block), pairs),),
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
-from orchestrator.plan.memory.activations import BlockActivations, activations, attends_by_document
+from orchestrator.plan.memory.activations import BlockActivations, Peak, activations, attends_by_document
 from orchestrator.plan.memory.counted import counted_activations
 from orchestrator.plan.memory.quantized import dequantize_scratch_bytes, quantized_bytes
 from orchestrator.spec.models import Quantize
@@ -42,8 +42,8 @@ class Footprint:
     """Bytes to add per token if documents are computed one by one; negative if that needs less."""
     backward_blocks: tuple[BlockActivations, ...]
     """Activations of each block among them that differs from the others."""
-    forward_peaks: tuple[tuple[int, int], ...]
-    """(bytes per token, per token and position of its row) of the forward pass of one block if nothing is kept."""
+    forward_peaks: tuple[Peak, ...]
+    """Peaks of the forward pass of one block if nothing is kept."""
     head_learns: bool
     head_adapted: bool
     """True if the output projection has an adapter."""

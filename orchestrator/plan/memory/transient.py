@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from orchestrator.plan.estimates import MemoryTerm
-from orchestrator.plan.memory.activations import BlockActivations
+from orchestrator.plan.memory.activations import BlockActivations, Peak
 from orchestrator.plan.memory.candidate import Candidate
 from orchestrator.plan.memory.footprint import Footprint
 from orchestrator.plan.memory.shards import Shards
@@ -78,17 +78,14 @@ def _backward_terms(footprint: Footprint, candidate: Candidate, shards: Shards) 
     """Return the memory of one block's backward pass: with checkpointing everything that it keeps, and its mask; the gradients
     of its activations, and of its input and output, e·2h. The gradients of activations peak inside the MLP; those of its
     weights are computed and sent before or after that, and those of attention scores, without a fused kernel, last."""
-    tokens, width = candidate.micro_batch_tokens, candidate.row_tokens
-    pairs = 0 if _attends_by_document(footprint, candidate) else width
+    tokens = candidate.micro_batch_tokens
+    pairs = 0 if _attends_by_document(footprint, candidate) else candidate.row_tokens
     ends = tokens * 2 * footprint.element_bytes * footprint.hidden_size
 
     def sizes(block: BlockActivations) -> tuple[int, int]:
         """Return (recomputed, at the peak besides that)."""
         kept = tokens * (block.kept_bytes + block.kept_pair_bytes * pairs) if candidate.checkpointing else 0
-        peaks = (
-            tokens * (peak.token_bytes + peak.pair_bytes * pairs) + (shards.in_flight_bytes if peak.at_weight else 0)
-            for peak in block.peaks
-        )
+        peaks = (_peak_bytes(peak, candidate, pairs) + (shards.in_flight_bytes if peak.at_weight else 0) for peak in block.peaks)
         return kept, max(peaks) + ends
 
     recomputed, working = max((sizes(block) for block in footprint.backward_blocks), key=sum)
@@ -96,6 +93,13 @@ def _backward_terms(footprint: Footprint, candidate: Candidate, shards: Shards) 
     if candidate.checkpointing:
         terms.append(MemoryTerm(name="one block recomputed", num_bytes=recomputed, reason="its activations, recomputed"))
     return terms
+
+
+def _peak_bytes(peak: Peak, candidate: Candidate, pairs: int) -> int:
+    """Return a peak for a micro-batch whose tokens each have so many pairs."""
+    return candidate.micro_batch_rows * peak.row_bytes + candidate.micro_batch_tokens * (
+        peak.token_bytes + peak.pair_bytes * pairs
+    )
 
 
 def _last_hidden_term(footprint: Footprint, candidate: Candidate, *, learning: bool) -> MemoryTerm:
@@ -112,8 +116,8 @@ def _forward_term(footprint: Footprint, candidate: Candidate) -> MemoryTerm:
     """Return one block's forward pass if nothing is kept: its mask as booleans and as numbers, and its input and output."""
     tokens, e = candidate.micro_batch_tokens, footprint.element_bytes
     pairs = 0 if _attends_by_document(footprint, candidate) else candidate.row_tokens
-    peak = max(token_bytes + (1 + pair_bytes) * pairs for token_bytes, pair_bytes in footprint.forward_peaks)
-    num_bytes = tokens * (peak + 4 * e * footprint.hidden_size)
+    peak = max(_peak_bytes(peak, candidate, pairs) for peak in footprint.forward_peaks)
+    num_bytes = peak + tokens * (pairs + 4 * e * footprint.hidden_size)
     return MemoryTerm(name="one block", num_bytes=num_bytes, reason="forward pass, nothing kept")
 
 
