@@ -7,10 +7,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoTokenizer,
@@ -24,6 +23,7 @@ from orchestrator.anatomy.values import ModelAnatomy
 from orchestrator.errors import BaseError
 from orchestrator.plan.memory.activations import attention_of
 from orchestrator.train.model.heads import head_of
+from orchestrator.train.model.stored import read_parameters
 from orchestrator.work.execution import BaseLoad, ExecutionPlan
 
 _num_loads = 0
@@ -64,23 +64,15 @@ class LoadedBase:
         Raises:
             BaseError: A name that the checkpoint does not have, or a file that cannot be read.
         """
-        by_file: dict[str, list[str]] = {}
-        for name in names:
+        wanted = list(names)
+        for name in wanted:
             if name not in self.anatomy.tensors:
                 raise BaseError(f"the checkpoint has no tensor {name}", where=self.load.folder)
-            by_file.setdefault(self.anatomy.tensors[name].file, []).append(name)
-        tensors: dict[str, torch.Tensor] = {}
-        for file, wanted in by_file.items():
-            path = Path(self.load.folder) / file
-            try:
-                with safe_open(path, framework="pt", device="cpu") as reader:
-                    for name in wanted:
-                        tensors[name] = reader.get_tensor(self.anatomy.tensors[name].stored_name or name).to(
-                            device=self.device, dtype=self.dtype
-                        )
-            except (OSError, SafetensorError) as error:
-                raise BaseError(f"the weights cannot be read: {error}", where=str(path)) from error
-        return tensors
+        return read_parameters(
+            self.load.folder,
+            (self.anatomy.tensors[name] for name in wanted),
+            lambda tensor: tensor.to(device=self.device, dtype=self.dtype),
+        )
 
 
 def load_base(
