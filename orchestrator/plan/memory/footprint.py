@@ -163,5 +163,5 @@ def learning_counts(anatomy: ModelAnatomy, selection: LayerSelection, *, num_cla
         if name in trainable:
             counts.append(prod(shape))
         elif name in adapted:
-            counts += [prod(each) for each in selection.adapter_kind.shapes(shape, lora_rank).values()]
+            counts += [prod(each) for each in selection.adapter_kind.shapes(anatomy.matrix_shape(name), lora_rank).values()]
     return tuple(counts)

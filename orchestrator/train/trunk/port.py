@@ -38,9 +38,10 @@ def leaving(blocks: nn.ModuleList, cuts: Collection[int]) -> Iterator[dict[int, 
     every cut of at least 1; no block above the highest cut is computed."""
     taken: dict[int, torch.Tensor] = {}
     above = [blocks[index] for index in range(max(cuts), len(blocks))]
-    hooks = [blocks[cut - 1].register_forward_hook(_taker(cut, taken)) for cut in cuts]
+    others: list[int] = []
+    hooks = [blocks[cut - 1].register_forward_hook(_taker(cut, taken, others)) for cut in cuts]
     for block in above:
-        vars(block)["forward"] = _pass_on
+        vars(block)["forward"] = _passes_on(others)
     try:
         yield taken
     finally:
@@ -61,8 +62,22 @@ def _returns(hidden: torch.Tensor) -> Any:
     return forward
 
 
-def _taker(cut: int, taken: dict[int, torch.Tensor]) -> Any:
-    def take(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+def _passes_on(others: list[int]) -> Any:
+    """Return a forward method that gives its input back, in the form that the block below has answered in."""
+
+    def forward(hidden_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+        return (hidden_states, *[None] * others[-1]) if others else hidden_states
+
+    return forward
+
+
+def _taker(cut: int, taken: dict[int, torch.Tensor], others: list[int]) -> Any:
+    """Return a hook that stores a block's hidden states, and appends to `others` how many values came with them in a tuple."""
+
+    def take(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, tuple):
+            others.append(len(output) - 1)  # pyright: ignore[reportUnknownArgumentType]
+            output = output[0]  # pyright: ignore[reportUnknownVariableType]
         taken[cut] = output.detach()
 
     return take
