@@ -13,6 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+_companions: dict[type[nn.Module], int] = {}
+"""How many values a class of block returns beside its hidden states, in a tuple. Found whenever states are taken, which the
+self-test of a base does before anything is stored; a class that is not here returns hidden states alone."""
+
 
 @contextmanager
 def entering(blocks: nn.ModuleList, cut: int, hidden: torch.Tensor) -> Iterator[None]:
@@ -23,8 +27,8 @@ def entering(blocks: nn.ModuleList, cut: int, hidden: torch.Tensor) -> Iterator[
     below = [blocks[index] for index in range(cut)]
     # The blocks below pass the embeddings on unchanged; the last of them returns the stored states instead.
     for block in below[:-1]:
-        vars(block)["forward"] = _pass_on
-    vars(below[-1])["forward"] = _returns(hidden)
+        vars(block)["forward"] = _passes_on(block)
+    vars(below[-1])["forward"] = _returns(below[-1], hidden)
     try:
         yield
     finally:
@@ -38,10 +42,9 @@ def leaving(blocks: nn.ModuleList, cuts: Collection[int]) -> Iterator[dict[int, 
     every cut of at least 1; no block above the highest cut is computed."""
     taken: dict[int, torch.Tensor] = {}
     above = [blocks[index] for index in range(max(cuts), len(blocks))]
-    others: list[int] = []
-    hooks = [blocks[cut - 1].register_forward_hook(_taker(cut, taken, others)) for cut in cuts]
+    hooks = [blocks[cut - 1].register_forward_hook(_taker(cut, taken)) for cut in cuts]
     for block in above:
-        vars(block)["forward"] = _passes_on(others)
+        vars(block)["forward"] = _passes_on(block)
     try:
         yield taken
     finally:
@@ -51,33 +54,33 @@ def leaving(blocks: nn.ModuleList, cuts: Collection[int]) -> Iterator[dict[int, 
             del vars(block)["forward"]
 
 
-def _pass_on(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    return hidden_states
+def _answer(block: nn.Module, hidden: torch.Tensor) -> Any:
+    """Return hidden states in the form in which a block returns them."""
+    count = _companions.get(type(block))
+    return hidden if count is None else (hidden, *[None] * count)
 
 
-def _returns(hidden: torch.Tensor) -> Any:
-    def forward(*_: Any, **__: Any) -> torch.Tensor:
-        return hidden
-
-    return forward
-
-
-def _passes_on(others: list[int]) -> Any:
-    """Return a forward method that gives its input back, in the form that the block below has answered in."""
-
+def _passes_on(block: nn.Module) -> Any:
     def forward(hidden_states: torch.Tensor, *_: Any, **__: Any) -> Any:
-        return (hidden_states, *[None] * others[-1]) if others else hidden_states
+        return _answer(block, hidden_states)
 
     return forward
 
 
-def _taker(cut: int, taken: dict[int, torch.Tensor], others: list[int]) -> Any:
-    """Return a hook that stores a block's hidden states, and appends to `others` how many values came with them in a tuple."""
+def _returns(block: nn.Module, hidden: torch.Tensor) -> Any:
+    def forward(*_: Any, **__: Any) -> Any:
+        return _answer(block, hidden)
 
+    return forward
+
+
+def _taker(cut: int, taken: dict[int, torch.Tensor]) -> Any:
     def take(module: nn.Module, inputs: Any, output: Any) -> None:
+        states = output
         if isinstance(output, tuple):
-            others.append(len(output) - 1)  # pyright: ignore[reportUnknownArgumentType]
-            output = output[0]  # pyright: ignore[reportUnknownVariableType]
-        taken[cut] = output.detach()
+            values: tuple[Any, ...] = output
+            _companions[type(module)] = len(values) - 1
+            states = values[0]
+        taken[cut] = states.detach()
 
     return take
