@@ -13,6 +13,7 @@ from orchestrator.anatomy import ModelAnatomy, Ways
 from orchestrator.errors import BaseError
 from orchestrator.train.context import HostContext
 from orchestrator.train.model import self_test
+from orchestrator.train.model.linear_test import not_linear
 from orchestrator.train.model.self_test import SelfTest, failed_ways, measured_logit_map, tolerance_of, try_ways
 from orchestrator.train.ranks import Ranks
 from orchestrator.train.ways import check_ways
@@ -142,3 +143,20 @@ def test_every_way_of_a_class_that_allows_all_gives_the_same_losses(
             assert test.trained_loss(test.objective(way)) == pytest.approx(float(own.sum()), rel=1e-5)
     for losses in every.values():
         np.testing.assert_allclose(losses, own, rtol=1e-4, atol=1e-4)
+
+
+def test_a_weight_that_its_class_reads_itself_takes_no_adapter(
+    folders: dict[str, Path], anatomies: dict[str, ModelAnatomy]
+) -> None:
+    for name in ("llama", "gpt2"):
+        base = small_base(folders[name], anatomies[name])
+        assert not_linear(base.model, anatomies[name], "text") == {}
+    base = small_base(folders["llama"], anatomies["llama"])
+    for number in range(3):
+        mlp: Any = base.model.get_submodule(f"model.layers.{number}.mlp")
+        mlp.forward = lambda x, mlp=mlp: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * (x @ mlp.up_proj.weight.T))
+    gate = base.model.get_submodule("model.layers.1.mlp.gate_proj")
+    object.__setattr__(gate, "forward", lambda x: (x @ gate.weight.T).flip(-1))  # type: ignore[operator]
+    found = not_linear(base.model, anatomies["llama"], "text")
+    assert {name.partition("mlp.")[2] for name, why in found.items() if "never called" in why} == {"up_proj.weight"}
+    assert [name for name, why in found.items() if "product" in why] == ["model.layers.1.mlp.gate_proj.weight"]
