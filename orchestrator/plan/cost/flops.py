@@ -170,14 +170,14 @@ def adapter_elements(anatomy: ModelAnatomy, selection: LayerSelection) -> tuple[
     on_head = kind.multiplied_elements(head, lora_rank) if len(stored) < len(selection.adapted) else 0
     in_blocks = 0
     for name in stored:
-        elements = kind.multiplied_elements(anatomy.adapted_shape(name), lora_rank)
+        elements = kind.multiplied_elements(anatomy.matrix_shape(name), lora_rank)
         in_blocks += elements * (anatomy.experts.experts_per_token if anatomy.experts and name in anatomy.routed else 1)
     return in_blocks, on_head
 
 
 def adapter_elements_per_pass(anatomy: ModelAnatomy, selection: LayerSelection) -> int:
     """Return the multiply-adds of all adapters in a forward pass that do not depend on its number of tokens."""
-    shapes = (anatomy.adapted_shape(name) for name in selection.adapted)
+    shapes = (anatomy.matrix_shape(name) for name in selection.adapted)
     return sum(selection.adapter_kind.elements_per_pass(shape, selection.lora_rank or 0) for shape in shapes)
 
 

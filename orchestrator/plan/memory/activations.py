@@ -118,7 +118,7 @@ def _by_adapters(anatomy: ModelAnatomy, selection: LayerSelection, names: list[s
     if not selection.adapter.dropout:
         return kept
     shared = anatomy.hidden_size * (kept_inputs.attention + kept_inputs.mlp) + anatomy.intermediate_size * kept_inputs.mlp_output
-    return kept + 2 * sum(anatomy.adapted_shape(name)[-1] for name in names) - shared
+    return kept + 2 * sum(anatomy.matrix_shape(name)[-1] for name in names) - shared
 
 
 def kept_by_adapter(anatomy: ModelAnatomy, selection: LayerSelection, name: str) -> int:
@@ -127,7 +127,7 @@ def kept_by_adapter(anatomy: ModelAnatomy, selection: LayerSelection, name: str)
     Of routed experts, each of the k that a token is routed to keeps its row of the input and what it is reduced to
     (`train.model.experts`), whose width is filled up to a multiple of 8.
     """
-    shape, lora_rank = anatomy.adapted_shape(name), selection.lora_rank or 0
+    shape, lora_rank = anatomy.matrix_shape(name), selection.lora_rank or 0
     if name not in anatomy.routed:
         return selection.adapter_kind.kept_elements(shape, lora_rank)
     assert anatomy.experts is not None

@@ -73,4 +73,4 @@ def _per_token(sizes: list[Size], e: int) -> int:
 def _by_adapters(anatomy: ModelAnatomy, selection: LayerSelection, names: list[str]) -> int:
     """Return the numbers that the adapters of a block keep per token, besides the inputs of their layers."""
     kept = sum(kept_by_adapter(anatomy, selection, name) for name in names)
-    return kept + (2 * sum(anatomy.adapted_shape(name)[-1] for name in names) if selection.adapter.dropout else 0)
+    return kept + (2 * sum(anatomy.matrix_shape(name)[-1] for name in names) if selection.adapter.dropout else 0)

@@ -52,6 +52,8 @@ class Footprint:
     """Size of the vocabulary, or number of classes."""
     one_target_per_row: bool
     """Whether a row has one prediction, off its last position, instead of one for each supervised token."""
+    own_logits: bool
+    """True if the class computes logits at every position of a row (`Ways.projects` is False)."""
     element_bytes: int
     anchor_copies: int = 0
     """float32 values that an anchor holds per trainable element: its initial value, and for EWC its importance."""
@@ -113,6 +115,7 @@ def make_footprint(
         hidden_size=anatomy.hidden_size,
         logit_width=num_classes or anatomy.vocab_size,
         one_target_per_row=num_classes > 0,
+        own_logits=not anatomy.ways.projects and num_classes == 0,
         element_bytes=element_bytes,
         converted_bytes=_converted_bytes(anatomy, element_bytes),
     )
@@ -149,5 +152,5 @@ def learning_counts(anatomy: ModelAnatomy, selection: LayerSelection, *, num_cla
         if name in trainable:
             counts.append(prod(shape))
         elif name in adapted:
-            counts += [prod(each) for each in selection.adapter_kind.shapes(anatomy.adapted_shape(name), lora_rank).values()]
+            counts += [prod(each) for each in selection.adapter_kind.shapes(anatomy.matrix_shape(name), lora_rank).values()]
     return tuple(counts)

@@ -146,7 +146,7 @@ def _own_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _peft_config(branch: Branch) -> LoraConfig:
-    selection = branch.selection
+    selection, anatomy = branch.selection, branch.base.anatomy
     modules = sorted({name.rpartition(".")[0] for name in selection.trainable})
     options: dict[str, Any] = dict(selection.adapter_kind.peft_options)
     parameters = _target_parameters(branch)
@@ -163,6 +163,8 @@ def _peft_config(branch: Branch) -> LoraConfig:
         **options,
         target_modules=sorted(adapted_name(name) for name in selection.adapted if name not in parameters),
         target_parameters=parameters or None,
+        # PEFT's word for linear layers that lie [in, out]; it sets the option back for each layer of the other kind.
+        fan_in_fan_out=not (set(selection.adapted) - anatomy.routed).isdisjoint(anatomy.transposed),
         modules_to_save=modules or None,
     )
 
