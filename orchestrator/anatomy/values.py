@@ -229,8 +229,8 @@ class ModelAnatomy(Value):
         return self.block_costs[self.block_kinds[block] if self.block_kinds else 0]
 
     def matrix_shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a weight as (out, in), of routed experts as (experts, out, in), whichever way its parameter lies; of
-        the output projection too where it is tied."""
+        """Return the shape of a weight as (out, in), of routed experts as (experts, out, in), whichever way its parameter lies;
+        of the output projection too where it is tied."""
         if name not in self.tensors and name == self.head_weight:
             return (self.vocab_size, self.hidden_size)
         shape = self.tensors[name].shape
