@@ -7,7 +7,8 @@
     assert server.bytes_of("/resolve/") < 100_000
 
 Served are revision info, the tree, paths-info, and files with ranges, ETags, X-Repo-Commit and, for large ones, a redirect to a
-signed URL as of LFS files. Contents are bytes, files of a folder, or `Sparse` files: a beginning and a size, whose rest is never made.
+signed URL as of LFS files. Contents are bytes, files of a folder, or `Sparse` files: a beginning and a size, whose rest is not
+kept anywhere.
 """
 
 from __future__ import annotations
@@ -76,12 +77,13 @@ class Stored:
 
 @dataclass
 class Fault:
-    """What goes wrong for paths that contain `part`: a status, or a connection cut after so many bytes of the body."""
+    """What goes wrong for paths that contain `part`: a status, a connection cut after so many bytes, ranges that are ignored."""
 
     part: str
     status: int = 0
     headers: Mapping[str, str] = field(default_factory=dict)
     cut_after: int | None = None
+    whole: bool = False
     times: int = 1_000_000
 
 
@@ -127,7 +129,7 @@ class HubServer:
         """Environment of a process whose hub this is: caches below `home`, online, without a token of this machine."""
         own = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING_FACE", "TRANSFORMERS_"))}
         hub = {"HF_ENDPOINT": self.url, "HF_HOME": str(home / "hf"), "ORCHESTRATOR_CACHE": str(home / "cache")}
-        return own | hub | {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"} | more
+        return own | hub | {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"} | more
 
     def add(self, name: str, files: Mapping[str, Content], *, kind: str = "model", ref: str = "main") -> str:
         """Add a commit with these files and let `ref` point at it; return the commit."""
@@ -187,6 +189,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.cut_after: int | None = None
+        self.whole = False
         try:
             self._fail_as_told()
             if self.hub.tokens is not None and self.token and self.token not in self.hub.tokens:
@@ -209,7 +212,7 @@ class _Handler(BaseHTTPRequestHandler):
                 if fault.cut_after is not None and self.command != "GET":
                     continue
                 fault.times -= 1
-                self.cut_after = fault.cut_after
+                self.cut_after, self.whole = fault.cut_after, fault.whole
                 if fault.status:
                     raise _RefusedError(fault.status, **{key.replace("-", "_"): value for key, value in fault.headers.items()})
                 return
@@ -282,7 +285,8 @@ class _Handler(BaseHTTPRequestHandler):
         size, start = size_of(content), 0
         headers = {"ETag": f'"{digest_of(content)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         status, end = 200, size
-        if asked := self.headers.get("Range"):
+        asked = None if self.whole else self.headers.get("Range")
+        if asked:
             first, _, last = asked.removeprefix("bytes=").partition("-")
             start, end = int(first), min(int(last) + 1, size) if last else size
             if start >= size:

@@ -30,11 +30,12 @@ class _WithoutQueries(logging.Filter):
 
 @cache
 def _client() -> Any:
-    """Import the client, once, and keep progress bars and signatures out of logs."""
+    """Import the client, once, without its telemetry, and with logs that have no progress bars and no signatures in them."""
     import huggingface_hub
-    from huggingface_hub import file_download
+    from huggingface_hub import constants, file_download
     from huggingface_hub.utils import _http, disable_progress_bars
 
+    constants.HF_HUB_DISABLE_TELEMETRY = True
     disable_progress_bars()
     for module in (file_download, _http):
         logging.getLogger(module.__name__).addFilter(_WithoutQueries())
