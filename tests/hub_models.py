@@ -9,7 +9,7 @@ from pathlib import Path
 
 from orchestrator.anatomy import read_anatomy
 from orchestrator.anatomy.values import TensorInfo
-from orchestrator.anatomy.weights import DTYPE_BYTES, INDEX
+from orchestrator.anatomy.weights import DTYPE_BYTES, INDEX, SINGLE
 from tests.hub_server import Content, Sparse
 
 SHARD_BYTES = 5_000_000_000
@@ -17,13 +17,15 @@ SHARD_BYTES = 5_000_000_000
 
 
 def sparse_base(folder: Path, shard_bytes: int = SHARD_BYTES) -> dict[str, Content]:
-    """Return the files of a repository with the folder's config.json, an index, and shards as its config implies them."""
+    """Return the files of a repository with the folder's config.json and the weights that it implies, in shards with an index."""
     shards: list[list[TensorInfo]] = [[]]
     for tensor in read_anatomy(folder, need_weights=False).tensors.values():
         if shards[-1] and sum(map(_num_bytes, shards[-1])) + _num_bytes(tensor) > shard_bytes:
             shards.append([])
         shards[-1].append(tensor)
-    files: dict[str, Content] = {path.name: path for path in folder.glob("*.json")}
+    files: dict[str, Content] = {"config.json": folder / "config.json"}
+    if len(shards) == 1:
+        return files | {SINGLE: _sparse_file(shards[0])}
     weight_map: dict[str, str] = {}
     for number, tensors in enumerate(shards):
         name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
