@@ -235,6 +235,10 @@ class _Handler(BaseHTTPRequestHandler):
             raise _RefusedError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return commit
 
+    def _require_granted(self, stored: Stored) -> None:
+        if stored.granted is not None and self.token not in stored.granted:
+            raise _RefusedError(403 if self.token else 401, "GatedRepo", "Access to the repository is restricted")
+
     def _find(self, kind: str, name: str, revision: str, path: str) -> tuple[str, Content]:
         stored = self.hub.repositories[kind, name.removeprefix("-/")]
         commit = self._commit(stored, revision)
@@ -252,6 +256,9 @@ class _Handler(BaseHTTPRequestHandler):
             asked = parse_qs(self.body.decode()).get("paths") or json.loads(self.body or b"{}").get("paths", [])
             entries = {entry["path"]: entry for path in asked for entry in _tree(files, path.rpartition("/")[0], recursive=False)}
             self._send_json([entries[path] for path in asked if path in entries])
+        elif rest == ["auth-check"]:
+            self._require_granted(stored)
+            self._send_json({})
         elif not rest or rest[0] == "revision":
             commit = self._commit(stored, rest[1] if rest else "main")
             siblings = [{"rfilename": path} for path in stored.commits[commit]]
@@ -266,8 +273,7 @@ class _Handler(BaseHTTPRequestHandler):
         name, stored, rest = self._repository(kind, parts)
         if rest[:1] != ["resolve"] or len(rest) < 3:
             raise _RefusedError(404, "EntryNotFound")
-        if stored.granted is not None and self.token not in stored.granted:
-            raise _RefusedError(403 if self.token else 401, "GatedRepo", "Access to the model is restricted")
+        self._require_granted(stored)
         path = "/".join(rest[2:])
         commit, content = self._find(kind, name, rest[1], path)
         if size_of(content) < LFS_BYTES:

@@ -58,6 +58,16 @@ def resolve_commit(repository: Repository) -> Commit:
     return Commit(repository, found.resolved)
 
 
+def require_access(repository: Repository) -> None:
+    """Ask the hub whether the files of a repository may be read.
+
+    Raises:
+        BaseError, DataError: they may not.
+    """
+    with explained(repository):
+        _client().HfApi().auth_check(repository.id, repo_type=repository.kind)
+
+
 def snapshot_folder(commit: Commit) -> Path:
     """Return where the hub's cache has, or would have, the files of the commit on this machine."""
     from huggingface_hub import constants

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -66,18 +66,26 @@ class _Failure:
 def _explain(error: BaseException, repository: Repository) -> OrchestratorError:
     """Return the error for the first exception in the chain of causes that says what happened."""
     chain = list(_chain(error))
-    for rows, links in ((EXPLANATIONS, chain), (LAST, reversed(chain))):
+    for rows, links in ((EXPLANATIONS, chain), (LAST, chain[::-1])):
         for link in links:
-            names = {kind.__name__ for kind in type(link).__mro__}
-            status = getattr(getattr(link, "response", None), "status_code", None)
-            for name, code, tell in rows:
-                if name in names and code in (None, status):
-                    return tell(_Failure(link, repository))
+            if (tell := _explanation(link, rows)) is not None:
+                return tell(_Failure(link, repository))
     return hub_error(
         repository,
         f"the hub's client failed ({type(error).__name__})",
         remedy=f"see what `{repository.download_command}` says; with it in the cache this is not needed",
     )
+
+
+def is_told(error: BaseException) -> bool:
+    """Return whether an exception or one of its causes is the hub's or the network's."""
+    return any(_explanation(link, EXPLANATIONS) is not None for link in _chain(error))
+
+
+def _explanation(link: BaseException, rows: Sequence[Explanation]) -> Callable[[_Failure], OrchestratorError] | None:
+    names = {kind.__name__ for kind in type(link).__mro__}
+    status = getattr(getattr(link, "response", None), "status_code", None)
+    return next((tell for name, code, tell in rows if name in names and code in (None, status)), None)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -252,7 +260,6 @@ EXPLANATIONS: tuple[Explanation, ...] = (
     ("GatedRepoError", None, _gated),
     ("RevisionNotFoundError", None, _no_revision),
     ("RepositoryNotFoundError", None, _missing),
-    ("DatasetNotFoundError", None, _missing),
     ("RemoteEntryNotFoundError", None, _no_file),
     ("DisabledRepoError", None, _disabled),
     ("HfHubHTTPError", 401, _unauthorised),
@@ -267,6 +274,7 @@ EXPLANATIONS: tuple[Explanation, ...] = (
 )
 """The first that fits the first exception in the chain of causes that any of them fits."""
 LAST: tuple[Explanation, ...] = (
+    ("DatasetNotFoundError", None, _missing),
     ("LocalEntryNotFoundError", None, _offline),
     ("RevisionResolutionError", None, _offline),
     ("OSError", None, _system),
