@@ -3,8 +3,8 @@
     scripts/bench hub [--json]
 
 The server has the published config.json of Llama 3.1 70B and 30 shards with real headers, 141 GB, whose data is never made.
-The plan runs twice in fresh processes: with empty caches, and again. The exit status is 1 if more was read than the bound, or torch
-imported.
+The plan runs twice in fresh processes: with empty caches, and again. The exit status is 1 if more was read than the bound, or
+torch imported.
 """
 
 from __future__ import annotations
