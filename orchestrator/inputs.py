@@ -43,8 +43,8 @@ def plan_of(loaded: LoadedSpec, *, job: str = "", cluster_file: Path | None = No
     alone = spec.search is None and spec.finetune is not None
     chosen = cast("Job", job or ("finetune" if alone else "sweep"))
     base = locate_base(spec.base, loaded.folder)
-    loaded = with_section(loaded, chosen, base.anatomy)
-    spec, anatomy = loaded.spec, base.anatomy()
+    loaded = with_section(loaded, chosen, lambda: base.anatomy(spec.task))
+    spec, anatomy = loaded.spec, base.anatomy(loaded.spec.task)
     size, labels = measure_data(loaded)
     cluster, sha256 = cluster_of(cluster_file, address), spec_sha256(spec, chosen)
     plan = make_plan(loaded, anatomy, size, cluster, job=chosen, spec_sha256=sha256, resize=lambda step: size.with_step(*step))

@@ -16,7 +16,7 @@ from orchestrator.hub import Commit, Repository, fetch_files, list_files, resolv
 from orchestrator.hub.errors import not_cached
 from orchestrator.plan.values import RunPlan
 from orchestrator.spec.hub_ids import is_repository_id
-from orchestrator.spec.models import BaseSpec
+from orchestrator.spec.models import BaseSpec, Task
 from orchestrator.units import format_bytes
 from orchestrator.work.execution import BaseLoad
 
@@ -45,9 +45,9 @@ class FolderBase:
     def for_training(self, tell: Tell) -> Path:
         return self.folder
 
-    def anatomy(self) -> ModelAnatomy:
+    def anatomy(self, task: Task = "completion") -> ModelAnatomy:
         """Read the anatomy as far as a plan needs it."""
-        return read_anatomy(self.folder, need_weights=False)
+        return read_anatomy(self.folder, need_weights=False, task=task)
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -72,9 +72,9 @@ class HubBase:
         """What `BaseLoad` records of it beyond the folder."""
         return {"hub_id": self.hub.repository.id, "revision": self.hub.sha}
 
-    def anatomy(self) -> ModelAnatomy:
+    def anatomy(self, task: Task = "completion") -> ModelAnatomy:
         """Read the anatomy as far as a plan needs it."""
-        return read_anatomy(self.for_plan(), need_weights=False)
+        return read_anatomy(self.for_plan(), need_weights=False, task=task)
 
     def for_plan(self) -> Path:
         """Return a folder with config.json and at least the headers of the weights; fetches no weights."""

@@ -29,7 +29,7 @@ def run_finetune(loaded: LoadedSpec, *, view: RunView, address: str | None = Non
     Raises:
         OrchestratorError: any error that stops the run, see errors.py; finished work is on disk.
     """
-    loaded = with_section(loaded, "finetune", lambda: base_of(loaded, output).anatomy())
+    loaded = with_section(loaded, "finetune", lambda: base_of(loaded, output).anatomy(loaded.spec.task))
     started_at = time.time()
     with ExitStack() as stack:
         run = stack.enter_context(open_run(loaded, "finetune", output, view))

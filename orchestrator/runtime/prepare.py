@@ -177,19 +177,20 @@ def _base_in(run_folder: Path, loaded: LoadedSpec) -> Base:
 
 def _claim_base(loaded: LoadedSpec, base: Base, run: RunDirectory, view: RunView, *, finished: bool) -> tuple[ModelAnatomy, str]:
     """Read the base, fetch it where it is not on this machine, record it as the run's, and return its hash."""
+    task = loaded.spec.task
     if base.cached is None and finished:
         # A finished run is only shown: its base is not fetched again.
-        return read_anatomy(base.for_plan(), need_weights=True), read_record(run.plan, RunPlan).base_sha256
+        return read_anatomy(base.for_plan(), need_weights=True, task=task), read_record(run.plan, RunPlan).base_sha256
     if base.cached is None:
         # What can be rejected without the weights is rejected before they are fetched.
-        read_anatomy(base.for_plan(), need_weights=True)
+        read_anatomy(base.for_plan(), need_weights=True, task=task)
         check_first_rows(loaded)
 
     def tell(message: str) -> None:
         view.phase("base", message)
         run.event("base_fetched", message=message)
 
-    anatomy = read_anatomy(base.for_training(tell), need_weights=True)
+    anatomy = read_anatomy(base.for_training(tell), need_weights=True, task=task)
     return anatomy, run.claim_base(base_identity(Path(anatomy.folder), anatomy.weight_files), _hub_record(loaded.spec, base))
 
 
@@ -303,7 +304,7 @@ def reopen(run_folder: Path) -> Prepared:
         plan = read_record(run.plan, RunPlan)
         spec = _recorded_spec(run)
         base = located(plan.base)
-        anatomy = read_anatomy(base.for_training(_silent), need_weights=True)
+        anatomy = read_anatomy(base.for_training(_silent), need_weights=True, task=plan.base.task)
         run.claim_base(base_identity(Path(anatomy.folder), anatomy.weight_files), _hub_record(spec, base))
         data = read_record(run.data_summary, DataSummary)
     except BaseException:
@@ -347,14 +348,14 @@ def rehearse(loaded: LoadedSpec, job: Job, *, output: Path | None = None, cluste
         RunConflictError: the run's folder holds another run, or trained another base or other data.
         PlanError: it does not fit.
     """
-    loaded = with_section(loaded, job, lambda: base_of(loaded, output).anatomy())
+    loaded = with_section(loaded, job, lambda: base_of(loaded, output).anatomy(loaded.spec.task))
     if job == "sweep":
         require_metric(loaded)
     sha256 = spec_sha256(loaded.spec, job)
     run_folder = output_root(loaded, output).path / loaded.spec.name
     known = is_same_run(run_folder, loaded, sha256)
     base = base_of(loaded, output)
-    anatomy = read_anatomy(base.for_plan(), need_weights=True)
+    anatomy = read_anatomy(base.for_plan(), need_weights=True, task=loaded.spec.task)
     # A commit of the hub is the same by its name, and its weights need not be here.
     if known and base.hub is None:
         require_same_base(run_folder, base_identity(Path(anatomy.folder), anatomy.weight_files))

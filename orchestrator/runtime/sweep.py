@@ -44,7 +44,7 @@ def run_sweep(loaded: LoadedSpec, *, view: RunView, address: str | None = None, 
     Raises:
         OrchestratorError: whatever stops the run, see errors.py; what was done is on disk.
     """
-    loaded = with_section(loaded, "sweep", lambda: base_of(loaded, output).anatomy())
+    loaded = with_section(loaded, "sweep", lambda: base_of(loaded, output).anatomy(loaded.spec.task))
     started_at = time.time()
     with ExitStack() as stack:
         run = stack.enter_context(open_run(loaded, "sweep", output, view))
