@@ -199,4 +199,4 @@ def _ray(address: str | None) -> Finding:
 
 def _hub() -> Finding:
     offline = [name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if os.environ.get(name, "0") not in ("", "0")]
-    return Finding("hub", "ok", f"offline by {', '.join(offline)}" if offline else "runs read local folders only")
+    return Finding("hub", "ok", f"offline by {', '.join(offline)}" if offline else "used for hub ids and `hub:` data only")

@@ -138,7 +138,7 @@ def stage_bundle(inputs: BundleInputs, final: Path) -> StagedBundle:
     _copy_side_files(base, folder, generates=traits.head.supervises == "tokens")
     if traits.head.supervises == "tokens":
         _write_generation_config(base, folder, TokenizedSet.load(inputs.eval_set).stop_ids)
-    _add_artifact(Path(inputs.artifact), folder, base)
+    _add_artifact(Path(inputs.artifact), folder, inputs.base.hub_id or str(base.resolve()))
     return StagedBundle(folder, final, plan, merged)
 
 
@@ -282,10 +282,11 @@ def _write_generation_config(base: Path, folder: Path, stops: Sequence[int]) -> 
     write_json(file, written | {"eos_token_id": list(stops) if len(stops) > 1 else stops[0]})
 
 
-def _add_artifact(artifact: Path, folder: Path, base: Path) -> None:
+def _add_artifact(artifact: Path, folder: Path, base: str) -> None:
     """Add the adapter or delta itself, linked where possible, so that the trained model can be rebuilt from it.
 
-    An adapter names the base's folder as an absolute path: PEFT resolves a relative one against the current folder.
+    An adapter names the base's id on the hub (and `revision`, its commit), or its folder as an absolute path: PEFT resolves a
+    relative one against the current folder.
     """
     for name in (ADAPTER, DELTA):
         if not (artifact / name).is_dir():
@@ -295,5 +296,5 @@ def _add_artifact(artifact: Path, folder: Path, base: Path) -> None:
             link_or_copy(source, folder / name / source.name)
     config_file = folder / ADAPTER / ADAPTER_CONFIG
     if config_file.exists():
-        config = read_json(config_file) | {"base_model_name_or_path": str(base.resolve())}
+        config = read_json(config_file) | {"base_model_name_or_path": base}
         write_json(config_file, config)

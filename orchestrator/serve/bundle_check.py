@@ -8,8 +8,9 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from orchestrator.anatomy import read_anatomy
+from orchestrator.bases import located
 from orchestrator.errors import BaseError, IntegrityError, UsageError, VerificationError
-from orchestrator.serve.bundle import BundleRecord, base_weights_sha256
+from orchestrator.serve.bundle import BaseRecord, BundleRecord, base_weights_sha256
 from orchestrator.serve.verification import TrainedModel, require_passed, verify
 from orchestrator.store import Manifest, check_folder
 from orchestrator.transfer.records import VerificationFigures
@@ -30,7 +31,7 @@ def verify_bundle(
         VerificationError: a file changed, the base is another, or the distributions differ.
     """
     record = read_record(bundle)
-    folder = _there(bundle, record.base.path, base, "the base", "--base")
+    folder = _there(bundle, record.base.path, base or hub_copy(record.base), "the base", "--base")
     documents = _there(bundle, record.held_out, held_out, "the held-out documents", "--held-out")
     try:
         anatomy = read_anatomy(folder, need_weights=True, task=record.base.load.task)
@@ -94,6 +95,11 @@ def _checked(bundle: Path) -> Manifest:
             expected=error.expected or "what manifest.json says",
             remedy="do not serve it; rebuild the bundle with `orchestrator merge`",
         ) from error
+
+
+def hub_copy(base: BaseRecord) -> Path | None:
+    """Return the copy of a base from the hub in this machine's cache; None if it is not there, or no base from the hub."""
+    return located(base.load).cached if base.load.hub_id else None
 
 
 def _there(bundle: Path, recorded: str, given: Path | None, what: str, option: str) -> Path:

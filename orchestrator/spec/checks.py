@@ -9,6 +9,7 @@ from pathlib import Path
 
 from orchestrator.errors import SelectionError
 from orchestrator.spec.adapters import ADAPTER_KINDS, AdapterName
+from orchestrator.spec.hub_ids import DATA_SHAPE, HUB, is_repository_id, parse_hub_data
 from orchestrator.spec.messages import is_number, near_names
 from orchestrator.spec.models import (
     ADAPTER_KEYS,
@@ -46,11 +47,15 @@ def find_mistakes(spec: JobSpec, folder: Path) -> Iterator[Finding]:
         yield from check(spec)
     for row in UNSUPPORTED:
         for path, value in row.find(spec, folder):
-            yield Finding(path, f"{row.verdict}: {row.title}; found {value!r}", _hub_hint(path, value) or row.remedy)
+            yield Finding(path, f"{row.verdict}: {row.title}; found {value!r}", row.remedy)
+    yield from _misspelt_sample(spec, folder)
 
 
-def _hub_hint(path: KeyPath, value: str) -> str:
-    return "did you mean sample?" if path == ("base", "model") and near_names(value, ["sample"]) else ""
+def _misspelt_sample(spec: JobSpec, folder: Path) -> Iterator[Finding]:
+    """`smaple` would be looked for on the hub, where models without an organisation have such names."""
+    model = spec.base.model
+    if model != "sample" and is_repository_id(model) and near_names(model, ["sample"]) and not (folder / model).exists():
+        yield Finding(("base", "model"), f"there is no folder {model!r}", "did you mean sample?")
 
 
 def _step_size(spec: JobSpec) -> Iterator[Finding]:
@@ -366,6 +371,8 @@ def _paths(spec: JobSpec) -> Iterator[Finding]:
     for path, text in texts.items():
         if isinstance(text, str) and not text.strip():
             yield Finding(path, "the path is empty")
+        if isinstance(text, str) and path[0] == "data" and text.startswith(HUB) and parse_hub_data(text) is None:
+            yield Finding(path, f"not a data set of the hub: {text!r}", f"write {DATA_SHAPE}")
     for name in ("eval", "test"):
         text = getattr(spec.data, name)
         if isinstance(text, str) and is_number(text):

@@ -42,9 +42,9 @@ class BaseSpec(Section):
     """The pretrained model."""
 
     model: str
-    """A hub id, a folder, or `sample`."""
+    """A folder, `sample`, or the id of a model on the Hugging Face hub (`org/name`)."""
     revision: str | None = None
-    """A hub revision; recorded in the bundle."""
+    """Branch, tag or commit of a hub id; its commit is recorded."""
     quantize: Quantize = "none"
     """How the frozen weights are held in memory."""
     trust_remote_code: bool = False
