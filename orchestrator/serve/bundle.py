@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import transformers
 from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from orchestrator.anatomy.weights import INDEX
 from orchestrator.data import TokenizedSet, load_tokenizer, padding
@@ -34,7 +35,7 @@ from orchestrator.serve.shards import link_or_copy
 from orchestrator.serve.side_files import GENERATION, LeftOut, copy_side_files
 from orchestrator.serve.verification import TrainedModel, require_passed
 from orchestrator.spec.models import Task
-from orchestrator.spec.tasks import TASKS, HeadTraits
+from orchestrator.spec.tasks import TASKS
 from orchestrator.store import commit_folder, read_json, sha256_file, versions, write_json
 from orchestrator.transfer.records import TransferReport, VerificationFigures
 from orchestrator.values import Value, content_hash
@@ -124,25 +125,26 @@ def stage_bundle(inputs: BundleInputs, final: Path) -> StagedBundle:
     write_json(folder / "config.json", bundle_config(json.loads((base / "config.json").read_bytes()), plan))
     generates = inputs.base.traits.head.supervises == "tokens"
     weights = {INDEX, *(tensor.file for tensor in inputs.anatomy.tensors.values())}
-    side = copy_side_files(base, folder, generates=generates, merged=weights)
+    left_out = copy_side_files(base, folder, generates=generates, merged=weights)
     if generates:
         _write_generation_config(base, folder, TokenizedSet.load(inputs.eval_set).stop_ids)
-    _add_artifact(inputs, folder)
-    return StagedBundle(folder, final, plan, merged, side.left_out)
+    _add_artifact(Path(inputs.artifact), folder, inputs.base.hub_id or str(base.resolve()))
+    return StagedBundle(folder, final, plan, merged, left_out)
 
 
 def bundle_config(config: dict[str, Any], plan: MergePlan) -> dict[str, Any]:
     """Return the base's config.json with the changes that the merged model needs."""
     config = dict(config)
-    head = TASKS[plan.task].head
-    config["architectures"] = served_classes(config, head)
+    if not TASKS[plan.task].head.is_new:
+        config["architectures"] = served_classes(config, TASKS[plan.task].head.auto_model)
     if config["model_type"] in CONFIG_MAPPING:
         # Training loaded transformers' own class: code that the base brings besides is not what was trained.
         config.pop("auto_map", None)
     if plan.unties_head:
         # The trained head differs from the embeddings, so transformers must not tie them again on loading.
         config["tie_word_embeddings"] = False
-    if head.is_new:
+    if TASKS[plan.task].head.is_new:
+        config["architectures"] = [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[config["model_type"]]]
         config["id2label"] = {str(number): name for number, name in enumerate(plan.class_names)}
         config["label2id"] = {name: number for number, name in enumerate(plan.class_names)}
         config["problem_type"] = "single_label_classification"
@@ -153,17 +155,17 @@ def bundle_config(config: dict[str, Any], plan: MergePlan) -> dict[str, Any]:
     return config
 
 
-def served_classes(config: Mapping[str, Any], head: HeadTraits) -> list[str]:
-    """Return the `architectures` of a bundle: the class that transformers loads for this config and head.
+def served_classes(config: Mapping[str, Any], auto_model: str) -> list[str]:
+    """Return the `architectures` of a bundle: the class that transformers' `auto_model` loads for this config.
 
     The base's config may name another head, or none, and servers choose the class by it. The class of a model of which the
     language model is only a part (`text_config`) stays, since the bundle has the whole model's weights.
     """
     named: list[str] = list(config.get("architectures") or ())
-    if named and "text_config" in config and not head.is_new:
+    if named and "text_config" in config:
         return named
     # From model types to names of classes; the public mapping would import the model's code.
-    names: dict[str, str] = getattr(transformers, head.auto_model)._model_mapping._model_mapping
+    names: dict[str, str] = getattr(transformers, auto_model)._model_mapping._model_mapping
     loaded = names.get(config["model_type"])
     return named if loaded is None or loaded in named else [loaded]
 
@@ -280,13 +282,12 @@ def _write_generation_config(base: Path, folder: Path, stops: Sequence[int]) -> 
     write_json(file, written | {"eos_token_id": list(stops) if len(stops) > 1 else stops[0]})
 
 
-def _add_artifact(inputs: BundleInputs, folder: Path) -> None:
+def _add_artifact(artifact: Path, folder: Path, base: str) -> None:
     """Add the adapter or delta itself, linked where possible, so that the trained model can be rebuilt from it.
 
-    An adapter names its base for `AutoPeftModel.from_pretrained`: by hub id and revision if the spec does, else by the absolute
-    path of the base's folder, since PEFT resolves a relative one against the current folder.
+    An adapter names the base's id on the hub (and `revision`, its commit), or its folder as an absolute path: PEFT resolves a
+    relative one against the current folder.
     """
-    artifact = Path(inputs.artifact)
     for name in (ADAPTER, DELTA):
         if not (artifact / name).is_dir():
             continue
@@ -295,7 +296,5 @@ def _add_artifact(inputs: BundleInputs, folder: Path) -> None:
             link_or_copy(source, folder / name / source.name)
     config_file = folder / ADAPTER / ADAPTER_CONFIG
     if config_file.exists():
-        base = inputs.hub_id or str(Path(inputs.base.folder).resolve())
-        # Not the folder's revision: a local folder has only one.
-        revision = inputs.base.revision if inputs.hub_id else None
-        write_json(config_file, read_json(config_file) | {"base_model_name_or_path": base, "revision": revision})
+        config = read_json(config_file) | {"base_model_name_or_path": base}
+        write_json(config_file, config)

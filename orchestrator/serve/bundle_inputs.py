@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Literal
 
@@ -10,9 +9,6 @@ from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.values import Value
 from orchestrator.work.execution import BaseLoad
 from orchestrator.work.trial import TrialSpec
-
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-"""Owner and name of a repository on the Hugging Face hub."""
 
 
 class BundleInputs(Value):
@@ -54,13 +50,6 @@ class BundleInputs(Value):
     """`DataSummary.inputs_sha256`."""
     spec: dict[str, object] = {}
     """Resolved spec; absolute paths are shortened to their last part in the bundle."""
-
-    @property
-    def hub_id(self) -> str:
-        """Return the base's id on the Hugging Face hub if the spec gives one; empty for a local folder."""
-        # `models/tiny` may be an id or a relative path: of a path, the base's folder ends with it.
-        is_folder = Path(self.base.folder).match(self.base_name)
-        return self.base_name if HUB_ID.fullmatch(self.base_name) and not is_folder else ""
 
 
 def base_label(name: str) -> str:

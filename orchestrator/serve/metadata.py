@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from orchestrator.serve.bundle_inputs import HUB_ID, BundleInputs, base_label
+from orchestrator.serve.bundle_inputs import BundleInputs, base_label
 from orchestrator.spec.tasks import metric_facts
 from orchestrator.transfer.records import ModelScores, TransferReport
 
 UNKNOWN = "unknown"
 """The hub's identifier for an unknown licence."""
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 LICENCE_TEXTS = (
     ("apache-2.0", r"apache license\s+version 2\.0"),
     ("mit", r"\bmit license\b|permission is hereby granted, free of charge"),
@@ -70,10 +71,11 @@ def front_matter(inputs: BundleInputs, transfer: TransferReport) -> str:
 
 def base_id(inputs: BundleInputs) -> str:
     """Return the base's hub id if the spec or the base gives one, else its name; never a path of this machine."""
-    if inputs.hub_id:
-        return inputs.hub_id
+    shown = base_label(inputs.base_name)
+    if HUB_ID.fullmatch(shown):
+        return shown
     own = _json(Path(inputs.base.folder) / "config.json").get("_name_or_path")
-    return own if isinstance(own, str) and HUB_ID.fullmatch(own) else base_label(inputs.base_name)
+    return own if isinstance(own, str) and HUB_ID.fullmatch(own) else shown
 
 
 def licence_of(base: Path) -> Licence:

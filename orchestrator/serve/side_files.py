@@ -61,16 +61,7 @@ class LeftOut(Value):
     reason: str
 
 
-@dataclass(frozen=True)
-class SideFiles:
-    """The base's files besides config and weights."""
-
-    copied: tuple[str, ...]
-    """Paths relative to the base's folder."""
-    left_out: tuple[LeftOut, ...]
-
-
-def copy_side_files(base: Path, folder: Path, *, generates: bool, merged: Iterable[str] = ()) -> SideFiles:
+def copy_side_files(base: Path, folder: Path, *, generates: bool, merged: Iterable[str] = ()) -> tuple[LeftOut, ...]:
     """Copy the base's side files into the bundle's folder, and those of its subfolders.
 
     Symbolic links are followed: a snapshot of the hub's cache consists of links. A file that cannot be read is left out.
@@ -81,20 +72,16 @@ def copy_side_files(base: Path, folder: Path, *, generates: bool, merged: Iterab
         generates: Whether the model generates text.
         merged: Weight files that the bundle has in merged form; they are not listed.
 
+    Returns:
+        What was left out, by path.
+
     Raises:
         OSError: the bundle's folder cannot be written to.
     """
     # The bundle's own config counts: the base's may name code that the bundle does not need.
     found = _Sorting(base, generates, frozenset(merged), has_code=_names_code([folder / "config.json", *base.glob("*.json")]))
-    copied: list[str] = []
-    left_out: list[LeftOut] = []
-    for path, reason in found.entries():
-        reason = reason or _copy(base / path, folder / path)
-        if reason:
-            left_out.append(LeftOut(path=path, reason=reason))
-        else:
-            copied.append(path)
-    return SideFiles(tuple(copied), tuple(left_out))
+    left_out = ((path, reason or _copy(base / path, folder / path)) for path, reason in found.entries())
+    return tuple(LeftOut(path=path, reason=reason) for path, reason in left_out if reason)
 
 
 @dataclass(frozen=True)

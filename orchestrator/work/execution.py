@@ -72,6 +72,9 @@ class BaseLoad(Value):
     num_classes: int = 0
     class_names: tuple[str, ...] = ()
     revision: str | None = None
+    """The hub's commit; of a local folder what the spec says."""
+    hub_id: str = ""
+    """Id of the repository on the hub that `folder` is a copy of; empty for a local folder."""
 
     @property
     def traits(self) -> TaskTraits:
