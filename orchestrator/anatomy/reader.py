@@ -13,6 +13,7 @@ from orchestrator.anatomy.values import ModelAnatomy, TensorInfo
 from orchestrator.anatomy.weights import INDEX, SINGLE, read_weights
 from orchestrator.errors import BaseError
 from orchestrator.samples import SAMPLE_BASE
+from orchestrator.spec.tasks import Task
 from orchestrator.values import content_hash
 
 TRAINABLE_DTYPES = ("F32", "BF16", "F16")
@@ -25,7 +26,7 @@ def resolve_base(model: str, spec_folder: Path) -> Path:
     return (spec_folder / Path(model).expanduser()).resolve()
 
 
-def read_anatomy(folder: Path | str, *, need_weights: bool) -> ModelAnatomy:
+def read_anatomy(folder: Path | str, *, need_weights: bool, task: Task = "completion") -> ModelAnatomy:
     """Read blocks, names, shapes and types of a base from config.json and safetensors headers only.
 
     Without weights in the folder the tensors are those that the config implies, in its dtype, and `has_weights` is False:
@@ -36,6 +37,7 @@ def read_anatomy(folder: Path | str, *, need_weights: bool) -> ModelAnatomy:
     Args:
         folder: Folder with config.json.
         need_weights: True if the base is to be trained.
+        task: What it is to be trained for: decides which class is loaded, and so which tensors it needs.
 
     Raises:
         BaseError: see `read_values`, `read_config` and `read_weights`; weights missing but needed, quantized, or not what the

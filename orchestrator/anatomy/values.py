@@ -8,8 +8,27 @@ from orchestrator.spec.adapters import ADAPTER_KINDS, PLAIN_LORA, AdapterKind, A
 from orchestrator.values import Value
 
 
+class StoredPart(Value):
+    """A stored tensor that holds a part of a parameter: one expert's matrix, or some rows of a fused one."""
+
+    name: str
+    """Name in the file."""
+    file: str
+    shape: tuple[int, ...]
+    """Shape in the file."""
+    dtype: str
+    index: tuple[int, ...] = ()
+    """Position in the parameter's leading dimensions: (expert,)."""
+    start: int = 0
+    """First row of the remaining dimensions that the part covers, after `transposed`; it covers as many as it has."""
+    axis: int = 0
+    """The remaining dimension along which `start` counts."""
+    transposed: bool = False
+    """True if the file holds the part's transpose (its last two dimensions swapped)."""
+
+
 class TensorInfo(Value):
-    """One stored tensor. `file` is relative to the base's folder; empty if only the config is known."""
+    """One parameter as it is stored. `file` is relative to the base's folder; empty if only the config is known."""
 
     name: str
     shape: tuple[int, ...]
@@ -18,6 +37,8 @@ class TensorInfo(Value):
     file: str = ""
     stored_name: str = ""
     """Name in the file, if different: some checkpoints omit the backbone's prefix."""
+    parts: tuple[StoredPart, ...] = ()
+    """The stored tensors that together are this parameter, if it is not stored as one; `file` is then that of the first."""
 
     @property
     def num_elements(self) -> int:
@@ -42,6 +63,28 @@ class Experts(Value):
     """MLP width of the shared expert, which every token passes through; 0 if there is none."""
 
 
+class Ways(Value):
+    """What a class allows, found out by trying (`train.model.self_test`): how rows are laid out and losses computed.
+
+    The defaults are those of the layouts in the table. `reasons` says for each that is not the default what was seen.
+    """
+
+    packs: bool = True
+    """Restarting positions keep the documents of a row apart. Otherwise every document has a row of its own."""
+    pads: bool = True
+    """Padding at the end of a row changes nothing before it. Otherwise a micro-batch is one row without padding."""
+    projects: bool = True
+    """The logits are the output projection of the last hidden states, scaled and capped as the anatomy says. Otherwise the
+    class's own logits are computed, at every position."""
+    injects: bool = True
+    """Stored hidden states can stand in for the blocks below a cut. Otherwise nothing is stored."""
+    attention: Literal["by_document", "sdpa", "eager"] = "by_document"
+    """The best implementation of attention that the class supports: `sdpa` if it computes a whole row alone, `eager` if
+    transformers has no fused kernel for it."""
+    reasons: dict[str, str] = {}
+    """Name of a field above -> what was seen."""
+
+
 class ModelAnatomy(Value):
     """The structure of a base, from config.json and safetensors headers only.
 
@@ -50,7 +93,7 @@ class ModelAnatomy(Value):
     """
 
     model_type: str
-    kind: Literal["decoder", "encoder"]
+    kind: Literal["decoder", "encoder", "encoder_decoder"]
     folder: str
     """Absolute path of the base's folder."""
     has_weights: bool
@@ -104,6 +147,28 @@ class ModelAnatomy(Value):
     """Config key and rate of dropout in blocks or embeddings during training; empty if there is none."""
     plan_only: str = ""
     """Why a base of this layout can be planned for but not trained; empty if it can be trained."""
+    source: Literal["table", "class", "names"] = "table"
+    """Where the layout is from: the table (`layouts/`), the transformers class itself, built without memory, or the names of the
+    stored tensors."""
+    architecture: str = ""
+    """The transformers class that is loaded for the task; empty for a layout of the table, which the task's auto class finds."""
+    ways: Ways = Ways()
+    block_kinds: tuple[int, ...] = ()
+    """For each block the number of its kind: blocks of one kind have equal names, shapes and costs. Empty if all are alike."""
+    transposed: tuple[str, ...] = ()
+    """Weights that multiply from the right, [in, out] (GPT-2's Conv1D) or [experts, in, out]."""
+    routers: tuple[tuple[str, ...], ...] = ()
+    """For each block the weights and biases that choose its experts; empty for a base without experts."""
+    logit_scale: float = 1.0
+    """Factor of the logits after the output projection (Granite, Cohere)."""
+    logit_cap: float = 0.0
+    """Logits are cap * tanh(logits / cap) after scaling (Gemma 2); 0 if they are not capped."""
+    tied_names: tuple[tuple[str, ...], ...] = ()
+    """Groups of parameter names that share one tensor, other than the output projection; the first is the one in `tensors`."""
+    others: tuple[str, ...] = ()
+    """Parameters outside the text model (vision and audio towers, projectors): frozen, and kept as they are."""
+    extra: tuple[TensorInfo, ...] = ()
+    """Stored tensors that the class does not have (layers for multi-token prediction, value heads)."""
     new_tensors: tuple[TensorInfo, ...] = ()
     """Tensors, except the classifier, that `classify` needs and the checkpoint omits (an encoder's pooler): initialised and
     trained with it."""

@@ -60,7 +60,8 @@ def _with_fitting_layers(loaded: LoadedSpec) -> LoadedSpec:
 
 
 def _anatomy(loaded: LoadedSpec) -> ModelAnatomy:
-    return read_anatomy(resolve_base(loaded.spec.base.model, loaded.folder), need_weights=False)
+    folder = resolve_base(loaded.spec.base.model, loaded.folder)
+    return read_anatomy(folder, need_weights=False, task=loaded.spec.task)
 
 
 def default_search(anatomy: ModelAnatomy) -> SearchSpec:

@@ -130,7 +130,7 @@ def prepare(
     if job == "sweep" and cluster is not None:
         require_metric(loaded)
     view.phase("base", "reading and hashing the base model's files")
-    anatomy = read_anatomy(resolve_base(spec.base.model, loaded.folder), need_weights=True)
+    anatomy = read_anatomy(resolve_base(spec.base.model, loaded.folder), need_weights=True, task=spec.task)
     base = Path(anatomy.folder)
     base_sha256 = run.claim_base(base_identity(base, anatomy.weight_files))
     known = _read_known(run, base, base_sha256)
@@ -262,7 +262,7 @@ def reopen(run_folder: Path) -> Prepared:
     try:
         plan = read_record(run.plan, RunPlan)
         spec = _recorded_spec(run)
-        anatomy = read_anatomy(Path(plan.base.folder), need_weights=True)
+        anatomy = read_anatomy(Path(plan.base.folder), need_weights=True, task=plan.base.task)
         run.claim_base(base_identity(Path(anatomy.folder), anatomy.weight_files))
         data = read_record(run.data_summary, DataSummary)
     except BaseException:
@@ -308,7 +308,8 @@ def rehearse(loaded: LoadedSpec, job: Job, *, output: Path | None = None, cluste
     sha256 = spec_sha256(loaded.spec, job)
     run_folder = output_root(loaded, output).path / loaded.spec.name
     known = is_same_run(run_folder, loaded, sha256)
-    anatomy = read_anatomy(resolve_base(loaded.spec.base.model, loaded.folder), need_weights=True)
+    folder = resolve_base(loaded.spec.base.model, loaded.folder)
+    anatomy = read_anatomy(folder, need_weights=True, task=loaded.spec.task)
     if known:
         require_same_base(run_folder, base_identity(Path(anatomy.folder), anatomy.weight_files))
     run = RunFolder(run_folder)

@@ -33,7 +33,7 @@ def verify_bundle(
     folder = _there(bundle, record.base.path, base, "the base", "--base")
     documents = _there(bundle, record.held_out, held_out, "the held-out documents", "--held-out")
     try:
-        anatomy = read_anatomy(folder, need_weights=True)
+        anatomy = read_anatomy(folder, need_weights=True, task=record.base.load.task)
     except BaseError as error:
         raise VerificationError(f"the base cannot be read: {error.what}", where=str(folder), remedy=error.remedy) from error
     files = {tensor.file for tensor in anatomy.tensors.values()}
