@@ -28,6 +28,10 @@ WEIGHTS = (
 STALE: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("hidden", (".*",)),
     ("the bundle has its own", ("config.json", "README*", "modelcard.json", "manifest.json", "spec.json", "adapter", "delta")),
+    (
+        "may hold a secret",
+        ("*.pem", "*.key", "token", "token.*", "*[-_]token", "*[-_]token.*", "*secret*", "*credential*", "*password*"),
+    ),
     ("weights of the base", (*WEIGHTS, "*.index.json")),
     ("adapter of the base", ("adapter_*",)),
     (
