@@ -124,8 +124,8 @@ def stage_bundle(inputs: BundleInputs, final: Path) -> StagedBundle:
     base = Path(inputs.base.folder)
     write_json(folder / "config.json", bundle_config(json.loads((base / "config.json").read_bytes()), plan))
     generates = inputs.base.traits.head.supervises == "tokens"
-    weights = {INDEX, *(tensor.file for tensor in inputs.anatomy.tensors.values())}
-    left_out = copy_side_files(base, folder, generates=generates, merged=weights)
+    replaced = {"config.json", INDEX, *(tensor.file for tensor in inputs.anatomy.tensors.values())}
+    left_out = copy_side_files(base, folder, generates=generates, replaced=replaced)
     if generates:
         _write_generation_config(base, folder, TokenizedSet.load(inputs.eval_set).stop_ids)
     _add_artifact(Path(inputs.artifact), folder, inputs.base.hub_id or str(base.resolve()))

@@ -27,7 +27,7 @@ WEIGHTS = (
 )
 STALE: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("hidden", (".*",)),
-    ("the bundle has its own", ("config.json", "README*", "modelcard.json", "manifest.json", "spec.json", "adapter", "delta")),
+    ("the bundle has its own", ("README*", "modelcard.json", "manifest.json", "spec.json", "adapter", "delta")),
     (
         "may hold a secret",
         ("*.pem", "*.key", "token", "token.*", "*[-_]token", "*[-_]token.*", "*secret*", "*credential*", "*password*"),
@@ -65,7 +65,7 @@ class LeftOut(Value):
     reason: str
 
 
-def copy_side_files(base: Path, folder: Path, *, generates: bool, merged: Iterable[str] = ()) -> tuple[LeftOut, ...]:
+def copy_side_files(base: Path, folder: Path, *, generates: bool, replaced: Iterable[str] = ()) -> tuple[LeftOut, ...]:
     """Copy the base's side files into the bundle's folder, and those of its subfolders.
 
     Symbolic links are followed: a snapshot of the hub's cache consists of links. A file that cannot be read is left out.
@@ -74,7 +74,7 @@ def copy_side_files(base: Path, folder: Path, *, generates: bool, merged: Iterab
         base: The base's folder.
         folder: The bundle's folder. Its config.json is written already.
         generates: Whether the model generates text.
-        merged: Weight files that the bundle has in merged form; they are not listed.
+        replaced: Files of the base's folder that the bundle has in another form (config, merged weights); they are not listed.
 
     Returns:
         What was left out, by path.
@@ -82,8 +82,11 @@ def copy_side_files(base: Path, folder: Path, *, generates: bool, merged: Iterab
     Raises:
         OSError: the bundle's folder cannot be written to.
     """
-    # The bundle's own config counts: the base's may name code that the bundle does not need.
-    found = _Sorting(base, generates, frozenset(merged), has_code=_names_code([folder / "config.json", *base.glob("*.json")]))
+    absent = frozenset(replaced)
+    copied = (file for file in base.glob("*.json") if file.name not in absent and not _stale(file.name))
+    # Of config.json the bundle's counts: the base's may name code that the bundle does not need.
+    has_code = any(_json_object(file).get("auto_map") for file in (folder / "config.json", *copied))
+    found = _Sorting(base, generates, absent, has_code)
     left_out = ((path, reason or _copy(base / path, folder / path)) for path, reason in found.entries())
     return tuple(LeftOut(path=path, reason=reason) for path, reason in left_out if reason)
 
@@ -94,14 +97,14 @@ class _Sorting:
 
     base: Path
     generates: bool
-    merged: frozenset[str]
+    replaced: frozenset[str]
     has_code: bool
 
     def entries(self) -> Iterator[tuple[str, str]]:
         """Return (path, reason why it is left out; empty if it is copied) of each file, or of a folder left out whole."""
         whole = _module_folders(self.base)
         for entry in sorted(self.base.iterdir()):
-            if entry.name in self.merged:
+            if entry.name in self.replaced:
                 continue
             if not entry.is_dir():
                 yield entry.name, self._reason(entry)
@@ -119,8 +122,7 @@ class _Sorting:
         for file in inside:
             if file.is_dir():
                 yield f"{folder.name}/{file.name}/", "below the first level of subfolders"
-            elif file.name == "config.json" or (has_weights and _matches(file.name, WEIGHTS)):
-                # Names that are stale beside the model belong to the module here.
+            elif has_weights and _matches(file.name, WEIGHTS):
                 yield f"{folder.name}/{file.name}", self._size(file)
             else:
                 yield f"{folder.name}/{file.name}", self._reason(file)
@@ -166,11 +168,6 @@ def _copy(source: Path, target: Path) -> str:
     target.parent.mkdir(exist_ok=True)
     target.write_bytes(content)
     return ""
-
-
-def _names_code(configs: Sequence[Path]) -> bool:
-    """Return whether the first or one of the others that is copied names Python files (`auto_map`)."""
-    return any(_json_object(file).get("auto_map") for file in (configs[0], *(f for f in configs[1:] if not _stale(f.name))))
 
 
 def _module_folders(base: Path) -> frozenset[str]:

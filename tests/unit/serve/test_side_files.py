@@ -36,7 +36,6 @@ COME_ALONG = (
     "params.json",
 )
 STAY = (
-    "config.json",
     "README.md",
     "manifest.json",
     "spec.json",
@@ -72,6 +71,7 @@ STAY = (
     "adapter/README.md",
     "1_Pooling/deeper/file.json",
 )
+REPLACED = ("config.json", "model.safetensors")
 LEFT_OUT = {
     *(path for path in STAY if "/" not in path),
     *(".cache/", "original/", "onnx/", "checkpoint-500/", "runs/", "adapter/", "1_Pooling/deeper/"),
@@ -100,17 +100,17 @@ def in_bundle(base: Path) -> set[str]:
     return {str(file.relative_to(bundle)) for file in bundle.rglob("*") if file.is_file()} - {"config.json"}
 
 
-def copied(base: Path, *, generates: bool = True, merged: tuple[str, ...] = ()) -> tuple[set[str], dict[str, str]]:
+def copied(base: Path, *, generates: bool = True, replaced: tuple[str, ...] = ()) -> tuple[set[str], dict[str, str]]:
     """Return (files in the bundle, what was left out and why)."""
-    left_out: tuple[LeftOut, ...] = copy_side_files(base, base.parent / "bundle", generates=generates, merged=merged)
+    left_out: tuple[LeftOut, ...] = copy_side_files(base, base.parent / "bundle", generates=generates, replaced=replaced)
     return in_bundle(base), {each.path: each.reason for each in left_out}
 
 
 def test_every_small_file_comes_along_but_the_stale_ones(base_of: Callable[..., Path]):
-    base = base_of(*COME_ALONG, *STAY, "model.safetensors")
-    files, left_out = copied(base, merged=("model.safetensors",))
+    base = base_of(*COME_ALONG, *STAY, *REPLACED)
+    files, left_out = copied(base, replaced=REPLACED)
     assert files == set(COME_ALONG)
-    assert set(left_out) == LEFT_OUT, "and what stays behind is recorded, but for the merged weights"
+    assert set(left_out) == LEFT_OUT, "and what stays behind is recorded, but for what the bundle has in another form"
     assert all(left_out.values())
     assert (base.parent / "bundle" / "NOTICE").read_text() == "NOTICE"
 
@@ -171,7 +171,7 @@ def test_code_comes_along_if_a_configuration_names_it(base_of: Callable[..., Pat
         (base.parent / "bundle" / "config.json").write_text(names)
     elif named_by != "nothing":
         (base / named_by).write_text(names)
-    files, left_out = copied(base)
+    files, left_out = copied(base, replaced=REPLACED)
     assert ("tokenization_own.py" in files) == (named_by != "nothing")
     assert left_out.get("tokenization_own.py") == (side_files.NO_CODE if named_by == "nothing" else None)
 
