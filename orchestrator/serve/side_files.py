@@ -46,7 +46,7 @@ STALE: tuple[tuple[str, tuple[str, ...]], ...] = (
         ),
     ),
     ("data or log", ("*.jsonl", "*.csv", "*.tsv", "*.parquet", "*.arrow", "*.log", "*.ipynb", "*.sh", "*.zip", "*.gz", "*.tar")),
-    ("picture or paper of the base's model card", ("*.png", "*.jpg", "*.jpeg", "*.gif", "*.webp", "*.svg", "*.mp4", "*.pdf")),
+    ("picture of the base's model card", ("*.png", "*.jpg", "*.jpeg", "*.gif", "*.webp", "*.svg", "*.mp4")),
     ("folder of caches or logs", ("__pycache__", "runs", "logs", "wandb", "mlruns")),
 )
 """Reason, and patterns of lower-case names (of files and of folders) that are left out for it."""
