@@ -14,6 +14,8 @@ from orchestrator.spec.models import Task, Tune
 from orchestrator.spec.policy import Policy, parse_policy
 from orchestrator.spec.tasks import TASKS
 
+NEW_ROWS = "new_rows"
+"""Attribute of the embeddings and the output projection, in a branch that trains the rows of new tokens alone."""
 ROUNDING = 1e-9
 """Tolerance for shares of the blocks: 0.1 x 30 is slightly more than 3 in binary floating point."""
 
@@ -32,10 +34,16 @@ def select(
     """Sort every parameter into trainable, adapted and frozen, and find the cut.
 
     `full` trains all parameters of the blocks (norms, biases, experts too), `lora` adapts all their linear layers (a router
-    and routed experts are not linear layers here). Embeddings and the final norm stay frozen. `+head` (or `head`) adds the
-    output projection, for `full` with its bias; a tied one is untied first. `classify` has no output projection: it trains its
-    own new classifier under every policy but `none`, together with the other tensors that the checkpoint does not have
-    (`ModelAnatomy.new_tensors`); there `head` is only that classifier, which `full` trains whatever `tune` says.
+    and routed experts are not linear layers here). Embeddings and the final norm stay frozen, unless the policy adds them:
+
+    - `+head` (or `head`): the output projection, for `full` with its bias; a tied one is untied first.
+    - `+embeddings`: the input embeddings, and with them a tied output projection.
+    - `+new_tokens`: the rows of the tokens that `base.add_tokens` names, in the embeddings and in the output projection.
+    - `+norms`: the final norm, and with `lora` the norms of the blocks.
+
+    What learns in the embeddings puts the cut at 0. `classify` has no output projection: it trains its own new classifier under
+    every policy but `none`, together with the other tensors that the checkpoint does not have (`ModelAnatomy.new_tensors`);
+    there `head` is only that classifier, which `full` trains whatever `tune` says.
 
     `top:F` selects the best-scored blocks, `num_of_share` of them. Without scores the selection is `pending`; a share of 1 is
     every block and needs none.
@@ -51,7 +59,7 @@ def select(
     parsed = parse_policy(policy)
     head_is_new = TASKS[task].head.is_new
     if head_is_new:
-        parsed = Policy(parsed.kind, parsed.count, parsed.ranges, parsed.fraction)
+        parsed = parsed.without_head
         if num_classes < 2 and parsed.kind != "none":
             raise SelectionError(f"{num_classes} classes", expected="at least two", remedy="check the label column")
     if anatomy.kind == "encoder" and not TASKS[task].head.encoders:
@@ -169,9 +177,7 @@ def _blocks(parsed: Policy, anatomy: ModelAnatomy, written: str, scores: Sequenc
             inside = [number for number in numbers if number < count]
             if len(inside) < len(numbers):
                 outside = ", ".join(str(number) for number in numbers[len(inside) :][:4])
-                near = (
-                    str(Policy("blocks", ranges=_runs(inside), with_head=parsed.with_head)) if inside else f"blocks:{count - 1}"
-                )
+                near = str(Policy("blocks", ranges=_runs(inside), extras=parsed.extras)) if inside else f"blocks:{count - 1}"
                 raise _out_of_range(written, anatomy, f"block {outside}", f"did you mean {near}?")
             return numbers
         case "top":
@@ -221,6 +227,51 @@ def _stored_names(anatomy: ModelAnatomy, task: Task) -> Iterable[str]:
     return (name for name in anatomy.tensors if name not in head)
 
 
+def is_norm(anatomy: ModelAnatomy, name: str) -> bool:
+    """Return whether a parameter of a block belongs to a norm: a vector of a module that is named as one."""
+    module = name.split(".")[-2].lower()
+    return len(anatomy.tensors[name].shape) == 1 and ("norm" in module or module.startswith("ln_"))
+
+
+def _besides(anatomy: ModelAnatomy, parsed: Policy, blocks: list[int], tune: Tune, task: Task) -> dict[str, int]:
+    """Return what is trained besides the blocks' matrices and the head: parameter name -> number of elements."""
+    names: list[str] = []
+    if "embeddings" in parsed.extras:
+        names += anatomy.embeddings
+    if "norms" in parsed.extras:
+        names += [name for block in blocks for name in anatomy.blocks[block] if tune == "lora" and is_norm(anatomy, name)]
+        names += anatomy.final_norm
+    found = {name: anatomy.tensors[name].num_elements for name in names}
+    if "new_tokens" in parsed.extras:
+        found |= {name: len(anatomy.new_rows) * anatomy.hidden_size for name in new_row_names(anatomy, task)}
+    return found
+
+
+def new_row_names(anatomy: ModelAnatomy, task: Task) -> tuple[str, ...]:
+    """Return the parameters that `+new_tokens` trains, [new tokens, hidden]: rows of the embeddings and, unless it is tied to
+    them, of the output projection.
+
+    Raises:
+        SelectionError: `base.add_tokens` names no token.
+    """
+    if not anatomy.new_rows:
+        raise SelectionError(
+            "`+new_tokens` trains the rows of new tokens, and the spec names none",
+            expected="base.add_tokens: a list of tokens",
+            remedy="list them in base.add_tokens, or write +embeddings to train all rows",
+        )
+    embedding = anatomy.embeddings[0].removesuffix("weight") + NEW_ROWS
+    head = anatomy.head_weight.removesuffix("weight") + NEW_ROWS
+    return (embedding,) if anatomy.tied or TASKS[task].head.is_new else (embedding, head)
+
+
+def _cut(anatomy: ModelAnatomy, parsed: Policy, blocks: list[int]) -> int:
+    """Return the first block whose input depends on what is trained, or that holds anything trained."""
+    if {"embeddings", "new_tokens"} & set(parsed.extras):
+        return 0
+    return min(blocks, default=anatomy.num_blocks)
+
+
 def _full(
     anatomy: ModelAnatomy, parsed: Policy, blocks: list[int], head: list[str], task: Task, num_classes: int
 ) -> LayerSelection:
@@ -229,6 +280,9 @@ def _full(
     elements = sum(
         anatomy.tensors[name].num_elements if name in anatomy.tensors else _head_elements(anatomy) for name in learning
     )
+    besides = _besides(anatomy, parsed, blocks, "full", task)
+    learning += besides
+    elements += sum(besides.values())
     new = _new_names(anatomy, task, parsed)
     taken = set(learning)
     return LayerSelection(
@@ -238,7 +292,7 @@ def _full(
         trainable=tuple(learning + new),
         adapted=(),
         frozen=tuple(name for name in _stored_names(anatomy, task) if name not in taken),
-        cut=min(blocks, default=anatomy.num_blocks),
+        cut=_cut(anatomy, parsed, blocks),
         blocks=tuple(blocks),
         unties_head=bool(head) and anatomy.tied,
         new_classifier=bool(new),
@@ -270,8 +324,10 @@ def _adapted(
         )
     shapes = [anatomy.tensors[name].shape for name in adapted] + [(anatomy.vocab_size, anatomy.hidden_size)] * len(head)
     elements = sum(ADAPTER_KINDS[adapter.kind].num_elements(shape, lora_rank) for shape in shapes)
-    new = _new_names(anatomy, task, parsed)
-    taken = {*adapted, *head}
+    besides = _besides(anatomy, parsed, blocks, "lora", task)
+    elements += sum(besides.values())
+    new = [*besides, *_new_names(anatomy, task, parsed)]
+    taken = {*adapted, *head, *besides}
     return LayerSelection(
         policy=str(parsed),
         tune="lora",
@@ -280,10 +336,10 @@ def _adapted(
         trainable=tuple(new),
         adapted=tuple(adapted + head),
         frozen=tuple(name for name in _stored_names(anatomy, task) if name not in taken),
-        cut=min(blocks, default=anatomy.num_blocks),
+        cut=_cut(anatomy, parsed, blocks),
         blocks=tuple(blocks),
         unties_head=bool(head) and anatomy.tied,
-        new_classifier=bool(new),
+        new_classifier=len(new) > len(besides),
         num_trainable_parameters=elements + _new_elements(anatomy, task, parsed, num_classes),
     )
 

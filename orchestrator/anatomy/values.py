@@ -169,6 +169,8 @@ class ModelAnatomy(Value):
     """Parameters outside the text model (vision and audio towers, projectors): frozen, and kept as they are."""
     extra: tuple[TensorInfo, ...] = ()
     """Stored tensors that the class does not have (layers for multi-token prediction, value heads)."""
+    new_rows: tuple[int, ...] = ()
+    """Ids of the tokens that `base.add_tokens` names: the rows that `+new_tokens` trains."""
     new_tensors: tuple[TensorInfo, ...] = ()
     """Tensors, except the classifier, that `classify` needs and the checkpoint omits (an encoder's pooler): initialised and
     trained with it."""
