@@ -243,33 +243,32 @@ def _besides(anatomy: ModelAnatomy, parsed: Policy, blocks: list[int], tune: Tun
         names += anatomy.final_norm
     found = {name: anatomy.tensors[name].num_elements for name in names}
     if "new_tokens" in parsed.extras:
-        found |= {name: len(anatomy.new_rows) * anatomy.hidden_size for name in new_row_names(anatomy, task)}
+        found |= dict.fromkeys(_new_row_names(anatomy, parsed, tune, task), len(anatomy.new_rows) * anatomy.hidden_size)
     return found
 
 
-def new_row_names(anatomy: ModelAnatomy, task: Task) -> tuple[str, ...]:
+def _new_row_names(anatomy: ModelAnatomy, parsed: Policy, tune: Tune, task: Task) -> tuple[str, ...]:
     """Return the parameters that `+new_tokens` trains, [new tokens, hidden]: rows of the embeddings and, unless it is tied to
-    them, of the output projection.
-
-    Raises:
-        SelectionError: `base.add_tokens` names no token.
-    """
+    them or trained whole, of the output projection."""
     if not anatomy.new_rows:
         raise SelectionError(
             "`+new_tokens` trains the rows of new tokens, and the spec names none",
             expected="base.add_tokens: a list of tokens",
             remedy="list them in base.add_tokens, or write +embeddings to train all rows",
         )
-    embedding = anatomy.embeddings[0].removesuffix("weight") + NEW_ROWS
-    head = anatomy.head_weight.removesuffix("weight") + NEW_ROWS
-    return (embedding,) if anatomy.tied or TASKS[task].head.is_new else (embedding, head)
+    wants_head = parsed.with_head or parsed.kind == "head"
+    if wants_head and tune == "lora" and not TASKS[task].head.is_new:
+        raise SelectionError(
+            f"{parsed}: with LoRA the output projection gets an adapter or rows of new tokens, not both",
+            expected="a policy without head, or tune: full",
+            remedy="remove +head",
+        )
+    embedding, head = (name.removesuffix("weight") + NEW_ROWS for name in (anatomy.embeddings[0], anatomy.head_weight))
+    return (embedding,) if wants_head or anatomy.tied or TASKS[task].head.is_new else (embedding, head)
 
 
-def _cut(anatomy: ModelAnatomy, parsed: Policy, blocks: list[int]) -> int:
-    """Return the first block whose input depends on what is trained, or that holds anything trained."""
-    if {"embeddings", "new_tokens"} & set(parsed.extras):
-        return 0
-    return min(blocks, default=anatomy.num_blocks)
+def _trains_embeddings(parsed: Policy) -> bool:
+    return not {"embeddings", "new_tokens"}.isdisjoint(parsed.extras)
 
 
 def _full(
@@ -292,7 +291,8 @@ def _full(
         trainable=tuple(learning + new),
         adapted=(),
         frozen=tuple(name for name in _stored_names(anatomy, task) if name not in taken),
-        cut=_cut(anatomy, parsed, blocks),
+        cut=0 if _trains_embeddings(parsed) else min(blocks, default=anatomy.num_blocks),
+        trains_embeddings=_trains_embeddings(parsed),
         blocks=tuple(blocks),
         unties_head=bool(head) and anatomy.tied,
         new_classifier=bool(new),
@@ -336,7 +336,8 @@ def _adapted(
         trainable=tuple(new),
         adapted=tuple(adapted + head),
         frozen=tuple(name for name in _stored_names(anatomy, task) if name not in taken),
-        cut=_cut(anatomy, parsed, blocks),
+        cut=0 if _trains_embeddings(parsed) else min(blocks, default=anatomy.num_blocks),
+        trains_embeddings=_trains_embeddings(parsed),
         blocks=tuple(blocks),
         unties_head=bool(head) and anatomy.tied,
         new_classifier=len(new) > len(besides),

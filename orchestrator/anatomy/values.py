@@ -206,6 +206,8 @@ class LayerSelection(Value):
     pending: bool = False
     """True for a policy by score whose blocks are not known yet. Equally many of the largest blocks replace them, with the cut
     at 0, so that no choice needs more memory. It is used for planning and never trained."""
+    trains_embeddings: bool = False
+    """True if anything below the first block is trained, so that gradients pass through every block."""
     unties_head: bool = False
     """True if the tied output projection is copied before training."""
     new_classifier: bool = False

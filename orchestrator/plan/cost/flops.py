@@ -8,7 +8,7 @@ head size), k the share of the blocks above the cut.
 
 from __future__ import annotations
 
-from orchestrator.anatomy.selection import is_attention
+from orchestrator.anatomy.selection import NEW_ROWS, is_attention
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.plan.data_size import DataSize
 from orchestrator.plan.estimates import FlopTerm
@@ -151,7 +151,9 @@ def _adapter_terms(
 def runs_head_twice(anatomy: ModelAnatomy, selection: LayerSelection, execution: ExecutionPlan, data: DataSize) -> bool:
     """Return whether logits are computed again in the backward pass: for a head with an adapter, or a partitioned one, whose
     float32 logits of a micro-batch need several chunks. Any other head computes its gradient together with the loss."""
-    plain = anatomy.head_weight not in selection.adapted and not (execution.executor == "deepspeed" and execution.zero_stage == 3)
+    own_rows = any(name.endswith(NEW_ROWS) for name in selection.trainable)
+    adapted = own_rows or anatomy.head_weight in selection.adapted
+    plain = not adapted and not (execution.executor == "deepspeed" and execution.zero_stage == 3)
     positions = execution.micro_batch_rows * execution.row_tokens * data.supervised_share
     return not (data.num_classes or plain) and 4 * positions * anatomy.vocab_size > LOGIT_CHUNK_BYTES
 
@@ -247,7 +249,7 @@ def _without_gradient(anatomy: ModelAnatomy, selection: LayerSelection) -> tuple
     # The second-last component of a parameter's name is its module: `model.layers.0.self_attn.q_proj.weight` -> `q_proj`.
     readers = [name for name in linears if name.split(".")[-2] in QUERY_KEY_VALUE]
     # A policy by score is planned with its cut at 0 while its blocks are unknown: there, everything may have a gradient.
-    if selection.pending or not readers or set(names) & set(selection.trainable):
+    if selection.pending or selection.trains_embeddings or not readers or set(names) & set(selection.trainable):
         return 0, False
     after = [name for name in linears if is_attention(anatomy, name) and name not in readers]
     mlp = [name for name in linears if not is_attention(anatomy, name)]

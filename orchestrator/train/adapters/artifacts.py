@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from orchestrator.anatomy.selection import NEW_ROWS
 from orchestrator.anatomy.values import LayerSelection, TensorInfo
 from orchestrator.errors import IntegrityError, OrchestratorError, TrainingError
 from orchestrator.spec.adapters import PLAIN_LORA, AdapterOptions
@@ -32,6 +33,7 @@ from orchestrator.work.artifact import (
     DELTA,
     DELTA_FILE,
     PEFT_PREFIX,
+    PEFT_ROWS,
     Artifact,
     read_artifact,
 )
@@ -57,7 +59,7 @@ class ReadyArtifact:
             target = folder / ADAPTER
             target.mkdir(parents=True)
             self.about.save_pretrained(str(target))
-            named = {PEFT_PREFIX + name: tensor for name, tensor in self.tensors.items()}
+            named = {PEFT_PREFIX + _peft_name(name): tensor for name, tensor in self.tensors.items()}
             save_file(named, target / ADAPTER_FILE, self.metadata)
             return target
         target = folder / DELTA
@@ -65,6 +67,11 @@ class ReadyArtifact:
         save_file(dict(self.tensors), target / DELTA_FILE, self.metadata)
         (target / "delta.json").write_text(json.dumps(self.about, indent=2) + "\n")
         return target
+
+
+def _peft_name(name: str) -> str:
+    """Return PEFT's name of a trained tensor, which differs for the rows of new tokens."""
+    return name.removesuffix(f".{NEW_ROWS}") + PEFT_ROWS if name.endswith(f".{NEW_ROWS}") else name
 
 
 def ready_artifact(branch: Branch, tensors: Mapping[str, torch.Tensor]) -> ReadyArtifact:
@@ -87,6 +94,7 @@ def ready_artifact(branch: Branch, tensors: Mapping[str, torch.Tensor]) -> Ready
             "policy": selection.policy,
             "base_config_sha256": branch.base.anatomy.config_sha256,
             "trainable": sorted(whole),
+            "new_rows": list(branch.base.anatomy.new_rows) if any(name.endswith(NEW_ROWS) for name in whole) else [],
             "unties_head": selection.unties_head,
             "new_classifier": selection.new_classifier,
             "task": branch.base.load.task,
@@ -140,7 +148,8 @@ def _own_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 def _peft_config(branch: Branch) -> LoraConfig:
     selection = branch.selection
-    modules = sorted({name.rpartition(".")[0] for name in selection.trainable})
+    rows = {name.removesuffix(f".{NEW_ROWS}") for name in selection.trainable if name.endswith(f".{NEW_ROWS}")}
+    modules = sorted({name.rpartition(".")[0] for name in selection.trainable} - rows)
     options: dict[str, Any] = dict(selection.adapter_kind.peft_options)
     return LoraConfig(
         task_type=TaskType[branch.base.load.traits.head.peft_task],
@@ -154,6 +163,7 @@ def _peft_config(branch: Branch) -> LoraConfig:
         **options,
         target_modules=sorted(name.rpartition(".")[0] for name in selection.adapted),
         modules_to_save=modules or None,
+        trainable_token_indices={name: list(branch.base.anatomy.new_rows) for name in sorted(rows)} or None,
     )
 
 
@@ -239,6 +249,7 @@ def selection_of(base: LoadedBase, folder: Path) -> tuple[LayerSelection, int]:
         adapted=tuple(artifact.adapters),
         frozen=tuple(name for name, _ in base.model.named_parameters() if name not in learns),
         cut=min(blocks, default=anatomy.num_blocks),
+        trains_embeddings=any(name.startswith(anatomy.embeddings[0].removesuffix("weight")) for name in artifact.whole),
         unties_head=anatomy.tied and anatomy.head_weight in learns,
         new_classifier=anatomy.classifier_weight in learns,
         num_trainable_parameters=sum(info.num_elements for info in stored.values()),
