@@ -356,6 +356,26 @@ def _normal(text: str, spec: JobSpec) -> str:
     return str(policy)
 
 
+def _new_tokens(spec: JobSpec) -> Iterator[Finding]:
+    seen: set[str] = set()
+    for number, token in enumerate(spec.base.add_tokens):
+        if not token.strip():
+            yield Finding(("base", "add_tokens", number), "the token is empty or white space", "remove it")
+        elif token in seen:
+            yield Finding(("base", "add_tokens", number), f"the token {token!r} is a duplicate", "remove one")
+        seen.add(token)
+    written: list[tuple[KeyPath, str]] = []
+    if spec.search is not None:
+        written += [(("search", "layers", number), text) for number, text in enumerate(spec.search.layers)]
+        written += [(("search", "points", number, "layers"), point.layers) for number, point in enumerate(spec.search.points)]
+    if spec.finetune is not None:
+        written.append((("finetune", "layers"), spec.finetune.layers))
+    for path, text in written:
+        if not spec.base.add_tokens and "+new_tokens" in _normal(text, spec):
+            remedy = "list the new tokens in base.add_tokens, or write +embeddings to train all rows"
+            yield Finding(path, "`+new_tokens` trains the rows of the tokens in base.add_tokens, and there is none", remedy)
+
+
 def _paths(spec: JobSpec) -> Iterator[Finding]:
     sources = () if isinstance(spec.data.train, str) else spec.data.train
     if not isinstance(spec.data.train, str) and not sources:
@@ -385,5 +405,6 @@ CHECKS: tuple[Callable[[JobSpec], Iterator[Finding]], ...] = (
     _controls,
     _remedies,
     _duplicates,
+    _new_tokens,
     _paths,
 )
