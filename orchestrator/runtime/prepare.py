@@ -139,7 +139,9 @@ def prepare(
     view.phase("data", "reading and tokenising")
     with output_to(run.data, remedy=WRITABLE, only_full=True):
         planned_sha256 = known.plan.data.sets_sha256 if known.plan is not None else ""
-        data = prepare_data(loaded, base.for_data(), run.data, keep_sets=run.was_planned, planned_sha256=planned_sha256)
+        data = prepare_data(
+            loaded, base.for_data(), run.data, anatomy=anatomy, keep_sets=run.was_planned, planned_sha256=planned_sha256
+        )
     if cluster is None:
         assert known.plan is not None, "the run has no plan any more: planning it again"
         return Prepared(spec, run, anatomy, data, known.plan)
@@ -362,7 +364,7 @@ def rehearse(loaded: LoadedSpec, job: Job, *, output: Path | None = None, cluste
     run = RunFolder(run_folder)
     planned = _read(run.plan, RunPlan) if known else None
     with tempfile.TemporaryDirectory(prefix="orchestrator-data-") as folder:
-        data = prepare_data(loaded, base.for_data(), Path(folder))
+        data = prepare_data(loaded, base.for_data(), Path(folder), anatomy=anatomy)
         before = _read(run.data_summary, DataSummary) if planned is not None else None
         if before is not None and _hashes(before) != _hashes(data):
             what = "the data has changed since this run began"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.errors import SelectionError
@@ -357,8 +357,28 @@ def _normal(text: str, spec: JobSpec) -> str:
     except SelectionError:
         return text
     if spec.traits.head.is_new:  # there is no output projection that `+head` could add
-        policy = replace(policy, with_head=False)
+        policy = policy.without("head")
     return str(policy)
+
+
+def _new_tokens(spec: JobSpec) -> Iterator[Finding]:
+    seen: set[str] = set()
+    for number, token in enumerate(spec.base.add_tokens):
+        if not token.strip():
+            yield Finding(("base", "add_tokens", number), "the token is empty or white space", "remove it")
+        elif token in seen:
+            yield Finding(("base", "add_tokens", number), f"the token {token!r} is a duplicate", "remove one")
+        seen.add(token)
+    written: list[tuple[KeyPath, str]] = []
+    if spec.search is not None:
+        written += [(("search", "layers", number), text) for number, text in enumerate(spec.search.layers)]
+        written += [(("search", "points", number, "layers"), point.layers) for number, point in enumerate(spec.search.points)]
+    if spec.finetune is not None:
+        written.append((("finetune", "layers"), spec.finetune.layers))
+    for path, text in written:
+        if not spec.base.add_tokens and "+new_tokens" in _normal(text, spec):
+            remedy = "list the new tokens in base.add_tokens, or write +embeddings to train all rows"
+            yield Finding(path, "`+new_tokens` trains the rows of the tokens in base.add_tokens, and there is none", remedy)
 
 
 def _paths(spec: JobSpec) -> Iterator[Finding]:
@@ -392,5 +412,6 @@ CHECKS: tuple[Callable[[JobSpec], Iterator[Finding]], ...] = (
     _controls,
     _remedies,
     _duplicates,
+    _new_tokens,
     _paths,
 )

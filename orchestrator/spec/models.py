@@ -49,6 +49,8 @@ class BaseSpec(Section):
     """How the frozen weights are held in memory."""
     trust_remote_code: bool = False
     """Whether code that comes with the model may run."""
+    add_tokens: tuple[str, ...] = ()
+    """New tokens: the base gets a row for each that it lacks, the mean of its other rows; `+new_tokens` trains these rows."""
     merge_into: Literal["auto", "original"] = "auto"
     """What the winner is merged into: `auto`: the base as trained (dequantized if quantized); `original`: the 16-bit base."""
     extra_tensors: ExtraTensors = "keep"
