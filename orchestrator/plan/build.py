@@ -181,7 +181,7 @@ def _check_quantizable(spec: JobSpec, anatomy: ModelAnatomy, found: Machines) ->
     if spec.base.quantize != "nf4" or found.device != "cpu":
         return
     for name in (name for block in anatomy.linears for name in block):
-        width = anatomy.tensors[name].shape[-1]
+        width = anatomy.matrix_shape(name)[-1]
         if width % NF4_BLOCK:
             raise BaseError(
                 f"nf4 on a CPU does not support {name}: {width} columns",

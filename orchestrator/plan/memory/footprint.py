@@ -79,7 +79,7 @@ def make_footprint(
     for the next trial, so that nothing has to be copied to restore them. A tied head is stored once.
     """
     matrices = {name for block in anatomy.linears for name in block} if quantize != "none" else set[str]()
-    quantized = {name: quantized_bytes(anatomy.tensors[name].shape, quantize, element_bytes) for name in matrices}
+    quantized = {name: quantized_bytes(anatomy.matrix_shape(name), quantize, element_bytes) for name in matrices}
     head_bytes = anatomy.vocab_size * anatomy.hidden_size * element_bytes
     loaded = {
         name: quantized[name].total if name in quantized else tensor.num_elements * element_bytes
@@ -108,7 +108,7 @@ def make_footprint(
         head_bytes=head_bytes,
         quantized=quantize != "none",
         scratch_bytes=max(
-            (dequantize_scratch_bytes(anatomy.tensors[name].shape, quantize, element_bytes) for name in opened), default=0
+            (dequantize_scratch_bytes(anatomy.matrix_shape(name), quantize, element_bytes) for name in opened), default=0
         ),
         learning_blocks=anatomy.num_blocks - selection.cut if learns else 0,
         kept_token_bytes=sum(block.kept_bytes for block in above),
