@@ -91,12 +91,11 @@ def make_footprint(
     waiting = [name for name in selection.trainable if name in quantized]
     still = (*selection.frozen, *selection.adapted, *waiting)
     opened = matrices.difference(waiting)
-    learning = set(selection.trainable)
+    learning, learns = set(selection.trainable), bool(selection.trainable or selection.adapted)
     blocks = [
         sum(anatomy.tensors[name].num_elements * element_bytes if name in learning else loaded[name] for name in block)
         for block in anatomy.blocks
     ]
-    learns = bool(selection.trainable or selection.adapted)
     every = activations(anatomy, selection, element_bytes)
     above = every[selection.cut :] if learns else []
     return Footprint(
