@@ -268,7 +268,7 @@ def _adapted(
             expected=f"some of {', '.join(module_names(anatomy))}",
             remedy="choose other modules, or other blocks",
         )
-    shapes = [anatomy.tensors[name].shape for name in adapted] + [(anatomy.vocab_size, anatomy.hidden_size)] * len(head)
+    shapes = [anatomy.matrix_shape(name) for name in adapted] + [(anatomy.vocab_size, anatomy.hidden_size)] * len(head)
     elements = sum(ADAPTER_KINDS[adapter.kind].num_elements(shape, lora_rank) for shape in shapes)
     new = _new_names(anatomy, task, parsed)
     taken = {*adapted, *head}

@@ -214,6 +214,14 @@ class ModelAnatomy(Value):
     """Tensors, except the classifier, that `classify` needs and the checkpoint omits (an encoder's pooler): initialised and
     trained with it."""
 
+    def matrix_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a weight as (out, in), whichever way its parameter lies; of the output projection too where it is
+        tied."""
+        if name not in self.tensors and name == self.head_weight:
+            return (self.vocab_size, self.hidden_size)
+        shape = self.tensors[name].shape
+        return (*shape[:-2], shape[-1], shape[-2]) if name in self.transposed else shape
+
     @property
     def weight_files(self) -> list[str]:
         """Names of the files in the base's folder that hold its tensors."""

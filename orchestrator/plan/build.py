@@ -125,22 +125,22 @@ def _plan_on(
         row_tokens=schedule.row_tokens(spec, anatomy, data),
         tokens_per_step=schedule.tokens_per_step(spec, data),
         whole_adapters=anchor is not None,
+        one_row=not anatomy.ways.pads,
     )
     num_trials = spec.search.num_trials if job == "sweep" and spec.search is not None else 1
     untouched, head = (_footprint(spec, anatomy, data, _control(policy, spec, anatomy, data)) for policy in ("none", "head"))
     # The controls `none` and `head` run on the trials' gangs, so their memory is estimated for the same candidate.
     gangs = arrange(head, found, loaded, load, num_trials, anchor=anchor, job=job)
-    refit = refit_candidate(found, spec, load, gangs)
+    refit, fused = refit_candidate(found, spec, load, gangs), _most_fused(spec, anatomy, choices, load, gangs, found)
     options, room = _options(choices, load.footprints, gangs.candidate), found.room(gangs.candidate.ranks, gangs.num_gangs)
-    pack, fused = schedule.packs(spec), _most_fused(spec, anatomy, choices, load, gangs, found)
     shared: dict[str, Any] = {
         "name": spec.name,
         "spec_sha256": spec_sha256,
         "base": _base_load(spec, anatomy, data),
         "num_parameters": anatomy.num_parameters(),
         "data": data,
-        "execution": execution_plan(gangs.candidate, found, gangs.num_gangs, spec, pack=pack),
-        "refit_execution": execution_plan(refit, found, 1, spec, pack=pack),
+        "execution": execution_plan(gangs.candidate, found, gangs.num_gangs, spec, anatomy),
+        "refit_execution": execution_plan(refit, found, 1, spec, anatomy),
         "num_gangs": gangs.num_gangs,
         "head_memory": estimate(head, gangs.candidate).device if job == "sweep" else None,
         "base_memory": estimate(untouched, gangs.candidate).device,
@@ -180,7 +180,7 @@ def _check_quantizable(spec: JobSpec, anatomy: ModelAnatomy, found: Machines) ->
     if spec.base.quantize != "nf4" or found.device != "cpu":
         return
     for name in (name for block in anatomy.linears for name in block):
-        width = anatomy.tensors[name].shape[-1]
+        width = anatomy.matrix_shape(name)[-1]
         if width % NF4_BLOCK:
             raise BaseError(
                 f"nf4 on a CPU does not support {name}: {width} columns",

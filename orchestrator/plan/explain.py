@@ -48,7 +48,25 @@ def _base_warnings(anatomy: ModelAnatomy) -> Iterator[str]:
         yield f"a base of type {anatomy.model_type} can be planned but not trained: {anatomy.plan_only}"
 
 
+WAY_NOTES = {
+    "packs": "documents are not packed: each has a row of its own, in micro-batches of documents of about equal length",
+    "pads": "rows are not padded: a micro-batch is one document",
+    "projects": "the class's own logits are computed at every position, not at supervised ones only",
+}
+"""What it means that a class does not allow a way, by the name of its field in `Ways`; `plan.trunk` tells of stored states."""
+
+
+def _way_notes(spec: JobSpec, anatomy: ModelAnatomy) -> Iterator[str]:
+    """Explain how the base is trained where its class does not allow the usual way."""
+    new_head = spec.traits.head.is_new
+    for field, note in WAY_NOTES.items():
+        if not getattr(anatomy.ways, field) and (field == "pads" or not new_head):
+            seen = anatomy.ways.reasons.get(field)
+            yield f"{note} ({seen})" if seen else note
+
+
 def _base_notes(spec: JobSpec, anatomy: ModelAnatomy) -> Iterator[str]:
+    yield from _way_notes(spec, anatomy)
     if anatomy.experts is None:
         return
     yield "LoRA adapts the attention (and shared experts): routed experts are stacked in one tensor, which it leaves frozen"

@@ -18,7 +18,6 @@ ADAPTER, DELTA = "adapter", "delta"
 ADAPTER_FILE, ADAPTER_CONFIG, DELTA_FILE = "adapter_model.safetensors", "adapter_config.json", "delta.safetensors"
 PEFT_PREFIX = "base_model.model."
 UNSUPPORTED: dict[str, object] = {
-    "fan_in_fan_out": False,
     "bias": "none",
     "rank_pattern": {},
     "alpha_pattern": {},
@@ -77,11 +76,10 @@ class Artifact(Value):
             self._check_selection(selection, anatomy)
 
     def _check_adapter(self, name: str, adapter: StoredAdapter, anatomy: ModelAnatomy) -> None:
-        shapes = {name: info.shape for name, info in anatomy.tensors.items()}
-        shapes.setdefault(anatomy.head_weight, (anatomy.vocab_size, anatomy.hidden_size))
-        if name not in shapes:
-            raise _unknown(self.folder, name, shapes)
-        shape = shapes[name]
+        known = {*anatomy.tensors, anatomy.head_weight}
+        if name not in known:
+            raise _unknown(self.folder, name, known)
+        shape = anatomy.matrix_shape(name)
         found = {suffix: info.shape for suffix, info in adapter.tensors.items()}
         expected = ADAPTER_KINDS[adapter.kind].shapes(shape, adapter.lora_rank) if len(shape) == 2 else {}
         if found != expected:

@@ -182,13 +182,12 @@ def adapter_elements(anatomy: ModelAnatomy, selection: LayerSelection) -> tuple[
     stored = [name for name in selection.adapted if name != anatomy.head_weight]
     head = (anatomy.vocab_size, anatomy.hidden_size)
     on_head = kind.multiplied_elements(head, lora_rank) if len(stored) < len(selection.adapted) else 0
-    return sum(kind.multiplied_elements(anatomy.tensors[name].shape, lora_rank) for name in stored), on_head
+    return sum(kind.multiplied_elements(anatomy.matrix_shape(name), lora_rank) for name in stored), on_head
 
 
 def adapter_elements_per_pass(anatomy: ModelAnatomy, selection: LayerSelection) -> int:
     """Return the multiply-adds of all adapters in a forward pass that do not depend on its number of tokens."""
-    kind, head = selection.adapter_kind, (anatomy.vocab_size, anatomy.hidden_size)
-    shapes = (anatomy.tensors[name].shape if name in anatomy.tensors else head for name in selection.adapted)
+    kind, shapes = selection.adapter_kind, map(anatomy.matrix_shape, selection.adapted)
     return sum(kind.elements_per_pass(shape, selection.lora_rank or 0) for shape in shapes)
 
 

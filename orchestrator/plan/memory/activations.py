@@ -108,7 +108,7 @@ def _by_adapters(anatomy: ModelAnatomy, selection: LayerSelection, names: list[s
     kernel's takes a byte), in place of the inputs that several would share.
     """
     kind, lora_rank = selection.adapter_kind, selection.lora_rank or 0
-    shapes = [anatomy.tensors[name].shape for name in names]
+    shapes = [anatomy.matrix_shape(name) for name in names]
     kept = sum(kind.kept_elements(shape, lora_rank) for shape in shapes)
     if not selection.adapter.dropout:
         return kept

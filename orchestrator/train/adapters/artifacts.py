@@ -153,6 +153,8 @@ def _peft_config(branch: Branch) -> LoraConfig:
         bias="none",
         **options,
         target_modules=sorted(name.rpartition(".")[0] for name in selection.adapted),
+        # PEFT's word for weights that lie [in, out]; it sets the option back for each layer of the other kind.
+        fan_in_fan_out=not set(selection.adapted).isdisjoint(branch.base.anatomy.transposed),
         modules_to_save=modules or None,
     )
 
