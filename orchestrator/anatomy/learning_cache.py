@@ -7,7 +7,7 @@ import fcntl
 import gzip
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ LIBRARIES = ("transformers", "torch")
 
 def cache_folder() -> Path:
     """Return the folder of what was learned, which may not exist yet."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "orchestrator" / "anatomy"
+    own = os.environ.get("ORCHESTRATOR_CACHE")
+    return Path(own or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "orchestrator") / "anatomy"
 
 
 def key_of(values: Mapping[str, Any], stored: Mapping[str, TensorInfo] | None, head: HeadKind) -> str:
@@ -55,7 +55,7 @@ def remember(key: str, answer: Answer) -> None:
 
 
 @contextlib.contextmanager
-def locked(key: str) -> Iterator[None]:
+def locked(key: str) -> Generator[None]:
     """Hold a lock of this answer, so that processes that ask at the same time build the class once. Without a folder there is
     none."""
     try:

@@ -11,6 +11,7 @@ from orchestrator.anatomy.config import DTYPES
 from orchestrator.anatomy.values import ModelAnatomy, TensorInfo
 from orchestrator.probe import facts
 from orchestrator.probe.classes import NUM_CLASSES, Built
+from orchestrator.probe.heads import HeadNames
 from orchestrator.probe.names import NameMap
 from orchestrator.probe.structure import Structure, block_kinds
 
@@ -96,23 +97,18 @@ def tied_names(structure: Structure, head: str) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(names) for names in groups.values() if len(names) > 1)
 
 
-def assemble(built: Built, structure: Structure, names: NameMap | None, head: tuple[str, str]) -> ModelAnatomy:
+def assemble(built: Built, structure: Structure, names: NameMap | None, head: HeadNames) -> ModelAnatomy:
     """Return the anatomy of a built class.
 
     Args:
         built: The class.
         structure: Its parts.
         names: How its parameters are stored; None if only the config is known.
-        head: Names of the output projection's weight and bias.
+        head: The output projection.
     """
     config: Any = built.config
     classifier = find_classifier(structure) if built.classifies else Classifier()
-    outside = find_outside(structure, head, classifier)
-    tied = (
-        bool(head[0])
-        and head[0] in dict(structure.model.named_parameters(remove_duplicate=False))
-        and (structure.first_name(head[0]) != head[0])
-    )
+    outside = find_outside(structure, (head.weight, head.bias), classifier)
     implied = implied_tensors(structure, dtype_of(config))
     absent = {classifier.weight, classifier.bias} | (set(names.missing) if names else set(classifier.new))
     tensors = {name: tensor for name, tensor in implied.items() if name not in absent}
@@ -139,12 +135,12 @@ def assemble(built: Built, structure: Structure, names: NameMap | None, head: tu
         head_dim=head_dim,
         vocab_size=int(embedding.weight.shape[0]) if embedding is not None else 0,
         max_positions=facts.positions_of(structure),
-        tied=tied,
+        tied=head.tied,
         block_prefix=structure.blocks_module + ".{}.",
         blocks_module=structure.blocks_module,
         backbone=structure.backbone,
-        head_weight=head[0],
-        head_bias=head[1],
+        head_weight=head.weight,
+        head_bias=head.bias,
         classifier_weight=classifier.weight or "score.weight",
         classifier_bias=classifier.bias,
         embeddings=outside.embeddings,
@@ -165,7 +161,7 @@ def assemble(built: Built, structure: Structure, names: NameMap | None, head: tu
         block_kinds=kinds if any(kinds) else (),
         logit_scale=scale,
         logit_cap=cap,
-        tied_names=tied_names(structure, head[0]),
+        tied_names=tied_names(structure, head.weight),
         others=outside.others,
         extra=names.extra if names is not None else (),
         buffers=tuple(names.tensors[name] for name in names.buffers) if names is not None else (),

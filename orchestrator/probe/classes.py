@@ -11,8 +11,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto import modeling_auto
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto import configuration_auto, modeling_auto
 
 from orchestrator.anatomy.learning import Refusal
 from orchestrator.spec.tasks import HeadKind
@@ -61,11 +60,9 @@ def read_config(folder: Path, values: dict[str, Any]) -> PreTrainedConfig:
     Raises:
         RefusedError: transformers does not have the type, or its class does not accept the values.
     """
-    model_type = values.get("model_type")
-    if model_type not in CONFIG_MAPPING_NAMES:
-        raise RefusedError(
-            Refusal(kind="unknown_type", what=f"model_type {model_type!r}", known_types=tuple(sorted(CONFIG_MAPPING_NAMES)))
-        )
+    model_type, known = values.get("model_type"), tuple(sorted(vars(configuration_auto)["CONFIG_MAPPING_NAMES"]))
+    if model_type not in known:
+        raise RefusedError(Refusal(kind="unknown_type", what=f"model_type {model_type!r}", known_types=known))
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
@@ -146,10 +143,8 @@ def build(config: PreTrainedConfig, name: str) -> PreTrainedModel:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, with the name of its class if it has none."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-
-
-def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return every parameter's shape by name; of those that share one tensor, the first."""
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    """Return the first line of an error's message that says something, or the name of its class."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        return f"{lines[0]} {lines[1]}"
+    return lines[0] if lines else type(error).__name__

@@ -116,8 +116,8 @@ def experts_of(structure: Structure) -> Experts | None:
         ]
         return Experts(
             num_experts=shape[0],
-            experts_per_token=_first_int(structure.config, EXPERTS_PER_TOKEN, 1),
-            intermediate_size=shape[1] if shape[2] == hidden_size(structure) else shape[2],
+            experts_per_token=first_int(structure.config, EXPERTS_PER_TOKEN, 1),
+            intermediate_size=shape[1] if down in transposed else shape[2],
             shared_intermediate_size=max(shared, default=0),
             grouped=hasattr(module, "is_transposed"),
             balance=_balance_of(structure),
@@ -152,7 +152,8 @@ def setting(config: PreTrainedConfig, key: str) -> object:
         return max((value for value in values if isinstance(value, (int, float))), default=None)
 
 
-def _first_int(config: PreTrainedConfig, keys: tuple[str, ...], otherwise: int) -> int:
+def first_int(config: PreTrainedConfig, keys: tuple[str, ...], otherwise: int) -> int:
+    """Return the first of these values of a config that is a whole number above zero."""
     found = (setting(config, key) for key in keys)
     return next((value for value in found if isinstance(value, int) and not isinstance(value, bool) and value > 0), otherwise)
 
@@ -162,9 +163,9 @@ def heads_of(structure: Structure) -> tuple[int, int, int]:
 
     The attention modules know best: a config may leave the number of key heads to a flag (Falcon's `multi_query`).
     """
-    heads = _first_int(structure.config, HEADS, 1)
-    head_dim = _first_int(structure.config, HEAD_DIMS, 0)
-    kv_heads = _first_int(structure.config, KV_HEADS, 0)
+    heads = first_int(structure.config, HEADS, 1)
+    head_dim = first_int(structure.config, HEAD_DIMS, 0)
+    kv_heads = first_int(structure.config, KV_HEADS, 0)
     for block in structure.blocks:
         for _, module in block.named_modules():
             for key in KV_HEADS:
@@ -184,7 +185,7 @@ def heads_of(structure: Structure) -> tuple[int, int, int]:
 
 def positions_of(structure: Structure) -> int:
     """Return the number of positions a document may have: as the config says, less those that a padded table never assigns."""
-    number = _first_int(structure.config, POSITIONS, NO_LIMIT)
+    number = first_int(structure.config, POSITIONS, NO_LIMIT)
     for name, module in structure.model.named_modules():
         if isinstance(module, nn.Embedding) and "position" in name and module.padding_idx is not None:
             return min(number, module.num_embeddings - module.padding_idx - 1)
@@ -194,7 +195,7 @@ def positions_of(structure: Structure) -> int:
 def intermediate_size(structure: Structure) -> int:
     """Return the width of the MLP of a dense block, as the config or else the largest matrix back to the hidden size says."""
     widths = (mlp_widths(structure, number)[1] for number in range(len(structure.blocks)))
-    return _first_int(structure.config, INTERMEDIATE, 0) or max(widths, default=0) or 4 * hidden_size(structure)
+    return first_int(structure.config, INTERMEDIATE, 0) or max(widths, default=0) or 4 * hidden_size(structure)
 
 
 def mlp_widths(structure: Structure, number: int) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from orchestrator.probe.classes import Built, RefusedError, candidates, read_con
 from orchestrator.probe.heads import head_names
 from orchestrator.probe.names import NameMap, map_names
 from orchestrator.probe.structure import find_structure
-from orchestrator.probe.trial import tried, with_logits
+from orchestrator.probe.trial import tried
 
 Stored = dict[str, TensorInfo]
 
@@ -47,8 +47,7 @@ def learn(question: Question) -> ModelAnatomy:
     if names is not None:
         names.check(anatomy.model_type, question.folder, needed=needed(anatomy, names), head=anatomy.head_weight)
         check_blocks(anatomy, question.folder)
-    ways, logits = tried(built, structure)
-    return with_logits(anatomy, logits).model_copy(update={"ways": ways})
+    return tried(built, structure).told(anatomy)
 
 
 def choose(built: list[Built], stored: Stored | None) -> tuple[Built, NameMap | None]:
