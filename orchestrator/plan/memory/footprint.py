@@ -8,6 +8,7 @@ from math import prod
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.plan.memory.activations import BlockActivations, Peak, activations, attends_by_document
 from orchestrator.plan.memory.counted import counted_activations
+from orchestrator.plan.memory.experts import NO_EXPERTS, ExpertFootprint, expert_footprint
 from orchestrator.plan.memory.quantized import dequantize_scratch_bytes, quantized_bytes
 from orchestrator.spec.models import Quantize
 from orchestrator.work.remedies import AnchorPlan
@@ -57,6 +58,7 @@ class Footprint:
     element_bytes: int
     anchor_copies: int = 0
     """float32 values that an anchor holds per trainable element: its initial value, and for EWC its importance."""
+    experts: ExpertFootprint = NO_EXPERTS
     converted_bytes: int = 0
     """Part of the base, in the compute dtype, that its files store in another dtype: it cannot be memory-mapped and is copied
     while loading."""
@@ -117,6 +119,7 @@ def make_footprint(
         one_target_per_row=num_classes > 0,
         own_logits=not anatomy.ways.projects and num_classes == 0,
         element_bytes=element_bytes,
+        experts=expert_footprint(anatomy, selection, element_bytes),
         converted_bytes=_converted_bytes(anatomy, element_bytes),
     )
 

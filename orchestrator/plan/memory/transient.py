@@ -5,6 +5,7 @@ from __future__ import annotations
 from orchestrator.plan.estimates import MemoryTerm
 from orchestrator.plan.memory.activations import BlockActivations, Peak
 from orchestrator.plan.memory.candidate import Candidate
+from orchestrator.plan.memory.experts import expert_terms
 from orchestrator.plan.memory.footprint import Footprint
 from orchestrator.plan.memory.shards import Shards
 from orchestrator.units import MIB
@@ -71,7 +72,7 @@ def _kept_terms(footprint: Footprint, candidate: Candidate) -> list[MemoryTerm]:
     if mask:
         reason = f"{candidate.micro_batch_rows} x {candidate.row_tokens}² pairs, {where}"
         terms.append(MemoryTerm(name="attention mask", num_bytes=mask, reason=reason))
-    return terms
+    return terms + expert_terms(footprint.experts, tokens, checkpointing=candidate.checkpointing)
 
 
 def _backward_terms(footprint: Footprint, candidate: Candidate, shards: Shards) -> list[MemoryTerm]:
