@@ -1,7 +1,7 @@
 """What a kind of block costs, counted once on its class (`probe/costs.py`): memory and operations, for any selection and shape.
 
-Everything that a block allocates or computes is a constant, a part per token of a micro-batch, and a part per pair: token and
-position of its row. It is counted at three shapes, from which the three coefficients follow.
+Everything that a block allocates or computes is a part per row of a micro-batch (states), a part per token, and a part per pair:
+token and position of its row. It is counted on rows of three lengths, from which the three coefficients follow.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from orchestrator.values import Value
 class Size(Value):
     """Memory of a block: bytes of dtypes of their own, and elements of the compute dtype."""
 
-    fixed_bytes: int = 0
+    row_bytes: int = 0
     token_bytes: int = 0
     pair_bytes: int = 0
-    fixed_elements: int = 0
+    row_elements: int = 0
     token_elements: int = 0
     pair_elements: int = 0
+
+    def per_row(self, element_bytes: int) -> int:
+        return self.row_bytes + element_bytes * self.row_elements
 
     def per_token(self, element_bytes: int) -> int:
         return self.token_bytes + element_bytes * self.token_elements
@@ -38,8 +41,10 @@ class Kept(Value):
     size: Size
     passing: bool = False
     """Kept if the input of the block has a gradient."""
-    through: tuple[str, ...] = ()
-    """Modules within the block: kept if the result of one has a gradient of its own, since it is trained or adapted."""
+    adapted: bool = False
+    """Kept if the results of its linear layers have gradients of their own, since the layers are trained or adapted."""
+    others: bool = False
+    """Kept if its other parameters are trained: norms, stacked experts."""
     inputs: tuple[str, ...] = ()
     """Linear layers within the block: kept as the input of one that is trained or adapted."""
 
@@ -55,7 +60,7 @@ class Flops(Value):
 
 
 class PassFlops(Value):
-    """Operations that gradients of activations take."""
+    """Operations that the gradients of activations take."""
 
     backward: Flops
     again: Flops
@@ -84,20 +89,15 @@ class BlockCosts(Value):
     """If every linear layer is adapted, and nothing before the block is."""
     trained: PassFlops
     """If every parameter is trained, and nothing before the block is."""
-    modules: dict[str, PassFlops]
-    """If this module alone is trained or adapted: its name within the block."""
 
-    def keeps(self, kept: Collection[Kept], *, passing: bool, through: Collection[str], inputs: Collection[str]) -> list[Size]:
-        """Return what is kept of `kept` if these modules are trained or adapted.
-
-        Args:
-            kept: `kept` or `kept_by_document`.
-            passing: Whether the input of the block has a gradient.
-            through: Modules whose results have gradients of their own.
-            inputs: Linear layers whose inputs are needed.
-        """
+    def keeps(self, kept: Collection[Kept], *, passing: bool, adapted: bool, others: bool, inputs: Collection[str]) -> list[Size]:
+        """Return what of `kept` or `kept_by_document` is kept for these reasons."""
+        needed = set(inputs)
         return [
             each.size
             for each in kept
-            if (passing and each.passing) or not set(through).isdisjoint(each.through) or not set(inputs).isdisjoint(each.inputs)
+            if (passing and each.passing)
+            or (adapted and each.adapted)
+            or (others and each.others)
+            or not needed.isdisjoint(each.inputs)
         ]

@@ -294,7 +294,7 @@ def _adapted(
             expected=f"some of {', '.join(module_names(anatomy))}",
             remedy="choose other modules, or other blocks",
         )
-    shapes = [anatomy.adapted_shape(name) for name in (*adapted, *head)]
+    shapes = [anatomy.matrix_shape(name) for name in (*adapted, *head)]
     elements = sum(ADAPTER_KINDS[adapter.kind].num_elements(shape, lora_rank) for shape in shapes)
     new = _new_names(anatomy, task, parsed)
     routers = [name for block in blocks for name in anatomy.routers[block]] if parsed.with_router else []

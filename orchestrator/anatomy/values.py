@@ -243,6 +243,14 @@ class ModelAnatomy(Value):
         """Return the counted costs of a block."""
         return self.block_costs[self.block_kinds[block] if self.block_kinds else 0]
 
+    def matrix_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a weight as (out, in), of routed experts as (experts, out, in), whichever way its parameter lies;
+        of the output projection too where it is tied."""
+        if name not in self.tensors and name == self.head_weight:
+            return (self.vocab_size, self.hidden_size)
+        shape = self.tensors[name].shape
+        return (*shape[:-2], shape[-1], shape[-2]) if name in self.transposed else shape
+
     @property
     def weight_files(self) -> list[str]:
         """Names of the files in the base's folder that hold its tensors."""
@@ -260,14 +268,6 @@ class ModelAnatomy(Value):
     def routed(self) -> frozenset[str]:
         """The weights of routed experts in all blocks."""
         return frozenset(name for block in self.stacked for name in block)
-
-    def adapted_shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a weight as adapters see it, [out, in] or [experts, out, in], also if it is stored the other way
-        round; also of a tied output projection."""
-        if name == self.head_weight and name not in self.tensors:
-            return (self.vocab_size, self.hidden_size)
-        shape = self.tensors[name].shape
-        return (*shape[:-2], shape[-1], shape[-2]) if name in self.transposed else shape
 
     def num_parameters(self) -> int:
         return sum(tensor.num_elements for tensor in self.tensors.values())

@@ -12,7 +12,7 @@ from orchestrator.plan.cost import estimate as cost
 from orchestrator.plan.cost.duration import planned_duration
 from orchestrator.plan.estimates import MemoryEstimate
 from orchestrator.plan.explain import rate_note, with_explanations
-from orchestrator.plan.fusing import concurrent_trials, most_fused
+from orchestrator.plan.fusing import concurrent_trials, may_share, most_fused
 from orchestrator.plan.gangs import (
     Arrangement,
     arrange,
@@ -125,6 +125,7 @@ def _plan_on(
         row_tokens=schedule.row_tokens(spec, anatomy, data),
         tokens_per_step=schedule.tokens_per_step(spec, data),
         whole_adapters=anchor is not None,
+        one_row=not anatomy.ways.pads,
     )
     num_trials = spec.search.num_trials if job == "sweep" and spec.search is not None else 1
     untouched, head = (_footprint(spec, anatomy, data, _control(policy, spec, anatomy, data)) for policy in ("none", "head"))
@@ -132,15 +133,15 @@ def _plan_on(
     gangs = arrange(head, found, loaded, load, num_trials, anchor=anchor, job=job)
     refit = refit_candidate(found, spec, load, gangs)
     options, room = _options(choices, load.footprints, gangs.candidate), found.room(gangs.candidate.ranks, gangs.num_gangs)
-    pack, fused = schedule.packs(spec), _most_fused(spec, anatomy, choices, load, gangs, found)
+    fused = _most_fused(spec, anatomy, choices, load, gangs, found)
     shared: dict[str, Any] = {
         "name": spec.name,
         "spec_sha256": spec_sha256,
         "base": _base_load(spec, anatomy, data),
         "num_parameters": anatomy.num_parameters(),
         "data": data,
-        "execution": execution_plan(gangs.candidate, found, gangs.num_gangs, spec, pack=pack),
-        "refit_execution": execution_plan(refit, found, 1, spec, pack=pack),
+        "execution": execution_plan(gangs.candidate, found, gangs.num_gangs, spec, anatomy),
+        "refit_execution": execution_plan(refit, found, 1, spec, anatomy),
         "num_gangs": gangs.num_gangs,
         "head_memory": estimate(head, gangs.candidate).device if job == "sweep" else None,
         "base_memory": estimate(untouched, gangs.candidate).device,
@@ -297,15 +298,13 @@ def _most_fused(
     # blocks would have to be compiled again for every set of fused trials.
     if anatomy.dropout or spec.resources.compile == "on":
         return 1
-    alone = [footprint for choice, footprint in zip(choices, load.footprints, strict=True) if _may_share(choice)]
+    alone = [
+        footprint for choice, footprint in zip(choices, load.footprints, strict=True) if may_share(anatomy, choice.selection)
+    ]
     # Trials with different cuts cannot share a batch (`fuse_key`).
     kinds = {(choice.selection.cut, choice.selection.trainable) for choice in choices if not choice.selection.adapter.dropout}
     room = found.room(gangs.candidate.ranks, gangs.num_gangs)
     return most_fused(alone, gangs.candidate, load, room, spec.resources.max_fused, num_kinds=len(kinds))
-
-
-def _may_share(choice: Choice) -> bool:
-    return not choice.selection.trainable and not choice.selection.adapter.dropout
 
 
 def _with_costs(plan: RunPlan, anatomy: ModelAnatomy, found: Machines, spec: JobSpec, defaulted: str) -> RunPlan:

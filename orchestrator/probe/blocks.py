@@ -44,15 +44,14 @@ class _ReachedError(Exception):
 
 
 def capture_calls(
-    model: Any, anatomy: ModelAnatomy, mode: FakeTensorMode, wanted: Sequence[int], rows: int, length: int, *, by_document: bool
+    model: Any, anatomy: ModelAnatomy, mode: FakeTensorMode, wanted: Sequence[int], length: int, *, by_document: bool
 ) -> list[BlockCall]:
     """Run a model as training does, as far as the last block that is wanted, and return the calls of these blocks.
 
     Args:
         model: The class, with fake parameters.
         wanted: Numbers of blocks.
-        rows: Rows of the micro-batch.
-        length: Tokens of a row.
+        length: Tokens of the one row.
         by_document: Whether documents are computed one by one.
     """
     blocks = list(model.get_submodule(anatomy.blocks_module).children())
@@ -64,13 +63,13 @@ def capture_calls(
         if by_document:
             model.set_attn_implementation(BY_DOCUMENT)
             # Real numbers, since the documents' lengths are values.
-            stack.enter_context(documents_apart(model.config, torch.arange(length).expand(rows, length)))
+            stack.enter_context(documents_apart(model.config, torch.arange(length)[None]))
         stack.enter_context(torch.no_grad())
         stack.enter_context(mode)
         # Answers where a class looks at values.
         stack.enter_context(AllocationCounter())
         with suppress(_ReachedError):
-            _run(model, anatomy, rows, length)
+            _run(model, anatomy, length)
     return [calls[number] for number in wanted]
 
 
@@ -82,9 +81,9 @@ def _capture(
         raise _ReachedError
 
 
-def _run(model: Any, anatomy: ModelAnatomy, rows: int, length: int) -> None:
-    """Run a model on a micro-batch as `train.model.heads` does: every document of one token, so that they are kept apart."""
-    ids = torch.zeros(rows, length, dtype=torch.long)
+def _run(model: Any, anatomy: ModelAnatomy, length: int) -> None:
+    """Run a model on a row as `train.model.heads` does: every document of one token, so that they are kept apart."""
+    ids = torch.zeros(1, length, dtype=torch.long)
     if anatomy.kind == "decoder":
         model.get_submodule(anatomy.backbone)(input_ids=ids, position_ids=ids, use_cache=False)
     else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -20,10 +20,10 @@ from orchestrator.probe.allocations import Stored, fake_parameters
 from orchestrator.probe.blocks import BlockCall, capture_calls
 from orchestrator.probe.traces import Event, Identity, Opened, Traced, sizes, trace_block, trace_forward
 
-LENGTH = 256
-"""Tokens of a row. A multiple of the chunks in which state-space models compute a row."""
-SHAPES = ((1, LENGTH), (2, LENGTH), (1, 2 * LENGTH))
-"""Rows and their tokens: three shapes for three coefficients."""
+LENGTH = 512
+"""Tokens of the shortest row: several of the chunks in which state-space models compute a row."""
+LENGTHS = (LENGTH, 2 * LENGTH, 3 * LENGTH)
+"""Tokens of the row at each count: three for three coefficients; with more rows, all of it is in proportion."""
 LORA_RANK = 8
 """Of the adapters with which peaks are counted, where their own tensors are small; what they keep is planned for the rank asked
 for."""
@@ -52,12 +52,12 @@ def count_costs(model: nn.Module, anatomy: ModelAnatomy) -> tuple[BlockCosts, ..
     ways = (False, True) if _separates(anatomy) else (False,)
     try:
         calls = {
-            by_document: [capture_calls(model, anatomy, mode, firsts, *shape, by_document=by_document) for shape in SHAPES]
+            by_document: [capture_calls(model, anatomy, mode, firsts, length, by_document=by_document) for length in LENGTHS]
             for by_document in ways
         }
         with mode:
             return tuple(
-                _costs(names, *([shape[place] for shape in calls[way]] for way in ways)) for place, names in enumerate(linears)
+                _costs(names, *([called[place] for called in calls[way]] for way in ways)) for place, names in enumerate(linears)
             )
     except CountError:
         raise
@@ -76,122 +76,114 @@ def _within_block(anatomy: ModelAnatomy, block: int) -> tuple[str, ...]:
 
 
 def _costs(linears: Sequence[str], rows: Sequence[BlockCall], documents: Sequence[BlockCall] = ()) -> BlockCosts:
-    """Return the costs of a block from its calls at SHAPES, with whole rows and with documents one by one."""
+    """Return the costs of a block from its calls at LENGTHS, with whole rows and with documents one by one."""
 
     def adapt_all(opened: Opened) -> None:
         for name in linears:
             opened.adapt(name, LORA_RANK)
-
-    def watch_all(opened: Opened) -> None:
-        for name in linears:
-            opened.watch(name)
 
     def train_all(opened: Opened) -> None:
         opened.train(opened.block.parameters())
 
     parts = [_Parts.of(call, linears) for call in rows]
     adapted, trained = ([trace_block(call, opens, passing=True) for call in rows] for opens in (adapt_all, train_all))
-    first_adapted, first_trained = (
-        [trace_block(call, opens, passing=False) for call in rows] for opens in (watch_all, train_all)
-    )
+    first = [trace_block(call, train_all, passing=False) for call in rows]
     passing = [part.passing for part in parts]
     weights = [whole.backward_flops - part.backward_flops for whole, part in zip(trained, passing, strict=True)]
     return BlockCosts(
         kept=_kept(parts),
-        kept_by_document=_kept([_Parts.of(call, linears) for call in documents]) if documents else (),
+        kept_by_document=_kept([_Parts.of(call, linears, backward=False) for call in documents]) if documents else (),
         adapted_peaks=_peaks([traced.events for traced in adapted]),
         trained_peaks=_peaks([traced.events for traced in trained]),
         at_weight_peaks=_peaks([[event for event in traced.events if event.at_weight] for traced in trained]),
         forward_peaks=_peaks([trace_forward(call) for call in rows]),
-        forward=_flops([traced.forward_flops for traced in trained]),
+        forward=_flops([traced.forward_flops for traced in passing]),
         passing=_pass_flops(passing),
-        adapted=_pass_flops(first_adapted),
-        trained=_pass_flops(first_trained, weights),
-        modules={name: _pass_flops([part.modules[name] for part in parts]) for name in parts[0].modules},
+        adapted=_pass_flops([part.adapted for part in parts]),
+        trained=_pass_flops(first, weights),
     )
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """Passes of a block at one shape, each with one thing that has a gradient."""
+    """Passes of a block of one length, each with one kind of things that have a gradient: see `Kept`."""
 
     passing: Traced
-    modules: dict[str, Traced]
-    inputs: dict[str, dict[Identity, Stored]]
-    """What each linear layer was called with."""
+    adapted: Traced
+    others: Traced
 
     @classmethod
-    def of(cls, call: BlockCall, linears: Sequence[str]) -> _Parts:
-        passing = trace_block(call, lambda _: None, passing=True)
-        modules, inputs = dict[str, Traced](), dict[str, dict[Identity, Stored]]()
-        for name, module in call.block.named_modules():
-            own = list(module.parameters(recurse=False))
-            if not own:
-                continue
-            traced = trace_block(call, partial(_open_one, name if name in linears else None, own), passing=False)
-            # A layer whose weight another module uses is never called.
-            if name in linears and name not in traced.inputs:
-                traced = trace_block(call, partial(_open_one, None, own), passing=False)
-            modules[name] = traced
-            inputs |= traced.inputs
-        return cls(passing, modules, inputs)
+    def of(cls, call: BlockCall, linears: Sequence[str], *, backward: bool = True) -> _Parts:
+        def adapt(opened: Opened) -> None:
+            for name in linears:
+                opened.watch(name)
+
+        def train_others(opened: Opened) -> None:
+            modules = dict(opened.block.named_modules())
+            opened.train(own for name in modules.keys() - set(linears) for own in modules[name].parameters(recurse=False))
+
+        return cls(
+            passing=trace_block(call, lambda _: None, passing=True, backward=backward),
+            adapted=trace_block(call, adapt, passing=False, backward=backward),
+            others=trace_block(call, train_others, passing=False, backward=False),
+        )
 
     def kept(self) -> dict[_Reasons, tuple[int, int]]:
         """Return (elements, bytes) of what is kept, by its reasons."""
-        stored = dict(self.passing.saved)
-        for saved in (*(traced.saved for traced in self.modules.values()), *self.inputs.values()):
+        called = self.adapted.inputs
+        stored: dict[Identity, Stored] = {}
+        for saved in (self.passing.saved, self.adapted.saved, self.others.saved, *called.values()):
             stored |= saved
         by_reasons: dict[_Reasons, list[Stored]] = defaultdict(list)
         for identity, each in stored.items():
-            through = tuple(name for name, traced in self.modules.items() if identity in traced.saved)
-            inputs = tuple(name for name, called in self.inputs.items() if identity in called)
-            by_reasons[identity in self.passing.saved, through, inputs].append(each)
+            reasons = _Reasons(
+                identity in self.passing.saved,
+                identity in self.adapted.saved,
+                identity in self.others.saved,
+                tuple(name for name in called if identity in called[name]),
+            )
+            by_reasons[reasons].append(each)
         return {reasons: sizes(each) for reasons, each in by_reasons.items()}
 
 
-_Reasons = tuple[bool, tuple[str, ...], tuple[str, ...]]
-"""`passing`, `through` and `inputs` of a `Kept`."""
+class _Reasons(NamedTuple):
+    """The reasons of a `Kept`."""
 
-
-def _open_one(linear: str | None, parameters: Sequence[nn.Parameter], opened: Opened) -> None:
-    if linear is None:
-        opened.train(parameters)
-    else:
-        opened.watch(linear)
+    passing: bool
+    adapted: bool
+    others: bool
+    inputs: tuple[str, ...]
 
 
 def _kept(parts: Sequence[_Parts]) -> tuple[Kept, ...]:
     found = [part.kept() for part in parts]
-    if any(each.keys() != found[0].keys() for each in found):
-        raise CountError("what is kept hangs on the shape of the rows")
-    return tuple(
-        Kept(size=_size([each[reasons] for each in found]), passing=passing, through=through, inputs=inputs)
-        for reasons in found[0]
-        for passing, through, inputs in [reasons]
-    )
+    every = dict.fromkeys(reasons for each in found for reasons in each)
+    kept = (Kept(size=_size([each.get(reasons, (0, 0)) for each in found]), **reasons._asdict()) for reasons in every)
+    return tuple(each for each in kept if each.size != Size())
 
 
 def _size(counted: Sequence[tuple[int, int]]) -> Size:
-    """Return the coefficients of (elements, bytes) counted at SHAPES."""
-    (fixed_elements, token_elements, pair_elements), (fixed_bytes, token_bytes, pair_bytes) = (
-        tuple(round(value) for value in _coefficients(values)) for values in zip(*counted, strict=True)
-    )
+    """Return the coefficients of (elements, bytes) counted at LENGTHS."""
+    elements, num_bytes = (_coefficients(values) for values in zip(*counted, strict=True))
     return Size(
-        fixed_bytes=fixed_bytes,
-        token_bytes=token_bytes,
-        pair_bytes=pair_bytes,
-        fixed_elements=fixed_elements,
-        token_elements=token_elements,
-        pair_elements=pair_elements,
+        row_elements=round(elements[0]),
+        token_elements=round(elements[1]),
+        pair_elements=round(elements[2]),
+        row_bytes=round(num_bytes[0]),
+        token_bytes=round(num_bytes[1]),
+        pair_bytes=round(num_bytes[2]),
     )
 
 
 def _coefficients(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return (constant, per token, per pair) of what was counted at SHAPES."""
-    one, more_rows, longer = values
-    pair = (longer - more_rows) / (2 * LENGTH * LENGTH)
-    token = (more_rows - one) / LENGTH - pair * LENGTH
-    return one - token * LENGTH - pair * LENGTH * LENGTH, token, pair
+    """Return (per row, per token, per pair) of what was counted at LENGTHS."""
+    short, middle, long = values
+    pair = (long - 2 * middle + short) / (2 * LENGTH * LENGTH)
+    if pair < 0:  # not a sum of these three: a line through the longer rows
+        token = (long - middle) / LENGTH
+        return long - 3 * token * LENGTH, token, 0.0
+    token = (middle - short) / LENGTH - 3 * pair * LENGTH
+    return short - token * LENGTH - pair * LENGTH * LENGTH, token, pair
 
 
 def _flops(counted: Sequence[float]) -> Flops:
@@ -206,23 +198,27 @@ def _pass_flops(traced: Sequence[Traced], weights: Sequence[int] = (0, 0, 0)) ->
 
 
 def _peaks(events: Sequence[Sequence[Event]]) -> tuple[Size, ...]:
-    """Return the peaks that are the highest for some shape, from the events at SHAPES.
+    """Return the peaks that are the highest for some shape of rows, from the events at LENGTHS.
 
-    The same operators run at every shape, so that the highest event of each operator is compared, not the highest of all.
+    Where the same operators ran at every length, event is compared with event. A class that goes through a row in a loop has more
+    of them the longer the row is: there, the highest of each operator is compared.
     """
-    highest: list[dict[tuple[str, int], Event]] = []
-    for each in events:
-        found: dict[tuple[str, int], Event] = {}
-        for event in each:
-            if event.key not in found or event.total > found[event.key].total:
-                found[event.key] = event
-        highest.append(found)
-    common = [key for key in highest[0] if all(key in found for found in highest)]
-    return _highest([_size([(found[key].elements, found[key].num_bytes) for found in highest]) for key in common])
+    same = all([event.key for event in each] == [event.key for event in events[0]] for each in events)
+    by_key = [dict(enumerate(each)) if same else _highest_of_each(each) for each in events]
+    common = set(by_key[0]).intersection(*by_key[1:])
+    return _highest([_size([(found[key].elements, found[key].num_bytes) for found in by_key]) for key in common])
+
+
+def _highest_of_each(events: Sequence[Event]) -> dict[Any, Event]:
+    found: dict[Any, Event] = {}
+    for event in events:
+        if event.key not in found or event.total > found[event.key].total:
+            found[event.key] = event
+    return found
 
 
 def _highest(found: Sequence[Size]) -> tuple[Size, ...]:
-    """Leave out what is never the highest: another is higher per token and per pair, in 16 bits."""
+    """Leave out what is never the highest: another is higher per row, per token and per pair, in 16 bits."""
     left: list[Size] = []
     for size in sorted(found, key=_height, reverse=True):
         if not any(all(a >= b for a, b in zip(_height(other), _height(size), strict=True)) for other in left):
@@ -230,5 +226,5 @@ def _highest(found: Sequence[Size]) -> tuple[Size, ...]:
     return tuple(left)
 
 
-def _height(size: Size) -> tuple[int, int]:
-    return size.per_token(2), size.per_pair(2)
+def _height(size: Size) -> tuple[int, int, int]:
+    return size.per_token(2), size.per_pair(2), size.per_row(2)

@@ -103,7 +103,7 @@ def routers_of(structure: Structure, number: int) -> list[str]:
 def experts_of(structure: Structure) -> Experts | None:
     """Return the sizes of the mixture of experts, or None if no block has one."""
     for number in range(len(structure.blocks)):
-        stacked, _ = stacked_of(structure, number)
+        stacked, transposed = stacked_of(structure, number)
         if not stacked:
             continue
         down = next((name for name in stacked if "down" in name), stacked[-1])

@@ -160,12 +160,13 @@ class Opened:
         self._stack.callback(self.block.get_submodule(name).register_forward_hook(hook).remove)
 
 
-def trace_block(call: BlockCall, open_gradients: Callable[[Opened], None], *, passing: bool) -> Traced:
+def trace_block(call: BlockCall, open_gradients: Callable[[Opened], None], *, passing: bool, backward: bool = True) -> Traced:
     """Run a block forward and backward on fake tensors.
 
     Args:
         open_gradients: Makes something of the block require a gradient.
         passing: Whether the block's input has a gradient.
+        backward: Whether to run the backward pass too.
     """
     trace, saved = Trace(), dict[Identity, Stored]()
     with ExitStack() as stack:
@@ -184,7 +185,7 @@ def trace_block(call: BlockCall, open_gradients: Callable[[Opened], None], *, pa
             trace.add(hidden, "input")
             output = call.run(hidden)
         forward, num_stored = trace.flops, trace.num_stored
-        if output.requires_grad:
+        if backward and output.requires_grad:
             # The input and the output, which in a model are the next blocks' to keep.
             others = trace.besides(saved.values())
             gradient = torch.empty_like(output)

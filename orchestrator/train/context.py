@@ -55,6 +55,8 @@ class HostContext:
     sets: SetCache
     trunk: TrunkLibrary
     saver: Saver
+    base_test: str = ""
+    """What the self-test of the base found."""
 
     @classmethod
     def create(cls, base: LoadedBase, fingerprint: Mapping[str, str], execution: ExecutionPlan, ranks: Ranks) -> HostContext:

@@ -18,7 +18,6 @@ ADAPTER, DELTA = "adapter", "delta"
 ADAPTER_FILE, ADAPTER_CONFIG, DELTA_FILE = "adapter_model.safetensors", "adapter_config.json", "delta.safetensors"
 PEFT_PREFIX = "base_model.model."
 UNSUPPORTED: dict[str, object] = {
-    "fan_in_fan_out": False,
     "bias": "none",
     "rank_pattern": {},
     "alpha_pattern": {},
@@ -81,7 +80,7 @@ class Artifact(Value):
     def _check_adapter(self, name: str, adapter: StoredAdapter, anatomy: ModelAnatomy) -> None:
         if name not in (known := {*anatomy.tensors, anatomy.head_weight}):
             raise _unknown(self.folder, name, known)
-        shape = anatomy.adapted_shape(name)
+        shape = anatomy.matrix_shape(name)
         found = {suffix: info.shape for suffix, info in adapter.tensors.items()}
         fits = len(shape) == 2 or (len(shape) == 3 and shape[0] == adapter.num_experts)
         expected = ADAPTER_KINDS[adapter.kind].shapes(shape, adapter.lora_rank) if fits else {}

@@ -9,7 +9,7 @@ from orchestrator.anatomy.costs import Flops, PassFlops
 from orchestrator.anatomy.selection import is_attention
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.plan.memory.activations import FUSED_PROJECTIONS
-from orchestrator.plan.memory.counted import modules_of, receives_gradient
+from orchestrator.plan.memory.counted import receives_gradient
 
 BACKWARD_MATMULS, FORWARD_MATMULS = 5, 2
 """Matrix products of a fused attention kernel. Forward: scores, and their product with the values; backward: the scores again,
@@ -74,28 +74,17 @@ def _sum(flops: Iterable[Flops], attended_tokens: float) -> BlockFlops:
 
 
 def _counted(anatomy: ModelAnatomy, selection: LayerSelection, block: int, attended_tokens: float) -> PassFlops:
-    """Return what a block's gradients of activations take: that of its input, or else of the first modules that are trained.
-
-    If only some modules are trained, what each would take alone is known, and the most of them is taken: they follow one another.
-    """
+    """Return what the gradients of activations in a block take, as if all of its linear layers were adapted where some are."""
     costs, names = anatomy.costs_of(block), set(anatomy.blocks[block])
-    trainable, adapted = names.intersection(selection.trainable), names.intersection(selection.adapted)
     # A policy by score is planned with its cut at 0 while its blocks are unknown: there, everything may have a gradient.
     passing = selection.pending or receives_gradient(anatomy, selection, block)
     found = [costs.passing] if passing else []
-    if trainable == names:
-        found.append(costs.trained)
-    elif not trainable and adapted.issuperset(anatomy.linears[block]):
-        found.append(costs.adapted)
-    else:
-        modules = modules_of(anatomy, block, frozenset(trainable | adapted))
-        found += [costs.modules[module] for module in modules if module in costs.modules]
-    none = PassFlops(backward=Flops(), again=Flops())
-    backward, again = (
-        max((getattr(each, part) for each in (*found, none)), key=lambda flops: flops.at(attended_tokens))
-        for part in ("backward", "again")
+    found += [costs.trained] if not names.isdisjoint(selection.trainable) else []
+    found += [costs.adapted] if not names.isdisjoint(selection.adapted) else []
+    return PassFlops(
+        backward=max((each.backward for each in found), key=lambda flops: flops.at(attended_tokens), default=Flops()),
+        again=max((each.again for each in found), key=lambda flops: flops.at(attended_tokens), default=Flops()),
     )
-    return PassFlops(backward=costs.passing.backward if passing else backward, again=again)
 
 
 def block_elements(anatomy: ModelAnatomy, first: int) -> float:

@@ -28,11 +28,13 @@ FUSED_PROJECTIONS = ("qkv_proj", "query_key_value", "c_attn")
 
 
 class Peak(NamedTuple):
-    """A peak of memory in the backward pass of a block, in bytes besides those kept; negative if part of them is freed."""
+    """A peak of memory in a pass of a block, in bytes besides those kept; negative if part of them is freed."""
 
     token_bytes: int
     pair_bytes: int = 0
     """Per token and position of its row."""
+    row_bytes: int = 0
+    """Per row."""
     at_weight: bool = False
     """Whether the gradient of a weight, which is not part of it, exists at the same time."""
 
@@ -50,8 +52,8 @@ class BlockActivations:
     peaks: tuple[Peak, ...]
     """Its backward pass, besides those kept and the gradients of its input and output; which peak is the highest depends on the
     shape of the rows."""
-    forward_peaks: tuple[tuple[int, int], ...]
-    """(bytes per token, per pair) of its forward pass if nothing is kept, besides its input and output, counted twice."""
+    forward_peaks: tuple[Peak, ...]
+    """The same of its forward pass if nothing is kept, besides its input and output, counted twice."""
 
 
 def activations(anatomy: ModelAnatomy, selection: LayerSelection, element_bytes: int) -> list[BlockActivations]:
@@ -102,7 +104,7 @@ def _block(
             # Attention scores are last: what the MLP kept is freed by then.
             Peak(-mlp, _score_gradients(anatomy, element_bytes)),
         ),
-        forward_peaks=((4 * element_bytes * _mlp_width(anatomy, block), pairs),),
+        forward_peaks=(Peak(4 * element_bytes * _mlp_width(anatomy, block), pairs),),
     )
 
 
@@ -112,13 +114,24 @@ def _by_adapters(anatomy: ModelAnatomy, selection: LayerSelection, names: list[s
     With dropout each keeps a copy of its input and a mask, which torch's CPU kernel makes in the compute dtype (the CUDA
     kernel's takes a byte), in place of the inputs that several would share.
     """
-    kind, lora_rank = selection.adapter_kind, selection.lora_rank or 0
-    shapes = [anatomy.tensors[name].shape for name in names]
-    kept = sum(kind.kept_elements(shape, lora_rank) for shape in shapes)
+    kept = sum(kept_by_adapter(anatomy, selection, name) for name in names)
     if not selection.adapter.dropout:
         return kept
     shared = anatomy.hidden_size * (kept_inputs.attention + kept_inputs.mlp) + anatomy.intermediate_size * kept_inputs.mlp_output
-    return kept + 2 * sum(shape[1] for shape in shapes) - shared
+    return kept + 2 * sum(anatomy.matrix_shape(name)[-1] for name in names) - shared
+
+
+def kept_by_adapter(anatomy: ModelAnatomy, selection: LayerSelection, name: str) -> int:
+    """Return the numbers that the adapter of one weight keeps per token, besides the input of a linear layer.
+
+    Of routed experts, each of the k that a token is routed to keeps its row of the input and what it is reduced to
+    (`train.model.experts`), whose width is filled up to a multiple of 8.
+    """
+    shape, lora_rank = anatomy.matrix_shape(name), selection.lora_rank or 0
+    if name not in anatomy.routed:
+        return selection.adapter_kind.kept_elements(shape, lora_rank)
+    assert anatomy.experts is not None
+    return anatomy.experts.experts_per_token * (shape[-1] + lora_rank + -lora_rank % 8) if anatomy.experts.grouped else 0
 
 
 def _kept_inputs(anatomy: ModelAnatomy, block: int, keeping: frozenset[str]) -> _KeptInputs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from orchestrator.anatomy.costs import Size
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
-from orchestrator.plan.memory.activations import BlockActivations, Peak
+from orchestrator.plan.memory.activations import BlockActivations, Peak, kept_by_adapter
 
 
 def counted_activations(anatomy: ModelAnatomy, selection: LayerSelection, element_bytes: int) -> list[BlockActivations]:
@@ -30,37 +30,35 @@ def _block(
     """
     costs = anatomy.costs_of(block)
     names = anatomy.blocks[block]
-    own = modules_of(anatomy, block, trainable)
-    on = modules_of(anatomy, block, adapted)
-    passing = receives_gradient(anatomy, selection, block)
-    inputs = own if selection.adapter.dropout else own | on
+    prefix = anatomy.block_prefix.format(block)
+    linears = {name.removeprefix(prefix).rpartition(".")[0] for name in anatomy.linears[block]}
+    own, on = ({name.removeprefix(prefix).rpartition(".")[0] for name in names if name in some} for some in (trainable, adapted))
     kept, by_document = (
-        costs.keeps(each, passing=passing, through=own | on, inputs=inputs) for each in (costs.kept, costs.kept_by_document)
+        costs.keeps(
+            each,
+            passing=receives_gradient(anatomy, selection, block),
+            adapted=bool(on) or not own.isdisjoint(linears),
+            others=not own.issubset(linears),
+            inputs=own if selection.adapter.dropout else own | on,
+        )
+        for each in (costs.kept, costs.kept_by_document)
     )
     token_bytes, pair_bytes = _per_token(kept, e), sum(size.per_pair(e) for size in kept)
     ends = 2 * e * anatomy.hidden_size
-    peaks = [
-        Peak(size.per_token(e) - token_bytes - ends, size.per_pair(e) - pair_bytes)
-        for size in (costs.trained_peaks if own else costs.adapted_peaks)
-    ]
-    if own:
-        peaks += [
-            Peak(size.per_token(e) - token_bytes - ends, size.per_pair(e) - pair_bytes, at_weight=True)
-            for size in costs.at_weight_peaks
-        ]
+    peaks = [(size, False) for size in (costs.trained_peaks if own else costs.adapted_peaks)]
+    peaks += [(size, True) for size in costs.at_weight_peaks] if own else []
     return BlockActivations(
         kept_bytes=token_bytes + e * _by_adapters(anatomy, selection, [name for name in names if name in adapted]),
         by_document_bytes=_per_token(by_document, e) - token_bytes if costs.kept_by_document else 0,
         kept_pair_bytes=pair_bytes,
-        peaks=tuple(peaks),
-        forward_peaks=tuple((size.per_token(e) - 2 * ends, size.per_pair(e)) for size in costs.forward_peaks),
+        peaks=tuple(
+            Peak(size.per_token(e) - token_bytes - ends, size.per_pair(e) - pair_bytes, size.per_row(e), at_weight)
+            for size, at_weight in peaks
+        ),
+        forward_peaks=tuple(
+            Peak(size.per_token(e) - 2 * ends, size.per_pair(e), size.per_row(e)) for size in costs.forward_peaks
+        ),
     )
-
-
-def modules_of(anatomy: ModelAnatomy, block: int, names: frozenset[str]) -> frozenset[str]:
-    """Return the modules within a block whose parameters are among these."""
-    prefix = anatomy.block_prefix.format(block)
-    return frozenset(name.removeprefix(prefix).rpartition(".")[0] for name in anatomy.blocks[block] if name in names)
 
 
 def receives_gradient(anatomy: ModelAnatomy, selection: LayerSelection, block: int) -> bool:
@@ -74,7 +72,5 @@ def _per_token(sizes: list[Size], e: int) -> int:
 
 def _by_adapters(anatomy: ModelAnatomy, selection: LayerSelection, names: list[str]) -> int:
     """Return the numbers that the adapters of a block keep per token, besides the inputs of their layers."""
-    kind, lora_rank = selection.adapter_kind, selection.lora_rank or 0
-    shapes = [anatomy.tensors[name].shape for name in names]
-    kept = sum(kind.kept_elements(shape, lora_rank) for shape in shapes)
-    return kept + (2 * sum(shape[1] for shape in shapes) if selection.adapter.dropout else 0)
+    kept = sum(kept_by_adapter(anatomy, selection, name) for name in names)
+    return kept + (2 * sum(anatomy.matrix_shape(name)[-1] for name in names) if selection.adapter.dropout else 0)

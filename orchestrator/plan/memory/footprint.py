@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
-from orchestrator.plan.memory.activations import BlockActivations, activations, attends_by_document
+from orchestrator.plan.memory.activations import BlockActivations, Peak, activations, attends_by_document
 from orchestrator.plan.memory.counted import counted_activations
+from orchestrator.plan.memory.experts import NO_EXPERTS, ExpertFootprint, expert_footprint
 from orchestrator.plan.memory.quantized import dequantize_scratch_bytes, quantized_bytes
 from orchestrator.spec.models import Quantize
 from orchestrator.work.remedies import AnchorPlan
@@ -42,8 +43,8 @@ class Footprint:
     """Bytes to add per token if documents are computed one by one; negative if that needs less."""
     backward_blocks: tuple[BlockActivations, ...]
     """Activations of each block among them that differs from the others."""
-    forward_peaks: tuple[tuple[int, int], ...]
-    """(bytes per token, per token and position of its row) of the forward pass of one block if nothing is kept."""
+    forward_peaks: tuple[Peak, ...]
+    """Peaks of the forward pass of one block if nothing is kept."""
     head_learns: bool
     head_adapted: bool
     """True if the output projection has an adapter."""
@@ -52,9 +53,12 @@ class Footprint:
     """Size of the vocabulary, or number of classes."""
     one_target_per_row: bool
     """Whether a row has one prediction, off its last position, instead of one for each supervised token."""
+    own_logits: bool
+    """True if the class computes logits at every position of a row (`Ways.projects` is False)."""
     element_bytes: int
     anchor_copies: int = 0
     """float32 values that an anchor holds per trainable element: its initial value, and for EWC its importance."""
+    experts: ExpertFootprint = NO_EXPERTS
     converted_bytes: int = 0
     """Part of the base, in the compute dtype, that its files store in another dtype: it cannot be memory-mapped and is copied
     while loading."""
@@ -113,7 +117,9 @@ def make_footprint(
         hidden_size=anatomy.hidden_size,
         logit_width=num_classes or anatomy.vocab_size,
         one_target_per_row=num_classes > 0,
+        own_logits=not anatomy.ways.projects and num_classes == 0,
         element_bytes=element_bytes,
+        experts=expert_footprint(anatomy, selection, element_bytes),
         converted_bytes=_converted_bytes(anatomy, element_bytes),
     )
 
@@ -149,5 +155,5 @@ def learning_counts(anatomy: ModelAnatomy, selection: LayerSelection, *, num_cla
         if name in trainable:
             counts.append(prod(shape))
         elif name in adapted:
-            counts += [prod(each) for each in selection.adapter_kind.shapes(shape, lora_rank).values()]
+            counts += [prod(each) for each in selection.adapter_kind.shapes(anatomy.matrix_shape(name), lora_rank).values()]
     return tuple(counts)

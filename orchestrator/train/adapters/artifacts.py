@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from peft import LoraConfig, TaskType
 from peft.utils.transformers_weight_conversion import (
-    _MODEL_TO_CONVERSION_PATTERN,  # pyright: ignore[reportPrivateUsage]
     _MOE_TARGET_MODULE_MAPPING,  # pyright: ignore[reportPrivateUsage]
 )
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN  # pyright: ignore[reportPrivateUsage]
 
 from orchestrator.anatomy.values import LayerSelection, TensorInfo
 from orchestrator.errors import IntegrityError, OrchestratorError, TrainingError
@@ -146,7 +146,7 @@ def _own_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _peft_config(branch: Branch) -> LoraConfig:
-    selection = branch.selection
+    selection, anatomy = branch.selection, branch.base.anatomy
     modules = sorted({name.rpartition(".")[0] for name in selection.trainable})
     options: dict[str, Any] = dict(selection.adapter_kind.peft_options)
     parameters = _target_parameters(branch)
@@ -163,6 +163,8 @@ def _peft_config(branch: Branch) -> LoraConfig:
         **options,
         target_modules=sorted(adapted_name(name) for name in selection.adapted if name not in parameters),
         target_parameters=parameters or None,
+        # PEFT's word for linear layers that lie [in, out]; it sets the option back for each layer of the other kind.
+        fan_in_fan_out=not (set(selection.adapted) - anatomy.routed).isdisjoint(anatomy.transposed),
         modules_to_save=modules or None,
     )
 
@@ -171,7 +173,7 @@ def _target_parameters(branch: Branch) -> list[str]:
     """Return the adapted weights that PEFT is told as parameters: routed experts, in the order of their modules; and linear
     layers beside them that it would take for experts, where their names are those of experts of older versions."""
     selection, anatomy = branch.selection, branch.base.anatomy
-    pattern = _MODEL_TO_CONVERSION_PATTERN.get(anatomy.model_type, "")
+    pattern = _MODEL_TO_CONVERSION_PATTERN.get(anatomy.model_type, anatomy.model_type)
     mistaken = _MOE_TARGET_MODULE_MAPPING.get(pattern, {}) if selection.adapter_kind.adapts_experts else {}
     routed = [name for block in anatomy.stacked for name in block if name in selection.adapted]
     beside = [name for name in selection.adapted if name not in anatomy.routed]

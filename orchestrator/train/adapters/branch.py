@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from orchestrator.anatomy.values import LayerSelection
 from orchestrator.errors import BaseLostError, SelectionError, TrainingError
@@ -199,7 +200,7 @@ def check_names(base: LoadedBase, selection: LayerSelection) -> None:
                 f"the base has no parameter {name}", where=base.load.folder, expected=f"for example {', '.join(near)}"
             )
     for name in selection.adapted:
-        if name not in base.anatomy.routed and not isinstance(base.model.get_submodule(_module_of(name)), nn.Linear):
+        if name not in base.anatomy.routed and not isinstance(base.model.get_submodule(_module_of(name)), nn.Linear | Conv1D):
             raise SelectionError(f"{name} is not a matrix product: LoRA cannot adapt it", where=base.load.folder)
     planned = {*selection.trainable, *selection.adapted, *selection.frozen}
     forgotten = {name for name, _ in base.model.named_parameters() if name in base.anatomy.tensors} - planned
@@ -249,10 +250,16 @@ def _stand_in(base: LoadedBase, name: str, value: torch.Tensor, undo: ExitStack)
 
 
 def _stand_in_linear(model: nn.Module, name: str, weight: torch.Tensor, undo: ExitStack) -> None:
-    """Replace a quantized linear layer by a plain one with this weight [out, in]; the bias is shared."""
+    """Replace a quantized linear layer by a plain one with this weight [out, in], or [in, out] where the class multiplies from
+    the right; the bias is shared."""
     parent, attribute = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
     quantized = getattr(parent, attribute)
-    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    plain: Any
+    if issubclass(getattr(quantized, "source_cls", nn.Linear), Conv1D):
+        with torch.device("meta"):
+            plain = Conv1D(weight.shape[1], weight.shape[0])
+    else:
+        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     plain.weight = nn.Parameter(weight, requires_grad=False)
     plain.bias = quantized.bias
     plain.train(quantized.training)

@@ -38,7 +38,7 @@ class AdaptedExperts(nn.Module):
         kind, lora_rank = LIVE_KINDS[spec.selection.adapter.kind], spec.selection.lora_rank or 0
         for name in names:
             own = name.rpartition(".")[2]
-            shape = base.anatomy.adapted_shape(name)
+            shape = base.anatomy.matrix_shape(name)
             values = kind.initial(
                 shape,
                 lora_rank,

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 from orchestrator.spec.adapters import ADAPTER_KINDS, AdapterName
 from orchestrator.train.adapters.experts import AdaptedExperts
@@ -56,8 +57,8 @@ class AdaptedLinear(nn.Module):
 
     def _add(self, trial: int, kind: StackedKind, base: LoadedBase, generator: Callable[[str], torch.Generator]) -> None:
         layer = self.base_layer
-        shape = (layer.out_features, layer.in_features)
-        values = LIVE_KINDS[kind.name].initial(shape, kind.lora_rank, generator, lambda: dequantized(layer.weight))
+        shape = (layer.nf, layer.nx) if isinstance(layer, Conv1D) else (layer.out_features, layer.in_features)
+        values = LIVE_KINDS[kind.name].initial(shape, kind.lora_rank, generator, lambda: _matrix_of(layer))
         for suffix, value in values.items():
             parameter = nn.Parameter(value.to(device=base.device, dtype=base.dtype))
             self.register_parameter(live_name(suffix, trial), parameter)
@@ -108,8 +109,14 @@ class AdaptedLinear(nn.Module):
         """Compute what the kinds that read the weight need, while it is unpartitioned."""
         for number, stack in enumerate(self._stacks):
             if stack.kind is not None and LIVE_KINDS[stack.kind.name].reads_weight and self._row_norms[number] is None:
-                weight = dequantized(layer.weight)
+                weight = _matrix_of(layer)
                 self._row_norms[number] = LIVE_KINDS[stack.kind.name].row_norms(weight, self._tensors(stack), stack.kind.scale)
+
+
+def _matrix_of(layer: Any) -> torch.Tensor:
+    """Return the weight [out, in] that a layer multiplies with."""
+    weight = dequantized(layer.weight)
+    return weight.mT if isinstance(layer, Conv1D) else weight
 
 
 class StackedKind(NamedTuple):

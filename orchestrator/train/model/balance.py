@@ -47,7 +47,9 @@ class BalanceLoss:
             is_token: bool[B, L], False where a row is padded.
             num_supervised: Supervised positions of the micro-batch.
         """
-        loss = self._function(router_logits[-1], self._experts.num_experts, self._experts.experts_per_token, is_token.long())
+        # A mean over no tokens would be NaN: the empty micro-batch of a rank counts its padding, no times.
+        counted = (is_token | ~is_token.any()).long()
+        loss = self._function(router_logits[-1], self._experts.num_experts, self._experts.experts_per_token, counted)
         return self._experts.balance * num_supervised * loss
 
 

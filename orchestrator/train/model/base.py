@@ -195,8 +195,9 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def _not_quantized(anatomy: ModelAnatomy) -> list[str]:
-    """Return the modules that keep 16 bits: everything outside the blocks that has a weight."""
-    outside = [tensor.name for tensor in anatomy.new_tensors] + [
+    """Return the modules that keep 16 bits: everything outside the blocks that has a weight, and routers."""
+    outside = [name for block in anatomy.routers for name in block]
+    outside += [tensor.name for tensor in anatomy.new_tensors] + [
         name for name in anatomy.tensors if not name.startswith(f"{anatomy.blocks_module}.")
     ]
     return sorted({name.rpartition(".")[0] for name in (anatomy.head_weight, anatomy.classifier_weight, *outside)})

@@ -133,15 +133,24 @@ class Objective(nn.Module):
 
 def objective_of(base: LoadedBase, head: nn.Module, cut: int = 0) -> Objective:
     """Return the objective over the base as it is now, starting from stored states at `cut` if it gets any."""
-    return make_objective(base.model, base.anatomy, base.load.task, head, cut=cut)
+    balance = balance_of(base.model, base.model.get_submodule(base.anatomy.backbone), base.anatomy)
+    return make_objective(base.model, base.anatomy, base.load.task, head, cut=cut, balance=balance)
 
 
-def make_objective(model: nn.Module, anatomy: ModelAnatomy, task: Task, head: nn.Module | None = None, cut: int = 0) -> Objective:
+def make_objective(
+    model: nn.Module,
+    anatomy: ModelAnatomy,
+    task: Task,
+    head: nn.Module | None = None,
+    cut: int = 0,
+    balance: BalanceLoss | None = None,
+) -> Objective:
     """Return the objective over a model as its anatomy describes it.
 
     Args:
         head: The map from hidden states to logits; by default the module of the task's head.
         cut: See `Objective`.
+        balance: See `Objective`.
     """
     weight = head_of(task).weight_name(anatomy)
     return Objective(
@@ -153,7 +162,7 @@ def make_objective(model: nn.Module, anatomy: ModelAnatomy, task: Task, head: nn
         final_norm=final_norm_of(model, anatomy),
         blocks=model.get_submodule(anatomy.blocks_module),
         cut=cut,
-        balance=balance_of(model, model.get_submodule(anatomy.backbone), anatomy),
+        balance=balance,
         ways=anatomy.ways,
         logit_map=LogitMap(anatomy.logit_scale, anatomy.logit_cap),
     )
