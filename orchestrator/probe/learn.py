@@ -49,7 +49,7 @@ def learn(question: Question) -> ModelAnatomy:
     head = head_names(built, structure)
     anatomy = assemble(built, structure, names, head)
     if names is not None:
-        names.check(anatomy.model_type, question.folder, needed=needed(anatomy, names))
+        names.check(anatomy.model_type, question.folder, needed=needed(anatomy, names), head=anatomy.head_weight)
         check_blocks(anatomy, question.folder)
     return tried(built, structure).told(anatomy)
 

@@ -7,33 +7,23 @@ supervised, which is the most that a step can need.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy
+from orchestrator.probe.allocations import AllocationCounter, fake_parameters
 from orchestrator.train import LoadedBase, Objective, open_branch
 from orchestrator.train.adapters.branch import Branch, PlainKeeper
 from orchestrator.train.engines.torch_engine import TorchEngine
 from orchestrator.train.model.objective import final_norm_of
 from orchestrator.train.model.recompute import recomputed
 from orchestrator.work.execution import BaseLoad
-
-BY_MASK = {
-    torch.ops.aten.index.Tensor,
-    torch.ops.aten.index_put.default,
-    torch.ops.aten.index_put_.default,
-    torch.ops.aten._index_put_impl_.default,
-}
 
 
 @dataclass(frozen=True)
@@ -45,55 +35,6 @@ class Counted:
     """The operator that reached it."""
     steady_bytes: int
     """Bytes that remain after a step: weights, fp32 master weights, sums, moments."""
-
-
-class AllocationCounter(TorchDispatchMode):
-    """Bytes of live storages, as the operators that run inside make them and let go of them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live_bytes = 0
-        self.peak_bytes = 0
-        self.peak_operator = ""
-        self._known: set[int] = set()
-
-    def add(self, tensor: torch.Tensor, operator: str) -> None:
-        """Count a tensor's storage until it is gone."""
-        storage = tensor.untyped_storage()
-        key, num_bytes = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-        self._known.add(key)
-        weakref.finalize(storage, self._forget, key, num_bytes)
-        self.live_bytes += num_bytes
-        if self.live_bytes > self.peak_bytes:
-            self.peak_bytes, self.peak_operator = self.live_bytes, operator
-
-    def _forget(self, key: int, num_bytes: int) -> None:
-        self._known.discard(key)
-        self.live_bytes -= num_bytes
-
-    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if operator is torch.ops.aten._local_scalar_dense.default:
-            return 1.0  # a fake tensor has no value to look at: the gradient norm
-        if operator in BY_MASK:
-            args = self._all_positions(args)
-        result = operator(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
-            if isinstance(tensor, torch.Tensor):
-                self.add(tensor, str(operator))
-        return result
-
-    def _all_positions(self, args: Any) -> Any:
-        """An index by a mask, whose result depends on values, as the one by all positions that it stands for."""
-        tensor, indices, *rest = args
-        if len(indices) != 1 or indices[0] is None or indices[0].dtype != torch.bool:
-            return args
-        mask = indices[0]
-        positions = [mask.new_empty((mask.numel(),), dtype=torch.long) for _ in mask.shape]
-        for position in positions:
-            self.add(position, "aten.nonzero")
-        return (tensor, positions, *rest)
 
 
 def count_step(anatomy: ModelAnatomy, selection: LayerSelection, *, rows: int, row_tokens: int, checkpointing: bool) -> Counted:
@@ -153,24 +94,6 @@ def bare_base(anatomy: ModelAnatomy, device: torch.device) -> LoadedBase:
         parameter.requires_grad_(False)
     load = BaseLoad(folder=anatomy.folder, model_type=anatomy.model_type, quantize="none", task="completion")
     return LoadedBase(model=model, anatomy=anatomy, load=load, dtype=torch.bfloat16, device=device)
-
-
-def fake_parameters(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Put fake tensors in the place of a meta model's own."""
-    known: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None:
-                if id(parameter) not in known:
-                    known[id(parameter)] = nn.Parameter(fake(parameter, mode), requires_grad=parameter.requires_grad)
-                module._parameters[name] = known[id(parameter)]
-        for name, buffer in list(module._buffers.items()):
-            if buffer is not None:
-                module._buffers[name] = fake(buffer, mode)
-
-
-def fake(tensor: torch.Tensor, mode: FakeTensorMode) -> FakeTensor:
-    return FakeTensor(mode, torch.empty_like(tensor, device="meta"), torch.device("cpu"))
 
 
 def batch(rows: int, row_tokens: int, device: torch.device) -> dict[str, torch.Tensor]:
