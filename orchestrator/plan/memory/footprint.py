@@ -91,7 +91,6 @@ def make_footprint(
         sum(anatomy.tensors[name].num_elements * element_bytes if name in learning else loaded[name] for name in block)
         for block in anatomy.blocks
     ]
-    learns = bool(selection.trainable or selection.adapted)
     every = (counted_activations if anatomy.block_costs else activations)(anatomy, selection, element_bytes)
     above = every[selection.cut :] if learns else []
     return Footprint(
