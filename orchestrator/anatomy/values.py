@@ -8,6 +8,26 @@ from orchestrator.anatomy.costs import BlockCosts
 from orchestrator.spec.adapters import ADAPTER_KINDS, PLAIN_LORA, AdapterKind, AdapterOptions
 from orchestrator.values import Value
 
+DTYPE_BYTES = {
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+    "F32": 4,
+    "I32": 4,
+    "U32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "U16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+}
+"""Bytes of an element, by safetensors' name of its type."""
+
 
 class StoredPart(Value):
     """A stored tensor that holds a part of a parameter: one expert's matrix, or some rows of a fused one."""
@@ -26,6 +46,13 @@ class StoredPart(Value):
     """The remaining dimension along which `start` counts."""
     transposed: bool = False
     """True if the file holds the part's transpose (its last two dimensions swapped)."""
+    offset: int = 0
+    """First row of the stored tensor along `axis`, after `transposed`, that belongs to the part."""
+    length: int = 0
+    """Number of rows along `axis`; 0 for all: the stored tensor belongs to this parameter alone."""
+    operation: str = ""
+    """What transformers computes from the stored tensor when loading, if it does more than move elements. Such a parameter
+    can be kept as it is stored, but neither read nor trained."""
 
 
 class TensorInfo(Value):
@@ -42,6 +69,13 @@ class TensorInfo(Value):
     """The stored tensors that together are this parameter, if it is not stored as one; `file` is then that of the first."""
 
     @property
+    def stored_parts(self) -> tuple[StoredPart, ...]:
+        """The stored tensors that the parameter is made of: its `parts`, or the one that holds it whole."""
+        if self.parts or not self.file:
+            return self.parts
+        return (StoredPart(name=self.stored_name or self.name, file=self.file, shape=self.shape, dtype=self.dtype),)
+
+    @property
     def num_elements(self) -> int:
         count = 1
         for size in self.shape:
@@ -50,7 +84,7 @@ class TensorInfo(Value):
 
     @property
     def num_bytes(self) -> int:
-        return self.num_elements * {"F32": 4, "BF16": 2, "F16": 2, "F64": 8, "I8": 1, "U8": 1, "I64": 8, "I32": 4}[self.dtype]
+        return self.num_elements * DTYPE_BYTES[self.dtype]
 
 
 class Experts(Value):
@@ -174,6 +208,13 @@ class ModelAnatomy(Value):
     """Parameters outside the text model (vision and audio towers, projectors): frozen, and kept as they are."""
     extra: tuple[TensorInfo, ...] = ()
     """Stored tensors that the class does not have (layers for multi-token prediction, value heads)."""
+    buffers: tuple[TensorInfo, ...] = ()
+    """Stored tensors that the class has and that are no parameters (a router's correction): loaded, never trained, kept."""
+    copies: tuple[TensorInfo, ...] = ()
+    """Stored copies of tied parameters: `stored_name` is the copy's, `name` the parameter that it equals (a tied output
+    projection that is stored besides the embedding)."""
+    notes: tuple[str, ...] = ()
+    """What is unusual about the checkpoint, one sentence each."""
     new_tensors: tuple[TensorInfo, ...] = ()
     """Tensors, except the classifier, that `classify` needs and the checkpoint omits (an encoder's pooler): initialised and
     trained with it."""
@@ -185,7 +226,8 @@ class ModelAnatomy(Value):
     @property
     def weight_files(self) -> list[str]:
         """Names of the files in the base's folder that hold its tensors."""
-        return sorted({tensor.file for tensor in self.tensors.values()})
+        stored = {part.file for tensor in self.tensors.values() for part in tensor.stored_parts}
+        return sorted(stored | {tensor.file for tensor in (*self.extra, *self.buffers, *self.copies)})
 
     def num_parameters(self) -> int:
         return sum(tensor.num_elements for tensor in self.tensors.values())

@@ -11,15 +11,15 @@ import json
 import math
 import struct
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
-from orchestrator.anatomy.values import TensorInfo
+from orchestrator.anatomy.values import DTYPE_BYTES, TensorInfo
 from orchestrator.errors import BaseError
-from orchestrator.units import format_bytes
+from orchestrator.units import MIB, format_bytes
 
 MAX_HEADER_BYTES = 100_000_000
 """Limit of the format itself."""
-DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+COMPARED_BYTES = 4 * MIB
 LFS_POINTER = b"version https://git-lfs"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -177,3 +177,26 @@ def _read_shards(folder: Path) -> dict[str, TensorInfo]:
         if name not in headers[file]:
             raise BaseError(f"{name} is not in {file}, where the index puts it", where=str(index), remedy="copy the base again")
     return {name: headers[file][name] for name, file in places.items()}
+
+
+def same_values(folder: Path, first: TensorInfo, second: TensorInfo) -> bool:
+    """Return whether two stored tensors are equal, byte by byte; neither is held in memory."""
+    if (first.shape, first.dtype) != (second.shape, second.dtype):
+        return False
+    with (folder / first.file).open("rb") as one, (folder / second.file).open("rb") as other:
+        left = _seek(one, first.stored_name or first.name)
+        _seek(other, second.stored_name or second.name)
+        while left:
+            size = min(left, COMPARED_BYTES)
+            if one.read(size) != other.read(size):
+                return False
+            left -= size
+    return True
+
+
+def _seek(file: BinaryIO, name: str) -> int:
+    """Move to the first byte of a tensor in an open file, and return its number of bytes."""
+    length = struct.unpack("<Q", file.read(8))[0]
+    begin, end = json.loads(file.read(length))[name]["data_offsets"]
+    file.seek(8 + length + begin)
+    return end - begin

@@ -43,6 +43,7 @@ def _threads(plan: RunPlan, found: Machines) -> Iterator[str]:
 
 
 def _base_warnings(anatomy: ModelAnatomy) -> Iterator[str]:
+    yield from anatomy.notes
     if anatomy.plan_only:
         yield f"a base of type {anatomy.model_type} can be planned but not trained: {anatomy.plan_only}"
 

@@ -104,15 +104,14 @@ def require_whole(inputs: BundleInputs) -> None:
             "damaged rung is set aside and trained again"
         )
         raise
-    if inputs.base_sha256:
-        files = {tensor.file for tensor in inputs.anatomy.tensors.values()}
-        if content_hash(base_identity(Path(inputs.base.folder), files)) != inputs.base_sha256:
-            raise BaseError(
-                "the base's files changed since the run was planned",
-                where=inputs.base.folder,
-                expected="the config and weights that the trials were trained on",
-                remedy="restore the base and submit the spec again; nothing was bundled",
-            )
+    known = inputs.base_sha256
+    if known and content_hash(base_identity(Path(inputs.base.folder), inputs.anatomy.weight_files)) != known:
+        raise BaseError(
+            "the base's files changed since the run was planned",
+            where=inputs.base.folder,
+            expected="the config and weights that the trials were trained on",
+            remedy="restore the base and submit the spec again; nothing was bundled",
+        )
 
 
 def count_reading(folder: Path, trial_id: str) -> int:

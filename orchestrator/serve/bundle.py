@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 from orchestrator.data import TokenizedSet, load_tokenizer, padding
 from orchestrator.errors import VerificationError
-from orchestrator.plan.merge import LinkShard, MergedInto, MergePlan, make_merge_plan
+from orchestrator.plan.merge import make_merge_plan
+from orchestrator.plan.merge_operations import LinkShard, MergedInto, MergePlan
 from orchestrator.serve.bundle_inputs import BundleInputs, base_label
 from orchestrator.serve.card import NEEDS_SERVING, model_card
 from orchestrator.serve.merging import MergeRecord, merge
@@ -123,6 +124,7 @@ def stage_bundle(inputs: BundleInputs, final: Path) -> StagedBundle:
         inputs.selection,
         merge_into=inputs.merge_into,
         held_dtype=inputs.held_dtype,
+        extra_tensors=inputs.extra_tensors,
     )
     folder = final.with_name(f"{final.name}.partial")
     # Left by an attempt that was killed, or whose verification failed.
@@ -202,7 +204,7 @@ def serve_commands(bundle: Path | str, task: Task) -> tuple[str, ...]:
     return f"transformers serve {bundle}    {NEEDS_SERVING}", f"vllm serve {bundle}"
 
 
-def base_weights_sha256(anatomy_files: set[str], folder: Path, known: dict[str, str]) -> str:
+def base_weights_sha256(anatomy_files: Iterable[str], folder: Path, known: dict[str, str]) -> str:
     """Return one hash over the base's weight files; those in `known` are not read again."""
     return content_hash({file: known.get(file) or sha256_file(folder / file) for file in sorted(anatomy_files)})
 
@@ -220,7 +222,7 @@ def _record(staged: StagedBundle, inputs: BundleInputs, transfer: TransferReport
             path=os.path.relpath(base, staged.final),
             revision=inputs.base.revision,
             config_sha256=inputs.anatomy.config_sha256,
-            weights_sha256=base_weights_sha256({t.file for t in inputs.anatomy.tensors.values()}, base, known),
+            weights_sha256=base_weights_sha256(inputs.anatomy.weight_files, base, known),
             # The bundle may be published; `path` locates the base relative to it.
             load=inputs.base.model_copy(update={"folder": ""}),
         ),

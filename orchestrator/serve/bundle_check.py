@@ -36,8 +36,7 @@ def verify_bundle(
         anatomy = read_anatomy(folder, need_weights=True, task=record.base.load.task)
     except BaseError as error:
         raise VerificationError(f"the base cannot be read: {error.what}", where=str(folder), remedy=error.remedy) from error
-    files = {tensor.file for tensor in anatomy.tensors.values()}
-    found = (anatomy.config_sha256, base_weights_sha256(files, folder, {}))
+    found = (anatomy.config_sha256, base_weights_sha256(anatomy.weight_files, folder, {}))
     if found != (record.base.config_sha256, record.base.weights_sha256):
         raise VerificationError(
             "the folder holds a different base than the one that was trained",

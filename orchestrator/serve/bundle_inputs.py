@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
+from orchestrator.spec.models import ExtraTensors
 from orchestrator.values import Value
 from orchestrator.work.execution import BaseLoad
 from orchestrator.work.trial import TrialSpec
@@ -31,6 +32,8 @@ class BundleInputs(Value):
     held_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """`ExecutionPlan.dtype`: compute type of training."""
     merge_into: Literal["auto", "original"] = "auto"
+    extra_tensors: ExtraTensors = "keep"
+    """`base.extra_tensors`."""
     train_set: str
     eval_set: str
     """Set with the documents for verification, so that the test set is read only once."""

@@ -23,8 +23,7 @@ from orchestrator.train.batches import RowPlan
 from orchestrator.train.evaluation import Evaluation, answer_accuracy, class_prior, evaluate, exact_match
 from orchestrator.train.generate import generate_answers, wanted_answers
 from orchestrator.train.model.base import LoadedBase, load_base
-from orchestrator.train.model.heads import head_of
-from orchestrator.train.model.objective import Objective, final_norm_of
+from orchestrator.train.model.objective import Objective, make_objective
 from orchestrator.train.ranks import Ranks
 from orchestrator.transfer import forgetting
 from orchestrator.transfer.records import ModelScores, PromptComparison
@@ -142,16 +141,7 @@ class _Scorer:
             self.test[SHOWN] = self._evaluate(self._objective(base.model), found.data)
 
     def _objective(self, model: nn.Module) -> Objective:
-        anatomy = self._inputs.anatomy
-        head = head_of(self._inputs.base.task).weight_name(anatomy)
-        return Objective(
-            model,
-            model.get_submodule(anatomy.backbone),
-            model.get_submodule(head.rpartition(".")[0]),
-            self._inputs.base.task,
-            encoder=anatomy.kind == "encoder",
-            final_norm=final_norm_of(model, anatomy),
-        )
+        return make_objective(model, self._inputs.anatomy, self._inputs.base.task)
 
     @torch.no_grad()
     def score(self, name: str, model: nn.Module, *, generate: bool) -> None:
@@ -167,8 +157,9 @@ class _Scorer:
 
     def _evaluate(self, objective: Objective, data: TokenizedSet) -> Evaluation:
         longest = int(data.lengths.max())
-        if self._head.one_document_per_row:
-            return evaluate(objective, data, RowPlan(longest, 16, pack=False), self._ranks)
+        ways = self._inputs.anatomy.ways
+        if self._head.one_document_per_row or not ways.packs:
+            return evaluate(objective, data, RowPlan(longest, 16 if ways.pads else 1, pack=False, pads=ways.pads), self._ranks)
         return evaluate(objective, data, RowPlan(max(longest, ROW_TOKENS), 2, pack=True), self._ranks)
 
     def model_scores(self, name: str) -> ModelScores:

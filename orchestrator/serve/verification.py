@@ -32,7 +32,7 @@ from orchestrator.anatomy.values import ModelAnatomy
 from orchestrator.data.sets import load_known
 from orchestrator.errors import DataError, VerificationError
 from orchestrator.plan.memory.estimate import RESIDENT_SHARE
-from orchestrator.plan.merge import MergedInto
+from orchestrator.plan.merge_operations import MergedInto
 from orchestrator.serve import verification_process
 from orchestrator.train.adapters.artifacts import attach_artifact
 from orchestrator.train.model.base import LoadedBase, load_base

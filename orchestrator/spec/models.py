@@ -13,6 +13,7 @@ from orchestrator.values import Value
 
 Tune = Literal["lora", "full"]
 Quantize = Literal["none", "nf4", "int8"]
+ExtraTensors = Literal["keep", "drop"]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 TextDocuments = Literal["file", "line", "paragraph"]
 ReplayShare = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -50,6 +51,9 @@ class BaseSpec(Section):
     """Whether code that comes with the model may run."""
     merge_into: Literal["auto", "original"] = "auto"
     """What the winner is merged into: `auto`: the base as trained (dequantized if quantized); `original`: the 16-bit base."""
+    extra_tensors: ExtraTensors = "keep"
+    """What becomes of stored tensors that the model's class does not have (layers for multi-token prediction, value heads):
+    kept in the bundle byte for byte, or left out."""
 
 
 class DataSource(Section):

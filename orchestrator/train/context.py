@@ -66,6 +66,11 @@ class HostContext:
         """Return how documents share this rank's rows under an execution."""
         return RowPlan.of(execution, self.ranks.rank, one_document_per_row=self.base.load.traits.head.one_document_per_row)
 
+    @property
+    def head_module(self) -> str:
+        """The name of the base's own head."""
+        return head_name(self.base).rpartition(".")[0]
+
     def open_trunk(self, plan: TrunkPlan | None, data: DataPaths, note: Callable[[str], None]) -> float:
         """Compute the planned activations that are not stored yet. Called on every rank, with no branch open.
 
@@ -75,8 +80,7 @@ class HostContext:
         if plan is None:
             return 0.0
         # Only the blocks are run, but an objective needs a head: the base's own.
-        head = self.base.model.get_submodule(head_name(self.base).rpartition(".")[0])
-        objective = objective_of(self.base, head)
+        objective = objective_of(self.base, self.base.model.get_submodule(self.head_module))
         with forward_ready(objective, self.execution):
             heartbeat.enter("caching activations")
             partitioned = is_partitioned(self.execution)

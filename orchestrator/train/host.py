@@ -23,6 +23,7 @@ from orchestrator.train.model.base import load_base, loading_device
 from orchestrator.train.outcome import TRIAL_ERRORS, TrialOutcome
 from orchestrator.train.ranks import Ranks, join_gang, leave_gang
 from orchestrator.train.session import TrainingSession, evaluate_base
+from orchestrator.train.ways import check_ways
 from orchestrator.work.assignment import EvaluateBase, Measurement, MeasureShift, ScoreBlocks, TrainRung, Work
 from orchestrator.work.execution import BaseLoad, ExecutionPlan
 from orchestrator.work.failure import Failure
@@ -45,7 +46,7 @@ class TrainHost:
         self.batch_sizes = FusedBatchSizes(self.context)
         self._ordinal = 0
         """Number of pieces of work that were run before."""
-        self._news: list[str] = []
+        self._news: list[str] = [check_ways(self.context)]
         """Notes for the next result."""
         # The base lives as long as the process. Frozen, it is left out of the many collections between trials.
         gc.collect()

@@ -41,6 +41,8 @@ class ExecutionPlan(Value):
     micro_batch_rows: int
     """Rows that a rank computes at once."""
     pack: bool = True
+    pads: bool = True
+    """False if the base's class computes other numbers where a row is padded: a micro-batch is then one row."""
     compiled: bool = False
     """True if the blocks from the cut up are compiled for training."""
     backend: Literal["gloo", "nccl"] = "gloo"

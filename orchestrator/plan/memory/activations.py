@@ -11,7 +11,7 @@ compute dtype.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from orchestrator.anatomy.selection import is_attention
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
@@ -230,9 +230,17 @@ def _mlp_width(anatomy: ModelAnatomy, block: int) -> int:
     return experts.experts_per_token * experts.intermediate_size + experts.shared_intermediate_size
 
 
+def attention_of(anatomy: ModelAnatomy, device: str, *, one_document_per_row: bool) -> Literal["by_document", "sdpa", "eager"]:
+    """Return the implementation of attention with which the base is loaded."""
+    if anatomy.attention == "eager" or anatomy.ways.attention == "eager":
+        return "eager"
+    return "by_document" if attends_by_document(anatomy, device, one_document_per_row=one_document_per_row) else "sdpa"
+
+
 def attends_by_document(anatomy: ModelAnatomy, device: str, *, one_document_per_row: bool) -> bool:
     """Return whether attention runs document by document (`train.model.attention`) instead of on the whole row under a mask.
 
     This is so on CPUs, for decoders that a fused kernel supports. A row that holds one document needs no separation.
     """
-    return device == "cpu" and anatomy.kind == "decoder" and anatomy.attention == "fused" and not one_document_per_row
+    separable = anatomy.kind == "decoder" and anatomy.attention == "fused" and anatomy.ways.attention == "by_document"
+    return device == "cpu" and separable and anatomy.ways.packs and not one_document_per_row

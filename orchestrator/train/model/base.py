@@ -7,10 +7,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoTokenizer,
@@ -22,9 +21,9 @@ from transformers.utils import logging
 
 from orchestrator.anatomy.values import ModelAnatomy
 from orchestrator.errors import BaseError
-from orchestrator.plan.memory.activations import attends_by_document
-from orchestrator.train.model.attention import BY_DOCUMENT
+from orchestrator.plan.memory.activations import attention_of
 from orchestrator.train.model.heads import head_of
+from orchestrator.train.model.stored import read_parameters
 from orchestrator.work.execution import BaseLoad, ExecutionPlan
 
 _num_loads = 0
@@ -65,23 +64,15 @@ class LoadedBase:
         Raises:
             BaseError: A name that the checkpoint does not have, or a file that cannot be read.
         """
-        by_file: dict[str, list[str]] = {}
-        for name in names:
+        wanted = list(names)
+        for name in wanted:
             if name not in self.anatomy.tensors:
                 raise BaseError(f"the checkpoint has no tensor {name}", where=self.load.folder)
-            by_file.setdefault(self.anatomy.tensors[name].file, []).append(name)
-        tensors: dict[str, torch.Tensor] = {}
-        for file, wanted in by_file.items():
-            path = Path(self.load.folder) / file
-            try:
-                with safe_open(path, framework="pt", device="cpu") as reader:
-                    for name in wanted:
-                        tensors[name] = reader.get_tensor(self.anatomy.tensors[name].stored_name or name).to(
-                            device=self.device, dtype=self.dtype
-                        )
-            except (OSError, SafetensorError) as error:
-                raise BaseError(f"the weights cannot be read: {error}", where=str(path)) from error
-        return tensors
+        return read_parameters(
+            self.load.folder,
+            (self.anatomy.tensors[name] for name in wanted),
+            lambda tensor: tensor.to(device=self.device, dtype=self.dtype),
+        )
 
 
 def load_base(
@@ -107,8 +98,8 @@ def load_base(
         raise BaseError("the folder has no weights", where=load.folder, remedy="put the model's *.safetensors beside config.json")
     if load.quantize == "int8":
         raise BaseError("quantize: int8 is not supported yet", where=load.folder, remedy="use none or nf4")
-    by_document = attends_by_document(anatomy, device.type, one_document_per_row=load.traits.head.one_document_per_row)
-    model = _from_folder(load, anatomy, dtype, load_on or device, attention=BY_DOCUMENT if by_document else "sdpa")
+    attention = attention_of(anatomy, device.type, one_document_per_row=load.traits.head.one_document_per_row)
+    model = _from_folder(load, anatomy, dtype, load_on or device, attention=attention)
     # `from_pretrained` returns eval mode, in which bitsandbytes repacks 4-bit weights at the first forward pass on a CPU.
     model.train()
     model.config.use_cache = False
@@ -156,7 +147,7 @@ def _from_folder(
         with torch.random.fork_rng(devices=rng_devices(device)), _no_progress_bars():
             # transformers draws missing parameters at random; seeding inside the fork changes no other random numbers.
             torch.manual_seed(0)
-            model = head_of(load.task).load_model(load, options)
+            model = head_of(load.task).load_model(load, options, anatomy.architecture)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         # A RuntimeError too, but not the fault of the folder.
         if isinstance(error, torch.OutOfMemoryError):
@@ -239,7 +230,8 @@ def generator_for(seed: int, name: str) -> torch.Generator:
 
 
 def _check_is_what_headers_say(base: LoadedBase) -> None:
-    """Check that every stored tensor of the blocks is a parameter, and that exactly the blocks' matrices are quantized."""
+    """Check that every stored tensor of the blocks is a parameter, that the anatomy knows every parameter, and that exactly the
+    blocks' matrices are quantized."""
     parameters = dict(base.model.named_parameters())
     missing = [name for block in base.anatomy.blocks for name in block if name not in parameters]
     if missing:
@@ -248,6 +240,8 @@ def _check_is_what_headers_say(base: LoadedBase) -> None:
             where=base.load.folder,
             expected=f"names like {next(iter(parameters))}",
         )
+    if not base.load.traits.head.is_new:
+        _check_no_other(base, parameters)
     if base.load.quantize == "nf4":
         planned = {name for linears in base.anatomy.linears for name in linears}
         quantized = {name for name, parameter in parameters.items() if hasattr(parameter, "quant_state")}
@@ -255,3 +249,17 @@ def _check_is_what_headers_say(base: LoadedBase) -> None:
             name = sorted(planned ^ quantized)[0]
             state = "is quantized" if name in quantized else "is not quantized"
             raise BaseError(f"{name} {state}, contrary to the plan", where=base.load.folder)
+
+
+def _check_no_other(base: LoadedBase, parameters: Iterable[str]) -> None:
+    """Check that the anatomy knows every parameter of the model: what it does not know is neither planned nor saved."""
+    anatomy = base.anatomy
+    shared = {name for group in anatomy.tied_names for name in group}
+    known = {*anatomy.tensors, *anatomy.others, *shared, anatomy.head_weight, anatomy.head_bias}
+    unknown = sorted(set(parameters) - known)
+    if unknown:
+        raise BaseError(
+            f"the loaded model has {len(unknown)} parameters that its anatomy does not name: {', '.join(unknown[:3])}",
+            where=base.load.folder,
+            expected=f"names like {next(iter(anatomy.tensors))}",
+        )

@@ -11,11 +11,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from orchestrator.anatomy.values import ModelAnatomy
+from orchestrator.anatomy.values import ModelAnatomy, Ways
 from orchestrator.spec.models import Task
 from orchestrator.train import heartbeat
 from orchestrator.train.model.base import LoadedBase
-from orchestrator.train.model.heads import DocumentLosses, FinalNorm, Parts, Targets, head_of
+from orchestrator.train.model.heads import DEFAULT_WAYS, DocumentLosses, FinalNorm, Parts, Targets, head_of
+from orchestrator.train.model.loss import AS_PROJECTED, LogitMap
 from orchestrator.train.trunk.port import entering
 
 
@@ -38,6 +39,8 @@ class Objective(nn.Module):
         final_norm: nn.Module | None = None,
         blocks: nn.Module | None = None,
         cut: int = 0,
+        ways: Ways = DEFAULT_WAYS,
+        logit_map: LogitMap = AS_PROJECTED,
     ) -> None:
         """
         Args:
@@ -48,15 +51,22 @@ class Objective(nn.Module):
                 backbone applies it itself at every position.
             blocks: The backbone's blocks, needed if `forward` is given stored states for those below `cut`.
             cut: The first block that is computed then.
+            ways: What the class allows.
+            logit_map: What the class does with the head's result.
         """
         super().__init__()
         self.model: Any = model
         norm = FinalNorm(final_norm, *_place_in(backbone, final_norm)) if final_norm is not None else None
         # Inside values: as attributes, nn.Module would register these modules a second time, beside `model`.
         self._head = head_of(task)
-        self._parts = Parts(model, backbone, head, encoder, norm)
+        self._parts = Parts(model, backbone, head, encoder, norm, ways, logit_map)
         self._blocks = (cast("nn.ModuleList", blocks),)
         self._cut = cut
+
+    @property
+    def cut(self) -> int:
+        """The first block that is computed where stored states are given."""
+        return self._cut
 
     def forward(
         self,
@@ -114,16 +124,28 @@ class Objective(nn.Module):
 
 def objective_of(base: LoadedBase, head: nn.Module, cut: int = 0) -> Objective:
     """Return the objective over the base as it is now, starting from stored states at `cut` if it gets any."""
-    model, anatomy = base.model, base.anatomy
+    return make_objective(base.model, base.anatomy, base.load.task, head, cut=cut)
+
+
+def make_objective(model: nn.Module, anatomy: ModelAnatomy, task: Task, head: nn.Module | None = None, cut: int = 0) -> Objective:
+    """Return the objective over a model as its anatomy describes it.
+
+    Args:
+        head: The map from hidden states to logits; by default the module of the task's head.
+        cut: See `Objective`.
+    """
+    weight = head_of(task).weight_name(anatomy)
     return Objective(
         model,
         model.get_submodule(anatomy.backbone),
-        head,
-        base.load.task,
+        head if head is not None else model.get_submodule(weight.rpartition(".")[0]),
+        task,
         encoder=anatomy.kind == "encoder",
         final_norm=final_norm_of(model, anatomy),
         blocks=model.get_submodule(anatomy.blocks_module),
         cut=cut,
+        ways=anatomy.ways,
+        logit_map=LogitMap(anatomy.logit_scale, anatomy.logit_cap),
     )
 
 

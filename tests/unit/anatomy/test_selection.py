@@ -16,7 +16,7 @@ from orchestrator.errors import SelectionError
 from orchestrator.spec import load_spec
 from orchestrator.spec.models import Task, Tune
 
-from .bases import BERT, config_of, implied_tensors, write_base
+from .bases import BERT, config_of, implied_tensors, row_of, write_base
 
 NUM_BLOCKS = 3
 POLICIES = st.one_of(
@@ -29,7 +29,7 @@ POLICIES = st.one_of(
 @cache
 def anatomy_of(model_type: str, tied: bool = True) -> ModelAnatomy:
     with TemporaryDirectory() as folder:
-        return read_anatomy(write_base(Path(folder), config_of(model_type, tie_word_embeddings=tied)), need_weights=False)
+        return row_of(write_base(Path(folder), config_of(model_type, tie_word_embeddings=tied)))
 
 
 def pick(
