@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.anatomy.config import BaseConfig, OtherLayoutError, find_layout, plan_only_error, read_config, read_values
+from orchestrator.anatomy.encoded import decoded
 from orchestrator.anatomy.layouts import TensorTemplate, axis_size, present
 from orchestrator.anatomy.learned import NotLearnedError, learn
 from orchestrator.anatomy.odd import no_head_error, settle
@@ -43,8 +44,8 @@ def read_anatomy(folder: Path | str, *, need_weights: bool, task: Task = "comple
         task: What it is to be trained for: decides which class is loaded, and so which tensors it needs.
 
     Raises:
-        BaseError: see `read_values`, `read_config`, `read_weights` and `learn`; weights that are needed and missing, quantized, or
-            not those of the config.
+        BaseError: see `read_values`, `read_config`, `read_weights` and `learn`; weights that are needed and missing, quantized,
+            or not those of the config.
     """
     folder = Path(folder).resolve()
     values = read_values(folder)
@@ -56,7 +57,10 @@ def read_anatomy(folder: Path | str, *, need_weights: bool, task: Task = "comple
             expected=f"{SINGLE}, or shards with {INDEX}",
             remedy="put the base's safetensors files there, or point `base.model` at a folder that has them",
         )
-    anatomy = _read(folder, values, stored, task=task, need_weights=need_weights)
+    notes: tuple[str, ...] = ()
+    if stored is not None:
+        stored, notes = decoded(folder, values, stored)
+    anatomy = _read(folder, values, stored, task=task, need_weights=need_weights).model_copy(update={"notes": notes})
     return settle(anatomy, stored or {}, head_is_new=TASKS[task].head.is_new)
 
 
@@ -110,8 +114,11 @@ def _learned_instead(
 ) -> ModelAnatomy:
     """Learn a base that its row of the table does not describe.
 
-    If the class does not fit either, the row says best what is wrong. A row of a type that has no class for texts is still good
-    for planning.
+    A row of a type that has no class for texts is still good for planning.
+
+    Raises:
+        NotLearnedError: the stored tensors are not those of the class.
+        BaseError: as the row says, if the class cannot be built.
     """
     try:
         return learn(folder, values, stored, task=task)
@@ -120,6 +127,8 @@ def _learned_instead(
             if stored is not None:
                 _check_count(folder, other.config, _expected(other.config), stored)
             return implied_anatomy(other.config)
+        if refused.kind == "weights":
+            raise
         raise other.error from refused
 
 

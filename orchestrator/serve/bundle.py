@@ -24,6 +24,7 @@ import transformers
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
+from orchestrator.anatomy.encoded import KEYS as QUANTIZATION_KEYS
 from orchestrator.anatomy.weights import INDEX
 from orchestrator.data import TokenizedSet, load_tokenizer, padding
 from orchestrator.errors import VerificationError
@@ -136,7 +137,8 @@ def stage_bundle(inputs: BundleInputs, final: Path) -> StagedBundle:
 
 def bundle_config(config: dict[str, Any], plan: MergePlan) -> dict[str, Any]:
     """Return the base's config.json with the changes that the merged model needs."""
-    config = dict(config)
+    # The weights are written in 16 bit, also if the base's were quantized.
+    config = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
     if not TASKS[plan.task].head.is_new:
         config["architectures"] = served_classes(config, TASKS[plan.task].head.auto_model)
     if config["model_type"] in CONFIG_MAPPING:

@@ -9,6 +9,7 @@ from orchestrator.anatomy.selection import NEW_ROWS
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.plan.memory.activations import BlockActivations, Peak, activations, attends_by_document
 from orchestrator.plan.memory.counted import counted_activations
+from orchestrator.plan.memory.experts import NO_EXPERTS, ExpertFootprint, expert_footprint
 from orchestrator.plan.memory.quantized import dequantize_scratch_bytes, quantized_bytes
 from orchestrator.spec.models import Quantize
 from orchestrator.work.artifact import new_shapes
@@ -40,6 +41,8 @@ class Footprint:
     """Activations that all of them keep for the backward pass, per token."""
     kept_pair_bytes: int
     """The same per token and position of its row."""
+    kept_row_bytes: int
+    """The same per row."""
     by_document_token_bytes: int
     """Bytes to add per token if documents are computed one by one; negative if that needs less."""
     backward_blocks: tuple[BlockActivations, ...]
@@ -59,6 +62,7 @@ class Footprint:
     element_bytes: int
     anchor_copies: int = 0
     """float32 values that an anchor holds per trainable element: its initial value, and for EWC its importance."""
+    experts: ExpertFootprint = NO_EXPERTS
     converted_bytes: int = 0
     """Part of the base, in the compute dtype, that its files store in another dtype: it cannot be memory-mapped and is copied
     while loading."""
@@ -74,7 +78,7 @@ def make_footprint(
     for the next trial, so that nothing has to be copied to restore them. A tied head is stored once.
     """
     matrices = {name for block in anatomy.linears for name in block} if quantize != "none" else set[str]()
-    quantized = {name: quantized_bytes(anatomy.tensors[name].shape, quantize, element_bytes) for name in matrices}
+    quantized = {name: quantized_bytes(anatomy.matrix_shape(name), quantize, element_bytes) for name in matrices}
     head_bytes = anatomy.vocab_size * anatomy.hidden_size * element_bytes
     loaded = {
         name: quantized[name].total if name in quantized else tensor.num_elements * element_bytes
@@ -86,12 +90,11 @@ def make_footprint(
     waiting = [name for name in selection.trainable if name in quantized]
     still = (*selection.frozen, *selection.adapted, *waiting)
     opened = matrices.difference(waiting)
-    learning = set(selection.trainable)
+    learning, learns = set(selection.trainable), bool(selection.trainable or selection.adapted)
     blocks = [
         sum(anatomy.tensors[name].num_elements * element_bytes if name in learning else loaded[name] for name in block)
         for block in anatomy.blocks
     ]
-    learns = bool(selection.trainable or selection.adapted)
     every = (counted_activations if anatomy.block_costs else activations)(anatomy, selection, element_bytes)
     above = every[selection.cut :] if learns else []
     return Footprint(
@@ -103,12 +106,13 @@ def make_footprint(
         head_bytes=head_bytes,
         quantized=quantize != "none",
         scratch_bytes=max(
-            (dequantize_scratch_bytes(anatomy.tensors[name].shape, quantize, element_bytes) for name in opened), default=0
+            (dequantize_scratch_bytes(anatomy.matrix_shape(name), quantize, element_bytes) for name in opened), default=0
         ),
         learning_blocks=anatomy.num_blocks - selection.cut if learns else 0,
         by_document_on_cpu=attends_by_document(anatomy, "cpu", one_document_per_row=num_classes > 0),
         kept_token_bytes=sum(block.kept_bytes for block in above),
         kept_pair_bytes=sum(block.kept_pair_bytes for block in above),
+        kept_row_bytes=sum(block.kept_row_bytes for block in above),
         by_document_token_bytes=sum(block.by_document_bytes for block in above),
         backward_blocks=tuple(dict.fromkeys(above)),
         forward_peaks=tuple(dict.fromkeys(peak for block in every for peak in block.forward_peaks)),
@@ -119,6 +123,7 @@ def make_footprint(
         one_target_per_row=num_classes > 0,
         own_logits=not anatomy.ways.projects and num_classes == 0,
         element_bytes=element_bytes,
+        experts=expert_footprint(anatomy, selection, element_bytes),
         converted_bytes=_converted_bytes(anatomy, element_bytes),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from orchestrator.plan.estimates import MemoryTerm
 from orchestrator.plan.memory.activations import BlockActivations, Peak
 from orchestrator.plan.memory.candidate import Candidate
+from orchestrator.plan.memory.experts import expert_terms
 from orchestrator.plan.memory.footprint import Footprint
 from orchestrator.plan.memory.shards import Shards
 from orchestrator.units import MIB
@@ -64,14 +65,15 @@ def _kept_terms(footprint: Footprint, candidate: Candidate) -> list[MemoryTerm]:
         num_bytes, mask = tokens * blocks * footprint.hidden_size * e, pairs
         reason = f"inputs of {blocks} blocks, {shape}"
     else:
-        num_bytes, mask = tokens * _kept_token_bytes(footprint, candidate), pairs * footprint.kept_pair_bytes
+        num_bytes = tokens * _kept_token_bytes(footprint, candidate) + candidate.micro_batch_rows * footprint.kept_row_bytes
+        mask = pairs * footprint.kept_pair_bytes
         reason = f"{blocks} blocks from the cut up, {shape}"
     where = "once" if candidate.checkpointing else f"in {blocks} blocks"
     terms = [MemoryTerm(name="activations", num_bytes=num_bytes, reason=reason)]
     if mask:
         reason = f"{candidate.micro_batch_rows} x {candidate.row_tokens}² pairs, {where}"
         terms.append(MemoryTerm(name="attention mask", num_bytes=mask, reason=reason))
-    return terms
+    return terms + expert_terms(footprint.experts, tokens, checkpointing=candidate.checkpointing)
 
 
 def _backward_terms(footprint: Footprint, candidate: Candidate, shards: Shards) -> list[MemoryTerm]:
@@ -84,7 +86,8 @@ def _backward_terms(footprint: Footprint, candidate: Candidate, shards: Shards) 
 
     def sizes(block: BlockActivations) -> tuple[int, int]:
         """Return (recomputed, at the peak besides that)."""
-        kept = tokens * (block.kept_bytes + block.kept_pair_bytes * pairs) if candidate.checkpointing else 0
+        own = Peak(block.kept_bytes, block.kept_pair_bytes, block.kept_row_bytes)
+        kept = _peak_bytes(own, candidate, pairs) if candidate.checkpointing else 0
         peaks = (_peak_bytes(peak, candidate, pairs) + (shards.in_flight_bytes if peak.at_weight else 0) for peak in block.peaks)
         return kept, max(peaks) + ends
 
