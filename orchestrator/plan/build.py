@@ -12,7 +12,7 @@ from orchestrator.plan.cost import estimate as cost
 from orchestrator.plan.cost.duration import planned_duration
 from orchestrator.plan.estimates import MemoryEstimate
 from orchestrator.plan.explain import rate_note, with_explanations
-from orchestrator.plan.fusing import concurrent_trials, most_fused
+from orchestrator.plan.fusing import concurrent_trials, may_share, most_fused
 from orchestrator.plan.gangs import (
     Arrangement,
     arrange,
@@ -177,6 +177,13 @@ def _check_quantizable(spec: JobSpec, anatomy: ModelAnatomy, found: Machines) ->
     Raises:
         BaseError: names the first such matrix.
     """
+    if spec.base.quantize != "none" and anatomy.encoding:
+        raise BaseError(
+            f"the base is quantized already, in {anatomy.encoding}",
+            where="base.quantize",
+            expected="none: transformers decodes such a base to 16 bit when loading, and cannot quantize it again",
+            remedy="base.quantize: none, or give the original weights",
+        )
     if spec.base.quantize != "nf4" or found.device != "cpu":
         return
     for name in (name for block in anatomy.linears for name in block):
@@ -290,15 +297,13 @@ def _most_fused(
     # blocks would have to be compiled again for every set of fused trials.
     if anatomy.dropout or spec.resources.compile == "on":
         return 1
-    alone = [footprint for choice, footprint in zip(choices, load.footprints, strict=True) if _may_share(choice)]
+    alone = [
+        footprint for choice, footprint in zip(choices, load.footprints, strict=True) if may_share(anatomy, choice.selection)
+    ]
     # Trials with different cuts cannot share a batch (`fuse_key`).
     kinds = {(choice.selection.cut, choice.selection.trainable) for choice in choices if not choice.selection.adapter.dropout}
     room = found.room(gangs.candidate.ranks, gangs.num_gangs)
     return most_fused(alone, gangs.candidate, load, room, spec.resources.max_fused, num_kinds=len(kinds))
-
-
-def _may_share(choice: Choice) -> bool:
-    return not choice.selection.trainable and not choice.selection.adapter.dropout
 
 
 def _with_costs(plan: RunPlan, anatomy: ModelAnatomy, found: Machines, spec: JobSpec, defaulted: str) -> RunPlan:

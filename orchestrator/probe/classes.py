@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import configuration_auto, modeling_auto
 

@@ -22,8 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn.modules import Linear4bit
+from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
@@ -36,7 +35,7 @@ from orchestrator.plan.merge_operations import MergedInto
 from orchestrator.serve import verification_process
 from orchestrator.serve.loading import serving_class
 from orchestrator.train.adapters.artifacts import attach_artifact
-from orchestrator.train.model.base import LoadedBase, load_base
+from orchestrator.train.model.base import LoadedBase, dequantized, load_base
 from orchestrator.transfer.records import VerificationFigures
 from orchestrator.units import MIB
 from orchestrator.values import Value
@@ -174,18 +173,17 @@ def _distributions(base: LoadedBase, documents: list[torch.Tensor], by_document:
 
 
 def compute_in_float32(model: nn.Module) -> None:
-    """Let a loaded model compute in float32 with unchanged weights; 4-bit ones dequantize as in training."""
+    """Let a loaded model compute in float32 with unchanged weights; quantized ones dequantize as in training."""
     for module in model.modules():
-        if isinstance(module, Linear4bit):
+        if isinstance(module, (Linear4bit, Linear8bitLt)):
             setattr(module, "forward", partial(_dequantized_linear, module))  # noqa: B010 (an instance's own forward)
     for parameter in model.parameters():
         if not hasattr(parameter, "quant_state") and parameter.is_floating_point():
             parameter.data = parameter.data.float()
 
 
-def _dequantized_linear(layer: Linear4bit, inputs: torch.Tensor) -> torch.Tensor:
-    weight: Any = layer.weight
-    return functional.linear(inputs, dequantize_4bit(weight.data, weight.quant_state).float(), layer.bias)
+def _dequantized_linear(layer: Linear4bit | Linear8bitLt, inputs: torch.Tensor) -> torch.Tensor:
+    return functional.linear(inputs, dequantized(layer.weight).float(), layer.bias)
 
 
 def _held_out(trained: TrainedModel, max_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
