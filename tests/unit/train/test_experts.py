@@ -20,6 +20,7 @@ from orchestrator.plan.memory.activations import kept_by_adapter
 from orchestrator.plan.merge import make_merge_plan
 from orchestrator.serve.merging import merge
 from orchestrator.spec.adapters import AdapterOptions, Modules
+from orchestrator.spec.models import Tune
 from orchestrator.train.adapters.artifacts import attach_artifact, save_artifact
 from orchestrator.train.adapters.branch import Branch, open_branch, open_group
 from orchestrator.train.adapters.naming import AdapterSpec
@@ -139,7 +140,8 @@ def test_peft_loads_it_and_a_merge_serves_it(kind: str, folder_of: Any, base_of:
 def test_routers_learn_only_if_asked(folder_of: Any, base_of: Any, tmp_path: Path) -> None:
     base: LoadedBase = base_of(folder_of("qwen2_moe"))
     router = "model.layers.2.mlp.gate.weight"
-    for tune, rank in (("full", None), ("lora", 4)):
+    ways: tuple[tuple[Tune, int | None], ...] = (("full", None), ("lora", 4))
+    for tune, rank in ways:
         assert router not in select(base.anatomy, "last:1", tune, rank, task="completion").trainable
         selection = select(base.anatomy, "last:1+router", tune, rank, task="completion")
         assert router in selection.trainable
@@ -153,7 +155,8 @@ def test_routers_learn_only_if_asked(folder_of: Any, base_of: Any, tmp_path: Pat
 
 def test_what_peft_cannot_do_on_experts_is_refused(folder_of: Any, base_of: Any) -> None:
     base: LoadedBase = base_of(folder_of("qwen2_moe"))
-    for options, named in (({"kind": "dora"}, "DoRA"), ({"dropout": 0.1}, "lora_dropout 0.1")):
+    refused: tuple[tuple[dict[str, Any], str], ...] = (({"kind": "dora"}, "DoRA"), ({"dropout": 0.1}, "lora_dropout 0.1"))
+    for options, named in refused:
         with pytest.raises(SelectionError, match=f"{named} on routed experts"):
             selected(base, **options)
         assert selected(base, modules="all", **options).adapted
