@@ -20,7 +20,7 @@ from orchestrator.values import content_hash
 
 SECONDS = 600
 """Longest time that a class may take to be built."""
-OWN_CODE = "the code that comes with a base is not run; use a base whose model_type transformers has, or a newer transformers that has it"
+OWN_CODE = "the code that comes with a base is not run; use a base of a type that transformers has, or a newer transformers"
 
 
 class NotLearnedError(BaseError):

@@ -43,8 +43,8 @@ def read_anatomy(folder: Path | str, *, need_weights: bool, task: Task = "comple
         task: What it is to be trained for: decides which class is loaded, and so which tensors it needs.
 
     Raises:
-        BaseError: see `read_values`, `read_config`, `read_weights` and `learn`; weights that are needed and missing, quantized, or
-            not those of the config.
+        BaseError: see `read_values`, `read_config`, `read_weights` and `learn`; weights that are needed and missing, quantized,
+            or not those of the config.
     """
     folder = Path(folder).resolve()
     values = read_values(folder)

@@ -131,9 +131,8 @@ def _plan_on(
     untouched, head = (_footprint(spec, anatomy, data, _control(policy, spec, anatomy, data)) for policy in ("none", "head"))
     # The controls `none` and `head` run on the trials' gangs, so their memory is estimated for the same candidate.
     gangs = arrange(head, found, loaded, load, num_trials, anchor=anchor, job=job)
-    refit = refit_candidate(found, spec, load, gangs)
+    refit, fused = refit_candidate(found, spec, load, gangs), _most_fused(spec, anatomy, choices, load, gangs, found)
     options, room = _options(choices, load.footprints, gangs.candidate), found.room(gangs.candidate.ranks, gangs.num_gangs)
-    fused = _most_fused(spec, anatomy, choices, load, gangs, found)
     shared: dict[str, Any] = {
         "name": spec.name,
         "spec_sha256": spec_sha256,
@@ -181,7 +180,7 @@ def _check_quantizable(spec: JobSpec, anatomy: ModelAnatomy, found: Machines) ->
     if spec.base.quantize != "nf4" or found.device != "cpu":
         return
     for name in (name for block in anatomy.linears for name in block):
-        width = anatomy.tensors[name].shape[-1]
+        width = anatomy.matrix_shape(name)[-1]
         if width % NF4_BLOCK:
             raise BaseError(
                 f"nf4 on a CPU does not support {name}: {width} columns",

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import configuration_auto, modeling_auto
 
@@ -143,10 +142,8 @@ def build(config: PreTrainedConfig, name: str) -> PreTrainedModel:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, with the name of its class if it has none."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-
-
-def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return every parameter's shape by name; of those that share one tensor, the first."""
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    """Return the first line of an error's message that says something, or the name of its class."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        return f"{lines[0]} {lines[1]}"
+    return lines[0] if lines else type(error).__name__

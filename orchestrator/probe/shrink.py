@@ -19,14 +19,14 @@ import transformers
 from transformers import PreTrainedConfig
 
 from orchestrator.probe.classes import CAUSAL, NUM_CLASSES, Built, first_line
-from orchestrator.probe.facts import HEAD_DIMS, HEADS, first_int, hidden_size
+from orchestrator.probe.facts import HEAD_DIMS, HEADS, first_int, hidden_size, setting
 from orchestrator.probe.structure import Structure, block_kinds, find_structure
 
 LAYERS = re.compile(r"(num_|n_|encoder_|decoder_)*(hidden_)?layers?|depth|num_hidden_blocks")
 HEAD_COUNT = re.compile(r".*heads?|.*_head_kv|n_head")
 HEAD_WIDTH = re.compile(r".*head_dim|d_kv|.*d_head|.*head_size|qk_\w+_dim|rotary_dim|.*head_width")
 WIDTH = re.compile(
-    r".*(hidden|intermediate|inner|width|channels|_rank|_dim|d_model|d_ff|n_embd|units|expand_size).*|dim|.*_size|ffn_.*|mlp_.*"
+    r".*(hidden|intermediate|inner|width|channels|_rank|_dim|d_model|d_ssm|d_inner|d_ff|n_embd|units|expand_size).*|dim|.*_size|ffn_.*|mlp_.*"
 )
 KEPT = re.compile(
     r".*(image|patch|kernel|conv|merge|type_vocab|vocab|chunk|window|block_size|state|token|position|group|batch|crop|tile|bits|"
@@ -38,11 +38,13 @@ EXPERT_COUNT = re.compile(
 )
 PER_TOKEN = re.compile(r"num_experts_per_tok(en)?|experts_per_token|moe_topk|moe_k|top_k_experts|moe_top_k|top_k")
 WINDOW = re.compile(r".*(sliding_window|window_size|attention_window|attention_chunk_size|local_attention)")
+SHARED = "num_kv_shared_layers"
+"""Key of the number of last blocks that have no keys and values of their own (Gemma 3n and 4)."""
 MOST_BLOCKS = 16
 LEAST_WIDTH = 32
 """Smaller numbers are no widths: kernels, patches, sizes of states."""
-MOST_PARAMETERS = 250_000_000
-VOCABULARY, WINDOW_TOKENS, NUM_EXPERTS, NUM_GROUPS = 256, 4, 4, 1
+MOST_PARAMETERS = 60_000_000
+VOCABULARY, WINDOW_TOKENS, CHUNK_TOKENS, NUM_EXPERTS, NUM_GROUPS = 256, 4, 16, 4, 1
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def instances(built: Built, structure: Structure) -> Iterator[Tiny]:
 def _targets(built: Built, structure: Structure) -> Iterator[tuple[PreTrainedConfig, str]]:
     yield built.config, type(built.model).__name__
     text = CAUSAL.get(structure.config.model_type)
-    if structure.config is not built.config and text and not built.classifies:
+    if built.kind == "decoder" and structure.config is not built.config and text and not built.classifies:
         yield structure.config, text
 
 
@@ -114,7 +116,11 @@ def _shrunk(config: PreTrainedConfig, structure: Structure, divisors: Divisors) 
     kinds = block_kinds(structure)
     shown = max((kinds.index(kind) for kind in set(kinds)), default=0) + 1
     blocks = min(len(kinds), MOST_BLOCKS, max(shown, 3))
-    small = _Shrinker(divisors, len(kinds), blocks).mapping(values)
+    if sharing := setting(structure.config, SHARED):
+        # As many again: the last ones take keys and values from the ones before, which must be of every kind too.
+        blocks = min(len(kinds), 2 * max(shown, 2))
+        sharing = blocks - max(shown, 2)
+    small = _Shrinker(divisors, len(kinds), blocks, sharing if isinstance(sharing, int) else 0).mapping(values)
     small |= {"num_labels": NUM_CLASSES, "dtype": "float32", "torch_dtype": None, "architectures": None}
     small = {
         key: value for key, value in small.items() if key not in ("torch_dtype", "id2label", "label2id", "transformers_version")
@@ -129,9 +135,12 @@ class _Shrinker:
     divisors: Divisors
     num_blocks: int
     kept_blocks: int
+    sharing_blocks: int
+    """The last of the kept blocks that take keys and values from others."""
 
     def mapping(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        small = {key: self.value(key, value, values) for key, value in values.items()}
+        kept = {key: value for key, value in values.items() if not str(key).isdigit() or int(key) < self.kept_blocks}
+        small = {key: self.value(str(key), value, values) for key, value in kept.items()}
         return _repaired(small)
 
     def value(self, key: str, value: Any, values: Mapping[str, Any]) -> Any:
@@ -148,6 +157,8 @@ class _Shrinker:
         """Return the smaller size of a whole number by the name of its key."""
         if key.endswith(("token_id", "token_index")):
             return min(value, VOCABULARY - 1) if value >= 0 else value
+        if key == SHARED:
+            return self.sharing_blocks
         if LAYERS.fullmatch(key):
             return self.kept_blocks if value == self.num_blocks else min(value, self.kept_blocks)
         if EXPERT_COUNT.fullmatch(key):
@@ -158,6 +169,8 @@ class _Shrinker:
             return min(value, NUM_GROUPS)
         if WINDOW.fullmatch(key):
             return min(value, WINDOW_TOKENS) if value > 0 else value
+        if key.endswith("chunk_size"):
+            return min(value, CHUNK_TOKENS)
         if "vocab_size" in key and value > VOCABULARY:
             return VOCABULARY
         if HEAD_COUNT.fullmatch(key):

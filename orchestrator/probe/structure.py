@@ -168,26 +168,37 @@ def _embedding(model: Any, tower: str) -> nn.Module | None:
 
 def block_kinds(structure: Structure) -> tuple[int, ...]:
     """Return the number of each block's kind: equal names, shapes, modules and attributes that select code make one kind."""
+    layer_types = _layer_types(structure)
+    selects = [_selects(block) for block in structure.blocks]
+    numbering = _numbering(selects)
     kinds: dict[object, int] = {}
     found: list[int] = []
-    layer_types: Any = getattr(structure.config, "layer_types", None)
-    for number, block in enumerate(structure.blocks):
+    for block, attributes, layer_type in zip(structure.blocks, selects, layer_types, strict=True):
         shapes = tuple((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())
-        modules = tuple((name, type(module).__name__, _selects(module)) for name, module in block.named_modules())
-        layer_type = layer_types[number] if isinstance(layer_types, list) and len(layer_types) == len(structure.blocks) else ""
-        found.append(kinds.setdefault((shapes, modules, layer_type), len(kinds)))
+        modules = tuple((name, type(module).__name__) for name, module in block.named_modules())
+        code = tuple((key, value) for key, value in attributes.items() if key not in numbering)
+        found.append(kinds.setdefault((shapes, modules, code, layer_type), len(kinds)))
     return tuple(found)
 
 
-def _selects(module: nn.Module) -> tuple[tuple[str, object], ...]:
-    """Return the attributes of a module by which its code may branch; not those that number it."""
-    plain: Mapping[str, object] = vars(module)
-    return tuple(
-        (key, value)
-        for key, value in sorted(plain.items())
-        if not key.startswith("_") and key not in NUMBERS and isinstance(value, (bool, int, str)) and key != "training"
-    )
+def _layer_types(structure: Structure) -> list[object]:
+    found: Any = getattr(structure.config, "layer_types", None)
+    count = len(structure.blocks)
+    return list(found) if isinstance(found, (list, tuple)) and len(found) == count else [""] * count
 
 
-NUMBERS = ("layer_idx", "layer_id", "layer_number", "layer_index", "block_idx", "idx", "index")
-"""Attributes that number a module."""
+def _selects(block: nn.Module) -> dict[str, object]:
+    """Return the attributes of a block's modules by which their code may branch."""
+    found: dict[str, object] = {}
+    for name, module in block.named_modules():
+        plain: Mapping[str, object] = vars(module)
+        for key, value in plain.items():
+            if not key.startswith("_") and key != "training" and isinstance(value, (bool, int, str)):
+                found[f"{name}.{key}"] = value
+    return found
+
+
+def _numbering(selects: list[dict[str, object]]) -> set[str]:
+    """Return the attributes that number the blocks: those of which every block has another value."""
+    keys = {key for attributes in selects for key in attributes}
+    return {key for key in keys if len(values := [each[key] for each in selects if key in each]) == len(set(values)) > 1}

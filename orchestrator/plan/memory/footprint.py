@@ -74,7 +74,7 @@ def make_footprint(
     for the next trial, so that nothing has to be copied to restore them. A tied head is stored once.
     """
     matrices = {name for block in anatomy.linears for name in block} if quantize != "none" else set[str]()
-    quantized = {name: quantized_bytes(anatomy.tensors[name].shape, quantize, element_bytes) for name in matrices}
+    quantized = {name: quantized_bytes(anatomy.matrix_shape(name), quantize, element_bytes) for name in matrices}
     head_bytes = anatomy.vocab_size * anatomy.hidden_size * element_bytes
     loaded = {
         name: quantized[name].total if name in quantized else tensor.num_elements * element_bytes
@@ -86,12 +86,11 @@ def make_footprint(
     waiting = [name for name in selection.trainable if name in quantized]
     still = (*selection.frozen, *selection.adapted, *waiting)
     opened = matrices.difference(waiting)
-    learning = set(selection.trainable)
+    learning, learns = set(selection.trainable), bool(selection.trainable or selection.adapted)
     blocks = [
         sum(anatomy.tensors[name].num_elements * element_bytes if name in learning else loaded[name] for name in block)
         for block in anatomy.blocks
     ]
-    learns = bool(selection.trainable or selection.adapted)
     every = (counted_activations if anatomy.block_costs else activations)(anatomy, selection, element_bytes)
     above = every[selection.cut :] if learns else []
     return Footprint(
@@ -103,7 +102,7 @@ def make_footprint(
         head_bytes=head_bytes,
         quantized=quantize != "none",
         scratch_bytes=max(
-            (dequantize_scratch_bytes(anatomy.tensors[name].shape, quantize, element_bytes) for name in opened), default=0
+            (dequantize_scratch_bytes(anatomy.matrix_shape(name), quantize, element_bytes) for name in opened), default=0
         ),
         learning_blocks=anatomy.num_blocks - selection.cut if learns else 0,
         by_document_on_cpu=attends_by_document(anatomy, "cpu", one_document_per_row=num_classes > 0),
