@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from orchestrator.anatomy.encoded import refuse_undecodable
 from orchestrator.anatomy.layouts import DROPOUT_KEYS, LAYOUTS, Layout, axis_size, trainable_layouts
 from orchestrator.anatomy.odd import lone_adapter_error
 from orchestrator.anatomy.values import Experts
@@ -69,20 +70,11 @@ def read_values(folder: Path) -> dict[str, Any]:
     """Read the keys of `folder`/config.json.
 
     Raises:
-        BaseError: the folder or file is missing, or not JSON; its weights are already quantized.
+        BaseError: the folder or file is missing, or not JSON; its weights are quantized in a way that is not decoded.
     """
     path = folder / "config.json"
     values = _read_json(folder, path)
-    if "quantization_config" in values:
-        quantization = values["quantization_config"]
-        known = cast("dict[str, Any]", quantization) if isinstance(quantization, dict) else {}
-        method = known.get("quant_method", "unknown")
-        raise BaseError(
-            f"the base is quantized already (quantization_config, method {method!r})",
-            where=str(path),
-            expected="16-bit or 32-bit weights",
-            remedy="give the original weights and let `base.quantize: nf4` quantize them in memory",
-        )
+    refuse_undecodable(folder, values)
     return values
 
 

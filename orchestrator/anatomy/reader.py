@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.anatomy.config import BaseConfig, OtherLayoutError, find_layout, plan_only_error, read_config, read_values
+from orchestrator.anatomy.encoded import decoded
 from orchestrator.anatomy.layouts import TensorTemplate, axis_size, present
 from orchestrator.anatomy.learned import NotLearnedError, learn
 from orchestrator.anatomy.odd import no_head_error, settle
@@ -56,7 +57,10 @@ def read_anatomy(folder: Path | str, *, need_weights: bool, task: Task = "comple
             expected=f"{SINGLE}, or shards with {INDEX}",
             remedy="put the base's safetensors files there, or point `base.model` at a folder that has them",
         )
-    anatomy = _read(folder, values, stored, task=task, need_weights=need_weights)
+    notes: tuple[str, ...] = ()
+    if stored is not None:
+        stored, notes = decoded(folder, values, stored)
+    anatomy = _read(folder, values, stored, task=task, need_weights=need_weights).model_copy(update={"notes": notes})
     return settle(anatomy, stored or {}, head_is_new=TASKS[task].head.is_new)
 
 

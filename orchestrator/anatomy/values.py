@@ -29,6 +29,17 @@ DTYPE_BYTES = {
 """Bytes of an element, by safetensors' name of its type."""
 
 
+class Encoding(Value):
+    """How a stored tensor is quantized; its `name`, `shape` and `dtype` are those after decoding, in 16 bit."""
+
+    kind: Literal["fp8", "mxfp4"]
+    data: str
+    """Name in the file of the quantized values."""
+    scales: str
+    """Name in the file of their scales."""
+    scales_file: str
+
+
 class StoredPart(Value):
     """A stored tensor that holds a part of a parameter: one expert's matrix, or some rows of a fused one."""
 
@@ -38,6 +49,7 @@ class StoredPart(Value):
     shape: tuple[int, ...]
     """Shape in the file."""
     dtype: str
+    encoding: Encoding | None = None
     index: tuple[int, ...] = ()
     """Position in the parameter's leading dimensions: (expert,)."""
     start: int = 0
@@ -65,6 +77,8 @@ class TensorInfo(Value):
     file: str = ""
     stored_name: str = ""
     """Name in the file, if different: some checkpoints omit the backbone's prefix."""
+    encoding: Encoding | None = None
+    """How it is quantized, for a tensor that is stored as one."""
     parts: tuple[StoredPart, ...] = ()
     """The stored tensors that together are this parameter, if it is not stored as one; `file` is then that of the first."""
 
@@ -73,7 +87,8 @@ class TensorInfo(Value):
         """The stored tensors that the parameter is made of: its `parts`, or the one that holds it whole."""
         if self.parts or not self.file:
             return self.parts
-        return (StoredPart(name=self.stored_name or self.name, file=self.file, shape=self.shape, dtype=self.dtype),)
+        name = self.stored_name or self.name
+        return (StoredPart(name=name, file=self.file, shape=self.shape, dtype=self.dtype, encoding=self.encoding),)
 
     @property
     def num_elements(self) -> int:
@@ -239,8 +254,15 @@ class ModelAnatomy(Value):
     @property
     def weight_files(self) -> list[str]:
         """Names of the files in the base's folder that hold its tensors."""
-        stored = {part.file for tensor in self.tensors.values() for part in tensor.stored_parts}
-        return sorted(stored | {tensor.file for tensor in (*self.extra, *self.buffers, *self.copies)})
+        parts = [part for tensor in self.tensors.values() for part in tensor.stored_parts]
+        scales = {part.encoding.scales_file for part in parts if part.encoding is not None}
+        return sorted(scales | {held.file for held in (*parts, *self.extra, *self.buffers, *self.copies)})
+
+    @property
+    def encoding(self) -> str:
+        """How the checkpoint is quantized: the kind of its encoded tensors, empty if there is none."""
+        parts = (part for tensor in self.tensors.values() for part in tensor.stored_parts)
+        return next((part.encoding.kind for part in parts if part.encoding is not None), "")
 
     @property
     def routed(self) -> frozenset[str]:

@@ -177,6 +177,13 @@ def _check_quantizable(spec: JobSpec, anatomy: ModelAnatomy, found: Machines) ->
     Raises:
         BaseError: names the first such matrix.
     """
+    if spec.base.quantize != "none" and anatomy.encoding:
+        raise BaseError(
+            f"the base is quantized already, in {anatomy.encoding}",
+            where="base.quantize",
+            expected="none: transformers decodes such a base to 16 bit when loading, and cannot quantize it again",
+            remedy="base.quantize: none, or give the original weights",
+        )
     if spec.base.quantize != "nf4" or found.device != "cpu":
         return
     for name in (name for block in anatomy.linears for name in block):

@@ -134,7 +134,7 @@ class _Merge:
     def _stored_tensor(self, name: str) -> WriteTensor:
         users = self.users[name]
         part = users[0][1]
-        source = TensorInfo(name=name, shape=part.shape, dtype=part.dtype, file=part.file)
+        source = TensorInfo(name=name, shape=part.shape, dtype=part.dtype, file=part.file, encoding=part.encoding)
         operations = [self._operation(info, part) for info, part in users]
         operation: Operation
         if all(operation.kind == "keep" for operation in operations):

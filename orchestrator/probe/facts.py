@@ -103,7 +103,7 @@ def routers_of(structure: Structure, number: int) -> list[str]:
 def experts_of(structure: Structure) -> Experts | None:
     """Return the sizes of the mixture of experts, or None if no block has one."""
     for number in range(len(structure.blocks)):
-        stacked, _ = stacked_of(structure, number)
+        stacked, transposed = stacked_of(structure, number)
         if not stacked:
             continue
         down = next((name for name in stacked if "down" in name), stacked[-1])
@@ -117,7 +117,7 @@ def experts_of(structure: Structure) -> Experts | None:
         return Experts(
             num_experts=shape[0],
             experts_per_token=first_int(structure.config, EXPERTS_PER_TOKEN, 1),
-            intermediate_size=shape[1] if shape[2] == hidden_size(structure) else shape[2],
+            intermediate_size=shape[1] if down in transposed else shape[2],
             shared_intermediate_size=max(shared, default=0),
             grouped=hasattr(module, "is_transposed"),
             balance=_balance_of(structure),

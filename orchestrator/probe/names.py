@@ -184,7 +184,8 @@ def _assembled(name: str, tensor: Symbolic) -> TensorInfo:
     parts = as_parts(tensor)
     part = parts[0]
     if len(parts) == 1 and part.shape == tensor.shape and not (part.transposed or part.length or part.operation):
-        return _renamed(name, TensorInfo(name=part.name, shape=part.shape, dtype=part.dtype, file=part.file))
+        source = TensorInfo(name=part.name, shape=part.shape, dtype=part.dtype, file=part.file, encoding=part.encoding)
+        return _renamed(name, source)
     return TensorInfo(name=name, shape=tensor.shape, dtype=part.dtype, file=part.file, parts=parts)
 
 

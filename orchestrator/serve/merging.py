@@ -247,6 +247,8 @@ def _mapped(folder: Path, info: TensorInfo) -> torch.Tensor:
     Raises:
         BaseError: the file or the tensor is gone, or it has changed since the plan was made.
     """
+    if info.encoding is not None:
+        return read_parameters(folder, [info])[info.name]
     path = folder / info.file
     try:
         with safe_open(path, framework="pt", device="cpu") as reader:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from safetensors import SafetensorError
@@ -14,10 +14,12 @@ from torch import nn
 from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
+    FineGrainedFP8Config,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
+from transformers.utils.quantization_config import Mxfp4Config
 
 from orchestrator.anatomy.values import ModelAnatomy
 from orchestrator.errors import BaseError
@@ -31,6 +33,12 @@ from orchestrator.work.execution import BaseLoad, ExecutionPlan
 _num_loads = 0
 PACKING = "support_avx512bf16_for_cpu"
 """bitsandbytes' switch on a `Linear4bit`: repack the weight in place at the first eval-mode forward."""
+
+DECODING: dict[str, Callable[[], object]] = {
+    "fp8": partial(FineGrainedFP8Config, dequantize=True),
+    "mxfp4": partial(Mxfp4Config, dequantize=True),
+}
+"""Kind of `Encoding` -> the option with which transformers decodes such a base when loading it."""
 
 
 def num_loads() -> int:
@@ -135,6 +143,8 @@ def _from_folder(
     }
     if anatomy.experts is not None:
         options["experts_implementation"] = ADAPTED
+    if anatomy.encoding:
+        options["quantization_config"] = DECODING[anatomy.encoding]()
     if load.quantize == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -158,9 +168,18 @@ def _from_folder(
             raise
         raise BaseError(f"the base cannot be loaded: {error}", where=load.folder) from error
     use_weights_only(model, dtype)
+    _round_decoded(model, anatomy)
     if load.traits.head.is_new:
         reset_new_parameters(model, new_parameter_names(model, anatomy), seed=0)
     return model
+
+
+def _round_decoded(model: PreTrainedModel, anatomy: ModelAnatomy) -> None:
+    """Round weights that were decoded to float32 as the bundle stores them, so that both compute the same."""
+    for name, info in anatomy.tensors.items():
+        if any(part.encoding is not None for part in info.stored_parts):
+            parameter = model.get_parameter(name)
+            parameter.data = parameter.data.to(torch.bfloat16).to(parameter.dtype)
 
 
 @contextmanager
