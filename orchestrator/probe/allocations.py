@@ -54,6 +54,7 @@ class AllocationCounter(TorchDispatchMode):
         self.peak_bytes = 0
         self.peak_operator = ""
         self._known: dict[int, Stored] = {}
+        self._outside: set[int] = set()
         self._num_stored = 0
         self._occurrences: Counter[tuple[str, int]] = Counter()
 
@@ -61,7 +62,7 @@ class AllocationCounter(TorchDispatchMode):
         """Count a tensor's storage until it is gone."""
         storage = tensor.untyped_storage()
         key, num_bytes = storage._cdata, storage.nbytes()
-        if key in self._known:
+        if key in self._known or key in self._outside:
             return
         element_bytes = tensor.itemsize if tensor.is_floating_point() else 0
         occurrence = self._occurrences[operator, num_bytes]
@@ -74,6 +75,13 @@ class AllocationCounter(TorchDispatchMode):
             self.peak_bytes, self.peak_operator = self.live_bytes, operator
         self.allocated(stored, tensor, operator)
 
+    def leave_out(self, tensor: torch.Tensor) -> None:
+        """Do not count a tensor's storage, nor views of it: what was there before."""
+        storage = tensor.untyped_storage()
+        self._forget(storage._cdata)
+        self._outside.add(storage._cdata)
+        weakref.finalize(storage, self._outside.discard, storage._cdata)
+
     def stored(self, tensor: torch.Tensor) -> Stored | None:
         """Return a tensor's storage; None if it was not allocated inside."""
         return self._known.get(tensor.untyped_storage()._cdata)
@@ -85,7 +93,9 @@ class AllocationCounter(TorchDispatchMode):
         """Called after a storage is gone, for subclasses."""
 
     def _forget(self, key: int) -> None:
-        stored = self._known.pop(key)
+        stored = self._known.pop(key, None)
+        if stored is None:
+            return
         self.live_bytes -= stored.num_bytes
         self.freed(stored)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_iter
 
 from orchestrator.probe.allocations import AllocationCounter, Stored, operator_flops
 from orchestrator.probe.blocks import BlockCall
@@ -147,13 +148,13 @@ class Opened:
 
     def adapt(self, name: str, lora_rank: int) -> None:
         """Add an adapter to a linear layer."""
-        down: list[nn.Parameter] = []
 
         def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
             given = inputs[0].reshape(1, -1, inputs[0].shape[-1])
             a, b = (nn.Parameter(output.new_empty(1, size, lora_rank)) for size in (given.shape[-1], output.shape[-1]))
             self.train([a, b])
-            down.extend([a, b])
+            for parameter in (a, b):
+                self.trace.leave_out(parameter)
             result = output.reshape(1, -1, output.shape[-1])
             return torch.baddbmm(result, torch.bmm(given, a), b.mT).view(output.shape)
 
@@ -168,7 +169,7 @@ def trace_block(call: BlockCall, open_gradients: Callable[[Opened], None], *, pa
         passing: Whether the block's input has a gradient.
         backward: Whether to run the backward pass too.
     """
-    trace, saved = Trace(), dict[Identity, Stored]()
+    trace, saved = _trace_of(call), dict[Identity, Stored]()
     with ExitStack() as stack:
         opened = Opened(call.block, stack, trace)
         open_gradients(opened)
@@ -197,9 +198,19 @@ def trace_block(call: BlockCall, open_gradients: Callable[[Opened], None], *, pa
     return Traced(saved, opened.inputs, forward, max(opened.marks), trace.flops - forward, trace.events[num_stored:])
 
 
+def _trace_of(call: BlockCall) -> Trace:
+    """Return a trace without what is there before a block is called."""
+    trace = Trace()
+    given = tree_iter((call.args, dict(call.kwargs)))
+    for tensor in (*call.block.parameters(), *call.block.buffers(), *given):
+        if isinstance(tensor, torch.Tensor):
+            trace.leave_out(tensor)
+    return trace
+
+
 def trace_forward(call: BlockCall) -> list[Event]:
     """Run a block forward, with nothing kept; its input is among what is live."""
-    trace, hidden = Trace(), call.input()
+    trace, hidden = _trace_of(call), call.input()
     with torch.no_grad(), trace:
         trace.add(hidden, "input")
         call.run(hidden)

@@ -54,6 +54,8 @@ class BlockActivations:
     shape of the rows."""
     forward_peaks: tuple[Peak, ...]
     """The same of its forward pass if nothing is kept, besides its input and output, counted twice."""
+    kept_row_bytes: int = 0
+    """Bytes kept per row (the states of recurrent blocks)."""
 
 
 def activations(anatomy: ModelAnatomy, selection: LayerSelection, element_bytes: int) -> list[BlockActivations]:

@@ -43,18 +43,21 @@ def _block(
         )
         for each in (costs.kept, costs.kept_by_document)
     )
-    token_bytes, pair_bytes = _per_token(kept, e), sum(size.per_pair(e) for size in kept)
+    token_bytes, pair_bytes, row_bytes = (
+        sum(counted(size, e) for size in kept) for counted in (Size.per_token, Size.per_pair, Size.per_row)
+    )
     ends = 2 * e * anatomy.hidden_size
     peaks = [(size, False) for size in (costs.trained_peaks if own else costs.adapted_peaks)]
     peaks += [(size, True) for size in costs.at_weight_peaks] if own else []
     return BlockActivations(
         kept_bytes=token_bytes + e * _by_adapters(anatomy, selection, [name for name in names if name in adapted]),
-        by_document_bytes=_per_token(by_document, e) - token_bytes if costs.kept_by_document else 0,
+        by_document_bytes=sum(size.per_token(e) for size in by_document) - token_bytes if costs.kept_by_document else 0,
         kept_pair_bytes=pair_bytes,
         peaks=tuple(
-            Peak(size.per_token(e) - token_bytes - ends, size.per_pair(e) - pair_bytes, size.per_row(e), at_weight)
+            Peak(size.per_token(e) - token_bytes - ends, size.per_pair(e) - pair_bytes, size.per_row(e) - row_bytes, at_weight)
             for size, at_weight in peaks
         ),
+        kept_row_bytes=row_bytes,
         forward_peaks=tuple(
             Peak(size.per_token(e) - 2 * ends, size.per_pair(e), size.per_row(e)) for size in costs.forward_peaks
         ),
@@ -64,10 +67,6 @@ def _block(
 def receives_gradient(anatomy: ModelAnatomy, selection: LayerSelection, block: int) -> bool:
     """Return whether something before a block is trained, so that its input has a gradient."""
     return block > selection.cut or not set(selection.trainable).isdisjoint(anatomy.embeddings)
-
-
-def _per_token(sizes: list[Size], e: int) -> int:
-    return sum(size.per_token(e) for size in sizes)
 
 
 def _by_adapters(anatomy: ModelAnatomy, selection: LayerSelection, names: list[str]) -> int:

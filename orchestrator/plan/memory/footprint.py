@@ -39,6 +39,8 @@ class Footprint:
     """Activations that all of them keep for the backward pass, per token."""
     kept_pair_bytes: int
     """The same per token and position of its row."""
+    kept_row_bytes: int
+    """The same per row."""
     by_document_token_bytes: int
     """Bytes to add per token if documents are computed one by one; negative if that needs less."""
     backward_blocks: tuple[BlockActivations, ...]
@@ -108,6 +110,7 @@ def make_footprint(
         by_document_on_cpu=attends_by_document(anatomy, "cpu", one_document_per_row=num_classes > 0),
         kept_token_bytes=sum(block.kept_bytes for block in above),
         kept_pair_bytes=sum(block.kept_pair_bytes for block in above),
+        kept_row_bytes=sum(block.kept_row_bytes for block in above),
         by_document_token_bytes=sum(block.by_document_bytes for block in above),
         backward_blocks=tuple(dict.fromkeys(above)),
         forward_peaks=tuple(dict.fromkeys(peak for block in every for peak in block.forward_peaks)),

@@ -65,7 +65,8 @@ def _kept_terms(footprint: Footprint, candidate: Candidate) -> list[MemoryTerm]:
         num_bytes, mask = tokens * blocks * footprint.hidden_size * e, pairs
         reason = f"inputs of {blocks} blocks, {shape}"
     else:
-        num_bytes, mask = tokens * _kept_token_bytes(footprint, candidate), pairs * footprint.kept_pair_bytes
+        num_bytes = tokens * _kept_token_bytes(footprint, candidate) + candidate.micro_batch_rows * footprint.kept_row_bytes
+        mask = pairs * footprint.kept_pair_bytes
         reason = f"{blocks} blocks from the cut up, {shape}"
     where = "once" if candidate.checkpointing else f"in {blocks} blocks"
     terms = [MemoryTerm(name="activations", num_bytes=num_bytes, reason=reason)]
@@ -85,7 +86,8 @@ def _backward_terms(footprint: Footprint, candidate: Candidate, shards: Shards) 
 
     def sizes(block: BlockActivations) -> tuple[int, int]:
         """Return (recomputed, at the peak besides that)."""
-        kept = tokens * (block.kept_bytes + block.kept_pair_bytes * pairs) if candidate.checkpointing else 0
+        own = Peak(block.kept_bytes, block.kept_pair_bytes, block.kept_row_bytes)
+        kept = _peak_bytes(own, candidate, pairs) if candidate.checkpointing else 0
         peaks = (_peak_bytes(peak, candidate, pairs) + (shards.in_flight_bytes if peak.at_weight else 0) for peak in block.peaks)
         return kept, max(peaks) + ends
 
