@@ -82,12 +82,12 @@ def _base_notes(spec: JobSpec, anatomy: ModelAnatomy) -> Iterator[str]:
         return
     yield (
         "LoRA leaves routed experts frozen unless `modules` has `experts`, and routers are frozen under every policy without "
-        "`+router`"
+        "`+router`; trials of a mixture of experts are not batched together, which would change the last bits of their results"
     )
     if anatomy.experts.balance:
         yield (
             f"the load-balancing loss is added with a factor of {anatomy.experts.balance:g}, as the base's config says "
-            "(output_router_logits); trials are compared without it and are not batched together"
+            "(output_router_logits); trials are compared without it"
         )
 
 
