@@ -241,9 +241,10 @@ class Bundle:
         """
         import transformers
 
+        from orchestrator.serve.loading import serving_class
         from orchestrator.serve.predict import read_spec
 
-        kind = getattr(transformers, TASKS[read_spec(self.folder)["task"]].head.auto_model)
+        kind = getattr(transformers, serving_class(self.folder, TASKS[read_spec(self.folder)["task"]].head.auto_model))
         model = kind.from_pretrained(self.folder, **{"local_files_only": True, "dtype": "auto", **options})
         return model, transformers.AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from orchestrator.anatomy.encoded import refuse_undecodable
 from orchestrator.anatomy.layouts import DROPOUT_KEYS, LAYOUTS, Layout, axis_size, trainable_layouts
+from orchestrator.anatomy.odd import lone_adapter_error
 from orchestrator.anatomy.values import Experts
 from orchestrator.errors import BaseError
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+ADAPTER_CONFIG = "adapter_config.json"
 COPY_AGAIN = "copy config.json from the base again"
 
 
@@ -58,6 +62,7 @@ class BaseConfig:
             experts_per_token=self.sizes["experts_per_token"],
             intermediate_size=self.sizes["expert_intermediate"],
             shared_intermediate_size=self.sizes.get("shared_intermediate", 0),
+            balance=balance_of(self.values, self.layout.defaults),
         )
 
 
@@ -65,20 +70,11 @@ def read_values(folder: Path) -> dict[str, Any]:
     """Read the keys of `folder`/config.json.
 
     Raises:
-        BaseError: the folder or file is missing, or not JSON; its weights are already quantized.
+        BaseError: the folder or file is missing, or not JSON; its weights are quantized in a way that is not decoded.
     """
     path = folder / "config.json"
     values = _read_json(folder, path)
-    if "quantization_config" in values:
-        quantization = values["quantization_config"]
-        known = cast("dict[str, Any]", quantization) if isinstance(quantization, dict) else {}
-        method = known.get("quant_method", "unknown")
-        raise BaseError(
-            f"the base is quantized already (quantization_config, method {method!r})",
-            where=str(path),
-            expected="16-bit or 32-bit weights",
-            remedy="give the original weights and let `base.quantize: nf4` quantize them in memory",
-        )
+    refuse_undecodable(folder, values)
     return values
 
 
@@ -121,6 +117,12 @@ def read_config(folder: Path, values: dict[str, Any], layout: Layout) -> BaseCon
     )
 
 
+def balance_of(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> float:
+    """Return the factor of the load-balancing loss; 0 unless the config turns it on."""
+    factor = values.get("router_aux_loss_coef", defaults.get("router_aux_loss_coef"))
+    return float(factor) if values.get("output_router_logits") is True and isinstance(factor, (int, float)) else 0.0
+
+
 def _dropout(layout: Layout, values: dict[str, Any]) -> str:
     for key in DROPOUT_KEYS:
         rate = values.get(key, layout.dropout.get(key, 0.0))
@@ -144,12 +146,13 @@ def _read_json(folder: Path, path: Path) -> dict[str, Any]:
             what, where=str(folder), expected="a folder with config.json and safetensors weights", remedy="fix `base.model`"
         )
     if not path.is_file():
-        adapter = (folder / "adapter_config.json").is_file()
+        if (folder / ADAPTER_CONFIG).is_file():
+            raise lone_adapter_error(folder, _read_if_valid(folder / ADAPTER_CONFIG))
         raise BaseError(
-            "the folder holds a LoRA adapter, not a model" if adapter else "config.json is missing",
+            "config.json is missing",
             where=str(folder),
             expected="a folder as `save_pretrained` writes it",
-            remedy="merge the adapter into its base first" if adapter else "fix `base.model`, or copy the base again",
+            remedy="fix `base.model`, or copy the base again",
         )
     try:
         values = json.loads(path.read_bytes())
@@ -158,6 +161,13 @@ def _read_json(folder: Path, path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise BaseError("the file does not hold a JSON object", where=str(path), remedy="copy config.json from the base again")
     return cast("dict[str, Any]", values)
+
+
+def _read_if_valid(path: Path) -> object:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError:
+        return None
 
 
 def find_layout(values: dict[str, Any]) -> Layout | None:

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.anatomy.config import BaseConfig, OtherLayoutError, find_layout, plan_only_error, read_config, read_values
+from orchestrator.anatomy.encoded import decoded
 from orchestrator.anatomy.layouts import TensorTemplate, axis_size, present
 from orchestrator.anatomy.learned import NotLearnedError, learn
-from orchestrator.anatomy.odd import settle
+from orchestrator.anatomy.odd import no_head_error, settle
 from orchestrator.anatomy.values import ModelAnatomy, TensorInfo
 from orchestrator.anatomy.weights import INDEX, SINGLE, read_weights
 from orchestrator.errors import BaseError
 from orchestrator.samples import SAMPLE_BASE
-from orchestrator.spec.tasks import Task
+from orchestrator.spec.tasks import TASKS, Task
 from orchestrator.values import content_hash
 
 TRAINABLE_DTYPES = ("F32", "BF16", "F16")
@@ -56,7 +57,11 @@ def read_anatomy(folder: Path | str, *, need_weights: bool, task: Task = "comple
             expected=f"{SINGLE}, or shards with {INDEX}",
             remedy="put the base's safetensors files there, or point `base.model` at a folder that has them",
         )
-    return settle(_read(folder, values, stored, task=task, need_weights=need_weights))
+    notes: tuple[str, ...] = ()
+    if stored is not None:
+        stored, notes = decoded(folder, values, stored)
+    anatomy = _read(folder, values, stored, task=task, need_weights=need_weights).model_copy(update={"notes": notes})
+    return settle(anatomy, stored or {}, head_is_new=TASKS[task].head.is_new)
 
 
 def _read(
@@ -109,8 +114,11 @@ def _learned_instead(
 ) -> ModelAnatomy:
     """Learn a base that its row of the table does not describe.
 
-    If the class does not fit either, the row says best what is wrong. A row of a type that has no class for texts is still good
-    for planning.
+    A row of a type that has no class for texts is still good for planning.
+
+    Raises:
+        NotLearnedError: the stored tensors are not those of the class.
+        BaseError: as the row says, if the class cannot be built.
     """
     try:
         return learn(folder, values, stored, task=task)
@@ -119,6 +127,8 @@ def _learned_instead(
             if stored is not None:
                 _check_count(folder, other.config, _expected(other.config), stored)
             return implied_anatomy(other.config)
+        if refused.kind == "weights":
+            raise
         raise other.error from refused
 
 
@@ -231,13 +241,14 @@ def _check_names(
     missing = [name for name in expected if name not in tensors and name not in optional]
     head = config.layout.head_weight
     if missing:
-        hint = " if the head is tied, set `tie_word_embeddings: true` in config.json" if missing == [head] else ""
         raise OtherLayoutError(
-            BaseError(
+            no_head_error(folder, head, stored)
+            if missing == [head]
+            else BaseError(
                 f"{len(missing)} tensors missing: {', '.join(missing[:3])}",
                 where=str(folder),
                 expected=f"the {len(expected)} tensors of a {config.layout.model_type} with {config.sizes['blocks']} blocks",
-                remedy=hint.strip() or "copy the base again; config.json and weights must belong to the same model",
+                remedy="copy the base again; config.json and weights must belong to the same model",
             )
         )
     used = {tensor.stored_name or tensor.name for tensor in tensors.values()}
@@ -284,6 +295,7 @@ def _assemble(
         blocks=tuple(tuple(block) for block in blocks),
         linears=tuple(tuple(name for name, template in block.items() if template.linear) for block in blocks),
         stacked=tuple(tuple(name for name, template in block.items() if template.stacked) for block in blocks),
+        routers=tuple(tuple(name for name, template in block.items() if template.router) for block in blocks),
         attention=layout.attention,
         norm=layout.norm,
         mlp=layout.mlp,

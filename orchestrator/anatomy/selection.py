@@ -5,15 +5,18 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import chain
+from typing import get_args
 
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.errors import SelectionError
-from orchestrator.spec.adapters import ADAPTER_KINDS, PLAIN_LORA, AdapterOptions, Modules
+from orchestrator.spec.adapters import ADAPTER_KINDS, PLAIN_LORA, AdapterOptions, ModuleGroup, Modules
 from orchestrator.spec.models import Task, Tune
 from orchestrator.spec.policy import Policy, parse_policy
 from orchestrator.spec.tasks import TASKS
 
+GROUPS: tuple[ModuleGroup, ...] = get_args(ModuleGroup)
 ROUNDING = 1e-9
 """Tolerance for shares of the blocks: 0.1 x 30 is slightly more than 3 in binary floating point."""
 
@@ -31,9 +34,10 @@ def select(
 ) -> LayerSelection:
     """Sort every parameter into trainable, adapted and frozen, and find the cut.
 
-    `full` trains all parameters of the blocks (norms, biases, experts too), `lora` adapts all their linear layers (a router
-    and routed experts are not linear layers here). Embeddings and the final norm stay frozen. `+head` (or `head`) adds the
-    output projection, for `full` with its bias; a tied one is untied first. `classify` has no output projection: it trains its
+    `full` trains all parameters of the blocks (norms, biases, experts too) except their routers, `lora` adapts their linear
+    layers, and their routed experts if its modules include these. `+router` trains the routers, whole under `lora` too.
+    Embeddings and the final norm stay frozen. `+head` (or `head`) adds the output projection, for `full` with its bias; a tied
+    one is untied first. `classify` has no output projection: it trains its
     own new classifier under every policy but `none`, together with the other tensors that the checkpoint does not have
     (`ModelAnatomy.new_tensors`); there `head` is only that classifier, which `full` trains whatever `tune` says.
 
@@ -51,7 +55,7 @@ def select(
     parsed = parse_policy(policy)
     head_is_new = TASKS[task].head.is_new
     if head_is_new:
-        parsed = Policy(parsed.kind, parsed.count, parsed.ranges, parsed.fraction)
+        parsed = replace(parsed, with_head=False)
         if num_classes < 2 and parsed.kind != "none":
             raise SelectionError(f"{num_classes} classes", expected="at least two", remedy="check the label column")
     if anatomy.kind == "encoder" and not TASKS[task].head.encoders:
@@ -64,6 +68,13 @@ def select(
     blocks = _largest(parsed, anatomy) if pending else _blocks(parsed, anatomy, policy, scores)
     wants_head = parsed.with_head or parsed.kind == "head"
     head = [anatomy.head_weight] if wants_head and not head_is_new else []
+    if parsed.with_router and not any(anatomy.routers):
+        raise SelectionError(
+            f"{policy!r} asks for routers, and {anatomy.model_type!r} has none",
+            where=anatomy.folder,
+            expected="a mixture of experts",
+            remedy=f"write {replace(parsed, with_router=False)}",
+        )
     if tune == "lora" and (blocks or head):
         selection = _adapted(anatomy, parsed, blocks, head, lora_rank, adapter, task, num_classes)
     else:
@@ -98,33 +109,47 @@ def is_attention(anatomy: ModelAnatomy, weight: str) -> bool:
 
 
 def is_chosen(anatomy: ModelAnatomy, weight: str, modules: Modules) -> bool:
-    """Return whether these modules include a linear layer. A name is that of the layer within its block, or the end of it."""
-    if isinstance(modules, str):
-        return modules == "all" or (modules == "attention") == is_attention(anatomy, weight)
-    return any(f".{_within_block(anatomy, weight)}".endswith(f".{name}") for name in modules)
+    """Return whether these modules include a linear layer, or a weight of routed experts.
+
+    A name is that of the layer within its block, or the end of it. Routed experts are only in `experts` and under their names:
+    an adapter of every expert has many times the parameters of all others together.
+    """
+    if not isinstance(modules, str):
+        return any(is_chosen(anatomy, weight, name) if name in GROUPS else _named(anatomy, weight, name) for name in modules)
+    if weight in anatomy.routed:
+        return modules == "experts"
+    return modules == "all" or (modules != "experts" and (modules == "attention") == is_attention(anatomy, weight))
+
+
+def _named(anatomy: ModelAnatomy, weight: str, name: str) -> bool:
+    return f".{_within_block(anatomy, weight)}".endswith(f".{name}")
 
 
 def check_modules(anatomy: ModelAnatomy, modules: Modules) -> None:
-    """Raise SelectionError if a name, `attention` or `mlp` matches no linear layer of any block."""
+    """Raise SelectionError if a name or a group matches nothing in any block."""
     known = module_names(anatomy)
-    weights = [name for block in anatomy.linears for name in block]
-    parts: list[Modules] = [modules] if isinstance(modules, str) else [(name,) for name in modules]
-    for asked in parts:
-        if not any(is_chosen(anatomy, weight, asked) for weight in weights):
-            name = asked if isinstance(asked, str) else asked[0]
+    weights = [name for block in adaptable(anatomy) for name in block]
+    for name in (modules,) if isinstance(modules, str) else modules:
+        if not any(is_chosen(anatomy, weight, (name,)) for weight in weights):
             near = difflib.get_close_matches(
                 name, [*known, *(end for each in known if (end := each.rpartition(".")[2]) != each)], n=1
             )
             raise SelectionError(
-                f"the blocks have no linear layer {name!r}",
-                expected=f"all, attention, mlp, or names among {', '.join(known)}",
+                f"the blocks have no linear layer {name!r}" if name != "experts" else "the blocks have no routed experts",
+                expected=f"all, attention, mlp,{' experts,' if anatomy.experts else ''} or names among {', '.join(known)}",
                 remedy=f"did you mean {near[0]}?" if near else "",
             )
 
 
 def module_names(anatomy: ModelAnatomy) -> list[str]:
-    """Return the names of the linear layers within their blocks."""
-    return list(dict.fromkeys(_within_block(anatomy, name) for block in anatomy.linears for name in block))
+    """Return the names of the linear layers and routed experts within their blocks."""
+    return list(dict.fromkeys(_within_block(anatomy, name) for block in adaptable(anatomy) for name in block))
+
+
+def adaptable(anatomy: ModelAnatomy) -> tuple[tuple[str, ...], ...]:
+    """Return for each block the weights that adapters can be attached to: its linear layers, then its routed experts."""
+    stacked = anatomy.stacked or ((),) * anatomy.num_blocks
+    return tuple((*linears, *routed) for linears, routed in zip(anatomy.linears, stacked, strict=True))
 
 
 def _within_block(anatomy: ModelAnatomy, weight: str) -> str:
@@ -169,9 +194,7 @@ def _blocks(parsed: Policy, anatomy: ModelAnatomy, written: str, scores: Sequenc
             inside = [number for number in numbers if number < count]
             if len(inside) < len(numbers):
                 outside = ", ".join(str(number) for number in numbers[len(inside) :][:4])
-                near = (
-                    str(Policy("blocks", ranges=_runs(inside), with_head=parsed.with_head)) if inside else f"blocks:{count - 1}"
-                )
+                near = str(replace(parsed, kind="blocks", count=0, ranges=_runs(inside))) if inside else f"blocks:{count - 1}"
                 raise _out_of_range(written, anatomy, f"block {outside}", f"did you mean {near}?")
             return numbers
         case "top":
@@ -224,7 +247,8 @@ def _stored_names(anatomy: ModelAnatomy, task: Task) -> Iterable[str]:
 def _full(
     anatomy: ModelAnatomy, parsed: Policy, blocks: list[int], head: list[str], task: Task, num_classes: int
 ) -> LayerSelection:
-    learning = [name for block in blocks for name in anatomy.blocks[block]] + head
+    resting = set[str]() if parsed.with_router else {name for names in anatomy.routers for name in names}
+    learning = [name for block in blocks for name in anatomy.blocks[block] if name not in resting] + head
     learning += [anatomy.head_bias] if head and anatomy.head_bias else []
     elements = sum(
         anatomy.tensors[name].num_elements if name in anatomy.tensors else _head_elements(anatomy) for name in learning
@@ -260,7 +284,9 @@ def _adapted(
         raise SelectionError(
             f"LoRA on {parsed} with rank {lora_rank}", expected="a rank of at least 1", remedy="give `lora_rank`"
         )
-    adapted = [name for block in blocks for name in anatomy.linears[block] if is_chosen(anatomy, name, adapter.modules)]
+    weights = adaptable(anatomy)
+    adapted = [name for block in blocks for name in weights[block] if is_chosen(anatomy, name, adapter.modules)]
+    _check_experts(anatomy, adapted, adapter)
     if blocks and not adapted:
         raise SelectionError(
             f"no block of {parsed} has a linear layer of the modules {adapter.modules}",
@@ -268,16 +294,18 @@ def _adapted(
             expected=f"some of {', '.join(module_names(anatomy))}",
             remedy="choose other modules, or other blocks",
         )
-    shapes = [anatomy.tensors[name].shape for name in adapted] + [(anatomy.vocab_size, anatomy.hidden_size)] * len(head)
+    shapes = [anatomy.matrix_shape(name) for name in (*adapted, *head)]
     elements = sum(ADAPTER_KINDS[adapter.kind].num_elements(shape, lora_rank) for shape in shapes)
     new = _new_names(anatomy, task, parsed)
-    taken = {*adapted, *head}
+    routers = [name for block in blocks for name in anatomy.routers[block]] if parsed.with_router else []
+    elements += sum(anatomy.tensors[name].num_elements for name in routers)
+    taken = {*adapted, *head, *routers}
     return LayerSelection(
         policy=str(parsed),
         tune="lora",
         lora_rank=lora_rank,
         adapter=adapter,
-        trainable=tuple(new),
+        trainable=tuple(routers + new),
         adapted=tuple(adapted + head),
         frozen=tuple(name for name in _stored_names(anatomy, task) if name not in taken),
         cut=min(blocks, default=anatomy.num_blocks),
@@ -285,6 +313,20 @@ def _adapted(
         unties_head=bool(head) and anatomy.tied,
         new_classifier=bool(new),
         num_trainable_parameters=elements + _new_elements(anatomy, task, parsed, num_classes),
+    )
+
+
+def _check_experts(anatomy: ModelAnatomy, adapted: Iterable[str], adapter: AdapterOptions) -> None:
+    """Raise SelectionError for adapters of routed experts that PEFT has no form for."""
+    name = next((name for name in adapted if name in anatomy.routed), None)
+    if name is None or (ADAPTER_KINDS[adapter.kind].adapts_experts and not adapter.dropout):
+        return
+    what = f"lora_dropout {adapter.dropout:g}" if adapter.dropout else ADAPTER_KINDS[adapter.kind].title
+    raise SelectionError(
+        f"{what} on routed experts ({_within_block(anatomy, name)}), which PEFT does not support",
+        where=anatomy.folder,
+        expected="LoRA or rank-stabilised LoRA without dropout",
+        remedy="choose `modules` without the routed experts, or plain LoRA for them",
     )
 
 

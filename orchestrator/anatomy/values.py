@@ -29,6 +29,17 @@ DTYPE_BYTES = {
 """Bytes of an element, by safetensors' name of its type."""
 
 
+class Encoding(Value):
+    """How a stored tensor is quantized; its `name`, `shape` and `dtype` are those after decoding, in 16 bit."""
+
+    kind: Literal["fp8", "mxfp4"]
+    data: str
+    """Name in the file of the quantized values."""
+    scales: str
+    """Name in the file of their scales."""
+    scales_file: str
+
+
 class StoredPart(Value):
     """A stored tensor that holds a part of a parameter: one expert's matrix, or some rows of a fused one."""
 
@@ -38,6 +49,7 @@ class StoredPart(Value):
     shape: tuple[int, ...]
     """Shape in the file."""
     dtype: str
+    encoding: Encoding | None = None
     index: tuple[int, ...] = ()
     """Position in the parameter's leading dimensions: (expert,)."""
     start: int = 0
@@ -65,6 +77,8 @@ class TensorInfo(Value):
     file: str = ""
     stored_name: str = ""
     """Name in the file, if different: some checkpoints omit the backbone's prefix."""
+    encoding: Encoding | None = None
+    """How it is quantized, for a tensor that is stored as one."""
     parts: tuple[StoredPart, ...] = ()
     """The stored tensors that together are this parameter, if it is not stored as one; `file` is then that of the first."""
 
@@ -73,7 +87,8 @@ class TensorInfo(Value):
         """The stored tensors that the parameter is made of: its `parts`, or the one that holds it whole."""
         if self.parts or not self.file:
             return self.parts
-        return (StoredPart(name=self.stored_name or self.name, file=self.file, shape=self.shape, dtype=self.dtype),)
+        name = self.stored_name or self.name
+        return (StoredPart(name=name, file=self.file, shape=self.shape, dtype=self.dtype, encoding=self.encoding),)
 
     @property
     def num_elements(self) -> int:
@@ -96,6 +111,11 @@ class Experts(Value):
     """MLP width of one routed expert."""
     shared_intermediate_size: int = 0
     """MLP width of the shared expert, which every token passes through; 0 if there is none."""
+    grouped: bool = True
+    """Whether transformers computes them through a registered function (`train.model.experts`), so that adapters apply to the
+    rows of the input. Otherwise an adapted copy of the weights is made in every pass."""
+    balance: float = 0.0
+    """Factor of the class's load-balancing loss, which the config turns on by `output_router_logits`; 0 if it is off."""
 
 
 class Ways(Value):
@@ -176,8 +196,8 @@ class ModelAnatomy(Value):
     """transformers' name of the MLP's nonlinearity."""
     experts: Experts | None = None
     stacked: tuple[tuple[str, ...], ...] = ()
-    """For each block the weights [experts, out, in] of its routed experts, empty for a dense block. They are in `blocks` and
-    not in `linears`: LoRA does not adapt them and bitsandbytes does not quantize them."""
+    """For each block the weights [experts, out, in] of its routed experts in the order of their module, empty for a dense block.
+    They are in `blocks` and not in `linears`: bitsandbytes does not quantize them, and LoRA adapts them only if asked."""
     dropout: str = ""
     """Config key and rate of dropout in blocks or embeddings during training; empty if there is none."""
     plan_only: str = ""
@@ -223,11 +243,31 @@ class ModelAnatomy(Value):
         """Return the counted costs of a block."""
         return self.block_costs[self.block_kinds[block] if self.block_kinds else 0]
 
+    def matrix_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a weight as (out, in), of routed experts as (experts, out, in), whichever way its parameter lies;
+        of the output projection too where it is tied."""
+        if name not in self.tensors and name == self.head_weight:
+            return (self.vocab_size, self.hidden_size)
+        shape = self.tensors[name].shape
+        return (*shape[:-2], shape[-1], shape[-2]) if name in self.transposed else shape
+
     @property
     def weight_files(self) -> list[str]:
         """Names of the files in the base's folder that hold its tensors."""
-        stored = {part.file for tensor in self.tensors.values() for part in tensor.stored_parts}
-        return sorted(stored | {tensor.file for tensor in (*self.extra, *self.buffers, *self.copies)})
+        parts = [part for tensor in self.tensors.values() for part in tensor.stored_parts]
+        scales = {part.encoding.scales_file for part in parts if part.encoding is not None}
+        return sorted(scales | {held.file for held in (*parts, *self.extra, *self.buffers, *self.copies)})
+
+    @property
+    def encoding(self) -> str:
+        """How the checkpoint is quantized: the kind of its encoded tensors, empty if there is none."""
+        parts = (part for tensor in self.tensors.values() for part in tensor.stored_parts)
+        return next((part.encoding.kind for part in parts if part.encoding is not None), "")
+
+    @property
+    def routed(self) -> frozenset[str]:
+        """The weights of routed experts in all blocks."""
+        return frozenset(name for block in self.stacked for name in block)
 
     def num_parameters(self) -> int:
         return sum(tensor.num_elements for tensor in self.tensors.values())

@@ -38,7 +38,7 @@ from orchestrator.plan.merge_operations import (
     WriteShard,
     WriteTensor,
 )
-from orchestrator.spec.models import ExtraTensors
+from orchestrator.spec.models import ExtraTensors, Quantize
 from orchestrator.work.artifact import Artifact, read_artifact
 from orchestrator.work.execution import BaseLoad
 
@@ -77,6 +77,7 @@ def make_merge_plan(
     merge = _Merge(
         anatomy=anatomy,
         artifact=artifact,
+        quantize=base_load.quantize,
         held_quantized={name for linears in anatomy.linears for name in linears} if dequantized else set[str](),
     )
     new = [_new_tensor(name, info, anatomy) for name, info in artifact.whole.items() if name not in anatomy.tensors]
@@ -111,6 +112,7 @@ class _Merge:
 
     anatomy: ModelAnatomy
     artifact: Artifact
+    quantize: Quantize
     held_quantized: set[str]
     """Parameters that training held quantized, and that are merged as it used them."""
     users: dict[str, list[tuple[TensorInfo, StoredPart]]] = field(
@@ -132,7 +134,7 @@ class _Merge:
     def _stored_tensor(self, name: str) -> WriteTensor:
         users = self.users[name]
         part = users[0][1]
-        source = TensorInfo(name=name, shape=part.shape, dtype=part.dtype, file=part.file)
+        source = TensorInfo(name=name, shape=part.shape, dtype=part.dtype, file=part.file, encoding=part.encoding)
         operations = [self._operation(info, part) for info, part in users]
         operation: Operation
         if all(operation.kind == "keep" for operation in operations):
@@ -160,12 +162,11 @@ class _Merge:
                 expected="a stored tensor with whole rows of the weight",
                 remedy="train it whole (`tune: full`), or leave it out of `modules`",
             )
-        num_experts = info.shape[0] if len(info.shape) == 3 else 0
         if info.name in self.held_quantized:
             parameter = info if info.parts else None
-            return Dequantize(adapter=adapter, place=place, reversed=reversed, num_experts=num_experts, parameter=parameter)
+            return Dequantize(quantize=self.quantize, adapter=adapter, place=place, reversed=reversed, parameter=parameter)
         if adapter is not None:
-            return ApplyAdapter(adapter=adapter, place=place, reversed=reversed, num_experts=num_experts)
+            return ApplyAdapter(adapter=adapter, place=place, reversed=reversed)
         return Keep()
 
 

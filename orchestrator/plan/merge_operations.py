@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from orchestrator.anatomy.values import TensorInfo
-from orchestrator.spec.models import Task
+from orchestrator.spec.models import Quantize, Task
 from orchestrator.values import Value
 from orchestrator.work.artifact import StoredAdapter
 
@@ -49,8 +49,6 @@ class ApplyAdapter(Value):
     place: Place = WHOLE
     reversed: bool = False
     """True if the parameter multiplies from the right, [in, out]."""
-    num_experts: int = 0
-    """Number of routed experts in the parameter; 0 for a matrix."""
 
 
 class Replace(Value):
@@ -62,14 +60,14 @@ class Replace(Value):
 
 
 class Dequantize(Value):
-    """Write the base's tensor as training used it: quantized to nf4 and dequantized (Dettmers et al. 2023), plus the adapter,
-    if any."""
+    """Write the base's tensor as training used it: quantized to nf4 (Dettmers et al. 2023) or int8 (Dettmers et al. 2022) and
+    dequantized, plus the adapter, if any."""
 
     kind: Literal["dequantize"] = "dequantize"
+    quantize: Quantize = "nf4"
     adapter: StoredAdapter | None = None
     place: Place = WHOLE
     reversed: bool = False
-    num_experts: int = 0
     parameter: TensorInfo | None = None
     """The parameter, which was quantized as a whole, where the stored tensor is not all of it."""
 
@@ -152,7 +150,7 @@ class MergePlan(Value):
     base_folder: str
     artifact_folder: str
     merged_into: MergedInto
-    """`dequantized`: weights that were quantized in training go through nf4 first. `original`: the stored base."""
+    """`dequantized`: weights that were quantized in training are quantized and dequantized first. `original`: the stored base."""
     held_dtype: Literal["bfloat16", "float32"]
     """Dtype that training dequantized to."""
     task: Task

@@ -228,9 +228,7 @@ def _as_part(box: Box, shape: tuple[int, ...]) -> StoredPart:
 
 def _part(box: Box, **place: object) -> StoredPart:
     source = box.source
-    return StoredPart.model_validate(
-        {"name": source.name, "file": source.file, "shape": source.shape, "dtype": source.dtype, **place}
-    )
+    return StoredPart.model_validate({**source.model_dump(include={"name", "file", "shape", "dtype", "encoding"}), **place})
 
 
 def _unknown_of(tensors: Sequence[Symbolic]) -> str:

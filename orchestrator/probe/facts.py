@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -58,14 +59,18 @@ def num_experts(structure: Structure) -> int:
 
 
 def stacked_of(structure: Structure, number: int) -> tuple[list[str], list[str]]:
-    """Return the parameters [experts, ., .] of a block's routed experts, and those of them that are [experts, in, out]."""
+    """Return the parameters [experts, ., .] of a block's routed experts, and those of them that are [experts, in, out].
+
+    That is what the class declares: PEFT takes the parameters of one that declares nothing for [experts, out, in], whatever it
+    does with them, and the two matrices of an adapter are named accordingly.
+    """
     found: list[str] = []
     transposed: list[str] = []
     for name, module in _experts_modules(structure, number):
         for own, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 3:
                 found.append(f"{name}.{own}")
-                transposed += [f"{name}.{own}"] if _is_transposed(module, own, parameter, structure) else []
+                transposed += [f"{name}.{own}"] if getattr(module, "is_transposed", False) else []
     return found, transposed
 
 
@@ -75,19 +80,6 @@ def _experts_modules(structure: Structure, number: int) -> Iterator[tuple[str, n
         own = [parameter for _, parameter in module.named_parameters(recurse=False)]
         if experts and any(parameter.ndim == 3 and parameter.shape[0] == experts for parameter in own):
             yield f"{structure.blocks_module}.{number}.{name}", module
-
-
-def _is_transposed(module: nn.Module, own: str, parameter: nn.Parameter, structure: Structure) -> bool:
-    declared = getattr(module, "is_transposed", None)
-    if isinstance(declared, bool):
-        return declared
-    hidden = hidden_size(structure)
-    # The matrix into the hidden size is [experts, hidden, width], any other [experts, width, hidden].
-    return (
-        (parameter.shape[1] if "down" not in own else parameter.shape[2])
-        == hidden
-        != parameter.shape[2 if "down" not in own else 1]
-    )
 
 
 def routers_of(structure: Structure, number: int) -> list[str]:
@@ -116,6 +108,7 @@ def experts_of(structure: Structure) -> Experts | None:
             continue
         down = next((name for name in stacked if "down" in name), stacked[-1])
         shape = structure.model.get_parameter(down).shape
+        module = structure.model.get_submodule(down.rpartition(".")[0])
         shared = [
             module.in_features
             for name, module in structure.blocks[number].named_modules()
@@ -126,8 +119,18 @@ def experts_of(structure: Structure) -> Experts | None:
             experts_per_token=first_int(structure.config, EXPERTS_PER_TOKEN, 1),
             intermediate_size=shape[1] if down in transposed else shape[2],
             shared_intermediate_size=max(shared, default=0),
+            grouped=hasattr(module, "is_transposed"),
+            balance=_balance_of(structure),
         )
     return None
+
+
+def _balance_of(structure: Structure) -> float:
+    """Return the factor of the load-balancing loss that the class adds with this config; 0 if it adds none."""
+    config: Any = structure.config
+    has_loss = hasattr(sys.modules[type(structure.model).__module__], "load_balancing_loss_func")
+    factor = getattr(config, "router_aux_loss_coef", None)
+    return float(factor) if has_loss and getattr(config, "output_router_logits", False) and factor else 0.0
 
 
 def hidden_size(structure: Structure) -> int:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from contextlib import suppress
 from pathlib import Path
 
 from orchestrator.anatomy.learning import Answer, Question, Refusal
 from orchestrator.anatomy.values import ModelAnatomy, TensorInfo
 from orchestrator.errors import BaseError
 from orchestrator.probe.assemble import assemble
-from orchestrator.probe.classes import Built, RefusedError, candidates, read_config
+from orchestrator.probe.classes import CAUSAL, MASKED, Built, RefusedError, build, candidates, read_config
 from orchestrator.probe.costs import with_costs
 from orchestrator.probe.heads import head_names
 from orchestrator.probe.names import NameMap, map_names
@@ -42,11 +44,13 @@ def learn(question: Question) -> ModelAnatomy:
     config = read_config(folder, values)
     stored = None if question.stored is None else {tensor.name: tensor for tensor in question.stored}
     built, names = choose(candidates(config, question.head), stored)
+    if stored is not None and names is not None and built.classifies:
+        names = without_other_heads(built, names, stored)
     structure = find_structure(built)
     head = head_names(built, structure)
     anatomy = assemble(built, structure, names, head)
     if names is not None:
-        names.check(anatomy.model_type, question.folder, needed=needed(anatomy, names))
+        names.check(anatomy.model_type, question.folder, needed=needed(anatomy, names), head=anatomy.head_weight)
         check_blocks(anatomy, question.folder)
     return tried(built, structure).told(anatomy)
 
@@ -57,6 +61,16 @@ def choose(built: list[Built], stored: Stored | None) -> tuple[Built, NameMap | 
         return built[0], None
     fits = [(each, map_names(each.model, stored)) for each in built]
     return min(fits, key=lambda fit: (len(fit[1].missing) + len(fit[1].mismatched), len(fit[1].extra) - len(fit[1].ignored)))
+
+
+def without_other_heads(built: Built, names: NameMap, stored: Stored) -> NameMap:
+    """Leave out the stored tensors that a base has for predicting tokens: a classifier has no use for them, and they are nothing
+    unusual."""
+    extra = {tensor.name for tensor in names.extra}
+    for name in filter(None, (MASKED.get(built.config.model_type), CAUSAL.get(built.config.model_type))):
+        with suppress(RefusedError):
+            extra &= {tensor.name for tensor in map_names(build(copy.deepcopy(built.config), name), stored).extra}
+    return names.model_copy(update={"extra": tuple(tensor for tensor in names.extra if tensor.name in extra)})
 
 
 def check_blocks(anatomy: ModelAnatomy, folder: str) -> None:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform, dot_natural_key, rename_source_key
 
+from orchestrator.anatomy.odd import no_head_error
 from orchestrator.anatomy.values import TensorInfo
 from orchestrator.errors import BaseError
 from orchestrator.probe.conversion import Collected, Conversion, Symbolic, as_parts, convert
@@ -58,11 +59,12 @@ class NameMap(Value):
         """Return what transformers computes for a parameter when loading that is not known here, or nothing."""
         return next((part.operation for part in self.tensors[name].parts if part.operation), "")
 
-    def check(self, model_type: str, folder: str, *, needed: Collection[str]) -> None:
+    def check(self, model_type: str, folder: str, *, needed: Collection[str], head: str = "") -> None:
         """Check that the parameters that are read or trained are stored, in the shape of the class.
 
         Args:
             needed: Names in the class. Of tied parameters those that the class counts as the first.
+            head: The one among them that is the output projection.
 
         Raises:
             BaseError: one is missing, has another shape, or is computed by an operation that is not known here.
@@ -75,6 +77,8 @@ class NameMap(Value):
                     remedy="config.json and weights belong to different models; copy both from the same source",
                 )
         missing = sorted(set(needed).intersection(self.missing))
+        if missing == [head]:
+            raise no_head_error(folder, head, [tensor.name for tensor in self.extra])
         if missing:
             raise BaseError(
                 f"{len(missing)} tensors missing: {', '.join(missing[:3])}",
@@ -180,7 +184,8 @@ def _assembled(name: str, tensor: Symbolic) -> TensorInfo:
     parts = as_parts(tensor)
     part = parts[0]
     if len(parts) == 1 and part.shape == tensor.shape and not (part.transposed or part.length or part.operation):
-        return _renamed(name, TensorInfo(name=part.name, shape=part.shape, dtype=part.dtype, file=part.file))
+        source = TensorInfo(name=part.name, shape=part.shape, dtype=part.dtype, file=part.file, encoding=part.encoding)
+        return _renamed(name, source)
     return TensorInfo(name=name, shape=tensor.shape, dtype=part.dtype, file=part.file, parts=parts)
 
 

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
+from orchestrator.anatomy.encoded import KEYS as QUANTIZATION_KEYS
 from orchestrator.data import TokenizedSet, load_tokenizer, padding
 from orchestrator.errors import VerificationError
 from orchestrator.plan.merge import make_merge_plan
@@ -144,7 +145,8 @@ def stage_bundle(inputs: BundleInputs, final: Path) -> StagedBundle:
 
 def bundle_config(config: dict[str, Any], plan: MergePlan) -> dict[str, Any]:
     """Return the base's config.json with the changes that the merged model needs."""
-    config = dict(config)
+    # The weights are written in 16 bit, also if the base's were quantized.
+    config = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
     if plan.unties_head:
         # The trained head differs from the embeddings, so transformers must not tie them again on loading.
         config["tie_word_embeddings"] = False

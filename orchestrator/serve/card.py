@@ -28,6 +28,7 @@ MERGED_INTO = {
     "dequantized": "the base's 4-bit weights as used in training, dequantized to 16 bits",
     "original": "the base's stored weights",
 }
+HELD_AS = {"nf4": "nf4, double quantization", "int8": "int8, a scale per row"}
 NEEDS_SERVING = "# pip install 'transformers[serving]'"
 """Comment after `transformers serve`, which needs more than the plain package."""
 CELL = 240
@@ -63,7 +64,7 @@ def _how_it_was_made(inputs: BundleInputs, versions: Mapping[str, str]) -> str:
     method = trial.adapter.sentence(trial.lora_rank) if trial.tune == "lora" else "full fine-tuning"
     rows = [
         ("base", f"{base_label(inputs.base_name)}, revision {inputs.base.revision or 'not given'}"),
-        ("base held as", "nf4, double quantization" if inputs.base.quantize == "nf4" else inputs.held_dtype),
+        ("base held as", HELD_AS.get(inputs.base.quantize, inputs.held_dtype)),
         ("trained layers", f"`{trial.layers}`{which}: {format_count(selection.num_trainable_parameters)} parameters"),
         ("method", method),
         ("learning rate", f"{trial.learning_rate:.3g}"),

@@ -30,7 +30,7 @@ from orchestrator.plan.merge_operations import (
     WriteShard,
     WriteTensor,
 )
-from orchestrator.serve.dequantize import HeldWeight, hold_quantized
+from orchestrator.serve.dequantize import Held, hold, rows_of
 from orchestrator.serve.shards import ShardWriter, link_or_copy, write_order
 from orchestrator.spec.adapters import LORA_A, LORA_B
 from orchestrator.store import sha256_file
@@ -183,7 +183,7 @@ def _adapted_pieces(
     for number, matrix in enumerate(stored if by_expert else [stored]):
         merge_rows = None
         if adapter is not None:
-            own = _of_expert(trained, first_expert + number, operation.num_experts) if operation.num_experts else trained
+            own = _of_expert(trained, first_expert + number, adapter.num_experts) if adapter.num_experts else trained
             merge_rows = LIVE_KINDS[adapter.kind].merger(own, adapter.scale, getattr(torch, plan.held_dtype))
         yield from _merged_matrix(plan, operation, matrix, merge_rows, dtype, first_row=first_row)
 
@@ -209,7 +209,7 @@ def _merged_matrix(
         first_row: Row of the weight that the matrix begins with.
     """
     turned = operation.place.transposed != operation.reversed
-    weight: torch.Tensor | HeldWeight = matrix.T if turned else matrix
+    weight: Held = matrix.T if turned else matrix
     num_rows, width = weight.shape
     if isinstance(operation, Dequantize):
         weight = _held(plan, operation, weight, first_row)
@@ -219,7 +219,7 @@ def _merged_matrix(
     whole = torch.empty(num_rows, width, dtype=dtype) if turned else None
     for start in range(0, num_rows, step):
         stop = min(start + step, num_rows)
-        rows = weight.rows(start, stop) if isinstance(weight, HeldWeight) else weight[start:stop]
+        rows = rows_of(weight, start, stop)
         if merge_rows is not None:
             rows = merge_rows(rows.float(), slice(first_row + start, first_row + stop))
         if whole is None:
@@ -230,16 +230,15 @@ def _merged_matrix(
         yield from _stored_pieces(whole.T.contiguous(), dtype)
 
 
-def _held(plan: MergePlan, operation: Dequantize, weight: torch.Tensor, first_row: int) -> torch.Tensor | HeldWeight:
+def _held(plan: MergePlan, operation: Dequantize, weight: torch.Tensor, first_row: int) -> Held:
     """Return a weight with the values that training used: it was quantized with the rest of its parameter."""
     dtype = getattr(torch, plan.held_dtype)
     if operation.parameter is None:
-        return hold_quantized(weight.contiguous(), dtype)
+        return hold(weight.contiguous(), dtype, operation.quantize)
     name = operation.parameter.name
     parameter = read_parameters(plan.base_folder, [operation.parameter])[name]
-    held = hold_quantized((parameter.T if operation.reversed else parameter).contiguous(), dtype)
-    stop = first_row + weight.shape[0]
-    return held.rows(first_row, stop) if isinstance(held, HeldWeight) else held[first_row:stop]
+    held = hold((parameter.T if operation.reversed else parameter).contiguous(), dtype, operation.quantize)
+    return rows_of(held, first_row, first_row + weight.shape[0])
 
 
 def _mapped(folder: Path, info: TensorInfo) -> torch.Tensor:
@@ -248,6 +247,8 @@ def _mapped(folder: Path, info: TensorInfo) -> torch.Tensor:
     Raises:
         BaseError: the file or the tensor is gone, or it has changed since the plan was made.
     """
+    if info.encoding is not None:
+        return read_parameters(folder, [info])[info.name]
     path = folder / info.file
     try:
         with safe_open(path, framework="pt", device="cpu") as reader:

@@ -24,6 +24,7 @@ from orchestrator.data import load_tokenizer
 from orchestrator.errors import BaseError, DataError, IntegrityError, UsageError
 from orchestrator.serve.bundle import SPEC, BundleRecord
 from orchestrator.serve.bundle_check import read_record
+from orchestrator.serve.loading import serving_class
 from orchestrator.spec.models import Task
 from orchestrator.spec.tasks import TASKS
 from orchestrator.store import read_json
@@ -263,7 +264,7 @@ def read_spec(bundle: Path) -> dict[str, Any]:
 
 
 def _load(folder: Path, record: BundleRecord) -> Any:
-    kind = getattr(transformers, record.base.load.traits.head.auto_model)
+    kind = getattr(transformers, serving_class(folder, record.base.load.traits.head.auto_model))
     where: Any = "auto" if torch.cuda.is_available() else {"": "cpu"}
     dtype = getattr(torch, record.held_dtype)
     try:

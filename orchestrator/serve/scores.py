@@ -17,6 +17,7 @@ from torch import nn
 from orchestrator.data import TokenizedSet, load_tokenizer, with_shots
 from orchestrator.data.sets import load_known
 from orchestrator.serve.bundle_inputs import BundleInputs
+from orchestrator.serve.loading import serving_class
 from orchestrator.serve.verification import fitting_device
 from orchestrator.train.adapters.artifacts import attach_artifact
 from orchestrator.train.batches import RowPlan
@@ -116,7 +117,7 @@ class _Scorer:
         """Mean number of examples in a prompt of `k_shot`."""
 
     def score_bundle(self, bundle: Path) -> None:
-        kind = getattr(transformers, self._head.auto_model)
+        kind = getattr(transformers, serving_class(bundle, self._head.auto_model))
         # As a user would load it: the test set judges the bundle, not the live trained model.
         model = kind.from_pretrained(bundle, dtype=self.dtype, local_files_only=True, device_map={"": str(self.device)})
         self.score(PROMOTED, model, generate=True)

@@ -30,13 +30,16 @@ RESIDENT_SHARE = 0.7
 
 
 @torch.no_grad()
-def distributions(model: Any, documents: Sequence[torch.Tensor], *, by_document: bool) -> Iterator[torch.Tensor]:
+def distributions(
+    model: Any, documents: Sequence[torch.Tensor], *, by_document: bool, pads: bool = True
+) -> Iterator[torch.Tensor]:
     """Yield the log-probabilities of each document, in order: float32[L, V] at its L positions, or [1, classes].
 
     Args:
         model: A whole transformers model, in eval mode.
         documents: int64[L] each. Several share a forward pass, padded on the right.
         by_document: One prediction for a document, at its end; each document is then alone in its forward pass.
+        pads: False if padding changes what the model computes; each document is then alone, too.
     """
     if by_document:
         for ids in documents:
@@ -45,7 +48,7 @@ def distributions(model: Any, documents: Sequence[torch.Tensor], *, by_document:
             ).logits
             yield torch.log_softmax(logits.float(), dim=-1).cpu()
         return
-    for batch in _batches(documents, LOGIT_BYTES // (4 * model.config.vocab_size)):
+    for batch in _batches(documents, LOGIT_BYTES // (4 * model.config.get_text_config().vocab_size) if pads else 0):
         # Padded on the right under a causal mask, so padding cannot affect earlier positions.
         width = max(len(ids) for ids in batch)
         ids = torch.zeros(len(batch), width, dtype=torch.int64)
@@ -122,7 +125,7 @@ def main() -> None:
         model.eval()
         documents = documents_of(probe.get_tensor("ids"), probe.get_tensor("offsets"))
         trained, total, start = probe.get_slice("log_probs"), 0.0, 0
-        for found in distributions(model, documents, by_document=head["supervises"] == "documents"):
+        for found in distributions(model, documents, by_document=head["supervises"] == "documents", pads=head["pads"] == "1"):
             total += divergence(trained[start : start + len(found)], found)
             start += len(found)
     answer = {

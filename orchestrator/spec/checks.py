@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator.errors import SelectionError
@@ -21,7 +21,7 @@ from orchestrator.spec.models import (
     SearchSpec,
     Tune,
 )
-from orchestrator.spec.policy import Policy, parse_policy
+from orchestrator.spec.policy import parse_policy
 from orchestrator.spec.source import KeyPath, spell_path
 from orchestrator.spec.tasks import METRICS, RETENTION_TASKS, TASKS
 from orchestrator.spec.unsupported import UNSUPPORTED, policies_of
@@ -352,7 +352,7 @@ def _normal(text: str, spec: JobSpec) -> str:
     except SelectionError:
         return text
     if spec.traits.head.is_new:  # there is no output projection that `+head` could add
-        policy = Policy(policy.kind, policy.count, policy.ranges, policy.fraction)
+        policy = replace(policy, with_head=False)
     return str(policy)
 
 

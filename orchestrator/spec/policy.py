@@ -1,4 +1,4 @@
-"""Grammar of layer policies: `none`, `head`, `last:N`, `first:N`, `blocks:0-3,8`, `all`, `top:F`, most with `+head`.
+"""Grammar of layer policies: `none`, `head`, `last:N`, `first:N`, `blocks:0-3,8`, `all`, `top:F`, most with `+head`, `+router`.
 
 `anatomy.select` resolves a policy on a base.
 """
@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from orchestrator.errors import SelectionError
 
 Kind = Literal["none", "head", "last", "first", "blocks", "all", "top"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-FORMS = "none | head | last:N | first:N | blocks:0-3,8 | all | top:0.25; add +head to any blocks"
+FORMS = "none | head | last:N | first:N | blocks:0-3,8 | all | top:0.25; add +head or +router to any blocks"
 EXAMPLES: dict[str, str] = {
     "none": "none",
     "head": "head",
@@ -38,6 +38,8 @@ class Policy:
     fraction: float = 0.0
     """Share of the blocks for `top`."""
     with_head: bool = False
+    with_router: bool = False
+    """Whether the routers of the chosen blocks are trained, which choose the experts of a token."""
 
     def __str__(self) -> str:
         """Return the normal form: `parse_policy(str(policy)) == policy`."""
@@ -50,7 +52,7 @@ class Policy:
                 text = f"top:{self.fraction:g}"
             case _:
                 text = self.kind
-        return text + ("+head" if self.with_head else "")
+        return text + ("+head" if self.with_head else "") + ("+router" if self.with_router else "")
 
 
 def parse_policy(text: str) -> Policy:
@@ -60,28 +62,32 @@ def parse_policy(text: str) -> Policy:
         SelectionError: not a policy; `expected` lists the forms, `remedy` suggests a similar one.
     """
     compact = re.sub(r"\s+", "", text).lower()
-    body, plus, extra = compact.partition("+")
+    body, *extras = compact.split("+")
     word, colon, argument = body.partition(":")
     kind: Kind | None = next((kind for kind in KINDS if kind == word), None)
-    if kind is None or (plus and extra != "head"):
+    if kind is None or len(set(extras)) < len(extras) or not {"head", "router"}.issuperset(extras):
         raise _unknown(text, compact)
     if kind in ("none", "head", "all") and colon:
         raise _wrong(text, f"`{kind}` takes no argument", f"write {kind}")
-    if kind in ("none", "head") and plus:
-        raise _wrong(text, "`+head` goes with blocks", "write head")
-    with_head = bool(plus)
+    if kind in ("none", "head") and extras:
+        raise _wrong(text, f"`+{extras[0]}` goes with blocks", "write head" if extras == ["head"] else "write last:2+router")
+    return replace(_blocks(text, kind, argument), with_head="head" in extras, with_router="router" in extras)
+
+
+def _blocks(text: str, kind: Kind, argument: str) -> Policy:
+    """Return the policy of these blocks."""
     match kind:
         case "last" | "first":
             if not re.fullmatch(r"[0-9]{1,4}", argument) or int(argument) < 1:
                 remedy = "write none" if argument == "0" else f"write {kind}:2"
                 raise _wrong(text, f"`{kind}` needs a number of blocks, at least 1", remedy)
-            return Policy(kind, count=int(argument), with_head=with_head)
+            return Policy(kind, count=int(argument))
         case "blocks":
-            return Policy(kind, ranges=_parse_ranges(text, argument), with_head=with_head)
+            return Policy(kind, ranges=_parse_ranges(text, argument))
         case "top":
-            return Policy(kind, fraction=_parse_fraction(text, argument), with_head=with_head)
+            return Policy(kind, fraction=_parse_fraction(text, argument))
         case _:
-            return Policy(kind, with_head=with_head)
+            return Policy(kind)
 
 
 def normal_form(text: str) -> str:

@@ -70,11 +70,6 @@ def _remote_output(spec: JobSpec, folder: Path) -> Found:
         yield ("output",), spec.output
 
 
-def _int8(spec: JobSpec, folder: Path) -> Found:
-    if spec.base.quantize == "int8":
-        yield ("base", "quantize"), "int8"
-
-
 def _remote_code(spec: JobSpec, folder: Path) -> Found:
     if spec.base.trust_remote_code:
         yield ("base", "trust_remote_code"), "true"
@@ -86,7 +81,6 @@ UNSUPPORTED = (
     ),
     Unsupported("`hub:` and object-store paths under `data`", "copy the data to a local file and give its path", _hub_data),
     Unsupported("object-store paths as `output`", "give a local or mounted folder", _remote_output),
-    Unsupported("`base.quantize: int8`", "write nf4 or none", _int8),
     Unsupported(
         "`base.trust_remote_code: true`",
         "use a base whose layout transformers itself knows",

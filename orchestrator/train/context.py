@@ -55,6 +55,8 @@ class HostContext:
     sets: SetCache
     trunk: TrunkLibrary
     saver: Saver
+    base_test: str = ""
+    """What the self-test of the base found."""
 
     @classmethod
     def create(cls, base: LoadedBase, fingerprint: Mapping[str, str], execution: ExecutionPlan, ranks: Ranks) -> HostContext:
@@ -64,7 +66,8 @@ class HostContext:
 
     def rows(self, execution: ExecutionPlan) -> RowPlan:
         """Return how documents share this rank's rows under an execution."""
-        return RowPlan.of(execution, self.ranks.rank, one_document_per_row=self.base.load.traits.head.one_document_per_row)
+        alone = self.base.load.traits.head.one_document_per_row or not self.base.anatomy.ways.packs
+        return RowPlan.of(execution, self.ranks.rank, one_document_per_row=alone)
 
     @property
     def head_module(self) -> str:

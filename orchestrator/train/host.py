@@ -6,6 +6,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -42,11 +43,12 @@ class TrainHost:
         base = load_base(base_load, anatomy, dtype=dtype, device=ranks.device, load_on=load_on)
         if execution.executor == "deepspeed":
             deepspeed_engine.prepare_base(base.model, execution, ranks.device)
-        self.context = HostContext.create(base, base_fingerprint(base.model), execution, ranks)
+        context = HostContext.create(base, base_fingerprint(base.model), execution, ranks)
+        self.context = replace(context, base_test=check_ways(context))
         self.batch_sizes = FusedBatchSizes(self.context)
         self._ordinal = 0
         """Number of pieces of work that were run before."""
-        self._news: list[str] = [check_ways(self.context)]
+        self._news: list[str] = []
         """Notes for the next result."""
         # The base lives as long as the process. Frozen, it is left out of the many collections between trials.
         gc.collect()

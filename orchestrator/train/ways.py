@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from orchestrator.errors import BaseError
-from orchestrator.train import heartbeat
 from orchestrator.train.context import HostContext
 from orchestrator.train.engines.construction import forward_ready
 from orchestrator.train.model.objective import objective_of
@@ -20,7 +19,6 @@ def check_ways(context: HostContext) -> str:
         BaseError: a way that the plan assumes fails on this base; names it and what was seen.
     """
     base = context.base
-    heartbeat.enter("testing the base")
     head = base.model.get_submodule(context.head_module)
     with forward_ready(objective_of(base, head), context.execution):
         found = failed_ways(base.model, base.anatomy, base.load.task, base.device)

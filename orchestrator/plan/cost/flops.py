@@ -168,14 +168,17 @@ def adapter_elements(anatomy: ModelAnatomy, selection: LayerSelection) -> tuple[
     stored = [name for name in selection.adapted if name != anatomy.head_weight]
     head = (anatomy.vocab_size, anatomy.hidden_size)
     on_head = kind.multiplied_elements(head, lora_rank) if len(stored) < len(selection.adapted) else 0
-    return sum(kind.multiplied_elements(anatomy.tensors[name].shape, lora_rank) for name in stored), on_head
+    in_blocks = 0
+    for name in stored:
+        elements = kind.multiplied_elements(anatomy.matrix_shape(name), lora_rank)
+        in_blocks += elements * (anatomy.experts.experts_per_token if anatomy.experts and name in anatomy.routed else 1)
+    return in_blocks, on_head
 
 
 def adapter_elements_per_pass(anatomy: ModelAnatomy, selection: LayerSelection) -> int:
     """Return the multiply-adds of all adapters in a forward pass that do not depend on its number of tokens."""
-    kind, head = selection.adapter_kind, (anatomy.vocab_size, anatomy.hidden_size)
-    shapes = (anatomy.tensors[name].shape if name in anatomy.tensors else head for name in selection.adapted)
-    return sum(kind.elements_per_pass(shape, selection.lora_rank or 0) for shape in shapes)
+    shapes = (anatomy.matrix_shape(name) for name in selection.adapted)
+    return sum(selection.adapter_kind.elements_per_pass(shape, selection.lora_rank or 0) for shape in shapes)
 
 
 def _elements_run_again(anatomy: ModelAnatomy, selection: LayerSelection, supervised_share: float) -> tuple[float, float]:

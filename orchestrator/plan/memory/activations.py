@@ -116,13 +116,24 @@ def _by_adapters(anatomy: ModelAnatomy, selection: LayerSelection, names: list[s
     With dropout each keeps a copy of its input and a mask, which torch's CPU kernel makes in the compute dtype (the CUDA
     kernel's takes a byte), in place of the inputs that several would share.
     """
-    kind, lora_rank = selection.adapter_kind, selection.lora_rank or 0
-    shapes = [anatomy.tensors[name].shape for name in names]
-    kept = sum(kind.kept_elements(shape, lora_rank) for shape in shapes)
+    kept = sum(kept_by_adapter(anatomy, selection, name) for name in names)
     if not selection.adapter.dropout:
         return kept
     shared = anatomy.hidden_size * (kept_inputs.attention + kept_inputs.mlp) + anatomy.intermediate_size * kept_inputs.mlp_output
-    return kept + 2 * sum(shape[1] for shape in shapes) - shared
+    return kept + 2 * sum(anatomy.matrix_shape(name)[-1] for name in names) - shared
+
+
+def kept_by_adapter(anatomy: ModelAnatomy, selection: LayerSelection, name: str) -> int:
+    """Return the numbers that the adapter of one weight keeps per token, besides the input of a linear layer.
+
+    Of routed experts, each of the k that a token is routed to keeps its row of the input and what it is reduced to
+    (`train.model.experts`), whose width is filled up to a multiple of 8.
+    """
+    shape, lora_rank = anatomy.matrix_shape(name), selection.lora_rank or 0
+    if name not in anatomy.routed:
+        return selection.adapter_kind.kept_elements(shape, lora_rank)
+    assert anatomy.experts is not None
+    return anatomy.experts.experts_per_token * (shape[-1] + lora_rank + -lora_rank % 8) if anatomy.experts.grouped else 0
 
 
 def _kept_inputs(anatomy: ModelAnatomy, block: int, keeping: frozenset[str]) -> _KeptInputs:

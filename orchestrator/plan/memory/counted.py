@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from orchestrator.anatomy.costs import Size
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
-from orchestrator.plan.memory.activations import BlockActivations, Peak
+from orchestrator.plan.memory.activations import BlockActivations, Peak, kept_by_adapter
 
 
 def counted_activations(anatomy: ModelAnatomy, selection: LayerSelection, element_bytes: int) -> list[BlockActivations]:
@@ -71,7 +71,5 @@ def receives_gradient(anatomy: ModelAnatomy, selection: LayerSelection, block: i
 
 def _by_adapters(anatomy: ModelAnatomy, selection: LayerSelection, names: list[str]) -> int:
     """Return the numbers that the adapters of a block keep per token, besides the inputs of their layers."""
-    kind, lora_rank = selection.adapter_kind, selection.lora_rank or 0
-    shapes = [anatomy.tensors[name].shape for name in names]
-    kept = sum(kind.kept_elements(shape, lora_rank) for shape in shapes)
-    return kept + (2 * sum(shape[1] for shape in shapes) if selection.adapter.dropout else 0)
+    kept = sum(kept_by_adapter(anatomy, selection, name) for name in names)
+    return kept + (2 * sum(anatomy.matrix_shape(name)[-1] for name in names) if selection.adapter.dropout else 0)

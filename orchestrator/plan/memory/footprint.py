@@ -8,6 +8,7 @@ from math import prod
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.plan.memory.activations import BlockActivations, Peak, activations, attends_by_document
 from orchestrator.plan.memory.counted import counted_activations
+from orchestrator.plan.memory.experts import NO_EXPERTS, ExpertFootprint, expert_footprint
 from orchestrator.plan.memory.quantized import dequantize_scratch_bytes, quantized_bytes
 from orchestrator.spec.models import Quantize
 from orchestrator.work.remedies import AnchorPlan
@@ -54,9 +55,12 @@ class Footprint:
     """Size of the vocabulary, or number of classes."""
     one_target_per_row: bool
     """Whether a row has one prediction, off its last position, instead of one for each supervised token."""
+    own_logits: bool
+    """True if the class computes logits at every position of a row (`Ways.projects` is False)."""
     element_bytes: int
     anchor_copies: int = 0
     """float32 values that an anchor holds per trainable element: its initial value, and for EWC its importance."""
+    experts: ExpertFootprint = NO_EXPERTS
     converted_bytes: int = 0
     """Part of the base, in the compute dtype, that its files store in another dtype: it cannot be memory-mapped and is copied
     while loading."""
@@ -72,7 +76,7 @@ def make_footprint(
     for the next trial, so that nothing has to be copied to restore them. A tied head is stored once.
     """
     matrices = {name for block in anatomy.linears for name in block} if quantize != "none" else set[str]()
-    quantized = {name: quantized_bytes(anatomy.tensors[name].shape, quantize, element_bytes) for name in matrices}
+    quantized = {name: quantized_bytes(anatomy.matrix_shape(name), quantize, element_bytes) for name in matrices}
     head_bytes = anatomy.vocab_size * anatomy.hidden_size * element_bytes
     loaded = {
         name: quantized[name].total if name in quantized else tensor.num_elements * element_bytes
@@ -84,12 +88,11 @@ def make_footprint(
     waiting = [name for name in selection.trainable if name in quantized]
     still = (*selection.frozen, *selection.adapted, *waiting)
     opened = matrices.difference(waiting)
-    learning = set(selection.trainable)
+    learning, learns = set(selection.trainable), bool(selection.trainable or selection.adapted)
     blocks = [
         sum(anatomy.tensors[name].num_elements * element_bytes if name in learning else loaded[name] for name in block)
         for block in anatomy.blocks
     ]
-    learns = bool(selection.trainable or selection.adapted)
     every = (counted_activations if anatomy.block_costs else activations)(anatomy, selection, element_bytes)
     above = every[selection.cut :] if learns else []
     return Footprint(
@@ -101,7 +104,7 @@ def make_footprint(
         head_bytes=head_bytes,
         quantized=quantize != "none",
         scratch_bytes=max(
-            (dequantize_scratch_bytes(anatomy.tensors[name].shape, quantize, element_bytes) for name in opened), default=0
+            (dequantize_scratch_bytes(anatomy.matrix_shape(name), quantize, element_bytes) for name in opened), default=0
         ),
         learning_blocks=anatomy.num_blocks - selection.cut if learns else 0,
         by_document_on_cpu=attends_by_document(anatomy, "cpu", one_document_per_row=num_classes > 0),
@@ -116,7 +119,9 @@ def make_footprint(
         hidden_size=anatomy.hidden_size,
         logit_width=num_classes or anatomy.vocab_size,
         one_target_per_row=num_classes > 0,
+        own_logits=not anatomy.ways.projects and num_classes == 0,
         element_bytes=element_bytes,
+        experts=expert_footprint(anatomy, selection, element_bytes),
         converted_bytes=_converted_bytes(anatomy, element_bytes),
     )
 
@@ -152,5 +157,5 @@ def learning_counts(anatomy: ModelAnatomy, selection: LayerSelection, *, num_cla
         if name in trainable:
             counts.append(prod(shape))
         elif name in adapted:
-            counts += [prod(each) for each in selection.adapter_kind.shapes(shape, lora_rank).values()]
+            counts += [prod(each) for each in selection.adapter_kind.shapes(anatomy.matrix_shape(name), lora_rank).values()]
     return tuple(counts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from orchestrator.plan.estimates import MemoryTerm
 from orchestrator.plan.memory.activations import BlockActivations, Peak
 from orchestrator.plan.memory.candidate import Candidate
+from orchestrator.plan.memory.experts import expert_terms
 from orchestrator.plan.memory.footprint import Footprint
 from orchestrator.plan.memory.shards import Shards
 from orchestrator.units import MIB
@@ -72,7 +73,7 @@ def _kept_terms(footprint: Footprint, candidate: Candidate) -> list[MemoryTerm]:
     if mask:
         reason = f"{candidate.micro_batch_rows} x {candidate.row_tokens}² pairs, {where}"
         terms.append(MemoryTerm(name="attention mask", num_bytes=mask, reason=reason))
-    return terms
+    return terms + expert_terms(footprint.experts, tokens, checkpointing=candidate.checkpointing)
 
 
 def _backward_terms(footprint: Footprint, candidate: Candidate, shards: Shards) -> list[MemoryTerm]:
@@ -133,6 +134,8 @@ def _logit_term(footprint: Footprint, candidate: Candidate, *, learning: bool) -
     A head with an adapter or a partitioned head, and a classifier, use torch's own cross entropy instead: 12 per entry, for
     the log-softmax, its gradient and the logits' gradient in float32.
     """
+    if footprint.own_logits:
+        return _own_logit_term(footprint, candidate, learning=learning)
     positions = candidate.micro_batch_rows if footprint.one_target_per_row else candidate.micro_batch_tokens
     chunk = max(1, min(positions, LOGIT_CHUNK_BYTES // (4 * footprint.logit_width)))
     piece = max(1, min(chunk, LOGIT_PIECE_BYTES // (4 * footprint.logit_width)))
@@ -151,6 +154,17 @@ def _logit_term(footprint: Footprint, candidate: Candidate, *, learning: bool) -
         if gradient:
             num_bytes = max(num_bytes + gradient, 3 * gradient) if chunk < positions else max(num_bytes, e * entries + gradient)
     reason = f"{chunk} positions x {footprint.logit_width} entries, {'forward and backward' if learning else 'forward'}"
+    return MemoryTerm(name="logits", num_bytes=num_bytes, reason=reason)
+
+
+def _own_logit_term(footprint: Footprint, candidate: Candidate, *, learning: bool) -> MemoryTerm:
+    """Return the logits that a class computes itself, at every position at once: what its head returns and what it makes of that,
+    2e per entry; and of the supervised ones, at most all, a copy and its gradient, 2e, and in float32 the values, their
+    log-softmax and its gradient, 12. A trainable head has its gradient besides, e·V·h. Scoring works in pieces."""
+    entries, e = candidate.micro_batch_tokens * footprint.logit_width, footprint.element_bytes
+    gradient = footprint.head_bytes if footprint.head_learns else 0
+    num_bytes = entries * (4 * e + 12) + gradient if learning else 3 * e * entries + LOGIT_PIECE_BYTES * 2
+    reason = f"all {candidate.micro_batch_tokens} positions x {footprint.logit_width} entries, by the class itself"
     return MemoryTerm(name="logits", num_bytes=num_bytes, reason=reason)
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from orchestrator.anatomy.values import ModelAnatomy, Ways
 from orchestrator.spec.models import Task
 from orchestrator.train import heartbeat
+from orchestrator.train.model.balance import BalanceLoss, balance_of
 from orchestrator.train.model.base import LoadedBase
 from orchestrator.train.model.heads import DEFAULT_WAYS, DocumentLosses, FinalNorm, Parts, Targets, head_of
 from orchestrator.train.model.loss import AS_PROJECTED, LogitMap
@@ -39,6 +40,7 @@ class Objective(nn.Module):
         final_norm: nn.Module | None = None,
         blocks: nn.Module | None = None,
         cut: int = 0,
+        balance: BalanceLoss | None = None,
         ways: Ways = DEFAULT_WAYS,
         logit_map: LogitMap = AS_PROJECTED,
     ) -> None:
@@ -51,6 +53,7 @@ class Objective(nn.Module):
                 backbone applies it itself at every position.
             blocks: The backbone's blocks, needed if `forward` is given stored states for those below `cut`.
             cut: The first block that is computed then.
+            balance: The load-balancing loss that is added in training.
             ways: What the class allows.
             logit_map: What the class does with the head's result.
         """
@@ -62,6 +65,7 @@ class Objective(nn.Module):
         self._parts = Parts(model, backbone, head, encoder, norm, ways, logit_map)
         self._blocks = (cast("nn.ModuleList", blocks),)
         self._cut = cut
+        self._balance = balance
 
     @property
     def cut(self) -> int:
@@ -97,11 +101,16 @@ class Objective(nn.Module):
         """
         heartbeat.beat()
         targets = Targets(labels, document_ids, class_labels, lengths)
-        # The states of all positions have no name here: they are freed before the logits are made.
-        supervised = self._head.select(self._parts, self.run_blocks(input_ids, position_ids, lengths, hidden), targets)
+        balance = None if each else self._balance
+        with nullcontext([]) if balance is None else balance.recording() as router_logits:
+            # The states of all positions have no name here: they are freed before the logits are made.
+            supervised = self._head.select(self._parts, self.run_blocks(input_ids, position_ids, lengths, hidden), targets)
         if each:
             return self._head.losses(self._parts, supervised)
-        return self._head.loss_sum(self._parts, supervised, num_trials)
+        loss_sum = self._head.loss_sum(self._parts, supervised, num_trials)
+        if balance is not None:
+            loss_sum = loss_sum + balance.sum_over(router_logits, document_ids >= 0, supervised.targets.numel())
+        return loss_sum
 
     def run_blocks(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, lengths: torch.Tensor, hidden: torch.Tensor | None = None
@@ -124,15 +133,24 @@ class Objective(nn.Module):
 
 def objective_of(base: LoadedBase, head: nn.Module, cut: int = 0) -> Objective:
     """Return the objective over the base as it is now, starting from stored states at `cut` if it gets any."""
-    return make_objective(base.model, base.anatomy, base.load.task, head, cut=cut)
+    balance = balance_of(base.model, base.model.get_submodule(base.anatomy.backbone), base.anatomy)
+    return make_objective(base.model, base.anatomy, base.load.task, head, cut=cut, balance=balance)
 
 
-def make_objective(model: nn.Module, anatomy: ModelAnatomy, task: Task, head: nn.Module | None = None, cut: int = 0) -> Objective:
+def make_objective(
+    model: nn.Module,
+    anatomy: ModelAnatomy,
+    task: Task,
+    head: nn.Module | None = None,
+    cut: int = 0,
+    balance: BalanceLoss | None = None,
+) -> Objective:
     """Return the objective over a model as its anatomy describes it.
 
     Args:
         head: The map from hidden states to logits; by default the module of the task's head.
         cut: See `Objective`.
+        balance: See `Objective`.
     """
     weight = head_of(task).weight_name(anatomy)
     return Objective(
@@ -144,6 +162,7 @@ def make_objective(model: nn.Module, anatomy: ModelAnatomy, task: Task, head: nn
         final_norm=final_norm_of(model, anatomy),
         blocks=model.get_submodule(anatomy.blocks_module),
         cut=cut,
+        balance=balance,
         ways=anatomy.ways,
         logit_map=LogitMap(anatomy.logit_scale, anatomy.logit_cap),
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers.integrations import finegrained_fp8, mxfp4
 
 from orchestrator.anatomy.values import StoredPart, TensorInfo
 from orchestrator.errors import BaseError
@@ -30,19 +31,34 @@ def read_parameters(
         BaseError: a file or a tensor cannot be read, or is stored in a form that only transformers can convert.
     """
     tensors = list(tensors)
+    parts = [part for info in tensors for part in info.stored_parts]
     wanted: dict[str, set[str]] = {}
-    for info in tensors:
-        for part in info.parts or [StoredPart(name=info.stored_name or info.name, file=info.file, shape=(), dtype="")]:
-            wanted.setdefault(part.file, set()).add(part.name)
-    found: dict[tuple[str, str], torch.Tensor] = {}
+    for part in parts:
+        wanted.setdefault(part.file, set()).add(part.encoding.data if part.encoding else part.name)
+        if part.encoding is not None:
+            wanted.setdefault(part.encoding.scales_file, set()).add(part.encoding.scales)
+    stored: dict[tuple[str, str], torch.Tensor] = {}
     for file, names in wanted.items():
         path = Path(folder) / file
         try:
             with safe_open(path, framework="pt", device="cpu") as reader:
-                found |= {(file, name): convert(reader.get_tensor(name)) for name in names}
+                stored |= {(file, name): reader.get_tensor(name) for name in names}
         except (OSError, SafetensorError) as error:
             raise BaseError(f"the weights cannot be read: {error}", where=str(path)) from error
+    found = {(part.file, part.name): convert(_decoded(part, stored)) for part in parts}
     return {info.name: _assembled(info, found) for info in tensors}
+
+
+def _decoded(part: StoredPart, stored: Mapping[tuple[str, str], torch.Tensor]) -> torch.Tensor:
+    """Return a stored tensor with the values that transformers gives it when loading."""
+    encoding = part.encoding
+    if encoding is None:
+        return stored[part.file, part.name]
+    data, scales = stored[part.file, encoding.data], stored[encoding.scales_file, encoding.scales]
+    dtype = torch.bfloat16
+    if encoding.kind == "mxfp4":
+        return mxfp4.dequantize_convertops(data, scales, dtype)
+    return finegrained_fp8.Fp8Dequantize(None)._dequantize_one(data, scales, dtype)  # pyright: ignore[reportPrivateUsage]
 
 
 def part_of(info: TensorInfo, index: tuple[int, ...]) -> TensorInfo:

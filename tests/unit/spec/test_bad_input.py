@@ -156,7 +156,6 @@ ROWS = [
     ("train: train.jsonl", "train: [{path: hub:a/b}]", "data.train[0].path", 6, 18, "not supported yet", "local file"),
     ("max_tokens: 512", "retain: gs://x/y", "data.retain", 7, 11, "not supported yet", "local file"),
     ("task:", "output: s3://x\ntask:", "output", 4, 9, "not supported yet", "local or mounted"),
-    ("model: sample", "model: sample\n  quantize: int8", "base.quantize", 4, 13, "not supported yet", "nf4 or none"),
     ("model: sample", "model: sample\n  trust_remote_code: true", "base.trust_remote_code", 4, 22, "rejected", "layout"),
 ]  # fmt: skip
 
