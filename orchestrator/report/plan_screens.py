@@ -28,7 +28,7 @@ def plan_view(plan: RunPlan, *, explain: bool = False) -> RenderableType:
     estimated = "" if plan.data.exact else " (estimated from file sizes)"
     parts: list[RenderableType] = [
         Text(
-            f"{plan.name}: {base.model_type}, {format_count(plan.num_parameters)} parameters, {_quantized(base.quantize)}",
+            f"{plan.name}: {f'{base.shown}, ' if base.hub_id else ''}{base.model_type}, {format_count(plan.num_parameters)} parameters, {_quantized(base.quantize)}",
             style="bold",
         ),
         Text(
