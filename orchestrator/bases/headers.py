@@ -15,6 +15,7 @@ from orchestrator.bases.files import plan_files, weight_files
 from orchestrator.hub import Commit, fetch_files, list_files, read_range
 from orchestrator.hub.client import CACHE_REMEDY, own_folder
 from orchestrator.store import output_to, write_atomic
+from orchestrator.store.files import partial_path
 
 FIRST_BYTES = 1 << 14
 """Bytes of a file's first request. A shard of a large model has a header of about 3 KB; a whole small model, of some 40 KB."""
@@ -60,8 +61,10 @@ def _write(folder: Path, snapshot: Path, small: Sequence[str], headers: dict[str
     for name in small:
         link = folder / name
         link.parent.mkdir(exist_ok=True)
-        link.unlink(missing_ok=True)
-        link.symlink_to(snapshot / name)
+        # Another plan may be writing the same links.
+        partial = partial_path(link)
+        partial.symlink_to(snapshot / name)
+        partial.replace(link)
     for name, content in headers.items():
         write_atomic(header_file(folder / name), content)
     write_atomic(folder / COMPLETE, b"")

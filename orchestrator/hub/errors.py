@@ -50,6 +50,13 @@ def endpoint() -> str:
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 
+def hub_cache() -> str:
+    """Return the folder of the hub's cache on this machine (HF_HUB_CACHE, or `hub` in HF_HOME)."""
+    from huggingface_hub import constants
+
+    return str(constants.HF_HUB_CACHE)
+
+
 @dataclass(frozen=True)
 class _Failure:
     """An exception of the client's, with what several explanations need."""
@@ -209,11 +216,9 @@ def not_cached(repository: Repository, why: str, missing: str = "") -> Orchestra
         why: Why they cannot be fetched.
         missing: What is missing; by default the whole repository.
     """
-    from huggingface_hub import constants
-
     return hub_error(
         repository,
-        f"{missing or f'the {repository.noun} is'} not in the hub's cache ({constants.HF_HUB_CACHE}), and {why}",
+        f"{missing or f'the {repository.noun} is'} not in the hub's cache ({hub_cache()}), and {why}",
         expected=_id_or(repository) if not missing else "",
         remedy=f"run `{repository.download_command}` where the hub can be reached, with the same HF_HOME or HF_HUB_CACHE",
     )
@@ -239,15 +244,13 @@ def _cut(failure: _Failure) -> OrchestratorError:
 
 
 def _system(failure: _Failure) -> OrchestratorError:
-    from huggingface_hub import constants
-
     number = failure.error.errno if isinstance(failure.error, OSError) else None
     if number is None:  # the client found a file of another size than the hub says
         return _cut(failure)
     more = "free space there, or " if number in (errno.ENOSPC, errno.EDQUOT) else ""
     return hub_error(
         failure.repository,
-        f"the hub's cache cannot be written: {os.strerror(number)} ({constants.HF_HUB_CACHE})",
+        f"the hub's cache cannot be written: {os.strerror(number)} ({hub_cache()})",
         remedy=f"{more}set HF_HOME or HF_HUB_CACHE to a writable folder with free space",
     )
 
