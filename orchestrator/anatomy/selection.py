@@ -88,7 +88,7 @@ def select(
 def _check_router(anatomy: ModelAnatomy, parsed: Policy) -> None:
     if parsed.with_router and not any(anatomy.routers):
         raise SelectionError(
-            f"{policy!r} asks for routers, and {anatomy.model_type!r} has none",
+            f"'{parsed}' asks for routers, and {anatomy.model_type!r} has none",
             where=anatomy.folder,
             expected="a mixture of experts",
             remedy=f"write {parsed.without('router')}",
