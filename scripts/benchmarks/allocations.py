@@ -21,6 +21,7 @@ from orchestrator.probe.allocations import AllocationCounter, fake_parameters
 from orchestrator.train import LoadedBase, Objective, open_branch
 from orchestrator.train.adapters.branch import Branch, PlainKeeper
 from orchestrator.train.engines.torch_engine import TorchEngine
+from orchestrator.train.model.experts import ADAPTED
 from orchestrator.train.model.objective import final_norm_of
 from orchestrator.train.model.recompute import recomputed
 from orchestrator.work.execution import BaseLoad
@@ -86,6 +87,7 @@ def bare_base(anatomy: ModelAnatomy, device: torch.device) -> LoadedBase:
     """The base as `load_base` makes it, with whatever numbers its construction gives."""
     config = AutoConfig.from_pretrained(anatomy.folder, local_files_only=True)
     config._attn_implementation = "sdpa" if anatomy.attention == "fused" else "eager"
+    config._experts_implementation = ADAPTED if anatomy.experts is not None else None
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.train()
