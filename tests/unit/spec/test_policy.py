@@ -43,6 +43,7 @@ def test_spaces_and_case_mean_nothing(text: str, space: str) -> None:
         ("blocks:5", "blocks:5"),
         ("ALL", "all"),
         ("top:.250", "top:0.25"),
+        ("all+router+head", "all+head+router"),
     ],
 )
 def test_normal_forms(text: str, normal: str) -> None:
