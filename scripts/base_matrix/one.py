@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification
 from orchestrator.anatomy import ModelAnatomy, read_anatomy, select
 from orchestrator.anatomy import learned as learned_module
 from orchestrator.data import build_set
-from orchestrator.errors import OrchestratorError
+from orchestrator.errors import BaseError, OrchestratorError
 from orchestrator.plan.memory.candidate import Candidate
 from orchestrator.plan.memory.estimate import estimate
 from orchestrator.plan.memory.footprint import make_footprint
@@ -65,7 +65,7 @@ def examine(model_type: str, folder: Path) -> Row:
         Examination(model_type, task, folder, row).run()
     except RefusedError as error:
         row["refused"] = error.refusal.what
-    except OrchestratorError as error:
+    except BaseError as error:
         row["refused"] = f"{error.what}; {error.remedy or ''}".strip("; ")
     except Exception as error:
         row["fails"] = f"{row.get('at', '')}: {type(error).__name__}: {str(error).strip()[:300]}"
