@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import AutoModelForSequenceClassification
 
 from orchestrator.anatomy import ModelAnatomy, read_anatomy, select
 from orchestrator.anatomy import learned as learned_module
+from orchestrator.anatomy.learning import Answer
 from orchestrator.data import build_set
 from orchestrator.errors import BaseError, OrchestratorError
 from orchestrator.plan.memory.candidate import Candidate
@@ -22,7 +24,7 @@ from orchestrator.plan.memory.estimate import estimate
 from orchestrator.plan.memory.footprint import make_footprint
 from orchestrator.plan.merge import make_merge_plan
 from orchestrator.probe.classes import RefusedError
-from orchestrator.probe.learn import answer
+from orchestrator.probe.learn import answer, learn
 from orchestrator.serve.bundle import bundle_config
 from orchestrator.serve.loading import serving_class
 from orchestrator.serve.merging import merge
@@ -44,25 +46,27 @@ PROMPT, NEW_TOKENS = tuple(range(20, 28)), 6
 LARGE_TOKENS = 1024
 DIFFERENCE = 1e-3
 """Largest difference of a logit between the trained and the merged model: rounding of float32."""
+FIGURE_SECONDS = 90
 EXPERT_ADAPTERS = AdapterOptions(modules=("all", "experts"))
 
 Row = dict[str, Any]
 
 
-def examine(model_type: str, folder: Path) -> Row:
+def examine(model_type: str, folder: Path, *, quick: bool = False) -> Row:
     """Return the row of a type. What it refuses is in `refused`, what goes wrong in `fails`.
 
     Args:
         folder: Empty; the checkpoints and the bundles are written there.
+        quick: Without two ranks, and with the memory of one type of each kind.
     """
     started = time.monotonic()
     group = group_of(model_type)
     row: Row = {"type": model_type, "base": PUBLISHED[model_type], "group": group}
     task: Task = "classify" if group == "encoder" else "completion"
-    # The class is built here, where torch is imported already.
-    learned_module.ask = answer
+    # The class is built here, where torch is imported already. A small model's costs are not needed.
+    learned_module.ask = lambda question: Answer(anatomy=learn(question))
     try:
-        Examination(model_type, task, folder, row).run()
+        Examination(model_type, task, folder, row).run(quick=quick)
     except RefusedError as error:
         row["refused"] = error.refusal.what
     except BaseError as error:
@@ -79,7 +83,7 @@ class Examination:
         self.type, self.task, self.folder, self.row = model_type, task, folder, row
         self.base_folder = folder / "base"
 
-    def run(self) -> None:
+    def run(self, *, quick: bool) -> None:
         self._at("small model")
         make_tiny(self.type, self.base_folder, self.task)
         self._at("anatomy")
@@ -87,24 +91,30 @@ class Examination:
         self._describe()
         self._write_sets()
         self._train_and_serve()
-        for stage in (2, 3) if self.type in SHARDED else ():
+        for stage in (2, 3) if self.type in SHARDED and not quick else ():
             self._at(f"zero{stage}")
             self.row[f"zero{stage}"] = self._sharded(stage)
         self._attempt("nf4", self._train_nf4)
-        self._attempt("memory", self._memory)
+        if not quick or self.type in SHARDED:
+            self._attempt("memory", self._memory)
         del self.row["at"]
 
     def _at(self, what: str) -> None:
         self.row["at"] = what
 
     def _attempt(self, what: str, measure: Any) -> None:
-        """Keep a figure, or why there is none."""
+        """Keep a figure, or why there is none. Blocks that go from token to token take too long to be counted here."""
+        self._at(what)
+        signal.signal(signal.SIGALRM, _too_long)
+        signal.alarm(FIGURE_SECONDS)
         try:
             self.row[what] = measure()
         except OrchestratorError as error:
             self.row[what] = {"refused": error.what}
         except Exception as error:
             self.row[what] = {"fails": f"{type(error).__name__}: {str(error).strip()[:200]}"}
+        finally:
+            signal.alarm(0)
 
     def _describe(self) -> None:
         anatomy = self.anatomy
@@ -248,7 +258,9 @@ class Examination:
         if self.task == "classify":  # another head
             backbone = self.anatomy.blocks_module
             before, after = ({name for name in names if backbone in name} for names in (before, after))
-        return ", ".join([*(f"-{name}" for name in sorted(before - after)[:2]), *(f"+{name}" for name in sorted(after - before)[:2])])
+        return ", ".join(
+            [*(f"-{name}" for name in sorted(before - after)[:2]), *(f"+{name}" for name in sorted(after - before)[:2])]
+        )
 
     def _sharded(self, stage: int) -> Row:
         from scripts.base_matrix.ranks import train_on_two_ranks
@@ -269,6 +281,7 @@ class Examination:
             return {}
         from scripts.benchmarks.allocations import count_step
 
+        learned_module.ask = answer
         shape = self.folder / "shape"
         shape.mkdir()
         write_shape(self.type, shape, self.task)
@@ -281,6 +294,10 @@ class Examination:
             planned = estimate(make_footprint(anatomy, selection, "none", 2), candidate).device.allocated_bytes
             found[tune] = round(planned / counted.peak_bytes, 3)
         return found
+
+
+def _too_long(*_: object) -> None:
+    raise TimeoutError(f"longer than {FIGURE_SECONDS} s")
 
 
 def _stored(folder: Path) -> set[str]:

@@ -56,7 +56,12 @@ def page(rows: Sequence[Row]) -> str:
 
 def passed(row: Row) -> bool:
     """Return whether a type was trained, merged and served as it was trained."""
-    return "fails" not in row and "refused" not in row and served(row) == "equal" and all(_fell(row[key]) for key in ("lora", "full"))
+    return (
+        "fails" not in row
+        and "refused" not in row
+        and served(row) == "equal"
+        and all(_fell(row[key]) for key in ("lora", "full"))
+    )
 
 
 def served(row: Row) -> str:

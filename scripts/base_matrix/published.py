@@ -18,6 +18,8 @@ DENSE = {
     "gemma": "google/gemma-7b",
     "gemma2": "google/gemma-2-9b",
     "gemma3_text": "google/gemma-3-1b-pt",
+    "gemma3n_text": "google/gemma-3n-E4B",
+    "gemma4_text": "google/gemma-4-e2b-it",
     "vaultgemma": "google/vaultgemma-1b",
     "phi": "microsoft/phi-2",
     "phi3": "microsoft/Phi-4-mini-instruct",
@@ -187,9 +189,21 @@ CHANGES: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 8192,
         },
     },
-    "ministral": {"head_dim": 128, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32},
+    "ministral": {
+        "head_dim": 128,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+    },
     "falcon": {"num_kv_heads": 1, "multi_query": True, "new_decoder_architecture": False},
-    "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32, "position_embedding_type": "rotary", "token_dropout": False},
+    "esm": {
+        "vocab_size": 33,
+        "pad_token_id": 1,
+        "mask_token_id": 32,
+        "position_embedding_type": "rotary",
+        "token_dropout": False,
+    },
     "deepseek_v3": {"num_nextn_predict_layers": 0},
 }
 
