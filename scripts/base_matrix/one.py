@@ -286,11 +286,12 @@ class Examination:
         shape.mkdir()
         write_shape(self.type, shape, self.task)
         anatomy: ModelAnatomy = read_anatomy(shape, need_weights=False, task=self.task)
+        tokens = min(LARGE_TOKENS, anatomy.max_positions or LARGE_TOKENS)
         found: Row = {"blocks": anatomy.num_blocks, "costs_note": anatomy.costs_note}
         for tune, policy in (("lora", "all"), ("full", "last:2")):
             selection = select(anatomy, policy, tune, 16 if tune == "lora" else None, task=self.task)  # type: ignore[arg-type]
-            counted = count_step(anatomy, selection, rows=1, row_tokens=LARGE_TOKENS, checkpointing=False)
-            candidate = Candidate("cuda", 1, "torch", 0, "none", False, LARGE_TOKENS)
+            counted = count_step(anatomy, selection, rows=1, row_tokens=tokens, checkpointing=False)
+            candidate = Candidate("cuda", 1, "torch", 0, "none", False, tokens)
             planned = estimate(make_footprint(anatomy, selection, "none", 2), candidate).device.allocated_bytes
             found[tune] = round(planned / counted.peak_bytes, 3)
         return found

@@ -204,7 +204,22 @@ CHANGES: dict[str, dict[str, Any]] = {
         "position_embedding_type": "rotary",
         "token_dropout": False,
     },
+    "deepseek_v2": {
+        "hidden_size": 2048,
+        "intermediate_size": 10944,
+        "moe_intermediate_size": 1408,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 6,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "q_lora_rank": None,
+        "first_k_dense_replace": 1,
+        "topk_method": "greedy",
+    },
     "deepseek_v3": {"num_nextn_predict_layers": 0},
+    "bamba": {"attn_layer_indices": [9, 18, 27], "num_hidden_layers": 32},
+    "granitemoehybrid": {"layer_types": ["attention" if number % 10 == 5 else "mamba" for number in range(40)], "num_hidden_layers": 40},
 }
 
 QUICK = (

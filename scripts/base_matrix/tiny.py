@@ -12,7 +12,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig
 
 from orchestrator.probe.classes import MASKED, Built, candidates
-from orchestrator.probe.shrink import LAYERS, SHARED, Divisors, instances
+from orchestrator.probe.shrink import LAYERS, SHARED, instances
 from orchestrator.probe.structure import block_kinds, find_structure
 from orchestrator.spec.tasks import TASKS, Task
 from orchestrator.train.model.self_test import sharpen
@@ -90,4 +90,5 @@ def _with_blocks(values: dict[str, Any], blocks: int, kept: int) -> dict[str, An
             return min(value, kept // 2)
         return kept if LAYERS.fullmatch(key) and value == blocks else value
 
-    return {str(key): reduced(str(key), value) for key, value in values.items()}
+    kept_keys = {str(key): value for key, value in values.items() if not str(key).isdigit() or int(key) < kept}
+    return {key: reduced(key, value) for key, value in kept_keys.items()}
