@@ -12,11 +12,12 @@ has the names, shapes and files of the base, found the other way round by `Tenso
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from orchestrator.anatomy.selection import NEW_ROWS
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy, StoredPart, TensorInfo
 from orchestrator.anatomy.weights import read_header
 from orchestrator.errors import BaseError, SelectionError
@@ -80,7 +81,8 @@ def make_merge_plan(
         quantize=base_load.quantize,
         held_quantized={name for linears in anatomy.linears for name in linears} if dequantized else set[str](),
     )
-    new = [_new_tensor(name, info, anatomy) for name, info in artifact.whole.items() if name not in anatomy.tensors]
+    absent = {name: info for name, info in artifact.whole.items() if name not in anatomy.tensors}
+    new = [_new_tensor(name, info, anatomy) for name, info in absent.items() if not name.endswith(f".{NEW_ROWS}")]
     if anatomy.tied and anatomy.head_weight in artifact.adapters:
         new.append(_untied_head(anatomy, artifact))
     dropped = {tensor.name for tensor in new}
@@ -135,10 +137,13 @@ class _Merge:
     def _stored_tensor(self, name: str) -> WriteTensor:
         users = self.users[name]
         part = users[0][1]
+        rows = self.artifact.whole.get(users[0][0].name.removesuffix("weight") + NEW_ROWS)
         source = TensorInfo(name=name, shape=part.shape, dtype=part.dtype, file=part.file, encoding=part.encoding)
         operations = [self._operation(info, part) for info, part in users]
         operation: Operation
-        if all(operation.kind == "keep" for operation in operations):
+        if rows is not None:
+            operation = _with_new_rows(name, part.shape[0], rows, self.anatomy.new_rows)
+        elif all(operation.kind == "keep" for operation in operations):
             operation = Keep()
         elif len(users) == 1 and not part.length:
             operation = operations[0]
@@ -169,6 +174,15 @@ class _Merge:
         if adapter is not None:
             return ApplyAdapter(adapter=adapter, place=place, reversed=reversed)
         return Keep()
+
+
+def _with_new_rows(name: str, num_rows: int, trained: TensorInfo, new_rows: Sequence[int]) -> Compose:
+    """Return the operation on embeddings or an output projection of which only the rows of new tokens were trained."""
+    sections = [
+        Section(start=row, stop=row + 1, operation=Replace(trained=trained, place=Place(start=number, length=1)))
+        for number, row in enumerate(new_rows)
+    ]
+    return _composed(name, num_rows, sections)
 
 
 def _place(info: TensorInfo, part: StoredPart) -> Place:

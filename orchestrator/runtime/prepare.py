@@ -174,7 +174,7 @@ def base_of(loaded: LoadedSpec, output: Path | None) -> Base:
 
 def _base_in(run_folder: Path, loaded: LoadedSpec) -> Base:
     base = loaded.spec.base
-    return locate_base(base, loaded.folder, recorded_commit(run_folder, base.model, base.revision))
+    return locate_base(base, loaded.folder, recorded_commit(run_folder, base.model, base.revision), run_folder)
 
 
 def _claim_base(loaded: LoadedSpec, base: Base, run: RunDirectory, view: RunView, *, finished: bool) -> tuple[ModelAnatomy, str]:
@@ -197,9 +197,9 @@ def _claim_base(loaded: LoadedSpec, base: Base, run: RunDirectory, view: RunView
 
 
 def _hub_record(spec: JobSpec, base: Base) -> dict[str, str] | None:
-    if base.hub is None:
+    if base.commit is None:
         return None
-    return {"id": spec.base.model, "revision": spec.base.revision or "", "commit": base.hub.sha}
+    return {"id": spec.base.model, "revision": spec.base.revision or "", "commit": base.commit.sha}
 
 
 class KnownRun(NamedTuple):
