@@ -4,8 +4,8 @@
     anatomy = read_anatomy(folder, need_weights=True)      # config.json and safetensors headers, no weights read
     selection = select(anatomy, "last:2", "lora", 16, task="completion")
 
-`known_layouts()` lists the model types of the table in `layouts/`, `trainable_layouts()` those of them that it describes well enough
-to train. Everything else is learned from the transformers class (`learned.py`), which a process of its own builds
+`known_layouts()` lists the model types of the table in `layouts/`, `trainable_layouts()` those of them that it describes well
+enough to train. Everything else is learned from the transformers class (`learned.py`), which a process of its own builds
 (`orchestrator.probe`).
 """
 
