@@ -82,12 +82,12 @@ def _base_notes(spec: JobSpec, anatomy: ModelAnatomy) -> Iterator[str]:
         return
     yield (
         "LoRA leaves routed experts frozen unless `modules` has `experts`, and routers are frozen under every policy without "
-        "`+router`"
+        "`+router`; trials of a mixture of experts are not batched together, which would change the last bits of their results"
     )
     if anatomy.experts.balance:
         yield (
             f"the load-balancing loss is added with a factor of {anatomy.experts.balance:g}, as the base's config says "
-            "(output_router_logits); trials are compared without it and are not batched together"
+            "(output_router_logits); trials are compared without it"
         )
 
 
@@ -296,7 +296,7 @@ def plan_lines(plan: RunPlan) -> list[str]:
     execution = plan.execution
     lines = [
         f"plan {plan.name} ({plan.spec_sha256[:12]})",
-        f"  base        {plan.base.folder} · {plan.base.model_type} · {format_count(plan.num_parameters)} parameters"
+        f"  base        {plan.base.shown} · {plan.base.model_type} · {format_count(plan.num_parameters)} parameters"
         + (f" · {plan.base.quantize}" if plan.base.quantize != "none" else ""),
         f"  data        {plan.data.train_documents} documents, {format_count(plan.data.train_tokens)} tokens; "
         f"eval {format_count(plan.data.eval_tokens)}, retain {format_count(plan.data.retain_tokens)}"

@@ -24,6 +24,7 @@ from orchestrator.probe.allocations import AllocationCounter, fake_parameters
 from orchestrator.train import LoadedBase, open_branch
 from orchestrator.train.adapters.branch import Branch, PlainKeeper
 from orchestrator.train.engines.torch_engine import TorchEngine
+from orchestrator.train.model.experts import ADAPTED
 from orchestrator.train.model.objective import objective_of
 from orchestrator.train.model.recompute import recomputed
 from orchestrator.work.execution import BaseLoad
@@ -87,6 +88,7 @@ class Forgetful(PlainKeeper):
 def bare_base(anatomy: ModelAnatomy, device: torch.device) -> LoadedBase:
     """The base as `load_base` makes it, with whatever numbers its construction gives."""
     config = AutoConfig.from_pretrained(anatomy.folder, local_files_only=True)
+    config._experts_implementation = ADAPTED if anatomy.experts is not None else None
     attention = attention_of(anatomy, "cuda", one_document_per_row=False)
     kind: Any = getattr(transformers, anatomy.architecture) if anatomy.architecture else AutoModelForCausalLM
     make = kind._from_config if anatomy.architecture else kind.from_config

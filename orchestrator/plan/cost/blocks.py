@@ -74,16 +74,20 @@ def _sum(flops: Iterable[Flops], attended_tokens: float) -> BlockFlops:
 
 
 def _counted(anatomy: ModelAnatomy, selection: LayerSelection, block: int, attended_tokens: float) -> PassFlops:
-    """Return what the gradients of activations in a block take, as if all of its linear layers were adapted where some are."""
+    """Return what the gradients of activations in a block take, as if all of its linear layers were adapted where some are.
+
+    The forward pass is repeated as far as what is saved last, which is behind the last linear layer if that is adapted.
+    """
     costs, names = anatomy.costs_of(block), set(anatomy.blocks[block])
     # A policy by score is planned with its cut at 0 while its blocks are unknown: there, everything may have a gradient.
     passing = selection.pending or receives_gradient(anatomy, selection, block)
     found = [costs.passing] if passing else []
     found += [costs.trained] if not names.isdisjoint(selection.trainable) else []
     found += [costs.adapted] if not names.isdisjoint(selection.adapted) else []
+    whole = [costs.passing] if costs.adapted in found and anatomy.linears[block][-1] not in selection.adapted else found
     return PassFlops(
         backward=max((each.backward for each in found), key=lambda flops: flops.at(attended_tokens), default=Flops()),
-        again=max((each.again for each in found), key=lambda flops: flops.at(attended_tokens), default=Flops()),
+        again=max((each.again for each in whole), key=lambda flops: flops.at(attended_tokens), default=Flops()),
     )
 
 
@@ -131,7 +135,7 @@ def _without_gradient(anatomy: ModelAnatomy, selection: LayerSelection) -> tuple
     # The second-last component of a parameter's name is its module: `model.layers.0.self_attn.q_proj.weight` -> `q_proj`.
     readers = [name for name in linears if name.split(".")[-2] in QUERY_KEY_VALUE]
     # A policy by score is planned with its cut at 0 while its blocks are unknown: there, everything may have a gradient.
-    if selection.pending or not readers or set(names) & set(selection.trainable):
+    if selection.pending or selection.trains_embeddings or not readers or set(names) & set(selection.trainable):
         return 0, False
     after = [name for name in linears if is_attention(anatomy, name) and name not in readers]
     mlp = [name for name in linears if not is_attention(anatomy, name)]

@@ -8,6 +8,7 @@ head size), k the share of the blocks above the cut.
 
 from __future__ import annotations
 
+from orchestrator.anatomy.selection import NEW_ROWS
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.plan.cost.blocks import (
     BACKWARD_MATMULS,
@@ -142,7 +143,9 @@ def _adapter_terms(
 def runs_head_twice(anatomy: ModelAnatomy, selection: LayerSelection, execution: ExecutionPlan, data: DataSize) -> bool:
     """Return whether logits are computed again in the backward pass: for a head with an adapter, or a partitioned one, whose
     float32 logits of a micro-batch need several chunks. Any other head computes its gradient together with the loss."""
-    plain = anatomy.head_weight not in selection.adapted and not (execution.executor == "deepspeed" and execution.zero_stage == 3)
+    own_rows = any(name.endswith(NEW_ROWS) for name in selection.trainable)
+    adapted = own_rows or anatomy.head_weight in selection.adapted
+    plain = not adapted and not (execution.executor == "deepspeed" and execution.zero_stage == 3)
     positions = execution.micro_batch_rows * execution.row_tokens * data.supervised_share
     return not (data.num_classes or plain) and 4 * positions * anatomy.vocab_size > LOGIT_CHUNK_BYTES
 
@@ -168,17 +171,26 @@ def adapter_elements(anatomy: ModelAnatomy, selection: LayerSelection) -> tuple[
     stored = [name for name in selection.adapted if name != anatomy.head_weight]
     head = (anatomy.vocab_size, anatomy.hidden_size)
     on_head = kind.multiplied_elements(head, lora_rank) if len(stored) < len(selection.adapted) else 0
-    in_blocks = 0
+    in_blocks, copied, routed = 0, set(_copied(anatomy, selection)), anatomy.routed
     for name in stored:
         elements = kind.multiplied_elements(anatomy.matrix_shape(name), lora_rank)
-        in_blocks += elements * (anatomy.experts.experts_per_token if anatomy.experts and name in anatomy.routed else 1)
+        per_token = anatomy.experts.experts_per_token if anatomy.experts and name in routed else 1
+        in_blocks += 0 if name in copied else elements * per_token
     return in_blocks, on_head
 
 
 def adapter_elements_per_pass(anatomy: ModelAnatomy, selection: LayerSelection) -> int:
-    """Return the multiply-adds of all adapters in a forward pass that do not depend on its number of tokens."""
-    shapes = (anatomy.matrix_shape(name) for name in selection.adapted)
-    return sum(selection.adapter_kind.elements_per_pass(shape, selection.lora_rank or 0) for shape in shapes)
+    """Return the multiply-adds of all adapters in a forward pass that do not depend on its number of tokens; for adapted copies
+    of experts also those of the gradients of A and B, which are of the same size each."""
+    kind, lora_rank, copied = selection.adapter_kind, selection.lora_rank or 0, set(_copied(anatomy, selection))
+    products = sum(3 * lora_rank * anatomy.tensors[name].num_elements for name in copied)
+    return products + sum(kind.elements_per_pass(anatomy.matrix_shape(name), lora_rank) for name in selection.adapted)
+
+
+def _copied(anatomy: ModelAnatomy, selection: LayerSelection) -> list[str]:
+    """Return the weights of which every pass makes a copy with their adapters, whose gradient then is that of the copy."""
+    grouped = anatomy.experts is None or anatomy.experts.grouped
+    return [] if grouped else [name for name in selection.adapted if name in anatomy.routed]
 
 
 def _elements_run_again(anatomy: ModelAnatomy, selection: LayerSelection, supervised_share: float) -> tuple[float, float]:
@@ -191,7 +203,7 @@ def _elements_run_again(anatomy: ModelAnatomy, selection: LayerSelection, superv
 
 def _learning_elements(anatomy: ModelAnatomy, selection: LayerSelection, num_classes: int, supervised_share: float) -> float:
     """Return the trainable elements whose gradients are matrix products."""
-    learning = set(selection.trainable)
+    learning = {*selection.trainable, *_copied(anatomy, selection)}
     blocks = sum(active_elements(anatomy, name) for block in anatomy.blocks for name in block if name in learning)
     heads = {anatomy.classifier_weight} if num_classes else {anatomy.head_weight}
     return blocks + (head_elements(anatomy, num_classes) * supervised_share if heads & learning else 0.0)

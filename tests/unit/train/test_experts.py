@@ -16,9 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from orchestrator.anatomy import LayerSelection, select
 from orchestrator.errors import SelectionError
+from orchestrator.plan.memory.activations import kept_by_adapter
 from orchestrator.plan.merge import make_merge_plan
 from orchestrator.serve.merging import merge
 from orchestrator.spec.adapters import AdapterOptions, Modules
+from orchestrator.spec.models import Tune
 from orchestrator.train.adapters.artifacts import attach_artifact, save_artifact
 from orchestrator.train.adapters.branch import Branch, open_branch, open_group
 from orchestrator.train.adapters.naming import AdapterSpec
@@ -138,7 +140,8 @@ def test_peft_loads_it_and_a_merge_serves_it(kind: str, folder_of: Any, base_of:
 def test_routers_learn_only_if_asked(folder_of: Any, base_of: Any, tmp_path: Path) -> None:
     base: LoadedBase = base_of(folder_of("qwen2_moe"))
     router = "model.layers.2.mlp.gate.weight"
-    for tune, rank in (("full", None), ("lora", 4)):
+    ways: tuple[tuple[Tune, int | None], ...] = (("full", None), ("lora", 4))
+    for tune, rank in ways:
         assert router not in select(base.anatomy, "last:1", tune, rank, task="completion").trainable
         selection = select(base.anatomy, "last:1+router", tune, rank, task="completion")
         assert router in selection.trainable
@@ -152,7 +155,8 @@ def test_routers_learn_only_if_asked(folder_of: Any, base_of: Any, tmp_path: Pat
 
 def test_what_peft_cannot_do_on_experts_is_refused(folder_of: Any, base_of: Any) -> None:
     base: LoadedBase = base_of(folder_of("qwen2_moe"))
-    for options, named in (({"kind": "dora"}, "DoRA"), ({"dropout": 0.1}, "lora_dropout 0.1")):
+    refused: tuple[tuple[dict[str, Any], str], ...] = (({"kind": "dora"}, "DoRA"), ({"dropout": 0.1}, "lora_dropout 0.1"))
+    for options, named in refused:
         with pytest.raises(SelectionError, match=f"{named} on routed experts"):
             selected(base, **options)
         assert selected(base, modules="all", **options).adapted
@@ -195,3 +199,34 @@ def test_the_balance_is_the_class_s_own(folder_of: Any, base_of: Any) -> None:
     assert nothing.item() == 0.0
     losses = objective(**batch, each=True).losses
     torch.testing.assert_close(losses.mean(), tokens, rtol=1e-5, atol=1e-6)
+
+
+def kept_bytes(model: Any) -> int:
+    """Return the bytes that a forward pass keeps for the backward pass, weights and adapters apart."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = loss_of(model)
+    del loss
+    return sum(kept.values())
+
+
+def test_adapters_keep_what_is_planned(folder_of: Any, base_of: Any) -> None:
+    """The rows that experts get and what they are reduced to: no copy of a weight."""
+    base: LoadedBase = base_of(folder_of("qwen2_moe"))
+    found: dict[Modules, tuple[int, int]] = {}
+    for modules in (("all",), ("all", "experts")):
+        selection = selected(base, "last:1", modules)
+        with open_branch(base, selection, lora_alpha=8, seed=0):
+            kept = kept_bytes(base.model)
+        planned = sum(kept_by_adapter(base.anatomy, selection, name) for name in selection.adapted)
+        found[modules] = kept, planned * IDS.numel() * 4
+    (without, planned_without), (with_experts, planned_with) = found.values()
+    assert with_experts - without == planned_with - planned_without > 0
