@@ -68,6 +68,8 @@ def count_costs(model: Any, anatomy: ModelAnatomy) -> tuple[BlockCosts, ...]:
     try:
         model.set_attn_implementation(attention_of(anatomy, "cuda", one_document_per_row=False))
         length = LOOP_LENGTH if _loops(model, anatomy, mode, firsts) else LENGTH
+        if anatomy.max_positions:  # learned positions have no more rows
+            length = max(1, min(length, anatomy.max_positions // 3))
         calls = {
             by_document: [
                 capture_calls(model, anatomy, mode, firsts, times * length, by_document=by_document) for times in (1, 2, 3)
@@ -92,9 +94,9 @@ def _within_block(anatomy: ModelAnatomy, block: int) -> tuple[str, ...]:
 
 def _loops(model: Any, anatomy: ModelAnatomy, mode: FakeTensorMode, blocks: Sequence[int]) -> bool:
     """Return whether one of these blocks computes a row token by token: every token then takes allocations of its own."""
-    short, long = (capture_calls(model, anatomy, mode, blocks, length, by_document=False) for length in (32, 64))
+    short, long = (capture_calls(model, anatomy, mode, blocks, length, by_document=False) for length in (16, 32))
     with mode:
-        return any(len(trace_forward(b)) - len(trace_forward(a)) >= 32 for a, b in zip(short, long, strict=True))
+        return any(len(trace_forward(b)) - len(trace_forward(a)) >= 16 for a, b in zip(short, long, strict=True))
 
 
 def _costs(length: int, linears: Sequence[str], rows: Sequence[BlockCall], documents: Sequence[BlockCall] = ()) -> BlockCosts:
