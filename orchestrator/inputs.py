@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.anatomy import read_anatomy, resolve_base
+from orchestrator.anatomy import pooled_for, read_anatomy, resolve_base
 from orchestrator.data import DataSummary, prepare_data
 from orchestrator.data.reading.measure import measure_data
 from orchestrator.data.splitting.labels import label_notices, refuse_quantities
@@ -44,7 +44,7 @@ def plan_of(loaded: LoadedSpec, *, job: str = "", cluster_file: Path | None = No
     chosen = cast("Job", job or ("finetune" if alone else "sweep"))
     loaded = with_section(loaded, chosen)
     spec = loaded.spec
-    anatomy = read_anatomy(resolve_base(spec.base.model, loaded.folder), need_weights=False, task=spec.task)
+    anatomy = pooled_for(read_anatomy(resolve_base(spec.base.model, loaded.folder), need_weights=False, task=spec.task), spec)
     size, labels = measure_data(loaded)
     cluster, sha256 = cluster_of(cluster_file, address), spec_sha256(spec, chosen)
     plan = make_plan(loaded, anatomy, size, cluster, job=chosen, spec_sha256=sha256, resize=lambda step: size.with_step(*step))

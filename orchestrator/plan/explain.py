@@ -48,6 +48,9 @@ def _base_warnings(anatomy: ModelAnatomy) -> Iterator[str]:
 
 
 def _base_notes(spec: JobSpec, anatomy: ModelAnatomy) -> Iterator[str]:
+    if anatomy.pooling.kind != "class":
+        served = "transformers' class does so too" if anatomy.pooling.by_class else "classify.py in the bundle does so too"
+        yield f"{anatomy.pooling.reason}; {served}"
     if anatomy.experts is None:
         return
     yield "LoRA adapts the attention (and shared experts): routed experts are stacked in one tensor, which it leaves frozen"

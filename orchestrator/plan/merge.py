@@ -14,13 +14,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from orchestrator.anatomy.values import LayerSelection, ModelAnatomy, TensorInfo
+from orchestrator.anatomy.values import LayerSelection, ModelAnatomy, Pooling, TensorInfo
 from orchestrator.anatomy.weights import read_header
 from orchestrator.errors import BaseError
 from orchestrator.spec.models import Task
 from orchestrator.values import Value
 from orchestrator.work.artifact import Artifact, StoredAdapter, read_artifact
-from orchestrator.work.execution import BaseLoad
+from orchestrator.work.execution import BaseLoad, Padding
 
 MergedInto = Literal["dequantized", "original"]
 
@@ -61,6 +61,10 @@ class NewTensor(Value):
 
 
 Operation = Annotated[Keep | ApplyAdapter | Replace | Dequantize | NewTensor, Field(discriminator="kind")]
+
+
+HEAD_FILE = "head.safetensors"
+"""File of a classifier that no transformers class has, with `weight` [classes, hidden] and, where it has one, `bias`."""
 
 
 class WriteTensor(Value):
@@ -118,8 +122,13 @@ class MergePlan(Value):
     """Dtype that training dequantized to."""
     task: Task
     class_names: tuple[str, ...] = ()
+    pooling: Pooling = Pooling()
+    padding: Padding | None = None
+    """As in the base's `BaseLoad`; so is `pooling`."""
     unties_head: bool = False
     shards: tuple[Shard, ...]
+    head: WriteShard | None = None
+    """HEAD_FILE, beside the shards of the model; None if the model's class has the head."""
 
     @property
     def total_bytes(self) -> int:
@@ -177,6 +186,8 @@ def make_merge_plan(
         if name not in dropped
     }
     new = [_new_tensor(name, info, anatomy) for name, info in artifact.whole.items() if name not in anatomy.tensors]
+    head = None if base_load.pooling.by_class else _head_file(new)
+    new = new if head is None else []
     if anatomy.tied and anatomy.head_weight in artifact.adapters:
         new.append(_untied_head(anatomy, artifact))
     return MergePlan(
@@ -186,8 +197,11 @@ def make_merge_plan(
         held_dtype=held_dtype,
         task=base_load.task,
         class_names=base_load.class_names,
+        pooling=base_load.pooling,
+        padding=base_load.padding,
         unties_head=anatomy.tied and (anatomy.head_weight in artifact.whole or anatomy.head_weight in artifact.adapters),
         shards=_shards(Path(anatomy.folder), tensors, new),
+        head=head,
     )
 
 
@@ -205,6 +219,12 @@ def _operation(name: str, artifact: Artifact, held_quantized: set[str]) -> Opera
 def _new_tensor(name: str, trained: TensorInfo, anatomy: ModelAnatomy) -> WriteTensor:
     dtype = next(iter(anatomy.tensors.values())).dtype
     return WriteTensor(name=name, shape=trained.shape, dtype=dtype, operation=NewTensor(trained=trained))
+
+
+def _head_file(new: list[WriteTensor]) -> WriteShard:
+    """Return the file of a classifier, the only new tensors of a base that pools by itself, under plain names."""
+    tensors = [tensor.model_copy(update={"name": tensor.name.rpartition(".")[2]}) for tensor in new]
+    return WriteShard(file=HEAD_FILE, tensors=tuple(tensors))
 
 
 def _untied_head(anatomy: ModelAnatomy, artifact: Artifact) -> WriteTensor:

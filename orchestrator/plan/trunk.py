@@ -42,8 +42,6 @@ def plan_trunk(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, rate: Rate) 
     """
     if spec.resources.cache_bytes == 0:
         return None, "the trunk (frozen lower blocks) is computed at every step: resources.cache_bytes is 0"
-    if anatomy.dropout:
-        return None, f"the trunk (frozen lower blocks) is computed at every step: {anatomy.dropout} is random at every step"
     sets = plan.data.train_tokens + plan.data.eval_tokens + plan.data.retain_tokens + plan.data.replay_tokens
     state_bytes = anatomy.hidden_size * (2 if plan.execution.dtype == "bfloat16" else 4)
     budget = spec.resources.cache_bytes

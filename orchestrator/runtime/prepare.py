@@ -11,15 +11,16 @@ from typing import Literal, NamedTuple
 
 from pydantic import ValidationError
 
-from orchestrator.anatomy import ModelAnatomy, read_anatomy, resolve_base
-from orchestrator.data import DataSummary, data_size, prepare_data
+from orchestrator.anatomy import ModelAnatomy, pooled_for, read_anatomy, resolve_base, with_pooling
+from orchestrator.data import DataSummary, TokenizedSet, data_size, load_tokenizer, prepare_data
+from orchestrator.data.encoding.padding import choose_padding, odd_documents
 from orchestrator.errors import IntegrityError, RunConflictError, UsageError
 from orchestrator.plan import make_plan, work_context
 from orchestrator.plan import schedule as steps
 from orchestrator.plan.defaults import with_section
 from orchestrator.plan.measurements import standing_choice, with_choice
 from orchestrator.plan.schedule import StepSize
-from orchestrator.plan.values import ClusterDescription, FinetunePlan, RunPlan, SweepPlan
+from orchestrator.plan.values import ClusterDescription, DataSize, FinetunePlan, RunPlan, SweepPlan
 from orchestrator.run.directory import WRITABLE, RunDirectory, is_same_run, output_root, require_same_base
 from orchestrator.run.layout import RunFolder
 from orchestrator.run.records import read_outcome
@@ -30,9 +31,10 @@ from orchestrator.spec import JobSpec, LoadedSpec, spec_sha256
 from orchestrator.store import base_identity, file_identity, output_to, read_record, write_json
 from orchestrator.store.files import RECORD_REMEDY, Record
 from orchestrator.train.evaluation import text_metric
+from orchestrator.train.model.pooled_position import check_pooled_position
 from orchestrator.transfer.run_view import RunView
 from orchestrator.work.assignment import WorkContext
-from orchestrator.work.execution import DataPaths, ExecutionPlan, TrainSettings
+from orchestrator.work.execution import DataPaths, ExecutionPlan, Padding, TrainSettings
 from orchestrator.work.measurements import CompileChoice, LayerScores
 
 Job = Literal["sweep", "finetune"]
@@ -134,6 +136,7 @@ def prepare(
     base = Path(anatomy.folder)
     base_sha256 = run.claim_base(base_identity(base, anatomy.weight_files))
     known = _read_known(run, base, base_sha256)
+    anatomy = _pooled(anatomy, spec, known.plan)
     view.phase("data", "reading and tokenising")
     with output_to(run.data, remedy=WRITABLE, only_full=True):
         planned_sha256 = known.plan.data.sets_sha256 if known.plan is not None else ""
@@ -210,10 +213,42 @@ def plan_of_data(
     """
     spec, sha256 = loaded.spec, spec_sha256(loaded.spec, job)
     before = known.plan.data if known.plan is not None and known.plan.data.tokens_per_step else None
+    # Trials of a resumed run were trained with the padding of its first plan.
+    padding = known.plan.base.padding if known.plan is not None else padding_of(spec, anatomy, data.folder)
     planned = StepSize(before.tokens_per_step, before.step_ranks) if before is not None else None
-    size = data_size(data.summary, spec, data.folder, planned=planned)
-    resize = None if before else lambda step: data_size(data.summary, spec, data.folder, planned=step)
+
+    def sized(step: StepSize | None) -> DataSize:
+        size = data_size(data.summary, spec, data.folder, planned=step)
+        return size.model_copy(update={"padding": padding})
+
+    size, resize = sized(planned), None if before else sized
     return make_plan(loaded, anatomy, size, machines, job=job, spec_sha256=sha256, scores=known.scores, resize=resize)
+
+
+def _pooled(anatomy: ModelAnatomy, spec: JobSpec, known: RunPlan | None) -> ModelAnatomy:
+    """Return the anatomy with what a classifier reads: as the trials of a resumed run do, else as `pooled_for` decides."""
+    return with_pooling(anatomy, known.base.pooling) if known is not None else pooled_for(anatomy, spec)
+
+
+def padding_of(spec: JobSpec, anatomy: ModelAnatomy, folder: Path) -> Padding | None:
+    """Choose the padding token of a classifier, and prove that transformers then reads the class where training does.
+
+    Args:
+        folder: Where `prepare_data` wrote the sets.
+
+    Raises:
+        BaseError: no token can pad these texts, or transformers would read another position.
+    """
+    if not spec.traits.head.is_new:
+        return None
+    sets = [TokenizedSet.load(folder / f"{name}.npz") for name in ("train", "eval", "test")]
+    base = Path(anatomy.folder)
+    padding = choose_padding(base, spec.data, sets, fixed=anatomy.kind == "encoder", rows=anatomy.vocab_size)
+    if anatomy.kind == "decoder" and anatomy.pooling.by_class:
+        odd = odd_documents(load_tokenizer(base), escape=spec.data.special_tokens_in_text == "escape")
+        longest = [each.document(int(each.lengths.argmax()))[0].tolist() for each in sets]
+        check_pooled_position(anatomy, padding, [*odd, *longest])
+    return padding
 
 
 def read_scores(run: RunDirectory) -> LayerScores | None:
@@ -263,6 +298,7 @@ def reopen(run_folder: Path) -> Prepared:
         plan = read_record(run.plan, RunPlan)
         spec = _recorded_spec(run)
         anatomy = read_anatomy(Path(plan.base.folder), need_weights=True, task=plan.base.task)
+        anatomy = with_pooling(anatomy, plan.base.pooling)
         run.claim_base(base_identity(Path(anatomy.folder), anatomy.weight_files))
         data = read_record(run.data_summary, DataSummary)
     except BaseException:
@@ -314,6 +350,7 @@ def rehearse(loaded: LoadedSpec, job: Job, *, output: Path | None = None, cluste
         require_same_base(run_folder, base_identity(Path(anatomy.folder), anatomy.weight_files))
     run = RunFolder(run_folder)
     planned = _read(run.plan, RunPlan) if known else None
+    anatomy = _pooled(anatomy, loaded.spec, planned)
     with tempfile.TemporaryDirectory(prefix="orchestrator-data-") as folder:
         data = prepare_data(loaded, Path(anatomy.folder), Path(folder))
         before = _read(run.data_summary, DataSummary) if planned is not None else None

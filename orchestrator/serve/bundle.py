@@ -20,13 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
+from orchestrator.anatomy.values import Pooling
 from orchestrator.data import TokenizedSet, load_tokenizer, padding
 from orchestrator.errors import VerificationError
 from orchestrator.plan.merge import LinkShard, MergedInto, MergePlan, make_merge_plan
 from orchestrator.serve.bundle_inputs import BundleInputs, base_label
 from orchestrator.serve.card import NEEDS_SERVING, model_card
+from orchestrator.serve.classifier import LOADER, escapes_control_tokens, write_loader, write_tokenizer
 from orchestrator.serve.merging import MergeRecord, merge
 from orchestrator.serve.shards import link_or_copy
 from orchestrator.serve.verification import TrainedModel, require_passed
@@ -56,6 +58,9 @@ SIDE_FILES = (
 )
 """Files of the base's folder that a served model needs besides weights and config."""
 CARD, SPEC, GENERATION = "README.md", "spec.json", "generation_config.json"
+
+
+CLASS_POOLING = Pooling()
 
 
 class BaseRecord(Value):
@@ -136,6 +141,10 @@ def stage_bundle(inputs: BundleInputs, final: Path) -> StagedBundle:
     _copy_side_files(base, folder, generates=traits.head.supervises == "tokens")
     if traits.head.supervises == "tokens":
         _write_generation_config(base, folder, TokenizedSet.load(inputs.eval_set).stop_ids)
+    if inputs.base.padding is not None:
+        write_tokenizer(folder, inputs.base.padding, escape=escapes_control_tokens(inputs.spec))
+    if not inputs.base.pooling.by_class:
+        write_loader(folder, inputs.base.pooling)
     _add_artifact(Path(inputs.artifact), folder, base)
     return StagedBundle(folder, final, plan, merged)
 
@@ -147,15 +156,25 @@ def bundle_config(config: dict[str, Any], plan: MergePlan) -> dict[str, Any]:
         # The trained head differs from the embeddings, so transformers must not tie them again on loading.
         config["tie_word_embeddings"] = False
     if TASKS[plan.task].head.is_new:
-        config["architectures"] = [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[config["model_type"]]]
+        classes = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES if plan.pooling.by_class else MODEL_MAPPING_NAMES
+        config["architectures"] = [classes[config["model_type"]]]
         config["id2label"] = {str(number): name for number, name in enumerate(plan.class_names)}
         config["label2id"] = {name: number for number, name in enumerate(plan.class_names)}
         config["problem_type"] = "single_label_classification"
+        config |= plan.pooling.config
         # Sequence classification finds a row's last token by the padding id, and fails for batches without one.
-        if config.get("pad_token_id") is None:
-            eos = config.get("eos_token_id")
-            config["pad_token_id"] = eos if isinstance(eos, int) else 0
+        _set_padding(config, plan)
     return config
+
+
+def _set_padding(config: dict[str, Any], plan: MergePlan) -> None:
+    if plan.padding is not None:
+        for section in (config, config.get("text_config")):
+            if isinstance(section, dict):
+                section["pad_token_id"] = plan.padding.token_id
+    elif config.get("pad_token_id") is None:  # as older versions chose it
+        eos = config.get("eos_token_id")
+        config["pad_token_id"] = eos if isinstance(eos, int) else 0
 
 
 def trained_model(inputs: BundleInputs, plan: MergePlan) -> TrainedModel:
@@ -194,9 +213,11 @@ def commit_bundle(staged: StagedBundle, inputs: BundleInputs, transfer: Transfer
     return staged.final
 
 
-def serve_commands(bundle: Path | str, task: Task) -> tuple[str, ...]:
-    """Return the commands that serve the bundle; `transformers serve` generates text only."""
+def serve_commands(bundle: Path | str, task: Task, pooling: Pooling = CLASS_POOLING) -> tuple[str, ...]:
+    """Return the commands that serve the bundle; `transformers serve` generates text only, and no server knows a head file."""
     runner = TASKS[task].head.runner
+    if runner and not pooling.by_class:
+        return (f"python {bundle}/{LOADER} 'A text to classify.'",)
     if runner:
         return (f"vllm serve {bundle} --runner {runner}",)
     return f"transformers serve {bundle}    {NEEDS_SERVING}", f"vllm serve {bundle}"

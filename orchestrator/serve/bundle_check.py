@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from orchestrator.anatomy import read_anatomy
+from orchestrator.anatomy import read_anatomy, with_pooling
 from orchestrator.errors import BaseError, IntegrityError, UsageError, VerificationError
 from orchestrator.serve.bundle import BundleRecord, base_weights_sha256
 from orchestrator.serve.verification import TrainedModel, require_passed, verify
@@ -34,6 +34,7 @@ def verify_bundle(
     documents = _there(bundle, record.held_out, held_out, "the held-out documents", "--held-out")
     try:
         anatomy = read_anatomy(folder, need_weights=True, task=record.base.load.task)
+        anatomy = with_pooling(anatomy, record.base.load.pooling)
     except BaseError as error:
         raise VerificationError(f"the base cannot be read: {error.what}", where=str(folder), remedy=error.remedy) from error
     files = {tensor.file for tensor in anatomy.tensors.values()}

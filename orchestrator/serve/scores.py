@@ -17,6 +17,7 @@ from torch import nn
 from orchestrator.data import TokenizedSet, load_tokenizer, with_shots
 from orchestrator.data.sets import load_known
 from orchestrator.serve.bundle_inputs import BundleInputs
+from orchestrator.serve.classifier import load_served
 from orchestrator.serve.verification import fitting_device
 from orchestrator.train.adapters.artifacts import attach_artifact
 from orchestrator.train.batches import RowPlan
@@ -117,9 +118,8 @@ class _Scorer:
         """Mean number of examples in a prompt of `k_shot`."""
 
     def score_bundle(self, bundle: Path) -> None:
-        kind = getattr(transformers, self._head.auto_model)
         # As a user would load it: the test set judges the bundle, not the live trained model.
-        model = kind.from_pretrained(bundle, dtype=self.dtype, local_files_only=True, device_map={"": str(self.device)})
+        model = load_served(bundle, self._inputs.base, dtype=self.dtype, device_map={"": str(self.device)})
         self.score(PROMOTED, model, generate=True)
         del model
         gc.collect()
@@ -143,13 +143,16 @@ class _Scorer:
 
     def _objective(self, model: nn.Module) -> Objective:
         anatomy = self._inputs.anatomy
-        head = head_of(self._inputs.base.task).weight_name(anatomy)
+        head = head_of(self._inputs.base.task).weight_name(anatomy).rpartition(".")[0]
+        # `classify.py` has its own names for the two.
+        backbone, head = (anatomy.backbone, head) if isinstance(model, transformers.PreTrainedModel) else ("backbone", "head")
         return Objective(
             model,
-            model.get_submodule(anatomy.backbone),
-            model.get_submodule(head.rpartition(".")[0]),
+            model.get_submodule(backbone),
+            model.get_submodule(head),
             self._inputs.base.task,
             encoder=anatomy.kind == "encoder",
+            pooling=anatomy.pooling,
             final_norm=final_norm_of(model, anatomy),
         )
 

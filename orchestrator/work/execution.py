@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from orchestrator.anatomy.values import Pooling
 from orchestrator.spec.models import Quantize, Task
 from orchestrator.spec.tasks import TASKS, TaskTraits
 from orchestrator.values import Value
@@ -62,6 +63,15 @@ class ExecutionPlan(Value):
         )
 
 
+class Padding(Value):
+    """The token that pads texts to classify. It ends no text, since transformers' decoders classify the last token that is not
+    it."""
+
+    token_id: int
+    token: str
+    """Its spelling in the tokenizer; in the bundle's tokenizer it is the padding token."""
+
+
 class BaseLoad(Value):
     """The parameters with which a rank loads the base."""
 
@@ -72,6 +82,10 @@ class BaseLoad(Value):
     num_classes: int = 0
     class_names: tuple[str, ...] = ()
     revision: str | None = None
+    pooling: Pooling = Pooling()
+    """What a new classifier reads of a text."""
+    padding: Padding | None = None
+    """The padding token of a new classifier; None in records of older versions, and for other tasks."""
 
     @property
     def traits(self) -> TaskTraits:

@@ -25,6 +25,7 @@ from orchestrator.errors import BaseError
 from orchestrator.plan.memory.activations import attends_by_document
 from orchestrator.train.model.attention import BY_DOCUMENT
 from orchestrator.train.model.heads import head_of
+from orchestrator.train.model.pooling import remove_unread
 from orchestrator.work.execution import BaseLoad, ExecutionPlan
 
 _num_loads = 0
@@ -163,7 +164,11 @@ def _from_folder(
             raise
         raise BaseError(f"the base cannot be loaded: {error}", where=load.folder) from error
     if load.traits.head.is_new:
-        reset_new_parameters(model, new_parameter_names(model, anatomy), seed=0)
+        new = new_parameter_names(model, anatomy)
+        if not load.pooling.by_class:
+            remove_unread(model, [name for name in new if name not in (anatomy.classifier_weight, anatomy.classifier_bias)])
+            new = new_parameter_names(model, anatomy)
+        reset_new_parameters(model, new, seed=0)
     return model
 
 
