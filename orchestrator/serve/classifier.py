@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import runpy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -95,12 +95,8 @@ def load_classifier(folder: Path, **options: Any) -> Any:
     Args:
         options: Those of `from_pretrained`.
     """
-    found = importlib.util.spec_from_file_location("classify", folder / LOADER)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module.Classifier(folder, **options)
+    # Not imported: that would write a cache into the bundle.
+    return runpy.run_path(str(folder / LOADER))["Classifier"](folder, **options)
 
 
 def load_served(folder: Path, base: BaseLoad, **options: Any) -> Any:

@@ -52,8 +52,8 @@ PROBE_BYTES = 512 * MIB
 SHARE_OF_BASE = 0.02
 SMALLEST_LIMIT = 1e-4
 """Lower bound of the limit, nats per token."""
-DOCUMENT_SHARE = 10.0
-"""Largest KL of a classifier's document, as a multiple of the limit of the mean."""
+SMALLEST_DOCUMENT_LIMIT = 10 * SMALLEST_LIMIT
+"""Lower bound of the limit of a classifier's single document: rounding gave single documents up to ten times the mean."""
 ANSWER_GAP = math.sqrt(2 * SMALLEST_LIMIT)
 """Largest difference of two classes' probabilities for which the bundle may answer with the other one: by Pinsker's inequality a
 KL of SMALLEST_LIMIT cannot reverse two that lie further apart."""
@@ -127,7 +127,7 @@ def verify(
 def _documents_compared(kls: list[float], gaps: list[float], limit: float) -> ClassifiedDocuments:
     """Compare a classifier document by document: its mean hides a few documents that are read at another position."""
     differing = sum(gap > ANSWER_GAP for gap in gaps)
-    document_limit = DOCUMENT_SHARE * limit
+    document_limit = max(limit, SMALLEST_DOCUMENT_LIMIT)
     finite = all(math.isfinite(kl) for kl in kls)
     return ClassifiedDocuments(
         passed=finite and max(kls) <= document_limit and not differing,

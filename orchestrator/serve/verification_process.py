@@ -11,9 +11,9 @@ Nothing of this package may be imported here. The probe holds `ids` int64[N], `o
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import json
+import runpy
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -111,12 +111,8 @@ def _load(
     meta: Any = transformers.AutoModel.from_pretrained(bundle, output_loading_info=True, device_map={"": "meta"}, **options)
     # A pooler that the base does not have is not read.
     missing = [name for name in meta[1]["missing_keys"] if not name.startswith("pooler.")]
-    found = importlib.util.spec_from_file_location("classify", bundle / loader)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module.Classifier(bundle, **options, **place), {**meta[1], "missing_keys": missing}
+    classifier = runpy.run_path(str(bundle / loader))["Classifier"]
+    return classifier(bundle, **options, **place), {**meta[1], "missing_keys": missing}
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ def spec_sha256(spec: JobSpec, job: Job) -> str:
         for key in ADAPTER_KEYS:
             if section[key] == default[key]:
                 del section[key]
-    if values["classify"] in (None, ClassifySpec().model_dump(mode="json")):
+    if spec.classify in (None, ClassifySpec()):
         del values["classify"]
     if values["data"]["dedupe"] == "exact":
         del values["data"]["dedupe"]  # if the default now gives other sets, `prepare_data` reports it

@@ -77,14 +77,10 @@ class HostContext:
         # Only the blocks are run, but an objective needs a head: the base's own.
         head = self.base.model.get_submodule(head_name(self.base).rpartition(".")[0])
         objective = objective_of(self.base, head)
-        objective.eval()
         with forward_ready(objective, self.execution):
             heartbeat.enter("caching activations")
             partitioned = is_partitioned(self.execution)
-            try:
-                return self.trunk.open(plan, data, self.rows(self.execution), objective, partitioned=partitioned, note=note)
-            finally:
-                objective.train()
+            return self.trunk.open(plan, data, self.rows(self.execution), objective, partitioned=partitioned, note=note)
 
     def release_cached_state(self) -> bool:
         """Write and forget the checkpoints and rung states that any rank holds in memory; called on every rank.

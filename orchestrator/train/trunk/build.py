@@ -121,10 +121,15 @@ class TrunkBuilder:
         filling = _Filling(data, chunk_borders(data.offsets, self.base.anatomy.hidden_size * self.base.dtype.itemsize), chunks)
         for number in range(filling.num_pieces):
             filling.look(number)
-        if self.partitioned:
-            self._make_together(filling)
-        else:
-            self._make(filling)
+        # Without dropout, as training computes what lies below a cut.
+        self.objective.eval()
+        try:
+            if self.partitioned:
+                self._make_together(filling)
+            else:
+                self._make(filling)
+        finally:
+            self.objective.train()
         return {cut: TrunkStates(data, cut, filling.borders, filling.pieces(cut)) for cut in chunks}
 
     def _make(self, filling: _Filling) -> None:
