@@ -1,20 +1,18 @@
-"""The start of a head-only classifier: multinomial logistic regression on the features that the head reads.
+"""The start of a new linear classifier: logistic regression on the features that it reads of the base.
 
-Everything below the head is frozen and without dropout, so that its features are the same at every step and the fit is a convex
-problem over all documents at once. A few hundred steps of a first-order optimizer stay far from its solution where features
-differ in scale (docs/results.md).
+For a head alone this is nearly the end: its features are the same at every step, and the fit is a convex problem over all
+documents at once, from whose solution a few hundred steps of a first-order optimizer stay far where features differ in scale
+(docs/results.md). Where blocks are trained too, a fitted head does not distort them in the first steps as a random one does
+(Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution": LP-FT).
 
 Shapes: N documents, H width of the features, C classes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 
 from orchestrator.data import TokenizedSet
 from orchestrator.data.rng import HEAD_FIT, generator
@@ -25,37 +23,25 @@ from orchestrator.train.context import HostContext
 from orchestrator.train.engines.construction import forward_ready
 from orchestrator.train.engines.engine import is_partitioned
 from orchestrator.train.engines.zero3_warm import assign_whole
+from orchestrator.train.model.logistic import HELD_OUT, PENALTIES, FittedHead, fit
 from orchestrator.train.model.objective import Objective
 from orchestrator.train.training_sets import TrainingSets
 from orchestrator.train.trunk.states import TrunkStates
 from orchestrator.units import MIB
 from orchestrator.work.execution import ExecutionPlan
 
-PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4)
-"""Penalties that are tried: factors of half the squared weights of standardised features, beside the mean loss."""
-HELD_OUT = 0.2
-"""Share of the documents on which the penalties are compared."""
 FEATURE_BYTES = 256 * MIB
 """Largest size of the features in float32: of more documents a seeded choice is taken."""
-MAX_ITERATIONS = 100
 
 
-@dataclass(frozen=True)
-class FittedHead:
-    """A linear map from features to logits, and how it was found."""
-
-    weight: torch.Tensor
-    """float32[C, H]"""
-    bias: torch.Tensor
-    """float32[C]"""
-    penalty: float
-
-
-def trains_linear_head_alone(branch: Branch) -> bool:
-    """Return whether a branch trains nothing but a new linear classifier."""
+def starts_from_fit(branch: Branch, control: str | None) -> bool:
+    """Return whether a trial's classifier starts from a fit: a linear one on the base's own features, if it is trained alone or
+    reads pooled hidden states. What the transformers class puts below a classifier is trained with it from random weights."""
     anatomy, selection = branch.base.anatomy, branch.selection
-    own = {anatomy.classifier_weight, anatomy.classifier_bias}
-    return selection.new_classifier and not selection.adapted and set(selection.trainable) <= own
+    if not selection.new_classifier or control == "scratch":
+        return False
+    alone = set(selection.trainable) <= {anatomy.classifier_weight, anatomy.classifier_bias} and not selection.adapted
+    return alone or not anatomy.pooling.by_class
 
 
 def start_from_fit(
@@ -67,6 +53,22 @@ def start_from_fit(
         A sentence for the run's record.
     """
     heartbeat.enter("fitting the head")
+    data, seed, cut = sets.steps.data, sets.work.trial.seed, sets.work.selection.cut
+    # The cut is part of the key: stored states may differ in the last bits, and a trial's numbers must not depend on others.
+    key = f"{data.sha256} {seed} {cut} {sets.states is not None} {execution.model_dump_json()}"
+    if key not in context.fitted_heads:
+        context.fitted_heads[key] = _fitted(context, execution, sets, branch, objective)
+    fitted = context.fitted_heads[key]
+    _assign(branch, fitted, partitioned=is_partitioned(execution))
+    return (
+        f"the head starts from logistic regression on the features of {fitted.num_documents} training documents "
+        f"(penalty {fitted.penalty:g} of {', '.join(f'{each:g}' for each in PENALTIES)}, by {HELD_OUT:.0%} of them)"
+    )
+
+
+def _fitted(
+    context: HostContext, execution: ExecutionPlan, sets: TrainingSets, branch: Branch, objective: Objective
+) -> FittedHead:
     data, seed = sets.steps.data, sets.work.trial.seed
     limit = max(1, FEATURE_BYTES // (4 * context.base.anatomy.hidden_size))
     chosen = np.arange(len(data))
@@ -83,16 +85,11 @@ def start_from_fit(
     features = torch.cat([features for _, features in parts])[documents.argsort()]
     labels = torch.as_tensor(data.labels[chosen].astype(np.int64))
     device = context.ranks.device
-    fitted = context.ranks.broadcast(
-        fit(features.to(device), labels.to(device), context.base.load.num_classes, seed, biased=_bias(branch) is not None)
-        if context.ranks.first
-        else None
-    )
-    _assign(branch, fitted, partitioned=is_partitioned(execution))
-    return (
-        f"the head starts from logistic regression on the features of {len(chosen)} training documents "
-        f"(penalty {fitted.penalty:g} of {', '.join(f'{each:g}' for each in PENALTIES)}, by {HELD_OUT:.0%} of them)"
-    )
+    found = None
+    if context.ranks.first:
+        biased = _bias(branch) is not None
+        found = fit(features.to(device), labels.to(device), context.base.load.num_classes, seed, biased=biased)
+    return context.ranks.broadcast(found)
 
 
 def features_of(
@@ -116,60 +113,6 @@ def features_of(
     finally:
         hook.remove()
     return torch.cat(owners), torch.cat(found)
-
-
-def fit(features: torch.Tensor, labels: torch.Tensor, num_classes: int, seed: int, *, biased: bool = True) -> FittedHead:
-    """Fit multinomial logistic regression on standardised features, by L-BFGS (Liu and Nocedal, 1989).
-
-    The penalty is the best of PENALTIES on a seeded share of the documents; from the strongest one on, each fit starts from the
-    one before. The standardisation is folded into the map.
-
-    Args:
-        features: float32[N, H].
-        labels: int64[N].
-        biased: Whether the head has a bias. Without one features are scaled and not centred.
-    """
-    mean = features.mean(0) if biased else torch.zeros_like(features[0])
-    scale = features.std(0, correction=0).clamp(min=1e-6)
-    standard = (features - mean) / scale
-    order = torch.as_tensor(generator(seed, HEAD_FIT).permutation(len(labels)), device=features.device)
-    held, rest = order[: int(HELD_OUT * len(labels))], order[int(HELD_OUT * len(labels)) :]
-    weights = torch.zeros(num_classes, features.shape[1] + 1, device=features.device)
-    tried: list[tuple[float, float, torch.Tensor]] = []
-    for penalty in PENALTIES:
-        weights = _minimum(standard[rest], labels[rest], weights, penalty, biased=biased)
-        loss = float(functional.cross_entropy(_logits(standard[held], weights), labels[held])) if len(held) else penalty
-        tried.append((loss, penalty, weights))
-    _, penalty, start = min(tried, key=lambda entry: entry[:2])
-    best = _minimum(standard, labels, start, penalty, biased=biased)
-    weight = best[:, :-1] / scale
-    return FittedHead(weight.cpu(), (best[:, -1] - weight @ mean).cpu(), penalty)
-
-
-def _minimum(features: torch.Tensor, labels: torch.Tensor, start: torch.Tensor, penalty: float, *, biased: bool) -> torch.Tensor:
-    """Return the weights [C, H + 1], the last column the bias, of least mean loss and penalty."""
-    weights = start.clone().requires_grad_(True)
-    optimizer = torch.optim.LBFGS(
-        [weights], max_iter=MAX_ITERATIONS, history_size=10, tolerance_change=1e-7, line_search_fn="strong_wolfe"
-    )
-
-    def loss() -> torch.Tensor:
-        heartbeat.beat()
-        optimizer.zero_grad()
-        value = functional.cross_entropy(_logits(features, weights), labels)
-        value = value + penalty / 2 * weights[:, :-1].square().sum()
-        value.backward()
-        if not biased and weights.grad is not None:
-            weights.grad[:, -1] = 0.0
-        return value
-
-    with torch.enable_grad():
-        optimizer.step(loss)
-    return weights.detach()
-
-
-def _logits(features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    return torch.addmm(weights[:, -1], features, weights[:, :-1].T)
 
 
 def _bias(branch: Branch) -> nn.Parameter | None:
