@@ -14,7 +14,7 @@ from orchestrator.anatomy.values import Pooling
 from orchestrator.data import load_tokenizer
 from orchestrator.errors import VerificationError
 from orchestrator.plan.merge import HEAD_FILE
-from orchestrator.store import read_json
+from orchestrator.store import read_json, read_manifest
 from orchestrator.work.execution import BaseLoad, Padding
 
 LOADER = "classify.py"
@@ -87,6 +87,12 @@ def write_loader(folder: Path, pooling: Pooling) -> None:
     """Write `classify.py`, which loads the encoder by `AutoModel` and the head from its file."""
     text = TEXT.format(read=READ[pooling.kind], head_file=HEAD_FILE, pooled=POOLED[pooling.kind])
     (folder / LOADER).write_text(text, encoding="utf-8")
+
+
+def has_head_file(folder: Path) -> bool:
+    """Return whether a finished bundle's head is in a file of its own, as its manifest says."""
+    listed = {record.path for record in read_manifest(folder).files}
+    return {HEAD_FILE, LOADER} <= listed
 
 
 def load_classifier(folder: Path, **options: Any) -> Any:

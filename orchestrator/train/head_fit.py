@@ -60,6 +60,7 @@ def start_from_fit(
         context.fitted_heads[key] = _fitted(context, execution, sets, branch, objective)
     fitted = context.fitted_heads[key]
     _assign(branch, fitted, partitioned=is_partitioned(execution))
+    heartbeat.enter("preparing")
     return (
         f"the head starts from logistic regression on the features of {fitted.num_documents} training documents "
         f"(penalty {fitted.penalty:g} of {', '.join(f'{each:g}' for each in PENALTIES)}, by {HELD_OUT:.0%} of them)"

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from orchestrator.anatomy import Pooling, read_anatomy, with_pooling
+from orchestrator.api import Bundle
 from orchestrator.errors import VerificationError
 from orchestrator.serve import (
     BundleInputs,
@@ -71,7 +72,6 @@ def test_a_head_file_serves_what_no_class_does(tmp_path: Path, kind: str, encode
     scores = score_test(staged.folder, inputs, tmp_path / "test", device="cpu")
     bundled = commit_bundle(staged, inputs, TransferReport(verification=figures, scores=scores.models))
     test = trials.folder / "test.npz"
-    assert test.exists()
     predictions = document_scores(tmp_path / "test", "promoted").predictions
     predictor = open_predictor(bundled)
     texts = [predictor.tokenizer.decode(each, skip_special_tokens=True) for each in _documents(test, 12)]
@@ -80,6 +80,9 @@ def test_a_head_file_serves_what_no_class_does(tmp_path: Path, kind: str, encode
     assert [answer.text for answer in answers] == [CLASSES[label] for label in predictions[:12]]
     assert verify_bundle(bundled).passed
     assert not (bundled / "__pycache__").exists()
+    model, tokenizer = Bundle(bundled).load()
+    logits = model(**tokenizer(texts[0], return_tensors="pt", return_token_type_ids=False)).logits
+    assert model.config.id2label[int(logits.argmax())] == answers[0].text
 
 
 def test_the_code_of_its_card_runs_and_its_cache_is_not_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
