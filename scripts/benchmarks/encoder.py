@@ -29,9 +29,18 @@ import torch
 from torch.nn import functional
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from orchestrator.api import finetune
+from orchestrator.anatomy import pooled_for, read_anatomy
+from orchestrator.data import data_size, prepare_data
+from orchestrator.plan import make_plan, work_context
+from orchestrator.plan.trials import train_rung
+from orchestrator.runtime.prepare import padding_of
+from orchestrator.spec import load_spec
+from orchestrator.this_machine import describe_this_machine
+from orchestrator.train.host import TrainHost
 from orchestrator.train.model.logistic import fit
 from orchestrator.train.model.pooling import pooled
+from orchestrator.work.execution import DataPaths, TrainSettings
+from orchestrator.work.trial import TrialSpec
 
 MAX_TOKENS = 128
 ROWS_AT_ONCE = 64
@@ -79,28 +88,68 @@ def read(folder: Path, num_train: int, num_test: int) -> dict[str, list[tuple[st
     return {"train": train[:num_train], "eval": train[num_train : num_train + num_train // 5], "test": found["test"][:num_test]}
 
 
-def ours(bench: Bench, name: str, layers: str, pooling: str, rate: float) -> None:
-    """Train and bundle by this project; the figures are the bundle's on the test set."""
+def ours(bench: Bench, name: str, layers: str, pooling: str, rate: float) -> tuple[int, int]:
+    """Train as a gang of one rank does, in this process, and score on the test rows; return (steps, tokens per step)."""
     started = time.time()
     spec = {
         "name": name,
         "base": {"model": str(bench.base)},
         "task": "classify",
-        "data": {"train": "train.csv", "eval": "eval.csv", "test": "test.csv", "test_rows": 10**6, "max_tokens": MAX_TOKENS},
+        "data": {
+            "train": "train.csv",
+            "eval": "test.csv",  # what a rung is scored on; nothing is chosen by it here
+            "test": "eval.csv",
+            "eval_rows": 10**6,
+            "max_tokens": MAX_TOKENS,
+        },
         "classify": {"pooling": pooling},
         "train": {"epochs": bench.epochs, "dtype": "float32"},
         "finetune": {"layers": layers, "tune": "full", "learning_rate": rate},
-        "resources": {"accelerator": "cpu", "cache_folder": str(bench.work / "cache")},
-        "output": "runs",
+        "resources": {"accelerator": "cpu", "max_gpus": 1, "cache_folder": str(bench.work / "cache")},
     }
     file = bench.work / f"{name}.yaml"
     file.write_text(json.dumps(spec))
-    run = finetune(file, progress=False)
-    report = json.loads((run.folder / "transfer.json").read_text())
-    scores = next(model["metrics"] for model in report["scores"] if model["model"] == "promoted")
-    plan = json.loads((run.folder / "plan.json").read_text())
-    more = {"steps": plan["total_steps"], "tokens_per_step": plan["data"]["tokens_per_step"]}
-    bench.note(f"ours {layers}, {pooling}", scores["accuracy"], scores["loss"], started, rate=rate, **more)
+    loaded = load_spec(file)
+    anatomy = pooled_for(read_anatomy(bench.base, need_weights=True, task="classify"), loaded.spec)
+    sets = bench.work / "sets" / name
+    data = prepare_data(loaded, bench.base, sets)
+    size = data_size(data, loaded.spec, sets)
+    size = size.model_copy(update={"padding": padding_of(loaded.spec, anatomy, sets)})
+    plan = make_plan(loaded, anatomy, size, describe_this_machine(), job="finetune", spec_sha256="")
+    trial = TrialSpec(
+        trial_id=name,
+        number=0,
+        layers=layers,
+        tune="full",
+        learning_rate=rate,
+        total_steps=plan.total_steps,
+        total_tokens=plan.total_tokens,
+        seed=0,
+    )
+    train = loaded.spec.train
+    in_a_step = size.tokens_per_step
+    settings = TrainSettings(
+        warmup=train.warmup, schedule=train.schedule, weight_decay=0.0, grad_clip=train.grad_clip, tokens_per_step=in_a_step
+    )
+    paths = DataPaths(train=str(sets / "train.npz"), eval=str(sets / "eval.npz"))
+    context = work_context(plan, settings=settings, data=paths, metric="accuracy")
+    execution = plan.execution.model_copy(update={"threads_per_rank": 1})
+    work = train_rung(
+        plan,
+        context,
+        trial,
+        plan.options[0].selection,
+        execution=execution,
+        folder=str(bench.work / "trials" / name),
+        stop_step=plan.total_steps,
+    )
+    host = TrainHost.create(plan.base, anatomy, execution, 0, 1, None)
+    result = host.run_trial(work)
+    host.close()
+    assert result.failure is None, result.failure
+    more = {"rate": rate, "steps": plan.total_steps, "trunk_seconds": round(result.trunk_seconds, 1), "notes": result.notes}
+    bench.note(f"ours {layers}, {pooling}", result.metrics["accuracy"], result.eval_loss or 0.0, started, **more)
+    return plan.total_steps, in_a_step
 
 
 @torch.no_grad()
@@ -198,11 +247,11 @@ def main() -> None:
         regressions(bench)
         for pooling in HEADS:
             ours(bench, f"head-{pooling}", "head", pooling, 5 * options.rate)
+        steps = (0, 0)
         for layers in POLICIES:
-            ours(bench, layers.replace(":", ""), layers, "auto", options.rate)
-        last = bench.lines[-1]
+            steps = ours(bench, layers.replace(":", ""), layers, "auto", options.rate)
         for rate in options.plain_rates:
-            plain(bench, rate, last["steps"], last["tokens_per_step"])
+            plain(bench, rate, *steps)
         options.out.write_text(json.dumps(bench.lines, indent=2) + "\n")
 
 
