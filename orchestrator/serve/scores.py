@@ -144,8 +144,9 @@ class _Scorer:
     def _objective(self, model: nn.Module) -> Objective:
         anatomy = self._inputs.anatomy
         head = head_of(self._inputs.base.task).weight_name(anatomy).rpartition(".")[0]
-        # `classify.py` has its own names for the two.
-        backbone, head = (anatomy.backbone, head) if isinstance(model, transformers.PreTrainedModel) else ("backbone", "head")
+        # `classify.py` has its own names for the two; the norm is the backbone's.
+        plain = isinstance(model, transformers.PreTrainedModel)
+        backbone, head = (anatomy.backbone, head) if plain else ("backbone", "head")
         return Objective(
             model,
             model.get_submodule(backbone),
@@ -153,7 +154,7 @@ class _Scorer:
             self._inputs.base.task,
             encoder=anatomy.kind == "encoder",
             pooling=anatomy.pooling,
-            final_norm=final_norm_of(model, anatomy),
+            final_norm=final_norm_of(model, anatomy) if plain else None,
         )
 
     @torch.no_grad()

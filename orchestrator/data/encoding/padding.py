@@ -26,7 +26,6 @@ ODD_TEXTS = (
     "a\n\n",
     "...",
     "\N{IDEOGRAPHIC FULL STOP}",
-    "the end </s>",
     "\u16a0 \U000132f9",
 )
 """Texts that end in what has been a padding token somewhere, hardly any text at all, and characters that few tokenizers know."""

@@ -69,6 +69,12 @@ def test_what_config_and_tokenizer_say_is_kept_where_it_can_be(tmp_path: Path) -
     assert chosen(folder) == (257, "<pad>")
 
 
+def test_the_end_token_pads_where_nothing_else_does_and_texts_may_spell_it(tmp_path: Path) -> None:
+    """GPT-2 and Llama 2: the tokenizer does not append it, and a text that spells it is a text."""
+    folder = write(tmp_path, ["<s>", "</s>"], prepended="<s>", config={"pad_token_id": None}, bos_token="<s>", eos_token="</s>")
+    assert chosen(folder) == (257, "</s>")
+
+
 def test_no_token_is_left(tmp_path: Path) -> None:
     folder = write(tmp_path, ["<end>"], appended="<end>", config={"pad_token_id": 0}, eos_token="<end>", pad_token="<end>")
     with pytest.raises(BaseError, match=r"'!' \(0\) is not a special token.*'<end>' \(256\) ends every text") as found:
